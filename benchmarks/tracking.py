@@ -256,9 +256,9 @@ def switch(recorder: Recorder) -> None:
     """Make the loop leave out its tracking where `is_on` says so, and have its steps taken by `recorder`."""
     from launcher.train import loop
     from launcher.train.monitoring import monitor
-    from launcher.train.monitoring.rank_timing import Probe
+    from launcher.train.monitoring.rank_timing import LayerTimer
 
-    class SwitchedProbe(Probe):
+    class SwitchedTimer(LayerTimer):
         def _begin(self, *arguments: Any) -> None:
             if is_on(recorder.step):
                 recorder.timed(super()._begin, *arguments)
@@ -267,12 +267,12 @@ def switch(recorder: Recorder) -> None:
             recorder.timed(super()._end, *arguments)
 
     build, train_step, start_trackers = loop.build_components, loop.TrainingLoop.train_step, loop.start_trackers
-    told = ("beat", "measured", "heard", "alert")
+    calls = ("beat", "record_step", "update_ranks", "alert")
     idle: dict[str, dict[str, Callable[..., Any]]] = {
-        "monitor": {**dict.fromkeys(told, nothing), "own": list, "limit": str, "metrics": lambda tokens: {}},
+        "monitor": {**dict.fromkeys(calls, nothing), "pack_local": list, "reached_limit": str, "metrics": lambda tokens: {}},
         "meter": {"step": lambda *_: {}},
         "timer": {"begin": nothing, "part": lambda *_, **__: nullcontext(), "read": dict},
-        "status": {"training": nothing},
+        "status": {"update_step": nothing},
     }
 
     def switched_build(*arguments: Any) -> Any:
@@ -284,7 +284,7 @@ def switch(recorder: Recorder) -> None:
     def switched_trackers(*arguments: Any) -> Any:
         return Switched(start_trackers(*arguments), recorder, {"log": nothing, "event": nothing})
 
-    monitor.Probe = SwitchedProbe  # type: ignore[misc]
+    monitor.LayerTimer = SwitchedTimer  # type: ignore[misc]
     loop.start_trackers = switched_trackers
     loop.build_components = switched_build
     loop.TrainingLoop.train_step = lambda session: recorder.take(  # type: ignore[method-assign, assignment]

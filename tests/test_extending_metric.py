@@ -13,7 +13,7 @@ import hand_made
 import pytest
 
 from launcher import run_store
-from launcher.cli.report import _told, page
+from launcher.cli.report import _read_run_files, page
 from launcher.cli.run_summary import summary
 from launcher.cli.status import _lines
 from launcher.plan.run_dir import RunDir
@@ -59,7 +59,7 @@ def test_status_shows_the_metric(run: RunDir) -> None:
 
 
 def test_the_report_has_a_chart_of_the_metric(run: RunDir) -> None:
-    assert "<h3>Share of experts in use</h3>" in page([_told(run, "demo")])
+    assert "<h3>Share of experts in use</h3>" in page([_read_run_files(run, "demo")])
 
 
 def test_the_console_line_ends_with_the_metric() -> None:

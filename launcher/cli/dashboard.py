@@ -27,7 +27,7 @@ def run(tokens: list[str]) -> int:
     if arguments.dry_run:
         print(as_json(target))
         return 0
-    # W&B's own lines would stand between ours.
+    # Keep W&B's own lines out of the output.
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
         address = publish(target)
@@ -36,13 +36,13 @@ def run(tokens: list[str]) -> int:
             "there is no such W&B project, or this login may not see it",
             where="dashboard",
             value=str(error),
-            remedy="a project begins with its first run that is online; name a run of ./runs, or PROJECT or ENTITY/PROJECT",
+            remedy="a project is created by its first online run; name a run of ./runs, or PROJECT or ENTITY/PROJECT",
         ) from None
     except Exception as error:  # W&B raises far more than wandb.Error.
         raise RunError(
-            f"Weights & Biases did not take the workspace: {type(error).__name__}: {error}",
+            f"Weights & Biases did not accept the workspace: {type(error).__name__}: {error}",
             where="dashboard",
-            remedy="log in with `wandb login` or set WANDB_API_KEY, and see that the server can be reached; "
+            remedy="log in with `wandb login` or set WANDB_API_KEY, and check that the server is reachable; "
             "--dry-run shows the workspace without it",
         ) from error
     print(f"dashboard: {address}")
@@ -50,13 +50,13 @@ def run(tokens: list[str]) -> int:
 
 
 def _target(name: str, root: Path) -> Target:
-    """A run where there is one of that name, else a project."""
+    """Return the run of that name, or else a project."""
     try:
-        found: RunDir | None = run_store.find_run(name, root)
+        run_dir: RunDir | None = run_store.find_run(name, root)
     except SubmitError:
-        found = None
-    if found is not None:
-        plan = run_store.load_plan(found)
+        run_dir = None
+    if run_dir is not None:
+        plan = run_store.load_plan(run_dir)
         tracking = plan.config.tracking
         return Target(tracking.project, tracking.entity, plan.wandb_id, plan.run_name)
     matched = _PROJECT.fullmatch(name)

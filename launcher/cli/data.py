@@ -53,7 +53,7 @@ def options(tokens: Sequence[str]) -> tuple[Options, list[str]]:
         values[name] = value
     as_json = "--json" in overrides
     overrides = [token for token in overrides if token != "--json"]  # noqa: S105
-    html = html_page.require_place(Path(values["--html"])) if "--html" in values else None
+    html = html_page.require_writable_page(Path(values["--html"])) if "--html" in values else None
     return Options(as_json, html, _count(values.get("--show", "0"))), overrides
 
 

@@ -13,15 +13,15 @@ from rich.text import Text
 from launcher.cli import formatting
 from launcher.data.checks.findings import share_text
 
-# Where there are no colours: a pipe, a file, NO_COLOR.
+# Marks of trained text without colours: in a pipe, a file, or with NO_COLOR.
 TRAINED_MARKS = ("⟦", "⟧")
 _TRAINED_STYLE = "bold green"
 _UNTRAINED_STYLE = "dim"
 _PIPE_WIDTH = 160
 _BAR = 40
-# Text of a row must not move the cursor or give orders to the terminal.
+# Control characters of a row must not reach the terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-# Shares of tokens are told to so much.
+# Rounding error of token shares.
 _ROUNDING = 1e-6
 _ACTIONS = {"keep": "kept", "drop": "dropped", "fail": "kept, within the accepted share"}
 
@@ -47,7 +47,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def number_rows(report: dict[str, Any]) -> list[list[str]]:
-    """A line of cells for each source, for the mixture of several, and for the held-out split; the header first."""
+    """Return the header, and a row of cells for each source, for a mixture of several, and for the held-out split."""
     header = [
         *("source", "read", "dropped", "documents", "cut", "split", "end of turn", "median", "longest"),
         *("epochs", "rows", "tokens", "share", "trained", "filled", "padding"),
@@ -77,7 +77,7 @@ def _of_documents(counts: dict[str, Any]) -> list[str]:
 
 
 def _of_tokens(counts: dict[str, Any], share: float | None) -> list[str]:
-    """`share` is that of the mixture's tokens, None outside of it."""
+    """Return cells about tokens; `share` is the share of the mixture's tokens, None outside the mixture."""
     return [
         f"{counts['rows']:,}",
         f"{counts['tokens']:,}",
@@ -88,7 +88,7 @@ def _of_tokens(counts: dict[str, Any], share: float | None) -> list[str]:
 
 
 def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the cache as a whole is, as labels and values."""
+    """Return labels and values that describe the whole cache."""
     cut = f"; {report['truncated_tokens']:,} tokens are cut off" if report["truncated_tokens"] else ""
     too_long = report["too_long_documents"]
     dropped = f"{report['dropped_documents'] - too_long:,} documents by data.checks, {too_long:,} that are longer than a row"
@@ -105,13 +105,13 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _ends(report: dict[str, Any]) -> str:
-    """Which tokens end turns, and whether the model stops at them."""
-    said = {True: "the model stops there", False: "the model as it is does not stop there, the exported folder's settings do"}
-    return "".join(f"; {end['token']} (token {end['id']}): {said[end['stops']]}" for end in report["turn_ends"])
+    """Return which tokens end turns, and whether the model stops at them."""
+    meanings = {True: "the model stops there", False: "the model does not stop there, the generation settings of the export do"}
+    return "".join(f"; {end['token']} (token {end['id']}): {meanings[end['stops']]}" for end in report["turn_ends"])
 
 
 def row_width(report: dict[str, Any]) -> str:
-    """The length of the longest row, and data.max_length where no row has so much."""
+    """Return the length of the longest row, and data.max_length if all rows are shorter."""
     most, width = report["max_length"], report["row_tokens"]
     return f"{width:,} tokens" + (f" (data.max_length is {most:,})" if width < most else "")
 
@@ -130,29 +130,29 @@ def _summary(report: dict[str, Any]) -> str:
 
 
 def sources_tables(report: dict[str, Any]) -> tuple[Table, Table]:
-    """The numbers of documents, and below them those of tokens and rows: side by side they are wider than most terminals."""
+    """Return a table of documents and one of tokens and rows: one table would be wider than most terminals."""
     header, *lines = number_rows(report)
-    border = header.index("epochs")
+    split = header.index("epochs")
 
     def table(columns: slice) -> Table:
-        made = Table(box=None, pad_edge=False, header_style="bold")
+        result = Table(box=None, pad_edge=False, header_style="bold")
         for i, name in enumerate([header[0], *header[columns]]):
-            made.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+            result.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
         for line in lines:
             cells = [line[0], *line[columns]]
-            made.add_row(*(escape(cell) for cell in cells), style="bold" if line[0] == "mixture" else "")
-        return made
+            result.add_row(*(escape(cell) for cell in cells), style="bold" if line[0] == "mixture" else "")
+        return result
 
-    return table(slice(1, border)), table(slice(border, None))
+    return table(slice(1, split)), table(slice(split, None))
 
 
 def source_notes(report: dict[str, Any]) -> list[str]:
-    """Lines about the sources that the tables have no column for."""
+    """Return lines about the sources for which the tables have no column."""
     return [*parts_taken(report), *unused(report), *moved(report), *left_out(report), *unread_keys(report)]
 
 
 def parts_taken(report: dict[str, Any]) -> list[str]:
-    """A line for each source of which an epoch takes other than whole passes."""
+    """Return a line for each source of which an epoch takes a fraction of a pass."""
     lines = []
     for source in report["sources"]:
         part = source["epochs"] % 1
@@ -163,29 +163,31 @@ def parts_taken(report: dict[str, Any]) -> list[str]:
 
 
 def unused(report: dict[str, Any]) -> list[str]:
-    """A line for each source of which documents are not in the mixture at all."""
+    """Return a line for each source with documents that are not in the mixture."""
     lines = []
     for source in report["sources"]:
         if not source["is_read"]:
-            lines.append(f"{source['name']}: not read, for its weight is 0")
+            lines.append(f"{source['name']}: not read because its weight is 0")
         elif count := source["unused_documents"]:
-            there = source["read_documents"] - source["dropped_documents"]
+            num_documents = source["read_documents"] - source["dropped_documents"]
             limits = " and ".join(source["limited_by"])
-            lines.append(f"{source['name']}: {count:,} of {there:,} documents are not in the mixture, for its {limits}")
+            lines.append(
+                f"{source['name']}: {count:,} of {num_documents:,} documents are not in the mixture because of its {limits}"
+            )
     return lines
 
 
 def moved(report: dict[str, Any]) -> list[str]:
-    """A line for each source that lies elsewhere than when the cache was built."""
+    """Return a line for each source that has moved since the cache was built."""
     return [
-        visible(f"{source['name']}: files and examples are named as when the cache was built, from {source['built_from']}")
+        visible(f"{source['name']}: files and examples have the names of the build of the cache, from {source['built_from']}")
         for source in report["sources"]
         if source["path"] != source["built_from"]
     ]
 
 
 def left_out(report: dict[str, Any]) -> list[str]:
-    """A line for each source that has files which are not read."""
+    """Return a line for each source with files that are not read."""
     lines = []
     for source in report["sources"]:
         if more := source["num_left_out"]:
@@ -195,7 +197,7 @@ def left_out(report: dict[str, Any]) -> list[str]:
 
 
 def unread_keys(report: dict[str, Any]) -> list[str]:
-    """A line for each source whose rows have keys that are not read, the most frequent first."""
+    """Return a line for each source whose rows have keys that are not read, the most frequent first."""
     lines = []
     for source in report["sources"]:
         if counts := source["unread_keys"]:
@@ -206,7 +208,7 @@ def unread_keys(report: dict[str, Any]) -> list[str]:
 
 
 def length_bins(report: dict[str, Any]) -> tuple[list[int], list[tuple[str, list[int]]]]:
-    """The upper ends of all length bins, and for each source its documents in them."""
+    """Return the upper ends of all length bins, and the documents of each source in them."""
     ends = [bin_["max_tokens"] for bin_ in report["length_histogram"]]
     series = []
     for source in report["sources"]:
@@ -217,7 +219,7 @@ def length_bins(report: dict[str, Any]) -> tuple[list[int], list[tuple[str, list
 
 
 def _print_lengths(console: Console, report: dict[str, Any]) -> None:
-    """The mixture's bars, and before them the counts of each source where there are several."""
+    """Print a bar for each length bin of the mixture, after the counts of each source if there are several."""
     ends, series = length_bins(report)
     totals = [sum(counts) for counts in zip(*(counts for _, counts in series), strict=True)]
     counted = [*series, ("mixture", totals)] if len(series) > 1 else [("documents", totals)]
@@ -233,19 +235,22 @@ def _print_lengths(console: Console, report: dict[str, Any]) -> None:
     console.print()
 
 
-def _print_findings(console: Console, found: list[dict[str, Any]]) -> None:
-    if not found:
+def _print_findings(console: Console, findings: list[dict[str, Any]]) -> None:
+    if not findings:
         console.print("findings: none", style="green")
         return
     console.print("findings", style="bold")
-    for one in found:
-        style = "bold red" if one["fatal"] else "yellow"
-        done = "the run is refused" if one["fatal"] else _ACTIONS[one["action"]]
-        line = Text(f"  {one['count']:,} of {one['total']:,} ({share_text(one['share'])})  {one['title']}: {done}", style=style)
+    for finding in findings:
+        style = "bold red" if finding["fatal"] else "yellow"
+        action = "the run is refused" if finding["fatal"] else _ACTIONS[finding["action"]]
+        line = Text(
+            f"  {finding['count']:,} of {finding['total']:,} ({share_text(finding['share'])})  {finding['title']}: {action}",
+            style=style,
+        )
         console.print(line, soft_wrap=True)
-        for example in one["examples"]:
+        for example in finding["examples"]:
             console.print(Text(f"      {visible(example['where'])}: {visible(example['detail'])}"), soft_wrap=True)
-        advice = f"{one['meaning']}. To do: {one['remedy']} ({one['setting']}={one['action']})"
+        advice = f"{finding['meaning']}. To do: {finding['remedy']} ({finding['setting']}={finding['action']})"
         console.print(Text(f"      {advice}", style="dim"), soft_wrap=True)
 
 
@@ -255,18 +260,18 @@ def _print_row(console: Console, shown: dict[str, Any], number: int) -> None:
     opening, closing = ("", "") if _has_colours(console) else TRAINED_MARKS
     legend = f"trained between {opening} and {closing}" if opening else f"trained in [{_TRAINED_STYLE}]green[/]"
     console.print()
-    what = f"row {shown['row']:,}, {tokens:,} tokens" if shown["whole"] else f"document {number}"
-    console.print(f"[bold]{what}[/] ({legend})", soft_wrap=True)
-    for place, document in enumerate(documents, start=1):
-        border = f"document {place} of {len(documents)}, " if shown["whole"] else ""
-        console.rule(f"{border}{escape(document['source'])}, {document['tokens']:,} tokens", align="left", style="blue")
+    title = f"row {shown['row']:,}, {tokens:,} tokens" if shown["whole"] else f"document {number}"
+    console.print(f"[bold]{title}[/] ({legend})", soft_wrap=True)
+    for position, document in enumerate(documents, start=1):
+        order = f"document {position} of {len(documents)}, " if shown["whole"] else ""
+        console.rule(f"{order}{escape(document['source'])}, {document['tokens']:,} tokens", align="left", style="blue")
         line = Text()
         for part in document["parts"]:
-            written = visible(part["text"])
+            text = visible(part["text"])
             if part["trained"]:
-                line.append(f"{opening}{written}{closing}", style=_TRAINED_STYLE)
+                line.append(f"{opening}{text}{closing}", style=_TRAINED_STYLE)
             else:
-                line.append(written, style=_UNTRAINED_STYLE)
+                line.append(text, style=_UNTRAINED_STYLE)
         console.print(line, soft_wrap=True)
 
 
@@ -274,6 +279,6 @@ def _has_colours(console: Console) -> bool:
     return console.color_system is not None and not console.no_color
 
 
-def visible(written: str) -> str:
-    """A text with its control characters as signs, but for line breaks and tabs."""
-    return _CONTROL.sub(lambda match: chr(0x2400 + ord(match.group())) if ord(match.group()) < 0x20 else "\ufffd", written)
+def visible(text: str) -> str:
+    """Return a text with visible signs for control characters other than line breaks and tabs."""
+    return _CONTROL.sub(lambda match: chr(0x2400 + ord(match.group())) if ord(match.group()) < 0x20 else "\ufffd", text)

@@ -1,4 +1,4 @@
-"""What a drill has shown, from what the run left behind: a pure function of records, and its lines for a person."""
+"""The result of a drill: a pure function of the run's records, and its lines for a person."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Hit:
-    """The fault: what was done to which life of the run, when (seconds since the epoch), and on which node."""
+    """The injected fault: what was done, when (seconds since the epoch), on which node, and to which life of the run."""
 
     did: str
     at: float
@@ -43,12 +43,15 @@ class Hit:
 
 @dataclass(frozen=True)
 class Records:
-    """What is known of a run that a fault has hit, when there is nothing more to wait for.
+    """The records of a run after a fault, when it has ended or recovered.
 
-    `steps` stand in the order in which they were trained. `exits` are the exit.json of the attempts, `errors` the
-    messages that ranks left in the attempt that was hit. `committed` are the steps of all checkpoints that were ever seen.
-    `by_hand` is the attempt that the drill started as a person would, when the run had ended as `stopped_as`. `last_word`
-    is the run's state and message.
+    Attributes:
+        steps: in the order of training.
+        exits: exit records by attempt.
+        errors: messages of the ranks in the attempt that was hit.
+        committed: steps of all checkpoints that the drill saw.
+        by_hand: the attempt that the drill started as a person would, after the run had ended as `stopped_as`.
+        last_word: last state and message of the run.
     """
 
     fault: str
@@ -69,7 +72,7 @@ class Records:
 
 @dataclass(frozen=True)
 class Report:
-    """Steps are optimizer steps, times are seconds from the fault; None where it never came to that."""
+    """The result. Steps are optimizer steps, times are seconds since the fault; None for what did not happen."""
 
     fault: str
     run: str
@@ -98,21 +101,21 @@ class Report:
 
 
 def progress(steps: Sequence[Step], hit: Life) -> tuple[int, list[Step]]:
-    """The last step of the life that was hit, and the steps of the lives after it."""
+    """Return the last step of the life that was hit, and the steps of later lives."""
     last = max((step.number for step in steps if step.life <= hit), default=0)
     return last, [step for step in steps if step.life > hit]
 
 
-def judge(records: Records, kept: frozenset[int]) -> Report:
-    """Whether the run came through, and what that took; `kept` are the steps of the checkpoints that it leaves, all whole."""
+def judge(records: Records, intact_steps: frozenset[int]) -> Report:
+    """Return whether the run recovered, and how; `intact_steps` are the steps of its intact checkpoints."""
     hit = records.hit
     last, again = progress(records.steps, hit.life)
     beyond = [step for step in again if step.number > last]
     resumed = again[0].number - 1 if again else None
     before = {step.number: step.loss for step in records.steps if step.life <= hit.life}
     replayed = [abs(step.loss - before[step.number]) for step in again if step.number in before]
-    # Older ones are removed as newer ones come.
-    expected = sorted(records.committed | kept)[-records.keep_last :]
+    # Retention removes older ones.
+    expected = sorted(records.committed | intact_steps)[-records.keep_last :]
     report = Report(
         fault=records.fault,
         run=records.run,
@@ -125,8 +128,8 @@ def judge(records: Records, kept: frozenset[int]) -> Report:
         lost_steps=None if resumed is None else last - resumed,
         trains_again_s=again[0].time - hit.at if again else None,
         caught_up_s=beyond[0].time - hit.at if beyond else None,
-        checkpoints_kept=tuple(sorted(kept)),
-        checkpoints_lost=tuple(step for step in expected if step not in kept),
+        checkpoints_kept=tuple(sorted(intact_steps)),
+        checkpoints_lost=tuple(step for step in expected if step not in intact_steps),
         replayed_steps=len(replayed),
         differing_steps=sum(difference != 0 for difference in replayed),
         largest_difference=max(replayed, default=0.0),
@@ -135,7 +138,7 @@ def judge(records: Records, kept: frozenset[int]) -> Report:
 
 
 def _happened(records: Records, again: Sequence[Step]) -> str:
-    """Why the life that was hit ended, as the run itself or the cluster tells it."""
+    """Return why the life that was hit ended, from the run's records or the cluster."""
     record = records.exits.get(records.hit.life[0])
     if records.fault == "fill-disk" and (error := _disk_error(records)):
         return error
@@ -147,18 +150,18 @@ def _happened(records: Records, again: Sequence[Step]) -> str:
 
 
 def _disk_error(records: Records) -> str | None:
-    """What a rank said that could not write a checkpoint: one problem of those of all ranks."""
+    """Return the message of one rank that could not write a checkpoint; None without any."""
     record = records.exits.get(records.hit.life[0])
-    said = (*records.errors, record.message if record is not None else "")
-    for words in said:
-        if records.checkpoints in words:
-            what, *more = words.splitlines()
-            return " ".join(" ".join([what, *takewhile(lambda line: line.startswith(" "), more)]).split())
+    messages = (*records.errors, record.message if record is not None else "")
+    for message in messages:
+        if records.checkpoints in message:
+            first, *more = message.splitlines()
+            return " ".join(" ".join([first, *takewhile(lambda line: line.startswith(" "), more)]).split())
     return None
 
 
 def _saved_since(records: Records) -> int | None:
-    """The newest checkpoint that was committed after the fault."""
+    """Return the step of the newest checkpoint committed after the fault; None without any."""
     newest = max(records.committed, default=0)
     return newest if newest > records.hit.saved_step else None
 
@@ -184,31 +187,31 @@ def _problems(report: Report, records: Records) -> Iterator[str]:
     elif report.resumed_step is None:
         yield f"it did not train again: {records.last_word}"
     elif report.caught_up_s is None and not records.last_word.startswith("completed"):
-        yield f"it trained again, and did not get beyond step {report.reached_step}: {records.last_word}"
+        yield f"it trained again but did not get past step {report.reached_step}: {records.last_word}"
     if report.checkpoints_lost:
         yield f"committed checkpoints are gone or damaged: of step {', '.join(map(str, report.checkpoints_lost))}"
     if report.resumed_step is not None and report.resumed_step < records.hit.saved_step:
         yield f"it continued from step {report.resumed_step}, though step {records.hit.saved_step} was saved before the fault"
     if records.fault == "preempt" and report.lost_steps:
-        yield "it had notice and lost steps nevertheless: the save after the signal was not committed"
+        yield "it lost steps in spite of the notice: the save after the signal was not committed"
     if records.fault == "fill-disk" and _disk_error(records) is None:
-        yield "no rank has said that it could not write a checkpoint"
+        yield "no rank reported that it could not write a checkpoint"
     # GPUs may add in another order each time.
     if report.differing_steps and records.device == "cpu":
         yield "the losses of the repeated steps differ: state or rows were not those of before"
 
 
 def lines(report: Report) -> list[str]:
-    """The report as a block for a person."""
+    """Return the report as lines for a person."""
     resumed = "" if report.resumed_step is None else f", continued from {report.resumed_step}: {report.lost_steps} lost"
-    kept = ", ".join(map(str, report.checkpoints_kept)) or "none"
+    intact_steps = ", ".join(map(str, report.checkpoints_kept)) or "none"
     rows = [
         ("fault", f"{report.fault}: {report.did} on {report.host}"),
         ("happened", report.happened),
         ("continued", report.continued),
         ("steps", f"reached {report.reached_step}{resumed}"),
         ("seconds", _seconds(report)),
-        ("kept", f"checkpoints of step {kept}"),
+        ("kept", f"checkpoints of step {intact_steps}"),
         ("losses", _losses(report)),
         *(("problem", problem) for problem in report.problems),
         ("verdict", "came through" if report.came_through else "did NOT come through"),

@@ -1,4 +1,4 @@
-"""Words, tables and JSON that all verbs write in one way."""
+"""Formatting of texts, tables and JSON that all verbs share."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from launcher.run_records import Status
 
 
 def as_json(value: Any, indent: int | None = 2) -> str:
-    """JSON that every parser reads: a number that it has no word for (NaN, infinity) is null, as in metrics.jsonl."""
+    """Return strict JSON: NaN and infinity are null, as in metrics.jsonl."""
 
     def plain(part: Any) -> Any:
         if isinstance(part, Mapping):
-            return {name: plain(of) for name, of in part.items()}
+            return {name: plain(value) for name, value in part.items()}
         if isinstance(part, list | tuple):
-            return [plain(of) for of in part]
+            return [plain(value) for value in part]
         return None if isinstance(part, float) and not math.isfinite(part) else part
 
     return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
 def whereabouts(run: RunDir, status: Status, attempt: int) -> str:
-    """Which job or process an attempt runs in, where, whose, and since when."""
+    """Return an attempt's job or process, its nodes, its user and its start."""
     job = status.job or {}
-    begun = job.get("started")
+    started_at = job.get("started")
     if "pid" in job:
-        place = f"process {job['pid']} on {job.get('host')}"
+        location = f"process {job['pid']} on {job.get('host')}"
     elif "id" in job:
-        place = f"job {job['id']}" + (f" on {', '.join(job['nodes'])}" if job.get("nodes") else "")
+        location = f"job {job['id']}" + (f" on {', '.join(job['nodes'])}" if job.get("nodes") else "")
     else:
-        place = "not placed yet"
-    if begun is None:
+        location = "no machines yet"
+    if started_at is None:
         file = run.attempt(attempt) / "attempt.json"
-        begun = file.stat().st_mtime if file.is_file() else status.updated_at
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(begun)))
-    return f"attempt {attempt}, {place}, of user {_owner(run.root)}, since {since}"
+        started_at = file.stat().st_mtime if file.is_file() else status.updated_at
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(started_at)))
+    return f"attempt {attempt}, {location}, of user {_owner(run.root)}, since {since}"
 
 
 def _owner(path: Path) -> str:
@@ -51,7 +51,7 @@ def _owner(path: Path) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows under their columns' names; a name that begins with > stands, like its values, at the right."""
+    """Return rows under their columns' names; a column whose name begins with > is aligned to the right."""
     names = [name.removeprefix(">") for name in columns]
     widths = [max(map(len, cells)) for cells in zip(names, *rows, strict=True)]
     sides = [">" if name.startswith(">") else "<" for name in columns]
@@ -62,7 +62,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def size(num_bytes: int) -> str:
-    """Bytes in the unit that suits them."""
+    """Return a number of bytes in a suitable unit."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= factor:
             return f"{num_bytes / factor:.2f} {unit}"
@@ -70,7 +70,7 @@ def size(num_bytes: int) -> str:
 
 
 def short(path: str | Path) -> str:
-    """A path relative to where the user stands, where that is shorter to read."""
+    """Return a path relative to the working directory, if it is below it."""
     try:
         return str(Path(path).relative_to(Path.cwd()))
     except ValueError:

@@ -19,35 +19,35 @@ if TYPE_CHECKING:
 _POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
 
 
-def require_place(file: Path) -> Path:
-    """Refuse a file that cannot be written, or that holds something other than such a page, which would be lost.
+def require_writable_page(file: Path) -> Path:
+    """Refuse a path that cannot be written, or a file that is not a page of the launcher and would be lost.
 
     Raises:
         ConfigError: about `--html`.
     """
     try:
-        writable = not file.is_dir() and os.access(file if file.exists() else file.absolute().parent, os.W_OK)
-        foreign = writable and file.exists() and file.stat().st_size > 0 and _POLICY not in _beginning(file)
+        is_writable = not file.is_dir() and os.access(file if file.exists() else file.absolute().parent, os.W_OK)
+        is_foreign = is_writable and file.exists() and file.stat().st_size > 0 and _POLICY not in _beginning(file)
     except OSError:
-        writable = foreign = False
-    if not writable:
-        what, remedy = "the page cannot be written there", "name a file in a folder of yours"
+        is_writable = is_foreign = False
+    if not is_writable:
+        what, remedy = "the page cannot be written to this path", "choose a file in a folder that you can write to"
         raise ConfigError(what, where="--html", value=str(file), remedy=remedy)
-    if foreign:
-        what = "the file is no page that the launcher wrote, and stays as it is"
+    if is_foreign:
+        what = "the file is not a page of the launcher, so it is not overwritten"
         raise ConfigError(what, where="--html", value=str(file), remedy="name another file")
     return file
 
 
 def write(file: Path, content: str) -> None:
-    """Write a page where `require_place` has nothing against it.
+    """Write a page to a path that `require_writable_page` accepts.
 
     Raises:
-        ConfigError: also where storage takes none.
+        ConfigError: if it does not, or if writing fails.
     """
     try:
-        # What UTF-8 has no place for, as half a surrogate pair of a file's name, is known before the page before is gone.
-        require_place(file).write_bytes(content.encode(errors="xmlcharrefreplace"))
+        # UTF-8 has no code for half a surrogate pair, as in some file names. Encode before the old page is gone.
+        require_writable_page(file).write_bytes(content.encode(errors="xmlcharrefreplace"))
     except OSError as error:
         what = f"the page cannot be written: {error.strerror}"
         raise ConfigError(what, where="--html", value=str(file), remedy="name a file on another disk") from None

@@ -1,4 +1,4 @@
-"""A plan, and what was started by it, as lines for a person."""
+"""Lines for a person about a plan, and about the runs that were started from it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from launcher.plan.architecture import train_flops
 from launcher.plan.launch_plan import LaunchPlan, Lineage
 from launcher.plan.planner import fewest
 
-# Of the tokens, cut off.
-_WORTH_TELLING = 0.01
-# What activations, gathered weights and buffers roughly take with 8,192 tokens a forward pass, which is not estimated. Where
-# model states are the smaller part of a GPU, the model is small for it and needs less.
-_LITTLE_GIB, _LARGE_SHARE = 12.0, 0.5
+# Fraction of truncated tokens from which a note is shown.
+_MIN_TRUNCATED_FRAC = 0.01
+# Rough memory of activations, gathered weights and buffers with 8,192 tokens per forward pass, which the plan does not estimate.
+# Models whose states take less than this share of a GPU need less.
+_ACTIVATIONS_GIB, _MIN_STATES_SHARE = 12.0, 0.5
 
 
 def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
-    """The decisions of a plan, a label and a value a line; `notes` are what the machine adds, where there is something."""
+    """Return the decisions of a plan, a label and a value per line; `notes` are those of this machine."""
     config, batch = plan.config, plan.batch
     kinds = "random weights" if config.model.init == "random" else (config.model.path or "")
     rows = [
@@ -40,7 +40,7 @@ def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
             f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} warm-up steps",
         ),
         ("memory", _memory(plan)),
-        ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, {_kept(config.checkpoint)}; {_saving(plan)}"),
+        ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, {_retention(config.checkpoint)}; {_saving(plan)}"),
         ("tracking", _tracking(plan)),
         *([("cost", _cost(plan))] if plan.topology.device == "cuda" or plan.price is not None else []),
     ]
@@ -61,10 +61,10 @@ def _limits(plan: LaunchPlan) -> str:
 
 
 def _lineage(lineage: Lineage) -> str:
-    came_from = ", which began with ".join(
+    origins = ", which began with ".join(
         f"run {origin.run_name} at step {origin.step}" for origin in (lineage, *lineage.ancestors)
     )
-    return f"begins with {came_from}"
+    return f"begins with {origins}"
 
 
 def _parameters(plan: LaunchPlan) -> str:
@@ -74,13 +74,13 @@ def _parameters(plan: LaunchPlan) -> str:
     return f"about {count / 1e9:.1f} billion" if count >= 1e9 else f"about {count / 1e6:.1f} million"
 
 
-def _kept(checkpoint: CheckpointSection) -> str:
-    kept = ["the newest" if checkpoint.keep_last == 1 else f"the newest {checkpoint.keep_last}"]
+def _retention(checkpoint: CheckpointSection) -> str:
+    parts = ["the newest" if checkpoint.keep_last == 1 else f"the newest {checkpoint.keep_last}"]
     if checkpoint.keep_best:
-        kept.append("the best" if checkpoint.keep_best == 1 else f"the best {checkpoint.keep_best}")
+        parts.append("the best" if checkpoint.keep_best == 1 else f"the best {checkpoint.keep_best}")
     if checkpoint.keep_every:
-        kept.append(f"every {checkpoint.keep_every} steps")
-    return f"{' and '.join(kept)} {'is' if kept == ['the newest'] else 'are'} kept"
+        parts.append(f"every {checkpoint.keep_every} steps")
+    return f"{' and '.join(parts)} {'is' if parts == ['the newest'] else 'are'} kept"
 
 
 def _saving(plan: LaunchPlan) -> str:
@@ -106,15 +106,15 @@ def _memory(plan: LaunchPlan) -> str:
 
 
 def _notes(plan: LaunchPlan) -> list[str]:
-    """What a person would want to know before paying for it."""
+    """Return notes to read before paying for the run."""
     config, data, steps = plan.config, plan.data, plan.batch.max_steps
-    # What else is to lie in main memory does not matter where not even the states do.
+    # The note about saving does not matter if the states do not even fit.
     notes = [note for note in (_overfull(plan) or plan.saving.note,) if note]
-    smallest, asked = _smallest(plan), config.cluster.fewest_workers
+    smallest, min_workers = _smallest(plan), config.cluster.fewest_workers
     notes += [note for sized in (plan, smallest) if sized is not None and (note := _tight(sized))]
-    if smallest is not None and (least := smallest.topology.world_size) != asked:
+    if smallest is not None and (least := smallest.topology.world_size) != min_workers:
         notes.append(
-            f"of cluster.min_workers={asked} workers {least} train{'s' * (least == 1)} and the others are idle: over "
+            f"of cluster.min_workers={min_workers} workers {least} train{'s' * (least == 1)} and the others are idle: over "
             f"{least} rank{'s' * (least > 1)} the batch of {plan.batch.global_batch_size} rows divides"
         )
     if data is not None and data.num_rows < plan.batch.global_batch_size:
@@ -126,26 +126,26 @@ def _notes(plan: LaunchPlan) -> list[str]:
         notes.append(f"the warm-up of {config.optim.warmup_steps} steps does not end within {steps}: lower optim.warmup_steps")
     if data is not None and not data.num_eval_rows and (config.data.eval_fraction or config.data.eval_path):
         notes.append("no document is held out, so nothing is evaluated: raise data.eval_fraction")
-    if data is not None and (lost := data.truncated_frac) > _WORTH_TELLING:
+    if data is not None and (lost := data.truncated_frac) > _MIN_TRUNCATED_FRAC:
         notes.append(
             f"{data.truncated_docs:,} documents are cut, {lost:.0%} of the tokens: raise data.max_length, "
             "or data.long_documents=split"
         )
     if train_flops(plan.model) is None:
         architecture = plan.model.config.get("model_type", "a model without model_type")
-        notes.append(f"what {architecture} computes is not known here: perf/tflops_per_gpu and perf/mfu are left out")
+        notes.append(f"the launcher does not know the FLOPs of {architecture}: perf/tflops_per_gpu and perf/mfu are left out")
     return notes
 
 
 def _smallest(plan: LaunchPlan) -> LaunchPlan | None:
-    """The plan on as few workers as the run goes on with, where that is another; a plan that was made before may have none."""
+    """Return the plan on the fewest workers with which the run continues; None if that is this plan, or in an old plan."""
     with suppress(ConfigError):
         return fewest(plan)
     return None
 
 
 def _overfull(plan: LaunchPlan) -> str:
-    """Said where the model states do not fit into main memory; empty where they do, or that is not known."""
+    """Return a note if the model states do not fit into main memory; empty if they do, or if that is unknown."""
     memory = plan.memory
     if memory.node_gib is None or memory.host_per_node_gib <= memory.node_gib:
         return ""
@@ -157,10 +157,14 @@ def _overfull(plan: LaunchPlan) -> str:
 
 def _tight(plan: LaunchPlan) -> str:
     memory, ranks = plan.memory, plan.topology.world_size
-    if plan.topology.device != "cuda" or memory.device_gib is None or memory.per_rank_gib <= _LARGE_SHARE * memory.device_gib:
+    if (
+        plan.topology.device != "cuda"
+        or memory.device_gib is None
+        or memory.per_rank_gib <= _MIN_STATES_SHARE * memory.device_gib
+    ):
         return ""
     left_gib = memory.device_gib - memory.per_rank_gib
-    if left_gib >= _LITTLE_GIB:
+    if left_gib >= _ACTIVATIONS_GIB:
         return ""
     left = f"{left_gib:.0f} GiB of a GPU for activations and buffers"
     return f"on {ranks} ranks model states leave {left}, which is little: use more ranks, or deepspeed=zero3_offload"
@@ -218,7 +222,7 @@ def _tracking(plan: LaunchPlan) -> str:
 
 
 def started_lines(plan: LaunchPlan, started: Sequence[tuple[str, str]]) -> list[str]:
-    """What a person is told of a run that goes on by itself: where it is, and how to follow and stop it."""
+    """Return lines about a started run: its directory, and how to follow and stop it."""
     name = short(plan.run_dir)
     rows = [*started, ("directory", name)]
     rows += [
@@ -230,7 +234,7 @@ def started_lines(plan: LaunchPlan, started: Sequence[tuple[str, str]]) -> list[
 
 
 def sweep_lines(started: Sequence[tuple[LaunchPlan, Sequence[tuple[str, str]]]]) -> list[str]:
-    """The runs of a sweep, a line each: name, job, and the overrides in which they differ."""
+    """Return a line for each run of a sweep: name, job, and the overrides in which it differs."""
     shared = set.intersection(*(set(plan.provenance.overrides) for plan, _ in started))
     rows = []
     for plan, facts in started:

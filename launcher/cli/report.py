@@ -1,4 +1,4 @@
-"""The verb report: one or several runs as one self-contained page."""
+"""The verb report: one or several runs on one self-contained page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OTHER_METRICS = ("eval/", "time/eval_s", "ckpt/stall_s", "trainer/tokens")
 
 
 @dataclass(frozen=True)
-class _Told:
+class _RunFiles:
     """Contents of a run's files. `lines` are all lines of metrics.jsonl, `steps` one a step; both hold what the page needs."""
 
     name: str
@@ -48,7 +48,7 @@ class _Told:
 
 
 def run(tokens: list[str]) -> int:
-    """Write the page and print where it is."""
+    """Write the page and print its path."""
     about = "Write what happened in one or several runs as one page that needs no network."
     parser = argparse.ArgumentParser(prog="python -m launcher report", description=about)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="name of a run, or path of its directory")
@@ -58,15 +58,15 @@ def run(tokens: list[str]) -> int:
     )
     arguments = parser.parse_args(tokens)
     named = [run_store.find_run(name, Path(arguments.root)) for name in arguments.runs]
-    found = list({one.root: one for one in named}.values())
-    file = Path(arguments.html) if arguments.html else (found[0].root if len(found) == 1 else Path()) / "report.html"
-    html_page.write(file, page([_told(one, name) for one, name in zip(found, _names(found), strict=True)]))
+    runs = list({run.root: run for run in named}.values())
+    file = Path(arguments.html) if arguments.html else (runs[0].root if len(runs) == 1 else Path()) / "report.html"
+    html_page.write(file, page([_read_run_files(run, name) for run, name in zip(runs, _distinct_names(runs), strict=True)]))
     print(f"page: {formatting.short(file.absolute())}")
     return 0
 
 
-def _names(runs: Sequence[RunDir]) -> list[str]:
-    """The name of each run, with as much of its path as tells it from the others."""
+def _distinct_names(runs: Sequence[RunDir]) -> list[str]:
+    """Return the name of each run, with as much of its path as distinguishes it from the others."""
     for depth in range(1, max(len(run.root.parts) for run in runs)):
         names = [str(Path(*run.root.parts[-depth:])) for run in runs]
         if len(set(names)) == len(names):
@@ -74,17 +74,17 @@ def _names(runs: Sequence[RunDir]) -> list[str]:
     return [str(run.root) for run in runs]
 
 
-def _told(found: RunDir, name: str) -> _Told:
-    plan = run_store.load_plan(found)
-    lines = list(iter_lines(found.metrics, (*curves(), *_OTHER_METRICS)))
-    status = cluster_for(plan.config.cluster.kind).status(found)
-    events = read_events(found.events)
-    attempts = goodput.complete_attempts(goodput.read_attempt_times(found), status.state, lines, events)
+def _read_run_files(run: RunDir, name: str) -> _RunFiles:
+    plan = run_store.load_plan(run)
+    lines = list(iter_lines(run.metrics, (*curves(), *_OTHER_METRICS)))
+    status = cluster_for(plan.config.cluster.kind).status(run)
+    events = read_events(run.events)
+    attempts = goodput.complete_attempts(goodput.read_attempt_times(run), status.state, lines, events)
     spent = goodput.breakdown(lines, events, attempts, time.time())
-    return _Told(name, found, plan, status, lines, merge_steps(continued_lines(lines)), events, spent)
+    return _RunFiles(name, run, plan, status, lines, merge_steps(continued_lines(lines)), events, spent)
 
 
-def page(runs: Sequence[_Told]) -> str:
+def page(runs: Sequence[_RunFiles]) -> str:
     """Return the whole page: curves of all runs in the same charts, then each run by itself."""
     return html_page.render(
         "report",
@@ -92,12 +92,12 @@ def page(runs: Sequence[_Told]) -> str:
         subtitle=f"written {time.strftime('%Y-%m-%d %H:%M:%S %Z')}",
         comparison=_comparison(runs),
         curves=_curves(runs),
-        runs=[_section(one) for one in runs],
+        runs=[_run_context(one) for one in runs],
     )
 
 
-def _facts(one: _Told) -> dict[str, str]:
-    """What is seen first, by what it is."""
+def _facts(one: _RunFiles) -> dict[str, str]:
+    """Return the main numbers by label."""
     last = next((line for line in reversed(one.steps) if "train/loss" in line), None)
     facts = {"state": one.status.state, "steps": f"{newest_trained_step(one.run, one.status):,} of {one.status.max_steps or '?'}"}
     if last is not None:
@@ -107,7 +107,7 @@ def _facts(one: _Told) -> dict[str, str]:
     facts |= {"since submission": format_duration(one.spent.wall_s), "goodput": f"{one.spent.goodput:.1%}"}
     if one.spent.lost_steps:
         facts["lost steps"] = f"{one.spent.lost_steps:,}"
-    # What the last line of metrics counts lacks the last save and the export, and attempts that never came to train.
+    # The last line of metrics lacks the last save, the export, and attempts that never trained.
     tokens = 0 if last is None else int(last.get("trainer/tokens", 0))
     counted = goodput.cost(one.plan, one.spent, tokens)
     if counted:
@@ -120,7 +120,7 @@ def _facts(one: _Told) -> dict[str, str]:
     return facts
 
 
-def _comparison(runs: Sequence[_Told]) -> dict[str, Any]:
+def _comparison(runs: Sequence[_RunFiles]) -> dict[str, Any]:
     """Return a table of the facts of each run."""
     facts_of_runs = [_facts(one) for one in runs]
     labels = list(dict.fromkeys(label for facts in facts_of_runs for label in facts))
@@ -128,14 +128,14 @@ def _comparison(runs: Sequence[_Told]) -> dict[str, Any]:
     return {"header": ["run", *labels], "rows": rows, "numbers": range(2, len(labels) + 1)}
 
 
-def _curves(runs: Sequence[_Told]) -> list[Markup]:
+def _curves(runs: Sequence[_RunFiles]) -> list[Markup]:
     charts = []
     for name, curve in curves().items():
         x, series = [], []
         for one in runs:
             points = [(line["trainer/step"], line[name] * curve.scale) for line in one.steps if name in line]
             if points:
-                steps, values = zip(*thinned(points, _MOST_POINTS), strict=True)
+                steps, values = zip(*thin_out(points, _MOST_POINTS), strict=True)
                 x.append(steps)
                 series.append(Series(one.name, values))
         if series:
@@ -143,24 +143,24 @@ def _curves(runs: Sequence[_Told]) -> list[Markup]:
     return charts
 
 
-def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """At most `most` of many points: the lowest and the highest of each stretch, so that no spike is lost."""
+def thin_out(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """Return at most `most` points: the lowest and the highest of each stretch, so that no spike is lost."""
     if len(points) <= most:
         return list(points)
-    kept: list[tuple[float, float]] = []
+    extremes: list[tuple[float, float]] = []
     size = math.ceil(len(points) / (most // 2))
     for start in range(0, len(points), size):
         stretch = [point for point in points[start : start + size] if math.isfinite(point[1])]
         if stretch:
             ends = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
-            kept += sorted(ends)
-    return kept
+            extremes += sorted(ends)
+    return extremes
 
 
-def _section(one: _Told) -> dict[str, Any]:
+def _run_context(one: _RunFiles) -> dict[str, Any]:
     """Return what the template shows of one run by itself."""
     spent = one.spent
-    shares = [("steps that were kept", spent.kept_s), *((words, getattr(spent, name)) for name, words in goodput.LOST.items())]
+    shares = [("kept steps", spent.kept_s), *((label, getattr(spent, name)) for name, label in goodput.LOST.items())]
     bars = [(label, seconds, f"{seconds / max(spent.wall_s, 1e-9):.1%}, {format_duration(seconds)}") for label, seconds in shares]
     alerts = [event for event in one.events if event["kind"] == "alert"]
     return {
@@ -174,7 +174,7 @@ def _section(one: _Told) -> dict[str, Any]:
     }
 
 
-def _attempt_rows(one: _Told) -> list[list[str]]:
+def _attempt_rows(one: _RunFiles) -> list[list[str]]:
     rows, unnamed_node = [], one.plan.config.cluster.unnamed_node
     for number in run_store.attempt_numbers(one.run):
         attempt, record = run_store.read_attempt(one.run, number), run_records.read_exit(one.run, number)
@@ -186,7 +186,7 @@ def _attempt_rows(one: _Told) -> list[list[str]]:
                 ", ".join(dict.fromkeys(attempt.nodes)) or unnamed_node,
                 f"{max(steps):,.0f}" if steps else "-",
                 _clock(record.ended_at) if record is not None and record.ended_at else "-",
-                _without_word(one, number, attempt)
+                _outcome_without_record(one, number, attempt)
                 if record is None
                 else ": ".join(filter(None, (record.cause or record.state, record.message))),
             ]
@@ -194,16 +194,16 @@ def _attempt_rows(one: _Told) -> list[list[str]]:
     return rows
 
 
-def _without_word(one: _Told, number: int, attempt: Attempt) -> str:
-    """What has become of an attempt that has left no word of its end: it may not have come to one."""
-    runs = one.status.state in run_records.RUNNING_STATES and number == run_store.newest_attempt(one.run)
+def _outcome_without_record(one: _RunFiles, number: int, attempt: Attempt) -> str:
+    """Return the state of an attempt without an exit record: it may still be running."""
+    is_running = one.status.state in run_records.RUNNING_STATES and number == run_store.newest_attempt(one.run)
     if attempt.begun_at is None:
-        return "waits for machines" if runs else "never begun"
-    # A run that is pending has lost the machines of what has begun.
-    return "goes on" if runs and one.status.state != "pending" else "ended without a word"
+        return "waiting for machines" if is_running else "never started"
+    # A pending run has lost the machines of an attempt that had begun.
+    return "running" if is_running and one.status.state != "pending" else "ended without a record"
 
 
-def _checkpoint_rows(one: _Told) -> list[list[str]]:
+def _checkpoint_rows(one: _RunFiles) -> list[list[str]]:
     return [
         [
             f"{checkpoint.step:,}",

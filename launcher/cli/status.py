@@ -1,4 +1,4 @@
-"""The verbs status and ls: what runs are doing, from their files and their backend's word, for a person or a program."""
+"""The verbs status and ls: the state of runs from their files and their backend, as text or JSON."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _BARS = "▁▂▃▄▅▆▇█"
 _CLEAR = "\x1b[H\x1b[J"
 _ALERTS_SHOWN = 3
 _CHECKPOINTS_SHOWN = 5
-_ASKED_AT_ONCE = 16
+_NUM_QUERIES = 16
 _PARTS_SHOWN = 4
-# A newest step that is older is told with its age.
-_OLD_S = 60.0
-# For so long storage may fail while a run is watched.
-_UNREAD_S = 60.0
+# A newest step older than this is shown with its age.
+_STALE_STEP_S = 60.0
+# How long storage may fail while a run is watched.
+_STORAGE_FAILURE_S = 60.0
 _COLUMNS = ("run", "state", ">step", ">loss", ">cost", "updated")
 
 
@@ -41,8 +41,8 @@ def run(verb: str, tokens: list[str]) -> int:
     """Carry out `status` or `ls`."""
     arguments = _parser(verb).parse_args(tokens)
     if verb == "status":
-        found = run_store.find_run(arguments.run, Path(arguments.root), marker="status.json")
-        return _status(found, arguments.json, arguments.watch)
+        run_dir = run_store.find_run(arguments.run, Path(arguments.root), marker="status.json")
+        return _status(run_dir, arguments.json, arguments.watch)
     if arguments.mirror:
         from launcher.cli import mirror
 
@@ -76,102 +76,102 @@ def _seconds(value: str) -> float:
 
 def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
     """Print the state of a run, once or every `every_s` seconds until it ends."""
-    state, read_at = _state_of(run), time.monotonic()
+    state, read_at = _state_reader(run), time.monotonic()
     while True:
         try:
-            found = summary(run, state())
+            values = summary(run, state())
         except (OSError, LauncherError) as error:
-            # Storage that hiccups is back at the next look.
-            if every_s is None or time.monotonic() - read_at > _UNREAD_S:
+            # Storage may be back at the next try.
+            if every_s is None or time.monotonic() - read_at > _STORAGE_FAILURE_S:
                 raise
-            print(printable(f"the run cannot be read now: {_why(error)}"), file=sys.stderr)
+            print(printable(f"the run cannot be read now: {_reason(error)}"), file=sys.stderr)
             time.sleep(every_s)
             continue
         read_at = time.monotonic()
-        block = formatting.as_json(found, 2 if every_s is None else None) if as_json else "\n".join(_lines(found))
+        block = formatting.as_json(values, 2 if every_s is None else None) if as_json else "\n".join(_lines(values))
         clear = every_s is not None and not as_json and sys.stdout.isatty()
         print(f"{_CLEAR if clear else ''}{block}", flush=True)
-        if every_s is None or found["state"] not in RUNNING_STATES:
+        if every_s is None or values["state"] not in RUNNING_STATES:
             return 0
         time.sleep(every_s)
         if not as_json and not clear:
             print()
 
 
-def _why(error: OSError | LauncherError) -> str:
+def _reason(error: OSError | LauncherError) -> str:
     return error.problems[0].what if isinstance(error, LauncherError) else str(error)
 
 
-def _ask(run: RunDir) -> Status:
+def _ask_backend(run: RunDir) -> Status:
     return cluster_for(run_store.read_placement(run).kind).status(run)
 
 
-def _state_of(run: RunDir) -> Callable[[], Status]:
-    """What tells the run's state: where no plan names a backend to ask, as with files that were copied, status.json alone."""
+def _state_reader(run: RunDir) -> Callable[[], Status]:
+    """Return a function that reads the run's state; from status.json alone if no plan names a backend, as with copied files."""
     if not run.plan.is_file():
         return partial(run_store.read_status, run)
     return StatusWatch(run, cluster_for(run_store.read_placement(run).kind)).state
 
 
 def _ls(root: Path, as_json: bool) -> int:
-    """Print the runs under `root`, newest first; one that cannot be read is named on standard error."""
+    """Print the runs under `root`, newest first; name those that cannot be read on standard error."""
     runs, summaries = list(run_store.list_runs(root)), []
-    # Backends that do not answer are waited for together.
-    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        asked = [pool.submit(_ask, run) for run in runs]
-    for run, status in zip(runs, asked, strict=True):
+    # Wait for slow backends at the same time.
+    with ThreadPoolExecutor(_NUM_QUERIES) as pool:
+        answers = [pool.submit(_ask_backend, run) for run in runs]
+    for run, answer in zip(runs, answers, strict=True):
         try:
-            summaries.append(summary(run, status.result()))
+            summaries.append(summary(run, answer.result()))
         except (OSError, LauncherError) as error:
-            print(printable(f"{run.root.name}: {_why(error)}"), file=sys.stderr)
+            print(printable(f"{run.root.name}: {_reason(error)}"), file=sys.stderr)
     if as_json:
         print(formatting.as_json(summaries))
     elif not summaries:
         print(f"no runs under {root}; start one with: python -m launcher")
     else:
-        print("\n".join(formatting.table(_COLUMNS, [_row(found) for found in summaries])))
+        print("\n".join(formatting.table(_COLUMNS, [_row(values) for values in summaries])))
     return 0
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
-    """The state of a run, a label and a value a line."""
-    metrics, asked = found["metrics"], ", asked to stop" if found["asked_to_stop"] else ""
+def _lines(values: dict[str, Any]) -> list[str]:
+    """Return the state of a run as lines of a label and a value."""
+    metrics, stop_note = values["metrics"], ", asked to stop" if values["asked_to_stop"] else ""
     rows = [
-        ("run", f"{found['name']} in {formatting.short(Path(found['dir']))}"),
-        ("state", found["state"] + (f": {found['message']}" if found["message"] else "") + asked),
-        ("attempt", str(found["attempt"])),
-        ("step", _progress(found)),
+        ("run", f"{values['name']} in {formatting.short(Path(values['dir']))}"),
+        ("state", values["state"] + (f": {values['message']}" if values["message"] else "") + stop_note),
+        ("attempt", str(values["attempt"])),
+        ("step", _progress(values)),
     ]
     if metrics:
-        shown = dict(status_lines(metrics, found["usual"]))
+        shown = dict(status_lines(metrics, values["usual"]))
         if "loss" in shown:
-            shown["loss"] += f"  {sparkline(found['losses'])}"
+            shown["loss"] += f"  {sparkline(values['losses'])}"
         rows += shown.items()
-        if found["left_s"] is not None and not asked:
-            after = " of training, once it has its machines" if found["state"] == "pending" else ""
-            limit = f", until {found['limit']} ends it before its last step" if found["limit"] else ""
-            rows.append(("time left", f"{format_duration(found['left_s'])}{after}{limit}"))
-    if found["goodput"] is not None:
-        rows.append(("goodput", _lost(found["goodput"])))
-    if found["cost"] is not None:
-        rows.append(("cost", _money(found["cost"], found["device"])))
-    if found["eval_loss"] is not None:
-        rows.append(("held out", f"loss {found['eval_loss']:.4f} after step {found['eval_step']:,}"))
-    if found["checkpoints"]:
-        rows.append(("checkpoints", _checkpoints(found["checkpoints"])))
-    if page := wandb_words(found["wandb"]):
+        if values["left_s"] is not None and not stop_note:
+            after = " of training, once it has its machines" if values["state"] == "pending" else ""
+            limit = f", until {values['limit']} ends it before its last step" if values["limit"] else ""
+            rows.append(("time left", f"{format_duration(values['left_s'])}{after}{limit}"))
+    if values["goodput"] is not None:
+        rows.append(("goodput", _goodput(values["goodput"])))
+    if values["cost"] is not None:
+        rows.append(("cost", _money(values["cost"], values["device"])))
+    if values["eval_loss"] is not None:
+        rows.append(("held out", f"loss {values['eval_loss']:.4f} after step {values['eval_step']:,}"))
+    if values["checkpoints"]:
+        rows.append(("checkpoints", _checkpoints(values["checkpoints"])))
+    if page := wandb_words(values["wandb"]):
         rows.append(("W&B", page))
-    if found["mirror"] is not None:
-        rows.append(("mirror", found["mirror"]))
-    rows += [("alert", _alert(alert)) for alert in found["alerts"][-_ALERTS_SHOWN:]]
-    # What others have written may be of many lines, and hold what a terminal acts upon.
+    if values["mirror"] is not None:
+        rows.append(("mirror", values["mirror"]))
+    rows += [("alert", _alert(alert)) for alert in values["alerts"][-_ALERTS_SHOWN:]]
+    # Texts of other programs may have several lines and control characters.
     return [f"{label:<12}{printable(value).replace(chr(10), chr(10) + ' ' * 12)}" for label, value in rows]
 
 
-def _progress(found: dict[str, Any]) -> str:
-    done, total = found["step"], found["max_steps"]
-    is_old = found["state"] in RUNNING_STATES and found["age_s"] is not None and found["age_s"] >= _OLD_S
-    age = f", {format_duration(found['age_s'])} ago" if is_old else ""
+def _progress(values: dict[str, Any]) -> str:
+    done, total = values["step"], values["max_steps"]
+    is_old = values["state"] in RUNNING_STATES and values["age_s"] is not None and values["age_s"] >= _STALE_STEP_S
+    age = f", {format_duration(values['age_s'])} ago" if is_old else ""
     return (f"{done:,} of {total:,} ({done / total:.0%})" if total else f"{done:,} of ?") + age
 
 
@@ -182,18 +182,18 @@ def _checkpoints(steps: Sequence[int]) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """One bar for each value, from the lowest to the highest; one that is not finite is an exclamation mark."""
+    """Return one bar for each value, scaled from lowest to highest; an exclamation mark for one that is not finite."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((value - low) * scale)] if math.isfinite(value) else "!" for value in values)
 
 
-def _lost(told: dict[str, float]) -> str:
-    """The goodput and the largest parts of the rest."""
-    parts = sorted(((told[name], words) for name, words in goodput.LOST.items() if told[name] >= 1), reverse=True)
-    lost = ", ".join(f"{words} {format_duration(seconds)}" for seconds, words in parts[:_PARTS_SHOWN])
-    return f"{told['fraction']:.1%} of {format_duration(told['wall_s'])} went into steps that count" + (
+def _goodput(seconds_of: dict[str, float]) -> str:
+    """Return the goodput and the largest parts of the lost time."""
+    parts = sorted(((seconds_of[name], label) for name, label in goodput.LOST.items() if seconds_of[name] >= 1), reverse=True)
+    lost = ", ".join(f"{label} {format_duration(seconds)}" for seconds, label in parts[:_PARTS_SHOWN])
+    return f"{seconds_of['fraction']:.1%} of {format_duration(seconds_of['wall_s'])} was spent on kept steps" + (
         f"; {lost}" if lost else ""
     )
 
@@ -203,7 +203,7 @@ def _money(cost: dict[str, Any], device: str) -> str:
     if cost["usd"] is None:
         return hours
     end = f", about ${cost['expected_usd']:,.2f} at the end" if cost["expected_usd"] is not None else ""
-    of = "; at a typical price, cluster.price_per_gpu_hour sets yours" if cost["at_typical_price"] else ""
+    of = "; at a typical price; set yours with cluster.price_per_gpu_hour" if cost["at_typical_price"] else ""
     return f"${cost['usd']:,.2f} so far ({hours}){end}{of}"
 
 
@@ -212,14 +212,14 @@ def _alert(alert: dict[str, Any]) -> str:
     return f"{alert['text']} ({format_duration(max(0.0, time.time() - alert['time']))} ago{at})"
 
 
-def _row(found: dict[str, Any]) -> tuple[str, ...]:
-    loss, cost = found["metrics"].get("train/loss"), found["cost"] or {}
+def _row(values: dict[str, Any]) -> tuple[str, ...]:
+    loss, cost = values["metrics"].get("train/loss"), values["cost"] or {}
     about = "~" if cost.get("at_typical_price") else ""
     return (
-        found["name"],
-        found["state"],
-        f"{found['step']}/{found['max_steps'] or '?'}",
+        values["name"],
+        values["state"],
+        f"{values['step']}/{values['max_steps'] or '?'}",
         "-" if loss is None else f"{loss:.4f}",
         "-" if cost.get("usd") is None else f"{about}${cost['usd']:,.2f}",
-        f"{format_duration(max(0.0, time.time() - found['updated_at']))} ago",
+        f"{format_duration(max(0.0, time.time() - values['updated_at']))} ago",
     )

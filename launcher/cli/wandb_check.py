@@ -1,4 +1,4 @@
-"""W&B's word on a run before anything is submitted: a wrong key or entity is found out here, not after hours in a queue."""
+"""Check with W&B before submission: a wrong key or entity is found here, not after hours in a queue."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _DEADLINE_S = 30.0
 
 
 def check(config: RunConfig, environ: dict[str, str]) -> list[str]:
-    """What a person should know of the login that the run would be tracked with; `environ` is that of this package's processes.
+    """Return notes about the login that would track the run; `environ` is the environment of the launcher's processes.
 
     Raises:
-        ConfigError: where W&B refuses the key, the entity or the project, or online is asked for without a login.
+        ConfigError: if W&B refuses the key, the entity or the project, or if mode online has no login.
     """
     tracking = config.tracking
     if tracking.kind != "wandb" or tracking.mode in ("offline", "disabled"):
@@ -27,19 +27,19 @@ def check(config: RunConfig, environ: dict[str, str]) -> list[str]:
     if account["login"] is None and tracking.mode == "auto":
         return []
     if not config.cluster.forwards_environment:
-        # The login of the cluster's nodes counts, which is not known here.
-        return _not_travelling(config.cluster, account["login"])
+        # The login of the cluster's nodes counts, and is unknown here.
+        return _login_notes(config.cluster, account["login"])
     if account["refused"]:
         raise ConfigError(
             f"Weights & Biases will not take this run: {account['refused']}",
             where="tracking",
             value=f"entity={account['entity'] or tracking.entity}, project={tracking.project}, mode={tracking.mode}",
-            remedy="log in with: wandb login, set tracking.entity (or WANDB_ENTITY) and tracking.project to what you may write "
-            "to, or set tracking.mode=offline",
+            remedy="log in with: wandb login, set tracking.entity (or WANDB_ENTITY) and tracking.project to a project that you "
+            "may write to, or set tracking.mode=offline",
         )
-    said = [f"whether W&B takes this run is not known: {account['unknown']}"] if account["unknown"] else []
-    said += [account["note"]] if account["note"] else []
-    return [*said, *_not_travelling(config.cluster, account["login"])]
+    notes = [f"the launcher could not check whether W&B accepts this run: {account['unknown']}"] if account["unknown"] else []
+    notes += [account["note"]] if account["note"] else []
+    return [*notes, *_login_notes(config.cluster, account["login"])]
 
 
 def _look_up(tracking: str, environ: dict[str, str]) -> dict[str, Any]:
@@ -59,8 +59,8 @@ def _look_up(tracking: str, environ: dict[str, str]) -> dict[str, Any]:
         return unknown
 
 
-def _not_travelling(cluster: ClusterSection, login: str | None) -> list[str]:
-    """Why the ranks may not have the login that is here: without one they go on offline, or fail where online is asked for."""
+def _login_notes(cluster: ClusterSection, login: str | None) -> list[str]:
+    """Return why the ranks may lack this login. Without one they track offline, or fail in mode online."""
     if not cluster.forwards_environment:
         return ["API keys are not sent to this cluster: its nodes need WANDB_API_KEY in their environment"]
     problem = cluster.netrc_problem if login == "netrc" else None

@@ -1,4 +1,4 @@
-"""Plain lines for a person: one per logged step, one per message."""
+"""Plain lines in the log: one per logged step, one per event."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from launcher.tracking.metrics import console_text
 
 
 class ConsoleTracker:
-    """Prints steps and messages to a stream (rank 0's log), each line at once."""
+    """Prints steps and events to a stream (rank 0's log), and flushes each line."""
 
     def __init__(self, max_steps: int | None, stream: TextIO | None = None) -> None:
         self._max_steps = max_steps
         self._stream = stream or sys.stdout
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        # Evaluations reach people as events; a line of a bare step number would say nothing.
+        # Evaluations are events; without a loss, the line would be a bare step number.
         if "train/loss" in metrics:
             self._print(format_step({"trainer/step": step, **metrics}, self._max_steps))
 
@@ -25,7 +25,7 @@ class ConsoleTracker:
         self._print(f"{kind}: {text}" if step is None else f"{kind} at step {step}: {text}")
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """The summary repeats what was printed before."""
+        """Do nothing: the summary repeats what was printed before."""
 
     def finish(self, state: str) -> None:
         self._stream.flush()
@@ -35,7 +35,7 @@ class ConsoleTracker:
 
 
 def format_step(metrics: Mapping[str, float], max_steps: int | None) -> str:
-    """One line such as `step  12/40  loss 1.834  lr 1.8e-05  grad 1.32  231 tok/s  eta 1m40s`; missing metrics are left out."""
+    """Return a line such as `step  12/40  loss 1.834  lr 1.8e-05  grad 1.32  231 tok/s  eta 1m40s`; leave out missing metrics."""
     parts = []
     if "trainer/step" in metrics:
         width = max(3, len(str(max_steps or "")))

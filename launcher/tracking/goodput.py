@@ -26,7 +26,7 @@ LOST = {
     "eval_s": "evaluation",
     "restart_s": "failures and restarts",
     "idle_s": "ended, not resumed",
-    "replay_s": "steps that were lost",
+    "replay_s": "lost steps",
     "other_s": "everything else",
 }
 # The field of rank 0's events that marks the phases of a start, and its values.
@@ -126,8 +126,8 @@ def breakdown_from_metrics(line: dict[str, Any]) -> Breakdown | None:
     if "perf/goodput" not in line:
         return None
     lost = {name: line.get(f"lost/{name}", 0.0) for name in LOST}
-    kept = line["time/kept_s"]
-    return Breakdown(kept + sum(lost.values()), kept, **lost, lost_steps=int(line["run/lost_steps"]))
+    kept_s = line["time/kept_s"]
+    return Breakdown(kept_s + sum(lost.values()), kept_s, **lost, lost_steps=int(line["run/lost_steps"]))
 
 
 @dataclass(frozen=True)
@@ -161,17 +161,17 @@ def breakdown(
     for i, attempt in enumerate(attempts):
         # The clocks of nodes differ: an attempt never ends before the one before it.
         end = max(_end(attempts, i, now), before)
-        begun = end if attempt.begun_at is None else min(max(attempt.begun_at, before), end)
+        started_at = end if attempt.begun_at is None else min(max(attempt.begun_at, before), end)
         # An automatic attempt queues from the end of the one before; it may get its number only when it has machines.
-        asked = before if attempt.automatic else min(max(attempt.submitted_at, before), begun)
-        parts["idle_s"] += asked - before
-        parts["queue_s"] += begun - asked
+        queued_at = before if attempt.automatic else min(max(attempt.submitted_at, before), started_at)
+        parts["idle_s"] += queued_at - before
+        parts["queue_s"] += started_at - queued_at
         own = [start for start in starts if start.attempt == attempt.number]
         # Machines cost the same before the ranks have joined.
         num_ranks = own[0].num_ranks if own else attempt.num_ranks
-        held = held + end - begun
-        spent = spent.with_gpu_time((end - begun) * max(num_ranks, attempt.num_workers), attempt.price)
-        parts["start_s"] += max(0.0, (own[0].joined_at if own else end) - begun)
+        held = held + end - started_at
+        spent = spent.with_gpu_time((end - started_at) * max(num_ranks, attempt.num_workers), attempt.price)
+        parts["start_s"] += max(0.0, (own[0].joined_at if own else end) - started_at)
         for start in own:
             lost_steps += _count(start, parts, is_last=start is starts[-1] and attempt is attempts[-1])
         before = max(before, end)
@@ -232,8 +232,8 @@ def _starts(
 def _end(attempts: Sequence[AttemptTimes], i: int, now: float) -> float:
     """Return when attempt number i released its machines: at its end, or when the next one began."""
     following = next((a.begun_at for a in attempts[i + 1 :] if a.begun_at is not None), now)
-    ended = attempts[i].ended_at
-    return min(now, following, now if ended is None else ended)
+    ended_at = attempts[i].ended_at
+    return min(now, following, now if ended_at is None else ended_at)
 
 
 def read_attempt_times(run: RunDir, next_plan: LaunchPlan | None = None) -> list[AttemptTimes]:

@@ -161,7 +161,7 @@ def continued_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     Steps that an attempt trained beyond the start of the next one are discarded. An attempt that begins with an evaluation
     continues from the evaluated step.
     """
-    kept: list[dict[str, Any]] = []
+    continued: list[dict[str, Any]] = []
     newest = 0
     for line in lines:
         if line["attempt"] < newest:
@@ -169,10 +169,10 @@ def continued_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if line["attempt"] > newest:
             newest = line["attempt"]
             last = line["trainer/step"] if _is_evaluation(line) else line["trainer/step"] - 1
-            while kept and kept[-1]["trainer/step"] > last:
-                kept.pop()
-        kept.append(line)
-    return kept
+            while continued and continued[-1]["trainer/step"] > last:
+                continued.pop()
+        continued.append(line)
+    return continued
 
 
 def merge_steps(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ _LAST = 99
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds in the two largest units: 45s, 1m40s, 2h05m, 3d04h; `?` where it is not finite."""
+    """Return seconds in the two largest units: 45s, 1m40s, 2h05m, 3d04h; `?` if they are not finite."""
     if not math.isfinite(seconds):
         return "?"
     total = round(seconds)
@@ -210,8 +210,8 @@ METRICS: dict[str, Metric] = {
     "time/straggler_ratio": Metric(
         section="Stability",
         title="Slowest rank against the median rank",
-        curve=Curve("Slowest rank against the usual one"),
-        status=StatusPart("the slowest works {:.2f} times as long as the usual one".format, line="ranks", is_median=True),
+        curve=Curve("Slowest rank relative to the median rank"),
+        status=StatusPart("the slowest works {:.2f} times as long as the median rank".format, line="ranks", is_median=True),
     ),
     "time/step_max_rank_s": Metric("s", "Stability", "Longest step of any rank"),
     "run/restarts": Metric(section="Stability", title="Restarts"),
@@ -236,7 +236,7 @@ METRICS: dict[str, Metric] = {
     "gpu/util_min": Metric(
         section="Cluster",
         title="GPU utilisation, mean and lowest",
-        status=StatusPart("(the least {:.0%})".format, order=1, separator=" ", line="GPUs"),
+        status=StatusPart("(lowest {:.0%})".format, order=1, separator=" ", line="GPUs"),
     ),
     "gpu/temp_max": Metric(
         "°C",
@@ -314,8 +314,8 @@ def status_lines(last: Mapping[str, Any], medians: Mapping[str, float]) -> Itera
             values = medians if metric.status.is_median else last
             if name in values:
                 parts.setdefault(metric.status.line, []).append((metric.status, values[name]))
-    for line, found in parts.items():
-        if text := _joined(found):
+    for line, line_parts in parts.items():
+        if text := _joined(line_parts):
             yield line, text
 
 

@@ -1,4 +1,4 @@
-"""Where metrics and messages go: one protocol, a composite of its implementations, and their start."""
+"""Trackers of metrics and events: the protocol, a composite of its implementations, and their start."""
 
 from __future__ import annotations
 
@@ -24,26 +24,25 @@ REPEAT_S = 1800.0
 
 
 class Tracker(Protocol):
-    """A sink for what a run has to say. Steps count optimizer steps; metric names are those of the design."""
+    """A sink of metrics and events. Steps are optimizer steps; metrics are those of launcher.tracking.metrics."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record metrics of one step; several calls for one step add up."""
+        """Record metrics of one step; several calls for one step are merged."""
 
     def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-        """Record a message for people; `kind` is info, eval, sample, checkpoint, alert or the like. An alert that may come again
-        begins with what it is of, and a colon.
+        """Record an event; `kind` is info, eval, sample, checkpoint, alert or the like.
 
-        What a kind has to say to programs stands in fields: a checkpoint's `path`, `saved_step` and `eval_loss`, an export's
-        `path`. With the field `recorded` it stands in events.jsonl already, and is only passed on.
+        The text of an alert that may repeat begins with its kind and a colon. `fields` are for programs: a checkpoint's `path`,
+        `saved_step` and `eval_loss`, an export's `path`. An event with the field `recorded` is in events.jsonl already.
         """
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Record what describes the run as a whole, such as its last and best loss."""
+        """Record values of the run as a whole, such as its last and lowest loss."""
 
     def finish(self, state: str) -> None:
-        """Write out what is pending and close; `state` is the run's last state, such as completed or failed.
+        """Write what is pending and close; `state` is the run's last state, such as completed or failed.
 
-        SUPERSEDED writes nothing more: another attempt has taken over, and what this one says is not of the run.
+        With SUPERSEDED nothing more is written: another attempt has taken over the run.
         """
 
 
@@ -68,9 +67,9 @@ class RateLimit:
 
 
 class Composite:
-    """Fans out to several trackers and never raises: one that fails is reported once, through the others, and dropped.
+    """Fans out to several trackers and never raises. A tracker that fails is reported once, through the others, and removed.
 
-    One that raises an OSError stays, as storage may be back at the next call. Of alerts of a kind, few are passed on.
+    A tracker that raises an OSError stays, as storage may be back at the next call. Alerts are rate-limited by kind.
     """
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
@@ -87,14 +86,14 @@ class Composite:
     def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
         if kind == "alert" and not self._limit.admit(text):
             return
-        # The last started first: Weights & Biases only takes note of it, and is heard where storage hangs at the files of others.
+        # The last started first: W&B only queues the event, and sends it even if storage hangs for the files of others.
         self._each(lambda tracker: tracker.event(kind, text, step, **fields), reversed(self._trackers))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.summary(values))
 
     def finish(self, state: str) -> None:
-        """Close all, the last started first, so that a failure to close can still be reported by the others."""
+        """Close all, the last started first, so that the others can report a failure to close."""
         while self._trackers:
             tracker = self._trackers.pop()
             try:
@@ -109,9 +108,9 @@ class Composite:
                 call(tracker)
             except Exception as error:
                 failed.append((tracker, error))
-        # All that failed leave before any is reported: a report must not go to a broken one.
-        lasting = [tracker for tracker, error in failed if not isinstance(error, OSError)]
-        self._trackers = [t for t in self._trackers if all(t is not tracker for tracker in lasting)]
+        # Remove all that failed before any is reported: a report must not go to a broken tracker.
+        removed = [tracker for tracker, error in failed if not isinstance(error, OSError)]
+        self._trackers = [t for t in self._trackers if all(t is not tracker for tracker in removed)]
         for broken, reason in failed:
             self._report(broken, reason)
 
@@ -121,8 +120,8 @@ class Composite:
             return
         self._reported.append(tracker)
         detail = str(error) if isinstance(error, LauncherError) else f"{type(error).__name__}: {error}"
-        then = "is tried again with what comes" if stays else "is off for the rest of the run"
-        text = f"{type(tracker).__name__} failed and {then}; training goes on. {detail}"
+        outcome = "is retried with the next data" if stays else "is off for the rest of the run"
+        text = f"{type(tracker).__name__} failed and {outcome}; training continues. {detail}"
         if any(each is not tracker for each in self._trackers):
             self.event("alert", text)
         else:
@@ -130,13 +129,16 @@ class Composite:
 
 
 def start_trackers(plan: LaunchPlan, run_dir: str | Path, attempt: int, on_stop: Callable[[], None]) -> Composite:
-    """Start the terminal's lines, metrics.jsonl, events.jsonl and, where the plan says so, Weights & Biases.
+    """Start the trackers for the terminal, metrics.jsonl and events.jsonl and, if configured, Weights & Biases.
 
-    Called on rank 0 only. `attempt` counts from 1. `on_stop` is called, in another thread, where a person presses Stop in W&B's
-    page. Weights & Biases that refuses to start is no reason to lose the machines: training goes on, and its data stay on disk.
+    Call it on rank 0 only. If Weights & Biases does not start, training continues, and the data stay on disk.
+
+    Args:
+        attempt: number of the attempt, from 1.
+        on_stop: called in another thread when a person presses Stop on W&B's page.
 
     Raises:
-        RunError: where the run directory cannot be written.
+        RunError: if the run directory cannot be written.
     """
     composite = Composite([ConsoleTracker(plan.batch.max_steps)])
     run = RunDir(Path(run_dir))
@@ -150,5 +152,5 @@ def start_trackers(plan: LaunchPlan, run_dir: str | Path, attempt: int, on_stop:
             remedy="free space, or make the folder writable",
         ) from error
     if tracking.kind == "wandb" and tracking.mode != "disabled":
-        composite.add(WandbTracker(plan, run_dir, tell=composite.event, on_stop=on_stop))
+        composite.add(WandbTracker(plan, run_dir, send_event=composite.event, on_stop=on_stop))
     return composite

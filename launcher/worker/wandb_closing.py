@@ -49,7 +49,7 @@ def main(plan_path: str, attempt: int) -> None:
         return
     status = run_store.read_status(run)
     report = partial(append_event, run, attempt)
-    tracker = WandbTracker(plan, run.root, tell=report, on_stop=_no_stop)
+    tracker = WandbTracker(plan, run.root, send_event=report, on_stop=_no_stop)
     text = f"the run ends: {status.message}"
     if status.state == "failed":
         text = f"the run has failed: {status.message}{_log_of_first_failure(run, attempt)}"

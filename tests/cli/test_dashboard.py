@@ -80,13 +80,13 @@ def sections(view: dict[str, Any]) -> list[str]:
     return [section["name"] for section in json.loads(view["spec"])["section"]["panelBankConfig"]["sections"]]
 
 
-def test_the_workspace_is_what_it_was(launch: Launch, golden: Callable[[str, str], None]) -> None:
+def test_the_workspace_equals_the_golden_file(launch: Launch, golden: Callable[[str, str], None]) -> None:
     done = launch("dashboard", "team/demo", "--dry-run")
     assert done.returncode == 0, done.stderr
     golden("dashboard.json", done.stdout)
 
 
-def test_every_panel_has_a_title_and_the_steps_below_it(launch: Launch) -> None:
+def test_every_panel_has_a_title_and_the_step_axis(launch: Launch) -> None:
     made = json.loads(launch("dashboard", "demo", "--dry-run").stdout)
     panels = [panel for part in made["spec"]["section"]["panelBankConfig"]["sections"] for panel in part["panels"]]
     titles = {title for metric in METRICS.values() for title in ((metric.section, metric.title), *metric.more_panels) if title[1]}
@@ -102,7 +102,7 @@ def test_a_run_has_a_workspace_of_its_own(launch: Launch, run: RunDir) -> None:
     assert made["name"] == "Launcher: demo-run"
 
 
-def test_it_is_created_once_and_what_people_added_stays(launch: Launch, views: Views) -> None:
+def test_the_workspace_is_created_once_and_sections_of_people_stay(launch: Launch, views: Views) -> None:
     done = launch("dashboard", "demo", **views.environ)
     assert done.returncode == 0, done.stderr
     address = f"{views.environ['WANDB_BASE_URL']}/team/demo?nw=launcher"
@@ -121,7 +121,7 @@ def test_it_is_created_once_and_what_people_added_stays(launch: Launch, views: V
     assert sections(view) == [*SECTIONS, "Mine"]
 
 
-def test_a_project_that_is_not_there_is_told_in_words(launch: Launch, views: Views) -> None:
+def test_a_missing_project_is_an_error(launch: Launch, views: Views) -> None:
     done = launch("dashboard", "none-such", **views.environ)
     assert done.returncode == 2
     assert "no such W&B project" in done.stderr
@@ -130,20 +130,20 @@ def test_a_project_that_is_not_there_is_told_in_words(launch: Launch, views: Vie
 
 
 @pytest.mark.parametrize("target", ["a/b/c", "what is this?"])
-def test_what_is_neither_is_refused(launch: Launch, target: str) -> None:
+def test_a_target_that_is_neither_run_nor_project_is_refused(launch: Launch, target: str) -> None:
     done = launch("dashboard", target, "--dry-run")
     assert done.returncode == 2
     assert "neither a run nor a W&B project" in done.stderr
 
 
-def test_without_a_login_the_remedy_is_told(launch: Launch) -> None:
+def test_without_a_login_the_error_has_a_remedy(launch: Launch) -> None:
     done = launch("dashboard", "demo", WANDB_BASE_URL="http://127.0.0.1:9")
     assert done.returncode == 1
     assert "WANDB_API_KEY" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_asking_for_it_loads_no_torch() -> None:
+def test_the_workspace_loads_no_torch() -> None:
     code = (
         "import sys; from launcher.tracking.wandb import workspace as w; "
         "w.as_json(w.Target('demo')); sys.exit('torch' in sys.modules)"

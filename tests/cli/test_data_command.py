@@ -296,7 +296,7 @@ def test_two_runs_at_once_build_one_cache(launcher_env: Mapping[str, str], rows:
         (["--show", "many"], "--show is a number"),
         (["--show", "--json"], "--show needs a value"),
         (["--html", "nowhere/page.html"], "cannot be written"),
-        (["--html", "notes.html"], "no page that the launcher wrote"),
+        (["--html", "notes.html"], "not a page of the launcher"),
     ],
 )
 def test_invalid_options_are_refused_at_once(launch_here: Run, tmp_path: Path, arguments: list[str], words: str) -> None:

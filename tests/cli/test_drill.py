@@ -126,7 +126,7 @@ def test_a_later_save_is_a_recovery_from_a_full_disk() -> None:
     assert "File too large" in report.happened
     never = replace(SAVED_AGAIN, committed=frozenset({5}))
     assert "did not train again" in problems(never, frozenset({5}))
-    assert "no rank has said" in problems(replace(SAVED_AGAIN, errors=()), frozenset({5, 20}))
+    assert "no rank reported" in problems(replace(SAVED_AGAIN, errors=()), frozenset({5, 20}))
 
 
 def test_a_run_that_needs_a_resume_is_reported() -> None:
@@ -156,7 +156,7 @@ def test_a_run_that_does_not_train_again_has_not_recovered() -> None:
 
 def test_a_run_that_fails_again_has_not_recovered() -> None:
     short = replace(RESTARTED, steps=RESTARTED.steps[:12], last_word="failed: rank 1: killed by SIGKILL")
-    assert "did not get beyond step 9: failed: rank 1" in problems(short)
+    assert "did not get past step 9: failed: rank 1" in problems(short)
     assert judge(short, WHOLE).trains_again_s == 20
 
 

@@ -88,7 +88,7 @@ def test_texts_are_escaped_and_tags_are_closed() -> None:
     assert '<td class="number">7</td>' in html
 
 
-def test_bars_stand_on_each_other_to_scale() -> None:
+def test_stacked_bars_are_to_scale() -> None:
     html = svg_charts.stacked_bars("t", ["a", "b"], [Series("s", [10, 20]), Series("u", [30, 0])], "x", "y")
     boxes = [tuple(map(float, box)) for box in re.findall(r'y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', html)]
     (low_top, low), (high_top, high), (_, other) = boxes
@@ -97,7 +97,7 @@ def test_bars_stand_on_each_other_to_scale() -> None:
     assert high_top + high == pytest.approx(low_top, abs=0.2)
 
 
-def test_a_line_goes_where_the_numbers_are() -> None:
+def test_lines_are_to_scale() -> None:
     html = svg_charts.lines("t", [[1, 10, 100]], [Series("s", [0, 50, 100])], "x", "y", log_x=True)
     (path,) = re.findall(r'points="([^"]+)"', html)
     points = [tuple(map(float, pair.split(","))) for pair in path.split()]
@@ -106,7 +106,7 @@ def test_a_line_goes_where_the_numbers_are() -> None:
     assert points[0][1] > points[2][1], "up is more"
 
 
-def test_what_is_not_finite_is_left_out_and_nothing_draws_nothing() -> None:
+def test_values_that_are_not_finite_are_left_out_and_empty_series_draw_nothing() -> None:
     html = svg_charts.lines("t", [[0, 1, 2]], [Series("s", [1.0, math.nan, 3.0])], "x", "y")
     assert len(re.findall(r"[\d.]+,[\d.]+", re.findall(r'points="([^"]+)"', html)[0])) == 2
     assert "nothing to draw" in svg_charts.lines("t", [[]], [Series("s", [])], "x", "y")

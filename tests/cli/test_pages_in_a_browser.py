@@ -31,13 +31,13 @@ def assert_drawn(shown: Shown, num_charts: int) -> None:
         assert all(inside(part, chart.box) for part in (*chart.marks, *chart.texts))
 
 
-def test_the_report_has_charts_that_can_be_seen(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
+def test_the_charts_of_the_report_are_visible(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
     done = launch_here("report", str(run.root))
     assert done.returncode == 0, done.stderr
     assert_drawn(show(run.root / "report.html", tmp_path), num_charts=5)
 
 
-def test_two_runs_lie_over_each_other(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
+def test_two_runs_are_drawn_over_each_other(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
     """The same steps, with losses that differ by a half."""
     other = RunDir(run.root.with_name("other"))
     shutil.copytree(run.root, other.root)
@@ -57,7 +57,7 @@ def test_two_runs_lie_over_each_other(launch_here: Launch, run: RunDir, tmp_path
     assert rates[0] == rates[1]
 
 
-def test_the_page_of_the_data_has_charts_that_can_be_seen(launch_here: Launch, tmp_path: Path) -> None:
+def test_the_charts_of_the_data_page_are_visible(launch_here: Launch, tmp_path: Path) -> None:
     rows = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n}. " * (1 + n % 7)} for n in range(60)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = tmp_path / "data.html"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launcher import atomic_files, run_store
-from launcher.cli.report import _told, page, thinned
+from launcher.cli.report import _read_run_files, page, thin_out
 from launcher.clusters.detached_process import describe_this_process
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import JsonlTracker
@@ -22,7 +22,7 @@ from launcher.tracking.jsonl import JsonlTracker
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_one_run_is_told_whole(launch: Launch, run: RunDir) -> None:
+def test_the_report_of_one_run_has_all_sections(launch: Launch, run: RunDir) -> None:
     ended = {"state": "failed", "cause": "infrastructure", "message": "<b>n1</b> was lost", "ended_at": time.time()}
     atomic_files.write_json(run.attempt(1) / "exit.json", ended)
     done = launch("report", str(run.root))
@@ -34,7 +34,7 @@ def test_one_run_is_told_whole(launch: Launch, run: RunDir) -> None:
         assert words in page, words
     assert "infrastructure: &lt;b&gt;n1&lt;/b&gt; was lost" in page
     assert "something in attempt 2" in page
-    assert "steps that were lost" in page
+    assert "lost steps" in page
     assert not re.search(r"<script|https?://|src=|@import", page)
     curves = ("Training loss", "Learning rate", "Gradient norm", "Tokens per second", "MFU", "Main memory of rank 0")
     assert [title for title in re.findall(r"<h3>([^<]*)", page) if title in curves] == list(curves)
@@ -48,7 +48,7 @@ def test_one_run_is_told_whole(launch: Launch, run: RunDir) -> None:
     assert told["steps"].startswith("40")
 
 
-def test_the_cost_is_of_all_time_with_machines(launch: Launch, run: RunDir) -> None:
+def test_the_cost_counts_all_time_with_machines(launch: Launch, run: RunDir) -> None:
     """The export, which comes after the last line of metrics, counts as well."""
     atomic_files.write_json(run.attempt(2) / "exit.json", {"state": "completed", "ended_at": time.time()})
     second = run_store.read_attempt(run, 2)
@@ -64,22 +64,22 @@ def test_the_cost_is_of_all_time_with_machines(launch: Launch, run: RunDir) -> N
 @pytest.mark.parametrize(
     ("state", "begun", "words"),
     [
-        ("running", True, "goes on"),
-        ("pending", True, "ended without a word"),
-        ("pending", False, "waits for machines"),
-        ("failed", True, "ended without a word"),
-        ("cancelled", False, "never begun"),
+        ("running", True, "running"),
+        ("pending", True, "ended without a record"),
+        ("pending", False, "waiting for machines"),
+        ("failed", True, "ended without a record"),
+        ("cancelled", False, "never started"),
     ],
 )
-def test_only_the_newest_attempt_of_a_run_that_runs_goes_on(run: RunDir, state: str, begun: bool, words: str) -> None:
+def test_only_the_newest_attempt_of_a_running_run_is_running(run: RunDir, state: str, begun: bool, words: str) -> None:
     run_store.update_status(run, state=state, job=describe_this_process())
     begun_at = time.time() if begun else None
     run_store.write_attempt(run, 2, replace(run_store.read_attempt(run, 2), begun_at=begun_at))
-    rows = re.findall(r"<td[^>]*>([^<]*)</td></tr>", page([_told(run, "demo")]))
-    assert [row for row in rows if row in (words, "ended without a word")] == ["ended without a word", words]
+    rows = re.findall(r"<td[^>]*>([^<]*)</td></tr>", page([_read_run_files(run, "demo")]))
+    assert [row for row in rows if row in (words, "ended without a record")] == ["ended without a record", words]
 
 
-def test_several_runs_stand_in_the_same_charts(launch: Launch, run: RunDir, tmp_path: Path) -> None:
+def test_several_runs_share_their_charts(launch: Launch, run: RunDir, tmp_path: Path) -> None:
     shutil.copytree(run.root, run.root.with_name("other"))
     file = tmp_path / "both.html"
     done = launch("report", "demo", "other", "--root", str(run.root.parent), "--html", str(file))
@@ -90,7 +90,7 @@ def test_several_runs_stand_in_the_same_charts(launch: Launch, run: RunDir, tmp_
     assert not (run.root / "report.html").exists()
 
 
-def test_runs_of_one_name_are_told_apart_and_a_run_is_drawn_once(launch: Launch, run: RunDir, tmp_path: Path) -> None:
+def test_runs_of_one_name_are_distinguished_and_a_run_is_drawn_once(launch: Launch, run: RunDir, tmp_path: Path) -> None:
     shutil.copytree(run.root, tmp_path / "elsewhere/demo")
     file = tmp_path / "both.html"
     again, other = str(run.root / "../demo"), str(tmp_path / "elsewhere/demo")
@@ -103,17 +103,17 @@ def test_runs_of_one_name_are_told_apart_and_a_run_is_drawn_once(launch: Launch,
         assert f"<h2>{name}</h2>" in page
 
 
-def test_what_no_file_can_hold_stands_as_what_it_is(launch: Launch, run: RunDir) -> None:
+def test_half_a_surrogate_pair_is_written_as_its_number(launch: Launch, run: RunDir) -> None:
     """Half a surrogate pair, as in the name of a file that is no UTF-8."""
     JsonlTracker(run, 2).event("alert", "the file \udcff.jsonl is damaged")
     assert launch("report", str(run.root)).returncode == 0
     assert "the file &#56575;.jsonl is damaged" in (run.root / "report.html").read_text()
 
 
-def test_a_page_that_cannot_be_written_is_refused_in_words(launch: Launch, run: RunDir, tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_is_an_error(launch: Launch, run: RunDir, tmp_path: Path) -> None:
     notes = tmp_path / "notes.html"
     notes.write_text("<p>mine</p>")
-    for file, words in ((tmp_path / "none/page.html", "cannot be written"), (notes, "no page that the launcher wrote")):
+    for file, words in ((tmp_path / "none/page.html", "cannot be written"), (notes, "not a page of the launcher")):
         done = launch("report", str(run.root), "--html", str(file))
         assert done.returncode == 2
         assert words in done.stderr
@@ -122,31 +122,31 @@ def test_a_page_that_cannot_be_written_is_refused_in_words(launch: Launch, run: 
     assert notes.read_text() == "<p>mine</p>"
 
 
-def test_a_page_takes_the_place_of_an_earlier_one(launch: Launch, run: RunDir) -> None:
+def test_a_page_replaces_an_earlier_one(launch: Launch, run: RunDir) -> None:
     for _ in range(2):
         assert launch("report", str(run.root)).returncode == 0
 
 
-def test_a_run_that_has_not_begun_has_a_page_too(launch: Launch, run: RunDir) -> None:
+def test_a_run_that_has_not_started_has_a_page(launch: Launch, run: RunDir) -> None:
     run.metrics.unlink()
     run_store.update_status(run, state="failed", step=0)
     done = launch("report", str(run.root))
     assert done.returncode == 0, done.stderr
-    assert "nothing was logged yet" in (run.root / "report.html").read_text()
+    assert "nothing has been logged yet" in (run.root / "report.html").read_text()
 
 
-def test_spikes_survive_where_points_are_many() -> None:
+def test_thinning_keeps_spikes() -> None:
     points = [(float(step), 1.0) for step in range(10_000)]
     points[4321] = (4321.0, 99.0)
     points[1234] = (1234.0, math.nan)
-    found = thinned(points, 600)
+    found = thin_out(points, 600)
     assert len(found) <= 600
     assert (4321.0, 99.0) in found
     assert [step for step, _ in found] == sorted(step for step, _ in found)
-    assert thinned(points[:600], 600) == points[:600]
+    assert thin_out(points[:600], 600) == points[:600]
 
 
-def test_a_long_run_is_told_in_seconds(launch: Launch, run: RunDir) -> None:
+def test_the_report_of_a_long_run_takes_seconds(launch: Launch, run: RunDir) -> None:
     """10,000 steps; the bound is wide, since other programs may run."""
     log = JsonlTracker(run, 2)
     for step in range(11, 10_011):

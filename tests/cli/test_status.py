@@ -28,7 +28,7 @@ from launcher.tracking.jsonl import JsonlTracker
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_status_is_told_from_the_files_of_the_run(launch_here: Launch, run: RunDir) -> None:
+def test_status_reads_the_files_of_the_run(launch_here: Launch, run: RunDir) -> None:
     done = launch_here("status", str(run.root))
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
@@ -49,7 +49,7 @@ def test_status_is_told_from_the_files_of_the_run(launch_here: Launch, run: RunD
     assert [alert["step"] for alert in found["alerts"]] == [7, 10]
 
 
-def test_a_run_is_as_far_as_its_newest_word(run: RunDir) -> None:
+def test_the_step_is_the_newest_of_metrics_and_status(run: RunDir) -> None:
     """The ranks write status.json more seldom than they log."""
     status = replace(run_store.update_status(run, state="running"), step=8)
     before = replace(status, updated_at=1.0)
@@ -58,7 +58,7 @@ def test_a_run_is_as_far_as_its_newest_word(run: RunDir) -> None:
     assert summary(run, status)["step"] == 8, "as where the ranks have gone back since"
 
 
-def test_metrics_and_status_alone_tell_all_but_what_they_do_not_hold(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
+def test_status_works_with_metrics_and_status_json_alone(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
     """As where these two files were copied from a machine that is gone."""
     run_store.update_status(run, state="running")
     alone = tmp_path / "alone"
@@ -86,7 +86,7 @@ def test_metrics_and_status_alone_tell_all_but_what_they_do_not_hold(launch_here
     assert launch_here("status", str(alone)).returncode == 2
 
 
-def test_a_run_that_was_asked_to_stop_has_no_time_left_to_tell(launch_here: Launch, run: RunDir) -> None:
+def test_a_run_that_was_asked_to_stop_shows_no_time_left(launch_here: Launch, run: RunDir) -> None:
     atomic_files.write_json(run.cancel(2), {"save": True})
     run_store.update_status(run, state="running", job=describe_this_process())
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
@@ -94,7 +94,7 @@ def test_a_run_that_was_asked_to_stop_has_no_time_left_to_tell(launch_here: Laun
     assert "time" not in lines
 
 
-def test_the_time_left_before_an_attempt_has_trained_is_that_of_its_own_steps(launch_here: Launch, run: RunDir) -> None:
+def test_the_time_left_of_an_attempt_that_has_not_trained_counts_its_own_steps(launch_here: Launch, run: RunDir) -> None:
     number = run_store.create_attempt(run, run_records.Attempt(resume_step=10))
     run_store.update_status(run, attempt=number, state="running", max_steps=60, job=describe_this_process())
     JsonlTracker(run, 2).log(10, {"eval/held_out/loss": 2.5})
@@ -115,14 +115,14 @@ def test_a_resumed_run_that_waits_is_not_asked_to_stop(run: RunDir) -> None:
     assert summary(run, run_store.update_status(run, state="pending"))["asked_to_stop"]
 
 
-def test_a_job_that_waits_again_goes_on_from_what_is_saved(run: RunDir) -> None:
+def test_a_requeued_job_continues_from_its_checkpoint(run: RunDir) -> None:
     run_store.write_attempt(run, 2, replace(run_store.read_attempt(run, 2), begun_at=None))
     JsonlTracker(run, 2).log(17, {"train/loss": 2.0, "time/step_s": 2.0, "trainer/eta_s": 46.0})
     found = summary(run, run_store.update_status(run, state="pending"))
     assert found["left_s"] == pytest.approx(30 * 2.0), "from step 10 of 40"
 
 
-def test_a_limit_that_comes_before_the_last_step_is_told(launch_here: Launch, run: RunDir) -> None:
+def test_a_limit_before_the_last_step_is_shown(launch_here: Launch, run: RunDir) -> None:
     plan = json_records.read_json(run.plan)
     run_store.update_status(run, state="running", job=describe_this_process())
 
@@ -140,7 +140,7 @@ def test_a_limit_that_comes_before_the_last_step_is_told(launch_here: Launch, ru
     assert told(max_usd=100, max_hours=10)["time"] == "left   1h00m"
 
 
-def test_a_run_without_a_word_for_long_is_not_said_to_be_near_its_end(launch_here: Launch, run: RunDir) -> None:
+def test_the_time_left_is_omitted_for_a_silent_run(launch_here: Launch, run: RunDir) -> None:
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     run.metrics.write_text("".join(json.dumps(line | {"time": line["time"] - 1800}) + "\n" for line in lines))
     run_store.update_status(run, state="running", job=describe_this_process())
@@ -154,7 +154,7 @@ def test_a_run_without_a_word_for_long_is_not_said_to_be_near_its_end(launch_her
     assert found["age_s"] < 60
 
 
-def test_what_a_run_went_back_behind_is_not_shown(run: RunDir) -> None:
+def test_discarded_steps_are_not_shown(run: RunDir) -> None:
     log = JsonlTracker(run, 2)
     log.log(30, {"train/loss": 77.0, "time/step_s": 2.0})
     log.log(30, {"eval/held_out/loss": 77.0})
@@ -168,7 +168,7 @@ def test_what_a_run_went_back_behind_is_not_shown(run: RunDir) -> None:
     assert max(found["losses"]) < 5
 
 
-def test_many_checkpoints_are_told_in_a_line(launch_here: Launch, run: RunDir) -> None:
+def test_many_checkpoints_are_shown_in_one_line(launch_here: Launch, run: RunDir) -> None:
     for step in range(11, 15):
         hand_made.checkpoint(run, step, None, attempt=2)
     assert (
@@ -176,7 +176,7 @@ def test_many_checkpoints_are_told_in_a_line(launch_here: Launch, run: RunDir) -
     )
 
 
-def test_what_others_have_written_is_shown_and_not_acted_upon(launch_here: Launch, run: RunDir) -> None:
+def test_control_characters_of_messages_do_not_reach_the_terminal(launch_here: Launch, run: RunDir) -> None:
     run_store.update_status(run, state="failed", message="CUDA error: assert\nCompile with TORCH_USE_CUDA_DSA")
     JsonlTracker(run, 2).event("alert", "x\nstate       completed\x1b[2J \udcff")
     done = launch_here("status", str(run.root))
@@ -184,7 +184,7 @@ def test_what_others_have_written_is_shown_and_not_acted_upon(launch_here: Launc
     assert "\n            state       completed\\x1b[2J \\udcff (" in done.stdout
 
 
-def test_a_slurm_run_whose_submission_was_interrupted_can_be_asked_for(launch_here: Launch, run: RunDir) -> None:
+def test_status_shows_a_slurm_run_with_an_interrupted_submission(launch_here: Launch, run: RunDir) -> None:
     plan = json_records.read_json(run.plan)
     atomic_files.write_json(run.plan, plan | {"config": plan["config"] | {"cluster": {"kind": "slurm"}}})
     shutil.rmtree(run.attempts)
@@ -194,7 +194,7 @@ def test_a_slurm_run_whose_submission_was_interrupted_can_be_asked_for(launch_he
     assert "demo" in launch_here("ls", "--root", str(run.root.parent)).stdout
 
 
-def test_a_run_that_cannot_be_read_does_not_hide_the_others(launch_here: Launch, run: RunDir) -> None:
+def test_an_unreadable_run_does_not_hide_the_others(launch_here: Launch, run: RunDir) -> None:
     shutil.copytree(run.root, run.root.with_name("broken"))
     metrics = run.root.with_name("broken") / "metrics.jsonl"
     metrics.unlink()
@@ -209,7 +209,7 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(launch_here: Launch,
     assert "Traceback" not in alone.stderr
 
 
-def test_a_page_is_that_of_wandb_and_not_of_the_hub(launch_here: Launch, run: RunDir) -> None:
+def test_the_wandb_line_ignores_addresses_of_the_hub(launch_here: Launch, run: RunDir) -> None:
     log = JsonlTracker(run, 2)
     log.event("info", "Weights & Biases: offline", url=None, sync_command="wandb sync x")
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
@@ -220,12 +220,12 @@ def test_a_page_is_that_of_wandb_and_not_of_the_hub(launch_here: Launch, run: Ru
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["W&B"] == "https://wandb.example/run"
     assert lines["mirror"] == "step 10 is in the mirror"
-    log.event("alert", "Weights & Biases has not got everything", sync_command="wandb sync y")
+    log.event("alert", "Weights & Biases does not have all data", sync_command="wandb sync y")
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["W&B"] == "https://wandb.example/run; upload the missing part with: wandb sync y"
 
 
-def test_where_the_time_goes_and_how_the_gpus_are_is_told(launch_here: Launch, run: RunDir) -> None:
+def test_status_shows_goodput_gpus_and_ranks(launch_here: Launch, run: RunDir) -> None:
     spent = Breakdown(wall_s=7200, kept_s=5400, queue_s=900, start_s=0, load_s=600, save_s=0.5, restart_s=299.5, lost_steps=12)
     gpus = {
         "gpu/util_mean": 0.93,
@@ -240,24 +240,24 @@ def test_where_the_time_goes_and_how_the_gpus_are_is_told(launch_here: Launch, r
     # As it is where the attempts' files are gone: the last line tells.
     shutil.rmtree(run.attempts)
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
-    assert lines["GPUs"] == "93% busy (the least 41%), memory up to 88%, 640 W each, up to 77 °C, 2 Xid errors"
-    assert lines["ranks"] == "the slowest works 1.31 times as long as the usual one"
-    assert lines["goodput"].startswith("75.0% of 2h00m went into steps that count; waiting for machines 15m00s, loading")
+    assert lines["GPUs"] == "93% busy (lowest 41%), memory up to 88%, 640 W each, up to 77 °C, 2 Xid errors"
+    assert lines["ranks"] == "the slowest works 1.31 times as long as the median rank"
+    assert lines["goodput"].startswith("75.0% of 2h00m was spent on kept steps; waiting for machines 15m00s, loading")
     told = json.loads(launch_here("status", str(run.root), "--json").stdout)["goodput"]
     assert (told["fraction"], told["wall_s"], told["queue_s"], told["lost_steps"]) == (0.75, 7200, 900, 12)
 
 
-def test_one_slow_step_is_not_the_pace(launch_here: Launch, run: RunDir) -> None:
+def test_the_pace_is_a_median(launch_here: Launch, run: RunDir) -> None:
     log = JsonlTracker(run, 3)
     for step, ratio in ((11, 1.1), (12, 1.2), (13, 18.67)):
         pace = {"perf/tokens_per_sec": 100 / ratio, "time/step_s": ratio, "time/straggler_ratio": ratio}
         log.log(step, {"train/loss": 2.0, "memory/host_rss_gib": 1.0, **pace})
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["pace"] == "83 tokens/s, 1.20 s a step"
-    assert lines["ranks"] == "the slowest works 1.20 times as long as the usual one"
+    assert lines["ranks"] == "the slowest works 1.20 times as long as the median rank"
 
 
-def test_on_cpus_ranks_are_paid_for(launch_here: Launch, run: RunDir) -> None:
+def test_on_cpus_rank_hours_are_counted(launch_here: Launch, run: RunDir) -> None:
     plan = json_records.read_json(run.plan)
     atomic_files.write_json(run.plan, plan | {"topology": plan["topology"] | {"device": "cpu", "backend": "gloo"}})
     assert "cost        $3.40 so far (1.70 rank hours)" in launch_here("status", str(run.root)).stdout
@@ -268,7 +268,7 @@ def test_on_cpus_ranks_are_paid_for(launch_here: Launch, run: RunDir) -> None:
     assert "GPU hours" not in page
 
 
-def test_what_a_run_will_cost_follows_from_its_pace(run: RunDir) -> None:
+def test_the_expected_cost_follows_from_the_pace(run: RunDir) -> None:
     status = run_store.update_status(run, state="running")
     # Two ranks for one more hour at two dollars a GPU hour.
     assert summary(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 2 * 2.0)
@@ -276,7 +276,7 @@ def test_what_a_run_will_cost_follows_from_its_pace(run: RunDir) -> None:
     assert summary(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 3 * 2.0), "an idle worker is paid for"
 
 
-def test_what_never_came_to_train_costs_as_well(launch_here: Launch, run: RunDir) -> None:
+def test_attempts_that_never_trained_are_paid_for(launch_here: Launch, run: RunDir) -> None:
     """Two GPUs for 51 minutes, and nothing logged; what waits for its first machines costs nothing."""
     run.metrics.unlink()
     atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": time.time()})
@@ -303,12 +303,12 @@ def test_what_never_came_to_train_costs_as_well(launch_here: Launch, run: RunDir
     assert summary(run, replace(status, state="pending"))["cost"] is None
 
 
-def test_a_typical_price_is_told_as_one(launch_here: Launch, run: RunDir) -> None:
+def test_a_typical_price_is_marked(launch_here: Launch, run: RunDir) -> None:
     plan = run_store.load_plan(run)
     assert plan.price is not None
     typical = replace(plan.price, assumption="typical")
     atomic_files.write_text(run.plan, plan.model_copy(update={"price": typical}).to_json())
-    words = "$3.40 so far (1.70 GPU hours); at a typical price, cluster.price_per_gpu_hour sets yours"
+    words = "$3.40 so far (1.70 GPU hours); at a typical price; set yours with cluster.price_per_gpu_hour"
     assert f"cost        {words}\n" in launch_here("status", str(run.root)).stdout
     assert json.loads(launch_here("status", str(run.root), "--json").stdout)["cost"]["at_typical_price"] is True
     assert " ~$3.40 " in launch_here("ls", "--root", str(run.root.parent)).stdout
@@ -319,7 +319,7 @@ def test_a_typical_price_is_told_as_one(launch_here: Launch, run: RunDir) -> Non
     assert f"cost        {words}\n" in launch_here("status", str(run.root)).stdout
 
 
-def test_json_is_what_every_parser_reads(launch_here: Launch, run: RunDir) -> None:
+def test_json_has_no_nan(launch_here: Launch, run: RunDir) -> None:
     JsonlTracker(run, 2).log(11, {"train/loss": math.nan, "trainer/eta_s": math.inf})
 
     def refuse(word: str) -> float:
@@ -332,7 +332,7 @@ def test_json_is_what_every_parser_reads(launch_here: Launch, run: RunDir) -> No
         assert one["metrics"]["trainer/step"] == 11
 
 
-def test_what_comes_after_the_last_line_counts_as_in_the_report(launch_here: Launch, run: RunDir) -> None:
+def test_time_after_the_last_line_counts_as_in_the_report(launch_here: Launch, run: RunDir) -> None:
     """Half an hour on two GPUs after the last step: of a step that is not logged yet, or of the last save and the export."""
     now = time.time()
     for attempt, submitted_at, begun_at in ((1, now - 7200, now - 7200), (2, now - 3600, now - 3600)):
@@ -371,7 +371,7 @@ def test_a_watched_run_is_shown_until_it_ends(start: Callable, run: RunDir) -> N
     assert json.loads(rest.splitlines()[-1])["step"] == 40
 
 
-def test_a_watched_run_is_told_in_words_again_and_again(start: Callable, run: RunDir) -> None:
+def test_a_watched_run_is_printed_repeatedly(start: Callable, run: RunDir) -> None:
     run_store.update_status(run, state="running", job=describe_this_process())
     with start("status", str(run.root), "--watch", "0.2") as process:
         assert process.stdout is not None
@@ -389,7 +389,7 @@ def test_a_watched_run_is_told_in_words_again_and_again(start: Callable, run: Ru
     assert "\x1b" not in rest, "no terminal, no escape sequences"
 
 
-def test_a_watched_run_outlives_a_hiccup_of_its_storage(start: Callable, run: RunDir) -> None:
+def test_watching_survives_a_storage_failure(start: Callable, run: RunDir) -> None:
     run_store.update_status(run, state="running", job=describe_this_process())
     with start("status", str(run.root), "--watch", "0.2", "--json") as process:
         assert process.stdout is not None
@@ -404,7 +404,7 @@ def test_a_watched_run_outlives_a_hiccup_of_its_storage(start: Callable, run: Ru
     assert json.loads(rest.splitlines()[-1])["step"] == 40
 
 
-def test_runs_stand_in_a_table_newest_first(launch_here: Launch, run: RunDir) -> None:
+def test_ls_is_a_table_with_the_newest_run_first(launch_here: Launch, run: RunDir) -> None:
     time.sleep(0.01)
     plan = run_store.load_plan(run)
     run_store.create(plan.model_copy(update={"run_dir": str(run.root.with_name("later-run"))}))
@@ -425,7 +425,9 @@ def test_a_sparkline_shows_the_shape() -> None:
 @pytest.mark.parametrize(
     "price", [[], 5, {}, {"usd_per_gpu_hour": None}, {"usd_per_gpu_hour": "much"}, {"usd_per_gpu_hour": 10**400}]
 )
-def test_a_plan_with_a_damaged_price_is_named(run: RunDir, capsys: pytest.CaptureFixture[str], price: object) -> None:
+def test_a_plan_with_a_damaged_price_is_an_error_that_names_it(
+    run: RunDir, capsys: pytest.CaptureFixture[str], price: object
+) -> None:
     plan = json.loads(run.plan.read_text())
     atomic_files.write_json(run.plan, plan | {"price": price})
     assert main(["status", str(run.root)]) == 1

@@ -31,7 +31,7 @@ def test_a_long_run_is_shown_as_fast_as_a_short_one(launch: Launch, run: RunDir)
 
 
 @pytest.mark.parametrize("state", ["completed", "running"])
-def test_it_does_not_wait_for_models_of_plans(launch: Launch, run: RunDir, state: str) -> None:
+def test_status_does_not_load_the_models_of_plans(launch: Launch, run: RunDir, state: str) -> None:
     """Loading pydantic takes as long as all else that status does."""
     run_store.update_status(run, state=state, job={"pid": os.getpid(), "host": "here", "started": 1.0})
     done = launch("status", str(run.root), PYTHONPROFILEIMPORTTIME="1")

@@ -46,22 +46,22 @@ def environ(server: FakeWandb, netrc: Path | str = os.devnull, **variables: str)
 
 
 @pytest.mark.parametrize("entity", [None, ENTITY])
-def test_a_login_an_entity_and_a_project_of_ones_own_pass(server: FakeWandb, entity: str | None) -> None:
+def test_the_users_own_login_entity_and_project_pass(server: FakeWandb, entity: str | None) -> None:
     assert wandb_check.check(config(entity=entity), environ(server, WANDB_API_KEY=KEY)) == []
     assert KEY not in "".join(server.received)
 
 
 @pytest.mark.parametrize("entity", [None, ENTITY, ENTITY.upper(), "me"])
-def test_a_project_that_wandb_will_make_is_told(server: FakeWandb, entity: str | None) -> None:
+def test_a_project_that_wandb_will_create_is_a_note(server: FakeWandb, entity: str | None) -> None:
     (said,) = wandb_check.check(config(entity=entity, project="demoo"), environ(server, WANDB_API_KEY=KEY))
-    assert said == f"W&B makes the project {entity or ENTITY}/demoo: there is none yet, or none that me may see"
+    assert said == f"W&B will create the project {entity or ENTITY}/demoo: it does not exist, or me may not see it"
 
 
 @pytest.mark.parametrize("entity", [None, "other"])
 def test_a_project_that_may_only_be_read_is_refused(server: FakeWandb, entity: str | None) -> None:
     path = f"{entity or ENTITY}/demo"
     server.read_only = {path: True}
-    with pytest.raises(ConfigError, match=f"me may read the project {path}, not write to it") as refused:
+    with pytest.raises(ConfigError, match=f"me may read the project {path} but not write to it") as refused:
         wandb_check.check(config(entity=entity, project="demo"), environ(server, WANDB_API_KEY=KEY))
     assert "project=demo" in str(refused.value)
     assert "tracking.project" in str(refused.value)
@@ -76,53 +76,55 @@ def test_a_project_of_others_that_is_open_to_all_passes(server: FakeWandb) -> No
     ("tracking", "key", "words"),
     [
         ({}, "f" * 40, "does not accept the key"),
-        ({"entity": "taem"}, KEY, "there is no entity taem that me may see; me is known to write to me, team"),
+        ({"entity": "taem"}, KEY, "there is no entity taem that me may see; me may write to me, team"),
         ({}, "", "there is no login for http://127.0.0.1"),
         ({}, "short", "does not accept the key"),
     ],
 )
-def test_what_would_fail_on_the_machines_is_refused(server: FakeWandb, tracking: dict[str, str], key: str, words: str) -> None:
+def test_a_login_or_entity_that_would_fail_later_is_refused(
+    server: FakeWandb, tracking: dict[str, str], key: str, words: str
+) -> None:
     with pytest.raises(ConfigError, match=words) as refused:
         wandb_check.check(config(**tracking), environ(server, **({"WANDB_API_KEY": key} if key else {})))
     assert "tracking.mode=offline" in str(refused.value)
     assert not key or key not in str(refused.value)
 
 
-def test_the_login_here_refuses_nothing_where_the_nodes_login_counts(server: FakeWandb) -> None:
+def test_the_local_login_is_not_checked_where_the_nodes_login_counts(server: FakeWandb) -> None:
     cluster = {"kind": "ray", "address": "http://10.0.0.1:8265"}
     (said,) = wandb_check.check(config(cluster, entity="taem"), environ(server, WANDB_API_KEY="f" * 40))
-    assert "Jobs API" in said
+    assert "API keys are not sent to this cluster" in said
 
 
-def test_the_entity_of_the_environment_is_looked_at(server: FakeWandb) -> None:
+def test_the_entity_of_the_environment_is_checked(server: FakeWandb) -> None:
     with pytest.raises(ConfigError, match="no entity taem") as refused:
         wandb_check.check(config(), environ(server, WANDB_API_KEY=KEY, WANDB_ENTITY="taem"))
     assert "entity=taem" in str(refused.value)
 
 
-def test_an_entity_that_others_write_to_is_left_to_wandb(server: FakeWandb) -> None:
+def test_an_entity_of_others_is_not_refused(server: FakeWandb) -> None:
     server.others = ("other",)
     (said,) = wandb_check.check(config(entity="other"), environ(server, WANDB_API_KEY=KEY))
     assert "me is no member of other" in said
 
 
-def test_what_is_no_key_in_netrc_is_refused(server: FakeWandb, tmp_path: Path) -> None:
+def test_an_invalid_key_in_netrc_is_refused(server: FakeWandb, tmp_path: Path) -> None:
     (tmp_path / "netrc").write_text(f"machine {server.address.removeprefix('http://')} login user password no-key\n")
-    with pytest.raises(ConfigError, match="is no key"):
+    with pytest.raises(ConfigError, match="is not a valid key"):
         wandb_check.check(config(mode="auto"), environ(server, tmp_path / "netrc"))
 
 
 @pytest.mark.parametrize("fault", ["error", "hang", "proxy"])
-def test_a_server_that_does_not_answer_refuses_nothing(server: FakeWandb, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_answer_is_a_note(server: FakeWandb, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if fault == "hang":
         monkeypatch.setattr(wandb_check, "_DEADLINE_S", 1.0)
     server.fault = fault
     (said,) = wandb_check.check(config(), environ(server, WANDB_API_KEY=KEY))
-    assert said.startswith("whether W&B takes this run is not known: ")
+    assert said.startswith("the launcher could not check whether W&B accepts this run: ")
 
 
 @pytest.mark.parametrize("tracking", [{"mode": "auto"}, {"mode": "offline"}, {"mode": "disabled"}, {"kind": "none"}])
-def test_nothing_is_asked_where_nothing_is_sent(server: FakeWandb, tracking: dict[str, str]) -> None:
+def test_offline_modes_are_not_checked(server: FakeWandb, tracking: dict[str, str]) -> None:
     assert wandb_check.check(config(**tracking), environ(server)) == []
     assert not server.received
 
@@ -132,13 +134,13 @@ def test_nothing_is_asked_where_nothing_is_sent(server: FakeWandb, tracking: dic
     [
         ({"kind": "ray", "address": "10.0.0.1:6379"}, False, "does not reach Ray's nodes"),
         ({"kind": "ray", "address": "10.0.0.1:6379"}, True, ""),
-        ({"kind": "ray", "address": "http://10.0.0.1:8265"}, True, "Jobs API"),
+        ({"kind": "ray", "address": "http://10.0.0.1:8265"}, True, "API keys are not sent to this cluster"),
         ({"kind": "slurm", "container_image": "/images/launcher.sqsh"}, False, "inside the container"),
         ({"kind": "slurm"}, False, ""),
         ({"kind": "local"}, False, ""),
     ],
 )
-def test_a_login_that_the_ranks_would_not_have_is_told(
+def test_a_login_that_the_ranks_would_lack_is_a_note(
     server: FakeWandb, tmp_path: Path, cluster: dict[str, str], variable: bool, words: str
 ) -> None:
     host = server.address.removeprefix("http://")
@@ -147,7 +149,7 @@ def test_a_login_that_the_ranks_would_not_have_is_told(
     assert [words in text for text in said] == ([True] if words else [])
 
 
-def test_a_wrong_entity_ends_the_command_before_anything_is_made(
+def test_a_wrong_entity_ends_the_command_before_anything_is_created(
     launch_here: Callable[..., subprocess.CompletedProcess[str]], server: FakeWandb, tmp_path: Path
 ) -> None:
     settings = ("model=tiny", "tracking.mode=online", "tracking.entity=taem", f"run.root={tmp_path / 'runs'}")

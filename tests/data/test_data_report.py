@@ -136,11 +136,11 @@ def test_documents_outside_the_mixture_are_not_counted_as_truncated(jsonl: Jsonl
     assert counts["truncated_documents"] == counts["documents"]
     assert counts["unused_documents"] == 20 - counts["documents"]
     first, second = unused(data_report)
-    assert first == f"long: {20 - counts['documents']} of 20 documents are not in the mixture, for its weight"
-    assert second.endswith("of 10 documents are not in the mixture, for its weight and max_tokens")
+    assert first == f"long: {20 - counts['documents']} of 20 documents are not in the mixture because of its weight"
+    assert second.endswith("of 10 documents are not in the mixture because of its weight and max_tokens")
     off = data.model_copy(update={"sources": (sources[0], sources[1].model_copy(update={"weight": 0.0}))})
     data_report = report(build(off, str(tokenizer_dir)), off, tokenizer_dir)
-    assert unused(data_report) == ["short: not read, for its weight is 0"]
+    assert unused(data_report) == ["short: not read because its weight is 0"]
     assert [line[0] for line in number_rows(data_report)[1:]] == ["long"]
 
 
@@ -161,7 +161,7 @@ def test_a_moved_source_is_reported_with_its_former_path(
     data = mixture.model_copy(update={"sources": (first, second.model_copy(update={"path": str(path)}))})
     data_report = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
     assert data_report["cache_dir"] == numbers["cache_dir"]
-    assert moved(data_report) == [f"long: files and examples are named as when the cache was built, from {second.path}"]
+    assert moved(data_report) == [f"long: files and examples have the names of the build of the cache, from {second.path}"]
 
 
 def test_the_report_has_the_origin_of_the_rows(numbers: dict[str, Any], tmp_path: Path) -> None:
@@ -257,7 +257,10 @@ def test_the_report_lists_the_tokens_that_end_turns(jsonl: Jsonl, tokenizer_dir:
     data = DataSection(sources=(Source(path=str(jsonl(rows))),), max_length=64, chat_template=str(template), workers=1)
     facts = build(data, str(tokenizer_dir))
     assert facts.turn_end_ids == (end,)
-    for stops, words in (([in_between], "does not stop there, the exported folder's settings do"), ([7, end], "stops there")):
+    for stops, words in (
+        ([in_between], "does not stop there, the generation settings of the export do"),
+        ([7, end], "stops there"),
+    ):
         data_report = report(facts, data, tokenizer_dir, stop_ids=stops)
         assert data_report["turn_ends"] == [{"id": end, "token": "<|endoftext|>", "stops": end in stops}]
         said_of_end = dict(summary_rows(data_report))["end of turn"]

@@ -33,7 +33,7 @@ def test_a_full_step_is_one_line() -> None:
         ({}, 40, ""),
     ],
 )
-def test_what_is_missing_is_left_out(metrics: dict[str, float], max_steps: int | None, line: str) -> None:
+def test_missing_metrics_are_left_out(metrics: dict[str, float], max_steps: int | None, line: str) -> None:
     assert format_step(metrics, max_steps) == line
 
 
@@ -44,7 +44,7 @@ def test_durations_show_two_units(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
-def test_steps_and_messages_are_lines_and_evaluations_only_messages() -> None:
+def test_steps_and_events_are_lines_and_evaluations_are_only_events() -> None:
     stream = io.StringIO()
     tracker = ConsoleTracker(40, stream)
     tracker.log(3, {"train/loss": 2.0})

@@ -19,7 +19,7 @@ def test_a_line_per_step_is_on_disk_at_once(run_dir: Path) -> None:
     assert isinstance(line["trainer/step"], int)
 
 
-def test_numbers_that_json_lacks_come_back_and_the_file_stays_json(run_dir: Path) -> None:
+def test_nan_and_infinity_survive_in_a_valid_json_file(run_dir: Path) -> None:
     run = RunDir(run_dir)
     JsonlTracker(run, attempt=1).log(1, {"train/loss": float("nan"), "train/grad_norm": float("inf"), "train/lr": 0.1})
 
@@ -35,7 +35,7 @@ def test_numbers_that_json_lacks_come_back_and_the_file_stays_json(run_dir: Path
     assert "nonfinite" not in line
 
 
-def test_steps_are_those_that_the_newest_attempt_has_gone_on_from_and_their_lines_add_up(run_dir: Path) -> None:
+def test_read_metrics_merges_lines_of_steps_that_the_newest_attempt_continues(run_dir: Path) -> None:
     run = RunDir(run_dir)
     first = JsonlTracker(run, attempt=1)
     for step in (1, 2, 3, 4):
@@ -60,7 +60,7 @@ def test_steps_are_those_that_the_newest_attempt_has_gone_on_from_and_their_line
     assert [line["train/loss"] for line in read_metrics(run.metrics)] == [11.0, 12.0, 23.0, 24.0]
 
 
-def test_an_attempt_that_begins_with_an_evaluation_has_gone_on_from_that_step(run_dir: Path) -> None:
+def test_an_attempt_that_begins_with_an_evaluation_continues_from_that_step(run_dir: Path) -> None:
     run = RunDir(run_dir)
     first, second = JsonlTracker(run, attempt=1), JsonlTracker(run, attempt=2)
     for step in (1, 2, 3):
@@ -90,7 +90,7 @@ def test_a_torn_last_line_is_left_out_and_cut_off_by_the_next_attempt(run_dir: P
     assert [json.loads(line)["trainer/step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
 
 
-def test_a_torn_line_that_is_long_is_cut_off_where_it_begins(run_dir: Path) -> None:
+def test_a_long_torn_line_is_cut_off_at_its_start(run_dir: Path) -> None:
     run = RunDir(run_dir)
     whole = '{"text": "' + "x" * 200_000 + '"}\n'
     run.events.write_text(whole + whole[:-50_000])
@@ -98,7 +98,7 @@ def test_a_torn_line_that_is_long_is_cut_off_where_it_begins(run_dir: Path) -> N
     assert run.events.read_text() == whole
 
 
-def test_what_is_no_object_is_left_out(run_dir: Path) -> None:
+def test_torn_lines_and_other_values_than_objects_are_left_out(run_dir: Path) -> None:
     run = RunDir(run_dir)
     run.metrics.write_text('7\nnull\n[]\n{"trainer/step": 2, "attempt": 1}\n')
     assert [line["trainer/step"] for line in read_metrics(run.metrics)] == [2]
@@ -110,7 +110,7 @@ def test_a_block_of_zero_bytes_after_a_power_loss_does_not_stop_the_reader(run_d
     assert [line["trainer/step"] for line in read_metrics(run.metrics)] == [2]
 
 
-def test_messages_keep_their_fields_and_order(run_dir: Path) -> None:
+def test_events_keep_their_fields_and_order(run_dir: Path) -> None:
     run = RunDir(run_dir)
     tracker = JsonlTracker(run, attempt=3)
     tracker.event("sample", 'says "hi"\nand more', 4, prompt="q", folder=Path("/x"), scores=[1.0, float("nan")])
@@ -147,14 +147,14 @@ def test_tail_returns_each_complete_line_once(tmp_path: Path) -> None:
     assert tail.poll() == [{"a": 3}, {"a": 4}]
 
 
-def test_a_line_that_is_no_object_is_left_out(tmp_path: Path) -> None:
+def test_tail_leaves_out_values_other_than_objects(tmp_path: Path) -> None:
     """As the rest of a line that was torn in its middle may be."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('5\n"a"\n[{}]\nnull\n{"a": 1}\n')
     assert Tail(path).poll() == [{"a": 1}]
 
 
-def test_what_another_process_has_recorded_is_not_written_again(run_dir: Path) -> None:
+def test_an_event_recorded_by_another_process_is_not_written_again(run_dir: Path) -> None:
     run = RunDir(run_dir)
     append_event(run, 1, "alert", "Xid 79 on GPU 3")
     JsonlTracker(run, attempt=1).event("alert", "Xid 79 on GPU 3 of n1", 7, recorded=True)

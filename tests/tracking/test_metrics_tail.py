@@ -14,14 +14,14 @@ from launcher.tracking.jsonl import JsonlTracker, Tail
 from launcher.tracking.metrics_tail import CostSoFar, MetricsTail, read_tail, read_time_lines
 
 
-def test_a_run_that_has_logged_nothing(tmp_path: Path) -> None:
+def test_a_run_without_metrics_has_an_empty_tail(tmp_path: Path) -> None:
     nothing = MetricsTail((), (), None, None, None)
     assert read_tail(tmp_path / "metrics.jsonl") == nothing
     (tmp_path / "metrics.jsonl").touch()
     assert read_tail(tmp_path / "metrics.jsonl") == nothing
 
 
-def test_the_newest_step_and_evaluation_count(tmp_path: Path) -> None:
+def test_the_tail_has_the_newest_step_and_evaluation(tmp_path: Path) -> None:
     log = JsonlTracker(RunDir(tmp_path), attempt=1)
     log.log(0, {"eval/held_out/loss": 9.0})
     for step in range(1, 8):
@@ -41,7 +41,7 @@ def test_the_newest_step_and_evaluation_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_points", [1, 7, 40])
-def test_losses_go_through_the_whole_run(tmp_path: Path, num_points: int) -> None:
+def test_losses_are_sampled_from_the_whole_run(tmp_path: Path, num_points: int) -> None:
     log = JsonlTracker(RunDir(tmp_path), attempt=1)
     for step in range(1, 2001):
         log.log(step, {"train/loss": float(step), "train/lr": 1e-5})
@@ -52,7 +52,7 @@ def test_losses_go_through_the_whole_run(tmp_path: Path, num_points: int) -> Non
     assert losses[-1] > 2000 * (1 - 2 / num_points)
 
 
-def test_a_loss_that_is_not_finite_is_one(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_kept(tmp_path: Path) -> None:
     log = JsonlTracker(RunDir(tmp_path), attempt=1)
     log.log(1, {"train/loss": 2.0})
     log.log(2, {"train/loss": math.nan})
@@ -61,7 +61,7 @@ def test_a_loss_that_is_not_finite_is_one(tmp_path: Path) -> None:
     assert math.isnan(seen.losses[1])
 
 
-def test_what_the_run_has_cost_stands_in_its_last_count(tmp_path: Path) -> None:
+def test_the_cost_is_that_of_the_last_line_with_a_cost(tmp_path: Path) -> None:
     log = JsonlTracker(RunDir(tmp_path), attempt=3)
     log.log(1, {"train/loss": 3.0, "cost/gpu_hours": 1.0, "cost/usd": 2.0})
     log.log(2, {"train/loss": 3.0, "cost/gpu_hours": 3.5, "cost/usd": 7.0})
@@ -69,14 +69,14 @@ def test_what_the_run_has_cost_stands_in_its_last_count(tmp_path: Path) -> None:
     assert read_tail(tmp_path / "metrics.jsonl").spent == CostSoFar(gpu_hours=3.5, usd=7.0, at=pytest.approx(time.time(), abs=60))
 
 
-def test_without_a_price_hours_are_counted(tmp_path: Path) -> None:
+def test_gpu_hours_are_counted_without_a_price(tmp_path: Path) -> None:
     JsonlTracker(RunDir(tmp_path), attempt=1).log(1, {"train/loss": 3.0, "cost/gpu_hours": 0.25})
     assert read_tail(tmp_path / "metrics.jsonl").spent == CostSoFar(
         gpu_hours=0.25, usd=None, at=pytest.approx(time.time(), abs=60)
     )
 
 
-def test_a_few_lines_tell_where_the_time_went_as_all_do(tmp_path: Path) -> None:
+def test_the_time_lines_give_the_same_breakdown_as_all_lines(tmp_path: Path) -> None:
     """Two starts in the first attempt, one in each later one, the last of which trains nothing; the file ends in a torn line."""
     file, at = tmp_path / "metrics.jsonl", 1000.0
     lines, events, attempts = [], [], []
@@ -105,7 +105,7 @@ def test_a_few_lines_tell_where_the_time_went_as_all_do(tmp_path: Path) -> None:
     assert read_time_lines(tmp_path / "none.jsonl", [1.0]) == []
 
 
-def test_a_step_that_is_logged_after_an_attempt_has_ended_hides_none_before(tmp_path: Path) -> None:
+def test_a_step_logged_after_the_end_of_an_attempt_hides_no_earlier_step(tmp_path: Path) -> None:
     """As where the clock of the node that tells of the end is behind."""
     file = tmp_path / "metrics.jsonl"
     lines = [{"trainer/step": n, "time": 10.0 + n, "attempt": 1, "train/loss": 1.0} for n in (*range(1, 91), 93)]

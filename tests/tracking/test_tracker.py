@@ -40,7 +40,7 @@ class Broken(ConsoleTracker):
         raise self.error
 
 
-def test_a_broken_tracker_is_reported_once_and_dropped(run_dir: Path) -> None:
+def test_a_failing_tracker_is_reported_once_and_removed(run_dir: Path) -> None:
     stream = io.StringIO()
     composite = Composite([Broken(4, stream), JsonlTracker(RunDir(run_dir), attempt=1)])
     for step in (1, 2, 3):
@@ -49,10 +49,10 @@ def test_a_broken_tracker_is_reported_once_and_dropped(run_dir: Path) -> None:
     assert stream.getvalue().count("\n") == 1
     assert [line["trainer/step"] for line in read_metrics(run_dir / "metrics.jsonl")] == [1, 2, 3]
     alerts = [event["text"] for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
-    assert alerts == ["Broken failed and is off for the rest of the run; training goes on. ValueError: no such column"]
+    assert alerts == ["Broken failed and is off for the rest of the run; training continues. ValueError: no such column"]
 
 
-def test_storage_that_fails_for_a_while_costs_no_line(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_line_is_lost_while_storage_fails(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     composite = Composite([ConsoleTracker(9, stream), JsonlTracker(RunDir(run_dir), attempt=1)])
     composite.log(1, {"train/loss": 1.0})
@@ -67,7 +67,7 @@ def test_storage_that_fails_for_a_while_costs_no_line(run_dir: Path, monkeypatch
     assert [line["trainer/step"] for line in raw] == [1, 2, 3, 4]
     kinds = [event["kind"] for event in read_events(run_dir / "events.jsonl")]
     assert kinds == ["alert", "info", "end"]
-    assert stream.getvalue().count("JsonlTracker failed and is tried again with what comes") == 1
+    assert stream.getvalue().count("JsonlTracker failed and is retried with the next data") == 1
 
 
 def full_disk(descriptor: int, data: bytes) -> int:
@@ -83,7 +83,7 @@ def test_a_failure_to_close_reaches_the_trackers_started_before(run_dir: Path) -
     assert kinds == ["alert", "end"]
 
 
-def test_the_last_tracker_to_fail_is_still_heard(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_failure_of_the_last_tracker_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     composite = Composite([Broken(4, io.StringIO()), Broken(4, io.StringIO())])
     with caplog.at_level(logging.WARNING):
         composite.log(2, {"train/loss": 1.0})
@@ -91,7 +91,7 @@ def test_the_last_tracker_to_fail_is_still_heard(caplog: pytest.LogCaptureFixtur
     assert len(caplog.records) == 2
 
 
-def test_of_alerts_of_a_kind_one_is_told_in_a_while(run_dir: Path) -> None:
+def test_alerts_of_one_kind_are_rate_limited(run_dir: Path) -> None:
     composite = Composite([JsonlTracker(RunDir(run_dir), attempt=1)])
     for step in (1, 2):
         composite.event("alert", f"the loss jumped: to {step}", step)
@@ -102,14 +102,14 @@ def test_of_alerts_of_a_kind_one_is_told_in_a_while(run_dir: Path) -> None:
     assert told == [("alert", 1), ("alert", 1), ("info", 1), ("info", 2), ("end", None)]
 
 
-def test_ctrl_c_passes() -> None:
+def test_a_keyboard_interrupt_passes_through() -> None:
     broken = Broken(4, io.StringIO())
     broken.error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         Composite([broken]).log(2, {"train/loss": 1.0})
 
 
-def test_without_wandb_the_files_and_the_lines_are_written(
+def test_without_wandb_files_and_console_lines_are_written(
     make_plan: PlanMaker, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     composite = start_trackers(make_plan(kind="none"), run_dir, attempt=1, on_stop=no_stop)
@@ -125,22 +125,20 @@ def test_a_folder_that_cannot_be_written_fails_the_start(make_plan: PlanMaker, r
         start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
 
 
-def test_a_key_that_wandb_refuses_leaves_files_to_upload(
-    make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refused_key_leaves_offline_files(make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "short")
     composite = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
     composite.log(1, {"train/loss": 2.0})
     composite.finish("completed")
     (alert,) = _alerts(run_dir)
-    assert alert.startswith("this attempt goes on offline: Weights & Biases cannot start: AuthenticationError: ")
+    assert alert.startswith("this attempt is tracked offline: Weights & Biases cannot start: AuthenticationError: ")
     (folder,) = run_dir.glob("wandb/offline-run-*-abcd1234")
     assert [item["train/loss"] for item in history(run_dir)] == [2]
     texts = [event["text"] for event in read_events(run_dir / "events.jsonl")]
     assert f"Weights & Biases was offline; upload with: wandb sync --include-online {folder}" in texts
 
 
-def test_settings_that_wandb_never_takes_are_told_and_training_goes_on(make_plan: PlanMaker, run_dir: Path) -> None:
+def test_settings_that_wandb_rejects_are_an_alert_and_training_continues(make_plan: PlanMaker, run_dir: Path) -> None:
     plan = make_plan()
     # The settings refuse what is known to be too long; W&B may know of more.
     tracking = plan.config.tracking.model_copy(update={"tags": ("x" * 100,)})
@@ -151,10 +149,10 @@ def test_settings_that_wandb_never_takes_are_told_and_training_goes_on(make_plan
     (alert,) = _alerts(run_dir)
     assert alert.startswith("W&B does not track this attempt, metrics.jsonl does: Weights & Biases cannot start: ValidationError")
     texts = [event["text"] for event in read_events(run_dir / "events.jsonl")]
-    assert any(text.endswith("; metrics.jsonl has it all") for text in texts)
+    assert any(text.endswith("; metrics.jsonl has all data") for text in texts)
 
 
-def test_a_process_that_does_not_start_is_tried_again(
+def test_a_wandb_process_that_does_not_start_is_retried(
     make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Another test's process would serve.
@@ -169,7 +167,7 @@ def test_a_process_that_does_not_start_is_tried_again(
     composite.log(1, {"train/loss": 2.0})
     composite.finish("completed")
     (alert,) = _alerts(run_dir)
-    assert "wandb-core exited with code 1; it is tried again, and training goes on" in alert
+    assert "wandb-core exited with code 1; the launcher retries, and training continues" in alert
     assert list(run_dir.glob("wandb/offline-run-*-abcd1234/*.wandb"))
 
 
@@ -177,7 +175,7 @@ def _alerts(run_dir: Path) -> list[str]:
     return [event["text"] for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
 
 
-def test_an_alert_that_lasts_is_sent_again_after_a_while() -> None:
+def test_the_rate_limit_admits_an_alert_again_after_its_interval() -> None:
     now = [0.0]
     limit = RateLimit(lambda: now[0])
     assert limit.admit("the loss jumped: it is 4")

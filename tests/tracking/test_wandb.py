@@ -88,7 +88,7 @@ def run_script(code: str, plan_file: Path, run_dir: Path, forked: bool = True) -
             return process.wait(timeout=10)
 
 
-def test_metrics_stand_on_the_step_axis_under_the_plans_id(make_plan: PlanMaker, run_dir: Path) -> None:
+def test_metrics_are_logged_over_the_steps_under_the_plans_id(make_plan: PlanMaker, run_dir: Path) -> None:
     trackers = start_trackers(make_plan(project="demo", group="sweep", tags=["tagged"]), run_dir, attempt=1, on_stop=no_stop)
     trackers.log(0, {"eval/held_out/loss": 3.0})
     trackers.log(1, {"train/loss": 2.5, "perf/tokens_per_sec": 200.0})
@@ -116,7 +116,7 @@ def test_metrics_stand_on_the_step_axis_under_the_plans_id(make_plan: PlanMaker,
     assert [record["exit"]["exit_code"] for record in found if record["type"] == "exit"] == [0]
 
 
-def test_alerts_reach_those_who_have_asked_for_them(make_plan: PlanMaker, run_dir: Path) -> None:
+def test_alerts_are_sent_to_wandb_and_other_events_are_not(make_plan: PlanMaker, run_dir: Path) -> None:
     trackers = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
     trackers.log(7, {"train/loss": 2.0})
     trackers.event("alert", "the loss jumped", step=7)
@@ -131,7 +131,7 @@ def test_alerts_reach_those_who_have_asked_for_them(make_plan: PlanMaker, run_di
     ]
 
 
-def test_rows_of_short_steps_go_together_and_alerts_and_the_end_at_once(
+def test_rows_of_short_steps_are_sent_together_and_alerts_and_the_end_at_once(
     make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[int] = []
@@ -154,7 +154,7 @@ def test_rows_of_short_steps_go_together_and_alerts_and_the_end_at_once(
 
 
 @pytest.mark.parametrize("at_the_end", [False, True])
-def test_what_was_left_out_while_nothing_was_taken_is_sent_in_its_place(
+def test_steps_dropped_from_a_full_queue_are_sent_later_in_order(
     make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch, at_the_end: bool
 ) -> None:
     goes_on, log = threading.Event(), Session.log
@@ -172,7 +172,7 @@ def test_what_was_left_out_while_nothing_was_taken_is_sent_in_its_place(
     assert [row["trainer/step"] for row in history(run_dir)] == list(range(1, 21 if at_the_end else 22))
 
 
-def test_offline_tells_how_to_upload(make_plan: PlanMaker, run_dir: Path) -> None:
+def test_an_offline_run_reports_the_upload_command(make_plan: PlanMaker, run_dir: Path) -> None:
     trackers = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
     trackers.finish("failed")
     (folder,) = run_dir.glob("wandb/offline-run-*-abcd1234")
@@ -197,7 +197,7 @@ def test_the_next_attempt_continues_the_same_run(make_plan: PlanMaker, run_dir: 
     assert len(command.split()) == 5
 
 
-def test_no_secret_of_the_environment_reaches_the_run_directory(
+def test_no_secret_of_the_environment_is_in_the_run_directory(
     make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("CANARY_TOKEN", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
@@ -211,7 +211,7 @@ def test_no_secret_of_the_environment_reaches_the_run_directory(
     assert [str(file) for file in files if CANARY.encode() in file.read_bytes()] == []
 
 
-def test_the_best_checkpoint_is_none_that_a_person_has_gone_back_behind(run_dir: Path) -> None:
+def test_the_best_checkpoint_is_not_one_that_a_person_went_back_behind(run_dir: Path) -> None:
     run = RunDir(run_dir)
     for attempt, resume, saved in ((1, None, {300: 1.5, 400: 1.2}), (2, 300, {350: 1.4})):
         run.attempt(attempt).mkdir(exist_ok=True)
@@ -258,7 +258,7 @@ def test_a_login_makes_auto_online(make_plan: PlanMaker, monkeypatch: pytest.Mon
     assert not is_online("auto")
 
 
-def test_a_hung_wandb_ends_with_a_message_and_the_process_exits(make_plan: PlanMaker, run_dir: Path, tmp_path: Path) -> None:
+def test_a_hung_wandb_is_reported_and_the_process_exits(make_plan: PlanMaker, run_dir: Path, tmp_path: Path) -> None:
     plan_file = tmp_path / "plan.json"
     plan_file.write_text(make_plan().to_json())
     hang = "session.FINISH_TIMEOUT_S, module.FINISH_GRACE_S = 1.0, 1.0\nhang = True" + TRAIN
@@ -269,10 +269,10 @@ def test_a_hung_wandb_ends_with_a_message_and_the_process_exits(make_plan: PlanM
     alerts = [event for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
     assert len(alerts) == 1
     # What was under way to the process that hangs is in no file of W&B's.
-    assert "metrics.jsonl has it all; upload what W&B's files have with: wandb sync" in alerts[0]["text"]
+    assert "metrics.jsonl has all data; upload what W&B's files contain with: wandb sync" in alerts[0]["text"]
 
 
-def test_an_attempt_that_another_has_followed_tells_of_no_end(make_plan: PlanMaker, run_dir: Path, tmp_path: Path) -> None:
+def test_a_superseded_attempt_does_not_finish_the_wandb_run(make_plan: PlanMaker, run_dir: Path, tmp_path: Path) -> None:
     plan_file = tmp_path / "plan.json"
     plan_file.write_text(make_plan().to_json())
     begun = 'while not times_begun(Path(run_dir)):\n    trackers.event("note", "still here")\n    time.sleep(0.05)\n'
@@ -289,7 +289,7 @@ def test_an_attempt_that_another_has_followed_tells_of_no_end(make_plan: PlanMak
 
 
 @pytest.mark.parametrize("how", ["with --step", "with other settings"])
-def test_steps_that_a_person_has_gone_back_over_are_shown(make_plan: PlanMaker, run_dir: Path, how: str) -> None:
+def test_steps_repeated_after_a_return_are_shown_beside_the_earlier_ones(make_plan: PlanMaker, run_dir: Path, how: str) -> None:
     """As they are for the attempts that follow, which go on after a crash, or with the same settings."""
     run, plan, began = RunDir(run_dir), make_plan(), ((1, None, (1, 6)), (2, 3, (4, 8)), (3, 6, (7, 9)))
     run.plan.write_text(plan.to_json())

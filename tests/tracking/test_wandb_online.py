@@ -33,7 +33,7 @@ def server() -> Iterator[FakeWandb]:
         assert not [request for request in running.received if KEY in request], "the key stands in no body"
 
 
-def test_all_that_is_said_arrives(make_plan: PlanMaker, server: FakeWandb, run_dir: Path) -> None:
+def test_all_metrics_alerts_artifacts_and_the_summary_arrive(make_plan: PlanMaker, server: FakeWandb, run_dir: Path) -> None:
     plan = make_plan(project="demo", entity=ENTITY, group="sweep", tags=["tagged"])
     (run_dir / "step-2").mkdir()
     (run_dir / "step-2" / "shard").write_bytes(b"weights of a shard")
@@ -82,7 +82,7 @@ def test_all_that_is_said_arrives(make_plan: PlanMaker, server: FakeWandb, run_d
 
 
 @pytest.mark.parametrize("reached", [False, True], ids=["W&B is behind the checkpoint", "W&B is ahead of it"])
-def test_after_a_crash_no_step_is_missing_and_none_is_there_twice(make_plan: PlanMaker, server: FakeWandb, reached: bool) -> None:
+def test_after_a_crash_each_step_is_there_once(make_plan: PlanMaker, server: FakeWandb, reached: bool) -> None:
     plan, first = make_plan(), 1
     if not reached:
         with rank(plan, base_url=server.address) as it:
@@ -115,7 +115,7 @@ def test_after_a_crash_no_step_is_missing_and_none_is_there_twice(make_plan: Pla
     assert not alerts(plan)
 
 
-def test_all_alerts_of_a_moment_are_sent_on(make_plan: PlanMaker, server: FakeWandb) -> None:
+def test_simultaneous_alerts_are_all_sent(make_plan: PlanMaker, server: FakeWandb) -> None:
     """Also those whose titles are the same, as W&B takes only so much of them."""
     texts = ["attempt 1 ended (failure): what it said", "the checkpoint of step 9 is damaged", *(f"{'w' * 60} {i}" for i in "12")]
     with rank(make_plan(), base_url=server.address) as it:
@@ -133,7 +133,7 @@ def test_all_alerts_of_a_moment_are_sent_on(make_plan: PlanMaker, server: FakeWa
 
 
 @pytest.mark.parametrize("for_good", [False, True], ids=["it goes on by itself", "a person resumes it"])
-def test_an_evaluation_that_was_interrupted_comes_with_the_next_attempt(
+def test_an_interrupted_evaluation_is_sent_by_the_next_attempt(
     make_plan: PlanMaker, server: FakeWandb, monkeypatch: pytest.MonkeyPatch, for_good: bool
 ) -> None:
     plan = make_plan().model_copy(update={"data": DATA})
@@ -163,7 +163,7 @@ def test_an_evaluation_that_was_interrupted_comes_with_the_next_attempt(
 
 # W&B asks every 15 s whether it is to stop.
 @pytest.mark.rest
-def test_a_stop_in_the_page_is_a_wish_and_interrupts_nothing(make_plan: PlanMaker, server: FakeWandb) -> None:
+def test_stop_on_the_page_requests_a_stop_and_interrupts_nothing(make_plan: PlanMaker, server: FakeWandb) -> None:
     with rank(make_plan(), base_url=server.address) as it:
         it.start()
         it.steps(1, 2)

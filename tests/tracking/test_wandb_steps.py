@@ -20,7 +20,7 @@ from launcher.tracking.wandb.steps import offsets, repeats
         ({1: 9}, {2: 3}, {1: 0, 2: 6}),
     ],
 )
-def test_what_follows_a_return_comes_after_all_before(
+def test_steps_after_a_return_come_after_all_earlier_steps(
     last_steps: dict[int, int], returns: dict[int, int], expected: dict[int, int]
 ) -> None:
     assert offsets(last_steps, returns) == expected
@@ -41,13 +41,13 @@ def test_what_follows_a_return_comes_after_all_before(
         (["run.seed=7"], False),
     ],
 )
-def test_what_decides_the_results_of_a_step_is_told_from_the_rest(tmp_path: Path, overrides: list[str], same: bool) -> None:
+def test_only_settings_that_change_results_end_the_repetition(tmp_path: Path, overrides: list[str], same: bool) -> None:
     plan = hand_made.plan(tmp_path, hand_made.SETTINGS)
     assert repeats(plan, hand_made.changed(plan, *overrides)) == same
 
 
 @pytest.mark.parametrize(("schedule", "same"), [("cosine", False), ("constant", True)])
-def test_a_schedule_looks_at_the_number_of_steps(tmp_path: Path, schedule: str, same: bool) -> None:
+def test_the_number_of_steps_matters_to_a_schedule_that_decays(tmp_path: Path, schedule: str, same: bool) -> None:
     plan = hand_made.changed(hand_made.plan(tmp_path, hand_made.SETTINGS), f"optim.schedule={schedule}")
     longer = hand_made.changed(plan, "train.max_steps=80")
     assert repeats(plan, longer.model_copy(update={"batch": plan.batch.model_copy(update={"max_steps": 80})})) == same

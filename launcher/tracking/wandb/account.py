@@ -1,8 +1,7 @@
-"""Whether W&B takes a run, asked before machines are asked for: `python -m launcher.tracking.wandb.account < TRACKING.json`.
+"""Check before submission whether W&B accepts a run: `python -m launcher.tracking.wandb.account < TRACKING.json`.
 
-A process of its own, since W&B's package is imported to learn its address and login. It prints one JSON object: `login` is
-environment, netrc, token or None, `refused` says why W&B will not take the run, `unknown` why that could not be found out,
-`note` what else a person should know. A project that does not exist is no mistake: W&B makes it.
+A process of its own, as it imports W&B's package for the address and login. It prints an `Account` as JSON. A missing project is
+not an error: W&B creates it.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from launcher.config.schema import TrackingSection
 
 ANSWER_DEADLINE_S = 10.0
 _VIEWER = "query Viewer { viewer { entity username admin teams { edges { node { name } } } } }"
-# What W&B's own package asks of an entity; it is null where there is none, or none that the key may see.
+# The query of W&B's own package for an entity; null if it does not exist, or the key may not see it.
 _ENTITY = "query EntityIsTeam($entity: String!) { entity(name: $entity) { id isTeam } }"
-# Likewise of a project before it changes anything there.
+# Its query for a project before it changes anything there.
 _PROJECT = (
     "query IsProjectReadOnly($entity: String!, $project: String!) { project(entityName: $entity, name: $project) { readOnly } }"
 )
@@ -30,7 +29,15 @@ _PROJECT = (
 
 @dataclass(frozen=True)
 class Account:
-    """What is known of the account that a run would be tracked under, in `entity` where one is named."""
+    """The account that would track a run.
+
+    Attributes:
+        login: source of the login: environment, netrc or token; None without one.
+        refused: why W&B will not accept the run; empty if it will, or if that is unknown.
+        unknown: why the check failed; empty if it did not.
+        note: other information for a person.
+        entity: entity of the run, if one is named.
+    """
 
     login: str | None = None
     refused: str = ""
@@ -40,9 +47,7 @@ class Account:
 
 
 def look_up(tracking: TrackingSection) -> Account:
-    """Ask W&B about the login of this machine, and the entity and the project of the settings; W&B's own entity where these
-    name none.
-    """
+    """Ask W&B about this machine's login and the settings' project and entity (by default W&B's own entity)."""
     from wandb.errors import AuthenticationError
     from wandb.sdk import wandb_setup
     from wandb.sdk.lib.wbauth import read_netrc_auth
@@ -56,7 +61,7 @@ def look_up(tracking: TrackingSection) -> Account:
         try:
             login, key = "netrc", read_netrc_auth(host=address)
         except AuthenticationError:
-            return Account("netrc", refused=f"what netrc holds for {address} is no key")
+            return Account("netrc", refused=f"the netrc entry for {address} is not a valid key")
     if not key:
         return Account(None, refused=f"there is no login for {address}")
     account = Account(login, entity=entity)
@@ -67,31 +72,33 @@ def look_up(tracking: TrackingSection) -> Account:
 
 
 def _answer(address: str, key: str, account: Account, project: str) -> Account:
-    """The account with what W&B says of it: why it refuses the run, and what it leaves open."""
+    """Return the account with W&B's answer."""
     try:
         viewer = _ask(address, key, _VIEWER)["viewer"]
     except urllib.error.HTTPError as error:
         if error.code == 401:
             return replace(account, refused=f"{address} does not accept the key")
-        # Other refusals may be those of a proxy on the way.
+        # Other refusals may come from a proxy.
         return replace(account, unknown=f"{address} answers with HTTP {error.code}")
     if viewer is None:
         return replace(account, refused=f"{address} does not accept the key")
     user, entity = viewer["username"], account.entity
     owner = entity or viewer["entity"] or user
     path = f"{owner}/{project}"
-    found = _ask(address, key, _PROJECT, entity=owner, project=project)["project"]
-    if found is not None:
-        # Some projects are open to those who are no members.
-        return replace(account, refused=f"{user} may read the project {path}, not write to it" if found["readOnly"] else "")
+    project_record = _ask(address, key, _PROJECT, entity=owner, project=project)["project"]
+    if project_record is not None:
+        # Some projects are open to users who are not members.
+        return replace(
+            account, refused=f"{user} may read the project {path} but not write to it" if project_record["readOnly"] else ""
+        )
     own = {viewer["entity"], user, *(edge["node"]["name"] for edge in viewer["teams"]["edges"])} - {None}
     if entity is None or entity.casefold() in {name.casefold() for name in own} or viewer.get("admin"):
-        return replace(account, note=f"W&B makes the project {path}: there is none yet, or none that {user} may see")
-    known = f"{user} is known to write to {', '.join(sorted(own))}"
+        return replace(account, note=f"W&B will create the project {path}: it does not exist, or {user} may not see it")
+    permissions = f"{user} may write to {', '.join(sorted(own))}"
     if _ask(address, key, _ENTITY, entity=entity)["entity"] is None:
-        return replace(account, refused=f"there is no entity {entity} that {user} may see; {known}")
+        return replace(account, refused=f"there is no entity {entity} that {user} may see; {permissions}")
     # Service accounts and administrators of an organisation may write where they are no members.
-    return replace(account, unknown=f"{user} is no member of {entity}; {known}")
+    return replace(account, unknown=f"{user} is no member of {entity}; {permissions}")
 
 
 def _ask(address: str, key: str, query: str, **variables: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""One process of W&B's and what it has been sent: started, caught up from metrics.jsonl, finished.
+"""A session with W&B's process: started, caught up from metrics.jsonl, finished.
 
-metrics.jsonl is what a run has measured; W&B shows it. A session begins by sending what W&B lacks of it, so that steps that
-a crash, a dead network or a killed process has kept from W&B come later, and none comes twice.
+metrics.jsonl is the record of a run. A session begins by sending the steps that W&B lacks, after a crash, a network failure or a
+killed process, so that each step is sent exactly once.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ from launcher.tracking.wandb.steps import offsets, returns
 
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 45.0
-# How much of a killed process's last metrics an offline file may lack.
+# Metrics of up to this time may be missing in the offline file of a killed process.
 FLUSH_INTERVAL_S = 2.0
 _READ_DEADLINE_S = 60.0
-# In the folder of a session that has sent everything.
+# Marker file in the folder of a session that has sent everything.
 _UPLOADED = "uploaded"
-# How W&B's page tells the ends of a run apart; 255 is what W&B itself gives for Ctrl-C.
+# Exit codes that W&B's page shows as different ends; W&B itself uses 255 for Ctrl-C.
 _EXIT_CODES = {"completed": 0, "cancelled": 255}
 
 _SECRET_VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 # W&B takes titles of fewer than 64 characters.
-_MOST_TITLE, _MOST_NAMED = 63, 30
-# W&B drops an alert with the title of one before for so long, by default a minute. How often a thing is told is decided here
-# (launcher.tracking.tracker.RateLimit), and two things may begin with the same words. It takes 0 for its default.
-_WAIT = timedelta(milliseconds=1)
+_MAX_TITLE, _MAX_RUN_NAME = 63, 30
+# W&B drops an alert with the title of an earlier one for this long, by default a minute. launcher.tracking.tracker.RateLimit
+# limits alerts, and different alerts may have the same title. W&B treats 0 as its default.
+_ALERT_WAIT = timedelta(milliseconds=1)
 _URL_USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-# What wandb-core writes when it gives up on sending for good: the key was revoked, the run deleted.
-_GIVEN_UP = re.compile(r"filestream: fatal error: (.{1,200}?)(?: url=|\"|$)")
+# wandb-core logs this when it stops uploading for good: the key was revoked, or the run deleted.
+_UPLOAD_STOPPED = re.compile(r"filestream: fatal error: (.{1,200}?)(?: url=|\"|$)")
 
-# W&B's own no to a run, which has no type and mostly no code: of HTTP's 4xx those that do not ask to try again.
-_NO = re.compile(
+# W&B's refusals of a run, which have no type and mostly no code: HTTP 4xx but for those that ask to retry.
+_REFUSAL = re.compile(
     r"returned error 4(?!08|25|29)\d\d\b|not logged in|not found during|permission denied|api.?key|created and deleted",
     re.IGNORECASE,
 )
 
 
 class Unreachable(ConfigError):
-    """W&B's process or server does not answer: nothing is wrong with the settings, as far as is known."""
+    """W&B's process or server does not answer. The settings may be right."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,17 @@ class LowestValues:
 
 
 class Session:
-    """W&B's run of a plan, under the plan's id, so that every session continues the same one.
+    """A W&B run under the plan's id, which every session of the plan continues.
 
-    The plan is the W&B config, without secrets. `on_stop` is called in a thread of W&B's when a person presses Stop in the page.
+    The plan without secrets is the W&B config. `on_stop` is called in one of W&B's threads when a person presses Stop.
 
     Raises:
-        Unreachable: where W&B does not answer in INIT_TIMEOUT_S, or does not start for any reason that may pass.
-        ConfigError: where W&B is not installed, or refuses the settings or the login.
+        Unreachable: if W&B does not answer within INIT_TIMEOUT_S, or does not start for a reason that may pass.
+        ConfigError: if W&B is not installed, or refuses the settings or the login.
     """
 
     def __init__(self, plan: LaunchPlan, run: RunDir, *, offline: bool, on_stop: Callable[[], None]) -> None:
-        # Imported here: it takes 0.4 s, and most of the package's readers never track.
+        # Imported here: it takes 0.4 s, and most users of this package never track.
         try:
             import wandb
         except ImportError as error:
@@ -119,7 +119,7 @@ class Session:
                 settings=wandb.Settings(
                     silent=True,
                     console="off",
-                    # Code, git (a remote's address may hold a token) and packages: the plan and code/ have them.
+                    # The plan and code/ have code, git and packages; the address of a git remote may contain a token.
                     save_code=False,
                     disable_git=True,
                     x_save_requirements=False,
@@ -132,10 +132,10 @@ class Session:
                 ),
             )
         except Exception as error:  # W&B raises far more than wandb.Error here.
-            # Its process holds the id of a start that failed, and another start in this process would find it in use.
+            # Its process keeps the id of a failed start, and another start in this process would find it in use.
             with suppress(Exception):
                 wandb.teardown(exit_code=1)
-            # They hold nothing, and would be taken for a session's.
+            # They are empty, and would count as those of a session.
             for folder in folders(run, plan.wandb_id):
                 if folder not in before:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -145,43 +145,42 @@ class Session:
         self.offline = bool(self._run.offline)
         self.url = None if self.offline else self._run.url
         self.folder = Path(self._run.dir).parent
-        # What W&B has is never sent again: it would drop it with a warning for each step.
+        # W&B drops a step that it has, with a warning for each.
         if self.offline:
-            self._known = _last_step_in(before)
+            self._last_sent_step = _last_step_in(before)
         else:
-            self._known = int(self._run.summary.get("_step", -1)) if self._run.resumed else -1
+            self._last_sent_step = int(self._run.summary.get("_step", -1)) if self._run.resumed else -1
         self._internal_log = self.folder / "logs" / "debug-internal.log"
         self._lowest = LowestValues()
         self._caught_up = False
-        # Of W&B's step to the trainer's; known when metrics.jsonl has been read.
+        # W&B's step minus the trainer's; known when metrics.jsonl has been read.
         self._offset = 0
         self._run.define_metric(STEP)
         # "*" is for what the table of metrics does not name, such as metrics of evaluation sets.
         for name in (*metrics_table.wandb_names(), "*"):
             self._run.define_metric(name, step_metric=STEP)
-        # Of a run that is resumed it still says how the attempt before has ended.
+        # The summary of a resumed run still has the state of the attempt before.
         self._run.summary.update({"state": "running"})
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send all metrics of a step, after those of all steps before it that W&B lacks."""
+        """Send all metrics of a step, after those of earlier steps that W&B lacks."""
         self.catch_up(step)
         self._lowest.add(step, metrics)
-        if step + self._offset > self._known:
+        if step + self._offset > self._last_sent_step:
             self._log(step, metrics, self._offset)
         if any(name.startswith("eval/") for name in metrics):
             self._run.summary.update(self._lowest.summary)
 
     def catch_up(self, before: float) -> None:
-        """Send the lines of metrics.jsonl of the steps before `before` that W&B lacks; once for each session.
+        """Send the steps of metrics.jsonl before `before` that W&B lacks; once per session.
 
-        Steps that a person has gone back over, or that are trained anew with other settings, are shown beside those that were
-        trained before. Of all lines, those of a last step whose evaluation is missing stay out: W&B takes nothing more for a step
-        that it has, and a person may resume the run.
+        Steps that are repeated after a person's return, or with other settings, are shown beside the earlier ones. If all steps
+        are sent, a last step without its evaluation is left out: W&B accepts a step only once, and a person may resume the run.
         """
         if self._caught_up:
             return
         self._caught_up = True
-        # Read twice, as all lines of a long run at once are a burden where W&B lacks none.
+        # Read twice: all lines of a long run would take much memory, and W&B mostly lacks none.
         last_steps: dict[int, int] = {}
         losses = []
         for line in iter_lines(self._run_dir.metrics, tuple(metrics_table.lowest_names())):
@@ -192,36 +191,36 @@ class Session:
                 self._lowest.add(line["trainer/step"], line)
         offset_of = offsets(last_steps, returns(self._run_dir))
         self._offset = max(offset_of.values(), default=0)
-        lacking: dict[int, list[dict[str, Any]]] = {}
+        missing: dict[int, list[dict[str, Any]]] = {}
         for line in iter_lines(self._run_dir.metrics):
             step, offset = line["trainer/step"], offset_of.get(line["attempt"], self._offset)
-            if step + offset > self._known and (step < before or offset < self._offset):
-                lacking.setdefault(offset, []).append(line)
-        for offset, lines in sorted(lacking.items()):
+            if step + offset > self._last_sent_step and (step < before or offset < self._offset):
+                missing.setdefault(offset, []).append(line)
+        for offset, lines in sorted(missing.items()):
             rows = merge_steps(lines)
-            if before == math.inf and offset == self._offset and self._lacks_evaluation(rows[-1]):
+            if before == math.inf and offset == self._offset and self._is_evaluation_missing(rows[-1]):
                 rows.pop()
             for line in rows:
                 metrics = {name: value for name, value in line.items() if name not in NON_METRIC_FIELDS}
                 self._log(line["trainer/step"], metrics, offset)
 
-    def _lacks_evaluation(self, row: Mapping[str, Any]) -> bool:
+    def _is_evaluation_missing(self, row: Mapping[str, Any]) -> bool:
         return self._plan.evaluates_at(row["trainer/step"]) and not any(name.startswith("eval/") for name in row)
 
     def _log(self, step: int, metrics: Mapping[str, float], offset: int) -> None:
-        # A step among the metrics is a float, as all of them, which W&B does not take for its own step.
-        # Committed: W&B's process would hold it back until the next step.
+        # The step among the metrics is a float, which W&B does not accept as its own step.
+        # Commit: W&B's process would otherwise hold the row until the next step.
         self._run.log({**metrics, "trainer/step": step}, step=int(step + offset), commit=True)
-        self._known = int(step + offset)
+        self._last_sent_step = int(step + offset)
 
-    def fall_behind(self) -> None:
-        """Something was left out: look at metrics.jsonl again before the next step."""
+    def read_again(self) -> None:
+        """Read metrics.jsonl again before the next step, because calls were dropped."""
         self._caught_up = False
 
     def alert(self, text: str, step: int | None) -> None:
         at, text = "" if step is None else f" at step {step}", redacted(text, os.environ)
-        title = f"{str(self._run.name)[:_MOST_NAMED]}{at}: {text.partition(':')[0]}"
-        self._run.alert(title[:_MOST_TITLE], text, level="WARN", wait_duration=_WAIT)
+        title = f"{str(self._run.name)[:_MAX_RUN_NAME]}{at}: {text.partition(':')[0]}"
+        self._run.alert(title[:_MAX_TITLE], text, level="WARN", wait_duration=_ALERT_WAIT)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(values))
@@ -247,7 +246,7 @@ class Session:
         """Upload the exported model, and wait until W&B has it.
 
         Raises:
-            Exception: of W&B's, where that takes longer than `limit_s`.
+            Exception: of W&B, if that takes longer than `limit_s`.
         """
         import wandb
 
@@ -261,8 +260,8 @@ class Session:
         """Upload what is pending.
 
         Raises:
-            TimeoutError: where that takes longer than FINISH_TIMEOUT_S.
-            RuntimeError: where W&B has given up on sending.
+            TimeoutError: if that takes longer than FINISH_TIMEOUT_S.
+            RuntimeError: if W&B has stopped uploading.
         """
         self._run.summary.update({**self._lowest.summary, "state": state})
         if state == "preempted":
@@ -272,35 +271,35 @@ class Session:
         try:
             self._run.finish(exit_code=_EXIT_CODES.get(state, 1))
         finally:
-            # Files are whole when its process has ended, and whoever ends the job kills that.
+            # Files are complete when its process has ended, and the end of the job would kill it.
             wandb.teardown()
-        if reason := self.given_up():
+        if reason := self.upload_failure():
             raise RuntimeError(reason)
         if not self.offline:
             (self.folder / _UPLOADED).touch()
 
-    def given_up(self) -> str:
-        """Why W&B has stopped sending for good; empty while it has not."""
+    def upload_failure(self) -> str:
+        """Return why W&B has stopped uploading for good; empty if it has not."""
         try:
-            found = _GIVEN_UP.search(self._internal_log.read_text(errors="replace"))
+            match = _UPLOAD_STOPPED.search(self._internal_log.read_text(errors="replace"))
         except OSError:
             return ""
-        return found[1] if found else ""
+        return match[1] if match else ""
 
 
 def sync_command(run: RunDir, wandb_id: str, session: Session | None) -> str:
-    """The command that uploads what the server lacks: the session's files, where it was offline those before as well.
+    """Return the command that uploads what the server lacks: files of this session, and of earlier ones if it was offline.
 
-    Empty where there are no files.
+    Empty if there are no files.
     """
     online = session is not None and not session.offline
-    lacking = [session.folder] if session is not None and online else _not_uploaded(run, wandb_id)
-    # W&B passes over what was online unless told not to.
-    return shlex.join(["wandb", "sync", "--include-online", *map(str, lacking)]) if lacking else ""
+    missing = [session.folder] if session is not None and online else _not_uploaded(run, wandb_id)
+    # W&B skips online sessions by default.
+    return shlex.join(["wandb", "sync", "--include-online", *map(str, missing)]) if missing else ""
 
 
 def _last_step_in(folders: list[Path]) -> int:
-    """The last step that the newest of these folders with any steps holds, in W&B's own reading; -1 where none has."""
+    """Return the last step in the newest of these folders that has any, read by W&B's own program; -1 without any."""
     for folder in reversed(folders):
         for file in folder.glob("*.wandb"):
             command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(file)]
@@ -311,13 +310,13 @@ def _last_step_in(folders: list[Path]) -> int:
 
 
 def folders(run: RunDir, wandb_id: str) -> list[Path]:
-    """The folders of all sessions, oldest first."""
-    found = (run.root / "wandb").absolute().glob(f"*run-*-{wandb_id}*")
-    return sorted(found, key=lambda folder: folder.name.removeprefix("offline-"))
+    """Return the folders of all sessions, oldest first."""
+    paths = (run.root / "wandb").absolute().glob(f"*run-*-{wandb_id}*")
+    return sorted(paths, key=lambda folder: folder.name.removeprefix("offline-"))
 
 
 def _not_uploaded(run: RunDir, wandb_id: str) -> list[Path]:
-    """The folders since the last session that has sent everything, what those before lacked included."""
+    """Return the folders since the last session that sent everything, including what those before lacked."""
     left: list[Path] = []
     for folder in folders(run, wandb_id):
         left = [] if (folder / _UPLOADED).exists() else [*left, folder]
@@ -325,7 +324,7 @@ def _not_uploaded(run: RunDir, wandb_id: str) -> list[Path]:
 
 
 def is_online(mode: Literal["auto", "online", "offline", "disabled"]) -> bool:
-    """Whether W&B is to be reached; auto is where it finds credentials: WANDB_API_KEY, an identity token, a login in netrc."""
+    """Return whether to use W&B online; in mode auto, if it finds WANDB_API_KEY, an identity token or a login in netrc."""
     if mode != "auto":
         return mode == "online"
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
@@ -334,16 +333,16 @@ def is_online(mode: Literal["auto", "online", "offline", "disabled"]) -> bool:
         from wandb.sdk import wandb_setup
         from wandb.sdk.lib.wbauth import read_netrc_auth
 
-        # W&B's own reader: a login may stand under an older address than the server's present one. wandb.setup() would start
+        # W&B's own reader: a login may be under an older address of the server. wandb.setup() would start
         # W&B's process, and wait for it.
         return bool(read_netrc_auth(host=wandb_setup.singleton().settings.base_url))
     except Exception:
-        # What stands there is no key, or the package or its settings are broken, which the start of a session tells.
+        # The entry is not a key, or the package or its settings are broken: the start of a session reports that.
         return False
 
 
 def redacted(value: Any, environ: Mapping[str, str]) -> Any:
-    """JSON data without the values of secret environment variables and the user part of URLs."""
+    """Return JSON data without the values of secret environment variables and the user part of URLs."""
     secrets = [v for name, v in environ.items() if _SECRET_VARIABLE.search(name) and len(v) >= 8]
 
     def clean(item: Any) -> Any:
@@ -361,13 +360,13 @@ def redacted(value: Any, environ: Mapping[str, str]) -> Any:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether W&B would say the same at the next try: processes and networks fail in more ways than it has types for."""
+    """Return whether W&B would refuse again: processes and networks fail in more ways than it has types for."""
     from pydantic import ValidationError
     from wandb.errors import AuthenticationError, CommError, UsageError
 
     if isinstance(error, AuthenticationError | UsageError | ValidationError | ImportError):
         return True
-    return isinstance(error, CommError) and _NO.search(str(error)) is not None
+    return isinstance(error, CommError) and _REFUSAL.search(str(error)) is not None
 
 
 def _cannot_start(why: str, remedy: str, kind: type[ConfigError] = ConfigError) -> ConfigError:

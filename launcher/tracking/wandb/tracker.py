@@ -1,4 +1,4 @@
-"""Weights & Biases, never in the way of training: what is said here is handed to a thread, which alone waits for W&B."""
+"""The W&B tracker. Calls only queue work for a thread, so that training never waits for W&B."""
 
 from __future__ import annotations
 
@@ -24,71 +24,71 @@ from launcher.tracking.wandb import session as wandb_session
 from launcher.tracking.wandb.session import Checkpoint, Session, Unreachable
 from launcher.tracking.wandb.steps import returns
 
-# What finish() waits beyond W&B's own limits, which a hung wandb-core does not keep.
+# Time that finish() waits beyond W&B's own limits, which a hung wandb-core does not keep.
 FINISH_GRACE_S = 10.0
-# What the end waits beyond that for an exported model to be uploaded, and per byte.
+# Further time that the end of a run waits for the upload of an exported model, and the upload rate that it assumes.
 EXPORT_GRACE_S = 60.0
 _EXPORT_BYTES_PER_S = 20e6
-# Between two tries to reach W&B, and between two looks whether it still sends.
+# Interval between attempts to reach W&B, and between checks that it still uploads.
 RETRY_S = 60.0
-# How seldom rows are sent where steps are short: one costs W&B half as much among others, and it uploads less often than that.
+# Interval at which rows of short steps are sent: a batch halves the cost of a row, and W&B uploads less often.
 SEND_EVERY_S = 5.0
-# How long a call may wait for W&B before that is told.
-PATIENCE_S = 300.0
-# Calls that may wait for W&B: hours of steps, and some ten MiB.
+# Age of a queued call at which an alert is sent.
+LATE_CALL_S = 300.0
+# Capacity of the queue for W&B: hours of steps, about ten MiB.
 _MOST_PENDING = 10_000
-# Artifacts are sent by a thread of their own, which asks the server and so may hang with it.
+# Capacity of the queue for artifacts. They have a thread of their own, as their calls wait for the server.
 _MOST_ARTIFACTS = 100
 
-Tell = Callable[..., None]
+SendEvent = Callable[..., None]
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What a session is to do. Where W&B is away, steps come later from metrics.jsonl, and other calls have to be kept."""
+    """A call to the session. Without W&B, steps are sent later from metrics.jsonl, and other calls are kept."""
 
     run: Callable[[Session], None]
     step: int | None = None
-    # Whether calls before this one were left out, as W&B took none.
+    # Whether calls before this one were dropped because the queue was full.
     behind: bool = False
     at: float = field(default_factory=time.monotonic)
 
 
 class WandbTracker:
-    """Sends metrics, alerts, checkpoints and the summary to the W&B run of the plan's id.
+    """Sends metrics, alerts, checkpoints and the summary to the W&B run with the plan's id.
 
-    The metrics of a step are one row, handed on when the next step begins: W&B takes nothing more for a step that it has, and a
-    rank may die between training and evaluation. An attempt that fails keeps its last row to itself: the next one comes to that
-    step again, or sends it. Where steps are short, the rows of SEND_EVERY_S go together; all else goes at once.
+    The metrics of a step are one row, queued when the next step begins: W&B accepts a step only once, and a rank may die between
+    training and evaluation. A failed attempt does not send its last row: the next attempt repeats that step, or sends the row.
+    Rows of short steps are sent together every SEND_EVERY_S; everything else at once.
 
-    Nothing waits for W&B to start, and no trouble of W&B's is raised. Where it does not answer it is tried again all the while;
-    a W&B process that dies is replaced. What W&B lacks then is sent from metrics.jsonl. Where W&B refuses the run, files are
-    written that can be uploaded later. The first trouble is told as an alert, others once as information, through `tell` (kind,
-    text), from within calls of this tracker. mode auto is online where W&B finds credentials, else offline. `on_stop` is called
-    where a person presses Stop in the page.
+    No call waits for W&B or raises its errors. The thread retries an unreachable server, and restarts a W&B process that died;
+    then the missing steps are sent from metrics.jsonl. If W&B refuses the run, offline files are written for a later upload.
+    The first problem is an alert, later ones are information, each kind once. They are sent through `send_event` (kind, text)
+    from within calls of this tracker. Mode auto is online if W&B finds credentials, else offline. `on_stop` is called when a
+    person presses Stop on the run's page.
     """
 
-    def __init__(self, plan: LaunchPlan, run_dir: str | Path, *, tell: Tell, on_stop: Callable[[], None]) -> None:
-        self._plan, self._run, self._tell, self._on_stop = plan, RunDir(Path(run_dir)), tell, on_stop
+    def __init__(self, plan: LaunchPlan, run_dir: str | Path, *, send_event: SendEvent, on_stop: Callable[[], None]) -> None:
+        self._plan, self._run, self._send_event, self._on_stop = plan, RunDir(Path(run_dir)), send_event, on_stop
         self._best_loss = _best_checkpoint(self._run)
         self._offline = plan.config.tracking.mode == "offline"
         self._notes: deque[tuple[str, str, dict[str, Any]]] = deque()
-        self._told: set[str] = set()
+        self._noted_kinds: set[str] = set()
         self._calls: queue.Queue[_Call | None] = queue.Queue(_MOST_PENDING)
         self._urgent = threading.Event()
         self._artifacts: queue.Queue[Callable[[], None] | None] = queue.Queue(_MOST_ARTIFACTS)
         self._kept: deque[_Call] = deque(maxlen=_MOST_ARTIFACTS)
         self._session: Session | None = None
-        self._next_try = self._next_look = 0.0
+        self._next_try = self._next_check = 0.0
         self._refused = False
         self._failure = ""
         self._last_step = -1
         # What has been measured at that step, until the next one begins.
         self._row: dict[str, float] = {}
         # When the call was made that the thread is at.
-        self._at: float | None = None
+        self._call_made_at: float | None = None
         self._export_s = 0.0
-        self._overflown = False
+        self._dropped_calls = False
         self._alerted = False
         # W&B's process, written in Go, spends a quarter of its time on keeping many processors busy.
         os.environ.setdefault("GOMAXPROCS", "1")
@@ -100,10 +100,10 @@ class WandbTracker:
             self._send_row()
         self._last_step = step
         self._row |= metrics
-        self._pass_on()
+        self._send_notes()
 
     def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-        """W&B sends alerts to whoever has asked it to; checkpoints are kept by reference, the export where asked for."""
+        """Send an alert, a reference to a checkpoint, or, if configured, the exported model; ignore other kinds."""
         if kind == "alert":
             at = self._last_step if step is None and self._last_step >= 0 else step
             self._put(_Call(lambda session: session.alert(text, at)))
@@ -113,66 +113,68 @@ class WandbTracker:
             if loss is not None:
                 self._best_loss = min(loss, self._best_loss)
             checkpoint = Checkpoint(Path(fields["path"]), fields["saved_step"], loss, best)
-            self._put(_Call(lambda session: self._later(lambda: session.log_checkpoint(checkpoint))))
+            self._put(_Call(lambda session: self._queue_artifact(lambda: session.log_checkpoint(checkpoint))))
         elif kind == "export" and "path" in fields and self._plan.config.tracking.log_export:
             folder = Path(fields["path"])
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             limit_s = self._export_s = EXPORT_GRACE_S + size / _EXPORT_BYTES_PER_S
-            self._put(_Call(lambda session: self._later(lambda: session.log_export(folder, limit_s))))
-            wait = f"the end waits for that for up to {limit_s / 60:.0f} minutes"
-            self._tell("info", f"the exported model ({size / 2**30:.1f} GiB) is handed to Weights & Biases; {wait}")
-        self._pass_on()
+            self._put(_Call(lambda session: self._queue_artifact(lambda: session.log_export(folder, limit_s))))
+            wait = f"the run waits for it at its end for up to {limit_s / 60:.0f} minutes"
+            self._send_event("info", f"uploading the exported model ({size / 2**30:.1f} GiB) to Weights & Biases; {wait}")
+        self._send_notes()
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._put(_Call(lambda session: session.summary(values)))
 
     def finish(self, state: str, *, everything: bool = False) -> None:
-        """Upload what is pending, in at most FINISH_TIMEOUT_S + 2 * FINISH_GRACE_S seconds; an export has longer, by its size.
+        """Upload what is pending, in at most FINISH_TIMEOUT_S + 2 * FINISH_GRACE_S seconds, plus time for an export.
 
-        With `everything`, the lines of metrics.jsonl that no session has sent go as well, even those of steps that no attempt
-        has gone on from, and the last row of an attempt that has failed, unless its evaluation is missing.
+        With `everything`, also send all lines of metrics.jsonl that W&B lacks, even of discarded steps, and the last row of a
+        failed attempt unless its evaluation is missing.
 
-        Where it took longer or failed, the files stay, and what is told says how to upload them, and whether all is in them.
+        If the upload fails or takes longer, the files stay, and an event has the command that uploads them.
         """
         if state == SUPERSEDED:
-            # W&B's process would tell of an end, while the other attempt trains.
+            # W&B's process would finish the run while the other attempt trains.
             self._next_try = math.inf
             _kill_core()
             return
-        upto = math.inf if everything else self._last_step + (state != "failed")
+        end_step = math.inf if everything else self._last_step + (state != "failed")
         if state != "failed":
             self._send_row()
-        given = threading.Event()
+        sent_all = threading.Event()
 
         def catch_up(session: Session) -> None:
-            session.catch_up(upto)
-            given.set()
+            session.catch_up(end_step)
+            sent_all.set()
 
         try:
-            self._calls.put_nowait(_Call(catch_up, behind=self._overflown))
+            self._calls.put_nowait(_Call(catch_up, behind=self._dropped_calls))
             self._calls.put(_Call(lambda session: self._finish(session, state)), timeout=FINISH_GRACE_S)
             self._calls.put_nowait(None)
         except queue.Full:
-            self._failure = "it has not taken what was sent for long"
+            self._failure = "its queue stayed full"
         self._urgent.set()
         limit = wandb_session.FINISH_TIMEOUT_S + 2 * FINISH_GRACE_S + self._export_s
         self._thread.join(limit)
         if self._thread.is_alive():
-            # W&B waits for its process at exit too; without it, nothing is left to wait for.
+            # W&B also waits for its process at exit; without the process there is nothing to wait for.
             _kill_core()
-            given.clear()
+            sent_all.clear()
             self._failure = f"no answer in {limit:.0f} s"
-        self._pass_on()
+        self._send_notes()
         command = wandb_session.sync_command(self._run, self._plan.wandb_id, self._session)
         if self._failure:
             where = (
-                "the data is on disk, upload it" if given.is_set() else "metrics.jsonl has it all; upload what W&B's files have"
+                "the data is on disk; upload it"
+                if sent_all.is_set()
+                else "metrics.jsonl has all data; upload what W&B's files contain"
             )
-            rest = f"{where} with: {command}" if command else "metrics.jsonl has it all"
-            text = f"Weights & Biases has not got everything ({self._failure}); {rest}"
-            self._tell("info" if self._alerted else "alert", text, sync_command=command)
+            rest = f"{where} with: {command}" if command else "metrics.jsonl has all data"
+            text = f"Weights & Biases does not have all data ({self._failure}); {rest}"
+            self._send_event("info" if self._alerted else "alert", text, sync_command=command)
         elif self._offline:
-            self._tell("info", f"Weights & Biases was offline; upload with: {command}", sync_command=command)
+            self._send_event("info", f"Weights & Biases was offline; upload with: {command}", sync_command=command)
 
     def _send_row(self) -> None:
         if self._row:
@@ -180,34 +182,34 @@ class WandbTracker:
             self._put(_Call(lambda session: session.log(step, row), step))
 
     def _put(self, call: _Call) -> None:
-        """Hand a call to the thread. What is told of W&B comes after that: other trackers may hang with their storage."""
-        if (at := self._at) is not None and (late_s := call.at - at) > PATIENCE_S:
-            self._note_once("alert", f"W&B takes nothing: its process is {late_s:.0f} s behind; metrics.jsonl has it all")
+        """Queue a call, then send the noted events: other trackers may hang with their storage."""
+        if (made_at := self._call_made_at) is not None and (late_s := call.at - made_at) > LATE_CALL_S:
+            self._note_once("alert", f"W&B is behind: its process is {late_s:.0f} s late; metrics.jsonl has all data")
         if self._thread.is_alive():
             try:
-                self._calls.put_nowait(replace(call, behind=self._overflown))
-                self._overflown = False
+                self._calls.put_nowait(replace(call, behind=self._dropped_calls))
+                self._dropped_calls = False
                 if call.step is None:
                     self._urgent.set()
             except queue.Full:
-                self._overflown = True
-                self._note_once("alert", "W&B does not take what is sent; metrics.jsonl has it")
-        self._pass_on()
+                self._dropped_calls = True
+                self._note_once("alert", "the queue for W&B is full; metrics.jsonl has all data")
+        self._send_notes()
 
-    def _pass_on(self) -> None:
-        """Tell what the threads have noted, within a call of who tells something."""
+    def _send_notes(self) -> None:
+        """Send the events that the threads have noted, within a call of the training thread."""
         while True:
             try:
                 kind, text, fields = self._notes.popleft()
             except IndexError:
-                # Another thread may take the last one, so it is not asked before whether there is one.
+                # Another thread may take the last one, so checking for one first would not help.
                 return
-            self._tell(kind, text, **fields)
+            self._send_event(kind, text, **fields)
 
     def _note_once(self, kind: str, text: str, **fields: Any) -> None:
-        if text.partition(":")[0] not in self._told:
-            self._told.add(text.partition(":")[0])
-            # One warning of W&B's troubles is enough; the others stand in the log.
+        if text.partition(":")[0] not in self._noted_kinds:
+            self._noted_kinds.add(text.partition(":")[0])
+            # One alert about W&B is enough; the others are information.
             self._notes.append(("info" if self._alerted else kind, text, fields))
             self._alerted = self._alerted or kind == "alert"
 
@@ -218,23 +220,23 @@ class WandbTracker:
             self._serve()
         except Exception as error:
             self._failure = f"{type(error).__name__}: {error}"
-            self._note_once("alert", f"W&B tracking has failed and is off: {self._failure}")
+            self._note_once("alert", f"W&B tracking failed and is off for this attempt: {self._failure}")
 
     def _serve(self) -> None:
-        # Looking for a login imports the package, which takes a while.
+        # The search for a login imports W&B's package, which takes a while.
         self._offline = not wandb_session.is_online(self._plan.config.tracking.mode)
-        self._begin()
+        self._start_session()
         while not self._refused and (call := self._next_call()) is not None:
-            self._at = call.at
-            session = self._session or self._begin()
+            self._call_made_at = call.at
+            session = self._session or self._start_session()
             if session is None:
-                self._at = None
+                self._call_made_at = None
                 if call.step is None:
                     self._kept.append(call)
                 continue
-            self._carry_out(session, call)
-            self._at = None
-            self._look_whether_it_sends(session)
+            self._execute(session, call)
+            self._call_made_at = None
+            self._check_upload(session)
         if self._session is None and not self._refused and self._kept:
             self._write_files()
 
@@ -244,93 +246,93 @@ class WandbTracker:
             self._urgent.clear()
         return self._calls.get()
 
-    def _begin(self) -> Session | None:
-        """Start a session, unless the last try was just now; None where W&B does not answer, or refuses even to write files."""
+    def _start_session(self) -> Session | None:
+        """Start a session; None soon after a failed try, if W&B does not answer, or if it refuses even offline files."""
         if time.monotonic() < self._next_try:
             return None
         try:
             session = self._session = Session(self._plan, self._run, offline=self._offline, on_stop=self._on_stop)
         except Unreachable as error:
             self._next_try = time.monotonic() + RETRY_S
-            self._note_once("alert", f"{error.problems[0].what}; it is tried again, and training goes on")
+            self._note_once("alert", f"{error.problems[0].what}; the launcher retries, and training continues")
             return None
         except ConfigError as error:
-            what = error.problems[0].what
+            reason = error.problems[0].what
             if not self._offline:
                 self._offline = True
-                if (offline := self._begin()) is not None:
-                    self._note_once("alert", f"this attempt goes on offline: {what}")
+                if (offline := self._start_session()) is not None:
+                    self._note_once("alert", f"this attempt is tracked offline: {reason}")
                 return offline
-            self._refused, self._failure = True, what
-            self._note_once("alert", f"W&B does not track this attempt, metrics.jsonl does: {what}")
+            self._refused, self._failure = True, reason
+            self._note_once("alert", f"W&B does not track this attempt, metrics.jsonl does: {reason}")
             return None
         command = wandb_session.sync_command(self._run, self._plan.wandb_id, session) if session.offline else None
         where = f"see it at {session.url}" if session.url else f"offline; upload it with: {command}"
         self._note_once("info", f"Weights & Biases: {where}", url=session.url, sync_command=command)
         while self._kept:
-            self._carry_out(session, self._kept.popleft())
+            self._execute(session, self._kept.popleft())
         return session
 
-    def _carry_out(self, session: Session, call: _Call) -> None:
+    def _execute(self, session: Session, call: _Call) -> None:
         if call.behind:
-            session.fall_behind()
+            session.read_again()
         try:
             call.run(session)
         except Exception as error:
             if session is not self._session:
                 return
-            self._note_once("alert", f"W&B's process has failed: {type(error).__name__}: {error}; another is started")
+            self._note_once("alert", f"W&B's process failed: {type(error).__name__}: {error}; the launcher restarts it")
             _kill_core()
             import wandb
 
-            # It says farewell to the process that is gone.
+            # It waits for the process that is gone.
             with suppress(Exception):
                 wandb.teardown(exit_code=1)
             self._session = None
             if call.step is None:
                 self._kept.append(call)
-            self._begin()
+            self._start_session()
 
-    def _look_whether_it_sends(self, session: Session) -> None:
-        if session.offline or time.monotonic() < self._next_look:
+    def _check_upload(self, session: Session) -> None:
+        if session.offline or time.monotonic() < self._next_check:
             return
-        self._next_look = time.monotonic() + RETRY_S
-        if reason := session.given_up():
-            self._note_once("alert", f"W&B takes nothing more: {reason}; the data is kept on disk")
+        self._next_check = time.monotonic() + RETRY_S
+        if reason := session.upload_failure():
+            self._note_once("alert", f"W&B has stopped uploading: {reason}; the data is kept on disk")
 
     def _write_files(self) -> None:
-        """W&B was away to the end: leave files that can be uploaded."""
-        self._failure = "it has not answered"
+        """Write offline files, as W&B was unreachable to the end."""
+        self._failure = "it never answered"
         self._offline = True
         self._next_try = 0.0
-        self._begin()
+        self._start_session()
 
     def _finish(self, session: Session, state: str) -> None:
         self._artifacts.put(None)
         self._artifact_thread.join(FINISH_GRACE_S + self._export_s)
         if self._artifact_thread.is_alive():
-            self._note_once("alert", "W&B did not take all artifacts in time; checkpoints and the export are on disk")
+            self._note_once("alert", "W&B did not upload all artifacts in time; checkpoints and the export are on disk")
         try:
             session.finish(state)
         except Exception as error:
             self._failure = f"{type(error).__name__}: {error}"
 
-    def _later(self, send: Callable[[], None]) -> None:
+    def _queue_artifact(self, send: Callable[[], None]) -> None:
         try:
             self._artifacts.put_nowait(send)
         except queue.Full:
-            self._note_once("alert", "W&B does not take artifacts; checkpoints are on disk")
+            self._note_once("alert", "the queue for W&B artifacts is full; checkpoints are on disk")
 
     def _work_artifacts(self) -> None:
         while (send := self._artifacts.get()) is not None:
             try:
                 send()
             except Exception as error:
-                self._note_once("alert", f"W&B did not take an artifact: {type(error).__name__}: {error}")
+                self._note_once("alert", f"W&B did not accept an artifact: {type(error).__name__}: {error}")
 
 
 def _best_checkpoint(run: RunDir) -> float:
-    """The lowest held-out loss of the checkpoints that were committed before and that no person has gone back behind."""
+    """Return the lowest held-out loss of the run's checkpoints, but for those after a step to which a person went back."""
     returned = returns(run)
     losses = [
         event["fields"].get("eval_loss")

@@ -1,4 +1,4 @@
-"""The W&B workspace of a run or a project: which panels it has, and how it is kept up to date."""
+"""The W&B workspace of a run or a project: its panels, creation and update."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launcher.tracking.metrics import STEP, panels
 
 @dataclass(frozen=True)
 class Target:
-    """Whose workspace: all runs of a project, or the one with `run_id`. `entity` None is the account's default."""
+    """The runs of a workspace: all of a project, or the one with `run_id`. `entity` None is the account's default."""
 
     project: str
     entity: str | None = None
@@ -22,20 +22,21 @@ class Target:
 
     @property
     def title(self) -> str:
+        """Name of the workspace."""
         return "Launcher" if self.run_id is None else f"Launcher: {self.run_name}"
 
     @property
     def view(self) -> str:
-        """What stands for the workspace in addresses; always the same, so that it is found again."""
+        """Name of the workspace in its address; always the same, so that it can be updated."""
         return f"launcher{self.run_id or ''}"[:24]
 
 
 def workspace(target: Target) -> Any:
-    """The workspace, a `wandb_workspaces.workspaces.Workspace`, as it is made where there is none."""
+    """Return a `wandb_workspaces.workspaces.Workspace` as it is created."""
     import wandb_workspaces.workspaces as ws
 
     only = [ws.Metric("ID") == target.run_id] if target.run_id is not None else []
-    made = ws.Workspace(
+    created = ws.Workspace(
         entity=target.entity or "",
         project=target.project,
         name=target.title,
@@ -43,13 +44,13 @@ def workspace(target: Target) -> Any:
         settings=ws.WorkspaceSettings(x_axis=STEP),
         runset_settings=ws.RunsetSettings(filters=only),
     )
-    # W&B would draw a name by lot, under which nobody could find it again.
-    made._internal_name = f"nw-{target.view}-v"
-    return made
+    # W&B would choose a random name, under which it could not be updated.
+    created._internal_name = f"nw-{target.view}-v"
+    return created
 
 
 def as_json(target: Target) -> str:
-    """What would be sent, for a person to read. No network."""
+    """Return the workspace as JSON, without a network."""
     model = workspace(target)._to_model()
     spec = json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))
     shown = {"entity": target.entity, "project": target.project, "name": model.display_name, "view": target.view, "spec": spec}
@@ -57,10 +58,10 @@ def as_json(target: Target) -> str:
 
 
 def publish(target: Target) -> str:
-    """Create the workspace, or bring its sections up to date; sections that people have added stay. Returns its address.
+    """Create the workspace, or update its sections; keep sections that people added. Return its address.
 
     Raises:
-        LookupError: where the project does not exist, or this account may not see it.
+        LookupError: if the project does not exist, or this account may not see it.
         Exception: whatever else W&B raises.
     """
     import wandb
@@ -68,16 +69,16 @@ def publish(target: Target) -> str:
 
     entity = target.entity or str(wandb.Api().default_entity)
     target = Target(target.project, entity, target.run_id, target.run_name)
-    made = workspace(target)
+    desired = workspace(target)
     try:
-        found = ws.Workspace.from_url(made.url)
+        existing = ws.Workspace.from_url(desired.url)
     except ValueError as error:
         if "Project" in str(error):
             raise LookupError(f"{entity}/{target.project}") from error
-        return str(made.save().url)
-    ours = {section.name for section in made.sections}
-    found.sections = [*made.sections, *(section for section in found.sections if section.name not in ours)]
-    return str(found.save().url)
+        return str(desired.save().url)
+    ours = {section.name for section in desired.sections}
+    existing.sections = [*desired.sections, *(section for section in existing.sections if section.name not in ours)]
+    return str(existing.save().url)
 
 
 def _sections() -> list[Any]:

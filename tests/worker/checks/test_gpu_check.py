@@ -133,12 +133,12 @@ def test_an_unusable_gpu_is_reported(
     assert value in problem.value
 
 
-def test_gpus_may_be_of_any_kind_where_none_is_planned(node: Callable[..., None]) -> None:
+def test_gpus_may_be_of_any_kind_if_none_is_planned(node: Callable[..., None]) -> None:
     node(gpus=[replace(gpu, name="Tesla T4") for gpu in HEALTHY])
     assert check_gpus(2, RaySection(kind="ray")) == (("Tesla T4", "Tesla T4"), [])
 
 
-def test_a_process_that_is_just_ending_is_awaited(node: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_waits_for_a_process_that_is_ending(node: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "GRACE_S", 20.0)
     node()
     listings = [[GpuProcess("GPU-aaaa", 999999999, 5, "python")], []]
@@ -147,12 +147,12 @@ def test_a_process_that_is_just_ending_is_awaited(node: Callable[..., None], mon
     assert listings == []
 
 
-def test_an_empty_choice_of_gpus_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_choice_of_gpus_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "CUDA_VISIBLE_DEVICES is empty" in only(check_gpus(2, SECTION)).what
 
 
-def test_faults_of_other_jobs_gpus_count_only_where_a_gpu_is_missing(node: Callable[..., None]) -> None:
+def test_faults_of_other_jobs_gpus_count_only_if_a_gpu_is_missing(node: Callable[..., None]) -> None:
     log = "NVRM: Xid (PCI:0000:d8:00): 79, GPU has fallen off the bus.\n" * 2 + "NVRM: Xid (PCI:0000:d8:00): 45, cleanup"
     node(log=log)
     assert check_gpus(2, SECTION)[1] == []
