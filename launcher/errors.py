@@ -1,7 +1,6 @@
-"""Every error a user can meet, each with one exit code.
+"""The errors that a user can meet, each with one exit code.
 
-An error is a block of plain words: what is wrong, where it stands, the value that was given, and the
-remedy. A value that may be a secret never becomes part of a problem.
+An error has four parts: what is wrong, where, the value, and the remedy. A value that may be a secret is never part of one.
 """
 
 from __future__ import annotations
@@ -16,22 +15,19 @@ EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
 
 
-# What moves the cursor, colours or hides text on a terminal, or cannot be printed: controls but for tab and line feed,
-# marks of writing direction, halves of surrogate pairs. File names and rows of data may hold them.
+# Characters that move the cursor, colour or hide text on a terminal, or cannot be printed: controls except tab and line feed,
+# marks of writing direction, halves of surrogate pairs. File names and rows of data may contain them.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """The text with escape sequences in place of what a terminal would act upon, or could not print."""
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Return the text with escape sequences for characters that a terminal would act upon or could not print."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: `where` is a key, a file:line or the command line; `value` is as the user wrote it.
-
-    As text, what a terminal would not print stands as its escape sequence.
-    """
+    """One mistake: `where` is a key, a file:line or the command line; `value` is as the user wrote it."""
 
     what: str
     where: str = ""
@@ -52,22 +48,22 @@ class Problem:
 def did_you_mean(word: str, options: Sequence[str]) -> str:
     """Return `did you mean X?` for a mistyped word, or an empty text.
 
-    For a dotted key the neighbours in its section come first, then the same last part in another section.
+    For a dotted key, names in the same section come first, then the same name in other sections.
     """
     section, _, leaf = word.rpartition(".")
     neighbours = {option.rpartition(".")[2]: option for option in options if option.rpartition(".")[0] == section}
     if close := difflib.get_close_matches(leaf, neighbours, n=1, cutoff=0.7):
         return f"did you mean {neighbours[close[0]]}?"
-    # An item of a list is not what a key on the command line can name.
+    # A key on the command line cannot name an item of a list.
     same = [option for option in options if option.rpartition(".")[2] == leaf and "[]" not in option][:3]
-    # `train` is close to `train.x` and no help to anyone who wrote that.
+    # `train` is close to `train.x`, but does not help.
     distant = difflib.get_close_matches(word, [o for o in options if not word.startswith(f"{o}.")], n=1, cutoff=0.75)
-    found = same or distant
-    return f"did you mean {' or '.join(found)}?" if found else ""
+    candidates = same or distant
+    return f"did you mean {' or '.join(candidates)}?" if candidates else ""
 
 
 class LauncherError(Exception):
-    """The root of the hierarchy; carries one or more problems."""
+    """The base class; carries one or more problems."""
 
     exit_code = EXIT_FAILED
 
@@ -85,27 +81,27 @@ class ConfigError(LauncherError):
 
 
 class DataError(LauncherError):
-    """A data file, a template or a mask is wrong; no GPU was asked for."""
+    """A data file, a template or a loss mask is wrong; no GPU was requested."""
 
     exit_code = EXIT_REFUSED
 
 
 class SubmitError(LauncherError):
-    """The backend cannot take this run, or no such run exists."""
+    """The backend cannot accept this run, or no such run exists."""
 
     exit_code = EXIT_REFUSED
 
 
 class CheckpointError(LauncherError):
-    """A checkpoint is missing, damaged, or does not belong to this plan."""
+    """A checkpoint is missing, damaged, or belongs to another plan."""
 
 
 class DamagedCheckpoint(CheckpointError):
-    """What was committed is on disk no longer as it was, and there is nothing else to go on from without asking a person."""
+    """A committed checkpoint is damaged, and no other one can be used without a user's decision."""
 
 
 class UnreadableCheckpoint(CheckpointError):
-    """What storage does not give out at present: that says nothing about what lies there, so nothing follows from it."""
+    """A checkpoint cannot be read right now. It may be intact, so nothing is deleted or skipped."""
 
 
 class RunError(LauncherError):
@@ -117,15 +113,15 @@ class Superseded(RunError):
 
 
 class DivergedError(RunError):
-    """The numbers of the training itself are not finite; a repetition would end in the same way."""
+    """Loss or gradients are not finite; another attempt would end in the same way."""
 
 
 class ExportError(RunError):
-    """Training is complete and saved, and its Hugging Face folder could not be made."""
+    """Training is complete and saved, but its Hugging Face folder could not be written."""
 
 
 class PushError(LauncherError):
-    """An exported folder is complete on this machine, and the Hub did not take it."""
+    """The exported folder is complete on this machine, but the Hub did not accept it."""
 
 
 def describe(error: Exception) -> str:
@@ -133,5 +129,5 @@ def describe(error: Exception) -> str:
     return error.problems[0].what if isinstance(error, LauncherError) else f"{type(error).__name__}: {error}"
 
 
-# A repetition would end in the same way: neither ranks nor a job are started again after one of these.
+# Another attempt would end in the same way: neither ranks nor jobs are restarted after one of these.
 WOULD_REPEAT = (ConfigError, DataError, DamagedCheckpoint, Superseded, DivergedError, ExportError)

@@ -1,4 +1,4 @@
-"""Hydra's own ways keep working."""
+"""Hydra's flags and override syntax keep working."""
 
 from __future__ import annotations
 

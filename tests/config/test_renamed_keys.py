@@ -1,4 +1,4 @@
-"""A setting that is typed under its old key is refused with the exact replacement, wherever it was typed."""
+"""A typed old key is refused with the exact replacement: on the command line, in files, in sweeps and by resume."""
 
 from __future__ import annotations
 

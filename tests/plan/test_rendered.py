@@ -1,4 +1,4 @@
-"""What is rendered, against golden files; LAUNCHER_WRITE_GOLDEN=1 writes them."""
+"""Plans and DeepSpeed JSON against golden files; LAUNCHER_WRITE_GOLDEN=1 writes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows an attempt that has ended."""
+"""The retry policy: whether a run continues after an attempt has ended."""
 
 from __future__ import annotations
 

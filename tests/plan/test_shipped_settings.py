@@ -1,4 +1,4 @@
-"""Every YAML under conf/ composes, plans, and comes back from JSON as it was."""
+"""Every YAML file under conf/ composes, plans, and survives a round trip through JSON."""
 
 from __future__ import annotations
 
