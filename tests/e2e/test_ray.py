@@ -164,7 +164,7 @@ def hang_worker(run: Path, ranks: Ranks) -> str:
     """As when its machine hangs: nobody says anything of the rank any more."""
     ranks[1].parent().suspend()
     ranks[1].suspend()
-    return r"the other ranks wait for the worker of rank 1 on \S+: the run goes on"
+    return r"the other ranks wait for the worker of rank 1 on \S+: the attempt ends"
 
 
 def agent_log(run: Path) -> Path:
