@@ -13,7 +13,7 @@ from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.plan.gpus import GPUS, PRICE_ASSUMPTION, GpuType, Price, recognize
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
-from launcher.train.peak_flops import peak_tflops
+from launcher.train.peak_flops import find_peak_tflops
 
 __all__ = ["config_of", "plan_of"]
 ROW = GpuType(95.5, bf16=1200, tf32=600, fp32=80, usd_per_hour=4.25, names=r"\bx100\b")
@@ -43,7 +43,7 @@ def test_a_gpu_type_that_is_added_is_recognised_by_its_drivers_name(plan_of: Cal
 @pytest.mark.usefixtures("added_row")
 def test_a_gpu_type_that_is_added_has_a_peak(config_of: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: DEVICE.name)
-    assert peak_tflops(config_of("model.dtype=bf16"), torch.device("cuda", 0)) == 1200
+    assert find_peak_tflops(config_of("model.dtype=bf16"), torch.device("cuda", 0)) == 1200
 
 
 def test_a_gpu_type_that_is_not_in_the_table_is_refused(plan_of: Callable[..., LaunchPlan]) -> None:
