@@ -153,7 +153,7 @@ def wait_for_holder(path: Path) -> Holder | None:
 @contextmanager
 def _published_identity(path: Path) -> Iterator[None]:
     try:
-        # Without an identity the lock holds all the same.
+        # The lock holds without an identity, too.
         with suppress(OSError):
             atomic_files.write_json(_identity_path(path), asdict(Holder.this_process()))
         yield

@@ -144,7 +144,7 @@ def fence(run: RunDir, attempt: int, refresh: bool = False) -> None:
         is_superseded = False
     if is_superseded:
         raise Superseded(
-            f"attempt {attempt} was given up while it still ran: attempt {attempt + 1} has taken over; nothing more is written",
+            f"attempt {attempt} is superseded: attempt {attempt + 1} has taken over; attempt {attempt} writes nothing more",
             where=str(run.attempt(attempt + 1)),
         )
 

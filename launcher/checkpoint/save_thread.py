@@ -168,7 +168,7 @@ class SaveJob:
         try:
             self.context.prune(committed)
         except (OSError, CheckpointError) as error:
-            # The checkpoint is committed all the same.
+            # The checkpoint stays committed.
             self.not_pruned = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error.problems[0].what)
 
     def _receipts(self) -> list[ShardReceipt]:

@@ -48,7 +48,7 @@ def push(folder: Path, repo_id: str, *, again: str) -> str:
         api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message="Upload an exported checkpoint", delete_patterns=_REPLACED
         )
-    except Exception as error:  # the Hub, the network or the disk: the folder is complete all the same
+    except Exception as error:  # the Hub, the network or the disk: none of them affects the folder
         raise PushError(
             "the exported folder could not be pushed to the Hub; it is complete on this machine",
             where=str(folder),

@@ -80,7 +80,7 @@ def test_an_attempt_that_another_has_followed_ends_and_is_not_restarted(start: C
         run_store.create_attempt(RunDir(run), Attempt(resume_step=None))
         output, _ = process.communicate(timeout=90)
     assert process.returncode == 1, output
-    assert "attempt 1 was given up while it still ran: attempt 2 has taken over" in output
+    assert "attempt 1 is superseded: attempt 2 has taken over" in output
     starts = {path.name for path in (run / "attempts/001/elastic").glob("node-*/start-*")}
     assert starts == {"start-001-rank-00000.json", "start-001-rank-00001.json"}, "started once"
     assert not processes_of(run)

@@ -77,7 +77,7 @@ def test_the_exported_template_is_the_one_that_rendered_the_data(run, tmp_path, 
         assert (made.path / "chat_template.jinja").read_text() == text
     file.unlink()
     assert command.main([str(run / "plan.json"), "--no-check", "--out", str(tmp_path / "out")]) == 1
-    assert "put the file there again" in capsys.readouterr().err
+    assert "restore the file" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

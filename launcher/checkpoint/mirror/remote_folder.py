@@ -82,13 +82,13 @@ class RemoteFolder:
 
         def query() -> list[str]:
             self._fs.invalidate_cache()
-            return [str(found) for found in self._fs.ls(self._path(folder), detail=False)]
+            return [str(path) for path in self._fs.ls(self._path(folder), detail=False)]
 
         try:
-            found = self._retry(query)
+            paths = self._retry(query)
         except FileNotFoundError:
             return []
-        return sorted(name for path in found if (name := path.rstrip("/").rpartition("/")[2]))
+        return sorted(name for path in paths if (name := path.rstrip("/").rpartition("/")[2]))
 
     def write(self, name: str, content: bytes) -> None:
         """Write or replace a small file."""
