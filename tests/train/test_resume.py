@@ -91,7 +91,7 @@ def test_a_superseded_attempt_does_not_change_its_resume_step(rank_server: RankS
     run = run_with(tmp_path / "run", None, before=[10], automatic=True)
     run_store.create_attempt(run, Attempt(resume_step=10))
     (error,) = loaded_on_two_ranks(rank_server, tmp_path, run)
-    assert error.startswith("Superseded: attempt 2 was given up")
+    assert error.startswith("Superseded: attempt 2 is superseded")
     assert run_store.read_attempt(run, 2).resume_step is None
 
 
@@ -253,7 +253,7 @@ def test_a_superseded_attempt_sets_nothing_aside(rank_server: RankServer, tmp_pa
     flip(run, 20)
     run_store.create_attempt(run, Attempt(resume_step=20))
     (error,) = loaded_on_two_ranks(rank_server, tmp_path, run)
-    assert error.startswith("Superseded: attempt 2 was given up")
+    assert error.startswith("Superseded: attempt 2 is superseded")
     assert folder_names(run) == ["step-00000010", "step-00000020"]
     assert run_store.read_attempt(run, 2).resume_step == 20
 
