@@ -1,4 +1,4 @@
-"""The W&B workspace: its JSON as a golden file, and created and brought up to date on a server of the test's own."""
+"""The W&B workspace: its JSON as a golden file, and its creation and update on a fake server."""
 
 from __future__ import annotations
 

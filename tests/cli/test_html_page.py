@@ -1,4 +1,4 @@
-"""The page holds what it was given, escaped, and asks for nothing from elsewhere."""
+"""Pages contain their texts escaped, and load nothing from elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page that tells a run: whole, from nothing but the run's files, and without a network."""
+"""The report page: complete, from the run's files alone, and without a network."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_report_of_one_run_has_all_sections(launch: Launch, run: RunDir) -> 
 
 
 def test_the_cost_counts_all_time_with_machines(launch: Launch, run: RunDir) -> None:
-    """The export, which comes after the last line of metrics, counts as well."""
+    """The export after the last line of metrics counts, too."""
     atomic_files.write_json(run.attempt(2) / "exit.json", {"state": "completed", "ended_at": time.time()})
     second = run_store.read_attempt(run, 2)
     run_store.write_attempt(run, 2, replace(second, begun_at=time.time() - 30 * 60))
@@ -104,7 +104,7 @@ def test_runs_of_one_name_are_distinguished_and_a_run_is_drawn_once(launch: Laun
 
 
 def test_half_a_surrogate_pair_is_written_as_its_number(launch: Launch, run: RunDir) -> None:
-    """Half a surrogate pair, as in the name of a file that is no UTF-8."""
+    """As in the name of a file that is not UTF-8."""
     JsonlTracker(run, 2).event("alert", "the file \udcff.jsonl is damaged")
     assert launch("report", str(run.root)).returncode == 0
     assert "the file &#56575;.jsonl is damaged" in (run.root / "report.html").read_text()
@@ -147,7 +147,7 @@ def test_thinning_keeps_spikes() -> None:
 
 
 def test_the_report_of_a_long_run_takes_seconds(launch: Launch, run: RunDir) -> None:
-    """10,000 steps; the bound is wide, since other programs may run."""
+    """10,000 steps; the bound is wide, as other programs may run."""
     log = JsonlTracker(run, 2)
     for step in range(11, 10_011):
         values = {f"group/metric_{i}": 0.123456789 * i for i in range(40)}

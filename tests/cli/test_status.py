@@ -1,4 +1,4 @@
-"""What a person sees of runs, told from their files alone."""
+"""The verbs status and ls, from the files of runs alone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_status_reads_the_files_of_the_run(launch_here: Launch, run: RunDir) -> 
 
 
 def test_the_step_is_the_newest_of_metrics_and_status(run: RunDir) -> None:
-    """The ranks write status.json more seldom than they log."""
+    """The ranks log more often than they write status.json."""
     status = replace(run_store.update_status(run, state="running"), step=8)
     before = replace(status, updated_at=1.0)
     assert summary(run, before)["step"] == 10
@@ -59,7 +59,7 @@ def test_the_step_is_the_newest_of_metrics_and_status(run: RunDir) -> None:
 
 
 def test_status_works_with_metrics_and_status_json_alone(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
-    """As where these two files were copied from a machine that is gone."""
+    """As if these two files were copied from another machine."""
     run_store.update_status(run, state="running")
     alone = tmp_path / "alone"
     alone.mkdir()
@@ -105,7 +105,7 @@ def test_the_time_left_of_an_attempt_that_has_not_trained_counts_its_own_steps(l
 
 
 def test_a_resumed_run_that_waits_is_not_asked_to_stop(run: RunDir) -> None:
-    """The attempt before was; status.json has its number until the job of the next begins."""
+    """The attempt before was; status.json has its number until the next job begins."""
     atomic_files.write_json(run.cancel(2), {"save": True})
     number = run_store.create_attempt(run, run_records.Attempt(resume_step=5))
     found = summary(run, run_store.update_status(run, state="pending", max_steps=60))
@@ -277,7 +277,7 @@ def test_the_expected_cost_follows_from_the_pace(run: RunDir) -> None:
 
 
 def test_attempts_that_never_trained_are_paid_for(launch_here: Launch, run: RunDir) -> None:
-    """Two GPUs for 51 minutes, and nothing logged; what waits for its first machines costs nothing."""
+    """Two GPUs for 51 minutes without a logged step; waiting for the first machines costs nothing."""
     run.metrics.unlink()
     atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": time.time()})
     for file in run.attempt(2).iterdir():
@@ -333,7 +333,7 @@ def test_json_has_no_nan(launch_here: Launch, run: RunDir) -> None:
 
 
 def test_time_after_the_last_line_counts_as_in_the_report(launch_here: Launch, run: RunDir) -> None:
-    """Half an hour on two GPUs after the last step: of a step that is not logged yet, or of the last save and the export."""
+    """Half an hour on two GPUs after the last step: a step that is not logged yet, or the last save and the export."""
     now = time.time()
     for attempt, submitted_at, begun_at in ((1, now - 7200, now - 7200), (2, now - 3600, now - 3600)):
         times = {"submitted_at": submitted_at, "begun_at": begun_at}

@@ -1,4 +1,4 @@
-"""What is said of W&B before a run is submitted, by a server on this machine."""
+"""The check of W&B before a run is submitted, with a server on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rank 0 does with its trackers, one order at a time: `python rank_in_small.py PLAN RUN_DIR ATTEMPT`.
+"""Rank 0's use of its trackers, one command at a time: `python rank_in_small.py PLAN RUN_DIR ATTEMPT`.
 
 Orders are lines of JSON, [METHOD, ARGUMENTS, FIELDS]; each is answered with the seconds that the call took. "stop" tells
 whether W&B has asked to stop, "core" the process id of W&B's process.

@@ -1,4 +1,4 @@
-"""Starts `rank_in_small.py` and gives it orders; nothing of it is left running."""
+"""Starts `rank_in_small.py`, sends it commands, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def rank(
 
 
 def wait_for_another_second(run_dir: Path) -> None:
-    """W&B's folders carry the second of their session in their names, and the order of upload is that of names."""
+    """Wait for the next second: W&B's folders are named for it, and are uploaded in the order of their names."""
 
     def is_now(folder: Path) -> bool:
         return any(time.strftime("%Y%m%d_%H%M%S", to(time.time())) in folder.name for to in (time.localtime, time.gmtime))
@@ -144,7 +144,7 @@ def wait_for_another_second(run_dir: Path) -> None:
 
 
 def times_begun(run_dir: Path) -> int:
-    """How often W&B has begun to take what a rank says; a tracker tells that with the next word said to it."""
+    """Return how often W&B has started for a rank; a tracker reports that in its next call."""
     return sum(event["text"].startswith("Weights & Biases: ") for event in read_events(run_dir / "events.jsonl"))
 
 

@@ -148,7 +148,7 @@ def test_tail_returns_each_complete_line_once(tmp_path: Path) -> None:
 
 
 def test_tail_leaves_out_values_other_than_objects(tmp_path: Path) -> None:
-    """As the rest of a line that was torn in its middle may be."""
+    """The rest of a torn line may be such a value."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('5\n"a"\n[{}]\nnull\n{"a": 1}\n')
     assert Tail(path).poll() == [{"a": 1}]

@@ -106,7 +106,7 @@ def test_the_time_lines_give_the_same_breakdown_as_all_lines(tmp_path: Path) -> 
 
 
 def test_a_step_logged_after_the_end_of_an_attempt_hides_no_earlier_step(tmp_path: Path) -> None:
-    """As where the clock of the node that tells of the end is behind."""
+    """The clock of the node that records the end may be slow."""
     file = tmp_path / "metrics.jsonl"
     lines = [{"trainer/step": n, "time": 10.0 + n, "attempt": 1, "train/loss": 1.0} for n in (*range(1, 91), 93)]
     events = [

@@ -23,11 +23,11 @@ PlanMaker = Callable[..., LaunchPlan]
 
 
 def no_stop() -> None:
-    """Nobody presses it."""
+    """Stop is never pressed."""
 
 
 class Broken(ConsoleTracker):
-    """A console whose terminal goes away in the middle of the run."""
+    """A console that fails in the middle of the run."""
 
     error: BaseException = ValueError("no such column")
 
@@ -71,7 +71,7 @@ def test_no_line_is_lost_while_storage_fails(run_dir: Path, monkeypatch: pytest.
 
 
 def full_disk(descriptor: int, data: bytes) -> int:
-    """Half a line fits; to a file that is opened for appending, Linux appends here, too."""
+    """Write half a line; Linux appends here too, as the file is opened for appending."""
     os.pwrite(descriptor, data[: len(data) // 2], 0)
     return len(data) // 2
 

@@ -35,7 +35,7 @@ CANARY = "canary-5f1c0ffee5f1c0ffee"
 
 
 def no_stop() -> None:
-    """Nobody presses it."""
+    """Stop is never pressed."""
 
 
 # A rank in small: it starts the trackers, logs two steps and ends; where `hang` is set, W&B's process stops before that.
@@ -68,7 +68,7 @@ from launcher.tracking.tracker import start_trackers
 
 
 def run_script(code: str, plan_file: Path, run_dir: Path, forked: bool = True) -> int:
-    """Run in a process of its own, with a W&B process of its own; its exit code, and -9 where it did not end."""
+    """Run code in a process with its own W&B process; return the exit code, -9 if it did not end."""
     environ = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     environ["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests"), str(REPO / "tests/tracking")])
     arguments = [IMPORTS + code, str(plan_file), str(run_dir)]
@@ -290,7 +290,7 @@ def test_a_superseded_attempt_does_not_finish_the_wandb_run(make_plan: PlanMaker
 
 @pytest.mark.parametrize("how", ["with --step", "with other settings"])
 def test_steps_repeated_after_a_return_are_shown_beside_the_earlier_ones(make_plan: PlanMaker, run_dir: Path, how: str) -> None:
-    """As they are for the attempts that follow, which go on after a crash, or with the same settings."""
+    """Also in the following attempts, after a crash or with the same settings."""
     run, plan, began = RunDir(run_dir), make_plan(), ((1, None, (1, 6)), (2, 3, (4, 8)), (3, 6, (7, 9)))
     run.plan.write_text(plan.to_json())
     for attempt, back, (first, last) in began:

@@ -1,4 +1,4 @@
-"""Whatever becomes of W&B, training goes on at full speed, says so once, and what W&B lacks can be uploaded."""
+"""Faults of W&B: training continues at full speed, one alert is sent, and missing data can be uploaded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def server() -> Iterator[FakeWandb]:
 
 
 def upload(run_dir: Path, server: FakeWandb) -> None:
-    """Carry out the command that was told at the end, as a person does when the server is well again."""
+    """Run the upload command from the end of the run, as a person does when the server has recovered."""
     told = [
         event["fields"]["sync_command"] for event in read_events(run_dir / "events.jsonl") if event["fields"].get("sync_command")
     ]
@@ -117,7 +117,7 @@ def test_a_server_that_never_answers(make_plan: PlanMaker, server: FakeWandb, ru
 
 @pytest.mark.parametrize("trained", [0, 3], ids=["at the start", "in the middle"])
 def test_a_server_whose_port_is_closed(make_plan: PlanMaker, server: FakeWandb, run_dir: Path, trained: int) -> None:
-    """`server` is there again, as another one, when the files are uploaded."""
+    """Another `server` is there when the files are uploaded."""
     plan = make_plan()
     with ExitStack() as others:
         gone = others.enter_context(fake_wandb())

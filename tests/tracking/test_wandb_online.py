@@ -1,4 +1,4 @@
-"""Real wandb-core against a server on this machine: what W&B has of a run that goes well, is killed, or is stopped."""
+"""Real wandb-core with a server on this machine: the data of a run that completes, is killed, or is stopped."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_after_a_crash_each_step_is_there_once(make_plan: PlanMaker, server: Fak
 
 
 def test_simultaneous_alerts_are_all_sent(make_plan: PlanMaker, server: FakeWandb) -> None:
-    """Also those whose titles are the same, as W&B takes only so much of them."""
+    """Also alerts with the same title: W&B shortens titles."""
     texts = ["attempt 1 ended (failure): what it said", "the checkpoint of step 9 is damaged", *(f"{'w' * 60} {i}" for i in "12")]
     with rank(make_plan(), base_url=server.address) as it:
         it.start_and_wait()

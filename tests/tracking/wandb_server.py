@@ -1,4 +1,4 @@
-"""As much of W&B's server as a run needs, on a port of this machine: real HTTP, everything kept in memory.
+"""A fake of W&B's server for runs, on a port of this machine: real HTTP, all data in memory.
 
 GraphQL answers stand in `_OPERATIONS`, by the name of the operation; a file stream keeps each line at its offset, so that a
 line that is sent twice is there once, as on the real server.
@@ -27,7 +27,7 @@ HISTORY, SUMMARY, EVENTS = "wandb-history.jsonl", "wandb-summary.json", "wandb-e
 
 @dataclass
 class Run:
-    """What the server knows of a run; `exits` are the exit codes that its attempts have ended with."""
+    """The server's data of a run; `exits` are the exit codes of its attempts."""
 
     name: str
     project: str
@@ -272,7 +272,7 @@ _OPERATIONS = {
 
 @contextmanager
 def fake_wandb(**settings: Any) -> Iterator[FakeWandb]:
-    """A server that has answered, or given up on, all that was asked when the block is left."""
+    """A server that has answered or dropped all requests when the block ends."""
     server = FakeWandb(**settings)
 
     class Handler(BaseHTTPRequestHandler):
