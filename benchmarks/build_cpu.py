@@ -20,7 +20,7 @@ def cpu_s() -> float:
 def main(rows: str, tokenizer: str, max_length: str, *options: str) -> None:
     # As in the processes of a build: they are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from launcher.config.data import DataSection, Source
+    from launcher.config.sections.data import DataSection, Source
     from launcher.data.build import build
     from launcher.data.tokenization import encoder, fast_tokenizer
 

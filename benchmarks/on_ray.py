@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import sides
 
-from launcher.worker.rank_env import RankTitle
+from launcher.worker.ranks.rank_env import RankTitle
 
 SETTINGS = (
     *("model=demo", "data=stdlib_docs", "data.max_length=256", "train.global_batch_size=8", "tracking=none"),

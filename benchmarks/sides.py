@@ -25,7 +25,7 @@ import psutil
 import results
 from steps import summarize
 
-from launcher.config.data import DataSection
+from launcher.config.sections.data import DataSection
 from launcher.data.cache import Split
 from launcher.data.sources import Chat, read_documents
 from launcher.plan.launch_plan import LaunchPlan

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "slurm"))
 from testbed_cluster import Testbed
 from testbed_config import Settings
 
-from launcher.worker.rank_env import RankTitle
+from launcher.worker.ranks.rank_env import RankTitle
 
 SETTINGS = (
     *("model=tiny", "data.max_length=64", "train.global_batch_size=4", "eval.sample=false", "tracking=none"),

@@ -1,7 +1,7 @@
 """The error record of a rank: the exception that ended it.
 
 Format and path are those of torch's `record` decorator. That writes in place, and torch's elastic agent parses the file without a
-guard, so neither is used here (see launcher.worker.elastic).
+guard, so neither is used here (see launcher.worker.ranks.elastic).
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def is_extra_accepted(config: RunConfig) -> bool:
 
 
 def accepted_extra(config: RunConfig) -> Path:
-    """Return the marker file that exists once DeepSpeed accepted these settings; launcher.worker.deepspeed_check writes it."""
+    """Return the marker file that worker.checks.deepspeed_check writes once DeepSpeed has accepted these settings."""
     checked = [_version("deepspeed"), launcher.__version__, config.model.dtype, config.deepspeed.model_dump(mode="json")]
     digest = hashlib.blake2b(json.dumps(checked, sort_keys=True).encode(), digest_size=16).hexdigest()
     return cache.cache_root() / "deepspeed-checks" / digest

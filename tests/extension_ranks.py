@@ -25,7 +25,7 @@ from launcher.plan.optimizers import OPTIMIZERS, Optimizer
 from launcher.train.engine import build_engine
 from launcher.train.evaluate import Evaluator
 from launcher.train.loop import TrainingLoop, noop
-from launcher.train.metrics import StepTimer
+from launcher.train.monitoring.step_metrics import StepTimer
 from launcher.train.objectives import OBJECTIVES, LossSum
 
 NUM_ROWS, ROW_TOKENS = 2, 16

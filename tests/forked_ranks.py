@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from forked import ForkedProcess, ForkServer
 
-# Read while the server imports, so that ranks cannot have others: see launcher/worker/rank_process.py.
+# Read while the server imports, so that ranks cannot have others: see launcher/worker/ranks/rank_process.py.
 _VARIABLES = {
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
     "PYTHONWARNINGS": "ignore",
@@ -115,7 +115,7 @@ def _read_value(path: Path) -> Any:
 
 def main(function: str, arguments: str, value: str) -> NoReturn:
     """Be a rank."""
-    from launcher.worker.rank_env import die_with_parent
+    from launcher.worker.ranks.rank_env import die_with_parent
 
     die_with_parent()
     code = 0

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from launcher.config.compose import run_hydra
-from launcher.config.ray import RaySection
 from launcher.config.schema import RunConfig
-from launcher.config.slurm import SlurmSection
+from launcher.config.sections.ray import RaySection
+from launcher.config.sections.slurm import SlurmSection
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan

@@ -9,7 +9,7 @@ import launcher.train.finish
 import launcher.train.loop
 import launcher.train.resume  # noqa: F401
 from launcher.train.engine import import_muon
-from launcher.worker.fork_server import find_fork_hazard
+from launcher.worker.ranks.fork_server import find_fork_hazard
 
 import_muon()
 assert (refusal := find_fork_hazard()) is None, refusal

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.clusters.base import BACKENDS
-from launcher.config.cluster_sections import SECTIONS
+from launcher.config.sections.backends import SECTIONS
 
 REPO = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "deepspeed", "transformers", "datasets", "ray", "wandb")
@@ -23,7 +23,7 @@ def modules(*folders: str) -> list[str]:
 
 
 SUBMIT_SIDE = [
-    *modules("cli", "config", "plan", "clusters"),
+    *modules("cli", "config", "config/sections", "plan", "clusters"),
     *(
         "launcher.errors",
         "launcher.facts",
@@ -157,3 +157,19 @@ def names_a_backend(node: ast.AST) -> bool:
 def names_a_section(node: ast.AST) -> bool:
     name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
     return name in {section.__name__ for section in SECTIONS.values()}
+
+
+def test_a_class_name_has_one_meaning() -> None:
+    files: dict[str, list[str]] = {}
+    for file in sorted((REPO / "launcher").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef):
+                files.setdefault(node.name.lstrip("_"), []).append(file.relative_to(REPO).as_posix())
+    assert {name: paths for name, paths in files.items() if len(paths) > 1} == {}
+
+
+def test_folders_stay_small() -> None:
+    """cli/ has one file for each verb."""
+    folders = {file.parent for file in (REPO / "launcher").rglob("*.py")} - {REPO / "launcher/cli"}
+    sizes = {folder.relative_to(REPO).as_posix(): len([*folder.glob("*.py")]) for folder in folders}
+    assert {folder: size for folder, size in sizes.items() if size > 17} == {}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config.data import Source
+from launcher.config.sections.data import Source
 from launcher.data.sources import read_documents
 from launcher.errors import DataError, Problem
 

@@ -19,11 +19,11 @@ from launcher import facts, run_store
 from launcher.cli.main import main
 from launcher.clusters.base import BACKENDS, Cluster
 from launcher.clusters.faults import InjectedFault
-from launcher.config.cluster import ClusterSection
-from launcher.config.cluster_sections import SECTIONS
-from launcher.config.fields import Name
 from launcher.config.introspect import settings
 from launcher.config.schema import RunConfig
+from launcher.config.sections.backends import SECTIONS
+from launcher.config.sections.cluster import ClusterSection
+from launcher.config.sections.fields import Name
 from launcher.data.checks import findings
 from launcher.errors import SubmitError
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan

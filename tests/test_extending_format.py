@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from launcher.config.data import COLUMNS, DataSection, Source
+from launcher.config.sections.data import COLUMNS, DataSection, Source
 from launcher.data.build import build
 from launcher.data.cache import Split
 from launcher.data.sources import Completion

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from launcher.checkpoint.manifest import Checkpoint
-    from launcher.config.train import CheckpointSection
+    from launcher.config.sections.train import CheckpointSection
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,7 @@ def check_extra(config: RunConfig) -> None:
     """
     if facts.is_extra_accepted(config):
         return
-    answer = _run_worker_module("launcher.worker.deepspeed_check", config)
+    answer = _run_worker_module("launcher.worker.checks.deepspeed_check", config)
     if answer["problems"]:
         raise ConfigError([Problem(*parts) for parts in answer["problems"]])
 

@@ -18,8 +18,8 @@ from launcher.checkpoint.mirror.layout import MirroredRun, read_complete_checkpo
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder, unreachable_error
 from launcher.cli import formatting
 from launcher.cli.launch import prepare
-from launcher.config.fields import Url
 from launcher.config.schema import ModelSection
+from launcher.config.sections.fields import Url
 from launcher.data import cache, sources
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, SubmitError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan

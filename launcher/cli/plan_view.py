@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from launcher.cli.formatting import short, table
-from launcher.config.train import CheckpointSection
+from launcher.config.sections.train import CheckpointSection
 from launcher.errors import ConfigError
 from launcher.plan.architecture import train_flops
 from launcher.plan.launch_plan import LaunchPlan, Lineage

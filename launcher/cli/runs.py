@@ -15,7 +15,7 @@ from launcher.cli.launch import worker_environment
 from launcher.cli.plan_view import started_lines
 from launcher.cli.resume import resume_run
 from launcher.clusters.base import cluster_for
-from launcher.config.fields import HUB_ID_PATTERN
+from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.errors import SubmitError
 from launcher.export import hub
 from launcher.plan.run_dir import RunDir

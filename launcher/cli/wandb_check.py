@@ -7,8 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
-from launcher.config.cluster import ClusterSection
 from launcher.config.schema import RunConfig
+from launcher.config.sections.cluster import ClusterSection
 from launcher.errors import ConfigError
 
 _DEADLINE_S = 30.0

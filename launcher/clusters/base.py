@@ -15,11 +15,11 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Status
 
 if TYPE_CHECKING:
-    from launcher.config.cluster import ClusterSection
+    from launcher.config.sections.cluster import ClusterSection
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
 # The class of each backend, as module:Class, by `cluster.kind`. A backend is imported when a run uses it. The class of its
-# settings is in launcher.config.cluster_sections.SECTIONS.
+# settings is in launcher.config.sections.backends.SECTIONS.
 BACKENDS: dict[str, str] = {
     "local": "launcher.clusters.local:LocalCluster",
     "slurm": "launcher.clusters.slurm.cluster:SlurmCluster",

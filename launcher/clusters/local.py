@@ -19,7 +19,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 
 if TYPE_CHECKING:
-    from launcher.config.cluster import ClusterSection
+    from launcher.config.sections.cluster import ClusterSection
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
 _END_DEADLINE_S = 30.0

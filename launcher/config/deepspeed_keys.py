@@ -1,7 +1,7 @@
 """The raw DeepSpeed keys that `deepspeed.extra` may contain, and why others are refused. Pure.
 
 The tables cover every top-level key of DeepSpeed 0.19.8; tests/config/test_deepspeed_keys.py compares them with the installed
-version. DeepSpeed itself checks the names inside a section (launcher/worker/deepspeed_check.py).
+version. DeepSpeed itself checks the names inside a section (launcher/worker/checks/deepspeed_check.py).
 """
 
 from __future__ import annotations

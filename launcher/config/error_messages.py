@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from launcher.config.data import COLUMNS_EXAMPLE
 from launcher.config.introspect import Setting, as_yaml, settings
 from launcher.config.origin import Origins
 from launcher.config.redaction import looks_secret, redact
 from launcher.config.renamed_keys import renamed_override, renamed_setting
+from launcher.config.sections.data import COLUMNS_EXAMPLE
 from launcher.errors import Problem, did_you_mean
 
 # By the first part of pydantic's error type.

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from launcher.config.cluster import LocalSection
-from launcher.config.cluster_sections import AnyCluster, choose_kind
-from launcher.config.data import DataSection
-from launcher.config.fields import (
+from launcher.config.sections.backends import AnyCluster, choose_kind
+from launcher.config.sections.cluster import LocalSection
+from launcher.config.sections.data import DataSection
+from launcher.config.sections.fields import (
     HUB_ID_PATTERN,
     NAME_PATTERN,
     Count,
@@ -27,7 +27,7 @@ from launcher.config.fields import (
     Text,
     matching,
 )
-from launcher.config.train import CheckpointSection, EvalSection, ExportSection, TrainSection
+from launcher.config.sections.train import CheckpointSection, EvalSection, ExportSection, TrainSection
 
 PACKAGE_PATTERN = re.compile(r"package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(/[\w.-]+)+")
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")

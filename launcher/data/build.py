@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from pathlib import Path
 
-from launcher.config.data import DataSection
+from launcher.config.sections.data import DataSection
 from launcher.data import cache, row_layout, sources
 from launcher.data.build_report import make_facts, make_report
 from launcher.data.checks import findings

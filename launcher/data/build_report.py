@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from launcher.config.data import DataSection
+from launcher.config.sections.data import DataSection
 from launcher.data import sources
 from launcher.data.corpus import EncodedCorpus, list_inputs, list_names
 from launcher.data.packing import RowLayout

@@ -36,7 +36,7 @@ import numpy as np
 import xxhash
 
 from launcher import atomic_files
-from launcher.config.data import ChecksSection, DataSection, Source
+from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data import digests
 from launcher.data.cache_dir import cache_root, convert_os_errors
 from launcher.data.digests import CheckedArray, DigestingWriter

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from launcher.config.data import DataSection, Source
+from launcher.config.sections.data import DataSection, Source
 from launcher.data import row_layout, sources
 from launcher.data.checks import inspection
 from launcher.data.sources.keys import KeyCounts

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from launcher.config.data import Source
+from launcher.config.sections.data import Source
 from launcher.errors import DataError, Problem
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from launcher.config.data import DataSection, Source
-from launcher.config.train import TrainSection
+from launcher.config.sections.data import DataSection, Source
+from launcher.config.sections.train import TrainSection
 from launcher.data import cache
 from launcher.data.cache import Split
 from launcher.data.checks import findings, patterns

@@ -9,7 +9,7 @@ from typing import IO
 
 import numpy as np
 
-from launcher.config.data import DataSection
+from launcher.config.sections.data import DataSection
 from launcher.data import cache, mixture, packing
 from launcher.data.packing import RowLayout
 from launcher.errors import DataError, Problem

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from launcher.config.data import DataSection
+from launcher.config.sections.data import DataSection
 from launcher.data import mixture, row_layout
 from launcher.data.checks import findings, inspection, overlap, summary
 from launcher.data.corpus import EncodedCorpus, list_names

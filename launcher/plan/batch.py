@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from launcher.config.data import DataSection
-from launcher.config.train import TrainSection
+from launcher.config.sections.data import DataSection
+from launcher.config.sections.train import TrainSection
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import Batch, DataFacts
 

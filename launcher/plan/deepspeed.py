@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.config.schema import DeepSpeedSection, ModelSection
-from launcher.config.train import TrainSection
+from launcher.config.sections.train import TrainSection
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
 from launcher.plan.memory import NVME_SUB_GROUP, max_parameter_elements, num_hpz_ranks, num_nvme_buffers
 from launcher.plan.optimizers import Optimizer

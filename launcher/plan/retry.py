@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launcher.config.cluster import ManagedSection
+    from launcher.config.sections.cluster import ManagedSection
 
 
 class Cause(StrEnum):

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from launcher.data.loader import MicroBatch
 from launcher.distributed import all_reduce_step
-from launcher.train.metrics import perplexity
 from launcher.train.model import CausalLMLoss
+from launcher.train.monitoring.step_metrics import perplexity
 from launcher.train.objectives import Objective
 
 HELD_OUT_LOSS = "eval/held_out/loss"

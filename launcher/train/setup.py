@@ -22,12 +22,12 @@ from launcher.tracking.tracker import Composite
 from launcher.train.checkpointer import Checkpointer
 from launcher.train.engine import build_engine
 from launcher.train.evaluate import Evaluator
-from launcher.train.metrics import Meter, StepTimer
 from launcher.train.model import CausalLMLoss, describe_attention
 from launcher.train.monitoring.monitor import Monitor
+from launcher.train.monitoring.peak_flops import find_peak_tflops
 from launcher.train.monitoring.status_file import StatusFile
+from launcher.train.monitoring.step_metrics import Meter, StepTimer
 from launcher.train.objectives import OBJECTIVES, Objective
-from launcher.train.peak_flops import find_peak_tflops
 from launcher.train.resume import StartPoint, agree_on_start_point
 
 # Padding is neither attended to nor trained; any id in the vocabulary serves.

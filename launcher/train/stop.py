@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from launcher.config.cluster import ClusterSection
+from launcher.config.sections.cluster import ClusterSection
 
 
 @dataclass(frozen=True)

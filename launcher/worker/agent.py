@@ -28,15 +28,16 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import ExitRecord, FailureRecord, exit_file
 from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART
-from launcher.worker import failure_record, heartbeat, postmortem
+from launcher.worker import failure_record, postmortem
 from launcher.worker.checks import network
 from launcher.worker.mirror_process import MirrorProcess
-from launcher.worker.rank_env import NodeInfo
-from launcher.worker.rank_process import RankProcesses
+from launcher.worker.ranks import heartbeat
+from launcher.worker.ranks.rank_env import NodeInfo
+from launcher.worker.ranks.rank_process import RankProcesses
+from launcher.worker.ranks.watchdog import Watchdog
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.stopper import Stopper
 from launcher.worker.wandb_closing import close_wandb_run
-from launcher.worker.watchdog import Watchdog
 
 # Ranks that are stopped before a restart may take half a minute to end.
 _MEET_DEADLINE_S = 300.0
@@ -92,7 +93,7 @@ class NodeAgent:
         """
         from torch.distributed import TCPStore
 
-        from launcher.worker import elastic
+        from launcher.worker.ranks import elastic
         from launcher.worker.rendezvous import NodeRendezvous
 
         topology, cluster = self.plan.topology, self.plan.config.cluster

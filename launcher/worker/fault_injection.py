@@ -22,7 +22,7 @@ from launcher.errors import EXIT_FAILED, LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.metrics_tail import newest_trained_step
-from launcher.worker.rank_env import RankTitle
+from launcher.worker.ranks.rank_env import RankTitle
 
 _HANG_DEADLINE_S = 25.0
 _SETTLE_S = 0.5

@@ -31,7 +31,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import MirrorRecord
 from launcher.tracking.jsonl import append_event
 from launcher.tracking.tracker import RateLimit
-from launcher.worker.rank_env import die_with_parent
+from launcher.worker.ranks.rank_env import die_with_parent
 
 # The ranks have priority on the processor.
 _NICE = 10

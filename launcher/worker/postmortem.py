@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from launcher import json_records, run_records, run_store
 from launcher.checkpoint import store
-from launcher.config.cluster import ManagedSection
+from launcher.config.sections.cluster import ManagedSection
 from launcher.errors import WOULD_REPEAT, Problem, RunError
 from launcher.plan.retry import AttemptEnd, Cause, Decision, decide
 from launcher.plan.run_dir import RunDir

@@ -35,7 +35,7 @@ from launcher.export import model_card
 from launcher.export.hf_folder import ExportTask, export, find_chat_template, verify_checkpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_metrics
-from launcher.worker.weight_check import require_weights
+from launcher.worker.checks.weight_check import require_weights
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

@@ -19,7 +19,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
-from launcher.worker.rank_env import NodeInfo
+from launcher.worker.ranks.rank_env import NodeInfo
 
 
 class NodeRendezvous(RendezvousHandler):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.clusters.ray import jobs
-from launcher.config.ray import RaySection
+from launcher.config.sections.ray import RaySection
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
 

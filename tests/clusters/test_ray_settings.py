@@ -22,7 +22,7 @@ from launcher.clusters.local import LocalCluster
 from launcher.clusters.ray import cluster as module
 from launcher.clusters.ray import jobs
 from launcher.clusters.ray.cluster import RayCluster
-from launcher.config.ray import RaySection
+from launcher.config.sections.ray import RaySection
 from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir

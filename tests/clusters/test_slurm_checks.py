@@ -12,7 +12,7 @@ from testbed_cluster import Testbed
 
 from launcher.clusters.slurm import checks, site
 from launcher.clusters.slurm.commands import slurm
-from launcher.config.slurm import SlurmSection
+from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import Problem, SubmitError
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 

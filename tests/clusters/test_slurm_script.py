@@ -16,7 +16,7 @@ from testbed_cluster import Testbed
 from launcher.clusters.slurm import queue, sbatch
 from launcher.clusters.slurm.cluster import SlurmCluster
 from launcher.clusters.slurm.commands import slurm
-from launcher.config.slurm import SlurmSection
+from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir

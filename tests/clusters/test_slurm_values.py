@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from sandbox import Sandbox, rendered
 
 from launcher.config.compose import run_hydra
-from launcher.config.slurm import SlurmSection
+from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 

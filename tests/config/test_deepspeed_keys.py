@@ -19,7 +19,7 @@ from launcher.config.compose import Composed
 from launcher.config.introspect import settings
 from launcher.config.resume import with_overrides
 from launcher.errors import ConfigError, Problem
-from launcher.worker.deepspeed_check import Recorder
+from launcher.worker.checks.deepspeed_check import Recorder
 
 Compose = Callable[..., list[Composed]]
 Refused = Callable[..., list[Problem]]

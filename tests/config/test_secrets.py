@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from launcher.config.data import Source
 from launcher.config.redaction import looks_secret, redact
 from launcher.config.resume import with_overrides
+from launcher.config.sections.data import Source
 from launcher.errors import ConfigError
 
 Shown = Callable[..., str]

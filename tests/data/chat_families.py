@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from launcher.config.data import DataSection, Source
+from launcher.config.sections.data import DataSection, Source
 from launcher.data.sources import Chat, Message
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder
 

@@ -13,7 +13,7 @@ from chat_families import family
 from filelock import FileLock
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from launcher.config.data import DataSection, Source
+from launcher.config.sections.data import DataSection, Source
 from launcher.data.tokenization import batch_encoder
 from launcher.data.tokenization.encoder import load_tokenizer
 

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
-from launcher.config.data import ChecksSection, DataSection, Source
+from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.build import build
 from launcher.data.cache import Split, num_bytes, read_report
 from launcher.data.checks import findings

@@ -20,7 +20,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from launcher import locks
-from launcher.config.data import ChecksSection, DataSection, Source
+from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data import cache
 from launcher.data.build import build
 from launcher.data.cache import Split, cache_key, find, read_report, read_samples
@@ -263,7 +263,7 @@ def test_a_damaged_cache_is_rebuilt(section: Section, tokenizer_dir: Path) -> No
 
 BUILDER = """
 import sys
-from launcher.config.data import DataSection
+from launcher.config.sections.data import DataSection
 from launcher.data import build as module
 from launcher.data.tokenization.encoder import import_tokenizers_without_torch
 # As launcher.worker.prepare does.

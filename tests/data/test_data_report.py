@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from launcher.cli.data_view import left_out, moved, number_rows, parts_taken, summary_rows, unused
-from launcher.config.data import DataSection, Source
-from launcher.config.train import TrainSection
+from launcher.config.sections.data import DataSection, Source
+from launcher.config.sections.train import TrainSection
 from launcher.data import cache
 from launcher.data.build import build
 from launcher.data.cache import Split

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.config.data import DataSection
-from launcher.config.train import TrainSection
+from launcher.config.sections.data import DataSection
+from launcher.config.sections.train import TrainSection
 from launcher.data import cache, digests
 from launcher.data.build import build
 from launcher.data.cache import Split

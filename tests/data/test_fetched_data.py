@@ -9,8 +9,8 @@ import hand_made
 import pytest
 
 from launcher.cli import mirror
-from launcher.config.data import DataSection
 from launcher.config.schema import RunConfig
+from launcher.config.sections.data import DataSection
 from launcher.data.build import build
 from launcher.errors import DataError
 

@@ -15,7 +15,7 @@ from plan_fixtures import GOLDEN, REGENERATE
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from launcher.config.data import ChecksSection, DataSection, Source
+from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data import cache
 from launcher.data.build import build
 

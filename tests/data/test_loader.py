@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.config.data import DataSection
+from launcher.config.sections.data import DataSection
 from launcher.data.build import build
 from launcher.data.cache import Split
 from launcher.data.loader import IGNORED, MicroBatch, PrefetchLoader, StepBatch, TrainBatches, eval_batches

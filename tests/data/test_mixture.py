@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.config.data import DataSection, Source
+from launcher.config.sections.data import DataSection, Source
 from launcher.data.mixture import compute_budgets, draw_passes
 from launcher.data.row_layout import layout_held_out, layout_training
 from launcher.errors import DataError

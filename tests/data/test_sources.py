@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launcher.config.data import DataSection, Source
+from launcher.config.sections.data import DataSection, Source
 from launcher.data.sources import (
     STDLIB_DOCS,
     Chat,

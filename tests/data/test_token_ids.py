@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from launcher import facts
 from launcher.config.compose import run_hydra
-from launcher.config.data import DataSection
 from launcher.config.schema import RunConfig
+from launcher.config.sections.data import DataSection
 from launcher.data.build import build
 from launcher.errors import DataError
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import psutil
 from pace import wait_for
 
-from launcher.worker.rank_env import RankTitle
+from launcher.worker.ranks.rank_env import RankTitle
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from launcher.config.data import DataSection, Source
-from launcher.config.train import TrainSection
+from launcher.config.sections.data import DataSection, Source
+from launcher.config.sections.train import TrainSection
 from launcher.errors import ConfigError
 from launcher.plan.batch import divisors, split
 from launcher.plan.launch_plan import Batch, DataFacts, LaunchPlan

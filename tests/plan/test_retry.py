@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.config.slurm import SlurmSection
+from launcher.config.sections.slurm import SlurmSection
 from launcher.plan.retry import MOST_FRUITLESS_PREEMPTIONS, AttemptEnd, Cause, decide
 
 BUDGETS = SlurmSection(max_preemptions=3, max_infrastructure_failures=2, max_failures=1, max_no_progress=2)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from launcher.data.loader import IGNORED
 from launcher.train.loss import LossHead
-from launcher.train.metrics import StepTimer
 from launcher.train.model import CausalLMLoss
 from launcher.train.monitoring.rank_timing import LayerTimer
+from launcher.train.monitoring.step_metrics import StepTimer
 
 ON_A_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 

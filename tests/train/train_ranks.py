@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.integrations import HfDeepSpeedConfig
 
 from launcher.checkpoint import store
-from launcher.config.cluster import LocalSection
 from launcher.config.schema import ModelSection
-from launcher.config.slurm import SlurmSection
+from launcher.config.sections.cluster import LocalSection
+from launcher.config.sections.slurm import SlurmSection
 from launcher.distributed import RankInfo
 from launcher.errors import ConfigError, DamagedCheckpoint, LauncherError
 from launcher.plan.architecture import model_facts

@@ -18,7 +18,7 @@ from launcher.errors import Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import Attempt
 from launcher.worker.checks.node_check import NodeReport
-from launcher.worker.heartbeat import Beat
+from launcher.worker.ranks.heartbeat import Beat
 from launcher.worker.ray import coordinator as module
 from launcher.worker.ray.coordinator import Coordinator
 from launcher.worker.ray.messages import Check, Member, Orders, RankSign

@@ -24,7 +24,7 @@ from launcher.worker import failure_record
 from launcher.worker.failure_record import RankExit
 from launcher.worker.signals import DISMISSED
 
-# A rank as launcher.worker.rank_main runs one, whose record takes a while to reach the disk.
+# A rank as launcher.worker.ranks.rank_main runs one, whose record takes a while to reach the disk.
 RANK = """
 import os, sys, time
 from launcher.worker import rank_main

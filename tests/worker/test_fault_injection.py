@@ -24,10 +24,10 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Status
 from launcher.tracking.jsonl import JsonlTracker
 from launcher.worker import fault_injection
-from launcher.worker.rank_env import RankTitle
+from launcher.worker.ranks.rank_env import RankTitle
 
 SLEEP = "import time; time.sleep(60)"
-RANK = "import sys; from launcher.worker.rank_env import set_title; set_title(int(sys.argv[1]), *sys.argv[2:]); " + SLEEP
+RANK = "import sys; from launcher.worker.ranks.rank_env import set_title; set_title(int(sys.argv[1]), *sys.argv[2:]); " + SLEEP
 
 
 @dataclass(frozen=True)

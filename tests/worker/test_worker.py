@@ -15,7 +15,7 @@ from launcher.errors import RunError
 from launcher.plan.gpus import Price
 from launcher.tracking import goodput
 from launcher.worker import agent
-from launcher.worker.rank_env import RankEnv
+from launcher.worker.ranks.rank_env import RankEnv
 
 
 def test_ranks_are_read_from_the_agents_environment() -> None:
@@ -27,7 +27,7 @@ def test_ranks_are_read_from_the_agents_environment() -> None:
 
 def test_a_process_dies_with_its_parent() -> None:
     child = (
-        "import os, time; from launcher.worker.rank_env import die_with_parent;"
+        "import os, time; from launcher.worker.ranks.rank_env import die_with_parent;"
         "die_with_parent(); print(os.getpid(), flush=True); time.sleep(60)"
     )
     parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]).wait()"

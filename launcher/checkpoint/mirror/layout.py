@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint.manifest import FORMAT_VERSION, MANIFEST, Manifest
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder
-from launcher.config.fields import Name
+from launcher.config.sections.fields import Name
 from launcher.errors import CheckpointError
 from launcher.plan.launch_plan import Record
 

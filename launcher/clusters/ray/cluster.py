@@ -26,7 +26,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, CancelRequest, Status
 
 if TYPE_CHECKING:
-    from launcher.config.cluster import ClusterSection
+    from launcher.config.sections.cluster import ClusterSection
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
 _MODULE = "launcher.worker.ray.driver"
@@ -62,7 +62,7 @@ class RayCluster:
         return device()
 
     def check(self, plan: LaunchPlan) -> None:
-        from launcher.config.ray import RaySection
+        from launcher.config.sections.ray import RaySection
 
         section = RaySection.of(plan.config.cluster)
         if section.address is None:
@@ -82,7 +82,7 @@ class RayCluster:
         return "\n".join(f"{label:<11}{value}" for label, value in _request(plan)) + "\n"
 
     def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
-        from launcher.config.ray import RaySection
+        from launcher.config.sections.ray import RaySection
         from launcher.plan.launch_plan import LaunchPlan
 
         section = RaySection.of(LaunchPlan.load(plan_path).config.cluster)
@@ -188,7 +188,7 @@ def _job_status(run: RunDir, status: Status, submission: JobsApiSubmission) -> S
 
 def _request(plan: LaunchPlan) -> list[tuple[str, str]]:
     """Return what is requested of Ray, including Ray's own defaults, as labels and values."""
-    from launcher.config.ray import RaySection
+    from launcher.config.sections.ray import RaySection
 
     section, workers = RaySection.of(plan.config.cluster), plan.topology.world_size
 
@@ -300,7 +300,7 @@ def _require_no_keys(names: Sequence[str]) -> None:
 
 def _require_private(address: str, host: str, allowed: bool) -> None:
     """Refuse a host name that resolves to a public address; the settings refuse public IP addresses."""
-    from launcher.config.ray import is_exposed
+    from launcher.config.sections.ray import is_exposed
 
     if allowed:
         return

@@ -14,7 +14,7 @@ from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from launcher.config.ray import RaySection
+    from launcher.config.sections.ray import RaySection
 
 T = TypeVar("T")
 

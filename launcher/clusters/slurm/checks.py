@@ -16,7 +16,7 @@ from pathlib import Path
 from launcher.clusters.slurm import site
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.clusters.slurm.site import Gpus, Node, Partition, Site, listed
-from launcher.config.slurm import SlurmSection
+from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import Problem, SubmitError, did_you_mean
 from launcher.plan.launch_plan import LaunchPlan
 

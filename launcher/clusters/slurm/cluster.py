@@ -22,8 +22,8 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Attempt, CancelRequest, Status
 
 if TYPE_CHECKING:
-    from launcher.config.cluster import ClusterSection
-    from launcher.config.slurm import SlurmSection
+    from launcher.config.sections.cluster import ClusterSection
+    from launcher.config.sections.slurm import SlurmSection
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
     from launcher.plan.retry import Decision
 
@@ -54,13 +54,13 @@ class SlurmCluster:
 
     def device(self, section: ClusterSection) -> DeviceFacts:
         from launcher.clusters.slurm import site
-        from launcher.config.slurm import SlurmSection
+        from launcher.config.sections.slurm import SlurmSection
 
         return site.gpus_of(SlurmSection.of(section))
 
     def check(self, plan: LaunchPlan) -> None:
         from launcher.clusters.slurm import checks
-        from launcher.config.slurm import SlurmSection
+        from launcher.config.sections.slurm import SlurmSection
 
         # Rendering refuses values that a batch script cannot contain, before the run directory exists.
         self.preview(plan)
@@ -152,7 +152,7 @@ def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by
     Raises:
         SubmitError: if the job cannot be requeued and another submission was refused.
     """
-    from launcher.config.slurm import SlurmSection
+    from launcher.config.sections.slurm import SlurmSection
 
     section = SlurmSection.of(plan.config.cluster)
     if by_slurm and not decision.exclude:

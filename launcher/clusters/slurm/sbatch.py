@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.clusters.slurm.submitit_task import NodeTask
-from launcher.config.slurm import SlurmSection, asks_for_gpus
+from launcher.config.sections.slurm import SlurmSection, asks_for_gpus
 from launcher.errors import SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir

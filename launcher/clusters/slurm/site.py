@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from launcher.clusters.slurm.commands import SlurmError, slurm
-from launcher.config.slurm import SlurmSection, minutes
+from launcher.config.sections.slurm import SlurmSection, minutes
 from launcher.errors import Problem, SubmitError, did_you_mean
 from launcher.plan.gpus import lookup
 from launcher.plan.launch_plan import DeviceFacts

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.config.data import ChecksSection
+from launcher.config.sections.data import ChecksSection
 from launcher.errors import DataError, Problem
 
 FILE = "findings.json"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from ftfy.badness import is_bad
 
-from launcher.config.data import ChecksSection, DataSection
+from launcher.config.sections.data import ChecksSection, DataSection
 from launcher.data.checks import minhash, patterns
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
 from launcher.data.tokenization.chat_template import TrainOn, find_trained_messages

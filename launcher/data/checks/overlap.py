@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from launcher.config.data import ChecksSection
+from launcher.config.sections.data import ChecksSection
 from launcher.data.checks import minhash
 from launcher.data.checks.inspection import CheckHit
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from launcher.config.data import ChecksSection
+from launcher.config.sections.data import ChecksSection
 from launcher.data.checks.findings import CHECKS, LEAKS, NUM_EXAMPLES, Example, Finding, Findings
 from launcher.data.checks.inspection import CheckHit
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from launcher.config.data import DataSection, Source
+from launcher.config.sections.data import DataSection, Source
 from launcher.data.sources import locate, stdlib_docs
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.sources.files import BLOCK_ROWS, Block, parse_block, read_blocks

@@ -1,7 +1,7 @@
 """The row formats: how a row becomes a document, and by which keys a format is recognised. Pure.
 
 To add a format, write a function (row, place) -> Document and give it an entry in `FORMATS`. To let users select it by name, add
-the name to `Source.format` in launcher/config/data.py.
+the name to `Source.format` in launcher/config/sections/data.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
-from launcher.config.data import COLUMNS_EXAMPLE
+from launcher.config.sections.data import COLUMNS_EXAMPLE
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.sources.messages import (
     MESSAGE_KEYS,

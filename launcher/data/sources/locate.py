@@ -16,8 +16,8 @@ from typing import Any
 import xxhash
 
 from launcher import atomic_files
-from launcher.config.data import Source
-from launcher.config.fields import HUB_ID_PATTERN
+from launcher.config.sections.data import Source
+from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.data.cache_dir import convert_os_errors, source_folder
 from launcher.data.sources.files import DataFile, detect_kind, file_digest
 from launcher.data.sources.remote import RemoteFiles

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.config.data import Source
+from launcher.config.sections.data import Source
 from launcher.data.cache_dir import convert_os_errors, is_full, make_cache_error, source_folder
 from launcher.data.sources.files import DataFile, detect_kind, file_digest
 from launcher.data.sources.row_values import refuse
@@ -28,7 +28,7 @@ _downloaded: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
-class _State:
+class _FileVersion:
     """Identifies the content of a file: its size, if the storage has it, and a `version` that changes with the content."""
 
     size: int | None
@@ -69,13 +69,13 @@ class RemoteFiles:
         self.left_out = list_unused(names, chosen)
         return [f"{root}/{name}" for name in chosen]
 
-    def _state(self, path: str) -> _State:
+    def _state(self, path: str) -> _FileVersion:
         info: dict[str, Any] = self._try("found", lambda: self._fs.info(path))
         size = info.get("size")
         if size == 0:
             refuse("the data file is empty", self._name(path), "write rows into it")
         version = next((f"{key}={info[key]}" for key in _VERSION_KEYS if info.get(key) is not None), None)
-        return _State(size, version or self._download_digest(path, size))
+        return _FileVersion(size, version or self._download_digest(path, size))
 
     def _name(self, path: str) -> str:
         return str(self._fs.unstrip_protocol(path))
@@ -93,7 +93,7 @@ class RemoteFiles:
         """Download the files that are not in the cache; return all."""
         return tuple(self._fetch(path, state) for path, state in zip(self._paths, self._states, strict=True))
 
-    def _fetch(self, path: str, state: _State) -> DataFile:
+    def _fetch(self, path: str, state: _FileVersion) -> DataFile:
         target = self._target(path, state)
         with convert_os_errors(target.parent):
             if target.exists():
@@ -113,13 +113,13 @@ class RemoteFiles:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 partial = self._download(path, size, folder)
                 digest = file_digest(DataFile(partial, name))
-                target = self._target(path, _State(size, digest))
+                target = self._target(path, _FileVersion(size, digest))
                 target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 partial.replace(target)
             _downloaded[name] = digest
         return _downloaded[name]
 
-    def _target(self, path: str, state: _State) -> Path:
+    def _target(self, path: str, state: _FileVersion) -> Path:
         # Not named after the address, which may be longer than a file name can be.
         return source_folder("address", self._name(path), state.size, state.version) / "rows"
 

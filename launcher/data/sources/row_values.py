@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NoReturn
 
-from launcher.config.data import COLUMNS_EXAMPLE
+from launcher.config.sections.data import COLUMNS_EXAMPLE
 from launcher.data.checks import patterns
 from launcher.errors import DataError, Problem
 

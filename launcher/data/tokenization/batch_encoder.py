@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from launcher.config.data import DataSection
+from launcher.config.sections.data import DataSection
 from launcher.data.checks import inspection
 from launcher.data.sources import Chat, Document, DocumentBatch
 from launcher.data.sources.keys import redact_keys

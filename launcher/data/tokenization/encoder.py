@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from launcher.config.data import DataSection
+from launcher.config.sections.data import DataSection
 from launcher.data.sources import Chat, Completion, Document, PlainText
 from launcher.data.tokenization import fast_tokenizer
 from launcher.data.tokenization.chat_template import ChatTemplate, with_system

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
 
-from launcher.config.data import DataSection
+from launcher.config.sections.data import DataSection
 from launcher.data.tokenization.batch_encoder import BatchEncoder, EncodedBatch, EncodeTask
 from launcher.errors import DataError, LauncherError, Problem, RunError
 

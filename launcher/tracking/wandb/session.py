@@ -61,7 +61,7 @@ class Unreachable(ConfigError):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointReference:
     """A committed checkpoint as W&B keeps it: by its path, with no file sent."""
 
     path: Path
@@ -225,7 +225,7 @@ class Session:
     def summary(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(values))
 
-    def log_checkpoint(self, checkpoint: Checkpoint) -> None:
+    def log_checkpoint(self, checkpoint: CheckpointReference) -> None:
         """Log a checkpoint as a version of the run's artifact that refers to its folder; skip one that has been deleted."""
         import wandb
 

@@ -21,7 +21,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import SUPERSEDED, read_events
 from launcher.tracking.wandb import session as wandb_session
-from launcher.tracking.wandb.session import Checkpoint, Session, Unreachable
+from launcher.tracking.wandb.session import CheckpointReference, Session, Unreachable
 from launcher.tracking.wandb.steps import returns
 
 # Time that finish() waits beyond W&B's own limits, which a hung wandb-core does not keep.
@@ -112,7 +112,7 @@ class WandbTracker:
             best = loss is not None and loss < self._best_loss
             if loss is not None:
                 self._best_loss = min(loss, self._best_loss)
-            checkpoint = Checkpoint(Path(fields["path"]), fields["saved_step"], loss, best)
+            checkpoint = CheckpointReference(Path(fields["path"]), fields["saved_step"], loss, best)
             self._put(_Call(lambda session: self._queue_artifact(lambda: session.log_checkpoint(checkpoint))))
         elif kind == "export" and "path" in fields and self._plan.config.tracking.log_export:
             folder = Path(fields["path"])

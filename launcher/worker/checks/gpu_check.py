@@ -13,7 +13,7 @@ import time
 import psutil
 
 from launcher import nvml
-from launcher.config.cluster import ClusterSection
+from launcher.config.sections.cluster import ClusterSection
 from launcher.errors import Problem
 from launcher.nvml import NvmlError
 from launcher.plan.gpus import lookup

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.checkpoint import store
-from launcher.config.ray import RaySection
+from launcher.config.sections.ray import RaySection
 from launcher.errors import LauncherError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Decision, decide

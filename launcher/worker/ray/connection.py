@@ -13,7 +13,7 @@ from typing import Any
 
 from launcher import run_store
 from launcher.clusters import detached_process
-from launcher.config.ray import RaySection
+from launcher.config.sections.ray import RaySection
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 

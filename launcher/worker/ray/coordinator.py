@@ -13,11 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from launcher import run_records, run_store
-from launcher.config.ray import RaySection
+from launcher.config.sections.ray import RaySection
 from launcher.errors import ConfigError, LauncherError, describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker.checks.node_check import NodeReport
+from launcher.worker.ranks.watchdog import StallLimits
 from launcher.worker.ray import node_checks
 from launcher.worker.ray.attempts import Attempts
 from launcher.worker.ray.checkpoint_reports import CommittedCheckpoints
@@ -39,7 +40,6 @@ from launcher.worker.ray.messages import (
 )
 from launcher.worker.ray.watchdog import SILENT_S, GroupLiveness
 from launcher.worker.ray.worker_group import Group
-from launcher.worker.watchdog import StallLimits
 
 # How often the coordinator looks at the disk and at Ray, however many workers call it.
 _LOOK_S = 0.5

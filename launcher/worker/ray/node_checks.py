@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launcher import json_records
-from launcher.config.ray import RaySection
+from launcher.config.sections.ray import RaySection
 from launcher.errors import Problem, describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir

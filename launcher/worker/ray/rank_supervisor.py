@@ -19,15 +19,16 @@ from typing import Any
 
 from launcher import error_record, json_records, run_store
 from launcher.clusters import detached_process
-from launcher.config.ray import RaySection
+from launcher.config.sections.ray import RaySection
 from launcher.errors import describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import FailureRecord, NodeRecord, node_file
-from launcher.worker import failure_record, heartbeat
+from launcher.worker import failure_record
 from launcher.worker.checks import network
 from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
-from launcher.worker.rank_process import RankProcess, RankProcesses
+from launcher.worker.ranks import heartbeat
+from launcher.worker.ranks.rank_process import RankProcess, RankProcesses
 from launcher.worker.ray import node_checks
 from launcher.worker.ray.checkpoint_reports import Reporter
 from launcher.worker.ray.coordinator_actor import deaths

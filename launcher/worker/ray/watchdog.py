@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import psutil
 
-from launcher.worker.heartbeat import Beat, HeartbeatTable
+from launcher.worker.ranks.heartbeat import Beat, HeartbeatTable
+from launcher.worker.ranks.watchdog import StallLimits, stalled
 from launcher.worker.ray.messages import RankSign
-from launcher.worker.watchdog import StallLimits, stalled
 
 # Workers send several heartbeats a second. One that is silent for so long is cut off, or its machine hangs. Where the limit for
 # a stalled rank is shorter, it holds for workers too.

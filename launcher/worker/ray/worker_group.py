@@ -12,10 +12,10 @@ from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import fit_workers
 from launcher.worker.checks import network
+from launcher.worker.ranks.watchdog import describe
 from launcher.worker.ray.messages import CommittedCheckpoint, Member, Verdict
 from launcher.worker.ray.node_checks import Checks
 from launcher.worker.ray.watchdog import GroupLiveness
-from launcher.worker.watchdog import describe
 
 # How long a killed rank is waited for: one that hangs in the kernel does not end.
 _KILLED_S = 15.0

@@ -22,7 +22,7 @@ from launcher.checkpoint import store
 from launcher.clusters.slurm import cluster as slurm_cluster
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.commands import SlurmError, slurm
-from launcher.config.slurm import SlurmSection
+from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import EXIT_FAILED, LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Cause, Decision, decide

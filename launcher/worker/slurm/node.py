@@ -12,13 +12,13 @@ from signal import Signals
 from typing import Any
 
 import launcher
-from launcher.config.slurm import SlurmSection
+from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import Problem, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.worker.checks import network, node_check
-from launcher.worker.rank_env import NodeInfo
+from launcher.worker.ranks.rank_env import NodeInfo
 from launcher.worker.signals import PREEMPT
 
 # Nodes usually start within seconds of each other; a prologue, a container or a slow file system may take minutes.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config.data import ChecksSection
+from launcher.config.sections.data import ChecksSection
 from launcher.data.checks.findings import Example, Finding, judge, read, refuse, share_text, write
 from launcher.errors import DataError
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.config.data import ChecksSection, DataSection, Source
+from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.checks import findings, inspection, patterns
 from launcher.data.checks.inspection import inspect
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
-from launcher.config.data import ChecksSection, DataSection, Source
+from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.checks import findings, minhash, overlap
 from launcher.data.checks.inspection import CheckHit, Inspection, inspect
 from launcher.data.checks.summary import CheckedDocuments, collect_findings, select_dropped

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from launcher.config.data import Source
+from launcher.config.sections.data import Source
 from launcher.data.sources import Chat, Completion, Message, compute_source_digest, count_rows, read_documents
 from launcher.errors import DataError, Problem
 

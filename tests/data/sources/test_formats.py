@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher.config.data import Source
+from launcher.config.sections.data import Source
 from launcher.data.sources import Chat, Message, read_documents
 from launcher.data.sources.row_values import safe_excerpt
 from launcher.errors import DataError

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from launcher.cli.data_view import unread_keys
-from launcher.config.data import DataSection, Source
+from launcher.config.sections.data import DataSection, Source
 from launcher.data import cache
 from launcher.data.build import build
 from launcher.data.sources import read_batches, read_documents

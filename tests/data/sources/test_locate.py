@@ -18,7 +18,7 @@ from dataset_hub import DatasetHub, running_dataset_hub
 from mirror_tools import S3, make_bucket, running_s3
 
 from launcher import locks
-from launcher.config.data import DataSection, Source
+from launcher.config.sections.data import DataSection, Source
 from launcher.data.sources import check_sources, compute_source_digest, describe_origin, make_eval_source, read_documents
 from launcher.errors import DataError, Problem
 
@@ -299,7 +299,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 
 CODE = """
 import json, sys
-from launcher.config.data import Source
+from launcher.config.sections.data import Source
 from launcher.data.sources import describe_origin, read_documents, compute_source_digest
 from launcher.errors import DataError
 try:

@@ -13,7 +13,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from http_server import serving
 
-from launcher.config.data import DataSection, Source
+from launcher.config.sections.data import DataSection, Source
 from launcher.data.sources import check_sources, compute_source_digest, read_documents, remote
 from launcher.errors import DataError
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from transformers import AutoTokenizer
 
-from launcher.config.data import DataSection, Source
+from launcher.config.sections.data import DataSection, Source
 from launcher.data import cache
 from launcher.data.build import build
 from launcher.data.sources import BLOCK_ROWS, Block, read_batches
@@ -31,7 +31,7 @@ NUM_ROWS = NUM_BATCHES * BLOCK_ROWS
 # Says the numbers of its processes once the first batch is back, and goes on when it is told to.
 BUILDER = """
 import signal, sys, psutil
-from launcher.config.data import DataSection
+from launcher.config.sections.data import DataSection
 from launcher.data.tokenization import parallel
 from launcher.data.build import build
 from launcher.data.tokenization.encoder import import_tokenizers_without_torch
@@ -58,7 +58,7 @@ except DataError as error:
 MAIN = """
 import sys
 import torch
-from launcher.config.data import DataSection
+from launcher.config.sections.data import DataSection
 from launcher.data.tokenization import parallel
 from launcher.data.build import build
 from launcher.errors import LauncherError

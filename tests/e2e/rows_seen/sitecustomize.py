@@ -57,5 +57,5 @@ def _writing(make: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
     return made
 
 
-if os.environ.get("ROWS_SEEN") and {"launcher.worker.rank_main", "launcher.worker.fork_server"} & {*sys.orig_argv}:
+if os.environ.get("ROWS_SEEN") and {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*sys.orig_argv}:
     sys.meta_path.insert(0, _Watched())  # type: ignore[arg-type]

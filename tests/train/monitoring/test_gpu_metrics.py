@@ -23,8 +23,8 @@ from launcher.distributed import RankInfo
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import Attempt
 from launcher.tracking.tracker import start_trackers
-from launcher.train.metrics import Meter
 from launcher.train.monitoring.monitor import Monitor
+from launcher.train.monitoring.step_metrics import Meter
 
 GPU = torch.device("cuda", 0)
 GIB = 2**30

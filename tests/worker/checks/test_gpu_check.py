@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from launcher import nvml
-from launcher.config.ray import RaySection
-from launcher.config.slurm import SlurmSection
+from launcher.config.sections.ray import RaySection
+from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import Problem
 from launcher.nvml import GpuInfo, GpuProcess, NvmlError
 from launcher.worker.checks import gpu_check

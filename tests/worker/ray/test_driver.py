@@ -15,7 +15,7 @@ import pytest
 from plan_fixtures import CPU, H100
 
 from launcher import atomic_files, json_records, run_records, run_store
-from launcher.config.ray import RaySection
+from launcher.config.sections.ray import RaySection
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt

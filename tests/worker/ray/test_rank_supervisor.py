@@ -17,7 +17,7 @@ from launcher import json_records, run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
-from launcher.worker.rank_process import RankProcesses
+from launcher.worker.ranks.rank_process import RankProcesses
 from launcher.worker.ray import node_checks, rank_supervisor
 from launcher.worker.ray.messages import Assignment, BeatReply, Check, RankResult, RankSign, Train, Verdict
 

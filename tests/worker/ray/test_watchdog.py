@@ -18,12 +18,12 @@ import pytest
 from fake_workers import FakeWorkers, kind, sign
 
 from launcher import run_store
-from launcher.worker.heartbeat import Heartbeat, HeartbeatTable
+from launcher.worker.ranks.heartbeat import Heartbeat, HeartbeatTable
+from launcher.worker.ranks.watchdog import StallLimits
 from launcher.worker.ray import node_checks, trainer, watchdog
 from launcher.worker.ray.checkpoint_reports import Reporter
 from launcher.worker.ray.messages import BeatReply, CommittedCheckpoint, Leave, Member, RankSign, ResizeProgress, Verdict
 from launcher.worker.ray.watchdog import GroupLiveness, Observer
-from launcher.worker.watchdog import StallLimits
 
 
 @pytest.fixture(autouse=True)
@@ -272,7 +272,7 @@ def test_a_worker_reports_the_heartbeat_of_its_rank_with_its_age(table: Heartbea
 STOPS_ITSELF = """
 import os, signal, sys
 from pathlib import Path
-from launcher.worker.heartbeat import Heartbeat
+from launcher.worker.ranks.heartbeat import Heartbeat
 Heartbeat(Path(sys.argv[1]), 0, 0).beat("training", 1)
 os.kill(os.getpid(), signal.SIGSTOP)
 """

@@ -14,7 +14,7 @@ from launcher.data.cache import Split
 from launcher.data.loader import IGNORED, StepBatch, TrainBatches
 from launcher.plan.architecture import train_flops
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.train.metrics import Meter, StepTimer, perplexity
+from launcher.train.monitoring.step_metrics import Meter, StepTimer, perplexity
 
 PlanOf = Callable[..., LaunchPlan]
 TIMES = {"time/step_s": 0.5}

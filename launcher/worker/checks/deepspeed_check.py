@@ -1,4 +1,4 @@
-"""DeepSpeed's own check of `deepspeed.extra`, before anything is started: `python -m launcher.worker.deepspeed_check`.
+"""DeepSpeed's own check of `deepspeed.extra`, before anything is started: `python -m launcher.worker.checks.deepspeed_check`.
 
 Reads a RunConfig as JSON from standard input; prints the problems as one JSON object. Importing DeepSpeed takes seconds, so a
 result without problems is cached (facts.accepted_extra).

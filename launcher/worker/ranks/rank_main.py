@@ -1,4 +1,4 @@
-"""One rank, forked or started as `python -m launcher.worker.rank_main PLAN ATTEMPT` by the node's agent.
+"""One rank, forked or started as `python -m launcher.worker.ranks.rank_main PLAN ATTEMPT` by the node's agent.
 
 The path of the plan is all that crosses from the submit side.
 """
@@ -20,8 +20,8 @@ from launcher.errors import WOULD_REPEAT
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import FinalFailure, OutcomeRecord, final_file, outcome_file
-from launcher.worker.heartbeat import Heartbeat
-from launcher.worker.rank_env import RankEnv, die_with_parent, redirect_output, set_title
+from launcher.worker.ranks.heartbeat import Heartbeat
+from launcher.worker.ranks.rank_env import RankEnv, die_with_parent, redirect_output, set_title
 from launcher.worker.signals import StopFlag
 
 if TYPE_CHECKING:

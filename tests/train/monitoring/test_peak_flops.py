@@ -8,7 +8,7 @@ import torch
 
 from launcher.config.schema import RunConfig
 from launcher.plan.gpus import GPUS
-from launcher.train.peak_flops import find_peak_tflops, measure_tflops
+from launcher.train.monitoring.peak_flops import find_peak_tflops, measure_tflops
 
 ConfigOf = Callable[..., RunConfig]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import RunError
-from launcher.worker.rank_env import RankEnv
+from launcher.worker.ranks.rank_env import RankEnv
 
 # Set by the agent to `HeartbeatTable.path`; without it no one watches the rank.
 VARIABLE = "LAUNCHER_HEARTBEATS"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from launcher.config.cluster import ClusterSection, LocalSection
-from launcher.config.ray import RaySection
-from launcher.config.slurm import SlurmSection
+from launcher.config.sections.cluster import ClusterSection, LocalSection
+from launcher.config.sections.ray import RaySection
+from launcher.config.sections.slurm import SlurmSection
 
 # By `cluster.kind`. The class that submits is in launcher.clusters.base.BACKENDS.
 SECTIONS: dict[str, type[ClusterSection]] = {"local": LocalSection, "slurm": SlurmSection, "ray": RaySection}

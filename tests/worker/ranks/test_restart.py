@@ -10,7 +10,7 @@ from torch.distributed import HashStore
 from launcher.error_record import ErrorRecord
 from launcher.plan.run_dir import RunDir
 from launcher.worker.failure_record import RankExit, describe_restart
-from launcher.worker.rank_env import NodeInfo
+from launcher.worker.ranks.rank_env import NodeInfo
 from launcher.worker.rendezvous import NodeRendezvous
 
 

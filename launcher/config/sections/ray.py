@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from launcher.config.cluster import ManagedSection
-from launcher.config.data import without_credentials
-from launcher.config.fields import Count, Flag, Name, Positive, PositiveInt, Text, matching, number_as_text
+from launcher.config.sections.cluster import ManagedSection
+from launcher.config.sections.data import without_credentials
+from launcher.config.sections.fields import Count, Flag, Name, Positive, PositiveInt, Text, matching, number_as_text
 from launcher.errors import Problem
 
 # Variables that Ray and the launcher set for each rank.

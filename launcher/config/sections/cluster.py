@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from launcher.config.fields import Count, Flag, Name, Positive, PositiveInt, Section, matching
+from launcher.config.sections.fields import Count, Flag, Name, Positive, PositiveInt, Section, matching
 from launcher.errors import Problem
 
 Interface = Annotated[

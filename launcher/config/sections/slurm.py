@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from launcher.config.cluster import ManagedSection
-from launcher.config.fields import Count, Flag, PositiveInt, matching, number_as_text
+from launcher.config.sections.cluster import ManagedSection
+from launcher.config.sections.fields import Count, Flag, PositiveInt, matching, number_as_text
 
 # sbatch's options that the launcher sets itself, from settings of their own or from the plan.
 OWN_SBATCH_PARAMETERS = re.split(

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from launcher.worker.fork_server import differing
+from launcher.worker.ranks.fork_server import differing
 
 _PR_SET_CHILD_SUBREAPER = 36
 _ADOPTION_S = 10.0
@@ -102,7 +102,7 @@ class ForkFailed(Exception):
 
 
 class ForkServer:
-    """The agent's end of `python -m launcher.worker.fork_server`."""
+    """The agent's end of `python -m launcher.worker.ranks.fork_server`."""
 
     def __init__(self, plan_path: str, environment: Mapping[str, str], folder: Path | None = None) -> None:
         """Start the server in `folder`, with the variables that are read while it imports, and do not wait for it."""
@@ -112,7 +112,7 @@ class ForkServer:
         self._has_answered = False
         self._answers = self._connection.makefile("r", encoding="utf-8")
         with theirs:
-            command = [sys.executable, "-u", "-m", "launcher.worker.fork_server", str(theirs.fileno()), plan_path]
+            command = [sys.executable, "-u", "-m", "launcher.worker.ranks.fork_server", str(theirs.fileno()), plan_path]
             self._process = subprocess.Popen(
                 command, env=self._environment, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], cwd=folder
             )
@@ -122,7 +122,7 @@ class ForkServer:
         return not self._has_answered and not select.select([self._connection], [], [], 0)[0]
 
     def fork(self, arguments: Sequence[str], environment: Mapping[str, str]) -> ForkedProcess:
-        """Fork a rank with these arguments of launcher.worker.rank_main; waits until the server has imported everything.
+        """Fork a rank with these arguments of launcher.worker.ranks.rank_main; waits until the server has imported everything.
 
         Raises:
             ForkFailed: where it cannot be forked safely, or at all.
@@ -216,7 +216,7 @@ class RankProcesses:
         arguments = (plan_path, str(attempt))
         process = self._fork(arguments, environment) if self._server is not None else None
         if process is None:
-            command = [sys.executable, "-u", "-m", "launcher.worker.rank_main", *arguments]
+            command = [sys.executable, "-u", "-m", "launcher.worker.ranks.rank_main", *arguments]
             process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, cwd=self._folder)
         with self._lock:
             self._started = [*(other for other in self._started if other.returncode is None), process]

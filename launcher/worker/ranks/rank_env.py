@@ -40,7 +40,7 @@ class RankEnv:
         except (KeyError, ValueError) as error:
             raise RunError(
                 f"the environment of a rank is incomplete: {error}",
-                where="launcher.worker.rank_main",
+                where="launcher.worker.ranks.rank_main",
                 remedy="ranks are started by the node's agent; start a run with: python -m launcher",
             ) from None
 

@@ -1,8 +1,8 @@
-"""The fork server, the process that ranks are forked from: `python -m launcher.worker.fork_server SOCKET PLAN`.
+"""The fork server, the process that ranks are forked from: `python -m launcher.worker.ranks.fork_server SOCKET PLAN`.
 
 Importing torch, transformers and DeepSpeed takes seconds at every start and restart. The server imports them once per node
 and then forks a rank in milliseconds. It forks twice, and the process in between exits: the kernel then gives the rank to the
-node's agent, which has made itself the reaper of orphans for that moment (launcher.worker.rank_process). So the rank is a
+node's agent, which has made itself the reaper of orphans for that moment (launcher.worker.ranks.rank_process). So the rank is a
 child of the agent, as if the agent had started it, and gets its signals in the same way.
 
 A fork copies only the thread that forks. A server that has more threads than its main one, or that has opened a CUDA
@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.worker import rank_main
-from launcher.worker.rank_env import die_with_parent, name_process
+from launcher.worker.ranks import rank_main
+from launcher.worker.ranks.rank_env import die_with_parent, name_process
 
 _CUDA_NOT_INITIALIZED = 3
 # From the fork of a rank until the kernel has given it to the agent.

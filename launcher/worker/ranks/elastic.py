@@ -18,7 +18,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler
 from launcher import error_record
 from launcher.error_record import ErrorRecord
 from launcher.worker.failure_record import RankExit
-from launcher.worker.rank_process import RankProcess, StartRank
+from launcher.worker.ranks.rank_process import RankProcess, StartRank
 
 _POLL_S = 0.05
 # From TERM to KILL, where ranks are stopped.
@@ -47,7 +47,7 @@ def run_ranks(
         role="default_role",
         local_world_size=num_ranks,
         rdzv_handler=rendezvous,
-        entrypoint="launcher.worker.rank_main",
+        entrypoint="launcher.worker.ranks.rank_main",
         max_restarts=max_restarts,
         monitor_interval=_POLL_S,
         local_addr=address,

@@ -17,7 +17,7 @@ from launcher.config.compose import conf_dir
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError
 from launcher.weight_files import ShapeMismatch, WeightReport
-from launcher.worker import weight_check
+from launcher.worker.checks import weight_check
 
 PRESETS = {
     file.stem: settings["config"]

@@ -19,11 +19,11 @@ from plan_fixtures import facts_for
 
 from launcher.config.schema import RunConfig
 from launcher.plan.planner import plan
-from launcher.worker import fork_server
-from launcher.worker.rank_env import RankTitle
-from launcher.worker.rank_process import ForkedProcess, ForkFailed, ForkServer, RankProcesses
+from launcher.worker.ranks import fork_server
+from launcher.worker.ranks.rank_env import RankTitle
+from launcher.worker.ranks.rank_process import ForkedProcess, ForkFailed, ForkServer, RankProcesses
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 PR_GET_CHILD_SUBREAPER = 37
 DEADLINE_S = 30.0
 
@@ -31,11 +31,11 @@ DEADLINE_S = 30.0
 HOOK = """
 import os, sys, types
 
-if {"launcher.worker.rank_main", "launcher.worker.fork_server"} & {*sys.orig_argv}:
-    entry, preload = types.ModuleType("launcher.worker.rank_main"), types.ModuleType("launcher.train.preload")
+if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*sys.orig_argv}:
+    entry, preload = types.ModuleType("launcher.worker.ranks.rank_main"), types.ModuleType("launcher.train.preload")
     entry.main = lambda plan_path, attempt: exec(os.environ["LAUNCHER_SCRIPT"], {"plan_path": plan_path, "attempt": attempt})
     preload.import_stack = lambda plan, tracks: exec(os.environ.get("LAUNCHER_STACK", ""), {})
-    sys.modules |= {"launcher.worker.rank_main": entry, "launcher.train.preload": preload}
+    sys.modules |= {"launcher.worker.ranks.rank_main": entry, "launcher.train.preload": preload}
 """
 
 
@@ -178,9 +178,9 @@ def test_a_rank_starts_as_a_separate_process_where_forking_fails(
     script = "import os, sys; sys.exit(11 + int('fork_server' in ' '.join(sys.orig_argv)))"
     rank = ranks.start(plan_path, 1, {**environment, "LAUNCHER_STACK": stack, "LAUNCHER_SCRIPT": script})
     try:
-        # The hook stands in for launcher.worker.rank_main, whose main is not run where that is the main module.
+        # The hook stands in for launcher.worker.ranks.rank_main, whose main is not run where that is the main module.
         assert isinstance(rank, subprocess.Popen)
-        assert rank.args[1:4] == ["-u", "-m", "launcher.worker.rank_main"]
+        assert rank.args[1:4] == ["-u", "-m", "launcher.worker.ranks.rank_main"]
         assert f"ranks are started as new processes: {reason}" in capfd.readouterr().out.replace("importing ", "")
     finally:
         rank.kill()
@@ -212,11 +212,11 @@ def test_a_killed_fork_server_does_not_prevent_the_start_of_ranks(
 def test_server_and_ranks_do_not_outlive_the_agent(plan_path: str, environment: Mapping[str, str], tmp_path: Path) -> None:
     agent = """
 import os, sys
-from launcher.worker.rank_env import RankTitle
-from launcher.worker.rank_process import RankProcesses
+from launcher.worker.ranks.rank_env import RankTitle
+from launcher.worker.ranks.rank_process import RankProcesses
 ranks = RankProcesses()
 ranks.warm_up(sys.argv[1], os.environ)
-script = "import os, time; from launcher.worker.rank_env import die_with_parent; die_with_parent(); "
+script = "import os, time; from launcher.worker.ranks.rank_env import die_with_parent; die_with_parent(); "
 script += "print(os.getpid(), flush=True); time.sleep(60)"
 ranks.start(sys.argv[1], 1, {**os.environ, "LAUNCHER_SCRIPT": script}).wait()
 """
@@ -243,7 +243,9 @@ def test_a_cuda_context_forbids_forks(monkeypatch: pytest.MonkeyPatch, result: i
 
 def test_process_names_contain_no_space(server: ForkServer, plan_path: str, environment: Mapping[str, str]) -> None:
     """Slurm's proctrack/linuxproc reads /proc/PID/stat word by word."""
-    script = "from launcher.worker.rank_env import set_title; set_title(12, plan_path, attempt); import time; time.sleep(60)"
+    script = (
+        "from launcher.worker.ranks.rank_env import set_title; set_title(12, plan_path, attempt); import time; time.sleep(60)"
+    )
     rank = server.fork((plan_path, "3"), {**environment, "LAUNCHER_SCRIPT": script})
     try:
         process = psutil.Process(rank.pid)

@@ -13,7 +13,7 @@ import pytest
 from launcher import facts
 from launcher.config.deepspeed_keys import SECTIONS
 from launcher.config.schema import RunConfig
-from launcher.worker import deepspeed_check
+from launcher.worker.checks import deepspeed_check
 
 ConfigOf = Callable[..., RunConfig]
 

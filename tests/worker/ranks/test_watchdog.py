@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from launcher.errors import RunError
-from launcher.worker.heartbeat import PHASES, VARIABLE, Beat, Heartbeat, HeartbeatTable
-from launcher.worker.rank_env import RankEnv
-from launcher.worker.watchdog import StallLimits, StallVerdict, Watchdog, stalled
+from launcher.worker.ranks.heartbeat import PHASES, VARIABLE, Beat, Heartbeat, HeartbeatTable
+from launcher.worker.ranks.rank_env import RankEnv
+from launcher.worker.ranks.watchdog import StallLimits, StallVerdict, Watchdog, stalled
 
 NOW = 100_000.0
 LIMITS = StallLimits(stall_s=60, rare_s=1800)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from launcher.worker.heartbeat import Beat, HeartbeatTable
+from launcher.worker.ranks.heartbeat import Beat, HeartbeatTable
 
 _SLOWEST_STEPS = 10
 _LONGEST_INTERVAL_S = 1.0

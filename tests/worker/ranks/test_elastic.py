@@ -18,7 +18,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 
 # Each start of the ranks ends in another way; a lock tells rank 1 of the death of rank 0, as a connection would.
 HOOK = """
@@ -55,7 +55,7 @@ def train(plan, rank_info, stop, beat, on_early_stop, on_exported):
         os._exit(7)
     return types.SimpleNamespace(state="completed", reason="completed", step=1, message="trained", checkpoint="")
 
-if {"launcher.worker.rank_main", "launcher.worker.fork_server"} & {*sys.orig_argv}:
+if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*sys.orig_argv}:
     preload = types.ModuleType("launcher.train.preload")
     preload.import_stack = lambda plan, tracks: None
     distributed, loop = types.ModuleType("launcher.distributed"), types.ModuleType("launcher.train.loop")

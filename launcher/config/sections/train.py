@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from launcher.config.fields import Count, Flag, HubId, Positive, PositiveInt, Section, Url
+from launcher.config.sections.fields import Count, Flag, HubId, Positive, PositiveInt, Section, Url
 
 
 class TrainSection(Section):
