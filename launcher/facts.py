@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import launcher
@@ -23,24 +23,28 @@ from launcher import model_source, parent_run
 from launcher.config.schema import RunConfig, is_run
 from launcher.data import cache, sources
 from launcher.errors import ConfigError, DataError
-from launcher.hardware import device
+from launcher.hardware import device, has_fast_bf16
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, ModelFacts, Provenance
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "ray", "wandb", "hydra-core", "submitit", "safetensors")
 
 
-def resolve(config: RunConfig) -> RunConfig:
-    """Pin the step where `model.path` names another run without one: its newest checkpoint at this moment.
+def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:
+    """Replace what depends on this moment or on the machines: `model.dtype=auto`, and a run in `model.path` without a step.
 
-    A job may wait in the queue for hours while that run goes on.
+    The newest checkpoint of that run is pinned: a job may wait in the queue for hours while the run continues. `node` returns
+    the devices of a node of the job; its CPUs are assumed to be like this machine's.
 
     Raises:
         ConfigError: if there is no such run or checkpoint.
     """
-    if not is_run(config.model.path):
-        return config
-    model = config.model.model_copy(update={"path": parent_run.resolve_parent(config).path})
-    return config.model_copy(update={"model": model})
+    changes: dict[str, str] = {}
+    if is_run(config.model.path):
+        changes["path"] = parent_run.resolve_parent(config).path
+    if config.model.dtype == "auto":
+        is_fast = config.cluster.gpu_type is not None or node().kind == "cuda" or has_fast_bf16()
+        changes["dtype"] = "bf16" if is_fast else "fp32"
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)}) if changes else config
 
 
 def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None = None) -> Facts:

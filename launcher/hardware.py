@@ -40,6 +40,16 @@ def device() -> DeviceFacts:
     return DeviceFacts(kind="cpu", name=_cpu_name(), count=psutil.cpu_count() or 1, host_memory_gib=host_memory_gib)
 
 
+@functools.cache
+def has_fast_bf16() -> bool:
+    """Return True if PyTorch computes bf16 with this CPU's vector instructions: oneDNN needs AVX-512, AMX or Arm's bf16."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return {"avx512bw", "avx512vl", "avx512dq"} <= words or not words.isdisjoint({"amx_bf16", "avx_ne_convert", "bf16"})
+
+
 def _cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -1,7 +1,7 @@
 """Read the headers of a model folder's weight files, and the stored result of comparing them with the model.
 
-The comparison needs transformers and runs in `launcher.worker.checks.weight_check`. The cache has its result under a
-digest of everything that it depends on, so the submit side reads it without starting a process. The header format is documented at
+The comparison needs transformers and runs in `launcher.worker.checks.weight_check`. The cache has its result under a digest of
+everything that it depends on, so the submit side reads it without starting a process. The header format is documented at
 https://huggingface.co/docs/safetensors.
 """
 

@@ -128,11 +128,11 @@ def test_both_tables_have_the_same_backends() -> None:
 
 
 def is_of_one_backend(file: Path) -> bool:
-    """True for launcher/{clusters,config,worker}/NAME and NAME.py of a backend, and for the tables themselves."""
-    folder, name = (*file.relative_to(REPO / "launcher").with_suffix("").parts, "")[:2]
-    if (folder, name) in (("clusters", "base"), ("config", "cluster_sections")):
+    """True for launcher/{clusters,config/sections,worker}/NAME and NAME.py of a backend, and for the tables themselves."""
+    path = file.relative_to(REPO / "launcher").with_suffix("").as_posix()
+    if path in ("clusters/base", "config/sections/backends"):
         return True
-    return folder in ("clusters", "config", "worker") and name in BACKENDS
+    return any(path.startswith((f"clusters/{name}", f"config/sections/{name}", f"worker/{name}")) for name in BACKENDS)
 
 
 def asks_for_the_backend(node: ast.AST) -> bool:

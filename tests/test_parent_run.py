@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from plan_fixtures import config_of, facts_for
+from plan_fixtures import CPU, H100, config_of, facts_for
 from pydantic import ValidationError
 
 from launcher import atomic_files, facts, model_source, parent_run, run_store
@@ -18,7 +18,7 @@ from launcher.checkpoint.state import State
 from launcher.cli.main import main
 from launcher.config.schema import ModelSection, RunConfig
 from launcher.errors import ConfigError, Problem
-from launcher.plan.launch_plan import LaunchPlan, Lineage, Origin
+from launcher.plan.launch_plan import DeviceFacts, LaunchPlan, Lineage, Origin
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
 
@@ -61,12 +61,17 @@ def add_checkpoint(run: RunDir, step: int, content: bytes = b"weights") -> Path:
 
 
 def settings(config_of: Callable[..., RunConfig], path: str, *more: str) -> RunConfig:
-    return config_of("model=tiny", "model.init=pretrained", "model.config=null", f"model.path='{path}'", *more)
+    tokens = ("model=tiny", "model.init=pretrained", "model.config=null", "model.dtype=bf16")
+    return config_of(*tokens, f"model.path='{path}'", *more)
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    return facts.resolve(config, lambda: CPU)
 
 
 def problem_of(config: RunConfig) -> Problem:
     with pytest.raises(ConfigError) as error:
-        facts.resolve(config)
+        resolved(config)
     (problem,) = error.value.problems
     assert problem.where == "model.path"
     assert problem.remedy
@@ -95,19 +100,37 @@ def test_invalid_names_of_a_run_are_refused(values: dict[str, str], said: str) -
 
 def test_a_missing_step_is_resolved_to_the_newest_one(make_run: MakeRun, config_of: Callable[..., RunConfig]) -> None:
     run = make_run("a", 5, 10)
-    config = facts.resolve(settings(config_of, "run:a"))
+    config = resolved(settings(config_of, "run:a"))
     assert config.model.path == f"run:{run.root}@10"
     add_checkpoint(run, 15)
-    assert facts.resolve(config) == config, "a later checkpoint changes nothing"
+    assert resolved(config) == config, "a later checkpoint changes nothing"
     for path in ("run:a@5", "run:./runs/a@5", f"run:{run.root}@5"):
-        assert facts.resolve(settings(config_of, path)).model.path == f"run:{run.root}@5"
+        assert resolved(settings(config_of, path)).model.path == f"run:{run.root}@5"
     # A name is searched for under run.root.
-    assert facts.resolve(settings(config_of, "run:a@5", f"run.root={run.root.parent}")).model.path == f"run:{run.root}@5"
+    assert resolved(settings(config_of, "run:a@5", f"run.root={run.root.parent}")).model.path == f"run:{run.root}@5"
 
 
 def test_settings_without_a_parent_are_unchanged(config_of: Callable[..., RunConfig]) -> None:
-    config = config_of("model=tiny")
-    assert facts.resolve(config) is config
+    config = config_of("model=tiny", "model.dtype=bf16")
+    assert resolved(config) is config
+
+
+@pytest.mark.parametrize(
+    ("node", "gpu_type", "is_fast", "dtype"),
+    [(H100, "null", False, "bf16"), (CPU, "H100-80GB", False, "bf16"), (CPU, "null", True, "bf16"), (CPU, "null", False, "fp32")],
+)
+def test_an_automatic_dtype_is_bf16_where_that_is_fast(
+    config_of: Callable[..., RunConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    node: DeviceFacts,
+    gpu_type: str,
+    is_fast: bool,
+    dtype: str,
+) -> None:
+    monkeypatch.setattr(facts, "has_fast_bf16", lambda: is_fast)
+    config = config_of("model=tiny", f"cluster.gpu_type={gpu_type}")
+    assert config.model.dtype == "auto"
+    assert facts.resolve(config, lambda: node).model.dtype == dtype
 
 
 def test_unknown_runs_and_steps_are_refused_with_the_existing_ones(
@@ -152,7 +175,7 @@ def test_model_facts_come_from_the_parent_before_its_weights_are_prepared(
 ) -> None:
     run = make_run("a", 5)
     # The parent's architecture takes precedence over the preset's.
-    config = facts.resolve(config_of("model=qwen3_8b", "model.path=run:a"))
+    config = resolved(config_of("model=qwen3_8b", "model.path=run:a"))
     assert config.model.config is not None
     gathered = facts.gather(config, [])
     source = LaunchPlan.load(run.plan)

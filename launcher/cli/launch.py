@@ -57,7 +57,7 @@ def run(verb: str, tokens: list[str]) -> int:
 def _plan(composed: Composed, as_json: bool) -> int:
     with composed.located():
         cluster = cluster_for(composed.config.cluster.kind)
-        config = facts.resolve(composed.config)
+        config = _resolve(composed, cluster)
         plan = make_plan(config, _gather(config, composed, cluster))
         if as_json:
             print(plan.to_json())
@@ -77,7 +77,7 @@ def _data(tokens: list[str]) -> int:
         raise ConfigError("--html writes one report, and -m makes several", where="--html", remedy="leave out --html, or -m")
     for composed in jobs:
         with composed.located():
-            config = facts.resolve(composed.config)
+            config = _resolve(composed, cluster_for(composed.config.cluster.kind))
             facts.check(config)
             check_extra(config)
         report = _cached_report(config, options.num_shown) or prepare(config, show=options.num_shown)["report"]
@@ -193,12 +193,12 @@ def _group_jobs(jobs: list[Composed]) -> list[Composed]:
 
 def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
     """Plan a job, prepare its model and data, and check the plan against the cluster; starts nothing."""
-    config = facts.resolve(composed.config)
+    cluster = cluster_for(composed.config.cluster.kind)
+    config = _resolve(composed, cluster)
     facts.check(config)
     check_extra(config)
     if not model_source.is_config_known(config.model):
         prepare(config)
-    cluster = cluster_for(config.cluster.kind)
     collected = _gather(config, composed, cluster)
     plan = make_plan(config, collected)
     check_startable(plan)
@@ -212,6 +212,10 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
             raise DataError(Problem(what, "data.sources", remedy=remedy))
     data.check(config, collected.data)
     return _plan_with_free_name(config, collected, taken_names)
+
+
+def _resolve(composed: Composed, cluster: Cluster) -> RunConfig:
+    return facts.resolve(composed.config, lambda: cluster.device(composed.config.cluster))
 
 
 def _gather(config: RunConfig, composed: Composed, cluster: Cluster) -> Facts:

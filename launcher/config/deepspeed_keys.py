@@ -226,7 +226,7 @@ def _agrees(key: str, value: Any, model: Mapping[str, Any]) -> bool:
 def _without_effect(key: str, value: Any, deepspeed: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[_Refusal]:
     """Yield a refusal for a section that another setting turns off."""
     dtype = model.get("dtype", "bf16")
-    if key in ("bf16", "fp16") and dtype != key:
+    if key in ("bf16", "fp16") and key != ("bf16" if dtype == "auto" else dtype):
         yield _Refusal(key, value, f"has no effect with model.dtype={dtype}", f"set model.dtype={key}, or remove it")
     if key in _OFFLOAD and deepspeed.get(_OFFLOAD[key], "none") == "none":
         setting = f"deepspeed.{_OFFLOAD[key]}"

@@ -86,8 +86,12 @@ class ModelSection(Section):
             "for a hub id it lets the plan be made before anything is downloaded."
         ),
     )
-    dtype: Literal["bf16", "fp16", "fp32"] = Field(
-        "bf16", description="Type of weights and activations in compute; optimizer state and master weights are fp32."
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "bf16",
+        description=(
+            "Type of weights and activations in compute; optimizer state and master weights are fp32. auto: bf16 on GPUs and on "
+            "CPUs with AVX-512 or AMX, and fp32 on other CPUs, where PyTorch computes bf16 a hundred times slower."
+        ),
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
         "auto",

@@ -26,6 +26,9 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     Raises:
         ConfigError: with all settings that this topology cannot satisfy.
     """
+    if config.model.dtype == "auto":
+        # facts.resolve has chosen fp32 where bf16 is slow.
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})})
     topology = _topology(config, facts)
     problems = [*_topology_problems(config, facts, topology), *architecture_problems(facts.model.config, config.data.packing)]
     problems += optimizer_problems(config)

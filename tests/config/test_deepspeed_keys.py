@@ -75,7 +75,7 @@ def test_every_setting_that_is_named_exists() -> None:
         ("bf16.enabled=false", "bf16.enabled: the launcher sets this from model.dtype", "false", "set model.dtype"),
         ("fp16.enabled=true", "fp16.enabled: the launcher sets this from model.dtype", "true", "set model.dtype"),
         ("bfloat16.enabled=true", "bfloat16: the launcher sets this from model.dtype", "", "set model.dtype"),
-        ("fp16.hysteresis=3", "fp16: has no effect with model.dtype=bf16", "", "set model.dtype=fp16, or remove it"),
+        ("fp16.hysteresis=3", "fp16: has no effect with model.dtype=auto", "", "set model.dtype=fp16, or remove it"),
         ("train_batch_size=4", "train_batch_size: the launcher sets this from train.global_batch_size", "4", "remove it"),
         ("data_types.grad_accum_dtype=bf16", "data_types: the memory plan counts gradients", "", "remove it"),
         ("amp.enabled=true", "amp: DeepSpeed has removed this feature", "", "remove it"),

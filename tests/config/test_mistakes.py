@@ -25,7 +25,12 @@ Shown = Callable[..., str]
         ("run.seed=abc", "run.seed: is not a whole number", "'abc'", "set run.seed to int >= 0. Seeds weight"),
         ("train.max_steps=1.5", "train.max_steps: is not a whole number", "1.5", "set train.max_steps to int > 0 or null."),
         ("eval.sample=yes", "eval.sample: is not true or false", "'yes'", "set eval.sample to true | false."),
-        ("model.dtype=bf61", "model.dtype: is not one of its choices", "'bf61'", "did you mean bf16? set model.dtype to bf16 |"),
+        (
+            "model.dtype=bf61",
+            "model.dtype: is not one of its choices",
+            "'bf61'",
+            "did you mean bf16? set model.dtype to auto | bf16 |",
+        ),
         ("run.name=123", "run.name: is not text", "123", "quote it twice: 'run.name=\"123\"'"),
         ("optim.lr=0", "optim.lr: must be above 0", "0", "set optim.lr to float > 0. Peak learning rate."),
         ("optim.lr=-1", "optim.lr: must be above 0", "-1", "set optim.lr to float > 0"),

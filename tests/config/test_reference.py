@@ -41,7 +41,7 @@ def test_the_page_has_every_setting_and_every_option() -> None:
 @pytest.mark.parametrize(
     ("key", "type_", "default"),
     [
-        ("model.dtype", "bf16 | fp16 | fp32", "bf16"),
+        ("model.dtype", "auto | bf16 | fp16 | fp32", "bf16"),
         ("train.max_steps", "int > 0 or null", "null"),
         ("optim.lr", "float > 0", "1e-05"),
         ("optim.betas", "[0 <= float <= 1, 0 <= float <= 1]", "[0.9, 0.95]"),

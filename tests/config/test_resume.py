@@ -100,7 +100,7 @@ def test_force_accepts_all_differences_but_fixed_settings(config: RunConfig) -> 
 def test_the_same_value_is_no_difference(config: RunConfig) -> None:
     overrides = [
         f"run.seed={config.run.seed}",
-        "model.dtype=bf16",
+        "model.dtype=auto",
         "data.packing=true",
         f"train.grad_clip={config.train.grad_clip}",
     ]

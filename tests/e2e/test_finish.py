@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wandb_files import records
 
 from launcher.tracking.metrics import panels
+from launcher.train.model import DTYPES
 
 pytestmark = pytest.mark.rest
 
@@ -135,14 +136,15 @@ def test_the_user_sees_losses_answers_and_places(finished: tuple[Path, str]) -> 
 
 def test_the_export_is_the_checkpoint_and_loads_in_transformers(finished: tuple[Path, str]) -> None:
     run, _ = finished
+    dtype = DTYPES[json.loads((run / "plan.json").read_text())["config"]["model"]["dtype"]]
     tensors = assembled(run / f"checkpoints/step-{STEPS:08d}")
     exported = load_file(run / "export/model.safetensors")
     names = {name.removesuffix("|fp32") for name in tensors if name.endswith("|fp32")}
     assert exported.keys() == names
     for name, tensor in exported.items():
-        assert torch.equal(tensor.reshape(-1), tensors[f"{name}|fp32"].to(torch.bfloat16)), name
+        assert torch.equal(tensor.reshape(-1), tensors[f"{name}|fp32"].to(dtype)), name
     model = AutoModelForCausalLM.from_pretrained(run / "export")
-    assert model.dtype == torch.bfloat16
+    assert model.dtype == dtype
     tokenizer = AutoTokenizer.from_pretrained(run / "export")
     asked = [{"role": "user", "content": "hi"}]
     assert tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) == (

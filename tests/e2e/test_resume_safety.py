@@ -164,7 +164,7 @@ def test_a_damaged_cache_is_not_trained_on_and_one_that_is_gone_is_built_again(
     marks = folder / "trained.npy"
     content = marks.read_bytes()
     marks.write_bytes(content[:128] + b"\1" * (len(content) - 128))
-    same = ("run.seed=42", "train.global_batch_size=4", "model.dtype=bf16")
+    same = ("run.seed=42", "train.global_batch_size=4", f"model.dtype={plan(run)['config']['model']['dtype']}")
     free = (
         "train.max_steps=3",
         "cluster.ranks_per_node=1",
@@ -198,14 +198,16 @@ def test_with_force_other_data_and_another_type_are_trained_with_and_recorded(
     more = ("train.max_steps=3", "checkpoint.keep_last=9")
     text = refused(launch_here, run, f"data.path={other}", *more)
     assert "data.sources[0].path" in text
-    changes = (f"data.path={other}", "optim.weight_decay=0.1", "model.dtype=fp32")
+    dtype = plan(run)["config"]["model"]["dtype"]
+    other_dtype = "fp32" if dtype == "bf16" else "bf16"
+    changes = (f"data.path={other}", "optim.weight_decay=0.1", f"model.dtype={other_dtype}")
     done = launch("resume", str(run), "--force", *changes, *more)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "continuing with differences from the checkpoint:" in done.stdout
     shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.startswith("  ")}
     assert shown["data.path"][1] == f"'{other}'"
     assert shown["plan.data.num_docs"] == ["40", "60"]
-    assert shown["model.dtype"] == ["'bf16'", "'fp32'"]
+    assert shown["model.dtype"] == [f"'{dtype}'", f"'{other_dtype}'"]
     recorded = plan(run, 2)
     assert recorded["data"]["num_docs"] == 60
     assert recorded["data"]["cache_dir"] != plan(run)["data"]["cache_dir"]
