@@ -89,7 +89,8 @@ def _save(engine: Any, folder: str) -> float:
 
 def _engine(model_dir: str, config: dict[str, Any], lr: float) -> Any:
     partitioned = HfDeepSpeedConfig(config)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, attn_implementation="sdpa")
+    dtype = torch.bfloat16 if "bf16" in config else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa")
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on the same data and model: ZeRO-3, bf16, packed rows, loss on the completion only.
+"""TRL's SFTTrainer on the same data and model: ZeRO-3, the same dtype, packed rows, loss on the completion only.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/trl_sft.py --model DIR --data CHATS.jsonl --deepspeed DS.json
 
@@ -81,7 +81,7 @@ def _settings(args: argparse.Namespace, config: dict[str, Any], folder: str) -> 
         max_length=args.max_length,
         packing=True,
         completion_only_loss=True,
-        bf16=True,
+        bf16="bf16" in config,
         use_cpu=not torch.cuda.is_available(),
         deepspeed=config,
         per_device_train_batch_size=config["train_micro_batch_size_per_gpu"],
@@ -90,7 +90,11 @@ def _settings(args: argparse.Namespace, config: dict[str, Any], folder: str) -> 
         gradient_checkpointing=args.recompute,
         learning_rate=args.lr,
         optim="adamw_torch_fused",
-        model_init_kwargs={"dtype": torch.bfloat16, "attn_implementation": "sdpa", "use_cache": False},
+        model_init_kwargs={
+            "dtype": torch.bfloat16 if "bf16" in config else torch.float32,
+            "attn_implementation": "sdpa",
+            "use_cache": False,
+        },
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
