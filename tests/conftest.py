@@ -28,8 +28,11 @@ from testbed_config import NUM_SLOTS, Settings, install_command, missing_command
 REPO = Path(__file__).resolve().parents[1]
 RUN_DEADLINE_S = 240
 BUILD_DEADLINE_S = 1700
-# Of the tests of whole runs; `--durations=0` lists what each takes.
+# First those that `make test` runs, then those of `make test-rest`; `--durations=0` lists what each takes.
 LONGEST_FILES = (
+    "e2e/test_first_ray_run.py",
+    "e2e/test_first_runs.py",
+    "e2e/test_first_slurm_run.py",
     "e2e/test_ray_cluster.py",
     "e2e/test_slurm_life.py",
     "e2e/test_slurm_interruptions.py",

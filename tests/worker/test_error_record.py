@@ -27,7 +27,7 @@ from launcher.worker.signals import DISMISSED
 # A rank as launcher.worker.ranks.rank_main runs one, whose record takes a while to reach the disk.
 RANK = """
 import os, sys, time
-from launcher.worker import rank_main
+from launcher.worker.ranks import rank_main
 
 class Flag(rank_main.StopFlag):
     def __init__(self):
