@@ -84,7 +84,9 @@ def launcher_env(launcher_cache: Path) -> dict[str, str]:
     """The environment of launcher processes: no keys, no hub, a cache of their own."""
     dropped = ("WANDB_", "HF_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return kept | {"LAUNCHER_CACHE": str(launcher_cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO), "NETRC": os.devnull}
+    cache_only = {"LAUNCHER_CACHE": str(launcher_cache), "HF_HUB_OFFLINE": "1", "NETRC": os.devnull}
+    # Matrix products in fp32 with several threads are not the same bit by bit.
+    return kept | cache_only | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")

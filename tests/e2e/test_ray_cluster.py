@@ -162,7 +162,7 @@ def test_a_head_that_does_not_see_the_run_directory_is_told_to_the_one_who_submi
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Ray's job ended before it could write to the run directory" in done.stderr
     assert "does not see the run directory" in done.stderr
-    assert "set run.root to a folder that the cluster's nodes see" in done.stderr
+    assert "set run.root to a folder that the cluster's nodes can write to" in done.stderr
     assert json.loads(launch("status", str(unseen / "unseen"), "--json", **cluster.env).stdout)["state"] == "failed"
 
 

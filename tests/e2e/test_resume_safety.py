@@ -96,7 +96,7 @@ def test_what_differs_is_shown_and_refused(launch_here: Launch, run: Path) -> No
     )
     shown = [line.split() for line in text.splitlines() if line.startswith("  ")]
     assert shown[:4] == [
-        ["checkpoint", "asked", "for"],
+        ["checkpoint", "requested"],
         ["run.seed", "42", "1"],
         ["data.max_length", "64", "32"],
         ["optim.weight_decay", "0.0", "0.1"],
@@ -216,7 +216,7 @@ def test_with_force_other_data_and_another_type_are_trained_with_and_recorded(
     # The checkpoint of step 3 was saved by that plan: nothing of this differs from it any more.
     text = refused(launch_here, run, "run.seed=1", "train.max_steps=4", attempts=2, steps=(1, 2, 3))
     shown = [line.split() for line in text.splitlines() if line.startswith("  ")]
-    assert shown[:2] == [["checkpoint", "asked", "for"], ["run.seed", "42", "1"]]
+    assert shown[:2] == [["checkpoint", "requested"], ["run.seed", "42", "1"]]
     assert str(other) not in text
     back = launch_here("resume", str(run), "--step", "2")
     assert back.returncode == 2
