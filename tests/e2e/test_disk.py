@@ -69,7 +69,7 @@ def test_where_all_are_damaged_the_run_fails_and_names_all(launch: Launch, run: 
         flip(run / "checkpoints" / name)
     done = launch("resume", str(run))
     assert done.returncode == 1
-    assert "no checkpoint of this run is whole" in done.stderr
+    assert "no checkpoint of this run is intact" in done.stderr
     assert "Traceback" not in done.stderr
     for step in (20, 25, STEPS):
         assert f"step {step}: rank-00001.safetensors" in done.stderr
