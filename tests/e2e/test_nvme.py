@@ -30,7 +30,7 @@ def test_a_run_on_nvme_is_saved_resumed_and_exported(
     settings = (*TINY, *asked)
     refused = launch_here(*settings, "run.name=early")
     assert refused.returncode == 2
-    assert "no such folder for states on NVMe" in refused.stdout + refused.stderr
+    assert "the folder for NVMe offload does not exist on this machine" in refused.stdout + refused.stderr
     assert not runs.exists()
     disk.mkdir()
 
