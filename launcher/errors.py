@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -29,13 +29,14 @@ def printable(text: str) -> str:
 class Problem:
     """One mistake: `where` is a key, a file:line or the command line; `value` is as the user wrote it."""
 
-    what: str
+    # Runs of earlier versions hold records with the former name.
+    message: str = field(metadata={"former_name": "what"})
     where: str = ""
     value: str = ""
     remedy: str = ""
 
     def __str__(self) -> str:
-        lines = [self.what]
+        lines = [self.message]
         if self.where:
             lines.append(f"  where:  {self.where}")
         if self.value:
@@ -126,7 +127,7 @@ class PushError(LauncherError):
 
 def describe(error: Exception) -> str:
     """Describe any error in one message: the first problem of a launcher error, or else the exception's type and text."""
-    return error.problems[0].what if isinstance(error, LauncherError) else f"{type(error).__name__}: {error}"
+    return error.problems[0].message if isinstance(error, LauncherError) else f"{type(error).__name__}: {error}"
 
 
 # Another attempt would end in the same way: neither ranks nor jobs are restarted after one of these.

@@ -1,7 +1,8 @@
 """JSON objects as dataclasses: the types of the fields say what the decoder accepts.
 
 Supported types: bool, int, float, str, None, Any, enumerations, nested dataclasses, dictionaries with text keys, tuples, and
-unions. An integer is accepted for a float, and a boolean is no number.
+unions. An integer is accepted for a float, and a boolean is no number. A field whose metadata has a `former_name` is also read
+under that name.
 """
 
 from __future__ import annotations
@@ -114,12 +115,17 @@ def _read_bytes(path: Path) -> bytes:
 
 
 @functools.cache
-def _fields(record_type: type) -> tuple[tuple[str, Any, bool], ...]:
-    """Name and type of each field that a constructor takes, and whether the field has a default."""
+def _fields(record_type: type) -> tuple[tuple[str, str, Any, bool], ...]:
+    """Name, former name and type of each field that a constructor takes, and whether the field has a default."""
     hints = get_type_hints(record_type)
     missing = dataclasses.MISSING
     return tuple(
-        (field.name, hints[field.name], field.default is not missing or field.default_factory is not missing)
+        (
+            field.name,
+            field.metadata.get("former_name", field.name),
+            hints[field.name],
+            field.default is not missing or field.default_factory is not missing,
+        )
         for field in dataclasses.fields(record_type)
         if field.init
     )
@@ -129,10 +135,11 @@ def _decode_object(record_type: Any, values: Any, path: str) -> Any:
     if not isinstance(values, Mapping):
         raise _mismatch(path, "an object", values)
     arguments = {}
-    for name, kind, has_default in _fields(record_type):
+    for name, former_name, kind, has_default in _fields(record_type):
         field = f"{path}.{name}" if path else name
-        if name in values:
-            arguments[name] = _decode_value(kind, values[name], field)
+        key = name if name in values else former_name
+        if key in values:
+            arguments[name] = _decode_value(kind, values[key], field)
         elif not has_default:
             raise _FieldError(field, "this field is missing", "")
     return record_type(**arguments)

@@ -69,7 +69,7 @@ def find_parent(path: str, root: Path = Path("runs")) -> ParentCheckpoint:
         run = run_store.find_run(match["run"], root)
         plan = run_store.load_plan(run)
     except LauncherError as error:
-        raise _problem(error.problems[0].what, path, error.problems[0].remedy or "choose another run") from error
+        raise _problem(error.problems[0].message, path, error.problems[0].remedy or "choose another run") from error
     try:
         step = match["step"]
         checkpoint = store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, int(step))
@@ -77,7 +77,7 @@ def find_parent(path: str, root: Path = Path("runs")) -> ParentCheckpoint:
         (problem,) = error.problems
         value = f": {problem.value}" if problem.value else ""
         remedy = problem.remedy or f"let the run save one: python -m launcher resume {run.root}"
-        raise _problem(f"run {run.root.name}: {problem.what}{value}", path, remedy) from error
+        raise _problem(f"run {run.root.name}: {problem.message}{value}", path, remedy) from error
     return ParentCheckpoint(run, plan, checkpoint)
 
 

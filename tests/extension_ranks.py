@@ -108,7 +108,7 @@ def _load_as_another_optimizer(engine: Any, parameters: Any, root: Path) -> str:
     try:
         shards.load(engine, parameters, store.get_latest(root).path)
     except CheckpointError as error:
-        return f"{error.problems[0].what}: {error.problems[0].value}"
+        return f"{error.problems[0].message}: {error.problems[0].value}"
     return ""
 
 

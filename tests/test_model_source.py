@@ -64,6 +64,6 @@ def test_a_model_folder_is_checked_before_anything_starts(tmp_path: Path, files:
 
 def test_a_missing_model_is_reported_with_its_remedy(tmp_path: Path) -> None:
     (problem,) = model_source.check_model(ModelSection(path=str(tmp_path / "nowhere")))
-    assert "no such folder" in problem.what
+    assert "no such folder" in problem.message
     (problem,) = model_source.check_model(ModelSection(path="package:no_such_package/file.gguf"))
     assert "pip install" in problem.remedy

@@ -139,24 +139,24 @@ def test_unknown_runs_and_steps_are_refused_with_the_existing_ones(
     make_run("a", 5, 10)
     make_run("empty")
     missing = problem_of(settings(config_of, "run:b"))
-    assert (missing.what, missing.value) == ("model.path: there is no run named b", "run:b")
+    assert (missing.message, missing.value) == ("model.path: there is no run named b", "run:b")
     assert missing.remedy.startswith("choose one of: ")
     assert {"a", "empty"} <= set(missing.remedy[15:].split(", "))
     step = problem_of(settings(config_of, "run:a@7"))
-    assert step.what == "model.path: run a: there is no committed checkpoint of step 7"
+    assert step.message == "model.path: run a: there is no committed checkpoint of step 7"
     assert (step.value, step.remedy) == ("run:a@7", "choose one of: 5, 10")
     unsaved = problem_of(settings(config_of, "run:empty"))
-    assert "run empty: there is no committed checkpoint" in unsaved.what
+    assert "run empty: there is no committed checkpoint" in unsaved.message
     assert "python -m launcher resume" in unsaved.remedy
     itself = problem_of(settings(config_of, "run:a", "run.name=a"))
-    assert "a run cannot start from its own weights" in itself.what
+    assert "a run cannot start from its own weights" in itself.message
     assert "resume" in itself.remedy
 
 
 def test_an_unreadable_plan_of_the_parent_is_refused(make_run: MakeRun, config_of: Callable[..., RunConfig]) -> None:
     run = make_run("a", 5)
     run.plan.write_text("{}")
-    assert "cannot be read by this launcher" in problem_of(settings(config_of, "run:a")).what
+    assert "cannot be read by this launcher" in problem_of(settings(config_of, "run:a")).message
 
 
 def test_the_command_line_shows_key_value_and_remedy(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:

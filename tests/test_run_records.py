@@ -60,7 +60,7 @@ def test_a_damaged_record_names_file_field_value_and_remedy(run: RunDir, text: s
     with pytest.raises(RunError) as refused:
         run_store.read_status(run)
     (problem,) = refused.value.problems
-    assert message in problem.what
+    assert message in problem.message
     assert problem.where == (f"{run.status}: {field}" if field else str(run.status))
     assert problem.value == value
     assert "backup" in problem.remedy
@@ -96,6 +96,13 @@ def test_unknown_keys_are_ignored_and_absent_ones_get_their_defaults(run: RunDir
     """Records of older and later launchers are read."""
     run_records.exit_file(run, 1).write_text('{"state": "completed", "weather": "fine"}')
     assert run_records.read_exit(run, 1) == ExitRecord("completed")
+
+
+def test_a_field_is_read_under_its_former_name(run: RunDir) -> None:
+    path = run.root / "node.json"
+    path.write_text(json.dumps({"node": 0, "ended_at": 1.0, "problems": [{"what": "has no GPU", "where": "n2"}]}))
+    record = json_records.read(NodeRecord, path)
+    assert record.problems == (Problem("has no GPU", "n2"),)
 
 
 def test_a_long_value_is_cut_in_the_message(run: RunDir) -> None:

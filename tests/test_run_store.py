@@ -74,7 +74,7 @@ def test_a_run_that_exists_is_refused_and_untouched(config: RunConfig, tmp_path:
     with pytest.raises(SubmitError) as error:
         run_store.create(planned(config, tmp_path, "a"))
     (problem,) = error.value.problems
-    assert problem.what == "the run a exists already; nothing in it was touched"
+    assert problem.message == "the run a exists already; nothing in it was touched"
     assert problem.where == str(run.root)
     assert f"python -m launcher resume {run.root}" in problem.remedy
     assert tree(run.root) == before
@@ -168,7 +168,7 @@ def test_a_superseded_attempt_is_fenced(config: RunConfig, tmp_path: Path) -> No
     with pytest.raises(Superseded) as error:
         run_store.fence(run, 1)
     (problem,) = error.value.problems
-    assert "attempt 2 has taken over" in problem.what
+    assert "attempt 2 has taken over" in problem.message
     assert problem.where == str(run.attempt(2))
 
 
@@ -223,7 +223,7 @@ def test_a_run_is_found_by_name_and_by_path(config: RunConfig, tmp_path: Path, m
     with pytest.raises(SubmitError) as error:
         run_store.find_run("b", root)
     (problem,) = error.value.problems
-    assert (problem.what, problem.remedy) == ("there is no run named b", "choose one of: a")
+    assert (problem.message, problem.remedy) == ("there is no run named b", "choose one of: a")
     with pytest.raises(SubmitError) as error:
         run_store.find_run("b", tmp_path / "elsewhere")
     assert error.value.problems[0].remedy == "start one with: python -m launcher"

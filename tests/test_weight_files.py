@@ -89,8 +89,8 @@ def test_a_stored_weight_report_is_found_by_content(tmp_path: Path, monkeypatch:
 def test_a_refusal_counts_and_names_a_few(tmp_path: Path) -> None:
     folder, model = tmp_path / "m", ModelSection(path="./m")
     missing, mismatched = REPORT.problems(folder, model)
-    assert missing.what == "model.path: the weight files lack 2 tensors of the model: a, b"
-    assert "have 1 tensor in another shape than the model: c is [1, 2] in the files and [2, 1] in the model" in mismatched.what
+    assert missing.message == "model.path: the weight files lack 2 tensors of the model: a, b"
+    assert "have 1 tensor in another shape than the model: c is [1, 2] in the files and [2, 1] in the model" in mismatched.message
     many = WeightReport(missing=tuple(f"layers.{i}" for i in range(1234)))
     assert "lack 1,234 tensors of the model: layers.0, layers.1, layers.2, layers.3, layers.4 and 1,229 more" in str(
         many.problems(folder, model)[0]

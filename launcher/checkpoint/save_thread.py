@@ -102,7 +102,7 @@ class SaveJob:
             # A partial shard may take the disk space that the receipt needs.
             (self.saving / store.shard_name(self.context.rank)).unlink(missing_ok=True)
             problems = to_problems("the checkpoint could not be written", error, self.context.rank)
-            receipt = ShardReceipt(problems=tuple((p.what, p.where, p.value, p.remedy) for p in problems))
+            receipt = ShardReceipt(problems=tuple((p.message, p.where, p.value, p.remedy) for p in problems))
         self.copied.set()
         try:
             _write_receipt(receipt, self.saving, self.context.rank)
@@ -169,7 +169,9 @@ class SaveJob:
             self.context.prune(committed)
         except (OSError, CheckpointError) as error:
             # The checkpoint stays committed.
-            self.not_pruned = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error.problems[0].what)
+            self.not_pruned = (
+                f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error.problems[0].message)
+            )
 
     def _receipts(self) -> list[ShardReceipt]:
         receipts: dict[int, ShardReceipt] = {}

@@ -211,7 +211,9 @@ def damaged_step_error(step: int, problems: Sequence[Problem], root: Path) -> Da
 
 def format_problems(problems: Sequence[Problem]) -> str:
     """Join problems with checkpoint files into one line for a message."""
-    return "; ".join(" ".join(filter(None, (f"{Path(p.where).name}:", p.what, f"({p.value})" * bool(p.value)))) for p in problems)
+    return "; ".join(
+        " ".join(filter(None, (f"{Path(p.where).name}:", p.message, f"({p.value})" * bool(p.value)))) for p in problems
+    )
 
 
 def set_aside_after(root: Path, step: int) -> list[Path]:
@@ -338,7 +340,7 @@ def _step_directories(root: Path) -> list[Path]:
 def _none_usable(message: str, root: Path) -> CheckpointError:
     if not root.is_dir():
         return CheckpointError(message, where=str(root), value="the folder does not exist")
-    reasons = [f"{step_name(step)}: {error.problems[0].what}" for step, error in find_unusable(root).items()]
+    reasons = [f"{step_name(step)}: {error.problems[0].message}" for step, error in find_unusable(root).items()]
     reasons += [f"{p.name}: unfinished save" for p in sorted(root.iterdir()) if _SAVING.fullmatch(p.name)]
     return CheckpointError(message, where=str(root), value="; ".join(reasons) or "the folder is empty")
 

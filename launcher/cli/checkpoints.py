@@ -140,7 +140,7 @@ def _prune(run: RunDir, retention: Retention, verified: Verified) -> list[Leftov
         if isinstance(error, UnreadableCheckpoint):
             problem = error.problems[0]
             raise SubmitError(
-                f"{problem.what}, so nothing is removed",
+                f"{problem.message}, so nothing is removed",
                 where=problem.where,
                 value=problem.value,
                 remedy="try again when it can be read",

@@ -295,7 +295,7 @@ def _await_recovery(plan: LaunchPlan, hit: Hit, watch: _RunWatch) -> None:
         try:
             _resume(plan, watch)
         except LauncherError as error:
-            watch.last_status = f"{watch.last_status}; resume: {error.problems[0].what}"
+            watch.last_status = f"{watch.last_status}; resume: {error.problems[0].message}"
             return
 
 

@@ -135,7 +135,7 @@ def _request_stop(run: RunDir, cluster: Cluster, screen: _Screen, num_requests: 
         # The run has just ended.
         return
     except RunError as error:
-        screen.say(f"the stop request failed: {error.problems[0].what}; try again")
+        screen.say(f"the stop request failed: {error.problems[0].message}; try again")
         return
     screen.say("saving, then stopping; Ctrl-C again kills the run without saving" if num_requests == 1 else "killing the run")
 

@@ -171,7 +171,7 @@ def _build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
     """Build the data cache from the run's sources on this machine."""
     if problems := sources.check_sources(plan.config.data):
         remedy = "copy the data to this path; nothing else is missing on this machine"
-        raise ConfigError([Problem(problem.what, problem.where, problem.value, remedy) for problem in problems])
+        raise ConfigError([Problem(problem.message, problem.where, problem.value, remedy) for problem in problems])
     prepare(plan.config.model_copy(update={"model": model}))
     built = cache.find(cache.cache_key(plan.config.data, model.tokenizer or model.path or ""))
     if built is None:

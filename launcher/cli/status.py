@@ -99,7 +99,7 @@ def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
 
 
 def _reason(error: OSError | LauncherError) -> str:
-    return error.problems[0].what if isinstance(error, LauncherError) else str(error)
+    return error.problems[0].message if isinstance(error, LauncherError) else str(error)
 
 
 def _ask_backend(run: RunDir) -> Status:

@@ -164,7 +164,7 @@ class _Refusal(NamedTuple):
 
     key: str
     value: Any
-    what: str
+    message: str
     remedy: str = "remove it"
 
 
@@ -184,7 +184,7 @@ def extra_problems(values: Mapping[str, Any], origins: Origins, skip: Set[str] =
             key = f"{EXTRA}.{refusal.key}"
             if key not in skip:
                 text = "" if isinstance(refusal.value, dict | list) else shown(key, refusal.value)
-                yield Problem(f"{key}: {refusal.what}", origins.of(key), text, refusal.remedy)
+                yield Problem(f"{key}: {refusal.message}", origins.of(key), text, refusal.remedy)
 
 
 def _refusals(name: str, value: Any, deepspeed: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[_Refusal]:

@@ -51,8 +51,8 @@ class Origins:
         key, where = self.resolve(problem.where)
         if not where:
             return problem
-        message, remedy = (text.replace(problem.where, key) for text in (problem.what, problem.remedy))
-        return replace(problem, what=message, where=f"{key} ({where})", remedy=remedy)
+        message, remedy = (text.replace(problem.where, key) for text in (problem.message, problem.remedy))
+        return replace(problem, message=message, where=f"{key} ({where})", remedy=remedy)
 
     def _candidates(self, path: list[str | int]) -> Iterator[tuple[Path, list[str | int]]]:
         """Yield the files that can set `path`, the last composed first, with the path inside each."""

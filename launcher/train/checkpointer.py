@@ -86,7 +86,7 @@ class Checkpointer:
             raise outcome
         if isinstance(outcome, LauncherError):
             problems = outcome.problems
-            reason = "; ".join(f"{p.what} ({': '.join(filter(None, (p.where, p.value)))})" for p in problems)
+            reason = "; ".join(f"{p.message} ({': '.join(filter(None, (p.where, p.value)))})" for p in problems)
             # Alerts are rate-limited by the text before the colon, which differs for each step.
             self._tracker.event("alert", f"step {self._saving_step} was not saved: {reason}", step)
             return

@@ -149,6 +149,6 @@ def _push(plan: LaunchPlan, exported: ExportedFolder, tracker: Composite) -> Non
         address = hub.push(exported.path, repo_id, again=f"python -m launcher export {plan.run_dir} --push {repo_id}")
     except PushError as error:
         (problem,) = error.problems
-        tracker.event("alert", f"{problem.what}: {problem.value or problem.where}; {problem.remedy}")
+        tracker.event("alert", f"{problem.message}: {problem.value or problem.where}; {problem.remedy}")
     else:
         tracker.event("export", f"pushed to {address}", url=address)

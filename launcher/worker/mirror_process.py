@@ -162,9 +162,9 @@ class Sender:
             self._last_error = ""
         except (MirrorTaken, Superseded) as error:
             self._taken = True
-            self._event("alert", f"uploads to the mirror have stopped: {error.problems[0].what}")
+            self._event("alert", f"uploads to the mirror have stopped: {error.problems[0].message}")
         except Exception as error:
-            message = error.problems[0].what if isinstance(error, LauncherError) else describe_error(error)
+            message = error.problems[0].message if isinstance(error, LauncherError) else describe_error(error)
             # One outage causes many different errors; mirror.json has the last.
             if self._alerts.admit("the mirror cannot be written"):
                 text = f"the mirror cannot be written; training continues and the next checkpoint retries: {message}"
@@ -188,7 +188,7 @@ class Sender:
             # A checkpoint that is damaged here is skipped, so that it does not block later ones.
             self._unsendable.add(_identity(checkpoint))
             kind = "alert" if self._alerts.admit("a checkpoint is not sent") else "mirror"
-            self._event(kind, f"step {checkpoint.step} is not sent to the mirror: {error.problems[0].what}", checkpoint.step)
+            self._event(kind, f"step {checkpoint.step} is not sent to the mirror: {error.problems[0].message}", checkpoint.step)
             return
         seconds, self._lag_s = time.time() - began, time.time() - committed_at
         self._bytes, self._seconds = self._bytes + sent.bytes, self._seconds + seconds

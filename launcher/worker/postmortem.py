@@ -235,8 +235,8 @@ def _interruption(attempt: Attempt, lead_s: float, at: float) -> Cause:
 
 
 def _from_problems(problems: Sequence[Problem], attempt: Attempt, step: int) -> Ending:
-    messages = [f"{problem.where}: {problem.what} {problem.value}".strip() for problem in problems]
-    unfit = {problem.where for problem in problems if not problem.what.startswith(node_check.NO_ROOM)}
+    messages = [f"{problem.where}: {problem.message} {problem.value}".strip() for problem in problems]
+    unfit = {problem.where for problem in problems if not problem.message.startswith(node_check.NO_ROOM)}
     if not unfit:
         return Ending(Cause.FAILURE, step, "; ".join(dict.fromkeys(messages)))
     return _from_unfit_nodes(unfit, messages, attempt, step)

@@ -108,7 +108,7 @@ def _copy_parent_weights(parent: parent_run.ParentCheckpoint, model: ModelSectio
         raise _unusable(parent, reason, "is there space, and does the run still keep this checkpoint? then try again") from error
     except CheckpointError as error:
         problem = error.problems[0]
-        reason = f"{problem.what} ({problem.where})" if problem.where else problem.what
+        reason = f"{problem.message} ({problem.where})" if problem.where else problem.message
         raise _unusable(parent, reason, "take another checkpoint (model.path=run:NAME@STEP), and check the disk") from error
 
 
@@ -238,7 +238,7 @@ def main(argv: list[str]) -> int:
     try:
         print(json.dumps(prepare(config, int(report_rows[0]) if report_rows else None)))
     except LauncherError as error:
-        problems = [[p.what, p.where, p.value, p.remedy] for p in error.problems]
+        problems = [[p.message, p.where, p.value, p.remedy] for p in error.problems]
         print(json.dumps({"problems": problems, "exit_code": error.exit_code}))
         return error.exit_code
     except Exception as error:

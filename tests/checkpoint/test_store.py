@@ -94,7 +94,7 @@ def test_verify_detects_one_flipped_bit(tmp_path):
     file.write_bytes(content)
     assert steps(tmp_path) == [7]
     (problem,) = store.verify(path)
-    assert "digest differs" in problem.what
+    assert "digest differs" in problem.message
     assert problem.where == str(file)
 
 
@@ -138,7 +138,7 @@ def test_files_of_another_user_are_reported(tmp_path, monkeypatch):
         foreign = 3
     problems = store.find_foreign_files(checkpoint.path, checkpoint.manifest)
     assert len(problems) == foreign
-    assert "belongs to another user" in problems[0].what
+    assert "belongs to another user" in problems[0].message
 
 
 def test_a_second_commit_of_a_step_replaces_the_first(tmp_path):

@@ -195,7 +195,7 @@ def test_folders_on_tmpfs_are_refused(there: Testbed, plan_at: PlanAt) -> None:
         ("LAUNCHER_CACHE", "/dev/shm/cache"),
         ("model.path", "/dev/shm/model"),
     ]
-    assert result[0].what == "the run directory is in this machine's memory (tmpfs), where no other node can see it"
+    assert result[0].message == "the run directory is in this machine's memory (tmpfs), where no other node can see it"
 
 
 def test_the_file_system_is_that_of_the_innermost_mount(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_the_file_system_is_that_of_the_innermost_mount(tmp_path: Path) -> None:
 def test_drained_nodes_are_named(here: Testbed, plan_at: PlanAt) -> None:
     slurm("scontrol", "update", "NodeName=n[2-3]", "State=DRAIN", "Reason=fan")
     (problem,) = problems(plan_at(nodes=2))
-    assert problem.what == "of the 3 nodes of partition main for this job, 1 are in service: n2 (drained), n3 (drained)"
+    assert problem.message == "of the 3 nodes of partition main for this job, 1 are in service: n2 (drained), n3 (drained)"
     assert (problem.where, problem.value) == ("cluster.nodes", "2")
     (required,) = problems(plan_at(nodelist="n2"))
     assert (required.where, required.value) == ("cluster.nodelist", "n2 (drained)")
@@ -233,7 +233,7 @@ def test_a_closed_partition_is_refused(here: Testbed, plan_at: PlanAt) -> None:
         result = problems(plan_at(partition="high", nodes=3, account="research", qos="urgent"))
     finally:
         slurm("scontrol", "update", "PartitionName=high", "State=UP", "MaxNodes=UNLIMITED", "AllowAccounts=ALL", "AllowQos=ALL")
-    assert {problem.where: problem.what for problem in result} == {
+    assert {problem.where: problem.message for problem in result} == {
         "cluster.partition": "the partition high does not start jobs: it is DOWN",
         "cluster.account": "the partition high does not accept this account",
         "cluster.qos": "the partition high does not accept this QOS",
@@ -244,7 +244,7 @@ def test_a_closed_partition_is_refused(here: Testbed, plan_at: PlanAt) -> None:
 def test_without_accounting_accounts_are_not_checked(bare_slurm: Testbed, use: Use, plan_at: PlanAt) -> None:
     use(bare_slurm)
     assert problems(plan_at(account="any", qos="any")) == ()
-    assert problems(plan_at(nodes=2))[0].what == "partition main has 1 node"
+    assert problems(plan_at(nodes=2))[0].message == "partition main has 1 node"
 
 
 def test_a_controller_that_does_not_answer_is_reported_with_the_other_problems(
@@ -263,7 +263,7 @@ def test_a_controller_that_does_not_answer_is_reported_with_the_other_problems(
 def test_a_machine_without_sbatch_is_refused(plan_at: PlanAt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     (problem,) = problems(plan_at())
-    assert problem.what == "sbatch is not on this machine"
+    assert problem.message == "sbatch is not on this machine"
     with pytest.raises(SubmitError, match="is not on this machine"):
         gpus_of()
 

@@ -135,7 +135,7 @@ def test_a_path_with_special_characters_is_refused_before_the_run_exists(
     with pytest.raises(SubmitError) as error:
         SlurmCluster().check(plan)
     (problem,) = error.value.problems
-    assert problem.what == "a batch script cannot contain this path"
+    assert problem.message == "a batch script cannot contain this path"
     assert problem.value.startswith(plan.run_dir)
     assert "letters, digits" in problem.remedy
     assert list(tmp_path.iterdir()) == []

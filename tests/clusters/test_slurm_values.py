@@ -161,7 +161,7 @@ def test_the_refused_setting_is_named(override: str, what: str) -> None:
     with pytest.raises(ConfigError) as error:
         run_hydra(["model=tiny", "cluster=slurm", override], lambda composed: None)
     problem = error.value.problems[0]
-    assert problem.what.startswith(what)
+    assert problem.message.startswith(what)
     assert (problem.where, problem.remedy != "") == ("command line", True)
     assert problem.value.isprintable()
 

@@ -110,7 +110,7 @@ def test_every_setting_that_is_named_exists() -> None:
 )
 def test_refused_keys_give_reason_and_remedy(refused: Refused, override: str, what: str, value: str, remedy: str) -> None:
     (problem,) = refused(f"deepspeed.extra.{override}")
-    assert problem.what.startswith(f"deepspeed.extra.{what}")
+    assert problem.message.startswith(f"deepspeed.extra.{what}")
     assert (problem.where, problem.value) == ("command line", value)
     assert remedy in problem.remedy
 
@@ -127,7 +127,7 @@ def test_refused_keys_give_reason_and_remedy(refused: Refused, override: str, wh
 )
 def test_what_the_plan_sets_for_states_on_nvme_is_refused(refused: Refused, key: str) -> None:
     (problem,) = refused("deepspeed=zero3_nvme", f"deepspeed.extra.zero_optimization.{key}=1")
-    assert problem.what.startswith(f"deepspeed.extra.zero_optimization.{key}: ")
+    assert problem.message.startswith(f"deepspeed.extra.zero_optimization.{key}: ")
 
 
 def test_all_refusals_come_in_one_pass_with_other_mistakes(refused: Refused) -> None:
@@ -135,7 +135,7 @@ def test_all_refusals_come_in_one_pass_with_other_mistakes(refused: Refused) -> 
         "{bf16: {enabled: false}, zero_optimisation: {}, zero_optimization: {stage: 2}, comet: {api_key: abcdef}, _target_: x}"
     )
     problems = refused(f"deepspeed.extra={extra}", "optim.lr=0")
-    assert [problem.what.split(":")[0] for problem in problems] == [
+    assert [problem.message.split(":")[0] for problem in problems] == [
         "deepspeed.extra.comet.api_key",
         "deepspeed.extra._target_",
         "deepspeed.extra.bf16.enabled",

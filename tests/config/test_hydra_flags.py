@@ -105,7 +105,7 @@ def test_options_on_hydras_search_path_are_accepted(
     (composed,) = compose(f"hydra.searchpath=[file://{own_conf}]", "model=mine")
     assert composed.config.model.path == "owner/mine"
     (problem,) = refused(f"hydra.searchpath=[file://{own_conf}]", "model=mne")
-    assert problem.what == "model=mne: there is no such option"
+    assert problem.message == "model=mne: there is no such option"
     assert problem.remedy.startswith("did you mean mine?")
 
 
@@ -127,7 +127,7 @@ def test_a_target_is_refused_and_never_called(
     (tmp_path / f"{module}.py").write_text(f"open({str(tmp_path / 'called')!r}, 'w').close()\ndef call(**kwargs): pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     (problem,) = refused(f"{key}={module}.call")
-    assert problem.what == f"{key}: a setting must not name code to run; nothing was called"
+    assert problem.message == f"{key}: a setting must not name code to run; nothing was called"
     assert not (tmp_path / "called").exists()
     # The canary does sing when it is imported.
     importlib.import_module(module)

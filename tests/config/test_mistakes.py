@@ -69,7 +69,7 @@ def test_a_mistake_on_the_command_line_names_key_value_and_remedy(
     refused: Refused, override: str, what: str, value: str, remedy: str
 ) -> None:
     (problem,) = refused(override)
-    assert problem.what.startswith(what)
+    assert problem.message.startswith(what)
     assert problem.where == "command line"
     assert problem.value == value
     assert remedy in problem.remedy
@@ -79,7 +79,7 @@ def test_a_mistake_on_the_command_line_names_key_value_and_remedy(
 @pytest.mark.parametrize("key", ["run.name", "run.root", "tracking.project", "data.name"])
 def test_control_characters_are_refused(refused: Refused, key: str, character: str) -> None:
     (problem,) = refused(f'{key}="a{character}b"')
-    assert problem.what == f"{key}: contains a control character"
+    assert problem.message == f"{key}: contains a control character"
     # The character itself never reaches the terminal.
     assert character not in problem.value
 
@@ -88,7 +88,7 @@ def test_all_mistakes_come_in_one_pass(refused: Refused) -> None:
     problems = refused(
         "cluster=locl", "model=tinny", "optim.lr=0", "train.max_stepz=1", "model.dtype=bf8", "run.seed=x", "data=jsonl"
     )
-    assert [p.what.split(":")[0] for p in problems] == [
+    assert [p.message.split(":")[0] for p in problems] == [
         "cluster=locl",
         "model=tinny",
         "data.path",
@@ -101,7 +101,7 @@ def test_all_mistakes_come_in_one_pass(refused: Refused) -> None:
 
 def test_group_options_get_a_suggestion(refused: Refused) -> None:
     (problem,) = refused("deepspeed=zero3_ofload")
-    assert problem.what == "deepspeed=zero3_ofload: there is no such option"
+    assert problem.message == "deepspeed=zero3_ofload: there is no such option"
     assert (problem.where, problem.value) == ("command line", "deepspeed=zero3_ofload")
     assert problem.remedy == "did you mean zero3_offload? choose one of: zero3, zero3_nvme, zero3_offload, zero3_pp"
 
@@ -113,7 +113,7 @@ def test_an_empty_group_option_is_refused(refused: Refused) -> None:
 
 def test_a_required_value_that_is_missing_names_file_and_line(refused: Refused) -> None:
     (problem,) = refused("data=jsonl")
-    assert problem.what == "data.path: a value is required and none was given"
+    assert problem.message == "data.path: a value is required and none was given"
     file, line = problem.where.rsplit(":", 1)
     assert file.endswith("conf/data/jsonl.yaml")
     assert Path(file).read_text().splitlines()[int(line) - 1] == "path: ???"
@@ -122,27 +122,27 @@ def test_a_required_value_that_is_missing_names_file_and_line(refused: Refused) 
 
 def test_steps_and_epochs_on_the_command_line_are_refused(refused: Refused) -> None:
     (problem,) = refused("train.max_steps=5", "train.epochs=1")
-    assert problem.what == "train.max_steps and train.epochs are both set"
+    assert problem.message == "train.max_steps and train.epochs are both set"
     assert problem.where == "train.max_steps (command line), train.epochs (command line)"
     assert problem.value == "train.max_steps=5, train.epochs=1"
 
 
 def test_neither_steps_nor_epochs_is_refused(refused: Refused) -> None:
     (problem,) = refused("train.max_steps=null")
-    assert problem.what == "neither train.max_steps nor train.epochs is set"
+    assert problem.message == "neither train.max_steps nor train.epochs is set"
     assert "conf/data/stdlib_docs.yaml:" in problem.where
 
 
 def test_a_push_without_an_export_is_refused(refused: Refused) -> None:
     (problem,) = refused("export.push_to_hub=owner/name", "export.enabled=false")
-    assert problem.what == "export.push_to_hub needs the exported folder, and export.enabled is off"
+    assert problem.message == "export.push_to_hub needs the exported folder, and export.enabled is off"
     assert problem.remedy == "set export.enabled=true"
 
 
 def test_steps_and_epochs_in_files_are_refused(refused: Refused, tmp_path: Path, rows: Path) -> None:
     own_option(tmp_path, "experiment", "mine", "# @package _global_\ntrain:\n  max_steps: 3\n")
     (problem,) = refused("--config-dir", str(tmp_path / "conf"), "experiment=mine", "data=jsonl", f"data.path={rows}")
-    assert problem.what == "train.max_steps and train.epochs are both set"
+    assert problem.message == "train.max_steps and train.epochs are both set"
     assert f"train.max_steps ({tmp_path}/conf/experiment/mine.yaml:3)" in problem.where
     assert "conf/config.yaml:" in problem.where
 
@@ -167,28 +167,28 @@ def test_a_length_on_the_command_line_unsets_that_of_the_files(
 )
 def test_conflicting_settings_are_refused(refused: Refused, override: str, what: str) -> None:
     (problem,) = refused(override)
-    assert problem.what.startswith(what)
+    assert problem.message.startswith(what)
     assert "(command line)" in problem.where
 
 
 def test_settings_that_conflict_with_nvme_are_refused(refused: Refused) -> None:
     (problem,) = refused("deepspeed=zero3_nvme", "deepspeed.prefetch_bucket_size=9")
-    assert problem.what.startswith("deepspeed.prefetch_bucket_size: DeepSpeed cannot prefetch")
+    assert problem.message.startswith("deepspeed.prefetch_bucket_size: DeepSpeed cannot prefetch")
     (problem,) = refused("deepspeed=zero3_nvme", "deepspeed.nvme_path=disk")
-    assert problem.what.startswith("deepspeed.nvme_path: must be an absolute path")
+    assert problem.message.startswith("deepspeed.nvme_path: must be an absolute path")
 
 
 def test_a_mistake_in_a_file_names_file_and_line(refused: Refused, tmp_path: Path) -> None:
     own_option(tmp_path, "optim", "mine", "# my own\nname: adamw\nweight_decay: fast\nwarm_up: 3\n")
     bad_type, unknown = refused("--config-dir", str(tmp_path / "conf"), "optim=mine")
     file = tmp_path / "conf" / "optim" / "mine.yaml"
-    assert (bad_type.what, bad_type.where, bad_type.value) == ("optim.weight_decay: is not a number", f"{file}:3", "'fast'")
+    assert (bad_type.message, bad_type.where, bad_type.value) == ("optim.weight_decay: is not a number", f"{file}:3", "'fast'")
     assert (unknown.where, unknown.remedy) == (f"{file}:4", "did you mean optim.warmup_steps?")
 
 
 def test_a_mixture_without_weight_is_refused(refused: Refused) -> None:
     (problem,) = refused("data.sources=[{path: a, weight: 0}, {name: b, path: b, weight: 0}]")
-    assert problem.what == "data.sources: the weights of the mixture sum to zero"
+    assert problem.message == "data.sources: the weights of the mixture sum to zero"
     assert problem.where == "data.sources (command line)"
     assert "weight above 0" in problem.remedy
 
@@ -265,14 +265,14 @@ def own_option(tmp_path: Path, group: str, option: str, text: str) -> None:
 
 def test_an_unknown_kind_of_cluster_is_refused(refused: Refused) -> None:
     (problem,) = refused("cluster.kind=slrum")
-    assert (problem.what, problem.value) == ("cluster.kind: is not one of its choices", "'slrum'")
+    assert (problem.message, problem.value) == ("cluster.kind: is not one of its choices", "'slrum'")
     assert "did you mean" in problem.remedy
     assert "local, slurm" in problem.remedy
 
 
 def test_a_rule_of_a_cluster_names_its_settings(refused: Refused) -> None:
     (problem,) = refused("+cluster=slurm", "cluster.signal_lead_seconds=100000")
-    assert problem.what.startswith("cluster.signal_lead_seconds leaves no time")
+    assert problem.message.startswith("cluster.signal_lead_seconds leaves no time")
 
 
 def test_naming_an_entry_of_data_sources_shows_the_whole_list(shown: Shown) -> None:

@@ -44,7 +44,7 @@ def test_values_keep_their_types(config: RunConfig) -> None:
 
 def test_all_mistakes_in_one_pass(config: RunConfig) -> None:
     mistakes = problems(config, "train.max_stepz=3", "optim.lr=-1", "cluster.nodes=[", "word", "checkpoint.keep_last=0")
-    assert [p.what.split(":")[0] for p in mistakes] == [
+    assert [p.message.split(":")[0] for p in mistakes] == [
         "train.max_stepz",
         "cluster.nodes",
         "word",
@@ -52,7 +52,7 @@ def test_all_mistakes_in_one_pass(config: RunConfig) -> None:
         "checkpoint.keep_last",
     ]
     assert mistakes[0].remedy == "did you mean train.max_steps?"
-    assert (mistakes[3].what, mistakes[3].value) == ("optim.lr: must be above 0", "-1")
+    assert (mistakes[3].message, mistakes[3].value) == ("optim.lr: must be above 0", "-1")
 
 
 def refusal(saved: RunConfig, *overrides: str, force: bool = False) -> list[Problem]:
@@ -64,7 +64,7 @@ def refusal(saved: RunConfig, *overrides: str, force: bool = False) -> list[Prob
 
 def test_refused_differences_are_shown_key_by_key(config: RunConfig) -> None:
     (problem,) = refusal(config, "data.max_length=64", "run.seed=7", "optim.lr=1e-3", "train.max_steps=99", "data.packing=true")
-    assert problem.what.splitlines() == [
+    assert problem.message.splitlines() == [
         "these settings differ from those that the checkpoint was saved with:",
         "                   checkpoint  requested",
         "  run.seed         42          7",
@@ -76,7 +76,7 @@ def test_refused_differences_are_shown_key_by_key(config: RunConfig) -> None:
 
 def test_lists_are_compared_entry_by_entry(config: RunConfig) -> None:
     (problem,) = refusal(config, "data.sources=[{name: stdlib_docs, path: builtin:stdlib_docs}, {name: more, path: more.jsonl}]")
-    lines = [line.split() for line in problem.what.splitlines()[2:]]
+    lines = [line.split() for line in problem.message.splitlines()[2:]]
     assert lines[:3] == [
         ["data.sources[1].name", "-", "'more'"],
         ["data.sources[1].path", "-", "'more.jsonl'"],
@@ -90,9 +90,9 @@ def test_force_accepts_all_differences_but_fixed_settings(config: RunConfig) -> 
     require_same(differences(config, changed), True, "first", "")
     for override in ("model.path=./other", "run.name=b", "run.root=elsewhere", "model.config={hidden_size: 8}"):
         (problem,) = refusal(config, override, "run.seed=7", force=True)
-        assert "not even with --force" in problem.what
-        assert override.split("=")[0] in problem.what
-        assert "run.seed" not in problem.what
+        assert "not even with --force" in problem.message
+        assert override.split("=")[0] in problem.message
+        assert "run.seed" not in problem.message
         assert "model.path=run:first" in problem.remedy
     assert len(refusal(config, "run.name=b", "run.seed=7")) == 2
 

@@ -99,7 +99,7 @@ def test_an_error_in_a_json_array_has_line_and_column(
     monkeypatch.setattr(json_array, "_BLOCK_BYTES", block)
     with pytest.raises(DataError) as caught:
         parsed(content.encode())
-    assert (caught.value.problems[0].what, caught.value.problems[0].where) == (what, f"a.json:{where}")
+    assert (caught.value.problems[0].message, caught.value.problems[0].where) == (what, f"a.json:{where}")
 
 
 def test_a_json_array_is_never_completely_in_memory(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_permuted_tokens_are_refused_at_the_step_that_reads_them_and_not_before(
     with pytest.raises(DataError) as caught:
         ahead.step(first)
     (problem,) = caught.value.problems
-    assert problem.what == "the data cache is damaged: a block does not match the digest that was written with it"
+    assert problem.message == "the data cache is damaged: a block does not match the digest that was written with it"
     file = Path(facts.cache_dir) / "tokens.npy"
     assert problem.where == f"{file}, bytes {7 * BLOCK_BYTES} to {8 * BLOCK_BYTES - 1} (block 7 of 0 to 16)"
     assert re.fullmatch("digest [0-9a-f]{16}, not [0-9a-f]{16}", problem.value)

@@ -71,7 +71,7 @@ def test_an_unusable_row_is_reported_with_its_place(
         read(path, format)
     problem = caught.value.problems[0]
     assert problem.where == f"{path}:2" + (f":{column}" if column else "")
-    assert words in problem.what
+    assert words in problem.message
     assert problem.remedy
 
 
@@ -132,7 +132,7 @@ def test_every_path_is_checked_at_once(tmp_path: Path) -> None:
     ]
     words = ["not exist", "empty", "empty", "built-in", "not exist", "no such template"]
     for problem, word in zip(problems, words, strict=True):
-        assert word in problem.what
+        assert word in problem.message
         assert problem.remedy
 
 

@@ -62,7 +62,7 @@ def test_a_wrong_weight_is_reported_with_its_rank_and_leaves_no_folder(runs, tmp
     with pytest.raises(CheckpointError) as refused:
         export(task(checkpoint, "bf16", tmp_path / "out"))
     (problem,) = refused.value.problems
-    assert "differs from the engine's" in problem.what
+    assert "differs from the engine's" in problem.message
     assert f"{name}, part of rank {rank}" in problem.where
     assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.name]
 

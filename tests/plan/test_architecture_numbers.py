@@ -51,7 +51,7 @@ def test_a_config_without_a_language_model_is_refused() -> None:
     with pytest.raises(ConfigError) as error:
         model_facts({"hidden_size": 4}, "/models/x", None, None)
     (problem,) = error.value.problems
-    assert problem.what == "the model's config.json lacks num_hidden_layers, num_attention_heads, vocab_size"
+    assert problem.message == "the model's config.json lacks num_hidden_layers, num_attention_heads, vocab_size"
     assert (problem.where, problem.remedy) == ("/models/x", "choose a decoder-only language model")
 
 
@@ -73,7 +73,7 @@ def test_a_config_without_a_language_model_is_refused() -> None:
 def test_architectures_that_cannot_be_trained_correctly_are_problems(
     config: dict[str, Any], packing: bool, message: str | None
 ) -> None:
-    problems = [problem.what for problem in architecture_problems(config, packing)]
+    problems = [problem.message for problem in architecture_problems(config, packing)]
     assert len(problems) == (message is not None)
     assert message is None or message in problems[0]
 

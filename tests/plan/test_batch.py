@@ -62,7 +62,7 @@ def test_the_remedies_for_an_indivisible_batch_work() -> None:
             with pytest.raises(ConfigError) as error:
                 divide(total, world)
             (problem,) = error.value.problems
-            assert problem.what == f"train.global_batch_size={total} does not divide over {world} ranks"
+            assert problem.message == f"train.global_batch_size={total} does not divide over {world} ranks"
             sizes, ranks = (
                 [int(n) for n in re.findall(r"\d+", part)]
                 for part in problem.remedy.split(", or use one of these numbers of ranks:")
@@ -84,7 +84,7 @@ def test_a_micro_batch_that_is_set() -> None:
     with pytest.raises(ConfigError) as error:
         divide(64, 4, micro=5)
     (problem,) = error.value.problems
-    assert "does not divide the 16 rows that each of 4 ranks gets per step" in problem.what
+    assert "does not divide the 16 rows that each of 4 ranks gets per step" in problem.message
     for micro in (1, 2, 4, 8, 16):
         assert str(micro) in re.findall(r"\d+", problem.remedy)
         assert divide(64, 4, micro=micro).micro_batch_size == micro

@@ -103,7 +103,7 @@ def test_a_damaged_plan_gives_an_error_that_names_the_field(
     with pytest.raises(RunError) as error:
         run_store.load_plan(run)
     (problem,) = error.value.problems
-    assert (problem.what, problem.where) == ("the plan of this run cannot be read by this launcher", str(run.plan))
+    assert (problem.message, problem.where) == ("the plan of this run cannot be read by this launcher", str(run.plan))
     assert problem.value.startswith(message)
     assert "\n" not in problem.value
 

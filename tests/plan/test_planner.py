@@ -129,14 +129,14 @@ def test_topology(
 
 def test_gpus_of_other_machines_need_ranks_per_node(plan_of: Callable[..., LaunchPlan]) -> None:
     (problem,) = problems(plan_of, "cluster.gpu_type=H200")
-    assert problem.what == "this machine has no GPU, so the number of GPUs per node is unknown"
+    assert problem.message == "this machine has no GPU, so the number of GPUs per node is unknown"
     assert problem.remedy == "set cluster.ranks_per_node to the GPUs of one node"
     assert plan_of("cluster.gpu_type=H200", "cluster.ranks_per_node=8").memory.device_gib == 139.8
 
 
 def test_an_unknown_gpu_type_is_refused(plan_of: Callable[..., LaunchPlan]) -> None:
     (problem,) = problems(plan_of, "cluster.gpu_type=Z900-NONE", "cluster.ranks_per_node=8")
-    assert problem.what == "cluster.gpu_type=Z900-NONE is not in the table of GPU types"
+    assert problem.message == "cluster.gpu_type=Z900-NONE is not in the table of GPU types"
     assert "choose one of A100-40GB" in problem.remedy
     (problem,) = problems(plan_of, "cluster.gpu_type=MI300", "cluster.ranks_per_node=8")
     assert problem.remedy.startswith("did you mean MI300X?")
@@ -144,7 +144,7 @@ def test_an_unknown_gpu_type_is_refused(plan_of: Callable[..., LaunchPlan]) -> N
 
 def test_an_hpz_partition_that_does_not_divide_is_refused(plan_of: Callable[..., LaunchPlan]) -> None:
     (problem,) = problems(plan_of, *LLAMA_70B, "deepspeed.hpz_partition_size=5")
-    assert problem.what == "deepspeed.hpz_partition_size=5 does not divide the 32 ranks"
+    assert problem.message == "deepspeed.hpz_partition_size=5 does not divide the 32 ranks"
     assert problem.remedy == "set it to the ranks of one node (8), to node, or to 1"
     for size in ("8", "node", "1"):
         assert plan_of(*LLAMA_70B, f"deepspeed.hpz_partition_size={size}").topology.world_size == 32
@@ -169,7 +169,7 @@ def test_resizing_to_ranks_that_do_not_divide_is_refused(plan_of: Callable[..., 
 
 def test_min_workers_above_the_world_size_are_refused(plan_of: Callable[..., LaunchPlan]) -> None:
     (problem,) = problems(plan_of, "cluster=ray", "cluster.min_workers=3")
-    assert problem.what == "cluster.min_workers=3 is more than the 2 workers of the run"
+    assert problem.message == "cluster.min_workers=3 is more than the 2 workers of the run"
     assert (
         plan_of("cluster=ray", "cluster.workers=3", "cluster.min_workers=3", "train.global_batch_size=6").topology.world_size == 3
     )
@@ -203,7 +203,7 @@ def test_limits_of_hours_and_dollars_become_seconds(
 
 def test_model_states_that_exceed_a_gpu_are_refused(plan_of: Callable[..., LaunchPlan]) -> None:
     (problem,) = problems(plan_of, *SEVENTY, device=CUDA)
-    assert problem.what == "model states over 8 ranks need 148 GiB per GPU, and a GPU has 79"
+    assert problem.message == "model states over 8 ranks need 148 GiB per GPU, and a GPU has 79"
     assert "deepspeed=zero3_offload" in problem.remedy
     assert plan_of(*SEVENTY, "deepspeed=zero3_offload", device=CUDA).topology.world_size == 8
 
@@ -221,14 +221,14 @@ def test_unknown_gpus_of_a_ray_cluster_are_not_refused(plan_of: Callable[..., La
     settings = (*SEVENTY, "cluster=ray", "cluster.address=http://127.0.0.1:8265", "cluster.nodes=1", "cluster.ranks_per_node=8")
     assert plan_of(*settings, device=CUDA).topology.world_size == 8
     (problem,) = problems(plan_of, *settings, "cluster.gpu_type=H100-80GB", device=CUDA)
-    assert "model states over 8 ranks" in problem.what
+    assert "model states over 8 ranks" in problem.message
 
 
 def test_an_elastic_run_must_fit_on_its_fewest_workers(plan_of: Callable[..., LaunchPlan]) -> None:
     elastic = (*SEVENTY, "cluster=ray", "cluster.workers=64", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8")
     (problem,) = problems(plan_of, *elastic, "cluster.min_workers=8")
     assert problem.where == "cluster.min_workers"
-    assert "cluster.min_workers=8: model states over 8 ranks need 148 GiB per GPU, and a GPU has 79" in problem.what
+    assert "cluster.min_workers=8: model states over 8 ranks need 148 GiB per GPU, and a GPU has 79" in problem.message
     # Of 40 workers 32 train, since the global batch of 128 divides over these.
     planned = plan_of(*elastic, "cluster.min_workers=40")
     smallest = fewest(planned)

@@ -54,7 +54,7 @@ def build_models(folders: list[str]) -> list[str | None]:
         try:
             build_model(ModelSection(path=folder, dtype="fp32"), facts, "cpu", chunk_tokens=64)
         except ConfigError as error:
-            refusals.append(error.problems[0].what)
+            refusals.append(error.problems[0].message)
         else:
             refusals.append(None)
     del partitioned

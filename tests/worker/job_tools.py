@@ -80,7 +80,7 @@ class Job:
             self.node(other)
 
     def bad_node(self) -> None:
-        self.node(0, problems=[{"what": "has no GPU", "where": "n2", "value": "", "remedy": ""}])
+        self.node(0, problems=[{"message": "has no GPU", "where": "n2", "value": "", "remedy": ""}])
 
     def saved(self, step: int, attempt: int = 1) -> None:
         saving = store.begin_save(self.run.checkpoints, step=step, attempt=attempt, needed_bytes=1)

@@ -108,7 +108,7 @@ def download_checkpoint(remote: RemoteFolder, run: RunDir, step: int | None, not
         if not problems:
             return candidate
         damaged += problems
-        notify(f"step {candidate} is damaged in the mirror: {problems[0].what} ({problems[0].where})")
+        notify(f"step {candidate} is damaged in the mirror: {problems[0].message} ({problems[0].where})")
     raise CheckpointError(damaged)
 
 

@@ -170,7 +170,7 @@ def _job_status(run: RunDir, status: Status, submission: JobsApiSubmission) -> S
         # An ssh tunnel may be broken or lead to another cluster: the liveness file in the run directory decides.
         if detached_process.seconds_silent(run) > detached_process.LIVENESS_TIMEOUT_S:
             return _lost(run, known)
-        cause = f"Ray does not answer ({error.problems[0].what})"
+        cause = f"Ray does not answer ({error.problems[0].message})"
         if isinstance(error, jobs.JobUnknown):
             cause = f"the cluster at {submission.address} does not know the job {submission.job}"
         return replace(known, message=f"{cause}; this is the last known state")

@@ -99,7 +99,7 @@ class SlurmCluster:
         try:
             job = queue.job(job_id, submitted_at, run_store.read_placement(run).name)
         except SlurmError as error:
-            return replace(status, message=f"Slurm does not answer ({error.problems[0].what}); this is the last known state")
+            return replace(status, message=f"Slurm does not answer ({error.problems[0].message}); this is the last known state")
         return _correct_status(run, status, job, job_id, submitted_at)
 
     def await_end(self, run: RunDir) -> None:
@@ -168,7 +168,7 @@ def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by
             problem = error.problems[0]
             # The disk of the job's output may be full.
             with suppress(OSError):
-                print(f"the job cannot be requeued ({problem.value or problem.what}); submitting another job", flush=True)
+                print(f"the job cannot be requeued ({problem.value or problem.message}); submitting another job", flush=True)
     _submit_again(plan, run, job, exclude)
 
 
@@ -223,7 +223,7 @@ def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None
     try:
         next_job = sbatch.submit(changed_plan, path)
     except SubmitError as error:
-        message = f"the run could not be submitted again: {error.problems[0].what}: {error.problems[0].value}"
+        message = f"the run could not be submitted again: {error.problems[0].message}: {error.problems[0].value}"
         run_store.update_status(run, state="failed", message=message)
         raise
     json_records.write(submission_file(run, number), SlurmSubmission(next_job, time.time()))

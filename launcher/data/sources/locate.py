@@ -123,7 +123,7 @@ def local_problem(key: str, source: Source) -> Problem | None:
         files = _local_files(source)
     except DataError as error:
         (problem,) = error.problems
-        return Problem(problem.what, key, value, problem.remedy)
+        return Problem(problem.message, key, value, problem.remedy)
     empty = [file.name for file in files if file.path.stat().st_size == 0]
     if empty:
         which = "" if empty == [value] else f": {', '.join(empty[:3])}"

@@ -254,10 +254,10 @@ class WandbTracker:
             session = self._session = Session(self._plan, self._run, offline=self._offline, on_stop=self._on_stop)
         except Unreachable as error:
             self._next_try = time.monotonic() + RETRY_S
-            self._note_once("alert", f"{error.problems[0].what}; the launcher retries, and training continues")
+            self._note_once("alert", f"{error.problems[0].message}; the launcher retries, and training continues")
             return None
         except ConfigError as error:
-            reason = error.problems[0].what
+            reason = error.problems[0].message
             if not self._offline:
                 self._offline = True
                 if (offline := self._start_session()) is not None:

@@ -221,7 +221,7 @@ def main() -> int:
         problems = check(config)
     except DataError as error:
         problems = list(error.problems)
-    print(json.dumps({"problems": [[p.what, p.where, p.value, p.remedy] for p in problems]}))
+    print(json.dumps({"problems": [[p.message, p.where, p.value, p.remedy] for p in problems]}))
     return 0
 
 

@@ -113,8 +113,8 @@ class Attempts:
             state = "PREEMPTED" if group.draining else "RESIZED" if group.resizing else ""
             conclusion = postmortem.conclude(self._run, self.number, attempt, self._section, state, lost_nodes=self.lost())
         except Superseded as error:
-            group.verdict = Verdict(False, error.problems[0].what)
-            self.end(error.problems[0].what, state=None)
+            group.verdict = Verdict(False, error.problems[0].message)
+            self.end(error.problems[0].message, state=None)
             return
         except (OSError, LauncherError) as error:
             # The next start judges by the records of the ranks.

@@ -259,7 +259,7 @@ class Coordinator:
             if group.opened_at is not None:
                 self._num_early_failures, self._early_failure = 0, ""
         except ConfigError as error:
-            self._attempts.end(error.problems[0].what, state="failed")
+            self._attempts.end(error.problems[0].message, state="failed")
         except Exception as error:
             if now - group.created_at > _OPEN_DEADLINE_S:
                 self._attempts.end(f"the attempt cannot be opened: {describe(error)}", state="failed")

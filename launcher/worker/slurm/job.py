@@ -84,7 +84,7 @@ def begin(plan_path: str) -> int | None:
             opened = _with_nodes(attempt, section, job, restart, until)
         except LauncherError as error:
             problem = error.problems[0]
-            message = "; ".join(filter(None, (problem.what, problem.remedy)))
+            message = "; ".join(filter(None, (problem.message, problem.remedy)))
             _end(plan, plan_path, run, number, Decision(False, "failed", message))
             raise
         run_store.write_attempt(run, number, opened)
@@ -216,7 +216,7 @@ def _is_running(job: str, plan: LaunchPlan, until: float) -> bool:
     except SlurmError as error:
         problem = error.problems[0]
         raise RunError(
-            f"Slurm did not answer whether job {job} still runs {plan.run_name}: {problem.what}",
+            f"Slurm did not answer whether job {job} still runs {plan.run_name}: {problem.message}",
             where=problem.where,
             value=problem.value,
             remedy="when Slurm answers, look with: python -m launcher status, and continue with: python -m launcher resume",

@@ -46,7 +46,7 @@ def test_a_refusal_names_the_places_and_the_setting_that_accepts_it() -> None:
     with pytest.raises(DataError) as caught:
         refuse((SECRET, LEAK, NO_END), ChecksSection())
     first, second = caught.value.problems
-    assert first.what == (
+    assert first.message == (
         "3 of 100 (3.0%): held-out documents that are also in the training split, apart from case and white space. "
         "The evaluation loss comes out too low"
     )

@@ -312,7 +312,7 @@ def test_a_whole_source_without_a_trained_token_refuses_a_run() -> None:
             with pytest.raises(DataError) as caught:
                 findings.refuse((finding["no_trained_token"],), checks)
             (problem,) = caught.value.problems
-            assert f"{num} of 200 ({num / 2:.1f}%, {num}.0% of one source): documents without" in problem.what
+            assert f"{num} of 200 ({num / 2:.1f}%, {num}.0% of one source): documents without" in problem.message
             assert problem.remedy.endswith("to train on the others: data.checks.no_trained_token=keep")
 
 

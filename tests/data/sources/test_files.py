@@ -134,7 +134,7 @@ def test_a_truncated_compressed_file_is_reported_with_the_byte_offset(
     cut = whole[: int(len(whole) * share)]
     path.write_bytes(cut)
     problem = problem_of(path)
-    assert "breaks off" in problem.what
+    assert "breaks off" in problem.message
     assert problem.where == f"{path}, byte {len(cut)}"
 
 
@@ -144,7 +144,7 @@ def test_a_corrupt_compressed_file_is_reported(tmp_path: Path) -> None:
     whole[len(whole) // 2] ^= 0xFF
     path.write_bytes(whole)
     problem = problem_of(path)
-    assert "corrupt" in problem.what
+    assert "corrupt" in problem.message
     assert problem.where.startswith(f"{path}, before byte ")
 
 
@@ -160,7 +160,7 @@ def test_invalid_utf8_is_reported_in_every_kind_of_text_file(tmp_path: Path) -> 
             path = tmp_path / f"rows.{kind}{packer}"
             path.write_bytes(pack(content))
             problem = problem_of(path)
-            assert "not UTF-8 text (byte 0xff)" in problem.what
+            assert "not UTF-8 text (byte 0xff)" in problem.message
             assert problem.where.startswith(f"{path}:2:")
 
 
@@ -188,7 +188,7 @@ def test_an_error_in_a_file_has_its_place(tmp_path: Path, name: str, content: by
     path = tmp_path / name
     path.write_bytes(content)
     problem = problem_of(path)
-    assert words in problem.what
+    assert words in problem.message
     assert problem.where == f"{path}{where}"
 
 
@@ -204,11 +204,11 @@ def test_a_corrupt_page_of_a_parquet_file_is_reported(tmp_path: Path) -> None:
     content[200:240] = b"\xff" * 40
     path.write_bytes(content)
     problem = problem_of(path)
-    assert "the parquet file is corrupt" in problem.what
+    assert "the parquet file is corrupt" in problem.message
     assert problem.where.startswith(f"{path}, after row ")
     content[-60:-20] = b"\xff" * 40
     path.write_bytes(content)
-    assert "no complete parquet file" in problem_of(path).what
+    assert "no complete parquet file" in problem_of(path).message
 
 
 def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:

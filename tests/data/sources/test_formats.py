@@ -171,7 +171,7 @@ def test_an_unusable_message_is_reported_with_its_place(jsonl: Jsonl, messages: 
     with pytest.raises(DataError) as caught:
         first(path, format="messages")
     (problem,) = caught.value.problems
-    assert words in problem.what
+    assert words in problem.message
     assert problem.where == f"{path}:1"
     assert problem.remedy
     assert "whether" not in words or "write weight in place of" in problem.remedy
@@ -198,7 +198,7 @@ def test_an_unusable_row_is_reported_with_its_place(jsonl: Jsonl, row: dict[str,
     with pytest.raises(DataError) as caught:
         first(path)
     (problem,) = caught.value.problems
-    assert words in problem.what
+    assert words in problem.message
     assert problem.where == f"{path}:1"
     assert problem.remedy
 
@@ -228,10 +228,10 @@ def test_an_excerpt_of_a_value_is_short_and_redacted(jsonl: Jsonl, tmp_path: Pat
     with pytest.raises(DataError) as caught:
         first(path)
     (problem,) = caught.value.problems
-    assert "Here you are - as you have asked me to: …" in problem.what
-    assert f"({len(SAID):,} characters)" in problem.what
-    assert "hf_aB3" not in problem.what
-    assert len(problem.what) < 250
+    assert "Here you are - as you have asked me to: …" in problem.message
+    assert f"({len(SAID):,} characters)" in problem.message
+    assert "hf_aB3" not in problem.message
+    assert len(problem.message) < 250
 
 
 def test_an_error_never_shows_half_a_secret() -> None:
@@ -245,5 +245,5 @@ def test_a_later_row_of_another_format_is_refused(jsonl: Jsonl) -> None:
     with pytest.raises(DataError, match="lacks the key output") as caught:
         list(read_documents(Source(path=str(path))))
     (problem,) = caught.value.problems
-    assert "found: instruction, response" in problem.what
+    assert "found: instruction, response" in problem.message
     assert problem.where == f"{path}:2"

@@ -78,7 +78,7 @@ def counts_of(path: Path, **settings: Any) -> dict[str, int]:
 def test_rows_for_another_kind_of_training_are_refused(jsonl: Jsonl, row: dict[str, Any], words: str, remedy: str) -> None:
     path = jsonl([row])
     problem = problem_of(path)
-    assert words in problem.what
+    assert words in problem.message
     assert problem.where == f"{path}:1"
     assert remedy in problem.remedy
 
@@ -179,7 +179,7 @@ def test_unread_keys_of_tables_are_counted(tmp_path: Path) -> None:
     assert counts_of(text) == {"messages[].mood": 2, "id": 1}
     assert counts_of(plain) == {}
     text.write_text("prompt,completion,label\na,b,True\na,b,False\n")
-    assert "label marks the answer as bad" in problem_of(text).what
+    assert "label marks the answer as bad" in problem_of(text).message
 
 
 def test_the_report_lists_the_most_frequent_keys(jsonl: Jsonl, tokenizer_dir: Path) -> None:

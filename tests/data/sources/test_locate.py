@@ -138,7 +138,7 @@ def test_the_files_of_a_folder_are_chosen_by_their_names(
 def test_problems_of_a_folder_show_before_it_is_read(tmp_path: Path, files: Files, settings: dict[str, Any], words: str) -> None:
     source = Source(path=str(write(tmp_path, files)), **settings)
     (problem,) = check_sources(DataSection(sources=(source,)))
-    assert words in problem.what
+    assert words in problem.message
     assert (problem.where, problem.value) == ("data.sources[0].path", str(tmp_path))
     assert problem.remedy
 
@@ -172,8 +172,8 @@ def test_patterns(tmp_path: Path) -> None:
     assert [document.where for document in documents] == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/b.jsonl:1"]
     sources = (Source(path=f"{tmp_path}/*.csv"), Source(name="other", path=f"{tmp_path}/a.jsonl", split="train"))
     nothing, split = check_sources(DataSection(sources=sources))
-    assert "no file matches" in nothing.what
-    assert "say nothing about files that are named" in split.what
+    assert "no file matches" in nothing.message
+    assert "say nothing about files that are named" in split.message
 
 
 def test_the_source_digest_depends_on_bytes_not_on_the_path(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_download_by_another_process_is_waited_for(memory: Any, cache_home: Pa
     (rows,) = cache_home.rglob("rows")
     rows.unlink()
     with filelock.FileLock(rows.with_name(".lock")):
-        assert "that fetches memory:///data/train.jsonl takes too long" in problem_of(source).what
+        assert "that fetches memory:///data/train.jsonl takes too long" in problem_of(source).message
     assert texts(source) == ["a"]
 
 
@@ -266,7 +266,7 @@ def test_a_full_disk_is_reported_during_a_download(memory: Any, monkeypatch: pyt
     memory.pipe("/data/train.jsonl", row("a").encode())
     monkeypatch.setattr(type(memory), "get_file", full)
     problem = problem_of(Source(path="memory://data/train.jsonl"))
-    assert problem.what == "the launcher's cache cannot be used: No space left on device"
+    assert problem.message == "the launcher's cache cannot be used: No space left on device"
     assert "LAUNCHER_CACHE" in problem.remedy
 
 
@@ -278,16 +278,16 @@ def test_patterns_and_folders_at_an_address(memory: Any) -> None:
     assert texts(Source(path="memory://data/deep", split="test")) == ["t"]
     origin = describe_origin(Source(path="memory://data/deep"))
     assert (origin["files"], origin["left_out"]) == ([f"memory:///data/deep/train-{i}.jsonl" for i in (0, 1)], ["test.jsonl"])
-    assert "no split held" in problem_of(Source(path="memory://data/deep", split="held")).what
-    assert "no file matches" in problem_of(Source(path="memory://data/*.csv")).what
-    assert "no such data file" in problem_of(Source(path="memory://data/gone.jsonl")).what
+    assert "no split held" in problem_of(Source(path="memory://data/deep", split="held")).message
+    assert "no file matches" in problem_of(Source(path="memory://data/*.csv")).message
+    assert "no such data file" in problem_of(Source(path="memory://data/gone.jsonl")).message
     memory.pipe("/data/empty.jsonl", b"")
-    assert problem_of(Source(path="memory://data/empty.jsonl")).what == "the data file is empty"
+    assert problem_of(Source(path="memory://data/empty.jsonl")).message == "the data file is empty"
 
 
 def test_an_unknown_protocol_is_refused(tmp_path: Path) -> None:
     (problem,) = check_sources(DataSection(sources=(Source(path="gopher://rows"),)))
-    assert "gopher:// is unknown" in problem.what
+    assert "gopher:// is unknown" in problem.message
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,7 @@ def test_the_package_that_an_address_needs_is_named(address: str, package: str, 
     with pytest.raises(DataError) as caught:
         texts(Source(path=address))
     (problem,) = caught.value.problems
-    assert f"the package that reads {address[:2]}:// is not installed" in problem.what
+    assert f"the package that reads {address[:2]}:// is not installed" in problem.message
     assert (problem.where, problem.remedy) == (address, f"pip install {package}")
 
 

@@ -64,8 +64,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_key_that_deepspeed_refuses_or_ignores(config_of: ConfigOf, tokens: str, key: str, what: str, remedy: str) -> None:
     (problem,) = deepspeed_check.problems_of(config_of(f"deepspeed.extra={{{tokens}}}"))
-    assert problem.what.startswith(f"deepspeed.extra.{key}: ")
-    assert what in problem.what
+    assert problem.message.startswith(f"deepspeed.extra.{key}: ")
+    assert what in problem.message
     assert problem.where == "deepspeed.extra"
     assert remedy in problem.remedy
 
@@ -74,7 +74,7 @@ def test_a_key_that_deepspeed_refuses_or_ignores(config_of: ConfigOf, tokens: st
 def test_a_misspelt_key_is_refused_in_every_section(config_of: ConfigOf, section: str) -> None:
     tokens = ("deepspeed=zero3_offload", "model.dtype=bf16" if section == "bf16" else "model.dtype=fp16")
     (problem,) = deepspeed_check.problems_of(config_of(*tokens, f"deepspeed.extra.{section}.enbled=true"))
-    assert problem.what == f"deepspeed.extra.{section}.enbled: DeepSpeed has no such key"
+    assert problem.message == f"deepspeed.extra.{section}.enbled: DeepSpeed has no such key"
 
 
 def test_all_problems_come_in_one_pass(config_of: ConfigOf) -> None:

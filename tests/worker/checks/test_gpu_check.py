@@ -129,7 +129,7 @@ def test_an_unusable_gpu_is_reported(
 ) -> None:
     node(**setting)
     problem = only(check_gpus(2, SECTION))
-    assert what in problem.what
+    assert what in problem.message
     assert value in problem.value
 
 
@@ -149,7 +149,7 @@ def test_the_check_waits_for_a_process_that_is_ending(node: Callable[..., None],
 
 def test_an_empty_choice_of_gpus_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES is empty" in only(check_gpus(2, SECTION)).what
+    assert "CUDA_VISIBLE_DEVICES is empty" in only(check_gpus(2, SECTION)).message
 
 
 def test_faults_of_other_jobs_gpus_count_only_if_a_gpu_is_missing(node: Callable[..., None]) -> None:
@@ -157,7 +157,7 @@ def test_faults_of_other_jobs_gpus_count_only_if_a_gpu_is_missing(node: Callable
     node(log=log)
     assert check_gpus(2, SECTION)[1] == []
     node(gpus=HEALTHY[:1], log=log)
-    said = [problem.what for problem in check_gpus(2, SECTION)[1]]
+    said = [problem.message for problem in check_gpus(2, SECTION)[1]]
     assert said == ["there are fewer GPUs than ranks", "a GPU has a fault, Xid 79: fallen off the bus"]
     node(gpus=HEALTHY[:1], dmesg="echo dmesg: read kernel buffer failed: Operation not permitted >&2; exit 1")
-    assert only(check_gpus(2, SECTION)).what == "there are fewer GPUs than ranks"
+    assert only(check_gpus(2, SECTION)).message == "there are fewer GPUs than ranks"

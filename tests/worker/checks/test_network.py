@@ -86,7 +86,7 @@ def test_an_unusable_interface_is_refused_with_the_usable_ones(wired: tuple[str,
     with pytest.raises(RunError) as caught:
         network.own_endpoint([], interface)
     (problem,) = caught.value.problems
-    assert said in problem.what
+    assert said in problem.message
     assert (problem.where, problem.value) == ("cluster.interface", interface)
     assert f"{wired[0]}: {wired[1]}" in problem.remedy
     assert "127.0.0.1" not in problem.remedy

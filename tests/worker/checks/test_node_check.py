@@ -98,7 +98,7 @@ def test_all_problems_of_a_node_are_reported_at_once(planned: Callable[..., tupl
         }
     )
     report = check_node(made, run, 2)
-    said = [problem.what for problem in report.problems]
+    said = [problem.message for problem in report.problems]
     expected = (
         "not the one that the other nodes see",
         "data cache",
@@ -120,7 +120,7 @@ def test_a_run_directory_that_is_not_mounted_is_reported(
 ) -> None:
     made, run = planned()
     run.root.rename(tmp_path / "elsewhere")
-    said = [problem.what for problem in check_node(made, run, 1).problems]
+    said = [problem.message for problem in check_node(made, run, 1).problems]
     assert said[0] == "the run directory is not visible"
 
 
@@ -132,7 +132,7 @@ def test_a_run_directory_that_cannot_be_written_is_reported(planned: Callable[..
         report = check_node(made, run, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert only(report).what == "the run directory cannot be written: File too large"
+    assert only(report).message == "the run directory cannot be written: File too large"
     assert [file.name for file in run.attempt(1).iterdir()] == ["attempt.json"]
 
 
@@ -249,7 +249,7 @@ def test_a_gpu_problem_is_a_problem_of_its_node(
 )
 def test_a_difference_from_the_head_node_is_reported_with_both_values(change: dict[str, object], what: str, value: str) -> None:
     (problem,) = differences(replace(REPORT, host="n2", **change), REPORT)
-    assert problem.what == f"{what} differs from the head node's"
+    assert problem.message == f"{what} differs from the head node's"
     assert (problem.where, problem.value) == ("n2", value)
     assert problem.remedy
 
@@ -301,13 +301,13 @@ def test_nodes_that_do_not_report_are_named_at_the_deadline(store: TCPStore) -> 
     told = gather(store, {0: REPORT, 2: replace(REPORT, host="n3")}, ["n1", "n2", "n3", "n4"], 1.0)
     assert 1.0 <= time.monotonic() - started < 10
     assert [problem.where for problem in told[0]] == ["n2", "n4"]
-    assert all("did not report within 1 s" in problem.what and problem.where in problem.remedy for problem in told[0])
+    assert all("did not report within 1 s" in problem.message and problem.where in problem.remedy for problem in told[0])
     assert told[2] == told[0]
 
 
 def test_the_other_nodes_report_a_missing_head_node(store: TCPStore) -> None:
     told = gather(store, {1: replace(REPORT, host="n2", python="3.12.1")}, ["n1", "n2"], 0.5)
-    assert [(problem.where, problem.what) for problem in told[1]] == [("n1", "the node did not report within 0.5 s")]
+    assert [(problem.where, problem.message) for problem in told[1]] == [("n1", "the node did not report within 0.5 s")]
 
 
 def test_the_head_node_stays_until_the_slowest_has_read(store: TCPStore) -> None:

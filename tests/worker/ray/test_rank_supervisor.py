@@ -109,7 +109,7 @@ def test_a_node_with_another_run_directory_than_the_head_node_is_refused(
 
     def said() -> list[str]:
         problems = node_checks.check_node("n1", orders).problems
-        return [f"{problem.where}: {problem.what}" for problem in problems if "this start" in problem.what]
+        return [f"{problem.where}: {problem.message}" for problem in problems if "this start" in problem.message]
 
     wrong = "n1: the run directory is not the one that the head node sees: a file of this start is not in it"
     assert said() == [wrong]
@@ -119,7 +119,7 @@ def test_a_node_with_another_run_directory_than_the_head_node_is_refused(
     assert said() == []
     shutil.rmtree(fake.run.root)
     (unseen,) = node_checks.check_node("n1", orders).problems
-    assert (unseen.where, unseen.what) == ("n1", "the run directory is not visible")
+    assert (unseen.where, unseen.message) == ("n1", "the run directory is not visible")
 
 
 @pytest.mark.parametrize("local_rank, is_newest, is_kept", [(0, True, False), (1, True, True), (0, False, True)])
