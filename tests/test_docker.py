@@ -31,7 +31,7 @@ def launcher_commands(text: str) -> list[list[str]]:
     return [shlex.split(re.sub(r"\$\w+", "10.0.0.1", command.replace("$here:$RAY_PORT", "10.0.0.1:6479"))) for command in found]
 
 
-def test_the_ssh_cluster_is_one_that_ray_takes() -> None:
+def test_ray_accepts_the_ssh_cluster_file() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = prepare_config(load("ray-ssh.yaml"))
@@ -42,7 +42,7 @@ def test_the_ssh_cluster_is_one_that_ray_takes() -> None:
     assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
 
 
-def test_the_job_for_kubernetes_is_whole() -> None:
+def test_the_kubernetes_job_is_complete() -> None:
     job = load("rayjob.yaml")
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     spec = job["spec"]["rayClusterSpec"]
@@ -59,7 +59,7 @@ def test_the_job_for_kubernetes_is_whole() -> None:
     assert f"cluster.workers={gpus * workers['replicas']} " in job["spec"]["entrypoint"]
 
 
-def test_the_task_for_skypilot_is_one_that_it_takes() -> None:
+def test_skypilot_accepts_the_task_file() -> None:
     task = load("skypilot.yaml")
     assert task["num_nodes"] == 2
     assert all(value is None for value in task["secrets"].values()), "no key stands in the file"

@@ -24,7 +24,7 @@ def test_waits(seconds):
 """
 
 
-def test_the_time_that_is_left_is_weighed_by_the_last_durations() -> None:
+def test_the_remaining_time_follows_from_the_last_durations() -> None:
     estimate = Estimate({"long": 90.0, "short": 10.0, "gone": 500.0})
     estimate.expect(["short", "long"])
     assert estimate.line(0.0) == "0:00 elapsed, 0%"
@@ -34,7 +34,7 @@ def test_the_time_that_is_left_is_weighed_by_the_last_durations() -> None:
     assert estimate.line(190.4) == "3:10 elapsed, 100%, about 0:00 left"
 
 
-def test_a_test_that_is_not_known_weighs_the_mean_and_without_durations_tests_are_counted() -> None:
+def test_an_unknown_test_has_the_mean_duration_and_without_durations_tests_are_counted() -> None:
     estimate = Estimate({"a": 10.0, "b": 30.0})
     estimate.expect(["a", "b", "other"])
     estimate.finish("other")
@@ -47,7 +47,7 @@ def test_a_test_that_is_not_known_weighs_the_mean_and_without_durations_tests_ar
 
 
 @pytest.mark.parametrize("nodes", [[], ["-n", "1"]], ids=["in-one-process", "xdist"])
-def test_lines_are_printed_and_durations_kept(tmp_path: Path, nodes: list[str]) -> None:
+def test_progress_lines_are_printed_and_durations_stored(tmp_path: Path, nodes: list[str]) -> None:
     (tmp_path / "conftest.py").write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{PLUGIN}")
     (tmp_path / "test_it.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "--rootdir", str(tmp_path), "-c", "/dev/null", *nodes, str(tmp_path)]

@@ -46,7 +46,7 @@ def test_a_quoted_message_is_one_of_the_launcher(message: str) -> None:
     assert is_in_the_source(message), f"no message of the launcher reads: {message}"
 
 
-def test_a_message_that_is_gone_is_noticed() -> None:
+def test_a_quoted_message_that_no_longer_exists_is_detected() -> None:
     assert not is_in_the_source("a message that ... never had")
 
 

@@ -32,7 +32,7 @@ def require_stopped(run: Path, done: subprocess.CompletedProcess[str], words: st
     assert not processes_of(run)
 
 
-def test_money_that_is_spent_stops_a_run_and_more_of_it_lets_it_go_on(launch: Launch, launch_here: Launch, runs: Path) -> None:
+def test_a_run_stops_at_its_budget_and_resumes_with_a_larger_one(launch: Launch, launch_here: Launch, runs: Path) -> None:
     run, price = runs / "bounded", f"cluster.price_per_gpu_hour={PRICE}"
     done = launch(*SETTINGS, price, "run.max_usd=0.001", f"run.root={runs}", "run.name=bounded")
     require_stopped(run, done, r"run\.max_usd=0\.001 is reached after \d+\.\d\d GPU hours; saved")
@@ -57,7 +57,7 @@ def test_money_that_is_spent_stops_a_run_and_more_of_it_lets_it_go_on(launch: La
     assert lost["lost/idle_s"] > 0, "the time between the two"
 
 
-def test_hours_that_are_over_stop_a_run_in_the_middle_of_an_evaluation(launch: Launch, runs: Path) -> None:
+def test_the_limit_of_hours_stops_a_run_during_an_evaluation(launch: Launch, runs: Path) -> None:
     """Half of the data is held out, which takes far longer than what is left of the limit."""
     settings = (*TINY, "train.max_steps=100000", "export.enabled=false", "data.eval_fraction=0.5", "run.max_hours=0.001")
     done = launch(*settings, f"run.root={runs}", "run.name=evaluating")

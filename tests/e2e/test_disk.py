@@ -63,7 +63,7 @@ def run(undisturbed: Path, runs: Path) -> Path:
     return runs / "damaged"
 
 
-def test_where_all_are_damaged_the_run_fails_and_names_all(launch: Launch, run: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_fails_and_names_them(launch: Launch, run: Path) -> None:
     lies = committed(run)
     for name in lies:
         flip(run / "checkpoints" / name)
@@ -80,7 +80,7 @@ def test_where_all_are_damaged_the_run_fails_and_names_all(launch: Launch, run: 
 
 
 @pytest.mark.parametrize("damage", [flip, truncate])
-def test_a_damaged_step_that_is_asked_for_is_refused(launch_here: Launch, run: Path, damage: Callable[[Path], None]) -> None:
+def test_resuming_from_a_damaged_step_is_refused(launch_here: Launch, run: Path, damage: Callable[[Path], None]) -> None:
     lies = committed(run)
     damage(run / "checkpoints/step-00000025")
     done = launch_here("resume", str(run), "--step", "25")
@@ -106,7 +106,7 @@ def assert_kept_and_whole(run: Path) -> None:
     assert status(run)["state"] == "failed"
 
 
-def test_a_full_disk_and_one_that_becomes_read_only_fail_the_save_and_resume_goes_on_when_they_are_mended(
+def test_a_run_resumes_after_a_full_and_after_a_read_only_disk_failed_its_save(
     launch: Launch, start: Callable, runs: Path, undisturbed: Path, mount: Callable[[Path, str], None]
 ) -> None:
     """Room for one checkpoint and no two: what keep_last=1 removes is not free before the next one is committed."""

@@ -34,7 +34,7 @@ def drill(launch: Launch, fault: str, *settings: str, **env: str) -> dict:
     return report
 
 
-def test_this_machine_loses_a_rank_and_then_all_of_itself(launch: Launch, runs: Path) -> None:
+def test_drills_kill_a_rank_and_all_processes_of_this_machine(launch: Launch, runs: Path) -> None:
     killed = drill(launch, "kill-rank", *TINY, f"run.root={runs}")
     assert killed["did"] == "SIGKILL to rank 1"
     assert "rank 1: killed by SIGKILL" in killed["happened"]
@@ -51,7 +51,7 @@ def test_this_machine_loses_a_rank_and_then_all_of_itself(launch: Launch, runs: 
     assert sorted((file, file.stat().st_mtime_ns) for file in Path(killed["run"]).rglob("*")) == before
 
 
-def test_a_full_disk_is_named_and_survived(launch: Launch, runs: Path) -> None:
+def test_a_full_disk_drill_names_the_cause_and_resumes(launch: Launch, runs: Path) -> None:
     report = drill(launch, "fill-disk", *TINY, f"run.root={runs}")
     assert os.strerror(errno.EFBIG) in report["happened"]
     assert str(Path(report["run"]) / "checkpoints") in report["happened"]
@@ -59,7 +59,7 @@ def test_a_full_disk_is_named_and_survived(launch: Launch, runs: Path) -> None:
 
 
 @pytest.mark.slurm
-def test_slurm_starts_a_killed_rank_again_in_its_allocation(launch: Launch, slurm: Testbed, runs: Path) -> None:
+def test_slurm_restarts_a_killed_rank_in_its_allocation(launch: Launch, slurm: Testbed, runs: Path) -> None:
     report = drill(launch, "kill-rank", *TINY, *ON_SLURM, f"run.root={runs}", **slurm.variables)
     assert (report["did"], report["host"]) == ("SIGKILL to rank 1", "n2")
     assert report["continued"].startswith("in the same allocation (job ")
@@ -68,7 +68,7 @@ def test_slurm_starts_a_killed_rank_again_in_its_allocation(launch: Launch, slur
 
 
 @pytest.mark.slurm
-def test_slurm_requeues_a_preempted_run_which_has_lost_nothing(launch: Launch, slurm: Testbed, runs: Path) -> None:
+def test_a_preempted_run_is_requeued_and_loses_no_step(launch: Launch, slurm: Testbed, runs: Path) -> None:
     report = drill(launch, "preempt", *TINY, *ON_SLURM, f"run.root={runs}", **slurm.variables)
     assert report["happened"].startswith("preempted: ")
     assert "requeued as the same job" in report["continued"]
@@ -77,7 +77,7 @@ def test_slurm_requeues_a_preempted_run_which_has_lost_nothing(launch: Launch, s
 
 
 @pytest.mark.slurm
-def test_a_drill_in_dry_run_shows_the_batch_script(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
+def test_a_dry_run_of_a_drill_shows_the_batch_script(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
     dry = ("cluster.dry_run=true", f"run.root={runs}")
     done = launch_here("drill", "--fault", "hang", *TINY, *ON_SLURM, *dry, **slurm.variables)
     assert done.returncode == 0, done.stderr

@@ -84,7 +84,7 @@ def finished(launch: Launch, module_runs: Path, hub: FakeHub) -> tuple[Path, str
     return module_runs / "finished", done.stdout
 
 
-def test_a_finished_run_leaves_what_the_design_promises(finished: tuple[Path, str]) -> None:
+def test_a_completed_run_leaves_its_documented_files(finished: tuple[Path, str]) -> None:
     run, _ = finished
     assert (status(run)["state"], status(run)["step"]) == ("completed", STEPS)
     assert sorted(losses(run)) == list(range(1, STEPS + 1))
@@ -95,7 +95,7 @@ def test_a_finished_run_leaves_what_the_design_promises(finished: tuple[Path, st
     assert not processes_of(run)
 
 
-def test_every_metric_is_in_the_file_in_wandb_and_on_the_dashboard(finished: tuple[Path, str]) -> None:
+def test_every_metric_is_in_the_file_in_wandb_and_in_the_workspace(finished: tuple[Path, str]) -> None:
     run, _ = finished
     logged = {name for line in metrics(run) for name in line} - {"time", "attempt"}
     assert logged >= METRICS
@@ -111,13 +111,13 @@ def test_every_metric_is_in_the_file_in_wandb_and_on_the_dashboard(finished: tup
     assert {name for name in shown - logged if not name.startswith(only_on_gpus)} == set()
 
 
-def test_loss_falls_and_held_out_is_measured_before_and_after(finished: tuple[Path, str]) -> None:
+def test_loss_falls_and_held_out_loss_is_measured_before_and_after(finished: tuple[Path, str]) -> None:
     held_out = [line["eval/held_out/loss"] for line in metrics(finished[0]) if "eval/held_out/loss" in line]
     assert len(held_out) == 2
     assert held_out[1] < held_out[0]
 
 
-def test_the_user_sees_losses_answers_and_places(finished: tuple[Path, str]) -> None:
+def test_the_output_shows_losses_answers_and_paths(finished: tuple[Path, str]) -> None:
     run, output = finished
     for expected in (
         "parameters",
@@ -134,7 +134,7 @@ def test_the_user_sees_losses_answers_and_places(finished: tuple[Path, str]) -> 
     assert status(run)["state"] == "completed"
 
 
-def test_the_export_is_the_checkpoint_and_loads_in_transformers(finished: tuple[Path, str]) -> None:
+def test_the_export_equals_the_checkpoint_and_loads_in_transformers(finished: tuple[Path, str]) -> None:
     run, _ = finished
     dtype = DTYPES[json.loads((run / "plan.json").read_text())["config"]["model"]["dtype"]]
     tensors = assembled(run / f"checkpoints/step-{STEPS:08d}")
@@ -156,7 +156,7 @@ def test_the_export_is_the_checkpoint_and_loads_in_transformers(finished: tuple[
     assert told["tensors_compared"] == len(exported)
 
 
-def test_the_folder_has_a_card_and_is_on_the_hub(finished: tuple[Path, str], hub: FakeHub) -> None:
+def test_the_export_has_a_model_card_and_is_pushed_to_the_hub(finished: tuple[Path, str], hub: FakeHub) -> None:
     run, output = finished
     card = ModelCard.load(run / "export/README.md")
     assert card.data.license == "unknown"
@@ -170,7 +170,7 @@ def test_the_folder_has_a_card_and_is_on_the_hub(finished: tuple[Path, str], hub
     assert hub.private
 
 
-def test_a_push_that_cannot_succeed_is_refused_before_anything_is_made(
+def test_a_push_without_access_is_refused_before_anything_is_written(
     launch_here: Launch, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     run, _ = finished
@@ -186,7 +186,7 @@ def test_a_push_that_cannot_succeed_is_refused_before_anything_is_made(
     assert not (tmp_path / "refused").exists()
 
 
-def test_a_push_that_fails_leaves_the_folder_and_says_how_to_repeat_it(
+def test_a_failed_push_keeps_the_folder_and_names_the_command_that_repeats_it(
     launch: Launch, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     run, _ = finished
@@ -200,9 +200,7 @@ def test_a_push_that_fails_leaves_the_folder_and_says_how_to_repeat_it(
     assert CANARY not in failed.stdout + failed.stderr
 
 
-def test_export_writes_a_checkpoint_again_in_another_type(
-    launch_here: Launch, finished: tuple[Path, str], tmp_path: Path
-) -> None:
+def test_export_writes_a_checkpoint_in_another_dtype(launch_here: Launch, finished: tuple[Path, str], tmp_path: Path) -> None:
     run, _ = finished
     out = tmp_path / "again"
     done = launch_here("export", str(run), "--step", "12", "--dtype", "fp32", "--out", str(out))
@@ -214,13 +212,13 @@ def test_export_writes_a_checkpoint_again_in_another_type(
     assert "step" in missing.stderr
 
 
-def test_weights_and_biases_kept_the_run_offline_under_the_plans_id(finished: tuple[Path, str]) -> None:
+def test_wandb_logs_the_run_offline_under_the_id_of_the_plan(finished: tuple[Path, str]) -> None:
     run, _ = finished
     wandb_id = json.loads((run / "plan.json").read_text())["wandb_id"]
     assert list((run / "wandb").glob(f"offline-run-*-{wandb_id}/run-{wandb_id}.wandb"))
 
 
-def test_no_secret_of_the_environment_is_in_any_file(finished: tuple[Path, str]) -> None:
+def test_no_file_contains_a_secret_of_the_environment(finished: tuple[Path, str]) -> None:
     run, output = finished
     assert CANARY not in output
     files = [path for path in run.rglob("*") if path.is_file()]
@@ -229,7 +227,7 @@ def test_no_secret_of_the_environment_is_in_any_file(finished: tuple[Path, str])
         assert CANARY.encode() not in path.read_bytes(), path
 
 
-def test_a_complete_run_is_not_resumed_but_can_be_given_more_to_do(launch_here: Launch, finished: tuple[Path, str]) -> None:
+def test_a_completed_run_resumes_only_with_more_steps(launch_here: Launch, finished: tuple[Path, str]) -> None:
     run, _ = finished
     refused = launch_here("resume", str(run))
     assert refused.returncode == 2

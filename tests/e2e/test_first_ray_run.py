@@ -36,7 +36,7 @@ def temporary() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_run_equals_that_on_this_machine_step_by_step(
+def test_a_run_on_ray_has_the_losses_of_a_local_run(
     launch: Callable[..., subprocess.CompletedProcess[str]], root: Path, temporary: Path
 ) -> None:
     for name, *more in (("local",), ("alone", "+cluster=ray", "cluster.workers=2")):

@@ -37,9 +37,7 @@ def test_a_run_trains_saves_and_exports(undisturbed: Path) -> None:
     assert not processes_of(undisturbed)
 
 
-def test_a_run_that_is_stopped_and_resumed_has_the_same_losses(
-    launch: Launch, start: Callable, runs: Path, undisturbed: Path
-) -> None:
+def test_a_stopped_and_resumed_run_has_the_same_losses(launch: Launch, start: Callable, runs: Path, undisturbed: Path) -> None:
     run = runs / "stopped"
     with start(*SETTINGS, "export.enabled=false", f"run.root={runs}", "run.name=stopped") as process:
         with held(run, 4):

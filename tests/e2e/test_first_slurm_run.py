@@ -15,9 +15,7 @@ pytestmark = pytest.mark.slurm
 STEPS = 20
 
 
-def test_what_is_printed_leads_to_the_job_and_following_ends_with_its_result(
-    launch_here: Launch, slurm: Testbed, runs: Path
-) -> None:
+def test_submitting_prints_the_job_and_following_it_ends_with_its_result(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
     limits = (f"train.max_steps={STEPS}", "optim.lr=1e-3", "optim.schedule=constant")
     done = launch_here(*SETTINGS, *limits, f"run.root={runs}", "run.name=shown", **slurm.variables)
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ def write_rows(rows: Path, *batches: tuple[int, list[int]]) -> Path:
     return rows
 
 
-def test_each_step_counts_as_often_as_it_was_trained(tmp_path: Path) -> None:
+def test_repeated_steps_are_counted_each_time(tmp_path: Path) -> None:
     left_alone = write_run(tmp_path / "left", (1, 3.0), (2, 2.0), (3, 1.0))
     run = tmp_path / "killed"
     assert differences(write_run(run, (1, 3.0), (2, 2.0), (1, 3.0), (2, 2.0), (3, 1.0)), left_alone) == []
@@ -32,7 +32,7 @@ def test_each_step_counts_as_often_as_it_was_trained(tmp_path: Path) -> None:
     assert differences(write_run(run, (1, 3.0), (2, 2.0)), left_alone) == ["steps that were never trained: [3]"]
 
 
-def test_other_rows_and_missing_rows_are_seen(tmp_path: Path) -> None:
+def test_different_and_missing_rows_are_detected(tmp_path: Path) -> None:
     left_alone = write_rows(tmp_path / "left", (1, [5, 6]), (2, [7, 8]))
     rows = tmp_path / "killed"
     assert row_differences(write_rows(rows, (1, [5, 6]), (1, [5, 6]), (2, [7, 8])), left_alone, 1, 2) == []
@@ -41,7 +41,7 @@ def test_other_rows_and_missing_rows_are_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_run_has_steps_enough_for_its_kills(seed: int) -> None:
+def test_a_run_has_enough_steps_for_its_kills(seed: int) -> None:
     kills = draw_kills(seed, 50, num_ranks=2, save_every=4)
     assert kills == draw_kills(seed, 50, num_ranks=2, save_every=4)
     # What is saved is at most all that was trained until the kill.

@@ -27,7 +27,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 SETTINGS = (*TINY, "eval.at_start=false", "export.enabled=false", "train.max_steps=100000")
 
 
-def test_two_ctrl_c_a_loss_that_is_not_finite_and_a_killed_agent(
+def test_two_interrupts_a_non_finite_loss_and_a_killed_agent_end_a_run(
     launch: Launch, launch_here: Launch, start: Callable, runs: Path
 ) -> None:
     """Three attempts of one run, each of which ends in another way."""
@@ -73,7 +73,7 @@ def test_two_ctrl_c_a_loss_that_is_not_finite_and_a_killed_agent(
     assert all(line["train/loss"] < 10.9 and line["train/skipped_steps"] == 0 for line in trained)
 
 
-def test_an_attempt_that_another_has_followed_ends_and_is_not_restarted(start: Callable, runs: Path) -> None:
+def test_a_superseded_attempt_ends_and_is_not_restarted(start: Callable, runs: Path) -> None:
     run = runs / "followed"
     with start(*SETTINGS, "cluster.max_restarts=2", f"run.root={runs}", "run.name=followed") as process:
         wait_for("a step", lambda: last_step(run) >= 1)
@@ -86,7 +86,7 @@ def test_an_attempt_that_another_has_followed_ends_and_is_not_restarted(start: C
     assert not processes_of(run)
 
 
-def test_the_traceback_of_an_unforeseen_error_is_what_the_user_sees(launch: Launch, runs: Path) -> None:
+def test_an_unexpected_error_shows_its_traceback(launch: Launch, runs: Path) -> None:
     done = launch(*SETTINGS, "model.attention=flash_attention_2", f"run.root={runs}", "run.name=unforeseen")
     assert done.returncode == 1
     assert "ImportError: FlashAttention2" in done.stderr

@@ -56,7 +56,7 @@ def alone(start: Callable, module_runs: Path, tmp_path_factory: pytest.TempPathF
     return run
 
 
-def test_a_machine_that_is_lost_with_its_disk(
+def test_a_run_resumes_from_the_mirror_after_its_disk_is_lost(
     launch: Launch, start: Callable, runs: Path, alone: Path, s3: S3, tmp_path: Path, launcher_cache: Path
 ) -> None:
     run, mirror = runs / "lost", f"checkpoint.mirror=s3://{s3.bucket}/runs"
@@ -99,7 +99,7 @@ def test_a_machine_that_is_lost_with_its_disk(
     assert json.loads(launch("ls", f"s3://{s3.bucket}/runs", "--json", **other).stdout)[0]["state"] == "completed"
 
 
-def test_a_mirror_that_is_lost_does_not_stop_training(alone: Path) -> None:
+def test_a_lost_mirror_does_not_stop_training(alone: Path) -> None:
     assert sorted(losses(alone)) == list(range(1, STEPS + 1))
     assert [text.partition(":")[0] for text in alerts(alone)] == [
         "the mirror cannot be written; training continues and the next checkpoint retries",
@@ -108,7 +108,7 @@ def test_a_mirror_that_is_lost_does_not_stop_training(alone: Path) -> None:
     assert not processes_of(alone)
 
 
-def test_a_stopped_run_is_in_the_mirror_when_it_has_ended(
+def test_the_mirror_is_complete_when_a_stopped_run_has_ended(
     launch_here: Launch, start: Callable, runs: Path, tmp_path: Path
 ) -> None:
     run, address = runs / "stopped", f"file://{tmp_path}/mirror"
@@ -126,7 +126,7 @@ def test_a_stopped_run_is_in_the_mirror_when_it_has_ended(
     assert not processes_of(run)
 
 
-def test_a_mirror_that_cannot_be_written_refuses_the_run(launch: Launch, runs: Path, tmp_path: Path, s3: S3) -> None:
+def test_a_mirror_that_cannot_be_written_is_refused(launch: Launch, runs: Path, tmp_path: Path, s3: S3) -> None:
     (tmp_path / "file").write_text("")
     for address in (f"file://{tmp_path}/file/runs", "s3://no-such-bucket/runs", "gs://bucket/runs"):
         done = launch(*SETTINGS, f"checkpoint.mirror={address}", f"run.root={runs}", "run.name=refused", **s3.environment)

@@ -181,7 +181,7 @@ def await_progress(run: Path, attempt: int, num_steps: int) -> None:
     wait_for(f"a checkpoint of attempt {attempt} and some more steps", is_there)
 
 
-def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
+def test_cancel_saves_and_a_run_resumes_after_its_driver_was_killed(
     launch: Launch, launch_here: Launch, start: Callable, root: Path, temporary: Path, undisturbed: Path
 ) -> None:
     run, env = root / "stopped", {"TMPDIR": str(temporary)}

@@ -95,7 +95,7 @@ def assert_close(found: dict[int, float], wanted: dict[int, float]) -> None:
     assert not apart
 
 
-def test_a_token_or_an_address_that_is_wrong_is_told_in_words(
+def test_a_wrong_token_and_a_wrong_address_are_refused_with_a_remedy(
     launch: Launch, cluster: RayCluster, root: Path, tmp_path: Path
 ) -> None:
     nobody = launch(*SETTINGS, "+cluster=ray", "cluster.address=127.0.0.2:1", f"run.root={root}", "run.name=nobody")
@@ -117,7 +117,7 @@ def test_a_token_or_an_address_that_is_wrong_is_told_in_words(
     assert not (root / "http").exists()
 
 
-def test_a_cluster_of_another_version_of_ray_is_told_in_words(launch: Launch, root: Path, tmp_path: Path) -> None:
+def test_a_cluster_with_another_ray_version_is_refused_with_a_remedy(launch: Launch, root: Path, tmp_path: Path) -> None:
     found = distribution("ray")
     (file,) = [found.locate_file(path) for path in found.files or () if path.match("ray/_version.py")]
     other = tmp_path / "_version.py"
@@ -136,7 +136,7 @@ def test_a_cluster_of_another_version_of_ray_is_told_in_words(launch: Launch, ro
     assert "Traceback" not in done.stderr
 
 
-def test_what_cannot_be_met_fails_at_the_deadline_and_what_would_repeat_itself_at_once(
+def test_an_unmet_request_fails_at_its_deadline_and_a_permanent_error_at_once(
     launch: Launch, cluster: RayCluster, root: Path
 ) -> None:
     cluster.have_only()
@@ -155,7 +155,7 @@ def test_what_cannot_be_met_fails_at_the_deadline_and_what_would_repeat_itself_a
     await_no_launcher(run)
 
 
-def test_a_head_that_does_not_see_the_run_directory_is_told_to_the_one_who_submits(
+def test_a_head_that_does_not_see_the_run_directory_is_refused_on_submission(
     launch: Launch, cluster: RayCluster, unseen: Path
 ) -> None:
     done = launch(*ray(cluster, unseen, "unseen", *by_job(cluster), "cluster.workers=1"), **cluster.env)
@@ -166,7 +166,7 @@ def test_a_head_that_does_not_see_the_run_directory_is_told_to_the_one_who_submi
     assert json.loads(launch("status", str(unseen / "unseen"), "--json", **cluster.env).stdout)["state"] == "failed"
 
 
-def test_what_makes_a_node_unfit_is_named_and_an_elastic_run_does_without_it(
+def test_an_unfit_node_is_named_and_an_elastic_run_excludes_it(
     launch: Launch, cluster: RayCluster, root: Path, tmp_path: Path
 ) -> None:
     """The node sees another folder for runs than the head, or another one for Ray Train's own state, or has other packages."""
@@ -205,7 +205,7 @@ def test_what_makes_a_node_unfit_is_named_and_an_elastic_run_does_without_it(
     assert "with 1 rank, 1 worker idle on n1, without apart, unfit before: repair it" in done.stdout
 
 
-def test_the_jobs_api_takes_a_run_and_it_is_followed_cancelled_and_resumed(
+def test_a_run_through_the_jobs_api_is_followed_cancelled_and_resumed(
     launch: Launch, start: Callable, cluster: RayCluster, root: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     cluster.have_only(n2=1)
@@ -291,7 +291,7 @@ def test_a_run_of_fixed_size_survives_a_worker_a_raylet_and_a_node_and_has_the_s
     await_no_launcher(run)
 
 
-def test_an_elastic_run_loses_a_node_and_gets_another_and_its_keys_reach_the_ranks_alone(
+def test_an_elastic_run_shrinks_and_grows_and_only_its_ranks_get_its_keys(
     start: Callable, cluster: RayCluster, root: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     """Four ranks on three nodes, two of them on one, then two ranks, then four again; the rows of each step are the same.
@@ -345,7 +345,7 @@ def test_an_elastic_run_loses_a_node_and_gets_another_and_its_keys_reach_the_ran
     assert not [path for path in files if canary.encode() in path.read_bytes()]
 
 
-def test_a_head_that_is_lost_is_told_with_the_way_to_go_on(launch: Launch, cluster: RayCluster, root: Path) -> None:
+def test_a_lost_head_is_reported_with_the_command_that_resumes(launch: Launch, cluster: RayCluster, root: Path) -> None:
     """To a run whose driver is here and to one whose driver is a job; nothing comes after this on the cluster."""
     cluster.have_only()
     half = ("cluster.workers=1", "cluster.resources_per_worker={CPU: 0.5}", "train.max_steps=100000")

@@ -120,7 +120,7 @@ def assert_passed_over(run: Path, damaged: Path, problem: str, output: str, show
     assert f"damaged-{damaged.name}" in committed(run)
 
 
-def test_a_run_that_is_killed_stopped_and_damaged_trains_the_same_to_the_last_bit(
+def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
     launch: Launch, launch_here: Launch, start: Callable, settings: tuple[str, ...], runs: Path, undisturbed: Path
 ) -> None:
     """Five attempts, compared with the undisturbed run once, at the end."""
@@ -216,7 +216,7 @@ def test_a_run_that_is_killed_stopped_and_damaged_trains_the_same_to_the_last_bi
     assert row_differences(rows, rows_of(undisturbed.parent), num_ranks=2, num_steps=STEPS) == []
 
 
-def test_on_other_numbers_of_ranks_the_losses_differ_by_rounding_alone(parts: Path, undisturbed: Path) -> None:
+def test_losses_on_other_numbers_of_ranks_differ_only_by_rounding(parts: Path, undisturbed: Path) -> None:
     last = PARTS[-1][0]
     expected = {step: loss for step, loss in losses(undisturbed).items() if step <= last}
     assert losses(parts) == pytest.approx(expected, rel=1e-5)
@@ -225,7 +225,7 @@ def test_on_other_numbers_of_ranks_the_losses_differ_by_rounding_alone(parts: Pa
     assert sum(apart) >= len(apart) - 2
 
 
-def test_loss_and_parameters_do_not_depend_on_how_they_are_computed(
+def test_loss_and_parameters_do_not_depend_on_micro_batch_and_chunk(
     launch: Launch, settings: tuple[str, ...], module_runs: Path, undisturbed: Path, parts: Path
 ) -> None:
     """One global batch: 2 ranks x 2 accumulated, 4 x 1, and 1 x 4 with activations that are recomputed."""

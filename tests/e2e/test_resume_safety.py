@@ -84,7 +84,7 @@ def edit_plan(run: Path, **changes: Any) -> None:
     (run / "plan.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
-def test_what_differs_is_shown_and_refused(launch_here: Launch, run: Path) -> None:
+def test_differences_to_the_plan_are_shown_and_refused(launch_here: Launch, run: Path) -> None:
     text = refused(
         launch_here,
         run,
@@ -105,12 +105,12 @@ def test_what_differs_is_shown_and_refused(launch_here: Launch, run: Path) -> No
     assert "--force" in text
 
 
-def test_an_end_that_lies_behind_the_run_is_refused(launch_here: Launch, run: Path) -> None:
+def test_a_last_step_before_the_current_step_is_refused(launch_here: Launch, run: Path) -> None:
     (run / "export").mkdir(exist_ok=True)
     assert "the checkpoint is of step 2, beyond train.max_steps" in refused(launch_here, run, "train.max_steps=1")
 
 
-def test_what_cannot_work_is_refused_with_force_too(launch_here: Launch, run: Path) -> None:
+def test_changes_that_cannot_work_are_refused_even_with_force(launch_here: Launch, run: Path) -> None:
     text = refused(launch_here, run, "--force", "model.path=./other", "run.seed=1")
     assert "model.path" in text
     assert "run.seed" not in text
@@ -125,9 +125,7 @@ def test_what_cannot_work_is_refused_with_force_too(launch_here: Launch, run: Pa
         ({"plan_model__hidden_size": 24}, ["plan.model.hidden_size", "20", "24"]),
     ],
 )
-def test_a_plan_that_was_edited_by_hand_is_told(
-    launch_here: Launch, run: Path, changes: dict[str, Any], shown: list[str]
-) -> None:
+def test_a_plan_edited_by_hand_is_reported(launch_here: Launch, run: Path, changes: dict[str, Any], shown: list[str]) -> None:
     rows = str(plan(run)["data"]["num_rows"])
     edit_plan(run, **changes)
     text = refused(launch_here, run, "train.max_steps=3")
@@ -135,13 +133,13 @@ def test_a_plan_that_was_edited_by_hand_is_told(
     assert wanted in [line.split() for line in text.splitlines()]
 
 
-def test_a_plan_that_is_nowhere_is_told(launch_here: Launch, run: Path) -> None:
+def test_a_missing_plan_is_reported(launch_here: Launch, run: Path) -> None:
     edit_plan(run, optim__weight_decay=0.5)
     shutil.rmtree(run / "plans")
     assert "the run directory no longer has the plan of this checkpoint" in refused(launch_here, run, "train.max_steps=3")
 
 
-def test_other_data_behind_the_same_settings_is_refused(
+def test_changed_data_under_the_same_settings_is_refused(
     launch_here: Launch, run: Path, own_cache: dict[str, str], trained: Path
 ) -> None:
     shutil.rmtree(Path(own_cache["LAUNCHER_CACHE"]) / "data")
@@ -157,9 +155,7 @@ def test_other_data_behind_the_same_settings_is_refused(
     assert {"plan.data.key", "plan.data.num_rows", "plan.data.num_tokens"} <= shown.keys()
 
 
-def test_a_damaged_cache_is_not_trained_on_and_one_that_is_gone_is_built_again(
-    launch: Launch, run: Path, own_cache: dict[str, str]
-) -> None:
+def test_a_damaged_cache_is_refused_and_a_deleted_one_is_rebuilt(launch: Launch, run: Path, own_cache: dict[str, str]) -> None:
     folder = Path(plan(run)["data"]["cache_dir"])
     marks = folder / "trained.npy"
     content = marks.read_bytes()
@@ -190,7 +186,7 @@ def test_a_damaged_cache_is_not_trained_on_and_one_that_is_gone_is_built_again(
     assert (status(run)["state"], last_step(run)) == ("completed", 3)
 
 
-def test_with_force_other_data_and_another_type_are_trained_with_and_recorded(
+def test_force_trains_on_changed_data_in_another_dtype_and_records_it(
     launch: Launch, launch_here: Launch, run: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.jsonl"

@@ -133,7 +133,7 @@ class Soak:
 
 
 @pytest.mark.timeout(1200)
-def test_a_run_that_is_interrupted_in_every_way_trains_as_one_that_was_left_alone(
+def test_a_run_interrupted_in_every_way_has_the_losses_of_an_uninterrupted_run(
     launch: Launch, launch_here: Launch, slurm: Testbed, runs: Path
 ) -> None:
     with socket.create_server(("", 0)) as taken:

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.rest, pytest.mark.timeout(900)]
 ENDLESS = "train.max_steps=100000"
 
 
-def test_four_ranks_are_submitted_again_where_a_requeue_is_forbidden_and_resume_on_one_node(
+def test_a_run_is_resubmitted_where_requeue_is_forbidden_and_resumes_on_one_node(
     begin: Callable[..., SlurmRun], tmp_path: Path
 ) -> None:
     mirror = f"checkpoint.mirror=file://{tmp_path}/mirror"
@@ -55,7 +55,7 @@ def test_four_ranks_are_submitted_again_where_a_requeue_is_forbidden_and_resume_
     assert json.loads((tmp_path / "mirror/grid/status.json").read_text())["state"] == "completed"
 
 
-def test_a_mistake_of_the_user_is_told_to_who_follows_and_not_repeated(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
+def test_a_user_error_is_shown_to_followers_and_not_retried(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
     bad = launch_here(*SETTINGS, f"run.root={runs}", "run.name=bad", "optim.lr=1e38", "follow=true", **slurm.variables)
     assert bad.returncode == 1
     assert "resume" in bad.stderr or "start it again" in bad.stderr
@@ -68,7 +68,7 @@ def test_a_mistake_of_the_user_is_told_to_who_follows_and_not_repeated(launch_he
     assert run.shown()["state"] == "failed"
 
 
-def test_a_waiting_run_says_why_and_can_be_cancelled(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
+def test_a_pending_run_shows_the_reason_and_can_be_cancelled(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
     held = submit(launch_here, slurm, runs, "held", "+cluster.additional_parameters.begin=now+3600")
     shown = held.shown()
     assert shown["state"] == "pending"

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.rest, pytest.mark.timeout(900)]
 ENDLESS = "train.max_steps=100000"
 
 
-def test_an_attempt_that_lives_on_unseen_writes_nothing_more(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
+def test_an_attempt_on_a_disconnected_node_writes_nothing_more(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
     """One node, whose slurmd dies while its rank trains on: Slurm runs the job elsewhere, and two trainings exist."""
     run = submit(launch_here, slurm, runs, "orphan", "cluster.nodes=1", ENDLESS, "checkpoint.save_every=10")
     run.await_step(15)
@@ -41,7 +41,7 @@ def test_an_attempt_that_lives_on_unseen_writes_nothing_more(launch_here: Launch
     assert launch_here("cancel", str(run.path), "--no-save", **slurm.variables).returncode == 0
 
 
-def test_a_run_directory_that_a_node_does_not_see_names_the_node(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
+def test_a_node_that_does_not_see_the_run_directory_is_named(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
     runs.mkdir()
     slurm.private_mount("n2", runs)
     run = submit(launch_here, slurm, runs, "unshared")
@@ -53,7 +53,7 @@ def test_a_run_directory_that_a_node_does_not_see_names_the_node(launch_here: La
     assert run.attempt_record(1, "exit")["bad_nodes"] == ["n2"]
 
 
-def test_a_site_without_accounting_is_enough(
+def test_a_run_works_without_slurm_accounting(
     launch_here: Launch, other_slurm: Callable[..., AbstractContextManager[Testbed]], runs: Path
 ) -> None:
     with other_slurm(accounting=False, nodes=2) as bare:
@@ -73,7 +73,7 @@ def test_a_site_without_accounting_is_enough(
     assert sorted(losses(run.path)) == list(range(1, 101))
 
 
-def test_a_rank_that_takes_too_much_memory_is_killed_and_started_again(
+def test_a_rank_over_its_memory_limit_is_killed_and_restarted(
     launch_here: Launch, other_slurm: Callable[..., AbstractContextManager[Testbed]], runs: Path
 ) -> None:
     """Slurm kills the whole step; the run goes on in the next start of the job and says what happened."""

@@ -47,7 +47,7 @@ def alerts(server: Any) -> list[dict[str, Any]]:
     return [alert for alert in server.alerts if SLOW not in alert["title"]]
 
 
-def test_a_run_that_is_stopped_in_the_page_preempted_killed_and_completed(
+def test_one_wandb_run_covers_a_stop_on_its_page_a_preemption_and_a_kill(
     launch: Launch, start: Callable, runs: Path, server: FakeWandb
 ) -> None:
     """Four attempts of one run, each of which ends in another way."""

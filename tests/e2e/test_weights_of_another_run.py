@@ -99,7 +99,9 @@ def test_a_child_keeps_its_own_copy_of_the_weights(parent: Path, child: tuple[Pa
     assert not list(folder.parent.glob(f".{folder.name}-*")), "nothing half made is left"
 
 
-def test_a_second_generation_from_a_chosen_step_and_a_path(launch: Launch, parent: Path, child: tuple[Path, str]) -> None:
+def test_a_run_starts_from_a_chosen_step_of_a_run_that_had_a_parent(
+    launch: Launch, parent: Path, child: tuple[Path, str]
+) -> None:
     """`child` has no export: the weights come from its checkpoint, in fp32 here."""
     settings = ("train.max_steps=1", "tracking=none", "export.enabled=false", "model.dtype=fp32")
     done = launch(*SETTINGS, *FROM_RUN, *settings, f"model.path=run:{child[0]}@2", f"run.root={parent.parent}", "run.name=third")
@@ -115,7 +117,7 @@ def test_a_second_generation_from_a_chosen_step_and_a_path(launch: Launch, paren
     assert json.loads((third / "attempts/002/plan.json").read_text())["lineage"] == recorded
 
 
-def test_an_earlier_step_is_made_from_its_checkpoint_once(launch_here: Launch, parent: Path) -> None:
+def test_weights_of_an_earlier_step_are_written_once(launch_here: Launch, parent: Path) -> None:
     asked = ("data", *SETTINGS, *FROM_RUN, "model.path=run:parent@2", f"run.root={parent.parent}")
     first = launch_here(*asked)
     assert first.returncode == 0, first.stderr

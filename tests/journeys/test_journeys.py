@@ -55,19 +55,19 @@ def journey(installed: Path, launcher_env: Mapping[str, str], tmp_path: Path) ->
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def test_on_one_machine(journey: Journey) -> None:
+def test_first_day_on_one_machine(journey: Journey) -> None:
     journey("local.sh")
 
 
-def test_with_a_model_in_several_files(journey: Journey) -> None:
+def test_first_day_with_a_sharded_model(journey: Journey) -> None:
     journey("sharded.sh")
 
 
 @pytest.mark.slurm
-def test_on_slurm(journey: Journey, slurm: Testbed) -> None:
+def test_first_day_on_slurm(journey: Journey, slurm: Testbed) -> None:
     journey("slurm.sh", **slurm.variables)
 
 
 @pytest.mark.ray
-def test_on_ray(journey: Journey) -> None:
+def test_first_day_on_ray(journey: Journey) -> None:
     journey("ray.sh")

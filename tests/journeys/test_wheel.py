@@ -12,7 +12,7 @@ pytestmark = pytest.mark.rest
 REPO = Path(__file__).resolve().parents[2]
 
 
-def test_the_settings_lie_in_the_wheel(wheel: Path) -> None:
+def test_the_wheel_contains_the_settings(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = {f"launcher/conf/{file.relative_to(REPO / 'conf')}" for file in (REPO / "conf").rglob("*.yaml")}
     assert len(shipped) > 15

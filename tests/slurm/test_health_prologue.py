@@ -58,7 +58,7 @@ def node(tmp_path: Path) -> Node:
     return healthy
 
 
-def test_a_healthy_node_is_left_alone(node: Node) -> None:
+def test_a_healthy_node_is_not_drained(node: Node) -> None:
     done = node.check(HEALTH_MOUNTS="/ /proc")
     assert (done.returncode, done.stderr) == (0, "")
     assert not node.drained
@@ -102,12 +102,12 @@ def test_a_fault_drains_the_node(node: Node, program: str, script: str, reason: 
         ({"HEALTH_MOUNTS": "/", "HEALTH_MAX_FULL": "-1"}, "% full"),
     ],
 )
-def test_the_site_says_what_it_expects(node: Node, env: dict[str, str], reason: str) -> None:
+def test_the_site_configures_the_expected_hardware(node: Node, env: dict[str, str], reason: str) -> None:
     assert node.check(**env).returncode == 1
     assert reason in node.drained[2]
 
 
-def test_a_mount_that_turned_read_only_and_one_that_hangs(node: Node) -> None:
+def test_a_read_only_and_a_hanging_mount_drain_the_node(node: Node) -> None:
     node.has("findmnt", 'case "$*" in */scratch*) echo ro,relatime ;; *) sleep 20 ;; esac')
     node.has("df", "printf 'Filesystem 1M Used Free Capacity Mounted\\nx 9 1 8 1%% /\\n'")
     assert node.check(HEALTH_MOUNTS="/scratch /home").returncode == 1
@@ -135,7 +135,7 @@ def test_faults_of_programs_and_processes_of_jobs_are_none(node: Node) -> None:
     assert (done.returncode, node.drained) == (0, []), done.stderr
 
 
-def test_a_controller_that_is_away_drains_nothing(node: Node) -> None:
+def test_an_unreachable_controller_drains_nothing(node: Node) -> None:
     node.has("scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
     node.has("nvidia-smi", STALE)
     done = node.check()

@@ -71,7 +71,7 @@ def test_a_killed_node_is_gone_at_once_and_boots_again(nodes: Testbed, tmp_path:
     assert nodes.output("srun", "-w", "n2", "hostname") == "n2\n"
 
 
-def test_a_cut_node_runs_on_out_of_reach(nodes: Testbed, tmp_path: Path) -> None:
+def test_a_disconnected_node_keeps_running(nodes: Testbed, tmp_path: Path) -> None:
     submit(nodes, "-w", "n2", script=TICKING.replace("$0", str(tmp_path / "tick")))
     until((tmp_path / "tick").exists)
     address = nodes.layout.addresses["n2"]
@@ -150,7 +150,7 @@ def test_reset_mends_everything(nodes: Testbed, tmp_path: Path) -> None:
     assert sorted(nodes.output("srun", "-N3", "hostname").split()) == ["n1", "n2", "n3"]
 
 
-def test_other_settings_side_by_side_and_nothing_left(
+def test_testbeds_with_different_settings_run_at_once_and_leave_nothing(
     slurm: Testbed, other_slurm: Callable[..., AbstractContextManager[Testbed]], tmp_path: Path
 ) -> None:
     with other_slurm(nodes=1, accounting=False, requeue=False, kill_over_memory=True) as bed:

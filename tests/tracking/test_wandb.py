@@ -289,7 +289,7 @@ def test_a_superseded_attempt_does_not_finish_the_wandb_run(make_plan: PlanMaker
 
 
 @pytest.mark.parametrize("how", ["with --step", "with other settings"])
-def test_steps_repeated_after_a_return_are_shown_beside_the_earlier_ones(make_plan: PlanMaker, run_dir: Path, how: str) -> None:
+def test_steps_repeated_after_going_back_are_shown_beside_the_earlier_ones(make_plan: PlanMaker, run_dir: Path, how: str) -> None:
     """Also in the following attempts, after a crash or with the same settings."""
     run, plan, began = RunDir(run_dir), make_plan(), ((1, None, (1, 6)), (2, 3, (4, 8)), (3, 6, (7, 9)))
     run.plan.write_text(plan.to_json())

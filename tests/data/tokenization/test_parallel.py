@@ -209,7 +209,7 @@ def test_a_row_that_cannot_be_used_stops_all_processes(many: DataSection, tokeni
     assert time.monotonic() - began < DEADLINE_S
 
 
-def test_the_processes_do_without_torch(tokenizer_dir: Path) -> None:
+def test_the_worker_processes_do_not_import_torch(tokenizer_dir: Path) -> None:
     script = (
         "import json, sys, launcher.data.tokenization.forkserver_preload\n"
         "from launcher.data.tokenization.encoder import load_tokenizer\n"

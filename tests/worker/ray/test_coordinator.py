@@ -242,7 +242,7 @@ def test_workers_leave_a_run_that_another_command_has_restarted(make_fake: Calla
     assert run_store.read_status(fake.run) == before
 
 
-def test_workers_of_a_replaced_group_are_told_to_leave(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_workers_of_a_replaced_group_are_ordered_to_exit(make_fake: Callable[..., FakeWorkers]) -> None:
     fake = make_fake()
     fake.begin("a", "n1", "n1")
     fake.begin("b", "n1", "n1")
