@@ -61,11 +61,11 @@ def show(page: Path, folder: Path) -> Shown:
     measured = folder / "measured.html"
     measured.write_text(source.replace("</body>", f"{_MEASURE}</body>"), encoding="utf-8")
     dom = _run(program, measured, folder).stdout
-    found = re.search(r'<pre id="measured">(.*?)</pre>', dom, re.DOTALL)
-    assert found is not None, "the page was not laid out"
-    told = json.loads(html.unescape(found[1]))
-    charts = (Chart(tuple(c["box"]), tuple(map(tuple, c["marks"])), tuple(map(tuple, c["texts"]))) for c in told["charts"])
-    return Shown(tuple(charts), tuple(console), told["width"] - told["window"])
+    match = re.search(r'<pre id="measured">(.*?)</pre>', dom, re.DOTALL)
+    assert match is not None, "the page was not laid out"
+    measured = json.loads(html.unescape(match[1]))
+    charts = (Chart(tuple(c["box"]), tuple(map(tuple, c["marks"])), tuple(map(tuple, c["texts"]))) for c in measured["charts"])
+    return Shown(tuple(charts), tuple(console), measured["width"] - measured["window"])
 
 
 def _run(program: str, page: Path, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -38,17 +38,17 @@ class FakeHub:
             if path.endswith(end):
                 return status, {"error": "refused by the test"}
         if path == "/api/repos/create":
-            wanted = json.loads(body)
-            self.private = wanted.get("private", wanted.get("visibility") == "private")
+            request = json.loads(body)
+            self.private = request.get("private", request.get("visibility") == "private")
             return 200, {"url": f"{self.address}/owner/name", "name": "owner/name", "id": "owner/name"}
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
         if path == "/api/models/owner/name/preupload/main":
             modes = {True: "lfs", False: "regular"}
-            asked = json.loads(body)["files"]
+            files = json.loads(body)["files"]
             answers = [
                 {"path": f["path"], "uploadMode": modes[f["path"].endswith(".safetensors")], "shouldIgnore": False, "oid": None}
-                for f in asked
+                for f in files
             ]
             return 200, {"files": answers}
         if path.startswith("/api/models/owner/name/tree/main"):

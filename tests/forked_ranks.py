@@ -82,9 +82,9 @@ class RankServer:
 
     def values(self, function: str, arguments: Sequence[Sequence[Any]], folder: Path, **options: Any) -> list[Any]:
         """What the function returned on each rank; fails where one of them failed."""
-        ended = self.run(function, arguments, folder, **options)
-        assert not any(rank.code for rank in ended), "\n".join(f"exit code {rank.code}:\n{rank.output[-3000:]}" for rank in ended)
-        return [rank.value for rank in ended]
+        ranks = self.run(function, arguments, folder, **options)
+        assert not any(rank.code for rank in ranks), "\n".join(f"exit code {rank.code}:\n{rank.output[-3000:]}" for rank in ranks)
+        return [rank.value for rank in ranks]
 
     def close(self) -> None:
         """End the server; ranks that run die with it."""

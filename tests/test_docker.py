@@ -20,15 +20,17 @@ DOCKER = Path(__file__).resolve().parents[1] / "docker"
 
 
 def load(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((DOCKER / name).read_text())
-    return found
+    document: dict[str, Any] = yaml.safe_load((DOCKER / name).read_text())
+    return document
 
 
 def launcher_commands(text: str) -> list[list[str]]:
     """The words after `python -m launcher` of each command in a text, with shell variables made plain."""
     joined = re.sub(r"\\\n\s*", " ", text)
-    found = re.findall(r"python -m launcher (\+cluster=ray[^\n|]*)", joined)
-    return [shlex.split(re.sub(r"\$\w+", "10.0.0.1", command.replace("$here:$RAY_PORT", "10.0.0.1:6479"))) for command in found]
+    commands = re.findall(r"python -m launcher (\+cluster=ray[^\n|]*)", joined)
+    return [
+        shlex.split(re.sub(r"\$\w+", "10.0.0.1", command.replace("$here:$RAY_PORT", "10.0.0.1:6479"))) for command in commands
+    ]
 
 
 def test_ray_accepts_the_ssh_cluster_file() -> None:
@@ -93,8 +95,8 @@ def test_rented_nodes_do_not_wait_for_ever_for_a_ray_that_does_not_come(
     for name, text in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    place = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NODE_RANK": rank, "RAY_WAIT_S": wait_s}
-    env = {**task["envs"], **place, "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    node = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NODE_RANK": rank, "RAY_WAIT_S": wait_s}
+    env = {**task["envs"], **node, "PATH": f"{tmp_path}:/usr/bin:/bin"}
     done = subprocess.run(["bash", "-c", task["run"]], env=env, capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
     assert words in done.stderr
@@ -102,8 +104,8 @@ def test_rented_nodes_do_not_wait_for_ever_for_a_ray_that_does_not_come(
 
 @pytest.mark.parametrize("name", ["rayjob.yaml", "skypilot.yaml"])
 def test_the_commands_in_the_files_are_settings_of_the_launcher(name: str) -> None:
-    found = load(name)
-    text = found["spec"]["entrypoint"] if "spec" in found else found["run"]
+    document = load(name)
+    text = document["spec"]["entrypoint"] if "spec" in document else document["run"]
     (command,) = launcher_commands(text)
     assert "--follow" in command
     configs: list[Any] = []

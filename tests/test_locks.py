@@ -62,11 +62,11 @@ def test_the_error_names_the_process_that_starts_the_run(tmp_path: Path) -> None
     before = time.strftime("%Y-%m-%d %H:%M", time.localtime())
     with another(tmp_path, "resume", "run.name=a") as process:
         text = refusal(tmp_path)
-        found = start_lock_holder(RunDir(tmp_path))
+        holder = start_lock_holder(RunDir(tmp_path))
     for part in (f"process {process.pid} on {os.uname().nodename}, of user {getpass.getuser()}", "resume run.name=a"):
         assert part in text
     assert f"kill {process.pid}" in text
-    assert found is not None
+    assert holder is not None
     after = time.strftime("%Y-%m-%d %H:%M", time.localtime())
     assert f"since {before}" in text or f"since {after}" in text
 
@@ -82,9 +82,9 @@ def test_a_killed_holder_is_neither_an_obstacle_nor_named(tmp_path: Path) -> Non
         text = refusal(tmp_path)
     assert "process" not in text
     with hold(tmp_path / ".lock", 0):
-        found = read_holder(tmp_path / ".lock")
-        assert found is not None
-        assert found.pid == os.getpid()
+        holder = read_holder(tmp_path / ".lock")
+        assert holder is not None
+        assert holder.pid == os.getpid()
     assert not (tmp_path / ".lock.json").exists()
 
 

@@ -46,7 +46,7 @@ def test_a_revision_belongs_to_the_model_and_not_to_another_tokenizer(snapshot: 
 
 
 @pytest.mark.parametrize(
-    "files, said",
+    "files, expected",
     [
         ((), "config.json"),
         (("config.json",), "holds no weights"),
@@ -54,12 +54,12 @@ def test_a_revision_belongs_to_the_model_and_not_to_another_tokenizer(snapshot: 
         (("config.json", "model.safetensors"), ""),
     ],
 )
-def test_a_model_folder_is_checked_before_anything_starts(tmp_path: Path, files: tuple[str, ...], said: str) -> None:
+def test_a_model_folder_is_checked_before_anything_starts(tmp_path: Path, files: tuple[str, ...], expected: str) -> None:
     for name in files:
         (tmp_path / name).write_text("{}")
     problems = model_source.check_model(ModelSection(path=str(tmp_path)))
-    assert len(problems) == bool(said)
-    assert all(said in str(problem) and problem.remedy for problem in problems)
+    assert len(problems) == bool(expected)
+    assert all(expected in str(problem) and problem.remedy for problem in problems)
 
 
 def test_a_missing_model_is_reported_with_its_remedy(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_valid_names_of_a_run_are_accepted(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "values, said",
+    "values, expected",
     [
         ({"path": "run:"}, "is not a reference to a run; write run:NAME or run:NAME@STEP"),
         ({"path": "run:a@x"}, "is not a reference to a run; write"),
@@ -93,8 +93,8 @@ def test_valid_names_of_a_run_are_accepted(path: str) -> None:
         ({"path": "./m", "tokenizer": "run:a"}, "the tokenizer comes with the weights of model.path"),
     ],
 )
-def test_invalid_names_of_a_run_are_refused(values: dict[str, str], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_invalid_names_of_a_run_are_refused(values: dict[str, str], expected: str) -> None:
+    with pytest.raises(ValidationError, match=expected):
         ModelSection(**values)  # type: ignore[arg-type]
 
 

@@ -27,9 +27,9 @@ from launcher.run_records import Attempt
 
 @pytest.fixture(scope="module")
 def config() -> RunConfig:
-    found: list[RunConfig] = []
-    run_hydra(["model=tiny", "train.max_steps=20"], lambda done: found.append(done.config))
-    return found[0]
+    configs: list[RunConfig] = []
+    run_hydra(["model=tiny", "train.max_steps=20"], lambda done: configs.append(done.config))
+    return configs[0]
 
 
 def planned(config: RunConfig, folder: Path, name: str) -> LaunchPlan:
@@ -50,10 +50,10 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_run_is_created_with_plan_status_and_code(config: RunConfig, tmp_path: Path) -> None:
-    wanted = planned(config, tmp_path, "a")
-    run = run_store.create(wanted)
+    expected = planned(config, tmp_path, "a")
+    run = run_store.create(expected)
     assert run.root == tmp_path / "runs" / "a"
-    assert run_store.load_plan(run) == wanted
+    assert run_store.load_plan(run) == expected
     status = run_store.read_status(run)
     assert (status.state, status.attempt, status.step, status.max_steps) == ("pending", 0, 0, 20)
     assert status.updated_at >= status.created_at > 0
@@ -118,16 +118,16 @@ def test_attempts_are_numbered(config: RunConfig, tmp_path: Path) -> None:
 
 def test_an_attempt_survives_a_round_trip(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
-    whole = Attempt(40, "41", 2, ("n1", "n2"), "10.0.0.1", "ib0", 29500, 1795554098.5, 1.5, 2.5, True, True, 64)
-    assert set(whole.__dict__.values()).isdisjoint(Attempt(None).__dict__.values()), "no field has its default"
-    for attempt in (whole, Attempt(None)):
+    complete = Attempt(40, "41", 2, ("n1", "n2"), "10.0.0.1", "ib0", 29500, 1795554098.5, 1.5, 2.5, True, True, 64)
+    assert set(complete.__dict__.values()).isdisjoint(Attempt(None).__dict__.values()), "no field has its default"
+    for attempt in (complete, Attempt(None)):
         number = run_store.create_attempt(run, attempt)
         run_store.write_attempt(run, number, attempt)
         assert run_store.read_attempt(run, number) == attempt
     # A later launcher may write more.
     file = run.attempt(1) / "attempt.json"
     atomic_files.write_json(file, {**json_records.read_json(file), "more": 1})
-    assert run_store.read_attempt(run, 1) == whole
+    assert run_store.read_attempt(run, 1) == complete
 
 
 def test_the_newest_attempt_has_the_highest_number(config: RunConfig, tmp_path: Path) -> None:
@@ -152,9 +152,9 @@ def test_an_attempt_is_created_atomically(config: RunConfig, tmp_path: Path, mon
             run_store.create_attempt(run, Attempt(None))
     assert run_store.newest_attempt(run) == 0
     assert run_store.create_attempt(run, Attempt(20)) == 1
-    begun = run_store.read_attempt(run, 1)
-    assert replace(begun, submitted_at=None) == Attempt(20)
-    assert begun.submitted_at == pytest.approx(time.time(), abs=60)
+    attempt = run_store.read_attempt(run, 1)
+    assert replace(attempt, submitted_at=None) == Attempt(20)
+    assert attempt.submitted_at == pytest.approx(time.time(), abs=60)
     assert [path.name for path in run.attempts.iterdir()] == ["001"]
     assert stat.S_IMODE(run.attempt(1).stat().st_mode) == 0o700
 

@@ -103,12 +103,12 @@ def ranks_of(run: Path) -> list[psutil.Process]:
 
 def by_rank(processes: Iterable[psutil.Process]) -> dict[int, psutil.Process]:
     """Those that are ranks, without what ends meanwhile."""
-    found = {}
+    processes = {}
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             if (title := RankTitle.of(process)) is not None:
-                found[title.rank] = process
-    return found
+                processes[title.rank] = process
+    return processes
 
 
 def kill_all_of(root: Path) -> None:
@@ -120,11 +120,11 @@ def kill_all_of(root: Path) -> None:
 
 def processes_of(run: Path) -> list[psutil.Process]:
     """Every process that names the run's directory on its command line."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         try:
             if str(run) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+                processes.append(process)
         except psutil.Error:
             continue
-    return found
+    return processes

@@ -53,9 +53,17 @@ class RayCluster:
     def start(self, name: str, *options: str, prefix: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
         """Start the head first, then other nodes; `prefix` is a command that runs `ray start`."""
         head = not self._nodes
-        place = ["--head", f"--port={self.port}"] if head else [f"--address={self.address}"]
+        mode_options = ["--head", f"--port={self.port}"] if head else [f"--address={self.address}"]
         dashboard = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}"]
-        command = [*prefix, *RAY, "start", *place, "--block", f"--node-name={name}", f"--node-ip-address={self._next_ip()}"]
+        command = [
+            *prefix,
+            *RAY,
+            "start",
+            *mode_options,
+            "--block",
+            f"--node-name={name}",
+            f"--node-ip-address={self._next_ip()}",
+        ]
         # Otherwise a fixed port, of which a second cluster on this machine would not get one.
         command += [f"--dashboard-agent-listen-port={free_port()}"]
         command += ["--disable-usage-stats", "--object-store-memory=100000000", "--num-cpus=1", "--num-gpus=0"]
@@ -102,7 +110,7 @@ class RayCluster:
 
     def drain(self, node_id: str, seconds: int = 60) -> None:
         """Tell Ray that a node is about to be taken away."""
-        said = self._run(
+        completed = self._run(
             "drain-node",
             f"--address={self.address}",
             f"--node-id={node_id}",
@@ -110,7 +118,7 @@ class RayCluster:
             "--reason-message=taken",
             f"--deadline-remaining-seconds={seconds}",
         )
-        assert said.returncode == 0, said.stdout + said.stderr
+        assert completed.returncode == 0, completed.stdout + completed.stderr
 
     def node_ids(self) -> dict[str, str]:
         """Ids of the nodes that live, by name."""
@@ -123,8 +131,8 @@ class RayCluster:
         )
         assert done.returncode == 0, done.stderr
         # Ray says of itself what it likes, on the same output.
-        found: dict[str, str] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-        return found
+        resources: dict[str, str] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+        return resources
 
     def stop(self) -> None:
         for process in reversed(self._nodes.values()):

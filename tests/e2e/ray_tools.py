@@ -27,15 +27,15 @@ def wait_for(what: str, condition: Callable[[], object]) -> None:
 
 def started_by(run: Path) -> list[psutil.Process]:
     """Every process that has the run's folder in its environment, as Ray's own, or on its command line, as the title of ranks."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         try:
-            said = " ".join([*process.cmdline(), process.environ().get("PYTHONPATH", "")])
-            if str(run) in said and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+            text = " ".join([*process.cmdline(), process.environ().get("PYTHONPATH", "")])
+            if str(run) in text and process.status() != psutil.STATUS_ZOMBIE:
+                processes.append(process)
         except psutil.Error:
             continue
-    return found
+    return processes
 
 
 def kill_all(folder: Path) -> None:
@@ -100,17 +100,17 @@ def rows_of(run: Path, folder: Path) -> dict[int, list[tuple[int, list[int]]]]:
 
     What was only made ready for a step that an attempt did not come to does not count.
     """
-    found: dict[int, list[tuple[int, list[int]]]] = {}
+    rows: dict[int, list[tuple[int, list[int]]]] = {}
     trained = {(line["attempt"], int(line["trainer/step"])) for line in metrics(run) if "train/loss" in line}
     for attempt in sorted({number for number, _ in trained}):
-        begun = run_store.read_attempt(RunDir(run), attempt)
+        record = run_store.read_attempt(RunDir(run), attempt)
         batches = [
             [json.loads(line) for line in file.read_text().splitlines()] for file in sorted(folder.glob(f"{attempt:03d}-*.jsonl"))
         ]
-        assert len(batches) == len(begun.nodes) or begun.nodes == ()
+        assert len(batches) == len(record.nodes) or record.nodes == ()
         for step in sorted(step for number, step in trained if number == attempt):
-            parts = [rank[step - (begun.resume_step or 0) - 1] for rank in batches]
+            parts = [rank[step - (record.resume_step or 0) - 1] for rank in batches]
             own = sorted(row for part in parts for row in part["own"])
             assert all(sorted(part["all"]) == own for part in parts), "together the ranks have the whole batch, once"
-            found.setdefault(step, []).append((len(parts), own))
-    return found
+            rows.setdefault(step, []).append((len(parts), own))
+    return rows

@@ -62,8 +62,8 @@ class SlurmRun:
     def job_of(self, number: int) -> str:
         """Empty as long as Slurm has given none."""
         submitted = self.path / f"attempts/{number:03d}/submitted.json"
-        begun = self.attempt_record(number)["job"]
-        return begun or (json.loads(submitted.read_text())["job"] if submitted.is_file() else "")
+        job = self.attempt_record(number)["job"]
+        return job or (json.loads(submitted.read_text())["job"] if submitted.is_file() else "")
 
     def attempt_record(self, number: int, name: str = "attempt") -> dict:
         return json.loads((self.path / f"attempts/{number:03d}/{name}.json").read_text())
@@ -106,8 +106,8 @@ class SlurmRun:
 
     def await_completed(self, deadline_s: float = 300) -> None:
         """Wait for the end of the run and of its job."""
-        ended = self.await_state("completed", "failed", "cancelled", deadline_s=deadline_s)
-        assert ended["state"] == "completed", f"{ended}\n{self.output()}"
+        final = self.await_state("completed", "failed", "cancelled", deadline_s=deadline_s)
+        assert final["state"] == "completed", f"{final}\n{self.output()}"
         self.await_end_of_job()
 
     def await_end_of_job(self, deadline_s: float = 60) -> None:

@@ -22,13 +22,13 @@ SETTINGS = (*TINY, "train.max_steps=100000", "eval.at_start=false", "export.enab
 def require_stopped(run: Path, done: subprocess.CompletedProcess[str], words: str) -> None:
     """Stopped by a limit: state, message, alert, exit code, and a checkpoint of the very last step."""
     assert done.returncode == 130, done.stdout + done.stderr
-    found = status(run)
-    assert found["state"] == "preempted"
-    assert re.match(words, found["message"])
-    assert f"saved at step {found['step']} of" in found["message"]
-    assert any(text == found["message"] for text in alerts(run))
-    assert (run / f"checkpoints/step-{found['step']:08d}/manifest.json").is_file()
-    assert found["step"] >= last_step(run) > 0
+    final = status(run)
+    assert final["state"] == "preempted"
+    assert re.match(words, final["message"])
+    assert f"saved at step {final['step']} of" in final["message"]
+    assert any(text == final["message"] for text in alerts(run))
+    assert (run / f"checkpoints/step-{final['step']:08d}/manifest.json").is_file()
+    assert final["step"] >= last_step(run) > 0
     assert not processes_of(run)
 
 
@@ -48,11 +48,11 @@ def test_a_run_stops_at_its_budget_and_resumes_with_a_larger_one(launch: Launch,
     done = launch("resume", str(run), "run.max_usd=1000", f"train.max_steps={stopped_at + 10}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert status(run)["state"] == "completed"
-    told = [line for line in metrics(run) if "train/loss" in line and "perf/goodput" in line][-1]
+    last_line = [line for line in metrics(run) if "train/loss" in line and "perf/goodput" in line][-1]
     assert set(losses(run)) == set(range(1, stopped_at + 11)), "each step once"
-    lost = {name: seconds for name, seconds in told.items() if name.startswith("lost/")}
-    assert told["run/lost_steps"] == 0
-    assert told["perf/goodput"] == pytest.approx(told["time/kept_s"] / (told["time/kept_s"] + sum(lost.values())))
+    lost = {name: seconds for name, seconds in last_line.items() if name.startswith("lost/")}
+    assert last_line["run/lost_steps"] == 0
+    assert last_line["perf/goodput"] == pytest.approx(last_line["time/kept_s"] / (last_line["time/kept_s"] + sum(lost.values())))
     assert lost["lost/start_s"] > 0 < lost["lost/load_s"]
     assert lost["lost/idle_s"] > 0, "the time between the two"
 

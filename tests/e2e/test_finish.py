@@ -128,8 +128,8 @@ def test_the_output_shows_losses_answers_and_paths(finished: tuple[Path, str]) -
         "answer after",
     ):
         assert expected in output
-    for place in ("checkpoint", "wandb sync", "exported to", "python -m launcher status"):
-        assert place in output
+    for text in ("checkpoint", "wandb sync", "exported to", "python -m launcher status"):
+        assert text in output
     assert "\x1b[" not in output, "plain lines where output is no terminal"
     assert status(run)["state"] == "completed"
 
@@ -146,14 +146,14 @@ def test_the_export_equals_the_checkpoint_and_loads_in_transformers(finished: tu
     model = AutoModelForCausalLM.from_pretrained(run / "export")
     assert model.dtype == dtype
     tokenizer = AutoTokenizer.from_pretrained(run / "export")
-    asked = [{"role": "user", "content": "hi"}]
-    assert tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) == (
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
         "<|im_start|>user:\nhi<|im_end|>\n<|im_start|>assistant:\n"
     )
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    told = next(e for e in events if e["kind"] == "export")["fields"]
-    assert told["mean_kl"] < 1e-2
-    assert told["tensors_compared"] == len(exported)
+    fields = next(e for e in events if e["kind"] == "export")["fields"]
+    assert fields["mean_kl"] < 1e-2
+    assert fields["tensors_compared"] == len(exported)
 
 
 def test_the_export_has_a_model_card_and_is_pushed_to_the_hub(finished: tuple[Path, str], hub: FakeHub) -> None:
@@ -174,10 +174,10 @@ def test_a_push_without_access_is_refused_before_anything_is_written(
     launch_here: Launch, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     run, _ = finished
-    for repo_id, said in (("owner/name", "HF_TOKEN"), ("owner/name/more", "owner/name")):
+    for repo_id, expected in (("owner/name", "HF_TOKEN"), ("owner/name/more", "owner/name")):
         refused = launch_here("export", str(run), "--push", repo_id, "--out", str(tmp_path / "out"))
         assert refused.returncode == 2
-        assert said in refused.stderr
+        assert expected in refused.stderr
         assert "--push" in refused.stderr
         assert not (tmp_path / "out").exists()
     refused = launch_here(*TINY, "export.push_to_hub=owner/name", f"run.root={tmp_path}", "run.name=refused")

@@ -81,18 +81,18 @@ def test_a_run_resumes_from_the_mirror_after_its_disk_is_lost(
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/models").symlink_to(launcher_cache / "models")
     listed = launch("ls", f"s3://{s3.bucket}/runs", "--json", **other)
-    assert [found["name"] for found in json.loads(listed.stdout)] == ["lost"], listed.stderr
+    assert [listed_run["name"] for listed_run in json.loads(listed.stdout)] == ["lost"], listed.stderr
     done = launch("resume", address, "--root", str(elsewhere), **other)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = elsewhere / "lost"
-    began = next(e for e in events(found) if e["attempt"] == 2 and e["text"].startswith("continuing from"))
+    restored = elsewhere / "lost"
+    began = next(e for e in events(restored) if e["attempt"] == 2 and e["text"].startswith("continuing from"))
     assert int(began["text"].rpartition("-")[2]) >= 8
-    assert losses(found) == losses(alone)
-    assert {step: losses(found)[step] for step in reached} == reached
-    assert status(found)["state"] == "completed"
-    resumed = json.loads((found / "attempts/002/plan.json").read_text())
-    assert (resumed["wandb_id"], resumed["run_dir"]) == (plan["wandb_id"], str(found))
-    assert mirrored(found, 2)["last_step"] == STEPS
+    assert losses(restored) == losses(alone)
+    assert {step: losses(restored)[step] for step in reached} == reached
+    assert status(restored)["state"] == "completed"
+    resumed = json.loads((restored / "attempts/002/plan.json").read_text())
+    assert (resumed["wandb_id"], resumed["run_dir"]) == (plan["wandb_id"], str(restored))
+    assert mirrored(restored, 2)["last_step"] == STEPS
     assert f"python -m launcher resume {address}" in done.stdout
     again = launch("resume", address, "--root", str(elsewhere), **other)
     assert (again.returncode, "exists already" in again.stderr) == (2, True)

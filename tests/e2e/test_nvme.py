@@ -20,14 +20,14 @@ def test_a_run_on_nvme_is_saved_resumed_and_exported(
     launch: Launch, launch_here: Launch, start: Callable, runs: Path, tmp_path: Path, extensions: None
 ) -> None:
     disk = tmp_path / "disk"
-    asked = (
+    overrides = (
         "deepspeed=zero3_nvme",
         f"deepspeed.nvme_path={disk}",
         "checkpoint.save_every=2",
         "train.max_steps=8",
         f"run.root={runs}",
     )
-    settings = (*TINY, *asked)
+    settings = (*TINY, *overrides)
     refused = launch_here(*settings, "run.name=early")
     assert refused.returncode == 2
     assert "the folder for NVMe offload does not exist on this machine" in refused.stdout + refused.stderr

@@ -90,7 +90,7 @@ def test_a_run_survives_every_fault_of_its_processes_and_has_the_same_losses(
             if attempt == 1:
                 terminal = stack.enter_context(start("logs", str(run), "-f", "--rank", "1"))
             before, at = ranks_of(run), time.time()
-            said = fault(run, before)
+            expected_alert = fault(run, before)
             if fault is hang_rank:
                 # In the time that this takes.
                 assert re.search(r"^faulty +running ", launch_here("ls", "--root", str(root)).stdout, re.MULTILINE)
@@ -103,7 +103,7 @@ def test_a_run_survives_every_fault_of_its_processes_and_has_the_same_losses(
             assert saved > 0
             wait_for(f"a step after {fault.__name__}", lambda n=attempt + 1: trained(run, n))
             assert trained(run, attempt + 1)[0] == saved + 1, "no more is repeated than was done since the last checkpoint"
-            assert re.search(said, alerts(run, attempt)), f"{fault.__name__}: {alerts(run, attempt)}"
+            assert re.search(expected_alert, alerts(run, attempt)), f"{fault.__name__}: {alerts(run, attempt)}"
             if fault is kill_worker:
                 firsts = {line["attempt"]: line["time"] for line in reversed(metrics(run)) if "train/loss" in line}
                 # Meant are 30 s, of a machine that does nothing else.
@@ -198,7 +198,7 @@ def test_cancel_saves_and_a_run_resumes_after_its_driver_was_killed(
 
     def signalled(number: signal.Signals) -> None:
         """Go on for some steps, of which the terminal sees no more than the first, and send the driver a signal."""
-        begun = status(run)["step"]
+        first_step = status(run)["step"]
         with ExitStack() as stack:
             # Who runs the tests may ignore it, as nohup does, and processes inherit that.
             before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -206,7 +206,7 @@ def test_cancel_saves_and_a_run_resumes_after_its_driver_was_killed(
                 terminal = stack.enter_context(start("resume", str(run), **env))
             finally:
                 signal.signal(signal.SIGHUP, before)
-            wait_for("further steps", lambda: last_step(run) >= begun + 5)
+            wait_for("further steps", lambda: last_step(run) >= first_step + 5)
             terminal.send_signal(signal.SIGHUP)
             assert terminal.wait(DEADLINE_S) == -signal.SIGHUP
         seen = last_step(run)
@@ -254,11 +254,11 @@ def require_closed(run: Path, folder: Path) -> None:
     listening: dict[str, set[str]] = {}
     for process in started_by(run):
         with suppress(psutil.NoSuchProcess):
-            said = " ".join([process.name(), *process.cmdline()])
+            title = " ".join([process.name(), *process.cmdline()])
             # torch's store of rank 0 listens for the ranks of other nodes.
-            if "launcher rank " in said:
+            if "launcher rank " in title:
                 continue
-            listening[said] = {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-    assert any(ips for said, ips in listening.items() if "dashboard/dashboard.py" in said)
-    assert any(ips for said, ips in listening.items() if said.startswith("gcs_server"))
+            listening[title] = {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert any(ips for title, ips in listening.items() if "dashboard/dashboard.py" in title)
+    assert any(ips for title, ips in listening.items() if title.startswith("gcs_server"))
     assert set().union(*listening.values()) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listening

@@ -63,12 +63,12 @@ def unseen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster(unseen: Path) -> Iterator[RayCluster]:
     """A Ray cluster, of which the head has one CPU; each test says with `have_only` which nodes it needs beside that."""
-    found = RayCluster()
+    ray_cluster = RayCluster()
     try:
-        found.start("n1", prefix=hiding(unseen))
-        yield found
+        ray_cluster.start("n1", prefix=hiding(unseen))
+        yield ray_cluster
     finally:
-        found.stop()
+        ray_cluster.stop()
 
 
 @pytest.fixture
@@ -89,9 +89,9 @@ def by_job(cluster: RayCluster) -> tuple[str, str]:
     return f"cluster.address={cluster.http}", f"cluster.python={sys.executable}"
 
 
-def assert_close(found: dict[int, float], wanted: dict[int, float]) -> None:
-    assert found.keys() == wanted.keys()
-    apart = {step: abs(found[step] - wanted[step]) for step in wanted if abs(found[step] - wanted[step]) > CLOSE}
+def assert_close(actual: dict[int, float], expected: dict[int, float]) -> None:
+    assert actual.keys() == expected.keys()
+    apart = {step: abs(actual[step] - expected[step]) for step in expected if abs(actual[step] - expected[step]) > CLOSE}
     assert not apart
 
 
@@ -118,10 +118,10 @@ def test_a_wrong_token_and_a_wrong_address_are_refused_with_a_remedy(
 
 
 def test_a_cluster_with_another_ray_version_is_refused_with_a_remedy(launch: Launch, root: Path, tmp_path: Path) -> None:
-    found = distribution("ray")
-    (file,) = [found.locate_file(path) for path in found.files or () if path.match("ray/_version.py")]
+    package = distribution("ray")
+    (file,) = [package.locate_file(path) for path in package.files or () if path.match("ray/_version.py")]
     other = tmp_path / "_version.py"
-    other.write_text(Path(str(file)).read_text().replace(found.version, "2.1.0"))
+    other.write_text(Path(str(file)).read_text().replace(package.version, "2.1.0"))
     older = RayCluster()
     try:
         prefix = hiding(replaced={Path(str(file)): other})
@@ -132,7 +132,7 @@ def test_a_cluster_with_another_ray_version_is_refused_with_a_remedy(launch: Lau
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Ray cannot be used" in done.stderr
     assert "2.1.0" in done.stderr
-    assert found.version in done.stderr
+    assert package.version in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -173,9 +173,9 @@ def test_an_unfit_node_is_named_and_an_elastic_run_excludes_it(
     hidden, state, other = tmp_path / "hidden", tmp_path / "state", tmp_path / "METADATA"
     hidden.mkdir()
     state.mkdir()
-    found = distribution("transformers")
-    (file,) = [found.locate_file(path) for path in found.files or () if path.match("transformers-*/METADATA")]
-    other.write_text(Path(str(file)).read_text().replace(f"Version: {found.version}", "Version: 4.0.0"))
+    package = distribution("transformers")
+    (file,) = [package.locate_file(path) for path in package.files or () if path.match("transformers-*/METADATA")]
+    other.write_text(Path(str(file)).read_text().replace(f"Version: {package.version}", "Version: 4.0.0"))
     cluster.have_only()
     cluster.start("apart", prefix=hiding(hidden, state, replaced={Path(str(file)): other}))
 
@@ -191,9 +191,9 @@ def test_an_unfit_node_is_named_and_an_elastic_run_excludes_it(
     assert "apart: Ray Train's storage is not the one" in message
     assert "n1:" not in message
     message = refusal(root, "versions")
-    said = f"apart: the version of transformers differs from the head node's apart: 4.0.0; n1: {found.version}"
-    other_way = f"n1: the version of transformers differs from the head node's n1: {found.version}; apart: 4.0.0"
-    assert said in message or other_way in message
+    expected = f"apart: the version of transformers differs from the head node's apart: 4.0.0; n1: {package.version}"
+    reversed_order = f"n1: the version of transformers differs from the head node's n1: {package.version}; apart: 4.0.0"
+    assert expected in message or reversed_order in message
 
     elastic = ("cluster.workers=2", "cluster.min_workers=1", "train.max_steps=10", "--follow")
     done = launch(*ray(cluster, hidden, "without", *elastic), **cluster.env)
@@ -313,8 +313,8 @@ def test_an_elastic_run_shrinks_and_grows_and_only_its_ranks_get_its_keys(
         await_training(run, num_ranks=4)
         assert sorted(ranks_of(run)) == [0, 1, 2, 3]
         environments = environments_of(rows, run_store.newest_attempt(RunDir(run)))
-        assert {found["WANDB_API_KEY"] for found in environments} == {canary}
-        assert sorted((found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"]) for found in environments) == [
+        assert {variables["WANDB_API_KEY"] for variables in environments} == {canary}
+        assert sorted((variables["LOCAL_RANK"], variables["LOCAL_WORLD_SIZE"]) for variables in environments) == [
             *[("0", "1")] * 2,
             ("0", "2"),
             ("1", "2"),
@@ -329,9 +329,9 @@ def test_an_elastic_run_shrinks_and_grows_and_only_its_ranks_get_its_keys(
         output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, output
     assert_close(losses(run), losses(undisturbed))
-    wanted = {step: {tuple(batch)} for step, ((_, batch),) in rows_of(undisturbed, undisturbed.parent / "rows").items()}
+    expected = {step: {tuple(batch)} for step, ((_, batch),) in rows_of(undisturbed, undisturbed.parent / "rows").items()}
     seen = rows_of(run, rows)
-    assert {step: {tuple(batch) for _, batch in times} for step, times in seen.items()} == wanted
+    assert {step: {tuple(batch) for _, batch in times} for step, times in seen.items()} == expected
     assert {2, 4} <= {num_ranks for times in seen.values() for num_ranks, _ in times} <= {1, 2, 4}
     assert run_store.load_plan(RunDir(run)).topology.world_size == 4, "the plan is that of the newest attempt"
     # Ray begins with as few as are there at that moment, so that there may have been one more at the start.
@@ -360,8 +360,8 @@ def test_a_lost_head_is_reported_with_the_command_that_resumes(launch: Launch, c
         await_no_launcher(run)
 
     def seen(run: Path) -> dict[str, str]:
-        found: dict[str, str] = json.loads(launch("status", str(run), "--json", **cluster.env).stdout)
-        return found
+        answer: dict[str, str] = json.loads(launch("status", str(run), "--json", **cluster.env).stdout)
+        return answer
 
     # The network between here and the cluster may be away for a moment.
     assert seen(root / "job")["state"] == "running"

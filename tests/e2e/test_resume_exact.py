@@ -61,8 +61,13 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def undisturbed(launch: Launch, settings: tuple[str, ...], module_runs: Path) -> Path:
     run = module_runs / "undisturbed"
-    asked = (f"run.root={module_runs}", "run.name=undisturbed", f"train.max_steps={STEPS}", f"checkpoint.keep_every={SAVE_EVERY}")
-    done = launch(*settings, *asked, **rows_environment(rows_of(module_runs)))
+    overrides = (
+        f"run.root={module_runs}",
+        "run.name=undisturbed",
+        f"train.max_steps={STEPS}",
+        f"checkpoint.keep_every={SAVE_EVERY}",
+    )
+    done = launch(*settings, *overrides, **rows_environment(rows_of(module_runs)))
     assert done.returncode == 0, done.stderr
     plan = json.loads((run / "plan.json").read_text())
     assert plan["data"]["num_rows"] == 20
@@ -75,8 +80,8 @@ def undisturbed(launch: Launch, settings: tuple[str, ...], module_runs: Path) ->
 def parts(launch: Launch, settings: tuple[str, ...], module_runs: Path) -> Path:
     """A run that is continued to each step in turn, on as many ranks as stand beside it; all checkpoints are kept."""
     (first, ranks), *others = PARTS
-    asked = (f"run.root={module_runs}", "run.name=parts", f"train.max_steps={first}", f"cluster.ranks_per_node={ranks}")
-    done = launch(*settings, *asked, "checkpoint.keep_last=9")
+    overrides = (f"run.root={module_runs}", "run.name=parts", f"train.max_steps={first}", f"cluster.ranks_per_node={ranks}")
+    done = launch(*settings, *overrides, "checkpoint.keep_last=9")
     assert done.returncode == 0, done.stderr
     for step, ranks in others:
         done = launch("resume", str(module_runs / "parts"), f"train.max_steps={step}", f"cluster.ranks_per_node={ranks}")
@@ -126,7 +131,7 @@ def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
     """Five attempts, compared with the undisturbed run once, at the end."""
     run, rows = runs / "disturbed", rows_of(runs)
     env = rows_environment(rows)
-    asked = (*settings, f"run.root={runs}", "run.name=disturbed")
+    overrides = (*settings, f"run.root={runs}", "run.name=disturbed")
 
     # 1. benchmarks/kills.py in small. The last kill finds no restart left: it ends the run, is named, and a resume goes on.
     kills = draw_kills(seed=340, num_kills=NUM_KILLS, num_ranks=2, save_every=SAVE_EVERY)
@@ -135,7 +140,7 @@ def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
     # What follows needs two checkpoints.
     kills[-1] = replace(kills[-1], moment="training", steps=2 * SAVE_EVERY + 2)
     assert steps_for(kills, SAVE_EVERY) <= 44
-    with start(*asked, f"train.max_steps={ASKED_AT_FIRST}", f"cluster.max_restarts={NUM_KILLS - 1}", **env) as process:
+    with start(*overrides, f"train.max_steps={ASKED_AT_FIRST}", f"cluster.max_restarts={NUM_KILLS - 1}", **env) as process:
         killer = Killer(run, lambda: process.poll() is not None)
         for kill in kills:
             killer.carry_out(kill)
@@ -188,7 +193,7 @@ def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
         assert status(run)["attempt"] == 4
         assert status(run)["max_steps"] == STEPS, "what a resume changed stays changed"
         agent = status(run)["job"]["pid"]
-        for second in (asked, ("resume", str(run))):
+        for second in (overrides, ("resume", str(run))):
             refused = launch_here(*second)
             assert refused.returncode == 2, refused.stdout + refused.stderr
             assert f"attempt 4, process {agent} on {os.uname().nodename}, of user {run.owner()}, since 2" in refused.stderr
@@ -202,7 +207,7 @@ def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
     assert refused.returncode == 2
     assert "not running" in refused.stderr
     # Nobody runs it any more: the directory itself is what stands in the way.
-    refused = launch_here(*asked)
+    refused = launch_here(*overrides)
     assert refused.returncode == 2
     assert "exists already" in refused.stderr
 
@@ -225,12 +230,12 @@ def test_losses_on_other_numbers_of_ranks_differ_only_by_rounding(parts: Path, u
     assert sum(apart) >= len(apart) - 2
 
 
-def test_loss_and_parameters_do_not_depend_on_micro_batch_and_chunk(
+def test_loss_and_parameters_do_not_depend_on_ranks_and_accumulation(
     launch: Launch, settings: tuple[str, ...], module_runs: Path, undisturbed: Path, parts: Path
 ) -> None:
     """One global batch: 2 ranks x 2 accumulated, 4 x 1, and 1 x 4 with activations that are recomputed."""
-    asked = (f"run.root={module_runs}", "run.name=one", "cluster.ranks_per_node=1", f"train.max_steps={SAVE_EVERY}")
-    done = launch(*settings, *asked, "model.activation_checkpointing=true")
+    overrides = (f"run.root={module_runs}", "run.name=one", "cluster.ranks_per_node=1", f"train.max_steps={SAVE_EVERY}")
+    done = launch(*settings, *overrides, "model.activation_checkpointing=true")
     assert done.returncode == 0, done.stdout + done.stderr
     checkpoint = f"checkpoints/step-{SAVE_EVERY:08d}"
     reference = assembled(undisturbed / checkpoint)

@@ -31,8 +31,8 @@ def trained(launch: Launch, module_runs: Path) -> Path:
     """Two steps on rows of its own."""
     module_runs.mkdir(exist_ok=True)
     write_rows(module_runs.parent / "rows.jsonl", 0, 40)
-    asked = (f"data.path={module_runs.parent / 'rows.jsonl'}", f"run.root={module_runs}", "run.name=trained")
-    done = launch(*SETTINGS, *asked, "train.max_steps=2", "checkpoint.save_every=1", "checkpoint.keep_last=2")
+    overrides = (f"data.path={module_runs.parent / 'rows.jsonl'}", f"run.root={module_runs}", "run.name=trained")
+    done = launch(*SETTINGS, *overrides, "train.max_steps=2", "checkpoint.save_every=1", "checkpoint.keep_last=2")
     assert done.returncode == 0, done.stdout + done.stderr
     return module_runs / "trained"
 
@@ -129,8 +129,8 @@ def test_a_plan_edited_by_hand_is_reported(launch_here: Launch, run: Path, chang
     rows = str(plan(run)["data"]["num_rows"])
     edit_plan(run, **changes)
     text = refused(launch_here, run, "train.max_steps=3")
-    wanted = [rows if word == "ROWS" else word for word in shown]
-    assert wanted in [line.split() for line in text.splitlines()]
+    expected = [rows if word == "ROWS" else word for word in shown]
+    assert expected in [line.split() for line in text.splitlines()]
 
 
 def test_a_missing_plan_is_reported(launch_here: Launch, run: Path) -> None:

@@ -52,13 +52,13 @@ class Soak:
         """Wait for the record of why the attempt ended; its job tells that at once, where it has the time to."""
         file = self.run.path / f"attempts/{self.attempt:03d}/exit.json"
         wait_for(f"the end of attempt {self.attempt}", file.is_file, LATE)
-        found = json.loads(file.read_text())
-        assert found["cause"] == cause, f"{found}\n{self.run.output()}"
+        record = json.loads(file.read_text())
+        assert record["cause"] == cause, f"{record}\n{self.run.output()}"
         self.causes.append(cause)
         assert self.run.causes() == self.causes
         if by_job:
             wait_for("the alert", lambda: self.alert(f"the attempt ended ({cause})"), LATE)
-        return found
+        return record
 
     def trains_in_next_attempt(self) -> None:
         """Past a new checkpoint, by the same job."""
@@ -70,12 +70,12 @@ class Soak:
         assert self.run.attempt == self.attempt
         assert self.run.job_of(self.attempt) == job
 
-    def goes_on_from_its_last_step(self, ended: dict) -> None:
+    def goes_on_from_its_last_step(self, record: dict) -> None:
         """No step was done twice."""
-        assert self.run.attempt_record(self.attempt)["resume_step"] == ended["step"] == ended["saved_step"]
+        assert self.run.attempt_record(self.attempt)["resume_step"] == record["step"] == record["saved_step"]
         before = [m["trainer/step"] for m in self.steps(self.attempt - 1)]
         after = [m["trainer/step"] for m in self.steps(self.attempt)]
-        assert (before[-1], after[0]) == (ended["step"], ended["step"] + 1)
+        assert (before[-1], after[0]) == (record["step"], record["step"] + 1)
 
     def steps(self, attempt: int, restarts: int = 0) -> list[dict]:
         every = [m for m in metrics(self.run.path) if "train/loss" in m]
@@ -189,9 +189,9 @@ def a_node_with_other_code_is_left_out(soak: Soak) -> None:
     (stale / "launcher/errors.py").write_text((stale / "launcher/errors.py").read_text() + "\n# stale\n")
     bed.exec("n2", "mount", "--bind", stale, run.path / "code")
     bed.run("scontrol", "release", run.job)
-    ended = soak.ended("bad_node")
+    record = soak.ended("bad_node")
     assert soak.nodes == ["n1", "n2"]
-    assert ended["bad_nodes"] == ["n2"]
+    assert record["bad_nodes"] == ["n2"]
     bed.exec("n2", "umount", "--lazy", run.path / "code")
     soak.trains_in_next_attempt()
     assert soak.nodes == ["n1", "n3"]
@@ -218,9 +218,9 @@ def a_drained_node_ends_what_it_runs_and_a_signal_to_the_job_saves_and_requeues(
     bed.run("scancel", "--signal=USR2", run.job)
     # Again, while it saves or just before.
     bed.run("scancel", "--signal=USR2", run.job)
-    ended = soak.ended("preempted")
+    record = soak.ended("preempted")
     soak.trains_in_next_attempt()
-    soak.goes_on_from_its_last_step(ended)
+    soak.goes_on_from_its_last_step(record)
     assert drained not in soak.nodes
     bed.run("scontrol", "update", f"NodeName={drained}", "State=RESUME")
 
@@ -228,9 +228,9 @@ def a_drained_node_ends_what_it_runs_and_a_signal_to_the_job_saves_and_requeues(
 def a_signal_to_one_rank_alone_stops_all_at_one_step(soak: Soak) -> None:
     (rank,) = soak.run.ranks(soak.nodes[1])
     rank.send_signal(signal.SIGUSR2)
-    ended = soak.ended("preempted")
+    record = soak.ended("preempted")
     soak.trains_in_next_attempt()
-    soak.goes_on_from_its_last_step(ended)
+    soak.goes_on_from_its_last_step(record)
 
 
 def a_job_of_a_higher_partition_takes_the_nodes_and_the_time_limit_saves_in_time(soak: Soak) -> None:
@@ -250,10 +250,10 @@ def a_job_of_a_higher_partition_takes_the_nodes_and_the_time_limit_saves_in_time
     # Slurm itself requeues what it preempts: requeued here as well it would run once too often.
     wait_for("the next attempt", lambda: run.attempt == soak.attempt, LATE)
     while True:
-        ended = soak.ended("time_limit")
-        assert ended["saved_step"] == ended["step"]
+        record = soak.ended("time_limit")
+        assert record["saved_step"] == record["step"]
         wait_for("the job to wait", lambda: run.queued() == "PENDING" or run.attempt > soak.attempt, LATE)
-        done = ended["step"] > before["step"]
+        done = record["step"] > before["step"]
         limit_min = 20 if done else limit_min + 1
         bed.run("scontrol", "update", f"JobId={run.job}", f"TimeLimit={limit_min}")
         if done and run.attempt == soak.attempt:
@@ -263,7 +263,7 @@ def a_job_of_a_higher_partition_takes_the_nodes_and_the_time_limit_saves_in_time
         min(m["trainer/step"] for m in metrics(run.path) if m["attempt"] > soak.causes.index("time_limit")) == before["step"] + 1
     )
     soak.trains_in_next_attempt()
-    soak.goes_on_from_its_last_step(ended)
+    soak.goes_on_from_its_last_step(record)
 
 
 def an_agent_that_is_killed_costs_the_attempt(soak: Soak) -> None:

@@ -60,8 +60,8 @@ def test_a_user_error_is_shown_to_followers_and_not_retried(launch_here: Launch,
     assert bad.returncode == 1
     assert "resume" in bad.stderr or "start it again" in bad.stderr
     run = SlurmRun(runs / "bad", slurm, launch_here)
-    ended = run.await_state("failed")
-    assert "not finite" in ended["message"] or "the loss is" in ended["message"]
+    final = run.await_state("failed")
+    assert "not finite" in final["message"] or "the loss is" in final["message"]
     assert run.causes() == ["user_error"]
     run.await_end_of_job()
     assert run.attempt == 1
@@ -102,15 +102,15 @@ def test_a_run_never_runs_twice_at_once_and_is_cancelled_in_every_way(begin: Cal
 
     # With a checkpoint.
     assert run.launch("cancel", str(run.path), **run.bed.variables).returncode == 0
-    ended = run.await_state("cancelled")
-    assert ended["step"] >= 5
-    assert (run.path / "checkpoints" / f"step-{ended['step']:08d}" / "manifest.json").is_file()
+    final = run.await_state("cancelled")
+    assert final["step"] >= 5
+    assert (run.path / "checkpoints" / f"step-{final['step']:08d}" / "manifest.json").is_file()
     run.await_end_of_job()
     done = run.launch("resume", str(run.path), **run.bed.variables)
     assert done.returncode == 0, done.stderr
 
     # Without.
-    run.await_step(ended["step"] + 2, attempt=2)
+    run.await_step(final["step"] + 2, attempt=2)
     assert run.launch("cancel", str(run.path), "--no-save", **run.bed.variables).returncode == 0
     run.await_end_of_job()
     # As Slurm tells it: the job may be killed before it has written that down.
@@ -120,7 +120,7 @@ def test_a_run_never_runs_twice_at_once_and_is_cancelled_in_every_way(begin: Cal
     # By a person's scancel.
     done = run.launch("resume", str(run.path), **run.bed.variables)
     assert done.returncode == 0, done.stderr
-    run.await_step(ended["step"] + 2, attempt=3)
+    run.await_step(final["step"] + 2, attempt=3)
     run.bed.run("scancel", run.job)
     run.await_end_of_job()
     assert run.shown()["state"] == "cancelled"

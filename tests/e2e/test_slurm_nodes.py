@@ -45,10 +45,10 @@ def test_a_node_that_does_not_see_the_run_directory_is_named(launch_here: Launch
     runs.mkdir()
     slurm.private_mount("n2", runs)
     run = submit(launch_here, slurm, runs, "unshared")
-    ended = run.await_state("failed")
-    assert "n2" in ended["message"]
-    assert "run directory" in ended["message"]
-    assert "cluster.exclude_bad_nodes" in ended["message"]
+    final = run.await_state("failed")
+    assert "n2" in final["message"]
+    assert "run directory" in final["message"]
+    assert "cluster.exclude_bad_nodes" in final["message"]
     assert run.causes() == ["bad_node"]
     assert run.attempt_record(1, "exit")["bad_nodes"] == ["n2"]
 
@@ -81,7 +81,7 @@ def test_a_rank_over_its_memory_limit_is_killed_and_restarted(
         # Slurm looks at the memory every few seconds: the run must not end before.
         limits = ("cluster.nodes=1", "cluster.mem=400M", "cluster.max_infrastructure_failures=0", "train.max_steps=100000")
         run = submit(launch_here, bed, runs, "memory", *limits)
-        ended = run.await_state("failed")
+        final = run.await_state("failed")
         assert run.causes()[-1] == "infrastructure"
-        assert "memory" in ended["message"]
+        assert "memory" in final["message"]
     assert len(losses(run.path)) < 100000

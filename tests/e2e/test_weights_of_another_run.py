@@ -86,8 +86,8 @@ def test_plan_output_and_wandb_name_the_parent(parent: Path, child: tuple[Path, 
     # The command line named no step; the plan does.
     assert plan(run)["config"]["model"]["path"] == f"run:{parent}@3"
     assert "lineage    begins with run parent at step 3\n" in output
-    told = wandb_lineage(run)
-    assert {name: told.get(name) for name in recorded} == recorded
+    logged = wandb_lineage(run)
+    assert {name: logged.get(name) for name in recorded} == recorded
 
 
 def test_a_child_keeps_its_own_copy_of_the_weights(parent: Path, child: tuple[Path, str]) -> None:
@@ -118,12 +118,12 @@ def test_a_run_starts_from_a_chosen_step_of_a_run_that_had_a_parent(
 
 
 def test_weights_of_an_earlier_step_are_written_once(launch_here: Launch, parent: Path) -> None:
-    asked = ("data", *SETTINGS, *FROM_RUN, "model.path=run:parent@2", f"run.root={parent.parent}")
-    first = launch_here(*asked)
+    overrides = ("data", *SETTINGS, *FROM_RUN, "model.path=run:parent@2", f"run.root={parent.parent}")
+    first = launch_here(*overrides)
     assert first.returncode == 0, first.stderr
     assert "taking the weights of run parent at step 2 (once)" in first.stderr
-    assert "taking the weights" not in launch_here(*asked).stderr
-    planned = json.loads(launch_here("plan", "--json", *asked[1:]).stdout)
+    assert "taking the weights" not in launch_here(*overrides).stderr
+    planned = json.loads(launch_here("plan", "--json", *overrides[1:]).stdout)
     folder = Path(planned["model"]["path"])
     assert json.loads((folder / "export.json").read_text())["step"] == 2
     assert (folder / "model.safetensors").read_bytes() != (parent / "export/model.safetensors").read_bytes()
@@ -139,8 +139,8 @@ def test_a_damaged_checkpoint_is_named_before_anything_starts(launch_here: Launc
     shard.write_bytes(content)
     # With the same W&B id, the weights of the intact checkpoint would be found in the cache.
     (damaged / "plan.json").write_text((parent / "plan.json").read_text().replace(plan(parent)["wandb_id"], "abcdef012345"))
-    asked = (*SETTINGS, *FROM_RUN, "tracking=none", f"run.root={damaged.parent}", "run.name=never")
-    done = launch_here(*asked, "model.path=run:damaged@2")
+    overrides = (*SETTINGS, *FROM_RUN, "tracking=none", f"run.root={damaged.parent}", "run.name=never")
+    done = launch_here(*overrides, "model.path=run:damaged@2")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "cannot be used: a weight of the checkpoint differs from the engine's" in done.stderr
     assert str(shard) in done.stderr
