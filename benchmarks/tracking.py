@@ -68,6 +68,9 @@ class NoStop:
     def cancel(self) -> None:
         """Nobody asks."""
 
+    def begin_training(self) -> None:
+        """Nothing ends the process while it loads."""
+
 
 class Recorder:
     """Seconds of each step, by its number from 1: wall-clock, CPU of the thread that trains, and inside the tracking.

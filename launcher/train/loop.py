@@ -34,7 +34,7 @@ from launcher.train.optim import compute_learning_rate, set_learning_rate
 from launcher.train.previous_failure import find_previous_failure
 from launcher.train.resume import load_newest_intact
 from launcher.train.setup import Components, RunContext, build_components
-from launcher.train.stop import Outcome, Stop, has_time_to_save
+from launcher.train.stop import Outcome, Stop, has_time_to_save, make_untrained_outcome
 
 # Steps in a row that may be skipped because gradients are not finite. fp16 finds its loss scale by skipping; other types do not.
 _MAX_SKIPPED_IN_A_ROW = {"fp16": 20, "bf16": 3, "fp32": 3}
@@ -80,18 +80,19 @@ def train(
         outcome = loop.run_to_end()
         loop.parts.monitor.stop()
         beat("finishing", outcome.step)
-        is_completed = outcome.state == "completed"
-        if rank_info.is_main and not is_completed:
+        # None where the run stops early.
+        final = outcome.checkpoint if outcome.state == "completed" else None
+        if rank_info.is_main and final is None:
             on_early_stop(outcome)
-        if is_completed:
+        if final is not None:
             # The export needs the engine's memory; so no reference to the engine may be left here.
             loop.release_memory()
             loop = None
-            write_weights(plan, rank_info, outcome.checkpoint, device)
+            write_weights(plan, rank_info, final, device)
         leave_process_group()
         loop = None
-        if rank_info.is_main and is_completed:
-            finish(plan, outcome.checkpoint, tracker, on_exported)
+        if rank_info.is_main and final is not None:
+            finish(plan, final, tracker, on_exported)
         state = outcome.state
         return outcome
     except Superseded:
@@ -149,6 +150,9 @@ class TrainingLoop:
         self.parts.monitor.start_training(self.step)
         if self.step == 0 and self.run.plan.config.eval.at_start:
             self.evaluate("before training")
+        if self.is_cancelled_before_training():
+            saved_step = self.parts.checkpointer.saved_step
+            return make_untrained_outcome(self.step, None if saved_step is None else self._checkpoint_path(saved_step))
         stop_reason = None
         while not self.is_last_step() and stop_reason is None:
             stop_reason = self.train_step()
@@ -292,6 +296,12 @@ class TrainingLoop:
         last_eval = self.eval_of_this_step()
         self.run.tracker.summary({"last_step": self.step, **(last_eval.metrics if last_eval else {})})
         return Outcome("completed", "completed", self.step, f"{self.step} steps", checkpoint)
+
+    def is_cancelled_before_training(self) -> bool:
+        """Return whether any rank was asked to stop by a person. From here on, ranks stop at the end of a step. Collective."""
+        reduction = all_reduce_step(torch.zeros((), device=self.run.device), self.stop(), [], self.run.device)
+        self.stop.begin_training()
+        return reduction.stop_reason == "cancelled"
 
     def stop_early(self, reason: str) -> Outcome:
         """Save, where there is time for it, and say why training stopped. Collective."""

@@ -17,14 +17,14 @@ from launcher.config.sections.cluster import ClusterSection
 class Outcome:
     """How training ended. `state` is completed, cancelled (by a person) or preempted (by the machines, or a limit of the run).
 
-    `reason` is completed or one of launcher.distributed.STOP_REASONS.
+    `reason` is completed or one of launcher.distributed.STOP_REASONS. `checkpoint` is None where nothing was trained or saved.
     """
 
     state: str
     reason: str
     step: int
     message: str
-    checkpoint: Path
+    checkpoint: Path | None
 
 
 class Stop(Protocol):
@@ -36,6 +36,18 @@ class Stop(Protocol):
 
     def cancel(self) -> None:
         """Request a stop in the name of a person, as a signal would; callable from any thread."""
+
+    def begin_training(self) -> None:
+        """End the phase in which a cancel ends the process at once, because there is nothing to save."""
+
+
+def make_untrained_outcome(step: int, checkpoint: Path | None) -> Outcome:
+    """Return the outcome of an attempt that a person cancelled before its first step: there was nothing to save.
+
+    `checkpoint` is the one of `step` that the attempt began from, None where it began from the initial weights.
+    """
+    newest = "there is no checkpoint" if checkpoint is None else f"the newest checkpoint is of step {step}"
+    return Outcome("cancelled", "cancelled", step, f"stopped before training had begun; {newest}", checkpoint)
 
 
 def has_time_to_save(

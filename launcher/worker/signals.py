@@ -23,12 +23,13 @@ class StopFlag:
     """Callable that returns the first reason to stop, or None; `at` is the time.monotonic() of that signal.
 
     A thread waits for the signals, because Python runs handlers in the main thread only, and not while that is inside a
-    collective.
+    collective. With `loading`, a cancel ends the process at once until `begin_training`: there is nothing to save yet.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, loading: bool = False) -> None:
         self.at: float | None = None
         self._reason: str | None = None
+        self._loading = loading
         self._protected = threading.Lock()
         self._dismissed = False
 
@@ -37,6 +38,10 @@ class StopFlag:
 
     def cancel(self) -> None:
         self._request("cancelled")
+
+    def begin_training(self) -> None:
+        """From here on, a cancel sets the flag."""
+        self._loading = False
 
     @contextmanager
     def delay_dismissal(self) -> Iterator[None]:
@@ -66,6 +71,11 @@ class StopFlag:
                 self._dismissed = True
                 self._protected.acquire(timeout=_MAX_DELAY_S)
                 os._exit(DISMISSED)
+            if received.si_signo == CANCEL and self._loading:
+                # The agent sends the signal to all ranks, so none of them waits for another one. To wait for the end of a
+                # phase could take minutes.
+                os.write(2, b"cancelled while loading; nothing was trained\n")
+                os._exit(0)
             self._request(_REASONS[signal.Signals(received.si_signo)])
 
     def _request(self, reason: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from launcher.errors import DivergedError
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
 from launcher.train.loop import TrainingLoop
 
 PlanOf = Callable[..., LaunchPlan]
@@ -18,8 +19,9 @@ PlanOf = Callable[..., LaunchPlan]
 class FakeLoop(TrainingLoop):
     """A loop over fake components, in which DeepSpeed skips the steps named in `skipped`; records alerts and saves."""
 
-    def __init__(self, plan: LaunchPlan, max_steps: int, skipped: set[int]) -> None:
+    def __init__(self, plan: LaunchPlan, max_steps: int, skipped: set[int], cancelled_at: int | None = None) -> None:
         self.saved: list[int] = []
+        self.is_cancelled = cancelled_at is not None
         self.alerts: list[tuple[int | None, str]] = []
         tracker = SimpleNamespace(event=self._event, summary=lambda values: None)
         parts = SimpleNamespace(
@@ -27,12 +29,18 @@ class FakeLoop(TrainingLoop):
             meter=SimpleNamespace(skipped_steps=0),
             status=SimpleNamespace(write_state=lambda state, step: None),
             monitor=SimpleNamespace(start_training=lambda step: None),
+            checkpointer=SimpleNamespace(saved_step=cancelled_at or None),
             max_steps=max_steps,
         )
-        super().__init__(SimpleNamespace(plan=plan, tracker=tracker), parts, lambda: None)  # type: ignore[arg-type]
+        run_context = SimpleNamespace(plan=plan, tracker=tracker, run_dir=RunDir(Path("run")))
+        super().__init__(run_context, parts, lambda: None)  # type: ignore[arg-type]
+        self.step = cancelled_at or 0
 
     def _event(self, kind: str, text: str, step: int | None) -> None:
         self.alerts.append((step, text))
+
+    def is_cancelled_before_training(self) -> bool:
+        return self.is_cancelled
 
     def train_step(self) -> None:
         self.step += 1
@@ -53,6 +61,17 @@ def run(plan: LaunchPlan, max_steps: int, skipped: set[int]) -> FakeLoop:
     loop = FakeLoop(plan, max_steps, skipped)
     loop.run_to_end()
     return loop
+
+
+@pytest.mark.parametrize(
+    ("step", "newest"), [(0, "there is no checkpoint"), (5, "the newest checkpoint is of step 5")], ids=["first", "resumed"]
+)
+def test_a_run_that_is_cancelled_before_training_trains_no_step(plan_of: PlanOf, step: int, newest: str) -> None:
+    loop = FakeLoop(plan_of("checkpoint.save_every=5"), 20, skipped=set(), cancelled_at=step)
+    outcome = loop.run_to_end()
+    assert (outcome.state, outcome.step, loop.step, loop.saved) == ("cancelled", step, step, [])
+    assert outcome.message == f"stopped before training had begun; {newest}"
+    assert outcome.checkpoint == (Path(f"run/checkpoints/step-{step:08d}") if step else None)
 
 
 def test_a_save_due_at_a_skipped_step_happens_at_the_next_applied_step(plan_of: PlanOf) -> None:

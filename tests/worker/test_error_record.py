@@ -30,8 +30,8 @@ import os, sys, time
 from launcher.worker.ranks import rank_main
 
 class Flag(rank_main.StopFlag):
-    def __init__(self):
-        super().__init__()
+    def __init__(self, loading):
+        super().__init__(loading)
         global flag
         flag = self
 

@@ -27,7 +27,9 @@ def report():
 
 print("born", flush=True)
 sys.stdin.readline()
-flag = StopFlag().install()
+flag = StopFlag(loading="loading" in sys.argv).install()
+if "training" in sys.argv:
+    flag.begin_training()
 helper = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL)
 print(helper.pid, flush=True)
 threading.Thread(target=report, daemon=True).start()
@@ -38,9 +40,10 @@ libc.pthread_mutex_lock(mutex)
 
 
 @contextmanager
-def stuck() -> Iterator[tuple[subprocess.Popen[str], int]]:
+def stuck(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """The process, and the id of a helper process that it has started."""
-    with subprocess.Popen([sys.executable, "-c", STUCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-c", STUCK, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert said(process) == "born"
         install(process)
         helper = int(said(process))
@@ -72,6 +75,24 @@ def test_a_signal_sets_the_flag_inside_a_collective(name: str, reason: str) -> N
     with stuck() as (process, _):
         send(name, process.pid)
         assert said(process) == f"{reason} True"
+
+
+def test_a_cancel_while_loading_ends_the_process_at_once() -> None:
+    with stuck("loading") as (process, _):
+        send("USR1", process.pid)
+        assert process.wait(20) == 0, "an exit without an outcome, which the agent does not take for a failure"
+
+
+def test_a_preemption_while_loading_sets_the_flag() -> None:
+    with stuck("loading") as (process, _):
+        send("USR2", process.pid)
+        assert said(process) == "preempted True"
+
+
+def test_a_cancel_sets_the_flag_once_training_has_begun() -> None:
+    with stuck("loading", "training") as (process, _):
+        send("USR1", process.pid)
+        assert said(process) == "cancelled True"
 
 
 def test_the_first_reason_stays() -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def main(plan_path: str, attempt: int) -> None:
     """Train, and write the outcome for the agent (rank 0)."""
     die_with_parent()
-    stop = StopFlag().install()
+    stop = StopFlag(loading=True).install()
     try:
         _run(plan_path, attempt, stop)
     except Exception as error:
@@ -87,7 +87,7 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
 
 def write_outcome(run: RunDir, attempt: int, outcome: Outcome) -> None:
     """Write outcome.json, by which the agent and the postmortem know how training ended."""
-    record = OutcomeRecord(outcome.state, outcome.reason, outcome.step, outcome.message, str(outcome.checkpoint))
+    record = OutcomeRecord(outcome.state, outcome.reason, outcome.step, outcome.message, str(outcome.checkpoint or ""))
     json_records.write(outcome_file(run, attempt), record)
 
 
