@@ -6,7 +6,6 @@ Face folder into the launcher's cache, once, before any GPU is allocated.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,7 @@ from launcher.data.cache_dir import cache_root
 from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan, Lineage, Origin
 from launcher.plan.run_dir import RunDir
-
-# Step, plan digest and dtype of an export; launcher.export.hf_folder writes it, and needs torch to be imported.
-_EXPORT_MARKER = "export.json"
+from launcher.run_records import read_export
 
 
 @dataclass(frozen=True)
@@ -93,15 +90,14 @@ def weights_folder(parent: ParentCheckpoint, dtype: str) -> Path:
 
 def find_export(parent: ParentCheckpoint, dtype: str) -> Path | None:
     """Return the parent run's export if it is of this checkpoint and in `dtype` or fp32; None otherwise."""
-    try:
-        marker = json.loads((parent.run.export / _EXPORT_MARKER).read_bytes())
-    except (OSError, ValueError):
+    record = read_export(parent.run)
+    if record is None:
         return None
     exported, wanted = (
-        (marker.get("step"), marker.get("plan_digest")),
+        (record.step, record.plan_digest),
         (parent.checkpoint.step, parent.checkpoint.manifest.plan_digest),
     )
-    return parent.run.export if exported == wanted and marker.get("dtype") in (dtype, "fp32") else None
+    return parent.run.export if exported == wanted and record.dtype in (dtype, "fp32") else None
 
 
 def count_params(parent: ParentCheckpoint) -> int:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher import json_records
-from launcher.errors import Problem
+from launcher.errors import Problem, RunError
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 
+# Part of every export: only a folder with this file is ever replaced.
+EXPORT_RECORD = "export.json"
 RUNNING_STATES = ("pending", "running", "saving")
 
 
@@ -186,6 +188,16 @@ class DrainRecord:
     at: float
 
 
+@dataclass(frozen=True)
+class ExportRecord:
+    """export.json in an export: which checkpoint it has, in which dtype; `tensors_compared` equal those of the engine."""
+
+    step: int
+    plan_digest: str
+    dtype: str
+    tensors_compared: int = 0
+
+
 def outcome_file(run: RunDir, attempt: int) -> Path:
     return run.attempt(attempt) / "outcome.json"
 
@@ -200,6 +212,10 @@ def node_file(run: RunDir, attempt: int, node: int) -> Path:
 
 def exit_file(run: RunDir, attempt: int) -> Path:
     return run.attempt(attempt) / "exit.json"
+
+
+def export_file(run: RunDir) -> Path:
+    return run.export / EXPORT_RECORD
 
 
 def read_outcome(run: RunDir, attempt: int) -> OutcomeRecord | None:
@@ -219,6 +235,14 @@ def read_node(run: RunDir, attempt: int, node: int) -> NodeRecord | None:
 def read_exit(run: RunDir, attempt: int) -> ExitRecord | None:
     """Return how an attempt ended; None where that is not recorded."""
     return json_records.read_if_present(ExitRecord, exit_file(run, attempt), _remove("the ranks' and the nodes' records"))
+
+
+def read_export(run: RunDir) -> ExportRecord | None:
+    """Return what the run's export has; None where there is no export, or where it does not say so."""
+    try:
+        return json_records.read_if_present(ExportRecord, export_file(run), "")
+    except RunError:
+        return None
 
 
 def read_cancel(run: RunDir, attempt: int) -> CancelRequest | None:

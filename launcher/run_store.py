@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import xxhash
 
 import launcher
 from launcher import atomic_files, json_records, locks
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 # In the folder of the code: the schema version of the plans that this code reads; earlier launchers wrote no such file.
 _PLAN_SCHEMA = "plan_schema_version"
+# In the same folder: the digest of every file of the package, by its path in the folder.
+_CODE_DIGESTS = "digests.json"
 _DAMAGED_REMEDY = "restore the file from a backup, or start another run from this run's newest checkpoint"
 
 
@@ -50,6 +55,7 @@ def create(plan: LaunchPlan) -> RunDir:
             where=str(run.root),
             remedy=f"continue it with: python -m launcher resume {run.root}, or choose another run.name",
         ) from None
+    atomic_files.fsync_directory(run.root.parent)
     run.attempts.mkdir()
     snapshot_code(run)
     atomic_files.write_text(run.plan, plan.to_json())
@@ -87,10 +93,42 @@ def replace_code(run: RunDir) -> Path:
     return earlier
 
 
+def find_code_damage(run: RunDir) -> str | None:
+    """Return which files of the run's code are missing or differ from their digests; None if all are as they were submitted.
+
+    Code from before there were digests is taken as it is. Bytecode may be missing, as in a copy from a mirror.
+    """
+    path = run.code / _CODE_DIGESTS
+    if not path.is_file():
+        return None
+    try:
+        digests = json_records.read_json(path)
+    except RunError:
+        return path.name
+    damaged = []
+    for name, digest in digests.items():
+        try:
+            is_intact = xxhash.xxh3_128_hexdigest((run.code / name).read_bytes()) == digest
+        except FileNotFoundError:
+            is_intact = name.endswith(".pyc")
+        except OSError:
+            is_intact = False
+        if not is_intact:
+            damaged.append(name)
+    others = f" and {len(damaged) - 1:,} more" if len(damaged) > 1 else ""
+    return f"{damaged[0]}{others}" if damaged else None
+
+
 def _copy_package(folder: Path) -> None:
+    """Copy the package into a folder that does not exist yet, with its digests, and make all of it durable."""
     source = Path(launcher.__file__).resolve().parent
     shutil.copytree(source, folder / "launcher", ignore=shutil.ignore_patterns("conf", "*.pyc.*"))
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = {str(path.relative_to(folder)): xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files}
+    (folder / _CODE_DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
     (folder / _PLAN_SCHEMA).write_text(f"{SCHEMA_VERSION}\n", encoding="utf-8")
+    # After a power loss, files without this may be empty, and every later attempt runs them.
+    atomic_files.fsync_tree(folder)
 
 
 def attempt_numbers(run: RunDir) -> list[int]:
@@ -104,12 +142,18 @@ def newest_attempt(run: RunDir) -> int:
 
 
 def create_attempt(run: RunDir, attempt: Attempt) -> int:
-    """Create the directory of the next attempt and return its number; it supersedes the previous attempt."""
+    """Create the directory of the next attempt and return its number; it supersedes the previous attempt.
+
+    Where `attempts/` was deleted, it is made again, and the numbers go on after the last attempt that the status knows, since
+    checkpoints and metrics hold its number.
+    """
     number = 1 + newest_attempt(run)
+    if not run.attempts.is_dir():
+        number = max(number, 1 + read_status(run).attempt)
     # Renamed into place when complete: a directory without attempt.json would block every later start of the run.
     unfinished = run.attempts / f".{number:03d}"
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(mode=0o700)
+    unfinished.mkdir(mode=0o700, parents=True)
     json_records.write(unfinished / "attempt.json", replace(attempt, submitted_at=time.time()))
     atomic_files.rename(unfinished, run.attempt(number))
     return number

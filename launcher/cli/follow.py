@@ -20,6 +20,8 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 from launcher.tracking.console import format_step
 from launcher.tracking.jsonl import Tail, read_events
+from launcher.tracking.metrics import format_duration
+from launcher.tracking.metrics_tail import has_trained
 
 _POLL_S = 0.15
 # Events that the closing lines report.
@@ -154,6 +156,8 @@ def _closing(run: RunDir, attempt: int, status: Status) -> int:
     if store.list_checkpoints(run.checkpoints):
         limit = next((f" {key}=..." for key in _LIMITS if status.message.startswith(f"{key}=")), "")
         print(f"continue with: python -m launcher resume {name}{limit}")
+    elif not has_trained(run, status):
+        print(f"start it again with: python -m launcher resume {name}")
     return EXIT_INTERRUPTED
 
 
@@ -187,7 +191,7 @@ def _result_lines(run: RunDir) -> list[str]:
     if page := wandb_words(wandb_page(read_events(run.events))):
         lines.append(f"W&B run      {page}")
     if run.export.is_dir():
-        lines.append(f"exported to  {short(run.export)}")
+        lines.append(_export_line(run, checkpoints[-1].step if checkpoints else None))
     return [
         *lines,
         "",
@@ -197,6 +201,16 @@ def _result_lines(run: RunDir) -> list[str]:
         "  python -m launcher data=jsonl data.path=YOUR.jsonl",
         "  python -m launcher plan experiment=llama3_8b_one_node data.path=YOUR.jsonl",
     ]
+
+
+def _export_line(run: RunDir, newest_step: int | None) -> str:
+    """Name the export; one of another step than the newest checkpoint, with its step and age."""
+    record = run_records.read_export(run)
+    if record is None or record.step == newest_step:
+        return f"exported to  {short(run.export)}"
+    age = format_duration(max(0.0, time.time() - run_records.export_file(run).stat().st_mtime))
+    command = f"python -m launcher export {short(run.root)}"
+    return f"old export   {short(run.export)} is of step {record.step} and {age} old; write that of step {newest_step}: {command}"
 
 
 def _print_failure(run: RunDir, attempt: int, status: Status) -> None:
@@ -217,5 +231,7 @@ def _print_failure(run: RunDir, attempt: int, status: Status) -> None:
         print(f"  log:    {short(run.attempt(attempt) / 'agent.log')}", file=sys.stderr)
     if store.list_checkpoints(run.checkpoints):
         print(f"  next:   python -m launcher resume {short(run.root)}", file=sys.stderr)
+    elif not has_trained(run, status):
+        print(f"  next:   python -m launcher resume {short(run.root)}, which begins again: no step was trained", file=sys.stderr)
     else:
-        print("  next:   start it again; it has no checkpoint yet", file=sys.stderr)
+        print("  next:   start it again under another run.name; it has no checkpoint yet", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,24 @@ from launcher.clusters.base import Cluster
 from launcher.clusters.preflight import check_startable, disk_note
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
 from launcher.config.schema import RunConfig
-from launcher.data import cache
+from launcher.data import cache, sources
 from launcher.errors import CheckpointError, ConfigError, DamagedCheckpoint, DataError, LauncherError, Problem, SubmitError
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, ModelFacts
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.run_records import Attempt, read_export
 from launcher.tracking import goodput
+from launcher.tracking.metrics_tail import has_trained, read_tail
 
 # Marks numbers of the plan in a list of differences, such as plan.model.num_layers.
 _PLAN_PREFIX = "plan."
+# Settings that name the files of the data; a resume that sets one asks for the rows that these files hold today.
+_SOURCE_KEYS = ("data.path=", "data.sources=", "data.eval_path=")
+_NEW_ROWS = (
+    "leave out the path to continue with the rows as they were built; or train on the rows of today, in another order than those "
+    "trained so far: resume RUN --force ..., or another run with these weights"
+)
+_DIGEST_CHARS = 8
 
 
 def resume_run(
@@ -35,43 +44,82 @@ def resume_run(
 ) -> int:
     """Submit a further attempt of a run that has ended, from the checkpoint of `step` or the newest one; returns its number.
 
+    A run that has trained no step, such as one that was cancelled in the queue, begins with its initial weights.
+
     Raises:
         ConfigError: if settings or data differ from those of the checkpoint and `force` is false.
         SubmitError: if the run is running, is complete, has used up a limit, or has no such checkpoint.
     """
     require_idle(run, cluster)
     checkpoint = _choose_checkpoint(run, step)
+    if checkpoint is not None and not run.attempts.is_dir():
+        plan = run_store.find_plan(run, checkpoint.manifest.plan_digest) or plan
+        print("note: attempts/ is missing; it is made again, and limits of time and cost count from this attempt on")
     plan = _plan_again(plan, run, checkpoint, overrides, cluster, force)
-    if plan.batch.max_steps is not None and checkpoint.step > plan.batch.max_steps:
-        raise SubmitError(
-            f"the checkpoint is of step {checkpoint.step}, beyond train.max_steps",
-            where="train.max_steps",
-            value=str(plan.batch.max_steps),
-            remedy="raise it, go back with --step N, or export a step with: python -m launcher export RUN --step N",
-        )
-    if checkpoint.step == plan.batch.max_steps and run.export.is_dir():
-        raise SubmitError(
-            f"the run is complete: step {checkpoint.step} of {plan.batch.max_steps}",
-            where=str(run.root),
-            remedy="train further with: python -m launcher resume RUN train.max_steps=...",
-        )
+    if checkpoint is not None:
+        _require_steps_left(run, plan, checkpoint)
     _require_budget(run, plan)
     check_startable(plan)
     cluster.check(plan)
     for note in (*wandb_check.check(plan.config, worker_environment()), disk_note(plan)):
         if note:
             print(f"note: {note}")
-    for path in store.set_aside_after(run.checkpoints, checkpoint.step):
-        print(f"set aside: {formatting.short(path)}")
-    if not run_store.has_current_code(run):
-        earlier = run_store.replace_code(run)
-        print(f"the code of this run is from an earlier launcher: the current code replaces it, {earlier.name} keeps it")
-    attempt = run_store.create_attempt(run, Attempt(resume_step=checkpoint.step, pinned=step is not None))
+    if checkpoint is not None:
+        for path in store.set_aside_after(run.checkpoints, checkpoint.step):
+            print(f"set aside: {formatting.short(path)}")
+        if note := _describe_lost_metrics(run, plan, checkpoint.step):
+            print(f"note: {note}")
+    _replace_unusable_code(run)
+    resume_step = None if checkpoint is None else checkpoint.step
+    attempt = run_store.create_attempt(run, Attempt(resume_step, pinned=step is not None))
     plan_path = run_store.write_plan(run, attempt, plan)
     run_store.update_status(run, state="pending", job=None, max_steps=plan.batch.max_steps, message="")
-    print(f"continuing {plan.run_name} from step {checkpoint.step} of {plan.batch.max_steps}", flush=True)
+    start = "the beginning: no step was trained yet" if resume_step is None else f"step {resume_step} of {plan.batch.max_steps}"
+    print(f"continuing {plan.run_name} from {start}", flush=True)
     cluster.submit(run, attempt, plan_path)
     return attempt
+
+
+def _require_steps_left(run: RunDir, plan: LaunchPlan, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint at or after the last step, unless the export of that step is missing.
+
+    Raises:
+        SubmitError: with what to do instead.
+    """
+    max_steps = plan.batch.max_steps
+    if max_steps is not None and checkpoint.step > max_steps:
+        raise SubmitError(
+            f"the checkpoint is of step {checkpoint.step}, beyond train.max_steps",
+            where="train.max_steps",
+            value=str(max_steps),
+            remedy="raise it, go back with --step N, or export a step with: python -m launcher export RUN --step N",
+        )
+    exported = read_export(run)
+    if checkpoint.step == max_steps and exported is not None and exported.step == checkpoint.step:
+        raise SubmitError(
+            f"the run is complete: step {checkpoint.step} of {max_steps}",
+            where=str(run.root),
+            remedy="train further with: python -m launcher resume RUN train.max_steps=...",
+        )
+
+
+def _describe_lost_metrics(run: RunDir, plan: LaunchPlan, step: int) -> str | None:
+    """Describe metrics that end before the checkpoint, as after a power loss; None if they reach it."""
+    last = int(read_tail(run.metrics).last.get("trainer/step", 0))
+    if last + plan.config.train.log_every > step:
+        return None
+    end = f"ends at step {last}" if last else "has no steps"
+    return f"metrics.jsonl {end}, and the checkpoint is of step {step}: the lines between are lost; training does not need them"
+
+
+def _replace_unusable_code(run: RunDir) -> None:
+    """Copy the current code into the run where the run's own is damaged or reads other plans; says so."""
+    damage = run_store.find_code_damage(run)
+    if damage is None and run_store.has_current_code(run):
+        return
+    reason = "is from an earlier launcher" if damage is None else f"is damaged ({damage})"
+    earlier = run_store.replace_code(run)
+    print(f"the code of this run {reason}: the current code replaces it, {earlier.name} keeps it")
 
 
 def _require_budget(run: RunDir, plan: LaunchPlan) -> None:
@@ -101,8 +149,8 @@ def _require_budget(run: RunDir, plan: LaunchPlan) -> None:
         raise SubmitError(problems)
 
 
-def _choose_checkpoint(run: RunDir, step: int | None) -> Checkpoint:
-    """Return the newest checkpoint, or the one of `step`.
+def _choose_checkpoint(run: RunDir, step: int | None) -> Checkpoint | None:
+    """Return the newest checkpoint, or the one of `step`; None for a run that has trained no step.
 
     The ranks verify the newest one when they read it. One of a chosen step is verified here, because later checkpoints are set
     aside for it.
@@ -110,6 +158,8 @@ def _choose_checkpoint(run: RunDir, step: int | None) -> Checkpoint:
     Raises:
         SubmitError: if it does not exist, cannot be read right now, or is damaged; nothing was changed.
     """
+    if step is None and not has_trained(run, run_store.read_status(run)):
+        return None
     try:
         if step is None:
             return store.get_latest(run.checkpoints)
@@ -124,27 +174,37 @@ def _choose_checkpoint(run: RunDir, step: int | None) -> Checkpoint:
 
 
 def _plan_again(
-    plan: LaunchPlan, run: RunDir, checkpoint: Checkpoint, overrides: list[str], cluster: Cluster, force: bool
+    plan: LaunchPlan, run: RunDir, checkpoint: Checkpoint | None, overrides: list[str], cluster: Cluster, force: bool
 ) -> LaunchPlan:
-    """Plan the run with changed settings and the current path of its directory; model, data and identity stay the same."""
+    """Plan the run with changed settings and the current path of its directory; model, data and identity stay the same.
+
+    Without a checkpoint, every setting may change but those that identify the run and its model.
+    """
     config = with_overrides(plan.config, overrides)
     check_extra(config)
-    saved_plan = _plan_of_checkpoint(run, checkpoint, force) or plan
-    where = formatting.short(checkpoint.path)
+    saved_plan = (_plan_of_checkpoint(run, checkpoint, force) if checkpoint is not None else None) or plan
+    where = formatting.short(run.root if checkpoint is None else checkpoint.path)
+    accepts = force or checkpoint is None
     # Overrides of this command, and changes that somebody made in plan.json.
     changes = [
         *_model_differences(saved_plan.model, plan.model),
         *differences(saved_plan.config, config),
         *_data_differences(saved_plan.data, plan.data),
     ]
-    require_same(changes, force, run.root.name, where)
+    require_same(changes, accepts, run.root.name, where)
     model = _restore_model(plan, config)
-    data = _restore_data(plan, config, model)
+    asks_for_data = any(override.lstrip("+").startswith(_SOURCE_KEYS) for override in overrides)
+    data = _restore_data(plan, config, model, asks_for_data)
     # The files of the sources may have changed, so a cache that was built again may hold other rows.
-    changes = [*differences(saved_plan.config, config), *_data_differences(saved_plan.data, data)]
-    require_same(changes, force, run.root.name, where)
+    data_changes = _data_differences(saved_plan.data, data)
+    changes = [*differences(saved_plan.config, config), *data_changes]
+    remedy = _NEW_ROWS if asks_for_data and changes == data_changes else ""
+    require_same(changes, accepts, run.root.name, where, remedy)
     if changes:
-        print(f"continuing with differences from the checkpoint:\n{table(changes)}", flush=True)
+        print(
+            f"continuing with differences from the {'plan' if checkpoint is None else 'checkpoint'}:\n{table(changes)}",
+            flush=True,
+        )
     facts_of_run = Facts(
         working_dir=str(run.root.parent),
         device=cluster.device(config.cluster),
@@ -157,7 +217,7 @@ def _plan_again(
     )
     identity = {"run_name": plan.run_name, "run_dir": str(run.root), "wandb_id": plan.wandb_id}
     next_plan = make_plan(config, facts_of_run).model_copy(update=identity)
-    if note := describe_moved_rows(saved_plan, next_plan, checkpoint.step):
+    if checkpoint is not None and (note := describe_moved_rows(saved_plan, next_plan, checkpoint.step)):
         print(f"note: {note}", flush=True)
     return next_plan
 
@@ -231,19 +291,42 @@ def _restore_model(plan: LaunchPlan, config: RunConfig) -> ModelFacts:
     return model.model_copy(update={"path": weights and str(weights), "tokenizer_path": tokenizer and str(tokenizer)})
 
 
-def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts) -> DataFacts | None:
-    """Return the facts of the data cache; builds the cache again if it is not the one that the plan records.
+def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts, asks_for_data: bool) -> DataFacts | None:
+    """Return the facts of the data cache; builds it again if it is not the one that the plan records.
+
+    The recorded rows count, whatever became of the files, unless the command asks for the data of the files.
 
     Raises:
         DataError: if the sources are gone as well.
     """
     recorded = plan.data
     if recorded is not None and config.data == plan.config.data:
-        if cache.read(Path(recorded.cache_dir)) == recorded:
+        if cache.read(Path(recorded.cache_dir)) != recorded:
+            print("the data cache differs from the one in the plan; building it again from the sources", flush=True)
+        elif changed := _changed_sources(recorded, config):
+            print(f"note: changed since the rows of this run were built: {'; '.join(changed)}", flush=True)
+            if not asks_for_data:
+                print(f"note: the run continues with the {recorded.num_rows:,} rows as they were built", flush=True)
+                return recorded
+        else:
             return recorded
-        print("the data cache differs from the one in the plan; building it again from the sources", flush=True)
     prepare(config)
     built = facts.data_facts(config, model.tokenizer_path)
     if built is None:
         raise DataError(Problem("the data cache is not there after it was built", "data", remedy="try again"))
     return built
+
+
+def _changed_sources(recorded: DataFacts, config: RunConfig) -> list[str]:
+    """Return the sources whose files changed since the cache was built, each with both digests; reads local files whole.
+
+    Sources that cannot be read, such as files that were removed, are left out: the rows do not depend on them any more.
+    """
+    inputs = [*config.data.sources, *filter(None, [sources.make_eval_source(config.data)])]
+    changed = []
+    for source, built in zip(inputs, cache.read_report(recorded.cache_dir)["sources"], strict=False):
+        with suppress(DataError, OSError, KeyError, TypeError):
+            before, today = built["digest"], sources.describe_origin(source)["digest"]
+            if before != today:
+                changed.append(f"{source.path} (digest {before[:_DIGEST_CHARS]} then, {today[:_DIGEST_CHARS]} today)")
+    return changed

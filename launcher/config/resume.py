@@ -49,6 +49,8 @@ CHANGEABLE = (
 # `plan.` are numbers that the plan recorded.
 FIXED = ("run.name", "run.root", "model.path", "model.revision", "model.tokenizer", "model.init", "model.config", "plan.model")
 ABSENT = "-"
+# The group of conf/ that is no section of the settings.
+_EXPERIMENT = "experiment"
 _MISSING = object()
 
 
@@ -95,8 +97,10 @@ def table(changes: Sequence[Difference]) -> str:
     return "\n".join(f"  {key:<{widths[0]}}  {saved:<{widths[1]}}  {requested}".rstrip() for key, saved, requested in rows)
 
 
-def require_same(changes: Sequence[Difference], force: bool, run: str, checkpoint: str) -> None:
+def require_same(changes: Sequence[Difference], force: bool, run: str, checkpoint: str, remedy: str = "") -> None:
     """Refuse differences that make it another run, all in one error; `force` accepts those that are not FIXED.
+
+    `remedy` replaces the usual one for those that --force accepts.
 
     Raises:
         ConfigError: with the differences key by key.
@@ -115,7 +119,7 @@ def require_same(changes: Sequence[Difference], force: bool, run: str, checkpoin
             Problem(
                 f"these settings differ from those that the checkpoint was saved with:\n{table(other_changes)}",
                 where=checkpoint,
-                remedy="remove them, start another run with them, or accept the differences: resume RUN --force ...",
+                remedy=remedy or "remove them, start another run with them, or accept the differences: resume RUN --force ...",
             )
         )
     if problems:
@@ -140,6 +144,8 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         key, equals, raw = override.lstrip("+").partition("=")
         if renamed := renamed_override(override):
             problems.append(renamed)
+        elif equals and key in (*RunConfig.model_fields, _EXPERIMENT):
+            problems.append(_group_problem(key, raw))
         elif not equals or key not in settings():
             guess = did_you_mean(key, list(settings()))
             problems.append(_problem(f"{key}: there is no such setting", guess or "write settings as key=value"))
@@ -170,6 +176,18 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     if problems:
         raise ConfigError(problems)
     return changed
+
+
+def _group_problem(group: str, option: str) -> Problem:
+    """Say why a whole group cannot be chosen, and what can be written instead."""
+    if group == "model":
+        message = "the model of a run cannot change, because its checkpoints hold the parameters of this model"
+        remedy = "leave it out, or start another run with these weights: python -m launcher model.path=run:NAME ..."
+    else:
+        examples = [key for key in (*CHANGEABLE, *settings()) if key.startswith(f"{group}.") and not key.endswith(".")]
+        message = "a resume changes single settings, not a whole group"
+        remedy = f"write each setting that changes, such as {examples[0] if examples else 'train.max_steps'}=..."
+    return _problem(f"{group}={option}: {message}", remedy)
 
 
 def _follow_data_path(data: dict[str, Any], path: Any) -> None:

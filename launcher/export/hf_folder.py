@@ -13,19 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import atomic_files
+from launcher import atomic_files, json_records
 from launcher.checkpoint import generation, store
 from launcher.checkpoint.safetensors_io import ShardSet
 from launcher.checkpoint.state import State, read_state
 from launcher.errors import CheckpointError
 from launcher.export import weights
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.run_records import EXPORT_RECORD, ExportRecord
 
 if TYPE_CHECKING:
     from launcher.export.parity import LogitParity
 
-# Part of every export: only a folder with this file is ever replaced.
-MARKER = "export.json"
 CARD = "README.md"
 
 # Memory that loading needs, relative to the bytes of the weights.
@@ -177,7 +176,7 @@ def begin_export(task: ExportTask) -> None:
         CheckpointError: if `out` holds files that are not an export, or the config describes another model.
     """
     state = read_state(task.checkpoint)
-    if task.out.exists() and not (task.out / MARKER).exists() and any(task.out.iterdir()):
+    if task.out.exists() and not (task.out / EXPORT_RECORD).exists() and any(task.out.iterdir()):
         raise CheckpointError(
             "the export folder holds files that are not an export",
             where=str(task.out),
@@ -216,13 +215,8 @@ def complete_export(task: ExportTask, card: RenderCard | None = None, device: st
         added_stop_ids=task.added_stop_ids,
     )
     exported = _checked(task, exported, device) if task.check else exported
-    marker = {
-        "step": exported.step,
-        "plan_digest": manifest.plan_digest,
-        "dtype": exported.dtype,
-        "tensors_compared": exported.num_compared,
-    }
-    atomic_files.write_json(task.partial / MARKER, marker)
+    record = ExportRecord(exported.step, manifest.plan_digest, exported.dtype, exported.num_compared)
+    json_records.write(task.partial / EXPORT_RECORD, record)
     if card is not None:
         atomic_files.write_text(task.partial / CARD, card(exported))
     atomic_files.fsync_directory(task.partial)

@@ -228,13 +228,17 @@ def decode_lines(data: bytes) -> list[dict[str, Any]]:
 
 
 def _open_for_append(path: Path) -> int:
-    """Open a file, and cut off an incomplete line at its end: its writer was killed, or the disk was full."""
+    """Open a file, and cut off an incomplete line at its end: its writer was killed, or the disk was full.
+
+    What earlier attempts wrote is made durable: a power loss takes the lines of this attempt at most.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(descriptor).st_size
         whole = _end_of_lines(descriptor, size)
         if whole < size:
             os.ftruncate(descriptor, whole)
+        os.fsync(descriptor)
     except OSError:
         os.close(descriptor)
         raise

@@ -84,6 +84,14 @@ def newest_trained_step(run: RunDir, status: Status) -> int:
     return status.step
 
 
+def has_trained(run: RunDir, status: Status) -> bool:
+    """Return whether a run has trained a step, as far as its files show; a folder of a checkpoint counts, whatever is in it."""
+    with suppress(FileNotFoundError):
+        if any(run.checkpoints.iterdir()):
+            return True
+    return newest_trained_step(run, status) > 0 or bool(read_tail(run.metrics).last)
+
+
 def read_time_lines(path: str | Path, boundaries: Sequence[float]) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics that `goodput.breakdown` needs, in their order: the result is that of all lines.
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import time
+
 import pytest
 
 from launcher import json_records, run_records, run_store
 from launcher.cli.follow import follow
 from launcher.clusters.local import LocalCluster
-from launcher.errors import EXIT_FAILED
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import ExitRecord, FailureRecord
+from launcher.run_records import ExitRecord, ExportRecord, FailureRecord
 
 
 def fail(run: RunDir, attempt: int, message: str, rank: int | None = 1) -> None:
@@ -57,3 +61,31 @@ def test_follow_names_the_agent_log_if_no_rank_failed_first(run: RunDir, capsys:
     assert output.startswith("failed: no record from n2; cluster.max_infrastructure_failures=1 is used up\n  log:    ")
     assert "attempts/001/agent.log" in output
     assert "SIGKILL" not in output
+
+
+def write_export(run: RunDir, step: int) -> None:
+    run.export.mkdir()
+    json_records.write(run_records.export_file(run), ExportRecord(step, "d", "bf16"))
+
+
+def test_an_export_of_the_newest_step_is_named(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    write_export(run, 10)
+    assert follow(run, 2, LocalCluster()) == 0
+    assert "exported to  " in capsys.readouterr().out
+
+
+def test_an_export_of_an_earlier_step_is_shown_with_step_and_age(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    write_export(run, 5)
+    os.utime(run_records.export_file(run), (time.time() - 7200, time.time() - 7200))
+    assert follow(run, 2, LocalCluster()) == 0
+    output = capsys.readouterr().out
+    assert "exported to" not in output
+    assert "is of step 5 and 2h00m old; write that of step 10: python -m launcher export " in output
+
+
+def test_a_run_that_was_cancelled_before_its_first_step_can_be_resumed(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run.checkpoints)
+    run.metrics.unlink()
+    run_store.update_status(run, state="cancelled", step=0, message="cancelled while the job was waiting")
+    assert follow(run, 2, LocalCluster()) == EXIT_INTERRUPTED
+    assert "start it again with: python -m launcher resume " in capsys.readouterr().out

@@ -1,16 +1,32 @@
-"""Limits and batch sizes are checked before a run is resumed."""
+"""What is checked, restored and noted before a run is resumed."""
 
 from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 from plan_fixtures import DATA
 
-from launcher import run_store
-from launcher.cli.resume import _require_budget, describe_moved_rows
+from launcher import json_records, run_records, run_store
+from launcher.checkpoint import store
+from launcher.cli.resume import (
+    _changed_sources,
+    _choose_checkpoint,
+    _describe_lost_metrics,
+    _replace_unusable_code,
+    _require_budget,
+    _require_steps_left,
+    describe_moved_rows,
+)
+from launcher.config.sections.data import Source
+from launcher.data import cache, sources
 from launcher.errors import SubmitError
 from launcher.plan.gpus import Price
 from launcher.plan.launch_plan import LaunchPlan, Limits
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import ExportRecord
 
 
 def limited(run: RunDir, max_seconds: float | None) -> LaunchPlan:
@@ -66,3 +82,85 @@ def test_a_changed_batch_size_is_noted_with_the_skipped_or_repeated_rows(run: Ru
     assert ("changes the order" in (describe_moved_rows(saved, grouped, 10) or "")) is (change is not None)
     other = again.model_copy(update={"data": DATA.model_copy(update={"num_rows": 5})})
     assert describe_moved_rows(saved, other, 10) is None, "of other data, other rows"
+
+
+def forget_training(run: RunDir) -> None:
+    """Leave the run as one that was cancelled while its job waited."""
+    shutil.rmtree(run.checkpoints)
+    run.metrics.unlink()
+    run_store.update_status(run, state="cancelled", step=0)
+
+
+def test_a_run_that_trained_no_step_begins_with_its_plan(run: RunDir) -> None:
+    assert _choose_checkpoint(run, None) is not None
+    forget_training(run)
+    assert _choose_checkpoint(run, None) is None
+    with pytest.raises(SubmitError, match="there is no"):
+        _choose_checkpoint(run, 5)
+
+
+@pytest.mark.parametrize("trace", ["status", "metrics", "checkpoint"])
+def test_a_run_that_lost_its_checkpoints_does_not_begin_again(run: RunDir, trace: str) -> None:
+    metrics = run.metrics.read_bytes()
+    forget_training(run)
+    if trace == "status":
+        run_store.update_status(run, step=7)
+    elif trace == "metrics":
+        run.metrics.write_bytes(metrics)
+    else:
+        (run.checkpoints / "damaged-step-00000005").mkdir(parents=True)
+    with pytest.raises(SubmitError):
+        _choose_checkpoint(run, None)
+
+
+@pytest.mark.parametrize(("kept", "end"), [(0, "has no steps"), (9, "ends at step 8")])
+def test_metrics_that_end_before_the_checkpoint_are_noted(run: RunDir, kept: int, end: str) -> None:
+    """A power loss took the end of the file, and left zeros."""
+    plan = run_store.load_plan(run)
+    every = plan.model_copy(
+        update={"config": plan.config.model_copy(update={"train": plan.config.train.model_copy(update={"log_every": 1})})}
+    )
+    assert _describe_lost_metrics(run, every, 10) is None
+    lines = run.metrics.read_bytes().splitlines(keepends=True)
+    attempt_2 = [line for line in lines if b'"attempt": 2' in line]
+    run.metrics.write_bytes(b"".join([*attempt_2[: kept - 6 if kept else 0], b"\0" * 5000]))
+    assert (_describe_lost_metrics(run, every, 10) or "").startswith(f"metrics.jsonl {end}, and the checkpoint is of step 10")
+
+
+def test_sources_that_changed_since_the_cache_was_built_are_named(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    source = Source(path=str(rows))
+    config = run_store.load_plan(run).config
+    config = config.model_copy(update={"data": config.data.model_copy(update={"sources": (source,)})})
+    built = {"sources": [{"digest": sources.describe_origin(source)["digest"]}]}
+    monkeypatch.setattr(cache, "read_report", lambda folder: built)
+    assert _changed_sources(DATA, config) == []
+    rows.write_text('{"prompt": "a", "completion": "c"}\n')
+    (changed,) = _changed_sources(DATA, config)
+    assert changed.startswith(f"{rows} (digest {built['sources'][0]['digest'][:8]} then, ")
+    rows.unlink()
+    assert _changed_sources(DATA, config) == [], "the rows do not depend on the file"
+
+
+@pytest.mark.parametrize("damage", ["", "x"], ids=["emptied", "changed"])
+def test_damaged_code_is_replaced(run: RunDir, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    _replace_unusable_code(run)
+    assert capsys.readouterr().out == ""
+    (run.code / "launcher/errors.py").write_text(damage)
+    _replace_unusable_code(run)
+    assert "the code of this run is damaged (launcher/errors.py): the current code replaces it" in capsys.readouterr().out
+    assert run_store.find_code_damage(run) is None
+
+
+@pytest.mark.parametrize(("exported", "is_complete"), [(None, False), (5, False), (10, True)])
+def test_a_run_is_complete_with_the_export_of_its_last_step(run: RunDir, exported: int | None, is_complete: bool) -> None:
+    plan = run_store.load_plan(run)
+    plan = plan.model_copy(update={"batch": plan.batch.model_copy(update={"max_steps": 10})})
+    if exported is not None:
+        run.export.mkdir()
+        json_records.write(run_records.export_file(run), ExportRecord(exported, "d", "bf16"))
+    with pytest.raises(SubmitError, match="the run is complete") if is_complete else nullcontext():
+        _require_steps_left(run, plan, store.get_latest(run.checkpoints))

@@ -55,6 +55,15 @@ def test_all_mistakes_in_one_pass(config: RunConfig) -> None:
     assert (mistakes[3].message, mistakes[3].value) == ("optim.lr: must be above 0", "-1")
 
 
+def test_a_whole_group_is_refused_with_the_reason(config: RunConfig) -> None:
+    model, data, experiment = problems(config, "model=qwen3_8b", "+data=jsonl", "experiment=other")
+    assert model.message.startswith("model=qwen3_8b: the model of a run cannot change")
+    assert "python -m launcher model.path=run:NAME" in model.remedy
+    assert data.message == "data=jsonl: a resume changes single settings, not a whole group"
+    assert "such as data." in data.remedy
+    assert "such as train.max_steps=" in experiment.remedy
+
+
 def refusal(saved: RunConfig, *overrides: str, force: bool = False) -> list[Problem]:
     with pytest.raises(ConfigError) as error:
         require_same(differences(saved, with_overrides(saved, overrides)), force, "first", "checkpoints/step-00000003")

@@ -142,11 +142,16 @@ def test_a_missing_plan_is_reported(launch_here: Launch, run: Path) -> None:
 def test_changed_data_under_the_same_settings_is_refused(
     launch_here: Launch, run: Path, own_cache: dict[str, str], trained: Path
 ) -> None:
-    shutil.rmtree(Path(own_cache["LAUNCHER_CACHE"]) / "data")
     source = trained.parent.parent / "rows.jsonl"
     before = source.read_bytes()
     write_rows(source, 100, 30)
     try:
+        asked = launch_here("resume", str(run), f"data.path={source}", "train.max_steps=3", **own_cache)
+        assert asked.returncode == 2, asked.stdout
+        assert f"note: changed since the rows of this run were built: {source} (digest " in asked.stdout
+        assert "remedy: leave out the path to continue with the rows as they were built; or" in asked.stderr
+        assert ["plan.data.num_docs", "40", "30"] in [line.split() for line in asked.stderr.splitlines()]
+        shutil.rmtree(Path(own_cache["LAUNCHER_CACHE"]) / "data")
         text = refused(launch_here, run, "train.max_steps=3", **own_cache)
     finally:
         source.write_bytes(before)

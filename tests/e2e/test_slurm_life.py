@@ -79,6 +79,11 @@ def test_a_pending_run_shows_the_reason_and_can_be_cancelled(launch_here: Launch
     assert cancelled.returncode == 0, cancelled.stderr
     assert held.shown()["state"] == "cancelled"
     assert not held.queued()
+    again = launch_here("resume", str(held.path), **slurm.variables)
+    assert again.returncode == 0, again.stderr
+    assert "continuing held from the beginning: no step was trained yet" in again.stdout
+    assert held.shown()["state"] == "pending"
+    assert launch_here("cancel", str(held.path), **slurm.variables).returncode == 0
     first = slurm.run("sbatch", "--parsable", "-o", "/dev/null", "--wrap", "exit 1", capture_output=True).stdout.strip()
     never = submit(launch_here, slurm, runs, "never", f"cluster.dependency='afterok:{first}'")
     wait_for("the dependency to fail", lambda: "DependencyNeverSatisfied" in never.shown()["message"], 40)

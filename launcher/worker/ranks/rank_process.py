@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launcher.worker.ranks.fork_server import differing
+from launcher.worker.signals import CANCEL
 
 _PR_SET_CHILD_SUBREAPER = 36
 _ADOPTION_S = 10.0
@@ -223,12 +224,15 @@ class RankProcesses:
         return process
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to every rank that runs; SIGKILL also ends the server, which may still be importing."""
+        """Send a signal to every rank that runs; SIGKILL also ends the server, and CANCEL ends one that is still importing.
+
+        A rank that is started after a cancel ends at once, whereas the imports take minutes on slow storage.
+        """
         with self._lock:
             started = self._started
         for process in started:
             process.send_signal(number)
-        if number == signal.SIGKILL and self._server is not None:
+        if self._server is not None and (number == signal.SIGKILL or (number == CANCEL and self._server.is_importing())):
             self._server.kill()
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from launcher.plan.planner import plan
 from launcher.worker.ranks import fork_server
 from launcher.worker.ranks.rank_env import RankTitle
 from launcher.worker.ranks.rank_process import ForkedProcess, ForkFailed, ForkServer, RankProcesses
+from launcher.worker.signals import CANCEL
 
 REPO = Path(__file__).resolve().parents[3]
 PR_GET_CHILD_SUBREAPER = 37
@@ -207,6 +208,16 @@ def test_a_killed_fork_server_does_not_prevent_the_start_of_ranks(
         ranks.send_signal(signal.SIGKILL)
         assert first.wait(DEADLINE_S) == -signal.SIGKILL
         second.wait(DEADLINE_S)
+
+
+def test_a_cancel_does_not_wait_for_imports(plan_path: str, environment: Mapping[str, str], tmp_path: Path) -> None:
+    ranks = RankProcesses(tmp_path)
+    ranks.warm_up(plan_path, {**environment, "LAUNCHER_STACK": "import time; time.sleep(60)"})
+    assert ranks.is_warming_up()
+    ranks.send_signal(CANCEL)
+    rank = ranks.start(plan_path, 1, {**environment, "LAUNCHER_SCRIPT": ""})
+    assert isinstance(rank, subprocess.Popen)
+    rank.wait(DEADLINE_S)
 
 
 def test_server_and_ranks_do_not_outlive_the_agent(plan_path: str, environment: Mapping[str, str], tmp_path: Path) -> None:
