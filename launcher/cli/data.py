@@ -23,6 +23,8 @@ their trained tokens marked. Exit code 2 if a run with this data would be refuse
   --json        print the report as JSON
   --html FILE   also write the report as one HTML page with plots"""
 
+FLAGS = ("--show", "--json", "--html")
+
 
 @dataclass(frozen=True)
 class Options:

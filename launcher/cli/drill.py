@@ -124,7 +124,7 @@ def _make_plan(arguments: argparse.Namespace, rest: list[str]) -> LaunchPlan | N
     if rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")):
         return _plan_like(run_store.find_run(rest[0], Path(arguments.root)), rest[1:], arguments)
     jobs: list[Composed] = []
-    run_hydra(rest, jobs.append)
+    run_hydra(rest, jobs.append, ("--fault", "--steps", "--timeout", "--root", "--json", "--help", "--debug"))
     if len(jobs) > 1:
         raise ConfigError("a drill has only one run", where="command line", value="-m", remedy="start one drill after the other")
     for composed in jobs:

@@ -17,7 +17,7 @@ from launcher.cli.follow import follow
 from launcher.cli.plan_view import plan_lines, started_lines, sweep_lines
 from launcher.clusters.base import Cluster, cluster_for
 from launcher.clusters.preflight import check_startable, disk_note
-from launcher.config.compose import Composed, conf_dir, run_hydra
+from launcher.config.compose import Composed, conf_dir, require_distinct_runs, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.data import report as data_report
 from launcher.data.texts import DecodedTexts, TextsMissing
@@ -35,6 +35,9 @@ Plan, prepare data, start the run. On this machine the command follows the run t
     "plan": "python -m launcher plan [--json] [overrides]\n\nShow the complete plan and start nothing.",
     "data": data.USAGE,
 }
+# The flags that are suggested for mistyped ones.
+_COMMON_FLAGS = ("--help", "--debug")
+_OWN_FLAGS = {"train": ("--follow", "--detach"), "plan": ("--json",), "data": data.FLAGS}
 _FOLLOW = {"--follow": True, "follow=true": True, "--detach": False, "follow=false": False}
 
 
@@ -48,7 +51,8 @@ def run(verb: str, tokens: list[str]) -> int:
     follows = next((_FOLLOW[token] for token in tokens if token in _FOLLOW), None)
     rest = [token for token in tokens if token != "--json" and token not in _FOLLOW]  # noqa: S105
     jobs: list[Composed] = []
-    run_hydra(rest, jobs.append)
+    run_hydra(rest, jobs.append, (*_OWN_FLAGS[verb], *_COMMON_FLAGS))
+    require_distinct_runs(jobs)
     if verb == "plan":
         return max((_plan(job, as_json) for job in jobs), default=0)
     return _train(jobs, follows)
@@ -72,7 +76,7 @@ def _plan(composed: Composed, as_json: bool) -> int:
 def _data(tokens: list[str]) -> int:
     options, rest = data.options(tokens)
     jobs: list[Composed] = []
-    run_hydra(rest, jobs.append)
+    run_hydra(rest, jobs.append, (*_OWN_FLAGS["data"], *_COMMON_FLAGS))
     if options.html is not None and len(jobs) > 1:
         raise ConfigError("--html writes one report, and -m makes several", where="--html", remedy="leave out --html, or -m")
     for composed in jobs:

@@ -10,28 +10,26 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from launcher.config.command_line import GROUPS, flags_first, override_key, without_unknown_flags, without_unreadable_overrides
+from launcher.config.config_files import cycle_problem, missing_keys, package_problem
 from launcher.config.deepspeed_keys import extra_problems
-from launcher.config.error_messages import hydra_problem, missing, no_such_option, schema_problems
-from launcher.config.origin import Origins
+from launcher.config.error_messages import hydra_problems, missing, no_such_option, schema_problems
+from launcher.config.origin import Origins, short
 from launcher.config.redaction import looks_secret, redact
-from launcher.config.renamed_keys import RENAMED, renamed_override, renamed_reference
+from launcher.config.renamed_keys import COMMAND_LINE, RENAMED, renamed_override, renamed_reference
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, LauncherError, Problem
 
-GROUPS = ("model", "data", "optim", "deepspeed", "cluster", "tracking", "experiment")
 _GROUP_WITH_PLUS = re.compile(rf"\+{{1,2}}({'|'.join(GROUPS)})=")
-_FLAGS_WITH_VALUE = (
-    *("--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--info", "-i"),
-    *("--package", "-p", "--experimental-rerun"),
-)
 _KEY_OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_][\w.\[\]-]*)=")
 
 
@@ -59,16 +57,19 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None]) -> None:
+def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], own_flags: Sequence[str] = ()) -> None:
     """Compose `tokens` (a command line without the verb) and call `on_composed` once, or once per job with `-m`.
 
-    With --cfg, --info and similar flags Hydra only prints, and nothing is called.
+    With --cfg, --info and similar flags Hydra only prints, and nothing is called. `own_flags` are the flags of the verb, which
+    `tokens` no longer contains; they are suggested for mistyped ones.
 
     Raises:
         ConfigError: with every mistake.
         LauncherError: whatever `on_composed` raises.
     """
-    remaining, problems = _without_renamed_keys(tokens)
+    remaining, problems = without_unknown_flags(tokens, own_flags)
+    remaining, renamed = _without_renamed_keys(remaining)
+    problems += renamed
     remaining, unknown_options = _known_group_options(remaining)
     problems += unknown_options
     failure: list[BaseException] = []
@@ -87,10 +88,19 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None]) ->
             failure.append(error)
 
     try:
-        _call_hydra(task, [_for_hydra(token) for token in _flags_first(remaining)])
+        _call_hydra(task, remaining)
     except ConfigError as error:
-        # Without the options that were split off, composition may fail for that reason alone.
-        if not problems:
+        readable, unreadable = without_unreadable_overrides(remaining)
+        problems += unreadable
+        if unreadable:
+            num_before = len(problems)
+            # For the mistakes in the other overrides.
+            with suppress(ConfigError):
+                _call_hydra(task, readable)
+            keys = {override_key(token) for token in remaining if token not in readable}
+            problems[num_before:] = [p for p in problems[num_before:] if p.message.partition(":")[0] not in keys]
+        # Without what was split off, composition may fail for that reason alone.
+        elif not problems:
             problems.extend(error.problems)
     if problems:
         raise ConfigError(_without_secrets(problem) for problem in dict.fromkeys(problems))
@@ -98,11 +108,33 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None]) ->
         raise failure[0]
 
 
+def require_distinct_runs(jobs: Sequence[Composed]) -> None:
+    """Refuse a sweep in which two runs would have the same directory.
+
+    Raises:
+        ConfigError: with the name that they share.
+    """
+    names = Counter((job.config.run.root, job.config.run.name) for job in jobs if job.config.run.name is not None)
+    shared = [(name, count) for (_, name), count in names.items() if name is not None and count > 1]
+    if not shared:
+        return
+    name, count = shared[0]
+    swept = set.symmetric_difference(*(set(job.overrides) for job in jobs[:2]))
+    key = next((override_key(token) for token in sorted(swept) if "." in override_key(token)), "model.name")
+    raise ConfigError(
+        f"run.name={name}: {count} runs of this sweep would have the same name and directory",
+        where=jobs[0].origins.of("run.name"),
+        value=name,
+        remedy=f"leave run.name unset, or make it differ, as in 'run.name={name}-${{{key}}}'",
+    )
+
+
 def _without_secrets(problem: Problem) -> Problem:
     return replace(problem, **{field.name: redact(getattr(problem, field.name)) for field in fields(problem)})
 
 
-def _call_hydra(task: Callable[[Any], None], argv: list[str]) -> None:
+def _call_hydra(task: Callable[[Any], None], tokens: Sequence[str]) -> None:
+    argv = [_for_hydra(token) for token in flags_first(tokens)]
     if not any(token.startswith("-") or token.lstrip("+~").startswith("hydra") for token in argv):
         _compose_once(task, argv)
         return
@@ -120,7 +152,7 @@ def _call_hydra(task: Callable[[Any], None], argv: list[str]) -> None:
             raise ConfigError("Hydra could not read the command line", remedy="see python -m launcher --help") from stop
     # The task raises nothing: every exception here is Hydra's, and not all are a HydraException.
     except Exception as error:
-        raise ConfigError(hydra_problem(error, argv)) from error
+        raise ConfigError(hydra_problems(error, argv)) from error
     finally:
         sys.argv = saved_state[0]
         os.environ.pop("HYDRA_FULL_ERROR", None)
@@ -143,27 +175,7 @@ def _compose_once(task: Callable[[Any], None], overrides: list[str]) -> None:
             task(cfg)
     # The task raises nothing: every exception here is Hydra's, and not all are a HydraException.
     except Exception as error:
-        raise ConfigError(hydra_problem(error, overrides)) from error
-
-
-def _flags_first(tokens: Sequence[str]) -> list[str]:
-    """Return the tokens with Hydra's flags before the overrides, as its parser needs, and flags without their value last."""
-    flags: list[str] = []
-    overrides: list[str] = []
-    bare: list[str] = []
-    rest = list(tokens)
-    while rest:
-        token = rest.pop(0)
-        if not token.startswith("-"):
-            overrides.append(token)
-            continue
-        if token not in _FLAGS_WITH_VALUE:
-            flags.append(token)
-        elif rest and "=" not in rest[0] and not rest[0].startswith("-"):
-            flags += [token, rest.pop(0)]
-        else:
-            bare.append(token)
-    return [*flags, *overrides, *bare]
+        raise ConfigError(hydra_problems(error, overrides)) from error
 
 
 def strip_group_plus(token: str) -> str:
@@ -231,16 +243,22 @@ def _checked(cfg: Any) -> Composed:
         folders=tuple(Path(s.path) for s in hydra_config.runtime.config_sources if s.schema == "file" and s.path),
     )
     OmegaConf.set_readonly(cfg, False)
-    absent = [key for key, value in leaves(OmegaConf.to_container(cfg, resolve=False)) if value == "???"]
+    replaced = _let_sources_replace_path(cfg, origins)
+    unresolved = dict(leaves(OmegaConf.to_container(cfg, resolve=False)))
+    absent = [key for key, value in unresolved.items() if value == "???"]
     for key in absent:
         # References to the missing value must resolve, so that the other mistakes are reported as well.
         OmegaConf.update(cfg, key, "./missing")
-    values = {str(k): v for k, v in _resolved(cfg, origins).items()}
+    values = {str(k): v for k, v in _resolved(cfg, unresolved, origins).items()}
+    absent += [key for key in missing_keys(origins) if key in unresolved and key not in (*absent, *replaced)]
     _unset_length_of_files(values, overrides)
     scalars = list(leaves(values))
     secrets = [key for key, value in scalars if looks_secret(key, value)]
     targets = [key for key, _ in scalars if "_target_" in key.split(".")]
     problems = [missing(key, origins) for key in absent]
+    if problem := package_problem(values, origins):
+        problems.append(problem)
+        del values["experiment"]
     problems += [
         Problem(
             f"{key}: looks like a secret (a token, key or password); its value is not shown",
@@ -264,13 +282,40 @@ def _checked(cfg: Any) -> Composed:
     return Composed(config, overrides, origins)
 
 
-def _resolved(cfg: Any, origins: Origins) -> dict[Any, Any]:
+def _let_sources_replace_path(cfg: Any, origins: Origins) -> tuple[str, ...]:
+    """Unset a data.path from a file where a later file or the command line sets data.sources to a list that does not read it.
+
+    Returns the keys that were unset.
+    """
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(cfg, resolve=False)
+    data = values.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    if not sources or any("${data.path}" in str(value) for _, value in leaves(sources)):
+        return ()
+    # The last to be composed comes first.
+    layers = [COMMAND_LINE, *(short(file) for file, _ in origins.files())]
+    path, replacement = (origins.written_at(key) for key in ("data.path", "data.sources"))
+    path, replacement = (where if where == COMMAND_LINE else where.rpartition(":")[0] for where in (path, replacement))
+    if path not in layers or replacement not in layers or layers.index(replacement) >= layers.index(path):
+        return ()
+    OmegaConf.update(cfg, "data.path", None)
+    return ("data.path",)
+
+
+def _resolved(cfg: Any, unresolved: Mapping[str, Any], origins: Origins) -> dict[Any, Any]:
+    """Return the settings with their references resolved; `unresolved` are their values before."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
         raw = OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
+        if problem := cycle_problem(unresolved, origins):
+            raise ConfigError(problem) from None
+        if isinstance(error, RecursionError):
+            raise
         key = str(error.full_key or "")
         old = renamed_reference(str(error).splitlines()[0])
         raise ConfigError(

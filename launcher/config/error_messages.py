@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from launcher.config.config_files import yaml_problems
 from launcher.config.introspect import Setting, as_yaml, settings
 from launcher.config.origin import Origins
 from launcher.config.redaction import looks_secret, redact
@@ -188,10 +189,12 @@ def no_such_option(group: str, option: str, options: Sequence[str], token: str) 
     )
 
 
-def hydra_problem(error: Exception, tokens: Sequence[str]) -> Problem:
-    """Return the problem of an error in Hydra's composition, without the `++` that the launcher added."""
-    from hydra.errors import OverrideParseException
+def hydra_problems(error: Exception, tokens: Sequence[str]) -> list[Problem]:
+    """Return the problems of an error in Hydra's composition, without the `++` that the launcher added."""
+    return yaml_problems(error) or [_hydra_problem(error, tokens)]
 
+
+def _hydra_problem(error: Exception, tokens: Sequence[str]) -> Problem:
     if list_token := next((token for token in tokens if re.match(r"\+*data\.sources\.[A-Za-z_]", token)), None):
         return Problem(
             "data.sources is a list, and a key cannot name one of its entries; write the whole list",
@@ -200,8 +203,10 @@ def hydra_problem(error: Exception, tokens: Sequence[str]) -> Problem:
             remedy=f"write {COLUMNS_EXAMPLE}",
         )
     text = redact(str(error)).strip()
-    message = text.splitlines()[0].replace("++", "") if text else type(error).__name__
-    culprit = getattr(error, "override", None) or next((t for t in tokens if t.split("=")[0] and t in str(error)), "")
+    lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    # A line that ends in a colon announces the message of the next one.
+    message = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).replace("++", "")
+    culprit = getattr(error, "override", None) or next((t for t in tokens if t.split("=")[0] not in ("", t) and t in text), "")
     if redact(culprit) != culprit:
         message = "this override cannot be parsed"
     if renamed := renamed_override(culprit):
@@ -209,13 +214,9 @@ def hydra_problem(error: Exception, tokens: Sequence[str]) -> Problem:
     group, _, option = (getattr(error, "missing_cfg_file", None) or "").partition("/")
     if option and (options := getattr(error, "options", None)):
         return no_such_option(group, option, options, f"{group}={option}")
-    is_unparsed = isinstance(error, OverrideParseException)
     return Problem(
         f"Hydra cannot compose these settings: {message}",
         where="command line" if culprit else "",
         value=culprit.removeprefix("++"),
-        remedy="write key=value or group=option; values that hold spaces, commas, brackets, ~ or = are quoted twice, "
-        "as in 'run.name=\"a b\"'"
-        if is_unparsed
-        else "see python -m launcher --help",
+        remedy="see python -m launcher --help",
     )

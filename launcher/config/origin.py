@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.introspect import settings
+from launcher.config.renamed_keys import COMMAND_LINE
 from launcher.errors import Problem
 
 
@@ -26,23 +27,32 @@ class Origins:
 
     def resolve(self, key: str) -> tuple[str, str]:
         """Return the key that holds the value (another one where `key` is an interpolation), and its origin."""
+        seen = {key}
+        where, value = self._location(key)
+        while (reference := re.fullmatch(r"\$\{([\w.\[\]]+)\}", value or "")) and reference[1] not in seen:
+            key = reference[1]
+            seen.add(key)
+            where, value = self._location(key)
+        return key, where
+
+    def written_at(self, key: str) -> str:
+        """Return the origin of the text of a setting, which may be an interpolation."""
+        return self._location(key)[0]
+
+    def _location(self, key: str) -> tuple[str, str | None]:
+        """Return the origin of a setting, and its text where that is a scalar in a file."""
         for override in reversed(self.overrides):
             name = override.split("=", 1)[0].lstrip("+~")
             if name in self.choices:
                 continue
             if name and (key == name or key.startswith((f"{name}.", f"{name}[")) or name.startswith(f"{key}.")):
-                return key, "command line"
+                return COMMAND_LINE, None
         path = [int(p) if p.isdigit() else p for p in re.split(r"[.\[]", key.replace("]", "")) if p]
         for file, inside in self._candidates(path):
             location = _find(file.read_text(), inside)
-            if location is None:
-                continue
-            line, value = location
-            reference = re.fullmatch(r"\$\{([\w.\[\]]+)\}", value or "")
-            if reference and reference[1] != key:
-                return self.resolve(reference[1])
-            return key, f"{_short(file)}:{line}"
-        return key, ""
+            if location is not None:
+                return f"{short(file)}:{location[0]}", location[1]
+        return "", None
 
     def located(self, problem: Problem) -> Problem:
         """Return `problem` with the origin of the setting that it names."""
@@ -54,30 +64,58 @@ class Origins:
         message, remedy = (text.replace(problem.where, key) for text in (problem.message, problem.remedy))
         return replace(problem, message=message, where=f"{key} ({where})", remedy=remedy)
 
+    def files(self) -> Iterator[tuple[Path, str]]:
+        """Yield the composed files, the last one first, each with the section that it sets; empty for all settings."""
+        # Hydra lists the choices in this order: the experiment, then the groups from the last to the first.
+        for group in self.choices:
+            if (file := self.file_of(group)) is not None:
+                yield file, "" if re.search(r"^#\s*@package\s+_global_", file.read_text(), re.MULTILINE) else group
+        if (root := self._file("config.yaml")) is not None:
+            yield root, ""
+
+    def file_of(self, group: str) -> Path | None:
+        """Return the file of the chosen option of a group; None where no option is chosen."""
+        option = self.choices.get(group)
+        return None if group.startswith("hydra") or option in (None, "null") else self._file(f"{group}/{option}.yaml")
+
     def _candidates(self, path: list[str | int]) -> Iterator[tuple[Path, list[str | int]]]:
         """Yield the files that can set `path`, the last composed first, with the path inside each."""
-        # Hydra lists the choices in this order: the experiment, then the groups from the last to the first.
-        for group, option in self.choices.items():
-            file = None if group.startswith("hydra") or option in (None, "null") else self._file(f"{group}/{option}.yaml")
-            if file is None:
-                continue
-            if re.search(r"^#\s*@package\s+_global_", file.read_text(), re.MULTILINE):
+        for file, section in self.files():
+            if not section and path:
                 yield file, path
-            elif path[:1] == [group] and len(path) > 1:
+            elif path[:1] == [section] and len(path) > 1:
                 yield file, path[1:]
-        root = self._file("config.yaml")
-        if root is not None and path:
-            yield root, path
 
     def _file(self, relative: str) -> Path | None:
         return next((f / relative for f in self.folders if (f / relative).is_file()), None)
 
 
-def _short(file: Path) -> str:
+def short(file: Path) -> str:
+    """Return the path as a person would write it: relative where the file is below the current folder."""
     try:
         return str(file.relative_to(Path.cwd()))
     except ValueError:
         return str(file)
+
+
+def nodes(text: str, with_sections: bool = False) -> Iterator[tuple[str, int, str | None]]:
+    """Yield key, line and text of each scalar in a YAML text; with `with_sections` of each section as well, without a text."""
+    import yaml
+
+    def walk(node: yaml.Node | None, key: str, line: int) -> Iterator[tuple[str, int, str | None]]:
+        if isinstance(node, yaml.ScalarNode):
+            yield key, line, node.value
+            return
+        if with_sections and key:
+            yield key, line, None
+        if isinstance(node, yaml.MappingNode):
+            for name, value in node.value:
+                yield from walk(value, f"{key}.{name.value}" if key else str(name.value), name.start_mark.line + 1)
+        elif isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                yield from walk(item, f"{key}[{i}]", item.start_mark.line + 1)
+
+    yield from walk(yaml.compose(text, Loader=yaml.SafeLoader), "", 1)
 
 
 def _find(text: str, path: list[str | int]) -> tuple[int, str | None] | None:

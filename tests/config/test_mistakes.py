@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cli.main import main
 from launcher.config.compose import Composed
 from launcher.errors import Problem
 
@@ -248,9 +249,7 @@ def test_settings_that_the_plan_cannot_satisfy_are_refused(shown: Shown) -> None
     assert "remedy: set it to 6 or 8, or use one of these numbers of ranks: 1, 7" in text
 
 
-@pytest.mark.parametrize(
-    "tokens", [["=3"], ["train.max_steps"], ["~nothing"], ["run.name=a(b"], ["--config-dir", "/no/such"], ["--cgf", "job"]]
-)
+@pytest.mark.parametrize("tokens", [["~nothing"], ["hydra.nothing=1"], ["--config-dir", "/no/such"]])
 def test_an_override_that_hydra_cannot_parse_is_refused_in_plain_words(shown: Shown, tokens: list[str]) -> None:
     text = shown(*tokens)
     assert "Hydra" in text
@@ -278,11 +277,49 @@ def test_a_rule_of_a_cluster_names_its_settings(refused: Refused) -> None:
 def test_naming_an_entry_of_data_sources_shows_the_whole_list(shown: Shown) -> None:
     text = shown("data=jsonl", "data.path=rows.jsonl", "data.sources.columns={prompt: question}")
     assert "invalid literal" not in text
-    example = "'data.sources=[{name: train, path: PATH, columns: {prompt: question, completion: answer}}]' data.path=null"
+    example = "'data.sources=[{name: train, path: PATH, columns: {prompt: question, completion: answer}}]'"
     assert example in text.replace("\n", " ")
 
 
 def test_a_path_that_no_source_reads_is_refused(shown: Shown) -> None:
     text = shown("data=jsonl", "data.path=rows.jsonl", "data.sources=[{name: a, path: other.jsonl}]")
-    assert "data.path is set, and data.sources has other paths" in text
-    assert "data.path=null" in text
+    assert "data.path and data.sources are both set, and no entry of data.sources has this path" in text
+    assert "where:  data.path (command line), data.sources (command line)" in text
+    assert "remove one of them" in text
+
+
+def test_sources_replace_the_path_of_a_file(compose: Callable[..., list[Composed]], tmp_path: Path) -> None:
+    own_option(tmp_path, "experiment", "own", "# @package _global_\ndata:\n  path: of_the_experiment.jsonl\n")
+    for tokens in ((), ("--config-dir", str(tmp_path / "conf"), "experiment=own")):
+        (composed,) = compose("data=jsonl", *tokens, "data.sources=[{name: a, path: rows.jsonl}]")
+        assert composed.config.data.path is None
+        assert [source.path for source in composed.config.data.sources] == ["rows.jsonl"]
+
+
+def test_sources_of_an_experiment_replace_the_path_and_a_path_beside_them_is_refused(
+    compose: Callable[..., list[Composed]], refused: Refused, tmp_path: Path
+) -> None:
+    text = "# @package _global_\ndefaults:\n  - override /data: jsonl\ndata:\n  sources:\n    - {name: a, path: rows.jsonl}\n"
+    own_option(tmp_path, "experiment", "own", text)
+    tokens = ("--config-dir", str(tmp_path / "conf"), "experiment=own")
+    assert compose(*tokens)[0].config.data.path is None
+    (problem,) = refused(*tokens, "data.path=other.jsonl")
+    assert problem.where == f"data.path (command line), data.sources ({tmp_path}/conf/experiment/own.yaml:5)"
+
+
+def test_sources_that_read_a_missing_path_need_it(refused: Refused) -> None:
+    (problem,) = refused("data=jsonl", "data.sources=[{name: a, path: '${data.path}', columns: {prompt: q}}]")
+    assert problem.message == "data.path: a value is required and none was given"
+
+
+def test_a_sweep_with_one_name_is_refused(shown: Shown) -> None:
+    text = shown("-m", "run.name=one", "optim.lr=1e-5,2e-5")
+    assert text.startswith("run.name=one: 2 runs of this sweep would have the same name and directory")
+    assert "where:  command line" in text
+    assert "as in 'run.name=one-${optim.lr}'" in text
+
+
+def test_a_sweep_with_several_names_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "-m", "model=tiny", "run.name=one-${optim.lr}", "optim.lr=1e-5,2e-5"]) == 0
+    names = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("run ")]
+    assert names == ["one-1e-05", "one-2e-05"]

@@ -17,7 +17,7 @@ COLUMNS = (
     *("prompt", "completion", "text"),
 )
 COLUMNS_EXAMPLE = (
-    "'data.sources=[{name: train, path: PATH, columns: {prompt: question, completion: answer}}]' data.path=null, "
+    "'data.sources=[{name: train, path: PATH, columns: {prompt: question, completion: answer}}]', "
     "with the rows' own keys after the colons"
 )
 
@@ -196,7 +196,9 @@ class DataSection(Section):
     """The training data and how it becomes rows of tokens."""
 
     name: Name = Field("data", description="Short name; part of the run's default name.")
-    path: Text | None = Field(None, description="The path that data=jsonl reads; short for one entry in data.sources.")
+    path: Text | None = Field(
+        None, description="The path that data=jsonl reads; short for one entry in data.sources, which replaces it."
+    )
     sources: tuple[Source, ...] = Field(min_length=1, description="The sources of the mixture.")
     max_length: Annotated[int, Field(ge=16, strict=True)] = Field(1024, description="Tokens in a row.")
     packing: Flag = Field(
@@ -254,7 +256,8 @@ class DataSection(Section):
     def _path_is_read(self) -> DataSection:
         if self.path is not None and all(source.path != self.path for source in self.sources):
             raise ValueError(
-                "data.path is set, and data.sources has other paths; set data.path=null, or data=jsonl without data.sources"
+                "data.path and data.sources are both set, and no entry of data.sources has this path; remove one of them: "
+                "data.path is short for a list with one entry"
             )
         return self
 

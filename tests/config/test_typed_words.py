@@ -1,0 +1,110 @@
+"""Words of a command line that are no overrides, and values that need quotation marks: the message shows what to type."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+
+import pytest
+
+from launcher.cli.main import main
+from launcher.config.compose import Composed
+from launcher.errors import Problem
+
+Refused = Callable[..., list[Problem]]
+Shown = Callable[..., str]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "~/rows.jsonl",
+        "my data (1)/rows.jsonl",
+        "lr=1.jsonl",
+        "./~x",
+        "rows é.jsonl",
+        "it's.jsonl",
+        'a "b" c',
+        "x)(",
+        "a;b&c",
+        "x#y",
+    ],
+)
+def test_the_message_shows_how_to_quote_a_value(refused: Refused, compose: Callable[..., list[Composed]], value: str) -> None:
+    (problem,) = refused("data=jsonl", f"data.path={value}")
+    assert problem.message == "data.path: the value has characters that Hydra reads as its own syntax"
+    assert (problem.where, problem.value) == ("command line", f"data.path={value}")
+    assert problem.remedy.startswith("quote it twice, for the shell and for Hydra: ")
+    (word,) = shlex.split(problem.remedy.partition("Hydra: ")[2])
+    assert compose("data=jsonl", word)[0].config.data.path == value
+
+
+def test_commas_in_a_value_are_a_sweep_or_one_quoted_value(refused: Refused, compose: Callable[..., list[Composed]]) -> None:
+    (problem,) = refused("data=jsonl", "data.path=a,b.jsonl")
+    assert problem.message == "data.path: the commas make this a list of values to try, and the flag -m is missing"
+    assert problem.remedy.startswith("add -m for one run per value; for one value with commas, write ")
+    (word,) = shlex.split(problem.remedy.partition("write ")[2])
+    assert compose("data=jsonl", word)[0].config.data.path == "a,b.jsonl"
+
+
+def test_commas_between_options_are_a_sweep(refused: Refused) -> None:
+    (problem,) = refused("model=tiny,demo")
+    assert problem.remedy == "add -m for one run per value"
+
+
+def test_a_list_that_cannot_be_parsed_shows_an_example(refused: Refused, compose: Callable[..., list[Composed]]) -> None:
+    (problem,) = refused("data=jsonl", "data.path=x", "data.sources=[{name: a, path: ~/x}]")
+    assert problem.message == "data.sources: Hydra cannot parse this list or mapping"
+    (word,) = shlex.split(problem.remedy.partition("as in ")[2])
+    assert compose("data=jsonl", word)[0].config.data.sources[0].path == "~/rows (1).jsonl"
+
+
+def test_mistakes_in_other_settings_are_reported_beside_one_that_cannot_be_parsed(refused: Refused) -> None:
+    problems = refused("data=jsonl", "data.path=~/x", "--jsn", "optim.lr=0", "run.name=a b", "run.seed=x")
+    assert [p.message.partition(":")[0] for p in problems] == [
+        *("there is no flag --jsn", "data.path", "run.name", "run.seed", "optim.lr")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message", "remedy"),
+    [
+        (["plan", "--jsn"], "there is no flag --jsn", "did you mean --json?"),
+        (["plan", "--multi"], "there is no flag --multi", "did you mean --multirun?"),
+        (["data", "--htm"], "there is no flag --htm", "did you mean --html?"),
+        (["train", "--detatch"], "there is no flag --detatch", "did you mean --detach?"),
+        (["plan", "--zzz"], "there is no flag --zzz", "settings are written key=value"),
+        (["--model", "tiny"], "--model: settings are written without dashes", "write model=tiny"),
+        (["plan", "--model=tiny"], "--model: settings are written without dashes", "write model=tiny"),
+        (["plan", "--optim.lr", "1e-5"], "--optim.lr: settings are written without dashes", "write optim.lr=1e-5"),
+        (["plan", "--max-steps=3"], "--max-steps: settings are written without dashes", "write train.max_steps=3"),
+        (["plan", "--cfg"], "--cfg prints one of job, hydra, all", "write --cfg job"),
+        (["plan", "--cfg", "hydr"], "--cfg prints one of job, hydra, all", "write --cfg hydra"),
+        (["plan", "--config-dir"], "--config-dir needs a value", "write --config-dir followed by its value"),
+        (["plan", "optim.lr", "=", "3"], "an override has no spaces around its =", "write optim.lr=3"),
+        (["plan", "optim.lr", "=3"], "an override has no spaces around its =", "write optim.lr=3"),
+        (["plan", "optim.lr = 3"], "an override has no spaces around its =", "write optim.lr=3"),
+        (["plan", "=3"], "an override has no spaces around its =, and a key before it", "write key=value"),
+        (["plan", "train.max_steps"], "train.max_steps: is not an override, because it has no =", "write train.max_steps=..."),
+        (["plan", "max_stepz"], "max_stepz: is not an override, because it has no =", "write key=value"),
+        (["plan", "run.root=my", "runs"], "runs: is not an override", "value before it: 'run.root=\"my runs\"'"),
+    ],
+)
+def test_a_word_that_is_no_override_is_answered_with_what_was_meant(
+    capsys: pytest.CaptureFixture[str], tokens: list[str], message: str, remedy: str
+) -> None:
+    assert main(tokens) == 2
+    text = capsys.readouterr().err
+    assert text.startswith(message)
+    assert remedy in text
+    assert "usage:" not in text
+
+
+def test_a_secret_in_a_value_that_cannot_be_parsed_is_not_shown(shown: Shown) -> None:
+    for token in (
+        "tracking.password=hunter2(",
+        "cluster.env.MY_TOKEN=hunter2(",
+        "--password=hunter2",
+        "tracking.password =hunter2",
+    ):
+        assert "hunter2" not in shown(token)
