@@ -50,7 +50,7 @@ class CheckpointRow:
     problems: tuple[str, ...] = ()
 
 
-def run(tokens: list[str]) -> int:
+def run(verb: str, tokens: list[str]) -> int:
     """List the checkpoints of a run; returns 1 if --verify or --prune found a damaged or unreadable one."""
     arguments = _parser().parse_args(tokens)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))

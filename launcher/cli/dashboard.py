@@ -15,7 +15,7 @@ from launcher.tracking.wandb.workspace import Target, as_json, publish
 _PROJECT = re.compile(r"(?:(?P<entity>[\w.-]+)/)?(?P<project>[\w.-]+)")
 
 
-def run(tokens: list[str]) -> int:
+def run(verb: str, tokens: list[str]) -> int:
     """Create or update the workspace and print its address, or print what would be sent."""
     about = "Create the W&B workspace of a run or a project, or bring its panels up to date."
     parser = argparse.ArgumentParser(prog="python -m launcher dashboard", description=about)

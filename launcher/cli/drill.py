@@ -51,7 +51,7 @@ _POLL_S = 0.2
 _STATUS_INTERVAL_S = 1.0
 
 
-def run(tokens: list[str]) -> int:
+def run(verb: str, tokens: list[str]) -> int:
     """Rehearse one fault; returns 0 if the run recovered, 1 if not."""
     # Unknown arguments are Hydra's overrides, which keep their order.
     arguments, rest = _parser().parse_known_args(tokens)

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, LauncherError, Problem
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, LauncherError, Problem
 
+# Each verb, and the module of launcher.cli whose function `run(verb, tokens)` carries it out.
+VERBS: Mapping[str, str] = {
+    "train": "launch",
+    "plan": "launch",
+    "data": "launch",
+    "ls": "status",
+    "status": "status",
+    "report": "report",
+    "dashboard": "dashboard",
+    "logs": "runs",
+    "cancel": "runs",
+    "resume": "runs",
+    "export": "runs",
+    "checkpoints": "checkpoints",
+    "drill": "drill",
+}
+# The verbs that compose settings.
 COMPOSING = ("train", "plan", "data")
-SHOWING = ("ls", "status", "report", "dashboard")
-ON_RUNS = ("logs", "cancel", "resume", "export", "checkpoints")
-VERBS = (*COMPOSING, *SHOWING, *ON_RUNS, "drill")
+_FLAGS_WITHOUT_VALUE = ("--json", "--follow", "--detach", "-m", "--multirun")
+_PACKAGES = ("torch", "deepspeed", "transformers", "ray")
 
 HELP = """\
 Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
@@ -42,10 +61,16 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
                                                rehearse a fault on a short run: does it save and continue, what is lost
 
 Overrides are key=value (train.max_steps=100) or group=option (model=qwen3_8b); docs/settings.md lists them all.
-Flags: --json where a verb reports, --debug for tracebacks, VERB --help for more.
+Flags: --json where a verb reports, --debug for tracebacks, VERB --help for more, --version.
 Hydra's own flags work with train, plan and data: --cfg job, --info, -m, --config-dir DIR.
 Exit codes: 0 done, 1 the run failed, 2 refused before anything started, 130 interrupted.
 """
+
+
+class _VerbModule(Protocol):
+    """A module of launcher.cli that carries out verbs."""
+
+    def run(self, verb: str, tokens: list[str]) -> int: ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens = [token for token in tokens if token != "--debug"]  # noqa: S105
     if tokens[:1] in (["--help"], ["-h"]):
         return _print(HELP)
+    if "--version" in tokens:
+        return _print(_versions())
     verb = tokens.pop(0) if tokens and _is_verb(tokens[0]) else "train"
     try:
         return _run(verb, tokens)
@@ -89,52 +116,61 @@ def _is_verb(token: str) -> bool:
 
 
 def _run(verb: str, tokens: list[str]) -> int:
-    if verb in COMPOSING:
-        from launcher.cli import launch
-
-        return launch.run(verb, tokens)
-    if verb == "checkpoints":
-        from launcher.cli import checkpoints
-
-        return checkpoints.run(tokens)
-    if verb == "report":
-        from launcher.cli import report
-
-        return report.run(tokens)
-    if verb == "dashboard":
-        from launcher.cli import dashboard
-
-        return dashboard.run(tokens)
-    if verb in SHOWING:
-        from launcher.cli import status
-
-        return status.run(verb, tokens)
-    if verb in ON_RUNS:
-        from launcher.cli import runs
-
-        return runs.run(verb, tokens)
-    if verb == "drill":
-        from launcher.cli import drill
-
-        return drill.run(tokens)
     if verb == "help":
         return _print(HELP)
+    if verb not in VERBS:
+        raise ConfigError(_unknown_verb(verb))
+    if verb in COMPOSING:
+        _require_no_verb(tokens)
+    module: _VerbModule = importlib.import_module(f"launcher.cli.{VERBS[verb]}")
+    return module.run(verb, tokens)
+
+
+def _unknown_verb(verb: str) -> Problem:
     import difflib
 
     from launcher.config.redaction import redact
 
     matches = difflib.get_close_matches(verb, VERBS, n=1)
     guess = f"did you mean {matches[0]}? " if matches else ""
-    print(
-        Problem(
-            f"there is no verb {redact(verb)}",
-            where="command line",
-            value=redact(verb),
-            remedy=f"{guess}verbs are {', '.join(VERBS)}; settings are written key=value",
-        ),
-        file=sys.stderr,
+    return Problem(
+        f"there is no verb {redact(verb)}",
+        where="command line",
+        value=redact(verb),
+        remedy=f"{guess}verbs are {', '.join(VERBS)}; settings are written key=value",
     )
-    return EXIT_REFUSED
+
+
+def _require_no_verb(tokens: Sequence[str]) -> None:
+    """Refuse a verb among the words after the first one.
+
+    Raises:
+        ConfigError: with the command line in the right order.
+    """
+    for i, token in enumerate(tokens):
+        # The word after another flag may be its value.
+        if token in VERBS and (i == 0 or "=" in tokens[i - 1] or tokens[i - 1] in _FLAGS_WITHOUT_VALUE):
+            from launcher.config.redaction import redact
+
+            others = shlex.join((*tokens[:i], *tokens[i + 1 :]))
+            remedy = f"write: {redact(f'python -m launcher {token} {others}'.strip())}"
+            raise ConfigError(f"the verb {token} comes before all overrides and flags", where="command line", remedy=remedy)
+
+
+def _versions() -> str:
+    """Return the versions of the launcher, Python and the packages that a run depends on, one a line; imports none of them."""
+    import platform
+    from importlib import metadata
+
+    from launcher import __version__
+
+    versions = {"launcher": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return "".join(f"{name:<13}{version}\n" for name, version in versions.items())
 
 
 def _print(text: str) -> int:

@@ -47,7 +47,7 @@ class _RunFiles:
     spent: Breakdown
 
 
-def run(tokens: list[str]) -> int:
+def run(verb: str, tokens: list[str]) -> int:
     """Write the page and print its path."""
     about = "Write what happened in one or several runs as one page that needs no network."
     parser = argparse.ArgumentParser(prog="python -m launcher report", description=about)

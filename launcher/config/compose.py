@@ -6,13 +6,14 @@ key: the schema reports all of them, each with a suggestion.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from launcher.config.config_files import cycle_problem, missing_keys, package_pr
 from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import hydra_problems, missing, no_such_option, schema_problems
 from launcher.config.origin import Origins, short
+from launcher.config.printed_settings import redact_settings
 from launcher.config.redaction import looks_secret, redact
 from launcher.config.renamed_keys import COMMAND_LINE, RENAMED, renamed_override, renamed_reference
 from launcher.config.schema import RunConfig
@@ -140,16 +142,22 @@ def _call_hydra(task: Callable[[Any], None], tokens: Sequence[str]) -> None:
         return
     import hydra
 
+    printed, usage = io.StringIO(), io.StringIO()
     saved_state = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["launcher", *argv], "1"
     try:
         # A sweep always writes a multirun.yaml.
-        with tempfile.TemporaryDirectory() as sweep:
+        with tempfile.TemporaryDirectory() as sweep, redirect_stdout(printed), redirect_stderr(usage):
             sys.argv += [f"hydra.sweep.dir='{sweep}'"] if {"-m", "--multirun"} & set(argv) else []
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
     except SystemExit as stop:
         if stop.code:
-            raise ConfigError("Hydra could not read the command line", remedy="see python -m launcher --help") from stop
+            reason = usage.getvalue().strip().rpartition("error: ")[2]
+            raise ConfigError(
+                f"Hydra cannot read the command line: {reason}",
+                where=COMMAND_LINE,
+                remedy="see python -m launcher --help",
+            ) from stop
     # The task raises nothing: every exception here is Hydra's, and not all are a HydraException.
     except Exception as error:
         raise ConfigError(hydra_problems(error, argv)) from error
@@ -158,6 +166,7 @@ def _call_hydra(task: Callable[[Any], None], tokens: Sequence[str]) -> None:
         os.environ.pop("HYDRA_FULL_ERROR", None)
         if saved_state[1] is not None:
             os.environ["HYDRA_FULL_ERROR"] = saved_state[1]
+        print(redact_settings(printed.getvalue()), end="")
 
 
 def _compose_once(task: Callable[[Any], None], overrides: list[str]) -> None:

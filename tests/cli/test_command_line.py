@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from forked import preloaded
 
-from launcher.cli.main import COMPOSING, ON_RUNS, SHOWING
+from launcher import __version__
+from launcher.cli.main import VERBS, main
 from launcher.plan.launch_plan import LaunchPlan
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -88,12 +91,12 @@ def test_help_imports_only_the_standard_library(walled: Run, arguments: list[str
     done = walled(*arguments, forbidden=(*TORCH, "hydra", "omegaconf", "pydantic", "rich", "numpy", "psutil"))
     after = os.times()
     assert done.returncode == 0, done.stderr
-    assert all(verb in done.stdout for verb in (*COMPOSING, *SHOWING, *ON_RUNS))
+    assert all(verb in done.stdout for verb in VERBS)
     # It takes a tenth of that. CPU time is measured, because other tests run at the same time.
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2
 
 
-@pytest.mark.parametrize("verb", [*COMPOSING, *SHOWING, *ON_RUNS])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(forked: Run, verb: str) -> None:
     done = forked(verb, "--help")
     assert done.returncode == 0, done.stderr
@@ -134,6 +137,30 @@ def test_an_unknown_verb_is_refused(forked: Run) -> None:
     text = refused(forked("paln", "model=tiny"))
     assert text.startswith("there is no verb paln\n")
     assert "did you mean plan?" in text
+
+
+@pytest.mark.parametrize("arguments", [["model=tiny", "plan"], ["--json", "plan", "model=tiny"], ["data", "model=tiny", "plan"]])
+def test_a_verb_after_other_words_is_refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(arguments) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("the verb plan comes before all overrides and flags\n")
+    assert "remedy: write: python -m launcher plan " in text
+    assert "model=tiny" in text
+
+
+def test_each_verb_has_a_module() -> None:
+    for module in VERBS.values():
+        assert callable(importlib.import_module(f"launcher.cli.{module}").run)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["plan", "--version"]])
+def test_version_lists_the_packages_and_imports_none(walled: Run, arguments: list[str]) -> None:
+    done = walled(*arguments, forbidden=(*TORCH, "hydra", "omegaconf", "pydantic", "rich", "numpy", "psutil"))
+    assert (done.returncode, done.stderr) == (0, "")
+    versions = dict(line.split() for line in done.stdout.splitlines())
+    assert list(versions) == ["launcher", "python", "torch", "deepspeed", "transformers", "ray"]
+    assert versions["launcher"] == __version__
+    assert versions["torch"] == metadata.version("torch")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import yaml
 
+from launcher.cli.main import main
 from launcher.config.redaction import looks_secret, redact
 from launcher.config.resume import with_overrides
 from launcher.config.sections.data import Source
@@ -64,6 +67,41 @@ def test_a_secret_from_the_environment_is_refused(shown: Shown, monkeypatch: pyt
     text = shown("tracking.group=${oc.env:MY_KEY}")
     assert "tracking.group: looks like a secret" in text
     assert TOKENS["hugging_face"] not in text
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(
+            ["--cfg", "job"],
+            ["--cfg", "hydra"],
+            ["--cfg", "all"],
+            ["--cfg", "job", "--resolve"],
+            ["-c", "job", "-p", "cluster.env"],
+        ),
+        *(["--info"], ["--info", "config"]),
+    ],
+    ids=" ".join,
+)
+def test_hydra_prints_no_secret(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str]
+) -> None:
+    monkeypatch.setenv("MY_KEY", "hunter5")
+    (tmp_path / "tracking").mkdir()
+    key = "|\n  -----BEGIN PRIVATE KEY-----\n  hunter6\n  -----END PRIVATE KEY-----\n"
+    (tmp_path / "tracking" / "mine.yaml").write_text(f"kind: none\nhf_token: ${{oc.env:MY_KEY}}\ngroup: {key}entity: me\n")
+    tokens = (
+        *("cluster=slurm", "cluster.env={MY_TOKEN: hunter3, NCCL_DEBUG: INFO}", "tracking.api_key=hunter2 hunter4"),
+        *(f"tracking.project={TOKENS['hugging_face']}", "--config-dir", str(tmp_path), "tracking=mine"),
+    )
+    assert main(["plan", *flags, *tokens]) == 0
+    printed = capsys.readouterr().out
+    assert "hunter" not in printed
+    assert TOKENS["hugging_face"] not in printed
+    assert "<redacted>" in printed
+    if "hydra" not in flags:
+        assert "NCCL_DEBUG: INFO" in printed
+        assert yaml.safe_load(printed) if "--info" not in flags else "entity: me" in printed
 
 
 def test_resume_refuses_secrets(compose: Callable[..., list]) -> None:
