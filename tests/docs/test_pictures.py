@@ -1,9 +1,8 @@
-"""The pictures of the documentation: drawn from a run, without a path of this machine, and only where its numbers can be true."""
+"""The pictures of the documentation: drawn from a run, without a path of this machine."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from types import ModuleType
 
@@ -40,13 +39,3 @@ def test_the_status_picture_shows_the_run_and_no_path_of_this_machine(pictures: 
     assert "40&#160;of&#160;40" in svg
     assert str(run.root) not in svg
     assert "demo&#160;in&#160;runs/demo" in svg
-
-
-def test_a_run_with_an_mfu_above_one_is_not_drawn(pictures: ModuleType, run: RunDir) -> None:
-    for mfu in (0.4, 1.9):
-        with open(run.metrics, "a") as file:
-            file.write(json.dumps({"perf/mfu": mfu}) + "\n")
-        if mfu < 1:
-            pictures.require_credible(run.root)
-    with pytest.raises(SystemExit, match="demo has an MFU of 190%"):
-        pictures.require_credible(run.root)

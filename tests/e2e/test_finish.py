@@ -29,10 +29,7 @@ METRICS = {
     *(f"trainer/{name}" for name in ("step", "epoch", "tokens", "samples", "progress", "eta_s")),
     *(f"train/{name}" for name in ("loss", "grad_norm", "lr", "skipped_steps")),
     *(f"eval/held_out/{name}" for name in ("loss", "ppl")),
-    *(
-        f"perf/{name}"
-        for name in ("tokens_per_sec", "tokens_per_sec_per_gpu", "tflops_per_gpu", "mfu", "padding_frac", "goodput")
-    ),
+    *(f"perf/{name}" for name in ("tokens_per_sec", "tokens_per_sec_per_gpu", "tflops_per_gpu", "padding_frac", "goodput")),
     *(f"time/{name}" for name in ("step_s", "data_s", "fwd_bwd_s", "optim_s", "eval_s", "ckpt_s")),
     *(f"time/{name}" for name in ("step_max_rank_s", "straggler_ratio", "kept_s")),
     *(f"lost/{name}_s" for name in ("queue", "start", "load", "save", "eval", "restart", "replay")),

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from launcher.config.schema import RunConfig
 from launcher.plan.gpus import GPUS
-from launcher.train.monitoring.peak_flops import find_peak_tflops, measure_tflops
+from launcher.train.monitoring.peak_flops import find_peak_tflops
 
 ConfigOf = Callable[..., RunConfig]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -37,21 +36,6 @@ def test_an_unknown_gpu_has_no_peak(config_of: ConfigOf, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_measuring_a_cpu_is_quick_and_leaves_the_random_state_alone(config_of: ConfigOf, dtype: str) -> None:
-    state, config, seconds = torch.get_rng_state(), config_of(f"model.dtype={dtype}"), []
-    for _ in range(3):
-        began = time.perf_counter()
-        measured = find_peak_tflops(config, CPU)
-        seconds.append(time.perf_counter() - began)
-        assert measured is not None
-        # A CPU without vector instructions for bf16 reaches a few GFLOP/s, and less beside other processes.
-        assert 1e-6 < measured < 100
-    # Other processes may slow the machine down.
-    assert min(seconds) < 0.3
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_the_fastest_product_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, *(t for pair in [(0.0, 0.05), (0.05, 0.06), (0.06, 0.1), (0.1, 0.2)] for t in pair)])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    assert measure_tflops(torch.float32) == pytest.approx(2 * 256**3 / 0.01 / 1e12)
+def test_a_cpu_has_no_peak(config_of: ConfigOf, dtype: str) -> None:
+    """Its peak could only be measured, and beside other processes the measurement gives an MFU above 1."""
+    assert find_peak_tflops(config_of(f"model.dtype={dtype}"), CPU) is None
