@@ -237,7 +237,7 @@ def _show(run: RunDir, plan: LaunchPlan, verified: Verified, removed: Sequence[L
 def _table(rows: Sequence[CheckpointRow]) -> list[str]:
     num_newest = sum("newest" in row.kept for row in rows)
     labels = {"newest": f"among the newest {num_newest}"} if num_newest > 1 else {}
-    table = [(("step", "size", "age", "ranks", "attempt", "held out"), ("kept as", "state"))]
+    cells = []
     for row in rows:
         age = "-" if row.saved_at is None else format_duration(max(0.0, time.time() - row.saved_at))
         loss = "-" if row.eval_loss is None else f"{row.eval_loss:.4f}"
@@ -245,13 +245,8 @@ def _table(rows: Sequence[CheckpointRow]) -> list[str]:
         numbers = (str(row.step), size, age, _or_dash(row.world_size), _or_dash(row.attempt), loss)
         state = f"{row.state}: {'; '.join(row.problems)}" if row.problems else row.state
         kept = "-" if row.problems else ", ".join(labels.get(reason, reason) for reason in row.kept) or "would be pruned"
-        table.append((numbers, (kept, state)))
-    widths = [max(len(numbers[i]) for numbers, _ in table) for i in range(6)]
-    kept_width = max(len(kept) for _, (kept, _) in table)
-    return [
-        "  ".join([*(f"{n:>{w}}" for n, w in zip(numbers, widths, strict=True)), f"{kept:<{kept_width}}", state])
-        for numbers, (kept, state) in table
-    ]
+        cells.append((*numbers, kept, state))
+    return formatting.table((">step", ">size", ">age", ">ranks", ">attempt", ">held out", "kept as", "state"), cells)
 
 
 def verify(checkpoints: Sequence[Checkpoint]) -> dict[Path, CheckpointError | None]:

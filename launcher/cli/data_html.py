@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from launcher.cli import html_page, svg_charts
+from launcher.cli import charts, html_page
+from launcher.cli.charts import Series
 from launcher.cli.data_view import (
     length_bins,
-    number_rows,
     row_width,
+    source_columns,
     source_notes,
     summary_rows,
     visible,
 )
-from launcher.cli.svg_charts import Series
 from launcher.data.checks.findings import share_text
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 def page(report: dict[str, Any], name: str) -> str:
     """Return a self-contained HTML page of the report of launcher.data.report; `name` is that of the data."""
-    header, *rows = number_rows(report)
     return html_page.render(
         "data",
         title=f"Data: {name}",
@@ -36,11 +35,11 @@ def page(report: dict[str, Any], name: str) -> str:
             (f"{report['held_out']['documents']:,}", "held-out documents"),
         ],
         verdict=_verdict(report["findings"]),
-        sources={"header": header, "rows": rows},
+        sources=source_columns(report),
         source_notes=list(source_notes(report)),
         summary=[list(row) for row in summary_rows(report)],
         plots=_plots(report),
-        findings=_finding_rows(report["findings"]),
+        findings=_finding_contexts(report["findings"]),
         samples=_samples(report["shown"]),
     )
 
@@ -62,14 +61,14 @@ def _plots(report: dict[str, Any]) -> dict[str, Markup]:
     ends, series = length_bins(report)
     sources, findings = [source for source in report["sources"] if source["documents"]], report["findings"]
     return {
-        "lengths": svg_charts.stacked_bars(
+        "lengths": charts.stacked_bars(
             "Length of documents",
             [f"{end:,}" for end in ends],
             [Series(name, counts) for name, counts in series],
             "tokens, up to",
             "documents",
         ),
-        "cumulative_lengths": svg_charts.lines(
+        "cumulative_lengths": charts.lines(
             "Documents that are no longer than",
             [source["length_quantiles"] for source in sources],
             [Series(source["name"], _percentages(len(source["length_quantiles"]))) for source in sources],
@@ -77,21 +76,23 @@ def _plots(report: dict[str, Any]) -> dict[str, Markup]:
             "% of documents",
             log_x=True,
         ),
-        "shares": svg_charts.bars(
-            "Share of the tokens", [(s["name"], s["frac"], f"{s['frac']:.1%}") for s in sources], highest=1
-        ),
-        "trained": svg_charts.bars(
+        "shares": charts.bars("Share of the tokens", [(s["name"], s["frac"], f"{s['frac']:.1%}") for s in sources], highest=1),
+        "trained": charts.bars(
             "Trained tokens",
             [(s["name"], s["trained_frac"], f"{s['trained_frac']:.1%} of {s['tokens']:,}") for s in sources],
             highest=1,
         ),
-        "padding": svg_charts.bars(
+        "padding": charts.bars(
             "Padding", [(s["name"], s["padding_frac"], f"{s['padding_frac']:.2%}") for s in sources if s["epochs"]], highest=1
         ),
-        "findings": svg_charts.bars(
-            "Documents concerned", [(finding["name"], finding["share"], f"{finding['count']:,}") for finding in findings]
+        "findings": charts.bars(
+            "Share of the documents that were checked", [(one["name"], one["share"], _share_and_count(one)) for one in findings]
         ),
     }
+
+
+def _share_and_count(finding: dict[str, Any]) -> str:
+    return f"{share_text(finding['share'])} ({finding['count']:,} of {finding['total']:,})"
 
 
 def _percentages(num_quantiles: int) -> list[float]:
@@ -99,16 +100,19 @@ def _percentages(num_quantiles: int) -> list[float]:
     return [i * 100 / (num_quantiles - 1) for i in range(num_quantiles)]
 
 
-def _finding_rows(findings: list[dict[str, Any]]) -> list[list[str]]:
-    rows = []
-    for finding in findings:
-        examples = "\n".join(f"·\u00a0{example['where']}: {example['detail']}" for example in finding["examples"])
-        action = f"{finding['setting']}={finding['action']}" + ("\nthe run is refused" if finding["fatal"] else "")
-        by_source = "\n".join(f"{name}: {count:,}" for name, count in finding["sources"].items())
-        count, share = f"{finding['count']:,}", share_text(finding["share"])
-        advice = f"{finding['meaning']}. To do: {finding['remedy']}\n{action}"
-        rows.append([finding["title"], count, share, by_source, examples, advice])
-    return rows
+def _finding_contexts(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what the template shows of each finding."""
+    return [
+        {
+            "title": f"{finding['count']:,} of {finding['total']:,} ({share_text(finding['share'])}) {finding['title']}",
+            "is_fatal": finding["fatal"],
+            "advice": f"{finding['meaning']}. Remedy: {finding['remedy']}",
+            "setting": f"{finding['setting']}={finding['action']}" + (": the run is refused" if finding["fatal"] else ""),
+            "sources": ", ".join(f"{name} {count:,}" for name, count in finding["sources"].items()),
+            "examples": [f"{example['where']}: {example['detail']}" for example in finding["examples"]],
+        }
+        for finding in findings
+    ]
 
 
 def _samples(shown: list[dict[str, Any]]) -> list[dict[str, Any]]:

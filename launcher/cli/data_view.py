@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,7 +19,9 @@ TRAINED_MARKS = ("⟦", "⟧")
 _TRAINED_STYLE = "bold green"
 _UNTRAINED_STYLE = "dim"
 _PIPE_WIDTH = 160
-_BAR = 40
+_BAR, _MIN_BAR = 40, 5
+_BINS = "tokens, up to"
+_LABEL_WIDTH = 13
 # Control characters of a row must not reach the terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Rounding error of token shares.
@@ -28,17 +31,12 @@ _ACTIONS = {"keep": "kept", "drop": "dropped", "fail": "kept, within the accepte
 
 def show(report: dict[str, Any]) -> None:
     """Print the report of launcher.data.report."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_PIPE_WIDTH)
-    console.print(_summary(report), soft_wrap=True)
-    console.print()
-    documents, tokens = sources_tables(report)
-    console.print(documents)
-    console.print()
-    console.print(tokens)
+    console = Console(highlight=False, width=formatting.terminal_columns() or _PIPE_WIDTH)
+    for label, value in summary_rows(report):
+        _print_text(console, f"{label:<{_LABEL_WIDTH}}{value}", continued_at=_LABEL_WIDTH)
+    _print_sources(console, report)
     for line in source_notes(report):
-        console.print(escape(line), soft_wrap=True)
+        _print_text(console, line, continued_at=2)
     console.print()
     _print_lengths(console, report)
     _print_findings(console, report["findings"])
@@ -125,25 +123,51 @@ def _filled(report: dict[str, Any]) -> str:
     return f"one document each; {most}{report['padding_frac']:.2%} padding in {batches}"
 
 
-def _summary(report: dict[str, Any]) -> str:
-    return "\n".join(f"{label:<13}{escape(value)}" for label, value in summary_rows(report))
+def source_columns(report: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the rows of `number_rows` as two tables, one of documents and one of tokens: one would be too wide to read."""
+    rows = number_rows(report)
+    split = rows[0].index("epochs")
+    return [row[:split] for row in rows], [[row[0], *row[split:]] for row in rows]
 
 
-def sources_tables(report: dict[str, Any]) -> tuple[Table, Table]:
-    """Return a table of documents and one of tokens and rows: one table would be wider than most terminals."""
-    header, *lines = number_rows(report)
-    split = header.index("epochs")
+def _print_sources(console: Console, report: dict[str, Any]) -> None:
+    """Print the tables of the sources; where they are too wide, with a row for each number and a column for each source."""
+    tables = [rows for rows in source_columns(report) if len(rows) > 1]
+    if all(_table_width(rows) <= console.width for rows in tables):
+        for rows in tables:
+            console.print()
+            console.print(_source_table(rows))
+        return
+    header, *sources = number_rows(report)
+    while sources:
+        # As many sources side by side as fit.
+        num_fitting = len(sources)
+        while num_fitting > 1 and _table_width([header, *sources[:num_fitting]], is_transposed=True) > console.width:
+            num_fitting -= 1
+        shown, sources = sources[:num_fitting], sources[num_fitting:]
+        console.print()
+        console.print(_source_table([list(cells) for cells in zip(header, *shown, strict=True)]))
 
-    def table(columns: slice) -> Table:
-        result = Table(box=None, pad_edge=False, header_style="bold")
-        for i, name in enumerate([header[0], *header[columns]]):
-            result.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-        for line in lines:
-            cells = [line[0], *line[columns]]
-            result.add_row(*(escape(cell) for cell in cells), style="bold" if line[0] == "mixture" else "")
-        return result
 
-    return table(slice(1, split)), table(slice(split, None))
+def _table_width(rows: list[list[str]], is_transposed: bool = False) -> int:
+    columns = rows if is_transposed else list(zip(*rows, strict=True))
+    return sum(max(map(cell_len, cells)) for cells in columns) + 2 * (len(columns) - 1)
+
+
+def _source_table(rows: list[list[str]]) -> Table:
+    header, *lines = rows
+    result = Table(box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(header):
+        result.add_column(escape(name), justify="left" if i == 0 else "right", no_wrap=True)
+    for line in lines:
+        result.add_row(*(escape(cell) for cell in line), style="bold" if line[0] == "mixture" else "")
+    return result
+
+
+def _print_text(console: Console, text: str, continued_at: int, indent: int = 0, style: str = "") -> None:
+    """Print a text, wrapped between words in a terminal; in a pipe or a file a line stays whole."""
+    for line in formatting.wrap([" " * indent + text], continued_at):
+        console.print(Text(line, style=style), soft_wrap=True)
 
 
 def source_notes(report: dict[str, Any]) -> list[str]:
@@ -219,20 +243,29 @@ def length_bins(report: dict[str, Any]) -> tuple[list[int], list[tuple[str, list
 
 
 def _print_lengths(console: Console, report: dict[str, Any]) -> None:
-    """Print a bar for each length bin of the mixture, after the counts of each source if there are several."""
+    """Print a bar for each length bin of the mixture, after the counts of each source if there are several and they fit."""
     ends, series = length_bins(report)
     totals = [sum(counts) for counts in zip(*(counts for _, counts in series), strict=True)]
     counted = [*series, ("mixture", totals)] if len(series) > 1 else [("documents", totals)]
+    if (longest := _bar_width(console, counted)) < _MIN_BAR:
+        counted = [("documents", totals)]
+        longest = max(_MIN_BAR, _bar_width(console, counted))
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("tokens, up to", justify="right", no_wrap=True)
+    table.add_column(_BINS, justify="right", no_wrap=True)
     for name, _ in counted:
         table.add_column(escape(name), justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for i, end in enumerate(ends):
-        bar = "█" * -(-_BAR * totals[i] // max(totals))
+        bar = "█" * -(-longest * totals[i] // max(totals))
         table.add_row(f"{end:,}", *(f"{counts[i]:,}" for _, counts in counted), bar)
     console.print(table)
     console.print()
+
+
+def _bar_width(console: Console, counted: list[tuple[str, list[int]]]) -> int:
+    """Return the width of the longest bar beside the columns of `counted`."""
+    columns = sum(2 + max(cell_len(name), len(f"{max(counts):,}")) for name, counts in counted)
+    return min(_BAR, console.width - len(_BINS) - columns - 2)
 
 
 def _print_findings(console: Console, findings: list[dict[str, Any]]) -> None:
@@ -243,15 +276,12 @@ def _print_findings(console: Console, findings: list[dict[str, Any]]) -> None:
     for finding in findings:
         style = "bold red" if finding["fatal"] else "yellow"
         action = "the run is refused" if finding["fatal"] else _ACTIONS[finding["action"]]
-        line = Text(
-            f"  {finding['count']:,} of {finding['total']:,} ({share_text(finding['share'])})  {finding['title']}: {action}",
-            style=style,
-        )
-        console.print(line, soft_wrap=True)
+        title = f"{finding['count']:,} of {finding['total']:,} ({share_text(finding['share'])})  {finding['title']}: {action}"
+        _print_text(console, title, continued_at=6, indent=2, style=style)
         for example in finding["examples"]:
-            console.print(Text(f"      {visible(example['where'])}: {visible(example['detail'])}"), soft_wrap=True)
-        advice = f"{finding['meaning']}. To do: {finding['remedy']} ({finding['setting']}={finding['action']})"
-        console.print(Text(f"      {advice}", style="dim"), soft_wrap=True)
+            _print_text(console, f"{visible(example['where'])}: {visible(example['detail'])}", continued_at=8, indent=6)
+        advice = f"{finding['meaning']}. Remedy: {finding['remedy']} ({finding['setting']}={finding['action']})"
+        _print_text(console, advice, continued_at=6, indent=6, style="dim")
 
 
 def _print_row(console: Console, shown: dict[str, Any], number: int) -> None:

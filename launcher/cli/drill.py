@@ -19,7 +19,7 @@ from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli import drill_report, formatting, launch
 from launcher.cli.drill_report import Hit, Records, Step
-from launcher.cli.plan_view import plan_lines
+from launcher.cli.plan_view import LABEL_WIDTH, plan_lines
 from launcher.cli.resume import resume_run
 from launcher.clusters.base import Cluster, cluster_for
 from launcher.clusters.preflight import check_startable
@@ -67,7 +67,7 @@ def run(verb: str, tokens: list[str]) -> int:
             remedy=cluster.drill_remedy,
         )
     if plan.config.cluster.is_dry_run:
-        print("\n".join([*plan_lines(plan), "", cluster.preview(plan) or ""]))
+        print("\n".join([*formatting.wrap(plan_lines(plan), LABEL_WIDTH), "", cluster.preview(plan) or ""]))
         return 0
     _say(f"{arguments.fault} on {plan.config.cluster.kind}: the drill's run is {formatting.short(plan.run_dir)}")
     deadline = time.monotonic() + arguments.timeout * 60

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +54,51 @@ def _owner(path: Path) -> str:
         return str(path.stat().st_uid)
 
 
+def terminal_columns() -> int | None:
+    """Return the width for which texts are laid out: COLUMNS, or that of the terminal; None in a pipe or a file."""
+    with suppress(ValueError):
+        if (columns := int(os.environ.get("COLUMNS", ""))) > 0:
+            return columns
+    # A terminal that does not know its width reports 0.
+    return (os.get_terminal_size(sys.stdout.fileno()).columns or None) if sys.stdout.isatty() else None
+
+
+def wrap(lines: Sequence[str], indent: int) -> list[str]:
+    """Wrap lines between words to the width of the terminal, continued at `indent`; words such as paths stay whole."""
+    columns = terminal_columns()
+    if columns is None:
+        return list(lines)
+    wrapped = []
+    for line in lines:
+        text = line.lstrip(" ")
+        wrapped += textwrap.wrap(
+            text,
+            max(columns, indent + 20),
+            initial_indent=" " * (len(line) - len(text)),
+            subsequent_indent=" " * indent,
+            replace_whitespace=False,
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [""]
+    return wrapped
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows under their columns' names; a column whose name begins with > is aligned to the right."""
+    """Return rows under their columns' names; a column whose name begins with > is aligned to the right.
+
+    In a terminal that is too narrow, the first column has a line of its own, above the others.
+    """
+    lines, width = _aligned(columns, rows), terminal_columns()
+    if width is None or len(columns) < 3 or max(map(len, lines)) <= width:
+        return lines
+    others = _aligned(columns[1:], [row[1:] for row in rows])
+    if max(map(len, others)) > width - 2:
+        return lines
+    firsts = (columns[0].removeprefix(">"), *(row[0] for row in rows))
+    return [line for first, other in zip(firsts, others, strict=True) for line in (first, f"  {other}")]
+
+
+def _aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     names = [name.removeprefix(">") for name in columns]
     widths = [max(map(len, cells)) for cells in zip(names, *rows, strict=True)]
     sides = [">" if name.startswith(">") else "<" for name in columns]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from launcher.errors import ConfigError
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 # Part of every page (templates/page.html.jinja), by which one is recognised: nothing is fetched and nothing runs,
 # whatever a text on the page holds.
 _POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
+
+
+# Words of tables that are longer may break behind punctuation.
+_LONG_WORD = 16
 
 
 def require_writable_page(file: Path) -> Path:
@@ -76,8 +81,18 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters["line_breaks"] = lambda text: Markup("<br>").join(str(text).split("\n"))
+    templates.filters["cell"] = _cell
     return templates
+
+
+def _cell(text: object) -> Markup:
+    """Return the text of a table's cell: with its line breaks, and with places where a long word such as a path may break."""
+    lines = (Markup(" ").join(_breakable(word) for word in line.split(" ")) for line in str(text).split("\n"))
+    return Markup("<br>").join(lines)
+
+
+def _breakable(word: str) -> Markup:
+    return escape(word) if len(word) <= _LONG_WORD else Markup("<wbr>").join(re.split(r"(?<=[/.,:;=_&?-])", word))
 
 
 def _beginning(file: Path) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 from launcher import facts, model_source, run_store
 from launcher.cli import data, formatting, wandb_check
 from launcher.cli.follow import follow
-from launcher.cli.plan_view import plan_lines, started_lines, sweep_lines
+from launcher.cli.formatting import wrap
+from launcher.cli.plan_view import LABEL_WIDTH, plan_lines, started_lines, sweep_lines
 from launcher.clusters.base import Cluster, cluster_for
 from launcher.clusters.preflight import check_startable, disk_note
 from launcher.config.compose import Composed, conf_dir, require_distinct_runs, run_hydra
@@ -67,7 +68,7 @@ def _plan(composed: Composed, as_json: bool) -> int:
             print(plan.to_json())
             return 0
         notes = (disk_note(plan), model_source.weights_note(config.model), data.refusal(plan.config, plan.data))
-        print("\n".join(plan_lines(plan, *notes)))
+        print("\n".join(wrap(plan_lines(plan, *notes), LABEL_WIDTH)))
         if script := cluster.preview(plan):
             print(f"\n{script}", end="")
     return 0
@@ -121,7 +122,7 @@ def _train(jobs: list[Composed], follows: bool | None) -> int:
     for plan in plans:
         cluster = cluster_for(plan.config.cluster.kind)
         notes = (disk_note(plan), model_source.weights_note(plan.config.model), data.accepted(plan.config, plan.data))
-        print("\n".join(plan_lines(plan, *notes)), flush=True)
+        print("\n".join(wrap(plan_lines(plan, *notes), LABEL_WIDTH)), flush=True)
         if plan.config.cluster.is_dry_run:
             print(f"\n{cluster.preview(plan)}", end="")
             continue

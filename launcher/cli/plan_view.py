@@ -12,6 +12,8 @@ from launcher.plan.architecture import train_flops
 from launcher.plan.launch_plan import LaunchPlan, Lineage
 from launcher.plan.planner import fewest
 
+# Width of the labels of `plan_lines`.
+LABEL_WIDTH = 11
 # Fraction of truncated tokens from which a note is shown.
 _MIN_TRUNCATED_FRAC = 0.01
 # Rough memory of activations, gathered weights and buffers with 8,192 tokens per forward pass, which the plan does not estimate.
@@ -47,7 +49,7 @@ def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
     rows += [("note", note) for note in (*_notes(plan), *notes) if note]
     if limits := _limits(plan):
         rows.append(("limit", f"saves and stops after {limits}"))
-    return [f"{label:<11}{value}" for label, value in rows]
+    return [f"{label:<{LABEL_WIDTH}}{value}" for label, value in rows]
 
 
 def _limits(plan: LaunchPlan) -> str:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import run_records, run_store
 from launcher.checkpoint import store
-from launcher.cli import formatting, html_page, svg_charts
-from launcher.cli.plan_view import plan_lines
-from launcher.cli.svg_charts import Series
+from launcher.cli import charts, formatting, html_page
+from launcher.cli.charts import Series
+from launcher.cli.plan_view import LABEL_WIDTH, plan_lines
 from launcher.clusters.base import cluster_for
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -99,7 +99,8 @@ def page(runs: Sequence[_RunFiles]) -> str:
 def _facts(one: _RunFiles) -> dict[str, str]:
     """Return the main numbers by label."""
     last = next((line for line in reversed(one.steps) if "train/loss" in line), None)
-    facts = {"state": one.status.state, "steps": f"{newest_trained_step(one.run, one.status):,} of {one.status.max_steps or '?'}"}
+    max_steps = f"{one.status.max_steps:,}" if one.status.max_steps else "?"
+    facts = {"state": one.status.state, "steps": f"{newest_trained_step(one.run, one.status):,} of {max_steps}"}
     if last is not None:
         facts |= {"training loss": f"{last['train/loss']:.4f}", "tokens": f"{last.get('trainer/tokens', 0):,.0f}"}
     if evals := [line["eval/held_out/loss"] for line in one.steps if "eval/held_out/loss" in line]:
@@ -129,7 +130,7 @@ def _comparison(runs: Sequence[_RunFiles]) -> dict[str, Any]:
 
 
 def _curves(runs: Sequence[_RunFiles]) -> list[Markup]:
-    charts = []
+    drawn = []
     for name, curve in curves().items():
         x, series = [], []
         for one in runs:
@@ -139,8 +140,8 @@ def _curves(runs: Sequence[_RunFiles]) -> list[Markup]:
                 x.append(steps)
                 series.append(Series(one.name, values))
         if series:
-            charts.append(svg_charts.lines(curve.title, x, series, "step", curve.unit))
-    return charts
+            drawn.append(charts.lines(curve.title, x, series, "step", curve.unit))
+    return drawn
 
 
 def thin_out(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
@@ -166,10 +167,10 @@ def _run_context(one: _RunFiles) -> dict[str, Any]:
     return {
         "name": one.name,
         "facts": [(value, label) for label, value in _facts(one).items()],
-        "time_chart": svg_charts.bars(f"Of {format_duration(spent.wall_s)} since submission", bars),
+        "time_chart": charts.bars(f"Of {format_duration(spent.wall_s)} since submission", bars),
         "attempts": _attempt_rows(one),
         "checkpoints": _checkpoint_rows(one),
-        "plan": [(line[:11].strip(), line[11:]) for line in plan_lines(one.plan)],
+        "plan": [(line[:LABEL_WIDTH].strip(), line[LABEL_WIDTH:]) for line in plan_lines(one.plan)],
         "alerts": [[_clock(event["time"]), str(event["step"] or ""), event["text"]] for event in alerts],
     }
 

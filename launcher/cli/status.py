@@ -24,6 +24,7 @@ from launcher.run_records import RUNNING_STATES, Status
 from launcher.tracking import goodput
 from launcher.tracking.metrics import format_duration, status_lines
 
+_LABEL_WIDTH = 12
 _BARS = "▁▂▃▄▅▆▇█"
 _CLEAR = "\x1b[H\x1b[J"
 _ALERTS_SHOWN = 3
@@ -165,7 +166,8 @@ def _lines(values: dict[str, Any]) -> list[str]:
         rows.append(("mirror", values["mirror"]))
     rows += [("alert", _alert(alert)) for alert in values["alerts"][-_ALERTS_SHOWN:]]
     # Texts of other programs may have several lines and control characters.
-    return [f"{label:<12}{printable(value).replace(chr(10), chr(10) + ' ' * 12)}" for label, value in rows]
+    lines = [f"{label:<{_LABEL_WIDTH}}{printable(value).replace(chr(10), chr(10) + ' ' * _LABEL_WIDTH)}" for label, value in rows]
+    return formatting.wrap([line for text in lines for line in text.split("\n")], _LABEL_WIDTH)
 
 
 def _progress(values: dict[str, Any]) -> str:
@@ -218,7 +220,7 @@ def _row(values: dict[str, Any]) -> tuple[str, ...]:
     return (
         values["name"],
         values["state"],
-        f"{values['step']}/{values['max_steps'] or '?'}",
+        f"{values['step']:,}/{values['max_steps']:,}" if values["max_steps"] else f"{values['step']:,}/?",
         "-" if loss is None else f"{loss:.4f}",
         "-" if cost.get("usd") is None else f"{about}${cost['usd']:,.2f}",
         f"{format_duration(max(0.0, time.time() - values['updated_at']))} ago",

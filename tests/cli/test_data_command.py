@@ -68,7 +68,10 @@ def test_the_report_in_a_pipe_has_marks_and_no_colours(launch: Run, rows: Path, 
     html = page.read_text()
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)" in html
-    assert html.count("<svg") >= 4
+    assert html.count("<svg") + html.count('class="bars"') >= 4
+    # Bars are labelled with what they show.
+    assert re.search(r'class="label">secrets</span>.*?class="value">0\.8% \(1 of 123\)<', html)
+    assert html.count("<th>source</th>") == 2, "one table would be cut off"
     # One file: nothing is loaded from elsewhere, whatever the rows hold.
     assert not re.search(r"<(link|img|iframe|object|script|image|use)\b|\b(src|href|srcset)\s*=|url\(|@import", html)
     folder, size = re.findall(r"^cache +(/\S+/data/[0-9a-f]{32}) \((.+)\)$", shown, re.MULTILINE)[0]

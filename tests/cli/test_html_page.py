@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from launcher.cli import html_page, svg_charts
-from launcher.cli.svg_charts import Series
+from launcher.cli import charts, html_page
+from launcher.cli.charts import Series
 
 EVIL = "<script>alert('x')</script>\"&"
 
@@ -17,7 +17,7 @@ EVIL = "<script>alert('x')</script>\"&"
 class Reader(HTMLParser):
     """Tags that are opened and closed in order, and all text outside of the style sheet."""
 
-    VOID = ("meta", "br", "rect", "line", "polyline", "circle")
+    VOID = ("meta", "br", "wbr", "rect", "line", "polyline", "circle")
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,14 +67,14 @@ TEMPLATE = """{% extends "page.html.jinja" %}
 
 
 def everything() -> str:
-    charts = [
-        svg_charts.bars(EVIL, [(EVIL, 1.0, EVIL)]),
-        svg_charts.stacked_bars(EVIL, [EVIL, "b"], [Series(EVIL, [1, 2]), Series("s", [0, 3])], EVIL, EVIL),
-        svg_charts.lines(EVIL, [[1, 2], [1, 4]], [Series(EVIL, [1, 2]), Series("s", [0, 3])], EVIL, EVIL),
-        svg_charts.lines(EVIL, [[]], [Series(EVIL, [])], EVIL, EVIL),
+    drawn = [
+        charts.bars(EVIL, [(EVIL, 1.0, EVIL)]),
+        charts.stacked_bars(EVIL, [EVIL, "b"], [Series(EVIL, [1, 2]), Series("s", [0, 3])], EVIL, EVIL),
+        charts.lines(EVIL, [[1, 2], [1, 4]], [Series(EVIL, [1, 2]), Series("s", [0, 3])], EVIL, EVIL),
+        charts.lines(EVIL, [[]], [Series(EVIL, [])], EVIL, EVIL),
     ]
     template = html_page.environment().from_string(TEMPLATE)
-    return template.render(title=EVIL, subtitle=EVIL, text=EVIL, charts=charts)
+    return template.render(title=EVIL, subtitle=EVIL, text=EVIL, charts=drawn)
 
 
 def test_texts_are_escaped_and_tags_are_closed() -> None:
@@ -89,7 +89,7 @@ def test_texts_are_escaped_and_tags_are_closed() -> None:
 
 
 def test_stacked_bars_are_to_scale() -> None:
-    html = svg_charts.stacked_bars("t", ["a", "b"], [Series("s", [10, 20]), Series("u", [30, 0])], "x", "y")
+    html = charts.stacked_bars("t", ["a", "b"], [Series("s", [10, 20]), Series("u", [30, 0])], "x", "y")
     boxes = [tuple(map(float, box)) for box in re.findall(r'y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', html)]
     (low_top, low), (high_top, high), (_, other) = boxes
     assert high == pytest.approx(3 * low, abs=0.3)
@@ -98,7 +98,7 @@ def test_stacked_bars_are_to_scale() -> None:
 
 
 def test_lines_are_to_scale() -> None:
-    html = svg_charts.lines("t", [[1, 10, 100]], [Series("s", [0, 50, 100])], "x", "y", log_x=True)
+    html = charts.lines("t", [[1, 10, 100]], [Series("s", [0, 50, 100])], "x", "y", log_x=True)
     (path,) = re.findall(r'points="([^"]+)"', html)
     points = [tuple(map(float, pair.split(","))) for pair in path.split()]
     assert points[1][0] - points[0][0] == pytest.approx(points[2][0] - points[1][0], abs=0.3)
@@ -107,31 +107,80 @@ def test_lines_are_to_scale() -> None:
 
 
 def test_values_that_are_not_finite_are_left_out_and_empty_series_draw_nothing() -> None:
-    html = svg_charts.lines("t", [[0, 1, 2]], [Series("s", [1.0, math.nan, 3.0])], "x", "y")
+    html = charts.lines("t", [[0, 1, 2]], [Series("s", [1.0, math.nan, 3.0])], "x", "y")
     assert len(re.findall(r"[\d.]+,[\d.]+", re.findall(r'points="([^"]+)"', html)[0])) == 2
-    assert "nothing to draw" in svg_charts.lines("t", [[]], [Series("s", [])], "x", "y")
-    assert "<svg" in svg_charts.stacked_bars("t", [], [], "x", "y")
-    assert "<svg" in svg_charts.lines("t", [[3]], [Series("s", [7])], "x", "y")
+    assert "nothing to draw" in charts.lines("t", [[]], [Series("s", [])], "x", "y")
+    assert "<svg" in charts.stacked_bars("t", [], [], "x", "y")
+    assert "<svg" in charts.lines("t", [[3]], [Series("s", [7])], "x", "y")
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 7), (0, 0), (-3.2, 1e9), (0.001, 0.0012), (5, 5)])
+@pytest.mark.parametrize(("low", "high"), [(0, 7), (-3.2, 1e9), (0.001, 0.0012), (1e-5, 1.5e-5), (12.7, 12.701)])
 def test_ticks_are_few_and_round_and_enclose(low: float, high: float) -> None:
-    ticks = svg_charts._ticks(low, high)
+    ticks = charts._ticks(low, high)
     assert ticks[0] <= low
     assert ticks[-1] >= high
     assert 2 <= len(ticks) <= 8
-    assert len({svg_charts._number(tick) for tick in ticks}) == len(ticks)
+    assert len(set(charts._tick_labels(ticks))) == len(ticks)
+
+
+@pytest.mark.parametrize(
+    ("steps", "labels"),
+    [
+        ([1, 2], ["1", "2"]),
+        ([1, 3], ["1", "2", "3"]),
+        ([100_000, 100_004], ["100,000", "100,001", "100,002", "100,003", "100,004"]),
+        ([0, 20_000], ["0", "5k", "10k", "15k", "20k"]),
+        ([0, 6e6], ["0", "2M", "4M", "6M"]),
+        ([0.0, 5e-5], ["0", "2e-05", "4e-05", "6e-05"]),
+        ([10.0, 10.5], ["10.0", "10.2", "10.4", "10.6"]),
+    ],
+)
+def test_tick_labels_differ_and_whole_numbers_have_no_fractions(steps: list[float], labels: list[str]) -> None:
+    axis = charts._linear_axis(steps, 0, 100)
+    assert [label for _, label in axis.ticks] == labels
+
+
+@pytest.mark.parametrize("values", [[12.7], [12.7, 12.7, 12.7], [12.7, 12.70000001]])
+def test_a_constant_has_one_tick_with_its_value(values: list[float]) -> None:
+    axis = charts._linear_axis(values, 100, 0)
+    assert axis.ticks == [(50, "12.7")]
+    assert axis.position(12.7) == 50
+
+
+def test_curves_that_coincide_are_drawn_in_alternating_dashes() -> None:
+    """As those of two runs with the same settings."""
+    x, falling = [[1, 2, 3, 4]] * 3, [4.0, 3.0, 2.0, 1.0]
+    html = charts.lines("t", x, [Series("a", falling), Series("b", falling), Series("c", falling[::-1])], "x", "y")
+    dashes = dict(re.findall(r'<polyline class="line" stroke="var\(--(c\d)\)"( stroke-dasharray="[^"]*")?', html))
+    assert dashes["c0"] == dashes["c2"] == ""
+    assert dashes["c1"] == ' stroke-dasharray="14 14"'
+    # A run with more steps of the same curve.
+    html = charts.lines("t", [[1, 2, 3, 4], [1, 2]], [Series("a", falling), Series("b", falling[:2])], "x", "y")
+    assert html.count("stroke-dasharray") == 1
+    html = charts.lines("t", [[3], [3]], [Series("a", [1.0]), Series("b", [1.0])], "x", "y")
+    assert re.findall(r' r="(\d+)"', html) == ["7", "4"], "a ring around the point"
+
+
+def test_long_words_of_tables_may_break_behind_punctuation() -> None:
+    assert html_page._cell("stdlib_docs") == "stdlib_docs"
+    assert html_page._cell("in /scratch/a&b/runs/x") == "in /<wbr>scratch/<wbr>a&amp;<wbr>b/<wbr>runs/<wbr>x"
+
+
+def test_bars_are_to_scale_and_keep_their_text() -> None:
+    html = charts.bars("t", [("a", 0.5, "50.0% (1 of 2)"), ("b", 0.25, "25.0% (10 of 40)")])
+    assert re.findall(r"width:([\d.]+)%", html) == ["100.00", "50.00"]
+    assert "50.0% (1 of 2)" in html
 
 
 def test_one_point_is_a_dot() -> None:
-    html = svg_charts.lines("t", [[3], [1, 2]], [Series("one", [1.5e-5]), Series("two", [1e-5, 2e-5])], "x", "y")
+    html = charts.lines("t", [[3], [1, 2]], [Series("one", [1.5e-5]), Series("two", [1e-5, 2e-5])], "x", "y")
     assert re.search(r'<circle cx="[\d.]+" cy="[\d.]+" r="4" fill="var\(--c0\)"><title>one</title>', html)
     assert html.count("<polyline") == 1
 
 
 def test_labels_of_small_numbers_have_room() -> None:
-    html = svg_charts.lines("t", [[1, 2]], [Series("rate", [1.25e-5, 2.25e-5])], "x", "y")
+    html = charts.lines("t", [[1, 2]], [Series("rate", [1.25e-5, 2.25e-5])], "x", "y")
     labels = re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="end">([^<]*)<', html)
     assert "1.25e-05" in [label for _, label in labels]
-    # A digit is about 0.56 of the 15 pixels of a line high wide.
-    assert all(float(x) >= 0.56 * 15 * len(label) for x, label in labels)
+    # A digit is about 0.56 of the 13 pixels of a line high wide.
+    assert all(float(x) >= 0.56 * 13 * len(label) for x, label in labels)
