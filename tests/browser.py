@@ -17,11 +17,11 @@ _DEADLINE_S = 90
 _MEASURE = """
 <script>
 const box = (e) => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
-const seen = (e) => { const s = getComputedStyle(e); return [s.stroke, s.fill].some((c) => c.startsWith("rgb(")); };
-const charts = [...document.querySelectorAll("svg")].map((svg) => ({
-  box: box(svg),
-  marks: [...svg.querySelectorAll("polyline, rect, circle")].filter(seen).map(box),
-  texts: [...svg.querySelectorAll("text")].map(box),
+const seen = (e) => { const s = getComputedStyle(e); return [s.stroke, s.fill, s.backgroundColor].some((c) => c.startsWith("rgb(")); };
+const charts = [...document.querySelectorAll("svg, .bars")].map((chart) => ({
+  box: box(chart),
+  marks: [...chart.querySelectorAll("polyline, rect, circle, .track i")].filter(seen).map(box),
+  texts: [...chart.querySelectorAll("text, .label, .value")].map(box),
 }));
 const found = document.createElement("pre");
 found.id = "measured";
