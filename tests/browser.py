@@ -17,7 +17,8 @@ _DEADLINE_S = 90
 _MEASURE = """
 <script>
 const box = (e) => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
-const seen = (e) => { const s = getComputedStyle(e); return [s.stroke, s.fill, s.backgroundColor].some((c) => c.startsWith("rgb(")); };
+const colours = (s) => [s.stroke, s.fill, s.backgroundColor];
+const seen = (e) => colours(getComputedStyle(e)).some((c) => c.startsWith("rgb("));
 const charts = [...document.querySelectorAll("svg, .bars")].map((chart) => ({
   box: box(chart),
   marks: [...chart.querySelectorAll("polyline, rect, circle, .track i")].filter(seen).map(box),

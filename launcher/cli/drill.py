@@ -85,10 +85,10 @@ def run(verb: str, tokens: list[str]) -> int:
         _stop_run(run_dir, cluster)
     report = drill_report.judge(records, _committed_steps(run_dir))
     print(report.to_json() if arguments.json else "\n".join(drill_report.lines(report)))
-    if not report.came_through:
+    if not report.has_recovered:
         attempt = formatting.short(run_dir.attempt(hit.life[0]))
         _say(f"see {attempt}, and for the whole run: python -m launcher status {report.run}")
-    return 0 if report.came_through else EXIT_FAILED
+    return 0 if report.has_recovered else EXIT_FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -219,7 +219,7 @@ class _RunWatch:
         self.run, self.cluster, self.deadline = run, cluster, deadline
         self.steps: list[Step] = []
         self.committed: set[int] = set()
-        self.stopped_as = ""
+        self.ended_as = ""
         self.resumed_attempt: int | None = None
         self._tail, self._shown_message = Tail(run.metrics), ""
         self.update_status()
@@ -301,7 +301,7 @@ def _await_recovery(plan: LaunchPlan, hit: Hit, watch: _RunWatch) -> None:
 
 def _resume(plan: LaunchPlan, watch: _RunWatch) -> None:
     """Resume the run as a user would, on a backend that does not continue runs by itself."""
-    watch.stopped_as = watch.last_status
+    watch.ended_as = watch.last_status
     _say(f"{watch.last_status}; resuming it as a user would: python -m launcher resume {formatting.short(watch.run.root)}")
     watch.cluster.await_end(watch.run)
     with run_store.start_lock(watch.run), redirect_stdout(sys.stderr):
@@ -337,9 +337,9 @@ def _collect_records(fault: str, plan: LaunchPlan, hit: Hit, watch: _RunWatch) -
         exits={number: record for number in numbers if (record := run_records.read_exit(run, number)) is not None},
         errors=[*_errors(run.attempt(hit.life[0])), *_alerts(run, hit.at)],
         committed=frozenset(watch.committed),
-        by_hand=watch.resumed_attempt,
-        stopped_as=watch.stopped_as,
-        last_word=watch.last_status,
+        resumed_attempt=watch.resumed_attempt,
+        ended_as=watch.ended_as,
+        last_status=watch.last_status,
     )
 
 

@@ -1,4 +1,4 @@
-"""The result of a drill: a pure function of the run's records, and its lines for a person."""
+"""The result of a drill: a pure function of the run's records, and its lines for the terminal."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Hit:
-    """The injected fault: what was done, when (seconds since the epoch), on which node, and to which life of the run."""
+    """The injected fault: the action, its time (seconds since the epoch), on which node, and to which life of the run."""
 
-    did: str
+    action: str
     at: float
     host: str
     life: Life
@@ -50,8 +50,9 @@ class Records:
         exits: exit records by attempt.
         errors: messages of the ranks in the attempt that was hit.
         committed: steps of all checkpoints that the drill saw.
-        by_hand: the attempt that the drill started as a person would, after the run had ended as `stopped_as`.
-        last_word: last state and message of the run.
+        resumed_attempt: the attempt that the drill started with `resume`, as a user would; None if the run continued by itself.
+        ended_as: state and message with which the run ended before that; empty if it did not.
+        last_status: last state and message of the run.
     """
 
     fault: str
@@ -65,9 +66,9 @@ class Records:
     exits: Mapping[int, ExitRecord]
     errors: Sequence[str]
     committed: frozenset[int]
-    by_hand: int | None
-    stopped_as: str
-    last_word: str
+    resumed_attempt: int | None
+    ended_as: str
+    last_status: str
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Report:
 
     fault: str
     run: str
-    did: str
+    action: str
     host: str
     happened: str
     continued: str
@@ -93,11 +94,11 @@ class Report:
     problems: tuple[str, ...] = ()
 
     @property
-    def came_through(self) -> bool:
+    def has_recovered(self) -> bool:
         return not self.problems
 
     def to_json(self) -> str:
-        return json.dumps({**asdict(self), "came_through": self.came_through}, indent=2)
+        return json.dumps({**asdict(self), "has_recovered": self.has_recovered}, indent=2)
 
 
 def progress(steps: Sequence[Step], hit: Life) -> tuple[int, list[Step]]:
@@ -119,7 +120,7 @@ def judge(records: Records, intact_steps: frozenset[int]) -> Report:
     report = Report(
         fault=records.fault,
         run=records.run,
-        did=hit.did,
+        action=hit.action,
         host=hit.host,
         happened=_happened(records, again),
         continued=_continued(records, again),
@@ -145,8 +146,8 @@ def _happened(records: Records, again: Sequence[Step]) -> str:
     if record is not None:
         return " ".join(f"{record.cause or record.state}: {record.message}".split())
     if again and again[0].life[0] == records.hit.life[0]:
-        return "the node agents ended all ranks and started them again"
-    return records.stopped_as or records.last_word
+        return "the node agents restarted all ranks"
+    return records.ended_as or records.last_status
 
 
 def _disk_error(records: Records) -> str | None:
@@ -168,16 +169,16 @@ def _saved_since(records: Records) -> int | None:
 
 def _continued(records: Records, again: Sequence[Step]) -> str:
     if not again and records.fault == "fill-disk" and (saved := _saved_since(records)):
-        return f"training went on, and step {saved} was saved when there was room again"
+        return f"training continued, and step {saved} was saved once there was space again"
     if not again:
-        return "it did not"
+        return "no"
     number, restart = again[0].life
     job, before = records.attempts[number].job, records.attempts[records.hit.life[0]].job
     where = f"job {job}" if job else "this machine"
     if number == records.hit.life[0]:
         return f"in the same allocation ({where}), restart {restart} of its ranks"
-    if number == records.by_hand:
-        return f"as attempt {number}, after this drill had resumed it as a person would (python -m launcher resume)"
+    if number == records.resumed_attempt:
+        return f"as attempt {number}, which the drill started, as a user would (python -m launcher resume)"
     return f"as attempt {number}, {'requeued as the same' if job == before else 'submitted again as another'} {where}"
 
 
@@ -185,28 +186,29 @@ def _problems(report: Report, records: Records) -> Iterator[str]:
     if records.fault == "fill-disk" and _saved_since(records):
         pass
     elif report.resumed_step is None:
-        yield f"it did not train again: {records.last_word}"
-    elif report.caught_up_s is None and not records.last_word.startswith("completed"):
-        yield f"it trained again but did not get past step {report.reached_step}: {records.last_word}"
+        yield f"the run did not train again: {records.last_status}"
+    elif report.caught_up_s is None and not records.last_status.startswith("completed"):
+        yield f"the run trained again but did not get past step {report.reached_step}: {records.last_status}"
     if report.checkpoints_lost:
-        yield f"committed checkpoints are gone or damaged: of step {', '.join(map(str, report.checkpoints_lost))}"
+        yield f"committed checkpoints are missing or damaged: step {', '.join(map(str, report.checkpoints_lost))}"
     if report.resumed_step is not None and report.resumed_step < records.hit.saved_step:
-        yield f"it continued from step {report.resumed_step}, though step {records.hit.saved_step} was saved before the fault"
+        saved = records.hit.saved_step
+        yield f"the run continued from step {report.resumed_step}, although step {saved} was saved before the fault"
     if records.fault == "preempt" and report.lost_steps:
-        yield "it lost steps in spite of the notice: the save after the signal was not committed"
+        yield "the run lost steps despite the notice: the save after the signal was not committed"
     if records.fault == "fill-disk" and _disk_error(records) is None:
         yield "no rank reported that it could not write a checkpoint"
     # GPUs may add in another order each time.
     if report.differing_steps and records.device == "cpu":
-        yield "the losses of the repeated steps differ: state or rows were not those of before"
+        yield "the losses of the repeated steps differ: the restored state or the rows are not the same"
 
 
 def lines(report: Report) -> list[str]:
-    """Return the report as lines for a person."""
+    """Return the report as lines for the terminal."""
     resumed = "" if report.resumed_step is None else f", continued from {report.resumed_step}: {report.lost_steps} lost"
     intact_steps = ", ".join(map(str, report.checkpoints_kept)) or "none"
     rows = [
-        ("fault", f"{report.fault}: {report.did} on {report.host}"),
+        ("fault", f"{report.fault}: {report.action} on {report.host}"),
         ("happened", report.happened),
         ("continued", report.continued),
         ("steps", f"reached {report.reached_step}{resumed}"),
@@ -214,7 +216,7 @@ def lines(report: Report) -> list[str]:
         ("kept", f"checkpoints of step {intact_steps}"),
         ("losses", _losses(report)),
         *(("problem", problem) for problem in report.problems),
-        ("verdict", "came through" if report.came_through else "did NOT come through"),
+        ("verdict", "recovered" if report.has_recovered else "did NOT recover"),
     ]
     return [f"{label:<11}{value}" for label, value in rows]
 
@@ -231,5 +233,5 @@ def _losses(report: Report) -> str:
         return "no step was repeated"
     steps = f"{report.replayed_steps} step{'s' if report.replayed_steps > 1 else ''} repeated"
     if not report.differing_steps:
-        return f"{steps}, with exactly the same loss"
-    return f"{steps}, {report.differing_steps} with another loss (by {report.largest_difference:.2g} at most)"
+        return f"{steps}, all with the same loss"
+    return f"{steps}, {report.differing_steps} with a different loss (by at most {report.largest_difference:.2g})"

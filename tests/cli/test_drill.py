@@ -39,9 +39,9 @@ RESTARTED = Records(
     exits={},
     errors=(),
     committed=frozenset({5}),
-    by_hand=None,
-    stopped_as="",
-    last_word="running",
+    resumed_attempt=None,
+    ended_as="",
+    last_status="running",
 )
 REQUEUED = replace(
     RESTARTED,
@@ -76,8 +76,8 @@ WHOLE = frozenset({5})
 
 def problems(records: Records, committed: frozenset[int] = WHOLE) -> str:
     report = judge(records, committed)
-    assert report.came_through is not bool(report.problems)
-    assert ("did NOT come through" in "\n".join(lines(report))) is bool(report.problems)
+    assert report.has_recovered is not bool(report.problems)
+    assert ("did NOT recover" in "\n".join(lines(report))) is bool(report.problems)
     return "; ".join(report.problems)
 
 
@@ -91,20 +91,20 @@ def test_a_step_is_read_from_a_line_of_metrics() -> None:
 
 def test_a_restart_of_the_ranks_is_a_recovery() -> None:
     report = judge(RESTARTED, WHOLE)
-    assert report.came_through
+    assert report.has_recovered
     assert (report.reached_step, report.resumed_step, report.lost_steps) == (9, 5, 4)
     assert (report.trains_again_s, report.caught_up_s) == (20, 24)
     assert (report.replayed_steps, report.differing_steps) == (4, 0)
     assert report.continued == "in the same allocation (job 7), restart 1 of its ranks"
     assert report_lines(report) == {
         "fault": "kill-rank: SIGKILL to rank 1 on n2",
-        "happened": "the node agents ended all ranks and started them again",
+        "happened": "the node agents restarted all ranks",
         "continued": "in the same allocation (job 7), restart 1 of its ranks",
         "steps": "reached 9, continued from 5: 4 lost",
         "seconds": "20.0 from the fault to the next step, 24.0 until it was past step 9",
         "kept": "checkpoints of step 5",
-        "losses": "4 steps repeated, with exactly the same loss",
-        "verdict": "came through",
+        "losses": "4 steps repeated, all with the same loss",
+        "verdict": "recovered",
     }
 
 
@@ -114,15 +114,15 @@ def test_a_restart_of_the_ranks_is_a_recovery() -> None:
 def test_a_requeued_job_is_a_recovery(job: str, expected: str) -> None:
     attempts = {**REQUEUED.attempts, 2: Attempt(5, job=job, automatic=True)}
     report = judge(replace(REQUEUED, attempts=attempts), WHOLE)
-    assert report.came_through
+    assert report.has_recovered
     assert report.continued == expected
     assert report.happened == "infrastructure: no record from n2"
 
 
 def test_a_later_save_is_a_recovery_from_a_full_disk() -> None:
     report = judge(SAVED_AGAIN, frozenset({5, 20}))
-    assert report.came_through
-    assert report.continued == "training went on, and step 20 was saved when there was room again"
+    assert report.has_recovered
+    assert report.continued == "training continued, and step 20 was saved once there was space again"
     assert "File too large" in report.happened
     never = replace(SAVED_AGAIN, committed=frozenset({5}))
     assert "did not train again" in problems(never, frozenset({5}))
@@ -131,15 +131,15 @@ def test_a_later_save_is_a_recovery_from_a_full_disk() -> None:
 
 def test_a_run_that_needs_a_resume_is_reported() -> None:
     attempts = {1: Attempt(None), 2: Attempt(5)}
-    report = judge(replace(REQUEUED, attempts=attempts, exits={}, by_hand=2, stopped_as="failed: the agent is gone"), WHOLE)
-    assert report.came_through
-    assert "as a person would" in report.continued
+    report = judge(replace(REQUEUED, attempts=attempts, exits={}, resumed_attempt=2, ended_as="failed: the agent is gone"), WHOLE)
+    assert report.has_recovered
+    assert "as a user would" in report.continued
     assert report.happened == "failed: the agent is gone"
 
 
 def test_a_preemption_with_notice_loses_nothing() -> None:
     report = judge(PREEMPTED, frozenset({5, 9}))
-    assert report.came_through
+    assert report.has_recovered
     assert (report.lost_steps, report.replayed_steps) == (0, 0)
     assert report_lines(report)["losses"] == "no step was repeated"
 
@@ -149,13 +149,13 @@ def test_a_preemption_that_loses_steps_did_not_save() -> None:
 
 
 def test_a_run_that_does_not_train_again_has_not_recovered() -> None:
-    dead = replace(RESTARTED, steps=RESTARTED.steps[:9], last_word="failed: cluster.max_failures=2 is used up")
-    assert problems(dead) == "it did not train again: failed: cluster.max_failures=2 is used up"
-    assert report_lines(judge(dead, WHOLE))["continued"] == "it did not"
+    dead = replace(RESTARTED, steps=RESTARTED.steps[:9], last_status="failed: cluster.max_failures=2 is used up")
+    assert problems(dead) == "the run did not train again: failed: cluster.max_failures=2 is used up"
+    assert report_lines(judge(dead, WHOLE))["continued"] == "no"
 
 
 def test_a_run_that_fails_again_has_not_recovered() -> None:
-    short = replace(RESTARTED, steps=RESTARTED.steps[:12], last_word="failed: rank 1: killed by SIGKILL")
+    short = replace(RESTARTED, steps=RESTARTED.steps[:12], last_status="failed: rank 1: killed by SIGKILL")
     assert "did not get past step 9: failed: rank 1" in problems(short)
     assert judge(short, WHOLE).trains_again_s == 20
 
@@ -163,39 +163,39 @@ def test_a_run_that_fails_again_has_not_recovered() -> None:
 def test_lost_checkpoints_are_distinguished_from_pruned_ones() -> None:
     committed = replace(RESTARTED, committed=frozenset({5, 10, 15, 20}))
     assert problems(committed, frozenset({15, 20})) == ""
-    assert problems(committed, frozenset({20})) == "committed checkpoints are gone or damaged: of step 15"
+    assert problems(committed, frozenset({20})) == "committed checkpoints are missing or damaged: step 15"
     assert problems(committed, frozenset({20, 25})) == ""
 
 
 def test_resuming_from_an_older_checkpoint_is_a_problem() -> None:
     start_over = steps(1, 0, 1, 9, HIT_AT - 8) + steps(1, 1, 1, 10, HIT_AT + 20)
-    assert "continued from step 0, though step 5 was saved" in problems(replace(RESTARTED, steps=start_over))
+    assert "continued from step 0, although step 5 was saved" in problems(replace(RESTARTED, steps=start_over))
 
 
 def test_different_losses_in_repeated_steps_are_a_problem_on_cpus() -> None:
     other = replace(RESTARTED, steps=RESTARTED.steps[:9] + steps(1, 1, 6, 10, HIT_AT + 20, shift=1e-6))
     assert "the losses of the repeated steps differ" in problems(other)
     on_gpus = judge(replace(other, device="cuda"), WHOLE)
-    assert on_gpus.came_through
+    assert on_gpus.has_recovered
     assert on_gpus.differing_steps == 4
-    assert report_lines(on_gpus)["losses"] == "4 steps repeated, 4 with another loss (by 1e-06 at most)"
+    assert report_lines(on_gpus)["losses"] == "4 steps repeated, 4 with a different loss (by at most 1e-06)"
 
 
 def test_a_full_disk_must_be_named_in_an_alert() -> None:
     report = judge(DISK_FULL, WHOLE)
-    assert report.came_through
+    assert report.has_recovered
     assert report.happened.startswith(
         "CheckpointError: the checkpoint could not be written where: rank 1, /runs/drill/checkpoints"
     )
     assert report.happened.endswith("value: File too large")
     in_ending = replace(DISK_FULL, errors=(), exits={1: ExitRecord("failed", message=FULL.format(folder=CHECKPOINTS, why="x"))})
-    assert judge(in_ending, WHOLE).came_through
+    assert judge(in_ending, WHOLE).has_recovered
     assert "could not write a checkpoint" in problems(replace(DISK_FULL, errors=DISK_FULL.errors[:1]))
 
 
 def test_the_json_report_has_the_verdict() -> None:
     values = json.loads(judge(DISK_FULL, WHOLE).to_json())
-    assert values["came_through"] is True
+    assert values["has_recovered"] is True
     assert values["lost_steps"] == 4
     assert values["problems"] == []
 

@@ -21,11 +21,11 @@ ON_SLURM = ("+cluster=slurm", "cluster.nodes=2", "cluster.ranks_per_node=1", "cl
 
 
 def drill(launch: Launch, fault: str, *settings: str, **env: str) -> dict:
-    """The report of a drill that has come through and has left nothing running."""
+    """The report of a drill that has recovered and has left nothing running."""
     done = launch("drill", "--fault", fault, "--timeout", "3", "--json", *settings, "checkpoint.save_every=3", **env)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
-    assert report["came_through"]
+    assert report["has_recovered"]
     assert report["differing_steps"] == 0
     assert report["checkpoints_kept"]
     run = Path(report["run"])
@@ -36,9 +36,9 @@ def drill(launch: Launch, fault: str, *settings: str, **env: str) -> dict:
 
 def test_drills_kill_a_rank_and_all_processes_of_this_machine(launch: Launch, runs: Path) -> None:
     killed = drill(launch, "kill-rank", *TINY, f"run.root={runs}")
-    assert killed["did"] == "SIGKILL to rank 1"
+    assert killed["action"] == "SIGKILL to rank 1"
     assert "rank 1: killed by SIGKILL" in killed["happened"]
-    assert "as a person would" in killed["continued"]
+    assert "as a user would" in killed["continued"]
     assert killed["lost_steps"] == killed["replayed_steps"] == killed["reached_step"] - killed["resumed_step"]
     assert 0 < killed["trains_again_s"] <= killed["caught_up_s"]
 
@@ -55,13 +55,13 @@ def test_a_full_disk_drill_names_the_cause_and_resumes(launch: Launch, runs: Pat
     report = drill(launch, "fill-disk", *TINY, f"run.root={runs}")
     assert os.strerror(errno.EFBIG) in report["happened"]
     assert str(Path(report["run"]) / "checkpoints") in report["happened"]
-    assert "saved when there was room again" in report["continued"]
+    assert "saved once there was space again" in report["continued"]
 
 
 @pytest.mark.slurm
 def test_slurm_restarts_a_killed_rank_in_its_allocation(launch: Launch, slurm: Testbed, runs: Path) -> None:
     report = drill(launch, "kill-rank", *TINY, *ON_SLURM, f"run.root={runs}", **slurm.variables)
-    assert (report["did"], report["host"]) == ("SIGKILL to rank 1", "n2")
+    assert (report["action"], report["host"]) == ("SIGKILL to rank 1", "n2")
     assert report["continued"].startswith("in the same allocation (job ")
     assert report["trains_again_s"] < 60
     assert slurm.output("squeue", "-h") == ""
