@@ -10,6 +10,7 @@ from launcher.config.sections.train import CheckpointSection
 from launcher.errors import ConfigError
 from launcher.plan.architecture import train_flops
 from launcher.plan.launch_plan import LaunchPlan, Lineage
+from launcher.plan.plan_checks import warnings
 from launcher.plan.planner import fewest
 
 # Width of the labels of `plan_lines`.
@@ -46,6 +47,7 @@ def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
         ("tracking", _tracking(plan)),
         *([("cost", _cost(plan))] if plan.topology.device == "cuda" or plan.price is not None else []),
     ]
+    rows += [("warning", warning) for warning in warnings(plan)]
     rows += [("note", note) for note in (*_notes(plan), *notes) if note]
     if limits := _limits(plan):
         rows.append(("limit", f"saves and stops after {limits}"))
@@ -118,11 +120,6 @@ def _notes(plan: LaunchPlan) -> list[str]:
         notes.append(
             f"of cluster.min_workers={min_workers} workers {least} train{'s' * (least == 1)} and the others are idle: over "
             f"{least} rank{'s' * (least > 1)} the batch of {plan.batch.global_batch_size} rows divides"
-        )
-    if data is not None and data.num_rows < plan.batch.global_batch_size:
-        notes.append(
-            f"a batch of {plan.batch.global_batch_size} rows is more than all {data.num_rows} rows of the data: "
-            "lower train.global_batch_size"
         )
     if steps is not None and config.optim.schedule != "constant" and config.optim.warmup_steps >= steps:
         notes.append(f"the warm-up of {config.optim.warmup_steps} steps does not end within {steps}: lower optim.warmup_steps")

@@ -25,6 +25,7 @@ class Optimizer:
     as module:function; see launcher/train/optim.py for its signature. `classes` are the optimizer classes that it returns, as
     module.Class. `counts_steps` is False where the class keeps no "step" beside its states. `can_offload` is False where
     DeepSpeed has no CPU implementation. `is_known_to_deepspeed` is False where DeepSpeed does not list a class as tested.
+    `usual_lr` are the smallest and largest peak learning rates that fine-tuning usually takes; far larger ones are warned about.
     """
 
     states: tuple[str, ...]
@@ -33,6 +34,7 @@ class Optimizer:
     counts_steps: bool = True
     can_offload: bool = True
     is_known_to_deepspeed: bool = True
+    usual_lr: tuple[float, float] | None = None
 
     @property
     def bytes_per_param(self) -> int:
@@ -45,6 +47,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         states=("exp_avg", "exp_avg_sq"),
         builder="launcher.train.optim:build_adamw",
         classes=("torch.optim.adamw.AdamW", "deepspeed.ops.adam.cpu_adam.DeepSpeedCPUAdam"),
+        usual_lr=(1e-6, 1e-4),
     ),
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem, did_you_mean
-from launcher.plan import batch, deepspeed, memory
+from launcher.plan import batch, deepspeed, memory, plan_checks
 from launcher.plan.architecture import architecture_problems
 from launcher.plan.gpus import GPUS, Price, lookup, typical_price
 from launcher.plan.launch_plan import Batch, Facts, LaunchPlan, Limits, ModelFacts, Topology
@@ -31,7 +31,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})})
     topology = _topology(config, facts)
     problems = [*_topology_problems(config, facts, topology), *architecture_problems(facts.model.config, config.data.packing)]
-    problems += optimizer_problems(config)
+    problems += [*optimizer_problems(config), *plan_checks.refusals(config, facts.model)]
     try:
         split = batch.split(config.train, config.data, topology.world_size, topology.device, facts.data)
     except ConfigError as error:

@@ -46,6 +46,8 @@ class ClusterSection(Section):
     )
     stop_grace_seconds: Positive = Field(600.0, description="Seconds that a stopped run may take to save before it is killed.")
 
+    # The setting of `save_lead_s`, where a backend has one.
+    save_lead_setting: ClassVar[str] = ""
     # The node that the report shows for an attempt without a recorded node.
     unnamed_node: ClassVar[str] = "-"
     # Remedies for a node that has too few GPUs, other GPUs or too little memory.

@@ -167,6 +167,7 @@ class SlurmSection(ManagedSection):
     exclude_bad_nodes: Flag = Field(False, description="After a node failed its checks, run the job again without it.")
     dry_run: Flag = Field(False, description="Print the batch script and submit nothing.")
 
+    save_lead_setting: ClassVar[str] = "cluster.signal_lead_seconds"
     gpus_remedy: ClassVar[str] = "ask for them with cluster.gpus_per_node"
     gpu_kind_remedy: ClassVar[str] = "ask for the planned kind with cluster.constraint or cluster.gres"
     memory_remedy: ClassVar[str] = "ask for it with cluster.mem=0 or cluster.exclusive=true"

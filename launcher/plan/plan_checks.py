@@ -1,0 +1,111 @@
+"""Settings that are valid alone and wrong for this model, data or cluster: refused, or told as a warning. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from launcher.config.schema import RunConfig
+from launcher.errors import Problem
+from launcher.plan.launch_plan import LaunchPlan, ModelFacts
+from launcher.plan.optimizers import OPTIMIZERS
+
+# transformers looks positions up in a table of fixed length, so a longer document fails with an index error.
+_POSITION_TABLES = ("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt")
+# Times the usual learning rate above which a warning is shown; random weights take larger rates than trained ones.
+_HIGH_LR, _HIGH_LR_RANDOM = 10.0, 1000.0
+_MAX_LR = 1.0
+# What a network file system takes from one node at least, and the time for the step in progress and the manifest.
+_WRITE_GIB_PER_S, _SAVE_OVERHEAD_S = 0.5, 30.0
+
+
+def refusals(config: RunConfig, model: ModelFacts) -> Iterator[Problem]:
+    """Yield the problems of settings with which the run would fail or its model would be destroyed."""
+    lr, usual = config.optim.lr, _usual_lr(config)
+    if usual is not None and lr > _MAX_LR and config.model.init == "pretrained":
+        yield Problem(
+            f"optim.lr={lr:g} would destroy the weights in the first step",
+            where="optim.lr",
+            value=f"{lr:g}",
+            remedy=f"fine-tuning with {config.optim.name} usually takes {_range(usual)}: set optim.lr=1e-5",
+        )
+    length, context = config.data.max_length, context_tokens(model.config)
+    if context is not None and length > context and model.config.get("model_type") in _POSITION_TABLES:
+        yield Problem(
+            f"data.max_length={length} is more than the {context} positions of this model",
+            where="data.max_length",
+            value=str(length),
+            remedy=f"set data.max_length to {context} or less",
+        )
+
+
+def warnings(plan: LaunchPlan) -> Iterator[str]:
+    """Yield what is probably a mistake, each with the value that fits."""
+    config, data, world_size = plan.config, plan.data, plan.topology.world_size
+    lr, usual = config.optim.lr, _usual_lr(config)
+    allowed = _HIGH_LR if config.model.init == "pretrained" else _HIGH_LR_RANDOM
+    if usual is not None and lr > allowed * usual[1]:
+        yield f"optim.lr={lr:g} is high: fine-tuning with {config.optim.name} usually takes {_range(usual)}"
+    length, context = config.data.max_length, context_tokens(plan.model.config)
+    if context is not None and length > context:
+        yield (
+            f"data.max_length={length:,} is more than the model's context of {context:,} tokens, and it has not seen later "
+            f"positions: set data.max_length={context}"
+        )
+    batch = config.train.global_batch_size
+    if data is not None and data.num_rows < batch:
+        largest = data.num_rows // world_size * world_size
+        fitting = (
+            f"set train.global_batch_size={largest}"
+            if largest
+            else f"lower it, and use at most {data.num_rows} rank{'s' * (data.num_rows > 1)}"
+        )
+        yield f"a batch of {batch:,} rows is more than all {data.num_rows:,} rows of the data, so a step repeats rows: {fitting}"
+    yield from _short_saves(plan)
+
+
+def _short_saves(plan: LaunchPlan) -> Iterator[str]:
+    cluster = plan.config.cluster
+    limits = {"cluster.stop_grace_seconds": cluster.stop_grace_seconds}
+    if cluster.save_lead_s is not None:
+        limits[cluster.save_lead_setting] = cluster.save_lead_s
+    nodes, gib = plan.topology.nodes, plan.checkpoint_bytes / 2**30
+    needed_s = math.ceil((gib / nodes / _WRITE_GIB_PER_S + _SAVE_OVERHEAD_S) / 10) * 10
+    for key, seconds in limits.items():
+        # A small checkpoint is written within any limit.
+        if seconds < needed_s and gib > _WRITE_GIB_PER_S:
+            yield (
+                f"{key}={seconds:g} is less than a save may take: {gib:,.0f} GiB from {nodes} node{'s' * (nodes > 1)} at "
+                f"{_WRITE_GIB_PER_S:g} GiB/s each, and the step in progress: set {key}={needed_s}, or lose the steps since the "
+                "last checkpoint"
+            )
+
+
+def context_tokens(config: Mapping[str, Any]) -> int | None:
+    """Return the tokens of the longest document that the model's positions cover, with RoPE scaling; None if unknown."""
+    config = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if not isinstance(positions, int) or isinstance(positions, bool) or positions <= 0:
+        return None
+    scaled = [
+        int(factor * (rope.get("original_max_position_embeddings") or positions))
+        for rope in _rope_sections(config)
+        if isinstance(factor := rope.get("factor"), int | float)
+    ]
+    return max(positions, *scaled) if scaled else positions
+
+
+def _rope_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the mappings with RoPE settings: one, or one for each kind of layer."""
+    sections = [section for key in ("rope_parameters", "rope_scaling") if isinstance(section := config.get(key), dict)]
+    return [*sections, *(inner for section in sections for inner in section.values() if isinstance(inner, dict))]
+
+
+def _usual_lr(config: RunConfig) -> tuple[float, float] | None:
+    optimizer = OPTIMIZERS.get(config.optim.name)
+    return None if optimizer is None else optimizer.usual_lr
+
+
+def _range(usual: tuple[float, float]) -> str:
+    return f"{usual[0]:g} to {usual[1]:g}"

@@ -1,0 +1,114 @@
+"""Settings that do not fit the model, the data or the cluster: refused, or a warning with the value that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from plan_fixtures import DATA, H100, facts_for
+
+from launcher.cli.plan_view import plan_lines
+from launcher.config.schema import RunConfig
+from launcher.errors import ConfigError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.plan_checks import context_tokens
+from launcher.plan.planner import plan
+
+ConfigOf = Callable[..., RunConfig]
+PlanOf = Callable[..., LaunchPlan]
+LLAMA_8B = ("model=llama3_1_8b", "train.global_batch_size=64")
+
+
+def warnings_of(planned: LaunchPlan) -> list[str]:
+    return [line.removeprefix("warning").strip() for line in plan_lines(planned) if line.startswith("warning")]
+
+
+def test_a_usual_plan_has_no_warning(plan_of: PlanOf) -> None:
+    assert warnings_of(plan_of("model=tiny")) == []
+    assert warnings_of(plan_of(*LLAMA_8B, "optim.lr=1e-3", device=H100)) == []
+
+
+@pytest.mark.parametrize("lr", ["1e5", "2"])
+def test_a_learning_rate_that_destroys_trained_weights_is_refused(plan_of: PlanOf, lr: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan_of(*LLAMA_8B, f"optim.lr={lr}", device=H100)
+    (problem,) = error.value.problems
+    assert problem.message == f"optim.lr={float(lr):g} would destroy the weights in the first step"
+    assert (problem.where, problem.value) == ("optim.lr", f"{float(lr):g}")
+    assert "usually takes 1e-06 to 0.0001: set optim.lr=1e-5" in problem.remedy
+
+
+def test_a_high_learning_rate_is_warned_about(plan_of: PlanOf) -> None:
+    message = "is high: fine-tuning with adamw usually takes 1e-06 to 0.0001"
+    assert warnings_of(plan_of(*LLAMA_8B, "optim.lr=1e-2", device=H100)) == [f"optim.lr=0.01 {message}"]
+    assert warnings_of(plan_of("optim.lr=1e5")) == [f"optim.lr=100000 {message}"]
+    assert warnings_of(plan_of("optim.lr=1e-2")) == []
+
+
+def test_rows_longer_than_the_context_are_warned_about_with_the_context(plan_of: PlanOf) -> None:
+    (warning,) = warnings_of(plan_of("data.max_length=2049"))
+    assert warning == (
+        "data.max_length=2,049 is more than the model's context of 2,048 tokens, and it has not seen later positions: "
+        "set data.max_length=2048"
+    )
+    assert warnings_of(plan_of("data.max_length=2048")) == []
+
+
+def test_rows_longer_than_a_table_of_positions_are_refused(config_of: ConfigOf) -> None:
+    config = config_of("data.max_length=4096")
+    with pytest.raises(ConfigError) as error:
+        plan(config, facts_for(config, model_type="gpt_neo"))
+    (problem,) = error.value.problems
+    assert problem.message == "data.max_length=4096 is more than the 2048 positions of this model"
+    assert problem.remedy == "set data.max_length to 2048 or less"
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"n_positions": 1024}, 1024),
+        ({"max_position_embeddings": 131072, "rope_scaling": LLAMA3}, 131072),
+        ({"max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 131072),
+        ({"max_position_embeddings": 8192, "rope_parameters": {"full_attention": {"factor": 8}, "sliding_attention": {}}}, 65536),
+        ({"max_position_embeddings": 8192, "rope_scaling": None}, 8192),
+        ({"text_config": {"max_position_embeddings": 512}}, 512),
+        *(({}, None), ({"max_position_embeddings": "many"}, None), ({"max_position_embeddings": -1}, None)),
+    ],
+)
+def test_the_context_of_a_model(config: dict[str, Any], tokens: int | None) -> None:
+    assert context_tokens(config) == tokens
+
+
+def test_a_batch_larger_than_the_data_is_warned_about_with_the_one_that_fits(plan_of: PlanOf) -> None:
+    data = DATA.model_copy(update={"num_rows": 41})
+    (warning,) = warnings_of(plan_of("train.global_batch_size=64", data=data))
+    assert warning == (
+        "a batch of 64 rows is more than all 41 rows of the data, so a step repeats rows: set train.global_batch_size=40"
+    )
+    (warning,) = warnings_of(plan_of("train.global_batch_size=64", data=DATA.model_copy(update={"num_rows": 1})))
+    assert warning.endswith(": lower it, and use at most 1 rank")
+
+
+def test_a_signal_lead_shorter_than_a_save_is_warned_about_with_the_one_that_fits(plan_of: PlanOf) -> None:
+    tokens = ("experiment=llama3_70b_four_nodes", "data.path=rows.jsonl")
+    (warning,) = warnings_of(plan_of(*tokens, "cluster.signal_lead_seconds=5", device=H100))
+    assert warning == (
+        "cluster.signal_lead_seconds=5 is less than a save may take: 788 GiB from 4 nodes at 0.5 GiB/s each, and the step in "
+        "progress: set cluster.signal_lead_seconds=430, or lose the steps since the last checkpoint"
+    )
+    assert warnings_of(plan_of(*tokens, "cluster.signal_lead_seconds=430", device=H100)) == []
+
+
+def test_a_small_checkpoint_fits_into_any_lead(plan_of: PlanOf) -> None:
+    assert warnings_of(plan_of("cluster=slurm", "cluster.signal_lead_seconds=1")) == []
+
+
+def test_a_grace_period_shorter_than_a_save_is_warned_about(plan_of: PlanOf) -> None:
+    (warning,) = warnings_of(plan_of(*LLAMA_8B, "cluster.stop_grace_seconds=60", device=H100))
+    assert warning.startswith("cluster.stop_grace_seconds=60 is less than a save may take: 90 GiB from 1 node at 0.5 GiB/s")
+    assert "set cluster.stop_grace_seconds=210" in warning
