@@ -201,7 +201,9 @@ def _inside(key: str, value: Any, deepspeed: Mapping[str, Any], model: Mapping[s
     if _agrees(key, value, model):
         return
     if key in SET_BY:
-        yield _Refusal(key, value, f"the launcher sets this from {SET_BY[key]}", f"remove it, and set {SET_BY[key]}")
+        # The offloads have DeepSpeed's own values.
+        setting = f"{SET_BY[key]}={value}" if key.endswith(".device") and isinstance(value, str) else SET_BY[key]
+        yield _Refusal(key, value, f"the launcher sets this from {SET_BY[key]}", f"remove it, and set {setting}")
     elif key in REFUSED:
         yield _Refusal(key, value, REFUSED[key])
     elif key in _SET_FOR_NVME and deepspeed.get(_SET_FOR_NVME[key]) == "nvme":

@@ -16,8 +16,10 @@ _POSITION_TABLES = ("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo
 # Times the usual learning rate above which a warning is shown; random weights take larger rates than trained ones.
 _HIGH_LR, _HIGH_LR_RANDOM = 10.0, 1000.0
 _MAX_LR = 1.0
-# What a network file system takes from one node at least, and the time for the step in progress and the manifest.
-_WRITE_GIB_PER_S, _SAVE_OVERHEAD_S = 0.5, 30.0
+# Assumed write speed of one node to shared storage: parallel file systems are faster, plain NFS may be slower. The margin is for
+# the step in progress, which ends before the save.
+CHECKPOINT_GIB_PER_SECOND = 1.0
+SAVE_MARGIN = 1.5
 
 
 def refusals(config: RunConfig, model: ModelFacts) -> Iterator[Problem]:
@@ -70,16 +72,22 @@ def _short_saves(plan: LaunchPlan) -> Iterator[str]:
     limits = {"cluster.stop_grace_seconds": cluster.stop_grace_seconds}
     if cluster.save_lead_s is not None:
         limits[cluster.save_lead_setting] = cluster.save_lead_s
-    nodes, gib = plan.topology.nodes, plan.checkpoint_bytes / 2**30
-    needed_s = math.ceil((gib / nodes / _WRITE_GIB_PER_S + _SAVE_OVERHEAD_S) / 10) * 10
+    gib, nodes = plan.checkpoint_bytes / 2**30, plan.topology.nodes
+    save_s = save_seconds(plan)
+    needed_s = math.ceil(SAVE_MARGIN * save_s)
     for key, seconds in limits.items():
-        # A small checkpoint is written within any limit.
-        if seconds < needed_s and gib > _WRITE_GIB_PER_S:
+        # A checkpoint of a second is written within any limit.
+        if seconds < needed_s and save_s > 1:
+            size = f"{gib:,.0f} GiB at an assumed {CHECKPOINT_GIB_PER_SECOND:g} GiB/s per node need {save_s} s"
             yield (
-                f"{key}={seconds:g} is less than a save may take: {gib:,.0f} GiB from {nodes} node{'s' * (nodes > 1)} at "
-                f"{_WRITE_GIB_PER_S:g} GiB/s each, and the step in progress: set {key}={needed_s}, or lose the steps since the "
-                "last checkpoint"
+                f"{key}={seconds:g} is less than a save may take: {size} on {nodes} node{'s' * (nodes > 1)}, and the step in "
+                f"progress ends first: set {key}={needed_s}"
             )
+
+
+def save_seconds(plan: LaunchPlan) -> int:
+    """Return the assumed seconds that writing one checkpoint takes."""
+    return math.ceil(plan.checkpoint_bytes / 2**30 / (CHECKPOINT_GIB_PER_SECOND * plan.topology.nodes))
 
 
 def context_tokens(config: Mapping[str, Any]) -> int | None:

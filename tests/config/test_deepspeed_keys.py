@@ -98,7 +98,7 @@ def test_every_setting_that_is_named_exists() -> None:
             "zero_optimization.offload_optimizer.device=cpu",
             "zero_optimization.offload_optimizer.device: the launcher sets this from deepspeed.offload_optimizer",
             "'cpu'",
-            "set deepspeed.offload_optimizer",
+            "set deepspeed.offload_optimizer=cpu",
         ),
         (
             "zero_optimization.offload_param.pin_memory=false",

@@ -98,10 +98,10 @@ def test_a_signal_lead_shorter_than_a_save_is_warned_about_with_the_one_that_fit
     tokens = ("experiment=llama3_70b_four_nodes", "data.path=rows.jsonl")
     (warning,) = warnings_of(plan_of(*tokens, "cluster.signal_lead_seconds=5", device=H100))
     assert warning == (
-        "cluster.signal_lead_seconds=5 is less than a save may take: 788 GiB from 4 nodes at 0.5 GiB/s each, and the step in "
-        "progress: set cluster.signal_lead_seconds=430, or lose the steps since the last checkpoint"
+        "cluster.signal_lead_seconds=5 is less than a save may take: 788 GiB at an assumed 1 GiB/s per node need 198 s "
+        "on 4 nodes, and the step in progress ends first: set cluster.signal_lead_seconds=297"
     )
-    assert warnings_of(plan_of(*tokens, "cluster.signal_lead_seconds=430", device=H100)) == []
+    assert warnings_of(plan_of(*tokens, "cluster.signal_lead_seconds=297", device=H100)) == []
 
 
 def test_a_small_checkpoint_fits_into_any_lead(plan_of: PlanOf) -> None:
@@ -110,5 +110,5 @@ def test_a_small_checkpoint_fits_into_any_lead(plan_of: PlanOf) -> None:
 
 def test_a_grace_period_shorter_than_a_save_is_warned_about(plan_of: PlanOf) -> None:
     (warning,) = warnings_of(plan_of(*LLAMA_8B, "cluster.stop_grace_seconds=60", device=H100))
-    assert warning.startswith("cluster.stop_grace_seconds=60 is less than a save may take: 90 GiB from 1 node at 0.5 GiB/s")
-    assert "set cluster.stop_grace_seconds=210" in warning
+    assert warning.startswith("cluster.stop_grace_seconds=60 is less than a save may take: 90 GiB at an assumed 1 GiB/s per node")
+    assert "set cluster.stop_grace_seconds=135" in warning

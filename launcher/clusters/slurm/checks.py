@@ -19,9 +19,7 @@ from launcher.clusters.slurm.site import Gpus, Node, Partition, Site, listed
 from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import Problem, SubmitError, did_you_mean
 from launcher.plan.launch_plan import LaunchPlan
-
-# Assumed write speed of one node to shared storage. Parallel file systems are faster, plain NFS may be slower.
-CHECKPOINT_GIB_PER_SECOND = 1.0
+from launcher.plan.plan_checks import CHECKPOINT_GIB_PER_SECOND, SAVE_MARGIN, save_seconds
 
 # The accounting database may be slow; a submission does not wait for it.
 _ACCOUNTING_DEADLINE_S = 5.0
@@ -94,14 +92,14 @@ def _associations(section: SlurmSection) -> list[Association] | None:
 
 def _save_time_problems(section: SlurmSection, plan: LaunchPlan) -> Iterator[Problem]:
     size_gib, num_nodes = plan.checkpoint_bytes / 2**30, plan.topology.nodes
-    save_s = math.ceil(size_gib / (CHECKPOINT_GIB_PER_SECOND * num_nodes))
+    save_s = save_seconds(plan)
     if save_s > section.signal_lead_seconds:
         yield Problem(
             f"a checkpoint of {size_gib:.1f} GiB cannot be saved before the time limit: at an assumed "
             f"{CHECKPOINT_GIB_PER_SECOND:g} GiB/s per node, {_count_nodes(num_nodes)} need {save_s} s",
             where="cluster.signal_lead_seconds",
             value=str(section.signal_lead_seconds),
-            remedy=f"set it to {math.ceil(1.5 * save_s)}, and cluster.time to much more than that",
+            remedy=f"set it to {math.ceil(SAVE_MARGIN * save_s)}, and cluster.time to much more than that",
         )
 
 
