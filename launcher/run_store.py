@@ -18,7 +18,7 @@ import xxhash
 import launcher
 from launcher import atomic_files, json_records, locks
 from launcher.errors import RunError, SubmitError, Superseded
-from launcher.plan.gpus import Price
+from launcher.plan.gpu_types import Price
 from launcher.plan.migrations import SCHEMA_VERSION, migrate
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, Status

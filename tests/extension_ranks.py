@@ -23,7 +23,7 @@ from launcher.errors import CheckpointError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.optimizers import OPTIMIZERS, Optimizer
 from launcher.train.engine import build_engine
-from launcher.train.evaluate import Evaluator
+from launcher.train.held_out_loss import Evaluator
 from launcher.train.loop import TrainingLoop, noop
 from launcher.train.monitoring.step_metrics import StepTimer
 from launcher.train.objectives import OBJECTIVES, LossSum

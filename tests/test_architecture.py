@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.clusters.base import BACKENDS
+from launcher.clusters.backends import BACKENDS
 from launcher.config.sections.backends import SECTIONS
 
 REPO = Path(__file__).resolve().parents[1]
@@ -59,7 +59,7 @@ def test_the_worker_side_loads_torch() -> None:
 
 def test_using_a_backend_loads_nothing_heavy() -> None:
     loaded = loaded_after(
-        "from launcher.clusters.base import cluster_for\ncluster_for('local')\nfrom launcher.hardware import device\ndevice()"
+        "from launcher.clusters.backends import cluster_for\ncluster_for('local')\nfrom launcher.hardware import device\ndevice()"
     )
     assert loaded.isdisjoint(HEAVY)
 
@@ -74,7 +74,7 @@ def test_the_data_build_loads_no_torch() -> None:
 def test_status_and_ls_do_not_load_pydantic() -> None:
     """Loading pydantic would double the time of `status` and `ls`."""
     backends = "".join(f"\ncluster_for({kind!r})" for kind in ("local", "slurm", "ray"))
-    loaded = loaded_after(f"import launcher.cli.status\nfrom launcher.clusters.base import cluster_for{backends}")
+    loaded = loaded_after(f"import launcher.cli.status\nfrom launcher.clusters.backends import cluster_for{backends}")
     assert "launcher" in loaded
     assert loaded.isdisjoint(("pydantic", "hydra", "filelock", "asyncio"))
 

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from launcher import facts, run_store
 from launcher.cli.main import main
-from launcher.clusters.base import BACKENDS, Cluster
+from launcher.clusters.backends import BACKENDS, Cluster
 from launcher.clusters.faults import InjectedFault
 from launcher.config.introspect import settings
 from launcher.config.schema import RunConfig

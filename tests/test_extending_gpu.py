@@ -11,7 +11,7 @@ from plan_fixtures import config_of, plan_of
 from launcher.cli.plan_view import plan_lines
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
-from launcher.plan.gpus import GPUS, PRICE_ASSUMPTION, GpuType, Price, recognize
+from launcher.plan.gpu_types import GPUS, PRICE_ASSUMPTION, GpuType, Price, recognize
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.train.monitoring.peak_flops import find_peak_tflops
 

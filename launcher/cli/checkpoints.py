@@ -19,7 +19,7 @@ from launcher.checkpoint.cleanup import BEING_WRITTEN, Leftover, disk_bytes, fin
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint
 from launcher.checkpoint.retention import Retention, retention_reasons
 from launcher.cli import formatting
-from launcher.clusters.base import cluster_for
+from launcher.clusters.backends import cluster_for
 from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir

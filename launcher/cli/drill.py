@@ -21,7 +21,7 @@ from launcher.cli import drill_report, formatting, launch
 from launcher.cli.drill_report import Hit, Records, Step
 from launcher.cli.plan_view import LABEL_WIDTH, plan_lines
 from launcher.cli.resume import resume_run
-from launcher.clusters.base import Cluster, cluster_for
+from launcher.clusters.backends import Cluster, cluster_for
 from launcher.clusters.preflight import check_startable
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.resume import differences, table, with_overrides

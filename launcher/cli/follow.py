@@ -14,7 +14,7 @@ from typing import Any
 from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli.formatting import short
-from launcher.clusters.base import Cluster
+from launcher.clusters.backends import Cluster
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunError, SubmitError, printable
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status

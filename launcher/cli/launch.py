@@ -16,7 +16,7 @@ from launcher.cli import data, formatting, wandb_check
 from launcher.cli.follow import follow
 from launcher.cli.formatting import wrap
 from launcher.cli.plan_view import LABEL_WIDTH, plan_lines, started_lines, sweep_lines
-from launcher.clusters.base import Cluster, cluster_for
+from launcher.clusters.backends import Cluster, cluster_for
 from launcher.clusters.preflight import check_startable, disk_note
 from launcher.config.compose import Composed, conf_dir, require_distinct_runs, run_hydra
 from launcher.config.schema import RunConfig

@@ -15,7 +15,7 @@ from launcher.checkpoint import store
 from launcher.cli import charts, formatting, html_page
 from launcher.cli.charts import Series
 from launcher.cli.plan_view import LABEL_WIDTH, plan_lines
-from launcher.clusters.base import cluster_for
+from launcher.clusters.backends import cluster_for
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, Status

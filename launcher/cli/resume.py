@@ -15,7 +15,7 @@ from launcher.checkpoint.manifest import Checkpoint
 from launcher.cli import formatting, wandb_check
 from launcher.cli.checkpoints import verify
 from launcher.cli.launch import check_extra, prepare, require_idle, worker_environment
-from launcher.clusters.base import Cluster
+from launcher.clusters.backends import Cluster
 from launcher.clusters.preflight import check_startable, disk_note
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
 from launcher.config.schema import RunConfig

@@ -14,7 +14,7 @@ from launcher.cli.follow import StatusWatch, follow
 from launcher.cli.launch import worker_environment
 from launcher.cli.plan_view import started_lines
 from launcher.cli.resume import resume_run
-from launcher.clusters.base import cluster_for
+from launcher.clusters.backends import cluster_for
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.errors import SubmitError
 from launcher.export import hub

@@ -17,7 +17,7 @@ from launcher import run_store
 from launcher.cli import formatting
 from launcher.cli.follow import StatusWatch, wandb_words
 from launcher.cli.run_summary import summary
-from launcher.clusters.base import cluster_for
+from launcher.clusters.backends import cluster_for
 from launcher.errors import LauncherError, printable
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from launcher import run_store
 from launcher.clusters import detached_process, faults
-from launcher.clusters.base import NEVER_SUBMITTED
+from launcher.clusters.backends import NEVER_SUBMITTED
 from launcher.clusters.faults import InjectedFault
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device

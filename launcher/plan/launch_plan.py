@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launcher.config.schema import RunConfig
-from launcher.plan.gpus import Price
+from launcher.plan.gpu_types import Price
 from launcher.plan.migrations import SCHEMA_VERSION, migrate
 
 

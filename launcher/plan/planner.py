@@ -12,7 +12,7 @@ from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem, did_you_mean
 from launcher.plan import batch, deepspeed, memory, plan_checks
 from launcher.plan.architecture import architecture_problems
-from launcher.plan.gpus import GPUS, Price, lookup, typical_price
+from launcher.plan.gpu_types import GPUS, Price, lookup, typical_price
 from launcher.plan.launch_plan import Batch, Facts, LaunchPlan, Limits, ModelFacts, Topology
 from launcher.plan.optimizers import OPTIMIZERS, optimizer_problems
 from launcher.plan.run_dir import default_name

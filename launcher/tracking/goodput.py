@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import run_records, run_store
 from launcher.errors import LauncherError
-from launcher.plan.gpus import Price
+from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.metrics_tail import read_time_lines

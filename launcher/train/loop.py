@@ -27,8 +27,8 @@ from launcher.tracking.jsonl import SUPERSEDED
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train.checkpointer import compute_reference_logits
 from launcher.train.engine import join_process_group, leave_process_group
-from launcher.train.evaluate import HeldOutLoss
 from launcher.train.finish import OnExported, finish, write_weights
+from launcher.train.held_out_loss import HeldOutLoss
 from launcher.train.monitoring import bandwidth
 from launcher.train.optim import compute_learning_rate, set_learning_rate
 from launcher.train.previous_failure import find_previous_failure

@@ -21,7 +21,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.tracker import Composite
 from launcher.train.checkpointer import Checkpointer
 from launcher.train.engine import build_engine
-from launcher.train.evaluate import Evaluator
+from launcher.train.held_out_loss import Evaluator
 from launcher.train.model import CausalLMLoss, describe_attention
 from launcher.train.monitoring.monitor import Monitor
 from launcher.train.monitoring.peak_flops import find_peak_tflops

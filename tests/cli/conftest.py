@@ -9,7 +9,7 @@ import pytest
 from plan_fixtures import DATA, golden
 
 from launcher import run_store
-from launcher.plan.gpus import Price
+from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import Topology
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt

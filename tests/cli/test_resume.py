@@ -23,7 +23,7 @@ from launcher.cli.resume import (
 from launcher.config.sections.data import Source
 from launcher.data import cache, sources
 from launcher.errors import SubmitError
-from launcher.plan.gpus import Price
+from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import LaunchPlan, Limits
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import ExportRecord

@@ -15,11 +15,11 @@ import torch
 from doc_tools import REPO, Block, blocks
 from plan_fixtures import config_of, plan_of
 
-from launcher.clusters.base import BACKENDS, Cluster, cluster_for
+from launcher.clusters.backends import BACKENDS, Cluster, cluster_for
 from launcher.config.sections.backends import SECTIONS
 from launcher.data.loader import IGNORED, MicroBatch
 from launcher.data.sources import formats
-from launcher.plan.gpus import GPUS
+from launcher.plan.gpu_types import GPUS
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.tracking import metrics

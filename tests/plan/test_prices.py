@@ -8,7 +8,7 @@ import pytest
 from plan_fixtures import H100
 
 from launcher.cli.plan_view import plan_lines
-from launcher.plan.gpus import GPUS, PRICE_ASSUMPTION, Price
+from launcher.plan.gpu_types import GPUS, PRICE_ASSUMPTION, Price
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.planner import resized
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from launcher import atomic_files, json_records, run_records, run_store
-from launcher.plan.gpus import Price
+from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput

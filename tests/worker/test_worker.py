@@ -12,7 +12,7 @@ import pytest
 
 from launcher import json_records, run_records, run_store
 from launcher.errors import RunError
-from launcher.plan.gpus import Price
+from launcher.plan.gpu_types import Price
 from launcher.tracking import goodput
 from launcher.worker import agent
 from launcher.worker.ranks.rank_env import RankEnv

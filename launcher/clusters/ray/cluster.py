@@ -16,7 +16,7 @@ import psutil
 
 from launcher import json_records, run_records, run_store
 from launcher.clusters import detached_process, local
-from launcher.clusters.base import NEVER_SUBMITTED
+from launcher.clusters.backends import NEVER_SUBMITTED
 from launcher.clusters.faults import InjectedFault
 from launcher.clusters.ray import jobs
 from launcher.config.redaction import looks_secret

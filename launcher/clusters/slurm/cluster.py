@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from launcher import json_records, run_store
 from launcher.checkpoint import store
 from launcher.clusters import faults
-from launcher.clusters.base import NEVER_SUBMITTED
+from launcher.clusters.backends import NEVER_SUBMITTED
 from launcher.clusters.faults import InjectedFault
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.commands import SlurmError, slurm

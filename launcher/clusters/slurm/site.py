@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.config.sections.slurm import SlurmSection, minutes
 from launcher.errors import Problem, SubmitError, did_you_mean
-from launcher.plan.gpus import lookup
+from launcher.plan.gpu_types import lookup
 from launcher.plan.launch_plan import DeviceFacts
 
 _SEPARATOR = "\x1f"

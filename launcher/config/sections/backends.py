@@ -12,7 +12,7 @@ from launcher.config.sections.cluster import ClusterSection, LocalSection
 from launcher.config.sections.ray import RaySection
 from launcher.config.sections.slurm import SlurmSection
 
-# By `cluster.kind`. The class that submits is in launcher.clusters.base.BACKENDS.
+# By `cluster.kind`. The class that submits is in launcher.clusters.backends.BACKENDS.
 SECTIONS: dict[str, type[ClusterSection]] = {"local": LocalSection, "slurm": SlurmSection, "ray": RaySection}
 
 if TYPE_CHECKING:

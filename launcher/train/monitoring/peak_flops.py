@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from launcher.config.schema import RunConfig
-from launcher.plan.gpus import lookup
+from launcher.plan.gpu_types import lookup
 
 
 def find_peak_tflops(config: RunConfig, device: torch.device) -> float | None:

@@ -16,7 +16,7 @@ from launcher import nvml
 from launcher.config.sections.cluster import ClusterSection
 from launcher.errors import Problem
 from launcher.nvml import NvmlError
-from launcher.plan.gpus import lookup
+from launcher.plan.gpu_types import lookup
 from launcher.plan.xids import BROKEN
 
 COMMAND_DEADLINE_S = 20.0

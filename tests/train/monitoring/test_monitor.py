@@ -16,7 +16,7 @@ from torch import nn
 
 from launcher import run_store
 from launcher.distributed import RankInfo
-from launcher.plan.gpus import Price
+from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from launcher.config.schema import RunConfig
-from launcher.plan.gpus import GPUS
+from launcher.plan.gpu_types import GPUS
 from launcher.train.monitoring.peak_flops import find_peak_tflops
 
 ConfigOf = Callable[..., RunConfig]

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from launcher.plan.gpus import GPUS, PRICE_ASSUMPTION, Price, lookup, recognize, typical_price
+from launcher.plan.gpu_types import GPUS, PRICE_ASSUMPTION, Price, lookup, recognize, typical_price
 
 NAMES = {
     # As NVML, torch and nvidia-smi write them.
