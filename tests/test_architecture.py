@@ -130,7 +130,7 @@ def test_both_tables_have_the_same_backends() -> None:
 def is_of_one_backend(file: Path) -> bool:
     """True for launcher/{clusters,config/sections,worker}/NAME and NAME.py of a backend, and for the tables themselves."""
     path = file.relative_to(REPO / "launcher").with_suffix("").as_posix()
-    if path in ("clusters/base", "config/sections/backends"):
+    if path in ("clusters/backends", "config/sections/backends"):
         return True
     return any(path.startswith((f"clusters/{name}", f"config/sections/{name}", f"worker/{name}")) for name in BACKENDS)
 
