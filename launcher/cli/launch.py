@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from launcher import facts, model_source, run_store
+from launcher import facts, hardware, model_source, run_store
 from launcher.cli import data, formatting, wandb_check
 from launcher.cli.follow import follow
 from launcher.cli.formatting import wrap
@@ -82,7 +82,8 @@ def _data(tokens: list[str]) -> int:
         raise ConfigError("--html writes one report, and -m makes several", where="--html", remedy="leave out --html, or -m")
     for composed in jobs:
         with composed.located():
-            config = _resolve(composed, cluster_for(composed.config.cluster.kind))
+            # The data does not depend on the nodes: asking for them would need the scheduler.
+            config = facts.resolve(composed.config, hardware.device)
             facts.check(config)
             check_extra(config)
         report = _cached_report(config, options.num_shown) or prepare(config, show=options.num_shown)["report"]

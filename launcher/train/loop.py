@@ -330,7 +330,8 @@ class TrainingLoop:
         dtype = self.run.plan.config.model.dtype
         # fp16 skips steps all the time, to find its loss scale.
         if dtype != "fp16":
-            skipped = f"the gradients are not finite, so this step was skipped ({parts.meter.skipped_steps} skipped so far)"
+            # The text before the colon is the kind of the alert, which the rate limit counts.
+            skipped = f"the gradients are not finite: this step was skipped, {parts.meter.skipped_steps} so far"
             self.run.tracker.event("alert", f"{skipped}; check the GPUs for faults, or lower optim.lr", self.step)
         if self.num_skipped_in_a_row > _MAX_SKIPPED_IN_A_ROW[dtype]:
             raise DivergedError(

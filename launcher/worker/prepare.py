@@ -23,9 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
-from launcher import atomic_files, model_source, parent_run, run_store
+from launcher import atomic_files, locks, model_source, parent_run, run_store
 from launcher.config.schema import ModelSection, RunConfig, is_run
 from launcher.data import build, report, sources
 from launcher.data.texts import DecodedTexts
@@ -92,7 +90,7 @@ def _copy_parent_weights(parent: parent_run.ParentCheckpoint, model: ModelSectio
     folder = parent_run.weights_folder(parent, model.dtype)
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=_LOCK_TIMEOUT_S, mode=0o600):
+        with locks.hold(folder.with_name(f".{folder.name}.lock"), _LOCK_TIMEOUT_S, mode=0o600):
             if (folder / "config.json").is_file():
                 return
             _say(f"taking the weights of run {parent.plan.run_name} at step {parent.checkpoint.step} (once)")
@@ -101,7 +99,7 @@ def _copy_parent_weights(parent: parent_run.ParentCheckpoint, model: ModelSectio
                 _link(exported, folder)
             else:
                 _export(parent, model, folder)
-    except Timeout as error:
+    except locks.LockTimeout as error:
         raise _unusable(parent, "another process prepares them and has not finished in time", "wait for it, or end it") from error
     except OSError as error:
         reason = f"{error.strerror or error} ({error.filename or folder})"

@@ -81,8 +81,9 @@ def test_the_report_in_a_pipe_has_marks_and_no_colours(launch: Run, rows: Path, 
     assert re.search(r"^ *tokens, up to +documents", shown, re.MULTILINE)
 
 
-def test_the_report_for_programs(launch_here: Run, rows: Path, tmp_path: Path) -> None:
-    done = launch_here("data", *SETTINGS, f"data.path={rows}", "data.eval_fraction=0", "--json", "--show=1", cwd=tmp_path)
+def test_the_report_for_programs_needs_no_scheduler(launch_here: Run, rows: Path, tmp_path: Path) -> None:
+    settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0", "cluster=slurm")
+    done = launch_here("data", *settings, "--json", "--show=1", cwd=tmp_path, SLURM_CONF="/nowhere")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["documents"] == 122

@@ -11,6 +11,7 @@ import pytest
 from launcher.errors import DivergedError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.tracker import RateLimit
 from launcher.train.loop import TrainingLoop
 
 PlanOf = Callable[..., LaunchPlan]
@@ -82,8 +83,14 @@ def test_a_save_due_at_a_skipped_step_happens_at_the_next_applied_step(plan_of: 
 def test_skipped_steps_raise_an_alert_except_in_fp16_which_finds_its_loss_scale_by_them(plan_of: PlanOf) -> None:
     alerts = run(plan_of("model.dtype=bf16"), 10, skipped={3, 7}).alerts
     assert [step for step, _ in alerts] == [3, 7]
-    assert alerts[1][1].startswith("the gradients are not finite, so this step was skipped (2 skipped so far); ")
+    assert alerts[1][1].startswith("the gradients are not finite: this step was skipped, 2 so far; ")
     assert run(plan_of("model.dtype=fp16"), 10, skipped={3, 7}).alerts == []
+
+
+def test_alerts_on_skipped_steps_are_of_one_kind_for_the_rate_limit(plan_of: PlanOf) -> None:
+    alerts = run(plan_of("model.dtype=bf16"), 10, skipped={3, 7}).alerts
+    limit = RateLimit()
+    assert [limit.admit(text) for _, text in alerts] == [True, False]
 
 
 def test_too_many_skipped_steps_in_a_row_end_training(plan_of: PlanOf) -> None:
