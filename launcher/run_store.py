@@ -73,7 +73,7 @@ def snapshot_code(run: RunDir) -> None:
 
 
 def has_current_code(run: RunDir) -> bool:
-    """Whether the code of the run reads plans of the current schema version."""
+    """Return whether the code of the run reads plans of the current schema version."""
     try:
         return (run.code / _PLAN_SCHEMA).read_text(encoding="utf-8").strip() == str(SCHEMA_VERSION)
     except FileNotFoundError:

@@ -36,7 +36,7 @@ _STATES = {DamagedCheckpoint: "damaged", UnreadableCheckpoint: "cannot be read",
 
 @dataclass(frozen=True)
 class CheckpointRow:
-    """A row of the table. `state` is one of _STATES, "whole" or "not verified"; unknown values are None."""
+    """A row of the table. `state` is one of _STATES, "intact" or "not verified"; unknown values are None."""
 
     step: int
     path: str
@@ -148,7 +148,7 @@ def _prune(run: RunDir, retention: Retention, verified: Verified) -> list[Leftov
     listed = store.list_checkpoints(run.checkpoints)
     intact = [checkpoint for checkpoint in listed if not verified.get(checkpoint.path)]
     if not intact:
-        raise SubmitError("no checkpoint of this run is whole, so nothing is removed", where=str(run.checkpoints))
+        raise SubmitError("no checkpoint of this run is intact, so nothing is removed", where=str(run.checkpoints))
     keep_reasons = retention_reasons(intact, retention)
     to_remove = [
         Leftover(checkpoint.path, "damaged" if verified.get(checkpoint.path) else "no longer kept", disk_bytes(checkpoint.path))
@@ -193,7 +193,7 @@ def _row(checkpoint: Checkpoint, keep_reasons: tuple[str, ...], verified: Verifi
         attempt=manifest.attempt,
         eval_loss=manifest.eval_loss,
         kept=keep_reasons,
-        state=_STATES[type(error)] if error else "whole" if checkpoint.path in verified else "not verified",
+        state=_STATES[type(error)] if error else "intact" if checkpoint.path in verified else "not verified",
         problems=_describe(error) if error else (),
     )
 

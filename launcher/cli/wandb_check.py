@@ -31,7 +31,7 @@ def check(config: RunConfig, environ: dict[str, str]) -> list[str]:
         return _login_notes(config.cluster, account["login"])
     if account["refused"]:
         raise ConfigError(
-            f"Weights & Biases will not take this run: {account['refused']}",
+            f"Weights & Biases does not accept this run: {account['refused']}",
             where="tracking",
             value=f"entity={account['entity'] or tracking.entity}, project={tracking.project}, mode={tracking.mode}",
             remedy="log in with: wandb login, set tracking.entity (or WANDB_ENTITY) and tracking.project to a project that you "

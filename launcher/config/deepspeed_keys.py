@@ -83,9 +83,9 @@ _REMOVED = "DeepSpeed has removed this feature"
 _CHECKPOINTS = "the launcher writes and reads checkpoints itself"
 _DATA = "the launcher chooses the rows of each step itself"
 _PARALLEL = "every rank holds its own rows and a partition of all weights; other kinds of parallelism are not supported"
-_FP32_STATES = "the memory plan and checkpoints count on fp32 weights, gradients and moments in the optimizer"
+_FP32_STATES = "the memory plan and checkpoints rely on fp32 weights, gradients and moments in the optimizer"
 _MEAN = "ZeRO stage 3 with reduce-scatter averages gradients in one way only"
-_WHOLE_STATES = "the memory plan and checkpoints count on all states being where deepspeed.offload_optimizer puts them"
+_WHOLE_STATES = "the memory plan and checkpoints rely on all states being where deepspeed.offload_optimizer puts them"
 _SIZED_BUFFERS = "the plan sizes the buffers for weights on NVMe"
 _NO_PIPELINE = "checkpoints of states on NVMe are not tested with pipelined transfers"
 REFUSED: Mapping[str, str] = {
@@ -94,7 +94,7 @@ REFUSED: Mapping[str, str] = {
     "autotuning": "it starts runs of its own",
     "bf16.bf16_master_weights_and_grads": _FP32_STATES,
     "bf16.bf16_optimizer_states": _FP32_STATES,
-    "bf16.check_grad_overflow": "the launcher counts on steps with gradients that are not finite being skipped",
+    "bf16.check_grad_overflow": "the launcher relies on DeepSpeed skipping steps with gradients that are not finite",
     "checkpoint": _CHECKPOINTS,
     "compile": "the launcher does not compile DeepSpeed's engine",
     "compression_training": _REMOVED,

@@ -31,7 +31,7 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True)
 class AttemptEnd:
-    """How one attempt ended; the steps are those of the newest checkpoint at its begin and at its end, None without one."""
+    """How one attempt ended; the steps are those of the newest checkpoint at its start and at its end, None without one."""
 
     cause: Cause
     began_step: int | None

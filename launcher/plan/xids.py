@@ -18,7 +18,7 @@ BROKEN = {
     120: "its system processor failed",
     140: "unrecovered memory error",
 }
-# What an application did, or what the GPU has got over.
+# Faults of the application, or faults from which the GPU has recovered.
 PASSING = {
     13: "a kernel failed, such as by reading out of bounds",
     31: "a kernel used an address that is not mapped",
@@ -28,7 +28,7 @@ PASSING = {
     94: "a memory error that ended one process alone; reset the GPU when the run is over",
 }
 
-# Said of a GPU that the driver does not find any more, with or without an Xid.
+# The text for a GPU that the driver no longer finds, with or without an Xid.
 LOST = "a GPU is lost"
 
 

@@ -188,7 +188,7 @@ METRICS: dict[str, Metric] = {
         curve=Curve("GPU memory reserved at the peak", unit="GiB"),
         status=StatusPart("{:.1f} GiB of the GPU reserved at the peak".format, line="memory"),
     ),
-    "memory/alloc_retries": Metric(section="Memory", title="Allocations that had to be tried again"),
+    "memory/alloc_retries": Metric(section="Memory", title="Retried allocations"),
     "memory/host_rss_gib": Metric(
         "GiB",
         "Memory",
@@ -201,15 +201,15 @@ METRICS: dict[str, Metric] = {
     "cost/usd_per_million_tokens": Metric("US dollars", "Cost", "Cost of a million tokens"),
     "perf/goodput": Metric(
         section="Cost",
-        title="Share of time on steps that were kept",
+        title="Share of time on kept steps",
         more_panels=(("Throughput", "Goodput"),),
         curve=Curve("Goodput", 100.0, "%"),
     ),
     "time/kept_s": Metric("s"),
-    "lost/*_s": Metric("s", "Cost", "Time that was lost, by cause"),
+    "lost/*_s": Metric("s", "Cost", "Lost time by cause"),
     "time/straggler_ratio": Metric(
         section="Stability",
-        title="Slowest rank against the median rank",
+        title="Slowest rank relative to the median rank",
         curve=Curve("Slowest rank relative to the median rank"),
         status=StatusPart("the slowest works {:.2f} times as long as the median rank".format, line="ranks", is_median=True),
     ),
@@ -223,8 +223,8 @@ METRICS: dict[str, Metric] = {
     "data/source/*/frac": Metric(section="Data", title="Share of each source"),
     "trainer/epoch": Metric(section="Data", title="Epochs"),
     "ckpt/last_step": Metric(section="Checkpoints", title="Step of the last checkpoint"),
-    "ckpt/save_s": Metric("s", "Checkpoints", "Time to save, and training stood still"),
-    "ckpt/stall_s": Metric("s", "Checkpoints", "Time to save, and training stood still"),
+    "ckpt/save_s": Metric("s", "Checkpoints", "Time to save, and time that training waited"),
+    "ckpt/stall_s": Metric("s", "Checkpoints", "Time to save, and time that training waited"),
     "ckpt/bytes": Metric("bytes", "Checkpoints", "Size"),
     "ckpt/disk_free_gib": Metric("GiB", "Checkpoints", "Free disk"),
     "gpu/util_mean": Metric(

@@ -30,7 +30,7 @@ class HeldOutLoss:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Metrics under the names of the design, without the time."""
+        """The metrics by name, without the time."""
         return {HELD_OUT_LOSS: self.loss, "eval/held_out/ppl": perplexity(self.loss)}
 
 

@@ -67,13 +67,13 @@ def _lines(made: ExportedFolder) -> list[str]:
     if made.added_stop_ids:
         lines.append(f"  {describe_added_stop_ids(made)}")
     if made.num_compared:
-        lines.append(f"  digests: all {made.num_compared} tensors are those that the engine computed with")
+        lines.append(f"  digests: all {made.num_compared} tensors equal the engine's")
     else:
-        lines.append("  digests: not compared; this checkpoint holds none of the engine's weights")
+        lines.append("  digests: not compared; this checkpoint has no digests of the engine's weights")
     if not made.loaded:
         lines.append(f"  not loaded by transformers: {made.not_loaded}")
     elif (parity := made.parity) is None:
-        lines.append("  loaded by transformers, logits finite; this checkpoint holds none of the engine's to compare them with")
+        lines.append("  loaded by transformers, logits finite; this checkpoint has no reference logits to compare them with")
     else:
         lines.append(
             f"  loaded by transformers; logits over {parity.num_tokens} tokens: mean KL {parity.mean_kl:.2e} nats "

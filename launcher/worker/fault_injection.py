@@ -105,7 +105,7 @@ def free_disk(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
     for process in here.ranks.values():
         _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
         process.rlimit(psutil.RLIMIT_FSIZE, (hard, hard))
-    return _report("there is room again", *here.ranks.values())
+    return _report("the file size limit is removed", *here.ranks.values())
 
 
 def hang(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:

@@ -93,7 +93,7 @@ def _copy_parent_weights(parent: parent_run.ParentCheckpoint, model: ModelSectio
         with locks.hold(folder.with_name(f".{folder.name}.lock"), _LOCK_TIMEOUT_S, mode=0o600):
             if (folder / "config.json").is_file():
                 return
-            _say(f"taking the weights of run {parent.plan.run_name} at step {parent.checkpoint.step} (once)")
+            _say(f"copying the weights of run {parent.plan.run_name} at step {parent.checkpoint.step} (once)")
             exported = parent_run.find_export(parent, model.dtype)
             if exported is not None:
                 _link(exported, folder)
@@ -103,7 +103,7 @@ def _copy_parent_weights(parent: parent_run.ParentCheckpoint, model: ModelSectio
         raise _unusable(parent, "another process prepares them and has not finished in time", "wait for it, or end it") from error
     except OSError as error:
         reason = f"{error.strerror or error} ({error.filename or folder})"
-        raise _unusable(parent, reason, "is there space, and does the run still keep this checkpoint? then try again") from error
+        raise _unusable(parent, reason, "check the free space and that the run still has this checkpoint") from error
     except CheckpointError as error:
         problem = error.problems[0]
         reason = f"{problem.message} ({problem.where})" if problem.where else problem.message

@@ -106,7 +106,7 @@ def test_the_table_shows_why_each_checkpoint_is_kept(run: RunDir, ask: Ask) -> N
 def test_verify_names_each_damaged_file(run: RunDir, ask: Ask) -> None:
     code, out, _ = ask("--verify")
     assert code == 0
-    assert all(words[-1] == "whole" for words in cells(out).values())
+    assert all(words[-1] == "intact" for words in cells(out).values())
     flip(run, 150)
     os.truncate(run.checkpoints / store.step_name(200) / store.shard_name(0), 7)
     (run.checkpoints / store.step_name(250) / MANIFEST).unlink()
@@ -120,7 +120,7 @@ def test_verify_names_each_damaged_file(run: RunDir, ask: Ask) -> None:
     assert "damaged: manifest.json" in said["335"]
     # Of the intact ones, another one has the lowest loss.
     assert said["320"].split()[7] == "best"
-    assert all(said[step].endswith("whole") for step in ("100", "300", "320", "330"))
+    assert all(said[step].endswith("intact") for step in ("100", "300", "320", "330"))
     assert len(list(run.checkpoints.iterdir())) == 8, "nothing was touched"
 
 
@@ -160,7 +160,7 @@ def test_prune_without_an_intact_checkpoint_is_refused(run: RunDir, ask: Ask) ->
     before = sorted(run.checkpoints.rglob("*"))
     code, _, err = ask("--prune")
     assert code == 2
-    assert "no checkpoint of this run is whole, so nothing is removed" in err
+    assert "no checkpoint of this run is intact, so nothing is removed" in err
     assert sorted(run.checkpoints.rglob("*")) == before
 
 
@@ -289,7 +289,7 @@ def test_json_contains_the_table(run: RunDir, ask: Ask) -> None:
         "attempt": 1,
         "eval_loss": 3.0,
         "kept": ["every 100"],
-        "state": "whole",
+        "state": "intact",
         "problems": [],
     }
     assert by_step[150]["state"] == "damaged"

@@ -202,7 +202,7 @@ def test_an_unfit_node_is_named_and_an_elastic_run_excludes_it(
     # Ray may have begun with the one worker that was there first.
     assert causes(run.root)[-2:] == ["bad_node", "completed"]
     assert run_store.read_attempt(run, run_store.newest_attempt(run)).nodes == ("n1",)
-    assert "with 1 rank, 1 worker idle on n1, without apart, unfit before: repair it" in done.stdout
+    assert "with 1 rank, 1 worker idle on n1, without apart, which failed the node checks before: repair it" in done.stdout
 
 
 def test_a_run_through_the_jobs_api_is_followed_cancelled_and_resumed(

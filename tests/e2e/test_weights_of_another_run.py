@@ -121,8 +121,8 @@ def test_weights_of_an_earlier_step_are_written_once(launch_here: Launch, parent
     overrides = ("data", *SETTINGS, *FROM_RUN, "model.path=run:parent@2", f"run.root={parent.parent}")
     first = launch_here(*overrides)
     assert first.returncode == 0, first.stderr
-    assert "taking the weights of run parent at step 2 (once)" in first.stderr
-    assert "taking the weights" not in launch_here(*overrides).stderr
+    assert "copying the weights of run parent at step 2 (once)" in first.stderr
+    assert "copying the weights" not in launch_here(*overrides).stderr
     planned = json.loads(launch_here("plan", "--json", *overrides[1:]).stdout)
     folder = Path(planned["model"]["path"])
     assert json.loads((folder / "export.json").read_text())["step"] == 2

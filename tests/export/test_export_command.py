@@ -35,7 +35,7 @@ def test_the_command(runs, run, tmp_path, capsys):
     assert f"exported step 2 to {run / 'export'}" in result.stdout
     assert "over 24 tokens: mean KL" in result.stdout
     weights = load_file(run / "export" / "model.safetensors")
-    assert f"all {len(weights)} tensors are those that the engine computed with" in result.stdout
+    assert f"all {len(weights)} tensors equal the engine's" in result.stdout
     trained = load_file(runs.dump("bf16", "saved"))
     assert all((tensor == trained[f"{name}|compute"]).all() for name, tensor in weights.items())
 

@@ -136,7 +136,7 @@ def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str
         "trap : TERM USR1 USR2",
         *(shlex.join(["module", "load", module]) for module in section.modules),
         *(shlex.join(command.split()) for command in section.setup),
-        "# The exit codes below are looked at, whatever was set above.",
+        "# The lines below check exit codes themselves; cluster.setup may have turned on `set -e`.",
         "set +e",
         *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
         f'export PYTHONPATH={shlex.quote(code)}"${{PYTHONPATH:+:$PYTHONPATH}}"',

@@ -13,7 +13,7 @@ from launcher.data.checks.inspection import CheckHit
 
 # Marks equal documents; estimates are at most 1.
 _EXACT = 2.0
-_NOT_COMPARED = "it agrees in part with too many others"
+_NOT_COMPARED = "too many other documents are partly the same"
 
 
 def find_duplicates(

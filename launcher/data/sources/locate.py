@@ -118,7 +118,7 @@ def local_problem(key: str, source: Source) -> Problem | None:
     if not is_pattern and not path.is_file() and not path.is_dir():
         return Problem("the data path is neither a file nor a folder", key, value, remedy)
     if not path.is_dir() and (source.split, source.subset, source.revision) != (None, None, None):
-        return Problem("split, subset and revision say nothing about files that are named", key, value, "take them out")
+        return Problem("split, subset and revision do not apply to a path that names files", key, value, "take them out")
     try:
         files = _local_files(source)
     except DataError as error:
@@ -227,8 +227,8 @@ def _describe_failure(error: Exception, status: int) -> str:
     """Return why a request to the Hub failed, by its HTTP status; 0: no response."""
     if not status:
         return f"the hub cannot be reached ({type(error).__name__})"
-    reasons = {401: "the hub knows no such dataset, or it is private", 403: "the hub does not give it to this account"}
-    return reasons.get(status, f"the hub answers with {type(error).__name__} ({status})")
+    reasons = {401: "the hub has no such dataset, or it is private", 403: "this account may not read it on the hub"}
+    return reasons.get(status, f"the hub answered with {type(error).__name__} ({status})")
 
 
 @functools.cache

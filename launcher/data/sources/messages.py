@@ -59,7 +59,7 @@ def parse_message(item: Row, key_path: str, where: str) -> Message:
         )
     calls = [item["function_call"]] if item.get("function_call") else item.get("tool_calls") or []
     if calls and role != "assistant":
-        refuse(f"{key_path} calls a tool, and is not the assistant's", where, "write tool_calls into assistant messages only")
+        refuse(f"{key_path} calls a tool, but its role is not assistant", where, "write tool_calls into assistant messages only")
     reasoning = next((k for k in _REASONING_KEYS if item.get(k) is not None), None)
     return Message(
         role,
@@ -85,7 +85,7 @@ def parse_weight(item: Row, sender: str, is_assistant: bool, key_path: str, wher
         return None
     if unread := next((key for key in _UNREAD_WEIGHT_KEYS if item.get(key) not in (None, [])), None):
         remedy = f"write weight in place of {unread}: 1 to train the whole message, 0 to leave it out"
-        refuse(f"{key_path} says by {unread} whether it is trained, which is not read here", where, remedy)
+        refuse(f"{key_path} sets its loss weight with {unread}, which the launcher does not read", where, remedy)
     weights = {
         key: _parse_zero_or_one(item[key], f"{key_path}.{key}", where) for key in _TRAINED_KEYS if item.get(key) is not None
     }
@@ -95,7 +95,7 @@ def parse_weight(item: Row, sender: str, is_assistant: bool, key_path: str, wher
         return None
     if len(set(weights.values())) > 1:
         keys = " and ".join(f"{key}: {_as_json(item[key])}" for key in weights)
-        refuse(f"{key_path} says that it is trained and that it is not ({keys})", where, "leave one of the keys")
+        refuse(f"{key_path} has keys that contradict each other about its training ({keys})", where, "keep one of the keys")
     key, weight = next(iter(weights.items()))
     if weight and not is_assistant:
         problem = f"{key_path}.{key} is {_as_json(item[key])} in a message of the role {safe_excerpt(sender)}"
@@ -128,7 +128,7 @@ def _parse_content(item: Row, key_path: str, where: str, may_be_null: bool) -> s
         kind = part.get("type", "text") if isinstance(part, dict) else json_type(part)
         if not isinstance(part, dict) or kind != "text":
             problem = f"{key_path}.content[{i}] is of the type {safe_excerpt(kind)}, not text"
-            refuse(problem, where, "leave the row out: only text is trained here")
+            refuse(problem, where, "remove the row: the launcher trains on text only")
         texts.append(read_value(part, "text", str, where, f"{key_path}.content[{i}]."))
     return "".join(texts)
 

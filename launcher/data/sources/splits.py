@@ -52,7 +52,7 @@ def choose_files(
     by_stem: dict[str, str] = {}
     for name in chosen:
         if (other := by_stem.setdefault(strip_suffixes(name), name)) != name:
-            message = f"{other} and {name} have one name and two formats: the same rows may stand in both"
+            message = f"{other} and {name} have one name and two formats, so they may hold the same rows"
             refuse(message, where, "take one of them away, or name the files in the source's path, as in DIR/*.jsonl")
     return tuple(chosen)
 
@@ -88,7 +88,7 @@ def _data_files(names: Sequence[str], where: str) -> list[str]:
         more = f" and {len(unsupported) - 3} more" if len(unsupported) > 3 else ""
         remedy = f"unpack them (or compress with {' or '.join(COMPRESSED)}), or name the files to read in the source's path"
         refuse(
-            f"the folder holds files that are packed in a way that is not read: {', '.join(unsupported[:3])}{more}", where, remedy
+            f"the folder holds files of an unsupported archive or compression: {', '.join(unsupported[:3])}{more}", where, remedy
         )
     data = sorted(n for n in names if detect_kind(n) and not _is_hidden(n) and not _is_beside(n))
     # Text files next to tables or JSON are notes.

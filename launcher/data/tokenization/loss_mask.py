@@ -82,7 +82,7 @@ class LossMask:
             if not own and _required_texts(chat.messages[i]):
                 self._template.refuse("does not mark what the assistant says here as generated", where, _MARK_ALL)
             if own and not _contains_all(chat.messages[i], text, own):
-                self._template.refuse("marks other text as generated than what the assistant says", where, _MARK_ALL)
+                self._template.refuse("marks text as generated that is not the assistant's", where, _MARK_ALL)
             spans += [self._with_turn_end(text, start, end) for start, end in own if start < end]
         self._verify_marks(chat, selected)
         return text, tuple(spans)

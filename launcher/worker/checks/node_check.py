@@ -151,7 +151,7 @@ def exchange(
             "the connection to the head node broke while the nodes were checked",
             where=report.host,
             value=str(error).splitlines()[0],
-            remedy=f"look at what happened to {hosts[0]}; the network between the nodes may be unstable",
+            remedy=f"check whether {hosts[0]} still runs; the network between the nodes may be unstable",
         ) from None
     problems: list[Problem] = []
     for index, host in enumerate(hosts):
@@ -206,7 +206,7 @@ def _check_run_directory(run: RunDir, attempt: int) -> list[Problem]:
     if not os.access(run.root, os.R_OK | os.X_OK):
         return [Problem("the run directory is not visible", value=str(run.root), remedy=remedy)]
     if not (folder / "attempt.json").is_file():
-        what = "the run directory is not the one that the other nodes see: the attempt is not in it"
+        what = "the run directory differs from that of the other nodes: it lacks the attempt"
         return [Problem(what, value=str(folder), remedy=remedy)]
     probe, content = folder / f".probe-{node_name()}-{os.getpid()}", os.urandom(64)
     try:

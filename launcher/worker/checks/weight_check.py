@@ -32,7 +32,7 @@ def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
     folder = model_source.pretrained_folder(model)
     if folder is None:
         problem = "model.path: the weights are incomplete after the download"
-        remedy = "look at the files of the repository, choose another model.revision, or use a local folder"
+        remedy = "check the files of the repository, choose another model.revision, or use a local folder"
         raise ConfigError(Problem(problem, where="model.path", value=model.path, remedy=remedy))
     if not (folder / "config.json").is_file():
         # A run from a mirror has its weights in its checkpoints, and may lack its base model here.

@@ -47,7 +47,7 @@ class Attempts:
         self._lost_nodes = lost_nodes
         # Nodes that made an attempt fail; the next attempts exclude them where they can.
         self._unfit: tuple[str, ...] = ()
-        # Those whose exclusion costs the last group ranks, and when each that was ever excluded so is tried again.
+        # Those whose exclusion reduced the ranks of the last group; and when each node excluded at that cost is tried again.
         self._missed: set[str] = set()
         self._trial_at: dict[str, float] = {}
         # Of the last group that trained: the number of its workers, and those of them that train.

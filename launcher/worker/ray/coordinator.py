@@ -230,7 +230,7 @@ class Coordinator:
         phases = group.phases
         if not group.resizing and "finishing" not in phases:
             group.resizing = True
-            self._attempts.report("info", "Ray has room for another number of workers: the run saves and begins again with them")
+            self._attempts.report("info", "Ray can place another number of workers: the run saves and restarts with them")
             with suppress(OSError, LauncherError):
                 if self._attempts.is_starting():
                     # The ranks still load: they would react only after their first step, and there is nothing to save.
@@ -323,7 +323,9 @@ class Coordinator:
         is_ending = group.failed_at is not None or group.cancelled_at is not None or group.draining or "finishing" in group.phases
         if due and group.saved and not group.resizing and not is_ending:
             group.resizing = True
-            self._attempts.report("info", f"trying {', '.join(due)} again, unfit before: the run saves and begins again")
+            self._attempts.report(
+                "info", f"{', '.join(due)} failed the node checks before and is tried again: the run saves and restarts"
+            )
 
     def _signal(self, group: Group) -> str | None:
         """Return the signal for the ranks that still run."""

@@ -72,7 +72,7 @@ def check_node(node: str, orders: Check) -> NodeReport:
     problems += [replace(problem, where=node) for problem in report.problems]
     marker = run.attempt(attempt) / "marker"
     if not problems and (not marker.is_file() or marker.read_text() != assignment.marker):
-        what = "the run directory is not the one that the head node sees: a file of this start is not in it"
+        what = "the run directory differs from the head node's: it lacks a file of this attempt"
         problems.append(Problem(what, where=node, value=str(run.root), remedy=_SHARED_REMEDY))
     if (storage_problem := _storage_problem(plan)) is not None:
         problems.append(replace(storage_problem, where=node))
@@ -94,8 +94,10 @@ def unreachable(node: str, others: Sequence[tuple[str, str, int]], deadline_s: f
     remedy = "open all ports between the nodes, or set cluster.interface to the network that joins them"
     if lost and len(lost) == len(others):
         listed = ", ".join(f"{name} at {address}:{port}" for name, address, port in lost)
-        return [Problem(f"does not reach {listed}", where=node, remedy=remedy)]
-    return [Problem(f"is not reached from {node} at {address}:{port}", where=name, remedy=remedy) for name, address, port in lost]
+        return [Problem(f"cannot reach {listed}", where=node, remedy=remedy)]
+    return [
+        Problem(f"cannot be reached from {node} at {address}:{port}", where=name, remedy=remedy) for name, address, port in lost
+    ]
 
 
 def _storage_problem(plan: LaunchPlan) -> Problem | None:
@@ -108,7 +110,7 @@ def _storage_problem(plan: LaunchPlan) -> Problem | None:
     try:
         train.get_context().get_storage()._check_validation_file()
     except Exception as error:
-        what = "Ray Train's storage is not the one that the head node sees"
+        what = "Ray Train's storage differs from the head node's"
         remedy = "set cluster.storage_path to a folder that all nodes share or to a URL, or take it out"
         return Problem(what, value=f"{storage_path}: {describe(error).splitlines()[0]}", remedy=remedy)
     return None

@@ -139,12 +139,10 @@ class Group:
         text += f", {idle} worker{'s' * (idle > 1)} idle" if idle else ""
         text += f" on {', '.join(dict.fromkeys(member.node for member in self.training))}"
         readmitted = self.unfit & {member.node for member in self.training}
-        for nodes, how in ((self.unfit - readmitted, "without"), (readmitted, "for lack of other nodes with")):
-            text += (
-                f", {how} {', '.join(sorted(nodes))}, unfit before: repair it, or remove it with `ray drain-node`"
-                if nodes
-                else ""
-            )
+        for nodes, how in ((self.unfit - readmitted, "without"), (readmitted, "still with")):
+            if nodes:
+                text += f", {how} {', '.join(sorted(nodes))}, which failed the node checks before: "
+                text += "repair it, or remove it with `ray drain-node`"
         text += "; the run saves first" if self.unfit else ""
         text += "; it is tried again later" if self.missed else ""
         return "alert" if self.unfit else "info", text

@@ -147,19 +147,19 @@ def test_weights_as_other_tools_write_them(jsonl: Jsonl, flags: dict[str, Any], 
         ([{"role": "assistant", "content": "a", "weight": 0.5}], "messages[0].weight is 0.5, not 0 or 1"),
         ([{"role": "assistant", "content": "a", "weight": ["no"]}], "messages[0].weight is a list, not 0 or 1"),
         *(
-            ([{"role": "assistant", "content": "a", flag: value}], f"messages[0] says by {flag} whether it is trained")
+            ([{"role": "assistant", "content": "a", flag: value}], f"messages[0] sets its loss weight with {flag}")
             for flag, value in (("trainable", True), ("mask", 0), ("train_detail", [{"begin_offset": 0}]))
         ),
         ([{"role": "assistant", "content": "a", "loss_weight": 0.5}], "messages[0].loss_weight is 0.5, not 0 or 1"),
         ([{"role": "assistant", "content": "a", "masked": "no"}], "messages[0].masked is a string, not 0 or 1"),
         (
             [{"role": "assistant", "content": "a", "weight": 0, "train": True}],
-            "messages[0] says that it is trained and that it is not (weight: 0 and train: true)",
+            "messages[0] has keys that contradict each other about its training (weight: 0 and train: true)",
         ),
         ([{"role": "assistant", "content": "a", "loss_mask": 1, "masked": True}], "(loss_mask: 1 and masked: true)"),
         ([{"role": "user", "content": "a", "weight": 1}], "messages[0].weight is 1 in a message of the role user"),
         ([{"role": "user", "content": "a", "train": True}], "messages[0].train is true in a message of the role user"),
-        ([{"role": "user", "content": "a", "tool_calls": [CALL]}], "messages[0] calls a tool, and is not the assistant's"),
+        ([{"role": "user", "content": "a", "tool_calls": [CALL]}], "messages[0] calls a tool, but its role is not assistant"),
         (
             [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": "1, 2"}}]}],
             "messages[0].tool_calls[0]: the arguments of add are no JSON object",

@@ -41,7 +41,7 @@ CALLS_UNMARKED = (
     f"{{% if m.tool_calls %}}{CALLS}{{% elif m.role == 'assistant' %}}{MARKED}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
 )
 FIRST = MARKED.replace("m.content", "messages[0].content")
-OTHER = "marks other text as generated"
+OTHER = "marks text as generated that is not the assistant's"
 OUTSIDE = "marks text as generated that the assistant does not say"
 ECHO = (user("Say yes."), assistant("yes"), user("Say no."), assistant("no"))
 

@@ -100,7 +100,7 @@ def test_all_problems_of_a_node_are_reported_at_once(planned: Callable[..., tupl
     report = check_node(made, run, 2)
     said = [problem.message for problem in report.problems]
     expected = (
-        "not the one that the other nodes see",
+        "differs from that of the other nodes",
         "data cache",
         "model is not",
         "tokenizer",

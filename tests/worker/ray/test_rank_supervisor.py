@@ -109,9 +109,9 @@ def test_a_node_with_another_run_directory_than_the_head_node_is_refused(
 
     def said() -> list[str]:
         problems = node_checks.check_node("n1", orders).problems
-        return [f"{problem.where}: {problem.message}" for problem in problems if "this start" in problem.message]
+        return [f"{problem.where}: {problem.message}" for problem in problems if "head node's" in problem.message]
 
-    wrong = "n1: the run directory is not the one that the head node sees: a file of this start is not in it"
+    wrong = "n1: the run directory differs from the head node's: it lacks a file of this attempt"
     assert said() == [wrong]
     marker.write_text("of an earlier start")
     assert said() == [wrong]

@@ -119,7 +119,7 @@ def test_an_elastic_run_continues_without_an_unfit_node(make_fake: Callable[...,
     assert (third.assignment.port, fourth.assignment.port) == (4002, 4002), "they meet at the first of those that train"
     attempt = run_store.read_attempt(fake.run, 2)
     assert attempt.nodes == ("n2", "n2")
-    assert "without bad, unfit before" in fake.run.events.read_text()
+    assert "without bad, which failed the node checks before" in fake.run.events.read_text()
     assert run_store.load_plan(fake.run).topology.world_size == 2
     # A failure of theirs is recorded by their own ranks.
     fake.coordinator.beat("b", 2, "done")
@@ -162,7 +162,7 @@ def test_an_excluded_node_is_tried_again_after_a_checkpoint(make_fake: Callable[
     """What kept it was a mount that came late: nothing else would ever bring it back."""
     fake = without_the_bad_node(make_fake)
     trial(fake, "b", 5)
-    assert "trying bad again, unfit before: the run saves and begins again" in fake.run.events.read_text()
+    assert "bad failed the node checks before and is tried again: the run saves and restarts" in fake.run.events.read_text()
     assert [kind(o) for o in fake.begin("c", *BAD)] == ["train"] * 4
     assert run_store.read_attempt(fake.run, 3).resume_step == 6
     fake.save(10)
@@ -206,7 +206,7 @@ def test_a_bad_node_is_used_again_where_too_few_workers_remain_without_it(make_f
     assert fake.coordinator.beat("a", 0, None).verdict.again
     fake.enter("b", nodes)
     assert kind(fake.coordinator.orders("b", 0)) == "check"
-    assert "on n1, bad, for lack of other nodes with bad, unfit before" in fake.run.events.read_text()
+    assert "on n1, bad, still with bad, which failed the node checks before" in fake.run.events.read_text()
     fake.check("b", nodes, {"bad": "GPU 1 computes wrong numbers"})
     over = fake.coordinator.state().over
     assert "bad: GPU 1 computes wrong numbers" in over
@@ -225,7 +225,7 @@ def test_an_unfit_node_is_not_tried_again_where_its_exclusion_costs_no_rank(
     assert fake.coordinator.beat("a", 0, None).verdict.again
     orders = fake.begin("b", *nodes)
     assert [kind(o) for o in orders] == ["wait", "train", "train"]
-    assert "without bad, unfit before" in fake.run.events.read_text()
+    assert "without bad, which failed the node checks before" in fake.run.events.read_text()
     fake.save(5)
     for _ in range(2):
         assert fake.coordinator.beat("b", 1, None).signal is None
