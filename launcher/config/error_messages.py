@@ -87,16 +87,18 @@ def _unknown(key: str, value: Any, origins: Origins) -> Problem:
         return renamed
     uniform = _UNIFORM_KEY.sub("[]", key)
     elsewhere = settings().get(uniform)
-    if elsewhere is not None and elsewhere.kind is not None:
-        option = f"{uniform.split('.')[0]}={elsewhere.kind}"
+    if elsewhere is not None and elsewhere.kinds:
+        options = [f"{uniform.split('.')[0]}={kind}" for kind in elsewhere.kinds]
         return Problem(
-            f"{key}: this setting only exists with {option}",
+            f"{key}: this setting only exists with {' and '.join(options)}",
             where=origins.of(key),
             value=_plain(key, value),
-            remedy=f"add +{option} to the command line, or remove {key}",
+            remedy=f"add {' or '.join(f'+{option}' for option in options)} to the command line, or remove {key}",
         )
     siblings = [k for k in settings() if k.rpartition(".")[0] == uniform.rpartition(".")[0]]
-    remedy = did_you_mean(uniform, list(settings())) or (f"the settings here are: {', '.join(siblings)}" if siblings else "")
+    remedy = did_you_mean(uniform, list(settings())) or (
+        f"the settings in this section are: {', '.join(siblings)}" if siblings else ""
+    )
     return Problem(
         f"{key}: there is no such setting",
         where=origins.of(key),

@@ -20,14 +20,14 @@ _UPPER = (("exclusiveMaximum", "<"), ("maximum", "<="))
 class Setting:
     """One setting: `type` as in `int > 0 or null`; `default` in YAML, None where a value is required.
 
-    `kind` is the cluster kind of a setting that not all kinds have.
+    `kinds` are the cluster kinds that have the setting, empty where all have it.
     """
 
     key: str
     type: str
     default: str | None
     meaning: str
-    kind: str | None = None
+    kinds: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -60,8 +60,9 @@ def _walk_kinds(members: Sequence[type[BaseModel]], prefix: str) -> Iterator[Set
     for key in shared:
         is_kind = key == f"{prefix}kind"
         yield replace(any_kind[key], type=" | ".join(by_kind)) if is_kind else any_kind[key]
-    for kind, of_kind in by_kind.items():
-        yield from (replace(setting, kind=kind) for key, setting in of_kind.items() if key not in shared)
+    own = {key: setting for of_kind in by_kind.values() for key, setting in of_kind.items() if key not in shared}
+    for key, setting in own.items():
+        yield replace(setting, kinds=tuple(kind for kind, of_kind in by_kind.items() if key in of_kind))
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:

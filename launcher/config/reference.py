@@ -42,10 +42,10 @@ def _sections() -> Iterator[str]:
         sections = sections_of(field.annotation)
         rows = [setting for setting in settings().values() if setting.key.startswith(f"{name}.")]
         yield f"## {name}\n\n{settings()[name].meaning}\n"
-        yield _table(row for row in rows if row.kind is None)
+        yield _table(row for row in rows if not row.kinds)
         for section in sections if len(sections) > 1 else ():
             kind = section.model_fields["kind"].default
-            if rows_of_kind := [row for row in rows if row.kind == kind]:
+            if rows_of_kind := [row for row in rows if kind in row.kinds]:
                 yield f"### {name}={kind}\n\n{section.__doc__}\n"
                 yield _table(rows_of_kind)
 

@@ -21,7 +21,12 @@ Shown = Callable[..., str]
         ("train.max_stepz=3", "train.max_stepz: there is no such setting", "3", "did you mean train.max_steps?"),
         ("train.lr=3e-4", "train.lr: there is no such setting", "0.0003", "did you mean optim.lr?"),
         ("lr=1", "lr: there is no such setting", "1", "did you mean optim.lr?"),
-        ("train.zzz=1", "train.zzz: there is no such setting", "1", "the settings here are: train.max_steps, train.epochs"),
+        (
+            "train.zzz=1",
+            "train.zzz: there is no such setting",
+            "1",
+            "the settings in this section are: train.max_steps, train.epochs",
+        ),
         ("+clster=local", "clster: there is no such setting", "'local'", "did you mean cluster?"),
         ("run.seed=abc", "run.seed: is not a whole number", "'abc'", "set run.seed to int >= 0. Seeds weight"),
         ("train.max_steps=1.5", "train.max_steps: is not a whole number", "1.5", "set train.max_steps to int > 0 or null."),
@@ -74,6 +79,16 @@ def test_a_mistake_on_the_command_line_names_key_value_and_remedy(
     assert problem.where == "command line"
     assert problem.value == value
     assert remedy in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("override", "kinds"),
+    [("cluster.interface=ib0", ("slurm", "ray")), ("cluster.partition=main", ("slurm",)), ("cluster.address=auto", ("ray",))],
+)
+def test_a_setting_of_other_backends_names_each_of_them(refused: Refused, override: str, kinds: tuple[str, ...]) -> None:
+    (problem,) = refused(override)
+    assert problem.message.endswith(f"only exists with {' and '.join(f'cluster={kind}' for kind in kinds)}")
+    assert problem.remedy.startswith(f"add {' or '.join(f'+cluster={kind}' for kind in kinds)} to the command line")
 
 
 @pytest.mark.parametrize("character", ["\n", "\t", "\x1b", "\x7f", "\r"])

@@ -85,7 +85,7 @@ class RaySection(ManagedSection):
         None, description="Shared folder or URL for Ray Train's own state. Unset: ray/ in the run directory."
     )
     env: dict[VariableName, VariableValue] = Field(
-        default_factory=dict, description="Environment variables of the ranks, such as NCCL_IB_HCA. Never secrets."
+        default_factory=dict, description="Environment variables of the job, such as NCCL_IB_HCA. Never secrets."
     )
     pass_env: tuple[VariableName, ...] = Field(
         (), description="Names of variables that the ranks inherit from the submitting shell, such as NCCL_DEBUG. Never secrets."
