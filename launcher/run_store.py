@@ -50,11 +50,8 @@ def create(plan: LaunchPlan) -> RunDir:
                 where=str(run.root),
                 remedy="set run.root to a folder you can write to",
             ) from None
-        raise SubmitError(
-            f"the run {plan.run_name} exists already; nothing in it was touched",
-            where=str(run.root),
-            remedy=f"continue it with: python -m launcher resume {run.root}, or choose another run.name",
-        ) from None
+        require_new(plan)
+        raise
     atomic_files.fsync_directory(run.root.parent)
     run.attempts.mkdir()
     snapshot_code(run)
@@ -62,6 +59,21 @@ def create(plan: LaunchPlan) -> RunDir:
     _archive_plan(run, plan)
     write_status(run, Status(state="pending", attempt=0, max_steps=plan.batch.max_steps, created_at=time.time()))
     return run
+
+
+def require_new(plan: LaunchPlan) -> None:
+    """Refuse a plan whose run directory exists.
+
+    Raises:
+        SubmitError: with the directory.
+    """
+    root = Path(plan.run_dir)
+    if root.exists():
+        raise SubmitError(
+            f"the run {plan.run_name} exists already; nothing in it was touched",
+            where=str(root),
+            remedy=f"continue it with: python -m launcher resume {root}, or choose another run.name",
+        )
 
 
 def snapshot_code(run: RunDir) -> None:

@@ -153,14 +153,20 @@ def start(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:
     Raises:
         SubmitError: if the directory exists already, or the backend refuses the run.
     """
-    existing = RunDir(Path(plan.run_dir))
-    if existing.plan.is_file() and existing.status.is_file():
-        require_idle(existing, cluster_for(run_store.load_plan(existing).config.cluster.kind))
+    _require_new(plan)
     run_dir = run_store.create(plan)
     with run_store.start_lock(run_dir):
         attempt = run_store.create_attempt(run_dir, Attempt(resume_step=None))
         cluster.submit(run_dir, attempt, run_dir.plan)
     return run_dir, attempt
+
+
+def _require_new(plan: LaunchPlan) -> None:
+    """Refuse a plan whose run exists, with the state of one that is running."""
+    existing = RunDir(Path(plan.run_dir))
+    if existing.plan.is_file() and existing.status.is_file():
+        require_idle(existing, cluster_for(run_store.load_plan(existing).config.cluster.kind))
+    run_store.require_new(plan)
 
 
 def require_idle(run: RunDir, cluster: Cluster) -> None:
@@ -207,6 +213,9 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
         prepare(config)
     collected = _gather(config, composed, cluster)
     plan = make_plan(config, collected)
+    if config.run.name is not None and not config.cluster.is_dry_run:
+        # Before data is prepared, and before a sweep starts any of its runs.
+        _require_new(plan)
     check_startable(plan)
     cluster.check(plan)
     if not facts.is_prepared(config, collected):

@@ -108,7 +108,7 @@ def _setting_with_dashes(name: str, setting: str, value: str) -> Problem:
 def _unknown_flag(name: str, own_flags: Sequence[str]) -> Problem:
     known = [*own_flags, *_FLAGS, *FLAGS_WITH_VALUE]
     matches = difflib.get_close_matches(name, [flag for flag in known if flag.startswith("--")], n=1)
-    guess = f"did you mean {matches[0]}?" if matches else "settings are written key=value"
+    guess = f"did you mean {matches[0]}?" if matches else "settings are written key=value;"
     return Problem(f"there is no flag {name}", where=COMMAND_LINE, value=name, remedy=f"{guess} --help lists the flags")
 
 
@@ -152,7 +152,7 @@ def _override_problem(parser: Any, token: str, previous: str, has_multirun: bool
         is_sweep = parser.parse_override(token).is_sweep_override()
     # The parser raises several kinds of exceptions.
     except Exception:
-        return _unparsed(parser, match)
+        return _unparsed(parser, match, has_multirun)
     if not is_sweep or has_multirun:
         return None
     text = quoted(parser, match["prefix"] + key, value)
@@ -177,7 +177,7 @@ def override_key(token: str) -> str:
     return token.partition("=")[0].lstrip("+~")
 
 
-def _unparsed(parser: Any, match: re.Match[str]) -> Problem:
+def _unparsed(parser: Any, match: re.Match[str], has_multirun: bool) -> Problem:
     key, value = match["key"], match["value"]
     if looks_secret(key, value):
         remedy = "put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings"
@@ -190,6 +190,12 @@ def _unparsed(parser: Any, match: re.Match[str]) -> Problem:
             remedy="close every bracket; inside, texts with other characters than letters, digits and . _ - / : are quoted, "
             "as in 'data.sources=[{name: a, path: \"~/rows (1).jsonl\"}]'",
         )
+    if value.count("${") > value.count("}"):
+        remedy = "close each ${ with a }, as in 'run.name=run-${optim.lr}'"
+        return Problem(f"{key}: a reference in this value is not closed", COMMAND_LINE, match[0], remedy)
+    if has_multirun and "," in value:
+        remedy = f"quote the values of the sweep one by one, as in '{key}=a,\"~/b (1)\"'"
+        return Problem(f"{key}: a value has characters that Hydra reads as its own syntax", COMMAND_LINE, match[0], remedy)
     text = quoted(parser, match["prefix"] + key, value)
     return Problem(
         f"{key}: the value has characters that Hydra reads as its own syntax",
@@ -200,11 +206,12 @@ def _unparsed(parser: Any, match: re.Match[str]) -> Problem:
 
 
 def _bare_word(parser: Any, word: str, previous: str) -> Problem:
-    if word in settings() or word in GROUPS:
-        remedy = f"write {word}=..."
+    name, _, rest = word.partition(":")
+    if name in settings() or name in GROUPS:
+        remedy = f"write {name}={'...' if looks_secret(name, rest) else rest or '...'}"
     elif (match := _OVERRIDE.fullmatch(previous)) and not match["value"]:
         remedy = f"write {shlex.quote(previous + word)}"
-    elif match is not None:
+    elif match is not None and match["key"] not in GROUPS:
         text = quoted(parser, match["prefix"] + match["key"], f"{match['value']} {word}")
         is_secret = looks_secret(match["key"], match["value"])
         remedy = "write key=value or group=option"

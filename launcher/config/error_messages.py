@@ -208,6 +208,8 @@ def _hydra_problem(error: Exception, tokens: Sequence[str]) -> Problem:
     lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
     # A line that ends in a colon announces the message of the next one.
     message = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).replace("++", "")
+    if folder := re.search(r"Additional config directory '(.+)' not found", text):
+        return Problem("--config-dir: there is no such folder", "command line", folder[1], "name a folder with config groups")
     culprit = getattr(error, "override", None) or next((t for t in tokens if t.split("=")[0] not in ("", t) and t in text), "")
     if redact(culprit) != culprit:
         message = "this override cannot be parsed"
@@ -216,9 +218,10 @@ def _hydra_problem(error: Exception, tokens: Sequence[str]) -> Problem:
     group, _, option = (getattr(error, "missing_cfg_file", None) or "").partition("/")
     if option and (options := getattr(error, "options", None)):
         return no_such_option(group, option, options, f"{group}={option}")
+    file = re.match(r"In '([\w/.-]+)'", message)
     return Problem(
         f"Hydra cannot compose these settings: {message}",
-        where="command line" if culprit else "",
+        where=f"{file[1]}.yaml" if file else "command line" if culprit else "",
         value=culprit.removeprefix("++"),
-        remedy="see python -m launcher --help",
+        remedy=f"{'correct this file; ' if file else ''}see python -m launcher --help",
     )

@@ -264,11 +264,30 @@ def test_settings_that_the_plan_cannot_satisfy_are_refused(shown: Shown) -> None
     assert "remedy: set it to 6 or 8, or use one of these numbers of ranks: 1, 7" in text
 
 
-@pytest.mark.parametrize("tokens", [["~nothing"], ["hydra.nothing=1"], ["--config-dir", "/no/such"]])
+@pytest.mark.parametrize("tokens", [["~nothing"], ["hydra.nothing=1"]])
 def test_an_override_that_hydra_cannot_parse_is_refused_in_plain_words(shown: Shown, tokens: list[str]) -> None:
     text = shown(*tokens)
     assert "Hydra" in text
     assert "remedy: " in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# @package _global_\ndefaults:\n  - override /modle: tiny\n", "Could not override 'modle'"),
+        ("# @package _global_\n- 1\n", "Cannot merge DictConfig with ListConfig"),
+    ],
+)
+def test_a_file_that_hydra_cannot_compose_is_named(refused: Refused, tmp_path: Path, text: str, message: str) -> None:
+    own_option(tmp_path, "experiment", "mine", text)
+    (problem,) = refused("--config-dir", str(tmp_path / "conf"), "experiment=mine")
+    assert message in problem.message
+    assert problem.where == "experiment/mine.yaml"
+
+
+def test_a_folder_of_config_groups_that_does_not_exist_is_named(refused: Refused) -> None:
+    (problem,) = refused("--config-dir", "/no/such")
+    assert (problem.message, problem.value) == ("--config-dir: there is no such folder", "/no/such")
 
 
 def own_option(tmp_path: Path, group: str, option: str, text: str) -> None:

@@ -87,6 +87,10 @@ def test_mistakes_in_other_settings_are_reported_beside_one_that_cannot_be_parse
         (["plan", "=3"], "an override has no spaces around its =, and a key before it", "write key=value"),
         (["plan", "train.max_steps"], "train.max_steps: is not an override, because it has no =", "write train.max_steps=..."),
         (["plan", "max_stepz"], "max_stepz: is not an override, because it has no =", "write key=value"),
+        (["plan", "model=tiny", "train.max_steps:5"], "train.max_steps:5: is not an override", "write train.max_steps=5"),
+        (["plan", "run.name=${optim.lr"], "run.name: a reference in this value is not closed", "close each ${ with a }"),
+        (["plan", "-m", "run.name=a,~b"], "run.name: a value has characters", "quote the values of the sweep one by one"),
+        (["plan", "-1"], "there is no flag -1", "settings are written key=value; --help lists the flags"),
         (["plan", "run.root=my", "runs"], "runs: is not an override", "value before it: 'run.root=\"my runs\"'"),
     ],
 )
