@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -57,8 +58,8 @@ class GpuProcess:
 
 
 def has_driver() -> bool:
-    """Return whether NVIDIA's driver is loaded; asks the file system alone."""
-    return any(Path(file).exists() for file in _DRIVER_FILES)
+    """Return whether NVIDIA's driver is loaded, or is installed and may load on the first use; asks the file system alone."""
+    return any(Path(file).exists() for file in _DRIVER_FILES) or shutil.which("nvidia-smi") is not None
 
 
 def list_gpus(deadline_s: float = DEADLINE_S) -> list[GpuInfo]:

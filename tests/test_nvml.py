@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from fake_nvml import driver
@@ -21,6 +22,14 @@ Driver = Callable[..., None]
 
 def uuids() -> list[str]:
     return [gpu.uuid for gpu in nvml.list_gpus()]
+
+
+def test_a_driver_that_loads_on_its_first_use_is_found_by_its_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvml, "_DRIVER_FILES", (str(tmp_path / "nvidiactl"),))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not nvml.has_driver()
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    assert nvml.has_driver()
 
 
 def test_gpus_are_listed_with_what_the_driver_supports(driver: Driver) -> None:
