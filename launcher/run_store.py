@@ -182,7 +182,7 @@ def write_attempt(run: RunDir, number: int, attempt: Attempt) -> None:
 def fence(run: RunDir, attempt: int, refresh: bool = False) -> None:
     """Refuse to go on for a superseded attempt: a node that was cut off may live on and write late.
 
-    A network file system may show a directory as it was up to a minute ago; `refresh` makes it read the directory anew.
+    A network file system may show a directory as it was up to a minute ago; `refresh` makes it read the directory again.
 
     Raises:
         Superseded: if a later attempt exists.

@@ -1,6 +1,6 @@
-"""Save checkpoints while training goes on.
+"""Save checkpoints while training continues.
 
-At a save each rank copies what is small (counters, random states), and training goes on at once. Weights and moments change
+At a save each rank copies what is small (counters, random states), and training continues at once. Weights and moments change
 only in the optimizer step, so a thread stages them in host memory during the forward and backward passes that follow, and
 `wait_for_staging`, called before the optimizer step, waits for the rest of the copy (Maurya et al. 2024, arXiv:2406.10707).
 The thread then writes the rank's shard and a receipt beside it; rank 0's thread commits when the receipts of all ranks exist.

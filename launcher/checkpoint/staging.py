@@ -1,4 +1,4 @@
-"""Staging: host memory that holds a copy of one rank's states while training goes on and the copy is written."""
+"""Staging: host memory that holds a copy of one rank's states while training continues and the copy is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that are valid alone and wrong for this model, data or cluster: refused, or told as a warning. Pure."""
+"""Settings that are valid alone and wrong for this model, data or cluster: refused, or reported as a warning. Pure."""
 
 from __future__ import annotations
 

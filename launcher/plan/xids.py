@@ -33,5 +33,5 @@ LOST = "a GPU is lost"
 
 
 def meaning(number: int) -> str:
-    """What an Xid means, in words; also of numbers that are not in the tables."""
+    """Return what an Xid means, for any number."""
     return BROKEN.get(number) or PASSING.get(number) or "see NVIDIA's catalogue of Xid errors"

@@ -40,7 +40,7 @@ class AttemptTimes:
     Attributes:
         submitted_at: when it was submitted.
         begun_at: when its machines were allocated; None while it waits for them.
-        ended_at: None while it goes on.
+        ended_at: None while it runs.
         num_ranks: ranks of its plan.
         automatic: the launcher, not a person, started it.
         num_workers: workers that Ray holds for it; 0 elsewhere.

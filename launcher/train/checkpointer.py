@@ -61,7 +61,7 @@ class Checkpointer:
             raise outcome
 
     def wait(self, step: int) -> Saved | CheckpointError | None:
-        """Wait for the in-flight save and return its outcome; a failed one is reported, and training goes on. Collective."""
+        """Wait for the in-flight save and return its outcome; a failed one is reported, and training continues. Collective."""
         # The watchdog must not take this wait for a stalled step.
         self._beat("saving", step)
         outcome = self._saver.wait()

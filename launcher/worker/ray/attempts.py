@@ -28,7 +28,7 @@ _DRAINED = "drained.json"
 # The message of the status until the ranks write their own.
 _STARTING = "starting"
 _LOCK_WAIT_S = 60.0
-# From the second exclusion of a node on, the time until its next trial, for which the run begins again.
+# From the second exclusion of a node on, the time until its next trial, for which the run restarts.
 _TRIAL_S = 6 * 3600.0
 
 

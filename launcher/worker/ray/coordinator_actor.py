@@ -101,7 +101,7 @@ class CoordinatorActor:
             return
         self._num_lost += 1
         print(error, file=sys.stderr, flush=True)
-        text = "the run's coordinator was killed or has ended: another replaces it, and the run begins again"
+        text = "the run's coordinator was killed or has ended: another replaces it, and the run restarts"
         with suppress(OSError):
             append_event(self._run, self._number, "alert", text)
         with suppress(OSError, LauncherError):
