@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -39,6 +41,8 @@ Plan, prepare data, start the run. On this machine the command follows the run t
 # The flags that are suggested for mistyped ones.
 _COMMON_FLAGS = ("--help", "--debug")
 _OWN_FLAGS = {"train": ("--follow", "--detach"), "plan": ("--json",), "data": data.FLAGS}
+# A worker that is ended removes what it has written so far.
+_TERMINATION_S = 10.0
 _FOLLOW = {"--follow": True, "follow=true": True, "--detach": False, "follow=false": False}
 
 
@@ -283,15 +287,41 @@ def _run_worker_module(module: str, config: RunConfig, *arguments: str) -> dict[
     Raises:
         RunError: if it prints no JSON object, or fails without reporting problems.
     """
-    command = [sys.executable, "-m", module, *arguments]
-    process = subprocess.run(command, input=config.model_dump_json(), stdout=subprocess.PIPE, text=True, env=worker_environment())
+    code, output = run_worker([sys.executable, "-m", module, *arguments], config.model_dump_json(), subprocess.PIPE)
     try:
-        answer: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
+        answer: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     except (IndexError, ValueError):
-        raise RunError(f"preparing the run ended with exit code {process.returncode}; its messages are above") from None
-    if process.returncode and "problems" not in answer:
-        raise RunError(f"preparing the run ended with exit code {process.returncode}")
+        raise RunError(f"preparing the run ended with exit code {code}; its messages are above") from None
+    if code and "problems" not in answer:
+        raise RunError(f"preparing the run ended with exit code {code}")
     return answer
+
+
+def run_worker(command: Sequence[str], stdin: str = "", stdout: int | None = None) -> tuple[int, str]:
+    """Run a process of the worker side to its end; returns its exit code, and its output where `stdout` is a pipe.
+
+    Ctrl-C reaches this process alone, which ends the other one: its workers would each print a traceback.
+
+    Raises:
+        KeyboardInterrupt: after the process has ended.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        # The process inherits the mask, until it ignores the signal.
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, text=True, env=worker_environment())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with process:
+        try:
+            output, _ = process.communicate(stdin)
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(_TERMINATION_S)
+            except BaseException:
+                process.kill()
+            raise
+    return process.returncode, output or ""
 
 
 def worker_environment() -> dict[str, str]:

@@ -108,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(Problem(what, value=str(error.filename or ""), remedy=remedy), file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

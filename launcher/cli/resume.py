@@ -158,7 +158,8 @@ def _choose_checkpoint(run: RunDir, step: int | None) -> Checkpoint | None:
     Raises:
         SubmitError: if it does not exist, cannot be read right now, or is damaged; nothing was changed.
     """
-    if step is None and not has_trained(run, run_store.read_status(run)):
+    is_untrained = not has_trained(run, run_store.read_status(run))
+    if step is None and is_untrained:
         return None
     try:
         if step is None:
@@ -170,6 +171,8 @@ def _choose_checkpoint(run: RunDir, step: int | None) -> Checkpoint | None:
         return checkpoint
     except CheckpointError as error:
         fallback = "if the run has not saved a checkpoint yet, start it again under another run.name"
+        if is_untrained:
+            fallback = "leave out --step: the run has trained no step, and begins with its plan"
         raise SubmitError([replace(problem, remedy=problem.remedy or fallback) for problem in error.problems]) from None
 
 

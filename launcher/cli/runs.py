@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from launcher import run_store
+from launcher.checkpoint import store
 from launcher.cli import formatting
 from launcher.cli.follow import StatusWatch, follow
-from launcher.cli.launch import worker_environment
+from launcher.cli.launch import run_worker
 from launcher.cli.plan_view import started_lines
 from launcher.cli.resume import resume_run
 from launcher.clusters.backends import cluster_for
 from launcher.config.sections.fields import HUB_ID_PATTERN
-from launcher.errors import SubmitError
+from launcher.errors import CheckpointError, SubmitError
 from launcher.export import hub
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
@@ -136,13 +136,30 @@ def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
 def _export(run: RunDir, arguments: argparse.Namespace) -> int:
     if arguments.push is not None:
         _require_pushable(arguments.push)
+    _require_checkpoint(run, arguments.step)
     command = [sys.executable, "-m", "launcher.worker.export", str(run.plan)]
     for flag in ("step", "dtype", "out", "push"):
         value = getattr(arguments, flag)
         if value is not None:
             command += [f"--{flag}", str(value)]
     command += ["--no-check"] if arguments.no_check else []
-    return subprocess.run(command, env=worker_environment()).returncode
+    code, _ = run_worker(command)
+    return code
+
+
+def _require_checkpoint(run: RunDir, step: int | None) -> None:
+    """Refuse, before the export, a step without a checkpoint, or a run without any.
+
+    Raises:
+        SubmitError: with the steps that exist.
+    """
+    try:
+        if step is None:
+            store.get_latest(run.checkpoints)
+        else:
+            store.get_at_step(run.checkpoints, step)
+    except CheckpointError as error:
+        raise SubmitError(error.problems) from None
 
 
 def _require_pushable(repo_id: str) -> None:

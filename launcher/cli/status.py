@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from launcher.cli import formatting
 from launcher.cli.follow import StatusWatch, wandb_words
 from launcher.cli.run_summary import summary
 from launcher.clusters.backends import cluster_for
-from launcher.errors import LauncherError, printable
+from launcher.errors import LauncherError, SubmitError, printable
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 from launcher.tracking import goodput
@@ -45,6 +46,8 @@ def run(verb: str, tokens: list[str]) -> int:
         run_dir = run_store.find_run(arguments.run, Path(arguments.root), marker="status.json")
         return _status(run_dir, arguments.json, arguments.watch)
     if arguments.mirror:
+        if "://" not in arguments.mirror:
+            raise _folder_error(arguments.mirror)
         from launcher.cli import mirror
 
         return mirror.ls(arguments.mirror, arguments.json)
@@ -66,6 +69,14 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         again = "show it again every so many seconds until the run ends (default: 5)"
         parser.add_argument("--watch", metavar="SECONDS", type=_seconds, nargs="?", const=5.0, help=again)
     return parser
+
+
+def _folder_error(folder: str) -> SubmitError:
+    """Return the error for a folder in place of the URL of a mirror."""
+    is_run = (Path(folder) / "status.json").is_file()
+    command = f"status {shlex.quote(folder)}" if is_run else f"ls --root {shlex.quote(folder)}"
+    remedy = f"show {'this run' if is_run else 'the runs in this folder'} with: python -m launcher {command}"
+    return SubmitError("ls takes the URL of a mirror, such as s3://bucket/runs", where="URL", value=folder, remedy=remedy)
 
 
 def _seconds(value: str) -> float:

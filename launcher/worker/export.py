@@ -23,6 +23,7 @@ from launcher.export.hf_folder import (
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_metrics
+from launcher.worker.signals import exit_on_termination
 
 
 def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | None, check: bool = True) -> ExportedFolder:
@@ -124,4 +125,5 @@ def _again(arguments: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
+    exit_on_termination()
     sys.exit(main())

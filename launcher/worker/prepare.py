@@ -34,6 +34,7 @@ from launcher.export.hf_folder import ExportTask, export, find_chat_template, ve
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_metrics
 from launcher.worker.checks.weight_check import require_weights
+from launcher.worker.signals import exit_on_termination
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -248,4 +249,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    exit_on_termination()
     sys.exit(main(sys.argv[1:]))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +19,22 @@ _REASONS = {CANCEL: "cancelled", PREEMPT: "preempted", signal.SIGTERM: "preempte
 DISMISSED = 128 + signal.SIGTERM
 # Storage that hangs must not keep the machines: torch's elastic agent would wait 30 s before it kills the rank.
 _MAX_DELAY_S = 1.0
+
+
+def exit_on_termination() -> None:
+    """Make SIGTERM raise SystemExit in the main thread, so that files that are being written are removed; ignore Ctrl-C.
+
+    Ctrl-C reaches the whole terminal group; the command that started this process decides what it means. Child processes of
+    multiprocessing are killed first: they would print tracebacks when their pool is gone.
+    """
+
+    def end(*_: object) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+        sys.exit(DISMISSED)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class StopFlag:

@@ -211,6 +211,16 @@ def test_an_empty_root_lists_nothing(forked: Run, empty: Path) -> None:
     assert (done.returncode, json.loads(done.stdout)) == (0, [])
 
 
+def test_a_folder_in_place_of_a_mirror_suggests_the_option(forked: Run, empty: Path) -> None:
+    text = refused(forked("ls", "my runs", cwd=empty))
+    assert text.startswith("ls takes the URL of a mirror, such as s3://bucket/runs\n")
+    assert "python -m launcher ls --root 'my runs'" in text
+    run = empty / "one"
+    run.mkdir()
+    (run / "status.json").write_text("{}")
+    assert "python -m launcher status one" in refused(forked("ls", "one", cwd=empty))
+
+
 @pytest.mark.parametrize("verb", ["status", "logs", "cancel", "resume", "export"])
 def test_an_unknown_run_is_refused(forked: Run, verb: str, empty: Path) -> None:
     text = refused(forked(verb, "nothing", cwd=empty))

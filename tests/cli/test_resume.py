@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from launcher.cli.resume import (
     _require_steps_left,
     describe_moved_rows,
 )
+from launcher.cli.runs import _require_checkpoint
 from launcher.config.sections.data import Source
 from launcher.data import cache, sources
-from launcher.errors import SubmitError
+from launcher.errors import EXIT_REFUSED, SubmitError
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import LaunchPlan, Limits
 from launcher.plan.run_dir import RunDir
@@ -164,3 +166,13 @@ def test_a_run_is_complete_with_the_export_of_its_last_step(run: RunDir, exporte
         json_records.write(run_records.export_file(run), ExportRecord(exported, "d", "bf16"))
     with pytest.raises(SubmitError, match="the run is complete") if is_complete else nullcontext():
         _require_steps_left(run, plan, store.get_latest(run.checkpoints))
+
+
+@pytest.mark.parametrize("choose", [_choose_checkpoint, _require_checkpoint], ids=["resume", "export"])
+def test_resume_and_export_refuse_a_missing_step_in_the_same_way(
+    run: RunDir, choose: Callable[[RunDir, int | None], object]
+) -> None:
+    with pytest.raises(SubmitError, match="there is no committed checkpoint of step 77") as refused:
+        choose(run, 77)
+    assert "choose one of: 5, 10" in str(refused.value)
+    assert refused.value.exit_code == EXIT_REFUSED

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 
 from launcher.config.sections.data import DataSection
@@ -56,9 +57,12 @@ def encode(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) 
     try:
         running: deque[Future[EncodedBatch]] = deque()
         for task in tasks:
-            running.append(pool.submit(_encode, settings, tokenizer_path, task))
             if len(started) < workers:
-                started |= set(multiprocessing.active_children()) - others
+                with _termination_delayed():
+                    running.append(pool.submit(_encode, settings, tokenizer_path, task))
+                    started |= set(multiprocessing.active_children()) - others
+            else:
+                running.append(pool.submit(_encode, settings, tokenizer_path, task))
             # Batches that are read and not yet encoded are in memory.
             if len(running) > 2 * workers:
                 yield running.popleft().result()
@@ -70,6 +74,22 @@ def encode(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) 
         raise _failure([process.exitcode for process in started], workers) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _termination_delayed() -> Iterator[None]:
+    """Delay SIGTERM to the end of this block, in which a worker starts that is not a known child yet."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if received:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def _read_ahead(tasks: Iterator[EncodeTask]) -> tuple[list[EncodeTask], bool]:
