@@ -32,6 +32,7 @@ from launcher.worker import failure_record, postmortem
 from launcher.worker.checks import network
 from launcher.worker.mirror_process import MirrorProcess
 from launcher.worker.ranks import heartbeat
+from launcher.worker.ranks.cache_folders import find_writable_caches
 from launcher.worker.ranks.rank_env import NodeInfo
 from launcher.worker.ranks.rank_process import RankProcesses
 from launcher.worker.ranks.watchdog import Watchdog
@@ -71,6 +72,7 @@ class NodeAgent:
         started_at = time.time()
         ranks = RankProcesses()
         stopper = Stopper(plan.config.cluster.stop_grace_seconds, signals, ranks.send_signal).install()
+        os.environ.update(find_writable_caches(os.environ))
         cores = len(os.sched_getaffinity(0))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.topology.ranks_per_node)))
         if plan.config.cluster.fork_ranks:

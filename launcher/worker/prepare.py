@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -26,9 +27,10 @@ from typing import TYPE_CHECKING
 from launcher import atomic_files, locks, model_source, parent_run, run_store
 from launcher.config.schema import ModelSection, RunConfig, is_run
 from launcher.data import build, report, sources
+from launcher.data.cache_dir import cache_root, is_full, make_cache_error
 from launcher.data.texts import DecodedTexts
 from launcher.data.tokenization.encoder import import_tokenizers_without_torch, load_tokenizer
-from launcher.errors import EXIT_FAILED, CheckpointError, ConfigError, LauncherError, Problem
+from launcher.errors import EXIT_FAILED, CheckpointError, ConfigError, DataError, LauncherError, Problem
 from launcher.export import model_card
 from launcher.export.hf_folder import ExportTask, export, find_chat_template, verify_checkpoint
 from launcher.plan.launch_plan import LaunchPlan
@@ -43,6 +45,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.
 # Longer than it takes to read and write the largest checkpoint.
 _LOCK_TIMEOUT_S = 2 * 3600.0
 _SECONDS_BETWEEN_LINES = 5.0
+_QUOTED_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
@@ -177,6 +180,12 @@ def _download(repo_id: str, model: ModelSection) -> None:
         # Some repositories hold the weights a second time in the original format.
         snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"])
     except Exception as error:
+        if isinstance(error, OSError) and is_full(error):
+            raise ConfigError(
+                f"{repo_id} cannot be fetched from the hub: {error.strerror}",
+                where=str(error.filename or "the cache of the hub"),
+                remedy="free space there, or set HF_HOME to a folder on another disk",
+            ) from error
         raise ConfigError(
             Problem(
                 f"{repo_id} cannot be fetched from the hub: {type(error).__name__}",
@@ -226,6 +235,22 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _find_storage_error(error: Exception) -> LauncherError | None:
+    """Return the error for the user where the system refused to write or read a file; None for another exception."""
+    if not isinstance(error, OSError):
+        # tokenizers and safetensors raise exceptions of their own, which quote the system's error.
+        quoted = _QUOTED_OS_ERROR.search(str(error))
+        if quoted is None:
+            return None
+        error = OSError(int(quoted[1]), os.strerror(int(quoted[1])))
+    if error.errno is None:
+        return None
+    if error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(cache_root()):
+        return make_cache_error(error, cache_root() / "models")
+    remedy = "check its permissions and the disk"
+    return DataError(Problem(f"a file cannot be used: {error.strerror}", where=os.fsdecode(error.filename), remedy=remedy))
+
+
 def main(argv: list[str]) -> int:
     # The tokenizer may use all threads here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -241,6 +266,10 @@ def main(argv: list[str]) -> int:
         print(json.dumps({"problems": problems, "exit_code": error.exit_code}))
         return error.exit_code
     except Exception as error:
+        if (storage_error := _find_storage_error(error)) is not None:
+            problems = [[p.message, p.where, p.value, p.remedy] for p in storage_error.problems]
+            print(json.dumps({"problems": problems, "exit_code": storage_error.exit_code}))
+            return storage_error.exit_code
         traceback.print_exc()
         problem = f"preparing the data failed: {type(error).__name__}: {error}"
         print(json.dumps({"problems": [[problem]], "exit_code": EXIT_FAILED}))

@@ -28,6 +28,7 @@ from launcher.worker import failure_record
 from launcher.worker.checks import network
 from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
 from launcher.worker.ranks import heartbeat
+from launcher.worker.ranks.cache_folders import find_writable_caches
 from launcher.worker.ranks.rank_process import RankProcess, RankProcesses
 from launcher.worker.ray import node_checks
 from launcher.worker.ray.checkpoint_reports import Reporter
@@ -364,6 +365,7 @@ def _node_environment(plan: LaunchPlan, from_driver: Mapping[str, str]) -> dict[
     return {
         **os.environ,
         **from_driver,
+        **find_writable_caches({**os.environ, **from_driver}),
         # Ray sets this to the CPUs that the actor requested, which are few or none.
         "OMP_NUM_THREADS": str(max(1, cores // plan.topology.ranks_per_node)),
         "PYTHONPATH": detached_process.build_pythonpath(RunDir(Path(plan.run_dir)).code, os.environ),

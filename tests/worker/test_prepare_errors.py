@@ -1,0 +1,46 @@
+"""Storage that refuses a file while a run is prepared: the error for the user, instead of a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import DataError
+from launcher.worker.prepare import _find_storage_error
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES], ids=["full", "read-only", "closed"])
+def test_a_cache_that_cannot_be_written_is_named(cache: Path, number: int) -> None:
+    found = _find_storage_error(OSError(number, os.strerror(number), str(cache / "models")))
+    assert isinstance(found, DataError)
+    assert found.problems[0].message == f"the launcher's cache cannot be used: {os.strerror(number)}"
+    assert "set LAUNCHER_CACHE to a folder on another disk" in found.problems[0].remedy
+
+
+def test_a_library_in_rust_quotes_the_error_of_the_system() -> None:
+    found = _find_storage_error(Exception("I/O error: No space left on device (os error 28)"))
+    assert found is not None
+    assert found.problems[0].message == "the launcher's cache cannot be used: No space left on device"
+
+
+def test_another_file_is_named() -> None:
+    found = _find_storage_error(PermissionError(errno.EACCES, "Permission denied", "/data/rows.jsonl"))
+    assert found is not None
+    assert (found.problems[0].message, found.problems[0].where) == (
+        "a file cannot be used: Permission denied",
+        "/data/rows.jsonl",
+    )
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), OSError("the model has no file named config.json")])
+def test_other_exceptions_keep_their_traceback(error: Exception) -> None:
+    assert _find_storage_error(error) is None
