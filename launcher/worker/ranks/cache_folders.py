@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-# The variable of each cache, that of the folder which holds it by default, this folder in the home directory, and the cache's name.
+# For each cache: its variable; the variable of the folder around it, and that folder in the home directory; its own name.
 _CACHES = (
     ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", ".cache", "torch_extensions"),
     ("TRITON_CACHE_DIR", "TRITON_HOME", "", ".triton/cache"),
