@@ -214,6 +214,18 @@ def refresh_directory(folder: Path) -> float:
         return os.fstat(file.fileno()).st_mtime
 
 
+def describe_storage_problem(run: RunDir) -> str:
+    """Return that the run directory cannot be written, as the second part of a message; empty if it can be.
+
+    A run that could not record its end is better explained by this than by a missing record.
+    """
+    try:
+        refresh_directory(run.root)
+    except OSError as error:
+        return f"; the run directory cannot be written ({error.strerror or error}): check its storage, then resume the run"
+    return ""
+
+
 def read_status(run: RunDir) -> Status:
     return json_records.read(Status, run.status, _DAMAGED_REMEDY)
 
@@ -356,6 +368,12 @@ def start_lock(run: RunDir, wait_s: float = 0) -> Iterator[None]:
                 remedy="wait until it is done"
                 if holder is None
                 else f"wait until it is done, or end it on {holder.host}: kill {holder.pid}",
+            ) from None
+        except OSError as error:
+            raise SubmitError(
+                f"the run directory cannot be written: {error.strerror or error}",
+                where=str(run.root),
+                remedy="mount its storage for writing or free space, then try again: checkpoints stay",
             ) from None
         yield
 

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import atomic_files, json_records, run_store
+from launcher import atomic_files, json_records, locks, run_store
+from launcher.clusters import detached_process
+from launcher.clusters.local import LocalCluster
 from launcher.config.compose import run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import RunError, SubmitError, Superseded
@@ -360,3 +362,39 @@ def test_deleted_attempts_are_made_again_with_the_next_number(config: RunConfig,
     shutil.rmtree(run.attempts)
     assert run_store.create_attempt(run, Attempt(20)) == 4
     assert run_store.attempt_numbers(run) == [4]
+
+
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage that was mounted read-only after an error, as the kernel does."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(run_store, "refresh_directory", refuse)
+    monkeypatch.setattr(locks, "hold", refuse)
+
+
+def test_read_only_storage_is_named_in_place_of_a_missing_record(
+    config: RunConfig, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    run = run_store.create(planned(config, tmp_path, "a"))
+    job = detached_process.describe_this_process() | {"pid": 1, "started": 1.0}
+    run_store.update_status(run, state="running", attempt=1, job=job)
+    status = LocalCluster().status(run)
+    assert (status.state, "cannot be written" in status.message) == ("failed", False)
+    request.getfixturevalue("read_only")
+    assert LocalCluster().status(run).message == (
+        "the node agent ended without recording a result; the run directory cannot be written (Read-only file system): "
+        "check its storage, then resume the run"
+    )
+
+
+@pytest.mark.usefixtures("read_only")
+def test_a_run_directory_that_cannot_be_written_refuses_to_start(config: RunConfig, tmp_path: Path) -> None:
+    run = run_store.create(planned(config, tmp_path, "a"))
+    with (
+        pytest.raises(SubmitError, match="the run directory cannot be written: Read-only file system"),
+        run_store.start_lock(run),
+    ):
+        raise AssertionError("it is not started")

@@ -62,11 +62,10 @@ class LocalCluster:
         status = run_store.read_status(run)
         if status.state not in RUNNING_STATES:
             return status
-        return replace(
-            status,
-            state="failed",
-            message="the node agent ended without recording a result: it was killed, or the machine restarted",
-        )
+        message = "the node agent ended without recording a result: it was killed, or the machine restarted"
+        if problem := run_store.describe_storage_problem(run):
+            message = f"the node agent ended without recording a result{problem}"
+        return replace(status, state="failed", message=message)
 
     def await_end(self, run: RunDir) -> None:
         detached_process.await_end(run, _END_DEADLINE_S)

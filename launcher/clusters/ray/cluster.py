@@ -220,7 +220,8 @@ def _request(plan: LaunchPlan) -> list[tuple[str, str]]:
 
 
 def _lost(run: RunDir, status: Status) -> Status:
-    return replace(status, state="failed", message=f"{_LOST}; {detached_process.resume_hint(run)}")
+    then = run_store.describe_storage_problem(run) or f"; {detached_process.resume_hint(run)}"
+    return replace(status, state="failed", message=f"{_LOST}{then}")
 
 
 def _submission_file(run: RunDir, attempt: int) -> Path:

@@ -34,6 +34,8 @@ _POLL_S = 1.0
 _LOCK_WAIT_S = 60.0
 # Seconds after the submission in which squeue may not list the job yet.
 _UNLISTED_S = 60.0
+# Slurm's reason of a job for which no nodes are free.
+_LACKS_NODES = "Resources"
 # States of a job that waits for its first or next start.
 _WAITING_STATES = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING", "RESV_DEL_HOLD")
 
@@ -250,10 +252,17 @@ def _correct_status(run: RunDir, status: Status, job: queue.Job | None, job_id: 
     known = replace(status, job={**(status.job or {}), "id": job_id})
     if job is not None and job.queued:
         if job.state in _WAITING_STATES:
-            message = "; ".join(filter(None, (status.message, queue.explain(job))))
+            drained = ""
+            if job.reason == _LACKS_NODES:
+                with suppress(SlurmError):
+                    drained = queue.describe_drained_nodes(partition=queue.details(job_id).get("Partition", ""))
+            message = "; ".join(filter(None, (status.message, queue.explain(job), drained)))
             return replace(known, state="pending", message=message)
         if job.state == "SUSPENDED":
             return replace(known, message="suspended by Slurm")
+        if job.node_list and (drained := queue.describe_drained_nodes(nodes=job.node_list)):
+            note = f"{drained}: the job goes on, and Slurm starts no other job there"
+            return replace(known, message="; ".join(filter(None, (status.message, note))))
         return known
     # The job may have written its final state since the status was read.
     latest = run_store.read_status(run)
@@ -262,7 +271,9 @@ def _correct_status(run: RunDir, status: Status, job: queue.Job | None, job_id: 
     if job is None and time.time() - submitted_at < _UNLISTED_S:
         return known
     if job is None:
-        return replace(known, state="failed", message=f"job {job_id} left the queue without recording a result")
+        problem = run_store.describe_storage_problem(run)
+        return replace(known, state="failed", message=f"job {job_id} left the queue without recording a result{problem}")
     if job.state.startswith("CANCELLED"):
         return replace(known, state="cancelled", message=f"job {job_id} was cancelled")
-    return replace(known, state="failed", message=f"job {job_id} ended as {job.state} without recording a result")
+    problem = run_store.describe_storage_problem(run)
+    return replace(known, state="failed", message=f"job {job_id} ended as {job.state} without recording a result{problem}")

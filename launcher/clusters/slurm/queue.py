@@ -24,6 +24,8 @@ _SACCT_FIELDS = ("JobID", "JobName", "State", "Reason", "End", "NodeList", "Subm
 _CLOCK_SLACK_S = 86400.0
 # Slurm checks time limits about twice a minute.
 _NEAR_END_S = 60.0
+# Drained nodes that are named.
+_MOST_DRAINED = 3
 # In `scontrol show job` these come last on their line, and their values may contain anything.
 _FREE_TEXT = ("JobName", "Comment", "AdminComment", "SystemComment", "Extra", "Command", "WorkDir", "StdErr", "StdIn", "StdOut")
 
@@ -141,6 +143,23 @@ def details(job_id: str, retry_s: float = 0.0) -> Mapping[str, str]:
             # The first value counts: a comment with a line break may contain what looks like a key.
             fields.setdefault(key, value)
     return fields
+
+
+def describe_drained_nodes(nodes: str = "", partition: str = "") -> str:
+    """Describe the drained and draining nodes among `nodes`, a host list, or of a partition; empty if there are none.
+
+    Empty also if Slurm does not answer: this only adds to what is known of a job.
+    """
+    chosen = f"--nodes={nodes}" if nodes else f"--partition={partition}"
+    columns = ",".join(f"{field}:{_SEPARATOR}" for field in ("NodeHost", "StateLong", "Reason"))
+    try:
+        rows = _rows(slurm("sinfo", "--noheader", "--Node", "--states=drain", chosen, f"--Format={columns}"), 3)
+        drained = {node: f"{node} is {state.rstrip('*')} ({reason})" for node, state, reason in rows}
+    except SlurmError:
+        return ""
+    shown = "; ".join(list(drained.values())[:_MOST_DRAINED])
+    others = len(drained) - _MOST_DRAINED
+    return f"{shown}; and {others} more are drained" if others > 0 else shown
 
 
 def state_beneath(job_id: str, restarts: int, ends_at: float | None, retry_s: float = 0.0) -> str:

@@ -17,8 +17,10 @@ from launcher.errors import SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 
-# Paths that sbatch, srun and the mount lists of containers do not change: no spaces, and no %, which sbatch replaces.
-_PLAIN_PATH = re.compile(r"/[\w.@+/=-]*", re.ASCII)
+# Paths that sbatch and srun take as they are, quoted: no %, which sbatch replaces, and no quotes.
+_PLAIN_PATH = re.compile(r"/[\w.@+/= -]*")
+# Mount lists of containers end a path at a comma or a colon, and enroot also at a blank.
+_MOUNTED_PATH = re.compile(r"/[\w.@+/=-]*", re.ASCII)
 # Runs the rest of the line with these signals ignored until the agent handles them: Slurm sends USR2 to the task whatever
 # it executes, and would kill a Python that is starting. A node without access to the plan reports that at once.
 _SIGNAL_SHIELD = 'sh -c \'trap "" USR1 USR2; [ -r "$0" ] || { echo "$(uname -n) does not see $0" >&2; exit 78; }; exec "$@"\' '
@@ -169,7 +171,15 @@ def _srun_arguments(plan: LaunchPlan, section: SlurmSection) -> list[str]:
 def _mounts(plan: LaunchPlan, section: SlurmSection) -> list[str]:
     """Return the mounts: the folders that ranks read and write, under the same paths, and those of cluster.container_mounts."""
     folders = [plan.run_dir, plan.data.cache_dir if plan.data else None, plan.model.path, plan.model.tokenizer_path]
-    paths = dict.fromkeys(_plain(str(_mount_root(Path(path)))) for path in folders if path is not None)
+    paths = dict.fromkeys(str(_mount_root(Path(path))) for path in folders if path is not None)
+    for path in paths:
+        if not _MOUNTED_PATH.fullmatch(path):
+            raise SubmitError(
+                "a container cannot mount this path",
+                where="the batch script",
+                value=path,
+                remedy="use an absolute path of ASCII letters, digits and . _ @ + = - / only",
+            )
     return [*(f"{path}:{path}" for path in paths), *section.container_mounts]
 
 
@@ -184,7 +194,7 @@ def _plain(path: str) -> str:
             "a batch script cannot contain this path",
             where="the batch script",
             value=path,
-            remedy="use an absolute path of letters, digits and . _ @ + = - / only",
+            remedy="use an absolute path of letters, digits, blanks and . _ @ + = - / only",
         )
     return path
 

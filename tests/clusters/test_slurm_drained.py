@@ -1,0 +1,65 @@
+"""The state of a run names drained nodes, of its own job and of the partition that it waits for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hand_made
+import pytest
+
+from launcher import run_store
+from launcher.clusters.slurm import queue
+from launcher.clusters.slurm.cluster import _correct_status
+from launcher.clusters.slurm.commands import SlurmError
+from launcher.clusters.slurm.queue import Job
+from launcher.plan.run_dir import RunDir
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = run_store.create(hand_made.plan(tmp_path / "demo", hand_made.SETTINGS))
+    run_store.update_status(run, state="running", attempt=1)
+    return run
+
+
+@pytest.fixture
+def drained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
+    """Nodes, states and reasons that sinfo lists; it lists a node once for each of its partitions."""
+    rows: list[tuple[str, str, str]] = []
+
+    def answer(*argv: str, **_: object) -> str:
+        if argv[0] == "scontrol":
+            return "JobId=7 JobName=demo\n   Partition=gpu AllocNode:Sid=login:1\n"
+        assert {"--nodes=n[1-2]", "--partition=gpu"} & {*argv}
+        return "".join("\x1f".join([*row, ""]) + "\n" for row in rows)
+
+    monkeypatch.setattr(queue, "slurm", answer)
+    return rows
+
+
+def message(run: RunDir, state: str, reason: str = "", nodes: str = "") -> str:
+    job = Job("7", state, reason, None, None, 0, nodes, queued=True)
+    return _correct_status(run, run_store.read_status(run), job, "7", 0.0).message
+
+
+def test_a_drained_node_of_a_running_job_is_named(run: RunDir, drained: list[tuple[str, str, str]]) -> None:
+    assert message(run, "RUNNING", nodes="n[1-2]") == ""
+    drained += [("n2", "draining", "bad fan"), ("n2", "draining", "bad fan")]
+    note = "n2 is draining (bad fan): the job goes on, and Slurm starts no other job there"
+    assert message(run, "RUNNING", nodes="n[1-2]") == note
+
+
+def test_drained_nodes_are_named_to_a_job_that_waits_for_nodes(run: RunDir, drained: list[tuple[str, str, str]]) -> None:
+    drained += [(f"n{i}", "drained*", "dead") for i in range(1, 6)]
+    shown = "n1 is drained (dead); n2 is drained (dead); n3 is drained (dead); and 2 more are drained"
+    assert message(run, "PENDING", "Resources") == f"waiting for nodes (Resources); {shown}"
+    assert message(run, "PENDING", "Dependency") == "waiting for the jobs that it depends on (Dependency)"
+
+
+def test_a_state_is_told_although_sinfo_fails(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*argv: str, **_: object) -> str:
+        raise SlurmError("sinfo failed", where="sinfo", value="no")
+
+    monkeypatch.setattr(queue, "slurm", fail)
+    assert message(run, "RUNNING", nodes="n[1-2]") == ""
+    assert message(run, "PENDING", "Resources") == "waiting for nodes (Resources)"
