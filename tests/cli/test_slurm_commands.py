@@ -68,7 +68,7 @@ def test_a_dry_run_shows_the_script_and_submits_nothing(site: Run, nothing_made:
     [
         (["cluster.nodes=9", "train.global_batch_size=18"], "partition main has 3 nodes"),
         (["cluster.partition=mian"], "there is no partition mian"),
-        (["run.root=with blank"], "a batch script cannot contain this path"),
+        (['run.root="a,b"'], "a batch script cannot contain this path"),
         (["run.root=100%"], "a batch script cannot contain this path"),
         (['run.root="it\'s"'], "a batch script cannot contain this path"),
         (['run.root="a\nb"', "run.name='a;b'"], "run.root: contains a control character"),
