@@ -33,7 +33,7 @@ def run(verb: str, tokens: list[str]) -> int:
         address = publish(target)
     except LookupError as error:
         raise ConfigError(
-            "there is no such W&B project, or this login may not see it",
+            "no such W&B project, or this login cannot see it",
             where="dashboard",
             value=str(error),
             remedy="a project is created by its first online run; name a run of ./runs, or PROJECT or ENTITY/PROJECT",

@@ -30,7 +30,7 @@ def page(report: dict[str, Any], name: str) -> str:
             (f"{report['documents']:,}", "documents"),
             (f"{report['rows']:,}", f"rows of up to {row_width(report)}"),
             (f"{report['tokens']:,}", "tokens"),
-            (f"{report['trained_frac']:.1%}", "of them trained"),
+            (f"{report['trained_frac']:.1%}", "trained"),
             (f"{report['padding_frac']:.2%}", "padding"),
             (f"{report['held_out']['documents']:,}", "held-out documents"),
         ],
@@ -53,7 +53,8 @@ def _verdict(findings: list[dict[str, Any]]) -> dict[str, str]:
         )
         return {"kind": "bad", "text": f"A run is refused: {reasons}"}
     if findings:
-        return {"kind": "warn", "text": f"{len(findings)} kinds of findings, none of which stops a run"}
+        checks = "1 check has" if len(findings) == 1 else f"{len(findings)} checks have"
+        return {"kind": "warn", "text": f"{checks} findings; the run is not refused"}
     return {"kind": "good", "text": "No findings"}
 
 
@@ -62,23 +63,25 @@ def _plots(report: dict[str, Any]) -> dict[str, Markup]:
     sources, findings = [source for source in report["sources"] if source["documents"]], report["findings"]
     return {
         "lengths": charts.stacked_bars(
-            "Length of documents",
+            "Document length",
             [f"{end:,}" for end in ends],
             [Series(name, counts) for name, counts in series],
             "tokens, up to",
             "documents",
         ),
         "cumulative_lengths": charts.lines(
-            "Documents that are no longer than",
+            "Cumulative document length",
             [source["length_quantiles"] for source in sources],
             [Series(source["name"], _percentages(len(source["length_quantiles"]))) for source in sources],
             "tokens",
             "% of documents",
             log_x=True,
         ),
-        "shares": charts.bars("Share of the tokens", [(s["name"], s["frac"], f"{s['frac']:.1%}") for s in sources], highest=1),
+        "shares": charts.bars(
+            "Share of tokens by source", [(s["name"], s["frac"], f"{s['frac']:.1%}") for s in sources], highest=1
+        ),
         "trained": charts.bars(
-            "Trained tokens",
+            "Trained share of the tokens",
             [(s["name"], s["trained_frac"], f"{s['trained_frac']:.1%} of {s['tokens']:,}") for s in sources],
             highest=1,
         ),

@@ -104,7 +104,10 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _ends(report: dict[str, Any]) -> str:
     """Return which tokens end turns, and whether the model stops at them."""
-    meanings = {True: "the model stops there", False: "the model does not stop there, the generation settings of the export do"}
+    meanings = {
+        True: "the model stops there",
+        False: "the model does not stop there, but the generation settings of the export do",
+    }
     return "".join(f"; {end['token']} (token {end['id']}): {meanings[end['stops']]}" for end in report["turn_ends"])
 
 
@@ -182,7 +185,7 @@ def parts_taken(report: dict[str, Any]) -> list[str]:
         part = source["epochs"] % 1
         if source["documents"] and _ROUNDING < part < 1 - _ROUNDING:
             taken = f"{source['epochs']:.2f} passes over it in each epoch of the run"
-            lines.append(f"{source['name']}: {taken}; the documents of the part of a pass are the same in every epoch")
+            lines.append(f"{source['name']}: {taken}; the partial pass uses the same documents in every epoch")
     return lines
 
 
@@ -204,7 +207,7 @@ def unused(report: dict[str, Any]) -> list[str]:
 def moved(report: dict[str, Any]) -> list[str]:
     """Return a line for each source that has moved since the cache was built."""
     return [
-        visible(f"{source['name']}: files and examples have the names of the build of the cache, from {source['built_from']}")
+        visible(f"{source['name']}: paths are those from which the cache was built, in {source['built_from']}")
         for source in report["sources"]
         if source["path"] != source["built_from"]
     ]

@@ -35,9 +35,9 @@ from launcher.run_records import RUNNING_STATES
 from launcher.tracking.jsonl import Tail, read_events
 
 _FAULTS = {
-    "preempt": "the scheduler takes the nodes back (SIGUSR2)",
+    "preempt": "the scheduler preempts the nodes (SIGUSR2)",
     "kill-rank": "one rank is killed",
-    "kill-node": "the agent of the last node is killed, and its ranks with it",
+    "kill-node": "the agent of the last node is killed together with its ranks",
     "fill-disk": "saves on one node fail for a while, because of a file size limit on its ranks; no disk is filled",
     "hang": "one rank is stopped (SIGSTOP), and all others wait for it",
 }

@@ -165,7 +165,7 @@ def _tight(plan: LaunchPlan) -> str:
     left_gib = memory.device_gib - memory.per_rank_gib
     if left_gib >= _ACTIVATIONS_GIB:
         return ""
-    left = f"{left_gib:.0f} GiB of a GPU for activations and buffers"
+    left = f"{left_gib:.0f} GiB per GPU for activations and buffers"
     return f"on {ranks} ranks model states leave {left}, which is little: use more ranks, or deepspeed=zero3_offload"
 
 

@@ -49,12 +49,14 @@ class _RunFiles:
 
 def run(verb: str, tokens: list[str]) -> int:
     """Write the page and print its path."""
-    about = "Write what happened in one or several runs as one page that needs no network."
+    about = "Write an HTML report of one or more runs. The page is self-contained and needs no network."
     parser = argparse.ArgumentParser(prog="python -m launcher report", description=about)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="name of a run, or path of its directory")
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
     parser.add_argument(
-        "--html", metavar="FILE", help="the page (default: report.html in the run directory, or here for several)"
+        "--html",
+        metavar="FILE",
+        help="file to write (default: report.html in the run directory, or in the working directory for several runs)",
     )
     arguments = parser.parse_args(tokens)
     named = [run_store.find_run(name, Path(arguments.root)) for name in arguments.runs]
@@ -117,7 +119,7 @@ def _facts(one: _RunFiles) -> dict[str, str]:
     if "cost/usd" in counted:
         facts["cost"] = f"${counted['cost/usd']:,.2f}{of}"
     if tokens and "cost/usd_per_million_tokens" in counted:
-        facts["a million tokens"] = f"${counted['cost/usd_per_million_tokens']:,.2f}{of}"
+        facts["cost per million tokens"] = f"${counted['cost/usd_per_million_tokens']:,.2f}{of}"
     return facts
 
 

@@ -137,7 +137,7 @@ class _Costs:
 
 @dataclass(frozen=True)
 class _Remaining:
-    """The rest of a run: seconds, US dollars at the end, and the limit that ends it before its last step."""
+    """The rest of a run: seconds, US dollars at the end, and the limit that stops it early."""
 
     seconds: float | None
     usd: float | None

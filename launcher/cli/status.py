@@ -66,7 +66,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("mirror", metavar="URL", nargs="?", help="a mirror to list (default: the runs on this machine)")
     else:
         parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
-        again = "show it again every so many seconds until the run ends (default: 5)"
+        again = "refresh every SECONDS until the run ends (default: 5)"
         parser.add_argument("--watch", metavar="SECONDS", type=_seconds, nargs="?", const=5.0, help=again)
     return parser
 
@@ -83,7 +83,7 @@ def _seconds(value: str) -> float:
     with suppress(ValueError):
         if 0.1 <= (seconds := float(value)) < 1e6:
             return seconds
-    raise argparse.ArgumentTypeError(f"{value} is no number of seconds from 0.1 to a million")
+    raise argparse.ArgumentTypeError(f"{value} is not a number of seconds from 0.1 to 1,000,000")
 
 
 def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
@@ -147,7 +147,7 @@ def _ls(root: Path, as_json: bool) -> int:
 
 def _lines(values: dict[str, Any]) -> list[str]:
     """Return the state of a run as lines of a label and a value."""
-    metrics, stop_note = values["metrics"], ", asked to stop" if values["asked_to_stop"] else ""
+    metrics, stop_note = values["metrics"], ", stop requested" if values["asked_to_stop"] else ""
     rows = [
         ("run", f"{values['name']} in {formatting.short(Path(values['dir']))}"),
         ("state", values["state"] + (f": {values['message']}" if values["message"] else "") + stop_note),
@@ -160,8 +160,8 @@ def _lines(values: dict[str, Any]) -> list[str]:
             shown["loss"] += f"  {sparkline(values['losses'])}"
         rows += shown.items()
         if values["left_s"] is not None and not stop_note:
-            after = " of training, once it has its machines" if values["state"] == "pending" else ""
-            limit = f", until {values['limit']} ends it before its last step" if values["limit"] else ""
+            after = " of training once it has machines" if values["state"] == "pending" else ""
+            limit = f", until {values['limit']} stops it early" if values["limit"] else ""
             rows.append(("time left", f"{format_duration(values['left_s'])}{after}{limit}"))
     if values["goodput"] is not None:
         rows.append(("goodput", _goodput(values["goodput"])))
@@ -191,7 +191,7 @@ def _progress(values: dict[str, Any]) -> str:
 def _checkpoints(steps: Sequence[int]) -> str:
     shown = ", ".join(f"step {step}" for step in steps[-_CHECKPOINTS_SHOWN:])
     more = len(steps) - _CHECKPOINTS_SHOWN
-    return f"{shown}, and {more} before" if more > 0 else shown
+    return f"{shown}, and {more} older" if more > 0 else shown
 
 
 def sparkline(values: Sequence[float]) -> str:

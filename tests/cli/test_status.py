@@ -90,7 +90,7 @@ def test_a_run_that_was_asked_to_stop_shows_no_time_left(launch_here: Launch, ru
     atomic_files.write_json(run.cancel(2), {"save": True})
     run_store.update_status(run, state="running", job=describe_this_process())
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
-    assert lines["state"] == "running, asked to stop"
+    assert lines["state"] == "running, stop requested"
     assert "time" not in lines
 
 
@@ -133,10 +133,10 @@ def test_a_limit_before_the_last_step_is_shown(launch_here: Launch, run: RunDir)
 
     # Two GPUs at two dollars an hour have cost $3.40, and half an hour more is two dollars more.
     lines = told(max_usd=5.4)
-    assert re.fullmatch(r"left   (2[89]m\d\ds|30m00s), until run.max_usd=5.4 ends it before its last step", lines["time"])
+    assert re.fullmatch(r"left   (2[89]m\d\ds|30m00s), until run.max_usd=5.4 stops it early", lines["time"])
     assert "about $5.40 at the end" in lines["cost"]
     assert lines["time"] != told(max_usd=4.4, max_hours=10)["time"]
-    assert "run.max_hours=1 ends it" in told(max_usd=100, max_hours=1)["time"], "51 minutes have gone"
+    assert "run.max_hours=1 stops it early" in told(max_usd=100, max_hours=1)["time"], "51 minutes have gone"
     assert told(max_usd=100, max_hours=10)["time"] == "left   1h00m"
 
 
@@ -172,7 +172,7 @@ def test_many_checkpoints_are_shown_in_one_line(launch_here: Launch, run: RunDir
     for step in range(11, 15):
         hand_made.checkpoint(run, step, None, attempt=2)
     assert (
-        "checkpoints step 10, step 11, step 12, step 13, step 14, and 1 before\n" in launch_here("status", str(run.root)).stdout
+        "checkpoints step 10, step 11, step 12, step 13, step 14, and 1 older\n" in launch_here("status", str(run.root)).stdout
     )
 
 
@@ -241,7 +241,7 @@ def test_status_shows_goodput_gpus_and_ranks(launch_here: Launch, run: RunDir) -
     shutil.rmtree(run.attempts)
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["GPUs"] == "93% busy (lowest 41%), memory up to 88%, 640 W each, up to 77 °C, 2 Xid errors"
-    assert lines["ranks"] == "the slowest works 1.31 times as long as the median rank"
+    assert lines["ranks"] == "the slowest rank takes 1.31x the time of the median rank"
     assert lines["goodput"].startswith("75.0% of 2h00m was spent on kept steps; waiting for machines 15m00s, loading")
     told = json.loads(launch_here("status", str(run.root), "--json").stdout)["goodput"]
     assert (told["fraction"], told["wall_s"], told["queue_s"], told["lost_steps"]) == (0.75, 7200, 900, 12)
@@ -254,7 +254,7 @@ def test_the_pace_is_a_median(launch_here: Launch, run: RunDir) -> None:
         log.log(step, {"train/loss": 2.0, "memory/host_rss_gib": 1.0, **pace})
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["pace"] == "83 tokens/s, 1.20 s a step"
-    assert lines["ranks"] == "the slowest works 1.20 times as long as the median rank"
+    assert lines["ranks"] == "the slowest rank takes 1.20x the time of the median rank"
 
 
 def test_on_cpus_rank_hours_are_counted(launch_here: Launch, run: RunDir) -> None:

@@ -105,7 +105,7 @@ def test_the_entity_of_the_environment_is_checked(server: FakeWandb) -> None:
 def test_an_entity_of_others_is_not_refused(server: FakeWandb) -> None:
     server.others = ("other",)
     (said,) = wandb_check.check(config(entity="other"), environ(server, WANDB_API_KEY=KEY))
-    assert "me is no member of other" in said
+    assert "me is not a member of other" in said
 
 
 def test_an_invalid_key_in_netrc_is_refused(server: FakeWandb, tmp_path: Path) -> None:

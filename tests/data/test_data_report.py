@@ -161,7 +161,7 @@ def test_a_moved_source_is_reported_with_its_former_path(
     data = mixture.model_copy(update={"sources": (first, second.model_copy(update={"path": str(path)}))})
     data_report = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
     assert data_report["cache_dir"] == numbers["cache_dir"]
-    assert moved(data_report) == [f"long: files and examples have the names of the build of the cache, from {second.path}"]
+    assert moved(data_report) == [f"long: paths are those from which the cache was built, in {second.path}"]
 
 
 def test_the_report_has_the_origin_of_the_rows(numbers: dict[str, Any], tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_an_elastic_run_must_fit_on_its_fewest_workers(plan_of: Callable[..., La
     assert "of cluster.min_workers=40 workers 32 train and the others are idle" in "\n".join(plan_lines(planned))
     assert "which is little" not in "\n".join(plan_lines(planned))
     tight = "\n".join(plan_lines(plan_of(*elastic, "cluster.min_workers=16")))
-    assert "on 16 ranks model states leave 5 GiB of a GPU for activations and buffers" in tight
+    assert "on 16 ranks model states leave 5 GiB per GPU for activations and buffers" in tight
     assert "are idle" not in tight
     # A plan from before a rule is shown nevertheless.
     older = planned.config.deepspeed.model_copy(update={"hpz_partition_size": 64})

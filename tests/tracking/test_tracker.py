@@ -147,7 +147,9 @@ def test_settings_that_wandb_rejects_are_an_alert_and_training_continues(make_pl
     composite.log(1, {"train/loss": 2.0})
     composite.finish("completed")
     (alert,) = _alerts(run_dir)
-    assert alert.startswith("W&B does not track this attempt, metrics.jsonl does: Weights & Biases cannot start: ValidationError")
+    assert alert.startswith(
+        "this attempt is not tracked in W&B, only in metrics.jsonl: Weights & Biases cannot start: ValidationError"
+    )
     texts = [event["text"] for event in read_events(run_dir / "events.jsonl")]
     assert any(text.endswith("; metrics.jsonl has all data") for text in texts)
 

@@ -98,7 +98,7 @@ def _answer(address: str, key: str, account: Account, project: str) -> Account:
     if _ask(address, key, _ENTITY, entity=entity)["entity"] is None:
         return replace(account, refused=f"there is no entity {entity} that {user} may see; {permissions}")
     # Service accounts and administrators of an organisation may write where they are no members.
-    return replace(account, unknown=f"{user} is no member of {entity}; {permissions}")
+    return replace(account, unknown=f"{user} is not a member of {entity}; {permissions}")
 
 
 def _ask(address: str, key: str, query: str, **variables: str) -> dict[str, Any]:

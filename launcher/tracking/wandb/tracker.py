@@ -264,7 +264,7 @@ class WandbTracker:
                     self._note_once("alert", f"this attempt is tracked offline: {reason}")
                 return offline
             self._refused, self._failure = True, reason
-            self._note_once("alert", f"W&B does not track this attempt, metrics.jsonl does: {reason}")
+            self._note_once("alert", f"this attempt is not tracked in W&B, only in metrics.jsonl: {reason}")
             return None
         command = wandb_session.sync_command(self._run, self._plan.wandb_id, session) if session.offline else None
         where = f"see it at {session.url}" if session.url else f"offline; upload it with: {command}"
