@@ -86,16 +86,23 @@ def wrap(lines: Sequence[str], indent: int) -> list[str]:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows under their columns' names; a column whose name begins with > is aligned to the right.
 
-    In a terminal that is too narrow, the first column has a line of its own, above the others.
+    In a terminal that is too narrow, the first column has a line of its own, above the others; or else each cell has one.
     """
     lines, width = _aligned(columns, rows), terminal_columns()
     if width is None or len(columns) < 3 or max(map(len, lines)) <= width:
         return lines
     others = _aligned(columns[1:], [row[1:] for row in rows])
     if max(map(len, others)) > width - 2:
-        return lines
+        return _records([name.removeprefix(">") for name in columns], rows)
     firsts = (columns[0].removeprefix(">"), *(row[0] for row in rows))
     return [line for first, other in zip(firsts, others, strict=True) for line in (first, f"  {other}")]
+
+
+def _records(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line for each cell, after the name of its column, and an empty line between rows."""
+    indent = max(map(len, names)) + 2
+    records = [wrap([f"{name:<{indent}}{cell}" for name, cell in zip(names, row, strict=True)], indent) for row in rows]
+    return [line for record in records for line in (*record, "")][:-1]
 
 
 def _aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

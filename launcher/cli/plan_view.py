@@ -117,9 +117,10 @@ def _notes(plan: LaunchPlan) -> list[str]:
     smallest, min_workers = _smallest(plan), config.cluster.fewest_workers
     notes += [note for sized in (plan, smallest) if sized is not None and (note := _tight(sized))]
     if smallest is not None and (least := smallest.topology.world_size) != min_workers:
+        idle, of = min_workers - least, f"{least} rank{'s' * (least > 1)}"
         notes.append(
-            f"of cluster.min_workers={min_workers} workers {least} train{'s' * (least == 1)} and the others are idle: over "
-            f"{least} rank{'s' * (least > 1)} the batch of {plan.batch.global_batch_size} rows divides"
+            f"with cluster.min_workers={min_workers}, {idle} worker{'s' * (idle > 1)} can be idle: the batch of "
+            f"{plan.batch.global_batch_size} rows divides over {of}, not over {min_workers}"
         )
     if steps is not None and config.optim.schedule != "constant" and config.optim.warmup_steps >= steps:
         notes.append(f"the warm-up of {config.optim.warmup_steps} steps does not end within {steps}: lower optim.warmup_steps")

@@ -229,7 +229,7 @@ def _row(values: dict[str, Any]) -> tuple[str, ...]:
     loss, cost = values["metrics"].get("train/loss"), values["cost"] or {}
     about = "~" if cost.get("at_typical_price") else ""
     return (
-        values["name"],
+        printable(values["name"]),
         values["state"],
         f"{values['step']:,}/{values['max_steps']:,}" if values["max_steps"] else f"{values['step']:,}/?",
         "-" if loss is None else f"{loss:.4f}",

@@ -49,6 +49,13 @@ def test_status_reads_the_files_of_the_run(launch_here: Launch, run: RunDir) -> 
     assert [alert["step"] for alert in found["alerts"]] == [7, 10]
 
 
+def test_names_of_runs_cannot_act_upon_the_terminal(launch_here: Launch, run: RunDir) -> None:
+    run.root.rename(run.root.with_name("a\x1b[31mb\u202ec"))
+    done = launch_here("ls", "--root", str(run.root.parent))
+    assert "a\\x1b[31mb\\u202ec" in done.stdout, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+
+
 def test_the_step_is_the_newest_of_metrics_and_status(run: RunDir) -> None:
     """The ranks log more often than they write status.json."""
     status = replace(run_store.update_status(run, state="running"), step=8)
@@ -171,9 +178,7 @@ def test_discarded_steps_are_not_shown(run: RunDir) -> None:
 def test_many_checkpoints_are_shown_in_one_line(launch_here: Launch, run: RunDir) -> None:
     for step in range(11, 15):
         hand_made.checkpoint(run, step, None, attempt=2)
-    assert (
-        "checkpoints step 10, step 11, step 12, step 13, step 14, and 1 older\n" in launch_here("status", str(run.root)).stdout
-    )
+    assert "checkpoints step 10, step 11, step 12, step 13, step 14, and 1 older\n" in launch_here("status", str(run.root)).stdout
 
 
 def test_control_characters_of_messages_do_not_reach_the_terminal(launch_here: Launch, run: RunDir) -> None:

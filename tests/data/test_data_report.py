@@ -120,7 +120,7 @@ def test_a_partly_used_source_is_reported(mixture: DataSection, tokenizer_dir: P
     passes = data_report["sources"][1]["epochs"]
     assert 0 < passes < 1
     (line,) = parts_taken(data_report)
-    assert line.startswith(f"long: {passes:.2f} passes over it in each epoch of the run; the documents of the part")
+    assert line.startswith(f"long: {passes:.2f} passes over it in each epoch of the run; the partial pass")
     header, *lines = number_rows(data_report)
     assert [line[header.index("epochs")] for line in lines] == ["2.00", f"{passes:.2f}", "", ""]
 
@@ -258,7 +258,7 @@ def test_the_report_lists_the_tokens_that_end_turns(jsonl: Jsonl, tokenizer_dir:
     facts = build(data, str(tokenizer_dir))
     assert facts.turn_end_ids == (end,)
     for stops, words in (
-        ([in_between], "does not stop there, the generation settings of the export do"),
+        ([in_between], "does not stop there, but the generation settings of the export do"),
         ([7, end], "stops there"),
     ):
         data_report = report(facts, data, tokenizer_dir, stop_ids=stops)

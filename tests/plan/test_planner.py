@@ -235,7 +235,10 @@ def test_an_elastic_run_must_fit_on_its_fewest_workers(plan_of: Callable[..., La
     assert smallest is not None
     assert (smallest.topology.world_size, smallest.batch.global_batch_size) == (32, planned.batch.global_batch_size)
     assert "; 32.85 GiB a rank on 32" in "\n".join(plan_lines(planned))
-    assert "of cluster.min_workers=40 workers 32 train and the others are idle" in "\n".join(plan_lines(planned))
+    assert (
+        "with cluster.min_workers=40, 8 workers can be idle: the batch of 128 rows divides over 32 ranks, not over 40"
+        in "\n".join(plan_lines(planned))
+    )
     assert "which is little" not in "\n".join(plan_lines(planned))
     tight = "\n".join(plan_lines(plan_of(*elastic, "cluster.min_workers=16")))
     assert "on 16 ranks model states leave 5 GiB per GPU for activations and buffers" in tight
