@@ -116,7 +116,7 @@ def _notes(plan: LaunchPlan) -> list[str]:
     notes = [note for note in (_overfull(plan) or plan.saving.note,) if note]
     smallest, min_workers = _smallest(plan), config.cluster.fewest_workers
     notes += [note for sized in (plan, smallest) if sized is not None and (note := _tight(sized))]
-    if smallest is not None and (least := smallest.topology.world_size) != min_workers:
+    if smallest is not None and min_workers is not None and (least := smallest.topology.world_size) < min_workers:
         idle, of = min_workers - least, f"{least} rank{'s' * (least > 1)}"
         notes.append(
             f"with cluster.min_workers={min_workers}, {idle} worker{'s' * (idle > 1)} can be idle: the batch of "
