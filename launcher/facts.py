@@ -24,13 +24,15 @@ from launcher.config.schema import RunConfig, is_run
 from launcher.data import cache, sources
 from launcher.errors import ConfigError, DataError
 from launcher.hardware import device, has_fast_bf16
+from launcher.models import isolation_verdicts
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, ModelFacts, Provenance
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "ray", "wandb", "hydra-core", "submitit", "safetensors")
 
 
 def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:
-    """Replace what depends on this moment or on the machines: `model.dtype=auto`, and a run in `model.path` without a step.
+    """Replace what depends on this moment or on the machines: `model.dtype=auto`, a run in `model.path` without a step, and
+    the name of a folder that could also be a Hub repository.
 
     The newest checkpoint of that run is pinned: a job may wait in the queue for hours while the run continues. `node` returns
     the devices of a node of the job; its CPUs are assumed to be like this machine's.
@@ -38,7 +40,8 @@ def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:
     Raises:
         ConfigError: if there is no such run or checkpoint.
     """
-    changes: dict[str, str] = {}
+    sources = {"path": config.model.path, "tokenizer": config.model.tokenizer}
+    changes = {key: local for key, value in sources.items() if value and (local := model_source.local_folder(value)) != value}
     if is_run(config.model.path):
         changes["path"] = parent_run.resolve_parent(config).path
     if config.model.dtype == "auto":
@@ -58,6 +61,8 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
     """
     check(config)
     model = model_source.read_model_facts(config.model)
+    if config.data.packing:
+        model = model.model_copy(update={"isolation": isolation_verdicts.load(model, config.model)})
     data = data_facts(config, model.tokenizer_path)
     if data is not None:
         _check_ids(data, model)
@@ -98,6 +103,13 @@ def prepared_data(config: RunConfig) -> DataFacts | None:
     if not folders or None in folders or not model_source.are_weights_compared(model):
         return None
     return data_facts(config, str(folders[-1]))
+
+
+def needs_isolation_check(config: RunConfig, model: ModelFacts) -> bool:
+    """Return True if documents are packed and nothing is known about this architecture, whose config.json is at hand."""
+    # A GGUF file or a checkpoint that is not converted yet is probed once it is: its config.json has more in it.
+    is_final = model.path is not None or config.model.path is None or config.model.config is not None
+    return config.data.packing and is_final and model.isolation is None
 
 
 def is_extra_accepted(config: RunConfig) -> bool:

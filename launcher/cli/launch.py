@@ -24,7 +24,8 @@ from launcher.config.compose import Composed, conf_dir, require_distinct_runs, r
 from launcher.config.schema import RunConfig
 from launcher.data import report as data_report
 from launcher.data.texts import DecodedTexts, TextsMissing
-from launcher.errors import ConfigError, DataError, Problem, RunError, SubmitError
+from launcher.errors import ConfigError, DataError, Problem, RunError, SubmitError, describe
+from launcher.models import isolation_verdicts
 from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
@@ -43,6 +44,8 @@ _COMMON_FLAGS = ("--help", "--debug")
 _OWN_FLAGS = {"train": ("--follow", "--detach"), "plan": ("--json",), "data": data.FLAGS}
 # A worker that is ended removes what it has written so far.
 _TERMINATION_S = 10.0
+# Ten times what it takes on an idle machine.
+_ISOLATION_CHECK_S = 150.0
 _FOLLOW = {"--follow": True, "follow=true": True, "--detach": False, "follow=false": False}
 
 
@@ -67,7 +70,7 @@ def _plan(composed: Composed, as_json: bool) -> int:
     with composed.located():
         cluster = cluster_for(composed.config.cluster.kind)
         config = _resolve(composed, cluster)
-        plan = make_plan(config, _gather(config, composed, cluster))
+        plan = make_plan(config, _checked_facts(config, composed, cluster))
         if as_json:
             print(plan.to_json())
             return 0
@@ -215,7 +218,7 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
     check_extra(config)
     if not model_source.is_config_known(config.model):
         prepare(config)
-    collected = _gather(config, composed, cluster)
+    collected = _checked_facts(config, composed, cluster)
     plan = make_plan(config, collected)
     if config.run.name is not None and not config.cluster.is_dry_run:
         # Before data is prepared, and before a sweep starts any of its runs.
@@ -224,7 +227,7 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
     cluster.check(plan)
     if not facts.is_prepared(config, collected):
         prepare(config)
-        collected = _gather(config, composed, cluster)
+        collected = _checked_facts(config, composed, cluster)
         if collected.data is None:
             what = "the data cache is not there after it was built"
             remedy = "make sure that no program changes the files while they are read, then try again"
@@ -239,6 +242,23 @@ def _resolve(composed: Composed, cluster: Cluster) -> RunConfig:
 
 def _gather(config: RunConfig, composed: Composed, cluster: Cluster) -> Facts:
     return facts.gather(config, composed.overrides, cluster.device(config.cluster))
+
+
+def _checked_facts(config: RunConfig, composed: Composed, cluster: Cluster) -> Facts:
+    """Collect the facts of a run, and probe in another process whether its packed documents affect each other."""
+    collected = _gather(config, composed, cluster)
+    if not facts.needs_isolation_check(config, collected.model):
+        return collected
+    # What can be refused at once is refused before a process is started.
+    make_plan(config, collected)
+    print("checking that packed documents do not affect each other in this model (once)", file=sys.stderr, flush=True)
+    try:
+        _run_worker_module("launcher.worker.checks.isolation_check", config, timeout_s=_ISOLATION_CHECK_S)
+    except RunError as error:
+        # The ranks then measure it on the loaded model.
+        unknown = isolation_verdicts.unknown(config.model, describe(error))
+        return collected.model_copy(update={"model": collected.model.model_copy(update={"isolation": unknown})})
+    return _gather(config, composed, cluster)
 
 
 def _plan_with_free_name(config: RunConfig, collected: Facts, taken_names: set[str]) -> LaunchPlan:
@@ -281,13 +301,17 @@ def check_extra(config: RunConfig) -> None:
         raise ConfigError([Problem(*parts) for parts in answer["problems"]])
 
 
-def _run_worker_module(module: str, config: RunConfig, *arguments: str) -> dict[str, Any]:
+def _run_worker_module(module: str, config: RunConfig, *arguments: str, timeout_s: float | None = None) -> dict[str, Any]:
     """Run a module of the worker side with `config` on standard input; returns the JSON object of its last line.
 
     Raises:
-        RunError: if it prints no JSON object, or fails without reporting problems.
+        RunError: if it prints no JSON object, fails without reporting problems, or has not ended after `timeout_s`.
     """
-    code, output = run_worker([sys.executable, "-m", module, *arguments], config.model_dump_json(), subprocess.PIPE)
+    command = [sys.executable, "-m", module, *arguments]
+    try:
+        code, output = run_worker(command, config.model_dump_json(), subprocess.PIPE, timeout_s)
+    except subprocess.TimeoutExpired:
+        raise RunError(f"python -m {module} did not end within {timeout_s:.0f} s") from None
     try:
         answer: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     except (IndexError, ValueError):
@@ -297,13 +321,16 @@ def _run_worker_module(module: str, config: RunConfig, *arguments: str) -> dict[
     return answer
 
 
-def run_worker(command: Sequence[str], stdin: str = "", stdout: int | None = None) -> tuple[int, str]:
+def run_worker(
+    command: Sequence[str], stdin: str = "", stdout: int | None = None, timeout_s: float | None = None
+) -> tuple[int, str]:
     """Run a process of the worker side to its end; returns its exit code, and its output where `stdout` is a pipe.
 
     Ctrl-C reaches this process alone, which ends the other one: its workers would each print a traceback.
 
     Raises:
         KeyboardInterrupt: after the process has ended.
+        subprocess.TimeoutExpired: where it has not ended after `timeout_s`, after it was ended.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -313,7 +340,7 @@ def run_worker(command: Sequence[str], stdin: str = "", stdout: int | None = Non
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     with process:
         try:
-            output, _ = process.communicate(stdin)
+            output, _ = process.communicate(stdin, timeout=timeout_s)
         except BaseException:
             process.terminate()
             try:

@@ -268,7 +268,7 @@ def _plan_of_checkpoint(run: RunDir, checkpoint: Checkpoint, force: bool) -> Lau
 
 def _model_differences(saved: ModelFacts, current: ModelFacts) -> list[Difference]:
     """Return the numbers of the architecture that differ; paths may differ."""
-    paths = {"path", "tokenizer_path", "has_weights"}
+    paths = {"path", "tokenizer_path", "has_weights", "isolation"}
     return differing(saved.model_dump(exclude=paths), current.model_dump(exclude=paths), f"{_PLAN_PREFIX}model")
 
 

@@ -32,6 +32,8 @@ from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, LauncherError, Problem
 
 _GROUP_WITH_PLUS = re.compile(rf"\+{{1,2}}({'|'.join(GROUPS)})=")
+# The data set and the time follow it in the name of a run.
+_NAME_LENGTH = 60
 _KEY_OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_][\w.\[\]-]*)=")
 
 
@@ -261,6 +263,7 @@ def _checked(cfg: Any) -> Composed:
     values = {str(k): v for k, v in _resolved(cfg, unresolved, origins).items()}
     absent += [key for key in missing_keys(origins) if key in unresolved and key not in (*absent, *replaced)]
     _unset_length_of_files(values, overrides)
+    _name_model_after_path(values, overrides)
     scalars = list(leaves(values))
     secrets = [key for key, value in scalars if looks_secret(key, value)]
     targets = [key for key, _ in scalars if "_target_" in key.split(".")]
@@ -346,6 +349,16 @@ def _unset_length_of_files(values: dict[str, Any], overrides: Sequence[str]) -> 
         chosen, other = ("max_steps", "epochs") if has_steps else ("epochs", "max_steps")
         if train.get(chosen) is not None:
             train[other] = None
+
+
+def _name_model_after_path(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Name the model after the path on the command line, where neither a name nor a file of the group is chosen there."""
+    keys = {override.split("=", 1)[0].lstrip("+") for override in overrides}
+    model = values.get("model")
+    if "model.path" in keys and keys.isdisjoint(("model", "model.name", "experiment")) and isinstance(model, dict):
+        last = str(model.get("path")).removeprefix("run:").rstrip("/").rpartition("/")[2]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", last.partition("@")[0].removesuffix(".gguf")).strip("._-")[:_NAME_LENGTH]
+        model["name"] = name or model.get("name")
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -66,7 +66,7 @@ class ModelSection(Section):
     path: Text | None = Field(
         None,
         description=(
-            "Weights to start from: a local folder (absolute, or starting with ./ or ../), a hub id such as Qwen/Qwen3-8B, "
+            "Weights to start from: a local folder, a hub id such as Qwen/Qwen3-8B, "
             "package:MODULE/FILE.gguf for a file in an installed Python package, or run:NAME for the newest checkpoint of "
             "another run; run:NAME@STEP selects a step, run:/path/of/run a run outside run.root. "
             "Unset only with init=random."
@@ -282,5 +282,5 @@ def is_run(value: str | None) -> bool:
 
 
 def is_local_path(value: str) -> bool:
-    """Return whether a value is an absolute path, or starts with ./, ../ or ~."""
-    return value.startswith(("/", "./", "../", "~")) or value in (".", "..")
+    """Return whether a value is a path: absolute, starting with ./, ../ or ~, or of more parts than a Hub id has."""
+    return value.startswith(("/", "./", "../", "~")) or value in (".", "..") or (value.count("/") > 1 and ":" not in value)

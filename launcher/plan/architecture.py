@@ -17,15 +17,6 @@ _QKV_BIAS = ("qwen2", "qwen2_moe")
 _UNKNOWN = -1
 # Config keys of architectures that transform their logits after the head, which the chunked loss does not.
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-# transformers ignores positions in their attention masks, so packed documents would attend to each other.
-_ATTEND_ACROSS_DOCUMENTS = ("gpt_oss",)
-# Their layers carry state, or convolve, from one document of a row into the next.
-_CARRY_STATE = (
-    *("bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "inkling", "inkling2", "inkling2_loop"),
-    *("jamba", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid"),
-    *("qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen4_exp", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2", "zaya"),
-)
-_STATE_LAYERS = {"linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid", "hybrid_sliding"}
 
 
 @dataclass(frozen=True)
@@ -132,22 +123,39 @@ def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | 
     )
 
 
-def architecture_problems(config: Mapping[str, Any], packing: bool) -> Iterator[Problem]:
-    """Yield why a model with this config.json cannot be trained correctly, on any device."""
-    model_type = str(config.get("model_type"))
+def architecture_problems(model: ModelFacts) -> Iterator[Problem]:
+    """Yield why this model cannot be trained correctly, on any device."""
+    model_type = str(model.config.get("model_type"))
+    yield from config_problems(model.config, "model.config")
     for name in _LOGIT_TRANSFORMS:
-        if (value := config.get(name)) not in (None, 1, 1.0):
+        if (value := model.config.get(name)) not in (None, 1, 1.0):
             what = f"this architecture transforms its logits ({name}={value}), which the chunked loss does not support"
             yield Problem(what, "model.path", model_type, "choose another model")
-    if packing and (model_type in _ATTEND_ACROSS_DOCUMENTS or carries_state(config)):
-        what = "packed documents would affect each other in this architecture"
-        yield Problem(what, "model.path", model_type, "set data.packing=false")
+    isolation = model.isolation
+    if isolation is not None and isolation.outcome == "leaks":
+        yield leak_problem(model_type, isolation.kernel, isolation.detail)
+    if isolation is not None and isolation.outcome == "unsupported":
+        message = f"this architecture has no attention by {isolation.kernel} in transformers {isolation.transformers}"
+        yield Problem(message, "model.attention", model_type, "set model.attention=eager")
 
 
-def carries_state(config: Mapping[str, Any]) -> bool:
-    """Return whether a layer's output depends on the documents before it in the same row."""
-    layers = config.get("layer_types") or ()
-    return str(config.get("model_type")).removesuffix("_text") in _CARRY_STATE or not _STATE_LAYERS.isdisjoint(layers)
+def config_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    """Yield why a model with this config.json is none whose every parameter can be trained to predict the next token."""
+    model_type = str(config.get("model_type"))
+    if config.get("is_encoder_decoder"):
+        remedy = "choose a decoder-only language model"
+        yield Problem("model.path: this is an encoder-decoder model (is_encoder_decoder)", where, model_type, remedy)
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else str(quantization)
+        message = f"model.path: the weights are quantised ({method}), and quantised weights cannot be trained"
+        yield Problem(message, where, model_type, "choose the repository with the original weights in bf16, fp16 or fp32")
+
+
+def leak_problem(model_type: str, kernel: str, detail: str) -> Problem:
+    """Return the problem of a model in which packed documents affect each other; `detail` has the measured numbers."""
+    message = f"packed documents affect each other in this architecture, with attention by {kernel}: {detail}"
+    return Problem(message, "model.path", model_type, "set data.packing=false")
 
 
 def count_params(config: dict[str, Any], facts: dict[str, Any]) -> int:

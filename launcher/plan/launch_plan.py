@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -33,10 +33,24 @@ class DeviceFacts(Record):
     host_memory_gib: float | None = None
 
 
+class IsolationVerdict(Record):
+    """Whether packed documents of a row affect each other with one attention kernel and version of transformers.
+
+    `unsupported` means that the architecture does not have the kernel; `unknown`, that no reduced model could be built, so the
+    ranks probe the loaded model. `detail` is the reason, or what was measured.
+    """
+
+    outcome: Literal["isolated", "leaks", "unsupported", "unknown"]
+    kernel: str
+    transformers: str
+    detail: str = ""
+
+
 class ModelFacts(Record):
     """The model's numbers for the planner; `path` and `tokenizer_path` are local folders, None before the download.
 
     `has_weights` is False for the folder of a run that was fetched from a mirror: its weights are in the checkpoints.
+    `isolation` is None without packing, or where nothing was probed yet.
     """
 
     path: str | None
@@ -53,6 +67,7 @@ class ModelFacts(Record):
     vocab_size: int
     tie_word_embeddings: bool
     config: dict[str, Any]
+    isolation: IsolationVerdict | None = None
 
 
 class DataFacts(Record):

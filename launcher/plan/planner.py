@@ -30,7 +30,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         # facts.resolve has chosen fp32 where bf16 is slow.
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})})
     topology = _topology(config, facts)
-    problems = [*_topology_problems(config, facts, topology), *architecture_problems(facts.model.config, config.data.packing)]
+    problems = [*_topology_problems(config, facts, topology), *architecture_problems(facts.model)]
     problems += [*optimizer_problems(config), *plan_checks.refusals(config, facts.model)]
     try:
         split = batch.split(config.train, config.data, topology.world_size, topology.device, facts.data)

@@ -54,7 +54,8 @@ def build_engine(plan: LaunchPlan, rank_info: RankInfo) -> tuple[Any, CausalLMLo
     # transformers holds a weak reference to this object: while it is alive, weights are partitioned as they load.
     partitioning = HfDeepSpeedConfig(plan.deepspeed)
     _clear_nvme(plan, rank_info)
-    model = build_model(plan.config.model, plan.model, plan.topology.device, plan.config.train.loss_chunk_tokens)
+    config = plan.config
+    model = build_model(config.model, plan.model, plan.topology.device, config.train.loss_chunk_tokens, config.data.packing)
     optimizer = build_optimizer(model.parameters_by_name().values(), plan.config.optim, plan.config.deepspeed)
     import_muon()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.deepspeed)

@@ -29,6 +29,7 @@ from launcher.train.checkpointer import compute_reference_logits
 from launcher.train.engine import join_process_group, leave_process_group
 from launcher.train.finish import OnExported, finish, write_weights
 from launcher.train.held_out_loss import HeldOutLoss
+from launcher.train.isolation import require_isolation
 from launcher.train.monitoring import bandwidth
 from launcher.train.optim import compute_learning_rate, set_learning_rate
 from launcher.train.previous_failure import find_previous_failure
@@ -76,6 +77,7 @@ def train(
         _report_ranks(run)
         loop = TrainingLoop(run, build_components(run, beat), stop)
         loop.restore()
+        loop.check_isolation()
         beat("loaded", loop.step)
         outcome = loop.run_to_end()
         loop.parts.monitor.stop()
@@ -143,6 +145,11 @@ class TrainingLoop:
             where = str(self.run.run_dir.root)
             remedy = "restore a checkpoint into this directory, or start a new run"
             raise CheckpointError("the run has neither a checkpoint nor initial weights", where=where, remedy=remedy)
+
+    def check_isolation(self) -> None:
+        """Refuse a model in which packed documents affect each other, where the plan does not know. Collective."""
+        if message := require_isolation(self.run.plan, self.parts.engine, self.parts.model, self.run.device):
+            self.run.tracker.event("info", message, self.step)
 
     def run_to_end(self) -> Outcome:
         """Train to the last step, or until any rank has a reason to stop, and save. Collective."""

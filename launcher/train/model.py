@@ -21,7 +21,6 @@ from launcher import atomic_files
 from launcher.config.schema import ModelSection
 from launcher.data.loader import IGNORED
 from launcher.errors import ConfigError
-from launcher.plan.architecture import carries_state
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.train.loss import LossHead
 from launcher.weight_files import WeightReport
@@ -99,13 +98,14 @@ def _copy_to(device: torch.device, tensor: Tensor) -> Tensor:
 
 
 def choose_attention_kernel(model: ModelSection, device: str, config: Any) -> str:
-    """Return the attention kernel of a model with this transformers config: what is set, else FlashAttention 2 or sdpa."""
+    """Return the attention kernel of a model with this transformers config: what is set, else the fastest that it has."""
     from transformers.utils import is_flash_attn_2_available
 
     if model.attention != "auto":
         return model.attention
-    can_flash = device == "cuda" and _can_flash(model, config) and is_flash_attn_2_available()
-    return "flash_attention_2" if can_flash else "sdpa"
+    if device == "cuda" and _can_flash(model, config) and is_flash_attn_2_available():
+        return "flash_attention_2"
+    return "sdpa" if _has(config, "_supports_sdpa", default=True) else "eager"
 
 
 def describe_attention(model: ModelSection, config: Any, packing: bool) -> str:
@@ -117,14 +117,19 @@ def describe_attention(model: ModelSection, config: Any, packing: bool) -> str:
 
 
 def _can_flash(model: ModelSection, config: Any) -> bool:
-    from transformers import AutoModelForCausalLM
-
     if model.dtype == "fp32" or config.model_type in _FLASH_CROSSES_DOCUMENTS:
         return False
-    return getattr(AutoModelForCausalLM._model_mapping.get(type(config), None), "_supports_flash_attn", False)
+    return _has(config, "_supports_flash_attn", default=False)
 
 
-def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_tokens: int) -> CausalLMLoss:
+def _has(config: Any, flag: str, default: bool) -> bool:
+    """Return a flag of the model class for this config; `default` where the class is not one of transformers."""
+    from transformers import AutoModelForCausalLM
+
+    return bool(getattr(AutoModelForCausalLM._model_mapping.get(type(config), None), flag, default))
+
+
+def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_tokens: int, packing: bool = True) -> CausalLMLoss:
     """Build the model that the plan names. Call it while an HfDeepSpeedConfig is alive.
 
     Raises:
@@ -154,9 +159,8 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     if model.activation_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     hf.train()
-    # With layers that carry state, rows of one flattened sequence would continue each other.
-    is_flat = kernel.startswith("flash_attention") and not carries_state(config.to_dict())
-    return CausalLMLoss(hf, flatten=is_flat)
+    # Where documents are not packed, they may affect each other, and so may the rows of a flattened batch.
+    return CausalLMLoss(hf, flatten=packing and kernel.startswith("flash_attention"))
 
 
 def _load_pretrained(path: str, model: ModelSection, **options: Any) -> Any:

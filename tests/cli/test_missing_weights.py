@@ -28,12 +28,13 @@ def test_a_model_folder_without_all_weights_is_refused_before_the_run_exists(
         f"  value:  {folder}\n"
         "  remedy: download the model folder again; model.init=random trains the whole model from random weights\n"
     )
+    isolation = "checking that packed documents do not affect each other in this model (once)\n"
     first = launch_here("train", *settings, LAUNCHER_CACHE=str(cache))
     assert (first.returncode, first.stdout) == (2, "")
-    assert first.stderr == f"comparing the weight files with the model (once)\n{refusal}"
+    assert first.stderr == f"{isolation}comparing the weight files with the model (once)\n{refusal}"
     # The result is cached: nothing is compared again, and `plan` uses it.
     for verb in ("train", "plan"):
         again = launch_here(verb, *settings, LAUNCHER_CACHE=str(cache))
         assert (again.returncode, again.stderr) == (2, refusal)
     assert not (tmp_path / "runs").exists()
-    assert [path.name for path in cache.iterdir()] == ["weight-checks"], "no data was built"
+    assert sorted(path.name for path in cache.iterdir()) == ["isolation-checks", "weight-checks"], "no data was built"

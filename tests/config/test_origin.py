@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from launcher.config.compose import Composed
 from launcher.config.origin import Origins
 from launcher.errors import Problem
 
@@ -87,3 +89,23 @@ def test_located_adds_the_origin_to_a_problem(folder: Path) -> None:
     assert located == Problem("data.path is missing", "data.path (command line)", "y", "set data.path")
     other = Problem("no host", "node-1", "", "wait")
     assert origins(folder).located(other) == other
+
+
+@pytest.mark.parametrize(
+    ("tokens", "name"),
+    [
+        (["model.path=./models/My model (1)/"], "My-model-1"),
+        (["model.path=Qwen/Qwen3-8B"], "Qwen3-8B"),
+        (["model.path=package:some_module/folder/name.Q4_1.gguf"], "name.Q4_1"),
+        (["model.path=run:first@7"], "first"),
+        (["model.path=Qwen/Qwen3-8B", "model.name=mine"], "mine"),
+        (["model=llama3_1_8b", "model.path=/models/copy"], "llama3_1_8b"),
+        ([], "smollm2_135m"),
+    ],
+)
+def test_a_run_is_named_after_a_model_that_is_given_by_its_path_alone(
+    compose: Callable[..., list[Composed]], tokens: list[str], name: str
+) -> None:
+    quoted = [token.replace("./models/My model (1)/", "'./models/My model (1)/'") for token in tokens]
+    (composed,) = compose(*quoted)
+    assert composed.config.model.name == name

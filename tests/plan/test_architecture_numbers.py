@@ -7,7 +7,7 @@ import pytest
 
 from launcher.errors import ConfigError
 from launcher.plan.architecture import architecture_problems, model_facts
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.launch_plan import IsolationVerdict, LaunchPlan
 
 # Two layers, two query heads and one key and value head of width 3, MLP of 8, vocabulary of 10, hidden size 4.
 SMALL = {
@@ -56,28 +56,26 @@ def test_a_config_without_a_language_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "config, packing, message",
+    "config, outcome, message",
     [
-        ({"model_type": "gemma2", "final_logit_softcapping": 30.0}, False, "final_logit_softcapping=30.0"),
-        ({"model_type": "granite", "logits_scaling": 8.0}, True, "logits_scaling=8.0"),
-        ({"model_type": "gpt_oss"}, True, "affect each other"),
-        ({"model_type": "gpt_oss"}, False, None),
-        ({"model_type": "qwen3_next"}, True, "affect each other"),
-        ({"model_type": "qwen3_next"}, False, None),
-        ({"model_type": "qwen3_5_text"}, True, "affect each other"),
-        ({"model_type": "unheard_of", "layer_types": ["full_attention", "linear_attention"]}, True, "affect each other"),
-        ({"model_type": "gemma3_text", "layer_types": ["full_attention", "sliding_attention"]}, True, None),
-        ({"model_type": "llama", "logit_scale": 1.0}, True, None),
+        ({"model_type": "gemma2", "final_logit_softcapping": 30.0}, None, "final_logit_softcapping=30.0"),
+        ({"model_type": "granite", "logits_scaling": 8.0}, "isolated", "logits_scaling=8.0"),
+        ({"model_type": "opt"}, "leaks", "affect each other in this architecture, with attention by sdpa: by 1 and not 0"),
+        ({"model_type": "opt"}, "unsupported", "has no attention by sdpa in transformers 5.24.0"),
+        ({"model_type": "opt"}, "unknown", None),
+        ({"model_type": "llama", "logit_scale": 1.0}, "isolated", None),
     ],
 )
 def test_architectures_that_cannot_be_trained_correctly_are_problems(
-    config: dict[str, Any], packing: bool, message: str | None
+    config: dict[str, Any], outcome: Any, message: str | None
 ) -> None:
-    problems = [problem.message for problem in architecture_problems(config, packing)]
+    verdict = outcome and IsolationVerdict(outcome=outcome, kernel="sdpa", transformers="5.24.0", detail="by 1 and not 0")
+    facts = model_facts({**SMALL, **config}, None, None, None).model_copy(update={"isolation": verdict})
+    problems = [problem.message for problem in architecture_problems(facts)]
     assert len(problems) == (message is not None)
     assert message is None or message in problems[0]
 
 
 def test_the_plan_refuses_such_an_architecture(plan_of: Callable[..., LaunchPlan]) -> None:
-    with pytest.raises(ConfigError, match=r"set data\.packing=false"):
-        plan_of("model=tiny", "model.config.model_type=gpt_oss")
+    with pytest.raises(ConfigError, match="final_logit_softcapping"):
+        plan_of("model=tiny", "+model.config.final_logit_softcapping=30.0")

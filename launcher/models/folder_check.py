@@ -1,0 +1,147 @@
+"""Check the files of a local model folder before anything starts: config.json, the index and the weight files, all at once.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher import weight_files
+from launcher.config.schema import ModelSection
+from launcher.errors import ConfigError, Problem
+from launcher.plan.architecture import config_problems, model_facts
+
+_NUM_NAMED = 3
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+def folder_problems(folder: Path, model: ModelSection) -> list[Problem]:
+    """Return everything that is wrong with the files of a model folder, without reading the data of tensors."""
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        return [_problem("model.path: the folder has no config.json", folder, "use a Hugging Face model folder")]
+    problems: list[Problem] = []
+    try:
+        config = weight_files.read_json(config_file)
+        problems += _config_problems(config, config_file, model)
+    except ConfigError as error:
+        problems += error.problems
+    return problems if model.init == "random" else [*problems, *_weight_problems(folder, model)]
+
+
+def _config_problems(config: Mapping[str, Any], file: Path, model: ModelSection) -> list[Problem]:
+    if not config.get("model_type"):
+        remedy = "use the config.json of the model; transformers chooses the architecture by this key"
+        return [Problem("model.path: config.json has no model_type", str(file), remedy=remedy)]
+    problems = list(config_problems(config, str(file)))
+    if not model.trust_remote_code:
+        problems += _code_problems(config, file)
+    # The other problems explain why numbers are missing.
+    if not problems:
+        try:
+            model_facts(dict(config), str(file), None, None)
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
+def _code_problems(config: Mapping[str, Any], file: Path) -> Iterator[Problem]:
+    """Yield why transformers cannot build this architecture without code that comes with the model."""
+    model_type, known = str(config["model_type"]), _known_types()
+    if known is None or f'"{model_type}"' in known:
+        return
+    if isinstance(config.get("auto_map"), dict):
+        message = f"model.path: the model needs its own Python code (auto_map), as transformers does not know {model_type}"
+        remedy = (
+            "read that code; then set model.trust_remote_code=true and pin model.revision to a 40-digit commit, or choose a "
+            "model that transformers knows"
+        )
+    else:
+        version = importlib.metadata.version("transformers")
+        message = f"model.path: transformers {version} does not know the architecture {model_type}"
+        remedy = "check model_type in config.json, or install a version of transformers that knows it"
+    yield Problem(message, str(file), model_type, remedy)
+
+
+def _known_types() -> str | None:
+    """Return the source text that lists the architectures of the installed transformers; None where it is not found."""
+    spec = importlib.util.find_spec("transformers")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        file = Path(folder) / "models/auto/auto_mappings.py"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+    return None
+
+
+def _weight_problems(folder: Path, model: ModelSection) -> list[Problem]:
+    index_problems = [problem for name in _INDEXES if (folder / name).is_file() for problem in _index_problems(folder / name)]
+    if index_problems:
+        return index_problems
+    try:
+        files = weight_files.weight_files(folder, model.allow_pickled_weights)
+    except ConfigError:
+        # config.json is damaged, which was reported; the files that it may name are not known.
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return [_without_weights(folder, model)]
+    missing = [file.name for file in files if not file.is_file()]
+    problems = []
+    if missing:
+        message = (
+            f"model.path: {len(missing)} of the {len(files)} files that the index names are not in the folder: {_names(missing)}"
+        )
+        problems.append(_problem(message, folder, "download the missing files again"))
+    return [*problems, *_damaged_files(folder, [file for file in files if file.is_file()])]
+
+
+def _index_problems(index: Path) -> Iterator[Problem]:
+    try:
+        shards = weight_files.read_json(index).get("weight_map")
+    except ConfigError as error:
+        yield from error.problems
+        return
+    if not isinstance(shards, dict) or not shards:
+        yield _problem(f"model.path: {index.name} has no weight_map", index, "download this file again")
+        return
+    for tensor, name in shards.items():
+        if not isinstance(name, str) or "/" in name or not name:
+            yield _problem(f"model.path: {index.name} names no file for the tensor {tensor}", index, "download this file again")
+            return
+
+
+def _damaged_files(folder: Path, files: list[Path]) -> Iterator[Problem]:
+    """Yield one problem for the files that are damaged in the same way."""
+    by_damage: dict[weight_files.FileDamage, list[str]] = {}
+    for file in files:
+        damage = weight_files.find_damage(file)
+        if damage is not None:
+            by_damage.setdefault(damage, []).append(file.name)
+    for damage, names in by_damage.items():
+        if len(names) == 1:
+            yield _problem(f"model.path: {names[0]} {damage.reason}", folder / names[0], damage.remedy)
+        else:
+            message = (
+                f"model.path: {len(names)} of the {len(files)} weight files are unusable: each {damage.reason}: {_names(names)}"
+            )
+            yield _problem(message, folder, damage.remedy)
+
+
+def _without_weights(folder: Path, model: ModelSection) -> Problem:
+    if any(folder.glob("pytorch_model*.bin")) and not model.allow_pickled_weights:
+        remedy = "convert them to safetensors, or set model.allow_pickled_weights=true if you trust their source"
+        return _problem("model.path: the weights are pickled (.bin); loading a pickle can run code", folder, remedy)
+    remedy = "use a folder with model.safetensors, or its shards and their index, or set model.init=random"
+    return _problem("model.path: the folder holds no weights", folder, remedy)
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:_NUM_NAMED]) + (f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else "")
+
+
+def _problem(message: str, path: Path, remedy: str) -> Problem:
+    return Problem(message, "model.path", str(path), remedy)

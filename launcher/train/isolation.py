@@ -1,0 +1,137 @@
+"""Measures whether the packed documents of a row affect each other in a model.
+
+One row holds three documents. A change of the first one must not move the logits of the second. A change of the third one is
+the control: attention is causal, so it moves the second by rounding alone, as a mixture-of-experts does that groups tokens in
+another way.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launcher.errors import ConfigError
+from launcher.plan.architecture import leak_problem
+from launcher.plan.launch_plan import IsolationVerdict, LaunchPlan
+from launcher.train.model import CausalLMLoss
+
+DOCUMENT_TOKENS = 16
+# The multiple of the control from which a move is no rounding.
+_FACTOR = 10.0
+# The control shows that attention is not causal from this multiple of the logits' resolution, and in types where that is coarse
+# from this share of the change of a document's own logits.
+_NOT_CAUSAL, _NOT_CAUSAL_SHARE = 1000.0, 0.01
+
+
+class NotMeasurable(Exception):
+    """The logits are not finite, or do not depend on the tokens."""
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """By how much the logits of the second document move, as absolute maxima.
+
+    `moved` is for changes of the first document, `control` for changes of the third one. `own` is by how much a changed
+    document's own logits move, `rounding` the resolution of the logits in fp32. `causal_limit` is how
+    far rounding can move the control.
+    """
+
+    moved: float
+    control: float
+    own: float
+    rounding: float
+    causal_limit: float
+
+    @property
+    def is_causal(self) -> bool:
+        """Return False if a document's logits depend on tokens after it."""
+        return self.control <= self.causal_limit
+
+    @property
+    def is_isolated(self) -> bool:
+        """Return True if documents of a row do not affect each other."""
+        return self.is_causal and self.moved <= _FACTOR * max(self.control, self.rounding)
+
+    def describe(self) -> str:
+        """Return the measured numbers as part of a sentence."""
+        if not self.is_causal:
+            return f"changing a document moves the logits of the document before it by {self.control:.2g}"
+        return (
+            f"changing a document moves the logits of the next one by {self.moved:.2g}, and rounding moves them by "
+            f"{max(self.control, self.rounding):.2g}"
+        )
+
+
+@torch.no_grad()
+def measure_isolation(
+    forward: Callable[[Tensor, Tensor], Tensor], vocab_size: int, device: torch.device, num_trials: int = 2
+) -> Isolation:
+    """Measure with 1 + 2 x `num_trials` calls of `forward`, which maps ids and positions [1, T] to logits [1, T, V].
+
+    Raises:
+        NotMeasurable: where the logits are not finite, or do not depend on the tokens.
+    """
+    length, generator = DOCUMENT_TOKENS, torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (1, 3 * length), generator=generator)
+    positions = torch.arange(length).repeat(3)[None].to(device)
+    first, second, third = (slice(i * length, (i + 1) * length) for i in range(3))
+
+    def logits(row: Tensor) -> Tensor:
+        values = forward(row.to(device), positions)[0]
+        if not torch.isfinite(values).all():
+            raise NotMeasurable("the logits are not finite")
+        return values
+
+    def changed(document: slice) -> Tensor:
+        row = ids.clone()
+        shift = torch.randint(1, vocab_size, (length,), generator=generator)
+        row[0, document] = (row[0, document] + shift) % vocab_size
+        return row
+
+    row = logits(ids)
+    resolution, before = torch.finfo(row.dtype).eps * float(row.abs().max()), row.float()
+    moved, control, own = [], [], []
+    for _ in range(num_trials):
+        after_first, after_third = logits(changed(first)).float(), logits(changed(third)).float()
+        moved.append(float((after_first - before)[second].abs().max()))
+        control.append(float((after_third - before)[second].abs().max()))
+        own.append(float((after_first - before)[first].abs().max()))
+    if min(own) == 0:
+        raise NotMeasurable("the logits do not depend on the tokens")
+    rounding = torch.finfo(torch.float32).eps * float(before.abs().max())
+    causal_limit = min(_NOT_CAUSAL * resolution, _NOT_CAUSAL_SHARE * min(own))
+    # A leak moves the logits in every trial; rounding may by chance move them in one and not in the control.
+    return Isolation(min(moved), max(control), min(own), rounding, causal_limit)
+
+
+def require_isolation(plan: LaunchPlan, engine: Any, model: CausalLMLoss, device: torch.device) -> str | None:
+    """Measure the loaded model, unless the plan has a verdict for its attention kernel; return a message on it. Collective.
+
+    Raises:
+        ConfigError: where packed documents affect each other.
+    """
+    kernel, version = model.hf.config._attn_implementation, importlib.metadata.version("transformers")
+    isolated = IsolationVerdict(outcome="isolated", kernel=kernel, transformers=version)
+    if not plan.config.data.packing or plan.model.isolation == isolated:
+        return None
+    boundaries = torch.arange(0, 3 * DOCUMENT_TOKENS + 1, DOCUMENT_TOKENS, dtype=torch.int32)
+
+    def forward(ids: Tensor, positions: Tensor) -> Tensor:
+        logits: Tensor = engine(ids, positions, None, 1.0, boundaries)
+        return logits
+
+    model.eval()
+    try:
+        isolation = measure_isolation(forward, plan.model.vocab_size, device)
+    except NotMeasurable as error:
+        return f"whether packed documents affect each other could not be measured: {error}"
+    finally:
+        model.train()
+    if not isolation.is_isolated:
+        raise ConfigError(leak_problem(str(model.hf.config.model_type), kernel, isolation.describe()))
+    return f"packed documents do not affect each other with attention by {kernel}"

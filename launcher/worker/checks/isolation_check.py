@@ -1,0 +1,92 @@
+"""Probes whether packed documents affect each other in a model: `python -m launcher.worker.checks.isolation_check`.
+
+Reads a RunConfig as JSON from standard input, stores the verdict (launcher.models.isolation_verdicts) and prints it as JSON.
+The probe computes with a small random model of the same architecture, so it needs no weights and no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Any
+
+from launcher import model_source
+from launcher.config.schema import ModelSection, RunConfig
+from launcher.errors import LauncherError
+from launcher.models import isolation_verdicts
+from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
+
+# What transformers says of a kernel that an architecture does not have.
+_UNSUPPORTED = "does not support an attention implementation"
+_CPU_KERNELS = ("auto", "sdpa", "eager")
+
+
+def check(model: ModelSection, facts: ModelFacts) -> IsolationVerdict:
+    """Probe a reduced model, store the verdict and return it.
+
+    Raises:
+        DataError: if the launcher's cache cannot be written.
+    """
+    kernel, outcome, detail = _probe(model, facts)
+    version = isolation_verdicts.transformers_version()
+    verdict = IsolationVerdict(outcome=outcome, kernel=kernel, transformers=version, detail=detail)
+    isolation_verdicts.save(facts, model, verdict)
+    return verdict
+
+
+def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
+    """Return attention kernel, outcome and detail of a verdict."""
+    if model.attention not in _CPU_KERNELS:
+        return model.attention, "unknown", f"{model.attention} needs a GPU"
+    import torch
+    from transformers import AutoConfig
+
+    from launcher.train.isolation import measure_isolation
+    from launcher.train.model import CausalLMLoss, choose_attention_kernel
+    from launcher.worker.checks import reduced_model
+
+    remote = {"trust_remote_code": model.trust_remote_code}
+    reasons = []
+    try:
+        config = AutoConfig.from_pretrained(facts.path, **remote) if facts.path else AutoConfig.for_model(**facts.config)
+        candidates = list(reduced_model.reductions(config))
+    except Exception as error:
+        return model.attention, "unknown", _describe(error)
+    kernel = choose_attention_kernel(model, "cpu", config)
+    for reduced in candidates:
+        try:
+            hf = reduced_model.build(reduced, kernel, **remote)
+            vocab_size = hf.get_input_embeddings().num_embeddings
+            isolation = measure_isolation(CausalLMLoss(hf, flatten=False).eval(), vocab_size, torch.device("cpu"))
+        except Exception as error:
+            if _UNSUPPORTED in str(error):
+                return kernel, "unsupported", ""
+            # Not every architecture can be built in every reduced size.
+            reasons.append(_describe(error))
+            continue
+        return (kernel, "isolated", "") if isolation.is_isolated else (kernel, "leaks", isolation.describe())
+    return kernel, "unknown", reasons[0]
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:200]
+
+
+def main() -> int:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    config = RunConfig.model_validate_json(sys.stdin.read())
+    try:
+        verdict = check(config.model, model_source.read_model_facts(config.model))
+    except LauncherError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        return 1
+    print(verdict.model_dump_json())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Damaged and unsuitable model folders: each fault is named with its file, and all of them at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from launcher.config.schema import ModelSection
+from launcher.errors import Problem
+from launcher.models.folder_check import folder_problems
+
+CONFIG = {"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    names = [f"model-{i}.safetensors" for i in range(6)]
+    for i, name in enumerate(names):
+        save_file({f"t{i}": torch.zeros(4, 4)}, tmp_path / name)
+    index = {"weight_map": {f"t{i}": name for i, name in enumerate(names)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def problems(folder: Path, **settings: Any) -> list[Problem]:
+    return folder_problems(folder, ModelSection(path=str(folder), **settings))
+
+
+def test_a_whole_folder_has_no_problems(folder: Path) -> None:
+    assert problems(folder) == []
+
+
+@pytest.mark.parametrize(
+    "content, message, where",
+    [
+        (b'{"a": 1,\n "b": }', "is not valid JSON: Expecting value", ":2:7"),
+        (b"", "is empty", ""),
+        (b"[1]", "holds a JSON list instead of an object", ""),
+        (b"\xff\xfe", "is not text in UTF-8: byte 0", ""),
+        (b"[" * 100_000, "is nested too deeply", ""),
+        (POINTER, "is a Git LFS pointer instead of the file", ""),
+        (b"<html>", "is an HTML page", ""),
+        (b'{"hidden_size": 4}', "has no model_type", ""),
+    ],
+)
+def test_a_damaged_config_is_named_with_line_and_column(folder: Path, content: bytes, message: str, where: str) -> None:
+    (folder / "config.json").write_bytes(content)
+    (problem,) = problems(folder)
+    assert problem.message == f"model.path: config.json {message}"
+    assert problem.where == f"{folder / 'config.json'}{where}"
+    assert problem.remedy
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"is_encoder_decoder": True, "model_type": "t5"}, "this is an encoder-decoder model"),
+        ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantised (awq)"),
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "m.C"}}, "the model needs its own Python code (auto_map)"),
+        ({"model_type": "mine"}, "does not know the architecture mine"),
+        ({"vocab_size": None}, "the model's config.json lacks vocab_size"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused_by_its_config(folder: Path, changes: dict[str, Any], message: str) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    (problem,) = problems(folder)
+    assert message in problem.message
+    assert problem.where == str(folder / "config.json")
+
+
+def test_the_code_of_a_known_architecture_is_not_needed(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "auto_map": {"AutoConfig": "m.C"}}))
+    assert problems(folder) == []
+
+
+def test_all_damaged_files_are_named_at_once(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": {"quant_method": "gptq"}}))
+    for i in (0, 1):
+        (folder / f"model-{i}.safetensors").write_bytes(POINTER)
+    (folder / "model-2.safetensors").write_bytes(b"<!DOCTYPE html>")
+    (folder / "model-3.safetensors").write_bytes(b"")
+    cut = (folder / "model-4.safetensors").read_bytes()[:-1]
+    (folder / "model-4.safetensors").write_bytes(cut)
+    (folder / "model-5.safetensors").unlink()
+    assert [problem.message.removeprefix("model.path: ") for problem in problems(folder)] == [
+        "the weights are quantised (gptq), and quantised weights cannot be trained",
+        "1 of the 6 files that the index names are not in the folder: model-5.safetensors",
+        "2 of the 5 weight files are unusable: each is a Git LFS pointer instead of the file: model-0.safetensors, "
+        "model-1.safetensors",
+        "model-2.safetensors is an HTML page",
+        "model-3.safetensors is empty",
+        f"model-4.safetensors is incomplete: it has {len(cut)} bytes, and its header describes {len(cut) + 1}; the first tensor "
+        "that is cut off is t4",
+    ]
+    assert problems(folder, init="random")[1:] == []
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"{", "is not valid JSON"),
+        (b"[]", "holds a JSON list"),
+        (b"{}", "has no weight_map"),
+        (b'{"weight_map": {"a": 1}}', "names no file for the tensor a"),
+        (b'{"weight_map": {"a": "../b.safetensors"}}', "names no file for the tensor a"),
+        (POINTER, "is a Git LFS pointer"),
+    ],
+)
+def test_a_damaged_index_is_named(folder: Path, content: bytes, message: str) -> None:
+    (folder / "model.safetensors.index.json").write_bytes(content)
+    (problem,) = problems(folder)
+    assert problem.message.startswith(f"model.path: model.safetensors.index.json {message}")

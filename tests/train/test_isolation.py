@@ -1,0 +1,73 @@
+"""Packed documents in real architectures of transformers, and what a rank does about those that affect each other."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from launcher.errors import ConfigError
+from launcher.plan.launch_plan import IsolationVerdict
+from launcher.train.isolation import NotMeasurable, measure_isolation, require_isolation
+from launcher.train.model import CausalLMLoss
+
+CPU = torch.device("cpu")
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+
+
+def build(family: str, **own: Any) -> CausalLMLoss:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **{**SIZES, **own})
+    return CausalLMLoss(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32), flatten=False).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "is_causal", "is_isolated"),
+    [
+        ("llama", {"num_key_value_heads": 2}, True, True),
+        # Its router groups other tokens when one of them changes.
+        ("qwen3_moe", {"num_key_value_heads": 2, "head_dim": 8, **EXPERTS}, True, True),
+        ("lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}, True, False),
+        ("qwen3_next", {"num_key_value_heads": 2, "layer_types": ["linear_attention", "full_attention"], **EXPERTS}, True, False),
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}, True, False),
+        ("bert", {}, False, False),
+        ("bert", {"is_decoder": True}, True, False),
+    ],
+)
+def test_documents_that_affect_each_other_are_found(family: str, own: dict[str, Any], is_causal: bool, is_isolated: bool) -> None:
+    isolation = measure_isolation(build(family, **own), 97, CPU)
+    assert (isolation.is_causal, isolation.is_isolated) == (is_causal, is_isolated), isolation
+
+
+def test_a_model_without_finite_or_varying_logits_is_not_measurable() -> None:
+    for value, reason in ((float("nan"), "not finite"), (1.0, "do not depend on the tokens")):
+        with pytest.raises(NotMeasurable, match=reason):
+            measure_isolation(lambda ids, positions, value=value: torch.full((1, ids.shape[1], 5), value), 97, CPU)
+
+
+def plan(verdict: IsolationVerdict | None, packing: bool = True) -> Any:
+    config = SimpleNamespace(data=SimpleNamespace(packing=packing))
+    return SimpleNamespace(config=config, model=SimpleNamespace(isolation=verdict, vocab_size=97))
+
+
+def verdict(kernel: str = "sdpa", outcome: Any = "isolated", version: str = transformers.__version__) -> IsolationVerdict:
+    return IsolationVerdict(outcome=outcome, kernel=kernel, transformers=version)
+
+
+def test_the_ranks_measure_what_the_plan_does_not_know() -> None:
+    model = build("opt", ffn_dim=64, word_embed_proj_dim=32).train()
+    for known in (plan(verdict()), plan(None, packing=False)):
+        assert require_isolation(known, None, model, CPU) is None
+    for unknown in (None, verdict("eager"), verdict(outcome="unknown"), verdict(version="4.0")):
+        with pytest.raises(ConfigError, match="packed documents affect each other") as error:
+            require_isolation(plan(unknown), model, model, CPU)
+        (problem,) = error.value.problems
+        assert (problem.value, problem.remedy) == ("opt", "set data.packing=false")
+    assert model.training
+    llama = build("llama", num_key_value_heads=2)
+    message = require_isolation(plan(None), llama, llama, CPU)
+    assert message == "packed documents do not affect each other with attention by sdpa"
