@@ -6,7 +6,6 @@ Imports no torch.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,12 +69,11 @@ def _code_problems(config: Mapping[str, Any], file: Path) -> Iterator[Problem]:
 
 def _known_types() -> str | None:
     """Return the source text that lists the architectures of the installed transformers; None where it is not found."""
-    spec = importlib.util.find_spec("transformers")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        file = Path(folder) / "models/auto/auto_mappings.py"
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-    return None
+    try:
+        file = importlib.metadata.distribution("transformers").locate_file("transformers/models/auto/auto_mappings.py")
+        return Path(str(file)).read_text(encoding="utf-8")
+    except (importlib.metadata.PackageNotFoundError, OSError):
+        return None
 
 
 def _weight_problems(folder: Path, model: ModelSection) -> list[Problem]:

@@ -108,7 +108,9 @@ class NodeAgent:
         rendezvous = NodeRendezvous(store, run_id, node, _MEET_DEADLINE_S, failures.is_final, failures.report_restart)
         heartbeats = heartbeat.HeartbeatTable(topology.ranks_per_node)
         os.environ[heartbeat.VARIABLE] = str(heartbeats.path)
-        watchdog = Watchdog(heartbeats, cluster.stall_seconds, cluster.timeout_minutes * 60, failures.add_stall).start()
+        watchdog = Watchdog(
+            heartbeats, cluster.stall_seconds, cluster.timeout_minutes * 60, failures.add_stall, is_whole_run=topology.nodes == 1
+        ).start()
         try:
             succeeded = elastic.run_ranks(
                 partial(self.ranks.start, self.plan_path, self.attempt),

@@ -19,12 +19,15 @@ from dataclasses import dataclass, field
 import psutil
 
 from launcher.worker.ranks.heartbeat import Beat, HeartbeatTable
+from launcher.worker.ranks.load_progress import LoadProgress
 
 _SLOWEST_STEPS = 10
 _LONGEST_INTERVAL_S = 1.0
 # The multiple of its limit after which a rank is killed: one that is behind the others, and one without a visible reason.
 _BEHIND, _UNCLEAR = 1.25, 1.5
 _JOIN_S = 5.0
+_MIN_LOAD_S = 300.0
+_LOADING = ("starting", "joined", "loaded")
 _UNABLE = {
     psutil.STATUS_STOPPED: "is stopped",
     psutil.STATUS_TRACING_STOP: "is held by a debugger",
@@ -37,11 +40,18 @@ _UNABLE = {
 class StallLimits:
     """Seconds without a heartbeat: `stall_s` while training, `rare_s` while saving, where heartbeats are rare.
 
-    There is no limit while finishing: the time of an export grows with the model, and a kill would only restart it.
+    `load_s` counts seconds without progress of any rank of a run that loads its model (launcher.worker.ranks.load_progress); a
+    rank that cannot run is killed after `stall_s` while it loads. There is no limit while finishing: the time of an export grows
+    with the model, and a kill would only restart it.
     """
 
     stall_s: float
     rare_s: float
+
+    @property
+    def load_s(self) -> float:
+        """A kernel may compile for a minute, in which the rank reads nothing."""
+        return max(self.stall_s, _MIN_LOAD_S)
 
     def of(self, beat: Beat) -> float:
         """Return the limit of a rank in the state of this heartbeat, in seconds."""
@@ -70,7 +80,7 @@ def stalled(
     """Judge the ranks in `states` (psutil's names of process states) by their last heartbeats.
 
     `among` says in messages of what they are all ranks. `now` and `since` are of time.monotonic(); silence before `since` does
-    not count. Ranks that have not begun to train are not judged: joining and loading have deadlines of their own.
+    not count. Ranks that have not begun to train are not judged here; see `stalled_in_loading`.
     """
     silent = {r: now - max(beat.at, since) for r, beat in beats.items() if r in states and beat.trained}
     lateness = {r: seconds / limits.of(beats[r]) for r, seconds in silent.items()}
@@ -91,14 +101,41 @@ def stalled(
     return StallVerdict(late)
 
 
+def stalled_in_loading(
+    beats: Mapping[int, Beat], states: Mapping[int, str], now: float, limits: StallLimits, since: float, is_whole_run: bool
+) -> StallVerdict:
+    """Judge the ranks that have not begun to train; the times in `beats` are those of the last progress.
+
+    Ranks of one node may wait for those of another to load. So without `is_whole_run` only a rank that cannot run is killed.
+    """
+    silent = {
+        r: now - max(beat.at, since) for r, beat in beats.items() if r in states and not beat.trained and beat.phase in _LOADING
+    }
+    late = {r: seconds for r, seconds in silent.items() if seconds > limits.stall_s}
+    if unable := {r: _UNABLE[states[r]] for r in late if states[r] in _UNABLE}:
+        return StallVerdict(late, unable)
+    if is_whole_run and late and len(late) == len(beats) and min(late.values()) > limits.load_s:
+        return StallVerdict(late, dict.fromkeys(late, "reads nothing, and neither does any other rank"))
+    return StallVerdict()
+
+
 class Watchdog:
     """Watches the ranks in `table` that are children of this process; calls `on_stall` with a message on those that it killed.
 
-    `stall_s` 0 watches nothing. For `rare_s` see StallLimits.
+    `stall_s` 0 watches nothing. For `rare_s` see StallLimits, for `is_whole_run` stalled_in_loading.
     """
 
-    def __init__(self, table: HeartbeatTable, stall_s: float, rare_s: float, on_stall: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        table: HeartbeatTable,
+        stall_s: float,
+        rare_s: float,
+        on_stall: Callable[[str], None],
+        is_whole_run: bool = False,
+    ) -> None:
         self._table = table
+        self._is_whole_run = is_whole_run
+        self._progress = LoadProgress()
         self._limits = StallLimits(stall_s, rare_s)
         self._on_stall = on_stall
         self._interval_s = min(_LONGEST_INTERVAL_S, stall_s / 10)
@@ -129,8 +166,11 @@ class Watchdog:
 
     def _look(self, now: float) -> None:
         beats = {r: beat for r, beat in self._table.read().items() if beat.pid not in self._done}
+        beats = self._progress.update(beats, now)
         ranks, states = _processes(beats)
         verdict = stalled(beats, states, now, self._limits, self._since)
+        if not verdict.stalled:
+            verdict = stalled_in_loading(beats, states, now, self._limits, self._since, self._is_whole_run)
         pids = {beats[r].pid for r in verdict.stalled}
         fresh, self._dumped = pids - self._dumped, pids
         for r in verdict.stalled:
@@ -170,5 +210,7 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
 def describe(beat: Beat, silent_s: float, reason: str, node: str = "") -> str:
     """Describe why a rank is killed; `node` is empty where the reader knows it."""
     activity = f"in step {beat.step + 1}" if beat.phase == "training" else f"while {beat.phase} after step {beat.step}"
+    if not beat.trained and beat.phase in _LOADING:
+        activity = "while it starts" if beat.phase == "starting" else "while the model is loaded"
     location = f" on {node}" if node else ""
     return f"rank {beat.rank}{location} (pid {beat.pid}) {reason}: no progress for {silent_s:.0f} s {activity}; killed it"

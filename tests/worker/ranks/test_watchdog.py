@@ -17,8 +17,9 @@ import pytest
 
 from launcher.errors import RunError
 from launcher.worker.ranks.heartbeat import PHASES, VARIABLE, Beat, Heartbeat, HeartbeatTable
+from launcher.worker.ranks.load_progress import LoadProgress, count_bytes
 from launcher.worker.ranks.rank_env import RankEnv
-from launcher.worker.ranks.watchdog import StallLimits, StallVerdict, Watchdog, stalled
+from launcher.worker.ranks.watchdog import StallLimits, StallVerdict, Watchdog, stalled, stalled_in_loading
 
 NOW = 100_000.0
 LIMITS = StallLimits(stall_s=60, rare_s=1800)
@@ -115,6 +116,40 @@ def test_silence_from_before_the_watchdog_resumed_does_not_count() -> None:
     assert set(judge({0: beat(900), 1: beat(900)}, since=NOW - 95).kill) == {0, 1}
 
 
+def loading(ago: float, phase: str = "joined", trained: bool = False) -> Beat:
+    return beat(ago, phase=phase, trained=trained)
+
+
+@pytest.mark.parametrize("phase", ["starting", "joined", "loaded"])
+def test_a_rank_that_cannot_run_is_killed_while_it_loads(phase: str) -> None:
+    beats, states = {0: loading(61, phase), 1: loading(61, phase)}, {0: "sleeping", 1: psutil.STATUS_STOPPED}
+    verdict = stalled_in_loading(beats, states, NOW, LIMITS, since=0.0, is_whole_run=False)
+    assert dict(verdict.kill) == {1: "is stopped"}
+    beats[1] = loading(59, phase)
+    assert stalled_in_loading(beats, states, NOW, LIMITS, since=0.0, is_whole_run=False) == StallVerdict()
+
+
+def test_ranks_that_read_nothing_are_killed_only_where_no_other_node_may_load() -> None:
+    beats = {0: loading(301), 1: loading(400)}
+    assert set(stalled_in_loading(beats, ALIVE, NOW, LIMITS, 0.0, is_whole_run=True).kill) == {0, 1}
+    assert not stalled_in_loading(beats, ALIVE, NOW, LIMITS, 0.0, is_whole_run=False).kill
+    for other in (loading(1), loading(900, trained=True), loading(900, "evaluating")):
+        assert not stalled_in_loading({**beats, 1: other}, ALIVE, NOW, LIMITS, 0.0, is_whole_run=True).kill
+    assert not stalled_in_loading(beats, ALIVE, NOW, LIMITS, since=NOW - 30, is_whole_run=True).kill
+
+
+def test_reading_and_touching_memory_are_progress(tmp_path: Path) -> None:
+    progress, here = LoadProgress(), dataclasses.replace(loading(500), pid=os.getpid())
+    assert progress.update({0: here}, NOW)[0].at == NOW
+    assert progress.update({0: here}, NOW + 1)[0].at == NOW, "nothing was read since"
+    (tmp_path / "weights").write_bytes(bytes(2 << 20))
+    (tmp_path / "weights").read_bytes()
+    assert progress.update({0: here}, NOW + 2)[0].at == NOW + 2
+    trained = dataclasses.replace(here, trained=True)
+    assert progress.update({0: trained}, NOW + 3) == {0: trained}
+    assert count_bytes(2**22 + 1) == 0
+
+
 @pytest.fixture
 def table() -> Iterator[HeartbeatTable]:
     table = HeartbeatTable(2)
@@ -168,6 +203,9 @@ def rank(table: Path, local_rank: int, way: str, log: Path) -> None:
     """What a rank does: it beats, and at its second step falls silent in the way it is told to."""
     faulthandler.register(signal.SIGQUIT, file=log.open("w"), all_threads=True, chain=False)
     heart = Heartbeat(table, local_rank, 10 + local_rank)
+    if way == "stopped while loading":
+        heart.beat("joined", 0)
+        os.kill(os.getpid(), signal.SIGSTOP)
     for step in range(3):
         heart.beat("training", step)
     if way == "behind":
@@ -240,6 +278,14 @@ def test_a_stopped_rank_is_killed_and_the_others_only_dump_their_stacks(start: S
     assert waiting.is_alive(), "elastic ends it"
     assert len(reports) == 1
     assert "waits_for_the_others" in (tmp_path / "0.log").read_text()
+
+
+def test_a_rank_that_is_stopped_while_it_loads_is_killed(start: Start, reports: list[str]) -> None:
+    (stopped,) = start("stopped while loading")
+    report = wait_for_report(reports)
+    assert report.startswith(f"rank 10 (pid {stopped.pid}) is stopped: no progress for ")
+    assert report.endswith(" s while the model is loaded; killed it")
+    assert exit_code(stopped) == -signal.SIGKILL
 
 
 def test_a_rank_behind_is_killed_with_its_stacks_in_its_log(start: Start, reports: list[str], tmp_path: Path) -> None:
