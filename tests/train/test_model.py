@@ -119,16 +119,16 @@ def test_flash_attention_receives_cu_seqlens(real: CausalLMLoss, recompute: bool
         ("bf16", "llama", False, "sdpa"),
         ("bf16", "bloom", True, "eager"),
         ("fp32", "gemma2", True, "eager"),
-        ("bf16", "gpt_neo", True, "sdpa"),
+        ("bf16", "gpt_neo", True, "eager"),
     ],
 )
 def test_flash_attention_is_chosen_where_it_is_available(
     monkeypatch: pytest.MonkeyPatch, dtype: Any, family: str, there: bool, kernel: str
 ) -> None:
-    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: there)
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda **_: there)
     section, config = ModelSection(path="/model", dtype=dtype), transformers.AutoConfig.for_model(family)
     assert choose_attention_kernel(section, "cuda", config) == kernel
-    assert choose_attention_kernel(section, "cpu", config) == ("eager" if family in ("bloom", "gemma2") else "sdpa")
+    assert choose_attention_kernel(section, "cpu", config) == ("eager" if family in ("bloom", "gemma2", "gpt_neo") else "sdpa")
     eager = ModelSection(path="/model", dtype=dtype, attention="eager")
     assert choose_attention_kernel(eager, "cuda", config) == "eager"
     config._attn_implementation = kernel
