@@ -19,6 +19,7 @@ from launcher.checkpoint.cleanup import BEING_WRITTEN, Leftover, disk_bytes, fin
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint
 from launcher.checkpoint.retention import Retention, retention_reasons
 from launcher.cli import formatting
+from launcher.cli.arguments import VerbParser
 from launcher.clusters.backends import cluster_for
 from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
@@ -68,7 +69,7 @@ def run(verb: str, tokens: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     about = "List the checkpoints of a run, why each is kept, and leftovers of unfinished saves and earlier attempts."
-    parser = argparse.ArgumentParser(prog="python -m launcher checkpoints", description=about)
+    parser = VerbParser(prog="python -m launcher checkpoints", description=about)
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
     parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
     parser.add_argument("--verify", action="store_true", help="read every file and compare it with its digest")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from pathlib import Path
 
 from launcher import run_store
+from launcher.cli.arguments import VerbParser
 from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.wandb.workspace import Target, as_json, publish
@@ -18,7 +18,7 @@ _PROJECT = re.compile(r"(?:(?P<entity>[\w.-]+)/)?(?P<project>[\w.-]+)")
 def run(verb: str, tokens: list[str]) -> int:
     """Create or update the workspace and print its address, or print what would be sent."""
     about = "Create the W&B workspace of a run or a project, or bring its panels up to date."
-    parser = argparse.ArgumentParser(prog="python -m launcher dashboard", description=about)
+    parser = VerbParser(prog="python -m launcher dashboard", description=about)
     parser.add_argument("target", metavar="RUN|PROJECT", help="name or directory of a run; or a W&B project, ENTITY/PROJECT")
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
     parser.add_argument("--dry-run", action="store_true", help="print the workspace as JSON; no network")

@@ -18,6 +18,7 @@ from pathlib import Path
 from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli import drill_report, formatting, launch
+from launcher.cli.arguments import VerbParser
 from launcher.cli.drill_report import Hit, Records, Step
 from launcher.cli.plan_view import LABEL_WIDTH, plan_lines
 from launcher.cli.resume import resume_run
@@ -92,7 +93,7 @@ def run(verb: str, tokens: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = VerbParser(
         prog="python -m launcher drill",
         usage="%(prog)s [RUN] --fault FAULT [--steps N] [--timeout MINUTES] [--json] [overrides]",
         description=(

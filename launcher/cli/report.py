@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli import charts, formatting, html_page
+from launcher.cli.arguments import VerbParser
 from launcher.cli.charts import Series
 from launcher.cli.plan_view import LABEL_WIDTH, plan_lines
 from launcher.clusters.backends import cluster_for
@@ -50,7 +50,7 @@ class _RunFiles:
 def run(verb: str, tokens: list[str]) -> int:
     """Write the page and print its path."""
     about = "Write an HTML report of one or more runs. The page is self-contained and needs no network."
-    parser = argparse.ArgumentParser(prog="python -m launcher report", description=about)
+    parser = VerbParser(prog="python -m launcher report", description=about)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="name of a run, or path of its directory")
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
     parser.add_argument(

@@ -10,6 +10,7 @@ from pathlib import Path
 from launcher import run_store
 from launcher.checkpoint import store
 from launcher.cli import formatting
+from launcher.cli.arguments import VerbParser
 from launcher.cli.follow import StatusWatch, follow
 from launcher.cli.launch import run_worker
 from launcher.cli.plan_view import started_lines
@@ -42,7 +43,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         "resume": "Continue a run from its newest checkpoint.",
         "export": "Write a checkpoint as a Hugging Face folder and compare it with the trained model.",
     }[verb]
-    parser = argparse.ArgumentParser(prog=f"python -m launcher {verb}", description=about)
+    parser = VerbParser(prog=f"python -m launcher {verb}", description=about)
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
     address = ", or its address in a mirror, URL/NAME" if verb == "resume" else ""
     parser.add_argument("run", metavar="RUN", help=f"name of the run, or path of its directory{address}")

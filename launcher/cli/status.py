@@ -16,6 +16,7 @@ from typing import Any
 
 from launcher import run_store
 from launcher.cli import formatting
+from launcher.cli.arguments import VerbParser
 from launcher.cli.follow import StatusWatch, wandb_words
 from launcher.cli.run_summary import summary
 from launcher.clusters.backends import cluster_for
@@ -59,7 +60,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         "ls": "List the runs, newest first, or those in a mirror.",
         "status": "Show state, step, loss, pace and cost of a run.",
     }
-    parser = argparse.ArgumentParser(prog=f"python -m launcher {verb}", description=about[verb])
+    parser = VerbParser(prog=f"python -m launcher {verb}", description=about[verb])
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     if verb == "ls":

@@ -235,6 +235,7 @@ def test_unknown_flags_are_refused(forked: Run, arguments: list[str]) -> None:
     done = forked(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(f"usage: python -m launcher {arguments[0]}")
+    assert ("did you mean --json?" in done.stderr) == ("--jsn" in arguments)
 
 
 def test_a_closed_pipe_is_no_error(launcher_env: dict[str, str], empty: Path) -> None:
