@@ -106,7 +106,8 @@ def local_folder(value: str) -> str:
 
 
 def _missing_folder(key: str, value: str, folder: Path) -> Problem:
-    similar = _similar_folders(folder, cutoff=0.5)
+    absent = [folder, *(parent for parent in folder.parents if not parent.exists())]
+    similar = _similar_folders(absent[-1], cutoff=0.5)
     guess = f"did you mean {' or '.join(similar)}? " if similar else ""
     remedy = f"{guess}check the path; relative ones start at {Path.cwd()}"
     reason = "this is a file, not a folder" if folder.exists() else "there is no such folder"

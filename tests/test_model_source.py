@@ -88,6 +88,8 @@ def test_a_local_folder_is_taken_before_a_hub_repository(tmp_path: Path, monkeyp
     assert problem.remedy.startswith(f"did you mean {tmp_path / 'models/good'}?")
     (problem,) = model_source.check_model(ModelSection(path="some/models/good"))
     assert problem.message == "model.path: there is no such folder", "a path of three parts is no hub id"
+    (problem,) = model_source.check_model(ModelSection(path="./modls/good"))
+    assert problem.remedy.startswith("did you mean models?")
     (tmp_path / "file").touch()
     (problem,) = model_source.check_model(ModelSection(path="./file"))
     assert problem.message == "model.path: this is a file, not a folder"
