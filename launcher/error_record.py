@@ -6,13 +6,14 @@ guard, so neither is used here (see launcher.worker.ranks.elastic).
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,44 @@ VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 @dataclass(frozen=True)
 class ErrorRecord:
-    """`message` is the exception's type and text, `at` the time in seconds since the epoch, None where the record has none."""
+    """`message` is the exception's type and text, `at` the time in seconds since the epoch, None where the record has none.
+
+    `cause` is the limit of the machine that the exception comes from, empty where none is known.
+    """
 
     message: str
     traceback: str = ""
     at: float | None = None
+    cause: str = ""
 
     @classmethod
-    def of(cls, error: BaseException) -> ErrorRecord:
+    def of(cls, error: BaseException, cause: str = "") -> ErrorRecord:
         """Describe an exception that has just been raised."""
-        return cls(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)), time.time())
+        return cls(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)), time.time(), cause)
 
     def write(self, path: Path) -> None:
         """Write the record to `path` atomically."""
-        details = {"py_callstack": self.traceback, "timestamp": str(self.at)}
-        atomic_files.write_json(path, {"message": {"message": self.message, "extraInfo": details}})
+        atomic_files.write_json(path, self._content())
+
+    def dumps(self, max_bytes: int) -> bytes:
+        """Return the record as JSON of at most `max_bytes`; texts that are too long are cut, the traceback at its beginning."""
+        record, limit = self, max_bytes
+        while len(content := json.dumps(record._content()).encode()) > max_bytes and limit:
+            limit //= 2
+            record = replace(self, message=self.message[:limit], traceback=self.traceback[-limit:], cause=self.cause[:limit])
+        return content
+
+    @classmethod
+    def loads(cls, content: bytes) -> ErrorRecord | None:
+        """Read the result of `dumps`; None where it is damaged."""
+        try:
+            return cls._of_content(json.loads(content))
+        except ValueError:
+            return None
+
+    def _content(self) -> dict[str, Any]:
+        details = {"py_callstack": self.traceback, "timestamp": str(self.at), "cause": self.cause}
+        return {"message": {"message": self.message, "extraInfo": details}}
 
     @classmethod
     def read(cls, path: Path) -> ErrorRecord | None:
@@ -48,34 +72,37 @@ class ErrorRecord:
         A damaged record counts as none: the exit code still says how the rank ended.
         """
         try:
-            content = json_records.read_json(path)
+            return cls._of_content(json_records.read_json(path))
         except LauncherError:
             return None
-        message = content.get("message")
+
+    @classmethod
+    def _of_content(cls, content: Any) -> ErrorRecord | None:
+        message = content.get("message") if isinstance(content, dict) else None
         if not isinstance(message, dict) or not isinstance(message.get("message"), str):
             return None
         extra = message.get("extraInfo")
         details: dict[str, Any] = extra if isinstance(extra, dict) else {}
-        callstack = details.get("py_callstack")
-        return cls(message["message"], callstack if isinstance(callstack, str) else "", _seconds(details.get("timestamp")))
+        callstack, cause = (text if isinstance(text := details.get(name), str) else "" for name in ("py_callstack", "cause"))
+        return cls(message["message"], callstack, _seconds(details.get("timestamp")), cause)
 
 
-def write_error_record(error: BaseException, environ: Mapping[str, str]) -> None:
-    """Write the record of `error` to the path in `environ`, if there is one.
+def write_error_record(record: ErrorRecord, environ: Mapping[str, str]) -> None:
+    """Write the record to the path in `environ`, if there is one.
 
-    Raises nothing: on a full disk the rank ends by `error` all the same, and its log has the traceback.
+    Raises nothing: on a full disk the rank ends by its exception all the same, and its log has the traceback.
     """
     path = environ.get(VARIABLE)
     if not path:
         return
     try:
-        ErrorRecord.of(error).write(Path(path))
+        record.write(Path(path))
     except Exception as problem:
         # The log may be on the same full disk.
         with suppress(OSError):
             print(f"cannot write the error record to {path}: {problem}", file=sys.stderr)
             # A rank that the agent ends now would end before Python prints it.
-            traceback.print_exception(error)
+            print(record.traceback, file=sys.stderr)
 
 
 def _seconds(value: Any) -> float | None:

@@ -80,7 +80,7 @@ class FailureRecord:
     """The failure that an attempt ended by: of a rank, or of a node's agent, whose `rank` and `exit_code` are None.
 
     `kind` is the name of the exception's class, or `killed` or `exit` for a rank that left no error record. `traceback` is empty
-    where the message says everything.
+    where the message says everything. `host` is the node where the process ran, empty where the run has one node only.
     """
 
     rank: int | None
@@ -90,11 +90,19 @@ class FailureRecord:
     exit_code: int | None = None
     traceback: str = ""
     log: str = ""
+    host: str = ""
 
     @property
     def source(self) -> str:
-        """Name the process that failed: `rank 3`, or `the node's agent`."""
-        return "the node's agent" if self.rank is None else f"rank {self.rank}"
+        """Name the process that failed: `rank 3 on n2`, or `the agent of n2`."""
+        if self.rank is None:
+            return f"the agent of {self.host}" if self.host else "the node's agent"
+        return f"rank {self.rank} on {self.host}" if self.host else f"rank {self.rank}"
+
+    @property
+    def line(self) -> str:
+        """The process that failed and the first line of the message."""
+        return f"{self.source}: {self.message.partition(chr(10))[0]}"
 
 
 @dataclass(frozen=True)
@@ -196,6 +204,17 @@ class ExportRecord:
     plan_digest: str
     dtype: str
     tensors_compared: int = 0
+
+
+@dataclass(frozen=True)
+class LostCoordinator:
+    """coordinator-lost.json: the process of the run's coordinator on Ray ended while the attempt ran."""
+
+    at: float
+
+
+def lost_coordinator_file(run: RunDir, attempt: int) -> Path:
+    return run.attempt(attempt) / "coordinator-lost.json"
 
 
 def outcome_file(run: RunDir, attempt: int) -> Path:

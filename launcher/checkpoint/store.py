@@ -23,6 +23,7 @@ from launcher import atomic_files
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, read_manifest, unreadable_error
 from launcher.checkpoint.retention import Retention, select_outdated
 from launcher.errors import CheckpointError, DamagedCheckpoint, Problem, UnreadableCheckpoint
+from launcher.plan.disk import format_size
 
 # Checkpoints that were set aside, after the user resumed from an earlier step or because of damage, are never listed again.
 SET_ASIDE_PREFIX = "aside-"
@@ -64,18 +65,20 @@ def require_free_bytes(root: Path, needed: int) -> None:
     """
     available = shutil.disk_usage(root).free
     if available < needed:
+        room = f"needed {format_size(needed)}, available {format_size(available)}"
         raise CheckpointError(
             "there is not enough free disk space for a checkpoint",
             where=str(root),
-            value=f"needed {needed:,} bytes, available {available:,} bytes; an older one is removed only after the save",
-            remedy=f"free {needed - available:,} bytes (python -m launcher checkpoints {root.parent} --prune shows what lies "
-            "here), keep fewer with checkpoint.keep_last, or put run.root on a larger disk",
+            value=f"{room}; an older one is removed only after the save",
+            remedy=f"free {format_size(needed - available)} (python -m launcher checkpoints {root.parent} --prune shows what "
+            "lies here), keep fewer with checkpoint.keep_last, or put run.root on a larger disk",
         )
 
 
 def begin_save(root: Path, *, step: int, attempt: int, needed_bytes: int) -> Path:
     """Remove what unfinished saves left behind, check the free space, and create the directory of a save (mode 0700)."""
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # The run directory itself is not made: where it has been moved, the save fails.
+    root.mkdir(mode=0o700, exist_ok=True)
     _sweep(root, attempt)
     require_free_bytes(root, needed_bytes)
     saving = saving_path(root, step, attempt)

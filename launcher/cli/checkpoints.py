@@ -22,6 +22,7 @@ from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.clusters.backends import cluster_for
 from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, RunError, SubmitError, UnreadableCheckpoint
+from launcher.plan.disk import format_size
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
@@ -222,16 +223,16 @@ def _show(run: RunDir, plan: LaunchPlan, verified: Verified, removed: Sequence[L
         print(json.dumps(values, indent=2))
         return EXIT_FAILED if has_damage else 0
     for leftover in removed:
-        print(f"removed  {leftover.path.name}: {leftover.what}, {formatting.size(leftover.bytes)}")
+        print(f"removed  {leftover.path.name}: {leftover.what}, {format_size(leftover.bytes)}")
     if removed:
-        print(f"freed    {formatting.size(num_freed_bytes)} ({num_freed_bytes:,} bytes)\n")
+        print(f"freed    {format_size(num_freed_bytes)} ({num_freed_bytes:,} bytes)\n")
     print("\n".join(_table(rows)) if rows else f"no checkpoints in {formatting.short(run.checkpoints)}")
     in_progress = [item for item in left if item.what == BEING_WRITTEN]
     removable = [item for item in left if item.what != BEING_WRITTEN]
     for items, title in ((in_progress, "a save in progress:"), (removable, "leftovers, which --prune removes:")):
         if items:
             print(f"\n{title}")
-            print("\n".join(f"  {item.path.name}: {item.what}, {formatting.size(item.bytes)}" for item in items))
+            print("\n".join(f"  {item.path.name}: {item.what}, {format_size(item.bytes)}" for item in items))
     return EXIT_FAILED if has_damage else 0
 
 
@@ -242,7 +243,7 @@ def _table(rows: Sequence[CheckpointRow]) -> list[str]:
     for row in rows:
         age = "-" if row.saved_at is None else format_duration(max(0.0, time.time() - row.saved_at))
         loss = "-" if row.eval_loss is None else f"{row.eval_loss:.4f}"
-        size = "-" if row.bytes is None else formatting.size(row.bytes)
+        size = "-" if row.bytes is None else format_size(row.bytes)
         numbers = (str(row.step), size, age, _or_dash(row.world_size), _or_dash(row.attempt), loss)
         state = f"{row.state}: {'; '.join(row.problems)}" if row.problems else row.state
         kept = "-" if row.problems else ", ".join(labels.get(reason, reason) for reason in row.kept) or "would be pruned"

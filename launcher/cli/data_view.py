@@ -13,6 +13,7 @@ from rich.text import Text
 
 from launcher.cli import formatting
 from launcher.data.checks.findings import share_text
+from launcher.plan.disk import format_size
 
 # Marks of trained text without colours: in a pipe, a file, or with NO_COLOR.
 TRAINED_MARKS = ("⟦", "⟧")
@@ -98,7 +99,7 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("end of turn", f"trained in {report['documents_with_turn_end']:,} of {report['documents']:,} documents{_ends(report)}"),
         *([("dropped", dropped)] if report["dropped_documents"] else []),
-        ("cache", f"{report['cache_dir']} ({formatting.size(report['cache_bytes'])})"),
+        ("cache", f"{report['cache_dir']} ({format_size(report['cache_bytes'])})"),
     ]
 
 

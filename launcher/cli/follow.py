@@ -222,13 +222,16 @@ def _print_failure(run: RunDir, attempt: int, status: Status) -> None:
         if failure.traceback:
             print(failure.traceback, file=sys.stderr)
         print(f"{failure.source} failed first: {failure.message}", file=sys.stderr)
-        print(f"  log:    {short(failure.log)}", file=sys.stderr)
+        if failure.log:
+            print(f"  log:    {short(failure.log)}", file=sys.stderr)
         reason = f"{failure.source}: {failure.message}"
     # The status says why the run does not continue, such as a retry budget that is used up.
     if status.message not in ("", reason):
         print(f"failed: {status.message}", file=sys.stderr)
     if not failure:
-        print(f"  log:    {short(run.attempt(attempt) / 'agent.log')}", file=sys.stderr)
+        job = run_store.read_attempt(run, attempt).job
+        logs = [run.agent_log(attempt), *([run.agent_log(attempt, job)] if job else [])]
+        print(f"  log:    {short(next((log for log in logs if log.is_file()), run.attempt(attempt)))}", file=sys.stderr)
     if store.list_checkpoints(run.checkpoints):
         print(f"  next:   python -m launcher resume {short(run.root)}", file=sys.stderr)
     elif not has_trained(run, status):

@@ -115,14 +115,6 @@ def _aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
     ]
 
 
-def size(num_bytes: int) -> str:
-    """Return a number of bytes in a suitable unit."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:.2f} {unit}"
-    return f"{num_bytes} bytes"
-
-
 def short(path: str | Path) -> str:
     """Return a path relative to the working directory, if it is below it."""
     try:

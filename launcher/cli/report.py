@@ -16,6 +16,7 @@ from launcher.cli.arguments import VerbParser
 from launcher.cli.charts import Series
 from launcher.cli.plan_view import LABEL_WIDTH, plan_lines
 from launcher.clusters.backends import cluster_for
+from launcher.plan.disk import format_size
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, Status
@@ -210,7 +211,7 @@ def _checkpoint_rows(one: _RunFiles) -> list[list[str]]:
     return [
         [
             f"{checkpoint.step:,}",
-            formatting.size(sum(entry.size for entry in checkpoint.manifest.files.values())),
+            format_size(sum(entry.size for entry in checkpoint.manifest.files.values())),
             "-" if checkpoint.manifest.eval_loss is None else f"{checkpoint.manifest.eval_loss:.4f}",
             str(checkpoint.manifest.attempt),
             str(checkpoint.manifest.world_size),

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from launcher import run_store
+from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
@@ -17,10 +17,10 @@ from launcher.cli.plan_view import started_lines
 from launcher.cli.resume import resume_run
 from launcher.clusters.backends import cluster_for
 from launcher.config.sections.fields import HUB_ID_PATTERN
-from launcher.errors import CheckpointError, SubmitError
+from launcher.errors import CheckpointError, SubmitError, printable
 from launcher.export import hub
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES
+from launcher.run_records import RUNNING_STATES, Status
 
 _LOG_POLL_S = 0.3
 
@@ -83,12 +83,13 @@ def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
         raise SubmitError(
             f"rank {arguments.rank} has no log in attempt {attempt}",
             where=str(run.rank_log(attempt, arguments.rank)),
+            value=_end_line(run, attempt, _watch(run).state()),
             remedy=f"existing logs: {', '.join(logs)}" if logs else "wait until the attempt has started",
         )
-    watch = StatusWatch(run, cluster_for(run_store.load_plan(run).config.cluster.kind))
-    offset = 0
+    watch, offset = _watch(run), 0
     while True:
-        is_running = watch.state().state in RUNNING_STATES
+        status = watch.state()
+        is_running = status.state in RUNNING_STATES
         offset = _print_from(run.rank_log(attempt, arguments.rank), offset)
         if not arguments.follow or not is_running:
             break
@@ -101,7 +102,23 @@ def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
     agent = run.attempt(attempt) / "agent.log"
     if not run.rank_log(attempt, arguments.rank).is_file() and agent.is_file():
         print(agent.read_text(errors="replace"), end="")
+    if line := _end_line(run, attempt, status):
+        print(f"\n{line}")
     return 0
+
+
+def _watch(run: RunDir) -> StatusWatch:
+    return StatusWatch(run, cluster_for(run_store.load_plan(run).config.cluster.kind))
+
+
+def _end_line(run: RunDir, attempt: int, status: Status) -> str:
+    """Return one line on how an attempt that has ended failed; empty where it runs or did not fail."""
+    message = status.message if status.state == "failed" else ""
+    if attempt != run_store.newest_attempt(run):
+        record = run_records.read_exit(run, attempt)
+        message = "" if record is None or record.state == "completed" else record.message
+    line, _, _ = printable(message).partition("\n")
+    return f"attempt {attempt} failed: {line}" if line else ""
 
 
 def _print_from(log: Path, offset: int) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +17,7 @@ from launcher.clusters.backends import NEVER_SUBMITTED
 from launcher.clusters.faults import InjectedFault
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
+from launcher.plan.disk import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 _END_DEADLINE_S = 30.0
 _CANCEL_GAP_S = 0.3
+# The records of an end need more.
+_FULL_BYTES = 64 * 1024
 
 
 class LocalCluster:
@@ -62,10 +67,7 @@ class LocalCluster:
         status = run_store.read_status(run)
         if status.state not in RUNNING_STATES:
             return status
-        message = "the node agent ended without recording a result: it was killed, or the machine restarted"
-        if problem := run_store.describe_storage_problem(run):
-            message = f"the node agent ended without recording a result{problem}"
-        return replace(status, state="failed", message=message)
+        return replace(status, state="failed", message=_silent_end(run))
 
     def await_end(self, run: RunDir) -> None:
         detached_process.await_end(run, _END_DEADLINE_S)
@@ -94,6 +96,16 @@ class LocalCluster:
         if done.returncode:
             raise RunError("the fault could not be injected", where=str(run.root), value=done.stderr.strip())
         return faults.read_report(done.stdout)
+
+
+def _silent_end(run: RunDir) -> str:
+    """Say why the agent may have ended without recording a result."""
+    if problem := run_store.describe_storage_problem(run):
+        return f"the node agent ended without recording a result{problem}"
+    with suppress(OSError):
+        if (free := shutil.disk_usage(run.root).free) < _FULL_BYTES:
+            return f"the disk of {run.root} is full ({format_size(free)} free): the node agent could not record how the run ended"
+    return "the node agent ended without recording a result: it was killed, or the machine restarted"
 
 
 def check_here(plan: LaunchPlan) -> None:

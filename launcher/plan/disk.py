@@ -9,6 +9,11 @@ from launcher.errors import Problem
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import LaunchPlan
 
+# Tokens whose logits a final checkpoint holds, for the check of an export (launcher.train.checkpointer).
+REFERENCE_TOKENS = 64
+# Headers of the files, the state of the loader and of the random generators, the manifest.
+_SMALL_FILES_BYTES = 256 * 1024
+_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 _REMEDY = "free space on this disk, or put run.root on a larger one"
 
 
@@ -24,15 +29,29 @@ def checkpoints_at_once(plan: LaunchPlan) -> int:
     return min(num_kept + 1, num_saves)
 
 
+def format_size(num_bytes: int) -> str:
+    """Return a number of bytes in a suitable unit."""
+    return next((f"{num_bytes / factor:,.2f} {unit}" for unit, factor in _UNITS if num_bytes >= factor), f"{num_bytes} bytes")
+
+
+def needed_bytes(plan: LaunchPlan, count: int = 1) -> int:
+    """Return the bytes that `count` checkpoints take on disk, the last of the run among them.
+
+    Each holds states and small files, the last one also the reference logits for the check of an export.
+    """
+    logit_bytes = 4 if plan.config.model.dtype == "fp32" else 2
+    return count * (plan.checkpoint_bytes + _SMALL_FILES_BYTES) + REFERENCE_TOKENS * plan.model.vocab_size * logit_bytes
+
+
 def refusal(plan: LaunchPlan, available: int) -> Problem | None:
     """Return the problem where not even one checkpoint fits; None where one does."""
-    needed = plan.checkpoint_bytes
+    needed = needed_bytes(plan)
     if available >= needed:
         return None
     return Problem(
         "the disk of the run directory has no room for a single checkpoint",
         where=f"run.root, {plan.run_dir}",
-        value=f"needed {needed:,} bytes, available {available:,} bytes",
+        value=f"needed {format_size(needed)}, available {format_size(available)}",
         remedy=_REMEDY,
     )
 
@@ -40,11 +59,11 @@ def refusal(plan: LaunchPlan, available: int) -> Problem | None:
 def note(plan: LaunchPlan, available: int, present: int) -> str | None:
     """Return a note where fewer checkpoints fit than will be kept; None where all fit. `present` of them exist already."""
     count = max(1, checkpoints_at_once(plan) - present)
-    needed = count * plan.checkpoint_bytes
+    needed = needed_bytes(plan, count)
     if available >= needed:
         return None
     more = f"{count}{' more' if present else ''} checkpoint{'s' if count > 1 else ''}"
     return (
-        f"the disk of the run directory has {available:,} bytes free and needs {needed:,} for {more}, including the one that "
-        "is written before an older one is removed: free space, lower checkpoint.keep_last, or move run.root"
+        f"the disk of the run directory has {format_size(available)} free and needs {format_size(needed)} for {more}, including "
+        "the one that is written before an older one is removed: free space, lower checkpoint.keep_last, or move run.root"
     )

@@ -31,13 +31,19 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True)
 class AttemptEnd:
-    """How one attempt ended; the steps are those of the newest checkpoint at its start and at its end, None without one."""
+    """How one attempt ended.
+
+    `began_step` and `saved_step` are those of the newest checkpoint at its start and at its end, None without one. `exception` is
+    the class of the Python exception that ended it after `step`, empty where a signal, a hang or a lost node did.
+    """
 
     cause: Cause
     began_step: int | None
     saved_step: int | None
     message: str = ""
     bad_nodes: tuple[str, ...] = ()
+    exception: str = ""
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class Decision:
 # Consecutive preemptions and changes of size without a newer checkpoint after which a run ends: it never keeps its machines for
 # long enough.
 MOST_FRUITLESS_PREEMPTIONS = 20
+# The first failure and two resumes from one checkpoint: the same exception at the same step is then no accident.
+_NUM_REPEATS = 3
 _FINAL = {Cause.COMPLETED: "completed", Cause.CANCELLED: "cancelled", Cause.LIMIT: "preempted"}
 _FAILED_MACHINES = (Cause.INFRASTRUCTURE, Cause.BAD_NODE)
 _TAKEN_AWAY = (Cause.PREEMPTED, Cause.RESIZED)
@@ -66,14 +74,15 @@ def decide(last: AttemptEnd, history: Sequence[AttemptEnd], budgets: ManagedSect
     """Decide what follows an attempt; `history` has the ends of the attempts before it, oldest first.
 
     A run continues after preemptions, time limits and failures of machines while each cause stays within its budget and newer
-    checkpoints are written. A user error ends the run at once: the next attempt would fail in the same way.
+    checkpoints are written. A user error ends the run at once: the next attempt would fail in the same way. So does an exception
+    that has come back at the same step after two resumes from one checkpoint.
     """
     if last.cause in _FINAL:
         return Decision(False, _FINAL[last.cause], last.message)
     if last.cause is Cause.USER_ERROR:
         return Decision(False, "failed", last.message)
     attempts = [*history, last]
-    reason = _spent(attempts, budgets) or _stuck(attempts, budgets.max_no_progress)
+    reason = _repeated(attempts) or _spent(attempts, budgets) or _stuck(attempts, budgets.max_no_progress)
     if reason:
         return Decision(False, "failed", "; ".join(filter(None, (last.message, reason))))
     # A check may fail temporarily: a run that has begun gets one more attempt with the same nodes.
@@ -82,6 +91,24 @@ def decide(last: AttemptEnd, history: Sequence[AttemptEnd], budgets: ManagedSect
         return Decision(False, "failed", f"{last.message}; {budgets.bad_node_remedy}")
     bad_nodes = dict.fromkeys(node for attempt in attempts[_newest_progress(attempts) :] for node in attempt.bad_nodes)
     return Decision(True, "pending", last.message, tuple(bad_nodes) if budgets.leaves_out_bad_nodes else ())
+
+
+def _repeated(attempts: Sequence[AttemptEnd]) -> str:
+    """Return the message where the last attempts ended by the same exception at the same step; empty otherwise."""
+    last = attempts[-1]
+    if not last.exception or last.began_step != last.saved_step:
+        return ""
+    # Failures of machines in between say nothing about the exception.
+    others = [attempt for attempt in attempts if attempt.cause not in _OF_THE_MACHINES][-_NUM_REPEATS:]
+    same = [
+        attempt
+        for attempt in others
+        if (attempt.exception, attempt.step, attempt.saved_step) == (last.exception, last.step, last.saved_step)
+    ]
+    if len(same) < _NUM_REPEATS:
+        return ""
+    start = "the initial weights" if last.saved_step is None else f"the checkpoint of step {last.saved_step}"
+    return f"{last.exception} in step {last.step + 1} of {_NUM_REPEATS} attempts, two of them resumed from {start}: it repeats"
 
 
 def _spent(attempts: Sequence[AttemptEnd], budgets: ManagedSection) -> str:

@@ -75,6 +75,10 @@ class RunDir:
         """The liveness file of a driver, for commands on other machines."""
         return self.root / "driver.json"
 
+    def agent_log(self, attempt: int, job: str | None = None) -> Path:
+        """The output of the process that runs an attempt: of a scheduler's job, or of the agent or driver on one machine."""
+        return self.jobs / job / f"{job}_0_log.out" if job else self.attempt(attempt) / "agent.log"
+
     def rank_log(self, attempt: int, rank: int) -> Path:
         return self.attempt(attempt) / f"rank-{rank:05d}.log"
 

@@ -198,9 +198,12 @@ def read_events(path: str | Path) -> list[dict[str, Any]]:
 
 def append_event(run: RunDir, attempt: int, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
     """Append an event from a process other than the one that trains: in one write, so that lines never mix."""
-    descriptor = os.open(run.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    descriptor = os.open(run.events, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(descriptor, _event_line(attempt, kind, text, step, fields).encode())
+        size = os.fstat(descriptor).st_size
+        # A full disk leaves a torn line, which readers skip with all that follows on it.
+        is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, ("\n" * is_torn + _event_line(attempt, kind, text, step, fields)).encode())
     finally:
         os.close(descriptor)
 

@@ -12,11 +12,9 @@ import torch
 from launcher.checkpoint.saver import Saved, Saver
 from launcher.data.cache import Split
 from launcher.errors import CheckpointError, LauncherError, Superseded
+from launcher.plan.disk import REFERENCE_TOKENS
 from launcher.tracking.tracker import Composite
 from launcher.train.model import CausalLMLoss
-
-# Tokens whose logits are stored in the last checkpoint, for the export's parity check.
-_REFERENCE_TOKENS = 64
 
 
 class Checkpointer:
@@ -128,7 +126,7 @@ def compute_reference_logits(engine: Any, model: CausalLMLoss, split: Split, dev
     Returns `input_ids` [1, T], `position_ids` [1, T] and `logits` [1, T, V], on the CPU.
     """
     # Not the whole row: these tokens are in the block that was verified when the split was opened, so reading them cannot fail.
-    row = torch.from_numpy(split.tokens[: min(split.rows[1], _REFERENCE_TOKENS)].astype("int64"))[None]
+    row = torch.from_numpy(split.tokens[: min(split.rows[1], REFERENCE_TOKENS)].astype("int64"))[None]
     positions = torch.arange(row.shape[1])[None]
     model.eval()
     logits = engine(row.to(device), positions.to(device))

@@ -9,6 +9,7 @@ ask the ranks to save before they stop, the watchdog for ranks that hang, and th
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -28,11 +29,13 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import ExitRecord, FailureRecord, exit_file
 from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART
-from launcher.worker import failure_record, postmortem
+from launcher.worker import disk_reserve, failure_record, postmortem
 from launcher.worker.checks import network
+from launcher.worker.limits import LimitEvents, cause_of
 from launcher.worker.mirror_process import MirrorProcess
-from launcher.worker.ranks import heartbeat
+from launcher.worker.ranks import error_memory, heartbeat
 from launcher.worker.ranks.cache_folders import find_writable_caches
+from launcher.worker.ranks.error_memory import ErrorMemory
 from launcher.worker.ranks.rank_env import NodeInfo
 from launcher.worker.ranks.rank_process import RankProcesses
 from launcher.worker.ranks.watchdog import Watchdog
@@ -88,10 +91,11 @@ class NodeAgent:
         self.stopper.disarm()
         self.ranks.close()
 
-    def run_ranks(self, node: NodeInfo, store: Any = None) -> FailureRecord | None:
+    def run_ranks(self, node: NodeInfo, store: Any = None, job: str | None = None) -> FailureRecord | None:
         """Run the ranks of this node to their end; returns the first failure or None.
 
-        `store` is the TCPStore that the nodes of the job share; None where there is one node.
+        `store` is the TCPStore that the nodes of the job share; None where there is one node. `job` is the scheduler's, whose
+        output is that of this process.
         """
         from torch.distributed import TCPStore
 
@@ -101,13 +105,18 @@ class NodeAgent:
         topology, cluster = self.plan.topology, self.plan.config.cluster
         _set_network_interface(node.interface)
         folder = self.run.attempt(self.attempt) / "elastic" / f"node-{node.node:05d}"
-        folder.mkdir(parents=True, exist_ok=True)
+        # The attempt's own folder is not made: the run directory may have been moved since.
+        folder.parent.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         store = store or TCPStore(node.address, 0, None, True, wait_for_workers=False)
         run_id = f"{self.plan.wandb_id}-{self.attempt}"
-        failures = _FailureLog(self.run, self.attempt, node.hosts[node.node])
-        rendezvous = NodeRendezvous(store, run_id, node, _MEET_DEADLINE_S, failures.is_final, failures.report_restart)
+        failures = _FailureLog(self.run, self.attempt, node, self.run.agent_log(self.attempt, job))
+        rendezvous = NodeRendezvous(
+            store, run_id, node, _MEET_DEADLINE_S, failures.is_final, failures.describe_own, failures.report_restart
+        )
         heartbeats = heartbeat.HeartbeatTable(topology.ranks_per_node)
-        os.environ[heartbeat.VARIABLE] = str(heartbeats.path)
+        errors = ErrorMemory(topology.ranks_per_node)
+        os.environ |= {heartbeat.VARIABLE: str(heartbeats.path), error_memory.VARIABLE: str(errors.path)}
         watchdog = Watchdog(
             heartbeats, cluster.stall_seconds, cluster.timeout_minutes * 60, failures.add_stall, is_whole_run=topology.nodes == 1
         ).start()
@@ -120,6 +129,7 @@ class NodeAgent:
                 address=node.address,
                 folder=folder,
                 on_failure=failures.set_exits,
+                errors=errors,
             )
             return None if succeeded else failures.first()
         except Exception as error:
@@ -127,6 +137,7 @@ class NodeAgent:
         finally:
             watchdog.stop()
             heartbeats.close()
+            errors.close()
             self._remove_offloaded_states()
 
     def _remove_offloaded_states(self) -> None:
@@ -136,12 +147,17 @@ class NodeAgent:
 
 
 class _FailureLog:
-    """The failures of this node's ranks: how they ended last, and the watchdog's messages since the last restart."""
+    """The failures of this node's ranks since their last start: how they ended, the watchdog's messages, and the limits reached.
 
-    def __init__(self, run: RunDir, attempt: int, host: str) -> None:
-        self._run, self._attempt, self._host = run, attempt, host
+    `log` is the file with the agent's output.
+    """
+
+    def __init__(self, run: RunDir, attempt: int, node: NodeInfo, log: Path) -> None:
+        self._run, self._attempt, self._log = run, attempt, log
+        self._host = node.hosts[node.node] if len(node.hosts) > 1 else ""
         self._exits: list[failure_record.RankExit] = []
         self._stalls: list[str] = []
+        self._limits = LimitEvents.read()
 
     def set_exits(self, exits: list[failure_record.RankExit]) -> None:
         self._exits = exits
@@ -150,13 +166,19 @@ class _FailureLog:
         self._stalls.append(message)
         print(message, flush=True)
 
-    def report_restart(self, count: int) -> None:
-        """Write an alert that all ranks are restarted for the `count`-th time, and why."""
-        reason = failure_record.describe_restart(self._exits, self._run, self._attempt, self._stalls)
-        # Later failures have other reasons.
-        self._stalls.clear()
+    def describe_own(self) -> str:
+        """Return the first failure of this node's ranks as JSON, empty where none failed, and forget it: later ones differ."""
+        failure = self.first() if self._exits else None
+        self._exits, self._stalls, self._limits = [], [], LimitEvents.read()
+        return "" if failure is None else json.dumps(json_records.encode(failure))
+
+    def report_restart(self, count: int, failures: list[str]) -> None:
+        """Write an alert that all ranks are restarted for the `count`-th time, and why; `failures` come from all nodes."""
+        records = [json_records.decode(FailureRecord, json.loads(text), "the store") for text in failures if text]
+        first = failure_record.first_of(records)
+        reason = first.line if first is not None else "torch's elastic agent reported no failed rank"
         with suppress(OSError):
-            text = f"all ranks are restarted (restart {count}), because ranks failed on {self._host}: {reason}"
+            text = f"all ranks are restarted (restart {count}): {reason}"
             append_event(self._run, self._attempt, "alert", text, **{RESTART: count})
 
     def is_final(self) -> bool:
@@ -164,7 +186,9 @@ class _FailureLog:
         return failure_record.read_final(self._run, self._attempt) is not None
 
     def first(self) -> FailureRecord:
-        return failure_record.from_rank_exits(self._exits, self._run, self._attempt, self._stalls)
+        limit = LimitEvents.read().cause_since(self._limits)
+        failure = failure_record.from_rank_exits(self._exits, self._run, self._attempt, self._stalls, limit)
+        return replace(failure, host=self._host)
 
     def from_exception(self, error: Exception) -> FailureRecord:
         """Return the failure behind an exception of torch's agent: the final one of a rank, or the agent's own."""
@@ -172,9 +196,10 @@ class _FailureLog:
 
         final = failure_record.read_final(self._run, self._attempt) if isinstance(error, RendezvousClosedError) else None
         if final is not None:
-            return failure_record.from_final(self._run, self._attempt, final)
+            return replace(failure_record.from_final(self._run, self._attempt, final), host=self._host)
         # Rendezvous, resources and the like: no rank is to blame.
-        return failure_record.from_exception(error, self._run.attempt(self._attempt))
+        failure = failure_record.from_exception(error, self._log, limit=cause_of(error, self._run.root))
+        return replace(failure, host=self._host)
 
 
 def _set_network_interface(interface: str | None) -> None:
@@ -193,6 +218,7 @@ def main(plan_path: str, attempt: int) -> int:
     run_store.write_attempt(run, attempt, replace(run_store.read_attempt(run, attempt), begun_at=agent.started_at))
     run_store.update_status(run, state="running", attempt=attempt, job=detached_process.describe_this_process(), message="")
     detached_process.start_liveness_file(run)
+    disk_reserve.keep(run, attempt)
     mirror = agent.start_mirror()
     node = NodeInfo(0, (network.node_name(),), "127.0.0.1", None)
     failure = None if stopper.requested else agent.run_ranks(node)
@@ -204,7 +230,9 @@ def main(plan_path: str, attempt: int) -> int:
 def _conclude(agent: NodeAgent, mirror: MirrorProcess | None, record: ExitRecord) -> int:
     """Record the end of the attempt, wait for the mirror, and only then end the run; returns the exit code."""
     run, attempt = agent.run, agent.attempt
-    json_records.write(exit_file(run, attempt), record)
+    disk_reserve.release_if_full(run, attempt)
+    with suppress(OSError):
+        json_records.write(exit_file(run, attempt), record)
     if record.state == "failed":
         with suppress(OSError):
             append_event(run, attempt, "alert", f"the attempt failed: {record.message}", record.step)
@@ -214,6 +242,7 @@ def _conclude(agent: NodeAgent, mirror: MirrorProcess | None, record: ExitRecord
     with suppress(OSError):
         json_records.write(exit_file(run, attempt), replace(record, ended_at=time.time()))
     run_store.update_status(run, state=record.state, message=record.message)
+    disk_reserve.release(run, attempt)
     close_wandb_run(agent.plan, agent.plan_path, run, attempt)
     return 0 if record.state == "completed" else 130 if record.state in ("cancelled", "preempted") else 1
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,22 @@ from launcher.worker.signals import DISMISSED
 _TRACEBACK_LINES = 40
 # What torch's elastic agent waits between TERM and KILL.
 _ELASTIC_KILL_DELAY_S = 30
+# What gloo, NCCL and the kernel report where the other end of a connection is gone: the consequence of another failure.
+PEER_LOST = re.compile(
+    r"connection (closed|reset) by peer|broken pipe|connection timed out|no route to host"
+    r"|remote process exited|ncclRemoteError|unhandled system error|ncclSystemError",
+    re.IGNORECASE,
+)
+# All ranks raise what one of them could not do; its problem names the rank (launcher.distributed.to_problems).
+_CULPRIT = re.compile(r"^  where:  rank (\d+)\b", re.MULTILINE)
+_HINTS: dict[int, str] = {
+    signal.SIGSEGV: "a segmentation fault; its log ends with the stacks",
+    signal.SIGBUS: "memory that is backed by a file was not there: a full disk, a full /dev/shm, or failing storage",
+    signal.SIGABRT: "a library gave up; its log says why",
+    signal.SIGILL: "an instruction that this CPU lacks",
+    signal.SIGXCPU: "the limit on CPU time, ulimit -t",
+    signal.SIGXFSZ: "the limit on file sizes, ulimit -f",
+}
 _EXPECTED = {kind.__name__ for kind in (*WOULD_REPEAT, CheckpointError, RunError, Superseded)}
 
 
@@ -43,33 +59,52 @@ class RankExit:
         """Describe the end by the exit code alone."""
         if self.exit_code >= 0:
             return f"ended with exit code {self.exit_code} and left no record of an error"
-        return f"killed by {_signal_name(-self.exit_code)}"
+        hint = _HINTS.get(-self.exit_code)
+        return f"killed by {_signal_name(-self.exit_code)}" + (f" ({hint})" if hint else "")
+
+    @property
+    def is_consequence(self) -> bool:
+        """True where the rank only lost its connection to another one, or reports what another one could not do."""
+        return self.error is not None and bool(PEER_LOST.search(self.error.message) or self.culprit != self.rank)
+
+    @property
+    def culprit(self) -> int:
+        """The rank that failed by the error record, which may be another one."""
+        match = _CULPRIT.search(self.error.message) if self.error is not None else None
+        return int(match[1]) if match else self.rank
 
 
-def from_rank_exits(exits: Sequence[RankExit], run: RunDir, attempt: int, stalls: Sequence[str] = ()) -> FailureRecord:
+def from_rank_exits(
+    exits: Sequence[RankExit], run: RunDir, attempt: int, stalls: Sequence[str] = (), limit: str = ""
+) -> FailureRecord:
     """Return the first failure among the exits of a node's ranks.
 
     A rank that a signal killed precedes ranks that lost their connection to it. `stalls` are the watchdog's messages on the ranks
-    that it killed.
+    that it killed, `limit` is the limit that the kernel has enforced meanwhile (launcher.worker.limits).
     """
     earliest = min(end.at for end in exits)
 
-    def order(end: RankExit) -> tuple[bool, bool, float, int]:
+    def order(end: RankExit) -> tuple[bool, bool, bool, float, int]:
         # After the first failure the agent itself kills the others, 30 s after its TERM.
         killed = end.is_killed and end.at - earliest < _ELASTIC_KILL_DELAY_S / 2
-        return end.exit_code == DISMISSED, not killed, end.at, end.rank
+        return end.exit_code == DISMISSED, not killed, end.is_consequence, end.at, end.rank
 
-    return _from_exit(min(exits, key=order), run, attempt, stalls)
-
-
-def from_exit_code(
-    run: RunDir, attempt: int, rank: int, exit_code: int, error_file: Path, stalls: Sequence[str] = ()
-) -> FailureRecord:
-    """Return the failure of one rank from its exit code and from the error record that it left in `error_file`."""
-    return _from_exit(RankExit(rank, exit_code, time.time(), ErrorRecord.read(error_file)), run, attempt, stalls)
+    return from_exit(min(exits, key=order), run, attempt, stalls, limit)
 
 
-def _from_exit(end: RankExit, run: RunDir, attempt: int, stalls: Sequence[str]) -> FailureRecord:
+def first_of(failures: Iterable[FailureRecord]) -> FailureRecord | None:
+    """Return the failure of one node that caused those of the others; None without any."""
+
+    def order(failure: FailureRecord) -> tuple[bool, bool, bool, float]:
+        # A rank's own record precedes what agents report about each other; clocks of nodes differ, so times come last.
+        is_consequence = PEER_LOST.search(failure.message) is not None
+        return failure.rank is None, failure.kind != "killed", is_consequence, failure.at or 0.0
+
+    return min(failures, key=order, default=None)
+
+
+def from_exit(end: RankExit, run: RunDir, attempt: int, stalls: Sequence[str] = (), limit: str = "") -> FailureRecord:
+    """Return the failure of one rank; the limit of the machine that it comes from is named first."""
     kind, message, trace = "killed" if end.is_killed else "exit", end.description, ""
     if end.error is not None:
         message, trace = end.error.message, end.error.traceback
@@ -77,16 +112,17 @@ def _from_exit(end: RankExit, run: RunDir, attempt: int, stalls: Sequence[str]) 
         if kind in _EXPECTED:
             # The message says everything; the rank's log has the traceback.
             message, trace = text, ""
+        limit = end.error.cause or (limit if not PEER_LOST.search(message) and kind not in _EXPECTED else "")
     elif end.exit_code == -signal.SIGKILL and stalls:
-        message = stalls[-1]
+        message, limit = stalls[-1].removeprefix(f"rank {end.rank} "), ""
     return FailureRecord(
-        rank=end.rank,
+        rank=end.culprit,
         kind=kind,
-        message=message,
+        message=f"{limit}: {message}" if limit else message,
         at=end.at,
         exit_code=end.exit_code,
         traceback="\n".join(trace.splitlines()[-_TRACEBACK_LINES:]),
-        log=str(run.rank_log(attempt, end.rank)),
+        log=str(run.rank_log(attempt, end.culprit)),
     )
 
 
@@ -96,20 +132,10 @@ def from_final(run: RunDir, attempt: int, final: FinalFailure) -> FailureRecord:
     return FailureRecord(final.rank, final.kind, final.message, at=final.at, exit_code=1, log=log)
 
 
-def from_exception(error: Exception, folder: Path, at: float | None = None) -> FailureRecord:
-    """Return the failure of a node's agent, which no rank is to blame for; `folder` is the attempt's."""
-    return FailureRecord(None, type(error).__name__, describe(error), at=at, log=str(folder / "agent.log"))
-
-
-def describe_restart(exits: Sequence[RankExit], run: RunDir, attempt: int, stalls: Sequence[str]) -> str:
-    """Say in one line why a node's ranks are restarted: the watchdog's message, or else the first failure."""
-    if stalls:
-        return stalls[-1]
-    if not exits:
-        return "torch's elastic agent reported no failed rank"
-    first = from_rank_exits(exits, run, attempt)
-    line, *_ = first.message.split("\n", 1)
-    return f"{first.source}: {line}"
+def from_exception(error: Exception, log: Path, at: float | None = None, limit: str = "") -> FailureRecord:
+    """Return the failure of a node's agent, which no rank is to blame for; `log` is the file with the agent's output."""
+    message = f"{limit}: {describe(error)}" if limit else describe(error)
+    return FailureRecord(None, type(error).__name__, message, at=at, log=str(log))
 
 
 def read_final(run: RunDir, attempt: int) -> FinalFailure | None:

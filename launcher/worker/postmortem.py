@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from launcher.plan.retry import AttemptEnd, Cause, Decision, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, ExitRecord, FailureRecord, NodeRecord, OutcomeRecord
 from launcher.tracking.metrics_tail import newest_trained_step
+from launcher.worker import failure_record
 from launcher.worker.checks import node_check
 from launcher.worker.signals import CANCEL, PREEMPT
 
@@ -22,23 +24,21 @@ from launcher.worker.signals import CANCEL, PREEMPT
 _SIGNAL_SPREAD_S = 90.0
 # As in `srun: error: n1: task 1: Exited with exit code 7`; a task that a signal ended is another matter.
 _SRUN_ERROR = re.compile(r"srun: error: ([\w.-]+): tasks? [\d,-]+: (Exited with exit code \d+)")
+# As in `srun: error: n1: task 1: Killed`; the first of them is the cause, since srun then ends the tasks of the other nodes.
+_SRUN_SIGNAL = re.compile(r"srun: error: ([\w.-]+): tasks? [\d,-]+: (Killed|Segmentation fault|Aborted|Bus error|Out Of Memory)")
+_SRUN_NODE_FAILURE = re.compile(r"Node failure on ([\w.-]+)")
 # As Slurm's accounting, its cgroup plugin and the kernel name it.
 _OUT_OF_MEMORY = re.compile(r"exceeded memory limit|oom_kill|oom-kill|Out Of Memory", re.IGNORECASE)
 _FINAL = tuple(kind.__name__ for kind in WOULD_REPEAT)
 # What an agent raises before it starts its ranks, because its node lacks something.
 _NODE_ERRORS = ("RunError", "SlurmError")
-# What gloo, NCCL and the kernel report where the other end of a connection is gone: the consequence of another failure.
-_PEER_LOST = re.compile(
-    r"connection (closed|reset) by peer|broken pipe|connection timed out|no route to host"
-    r"|remote process exited|ncclRemoteError|unhandled system error|ncclSystemError",
-    re.IGNORECASE,
-)
 # What CUDA and the driver report of a broken GPU, and the kernel of broken shared storage. A full disk is none of these.
 _HARDWARE = re.compile(
     r"uncorrectable ECC|\bXid\b|fallen off the bus|GPU is lost|stale file handle|input/output error|ESTALE|\bEIO\b",
     re.IGNORECASE,
 )
 # Slurm's states of a job that lost its machines, and the state of Ray workers that are replaced by another number of workers.
+_REQUEUED = ("PENDING", "REQUEUED")
 _TAKEN = {"TIMEOUT": Cause.TIME_LIMIT, "PREEMPTED": Cause.PREEMPTED, "RESIZED": Cause.RESIZED}
 
 
@@ -100,7 +100,15 @@ def conclude(
 ) -> Conclusion:
     """Judge attempt `number` and decide what follows; the arguments are those of `judge`."""
     ending = judge(run, number, attempt, state, section.save_lead_s or 0.0, exit_code, lost_nodes)
-    ended = AttemptEnd(ending.cause, attempt.resume_step, store.newest_step(run.checkpoints), ending.message, ending.bad_nodes)
+    ended = AttemptEnd(
+        ending.cause,
+        attempt.resume_step,
+        store.newest_step(run.checkpoints),
+        ending.message,
+        ending.bad_nodes,
+        _exception(ending.cause, ending.first_failure),
+        ending.step,
+    )
     return Conclusion(ending, ended, decide(ended, history(run, number), section))
 
 
@@ -142,7 +150,21 @@ def _from_record(run: RunDir, number: int, record: ExitRecord) -> AttemptEnd:
     if record.cause is None:
         path = str(run_records.exit_file(run, number))
         raise RunError("a record of the run is damaged: this field is missing", where=f"{path}: cause", remedy="remove the file")
-    return AttemptEnd(record.cause, record.began_step, record.saved_step, record.message, record.bad_nodes)
+    return AttemptEnd(
+        record.cause,
+        record.began_step,
+        record.saved_step,
+        record.message,
+        record.bad_nodes,
+        _exception(record.cause, record.first_failure),
+        record.step,
+    )
+
+
+def _exception(cause: Cause, failure: FailureRecord | None) -> str:
+    """Return the class of the exception that ended an attempt; empty where it was none of the training itself."""
+    is_exception = failure is not None and failure.rank is not None and failure.kind not in ("killed", "exit")
+    return failure.kind if failure is not None and is_exception and cause is Cause.FAILURE else ""
 
 
 def judge(
@@ -162,7 +184,7 @@ def judge(
     """
     ending = _judge(run, number, attempt, state, lead_s, exit_code, lost_nodes)
     if ending.cause is Cause.INFRASTRUCTURE and _OUT_OF_MEMORY.search(_job_output(run, number, attempt)):
-        return replace(ending, message=f"{ending.message}; a memory limit was exceeded: raise cluster.mem")
+        return replace(ending, message=f"a memory limit was exceeded (raise cluster.mem): {ending.message}")
     return ending
 
 
@@ -189,9 +211,15 @@ def _judge(
         return Ending(Cause.CANCELLED, step, f"cancelled at step {step} without saving")
     if problems := [problem for record in records for problem in record.problems]:
         return _from_problems(problems, attempt, step)
-    failures = {attempt.nodes[node]: record.first_failure for node, record in by_node.items() if record and record.first_failure}
+    has_peers = len(set(attempt.nodes)) > 1
+    failures = {
+        node: replace(record.first_failure, host=attempt.nodes[node] if has_peers else "")
+        for node, record in by_node.items()
+        if record and record.first_failure
+    }
     silent = list(dict.fromkeys(attempt.nodes[node] for node, record in by_node.items() if record is None))
-    first = _first([record.first_failure for record in records if record.first_failure is not None])
+    output = _job_output(run, number, attempt) if silent or state in _REQUEUED else ""
+    first = failure_record.first_of(failures.values())
     if first is not None and first.kind in _FINAL and first.rank is not None:
         return Ending(Cause.USER_ERROR, step, _describe(first), first_failure=first)
     taken = _TAKEN.get(state)
@@ -201,25 +229,57 @@ def _judge(
     if taken is not None:
         event = "the workers were replaced by another number of them" if taken is Cause.RESIZED else f"the job ended as {state}"
         return Ending(taken, step, f"{event} at step {step} without saving", first_failure=first)
+    if state in _REQUEUED and not _SRUN_NODE_FAILURE.search(output) and (first is None or _is_interruption(first)):
+        return Ending(Cause.PREEMPTED, step, f"the job was requeued at step {step} without saving", first_failure=first)
+    lost = _describe_silent(silent, lost_nodes, output)
+    if run_records.lost_coordinator_file(run, number).is_file() and "Ray has lost" not in lost and _is_none_or_consequence(first):
+        # Workers that have lost it end their ranks and leave no record.
+        names = ", ".join(dict.fromkeys(attempt.nodes))
+        message = f"the run's coordinator was killed or has ended, and the ranks on {names} with it"
+        return Ending(Cause.INFRASTRUCTURE, step, message, first_failure=first)
     if first is not None:
-        return _from_failure(first, failures, _describe_silent(silent, lost_nodes), attempt, step)
+        return _from_failure(first, {attempt.nodes[node]: failure for node, failure in failures.items()}, lost, attempt, step)
     if stopped := [record.ended_at for record in records if record.stopped]:
         return Ending(_interruption(attempt, lead_s, min(stopped)), step, "stopped before training had begun")
     if exit_code is not None and (refused := _refused(run, number, attempt, by_node)):
         return _from_refusals(refused, attempt, step)
-    message = _describe_silent(silent, lost_nodes) or "the ranks ended without an outcome"
+    message = lost or "the ranks ended without an outcome"
     code = f" (srun ended with {exit_code})" if exit_code is not None else ""
     return Ending(Cause.INFRASTRUCTURE, step, f"{message}{code}")
 
 
-def _describe_silent(nodes: Sequence[str], lost_nodes: Collection[str] | None) -> str:
-    """Describe nodes that left no record. Where Ray loses one, it ends the workers of all before they can leave theirs."""
+def _is_interruption(failure: FailureRecord) -> bool:
+    """Return whether a failure may be the consequence of the signals by which Slurm ends a job."""
+    by_signal = failure.exit_code is not None and -failure.exit_code in (CANCEL, PREEMPT, signal.SIGTERM, signal.SIGKILL)
+    return by_signal or failure.rank is None or _is_consequence(failure)
+
+
+def _is_none_or_consequence(failure: FailureRecord | None) -> bool:
+    return failure is None or _is_consequence(failure)
+
+
+def _is_consequence(failure: FailureRecord) -> bool:
+    return failure_record.PEER_LOST.search(failure.message) is not None
+
+
+def _describe_silent(nodes: Sequence[str], lost_nodes: Collection[str] | None, output: str) -> str:
+    """Describe nodes that left no record. Where Ray loses one, it ends the workers of all before they can leave theirs.
+
+    `output` is the job's, in which srun names nodes that failed, and the node whose agent was killed first.
+    """
     if not nodes:
         return ""
-    if lost_nodes is None:
-        return f"no record from {', '.join(nodes)}"
-    lost = [node for node in nodes if node in lost_nodes]
-    return f"Ray has lost {', '.join(lost)}" if lost else f"no record from {', '.join(nodes)}, which Ray still has"
+    if lost_nodes is not None:
+        lost = [node for node in nodes if node in lost_nodes]
+        return f"Ray has lost {', '.join(lost)}" if lost else f"no record from {', '.join(nodes)}, which Ray still has"
+    failed = [node for node in dict.fromkeys(_SRUN_NODE_FAILURE.findall(output)) if node in nodes]
+    killed = [match for match in _SRUN_SIGNAL.findall(output)[:1] if match[0] in nodes and match[0] not in failed]
+    parts = [f"{node} was lost (Slurm: node failure)" for node in failed]
+    parts += [f"the agent of {node} was killed (srun: {reason})" for node, reason in killed]
+    known = {*failed, *(node for node, _ in killed)}
+    if rest := [node for node in nodes if node not in known]:
+        parts.append(f"no record from {', '.join(rest)}")
+    return "; ".join(parts)
 
 
 def _from_outcome(outcome: OutcomeRecord, interruption: Cause) -> Ending:
@@ -264,6 +324,8 @@ def _from_failure(
     """Judge a failure that is no user error; `failures` are by node, `silent` describes the nodes that left no record."""
     message = _describe(first)
     if silent:
+        if first.rank is None or _is_consequence(first):
+            message, silent = silent, f"as a consequence, {first.line}"
         return Ending(Cause.INFRASTRUCTURE, step, f"{message}; {silent}", first_failure=first)
     if first.rank is None and first.kind in _NODE_ERRORS:
         messages = {node: f"{node}: {failure.message}" for node, failure in failures.items() if failure.kind in _NODE_ERRORS}
@@ -272,24 +334,12 @@ def _from_failure(
         cause = Cause.INFRASTRUCTURE if ending.cause is Cause.USER_ERROR else ending.cause
         return replace(ending, cause=cause, first_failure=first)
     by_machines = first.rank is None or first.kind == "killed"
-    by_machines = by_machines or bool(_PEER_LOST.search(first.message) or _HARDWARE.search(first.message))
+    by_machines = by_machines or _is_consequence(first) or _HARDWARE.search(first.message) is not None
     return Ending(Cause.INFRASTRUCTURE if by_machines else Cause.FAILURE, step, message, first_failure=first)
 
 
-def _first(failures: Sequence[FailureRecord]) -> FailureRecord | None:
-    """Return the failure that caused the others."""
-
-    def order(failure: FailureRecord) -> tuple[bool, bool, bool, float]:
-        # A rank's own record precedes what agents report about each other; clocks of nodes differ, so times come last.
-        is_consequence = _PEER_LOST.search(failure.message) is not None
-        return failure.rank is None, failure.kind != "killed", is_consequence, failure.at or 0.0
-
-    return min(failures, key=order, default=None)
-
-
 def _describe(failure: FailureRecord) -> str:
-    source = "a node's agent" if failure.rank is None else failure.source
-    return f"{source}: {failure.message}"
+    return f"{failure.source}: {failure.message}"
 
 
 def marker(number: int, nodes: Sequence[str]) -> str:
@@ -308,7 +358,7 @@ def _refused(run: RunDir, number: int, attempt: Attempt, by_node: Mapping[int, N
 
 def _job_output(run: RunDir, number: int, attempt: Attempt) -> str:
     """Return what the job printed since the attempt began."""
-    output = run.jobs / str(attempt.job) / f"{attempt.job}_0_log.out"
+    output = run.agent_log(number, str(attempt.job))
     text = output.read_text(errors="replace") if output.is_file() else ""
     return text.rpartition(marker(number, attempt.nodes))[2]
 

@@ -25,7 +25,8 @@ from launcher.worker.ranks.rank_env import NodeInfo
 class NodeRendezvous(RendezvousHandler):
     """`store` lives on the head node. `is_final` returns whether ranks failed in a way that a restart would repeat.
 
-    `on_restart` is called with the number of the restart, counted from 1, on the first node to arrive, whose ranks failed.
+    `own_failure` returns why this node's ranks failed, empty where none did. `on_restart` is called on the head node when all
+    nodes have arrived for a restart, with its number, counted from 1, and what each node's `own_failure` returned.
     """
 
     def __init__(
@@ -35,12 +36,13 @@ class NodeRendezvous(RendezvousHandler):
         node: NodeInfo,
         deadline_s: float,
         is_final: Callable[[], bool],
-        on_restart: Callable[[int], None],
+        own_failure: Callable[[], str],
+        on_restart: Callable[[int, list[str]], None],
     ) -> None:
         self._store = PrefixStore(f"rendezvous/{run_id}", store)
         self._run_id, self._node = run_id, node
         self._deadline = timedelta(seconds=deadline_s)
-        self._is_final, self._on_restart = is_final, on_restart
+        self._is_final, self._own_failure, self._on_restart = is_final, own_failure, on_restart
         self._round = 0
 
     def get_backend(self) -> str:
@@ -60,9 +62,8 @@ class NodeRendezvous(RendezvousHandler):
             raise RendezvousClosedError("the ranks failed in a way that a restart would repeat")
         self._round += 1
         keys = [f"{self._round}/{node}" for node in range(len(self._node.hosts))]
-        self._store.set(keys[self._node.node], "")
-        if self._store.add(self._waiting(self._round), 1) == 1 and self._round > 1:
-            self._on_restart(self._round - 1)
+        self._store.set(keys[self._node.node], self._own_failure() if self._round > 1 else "")
+        self._store.add(self._waiting(self._round), 1)
         try:
             self._store.wait(keys, self._deadline)
         except DistStoreError:
@@ -70,6 +71,8 @@ class NodeRendezvous(RendezvousHandler):
             raise RendezvousTimeoutError(
                 f"{', '.join(missing)} did not reach the rendezvous within {self._deadline.total_seconds():.0f} s"
             ) from None
+        if self._node.is_head and self._round > 1:
+            self._on_restart(self._round - 1, [self._store.get(key).decode() for key in keys])
         store = PrefixStore(f"ranks/{self._round}", self._store)
         info = RendezvousStoreInfo.build(self._node.node, store, self._node.address)
         return RendezvousInfo(store, self._node.node, len(self._node.hosts), info)

@@ -15,6 +15,7 @@ from launcher import atomic_files
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Manifest
 from launcher.errors import CheckpointError
+from launcher.plan.disk import format_size
 
 DISK = 2**20
 SHARD = b"x" * 300_000
@@ -80,8 +81,8 @@ def test_checkpoints_to_be_pruned_do_not_count_as_free_space(root: Path) -> None
         save(root, 3, SHARD * 2, needed_bytes=len(SHARD) * 2)
     (problem,) = error.value.problems
     available = os.statvfs(root).f_bavail * os.statvfs(root).f_frsize
-    assert f"needed 600,000 bytes, available {available:,} bytes" in problem.value
-    assert f"free {600_000 - available:,} bytes" in problem.remedy
+    assert f"needed 585.94 KiB, available {format_size(available)}" in problem.value
+    assert f"free {format_size(600_000 - available)}" in problem.remedy
     assert store.prune(root, store.Retention(1)) == [root / "step-00000001"]
     assert store.verify(save(root, 3, SHARD * 2, needed_bytes=len(SHARD) * 2)) == []
 

@@ -14,8 +14,8 @@ from random import Random
 
 import pytest
 
-from launcher.cli import formatting
 from launcher.data.tokenization.parallel import MIN_BYTES
+from launcher.plan.disk import format_size
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SETTINGS = ("model=tiny", "data=jsonl", "data.max_length=128", "data.workers=1", "tracking=none")
@@ -76,7 +76,7 @@ def test_the_report_in_a_pipe_has_marks_and_no_colours(launch: Run, rows: Path, 
     assert not re.search(r"<(link|img|iframe|object|script|image|use)\b|\b(src|href|srcset)\s*=|url\(|@import", html)
     folder, size = re.findall(r"^cache +(/\S+/data/[0-9a-f]{32}) \((.+)\)$", shown, re.MULTILINE)[0]
     files = [file for file in Path(folder).rglob("*") if file.is_file() and file.name != "meta.json"]
-    assert size == formatting.size(sum(file.stat().st_size for file in files))
+    assert size == format_size(sum(file.stat().st_size for file in files))
     assert re.search(r"^source +epochs +rows +tokens +share +trained +filled +padding", shown, re.MULTILINE)
     assert re.search(r"^ *tokens, up to +documents", shown, re.MULTILINE)
 

@@ -48,17 +48,17 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused(launch_here: Run, dis
     done = launch_here("train", *SETTINGS, f"run.root={root}")
     assert done.returncode == 2
     assert "no room for a single checkpoint" in done.stderr
-    assert "bytes, available 8,388,608 bytes" in done.stderr
+    assert "MiB, available 8.00 MiB" in done.stderr
     assert "remedy: " in done.stderr
     assert not root.parent.exists()
 
 
 def test_a_disk_too_small_for_all_kept_checkpoints_is_noted(launch_here: Run, disk: Callable[[str], Path]) -> None:
-    root = disk("30m")
+    root = disk("40m")
     done = launch_here("plan", *SETTINGS, f"run.root={root}")
     assert done.returncode == 0, done.stderr
     (note,) = [line for line in done.stdout.splitlines() if line.startswith("note")]
-    assert "has 31,457,280 bytes free and needs 35,755,920 for 3 checkpoints" in note
+    assert "has 40.00 MiB free and needs 46.85 MiB for 3 checkpoints" in note
     assert "note" not in launch_here("plan", *SETTINGS, "checkpoint.keep_last=1", f"run.root={root}").stdout
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 
 from launcher import json_records, run_records, run_store
+from launcher.cli import runs
 from launcher.cli.follow import follow
 from launcher.clusters.local import LocalCluster
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED
@@ -57,6 +59,7 @@ def test_follow_names_the_agent_log_if_no_rank_failed_first(run: RunDir, capsys:
     fail(run, 1, "killed by SIGKILL")
     if ended:
         fail(run, 2, "", rank=None)
+    run.agent_log(1).touch()
     output = closing(run, "no record from n2; cluster.max_infrastructure_failures=1 is used up", capsys)
     assert output.startswith("failed: no record from n2; cluster.max_infrastructure_failures=1 is used up\n  log:    ")
     assert "attempts/001/agent.log" in output
@@ -89,3 +92,30 @@ def test_a_run_that_was_cancelled_before_its_first_step_can_be_resumed(run: RunD
     run_store.update_status(run, state="cancelled", step=0, message="cancelled while the job was waiting")
     assert follow(run, 2, LocalCluster()) == EXIT_INTERRUPTED
     assert "start it again with: python -m launcher resume " in capsys.readouterr().out
+
+
+def test_follow_names_the_output_of_a_job_that_has_no_agent_log(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    run_store.write_attempt(run, 1, replace(run_store.read_attempt(run, 1), job="41"))
+    log = run.agent_log(1, "41")
+    log.parent.mkdir(parents=True)
+    log.touch()
+    output = closing(run, "no record from n2", capsys)
+    assert "jobs/41/41_0_log.out" in output
+    assert "agent.log" not in output
+
+
+def test_logs_end_with_the_cause_in_one_line(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (1, 2):
+        run.rank_log(number, 0).write_text("step 1\n")
+    line = "rank 1 on n2: killed by SIGSEGV"
+    json_records.write(run_records.exit_file(run, 1), ExitRecord("pending", message=f"{line}\nmore of it"))
+
+    def logs(*arguments: str) -> str:
+        assert runs.run("logs", [str(run.root), *arguments]) == 0
+        return capsys.readouterr().out
+
+    run_store.update_status(run, state="completed", attempt=2, message="")
+    assert logs() == "step 1\n"
+    assert logs("--attempt", "1") == f"step 1\n\nattempt 1 failed: {line}\n"
+    run_store.update_status(run, state="failed", message=f"{line}\nmore of it")
+    assert logs() == f"step 1\n\nattempt 2 failed: {line}\n"

@@ -206,7 +206,7 @@ def _rows(folder: Path) -> dict[tuple[int, int], set[tuple[int, ...]]]:
 def restart_reasons(run: Path) -> list[str]:
     """Why the ranks were started again, in the words of the alerts."""
     alerts = [event for event in read_events(run / "events.jsonl") if RESTART in event["fields"]]
-    return [str(event["text"]).partition(" failed on ")[2].partition(": ")[2] for event in alerts]
+    return [str(event["text"]).partition(": ")[2] for event in alerts]
 
 
 def restart_parts(run: Path, hits: Sequence[Hit]) -> dict[str, list[float]]:

@@ -157,7 +157,7 @@ def end_controller(run: Path, ranks: Ranks) -> str:
 
 def hang_rank(run: Path, ranks: Ranks) -> str:
     ranks[1].suspend()
-    return rf"\(pid {ranks[1].pid}\) is stopped: no progress for"
+    return rf"\(pid {ranks[1].pid}\) is stopped by a signal \(SIGSTOP\): no progress for"
 
 
 def hang_worker(run: Path, ranks: Ranks) -> str:

@@ -122,3 +122,36 @@ def test_a_run_that_has_begun_gets_one_more_attempt_after_a_failed_check() -> No
     again = decide(bad, [trained], BUDGETS)
     assert (again.again, again.exclude) == (True, ())
     assert not decide(bad, [trained, bad], BUDGETS).again
+
+
+def failed(exception: str = "IndexError", step: int = 43, began: int | None = 40, saved: int | None = 40) -> AttemptEnd:
+    return AttemptEnd(Cause.FAILURE, began, saved, "rank 1: as it says", exception=exception, step=step)
+
+
+LOST = AttemptEnd(Cause.INFRASTRUCTURE, 40, 40, "rank 1: killed by SIGKILL", step=43)
+
+
+@pytest.mark.parametrize(
+    ("ends", "again"),
+    [
+        ([failed(began=None), failed(), failed()], False),
+        ([failed(began=None), failed(), LOST, failed()], False),
+        ([failed(saved=None, began=None)] * 3, False),
+        # The first resume, another step, another exception, another checkpoint, a newer checkpoint.
+        ([failed(began=None), failed()], True),
+        ([failed(began=None), failed(), failed(step=44)], True),
+        ([failed(began=None), failed(), failed("KeyError")], True),
+        ([failed(began=None, saved=20), failed(began=20), failed()], True),
+        ([failed(began=None), failed(), failed(saved=43)], True),
+        # Signals, hangs and lost nodes have no exception, and may come back at the same step as often as the budgets allow.
+        ([failed("")] * 3, True),
+        ([LOST] * 9, True),
+    ],
+)
+def test_only_the_same_exception_at_the_same_step_after_two_resumes_is_final(ends: list[AttemptEnd], again: bool) -> None:
+    budgets = BUDGETS.model_copy(update={"max_failures": 9, "max_infrastructure_failures": 9, "max_no_progress": 9})
+    decision = decide(ends[-1], ends[:-1], budgets)
+    assert decision.again is again
+    start = "the initial weights" if ends[-1].saved_step is None else "the checkpoint of step 40"
+    reason = f"rank 1: as it says; IndexError in step 44 of 3 attempts, two of them resumed from {start}: it repeats"
+    assert again or decision.reason == reason

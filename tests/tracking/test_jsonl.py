@@ -159,3 +159,13 @@ def test_an_event_recorded_by_another_process_is_not_written_again(run_dir: Path
     append_event(run, 1, "alert", "Xid 79 on GPU 3")
     JsonlTracker(run, attempt=1).event("alert", "Xid 79 on GPU 3 of n1", 7, recorded=True)
     assert [event["text"] for event in read_events(run.events)] == ["Xid 79 on GPU 3"]
+
+
+def test_an_event_after_a_line_that_a_full_disk_tore_is_read(run_dir: Path) -> None:
+    run = RunDir(run_dir)
+    append_event(run, 1, "info", "whole")
+    with open(run.events, "a") as file:
+        file.write('{"time": 1.0, "attempt": 1, "kind": "alert", "text": "to')
+    append_event(run, 1, "alert", "the attempt failed")
+    append_event(run, 1, "info", "after it")
+    assert [event["text"] for event in read_events(run.events)] == ["whole", "the attempt failed", "after it"]

@@ -100,7 +100,7 @@ def test_a_full_disk_leaves_no_record_and_raises_nothing(
     path = tmp_path / "error.json"
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        error_record.write_error_record(ValueError("its own"), {VARIABLE: str(path)})
+        error_record.write_error_record(ErrorRecord.of(ValueError("its own")), {VARIABLE: str(path)})
     assert not path.exists()
     assert "No space left on device" in capsys.readouterr().err
 
@@ -137,11 +137,13 @@ def bad(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_a_damaged_record_counts_as_none_and_the_exit_code_describes_the_end(bad: Path) -> None:
     assert ErrorRecord.read(bad) is None
     run = RunDir(bad.parent)
-    failed = failure_record.from_exit_code(run, 1, 3, 1, bad)
+    failed = failure_record.from_exit(RankExit(3, 1, 1.0, ErrorRecord.read(bad)), run, 1)
     assert (failed.rank, failed.message, failed.traceback) == (3, "ended with exit code 1 and left no record of an error", "")
-    killed = failure_record.from_exit_code(run, 1, 3, -signal.SIGKILL, bad)
+    killed = failure_record.from_exit(RankExit(3, -signal.SIGKILL, 1.0, None), run, 1)
     assert (killed.kind, killed.message) == ("killed", "killed by SIGKILL")
-    assert failure_record.from_exit_code(run, 1, 3, -50, bad).message == "killed by signal 50", "a signal without a name"
+    assert failure_record.from_exit(RankExit(3, -50, 1.0, None), run, 1).message == "killed by signal 50", (
+        "a signal without a name"
+    )
 
 
 def test_an_unreadable_record_counts_as_none(tmp_path: Path, storage_fails: Callable[..., AbstractContextManager[None]]) -> None:
@@ -202,4 +204,4 @@ def test_the_first_failure_is_the_cause_and_not_its_consequences(
 ) -> None:
     first = failure_record.from_rank_exits(exits(*ends), RunDir(tmp_path), 1)
     assert (first.rank, first.message) == (rank, message)
-    assert failure_record.describe_restart(exits(*ends), RunDir(tmp_path), 1, []) == f"rank {rank}: {message}"
+    assert first.line == f"rank {rank}: {message}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from launcher import atomic_files, json_records, run_records, run_store
 from launcher.errors import Problem
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, FailureRecord, NodeRecord, Status
+from launcher.run_records import Attempt, FailureRecord, LostCoordinator, NodeRecord, Status
 from launcher.worker import postmortem
 from launcher.worker.checks import node_check
 from launcher.worker.postmortem import Ending
@@ -62,6 +63,10 @@ def node(run: RunDir, number: int, failure: FailureRecord | None = None, **value
 
 def failure(kind: str, rank: int | None = 3, at: float = 100.0, message: str = "what it said") -> FailureRecord:
     return FailureRecord(rank, kind, message, at=at, exit_code=1, log="/log")
+
+
+def on(host: str, failed: FailureRecord) -> FailureRecord:
+    return replace(failed, host=host)
 
 
 def problem(where: str, what: str = "has no GPU", value: str = "0 found") -> Problem:
@@ -164,16 +169,16 @@ def test_problems_of_most_nodes_count_as_a_user_error(run: RunDir, judge: Judge,
 @pytest.mark.parametrize(
     ("kind", "rank", "cause", "who"),
     [
-        ("killed", 3, Cause.INFRASTRUCTURE, "rank 3"),
-        ("RunError", 3, Cause.FAILURE, "rank 3"),
-        ("DivergedError", 3, Cause.USER_ERROR, "rank 3"),
-        ("ConfigError", 0, Cause.USER_ERROR, "rank 0"),
-        ("DataError", 0, Cause.USER_ERROR, "rank 0"),
-        ("CheckpointError", 0, Cause.FAILURE, "rank 0"),
-        ("ZeroDivisionError", 3, Cause.FAILURE, "rank 3"),
-        ("OutOfMemoryError", 3, Cause.FAILURE, "rank 3"),
-        ("Superseded", 0, Cause.USER_ERROR, "rank 0"),
-        ("RendezvousTimeoutError", None, Cause.INFRASTRUCTURE, "a node's agent"),
+        ("killed", 3, Cause.INFRASTRUCTURE, "rank 3 on n2"),
+        ("RunError", 3, Cause.FAILURE, "rank 3 on n2"),
+        ("DivergedError", 3, Cause.USER_ERROR, "rank 3 on n2"),
+        ("ConfigError", 0, Cause.USER_ERROR, "rank 0 on n2"),
+        ("DataError", 0, Cause.USER_ERROR, "rank 0 on n2"),
+        ("CheckpointError", 0, Cause.FAILURE, "rank 0 on n2"),
+        ("ZeroDivisionError", 3, Cause.FAILURE, "rank 3 on n2"),
+        ("OutOfMemoryError", 3, Cause.FAILURE, "rank 3 on n2"),
+        ("Superseded", 0, Cause.USER_ERROR, "rank 0 on n2"),
+        ("RendezvousTimeoutError", None, Cause.INFRASTRUCTURE, "the agent of n2"),
     ],
 )
 def test_each_kind_of_failure_has_its_cause(
@@ -182,7 +187,7 @@ def test_each_kind_of_failure_has_its_cause(
     node(run, 0)
     node(run, 1, failure(kind, rank))
     node(run, 2)
-    assert judge(code=1) == Ending(cause, STEP, f"{who}: what it said", first_failure=failure(kind, rank))
+    assert judge(code=1) == Ending(cause, STEP, f"{who}: what it said", first_failure=on("n2", failure(kind, rank)))
 
 
 def test_a_killed_rank_precedes_other_ranks_and_ranks_precede_agents(run: RunDir, judge: Judge) -> None:
@@ -190,13 +195,14 @@ def test_a_killed_rank_precedes_other_ranks_and_ranks_precede_agents(run: RunDir
     early, late = failure("ValueError", 1, at=10.0, message="early"), failure("ValueError", 5, at=11.0, message="late")
     killed = failure("killed", 4, at=12.0, message="killed by SIGKILL")
     node(run, 0, agents)
-    assert judge(code=1).first_failure == agents
+    assert judge(code=1).first_failure == on("n1", agents)
     node(run, 1, late)
-    assert judge(code=1).first_failure == late
+    assert judge(code=1).first_failure == on("n2", late)
     node(run, 0, early)
-    assert judge(code=1).first_failure == early
+    assert judge(code=1).first_failure == on("n1", early)
     node(run, 2, killed)
-    assert judge(code=1) == Ending(Cause.INFRASTRUCTURE, STEP, "rank 4: killed by SIGKILL", first_failure=killed)
+    ended = Ending(Cause.INFRASTRUCTURE, STEP, "rank 4 on n3: killed by SIGKILL", first_failure=on("n3", killed))
+    assert judge(code=1) == ended
 
 
 def test_problems_precede_failures_and_failures_precede_a_stop(run: RunDir, judge: Judge) -> None:
@@ -239,9 +245,9 @@ def test_a_task_that_exits_before_its_agent_starts_makes_its_node_bad(run: RunDi
     "lines",
     [
         [BEFORE, REFUSED, NOW],
-        [NOW, "srun: error: n2: task 1: Killed"],
+        [NOW, "srun: error: n2: task 1: Terminated"],
         [NOW, "srun: error: n9: task 1: Exited with exit code 1"],
-        [NOW, "srun: error: Node failure on n2"],
+        [NOW, "srun: error: Node failure on n9"],
         [],
     ],
 )
@@ -296,7 +302,7 @@ def test_messages_of_broken_machines_count_as_infrastructure(
 def test_a_lost_connection_comes_after_the_failure_whatever_the_clocks(run: RunDir, judge: Judge) -> None:
     own = failure("ValueError", 4, at=12.0, message="ValueError: own")
     all_nodes(run, failure("RuntimeError", 0, at=10.0, message="Connection closed by peer"), own)
-    assert judge(code=1) == Ending(Cause.FAILURE, STEP, "rank 4: ValueError: own", first_failure=own)
+    assert judge(code=1) == Ending(Cause.FAILURE, STEP, "rank 4 on n2: ValueError: own", first_failure=on("n2", own))
 
 
 @pytest.mark.parametrize("kind", ["ValueError", "RunError", "DistBackendError"])
@@ -304,7 +310,7 @@ def test_failures_beside_a_node_without_a_record_count_as_infrastructure(run: Ru
     node(run, 0, failure(kind))
     node(run, 1)
     assert judge(code=1) == Ending(
-        Cause.INFRASTRUCTURE, STEP, "rank 3: what it said; no record from n3", first_failure=failure(kind)
+        Cause.INFRASTRUCTURE, STEP, "rank 3 on n1: what it said; no record from n3", first_failure=on("n1", failure(kind))
     )
     node(run, 1, failure("DivergedError", at=1.0))
     assert judge(code=1).cause is Cause.USER_ERROR
@@ -316,7 +322,7 @@ def test_ranks_killed_after_the_grace_period_count_as_interrupted(run: RunDir, j
     node(run, 0, killed, stopped=True, killed=True)
     node(run, 1, stopped=True, killed=False)
     said = judge(left_s=left_s, code=1)
-    assert (said.cause, said.first_failure) == (cause, killed)
+    assert (said.cause, said.first_failure) == (cause, on("n1", killed))
     # A rank that is killed by something else, with or without a stop that was asked for, is not.
     node(run, 0, killed, stopped=True, killed=False)
     assert judge(left_s=left_s, code=1).cause is Cause.INFRASTRUCTURE
@@ -337,7 +343,7 @@ def test_slurms_job_state_decides_where_the_ranks_left_no_outcome(run: RunDir, j
 def test_an_agent_that_cannot_start_its_ranks_names_its_node(run: RunDir, judge: Judge, kind: str) -> None:
     own = failure(kind, rank=None, message="eth7 has no address")
     all_nodes(run, None, own, failure("RendezvousTimeoutError", rank=None, at=200.0))
-    assert judge(code=1) == Ending(Cause.BAD_NODE, STEP, "n2: eth7 has no address", ("n2",), own)
+    assert judge(code=1) == Ending(Cause.BAD_NODE, STEP, "n2: eth7 has no address", ("n2",), on("n2", own))
     # Two that do not meet the first: it may be the first.
     all_nodes(run, None, own, own)
     said = judge(code=1)
@@ -365,3 +371,79 @@ def test_a_node_is_blamed_for_its_own_problem_beside_a_full_disk(run: RunDir, ju
     )
     said = judge()
     assert (said.cause, said.bad_nodes) == (Cause.BAD_NODE, ("n2",))
+
+
+LOST_PEER = failure("RuntimeError", 0, at=9.0, message="RuntimeError: [pair.cc:553] Connection closed by peer\nmore of it")
+KILLED = "srun: error: n2: task 1: Killed"
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["srun: error: Node failure on n2"], "n2 was lost (Slurm: node failure); no record from n3"),
+        ([KILLED, "srun: error: n3: task 2: Killed"], "the agent of n2 was killed (srun: Killed); no record from n3"),
+        (["srun: error: n3: task 2: Bus error", KILLED], "the agent of n3 was killed (srun: Bus error); no record from n2"),
+        ([], "no record from n2, n3"),
+    ],
+)
+def test_a_lost_node_comes_before_the_survivors_that_lost_their_connection_to_it(
+    run: RunDir, judge: Judge, lines: list[str], expected: str
+) -> None:
+    output(run, NOW, *lines)
+    node(run, 0, LOST_PEER)
+    ended = judge(code=9)
+    consequence = "as a consequence, rank 0 on n1: RuntimeError: [pair.cc:553] Connection closed by peer"
+    assert (ended.cause, ended.message) == (Cause.INFRASTRUCTURE, f"{expected}; {consequence}")
+    # An agent that waits in vain for the lost node is a consequence, too.
+    node(run, 0, failure("RendezvousTimeoutError", rank=None, message="n2 did not reach the rendezvous"))
+    assert judge(code=9).message == f"{expected}; as a consequence, the agent of n1: n2 did not reach the rendezvous"
+
+
+@pytest.mark.parametrize("message", ["killed by SIGSEGV (a segmentation fault)", "killed by SIGKILL"])
+def test_a_killed_rank_comes_before_the_survivors_of_other_nodes(run: RunDir, judge: Judge, message: str) -> None:
+    all_nodes(run, LOST_PEER, failure("killed", 4, at=12.0, message=message), LOST_PEER)
+    assert judge(code=1).message == f"rank 4 on n2: {message}"
+
+
+def test_an_exceeded_memory_limit_is_named_first(run: RunDir, judge: Judge) -> None:
+    output(run, NOW, "slurmstepd: error: Detected 1 oom_kill event in StepId=41.0")
+    all_nodes(run, failure("killed", message="killed by SIGKILL"))
+    assert judge(code=1).message == "a memory limit was exceeded (raise cluster.mem): rank 3 on n1: killed by SIGKILL"
+
+
+@pytest.mark.parametrize("state", ["PENDING", "REQUEUED"])
+def test_an_operators_requeue_during_the_start_is_no_fault_of_the_machines(run: RunDir, judge: Judge, state: str) -> None:
+    """Slurm ends the tasks by TERM and later by KILL, so that agents leave no record or one of interrupted ranks."""
+    requeued = (Cause.PREEMPTED, "the job was requeued at step 40 without saving")
+
+    def said() -> tuple[Cause, str]:
+        ended = judge(state=state, code=None)
+        return ended.cause, ended.message
+
+    assert said() == requeued
+    node(run, 0, replace(failure("killed", message="killed by SIGUSR2"), exit_code=-12), stopped=True)
+    assert said() == requeued
+    node(run, 0, LOST_PEER)
+    node(run, 1, LOST_PEER)
+    assert said() == requeued
+    # What failed by itself before the requeue is still its cause, and so is a lost node, which Slurm requeues the job for.
+    node(run, 2, failure("ValueError"))
+    assert said()[0] is Cause.FAILURE
+    (run.attempt(1) / "node-00002.json").unlink()
+    output(run, NOW, "srun: error: Node failure on n3")
+    assert said()[0] is Cause.INFRASTRUCTURE
+
+
+def test_a_lost_coordinator_is_named_instead_of_the_workers_that_left_no_record(run: RunDir) -> None:
+    json_records.write(run_records.lost_coordinator_file(run, 1), LostCoordinator(1.0))
+
+    def said(lost: set[str]) -> str:
+        return postmortem.judge(run, 1, Attempt(None, job="host:7", nodes=("n1", "n2")), "", 0.0, None, lost).message
+
+    named = "the run's coordinator was killed or has ended, and the ranks on n1, n2 with it"
+    assert said(set()) == named
+    node(run, 0, LOST_PEER)
+    assert said(set()) == named
+    assert said({"n2"}).startswith("Ray has lost n2; as a consequence, rank 0 on n1: ")
+    node(run, 0, failure("ValueError", 0))
+    assert said(set()).startswith("rank 0 on n1: what it said")

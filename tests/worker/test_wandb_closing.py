@@ -121,7 +121,7 @@ def test_a_slurm_job_that_ends_for_good_closes_the_wandb_run(
         of.conclude(2)
         (run,) = server.runs.values()
         assert (run.exits, run.summary["state"]) == ([1], "failed")
-        assert [alert["text"] for alert in server.alerts] == ["the run has failed: rank 3: what it said (log: /log)"]
+        assert [alert["text"] for alert in server.alerts] == ["the run has failed: rank 3 on n1: what it said (log: /log)"]
 
 
 def test_a_hanging_wandb_server_delays_the_end_by_the_deadline_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,17 @@ def _accounted(job_id: str, submitted_at: float, name: str, retry_s: float) -> J
     return Job(job_id, state, _value(reason), None, _time(end), len(rows) - 1, _value(nodes), queued=False)
 
 
+def state_of_start(job_id: str, number: int, retry_s: float = 0.0) -> str:
+    """Return how start `number` of a job ended, counted from 0, such as REQUEUED or NODE_FAIL; "" without accounting."""
+    options = ("--allocations", "--duplicates", f"--jobs={job_id}", "--noheader", "--parsable2", "--format=Submit,State")
+    try:
+        rows = [line.split("|") for line in slurm("sacct", *options, retry_s=retry_s).splitlines()]
+    except SlurmError:
+        return ""
+    states = [row[1].split()[0] for row in sorted(rows) if len(row) == 2 and row[1].strip()]
+    return states[number] if number < len(states) else ""
+
+
 def details(job_id: str, retry_s: float = 0.0) -> Mapping[str, str]:
     """Read all fields of `scontrol show job`; times are seconds since the epoch.
 

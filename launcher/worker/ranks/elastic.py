@@ -18,11 +18,15 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler
 from launcher import error_record
 from launcher.error_record import ErrorRecord
 from launcher.worker.failure_record import RankExit
+from launcher.worker.ranks.error_memory import ErrorMemory
 from launcher.worker.ranks.rank_process import RankProcess, StartRank
+from launcher.worker.signals import DISMISSED
 
 _POLL_S = 0.05
 # From TERM to KILL, where ranks are stopped.
 _STOP_S = 30
+# How ranks end that the agent stops.
+_STOPPED_BY_AGENT = (-signal.SIGTERM, -signal.SIGKILL, DISMISSED)
 
 
 def run_ranks(
@@ -34,10 +38,12 @@ def run_ranks(
     address: str,
     folder: Path,
     on_failure: Callable[[list[RankExit]], None],
+    errors: ErrorMemory,
 ) -> bool:
     """Run `num_ranks` processes until all have succeeded; returns whether they have. `start` gets the variables of a rank.
 
-    `on_failure` gets the exits of the failed ranks of this node at each failure. `folder` holds the error records of the ranks.
+    `on_failure` gets the exits of the failed ranks of this node at each failure, again with those that are found when the ranks
+    are stopped. `folder` and `errors` hold the error records of the ranks.
 
     Raises:
         RendezvousClosedError: where a restart would repeat the failure.
@@ -52,7 +58,7 @@ def run_ranks(
         monitor_interval=_POLL_S,
         local_addr=address,
     )
-    return not _Agent(spec, start, folder, on_failure).run().is_failed()
+    return not _Agent(spec, start, folder, on_failure, errors).run().is_failed()
 
 
 class _Agent(SimpleElasticAgent):
@@ -68,15 +74,18 @@ class _Agent(SimpleElasticAgent):
         start: StartRank,
         folder: Path,
         on_failure: Callable[[list[RankExit]], None],
+        errors: ErrorMemory,
     ) -> None:
         super().__init__(spec)
-        self._start, self._folder, self._on_failure = start, folder, on_failure
+        self._start, self._folder, self._on_failure, self._errors = start, folder, on_failure, errors
         self._processes: dict[int, RankProcess] = {}
+        # Of the ranks that have failed since the last start.
+        self._exits: dict[int, RankExit] = {}
         self._num_starts = 0
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         self._num_starts += 1
-        self._processes = {}
+        self._processes, self._exits = {}, {}
         for worker in worker_group.workers:
             self._processes[worker.local_rank] = self._start(self._environment(worker_group, worker))
         return {local_rank: process.pid for local_rank, process in self._processes.items()}
@@ -86,7 +95,8 @@ class _Agent(SimpleElasticAgent):
         failed = {worker: code for worker, code in codes.items() if code}
         if failed:
             now = time.time()
-            self._on_failure([self._exit(worker, code, now) for worker, code in failed.items()])
+            self._exits = {worker.global_rank: self._exit(worker, code, now) for worker, code in failed.items()}
+            self._on_failure([*self._exits.values()])
             failures = {
                 worker.global_rank: ProcessFailure(worker.local_rank, worker.id, code, os.devnull)
                 for worker, code in failed.items()
@@ -98,6 +108,21 @@ class _Agent(SimpleElasticAgent):
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         self._shutdown()
+        self._report_late_exits(worker_group)
+
+    def _report_late_exits(self, worker_group: WorkerGroup) -> None:
+        """Report the ranks that failed by themselves and ended later than those that noticed it.
+
+        A rank that dumps its core, or frees much memory, ends after its peers have lost their connections.
+        """
+        now, late = time.time(), {}
+        for worker in worker_group.workers:
+            code = self._processes[worker.local_rank].returncode if worker.local_rank in self._processes else None
+            if code and code not in _STOPPED_BY_AGENT and worker.global_rank not in self._exits:
+                late[worker.global_rank] = self._exit(worker, code, now)
+        if late:
+            self._exits |= late
+            self._on_failure([*self._exits.values()])
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = _STOP_S) -> None:
         for process in self._processes.values():
@@ -139,6 +164,7 @@ class _Agent(SimpleElasticAgent):
 
     def _exit(self, worker: Worker, code: int, now: float) -> RankExit:
         error = ErrorRecord.read(self._record(worker))
+        error = error or self._errors.read(worker.local_rank, self._processes[worker.local_rank].pid)
         return RankExit(worker.global_rank, code, now if error is None or error.at is None else error.at, error)
 
     def _record(self, worker: Worker) -> Path:

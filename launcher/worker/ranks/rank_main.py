@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher import error_record, json_records
+from launcher.error_record import ErrorRecord
 from launcher.errors import WOULD_REPEAT
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import FinalFailure, OutcomeRecord, final_file, outcome_file
+from launcher.worker import limits
+from launcher.worker.ranks.error_memory import ErrorSlot
 from launcher.worker.ranks.heartbeat import Heartbeat
 from launcher.worker.ranks.rank_env import RankEnv, die_with_parent, redirect_output, set_title
 from launcher.worker.signals import StopFlag
@@ -32,12 +35,15 @@ def main(plan_path: str, attempt: int) -> None:
     """Train, and write the outcome for the agent (rank 0)."""
     die_with_parent()
     stop = StopFlag(loading=True).install()
+    slot = ErrorSlot.from_environ(os.environ)
     try:
         _run(plan_path, attempt, stop)
     except Exception as error:
+        record = ErrorRecord.of(error, limits.cause_of(error, Path(plan_path).parent))
+        slot.write(record)
         # After a failure of another rank the agent may end this one while it writes.
         with stop.delay_dismissal():
-            error_record.write_error_record(error, os.environ)
+            error_record.write_error_record(record, os.environ)
         raise
     sys.stdout.flush()
     sys.stderr.flush()
@@ -76,7 +82,8 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
         outcome = train(plan, rank_info, stop, heartbeat.beat, partial(write_outcome, run, attempt), report_answers)
     except WOULD_REPEAT as error:
         # After any other failure the agents restart the ranks.
-        final = FinalFailure(env.rank, type(error).__name__, str(error), time.time())
+        message = ": ".join(filter(None, (limits.cause_of(error, run.root), str(error))))
+        final = FinalFailure(env.rank, type(error).__name__, message, time.time())
         # If this fails, the agents restart the ranks; the exception is still recorded.
         with suppress(OSError):
             json_records.write(final_file(run, attempt), final)

@@ -29,7 +29,7 @@ _JOIN_S = 5.0
 _MIN_LOAD_S = 300.0
 _LOADING = ("starting", "joined", "loaded")
 _UNABLE = {
-    psutil.STATUS_STOPPED: "is stopped",
+    psutil.STATUS_STOPPED: "is stopped by a signal (SIGSTOP)",
     psutil.STATUS_TRACING_STOP: "is held by a debugger",
     psutil.STATUS_DISK_SLEEP: "hangs in the kernel (storage or a driver)",
     psutil.STATUS_ZOMBIE: "has ended without the agent noticing",

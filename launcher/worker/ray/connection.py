@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,6 +21,7 @@ from launcher.plan.run_dir import RunDir
 _MAX_FOLDER_CHARS = 30
 _MEET_S = 300
 _PLACE_S = 20
+_MEET_RAYLET_S = 5.0
 # Nothing goes through Ray's object store, which would take a third of the machine's memory.
 _OBJECT_STORE_BYTES = 100 * 2**20
 
@@ -57,6 +59,24 @@ def lost_nodes() -> set[str]:
     import ray
 
     return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+
+
+def is_raylet_lost() -> bool:
+    """Return whether the raylet of this node has ended: nothing listens at its socket any more."""
+    from ray._private import worker
+
+    node = worker._global_node
+    if node is None:
+        return False
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(_MEET_RAYLET_S)
+            connection.connect(node.raylet_socket_name)
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 @contextmanager

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from launcher import run_store
+from launcher import json_records, run_records, run_store
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES
+from launcher.run_records import RUNNING_STATES, LostCoordinator
 from launcher.tracking.jsonl import append_event
+from launcher.worker.ray.connection import is_raylet_lost
 from launcher.worker.ray.coordinator import Coordinator
 from launcher.worker.ray.messages import CoordinatorState
 
@@ -27,6 +28,10 @@ _STORAGE_S = 600.0
 _MAX_LOST = 20
 # Characters of a Ray error in a run's status; the log has all of them.
 _MAX_MESSAGE_CHARS = 400
+
+
+class RayletLost(Exception):
+    """The raylet of the driver's node has ended, and with it everything that Ray ran there; the message says so."""
 
 
 class CoordinatorActor:
@@ -87,9 +92,15 @@ class CoordinatorActor:
         return self._lost_at < math.inf
 
     def _replace(self, error: Exception) -> None:
-        """Start another actor; the next call retries where storage cannot be read now."""
+        """Start another actor; the next call retries where storage cannot be read now.
+
+        Raises:
+            RayletLost: where no actor can be started on this node any more.
+        """
         from ray.exceptions import RayError
 
+        if is_raylet_lost():
+            raise RayletLost(f"the raylet of {os.uname().nodename} (Ray's process on the driver's node) was killed or has ended")
         self._lost_at = min(self._lost_at, time.monotonic())
         if self._num_lost >= _MAX_LOST:
             raise error
@@ -105,8 +116,10 @@ class CoordinatorActor:
         with suppress(OSError):
             append_event(self._run, self._number, "alert", text)
         with suppress(OSError, LauncherError):
+            json_records.write(run_records.lost_coordinator_file(self._run, self._number), LostCoordinator(time.time()))
+        with suppress(OSError, LauncherError):
             if run_store.read_status(self._run).state in RUNNING_STATES:
-                message = "its coordinator was lost; it waits for workers"
+                message = "the run's coordinator was killed or has ended; it waits for workers"
                 run_store.update_status(self._run, state="pending", message=message)
         # The replacement may die too.
         with suppress(RayError):

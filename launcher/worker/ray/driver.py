@@ -28,8 +28,9 @@ from launcher.errors import EXIT_FAILED, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, CancelRequest
+from launcher.tracking.jsonl import append_event
 from launcher.worker.ray.connection import connected, draining_nodes, lost_nodes
-from launcher.worker.ray.coordinator_actor import CoordinatorActor, shorten
+from launcher.worker.ray.coordinator_actor import CoordinatorActor, RayletLost, shorten
 from launcher.worker.ray.messages import CoordinatorState
 from launcher.worker.ray.trainer import build_trainer, import_ray_train
 from launcher.worker.wandb_closing import close_wandb_run
@@ -78,7 +79,7 @@ def main(plan_path: str, attempt: int) -> int:
     except Exception as error:
         # At the start: no cluster, a wrong token, another version. Later: the connection was lost.
         problem = "the driver lost Ray" if driver.has_begun else "Ray cannot be used"
-        driver.end("failed", f"{problem}: {shorten(error)}")
+        driver.end("failed", str(error) if isinstance(error, RayletLost) else f"{problem}: {shorten(error)}")
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAILED
     finally:
@@ -239,6 +240,9 @@ class _Driver:
             run_store.fence(self._run, self._number, refresh=True)
             if run_store.read_status(self._run).state in RUNNING_STATES:
                 run_store.update_status(self._run, state=state, message=message)
+                if state == "failed":
+                    with suppress(OSError):
+                        append_event(self._run, self._number, "alert", f"the run ends: {message}")
 
         with suppress(OSError, LauncherError):
             _retry(write)

@@ -20,15 +20,18 @@ from typing import Any
 from launcher import error_record, json_records, run_store
 from launcher.clusters import detached_process
 from launcher.config.sections.ray import RaySection
+from launcher.error_record import ErrorRecord
 from launcher.errors import describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import FailureRecord, NodeRecord, node_file
 from launcher.worker import failure_record
 from launcher.worker.checks import network
+from launcher.worker.limits import LimitEvents, cause_of
 from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
-from launcher.worker.ranks import heartbeat
+from launcher.worker.ranks import error_memory, heartbeat
 from launcher.worker.ranks.cache_folders import find_writable_caches
+from launcher.worker.ranks.error_memory import ErrorMemory
 from launcher.worker.ranks.rank_process import RankProcess, RankProcesses
 from launcher.worker.ray import node_checks
 from launcher.worker.ray.checkpoint_reports import Reporter
@@ -69,9 +72,13 @@ class CoordinatorLost(Exception):
 
 @dataclass
 class _Watched:
-    """What happened to a rank while it ran: the coordinator's messages on its hang, and when each signal was sent first."""
+    """What happened to a rank while it ran: the coordinator's messages on its hang, and when each signal was sent first.
+
+    `limit` is the limit that the kernel has enforced meanwhile.
+    """
 
     stalls: list[str] = field(default_factory=list)
+    limit: str = ""
     sent_at: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -189,7 +196,10 @@ class _Worker:
             run = RunDir(Path(LaunchPlan.load(assignment.plan_path).run_dir))
             file = node_file(run, assignment.attempt, assignment.rank)
             if not file.is_file():
-                failure = failure_record.from_exception(error, run.attempt(assignment.attempt), at=time.time())
+                # The driver's log is in the folder of the attempt that was submitted.
+                logs = [run.agent_log(number) for number in range(assignment.attempt, 0, -1)]
+                log = next((log for log in logs if log.is_file()), run.attempt(assignment.attempt))
+                failure = failure_record.from_exception(error, log, at=time.time(), limit=cause_of(error, run.root))
                 json_records.write(file, NodeRecord(assignment.rank, time.time(), host=self.node, first_failure=failure))
             self._call("beat", self.group_id, self.rank, RankResult.FAILED)
 
@@ -233,9 +243,10 @@ class _Worker:
         started_at = time.time()
         error_file = run.attempt(attempt) / "elastic" / f"rank-{assignment.rank:05d}.json"
         error_file.parent.mkdir(exist_ok=True)
-        table = heartbeat.HeartbeatTable(self.local_rank + 1)
+        table, errors = heartbeat.HeartbeatTable(self.local_rank + 1), ErrorMemory(self.local_rank + 1)
+        limits = LimitEvents.read()
         mirror = self._start_mirror(plan, orders, run)
-        rank = self._start_rank(orders, self._rank_environment(plan, orders, error_file, table))
+        rank = self._start_rank(orders, self._rank_environment(plan, orders, error_file, table, errors))
         try:
             watched = self._watch(rank, Observer(table, self.local_rank, plan.config.cluster.stall_seconds))
         finally:
@@ -243,7 +254,10 @@ class _Worker:
                 rank.kill()
                 rank.wait()
             table.close()
-        failure = _find_failure(run, assignment, rank.returncode, watched, error_file)
+        error = ErrorRecord.read(error_file) or errors.read(self.local_rank, rank.pid)
+        errors.close()
+        watched.limit = LimitEvents.read().cause_since(limits)
+        failure = _find_failure(run, assignment, rank.returncode, watched, error)
         record = NodeRecord(
             assignment.rank,
             ended_at=time.time(),
@@ -324,7 +338,7 @@ class _Worker:
                 self.ranks.warm_up(setup.plan_path, _node_environment(planned, setup.environment))
 
     def _rank_environment(
-        self, plan: LaunchPlan, orders: Train, error_file: Path, table: heartbeat.HeartbeatTable
+        self, plan: LaunchPlan, orders: Train, error_file: Path, table: heartbeat.HeartbeatTable, errors: ErrorMemory
     ) -> dict[str, str]:
         section, assignment = RaySection.of(plan.config.cluster), orders.assignment
         environment = {
@@ -337,6 +351,7 @@ class _Worker:
             "MASTER_PORT": str(assignment.port),
             error_record.VARIABLE: str(error_file),
             heartbeat.VARIABLE: str(table.path),
+            error_memory.VARIABLE: str(errors.path),
         }
         if len(assignment.peers) > 1:
             endpoint = network.own_endpoint(assignment.peers, section.interface)
@@ -347,7 +362,7 @@ class _Worker:
 
 
 def _find_failure(
-    run: RunDir, assignment: Assignment, exit_code: int | None, watched: _Watched, error_file: Path
+    run: RunDir, assignment: Assignment, exit_code: int | None, watched: _Watched, error: ErrorRecord | None
 ) -> FailureRecord | None:
     """Return the failure of a rank that has ended; None where it succeeded or ended as it was asked to."""
     # A hung rank was killed before any other signal, however long it took to end.
@@ -356,7 +371,8 @@ def _find_failure(
     final = failure_record.read_final(run, assignment.attempt)
     if final is not None and final.rank == assignment.rank:
         return failure_record.from_final(run, assignment.attempt, final)
-    return failure_record.from_exit_code(run, assignment.attempt, assignment.rank, exit_code, error_file, watched.stalls)
+    end = failure_record.RankExit(assignment.rank, exit_code, time.time() if error is None else error.at or time.time(), error)
+    return failure_record.from_exit(end, run, assignment.attempt, watched.stalls, watched.limit)
 
 
 def _node_environment(plan: LaunchPlan, from_driver: Mapping[str, str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from launcher.errors import Problem
 from launcher.run_records import FailureRecord, NodeRecord, node_file
 from launcher.worker import failure_record
 from launcher.worker.agent import NodeAgent
+from launcher.worker.limits import cause_of
 from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.slurm import node as slurm_node
@@ -47,9 +48,9 @@ def main(plan_path: str, attempt: int) -> int:
         problems = slurm_node.check(store, plan, run, attempt, record, node)
         if not problems and not stopper.requested:
             mirror = agent.start_mirror() if node.is_head else None
-            failure = agent.run_ranks(node, store)
+            failure = agent.run_ranks(node, store, record.job)
     except Exception as error:
-        failure = failure_record.from_exception(error, run.attempt(attempt))
+        failure = failure_record.from_exception(error, run.agent_log(attempt, record.job), limit=cause_of(error, run.root))
     agent.close()
     node_record = NodeRecord(
         number,

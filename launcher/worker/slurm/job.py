@@ -30,7 +30,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
-from launcher.worker import postmortem
+from launcher.worker import disk_reserve, postmortem
 from launcher.worker.checks import network
 from launcher.worker.wandb_closing import close_wandb_run
 
@@ -61,7 +61,9 @@ def begin(plan_path: str) -> int | None:
             if attempt.job != job and _is_running(attempt.job, plan, until):
                 print(f"job {attempt.job} runs {plan.run_name} already; this job does not run it", file=sys.stderr)
                 return None
-            end = postmortem.end_of_attempt(run, number, section)
+            # A job that Slurm killed before it could conclude.
+            state = queue.state_of_start(job, restart - 1, _left(until)) if attempt.job == job and restart > 0 else ""
+            end = postmortem.end_of_attempt(run, number, section, state)
             if end.cause in (Cause.COMPLETED, Cause.CANCELLED, Cause.LIMIT):
                 print(f"{plan.run_name} is {end.cause}; there is nothing left to do", file=sys.stderr)
                 return None
@@ -88,6 +90,7 @@ def begin(plan_path: str) -> int | None:
             _end(plan, plan_path, run, number, Decision(False, "failed", message))
             raise
         run_store.write_attempt(run, number, opened)
+        disk_reserve.keep(run, number)
         print(postmortem.marker(number, opened.nodes), file=sys.stderr)
         run_store.update_status(run, state="running", attempt=number, job={"id": job, "nodes": opened.nodes}, message="starting")
     return number
@@ -116,10 +119,12 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
         conclusion = postmortem.conclude(run, number, attempt, section, state, exit_code)
     run_store.fence(run, number)
     ending, decision = conclusion.ending, conclusion.decision
+    disk_reserve.release_if_full(run, number)
     _if_possible(lambda: conclusion.record(run, number))
     if (alert := conclusion.alert) is not None:
         _if_possible(lambda: append_event(run, number, "alert", alert, ending.step))
     _if_possible(lambda: run_store.update_status(run, state=decision.state, step=ending.step, message=conclusion.message))
+    disk_reserve.release(run, number)
     _if_possible(lambda: print(f"attempt {number}: {ending.cause}: {conclusion.message}", flush=True))
     if decision.again:
         by_slurm = state == "PENDING" or _preempted_by_slurm(_details(job, until), until)
@@ -238,6 +243,11 @@ def main(argv: Sequence[str]) -> int:
     except LauncherError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)
+        return EXIT_FAILED
+    except FileNotFoundError as error:
+        if Path(argv[1]).is_file():
+            raise
+        print(f"the run directory has been moved or removed: {error}; nothing is written there", file=sys.stderr)
         return EXIT_FAILED
 
 

@@ -1,47 +1,73 @@
-"""A restart of the ranks by their agents: one node reports it, with the reason."""
+"""A restart of the ranks by their agents: the head node reports it, with the failure that caused the others."""
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
+import pytest
 from torch.distributed import HashStore
 
+from launcher import json_records, run_store
 from launcher.error_record import ErrorRecord
 from launcher.plan.run_dir import RunDir
-from launcher.worker.failure_record import RankExit, describe_restart
+from launcher.run_records import Attempt, FailureRecord
+from launcher.tracking.jsonl import read_events
+from launcher.worker.agent import _FailureLog
+from launcher.worker.failure_record import RankExit
 from launcher.worker.ranks.rank_env import NodeInfo
 from launcher.worker.rendezvous import NodeRendezvous
 
+HOSTS = ("n0", "n1")
+PEER_LOST = RankExit(0, 1, 8.0, ErrorRecord("RuntimeError: [pair.cc:553] Connection closed by peer\nmore of it"))
 
-def test_the_node_whose_ranks_failed_reports_the_restart() -> None:
-    store, hosts, told = HashStore(), ("n0", "n1"), list[str]()
 
-    def node(number: int) -> NodeRendezvous:
-        place = NodeInfo(number, hosts, "127.0.0.1", None)
-        return NodeRendezvous(store, "run", place, 20, lambda: False, lambda count: told.append(f"{hosts[number]} {count}"))
+def meet(first: NodeRendezvous, then: NodeRendezvous) -> None:
+    came = threading.Thread(target=first.next_rendezvous)
+    came.start()
+    while not then.num_nodes_waiting():
+        assert came.is_alive()
+    then.next_rendezvous()
+    came.join(20)
 
-    def meet(first: NodeRendezvous, then: NodeRendezvous) -> None:
-        came = threading.Thread(target=first.next_rendezvous)
-        came.start()
-        while not then.num_nodes_waiting():
-            assert came.is_alive()
-        then.next_rendezvous()
-        came.join(20)
 
-    zero, one = node(0), node(1)
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(
+    "culprit, expected",
+    [
+        (RankExit(1, -11, 9.0, None), "rank 1 on n1: killed by SIGSEGV (a segmentation fault; its log ends with the stacks)"),
+        (RankExit(1, -9, 9.0, None), "rank 1 on n1: killed by SIGKILL"),
+        (RankExit(1, 1, 9.0, ErrorRecord("RuntimeError: CUDA error\nmore")), "rank 1 on n1: RuntimeError: CUDA error"),
+    ],
+)
+def test_a_restart_names_the_failure_that_caused_the_others_whichever_node_arrives_first(
+    tmp_path: Path, first: int, culprit: RankExit, expected: str
+) -> None:
+    run, store = RunDir(tmp_path), HashStore()
+    run.attempts.mkdir()
+    run_store.create_attempt(run, Attempt(None))
+    logs = [_FailureLog(run, 1, NodeInfo(number, HOSTS, "127.0.0.1", None), tmp_path / "log") for number in (0, 1)]
+    zero, one = (
+        NodeRendezvous(
+            store, "run", NodeInfo(number, HOSTS, "127.0.0.1", None), 20, log.is_final, log.describe_own, log.report_restart
+        )
+        for number, log in enumerate(logs)
+    )
     meet(zero, one)
-    assert told == [], "the first start is no restart"
-    meet(one, zero)
-    meet(zero, one)
-    assert told == ["n1 1", "n0 2"]
+    assert not run.events.exists(), "the first start is no restart"
+    logs[0].set_exits([PEER_LOST])
+    logs[1].set_exits([culprit])
+    meet(*((zero, one) if first == 0 else (one, zero)))
+    (event,) = read_events(run.events)
+    assert event["text"] == f"all ranks are restarted (restart 1): {expected}"
 
 
-def test_a_restart_is_explained_by_the_watchdog_or_by_the_first_failure(tmp_path: Path) -> None:
-    exits = [
-        RankExit(0, 1, 9.0, ErrorRecord("RuntimeError: Connection closed by peer")),
-        RankExit(1, 1, 8.0, ErrorRecord("RuntimeError: CUDA error: an illegal memory access\nmore of it")),
-    ]
-    run = RunDir(tmp_path)
-    assert describe_restart(exits, run, 1, []) == "rank 1: RuntimeError: CUDA error: an illegal memory access"
-    assert describe_restart(exits, run, 1, ["rank 5 is stopped; killed it"]) == "rank 5 is stopped; killed it"
+def test_the_watchdogs_message_explains_a_rank_that_it_killed(tmp_path: Path) -> None:
+    log = _FailureLog(RunDir(tmp_path), 1, NodeInfo(0, ("n0",), "127.0.0.1", None), tmp_path / "log")
+    log.add_stall("rank 5 (pid 7) is stopped by a signal: no progress for 9 s in step 3; killed it")
+    log.set_exits([RankExit(5, -9, 9.0, None)])
+    record = json.loads(log.describe_own())
+    assert record["message"] == "(pid 7) is stopped by a signal: no progress for 9 s in step 3; killed it"
+    assert json_records.decode(FailureRecord, record, "").source == "rank 5"
+    assert log.describe_own() == "", "later failures have other reasons"

@@ -271,7 +271,7 @@ def wait_for_report(reports: list[str], deadline_s: float = 20) -> str:
 def test_a_stopped_rank_is_killed_and_the_others_only_dump_their_stacks(start: Start, reports: list[str], tmp_path: Path) -> None:
     waiting, stopped = start("waits", "stopped")
     report = wait_for_report(reports)
-    assert report.startswith(f"rank 11 (pid {stopped.pid}) is stopped: no progress for ")
+    assert report.startswith(f"rank 11 (pid {stopped.pid}) is stopped by a signal (SIGSTOP): no progress for ")
     assert report.endswith(" s in step 4; killed it")
     assert exit_code(stopped) == -signal.SIGKILL
     time.sleep(STALL_S)

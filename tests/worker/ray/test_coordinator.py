@@ -160,7 +160,7 @@ def test_the_end_of_an_attempt_alerts_once(make_fake: Callable[..., FakeWorkers]
     fake.begin("c", "n1", "n2")
     alerts = [event["text"] for event in read_events(fake.run.events) if event["kind"] == "alert"]
     assert alerts == [
-        "the attempt ended (infrastructure): rank 1: killed by SIGKILL; runs again",
+        "the attempt ended (infrastructure): rank 1 on n2: killed by SIGKILL; runs again",
         "the run ends: no record from n1, n2, which Ray still has; cluster.max_infrastructure_failures=1 is used up",
     ]
 

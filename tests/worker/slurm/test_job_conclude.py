@@ -207,7 +207,7 @@ def test_a_user_error_is_not_requeued(submitted: Callable[..., Job], fake_slurm:
     of.failed("DataError")
     assert of.conclude() == 1
     assert fake_slurm.told() == []
-    assert (of.status.state, of.status.message) == ("failed", "rank 3: what it said")
+    assert (of.status.state, of.status.message) == ("failed", "rank 3 on n1: what it said")
     assert of.exit()["first_failure"]["kind"] == "DataError"
 
 
@@ -220,7 +220,7 @@ def test_budgets_count_from_the_last_start_by_a_person(submitted: Callable[..., 
     of.begun(5, automatic=True)
     of.failed("ValueError")
     assert of.conclude(5) == 1
-    assert of.status.message == "rank 3: what it said; cluster.max_failures=2 is used up"
+    assert of.status.message == "rank 3 on n1: what it said; cluster.max_failures=2 is used up"
     assert fake_slurm.told() == []
     of.begun(4, automatic=True)
     of.begun(5, automatic=False)

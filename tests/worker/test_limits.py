@@ -1,0 +1,154 @@
+"""Limits of the machine are recognised as the cause of a failure, and a full disk still takes the records of an end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.error_record import ErrorRecord
+from launcher.errors import CheckpointError
+from launcher.plan.run_dir import RunDir
+from launcher.worker import disk_reserve, failure_record, limits
+from launcher.worker.failure_record import RankExit
+from launcher.worker.limits import LimitEvents, cause_of
+from launcher.worker.ranks import error_memory
+from launcher.worker.ranks.error_memory import ErrorMemory, ErrorSlot
+
+KILLED = "and the kernel killed a process"
+
+
+@pytest.fixture(params=[1, 2])
+def groups(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Files of control groups of both versions, by what they hold."""
+    memory, pids = (tmp_path / name / "job" for name in (("memory", "pids") if request.param == 1 else ("", "")))
+    lines = "5:memory:/job\n4:pids:/job\n0::/\n" if request.param == 1 else "0::/job\n"
+    for folder in (memory, pids):
+        folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.oom_control", "memory.limit_in_bytes") if request.param == 1 else ("memory.events", "memory.max")
+    files = {
+        "own": tmp_path / "cgroup",
+        "node": tmp_path / "vmstat",
+        "oom": memory / names[0],
+        "memory": memory / names[1],
+        "refused": pids / "pids.events",
+        "pids": pids / "pids.max",
+    }
+    texts = (lines, "oom_kill 3\n", "under_oom 0\noom_kill 1\n", f"{2 * 2**30}\n", "max 0\n", "200\n")
+    for file, text in zip(files.values(), texts, strict=True):
+        file.write_text(text)
+    monkeypatch.setattr(limits, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(limits, "OWN_CGROUPS", files["own"])
+    monkeypatch.setattr(limits, "VMSTAT", files["node"])
+    return files
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "cause"),
+    [
+        ("oom", "oom_kill 2\n", f"the memory limit of 2.00 GiB of this job or container was exceeded, {KILLED}"),
+        ("node", "oom_kill 4\n", f"the node ran out of memory, {KILLED}"),
+        ("refused", "max 1\n", "the limit of 200 on processes and threads of this job or container (pids.max) was reached"),
+        ("oom", "oom_kill 1\n", ""),
+    ],
+)
+def test_a_limit_that_the_kernel_enforced_is_named_before_the_signal(
+    groups: dict[str, Path], tmp_path: Path, file: str, text: str, cause: str
+) -> None:
+    before = LimitEvents.read()
+    groups[file].write_text(text)
+    found = LimitEvents.read().cause_since(before)
+    assert found == cause
+    first = failure_record.from_rank_exits([RankExit(1, -9, 9.0, None)], RunDir(tmp_path), 1, limit=found)
+    assert first.line == f"rank 1: {cause}: killed by SIGKILL" if cause else "rank 1: killed by SIGKILL"
+    # The watchdog's own kill has the watchdog's reason.
+    stalls = ["rank 1 (pid 7) is stopped"]
+    assert failure_record.from_rank_exits([RankExit(1, -9, 9.0, None)], RunDir(tmp_path), 1, stalls, found).line == (
+        "rank 1: (pid 7) is stopped"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/x"),
+            r"the disk of /tmp is full \([\d.]+ \S+ of [\d.]+ \S+ free\)",
+        ),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), r"the disk of \S+ is full \(.* free\)"),
+        (
+            CheckpointError("the checkpoint could not be written", where="rank 1, /tmp/x", value="No space left on device"),
+            r"the disk of /tmp is full \(.* free\)",
+        ),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), r"the limit of [\d,]+ open files \(ulimit -n\) was reached"),
+        (RuntimeError("can't start new thread"), r"the limit.* on processes and threads \(pids.max, ulimit -u\) was reached"),
+        (
+            BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+            r"the limit.* on processes and threads .* was reached",
+        ),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), r"there was no main memory left.*"),
+        (RuntimeError("[pair.cc:553] Connection closed by peer"), ""),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), ""),
+        (ValueError("OutOfMemoryError: of a GPU"), ""),
+    ],
+)
+def test_exceptions_that_come_from_a_limit_name_it(tmp_path: Path, error: Exception, cause: str) -> None:
+    assert re.fullmatch(cause, cause_of(error, tmp_path))
+    wrapped = RuntimeError("as it says")
+    wrapped.__cause__ = error
+    assert re.fullmatch(cause, cause_of(wrapped, tmp_path))
+
+
+def test_a_rank_that_can_write_no_file_leaves_its_record_in_memory(tmp_path: Path) -> None:
+    memory = ErrorMemory(2)
+    slot = ErrorSlot.from_environ({error_memory.VARIABLE: str(memory.path), "LOCAL_RANK": "1"})
+    assert memory.read(1, os.getpid()) is None
+    record = ErrorRecord("OSError: [Errno 24] Too many open files", "x" * 50_000 + "the end", 12.5, "the limit")
+    slot.write(record)
+    found = memory.read(1, os.getpid())
+    assert found is not None
+    assert (found.message, found.at, found.cause) == (record.message, 12.5, "the limit")
+    assert found.traceback.endswith("the end")
+    assert memory.read(1, os.getpid() + 1) is None, "of another start of the rank"
+    assert memory.read(0, os.getpid()) is None
+    memory.close()
+    ErrorSlot.from_environ({}).write(record)
+
+
+def test_the_rank_that_could_not_write_is_named_by_whichever_rank_reports_it(tmp_path: Path) -> None:
+    text = "CheckpointError: the checkpoint could not be written\n  where:  rank 1, /runs/a\n  value:  Too many open files"
+    other, own = (ErrorRecord(text, at=at, cause=cause) for at, cause in ((8.0, "of rank 0"), (9.0, "of rank 1")))
+    exits = [RankExit(0, 1, 8.0, other), RankExit(1, 1, 9.0, own)]
+    first = failure_record.from_rank_exits(exits, RunDir(tmp_path), 1)
+    assert first.line == "rank 1: of rank 1: the checkpoint could not be written"
+    assert failure_record.from_rank_exits(exits[:1], RunDir(tmp_path), 1).rank == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    if os.geteuid():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("only root can mount a small disk")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=True, timeout=10)
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True, timeout=10)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_full_disk_still_takes_the_records_of_an_end(small_disk: Path, full: bool) -> None:
+    run = RunDir(small_disk)
+    run.attempt(1).mkdir(parents=True)
+    disk_reserve.keep(run, 1)
+    if full:
+        with pytest.raises(OSError, match="No space left"):
+            (small_disk / "filler").write_bytes(b"x" * 2**21)
+    assert disk_reserve.release_if_full(run, 1) is full
+    (run.attempt(1) / "exit.json").write_bytes(b"x" * 50_000)
+    disk_reserve.release(run, 1)
+    assert [path.name for path in run.attempt(1).iterdir()] == ["exit.json"]
