@@ -100,11 +100,11 @@ class LocalCluster:
 
 def _silent_end(run: RunDir) -> str:
     """Say why the agent may have ended without recording a result."""
-    if problem := run_store.describe_storage_problem(run):
-        return f"the node agent ended without recording a result{problem}"
     with suppress(OSError):
         if (free := shutil.disk_usage(run.root).free) < _FULL_BYTES:
             return f"the disk of {run.root} is full ({format_size(free)} free): the node agent could not record how the run ended"
+    if problem := run_store.describe_storage_problem(run):
+        return f"the node agent ended without recording a result{problem}"
     return "the node agent ended without recording a result: it was killed, or the machine restarted"
 
 
