@@ -124,7 +124,7 @@ def loading(ago: float, phase: str = "joined", trained: bool = False) -> Beat:
 def test_a_rank_that_cannot_run_is_killed_while_it_loads(phase: str) -> None:
     beats, states = {0: loading(61, phase), 1: loading(61, phase)}, {0: "sleeping", 1: psutil.STATUS_STOPPED}
     verdict = stalled_in_loading(beats, states, NOW, LIMITS, since=0.0, is_whole_run=False)
-    assert dict(verdict.kill) == {1: "is stopped"}
+    assert dict(verdict.kill) == {1: "is stopped by a signal (SIGSTOP)"}
     beats[1] = loading(59, phase)
     assert stalled_in_loading(beats, states, NOW, LIMITS, since=0.0, is_whole_run=False) == StallVerdict()
 
@@ -283,7 +283,7 @@ def test_a_stopped_rank_is_killed_and_the_others_only_dump_their_stacks(start: S
 def test_a_rank_that_is_stopped_while_it_loads_is_killed(start: Start, reports: list[str]) -> None:
     (stopped,) = start("stopped while loading")
     report = wait_for_report(reports)
-    assert report.startswith(f"rank 10 (pid {stopped.pid}) is stopped: no progress for ")
+    assert report.startswith(f"rank 10 (pid {stopped.pid}) is stopped by a signal (SIGSTOP): no progress for ")
     assert report.endswith(" s while the model is loaded; killed it")
     assert exit_code(stopped) == -signal.SIGKILL
 
