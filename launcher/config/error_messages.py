@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from launcher.config.config_files import yaml_problems
-from launcher.config.introspect import Setting, as_yaml, settings
+from launcher.config.introspect import Setting, as_yaml, settings, type_in_words
 from launcher.config.origin import Origins
 from launcher.config.redaction import looks_secret, redact
 from launcher.config.renamed_keys import renamed_override, renamed_setting
@@ -18,15 +18,15 @@ from launcher.errors import Problem, did_you_mean
 
 # By the first part of pydantic's error type.
 _WRONG_TYPE = {
-    "int": "is not a whole number",
-    "float": "is not a number",
-    "bool": "is not true or false",
-    "string": "is not text",
-    "tuple": "is not a list",
-    "dict": "is not a mapping",
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "bool": "must be true or false",
+    "string": "must be text",
+    "tuple": "must be a list",
+    "dict": "must be a mapping",
     "model": "is a section of settings, not one value",
     "literal": "is not one of its choices",
-    "finite": "is not a finite number",
+    "finite": "must be a finite number",
 }
 _OUT_OF_BOUNDS = {
     "greater_than": "must be above {gt:g}",
@@ -79,7 +79,7 @@ def _give(key: str) -> str:
         return f"write its settings one by one: {', '.join(parts)}"
     # The description of a list or a mapping covers its entries.
     setting = max((s for s in settings().values() if uniform.startswith(s.key)), key=lambda s: len(s.key))
-    return f"set {setting.key} to {setting.type}. {setting.meaning}"
+    return f"set {setting.key} to {type_in_words(setting.type)}. {setting.meaning}"
 
 
 def _unknown(key: str, value: Any, origins: Origins) -> Problem:

@@ -48,7 +48,7 @@ def test_an_experiment_without_a_package_is_told_so(problems_of: Callable[..., l
     package, other = problems_of(header + text, "run.seed=x")
     assert package.message == "experiment=mine: its file has no line `# @package _global_`, so it sets nothing"
     assert (package.where, package.remedy) == ("FILE:1", "write `# @package _global_` as the first line of the file")
-    assert other.message == "run.seed: is not a whole number"
+    assert other.message == "run.seed: must be a whole number"
 
 
 @pytest.mark.parametrize(

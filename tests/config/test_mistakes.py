@@ -28,24 +28,39 @@ Shown = Callable[..., str]
             "the settings in this section are: train.max_steps, train.epochs",
         ),
         ("+clster=local", "clster: there is no such setting", "'local'", "did you mean cluster?"),
-        ("run.seed=abc", "run.seed: is not a whole number", "'abc'", "set run.seed to int >= 0. Seeds weight"),
-        ("train.max_steps=1.5", "train.max_steps: is not a whole number", "1.5", "set train.max_steps to int > 0 or null."),
-        ("eval.sample=yes", "eval.sample: is not true or false", "'yes'", "set eval.sample to true | false."),
+        (
+            "run.seed=abc",
+            "run.seed: must be a whole number",
+            "'abc'",
+            "set run.seed to a whole number of at least 0. Seeds weight",
+        ),
+        (
+            "train.max_steps=1.5",
+            "train.max_steps: must be a whole number",
+            "1.5",
+            "set train.max_steps to a whole number above 0, or null.",
+        ),
+        ("eval.sample=yes", "eval.sample: must be true or false", "'yes'", "set eval.sample to true or false."),
         (
             "model.dtype=bf61",
             "model.dtype: is not one of its choices",
             "'bf61'",
-            "did you mean bf16? set model.dtype to auto | bf16 |",
+            "did you mean bf16? set model.dtype to auto, bf16, fp16 or fp32",
         ),
-        ("run.name=123", "run.name: is not text", "123", "quote it twice: 'run.name=\"123\"'"),
-        ("optim.lr=0", "optim.lr: must be above 0", "0", "set optim.lr to float > 0. Peak learning rate."),
-        ("optim.lr=-1", "optim.lr: must be above 0", "-1", "set optim.lr to float > 0"),
-        ("optim.lr=nan", "optim.lr: is not a finite number", "nan", "set optim.lr to float > 0"),
-        ("optim.lr=inf", "optim.lr: is not a finite number", "inf", "set optim.lr to float > 0"),
-        ("optim.lr=", "optim.lr: is not a number", "''", "set optim.lr to float > 0"),
-        ("optim.betas=[0.9,1.5]", "optim.betas[1]: must be at most 1", "1.5", "set optim.betas to [0 <= float <= 1, 0 <="),
-        ("optim.betas=3", "optim.betas: is not a list", "3", "set optim.betas to ["),
-        ("data.sources=[]", "data.sources: has too few entries", "", "set data.sources to list of mapping"),
+        ("run.name=123", "run.name: must be text", "123", "quote it twice: 'run.name=\"123\"'"),
+        ("optim.lr=0", "optim.lr: must be above 0", "0", "set optim.lr to a number above 0. Peak learning rate."),
+        ("optim.lr=-1", "optim.lr: must be above 0", "-1", "set optim.lr to a number above 0"),
+        ("optim.lr=nan", "optim.lr: must be a finite number", "nan", "set optim.lr to a number above 0"),
+        ("optim.lr=inf", "optim.lr: must be a finite number", "inf", "set optim.lr to a number above 0"),
+        ("optim.lr=", "optim.lr: must be a number", "''", "set optim.lr to a number above 0"),
+        (
+            "optim.betas=[0.9,1.5]",
+            "optim.betas[1]: must be at most 1",
+            "1.5",
+            "set optim.betas to a list of 2 values, each a number of at least 0 and at most 1",
+        ),
+        ("optim.betas=3", "optim.betas: must be a list", "3", "set optim.betas to a list of 2 values"),
+        ("data.sources=[]", "data.sources: has too few entries", "", "set data.sources to a list, each entry a mapping"),
         (
             "data.sources=[{name: a}]",
             "data.sources[0].path: a value is required",
@@ -62,8 +77,8 @@ Shown = Callable[..., str]
         ),
         ("data.checks.secrets=drpo", "data.checks.secrets: is not one of its choices", "'drpo'", "did you mean drop?"),
         ("data.checks=drop", "data.checks: is a section of settings, not one value", "'drop'", "data.checks.empty_answer"),
-        ("tracking.tags=[1]", "tracking.tags[0]: is not text", "1", "set tracking.tags to list of name."),
-        ("deepspeed.extra={1: 2}", "deepspeed.extra[1]: is not text", "1", "set deepspeed.extra to mapping."),
+        ("tracking.tags=[1]", "tracking.tags[0]: must be text", "1", "set tracking.tags to a list, each entry a name."),
+        ("deepspeed.extra={1: 2}", "deepspeed.extra[1]: must be text", "1", "set deepspeed.extra to a mapping."),
         ("run=3", "run: is a section of settings, not one value", "3", "run.name, run.root"),
         ("deepspeed.stage=2", "deepspeed.stage: only ZeRO stage 3 is supported: lower stages", "2", "remove deepspeed.stage"),
         ("model.path=foo", "model.path: is neither a folder, a hub id, a file of a package nor a run", "'foo'", "owner/name"),
@@ -198,7 +213,7 @@ def test_a_mistake_in_a_file_names_file_and_line(refused: Refused, tmp_path: Pat
     own_option(tmp_path, "optim", "mine", "# my own\nname: adamw\nweight_decay: fast\nwarm_up: 3\n")
     bad_type, unknown = refused("--config-dir", str(tmp_path / "conf"), "optim=mine")
     file = tmp_path / "conf" / "optim" / "mine.yaml"
-    assert (bad_type.message, bad_type.where, bad_type.value) == ("optim.weight_decay: is not a number", f"{file}:3", "'fast'")
+    assert (bad_type.message, bad_type.where, bad_type.value) == ("optim.weight_decay: must be a number", f"{file}:3", "'fast'")
     assert (unknown.where, unknown.remedy) == (f"{file}:4", "did you mean optim.warmup_steps?")
 
 
