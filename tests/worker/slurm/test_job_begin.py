@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from fake_slurm import FakeSlurm
 from job_tools import Job
 
 from launcher import atomic_files, run_records, run_store
+from launcher.clusters.slurm import queue
 from launcher.plan.retry import Cause
 from launcher.run_records import Attempt, ExitRecord
 from launcher.tracking import goodput
@@ -252,3 +254,20 @@ def test_two_starts_at_once_do_not_open_two_attempts(submitted: Callable[..., Jo
     assert (code, out) == (1, "")
     assert "another command is starting this run" in err
     assert of.attempt().job is None
+
+
+def test_nothing_is_written_where_the_run_directory_was_moved_from(
+    fake_slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    moved = tmp_path / "moved"
+    assert job.main(["begin", str(moved / "plan.json")]) == 1
+    assert "the run directory has been moved or removed" in capsys.readouterr().err
+    assert not moved.exists()
+
+
+def test_the_accounting_tells_how_an_earlier_start_of_the_job_ended(fake_slurm: FakeSlurm) -> None:
+    fake_slurm.answer("sacct", out="2026-11-28T12:00:00|NODE_FAIL\n2026-11-28T12:05:00|REQUEUED\n2026-11-28T12:09:00|RUNNING\n")
+    assert [queue.state_of_start("41", number) for number in (0, 1, 2, 3)] == ["NODE_FAIL", "REQUEUED", "RUNNING", ""]
+    fake_slurm.refuse("sacct", said="sacct: error: Slurm accounting storage is disabled")
+    assert queue.state_of_start("41", 0) == ""
