@@ -22,7 +22,7 @@ import launcher
 from launcher import model_source, parent_run
 from launcher.config.schema import RunConfig, is_run
 from launcher.data import cache, sources
-from launcher.errors import ConfigError, DataError
+from launcher.errors import ConfigError, DataError, Problem
 from launcher.hardware import device, has_fast_bf16
 from launcher.models import isolation_verdicts
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, ModelFacts, Provenance
@@ -64,8 +64,8 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
     if config.data.packing:
         model = model.model_copy(update={"isolation": isolation_verdicts.load(model, config.model)})
     data = data_facts(config, model.tokenizer_path)
-    if data is not None:
-        _check_ids(data, model)
+    if data is not None and (problem := id_problem(data.cache_dir, model)):
+        raise DataError(problem)
     return Facts(
         working_dir=os.getcwd(),
         home_dir=str(Path.home()),
@@ -129,16 +129,17 @@ def data_facts(config: RunConfig, tokenizer_path: str | None) -> DataFacts | Non
     return None if tokenizer_path is None else cache.find(cache.cache_key(config.data, tokenizer_path))
 
 
-def _check_ids(data: DataFacts, model: ModelFacts) -> None:
-    """Refuse token ids beyond the embedding: such a lookup reads out of bounds."""
-    largest = cache.read_report(data.cache_dir)["max_token_id"]
-    if largest >= model.vocab_size:
-        raise DataError(
-            f"the data contains the token id {largest}, but the model's embedding has {model.vocab_size} rows",
-            where="model.tokenizer",
-            value=str(model.tokenizer_path),
-            remedy="set model.tokenizer to the model's own tokenizer, or use a model whose vocab_size covers all token ids",
-        )
+def id_problem(cache_dir: str, model: ModelFacts) -> Problem | None:
+    """Return the problem of a data cache with token ids beyond the embedding: such a lookup reads out of bounds."""
+    largest = cache.read_report(cache_dir)["max_token_id"]
+    if largest < model.vocab_size:
+        return None
+    return Problem(
+        f"the data contains the token id {largest}, but the model's embedding has {model.vocab_size} rows",
+        where="model.tokenizer",
+        value=str(model.tokenizer_path),
+        remedy="set model.tokenizer to the model's own tokenizer, or use a model whose vocab_size covers all token ids",
+    )
 
 
 def _provenance(overrides: Sequence[str]) -> Provenance:

@@ -11,7 +11,7 @@ from typing import Any
 from launcher.cli import html_page
 from launcher.config.schema import RunConfig
 from launcher.data.checks import findings
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 
 USAGE = """python -m launcher data [--show N] [--json] [--html FILE] [overrides]
@@ -70,11 +70,11 @@ def _count(value: str) -> int:
     return int(value)
 
 
-def present(report: dict[str, Any], config: RunConfig, chosen: Options) -> None:
-    """Print the report, and write the HTML page if --html is given.
+def present(report: dict[str, Any], config: RunConfig, chosen: Options, problem: Problem | None = None) -> None:
+    """Print the report, and write the HTML page if --html is given; `problem` is one of data and model together.
 
     Raises:
-        DataError: with the findings that the settings do not accept.
+        DataError: with `problem`, and the findings that the settings do not accept.
     """
     if chosen.html is not None:
         from launcher.cli import data_html
@@ -88,7 +88,9 @@ def present(report: dict[str, Any], config: RunConfig, chosen: Options) -> None:
         data_view.show(report)
         if chosen.html is not None:
             print(f"\npage: {chosen.html}")
-    findings.refuse(findings.read(report["cache_dir"]), config.data.checks)
+    problems = [*([problem] if problem else []), *findings.problems(findings.read(report["cache_dir"]), config.data.checks)]
+    if problems:
+        raise DataError(problems)
 
 
 def check(config: RunConfig, facts: DataFacts | None) -> None:

@@ -176,7 +176,7 @@ def _print_text(console: Console, text: str, continued_at: int, indent: int = 0,
 
 def source_notes(report: dict[str, Any]) -> list[str]:
     """Return lines about the sources for which the tables have no column."""
-    return [*parts_taken(report), *unused(report), *moved(report), *left_out(report), *unread_keys(report)]
+    return [*parts_taken(report), *unused(report), *moved(report), *left_out(report), *unread_keys(report), *completions(report)]
 
 
 def parts_taken(report: dict[str, Any]) -> list[str]:
@@ -232,6 +232,25 @@ def unread_keys(report: dict[str, Any]) -> list[str]:
             keys = ", ".join(f"{key} ({count:,})" for key, count in counts.items())
             others = f", and {source['num_other_unread_keys']:,} more" if source["num_other_unread_keys"] else ""
             lines.append(visible(f"{source['name']}: unread keys (rows): {keys}{others}"))
+    return lines
+
+
+def completions(report: dict[str, Any]) -> list[str]:
+    """Return lines for each source with prompts and completions (or questions and answers): how they are written."""
+    lines = []
+    for source in report["sources"]:
+        name, as_chat = source["name"], source["completions_as_chat"]
+        as_text = source["completions"] - as_chat
+        if as_chat:
+            lines.append(
+                f"{name}: {as_chat:,} prompts and completions are written with the chat template, as the user's message and the "
+                "assistant's answer (completions: text in data.sources joins them as they are)"
+            )
+        if as_text:
+            lines.append(
+                f"{name}: {as_text:,} prompts and completions are joined as they are, without the chat template "
+                "(completions: chat in data.sources writes them with it)"
+            )
     return lines
 
 

@@ -96,7 +96,7 @@ def _data(tokens: list[str]) -> int:
         report = _cached_report(config, options.num_shown) or prepare(config, show=options.num_shown)["report"]
         if note := model_source.weights_note(config.model):
             print(f"note: {note}", file=sys.stderr, flush=True)
-        data.present(report, config, options)
+        data.present(report, config, options, facts.id_problem(report["cache_dir"], model_source.read_model_facts(config.model)))
     return 0
 
 

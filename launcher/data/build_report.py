@@ -96,6 +96,8 @@ def make_report(
             **origins[i],
             **{key: values[i] for key, values in by_source.items()},
             **corpus.unread_keys[i].to_json(),
+            "completions": int(corpus.completions[i, 0]),
+            "completions_as_chat": int(corpus.completions[i, 1]),
         }
         for i, source in enumerate(inputs)
     ]

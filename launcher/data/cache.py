@@ -39,6 +39,7 @@ from launcher import atomic_files
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data import digests
 from launcher.data.cache_dir import cache_root, convert_os_errors
+from launcher.data.checks import findings
 from launcher.data.digests import CheckedArray, DigestingWriter
 from launcher.data.sources import compute_source_digest, make_eval_source
 from launcher.errors import DataError, Problem
@@ -46,7 +47,9 @@ from launcher.locks import wait_and_hold
 from launcher.plan.launch_plan import DataFacts
 
 # To be raised when the same sources give other tokens, rows or findings, or another layout; a test checks that.
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
+# Formats with the layout of the current one, which a run that records such a cache continues with.
+_READABLE_FORMATS = (9, FORMAT_VERSION)
 
 # The files that AutoTokenizer reads; config.json because the model type selects the class.
 TOKENIZER_FILES = (
@@ -96,7 +99,7 @@ def _source_key(source: Source) -> tuple[dict[str, Any], str]:
 
 def _selecting_checks(checks: ChecksSection) -> dict[str, Any]:
     """Return the checks as far as they select documents; fail only judges the finished cache."""
-    settings = checks.model_dump(exclude={"max_held_out_in_train"})
+    settings = checks.model_dump(exclude={*findings.LIMITS.values()})
     return {name: "keep" if value == "fail" else value for name, value in settings.items()}
 
 
@@ -136,7 +139,7 @@ def read(folder: Path) -> DataFacts | None:
     with convert_os_errors(folder):
         try:
             meta = _verified_meta((folder / "meta.json").read_bytes())
-            if meta is None or meta["format"] != FORMAT_VERSION:
+            if meta is None or meta["format"] not in _READABLE_FORMATS:
                 return None
             sizes = all((folder / name).stat().st_size == size for name, size in meta["files"].items())
             intact = sizes and all(_file_digest(folder / name) == digest for name, digest in meta["digests"].items())

@@ -15,10 +15,14 @@ from launcher.data import row_layout, sources
 from launcher.data.checks import inspection
 from launcher.data.sources.keys import KeyCounts
 from launcher.data.tokenization import parallel
-from launcher.data.tokenization.batch_encoder import NUM_PROMPTS, DocumentTable, EncodeTask, EvalPrompt, PieceTable
+from launcher.data.tokenization.batch_encoder import NUM_PROMPTS, DocumentTable, EncodeTask, EvalPrompt, PieceTable, is_below
 
 # More prompts than are kept: the checks may drop some of their documents.
 _NUM_CANDIDATES = 16 * NUM_PROMPTS
+
+# Documents of one prompt that are always in one split, and the share of the held-out split that those of one prompt may be.
+_MAX_PER_PROMPT = 16
+_MAX_PROMPT_SHARE = 0.5
 
 Progress = Callable[[str, int, int], None]
 Columns = TypeVar("Columns", DocumentTable, PieceTable)
@@ -28,7 +32,8 @@ Columns = TypeVar("Columns", DocumentTable, PieceTable)
 class EncodedCorpus:
     """All documents that were read, the pieces that they were cut into, and the hits of the checks of single documents.
 
-    A hit is (document, hit); `unread_keys` has an entry for each of `list_inputs`.
+    A hit is (document, hit). `unread_keys` and `completions` have an entry for each of `list_inputs`; the latter counts prompts
+    with a completion where the tokenizer has a chat template, and those of them that are written with it.
     """
 
     docs: DocumentTable
@@ -37,6 +42,7 @@ class EncodedCorpus:
     prompts: list[EvalPrompt]
     max_token_id: int
     unread_keys: list[KeyCounts]
+    completions: np.ndarray
 
     @property
     def num_docs(self) -> int:
@@ -70,23 +76,42 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
     docs: list[DocumentTable] = []
     pieces: list[PieceTable] = []
     hits: list[tuple[int, inspection.CheckHit]] = []
-    prompts: list[EvalPrompt] = []
+    prompts: dict[bool, list[EvalPrompt]] = {True: [], False: []}
     num_docs = max_token_id = 0
     unread_keys = [KeyCounts() for _ in list_inputs(data)]
+    completions = np.zeros((len(unread_keys), 2), dtype=np.int64)
     for batch in parallel.encode(_list_tasks(data), data, tokenizer_path):
         spool.add(batch.tokens, batch.trained)
         max_token_id = max(max_token_id, int(batch.tokens.max(initial=0)))
         unread_keys[batch.source].add(batch.unread_keys)
+        completions[batch.source] += (batch.num_completions, batch.num_written_as_chat)
         hits += [(num_docs + i, hit) for i, hit in batch.hits]
-        prompts += [replace(prompt, doc=num_docs + prompt.doc) for prompt in batch.prompts]
-        prompts = heapq.nsmallest(_NUM_CANDIDATES, prompts, key=lambda prompt: prompt.rank)
+        for held_out, candidates in prompts.items():
+            candidates += [replace(one, doc=num_docs + one.doc) for one in batch.prompts if one.held_out is held_out]
+            prompts[held_out] = heapq.nsmallest(_NUM_CANDIDATES, candidates, key=lambda prompt: prompt.rank)
         # The batch itself is not kept: its tokens would stay in memory.
         docs.append(batch.docs)
         pieces.append(replace(batch.pieces, doc=batch.pieces.doc + num_docs))
         num_docs += len(batch.docs.wheres)
         on_progress("tokenise", num_docs, max(total, num_docs))
     on_progress("tokenise", num_docs, num_docs)
-    return EncodedCorpus(_concatenate(docs), _concatenate(pieces), hits, prompts, max_token_id, unread_keys)
+    table = _concatenate(docs)
+    if data.split_by == "prompt":
+        table = replace(table, held_out=_divide_common_prompts(table, data.eval_fraction))
+    chosen = [prompt for prompt in (*prompts[True], *prompts[False]) if table.held_out[prompt.doc]]
+    return EncodedCorpus(table, _concatenate(pieces), hits, chosen, max_token_id, unread_keys, completions)
+
+
+def _divide_common_prompts(docs: DocumentTable, eval_fraction: float) -> np.ndarray:
+    """Return which documents are held out, where those of a common prompt are divided one by one, bool [documents].
+
+    All documents of a common prompt in one split would make the held-out split several times as large, or leave most documents
+    out of it.
+    """
+    _, group, counts = np.unique(docs.prompts, return_inverse=True, return_counts=True)
+    limit = max(_MAX_PER_PROMPT, _MAX_PROMPT_SHARE * eval_fraction * len(docs.prompts))
+    is_common = docs.by_hash & (docs.prompts != 0) & (counts[group] > limit)
+    return np.where(is_common, is_below(docs.splits_alone, eval_fraction), docs.held_out)
 
 
 def _list_tasks(data: DataSection) -> Iterator[EncodeTask]:

@@ -111,7 +111,7 @@ def _report_sources(
             "path": path,
             "built_from": recorded["path"],
             "is_read": i >= len(data.sources) or data.sources[i].is_read,
-            **{key: recorded[key] for key in (*_ORIGIN, *_UNREAD)},
+            **{key: recorded[key] for key in (*_ORIGIN, *_UNREAD, *_COMPLETIONS)},
             **{key: recorded[name] for key, name in _COUNTED.items()},
             "held_out": {
                 "documents": held_out["documents"],
@@ -133,6 +133,8 @@ def _limits(source: Source) -> list[str]:
 _ORIGIN = ("digest", "commit", "files", "num_files", "left_out", "num_left_out")
 # Row keys that no format reads, each with its number of rows, and the number of further keys.
 _UNREAD = ("unread_keys", "num_other_unread_keys")
+# Prompts with a completion where the tokenizer has a chat template, and those of them that are written with it.
+_COMPLETIONS = ("completions", "completions_as_chat")
 # Names in the report, and those under which the build recorded the counts.
 _COUNTED = {
     "read_documents": "read",

@@ -47,6 +47,8 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
             leaks += overlap.find_leaks(docs.contents, training, held_out)
         if (checks.near_held_out_in_train == "drop") == are_dropped:
             leaks += overlap.find_near_leaks(docs.contents, docs.signatures, training, held_out, checks)
+        if (checks.held_out_prompt_in_train == "drop") == are_dropped:
+            leaks += overlap.find_prompt_leaks(docs.contents, docs.prompts, docs.prompt_forms, training, held_out)
         return leaks
 
     selected = require_pieces(summary.select_dropped(hits, corpus.num_docs, checks))
@@ -62,6 +64,7 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
     if not pieces.labels[layout.order].any():
         raise _nothing_left(docs, data, _collect_findings(hits, corpus, layout.order, data))
     hits += find_leaks(np.unique(pieces.doc[layout.order]), are_dropped=False)
+    hits += summary.find_losses(hits, docs.num_pieces, docs.lost_tokens, docs.num_tokens, checks)
     return Selection(is_dropped, layout, epochs, _collect_findings(hits, corpus, layout.order, data))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.config.renamed_keys import RENAMED
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 def migrate(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -17,11 +17,14 @@ def migrate(values: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: where the schema version is unknown, or a part that moves is not where its version has it.
     """
     version = values.get("schema_version")
-    if isinstance(version, bool) or version not in (1, SCHEMA_VERSION):
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= SCHEMA_VERSION:
         raise ValueError(
-            f"schema_version is {version!r}, and this launcher reads 1 and {SCHEMA_VERSION}; use the launcher that wrote the plan"
+            f"schema_version is {version!r}, and this launcher reads 1 to {SCHEMA_VERSION}; use the launcher that wrote the plan"
         )
-    return _from_version_1(values) if version == 1 else dict(values)
+    migrated = dict(values)
+    if version == 1:
+        migrated = _from_version_1(migrated)
+    return _from_version_2(migrated) if version < SCHEMA_VERSION else migrated
 
 
 def _from_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,3 +41,21 @@ def _from_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
             value = moved[old_section].pop(old_name)
             moved[section] = {**moved.get(section, {}), name: value}
     return {**values, "schema_version": 2, "config": moved}
+
+
+def _from_version_2(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Version 2 divides documents one by one, and writes a prompt and its completion as text.
+
+    A cache that is built again for such a run has the same rows.
+    """
+    config = values.get("config")
+    if not isinstance(config, Mapping):
+        raise ValueError("config is missing or is not an object")
+    data = config.get("data")
+    if not isinstance(data, Mapping):
+        raise ValueError("config.data is missing or is not an object")
+    if not isinstance(data.get("sources"), list) or not all(isinstance(source, Mapping) for source in data["sources"]):
+        raise ValueError("config.data.sources is missing or is no list of objects")
+    sources = [{"completions": "text", **source} for source in data["sources"]]
+    moved = {**config, "data": {"split_by": "document", **data, "sources": sources}}
+    return {**values, "schema_version": 3, "config": moved}

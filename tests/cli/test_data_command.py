@@ -112,6 +112,16 @@ def test_rows_for_another_kind_of_training_are_refused_before_submission(launch_
     assert report["sources"][0]["unread_keys"] == {"rejected": 120}
 
 
+def test_token_ids_beyond_the_embedding_refuse_the_report_as_they_refuse_the_plan(
+    launch_here: Run, rows: Path, tmp_path: Path
+) -> None:
+    settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0", "model.config.vocab_size=100")
+    for verb in ("data", "plan", "data"):
+        refused = launch_here(verb, *settings, cwd=tmp_path)
+        assert refused.returncode == 2, refused.stdout
+        assert "but the model's embedding has 100 rows" in refused.stderr
+
+
 def imported(stderr: str) -> set[str]:
     """Modules that a command has imported itself, with PYTHONPROFILEIMPORTTIME."""
     return set(re.findall(r"^import time:.*\| +(\S+)$", stderr, re.MULTILINE))

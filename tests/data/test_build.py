@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pytest
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
+from launcher.cli.data_view import completions as completions_lines
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.build import build
 from launcher.data.cache import Split, num_bytes, read_report
@@ -163,7 +165,7 @@ def test_an_end_of_turn_that_is_cut_off_is_found(
     jsonl: Jsonl, tokenizer_dir: Path, long_documents: str, found: tuple[int, int] | None
 ) -> None:
     answers = [" word" * 40, " word" * 41, " word" * 42, " word" * 43, " brief"]
-    source = Source(path=str(jsonl([{"prompt": "Say:", "completion": answer} for answer in answers])))
+    source = Source(path=str(jsonl([{"prompt": "Say:", "completion": answer} for answer in answers])), completions="text")
     data = DataSection(sources=(source,), max_length=16, long_documents=long_documents)
     judged = findings.judge(findings.read(build(data, str(tokenizer_dir)).cache_dir), data.checks)
     ends = {one.finding.name: one for one in judged}.get("no_turn_end")
@@ -215,7 +217,7 @@ def test_rows_with_an_ambiguous_mask_are_refused_or_dropped(jsonl: Jsonl, tokeni
     # In the middle one, the completion begins with the accent of the prompt's last letter.
     rows = [{"prompt": "na", "completion": completion} for completion in (" one", "\u0308ve", " two")]
     dropping = ChecksSection(unsure_border="drop")
-    data = DataSection(sources=(Source(path=str(jsonl(rows))),), max_length=64, checks=dropping)
+    data = DataSection(sources=(Source(path=str(jsonl(rows)), completions="text"),), max_length=64, checks=dropping)
     facts = build(data, str(tmp_path / "tokenizer"))
     assert facts.num_docs == 2
     (finding,) = (one for one in findings.read(facts.cache_dir) if one.name == "unsure_border")
@@ -224,7 +226,7 @@ def test_rows_with_an_ambiguous_mask_are_refused_or_dropped(jsonl: Jsonl, tokeni
     with pytest.raises(DataError, match="begins or ends inside a token") as caught:
         findings.refuse(findings.read(build(failing, str(tmp_path / "tokenizer")).cache_dir), failing.checks)
     assert "data.checks.unsure_border=drop" in caught.value.problems[0].remedy
-    alone = data.model_copy(update={"sources": (Source(path=str(jsonl(rows[1:2]))),)})
+    alone = data.model_copy(update={"sources": (Source(path=str(jsonl(rows[1:2])), completions="text"),)})
     with pytest.raises(DataError, match="no document with a trained token is left") as caught:
         build(alone, str(tmp_path / "tokenizer"))
     assert "1 documents whose trained part begins or ends inside a token" in caught.value.problems[0].value
@@ -282,7 +284,9 @@ def test_a_held_out_conversation_dropped_for_its_order_makes_no_prompt(jsonl: Js
 
 
 def test_documents_without_an_end_of_turn_can_be_dropped(jsonl: Jsonl, tokenizer_dir: Path) -> None:
-    source = Source(path=str(jsonl([{"prompt": "Say:", "completion": answer} for answer in (" word" * 40, " brief")])))
+    source = Source(
+        path=str(jsonl([{"prompt": "Say:", "completion": answer} for answer in (" word" * 40, " brief")])), completions="text"
+    )
     checks = ChecksSection(no_turn_end="drop")
     assert build(DataSection(sources=(source,), max_length=16, checks=checks), str(tokenizer_dir)).num_docs == 1
 
@@ -296,3 +300,26 @@ def test_the_error_for_no_documents_counts_those_that_were_read(jsonl: Callable[
     (training, held_out), *_ = re.findall(r"([\d,]+) documents to train on and ([\d,]+) held-out ones were read", problem.value)
     assert int(held_out) > 0
     assert int(training) + int(held_out) == 40
+
+
+def test_questions_and_answers_are_written_with_the_chat_template(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    rows = [{"question": "How many apples so far?", "answer": " First find them."}]
+    rows += [{"question": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "answer": "Hello"}]
+
+    def build_as(completions: str) -> tuple[list[str], list[str]]:
+        source = Source(name="gsm", path=str(jsonl(rows)), completions=completions)
+        facts = build(DataSection(sources=(source,), max_length=64), str(tokenizer_dir))
+        tokenizer, split = AutoTokenizer.from_pretrained(str(tokenizer_dir)), Split.open(facts)
+        texts = [tokenizer.decode(split.tokens[a:b]) for a, b in itertools.pairwise(split.docs.tolist())]
+        return sorted(texts), completions_lines({"sources": read_report(facts.cache_dir)["sources"]})
+
+    (chat, rendered), lines = build_as("auto")
+    assert chat.endswith("<|im_start|>user\nHow many apples so far?<|im_end|>\n<|im_start|>assistant\nFirst find them.<|im_end|>")
+    assert rendered == f"{rows[1]['question']}Hello<|im_end|>", "a prompt with control tokens is taken as it is"
+    assert lines[0].startswith("gsm: 1 prompts and completions are written with the chat template")
+    assert "completions: text in data.sources" in lines[0]
+    assert lines[1].startswith("gsm: 1 prompts and completions are joined as they are")
+    texts, lines = build_as("text")
+    assert texts[1] == "How many apples so far? First find them.<|im_end|>"
+    assert [line.split(":")[1][:3] for line in lines] == [" 2 "]
+    assert all("<|im_start|>assistant" in text for text in build_as("chat")[0])

@@ -58,7 +58,7 @@ def test_each_format_is_read_and_recognised(tmp_path: Path, format: str, named: 
         ('{"text": "a", "prompt": "b", "completion": "c"}', "auto", None, "prompt_completion and text"),
         ('{"text": "a"}', "messages", None, "lacks the key messages (found: text)"),
         ('{"prompt": "a"}', "prompt_completion", None, "lacks the key completion"),
-        ('{"text": null}', "text", None, "text is a null, not text"),
+        ('{"text": null}', "text", None, "text is null, not text"),
         ('{"text": "\\ud83d"}', "text", None, "surrogate"),
     ],
 )

@@ -18,6 +18,7 @@ import torch
 from e2e_tools import losses, metrics, status
 
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.migrations import SCHEMA_VERSION
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 ARCHIVE = Path(__file__).parents[1] / "golden/earlier_run.zip"
@@ -68,7 +69,7 @@ def test_an_earlier_run_is_read_and_resumed_with_the_same_losses(launch: Launch,
     assert (run / "code-until-attempt-001/launcher/__init__.py").read_bytes() == first_code
     assert (run / "code/launcher/plan/migrations.py").is_file()
     second = run / "attempts/002/plan.json"
-    assert json.loads(second.read_text())["schema_version"] == 2
+    assert json.loads(second.read_text())["schema_version"] == SCHEMA_VERSION
     config = LaunchPlan.load(second).config
     assert (config.checkpoint.save_every, config.eval.every, config.export.enabled) == (3, 4, False)
 

@@ -51,6 +51,14 @@ def test_settings_that_were_renamed_move_to_their_new_section(earlier: dict[str,
     }
 
 
+def test_a_run_of_an_earlier_version_divides_its_documents_as_before(earlier_text: str, plan_of: PlanOf) -> None:
+    assert LaunchPlan.from_json(earlier_text).config.data.split_by == "document"
+    values = json.loads(plan_of().to_json())
+    assert values["config"]["data"]["split_by"] == "prompt"
+    del values["config"]["data"]["split_by"]
+    assert LaunchPlan.from_json(json.dumps({**values, "schema_version": 2})).config.data.split_by == "document"
+
+
 def test_migrating_changes_nothing_in_its_argument(earlier: dict[str, Any]) -> None:
     before = copy.deepcopy(earlier)
     migrate(earlier)
@@ -81,13 +89,13 @@ def test_an_earlier_plan_is_found_by_the_digest_of_its_text(earlier_text: str, t
 def test_an_earlier_plan_comes_back_from_a_mirror(earlier_text: str) -> None:
     assert plan_from_mirror(earlier_text.encode(), "s3://bucket") == LaunchPlan.from_json(earlier_text)
     with pytest.raises(CheckpointError, match="the plan in the mirror cannot be read by this launcher"):
-        plan_from_mirror(earlier_text.replace('"schema_version": 1', '"schema_version": 3').encode(), "s3://bucket")
+        plan_from_mirror(earlier_text.replace('"schema_version": 1', '"schema_version": 4').encode(), "s3://bucket")
 
 
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("schema_version", 3, "schema_version is 3, and this launcher reads 1 and 2; use the launcher that wrote the plan"),
+        ("schema_version", 4, "schema_version is 4, and this launcher reads 1 to 3; use the launcher that wrote the plan"),
         ("schema_version", None, "schema_version is None"),
         ("schema_version", True, "schema_version is True"),
         ("config", None, "config is missing or is not an object"),

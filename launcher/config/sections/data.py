@@ -14,7 +14,7 @@ from launcher.config.sections.fields import Flag, Fraction, Name, Positive, Posi
 COLUMNS = (
     *("messages", "conversations", "tools", "system"),
     *("instruction", "input", "output", "history"),
-    *("prompt", "completion", "text"),
+    *("prompt", "completion", "question", "answer", "text"),
 )
 COLUMNS_EXAMPLE = (
     "'data.sources=[{name: train, path: PATH, columns: {prompt: question, completion: answer}}]', "
@@ -53,19 +53,29 @@ class Source(Section):
             "or builtin:stdlib_docs."
         )
     )
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text"] = Field(
         "auto",
         description=(
             "messages: a list of {role, content}, as in OpenAI's fine-tuning files; sharegpt: conversations of {from, value}; "
-            "alpaca: instruction, input and output; prompt_completion: prompt and completion; text: every token is trained "
-            "(a line of a .txt file is a document). auto: by the keys of the first row."
+            "alpaca: instruction, input and output; prompt_completion: prompt and completion, as texts or lists of messages; "
+            "question_answer: question and answer; text: every token is trained (a line of a .txt file is a document). auto: by "
+            "the keys of the first row."
+        ),
+    )
+    completions: Literal["auto", "chat", "text"] = Field(
+        "auto",
+        description=(
+            "How a prompt and its completion, or a question and its answer, are written. chat: as the user's message and the "
+            "assistant's answer, with the chat template; text: one after the other as they are. auto: chat where the tokenizer "
+            "has a chat template (or data.chat_template is set), except for a prompt that contains special tokens of the "
+            "tokenizer."
         ),
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
         description=(
-            f"The rows' own key for each column that the format reads ({', '.join(COLUMNS)}). Write the whole list: "
-            f"{COLUMNS_EXAMPLE}."
+            f"The rows' own key for each column that the format reads ({', '.join(COLUMNS)}); a key within an object is "
+            f"written with dots, such as data.question. Write the whole list: {COLUMNS_EXAMPLE}."
         ),
     )
     ignored_keys: tuple[Text, ...] = Field(
@@ -132,7 +142,7 @@ class ChecksSection(Section):
 
     empty_answer: Choice = Field("drop", description="An answer to train on is empty or white space.")
     exact_duplicate: Choice = Field(
-        "keep", description="A document is in the training split twice, ignoring case and white space."
+        "keep", description="A document is in the training split twice, ignoring case, white space and punctuation."
     )
     near_duplicate: Choice = Field("keep", description="A document is nearly the same as an earlier one of the training split.")
     near_duplicate_threshold: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
@@ -140,7 +150,19 @@ class ChecksSection(Section):
     )
     held_out_in_train: Choice = Field(
         "fail",
-        description="A held-out document is also in training, ignoring case and white space; drop removes it from training.",
+        description=(
+            "A held-out document is also in training, ignoring case, white space and punctuation; drop removes it from training."
+        ),
+    )
+    held_out_prompt_in_train: Choice = Field(
+        "keep",
+        description=(
+            "The prompt of a held-out document (what precedes its first answer) is also in training, with another answer; drop "
+            "removes the training documents with that prompt."
+        ),
+    )
+    similar_prompt_in_train: Accepted = Field(
+        "keep", description="The prompt of a held-out document differs from one in training by its numbers alone."
     )
     near_held_out_in_train: Choice = Field(
         "keep",
@@ -152,8 +174,21 @@ class ChecksSection(Section):
     )
     max_held_out_in_train: Fraction = Field(
         0.01,
-        description="Share of the held-out documents that may be in training, exactly or nearly, before fail refuses the run.",
+        description=(
+            "Share of the held-out documents that may be in training (exactly, nearly, or by their prompt) before fail refuses "
+            "the run."
+        ),
     )
+    truncated: Accepted = Field("fail", description="Tokens of a document are cut off because it is longer than a row.")
+    max_truncated: Fraction = Field(0.2, description="Share of all documents that may be cut off before fail refuses the run.")
+    dropped: Accepted = Field(
+        "fail",
+        description=(
+            "A document is left out: it is longer than a row (data.long_documents=drop), or a check drops it. Duplicates, and "
+            "documents like held-out ones, do not count."
+        ),
+    )
+    max_dropped: Fraction = Field(0.2, description="Share of all documents that may be left out before fail refuses the run.")
     broken_encoding: Choice = Field(
         "keep", description="Text was decoded wrongly: replacement characters, UTF-8 read as Latin-1."
     )
@@ -167,6 +202,9 @@ class ChecksSection(Section):
     )
     special_token_in_text: Choice = Field(
         "keep", description="The text contains a special token of this tokenizer or of another model."
+    )
+    split_control_token: Accepted = Field(
+        "keep", description="The chat template writes a control token, such as [INST], that the tokenizer splits."
     )
     no_turn_end: Choice = Field(
         "fail",
@@ -227,6 +265,14 @@ class DataSection(Section):
     )
     eval_fraction: Share = Field(
         0.0, description="Share of the documents held out for evaluation; ignored where a source has its own held-out split."
+    )
+    split_by: Literal["prompt", "document"] = Field(
+        "prompt",
+        description=(
+            "How eval_fraction divides documents. prompt: those with the same prompt (what precedes the first answer) are all "
+            "held out, or none is; a prompt of very many documents is an instruction, and its documents are divided one by one. "
+            "document: each by itself, so that a prompt can be in both splits, with other answers."
+        ),
     )
     eval_path: Text | None = Field(None, description="Held-out documents: a path as in sources[].path, in the sources' format.")
     eval_split: Text | None = Field(

@@ -39,6 +39,17 @@ CHECKS = {
         "They add nothing to the loss",
         "give the rows an answer; if it is cut off, raise data.max_length; remove a source without answers from data.sources",
     ),
+    "truncated": CheckText(
+        "documents that are cut off because they are longer than a row",
+        "The model does not see how they end, and may learn to stop early or never",
+        "raise data.max_length, or set data.long_documents to split; data.checks.max_truncated sets the share that is accepted",
+    ),
+    "dropped": CheckText(
+        "documents that are left out",
+        "The model trains on less than the sources hold, and not on a fair sample of it",
+        "for long documents raise data.max_length, or set data.long_documents to split; otherwise repair the rows; "
+        "data.checks.max_dropped sets the share that is accepted",
+    ),
     "unsure_border": CheckText(
         "documents whose trained part begins or ends inside a token",
         "The loss mask cannot separate the trained text from the rest",
@@ -51,7 +62,7 @@ CHECKS = {
         "template that ends the assistant's turn with a special token (data.chat_template=FILE)",
     ),
     "held_out_in_train": CheckText(
-        "held-out documents that are also in the training split, apart from case and white space",
+        "held-out documents that are also in the training split, apart from case, white space and punctuation",
         "The evaluation loss comes out too low",
         "remove them from one of the two files, or set the check to drop, which removes them from training",
     ),
@@ -59,6 +70,17 @@ CHECKS = {
         "held-out documents that are nearly identical to a training document",
         "The evaluation loss may come out too low",
         "look at the examples; to remove the similar documents from training, set the check to drop",
+    ),
+    "held_out_prompt_in_train": CheckText(
+        "held-out documents whose prompt is also in the training split, with another answer",
+        "The evaluation shows how well the model knows these prompts, not how well it answers others",
+        "keep all answers to a prompt in one of the two splits (data.split_by=prompt does so for data.eval_fraction), or set the "
+        "check to drop, which removes the training documents with these prompts",
+    ),
+    "similar_prompt_in_train": CheckText(
+        "held-out documents whose prompt differs from a training prompt by its numbers alone",
+        "The evaluation shows how well the model fills in these templates, and may say little about other questions",
+        "look at the examples; evaluate on questions of another form (data.eval_path)",
     ),
     "not_compared": CheckText(
         "documents that were not compared with every document that may be nearly identical",
@@ -71,7 +93,7 @@ CHECKS = {
         "write the answers",
     ),
     "exact_duplicate": CheckText(
-        "training documents that repeat an earlier one, apart from case and white space",
+        "training documents that repeat an earlier one, apart from case, white space and punctuation",
         _REPEATED,
         _KEEP_FIRST,
     ),
@@ -89,6 +111,11 @@ CHECKS = {
         "documents whose text contains special tokens",
         "They can end a turn too early, or teach the model to write another model's tokens as text",
         "remove them from the rows: the chat template writes the special tokens",
+    ),
+    "split_control_token": CheckText(
+        "conversations with control tokens of the chat template that this tokenizer splits into several tokens",
+        "The model reads them as text. Some models were trained so; for others the template belongs to another tokenizer",
+        "look at the examples; use the model's own chat template (data.chat_template=null), or one with tokens of this tokenizer",
     ),
     "role_order": CheckText(
         "conversations whose roles are out of order",
@@ -125,10 +152,14 @@ CHECKS = {
 # The value that accepts a fatal finding, if it is not keep.
 _ACCEPTED_BY = {"unsure_border": "drop"}
 # Accepted, these documents are not trained.
-_NOT_TRAINED = ("unsure_border", "no_trained_token")
+_NOT_TRAINED = ("unsure_border", "no_trained_token", "dropped")
 
-# Documents in both splits: a share of the held-out ones is accepted, and drop removes the training documents.
-LEAKS = ("held_out_in_train", "near_held_out_in_train")
+# Documents in both splits, of which drop removes the training documents.
+LEAKS = ("held_out_in_train", "near_held_out_in_train", "held_out_prompt_in_train")
+# Checks that look at the held-out documents.
+OF_HELD_OUT = (*LEAKS, "similar_prompt_in_train")
+# Checks that accept a share of the documents, by the setting of that share.
+LIMITS = {**dict.fromkeys(OF_HELD_OUT, "max_held_out_in_train"), "truncated": "max_truncated", "dropped": "max_dropped"}
 # A model that sees more documents without an end of turn than with one hardly learns to stop.
 MAX_SHARE_WITHOUT_TURN_END = 0.5
 
@@ -218,8 +249,8 @@ def judge(findings: Findings, checks: ChecksSection) -> tuple[JudgedFinding, ...
 
 def _is_fatal(finding: Finding, action: str, checks: ChecksSection) -> bool:
     share, limit = finding.share, 0.0
-    if finding.name in LEAKS:
-        limit = checks.max_held_out_in_train
+    if finding.name in LIMITS:
+        limit = getattr(checks, LIMITS[finding.name])
     elif finding.name == "no_turn_end":
         share, limit = finding.highest_share, MAX_SHARE_WITHOUT_TURN_END
     elif finding.name == "no_trained_token" and action == "drop":
@@ -228,14 +259,15 @@ def _is_fatal(finding: Finding, action: str, checks: ChecksSection) -> bool:
     return action == "fail" and share > limit
 
 
-def refuse(findings: Findings, checks: ChecksSection) -> None:
-    """Refuse a run whose data has findings that the settings do not accept.
+def problems(findings: Findings, checks: ChecksSection) -> list[Problem]:
+    """Return the findings that the settings do not accept, each with its places and the setting that accepts it."""
+    return [_problem(one.finding) for one in judge(findings, checks) if one.fatal]
 
-    Raises:
-        DataError: with each such finding, its places, and the setting that accepts it.
-    """
-    if problems := [_problem(one.finding) for one in judge(findings, checks) if one.fatal]:
-        raise DataError(problems)
+
+def refuse(findings: Findings, checks: ChecksSection) -> None:
+    """Refuse a run whose data has findings that the settings do not accept. Raises: DataError with `problems`."""
+    if refused := problems(findings, checks):
+        raise DataError(refused)
 
 
 def share_text(share: float) -> str:

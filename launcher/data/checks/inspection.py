@@ -25,6 +25,9 @@ _MIN_REPETITIVE_BYTES = 400
 _MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]")
 # Characters on either side of the start of a completion: the length of long keys and addresses.
 _AROUND_START = 256
+_DIGITS = b"0123456789"
+# Of a shorter prompt without its numbers, such as 3+4=, too little is left to compare.
+_MIN_FORM_BYTES = 24
 _MAY_FOLLOW = {
     "system": ("start",),
     "user": ("start", "assistant"),
@@ -46,11 +49,17 @@ class CheckHit:
 class Inspection:
     """The result for one document: 64-bit hashes, a MinHash signature uint16 [128] for long enough texts, the failed checks.
 
-    `content` is the hash of the normalized text, `task` that of the text with its roles, weights and tools.
+    `content` is the hash of the comparable text, `task` that of the text with its roles, weights and tools, `prompt` that of
+    what precedes the first answer, `prompt_form` that of the prompt without its numbers; 0 where there is no such text. `split`
+    decides whether the document is held out, `split_alone` does so where its prompt does not decide.
     """
 
     content: int
     task: int
+    prompt: int
+    prompt_form: int
+    split: int
+    split_alone: int
     signature: np.ndarray | None
     hits: tuple[CheckHit, ...]
     is_text: bool
@@ -71,29 +80,85 @@ def inspect(
     encoded: Sequence[EncodedDocument],
     special_texts: Sequence[str],
     data: DataSection,
+    split_tokens: Sequence[str] = (),
 ) -> list[Inspection]:
-    """Check documents, their texts, and their tokens before truncation; `special_texts` are the tokenizer's special tokens."""
-    contents, tasks, signed, hits = [], [], [], []
+    """Check documents, their texts, and their tokens before truncation.
+
+    `special_texts` are the tokenizer's special tokens, `split_tokens` control tokens in the template that it splits.
+    """
+    identities: list[_Identity] = []
+    hits: list[tuple[CheckHit, ...]] = []
     for document, rendering, tokens in zip(documents, rendered, encoded, strict=True):
         parts = list(_parts(document, rendering, data.train_on))
-        full_text = _joined(parts)
-        # Other tools make another task of the same text, see _setup; and a shared system text does not make chats similar.
-        content = _joined(parts, full_text, but=("tools",)).encode()
-        signed.append(_joined(parts, full_text, but=("tools", "system")).encode())
-        contents.append(minhash.hash_content(content))
-        tasks.append(minhash.hash_content(content + _setup(document)))
+        identity = _identify(document, parts, data.split_by)
         trained_parts = _as_trained(document, parts, data.system)
-        text = full_text if trained_parts is parts else _joined(trained_parts)
+        text = (
+            identity.full_text if trained_parts is parts else minhash.normalize("\n".join([part.text for part in trained_parts]))
+        )
         text_hits = _check_texts(trained_parts, text, text.encode(), special_texts)
-        hits.append((*_check_structure(document, parts, tokens, data.checks), *text_hits, *_check_across_start(document)))
-    is_text = [isinstance(document, PlainText) for document in documents]
-    return list(map(Inspection, contents, tasks, minhash.compute_signatures(signed), hits, is_text))
+        identities.append(identity)
+        split_hits = _check_split_tokens(rendering, split_tokens) if split_tokens else ()
+        structure_hits = _check_structure(document, parts, tokens, data.checks)
+        hits.append((*structure_hits, *text_hits, *split_hits, *_check_across_start(document)))
+    signatures = minhash.compute_signatures([identity.signed for identity in identities])
+    return [
+        Inspection(*identity.hashes, signature, document_hits, isinstance(document, PlainText))
+        for document, identity, signature, document_hits in zip(documents, identities, signatures, hits, strict=True)
+    ]
 
 
-def _joined(parts: Sequence[_TextPart], full_text: str | None = None, but: Sequence[str] = ()) -> str:
-    """Return the normalized text of the parts, except those named in `but`; `full_text` is that of all parts, if it is known."""
-    texts = [part.text for part in parts if part.where not in but]
-    return full_text if full_text is not None and len(texts) == len(parts) else minhash.normalize("\n".join(texts))
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """What a document is compared by: the hashes of `Inspection`, in its order, and the text of the signature.
+
+    `full_text` is the normalized text of all parts.
+    """
+
+    hashes: tuple[int, int, int, int, int, int]
+    signed: bytes
+    full_text: str
+
+
+def _identify(document: Document, parts: Sequence[_TextPart], split_by: str) -> _Identity:
+    """Hash the text of a document; `parts` are the document's own, in order: tools, system, messages."""
+    num_tools = int(bool(parts) and parts[0].where == "tools")
+    num_system = num_tools + int(len(parts) > num_tools and parts[num_tools].where == "system")
+    num_prompt = num_tools + _num_prompt_parts(document)
+    bounds = ((0, num_tools), (num_tools, num_system), (num_system, num_prompt), (max(num_system, num_prompt), len(parts)))
+    tools, system, question, rest = [minhash.normalize("\n".join([part.text for part in parts[a:b]])) for a, b in bounds]
+    texts = [text for text in (system, question, rest) if text]
+    comparable = [minhash.make_comparable(text) for text in (system, question, rest)]
+    # Other tools make another task of the same text, see _setup; and a shared system text does not make chats similar.
+    content = _join(comparable)
+    prompt = _join(comparable[:2]) if question else b""
+    form = prompt.translate(None, _DIGITS)
+    of_content, of_prompt = minhash.hash_content(content), minhash.hash_content(prompt) if prompt else 0
+    by_document = split_by == "document"
+    alone = minhash.hash_content(" ".join(texts).encode()) if by_document else of_content
+    hashes = (
+        of_content,
+        minhash.hash_content(content + _setup(document)),
+        of_prompt,
+        minhash.hash_content(form) if len(form) >= _MIN_FORM_BYTES else 0,
+        alone if by_document else of_prompt or of_content,
+        alone,
+    )
+    return _Identity(hashes, _join(comparable[1:]), " ".join([tools, *texts]) if tools else " ".join(texts))
+
+
+def _join(texts: Sequence[bytes]) -> bytes:
+    return b" ".join([text for text in texts if text])
+
+
+def _num_prompt_parts(document: Document) -> int:
+    """Return how many parts of a document, without its tools, precede the first answer."""
+    match document:
+        case Chat(messages=messages):
+            return next((i for i, message in enumerate(messages) if message.role == "assistant"), len(messages))
+        case Completion():
+            return 1
+        case PlainText():
+            return 0
 
 
 def _setup(document: Document) -> bytes:
@@ -168,6 +233,11 @@ def _check_structure(
             break
     if isinstance(document, Chat) and (fault := role_fault(document.messages)):
         yield CheckHit("role_order", fault)
+
+
+def _check_split_tokens(rendered: RenderedDocument, split_tokens: Sequence[str]) -> Iterator[CheckHit]:
+    if not rendered.raw and (written := [token for token in split_tokens if token in rendered.text]):
+        yield CheckHit("split_control_token", f"{', '.join(written)}: no token of this tokenizer")
 
 
 def _longest_run(trained: np.ndarray) -> int:

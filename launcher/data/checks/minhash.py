@@ -7,6 +7,8 @@ equal slots then estimates the Jaccard similarity of the two sets, with a standa
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -26,6 +28,21 @@ REACH_ACROSS = 512
 # Rows of one template have many candidates that are not similar: the number of pairs that a build has time for.
 MAX_PAIRS_ACROSS = 1 << 28
 
+_PUNCTUATION = b".,;:!?'\"`\t\n\r"
+_WITHOUT_PUNCTUATION = bytes.maketrans(_PUNCTUATION, b" " * len(_PUNCTUATION))
+_SPACED_SIGNS = tuple(
+    (spaced, sign) for sign in (b"+", b"-", b"*", b"/", b"=", b"<", b">") for spaced in (b" " + sign, sign + b" ")
+)
+# Characters without a width: soft hyphen, joiners, marks of direction, variation selectors, byte order mark, tags.
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e01ef]"
+)
+# Quotation marks, dashes and other punctuation beyond ASCII: Latin-1, general, Chinese and Japanese, Arabic, Indic.
+_OTHER_PUNCTUATION = re.compile(
+    "[\u0085\u00a0\u00a1\u00ab\u00b7\u00bb\u00bf\u060c\u061b\u061f\u06d4\u0964\u0965"
+    "\u2000-\u200a\u2010-\u2029\u202f-\u205f\u3000-\u3003\u3008-\u3011\u3014-\u301f\u30fb]"
+)
+
 _SEED = 7
 _CHUNK = 1 << 16
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93))
@@ -34,6 +51,23 @@ _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93))
 def normalize(text: str) -> str:
     """Return `text` in one case, with single spaces."""
     return " ".join(text.casefold().split())
+
+
+def make_comparable(text: str) -> bytes:
+    """Return a normalized text in UTF-8 as it is compared: compatibility forms (NFKC), no invisible characters, no punctuation.
+
+    Punctuation becomes a space, so that 1.5 does not become 15; arithmetic signs and brackets stay, without spaces around the
+    signs.
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text).casefold()
+        text = _OTHER_PUNCTUATION.sub(" ", _INVISIBLE.sub("", text))
+    data = text.encode().translate(_WITHOUT_PUNCTUATION)
+    while b"  " in data:
+        data = data.replace(b"  ", b" ")
+    for spaced, sign in _SPACED_SIGNS:
+        data = data.replace(spaced, sign)
+    return data.strip()
 
 
 def hash_content(data: bytes) -> int:

@@ -14,6 +14,10 @@ from launcher.data.checks.inspection import CheckHit
 # Marks equal documents; estimates are at most 1.
 _EXACT = 2.0
 _NOT_COMPARED = "too many other documents are partly the same"
+_SAME_PROMPT = {
+    "held_out_prompt_in_train": "the prompt of",
+    "similar_prompt_in_train": "but for numbers the prompt of",
+}
 
 
 def find_duplicates(
@@ -54,6 +58,28 @@ def find_leaks(contents: np.ndarray, training: np.ndarray, held_out: np.ndarray)
         for document, group in zip(held_out.tolist(), groups.tolist(), strict=True)
         if group >= 0
     ]
+
+
+def find_prompt_leaks(
+    contents: np.ndarray, prompts: np.ndarray, forms: np.ndarray, training: np.ndarray, held_out: np.ndarray
+) -> list[tuple[int, CheckHit]]:
+    """Find the documents `held_out` whose prompt documents `training` have with another answer, as (document, hit).
+
+    Where no such document has the prompt itself, one may have it with other numbers: see `forms`. Of the hashes `prompts` and
+    `forms`, uint64 [documents], 0 stands for none. `others` of a hit are all training documents with the prompt.
+    """
+    held_out = held_out[_Copies(contents, training).find_groups(contents[held_out]) < 0]
+    hits = []
+    for finding, hashes in (("held_out_prompt_in_train", prompts), ("similar_prompt_in_train", forms)):
+        copies = _Copies(hashes, training)
+        groups = np.where(hashes[held_out] != 0, copies.find_groups(hashes[held_out]), -1)
+        hits += [
+            (document, CheckHit(finding, _SAME_PROMPT[finding], tuple(copies.list_group(group).tolist())))
+            for document, group in zip(held_out.tolist(), groups.tolist(), strict=True)
+            if group >= 0
+        ]
+        held_out = held_out[groups < 0]
+    return hits
 
 
 def find_near_leaks(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from launcher.config.sections.data import ChecksSection
-from launcher.data.checks.findings import CHECKS, LEAKS, NUM_EXAMPLES, Example, Finding, Findings
+from launcher.data.checks.findings import CHECKS, LEAKS, NUM_EXAMPLES, OF_HELD_OUT, Example, Finding, Findings
 from launcher.data.checks.inspection import CheckHit
 
 # Continued pre-training on fewer tokens has little effect.
@@ -61,10 +61,31 @@ def _select_near_duplicates(hits: dict[int, CheckHit], is_dropped: np.ndarray) -
     return duplicates
 
 
+def find_losses(
+    hits: Iterable[tuple[int, CheckHit]], num_pieces: np.ndarray, lost: np.ndarray, num_tokens: np.ndarray, checks: ChecksSection
+) -> list[tuple[int, CheckHit]]:
+    """Find documents that are cut off, and those that are left out, as (document, hit); `hits` are those of the other checks.
+
+    The arrays are int64 [documents]: the pieces of a document, its tokens that are in no piece, and all of its tokens. Documents
+    that are left out because others are like them are no loss.
+    """
+    reasons: dict[int, str] = {}
+    for document, hit in hits:
+        if not hit.others and getattr(checks, hit.finding) == "drop":
+            reasons.setdefault(document, f"dropped by data.checks.{hit.finding}")
+    for document in np.flatnonzero((num_pieces == 0) & (num_tokens > 0)).tolist():
+        reasons.setdefault(document, f"{num_tokens[document]:,} tokens, more than a row has")
+    cut = [document for document in np.flatnonzero((lost > 0) & (num_pieces > 0)).tolist() if document not in reasons]
+    return [
+        *((i, CheckHit("truncated", f"{lost[i]:,} of {num_tokens[i]:,} tokens are cut off")) for i in cut),
+        *((i, CheckHit("dropped", reason)) for i, reason in sorted(reasons.items())),
+    ]
+
+
 def collect_findings(hits: Iterable[tuple[int, CheckHit]], corpus: CheckedDocuments, checks: ChecksSection) -> Findings:
     """Return the findings of all checks, with counts and examples; `hits` are (document, hit)."""
     by_name = _by_name(hits)
-    scopes = {**dict.fromkeys(LEAKS, corpus.held_out), "no_turn_end": corpus.trained}
+    scopes = {**dict.fromkeys(OF_HELD_OUT, corpus.held_out), "no_turn_end": corpus.trained}
     findings = []
     for name in CHECKS:
         if of_name := by_name.get(name):

@@ -51,19 +51,22 @@ HELD_OUT_NAME = "held_out"
 def make_eval_source(data: DataSection) -> Source | None:
     """Return data.eval_path as a source; None if it is unset.
 
-    Subset, revision, format, columns and ignored keys are those of a source with the same path; the last three are also those of
-    all sources, if they agree.
+    Subset, revision, format, completions, columns and ignored keys are those of a source with the same path; the last four are
+    also those of all sources, if they agree.
     """
     if data.eval_path is None:
         return None
     read = [source for source in data.sources if source.path != STDLIB_DOCS]
     same = next((source for source in read if source.path == data.eval_path), None)
-    alike = len({(source.format, source.ignored_keys, *sorted(source.columns.items())) for source in read}) == 1
+    alike = (
+        len({(source.format, source.completions, source.ignored_keys, *sorted(source.columns.items())) for source in read}) == 1
+    )
     like = same or (read[0] if alike else None)
     return Source(
         name=HELD_OUT_NAME,
         path=data.eval_path,
         format=like.format if like else "auto",
+        completions=like.completions if like else "auto",
         columns=like.columns if like else {},
         ignored_keys=like.ignored_keys if like else (),
         subset=same.subset if same else None,

@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 import xxhash
 
-from launcher.data.sources.json_array import describe_limit, read_array
-from launcher.data.sources.row_values import Row, json_type, refuse, safe_excerpt
+from launcher.data.sources.json_array import parse_json, read_array, refuse_limit
+from launcher.data.sources.row_values import Row, a_json_type, refuse, safe_excerpt
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSED = (".gz", ".zst")
@@ -204,18 +204,18 @@ def _json_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple
         if not text or text.isspace():
             continue
         try:
-            row = json.loads(text)
+            row = parse_json(text)
         except json.JSONDecodeError as error:
             if text.strip() == "[":
                 refuse("the file is one JSON array, not a JSON object a line", f"{name}:{number}", _rename(name))
             remedy = "write one complete JSON object per line"
             refuse(f"the line is not JSON: {error.msg}", f"{name}:{number}:{error.colno}", remedy)
         except (RecursionError, ValueError) as error:
-            refuse(f"the line {describe_limit(error)}", f"{name}:{number}", "take the row out")
+            refuse_limit("the line", error, f"{name}:{number}")
         if isinstance(row, list):
             refuse("the line holds a JSON array, not an object", f"{name}:{number}", _rename(name))
         if not isinstance(row, dict):
-            refuse(f"the line holds a {json_type(row)}, not an object", f"{name}:{number}", "write one JSON object per line")
+            refuse(f"the line holds {a_json_type(row)}, not an object", f"{name}:{number}", "write one JSON object per line")
         yield row, f"{name}:{number}"
 
 

@@ -7,8 +7,9 @@ the name to `Source.format` in launcher/config/sections/data.py.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.config.sections.data import COLUMNS_EXAMPLE
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
@@ -23,6 +24,7 @@ from launcher.data.sources.messages import (
 )
 from launcher.data.sources.row_values import (
     Row,
+    find_value,
     from_json,
     list_keys,
     read_optional,
@@ -41,19 +43,26 @@ _SHAREGPT_ROLES = {
 }
 
 
+# What a question is about, which the format question_answer does not read.
+_CONTEXT_KEYS = ("context", "passage", "paragraph", "document", "article", "story", "evidence", "choices", "options")
+_PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+
+
 @dataclass(frozen=True)
 class RowFormat:
     """How rows of one format are recognised and parsed.
 
     `parse(row, place)` returns the document, or raises DataError with the place. A row that has all `required_keys` is of this
     format; `parse` also reads `optional_keys`. For a format of messages, `chat_keys` are the keys that may have the list of
-    messages, its own first; a message has `required_message_keys`, and `parse` also reads `optional_message_keys`.
+    messages, its own first; a message has `required_message_keys`, and `parse` also reads `optional_message_keys`. `turn_keys`
+    have either text or a list of messages.
     """
 
     parse: Callable[[Row, str], Document]
     required_keys: frozenset[str]
     optional_keys: frozenset[str] = frozenset()
     chat_keys: tuple[str, ...] = ()
+    turn_keys: tuple[str, ...] = ()
     required_message_keys: frozenset[str] = frozenset()
     optional_message_keys: frozenset[str] = frozenset()
 
@@ -115,9 +124,29 @@ def parse_alpaca(row: Row, where: str) -> Chat:
     return Chat(where, _add_system(row, messages, where), parse_tools(row.get("tools"), where))
 
 
-def parse_completion(row: Row, where: str) -> Completion:
-    """Parse a prompt and its completion."""
-    return Completion(where, read_value(row, "prompt", str, where), read_value(row, "completion", str, where))
+def parse_completion(row: Row, where: str) -> Completion | Chat:
+    """Parse a prompt and its completion: two texts, or lists of messages, of which those of the completion are trained (TRL)."""
+    tools = parse_tools(row.get("tools"), where)
+    if not tools and not any(isinstance(row.get(key), list) for key in ("prompt", "completion")):
+        return Completion(where, read_value(row, "prompt", str, where), read_value(row, "completion", str, where))
+    earlier, answer = _parse_turns(row, "prompt", "user", where), _parse_turns(row, "completion", "assistant", where)
+    if not any(message.role == "assistant" for message in answer):
+        refuse("completion has no message of the role assistant", where, "write the answer as an assistant's message")
+    earlier = [replace(message, weight=0) if message.role == "assistant" else message for message in earlier]
+    return Chat(where, (*earlier, *answer), tools)
+
+
+def _parse_turns(row: Row, key: str, role: str, where: str) -> list[Message]:
+    """Return the messages under `key`: a list of them, or the text of one message of `role`, which is left out if it is empty."""
+    if isinstance(row.get(key), list):
+        return [parse_message(item, f"{key}[{i}]", where) for i, item in enumerate(read_messages(row, key, where))]
+    text = read_value(row, key, str, where)
+    return [Message(role, text)] if text else []
+
+
+def parse_question_answer(row: Row, where: str) -> Completion:
+    """Parse a question and its answer."""
+    return Completion(where, read_value(row, "question", str, where), read_value(row, "answer", str, where))
 
 
 def parse_text(row: Row, where: str) -> PlainText:
@@ -157,7 +186,15 @@ FORMATS: dict[str, RowFormat] = {
         required_keys=frozenset({"instruction", "output"}),
         optional_keys=frozenset({"input", "history", "system", "tools"}),
     ),
-    "prompt_completion": RowFormat(parse_completion, required_keys=frozenset({"prompt", "completion"})),
+    "prompt_completion": RowFormat(
+        parse_completion,
+        required_keys=frozenset({"prompt", "completion"}),
+        optional_keys=frozenset({"tools"}),
+        turn_keys=("prompt", "completion"),
+        required_message_keys=frozenset({"role", "content"}),
+        optional_message_keys=MESSAGE_KEYS,
+    ),
+    "question_answer": RowFormat(parse_question_answer, required_keys=frozenset({"question", "answer"})),
     "text": RowFormat(parse_text, required_keys=frozenset({"text"})),
 }
 
@@ -170,15 +207,30 @@ def detect_format(row: Row, where: str) -> str:
     """
     fitting = [name for name, row_format in FORMATS.items() if row_format.required_keys <= row.keys()]
     if len(fitting) == 1:
+        if fitting == ["question_answer"] and (more := [key for key in _CONTEXT_KEYS if row.get(key)]):
+            problem = f"the row has a question and an answer, and also {', '.join(more)}, which is not read ({list_keys(row)})"
+            remedy = "write it into the question, or set the source's format to question_answer to train without it"
+            refuse(problem, where, remedy)
         return _detect_by_message(row, fitting[0])
     if fitting:
         problem = f"the row fits the formats {' and '.join(fitting)} ({list_keys(row)})"
         refuse(problem, where, "set the source's format to one of them")
     remedy = (
-        "give rows the key messages, conversations or text, instruction and output, or prompt and completion; "
-        f"or name the rows' own keys in the source's columns: {COLUMNS_EXAMPLE}"
+        "give rows the key messages, conversations or text, or the keys instruction and output, prompt and completion, or "
+        f"question and answer; or name the rows' own keys in the source's columns: {_suggest_columns(row) or COLUMNS_EXAMPLE}"
     )
     refuse(f"the row has the keys of no known format ({list_keys(row)})", where, remedy)
+
+
+def _suggest_columns(row: Row) -> str | None:
+    """Return the setting that reads a format's keys from within an object of the row; None if no object has them."""
+    for key, value in row.items():
+        inner = from_json(value)
+        for row_format in FORMATS.values() if isinstance(inner, dict) and _PLAIN_KEY.fullmatch(key) else ():
+            if row_format.required_keys <= inner.keys():
+                columns = ", ".join(f"{name}: {key}.{name}" for name in sorted(row_format.required_keys))
+                return f"'data.sources=[{{name: train, path: PATH, columns: {{{columns}}}}}]' data.path=null"
+    return None
 
 
 def _detect_by_message(row: Row, format: str) -> str:
@@ -207,8 +259,9 @@ def rename_columns(row: Row, columns: Mapping[str, str], where: str) -> Row:
     """
     if not columns:
         return row
+    values = {key: find_value(row, own_key) for key, own_key in columns.items()}
     for key, own_key in columns.items():
-        if own_key not in row:
+        if values[key] is None and own_key not in row:
             refuse(
                 f"the row lacks the key {own_key}, which columns.{key} names ({list_keys(row)})",
                 where,
@@ -216,4 +269,4 @@ def rename_columns(row: Row, columns: Mapping[str, str], where: str) -> Row:
             )
     # A key of the row that has the name of a mapped column is another column.
     rest = {key: value for key, value in row.items() if key not in columns and key not in columns.values()}
-    return {**rest, **{key: row[own_key] for key, own_key in columns.items()}}
+    return {**rest, **values}

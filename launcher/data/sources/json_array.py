@@ -5,10 +5,11 @@ from __future__ import annotations
 import codecs
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
-from launcher.data.sources.row_values import Row, refuse
+from launcher.data.sources.row_values import Row, refuse, safe_excerpt
 
 _BLOCK_BYTES = 1 << 20
 # A parse error this far before the end of the text is not due to incomplete input, except in an unterminated string.
@@ -80,7 +81,20 @@ class _Text:
         return (self._line + breaks, at - self.text.rfind("\n", 0, at)) if breaks else (self._line, self._column + at)
 
 
-_DECODER = json.JSONDecoder()
+class RepeatedKeyError(ValueError):
+    """An object has a key twice: which of the values holds is not defined, and most parsers take the last one silently."""
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise RepeatedKeyError(key)
+    return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
+parse_json = _DECODER.decode
 
 
 def read_array(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
@@ -110,12 +124,15 @@ def _entry(text: _Text, name: str, number: int) -> tuple[Row, int]:
     except json.JSONDecodeError as error:
         refuse(f"the file is not JSON: {error.msg}", text.place(error.pos), _IS_CUT)
     except (RecursionError, ValueError) as error:
-        refuse(f"the entry {describe_limit(error)}", f"{name}:row {number}", "take the row out")
+        refuse_limit("the entry", error, f"{name}:row {number}")
     if not isinstance(value, dict):
         refuse("an entry of the JSON array is not an object", f"{name}:row {number}", "write an array of objects")
     return value, num_chars
 
 
-def describe_limit(error: Exception) -> str:
-    """Return why well-formed JSON cannot be parsed."""
-    return "is nested too deeply" if isinstance(error, RecursionError) else "holds a number of too many digits"
+def refuse_limit(subject: str, error: Exception, where: str) -> NoReturn:
+    """Refuse well-formed JSON that cannot be used, for the `error` of its parser. Raises: DataError."""
+    if isinstance(error, RepeatedKeyError):
+        refuse(f"{subject} has the key {safe_excerpt(error)} twice in one object", where, "leave one of the two")
+    limit = "is nested too deeply" if isinstance(error, RecursionError) else "holds a number of too many digits"
+    refuse(f"{subject} {limit}", where, "take the row out")

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from launcher.data.sources.formats import FORMATS
-from launcher.data.sources.row_values import Row, from_json, refuse, safe_excerpt
+from launcher.data.sources.messages import find_text_key
+from launcher.data.sources.row_values import Row, find_value, from_json, refuse, safe_excerpt
 
 NUM_KEYS_SHOWN = 20
 # Distinct keys to count: rows may have any number of them.
 _MAX_KEYS_COUNTED = 1000
-
-_PART_KEYS = {"type", "text"}
 
 # The better and the worse answer. TRL, axolotl, LLaMA-Factory, torchtune; OpenAI.
 _PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
@@ -42,15 +41,21 @@ class RowKeys:
     read: frozenset[str]
     ignored: frozenset[str]
     chat_keys: tuple[str, ...]
+    # Keys that have either text or a list of messages.
+    turn_keys: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, format: str, columns: Mapping[str, str], ignored: tuple[str, ...]) -> RowKeys:
         """Make it from `columns` (format's key to row's key) and the keys `ignored` that are left unread on purpose."""
-        own_names = [columns.get(key, key) for key in FORMATS[format].keys] if format else columns.values()
-        read = frozenset(own_names) - frozenset(ignored)
-        keys = FORMATS[format].chat_keys if format else ()
-        chat_keys = tuple(own for key in keys if (own := columns.get(key, key)) in read)
-        return cls(format, read, frozenset(ignored), chat_keys)
+        own_names = [columns.get(key, key) for key in FORMATS[format].keys] if format else [*columns.values()]
+        # Of a key within an object, the object is a key of the row.
+        read = frozenset((*own_names, *(name.split(".")[0] for name in own_names))) - frozenset(ignored)
+
+        def name_own(keys: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(own for key in keys if (own := columns.get(key, key)) in read)
+
+        chat_keys, turn_keys = (FORMATS[format].chat_keys, FORMATS[format].turn_keys) if format else ((), ())
+        return cls(format, read, frozenset(ignored), name_own(chat_keys), name_own(turn_keys))
 
     def check(self, row: Row, where: str, counts: Counter[str]) -> Row:
         """Count each unread key of the row and of its messages that is not empty, in `counts`.
@@ -61,16 +66,19 @@ class RowKeys:
             DataError: for keys of another kind of training, unless they are ignored on purpose.
         """
         unread: Set[str] = row.keys() - self.read
-        present = [key for key in self.chat_keys if key in row]
+        present = [key for key in self.chat_keys if find_value(row, key) is not None]
         if len(present) > 1:
             unread = unread | {present[1]}
         if unread:
             self._refuse_other_training(row, unread - self.ignored, where)
-            counts.update(key for key in unread if not _is_empty(row[key]))
+            counts.update(key for key in unread if not _is_empty(find_value(row, key)))
         if present:
-            items = from_json(row[present[0]])
+            items = from_json(find_value(row, present[0]))
             self._check_messages(items, present[0], where, counts)
-            row = row if items is row[present[0]] else {**row, present[0]: items}
+            row = row if items is row.get(present[0]) else {**row, present[0]: items}
+        for key in self.turn_keys:
+            if isinstance(items := find_value(row, key), list):
+                self._check_messages(items, key, where, counts)
         return {key: value for key, value in row.items() if key not in self.ignored} if self.ignored else row
 
     def _check_messages(self, items: Any, key: str, where: str, counts: Counter[str]) -> None:
@@ -85,9 +93,14 @@ class RowKeys:
                 _refuse_media(item, others - self.ignored, f"{key}[{i}]", where)
                 unread |= {f"{key}[].{other}" for other in others}
             content = item.get("content")
+            content = [content] if isinstance(content, dict) else content
             for part in content if isinstance(content, list) else ():
                 if isinstance(part, dict):
-                    unread |= {f"{key}[].content[].{other}" for other in part.keys() - _PART_KEYS if not _is_empty(part[other])}
+                    unread |= {
+                        f"{key}[].content[].{other}"
+                        for other in part.keys() - {"type", find_text_key(part)}
+                        if not _is_empty(part[other])
+                    }
         counts.update(unread)
 
     def _refuse_other_training(self, row: Row, keys: Set[str], where: str) -> None:

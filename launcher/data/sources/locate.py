@@ -155,7 +155,8 @@ def _list_names(folder: Path) -> list[str]:
         try:
             entries = sorted(subfolder.iterdir())
         except OSError as error:
-            refuse(f"the folder cannot be read: {error.strerror or error}", str(subfolder), "check its permissions and the disk")
+            message = f"the folder {subfolder} cannot be read: {error.strerror or error}"
+            refuse(message, str(subfolder), "check its permissions and the disk")
         names += [entry.relative_to(folder).as_posix() for entry in entries if entry.is_file()]
         for entry in sorted((e for e in entries if e.is_dir()), key=Path.is_symlink):
             if (real := entry.resolve()) not in seen:

@@ -8,6 +8,7 @@ from typing import Any
 from launcher.data.sources.documents import ROLES, Message
 from launcher.data.sources.row_values import (
     Row,
+    a_json_type,
     from_json,
     json_type,
     read_optional,
@@ -28,6 +29,9 @@ _MASKED_KEY = "masked"
 # Weights of parts of a message (axolotl), and keys that mean different things in different tools.
 _UNREAD_WEIGHT_KEYS = ("train_detail", "training_detail", "trainable", "mask")
 WEIGHT_KEYS = frozenset((*_TRAINED_KEYS, _MASKED_KEY, *_UNREAD_WEIGHT_KEYS))
+# Types of the text parts of a message's content, and the keys that have the text.
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_PART_TEXT_KEYS = ("text", "value", "content")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Optional keys of a message in the format messages.
 MESSAGE_KEYS = frozenset({"name", "tool_calls", "function_call", "tool_call_id", *_REASONING_KEYS}) | WEIGHT_KEYS
@@ -41,7 +45,7 @@ def read_messages(row: Row, key: str, where: str) -> list[Row]:
         refuse(f"{key} is empty", where, "remove the row, or write at least one message")
     for i, item in enumerate(items):
         if not isinstance(item, dict):
-            refuse(f"{key}[{i}] is a {json_type(item)}, not an object", where, "write messages as {role, content}")
+            refuse(f"{key}[{i}] is {a_json_type(item)}, not an object", where, "write messages as {role, content}")
     return list(items)
 
 
@@ -105,7 +109,7 @@ def parse_weight(item: Row, sender: str, is_assistant: bool, key_path: str, wher
 
 def _parse_zero_or_one(value: Any, key_path: str, where: str) -> int:
     if not isinstance(value, int | float) or value not in (0, 1):
-        description = _as_json(value) if isinstance(value, int | float) else f"a {json_type(value)}"
+        description = _as_json(value) if isinstance(value, int | float) else a_json_type(value)
         remedy = "write 1 to train the message, 0 to leave it out"
         refuse(f"{key_path} is {description}, not 0 or 1", where, remedy)
     return int(value)
@@ -121,22 +125,32 @@ def _parse_content(item: Row, key_path: str, where: str, may_be_null: bool) -> s
     content = item.get("content")
     if content is None and may_be_null:
         return ""
+    if isinstance(content, dict):
+        content = [content]
     if not isinstance(content, list):
         return str(read_value(item, "content", str, where, f"{key_path}."))
     texts = []
     for i, part in enumerate(content):
         kind = part.get("type", "text") if isinstance(part, dict) else json_type(part)
-        if not isinstance(part, dict) or kind != "text":
+        if not isinstance(part, dict) or kind not in _TEXT_PARTS:
             problem = f"{key_path}.content[{i}] is of the type {safe_excerpt(kind)}, not text"
             refuse(problem, where, "remove the row: the launcher trains on text only")
-        texts.append(read_value(part, "text", str, where, f"{key_path}.content[{i}]."))
+        key = find_text_key(part)
+        # OpenAI's assistants write the text as an object with its annotations.
+        holder, prefix = (part[key], f"{key}.") if isinstance(part.get(key), dict) else (part, "")
+        texts.append(read_value(holder, "value" if prefix else key, str, where, f"{key_path}.content[{i}].{prefix}"))
     return "".join(texts)
+
+
+def find_text_key(part: Row) -> str:
+    """Return which key of a part of a message's content has its text."""
+    return next((key for key in _PART_TEXT_KEYS if part.get(key) is not None), _PART_TEXT_KEYS[0])
 
 
 def parse_tool_call(call: Any, key_path: str, where: str) -> Row:
     """Return a tool call as `Message` has it; accepts OpenAI's object, or the function alone. Raises: DataError."""
     if not isinstance(call, dict):
-        refuse(f"{key_path} is a {json_type(call)}, not an object", where, "write {name, arguments}")
+        refuse(f"{key_path} is {a_json_type(call)}, not an object", where, "write {name, arguments}")
     inner = call.get("function")
     function: Row = inner if isinstance(inner, dict) else call
     name = read_value(function, "name", str, where, f"{key_path}.")

@@ -26,7 +26,7 @@ def read_value(row: Row, key: str, kind: type, where: str, prefix: str = "") -> 
     value = row[key]
     if not isinstance(value, kind):
         wanted = "a list" if kind is list else "text"
-        refuse(f"{prefix}{key} is a {json_type(value)}, not {wanted}", where, f"write {prefix}{key} as {wanted}")
+        refuse(f"{prefix}{key} is {a_json_type(value)}, not {wanted}", where, f"write {prefix}{key} as {wanted}")
     if isinstance(value, str) and not value.isascii():
         try:
             value.encode("utf-8")
@@ -40,11 +40,30 @@ def read_optional(row: Row, key: str, where: str, prefix: str = "") -> str | Non
     return None if row.get(key) is None else str(read_value(row, key, str, where, prefix))
 
 
+def find_value(row: Row, path: str) -> Any:
+    """Return the value of a key of the row, or of a key within its objects and lists (data.question, turns.0); None without it.
+
+    Objects and lists may be JSON text, as tables have them.
+    """
+    if path in row:
+        return row[path]
+    value: Any = row
+    for name in path.split("."):
+        value = from_json(value)
+        if isinstance(value, dict):
+            value = value.get(name)
+        elif isinstance(value, list) and name.isdecimal() and int(name) < len(value):
+            value = value[int(name)]
+        else:
+            return None
+    return value
+
+
 def require_list(value: Any, key: str, where: str) -> list[Any]:
     """Return a list, parsed if it is JSON text. Raises: DataError if it is not a list."""
     value = from_json(value)
     if not isinstance(value, list):
-        refuse(f"{key} is a {json_type(value)}, not a list", where, f"write {key} as a list")
+        refuse(f"{key} is {a_json_type(value)}, not a list", where, f"write {key} as a list")
     return value
 
 
@@ -75,6 +94,12 @@ def json_type(value: object) -> str:
     """Return the JSON name of the type of `value`."""
     names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
     return names.get(type(value), type(value).__name__)
+
+
+def a_json_type(value: object) -> str:
+    """Return the JSON name of the type of `value` with its article."""
+    name = json_type(value)
+    return name if name == "null" else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def refuse(problem: str, where: str, remedy: str, value: str = "") -> NoReturn:

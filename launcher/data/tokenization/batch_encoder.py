@@ -5,13 +5,13 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from launcher.config.sections.data import DataSection
 from launcher.data.checks import inspection
-from launcher.data.sources import Chat, Document, DocumentBatch
+from launcher.data.sources import Chat, Completion, Document, DocumentBatch, make_eval_source
 from launcher.data.sources.keys import redact_keys
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder, RenderedDocument, load_tokenizer
 
@@ -69,8 +69,9 @@ class PieceTable:
 class DocumentTable:
     """One entry per document that was read; `num_tokens` is the count before truncation, `lost_tokens` are in no piece.
 
-    `turn_end` is the token that ends the last trained turn, -1 if there is none. `contents` and `tasks` are hashes, and
-    `compute_signatures` MinHash signatures: see checks.inspection.Inspection.
+    `turn_end` is the token that ends the last trained turn, -1 if there is none. `contents`, `tasks`, `prompts` and
+    `prompt_forms` are hashes, `signatures` MinHash signatures: see checks.inspection.Inspection. `by_hash`: a
+    hash decided about `held_out`, not the source; `splits_alone` is the hash that decides where the prompt does not.
     """
 
     source: np.ndarray
@@ -81,6 +82,10 @@ class DocumentTable:
     turn_end: np.ndarray
     contents: np.ndarray
     tasks: np.ndarray
+    prompts: np.ndarray
+    prompt_forms: np.ndarray
+    splits_alone: np.ndarray
+    by_hash: np.ndarray
     is_text: np.ndarray
     wheres: list[str]
     signatures: list[np.ndarray | None]
@@ -88,9 +93,13 @@ class DocumentTable:
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """A held-out document as a prompt for the model; `rank` orders all of them by content."""
+    """A document as a prompt for the model; `rank` orders all of them by content.
+
+    `held_out` is False for a document that is held out only if very many documents have its prompt.
+    """
 
     rank: int
+    held_out: bool
     doc: int
     prompt: str
     prompt_ids: list[int]
@@ -102,10 +111,14 @@ class EncodedBatch:
     """An encoded batch of documents, whose indices count within it; `tokens` and `trained` concatenate those of its pieces.
 
     `unread_keys` are the keys that were not read of the rows of the source with the index `source`, with their number of rows.
+    `num_completions` counts prompts with a completion where the tokenizer has a chat template, `num_written_as_chat` those that
+    are written with it.
     """
 
     source: int
     unread_keys: Mapping[str, int]
+    num_completions: int
+    num_written_as_chat: int
     docs: DocumentTable
     pieces: PieceTable
     tokens: np.ndarray
@@ -120,22 +133,28 @@ class BatchEncoder:
     def __init__(self, data: DataSection, tokenizer_path: str) -> None:
         self.data = data
         self.encoder = Encoder(load_tokenizer(tokenizer_path), data)
+        held_out = make_eval_source(data)
+        self._completions = [source.completions for source in (*data.sources, *([held_out] if held_out else []))]
 
     def encode(self, task: EncodeTask) -> EncodedBatch:
         """Tokenize, check and count some documents. Raises: DataError naming the document."""
         unread_keys: Counter[str] = Counter()
-        items = task.parse(unread_keys)
+        items, num_completions, num_written = self._write_completions(task.parse(unread_keys))
         documents = [item.document for item in items]
         rendered = [self._render(document) for document in documents]
         encoded = self.encoder.encode(rendered)
-        inspections = inspection.inspect(documents, rendered, encoded, self.encoder.special_texts, self.data)
+        inspections = inspection.inspect(
+            documents, rendered, encoded, self.encoder.special_texts, self.data, self.encoder.split_tokens
+        )
         cut = [cut_document(tokens, self.data.max_length, self.data.long_documents) for tokens in encoded]
         hits = [(i, hit) for i, one in enumerate(inspections) for hit in one.hits]
         hits += [
-            (i, hit) for i, pieces in enumerate(cut) if pieces and (hit := self._check_pieces(encoded[i], pieces)) is not None
+            (i, hit)
+            for i, pieces in enumerate(cut)
+            if pieces and (hit := self._check_pieces(rendered[i], encoded[i], pieces)) is not None
         ]
         held_out = [
-            one.content / 2**64 < self.data.eval_fraction if item.held_out is None else item.held_out
+            one.split / 2**64 < self.data.eval_fraction if item.held_out is None else item.held_out
             for item, one in zip(items, inspections, strict=True)
         ]
         num_tokens = np.asarray([len(tokens.ids) for tokens in encoded], dtype=np.int64)
@@ -149,23 +168,44 @@ class BatchEncoder:
             turn_end=np.asarray([one.ids[one.turn_ends[-1]] if one.turn_ends else -1 for one in encoded], dtype=np.int64),
             contents=np.asarray([one.content for one in inspections], dtype=np.uint64),
             tasks=np.asarray([one.task for one in inspections], dtype=np.uint64),
+            prompts=np.asarray([one.prompt for one in inspections], dtype=np.uint64),
+            prompt_forms=np.asarray([one.prompt_form for one in inspections], dtype=np.uint64),
+            splits_alone=np.asarray([one.split_alone for one in inspections], dtype=np.uint64),
+            by_hash=np.asarray([item.held_out is None for item in items], dtype=bool),
             is_text=np.asarray([one.is_text for one in inspections], dtype=bool),
             wheres=[item.document.where for item in items],
             signatures=[one.signature for one in inspections],
         )
         # Documents that are dropped before rendering have no tokens.
-        candidates = np.flatnonzero(docs.held_out & (docs.num_tokens > 0) & (docs.lost_tokens == 0)).tolist()
+        is_whole = (docs.num_tokens > 0) & (docs.lost_tokens == 0)
+        others = is_whole & ~docs.held_out & self._may_have_common_prompt(docs)
         pieces = [piece for pieces in cut for piece in pieces]
         return EncodedBatch(
             task.source,
             redact_keys(unread_keys),
+            num_completions,
+            num_written,
             docs,
             _make_table(cut),
             tokens=np.concatenate([np.empty(0, np.uint32), *(piece.ids for piece in pieces)]),
             trained=np.concatenate([np.empty(0, np.uint8), *(piece.trained for piece in pieces)]),
             hits=hits,
-            prompts=self._make_prompts(items, candidates, docs.contents),
+            prompts=[
+                *self._make_prompts(items, np.flatnonzero(docs.held_out & is_whole), docs.splits_alone, held_out=True),
+                *self._make_prompts(items, np.flatnonzero(others), docs.splits_alone, held_out=False),
+            ],
         )
+
+    def _write_completions(self, items: list[SourceDocument]) -> tuple[list[SourceDocument], int, int]:
+        """Return the documents with completions as chats where they are written so, their number, and how many are."""
+        if not self.encoder.has_template or not any(isinstance(item.document, Completion) for item in items):
+            return items, 0, 0
+        written = [
+            replace(item, document=self.encoder.write_as_chat(item.document, self._completions[item.source])) for item in items
+        ]
+        are_completions = [isinstance(item.document, Completion) for item in items]
+        as_chat = sum(isinstance(item.document, Chat) for item, is_one in zip(written, are_completions, strict=True) if is_one)
+        return written, sum(are_completions), as_chat
 
     def _render(self, document: Document) -> RenderedDocument:
         """Render the document; empty for a conversation that is dropped for its role order, which many templates refuse."""
@@ -174,7 +214,9 @@ class BatchEncoder:
             return RenderedDocument(document.where, "", (), raw=False)
         return self.encoder.render(document)
 
-    def _check_pieces(self, encoded: EncodedDocument, pieces: Sequence[EncodedDocument]) -> inspection.CheckHit | None:
+    def _check_pieces(
+        self, rendered: RenderedDocument, encoded: EncodedDocument, pieces: Sequence[EncodedDocument]
+    ) -> inspection.CheckHit | None:
         """Return the failed check of a document whose pieces lack a trained token, or a trained end of turn."""
         if encoded.is_unsure:
             return None
@@ -182,15 +224,31 @@ class BatchEncoder:
         if not pieces[0].trained.any():
             return inspection.CheckHit("no_trained_token", f"none {within}")
         if not any(piece.turn_ends for piece in pieces):
-            return inspection.CheckHit("no_turn_end", f"none {within}" if encoded.turn_ends else "no end of turn is trained")
+            if encoded.turn_ends:
+                return inspection.CheckHit("no_turn_end", f"none {within}")
+            split = next((token for token in self.encoder.split_tokens if rendered.text.rstrip().endswith(token)), None)
+            reason = f": the template ends it with {split}, which is no token of this tokenizer" if split else ""
+            return inspection.CheckHit("no_turn_end", f"no end of turn is trained{reason}")
         return None
 
-    def _make_prompts(self, items: Sequence[SourceDocument], candidates: list[int], contents: np.ndarray) -> list[EvalPrompt]:
+    def _may_have_common_prompt(self, docs: DocumentTable) -> np.ndarray:
+        """Return which documents are held out if their prompt is common, bool [documents]: it then repeats in every batch."""
+        _, group, counts = np.unique(docs.prompts, return_inverse=True, return_counts=True)
+        return docs.by_hash & (counts[group] > 1) & is_below(docs.splits_alone, self.data.eval_fraction)
+
+    def _make_prompts(
+        self, items: Sequence[SourceDocument], candidates: np.ndarray, ranks: np.ndarray, held_out: bool
+    ) -> list[EvalPrompt]:
         prompts = []
-        for rank, i in heapq.nsmallest(NUM_PROMPTS, ((int(contents[i]), i) for i in candidates)):
+        for rank, i in heapq.nsmallest(NUM_PROMPTS, ((int(ranks[i]), i) for i in candidates.tolist())):
             if (prompt := self.encoder.prompt(items[i].document)) is not None:
-                prompts.append(EvalPrompt(rank, i, *prompt))
+                prompts.append(EvalPrompt(rank, held_out, i, *prompt))
         return prompts
+
+
+def is_below(hashes: np.ndarray, share: float) -> np.ndarray:
+    """Return which of the hashes, uint64, are in the first `share` of their range."""
+    return np.asarray(hashes / 2.0**64 < share)
 
 
 def cut_document(encoded: EncodedDocument, max_length: int, long_documents: str) -> list[EncodedDocument]:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 TrainOn = Literal["assistant", "last_turn", "all"]
 
+# Texts with the form of a control token: <|...|>, <start_of_turn>, [INST], DeepSeek's full-width form.
+_CONTROL_TOKEN = re.compile(
+    r"<\|[^|<>\s{}'\"]{1,40}\|>|<(?:start|end)_of_\w+>|\[/?[A-Z][A-Z_]{2,30}\]|<\uff5c[^\uff5c<>{}'\"]{1,40}\uff5c>"
+)
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Some templates write today's date; tokens must not depend on when the cache is built. Llama's templates default to this day.
 _TODAY = datetime(2024, 7, 26)
@@ -40,6 +44,23 @@ class ChatTemplate:
         self._text = text
         self.name = name or str(tokenizer.name_or_path)
         self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
+
+    @property
+    def is_given(self) -> bool:
+        """True if there is a template to render chats with."""
+        return self._text is not None or bool(self._tokenizer.chat_template)
+
+    def list_split_tokens(self) -> tuple[str, ...]:
+        """Return the control tokens in the template's source that the tokenizer splits into several tokens."""
+        own = self._tokenizer.chat_template
+        source = self._text or ("\n".join(own.values()) if isinstance(own, dict) else own or "")
+        candidates = sorted({*_CONTROL_TOKEN.findall(source)})
+        known = {token.content for token in self._tokenizer.added_tokens_decoder.values()}
+        return tuple(
+            token
+            for token in candidates
+            if token not in known and len(self._tokenizer.tokenize(token, add_special_tokens=False)) > 1
+        )
 
     def render(self, chat: Chat, num_messages: int | None = None, generation_prompt: bool = False) -> str:
         """Return the text of the first `num_messages` messages (None: of all)."""
@@ -94,6 +115,12 @@ class ChatTemplate:
     def refuse(self, does: str, where: str, remedy: str = _NOT_SURE) -> NoReturn:
         """Refuse the template for what it `does`, because the trained tokens are ambiguous."""
         problem = f"the chat template {does}, so the trained tokens are ambiguous"
+        raise DataError(Problem(problem, where, self.name, remedy))
+
+    def refuse_split_token(self, token: str, where: str) -> NoReturn:
+        """Refuse a template whose end of turn is no token of this tokenizer."""
+        remedy = "set data.chat_template to a file with a template that ends the assistant's turn with a token of this tokenizer"
+        problem = f"the chat template ends the assistant's turn with {token}, which is no token of this tokenizer"
         raise DataError(Problem(problem, where, self.name, remedy))
 
     def refuse_part(self, does: str, where: str) -> NoReturn:

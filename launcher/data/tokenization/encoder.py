@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from launcher.config.sections.data import DataSection
-from launcher.data.sources import Chat, Completion, Document, PlainText
+from launcher.data.sources import Chat, Completion, Document, Message, PlainText
 from launcher.data.tokenization import fast_tokenizer
 from launcher.data.tokenization.chat_template import ChatTemplate, with_system
 from launcher.data.tokenization.loss_mask import LossMask, TrainedSpan
@@ -103,7 +103,8 @@ class Encoder:
         special_texts = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         self.special_texts = tuple(sorted(special_texts, key=len, reverse=True))
         self._template = ChatTemplate(tokenizer, read_template(data), data.chat_template or "")
-        self._loss_mask = LossMask(self._template, self.special_texts)
+        self.split_tokens = self._template.list_split_tokens()
+        self._loss_mask = LossMask(self._template, self.special_texts, self.split_tokens)
         plain = tokenizer("a", add_special_tokens=False).input_ids
         begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] != plain[:1]
         self._begin = np.asarray([tokenizer.bos_token_id] if begins else [], dtype=np.uint32)
@@ -116,6 +117,26 @@ class Encoder:
             self._cached = fast_tokenizer.make_cached(tokenizer.backend_tokenizer)
             if self._cached is None:
                 self._continuing = _make_continuing(tokenizer.backend_tokenizer)
+
+    def write_as_chat(self, document: Document, completions: str) -> Document:
+        """Return a prompt with its completion as a chat, if `completions` (chat, text or auto) say so; else the document.
+
+        The space between prompt and completion belongs to text: a template has its own.
+        """
+        if not isinstance(document, Completion) or completions == "text" or not document.prompt.strip():
+            return document
+        if completions == "auto" and (
+            not self._template.is_given or any(token and token in document.prompt for token in self.special_texts)
+        ):
+            return document
+        answer = document.completion
+        answer = answer[1:] if answer[:1] == " " and answer[1:2] not in ("", " ") else answer
+        return Chat(document.where, (Message("user", document.prompt), Message("assistant", answer)))
+
+    @property
+    def has_template(self) -> bool:
+        """True if the tokenizer has a chat template, or data.chat_template is set."""
+        return self._template.is_given
 
     def render(self, document: Document) -> RenderedDocument:
         """Return the text of the document and its trained spans. Raises: DataError naming the template and the document."""

@@ -6,6 +6,7 @@ conversation are rendered and compared; a template for which that is ambiguous i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from launcher.data.tokenization.chat_template import ChatTemplate, TrainOn, find
 from launcher.errors import DataError, Problem
 
 _REWRITES = "renders earlier messages differently once a later one follows"
+_REASONING_START = re.compile(r"<[^<>\s]*think[^<>\s]*>\s*$", re.IGNORECASE)
 _MARK_ALL = (
     "set data.chat_template to a file with a template whose generation marks enclose everything that the assistant says, and "
     "nothing else"
@@ -32,12 +34,13 @@ class TrainedSpan:
 class LossMask:
     """Finds the trained spans of chats in the text of `template`.
 
-    `special_texts` are the tokenizer's special tokens, one of which ends a turn. Methods raise DataError, which names the
-    template and the document.
+    `special_texts` are the tokenizer's special tokens, one of which ends a turn; `split_tokens` are control tokens in the
+    template that are no tokens of this tokenizer. Methods raise DataError, which names the template and the document.
     """
 
-    def __init__(self, template: ChatTemplate, special_texts: Sequence[str]) -> None:
+    def __init__(self, template: ChatTemplate, special_texts: Sequence[str], split_tokens: Sequence[str] = ()) -> None:
         self._template = template
+        self._split_tokens = split_tokens
         self._special_texts = [token for token in special_texts if token]
         # Kinds of conversations whose generation marks are verified.
         self._verified_kinds: set[int] = set()
@@ -127,7 +130,39 @@ class LossMask:
             arguments = [value for call in message.tool_calls for value in call["function"]["arguments"].values()]
             if i in selected and not all(part in generated for part in (message.content.strip(), *arguments)):
                 self._template.refuse("marks only a part of what the assistant says as generated", where, _MARK_ALL)
+            if i in selected:
+                self._require_marks_of_turn_only(Chat(chat.where, tuple(messages), chat.tools), i, text, marks)
         self._verified_kinds.add(key)
+
+    def _require_marks_of_turn_only(self, chat: Chat, i: int, text: str, marks: Sequence[tuple[int, int]]) -> None:
+        """Refuse marks that begin before the header of message `i` ends, or end after its end of turn.
+
+        `chat` has unique texts, `text` is its rendering and `marks` are the characters start:end of its marks. A header that the
+        template writes in no generation prompt is not known.
+        """
+        content = chat.messages[i].content.strip()
+        at = text.find(content) if content else -1
+        mark = next(((start, end) for start, end in marks if start <= at < end), None)
+        if mark is None or i == 0:
+            return
+        try:
+            before, prompt = (self._template.render(chat, i, generation_prompt=prompted) for prompted in (False, True))
+            turn = self._template.render(chat, i + 1)
+        except DataError:
+            # The template refuses a conversation that ends here.
+            return
+        where = f"{chat.where}, messages[{i}]"
+        # Some generation prompts open a block of reasoning, which an assistant may also write itself.
+        prompt = _REASONING_START.sub("", prompt).rstrip()
+        header = prompt[len(before) :].strip() if prompt.startswith(before) else ""
+        header_at = text.rfind(header, 0, at) if header else -1
+        header_end = header_at + len(header) if header_at >= 0 else len(prompt) if text.startswith(prompt) else 0
+        if mark[0] < header_end:
+            self._template.refuse("marks the header of the assistant's turn as generated", where, _MARK_ALL)
+        own_end = turn[turn.rfind(content) + len(content) :].rstrip()
+        marked_end = text[at + len(content) : mark[1]].rstrip()
+        if own_end and marked_end.startswith(own_end) and marked_end != own_end:
+            self._template.refuse("marks text after the assistant's end of turn as generated", where, _MARK_ALL)
 
     def _with_turn_end(self, text: str, start: int, end: int) -> TrainedSpan:
         stripped = text[start:end].rstrip()
@@ -157,6 +192,9 @@ class LossMask:
         positions = [body.rfind(part) for part in required]
         if unwritten := [call for call in _called_names(message) if call not in body]:
             self._template.refuse_part(f"does not write the call of the tool {unwritten[0]}", where)
+        after = body[positions[0] + len(required[0]) :] if required and positions[0] >= 0 else ""
+        if split := next((text for text in self._split_tokens if text in after), None):
+            self._template.refuse_split_token(split, where)
         if min(positions, default=0) < 0 or (not message.tool_calls and not body.endswith(required[0] if required else "")):
             self._template.refuse("changes the message, or puts text between it and the end of the turn", where)
         # Once later messages follow, the text before the message itself may be missing.

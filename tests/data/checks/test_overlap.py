@@ -326,3 +326,25 @@ def test_few_examples_name_the_usual_number() -> None:
     assert few.examples[0].detail.startswith("50,000 tokens of text")
     assert conclude([], corpus(500, texts=tuple(range(300))), CHECKS)[1] == ()
     assert conclude([], corpus(50), ChecksSection(few_examples_below=50))[1] == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("3 + 4 =", "3+4="),
+        ("It\u2019s  here \u2014 now!", "it's here, now"),
+        ("\uff37hat\u200b is\u00ad this\ufeff?", "What is this"),
+        ("\ufb01ne", "fine"),
+        ("A \u00a0B", "a b"),
+    ],
+)
+def test_texts_that_a_reader_takes_for_the_same_are_compared_as_the_same(text: str, same: str) -> None:
+    assert minhash.make_comparable(minhash.normalize(text)) == minhash.make_comparable(minhash.normalize(same))
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [("1.5", "15"), ("3 + 4", "34"), ("3-4", "3+4"), ("1, 12", "11, 2"), ("2*(3+4)", "2*3+4"), ("caf\u00e9", "cafe")],
+)
+def test_texts_of_other_meaning_are_not_compared_as_the_same(text: str, other: str) -> None:
+    assert minhash.make_comparable(minhash.normalize(text)) != minhash.make_comparable(minhash.normalize(other))

@@ -138,11 +138,11 @@ def test_weights_as_other_tools_write_them(jsonl: Jsonl, flags: dict[str, Any], 
         ([], "messages is empty"),
         (["hi"], "messages[0] is a string, not an object"),
         ([{"role": "user"}], "lacks the key messages[0].content (found: role)"),
-        ([{"role": "user", "content": None}], "messages[0].content is a null, not text"),
+        ([{"role": "user", "content": None}], "messages[0].content is null, not text"),
         ([{"role": "user", "content": 3}], "messages[0].content is a number, not text"),
         ([{"role": "narrator", "content": "a"}], "messages[0].role is unknown: 'narrator'"),
         ([{"content": "a"}], "lacks the key messages[0].role"),
-        ([{"role": "assistant", "content": None}], "messages[0].content is a null, not text"),
+        ([{"role": "assistant", "content": None}], "messages[0].content is null, not text"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0] is of the type image_url, not text"),
         ([{"role": "assistant", "content": "a", "weight": 0.5}], "messages[0].weight is 0.5, not 0 or 1"),
         ([{"role": "assistant", "content": "a", "weight": ["no"]}], "messages[0].weight is a list, not 0 or 1"),
@@ -181,10 +181,10 @@ def test_an_unusable_message_is_reported_with_its_place(jsonl: Jsonl, messages: 
     ("row", "words"),
     [
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "conversations[0].from is unknown: 'narrator'"),
-        ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value is a null, not text"),
+        ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value is null, not text"),
         ({"conversations": [{"from": "gpt", "value": "a", "weight": 2}]}, "conversations[0].weight is 2"),
         ({"conversations": [{"from": "human", "value": "a", "loss": True}]}, "loss is true in a message of the role human"),
-        ({"instruction": "a", "output": None}, "output is a null, not text"),
+        ({"instruction": "a", "output": None}, "output is null, not text"),
         ({"instruction": "a", "output": "b", "history": [["q"]]}, "history[0] is no pair of texts"),
         ({"messages": [{"role": "user", "content": "a"}], "tools": [3]}, "tools[0] describes no function"),
         ({"messages": [{"role": "user", "content": "a"}], "tools": "none"}, "tools is a string, not a list"),
@@ -247,3 +247,80 @@ def test_a_later_row_of_another_format_is_refused(jsonl: Jsonl) -> None:
     (problem,) = caught.value.problems
     assert "found: instruction, response" in problem.message
     assert problem.where == f"{path}:2"
+
+
+def test_conversational_prompts_and_completions_train_the_completion_alone(jsonl: Jsonl) -> None:
+    asked = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "one"}, {"role": "user", "content": "2?"}]
+    answer = [{"role": "assistant", "content": "two"}]
+    path = jsonl([{"prompt": asked, "completion": answer, "tools": [ADD]}])
+    document = first(path)
+    assert [(message.role, message.weight) for message in document.messages] == [
+        ("user", None),
+        ("assistant", 0),
+        ("user", None),
+        ("assistant", None),
+    ]
+    assert document.tools == (ADD,)
+    assert first(jsonl([{"prompt": asked, "completion": "two"}])).messages == document.messages
+    assert first(jsonl([{"prompt": "2?", "completion": answer}])).messages == document.messages[2:]
+    with pytest.raises(DataError, match="completion has no message of the role assistant"):
+        first(jsonl([{"prompt": asked, "completion": asked[:1]}]))
+    with pytest.raises(DataError, match=r"prompt\[0\] has images"):
+        first(jsonl([{"prompt": [{**asked[0], "images": ["a.png"]}], "completion": answer}]))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "text", "value": "Hi"}],
+        [{"type": "input_text", "text": "Hi"}],
+        [{"type": "text", "text": {"value": "Hi", "annotations": []}}],
+        [{"type": "text", "content": "H"}, {"type": "output_text", "text": "i"}],
+        {"type": "text", "text": "Hi"},
+    ],
+)
+def test_text_parts_of_other_apis_are_read(jsonl: Jsonl, content: Any) -> None:
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes"}]
+    assert first(jsonl([{"messages": messages}])).messages[0].content == "Hi"
+
+
+def test_keys_within_objects_are_named_with_dots(jsonl: Jsonl) -> None:
+    row = {"id": 1, "data": {"question": "1?", "answers": {"text": ["one"]}}}
+    path = jsonl([row])
+    document = first(path, columns={"question": "data.question", "answer": "data.answers.text.0"})
+    assert (document.prompt, document.completion) == ("1?", "one")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "images": ["x.png"]}]
+    with pytest.raises(DataError, match=r"data.turns\[1\] has images"):
+        first(jsonl([{"data": {"turns": turns}}]), columns={"messages": "data.turns"})
+    turns[1].pop("images")
+    assert len(first(jsonl([{"data": {"turns": turns}}]), columns={"messages": "data.turns"}).messages) == 2
+    with pytest.raises(DataError, match=r"lacks the key data\.wrong, which columns\.question names"):
+        first(path, columns={"question": "data.wrong", "answer": "data.question"})
+
+
+def test_an_object_with_the_keys_of_a_format_is_suggested(jsonl: Jsonl) -> None:
+    with pytest.raises(DataError) as caught:
+        first(jsonl([{"id": 1, "data": {"question": "1?", "answer": "one"}}]))
+    assert "columns: {answer: data.answer, question: data.question}}]' data.path=null" in caught.value.problems[0].remedy
+
+
+def test_a_question_with_a_context_is_not_read_without_it(jsonl: Jsonl) -> None:
+    row = {"question": "Who?", "answer": "She", "context": "She came."}
+    with pytest.raises(DataError, match="and also context, which is not read"):
+        first(jsonl([row]))
+    assert first(jsonl([row]), format="question_answer").completion == "She"
+
+
+def test_an_object_is_called_an_object(jsonl: Jsonl) -> None:
+    with pytest.raises(DataError, match="text is an object, not text"):
+        first(jsonl([{"text": {}}]))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_key_that_an_object_has_twice_is_refused(tmp_path: Path, name: str) -> None:
+    line = '{"prompt": "a", "completion": "b", "completion": "c"}'
+    path = tmp_path / name
+    path.write_text(line if name.endswith("l") else f'[{{"prompt": "a", "completion": "b"}}, {line}]')
+    with pytest.raises(DataError, match="has the key completion twice in one object") as caught:
+        list(read_documents(Source(path=str(path))))
+    assert caught.value.problems[0].where == (f"{path}:1" if name.endswith("l") else f"{path}:row 2")

@@ -8,6 +8,7 @@ import pytest
 from chat_families import (
     MULTI,
     SINGLE,
+    TEMPLATES,
     TOOLS,
     Family,
     assistant,
@@ -17,7 +18,9 @@ from chat_families import (
     user,
 )
 
+from launcher.config.sections.data import DataSection, Source
 from launcher.data.sources import Message
+from launcher.data.tokenization.encoder import Encoder
 from launcher.errors import DataError
 
 MARKS_NO_END = (
@@ -42,6 +45,18 @@ CALLS_UNMARKED = (
 )
 FIRST = MARKED.replace("m.content", "messages[0].content")
 OTHER = "marks text as generated that is not the assistant's"
+# The mark begins after BEFORE, which is left out of it.
+CHATML = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}BEFORE{% generation %}HEADER{{ m.content }}<|im_end|>"
+    "{% endgeneration %}{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NEXT_HEADER = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.content }}<|im_end|>"
+    "{% if not loop.last %}<|im_start|>user\n{% endif %}{% endgeneration %}"
+    "{% else %}{% if loop.first %}<|im_start|>user\n{% endif %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 OUTSIDE = "marks text as generated that the assistant does not say"
 ECHO = (user("Say yes."), assistant("yes"), user("Say no."), assistant("no"))
 
@@ -72,6 +87,14 @@ ECHO = (user("Say yes."), assistant("yes"), user("Say no."), assistant("no"))
             OUTSIDE,
             "rows.jsonl:1",
         ),
+        (
+            CHATML.replace("BEFORE", "").replace("HEADER", "<|im_start|>assistant\n"),
+            MULTI,
+            "marks the header of the assistant's turn",
+            "messages[1]",
+        ),
+        (CHATML.replace("BEFORE", "<|im_start|>").replace("HEADER", "assistant\n"), SINGLE, "marks the header", "messages[1]"),
+        (NEXT_HEADER, MULTI, "marks text after the assistant's end of turn", "messages[1]"),
         (EACH.replace("BODY", CALLS_UNMARKED), TOOLS, "does not mark what the assistant says here", "messages[1]"),
         (
             EACH.replace(
@@ -123,3 +146,26 @@ def test_generation_marks_are_the_trained_spans(family: Family, tmp_path: Path) 
     encoded = encode(tokenizer, chat(*MULTI), chat_template=str(file), train_on="last_turn")
     assert marked(tokenizer, encoded) == "user:1+1?assistant:2 -> <|im_end|>user:And 2+2?assistant:⟦4⟧ -> ⟦<|im_end|>⟧"
     assert len(encoded.turn_ends) == 1
+
+
+@pytest.mark.parametrize("opened", ["", "<think>\n"])
+def test_marks_may_cover_reasoning_that_the_template_writes(family: Family, tmp_path: Path, opened: str) -> None:
+    """Also where the generation prompt opens the reasoning."""
+    tokenizer = family("chatml_marked")
+    file = tmp_path / "marks.jinja"
+    written = CHATML.replace("BEFORE", "<|im_start|>assistant\n").replace("HEADER", "<think>\n\n</think>\n\n")
+    file.write_text(written.replace("<|im_start|>assistant\n{% endif %}", f"<|im_start|>assistant\n{opened}{{% endif %}}"))
+    shown = marked(tokenizer, encode(tokenizer, chat(*MULTI), chat_template=str(file)))
+    assert shown.count("<|im_start|>assistant\n⟦<think>\n\n</think>\n\n") == 2
+    assert shown.count("<|im_end|>⟧") == 2
+
+
+def test_control_tokens_that_the_tokenizer_splits_are_named(family: Family) -> None:
+    template = TEMPLATES / "llama3.jinja"
+    with pytest.raises(DataError, match=r"ends the assistant's turn with <\|eot_id\|>, which is no token of this tokenizer"):
+        encode(family("chatml_marked"), chat(*SINGLE), chat_template=str(template))
+    encoder = Encoder(
+        family("chatml_marked"), DataSection(sources=(Source(path="a"),), chat_template=str(TEMPLATES / "mistral.jinja"))
+    )
+    assert {"[INST]", "[/INST]"} <= set(encoder.split_tokens)
+    assert Encoder(family("llama3"), DataSection(sources=(Source(path="a"),))).split_tokens == ()
