@@ -314,7 +314,7 @@ def test_questions_and_answers_are_written_with_the_chat_template(jsonl: Jsonl, 
         return sorted(texts), completions_lines({"sources": read_report(facts.cache_dir)["sources"]})
 
     (chat, rendered), lines = build_as("auto")
-    assert chat.endswith("<|im_start|>user\nHow many apples so far?<|im_end|>\n<|im_start|>assistant\nFirst find them.<|im_end|>")
+    assert chat.strip().endswith("How many apples so far?<|im_end|>\n<|im_start|>assistant\nFirst find them.<|im_end|>")
     assert rendered == f"{rows[1]['question']}Hello<|im_end|>", "a prompt with control tokens is taken as it is"
     assert lines[0].startswith("gsm: 1 prompts and completions are written with the chat template")
     assert "completions: text in data.sources" in lines[0]

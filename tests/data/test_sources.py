@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,19 @@ def test_good_paths_are_no_problem(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n')
     assert check_sources(DataSection(sources=(Source(path=str(path)),), eval_path=str(path))) == []
+
+
+def test_a_folder_within_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = tmp_path / "rows" / "inner"
+    inner.mkdir(parents=True)
+    (tmp_path / "rows" / "a.jsonl").write_text('{"text": "a"}\n')
+    list_folder = Path.iterdir
+
+    def refuse_inner(folder: Path) -> Iterator[Path]:
+        if folder == inner:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return list_folder(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refuse_inner)
+    (problem,) = check_sources(DataSection(sources=(Source(path=str(tmp_path / "rows")),)))
+    assert problem.message == f"the folder {inner} cannot be read: Permission denied"

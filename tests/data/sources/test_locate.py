@@ -446,19 +446,3 @@ def test_rows_by_an_hf_address(hub: DatasetHub, tmp_path: Path) -> None:
     assert changed != digest
     assert [text for _, text in rows] == ["c"]
     assert "there is no such data file" in read_elsewhere(Source(path="hf://datasets/owner/name/gone.jsonl"), environ)[1]
-
-
-def test_a_folder_within_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = tmp_path / "rows" / "inner"
-    inner.mkdir(parents=True)
-    (tmp_path / "rows" / "a.jsonl").write_text('{"text": "a"}\n')
-    list_folder = Path.iterdir
-
-    def refuse_inner(folder: Path) -> Iterator[Path]:
-        if folder == inner:
-            raise PermissionError(13, "Permission denied", str(folder))
-        return list_folder(folder)
-
-    monkeypatch.setattr(Path, "iterdir", refuse_inner)
-    (problem,) = check_sources(DataSection(sources=(Source(path=str(tmp_path / "rows")),)))
-    assert problem.message == f"the folder {inner} cannot be read: Permission denied"
