@@ -119,7 +119,9 @@ class Bench:
 
     def launcher(self, rows: Path, max_length: int, *overrides: str) -> tuple[Cost, dict[str, Any]]:
         """What `launcher data` took, and its report."""
-        settings = ["data=jsonl", f"data.path={rows}", f"model.path={self.model}", f"data.workers={PROCESSES}"]
+        # TRL joins prompts and completions that are text as they are.
+        source = f"data.sources=[{{name: train, path: {rows}, completions: text}}]"
+        settings = ["data=jsonl", "data.path=null", source, f"model.path={self.model}", f"data.workers={PROCESSES}"]
         command = [sys.executable, "-m", "launcher", "data", *settings, f"data.max_length={max_length}", *overrides, "--json"]
         cost, output = sides.measure(
             command, self.folder / "launcher.log", self._environment(LAUNCHER_CACHE=self._without_data("launcher"))

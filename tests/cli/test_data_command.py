@@ -55,11 +55,11 @@ def test_the_report_in_a_pipe_has_marks_and_no_colours(launch: Run, rows: Path, 
     assert "\x1b" not in shown
     assert shown.count("⟦") == shown.count("⟧") > 2
     for trained in re.findall("(?<!between )⟦(.*?)⟧", shown, re.DOTALL):
-        assert re.fullmatch(rf" (\d+ {re.escape(EVIL)}␛\[31m|\[API key: .*\])<\|im_end\|>", trained), trained
+        assert re.fullmatch(rf"(\d+ {re.escape(EVIL)}␛\[31m|\[API key: .*\])<\|im_end\|>", trained), trained
     assert re.search(r"^train +123 +1 +122 ", shown, re.MULTILINE)
     assert re.search(r"document 2 of \d+, train, \d+ tokens", shown)
     assert f"{rows}:121: the same as {rows}:1" in shown
-    assert f"{rows}:122: completion, character 1: [API key: s…, 44 characters]" in shown
+    assert f"{rows}:122: messages[1], character 0: [API key: s…, 44 characters]" in shown
     assert "data.checks.empty_answer=drop" in shown
     unread = "train: unread keys (rows): {key}[bold]not mark… (54 characters) (2)"
     assert unread.format(key="<script>alert(1)</script> ") in shown

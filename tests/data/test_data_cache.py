@@ -141,7 +141,7 @@ def test_long_documents_are_cut_and_those_without_an_answer_dropped(jsonl: Jsonl
         {"prompt": "word" + " word" * 40, "completion": " lost"},
         {"prompt": "nothing", "completion": ""},
     ]
-    facts = build(DataSection(sources=(Source(path=str(jsonl(rows))),), max_length=16), str(tokenizer_dir))
+    facts = build(DataSection(sources=(Source(path=str(jsonl(rows)), completions="text"),), max_length=16), str(tokenizer_dir))
     assert (facts.num_docs, facts.truncated_docs, facts.truncated_tokens) == (2, 1, 1 + 40 + 1 - 16)
     report = read_report(facts.cache_dir)
     assert (report["dropped_docs"], report["docs_with_turn_end"]) == (2, 1)

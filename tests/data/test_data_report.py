@@ -41,7 +41,8 @@ def mixture(jsonl: Jsonl) -> DataSection:
     short = [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}"} for i in range(150)]
     long = [{"prompt": f"Count to {i}:", "completion": "".join(f" {n}" for n in range(i % 40 + 8))} for i in range(60)]
     long += [long[5], {"prompt": "", "completion": f"the key is {SECRET}, row"}, {"prompt": "none", "completion": ""}]
-    sources = (Source(name="short", path=str(jsonl(short, "a.jsonl"))), Source(name="long", path=str(jsonl(long, "b.jsonl"))))
+    files = {"short": jsonl(short, "a.jsonl"), "long": jsonl(long, "b.jsonl")}
+    sources = tuple(Source(name=name, path=str(file), completions="text") for name, file in files.items())
     return DataSection(sources=sources, max_length=64, eval_fraction=0.2, workers=1)
 
 
@@ -211,7 +212,7 @@ def test_rows_are_shown_whole_and_without_secrets(mixture: DataSection, tokenize
 
 @pytest.mark.parametrize("row", [{"text": f"{SECRET} is the key"}, {"prompt": f"key: {SECRET[:20]}", "completion": SECRET[20:]}])
 def test_secrets_across_trained_and_untrained_tokens_are_redacted(row: dict[str, str], jsonl: Jsonl, tokenizer_dir: Path) -> None:
-    data = DataSection(sources=(Source(path=str(jsonl([row]))),), max_length=64, workers=1)
+    data = DataSection(sources=(Source(path=str(jsonl([row])), completions="text"),), max_length=64, workers=1)
     data_report = report(build(data, str(tokenizer_dir)), data, tokenizer_dir, num_shown=1)
     parts = data_report["shown"][0]["documents"][0]["parts"]
     assert [part["trained"] for part in parts] == [False, True]
