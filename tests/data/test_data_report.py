@@ -91,7 +91,8 @@ def test_the_sources_share_the_padding(mixture: DataSection, tokenizer_dir: Path
 def test_padding_of_single_documents_is_that_of_the_first_epochs_batches(
     mixture: DataSection, tokenizer_dir: Path, group_by_length: bool
 ) -> None:
-    data = mixture.model_copy(update={"packing": False, "group_by_length": group_by_length})
+    # This split leaves few documents in the last batch, which is not compared.
+    data = mixture.model_copy(update={"packing": False, "group_by_length": group_by_length, "split_by": "document"})
     facts = build(data, str(tokenizer_dir))
     size = {"global_batch_size": 16, "micro_batch_size": 4}
     batch = Batch(**size, accumulation=4, max_tokens_per_step=0, tokens_per_step=None, max_steps=1, epochs=None)
