@@ -45,6 +45,7 @@ WARMUP, LEAD, BLOCK, SETTLE = 40, 60, 15, 6
 FIRST = WARMUP + LEAD
 SETTINGS = (
     *("model=tiny", "data=jsonl", "data.max_length=256", "data.eval_fraction=0", "data.checks.no_turn_end=keep"),
+    "data.checks.truncated=keep",
     *("train.global_batch_size=8", "eval.sample=false", "export.enabled=false", "checkpoint.save_every=0"),
     "cluster.ranks_per_node=2",
 )

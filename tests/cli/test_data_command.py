@@ -47,7 +47,9 @@ def leaking(rows: Path, tmp_path: Path) -> tuple[str, ...]:
 
 def test_the_report_in_a_pipe_has_marks_and_no_colours(launch: Run, rows: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0")
+    # Two documents fit a row.
+    longer = tuple(setting.replace("max_length=128", "max_length=256") for setting in SETTINGS)
+    settings = (*longer, f"data.path={rows}", "data.eval_fraction=0")
     done = launch("data", *settings, "--show", "2", "--html", str(page), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tokenise: 123 of 123 documents" in done.stderr
@@ -136,7 +138,7 @@ def test_a_file_of_real_size_is_built_by_several_processes(launch: Run, tmp_path
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}:", "completion": text}) + "\n" for i, text in enumerate(texts)))
     settings = ("model=tiny", "data=jsonl", f"data.path={path}", "data.max_length=256", "data.workers=2", "data.eval_fraction=0")
-    settings = (*settings, "data.checks.no_turn_end=keep")
+    settings = (*settings, "data.checks.no_turn_end=keep", "data.checks.truncated=keep")
     done = launch("data", *settings, "--json", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["read_documents"] == num_rows

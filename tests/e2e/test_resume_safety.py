@@ -22,7 +22,7 @@ SETTINGS = (*(s for s in TINY if s != "model=tiny"), "model=tiny", "data=jsonl",
 
 
 def write_rows(file: Path, first: int, count: int) -> None:
-    rows = [{"prompt": f"What is {n} plus one?", "completion": f"It is {n + 1}. " * 6} for n in range(first, first + count)]
+    rows = [{"text": f"What is {n} plus one?" + f"It is {n + 1}. " * 6} for n in range(first, first + count)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
