@@ -103,12 +103,12 @@ def ranks_of(run: Path) -> list[psutil.Process]:
 
 def by_rank(processes: Iterable[psutil.Process]) -> dict[int, psutil.Process]:
     """Those that are ranks, without what ends meanwhile."""
-    processes = {}
+    ranks = {}
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             if (title := RankTitle.of(process)) is not None:
-                processes[title.rank] = process
-    return processes
+                ranks[title.rank] = process
+    return ranks
 
 
 def kill_all_of(root: Path) -> None:
