@@ -70,8 +70,8 @@ def require_free_bytes(root: Path, needed: int) -> None:
             "there is not enough free disk space for a checkpoint",
             where=str(root),
             value=f"{room}; an older one is removed only after the save",
-            remedy=f"free {format_size(needed - available)} (python -m launcher checkpoints {root.parent} --prune shows what "
-            "lies here), keep fewer with checkpoint.keep_last, or put run.root on a larger disk",
+            remedy=f"free {format_size(needed - available)} on this disk (python -m launcher checkpoints {root.parent} lists "
+            "what this run has here; folders of old checkpoints may be deleted), or put run.root on a larger disk",
         )
 
 

@@ -9,6 +9,7 @@ from launcher.cli.formatting import short, table
 from launcher.config.sections.train import CheckpointSection
 from launcher.errors import ConfigError
 from launcher.plan.architecture import train_flops
+from launcher.plan.disk import format_size
 from launcher.plan.launch_plan import LaunchPlan, Lineage
 from launcher.plan.plan_checks import warnings
 from launcher.plan.planner import fewest
@@ -43,7 +44,9 @@ def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
             f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} warm-up steps",
         ),
         ("memory", _memory(plan)),
-        ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, {_retention(config.checkpoint)}; {_saving(plan)}"),
+        ("checkpoint", f"{format_size(plan.checkpoint_bytes)} each, {_retention(config.checkpoint)}; {_saving(plan)}"),
+        *([("mirror", f"every checkpoint is copied to {config.checkpoint.mirror}")] if config.checkpoint.mirror else []),
+        *([("export", f"the Hugging Face folder is pushed to {config.export.push_to_hub}")] if config.export.push_to_hub else []),
         ("tracking", _tracking(plan)),
         *([("cost", _cost(plan))] if plan.topology.device == "cuda" or plan.price is not None else []),
     ]
@@ -90,7 +93,7 @@ def _retention(checkpoint: CheckpointSection) -> str:
 def _saving(plan: LaunchPlan) -> str:
     if not plan.saving.background:
         return "training waits while one is written"
-    return f"written in the background from {plan.saving.host_gib_per_node:.2f} GiB of main memory a node"
+    return f"written in the background from {_size(plan.saving.host_gib_per_node)} of main memory a node"
 
 
 def _ranks(plan: LaunchPlan) -> str:
@@ -99,14 +102,20 @@ def _ranks(plan: LaunchPlan) -> str:
     return f"{topology.world_size} on {topology.device} ({nodes}), {topology.backend}, DeepSpeed {plan.config.deepspeed.name}"
 
 
+def _size(gib: float) -> str:
+    return format_size(round(gib * 2**30))
+
+
 def _memory(plan: LaunchPlan) -> str:
     memory = plan.memory
     of = f" of {memory.device_gib:.0f} GiB" if memory.device_gib else ""
-    host = f"; {memory.host_per_node_gib:.2f} GiB of main memory a node" if memory.host_per_node_gib else ""
-    parts = f"weights {memory.weights_gib:.2f}, gradients {memory.gradients_gib:.2f}, optimizer {memory.optimizer_gib:.2f}"
+    host = f"; {_size(memory.host_per_node_gib)} of main memory a node" if memory.host_per_node_gib else ""
+    parts = (
+        f"weights {_size(memory.weights_gib)}, gradients {_size(memory.gradients_gib)}, optimizer {_size(memory.optimizer_gib)}"
+    )
     smallest = _smallest(plan)
-    shrunk = f"; {smallest.memory.per_rank_gib:.2f} GiB a rank on {smallest.topology.world_size}" if smallest is not None else ""
-    return f"model states {memory.per_rank_gib:.2f} GiB a rank{of} ({parts}){host}{shrunk}"
+    shrunk = f"; {_size(smallest.memory.per_rank_gib)} a rank on {smallest.topology.world_size}" if smallest is not None else ""
+    return f"model states {_size(memory.per_rank_gib)} a rank{of} ({parts}){host}{shrunk}"
 
 
 def _notes(plan: LaunchPlan) -> list[str]:

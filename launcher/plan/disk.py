@@ -63,7 +63,8 @@ def note(plan: LaunchPlan, available: int, present: int) -> str | None:
     if available >= needed:
         return None
     more = f"{count}{' more' if present else ''} checkpoint{'s' if count > 1 else ''}"
+    fewer = "lower checkpoint.keep_last, " if plan.config.checkpoint.keep_last > 1 else ""
     return (
         f"the disk of the run directory has {format_size(available)} free and needs {format_size(needed)} for {more}, including "
-        "the one that is written before an older one is removed: free space, lower checkpoint.keep_last, or move run.root"
+        f"the one that is written before an older one is removed: free space, {fewer}or move run.root"
     )

@@ -12,7 +12,7 @@ import torch
 from launcher.checkpoint.saver import Saved, Saver
 from launcher.data.cache import Split
 from launcher.errors import CheckpointError, LauncherError, Superseded
-from launcher.plan.disk import REFERENCE_TOKENS
+from launcher.plan.disk import REFERENCE_TOKENS, format_size
 from launcher.tracking.tracker import Composite
 from launcher.train.model import CausalLMLoss
 
@@ -102,11 +102,11 @@ class Checkpointer:
             },
         )
         if free is not None and free < outcome.bytes:
-            sizes = f"{free / 2**30:.2f} GiB are free, and it takes {outcome.bytes / 2**30:.2f} GiB"
+            sizes = f"{format_size(free)} are free, and it takes {format_size(outcome.bytes)}"
             self._tracker.event("alert", f"the disk has no room for the next checkpoint: {sizes}", step)
         if outcome.not_pruned:
             self._tracker.event("alert", f"old checkpoints could not be deleted: {outcome.not_pruned}", step)
-        size = f"{outcome.bytes / 2**30:.2f} GiB in {outcome.seconds:.1f} s, training waited {outcome.stall_s:.2f} s"
+        size = f"{format_size(outcome.bytes)} in {outcome.seconds:.1f} s, training waited {outcome.stall_s:.2f} s"
         fields = {"path": str(outcome.path), "saved_step": outcome.step, "eval_loss": self._eval_loss}
         self._tracker.event("checkpoint", f"saved {outcome.path} ({size})", step, **fields)
 
