@@ -59,9 +59,9 @@ def show(page: Path, folder: Path) -> Shown:
     console = [line for line in _run(program, page, folder).stderr.splitlines() if "CONSOLE" in line]
     # The policy of the page forbids scripts, ours too.
     source = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text(encoding="utf-8"))
-    measured = folder / "measured.html"
-    measured.write_text(source.replace("</body>", f"{_MEASURE}</body>"), encoding="utf-8")
-    dom = _run(program, measured, folder).stdout
+    measured_page = folder / "measured.html"
+    measured_page.write_text(source.replace("</body>", f"{_MEASURE}</body>"), encoding="utf-8")
+    dom = _run(program, measured_page, folder).stdout
     match = re.search(r'<pre id="measured">(.*?)</pre>', dom, re.DOTALL)
     assert match is not None, "the page was not laid out"
     measured = json.loads(html.unescape(match[1]))

@@ -12,7 +12,7 @@ from wandb.util import get_core_path
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
     """All records of all offline files of a run, oldest file first."""
-    records = []
+    lines = []
     for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
         # What `wandb leet inspect` runs, after it has imported W&B's package.
         command = [
@@ -26,8 +26,8 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
             str(file.parent.parent),
         ]
         output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-        records += [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    return records
+        lines += [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return lines
 
 
 def history(run_dir: Path) -> list[dict[str, Any]]:
