@@ -79,10 +79,16 @@ def launcher_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_terminal_width() -> None:
+    """Remove the width that pytest-xdist sets in its workers: output that is captured is not wrapped."""
+    os.environ.pop("COLUMNS", None)
+
+
 @pytest.fixture(scope="session")
 def launcher_env(launcher_cache: Path) -> dict[str, str]:
     """The environment of launcher processes: no keys, no hub, a cache of their own."""
-    dropped = ("WANDB_", "HF_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC_")
+    dropped = ("WANDB_", "HF_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC_", "COLUMNS")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     cache_only = {"LAUNCHER_CACHE": str(launcher_cache), "HF_HUB_OFFLINE": "1", "NETRC": os.devnull}
     # Matrix products in fp32 with several threads are not the same bit by bit.

@@ -94,6 +94,7 @@ def _train_step(engine: Any, rank_info: RankInfo, micro_batch_size: int, step: i
 
 
 def _save(engine: Any, parameters: Any, root: Path, step: int) -> None:
+    root.parent.mkdir(parents=True, exist_ok=True)
     saver = Saver(
         engine, parameters, root, plan_digest="", attempt=1, prune=lambda committed: None, background=False, deadline_s=60
     )

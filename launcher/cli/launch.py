@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -26,7 +27,7 @@ from launcher.data import report as data_report
 from launcher.data.texts import DecodedTexts, TextsMissing
 from launcher.errors import ConfigError, DataError, Problem, RunError, SubmitError, describe
 from launcher.models import isolation_verdicts
-from launcher.plan.launch_plan import Facts, LaunchPlan
+from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Attempt
@@ -69,8 +70,9 @@ def run(verb: str, tokens: list[str]) -> int:
 def _plan(composed: Composed, as_json: bool) -> int:
     with composed.located():
         cluster = cluster_for(composed.config.cluster.kind)
-        config = _resolve(composed, cluster)
-        plan = make_plan(config, _checked_facts(config, composed, cluster))
+        node = _node_of(composed, cluster)
+        config = facts.resolve(composed.config, node)
+        plan = make_plan(config, _checked_facts(config, composed, node))
         if as_json:
             print(plan.to_json())
             return 0
@@ -213,12 +215,13 @@ def _group_jobs(jobs: list[Composed]) -> list[Composed]:
 def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
     """Plan a job, prepare its model and data, and check the plan against the cluster; starts nothing."""
     cluster = cluster_for(composed.config.cluster.kind)
-    config = _resolve(composed, cluster)
+    node = _node_of(composed, cluster)
+    config = facts.resolve(composed.config, node)
     facts.check(config)
     check_extra(config)
     if not model_source.is_config_known(config.model):
         prepare(config)
-    collected = _checked_facts(config, composed, cluster)
+    collected = _checked_facts(config, composed, node)
     plan = make_plan(config, collected)
     if config.run.name is not None and not config.cluster.is_dry_run:
         # Before data is prepared, and before a sweep starts any of its runs.
@@ -227,7 +230,7 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
     cluster.check(plan)
     if not facts.is_prepared(config, collected):
         prepare(config)
-        collected = _checked_facts(config, composed, cluster)
+        collected = _checked_facts(config, composed, node)
         if collected.data is None:
             what = "the data cache is not there after it was built"
             remedy = "make sure that no program changes the files while they are read, then try again"
@@ -236,17 +239,14 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
     return _plan_with_free_name(config, collected, taken_names)
 
 
-def _resolve(composed: Composed, cluster: Cluster) -> RunConfig:
-    return facts.resolve(composed.config, lambda: cluster.device(composed.config.cluster))
+def _node_of(composed: Composed, cluster: Cluster) -> Callable[[], DeviceFacts]:
+    """Return a function that asks the backend for the devices of a node, once: a scheduler may take seconds to answer."""
+    return functools.cache(lambda: cluster.device(composed.config.cluster))
 
 
-def _gather(config: RunConfig, composed: Composed, cluster: Cluster) -> Facts:
-    return facts.gather(config, composed.overrides, cluster.device(config.cluster))
-
-
-def _checked_facts(config: RunConfig, composed: Composed, cluster: Cluster) -> Facts:
+def _checked_facts(config: RunConfig, composed: Composed, node: Callable[[], DeviceFacts]) -> Facts:
     """Collect the facts of a run, and probe in another process whether its packed documents affect each other."""
-    collected = _gather(config, composed, cluster)
+    collected = facts.gather(config, composed.overrides, node())
     if not facts.needs_isolation_check(config, collected.model):
         return collected
     # What can be refused at once is refused before a process is started.
@@ -258,7 +258,7 @@ def _checked_facts(config: RunConfig, composed: Composed, cluster: Cluster) -> F
         # The ranks then measure it on the loaded model.
         unknown = isolation_verdicts.unknown(config.model, describe(error))
         return collected.model_copy(update={"model": collected.model.model_copy(update={"isolation": unknown})})
-    return _gather(config, composed, cluster)
+    return facts.gather(config, composed.overrides, node())
 
 
 def _plan_with_free_name(config: RunConfig, collected: Facts, taken_names: set[str]) -> LaunchPlan:

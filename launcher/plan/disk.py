@@ -31,7 +31,7 @@ def checkpoints_at_once(plan: LaunchPlan) -> int:
 
 def format_size(num_bytes: int) -> str:
     """Return a number of bytes in a suitable unit."""
-    return next((f"{num_bytes / factor:,.2f} {unit}" for unit, factor in _UNITS if num_bytes >= factor), f"{num_bytes} bytes")
+    return next((f"{num_bytes / factor:,.2f} {unit}" for unit, factor in _UNITS if num_bytes >= factor), f"{num_bytes:,} bytes")
 
 
 def needed_bytes(plan: LaunchPlan, count: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""Training objectives: the seam between a micro-batch and a loss.
+"""Training objectives: how a micro-batch becomes a loss.
 
 The loss of a global batch is the sum of an objective over its atoms (trained tokens; preference pairs), divided by their number
 across ranks and accumulation. So the gradient depends neither on the number of ranks nor on the split into micro-batches.

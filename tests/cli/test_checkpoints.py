@@ -127,7 +127,7 @@ def test_verify_names_each_damaged_file(run: RunDir, ask: Ask) -> None:
 def test_prune_removes_outdated_checkpoints_and_leftovers(run: RunDir, ask: Ask) -> None:
     leave_behind(run)
     _, out, _ = ask()
-    assert out.count(", 1000 bytes\n") == 5
+    assert out.count(", 1,000 bytes\n") == 5
     assert "aside-step-00000400: set aside when the run went back" in out
     before = sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
     code, out, _ = ask("--prune")

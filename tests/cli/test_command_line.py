@@ -188,7 +188,7 @@ def test_a_name_that_a_run_has_is_refused_before_data_is_prepared(
     (tmp_path / "rows.jsonl").write_text('{"text": "one row"}\n')
     (tmp_path / "runs" / "taken").mkdir(parents=True)
     tokens = ["model=tiny", "tracking=none", "data=jsonl", f"data.path={tmp_path}/rows.jsonl", f"run.root={tmp_path}/runs"]
-    assert main([*tokens, "run.name=taken"]) == 2
+    assert main([*tokens, "data.packing=false", "run.name=taken"]) == 2
     assert capsys.readouterr().err.startswith("the run taken exists already; nothing in it was touched\n")
     assert not (tmp_path / "cache" / "data").exists()
 

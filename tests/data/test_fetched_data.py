@@ -25,7 +25,10 @@ def test_other_data_with_the_same_counts_is_refused(
     monkeypatch.setattr(mirror, "prepare", built_here)
     rows = [{"prompt": f"{i}:", "completion": f" {i + 1}"} for i in range(8)]
     source = jsonl(rows)
-    settings = {"model": {"path": str(tokenizer_dir)}, "data": {"sources": [{"path": str(source)}], "max_length": 32}}
+    settings = {
+        "model": {"path": str(tokenizer_dir)},
+        "data": {"sources": [{"path": str(source), "completions": "text"}], "max_length": 32},
+    }
     made = hand_made.plan(tmp_path / "run", {**settings, "train": {"max_steps": 4}})
     trained = build(DataSection.model_validate(settings["data"]), str(tokenizer_dir))
     plan = made.model_copy(update={"data": trained.model_copy(update={"cache_dir": "/elsewhere/data/0123"})})
