@@ -137,7 +137,7 @@ def test_prune_removes_outdated_checkpoints_and_leftovers(run: RunDir, ask: Ask)
     names = {path.name for path in run.checkpoints.iterdir()}
     assert names == {*(store.step_name(step) for step in (100, 150, 200, 300, 330)), "notes"}
     assert "removed  step-00000250: no longer kept" in out
-    assert "removed  damaged-step-00000310: set aside as damaged, 1000 bytes" in out
+    assert "removed  damaged-step-00000310: set aside as damaged, 1,000 bytes" in out
     assert f"({before - after:,} bytes)" in out
     code, out, _ = ask("--prune", "--json")
     assert json.loads(out)["removed"] == []

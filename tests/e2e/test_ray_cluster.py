@@ -188,7 +188,7 @@ def test_an_unfit_node_is_named_and_an_elastic_run_excludes_it(
     assert "apart: the run directory is not visible" in message
     assert "n1:" not in message
     message = refusal(root, "state", f"cluster.storage_path={state}")
-    assert "apart: Ray Train's storage is not the one" in message
+    assert "apart: Ray Train's storage differs from the head node's" in message
     assert "n1:" not in message
     message = refusal(root, "versions")
     expected = f"apart: the version of transformers differs from the head node's apart: 4.0.0; n1: {package.version}"
