@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -13,23 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import xxhash
-
-import launcher
-from launcher import atomic_files, json_records, locks
+from launcher import atomic_files, code_snapshot, json_records, locks
 from launcher.errors import RunError, SubmitError, Superseded
 from launcher.plan.gpu_types import Price
-from launcher.plan.migrations import SCHEMA_VERSION, migrate
+from launcher.plan.migrations import migrate
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, Status
 
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import LaunchPlan
 
-# In the folder of the code: the schema version of the plans that this code reads; earlier launchers wrote no such file.
-_PLAN_SCHEMA = "plan_schema_version"
-# In the same folder: the digest of every file of the package, by its path in the folder.
-_CODE_DIGESTS = "digests.json"
 _DAMAGED_REMEDY = "restore the file from a backup, or start another run from this run's newest checkpoint"
 
 
@@ -54,7 +46,7 @@ def create(plan: LaunchPlan) -> RunDir:
         raise
     atomic_files.fsync_directory(run.root.parent)
     run.attempts.mkdir()
-    snapshot_code(run)
+    code_snapshot.create(run)
     atomic_files.write_text(run.plan, plan.to_json())
     _archive_plan(run, plan)
     write_status(run, Status(state="pending", attempt=0, max_steps=plan.batch.max_steps, created_at=time.time()))
@@ -74,73 +66,6 @@ def require_new(plan: LaunchPlan) -> None:
             where=str(root),
             remedy=f"continue it with: python -m launcher resume {root}, or choose another run.name",
         )
-
-
-def snapshot_code(run: RunDir) -> None:
-    """Copy the package, so that a queued or resumed job runs the code that was submitted.
-
-    The copy includes the bytecode, so that nodes need not compile the package again.
-    """
-    _copy_package(run.code)
-
-
-def has_current_code(run: RunDir) -> bool:
-    """Return whether the code of the run reads plans of the current schema version."""
-    try:
-        return (run.code / _PLAN_SCHEMA).read_text(encoding="utf-8").strip() == str(SCHEMA_VERSION)
-    except FileNotFoundError:
-        return False
-
-
-def replace_code(run: RunDir) -> Path:
-    """Copy the package in place of the code that the attempts so far have run; returns the folder that keeps the earlier code."""
-    earlier = run.earlier_code(newest_attempt(run))
-    copy = run.root / ".code"
-    shutil.rmtree(copy, ignore_errors=True)
-    _copy_package(copy)
-    if run.code.is_dir() and not earlier.exists():
-        run.code.rename(earlier)
-    shutil.rmtree(run.code, ignore_errors=True)
-    atomic_files.rename(copy, run.code)
-    return earlier
-
-
-def find_code_damage(run: RunDir) -> str | None:
-    """Return which files of the run's code are missing or differ from their digests; None if all are as they were submitted.
-
-    Code from before there were digests is taken as it is. Bytecode may be missing, as in a copy from a mirror.
-    """
-    path = run.code / _CODE_DIGESTS
-    if not path.is_file():
-        return None
-    try:
-        digests = json_records.read_json(path)
-    except RunError:
-        return path.name
-    damaged = []
-    for name, digest in digests.items():
-        try:
-            is_intact = xxhash.xxh3_128_hexdigest((run.code / name).read_bytes()) == digest
-        except FileNotFoundError:
-            is_intact = name.endswith(".pyc")
-        except OSError:
-            is_intact = False
-        if not is_intact:
-            damaged.append(name)
-    others = f" and {len(damaged) - 1:,} more" if len(damaged) > 1 else ""
-    return f"{damaged[0]}{others}" if damaged else None
-
-
-def _copy_package(folder: Path) -> None:
-    """Copy the package into a folder that does not exist yet, with its digests, and make all of it durable."""
-    source = Path(launcher.__file__).resolve().parent
-    shutil.copytree(source, folder / "launcher", ignore=shutil.ignore_patterns("conf", "*.pyc.*"))
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    digests = {str(path.relative_to(folder)): xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files}
-    (folder / _CODE_DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
-    (folder / _PLAN_SCHEMA).write_text(f"{SCHEMA_VERSION}\n", encoding="utf-8")
-    # After a power loss, files without this may be empty, and every later attempt runs them.
-    atomic_files.fsync_tree(folder)
 
 
 def attempt_numbers(run: RunDir) -> list[int]:

@@ -292,68 +292,6 @@ def test_a_damaged_file_is_named(config: RunConfig, tmp_path: Path, content: str
         run_store.read_status(run)
 
 
-def test_code_of_an_earlier_launcher_is_replaced_and_kept(config: RunConfig, tmp_path: Path) -> None:
-    run = run_store.create(planned(config, tmp_path, "a"))
-    assert run_store.has_current_code(run)
-    shutil.rmtree(run.code)
-    (run.code / "launcher").mkdir(parents=True)
-    (run.code / "launcher/__init__.py").write_text("earlier")
-    run_store.create_attempt(run, Attempt(resume_step=None))
-    assert not run_store.has_current_code(run)
-    earlier = run_store.replace_code(run)
-    assert earlier == run.root / "code-until-attempt-001"
-    assert (earlier / "launcher/__init__.py").read_text() == "earlier"
-    assert run_store.has_current_code(run)
-    assert (run.code / "launcher/run_store.py").is_file()
-
-
-def test_replacing_code_continues_after_an_interruption(config: RunConfig, tmp_path: Path) -> None:
-    run = run_store.create(planned(config, tmp_path, "a"))
-    run_store.create_attempt(run, Attempt(resume_step=None))
-    run.code.rename(run.earlier_code(1))
-    (run.root / ".code").mkdir()
-    assert not run_store.has_current_code(run)
-    run_store.replace_code(run)
-    assert run_store.has_current_code(run)
-    assert (run.earlier_code(1) / "launcher/run_store.py").is_file()
-
-
-def test_damaged_code_is_named(config: RunConfig, tmp_path: Path) -> None:
-    run = run_store.create(planned(config, tmp_path, "a"))
-    assert run_store.find_code_damage(run) is None
-    for bytecode in run.code.rglob("*.pyc"):
-        bytecode.unlink()
-    assert run_store.find_code_damage(run) is None, "a copy from a mirror has no bytecode"
-    (run.code / "launcher/train/loop.py").write_bytes(b"")
-    assert run_store.find_code_damage(run) == "launcher/train/loop.py"
-    (run.code / "launcher/errors.py").unlink()
-    assert run_store.find_code_damage(run) == "launcher/errors.py and 1 more"
-    (run.code / "digests.json").write_bytes(b"")
-    assert run_store.find_code_damage(run) == "digests.json"
-    run_store.replace_code(run)
-    assert run_store.find_code_damage(run) is None
-
-
-def test_code_from_before_there_were_digests_is_taken_as_it_is(config: RunConfig, tmp_path: Path) -> None:
-    run = run_store.create(planned(config, tmp_path, "a"))
-    (run.code / "digests.json").unlink()
-    assert run_store.find_code_damage(run) is None
-
-
-def test_code_is_durable_before_the_run_is_there(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: set[str] = set()
-    fsync = os.fsync
-
-    def record(descriptor: int) -> None:
-        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", record)
-    run = run_store.create(planned(config, tmp_path, "a"))
-    paths = {str(path) for path in (run.code, *run.code.rglob("*"))}
-    assert paths <= synced
-
-
 def test_deleted_attempts_are_made_again_with_the_next_number(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
     for _ in range(3):

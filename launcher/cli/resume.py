@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher import facts, model_source, run_store
+from launcher import code_snapshot, facts, model_source, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint
 from launcher.cli import formatting, wandb_check
@@ -114,11 +114,11 @@ def _describe_lost_metrics(run: RunDir, plan: LaunchPlan, step: int) -> str | No
 
 def _replace_unusable_code(run: RunDir) -> None:
     """Copy the current code into the run where the run's own is damaged or reads other plans; says so."""
-    damage = run_store.find_code_damage(run)
-    if damage is None and run_store.has_current_code(run):
+    damage = code_snapshot.find_damage(run)
+    if damage is None and code_snapshot.is_current(run):
         return
     reason = "is from an earlier launcher" if damage is None else f"is damaged ({damage})"
-    earlier = run_store.replace_code(run)
+    earlier = code_snapshot.replace(run, run_store.newest_attempt(run))
     print(f"the code of this run {reason}: the current code replaces it, {earlier.name} keeps it")
 
 

@@ -31,14 +31,13 @@ from launcher.train.finish import OnExported, finish, write_weights
 from launcher.train.held_out_loss import HeldOutLoss
 from launcher.train.isolation import require_isolation
 from launcher.train.monitoring import bandwidth
+from launcher.train.monitoring.skipped_steps import SkippedSteps
 from launcher.train.optim import compute_learning_rate, set_learning_rate
 from launcher.train.previous_failure import find_previous_failure
 from launcher.train.resume import load_newest_intact
 from launcher.train.setup import Components, RunContext, build_components
 from launcher.train.stop import Outcome, Stop, has_time_to_save, make_untrained_outcome
 
-# Steps in a row that may be skipped because gradients are not finite. fp16 finds its loss scale by skipping; other types do not.
-_MAX_SKIPPED_IN_A_ROW = {"fp16": 20, "bf16": 3, "fp32": 3}
 # Seconds that a failing rank waits for an in-flight save.
 _DRAIN_S = 10.0
 
@@ -127,7 +126,7 @@ class TrainingLoop:
     def __init__(self, run: RunContext, parts: Components, stop: Stop) -> None:
         self.run, self.parts, self.stop = run, parts, stop
         self.step = 0
-        self.num_skipped_in_a_row = 0
+        self.skipped_steps = SkippedSteps(run.plan.config.model.dtype)
         self.is_save_due = False
         self.reached_limit = ""
         self.last_eval: HeldOutLoss | None = None
@@ -271,7 +270,7 @@ class TrainingLoop:
         save_every = self.run.plan.config.checkpoint.save_every
         if save_every and self.step % save_every == 0:
             self.is_save_due = True
-        if self.is_save_due and not self.num_skipped_in_a_row:
+        if self.is_save_due and not self.skipped_steps.num_in_a_row:
             self.is_save_due = False
             self.save()
 
@@ -323,29 +322,18 @@ class TrainingLoop:
         return outcome
 
     def count_skipped_step(self) -> None:
-        """Count steps that DeepSpeed skips because gradients are not finite.
+        """Count and report a step that DeepSpeed has skipped because gradients are not finite.
 
         Raises:
             DivergedError: where too many steps in a row were skipped.
         """
         parts = self.parts
         if parts.engine.was_step_applied():
-            self.num_skipped_in_a_row = 0
+            self.skipped_steps.num_in_a_row = 0
             return
         parts.meter.skipped_steps += 1
-        self.num_skipped_in_a_row += 1
-        dtype = self.run.plan.config.model.dtype
-        # fp16 skips steps all the time, to find its loss scale.
-        if dtype != "fp16":
-            # The text before the colon is the kind of the alert, which the rate limit counts.
-            skipped = f"the gradients are not finite: this step was skipped, {parts.meter.skipped_steps} so far"
-            self.run.tracker.event("alert", f"{skipped}; check the GPUs for faults, or lower optim.lr", self.step)
-        if self.num_skipped_in_a_row > _MAX_SKIPPED_IN_A_ROW[dtype]:
-            raise DivergedError(
-                f"the gradients of {self.num_skipped_in_a_row} steps in a row are not finite; training stopped",
-                where=f"step {self.step}",
-                remedy="lower optim.lr and go back to a good step: python -m launcher resume RUN --step N optim.lr=...",
-            )
+        if alert := self.skipped_steps.count(self.step, parts.meter.skipped_steps):
+            self.run.tracker.event("alert", alert, self.step)
 
     def require_finite_loss(self, loss: float) -> None:
         if not math.isfinite(loss):

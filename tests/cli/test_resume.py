@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from plan_fixtures import DATA
 
-from launcher import json_records, run_records, run_store
+from launcher import code_snapshot, json_records, run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli.resume import (
     _changed_sources,
@@ -154,7 +154,7 @@ def test_damaged_code_is_replaced(run: RunDir, capsys: pytest.CaptureFixture[str
     (run.code / "launcher/errors.py").write_text(damage)
     _replace_unusable_code(run)
     assert "the code of this run is damaged (launcher/errors.py): the current code replaces it" in capsys.readouterr().out
-    assert run_store.find_code_damage(run) is None
+    assert code_snapshot.find_damage(run) is None
 
 
 @pytest.mark.parametrize(("exported", "is_complete"), [(None, False), (5, False), (10, True)])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fake_slurm import FakeSlurm
 
-from launcher import atomic_files, json_records, run_records, run_store
+from launcher import atomic_files, code_snapshot, json_records, run_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import STATE, Manifest
 from launcher.plan.launch_plan import LaunchPlan
@@ -104,7 +104,7 @@ def submitted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Job]:
     """A run as `python -m launcher` leaves it for its job, but without the code."""
-    monkeypatch.setattr(run_store, "snapshot_code", lambda run: (run.code / "launcher").mkdir(parents=True))
+    monkeypatch.setattr(code_snapshot, "create", lambda run: (run.code / "launcher").mkdir(parents=True))
 
     def submit(**settings: Any) -> Job:
         run = run_store.create(slurm_plan(str(tmp_path), nodes=3, **settings))

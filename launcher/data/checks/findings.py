@@ -135,12 +135,12 @@ CHECKS = {
     "secrets": CheckText(
         "documents with text that looks like a key or a password",
         _MEMORISED,
-        "replace keys and passwords with placeholders",
+        "replace keys and passwords with made-up ones",
     ),
     "personal_data": CheckText(
         "documents with text that looks like an e-mail address or a telephone number",
         _MEMORISED,
-        "replace them with placeholders if they belong to real people",
+        "replace them with made-up ones if they belong to real people",
     ),
     "few_examples": CheckText(
         "documents to train on, fewer than usual",

@@ -1,0 +1,87 @@
+"""The copy of the package in a run directory: queued and resumed jobs run the code that was submitted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import xxhash
+
+import launcher
+from launcher import atomic_files, json_records
+from launcher.errors import RunError
+from launcher.plan.migrations import SCHEMA_VERSION
+from launcher.plan.run_dir import RunDir
+
+# In the folder of the code: the schema version of the plans that this code reads; earlier launchers wrote no such file.
+_PLAN_SCHEMA = "plan_schema_version"
+# In the same folder: the digest of every file of the package, by its path in the folder.
+_DIGESTS = "digests.json"
+
+
+def create(run: RunDir) -> None:
+    """Copy the package into a run directory that has no code yet.
+
+    The copy includes the bytecode, so that nodes need not compile the package again.
+    """
+    _copy_package(run.code)
+
+
+def is_current(run: RunDir) -> bool:
+    """Return True if the code of the run reads plans of the current schema version."""
+    try:
+        return (run.code / _PLAN_SCHEMA).read_text(encoding="utf-8").strip() == str(SCHEMA_VERSION)
+    except FileNotFoundError:
+        return False
+
+
+def replace(run: RunDir, newest_attempt: int) -> Path:
+    """Copy the package in place of the code that the attempts so far have run; returns the folder that keeps the earlier code."""
+    earlier = run.earlier_code(newest_attempt)
+    copy = run.root / ".code"
+    shutil.rmtree(copy, ignore_errors=True)
+    _copy_package(copy)
+    if run.code.is_dir() and not earlier.exists():
+        run.code.rename(earlier)
+    shutil.rmtree(run.code, ignore_errors=True)
+    atomic_files.rename(copy, run.code)
+    return earlier
+
+
+def find_damage(run: RunDir) -> str | None:
+    """Return which files of the run's code are missing or differ from their digests; None if all are as they were submitted.
+
+    Code without digests, as earlier launchers copied it, is taken as it is. Bytecode may be missing, as in a copy from a mirror.
+    """
+    path = run.code / _DIGESTS
+    if not path.is_file():
+        return None
+    try:
+        digests = json_records.read_json(path)
+    except RunError:
+        return path.name
+    damaged = [name for name, digest in digests.items() if not _is_intact(run.code / name, digest)]
+    others = f" and {len(damaged) - 1:,} more" if len(damaged) > 1 else ""
+    return f"{damaged[0]}{others}" if damaged else None
+
+
+def _is_intact(file: Path, digest: str) -> bool:
+    try:
+        return xxhash.xxh3_128_hexdigest(file.read_bytes()) == digest
+    except FileNotFoundError:
+        return file.suffix == ".pyc"
+    except OSError:
+        return False
+
+
+def _copy_package(folder: Path) -> None:
+    """Copy the package into a folder that does not exist yet, with its digests, and make all of it durable."""
+    source = Path(launcher.__file__).resolve().parent
+    shutil.copytree(source, folder / "launcher", ignore=shutil.ignore_patterns("conf", "*.pyc.*"))
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = {str(path.relative_to(folder)): xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files}
+    (folder / _DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
+    (folder / _PLAN_SCHEMA).write_text(f"{SCHEMA_VERSION}\n", encoding="utf-8")
+    # After a power loss, files without this may be empty, and every later attempt runs them.
+    atomic_files.fsync_tree(folder)

@@ -1,0 +1,35 @@
+"""Optimizer steps that DeepSpeed skips because gradients are not finite."""
+
+from __future__ import annotations
+
+from launcher.errors import DivergedError
+
+# Steps in a row that may be skipped. fp16 finds its loss scale by skipping; other types do not.
+_MAX_IN_A_ROW = {"fp16": 20, "bf16": 3, "fp32": 3}
+
+
+class SkippedSteps:
+    """Counts skipped steps in a row; whoever sees an applied step sets `num_in_a_row` to 0."""
+
+    def __init__(self, dtype: str) -> None:
+        self._dtype = dtype
+        self.num_in_a_row = 0
+
+    def count(self, step: int, num_skipped: int) -> str | None:
+        """Count one step; returns an alert, None where skipping is usual. `num_skipped` is the run's total.
+
+        Raises:
+            DivergedError: where too many steps in a row were skipped.
+        """
+        self.num_in_a_row += 1
+        if self.num_in_a_row > _MAX_IN_A_ROW[self._dtype]:
+            raise DivergedError(
+                f"the gradients of {self.num_in_a_row} steps in a row are not finite; training stopped",
+                where=f"step {step}",
+                remedy="lower optim.lr and go back to a good step: python -m launcher resume RUN --step N optim.lr=...",
+            )
+        if self._dtype == "fp16":
+            return None
+        # The text before the colon is the kind of the alert, which the rate limit counts.
+        skipped = f"the gradients are not finite: this step was skipped, {num_skipped} so far"
+        return f"{skipped}; check the GPUs for faults, or lower optim.lr"

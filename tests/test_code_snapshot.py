@@ -1,0 +1,74 @@
+"""The copy of the code in a run directory: durable, compared with its digests, replaced where it cannot be used."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launcher import code_snapshot
+from launcher.plan.run_dir import RunDir
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    code_snapshot.create(RunDir(tmp_path))
+    return RunDir(tmp_path)
+
+
+def test_code_of_an_earlier_launcher_is_replaced_and_kept(run: RunDir) -> None:
+    assert code_snapshot.is_current(run)
+    shutil.rmtree(run.code)
+    (run.code / "launcher").mkdir(parents=True)
+    (run.code / "launcher/__init__.py").write_text("earlier")
+    assert not code_snapshot.is_current(run)
+    earlier = code_snapshot.replace(run, 1)
+    assert earlier == run.root / "code-until-attempt-001"
+    assert (earlier / "launcher/__init__.py").read_text() == "earlier"
+    assert code_snapshot.is_current(run)
+    assert (run.code / "launcher/run_store.py").is_file()
+
+
+def test_replacing_code_continues_after_an_interruption(run: RunDir) -> None:
+    run.code.rename(run.earlier_code(1))
+    (run.root / ".code").mkdir()
+    assert not code_snapshot.is_current(run)
+    code_snapshot.replace(run, 1)
+    assert code_snapshot.is_current(run)
+    assert (run.earlier_code(1) / "launcher/run_store.py").is_file()
+
+
+def test_damaged_code_is_named(run: RunDir) -> None:
+    assert code_snapshot.find_damage(run) is None
+    for bytecode in run.code.rglob("*.pyc"):
+        bytecode.unlink()
+    assert code_snapshot.find_damage(run) is None, "a copy from a mirror has no bytecode"
+    (run.code / "launcher/train/loop.py").write_bytes(b"")
+    assert code_snapshot.find_damage(run) == "launcher/train/loop.py"
+    (run.code / "launcher/errors.py").unlink()
+    assert code_snapshot.find_damage(run) == "launcher/errors.py and 1 more"
+    (run.code / "digests.json").write_bytes(b"")
+    assert code_snapshot.find_damage(run) == "digests.json"
+    code_snapshot.replace(run, 1)
+    assert code_snapshot.find_damage(run) is None
+
+
+def test_code_without_digests_is_taken_as_it_is(run: RunDir) -> None:
+    (run.code / "digests.json").unlink()
+    assert code_snapshot.find_damage(run) is None
+
+
+def test_code_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[str] = set()
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    run = RunDir(tmp_path)
+    code_snapshot.create(run)
+    assert {str(path) for path in (run.code, *run.code.rglob("*"))} <= synced
