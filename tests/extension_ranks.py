@@ -142,7 +142,7 @@ def train_with_label_smoothing(plan_path: str) -> dict[str, Any]:
     device, objective, batch = torch.device("cpu"), OBJECTIVES["label_smoothed"], _step_batch()
     evaluator = Evaluator(engine, model, objective, batch.micro, device, noop)
     parts = SimpleNamespace(engine=engine, objective=objective, timer=StepTimer(device), monitor=SimpleNamespace(beat=noop))
-    loop = TrainingLoop(SimpleNamespace(rank_info=rank_info, device=device), parts, noop)
+    loop = TrainingLoop(SimpleNamespace(plan=plan, rank_info=rank_info, device=device), parts, noop)
     losses = []
     for _ in range(4):
         losses.append(float(loop.forward_backward_step(batch)))

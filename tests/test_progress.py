@@ -50,7 +50,9 @@ def test_an_unknown_test_has_the_mean_duration_and_without_durations_tests_are_c
 def test_progress_lines_are_printed_and_durations_stored(tmp_path: Path, nodes: list[str]) -> None:
     (tmp_path / "conftest.py").write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{PLUGIN}")
     (tmp_path / "test_it.py").write_text(TESTS)
-    command = [sys.executable, "-m", "pytest", "--rootdir", str(tmp_path), "-c", "/dev/null", *nodes, str(tmp_path)]
+    # A folder of its own: pytest removes the numbered ones of earlier sessions when it ends, which may take minutes.
+    folders = ["--rootdir", str(tmp_path), "--basetemp", str(tmp_path / "folders")]
+    command = [sys.executable, "-m", "pytest", *folders, "-c", "/dev/null", *nodes, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(re.findall(r"^\d:\d\d elapsed, \d+%", done.stdout, re.MULTILINE)) >= 2, done.stdout
