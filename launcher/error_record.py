@@ -28,18 +28,21 @@ VARIABLE = "TORCHELASTIC_ERROR_FILE"
 class ErrorRecord:
     """`message` is the exception's type and text, `at` the time in seconds since the epoch, None where the record has none.
 
-    `cause` is the limit of the machine that the exception comes from, empty where none is known.
+    `cause` is the limit of the machine that the exception comes from, empty where none is known. `step` counts the completed
+    optimizer steps, None before the rank has loaded the model.
     """
 
     message: str
     traceback: str = ""
     at: float | None = None
     cause: str = ""
+    step: int | None = None
 
     @classmethod
-    def of(cls, error: BaseException, cause: str = "") -> ErrorRecord:
+    def of(cls, error: BaseException, cause: str = "", step: int | None = None) -> ErrorRecord:
         """Describe an exception that has just been raised."""
-        return cls(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)), time.time(), cause)
+        trace = "".join(traceback.format_exception(error))
+        return cls(f"{type(error).__name__}: {error}", trace, time.time(), cause, step)
 
     def write(self, path: Path) -> None:
         """Write the record to `path` atomically."""
@@ -62,7 +65,7 @@ class ErrorRecord:
             return None
 
     def _content(self) -> dict[str, Any]:
-        details = {"py_callstack": self.traceback, "timestamp": str(self.at), "cause": self.cause}
+        details = {"py_callstack": self.traceback, "timestamp": str(self.at), "cause": self.cause, "step": self.step}
         return {"message": {"message": self.message, "extraInfo": details}}
 
     @classmethod
@@ -84,7 +87,8 @@ class ErrorRecord:
         extra = message.get("extraInfo")
         details: dict[str, Any] = extra if isinstance(extra, dict) else {}
         callstack, cause = (text if isinstance(text := details.get(name), str) else "" for name in ("py_callstack", "cause"))
-        return cls(message["message"], callstack, _seconds(details.get("timestamp")), cause)
+        step = number if isinstance(number := details.get("step"), int) else None
+        return cls(message["message"], callstack, _seconds(details.get("timestamp")), cause, step)
 
 
 def write_error_record(record: ErrorRecord, environ: Mapping[str, str]) -> None:

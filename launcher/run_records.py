@@ -80,7 +80,8 @@ class FailureRecord:
     """The failure that an attempt ended by: of a rank, or of a node's agent, whose `rank` and `exit_code` are None.
 
     `kind` is the name of the exception's class, or `killed` or `exit` for a rank that left no error record. `traceback` is empty
-    where the message says everything. `host` is the node where the process ran, empty where the run has one node only.
+    where the message says everything. `host` is the node where the process ran, empty where the run has one node only. `step` is
+    the number of optimizer steps that a rank had completed when it raised an exception, None before it had loaded the model.
     """
 
     rank: int | None
@@ -91,6 +92,7 @@ class FailureRecord:
     traceback: str = ""
     log: str = ""
     host: str = ""
+    step: int | None = None
 
     @property
     def source(self) -> str:
@@ -113,6 +115,14 @@ class FinalFailure:
     kind: str
     message: str
     at: float
+
+
+@dataclass(frozen=True)
+class RestartRecord:
+    """restart-NNN.json: why the node agents restarted the ranks within an attempt. `saved_step` is the newest checkpoint then."""
+
+    first_failure: FailureRecord
+    saved_step: int | None
 
 
 @dataclass(frozen=True)
@@ -229,6 +239,10 @@ def node_file(run: RunDir, attempt: int, node: int) -> Path:
     return run.attempt(attempt) / f"node-{node:05d}.json"
 
 
+def restart_file(run: RunDir, attempt: int, number: int) -> Path:
+    return run.attempt(attempt) / f"restart-{number:03d}.json"
+
+
 def exit_file(run: RunDir, attempt: int) -> Path:
     return run.attempt(attempt) / "exit.json"
 
@@ -249,6 +263,12 @@ def read_outcome(run: RunDir, attempt: int) -> OutcomeRecord | None:
 def read_node(run: RunDir, attempt: int, node: int) -> NodeRecord | None:
     """Return the record of a node's agent; None where it left none."""
     return json_records.read_if_present(NodeRecord, node_file(run, attempt, node), _remove("the other nodes' records"))
+
+
+def read_restarts(run: RunDir, attempt: int) -> list[RestartRecord]:
+    """Return the restarts of the ranks within an attempt, oldest first."""
+    files = sorted(run.attempt(attempt).glob("restart-*.json"))
+    return [json_records.read(RestartRecord, file, _remove("its other restarts")) for file in files]
 
 
 def read_exit(run: RunDir, attempt: int) -> ExitRecord | None:

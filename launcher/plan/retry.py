@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -30,11 +30,24 @@ class Cause(StrEnum):
 
 
 @dataclass(frozen=True)
+class RestartedRanks:
+    """Why the node agents restarted the ranks within an attempt.
+
+    `exception` is the class of the Python exception that ended them, empty where a signal, a hang or broken hardware did. `step`
+    counts the completed optimizer steps, None before the model was loaded. `saved_step` is that of the newest checkpoint.
+    """
+
+    exception: str
+    step: int | None
+    saved_step: int | None
+
+
+@dataclass(frozen=True)
 class AttemptEnd:
     """How one attempt ended.
 
-    `began_step` and `saved_step` are those of the newest checkpoint at its start and at its end, None without one. `exception` is
-    the class of the Python exception that ended it after `step`, empty where a signal, a hang or a lost node did.
+    `began_step` and `saved_step` are those of the newest checkpoint at its start and at its end, None without one. `exception`
+    and `step` are as in RestartedRanks; `restarts` are those of the ranks within the attempt, oldest first.
     """
 
     cause: Cause
@@ -43,7 +56,8 @@ class AttemptEnd:
     message: str = ""
     bad_nodes: tuple[str, ...] = ()
     exception: str = ""
-    step: int = 0
+    step: int | None = None
+    restarts: tuple[RestartedRanks, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,7 @@ def decide(last: AttemptEnd, history: Sequence[AttemptEnd], budgets: ManagedSect
     if last.cause is Cause.USER_ERROR:
         return Decision(False, "failed", last.message)
     attempts = [*history, last]
-    reason = _repeated(attempts) or _spent(attempts, budgets) or _stuck(attempts, budgets.max_no_progress)
+    reason = describe_repetition(attempts) or _spent(attempts, budgets) or _stuck(attempts, budgets.max_no_progress)
     if reason:
         return Decision(False, "failed", "; ".join(filter(None, (last.message, reason))))
     # A check may fail temporarily: a run that has begun gets one more attempt with the same nodes.
@@ -93,22 +107,36 @@ def decide(last: AttemptEnd, history: Sequence[AttemptEnd], budgets: ManagedSect
     return Decision(True, "pending", last.message, tuple(bad_nodes) if budgets.leaves_out_bad_nodes else ())
 
 
-def _repeated(attempts: Sequence[AttemptEnd]) -> str:
-    """Return the message where the last attempts ended by the same exception at the same step; empty otherwise."""
+def describe_repetition(attempts: Sequence[AttemptEnd]) -> str:
+    """Return the message where the same exception came back at the same step after two resumes from one checkpoint, else "".
+
+    A restart of the ranks within an attempt is a resume as well. The last of `attempts` may be one that has not ended: its ranks
+    have, and would be restarted.
+    """
     last = attempts[-1]
-    if not last.exception or last.began_step != last.saved_step:
+    ends = [end for attempt in attempts for end in _ends_of_ranks(attempt)][-_NUM_REPEATS:]
+    expected = (last.exception, last.step, last.saved_step)
+    is_same = all((ranks.exception, ranks.step, ranks.saved_step) == expected for _, ranks in ends)
+    is_resumed = all(began_step == last.saved_step for began_step, _ in ends[1:])
+    if not last.exception or len(ends) < _NUM_REPEATS or not is_same or not is_resumed:
         return ""
-    # Failures of machines in between say nothing about the exception.
-    others = [attempt for attempt in attempts if attempt.cause not in _OF_THE_MACHINES][-_NUM_REPEATS:]
-    same = [
-        attempt
-        for attempt in others
-        if (attempt.exception, attempt.step, attempt.saved_step) == (last.exception, last.step, last.saved_step)
-    ]
-    if len(same) < _NUM_REPEATS:
-        return ""
+    activity = "before the first step" if last.step is None else f"in step {last.step + 1}"
     start = "the initial weights" if last.saved_step is None else f"the checkpoint of step {last.saved_step}"
-    return f"{last.exception} in step {last.step + 1} of {_NUM_REPEATS} attempts, two of them resumed from {start}: it repeats"
+    return f"{last.exception} {activity} came {_NUM_REPEATS} times, twice after a resume from {start}: it repeats"
+
+
+def _ends_of_ranks(attempt: AttemptEnd) -> Iterator[tuple[int | None, RestartedRanks]]:
+    """Yield the step from which the ranks began, and how they ended, for each start of the ranks in an attempt.
+
+    Failures of machines are left out: they say nothing about an exception before and after them.
+    """
+    began_step = attempt.began_step
+    for ranks in attempt.restarts:
+        if ranks.exception:
+            yield began_step, ranks
+        began_step = ranks.saved_step
+    if attempt.cause not in _OF_THE_MACHINES:
+        yield began_step, RestartedRanks(attempt.exception, attempt.step, attempt.saved_step)
 
 
 def _spent(attempts: Sequence[AttemptEnd], budgets: ManagedSection) -> str:

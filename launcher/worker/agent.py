@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher import json_records, run_store
+from launcher.checkpoint import store as checkpoints
 from launcher.clusters import detached_process
+from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import ExitRecord, FailureRecord, exit_file
+from launcher.run_records import ExitRecord, FailureRecord, RestartRecord, exit_file, restart_file
 from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART
 from launcher.worker import disk_reserve, failure_record, postmortem
@@ -158,6 +160,8 @@ class _FailureLog:
         self._exits: list[failure_record.RankExit] = []
         self._stalls: list[str] = []
         self._limits = LimitEvents.read()
+        # Of the ranks that are about to be restarted.
+        self._last: FailureRecord | None = None
 
     def set_exits(self, exits: list[failure_record.RankExit]) -> None:
         self._exits = exits
@@ -168,18 +172,29 @@ class _FailureLog:
 
     def describe_own(self) -> str:
         """Return the first failure of this node's ranks as JSON, empty where none failed, and forget it: later ones differ."""
-        failure = self.first() if self._exits else None
+        self._last = self.first() if self._exits else None
         self._exits, self._stalls, self._limits = [], [], LimitEvents.read()
-        return "" if failure is None else json.dumps(json_records.encode(failure))
+        return "" if self._last is None else json.dumps(json_records.encode(self._last))
 
-    def report_restart(self, count: int, failures: list[str]) -> None:
-        """Write an alert that all ranks are restarted for the `count`-th time, and why; `failures` come from all nodes."""
+    def report_restart(self, count: int, failures: list[str]) -> str:
+        """Record that all ranks are restarted for the `count`-th time, and why, with an alert; `failures` come from all nodes.
+
+        Returns why they are not restarted; empty where they are.
+        """
         records = [json_records.decode(FailureRecord, json.loads(text), "the store") for text in failures if text]
         first = failure_record.first_of(records)
         reason = first.line if first is not None else "torch's elastic agent reported no failed rank"
+        # A full disk or a damaged record must not keep the ranks from being restarted.
+        with suppress(OSError, LauncherError):
+            if first is not None:
+                if repetition := postmortem.describe_repetition(self._run, self._attempt, first):
+                    return repetition
+                record = RestartRecord(first, checkpoints.newest_step(self._run.checkpoints))
+                json_records.write(restart_file(self._run, self._attempt, count), record)
         with suppress(OSError):
             text = f"all ranks are restarted (restart {count}): {reason}"
             append_event(self._run, self._attempt, "alert", text, **{RESTART: count})
+        return ""
 
     def is_final(self) -> bool:
         """Return whether a rank recorded a failure that a restart would repeat."""
@@ -190,13 +205,18 @@ class _FailureLog:
         failure = failure_record.from_rank_exits(self._exits, self._run, self._attempt, self._stalls, limit)
         return replace(failure, host=self._host)
 
-    def from_exception(self, error: Exception) -> FailureRecord:
-        """Return the failure behind an exception of torch's agent: the final one of a rank, or the agent's own."""
+    def from_exception(self, error: Exception) -> FailureRecord | None:
+        """Return the failure behind an exception of torch's agent: the final one of a rank, or the agent's own.
+
+        None where failures of other nodes alone keep the ranks from being restarted.
+        """
         from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
         final = failure_record.read_final(self._run, self._attempt) if isinstance(error, RendezvousClosedError) else None
         if final is not None:
             return replace(failure_record.from_final(self._run, self._attempt, final), host=self._host)
+        if isinstance(error, RendezvousClosedError):
+            return self._last
         # Rendezvous, resources and the like: no rank is to blame.
         failure = failure_record.from_exception(error, self._log, limit=cause_of(error, self._run.root))
         return replace(failure, host=self._host)

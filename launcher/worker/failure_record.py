@@ -34,6 +34,11 @@ _HINTS: dict[int, str] = {
     signal.SIGXCPU: "the limit on CPU time, ulimit -t",
     signal.SIGXFSZ: "the limit on file sizes, ulimit -f",
 }
+# What CUDA and the driver report of a broken GPU, and the kernel of broken shared storage. A full disk is none of these.
+_HARDWARE = re.compile(
+    r"uncorrectable ECC|\bXid\b|fallen off the bus|GPU is lost|stale file handle|input/output error|ESTALE|\bEIO\b",
+    re.IGNORECASE,
+)
 _EXPECTED = {kind.__name__ for kind in (*WOULD_REPEAT, CheckpointError, RunError, Superseded)}
 
 
@@ -92,13 +97,28 @@ def from_rank_exits(
     return from_exit(min(exits, key=order), run, attempt, stalls, limit)
 
 
+def is_of_machines(failure: FailureRecord) -> bool:
+    """Return whether a signal, broken hardware, a lost peer or a node's agent is behind a failure, not the training itself."""
+    by_signal = failure.rank is None or failure.kind == "killed"
+    return by_signal or is_consequence(failure) or _HARDWARE.search(failure.message) is not None
+
+
+def is_consequence(failure: FailureRecord) -> bool:
+    """Return whether a failure reports no more than a lost connection to another process."""
+    return PEER_LOST.search(failure.message) is not None
+
+
+def exception_of(failure: FailureRecord) -> str:
+    """Return the class of the Python exception behind a failure of the training itself; empty where it is none."""
+    return "" if is_of_machines(failure) or failure.kind == "exit" else failure.kind
+
+
 def first_of(failures: Iterable[FailureRecord]) -> FailureRecord | None:
     """Return the failure of one node that caused those of the others; None without any."""
 
     def order(failure: FailureRecord) -> tuple[bool, bool, bool, float]:
         # A rank's own record precedes what agents report about each other; clocks of nodes differ, so times come last.
-        is_consequence = PEER_LOST.search(failure.message) is not None
-        return failure.rank is None, failure.kind != "killed", is_consequence, failure.at or 0.0
+        return failure.rank is None, failure.kind != "killed", is_consequence(failure), failure.at or 0.0
 
     return min(failures, key=order, default=None)
 
@@ -123,6 +143,7 @@ def from_exit(end: RankExit, run: RunDir, attempt: int, stalls: Sequence[str] = 
         exit_code=end.exit_code,
         traceback="\n".join(trace.splitlines()[-_TRACEBACK_LINES:]),
         log=str(run.rank_log(attempt, end.culprit)),
+        step=None if end.error is None else end.error.step,
     )
 
 

@@ -12,7 +12,8 @@ from launcher import json_records, run_records, run_store
 from launcher.checkpoint import store
 from launcher.config.sections.cluster import ManagedSection
 from launcher.errors import WOULD_REPEAT, Problem, RunError
-from launcher.plan.retry import AttemptEnd, Cause, Decision, decide
+from launcher.plan import retry
+from launcher.plan.retry import AttemptEnd, Cause, Decision, RestartedRanks, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, ExitRecord, FailureRecord, NodeRecord, OutcomeRecord
 from launcher.tracking.metrics_tail import newest_trained_step
@@ -32,11 +33,6 @@ _OUT_OF_MEMORY = re.compile(r"exceeded memory limit|oom_kill|oom-kill|Out Of Mem
 _FINAL = tuple(kind.__name__ for kind in WOULD_REPEAT)
 # What an agent raises before it starts its ranks, because its node lacks something.
 _NODE_ERRORS = ("RunError", "SlurmError")
-# What CUDA and the driver report of a broken GPU, and the kernel of broken shared storage. A full disk is none of these.
-_HARDWARE = re.compile(
-    r"uncorrectable ECC|\bXid\b|fallen off the bus|GPU is lost|stale file handle|input/output error|ESTALE|\bEIO\b",
-    re.IGNORECASE,
-)
 # Slurm's states of a job that lost its machines, and the state of Ray workers that are replaced by another number of workers.
 _REQUEUED = ("PENDING", "REQUEUED")
 _TAKEN = {"TIMEOUT": Cause.TIME_LIMIT, "PREEMPTED": Cause.PREEMPTED, "RESIZED": Cause.RESIZED}
@@ -100,15 +96,9 @@ def conclude(
 ) -> Conclusion:
     """Judge attempt `number` and decide what follows; the arguments are those of `judge`."""
     ending = judge(run, number, attempt, state, section.save_lead_s or 0.0, exit_code, lost_nodes)
-    ended = AttemptEnd(
-        ending.cause,
-        attempt.resume_step,
-        store.newest_step(run.checkpoints),
-        ending.message,
-        ending.bad_nodes,
-        _exception(ending.cause, ending.first_failure),
-        ending.step,
-    )
+    saved_step = store.newest_step(run.checkpoints)
+    ended = AttemptEnd(ending.cause, attempt.resume_step, saved_step, ending.message, ending.bad_nodes)
+    ended = _with_failures(run, number, ended, ending.first_failure)
     return Conclusion(ending, ended, decide(ended, history(run, number), section))
 
 
@@ -150,21 +140,29 @@ def _from_record(run: RunDir, number: int, record: ExitRecord) -> AttemptEnd:
     if record.cause is None:
         path = str(run_records.exit_file(run, number))
         raise RunError("a record of the run is damaged: this field is missing", where=f"{path}: cause", remedy="remove the file")
-    return AttemptEnd(
-        record.cause,
-        record.began_step,
-        record.saved_step,
-        record.message,
-        record.bad_nodes,
-        _exception(record.cause, record.first_failure),
-        record.step,
+    ended = AttemptEnd(record.cause, record.began_step, record.saved_step, record.message, record.bad_nodes)
+    return _with_failures(run, number, ended, record.first_failure)
+
+
+def _with_failures(run: RunDir, number: int, ended: AttemptEnd, failure: FailureRecord | None) -> AttemptEnd:
+    """Return the end of attempt `number` with the exception of its last ranks and of those that were restarted."""
+    restarts = tuple(
+        RestartedRanks(failure_record.exception_of(record.first_failure), record.first_failure.step, record.saved_step)
+        for record in run_records.read_restarts(run, number)
     )
+    if failure is None or ended.cause is not Cause.FAILURE:
+        return replace(ended, restarts=restarts)
+    return replace(ended, exception=failure_record.exception_of(failure), step=failure.step, restarts=restarts)
 
 
-def _exception(cause: Cause, failure: FailureRecord | None) -> str:
-    """Return the class of the exception that ended an attempt; empty where it was none of the training itself."""
-    is_exception = failure is not None and failure.rank is not None and failure.kind not in ("killed", "exit")
-    return failure.kind if failure is not None and is_exception and cause is Cause.FAILURE else ""
+def describe_repetition(run: RunDir, number: int, failure: FailureRecord) -> str:
+    """Return why the ranks of attempt `number`, which a failure has ended, fail again after a restart; empty where they may not.
+
+    An exception repeats that came back at the same step after two resumes from one checkpoint; see launcher.plan.retry.
+    """
+    attempt, saved_step = run_store.read_attempt(run, number), store.newest_step(run.checkpoints)
+    ended = _with_failures(run, number, AttemptEnd(Cause.FAILURE, attempt.resume_step, saved_step), failure)
+    return retry.describe_repetition([*history(run, number), ended])
 
 
 def judge(
@@ -232,7 +230,8 @@ def _judge(
     if state in _REQUEUED and not _SRUN_NODE_FAILURE.search(output) and (first is None or _is_interruption(first)):
         return Ending(Cause.PREEMPTED, step, f"the job was requeued at step {step} without saving", first_failure=first)
     lost = _describe_silent(silent, lost_nodes, output)
-    if run_records.lost_coordinator_file(run, number).is_file() and "Ray has lost" not in lost and _is_none_or_consequence(first):
+    is_explained = first is None or failure_record.is_consequence(first)
+    if run_records.lost_coordinator_file(run, number).is_file() and "Ray has lost" not in lost and is_explained:
         # Workers that have lost it end their ranks and leave no record.
         names = ", ".join(dict.fromkeys(attempt.nodes))
         message = f"the run's coordinator was killed or has ended, and the ranks on {names} with it"
@@ -251,15 +250,7 @@ def _judge(
 def _is_interruption(failure: FailureRecord) -> bool:
     """Return whether a failure may be the consequence of the signals by which Slurm ends a job."""
     by_signal = failure.exit_code is not None and -failure.exit_code in (CANCEL, PREEMPT, signal.SIGTERM, signal.SIGKILL)
-    return by_signal or failure.rank is None or _is_consequence(failure)
-
-
-def _is_none_or_consequence(failure: FailureRecord | None) -> bool:
-    return failure is None or _is_consequence(failure)
-
-
-def _is_consequence(failure: FailureRecord) -> bool:
-    return failure_record.PEER_LOST.search(failure.message) is not None
+    return by_signal or failure.rank is None or failure_record.is_consequence(failure)
 
 
 def _describe_silent(nodes: Sequence[str], lost_nodes: Collection[str] | None, output: str) -> str:
@@ -324,7 +315,7 @@ def _from_failure(
     """Judge a failure that is no user error; `failures` are by node, `silent` describes the nodes that left no record."""
     message = _describe(first)
     if silent:
-        if first.rank is None or _is_consequence(first):
+        if first.rank is None or failure_record.is_consequence(first):
             message, silent = silent, f"as a consequence, {first.line}"
         return Ending(Cause.INFRASTRUCTURE, step, f"{message}; {silent}", first_failure=first)
     if first.rank is None and first.kind in _NODE_ERRORS:
@@ -333,9 +324,8 @@ def _from_failure(
         # Where most nodes do not meet, the head node's port or network may be at fault; the next attempt may have another head.
         cause = Cause.INFRASTRUCTURE if ending.cause is Cause.USER_ERROR else ending.cause
         return replace(ending, cause=cause, first_failure=first)
-    by_machines = first.rank is None or first.kind == "killed"
-    by_machines = by_machines or _is_consequence(first) or _HARDWARE.search(first.message) is not None
-    return Ending(Cause.INFRASTRUCTURE if by_machines else Cause.FAILURE, step, message, first_failure=first)
+    cause = Cause.INFRASTRUCTURE if failure_record.is_of_machines(first) else Cause.FAILURE
+    return Ending(cause, step, message, first_failure=first)
 
 
 def _describe(failure: FailureRecord) -> str:
@@ -380,4 +370,5 @@ def judge_local(run: RunDir, attempt: int, failure: FailureRecord | None, stoppe
         return ExitRecord("cancelled", step, f"stopped before training had begun; {newest}", first_failure=failure)
     if failure is None:
         return ExitRecord("failed", step, "the ranks ended without an outcome")
-    return ExitRecord("failed", step, f"{failure.source}: {failure.message}", first_failure=failure)
+    message = "; ".join(filter(None, (_describe(failure), describe_repetition(run, attempt, failure))))
+    return ExitRecord("failed", step, message, first_failure=failure)

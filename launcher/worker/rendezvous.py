@@ -2,7 +2,8 @@
 
 torch's own handler serves nodes that come and go: it polls once a second whether all are there, and numbers nodes by their
 addresses. The nodes of a job are known, so here each waits for the others' keys in the head's store, and node 0 has rank 0. A
-failure that a restart would repeat closes the rendezvous.
+failure that a restart would repeat closes the rendezvous: one that a rank has recorded as such, or one that has come back after
+restarts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class NodeRendezvous(RendezvousHandler):
     """`store` lives on the head node. `is_final` returns whether ranks failed in a way that a restart would repeat.
 
     `own_failure` returns why this node's ranks failed, empty where none did. `on_restart` is called on the head node when all
-    nodes have arrived for a restart, with its number, counted from 1, and what each node's `own_failure` returned.
+    nodes have arrived for a restart, with its number, counted from 1, and what each node's `own_failure` returned; it returns why
+    the ranks are not restarted, empty where they are.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class NodeRendezvous(RendezvousHandler):
         deadline_s: float,
         is_final: Callable[[], bool],
         own_failure: Callable[[], str],
-        on_restart: Callable[[int, list[str]], None],
+        on_restart: Callable[[int, list[str]], str],
     ) -> None:
         self._store = PrefixStore(f"rendezvous/{run_id}", store)
         self._run_id, self._node = run_id, node
@@ -71,11 +73,19 @@ class NodeRendezvous(RendezvousHandler):
             raise RendezvousTimeoutError(
                 f"{', '.join(missing)} did not reach the rendezvous within {self._deadline.total_seconds():.0f} s"
             ) from None
-        if self._node.is_head and self._round > 1:
-            self._on_restart(self._round - 1, [self._store.get(key).decode() for key in keys])
+        if self._round > 1 and (reason := self._decide(keys)):
+            raise RendezvousClosedError(reason)
         store = PrefixStore(f"ranks/{self._round}", self._store)
         info = RendezvousStoreInfo.build(self._node.node, store, self._node.address)
         return RendezvousInfo(store, self._node.node, len(self._node.hosts), info)
+
+    def _decide(self, keys: list[str]) -> str:
+        """Return why the ranks are not restarted; the head node decides for all, because the disks of others may lag behind."""
+        decision = f"decision/{self._round}"
+        if self._node.is_head:
+            self._store.set(decision, self._on_restart(self._round - 1, [self._store.get(key).decode() for key in keys]))
+        self._store.wait([decision], self._deadline)
+        return self._store.get(decision).decode()
 
     def num_nodes_waiting(self) -> int:
         """Return the number of nodes that wait for the next round, because their ranks failed."""

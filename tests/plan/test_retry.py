@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from launcher.config.sections.slurm import SlurmSection
-from launcher.plan.retry import MOST_FRUITLESS_PREEMPTIONS, AttemptEnd, Cause, decide
+from launcher.plan.retry import MOST_FRUITLESS_PREEMPTIONS, AttemptEnd, Cause, RestartedRanks, decide
 
 BUDGETS = SlurmSection(max_preemptions=3, max_infrastructure_failures=2, max_failures=1, max_no_progress=2)
 
@@ -124,11 +124,18 @@ def test_a_run_that_has_begun_gets_one_more_attempt_after_a_failed_check() -> No
     assert not decide(bad, [trained, bad], BUDGETS).again
 
 
-def failed(exception: str = "IndexError", step: int = 43, began: int | None = 40, saved: int | None = 40) -> AttemptEnd:
-    return AttemptEnd(Cause.FAILURE, began, saved, "rank 1: as it says", exception=exception, step=step)
+def failed(
+    exception: str = "IndexError",
+    step: int = 43,
+    began: int | None = 40,
+    saved: int | None = 40,
+    restarts: tuple[RestartedRanks, ...] = (),
+) -> AttemptEnd:
+    return AttemptEnd(Cause.FAILURE, began, saved, "rank 1: as it says", exception=exception, step=step, restarts=restarts)
 
 
-LOST = AttemptEnd(Cause.INFRASTRUCTURE, 40, 40, "rank 1: killed by SIGKILL", step=43)
+LOST = AttemptEnd(Cause.INFRASTRUCTURE, 40, 40, "rank 1: killed by SIGKILL")
+RESTARTED = RestartedRanks("IndexError", 43, 40)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +153,17 @@ LOST = AttemptEnd(Cause.INFRASTRUCTURE, 40, 40, "rank 1: killed by SIGKILL", ste
         # Signals, hangs and lost nodes have no exception, and may come back at the same step as often as the budgets allow.
         ([failed("")] * 3, True),
         ([LOST] * 9, True),
+        # Ranks that were restarted within an attempt resumed from the checkpoint as well.
+        ([failed(began=None, restarts=(RESTARTED, RESTARTED))], False),
+        ([failed(restarts=(RESTARTED,)), failed()], False),
+        ([failed(began=None, restarts=(RESTARTED,)), LOST, failed()], False),
+        ([failed(began=None, restarts=(RESTARTED, RestartedRanks("", None, 40), RESTARTED))], False),
+        ([failed(began=None, restarts=(RESTARTED,))], True),
+        ([failed(began=None, restarts=(RestartedRanks("", None, 40),) * 9)], True),
+        ([failed("", restarts=(RESTARTED, RESTARTED))], True),
+        ([failed(began=None, restarts=(replace(RESTARTED, step=44), RESTARTED))], True),
+        ([failed(began=None, restarts=(replace(RESTARTED, saved_step=30), RESTARTED))], True),
+        ([replace(LOST, restarts=(RESTARTED,) * 3)], True),
     ],
 )
 def test_only_the_same_exception_at_the_same_step_after_two_resumes_is_final(ends: list[AttemptEnd], again: bool) -> None:
@@ -153,5 +171,5 @@ def test_only_the_same_exception_at_the_same_step_after_two_resumes_is_final(end
     decision = decide(ends[-1], ends[:-1], budgets)
     assert decision.again is again
     start = "the initial weights" if ends[-1].saved_step is None else "the checkpoint of step 40"
-    reason = f"rank 1: as it says; IndexError in step 44 of 3 attempts, two of them resumed from {start}: it repeats"
+    reason = f"rank 1: as it says; IndexError in step 44 came 3 times, twice after a resume from {start}: it repeats"
     assert again or decision.reason == reason

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from launcher import atomic_files, json_records, run_records, run_store
+from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import Problem
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, FailureRecord, LostCoordinator, NodeRecord, Status
+from launcher.run_records import Attempt, FailureRecord, LostCoordinator, NodeRecord, RestartRecord, Status
 from launcher.worker import postmortem
 from launcher.worker.checks import node_check
 from launcher.worker.postmortem import Ending
@@ -447,3 +448,43 @@ def test_a_lost_coordinator_is_named_instead_of_the_workers_that_left_no_record(
     assert said({"n2"}).startswith("Ray has lost n2; as a consequence, rank 0 on n1: ")
     node(run, 0, failure("ValueError", 0))
     assert said(set()).startswith("rank 0 on n1: what it said")
+
+
+RAISED = replace(failure("IndexError", message="IndexError: as it says"), step=43)
+HUNG = failure("killed", message="(pid 7) is stopped by a signal (SIGSTOP): no progress for 9 s in step 44; killed it")
+
+
+@pytest.mark.parametrize(
+    ("failures", "is_final"),
+    [
+        ([[RAISED, RAISED, RAISED]], True),
+        ([[RAISED, RAISED], [RAISED]], True),
+        ([[RAISED], [RAISED], [RAISED]], True),
+        ([[RAISED, HUNG], [LOST_PEER, RAISED], [RAISED]], True),
+        ([[RAISED], [RAISED]], False),
+        ([[RAISED], [replace(RAISED, step=None)], [RAISED]], False),
+        ([[HUNG] * 4, [HUNG] * 4], False),
+        ([[failure("killed", message="killed by SIGSEGV")] * 4, [failure("killed", message="killed by SIGKILL")] * 4], False),
+        ([[LOST_PEER] * 4, [LOST_PEER] * 4], False),
+    ],
+)
+def test_only_an_exception_that_repeats_is_final_in_attempts_and_in_their_restarts(
+    run: RunDir, failures: list[list[FailureRecord]], is_final: bool
+) -> None:
+    """The failures of each attempt: after the last one it ends, after the others its ranks are restarted."""
+    section = SlurmSection(max_failures=9, max_infrastructure_failures=9, max_no_progress=9)
+    conclusion = None
+    for number, (*restarts, last) in enumerate(failures, 1):
+        attempt = Attempt(None, job="41", nodes=("n1",), automatic=number > 1)
+        run.attempt(number).mkdir(exist_ok=True)
+        run_store.write_attempt(run, number, attempt)
+        for count, restarted in enumerate(restarts, 1):
+            assert not postmortem.describe_repetition(run, number, restarted)
+            json_records.write(run_records.restart_file(run, number, count), RestartRecord(restarted, None))
+        json_records.write(run_records.node_file(run, number, 0), NodeRecord(0, time.time(), first_failure=last))
+        assert bool(postmortem.describe_repetition(run, number, last)) is (is_final and number == len(failures))
+        conclusion = postmortem.conclude(run, number, attempt, section, exit_code=1)
+        conclusion.record(run, number)
+        assert conclusion.decision.again is not (is_final and number == len(failures))
+    assert conclusion is not None
+    assert ("it repeats" in conclusion.message) is is_final

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,15 +32,29 @@ if TYPE_CHECKING:
     from launcher.train.stop import Outcome
 
 
+@dataclass
+class _Progress:
+    """Passes on heartbeats. `step` is the number of completed optimizer steps, None before the model is loaded."""
+
+    heartbeat: Heartbeat | None = None
+    step: int | None = None
+
+    def beat(self, phase: str, step: int) -> None:
+        if phase not in ("starting", "joined"):
+            self.step = step
+        if self.heartbeat is not None:
+            self.heartbeat.beat(phase, step)
+
+
 def main(plan_path: str, attempt: int) -> None:
     """Train, and write the outcome for the agent (rank 0)."""
     die_with_parent()
     stop = StopFlag(loading=True).install()
-    slot = ErrorSlot.from_environ(os.environ)
+    slot, progress = ErrorSlot.from_environ(os.environ), _Progress()
     try:
-        _run(plan_path, attempt, stop)
+        _run(plan_path, attempt, stop, progress)
     except Exception as error:
-        record = ErrorRecord.of(error, limits.cause_of(error, Path(plan_path).parent))
+        record = ErrorRecord.of(error, limits.cause_of(error, Path(plan_path).parent), progress.step)
         slot.write(record)
         # After a failure of another rank the agent may end this one while it writes.
         with stop.delay_dismissal():
@@ -51,7 +66,7 @@ def main(plan_path: str, attempt: int) -> None:
     os._exit(0)
 
 
-def _run(plan_path: str, attempt: int, stop: StopFlag) -> None:
+def _run(plan_path: str, attempt: int, stop: StopFlag, progress: _Progress) -> None:
     plan = LaunchPlan.load(plan_path)
     run = RunDir(Path(plan.run_dir))
     env = RankEnv.from_environ(os.environ)
@@ -61,13 +76,13 @@ def _run(plan_path: str, attempt: int, stop: StopFlag) -> None:
     faulthandler.enable(all_threads=True)
     # The watchdog requests the stacks of all threads of a stuck rank with SIGQUIT.
     faulthandler.register(signal.SIGQUIT, all_threads=True, chain=False)
-    heartbeat = Heartbeat.from_environ(os.environ, env)
+    progress.heartbeat = Heartbeat.from_environ(os.environ, env)
     # DeepSpeed would choose a device at import, and a plan may use the CPUs of a machine with GPUs.
     os.environ["DS_ACCELERATOR"] = plan.topology.device
-    _train(plan, run, env, attempt, stop, heartbeat)
+    _train(plan, run, env, attempt, stop, progress)
 
 
-def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: StopFlag, heartbeat: Heartbeat) -> None:
+def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: StopFlag, progress: _Progress) -> None:
     from launcher.train.preload import import_stack
 
     # A forked rank has imported it.
@@ -79,7 +94,7 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
 
     rank_info = RankInfo(env.rank, env.local_rank, env.world_size, attempt, env.restart)
     try:
-        outcome = train(plan, rank_info, stop, heartbeat.beat, partial(write_outcome, run, attempt), report_answers)
+        outcome = train(plan, rank_info, stop, progress.beat, partial(write_outcome, run, attempt), report_answers)
     except WOULD_REPEAT as error:
         # After any other failure the agents restart the ranks.
         message = ": ".join(filter(None, (limits.cause_of(error, run.root), str(error))))

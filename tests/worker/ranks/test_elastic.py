@@ -31,6 +31,15 @@ def slow(function):
     return call
 
 def train(plan, rank_info, stop, beat, on_early_stop, on_exported):
+    if "STEPS" in os.environ:
+        step = json.loads(os.environ["STEPS"])[rank_info.restart]
+        beat("loaded", 40)
+        if rank_info.rank == 0:
+            time.sleep(60)
+        if step is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        beat("training", step)
+        raise IndexError("as it says")
     if rank_info.restart == 0:
         lock = open(os.environ["LOCK"], "a")
         if rank_info.rank == 0:
@@ -73,21 +82,42 @@ if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*
 @pytest.fixture(params=["true", "false"], ids=["forked", "new processes"])
 def run(config_of: Callable[..., RunConfig], tmp_path: Path, request: pytest.FixtureRequest) -> RunDir:
     """A run on two ranks of this machine, whose attempt 1 is about to begin."""
-    cluster = ("cluster.max_restarts=2", "cluster.ranks_per_node=2", f"cluster.fork_ranks={request.param}")
+    cluster = ("cluster.max_restarts=4", "cluster.ranks_per_node=2", f"cluster.fork_ranks={request.param}")
     config = config_of("tracking=none", "run.name=tried", *cluster)
     run = run_store.create(plan(config, facts_for(config, working_dir=str(tmp_path))))
     run_store.update_status(run, attempt=run_store.create_attempt(run, Attempt(resume_step=None)))
     return run
 
 
+def run_agent(run: RunDir, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    (folder / "hook").mkdir()
+    (folder / "hook/sitecustomize.py").write_text(HOOK)
+    environment = os.environ | {"PYTHONPATH": f"{folder / 'hook'}:{REPO}", **variables}
+    command = [sys.executable, "-m", "launcher.worker.agent", str(run.plan), "1"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+
+
+def alerts(run: RunDir) -> list[str]:
+    return [event["text"] for event in read_events(run.events) if event["kind"] == "alert"]
+
+
 def test_killed_ranks_and_damaged_error_records_each_cost_one_restart(run: RunDir, tmp_path: Path) -> None:
     """The agent dismisses rank 1 while it writes its record; then a rank leaves an empty one."""
-    (tmp_path / "hook").mkdir()
-    (tmp_path / "hook/sitecustomize.py").write_text(HOOK)
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'hook'}:{REPO}", "LOCK": str(tmp_path / "lock")}
-    command = [sys.executable, "-m", "launcher.worker.agent", str(run.plan), "1"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    done = run_agent(run, tmp_path, LOCK=str(tmp_path / "lock"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert json_records.read_json(run.attempt(1) / "exit.json")["state"] == "completed"
-    restarts = [event["text"].partition(": ")[2] for event in read_events(run.events) if event["kind"] == "alert"]
+    restarts = [text.partition(": ")[2] for text in alerts(run)]
     assert restarts == ["rank 0: killed by SIGKILL", "rank 1: ended with exit code 7 and left no record of an error"]
+
+
+def test_an_exception_that_comes_back_at_one_step_after_two_restarts_ends_the_run(run: RunDir, tmp_path: Path) -> None:
+    """One more restart is left. A killed rank in between says nothing about the exception."""
+    done = run_agent(run, tmp_path, STEPS="[43, null, 43, 43, 43]")
+    assert done.returncode == 1, done.stdout + done.stderr
+    exit_record = json_records.read_json(run.attempt(1) / "exit.json")
+    reason = "IndexError in step 44 came 3 times, twice after a resume from the initial weights: it repeats"
+    assert (exit_record["state"], exit_record["message"]) == ("failed", f"rank 1: IndexError: as it says; {reason}")
+    assert exit_record["first_failure"]["step"] == 43
+    failures = ["rank 1: IndexError: as it says", "rank 1: killed by SIGKILL", "rank 1: IndexError: as it says"]
+    restarts = [f"all ranks are restarted (restart {count}): {failure}" for count, failure in enumerate(failures, 1)]
+    assert alerts(run) == [*restarts, f"the attempt failed: {exit_record['message']}"]
