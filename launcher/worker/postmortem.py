@@ -27,6 +27,8 @@ _SIGNAL_SPREAD_S = 90.0
 _SRUN_ERROR = re.compile(r"srun: error: ([\w.-]+): tasks? [\d,-]+: (Exited with exit code \d+)")
 # As in `srun: error: n1: task 1: Killed`; the first of them is the cause, since srun then ends the tasks of the other nodes.
 _SRUN_SIGNAL = re.compile(r"srun: error: ([\w.-]+): tasks? [\d,-]+: (Killed|Segmentation fault|Aborted|Bus error|Out Of Memory)")
+# As in `srun: error: Aborting, io error and missing step on node 1`, counted from 0.
+_SRUN_MISSING = re.compile(r"srun: error: Aborting, .* on node (\d+)$", re.MULTILINE)
 _SRUN_NODE_FAILURE = re.compile(r"Node failure on ([\w.-]+)")
 # As Slurm's accounting, its cgroup plugin and the kernel name it.
 _OUT_OF_MEMORY = re.compile(r"exceeded memory limit|oom_kill|oom-kill|Out Of Memory", re.IGNORECASE)
@@ -93,9 +95,10 @@ def conclude(
     state: str = "",
     exit_code: int | None = None,
     lost_nodes: Collection[str] | None = None,
+    failed_nodes: Collection[str] = (),
 ) -> Conclusion:
     """Judge attempt `number` and decide what follows; the arguments are those of `judge`."""
-    ending = judge(run, number, attempt, state, section.save_lead_s or 0.0, exit_code, lost_nodes)
+    ending = judge(run, number, attempt, state, section.save_lead_s or 0.0, exit_code, lost_nodes, failed_nodes)
     saved_step = store.newest_step(run.checkpoints)
     ended = AttemptEnd(ending.cause, attempt.resume_step, saved_step, ending.message, ending.bad_nodes)
     ended = _with_failures(run, number, ended, ending.first_failure)
@@ -108,17 +111,19 @@ def end_of_attempt(
     section: ManagedSection,
     state: str = "",
     lost_nodes: Collection[str] | None = None,
+    failed_nodes: Collection[str] = (),
     on_alert: Callable[[str], None] | None = None,
 ) -> AttemptEnd:
     """Return how attempt `number` ended: as its exit.json says, or else by judging and recording it now.
 
-    `state` and `lost_nodes` are those of `judge`. `on_alert` gets the alert of an attempt that is judged now, where the run
-    continues; where it does not, the caller alerts.
+    `state`, `lost_nodes` and `failed_nodes` are those of `judge`. `on_alert` gets the alert of an attempt that is judged now, if
+    the run continues; if it does not, the caller alerts.
     """
     record = run_records.read_exit(run, number)
     if record is not None:
         return _from_record(run, number, record)
-    conclusion = conclude(run, number, run_store.read_attempt(run, number), section, state, lost_nodes=lost_nodes)
+    attempt = run_store.read_attempt(run, number)
+    conclusion = conclude(run, number, attempt, section, state, lost_nodes=lost_nodes, failed_nodes=failed_nodes)
     conclusion.record(run, number, decided=False)
     if on_alert is not None and conclusion.decision.again and conclusion.alert is not None:
         on_alert(conclusion.alert)
@@ -173,14 +178,15 @@ def judge(
     lead_s: float,
     exit_code: int | None,
     lost_nodes: Collection[str] | None = None,
+    failed_nodes: Collection[str] = (),
 ) -> Ending:
     """Return why attempt `number` of a managed run ended.
 
     `state` is the scheduler's state of the job, empty where it is unknown. `exit_code` is srun's, None where the job recorded
     none. `lead_s` is the time before the end of the job at which it is asked to save. `lost_nodes` are the names of the attempt's
-    nodes that Ray has lost, None where that is unknown.
+    nodes that Ray has lost, None where that is unknown; `failed_nodes` of those that Slurm has lost, as far as it is known.
     """
-    ending = _judge(run, number, attempt, state, lead_s, exit_code, lost_nodes)
+    ending = _judge(run, number, attempt, state, lead_s, exit_code, lost_nodes, failed_nodes)
     if ending.cause is Cause.INFRASTRUCTURE and _OUT_OF_MEMORY.search(_job_output(run, number, attempt)):
         return replace(ending, message=f"a memory limit was exceeded (raise cluster.mem): {ending.message}")
     return ending
@@ -194,6 +200,7 @@ def _judge(
     lead_s: float,
     exit_code: int | None,
     lost_nodes: Collection[str] | None,
+    failed_nodes: Collection[str],
 ) -> Ending:
     step = newest_trained_step(run, run_store.read_status(run))
     outcome = run_records.read_outcome(run, number)
@@ -217,6 +224,7 @@ def _judge(
     }
     silent = list(dict.fromkeys(attempt.nodes[node] for node, record in by_node.items() if record is None))
     output = _job_output(run, number, attempt) if silent or state in _REQUEUED else ""
+    failed = [node for node in attempt.nodes if node in {*_SRUN_NODE_FAILURE.findall(output), *failed_nodes}]
     first = failure_record.first_of(failures.values())
     if first is not None and first.kind in _FINAL and first.rank is not None:
         return Ending(Cause.USER_ERROR, step, _describe(first), first_failure=first)
@@ -227,9 +235,9 @@ def _judge(
     if taken is not None:
         event = "the workers were replaced by another number of them" if taken is Cause.RESIZED else f"the job ended as {state}"
         return Ending(taken, step, f"{event} at step {step} without saving", first_failure=first)
-    if state in _REQUEUED and not _SRUN_NODE_FAILURE.search(output) and (first is None or _is_interruption(first)):
+    if state in _REQUEUED and not failed and (first is None or _is_interruption(first)):
         return Ending(Cause.PREEMPTED, step, f"the job was requeued at step {step} without saving", first_failure=first)
-    lost = _describe_silent(silent, lost_nodes, output)
+    lost = _describe_silent(silent, lost_nodes, failed, output, attempt.nodes)
     is_explained = first is None or failure_record.is_consequence(first)
     if run_records.lost_coordinator_file(run, number).is_file() and "Ray has lost" not in lost and is_explained:
         # Workers that have lost it end their ranks and leave no record.
@@ -253,21 +261,29 @@ def _is_interruption(failure: FailureRecord) -> bool:
     return by_signal or failure.rank is None or failure_record.is_consequence(failure)
 
 
-def _describe_silent(nodes: Sequence[str], lost_nodes: Collection[str] | None, output: str) -> str:
+def _describe_silent(
+    nodes: Sequence[str], lost_nodes: Collection[str] | None, failed: Sequence[str], output: str, all_nodes: Sequence[str]
+) -> str:
     """Describe nodes that left no record. Where Ray loses one, it ends the workers of all before they can leave theirs.
 
-    `output` is the job's, in which srun names nodes that failed, and the node whose agent was killed first.
+    `failed` are the nodes that Slurm has lost. `output` is the job's, in which srun names the node whose agent was killed first;
+    after that, and after the loss of a node's slurmstepd, srun itself ends the others.
     """
     if not nodes:
         return ""
     if lost_nodes is not None:
         lost = [node for node in nodes if node in lost_nodes]
         return f"Ray has lost {', '.join(lost)}" if lost else f"no record from {', '.join(nodes)}, which Ray still has"
-    failed = [node for node in dict.fromkeys(_SRUN_NODE_FAILURE.findall(output)) if node in nodes]
-    killed = [match for match in _SRUN_SIGNAL.findall(output)[:1] if match[0] in nodes and match[0] not in failed]
+    failed = [node for node in dict.fromkeys(failed) if node in nodes]
     parts = [f"{node} was lost (Slurm: node failure)" for node in failed]
-    parts += [f"the agent of {node} was killed (srun: {reason})" for node, reason in killed]
-    known = {*failed, *(node for node, _ in killed)}
+    culprit = ""
+    if (missing := _SRUN_MISSING.search(output)) is not None and int(missing[1]) < len(all_nodes):
+        culprit, reason = all_nodes[int(missing[1])], f"srun lost its slurmstepd on {all_nodes[int(missing[1])]}"
+    elif killed := _SRUN_SIGNAL.search(output):
+        culprit, reason = killed[1], f"the agent of {killed[1]} was killed (srun: {killed[2]})"
+    if culprit in nodes and culprit not in failed:
+        parts.append(reason)
+    known = {*failed, culprit}
     if rest := [node for node in nodes if node not in known]:
         parts.append(f"no record from {', '.join(rest)}")
     return "; ".join(parts)

@@ -13,6 +13,7 @@ from launcher.clusters.slurm.cluster import _correct_status
 from launcher.clusters.slurm.commands import SlurmError
 from launcher.clusters.slurm.queue import Job
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import Attempt
 
 
 @pytest.fixture
@@ -54,6 +55,33 @@ def test_drained_nodes_are_named_to_a_job_that_waits_for_nodes(run: RunDir, drai
     shown = "n1 is drained (dead); n2 is drained (dead); n3 is drained (dead); and 2 more are drained"
     assert message(run, "PENDING", "Resources") == f"waiting for nodes (Resources); {shown}"
     assert message(run, "PENDING", "Dependency") == "waiting for the jobs that it depends on (Dependency)"
+
+
+NODES = """\
+NodeName=n1 Arch=x86_64 State=IDLE ThreadsPerCore=1 BootTime=100 SlurmdStartTime=1795552364
+NodeName=n2 Arch=x86_64 State=DOWN+NOT_RESPONDING ThreadsPerCore=1 BootTime=None SlurmdStartTime=None
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "exit_signal", "end"),
+    [
+        ("FAILED", 9, "the batch script of job 7 was killed by SIGKILL"),
+        ("FAILED", 0, "job 7 ended as FAILED without recording a result"),
+        ("OUT_OF_MEMORY", 125, "a memory limit was exceeded (raise cluster.mem): the batch script of job 7 was killed"),
+        ("NODE_FAIL", 0, "n2 was lost (Slurm: node failure), and the job could not run again"),
+        ("TIMEOUT", 15, "job 7 ended as TIMEOUT without recording a result"),
+    ],
+)
+def test_the_end_of_a_job_whose_batch_script_could_not_record_it_is_described(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, state: str, exit_signal: int, end: str
+) -> None:
+    monkeypatch.setattr(queue, "slurm", lambda *argv, **_: NODES if argv[-1] == "n1,n2" else "")
+    run.attempt(1).mkdir(parents=True)
+    run_store.write_attempt(run, 1, Attempt(None, job="7", nodes=("n1", "n2"), begun_at=200.0))
+    job = Job("7", state, "", None, None, 0, "", queued=False, exit_signal=exit_signal)
+    shown = _correct_status(run, run_store.read_status(run), job, "7", 0.0)
+    assert (shown.state, shown.message) == ("failed", f"{end}; continue with: python -m launcher resume {run.root}")
 
 
 def test_a_state_is_told_although_sinfo_fails(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

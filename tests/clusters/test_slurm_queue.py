@@ -58,11 +58,18 @@ def test_a_job_is_running_and_then_cancelled(here: Testbed, eventually: Wait) ->
     assert abs(cancelled.end_time - time.time()) < 30
 
 
-@pytest.mark.parametrize(("command", "state"), [("true", "COMPLETED"), ("exit 3", "FAILED")])
-def test_the_final_state_of_a_job_is_known_at_once(here: Testbed, eventually: Wait, command: str, state: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "state", "exit_signal"), [("true", "COMPLETED", 0), ("exit 3", "FAILED", 0), ("kill -9 $$", "FAILED", 9)]
+)
+def test_the_final_state_of_a_job_is_known_at_once(
+    here: Testbed, eventually: Wait, command: str, state: str, exit_signal: int
+) -> None:
     job_id = submit(command=command)
     ended = eventually(lambda: (found := look(job_id)) and not found.queued and found)
-    assert ended.state == state
+    assert (ended.state, ended.exit_signal) == (state, exit_signal)
+    accounted = eventually(lambda: queue._accounted(job_id, time.time() - 60, NAME, 0.0))
+    assert (accounted.state, accounted.exit_signal) == (state, exit_signal)
+    assert queue.lost_nodes(["n1", "n2"], time.time()) == []
 
 
 def test_a_requeued_job_is_still_queued(here: Testbed, eventually: Wait) -> None:

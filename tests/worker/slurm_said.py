@@ -38,8 +38,8 @@ _NODE = (
     "NodeName={name} Arch=x86_64 CoresPerSocket=1  CPUAlloc=1 CPUEfctv=4 CPUTot=4 CPULoad=1.51 "
     "AvailableFeatures=(null) ActiveFeatures=(null) Gres=(null) NodeAddr={address} NodeHostName={name} Port=16982 "
     "Version=24.11.5 OS=Linux 6.18.44-fc-v657 #1 SMP PREEMPT_DYNAMIC @0  RealMemory=4000 AllocMem=100 "
-    "FreeMem=22492 Sockets=4 Boards=1 State=MIXED ThreadsPerCore=1 TmpDisk=0 Weight=1 Owner=N/A MCS_label=N/A "
-    "Partitions=main,high,short  BootTime=1795535983 SlurmdStartTime=1795552364 LastBusyTime=1795553494 "
+    "FreeMem=22492 Sockets=4 Boards=1 State={state} ThreadsPerCore=1 TmpDisk=0 Weight=1 Owner=N/A MCS_label=N/A "
+    "Partitions=main,high,short  BootTime={booted} SlurmdStartTime=1795552364 LastBusyTime=1795553494 "
     "ResumeAfterTime=None CfgTRES=cpu=4,mem=4000M,billing=4 AllocTRES=cpu=1,mem=100M CurrentWatts=0 AveWatts=0 \n"
 )
 _JOB = """\
@@ -79,9 +79,9 @@ def partition(name: str) -> str:
     return _PARTITION.format(name=name, default="YES" if name == "main" else "NO", preempt={"main": "REQUEUE"}.get(name, "OFF"))
 
 
-def node(name: str, address: str) -> str:
+def node(name: str, address: str, state: str = "MIXED", booted: int = 1795535983) -> str:
     """A line of `scontrol --oneliner show node`."""
-    return _NODE.format(name=name, address=address)
+    return _NODE.format(name=name, address=address, state=state, booted=booted)
 
 
 def job(
@@ -107,9 +107,9 @@ def job_json(*states: str) -> str:
 
 def squeue(number: str, state: str, name: str = "tried") -> str:
     """A line of `squeue` with the columns that the launcher asks for."""
-    return "\x1f".join((number, name, state, "None", "1795553498", "1795554098", "0", "n[1-2]", "\n"))
+    return "\x1f".join((number, name, state, "None", "1795553498", "1795554098", "0", "n[1-2]", "0:0", "\n"))
 
 
 def sacct(number: str, state: str, name: str = "tried") -> str:
     """A line of `sacct` with the columns that the launcher asks for."""
-    return "\x1f".join((number, name, state, "None", "1795553494", "n[1-2]", "1795553492")) + "\n"
+    return "\x1f".join((number, name, state, "None", "1795553494", "n[1-2]", "0:0", "1795553492")) + "\n"

@@ -384,6 +384,10 @@ KILLED = "srun: error: n2: task 1: Killed"
         (["srun: error: Node failure on n2"], "n2 was lost (Slurm: node failure); no record from n3"),
         ([KILLED, "srun: error: n3: task 2: Killed"], "the agent of n2 was killed (srun: Killed); no record from n3"),
         (["srun: error: n3: task 2: Bus error", KILLED], "the agent of n3 was killed (srun: Bus error); no record from n2"),
+        (
+            ["srun: error: Aborting, io error and missing step on node 1", "srun: error: n3: task 2: Killed"],
+            "srun lost its slurmstepd on n2; no record from n3",
+        ),
         ([], "no record from n2, n3"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +15,7 @@ from launcher import json_records, run_store
 from launcher.checkpoint import store
 from launcher.clusters import faults
 from launcher.clusters.backends import NEVER_SUBMITTED
+from launcher.clusters.detached_process import resume_hint
 from launcher.clusters.faults import InjectedFault
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.commands import SlurmError, slurm
@@ -275,5 +277,23 @@ def _correct_status(run: RunDir, status: Status, job: queue.Job | None, job_id: 
         return replace(known, state="failed", message=f"job {job_id} left the queue without recording a result{problem}")
     if job.state.startswith("CANCELLED"):
         return replace(known, state="cancelled", message=f"job {job_id} was cancelled")
-    problem = run_store.describe_storage_problem(run)
-    return replace(known, state="failed", message=f"job {job_id} ended as {job.state} without recording a result{problem}")
+    then = run_store.describe_storage_problem(run) or f"; {resume_hint(run)}"
+    return replace(known, state="failed", message=f"{_silent_end(run, job)}{then}")
+
+
+def _silent_end(run: RunDir, job: queue.Job) -> str:
+    """Describe how a job ended that could not record it: its batch script, on the first node, ended before it could."""
+    if job.state == "FAILED" and job.exit_signal:
+        return f"the batch script of job {job.id} was killed by {_signal_name(job.exit_signal)}"
+    if job.state == "OUT_OF_MEMORY":
+        return f"a memory limit was exceeded (raise cluster.mem): the batch script of job {job.id} was killed"
+    if job.state == "NODE_FAIL":
+        attempt = run_store.read_attempt(run, run_store.newest_attempt(run))
+        lost = queue.lost_nodes(attempt.nodes, attempt.begun_at or 0.0) if attempt.nodes else None
+        names = ", ".join(lost or ()) or f"a node of job {job.id}"
+        return f"{names} was lost (Slurm: node failure), and the job could not run again"
+    return f"job {job.id} ended as {job.state} without recording a result"
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"

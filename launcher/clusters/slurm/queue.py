@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from launcher.clusters.slurm.commands import SlurmError, SlurmUnreachable, slurm
@@ -18,14 +18,16 @@ FINAL_STATES = (
 
 # A control character, because job names may contain any printable one.
 _SEPARATOR = "\x1f"
-_SQUEUE_FIELDS = ("JobArrayID", "Name", "State", "Reason", "StartTime", "EndTime", "RestartCnt", "NodeList")
-_SACCT_FIELDS = ("JobID", "JobName", "State", "Reason", "End", "NodeList", "Submit")
+_SQUEUE_FIELDS = ("JobArrayID", "Name", "State", "Reason", "StartTime", "EndTime", "RestartCnt", "NodeList", "exit_code")
+_SACCT_FIELDS = ("JobID", "JobName", "State", "Reason", "End", "NodeList", "ExitCode", "Submit")
 # The clocks of login node and controller may differ, and sacct's times have no time zone.
 _CLOCK_SLACK_S = 86400.0
 # Slurm checks time limits about twice a minute.
 _NEAR_END_S = 60.0
 # Drained nodes that are named.
 _MOST_DRAINED = 3
+# States of a node that Slurm does not reach, as in DOWN+NOT_RESPONDING; older versions mark it by an asterisk.
+_LOST_NODE = re.compile(r"\b(DOWN|FAIL|ERROR|NOT_RESPONDING|NO_RESPOND)\b|\*$")
 # In `scontrol show job` these come last on their line, and their values may contain anything.
 _FREE_TEXT = ("JobName", "Comment", "AdminComment", "SystemComment", "Extra", "Command", "WorkDir", "StdErr", "StdIn", "StdOut")
 
@@ -36,7 +38,7 @@ class Job:
 
     `state` and `reason` are Slurm's; `reason` is empty if there is none. `queued` is True until the state is final.
     `start_estimate` is when Slurm expects a waiting job to start. `end_time` is when an ended job ended, or when a running one
-    reaches its time limit.
+    reaches its time limit. `exit_signal` is the signal that ended the batch script, 0 without one.
     """
 
     id: str
@@ -47,6 +49,7 @@ class Job:
     restarts: int
     node_list: str
     queued: bool
+    exit_signal: int = 0
 
 
 def job(job_id: str, submitted_at: float, name: str, retry_s: float = 0.0) -> Job | None:
@@ -84,7 +87,7 @@ def jobs(names: Mapping[str, str], retry_s: float = 0.0) -> dict[str, Job]:
         raise
     known = {}
     for row in _rows(output, len(_SQUEUE_FIELDS)):
-        number, name, state, reason, start, end, restarts, nodes = row
+        number, name, state, reason, start, end, restarts, nodes, exit_code = row
         if names.get(number) == name:
             is_waiting = state not in FINAL_STATES and not nodes
             known[number] = Job(
@@ -97,6 +100,7 @@ def jobs(names: Mapping[str, str], retry_s: float = 0.0) -> dict[str, Job]:
                 restarts=int(restarts),
                 node_list=nodes,
                 queued=state not in FINAL_STATES,
+                exit_signal=_exit_signal(exit_code),
             )
     return known
 
@@ -121,12 +125,12 @@ def _accounted(job_id: str, submitted_at: float, name: str, retry_s: float) -> J
     rows = [row for row in _rows(output, len(_SACCT_FIELDS)) if row[:2] == [job_id, name]]
     if not rows:
         return None
-    _, _, state, reason, end, nodes, _ = max(rows, key=lambda row: _time(row[-1]) or 0)
+    _, _, state, reason, end, nodes, exit_code, _ = max(rows, key=lambda row: _time(row[-1]) or 0)
     # The state may be followed by details, as in "CANCELLED by 1000".
     state = state.split()[0]
     if state not in FINAL_STATES:
         return None
-    return Job(job_id, state, _value(reason), None, _time(end), len(rows) - 1, _value(nodes), queued=False)
+    return Job(job_id, state, _value(reason), None, _time(end), len(rows) - 1, _value(nodes), False, _exit_signal(exit_code))
 
 
 def state_of_start(job_id: str, number: int, retry_s: float = 0.0) -> str:
@@ -138,6 +142,21 @@ def state_of_start(job_id: str, number: int, retry_s: float = 0.0) -> str:
         return ""
     states = [row[1].split()[0] for row in sorted(rows) if len(row) == 2 and row[1].strip()]
     return states[number] if number < len(states) else ""
+
+
+def lost_nodes(nodes: Iterable[str], since: float, retry_s: float = 0.0) -> list[str] | None:
+    """Return those of `nodes` that Slurm has lost, or that have booted since a time in seconds since the epoch.
+
+    None if Slurm does not answer, or hides its nodes.
+    """
+    names = list(dict.fromkeys(nodes))
+    try:
+        output = slurm("scontrol", "--oneliner", "show", "node", ",".join(names), retry_s=retry_s)
+    except SlurmError:
+        return None
+    known = re.findall(r"^NodeName=(\S+) .*?\bState=(\S+) (?:.*?\bBootTime=(\d+))?", output, re.MULTILINE)
+    lost = {node for node, state, booted in known if _LOST_NODE.search(state) or float(booted or 0) > since}
+    return [name for name in names if name in lost] if {node for node, *_ in known} >= set(names) else None
 
 
 def details(job_id: str, retry_s: float = 0.0) -> Mapping[str, str]:
@@ -227,6 +246,12 @@ def _rows(output: str, num_columns: int) -> Iterator[list[str]]:
 
 def _time(text: str) -> float | None:
     return float(text) if text.isdigit() else None
+
+
+def _exit_signal(exit_code: str) -> int:
+    """Return the second number of an exit code such as 0:9."""
+    _, _, number = exit_code.partition(":")
+    return int(number) if number.isdigit() else 0
 
 
 def _value(text: str) -> str:

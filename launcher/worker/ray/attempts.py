@@ -178,7 +178,7 @@ class Attempts:
         grown = not run_records.exit_file(self._run, self.number).is_file() and 0 < self._size < group.size
         state = "RESIZED" if grown else "PREEMPTED" if (folder / _DRAINED).is_file() else ""
         on_alert = partial(self.report, "alert")
-        ended = postmortem.end_of_attempt(self._run, self.number, self._section, state, self.lost(), on_alert)
+        ended = postmortem.end_of_attempt(self._run, self.number, self._section, state, self.lost(), on_alert=on_alert)
         decision = decide(ended, postmortem.history(self._run, self.number), self._section)
         reached = goodput.reached_limit(self._run, self._plan, time.time()) if decision.again else ""
         return Decision(False, "preempted", reached) if reached else decision

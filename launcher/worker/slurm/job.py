@@ -27,7 +27,7 @@ from launcher.errors import EXIT_FAILED, LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Cause, Decision, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.run_records import Attempt, exit_file
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import disk_reserve, postmortem
@@ -61,9 +61,13 @@ def begin(plan_path: str) -> int | None:
             if attempt.job != job and _is_running(attempt.job, plan, until):
                 print(f"job {attempt.job} runs {plan.run_name} already; this job does not run it", file=sys.stderr)
                 return None
-            # A job that Slurm killed before it could conclude.
-            state = queue.state_of_start(job, restart - 1, _left(until)) if attempt.job == job and restart > 0 else ""
-            end = postmortem.end_of_attempt(run, number, section, state)
+            is_concluded = exit_file(run, number).is_file()
+            state, lost = ("", []) if is_concluded else _end_of_start(attempt, job, restart, until)
+
+            def alert(text: str, number: int = number) -> None:
+                _if_possible(lambda: append_event(run, number, "alert", text))
+
+            end = postmortem.end_of_attempt(run, number, section, state, failed_nodes=lost, on_alert=alert)
             if end.cause in (Cause.COMPLETED, Cause.CANCELLED, Cause.LIMIT):
                 print(f"{plan.run_name} is {end.cause}; there is nothing left to do", file=sys.stderr)
                 return None
@@ -94,6 +98,19 @@ def begin(plan_path: str) -> int | None:
         print(postmortem.marker(number, opened.nodes), file=sys.stderr)
         run_store.update_status(run, state="running", attempt=number, job={"id": job, "nodes": opened.nodes}, message="starting")
     return number
+
+
+def _end_of_start(attempt: Attempt, job: str, restart: int, until: float) -> tuple[str, list[str]]:
+    """Return Slurm's state of the job's previous start, which may have been killed before it could conclude, and its lost nodes.
+
+    Without accounting the state is derived: a start that was followed by another and has lost no node was requeued by a person or
+    by a preemption. A node that was cut off and is back without having booted leaves no trace.
+    """
+    lost = queue.lost_nodes(attempt.nodes, attempt.begun_at or 0.0, _left(until)) if attempt.nodes else []
+    if attempt.job != job or not restart:
+        return "", lost or []
+    state = queue.state_of_start(job, restart - 1, _left(until))
+    return state or ("REQUEUED" if lost == [] else ""), lost or []
 
 
 def _end(plan: LaunchPlan, plan_path: str, run: RunDir, number: int, decision: Decision) -> None:

@@ -86,7 +86,50 @@ def test_a_start_after_lost_machines_records_the_end_of_the_previous_attempt(
     assert of.begin()[:2] == (0, "2\n")
     expected = ExitRecord("failed", message="no record from n1, n3", cause=Cause.INFRASTRUCTURE, saved_step=20)
     assert run_records.read_exit(of.run, 1) == expected
+    assert alerts(of) == ["the attempt ended (infrastructure): no record from n1, n3; runs again"]
     assert of.attempt(2).resume_step == 20
+
+
+LOST_N3 = "n3 was lost (Slurm: node failure); no record from n1"
+REQUEUED = "the job was requeued at step 0 without saving"
+
+
+@pytest.mark.parametrize("accounted", ["", "REQUEUED", "NODE_FAIL"])
+@pytest.mark.parametrize(
+    ("third", "is_lost"),
+    [
+        ({}, False),
+        ({"state": "DOWN+NOT_RESPONDING"}, True),
+        ({"state": "IDLE*"}, True),
+        ({"state": "IDLE+DRAIN"}, False),
+        ({"booted": 4_000_000_000}, True),
+    ],
+)
+def test_an_operators_requeue_is_told_apart_from_a_lost_node_without_accounting_too(
+    submitted: Callable[..., Job],
+    in_slurm: Callable[..., None],
+    fake_slurm: FakeSlurm,
+    accounted: str,
+    third: dict[str, Any],
+    is_lost: bool,
+) -> None:
+    of = submitted()
+    of.begun(begun_at=time.time())
+    of.node(1)
+    lines = [slurm_said.node("n1", "10.0.0.1"), slurm_said.node("n2", "10.0.0.2"), slurm_said.node("n3", "10.0.0.3", **third)]
+    fake_slurm.answer("scontrol", "--oneliner", "show", "node", "n1,n2,n3", out="".join(lines))
+    if accounted:
+        fake_slurm.answer("sacct", out=f"2026-11-28T12:00:00|{accounted}\n2026-11-28T12:09:00|RUNNING\n")
+    else:
+        fake_slurm.refuse("sacct", said="sacct: error: Slurm accounting storage is disabled")
+    in_slurm(SLURM_RESTART_COUNT="1")
+    assert of.begin()[:2] == (0, "2\n")
+    cause, message = ("infrastructure", LOST_N3) if is_lost else ("preempted", REQUEUED)
+    if accounted == "NODE_FAIL" and not is_lost:
+        # It is back, and nothing tells which one it was.
+        cause, message = "infrastructure", "no record from n1, n3"
+    assert (of.exit()["cause"], of.exit()["message"]) == (cause, message)
+    assert alerts(of) == [f"the attempt ended ({cause}): {message}; runs again"]
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "COMPLETING", "SUSPENDED"])
