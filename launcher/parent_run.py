@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import run_store
+from launcher import ownership, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint
 from launcher.checkpoint.state import read_state
@@ -64,6 +64,7 @@ def find_parent(path: str, root: Path = Path("runs")) -> ParentCheckpoint:
         raise _problem("is not a run", path, "write run:NAME or run:NAME@STEP")
     try:
         run = run_store.find_run(match["run"], root)
+        ownership.require_run(run)
         plan = run_store.load_plan(run)
     except LauncherError as error:
         raise _problem(error.problems[0].message, path, error.problems[0].remedy or "choose another run") from error

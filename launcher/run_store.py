@@ -201,6 +201,11 @@ def changed_plan_paths(run: RunDir) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
+def newest_plan_path(run: RunDir) -> Path:
+    """Return the path of the newest attempt's plan: its own if a resume changed settings, else the run's."""
+    return [run.plan, *changed_plan_paths(run)][-1]
+
+
 def load_plans_until(run: RunDir, attempt: int) -> list[LaunchPlan]:
     """Load the plans of the attempts up to `attempt`, oldest first, without those that cannot be read."""
     from launcher.plan.launch_plan import LaunchPlan
@@ -221,7 +226,7 @@ def load_plan(run: RunDir) -> LaunchPlan:
     # Importing the plan's models takes longer than everything else that commands on runs do.
     from launcher.plan.launch_plan import LaunchPlan
 
-    path = [run.plan, *changed_plan_paths(run)][-1]
+    path = newest_plan_path(run)
     try:
         return LaunchPlan.load(path)
     except (OSError, ValueError) as error:
@@ -262,7 +267,7 @@ def read_placement(run: RunDir) -> Placement:
     Raises:
         RunError: if the plan is damaged.
     """
-    path = [run.plan, *changed_plan_paths(run)][-1]
+    path = newest_plan_path(run)
     values = read_plan_values(path)
     try:
         topology, price = values["topology"], Price.of_plan(values)

@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class VerbParser(argparse.ArgumentParser):
     """A parser that suggests the closest flag for one that the verb does not have."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # launcher.cli.main takes it out of the command line, for every verb; here it is for --help alone.
+        trust = "accept files of this user as well (repeatable); see docs/security.md"
+        self.add_argument("--trust-owner", metavar="NAME|UID", action="append", help=trust)
 
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"unrecognized arguments: .*?(--[\w-]+)", message)

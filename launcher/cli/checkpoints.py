@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import run_store
+from launcher import ownership, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.cleanup import BEING_WRITTEN, Leftover, disk_bytes, find_leftovers, has_unfinished_saves, remove
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint
 from launcher.checkpoint.retention import Retention, retention_reasons
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
-from launcher.clusters.backends import cluster_for
+from launcher.clusters.backends import cluster_for, status_reader_for
 from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.disk import format_size
 from launcher.plan.launch_plan import LaunchPlan
@@ -60,6 +60,7 @@ def run(verb: str, tokens: list[str]) -> int:
     if not arguments.prune:
         return _show(run_dir, plan, _verify_all(run_dir) if arguments.verify else {}, [], arguments.json)
     # Under the lock no other command starts an attempt.
+    ownership.require_run(run_dir)
     with run_store.start_lock(run_dir):
         _require_ended(run_dir, plan)
         verified = _verify_all(run_dir) if arguments.verify else _verify_until_intact(run_dir)
@@ -126,7 +127,7 @@ def _saving_attempt(run: RunDir, plan: LaunchPlan) -> int | None:
     """Return the attempt with a save in progress, if any; the backend is asked only if there is an unfinished save."""
     if not has_unfinished_saves(run.checkpoints):
         return None
-    is_running = cluster_for(plan.config.cluster.kind).status(run).state in RUNNING_STATES
+    is_running = status_reader_for(run, plan.config.cluster.kind).status(run).state in RUNNING_STATES
     return run_store.newest_attempt(run) if is_running else None
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from launcher import run_records, run_store
+from launcher import ownership, run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli import drill_report, formatting, launch
 from launcher.cli.arguments import VerbParser
@@ -123,7 +123,9 @@ def _minutes(value: str) -> float:
 def _make_plan(arguments: argparse.Namespace, rest: list[str]) -> LaunchPlan | None:
     """Plan the drill's run; None if only a Hydra flag such as --cfg was to be carried out."""
     if rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")):
-        return _plan_like(run_store.find_run(rest[0], Path(arguments.root)), rest[1:], arguments)
+        like = run_store.find_run(rest[0], Path(arguments.root))
+        ownership.require_run(like)
+        return _plan_like(like, rest[1:], arguments)
     jobs: list[Composed] = []
     run_hydra(rest, jobs.append, ("--fault", "--steps", "--timeout", "--root", "--json", "--help", "--debug"))
     if len(jobs) > 1:

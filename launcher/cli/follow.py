@@ -14,7 +14,7 @@ from typing import Any
 from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli.formatting import short
-from launcher.clusters.backends import Cluster
+from launcher.clusters.backends import Cluster, StatusReader
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunError, SubmitError, printable
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
@@ -33,16 +33,16 @@ _LIMITS = ("run.max_hours", "run.max_usd")
 class StatusWatch:
     """The state of a watched run: its files are read on each call, its backend is asked every `status_interval_s` seconds."""
 
-    def __init__(self, run: RunDir, cluster: Cluster) -> None:
-        self._run, self._cluster = run, cluster
+    def __init__(self, run: RunDir, backend: StatusReader) -> None:
+        self._run, self._backend = run, backend
         self._asked_at = -math.inf
         self._status: Status | None = None
 
     def state(self) -> Status:
         """Return the latest known status."""
-        is_due = time.monotonic() > self._asked_at + self._cluster.status_interval_s
+        is_due = time.monotonic() > self._asked_at + self._backend.status_interval_s
         if self._status is None or is_due or run_store.read_status(self._run).state not in RUNNING_STATES:
-            self._status, self._asked_at = self._cluster.status(self._run), time.monotonic()
+            self._status, self._asked_at = self._backend.status(self._run), time.monotonic()
         return self._status
 
 

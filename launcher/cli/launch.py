@@ -14,12 +14,12 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from launcher import facts, hardware, model_source, run_store
+from launcher import facts, hardware, model_source, ownership, run_store
 from launcher.cli import data, formatting, wandb_check
 from launcher.cli.follow import follow
 from launcher.cli.formatting import wrap
 from launcher.cli.plan_view import LABEL_WIDTH, plan_lines, started_lines, sweep_lines
-from launcher.clusters.backends import Cluster, cluster_for
+from launcher.clusters.backends import Cluster, StatusReader, cluster_for, status_reader_for
 from launcher.clusters.preflight import check_startable, disk_note
 from launcher.config.compose import Composed, conf_dir, require_distinct_runs, run_hydra
 from launcher.config.schema import RunConfig
@@ -41,7 +41,7 @@ Plan, prepare data, start the run. On this machine the command follows the run t
     "data": data.USAGE,
 }
 # The flags that are suggested for mistyped ones.
-_COMMON_FLAGS = ("--help", "--debug")
+_COMMON_FLAGS = ("--help", "--debug", ownership.FLAG)
 _OWN_FLAGS = {"train": ("--follow", "--detach"), "plan": ("--json",), "data": data.FLAGS}
 # A worker that is ended removes what it has written so far.
 _TERMINATION_S = 10.0
@@ -174,17 +174,17 @@ def _require_new(plan: LaunchPlan) -> None:
     """Refuse a plan whose run exists, with the state of one that is running."""
     existing = RunDir(Path(plan.run_dir))
     if existing.plan.is_file() and existing.status.is_file():
-        require_idle(existing, cluster_for(run_store.load_plan(existing).config.cluster.kind))
+        require_idle(existing, status_reader_for(existing, run_store.load_plan(existing).config.cluster.kind))
     run_store.require_new(plan)
 
 
-def require_idle(run: RunDir, cluster: Cluster) -> None:
+def require_idle(run: RunDir, backend: StatusReader) -> None:
     """Refuse to start a run that is running already.
 
     Raises:
         SubmitError: with the job or process that runs it.
     """
-    status = cluster.status(run)
+    status = backend.status(run)
     if status.state not in RUNNING_STATES:
         return
     name = formatting.short(run.root)

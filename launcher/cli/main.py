@@ -32,6 +32,8 @@ VERBS: Mapping[str, str] = {
 # The verbs that compose settings.
 COMPOSING = ("train", "plan", "data")
 _FLAGS_WITHOUT_VALUE = ("--json", "--follow", "--detach", "-m", "--multirun")
+# The value is that of launcher.ownership, which only commands with the flag import here.
+_TRUST_OWNER = "--trust-owner"
 _PACKAGES = ("torch", "deepspeed", "transformers", "ray")
 
 HELP = """\
@@ -61,7 +63,8 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
                                                rehearse a fault on a short run: does it save and continue, what is lost
 
 Overrides are key=value (train.max_steps=100) or group=option (model=qwen3_8b); docs/settings.md lists them all.
-Flags: --json where a verb reports, --debug for tracebacks, VERB --help for more, --version.
+Flags: --json where a verb reports, --debug for tracebacks, VERB --help for more, --version;
+--trust-owner NAME|UID (repeatable) accepts a run or a cache that belongs to another user: docs/security.md.
 Hydra's own flags work with train, plan and data: --cfg job, --info, -m, --config-dir DIR.
 Exit codes: 0 done, 1 the run failed, 2 refused before anything started, 130 interrupted.
 """
@@ -84,12 +87,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]  # noqa: S105
+    tokens, owners = _without_trusted_owners(tokens)
     if tokens[:1] in (["--help"], ["-h"]):
         return _print(HELP)
     if "--version" in tokens:
         return _print(_versions())
     verb = tokens.pop(0) if tokens and _is_verb(tokens[0]) else "train"
     try:
+        if owners:
+            from launcher import ownership
+
+            ownership.add_to_environ(owners)
         return _run(verb, tokens)
     except LauncherError as error:
         if debug:
@@ -110,6 +118,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _without_trusted_owners(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split off --trust-owner NAME, which every verb takes, and --trust-owner=NAME; returns the other words and the names."""
+    rest, owners = [], []
+    words = iter(tokens)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == _TRUST_OWNER:
+            owners.append(value if equals else next(words, ""))
+        else:
+            rest.append(word)
+    return rest, owners
 
 
 def _is_verb(token: str) -> bool:

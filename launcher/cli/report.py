@@ -15,7 +15,7 @@ from launcher.cli import charts, formatting, html_page
 from launcher.cli.arguments import VerbParser
 from launcher.cli.charts import Series
 from launcher.cli.plan_view import LABEL_WIDTH, plan_lines
-from launcher.clusters.backends import cluster_for
+from launcher.clusters.backends import status_reader_for
 from launcher.plan.disk import format_size
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -80,7 +80,7 @@ def _distinct_names(runs: Sequence[RunDir]) -> list[str]:
 def _read_run_files(run: RunDir, name: str) -> _RunFiles:
     plan = run_store.load_plan(run)
     lines = list(iter_lines(run.metrics, (*curves(), *_OTHER_METRICS)))
-    status = cluster_for(plan.config.cluster.kind).status(run)
+    status = status_reader_for(run, plan.config.cluster.kind).status(run)
     events = read_events(run.events)
     attempts = goodput.complete_attempts(goodput.read_attempt_times(run), status.state, lines, events)
     spent = goodput.breakdown(lines, events, attempts, time.time())

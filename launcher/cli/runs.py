@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from launcher import run_records, run_store
+from launcher import ownership, run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
@@ -15,7 +15,7 @@ from launcher.cli.follow import StatusWatch, follow
 from launcher.cli.launch import run_worker
 from launcher.cli.plan_view import started_lines
 from launcher.cli.resume import resume_run
-from launcher.clusters.backends import cluster_for
+from launcher.clusters.backends import cluster_for, status_reader_for
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.errors import CheckpointError, SubmitError, printable
 from launcher.export import hub
@@ -33,6 +33,8 @@ def run(verb: str, tokens: list[str]) -> int:
 
         return _resume(mirror.download_run(arguments.run, Path(arguments.root), arguments.step), arguments)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
+    if verb != "logs":
+        ownership.require_run(run_dir)
     return {"logs": _logs, "cancel": _cancel, "resume": _resume, "export": _export}[verb](run_dir, arguments)
 
 
@@ -108,7 +110,7 @@ def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
 
 
 def _watch(run: RunDir) -> StatusWatch:
-    return StatusWatch(run, cluster_for(run_store.load_plan(run).config.cluster.kind))
+    return StatusWatch(run, status_reader_for(run, run_store.load_plan(run).config.cluster.kind))
 
 
 def _end_line(run: RunDir, attempt: int, status: Status) -> str:

@@ -19,7 +19,7 @@ from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.follow import StatusWatch, wandb_words
 from launcher.cli.run_summary import summary
-from launcher.clusters.backends import cluster_for
+from launcher.clusters.backends import status_reader_for
 from launcher.errors import LauncherError, SubmitError, printable
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
@@ -116,14 +116,14 @@ def _reason(error: OSError | LauncherError) -> str:
 
 
 def _ask_backend(run: RunDir) -> Status:
-    return cluster_for(run_store.read_placement(run).kind).status(run)
+    return status_reader_for(run, run_store.read_placement(run).kind).status(run)
 
 
 def _state_reader(run: RunDir) -> Callable[[], Status]:
     """Return a function that reads the run's state; from status.json alone if no plan names a backend, as with copied files."""
     if not run.plan.is_file():
         return partial(run_store.read_status, run)
-    return StatusWatch(run, cluster_for(run_store.read_placement(run).kind)).state
+    return StatusWatch(run, status_reader_for(run, run_store.read_placement(run).kind)).state
 
 
 def _ls(root: Path, as_json: bool) -> int:

@@ -6,13 +6,15 @@ A backend imports the models of settings and plans where it starts runs, so that
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from launcher import ownership, run_store
 from launcher.clusters.faults import InjectedFault
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Status
+from launcher.run_records import RUNNING_STATES, Status
 
 if TYPE_CHECKING:
     from launcher.config.sections.cluster import ClusterSection
@@ -30,14 +32,24 @@ BACKENDS: dict[str, str] = {
 NEVER_SUBMITTED = "the run was never submitted: the command that created it ended first"
 
 
-class Cluster(Protocol):
-    """Submit side of a backend. All state is on disk and with the scheduler; an instance keeps none.
+class StatusReader(Protocol):
+    """What tells the state of a run.
 
     `status_interval_s`: seconds between two calls of `status` by a command that watches a run.
-    `drill_remedy`: how a person rehearses a fault where `launcher drill` cannot; None where `inject_fault` works.
     """
 
     status_interval_s: float
+
+    def status(self, run: RunDir) -> Status:
+        """Read the run's state and correct it by what the backend knows of its processes."""
+
+
+class Cluster(StatusReader, Protocol):
+    """Submit side of a backend. All state is on disk and with the scheduler; an instance keeps none.
+
+    `drill_remedy`: how a person rehearses a fault where `launcher drill` cannot; None where `inject_fault` works.
+    """
+
     drill_remedy: str | None
 
     def device(self, section: ClusterSection) -> DeviceFacts:
@@ -62,9 +74,6 @@ class Cluster(Protocol):
 
     def submission_details(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
         """Return what a person wants to know of an attempt that was just submitted, as labels and values."""
-
-    def status(self, run: RunDir) -> Status:
-        """Read the run's state and correct it by what the backend knows of its processes."""
 
     def await_end(self, run: RunDir) -> None:
         """Wait until an attempt whose last state is written has left no process."""
@@ -96,3 +105,29 @@ def cluster_for(kind: str) -> Cluster:
     module, _, name = BACKENDS[kind].partition(":")
     backend: Cluster = getattr(importlib.import_module(module), name)()
     return backend
+
+
+class FilesOnly:
+    """Tells the state of a run from its files alone: another user's records name no address that gets this user's token."""
+
+    status_interval_s = 1.0
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def status(self, run: RunDir) -> Status:
+        status = run_store.read_status(run)
+        if status.state not in RUNNING_STATES:
+            return status
+        note = f"shown from its files alone: {self._reason}"
+        return replace(status, message="; ".join(filter(None, (status.message, note))))
+
+
+def status_reader_for(run: RunDir, kind: str) -> StatusReader:
+    """Return the backend of a run that this user trusts, and for another user's run a reader of its files.
+
+    Raises:
+        RunError: where there is no such backend.
+    """
+    problem = ownership.records_problem(run)
+    return cluster_for(kind) if problem is None else FilesOnly(problem.message)
