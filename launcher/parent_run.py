@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import ownership, run_store
+from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint
 from launcher.checkpoint.state import read_state
@@ -20,6 +20,7 @@ from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan, Lineage, Origin
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import read_export
+from launcher.security import ownership
 
 
 @dataclass(frozen=True)

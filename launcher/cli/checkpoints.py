@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import ownership, run_store
+from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.cleanup import BEING_WRITTEN, Leftover, disk_bytes, find_leftovers, has_unfinished_saves, remove
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint
@@ -26,6 +26,7 @@ from launcher.plan.disk import format_size
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
+from launcher.security import ownership
 from launcher.tracking.metrics import format_duration
 
 # The result of verifying checkpoints, by path: None for an intact one.

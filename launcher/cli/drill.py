@@ -15,7 +15,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from launcher import ownership, run_records, run_store
+from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli import drill_report, formatting, launch
 from launcher.cli.arguments import VerbParser
@@ -33,6 +33,7 @@ from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
+from launcher.security import ownership
 from launcher.tracking.jsonl import Tail, read_events
 
 _FAULTS = {

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from launcher import facts, hardware, model_source, ownership, run_store
+from launcher import facts, hardware, model_source, run_store
 from launcher.cli import data, formatting, wandb_check
 from launcher.cli.follow import follow
 from launcher.cli.formatting import wrap
@@ -31,6 +31,7 @@ from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Attempt
+from launcher.security import ownership
 
 _USAGE = {
     "train": """python -m launcher [train] [--follow | --detach] [overrides]

@@ -32,7 +32,7 @@ VERBS: Mapping[str, str] = {
 # The verbs that compose settings.
 COMPOSING = ("train", "plan", "data")
 _FLAGS_WITHOUT_VALUE = ("--json", "--follow", "--detach", "-m", "--multirun")
-# The value is that of launcher.ownership, which only commands with the flag import here.
+# The value is that of launcher.security.ownership, which only commands with the flag import here.
 _TRUST_OWNER = "--trust-owner"
 _PACKAGES = ("torch", "deepspeed", "transformers", "ray")
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = tokens.pop(0) if tokens and _is_verb(tokens[0]) else "train"
     try:
         if owners:
-            from launcher import ownership
+            from launcher.security import ownership
 
             ownership.add_to_environ(owners)
         return _run(verb, tokens)

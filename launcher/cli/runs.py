@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from launcher import ownership, run_records, run_store
+from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
@@ -21,6 +21,7 @@ from launcher.errors import CheckpointError, SubmitError, printable
 from launcher.export import hub
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
+from launcher.security import ownership
 
 _LOG_POLL_S = 0.3
 

@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from launcher import ownership, run_store
+from launcher import run_store
 from launcher.clusters.faults import InjectedFault
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
+from launcher.security import ownership
 
 if TYPE_CHECKING:
     from launcher.config.sections.cluster import ClusterSection

@@ -1,0 +1,278 @@
+"""Runs that another user owns or can write to: what a command reads of them, and what it refuses to do with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import hand_made
+import pytest
+from http_server import serving
+from missing_program import skip_or_fail
+
+from launcher import json_records, run_store
+from launcher.cli.status import _state_reader
+from launcher.clusters.ray.cluster import JobsApiSubmission
+from launcher.config.sections.ray import RaySection
+from launcher.plan.run_dir import RunDir
+from launcher.run_records import Attempt
+from launcher.security import ownership
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+# Numbers that no user of a fresh machine has.
+MALLORY, TEAM = 54321, 54322
+TOKEN = "the-token-of-the-cluster" * 2
+
+
+@pytest.fixture(autouse=True)
+def _root() -> None:
+    if os.geteuid() != 0:
+        skip_or_fail("only root can give files to another user: run pytest as root")
+
+
+def give(path: Path, uid: int = MALLORY) -> None:
+    """Give a folder with its content to another user."""
+    for one in (path, *path.rglob("*")):
+        os.chown(one, uid, -1, follow_symlinks=False)
+
+
+class Cluster(BaseHTTPRequestHandler):
+    """Answers as Ray's Jobs API with a running job, and keeps what was asked, with its token."""
+
+    asked: list[tuple[str, str | None]]
+
+    def do_GET(self) -> None:
+        self.asked.append((self.path, self.headers.get("Authorization")))
+        job = {"type": "SUBMISSION", "submission_id": "raysubmit_1", "status": "RUNNING", "entrypoint": "x", "message": "on"}
+        version = {"version": "4", "ray_version": "2.60.0", "ray_commit": "0"}
+        content = json.dumps(job if "/jobs/" in self.path else version).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def cluster() -> type[Cluster]:
+    return type("OneCluster", (Cluster,), {"asked": []})
+
+
+@pytest.fixture
+def ray_run(tmp_path: Path) -> Callable[[str], RunDir]:
+    """A run whose files say that a job at an address runs it."""
+
+    def make(address: str, **cluster: Any) -> RunDir:
+        settings = {**hand_made.SETTINGS, "cluster": {"kind": "ray", "address": "http://127.0.0.1:8265", **cluster}}
+        run = run_store.create(hand_made.plan(tmp_path / "runs/demo", settings))
+        number = run_store.create_attempt(run, Attempt(resume_step=None))
+        json_records.write(run.attempt(number) / "submitted.json", JobsApiSubmission("raysubmit_1", address, 1.0))
+        run_store.update_status(run, state="running", attempt=number, job={"id": "raysubmit_1"})
+        run.rank_log(number, 0).write_text("a line of rank 0\n")
+        return run
+
+    return make
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+
+
+def test_only_a_run_that_is_trusted_gets_the_token_to_its_address(
+    launch: Launch, ray_run: Callable[..., RunDir], env: dict[str, str], cluster: type[Cluster]
+) -> None:
+    with serving(cluster) as address:
+        run = ray_run(address)
+        shown = launch("status", str(run.root), **env)
+        assert shown.returncode == 0, shown.stderr
+        assert any("raysubmit_1" in path and TOKEN in (token or "") for path, token in cluster.asked), (
+            "as it must be for one's own"
+        )
+        give(run.root)
+        cluster.asked.clear()
+        for verb, *arguments in (
+            ["status", str(run.root)],
+            ["ls", "--root", str(run.root.parent)],
+            ["logs", str(run.root)],
+            ["report", str(run.root), "--html", str(run.root.parent / "page.html")],
+            ["checkpoints", str(run.root)],
+        ):
+            done = launch(verb, *arguments, **env)
+            assert done.returncode == 0, (verb, done.stderr)
+            if verb == "status":
+                assert "running" in done.stdout
+                assert f"shown from its files alone: the run demo is not trusted: {run.root} belongs to {MALLORY}" in done.stdout
+            if verb == "logs":
+                assert "a line of rank 0" in done.stdout
+        done = launch("cancel", str(run.root), "--no-save", **env)
+        assert (done.returncode, cluster.asked) == (2, []), done.stderr
+        assert launch("status", str(run.root), "--trust-owner", str(MALLORY), **env).returncode == 0
+        assert cluster.asked
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("module://payload", "is not the address of a Ray cluster"),
+        ("payload://127.0.0.1:1", "is not the address of a Ray cluster"),
+        ("http://8.8.8.8:8265", "which is public"),
+        ("http://0.0.0.0:8265", "stands for all interfaces"),
+        ("http://user:secret@127.0.0.1:8265", "is not the address of a Ray cluster"),
+        ("127.0.0.1:6379", "name no job of a Jobs API"),
+    ],
+)
+def test_an_address_in_a_file_passes_the_check_of_the_setting(
+    ray_run: Callable[..., RunDir], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, reason: str
+) -> None:
+    """Ray's client imports the module that the scheme of an address names, from the working directory too."""
+    (tmp_path / "payload.py").write_text(f"open({str(tmp_path / 'was-imported')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = ray_run(address)
+    assert reason in _state_reader(run)().message
+    assert not (tmp_path / "was-imported").exists()
+
+
+def test_a_module_as_the_setting_is_refused() -> None:
+    with pytest.raises(ValueError, match="is not the address of a Ray cluster"):
+        RaySection.model_validate({"kind": "ray", "address": "module://payload"})
+
+
+def weaken_plan(run: RunDir) -> Path:
+    run.root.chmod(0o755)
+    run.plan.chmod(0o666)
+    return run.plan
+
+
+def weaken_code(run: RunDir) -> Path:
+    file = run.code / "launcher/__init__.py"
+    os.chown(file, MALLORY, -1)
+    return file
+
+
+def weaken_for_group(run: RunDir) -> Path:
+    os.chown(run.root, 0, TEAM)
+    run.root.chmod(0o770)
+    return run.root
+
+
+def weaken_above(run: RunDir) -> Path:
+    run.root.parent.chmod(0o777)
+    return run.root.parent
+
+
+def link_code(run: RunDir) -> Path:
+    outside = run.root.parent / "outside"
+    shutil.copytree(run.code, outside)
+    shutil.rmtree(run.code)
+    run.code.symlink_to(outside)
+    os.chown(outside, MALLORY, -1)
+    return outside
+
+
+WAYS = {
+    "owner": lambda run: (give(run.root), run.root)[1],
+    "plan": weaken_plan,
+    "code": weaken_code,
+    "group": weaken_for_group,
+    "above": weaken_above,
+    "link": link_code,
+}
+VERBS = (
+    ("resume", "RUN"),
+    ("cancel", "RUN"),
+    ("export", "RUN"),
+    ("checkpoints", "RUN", "--prune"),
+    ("drill", "RUN", "--fault", "kill-rank"),
+    ("plan", "model.path=run:RUN", "model.name=m"),
+)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_that_others_can_change_is_not_used(launch_here: Launch, run: RunDir, way: str) -> None:
+    path = WAYS[way](run)
+    expected = {
+        **dict.fromkeys(("owner", "code", "link"), f"belongs to {MALLORY}"),
+        **dict.fromkeys(("plan", "above"), "can be written by everyone"),
+        "group": f"can be written by the group {TEAM}",
+    }[way]
+    for verb, *arguments in VERBS:
+        done = launch_here(verb, *(argument.replace("RUN", str(run.root)) for argument in arguments))
+        assert done.returncode == 2, (verb, done.stdout, done.stderr)
+        assert f"the run demo is not trusted: {path.relative_to(run.root) if way in ('plan', 'code') else path} {expected}" in (
+            done.stderr.replace("run demo: the run demo", "the run demo")
+        ), verb
+        assert "remedy: " in done.stderr
+
+
+def test_the_remedies_help(launch_here: Launch, run: RunDir) -> None:
+    def cancel(*flags: str, **env: str) -> str:
+        done = launch_here("cancel", str(run.root), *flags, **env)
+        assert done.returncode == 2
+        return done.stderr
+
+    used = "the run is not running: it is completed"
+    assert used in cancel()
+    give(run.root)
+    assert f"add --trust-owner {MALLORY}, or set LAUNCHER_TRUST_OWNERS={MALLORY}" in cancel()
+    assert used in cancel("--trust-owner", str(MALLORY))
+    assert used in cancel(f"--trust-owner={MALLORY}", "--trust-owner", "nobody")
+    assert used in cancel(LAUNCHER_TRUST_OWNERS=f"nobody, {MALLORY}")
+    assert used in cancel(LAUNCHER_TRUST_OWNERS="anyone")
+    assert "belongs to" in cancel("--trust-owner", "nobody")
+    assert "there is no such user or group" in cancel("--trust-owner", "no-such-user")
+    assert "--trust-owner needs the name" in cancel("--trust-owner")
+    give(run.root, 0)
+    weaken_for_group(run)
+    assert f"chmod g-w {run.root}" in cancel()
+    assert used in cancel("--trust-owner", f"group:{TEAM}")
+    run.root.chmod(0o700)
+    run.root.parent.chmod(0o1777)
+    assert used in cancel(), "others can neither rename nor remove what they do not own in a sticky folder"
+
+
+def test_permissions_inside_a_private_folder_do_not_matter(launch_here: Launch, run: RunDir) -> None:
+    """As with umask 002, which many systems have."""
+    for path in run.root.rglob("*"):
+        path.chmod(0o777)
+    assert "it is completed" in launch_here("cancel", str(run.root)).stderr
+    assert ownership.run_problem(run) is None
+
+
+def test_a_user_trusts_their_own_runs_and_those_of_root(run: RunDir) -> None:
+    # Other users cannot enter the folders of pytest.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        copy = RunDir(Path(folder, "demo"))
+        shutil.copytree(run.root, copy.root)
+        copy.root.chmod(0o755)
+        try:
+            os.seteuid(MALLORY)
+            assert ownership.run_problem(copy) is None
+            os.seteuid(0)
+            give(copy.root)
+            os.seteuid(MALLORY)
+            assert ownership.run_problem(copy) is None
+            os.seteuid(0)
+            os.seteuid(MALLORY + 1)
+            problem = ownership.run_problem(copy)
+            assert problem is not None
+            assert f"belongs to {MALLORY}" in problem.message
+        finally:
+            os.seteuid(0)
