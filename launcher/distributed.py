@@ -6,18 +6,24 @@ raises on every rank where the action fails on one.
 
 from __future__ import annotations
 
+import json
+import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from launcher import errors
 from launcher.errors import CheckpointError, DamagedCheckpoint, LauncherError, Problem, Superseded
 
 T = TypeVar("T")
 # Reasons to stop before the last step, by precedence: where ranks have different reasons, the first of these counts.
 STOP_REASONS = ("cancelled", "preempted", "limit")
+# Connections that may wait to be accepted: all ranks of a large run connect at once.
+_STORE_BACKLOG = 4096
 # Error types that callers handle differently; every other error becomes a CheckpointError.
 _KEPT_TYPES: tuple[type[LauncherError], ...] = (Superseded, DamagedCheckpoint)
 
@@ -36,6 +42,32 @@ class RankInfo:
     def is_main(self) -> bool:
         """True on global rank 0, which logs and commits."""
         return self.rank == 0
+
+
+def open_store(
+    address: str, port: int, *, is_server: bool, num_members: int | None = None, timeout: timedelta = timedelta(minutes=5)
+) -> dist.TCPStore:
+    """Return the store at `address`, an IP address. The server listens there alone; port 0 chooses a free one.
+
+    TCPStore by itself listens on all interfaces, and answers whoever connects. With `num_members`, the server waits until as many
+    have connected.
+
+    Raises:
+        OSError: on the server, where the address is not of this machine or the port is taken.
+        torch.distributed.DistNetworkError: where the server cannot be reached within `timeout`.
+    """
+    waits = num_members is not None
+    if not is_server:
+        return dist.TCPStore(address, port, num_members, False, timeout, wait_for_workers=waits)
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(_STORE_BACKLOG)
+        port = listener.getsockname()[1]
+        # The store closes the descriptor.
+        return dist.TCPStore(
+            address, port, num_members, True, timeout, wait_for_workers=waits, master_listen_fd=listener.detach()
+        )
 
 
 class StepReduction(NamedTuple):
@@ -63,25 +95,27 @@ def all_reduce_step(loss: torch.Tensor, stop_reason: str | None, stats: list[flo
 
 
 def rank0_broadcast(rank_info: RankInfo, problem: str, action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and return its result on every rank. Collective; the result has to be picklable.
+    """Run `action` on rank 0 and return its result on every rank. Collective; the result is a JSON value.
 
     Raises:
         LauncherError: on every rank, where `action` raised one on rank 0.
         CheckpointError: on every rank, where `action` raised an OSError; `problem` says what could not be done.
     """
-    shared: list[Any] = [None, None]
+    result: T | None = None
+    failure: dict[str, Any] | None = None
     if rank_info.is_main:
         try:
-            shared[0] = action()
+            result = action()
         except LauncherError as error:
-            shared[1] = (type(error), error.problems)
+            failure = _encode_failure(type(error), error.problems)
         except OSError as error:
-            shared[1] = (CheckpointError, (Problem(problem, where=error.filename or "", value=error.strerror or str(error)),))
-    dist.broadcast_object_list(shared)
-    if shared[1] is not None:
-        kind, problems = shared[1]
+            where, value = error.filename or "", error.strerror or str(error)
+            failure = _encode_failure(CheckpointError, (Problem(problem, where=str(where), value=value),))
+    result, failure = gather_json([result, failure])[0]
+    if failure is not None:
+        kind, problems = _decode_failure(failure)
         raise kind(problems)
-    return shared[0]
+    return result
 
 
 def run_on_all_ranks(device: torch.device, problem: str, action: Callable[[], T]) -> T:
@@ -104,11 +138,40 @@ def run_on_all_ranks(device: torch.device, problem: str, action: Callable[[], T]
     if not failed:
         return result  # type: ignore[return-value]
     own_type = next((kind for kind in _KEPT_TYPES if isinstance(caught, kind)), CheckpointError)
-    gathered: list[tuple[type[LauncherError], tuple[Problem, ...]]] = [(CheckpointError, ())] * dist.get_world_size()
-    dist.all_gather_object(gathered, (own_type, to_problems(problem, caught, dist.get_rank())))
+    failures = gather_json(_encode_failure(own_type, to_problems(problem, caught, dist.get_rank())))
+    gathered = [_decode_failure(failure) for failure in failures]
     kinds = {kind for kind, _ in gathered}
     raised = next((kind for kind in _KEPT_TYPES if kind in kinds), CheckpointError)
     raise raised(dict.fromkeys(one for _, problems in gathered for one in problems)) from caught
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Return the JSON value of every rank, by rank. Collective.
+
+    torch's collectives for objects unpickle what arrives, and a pickle from whoever reaches a rank's socket could run code.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+    content = json.dumps(value).encode()
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    sizes[dist.get_rank()] = len(content)
+    dist.all_reduce(sizes)
+    longest = int(sizes.max())
+    own = torch.frombuffer(bytearray(content.ljust(longest)), dtype=torch.uint8).to(device)
+    gathered = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(len(sizes))]
+    dist.all_gather(gathered, own)
+    return [json.loads(bytes(of_rank.cpu().numpy())) for of_rank in gathered]
+
+
+def _encode_failure(kind: type[LauncherError], problems: tuple[Problem, ...]) -> dict[str, Any]:
+    return {"type": kind.__name__, "problems": [asdict(problem) for problem in problems]}
+
+
+def _decode_failure(failure: dict[str, Any]) -> tuple[type[LauncherError], tuple[Problem, ...]]:
+    """Return the type of an error, CheckpointError where launcher.errors has none of that name, and its problems."""
+    kind = getattr(errors, failure["type"], None)
+    if not (isinstance(kind, type) and issubclass(kind, LauncherError)):
+        kind = CheckpointError
+    return kind, tuple(Problem(**problem) for problem in failure["problems"])
 
 
 def to_problems(what: str, error: Exception | None, rank: int) -> tuple[Problem, ...]:

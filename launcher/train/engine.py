@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from launcher.distributed import RankInfo
+from launcher.distributed import RankInfo, open_store
 from launcher.errors import RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.jit_build_lock import lock_builds
@@ -31,12 +34,23 @@ def join_process_group(plan: LaunchPlan, rank_info: RankInfo) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+    with suppress(RuntimeError):  # registered already
+        dist.register_rendezvous_handler("launcher", _meet_ranks)
     deepspeed.init_distributed(
         dist_backend=plan.topology.backend,
         timeout=timedelta(minutes=plan.config.cluster.timeout_minutes),
+        init_method="launcher://",
         verbose=False,
     )
     return device
+
+
+def _meet_ranks(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[dist.Store, int, int]]:
+    """Yield the store of all ranks, this rank and the world size: torch's env:// whose store listens on MASTER_ADDR alone."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = open_store(address, port, is_server=rank == 0, num_members=world_size, timeout=timeout)
+    yield store, rank, world_size
 
 
 def build_engine(plan: LaunchPlan, rank_info: RankInfo) -> tuple[Any, CausalLMLoss]:

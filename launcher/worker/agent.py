@@ -99,8 +99,7 @@ class NodeAgent:
         `store` is the TCPStore that the nodes of the job share; None where there is one node. `job` is the scheduler's, whose
         output is that of this process.
         """
-        from torch.distributed import TCPStore
-
+        from launcher.distributed import open_store
         from launcher.worker.ranks import elastic
         from launcher.worker.rendezvous import NodeRendezvous
 
@@ -110,7 +109,7 @@ class NodeAgent:
         # The attempt's own folder is not made: the run directory may have been moved since.
         folder.parent.mkdir(exist_ok=True)
         folder.mkdir(exist_ok=True)
-        store = store or TCPStore(node.address, 0, None, True, wait_for_workers=False)
+        store = store or open_store(node.address, 0, is_server=True)
         run_id = f"{self.plan.wandb_id}-{self.attempt}"
         failures = _FailureLog(self.run, self.attempt, node, self.run.agent_log(self.attempt, job))
         rendezvous = NodeRendezvous(
@@ -240,7 +239,7 @@ def main(plan_path: str, attempt: int) -> int:
     detached_process.start_liveness_file(run)
     disk_reserve.keep(run, attempt)
     mirror = agent.start_mirror()
-    node = NodeInfo(0, (network.node_name(),), "127.0.0.1", None)
+    node = NodeInfo(0, (network.node_name(),), network.LOOPBACK.address, network.LOOPBACK.interface)
     failure = None if stopper.requested else agent.run_ranks(node)
     agent.close()
     exit_record = postmortem.judge_local(run, attempt, failure, stopper.requested, stopper.killed)

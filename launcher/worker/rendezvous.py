@@ -20,6 +20,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
+from launcher.worker.checks import network
 from launcher.worker.ranks.rank_env import NodeInfo
 
 
@@ -76,7 +77,8 @@ class NodeRendezvous(RendezvousHandler):
         if self._round > 1 and (reason := self._decide(keys)):
             raise RendezvousClosedError(reason)
         store = PrefixStore(f"ranks/{self._round}", self._store)
-        info = RendezvousStoreInfo.build(self._node.node, store, self._node.address)
+        port = network.free_port(self._node.address) if self._node.is_head else None
+        info = RendezvousStoreInfo.build(self._node.node, store, self._node.address, port)
         return RendezvousInfo(store, self._node.node, len(self._node.hosts), info)
 
     def _decide(self, keys: list[str]) -> str:

@@ -111,6 +111,12 @@ def by_rank(processes: Iterable[psutil.Process]) -> dict[int, psutil.Process]:
     return ranks
 
 
+def listening_addresses(processes: Iterable[psutil.Process]) -> set[str]:
+    """The addresses at which any of the processes accepts connections."""
+    connections = (one for process in processes for one in process.net_connections("inet"))
+    return {one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN}
+
+
 def kill_all_of(root: Path) -> None:
     """What still runs from a folder for runs; some of it may just be ending by itself."""
     for process in processes_of(root):

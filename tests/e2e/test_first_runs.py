@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e_tools import TINY, held, last_step, losses, processes_of, status
+from e2e_tools import TINY, agent_of, held, last_step, listening_addresses, losses, processes_of, status
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -41,6 +41,7 @@ def test_a_stopped_and_resumed_run_has_the_same_losses(launch: Launch, start: Ca
     run = runs / "stopped"
     with start(*SETTINGS, "export.enabled=false", f"run.root={runs}", "run.name=stopped") as process:
         with held(run, 4):
+            assert listening_addresses([agent_of(run), *agent_of(run).children(recursive=True)]) == {"127.0.0.1"}
             process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=90)
     assert process.returncode == 130, output

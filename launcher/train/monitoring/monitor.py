@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from launcher.distributed import RankInfo
+from launcher.distributed import RankInfo, gather_json
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
@@ -50,7 +49,7 @@ class Monitor:
         self._layer_timer, self._local_stats = LayerTimer(model, device), RankStats()
         self._optimizer_timer = None if optimizer is None else OptimizerTimer(optimizer)
         self._device = device
-        self._anomalies, self._hosts = AnomalyDetector(plan.topology.device), _hosts(rank_info)
+        self._anomalies, self._hosts = AnomalyDetector(plan.topology.device), gather_json(os.uname().nodename)
         self._ranks: list[RankStats] = []
         self._works: list[RankWork] = []
         self._is_limited = rank_info.is_main and (plan.limits.max_seconds or plan.limits.max_gpu_seconds) is not None
@@ -153,10 +152,3 @@ def record_fault(run: RunDir, rank_info: RankInfo, host: str, limit: RateLimit, 
     # A full disk must not end the monitoring of the device.
     with suppress(OSError):
         append_event(run, rank_info.attempt, "alert", text)
-
-
-def _hosts(rank_info: RankInfo) -> list[str]:
-    """Return the name of each rank's node. Collective."""
-    names: list[str] = [""] * rank_info.world_size
-    dist.all_gather_object(names, os.uname().nodename)
-    return names

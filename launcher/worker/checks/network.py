@@ -30,6 +30,10 @@ class Endpoint:
     interface: str
 
 
+# Where the processes of a single node meet: nothing outside it reaches them.
+LOOPBACK = Endpoint("127.0.0.1", "lo")
+
+
 def node_name() -> str:
     """Return this node's name in Slurm, as its --exclude expects it; elsewhere the host name."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
@@ -47,7 +51,7 @@ def own_endpoint(peers: Sequence[str], interface: str | None) -> Endpoint:
         return Endpoint(_address_of(interface), interface)
     peer = _first_other(peers)
     if peer is None:
-        return Endpoint("127.0.0.1", "lo")
+        return LOOPBACK
     address = _routed_from(peer)
     name = next((name for name, addresses in _interfaces().items() if address in addresses), "")
     return Endpoint(address, name)

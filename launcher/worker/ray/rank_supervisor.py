@@ -347,17 +347,18 @@ class _Worker:
             "LOCAL_RANK": str(self.local_rank),
             "WORLD_SIZE": str(assignment.world_size),
             "LOCAL_WORLD_SIZE": str(assignment.local_world_size),
-            "MASTER_ADDR": assignment.address,
+            "MASTER_ADDR": assignment.address if len(assignment.peers) > 1 else network.LOOPBACK.address,
             "MASTER_PORT": str(assignment.port),
             error_record.VARIABLE: str(error_file),
             heartbeat.VARIABLE: str(table.path),
             error_memory.VARIABLE: str(errors.path),
         }
+        endpoint = network.LOOPBACK
         if len(assignment.peers) > 1:
             endpoint = network.own_endpoint(assignment.peers, section.interface)
-            environment.setdefault("GLOO_SOCKET_IFNAME", endpoint.interface)
-            # NCCL takes a bare name for a prefix.
-            environment.setdefault("NCCL_SOCKET_IFNAME", f"={endpoint.interface}")
+        environment.setdefault("GLOO_SOCKET_IFNAME", endpoint.interface)
+        # NCCL takes a bare name for a prefix.
+        environment.setdefault("NCCL_SOCKET_IFNAME", f"={endpoint.interface}")
         return {**environment, **section.env}
 
 

@@ -174,7 +174,8 @@ def _if_possible(write: Callable[[], object]) -> None:
 def _with_nodes(attempt: Attempt, section: SlurmSection, job: str, restart: int, until: float) -> Attempt:
     """Return the attempt with the nodes of this start, and the address and port where their agents meet."""
     addresses = network.node_addresses(os.environ["SLURM_JOB_NODELIST"], _left(until))
-    endpoint = network.own_endpoint(list(addresses.values()), section.interface)
+    several = len(addresses) > 1
+    endpoint = network.own_endpoint(list(addresses.values()), section.interface) if several else network.LOOPBACK
     if network.is_public(endpoint.address):
         raise RunError(
             "the nodes would meet at a public address",

@@ -68,7 +68,9 @@ def connect(record: Attempt, here: NodeInfo) -> Any:
     Raises:
         RunError: where the head node cannot be reached, or its port is taken.
     """
-    from torch.distributed import DistNetworkError, TCPStore
+    from torch.distributed import DistNetworkError
+
+    from launcher.distributed import open_store
 
     assert record.address is not None
     assert record.port is not None
@@ -80,8 +82,8 @@ def connect(record: Attempt, here: NodeInfo) -> Any:
         )
     deadline = timedelta(seconds=_MEET_DEADLINE_S)
     try:
-        return TCPStore(record.address, record.port, None, here.is_head, deadline, wait_for_workers=False)
-    except DistNetworkError as error:
+        return open_store(record.address, record.port, is_server=here.is_head, timeout=deadline)
+    except (DistNetworkError, OSError) as error:
         raise RunError(
             "the agents of the nodes cannot connect",
             where=f"{record.address}:{record.port}",

@@ -272,9 +272,17 @@ def test_a_resume_by_a_person_resets_the_budgets(submitted: Callable[..., Job], 
 
 
 def test_a_public_master_address_is_refused(
-    submitted: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, told: list[int]
+    submitted: Callable[..., Job],
+    fake_slurm: FakeSlurm,
+    in_slurm: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    told: list[int],
 ) -> None:
     of = submitted(interface="eth7")
+    in_slurm(SLURM_JOB_NODELIST="n[1-2]")
+    fake_slurm.answer("scontrol", "show", "hostnames", "n[1-2]", out="n1\nn2\n")
+    described = slurm_said.node("n1", "10.0.0.1") + slurm_said.node("n2", "10.0.0.2")
+    fake_slurm.answer("scontrol", "--oneliner", "show", "node", "n[1-2]", out=described)
     monkeypatch.setattr(network, "_interfaces", lambda: {"eth7": ["8.8.8.8"]})
     before = of.attempt()
     code, out, err = of.begin()
@@ -287,6 +295,12 @@ def test_a_public_master_address_is_refused(
     assert "at a public address; set cluster.interface" in of.status.message
     assert alerts(of) == [f"the run ends: {of.status.message}"]
     assert told == [1]
+
+
+def test_a_single_node_meets_on_loopback_whatever_its_interface(submitted: Callable[..., Job]) -> None:
+    of = submitted(interface="eth7")
+    assert of.begin()[0] == 0
+    assert (of.attempt().address, of.attempt().interface) == ("127.0.0.1", "lo")
 
 
 def test_two_starts_at_once_do_not_open_two_attempts(submitted: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
