@@ -18,12 +18,14 @@ from typing import Any
 
 from launcher import parent_run, weight_files
 from launcher.checkpoint import generation
+from launcher.checkpoint.folder_links import link_problems
 from launcher.config.schema import ModelSection, is_local_path, is_run
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.data.cache_dir import cache_root
 from launcher.errors import ConfigError, Problem
 from launcher.models import gguf_header
 from launcher.models.folder_check import folder_problems
+from launcher.models.remote_code import code_problems
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import ModelFacts
 
@@ -95,9 +97,25 @@ def check_model(model: ModelSection) -> list[Problem]:
                 problems.append(_missing_folder(key, value, folder))
             elif key == "model.path":
                 problems += folder_problems(folder, model)
-        elif key == "model.path" and not is_run(value):
+            else:
+                problems += link_problems(folder)
+        elif key == "model.path" and is_run(value):
+            problems += _check_code_of_run(value, model)
+        elif key == "model.path":
             problems += _check_hub_model(value, model)
+    if model.config is not None:
+        problems += code_problems(model, model.config, None, "model.config")
     return problems
+
+
+def _check_code_of_run(value: str, model: ModelSection) -> list[Problem]:
+    """Check the code of another run's model; weights and code are copied together."""
+    if not model.trust_remote_code:
+        return []
+    parent = parent_run.find_parent(value)
+    base, copied = parent.plan.model.path, parent_run.weights_folder(parent, model.dtype)
+    folder = copied if (copied / "config.json").is_file() else Path(base) if base is not None and Path(base).is_dir() else None
+    return list(code_problems(model, parent.plan.model.config, folder, str(parent.run.plan)))
 
 
 def local_folder(value: str) -> str:

@@ -32,6 +32,7 @@ _NUM_NAMED = 5
 # Enough to recognise a file that is not what its name says.
 _NUM_HEAD_BYTES = 512
 _DOWNLOAD = "download this file again"
+_PLAIN = "correct the name, or use another model folder"
 _JSON_TYPES = {list: "list", str: "string", int: "number", float: "number", bool: "value", type(None): "null"}
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -126,6 +127,8 @@ def weight_files(folder: Path, with_pickled: bool) -> list[Path]:
         ConfigError: if config.json or the index cannot be read.
     """
     chosen = read_json(folder / "config.json").get("transformers_weights")
+    if isinstance(chosen, str) and not is_plain_name(chosen):
+        raise ConfigError(_problem("transformers_weights in config.json names a file outside of the folder", folder, _PLAIN))
     names = [chosen] if isinstance(chosen, str) else [*_SAFE_NAMES, *(_PICKLED_NAMES if with_pickled else ())]
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
@@ -135,7 +138,14 @@ def weight_files(folder: Path, with_pickled: bool) -> list[Path]:
     shards = read_json(file).get("weight_map")
     if not isinstance(shards, dict):
         raise ConfigError(_problem(f"{file.name} has no weight_map", folder, "download this file again"))
+    if outside := next((name for name in shards.values() if not is_plain_name(str(name))), None):
+        raise ConfigError(_problem(f"{file.name} names a file outside of the folder: {outside}", folder, _PLAIN))
     return sorted({folder / str(name) for name in shards.values()})
+
+
+def is_plain_name(name: str) -> bool:
+    """Return whether a text names a file of a folder, and nothing above or below it."""
+    return bool(name) and name not in (".", "..") and "/" not in name and "\0" not in name
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class FakeHub:
-    """`files` is what the repository holds; `refuse` maps a path's end to the status that it is answered with."""
+    """`files` is what the repository holds, once it `exists`; `refuse` maps a path's end to the status of the answer."""
 
     token: str
     address: str = ""
     private: bool | None = None
+    exists: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
     refuse: dict[str, int] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
@@ -39,7 +40,9 @@ class FakeHub:
                 return status, {"error": "refused by the test"}
         if path == "/api/repos/create":
             request = json.loads(body)
-            self.private = request.get("private", request.get("visibility") == "private")
+            if not self.exists:
+                self.private = request.get("private", request.get("visibility") == "private")
+            self.exists = True
             return 200, {"url": f"{self.address}/owner/name", "name": "owner/name", "id": "owner/name"}
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
@@ -65,8 +68,16 @@ class FakeHub:
             self._commit([json.loads(line) for line in body.splitlines() if line])
             return 200, {"commitUrl": f"{self.address}/owner/name/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
         if path in ("/api/models/owner/name", "/api/models/owner/name/revision/main"):
+            if not self.exists:
+                return 404, {"error": "Repository not found"}
             siblings = [{"rfilename": name} for name in self.files]
-            return 200, {"id": "owner/name", "modelId": "owner/name", "sha": COMMIT, "private": True, "siblings": siblings}
+            return 200, {
+                "id": "owner/name",
+                "modelId": "owner/name",
+                "sha": COMMIT,
+                "private": self.private,
+                "siblings": siblings,
+            }
         self.unknown.append(f"{method} {path}")
         return 404, {"error": f"the fake hub has no {method} {path}"}
 
@@ -100,6 +111,8 @@ def running_hub(token: str) -> Iterator[FakeHub]:
             raw = json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
+            if status == 404 and not hub.exists:
+                self.send_header("X-Error-Code", "RepoNotFound")
             self.send_header("Content-Length", str(len(raw)))
             self.end_headers()
             self.wfile.write(raw)

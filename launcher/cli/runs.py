@@ -72,6 +72,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--no-check", action="store_true", help="skip the parity check, which loads the folder with transformers"
         )
+        parser.add_argument("--push-public", action="store_true", help="with --push: even where everybody can read it")
         parser.add_argument(
             "--push", metavar="OWNER/NAME", help="upload the folder to this repository of the Hub; needs HF_TOKEN"
         )
@@ -163,7 +164,7 @@ def _export(run: RunDir, arguments: argparse.Namespace) -> int:
         value = getattr(arguments, flag)
         if value is not None:
             command += [f"--{flag}", str(value)]
-    command += ["--no-check"] if arguments.no_check else []
+    command += [flag for flag, is_set in (("--no-check", arguments.no_check), ("--push-public", arguments.push_public)) if is_set]
     code, _ = run_worker(command)
     return code
 

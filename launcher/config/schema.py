@@ -24,6 +24,7 @@ from launcher.config.sections.fields import (
     Positive,
     PositiveInt,
     Section,
+    Sha256,
     Text,
     matching,
 )
@@ -108,7 +109,18 @@ class ModelSection(Section):
         description="Use Liger's fused kernels for norms, rotary embedding and MLP (GPU only; the extra `gpu` installs it).",
     )
     trust_remote_code: Flag = Field(
-        False, description="Run Python code that comes with the model; needs model.revision pinned to a 40-digit commit."
+        False,
+        description=(
+            "Run Python code that comes with the model; needs model.revision pinned to a 40-digit commit, or for a folder "
+            "model.code_digest."
+        ),
+    )
+    code_digest: Sha256 | None = Field(
+        None,
+        description=(
+            "Digest of the Python files in the model's folder: with model.trust_remote_code, no other code of a folder runs. "
+            "The error shows it."
+        ),
     )
     allow_pickled_weights: Flag = Field(
         False, description="Accept pytorch_model*.bin files, which can run code when they are loaded."
@@ -142,7 +154,8 @@ class ModelSection(Section):
             raise ValueError("model.init=random would ignore the weights of model.path=run:...; set model.init=pretrained")
         if self.path is None and self.tokenizer is None:
             raise ValueError("model.tokenizer is required where model.path is unset; set it to a folder or a hub id")
-        if self.trust_remote_code and not COMMIT_PATTERN.fullmatch(self.revision or ""):
+        is_folder = is_local_path(self.path or "") or is_run(self.path)
+        if self.trust_remote_code and not is_folder and not COMMIT_PATTERN.fullmatch(self.revision or ""):
             raise ValueError("model.trust_remote_code needs a fixed revision; pin model.revision to a full 40-digit commit")
         return self
 

@@ -9,6 +9,7 @@ import torch
 from launcher.data import cache
 from launcher.data.checks import patterns
 from launcher.data.tokenization.encoder import load_tokenizer
+from launcher.models.remote_code import require_pinned_code
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import Composite
 from launcher.train.model import DTYPES, weights_gib
@@ -44,6 +45,8 @@ def _answer(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) 
     """Continue a prompt greedily with the model in `folder`; the answer is on one line."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    if folder == Path(plan.model.path or ""):
+        require_pinned_code(plan.config.model, folder)
     tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
     trusts_code = plan.config.model.trust_remote_code
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[plan.config.model.dtype], trust_remote_code=trusts_code)

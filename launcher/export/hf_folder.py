@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import atomic_files, json_records
 from launcher.checkpoint import generation, store
+from launcher.checkpoint.folder_links import link_problems
 from launcher.checkpoint.safetensors_io import ShardSet
 from launcher.checkpoint.state import State, read_state
-from launcher.errors import CheckpointError
+from launcher.errors import CheckpointError, Problem
 from launcher.export import weights
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import EXPORT_RECORD, ExportRecord
@@ -264,10 +265,19 @@ def _write_config(task: ExportTask, state: State) -> None:
 
 
 def _copy_side_files(task: ExportTask) -> None:
-    paths = [] if isinstance(task.model, Mapping) else [path for pattern in _MODEL_FILES for path in task.model.glob(pattern)]
+    by_folder: list[tuple[Path, tuple[str, ...]]] = []
+    if isinstance(task.model, Path):
+        by_folder.append((task.model, _MODEL_FILES))
     if task.tokenizer is not None:
-        patterns = _TOKENIZER_FILES if task.chat_template is not None else (*_TOKENIZER_FILES, *_TEMPLATE_FILES)
-        paths += [path for pattern in patterns for path in task.tokenizer.glob(pattern)]
+        templates = () if task.chat_template is not None else _TEMPLATE_FILES
+        by_folder.append((task.tokenizer, (*_TOKENIZER_FILES, *templates)))
+    paths, problems = list[Path](), list[Problem]()
+    for folder, patterns in by_folder:
+        matching = [path for pattern in patterns for path in folder.glob(pattern)]
+        paths += matching
+        problems += link_problems(folder, matching)
+    if problems:
+        raise CheckpointError(problems)
     for path in paths:
         if path.is_dir():
             shutil.copytree(path, task.partial / path.name)

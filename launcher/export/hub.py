@@ -6,9 +6,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from launcher.checkpoint.folder_links import link_problems
 from launcher.config.redaction import redact
 from launcher.errors import Problem, PushError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 TOKEN_VARIABLE = "HF_TOKEN"  # noqa: S105
 
@@ -28,26 +33,35 @@ def token_problem(where: str, repo_id: str, environ: Mapping[str, str] = os.envi
     )
 
 
-def push(folder: Path, repo_id: str, *, again: str) -> str:
+def push(folder: Path, repo_id: str, *, again: str, public: bool = False) -> str:
     """Upload an exported folder in one commit and return its address; a repository created for it is private.
 
-    `again` is the command that repeats the push.
+    `again` is the command that repeats the push. A public repository is refused unless `public` allows it.
 
     Raises:
-        PushError: if the token is missing or the upload fails; the folder stays as it is.
+        PushError: if the token is missing, the repository is public, a link leaves the folder, or the upload fails; the folder
+            stays as it is.
     """
     if problem := token_problem("the environment", repo_id):
         raise PushError(replace(problem, remedy=f"set it, then: {again}"))
+    if problems := list(link_problems(folder, folder.iterdir())):
+        raise PushError(problems)
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
     api = HfApi(token=os.environ[TOKEN_VARIABLE])
     try:
+        # `exist_ok` says nothing about who can read a repository that exists.
+        is_there = _require_private(api, repo_id, again, public)
         address = api.create_repo(repo_id, private=True, exist_ok=True)
+        if not is_there:
+            _require_private(api, repo_id, again, public)
         api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message="Upload an exported checkpoint", delete_patterns=_REPLACED
         )
+    except PushError:
+        raise
     except Exception as error:  # the Hub, the network or the disk: none of them affects the folder
         raise PushError(
             "the exported folder could not be pushed to the Hub; it is complete on this machine",
@@ -56,3 +70,26 @@ def push(folder: Path, repo_id: str, *, again: str) -> str:
             remedy=f"check the network and the token's rights, then: {again}",
         ) from error
     return str(address)
+
+
+def _require_private(api: HfApi, repo_id: str, again: str, allow_public: bool) -> bool:
+    """Return whether the repository exists.
+
+    Raises:
+        PushError: if everybody can read it and that is not allowed.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        is_private = api.model_info(repo_id).private
+    except RepositoryNotFoundError:
+        return False
+    if not is_private and not allow_public:
+        raise PushError(
+            "the repository is public, and everybody could download the model; nothing was uploaded",
+            where=str(api.endpoint),
+            value=repo_id,
+            remedy="choose a private repository; or allow it with export.push_public=true, or for a finished run with: "
+            f"{again} --push-public",
+        )
+    return True

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher import weight_files
+from launcher.checkpoint.folder_links import link_problems
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError, Problem
+from launcher.models.remote_code import adapter_problems, code_problems
 from launcher.plan.architecture import config_problems, model_facts
 
 _NUM_NAMED = 3
@@ -24,13 +26,17 @@ def folder_problems(folder: Path, model: ModelSection) -> list[Problem]:
     config_file = folder / "config.json"
     if not config_file.is_file():
         return [_problem("model.path: the folder has no config.json", folder, "use a Hugging Face model folder")]
-    problems: list[Problem] = []
+    problems: list[Problem] = [*link_problems(folder), *adapter_problems(folder)]
     try:
         config = weight_files.read_json(config_file)
         problems += _config_problems(config, config_file, model)
+        problems += code_problems(model, config, folder, str(config_file))
     except ConfigError as error:
         problems += error.problems
-    return problems if model.init == "random" else [*problems, *_weight_problems(folder, model)]
+    if model.init != "random":
+        problems += _weight_problems(folder, model)
+    # A damaged config.json is found twice.
+    return list(dict.fromkeys(problems))
 
 
 def _config_problems(config: Mapping[str, Any], file: Path, model: ModelSection) -> list[Problem]:
@@ -57,8 +63,8 @@ def _code_problems(config: Mapping[str, Any], file: Path) -> Iterator[Problem]:
     if isinstance(config.get("auto_map"), dict):
         message = f"model.path: the model needs its own Python code (auto_map), as transformers does not know {model_type}"
         remedy = (
-            "read that code; then set model.trust_remote_code=true and pin model.revision to a 40-digit commit, or choose a "
-            "model that transformers knows"
+            "read that code; then set model.trust_remote_code=true, with model.revision at a 40-digit commit or, for a folder, "
+            "model.code_digest; or choose a model that transformers knows"
         )
     else:
         version = importlib.metadata.version("transformers")
@@ -80,15 +86,16 @@ def _weight_problems(folder: Path, model: ModelSection) -> list[Problem]:
     index_problems = [problem for name in _INDEXES if (folder / name).is_file() for problem in _index_problems(folder / name)]
     if index_problems:
         return index_problems
+    problems: list[Problem] = []
     try:
         files = weight_files.weight_files(folder, model.allow_pickled_weights)
-    except ConfigError:
-        # config.json is damaged, which was reported; the files that it may name are not known.
+    except ConfigError as error:
+        problems += error.problems
+        # The files that it may name are not known.
         files = sorted(folder.glob("*.safetensors"))
     if not files:
-        return [_without_weights(folder, model)]
+        return problems or [_without_weights(folder, model)]
     missing = [file.name for file in files if not file.is_file()]
-    problems = []
     if missing:
         message = (
             f"model.path: {len(missing)} of the {len(files)} files that the index names are not in the folder: {_names(missing)}"
@@ -107,7 +114,7 @@ def _index_problems(index: Path) -> Iterator[Problem]:
         yield _problem(f"model.path: {index.name} has no weight_map", index, "download this file again")
         return
     for tensor, name in shards.items():
-        if not isinstance(name, str) or "/" in name or not name:
+        if not isinstance(name, str) or not weight_files.is_plain_name(name):
             yield _problem(f"model.path: {index.name} names no file for the tensor {tensor}", index, "download this file again")
             return
 

@@ -24,6 +24,7 @@ from launcher.export.hf_folder import (
     find_chat_template,
     write_rank_files,
 )
+from launcher.models.remote_code import require_pinned_code
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_metrics
@@ -48,7 +49,7 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
         return
     task = _export_task(plan, checkpoint)
     try:
-        run_on_all_ranks(device, _NOT_WRITTEN, lambda: begin_export(task) if rank_info.is_main else None)
+        run_on_all_ranks(device, _NOT_WRITTEN, lambda: _begin(plan, task) if rank_info.is_main else None)
         run_on_all_ranks(device, _NOT_WRITTEN, lambda: write_rank_files(task, rank_info.rank, rank_info.world_size))
     except CheckpointError as error:
         # All ranks raise this, so none of them writes any more.
@@ -56,6 +57,11 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
         if rank_info.is_main:
             shutil.rmtree(task.partial, ignore_errors=True)
         raise _export_error(plan, error.problems) from error
+
+
+def _begin(plan: LaunchPlan, task: ExportTask) -> None:
+    require_pinned_code(plan.config.model, task.model if isinstance(task.model, Path) else None)
+    begin_export(task)
 
 
 def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: OnExported) -> None:
@@ -146,9 +152,10 @@ def _push(plan: LaunchPlan, exported: ExportedFolder, tracker: Composite) -> Non
     if repo_id is None:
         return
     try:
-        address = hub.push(exported.path, repo_id, again=f"python -m launcher export {plan.run_dir} --push {repo_id}")
+        again = f"python -m launcher export {plan.run_dir} --push {repo_id}"
+        address = hub.push(exported.path, repo_id, again=again, public=plan.config.export.push_public)
     except PushError as error:
-        (problem,) = error.problems
+        problem, *_ = error.problems
         tracker.event("alert", f"{problem.message}: {problem.value or problem.where}; {problem.remedy}")
     else:
         tracker.event("export", f"pushed to {address}", url=address)

@@ -21,6 +21,7 @@ from launcher import atomic_files
 from launcher.config.schema import ModelSection
 from launcher.data.loader import IGNORED
 from launcher.errors import ConfigError
+from launcher.models.remote_code import require_pinned_code
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.train.loss import LossHead
 from launcher.weight_files import WeightReport
@@ -139,6 +140,7 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     import torch._dynamo  # noqa: F401
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    require_pinned_code(model, Path(facts.path) if facts.path is not None else None)
     remote = {"trust_remote_code": model.trust_remote_code}
     config = AutoConfig.from_pretrained(facts.path, **remote) if facts.path is not None else AutoConfig.for_model(**facts.config)
     kernel = choose_attention_kernel(model, device, config)

@@ -20,6 +20,7 @@ from launcher.export.hf_folder import (
     find_chat_template,
     verify_checkpoint,
 )
+from launcher.models.remote_code import require_pinned_code
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_metrics
@@ -38,6 +39,7 @@ def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | Non
     # A resume may have changed settings, which later automatic attempts keep.
     plans = run_store.load_plans_until(run, checkpoint.manifest.attempt)
     plan = plans[-1] if plans else first
+    require_pinned_code(plan.config.model, Path(plan.model.path) if plan.model.path else None)
     task = ExportTask(
         checkpoint=checkpoint.path,
         model=Path(plan.model.path) if plan.model.path else plan.model.config,
@@ -93,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=sorted(weights.DTYPES), default="bf16", help="type of the written weights")
     parser.add_argument("--out", type=Path, help="folder to write (default: export/ in the run directory)")
     parser.add_argument("--push", metavar="OWNER/NAME", help="repository of the Hub that gets the folder")
+    parser.add_argument("--push-public", action="store_true", help="push even where everybody can read the repository")
     parser.add_argument("--no-check", action="store_true", help="do not build and load the model with transformers")
     arguments = parser.parse_args(argv)
     # Progress bars and warnings of libraries would break up the plain lines.
@@ -104,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         print("\n".join(_lines(made)), flush=True)
         if arguments.push:
-            print(f"  pushed to {hub.push(made.path, arguments.push, again=_again(arguments))}")
+            public = arguments.push_public or _load(arguments.plan).config.export.push_public
+            print(f"  pushed to {hub.push(made.path, arguments.push, again=_again(arguments), public=public)}")
     except LauncherError as error:
         print(error, file=sys.stderr)
         return error.exit_code

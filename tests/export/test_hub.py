@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_hub import FakeHub, running_hub
@@ -23,7 +24,7 @@ from pathlib import Path
 from launcher.export.hub import push
 from launcher.errors import PushError
 try:
-    print(push(Path(sys.argv[1]), "owner/name", again="the same command"))
+    print(push(Path(sys.argv[1]), "owner/name", again="the same command", public="public" in sys.argv))
 except PushError as error:
     print(error)
     sys.exit(1)
@@ -44,11 +45,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def push(hub: FakeHub, folder: Path, token: str = TOKEN, address: str | None = None) -> subprocess.CompletedProcess[str]:
+def push(
+    hub: FakeHub, folder: Path, token: str = TOKEN, address: str | None = None, *flags: str
+) -> subprocess.CompletedProcess[str]:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     settings = {"HF_ENDPOINT": address or hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder.parent / "hf")}
     return subprocess.run(
-        [sys.executable, "-c", CODE, str(folder)],
+        [sys.executable, "-c", CODE, str(folder), *flags],
         env={**environ, **settings, "HF_TOKEN": token},
         capture_output=True,
         text=True,
@@ -71,6 +74,28 @@ def test_a_push_replaces_the_files_of_an_earlier_export(hub: FakeHub, folder: Pa
     assert len(hub.commits) == 1
     kept = {".gitattributes": b"*", "notes.md": b"mine"}
     assert hub.files == kept | {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_public_repository_gets_nothing_unless_that_is_allowed(hub: FakeHub, folder: Path) -> None:
+    hub.exists, hub.private = True, False
+    refused = push(hub, folder)
+    assert refused.returncode == 1, refused.stdout + refused.stderr
+    assert refused.stdout.startswith("the repository is public, and everybody could download the model; nothing was uploaded")
+    assert "export.push_public=true" in refused.stdout
+    assert (hub.commits, hub.stored, hub.files) == ([], {}, {})
+    allowed = push(hub, folder, TOKEN, None, "public")
+    assert allowed.returncode == 0, allowed.stdout + allowed.stderr
+    assert len(hub.commits) == 1
+
+
+def test_a_link_to_a_file_outside_of_the_folder_is_not_pushed(hub: FakeHub, folder: Path, tmp_path_factory: Any) -> None:
+    secret = tmp_path_factory.mktemp("home") / "credentials"
+    secret.write_text("key")
+    (folder / "LICENSE").symlink_to(secret)
+    refused = push(hub, folder)
+    assert refused.returncode == 1, refused.stdout + refused.stderr
+    assert "the file LICENSE is a link that leaves the folder" in refused.stdout
+    assert (hub.commits, hub.exists) == ([], False)
 
 
 @pytest.mark.parametrize(("end", "status"), [("preupload/main", 403), ("commit/main", 500), ("objects/batch", 403)])

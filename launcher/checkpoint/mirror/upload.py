@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -30,6 +31,7 @@ import xxhash
 from launcher import atomic_files, run_records, run_store
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
+from launcher.checkpoint.folder_links import link_problems
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, read_manifest
 from launcher.checkpoint.mirror.layout import (
     CHECKPOINTS,
@@ -334,7 +336,10 @@ def build_code_archive(folder: Path) -> bytes:
 def _small_files(folder: Path, with_code: bool) -> list[Path]:
     patterns = (*_MODEL_FILES, *(["*.py"] if with_code else []))
     paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in paths if not path.name.endswith(_WEIGHTS))
+    problems = {problem.where: problem for problem in link_problems(folder, paths)}
+    for problem in problems.values():
+        print(f"not sent to the mirror: {problem}", file=sys.stderr, flush=True)
+    return sorted(path for path in paths if not path.name.endswith(_WEIGHTS) and str(path) not in problems)
 
 
 def _folder(step: int) -> str:

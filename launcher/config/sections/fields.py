@@ -63,6 +63,7 @@ Url = Annotated[
         "is not the URL of a folder; write protocol://path, such as s3://bucket/runs, without keys or passwords",
     ),
 ]
+Sha256 = Annotated[str, matching(r"[0-9a-f]{64}", "is not a SHA-256 digest; write 64 hexadecimal digits")]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -72,6 +72,7 @@ class ExportSection(Section):
     push_to_hub: HubId | None = Field(
         None, description="Hub repository that receives the exported folder at the end; it is created private. Needs HF_TOKEN."
     )
+    push_public: Flag = Field(False, description="Push to a repository that exists and is public; without it that is refused.")
 
     @model_validator(mode="after")
     def _something_to_push(self) -> ExportSection:

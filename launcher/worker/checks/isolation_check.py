@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 from launcher import model_source
 from launcher.config.schema import ModelSection, RunConfig
 from launcher.errors import LauncherError
 from launcher.models import isolation_verdicts
+from launcher.models.remote_code import require_pinned_code
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
 
 # What transformers says of a kernel that an architecture does not have.
@@ -46,6 +48,7 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
     from launcher.train.model import CausalLMLoss, choose_attention_kernel
     from launcher.worker.checks import reduced_model
 
+    require_pinned_code(model, Path(facts.path) if facts.path else None)
     remote = {"trust_remote_code": model.trust_remote_code}
     reasons = []
     try:

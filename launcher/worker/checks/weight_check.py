@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from launcher import model_source, weight_files
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError, LauncherError, Problem
+from launcher.models.remote_code import require_pinned_code
 from launcher.weight_files import ShapeMismatch, WeightReport
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def compare(folder: Path, model: ModelSection) -> WeightReport:
         ConfigError: where a weight file is damaged.
         RuntimeError: where tensors cannot be fused and no tensor is missing or of another shape.
     """
+    require_pinned_code(model, folder)
     tensors = _tensors(folder, model)
     blank = _blank_model(folder, model)
     try:

@@ -1,0 +1,97 @@
+"""Files of a model folder that may be copied: regular files in the folder itself, or blobs of the Hub's cache.
+
+A link such as `LICENSE -> ~/.ssh/id_rsa` in a folder from somebody else would carry a file of this machine into the export, the
+Hub repository or the mirror.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from launcher.errors import Problem
+
+# What an export and a mirror copy beside the weights.
+COPIED = (
+    *(
+        "*.json",
+        "*.jinja",
+        "*.txt",
+        "*.model",
+        "*.tiktoken",
+        "*.py",
+        "tokenizer*",
+        "vocab.*",
+        "merges*",
+        "spiece*",
+        "sentencepiece*",
+    ),
+    *("chat_template*", "additional_chat_templates", "LICENSE*", "NOTICE*", "README.md"),
+)
+
+
+def link_problems(folder: Path, paths: Iterable[Path] | None = None) -> Iterator[Problem]:
+    """Yield a problem for each of `paths`, and each file below them, that is not a regular file of the folder.
+
+    Without `paths`, those are the files that an export or a mirror may copy, and whatever is no file: a pipe would never end.
+    """
+    if paths is None:
+        paths = {path for pattern in COPIED for path in folder.glob(pattern)} | {p for p in folder.iterdir() if _is_special(p)}
+    for path in sorted(paths):
+        for file in _with_content(path):
+            if reason := _refusal(folder, file):
+                name = file.relative_to(folder)
+                yield Problem(
+                    f"the file {name} {reason}",
+                    where=str(file),
+                    value=str(name),
+                    remedy="replace it by a copy of the file that is meant, or remove it",
+                )
+
+
+def _with_content(path: Path) -> Iterator[Path]:
+    """Yield the path and everything below it; a link to a folder is not followed."""
+    yield path
+    if path.is_dir() and not path.is_symlink():
+        for entry in sorted(path.iterdir()):
+            yield from _with_content(entry)
+
+
+def _is_special(path: Path) -> bool:
+    """Return whether a path is a pipe, a socket or a device, or a link to one."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _refusal(folder: Path, file: Path) -> str:
+    """Return why a file may not be copied, to follow its name in a sentence; empty if it may."""
+    try:
+        target = file.resolve(strict=True)
+        mode = target.stat().st_mode
+    except (OSError, RuntimeError):
+        # There is nothing to copy.
+        return ""
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        return "is not a regular file"
+    if target.is_relative_to(folder.resolve()):
+        return ""
+    if stat.S_ISREG(mode) and any(_is_blob(target, cache) for cache in _hub_caches(folder)):
+        return ""
+    return f"is a link that leaves the folder: {os.readlink(file)}" if file.is_symlink() else "is not in the folder"
+
+
+def _hub_caches(folder: Path) -> Iterator[Path]:
+    """Yield the caches of the Hub whose blobs a folder may link to: the one that it is a snapshot of, and this user's."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    snapshot = folder.resolve()
+    if snapshot.parent.name == "snapshots":
+        yield snapshot.parents[2]
+    yield Path(HF_HUB_CACHE).resolve()
+
+
+def _is_blob(target: Path, cache: Path) -> bool:
+    """Return whether a file is a blob of one model or a blob that models share, by the layout of huggingface_hub."""
+    parts = target.relative_to(cache).parts if target.is_relative_to(cache) else ()
+    return len(parts) == 3 and (parts[0] == "blobs" or (parts[0].startswith("models--") and parts[1] == "blobs"))

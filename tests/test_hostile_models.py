@@ -1,0 +1,176 @@
+"""Model folders from somebody who wants this machine to run code, or to give away its files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from launcher import model_source
+from launcher.checkpoint import folder_links
+from launcher.checkpoint.mirror import upload
+from launcher.config.schema import ModelSection
+from launcher.errors import CheckpointError, ConfigError, Problem
+from launcher.export import hf_folder
+from launcher.models import remote_code
+from launcher.worker.checks import weight_check
+
+CODE = """
+import pathlib
+from transformers import LlamaConfig, LlamaForCausalLM
+pathlib.Path({marker!r}).touch()
+class C(LlamaConfig):
+    model_type = "mine"
+class M(LlamaForCausalLM):
+    config_class = C
+"""
+CONFIG = {
+    **{"model_type": "mine", "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8},
+    **{"intermediate_size": 4, "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model with code of its own, which leaves the file `ran` beside the folder when it runs."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "code.py").write_text(CODE.format(marker=str(tmp_path / "ran")))
+    save_file({"t": torch.zeros(2)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def private_file(tmp_path: Path) -> Path:
+    (tmp_path / "credentials").write_text("a key")
+    return tmp_path / "credentials"
+
+
+def section(folder: Path, **settings: Any) -> ModelSection:
+    return ModelSection(path=str(folder), **settings)
+
+
+def checked(folder: Path, **settings: Any) -> list[Problem]:
+    return model_source.check_model(section(folder, **settings))
+
+
+def test_the_code_of_a_folder_runs_only_where_its_digest_is_set(folder: Path, tmp_path: Path) -> None:
+    # A revision pins nothing of a folder.
+    (problem,) = checked(folder, trust_remote_code=True, revision="0" * 40)
+    assert problem.message.startswith("model.path: the code of the folder is not pinned")
+    digest = problem.remedy.rpartition("=")[2]
+    pinned = section(folder, trust_remote_code=True, code_digest=digest)
+    assert model_source.check_model(pinned) == []
+    assert not (tmp_path / "ran").exists()
+    weight_check.compare(folder, pinned)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("change", ["code.py", "other.py", "below/deeper.py"])
+def test_changed_code_is_refused_at_the_start_and_by_whatever_would_load_it(folder: Path, tmp_path: Path, change: str) -> None:
+    pinned = section(folder, trust_remote_code=True, code_digest=remote_code.code_digest(folder))
+    (folder / change).parent.mkdir(exist_ok=True)
+    with open(folder / change, "a") as file:
+        file.write("# changed\n")
+    (problem,) = model_source.check_model(pinned)
+    assert problem.message == "model.path: the code of the folder is not the code that model.code_digest pins"
+    with pytest.raises(ConfigError, match="is not the code that"):
+        weight_check.compare(folder, pinned)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**CONFIG, "auto_map": {"AutoConfig": "other/repo--x.C"}},
+        {**CONFIG, "auto_map": {"AutoModelForCausalLM": ["code.M", "other/repo--x.M"]}},
+        {**CONFIG, "text_config": {"auto_map": {"AutoConfig": "other/repo--x.C"}}},
+        {**CONFIG, "auto_map": {"AutoConfig": "../../elsewhere/x.C"}},
+    ],
+)
+def test_code_from_outside_of_the_model_is_refused(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    trusted = section(folder, trust_remote_code=True, code_digest=remote_code.code_digest(folder))
+    (problem,) = model_source.check_model(trusted)
+    assert problem.message.startswith("model.path: auto_map ")
+    assert problem.where == str(folder / "config.json")
+    assert problem.value in json.dumps(config)
+    with pytest.raises(ConfigError, match="auto_map"):
+        weight_check.compare(folder, trusted)
+    described = ModelSection(path="owner/name", revision="0" * 40, trust_remote_code=True, config=config)
+    assert [problem.message for problem in model_source.check_model(described)] == [problem.message]
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer_secret.json", "notes.txt", "chat_template.jinja"])
+def test_a_link_that_leaves_the_folder_is_refused_before_anything_copies_it(
+    folder: Path, private_file: Path, tmp_path: Path, name: str
+) -> None:
+    (folder / name).symlink_to(private_file)
+    expected = f"the file {name} is a link that leaves the folder: {private_file}"
+    assert expected in [problem.message for problem in checked(folder)]
+    sent = upload._small_files(folder, with_code=True)
+    assert sorted(path.name for path in sent) == ["code.py", "config.json"]
+    if name != "notes.txt":
+        task = hf_folder.ExportTask(checkpoint=tmp_path, model=folder, tokenizer=folder, out=tmp_path / "export")
+        task.partial.mkdir()
+        with pytest.raises(CheckpointError, match=name):
+            hf_folder._copy_side_files(task)
+        assert list(task.partial.iterdir()) == []
+
+
+def test_links_within_folders_and_to_the_cache_of_the_hub_are_followed(tmp_path: Path, private_file: Path) -> None:
+    repository = tmp_path / "hub/models--owner--name"
+    snapshot = repository / "snapshots/0123"
+    (repository / "blobs").mkdir(parents=True)
+    (snapshot / "additional_chat_templates").mkdir(parents=True)
+    (tmp_path / "hub/blobs/ab").mkdir(parents=True)
+    (tmp_path / "hub/blobs/ab/shared").write_text("{}")
+    (repository / "blobs/one").write_text("{}")
+    (repository / "blobs/two").symlink_to("../../blobs/ab/shared")
+    (snapshot / "config.json").symlink_to("../../blobs/one")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/two")
+    (snapshot / "LICENSE").symlink_to("config.json")
+    (snapshot / "additional_chat_templates/a.jinja").symlink_to("../../../blobs/one")
+    (snapshot / "vocab.json").symlink_to("gone")
+    assert list(folder_links.link_problems(snapshot)) == []
+    (snapshot / "additional_chat_templates/b.jinja").symlink_to(private_file)
+    (snapshot / "NOTICE").symlink_to("../../../models--owner--name")
+    names = [problem.value for problem in folder_links.link_problems(snapshot)]
+    assert names == ["NOTICE", "additional_chat_templates/b.jinja"]
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [_pipe, _device])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "evil.index.json", "config.json"])
+def test_a_pipe_or_a_device_is_not_read(folder: Path, make: Callable[[Path], None], name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    messages = [problem.message for problem in checked(folder)]
+    assert f"the file {name} is not a regular file" in messages or messages == ["model.path: the folder has no config.json"]
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", "below/x.safetensors"])
+def test_weights_outside_of_the_folder_are_refused(folder: Path, name: str) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama", "transformers_weights": name}))
+    assert "names a file outside of the folder" in checked(folder)[0].message
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama"}))
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"t": name}}))
+    assert [problem.message for problem in checked(folder)] == [
+        "model.path: model.safetensors.index.json names no file for the tensor t"
+    ]
