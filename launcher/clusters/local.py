@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from launcher import run_store
 from launcher.clusters import detached_process, faults
 from launcher.clusters.backends import NEVER_SUBMITTED
+from launcher.clusters.cgroups import limit_that_killed_agents
 from launcher.clusters.faults import InjectedFault
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
@@ -105,6 +106,8 @@ def _silent_end(run: RunDir) -> str:
             return f"the disk of {run.root} is full ({format_size(free)} free): the node agent could not record how the run ended"
     if problem := run_store.describe_storage_problem(run):
         return f"the node agent ended without recording a result{problem}"
+    if limit := limit_that_killed_agents(run, run_store.newest_attempt(run), [0]):
+        return f"{limit}: the node agent ended without recording a result"
     return "the node agent ended without recording a result: it was killed, or the machine restarted"
 
 

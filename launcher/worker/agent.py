@@ -25,6 +25,7 @@ from typing import Any
 from launcher import json_records, run_store
 from launcher.checkpoint import store as checkpoints
 from launcher.clusters import detached_process
+from launcher.clusters.cgroups import LimitEvents, record_limits
 from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -33,7 +34,7 @@ from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART
 from launcher.worker import disk_reserve, failure_record, postmortem
 from launcher.worker.checks import network
-from launcher.worker.limits import LimitEvents, cause_of
+from launcher.worker.limits import cause_of
 from launcher.worker.mirror_process import MirrorProcess
 from launcher.worker.ranks import error_memory, heartbeat
 from launcher.worker.ranks.cache_folders import find_writable_caches
@@ -237,6 +238,7 @@ def main(plan_path: str, attempt: int) -> int:
     run_store.write_attempt(run, attempt, replace(run_store.read_attempt(run, attempt), begun_at=agent.started_at))
     run_store.update_status(run, state="running", attempt=attempt, job=detached_process.describe_this_process(), message="")
     detached_process.start_liveness_file(run)
+    record_limits(run, attempt, 0)
     disk_reserve.keep(run, attempt)
     mirror = agent.start_mirror()
     node = NodeInfo(0, (network.node_name(),), network.LOOPBACK.address, network.LOOPBACK.interface)

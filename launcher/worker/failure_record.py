@@ -85,7 +85,7 @@ def from_rank_exits(
     """Return the first failure among the exits of a node's ranks.
 
     A rank that a signal killed precedes ranks that lost their connection to it. `stalls` are the watchdog's messages on the ranks
-    that it killed, `limit` is the limit that the kernel has enforced meanwhile (launcher.worker.limits).
+    that it killed, `limit` is the limit that the kernel has enforced meanwhile (launcher.clusters.cgroups).
     """
     earliest = min(end.at for end in exits)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from launcher import json_records, run_records, run_store
 from launcher.checkpoint import store
+from launcher.clusters.cgroups import limit_that_killed_agents
 from launcher.config.sections.cluster import ManagedSection
 from launcher.errors import WOULD_REPEAT, Problem, RunError
 from launcher.plan import retry
@@ -187,9 +188,13 @@ def judge(
     nodes that Ray has lost, None where that is unknown; `failed_nodes` of those that Slurm has lost, as far as it is known.
     """
     ending = _judge(run, number, attempt, state, lead_s, exit_code, lost_nodes, failed_nodes)
-    if ending.cause is Cause.INFRASTRUCTURE and _OUT_OF_MEMORY.search(_job_output(run, number, attempt)):
+    if ending.cause is not Cause.INFRASTRUCTURE:
+        return ending
+    if _OUT_OF_MEMORY.search(_job_output(run, number, attempt)):
         return replace(ending, message=f"a memory limit was exceeded (raise cluster.mem): {ending.message}")
-    return ending
+    silent = [node for node in range(len(attempt.nodes)) if not run_records.node_file(run, number, node).is_file()]
+    limit = limit_that_killed_agents(run, number, silent)
+    return replace(ending, message=f"{limit}: {ending.message}") if limit and limit not in ending.message else ending
 
 
 def _judge(

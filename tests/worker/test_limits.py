@@ -5,18 +5,26 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import hand_made
 import pytest
 
+from launcher import json_records, run_records, run_store
+from launcher.clusters import cgroups
+from launcher.clusters.cgroups import LimitEvents
+from launcher.clusters.local import LocalCluster
 from launcher.error_record import ErrorRecord
 from launcher.errors import CheckpointError
+from launcher.locks import pid_namespace
 from launcher.plan.run_dir import RunDir
-from launcher.worker import disk_reserve, failure_record, limits
+from launcher.run_records import Attempt, NodeRecord, Status
+from launcher.worker import disk_reserve, failure_record, postmortem
 from launcher.worker.failure_record import RankExit
-from launcher.worker.limits import LimitEvents, cause_of
+from launcher.worker.limits import cause_of
 from launcher.worker.ranks import error_memory
 from launcher.worker.ranks.error_memory import ErrorMemory, ErrorSlot
 
@@ -42,9 +50,9 @@ def groups(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.M
     texts = (lines, "oom_kill 3\n", "under_oom 0\noom_kill 1\n", f"{2 * 2**30}\n", "max 0\n", "200\n")
     for file, text in zip(files.values(), texts, strict=True):
         file.write_text(text)
-    monkeypatch.setattr(limits, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(limits, "OWN_CGROUPS", files["own"])
-    monkeypatch.setattr(limits, "VMSTAT", files["node"])
+    monkeypatch.setattr(cgroups, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "OWN_CGROUPS", files["own"])
+    monkeypatch.setattr(cgroups, "VMSTAT", files["node"])
     return files
 
 
@@ -71,6 +79,73 @@ def test_a_limit_that_the_kernel_enforced_is_named_before_the_signal(
     assert failure_record.from_rank_exits([RankExit(1, -9, 9.0, None)], RunDir(tmp_path), 1, stalls, found).line == (
         "rank 1: (pid 7) is stopped"
     )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run on this machine whose agent has recorded the counters, and was killed."""
+    run = run_store.create(hand_made.plan(tmp_path / "demo", hand_made.SETTINGS))
+    run_store.create_attempt(run, Attempt(None, nodes=("n1", "n2")))
+    return run
+
+
+MEMORY = f"the memory limit of 2.00 GiB of this job or container was exceeded, {KILLED}"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "limit"),
+    [
+        ("oom", "oom_kill 2\n", MEMORY),
+        ("node", "oom_kill 4\n", f"the node ran out of memory, {KILLED}"),
+        ("refused", "max 1\n", ""),
+        ("oom", "oom_kill 1\n", ""),
+    ],
+)
+def test_a_limit_that_killed_the_agent_itself_is_named_by_who_notices(
+    groups: dict[str, Path], run: RunDir, file: str, text: str, limit: str
+) -> None:
+    cgroups.record_limits(run, 1, 0)
+    status = Status("running", 1, job={"host": os.uname().nodename, "space": pid_namespace(), "pid": 2**22, "started": 1.0})
+    run_store.write_status(run, status)
+    groups[file].write_text(text)
+    shown = LocalCluster().status(run)
+    end = "the node agent ended without recording a result"
+    assert (shown.state, shown.message) == (
+        "failed",
+        f"{limit}: {end}" if limit else f"{end}: it was killed, or the machine restarted",
+    )
+    # The job's conclusion and the next start of the run; the agent of n2 ran on another machine.
+    attempt = Attempt(None, job="41", nodes=("n1", "n2"))
+    ended = postmortem.judge(run, 1, attempt, "", 0.0, 9)
+    assert ended.message == ": ".join(filter(None, (limit, "no record from n1, n2 (srun ended with 9)")))
+    json_records.write(run_records.node_file(run, 1, 0), NodeRecord(0, 1.0))
+    assert postmortem.judge(run, 1, attempt, "", 0.0, 9).message == "no record from n2 (srun ended with 9)"
+
+
+def test_an_agent_of_another_machine_or_container_is_not_judged_by_the_counters_here(
+    groups: dict[str, Path], run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroups, "pid_namespace", lambda: "another boot")
+    cgroups.record_limits(run, 1, 0)
+    monkeypatch.undo()
+    groups["oom"].write_text("oom_kill 2\n")
+    assert cgroups.limit_that_killed_agents(run, 1, [0, 1]) == ""
+
+
+@pytest.mark.parametrize("groups", [2], indirect=True)
+def test_the_counters_of_the_parent_count_where_the_agents_own_group_is_gone(groups: dict[str, Path], run: RunDir) -> None:
+    """Slurm and systemd remove a control group with its last process; in version 2 those above it have counted, too."""
+    above = groups["oom"].parents[1]
+    (above / "memory.events").write_text("low 0\nmax 7\noom 1\noom_kill 1\noom_group_kill 0\n")
+    (above / "memory.max").write_text("max\n")
+    cgroups.record_limits(run, 1, 0)
+    shutil.rmtree(groups["oom"].parent)
+    assert cgroups.limit_that_killed_agents(run, 1, [0]) == ""
+    (above / "memory.events").write_text("low 0\nmax 9\noom 2\noom_kill 2\noom_group_kill 0\n")
+    without_limit = f"the memory limit of this job or container was exceeded, {KILLED}"
+    assert cgroups.limit_that_killed_agents(run, 1, [0]) == without_limit
+    (above / "memory.max").write_text(f"{2**31}\n")
+    assert cgroups.limit_that_killed_agents(run, 1, [0]) == MEMORY
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 from launcher import atomic_files, json_records, run_records, run_store
-from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import Problem
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, FailureRecord, LostCoordinator, NodeRecord, RestartRecord, Status
+from launcher.run_records import Attempt, FailureRecord, LostCoordinator, NodeRecord, Status
 from launcher.worker import postmortem
 from launcher.worker.checks import node_check
 from launcher.worker.postmortem import Ending
@@ -375,7 +374,7 @@ def test_a_node_is_blamed_for_its_own_problem_beside_a_full_disk(run: RunDir, ju
 
 
 LOST_PEER = failure("RuntimeError", 0, at=9.0, message="RuntimeError: [pair.cc:553] Connection closed by peer\nmore of it")
-KILLED = "srun: error: n2: task 1: Killed"
+KILLED, MISSING = "srun: error: n2: task 1: Killed", "srun: error: Aborting, io error and missing step on node 1"
 
 
 @pytest.mark.parametrize(
@@ -384,10 +383,7 @@ KILLED = "srun: error: n2: task 1: Killed"
         (["srun: error: Node failure on n2"], "n2 was lost (Slurm: node failure); no record from n3"),
         ([KILLED, "srun: error: n3: task 2: Killed"], "the agent of n2 was killed (srun: Killed); no record from n3"),
         (["srun: error: n3: task 2: Bus error", KILLED], "the agent of n3 was killed (srun: Bus error); no record from n2"),
-        (
-            ["srun: error: Aborting, io error and missing step on node 1", "srun: error: n3: task 2: Killed"],
-            "srun lost its slurmstepd on n2; no record from n3",
-        ),
+        ([MISSING, "srun: error: n3: task 2: Killed"], "srun lost its slurmstepd on n2; no record from n3"),
         ([], "no record from n2, n3"),
     ],
 )
@@ -452,43 +448,3 @@ def test_a_lost_coordinator_is_named_instead_of_the_workers_that_left_no_record(
     assert said({"n2"}).startswith("Ray has lost n2; as a consequence, rank 0 on n1: ")
     node(run, 0, failure("ValueError", 0))
     assert said(set()).startswith("rank 0 on n1: what it said")
-
-
-RAISED = replace(failure("IndexError", message="IndexError: as it says"), step=43)
-HUNG = failure("killed", message="(pid 7) is stopped by a signal (SIGSTOP): no progress for 9 s in step 44; killed it")
-
-
-@pytest.mark.parametrize(
-    ("failures", "is_final"),
-    [
-        ([[RAISED, RAISED, RAISED]], True),
-        ([[RAISED, RAISED], [RAISED]], True),
-        ([[RAISED], [RAISED], [RAISED]], True),
-        ([[RAISED, HUNG], [LOST_PEER, RAISED], [RAISED]], True),
-        ([[RAISED], [RAISED]], False),
-        ([[RAISED], [replace(RAISED, step=None)], [RAISED]], False),
-        ([[HUNG] * 4, [HUNG] * 4], False),
-        ([[failure("killed", message="killed by SIGSEGV")] * 4, [failure("killed", message="killed by SIGKILL")] * 4], False),
-        ([[LOST_PEER] * 4, [LOST_PEER] * 4], False),
-    ],
-)
-def test_only_an_exception_that_repeats_is_final_in_attempts_and_in_their_restarts(
-    run: RunDir, failures: list[list[FailureRecord]], is_final: bool
-) -> None:
-    """The failures of each attempt: after the last one it ends, after the others its ranks are restarted."""
-    section = SlurmSection(max_failures=9, max_infrastructure_failures=9, max_no_progress=9)
-    conclusion = None
-    for number, (*restarts, last) in enumerate(failures, 1):
-        attempt = Attempt(None, job="41", nodes=("n1",), automatic=number > 1)
-        run.attempt(number).mkdir(exist_ok=True)
-        run_store.write_attempt(run, number, attempt)
-        for count, restarted in enumerate(restarts, 1):
-            assert not postmortem.describe_repetition(run, number, restarted)
-            json_records.write(run_records.restart_file(run, number, count), RestartRecord(restarted, None))
-        json_records.write(run_records.node_file(run, number, 0), NodeRecord(0, time.time(), first_failure=last))
-        assert bool(postmortem.describe_repetition(run, number, last)) is (is_final and number == len(failures))
-        conclusion = postmortem.conclude(run, number, attempt, section, exit_code=1)
-        conclusion.record(run, number)
-        assert conclusion.decision.again is not (is_final and number == len(failures))
-    assert conclusion is not None
-    assert ("it repeats" in conclusion.message) is is_final

@@ -18,6 +18,7 @@ import psutil
 from launcher import json_records, run_records, run_store
 from launcher.clusters import detached_process, local
 from launcher.clusters.backends import NEVER_SUBMITTED
+from launcher.clusters.cgroups import limit_that_killed_agents
 from launcher.clusters.faults import InjectedFault
 from launcher.clusters.ray import jobs
 from launcher.config.redaction import looks_secret
@@ -251,7 +252,10 @@ def _request(plan: LaunchPlan) -> list[tuple[str, str]]:
 
 def _lost(run: RunDir, status: Status) -> Status:
     then = run_store.describe_storage_problem(run) or f"; {detached_process.resume_hint(run)}"
-    return replace(status, state="failed", message=f"{_LOST}{then}")
+    number = run_store.newest_attempt(run)
+    # Workers on the driver's machine may share its control group.
+    limit = limit_that_killed_agents(run, number, range(len(run_store.read_attempt(run, number).nodes)))
+    return replace(status, state="failed", message=": ".join(filter(None, (limit, f"{_LOST}{then}"))))
 
 
 def _submission_file(run: RunDir, attempt: int) -> Path:

@@ -19,6 +19,7 @@ from typing import Any
 
 from launcher import error_record, json_records, run_store
 from launcher.clusters import detached_process
+from launcher.clusters.cgroups import LimitEvents, record_limits
 from launcher.config.sections.ray import RaySection
 from launcher.error_record import ErrorRecord
 from launcher.errors import describe
@@ -27,7 +28,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import FailureRecord, NodeRecord, node_file
 from launcher.worker import failure_record
 from launcher.worker.checks import network
-from launcher.worker.limits import LimitEvents, cause_of
+from launcher.worker.limits import cause_of
 from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
 from launcher.worker.ranks import error_memory, heartbeat
 from launcher.worker.ranks.cache_folders import find_writable_caches
@@ -244,6 +245,7 @@ class _Worker:
         error_file = run.attempt(attempt) / "elastic" / f"rank-{assignment.rank:05d}.json"
         error_file.parent.mkdir(exist_ok=True)
         table, errors = heartbeat.HeartbeatTable(self.local_rank + 1), ErrorMemory(self.local_rank + 1)
+        record_limits(run, attempt, assignment.rank)
         limits = LimitEvents.read()
         mirror = self._start_mirror(plan, orders, run)
         rank = self._start_rank(orders, self._rank_environment(plan, orders, error_file, table, errors))

@@ -13,6 +13,7 @@ import sys
 import time
 
 from launcher import json_records, run_store
+from launcher.clusters.cgroups import record_limits
 from launcher.errors import Problem
 from launcher.run_records import FailureRecord, NodeRecord, node_file
 from launcher.worker import failure_record
@@ -34,6 +35,7 @@ def main(plan_path: str, attempt: int) -> int:
     plan, run, stopper = agent.plan, agent.run, agent.stopper
     record = run_store.read_attempt(run, attempt)
     number = int(os.environ["SLURM_NODEID"])
+    record_limits(run, attempt, number)
     stopper.kill_at = slurm_node.kill_at(record, plan)
     if run.cancel(attempt).is_file():
         # Requested before this process listened to signals.

@@ -1,0 +1,147 @@
+"""Limits that the kernel enforces by killing or refusing processes, from the counters of control groups and of the machine.
+
+A process that starts ranks records the counters. Where it is killed itself, whoever notices on the same machine compares them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launcher import json_records
+from launcher.errors import LauncherError
+from launcher.locks import pid_namespace
+from launcher.plan.disk import format_size
+from launcher.plan.run_dir import RunDir
+
+OWN_CGROUPS, VMSTAT = Path("/proc/self/cgroup"), Path("/proc/vmstat")
+# By the controllers of a line of /proc/self/cgroup (https://man7.org/linux/man-pages/man7/cgroups.7.html); version 2 names none.
+# For memory and for processes: the file with the counter, the counter, the file with the limit.
+_CGROUPS = Path("/sys/fs/cgroup")
+_MEMORY_V2 = ("memory.events", "oom_kill", "memory.max")
+_MEMORY_V1 = ("memory.oom_control", "oom_kill", "memory.limit_in_bytes")
+_PIDS = ("pids.events", "max", "pids.max")
+# Version 1 shows "no limit" as the largest multiple of a page.
+_NO_LIMIT = 2**60
+
+
+@dataclass(frozen=True)
+class Counter:
+    """How often the kernel has enforced a limit: the line `name` of `file`. `limit_file` is empty for the machine's memory."""
+
+    file: str
+    name: str
+    limit_file: str
+    value: int = 0
+
+    @property
+    def now(self) -> Counter:
+        """The same counter with its value of this moment; the former one where the control group is gone."""
+        with suppress(OSError):
+            if match := re.search(rf"^{self.name} (\d+)$", Path(self.file).read_text(), re.MULTILINE):
+                return replace(self, value=int(match[1]))
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        # `max` is no number, and the root has no limit.
+        with suppress(OSError, ValueError):
+            limit = int(Path(self.limit_file).read_text()) if self.limit_file else _NO_LIMIT
+            return limit if limit < _NO_LIMIT else None
+        return None
+
+
+@dataclass(frozen=True)
+class LimitEvents:
+    """The counters of a process's control groups, up to the root, and of the machine."""
+
+    counters: tuple[Counter, ...] = ()
+
+    @classmethod
+    def read(cls) -> LimitEvents:
+        """Read the counters of this process; what cannot be read counts as 0."""
+        groups = [Counter(str(level / file), name, str(level / limit)) for level, (file, name, limit) in _levels()]
+        return cls((*groups, Counter(str(VMSTAT), "oom_kill", ""))).read_again()
+
+    def read_again(self) -> LimitEvents:
+        """Read the same counters now; those of control groups that are gone keep their values."""
+        return replace(self, counters=tuple(counter.now for counter in self.counters))
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The lowest limit on memory; None without one."""
+        return self._lowest("oom_kill")
+
+    @property
+    def num_processes(self) -> int | None:
+        """The lowest limit on processes and threads; None without one."""
+        return self._lowest("max")
+
+    def cause_since(self, earlier: LimitEvents) -> str:
+        """Return the limit that was enforced since `earlier`, as the beginning of a message; empty where none was."""
+        before = {(counter.file, counter.name): counter.value for counter in earlier.counters}
+        grown = [counter for counter in self.counters if counter.value > before.get((counter.file, counter.name), 0)]
+        kinds = {(counter.name, bool(counter.limit_file)) for counter in grown}
+        if ("oom_kill", True) in kinds:
+            limit = "" if self.memory_bytes is None else f" of {format_size(self.memory_bytes)}"
+            return f"the memory limit{limit} of this job or container was exceeded, and the kernel killed a process"
+        if ("oom_kill", False) in kinds:
+            return "the node ran out of memory, and the kernel killed a process"
+        if ("max", True) in kinds:
+            limit = "" if self.num_processes is None else f" of {self.num_processes:,}"
+            return f"the limit{limit} on processes and threads of this job or container (pids.max) was reached"
+        return ""
+
+    def _lowest(self, name: str) -> int | None:
+        limits = [counter.limit for counter in self.counters if counter.name == name]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+
+@dataclass(frozen=True)
+class LimitRecord:
+    """limits-NNNNN.json: the counters of killed processes when a node's agent started; `space` is its boot and PID namespace."""
+
+    space: str
+    events: LimitEvents
+
+
+def record_limits(run: RunDir, attempt: int, node: int) -> None:
+    """Record the counters of this process, a node's agent; under Ray one per worker, by its rank."""
+    counters = tuple(counter for counter in LimitEvents.read().counters if counter.name == "oom_kill")
+    # Only messages depend on it.
+    with suppress(OSError):
+        json_records.write(_limits_file(run, attempt, node), LimitRecord(pid_namespace(), LimitEvents(counters)))
+
+
+def limit_that_killed_agents(run: RunDir, attempt: int, nodes: Iterable[int]) -> str:
+    """Return the memory limit that was exceeded since the agents of `nodes` started, for agents that were killed.
+
+    Empty where none was, where the agents left no counters, or where they ran on other machines or in other containers.
+    """
+    for node in nodes:
+        with suppress(LauncherError):
+            record = json_records.read_if_present(LimitRecord, _limits_file(run, attempt, node))
+            if record is None or record.space != pid_namespace():
+                continue
+            if limit := record.events.read_again().cause_since(record.events):
+                return limit
+    return ""
+
+
+def _limits_file(run: RunDir, attempt: int, node: int) -> Path:
+    return run.attempt(attempt) / f"limits-{node:05d}.json"
+
+
+def _levels() -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """Yield the folders of this process's control groups up to the root, with the files to read there."""
+    with suppress(OSError, ValueError):
+        for line in OWN_CGROUPS.read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            kinds = {"": (_MEMORY_V2, _PIDS), "memory": (_MEMORY_V1,), "pids": (_PIDS,)}
+            folder = _CGROUPS / controllers
+            for files in kinds.get(controllers, ()):
+                for level in (Path(group), *Path(group).parents):
+                    yield folder / level.relative_to("/"), files
