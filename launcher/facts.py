@@ -19,13 +19,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import launcher
-from launcher import model_source, parent_run
+from launcher import model_source
 from launcher.config.schema import RunConfig, is_run
 from launcher.data import cache, sources
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.hardware import device, has_fast_bf16
 from launcher.models import isolation_verdicts
-from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, ModelFacts, Provenance
+from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, Lineage, ModelFacts, Provenance
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "ray", "wandb", "hydra-core", "submitit", "safetensors")
 
@@ -43,6 +43,8 @@ def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:
     sources = {"path": config.model.path, "tokenizer": config.model.tokenizer}
     changes = {key: local for key, value in sources.items() if value and (local := model_source.local_folder(value)) != value}
     if is_run(config.model.path):
+        from launcher import parent_run
+
         changes["path"] = parent_run.resolve_parent(config).path
     if config.model.dtype == "auto":
         is_fast = config.cluster.gpu_type is not None or node().kind == "cuda" or has_fast_bf16()
@@ -73,7 +75,7 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
         model=model,
         data=data,
         provenance=_provenance(overrides),
-        lineage=parent_run.build_lineage(parent_run.find_parent(config.model.path or "")) if is_run(config.model.path) else None,
+        lineage=_lineage(config.model.path or ""),
     )
 
 
@@ -140,6 +142,15 @@ def id_problem(cache_dir: str, model: ModelFacts) -> Problem | None:
         value=str(model.tokenizer_path),
         remedy="set model.tokenizer to the model's own tokenizer, or use a model whose vocab_size covers all token ids",
     )
+
+
+def _lineage(model: str) -> Lineage | None:
+    """Return where the run in `model.path` began; None if the path is no run."""
+    if not is_run(model):
+        return None
+    from launcher import parent_run
+
+    return parent_run.build_lineage(parent_run.find_parent(model))
 
 
 def _provenance(overrides: Sequence[str]) -> Provenance:

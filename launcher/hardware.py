@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import psutil
 
 from launcher import nvml
 from launcher.nvml import GpuInfo
@@ -22,7 +21,7 @@ def device() -> DeviceFacts:
     """Return this machine's GPUs as the NVIDIA driver sees them, or its CPU."""
     from launcher.plan.launch_plan import DeviceFacts
 
-    host_memory_gib = round(psutil.virtual_memory().total / 2**30, 1)
+    host_memory_gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     gpus: list[GpuInfo] = []
     if nvml.has_driver():
         # A driver that cannot be asked is no GPU to compute on.
@@ -37,7 +36,7 @@ def device() -> DeviceFacts:
             memory_gib=None if memory_gib is None else round(memory_gib, 1),
             host_memory_gib=host_memory_gib,
         )
-    return DeviceFacts(kind="cpu", name=_cpu_name(), count=psutil.cpu_count() or 1, host_memory_gib=host_memory_gib)
+    return DeviceFacts(kind="cpu", name=_cpu_name(), count=os.cpu_count() or 1, host_memory_gib=host_memory_gib)
 
 
 @functools.cache

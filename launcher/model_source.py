@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import parent_run, weight_files
+from launcher import weight_files
 from launcher.checkpoint import generation
 from launcher.checkpoint.folder_links import link_problems
 from launcher.config.schema import ModelSection, is_local_path, is_run
@@ -196,6 +196,8 @@ def locate(source: str, model: ModelSection) -> Located:
         folder = converted_folder(file)
         return Located(folder if (folder / "config.json").is_file() else None, file)
     if is_run(source):
+        from launcher import parent_run
+
         parent = parent_run.find_parent(source)
         folder = parent_run.weights_folder(parent, model.dtype)
         return Located(folder if (folder / "config.json").is_file() else None, parent.checkpoint.path)
@@ -248,6 +250,8 @@ def read_model_facts(model: ModelSection) -> ModelFacts:
     if weights:
         config = json.loads((weights / "config.json").read_text())
     elif is_run(model.path):
+        from launcher import parent_run
+
         parent = parent_run.find_parent(model.path or "")
         config, exact = parent.plan.model.config, parent_run.count_params(parent)
     else:

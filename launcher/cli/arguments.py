@@ -1,4 +1,4 @@
-"""The parser of verbs that have flags of their own and compose no settings."""
+"""Flags of verbs: a parser for those that compose no settings, and the help of those that compose them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import argparse
 import difflib
 import re
 from typing import Any, NoReturn
+
+# Flags of every verb that composes settings, besides its own: they are suggested for mistyped ones.
+COMMON_FLAGS = ("--help", "--debug", "--trust-owner")
 
 
 class VerbParser(argparse.ArgumentParser):
@@ -23,3 +26,18 @@ class VerbParser(argparse.ArgumentParser):
         if unknown and (matches := difflib.get_close_matches(unknown[1], known, n=1)):
             message += f"; did you mean {matches[0]}?"
         super().error(message)
+
+
+def composing_usage(usage: str) -> str:
+    """Return the help of a verb that composes settings: `usage`, and the options of each config group."""
+    from launcher.config.compose import conf_dir
+
+    groups = sorted(path for path in conf_dir().iterdir() if path.is_dir())
+    options = [f"  {group.name:<11}{', '.join(sorted(path.stem for path in group.glob('*.yaml')))}" for group in groups]
+    return "\n".join(
+        [
+            f"{usage}\n\nOptions of each group (group=option):",
+            *options,
+            "\ndocs/settings.md lists every setting. Hydra's flags: --cfg job, --info, -m, --config-dir DIR.",
+        ]
+    )

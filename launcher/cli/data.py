@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher import facts, hardware, model_source
 from launcher.cli import html_page
+from launcher.cli.arguments import COMMON_FLAGS, composing_usage
+from launcher.cli.worker_process import check_extra, prepare
+from launcher.config.compose import Composed, run_hydra
 from launcher.config.schema import RunConfig
+from launcher.data import report as data_report
 from launcher.data.checks import findings
+from launcher.data.texts import DecodedTexts, TextsMissing
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 
@@ -24,6 +31,47 @@ their trained tokens marked. Exit code 2 if a run with this data would be refuse
   --html FILE   also write the report as one HTML page with plots"""
 
 FLAGS = ("--show", "--json", "--html")
+
+
+def run(verb: str, tokens: list[str]) -> int:
+    """Compose the settings and report on the data, once or, with -m, once per job."""
+    if "--help" in tokens or "-h" in tokens:
+        print(composing_usage(USAGE))
+        return 0
+    chosen, rest = options(tokens)
+    jobs: list[Composed] = []
+    run_hydra(rest, jobs.append, (*FLAGS, *COMMON_FLAGS))
+    if chosen.html is not None and len(jobs) > 1:
+        raise ConfigError("--html writes one report, and -m makes several", where="--html", remedy="leave out --html, or -m")
+    for composed in jobs:
+        with composed.located():
+            # The data does not depend on the nodes: asking for them would need the scheduler.
+            config = facts.resolve(composed.config, hardware.device)
+            facts.check(config)
+            check_extra(config)
+        report = _cached_report(config, chosen.num_shown) or prepare(config, show=chosen.num_shown)["report"]
+        if note := model_source.weights_note(config.model):
+            print(f"note: {note}", file=sys.stderr, flush=True)
+        present(report, config, chosen, facts.id_problem(report["cache_dir"], model_source.read_model_facts(config.model)))
+    return 0
+
+
+def _cached_report(config: RunConfig, num_shown: int) -> dict[str, Any] | None:
+    """Return the report of a finished cache; None if data must be prepared or texts decoded first.
+
+    Raises:
+        DataError: if a block of the cache is damaged.
+    """
+    cache_facts = facts.prepared_data(config)
+    if cache_facts is None:
+        return None
+    stop_ids = model_source.stop_ids(config.model)
+    try:
+        return data_report.report(
+            cache_facts, config.data, DecodedTexts(cache_facts), config.train, config.run.seed, stop_ids, num_shown
+        )
+    except TextsMissing:
+        return None
 
 
 @dataclass(frozen=True)

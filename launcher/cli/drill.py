@@ -22,6 +22,7 @@ from launcher.cli.arguments import VerbParser
 from launcher.cli.drill_report import Hit, Records, Step
 from launcher.cli.plan_view import LABEL_WIDTH, plan_lines
 from launcher.cli.resume import resume_run
+from launcher.cli.worker_process import check_extra
 from launcher.clusters.backends import Cluster, cluster_for
 from launcher.clusters.preflight import check_startable
 from launcher.config.compose import Composed, run_hydra
@@ -148,7 +149,7 @@ def _plan_like(run: RunDir, overrides: list[str], arguments: argparse.Namespace)
             remedy="take these overrides out, or drill without a RUN",
         )
     config = _shorten(config, overrides, arguments)
-    launch.check_extra(config)
+    check_extra(config)
     values = config.model_dump(mode="json")
     values["run"]["root"] = str(run.root.parent)
     values["cluster"] = config.cluster.for_another_run().model_dump(mode="json")

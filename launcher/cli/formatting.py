@@ -11,10 +11,11 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from launcher.plan.run_dir import RunDir
-from launcher.run_records import Status
+if TYPE_CHECKING:
+    from launcher.plan.run_dir import RunDir
+    from launcher.run_records import Status
 
 
 def as_json(value: Any, indent: int | None = 2) -> str:

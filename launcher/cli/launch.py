@@ -1,37 +1,31 @@
-"""The verbs that compose settings: train, plan, data."""
+"""The verbs train and plan."""
 
 from __future__ import annotations
 
 import functools
-import json
-import os
-import signal
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
-from launcher import facts, hardware, model_source, run_store
+from launcher import facts, model_source, run_store
 from launcher.cli import data, formatting, wandb_check
+from launcher.cli.arguments import COMMON_FLAGS, composing_usage
 from launcher.cli.follow import follow
 from launcher.cli.formatting import wrap
 from launcher.cli.plan_view import LABEL_WIDTH, plan_lines, started_lines, sweep_lines
+from launcher.cli.worker_process import check_extra, prepare, run_worker_module, worker_environment
 from launcher.clusters.backends import Cluster, StatusReader, cluster_for, status_reader_for
 from launcher.clusters.preflight import check_startable, disk_note
-from launcher.config.compose import Composed, conf_dir, require_distinct_runs, run_hydra
+from launcher.config.compose import Composed, require_distinct_runs, run_hydra
 from launcher.config.schema import RunConfig
-from launcher.data import report as data_report
-from launcher.data.texts import DecodedTexts, TextsMissing
-from launcher.errors import ConfigError, DataError, Problem, RunError, SubmitError, describe
+from launcher.errors import DataError, Problem, RunError, SubmitError, describe
 from launcher.models import isolation_verdicts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Attempt
-from launcher.security import ownership
 
 _USAGE = {
     "train": """python -m launcher [train] [--follow | --detach] [overrides]
@@ -39,13 +33,8 @@ _USAGE = {
 Plan, prepare data, start the run. On this machine the command follows the run to its end, on a cluster it returns at once.
 --follow (or follow=true) and --detach (or follow=false) override that. With -m it starts several runs.""",
     "plan": "python -m launcher plan [--json] [overrides]\n\nShow the complete plan and start nothing.",
-    "data": data.USAGE,
 }
-# The flags that are suggested for mistyped ones.
-_COMMON_FLAGS = ("--help", "--debug", ownership.FLAG)
-_OWN_FLAGS = {"train": ("--follow", "--detach"), "plan": ("--json",), "data": data.FLAGS}
-# A worker that is ended removes what it has written so far.
-_TERMINATION_S = 10.0
+_OWN_FLAGS = {"train": ("--follow", "--detach"), "plan": ("--json",)}
 # Ten times what it takes on an idle machine.
 _ISOLATION_CHECK_S = 150.0
 _FOLLOW = {"--follow": True, "follow=true": True, "--detach": False, "follow=false": False}
@@ -54,14 +43,13 @@ _FOLLOW = {"--follow": True, "follow=true": True, "--detach": False, "follow=fal
 def run(verb: str, tokens: list[str]) -> int:
     """Compose the settings and carry out the verb, once or, with -m, once per job."""
     if "--help" in tokens or "-h" in tokens:
-        return _help(verb)
-    if verb == "data":
-        return _data(tokens)
+        print(composing_usage(_USAGE[verb]))
+        return 0
     as_json = "--json" in tokens
     follows = next((_FOLLOW[token] for token in tokens if token in _FOLLOW), None)
     rest = [token for token in tokens if token != "--json" and token not in _FOLLOW]  # noqa: S105
     jobs: list[Composed] = []
-    run_hydra(rest, jobs.append, (*_OWN_FLAGS[verb], *_COMMON_FLAGS))
+    run_hydra(rest, jobs.append, (*_OWN_FLAGS[verb], *COMMON_FLAGS))
     require_distinct_runs(jobs)
     if verb == "plan":
         return max((_plan(job, as_json) for job in jobs), default=0)
@@ -82,43 +70,6 @@ def _plan(composed: Composed, as_json: bool) -> int:
         if script := cluster.preview(plan):
             print(f"\n{script}", end="")
     return 0
-
-
-def _data(tokens: list[str]) -> int:
-    options, rest = data.options(tokens)
-    jobs: list[Composed] = []
-    run_hydra(rest, jobs.append, (*_OWN_FLAGS["data"], *_COMMON_FLAGS))
-    if options.html is not None and len(jobs) > 1:
-        raise ConfigError("--html writes one report, and -m makes several", where="--html", remedy="leave out --html, or -m")
-    for composed in jobs:
-        with composed.located():
-            # The data does not depend on the nodes: asking for them would need the scheduler.
-            config = facts.resolve(composed.config, hardware.device)
-            facts.check(config)
-            check_extra(config)
-        report = _cached_report(config, options.num_shown) or prepare(config, show=options.num_shown)["report"]
-        if note := model_source.weights_note(config.model):
-            print(f"note: {note}", file=sys.stderr, flush=True)
-        data.present(report, config, options, facts.id_problem(report["cache_dir"], model_source.read_model_facts(config.model)))
-    return 0
-
-
-def _cached_report(config: RunConfig, num_shown: int) -> dict[str, Any] | None:
-    """Return the report of a finished cache; None if data must be prepared or texts decoded first.
-
-    Raises:
-        DataError: if a block of the cache is damaged.
-    """
-    data_facts = facts.prepared_data(config)
-    if data_facts is None:
-        return None
-    stop_ids = model_source.stop_ids(config.model)
-    try:
-        return data_report.report(
-            data_facts, config.data, DecodedTexts(data_facts), config.train, config.run.seed, stop_ids, num_shown
-        )
-    except TextsMissing:
-        return None
 
 
 def _train(jobs: list[Composed], follows: bool | None) -> int:
@@ -254,7 +205,7 @@ def _checked_facts(config: RunConfig, composed: Composed, node: Callable[[], Dev
     make_plan(config, collected)
     print("checking that packed documents do not affect each other in this model (once)", file=sys.stderr, flush=True)
     try:
-        _run_worker_module("launcher.worker.checks.isolation_check", config, timeout_s=_ISOLATION_CHECK_S)
+        run_worker_module("launcher.worker.checks.isolation_check", config, timeout_s=_ISOLATION_CHECK_S)
     except RunError as error:
         # The ranks then measure it on the loaded model.
         unknown = isolation_verdicts.unknown(config.model, describe(error))
@@ -271,96 +222,3 @@ def _plan_with_free_name(config: RunConfig, collected: Facts, taken_names: set[s
         collected = collected.model_copy(update={"provenance": provenance})
         plan = make_plan(config, collected)
     return plan
-
-
-def prepare(config: RunConfig, show: int | None = None) -> dict[str, Any]:
-    """Download and convert the model and build the data cache, in a process that may import torch.
-
-    Returns the process's answer; with `show`, it contains the data report with that many rows.
-
-    Raises:
-        DataError: if the data or the model has problems.
-        RunError: if the process fails for another reason.
-    """
-    answer = _run_worker_module("launcher.worker.prepare", config, *([f"--report={show}"] if show is not None else []))
-    if "problems" in answer:
-        kind = DataError if answer["exit_code"] == DataError.exit_code else RunError
-        raise kind([Problem(*parts) for parts in answer["problems"]])
-    return answer
-
-
-def check_extra(config: RunConfig) -> None:
-    """Let DeepSpeed validate `deepspeed.extra` in another process, unless it has accepted the same value before.
-
-    Raises:
-        ConfigError: with every key that DeepSpeed refuses or does not know.
-    """
-    if facts.is_extra_accepted(config):
-        return
-    answer = _run_worker_module("launcher.worker.checks.deepspeed_check", config)
-    if answer["problems"]:
-        raise ConfigError([Problem(*parts) for parts in answer["problems"]])
-
-
-def _run_worker_module(module: str, config: RunConfig, *arguments: str, timeout_s: float | None = None) -> dict[str, Any]:
-    """Run a module of the worker side with `config` on standard input; returns the JSON object of its last line.
-
-    Raises:
-        RunError: if it prints no JSON object, fails without reporting problems, or has not ended after `timeout_s`.
-    """
-    command = [sys.executable, "-m", module, *arguments]
-    try:
-        code, output = run_worker(command, config.model_dump_json(), subprocess.PIPE, timeout_s)
-    except subprocess.TimeoutExpired:
-        raise RunError(f"python -m {module} did not end within {timeout_s:.0f} s") from None
-    try:
-        answer: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        raise RunError(f"preparing the run ended with exit code {code}; its messages are above") from None
-    if code and "problems" not in answer:
-        raise RunError(f"preparing the run ended with exit code {code}")
-    return answer
-
-
-def run_worker(
-    command: Sequence[str], stdin: str = "", stdout: int | None = None, timeout_s: float | None = None
-) -> tuple[int, str]:
-    """Run a process of the worker side to its end; returns its exit code, and its output where `stdout` is a pipe.
-
-    Ctrl-C reaches this process alone, which ends the other one: its workers would each print a traceback.
-
-    Raises:
-        KeyboardInterrupt: after the process has ended.
-        subprocess.TimeoutExpired: where it has not ended after `timeout_s`, after it was ended.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        # The process inherits the mask, until it ignores the signal.
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, text=True, env=worker_environment())
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    with process:
-        try:
-            output, _ = process.communicate(stdin, timeout=timeout_s)
-        except BaseException:
-            process.terminate()
-            try:
-                process.wait(_TERMINATION_S)
-            except BaseException:
-                process.kill()
-            raise
-    return process.returncode, output or ""
-
-
-def worker_environment() -> dict[str, str]:
-    """Return the environment of a process that runs a module of the worker side: this package comes first in PYTHONPATH."""
-    root = str(Path(facts.__file__).resolve().parents[1])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
-
-
-def _help(verb: str) -> int:
-    print(f"{_USAGE[verb]}\n\nOptions of each group (group=option):")
-    for group in sorted(p for p in conf_dir().iterdir() if p.is_dir()):
-        print(f"  {group.name:<11}{', '.join(sorted(p.stem for p in group.glob('*.yaml')))}")
-    print("\ndocs/settings.md lists every setting. Hydra's flags: --cfg job, --info, -m, --config-dir DIR.")
-    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import logging
@@ -17,7 +18,7 @@ from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, Launcher
 VERBS: Mapping[str, str] = {
     "train": "launch",
     "plan": "launch",
-    "data": "launch",
+    "data": "data",
     "ls": "status",
     "status": "status",
     "report": "report",
@@ -34,6 +35,7 @@ COMPOSING = ("train", "plan", "data")
 _FLAGS_WITHOUT_VALUE = ("--json", "--follow", "--detach", "-m", "--multirun")
 # The value is that of launcher.security.ownership, which only commands with the flag import here.
 _TRUST_OWNER = "--trust-owner"
+_GC_THRESHOLD = 50_000
 _PACKAGES = ("torch", "deepspeed", "transformers", "ray")
 
 HELP = """\
@@ -79,6 +81,8 @@ class _VerbModule(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors that a user can cause are printed, not raised."""
     tokens = list(sys.argv[1:] if argv is None else argv)
+    # Most objects of a command live to its end: with the usual threshold, looking for others takes a tenth of a short one.
+    gc.set_threshold(_GC_THRESHOLD)
     # A reader that closes the pipe early, such as `head`, must not cause a traceback.
     logging.raiseExceptions = False
     for stream in (sys.stdout, sys.stderr):

@@ -17,7 +17,7 @@ from launcher.checkpoint.mirror import download
 from launcher.checkpoint.mirror.layout import MirroredRun, read_complete_checkpoints, read_run
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder, unreachable_error
 from launcher.cli import formatting
-from launcher.cli.launch import prepare
+from launcher.cli.worker_process import prepare
 from launcher.config.schema import ModelSection
 from launcher.config.sections.fields import Url
 from launcher.data import cache, sources

@@ -14,7 +14,8 @@ from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint
 from launcher.cli import formatting, wandb_check
 from launcher.cli.checkpoints import verify
-from launcher.cli.launch import check_extra, prepare, require_idle, worker_environment
+from launcher.cli.launch import require_idle
+from launcher.cli.worker_process import check_extra, prepare, worker_environment
 from launcher.clusters.backends import Cluster
 from launcher.clusters.preflight import check_startable, disk_note
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides

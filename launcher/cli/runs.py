@@ -12,9 +12,9 @@ from launcher.checkpoint import store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.follow import StatusWatch, follow
-from launcher.cli.launch import run_worker
 from launcher.cli.plan_view import started_lines
 from launcher.cli.resume import resume_run
+from launcher.cli.worker_process import run_worker
 from launcher.clusters.backends import cluster_for, status_reader_for
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.errors import CheckpointError, SubmitError, printable

@@ -167,7 +167,7 @@ def test_a_finished_cache_is_reported_without_a_second_process(
     kept = Path(json.loads(built[1].stdout)["cache_dir"] + ".texts.json")
     assert kept.stat().st_mode & 0o077 == 0, "rows may hold secrets"
     with monkeypatch.context() as patch:
-        patch.setattr("launcher.cli.launch.prepare", lambda *_, **__: pytest.fail("a second process"))
+        patch.setattr("launcher.cli.data.prepare", lambda *_, **__: pytest.fail("a second process"))
         again = answers(launch_here)
     assert [done.stdout for done in again] == [done.stdout for done in built]
     # What is kept is damaged, lost, or of another cache: the tokenizer decodes again.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli.launch import run_worker
+from launcher.cli.worker_process import run_worker
 
 # Writes a file until it is ended, as a build of the data cache does, in processes of its own.
 WORKER = """

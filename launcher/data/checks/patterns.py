@@ -19,7 +19,12 @@ class TextPattern:
     finding: str
     kind: str
     literals: tuple[tuple[bytes, bytes], ...]
-    regex: re.Pattern[str]
+    expression: str
+
+    @functools.cached_property
+    def regex(self) -> re.Pattern[str]:
+        """The compiled expression: compiling all of them takes longer than a short command may."""
+        return re.compile(self.expression)
 
 
 _E_MAIL = r"(?<![\w.+-])[\w.+-]{1,64}@(?!example\.)(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w-])"
@@ -74,8 +79,8 @@ def _gate(literal: bytes) -> bytes:
 
 
 PATTERNS = tuple(
-    TextPattern(finding, kind, tuple((_gate(literal), literal) for literal in literals), re.compile(pattern))
-    for finding, kind, literals, pattern in (
+    TextPattern(finding, kind, tuple((_gate(literal), literal) for literal in literals), expression)
+    for finding, kind, literals, expression in (
         ("secrets", "private key", (b"private key",), r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----[^-]*"),
         ("secrets", "AWS key", (b"akia", b"asia"), r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
         ("secrets", "GitHub token", (b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_"), r"\bgh[pousr]_[A-Za-z0-9]{16,}"),

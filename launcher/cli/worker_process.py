@@ -1,0 +1,104 @@
+"""Processes of the worker side that a command runs before anything is started: they may import torch, the command does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher import facts
+from launcher.config.schema import RunConfig
+from launcher.errors import ConfigError, DataError, Problem, RunError
+
+# A worker that is ended removes what it has written so far.
+_TERMINATION_S = 10.0
+
+
+def prepare(config: RunConfig, show: int | None = None) -> dict[str, Any]:
+    """Download and convert the model and build the data cache, in a process that may import torch.
+
+    Returns the process's answer; with `show`, it contains the data report with that many rows.
+
+    Raises:
+        DataError: if the data or the model has problems.
+        RunError: if the process fails for another reason.
+    """
+    answer = run_worker_module("launcher.worker.prepare", config, *([f"--report={show}"] if show is not None else []))
+    if "problems" in answer:
+        kind = DataError if answer["exit_code"] == DataError.exit_code else RunError
+        raise kind([Problem(*parts) for parts in answer["problems"]])
+    return answer
+
+
+def check_extra(config: RunConfig) -> None:
+    """Let DeepSpeed validate `deepspeed.extra` in another process, unless it has accepted the same value before.
+
+    Raises:
+        ConfigError: with every key that DeepSpeed refuses or does not know.
+    """
+    if facts.is_extra_accepted(config):
+        return
+    answer = run_worker_module("launcher.worker.checks.deepspeed_check", config)
+    if answer["problems"]:
+        raise ConfigError([Problem(*parts) for parts in answer["problems"]])
+
+
+def run_worker_module(module: str, config: RunConfig, *arguments: str, timeout_s: float | None = None) -> dict[str, Any]:
+    """Run a module of the worker side with `config` on standard input; returns the JSON object of its last line.
+
+    Raises:
+        RunError: if it prints no JSON object, fails without reporting problems, or has not ended after `timeout_s`.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    try:
+        code, output = run_worker(command, config.model_dump_json(), subprocess.PIPE, timeout_s)
+    except subprocess.TimeoutExpired:
+        raise RunError(f"python -m {module} did not end within {timeout_s:.0f} s") from None
+    try:
+        answer: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        raise RunError(f"preparing the run ended with exit code {code}; its messages are above") from None
+    if code and "problems" not in answer:
+        raise RunError(f"preparing the run ended with exit code {code}")
+    return answer
+
+
+def run_worker(
+    command: Sequence[str], stdin: str = "", stdout: int | None = None, timeout_s: float | None = None
+) -> tuple[int, str]:
+    """Run a process of the worker side to its end; returns its exit code, and its output where `stdout` is a pipe.
+
+    Ctrl-C reaches this process alone, which ends the other one: its workers would each print a traceback.
+
+    Raises:
+        KeyboardInterrupt: after the process has ended.
+        subprocess.TimeoutExpired: where it has not ended after `timeout_s`, after it was ended.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        # The process inherits the mask, until it ignores the signal.
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, text=True, env=worker_environment())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with process:
+        try:
+            output, _ = process.communicate(stdin, timeout=timeout_s)
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(_TERMINATION_S)
+            except BaseException:
+                process.kill()
+            raise
+    return process.returncode, output or ""
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the environment of a process that runs a module of the worker side: this package comes first in PYTHONPATH."""
+    root = str(Path(facts.__file__).resolve().parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
