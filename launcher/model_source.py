@@ -112,6 +112,8 @@ def _check_code_of_run(value: str, model: ModelSection) -> list[Problem]:
     """Check the code of another run's model; weights and code are copied together."""
     if not model.trust_remote_code:
         return []
+    from launcher import parent_run
+
     parent = parent_run.find_parent(value)
     base, copied = parent.plan.model.path, parent_run.weights_folder(parent, model.dtype)
     folder = copied if (copied / "config.json").is_file() else Path(base) if base is not None and Path(base).is_dir() else None
