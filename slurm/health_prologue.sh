@@ -11,7 +11,8 @@
 #   exec /etc/slurm/health_prologue.sh
 #
 # Exits 0 where the node is healthy, 1 after it was drained. What cannot be judged, because its program is not
-# installed, is named on stderr and drains nothing.
+# installed, is named on stderr and drains nothing. So is a shared mount that is full or does not answer: one user can
+# fill it, and every node would be drained. Reports also go to syslog.
 set -u
 
 # GPUs that must answer. Empty: as many as slurm.conf says of this node; 0: no GPU is looked at.
@@ -25,6 +26,8 @@ gpu_services=${HEALTH_GPU_SERVICES:-nvidia-cuda-mps|dcgm|nv-hostengine}
 # Mount points of run directories and caches, with blanks between; and how full they may be, in percent.
 mounts=${HEALTH_MOUNTS:-}
 max_full=${HEALTH_MAX_FULL:-97}
+# File systems of this node alone; all others are shared.
+local_types=${HEALTH_LOCAL_TYPES:-ext2 ext3 ext4 xfs btrfs zfs f2fs tmpfs ramfs overlay proc sysfs}
 # Free MiB in /dev/shm: NCCL and data loaders need it.
 min_shm=${HEALTH_SHM_MIB:-1024}
 # Seconds for each command. slurmd kills a HealthCheckProgram after 60 s.
@@ -39,6 +42,11 @@ faults=()
 output=
 
 fault() { faults+=("$1"); }
+# Of what is no fault of this node.
+report() {
+    echo "health of $node: reported, not drained: $1" >&2
+    ! has logger || logger -t health_prologue "$node: $1" 2>/dev/null
+}
 unknown() { echo "health of $node: not checked: $1" >&2; }
 has() { command -v "$1" >/dev/null; }
 
@@ -65,12 +73,12 @@ bounded() {
     return 124
 }
 
-# failed NAME STATUS: what to say of a command that did not work.
+# failed NAME STATUS [report]: what to say of a command that did not work; a fault, or a report.
 failed() {
     if [[ "$2" -eq 124 ]]; then
-        fault "$1 does not answer within $limit s"
+        "${3:-fault}" "$1 does not answer within $limit s"
     else
-        fault "$1 fails: $(head -n 1 <<<"$output" | tr -cd '[:alnum:] ._:/-' | cut -c 1-120)"
+        "${3:-fault}" "$1 fails: $(head -n 1 <<<"$output" | tr -cd '[:alnum:] ._:/-' | cut -c 1-120)"
     fi
 }
 
@@ -132,17 +140,19 @@ check_stale() {
 }
 
 check_mount() {
-    local path=$1 full
-    bounded findmnt --noheadings --output OPTIONS --mountpoint "$path"
-    case $? in
-        0) ;;
-        124) fault "$path does not answer within $limit s"; return ;;
-        *) fault "$path is not mounted"; return ;;
-    esac
-    case ",$(tail -n 1 <<<"$output")," in *,ro,*) fault "$path is mounted read-only" ;; esac
-    bounded df -P "$path" || { failed "$path" "$?"; return; }
+    local path=$1 type options full tell=report
+    # The kernel's table, since a look at a mount point waits for its server. The last mount covers those before it.
+    if ! bounded findmnt --kernel --raw --noheadings --output TARGET,FSTYPE,OPTIONS; then
+        failed findmnt "$?"
+        return
+    fi
+    read -r type options < <(awk -v path="$path" '$1 == path {last = $2 " " $3} END {print last}' <<<"$output")
+    [[ -n "$type" ]] || { fault "$path is not mounted"; return; }
+    case ",$options," in *,ro,*) fault "$path is mounted read-only" ;; esac
+    [[ " $local_types " != *" $type "* ]] || tell=fault
+    bounded df -P "$path" || { failed "$path" "$?" "$tell"; return; }
     full=$(awk 'END {sub("%", "", $5); print $5 + 0}' <<<"$output")
-    [[ "$full" -le "$max_full" ]] || fault "$path is $full% full"
+    [[ "$full" -le "$max_full" ]] || "$tell" "$path is $full% full"
 }
 
 check_shm() {

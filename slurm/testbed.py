@@ -55,9 +55,9 @@ def main() -> int:
     inside.add_argument("node")
     inside.add_argument("command", nargs=argparse.REMAINDER)
     arguments = vars(parser.parse_args())
-    bed, verb = Testbed(arguments.pop("root")), arguments.pop("verb").replace("-", "_")
+    root, verb = arguments.pop("root"), arguments.pop("verb").replace("-", "_")
     try:
-        return _do(bed, verb, arguments)
+        return _do(Testbed(root), verb, arguments)
     except (TestbedError, ValueError, subprocess.SubprocessError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +51,22 @@ class SlotTaken(TestbedError):
     """Another program holds the ports of the slot."""
 
 
+def _require_own(root: Path) -> None:
+    """Refuse a folder of the cluster that another user made or can write to.
+
+    Raises:
+        TestbedError: with what is wrong.
+    """
+    try:
+        status = root.lstat()
+    except FileNotFoundError:
+        return
+    is_folder = stat.S_ISDIR(status.st_mode)
+    if not is_folder or status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+        owner = f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}"
+        raise TestbedError(f"{root} is no folder that only its user can write to ({owner}); remove it, or name another --root")
+
+
 class Testbed:
     """The cluster whose files are in `root`, a short path (it holds unix sockets); started or not."""
 
@@ -57,6 +74,7 @@ class Testbed:
 
     def __init__(self, root: str | Path = DEFAULT_ROOT) -> None:
         self.root = Path(root)
+        _require_own(self.root)
         self._children: list[subprocess.Popen[bytes]] = []
         self._record = self.root / "conf/testbed.json"
         self._layout = Layout(**json.loads(self._record.read_text())) if self._record.exists() else None
@@ -103,6 +121,9 @@ class Testbed:
         """
         settings = settings or Settings()
         self.stop()
+        # In a folder such as /tmp anyone can make this one first, with files that say what to start and what to kill.
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_own(self.root)
         isolated = settings.mode == "netns" or (settings.mode == "auto" and self._can_isolate())
         self._layout = at = layout(settings, isolated)
         with socket.socket() as probe:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
+from launcher import atomic_files
 from launcher.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,10 +53,18 @@ def write(file: Path, content: str) -> None:
     """
     try:
         # UTF-8 has no code for half a surrogate pair, as in some file names. Encode before the old page is gone.
-        require_writable_page(file).write_bytes(content.encode(errors="xmlcharrefreplace"))
+        _write_private(require_writable_page(file), content.encode(errors="xmlcharrefreplace"))
     except OSError as error:
         what = f"the page cannot be written: {error.strerror}"
         raise ConfigError(what, where="--html", value=str(file), remedy="name a file on another disk") from None
+
+
+def _write_private(file: Path, content: bytes) -> None:
+    """Write a file that only this user can read, since pages show rows of the data. A pipe or a terminal is written to."""
+    if file.exists() and not file.is_file():
+        file.write_bytes(content)
+    else:
+        atomic_files.write_bytes(file.resolve(), content, mode=0o600)
 
 
 def render(template: str, **context: Any) -> str:

@@ -50,6 +50,8 @@ def start(run: RunDir, attempt: int, module: str, arguments: Sequence[str], log:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env=environment,
+            # As in a batch job: what a run writes is its user's alone.
+            umask=0o077,
         )
     deadline = time.monotonic() + START_DEADLINE_S
     while run_store.read_status(run).attempt != attempt:

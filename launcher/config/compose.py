@@ -26,14 +26,17 @@ from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import hydra_problems, missing, no_such_option, schema_problems
 from launcher.config.origin import Origins, short
 from launcher.config.printed_settings import redact_settings
-from launcher.config.redaction import looks_secret, redact
+from launcher.config.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
 from launcher.config.renamed_keys import COMMAND_LINE, RENAMED, renamed_override, renamed_reference
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, LauncherError, Problem
+from launcher.security.credentials import environment_secrets
 
 _GROUP_WITH_PLUS = re.compile(rf"\+{{1,2}}({'|'.join(GROUPS)})=")
 # The data set and the time follow it in the name of a run.
 _NAME_LENGTH = 60
+# The remedy for secrets in settings.
+IN_ENVIRONMENT = "put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings"
 _KEY_OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_][\w.\[\]-]*)=")
 
 
@@ -107,7 +110,8 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
         elif not problems:
             problems.extend(error.problems)
     if problems:
-        raise ConfigError(_without_secrets(problem) for problem in dict.fromkeys(problems))
+        held = environment_secrets(os.environ)
+        raise ConfigError(_without_secrets(problem, held) for problem in dict.fromkeys(problems))
     if failure:
         raise failure[0]
 
@@ -133,8 +137,8 @@ def require_distinct_runs(jobs: Sequence[Composed]) -> None:
     )
 
 
-def _without_secrets(problem: Problem) -> Problem:
-    return replace(problem, **{field.name: redact(getattr(problem, field.name)) for field in fields(problem)})
+def _without_secrets(problem: Problem, held: Mapping[str, str]) -> Problem:
+    return replace(problem, **{field.name: redact(getattr(problem, field.name), held) for field in fields(problem)})
 
 
 def _call_hydra(task: Callable[[Any], None], tokens: Sequence[str]) -> None:
@@ -168,7 +172,7 @@ def _call_hydra(task: Callable[[Any], None], tokens: Sequence[str]) -> None:
         os.environ.pop("HYDRA_FULL_ERROR", None)
         if saved_state[1] is not None:
             os.environ["HYDRA_FULL_ERROR"] = saved_state[1]
-        print(redact_settings(printed.getvalue()), end="")
+        print(redact_settings(printed.getvalue(), environment_secrets(os.environ)), end="")
 
 
 def _compose_once(task: Callable[[Any], None], overrides: list[str]) -> None:
@@ -265,20 +269,14 @@ def _checked(cfg: Any) -> Composed:
     _unset_length_of_files(values, overrides)
     _name_model_after_path(values, overrides)
     scalars = list(leaves(values))
-    secrets = [key for key, value in scalars if looks_secret(key, value)]
+    held = environment_secrets(os.environ)
+    secrets = {key: reason for key, value in scalars if (reason := secret_problem(key, value, held)) is not None}
     targets = [key for key, _ in scalars if "_target_" in key.split(".")]
     problems = [missing(key, origins) for key in absent]
     if problem := package_problem(values, origins):
         problems.append(problem)
         del values["experiment"]
-    problems += [
-        Problem(
-            f"{key}: looks like a secret (a token, key or password); its value is not shown",
-            where=origins.of(key),
-            remedy="put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings",
-        )
-        for key in secrets
-    ]
+    problems += [Problem(reason, where=origins.of(key), remedy=IN_ENVIRONMENT) for key, reason in secrets.items()]
     problems += [
         Problem(f"{key}: a setting must not name code to run; nothing was called", where=origins.of(key), remedy=f"remove {key}")
         for key in targets
@@ -289,6 +287,9 @@ def _checked(cfg: Any) -> Composed:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         problems += schema_problems(error, origins, values, skip=reported)
+    # Settings that take addresses have messages of their own.
+    logins = [key for key, value in scalars if has_login(value) and not any(p.message.startswith(key) for p in problems)]
+    problems += [Problem(f"{key}: {LOGIN_IN_ADDRESS}", where=origins.of(key), remedy=IN_ENVIRONMENT) for key in logins]
     if problems:
         raise ConfigError(problems)
     return Composed(config, overrides, origins)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.redaction import looks_secret, redact
@@ -20,8 +20,11 @@ _OVERRIDE = re.compile(r"(?P<key>[+~]*[^=\s]+)=(?P<value>.+)", re.DOTALL)
 _ALL_OVERRIDES = "override_dirname"
 
 
-def redact_settings(text: str) -> str:
-    """Return what Hydra prints, with `<redacted>` for each value that has the form of a credential or whose key names one."""
+def redact_settings(text: str, secrets: Mapping[str, str]) -> str:
+    """Return what Hydra prints, with `<redacted>` for each value that has the form of a credential or whose key names one.
+
+    `secrets` are the credentials in the environment, by their variables.
+    """
     import yaml
 
     heading = _HEADING.search(text)
@@ -33,7 +36,7 @@ def redact_settings(text: str) -> str:
         scalars = list(_scalars(yaml.compose(settings, Loader=yaml.SafeLoader), prefix))
     except yaml.YAMLError:
         # Other prints, such as the list of plugins.
-        return redact(text)
+        return redact(text, secrets)
     replacements = [(node, new) for key, node in scalars if (new := _redacted(key, node.value)) != node.value]
     if any(_OVERRIDE.fullmatch(node.value) for node, _ in replacements):
         joined = [node for key, node in scalars if key.endswith(_ALL_OVERRIDES)]
@@ -42,7 +45,7 @@ def redact_settings(text: str) -> str:
         begin, end = node.start_mark.index, node.end_mark.index
         # A block of several lines ends where the next line begins.
         settings = settings[:begin] + new + ("\n" if settings[begin:end].endswith("\n") else "") + settings[end:]
-    return redact(text[:start] + settings)
+    return redact(text[:start] + settings, secrets)
 
 
 def _redacted(key: str, value: str) -> str:

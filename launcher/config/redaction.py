@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
+from launcher.security.credentials import FORMS, LOGIN, PASSWORD_IN_ADDRESS, hide_secrets, secret_within
+
 # A value of one of these forms is a credential under any key.
-_SECRET = re.compile(
-    r"(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,}"
-    r"|wandb_v\d+_\w{16,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+|-----BEGIN [A-Z ]*PRIVATE KEY)"
-)
+_SECRET = re.compile("|".join(form.pattern for form in FORMS if form is not PASSWORD_IN_ADDRESS))
 # W&B's older keys have no prefix: 40 hex digits, like a git commit, which only a revision may be.
 _HEX_KEY = re.compile(r"[0-9a-f]{40}")
 # A user with a password before the host of a URL; with http a user alone may be a token.
@@ -25,6 +25,8 @@ _SECRET_NAME = r"(?:\w+_)?(?:api_?key|secret|password|passwd|credentials?)|(?:(?
 # Environment variables of a job with such a name are credentials.
 _SECRET_VARIABLE = r"cluster\.env\.(?:\w+_)?(?:token|key|key_id|secret|password|passwd|credentials?|connection_string)"  # noqa: S105
 _SECRET_KEY = re.compile(rf"(?:^|[.\]])(?:{_SECRET_NAME})$|^{_SECRET_VARIABLE}$", re.IGNORECASE)
+# The message for an address with a password.
+LOGIN_IN_ADDRESS = "contains a user with a password; the value is not shown"
 _ASSIGNED = re.compile(rf"(?P<key>(?<![\w-])(?:{_SECRET_NAME})=).+", re.IGNORECASE)
 
 
@@ -38,8 +40,33 @@ def looks_secret(key: str, value: Any) -> bool:
     return bool(_SECRET_KEY.search(key))
 
 
-def redact(text: str) -> str:
-    """Return `text` with `<redacted>` for all that has the form of a credential or is assigned to the name of one."""
+def secret_problem(key: str, value: Any, secrets: Mapping[str, str]) -> str | None:
+    """Return why a setting must not have this value, which the message does not contain; None if it may.
+
+    `secrets` are the credentials in the environment, by their variables.
+    """
+    if looks_secret(key, value):
+        return f"{key}: looks like a secret (a token, key or password); its value is not shown"
+    if not isinstance(value, str):
+        return None
+    if LOGIN.fullmatch(value):
+        return f"{key}: {LOGIN_IN_ADDRESS}"
+    if name := secret_within(value, secrets):
+        return f"{key}: contains the value of {name} in the environment, which looks like a secret; it is not shown"
+    return None
+
+
+def has_login(value: Any) -> bool:
+    """Return whether a value contains a URL with a user and a password."""
+    return isinstance(value, str) and re.search(PASSWORD_IN_ADDRESS.pattern, value) is not None
+
+
+def redact(text: str, secrets: Mapping[str, str] | None = None) -> str:
+    """Return `text` with `<redacted>` for all that has the form of a credential or is assigned to the name of one.
+
+    `secrets` are the credentials in the environment, by their variables.
+    """
+    text = hide_secrets(text, secrets or {})
     text = IN_QUERY.sub(r"\g<name>=<redacted>", _IN_ADDRESS.sub("<redacted>@", _SECRET.sub("<redacted>", text)))
     text = _ASSIGNED.sub(r"\g<key><redacted>", text)
     return re.sub(rf"(?<!revision=)\b{_HEX_KEY.pattern}\b", "<redacted>", text)

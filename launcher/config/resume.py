@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
-from launcher.config.compose import leaves
+from launcher.config.compose import IN_ENVIRONMENT, leaves
 from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import schema_problems, shown
 from launcher.config.introspect import settings
 from launcher.config.origin import Origins
-from launcher.config.redaction import looks_secret, redact
+from launcher.config.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
 from launcher.config.renamed_keys import renamed_override
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem, did_you_mean
+from launcher.security.credentials import environment_secrets
 
 # Settings without an effect on what a step computes.
 WITHOUT_EFFECT = (
@@ -139,6 +141,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     import yaml
 
     values = config.model_dump(mode="json")
+    held = environment_secrets(os.environ)
     problems: list[Problem] = []
     for override in overrides:
         key, equals, raw = override.lstrip("+").partition("=")
@@ -149,8 +152,8 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         elif not equals or key not in settings():
             guess = did_you_mean(key, list(settings()))
             problems.append(_problem(f"{key}: there is no such setting", guess or "write settings as key=value"))
-        elif looks_secret(key, raw):
-            problems.append(_secret(key))
+        elif secret := secret_problem(key, raw, held):
+            problems.append(_problem(secret, IN_ENVIRONMENT))
         else:
             section, _, name = key.partition(".")
             try:
@@ -158,7 +161,11 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             except yaml.YAMLError:
                 problems.append(_problem(f"{key}: the value is no valid YAML", "write the value in YAML", value=raw))
                 continue
-            secrets = [_secret(leaf) for leaf, content in leaves(value, key) if looks_secret(leaf, content)]
+            secrets = [
+                _problem(problem, IN_ENVIRONMENT)
+                for leaf, content in leaves(value, key)
+                if (problem := _secret_problem(leaf, content, held)) is not None
+            ]
             problems += secrets
             if not secrets:
                 if key == "data.path":
@@ -197,9 +204,8 @@ def _follow_data_path(data: dict[str, Any], path: Any) -> None:
             source["path"] = path
 
 
-def _secret(key: str) -> Problem:
-    remedy = "put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings"
-    return _problem(f"{key}: looks like a secret (a token, key or password); its value is not shown", remedy)
+def _secret_problem(key: str, value: Any, held: Mapping[str, str]) -> str | None:
+    return secret_problem(key, value, held) or (f"{key}: {LOGIN_IN_ADDRESS}" if has_login(value) else None)
 
 
 def _problem(message: str, remedy: str, value: str = "") -> Problem:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -125,6 +126,24 @@ def require_cache(path: Path, group: str | None = None) -> None:
     if problem := _problem("this part of the cache", path, content, _own_trust().with_group(gid), with_parents=False):
         elsewhere = "set LAUNCHER_CACHE to a folder of your own, or share one in a group with data.cache_group"
         raise DataError(replace(problem, remedy=f"{elsewhere}; {problem.remedy}"))
+
+
+def make_private_folder(folder: Path, where: str) -> None:
+    """Create an empty folder that only this user can enter, in place of their earlier one; `where` names its setting.
+
+    Its name can be known to others, who may have made it first, or a link of that name.
+
+    Raises:
+        ConfigError: if another user did.
+        OSError: if it cannot be created.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        remedy = "remove it, or set another folder; a sticky folder above it (chmod +t) keeps others from replacing yours"
+        message = "the folder exists already, and this user cannot empty it: another user may have made it"
+        raise ConfigError(message, where=where, value=f"{folder}: {_permissions(folder)}", remedy=remedy) from None
 
 
 def shared_group(group: str) -> int:

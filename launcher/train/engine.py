@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from launcher.distributed import RankInfo, open_store
 from launcher.errors import RunError
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.security.ownership import make_private_folder
 from launcher.train.jit_build_lock import lock_builds
 from launcher.train.model import CausalLMLoss, build_model
 from launcher.train.optim import build_optimizer
@@ -58,7 +58,7 @@ def build_engine(plan: LaunchPlan, rank_info: RankInfo) -> tuple[Any, CausalLMLo
 
     Raises:
         RunError: where the plan puts states on an NVMe disk that this node does not have.
-        ConfigError: where the architecture cannot be trained, or weights are missing.
+        ConfigError: where the architecture cannot be trained, weights are missing, or the folder on NVMe is another user's.
     """
     import deepspeed
     from transformers import set_seed
@@ -67,7 +67,7 @@ def build_engine(plan: LaunchPlan, rank_info: RankInfo) -> tuple[Any, CausalLMLo
     set_seed(plan.config.run.seed)
     # transformers holds a weak reference to this object: while it is alive, weights are partitioned as they load.
     partitioning = HfDeepSpeedConfig(plan.deepspeed)
-    _clear_nvme(plan, rank_info)
+    _prepare_nvme_folder(plan, rank_info)
     config = plan.config
     model = build_model(config.model, plan.model, plan.topology.device, config.train.loss_chunk_tokens, config.data.packing)
     optimizer = build_optimizer(model.parameters_by_name().values(), plan.config.optim, plan.config.deepspeed)
@@ -96,8 +96,8 @@ def leave_process_group() -> None:
         dist.destroy_process_group()
 
 
-def _clear_nvme(plan: LaunchPlan, rank_info: RankInfo) -> None:
-    """Delete the files of earlier attempts, which may have had more ranks."""
+def _prepare_nvme_folder(plan: LaunchPlan, rank_info: RankInfo) -> None:
+    """Make the folder of this run's states empty: earlier attempts may have had more ranks."""
     folder = plan.nvme_folder
     if folder is None:
         return
@@ -110,5 +110,5 @@ def _clear_nvme(plan: LaunchPlan, rank_info: RankInfo) -> None:
             remedy="mount a local NVMe disk there, or use deepspeed=zero3_offload",
         )
     if rank_info.local_rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+        make_private_folder(folder, "deepspeed.nvme_path")
     dist.barrier()

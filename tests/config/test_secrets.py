@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from launcher.cli.main import main
-from launcher.config.redaction import looks_secret, redact
+from launcher.config.redaction import has_login, looks_secret, redact, secret_problem
 from launcher.config.resume import with_overrides
 from launcher.config.sections.data import Source
 from launcher.errors import ConfigError
@@ -22,6 +22,8 @@ TOKENS = {
     "openai": "sk" + "-proj-" + "abcdefghijklmnopqrst",
     "github": "ghp" + "_" + "abcdefghijklmnopqrstuvwxyz0123456789",
     "aws": "AKIA" + "IOSFODNN7EXAMPLE",
+    "aws_session": "ASIA" + "IOSFODNN7EXAMPLE",
+    "google": "AIza" + "SyA1234567890abcdefghijklmnopqrstuv",
     "jwt": "eyJ" + "hbGciOiJIUzI1NiJ9." + "eyJzdWIiOiIxMjM0NTY3ODkwIn0." + "dozjgNryP4J3jVmNHl0w5N",
 }
 
@@ -69,6 +71,51 @@ def test_a_secret_from_the_environment_is_refused(shown: Shown, monkeypatch: pyt
     assert TOKENS["hugging_face"] not in text
 
 
+# Such a key has no form that tells it from other texts.
+AWS_SECRET = "wJalrXUtnFEMI/K7MDENG/" + "bPxRfiCYEXAMPLEKEY"
+
+
+@pytest.mark.parametrize("value", ["${oc.env:AWS_SECRET_ACCESS_KEY}", "a ${oc.env:AWS_SECRET_ACCESS_KEY} b", f"'{AWS_SECRET}'"])
+@pytest.mark.parametrize("key", ["tracking.group", "cluster.comment", "cluster.env.NOTE", "deepspeed.extra.note"])
+def test_a_value_that_the_environment_holds_as_a_secret_is_refused(
+    shown: Shown, monkeypatch: pytest.MonkeyPatch, key: str, value: str
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", AWS_SECRET)
+    text = shown("cluster=slurm", f"+{key}={value}" if "extra" in key else f"{key}={value}")
+    assert f"{key}: contains the value of AWS_SECRET_ACCESS_KEY in the environment" in text
+    assert AWS_SECRET not in text
+    assert "remedy: put secrets into environment variables" in text
+
+
+def test_what_the_environment_holds_is_printed_nowhere(
+    shown: Shown, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", AWS_SECRET)
+    assert AWS_SECRET not in shown(f"tracking.gruop='{AWS_SECRET}'", f"train.max_steps='{AWS_SECRET}'")
+    assert main(["plan", "--cfg", "job", "--resolve", "tracking.group=${oc.env:AWS_SECRET_ACCESS_KEY}"]) == 0
+    printed = capsys.readouterr().out
+    assert "group: <redacted>" in printed
+    assert AWS_SECRET not in printed
+
+
+def test_words_and_files_in_such_variables_are_no_secrets(
+    compose: Callable[..., list], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in (("A_KEY", "none"), ("SORT_KEY", "created_at"), ("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    settings = ("tracking.group=none", "tracking.entity=by-created_at", f"run.root={tmp_path}/runs")
+    assert compose("model=tiny", *settings)[0].config.tracking.group == "none"
+
+
+@pytest.mark.parametrize("key", ["model.config.note", "cluster.comment", "cluster.env.https_proxy"])
+@pytest.mark.parametrize("address", ["http://me:hunter2@proxy:3128", "postgres://me:hunter2@db/x", "me:hunter2@db.example.org"])
+def test_an_address_with_a_password_is_refused_under_any_key(shown: Shown, key: str, address: str) -> None:
+    text = shown("cluster=slurm", f"{key}='{address}'")
+    assert "hunter2" not in text
+    assert f"{key}: contains a user with a password" in text
+    assert "hunter2" not in shown(f"tracking.group='{address}'"), "nor where the value is wrong for another reason"
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -104,12 +151,18 @@ def test_hydra_prints_no_secret(
         assert yaml.safe_load(printed) if "--info" not in flags else "entity: me" in printed
 
 
-def test_resume_refuses_secrets(compose: Callable[..., list]) -> None:
+def test_resume_refuses_secrets(compose: Callable[..., list], monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose("model=tiny")[0].config
     with pytest.raises(ConfigError) as error:
         with_overrides(config, [f"tracking.group={TOKENS['hugging_face']}"])
     assert "looks like a secret" in str(error.value)
     assert TOKENS["hugging_face"] not in str(error.value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", AWS_SECRET)
+    for value in (AWS_SECRET, "http://me:" + f"{AWS_SECRET[:5]}@proxy:1"):
+        with pytest.raises(ConfigError) as error:
+            with_overrides(config, [f"data.eval_split={value}"])
+        assert "data.eval_split: contains" in str(error.value)
+        assert AWS_SECRET[:5] not in str(error.value)
     slurm = compose("model=tiny", "cluster=slurm")[0].config
     with pytest.raises(ConfigError) as error:
         with_overrides(slurm, ["cluster.env={NCCL_DEBUG: INFO, MY_TOKEN: hunter2}"])
@@ -172,12 +225,19 @@ def test_an_address_without_credentials_is_accepted(address: str) -> None:
         ("run.seed", 12345678),
         ("cluster.env.NCCL_IB_PKEY", "3"),
         ("cluster.env.TOKENIZERS_PARALLELISM", "true"),
+        ("model.path", "run:demo@12"),
+        ("cluster.container_image", "nvcr.io#nvidia/pytorch:24.01"),
+        ("cluster.container_image", "docker://nvcr.io/nvidia/pytorch:24.01@sha256:0123"),
+        ("cluster.comment", "mailto:me.too@example.org"),
+        ("data.path", "abfs://container@account.dfs.core.windows.net/a"),
         ("tracking.api_key", None),
         ("tracking.api_key", ""),
     ],
 )
 def test_values_that_only_resemble_secrets_are_accepted(key: str, value: object) -> None:
     assert not looks_secret(key, value)
+    assert not has_login(value)
+    assert secret_problem(key, value, {}) is None
 
 
 def test_redaction_keeps_the_rest() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,6 +37,12 @@ def last_step(run: Path) -> int:
 
 def status(run: Path) -> dict:
     return json.loads((run / "status.json").read_text())
+
+
+def modes_of(run: Path) -> tuple[int, int]:
+    """The permissions of the run directory, and of the metrics that its ranks write."""
+    directory, metrics_file = (stat.S_IMODE(path.stat().st_mode) for path in (run, run / "metrics.jsonl"))
+    return directory, metrics_file
 
 
 def alerts(run: Path) -> list[str]:

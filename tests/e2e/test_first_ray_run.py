@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from e2e_tools import TINY, losses, status
+from e2e_tools import TINY, losses, modes_of, status
 from ray_tools import DEADLINE_S, await_no_process, causes, kill_all
 
 STEPS = 10
@@ -47,6 +47,7 @@ def test_a_run_on_ray_has_the_losses_of_a_local_run(
     assert sorted(losses(run)) == list(range(1, STEPS + 1))
     assert losses(run) == losses(root / "local"), "the same rows and bitwise the same losses"
     assert causes(run) == ["completed"]
+    assert [modes_of(root / name) for name in ("local", "alone")] == [(0o700, 0o600)] * 2
     # Ray knows of each checkpoint, by a pointer alone.
     known = {path.parent.name: json.loads(path.read_text()) for path in (run / "ray").glob("*/*/checkpoint.json")}
     assert known == {f"step-{step:08d}": {"step": step, "path": str(run / f"checkpoints/step-{step:08d}")} for step in (5, 10)}

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e_tools import TINY, agent_of, held, last_step, listening_addresses, losses, processes_of, status
+from e2e_tools import TINY, agent_of, held, last_step, listening_addresses, losses, modes_of, processes_of, status
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -30,6 +30,7 @@ def undisturbed(launch: Launch, module_runs: Path) -> Path:
 
 def test_a_run_trains_saves_and_exports(undisturbed: Path) -> None:
     assert (status(undisturbed)["state"], status(undisturbed)["step"]) == ("completed", STEPS)
+    assert modes_of(undisturbed) == (0o700, 0o600)
     assert sorted(losses(undisturbed)) == list(range(1, STEPS + 1))
     assert (undisturbed / f"checkpoints/step-{STEPS:08d}/manifest.json").is_file()
     assert AutoModelForCausalLM.from_pretrained(undisturbed / "export").config.model_type == "llama"

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from e2e_tools import losses
+from e2e_tools import losses, modes_of
 from slurm_tools import SETTINGS, Launch, SlurmRun
 from testbed_cluster import Testbed
 
@@ -30,6 +30,7 @@ def test_submitting_prints_the_job_and_following_it_ends_with_its_result(launch_
     run = SlurmRun(runs / "shown", slurm, launch_here)
     assert run.shown()["state"] == "completed"
     assert run.causes() == ["completed"]
+    assert modes_of(run.path) == (0o700, 0o600)
     assert len(run.attempt_record(1)["nodes"]) == 2
     assert len(list(run.path.glob("attempts/001/rank-*.log"))) == 2
     assert (run.path / f"checkpoints/step-{STEPS:08d}/manifest.json").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import stat
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_a_run_on_nvme_is_saved_resumed_and_exported(
     run = runs / "killed"
     with start(*settings, "run.name=killed", "export.enabled=false") as process:
         with held(run, 3):
-            assert list(disk.iterdir()) != []
+            assert [stat.S_IMODE(folder.stat().st_mode) for folder in disk.iterdir()] == [0o700]
             ranks_of(run)[1].send_signal(signal.SIGKILL)
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 1, output

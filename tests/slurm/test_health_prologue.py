@@ -107,11 +107,41 @@ def test_the_site_configures_the_expected_hardware(node: Node, env: dict[str, st
     assert reason in node.drained[2]
 
 
-def test_a_read_only_and_a_hanging_mount_drain_the_node(node: Node) -> None:
-    node.has("findmnt", 'case "$*" in */scratch*) echo ro,relatime ;; *) sleep 20 ;; esac')
-    node.has("df", "printf 'Filesystem 1M Used Free Capacity Mounted\\nx 9 1 8 1%% /\\n'")
-    assert node.check(HEALTH_MOUNTS="/scratch /home").returncode == 1
-    assert node.drained[2] == "Reason=health: /scratch is mounted read-only; /home does not answer within 1 s"
+MOUNTS = """printf '%s\\n' '/ ext4 rw' '/scratch xfs rw,relatime' '/scratch xfs ro,relatime' '/local xfs rw' \\
+    '/home nfs4 rw,vers=4.2' '/work lustre rw' '/readonly nfs ro'"""
+DF = """case "$*" in
+    */local*|*/work*) printf 'Filesystem 1M Used Free Capacity Mounted\\nx 9 9 0 99%% /\\n' ;;
+    */home*) sleep 20 ;;
+    *) printf 'Filesystem 1M Used Free Capacity Mounted\\nx 9 1 8 1%% /\\n' ;;
+esac"""
+
+
+@pytest.mark.parametrize(
+    ("mounts", "reason"),
+    [
+        ("/scratch", "/scratch is mounted read-only"),
+        ("/local", "/local is 99% full"),
+        ("/readonly", "/readonly is mounted read-only"),
+        ("/home /work /local", "/local is 99% full"),
+    ],
+)
+def test_a_faulty_mount_of_the_node_drains_it(node: Node, mounts: str, reason: str) -> None:
+    node.has("findmnt", MOUNTS)
+    node.has("df", DF)
+    assert node.check(HEALTH_MOUNTS=mounts).returncode == 1
+    assert node.drained[2] == f"Reason=health: {reason}"
+
+
+def test_a_shared_mount_that_a_user_fills_or_overloads_drains_no_node(node: Node) -> None:
+    node.has("findmnt", MOUNTS)
+    node.has("df", DF)
+    node.has("logger", f"printf '%s\\n' \"$*\" >> {node.folder}/logged")
+    done = node.check(HEALTH_MOUNTS="/home /work")
+    assert (done.returncode, node.drained) == (0, [])
+    reports = ["/home does not answer within 1 s", "/work is 99% full"]
+    assert done.stderr.splitlines() == [f"health of gpu07: reported, not drained: {text}" for text in reports]
+    assert (node.folder / "logged").read_text().splitlines() == [f"-t health_prologue gpu07: {text}" for text in reports]
+    assert node.check(HEALTH_MOUNTS="/work", HEALTH_LOCAL_TYPES="lustre").returncode == 1
 
 
 def test_every_fault_is_in_the_reason(node: Node) -> None:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from launcher.security.credentials import FORMS
+
 
 @dataclass(frozen=True, eq=False)
 class TextPattern:
@@ -81,16 +83,7 @@ def _gate(literal: bytes) -> bytes:
 PATTERNS = tuple(
     TextPattern(finding, kind, tuple((_gate(literal), literal) for literal in literals), expression)
     for finding, kind, literals, expression in (
-        ("secrets", "private key", (b"private key",), r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----[^-]*"),
-        ("secrets", "AWS key", (b"akia", b"asia"), r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
-        ("secrets", "GitHub token", (b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_"), r"\bgh[pousr]_[A-Za-z0-9]{16,}"),
-        ("secrets", "GitHub token", (b"github_pat_",), r"\bgithub_pat_\w{16,}"),
-        ("secrets", "Hugging Face token", (b"hf_",), r"\bhf_[A-Za-z0-9]{16,}"),
-        ("secrets", "API key", (b"sk-", b"sk_"), r"\bsk[-_](?:[A-Za-z]+[-_])*[A-Za-z0-9_-]{20,}"),
-        ("secrets", "Slack token", (b"xox",), r"\bxox[abprs]-[\w-]{10,}"),
-        ("secrets", "Google key", (b"aiza",), r"\bAIza[\w-]{35}"),
-        ("secrets", "JSON web token", (b"eyj",), r"\beyJ[\w-]{10,2000}\.[\w-]{10,2000}\.[\w-]+"),
-        ("secrets", "password in an address", (b"://",), r"://[^/\s:@]{1,64}:[^/\s@]{3,128}@(?=[\w.-])"),
+        *(("secrets", form.kind, form.literals, form.pattern) for form in FORMS),
         ("secrets", "assigned secret", _ASSIGNED_LITERALS, f"{_QUOTED}|{_BARE}"),
         ("secrets", "credential of a request", (b"authorization",), _BEARER),
         ("personal_data", "e-mail address", (b"@",), _E_MAIL),

@@ -63,6 +63,8 @@ _SECRETS = (
 
 def main(plan_path: str, attempt: int) -> int:
     """Run one attempt and its automatic successors; returns the exit code."""
+    # As in a batch job: what a run writes is its user's alone.
+    os.umask(0o077)
     try:
         plan = LaunchPlan.load(plan_path)
         run = RunDir(Path(plan.run_dir))

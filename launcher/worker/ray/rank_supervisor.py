@@ -102,6 +102,7 @@ def supervise(config: dict[str, Any]) -> None:
     Raises:
         AttemptEnded: where another attempt follows.
     """
+    os.umask(0o077)
     try:
         verdict = _take_part(config["coordinator"], config["interface"])
     except CoordinatorLost:

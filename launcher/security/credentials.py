@@ -1,0 +1,66 @@
+"""The forms of credentials in text, shared by settings and checks of data, and the credentials that the environment holds."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of a credential. Every text with a match of `pattern` contains one of `literals`, in lower case."""
+
+    kind: str
+    literals: tuple[bytes, ...]
+    pattern: str
+
+
+PASSWORD_IN_ADDRESS = Form("password in an address", (b"://",), r"://[^/\s:@]{1,64}:[^/\s@]{3,128}@(?=[\w.-])")
+FORMS = (
+    Form("private key", (b"private key",), r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----[^-]*"),
+    Form("AWS key", (b"akia", b"asia"), r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+    Form("GitHub token", (b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_"), r"\bgh[pousr]_[A-Za-z0-9]{16,}"),
+    Form("GitHub token", (b"github_pat_",), r"\bgithub_pat_\w{16,}"),
+    Form("Hugging Face token", (b"hf_",), r"\bhf_[A-Za-z0-9]{16,}"),
+    Form("API key", (b"sk-", b"sk_"), r"\bsk[-_](?:[A-Za-z]+[-_])*[A-Za-z0-9_-]{20,}"),
+    Form("Slack token", (b"xox",), r"\bxox[abprs]-[\w-]{10,}"),
+    Form("Google key", (b"aiza",), r"\bAIza[\w-]{35}"),
+    Form("W&B key", (b"wandb_v",), r"\bwandb_v\d+_\w{16,}"),
+    Form("JSON web token", (b"eyj",), r"\beyJ[\w-]{10,2000}\.[\w-]{10,2000}\.[\w-]+"),
+    PASSWORD_IN_ADDRESS,
+)
+# A user with a password and the full name of a host, as the whole text; a run and the digest of an image are written alike.
+LOGIN = re.compile(r"(?!run:|mailto:)[\w.+%-]{1,64}:[^\s/@:]{3,128}@[\w-]+(?:\.[\w-]+)+(?::\d+)?(?:/\S*)?")
+_VARIABLE = re.compile(
+    r"(?:\w+_)?(?:token|(?:api_?)?key|key_id|secret|password|passwd|credentials?|connection_string)", re.IGNORECASE
+)
+# Shorter values are words such as "none". A value that is a part of a text is longer than a word.
+_MIN_CHARS, _MIN_CHARS_WITHIN = 8, 16
+
+
+def environment_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables whose names are those of credentials; not those that name a file with them."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if _VARIABLE.fullmatch(name) and len(value) >= _MIN_CHARS and not os.path.exists(os.path.expanduser(value))
+    }
+
+
+def secret_within(text: str, secrets: Mapping[str, str]) -> str | None:
+    """Return the name of the variable whose value is the text, or a part of it; None if there is none."""
+    return next((name for name, value in secrets.items() if text == value or _is_part(value, text)), None)
+
+
+def hide_secrets(text: str, secrets: Mapping[str, str]) -> str:
+    """Return the text with `<redacted>` for the values of these variables."""
+    for value in secrets.values():
+        if text == value or _is_part(value, text):
+            text = text.replace(value, "<redacted>")
+    return text
+
+
+def _is_part(value: str, text: str) -> bool:
+    return len(value) >= _MIN_CHARS_WITHIN and value in text

@@ -1,0 +1,105 @@
+"""Folders and files whose names other users know: they are made for this user alone, or refused where another was first."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from missing_program import skip_or_fail
+from testbed_cluster import Testbed, TestbedError
+
+from launcher.cli import html_page
+from launcher.errors import ConfigError
+from launcher.security.ownership import make_private_folder
+
+MALLORY, USER = 54321, 54322
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder like /tmp; the test runs as a user who is not root, and any other user may have been there first."""
+    if os.geteuid() != 0:
+        skip_or_fail("only root can act as other users: run pytest as root")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o1777)
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(0)
+
+
+def as_user(uid: int) -> None:
+    os.seteuid(0)
+    os.seteuid(uid)
+
+
+def test_the_folder_for_states_is_private_and_empty(shared: Path) -> None:
+    folder = shared / "run-0123"
+    as_user(USER)
+    for _ in range(2):
+        make_private_folder(folder, "deepspeed.nvme_path")
+        assert (mode(folder), list(folder.iterdir()), folder.stat().st_uid) == (0o700, [], USER)
+        (folder / "states").write_text("of an earlier attempt")
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "file"])
+def test_a_folder_for_states_that_another_user_made_first_is_refused(shared: Path, kind: str) -> None:
+    folder = shared / "run-0123"
+    as_user(MALLORY)
+    if kind == "folder":
+        folder.mkdir()
+        folder.chmod(0o777)
+        (folder / "states").write_text("of mallory")
+    elif kind == "link":
+        (shared / "elsewhere").mkdir(mode=0o777)
+        folder.symlink_to(shared / "elsewhere")
+    else:
+        folder.write_text("")
+    as_user(USER)
+    with pytest.raises(ConfigError) as error:
+        make_private_folder(folder, "deepspeed.nvme_path")
+    (problem,) = error.value.problems
+    assert problem.where == "deepspeed.nvme_path"
+    assert f"owner {MALLORY}" in problem.value
+
+
+def test_the_testbed_uses_no_folder_of_another_user(shared: Path) -> None:
+    root = shared / "testbed"
+    root.mkdir(mode=0o755)
+    os.chown(root, MALLORY, -1)
+    (root / "conf").mkdir()
+    (root / "conf/testbed.json").write_text("{}")
+    with pytest.raises(TestbedError, match=f"owner {MALLORY}"):
+        Testbed(root)
+    os.chown(root, 0, -1)
+    root.chmod(0o777)
+    with pytest.raises(TestbedError, match="mode 0777"):
+        Testbed(root)
+    link = shared / "link"
+    link.symlink_to(root)
+    with pytest.raises(TestbedError):
+        Testbed(link)
+
+
+def test_a_page_is_for_this_user_alone(shared: Path) -> None:
+    page = html_page._POLICY
+    file = shared / "data.html"
+    as_user(MALLORY)
+    html_page.write(file, page)
+    file.chmod(0o666)
+    as_user(USER)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        html_page.write(file, page)
+    own = shared / "own.html"
+    for _ in range(2):
+        html_page.write(own, page)
+        assert (mode(own), own.stat().st_uid) == (0o600, USER)
+        own.chmod(0o644)
