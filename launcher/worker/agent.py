@@ -119,9 +119,9 @@ class NodeAgent:
         heartbeats = heartbeat.HeartbeatTable(topology.ranks_per_node)
         errors = ErrorMemory(topology.ranks_per_node)
         os.environ |= {heartbeat.VARIABLE: str(heartbeats.path), error_memory.VARIABLE: str(errors.path)}
-        watchdog = Watchdog(
-            heartbeats, cluster.stall_seconds, cluster.timeout_minutes * 60, failures.add_stall, is_whole_run=topology.nodes == 1
-        ).start()
+        shared = store if len(node.hosts) > 1 else None
+        limits = cluster.stall_seconds, cluster.timeout_minutes * 60
+        watchdog = Watchdog(heartbeats, *limits, failures.add_stall, shared).start()
         try:
             succeeded = elastic.run_ranks(
                 partial(self.ranks.start, self.plan_path, self.attempt),

@@ -67,16 +67,17 @@ def main(plan_path: str, attempt: int) -> None:
 
 
 def _run(plan_path: str, attempt: int, stop: StopFlag, progress: _Progress) -> None:
-    plan = LaunchPlan.load(plan_path)
-    run = RunDir(Path(plan.run_dir))
-    env = RankEnv.from_environ(os.environ)
-    set_title(env.rank, plan_path, attempt)
-    redirect_output(run.rank_log(attempt, env.rank))
     # A crash leaves no record; the log then has the stacks of all threads.
     faulthandler.enable(all_threads=True)
     # The watchdog requests the stacks of all threads of a stuck rank with SIGQUIT.
     faulthandler.register(signal.SIGQUIT, all_threads=True, chain=False)
+    env = RankEnv.from_environ(os.environ)
+    # Before the storage is used, which may hang.
     progress.heartbeat = Heartbeat.from_environ(os.environ, env)
+    plan = LaunchPlan.load(plan_path)
+    run = RunDir(Path(plan.run_dir))
+    set_title(env.rank, plan_path, attempt)
+    redirect_output(run.rank_log(attempt, env.rank))
     # DeepSpeed would choose a device at import, and a plan may use the CPUs of a machine with GPUs.
     os.environ["DS_ACCELERATOR"] = plan.topology.device
     _train(plan, run, env, attempt, stop, progress)

@@ -15,11 +15,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import psutil
 
 from launcher.worker.ranks.heartbeat import Beat, HeartbeatTable
-from launcher.worker.ranks.load_progress import LoadProgress
+from launcher.worker.ranks.load_progress import LoadProgress, SharedProgress
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 _SLOWEST_STEPS = 10
 _LONGEST_INTERVAL_S = 1.0
@@ -27,6 +31,8 @@ _LONGEST_INTERVAL_S = 1.0
 _BEHIND, _UNCLEAR = 1.25, 1.5
 _JOIN_S = 5.0
 _MIN_LOAD_S = 300.0
+# The share of the limit while loading after which nodes tell each other of progress.
+_SHARING = 0.02
 _LOADING = ("starting", "joined", "loaded")
 _UNABLE = {
     psutil.STATUS_STOPPED: "is stopped by a signal (SIGSTOP)",
@@ -57,6 +63,8 @@ class StallLimits:
         """Return the limit of a rank in the state of this heartbeat, in seconds."""
         if beat.phase == "finishing":
             return math.inf
+        if is_loading(beat):
+            return self.load_s
         limit_s = max(self.stall_s, _SLOWEST_STEPS * beat.slowest_step_s)
         return max(limit_s, self.rare_s) if beat.phase == "saving" else limit_s
 
@@ -101,20 +109,24 @@ def stalled(
     return StallVerdict(late)
 
 
+def is_loading(beat: Beat) -> bool:
+    """Return whether the rank has not loaded the model yet, or has not begun to train."""
+    return not beat.trained and beat.phase in _LOADING
+
+
 def stalled_in_loading(
-    beats: Mapping[int, Beat], states: Mapping[int, str], now: float, limits: StallLimits, since: float, is_whole_run: bool
+    beats: Mapping[int, Beat], states: Mapping[int, str], now: float, limits: StallLimits, since: float, others_at: float
 ) -> StallVerdict:
     """Judge the ranks that have not begun to train; the times in `beats` are those of the last progress.
 
-    Ranks of one node may wait for those of another to load. So without `is_whole_run` only a rank that cannot run is killed.
+    `others_at` is the time of the last progress of the run's other ranks, for which these may wait: -inf where there are none,
+    inf where nothing is known of them. A rank that cannot run is killed whatever the others do.
     """
-    silent = {
-        r: now - max(beat.at, since) for r, beat in beats.items() if r in states and not beat.trained and beat.phase in _LOADING
-    }
+    silent = {r: now - max(beat.at, since) for r, beat in beats.items() if r in states and is_loading(beat)}
     late = {r: seconds for r, seconds in silent.items() if seconds > limits.stall_s}
     if unable := {r: _UNABLE[states[r]] for r in late if states[r] in _UNABLE}:
         return StallVerdict(late, unable)
-    if is_whole_run and late and len(late) == len(beats) and min(late.values()) > limits.load_s:
+    if late and len(late) == len(beats) and min(*late.values(), now - others_at) > limits.load_s:
         return StallVerdict(late, dict.fromkeys(late, "reads nothing, and neither does any other rank"))
     return StallVerdict()
 
@@ -122,7 +134,7 @@ def stalled_in_loading(
 class Watchdog:
     """Watches the ranks in `table` that are children of this process; calls `on_stall` with a message on those that it killed.
 
-    `stall_s` 0 watches nothing. For `rare_s` see StallLimits, for `is_whole_run` stalled_in_loading.
+    `stall_s` 0 watches nothing. For `rare_s` see StallLimits. `store` is that of all nodes of the run; None where there is one.
     """
 
     def __init__(
@@ -131,10 +143,12 @@ class Watchdog:
         stall_s: float,
         rare_s: float,
         on_stall: Callable[[str], None],
-        is_whole_run: bool = False,
+        store: Store | None = None,
     ) -> None:
         self._table = table
-        self._is_whole_run = is_whole_run
+        self._store = store
+        self._shared: SharedProgress | None = None
+        self._progressed_at = -math.inf
         self._progress = LoadProgress()
         self._limits = StallLimits(stall_s, rare_s)
         self._on_stall = on_stall
@@ -147,6 +161,8 @@ class Watchdog:
 
     def start(self) -> Watchdog:
         if self._limits.stall_s > 0:
+            if self._store is not None:
+                self._shared = SharedProgress(self._store, _SHARING * self._limits.load_s)
             self._thread.start()
         return self
 
@@ -154,6 +170,8 @@ class Watchdog:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(_JOIN_S)
+        if self._shared is not None:
+            self._shared.stop()
 
     def _watch(self) -> None:
         while not self._ended.wait(self._interval_s):
@@ -170,7 +188,8 @@ class Watchdog:
         ranks, states = _processes(beats)
         verdict = stalled(beats, states, now, self._limits, self._since)
         if not verdict.stalled:
-            verdict = stalled_in_loading(beats, states, now, self._limits, self._since, self._is_whole_run)
+            others_at = self._others_at({r: beats[r] for r in states})
+            verdict = stalled_in_loading(beats, states, now, self._limits, self._since, others_at)
         pids = {beats[r].pid for r in verdict.stalled}
         fresh, self._dumped = pids - self._dumped, pids
         for r in verdict.stalled:
@@ -184,6 +203,17 @@ class Watchdog:
         # The agent ends the others, which wait for the killed rank and may take a while to end.
         self._done |= {beat.pid for beat in beats.values()}
         self._on_stall("; ".join(describe(beats[r], verdict.stalled[r], reason) for r, reason in verdict.kill.items()))
+
+    def _others_at(self, living: Mapping[int, Beat]) -> float:
+        """Tell the other nodes whether these ranks progress, and return when any rank of the run was last seen to."""
+        if self._shared is None:
+            return -math.inf
+        at = max((beat.at for beat in living.values()), default=math.inf)
+        # Where no rank has sent a heartbeat, the fork server still imports, for which it has a deadline.
+        if at == math.inf or at > self._progressed_at:
+            self._shared.report()
+            self._progressed_at = -math.inf if at == math.inf else at
+        return self._shared.changed_at
 
 
 def _processes(beats: Mapping[int, Beat]) -> tuple[dict[int, psutil.Process], dict[int, str]]:

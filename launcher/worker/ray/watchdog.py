@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection
 from dataclasses import replace
@@ -9,7 +10,8 @@ from dataclasses import replace
 import psutil
 
 from launcher.worker.ranks.heartbeat import Beat, HeartbeatTable
-from launcher.worker.ranks.watchdog import StallLimits, stalled
+from launcher.worker.ranks.load_progress import LoadProgress
+from launcher.worker.ranks.watchdog import StallLimits, is_loading, stalled, stalled_in_loading
 from launcher.worker.ray.messages import RankSign
 
 # Workers send several heartbeats a second. One that is silent for so long is cut off, or its machine hangs. Where the limit for
@@ -27,9 +29,12 @@ class Observer:
     def __init__(self, table: HeartbeatTable, local_rank: int, stall_s: float) -> None:
         self._table, self._local_rank, self._gap_s = table, local_rank, stall_s / 2
         self._looked = self._since = time.monotonic()
+        self._progress = LoadProgress()
 
     def sign(self, pid: int) -> RankSign | None:
-        """Return the last heartbeat of the process `pid`; None where it has sent none or has ended."""
+        """Return the last heartbeat of the process `pid`, with the seconds since it, or since the last progress of a rank that
+        loads; None where it has sent none or has ended.
+        """
         now = time.monotonic()
         if now - self._looked > self._gap_s:
             # This process was stopped, and its rank perhaps with it.
@@ -38,6 +43,7 @@ class Observer:
         beat = self._table.read().get(self._local_rank)
         if beat is None or beat.pid != pid:
             return None
+        beat = self._progress.update({self._local_rank: beat}, now)[self._local_rank]
         try:
             state = psutil.Process(pid).status()
         except psutil.NoSuchProcess:
@@ -76,14 +82,16 @@ class GroupLiveness:
         return {rank: silence for rank, silence in seconds.items() if silence > self._silent_s}
 
     def have_stopped(self, ranks: Collection[int]) -> bool:
-        """Return whether all of `ranks` have trained and none has progressed within its limit: they wait for another, or hang.
+        """Return whether all of `ranks` load or have trained, and none has progressed within its limit: they wait, or hang.
 
-        Loading has deadlines of its own, and the time of finishing is not limited.
+        The time of finishing is not limited.
         """
         if self._limits.stall_s <= 0:
             return False
         now, beats = time.monotonic(), [self._beats.get(rank) for rank in ranks]
-        return all(b is not None and b.trained and now - max(b.at, self._since) > self._limits.of(b) for b in beats)
+        return all(
+            b is not None and (b.trained or is_loading(b)) and now - max(b.at, self._since) > self._limits.of(b) for b in beats
+        )
 
     def phases(self, ranks: Collection[int]) -> set[str]:
         """Return the phases of `ranks` at their last heartbeats."""
@@ -99,6 +107,10 @@ class GroupLiveness:
             return {}
         beats = {rank: self._beats[rank] for rank in ranks if rank in self._beats}
         verdict = stalled(beats, self._states, now, self._limits, self._since, "of the run")
+        if not verdict.stalled:
+            # Nothing is known of a rank whose worker still imports, for which that has a deadline.
+            others_at = -math.inf if len(beats) == len(ranks) else math.inf
+            verdict = stalled_in_loading(beats, self._states, now, self._limits, self._since, others_at)
         self._stuck = {rank: self._stuck.get(rank, now) for rank in verdict.stalled}
         self._dumped &= self._stuck.keys()
         if any(now - self._stuck[rank] < _DUMP_S for rank in verdict.kill):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import math
 import multiprocessing
 import multiprocessing.process
 import os
@@ -16,8 +17,9 @@ import psutil
 import pytest
 
 from launcher.errors import RunError
+from launcher.worker.ranks import watchdog as watchdog_module
 from launcher.worker.ranks.heartbeat import PHASES, VARIABLE, Beat, Heartbeat, HeartbeatTable
-from launcher.worker.ranks.load_progress import LoadProgress, count_bytes
+from launcher.worker.ranks.load_progress import LoadProgress, SharedProgress, count_bytes
 from launcher.worker.ranks.rank_env import RankEnv
 from launcher.worker.ranks.watchdog import StallLimits, StallVerdict, Watchdog, stalled, stalled_in_loading
 
@@ -123,19 +125,21 @@ def loading(ago: float, phase: str = "joined", trained: bool = False) -> Beat:
 @pytest.mark.parametrize("phase", ["starting", "joined", "loaded"])
 def test_a_rank_that_cannot_run_is_killed_while_it_loads(phase: str) -> None:
     beats, states = {0: loading(61, phase), 1: loading(61, phase)}, {0: "sleeping", 1: psutil.STATUS_STOPPED}
-    verdict = stalled_in_loading(beats, states, NOW, LIMITS, since=0.0, is_whole_run=False)
+    verdict = stalled_in_loading(beats, states, NOW, LIMITS, since=0.0, others_at=math.inf)
     assert dict(verdict.kill) == {1: "is stopped by a signal (SIGSTOP)"}
     beats[1] = loading(59, phase)
-    assert stalled_in_loading(beats, states, NOW, LIMITS, since=0.0, is_whole_run=False) == StallVerdict()
+    assert stalled_in_loading(beats, states, NOW, LIMITS, since=0.0, others_at=math.inf) == StallVerdict()
 
 
-def test_ranks_that_read_nothing_are_killed_only_where_no_other_node_may_load() -> None:
+def test_ranks_that_read_nothing_are_killed_only_where_no_rank_of_the_run_reads() -> None:
     beats = {0: loading(301), 1: loading(400)}
-    assert set(stalled_in_loading(beats, ALIVE, NOW, LIMITS, 0.0, is_whole_run=True).kill) == {0, 1}
-    assert not stalled_in_loading(beats, ALIVE, NOW, LIMITS, 0.0, is_whole_run=False).kill
+    for others_at in (-math.inf, NOW - 301):
+        assert set(stalled_in_loading(beats, ALIVE, NOW, LIMITS, 0.0, others_at).kill) == {0, 1}
+    for others_at in (NOW - 299, math.inf):
+        assert not stalled_in_loading(beats, ALIVE, NOW, LIMITS, 0.0, others_at).kill
     for other in (loading(1), loading(900, trained=True), loading(900, "evaluating")):
-        assert not stalled_in_loading({**beats, 1: other}, ALIVE, NOW, LIMITS, 0.0, is_whole_run=True).kill
-    assert not stalled_in_loading(beats, ALIVE, NOW, LIMITS, since=NOW - 30, is_whole_run=True).kill
+        assert not stalled_in_loading({**beats, 1: other}, ALIVE, NOW, LIMITS, 0.0, -math.inf).kill
+    assert not stalled_in_loading(beats, ALIVE, NOW, LIMITS, since=NOW - 30, others_at=-math.inf).kill
 
 
 def test_reading_and_touching_memory_are_progress(tmp_path: Path) -> None:
@@ -199,6 +203,15 @@ def test_heartbeats_need_no_table_and_a_missing_table_is_refused() -> None:
         Heartbeat.from_environ({VARIABLE: "/proc/self/fd/999"}, env)
 
 
+def read_until_told(log: Path) -> None:
+    """What loading looks like from outside."""
+    weights = log.with_suffix(".weights")
+    weights.write_bytes(bytes(4 << 20))
+    while not log.with_name("enough").exists():
+        weights.read_bytes()
+        time.sleep(0.05)
+
+
 def rank(table: Path, local_rank: int, way: str, log: Path) -> None:
     """What a rank does: it beats, and at its second step falls silent in the way it is told to."""
     faulthandler.register(signal.SIGQUIT, file=log.open("w"), all_threads=True, chain=False)
@@ -206,6 +219,11 @@ def rank(table: Path, local_rank: int, way: str, log: Path) -> None:
     if way == "stopped while loading":
         heart.beat("joined", 0)
         os.kill(os.getpid(), signal.SIGSTOP)
+    if way in ("reads", "waits for the one that reads"):
+        heart.beat("joined", 0)
+        if way == "reads":
+            read_until_told(log)
+        waits_for_the_others()
     for step in range(3):
         heart.beat("training", step)
     if way == "behind":
@@ -233,9 +251,9 @@ Start = Callable[..., list[multiprocessing.process.BaseProcess]]
 def start(table: HeartbeatTable, tmp_path: Path) -> Iterator[Start]:
     started: list[multiprocessing.process.BaseProcess] = []
 
-    def run(*ways: str) -> list[multiprocessing.process.BaseProcess]:
+    def run(*ways: str, at: HeartbeatTable = table) -> list[multiprocessing.process.BaseProcess]:
         for local_rank, way in enumerate(ways):
-            process = FORK.Process(target=rank, args=(table.path, local_rank, way, tmp_path / f"{local_rank}.log"))
+            process = FORK.Process(target=rank, args=(at.path, local_rank, way, tmp_path / f"{local_rank}.log"))
             process.start()
             started.append(process)
         return started
@@ -286,6 +304,51 @@ def test_a_rank_that_is_stopped_while_it_loads_is_killed(start: Start, reports: 
     assert report.startswith(f"rank 10 (pid {stopped.pid}) is stopped by a signal (SIGSTOP): no progress for ")
     assert report.endswith(" s while the model is loaded; killed it")
     assert exit_code(stopped) == -signal.SIGKILL
+
+
+def test_ranks_wait_as_long_as_one_of_another_node_reads(
+    start: Start, table: HeartbeatTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each node's agent judges its own ranks, and learns from the head node's store whether any rank of the run reads."""
+    from torch.distributed import TCPStore
+
+    monkeypatch.setattr(watchdog_module, "_MIN_LOAD_S", STALL_S)
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    other_table, reports = HeartbeatTable(1), {"here": [], "there": []}
+    (reader,) = start("reads")
+    waiting = start("waits for the one that reads", at=other_table)[1]
+    here = Watchdog(table, STALL_S, 1800, reports["here"].append, store).start()
+    there = Watchdog(other_table, STALL_S, 1800, reports["there"].append, store).start()
+    try:
+        time.sleep(4 * STALL_S)
+        assert reports == {"here": [], "there": []}
+        assert reader.is_alive()
+        assert waiting.is_alive()
+        (tmp_path / "enough").touch()
+        for process, node in ((reader, "here"), (waiting, "there")):
+            report = wait_for_report(reports[node])
+            assert "reads nothing, and neither does any other rank: no progress for " in report
+            assert exit_code(process) == -signal.SIGKILL
+    finally:
+        here.stop()
+        there.stop()
+        other_table.close()
+
+
+def test_a_head_node_that_is_gone_says_nothing_of_the_other_ranks() -> None:
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    shared, until = SharedProgress(store, 0.01), time.monotonic() + 20
+    began = shared.changed_at
+    while shared.changed_at == began:
+        shared.report()
+        assert time.monotonic() < until
+    del store
+    while shared.changed_at < math.inf:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    shared.stop()
 
 
 def test_a_rank_behind_is_killed_with_its_stacks_in_its_log(start: Start, reports: list[str], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,14 +82,35 @@ def test_ranks_without_a_culprit_are_killed_together_last(make_fake: Callable[..
     assert all("neither does any other rank of the run" in answer.hang for answer in answers)
 
 
-@pytest.mark.parametrize("settings, trained", [({"stall_seconds": 0}, True), ({"stall_seconds": 60}, False)])
-def test_unwatched_ranks_and_ranks_that_have_not_trained_are_left_alone(
-    make_fake: Callable[..., FakeWorkers], settings: dict[str, Any], trained: bool
-) -> None:
-    fake = make_fake(workers=2, **settings)
+def test_unwatched_ranks_are_left_alone(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(workers=2, stall_seconds=0)
     fake.begin("a", "n1", "n2")
-    answers = beats(fake, sign(0, 9000, trained=trained), sign(1, 9000, count=3, trained=trained))
-    assert [(answer.hang, answer.dump_stacks) for answer in answers] == [(None, False)] * 2
+    for told in ({}, {"trained": False, "phase": "joined"}):
+        answers = beats(fake, sign(0, 9000, **told), sign(1, 9000, count=3, **told))
+        assert [(answer.hang, answer.dump_stacks) for answer in answers] == [(None, False)] * 2
+
+
+LOADING = {"trained": False, "phase": "joined"}
+
+
+def test_ranks_that_load_are_killed_when_none_of_the_run_reads(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(workers=2, stall_seconds=60)
+    fake.begin("a", "n1", "n2")
+    # Rank 1 waits for what rank 0 reads; and of a rank that has not been started nothing is known.
+    for first in (None, sign(0, 5, **LOADING), sign(0, 299, **LOADING)):
+        assert [answer.hang for answer in beats(fake, first, sign(1, 600, **LOADING))] == [None, None]
+    answers = beats(fake, sign(0, 301, **LOADING), sign(1, 600, **LOADING))
+    words = "(pid 4001) reads nothing, and neither does any other rank: no progress for 600 s while the model is loaded"
+    assert f"rank 1 on n2 {words}; killed it" in answers[1].hang
+    assert "rank 0 on n1" in answers[0].hang
+
+
+def test_a_rank_that_is_stopped_while_it_loads_is_killed_alone(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(workers=2, stall_seconds=60)
+    fake.begin("a", "n1", "n2")
+    answers = beats(fake, sign(0, 61, **LOADING), sign(1, 61, state=psutil.STATUS_STOPPED, **LOADING))
+    assert answers[0].hang is None
+    assert answers[1].hang.endswith("is stopped by a signal (SIGSTOP): no progress for 61 s while the model is loaded; killed it")
 
 
 def alone(fake: FakeWorkers, clock: list[float], seconds: int, goes_on: bool = False, **told: Any) -> str | None:
@@ -122,7 +144,8 @@ def test_a_silent_worker_is_named_and_the_run_continues_without_it(
 @pytest.mark.parametrize(
     "settings, told",
     [
-        ({}, {"trained": False, "phase": "joined"}),
+        ({}, {"trained": False, "phase": "joined", "goes_on": True}),
+        ({}, {"trained": False, "phase": "evaluating"}),
         ({}, {"phase": "saving"}),
         ({}, {"phase": "finishing"}),
         ({"stall_seconds": 0}, {}),
@@ -137,6 +160,17 @@ def test_a_silent_worker_does_not_end_an_attempt_that_loads_saves_or_progresses(
     beats(fake, sign(0, 0), sign(1, 0))
     assert alone(fake, clock, 1000, **told) is None
     assert "from the worker of rank 1 on n2" in fake.run.events.read_text()
+
+
+def test_ranks_that_load_wait_for_a_silent_worker_until_none_of_them_reads(
+    make_fake: Callable[..., FakeWorkers], clock: list[float]
+) -> None:
+    fake = make_fake(workers=2, min_workers=1, stall_seconds=200)
+    fake.begin("a", "n1", "n2")
+    beats(fake, sign(0, 0, **LOADING), sign(1, 0, **LOADING))
+    assert alone(fake, clock, 295, **LOADING) is None
+    assert alone(fake, clock, 310, **LOADING) == "TERM"
+    assert "the other ranks wait for the worker of rank 1 on n2: the attempt ends" in fake.run.events.read_text()
 
 
 @pytest.mark.parametrize("phase, over", [("training", True), ("finishing", False)])
@@ -267,6 +301,21 @@ def test_a_worker_reports_the_heartbeat_of_its_rank_with_its_age(table: Heartbea
     assert observer.sign(os.getpid()).silent_s > 290  # type: ignore[index]
     monkeypatch.setattr(time, "monotonic", lambda: now + 900)
     assert observer.sign(os.getpid()).silent_s == 0, "the worker was stopped, perhaps with its rank"  # type: ignore[index]
+
+
+def test_a_worker_reports_what_a_rank_that_loads_reads_as_progress(
+    table: HeartbeatTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observer, (now, weights) = Observer(table, 0, stall_s=600), (time.monotonic(), tmp_path / "weights")
+    weights.write_bytes(bytes(4 << 20))
+    Heartbeat(table.path, 0, 0).beat("joined", 0)
+    for second in range(0, 900, 100):
+        monkeypatch.setattr(time, "monotonic", lambda second=second: now + 60 + second)
+        told = observer.sign(os.getpid())
+        assert told is not None
+        assert told.silent_s == (0 if second <= 500 else second - 500)
+        if second < 500:
+            weights.read_bytes()
 
 
 STOPS_ITSELF = """
