@@ -63,8 +63,7 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
     """
     check(config)
     model = model_source.read_model_facts(config.model)
-    if config.data.packing:
-        model = model.model_copy(update={"isolation": isolation_verdicts.load(model, config.model)})
+    model = model.model_copy(update={"isolation": isolation_verdicts.load(model, config.model)})
     data = data_facts(config, model.tokenizer_path)
     if data is not None and (problem := id_problem(data.cache_dir, model)):
         raise DataError(problem)
@@ -108,10 +107,10 @@ def prepared_data(config: RunConfig) -> DataFacts | None:
 
 
 def needs_isolation_check(config: RunConfig, model: ModelFacts) -> bool:
-    """Return True if documents are packed and nothing is known about this architecture, whose config.json is at hand."""
+    """Return True if nothing is known about this architecture, whose config.json is at hand."""
     # A GGUF file or a checkpoint that is not converted yet is probed once it is: its config.json has more in it.
     is_final = model.path is not None or config.model.path is None or config.model.config is not None
-    return config.data.packing and is_final and model.isolation is None
+    return is_final and model.isolation is None
 
 
 def is_extra_accepted(config: RunConfig) -> bool:

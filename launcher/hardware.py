@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,9 @@ from launcher.nvml import GpuInfo
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import DeviceFacts
 
+# Values of CUDA_VISIBLE_DEVICES with which a user chooses the CPU.
+_CPU_CHOSEN = ("", "-1")
+
 
 @functools.cache
 def device() -> DeviceFacts:
@@ -23,10 +25,12 @@ def device() -> DeviceFacts:
 
     host_memory_gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     gpus: list[GpuInfo] = []
-    if nvml.has_driver():
-        # A driver that cannot be asked is no GPU to compute on.
-        with suppress(nvml.NvmlError):
+    problem = ""
+    if nvml.has_driver() and os.environ.get("CUDA_VISIBLE_DEVICES") not in _CPU_CHOSEN:
+        try:
             gpus = nvml.list_gpus()
+        except nvml.NvmlError as error:
+            problem = str(error)
     if gpus:
         memory_gib = gpus[0].memory_gib
         return DeviceFacts(
@@ -36,7 +40,8 @@ def device() -> DeviceFacts:
             memory_gib=None if memory_gib is None else round(memory_gib, 1),
             host_memory_gib=host_memory_gib,
         )
-    return DeviceFacts(kind="cpu", name=_cpu_name(), count=os.cpu_count() or 1, host_memory_gib=host_memory_gib)
+    count = os.cpu_count() or 1
+    return DeviceFacts(kind="cpu", name=_cpu_name(), count=count, host_memory_gib=host_memory_gib, problem=problem)
 
 
 @functools.cache

@@ -42,7 +42,7 @@ def create(plan: LaunchPlan) -> RunDir:
                 where=str(run.root),
                 remedy="set run.root to a folder you can write to",
             ) from None
-        require_new(plan)
+        require_new(run)
         raise
     atomic_files.fsync_directory(run.root.parent)
     run.attempts.mkdir()
@@ -53,18 +53,17 @@ def create(plan: LaunchPlan) -> RunDir:
     return run
 
 
-def require_new(plan: LaunchPlan) -> None:
-    """Refuse a plan whose run directory exists.
+def require_new(run: RunDir) -> None:
+    """Refuse a run whose directory exists.
 
     Raises:
         SubmitError: with the directory.
     """
-    root = Path(plan.run_dir)
-    if root.exists():
+    if run.root.exists():
         raise SubmitError(
-            f"the run {plan.run_name} exists already; nothing in it was touched",
-            where=str(root),
-            remedy=f"continue it with: python -m launcher resume {root}, or choose another run.name",
+            f"the run {run.root.name} exists already; nothing in it was touched",
+            where=str(run.root),
+            remedy=f"continue it with: python -m launcher resume {run.root}, or choose another run.name",
         )
 
 

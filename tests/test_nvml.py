@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from fake_nvml import driver
@@ -95,7 +97,26 @@ def test_the_device_facts_are_those_of_the_gpus_or_of_the_cpu(driver: Driver, mo
     facts = device()
     assert (facts.kind, facts.name, facts.count, facts.memory_gib) == ("cuda", H100, 2, 80.0)
     driver([], init="Driver Not Loaded")
-    assert device().kind == "cpu"
+    facts = device()
+    assert (facts.kind, facts.problem) == ("cpu", "the NVIDIA driver cannot be asked: Driver Not Loaded")
+    for chosen in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        assert (device().kind, device().problem) == ("cpu", "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(nvml, "has_driver", lambda: False)
     driver([FIRST])
     assert device().kind == "cpu", "no child process is started without a driver"
+
+
+def test_a_driver_that_cannot_be_asked_is_a_note_of_the_plan(
+    driver: Driver, launch_here: Callable[..., CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvml, "has_driver", lambda: True)
+    driver([], init="Driver/library version mismatch")
+    problem = "the NVIDIA driver cannot be asked: Driver/library version mismatch"
+    shown = launch_here("plan", "model=tiny", PYTHONPATH=os.environ["PYTHONPATH"], COLUMNS="200")
+    assert f"note       no GPU is used: {problem}; look at it with nvidia-smi\n" in shown.stdout
+    settings = ("model=tiny", "tracking=none", "cluster.gpu_type=h100", "cluster.ranks_per_node=2", "run.name=on-gpus")
+    refused = launch_here("train", *settings, PYTHONPATH=os.environ["PYTHONPATH"])
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"the plan asks for 2 GPUs and this machine has none ({problem})\n")

@@ -24,6 +24,7 @@ from launcher.errors import DataError, Problem, RunError, SubmitError, describe
 from launcher.models import isolation_verdicts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
+from launcher.plan.planner import run_dir_of
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Attempt
 
@@ -65,7 +66,8 @@ def _plan(composed: Composed, as_json: bool) -> int:
         if as_json:
             print(plan.to_json())
             return 0
-        notes = (disk_note(plan), model_source.weights_note(config.model), data.refusal(plan.config, plan.data))
+        weights_note = model_source.weights_note(config.model)
+        notes = (_device_note(plan, cluster), disk_note(plan), weights_note, data.refusal(plan.config, plan.data))
         print("\n".join(wrap(plan_lines(plan, *notes), LABEL_WIDTH)))
         if script := cluster.preview(plan):
             print(f"\n{script}", end="")
@@ -83,7 +85,8 @@ def _train(jobs: list[Composed], follows: bool | None) -> int:
     started = []
     for plan in plans:
         cluster = cluster_for(plan.config.cluster.kind)
-        notes = (disk_note(plan), model_source.weights_note(plan.config.model), data.accepted(plan.config, plan.data))
+        weights_note = model_source.weights_note(plan.config.model)
+        notes = (_device_note(plan, cluster), disk_note(plan), weights_note, data.accepted(plan.config, plan.data))
         print("\n".join(wrap(plan_lines(plan, *notes), LABEL_WIDTH)), flush=True)
         if plan.config.cluster.is_dry_run:
             print(f"\n{cluster.preview(plan)}", end="")
@@ -114,7 +117,7 @@ def start(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:
     Raises:
         SubmitError: if the directory exists already, or the backend refuses the run.
     """
-    _require_new(plan)
+    _require_new(RunDir(Path(plan.run_dir)))
     run_dir = run_store.create(plan)
     with run_store.start_lock(run_dir):
         attempt = run_store.create_attempt(run_dir, Attempt(resume_step=None))
@@ -122,12 +125,11 @@ def start(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:
     return run_dir, attempt
 
 
-def _require_new(plan: LaunchPlan) -> None:
-    """Refuse a plan whose run exists, with the state of one that is running."""
-    existing = RunDir(Path(plan.run_dir))
+def _require_new(existing: RunDir) -> None:
+    """Refuse a run that exists, with the state of one that is running."""
     if existing.plan.is_file() and existing.status.is_file():
         require_idle(existing, status_reader_for(existing, run_store.load_plan(existing).config.cluster.kind))
-    run_store.require_new(plan)
+    run_store.require_new(existing)
 
 
 def require_idle(run: RunDir, backend: StatusReader) -> None:
@@ -168,21 +170,23 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
     """Plan a job, prepare its model and data, and check the plan against the cluster; starts nothing."""
     cluster = cluster_for(composed.config.cluster.kind)
     node = _node_of(composed, cluster)
+    if (name := composed.config.run.name) is not None and not composed.config.cluster.is_dry_run:
+        # Before anything that takes time, and before a sweep starts any of its runs.
+        _require_new(RunDir(run_dir_of(composed.config, name, str(Path.cwd()), str(Path.home()))))
     config = facts.resolve(composed.config, node)
     facts.check(config)
     check_extra(config)
     if not model_source.is_config_known(config.model):
         prepare(config)
-    collected = _checked_facts(config, composed, node)
-    plan = make_plan(config, collected)
-    if config.run.name is not None and not config.cluster.is_dry_run:
-        # Before data is prepared, and before a sweep starts any of its runs.
-        _require_new(plan)
-    check_startable(plan)
-    cluster.check(plan)
+
+    def check(plan: LaunchPlan) -> None:
+        check_startable(plan)
+        cluster.check(plan)
+
+    collected = _checked_facts(config, composed, node, check)
     if not facts.is_prepared(config, collected):
         prepare(config)
-        collected = _checked_facts(config, composed, node)
+        collected = _checked_facts(config, composed, node, check)
         if collected.data is None:
             what = "the data cache is not there after it was built"
             remedy = "make sure that no program changes the files while they are read, then try again"
@@ -196,14 +200,28 @@ def _node_of(composed: Composed, cluster: Cluster) -> Callable[[], DeviceFacts]:
     return functools.cache(lambda: cluster.device(composed.config.cluster))
 
 
-def _checked_facts(config: RunConfig, composed: Composed, node: Callable[[], DeviceFacts]) -> Facts:
-    """Collect the facts of a run, and probe in another process whether its packed documents affect each other."""
+def _device_note(plan: LaunchPlan, cluster: Cluster) -> str | None:
+    """Return why a run is planned for the CPU of a node that may have GPUs; None where nothing is wrong."""
+    problem = cluster.device(plan.config.cluster).problem if plan.topology.device == "cpu" else ""
+    return f"no GPU is used: {problem}; look at it with nvidia-smi" if problem else None
+
+
+def _checked_facts(
+    config: RunConfig,
+    composed: Composed,
+    node: Callable[[], DeviceFacts],
+    check: Callable[[LaunchPlan], None] = lambda plan: None,
+) -> Facts:
+    """Collect the facts of a run, and probe in another process whether the model sees later tokens or neighbouring documents.
+
+    What the planner or `check` can refuse at once is refused before that process is started.
+    """
     collected = facts.gather(config, composed.overrides, node())
+    check(make_plan(config, collected))
     if not facts.needs_isolation_check(config, collected.model):
         return collected
-    # What can be refused at once is refused before a process is started.
-    make_plan(config, collected)
-    print("checking that packed documents do not affect each other in this model (once)", file=sys.stderr, flush=True)
+    what = "packed documents do not affect each other in this model" if config.data.packing else "this model sees no later tokens"
+    print(f"checking that {what} (once)", file=sys.stderr, flush=True)
     try:
         run_worker_module("launcher.worker.checks.isolation_check", config, timeout_s=_ISOLATION_CHECK_S)
     except RunError as error:

@@ -127,9 +127,10 @@ def check_here(plan: LaunchPlan) -> None:
         )
     here = device()
     num_gpus = here.count if here.kind == "cuda" else 0
+    why = f" ({here.problem})" if here.problem else ""
     if topology.device == "cuda" and topology.ranks_per_node > num_gpus:
         raise SubmitError(
-            f"the plan asks for {topology.ranks_per_node} GPUs and this machine has {num_gpus or 'none'}",
+            f"the plan asks for {topology.ranks_per_node} GPUs and this machine has {num_gpus or 'none'}{why}",
             where="cluster.ranks_per_node",
             value=str(topology.ranks_per_node),
             remedy="set cluster.ranks_per_node and cluster.gpu_type to what this machine has",

@@ -18,7 +18,7 @@ from launcher.data import cache_dir
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
 
 # To be raised when the probe changes, so that stored results are not used.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def transformers_version() -> str:

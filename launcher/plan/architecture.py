@@ -123,8 +123,8 @@ def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | 
     )
 
 
-def architecture_problems(model: ModelFacts) -> Iterator[Problem]:
-    """Yield why this model cannot be trained correctly, on any device."""
+def architecture_problems(model: ModelFacts, packing: bool) -> Iterator[Problem]:
+    """Yield why this model cannot be trained correctly, on any device; `packing` is whether rows hold several documents."""
     model_type = str(model.config.get("model_type"))
     yield from config_problems(model.config, "model.config")
     for name in _LOGIT_TRANSFORMS:
@@ -132,8 +132,13 @@ def architecture_problems(model: ModelFacts) -> Iterator[Problem]:
             what = f"this architecture transforms its logits ({name}={value}), which the chunked loss does not support"
             yield Problem(what, "model.path", model_type, "choose another model")
     isolation = model.isolation
-    if isolation is not None and isolation.outcome == "leaks":
+    if isolation is not None and isolation.outcome == "not_causal":
+        yield causality_problem(model_type, isolation.kernel, isolation.detail)
+    if isolation is not None and isolation.outcome == "leaks" and packing:
         yield leak_problem(model_type, isolation.kernel, isolation.detail)
+    if isolation is not None and isolation.outcome == "other_logits":
+        what = "this architecture's logits are no linear layer of its last hidden states, and training would compute others: "
+        yield Problem(what + isolation.detail, "model.path", model_type, "choose another model")
     if isolation is not None and isolation.outcome == "unsupported":
         message = f"this architecture has no attention by {isolation.kernel} in transformers {isolation.transformers}"
         yield Problem(message, "model.attention", model_type, "set model.attention=eager")
@@ -156,6 +161,12 @@ def leak_problem(model_type: str, kernel: str, detail: str) -> Problem:
     """Return the problem of a model in which packed documents affect each other; `detail` has the measured numbers."""
     message = f"packed documents affect each other in this architecture, with attention by {kernel}: {detail}"
     return Problem(message, "model.path", model_type, "set data.packing=false")
+
+
+def causality_problem(model_type: str, kernel: str, detail: str) -> Problem:
+    """Return the problem of a model that sees the tokens that it is trained to predict."""
+    message = f"this architecture sees later tokens, with attention by {kernel}: {detail}"
+    return Problem(message, "model.path", model_type, "choose a decoder-only language model")
 
 
 def count_params(config: dict[str, Any], facts: dict[str, Any]) -> int:

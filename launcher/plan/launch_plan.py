@@ -24,23 +24,29 @@ class Record(BaseModel):
 
 
 class DeviceFacts(Record):
-    """The devices of one node; `kind` is cuda or cpu, `memory_gib` is the memory of one device."""
+    """The devices of one node; `kind` is cuda or cpu, `memory_gib` is the memory of one device.
+
+    `problem` is why GPUs that may be there are not counted, empty where nothing is wrong.
+    """
 
     kind: str
     name: str
     count: int
     memory_gib: float | None = None
     host_memory_gib: float | None = None
+    problem: str = ""
 
 
 class IsolationVerdict(Record):
     """Whether packed documents of a row affect each other with one attention kernel and version of transformers.
 
-    `unsupported` means that the architecture does not have the kernel; `unknown`, that no reduced model could be built, so the
-    ranks probe the loaded model. `detail` is the reason, or what was measured.
+    `not_causal` means that tokens see later ones, packed or not; `other_logits`, that the model's logits are not those that
+    training computes, a linear layer of the last hidden states; `unsupported`, that the architecture does not have the kernel;
+    `unknown`, that no reduced model could be built, so the ranks probe the loaded model. `detail` is the reason, or what was
+    measured.
     """
 
-    outcome: Literal["isolated", "leaks", "unsupported", "unknown"]
+    outcome: Literal["isolated", "leaks", "not_causal", "other_logits", "unsupported", "unknown"]
     kernel: str
     transformers: str
     detail: str = ""
@@ -50,7 +56,7 @@ class ModelFacts(Record):
     """The model's numbers for the planner; `path` and `tokenizer_path` are local folders, None before the download.
 
     `has_weights` is False for the folder of a run that was fetched from a mirror: its weights are in the checkpoints.
-    `isolation` is None without packing, or where nothing was probed yet.
+    `isolation` is None where nothing was probed yet.
     """
 
     path: str | None

@@ -30,7 +30,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         # facts.resolve has chosen fp32 where bf16 is slow.
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})})
     topology = _topology(config, facts)
-    problems = [*_topology_problems(config, facts, topology), *architecture_problems(facts.model)]
+    problems = [*_topology_problems(config, facts, topology), *architecture_problems(facts.model, config.data.packing)]
     problems += [*optimizer_problems(config), *plan_checks.refusals(config, facts.model)]
     try:
         split = batch.split(config.train, config.data, topology.world_size, topology.device, facts.data)
@@ -39,7 +39,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     if problems:
         raise ConfigError(problems)
     run_name = config.run.name or default_name(config, facts.provenance.created_at)
-    run_dir = Path(facts.working_dir) / _at_home(config.run.root, facts.home_dir) / run_name
+    run_dir = run_dir_of(config, run_name, facts.working_dir, facts.home_dir)
     # The main memory of this machine only counts where the plan is for machines of its kind.
     host_memory_gib = facts.device.host_memory_gib if facts.device.kind == topology.device else None
     nvme_folder = _nvme_folder(config, run_name, run_dir)
@@ -240,8 +240,10 @@ def _nvme_folder(config: RunConfig, run_name: str, run_dir: Path) -> str | None:
     return f"{config.deepspeed.nvme_path}/{run_name}-{tag}"
 
 
-def _at_home(path: str, home: str) -> str:
-    return home + path[1:] if path == "~" or path.startswith("~/") else path
+def run_dir_of(config: RunConfig, name: str, working_dir: str, home_dir: str) -> Path:
+    """Return the directory of the run with this name."""
+    root = config.run.root
+    return Path(working_dir) / (home_dir + root[1:] if root == "~" or root.startswith("~/") else root) / name
 
 
 def _device_gib(config: RunConfig, facts: Facts) -> float | None:

@@ -1,4 +1,4 @@
-"""Measures whether the packed documents of a row affect each other in a model.
+"""Measures whether the packed documents of a row affect each other in a model, and whether tokens see later ones.
 
 One row holds three documents. A change of the first one must not move the logits of the second. A change of the third one is
 the control: attention is causal, so it moves the second by rounding alone, as a mixture-of-experts does that groups tokens in
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from launcher.errors import ConfigError
-from launcher.plan.architecture import leak_problem
+from launcher.plan.architecture import causality_problem, leak_problem
 from launcher.plan.launch_plan import IsolationVerdict, LaunchPlan
 from launcher.train.model import CausalLMLoss
 
@@ -113,11 +113,10 @@ def require_isolation(plan: LaunchPlan, engine: Any, model: CausalLMLoss, device
     """Measure the loaded model, unless the plan has a verdict for its attention kernel; return a message on it. Collective.
 
     Raises:
-        ConfigError: where packed documents affect each other.
+        ConfigError: where tokens see later ones, or packed documents affect each other.
     """
-    kernel, version = model.hf.config._attn_implementation, importlib.metadata.version("transformers")
-    isolated = IsolationVerdict(outcome="isolated", kernel=kernel, transformers=version)
-    if not plan.config.data.packing or plan.model.isolation == isolated:
+    kernel, packing = model.hf.config._attn_implementation, plan.config.data.packing
+    if _is_accepted(plan.model.isolation, kernel, packing):
         return None
     boundaries = torch.arange(0, 3 * DOCUMENT_TOKENS + 1, DOCUMENT_TOKENS, dtype=torch.int32)
 
@@ -129,9 +128,21 @@ def require_isolation(plan: LaunchPlan, engine: Any, model: CausalLMLoss, device
     try:
         isolation = measure_isolation(forward, plan.model.vocab_size, device)
     except NotMeasurable as error:
-        return f"whether packed documents affect each other could not be measured: {error}"
+        what = "packed documents affect each other" if packing else "the model sees later tokens"
+        return f"whether {what} could not be measured: {error}"
     finally:
         model.train()
+    model_type = str(model.hf.config.model_type)
+    if not isolation.is_causal:
+        raise ConfigError(causality_problem(model_type, kernel, isolation.describe()))
+    if not packing:
+        return f"the model sees no later tokens with attention by {kernel}"
     if not isolation.is_isolated:
-        raise ConfigError(leak_problem(str(model.hf.config.model_type), kernel, isolation.describe()))
+        raise ConfigError(leak_problem(model_type, kernel, isolation.describe()))
     return f"packed documents do not affect each other with attention by {kernel}"
+
+
+def _is_accepted(verdict: IsolationVerdict | None, kernel: str, packing: bool) -> bool:
+    if verdict is None or (verdict.kernel, verdict.transformers) != (kernel, importlib.metadata.version("transformers")):
+        return False
+    return verdict.outcome == "isolated" or (verdict.outcome == "leaks" and not packing)

@@ -41,8 +41,10 @@ class CausalLMLoss(nn.Module):
         self.hf = model
         # FlashAttention recognises packed documents by position ids in a batch of one row only.
         self.flatten = flatten
+        # In a tuple, so that it is not registered as a module a second time.
+        self._decoder = (_find_decoder(model),)
         # Remote code may lack the keyword arguments of transformers' models.
-        parameters = inspect.signature(model.get_decoder().forward).parameters.values()
+        parameters = inspect.signature(self._decoder[0].forward).parameters.values()
         self._takes_cu_seqlens = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
     def forward(
@@ -78,12 +80,23 @@ class CausalLMLoss(nn.Module):
                 offsets, longest = _copy_to(input_ids.device, cu_seqlens), int(cu_seqlens.diff().max())
                 documents = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
         # A cache or a mask would switch off the isolation of packed documents.
-        decoder = self.hf.get_decoder()
+        (decoder,) = self._decoder
         return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **documents).last_hidden_state
 
     def parameters_by_name(self) -> Mapping[str, nn.Parameter]:
         """Return the trainable parameters by their Hugging Face names; tied weights appear once."""
         return {name: p for name, p in self.hf.named_parameters() if p.requires_grad}
+
+
+def _find_decoder(model: Any) -> Any:
+    """Return the part of a model between token ids and hidden states.
+
+    In some architectures transformers' `get_decoder` returns the whole model, or the head where that is called a decoder.
+    """
+    decoder, embeddings = model.get_decoder(), model.get_input_embeddings()
+    parts = [decoder, *model.children()]
+    with_embeddings = (part for part in parts if part is not model and any(module is embeddings for module in part.modules()))
+    return next(with_embeddings, decoder)
 
 
 def weights_gib(plan: LaunchPlan) -> float:

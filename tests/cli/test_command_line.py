@@ -181,16 +181,16 @@ def test_a_refusal_is_a_plain_message(forked: Run, arguments: list[str], empty: 
     assert list(empty.iterdir()) == []
 
 
-def test_a_name_that_a_run_has_is_refused_before_data_is_prepared(
+def test_a_name_that_a_run_has_is_refused_before_anything_that_takes_time(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "cache"))
     (tmp_path / "rows.jsonl").write_text('{"text": "one row"}\n')
     (tmp_path / "runs" / "taken").mkdir(parents=True)
     tokens = ["model=tiny", "tracking=none", "data=jsonl", f"data.path={tmp_path}/rows.jsonl", f"run.root={tmp_path}/runs"]
-    assert main([*tokens, "data.packing=false", "run.name=taken"]) == 2
+    assert main([*tokens, "run.name=taken"]) == 2
     assert capsys.readouterr().err.startswith("the run taken exists already; nothing in it was touched\n")
-    assert not (tmp_path / "cache" / "data").exists()
+    assert not (tmp_path / "cache").exists(), "neither data nor the verdict of a probe"
 
 
 def test_only_debug_shows_a_traceback(forked: Run) -> None:

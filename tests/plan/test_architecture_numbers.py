@@ -61,6 +61,12 @@ def test_a_config_without_a_language_model_is_refused() -> None:
         ({"model_type": "gemma2", "final_logit_softcapping": 30.0}, None, "final_logit_softcapping=30.0"),
         ({"model_type": "granite", "logits_scaling": 8.0}, "isolated", "logits_scaling=8.0"),
         ({"model_type": "opt"}, "leaks", "affect each other in this architecture, with attention by sdpa: by 1 and not 0"),
+        ({"model_type": "bert"}, "not_causal", "this architecture sees later tokens, with attention by sdpa: by 1 and not 0"),
+        (
+            {"model_type": "xlstm"},
+            "other_logits",
+            "no linear layer of its last hidden states, and training would compute others: by",
+        ),
         ({"model_type": "opt"}, "unsupported", "has no attention by sdpa in transformers 5.24.0"),
         ({"model_type": "opt"}, "unknown", None),
         ({"model_type": "llama", "logit_scale": 1.0}, "isolated", None),
@@ -71,9 +77,12 @@ def test_architectures_that_cannot_be_trained_correctly_are_problems(
 ) -> None:
     verdict = outcome and IsolationVerdict(outcome=outcome, kernel="sdpa", transformers="5.24.0", detail="by 1 and not 0")
     facts = model_facts({**SMALL, **config}, None, None, None).model_copy(update={"isolation": verdict})
-    problems = [problem.message for problem in architecture_problems(facts)]
-    assert len(problems) == (message is not None)
-    assert message is None or message in problems[0]
+    for packing in (True, False):
+        problems = [problem.message for problem in architecture_problems(facts, packing)]
+        # Documents of a row affect each other only where a row has several.
+        expected = [] if message is None or (outcome == "leaks" and not packing) else [message]
+        assert len(problems) == len(expected)
+        assert all(words in problem for words, problem in zip(expected, problems, strict=True))
 
 
 def test_the_plan_refuses_such_an_architecture(plan_of: Callable[..., LaunchPlan]) -> None:

@@ -60,7 +60,7 @@ def verdict(kernel: str = "sdpa", outcome: Any = "isolated", version: str = tran
 
 def test_the_ranks_measure_what_the_plan_does_not_know() -> None:
     model = build("opt", ffn_dim=64, word_embed_proj_dim=32).train()
-    for known in (plan(verdict()), plan(None, packing=False)):
+    for known in (plan(verdict()), plan(verdict(), packing=False), plan(verdict(outcome="leaks"), packing=False)):
         assert require_isolation(known, None, model, CPU) is None
     for unknown in (None, verdict("eager"), verdict(outcome="unknown"), verdict(version="4.0")):
         with pytest.raises(ConfigError, match="packed documents affect each other") as error:
@@ -71,3 +71,13 @@ def test_the_ranks_measure_what_the_plan_does_not_know() -> None:
     llama = build("llama", num_key_value_heads=2)
     message = require_isolation(plan(None), llama, llama, CPU)
     assert message == "packed documents do not affect each other with attention by sdpa"
+
+
+def test_the_ranks_refuse_a_model_that_sees_later_tokens_packed_or_not() -> None:
+    opt, bert = build("opt", ffn_dim=64, word_embed_proj_dim=32), build("bert")
+    assert require_isolation(plan(None, packing=False), opt, opt, CPU) == "the model sees no later tokens with attention by sdpa"
+    for packing in (True, False):
+        with pytest.raises(ConfigError, match="this architecture sees later tokens, with attention by sdpa") as error:
+            require_isolation(plan(None, packing), bert, bert, CPU)
+        (problem,) = error.value.problems
+        assert (problem.value, problem.remedy) == ("bert", "choose a decoder-only language model")

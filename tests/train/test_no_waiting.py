@@ -43,6 +43,9 @@ class Model(nn.Module):
     def get_decoder(self) -> Decoder:
         return self.decoder
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.embedding
+
     def get_output_embeddings(self) -> LossHead:
         return self.head
 

@@ -1,4 +1,4 @@
-"""Probes whether packed documents affect each other in a model: `python -m launcher.worker.checks.isolation_check`.
+"""Probes whether a model sees later tokens or neighbouring documents: `python -m launcher.worker.checks.isolation_check`.
 
 Reads a RunConfig as JSON from standard input, stores the verdict (launcher.models.isolation_verdicts) and prints it as JSON.
 The probe computes with a small random model of the same architecture, so it needs no weights and no GPU.
@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher import model_source
 from launcher.config.schema import ModelSection, RunConfig
@@ -19,8 +19,13 @@ from launcher.models import isolation_verdicts
 from launcher.models.remote_code import require_pinned_code
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
 
+if TYPE_CHECKING:
+    from launcher.train.model import CausalLMLoss
+
 # What transformers says of a kernel that an architecture does not have.
 _UNSUPPORTED = "does not support an attention implementation"
+# Of the comparison of logits, and the share of the largest one by which rounding may move them.
+_LOGIT_TOKENS, _SAME_LOGITS = 16, 1e-3
 _CPU_KERNELS = ("auto", "sdpa", "eager")
 
 
@@ -59,17 +64,46 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
     kernel = choose_attention_kernel(model, "cpu", config)
     for reduced in candidates:
         try:
-            hf = reduced_model.build(reduced, kernel, **remote)
+            hf = reduced_model.build(reduced.config, kernel, **remote)
             vocab_size = hf.get_input_embeddings().num_embeddings
-            isolation = measure_isolation(CausalLMLoss(hf, flatten=False).eval(), vocab_size, torch.device("cpu"))
+            trained = CausalLMLoss(hf, flatten=False).eval()
+            isolation = measure_isolation(trained, vocab_size, torch.device("cpu"))
+            difference = _logits_difference(hf, trained, vocab_size)
         except Exception as error:
             if _UNSUPPORTED in str(error):
                 return kernel, "unsupported", ""
             # Not every architecture can be built in every reduced size.
-            reasons.append(_describe(error))
+            if reduced.is_complete:
+                reasons.append(_describe(error))
             continue
-        return (kernel, "isolated", "") if isolation.is_isolated else (kernel, "leaks", isolation.describe())
+        if not isolation.is_causal:
+            return kernel, "not_causal", isolation.describe()
+        if difference:
+            return kernel, "other_logits", difference
+        if not isolation.is_isolated:
+            return kernel, "leaks", isolation.describe()
+        if reduced.is_complete:
+            return kernel, "isolated", ""
     return kernel, "unknown", reasons[0]
+
+
+def _logits_difference(hf: Any, model: CausalLMLoss, vocab_size: int) -> str:
+    """Return how the model's own logits differ from those that training computes; empty where they do not, or it has none."""
+    import torch
+
+    positions = torch.arange(_LOGIT_TOKENS)[None]
+    ids = positions % vocab_size
+    with torch.no_grad():
+        try:
+            own = hf(input_ids=ids, use_cache=False).logits
+        except Exception:
+            # Remote code may need more than the ids.
+            return ""
+        trained = model(ids, positions)
+    if own.shape != trained.shape:
+        return f"they have the shape {tuple(own.shape)} and not {tuple(trained.shape)}"
+    moved, largest = float((own - trained).abs().max()), float(own.abs().max())
+    return f"they differ by {moved:.2g}, and the largest is {largest:.2g}" if moved > _SAME_LOGITS * largest else ""
 
 
 def _describe(error: Exception) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 _VOCABULARY = 256
 _NUM_EXPERTS = 16
-# Longer than the period of any known layout of layers.
-_NUM_LAYERS = 16
+# Longer than the period of any known layout of layers; the fewest are enough to find a layer that passes on what it must not.
+_NUM_LAYERS, _FEWEST_LAYERS = 16, 2
 _WIDTH = 64
+# Of a model without attention heads, and of its heads.
+_HIDDEN, _HEADS = 128, 4
 _MAX_PARAMETERS = 300_000_000
 _NOISE = 0.04
 # Keys under which configs of transformers keep the width of an MLP, and the number of experts.
@@ -22,16 +26,32 @@ _MLP_WIDTHS = (
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _LORA_RANKS = ("q_lora_rank", "kv_lora_rank")
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id")
+# Parts of the names of keys with a width of the residual stream or of what is projected from it, and of keys that only look so.
+_WIDTH_WORDS = ("size", "dim", "width", "d_ssm", "d_inner", "d_model", "n_embd")
+_OTHER_SIZES = ("vocab", "window", "chunk", "kernel", "block", "patch", "state", "conv", "group")
 
 
-def reductions(config: Any) -> Iterator[Any]:
+@dataclass(frozen=True)
+class Reduction:
+    """A smaller config. `is_complete` is whether it has every kind of layer, so that a model of it can prove isolation."""
+
+    config: Any
+    is_complete: bool
+
+
+def reductions(config: Any) -> Iterator[Reduction]:
     """Yield smaller copies of a transformers config, the smallest first; some architectures cannot be built from some of them.
 
     All keep the order and the kinds of layers, the kind of attention and its windows.
     """
-    yield _reduced(config, _cut_layers, _narrow, _narrow_mlp)
-    yield _reduced(config, _narrow, _narrow_mlp)
-    yield _reduced(config, _cut_layers, _narrow_mlp)
+    fewest = _cut_layers(_FEWEST_LAYERS)
+    several = _cut_layers(_NUM_LAYERS)
+    yield Reduction(_reduced(config, fewest, _narrow, _narrow_mlp), False)
+    yield Reduction(_reduced(config, several, _narrow, _narrow_mlp), True)
+    yield Reduction(_reduced(config, _narrow, _narrow_mlp), True)
+    yield Reduction(_reduced(config, several, _narrow_mlp), True)
+    yield Reduction(_reduced(config, fewest, _narrow_mlp), False)
+    yield Reduction(_reduced(config, fewest, _small_vocabulary), False)
 
 
 def _reduced(config: Any, *changes: Callable[[Any], None]) -> Any:
@@ -47,17 +67,55 @@ def _narrow(config: Any) -> None:
     """Shrink all widths; the head dimension stays, since rotary embeddings are made for it."""
     heads, kv_heads = _get(config, "num_attention_heads"), _get(config, "num_key_value_heads")
     hidden = _get(config, "hidden_size")
-    if isinstance(heads, int) and isinstance(hidden, int):
+    if not isinstance(hidden, int):
+        return
+    if isinstance(heads, int):
         head_dim = _get(config, "head_dim") or hidden // heads
         few = 4 if kv_heads not in (None, heads) and heads > 1 else 2
+        # Attention may be wider than the residual stream, and some configs state that width as a multiple of it.
+        narrow = few * hidden // heads if head_dim * heads % hidden == 0 else few * head_dim
         _set(config, "num_attention_heads", few)
         if isinstance(kv_heads, int):
             _set(config, "num_key_value_heads", few if kv_heads == heads else min(kv_heads, 2))
-        _set(config, "hidden_size", few * head_dim)
-        expand = _get(config, "mamba_expand") or _get(config, "expand")
-        for count, width in (("mamba_n_heads", "mamba_d_head"), ("num_heads", "head_dim")):
-            if expand and _get(config, count) and _get(config, width):
-                _set(config, count, expand * few * head_dim // _get(config, width))
+    else:
+        few, narrow = _HEADS, math.gcd(hidden, _HIDDEN)
+    _scale(config, hidden, narrow, few)
+
+
+def _scale(config: Any, hidden: int, narrow: int, few: int) -> None:
+    """Divide what is a multiple of the hidden size by the same factor, and the numbers of heads that make up such a width."""
+    numbers = {key: value for key, value in vars(config).items() if type(value) is int and value > 1}
+    widths = {key: value for key, value in numbers.items() if _is_width(key) and 2 * value % hidden == 0}
+    for key, value in widths.items():
+        _set(config, key, value * narrow // hidden)
+    expand = _get(config, "mamba_expand") or _get(config, "expand") or 1
+    totals = {*widths.values(), expand * hidden}
+    for count_key, width_key in _head_pairs(numbers):
+        count, width = numbers[count_key], numbers[width_key]
+        if count * width not in totals or _get(config, count_key) != count or hidden % narrow:
+            continue
+        # What does not divide the number of heads divides their width.
+        shared = math.gcd(count, hidden // narrow)
+        _set(config, count_key, count // shared)
+        _set(config, width_key, max(1, width * narrow * shared // hidden))
+        few = min(few, count // shared)
+    for key, value in numbers.items():
+        if "groups" in key and "expert" not in key:
+            _set(config, key, math.gcd(value, few))
+
+
+def _is_width(key: str) -> bool:
+    return any(word in key for word in _WIDTH_WORDS) and not any(word in key for word in _OTHER_SIZES) and "head" not in key
+
+
+def _head_pairs(numbers: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """Yield the keys of a number of heads and of their width, such as n_mamba_heads and mamba_headdim; not those of attention."""
+    for count in numbers:
+        if count.endswith("heads") and count not in ("num_attention_heads", "num_key_value_heads"):
+            stem = count.removesuffix("heads").replace("num_", "").replace("n_", "")
+            for width in numbers:
+                if width.startswith(stem) and "head" in width and not width.endswith("heads"):
+                    yield count, width
 
 
 def _narrow_mlp(config: Any) -> None:
@@ -68,20 +126,28 @@ def _narrow_mlp(config: Any) -> None:
     _small_vocabulary(config)
 
 
-def _cut_layers(config: Any) -> None:
-    """Cut layers from the end, as long as each kind of layer stays."""
-    num_layers = config.num_hidden_layers
-    if not isinstance(num_layers, int):
-        return
-    per_layer = {
-        key: value for key, value in config.to_dict().items() if isinstance(value, list | tuple) and len(value) == num_layers
-    }
-    kinds = list(zip(*per_layer.values(), strict=True)) if per_layer else [()] * num_layers
-    first_of_each = {str(kind): layer for layer, kind in reversed(list(enumerate(kinds)))}
-    kept = min(num_layers, max(_NUM_LAYERS, 1 + max(first_of_each.values())))
-    for key, value in per_layer.items():
-        _set(config, key, value[:kept])
-    _set(config, "num_hidden_layers", kept)
+def _cut_layers(fewest: int) -> Callable[[Any], None]:
+    """Return a function that cuts layers from the end, down to `fewest`, as long as each kind of layer stays."""
+
+    def cut(config: Any) -> None:
+        num_layers = config.num_hidden_layers
+        if not isinstance(num_layers, int):
+            return
+        per_layer = {
+            key: value for key, value in config.to_dict().items() if isinstance(value, list | tuple) and len(value) == num_layers
+        }
+        # Where each layer has another value, as in a list of the numbers of layers, it tells no kind.
+        of_kinds = [value for value in per_layer.values() if len({str(kind) for kind in value}) < num_layers]
+        kinds = list(zip(*of_kinds, strict=True)) if of_kinds else [()] * num_layers
+        first_of_each = {str(kind): layer for layer, kind in reversed(list(enumerate(kinds)))}
+        kept = min(num_layers, max(fewest, 1 + max(first_of_each.values())))
+        for key, value in per_layer.items():
+            _set(config, key, value[:kept])
+        for key in ("num_hidden_layers", "num_blocks"):
+            if _get(config, key) == num_layers:
+                _set(config, key, kept)
+
+    return cut
 
 
 def _small_vocabulary(config: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -45,8 +46,10 @@ def facts(model_type: str, **own: Any) -> ModelFacts:
     [
         ("llama", "auto", "sdpa", "isolated"),
         ("opt", "auto", "sdpa", "leaks"),
-        ("cpmant", "auto", "eager", "leaks"),
+        ("cpmant", "auto", "eager", "not_causal"),
         ("cpmant", "sdpa", "sdpa", "unsupported"),
+        ("bert", "auto", "sdpa", "not_causal"),
+        ("cohere", "auto", "sdpa", "other_logits"),
         ("llama", "flash_attention_2", "flash_attention_2", "unknown"),
         ("no_such_type", "auto", "auto", "unknown"),
     ],
@@ -60,7 +63,7 @@ def test_a_verdict_is_stored_for_config_and_kernel(model_type: str, attention: A
     assert isolation_verdicts.load(model_of_run, model) == verdict
     assert isolation_verdicts.load(facts(model_type, num_hidden_layers=3), model) is None
     assert isolation_verdicts.load(model_of_run, section(attention="eager")) is None
-    if outcome == "leaks":
+    if outcome in ("leaks", "not_causal"):
         assert "changing a document moves the logits of the" in verdict.detail
 
 
@@ -69,13 +72,51 @@ def test_a_reduced_model_keeps_the_kinds_of_layers_and_the_windows() -> None:
     config = transformers.AutoConfig.for_model(
         "qwen3", **SIZES, head_dim=128, layer_types=kinds, sliding_window=512, use_sliding_window=True
     )
-    short, narrow, _ = reduced_model.reductions(config)
+    fewest, short, narrow = (reduction.config for reduction in itertools.islice(reduced_model.reductions(config), 3))
+    assert len(fewest.layer_types) == 18, "two layers would be enough of one kind"
     assert (short.layer_types, narrow.layer_types) == (kinds[:18], kinds)
     assert {(c.sliding_window, c.head_dim, c.num_attention_heads, c.num_key_value_heads) for c in (short, narrow)} == {
         (512, 128, 4, 2)
     }
     assert sum(parameter.numel() for parameter in reduced_model.build(short, "sdpa").parameters()) < 20e6
     assert config.hidden_size == 1024, "the config itself is not changed"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "outcome"),
+    [
+        # Widths and heads of recurrent layers follow from each other by other rules in each.
+        ("mamba2", "leaks"),
+        ("rwkv", "leaks"),
+        # It caps its logits.
+        ("xlstm", "other_logits"),
+        ("zamba2", "leaks"),
+        ("falcon_h1", "leaks"),
+        # Its layers are listed by their numbers; and get_decoder() returns the whole model in one, the head in the other.
+        ("llama4", "isolated"),
+        ("modernbert-decoder", "other_logits"),
+    ],
+)
+def test_models_of_full_size_are_reduced_by_the_same_rule(model_type: str, outcome: str) -> None:
+    config = transformers.AutoConfig.for_model(model_type).to_dict()
+    of_run = facts("llama").model_copy(update={"config": config})
+    verdict = isolation_check.check(section(), of_run)
+    assert verdict.outcome == outcome, verdict
+
+
+def test_few_layers_prove_that_documents_affect_each_other_and_not_that_they_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = reduced_model.build
+
+    def only_few_layers(config: Any, *options: Any, **more: Any) -> Any:
+        if config.num_hidden_layers > 2:
+            raise ValueError("too many layers")
+        return build(config, *options, **more)
+
+    monkeypatch.setattr(reduced_model, "build", only_few_layers)
+    for model_type, outcome in (("opt", "leaks"), ("llama", "unknown")):
+        verdict = isolation_check.check(section(), facts(model_type))
+        assert verdict.outcome == outcome
+    assert verdict.detail == "ValueError: too many layers"
 
 
 def test_plan_refuses_a_model_whose_packed_documents_affect_each_other(
@@ -93,6 +134,11 @@ def test_plan_refuses_a_model_whose_packed_documents_affect_each_other(
     assert launch_here("plan", *settings, **cache).stderr.splitlines()[0] == problem
     assert launch_here("plan", *settings, "data.packing=false", **cache).returncode == 0
     (stored,) = (tmp_path / "cache/isolation-checks").iterdir()
+    stored.write_text(json.dumps({**json.loads(stored.read_text()), "outcome": "not_causal"}))
+    for packing in ("true", "false"):
+        refused = launch_here("plan", *settings, f"data.packing={packing}", **cache)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("this architecture sees later tokens, with attention by eager: changing a docu")
     stored.write_text(json.dumps({**json.loads(stored.read_text()), "outcome": "unknown", "detail": "no small model"}))
     note = "note       whether packed documents affect each other is measured on the loaded model, before step 1 (no small model)"
     assert note in launch_here("plan", *settings, **cache).stdout
