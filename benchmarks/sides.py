@@ -55,7 +55,7 @@ def prepare(folder: Path, overrides: list[str], steps: int, warmup: int) -> Prep
     settings = (*overrides, f"train.max_steps={steps}", "train.epochs=null")
     command = [sys.executable, "-m", "launcher"]
     run([*command, "data", *settings], folder / "data.log")
-    plan = LaunchPlan.model_validate_json(run([*command, "plan", "--json", *settings], folder / "plan.log"))
+    plan = read_plan(run([*command, "plan", "--json", *settings], folder / "plan.log"))
     if plan.data is None:
         raise SystemExit(f"launcher data has not built the cache:\n{(folder / 'data.log').read_text()}")
     if plan.model.path is None:
@@ -64,6 +64,12 @@ def prepare(folder: Path, overrides: list[str], steps: int, warmup: int) -> Prep
     _write_rows(plan, steps, folder / "rows.npz")
     _write_chats(plan.config.data, folder / "chats.jsonl")
     return Prepared(folder, settings, plan, steps, warmup)
+
+
+def read_plan(output: str) -> LaunchPlan:
+    """Return the plan that `launcher plan --json` printed with its warnings and notes."""
+    values = json.loads(output)
+    return LaunchPlan.model_validate({key: value for key, value in values.items() if key not in ("warnings", "notes")})
 
 
 def launcher_side(prepared: Prepared, extra: tuple[str, ...] = ()) -> dict[str, Any]:

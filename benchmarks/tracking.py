@@ -203,7 +203,9 @@ def switched_run(folder: Path, settings: list[str]) -> dict[str, list[float]]:
     import sides
 
     plan_file = folder / "plan.json"
-    plan_file.write_text(sides.run([sys.executable, "-m", "launcher", "plan", "--json", *settings], folder / "plan.log"))
+    plan_file.write_text(
+        sides.read_plan(sides.run([sys.executable, "-m", "launcher", "plan", "--json", *settings], folder / "plan.log")).to_json()
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     output = sides.run([*command, str(Path(__file__).resolve()), "--rank", str(plan_file)], folder / "log")
     return json.loads(next(line for line in output.splitlines() if line.startswith('{"walls"')))

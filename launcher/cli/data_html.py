@@ -8,6 +8,7 @@ from launcher.cli import charts, html_page
 from launcher.cli.charts import Series
 from launcher.cli.data_view import (
     length_bins,
+    outcome,
     row_width,
     source_columns,
     source_notes,
@@ -110,7 +111,7 @@ def _finding_contexts(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "title": f"{finding['count']:,} of {finding['total']:,} ({share_text(finding['share'])}) {finding['title']}",
             "is_fatal": finding["fatal"],
             "advice": f"{finding['meaning']}. Remedy: {finding['remedy']}",
-            "setting": f"{finding['setting']}={finding['action']}" + (": the run is refused" if finding["fatal"] else ""),
+            "setting": f"{finding['setting']}={finding['action']}: {outcome(finding)}",
             "sources": ", ".join(f"{name} {count:,}" for name, count in finding["sources"].items()),
             "examples": [f"{example['where']}: {example['detail']}" for example in finding["examples"]],
         }

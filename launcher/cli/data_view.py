@@ -27,7 +27,8 @@ _LABEL_WIDTH = 13
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Rounding error of token shares.
 _ROUNDING = 1e-6
-_ACTIONS = {"keep": "kept", "drop": "dropped", "fail": "kept, within the accepted share"}
+# What becomes of the documents of a finding that does not refuse the run, where its setting does not say so.
+_OUTCOMES = {"dropped": "not trained", "truncated": "trained without the rest"}
 
 
 def show(report: dict[str, Any]) -> None:
@@ -99,6 +100,7 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("end of turn", f"trained in {report['documents_with_turn_end']:,} of {report['documents']:,} documents{_ends(report)}"),
         *([("dropped", dropped)] if report["dropped_documents"] else []),
+        *(("warning", warning) for warning in report["warnings"]),
         ("cache", f"{report['cache_dir']} ({format_size(report['cache_bytes'])})"),
     ]
 
@@ -176,7 +178,15 @@ def _print_text(console: Console, text: str, continued_at: int, indent: int = 0,
 
 def source_notes(report: dict[str, Any]) -> list[str]:
     """Return lines about the sources for which the tables have no column."""
-    return [*parts_taken(report), *unused(report), *moved(report), *left_out(report), *unread_keys(report), *completions(report)]
+    return [
+        *parts_taken(report),
+        *unused(report),
+        *not_evaluated(report),
+        *moved(report),
+        *left_out(report),
+        *unread_keys(report),
+        *completions(report),
+    ]
 
 
 def parts_taken(report: dict[str, Any]) -> list[str]:
@@ -203,6 +213,16 @@ def unused(report: dict[str, Any]) -> list[str]:
                 f"{source['name']}: {count:,} of {num_documents:,} documents are not in the mixture because of its {limits}"
             )
     return lines
+
+
+def not_evaluated(report: dict[str, Any]) -> list[str]:
+    """Return a line if the held-out split has fewer documents than were held out, besides dropped ones."""
+    held_out = report["held_out"]
+    if not (count := held_out["unused_documents"]):
+        return []
+    num_documents = held_out["read_documents"] - held_out["dropped_documents"]
+    limit = f"data.eval_max_rows={held_out['max_rows']}"
+    return [f"held out: {count:,} of {num_documents:,} documents are neither evaluated nor trained on because of {limit}"]
 
 
 def moved(report: dict[str, Any]) -> list[str]:
@@ -298,13 +318,26 @@ def _print_findings(console: Console, findings: list[dict[str, Any]]) -> None:
     console.print("findings", style="bold")
     for finding in findings:
         style = "bold red" if finding["fatal"] else "yellow"
-        action = "the run is refused" if finding["fatal"] else _ACTIONS[finding["action"]]
-        title = f"{finding['count']:,} of {finding['total']:,} ({share_text(finding['share'])})  {finding['title']}: {action}"
+        title = f"{finding['count']:,} of {finding['total']:,} ({share_text(finding['share'])})  {finding['title']}"
+        title = f"{title}: {outcome(finding)}"
         _print_text(console, title, continued_at=6, indent=2, style=style)
         for example in finding["examples"]:
             _print_text(console, f"{visible(example['where'])}: {visible(example['detail'])}", continued_at=8, indent=6)
         advice = f"{finding['meaning']}. Remedy: {finding['remedy']} ({finding['setting']}={finding['action']})"
         _print_text(console, advice, continued_at=6, indent=6, style="dim")
+
+
+def outcome(finding: dict[str, Any]) -> str:
+    """Return what becomes of the documents of a finding, or of the run."""
+    if finding["fatal"]:
+        return "the run is refused"
+    if finding["action"] == "drop":
+        return "dropped"
+    kept = _OUTCOMES.get(finding["name"], "kept")
+    if finding["action"] == "keep":
+        return kept
+    of, setting = (" of a source", "") if finding["limit_setting"] is None else ("", f" ({finding['limit_setting']})")
+    return f"{kept}; more than {100 * finding['limit']:g}%{of} would refuse the run{setting}"
 
 
 def _print_row(console: Console, shown: dict[str, Any], number: int) -> None:

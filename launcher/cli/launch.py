@@ -14,7 +14,7 @@ from launcher.cli import data, formatting, wandb_check
 from launcher.cli.arguments import COMMON_FLAGS, composing_usage
 from launcher.cli.follow import follow
 from launcher.cli.formatting import wrap
-from launcher.cli.plan_view import LABEL_WIDTH, plan_lines, started_lines, sweep_lines
+from launcher.cli.plan_view import LABEL_WIDTH, plan_json, plan_lines, started_lines, sweep_lines
 from launcher.cli.worker_process import check_extra, prepare, run_worker_module, worker_environment
 from launcher.clusters.backends import Cluster, StatusReader, cluster_for, status_reader_for
 from launcher.clusters.preflight import check_startable, disk_note
@@ -33,7 +33,8 @@ _USAGE = {
 
 Plan, prepare data, start the run. On this machine the command follows the run to its end, on a cluster it returns at once.
 --follow (or follow=true) and --detach (or follow=false) override that. With -m it starts several runs.""",
-    "plan": "python -m launcher plan [--json] [overrides]\n\nShow the complete plan and start nothing.",
+    "plan": "python -m launcher plan [--json] [overrides]\n\nShow the complete plan and start nothing. "
+    "--json prints the plan's file with the lists warnings and notes.",
 }
 _OWN_FLAGS = {"train": ("--follow", "--detach"), "plan": ("--json",)}
 # Ten times what it takes on an idle machine.
@@ -63,11 +64,11 @@ def _plan(composed: Composed, as_json: bool) -> int:
         node = _node_of(composed, cluster)
         config = facts.resolve(composed.config, node)
         plan = make_plan(config, _checked_facts(config, composed, node))
-        if as_json:
-            print(plan.to_json())
-            return 0
         weights_note = model_source.weights_note(config.model)
         notes = (_device_note(plan, cluster), disk_note(plan), weights_note, data.refusal(plan.config, plan.data))
+        if as_json:
+            print(plan_json(plan, *notes))
+            return 0
         print("\n".join(wrap(plan_lines(plan, *notes), LABEL_WIDTH)))
         if script := cluster.preview(plan):
             print(f"\n{script}", end="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -9,6 +10,7 @@ from launcher.cli.formatting import short, table
 from launcher.config.sections.train import CheckpointSection
 from launcher.errors import ConfigError
 from launcher.plan.architecture import train_flops
+from launcher.plan.batch import single_step_warning
 from launcher.plan.disk import format_size
 from launcher.plan.launch_plan import LaunchPlan, Lineage
 from launcher.plan.plan_checks import warnings
@@ -51,10 +53,20 @@ def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
         *([("cost", _cost(plan))] if plan.topology.device == "cuda" or plan.price is not None else []),
     ]
     rows += [("warning", warning) for warning in warnings(plan)]
-    rows += [("note", note) for note in (*_notes(plan), *notes) if note]
+    rows += [("note", note) for note in _all_notes(plan, notes)]
     if limits := _limits(plan):
         rows.append(("limit", f"saves and stops after {limits}"))
     return [f"{label:<{LABEL_WIDTH}}{value}" for label, value in rows]
+
+
+def plan_json(plan: LaunchPlan, *notes: str | None) -> str:
+    """Return the plan as JSON with its warnings and notes: the texts of `plan_lines`, which a plan's file does not hold."""
+    shown = {**json.loads(plan.to_json()), "warnings": [*warnings(plan)], "notes": _all_notes(plan, notes)}
+    return json.dumps(shown, indent=2, ensure_ascii=False)
+
+
+def _all_notes(plan: LaunchPlan, notes: Sequence[str | None]) -> list[str]:
+    return [note for note in (*_notes(plan), *notes) if note]
 
 
 def _limits(plan: LaunchPlan) -> str:
@@ -134,7 +146,9 @@ def _notes(plan: LaunchPlan) -> list[str]:
             f"with cluster.min_workers={min_workers}, {idle} worker{'s' * (idle > 1)} can be idle: the batch of "
             f"{plan.batch.global_batch_size} rows divides over {of}, not over {min_workers}"
         )
-    if steps is not None and config.optim.schedule != "constant" and config.optim.warmup_steps >= steps:
+    is_single = data is not None and single_step_warning(config.train, data.num_rows, plan.topology.world_size) is not None
+    is_scheduled = config.optim.schedule != "constant" and not is_single
+    if steps is not None and is_scheduled and config.optim.warmup_steps >= steps:
         notes.append(f"the warm-up of {config.optim.warmup_steps} steps does not end within {steps}: lower optim.warmup_steps")
     if data is not None and not data.num_eval_rows and (config.data.eval_fraction or config.data.eval_path):
         notes.append("no document is held out, so nothing is evaluated: raise data.eval_fraction")

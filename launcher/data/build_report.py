@@ -58,12 +58,14 @@ def make_report(
     """Count documents and tokens for the report; `is_dropped` is bool [documents].
 
     `read`: documents as they were read. `num_docs`: documents in the rows. `dropped`: by a check, or for the length. `unused`:
-    the mixture takes less of the source. Of the documents in rows, `truncated`: tokens were cut off; `split`: several pieces.
+    the mixture takes less of the source, or data.eval_max_rows fewer held-out rows. Of the documents in rows, `truncated`: tokens
+    were cut off; `split`: several pieces.
     """
     docs, pieces = corpus.docs, corpus.pieces
     gone = is_dropped | (docs.num_pieces == 0)
     cut = (docs.lost_tokens > 0) & (docs.num_pieces > 0)
     used = np.bincount(pieces.doc[layout.order], minlength=corpus.num_docs) > 0
+    evaluated = np.bincount(pieces.doc[held_out.order], minlength=corpus.num_docs) > 0
     filled = np.bincount(pieces.doc, pieces.lengths, corpus.num_docs) > 0
     counted = {
         "read": ~docs.held_out,
@@ -74,6 +76,7 @@ def make_report(
         "split_docs": used & (docs.num_pieces > 1),
         "held_out_read": docs.held_out,
         "held_out_dropped": docs.held_out & gone,
+        "held_out_unused": docs.held_out & ~gone & filled & ~evaluated,
         "held_out_truncated_docs": docs.held_out & cut,
     }
     names = list_names(data)

@@ -47,9 +47,9 @@ from launcher.locks import wait_and_hold
 from launcher.plan.launch_plan import DataFacts
 
 # To be raised when the same sources give other tokens, rows or findings, or another layout; a test checks that.
-FORMAT_VERSION = 10
+FORMAT_VERSION = 11
 # Formats with the layout of the current one, which a run that records such a cache continues with.
-_READABLE_FORMATS = (9, FORMAT_VERSION)
+_READABLE_FORMATS = (9, 10, FORMAT_VERSION)
 
 # The files that AutoTokenizer reads; config.json because the model type selects the class.
 TOKENIZER_FILES = (

@@ -17,6 +17,7 @@ from launcher.data.cache import Split
 from launcher.data.checks import findings, patterns
 from launcher.data.row_order import RowOrder
 from launcher.data.texts import DecodedTexts
+from launcher.plan.batch import single_step_warning
 from launcher.plan.launch_plan import DataFacts
 
 NUM_QUANTILES = 41
@@ -73,8 +74,11 @@ def report(
             **held_out_numbers,
             "read_documents": sum(source["held_out_read"] for source in counts),
             "dropped_documents": sum(source["held_out_dropped"] for source in counts),
+            "unused_documents": sum(source["held_out_unused"] for source in counts),
+            "max_rows": data.eval_max_rows,
             "truncated_documents": sum(source["held_out_truncated_docs"] for source in counts),
         },
+        "warnings": [warning] if (warning := single_step_warning(train, facts.num_rows, world_size=None)) else [],
         "findings": [one.to_json() for one in judged],
         "refused": any(one.fatal for one in judged),
         "turn_ends": [{"id": i, "token": texts.token(i), "stops": i in stop_ids} for i in facts.turn_end_ids],
@@ -117,6 +121,7 @@ def _report_sources(
                 "documents": held_out["documents"],
                 "tokens": held_out["tokens"],
                 "dropped_documents": recorded["held_out_dropped"],
+                "unused_documents": recorded["held_out_unused"],
             },
         }
         for i, (path, numbers, held_out, recorded) in enumerate(zip(paths, train_numbers, held_out_numbers, counts, strict=True))

@@ -11,12 +11,30 @@ from launcher.plan.launch_plan import Batch, DataFacts
 
 # Tokens of one forward pass that keep a device busy; more only costs memory.
 _TOKENS_PER_FORWARD = {"cuda": 8192, "cpu": 1024}
+# Steps that the batch or the epochs of a remedy give, at least where the data has as many rows.
+_MORE_STEPS = 10
 
 
 def divisors(n: int) -> list[int]:
     """Return the divisors of `n` in ascending order."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
+
+
+def single_step_warning(train: TrainSection, num_rows: int, world_size: int | None) -> str | None:
+    """Return a warning if all epochs of the data are one step, with the batch that gives more; `world_size` None: not known."""
+    batch, epochs, unit = train.global_batch_size, train.epochs, world_size or 1
+    if train.max_steps is not None or epochs is None or num_rows * epochs > batch:
+        return None
+    smaller = max(unit, int(num_rows * epochs / _MORE_STEPS) // unit * unit)
+    steps = math.ceil(num_rows * epochs / smaller)
+    of = "" if world_size else " (if it divides over the ranks)"
+    fewer = f"set train.global_batch_size={smaller} for {steps:,} steps{of}, or " if steps > 1 else ""
+    return (
+        f"the run has 1 step: {epochs:g} epoch{'s' * (epochs != 1)} of {num_rows:,} row{'s' * (num_rows > 1)} "
+        f"{'is' if epochs == 1 else 'are'} no more than one batch of {batch:,}: {fewer}"
+        f"set train.epochs={math.ceil(_MORE_STEPS * batch / num_rows)} for {_MORE_STEPS} steps, or add documents"
+    )
 
 
 def split(train: TrainSection, data: DataSection, world_size: int, device: str, facts: DataFacts | None) -> Batch:

@@ -8,6 +8,7 @@ from typing import Any
 
 from launcher.config.schema import RunConfig
 from launcher.errors import Problem
+from launcher.plan.batch import single_step_warning
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.optimizers import OPTIMIZERS
 
@@ -56,7 +57,9 @@ def warnings(plan: LaunchPlan) -> Iterator[str]:
             f"positions: set data.max_length={context}"
         )
     batch = config.train.global_batch_size
-    if data is not None and data.num_rows < batch:
+    if data is not None and (few := single_step_warning(config.train, data.num_rows, world_size)):
+        yield few
+    elif data is not None and data.num_rows < batch:
         largest = data.num_rows // world_size * world_size
         fitting = (
             f"set train.global_batch_size={largest}"

@@ -115,11 +115,17 @@ def test_a_plan_needs_no_torch_and_works_from_anywhere(walled: Run, empty: Path)
 def test_plan_json_can_be_loaded(forked: Run, empty: Path) -> None:
     done = forked("plan", "--json", "model=tiny", "optim.lr=0.5", cwd=empty)
     assert done.returncode == 0, done.stderr
-    planned = LaunchPlan.model_validate_json(done.stdout)
+    values = json.loads(done.stdout)
+    warnings, notes = values.pop("warnings"), values.pop("notes")
+    planned = LaunchPlan.model_validate(values)
     assert planned.config.optim.lr == 0.5
     assert planned.provenance.overrides == ("model=tiny", "optim.lr=0.5")
     assert planned.run_dir == str(empty / "runs" / planned.run_name)
     assert {"torch", "deepspeed"} <= planned.provenance.packages.keys()
+    assert [warning.partition(" is high")[0] for warning in warnings] == ["optim.lr=0.5"]
+    lines = forked("plan", "model=tiny", "optim.lr=0.5", cwd=empty).stdout.splitlines()
+    for label, texts in (("warning", warnings), ("note", notes)):
+        assert [line.removeprefix(label).strip() for line in lines if line.startswith(label)] == texts
 
 
 def test_a_multirun_plans_each_job(forked: Run, empty: Path) -> None:
@@ -128,7 +134,7 @@ def test_a_multirun_plans_each_job(forked: Run, empty: Path) -> None:
     decoder, text, names = json.JSONDecoder(), done.stdout.strip(), []
     while text:
         value, end = decoder.raw_decode(text)
-        names.append(LaunchPlan.model_validate(value).config.model.name)
+        names.append(value["config"]["model"]["name"])
         text = text[end:].strip()
     assert names == ["tiny", "qwen3_8b"]
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.cli.data_view import left_out, moved, number_rows, parts_taken, summary_rows, unused
+from launcher.cli.data_view import left_out, moved, not_evaluated, number_rows, outcome, parts_taken, summary_rows, unused
 from launcher.config.sections.data import DataSection, Source
 from launcher.config.sections.train import TrainSection
 from launcher.data import cache
@@ -144,6 +145,47 @@ def test_documents_outside_the_mixture_are_not_counted_as_truncated(jsonl: Jsonl
     data_report = report(build(off, str(tokenizer_dir)), off, tokenizer_dir)
     assert unused(data_report) == ["short: not read because its weight is 0"]
     assert [line[0] for line in number_rows(data_report)[1:]] == ["long"]
+
+
+def test_held_out_documents_beyond_the_limit_are_explained(
+    mixture: DataSection, numbers: dict[str, Any], tokenizer_dir: Path
+) -> None:
+    assert not_evaluated(numbers) == []
+    data = mixture.model_copy(update={"eval_max_rows": 2})
+    data_report = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
+    held_out = data_report["held_out"]
+    assert (held_out["rows"], held_out["read_documents"]) == (2, numbers["held_out"]["read_documents"])
+    left = held_out["read_documents"] - held_out["dropped_documents"]
+    count = left - held_out["documents"]
+    assert (
+        0
+        < count
+        == held_out["unused_documents"]
+        == sum(source["held_out"]["unused_documents"] for source in data_report["sources"])
+    )
+    assert not_evaluated(data_report) == [
+        f"held out: {count} of {left} documents are neither evaluated nor trained on because of data.eval_max_rows=2"
+    ]
+
+
+def test_data_of_a_single_step_is_a_warning(mixture: DataSection, numbers: dict[str, Any], tokenizer_dir: Path) -> None:
+    assert numbers["rows"] <= 64
+    (warning,) = numbers["warnings"]
+    assert ("warning", warning) in summary_rows(numbers)
+    steps = int(re.findall(r"set train.global_batch_size=(\d+) for (\d+) steps \(if it divides over the ranks\)", warning)[0][1])
+    batch = int(re.findall(r"set train.global_batch_size=(\d+) ", warning)[0])
+    assert warning.startswith(f"the run has 1 step: 1 epoch of {numbers['rows']} rows is no more than one batch of 64: ")
+    assert steps == -(-numbers["rows"] // batch) >= 10
+    assert report(build(mixture, str(tokenizer_dir)), mixture, tokenizer_dir, global_batch_size=batch)["warnings"] == []
+
+
+def test_what_becomes_of_the_documents_of_a_finding(numbers: dict[str, Any]) -> None:
+    of = {finding["name"]: outcome(finding) for finding in numbers["findings"]}
+    assert of["dropped"] == "not trained; more than 20% would refuse the run (data.checks.max_dropped)"
+    assert (of["empty_answer"], of["exact_duplicate"]) == ("dropped", "kept")
+    turn_end = {"name": "no_turn_end", "fatal": False, "action": "fail", "limit": 0.5, "limit_setting": None}
+    assert outcome(turn_end) == "kept; more than 50% of a source would refuse the run"
+    assert outcome({**turn_end, "fatal": True}) == "the run is refused"
 
 
 def test_the_report_has_the_length_of_the_longest_row(jsonl: Jsonl, tokenizer_dir: Path) -> None:

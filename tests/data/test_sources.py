@@ -137,6 +137,20 @@ def test_every_path_is_checked_at_once(tmp_path: Path) -> None:
         assert problem.remedy
 
 
+@pytest.mark.parametrize("written", ["My.jsonl", "mine.jsonl", "My.JSONL"])
+def test_a_missing_file_names_its_neighbors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("my.jsonl", "other.csv", "sub/chats.jsonl"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text('{"text": "a"}\n')
+    (problem,) = check_sources(DataSection(sources=(Source(path=written),)))
+    assert problem.remedy.startswith("did you mean my.jsonl? set data.sources[0].path to a data file")
+    (problem,) = check_sources(DataSection(sources=(Source(path="Sub/chats.jsonl"),)))
+    assert problem.remedy.startswith("did you mean sub? ")
+    (problem,) = check_sources(DataSection(sources=(Source(path="nothing_like_it.jsonl"),)))
+    assert problem.remedy.startswith("set data.sources[0].path")
+
+
 def test_good_paths_are_no_problem(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n')

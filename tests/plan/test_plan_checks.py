@@ -86,12 +86,41 @@ def test_the_context_of_a_model(config: dict[str, Any], tokens: int | None) -> N
 
 def test_a_batch_larger_than_the_data_is_warned_about_with_the_one_that_fits(plan_of: PlanOf) -> None:
     data = DATA.model_copy(update={"num_rows": 41})
-    (warning,) = warnings_of(plan_of("train.global_batch_size=64", data=data))
+    steps = ("train.global_batch_size=64", "train.max_steps=9", "train.epochs=null")
+    (warning,) = warnings_of(plan_of(*steps, data=data))
     assert warning == (
         "a batch of 64 rows is more than all 41 rows of the data, so a step repeats rows: set train.global_batch_size=40"
     )
-    (warning,) = warnings_of(plan_of("train.global_batch_size=64", data=DATA.model_copy(update={"num_rows": 1})))
+    (warning,) = warnings_of(plan_of(*steps, data=DATA.model_copy(update={"num_rows": 1})))
     assert warning.endswith(": lower it, and use at most 1 rank")
+
+
+def test_data_of_a_single_step_is_one_warning_with_the_batch_and_the_epochs_of_more(plan_of: PlanOf) -> None:
+    data = DATA.model_copy(update={"num_rows": 41})
+    planned = plan_of("train.global_batch_size=64", "train.epochs=1", "optim.warmup_steps=20", data=data)
+    ranks = planned.topology.world_size
+    batch = max(ranks, 4 // ranks * ranks)
+    assert planned.batch.max_steps == 1
+    assert warnings_of(planned) == [
+        f"the run has 1 step: 1 epoch of 41 rows is no more than one batch of 64: set train.global_batch_size={batch} for "
+        f"{-(-41 // batch)} steps, or set train.epochs=16 for 10 steps, or add documents"
+    ]
+    assert not any("warm-up" in line for line in plan_lines(planned) if line.startswith("note"))
+    more = ("train.epochs=1", f"train.global_batch_size={batch}", "optim.warmup_steps=20")
+    assert plan_of(*more, data=data).batch.max_steps == -(-41 // batch)
+    assert warnings_of(plan_of(*more, data=data)) == []
+    assert plan_of("train.global_batch_size=64", "train.epochs=16", data=data).batch.max_steps == 11
+    (warning,) = warnings_of(
+        plan_of("train.global_batch_size=64", "train.epochs=1", data=DATA.model_copy(update={"num_rows": 64}))
+    )
+    assert "64 rows is no more than one batch of 64" in warning
+    assert (
+        warnings_of(plan_of("train.global_batch_size=64", "train.epochs=1", data=DATA.model_copy(update={"num_rows": 65}))) == []
+    )
+    (warning,) = warnings_of(
+        plan_of("train.global_batch_size=64", "train.epochs=1", data=DATA.model_copy(update={"num_rows": 1}))
+    )
+    assert warning.endswith("no more than one batch of 64: set train.epochs=640 for 10 steps, or add documents")
 
 
 def test_a_signal_lead_shorter_than_a_save_is_warned_about_with_the_one_that_fits(plan_of: PlanOf) -> None:

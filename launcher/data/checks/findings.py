@@ -201,11 +201,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class JudgedFinding:
-    """A finding under the settings of a run: `action` is keep, drop or fail; if it is `fatal`, the run is refused."""
+    """A finding under the settings of a run: `action` is keep, drop or fail; if it is `fatal`, the run is refused.
+
+    `limit` is the share above which fail refuses it.
+    """
 
     finding: Finding
     action: str
     fatal: bool
+    limit: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return the finding with its texts, share, setting and action, for `--json`."""
@@ -219,6 +223,8 @@ class JudgedFinding:
             "setting": self.finding.setting,
             "action": self.action,
             "fatal": self.fatal,
+            "limit": self.limit,
+            "limit_setting": f"data.checks.{LIMITS[self.finding.name]}" if self.finding.name in LIMITS else None,
             "accepted_by": _accepted_by(self.finding),
             "remedy": text.remedy,
         }
@@ -241,22 +247,26 @@ def read(folder: str | Path) -> Findings:
 def judge(findings: Findings, checks: ChecksSection) -> tuple[JudgedFinding, ...]:
     """Judge each finding by the settings `checks`; those that refuse the run come first."""
     judged = [
-        JudgedFinding(finding, action := getattr(checks, finding.name), _is_fatal(finding, action, checks))
+        JudgedFinding(
+            finding, action := getattr(checks, finding.name), _is_fatal(finding, action, checks), _limit(finding, checks)
+        )
         for finding in findings
     ]
     return tuple(sorted(judged, key=lambda one: not one.fatal))
 
 
 def _is_fatal(finding: Finding, action: str, checks: ChecksSection) -> bool:
-    share, limit = finding.share, 0.0
-    if finding.name in LIMITS:
-        limit = getattr(checks, LIMITS[finding.name])
-    elif finding.name == "no_turn_end":
-        share, limit = finding.highest_share, MAX_SHARE_WITHOUT_TURN_END
-    elif finding.name == "no_trained_token" and action == "drop":
+    if finding.name == "no_trained_token" and action == "drop":
         # Nothing of a source would be left.
         return finding.highest_share == 1
-    return action == "fail" and share > limit
+    share = finding.highest_share if finding.name == "no_turn_end" else finding.share
+    return action == "fail" and share > _limit(finding, checks)
+
+
+def _limit(finding: Finding, checks: ChecksSection) -> float:
+    if finding.name in LIMITS:
+        return float(getattr(checks, LIMITS[finding.name]))
+    return MAX_SHARE_WITHOUT_TURN_END if finding.name == "no_turn_end" else 0.0
 
 
 def problems(findings: Findings, checks: ChecksSection) -> list[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import zlib
@@ -23,8 +24,8 @@ REPETITIVE_RATIO = 5.0
 _MIN_REPETITIVE_BYTES = 400
 # The first two bytes of a multi-byte UTF-8 character, decoded as Latin-1 or Windows-1252.
 _MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]")
-# Characters on either side of the start of a completion: the length of long keys and addresses.
-_AROUND_START = 256
+# Characters on either side of the border between two parts: the length of long keys and addresses.
+_AROUND_BORDER = 256
 _DIGITS = b"0123456789"
 # Of a shorter prompt without its numbers, such as 3+4=, too little is left to compare.
 _MIN_FORM_BYTES = 24
@@ -95,11 +96,12 @@ def inspect(
         text = (
             identity.full_text if trained_parts is parts else minhash.normalize("\n".join([part.text for part in trained_parts]))
         )
-        text_hits = _check_texts(trained_parts, text, text.encode(), special_texts)
+        candidates = patterns.find_candidates(text.encode())
+        text_hits = _check_texts(trained_parts, text, candidates, special_texts)
         identities.append(identity)
         split_hits = _check_split_tokens(rendering, split_tokens) if split_tokens else ()
         structure_hits = _check_structure(document, parts, tokens, data.checks)
-        hits.append((*structure_hits, *text_hits, *split_hits, *_check_across_start(document)))
+        hits.append((*structure_hits, *text_hits, *split_hits, *_check_borders(document, parts, candidates)))
     signatures = minhash.compute_signatures([identity.signed for identity in identities])
     return [
         Inspection(*identity.hashes, signature, document_hits, isinstance(document, PlainText))
@@ -264,10 +266,11 @@ def role_fault(messages: Sequence[Message]) -> str | None:
     return None if previous == "assistant" else f"the last message is of role {messages[-1].role}"
 
 
-def _check_texts(parts: Sequence[_TextPart], full_text: str, data: bytes, special_texts: Sequence[str]) -> Iterator[CheckHit]:
+def _check_texts(
+    parts: Sequence[_TextPart], full_text: str, candidates: Sequence[patterns.TextPattern], special_texts: Sequence[str]
+) -> Iterator[CheckHit]:
     """Check the text itself; a hit names the first match of a check and the number of others."""
     details: dict[str, list[str]] = defaultdict(list)
-    candidates = patterns.find_candidates(data)
     special = patterns.may_hold_special_tokens(full_text, special_texts)
     if not candidates and not special and full_text.isascii():
         return
@@ -283,16 +286,26 @@ def _check_texts(parts: Sequence[_TextPart], full_text: str, data: bytes, specia
         yield CheckHit(finding, texts[0] + (f" and {len(texts) - 1} more" if len(texts) > 1 else ""))
 
 
-def _check_across_start(document: Document) -> Iterator[CheckHit]:
-    """Check for secrets and addresses that begin in the prompt and end in the completion."""
-    if not isinstance(document, Completion):
+def _check_borders(
+    document: Document, parts: Sequence[_TextPart], candidates: Sequence[patterns.TextPattern]
+) -> Iterator[CheckHit]:
+    """Check for secrets and addresses that begin in one part and end in the next: a question may name what the answer tells.
+
+    `candidates` are the patterns that may match the text of a conversation; its template writes more between the parts.
+    """
+    if isinstance(document, Chat) and not candidates:
         return
-    before = document.prompt[-_AROUND_START:]
-    text = before + document.completion[:_AROUND_START]
-    for pattern, match in patterns.find_matches(text, patterns.find_candidates(text.lower().encode())):
-        if match.start() < len(before) < match.end():
-            start = len(document.prompt) - len(before) + match.start()
-            yield CheckHit(pattern.finding, f"prompt, character {start}: {patterns.mask(pattern, match)}")
+    for part, following in itertools.pairwise(parts):
+        if part.where == "tools":
+            continue
+        before, after = part.text[-_AROUND_BORDER:], following.text[:_AROUND_BORDER]
+        if isinstance(document, Completion):
+            candidates = patterns.find_candidates((before + after).lower().encode())
+        for space in ("", " ") if isinstance(document, Chat) else ("",):
+            for pattern, match in patterns.find_matches(before + space + after, candidates):
+                if match.start() < len(before) and match.end() > len(before) + len(space):
+                    start = len(part.text) - len(before) + match.start()
+                    yield CheckHit(pattern.finding, f"{part.where}, character {start}: {patterns.mask(pattern, match)}")
 
 
 def _broken(text: str) -> str | None:

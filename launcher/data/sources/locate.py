@@ -5,6 +5,7 @@ Remote files are downloaded once: those of the Hub into huggingface_hub's cache,
 
 from __future__ import annotations
 
+import difflib
 import functools
 import glob
 import json
@@ -114,7 +115,9 @@ def local_problem(key: str, source: Source) -> Problem | None:
     if is_pattern and not _match_pattern(value):
         return Problem("no file matches the pattern", key, value, f"{remedy}; relative paths start at {Path.cwd()}")
     if not is_pattern and not path.exists():
-        return Problem("the data file does not exist", key, value, f"{remedy}; relative paths start at {Path.cwd()}")
+        similar = _list_similar(path)
+        guess = f"did you mean {' or '.join(similar)}? " if similar else ""
+        return Problem("the data file does not exist", key, value, f"{guess}{remedy}; relative paths start at {Path.cwd()}")
     if not is_pattern and not path.is_file() and not path.is_dir():
         return Problem("the data path is neither a file nor a folder", key, value, remedy)
     if not path.is_dir() and (source.split, source.subset, source.revision) != (None, None, None):
@@ -129,6 +132,20 @@ def local_problem(key: str, source: Source) -> Problem | None:
         which = "" if empty == [value] else f": {', '.join(empty[:3])}"
         return Problem(f"the data file is empty{which}", key, value, f"write rows into it, or {remedy}")
     return None
+
+
+def _list_similar(path: Path) -> list[str]:
+    """Return what lies beside the first missing part of `path` under the closest names, apart from case; at most three."""
+    absent = [path, *(parent for parent in path.parents if not parent.exists())][-1]
+    try:
+        beside = list(absent.parent.iterdir())
+    except OSError:
+        return []
+    names: dict[str, list[Path]] = {}
+    for entry in beside:
+        names.setdefault(entry.name.casefold(), []).append(entry)
+    close = difflib.get_close_matches(absent.name.casefold(), names, n=3, cutoff=0.7)
+    return [str(entry) for name in close for entry in names[name]][:3]
 
 
 def _local_files(source: Source) -> tuple[DataFile, ...]:

@@ -244,6 +244,40 @@ def test_secrets_are_located_and_never_shown(kind: str) -> None:
     assert patterns.redact([text])[0].startswith(("This is it: ", "Take postgres"))
 
 
+@pytest.mark.parametrize(
+    ("question", "answer", "finding"),
+    [
+        (f"Complete this: {SECRETS['API key'][:20]}", f"{SECRETS['API key'][20:]} is it.", "secrets"),
+        ("My password:", "hunter2hunter2", "secrets"),
+        ("Write to jane.roe", "@company.co.uk", "personal_data"),
+        ("Phone:", "0891234567", "personal_data"),
+    ],
+)
+def test_secrets_that_span_two_turns_are_located_and_redacted(question: str, answer: str, finding: str) -> None:
+    messages = (
+        Message("user", "Hello."),
+        Message("assistant", "Hello!"),
+        Message("user", question),
+        Message("assistant", answer),
+    )
+    hit = hits_of(Chat("x:1", messages))[finding]
+    assert hit.startswith("messages[2], character ")
+    assert answer[:6] not in hit
+    turns = [f"<|im_start|>{message.role}\n{message.content}<|im_end|>\n" for message in messages]
+    parts = [*turns[:3], "<|im_start|>assistant\n", f"{answer}<|im_end|>", "\n"]
+    shown = patterns.redact(parts)
+    assert shown[:2] == parts[:2]
+    assert answer[:6] not in "".join(shown)
+    assert shown[-2:] == [f"[…]{' is it.' * (' is it.' in answer)}<|im_end|>", "\n"]
+    # Two turns that say nothing together, and tools that precede them.
+    harmless = (Message("user", "What is a password?"), Message("assistant", "A secret word2go, for example."))
+    assert hits_of(Chat("x:1", harmless)) == {}
+    assert patterns.redact(["<|im_start|>user\nMy password:<|im_end|>", "yes"]) == [
+        "<|im_start|>user\nMy password:<|im_end|>",
+        "yes",
+    ]
+
+
 @pytest.mark.parametrize("text", HIDDEN)
 def test_secrets_in_prose_are_redacted(text: str) -> None:
     before, secret, _ = text.replace("‹", "›").split("›")
