@@ -9,28 +9,15 @@ from __future__ import annotations
 import functools
 import getpass
 import json
-import logging
 import os
-import shlex
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launcher import atomic_files
-from launcher.config.redaction import redact
-from launcher.errors import DataError, Problem
-
-# The kernel releases a lock when its holder ends, so this only has to be longer than any build or download.
-MAX_WAIT_S = 24 * 3600.0
-WARN_EVERY_S = 600.0
 # A holder writes its identity right after it has taken the lock.
 _IDENTITY_WAIT_S = 0.5
-
-# Without a handler of its own a warning goes to standard error unformatted.
-_LOG = logging.getLogger(__name__)
 
 
 class LockTimeout(Exception):
@@ -63,9 +50,9 @@ class Holder:
     command: str
 
     @classmethod
-    def this_process(cls) -> Holder:
+    def this_process(cls, command: str) -> Holder:
         pid = os.getpid()
-        return cls(os.uname().nodename, pid_namespace(), pid, _start_time(pid) or 0.0, _user(), time.time(), _command())
+        return cls(os.uname().nodename, pid_namespace(), pid, _start_time(pid) or 0.0, _user(), time.time(), command)
 
     @property
     def has_ended(self) -> bool:
@@ -82,10 +69,11 @@ class Holder:
 
 
 @contextmanager
-def hold(path: Path, timeout_s: float, mode: int = -1) -> Iterator[None]:
+def hold(path: Path, timeout_s: float, command: str, mode: int = -1) -> Iterator[None]:
     """Hold the lock file `path` and publish this process's identity beside it.
 
-    `mode` holds the permissions of the file if it is created; -1 leaves them to the umask.
+    `command` is this process's command line, without credentials: other users may read the identity. `mode` holds the
+    permissions of the file if it is created; -1 leaves them to the umask.
 
     Raises:
         LockTimeout: if another process still holds the lock after `timeout_s` seconds.
@@ -100,37 +88,10 @@ def hold(path: Path, timeout_s: float, mode: int = -1) -> Iterator[None]:
     except Timeout:
         raise LockTimeout(str(path)) from None
     try:
-        with _published_identity(path):
+        with _published_identity(path, command):
             yield
     finally:
         lock.release()
-
-
-@contextmanager
-def wait_and_hold(path: Path, activity: str) -> Iterator[None]:
-    """Hold the lock file `path` as soon as no other process does, with a warning every WARN_EVERY_S seconds until then.
-
-    `activity` says in the warning what the other process does, as in "builds this data cache".
-
-    Raises:
-        DataError: if another process still holds the lock after MAX_WAIT_S seconds.
-        OSError: if the file cannot be created.
-    """
-    deadline, timeout_s = time.monotonic() + MAX_WAIT_S, 0.0
-    with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(hold(path, timeout_s, mode=0o600))
-                break
-            except LockTimeout:
-                holder = read_holder(path)
-                left_s = deadline - time.monotonic()
-                if left_s <= 0:
-                    message, remedy = f"another process that {activity} takes too long", "wait for it, or end it and try again"
-                    raise DataError(Problem(message, str(path), "" if holder is None else str(holder), remedy)) from None
-                _LOG.warning("waiting for another process that %s (%s)", activity, path if holder is None else holder)
-                timeout_s = min(WARN_EVERY_S, left_s)
-        yield
 
 
 def read_holder(path: Path) -> Holder | None:
@@ -151,14 +112,20 @@ def wait_for_holder(path: Path) -> Holder | None:
 
 
 @contextmanager
-def _published_identity(path: Path) -> Iterator[None]:
+def _published_identity(path: Path, command: str) -> Iterator[None]:
+    identity = _identity_path(path)
+    partial = identity.with_name(f".{identity.name}.partial")
     try:
-        # The lock holds without an identity, too.
+        # The lock holds without an identity, too. It need not survive a crash of the machine: its process does not.
         with suppress(OSError):
-            atomic_files.write_json(_identity_path(path), asdict(Holder.this_process()))
+            partial.write_text(json.dumps(asdict(Holder.this_process(command))))
+            os.replace(partial, identity)
         yield
     finally:
-        _identity_path(path).unlink(missing_ok=True)
+        # What cannot be removed names a process that has ended.
+        for file in (partial, identity):
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
 
 
 def _identity_path(path: Path) -> Path:
@@ -180,9 +147,3 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return str(os.getuid())
-
-
-def _command() -> str:
-    """Return this process's command line as a person typed it, with credentials redacted."""
-    program, *arguments = sys.orig_argv
-    return redact(shlex.join([Path(program).name, *arguments]))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launcher import atomic_files, code_snapshot, json_records, locks
+from launcher.config.redaction import redacted_command_line
 from launcher.errors import RunError, SubmitError, Superseded
 from launcher.plan.gpu_types import Price
 from launcher.plan.migrations import migrate
@@ -287,7 +288,7 @@ def start_lock(run: RunDir, wait_s: float = 0) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
-            stack.enter_context(locks.hold(_lock_path(run), wait_s))
+            stack.enter_context(locks.hold(_lock_path(run), wait_s, redacted_command_line()))
         except locks.LockTimeout:
             holder = locks.wait_for_holder(_lock_path(run))
             raise SubmitError(

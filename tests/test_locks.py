@@ -25,8 +25,9 @@ REPO = Path(__file__).resolve().parents[1]
 HOLD = """
 import sys, time
 from pathlib import Path
+from launcher.config.redaction import redacted_command_line
 from launcher.locks import hold
-with hold(Path(sys.argv[1]) / ".lock", 0):
+with hold(Path(sys.argv[1]) / ".lock", 0, redacted_command_line()):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -81,7 +82,7 @@ def test_a_killed_holder_is_neither_an_obstacle_nor_named(tmp_path: Path) -> Non
         # The holder has published no identity, and the one on disk is that of the dead process.
         text = refusal(tmp_path)
     assert "process" not in text
-    with hold(tmp_path / ".lock", 0):
+    with hold(tmp_path / ".lock", 0, "pytest"):
         holder = read_holder(tmp_path / ".lock")
         assert holder is not None
         assert holder.pid == os.getpid()
@@ -89,7 +90,7 @@ def test_a_killed_holder_is_neither_an_obstacle_nor_named(tmp_path: Path) -> Non
 
 
 def test_a_reused_pid_is_not_taken_for_the_holder(tmp_path: Path) -> None:
-    holder = Holder.this_process()
+    holder = Holder.this_process("pytest")
     (tmp_path / ".lock.json").write_text(json.dumps(asdict(holder)))
     assert read_holder(tmp_path / ".lock") == holder
     earlier = replace(holder, started=holder.started - 100)
@@ -134,5 +135,5 @@ def test_credentials_on_the_command_line_are_redacted(tmp_path: Path) -> None:
 def test_hold_waits_until_the_holder_ends(tmp_path: Path) -> None:
     with another(tmp_path) as process:
         process.terminate()
-        with hold(tmp_path / ".lock", 10):
+        with hold(tmp_path / ".lock", 10, "pytest"):
             assert read_holder(tmp_path / ".lock") is not None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from launcher.security.credentials import FORMS, LOGIN, PASSWORD_IN_ADDRESS, hide_secrets, secret_within
@@ -70,3 +73,9 @@ def redact(text: str, secrets: Mapping[str, str] | None = None) -> str:
     text = IN_QUERY.sub(r"\g<name>=<redacted>", _IN_ADDRESS.sub("<redacted>@", _SECRET.sub("<redacted>", text)))
     text = _ASSIGNED.sub(r"\g<key><redacted>", text)
     return re.sub(rf"(?<!revision=)\b{_HEX_KEY.pattern}\b", "<redacted>", text)
+
+
+def redacted_command_line() -> str:
+    """Return this process's command line as a person typed it, with credentials redacted."""
+    program, *arguments = sys.orig_argv
+    return redact(shlex.join([Path(program).name, *arguments]))

@@ -39,11 +39,11 @@ from launcher import atomic_files
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data import digests
 from launcher.data.cache_dir import cache_root, convert_os_errors
+from launcher.data.cache_lock import wait_and_hold
 from launcher.data.checks import findings
 from launcher.data.digests import CheckedArray, DigestingWriter
 from launcher.data.sources import compute_source_digest, make_eval_source
 from launcher.errors import DataError, Problem
-from launcher.locks import wait_and_hold
 from launcher.plan.launch_plan import DataFacts
 
 # To be raised when the same sources give other tokens, rows or findings, or another layout; a test checks that.

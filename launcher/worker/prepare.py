@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher import atomic_files, locks, model_source, parent_run, run_store
+from launcher.config.redaction import redacted_command_line
 from launcher.config.schema import ModelSection, RunConfig, is_run
 from launcher.data import build, report, sources
 from launcher.data.cache_dir import cache_root, is_full, make_cache_error
@@ -94,7 +95,7 @@ def _copy_parent_weights(parent: parent_run.ParentCheckpoint, model: ModelSectio
     folder = parent_run.weights_folder(parent, model.dtype)
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        with locks.hold(folder.with_name(f".{folder.name}.lock"), _LOCK_TIMEOUT_S, mode=0o600):
+        with locks.hold(folder.with_name(f".{folder.name}.lock"), _LOCK_TIMEOUT_S, redacted_command_line(), mode=0o600):
             if (folder / "config.json").is_file():
                 return
             _say(f"copying the weights of run {parent.plan.run_name} at step {parent.checkpoint.step} (once)")

@@ -19,9 +19,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from launcher import locks
 from launcher.config.sections.data import ChecksSection, DataSection, Source
-from launcher.data import cache
+from launcher.data import cache, cache_lock
 from launcher.data.build import build
 from launcher.data.cache import Split, cache_key, find, read_report, read_samples
 from launcher.errors import DataError
@@ -343,13 +342,13 @@ def test_a_source_that_grows_during_the_build_is_refused(section: Callable[..., 
 def test_waiting_for_another_builder_is_logged_repeatedly(
     cache_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(locks, "WARN_EVERY_S", 0.1)
-    monkeypatch.setattr(locks, "MAX_WAIT_S", 0.5)
+    monkeypatch.setattr(cache_lock, "WARN_EVERY_S", 0.1)
+    monkeypatch.setattr(cache_lock, "MAX_WAIT_S", 0.5)
     second = cache.building("key")
     with cache.building("key"), pytest.raises(DataError, match="builds this data cache takes too long") as caught:
         second.__enter__()
     holder = f"process {os.getpid()} on {os.uname().nodename}"
-    messages = [record.getMessage() for record in caplog.records if record.name == locks.__name__]
+    messages = [record.getMessage() for record in caplog.records if record.name == cache_lock.__name__]
     assert len(messages) > 2
     prefix = f"waiting for another process that builds this data cache ({holder}"
     assert all(message.startswith(prefix) for message in messages)
@@ -358,7 +357,7 @@ def test_waiting_for_another_builder_is_logged_repeatedly(
     # Where nobody has said who holds it, the lock is named.
     caplog.clear()
     path = cache_home / "data" / "other.lock"
-    with filelock.FileLock(path), pytest.raises(DataError), locks.wait_and_hold(path, "builds this data cache"):
+    with filelock.FileLock(path), pytest.raises(DataError), cache_lock.wait_and_hold(path, "builds this data cache"):
         pass
     assert caplog.messages[0] == f"waiting for another process that builds this data cache ({path})"
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from launcher.config.sections.data import Source
 from launcher.data.cache_dir import convert_os_errors, is_full, make_cache_error, source_folder
+from launcher.data.cache_lock import wait_and_hold
 from launcher.data.sources.files import DataFile, detect_kind, file_digest
 from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose_files, list_unused
 from launcher.errors import DataError, Problem
-from launcher.locks import wait_and_hold
 
 # Metadata of a file that changes with its content, by the names in various storages.
 _VERSION_KEYS = (

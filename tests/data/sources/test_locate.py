@@ -17,8 +17,8 @@ import pytest
 from dataset_hub import DatasetHub, running_dataset_hub
 from mirror_tools import S3, make_bucket, running_s3
 
-from launcher import locks
 from launcher.config.sections.data import DataSection, Source
+from launcher.data import cache_lock
 from launcher.data.sources import check_sources, compute_source_digest, describe_origin, make_eval_source, read_documents
 from launcher.errors import DataError, Problem
 
@@ -248,7 +248,7 @@ def test_an_address_is_downloaded_once_and_again_after_a_change(memory: Any, cac
 
 
 def test_a_download_by_another_process_is_waited_for(memory: Any, cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "MAX_WAIT_S", 0.1)
+    monkeypatch.setattr(cache_lock, "MAX_WAIT_S", 0.1)
     memory.pipe("/data/train.jsonl", row("a").encode())
     source = Source(path="memory://data/train.jsonl")
     assert texts(source) == ["a"]
