@@ -21,6 +21,7 @@ from launcher.plan.launch_plan import LaunchPlan, Lineage, Origin
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import read_export
 from launcher.security import ownership
+from launcher.shell_commands import launcher_command
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def resolve_parent(config: RunConfig) -> ParentCheckpoint:
         raise _problem(
             "a run cannot start from its own weights",
             config.model.path or "",
-            f"continue it with: python -m launcher resume {parent.run.root}, or choose another run.name",
+            f"continue it with: {launcher_command('resume', parent.run.root)}, or choose another run.name",
         )
     return parent
 
@@ -75,7 +76,7 @@ def find_parent(path: str, root: Path = Path("runs")) -> ParentCheckpoint:
     except CheckpointError as error:
         (problem,) = error.problems
         value = f": {problem.value}" if problem.value else ""
-        remedy = problem.remedy or f"let the run save one: python -m launcher resume {run.root}"
+        remedy = problem.remedy or f"let the run save one: {launcher_command('resume', run.root)}"
         raise _problem(f"run {run.root.name}: {problem.message}{value}", path, remedy) from error
     return ParentCheckpoint(run, plan, checkpoint)
 

@@ -13,6 +13,7 @@ from launcher import json_records
 from launcher.errors import Problem, RunError
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
+from launcher.shell_commands import launcher_command
 
 # Part of every export: only a folder with this file is ever replaced.
 EXPORT_RECORD = "export.json"
@@ -286,7 +287,9 @@ def read_export(run: RunDir) -> ExportRecord | None:
 
 def read_cancel(run: RunDir, attempt: int) -> CancelRequest | None:
     """Return the request to end an attempt; None where there is none."""
-    return json_records.read_if_present(CancelRequest, run.cancel(attempt), "ask again with: python -m launcher cancel")
+    return json_records.read_if_present(
+        CancelRequest, run.cancel(attempt), f"ask again with: {launcher_command('cancel', run.root)}"
+    )
 
 
 def _remove(others: str) -> str:

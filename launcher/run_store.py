@@ -19,6 +19,7 @@ from launcher.plan.gpu_types import Price
 from launcher.plan.migrations import migrate
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, Status
+from launcher.shell_commands import launcher_command
 
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import LaunchPlan
@@ -64,7 +65,7 @@ def require_new(run: RunDir) -> None:
         raise SubmitError(
             f"the run {run.root.name} exists already; nothing in it was touched",
             where=str(run.root),
-            remedy=f"continue it with: python -m launcher resume {run.root}, or choose another run.name",
+            remedy=f"continue it with: {launcher_command('resume', run.root)}, or choose another run.name",
         )
 
 
@@ -337,7 +338,7 @@ def find_run(name: str, root: Path, marker: str = "plan.json") -> RunDir:
     raise SubmitError(
         f"there is no run named {name}",
         where=str(root),
-        remedy=f"choose one of: {', '.join(names)}" if names else "start one with: python -m launcher",
+        remedy=f"choose one of: {', '.join(names)}" if names else f"start one with: {launcher_command()}",
     )
 
 

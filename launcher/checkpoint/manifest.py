@@ -137,5 +137,5 @@ def unreadable_error(file: Path, error: OSError) -> UnreadableCheckpoint:
         "a checkpoint file cannot be read now",
         where=str(file),
         value=error.strerror or str(error),
-        remedy="try again; if it persists, check the storage and the file's owner, or resume RUN --step with an earlier step",
+        remedy="try again; if it persists, check the storage and the file's owner, or resume from an earlier step with --step",
     )

@@ -24,6 +24,7 @@ from launcher.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, read_ma
 from launcher.checkpoint.retention import Retention, select_outdated
 from launcher.errors import CheckpointError, DamagedCheckpoint, Problem, UnreadableCheckpoint
 from launcher.plan.disk import format_size
+from launcher.shell_commands import launcher_command
 
 # Checkpoints that were set aside, after the user resumed from an earlier step or because of damage, are never listed again.
 SET_ASIDE_PREFIX = "aside-"
@@ -70,7 +71,7 @@ def require_free_bytes(root: Path, needed: int) -> None:
             "there is not enough free disk space for a checkpoint",
             where=str(root),
             value=f"{room}; an older one is removed only after the save",
-            remedy=f"free {format_size(needed - available)} on this disk (python -m launcher checkpoints {root.parent} lists "
+            remedy=f"free {format_size(needed - available)} on this disk ({launcher_command('checkpoints', root.parent)} lists "
             "what this run has here; folders of old checkpoints may be deleted), or put run.root on a larger disk",
         )
 

@@ -27,6 +27,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
 from launcher.security import ownership
+from launcher.shell_commands import launcher_command
 from launcher.tracking.metrics import format_duration
 
 # The result of verifying checkpoints, by path: None for an intact one.
@@ -88,7 +89,7 @@ def _require_ended(run: RunDir, plan: LaunchPlan) -> None:
         raise SubmitError(
             f"the run is {status.state} and prunes its checkpoints itself",
             where=str(run.root),
-            remedy=f"to prune them now, stop it with: python -m launcher cancel {formatting.short(run.root)}",
+            remedy=f"to prune them now, stop it with: {launcher_command('cancel', formatting.short(run.root))}",
         )
 
 

@@ -35,6 +35,7 @@ from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
 from launcher.security import ownership
+from launcher.shell_commands import launcher_command
 from launcher.tracking.jsonl import Tail, read_events
 
 _FAULTS = {
@@ -90,7 +91,7 @@ def run(verb: str, tokens: list[str]) -> int:
     print(report.to_json() if arguments.json else "\n".join(drill_report.lines(report)))
     if not report.has_recovered:
         attempt = formatting.short(run_dir.attempt(hit.life[0]))
-        _say(f"see {attempt}, and for the whole run: python -m launcher status {report.run}")
+        _say(f"see {attempt}, and for the whole run: {launcher_command('status', report.run)}")
     return 0 if report.has_recovered else EXIT_FAILED
 
 
@@ -141,7 +142,7 @@ def _make_plan(arguments: argparse.Namespace, rest: list[str]) -> LaunchPlan | N
 def _plan_like(run: RunDir, overrides: list[str], arguments: argparse.Namespace) -> LaunchPlan:
     """Plan a run with the model, data and cluster of `run`, in a directory beside it."""
     plan = run_store.load_plan(run)
-    config = with_overrides(plan.config, overrides)
+    config = with_overrides(plan.config, overrides, plan.run_name)
     if changed := differences(plan.config, config):
         raise ConfigError(
             f"a drill of RUN uses that run's model, data and batch:\n{table(changed)}",
@@ -307,7 +308,7 @@ def _await_recovery(plan: LaunchPlan, hit: Hit, watch: _RunWatch) -> None:
 def _resume(plan: LaunchPlan, watch: _RunWatch) -> None:
     """Resume the run as a user would, on a backend that does not continue runs by itself."""
     watch.ended_as = watch.last_status
-    _say(f"{watch.last_status}; resuming it as a user would: python -m launcher resume {formatting.short(watch.run.root)}")
+    _say(f"{watch.last_status}; resuming it as a user would: {launcher_command('resume', formatting.short(watch.run.root))}")
     watch.cluster.await_end(watch.run)
     with run_store.start_lock(watch.run), redirect_stdout(sys.stderr):
         watch.resumed_attempt = resume_run(watch.run, plan, watch.cluster, [], None)

@@ -18,6 +18,7 @@ from launcher.clusters.backends import Cluster, StatusReader
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunError, SubmitError, printable
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
+from launcher.shell_commands import launcher_command
 from launcher.tracking.console import format_step
 from launcher.tracking.jsonl import Tail, read_events
 from launcher.tracking.metrics import format_duration
@@ -149,15 +150,20 @@ def _closing(run: RunDir, attempt: int, status: Status) -> int:
     if status.state == "completed":
         print("\n".join(_result_lines(run)))
         return 0
+    page = wandb_words(wandb_page(read_events(run.events)))
     if status.state == "failed":
         _print_failure(run, attempt, status)
+        if page:
+            print(f"  W&B:    {page}", file=sys.stderr)
         return EXIT_FAILED
     print(f"{status.state}: {status.message}")
+    if page:
+        print(f"W&B run: {page}")
     if store.list_checkpoints(run.checkpoints):
         limit = next((f" {key}=..." for key in _LIMITS if status.message.startswith(f"{key}=")), "")
-        print(f"continue with: python -m launcher resume {name}{limit}")
+        print(f"continue with: {launcher_command('resume', name)}{limit}")
     elif not has_trained(run, status):
-        print(f"start it again with: python -m launcher resume {name}")
+        print(f"start it again with: {launcher_command('resume', name)}")
     return EXIT_INTERRUPTED
 
 
@@ -196,8 +202,8 @@ def _result_lines(run: RunDir) -> list[str]:
         *lines,
         "",
         "next:",
-        f"  python -m launcher status {name}",
-        f"  python -m launcher resume {name} train.max_steps=...",
+        f"  {launcher_command('status', name)}",
+        f"  {launcher_command('resume', name, 'train.max_steps=...')}",
         "  python -m launcher data=jsonl data.path=YOUR.jsonl",
         "  python -m launcher plan experiment=llama3_8b_one_node data.path=YOUR.jsonl",
     ]
@@ -209,7 +215,7 @@ def _export_line(run: RunDir, newest_step: int | None) -> str:
     if record is None or record.step == newest_step:
         return f"exported to  {short(run.export)}"
     age = format_duration(max(0.0, time.time() - run_records.export_file(run).stat().st_mtime))
-    command = f"python -m launcher export {short(run.root)}"
+    command = launcher_command("export", short(run.root))
     return f"old export   {short(run.export)} is of step {record.step} and {age} old; write that of step {newest_step}: {command}"
 
 
@@ -232,9 +238,10 @@ def _print_failure(run: RunDir, attempt: int, status: Status) -> None:
         job = run_store.read_attempt(run, attempt).job
         logs = [run.agent_log(attempt), *([run.agent_log(attempt, job)] if job else [])]
         print(f"  log:    {short(next((log for log in logs if log.is_file()), run.attempt(attempt)))}", file=sys.stderr)
+    command = launcher_command("resume", short(run.root))
     if store.list_checkpoints(run.checkpoints):
-        print(f"  next:   python -m launcher resume {short(run.root)}", file=sys.stderr)
+        print(f"  next:   {command}", file=sys.stderr)
     elif not has_trained(run, status):
-        print(f"  next:   python -m launcher resume {short(run.root)}, which begins again: no step was trained", file=sys.stderr)
+        print(f"  next:   {command}, which begins again: no step was trained", file=sys.stderr)
     else:
         print("  next:   start it again under another run.name; it has no checkpoint yet", file=sys.stderr)

@@ -27,6 +27,7 @@ from launcher.plan.planner import plan as make_plan
 from launcher.plan.planner import run_dir_of
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Attempt
+from launcher.shell_commands import launcher_command
 
 _USAGE = {
     "train": """python -m launcher [train] [--follow | --detach] [overrides]
@@ -150,7 +151,7 @@ def require_idle(run: RunDir, backend: StatusReader) -> None:
         f"the run is {status.state} already",
         where=str(run.root),
         value=where,
-        remedy=f"follow it with: python -m launcher logs {name} -f, or stop it with: python -m launcher cancel {name}",
+        remedy=f"follow it with: {launcher_command('logs', name, '-f')}, or stop it with: {launcher_command('cancel', name)}",
     )
 
 

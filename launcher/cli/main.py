@@ -7,12 +7,12 @@ import importlib
 import io
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, LauncherError, Problem
+from launcher.shell_commands import launcher_command
 
 # Each verb, and the module of launcher.cli whose function `run(verb, tokens)` carries it out.
 VERBS: Mapping[str, str] = {
@@ -178,8 +178,7 @@ def _require_no_verb(tokens: Sequence[str]) -> None:
         if token in VERBS and (i == 0 or "=" in tokens[i - 1] or tokens[i - 1] in _FLAGS_WITHOUT_VALUE):
             from launcher.config.redaction import redact
 
-            others = shlex.join((*tokens[:i], *tokens[i + 1 :]))
-            remedy = f"write: {redact(f'python -m launcher {token} {others}'.strip())}"
+            remedy = f"write: {redact(launcher_command(token, *tokens[:i], *tokens[i + 1 :]))}"
             raise ConfigError(f"the verb {token} comes before all overrides and flags", where="command line", remedy=remedy)
 
 

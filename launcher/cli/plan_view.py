@@ -15,6 +15,7 @@ from launcher.plan.disk import format_size
 from launcher.plan.launch_plan import LaunchPlan, Lineage
 from launcher.plan.plan_checks import warnings
 from launcher.plan.planner import fewest
+from launcher.shell_commands import launcher_command
 
 # Width of the labels of `plan_lines`.
 LABEL_WIDTH = 11
@@ -252,9 +253,9 @@ def started_lines(plan: LaunchPlan, started: Sequence[tuple[str, str]]) -> list[
     name = short(plan.run_dir)
     rows = [*started, ("directory", name)]
     rows += [
-        ("follow it", f"python -m launcher logs {name} -f"),
-        ("its state", f"python -m launcher status {name}"),
-        ("stop it", f"python -m launcher cancel {name}"),
+        ("follow it", launcher_command("logs", name, "-f")),
+        ("its state", launcher_command("status", name)),
+        ("stop it", launcher_command("cancel", name)),
     ]
     return ["", *(f"{label:<11}{short(value) if value.startswith('/') else value}" for label, value in rows)]
 

@@ -26,6 +26,7 @@ from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, ModelFacts
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, read_export
+from launcher.shell_commands import launcher_command
 from launcher.tracking import goodput
 from launcher.tracking.metrics_tail import has_trained, read_tail
 
@@ -35,7 +36,7 @@ _PLAN_PREFIX = "plan."
 _SOURCE_KEYS = ("data.path=", "data.sources=", "data.eval_path=")
 _NEW_ROWS = (
     "leave out the path to continue with the rows as they were built; or train on the rows of today, in another order than those "
-    "trained so far: resume RUN --force ..., or another run with these weights"
+    "trained so far: {command} --force ..., or another run with these weights"
 )
 _DIGEST_CHARS = 8
 
@@ -81,6 +82,10 @@ def resume_run(
     return attempt
 
 
+def _resume_command(run: RunDir) -> str:
+    return launcher_command("resume", formatting.short(run.root))
+
+
 def _require_steps_left(run: RunDir, plan: LaunchPlan, checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint at or after the last step, unless the export of that step is missing.
 
@@ -93,14 +98,15 @@ def _require_steps_left(run: RunDir, plan: LaunchPlan, checkpoint: Checkpoint) -
             f"the checkpoint is of step {checkpoint.step}, beyond train.max_steps",
             where="train.max_steps",
             value=str(max_steps),
-            remedy="raise it, go back with --step N, or export a step with: python -m launcher export RUN --step N",
+            remedy="raise it, go back with --step, or export this step with: "
+            f"{launcher_command('export', formatting.short(run.root), '--step', str(checkpoint.step))}",
         )
     exported = read_export(run)
     if checkpoint.step == max_steps and exported is not None and exported.step == checkpoint.step:
         raise SubmitError(
             f"the run is complete: step {checkpoint.step} of {max_steps}",
             where=str(run.root),
-            remedy="train further with: python -m launcher resume RUN train.max_steps=...",
+            remedy=f"train further with: {_resume_command(run)} train.max_steps=...",
         )
 
 
@@ -129,7 +135,7 @@ def _require_budget(run: RunDir, plan: LaunchPlan) -> None:
     Raises:
         SubmitError: if the run has used up run.max_hours or run.max_usd.
     """
-    limits, problems = plan.limits, []
+    limits, problems, command = plan.limits, [], _resume_command(run)
     if limits.max_seconds is None and limits.max_gpu_seconds is None:
         return
     try:
@@ -139,12 +145,12 @@ def _require_budget(run: RunDir, plan: LaunchPlan) -> None:
         print(f"note: the time and cost so far cannot be read, so the limits count from this attempt on: {line}")
         return
     if limits.max_seconds is not None and spent.held_s >= limits.max_seconds:
-        value, remedy = f"it has run for {spent.held_s / 3600:.2f} hours", "raise it: resume RUN run.max_hours=..."
+        value, remedy = f"it has run for {spent.held_s / 3600:.2f} hours", f"raise it: {command} run.max_hours=..."
         problems.append(Problem("the run has used up run.max_hours", "run.max_hours", value, remedy))
     max_usd = plan.config.run.max_usd
     if max_usd is not None and spent.usd is not None and spent.usd >= max_usd:
         value = f"it has cost ${spent.usd:,.2f}, for {spent.gpu_s / 3600:,.2f} GPU hours"
-        remedy = "raise it: resume RUN run.max_usd=..."
+        remedy = f"raise it: {command} run.max_usd=..."
         problems.append(Problem("the run has used up run.max_usd", "run.max_usd", value, remedy))
     if problems:
         raise SubmitError(problems)
@@ -184,7 +190,7 @@ def _plan_again(
 
     Without a checkpoint, every setting may change but those that identify the run and its model.
     """
-    config = with_overrides(plan.config, overrides)
+    config = with_overrides(plan.config, overrides, plan.run_name)
     check_extra(config)
     saved_plan = (_plan_of_checkpoint(run, checkpoint, force) if checkpoint is not None else None) or plan
     where = formatting.short(run.root if checkpoint is None else checkpoint.path)
@@ -195,15 +201,15 @@ def _plan_again(
         *differences(saved_plan.config, config),
         *_data_differences(saved_plan.data, plan.data),
     ]
-    require_same(changes, accepts, run.root.name, where)
+    require_same(changes, accepts, run.root, where)
     model = _restore_model(plan, config)
     asks_for_data = any(override.lstrip("+").startswith(_SOURCE_KEYS) for override in overrides)
     data = _restore_data(plan, config, model, asks_for_data)
     # The files of the sources may have changed, so a cache that was built again may hold other rows.
     data_changes = _data_differences(saved_plan.data, data)
     changes = [*differences(saved_plan.config, config), *data_changes]
-    remedy = _NEW_ROWS if asks_for_data and changes == data_changes else ""
-    require_same(changes, accepts, run.root.name, where, remedy)
+    remedy = _NEW_ROWS.format(command=_resume_command(run)) if asks_for_data and changes == data_changes else ""
+    require_same(changes, accepts, run.root, where, remedy)
     if changes:
         print(
             f"continuing with differences from the {'plan' if checkpoint is None else 'checkpoint'}:\n{table(changes)}",
@@ -262,7 +268,7 @@ def _plan_of_checkpoint(run: RunDir, checkpoint: Checkpoint, force: bool) -> Lau
             "the run directory no longer has the plan of this checkpoint, so changes since then are unknown",
             where=formatting.short(checkpoint.path),
             value=f"its digest is {digest}",
-            remedy="undo the changes in plan.json, or continue with the plan as it is: resume RUN --force",
+            remedy=f"undo the changes in plan.json, or continue with the plan as it is: {_resume_command(run)} --force",
         )
     return saved
 

@@ -22,6 +22,7 @@ from launcher.export import hub
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 from launcher.security import ownership
+from launcher.shell_commands import launcher_command
 
 _LOG_POLL_S = 0.3
 
@@ -140,7 +141,7 @@ def _print_from(log: Path, offset: int) -> int:
 def _cancel(run: RunDir, arguments: argparse.Namespace) -> int:
     cluster_for(run_store.load_plan(run).config.cluster.kind).cancel(run, save=arguments.save)
     request = "requested: save and stop" if arguments.save else "requested: stop without saving"
-    print(f"{request}; watch it with: python -m launcher status {formatting.short(run.root)}")
+    print(f"{request}; watch it with: {launcher_command('status', formatting.short(run.root))}")
     return 0
 
 

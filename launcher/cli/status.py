@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from launcher.clusters.backends import status_reader_for
 from launcher.errors import LauncherError, SubmitError, printable
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
+from launcher.shell_commands import launcher_command
 from launcher.tracking import goodput
 from launcher.tracking.metrics import format_duration, status_lines
 
@@ -75,8 +75,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 def _folder_error(folder: str) -> SubmitError:
     """Return the error for a folder in place of the URL of a mirror."""
     is_run = (Path(folder) / "status.json").is_file()
-    command = f"status {shlex.quote(folder)}" if is_run else f"ls --root {shlex.quote(folder)}"
-    remedy = f"show {'this run' if is_run else 'the runs in this folder'} with: python -m launcher {command}"
+    command = launcher_command("status", folder) if is_run else launcher_command("ls", "--root", folder)
+    remedy = f"show {'this run' if is_run else 'the runs in this folder'} with: {command}"
     return SubmitError("ls takes the URL of a mirror, such as s3://bucket/runs", where="URL", value=folder, remedy=remedy)
 
 

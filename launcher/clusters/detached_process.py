@@ -19,6 +19,7 @@ from launcher.errors import RunError
 from launcher.locks import pid_namespace
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Liveness, Status
+from launcher.shell_commands import launcher_command
 
 START_DEADLINE_S = 60.0
 # How often the process refreshes its liveness file, and after how long without a refresh it counts as lost. A network file
@@ -134,7 +135,7 @@ def await_end(run: RunDir, deadline_s: float) -> None:
 
 def resume_hint(run: RunDir) -> str:
     """Return the command that continues a failed run, for a message."""
-    return f"continue with: python -m launcher resume {run.root}"
+    return f"continue with: {launcher_command('resume', run.root)}"
 
 
 def is_visible(status: Status) -> bool:

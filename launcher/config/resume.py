@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,12 +14,13 @@ from launcher.config.compose import IN_ENVIRONMENT, leaves
 from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import schema_problems, shown
 from launcher.config.introspect import settings
-from launcher.config.origin import Origins
+from launcher.config.origin import Origins, short
 from launcher.config.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
 from launcher.config.renamed_keys import renamed_override
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem, did_you_mean
 from launcher.security.credentials import environment_secrets
+from launcher.shell_commands import launcher_command
 
 # Settings without an effect on what a step computes.
 WITHOUT_EFFECT = (
@@ -99,7 +101,7 @@ def table(changes: Sequence[Difference]) -> str:
     return "\n".join(f"  {key:<{widths[0]}}  {saved:<{widths[1]}}  {requested}".rstrip() for key, saved, requested in rows)
 
 
-def require_same(changes: Sequence[Difference], force: bool, run: str, checkpoint: str, remedy: str = "") -> None:
+def require_same(changes: Sequence[Difference], force: bool, run: Path, checkpoint: str, remedy: str = "") -> None:
     """Refuse differences that make it another run, all in one error; `force` accepts those that are not FIXED.
 
     `remedy` replaces the usual one for those that --force accepts.
@@ -113,7 +115,8 @@ def require_same(changes: Sequence[Difference], force: bool, run: str, checkpoin
             Problem(
                 f"these settings cannot change when a run is resumed, not even with --force:\n{table(fixed_changes)}",
                 where=checkpoint,
-                remedy=f"remove them, or start another run with these weights: python -m launcher model.path=run:{run} ...",
+                remedy="remove them, or start another run with these weights: "
+                f"{launcher_command(f'model.path=run:{run.name}')} ...",
             )
         )
     if not force and (other_changes := [difference for difference in changes if not difference.is_fixed]):
@@ -121,7 +124,9 @@ def require_same(changes: Sequence[Difference], force: bool, run: str, checkpoin
             Problem(
                 f"these settings differ from those that the checkpoint was saved with:\n{table(other_changes)}",
                 where=checkpoint,
-                remedy=remedy or "remove them, start another run with them, or accept the differences: resume RUN --force ...",
+                remedy=remedy
+                or "remove them, start another run with them, or accept the differences: "
+                f"{launcher_command('resume', short(run), '--force')} ...",
             )
         )
     if problems:
@@ -132,8 +137,8 @@ def _is_one_of(key: str, keys: Sequence[str]) -> bool:
     return any(key.startswith(k) if k.endswith(".") else key == k or key.startswith((f"{k}.", f"{k}[")) for k in keys)
 
 
-def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """Return `config` with `key=value` overrides, whether or not a run may be resumed with them.
+def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = "NAME") -> RunConfig:
+    """Return `config` with `key=value` overrides, whether or not a run may be resumed with them; `run_name` is for the errors.
 
     Raises:
         ConfigError: where a key does not exist, or a value is not accepted.
@@ -148,7 +153,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         if renamed := renamed_override(override):
             problems.append(renamed)
         elif equals and key in (*RunConfig.model_fields, _EXPERIMENT):
-            problems.append(_group_problem(key, raw))
+            problems.append(_group_problem(key, raw, run_name))
         elif not equals or key not in settings():
             guess = did_you_mean(key, list(settings()))
             problems.append(_problem(f"{key}: there is no such setting", guess or "write settings as key=value"))
@@ -185,11 +190,11 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     return changed
 
 
-def _group_problem(group: str, option: str) -> Problem:
+def _group_problem(group: str, option: str, run_name: str) -> Problem:
     """Say why a whole group cannot be chosen, and what can be written instead."""
     if group == "model":
         message = "the model of a run cannot change, because its checkpoints hold the parameters of this model"
-        remedy = "leave it out, or start another run with these weights: python -m launcher model.path=run:NAME ..."
+        remedy = f"leave it out, or start another run with these weights: {launcher_command(f'model.path=run:{run_name}')} ..."
     else:
         examples = [key for key in (*CHANGEABLE, *settings()) if key.startswith(f"{group}.") and not key.endswith(".")]
         message = "a resume changes single settings, not a whole group"

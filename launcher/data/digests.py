@@ -8,7 +8,6 @@ No torch, no transformers: the submit side imports this module.
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +16,7 @@ import numpy as np
 import xxhash
 
 from launcher.errors import DataError, Problem
+from launcher.shell_commands import shell_command
 
 # Rows are read in random order: a larger block would read far more than the row, and a smaller one saves no reads, since the
 # kernel reads ahead by 128 KiB and more.
@@ -189,7 +189,7 @@ def open_files(folder: Path, cache: Path, names: Iterable[str], digest: str) -> 
 def make_damage_error(cache: Path, message: str, where: str | Path, value: str) -> DataError:
     """Return the error for a data cache whose files have changed since they were written, with the commands to rebuild it."""
     remedy = (
-        f"delete it and build it again: `rm -r {shlex.quote(str(cache))}`, then `python -m launcher data ...` with the same "
+        f"delete it and build it again: `{shell_command('rm', '-r', cache)}`, then `python -m launcher data ...` with the same "
         "settings (starting or resuming a run builds it as well); if it is damaged again, check the disk and this node's memory"
     )
     return DataError(Problem(f"the data cache is damaged: {message}", str(where), value, remedy))

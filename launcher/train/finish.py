@@ -27,6 +27,7 @@ from launcher.export.hf_folder import (
 from launcher.models.remote_code import require_pinned_code
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.shell_commands import launcher_command
 from launcher.tracking.jsonl import read_metrics
 from launcher.tracking.tracker import Composite
 from launcher.train.engine import leave_process_group
@@ -94,7 +95,7 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: 
 
 
 def _export_error(plan: LaunchPlan, problems: Iterable[Problem]) -> ExportError:
-    again = f"then: python -m launcher export {plan.run_dir}"
+    again = f"then: {launcher_command('export', plan.run_dir)}"
     return ExportError(replace(problem, remedy=problem.remedy or again) for problem in problems)
 
 
@@ -152,7 +153,7 @@ def _push(plan: LaunchPlan, exported: ExportedFolder, tracker: Composite) -> Non
     if repo_id is None:
         return
     try:
-        again = f"python -m launcher export {plan.run_dir} --push {repo_id}"
+        again = launcher_command("export", plan.run_dir, "--push", repo_id)
         address = hub.push(exported.path, repo_id, again=again, public=plan.config.export.push_public)
     except PushError as error:
         problem, *_ = error.problems

@@ -126,7 +126,7 @@ class TrainingLoop:
     def __init__(self, run: RunContext, parts: Components, stop: Stop) -> None:
         self.run, self.parts, self.stop = run, parts, stop
         self.step = 0
-        self.skipped_steps = SkippedSteps(run.plan.config.model.dtype)
+        self.skipped_steps = SkippedSteps(run.plan.config.model.dtype, run.plan.run_dir)
         self.is_save_due = False
         self.reached_limit = ""
         self.last_eval: HeldOutLoss | None = None

@@ -17,6 +17,7 @@ from launcher.distributed import RankInfo, rank0_broadcast
 from launcher.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
+from launcher.shell_commands import launcher_command
 
 T = TypeVar("T")
 _NONE = -1
@@ -143,7 +144,7 @@ def _update_resume_step(run: RunDir, number: int) -> Attempt:
             f"attempt {number} would begin at step 0, but the attempts before it have checkpoints",
             where=str(run.checkpoints),
             value=f"the newest is at step {newest}",
-            remedy="continue from it with: python -m launcher resume RUN, or start a run with another name",
+            remedy=f"continue from it with: {launcher_command('resume', run.root)}, or start a run with another name",
         )
     return attempt
 

@@ -23,6 +23,7 @@ from launcher.export.hf_folder import (
 from launcher.models.remote_code import require_pinned_code
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.shell_commands import launcher_command
 from launcher.tracking.jsonl import read_metrics
 from launcher.worker.signals import exit_on_termination
 
@@ -124,8 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _again(arguments: argparse.Namespace) -> str:
     """Return the command that repeats an export and its push."""
     flags = [(name, getattr(arguments, name)) for name in ("step", "dtype", "out", "push")]
-    options = [f"--{name} {value}" for name, value in flags if value is not None]
-    return f"python -m launcher export {arguments.plan.absolute().parent} {' '.join(options)}"
+    options = [str(word) for name, value in flags if value is not None for word in (f"--{name}", value)]
+    return launcher_command("export", arguments.plan.absolute().parent, *options)
 
 
 if __name__ == "__main__":

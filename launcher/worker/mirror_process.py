@@ -29,6 +29,7 @@ from launcher.errors import CheckpointError, LauncherError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import MirrorRecord
+from launcher.shell_commands import launcher_command, module_command
 from launcher.tracking.jsonl import append_event
 from launcher.tracking.tracker import RateLimit
 from launcher.worker.ranks.rank_env import die_with_parent
@@ -137,12 +138,12 @@ class Sender:
         if self._taken:
             return 1
         if missing:
-            command = f"python -m launcher.worker.mirror_process {self._run.plan} {self._attempt} < /dev/null"
+            command = module_command("launcher.worker.mirror_process", self._run.plan, str(self._attempt)) + " < /dev/null"
             names = ", ".join(str(c.step) for c in missing)
             self._event("alert", f"not in the mirror: step {names}; send it with: {command}")
             return 1
         if steps:
-            text = f"the mirror holds step {steps[-1]}; continue it anywhere with: python -m launcher resume {self._url}"
+            text = f"the mirror holds step {steps[-1]}; continue it anywhere with: {launcher_command('resume', self._url)}"
             self._event("mirror", text, steps[-1], mirror=self._url, steps=steps)
         return 0
 

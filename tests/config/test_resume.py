@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_a_whole_group_is_refused_with_the_reason(config: RunConfig) -> None:
 
 def refusal(saved: RunConfig, *overrides: str, force: bool = False) -> list[Problem]:
     with pytest.raises(ConfigError) as error:
-        require_same(differences(saved, with_overrides(saved, overrides)), force, "first", "checkpoints/step-00000003")
+        require_same(differences(saved, with_overrides(saved, overrides)), force, Path("first"), "checkpoints/step-00000003")
     assert all(problem.where == "checkpoints/step-00000003" and problem.remedy for problem in error.value.problems)
     return list(error.value.problems)
 
@@ -96,7 +97,7 @@ def test_lists_are_compared_entry_by_entry(config: RunConfig) -> None:
 
 def test_force_accepts_all_differences_but_fixed_settings(config: RunConfig) -> None:
     changed = with_overrides(config, ["data.max_length=64", "run.seed=7"])
-    require_same(differences(config, changed), True, "first", "")
+    require_same(differences(config, changed), True, Path("first"), "")
     for override in ("model.path=./other", "run.name=b", "run.root=elsewhere", "model.config={hidden_size: 8}"):
         (problem,) = refusal(config, override, "run.seed=7", force=True)
         assert "not even with --force" in problem.message

@@ -42,7 +42,7 @@ def test_a_run_stops_at_its_budget_and_resumes_with_a_larger_one(launch: Launch,
     refused = launch_here("resume", str(run))
     assert refused.returncode == 2
     assert "the run has used up run.max_usd" in refused.stderr
-    assert "raise it: resume RUN run.max_usd=..." in refused.stderr
+    assert f"raise it: python -m launcher resume {run} run.max_usd=..." in refused.stderr
     assert len(list((run / "attempts").iterdir())) == 1, "nothing was started"
 
     done = launch("resume", str(run), "run.max_usd=1000", f"train.max_steps={stopped_at + 10}")

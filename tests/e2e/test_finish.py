@@ -127,6 +127,7 @@ def test_the_output_shows_losses_answers_and_paths(finished: tuple[Path, str]) -
         assert expected in output
     for text in ("checkpoint", "wandb sync", "exported to", "python -m launcher status"):
         assert text in output
+    assert output.count("wandb sync") == 1
     assert "\x1b[" not in output, "plain lines where output is no terminal"
     assert status(run)["state"] == "completed"
 

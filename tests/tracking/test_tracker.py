@@ -134,8 +134,8 @@ def test_a_refused_key_leaves_offline_files(make_plan: PlanMaker, run_dir: Path,
     assert alert.startswith("this attempt is tracked offline: Weights & Biases cannot start: AuthenticationError: ")
     (folder,) = run_dir.glob("wandb/offline-run-*-abcd1234")
     assert [item["train/loss"] for item in history(run_dir)] == [2]
-    texts = [event["text"] for event in read_events(run_dir / "events.jsonl")]
-    assert f"Weights & Biases was offline; upload with: wandb sync --include-online {folder}" in texts
+    commands = [event["fields"].get("sync_command") for event in read_events(run_dir / "events.jsonl")]
+    assert [command for command in commands if command][-1] == f"wandb sync --include-online {folder}"
 
 
 def test_settings_that_wandb_rejects_are_an_alert_and_training_continues(make_plan: PlanMaker, run_dir: Path) -> None:

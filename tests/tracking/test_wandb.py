@@ -176,8 +176,11 @@ def test_an_offline_run_reports_the_upload_command(make_plan: PlanMaker, run_dir
     trackers = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
     trackers.finish("failed")
     (folder,) = run_dir.glob("wandb/offline-run-*-abcd1234")
-    texts = [event["text"] for event in read_events(run_dir / "events.jsonl")]
-    assert f"Weights & Biases was offline; upload with: wandb sync --include-online {folder}" in texts
+    events = read_events(run_dir / "events.jsonl")
+    last = [event for event in events if event["fields"].get("sync_command")][-1]
+    assert last["text"] == "Weights & Biases was offline; upload the run with the command that `status` shows"
+    assert last["fields"]["sync_command"] == f"wandb sync --include-online {folder}"
+    assert not any("wandb sync" in event["text"] for event in events)
     assert [record["exit"]["exit_code"] for record in records(run_dir) if record["type"] == "exit"] == [1]
 
 
@@ -269,7 +272,7 @@ def test_a_hung_wandb_is_reported_and_the_process_exits(make_plan: PlanMaker, ru
     alerts = [event for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
     assert len(alerts) == 1
     # What was under way to the process that hangs is in no file of W&B's.
-    assert "metrics.jsonl has all data; upload what W&B's files contain with: wandb sync" in alerts[0]["text"]
+    assert "metrics.jsonl has all data; upload what W&B's files contain with the command that `status` shows" in alerts[0]["text"]
 
 
 def test_a_superseded_attempt_does_not_finish_the_wandb_run(make_plan: PlanMaker, run_dir: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_server_that_fails_in_the_middle(make_plan: PlanMaker, server: FakeWan
     assert len(alerts(plan)) == 1
     # Of a process that had to be killed it is not known whether it has written all.
     words = "metrics.jsonl has all data; upload what W&B's files contain" if fault == "hang" else "the data is on disk; upload it"
-    assert any(f"{words} with: wandb sync" in text for text in alerts(plan) + infos(plan))
+    assert any(f"{words} with the command that `status` shows" in text for text in alerts(plan) + infos(plan))
     assert len(read_metrics(run_dir / "metrics.jsonl")) == 62
     server.fault = None
     server.freed.set()
@@ -86,7 +86,7 @@ def test_a_server_that_refuses_the_run_at_the_start(
         it.finish("completed")
     (warning,) = alerts(plan)
     assert re.match(f"this attempt is tracked offline: Weights & Biases cannot start: CommError: .*{words}", warning)
-    assert infos(plan)[-1].startswith("Weights & Biases was offline; upload with: wandb sync ")
+    assert infos(plan)[-1].startswith("Weights & Biases was offline; upload the run with ")
     assert server.runs == {}
     server.fault = None
     if entity is None:

@@ -22,6 +22,7 @@ from launcher.checkpoint.mirror.upload import CODE, PARALLEL
 from launcher.errors import CheckpointError, Problem, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.shell_commands import launcher_command
 
 Notify = Callable[[str], None]
 
@@ -46,7 +47,7 @@ def claim_run_dir(run: RunDir, url: str) -> None:
         raise SubmitError(
             f"the run directory {run.root.name} exists already; nothing in it was touched",
             where=str(run.root),
-            remedy=f"continue that run with: python -m launcher resume {run.root}, or choose another --root",
+            remedy=f"continue that run with: {launcher_command('resume', run.root)}, or choose another --root",
         ) from None
     except OSError as error:
         raise SubmitError(f"the run directory cannot be made: {error.strerror}", where=str(run.root)) from None

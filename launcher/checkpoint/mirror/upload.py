@@ -47,6 +47,7 @@ from launcher.checkpoint.retention import Retention, select_outdated
 from launcher.errors import CheckpointError, LauncherError, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.shell_commands import launcher_command
 
 CODE = "code.zip"
 SENDING = "sending.json"
@@ -319,7 +320,7 @@ def require_usable_mirror(plan: LaunchPlan) -> None:
             where=remote.url,
             value=f"from {known.owner.run_dir} on {known.owner.host}",
             remedy="choose another run.name or another checkpoint.mirror; or continue that run with: "
-            f"python -m launcher resume {remote.url}",
+            f"{launcher_command('resume', remote.url)}",
         )
 
 

@@ -16,8 +16,10 @@ COLUMNS = (
     *("instruction", "input", "output", "history"),
     *("prompt", "completion", "question", "answer", "text"),
 )
+# Stands in remedies for the path of the source, which the functions that judge a row do not know.
+EXAMPLE_PATH = "path: PATH"
 COLUMNS_EXAMPLE = (
-    "'data.sources=[{name: train, path: PATH, columns: {prompt: question, completion: answer}}]', "
+    f"'data.sources=[{{name: train, {EXAMPLE_PATH}, columns: {{prompt: question, completion: answer}}}}]', "
     "with the rows' own keys after the colons"
 )
 

@@ -6,16 +6,18 @@ A row that cannot be used is an error that names its place; no row is skipped si
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from launcher.config.sections.data import DataSection, Source
+from launcher.config.sections.data import EXAMPLE_PATH, DataSection, Source
 from launcher.data.sources import locate, stdlib_docs
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.sources.files import BLOCK_ROWS, Block, parse_block, read_blocks
@@ -24,7 +26,7 @@ from launcher.data.sources.formats import FORMATS, detect_format, rename_columns
 from launcher.data.sources.keys import RowKeys
 from launcher.data.sources.row_values import Row, refuse
 from launcher.data.sources.splits import HELD_OUT
-from launcher.errors import Problem
+from launcher.errors import DataError, Problem
 
 __all__ = [
     "BLOCK_ROWS",
@@ -123,13 +125,15 @@ def count_rows(source: Source) -> int:
 class DocumentBatch:
     """Consecutive documents of a source; picklable.
 
-    `rows` is a block that `documents` parses, or documents, each with True if the source itself holds it out.
+    `rows` is a block that `documents` parses, or documents, each with True if the source itself holds it out. `path` is that of
+    the source, as the user wrote it.
     """
 
     rows: Block | tuple[tuple[Document, bool], ...]
     format: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
     ignored_keys: tuple[str, ...] = ()
+    path: str = ""
 
     @property
     def brings_split(self) -> bool:
@@ -146,9 +150,10 @@ class DocumentBatch:
             return
         parse = FORMATS[self.format].parse
         keys = RowKeys.of(self.format, self.columns, self.ignored_keys)
-        for row, where in parse_block(self.rows):
-            checked = keys.check(row, where, unread_keys)
-            yield parse(rename_columns(checked, self.columns, where), where), False
+        with _naming_path(self.path):
+            for row, where in parse_block(self.rows):
+                checked = keys.check(row, where, unread_keys)
+                yield parse(rename_columns(checked, self.columns, where), where), False
 
 
 def read_batches(source: Source) -> Iterator[DocumentBatch]:
@@ -169,15 +174,29 @@ def read_batches(source: Source) -> Iterator[DocumentBatch]:
                 if (first := next(parse_block(block), None)) is None:
                     continue
                 format = _detect_format(*first, source) if source.format == "auto" else source.format
-            yield DocumentBatch(block, format, source.columns, source.ignored_keys)
+            yield DocumentBatch(block, format, source.columns, source.ignored_keys, source.path)
     if not format:
         refuse("the source holds no rows", source.path, "write rows into it, or take the source out")
 
 
 def _detect_format(row: Row, where: str, source: Source) -> str:
     """Detect the format of a row; first refuse a row for another kind of training, which says more than a missing key."""
-    checked = RowKeys.of("", source.columns, source.ignored_keys).check(row, where, Counter())
-    return detect_format(rename_columns(checked, source.columns, where), where)
+    with _naming_path(source.path):
+        checked = RowKeys.of("", source.columns, source.ignored_keys).check(row, where, Counter())
+        return detect_format(rename_columns(checked, source.columns, where), where)
+
+
+@contextmanager
+def _naming_path(path: str) -> Iterator[None]:
+    """Write the path of the source into remedies that show how to set data.sources."""
+    try:
+        yield
+    except DataError as error:
+        # Within the shell's quotation marks; Hydra takes a text with other characters in quotation marks of its own.
+        value = path if re.fullmatch(r"[\w./:@-]+", path) else f'"{path}"' if path and not set(path) & set("'\"\\") else "PATH"
+        remedies = [problem.remedy.replace(EXAMPLE_PATH, f"path: {value}") for problem in error.problems]
+        problems = [replace(problem, remedy=remedy) for problem, remedy in zip(error.problems, remedies, strict=True)]
+        raise DataError(problems) from error
 
 
 def _stdlib_document(pair: stdlib_docs.Pair) -> tuple[Document, bool]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 
-from launcher.config.sections.data import COLUMNS_EXAMPLE
+from launcher.config.sections.data import COLUMNS_EXAMPLE, EXAMPLE_PATH
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.sources.messages import (
     MESSAGE_KEYS,
@@ -229,7 +229,7 @@ def _suggest_columns(row: Row) -> str | None:
         for row_format in FORMATS.values() if isinstance(inner, dict) and _PLAIN_KEY.fullmatch(key) else ():
             if row_format.required_keys <= inner.keys():
                 columns = ", ".join(f"{name}: {key}.{name}" for name in sorted(row_format.required_keys))
-                return f"'data.sources=[{{name: train, path: PATH, columns: {{{columns}}}}}]' data.path=null"
+                return f"'data.sources=[{{name: train, {EXAMPLE_PATH}, columns: {{{columns}}}}}]' data.path=null"
     return None
 
 

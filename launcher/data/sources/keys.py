@@ -10,6 +10,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from launcher.config.sections.data import EXAMPLE_PATH
 from launcher.data.sources.formats import FORMATS
 from launcher.data.sources.messages import find_text_key
 from launcher.data.sources.row_values import Row, find_value, from_json, refuse, safe_excerpt
@@ -178,7 +179,7 @@ def _refuse_row_weight(key: str, value: Any, where: str) -> NoReturn:
 
 
 def _source(setting: str) -> str:
-    return f"'data.sources=[{{name: train, path: PATH, {setting}}}]' data.path=null"
+    return f"'data.sources=[{{name: train, {EXAMPLE_PATH}, {setting}}}]' data.path=null"
 
 
 def _ignoring(*keys: str) -> str:

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any, Literal
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.shell_commands import shell_command
 from launcher.tracking import metrics as metrics_table
 from launcher.tracking.jsonl import NON_METRIC_FIELDS, continued_lines, iter_lines, merge_steps
 from launcher.tracking.metrics import STEP
@@ -295,7 +295,7 @@ def sync_command(run: RunDir, wandb_id: str, session: Session | None) -> str:
     online = session is not None and not session.offline
     missing = [session.folder] if session is not None and online else _not_uploaded(run, wandb_id)
     # W&B skips online sessions by default.
-    return shlex.join(["wandb", "sync", "--include-online", *map(str, missing)]) if missing else ""
+    return shell_command("wandb", "sync", "--include-online", *missing) if missing else ""
 
 
 def _last_step_in(folders: list[Path]) -> int:

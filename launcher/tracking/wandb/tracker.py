@@ -170,11 +170,12 @@ class WandbTracker:
                 if sent_all.is_set()
                 else "metrics.jsonl has all data; upload what W&B's files contain"
             )
-            rest = f"{where} with: {command}" if command else "metrics.jsonl has all data"
+            rest = f"{where} with the command that `status` shows" if command else "metrics.jsonl has all data"
             text = f"Weights & Biases does not have all data ({self._failure}); {rest}"
             self._send_event("info" if self._alerted else "alert", text, sync_command=command)
         elif self._offline:
-            self._send_event("info", f"Weights & Biases was offline; upload with: {command}", sync_command=command)
+            text = "Weights & Biases was offline; upload the run with the command that `status` shows"
+            self._send_event("info", text, sync_command=command)
 
     def _send_row(self) -> None:
         if self._row:
@@ -267,7 +268,7 @@ class WandbTracker:
             self._note_once("alert", f"this attempt is not tracked in W&B, only in metrics.jsonl: {reason}")
             return None
         command = wandb_session.sync_command(self._run, self._plan.wandb_id, session) if session.offline else None
-        where = f"see it at {session.url}" if session.url else f"offline; upload it with: {command}"
+        where = f"see it at {session.url}" if session.url else "offline"
         self._note_once("info", f"Weights & Biases: {where}", url=session.url, sync_command=command)
         while self._kept:
             self._execute(session, self._kept.popleft())

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from launcher.plan import xids
+from launcher.shell_commands import launcher_command
 from launcher.train.monitoring.rank_stats import RankStats, RankWork
 
 # Steps whose losses are the reference, the fewest that make one, and the consecutive spikes that count as a lasting rise.
@@ -38,14 +39,14 @@ _CHECK_INTERVAL_S = 5.0
 
 
 class AnomalyDetector:
-    """Checks the numbers of each step; `device` is what the ranks compute on, cuda or cpu.
+    """Checks the numbers of each step; `device` is what the ranks compute on, cuda or cpu, and alerts name `run_dir`.
 
     Anomalous steps do not enter the reference until they have lasted for a whole window. A passing and a lasting anomaly are two
     kinds of alerts, so that the rate limit of one does not suppress the other.
     """
 
-    def __init__(self, device: str) -> None:
-        self._device = device
+    def __init__(self, device: str, run_dir: str) -> None:
+        self._device, self._run_dir = device, run_dir
         self._losses: deque[float] = deque(maxlen=_LOSS_WINDOW)
         self._recent_paces: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._paces: deque[float] = deque(maxlen=_PACE_WINDOW)
@@ -94,7 +95,8 @@ class AnomalyDetector:
             return
         self._num_spikes += 1
         reference = f"the median of the {len(self._losses)} steps before is {statistics.median(self._losses):.4f}"
-        remedy = "resume from a checkpoint before it with: python -m launcher resume RUN --step N optim.lr=..."
+        command = launcher_command("resume", self._run_dir, "--step", "N", "optim.lr=...")
+        remedy = f"resume from a checkpoint before it with: {command}"
         if self._num_spikes < _LASTING_SPIKES:
             yield f"the loss jumped: it is {loss:.4f}, {reference}; if it stays high, {remedy}"
         else:

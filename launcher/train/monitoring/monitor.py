@@ -49,7 +49,7 @@ class Monitor:
         self._layer_timer, self._local_stats = LayerTimer(model, device), RankStats()
         self._optimizer_timer = None if optimizer is None else OptimizerTimer(optimizer)
         self._device = device
-        self._anomalies, self._hosts = AnomalyDetector(plan.topology.device), gather_json(os.uname().nodename)
+        self._anomalies, self._hosts = AnomalyDetector(plan.topology.device, plan.run_dir), gather_json(os.uname().nodename)
         self._ranks: list[RankStats] = []
         self._works: list[RankWork] = []
         self._is_limited = rank_info.is_main and (plan.limits.max_seconds or plan.limits.max_gpu_seconds) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from launcher.errors import DivergedError
+from launcher.shell_commands import launcher_command
 
 # Steps in a row that may be skipped. fp16 finds its loss scale by skipping; other types do not.
 _MAX_IN_A_ROW = {"fp16": 20, "bf16": 3, "fp32": 3}
@@ -11,8 +12,8 @@ _MAX_IN_A_ROW = {"fp16": 20, "bf16": 3, "fp32": 3}
 class SkippedSteps:
     """Counts skipped steps in a row; whoever sees an applied step sets `num_in_a_row` to 0."""
 
-    def __init__(self, dtype: str) -> None:
-        self._dtype = dtype
+    def __init__(self, dtype: str, run_dir: str) -> None:
+        self._dtype, self._run_dir = dtype, run_dir
         self.num_in_a_row = 0
 
     def count(self, step: int, num_skipped: int) -> str | None:
@@ -26,7 +27,8 @@ class SkippedSteps:
             raise DivergedError(
                 f"the gradients of {self.num_in_a_row} steps in a row are not finite; training stopped",
                 where=f"step {step}",
-                remedy="lower optim.lr and go back to a good step: python -m launcher resume RUN --step N optim.lr=...",
+                remedy="lower optim.lr and go back to a good step: "
+                f"{launcher_command('resume', self._run_dir, '--step', 'N', 'optim.lr=...')}",
             )
         if self._dtype == "fp16":
             return None

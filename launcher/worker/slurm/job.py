@@ -28,6 +28,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Cause, Decision, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, exit_file
+from launcher.shell_commands import launcher_command
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import disk_reserve, postmortem
@@ -242,7 +243,8 @@ def _is_running(job: str, plan: LaunchPlan, until: float) -> bool:
             f"Slurm did not answer whether job {job} still runs {plan.run_name}: {problem.message}",
             where=problem.where,
             value=problem.value,
-            remedy="when Slurm answers, look with: python -m launcher status, and continue with: python -m launcher resume",
+            remedy=f"when Slurm answers, look with: {launcher_command('status', plan.run_dir)}, "
+            f"and continue with: {launcher_command('resume', plan.run_dir)}",
         ) from None
     return known is not None and known.queued and known.state in ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED")
 

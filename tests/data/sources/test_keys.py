@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from launcher.cli.data_view import unread_keys
 from launcher.config.sections.data import DataSection, Source
@@ -34,6 +35,20 @@ def problem_of(path: Path, **settings: Any) -> Problem:
         list(read_documents(Source(path=str(path), **settings)))
     (problem,) = caught.value.problems
     return problem
+
+
+@pytest.mark.parametrize(("folder", "shown"), [("rows", "{path}"), ("my rows", '"{path}"'), ("it's", "PATH")])
+def test_the_remedy_names_the_file_so_that_it_can_be_copied(tmp_path: Path, folder: str, shown: str) -> None:
+    path = tmp_path / folder / "a.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps({**PAIR, "label": False}) + "\n")
+    remedy = problem_of(path).remedy
+    assert f"'data.sources=[{{name: train, path: {shown.format(path=path)}, ignored_keys: [label]}}]' data.path=null" in remedy
+    _, _, words = remedy.partition("'")
+    if folder != "it's":
+        override = f"'{words}".partition("' ")[0].strip("'")
+        (source,) = OverridesParser.create().parse_override(override).value()
+        assert source["path"] == str(path)
 
 
 def counts_of(path: Path, **settings: Any) -> dict[str, int]:

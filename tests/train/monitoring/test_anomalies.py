@@ -23,7 +23,7 @@ def run_normal_steps(detector: AnomalyDetector, steps: int, loss: float = 2.0, p
 
 
 def test_a_loss_spike_is_an_alert() -> None:
-    detector = AnomalyDetector("cuda")
+    detector = AnomalyDetector("cuda", "runs/demo")
     run_normal_steps(detector, 60)
     (text,) = detector.step(4.0, 1000.0)
     assert "the loss jumped: it is 4.0000, the median of the 60 steps before is 2.0" in text
@@ -31,14 +31,14 @@ def test_a_loss_spike_is_an_alert() -> None:
 
 
 def test_a_falling_loss_is_no_alert() -> None:
-    detector = AnomalyDetector("cuda")
+    detector = AnomalyDetector("cuda", "runs/demo")
     for step in range(400):
         assert detector.step(10.0 * 0.99**step, 1000.0) == []
     assert detector.step(0.01, 1000.0) == []
 
 
 def test_a_small_change_of_a_constant_loss_is_no_spike() -> None:
-    detector = AnomalyDetector("cuda")
+    detector = AnomalyDetector("cuda", "runs/demo")
     for _ in range(50):
         assert detector.step(1.0, 1000.0) == []
     assert detector.step(1.05, 1000.0) == []
@@ -46,19 +46,19 @@ def test_a_small_change_of_a_constant_loss_is_no_spike() -> None:
 
 
 def test_there_is_no_alert_before_there_are_enough_losses() -> None:
-    detector = AnomalyDetector("cuda")
+    detector = AnomalyDetector("cuda", "runs/demo")
     for loss in (11.0, 9.0, 7.0, 50.0, 6.0):
         assert detector.step(loss, 1000.0) == []
 
 
 def test_a_slowdown_is_an_alert_with_causes_of_the_device() -> None:
-    detector = AnomalyDetector("cuda")
+    detector = AnomalyDetector("cuda", "runs/demo")
     run_normal_steps(detector, 100)
     alerts = [detector.step(2.0, 500.0) for _ in range(10)]
     assert not any(alerts[:4])
     assert "training has become slow: 500 tokens/s over the last 10 steps, " in alerts[-1][0]
     assert "GPUs" in alerts[-1][0]
-    on_cpus = AnomalyDetector("cpu")
+    on_cpus = AnomalyDetector("cpu", "runs/demo")
     run_normal_steps(on_cpus, 100)
     (text,) = [on_cpus.step(2.0, 500.0) for _ in range(10)][-1]
     assert "CPUs" in text
@@ -66,7 +66,7 @@ def test_a_slowdown_is_an_alert_with_causes_of_the_device() -> None:
 
 
 def test_one_slow_step_is_no_alert() -> None:
-    detector = AnomalyDetector("cuda")
+    detector = AnomalyDetector("cuda", "runs/demo")
     run_normal_steps(detector, 100)
     assert detector.step(2.0, 10.0) == []
     run_normal_steps(detector, 50)
@@ -84,7 +84,7 @@ def alert_kinds(detector: AnomalyDetector, steps: Iterable[tuple[float, float]])
 
 
 def test_a_loss_that_stays_high_is_an_alert_even_after_a_passing_spike() -> None:
-    detector = AnomalyDetector("cuda")
+    detector = AnomalyDetector("cuda", "runs/demo")
     run_normal_steps(detector, 100)
     diverged = [(8.0 + math.sin(step), 1000.0) for step in range(2000)]
     alerts = alert_kinds(detector, [(4.0, 1000.0), *[(2.0, 1000.0)] * 150, *diverged])
@@ -95,7 +95,7 @@ def test_a_loss_that_stays_high_is_an_alert_even_after_a_passing_spike() -> None
 
 
 def test_training_that_stays_slow_is_an_alert_even_after_a_passing_dip() -> None:
-    detector = AnomalyDetector("cuda")
+    detector = AnomalyDetector("cuda", "runs/demo")
     run_normal_steps(detector, 300)
     alerts = alert_kinds(detector, [*[(2.0, 400.0)] * 8, *[(2.0, 1000.0)] * 150, *[(2.0, 400.0)] * 2000])
     assert alerts == ["training has become slow", "training stays slow"]
@@ -112,7 +112,7 @@ def four_ranks(slow: int | None = None, **different: float) -> list[RankStats]:
 
 
 def test_a_straggler_alert_names_rank_host_and_cause() -> None:
-    detector = AnomalyDetector("cuda")
+    detector = AnomalyDetector("cuda", "runs/demo")
     alerts = [text for _ in range(20) for text in detector.stragglers(estimate_work(four_ranks(2, compute_s=1.5e-6)), HOSTS)]
     assert len(alerts) == 1
     assert alerts[0].startswith(
@@ -127,7 +127,7 @@ def test_a_straggler_alert_names_rank_host_and_cause() -> None:
 
 
 def test_a_rank_that_is_slow_in_some_steps_is_no_straggler() -> None:
-    detector = AnomalyDetector("cuda")
+    detector = AnomalyDetector("cuda", "runs/demo")
     for step in range(200):
         assert list(detector.stragglers(estimate_work(four_ranks(step % 4, compute_s=2e-6)), HOSTS)) == []
         assert list(detector.stragglers(estimate_work(four_ranks(0, compute_s=1.1e-6)), HOSTS)) == []
@@ -135,7 +135,7 @@ def test_a_rank_that_is_slow_in_some_steps_is_no_straggler() -> None:
 
 
 def test_an_xid_is_one_alert_with_its_meaning() -> None:
-    detector = AnomalyDetector("cuda")
+    detector = AnomalyDetector("cuda", "runs/demo")
     for count, number, text in ((0, math.nan, []), (1, 79, ["Xid 79 on GPU 5 of n2: fallen off the bus"]), (1, 79, [])):
         ranks = [
             RankStats(),
@@ -154,7 +154,7 @@ def test_an_xid_is_one_alert_with_its_meaning() -> None:
 
 def test_an_xid_on_several_gpus_is_one_alert() -> None:
     ranks = [RankStats(device=DeviceReadings(gpu_index=i, xids=1, last_xid=79 if i == 2 else 74)) for i in range(4)]
-    nvlink, lost = AnomalyDetector("cuda").faults(ranks, HOSTS)
+    nvlink, lost = AnomalyDetector("cuda", "runs/demo").faults(ranks, HOSTS)
     assert nvlink.startswith(f"Xid 74 on 3 GPUs, the first of them GPU 0 of {HOSTS[0]}: ")
     assert lost.startswith(f"Xid 79 on GPU 2 of {HOSTS[2]}: ")
 

@@ -1,0 +1,21 @@
+"""Commands that are printed for the user to copy."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+
+def launcher_command(*words: str | Path) -> str:
+    """Return `python -m launcher WORDS` as it is typed in a shell: paths with blanks and other special characters are quoted."""
+    return module_command("launcher", *words)
+
+
+def module_command(module: str, *words: str | Path) -> str:
+    """Return `python -m MODULE WORDS` as it is typed in a shell."""
+    return shell_command("python", "-m", module, *words)
+
+
+def shell_command(*words: str | Path) -> str:
+    """Return a command as it is typed in a shell."""
+    return shlex.join(map(str, words))
