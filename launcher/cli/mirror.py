@@ -25,7 +25,11 @@ from launcher.errors import ConfigError, DataError, LauncherError, Problem, Subm
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
+from launcher.shell_commands import launcher_command
 from launcher.tracking.metrics import format_duration
+
+# Where the user wrote the address.
+_ORIGIN = "command line"
 
 
 def download_run(url: str, root: Path, step: int | None) -> RunDir:
@@ -37,7 +41,7 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
         ConfigError, DataError: if its data is missing on this machine, or differs.
     """
     _require_address(url)
-    remote = RemoteFolder(url)
+    remote = RemoteFolder(url, origin=_ORIGIN)
     with _reading(remote):
         mirrored = read_run(remote)
         if mirrored is None:
@@ -66,7 +70,7 @@ def ls(url: str, as_json: bool) -> int:
         SubmitError: if `url` is not an address of a mirror.
     """
     _require_address(url)
-    remote = RemoteFolder(url)
+    remote = RemoteFolder(url, origin=_ORIGIN)
     with _reading(remote):
         runs = [_summary(remote.under(name), name) for name in remote.names()]
     summaries = [run for run in runs if run is not None]
@@ -90,7 +94,7 @@ def _require_address(url: str) -> None:
         TypeAdapter(Url).validate_python(url)
     except ValidationError as error:
         what, _, remedy = str(error.errors()[0]["ctx"]["error"]).partition("; ")
-        raise SubmitError(f"this {what}", where="URL", remedy=remedy) from None
+        raise SubmitError(f"this {what}", where=_ORIGIN, remedy=remedy) from None
 
 
 def _summary(remote: RemoteFolder, name: str) -> dict[str, Any] | None:
@@ -104,12 +108,16 @@ def _summary(remote: RemoteFolder, name: str) -> dict[str, Any] | None:
 
 
 def _no_such_run(remote: RemoteFolder) -> SubmitError:
-    parent = RemoteFolder(remote.url.rpartition("/")[0]) if remote.url.rpartition("/")[0].count("/") > 2 else remote
-    names = [name for folder in (remote, parent) for name in folder.names() if read_run(folder.under(name)) is not None][:10]
+    address = remote.url.rpartition("/")[0]
+    # The address may lack the name of the run, or have a wrong one.
+    folders = [remote, RemoteFolder(address, origin=_ORIGIN)] if address.count("/") > 2 else [remote]
+    runs = [f"{folder.url}/{name}" for folder in folders for name in folder.names() if read_run(folder.under(name)) is not None]
     return SubmitError(
         "there is no run at this address",
         where=remote.url,
-        remedy=f"write URL/NAME; existing runs: {', '.join(names)}" if names else "list a mirror with: python -m launcher ls URL",
+        remedy=f"choose one of: {', '.join(runs[:10])}"
+        if runs
+        else f"list the mirror with: {launcher_command('ls', folders[-1].url)}",
     )
 
 

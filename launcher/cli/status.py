@@ -77,7 +77,9 @@ def _folder_error(folder: str) -> SubmitError:
     is_run = (Path(folder) / "status.json").is_file()
     command = launcher_command("status", folder) if is_run else launcher_command("ls", "--root", folder)
     remedy = f"show {'this run' if is_run else 'the runs in this folder'} with: {command}"
-    return SubmitError("ls takes the URL of a mirror, such as s3://bucket/runs", where="URL", value=folder, remedy=remedy)
+    return SubmitError(
+        "ls takes the URL of a mirror, such as s3://bucket/runs", where="command line", value=folder, remedy=remedy
+    )
 
 
 def _seconds(value: str) -> float:

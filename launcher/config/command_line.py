@@ -11,7 +11,8 @@ from typing import Any
 from launcher.config.introspect import settings
 from launcher.config.redaction import looks_secret
 from launcher.config.renamed_keys import COMMAND_LINE
-from launcher.errors import Problem, did_you_mean
+from launcher.config.suggestions import meant_setting, suggest_setting
+from launcher.errors import Problem
 
 GROUPS = ("model", "data", "optim", "deepspeed", "cluster", "tracking", "experiment")
 # Hydra's flags that take a value, and its other flags.
@@ -90,7 +91,7 @@ def _setting_meant(name: str) -> str:
     if not name.startswith("--") or key in GROUPS or key in settings():
         return key if name.startswith("--") else ""
     same = [option for option in settings() if option.rpartition(".")[2] == key and "[]" not in option]
-    return " or ".join(same[:3])
+    return " or ".join(same[:3]) or meant_setting(key)
 
 
 def _setting_with_dashes(name: str, setting: str, value: str) -> Problem:
@@ -217,7 +218,7 @@ def _bare_word(parser: Any, word: str, previous: str) -> Problem:
         remedy = "write key=value or group=option"
         remedy += f"; if it belongs to the value before it: {text}" if text and not is_secret else ""
     else:
-        remedy = did_you_mean(word, list(settings())) or "write key=value or group=option"
+        remedy = suggest_setting(word) or "write key=value or group=option"
     return Problem(f"{word}: is not an override, because it has no =", where=COMMAND_LINE, value=word, remedy=remedy)
 
 

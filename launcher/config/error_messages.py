@@ -14,6 +14,7 @@ from launcher.config.origin import Origins
 from launcher.config.redaction import looks_secret, redact
 from launcher.config.renamed_keys import renamed_override, renamed_setting
 from launcher.config.sections.data import COLUMNS_EXAMPLE
+from launcher.config.suggestions import suggest_setting
 from launcher.errors import Problem, did_you_mean
 
 # By the first part of pydantic's error type.
@@ -37,6 +38,7 @@ _OUT_OF_BOUNDS = {
     "too_long": "has too many entries",
 }
 _ABSENT = object()
+_NUM_GUESSES = 3
 _UNIFORM_KEY = re.compile(r"\[\d+\]")
 
 
@@ -95,16 +97,17 @@ def _unknown(key: str, value: Any, origins: Origins) -> Problem:
             value=_plain(key, value),
             remedy=f"add {' or '.join(f'+{option}' for option in options)} to the command line, or remove {key}",
         )
-    siblings = [k for k in settings() if k.rpartition(".")[0] == uniform.rpartition(".")[0]]
-    remedy = did_you_mean(uniform, list(settings())) or (
-        f"the settings in this section are: {', '.join(siblings)}" if siblings else ""
-    )
-    return Problem(
-        f"{key}: there is no such setting",
-        where=origins.of(key),
-        value=_plain(key, value),
-        remedy=remedy or "docs/settings.md lists every setting",
-    )
+    section = uniform.rpartition(".")[0]
+    siblings = [k for k in settings() if k.rpartition(".")[0] == section]
+    # Of a section that does not exist, the keys inside say what was meant.
+    inside = dict.fromkeys(suggest_setting(f"{key}.{name}") for name in value) if isinstance(value, dict) and not section else {}
+    remedy = " ".join([guess for guess in inside if guess][:_NUM_GUESSES]) or suggest_setting(uniform)
+    if not remedy and section and siblings:
+        remedy = f"the settings in this section are: {', '.join(siblings)}"
+    elif not remedy:
+        remedy = f"write section.name=value; the sections are: {', '.join(siblings)}; docs/settings.md lists every setting"
+    kind = "section of settings" if isinstance(value, dict) else "setting"
+    return Problem(f"{key}: there is no such {kind}", where=origins.of(key), value=_plain(key, value), remedy=remedy)
 
 
 def _unknown_kind(key: str, kind: str, origins: Origins) -> Problem:

@@ -18,7 +18,8 @@ from launcher.config.origin import Origins, short
 from launcher.config.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
 from launcher.config.renamed_keys import renamed_override
 from launcher.config.schema import RunConfig
-from launcher.errors import ConfigError, Problem, did_you_mean
+from launcher.config.suggestions import suggest_setting
+from launcher.errors import ConfigError, Problem
 from launcher.security.credentials import environment_secrets
 from launcher.shell_commands import launcher_command
 
@@ -155,7 +156,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = 
         elif equals and key in (*RunConfig.model_fields, _EXPERIMENT):
             problems.append(_group_problem(key, raw, run_name))
         elif not equals or key not in settings():
-            guess = did_you_mean(key, list(settings()))
+            guess = suggest_setting(key)
             problems.append(_problem(f"{key}: there is no such setting", guess or "write settings as key=value"))
         elif secret := secret_problem(key, raw, held):
             problems.append(_problem(secret, IN_ENVIRONMENT))

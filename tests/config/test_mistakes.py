@@ -311,6 +311,22 @@ def own_option(tmp_path: Path, group: str, option: str, text: str) -> None:
     (folder / f"{option}.yaml").write_text(text)
 
 
+@pytest.mark.parametrize(
+    ("token", "remedy"),
+    [
+        ("batch_size=4", "did you mean train.global_batch_size?"),
+        ("optim.learning_rate=1", "did you mean optim.lr?"),
+        ("optimizer.lr=1", "did you mean optim.lr?"),
+        ("qqq=1", "write section.name=value; the sections are: run, model, data, "),
+        ("optim.qqq=1", "the settings in this section are: optim.name, optim.lr, "),
+    ],
+)
+def test_a_key_that_does_not_exist_gets_a_suggestion(refused: Refused, token: str, remedy: str) -> None:
+    (problem,) = refused(token)
+    assert problem.where == "command line"
+    assert problem.remedy.startswith(remedy)
+
+
 def test_an_unknown_kind_of_cluster_is_refused(refused: Refused) -> None:
     (problem,) = refused("cluster.kind=slrum")
     assert (problem.message, problem.value) == ("cluster.kind: is not one of its choices", "'slrum'")

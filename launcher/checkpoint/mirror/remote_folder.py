@@ -39,14 +39,16 @@ _UNFINISHED = ".unfinished-"
 class RemoteFolder:
     """The folder at `url`. Names are relative to it, with slashes. Methods retry, then raise the storage's own error.
 
+    `origin` is where the user wrote the address, for errors.
+
     Raises:
         SubmitError: if the package for this kind of address is not installed, or the address is invalid.
     """
 
-    def __init__(self, url: str, waits_s: tuple[float, ...] = _WAITS_S) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, waits_s: tuple[float, ...] = _WAITS_S, origin: str = "checkpoint.mirror") -> None:
+        self.url, self.origin = url.rstrip("/"), origin
         self._waits_s = waits_s
-        self._fs, root = _connect(self.url)
+        self._fs, root = _connect(self.url, origin)
         self._root = root.rstrip("/")
         protocols = (self._fs.protocol,) if isinstance(self._fs.protocol, str) else tuple(self._fs.protocol)
         self._is_object_store = bool(_OBJECT_STORES.intersection(protocols))
@@ -199,7 +201,7 @@ def unreachable_error(remote: RemoteFolder, operation: str, error: Exception) ->
     elif remote.url.startswith("file:"):
         remedy = "check that the folder can be created and written"
     return SubmitError(
-        f"the mirror cannot be {operation}: {describe_error(error)}", where="checkpoint.mirror", value=remote.url, remedy=remedy
+        f"the mirror cannot be {operation}: {describe_error(error)}", where=remote.origin, value=remote.url, remedy=remedy
     )
 
 
@@ -209,13 +211,13 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _connect(url: str) -> tuple[Any, str]:
+def _connect(url: str, origin: str) -> tuple[Any, str]:
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise SubmitError(
             f"addresses that start with {url.partition('://')[0]}:// need a Python package that is not installed",
-            where="checkpoint.mirror",
+            where=origin,
             value=url,
             remedy=f"install it where the launcher is installed, with: pip install {_package(url, error)}",
         ) from None
@@ -223,7 +225,7 @@ def _connect(url: str) -> tuple[Any, str]:
         known = ", ".join(name for name in ("s3", "gs", "az", "hf", "sftp", "file"))
         raise SubmitError(
             f"the address of the mirror is invalid: {error}",
-            where="checkpoint.mirror",
+            where=origin,
             value=url,
             remedy=f"start it with one of: {known}",
         ) from None

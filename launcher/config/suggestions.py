@@ -1,0 +1,82 @@
+"""Suggest the setting that an unknown key was meant to be."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping
+
+from launcher.config.introspect import settings
+from launcher.errors import did_you_mean
+
+# Names in transformers, TRL, DeepSpeed, torchtitan and other trainers, by the setting that does the same here.
+_NAMES_ELSEWHERE = {
+    "run.name": "run_name experiment_name job_name",
+    "run.root": "output_dir out_dir save_dir output_path",
+    "run.seed": "random_seed data_seed",
+    "model.path": "model_name_or_path model_id model_path base_model pretrained pretrained_model_name_or_path",
+    "model.dtype": "bf16 fp16 fp32 precision mixed_precision torch_dtype",
+    "model.attention": "attn_implementation flash_attention flash_attn use_flash_attention",
+    "model.activation_checkpointing": "gradient_checkpointing activation_checkpoint recompute",
+    "model.liger": "use_liger_kernel liger_kernel",
+    "data.path": "dataset dataset_path dataset_name train_file data_path data_files",
+    "data.max_length": "max_seq_len max_seq_length seq_len seq_length sequence_length context_length max_len cutoff_len",
+    "data.packing": "pack packed sample_packing",
+    "data.chat_template": "template prompt_template",
+    "data.eval_fraction": "val_fraction val_size validation_split test_size",
+    "optim.name": "optimizer optimizer_name optimizer_type",
+    "optim.lr": "learning_rate max_lr base_lr peak_lr",
+    "optim.schedule": "lr_scheduler lr_scheduler_type scheduler lr_schedule lr_decay_style",
+    "optim.warmup_steps": "warmup warmup_ratio num_warmup_steps lr_warmup_steps",
+    "optim.weight_decay": "wd l2",
+    "optim.betas": "beta1 beta2 adam_beta1 adam_beta2",
+    "optim.eps": "epsilon adam_epsilon",
+    "train.max_steps": "steps num_steps total_steps train_steps max_train_steps training_steps num_train_steps",
+    "train.epochs": "num_train_epochs num_epochs max_epochs",
+    "train.global_batch_size": "batch_size train_batch_size effective_batch_size total_batch_size gradient_accumulation_steps "
+    "grad_accum_steps grad_accum accumulation_steps accumulate_grad_batches",
+    "train.micro_batch_size": "per_device_train_batch_size per_device_batch_size train_micro_batch_size_per_gpu local_batch_size",
+    "train.grad_clip": "max_grad_norm gradient_clipping clip_grad_norm gradient_clip_val max_norm",
+    "train.log_every": "logging_steps log_steps log_interval log_freq",
+    "eval.every": "eval_steps eval_interval eval_freq val_check_interval",
+    "checkpoint.save_every": "save_steps save_interval checkpoint_interval save_freq checkpointing_steps",
+    "checkpoint.keep_last": "save_total_limit keep_latest_k max_checkpoints",
+    "export.push_to_hub": "hub_model_id",
+    "deepspeed.stage": "zero_stage zero_optimization",
+    "cluster.nodes": "num_nodes nnodes n_nodes num_machines",
+    "cluster.ranks_per_node": "gpus num_gpus n_gpus ngpus nproc_per_node devices num_processes",
+    "cluster.time": "walltime time_limit",
+    "tracking.kind": "report_to wandb logger",
+    "tracking.project": "wandb_project project_name",
+}
+_NUM_SHOWN = 3
+
+
+@functools.cache
+def _synonyms() -> Mapping[str, str]:
+    return {name: setting for setting, names in _NAMES_ELSEWHERE.items() for name in names.split()}
+
+
+def meant_setting(key: str) -> str:
+    """Return the setting that another trainer's name for it stands for; empty for all other names. The section does not count."""
+    return _synonyms().get(key.rpartition(".")[2].lower().replace("-", "_"), "")
+
+
+def suggest_setting(key: str) -> str:
+    """Return `did you mean SETTING?` for a key that does not exist, or an empty text.
+
+    The last part counts in every section, and other trainers' names are known.
+    """
+    if meant := meant_setting(key):
+        return f"did you mean {meant}?"
+    names = list(settings())
+    if guess := did_you_mean(key, names):
+        return guess
+    by_last_part: dict[str, list[str]] = {}
+    for name in names:
+        if "." in name and "[]" not in name:
+            by_last_part.setdefault(name.rpartition(".")[2], []).append(name)
+    for name, setting in _synonyms().items():
+        by_last_part.setdefault(name, []).append(setting)
+    close = difflib.get_close_matches(key.rpartition(".")[2], by_last_part, n=1, cutoff=0.75)
+    return f"did you mean {' or '.join(by_last_part[close[0]][:_NUM_SHOWN])}?" if close else ""
