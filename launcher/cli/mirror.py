@@ -112,13 +112,10 @@ def _no_such_run(remote: RemoteFolder) -> SubmitError:
     # The address may lack the name of the run, or have a wrong one.
     folders = [remote, RemoteFolder(address, origin=_ORIGIN)] if address.count("/") > 2 else [remote]
     runs = [f"{folder.url}/{name}" for folder in folders for name in folder.names() if read_run(folder.under(name)) is not None]
-    return SubmitError(
-        "there is no run at this address",
-        where=remote.url,
-        remedy=f"choose one of: {', '.join(runs[:10])}"
-        if runs
-        else f"list the mirror with: {launcher_command('ls', folders[-1].url)}",
-    )
+    remedy = f"list the mirror with: {launcher_command('ls', folders[-1].url)}"
+    if runs:
+        remedy = f"choose one of: {', '.join(runs[:10])}"
+    return SubmitError("there is no run at this address", where=remote.url, remedy=remedy)
 
 
 def _settle_status(run: RunDir, mirrored: MirroredRun, url: str, step: int) -> None:
