@@ -45,8 +45,10 @@ def test_plus_before_a_key_changes_nothing(compose: Compose, token: str) -> None
     assert compose(token)[0].config.optim.lr == 0.5
 
 
-def test_a_multirun_composes_each_job(compose: Compose) -> None:
-    jobs = compose("-m", "+cluster=local", "model=tiny,qwen3_8b", "optim.lr=0.5,0.25")
+@pytest.mark.parametrize("position", [0, 1, 3], ids=["first", "between", "last"])
+def test_a_multirun_composes_each_job(compose: Compose, position: int) -> None:
+    overrides = ["+cluster=local", "model=tiny,qwen3_8b", "optim.lr=0.5,0.25"]
+    jobs = compose(*overrides[:position], "-m", *overrides[position:])
     assert [(job.config.model.name, job.config.optim.lr) for job in jobs] == [
         ("tiny", 0.5),
         ("tiny", 0.25),

@@ -217,6 +217,15 @@ def test_a_smaller_elastic_run_saves_in_the_background_only_where_nodes_have_roo
     assert not smallest.saving.background, "384 GiB of a node that has 300"
 
 
+def test_a_run_that_saves_while_training_waits_does_so_on_fewer_ranks(plan_of: Callable[..., LaunchPlan]) -> None:
+    settings = (*SEVENTY, "cluster=ray", "cluster.workers=64", "cluster.min_workers=16", "cluster.ranks_per_node=8")
+    planned = plan_of(*settings, device=CUDA.model_copy(update={"host_memory_gib": 100.0}))
+    assert not planned.saving.background
+    # The plan of an earlier launcher does not record the main memory of a node.
+    unknown = planned.model_copy(update={"memory": planned.memory.model_copy(update={"node_gib": None})})
+    assert resized(unknown, 16, 8).saving == planned.saving
+
+
 def test_unknown_gpus_of_a_ray_cluster_are_not_refused(plan_of: Callable[..., LaunchPlan]) -> None:
     settings = (*SEVENTY, "cluster=ray", "cluster.address=http://127.0.0.1:8265", "cluster.nodes=1", "cluster.ranks_per_node=8")
     assert plan_of(*settings, device=CUDA).topology.world_size == 8

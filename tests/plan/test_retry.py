@@ -80,6 +80,14 @@ def test_an_exceeded_budget_is_named_and_other_causes_do_not_count() -> None:
     assert decide(attempts[-1], attempts[:-1], BUDGETS).again
 
 
+def test_preemptions_count_over_the_whole_run() -> None:
+    attempts = moving(*[Cause.PREEMPTED] * 4)
+    assert decide(attempts[2], attempts[:2], BUDGETS).again
+    refused = decide(attempts[3], attempts[:3], BUDGETS)
+    assert (refused.again, refused.state) == (False, "failed"), "newer checkpoints do not renew the budget"
+    assert "cluster.max_preemptions=3" in refused.reason
+
+
 def test_unset_preemptions_are_unlimited() -> None:
     attempts = moving(*[Cause.PREEMPTED] * 40)
     assert decide(attempts[-1], attempts[:-1], SlurmSection()).again
