@@ -92,6 +92,9 @@ def test_a_node_with_a_slow_clock_gives_no_negative_time() -> None:
     result = breakdown(lines, events, [AttemptTimes(1, 1000, 760, None, RANKS, automatic=False)], now=1150)
     assert all(asdict(result)[name] >= 0 for name in ("kept_s", *LOST))
     assert (result.wall_s, result.held_s, result.kept_s) == (150, 150, 110)
+    # The node of the second attempt has recorded an end before that of the first.
+    attempts = [AttemptTimes(1, 0, 0, 100, RANKS), AttemptTimes(2, 100, 105, 90, RANKS)]
+    assert parts(breakdown([], start(1, 0, 100), attempts, now=150)) == {"load_s": 100}
 
 
 def test_ranks_that_restart_within_an_attempt() -> None:

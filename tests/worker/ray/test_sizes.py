@@ -44,6 +44,18 @@ def test_a_drained_node_that_is_lost_before_the_save_counts_as_preempted(make_fa
     assert fake.causes == ["preempted"]
 
 
+def test_a_rank_that_dies_on_a_drained_node_counts_as_preempted(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(max_infrastructure_failures=0)
+    fake.begin("a", "n1", "n2")
+    fake.draining = {"id-n2"}
+    fake.coordinator.beat("a", 0, None)
+    fake.end(0, stopped=True)
+    fake.end(1, KILLED, stopped=True)
+    fake.coordinator.beat("a", 0, "failed")
+    assert fake.coordinator.beat("a", 1, "failed").verdict.again
+    assert fake.causes == ["preempted"]
+
+
 @pytest.mark.parametrize("num_workers, active", [(1, 1), (3, 2), (4, 4)])
 def test_on_another_number_of_workers_the_global_batch_is_the_same(
     make_fake: Callable[..., FakeWorkers], num_workers: int, active: int
