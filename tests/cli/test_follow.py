@@ -15,7 +15,8 @@ from launcher.cli.follow import follow
 from launcher.clusters.local import LocalCluster
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import ExitRecord, ExportRecord, FailureRecord
+from launcher.run_records import ExitRecord, ExportRecord, FailureRecord, Status
+from launcher.tracking.jsonl import append_event
 
 
 def fail(run: RunDir, attempt: int, message: str, rank: int | None = 1) -> None:
@@ -40,6 +41,20 @@ def test_follow_reports_the_failure_of_the_newest_attempt(run: RunDir, capsys: p
     assert "attempts/002/rank-00000.log" in output
     assert "failed: rank 0: the loss is not finite; cluster.max_failures=0 is used up" in output
     assert "SIGKILL" not in output
+
+
+class EndingCluster(LocalCluster):
+    """Answers the first question about a run with its end, right after the run has written its last line."""
+
+    def status(self, run: RunDir) -> Status:
+        append_event(run, 1, "info", "the export is complete")
+        return run_store.update_status(run, state="completed")
+
+
+def test_follow_shows_the_last_lines_before_the_end(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    run_store.update_status(run, state="running")
+    assert follow(run, 1, EndingCluster()) == 0
+    assert "the export is complete\n" in capsys.readouterr().out
 
 
 def test_follow_reports_why_the_run_does_not_continue(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

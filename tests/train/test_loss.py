@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -32,6 +34,18 @@ def test_value_and_gradients_equal_cross_entropy(bias: bool, chunk_tokens: int) 
     # Chunks compute in fp32, whatever the dtype of the weights.
     for a, b in zip(ours, [hidden.grad, *(p.grad for p in head.parameters())], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_small_gradients_are_scaled_before_they_are_rounded() -> None:
+    head = head_of(False, 4, torch.float16)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.weight[0] = 2.0
+    # Token 0 is certain, and the probability of each other one is exp(-20): a gradient below the smallest number of fp16.
+    hidden = torch.full((1, 8), 1.25, dtype=torch.float16)
+    head(hidden, torch.zeros(1, dtype=torch.long), 2.0**16).backward()
+    expected = 2.0**16 * math.exp(-20) * 1.25
+    torch.testing.assert_close(head.weight.grad[1:].float(), torch.full((30, 8), expected), rtol=1e-2, atol=0)
 
 
 def test_no_label_gives_zero_and_zero_gradients() -> None:

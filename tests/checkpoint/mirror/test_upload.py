@@ -7,12 +7,13 @@ import os
 import shutil
 import time
 import tracemalloc
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from mirror_tools import FaultyFileSystem, commit, finished_files, hooked, make_run, tree
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, json_records, run_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.mirror import remote_folder
 from launcher.checkpoint.mirror.layout import read_complete_checkpoints, read_run
@@ -21,7 +22,7 @@ from launcher.checkpoint.mirror.upload import CheckpointGone, Mirror, MirrorTake
 from launcher.errors import CheckpointError, SubmitError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.run_records import Attempt, OutcomeRecord
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +90,17 @@ def test_a_complete_checkpoint_has_its_metrics_in_the_mirror(place) -> None:
     assert (folder / "metrics.jsonl").read_text() == '{"trainer/step": 5}\n'
 
 
+def test_the_mirror_has_the_final_state_that_the_agent_has_not_written_yet(place) -> None:
+    plan, run, folder = place
+    mirror = begun(plan, run)
+    outcome = OutcomeRecord(state="completed", reason="completed", step=20, message="20 steps", checkpoint="")
+    json_records.write(run_records.outcome_file(run, 1), outcome)
+    mirror.send_progress()
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["step"], status["message"]) == ("completed", 20, "20 steps")
+    assert run_store.read_status(run).state == "running"
+
+
 def test_another_process_continues_an_upload_that_was_killed_at_any_point(place, tmp_path: Path) -> None:
     """Every write, rename and removal of a whole round is a point to be killed at."""
     plan, run, folder = place
@@ -128,7 +140,8 @@ def test_another_process_continues_an_upload_that_was_killed_at_any_point(place,
     assert saved > 5, "what had arrived was not sent again"
 
 
-def test_a_checkpoint_removed_during_its_upload_leaves_nothing(place) -> None:
+@pytest.mark.parametrize("is_read_later", [False, True])
+def test_a_checkpoint_removed_during_its_upload_leaves_nothing(place, is_read_later: bool) -> None:
     plan, run, folder = place
     mirror = begun(plan, run)
     old = commit(run, 5)
@@ -136,6 +149,9 @@ def test_a_checkpoint_removed_during_its_upload_leaves_nothing(place) -> None:
     def prune(what: str, path: str) -> None:
         if what == "finish" and path.endswith("sending.json") and old.path.exists():
             atomic_files.remove_directory(old.path)
+            if is_read_later:
+                # As a network file system reports a file that is removed while it is read.
+                raise PermissionError("stale file handle")
 
     with hooked(prune), pytest.raises(CheckpointGone):
         mirror.send(old)
@@ -143,6 +159,22 @@ def test_a_checkpoint_removed_during_its_upload_leaves_nothing(place) -> None:
     commit(run, 10)
     send_all(mirror)
     assert steps_in(folder) == [10]
+
+
+def test_a_file_that_has_left_the_mirror_is_sent_again(place) -> None:
+    plan, run, folder = place
+    checkpoint = commit(run, 5)
+    send_all(begun(plan, run))
+    remote = folder / "checkpoints" / checkpoint.path.name
+    # An upload that was interrupted before its manifest; the storage has lost one file, and half of another.
+    (remote / "manifest.json").unlink()
+    arrived = {name: asdict(entry) for name, entry in checkpoint.manifest.files.items()}
+    (remote / "sending.json").write_text(json.dumps(arrived))
+    (remote / store.shard_name(0)).unlink()
+    (remote / store.shard_name(1)).write_bytes(b"rank")
+    lost = sum(checkpoint.manifest.files[store.shard_name(rank)].size for rank in (0, 1))
+    assert send_all(begun(plan, run)) == lost
+    assert tree(remote) == tree(checkpoint.path)
 
 
 def test_the_mirror_keeps_the_checkpoints_that_retention_keeps(place) -> None:
