@@ -9,8 +9,8 @@ from launcher.config.sections.data import DataSection
 from launcher.data import cache, row_layout, sources
 from launcher.data.build_report import make_facts, make_report
 from launcher.data.checks import findings
-from launcher.data.corpus import Progress, list_inputs, read_corpus
-from launcher.data.selection import select_documents
+from launcher.data.corpus import EncodedCorpus, Progress, list_inputs, read_corpus
+from launcher.data.selection import Selection, select_documents
 from launcher.data.tokenization.batch_encoder import NUM_PROMPTS
 from launcher.data.tokenization.encoder import read_template
 from launcher.errors import DataError, Problem
@@ -45,12 +45,29 @@ def build(data: DataSection, tokenizer_path: str, on_progress: Progress | None =
     return facts
 
 
+def _select(corpus: EncodedCorpus, data: DataSection) -> Selection:
+    """Select the documents to train on.
+
+    Raises:
+        DataError: for rows that cannot be used, with the findings of the others that refuse a run; or if nothing is left.
+    """
+    row_problems = corpus.problems.to_list()
+    try:
+        selection = select_documents(corpus, data)
+    except DataError as error:
+        # With the rows that cannot be used, something may be left.
+        raise DataError(row_problems or error.problems) from error
+    if row_problems:
+        raise DataError([*row_problems, *findings.problems(selection.findings, data.checks)])
+    return selection
+
+
 def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progress: Progress) -> None:
     spool = row_layout.TokenSpool(folder)
     corpus = read_corpus(data, tokenizer_path, spool, on_progress)
     docs, pieces = corpus.docs, corpus.pieces
     on_progress("compare", 0, corpus.num_docs)
-    selection = select_documents(corpus, data)
+    selection = _select(corpus, data)
     is_dropped, layout = selection.is_dropped, selection.layout
     on_progress("compare", corpus.num_docs, corpus.num_docs)
     on_progress("pack and write", 0, 1)

@@ -13,9 +13,19 @@ import numpy as np
 from launcher.config.sections.data import DataSection, Source
 from launcher.data import row_layout, sources
 from launcher.data.checks import inspection
+from launcher.data.sources import RowProblems
 from launcher.data.sources.keys import KeyCounts
 from launcher.data.tokenization import parallel
-from launcher.data.tokenization.batch_encoder import NUM_PROMPTS, DocumentTable, EncodeTask, EvalPrompt, PieceTable, is_below
+from launcher.data.tokenization.batch_encoder import (
+    NUM_PROMPTS,
+    DocumentTable,
+    EncodedBatch,
+    EncodeTask,
+    EvalPrompt,
+    PieceTable,
+    is_below,
+)
+from launcher.errors import DataError
 
 # More prompts than are kept: the checks may drop some of their documents.
 _NUM_CANDIDATES = 16 * NUM_PROMPTS
@@ -33,7 +43,8 @@ class EncodedCorpus:
     """All documents that were read, the pieces that they were cut into, and the hits of the checks of single documents.
 
     A hit is (document, hit). `unread_keys` and `completions` have an entry for each of `list_inputs`; the latter counts prompts
-    with a completion where the tokenizer has a chat template, and those of them that are written with it.
+    with a completion where the tokenizer has a chat template, and those of them that are written with it. `problems` are those of
+    rows and files that cannot be used.
     """
 
     docs: DocumentTable
@@ -43,6 +54,7 @@ class EncodedCorpus:
     max_token_id: int
     unread_keys: list[KeyCounts]
     completions: np.ndarray
+    problems: RowProblems
 
     @property
     def num_docs(self) -> int:
@@ -69,9 +81,10 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
     """Read and encode all documents; append their tokens to `spool`.
 
     Raises:
-        DataError: for a source or a row that cannot be used.
+        DataError: for a tokenizer or a template that cannot be used, and if no row can be used.
     """
-    total = sum(sources.count_rows(source) for source in list_inputs(data) if source.is_read)
+    problems = RowProblems()
+    total = sum(_count_rows(source) for source in list_inputs(data) if source.is_read)
     on_progress("tokenise", 0, total)
     docs: list[DocumentTable] = []
     pieces: list[PieceTable] = []
@@ -80,7 +93,7 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
     num_docs = max_token_id = 0
     unread_keys = [KeyCounts() for _ in list_inputs(data)]
     completions = np.zeros((len(unread_keys), 2), dtype=np.int64)
-    for batch in parallel.encode(_list_tasks(data), data, tokenizer_path):
+    for batch in _encode(data, tokenizer_path, problems):
         spool.add(batch.tokens, batch.trained)
         max_token_id = max(max_token_id, int(batch.tokens.max(initial=0)))
         unread_keys[batch.source].add(batch.unread_keys)
@@ -95,11 +108,30 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
         num_docs += len(batch.docs.wheres)
         on_progress("tokenise", num_docs, max(total, num_docs))
     on_progress("tokenise", num_docs, num_docs)
+    if not docs:
+        raise DataError(problems.to_list())
     table = _concatenate(docs)
     if data.split_by == "prompt":
         table = replace(table, held_out=_divide_common_prompts(table, data.eval_fraction))
     chosen = [prompt for prompt in (*prompts[True], *prompts[False]) if table.held_out[prompt.doc]]
-    return EncodedCorpus(table, _concatenate(pieces), hits, chosen, max_token_id, unread_keys, completions)
+    return EncodedCorpus(table, _concatenate(pieces), hits, chosen, max_token_id, unread_keys, completions, problems)
+
+
+def _count_rows(source: Source) -> int:
+    """Return an upper bound of the number of rows; 0 for a source that cannot be read, which reading it reports."""
+    try:
+        return sources.count_rows(source)
+    except DataError:
+        return 0
+
+
+def _encode(data: DataSection, tokenizer_path: str, problems: RowProblems) -> Iterator[EncodedBatch]:
+    """Yield the documents that can be used, encoded; add those of the others to `problems`. Raises: DataError."""
+    for encoded in parallel.encode(_list_tasks(data, problems), data, tokenizer_path):
+        problems.merge(encoded.problems)
+        yield from encoded.batches
+        if problems.is_full:
+            return
 
 
 def _divide_common_prompts(docs: DocumentTable, eval_fraction: float) -> np.ndarray:
@@ -114,17 +146,21 @@ def _divide_common_prompts(docs: DocumentTable, eval_fraction: float) -> np.ndar
     return np.where(is_common, is_below(docs.splits_alone, eval_fraction), docs.held_out)
 
 
-def _list_tasks(data: DataSection) -> Iterator[EncodeTask]:
-    """Yield every document once; if data.eval_path is set, documents that a source itself holds out are in neither split."""
+def _list_tasks(data: DataSection, problems: RowProblems) -> Iterator[EncodeTask]:
+    """Yield every document once; if data.eval_path is set, documents that a source itself holds out are in neither split.
+
+    The problems of files and sources that cannot be read are added to `problems`.
+    """
     held_out = sources.make_eval_source(data)
-    for number, source in enumerate(data.sources):
+    for number, source in enumerate(list_inputs(data)):
         if not source.is_read:
             continue
-        for batch in sources.read_batches(source):
-            yield EncodeTask(batch, number, None if held_out is None else False)
-    if held_out is not None:
-        for batch in sources.read_batches(held_out):
-            yield EncodeTask(batch, len(data.sources), True)
+        is_held_out = None if held_out is None else number == len(data.sources)
+        try:
+            for batch in sources.read_batches(source, problems.add):
+                yield EncodeTask(batch, number, is_held_out)
+        except DataError as error:
+            problems.add(error)
 
 
 def _concatenate(tables: Sequence[Columns]) -> Columns:

@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,9 +53,12 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
     names = [name for name in dict.fromkeys((config.model.path, config.model.tokenizer)) if name]
     if any(model_source.locate(name, config.model).folder is None for name in names):
         # Report a row that cannot be read before a model is downloaded.
+        problems = sources.RowProblems()
         for source in config.data.sources:
             if source.is_read:
-                deque(sources.read_documents(source), maxlen=0)
+                problems.merge(sources.find_row_problems(source))
+        if problems:
+            raise DataError(problems.to_list())
     for name in names:
         _fetch(name, config.model)
     require_weights(config.model, _say)

@@ -291,6 +291,52 @@ def test_documents_without_an_end_of_turn_can_be_dropped(jsonl: Jsonl, tokenizer
     assert build(DataSection(sources=(source,), max_length=16, checks=checks), str(tokenizer_dir)).num_docs == 1
 
 
+REFUSING = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system text') }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_one_pass_reports_all_rows_that_cannot_be_used_and_the_findings_of_the_others(
+    jsonl: Jsonl, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    def chat(text: str, *system: str) -> str:
+        roles = (*(("system",) * len(system)), "user", "assistant")
+        return json.dumps(
+            {"messages": [{"role": r, "content": t} for r, t in zip(roles, (*system, "Say it.", text), strict=True)]}
+        )
+
+    lines = [chat(f"word {i} " * (40 if i % 2 else 1)) for i in range(40)]
+    # Before the first row of the file that can be parsed, whose keys decide the format, and after it.
+    lines[0] = lines[7] = lines[30] = lines[31] = "{broken"
+    lines[8], lines[9] = json.dumps({"messages": "none"}), json.dumps({"text": "no messages"})
+    lines[20], lines[21] = chat("word", "Be brief."), chat("word", "Be long.")
+    path, template = tmp_path / "faulty.jsonl", tmp_path / "refusing.jinja"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    template.write_text(REFUSING)
+    table = tmp_path / "table.csv"
+    table.write_text("text,number\nword,1\nword\n")
+    sources = (Source(name="faulty", path=str(path)), Source(name="table", path=str(table)))
+    data = DataSection(
+        sources=sources, max_length=64, chat_template=str(template), workers=1, eval_path=str(jsonl([{"text": ""}]))
+    )
+    with pytest.raises(DataError) as caught:
+        build(data, str(tokenizer_dir))
+    problems = {problem.message: problem for problem in caught.value.problems}
+    assert all(problem.remedy for problem in problems.values())
+    found = [(message, problem.where) for message, problem in problems.items()]
+    for expected, where in (
+        ("the line is not JSON: .* \\(4 times\\)", f"{path}:1:2; {path}:8:2; {path}:31:2 and 1 more"),
+        ("messages is a string, not a list", f"{path}:9"),
+        ("the row lacks the key messages .*", f"{path}:10"),
+        ("the chat template .*no system text.* \\(2 times\\)", f"{path}:21; {path}:22"),
+        ("the row has 1 cells, and the first line names 2 columns .*", f"{table}:3"),
+        (r"1\d of 3\d \(.*\): documents that are cut off because they are longer than a row.*", f"{path}:2; .*; {path}:40"),
+    ):
+        assert any(re.fullmatch(expected, message) and re.fullmatch(where, place) for message, place in found), (expected, found)
+
+
 def test_the_error_for_no_documents_counts_those_that_were_read(jsonl: Callable[..., Path], tokenizer_dir: Path) -> None:
     path = jsonl([{"prompt": "a long question " * 40 + str(i), "completion": " yes"} for i in range(40)])
     data = DataSection(sources=(Source(path=str(path)),), max_length=16, eval_fraction=0.1, workers=1)

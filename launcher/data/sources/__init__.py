@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,10 +20,11 @@ import xxhash
 from launcher.config.sections.data import EXAMPLE_PATH, DataSection, Source
 from launcher.data.sources import locate, stdlib_docs
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
-from launcher.data.sources.files import BLOCK_ROWS, Block, parse_block, read_blocks
+from launcher.data.sources.files import BLOCK_ROWS, Block, parse_block, read_blocks, split_block
 from launcher.data.sources.files import count_rows as _count_rows
 from launcher.data.sources.formats import FORMATS, detect_format, rename_columns
 from launcher.data.sources.keys import RowKeys
+from launcher.data.sources.row_problems import RowProblems
 from launcher.data.sources.row_values import Row, refuse
 from launcher.data.sources.splits import HELD_OUT
 from launcher.errors import DataError, Problem
@@ -37,10 +38,12 @@ __all__ = [
     "DocumentBatch",
     "Message",
     "PlainText",
+    "RowProblems",
     "check_sources",
     "compute_source_digest",
     "count_rows",
     "describe_origin",
+    "find_row_problems",
     "make_eval_source",
     "read_batches",
     "read_documents",
@@ -48,6 +51,8 @@ __all__ = [
 
 STDLIB_DOCS = "builtin:stdlib_docs"
 HELD_OUT_NAME = "held_out"
+# For batches in which no row can be parsed.
+_ANY_FORMAT = "text"
 
 
 def make_eval_source(data: DataSection) -> Source | None:
@@ -139,6 +144,12 @@ class DocumentBatch:
     def brings_split(self) -> bool:
         return not isinstance(self.rows, Block)
 
+    def split(self) -> Iterator[DocumentBatch]:
+        """Yield a batch for each row: those beside a row that cannot be used can be read. Raises: DataError as `documents`."""
+        rows = split_block(self.rows) if isinstance(self.rows, Block) else ((row,) for row in self.rows)
+        for row in rows:
+            yield replace(self, rows=row)
+
     def documents(self, unread_keys: Counter[str]) -> Iterator[tuple[Document, bool]]:
         """Yield each document with True if the source itself holds it out; add counts of unread keys to `unread_keys`.
 
@@ -156,8 +167,11 @@ class DocumentBatch:
                 yield parse(rename_columns(checked, self.columns, where), where), False
 
 
-def read_batches(source: Source) -> Iterator[DocumentBatch]:
+def read_batches(source: Source, on_problem: Callable[[DataError], None] | None = None) -> Iterator[DocumentBatch]:
     """Yield the source's documents in batches, unparsed if possible. The format `auto` is that of the first row.
+
+    With `on_problem`, it is called for a file that cannot be read, and the other files follow; the format is that of the first
+    row that can be parsed, and batches before it have rows that cannot.
 
     Raises:
         DataError: for a file that cannot be read, with the place.
@@ -167,16 +181,62 @@ def read_batches(source: Source) -> Iterator[DocumentBatch]:
         while documents := tuple(_stdlib_document(pair) for pair in itertools.islice(pairs, BLOCK_ROWS)):
             yield DocumentBatch(documents)
         return
-    format = ""
+    format, has_problems = "", False
     for file in locate.fetch_files(source):
-        for block in read_blocks(file.path, file.name):
-            if not format:
-                if (first := next(parse_block(block), None)) is None:
-                    continue
-                format = _detect_format(*first, source) if source.format == "auto" else source.format
-            yield DocumentBatch(block, format, source.columns, source.ignored_keys, source.path)
-    if not format:
+        try:
+            for block in read_blocks(file.path, file.name):
+                if not format:
+                    first, is_unreadable = _find_first_row(block, skip=on_problem is not None)
+                    if first is None:
+                        if is_unreadable:
+                            has_problems = True
+                            yield DocumentBatch(block, _ANY_FORMAT)
+                        continue
+                    format = _detect_format(*first, source) if source.format == "auto" else source.format
+                yield DocumentBatch(block, format, source.columns, source.ignored_keys, source.path)
+        except DataError as error:
+            if on_problem is None:
+                raise
+            has_problems = True
+            on_problem(error)
+    if not format and not has_problems:
         refuse("the source holds no rows", source.path, "write rows into it, or take the source out")
+
+
+def _find_first_row(block: Block, skip: bool) -> tuple[tuple[Row, str] | None, bool]:
+    """Return the first row of a block with its place, and True if rows cannot be parsed; with `skip` these are passed over."""
+    if not skip:
+        return next(parse_block(block), None), False
+    is_unreadable = False
+    for one in split_block(block):
+        try:
+            first = next(parse_block(one), None)
+        except DataError:
+            is_unreadable = True
+        else:
+            if first is not None:
+                return first, is_unreadable
+    return None, is_unreadable
+
+
+def find_row_problems(source: Source) -> RowProblems:
+    """Read all rows of a source, and return the problems of the files and rows that cannot be used."""
+    problems = RowProblems()
+    try:
+        for batch in read_batches(source, problems.add):
+            try:
+                deque(batch.documents(Counter()), maxlen=0)
+            except DataError:
+                for one in batch.split():
+                    try:
+                        deque(one.documents(Counter()), maxlen=0)
+                    except DataError as error:
+                        problems.add(error)
+            if problems.is_full:
+                break
+    except DataError as error:
+        problems.add(error)
+    return problems
 
 
 def _detect_format(row: Row, where: str, source: Source) -> str:

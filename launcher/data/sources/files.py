@@ -97,6 +97,16 @@ def parse_block(block: Block) -> Iterator[tuple[Row, str]]:
         yield from _LINES[block.kind](enumerate(io.BytesIO(block.data), start=block.first), block.name)
 
 
+def split_block(block: Block) -> Iterator[Block]:
+    """Yield a block for each row of `block`. Raises: DataError for a part of a table that cannot be read."""
+    if isinstance(block.data, bytes) and block.kind in _LINES:
+        for number, line in enumerate(io.BytesIO(block.data), start=block.first):
+            yield Block(block.kind, block.name, number, line)
+    else:
+        for number, row in enumerate(parse_block(block), start=block.first):
+            yield Block(block.kind, block.name, number, (row,))
+
+
 def _blocks_of_lines(file: io.BufferedReader, name: str, kind: str) -> Iterator[Block]:
     lines: list[bytes] = []
     first, num_bytes = 1, 0

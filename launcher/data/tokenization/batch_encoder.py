@@ -11,9 +11,10 @@ import numpy as np
 
 from launcher.config.sections.data import DataSection
 from launcher.data.checks import inspection
-from launcher.data.sources import Chat, Completion, Document, DocumentBatch, make_eval_source
+from launcher.data.sources import Chat, Completion, Document, DocumentBatch, RowProblems, make_eval_source
 from launcher.data.sources.keys import redact_keys
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder, RenderedDocument, load_tokenizer
+from launcher.errors import DataError
 
 NUM_PROMPTS = 4
 
@@ -127,6 +128,14 @@ class EncodedBatch:
     prompts: list[EvalPrompt]
 
 
+@dataclass(frozen=True)
+class EncodedTask:
+    """The documents of a task that can be used, in batches, and the problems of the others."""
+
+    batches: list[EncodedBatch]
+    problems: RowProblems
+
+
 class BatchEncoder:
     """Encodes batches of documents with one tokenizer."""
 
@@ -195,6 +204,22 @@ class BatchEncoder:
                 *self._make_prompts(items, np.flatnonzero(others), docs.splits_alone, held_out=False),
             ],
         )
+
+    def encode_usable(self, task: EncodeTask) -> EncodedTask:
+        """Encode the documents that can be used, and count the problems of the others."""
+        try:
+            return EncodedTask([self.encode(task)], RowProblems())
+        except DataError:
+            batches, problems = [], RowProblems()
+        try:
+            for batch in task.batch.split():
+                try:
+                    batches.append(self.encode(replace(task, batch=batch)))
+                except DataError as error:
+                    problems.add(error)
+        except DataError as error:
+            problems.add(error)
+        return EncodedTask([batch for batch in batches if batch.docs.wheres], problems)
 
     def _write_completions(self, items: list[SourceDocument]) -> tuple[list[SourceDocument], int, int]:
         """Return the documents with completions as chats where they are written so, their number, and how many are."""

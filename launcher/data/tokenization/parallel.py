@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 
 from launcher.config.sections.data import DataSection
-from launcher.data.tokenization.batch_encoder import BatchEncoder, EncodedBatch, EncodeTask
+from launcher.data.tokenization.batch_encoder import BatchEncoder, EncodedTask, EncodeTask
 from launcher.errors import DataError, LauncherError, Problem, RunError
 
 # Worker processes start 1.7 s later than the builder could encode, since they repeat its imports. Two of them finish as early as
@@ -32,11 +32,11 @@ def num_workers(data: DataSection) -> int:
     return data.workers or len(os.sched_getaffinity(0))
 
 
-def encode(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) -> Iterator[EncodedBatch]:
-    """Encode each batch; yield the results in order.
+def encode(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) -> Iterator[EncodedTask]:
+    """Encode each batch; yield the results in order, with the problems of rows that cannot be used.
 
     Raises:
-        DataError: for a row that cannot be used, and if the system killed a worker.
+        DataError: for a tokenizer or a template that cannot be used, and if the system killed a worker.
         RunError: if a worker ended otherwise without reporting an exception.
     """
     workers = num_workers(data)
@@ -45,7 +45,7 @@ def encode(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) 
     if is_small:
         encoder = BatchEncoder(data, tokenizer_path)
         for task in tasks:
-            yield encoder.encode(task)
+            yield encoder.encode_usable(task)
         return
     context = multiprocessing.get_context("forkserver")
     # The fork server imports once; the workers are forked from it before it has threads.
@@ -55,7 +55,7 @@ def encode(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) 
     started: set[BaseProcess] = set()
     settings = data.model_dump_json()
     try:
-        running: deque[Future[EncodedBatch]] = deque()
+        running: deque[Future[EncodedTask]] = deque()
         for task in tasks:
             if len(started) < workers:
                 with _termination_delayed():
@@ -132,8 +132,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(settings: str, tokenizer_path: str, task: EncodeTask) -> EncodedBatch:
-    return _encoder(settings, tokenizer_path).encode(task)
+def _encode(settings: str, tokenizer_path: str, task: EncodeTask) -> EncodedTask:
+    return _encoder(settings, tokenizer_path).encode_usable(task)
 
 
 @functools.cache

@@ -196,16 +196,19 @@ def test_an_interrupted_builder_takes_its_processes_along(
         assert errors.count("Traceback") == 1, "the workers keep quiet"
 
 
-def test_a_row_that_cannot_be_used_stops_all_processes(many: DataSection, tokenizer_dir: Path) -> None:
+def test_rows_that_cannot_be_used_are_reported_by_all_processes(many: DataSection, tokenizer_dir: Path) -> None:
     path = Path(many.sources[0].path)
-    broken = (NUM_BATCHES - 1) * BLOCK_ROWS
+    first, last = 3, (NUM_BATCHES - 1) * BLOCK_ROWS
     lines = path.read_text().splitlines()
-    lines[broken] = json.dumps({"prompt": "1:", "completion": None})
+    for broken in (first, last):
+        lines[broken] = json.dumps({"prompt": "1:", "completion": None})
     path.write_text("\n".join(lines))
     began = time.monotonic()
-    with pytest.raises(DataError, match="completion") as caught:
+    with pytest.raises(DataError) as caught:
         build(many, str(tokenizer_dir))
-    assert f":{broken + 1}" in caught.value.problems[0].where
+    (problem,) = caught.value.problems
+    assert problem.message == "completion is null, not text (2 times)"
+    assert problem.where == f"{path}:{first + 1}; {path}:{last + 1}"
     assert time.monotonic() - began < DEADLINE_S
 
 
