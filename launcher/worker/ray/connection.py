@@ -61,22 +61,25 @@ def lost_nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
 
 
-def is_raylet_lost() -> bool:
-    """Return whether the raylet of this node has ended: nothing listens at its socket any more."""
+def describe_lost_raylet() -> str:
+    """Return the message where the raylet of this node has ended: nothing listens at its socket any more; empty otherwise.
+
+    Everything that Ray ran on this node ends with it.
+    """
     from ray._private import worker
 
     node = worker._global_node
     if node is None:
-        return False
+        return ""
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(_MEET_RAYLET_S)
             connection.connect(node.raylet_socket_name)
     except TimeoutError:
-        return False
+        return ""
     except OSError:
-        return True
-    return False
+        return f"the raylet of {os.uname().nodename} (Ray's process on the driver's node) was killed or has ended"
+    return ""
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, LostCoordinator
 from launcher.tracking.jsonl import append_event
-from launcher.worker.ray.connection import is_raylet_lost
+from launcher.worker.ray.connection import describe_lost_raylet
 from launcher.worker.ray.coordinator import Coordinator
 from launcher.worker.ray.messages import CoordinatorState
 
@@ -99,8 +99,8 @@ class CoordinatorActor:
         """
         from ray.exceptions import RayError
 
-        if is_raylet_lost():
-            raise RayletLost(f"the raylet of {os.uname().nodename} (Ray's process on the driver's node) was killed or has ended")
+        if message := describe_lost_raylet():
+            raise RayletLost(message)
         self._lost_at = min(self._lost_at, time.monotonic())
         if self._num_lost >= _MAX_LOST:
             raise error

@@ -29,7 +29,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, CancelRequest
 from launcher.tracking.jsonl import append_event
-from launcher.worker.ray.connection import connected, draining_nodes, lost_nodes
+from launcher.worker.ray.connection import connected, describe_lost_raylet, draining_nodes, lost_nodes
 from launcher.worker.ray.coordinator_actor import CoordinatorActor, RayletLost, shorten
 from launcher.worker.ray.messages import CoordinatorState
 from launcher.worker.ray.trainer import build_trainer, import_ray_train
@@ -220,7 +220,8 @@ class _Driver:
             fit.join(_LOOK_S)
         if _retry(lambda: run_store.read_status(self._run)).state in RUNNING_STATES:
             reason = "its workers ended and left no record" if self._failure is None else shorten(self._failure)
-            self.end("failed", f"Ray Train ended the run: {reason}")
+            # Ray Train may notice the loss of a raylet before the coordinator is asked again.
+            self.end("failed", describe_lost_raylet() or f"Ray Train ended the run: {reason}")
         return None
 
     def _is_cancelled(self) -> bool:

@@ -125,6 +125,9 @@ def _take_part(coordinator: Any, interface: str | None) -> Verdict:
         raise
     try:
         return worker.run()
+    except CoordinatorLost:
+        # The driver records it, for all workers.
+        raise
     except Exception as error:
         worker.record_failure(error)
         raise
