@@ -19,12 +19,14 @@ from launcher.clusters.backends import cluster_for, status_reader_for
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.errors import CheckpointError, SubmitError, printable
 from launcher.export import hub
+from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 from launcher.security import ownership
 from launcher.shell_commands import launcher_command
 
 _LOG_POLL_S = 0.3
+_INTERRUPTIONS = (Cause.CANCELLED, Cause.LIMIT, Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.RESIZED)
 
 
 def run(verb: str, tokens: list[str]) -> int:
@@ -117,13 +119,15 @@ def _watch(run: RunDir) -> StatusWatch:
 
 
 def _end_line(run: RunDir, attempt: int, status: Status) -> str:
-    """Return one line on how an attempt that has ended failed; empty where it runs or did not fail."""
-    message = status.message if status.state == "failed" else ""
+    """Return one line on how an attempt ended that did not complete; empty where it runs or has completed."""
+    message, how = status.message if status.state == "failed" else "", "failed"
     if attempt != run_store.newest_attempt(run):
         record = run_records.read_exit(run, attempt)
         message = "" if record is None or record.state == "completed" else record.message
+        if record is not None and record.cause in _INTERRUPTIONS:
+            how = f"ended ({record.cause})"
     line, _, _ = printable(message).partition("\n")
-    return f"attempt {attempt} failed: {line}" if line else ""
+    return f"attempt {attempt} {how}: {line}" if line else ""
 
 
 def _print_from(log: Path, offset: int) -> int:

@@ -14,6 +14,7 @@ from launcher.cli import runs
 from launcher.cli.follow import follow
 from launcher.clusters.local import LocalCluster
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED
+from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import ExitRecord, ExportRecord, FailureRecord, Status
 from launcher.tracking.jsonl import append_event
@@ -132,5 +133,8 @@ def test_logs_end_with_the_cause_in_one_line(run: RunDir, capsys: pytest.Capture
     run_store.update_status(run, state="completed", attempt=2, message="")
     assert logs() == "step 1\n"
     assert logs("--attempt", "1") == f"step 1\n\nattempt 1 failed: {line}\n"
+    requeued = ExitRecord("pending", message="saved at step 1", cause=Cause.PREEMPTED)
+    json_records.write(run_records.exit_file(run, 1), requeued)
+    assert logs("--attempt", "1") == "step 1\n\nattempt 1 ended (preempted): saved at step 1\n"
     run_store.update_status(run, state="failed", message=f"{line}\nmore of it")
     assert logs() == f"step 1\n\nattempt 2 failed: {line}\n"

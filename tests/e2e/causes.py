@@ -1,0 +1,75 @@
+"""What ends an attempt or a run, and the line by which it is named first: in `status`, in the alert and at the end of `logs`."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from launcher.tracking.jsonl import read_events
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+_CONSEQUENCE = r"(; no record from [\w, ]+)?(; as a consequence, .*)?( \(srun ended with \d+\))?"
+_RESUME = r"; continue with: python -m launcher resume \S+"
+# The fault, and the line that names it.
+CAUSES = {
+    # On this machine.
+    "segv": r"rank 1: killed by SIGSEGV \(a segmentation fault; its log ends with the stacks\)",
+    "kill": r"rank 1: killed by SIGKILL",
+    "stop": r"rank 1: \(pid \d+\) is stopped by a signal \(SIGSTOP\): no progress for \d+ s in step \d+; killed it",
+    "memory": r"rank [01]: the memory limit of [\d.]+ [MG]iB of this job or container was exceeded, "
+    r"and the kernel killed a process: killed by SIGKILL",
+    "processes": r"rank [01]: the limit of [\d,]+ on processes and threads \(pids\.max, ulimit -u\) was reached: .*",
+    "open_files": r"rank 1: the limit of \d+ open files \(ulimit -n\) was reached: .*",
+    "disk": r"rank [01]: the disk of \S+ is full \([\d.]+ \S+ of [\d.]+ MiB free\): .*",
+    "agent_memory": r"the memory limit( of [\d.]+ [MG]iB)? of this job or container was exceeded, "
+    r"and the kernel killed a process: the node agent ended without recording a result",
+    # On Slurm.
+    "slurm_node": rf"n\d was lost \(Slurm: node failure\){_CONSEQUENCE}",
+    "slurm_agent": rf"the agent of n\d was killed \(srun: Killed\){_CONSEQUENCE}",
+    "slurm_batch_script": rf"the batch script of job \d+ was killed by SIGKILL{_RESUME}",
+    "slurm_requeue": r"the job was requeued at step \d+ without saving",
+    # On Ray.
+    "ray_node": rf"Ray has lost n\d{_CONSEQUENCE}",
+    "ray_raylet": rf"the raylet of \S+ \(Ray's process on the driver's node\) was killed or has ended{_RESUME}",
+    "ray_coordinator": r"the run's coordinator was killed or has ended, and the ranks on [\w., ]+ with it",
+    "ray_rank": r"rank 0: killed by SIGKILL",
+}
+
+
+def assert_run_named_first(launch: Launch, run: Path, fault: str, alert: str = "the attempt failed: ", **env: str) -> None:
+    """The run has failed by the fault, as all three say. `alert` begins the alert; empty where nobody is left to send one."""
+    shown = json.loads(launch("status", str(run), "--json", **env).stdout)
+    line = shown["message"].partition("\n")[0]
+    assert shown["state"] == "failed"
+    assert re.fullmatch(CAUSES[fault], line), shown["message"]
+    assert f"state       failed: {line}" in launch("status", str(run), **env).stdout
+    if alert:
+        assert _alerts(run)[-1][1].partition("\n")[0] == f"{alert}{line}"
+    assert _last_line(launch("logs", str(run), **env)) == f"attempt {shown['attempt']} failed: {line}"
+
+
+def assert_attempt_named_first(launch: Launch, run: Path, attempt: int, fault: str, **env: str) -> None:
+    """The attempt has ended by the fault, as all three say; the run continues with another one."""
+    ended = json.loads((run / f"attempts/{attempt:03d}/exit.json").read_text())
+    line = ended["message"].partition("\n")[0]
+    assert re.fullmatch(CAUSES[fault], line), ended["message"]
+    alert = f"the attempt ended ({ended['cause']}): {ended['message']}; runs again"
+    assert (attempt, alert) in _alerts(run)
+    shown = json.loads(launch("status", str(run), "--json", **env).stdout)
+    assert alert in [entry["text"] for entry in shown["alerts"]]
+    how = "failed" if ended["cause"] == "infrastructure" else f"ended ({ended['cause']})"
+    assert _last_line(launch("logs", str(run), "--attempt", str(attempt), **env)) == f"attempt {attempt} {how}: {line}"
+
+
+def _alerts(run: Path) -> list[tuple[int, str]]:
+    # A full disk may leave a part of a line, which readers skip.
+    return [(event["attempt"], event["text"]) for event in read_events(run / "events.jsonl") if event["kind"] == "alert"]
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
