@@ -137,7 +137,7 @@ def architecture_problems(model: ModelFacts, packing: bool) -> Iterator[Problem]
     if isolation is not None and isolation.outcome == "leaks" and packing:
         yield leak_problem(model_type, isolation.kernel, isolation.detail)
     if isolation is not None and isolation.outcome == "other_logits":
-        what = "this architecture's logits are no linear layer of its last hidden states, and training would compute others: "
+        what = "training computes logits as a linear layer of the last hidden states, and this architecture does not: "
         yield Problem(what + isolation.detail, "model.path", model_type, "choose another model")
     if isolation is not None and isolation.outcome == "unsupported":
         message = f"this architecture has no attention by {isolation.kernel} in transformers {isolation.transformers}"

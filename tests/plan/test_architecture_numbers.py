@@ -65,7 +65,7 @@ def test_a_config_without_a_language_model_is_refused() -> None:
         (
             {"model_type": "xlstm"},
             "other_logits",
-            "no linear layer of its last hidden states, and training would compute others: by",
+            "of the last hidden states, and this architecture does not: by",
         ),
         ({"model_type": "opt"}, "unsupported", "has no attention by sdpa in transformers 5.24.0"),
         ({"model_type": "opt"}, "unknown", None),

@@ -49,7 +49,7 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
     import torch
     from transformers import AutoConfig
 
-    from launcher.train.isolation import measure_isolation
+    from launcher.train.isolation import NotMeasurable, measure_isolation
     from launcher.train.model import CausalLMLoss, choose_attention_kernel
     from launcher.worker.checks import reduced_model
 
@@ -63,15 +63,17 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
         return model.attention, "unknown", _describe(error)
     kernel = choose_attention_kernel(model, "cpu", config)
     for reduced in candidates:
+        hf = None
         try:
             hf = reduced_model.build(reduced.config, kernel, **remote)
-            vocab_size = hf.get_input_embeddings().num_embeddings
             trained = CausalLMLoss(hf, flatten=False).eval()
-            isolation = measure_isolation(trained, vocab_size, torch.device("cpu"))
-            difference = _logits_difference(hf, trained, vocab_size)
+            isolation = measure_isolation(trained, hf.get_input_embeddings().num_embeddings, torch.device("cpu"))
+            difference = _logits_difference(hf, trained)
         except Exception as error:
             if _UNSUPPORTED in str(error):
                 return kernel, "unsupported", ""
+            if hf is not None and not isinstance(error, NotMeasurable) and _own_logits(hf) is not None:
+                return kernel, "other_logits", f"it fails with {_describe(error)}"
             # Not every architecture can be built in every reduced size.
             if reduced.is_complete:
                 reasons.append(_describe(error))
@@ -87,19 +89,32 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
     return kernel, "unknown", reasons[0]
 
 
-def _logits_difference(hf: Any, model: CausalLMLoss, vocab_size: int) -> str:
+def _own_logits(hf: Any) -> Any:
+    """Return the logits of the model itself for a few tokens; None where they cannot be computed from ids alone."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            return hf(input_ids=_few_ids(hf), use_cache=False).logits
+    except Exception:
+        return None
+
+
+def _few_ids(hf: Any) -> Any:
+    import torch
+
+    return torch.arange(_LOGIT_TOKENS)[None] % hf.get_input_embeddings().num_embeddings
+
+
+def _logits_difference(hf: Any, model: CausalLMLoss) -> str:
     """Return how the model's own logits differ from those that training computes; empty where they do not, or it has none."""
     import torch
 
-    positions = torch.arange(_LOGIT_TOKENS)[None]
-    ids = positions % vocab_size
+    own = _own_logits(hf)
+    if own is None:
+        return ""
     with torch.no_grad():
-        try:
-            own = hf(input_ids=ids, use_cache=False).logits
-        except Exception:
-            # Remote code may need more than the ids.
-            return ""
-        trained = model(ids, positions)
+        trained = model(_few_ids(hf), torch.arange(_LOGIT_TOKENS)[None])
     if own.shape != trained.shape:
         return f"they have the shape {tuple(own.shape)} and not {tuple(trained.shape)}"
     moved, largest = float((own - trained).abs().max()), float(own.abs().max())

@@ -56,11 +56,19 @@ def reductions(config: Any) -> Iterator[Reduction]:
 
 def _reduced(config: Any, *changes: Callable[[Any], None]) -> Any:
     reduced = copy.deepcopy(config)
-    for part in {id(part): part for part in (reduced, reduced.get_text_config())}.values():
+    for part in _parts(reduced):
         if _get(part, "num_hidden_layers") is not None:
             for change in changes:
                 change(part)
     return reduced
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """Yield a config and those in it, as of a text model and of an encoder of images."""
+    yield config
+    for value in list(vars(config).values()):
+        if hasattr(value, "get_text_config"):
+            yield from _parts(value)
 
 
 def _narrow(config: Any) -> None:
@@ -121,8 +129,12 @@ def _head_pairs(numbers: dict[str, int]) -> Iterator[tuple[str, str]]:
 def _narrow_mlp(config: Any) -> None:
     for keys, limit in ((_MLP_WIDTHS, _WIDTH), (_LORA_RANKS, _WIDTH), (_EXPERTS, _NUM_EXPERTS)):
         for key in keys:
-            if isinstance(_get(config, key), int):
-                _set(config, key, min(_get(config, key), limit))
+            value = _get(config, key)
+            if isinstance(value, int):
+                _set(config, key, min(value, limit))
+            elif isinstance(value, list | tuple) and all(isinstance(width, int) for width in value):
+                # One for each layer.
+                _set(config, key, [min(width, limit) for width in value])
     _small_vocabulary(config)
 
 

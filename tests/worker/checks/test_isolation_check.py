@@ -50,6 +50,8 @@ def facts(model_type: str, **own: Any) -> ModelFacts:
         ("cpmant", "sdpa", "sdpa", "unsupported"),
         ("bert", "auto", "sdpa", "not_causal"),
         ("cohere", "auto", "sdpa", "other_logits"),
+        # Its head takes other hidden states than those of the decoder.
+        ("rembert", "auto", "eager", "other_logits"),
         ("llama", "flash_attention_2", "flash_attention_2", "unknown"),
         ("no_such_type", "auto", "auto", "unknown"),
     ],
