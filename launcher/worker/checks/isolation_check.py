@@ -127,6 +127,8 @@ def _describe(error: Exception) -> str:
 
 def main() -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Threads only wait for each other in so many small operations. Before torch is imported.
+    os.environ["OMP_NUM_THREADS"] = "1"
     config = RunConfig.model_validate_json(sys.stdin.read())
     try:
         verdict = check(config.model, model_source.read_model_facts(config.model))

@@ -91,22 +91,23 @@ def _narrow(config: Any) -> None:
 
 
 def _scale(config: Any, hidden: int, narrow: int, few: int) -> None:
-    """Divide what is a multiple of the hidden size by the same factor, and the numbers of heads that make up such a width."""
+    """Divide what is a multiple of the hidden size by the same factor, and the heads that make up such a width."""
     numbers = {key: value for key, value in vars(config).items() if type(value) is int and value > 1}
     widths = {key: value for key, value in numbers.items() if _is_width(key) and 2 * value % hidden == 0}
     for key, value in widths.items():
         _set(config, key, value * narrow // hidden)
     expand = _get(config, "mamba_expand") or _get(config, "expand") or 1
-    totals = {*widths.values(), expand * hidden}
+    scaled, fixed = {*widths.values(), expand * hidden}, {value for key, value in numbers.items() if _is_width(key)}
     for count_key, width_key in _head_pairs(numbers):
         count, width = numbers[count_key], numbers[width_key]
-        if count * width not in totals or _get(config, count_key) != count or hidden % narrow:
-            continue
-        # What does not divide the number of heads divides their width.
-        shared = math.gcd(count, hidden // narrow)
-        _set(config, count_key, count // shared)
-        _set(config, width_key, max(1, width * narrow * shared // hidden))
-        few = min(few, count // shared)
+        if count * width in scaled:
+            # What does not divide the number of heads divides their width.
+            shared = math.gcd(count, hidden // narrow)
+            _set(config, count_key, count // shared)
+            _set(config, width_key, max(1, width * narrow * shared // hidden))
+            few = min(few, count // shared)
+        elif count * width not in fixed:
+            _set(config, count_key, math.gcd(count, _HEADS))
     for key, value in numbers.items():
         if "groups" in key and "expert" not in key:
             _set(config, key, math.gcd(value, few))
