@@ -88,6 +88,13 @@ class SlurmRun:
     def agents(self, node: str) -> list[psutil.Process]:
         return self._processes(node, "launcher.worker.slurm.agent ")
 
+    def kill_batch_script(self) -> None:
+        """Kill the shell on the first node that concludes the attempt."""
+        node = self.attempt_record(self.attempt)["nodes"][0]
+        every = [process for process in map(process_of, self.bed.processes(node)) if process is not None]
+        [*_, script] = [process for process in every if command_line(process).endswith(f"/job{self.job}/slurm_script")]
+        script.kill()
+
     def _processes(self, node: str, words: str) -> list[psutil.Process]:
         every = [process for process in map(process_of, self.bed.processes(node)) if process is not None]
         return [process for process in every if words in (line := command_line(process)) and str(self.path) in line]

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from causes import assert_attempt_named_first
 from e2e_tools import last_step, losses, metrics, status
 from pace import wait_for
 from slurm_tools import SETTINGS, Launch, SlurmRun, events, submit
@@ -116,6 +117,10 @@ class Soak:
         assert self.alert("all ranks are restarted", f"restart {restarts}", f"on {node}", *words), events(self.run.path)[-3:]
         assert self.run.attempt == self.attempt
 
+    def require_named_first(self, fault: str) -> None:
+        """The fault is the cause of the previous attempt's end."""
+        assert_attempt_named_first(self.run.launch, self.run.path, self.attempt - 1, fault, **self.bed.variables)
+
     def lose_node(self, how: str) -> None:
         """The second node is switched off or cut off: the run goes on without it as soon as Slurm gives nodes again."""
         lost = self.nodes[1]
@@ -128,6 +133,7 @@ class Soak:
         assert lost not in self.nodes
         self.causes.append("infrastructure")
         assert self.run.causes() == self.causes
+        self.require_named_first("slurm_node")
         getattr(self.bed, {"kill": "boot", "cut": "heal"}[how])(lost)
         wait_for(f"{lost} to be back", lambda: self.bed.states()[lost] in ("idle", "mix"), LATE)
 
@@ -271,6 +277,7 @@ def an_agent_that_is_killed_costs_the_attempt(soak: Soak) -> None:
     agent.send_signal(signal.SIGKILL)
     soak.ended("infrastructure")
     soak.trains_in_next_attempt()
+    soak.require_named_first("slurm_agent")
 
 
 def an_operator_requeues_the_job(soak: Soak) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from e2e_tools import command_line, losses, metrics, status
+from causes import CAUSES, assert_run_named_first
+from e2e_tools import command_line, last_step, losses, metrics, status
 from pace import wait_for
 from slurm_tools import Launch, submit
 from testbed_cluster import Testbed
@@ -58,19 +60,35 @@ def test_a_run_works_without_slurm_accounting(
 ) -> None:
     with other_slurm(accounting=False, nodes=2) as bare:
         run = submit(launch_here, bare, runs, "bare", ENDLESS)
+
+        def resume(*overrides: str) -> None:
+            done = launch_here("resume", str(run.path), *overrides, **bare.variables)
+            assert done.returncode == 0, done.stderr
+
         run.await_step(5)
+        run.kill_batch_script()
+        wait_for("the job to end", lambda: run.shown()["state"] == "failed", 60)
+        assert_run_named_first(launch_here, run.path, "slurm_batch_script", alert="", **bare.variables)
+        resume()
+        wait_for("its agents", lambda: run.attempt_record(2)["job"] and all(map(run.agents, ("n1", "n2"))), 120)
+        bare.run("scontrol", "requeue", run.job)
+        wait_for("the next start", lambda: run.attempt == 3, 120)
+        # Agents that have handled Slurm's TERM before its KILL have left a record.
+        requeued = run.attempt_record(2, "exit")
+        assert requeued["cause"] == "preempted"
+        assert re.fullmatch(f"{CAUSES['slurm_requeue']}|stopped before training had begun", requeued["message"])
+        run.await_step(1, attempt=3)
         bare.run("scancel", run.job)
         wait_for("the job to end", lambda: run.shown()["state"] == "cancelled", 60)
-        again = ("train.max_steps=100", "checkpoint.save_every=50")
-        done = launch_here("resume", str(run.path), *again, **bare.variables)
-        assert done.returncode == 0, done.stderr
-        run.await_step(10, attempt=2)
+        steps = last_step(run.path) + 60
+        resume(f"train.max_steps={steps}", "checkpoint.save_every=50")
+        run.await_step(10, attempt=4)
         bare.run("scancel", "--signal=USR2", run.job)
         run.await_completed()
         assert run.causes()[-2:] == ["preempted", "completed"]
-        assert run.attempt == 3
+        assert run.attempt == 5
         assert run.shown()["state"] == "completed"
-    assert sorted(losses(run.path)) == list(range(1, 101))
+    assert sorted(losses(run.path)) == list(range(1, steps + 1))
 
 
 def test_a_rank_over_its_memory_limit_is_killed_and_restarted(
