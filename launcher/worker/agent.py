@@ -216,7 +216,7 @@ class _FailureLog:
         if final is not None:
             return replace(failure_record.from_final(self._run, self._attempt, final), host=self._host)
         if isinstance(error, RendezvousClosedError):
-            return self._last
+            return self.first() if self._exits else self._last
         # Rendezvous, resources and the like: no rank is to blame.
         failure = failure_record.from_exception(error, self._log, limit=cause_of(error, self._run.root))
         return replace(failure, host=self._host)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore
+from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
 from launcher import json_records, run_store
 from launcher.error_record import ErrorRecord
@@ -32,6 +34,19 @@ def meet(first: NodeRendezvous, then: NodeRendezvous) -> None:
     came.join(20)
 
 
+def two_nodes(folder: Path) -> tuple[RunDir, list[_FailureLog], list[NodeRendezvous]]:
+    run, store = RunDir(folder), HashStore()
+    run.attempts.mkdir()
+    run_store.create_attempt(run, Attempt(None))
+    nodes = [NodeInfo(number, HOSTS, "127.0.0.1", None) for number in (0, 1)]
+    logs = [_FailureLog(run, 1, node, folder / "log") for node in nodes]
+    meetings = [
+        NodeRendezvous(store, "run", node, 20, log.is_final, log.describe_own, log.report_restart)
+        for node, log in zip(nodes, logs, strict=True)
+    ]
+    return run, logs, meetings
+
+
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize(
     "culprit, expected",
@@ -44,16 +59,7 @@ def meet(first: NodeRendezvous, then: NodeRendezvous) -> None:
 def test_a_restart_names_the_failure_that_caused_the_others_whichever_node_arrives_first(
     tmp_path: Path, first: int, culprit: RankExit, expected: str
 ) -> None:
-    run, store = RunDir(tmp_path), HashStore()
-    run.attempts.mkdir()
-    run_store.create_attempt(run, Attempt(None))
-    logs = [_FailureLog(run, 1, NodeInfo(number, HOSTS, "127.0.0.1", None), tmp_path / "log") for number in (0, 1)]
-    zero, one = (
-        NodeRendezvous(
-            store, "run", NodeInfo(number, HOSTS, "127.0.0.1", None), 20, log.is_final, log.describe_own, log.report_restart
-        )
-        for number, log in enumerate(logs)
-    )
+    run, logs, (zero, one) = two_nodes(tmp_path)
     meet(zero, one)
     assert not run.events.exists(), "the first start is no restart"
     logs[0].set_exits([PEER_LOST])
@@ -61,6 +67,27 @@ def test_a_restart_names_the_failure_that_caused_the_others_whichever_node_arriv
     meet(*((zero, one) if first == 0 else (one, zero)))
     (event,) = read_events(run.events)
     assert event["text"] == f"all ranks are restarted (restart 1): {expected}"
+
+
+def test_an_exception_that_repeats_closes_the_rendezvous_of_all_nodes(tmp_path: Path) -> None:
+    """The node whose ranks only lost their peers, or none, decides nothing of its own."""
+    run, logs, (zero, one) = two_nodes(tmp_path)
+    meet(zero, one)
+    raised = RankExit(1, 1, 9.0, ErrorRecord("IndexError: as it says", step=43))
+    for exits in ([PEER_LOST], []):
+        logs[0].set_exits(exits)
+        logs[1].set_exits([raised])
+        meet(zero, one)
+    logs[1].set_exits([raised])
+    with ThreadPoolExecutor(2) as pool:
+        errors = [future.exception(20) for future in [pool.submit(node.next_rendezvous) for node in (zero, one)]]
+    reason = "IndexError in step 44 came 3 times, twice after a resume from the initial weights: it repeats"
+    assert [(type(error), str(error)) for error in errors] == [(RendezvousClosedError, reason)] * 2
+    assert logs[0].from_exception(errors[0]) is None
+    own = logs[1].from_exception(errors[1])
+    assert own is not None
+    assert own.line == "rank 1 on n1: IndexError: as it says"
+    assert len(read_events(run.events)) == 2, "the end of the attempt has an alert of its own"
 
 
 def test_the_watchdogs_message_explains_a_rank_that_it_killed(tmp_path: Path) -> None:
