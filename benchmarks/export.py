@@ -60,7 +60,7 @@ def prepare(folder: Path, overrides: list[str]) -> dict[str, list[str]]:
     sides.run([*launcher, "train", *prepared.overrides, f"run.root={run.parent}", "run.name=bench"], folder / "train.log")
     sides.bare_side(prepared, f"--save-to={deepspeed}", f"--save-every={STEPS}")
     out = str(folder / "out")
-    export = [*launcher, "export", str(run), "--out", out]
+    export = [*launcher, "export", str(run), "--out", out, "--replace"]
     return {
         ZERO_TO_FP32: [sys.executable, str(deepspeed / ZERO_TO_FP32), str(deepspeed), out],
         **{f"launcher export, {dtype}": [*export, "--no-check", "--dtype", dtype] for dtype in ("fp32", "bf16")},

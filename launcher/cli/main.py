@@ -26,7 +26,7 @@ VERBS: Mapping[str, str] = {
     "logs": "runs",
     "cancel": "runs",
     "resume": "runs",
-    "export": "runs",
+    "export": "export",
     "checkpoints": "checkpoints",
     "drill": "drill",
 }
@@ -56,7 +56,7 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
   python -m launcher cancel RUN                save and stop; a second cancel kills the run
   python -m launcher resume RUN [overrides]    continue from the newest checkpoint; RUN may be an address in a mirror;
                                                --force accepts data and settings that differ from the checkpoint's
-  python -m launcher export RUN [--step N] [--dtype bf16] [--out DIR]
+  python -m launcher export RUN [--step N] [--dtype bf16] [--out DIR] [--replace]
                                                write the Hugging Face folder of a checkpoint
   python -m launcher checkpoints RUN [--verify] [--prune]
                                                list checkpoints; verify their digests; remove those that are not kept

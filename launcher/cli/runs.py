@@ -1,4 +1,4 @@
-"""The verbs that act on an existing run: logs, cancel, resume, export."""
+"""The verbs that act on an existing run: logs, cancel, resume."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ import time
 from pathlib import Path
 
 from launcher import run_records, run_store
-from launcher.checkpoint import store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.follow import StatusWatch, follow
 from launcher.cli.plan_view import started_lines
 from launcher.cli.resume import resume_run
-from launcher.cli.worker_process import run_worker
 from launcher.clusters.backends import cluster_for, status_reader_for
-from launcher.config.sections.fields import HUB_ID_PATTERN
-from launcher.errors import CheckpointError, SubmitError, printable
-from launcher.export import hub
+from launcher.errors import SubmitError, printable
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
@@ -39,7 +35,7 @@ def run(verb: str, tokens: list[str]) -> int:
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
     if verb != "logs":
         ownership.require_run(run_dir)
-    return {"logs": _logs, "cancel": _cancel, "resume": _resume, "export": _export}[verb](run_dir, arguments)
+    return {"logs": _logs, "cancel": _cancel, "resume": _resume}[verb](run_dir, arguments)
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:
@@ -47,7 +43,6 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         "logs": "Show the output of a rank.",
         "cancel": "Save and stop a run; a second cancel kills it.",
         "resume": "Continue a run from its newest checkpoint.",
-        "export": "Write a checkpoint as a Hugging Face folder and compare it with the trained model.",
     }[verb]
     parser = VerbParser(prog=f"python -m launcher {verb}", description=about)
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
@@ -68,17 +63,6 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         force = "continue with data and settings that differ from those of the checkpoint; without --force they are listed"
         parser.add_argument("--force", action="store_true", help=force)
         parser.add_argument("--step", type=int, help="go back to the checkpoint of this step; later ones are set aside")
-    if verb == "export":
-        parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
-        parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the weights (default: bf16)")
-        parser.add_argument("--out", help="folder to write (default: export/ in the run directory)")
-        parser.add_argument(
-            "--no-check", action="store_true", help="skip the parity check, which loads the folder with transformers"
-        )
-        parser.add_argument("--push-public", action="store_true", help="with --push: even where everybody can read it")
-        parser.add_argument(
-            "--push", metavar="OWNER/NAME", help="upload the folder to this repository of the Hub; needs HF_TOKEN"
-        )
     return parser
 
 
@@ -158,40 +142,3 @@ def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
         return follow(run, attempt, cluster)
     print("\n".join(started_lines(plan, cluster.submission_details(run, attempt))))
     return 0
-
-
-def _export(run: RunDir, arguments: argparse.Namespace) -> int:
-    if arguments.push is not None:
-        _require_pushable(arguments.push)
-    _require_checkpoint(run, arguments.step)
-    command = [sys.executable, "-m", "launcher.worker.export", str(run.plan)]
-    for flag in ("step", "dtype", "out", "push"):
-        value = getattr(arguments, flag)
-        if value is not None:
-            command += [f"--{flag}", str(value)]
-    command += [flag for flag, is_set in (("--no-check", arguments.no_check), ("--push-public", arguments.push_public)) if is_set]
-    code, _ = run_worker(command)
-    return code
-
-
-def _require_checkpoint(run: RunDir, step: int | None) -> None:
-    """Refuse, before the export, a step without a checkpoint, or a run without any.
-
-    Raises:
-        SubmitError: with the steps that exist.
-    """
-    try:
-        if step is None:
-            store.get_latest(run.checkpoints)
-        else:
-            store.get_at_step(run.checkpoints, step)
-    except CheckpointError as error:
-        raise SubmitError(error.problems) from None
-
-
-def _require_pushable(repo_id: str) -> None:
-    """Refuse, before the export, a push that cannot succeed."""
-    if not HUB_ID_PATTERN.fullmatch(repo_id):
-        raise SubmitError("this is not the name of a Hub repository", where="--push", value=repo_id, remedy="write owner/name")
-    if problem := hub.token_problem("--push", repo_id):
-        raise SubmitError(problem)

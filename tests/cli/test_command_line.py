@@ -36,7 +36,10 @@ sys.meta_path.insert(0, Wall())
 TORCH = ("torch", "deepspeed", "transformers", "datasets", "ray", "wandb")
 # Modules that commands import; none may import a forbidden package.
 IMPORTED = (
-    *(f"launcher.cli.{name}" for name in ("main", "launch", "status", "report", "checkpoints", "dashboard", "runs", "drill")),
+    *(
+        f"launcher.cli.{name}"
+        for name in ("main", "launch", "status", "report", "checkpoints", "dashboard", "runs", "export", "drill")
+    ),
     *("hydra", "hydra._internal.hydra", "hydra.core.override_parser.overrides_parser", "launcher.plan.planner"),
 )
 

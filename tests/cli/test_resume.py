@@ -12,6 +12,7 @@ from plan_fixtures import DATA
 
 from launcher import code_snapshot, json_records, run_records, run_store
 from launcher.checkpoint import store
+from launcher.cli.export import require_checkpoint
 from launcher.cli.resume import (
     _changed_sources,
     _choose_checkpoint,
@@ -21,7 +22,6 @@ from launcher.cli.resume import (
     _require_steps_left,
     describe_moved_rows,
 )
-from launcher.cli.runs import _require_checkpoint
 from launcher.config.sections.data import Source
 from launcher.data import cache, sources
 from launcher.errors import EXIT_REFUSED, SubmitError
@@ -168,7 +168,7 @@ def test_a_run_is_complete_with_the_export_of_its_last_step(run: RunDir, exporte
         _require_steps_left(run, plan, store.get_latest(run.checkpoints))
 
 
-@pytest.mark.parametrize("choose", [_choose_checkpoint, _require_checkpoint], ids=["resume", "export"])
+@pytest.mark.parametrize("choose", [_choose_checkpoint, require_checkpoint], ids=["resume", "export"])
 def test_resume_and_export_refuse_a_missing_step_in_the_same_way(
     run: RunDir, choose: Callable[[RunDir, int | None], object]
 ) -> None:

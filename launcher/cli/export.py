@@ -1,0 +1,137 @@
+"""The verb `export`: write a checkpoint of a run as a Hugging Face folder, in a process that may import torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from launcher import json_records, run_store
+from launcher.checkpoint import store
+from launcher.cli.arguments import VerbParser
+from launcher.cli.formatting import short
+from launcher.cli.worker_process import run_worker
+from launcher.config.sections.fields import HUB_ID_PATTERN
+from launcher.errors import CheckpointError, RunError, SubmitError
+from launcher.export import hub
+from launcher.plan.run_dir import RunDir
+from launcher.run_records import EXPORT_RECORD, ExportRecord
+from launcher.security import ownership
+from launcher.shell_commands import launcher_command
+from launcher.tracking.metrics import format_duration
+
+_DTYPES = ("bf16", "fp16", "fp32")
+
+
+def run(verb: str, tokens: list[str]) -> int:
+    """Export a checkpoint; returns the exit code of the process that writes it."""
+    arguments = _parser().parse_args(tokens)
+    run_dir = run_store.find_run(arguments.run, Path(arguments.root))
+    ownership.require_run(run_dir)
+    if arguments.push is not None:
+        _require_pushable(arguments.push)
+    step = require_checkpoint(run_dir, arguments.step)
+    out = run_dir.export if arguments.out is None else Path(arguments.out).expanduser().absolute()
+    _require_writable(out)
+    existing = _read_export(out)
+    dtype = arguments.dtype or (existing.dtype if existing is not None else _DTYPES[0])
+    if existing is not None:
+        _require_replaceable(run_dir, out, existing, step, dtype, arguments.replace)
+    command = [sys.executable, "-m", "launcher.worker.export", str(run_dir.plan), "--step", str(step), "--dtype", dtype]
+    command += ["--out", str(out)] if arguments.out is not None else []
+    command += ["--push", arguments.push] if arguments.push is not None else []
+    command += [flag for flag, is_set in (("--no-check", arguments.no_check), ("--push-public", arguments.push_public)) if is_set]
+    code, _ = run_worker(command)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Write a checkpoint as a Hugging Face folder and compare it with the trained model."
+    parser = VerbParser(prog="python -m launcher export", description=about)
+    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    dtype = "type of the weights (default: that of the export in the folder, else bf16)"
+    parser.add_argument("--dtype", choices=_DTYPES, help=dtype)
+    parser.add_argument("--out", metavar="DIR", help="folder to write (default: export/ in the run directory)")
+    replace = "replace an export of another type or of a later step in the folder"
+    parser.add_argument("--replace", action="store_true", help=replace)
+    parser.add_argument("--no-check", action="store_true", help="skip the parity check, which loads the folder with transformers")
+    parser.add_argument("--push-public", action="store_true", help="with --push: even where everybody can read it")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this repository of the Hub; needs HF_TOKEN")
+    return parser
+
+
+def require_checkpoint(run: RunDir, step: int | None) -> int:
+    """Return the step of the checkpoint to export; refuses a step without a checkpoint, or a run without any.
+
+    Raises:
+        SubmitError: with the steps that exist.
+    """
+    try:
+        return (store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, step)).step
+    except CheckpointError as error:
+        raise SubmitError(error.problems) from None
+
+
+def _require_writable(out: Path) -> None:
+    """Refuse a folder that cannot be written, or that holds something else than an export.
+
+    Raises:
+        SubmitError: with the folder.
+    """
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    # The folder is written beside its final name.
+    beside = existing if existing != out else out.parent
+    if not existing.is_dir() or not os.access(beside, os.W_OK | os.X_OK):
+        raise SubmitError(
+            "the export folder cannot be written",
+            where=str(out),
+            value=f"{beside} cannot be written by this user" if existing.is_dir() else f"{existing} is a file",
+            remedy="name another folder with --out",
+        )
+    if existing == out and not (out / EXPORT_RECORD).exists() and any(out.iterdir()):
+        raise SubmitError(
+            "the export folder holds files that are not an export", where=str(out), remedy="name another folder with --out"
+        )
+
+
+def _read_export(out: Path) -> ExportRecord | None:
+    """Return what an export folder holds; None if there is none, or if its record is damaged."""
+    try:
+        return json_records.read_if_present(ExportRecord, out / EXPORT_RECORD, "")
+    except RunError:
+        return None
+
+
+def _require_replaceable(run: RunDir, out: Path, existing: ExportRecord, step: int, dtype: str, replace: bool) -> None:
+    """Say what an export folder holds before it is replaced; refuses another type or a later step without `replace`.
+
+    A newer step in the same type is what a run that was trained further has.
+
+    Raises:
+        SubmitError: with how to write beside it, and how to replace it.
+    """
+    age = format_duration(max(0.0, time.time() - (out / EXPORT_RECORD).stat().st_mtime))
+    held = f"step {existing.step} in {existing.dtype}, written {age} ago"
+    if not replace and (existing.dtype != dtype or existing.step > step):
+        words = ("export", short(run.root), "--step", str(step), "--dtype", dtype)
+        beside = short(out.with_name(f"{out.name}-step{step}-{dtype}"))
+        raise SubmitError(
+            f"the export folder holds another export: {held}",
+            where=short(out),
+            value=f"asked for: step {step} in {dtype}",
+            remedy=f"write beside it with: {launcher_command(*words, '--out', beside)}, or replace it with --replace",
+        )
+    if (existing.step, existing.dtype) != (step, dtype):
+        print(f"replacing the export of {held}", flush=True)
+
+
+def _require_pushable(repo_id: str) -> None:
+    """Refuse, before the export, a push that cannot succeed."""
+    if not HUB_ID_PATTERN.fullmatch(repo_id):
+        raise SubmitError("this is not the name of a Hub repository", where="--push", value=repo_id, remedy="write owner/name")
+    if problem := hub.token_problem("--push", repo_id):
+        raise SubmitError(problem)
