@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from launcher.config.command_line import GROUPS, flags_first, override_key, without_unknown_flags, without_unreadable_overrides
-from launcher.config.config_files import cycle_problem, missing_keys, package_problem
+from launcher.config.config_files import cycle_problem, missing_keys, package_problems
 from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import hydra_problems, missing, no_such_option, schema_problems
 from launcher.config.origin import Origins, short
@@ -166,7 +166,7 @@ def _call_hydra(task: Callable[[Any], None], tokens: Sequence[str]) -> None:
             ) from stop
     # The task raises nothing: every exception here is Hydra's, and not all are a HydraException.
     except Exception as error:
-        raise ConfigError(hydra_problems(error, argv)) from error
+        raise ConfigError(hydra_problems(error, argv, [*_extra_dirs(argv), conf_dir()])) from error
     finally:
         sys.argv = saved_state[0]
         os.environ.pop("HYDRA_FULL_ERROR", None)
@@ -190,7 +190,7 @@ def _compose_once(task: Callable[[Any], None], overrides: list[str]) -> None:
             task(cfg)
     # The task raises nothing: every exception here is Hydra's, and not all are a HydraException.
     except Exception as error:
-        raise ConfigError(hydra_problems(error, overrides)) from error
+        raise ConfigError(hydra_problems(error, overrides, [conf_dir()])) from error
 
 
 def strip_group_plus(token: str) -> str:
@@ -273,9 +273,9 @@ def _checked(cfg: Any) -> Composed:
     secrets = {key: reason for key, value in scalars if (reason := secret_problem(key, value, held)) is not None}
     targets = [key for key, _ in scalars if "_target_" in key.split(".")]
     problems = [missing(key, origins) for key in absent]
-    if problem := package_problem(values, origins):
+    for package, problem in package_problems(values, origins):
         problems.append(problem)
-        del values["experiment"]
+        del values[package]
     problems += [Problem(reason, where=origins.of(key), remedy=IN_ENVIRONMENT) for key, reason in secrets.items()]
     problems += [
         Problem(f"{key}: a setting must not name code to run; nothing was called", where=origins.of(key), remedy=f"remove {key}")
@@ -333,7 +333,7 @@ def _resolved(cfg: Any, unresolved: Mapping[str, Any], origins: Origins) -> dict
         old = renamed_reference(str(error).splitlines()[0])
         raise ConfigError(
             f"{key}: the reference in this value cannot be resolved: {str(error).splitlines()[0]}",
-            where=origins.of(key),
+            where=origins.written_at(key),
             remedy=f"write ${{{RENAMED[old]}}}" if old else "write the key of a setting between ${ and }",
         ) from error
     if not isinstance(raw, dict):

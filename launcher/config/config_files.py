@@ -9,9 +9,11 @@ from typing import Any
 
 from launcher.config.origin import Origins, nodes, short
 from launcher.config.redaction import looks_secret
+from launcher.config.schema import RunConfig
 from launcher.errors import Problem
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.\[\]]*)\}")
+_PACKAGE = re.compile(r"#\s*@package\s+([\w.]+)")
 _MISSING = "???"
 
 
@@ -30,17 +32,22 @@ def missing_keys(origins: Origins) -> list[str]:
     return keys
 
 
-def package_problem(values: Mapping[str, Any], origins: Origins) -> Problem | None:
-    """Return the problem of an experiment whose file does not set the package `_global_`; None for all others."""
+def package_problems(values: Mapping[str, Any], origins: Origins) -> Iterator[tuple[str, Problem]]:
+    """Yield the package that an experiment's file sets in place of `_global_`, and its problem."""
     file = origins.file_of("experiment")
-    if "experiment" not in values or file is None:
-        return None
+    if file is None:
+        return
     header = "# @package _global_"
-    return Problem(
-        f"experiment={origins.choices['experiment']}: its file has no line `{header}`, so it sets nothing",
-        where=f"{short(file)}:1",
-        remedy=f"write `{header}` as the first line of the file",
-    )
+    lines = file.read_text().splitlines()
+    written = {match[1]: number for number, line in enumerate(lines, start=1) if (match := _PACKAGE.match(line))}
+    for package in ("experiment", *written):
+        if package in values and package not in RunConfig.model_fields:
+            problem = Problem(
+                f"experiment={origins.choices['experiment']}: the first line of its file is not `{header}`, so it sets nothing",
+                where=f"{short(file)}:{next(iter(written.values()), 1)}",
+                remedy=f"write `{header}` as the first line of the file",
+            )
+            yield package, problem
 
 
 def cycle_problem(unresolved: Mapping[str, Any], origins: Origins) -> Problem | None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from launcher.config.config_files import yaml_problems
+from launcher.config.hydra_location import locate_hydra_error
 from launcher.config.introspect import Setting, as_yaml, settings, type_in_words
 from launcher.config.origin import Origins
 from launcher.config.redaction import looks_secret, redact
@@ -101,7 +104,7 @@ def _unknown(key: str, value: Any, origins: Origins) -> Problem:
     siblings = [k for k in settings() if k.rpartition(".")[0] == section]
     # Of a section that does not exist, the keys inside say what was meant.
     inside = dict.fromkeys(suggest_setting(f"{key}.{name}") for name in value) if isinstance(value, dict) and not section else {}
-    remedy = " ".join([guess for guess in inside if guess][:_NUM_GUESSES]) or suggest_setting(uniform)
+    remedy = " ".join([guess for guess in inside if "." in guess][:_NUM_GUESSES]) or suggest_setting(uniform)
     if not remedy and section and siblings:
         remedy = f"the settings in this section are: {', '.join(siblings)}"
     elif not remedy:
@@ -194,12 +197,15 @@ def no_such_option(group: str, option: str, options: Sequence[str], token: str) 
     )
 
 
-def hydra_problems(error: Exception, tokens: Sequence[str]) -> list[Problem]:
-    """Return the problems of an error in Hydra's composition, without the `++` that the launcher added."""
-    return yaml_problems(error) or [_hydra_problem(error, tokens)]
+def hydra_problems(error: Exception, tokens: Sequence[str], folders: Sequence[Path]) -> list[Problem]:
+    """Return the problems of an error in Hydra's composition, without the `++` that the launcher added.
+
+    `folders` hold the files that are composed, the first one to search first.
+    """
+    return yaml_problems(error) or [_hydra_problem(error, tokens, folders)]
 
 
-def _hydra_problem(error: Exception, tokens: Sequence[str]) -> Problem:
+def _hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequence[Path]) -> Problem:
     if list_token := next((token for token in tokens if re.match(r"\+*data\.sources\.[A-Za-z_]", token)), None):
         return Problem(
             "data.sources is a list, and a key cannot name one of its entries; write the whole list",
@@ -219,12 +225,14 @@ def _hydra_problem(error: Exception, tokens: Sequence[str]) -> Problem:
     if renamed := renamed_override(culprit):
         return renamed
     group, _, option = (getattr(error, "missing_cfg_file", None) or "").partition("/")
+    location = locate_hydra_error(error, tokens, folders)
     if option and (options := getattr(error, "options", None)):
-        return no_such_option(group, option, options, f"{group}={option}")
-    file = re.match(r"In '([\w/.-]+)'", message)
-    return Problem(
-        f"Hydra cannot compose these settings: {message}",
-        where=f"{file[1]}.yaml" if file else "command line" if culprit else "",
-        value=culprit.removeprefix("++"),
-        remedy=f"{'correct this file; ' if file else ''}see python -m launcher --help",
-    )
+        problem = no_such_option(group, option, options, f"{group}={option}")
+        is_typed = any(token.lstrip("+") == f"{group}={option}" for token in tokens)
+        return problem if is_typed or location is None else replace(problem, where=location.where, value=location.line)
+    if location is None:
+        remedy = "see python -m launcher --help"
+        return Problem(f"Hydra cannot compose these settings: {message}", "command line", culprit.removeprefix("++"), remedy)
+    value = "" if redact(location.line) != location.line else location.line
+    remedy = location.remedy or "correct this line; docs/settings.md shows how files are composed"
+    return Problem(f"Hydra cannot compose these settings: {location.message or message}", location.where, value, remedy)

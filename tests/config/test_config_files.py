@@ -46,7 +46,7 @@ def test_a_value_that_an_experiment_leaves_open_comes_from_the_command_line(comp
 @pytest.mark.parametrize("text", ["optim:\n  lr: 0.5\n", ""])
 def test_an_experiment_without_a_package_is_told_so(problems_of: Callable[..., list[Problem]], header: str, text: str) -> None:
     package, other = problems_of(header + text, "run.seed=x")
-    assert package.message == "experiment=mine: its file has no line `# @package _global_`, so it sets nothing"
+    assert package.message == "experiment=mine: the first line of its file is not `# @package _global_`, so it sets nothing"
     assert (package.where, package.remedy) == ("FILE:1", "write `# @package _global_` as the first line of the file")
     assert other.message == "run.seed: must be a whole number"
 

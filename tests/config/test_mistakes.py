@@ -287,17 +287,35 @@ def test_an_override_that_hydra_cannot_parse_is_refused_in_plain_words(shown: Sh
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "message", "line"),
     [
-        ("# @package _global_\ndefaults:\n  - override /modle: tiny\n", "Could not override 'modle'"),
-        ("# @package _global_\n- 1\n", "Cannot merge DictConfig with ListConfig"),
+        ("defaults:\n  - override /model: tiny\n  - override /modle: tiny\n", "Could not override 'modle'", 4),
+        ("defaults:\n  - override /model: nope\n", "model=nope: there is no such option", 3),
+        ("defaults:\n  - /model: tiny\n", "Multiple values for model", 3),
+        ("defaults:\n  - other_file\n", "Could not load 'experiment/other_file'", 3),
+        ("defaults: tiny\n", "defaults must be a list", 2),
+        ("train:\n  log_every: 1\n  max_steps: ${nope(}\n", "a reference in this value is not written as Hydra reads it", 4),
+        ("train:\n  max_steps: ${nope.x}\n", "train.max_steps: the reference in this value cannot be resolved", 3),
+        ("hydra:\n  verbose: false\n  run: 3\n", "int is not a subclass of RunDir", 4),
+        ("- 1\n", "Cannot merge DictConfig with ListConfig", 2),
     ],
 )
-def test_a_file_that_hydra_cannot_compose_is_named(refused: Refused, tmp_path: Path, text: str, message: str) -> None:
-    own_option(tmp_path, "experiment", "mine", text)
+def test_a_file_that_hydra_cannot_compose_is_named_with_its_line(
+    refused: Refused, tmp_path: Path, text: str, message: str, line: int
+) -> None:
+    own_option(tmp_path, "experiment", "mine", f"# @package _global_\n{text}")
     (problem,) = refused("--config-dir", str(tmp_path / "conf"), "experiment=mine")
     assert message in problem.message
-    assert problem.where == "experiment/mine.yaml"
+    assert problem.where == f"{tmp_path}/conf/experiment/mine.yaml:{line}"
+    assert problem.remedy
+
+
+@pytest.mark.parametrize(("header", "line"), [("# @package _globl_\n", 1), ("# Mine\n# @package _global_\n", 2), ("", 1)])
+def test_a_wrong_package_of_an_experiment_is_named(refused: Refused, tmp_path: Path, header: str, line: int) -> None:
+    own_option(tmp_path, "experiment", "mine", f"{header}train:\n  max_steps: 3\n")
+    (problem,) = refused("--config-dir", str(tmp_path / "conf"), "experiment=mine")
+    assert "the first line of its file is not `# @package _global_`" in problem.message
+    assert problem.where == f"{tmp_path}/conf/experiment/mine.yaml:{line}"
 
 
 def test_a_folder_of_config_groups_that_does_not_exist_is_named(refused: Refused) -> None:

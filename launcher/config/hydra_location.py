@@ -1,0 +1,102 @@
+"""Find the file and line that an error of Hydra's composition is about: Hydra names at most the file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.config.origin import nodes, short
+
+_IN_FILE = re.compile(r"[Ii]n '(?P<file>[\w/.-]+)'")
+_GROUP_CHOICE = re.compile(r"\+{0,2}(?P<group>[A-Za-z_][\w/]*)=(?P<option>[\w/.-]+)")
+_TWO_VALUES = re.compile(r"Multiple values for (?P<group>[\w/]+)")
+
+
+@dataclass(frozen=True)
+class Location:
+    """`where` is file:line, `line` its text; `message` and `remedy` are empty where Hydra's own say enough."""
+
+    where: str
+    line: str
+    message: str = ""
+    remedy: str = ""
+
+
+def locate_hydra_error(error: Exception, tokens: Sequence[str], folders: Sequence[Path]) -> Location | None:
+    """Return the line that an error is about; None where it is not in a file that the command line chose.
+
+    `tokens` are the overrides, `folders` those with config files.
+    """
+    text = "\n".join(str(cause) for cause in _causes(error))
+    chosen = [match for token in tokens if (match := _GROUP_CHOICE.fullmatch(token))]
+    files = [file for match in chosen if (file := _file(f"{match['group']}/{match['option']}", folders)) is not None]
+    missing = str(getattr(error, "missing_cfg_file", None) or "")
+    two_values = _TWO_VALUES.search(text)
+    group = two_values["group"] if two_values else missing.partition("/")[0]
+    for file in files:
+        if line := _broken_reference(file):
+            message = "a reference in this value is not written as Hydra reads it"
+            return _location(file, line, message, "write ${section.name}, with a } for each ${")
+        if group and (line := _matching_line(file, rf"^\s*-\s*(override\s+)?/?{re.escape(group)}\s*:")):
+            option = file.read_text().splitlines()[line - 1].partition(":")[2].strip()
+            remedy = f"write `- override /{group}: {option}`: a file changes the option of a group with override"
+            return _location(file, line, remedy=remedy if two_values else "")
+    if (named := _IN_FILE.search(text)) and (file := _file(named["file"], folders)) is not None:
+        return _location(file, _line_of(file, error, text.replace(named[0], "")))
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _file(name: str, folders: Sequence[Path]) -> Path | None:
+    return next((file for folder in folders if (file := folder / f"{name.removesuffix('.yaml')}.yaml").is_file()), None)
+
+
+def _location(file: Path, line: int, message: str = "", remedy: str = "") -> Location:
+    lines = file.read_text(errors="replace").splitlines()
+    text = lines[line - 1].strip() if line <= len(lines) else ""
+    return Location(f"{short(file)}:{line}", text, message, remedy)
+
+
+def _line_of(file: Path, error: Exception, text: str) -> int:
+    """Return the line with a name that the error quotes, or of the key that it is about; or else the first one of the content."""
+    keys = [str(key) for cause in _causes(error) if (key := getattr(cause, "full_key", None))]
+    for key, line, _ in nodes(file.read_text(errors="replace"), with_sections=True):
+        if key in keys:
+            return line
+    # Hydra names the value of a key inside a section, not the key.
+    if refused := re.search(r"\bvalue: (.+)", text):
+        lines = [line for _, line, value in nodes(file.read_text(errors="replace")) if value == refused[1]]
+        if len(lines) == 1:
+            return lines[0]
+    for name in re.findall(r"'([\w/.-]+)'", text):
+        if line := _matching_line(file, rf"(?<![\w-]){re.escape(name.rpartition('/')[2])}(?![\w-])"):
+            return line
+    return _matching_line(file, r"^defaults\s*:") or _matching_line(file, r"^[^#\s]") or 1
+
+
+def _broken_reference(file: Path) -> int:
+    """Return the line of the first value with a reference that OmegaConf cannot parse; 0 without one."""
+    from omegaconf.errors import GrammarParseError
+    from omegaconf.grammar_parser import parse
+
+    for _, line, value in nodes(file.read_text(errors="replace")):
+        try:
+            if value and "${" in value:
+                parse(value)
+        except GrammarParseError:
+            return line
+    return 0
+
+
+def _matching_line(file: Path, pattern: str) -> int:
+    """Return the number of the first line that matches; 0 without one."""
+    lines = file.read_text(errors="replace").splitlines()
+    return next((number for number, line in enumerate(lines, start=1) if re.search(pattern, line)), 0)
