@@ -109,6 +109,12 @@ class RunError(LauncherError):
     """A started run failed."""
 
 
+class DamagedRun(RunError):
+    """A file of a run is missing or damaged, so a command on this run starts nothing."""
+
+    exit_code = EXIT_REFUSED
+
+
 class Superseded(RunError):
     """The process belongs to an attempt that is no longer the run's newest."""
 

@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from launcher import atomic_files
-from launcher.errors import RunError
+from launcher.errors import DamagedRun
 
 T = TypeVar("T")
 
@@ -38,13 +38,13 @@ def decode(record_type: type[T], values: Any, where: str, remedy: str = "") -> T
     """Build a `record_type` from a decoded JSON value. Unknown keys are ignored; a missing key gets the field's default.
 
     Raises:
-        RunError: where a key without a default is missing, or a value has another type; with `where`, the field and the value.
+        DamagedRun: where a key without a default is missing, or a value has another type; with `where`, the field and the value.
     """
     try:
         record: T = _decode_object(record_type, values, "")
     except _FieldError as error:
         location = f"{where}: {error.field}" if error.field else where
-        raise RunError(
+        raise DamagedRun(
             f"a record of the run is damaged: {error.expected}", where=location, value=error.value, remedy=remedy
         ) from None
     return record
@@ -59,7 +59,7 @@ def read(record_type: type[T], path: Path, remedy: str = "") -> T:
     """Read one record.
 
     Raises:
-        RunError: where the file is missing, cannot be read, or is damaged.
+        DamagedRun: where the file is missing, cannot be read, or is damaged.
     """
     return decode(record_type, read_json(path, remedy), str(path), remedy)
 
@@ -78,14 +78,15 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
     Raises:
-        RunError: where the file is missing, cannot be read, or holds anything else.
+        DamagedRun: where the file is missing, cannot be read, or holds anything else.
     """
     try:
         content = _read_bytes(path)
     except FileNotFoundError:
-        raise RunError("a file of the run is missing", where=str(path)) from None
+        raise DamagedRun("a file of the run is missing", where=str(path), remedy=remedy) from None
     except OSError as error:
-        raise RunError(f"a file of the run cannot be read: {error.strerror}", where=str(path)) from None
+        remedy = "check the storage and the permissions, then try again"
+        raise DamagedRun(f"a file of the run cannot be read: {error.strerror}", where=str(path), remedy=remedy) from None
     return _parse(content, str(path), remedy)
 
 
@@ -98,9 +99,9 @@ def _parse(content: bytes, where: str, remedy: str) -> dict[str, Any]:
     try:
         value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise RunError(f"a file of the run is damaged: {error}", where=where, remedy=remedy) from None
+        raise DamagedRun(f"a file of the run is damaged: {error}", where=where, remedy=remedy) from None
     if not isinstance(value, dict):
-        raise RunError("a file of the run is damaged: it holds no JSON object", where=where, remedy=remedy)
+        raise DamagedRun("a file of the run is damaged: it holds no JSON object", where=where, remedy=remedy)
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shutil
 import tempfile
@@ -14,17 +15,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launcher import atomic_files, code_snapshot, json_records, locks
 from launcher.config.redaction import redacted_command_line
-from launcher.errors import RunError, SubmitError, Superseded
+from launcher.errors import DamagedRun, SubmitError, Superseded
 from launcher.plan.gpu_types import Price
 from launcher.plan.migrations import migrate
 from launcher.plan.run_dir import RunDir
+from launcher.run_damage import looks_like_run, plan_remedy, record_remedy
 from launcher.run_records import Attempt, Status
-from launcher.shell_commands import launcher_command
+from launcher.shell_commands import launcher_command, shell_command
 
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import LaunchPlan
 
-_DAMAGED_REMEDY = "restore the file from a backup, or start another run from this run's newest checkpoint"
+_NUM_NAMES = 10
 
 
 def create(plan: LaunchPlan) -> RunDir:
@@ -46,12 +48,23 @@ def create(plan: LaunchPlan) -> RunDir:
             ) from None
         require_new(run)
         raise
-    atomic_files.fsync_directory(run.root.parent)
-    run.attempts.mkdir()
-    code_snapshot.create(run)
-    atomic_files.write_text(run.plan, plan.to_json())
-    _archive_plan(run, plan)
-    write_status(run, Status(state="pending", attempt=0, max_steps=plan.batch.max_steps, created_at=time.time()))
+    try:
+        atomic_files.fsync_directory(run.root.parent)
+        run.attempts.mkdir()
+        code_snapshot.create(run)
+        atomic_files.write_text(run.plan, plan.to_json())
+        _archive_plan(run, plan)
+        write_status(run, Status(state="pending", attempt=0, max_steps=plan.batch.max_steps, created_at=time.time()))
+    except BaseException as error:
+        # Half a run would block its name.
+        shutil.rmtree(run.root, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise SubmitError(
+            f"the run directory cannot be written: {error.strerror or error}",
+            where=str(run.root),
+            remedy="free space there, or set run.root to a folder on another disk",
+        ) from error
     return run
 
 
@@ -98,7 +111,7 @@ def create_attempt(run: RunDir, attempt: Attempt) -> int:
 
 
 def read_attempt(run: RunDir, number: int) -> Attempt:
-    return json_records.read(Attempt, run.attempt(number) / "attempt.json", _DAMAGED_REMEDY)
+    return json_records.read(Attempt, run.attempt(number) / "attempt.json", record_remedy(run))
 
 
 def write_attempt(run: RunDir, number: int, attempt: Attempt) -> None:
@@ -153,7 +166,7 @@ def describe_storage_problem(run: RunDir) -> str:
 
 
 def read_status(run: RunDir) -> Status:
-    return json_records.read(Status, run.status, _DAMAGED_REMEDY)
+    return json_records.read(Status, run.status, record_remedy(run))
 
 
 def write_status(run: RunDir, status: Status) -> None:
@@ -231,20 +244,26 @@ def load_plan(run: RunDir) -> LaunchPlan:
     try:
         return LaunchPlan.load(path)
     except (OSError, ValueError) as error:
-        raise RunError("the plan of this run cannot be read by this launcher", where=str(path), value=str(error)) from None
+        raise _unreadable_plan(path, str(error)) from None
 
 
 def read_plan_values(path: Path) -> dict[str, Any]:
     """Read a plan's JSON object in the current schema, without the models of plans.
 
     Raises:
-        RunError: if the file is missing or damaged, or its schema version is unknown.
+        DamagedRun: if the file is missing or damaged, or its schema version is unknown.
     """
-    values = json_records.read_json(path, _DAMAGED_REMEDY)
     try:
-        return migrate(values)
+        return migrate(json_records.read_json(path))
+    except DamagedRun as error:
+        raise DamagedRun(replace(problem, remedy=problem.remedy or plan_remedy(path)) for problem in error.problems) from None
     except ValueError as error:
-        raise RunError("the plan of this run cannot be read by this launcher", where=str(path), value=str(error)) from None
+        raise _unreadable_plan(path, str(error)) from None
+
+
+def _unreadable_plan(path: Path, value: str) -> DamagedRun:
+    message = "the plan of this run cannot be read by this launcher"
+    return DamagedRun(message, where=str(path), value=value, remedy=plan_remedy(path))
 
 
 class Placement(NamedTuple):
@@ -277,7 +296,7 @@ def read_placement(run: RunDir) -> Placement:
         name, kind = values["run_name"], config["cluster"]["kind"]
         return Placement(name, kind, topology["world_size"], topology["device"], price, *limits)
     except (KeyError, TypeError, ValueError):
-        raise RunError("the plan of this run cannot be read by this launcher", where=str(path)) from None
+        raise _unreadable_plan(path, "settings are missing") from None
 
 
 @contextmanager
@@ -328,18 +347,33 @@ def find_run(name: str, root: Path, marker: str = "plan.json") -> RunDir:
         try:
             if (candidate / marker).is_file():
                 return RunDir(candidate.resolve())
-        except PermissionError as error:
+        except OSError as error:
+            is_closed = isinstance(error, PermissionError)
             raise SubmitError(
                 f"the run {name} cannot be read: {error.strerror}",
                 where=str(candidate),
-                remedy="only the run's owner can read this folder: ask them for access",
+                remedy="only the run's owner can read this folder: ask them for access" if is_closed else "write another name",
             ) from None
-    names = [run.root.name for run in list_runs(root)][:10]
-    raise SubmitError(
-        f"there is no run named {name}",
-        where=str(root),
-        remedy=f"choose one of: {', '.join(names)}" if names else f"start one with: {launcher_command()}",
-    )
+    raise _no_such_run(name, root, marker)
+
+
+def _no_such_run(name: str, root: Path, marker: str) -> SubmitError:
+    for candidate in (root / name, Path(name).expanduser().absolute()):
+        if candidate.resolve() != root.resolve() and looks_like_run(candidate):
+            run = RunDir(candidate.resolve())
+            remedy = plan_remedy(run.plan) if run.plan.name == marker else record_remedy(run)
+            return SubmitError(f"the run {name} has no {marker}", where=str(run.root), remedy=remedy)
+        if inside := next((folder for folder in candidate.parents if (folder / marker).is_file()), None):
+            remedy = f"write the directory of the run: {shell_command(inside)}"
+            return SubmitError(f"{name} is no run directory", where=str(candidate), remedy=remedy)
+    if not root.is_dir():
+        remedy = f"name the folder of the runs with --root, or start a run with: {launcher_command()}"
+        return SubmitError(f"there is no run named {name}, because there is no folder {root}", where=str(root), remedy=remedy)
+    names = [run.root.name for run in list_runs(root)]
+    close = difflib.get_close_matches(name, names, n=1)
+    guess = f"did you mean {close[0]}? " if close else ""
+    remedy = f"{guess}choose one of: {', '.join(names[:_NUM_NAMES])}" if names else f"start one with: {launcher_command()}"
+    return SubmitError(f"there is no run named {name}", where=str(root), remedy=remedy)
 
 
 def list_runs(root: Path) -> Iterator[RunDir]:

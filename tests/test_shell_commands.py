@@ -8,7 +8,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hand_made import SETTINGS, plan
 
 from launcher.cli.plan_view import started_lines
 from launcher.clusters.detached_process import resume_hint
@@ -26,7 +25,7 @@ def test_a_run_path_is_one_word_of_the_command(tmp_path: Path, name: str) -> Non
         *("--step", "3"),
     ]
     assert shlex.split(resume_hint(RunDir(run)).removeprefix("continue with: "))[-1] == str(run)
-    for line in started_lines(plan(run, SETTINGS), [])[2:]:
+    for line in started_lines(run, [])[2:]:
         assert str(run) in shlex.split(line), line
 
 

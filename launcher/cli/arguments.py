@@ -5,14 +5,21 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+from dataclasses import replace
 from typing import Any, NoReturn
+
+from launcher.config.redaction import redact
+from launcher.errors import ConfigError, Problem, did_you_mean
 
 # Flags of every verb that composes settings, besides its own: they are suggested for mistyped ones.
 COMMON_FLAGS = ("--help", "--debug", "--trust-owner")
 
 
+_FLAG_CUTOFF = 0.7
+
+
 class VerbParser(argparse.ArgumentParser):
-    """A parser that suggests the closest flag for one that the verb does not have."""
+    """A parser whose refusals are errors of the launcher, with the closest word that exists."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -21,11 +28,36 @@ class VerbParser(argparse.ArgumentParser):
         self.add_argument("--trust-owner", metavar="NAME|UID", action="append", help=trust)
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: .*?(--[\w-]+)", message)
-        known = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-        if unknown and (matches := difflib.get_close_matches(unknown[1], known, n=1)):
-            message += f"; did you mean {matches[0]}?"
-        super().error(message)
+        """Refuse the command line with the word that is wrong, the closest one that exists, and the usage.
+
+        Raises:
+            ConfigError: always.
+        """
+        problem = self._problem(message)
+        usage = " ".join(self.format_usage().split())
+        raise ConfigError(replace(problem, where="command line", remedy=f"{problem.remedy} {usage}".strip()))
+
+    def _problem(self, message: str) -> Problem:
+        """Return the problem of argparse's message."""
+        if match := re.fullmatch(r"the following arguments are required: (.+)", message):
+            return Problem(f"{match[1]} is missing")
+        if match := re.fullmatch(r"unrecognized arguments: (.+)", message):
+            flag = re.search(r"--[\w-]+", match[1])
+            known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+            close = difflib.get_close_matches(flag[0], known, n=1, cutoff=_FLAG_CUTOFF) if flag else []
+            what = "flag" if match[1].startswith("-") else "argument"
+            return Problem(
+                f"there is no such {what}", value=redact(match[1]), remedy=f"did you mean {close[0]}?" if close else ""
+            )
+        if match := re.fullmatch(r"argument (\S+?): invalid int value: '(.*)'", message):
+            return Problem(f"{match[1]} takes a whole number", value=match[2])
+        if match := re.fullmatch(r"argument (\S+?): invalid choice: '(.*)' \(choose from (.+)\)", message):
+            choices = match[3].replace("'", "").split(", ")
+            guess = f"{did_you_mean(match[2], choices)} choose one of: {', '.join(choices)};".strip()
+            return Problem(f"{match[1]} has no such choice", value=redact(match[2]), remedy=guess)
+        if match := re.fullmatch(r"argument (\S+?): (.+)", message):
+            return Problem(f"{match[1]}: {redact(match[2])}")
+        return Problem(redact(message))
 
 
 def composing_usage(usage: str) -> str:

@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -117,10 +117,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _minutes(value: str) -> float:
-    minutes = float(value)
-    if not 0 < minutes < float("inf"):
-        raise ValueError
-    return minutes
+    with suppress(ValueError):
+        if 0 < (minutes := float(value)) < float("inf"):
+            return minutes
+    raise argparse.ArgumentTypeError(f"{value} is not a number of minutes above 0")
 
 
 def _make_plan(arguments: argparse.Namespace, rest: list[str]) -> LaunchPlan | None:

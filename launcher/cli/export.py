@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from launcher import json_records, run_store
@@ -30,6 +31,8 @@ def run(verb: str, tokens: list[str]) -> int:
     arguments = _parser().parse_args(tokens)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
     ownership.require_run(run_dir)
+    # The process that writes it reads the plan as well, and would fail after it has imported torch.
+    run_store.load_plan(run_dir)
     if arguments.push is not None:
         _require_pushable(arguments.push)
     step = require_checkpoint(run_dir, arguments.step)
@@ -73,7 +76,8 @@ def require_checkpoint(run: RunDir, step: int | None) -> int:
     try:
         return (store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, step)).step
     except CheckpointError as error:
-        raise SubmitError(error.problems) from None
+        save = f"let the run save one: {launcher_command('resume', short(run.root))}"
+        raise SubmitError(replace(problem, remedy=problem.remedy or save) for problem in error.problems) from None
 
 
 def _require_writable(out: Path) -> None:

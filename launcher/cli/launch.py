@@ -98,7 +98,7 @@ def _train(jobs: list[Composed], follows: bool | None) -> int:
         if plan.config.cluster.is_followed if follows is None else follows:
             codes.append(follow(run_dir, attempt, cluster))
         else:
-            print("\n".join(started_lines(plan, cluster.submission_details(run_dir, attempt))), flush=True)
+            print("\n".join(started_lines(run_dir.root, cluster.submission_details(run_dir, attempt))), flush=True)
     if len(started) > 1:
         print("\n".join(sweep_lines(started)))
     return max(codes, default=0)

@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         what = f"a file cannot be read or written: {error.strerror or error}"
         remedy = "check the storage and the permissions, then try again; --debug shows a traceback"
-        print(Problem(what, value=str(error.filename or ""), remedy=remedy), file=sys.stderr)
+        print(Problem(what, where=str(error.filename or ""), remedy=remedy), file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

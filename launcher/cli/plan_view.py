@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from launcher.cli.formatting import short, table
 from launcher.config.sections.train import CheckpointSection
@@ -248,9 +249,9 @@ def _tracking(plan: LaunchPlan) -> str:
     return f"W&B project {project}, mode {tracking.mode}, id {plan.wandb_id}"
 
 
-def started_lines(plan: LaunchPlan, started: Sequence[tuple[str, str]]) -> list[str]:
+def started_lines(run_dir: str | Path, started: Sequence[tuple[str, str]]) -> list[str]:
     """Return lines about a started run: its directory, and how to follow and stop it."""
-    name = short(plan.run_dir)
+    name = short(run_dir)
     rows = [*started, ("directory", name)]
     rows += [
         ("follow it", launcher_command("logs", name, "-f")),

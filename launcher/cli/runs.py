@@ -67,7 +67,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 
 
 def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
-    attempt = arguments.attempt or run_store.newest_attempt(run)
+    attempt = run_store.newest_attempt(run) if arguments.attempt is None else arguments.attempt
+    _require_in_run(run, arguments.attempt, arguments.rank)
     if not run.rank_log(attempt, arguments.rank).is_file() and not arguments.follow:
         folder = run.attempt(attempt)
         logs = sorted(path.name for path in folder.glob("*.log")) if folder.is_dir() else []
@@ -96,6 +97,21 @@ def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
     if line := _end_line(run, attempt, status):
         print(f"\n{line}")
     return 0
+
+
+def _require_in_run(run: RunDir, attempt: int | None, rank: int) -> None:
+    """Refuse an attempt or a rank that the run does not have.
+
+    Raises:
+        SubmitError: with those that it has.
+    """
+    attempts, num_ranks = run_store.attempt_numbers(run), run_store.read_placement(run).num_ranks
+    if attempt is not None and attempt not in attempts:
+        remedy = f"choose one of: {', '.join(map(str, attempts))}" if attempts else "wait until the run has started"
+        raise SubmitError(f"the run has no attempt {attempt}", where="--attempt", value=str(attempt), remedy=remedy)
+    if not 0 <= rank < num_ranks:
+        remedy = f"choose a rank from 0 to {num_ranks - 1}" if num_ranks > 1 else "leave it out: the only rank is 0"
+        raise SubmitError(f"the run has no rank {rank}", where="--rank", value=str(rank), remedy=remedy)
 
 
 def _watch(run: RunDir) -> StatusWatch:
@@ -140,5 +156,5 @@ def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
         attempt = resume_run(run, plan, cluster, arguments.overrides, arguments.step, arguments.force)
     if arguments.follow if arguments.follow is not None else plan.config.cluster.is_followed:
         return follow(run, attempt, cluster)
-    print("\n".join(started_lines(plan, cluster.submission_details(run, attempt))))
+    print("\n".join(started_lines(run.root, cluster.submission_details(run, attempt))))
     return 0

@@ -27,6 +27,7 @@ from launcher.tracking import goodput
 from launcher.tracking.metrics import format_duration, status_lines
 
 _LABEL_WIDTH = 12
+DEFAULT_ROOT = "runs"
 _BARS = "▁▂▃▄▅▆▇█"
 _CLEAR = "\x1b[H\x1b[J"
 _ALERTS_SHOWN = 3
@@ -61,7 +62,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         "status": "Show state, step, loss, pace and cost of a run.",
     }
     parser = VerbParser(prog=f"python -m launcher {verb}", description=about[verb])
-    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_argument("--root", default=DEFAULT_ROOT, help="folder of the runs (default: runs)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     if verb == "ls":
         parser.add_argument("mirror", metavar="URL", nargs="?", help="a mirror to list (default: the runs on this machine)")
@@ -130,6 +131,7 @@ def _state_reader(run: RunDir) -> Callable[[], Status]:
 
 def _ls(root: Path, as_json: bool) -> int:
     """Print the runs under `root`, newest first; name those that cannot be read on standard error."""
+    _require_folder(root)
     runs, summaries = list(run_store.list_runs(root)), []
     # Wait for slow backends at the same time.
     with ThreadPoolExecutor(_NUM_QUERIES) as pool:
@@ -146,6 +148,19 @@ def _ls(root: Path, as_json: bool) -> int:
     else:
         print("\n".join(formatting.table(_COLUMNS, [_row(values) for values in summaries])))
     return 0
+
+
+def _require_folder(root: Path) -> None:
+    """Refuse a folder of runs that does not exist, other than the usual one, which the first run makes, or that is a run.
+
+    Raises:
+        SubmitError: with the folder.
+    """
+    if (root / "status.json").is_file():
+        remedy = f"show this run with: {launcher_command('status', root)}"
+        raise SubmitError("this is the directory of a run, not a folder of runs", where="--root", value=str(root), remedy=remedy)
+    if not root.is_dir() and str(root) != DEFAULT_ROOT:
+        raise SubmitError("there is no such folder", where="--root", value=str(root), remedy="name the folder of the runs")
 
 
 def _lines(values: dict[str, Any]) -> list[str]:

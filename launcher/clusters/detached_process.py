@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from launcher import json_records, run_store
-from launcher.errors import RunError
+from launcher.errors import RunError, SubmitError
 from launcher.locks import pid_namespace
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Liveness, Status
@@ -155,3 +155,9 @@ def _has_rebooted(status: Status) -> bool:
 def build_pythonpath(code: Path, environ: Mapping[str, str]) -> str:
     """Build a PYTHONPATH with the run's code snapshot first."""
     return os.pathsep.join([os.fspath(code), *filter(None, [environ.get("PYTHONPATH")])])
+
+
+def not_running_error(run: RunDir, status: Status) -> SubmitError:
+    """Build the error for a request to cancel a run that has ended."""
+    remedy = f"there is nothing to cancel; look at it with: {launcher_command('status', run.root)}"
+    return SubmitError(f"the run is not running: it is {status.state}", where=str(run.root), remedy=remedy)

@@ -84,7 +84,7 @@ class LocalCluster:
                 remedy="run the command there, in the same container",
             )
         if status.state not in RUNNING_STATES or agent is None:
-            raise SubmitError(f"the run is not running: it is {status.state}", where=str(run.root))
+            raise detached_process.not_running_error(run, status)
         agent.send_signal(signal.SIGUSR1)
         if not save:
             # Two signals that are pending at the same time are delivered as one.

@@ -27,7 +27,7 @@ def test_a_damaged_status_is_reported_in_one_message(launch_here: Launch, run: R
     assert listed.returncode == 0
     assert f"{run.root.name}: {problem}" in listed.stderr
     shown = launch_here("status", str(run.root))
-    assert (shown.returncode, shown.stdout) == (1, "")
+    assert (shown.returncode, shown.stdout) == (2, "")
     assert shown.stderr.startswith(problem)
     assert f"where:  {run.status}" in shown.stderr
     assert "remedy: restore the file from a backup" in shown.stderr

@@ -139,7 +139,7 @@ class RayCluster:
     def cancel(self, run: RunDir, save: bool = True) -> None:
         status = self.status(run)
         if status.state not in RUNNING_STATES:
-            raise SubmitError(f"the run is not running: it is {status.state}", where=str(run.root))
+            raise detached_process.not_running_error(run, status)
         number = run_store.newest_attempt(run)
         file, previous = _submission_file(run, number), run_records.read_cancel(run, number)
         json_records.write(run.cancel(number), CancelRequest(time.time(), save and previous is None))

@@ -15,7 +15,7 @@ from launcher import json_records, run_store
 from launcher.checkpoint import store
 from launcher.clusters import faults
 from launcher.clusters.backends import NEVER_SUBMITTED
-from launcher.clusters.detached_process import resume_hint
+from launcher.clusters.detached_process import not_running_error, resume_hint
 from launcher.clusters.faults import InjectedFault
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.commands import SlurmError, slurm
@@ -123,7 +123,7 @@ class SlurmCluster:
         number = run_store.newest_attempt(run)
         job_id, submitted_at = _job_of(run, number)
         if status.state not in RUNNING_STATES or job_id is None:
-            raise SubmitError(f"the run is not running: it is {status.state}", where=str(run.root))
+            raise not_running_error(run, status)
         job = queue.job(job_id, submitted_at, run_store.read_placement(run).name)
         cancel_file = run.cancel(number)
         is_second_request = cancel_file.is_file()

@@ -1,0 +1,126 @@
+"""Mistakes in commands on runs: one message with the place, the value and what to do; exit code 2; nothing is left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import hand_made
+import pytest
+
+from launcher import atomic_files, run_store
+from launcher.errors import SubmitError
+from launcher.plan.run_dir import RunDir
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def refuse(launch_here: Launch, run: RunDir) -> Refuse:
+    """Run a command in the folder above the runs; it must refuse and change nothing. Returns standard error."""
+
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in run.root.parent.rglob("*")}
+
+    def refused(*arguments: str) -> str:
+        before = files()
+        done = launch_here(*arguments, cwd=run.root.parent.parent)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert "Traceback" not in done.stderr
+        assert "where:  " in done.stderr
+        assert "remedy: " in done.stderr
+        assert files() == before
+        return done.stderr
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        ("status", ["RUN is missing", "usage: python -m launcher status"]),
+        ("status dem", ["there is no run named dem", "did you mean demo? choose one of: demo"]),
+        ("status demo --root elsewhere", ["there is no folder elsewhere", "name the folder of the runs with --root"]),
+        ("status runs/demo/plan.json", ["runs/demo/plan.json is no run directory", "write the directory of the run: /"]),
+        ("logs runs/demo/attempts/001", ["is no run directory", "/runs/demo"]),
+        ("status demo --wach", ["there is no such flag", "value:  --wach", "did you mean --watch?"]),
+        ("checkpoints demo --step 3", ["there is no such flag", "value:  --step 3"]),
+        ("resume demo --step x", ["--step takes a whole number", "value:  x"]),
+        ("resume demo --step 7", ["there is no committed checkpoint of step 7", "choose one of: 5, 10"]),
+        ("export demo --dtype bf61", ["--dtype has no such choice", "did you mean bf16? choose one of: bf16, fp16, fp32"]),
+        ("export demo --step 7", ["there is no committed checkpoint of step 7", "choose one of: 5, 10"]),
+        ("logs demo --attempt 0", ["the run has no attempt 0", "choose one of: 1, 2"]),
+        ("logs demo --attempt 3 -f", ["the run has no attempt 3", "choose one of: 1, 2"]),
+        ("logs demo --rank 2 -f", ["the run has no rank 2", "choose a rank from 0 to 1"]),
+        ("logs demo --rank -1", ["the run has no rank -1"]),
+        ("cancel demo", ["the run is not running: it is completed", "there is nothing to cancel", "launcher status /"]),
+        ("drill --fault hang --timeout x", ["--timeout: x is not a number of minutes above 0"]),
+        ("drill --fault hnag", ["--fault has no such choice", "did you mean hang?"]),
+        ("ls --root elsewhere", ["there is no such folder", "value:  elsewhere"]),
+        ("ls --root runs/demo", ["this is the directory of a run", "python -m launcher status runs/demo"]),
+        ("ls oci://bucket/runs", ["oci:// need a Python package", "where:  command line", "value:  oci://bucket/runs"]),
+        ("resume oci://bucket/runs/a", ["where:  command line", "pip install ocifs"]),
+    ],
+)
+def test_a_mistyped_command_is_answered_with_what_exists(refuse: Refuse, command: str, parts: list[str]) -> None:
+    text = refuse(*shlex.split(command))
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize("verb", ["logs", "cancel", "checkpoints", "report", "resume", "export", "drill --fault hang"])
+@pytest.mark.parametrize("content", [None, "", '{"run_na', "[]"], ids=["missing", "empty", "half", "list"])
+def test_a_plan_that_is_missing_or_damaged_is_restored_by_the_command_that_is_named(
+    refuse: Refuse, launch_here: Launch, run: RunDir, verb: str, content: str | None
+) -> None:
+    text = run.plan.read_text()
+    run.plan.unlink() if content is None else run.plan.write_text(content)
+    message = refuse(*shlex.split(verb), "demo")
+    assert ("has no plan.json" if content is None else f"where:  {run.plan}") in message
+    command = re.search(r"remedy: restore it with: (cp .*)", message)
+    assert command is not None
+    subprocess.run(shlex.split(command[1]), check=True, timeout=10)
+    assert run.plan.read_text() == text
+
+
+@pytest.mark.parametrize("verb", ["status", "logs", "report", "resume"])
+@pytest.mark.parametrize("content", [None, '{"state": "runn'], ids=["missing", "half"])
+def test_a_status_that_is_missing_or_half_written_is_named(refuse: Refuse, run: RunDir, verb: str, content: str | None) -> None:
+    run.status.unlink() if content is None else run.status.write_text(content)
+    run.rank_log(2, 0).touch()
+    text = refuse(verb, "demo")
+    assert "status.json" in text
+    assert f"python -m launcher model.path=run:{run.root} ..." in text
+
+
+def test_an_export_without_a_checkpoint_names_what_to_do(refuse: Refuse, run: RunDir) -> None:
+    shutil.rmtree(run.checkpoints)
+    assert "python -m launcher resume runs/demo" in refuse("export", "demo")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()], ids=["full", "interrupt"]
+)
+def test_a_run_directory_that_cannot_be_completed_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Half a run would block its name."""
+
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(atomic_files, "write_text", fail)
+    plan = hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS)
+    with pytest.raises((SubmitError, KeyboardInterrupt)) as raised:
+        run_store.create(plan)
+    if isinstance(error, OSError):
+        assert "the run directory cannot be written: No space left on device" in str(raised.value)
+        assert "set run.root to a folder on another disk" in str(raised.value)
+    assert [*(tmp_path / "runs").iterdir()] == []
