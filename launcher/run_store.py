@@ -367,8 +367,8 @@ def _no_such_run(name: str, root: Path, marker: str) -> SubmitError:
             remedy = f"write the directory of the run: {shell_command(inside)}"
             return SubmitError(f"{name} is no run directory", where=str(candidate), remedy=remedy)
     if not root.is_dir():
-        remedy = f"name the folder of the runs with --root, or start a run with: {launcher_command()}"
-        return SubmitError(f"there is no run named {name}, because there is no folder {root}", where=str(root), remedy=remedy)
+        remedy = f"start one with: {launcher_command()}, or name the folder of the runs with --root"
+        return SubmitError(f"there is no run named {name}", where=str(root), value="the folder does not exist", remedy=remedy)
     names = [run.root.name for run in list_runs(root)]
     close = difflib.get_close_matches(name, names, n=1)
     guess = f"did you mean {close[0]}? " if close else ""

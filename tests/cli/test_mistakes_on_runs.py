@@ -27,7 +27,9 @@ def refuse(launch_here: Launch, run: RunDir) -> Refuse:
     """Run a command in the folder above the runs; it must refuse and change nothing. Returns standard error."""
 
     def files() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in run.root.parent.rglob("*")}
+        # A lock file stays where it was taken.
+        paths = (path for path in run.root.parent.rglob("*") if path.is_file() and path.name != ".lock")
+        return {path: path.stat().st_mtime_ns for path in paths}
 
     def refused(*arguments: str) -> str:
         before = files()
@@ -47,7 +49,7 @@ def refuse(launch_here: Launch, run: RunDir) -> Refuse:
     [
         ("status", ["RUN is missing", "usage: python -m launcher status"]),
         ("status dem", ["there is no run named dem", "did you mean demo? choose one of: demo"]),
-        ("status demo --root elsewhere", ["there is no folder elsewhere", "name the folder of the runs with --root"]),
+        ("status demo --root elsewhere", ["value:  the folder does not exist", "name the folder of the runs with --root"]),
         ("status runs/demo/plan.json", ["runs/demo/plan.json is no run directory", "write the directory of the run: /"]),
         ("logs runs/demo/attempts/001", ["is no run directory", "/runs/demo"]),
         ("status demo --wach", ["there is no such flag", "value:  --wach", "did you mean --watch?"]),
