@@ -228,7 +228,7 @@ def test_a_run_is_found_by_name_and_by_path(config: RunConfig, tmp_path: Path, m
     assert (problem.message, problem.remedy) == ("there is no run named b", "choose one of: a")
     with pytest.raises(SubmitError) as error:
         run_store.find_run("b", tmp_path / "elsewhere")
-    assert error.value.problems[0].remedy == "start one with: python -m launcher"
+    assert error.value.problems[0].remedy == "start one with: python -m launcher, or name the folder of the runs with --root"
 
 
 def test_runs_are_listed_newest_first(config: RunConfig, tmp_path: Path) -> None:
