@@ -17,12 +17,12 @@ EXIT_INTERRUPTED = 130
 
 # Characters that move the cursor, colour or hide text on a terminal, or cannot be printed: controls except tab and line feed,
 # marks of writing direction, halves of surrogate pairs. File names and rows of data may contain them.
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
     """Return the text with escape sequences for characters that a terminal would act upon or could not print."""
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from rich.cells import cell_len
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from launcher.cli import formatting
 from launcher.data.checks.findings import share_text
+from launcher.errors import UNPRINTABLE, printable
 from launcher.plan.disk import format_size
 
 # Marks of trained text without colours: in a pipe, a file, or with NO_COLOR.
@@ -23,8 +23,6 @@ _PIPE_WIDTH = 160
 _BAR, _MIN_BAR = 40, 5
 _BINS = "tokens, up to"
 _LABEL_WIDTH = 13
-# Control characters of a row must not reach the terminal.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Rounding error of token shares.
 _ROUNDING = 1e-6
 # What becomes of the documents of a finding that does not refuse the run, where its setting does not say so.
@@ -33,6 +31,7 @@ _OUTCOMES = {"dropped": "not trained", "truncated": "trained without the rest"}
 
 def show(report: dict[str, Any]) -> None:
     """Print the report of launcher.data.report."""
+    report = {key: value if key == "shown" else _printable(value) for key, value in report.items()}
     console = Console(highlight=False, width=formatting.terminal_columns() or _PIPE_WIDTH)
     for label, value in summary_rows(report):
         _print_text(console, f"{label:<{_LABEL_WIDTH}}{value}", continued_at=_LABEL_WIDTH)
@@ -327,6 +326,15 @@ def _print_findings(console: Console, findings: list[dict[str, Any]]) -> None:
         _print_text(console, advice, continued_at=6, indent=6, style="dim")
 
 
+def _printable(value: Any) -> Any:
+    """Return a JSON value with all of its texts printable: names of files and of sources, details of findings."""
+    if isinstance(value, dict):
+        return {_printable(key): _printable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_printable(inner) for inner in value]
+    return printable(value) if isinstance(value, str) else value
+
+
 def outcome(finding: dict[str, Any]) -> str:
     """Return what becomes of the documents of a finding, or of the run."""
     if finding["fatal"]:
@@ -367,4 +375,4 @@ def _has_colours(console: Console) -> bool:
 
 def visible(text: str) -> str:
     """Return a text with visible signs for control characters other than line breaks and tabs."""
-    return _CONTROL.sub(lambda match: chr(0x2400 + ord(match.group())) if ord(match.group()) < 0x20 else "\ufffd", text)
+    return UNPRINTABLE.sub(lambda match: chr(0x2400 + ord(match.group())) if ord(match.group()) < 0x20 else "\ufffd", text)

@@ -14,6 +14,7 @@ from typing import Any
 from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli.formatting import short
+from launcher.cli.printable_stream import raw
 from launcher.clusters.backends import Cluster, StatusReader
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunError, SubmitError, printable
 from launcher.plan.run_dir import RunDir
@@ -107,9 +108,11 @@ def _screen() -> Iterator[_Screen]:
     if not sys.stdout.isatty():
         yield _Screen()
         return
+    from rich.console import Console
     from rich.live import Live
 
-    with Live("", refresh_per_second=8, transient=False) as live:
+    console = Console(file=raw(sys.stdout))
+    with Live("", console=console, refresh_per_second=8, transient=False) as live:
         yield _Terminal(live)
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from launcher.cli.printable_stream import printable_output, raw
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, LauncherError, Problem
 from launcher.shell_commands import launcher_command
 
@@ -80,6 +81,11 @@ class _VerbModule(Protocol):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors that a user can cause are printed, not raised."""
+    with printable_output():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     tokens = list(sys.argv[1:] if argv is None else argv)
     # Most objects of a command live to its end: with the usual threshold, looking for others takes a tenth of a short one.
     gc.set_threshold(_GC_THRESHOLD)
@@ -87,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.raiseExceptions = False
     for stream in (sys.stdout, sys.stderr):
         # A terminal with another encoding shows characters that it lacks as escapes.
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream := raw(stream), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]  # noqa: S105

@@ -12,6 +12,7 @@ from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.follow import StatusWatch, follow
 from launcher.cli.plan_view import started_lines
+from launcher.cli.printable_stream import as_plain_lines
 from launcher.cli.resume import resume_run
 from launcher.clusters.backends import cluster_for, status_reader_for
 from launcher.errors import SubmitError, printable
@@ -93,7 +94,7 @@ def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
         time.sleep(_LOG_POLL_S)
     agent = run.attempt(attempt) / "agent.log"
     if not run.rank_log(attempt, arguments.rank).is_file() and agent.is_file():
-        print(agent.read_text(errors="replace"), end="")
+        print(as_plain_lines(agent.read_text(errors="replace")), end="")
     if line := _end_line(run, attempt, status):
         print(f"\n{line}")
     return 0
@@ -137,7 +138,7 @@ def _print_from(log: Path, offset: int) -> int:
     with open(log, "rb") as file:
         file.seek(offset)
         data = file.read()
-    sys.stdout.write(data.decode(errors="replace"))
+    sys.stdout.write(as_plain_lines(data.decode(errors="replace")))
     sys.stdout.flush()
     return offset + len(data)
 

@@ -17,6 +17,7 @@ from launcher import run_store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.follow import StatusWatch, wandb_words
+from launcher.cli.printable_stream import raw
 from launcher.cli.run_summary import summary
 from launcher.clusters.backends import status_reader_for
 from launcher.errors import LauncherError, SubmitError, printable
@@ -106,7 +107,9 @@ def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
         read_at = time.monotonic()
         block = formatting.as_json(values, 2 if every_s is None else None) if as_json else "\n".join(_lines(values))
         clear = every_s is not None and not as_json and sys.stdout.isatty()
-        print(f"{_CLEAR if clear else ''}{block}", flush=True)
+        if clear:
+            raw(sys.stdout).write(_CLEAR)
+        print(block, flush=True)
         if every_s is None or values["state"] not in RUNNING_STATES:
             return 0
         time.sleep(every_s)

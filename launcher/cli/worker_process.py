@@ -99,6 +99,10 @@ def run_worker(
 
 
 def worker_environment() -> dict[str, str]:
-    """Return the environment of a process that runs a module of the worker side: this package comes first in PYTHONPATH."""
+    """Return the environment of a process that runs a module of the worker side: this package comes first in PYTHONPATH.
+
+    Nothing is imported from the working directory, which may belong to somebody else.
+    """
     root = str(Path(facts.__file__).resolve().parents[1])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

@@ -24,6 +24,7 @@ from launcher.config.command_line import GROUPS, flags_first, override_key, with
 from launcher.config.config_files import cycle_problem, missing_keys, package_problems
 from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import hydra_problems, missing, no_such_option, schema_problems
+from launcher.config.hydra_guard import guarded, require_no_callbacks
 from launcher.config.origin import Origins, short
 from launcher.config.printed_settings import redact_settings
 from launcher.config.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
@@ -153,7 +154,7 @@ def _call_hydra(task: Callable[[Any], None], tokens: Sequence[str]) -> None:
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["launcher", *argv], "1"
     try:
         # A sweep always writes a multirun.yaml.
-        with tempfile.TemporaryDirectory() as sweep, redirect_stdout(printed), redirect_stderr(usage):
+        with guarded(), tempfile.TemporaryDirectory() as sweep, redirect_stdout(printed), redirect_stderr(usage):
             sys.argv += [f"hydra.sweep.dir='{sweep}'"] if {"-m", "--multirun"} & set(argv) else []
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
     except SystemExit as stop:
@@ -164,9 +165,9 @@ def _call_hydra(task: Callable[[Any], None], tokens: Sequence[str]) -> None:
                 where=COMMAND_LINE,
                 remedy="see python -m launcher --help",
             ) from stop
-    # The task raises nothing: every exception here is Hydra's, and not all are a HydraException.
+    # The task raises nothing: every other exception here is Hydra's, and not all are a HydraException.
     except Exception as error:
-        raise ConfigError(hydra_problems(error, argv, [*_extra_dirs(argv), conf_dir()])) from error
+        raise _refusal_within(error) or ConfigError(hydra_problems(error, argv, [*_extra_dirs(argv), conf_dir()])) from error
     finally:
         sys.argv = saved_state[0]
         os.environ.pop("HYDRA_FULL_ERROR", None)
@@ -182,15 +183,24 @@ def _compose_once(task: Callable[[Any], None], overrides: list[str]) -> None:
     from omegaconf import open_dict
 
     try:
-        with hydra.initialize_config_dir(str(conf_dir()), job_name="launcher", version_base="1.3"):
+        with guarded(), hydra.initialize_config_dir(str(conf_dir()), job_name="launcher", version_base="1.3"):
             cfg = hydra.compose("config", overrides, return_hydra_config=True)
+            require_no_callbacks(cfg)
             HydraConfig.instance().set_config(cfg)
             with open_dict(cfg):
                 del cfg["hydra"]
             task(cfg)
-    # The task raises nothing: every exception here is Hydra's, and not all are a HydraException.
+    # The task raises nothing: every other exception here is Hydra's, and not all are a HydraException.
     except Exception as error:
-        raise ConfigError(hydra_problems(error, overrides, [conf_dir()])) from error
+        raise _refusal_within(error) or ConfigError(hydra_problems(error, overrides, [conf_dir()])) from error
+
+
+def _refusal_within(error: BaseException) -> ConfigError | None:
+    """Return the refusal of the guard that caused an error of Hydra; None without one."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ConfigError):
+        cause = cause.__cause__ or cause.__context__
+    return cause
 
 
 def strip_group_plus(token: str) -> str:

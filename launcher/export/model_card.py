@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launcher.checkpoint.manifest import Manifest
+from launcher.config import bounded_yaml
 from launcher.config.redaction import redact
 from launcher.config.schema import is_local_path
 from launcher.config.sections.fields import HUB_ID_PATTERN
@@ -73,8 +74,9 @@ def render_model_card(
 def base_front_matter(folder: Path) -> dict[str, Any]:
     """Read the front matter of a model folder's card; empty if there is none that can be parsed."""
     try:
-        match = _FRONT_MATTER.match((folder / CARD).read_text(encoding="utf-8"))
-        content = yaml.safe_load(match.group(1)) if match else None
+        with open(folder / CARD, encoding="utf-8") as file:
+            match = _FRONT_MATTER.match(file.read(bounded_yaml.MAX_CHARS))
+        content = bounded_yaml.safe_load(match.group(1)) if match else None
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from launcher.errors import printable
 from launcher.tracking.metrics import console_text
 
 
@@ -31,7 +32,7 @@ class ConsoleTracker:
         self._stream.flush()
 
     def _print(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        print(printable(line), file=self._stream, flush=True)
 
 
 def format_step(metrics: Mapping[str, float], max_steps: int | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import sys
@@ -28,6 +29,10 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 # Size of a read, and of a block of rows.
 _BLOCK_BYTES = 1 << 20
 BLOCK_ROWS = 256
+# No row of text is as long; a file of one line would have to be held whole.
+_MAX_LINE_BYTES = 256 << 20
+# Text shrinks to a tenth, seldom to a fiftieth. Below this size what a file expands to does no harm.
+_MAX_EXPANSION, _HARMLESS_BYTES = 200, 64 << 20
 _SAVE_AS_UTF8 = "save the file in UTF-8"
 
 
@@ -110,7 +115,7 @@ def split_block(block: Block) -> Iterator[Block]:
 def _blocks_of_lines(file: io.BufferedReader, name: str, kind: str) -> Iterator[Block]:
     lines: list[bytes] = []
     first, num_bytes = 1, 0
-    for line in file:
+    for line in _lines(file, name):
         lines.append(line)
         num_bytes += len(line)
         if len(lines) == BLOCK_ROWS or num_bytes >= _BLOCK_BYTES:
@@ -119,6 +124,18 @@ def _blocks_of_lines(file: io.BufferedReader, name: str, kind: str) -> Iterator[
             lines.clear()
     if lines:
         yield Block(kind, name, first, b"".join(lines))
+
+
+def _lines(file: io.BufferedReader, name: str) -> Iterator[bytes]:
+    """Yield the lines of a file. Raises: DataError for one that is too long."""
+    for number in itertools.count(1):
+        line = file.readline(_MAX_LINE_BYTES + 1)
+        if not line:
+            return
+        if len(line) > _MAX_LINE_BYTES:
+            remedy = "write one row per line, and shorter rows"
+            refuse(f"the line is longer than {_MAX_LINE_BYTES >> 20} MiB", f"{name}:{number}", remedy)
+        yield line
 
 
 def _blocks_of_rows(rows: Iterator[tuple[Row, str, int]], name: str, kind: str) -> Iterator[Block]:
@@ -185,7 +202,8 @@ def _decompressed(raw: io.FileIO, name: str) -> Iterator[io.BufferedReader]:
     import pyarrow
 
     try:
-        yield io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), codec), _BLOCK_BYTES)
+        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), codec)
+        yield io.BufferedReader(_Decompressed(stream, raw, name), _BLOCK_BYTES)
     except OSError as error:
         at, size = raw.tell(), os.fstat(raw.fileno()).st_size
         if "Truncated" in str(error):
@@ -193,6 +211,26 @@ def _decompressed(raw: io.FileIO, name: str) -> Iterator[io.BufferedReader]:
         else:
             message, place = f"the {codec} stream is corrupt: {error}", f"{name}, before byte {at}"
         refuse(message, place, "copy or download the file again", value=f"{size} bytes")
+
+
+class _Decompressed(io.RawIOBase):
+    """What a compressed file expands to, as long as that is in proportion to the file."""
+
+    def __init__(self, stream: Any, raw: io.FileIO, name: str) -> None:
+        self._stream, self._raw, self._name = stream, raw, name
+        self._num_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._stream.read(len(buffer))
+        buffer[: len(content)] = content
+        self._num_bytes += len(content)
+        if self._num_bytes > max(_HARMLESS_BYTES, _MAX_EXPANSION * self._raw.tell()):
+            message = f"the compressed file expands to more than {_MAX_EXPANSION} times its size"
+            refuse(message, self._name, "if you trust the file, decompress it and read the result")
+        return len(content)
 
 
 def _kind_by_content(file: io.BufferedReader, name: str) -> str:
@@ -236,7 +274,7 @@ def _rename(name: str) -> str:
 def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
     """Yield (row, place, number of characters) of each line after the first, which names the columns."""
     csv.field_size_limit(sys.maxsize)
-    lines = (_decoded(line, name, number) for number, line in enumerate(file, start=1))
+    lines = (_decoded(line, name, number) for number, line in enumerate(_lines(file, name), start=1))
     reader = csv.reader(lines, strict=True)
     header: list[str] | None = None
     start = 1
@@ -277,9 +315,15 @@ def _parquet(file: io.BufferedReader, name: str) -> Any:
     # The footer is at the end, and a compressed stream cannot seek.
     seekable = file if file.seekable() else pyarrow.BufferReader(file.read())
     try:
-        return pyarrow.parquet.ParquetFile(seekable)
+        table = pyarrow.parquet.ParquetFile(seekable)
     except (pyarrow.ArrowException, OSError) as error:
         refuse(f"this is no complete parquet file: {error}", name, "copy or download the file again")
+    seekable.seek(0, os.SEEK_END)
+    groups = (table.metadata.row_group(i) for i in range(table.metadata.num_row_groups))
+    if sum(group.total_byte_size for group in groups) > max(_HARMLESS_BYTES, _MAX_EXPANSION * seekable.tell()):
+        message = f"the table expands to more than {_MAX_EXPANSION} times the size of its file"
+        refuse(message, name, "if you trust the file, write it without compression")
+    return table
 
 
 def _blocks_of_table(file: io.BufferedReader, name: str) -> Iterator[Block]:

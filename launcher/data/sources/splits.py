@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import PurePosixPath
@@ -10,6 +11,9 @@ from typing import Any
 from launcher.data.sources.files import COMPRESSED, KINDS, detect_kind, strip_suffixes
 from launcher.data.sources.row_values import refuse
 
+_MAX_PATTERN_CHARS = 1000
+# Of a pattern with a name; a million take seconds.
+_MAX_COMPARISONS = 10_000_000
 # The split of held-out documents, if none is set.
 HELD_OUT = "validation or test"
 README = "README.md"
@@ -118,8 +122,12 @@ def _configs(readme: bytes, where: str) -> list[dict[str, Any]]:
         return []
     import yaml
 
+    from launcher.config import bounded_yaml
+
     try:
-        head = yaml.safe_load(match[1])
+        head = bounded_yaml.safe_load(match[1])
+    except bounded_yaml.UnboundedYaml as error:
+        refuse(f"the head of {README} is not read: {error}", where, "name the files in the source's path")
     except yaml.YAMLError as error:
         refuse(f"the head of {README} is not YAML: {str(error).splitlines()[0]}", where, "name the files in the source's path")
     configs = head.get("configs") if isinstance(head, dict) else None
@@ -136,14 +144,39 @@ def _subset(configs: Sequence[dict[str, Any]], subset: str | None, where: str) -
     refuse(f"the dataset has several subsets: {', '.join(names)}", where, "set the source's subset to one of them")
 
 
-def _glob(pattern: str, where: str) -> re.Pattern[str]:
-    """Compile a pattern: `*` matches within a folder, and `**/` any number of folders, including none."""
-    from fsspec.utils import glob_translate
+def _is_pattern(pattern: str) -> bool:
+    return any(sign in pattern for sign in "*?[")
 
-    try:
-        return re.compile(glob_translate(pattern))
-    except ValueError as error:
-        refuse(f"the pattern {pattern} of {README} cannot be read: {error}", where, "name the files in the source's path")
+
+def _match_all(pattern: str, names: Sequence[str], where: str) -> list[str]:
+    """Return the names that fit a pattern: `*` matches within a folder, and `**/` any number of folders, including none.
+
+    The time grows with the product of the lengths, whatever the pattern: a regular expression for all of it could take for ever.
+    """
+    if not _is_pattern(pattern):
+        return [name for name in names if name == pattern]
+    parts = pattern.split("/")
+    if len(pattern) > _MAX_PATTERN_CHARS or any("**" in part and part != "**" for part in parts):
+        reason = "it is too long" if len(pattern) > _MAX_PATTERN_CHARS else "** is only a whole folder"
+        message = f"the pattern {pattern[:_MAX_PATTERN_CHARS]} of {README} cannot be read: {reason}"
+        refuse(message, where, "name the files in the source's path")
+    # fnmatch tries no `*` again after the text that follows it has matched.
+    fits = [None if part == "**" else re.compile(fnmatch.translate(part)).match for part in parts]
+    return [name for name in names if _fits(fits, name.split("/"))]
+
+
+def _fits(parts: Sequence[Callable[[str], Any] | None], folders: Sequence[str]) -> bool:
+    """Return whether the folders and the file of a name fit the parts of a pattern, of which None fits any number of folders."""
+    # The numbers of folders that the parts so far may have matched.
+    ends = {0}
+    for i, fits in enumerate(parts):
+        if fits is None:
+            # Nothing below a folder is not in it.
+            first = min(ends, default=len(folders)) + (i == len(parts) - 1)
+            ends = {*range(first, len(folders) + 1)} if ends else set()
+        else:
+            ends = {end + 1 for end in ends if end < len(folders) and fits(folders[end])}
+    return len(folders) in ends
 
 
 def _by_readme(config: dict[str, Any], names: Sequence[str], where: str) -> dict[str, list[str]]:
@@ -153,14 +186,20 @@ def _by_readme(config: dict[str, Any], names: Sequence[str], where: str) -> dict
     if entries is None:
         return _by_names(_data_files(inside, where))
     entries = entries if isinstance(entries, list) else [entries]
-    by_split: dict[str, list[str]] = {}
+    by_pattern: list[tuple[str, str]] = []
     for entry in entries:
         split, patterns = (str(entry.get("split", "train")), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
-        for pattern in patterns if isinstance(patterns, list) else [patterns]:
-            fits = _glob(str(pattern).removeprefix("./"), where).match
-            matched = [name for name in inside if fits(name.removeprefix(f"{folder}/" if folder else ""))]
-            if not matched:
-                remedy = "correct the pattern, or name the files in the source's path"
-                refuse(f"no file matches the pattern {pattern} of {README}", where, remedy)
-            by_split.setdefault(split, []).extend(_data_files(matched, where))
+        by_pattern += [(split, str(pattern)) for pattern in (patterns if isinstance(patterns, list) else [patterns])]
+    if len(by_pattern) * len(inside) > _MAX_COMPARISONS:
+        message = f"{README} has too many patterns: {len(by_pattern):,} for {len(inside):,} files"
+        refuse(message, where, "name the files in the source's path")
+    prefix = f"{folder}/" if folder else ""
+    relative = [name.removeprefix(prefix) for name in inside]
+    by_split: dict[str, list[str]] = {}
+    for split, pattern in by_pattern:
+        matched = [prefix + name for name in _match_all(pattern.removeprefix("./"), relative, where)]
+        if not matched:
+            remedy = "correct the pattern, or name the files in the source's path"
+            refuse(f"no file matches the pattern {pattern} of {README}", where, remedy)
+        by_split.setdefault(split, []).extend(_data_files(matched, where))
     return {split: sorted(set(files)) for split, files in by_split.items()}

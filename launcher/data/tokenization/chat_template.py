@@ -13,6 +13,7 @@ import jinja2
 from transformers.utils import chat_template_utils
 
 from launcher.data.sources import Chat, Message
+from launcher.data.tokenization.render_limits import LimitReached, limited
 from launcher.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -152,13 +153,17 @@ class ChatTemplate:
         rows, tools = [_to_template_row(message) for message in messages], (list(chat.tools) if with_tools else []) or None
         values = {"add_generation_prompt": generation_prompt, **self._special_tokens}
         try:
-            compiled = _compiled(source)
-            if not marks:
-                return compiled.render(messages=rows, tools=tools, documents=None, **values), []
-            texts, spans = chat_template_utils.render_jinja_template(
-                conversations=[rows], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **values
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            with limited():
+                compiled = _compiled(source)
+                if not marks:
+                    return compiled.render(messages=rows, tools=tools, documents=None, **values), []
+                texts, spans = chat_template_utils.render_jinja_template(
+                    conversations=[rows], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **values
+                )
+        except LimitReached as error:
+            remedy = "look for endless loops in the template; set data.chat_template to a file with one that you trust"
+            raise DataError(Problem(f"the chat template {error}", chat.where, self.name, remedy)) from None
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             problem = f"the chat template refuses this conversation: {error}"
             remedy = (
                 "change the row, set data.chat_template to a file with a template that accepts it, or drop conversations whose "

@@ -1,0 +1,52 @@
+"""Standard output and standard error of a command: text from files and from other machines cannot act on the terminal."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from launcher.errors import printable
+
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class PrintableStream:
+    """Writes escape sequences as visible text. rich, whose own sequences are wanted, writes to `rich_proxied_file`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.rich_proxied_file = stream
+
+    def write(self, text: str) -> int:
+        self.rich_proxied_file.write(printable(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
+@contextmanager
+def printable_output() -> Iterator[None]:
+    """Within this block, whatever is printed is printable."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (PrintableStream(raw(stream)) for stream in before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def raw(stream: TextIO) -> TextIO:
+    """Return the stream itself, for the launcher's own escape sequences."""
+    return getattr(stream, "rich_proxied_file", stream)
+
+
+def as_plain_lines(text: str) -> str:
+    """Return a log's text without colors; what progress bars write over each other becomes lines."""
+    return _COLORS.sub("", text).replace("\r\n", "\n").replace("\r", "\n")

@@ -1,0 +1,75 @@
+"""YAML from somebody else, within bounds: a few lines of nested aliases would otherwise expand to more than memory holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+# Values after all aliases are expanded. Settings have hundreds; the heads of READMEs with many subsets ten thousands.
+MAX_VALUES = 200_000
+MAX_CHARS = 8 << 20
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class UnboundedYaml(yaml.YAMLError):
+    """The text is too long, or its aliases expand to too many values or to themselves."""
+
+
+def safe_load(text: str | bytes) -> Any:
+    """Return the content of a YAML text, without any object but those of JSON and dates.
+
+    Raises:
+        yaml.YAMLError: where it is not YAML, or not within bounds.
+    """
+    if len(text) > MAX_CHARS:
+        raise UnboundedYaml(f"it is longer than {MAX_CHARS >> 20} MiB")
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        _require_bounded(node)
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise UnboundedYaml("it is nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def require_bounded(text: str) -> None:
+    """Check a text that is read by another parser; one that is not YAML passes.
+
+    Raises:
+        UnboundedYaml: where it is not within bounds.
+    """
+    if len(text) > MAX_CHARS:
+        raise UnboundedYaml(f"it is longer than {MAX_CHARS >> 20} MiB")
+    if "&" not in text:
+        return
+    try:
+        _require_bounded(yaml.compose(text, Loader=_Loader))
+    except UnboundedYaml:
+        raise
+    except RecursionError:
+        raise UnboundedYaml("it is nested too deeply") from None
+    except yaml.YAMLError:
+        # The parser that reads it says where.
+        return
+
+
+def _require_bounded(root: yaml.Node | None) -> None:
+    if root is not None and _num_values(root, {}, set()) > MAX_VALUES:
+        raise UnboundedYaml(f"it has more than {MAX_VALUES:,} values, with its aliases expanded")
+
+
+def _num_values(node: yaml.Node, known: dict[int, int], within: set[int]) -> int:
+    """Return the number of values of a node with its aliases expanded; `within` are the nodes that it is in."""
+    if id(node) in known:
+        return known[id(node)]
+    if id(node) in within:
+        raise UnboundedYaml("an alias refers to what it is in")
+    within.add(id(node))
+    inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+    children = inner if isinstance(node, yaml.CollectionNode) else []
+    known[id(node)] = 1 + sum(_num_values(child, known, within) for child in children)
+    within.remove(id(node))
+    return known[id(node)]

@@ -1,0 +1,81 @@
+"""Hydra composes settings here and does nothing else: it runs no code that a file or an override names.
+
+While it composes, Hydra calls the classes that `hydra.callbacks`, `hydra.job_logging` and `hydra.hydra_logging` name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from launcher.config.bounded_yaml import UnboundedYaml, require_bounded
+from launcher.errors import ConfigError, Problem
+
+# Where Hydra's own modules hold the function that configures logging.
+_LOGGING = ("hydra._internal.hydra", "hydra._internal.core_plugins.basic_launcher", "hydra.core.utils")
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Compose within this block. Hydra's errors for what is refused here are ConfigErrors."""
+    from hydra._internal import hydra
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+
+    class RefusedCallbacks(hydra.Callbacks):
+        def __init__(self, config: Any = None) -> None:
+            if config is not None:
+                require_no_callbacks(config)
+            super().__init__(None)
+
+    replacements: list[tuple[Any, str, Any]] = [
+        (hydra, "Callbacks", RefusedCallbacks),
+        *((importlib.import_module(module), "configure_log", lambda *_, **__: None) for module in _LOGGING),
+        (FileConfigSource, "load_config", _bounded(FileConfigSource.load_config)),
+    ]
+    originals = [getattr(owner, name) for owner, name, _ in replacements]
+    try:
+        for owner, name, replacement in replacements:
+            setattr(owner, name, replacement)
+        yield
+    finally:
+        for (owner, name, _), original in zip(replacements, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def require_no_callbacks(config: Any) -> None:
+    """Refuse composed settings, with Hydra's own section, that name callbacks.
+
+    Raises:
+        ConfigError: with their names.
+    """
+    from omegaconf import OmegaConf
+
+    callbacks = OmegaConf.select(config, "hydra.callbacks")
+    if callbacks:
+        raise ConfigError(
+            "hydra.callbacks: a setting must not name code to run; nothing was called",
+            where="hydra.callbacks",
+            value=", ".join(map(str, callbacks)),
+            remedy="remove hydra.callbacks from the command line and from the files of the chosen options",
+        )
+
+
+def _bounded(load: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+    @functools.wraps(load)
+    def load_bounded(source: Any, config_path: str) -> Any:
+        path = os.path.join(source.path, source._normalize_file_name(config_path))
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                text = file.read()
+            try:
+                require_bounded(text)
+            except UnboundedYaml as error:
+                problem = Problem(f"the file is not read: {error}", path, remedy="write the values out, or use another file")
+                raise ConfigError(problem) from None
+        return load(source, config_path)
+
+    return load_bounded

@@ -1,0 +1,105 @@
+"""Settings and folders from somebody who wants `plan` to run code, or to run out of memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import Problem
+
+Refused = Callable[..., list[Problem]]
+CODE = "import pathlib\npathlib.Path({marker!r}).touch()\nclass C: pass\n"
+
+
+@pytest.fixture
+def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that modules in the working directory leave when they are imported, and so does `evil` in the folder `path`."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path/evil.py").write_text(CODE.format(marker=str(tmp_path / "ran")))
+    for name in ("evil", "yaml", "submitit"):
+        (tmp_path / f"here/{name}.py").write_text(CODE.format(marker=str(tmp_path / "ran")))
+    (tmp_path / "here/hydra_plugins").mkdir()
+    (tmp_path / "here/hydra_plugins/plugin.py").write_text(CODE.format(marker=str(tmp_path / "ran")))
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "ran"
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Callable[[str], tuple[str, ...]]:
+    """The words that choose an experiment with this content, in a folder that others share."""
+
+    def choose(text: str) -> tuple[str, ...]:
+        (tmp_path / "shared/experiment").mkdir(parents=True)
+        (tmp_path / "shared/experiment/mine.yaml").write_text(f"# @package _global_\n{text}")
+        return "--config-dir", str(tmp_path / "shared"), "experiment=mine"
+
+    return choose
+
+
+@pytest.mark.parametrize("flags", [(), ("-m",)])
+@pytest.mark.parametrize("by_file", [False, True])
+def test_callbacks_are_refused_and_not_imported(
+    refused: Refused,
+    marker: Path,
+    shared: Callable[[str], tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple,
+    by_file: bool,
+) -> None:
+    monkeypatch.syspath_prepend(marker.parent / "path")
+    words = (
+        shared("hydra:\n  callbacks:\n    mine:\n      _target_: evil.C\n")
+        if by_file
+        else ("+hydra.callbacks.mine._target_=evil.C",)
+    )
+    (problem,) = refused(*flags, *words)
+    assert problem.message == "hydra.callbacks: a setting must not name code to run; nothing was called"
+    assert problem.value == "mine"
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("section", ["job_logging", "hydra_logging"])
+@pytest.mark.parametrize("flags", [(), ("-m",)])
+def test_classes_of_the_logging_are_not_imported(
+    compose: Callable,
+    marker: Path,
+    shared: Callable[[str], tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    section: str,
+    flags: tuple,
+) -> None:
+    monkeypatch.syspath_prepend(marker.parent / "path")
+    logging = (
+        "{version: 1, handlers: {h: {class: evil.C}, i: {(): evil.C}, j: {class: logging.StreamHandler, stream: ext://evil.C}}"
+    )
+    words = shared(f"hydra:\n  {section}: {logging}, root: {{handlers: [h, i, j]}}}}\n")
+    compose(*flags, *words, "model=tiny")
+    assert not marker.exists()
+
+
+def test_nothing_is_imported_from_the_working_directory(marker: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": ""}
+    command = [sys.executable, "-m", "launcher", "plan", "model=tiny", "tracking=none", "-m"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not marker.exists()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("flags", [(), ("-m",)])
+def test_a_file_whose_aliases_expand_without_bound_is_not_read(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple
+) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    (tmp_path / "shared/model").mkdir(parents=True)
+    (tmp_path / "shared/model/mine.yaml").write_text("\n".join(lines))
+    (problem,) = refused(*flags, f"hydra.searchpath=[file://{tmp_path}/shared]", "model=mine")
+    assert problem.message == "the file is not read: it has more than 200,000 values, with its aliases expanded"
+    assert problem.where == f"{tmp_path}/shared/model/mine.yaml"

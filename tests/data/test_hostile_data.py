@@ -1,0 +1,138 @@
+"""Datasets and templates from somebody who wants this machine to run out of time or memory."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from transformers import AutoTokenizer
+
+from launcher.config.sections.data import DataSection, Source
+from launcher.data.sources import Chat, Message, check_sources, files, read_documents
+from launcher.data.tokenization import render_limits
+from launcher.data.tokenization.chat_template import ChatTemplate
+from launcher.errors import DataError, Problem
+
+CHAT = Chat("rows.jsonl:1", (Message("user", "Hi"), Message("assistant", "Hello.")))
+
+
+@pytest.fixture(autouse=True)
+def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render_limits, "MAX_CPU_S", 0.5)
+    monkeypatch.setattr(render_limits, "MAX_BYTES", 1 << 30)
+
+
+def refusal(source: Source) -> Problem:
+    with pytest.raises(DataError) as error:
+        list(read_documents(source))
+    (problem,) = error.value.problems
+    return problem
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes more than 0.5 s"),
+        ("{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "takes more than"),
+        ("{{ 'a' * 10 ** 10 }}", "takes more than 1 GiB of memory"),
+        ("{{ messages | join | center(10 ** 10) }}", "takes more than 1 GiB of memory"),
+        ("{{ range(10 ** 9) }}", "refuses this conversation: Range too big"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refuses this conversation: maximum recursion depth exceeded"),
+    ],
+)
+@pytest.mark.parametrize("marked", [False, True])
+def test_an_endless_template_is_refused(tokenizer_dir: Path, template: str, message: str, marked: bool) -> None:
+    text = template + "{% generation %}{% endgeneration %}" * marked
+    chat_template = ChatTemplate(AutoTokenizer.from_pretrained(str(tokenizer_dir)), text)
+    with pytest.raises(DataError) as error:
+        chat_template.render_with_marks(CHAT, CHAT.messages) if marked else chat_template.render(CHAT)
+    assert error.value.problems[0].message.startswith(f"the chat template {message}")
+    # The limits hold for one conversation.
+    until = time.process_time() + 0.7
+    while time.process_time() < until:
+        pass
+    assert ChatTemplate(AutoTokenizer.from_pretrained(str(tokenizer_dir)), "{{ messages[0].content }}").render(CHAT) == "Hi"
+
+
+@pytest.mark.parametrize("line", [False, True])
+def test_a_file_that_expands_out_of_proportion_is_refused(tmp_path: Path, line: bool) -> None:
+    row = json.dumps({"text": "a" * 1000}).encode() + b"\n"
+    content = b'{"text": "' + b"a" * (100 << 20) if line else row * 100_000
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(content, 6))
+    assert (tmp_path / "rows.jsonl.gz").stat().st_size < 2 << 20
+    problem = refusal(Source(path=str(tmp_path / "rows.jsonl.gz")))
+    assert problem.message == "the compressed file expands to more than 200 times its size"
+    assert "decompress it" in problem.remedy
+
+
+def test_a_table_that_expands_out_of_proportion_is_refused(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["a" * (1 << 20)] * 100})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet", compression="zstd", use_dictionary=False)
+    assert refusal(Source(path=str(tmp_path / "rows.parquet"))).message == (
+        "the table expands to more than 200 times the size of its file"
+    )
+
+
+def test_a_line_without_an_end_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_MAX_LINE_BYTES", 1 << 20)
+    for name in ("rows.jsonl", "rows.csv"):
+        with open(tmp_path / name, "wb") as file:
+            file.write(b'{"text": "one"}\n' if name == "rows.jsonl" else b"text\n")
+            file.truncate(1 << 30)
+        problem = refusal(Source(path=str(tmp_path / name)))
+        assert (problem.message, problem.where) == ("the line is longer than 1 MiB", f"{tmp_path / name}:2")
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [_pipe, _device])
+def test_a_pipe_or_a_device_is_not_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("train.jsonl", "README.md"):
+        make(tmp_path / "data" / name)
+    for path in ("data", "data/train.jsonl", "data/*.jsonl"):
+        (problem,) = check_sources(DataSection(sources=(Source(path=f"{tmp_path}/{path}"),)))
+        assert problem.value == f"{tmp_path}/{path}"
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (f"{BOMB}configs:\n- config_name: *a8\n", "it has more than 200,000 values, with its aliases expanded"),
+        ("configs: &a [*a]\n", "an alias refers to what it is in"),
+        ("configs: " + "[" * 100_000, "the head of README.md is not"),
+        ("configs:\n- data_files: '" + "**/" * 15 + "*a*a*a*a*a*a*a*a*b'\n", "no file matches the pattern"),
+        ("configs:\n- data_files:\n" + "  - '*'\n" * 150_000, "README.md has too many patterns"),
+    ],
+)
+def test_the_head_of_a_readme_cannot_take_for_ever(tmp_path: Path, head: str, message: str) -> None:
+    folder = tmp_path / "/".join("a" * 12)
+    folder.mkdir(parents=True)
+    (folder / f"{'a' * 60}.jsonl").write_text('{"text": "a"}\n')
+    for i in range(100):
+        (tmp_path / f"{i}.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
+    started = time.process_time()
+    assert message in refusal(Source(path=str(tmp_path))).message
+    assert time.process_time() - started < 20
