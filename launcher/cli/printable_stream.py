@@ -35,7 +35,7 @@ class PrintableStream:
 def printable_output() -> Iterator[None]:
     """Within this block, whatever is printed is printable."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (PrintableStream(raw(stream)) for stream in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (PrintableStream(raw(stream)) for stream in before)
     try:
         yield
     finally:
