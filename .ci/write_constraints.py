@@ -18,8 +18,8 @@ from packaging.version import Version
 _EXTRAS = ("", "test", "dev", "ray-jobs", "docs", "s3")
 _OWN = ("launcher", "torch", "pip", "setuptools")
 _HEAD = """\
-# Versions with which the tests passed, for `pip install --constraint`. `make constraints` writes this file from what is installed,
-# and `make try-newest` runs the tests with the newest versions of everything.
+# Versions with which the tests passed, for `pip install --constraint`. `make constraints` writes them from what is installed, and
+# `make try-newest` runs the tests with the newest versions of everything.
 """
 
 

@@ -49,31 +49,6 @@ def test_status_reads_the_files_of_the_run(launch_here: Launch, run: RunDir) -> 
     assert [alert["step"] for alert in found["alerts"]] == [7, 10]
 
 
-EVIL = "\x1b]0;title\x07\x1b[2Ja\x9b1mb\u202ec"
-
-
-def test_nothing_that_a_run_holds_can_act_upon_the_terminal(launch_here: Launch, run: RunDir) -> None:
-    JsonlTracker(run, 2).event("alert", f"an alert {EVIL}", step=10)
-    run_store.update_status(run, state="failed", message=f"a message {EVIL}", job={"id": EVIL, "nodes": [EVIL]})
-    log = run.rank_log(2, 0)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text(f"10%\r20%\r\n\x1b[1;31mred\x1b[0m {EVIL}\n")
-    evil = run.root.with_name(f"n{EVIL}")
-    run.root.rename(evil)
-    shown = ""
-    for words in (
-        ("ls", "--root", str(run.root.parent)),
-        *(("status", str(evil)), ("logs", str(evil)), ("checkpoints", str(evil)), ("report", str(evil)), ("resume", str(evil))),
-        ("status", f"{evil}-gone"),
-    ):
-        done = launch_here(*words)
-        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", done.stdout + done.stderr), words
-        shown += done.stdout
-    for text in ("n", "an alert ", "a message "):
-        assert f"{text}\\x1b]0;title\\x07\\x1b[2Ja\\x9b1mb\\u202ec" in shown
-    assert "10%\n20%\nred \\x1b]0;" in shown
-
-
 def test_the_step_is_the_newest_of_metrics_and_status(run: RunDir) -> None:
     """The ranks log more often than they write status.json."""
     status = replace(run_store.update_status(run, state="running"), step=8)
