@@ -110,6 +110,14 @@ def test_a_run_that_was_cancelled_before_its_first_step_can_be_resumed(run: RunD
     assert "start it again with: python -m launcher resume " in capsys.readouterr().out
 
 
+def test_a_run_that_reached_a_limit_is_continued_with_a_higher_one(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    run_store.update_status(run, state="preempted", message="run.max_hours=2 is reached")
+    assert follow(run, 2, LocalCluster()) == EXIT_INTERRUPTED
+    output = capsys.readouterr().out
+    assert output.startswith("\npreempted: run.max_hours=2 is reached\n") or "\npreempted: run.max_hours=2 is reached\n" in output
+    assert output.rstrip().endswith(" run.max_hours=...")
+
+
 def test_follow_names_the_output_of_a_job_that_has_no_agent_log(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     run_store.write_attempt(run, 1, replace(run_store.read_attempt(run, 1), job="41"))
     log = run.agent_log(1, "41")

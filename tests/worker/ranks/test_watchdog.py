@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import faulthandler
 import math
 import multiprocessing
 import multiprocessing.process
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -376,6 +378,19 @@ def test_the_successor_of_a_killed_rank_is_watched_as_well(start: Start, reports
     reports.clear()
     second = start("stopped")[1]
     assert f"(pid {second.pid}) is stopped" in wait_for_report(reports)
+
+
+def test_the_time_in_which_the_agent_was_stopped_is_no_silence(start: Start, table: HeartbeatTable, reports: list[str]) -> None:
+    start("waits", "waits")
+    end = time.monotonic() + 20
+    while [beat.step for beat in table.read().values()] != [3, 3]:
+        assert time.monotonic() < end, "the ranks have not begun"
+        time.sleep(0.02)
+    # This call holds the GIL, so the watchdog stands still, as if `scontrol suspend` had stopped the agent.
+    ctypes.PyDLL(None).sleep(4)
+    silent_s = re.search(r"no progress for (\d+) s", wait_for_report(reports))
+    assert silent_s is not None
+    assert int(silent_s[1]) < 4
 
 
 def test_ranks_with_heartbeats_and_foreign_processes_are_left_alone(

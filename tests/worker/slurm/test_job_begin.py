@@ -64,6 +64,15 @@ def test_a_requeue_opens_the_next_attempt_from_the_newest_checkpoint(
     assert of.status.attempt == 2
 
 
+def test_an_attempt_that_was_numbered_while_a_checkpoint_was_not_visible_begins_at_it(submitted: Callable[..., Job]) -> None:
+    of = submitted()
+    of.ended(1, "preempted")
+    run_store.create_attempt(of.run, Attempt(resume_step=None, automatic=True))
+    of.saved(40)
+    assert of.begin()[:2] == (0, "2\n")
+    assert of.attempt(2).resume_step == 40
+
+
 def test_the_wait_of_a_requeued_job_counts_as_queue_time(submitted: Callable[..., Job], in_slurm: Callable[..., None]) -> None:
     of, now, hour = submitted(), time.time(), 3600
     of.ended(1, "preempted", None, 20, submitted_at=now - 7 * hour, begun_at=now - 7 * hour)
