@@ -111,6 +111,7 @@ def test_a_resumed_run_that_waits_is_not_asked_to_stop(run: RunDir) -> None:
     found = summary(run, run_store.update_status(run, state="pending", max_steps=60))
     assert (found["attempt"], found["asked_to_stop"], found["left_s"]) == (number, False, 55 * 2.0)
     assert found["cost"]["expected_usd"] == pytest.approx(found["cost"]["usd"] + 2 * 2.0 * 110 / 3600)
+    assert summary(run, run_store.update_status(run, state="pending", max_steps=3))["left_s"] == 0, "fewer steps than it has"
     atomic_files.write_json(run.cancel(number), {"save": True})
     assert summary(run, run_store.update_status(run, state="pending"))["asked_to_stop"]
 

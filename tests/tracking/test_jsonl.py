@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.jsonl import JsonlTracker, Tail, append_event, read_events, read_metrics
+from launcher.tracking.jsonl import SUPERSEDED, JsonlTracker, Tail, append_event, read_events, read_metrics
 
 
 def test_a_line_per_step_is_on_disk_at_once(run_dir: Path) -> None:
@@ -33,6 +33,13 @@ def test_nan_and_infinity_survive_in_a_valid_json_file(run_dir: Path) -> None:
     assert math.isnan(line["train/loss"])
     assert line["train/grad_norm"] == math.inf
     assert "nonfinite" not in line
+
+
+def test_a_superseded_attempt_records_no_end(run_dir: Path) -> None:
+    run = RunDir(run_dir)
+    for attempt, state in ((1, SUPERSEDED), (2, "completed")):
+        JsonlTracker(run, attempt).finish(state)
+    assert [(event["attempt"], event["text"]) for event in read_events(run.events)] == [(2, "attempt 2 ended: completed")]
 
 
 def test_read_metrics_merges_lines_of_steps_that_the_newest_attempt_continues(run_dir: Path) -> None:

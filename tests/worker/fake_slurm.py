@@ -21,6 +21,8 @@ import json, os, sys
 folder, argv = {folder!r}, [os.path.basename(sys.argv[0]), *sys.argv[1:]]
 with open(f"{{folder}}/calls", "a") as file:
     file.write(json.dumps(argv) + "\\n")
+with open(f"{{folder}}/variables_of_{{argv[0]}}", "w") as file:
+    json.dump(dict(os.environ), file)
 calls = [json.loads(line) for line in open(f"{{folder}}/calls")]
 found = []
 for i, answer in enumerate(json.load(open(f"{{folder}}/answers"))):
@@ -63,6 +65,10 @@ class FakeSlurm:
         """All commands, oldest first."""
         file = self.folder / "calls"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def variables_of(self, command: str) -> dict[str, str]:
+        """The environment that the last command of this name got."""
+        return dict(json.loads((self.folder / f"variables_of_{command}").read_text()))
 
     def told(self) -> list[list[str]]:
         """The commands that ask for nothing and change something."""

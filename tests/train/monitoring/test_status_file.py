@@ -73,7 +73,10 @@ def test_steps_are_written_now_and_then_without_holding_up_training(run: RunDir,
     monkeypatch.setattr(status_file, "_UPDATE_INTERVAL_S", 1e6)
     file.update_step(101)
     assert step_on_disk(run, 101)
-    file.update_step(102)
+    for _ in range(20):
+        # Also once the write of step 101 has ended.
+        file.update_step(102)
+        time.sleep(0.01)
     file.write_state("saving", 103)
     status = run_store.read_status(run)
     assert (status.state, status.step) == ("saving", 103)

@@ -74,6 +74,7 @@ def test_where_a_requeue_is_refused_the_run_is_submitted_again(
     plan = run_store.load_plan(of.run)
     assert plan == LaunchPlan.load(of.run.attempt(2) / "plan.json")
     assert plan.config.cluster.dependency == "afterany:41"
+    assert not [name for name in fake_slurm.variables_of("sbatch") if name.startswith(("SBATCH_", "SLURM"))]
     assert os.environ["SBATCH_PARTITION"] == "elsewhere"
     assert of.status.state == "pending"
 
