@@ -5,6 +5,7 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -139,6 +140,12 @@ def test_files_of_another_user_are_reported(tmp_path, monkeypatch):
     problems = store.find_foreign_files(checkpoint.path, checkpoint.manifest)
     assert len(problems) == foreign
     assert "belongs to another user" in problems[0].message
+
+
+def test_a_save_does_not_make_a_run_directory_that_was_moved(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        store.begin_save(tmp_path / "moved" / "checkpoints", step=5, attempt=1, needed_bytes=1)
+    assert not (tmp_path / "moved").exists()
 
 
 def test_a_second_commit_of_a_step_replaces_the_first(tmp_path):

@@ -40,6 +40,16 @@ def test_the_tail_has_the_newest_step_and_evaluation(tmp_path: Path) -> None:
     )
 
 
+def test_an_evaluation_beyond_the_step_that_a_run_went_back_to_is_not_shown(tmp_path: Path) -> None:
+    first, second = (JsonlTracker(RunDir(tmp_path), attempt=attempt) for attempt in (1, 2))
+    first.log(5, {"eval/held_out/loss": 2.5})
+    first.log(8, {"train/loss": 1.0})
+    first.log(8, {"eval/held_out/loss": 77.0})
+    second.log(6, {"train/loss": 2.0})
+    seen = read_tail(tmp_path / "metrics.jsonl", resumed={2: 5})
+    assert (seen.eval_loss, seen.eval_step) == (2.5, 5)
+
+
 @pytest.mark.parametrize("num_points", [1, 7, 40])
 def test_losses_are_sampled_from_the_whole_run(tmp_path: Path, num_points: int) -> None:
     log = JsonlTracker(RunDir(tmp_path), attempt=1)
