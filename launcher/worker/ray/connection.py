@@ -103,6 +103,9 @@ def _set_variables(plan: LaunchPlan) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    # Where the raylet has ended, Ray ends at once, by _exit, a driver whose parent has ended before: it could not record why. Ray
+    # does not where the process with this id lives. Workers and Ray's own processes get the id of their raylet instead.
+    os.environ["RAY_RAYLET_PID"] = str(os.getpid())
     # Placed workers meet within seconds. One that hangs before that would hold the others, and the nodes, forever.
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_MEET_S))
     if RaySection.of(plan.config.cluster).min_workers is not None:
