@@ -19,7 +19,7 @@ from launcher.checkpoint import store
 from launcher.config.schema import ModelSection
 from launcher.config.sections.cluster import LocalSection
 from launcher.config.sections.slurm import SlurmSection
-from launcher.distributed import RankInfo
+from launcher.distributed import RankInfo, gather_json, rank0_broadcast, run_on_all_ranks
 from launcher.errors import ConfigError, DamagedCheckpoint, LauncherError
 from launcher.plan.architecture import model_facts
 from launcher.plan.run_dir import RunDir
@@ -90,6 +90,39 @@ def begin(cases: list[tuple[str, int, bool]]) -> list[Any]:
                 outcomes.append([at and at.step, at and str(at.path), start.num_restarts])
         except LauncherError as error:
             outcomes.append(f"{type(error).__name__}: {error}")
+    return outcomes
+
+
+def share_without_pickles() -> list[Any]:
+    """Return what ranks share and how both see the failures of either, where a pickle that arrives would end the rank."""
+    from torch.distributed import distributed_c10d
+
+    def refuse(*_: Any) -> None:
+        raise SystemExit("a pickle was read")
+
+    distributed_c10d._unpickler = refuse  # type: ignore[assignment]
+    rank = meet()
+    info = RankInfo(rank, rank, 2, 1)
+
+    def fail() -> None:
+        raise DamagedCheckpoint("é is damaged", where="x", value="1", remedy="repair it")
+
+    def fail_on_one() -> int:
+        if rank == 1:
+            raise OSError(5, "Input/output error", "/disk")
+        return rank
+
+    outcomes: list[Any] = [gather_json({"rank": rank, "text": "a" * rank}), rank0_broadcast(info, "", lambda: ["é", rank])]
+    for action in (
+        lambda: rank0_broadcast(info, "", fail),
+        lambda: rank0_broadcast(info, "not read", lambda: Path("/gone/away").read_text()),
+        lambda: run_on_all_ranks(CPU, "not written", fail_on_one),
+        lambda: run_on_all_ranks(CPU, "not written", fail),
+    ):
+        try:
+            action()
+        except LauncherError as error:
+            outcomes.append([type(error).__name__, [[p.message, p.where, p.value, p.remedy] for p in error.problems]])
     return outcomes
 
 
