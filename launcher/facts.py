@@ -26,6 +26,7 @@ from launcher.errors import ConfigError, DataError, Problem
 from launcher.hardware import device, has_fast_bf16
 from launcher.models import isolation_verdicts
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, Lineage, ModelFacts, Provenance
+from launcher.security import ownership
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "ray", "wandb", "hydra-core", "submitit", "safetensors")
 
@@ -115,7 +116,11 @@ def needs_isolation_check(config: RunConfig, model: ModelFacts) -> bool:
 
 def is_extra_accepted(config: RunConfig) -> bool:
     """Return True if `deepspeed.extra` is empty, or the installed DeepSpeed accepted it on this machine."""
-    return not config.deepspeed.extra or accepted_extra(config).is_file()
+    if not config.deepspeed.extra:
+        return True
+    marker = accepted_extra(config)
+    ownership.require_cache(marker)
+    return marker.is_file()
 
 
 def accepted_extra(config: RunConfig) -> Path:
@@ -127,7 +132,7 @@ def accepted_extra(config: RunConfig) -> Path:
 
 def data_facts(config: RunConfig, tokenizer_path: str | None) -> DataFacts | None:
     """Return the counts of the data cache for these sources and this tokenizer; None if it is not built."""
-    return None if tokenizer_path is None else cache.find(cache.cache_key(config.data, tokenizer_path))
+    return None if tokenizer_path is None else cache.find(cache.cache_key(config.data, tokenizer_path), config.data.cache_group)
 
 
 def id_problem(cache_dir: str, model: ModelFacts) -> Problem | None:

@@ -28,6 +28,7 @@ from launcher.models.folder_check import folder_problems
 from launcher.models.remote_code import code_problems
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import ModelFacts
+from launcher.security import ownership
 
 
 @dataclass(frozen=True)
@@ -195,20 +196,26 @@ def locate(source: str, model: ModelSection) -> Located:
         file = package_file(source)
         if file is None:
             raise ConfigError(_missing_package("model.path", source))
-        folder = converted_folder(file)
-        return Located(folder if (folder / "config.json").is_file() else None, file)
+        return Located(_finished(converted_folder(file)), file)
     if is_run(source):
         from launcher import parent_run
 
         parent = parent_run.find_parent(source)
-        folder = parent_run.weights_folder(parent, model.dtype)
-        return Located(folder if (folder / "config.json").is_file() else None, parent.checkpoint.path)
+        return Located(_finished(parent_run.weights_folder(parent, model.dtype)), parent.checkpoint.path)
     if is_local_path(source):
         return Located(Path(source).expanduser().resolve())
     is_model = source == model.path
     snapshot = _hub_snapshot(source, model.revision if is_model else None)
     is_complete = snapshot is not None and (not is_model or model.init == "random" or _has_all_weights(snapshot, model))
     return Located(snapshot if is_complete else None)
+
+
+def _finished(folder: Path) -> Path | None:
+    """Return a model's folder in the launcher's cache, None if it is not there; refuse one that others could have written."""
+    if not (folder / "config.json").is_file():
+        return None
+    ownership.require_cache(folder)
+    return folder
 
 
 @functools.cache

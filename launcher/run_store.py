@@ -21,6 +21,7 @@ from launcher.plan.migrations import migrate
 from launcher.plan.run_dir import RunDir
 from launcher.run_damage import looks_like_run, plan_remedy, record_remedy
 from launcher.run_records import Attempt, Status
+from launcher.security import ownership
 from launcher.shell_commands import launcher_command, shell_command
 
 if TYPE_CHECKING:
@@ -346,7 +347,9 @@ def find_run(name: str, root: Path, marker: str = "plan.json") -> RunDir:
     for candidate in (root / name, Path(name).expanduser()):
         try:
             if (candidate / marker).is_file():
-                return RunDir(candidate.resolve())
+                run = RunDir(candidate.resolve())
+                ownership.require_plain_files(run)
+                return run
         except OSError as error:
             is_closed = isinstance(error, PermissionError)
             raise SubmitError(

@@ -22,6 +22,7 @@ from launcher import atomic_files
 from launcher.config.schema import ModelSection
 from launcher.data import cache_dir
 from launcher.errors import ConfigError, Problem
+from launcher.security import ownership
 
 # To be raised when the comparison changes, so that stored results are not used.
 _FORMAT = 1
@@ -281,6 +282,7 @@ def load_report(folder: Path, model: ModelSection) -> WeightReport | None:
         ConfigError: if a weight file is damaged.
     """
     file = _report_file(folder, model)
+    ownership.require_cache(file)
     try:
         return WeightReport.of(json.loads(file.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError):

@@ -50,7 +50,9 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
     download.claim_run_dir(run, remote.url)
     with run_store.start_lock(run):
         with _reading(remote):
-            plans = download.download_fixed_files(remote, mirrored, run)
+            plans = {
+                name: _without_cache_group(plan) for name, plan in download.download_fixed_files(remote, mirrored, run).items()
+            }
             download.download_progress(remote, run)
             step = download.download_checkpoint(remote, run, step, _say)
         _settle_status(run, mirrored, remote.url, step)
@@ -182,6 +184,12 @@ def _build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
     if built is None:
         raise DataError(Problem("the data cache is not there after it was built", where=str(cache.cache_root())))
     return built
+
+
+def _without_cache_group(plan: LaunchPlan) -> LaunchPlan:
+    """Return the plan without the group that shares data caches: here, one of that name may have other members."""
+    data = plan.config.data.model_copy(update={"cache_group": None})
+    return plan.model_copy(update={"config": plan.config.model_copy(update={"data": data})})
 
 
 def _with_local_paths(plan: LaunchPlan, run: RunDir, model: ModelSection, data: DataFacts) -> LaunchPlan:

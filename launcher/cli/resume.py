@@ -314,7 +314,7 @@ def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts, asks_f
     """
     recorded = plan.data
     if recorded is not None and config.data == plan.config.data:
-        if cache.read(Path(recorded.cache_dir)) != recorded:
+        if cache.read(Path(recorded.cache_dir), config.data.cache_group) != recorded:
             print("the data cache differs from the one in the plan; building it again from the sources", flush=True)
         elif changed := _changed_sources(recorded, config):
             print(f"note: changed since the rows of this run were built: {'; '.join(changed)}", flush=True)

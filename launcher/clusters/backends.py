@@ -129,6 +129,8 @@ def status_reader_for(run: RunDir, kind: str) -> StatusReader:
 
     Raises:
         RunError: where there is no such backend.
+        SubmitError: where a file of another user's run cannot be read safely.
     """
+    ownership.require_plain_files(run)
     problem = ownership.records_problem(run)
     return cluster_for(kind) if problem is None else FilesOnly(problem.message)

@@ -32,6 +32,7 @@ WITHOUT_EFFECT = (
     "checkpoint.",
     "export.",
     "data.workers",
+    "data.cache_group",
     "run.max_hours",
     "run.max_usd",
     "model.activation_checkpointing",

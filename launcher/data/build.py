@@ -28,9 +28,9 @@ def build(data: DataSection, tokenizer_path: str, on_progress: Progress | None =
     if problems := sources.check_sources(data):
         raise DataError(problems)
     key = cache.cache_key(data, tokenizer_path)
-    if (facts := cache.find(key)) is not None:
+    if (facts := cache.find(key, data.cache_group)) is not None:
         return facts
-    with cache.building(key) as folder:
+    with cache.building(key, data.cache_group) as folder:
         if folder is not None:
             _build_into(folder, data, tokenizer_path, on_progress or (lambda stage, done, total: None))
             if cache.cache_key(data, tokenizer_path) != key:
@@ -39,9 +39,11 @@ def build(data: DataSection, tokenizer_path: str, on_progress: Progress | None =
                 raise DataError(
                     Problem(message, where, remedy="try again when nothing writes to it any more, or pin its revision")
                 )
-    facts = cache.find(key)
+    facts = cache.find(key, data.cache_group)
     if facts is None:
-        raise DataError(Problem("the data cache vanished while it was built", str(cache.cache_dir(key)), remedy="try again"))
+        raise DataError(
+            Problem("the data cache vanished while it was built", str(cache.cache_dir(key, data.cache_group)), remedy="try again")
+        )
     return facts
 
 

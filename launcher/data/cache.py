@@ -38,13 +38,14 @@ import xxhash
 from launcher import atomic_files
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data import digests
-from launcher.data.cache_dir import cache_root, convert_os_errors
+from launcher.data.cache_dir import cache_root, convert_os_errors, shared_cache_root
 from launcher.data.cache_lock import wait_and_hold
 from launcher.data.checks import findings
 from launcher.data.digests import CheckedArray, DigestingWriter
 from launcher.data.sources import compute_source_digest, make_eval_source
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
+from launcher.security import ownership
 
 # To be raised when the same sources give other tokens, rows or findings, or another layout; a test checks that.
 FORMAT_VERSION = 11
@@ -62,13 +63,13 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2", "rensa", "ftfy")
 _LARGE_ARRAYS = ("tokens", "trained")
 _INDEX_ARRAYS = ("rows", "docs", "row_labels", "doc_source", "row_sources")
 # Settings that change no token, or whose content is in the key.
-_NOT_IN_KEY = {"name", "path", "sources", "eval_path", "chat_template", "group_by_length", "workers", "checks"}
+_NOT_IN_KEY = {"name", "path", "sources", "eval_path", "chat_template", "group_by_length", "workers", "cache_group", "checks"}
 _READ_SIZE = 1 << 20
 
 
-def cache_dir(key: str) -> Path:
-    """Return the folder of the cache with this key."""
-    return cache_root() / "data" / key
+def cache_dir(key: str, group: str | None = None) -> Path:
+    """Return the folder of the cache with this key, among those that `group` shares if one is given."""
+    return (cache_root() / "data" if group is None else shared_cache_root() / f"data-{group}") / key
 
 
 def cache_key(data: DataSection, tokenizer_path: str) -> str:
@@ -123,20 +124,22 @@ def _file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def find(key: str) -> DataFacts | None:
+def find(key: str, group: str | None = None) -> DataFacts | None:
     """Return the counts of the finished cache of `key`; None if there is none, or `read` finds a damaged file."""
-    return read(cache_dir(key))
+    return read(cache_dir(key, group), group)
 
 
-def read(folder: Path) -> DataFacts | None:
+def read(folder: Path, group: str | None = None) -> DataFacts | None:
     """Return the counts of the finished cache in `folder`; None if there is none, or a file is damaged.
 
     JSON files are compared with their digests, arrays only with their sizes: `Split` verifies an array when it is used.
+    Digests do not tell who wrote a cache: owner and permissions do. `group` is data.cache_group.
 
     Raises:
-        DataError: if the cache cannot be read.
+        DataError: if the cache cannot be read, or others could have written it.
     """
     with convert_os_errors(folder):
+        ownership.require_cache(folder, group)
         try:
             meta = _verified_meta((folder / "meta.json").read_bytes())
             if meta is None or meta["format"] not in _READABLE_FORMATS:
@@ -307,23 +310,28 @@ def _flush_to_disk(file: IO[Any]) -> None:
 
 
 @contextlib.contextmanager
-def building(key: str) -> Iterator[Path | None]:
+def building(key: str, group: str | None = None) -> Iterator[Path | None]:
     """Lock the cache of `key`; yield an empty folder to fill, or None if another process has finished the cache.
 
     The folder must have `meta.json` when the block ends; then it becomes the cache. It is removed if the block raises; if the
-    process dies, the next builder removes it.
+    process dies, the next builder removes it. With `group`, its members can read the cache.
 
     Raises:
         DataError: if the folder cannot be written, or another process takes too long.
     """
-    final = cache_dir(key)
-    partial = final.with_suffix(".partial")
+    final = cache_dir(key, group)
+    # In a shared folder users cannot lock each other's files: several may build at once, and the first to finish wins.
+    own = key if group is None else f"{key}-{os.geteuid()}"
+    partial = final.with_name(f"{own}.partial")
     with convert_os_errors(final.parent):
-        final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if group is None:
+            final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        else:
+            ownership.make_shared_folder(final.parent, group)
     with contextlib.ExitStack() as stack:
         with convert_os_errors(final.parent):
-            stack.enter_context(wait_and_hold(final.with_suffix(".lock"), "builds this data cache"))
-        if find(key) is not None:
+            stack.enter_context(wait_and_hold(final.with_name(f"{own}.lock"), "builds this data cache"))
+        if find(key, group) is not None:
             yield None
             return
         shutil.rmtree(partial, ignore_errors=True)
@@ -331,6 +339,10 @@ def building(key: str) -> Iterator[Path | None]:
             with convert_os_errors(partial):
                 partial.mkdir(mode=0o700)
                 yield partial
+                if group is not None:
+                    ownership.share(partial, group)
+                    if find(key, group) is not None:
+                        return
                 shutil.rmtree(final, ignore_errors=True)
                 atomic_files.rename(partial, final)
         finally:

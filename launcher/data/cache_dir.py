@@ -25,6 +25,12 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "launcher"
 
 
+def shared_cache_root() -> Path:
+    """Return $LAUNCHER_SHARED_CACHE, else the launcher's cache: where a group shares its data caches."""
+    root = os.environ.get("LAUNCHER_SHARED_CACHE")
+    return Path(root).expanduser().absolute() if root else cache_root()
+
+
 def source_folder(*parts: object) -> Path:
     """Return the folder for the files and records of a remote source, identified by `parts`."""
     return cache_root() / "sources" / xxhash.xxh3_128_hexdigest(json.dumps([str(part) for part in parts]).encode())

@@ -18,7 +18,9 @@ import numpy as np
 import xxhash
 
 from launcher import atomic_files
+from launcher.errors import DataError
 from launcher.plan.launch_plan import DataFacts
+from launcher.security import ownership
 
 # To be raised when the same tokens decode to other texts.
 _VERSION = 1
@@ -119,9 +121,12 @@ def _digest(facts: DataFacts, texts: dict[str, Any]) -> str:
 
 def _read(facts: DataFacts) -> dict[str, Any]:
     """Return the stored texts; empty if the file is missing, damaged, or belongs to other tokens."""
+    file = _file(facts)
     try:
-        content = json.loads(_file(facts).read_bytes())
+        # Members of data.cache_group keep texts beside the same cache.
+        ownership.require_cache(file)
+        content = json.loads(file.read_bytes())
         texts: dict[str, Any] = content["texts"]
         return texts if content["digest"] == _digest(facts, texts) else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, DataError):
         return {}

@@ -16,6 +16,7 @@ from launcher import atomic_files
 from launcher.config.schema import ModelSection
 from launcher.data import cache_dir
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
+from launcher.security import ownership
 
 # To be raised when the probe changes, so that stored results are not used.
 _FORMAT = 2
@@ -36,8 +37,10 @@ def unknown(model: ModelSection, reason: str) -> IsolationVerdict:
 
 def load(facts: ModelFacts, model: ModelSection) -> IsolationVerdict | None:
     """Read the stored verdict on this architecture and kernel; None if it was not probed."""
+    file = _verdict_file(facts, model)
+    ownership.require_cache(file)
     try:
-        return IsolationVerdict.model_validate_json(_verdict_file(facts, model).read_bytes())
+        return IsolationVerdict.model_validate_json(file.read_bytes())
     except (OSError, ValueError):
         return None
 

@@ -108,7 +108,24 @@ def run_problem(run: RunDir) -> Problem | None:
 
 def records_problem(run: RunDir) -> Problem | None:
     """Return why this user does not trust the records of a run, which name its processes, jobs and addresses; None if they do."""
-    return _problem(f"the run {run.root.name}", run.root, _records(run), _own_trust(), with_parents=False)
+    return _problem(f"the run {run.root.name}", run.root, _records(run), _own_trust())
+
+
+def require_plain_files(run: RunDir) -> None:
+    """Refuse another user's run with a pipe or a device among its files: to read one could wait forever.
+
+    Raises:
+        SubmitError: with the file.
+    """
+    if _own_trust().accepts_owner(run.root.stat().st_uid):
+        return
+    manifests = run.checkpoints.glob("step-*/manifest.json")
+    for path in (*_records(run), run.metrics, run.events, *run.attempts.glob("[0-9]*/*.log"), *manifests):
+        with suppress(OSError):
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                message = "a file of this run, which belongs to another user, is a pipe or a device, and is not read"
+                raise SubmitError(message, where=str(path), remedy="ask the owner of the run")
 
 
 def require_cache(path: Path, group: str | None = None) -> None:
@@ -119,13 +136,46 @@ def require_cache(path: Path, group: str | None = None) -> None:
     Raises:
         DataError: with the file or folder, its owner and the remedy.
     """
-    gid = None
-    if group is not None:
-        gid = shared_group(group)
-    content = _tree(path) if path.is_dir() else ()
-    if problem := _problem("this part of the cache", path, content, _own_trust().with_group(gid), with_parents=False):
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except OSError:
+        # What cannot be read is not used.
+        return
+    trust = _own_trust().with_group(None if group is None else shared_group(group))
+    content = _tree(path) if is_folder else ()
+    if problem := _problem("this part of the cache", path, content, trust, is_private=_is_private(path.parent, trust)):
         elsewhere = "set LAUNCHER_CACHE to a folder of your own, or share one in a group with data.cache_group"
         raise DataError(replace(problem, remedy=f"{elsewhere}; {problem.remedy}"))
+
+
+def make_shared_folder(folder: Path, group: str) -> None:
+    """Create a folder in which each member of a group can create files and change only their own.
+
+    Raises:
+        DataError: if the group does not exist, this user is no member, or others can write to the folder.
+        OSError: if it cannot be created.
+    """
+    gid = shared_group(group)
+    if gid not in (*os.getgroups(), os.getegid()) and os.geteuid() != 0:
+        remedy = "name a group that you belong to; `id` lists them"
+        raise DataError(Problem("this user does not belong to the group", "data.cache_group", group, remedy))
+    try:
+        folder.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        trust = _own_trust().with_group(gid)
+        if problem := _problem("this part of the cache", folder, (), trust):
+            raise DataError(problem) from None
+        return
+    os.chown(folder, -1, gid)
+    folder.chmod(0o3770)
+
+
+def share(folder: Path, group: str) -> None:
+    """Let the members of a group read a folder with its content."""
+    gid = shared_group(group)
+    for path in (folder, *_tree(folder)):
+        os.chown(path, -1, gid)
+        path.chmod(0o750 if path.is_dir() else 0o640)
 
 
 def make_private_folder(folder: Path, where: str) -> None:
@@ -184,12 +234,23 @@ def _tree(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in (*folders, *files))
 
 
-def _problem(subject: str, root: Path, content: Iterable[Path], trust: Trust, with_parents: bool) -> Problem | None:
-    """Return the first reason not to trust `root` and its content, with the number of others; None if there is none."""
+def _is_private(folder: Path, trust: Trust) -> bool:
+    """Return whether nobody else can enter a folder, so that the permissions of what lies in it do not matter."""
+    status = folder.stat()
+    return trust.accepts_owner(status.st_uid) and not status.st_mode & _OTHERS_SEARCH
+
+
+def _problem(
+    subject: str, root: Path, content: Iterable[Path], trust: Trust, with_parents: bool = False, is_private: bool = False
+) -> Problem | None:
+    """Return the first reason not to trust `root` and its content, with the number of others; None if there is none.
+
+    `is_private`: nobody else can enter the folder above.
+    """
     if trust.anyone:
         return None
     first, num_others = None, 0
-    for path, fact, remedy in _weaknesses(root, content, trust, with_parents):
+    for path, fact, remedy in _weaknesses(root, content, trust, with_parents, is_private):
         if first is not None:
             num_others += 1
             continue
@@ -200,15 +261,17 @@ def _problem(subject: str, root: Path, content: Iterable[Path], trust: Trust, wi
     return replace(first, value=f"{first.value}; {num_others:,} more in this folder" if num_others else first.value)
 
 
-def _weaknesses(root: Path, content: Iterable[Path], trust: Trust, with_parents: bool) -> Iterator[tuple[Path, str, str]]:
+def _weaknesses(
+    root: Path, content: Iterable[Path], trust: Trust, with_parents: bool, is_private: bool
+) -> Iterator[tuple[Path, str, str]]:
     """Yield each path that others own or can write to, with what is wrong and the remedy."""
     if with_parents:
         for parent in reversed(root.resolve().parents):
             yield from _weakness(parent, trust, is_above=True)
-    yield from _weakness(root, trust)
+    yield from _weakness(root, trust, is_private=is_private)
     # What is in a folder that nobody else can enter may have any permissions.
     with suppress(OSError):
-        is_private = not root.stat().st_mode & _OTHERS_SEARCH
+        is_private = is_private or _is_private(root, trust)
         for path in content:
             yield from _weakness(path, trust, is_private=is_private)
             if path.is_symlink():

@@ -154,6 +154,17 @@ def test_a_module_as_the_setting_is_refused() -> None:
         RaySection.model_validate({"kind": "ray", "address": "module://payload"})
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "attempts/001/attempt.json", "attempts/001/rank-00000.log"])
+def test_a_pipe_in_a_run_of_another_user_stops_no_command(launch: Launch, run: RunDir, name: str) -> None:
+    file = run.root / name
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    give(run.root)
+    for verb in (["status", str(run.root)], ["logs", str(run.root)], ["ls", "--root", str(run.root.parent)]):
+        done = launch(*verb, timeout=30)
+        assert "is a pipe or a device, and is not read" in done.stderr, verb
+
+
 def weaken_plan(run: RunDir) -> Path:
     run.root.chmod(0o755)
     run.plan.chmod(0o666)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from launcher.config.redaction import IN_QUERY
-from launcher.config.sections.fields import Flag, Fraction, Name, Positive, PositiveInt, Section, Text
+from launcher.config.sections.fields import Flag, Fraction, Group, Name, Positive, PositiveInt, Section, Text
 
 # The keys that a column mapping may use: those that the formats read.
 COLUMNS = (
@@ -283,6 +283,14 @@ class DataSection(Section):
     eval_max_rows: PositiveInt | None = Field(None, description="Evaluate on at most this many held-out rows. Unset: all.")
     workers: PositiveInt | None = Field(
         None, description="Processes that build the data cache. Unset: one for each CPU that this process may use."
+    )
+    cache_group: Group | None = Field(
+        None,
+        description=(
+            "Group of this machine whose members share finished data caches, in the folder LAUNCHER_SHARED_CACHE of the "
+            "environment, else in LAUNCHER_CACHE. Every member decides what the others train on. Unset: caches of this user and "
+            "of root are read."
+        ),
     )
     checks: ChecksSection = Field(default_factory=ChecksSection, description="What happens to documents that a check finds.")
 

@@ -55,6 +55,7 @@ def number_as_text(value: Any) -> Any:
 
 Text = Annotated[str, AfterValidator(no_control_characters)]
 Name = Annotated[str, AfterValidator(_name), Field(json_schema_extra={"format": "name"})]
+Group = Annotated[str, matching(r"[A-Za-z_][\w.-]*|\d+", "is not a group of this machine; write its name as `id` shows it")]
 HubId = Annotated[str, matching(HUB_ID_PATTERN.pattern, "is not the id of a Hub repository; write owner/name")]
 Url = Annotated[
     str,

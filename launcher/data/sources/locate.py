@@ -25,6 +25,7 @@ from launcher.data.sources.remote import RemoteFiles
 from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose_files, list_unused
 from launcher.errors import DataError, Problem
+from launcher.security import ownership
 
 _COMMIT_DIGITS = 40
 _HUB_TIMEOUT_S = 20.0
@@ -256,6 +257,7 @@ def _warn_once(text: str) -> None:
 
 
 def _read_listing(record: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]] | None:
+    ownership.require_cache(record)
     try:
         listing = json.loads(record.read_bytes())
     except FileNotFoundError:

@@ -17,6 +17,7 @@ from launcher.data.sources.files import DataFile, detect_kind, file_digest
 from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose_files, list_unused
 from launcher.errors import DataError, Problem
+from launcher.security import ownership
 
 # Metadata of a file that changes with its content, by the names in various storages.
 _VERSION_KEYS = (
@@ -97,6 +98,7 @@ class RemoteFiles:
         target = self._target(path, state)
         with convert_os_errors(target.parent):
             if target.exists():
+                ownership.require_cache(target)
                 return DataFile(target, self._name(path))
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with wait_and_hold(target.parent / ".lock", f"fetches {self._name(path)}"):

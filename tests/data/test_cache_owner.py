@@ -1,0 +1,202 @@
+"""A cache that another user could have written: digests do not tell who did, owner and permissions do."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from missing_program import skip_or_fail
+
+from launcher.config.sections.data import DataSection
+from launcher.data import cache
+from launcher.data.build import build
+from launcher.data.cache import cache_key, find
+from launcher.data.sources.locate import _read_listing
+from launcher.errors import DataError
+from launcher.model_source import _finished
+from launcher.plan.launch_plan import DataFacts
+from launcher.security.ownership import require_cache
+
+Section = Callable[..., DataSection]
+
+# Users of every Debian: the first two have the group in common, the third is in another one.
+SYNC, NOBODY, DAEMON = 4, 65534, 1
+GROUP, GROUP_ID = "nogroup", 65534
+
+
+@pytest.fixture(autouse=True)
+def _root() -> Iterator[None]:
+    if os.geteuid() != 0:
+        skip_or_fail("only root can act as other users: run pytest as root")
+    mask = os.umask(0o022)
+    yield
+    os.umask(mask)
+
+
+@contextmanager
+def user(uid: int) -> Iterator[None]:
+    os.setegid(GROUP_ID if uid != DAEMON else DAEMON)
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def give(path: Path, uid: int) -> None:
+    for one in (path, *path.rglob("*")):
+        os.chown(one, uid, -1)
+
+
+def refusal(action: Callable[[], object]) -> str:
+    with pytest.raises(DataError) as error:
+        action()
+    (problem,) = error.value.problems
+    assert "set LAUNCHER_CACHE to a folder of your own" in problem.remedy
+    return problem.message
+
+
+@pytest.fixture
+def built(section: Section, tokenizer_dir: Path) -> tuple[str, DataFacts]:
+    data = section(eval_fraction=0.2)
+    facts = build(data, str(tokenizer_dir))
+    return cache_key(data, str(tokenizer_dir)), facts
+
+
+def test_a_cache_of_another_user_is_refused(
+    section: Section, tokenizer_dir: Path, built: tuple[str, DataFacts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one with a mask of zeros and digests that fit it."""
+    key, facts = built
+    give(Path(facts.cache_dir), DAEMON)
+    message = f"this part of the cache is not trusted: {facts.cache_dir} belongs to daemon"
+    assert refusal(lambda: find(key)) == message
+    assert refusal(lambda: build(section(eval_fraction=0.2), str(tokenizer_dir))) == message
+    monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "daemon")
+    assert find(key) == facts
+
+
+def test_one_file_of_another_user_is_refused(built: tuple[str, DataFacts]) -> None:
+    key, facts = built
+    os.chown(Path(facts.cache_dir, "eval/trained.npy"), DAEMON, -1)
+    assert refusal(lambda: find(key)) == "this part of the cache is not trusted: eval/trained.npy belongs to daemon"
+
+
+def test_a_cache_that_everyone_can_write_is_refused(built: tuple[str, DataFacts], cache_home: Path) -> None:
+    key, facts = built
+    folder = Path(facts.cache_dir)
+    for path in folder.rglob("*"):
+        path.chmod(0o666 if path.is_file() else 0o777)
+    assert find(key) == facts, "nobody else can enter the folder"
+    for path in (folder, folder.parent, cache_home):
+        path.chmod(0o755)
+    assert "can be written by everyone" in refusal(lambda: find(key))
+
+
+@pytest.mark.parametrize("folder", ["weight-checks", "isolation-checks", "sources", "models"])
+def test_other_parts_of_the_cache_are_refused_as_well(cache_home: Path, folder: str) -> None:
+    path = cache_home / folder / "one"
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+    (path / "listing.json").write_text('{"commit": "c", "files": []}')
+    use = {"models": lambda: _finished(path), "sources": lambda: _read_listing(path / "listing.json")}.get(
+        folder, lambda: require_cache(path / "config.json")
+    )
+    use()
+    give(path, DAEMON)
+    assert "belongs to daemon" in refusal(use)
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder in which every user can create files, with the caches of a group in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o1777)
+        monkeypatch.setenv("LAUNCHER_SHARED_CACHE", folder)
+        yield Path(folder)
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    (folder / "eval").mkdir(mode=0o700)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def read_files(facts: DataFacts) -> dict[str, bytes]:
+    folder = Path(facts.cache_dir)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_members_of_a_group_share_a_cache(shared: Path, built: tuple[str, DataFacts]) -> None:
+    key, facts = built
+    files = read_files(facts)
+    with user(SYNC):
+        with cache.building(key, GROUP) as folder:
+            assert folder is not None
+            write(folder, files)
+        made = find(key, GROUP)
+    assert made is not None
+    assert made.contents() == facts.contents()
+    folder = Path(made.cache_dir)
+    assert folder == shared / f"data-{GROUP}" / key
+    assert {(path.stat().st_uid, path.stat().st_gid, path.stat().st_mode & 0o777) for path in folder.rglob("*.npy")} == {
+        (SYNC, GROUP_ID, 0o640)
+    }
+    with user(NOBODY):
+        assert find(key, GROUP) == made
+        with cache.building(key, GROUP) as again:
+            assert again is None, "it is not built a second time"
+        with pytest.raises(PermissionError):
+            (folder / "trained.npy").write_bytes(b"")
+        with pytest.raises(PermissionError):
+            folder.rename(folder.with_name("away"))
+    with user(DAEMON):
+        with pytest.raises(DataError, match="cannot be used: Permission denied"):
+            find(key, GROUP)
+        with pytest.raises(DataError, match="does not belong to the group"), cache.building(key, GROUP):
+            pass
+    with user(NOBODY):
+        assert "belongs to sync" in refusal(lambda: cache.read(folder)), "without the setting"
+
+
+def test_who_is_no_member_cannot_give_a_group_a_cache(shared: Path, built: tuple[str, DataFacts]) -> None:
+    key, facts = built
+    folder = shared / f"data-{GROUP}" / key
+    with user(DAEMON):
+        folder.mkdir(parents=True)
+        write(folder, read_files_as_root(facts))
+        for path in (folder.parent, folder, *folder.rglob("*")):
+            path.chmod(0o777)
+    with user(NOBODY):
+        assert "belongs to daemon" in refusal(lambda: find(key, GROUP))
+        with pytest.raises(DataError, match="belongs to daemon"), cache.building("another", GROUP):
+            pass
+
+
+def read_files_as_root(facts: DataFacts) -> dict[str, bytes]:
+    uid = os.geteuid()
+    os.seteuid(0)
+    try:
+        return read_files(facts)
+    finally:
+        os.seteuid(uid)
+
+
+def test_the_group_does_not_change_the_key(section: Section, tokenizer_dir: Path) -> None:
+    assert cache_key(section(cache_group=GROUP), str(tokenizer_dir)) == cache_key(section(), str(tokenizer_dir))
+
+
+def test_a_build_with_a_group_is_found_again(section: Section, tokenizer_dir: Path, shared: Path) -> None:
+    data = section(cache_group=GROUP)
+    facts = build(data, str(tokenizer_dir))
+    assert build(data, str(tokenizer_dir), lambda *_: pytest.fail("built again")) == facts
+    assert Path(facts.cache_dir).is_relative_to(shared)
+    assert np.load(Path(facts.cache_dir, "trained.npy")).any()
+    with pytest.raises(DataError, match="there is no such group"):
+        build(section(cache_group="no-such-group"), str(tokenizer_dir))
