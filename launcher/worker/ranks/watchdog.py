@@ -183,12 +183,13 @@ class Watchdog:
             self._look(now)
 
     def _look(self, now: float) -> None:
-        beats = {r: beat for r, beat in self._table.read().items() if beat.pid not in self._done}
+        read = self._table.read()
+        beats = {r: beat for r, beat in read.items() if beat.pid not in self._done}
         beats = self._progress.update(beats, now)
         ranks, states = _processes(beats)
         verdict = stalled(beats, states, now, self._limits, self._since)
         if not verdict.stalled:
-            others_at = self._others_at({r: beats[r] for r in states})
+            others_at = self._others_at({r: beats[r] for r in states}, has_started=bool(read))
             verdict = stalled_in_loading(beats, states, now, self._limits, self._since, others_at)
         pids = {beats[r].pid for r in verdict.stalled}
         fresh, self._dumped = pids - self._dumped, pids
@@ -204,15 +205,17 @@ class Watchdog:
         self._done |= {beat.pid for beat in beats.values()}
         self._on_stall("; ".join(describe(beats[r], verdict.stalled[r], reason) for r, reason in verdict.kill.items()))
 
-    def _others_at(self, living: Mapping[int, Beat]) -> float:
-        """Tell the other nodes whether these ranks progress, and return when any rank of the run was last seen to."""
+    def _others_at(self, living: Mapping[int, Beat], has_started: bool) -> float:
+        """Tell the other nodes whether these ranks progress, and return when any rank of the run was last seen to.
+
+        Until the first rank of this node `has_started`, the fork server imports, for which it has a deadline.
+        """
         if self._shared is None:
             return -math.inf
-        at = max((beat.at for beat in living.values()), default=math.inf)
-        # Where no rank has sent a heartbeat, the fork server still imports, for which it has a deadline.
-        if at == math.inf or at > self._progressed_at:
+        at = max((beat.at for beat in living.values()), default=-math.inf)
+        if at > self._progressed_at or not has_started:
             self._shared.report()
-            self._progressed_at = -math.inf if at == math.inf else at
+            self._progressed_at = at
         return self._shared.changed_at
 
 
