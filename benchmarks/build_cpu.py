@@ -1,6 +1,8 @@
-"""CPU time of one build of the data cache, with the word cache of fast_tokenizer.py or without: benchmarks/data.py runs it.
+"""CPU time of one build of the data cache: benchmarks/data.py runs it.
 
-python benchmarks/build_cpu.py ROWS TOKENIZER MAX_LENGTH [--without-word-cache]
+python benchmarks/build_cpu.py ROWS TOKENIZER MAX_LENGTH [--without-word-cache] [--checkout=FOLDER]
+
+--without-word-cache builds without the word cache of fast_tokenizer.py, --checkout with the launcher in another checkout.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ def cpu_s() -> float:
 def main(rows: str, tokenizer: str, max_length: str, *options: str) -> None:
     # As in the processes of a build: they are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    sys.path[:0] = [option.removeprefix("--checkout=") for option in options if option.startswith("--checkout=")]
     from launcher.config.sections.data import DataSection, Source
     from launcher.data.build import build
     from launcher.data.tokenization import encoder, fast_tokenizer

@@ -1,6 +1,6 @@
 """Data, through the command that a user types: text to cache, many short documents, waste of packing, the loader's share.
 
-    python benchmarks/data.py [--rounds N] [--data FOLDER] [--only build short packing loader open tokenizer]
+    python benchmarks/data.py [--rounds N] [--data FOLDER] [--only build short packing loader open tokenizer checks]
 
 build    `launcher data` into an empty cache, beside datasets.map with TRL's packing as a script (map_and_pack.py): seconds, CPU
          seconds and memory of whole processes, on 29,892 chats. Both sides must have made the same token ids.
@@ -9,6 +9,8 @@ packing  rows and waste of both on the data sets in FOLDER, which holds gsm8k_tr
 loader   the data's share of a step, of `launcher train`
 open     opening a cache of 100,000 rows, which a rank does: calls of functions, no command
 tokenizer  CPU seconds of a build with the word cache of fast_tokenizer.py and without it (build_cpu.py), on 29,892 chats
+
+checks   CPU seconds of a build beside those of another checkout of the launcher (--base FOLDER): the cost of what was added since
 
 The tokenizer is converted before. Sides take turns in several rounds, so that other load on the machine falls on all of them;
 figures are medians, ratios those of pairs. Without TRL the launcher is measured alone. Writes tables into RESULTS.md.
@@ -39,7 +41,9 @@ DATA = sides.HERE.parents[1] / "shared" / "data"
 ROW_LENGTHS = (1024, 2048, 4096)
 MAX_LENGTH = 2048
 PROCESSES = 2
-PARTS = ("build", "short", "packing", "loader", "open", "tokenizer")
+PARTS = ("build", "short", "packing", "loader", "open", "tokenizer", "checks")
+# Parts that run only where they are named.
+NAMED_PARTS = ("checks",)
 LAUNCHER, TRL = "launcher data", "datasets.map and TRL"
 WORD_CACHE, ENCODE_BATCH = "word cache", "encode_batch alone"
 FROM_DATA = f"From `python -m launcher data data.workers={PROCESSES} --json`, run as a whole process with an empty cache."
@@ -50,12 +54,16 @@ FROM_FUNCTIONS = "From calls of the functions that open a cache and make batches
 def main() -> None:
     parser = sides.parser(__doc__, rounds=5)
     parser.add_argument("--data", type=Path, default=DATA, help=f"folder of the data sets (default: {DATA})")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--base", type=Path, help="checkout of the launcher that checks compares with")
     parser.add_argument("--copies", type=int, default=data_inputs.COPIES, help="copies of gsm8k in build (default: %(default)s)")
     parser.add_argument("--row-lengths", type=int, nargs="+", default=ROW_LENGTHS, metavar="N", help="row lengths of packing")
     parser.add_argument("--short-documents", type=int, default=200_000, help="documents of short (default: %(default)s)")
     args = parser.parse_args()
-    if not args.data.is_dir() and {"build", "packing", "tokenizer"} & {*args.only}:
+    args.only = args.only or [part for part in PARTS if part not in NAMED_PARTS]
+    if "checks" in args.only and args.base is None:
+        parser.error("checks needs --base FOLDER")
+    if not args.data.is_dir() and {"build", "packing", "tokenizer", "checks"} & {*args.only}:
         parser.error(
             f"--data: there is no folder {args.data}; build and packing read gsm8k_train.jsonl and alpaca_en_demo.json there"
         )
@@ -72,6 +80,12 @@ def main() -> None:
             options = () if args.copies == data_inputs.COPIES else ("--copies", args.copies)
             title = "a build with the word cache and without it"
             record("word cache", title, FROM_BUILD, typed("tokenizer", *options), tokenizing(bench, file, args.rounds))
+        if "checks" in args.only:
+            file = bench.write_copies(data_inputs.chats(args.data)["gsm8k"], args.copies)
+            options = () if args.copies == data_inputs.COPIES else ("--copies", args.copies)
+            table = comparing(bench, file, args.base.resolve(), args.rounds)
+            title = "a build beside that of an earlier checkout"
+            record("cost of the checks", title, FROM_BUILD, typed("checks", *options, "--base", "FOLDER"), table)
         if "short" in args.only:
             file = data_inputs.write_short(bench.folder / "short.jsonl", args.short_documents)
             title = f"{args.short_documents:,} short documents to cache, two processes"
@@ -250,6 +264,26 @@ def tokenizing(bench: Bench, file: Path, rounds: int) -> list[str]:
         f"| {ENCODE_BATCH} / {WORD_CACHE}, pairs | {_spread(ratios, 2)} |",
         "",
         f"{num_documents:,} documents to train on, {num_tokens:,} tokens; both sides build the same cache.",
+    ]
+
+
+def comparing(bench: Bench, file: Path, base: Path, rounds: int) -> list[str]:
+    """CPU seconds of builds with this launcher and with that in the checkout `base`, in turns."""
+    options = {"earlier": (f"--checkout={base}",), "this": ()}
+    cpu_s: dict[str, list[float]] = {side: [] for side in options}
+    num_documents: dict[str, int] = {}
+    for number in range(rounds):
+        for side, flags in list(options.items())[:: -1 if number % 2 else 1]:
+            measured = bench.build_cpu(file, *flags)
+            cpu_s[side].append(measured["cpu_s"])
+            num_documents[side] = measured["documents"]
+            print(f"round {number + 1}: {side}: {measured['cpu_s']:.2f} s of CPU", flush=True)
+    ratios = [this / earlier for this, earlier in zip(cpu_s["this"], cpu_s["earlier"], strict=True)]
+    return [
+        "| side | documents | CPU s | range |",
+        "|---|---|---|---|",
+        *(f"| {side} | {num_documents[side]:,} | {_spread(values, 2)} |" for side, values in cpu_s.items()),
+        f"| this / earlier, pairs | | {_spread(ratios, 3)} |",
     ]
 
 

@@ -11,6 +11,7 @@ from launcher.data.build_report import make_facts, make_report
 from launcher.data.checks import findings
 from launcher.data.corpus import EncodedCorpus, Progress, list_inputs, read_corpus
 from launcher.data.selection import Selection, select_documents
+from launcher.data.tokenization import parallel
 from launcher.data.tokenization.batch_encoder import NUM_PROMPTS
 from launcher.data.tokenization.encoder import read_template
 from launcher.errors import DataError, Problem
@@ -65,6 +66,7 @@ def _select(corpus: EncodedCorpus, data: DataSection) -> Selection:
 
 
 def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progress: Progress) -> None:
+    parallel.collect_garbage_rarely()
     spool = row_layout.TokenSpool(folder)
     corpus = read_corpus(data, tokenizer_path, spool, on_progress)
     docs, pieces = corpus.docs, corpus.pieces

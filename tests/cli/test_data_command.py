@@ -180,6 +180,8 @@ def test_a_finished_cache_is_reported_without_a_second_process(
     assert done.stdout == built[1].stdout
     assert "numpy" in imported(done.stderr)
     assert imported(done.stderr).isdisjoint({"torch", "transformers", "tokenizers", "launcher.worker.prepare"})
+    # What only commands about runs use takes a tenth of the command.
+    assert imported(done.stderr).isdisjoint({"launcher.run_store", "launcher.cli.follow", "launcher.cli.launch"})
 
 
 def test_a_finished_cache_that_is_damaged_is_not_reported(launch_here: Run, rows: Path, tmp_path: Path) -> None:

@@ -30,9 +30,7 @@ MAX_PAIRS_ACROSS = 1 << 28
 
 _PUNCTUATION = b".,;:!?'\"`\t\n\r"
 _WITHOUT_PUNCTUATION = bytes.maketrans(_PUNCTUATION, b" " * len(_PUNCTUATION))
-_SPACED_SIGNS = tuple(
-    (spaced, sign) for sign in (b"+", b"-", b"*", b"/", b"=", b"<", b">") for spaced in (b" " + sign, sign + b" ")
-)
+_SIGN = re.compile(rb"([-+*/=<>])")
 # Characters without a width: soft hyphen, joiners, marks of direction, variation selectors, byte order mark, tags.
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e01ef]"
@@ -59,15 +57,15 @@ def make_comparable(text: str) -> bytes:
     Punctuation becomes a space, so that 1.5 does not become 15; arithmetic signs and brackets stay, without spaces around the
     signs.
     """
+    if not text:
+        return b""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text).casefold()
         text = _OTHER_PUNCTUATION.sub(" ", _INVISIBLE.sub("", text))
     data = text.encode().translate(_WITHOUT_PUNCTUATION)
     while b"  " in data:
         data = data.replace(b"  ", b" ")
-    for spaced, sign in _SPACED_SIGNS:
-        data = data.replace(spaced, sign)
-    return data.strip()
+    return b"".join(map(bytes.strip, _SIGN.split(data)))
 
 
 def hash_content(data: bytes) -> int:

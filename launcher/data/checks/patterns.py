@@ -75,7 +75,8 @@ _BEARER = (
     r"[Aa](?i:uthorization[\"']?\s{0,2}[:=]\s{0,2}[\"']?(?:bearer|basic|token))[ \t]+"
     rf"(?=[^\s\"']{{0,127}}?\d)[A-Za-z0-9._~+/-]{{16,2000}}+=*(?!{_CODE})"
 )
-_GATES = (b"000", b"key", b"token", b"_")
+# The first that a literal contains is its gate: rare words, and rare characters, which are searched much faster than words.
+_GATES = (b"000", b"key", b"token", b"_", b"@", b"+", b"z", b"j", b"x", b"w", b":", b"k")
 
 
 def _gate(literal: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ from launcher.errors import DataError, LauncherError, Problem, RunError
 MIN_BYTES = 12 << 20
 # Parsing and checking the rows of a batch costs as much as encoding this much text.
 _BATCH_BYTES = 50_000
+_GC_THRESHOLD = 100_000
 
 
 def num_workers(data: DataSection) -> int:
@@ -118,7 +120,16 @@ def _failure(exit_codes: Sequence[int | None], workers: int) -> LauncherError:
     return RunError(Problem(message, remedy="data.workers=1 builds without such processes"))
 
 
+def collect_garbage_rarely() -> None:
+    """Let Python look for garbage less often: nearly all objects of a build live to its end or are freed without that search.
+
+    With the usual threshold it takes a tenth of a build.
+    """
+    gc.set_threshold(_GC_THRESHOLD)
+
+
 def _start_worker() -> None:
+    collect_garbage_rarely()
     # The workers end with the builder, also if it is killed.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # One thread per process: the processes are the parallelism.
