@@ -127,7 +127,9 @@ def _identify(document: Document, parts: Sequence[_TextPart], split_by: str) -> 
     num_system = num_tools + int(len(parts) > num_tools and parts[num_tools].where == "system")
     num_prompt = num_tools + _num_prompt_parts(document)
     bounds = ((0, num_tools), (num_tools, num_system), (num_system, num_prompt), (max(num_system, num_prompt), len(parts)))
-    tools, system, question, rest = [minhash.normalize("\n".join([part.text for part in parts[a:b]])) for a, b in bounds]
+    tools, system, question, rest = [
+        minhash.normalize("\n".join([part.text for part in parts[a:b]])) if a < b else "" for a, b in bounds
+    ]
     texts = [text for text in (system, question, rest) if text]
     comparable = [minhash.make_comparable(text) for text in (system, question, rest)]
     # Other tools make another task of the same text, see _setup; and a shared system text does not make chats similar.
@@ -296,7 +298,8 @@ def _check_borders(
     if isinstance(document, Chat) and not candidates:
         return
     for part, following in itertools.pairwise(parts):
-        if part.where == "tools":
+        # No key and no address goes on after a question.
+        if part.where == "tools" or part.text.endswith("?"):
             continue
         before, after = part.text[-_AROUND_BORDER:], following.text[:_AROUND_BORDER]
         if isinstance(document, Completion):
