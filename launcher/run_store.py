@@ -321,10 +321,11 @@ def start_lock(run: RunDir, wait_s: float = 0) -> Iterator[None]:
                 else f"wait until it is done, or end it on {holder.host}: kill {holder.pid}",
             ) from None
         except OSError as error:
+            remedy = "mount its storage for writing or free space, then try again: checkpoints stay"
+            if isinstance(error, PermissionError):
+                remedy = "only the run's owner can write this folder: run the command as them, or ask them for access"
             raise SubmitError(
-                f"the run directory cannot be written: {error.strerror or error}",
-                where=str(run.root),
-                remedy="mount its storage for writing or free space, then try again: checkpoints stay",
+                f"the run directory cannot be written: {error.strerror or error}", where=str(run.root), remedy=remedy
             ) from None
         yield
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -17,6 +18,7 @@ from launcher.cli.worker_process import run_worker
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.errors import CheckpointError, RunError, SubmitError
 from launcher.export import hub
+from launcher.plan.disk import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import EXPORT_RECORD, ExportRecord
 from launcher.security import ownership
@@ -24,6 +26,7 @@ from launcher.shell_commands import launcher_command
 from launcher.tracking.metrics import format_duration
 
 _DTYPES = ("bf16", "fp16", "fp32")
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def run(verb: str, tokens: list[str]) -> int:
@@ -31,8 +34,7 @@ def run(verb: str, tokens: list[str]) -> int:
     arguments = _parser().parse_args(tokens)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
     ownership.require_run(run_dir)
-    # The process that writes it reads the plan as well, and would fail after it has imported torch.
-    run_store.load_plan(run_dir)
+    plan = run_store.load_plan(run_dir)
     if arguments.push is not None:
         _require_pushable(arguments.push)
     step = require_checkpoint(run_dir, arguments.step)
@@ -42,6 +44,7 @@ def run(verb: str, tokens: list[str]) -> int:
     dtype = arguments.dtype or (existing.dtype if existing is not None else _DTYPES[0])
     if existing is not None:
         _require_replaceable(run_dir, out, existing, step, dtype, arguments.replace)
+    _require_room(out, plan.model.num_params * _BYTES[dtype])
     command = [sys.executable, "-m", "launcher.worker.export", str(run_dir.plan), "--step", str(step), "--dtype", dtype]
     command += ["--out", str(out)] if arguments.out is not None else []
     command += ["--push", arguments.push] if arguments.push is not None else []
@@ -99,6 +102,22 @@ def _require_writable(out: Path) -> None:
     if existing == out and not (out / EXPORT_RECORD).exists() and any(out.iterdir()):
         raise SubmitError(
             "the export folder holds files that are not an export", where=str(out), remedy="name another folder with --out"
+        )
+
+
+def _require_room(out: Path, needed: int) -> None:
+    """Refuse an export for which the disk has no room; one that it replaces stays until the other is complete.
+
+    Raises:
+        SubmitError: with the room that is needed and free.
+    """
+    free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
+    if free < needed:
+        raise SubmitError(
+            "the disk of the export folder has no room for its weights",
+            where=str(out),
+            value=f"needed {format_size(needed)}, available {format_size(free)}",
+            remedy="free space there, or name a folder on another disk with --out",
         )
 
 

@@ -114,8 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except OSError as error:
+        # A copy names its source first, and only its target can lack space.
         failed = Problem(
-            "the export could not be read or written", where=str(error.filename or ""), value=error.strerror or str(error)
+            "the export could not be read or written",
+            where=str(error.filename2 or error.filename or ""),
+            value=error.strerror or str(error),
+            remedy="check the space and the permissions of this disk, or name a folder on another disk with --out",
         )
         print(failed, file=sys.stderr)
         return CheckpointError.exit_code

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import json_records
+from launcher import json_records, run_store
 from launcher.cli import export
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import EXPORT_RECORD, ExportRecord
@@ -64,6 +64,17 @@ def test_a_newer_step_replaces_the_export_in_its_type(launch_here: Launch, run: 
     done = launch_here("export", str(run.root))
     assert (done.returncode, done.stdout) == (0, "replacing the export of step 5 in fp32, written 2h00m ago\n")
     assert commands[0][-4:] == ["--step", "10", "--dtype", "fp32"]
+
+
+def test_a_disk_without_room_is_refused(launch_here: Launch, run: RunDir, commands: list[list[str]]) -> None:
+    plan = run_store.load_plan(run)
+    larger = plan.model_copy(update={"model": plan.model.model_copy(update={"num_params": 10**15})})
+    run.plan.write_text(larger.to_json())
+    refused = launch_here("export", str(run.root), "--dtype", "fp32")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("the disk of the export folder has no room for its weights\n")
+    assert "value:  needed 3,725,290.30 GiB, available " in refused.stderr
+    assert commands == []
 
 
 def test_a_folder_that_cannot_be_written_or_holds_other_files_is_refused(
