@@ -5,6 +5,14 @@ import sys
 if not sys.flags.safe_path and sys.path[0] == os.getcwd() != os.path.dirname(os.path.dirname(os.path.abspath(__file__))):
     del sys.path[0]
 
-from launcher.cli.main import main
+import signal
 
+# No traceback while modules are imported. A command that ignores the signal, as under nohup, goes on ignoring it.
+_handler = signal.getsignal(signal.SIGINT)
+if _handler is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from launcher.cli.main import main  # noqa: E402
+
+signal.signal(signal.SIGINT, _handler)
 sys.exit(main())

@@ -20,6 +20,7 @@ from launcher.checkpoint import store
 from launcher.cli import drill_report, formatting, launch
 from launcher.cli.arguments import VerbParser
 from launcher.cli.drill_report import Hit, Records, Step
+from launcher.cli.interrupts import Interrupts
 from launcher.cli.plan_view import LABEL_WIDTH, plan_lines
 from launcher.cli.resume import resume_run
 from launcher.cli.worker_process import check_extra
@@ -75,9 +76,13 @@ def run(verb: str, tokens: list[str]) -> int:
         return 0
     _say(f"{arguments.fault} on {plan.config.cluster.kind}: the drill's run is {formatting.short(plan.run_dir)}")
     deadline = time.monotonic() + arguments.timeout * 60
-    run_dir, _ = launch.start(plan, cluster)
+    with Interrupts() as interrupts:
+        interrupts.defer()
+        run_dir, _ = launch.start(plan, cluster)
     watch = _RunWatch(run_dir, cluster, deadline)
     try:
+        if interrupts.received:
+            raise KeyboardInterrupt
         hit = _inject_fault(arguments.fault, watch)
         if arguments.fault == "fill-disk":
             _await_save(hit, watch)
@@ -310,8 +315,10 @@ def _resume(plan: LaunchPlan, watch: _RunWatch) -> None:
     watch.ended_as = watch.last_status
     _say(f"{watch.last_status}; resuming it as a user would: {launcher_command('resume', formatting.short(watch.run.root))}")
     watch.cluster.await_end(watch.run)
-    with run_store.start_lock(watch.run), redirect_stdout(sys.stderr):
-        watch.resumed_attempt = resume_run(watch.run, plan, watch.cluster, [], None)
+    with Interrupts() as interrupts, run_store.start_lock(watch.run), redirect_stdout(sys.stderr):
+        watch.resumed_attempt = resume_run(watch.run, plan, watch.cluster, [], None, interrupts)
+    if interrupts.received:
+        raise KeyboardInterrupt
     watch.update_status()
 
 

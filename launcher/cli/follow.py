@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli.formatting import short
+from launcher.cli.interrupts import Interrupts
 from launcher.cli.printable_stream import raw
 from launcher.clusters.backends import Cluster, StatusReader
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunError, SubmitError, printable
@@ -48,10 +47,15 @@ class StatusWatch:
         return self._status
 
 
-def follow(run: RunDir, attempt: int, cluster: Cluster) -> int:
-    """Show an attempt until it ends; returns the exit code. The first Ctrl-C saves and stops the run, the second kills it."""
+def follow(run: RunDir, attempt: int, cluster: Cluster, interrupts: Interrupts | None = None) -> int:
+    """Show an attempt until it ends; returns the exit code. The first Ctrl-C saves and stops the run, the second kills it.
+
+    `interrupts` has those since the run was started.
+    """
     events, metrics = Tail(run.events), Tail(run.metrics)
-    with _screen() as screen, _interrupts() as interrupts:
+    with _screen() as screen, Interrupts() as own:
+        collected = interrupts or own
+        collected.defer()
         num_handled, watch = 0, StatusWatch(run, cluster)
         screen.live(f"starting; logs in {short(run.attempt(attempt))}")
         while True:
@@ -62,7 +66,7 @@ def follow(run: RunDir, attempt: int, cluster: Cluster) -> int:
                     _show(line, status, screen)
             if status.state not in RUNNING_STATES:
                 break
-            if len(interrupts) > num_handled:
+            if len(collected.received) > num_handled:
                 num_handled += 1
                 _request_stop(run, cluster, screen, num_handled)
             time.sleep(_POLL_S)
@@ -116,24 +120,6 @@ def _screen() -> Iterator[_Screen]:
         yield _Terminal(live)
 
 
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Collect INT and TERM in the returned list instead of ending this process; a third one interrupts."""
-    received: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) > 2:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _request_stop(run: RunDir, cluster: Cluster, screen: _Screen, num_requests: int) -> None:
     try:
         cluster.cancel(run)
@@ -144,6 +130,14 @@ def _request_stop(run: RunDir, cluster: Cluster, screen: _Screen, num_requests: 
         screen.say(f"the stop request failed: {error.problems[0].message}; try again")
         return
     screen.say("saving, then stopping; Ctrl-C again kills the run without saving" if num_requests == 1 else "killing the run")
+
+
+def interrupted_start(run: RunDir) -> int:
+    """Say that a run goes on whose start was interrupted; returns the exit code."""
+    print(
+        f"interrupted; the run has started all the same; stop it with: {launcher_command('cancel', short(run.root))}", flush=True
+    )
+    return EXIT_INTERRUPTED
 
 
 def _closing(run: RunDir, attempt: int, status: Status) -> int:

@@ -12,8 +12,9 @@ from pathlib import Path
 from launcher import facts, model_source, run_store
 from launcher.cli import data, formatting, wandb_check
 from launcher.cli.arguments import COMMON_FLAGS, composing_usage
-from launcher.cli.follow import follow
+from launcher.cli.follow import follow, interrupted_start
 from launcher.cli.formatting import wrap
+from launcher.cli.interrupts import Interrupts
 from launcher.cli.plan_view import LABEL_WIDTH, plan_json, plan_lines, started_lines, sweep_lines
 from launcher.cli.worker_process import check_extra, prepare, run_worker_module, worker_environment
 from launcher.clusters.backends import Cluster, StatusReader, cluster_for, status_reader_for
@@ -93,12 +94,16 @@ def _train(jobs: list[Composed], follows: bool | None) -> int:
         if plan.config.cluster.is_dry_run:
             print(f"\n{cluster.preview(plan)}", end="")
             continue
-        run_dir, attempt = start(plan, cluster)
-        started.append((plan, cluster.submission_details(run_dir, attempt)))
-        if plan.config.cluster.is_followed if follows is None else follows:
-            codes.append(follow(run_dir, attempt, cluster))
-        else:
+        with Interrupts() as interrupts:
+            interrupts.defer()
+            run_dir, attempt = start(plan, cluster)
+            started.append((plan, cluster.submission_details(run_dir, attempt)))
+            if plan.config.cluster.is_followed if follows is None else follows:
+                codes.append(follow(run_dir, attempt, cluster, interrupts))
+                continue
             print("\n".join(started_lines(run_dir.root, cluster.submission_details(run_dir, attempt))), flush=True)
+            if interrupts.received:
+                return interrupted_start(run_dir)
     if len(started) > 1:
         print("\n".join(sweep_lines(started)))
     return max(codes, default=0)

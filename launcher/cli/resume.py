@@ -14,6 +14,7 @@ from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint
 from launcher.cli import formatting, wandb_check
 from launcher.cli.checkpoints import verify
+from launcher.cli.interrupts import Interrupts
 from launcher.cli.launch import require_idle
 from launcher.cli.worker_process import check_extra, prepare, worker_environment
 from launcher.clusters.backends import Cluster
@@ -42,7 +43,13 @@ _DIGEST_CHARS = 8
 
 
 def resume_run(
-    run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: list[str], step: int | None, force: bool = False
+    run: RunDir,
+    plan: LaunchPlan,
+    cluster: Cluster,
+    overrides: list[str],
+    step: int | None,
+    interrupts: Interrupts,
+    force: bool = False,
 ) -> int:
     """Submit a further attempt of a run that has ended, from the checkpoint of `step` or the newest one; returns its number.
 
@@ -66,6 +73,8 @@ def resume_run(
     for note in (*wandb_check.check(plan.config, worker_environment()), disk_note(plan)):
         if note:
             print(f"note: {note}")
+    # From here on the run is changed.
+    interrupts.defer()
     if checkpoint is not None:
         for path in store.set_aside_after(run.checkpoints, checkpoint.step):
             print(f"set aside: {formatting.short(path)}")

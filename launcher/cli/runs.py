@@ -10,7 +10,8 @@ from pathlib import Path
 from launcher import run_records, run_store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
-from launcher.cli.follow import StatusWatch, follow
+from launcher.cli.follow import StatusWatch, follow, interrupted_start
+from launcher.cli.interrupts import Interrupts
 from launcher.cli.plan_view import started_lines
 from launcher.cli.printable_stream import as_plain_lines
 from launcher.cli.resume import resume_run
@@ -153,9 +154,10 @@ def _cancel(run: RunDir, arguments: argparse.Namespace) -> int:
 def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
     plan = run_store.load_plan(run)
     cluster = cluster_for(plan.config.cluster.kind)
-    with run_store.start_lock(run):
-        attempt = resume_run(run, plan, cluster, arguments.overrides, arguments.step, arguments.force)
-    if arguments.follow if arguments.follow is not None else plan.config.cluster.is_followed:
-        return follow(run, attempt, cluster)
-    print("\n".join(started_lines(run.root, cluster.submission_details(run, attempt))))
-    return 0
+    with Interrupts() as interrupts:
+        with run_store.start_lock(run):
+            attempt = resume_run(run, plan, cluster, arguments.overrides, arguments.step, interrupts, arguments.force)
+        if arguments.follow if arguments.follow is not None else plan.config.cluster.is_followed:
+            return follow(run, attempt, cluster, interrupts)
+        print("\n".join(started_lines(run.root, cluster.submission_details(run, attempt))))
+        return interrupted_start(run) if interrupts.received else 0

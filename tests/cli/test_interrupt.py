@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import hand_made
 import pytest
 
+from launcher import run_store
+from launcher.cli.follow import interrupted_start
+from launcher.cli.interrupts import Interrupts
+from launcher.cli.launch import start
 from launcher.cli.worker_process import run_worker
+from launcher.clusters.local import LocalCluster
+from launcher.errors import EXIT_INTERRUPTED
+from launcher.plan.run_dir import RunDir
 
 # Writes a file until it is ended, as a build of the data cache does, in processes of its own.
 WORKER = """
@@ -58,3 +67,42 @@ def test_a_worker_answers_with_its_exit_code_and_output(capfd: pytest.CaptureFix
     assert run_worker([sys.executable, "-c", code], "hello", -1) == (3, "hello!\n")
     assert run_worker([sys.executable, "-c", code], "hello") == (3, "")
     assert capfd.readouterr().out == "hello!\n"
+
+
+class InterruptedCluster(LocalCluster):
+    """The user presses Ctrl-C while the run is submitted."""
+
+    def submit(self, run: RunDir, attempt: int, plan: Path) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupt_while_a_run_is_submitted_waits_until_the_run_can_be_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts() as interrupts:
+        interrupts.defer()
+        run, attempt = start(hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS), InterruptedCluster())
+        assert interrupts.received == [signal.SIGINT]
+        assert (attempt, run_store.read_status(run).state) == (1, "pending")
+        assert interrupted_start(run) == EXIT_INTERRUPTED
+        assert capsys.readouterr().out.endswith(f"stop it with: python -m launcher cancel {run.root}\n")
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt), Interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupt_during_the_imports_prints_no_traceback() -> None:
+    code = (
+        "import os, runpy, signal, sys\n"
+        "class Now:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'launcher.cli.main': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Now())\n"
+        "runpy.run_module('launcher', run_name='__main__', alter_sys=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
