@@ -204,7 +204,7 @@ def test_an_unreadable_run_does_not_hide_the_others(launch_here: Launch, run: Ru
     assert done.returncode == 0
     alone = launch_here("status", "broken", "--root", str(run.root.parent))
     assert alone.returncode == 1
-    assert alone.stderr.startswith("a file cannot be read or written: Is a directory\n  value:  ")
+    assert alone.stderr.startswith("a file cannot be read or written: Is a directory\n  where:  ")
     assert "Traceback" not in alone.stderr
 
 
@@ -429,7 +429,7 @@ def test_a_plan_with_a_damaged_price_is_an_error_that_names_it(
 ) -> None:
     plan = json.loads(run.plan.read_text())
     atomic_files.write_json(run.plan, plan | {"price": price})
-    assert main(["status", str(run.root)]) == 1
+    assert main(["status", str(run.root)]) == 2
     said = capsys.readouterr().err
     assert "the plan of this run cannot be read by this launcher" in said
     assert str(run.plan) in said

@@ -73,7 +73,7 @@ def _compose(tokens: list[str]) -> None:
 
 
 def _parsed(verb: str, tokens: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """The arguments of a verb, by its own parser; an unknown flag raises SystemExit."""
+    """The arguments of a verb, by its own parser; an unknown flag is refused before that."""
     for name in ("parse_args", "parse_intermixed_args"):
         monkeypatch.setattr(argparse.ArgumentParser, name, _stop_after(getattr(argparse.ArgumentParser, name)))
     with pytest.raises(Parsed) as parsed:
