@@ -81,7 +81,8 @@ def _narrow(config: Any) -> None:
         head_dim = _get(config, "head_dim") or hidden // heads
         few = 4 if kv_heads not in (None, heads) and heads > 1 else 2
         # Attention may be wider than the residual stream, and some configs state that width as a multiple of it.
-        narrow = few * hidden // heads if head_dim * heads % hidden == 0 else few * head_dim
+        is_multiple = head_dim * heads % hidden == 0 and few * hidden % heads == 0
+        narrow = few * hidden // heads if is_multiple else few * head_dim
         _set(config, "num_attention_heads", few)
         if isinstance(kv_heads, int):
             _set(config, "num_key_value_heads", few if kv_heads == heads else min(kv_heads, 2))
