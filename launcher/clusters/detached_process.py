@@ -133,6 +133,11 @@ def await_end(run: RunDir, deadline_s: float) -> None:
             process.kill()
 
 
+def failure_file(run: RunDir, attempt: int) -> Path:
+    """Return the file with the reason of a failure, for readers of a run whose process was ended before it could record it."""
+    return run.attempt(attempt) / "failure.txt"
+
+
 def resume_hint(run: RunDir) -> str:
     """Return the command that continues a failed run, for a message."""
     return f"continue with: {launcher_command('resume', run.root)}"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from causes import assert_attempt_named_first
 from e2e_tools import TINY, last_step, losses, metrics, status
 from ray_cluster import RayCluster, hiding
 from ray_tools import (
@@ -252,7 +253,7 @@ def test_a_run_through_the_jobs_api_is_followed_cancelled_and_resumed(
 
 
 def test_a_run_of_fixed_size_survives_a_worker_a_raylet_and_a_node_and_has_the_same_losses(
-    start: Callable, cluster: RayCluster, root: Path, undisturbed: Path
+    launch: Launch, start: Callable, cluster: RayCluster, root: Path, undisturbed: Path
 ) -> None:
     """A worker and a raylet are killed, a node is about to be taken away: each time another attempt goes on."""
     cluster.have_only(n2=1)
@@ -288,6 +289,7 @@ def test_a_run_of_fixed_size_survives_a_worker_a_raylet_and_a_node_and_has_the_s
     assert "Ray is about to lose n3: the run saves" in alerts(run, 3)
     assert [*trained(run, 3), *trained(run, 4)] == list(range(attempts[2].resume_step + 1, STEPS + 1)), "no step was repeated"
     assert losses(run) == losses(undisturbed), "the same rows and bitwise the same losses"
+    assert_attempt_named_first(launch, run, 2, "ray_node", **cluster.env)
     await_no_launcher(run)
 
 

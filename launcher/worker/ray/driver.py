@@ -237,6 +237,9 @@ class _Driver:
         """
         if state == "failed" and self.has_begun:
             message += f"; {detached_process.resume_hint(self._run)}"
+            # Ray ends this process within milliseconds where the raylet has ended; a write that is not synced is done by then.
+            with suppress(OSError):
+                detached_process.failure_file(self._run, self._number).write_text(message)
         print(message, file=sys.stderr if state == "failed" else sys.stdout, flush=True)
 
         def write() -> None:
