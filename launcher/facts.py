@@ -44,7 +44,7 @@ def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:
     sources = {"path": config.model.path, "tokenizer": config.model.tokenizer}
     changes = {key: local for key, value in sources.items() if value and (local := model_source.local_folder(value)) != value}
     if is_run(config.model.path):
-        from launcher import parent_run
+        from launcher.models import parent_run
 
         changes["path"] = parent_run.resolve_parent(config).path
     if config.model.dtype == "auto":
@@ -152,7 +152,7 @@ def _lineage(model: str) -> Lineage | None:
     """Return where the run in `model.path` began; None if the path is no run."""
     if not is_run(model):
         return None
-    from launcher import parent_run
+    from launcher.models import parent_run
 
     return parent_run.build_lineage(parent_run.find_parent(model))
 

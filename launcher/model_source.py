@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import weight_files
 from launcher.checkpoint import generation
 from launcher.checkpoint.folder_links import link_problems
 from launcher.config.schema import ModelSection, is_local_path, is_run
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.data.cache_dir import cache_root
 from launcher.errors import ConfigError, Problem
-from launcher.models import gguf_header
+from launcher.models import gguf_header, weight_files
 from launcher.models.folder_check import folder_problems
 from launcher.models.remote_code import code_problems
 from launcher.plan.architecture import model_facts
@@ -113,7 +112,7 @@ def _check_code_of_run(value: str, model: ModelSection) -> list[Problem]:
     """Check the code of another run's model; weights and code are copied together."""
     if not model.trust_remote_code:
         return []
-    from launcher import parent_run
+    from launcher.models import parent_run
 
     parent = parent_run.find_parent(value)
     base, copied = parent.plan.model.path, parent_run.weights_folder(parent, model.dtype)
@@ -198,7 +197,7 @@ def locate(source: str, model: ModelSection) -> Located:
             raise ConfigError(_missing_package("model.path", source))
         return Located(_finished(converted_folder(file)), file)
     if is_run(source):
-        from launcher import parent_run
+        from launcher.models import parent_run
 
         parent = parent_run.find_parent(source)
         return Located(_finished(parent_run.weights_folder(parent, model.dtype)), parent.checkpoint.path)
@@ -259,7 +258,7 @@ def read_model_facts(model: ModelSection) -> ModelFacts:
     if weights:
         config = json.loads((weights / "config.json").read_text())
     elif is_run(model.path):
-        from launcher import parent_run
+        from launcher.models import parent_run
 
         parent = parent_run.find_parent(model.path or "")
         config, exact = parent.plan.model.config, parent_run.count_params(parent)

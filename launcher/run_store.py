@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launcher import atomic_files, code_snapshot, json_records, locks
-from launcher.config.redaction import redacted_command_line
 from launcher.errors import DamagedRun, SubmitError, Superseded
 from launcher.plan.gpu_types import Price
 from launcher.plan.migrations import migrate
@@ -22,6 +21,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_damage import looks_like_run, plan_remedy, record_remedy
 from launcher.run_records import Attempt, Status
 from launcher.security import ownership
+from launcher.security.redaction import redacted_command_line
 from launcher.shell_commands import launcher_command, shell_command
 
 if TYPE_CHECKING:

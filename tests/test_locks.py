@@ -25,7 +25,7 @@ REPO = Path(__file__).resolve().parents[1]
 HOLD = """
 import sys, time
 from pathlib import Path
-from launcher.config.redaction import redacted_command_line
+from launcher.security.redaction import redacted_command_line
 from launcher.locks import hold
 with hold(Path(sys.argv[1]) / ".lock", 0, redacted_command_line()):
     print("held", flush=True)

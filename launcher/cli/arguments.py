@@ -8,8 +8,8 @@ import re
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from launcher.config.redaction import redact
 from launcher.errors import ConfigError, Problem, did_you_mean
+from launcher.security.redaction import redact
 
 # Flags of every verb that composes settings, besides its own: they are suggested for mistyped ones.
 COMMON_FLAGS = ("--help", "--debug", "--trust-owner")

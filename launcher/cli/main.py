@@ -161,7 +161,7 @@ def _run(verb: str, tokens: list[str]) -> int:
 def _unknown_verb(verb: str) -> Problem:
     import difflib
 
-    from launcher.config.redaction import redact
+    from launcher.security.redaction import redact
 
     matches = difflib.get_close_matches(verb, VERBS, n=1)
     guess = f"did you mean {matches[0]}? " if matches else ""
@@ -182,7 +182,7 @@ def _require_no_verb(tokens: Sequence[str]) -> None:
     for i, token in enumerate(tokens):
         # The word after another flag may be its value.
         if token in VERBS and (i == 0 or "=" in tokens[i - 1] or tokens[i - 1] in _FLAGS_WITHOUT_VALUE):
-            from launcher.config.redaction import redact
+            from launcher.security.redaction import redact
 
             remedy = f"write: {redact(launcher_command(token, *tokens[:i], *tokens[i + 1 :]))}"
             raise ConfigError(f"the verb {token} comes before all overrides and flags", where="command line", remedy=remedy)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.config.introspect import settings
-from launcher.config.redaction import looks_secret
 from launcher.config.renamed_keys import COMMAND_LINE
 from launcher.config.suggestions import meant_setting, suggest_setting
 from launcher.errors import Problem
+from launcher.security.redaction import looks_secret
 
 GROUPS = ("model", "data", "optim", "deepspeed", "cluster", "tracking", "experiment")
 # Hydra's flags that take a value, and its other flags.

@@ -27,11 +27,11 @@ from launcher.config.error_messages import hydra_problems, missing, no_such_opti
 from launcher.config.hydra_guard import guarded, require_no_callbacks
 from launcher.config.origin import Origins, short
 from launcher.config.printed_settings import redact_settings
-from launcher.config.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
 from launcher.config.renamed_keys import COMMAND_LINE, RENAMED, renamed_override, renamed_reference
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, LauncherError, Problem
 from launcher.security.credentials import environment_secrets
+from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
 
 _GROUP_WITH_PLUS = re.compile(rf"\+{{1,2}}({'|'.join(GROUPS)})=")
 # The data set and the time follow it in the name of a run.

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.origin import Origins, nodes, short
-from launcher.config.redaction import looks_secret
 from launcher.config.schema import RunConfig
 from launcher.errors import Problem
+from launcher.security.redaction import looks_secret
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.\[\]]*)\}")
 _PACKAGE = re.compile(r"#\s*@package\s+([\w.]+)")

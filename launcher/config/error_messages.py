@@ -14,11 +14,11 @@ from launcher.config.config_files import yaml_problems
 from launcher.config.hydra_location import locate_hydra_error
 from launcher.config.introspect import Setting, as_yaml, settings, type_in_words
 from launcher.config.origin import Origins
-from launcher.config.redaction import looks_secret, redact
 from launcher.config.renamed_keys import renamed_override, renamed_setting
 from launcher.config.sections.data import COLUMNS_EXAMPLE
 from launcher.config.suggestions import suggest_setting
 from launcher.errors import Problem, did_you_mean
+from launcher.security.redaction import looks_secret, redact
 
 # By the first part of pydantic's error type.
 _WRONG_TYPE = {

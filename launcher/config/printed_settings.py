@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from launcher.config.redaction import looks_secret, redact
+from launcher.security.redaction import looks_secret, redact
 
 if TYPE_CHECKING:
     import yaml

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from launcher.config.redaction import looks_secret, redact
 from launcher.errors import Problem
+from launcher.security.redaction import looks_secret, redact
 
 RENAMED = {
     "train.eval_every": "eval.every",

@@ -15,12 +15,12 @@ from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import schema_problems, shown
 from launcher.config.introspect import settings
 from launcher.config.origin import Origins, short
-from launcher.config.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
 from launcher.config.renamed_keys import renamed_override
 from launcher.config.schema import RunConfig
 from launcher.config.suggestions import suggest_setting
 from launcher.errors import ConfigError, Problem
 from launcher.security.credentials import environment_secrets
+from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
 from launcher.shell_commands import launcher_command
 
 # Settings without an effect on what a step computes.

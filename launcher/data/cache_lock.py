@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from launcher import locks
-from launcher.config.redaction import redacted_command_line
 from launcher.errors import DataError, Problem
+from launcher.security.redaction import redacted_command_line
 
 # The kernel releases a lock when its holder ends, so this only has to be longer than any build or download.
 MAX_WAIT_S = 24 * 3600.0

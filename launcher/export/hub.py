@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.checkpoint.folder_links import link_problems
-from launcher.config.redaction import redact
 from launcher.errors import Problem, PushError
+from launcher.security.redaction import redact
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

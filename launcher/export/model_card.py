@@ -15,11 +15,11 @@ import yaml
 
 from launcher.checkpoint.manifest import Manifest
 from launcher.config import bounded_yaml
-from launcher.config.redaction import redact
 from launcher.config.schema import is_local_path
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.export.hf_folder import CARD, ExportedFolder
 from launcher.plan.launch_plan import Batch, LaunchPlan
+from launcher.security.redaction import redact
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher import weight_files
 from launcher.checkpoint.folder_links import link_problems
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError, Problem
+from launcher.models import weight_files
 from launcher.models.remote_code import adapter_problems, code_problems
 from launcher.plan.architecture import config_problems, model_facts
 

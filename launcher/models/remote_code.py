@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher import weight_files
 from launcher.config.schema import ModelSection, is_local_path, is_run
 from launcher.errors import ConfigError, Problem
+from launcher.models import weight_files
 
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 _ADAPTER = "adapter_config.json"

@@ -22,9 +22,9 @@ from launcher.config.schema import ModelSection
 from launcher.data.loader import IGNORED
 from launcher.errors import ConfigError
 from launcher.models.remote_code import require_pinned_code
+from launcher.models.weight_files import WeightReport
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.train.loss import LossHead
-from launcher.weight_files import WeightReport
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Architectures whose FlashAttention attends across documents: transformers does not pass document boundaries to it.

@@ -23,8 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import atomic_files, locks, model_source, parent_run, run_store
-from launcher.config.redaction import redacted_command_line
+from launcher import atomic_files, locks, model_source, run_store
 from launcher.config.schema import ModelSection, RunConfig, is_run
 from launcher.data import build, report, sources
 from launcher.data.cache_dir import cache_root, is_full, make_cache_error
@@ -33,7 +32,9 @@ from launcher.data.tokenization.encoder import import_tokenizers_without_torch, 
 from launcher.errors import EXIT_FAILED, CheckpointError, ConfigError, DataError, LauncherError, Problem
 from launcher.export import model_card
 from launcher.export.hf_folder import ExportTask, export, find_chat_template, verify_checkpoint
+from launcher.models import parent_run
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.security.redaction import redacted_command_line
 from launcher.tracking.jsonl import read_metrics
 from launcher.worker.checks.weight_check import require_weights
 from launcher.worker.signals import exit_on_termination

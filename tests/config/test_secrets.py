@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from launcher.cli.main import main
-from launcher.config.redaction import has_login, looks_secret, redact, secret_problem
 from launcher.config.resume import with_overrides
 from launcher.config.sections.data import Source
 from launcher.errors import ConfigError
+from launcher.security.redaction import has_login, looks_secret, redact, secret_problem
 
 Shown = Callable[..., str]
 

@@ -14,7 +14,7 @@ from doc_tools import GUIDES, PAGES, README, Command, blocks, command_tokens, co
 from launcher.cli import data, drill
 from launcher.cli.main import COMPOSING, VERBS, main
 from launcher.config.compose import run_hydra
-from launcher.config.redaction import looks_secret
+from launcher.security.redaction import looks_secret
 
 # Each command once, whichever page shows it.
 COMMANDS = list({command.tokens: command for page in PAGES for command in commands(page)}.values())

@@ -21,11 +21,11 @@ from launcher.clusters.backends import NEVER_SUBMITTED
 from launcher.clusters.cgroups import limit_that_killed_agents
 from launcher.clusters.faults import InjectedFault
 from launcher.clusters.ray import jobs
-from launcher.config.redaction import looks_secret
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, CancelRequest, Status
+from launcher.security.redaction import looks_secret
 
 if TYPE_CHECKING:
     from launcher.config.sections.cluster import ClusterSection

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from launcher.config.redaction import IN_QUERY
 from launcher.config.sections.fields import Flag, Fraction, Group, Name, Positive, PositiveInt, Section, Text
+from launcher.security.redaction import IN_QUERY
 
 # The keys that a column mapping may use: those that the formats read.
 COLUMNS = (

@@ -15,7 +15,7 @@ _OF_ONE_ROW = re.compile(r"\([^()]*\)|\d+")
 
 
 @dataclass
-class _Group:
+class _ProblemGroup:
     first: Problem
     places: list[str]
     count: int
@@ -25,7 +25,7 @@ class RowProblems:
     """Problems grouped by their message; each group has its first problem, its first places and its count. Picklable."""
 
     def __init__(self) -> None:
-        self._groups: dict[str, _Group] = {}
+        self._groups: dict[str, _ProblemGroup] = {}
 
     def __len__(self) -> int:
         return sum(group.count for group in self._groups.values())
@@ -38,7 +38,7 @@ class RowProblems:
     def add(self, error: DataError) -> None:
         """Add the problems of a row or a file."""
         for problem in error.problems:
-            self._add(_Group(problem, [problem.where], 1))
+            self._add(_ProblemGroup(problem, [problem.where], 1))
 
     def merge(self, later: RowProblems) -> None:
         """Add the problems of later rows."""
@@ -57,13 +57,13 @@ class RowProblems:
             shown[-1] = replace(shown[-1], message=f"{shown[-1].message}; {stopped}")
         return shown
 
-    def _add(self, group: _Group) -> None:
-        known = self._groups.setdefault(_OF_ONE_ROW.sub("", group.first.message), _Group(group.first, [], 0))
+    def _add(self, group: _ProblemGroup) -> None:
+        known = self._groups.setdefault(_OF_ONE_ROW.sub("", group.first.message), _ProblemGroup(group.first, [], 0))
         known.places = (known.places + group.places)[:_NUM_PLACES]
         known.count += group.count
 
 
-def _describe(group: _Group) -> Problem:
+def _describe(group: _ProblemGroup) -> Problem:
     if group.count == 1:
         return group.first
     more = group.count - len(group.places)

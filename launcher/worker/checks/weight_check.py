@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import model_source, weight_files
+from launcher import model_source
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError, LauncherError, Problem
+from launcher.models import weight_files
 from launcher.models.remote_code import require_pinned_code
-from launcher.weight_files import ShapeMismatch, WeightReport
+from launcher.models.weight_files import ShapeMismatch, WeightReport
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,11 +12,11 @@ import yaml
 from safetensors.torch import load_file
 from weight_tools import change_weights, save_model, without
 
-from launcher import weight_files
 from launcher.config.compose import conf_dir
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError
-from launcher.weight_files import ShapeMismatch, WeightReport
+from launcher.models import weight_files
+from launcher.models.weight_files import ShapeMismatch, WeightReport
 from launcher.worker.checks import weight_check
 
 PRESETS = {

@@ -11,13 +11,14 @@ import pytest
 from plan_fixtures import CPU, H100, config_of, facts_for
 from pydantic import ValidationError
 
-from launcher import atomic_files, facts, model_source, parent_run, run_store
+from launcher import atomic_files, facts, model_source, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import STATE, Manifest
 from launcher.checkpoint.state import State
 from launcher.cli.main import main
 from launcher.config.schema import ModelSection, RunConfig
 from launcher.errors import ConfigError, Problem
+from launcher.models import parent_run
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan, Lineage, Origin
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launcher import model_source, weight_files
+from launcher import model_source
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError
-from launcher.weight_files import ShapeMismatch, TensorHeader, WeightReport
+from launcher.models import weight_files
+from launcher.models.weight_files import ShapeMismatch, TensorHeader, WeightReport
 
 REPORT = WeightReport(("a", "b"), (ShapeMismatch("c", (1, 2), (2, 1)),), ("d",))
 
