@@ -18,7 +18,7 @@ from launcher.plan.launch_plan import LaunchPlan
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SETTINGS = (
     "model=tiny",
-    "model.dtype=bf16",
+    "model.dtype=fp32",
     "tracking=none",
     "train.max_steps=20",
     "checkpoint.save_every=5",
@@ -36,7 +36,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     folder.mkdir()
 
     def mount(size: str) -> Path:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True, timeout=10)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", folder], check=True, timeout=10)
         return folder
 
     try:
