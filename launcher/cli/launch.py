@@ -84,9 +84,14 @@ def _train(jobs: list[Composed], follows: bool | None) -> int:
     for composed in _group_jobs(jobs):
         with composed.located():
             plans.append(prepare_plan(composed, taken_names={plan.run_name for plan in plans}))
+    return start_all(plans, follows)
+
+
+def start_all(plans: list[LaunchPlan], follows: bool | None) -> int:
+    """Show and start each run, and follow it where asked for; returns the largest exit code. After Ctrl-C no other is started."""
     codes = []
     started = []
-    for plan in plans:
+    for number, plan in enumerate(plans, 1):
         cluster = cluster_for(plan.config.cluster.kind)
         weights_note = model_source.weights_note(plan.config.model)
         notes = (_device_note(plan, cluster), disk_note(plan), weights_note, data.accepted(plan.config, plan.data))
@@ -100,10 +105,14 @@ def _train(jobs: list[Composed], follows: bool | None) -> int:
             started.append((plan, cluster.submission_details(run_dir, attempt)))
             if plan.config.cluster.is_followed if follows is None else follows:
                 codes.append(follow(run_dir, attempt, cluster, interrupts))
-                continue
-            print("\n".join(started_lines(run_dir.root, cluster.submission_details(run_dir, attempt))), flush=True)
-            if interrupts.received:
-                return interrupted_start(run_dir)
+            else:
+                print("\n".join(started_lines(run_dir.root, cluster.submission_details(run_dir, attempt))), flush=True)
+                if interrupts.received:
+                    codes.append(interrupted_start(run_dir))
+        if interrupts.received:
+            if rest := [plan.run_name for plan in plans[number:]]:
+                print(f"not started: {', '.join(rest)}", flush=True)
+            break
     if len(started) > 1:
         print("\n".join(sweep_lines(started)))
     return max(codes, default=0)
