@@ -41,7 +41,8 @@ class Estimate:
         done = sum(self._weights[test] for test in self._done)
         share = done / total if total else 0.0
         line = f"{_minutes(elapsed_s)} elapsed, {share:.0%}"
-        return f"{line}, about {_minutes(elapsed_s * (1 - share) / share)} left" if share else line
+        # The first tests without known durations say little about the rest.
+        return f"{line}, about {_minutes(elapsed_s * (1 - share) / share)} left" if share >= 0.02 else line
 
 
 def _minutes(seconds: float) -> str:

@@ -100,7 +100,8 @@ def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | 
         raise ConfigError(
             f"the model's config.json lacks {', '.join(missing)}",
             where=path or "model.config",
-            remedy="choose a decoder-only language model",
+            value=f"model_type {config.get('model_type')}",
+            remedy="choose a decoder-only language model with attention layers, which mamba and rwkv do not have",
         )
     heads = config["num_attention_heads"]
     facts = {
