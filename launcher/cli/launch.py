@@ -28,6 +28,7 @@ from launcher.plan.planner import plan as make_plan
 from launcher.plan.planner import run_dir_of
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Attempt
+from launcher.security import ownership
 from launcher.shell_commands import launcher_command
 
 _USAGE = {
@@ -69,9 +70,9 @@ def _plan(composed: Composed, as_json: bool) -> int:
         weights_note = model_source.weights_note(config.model)
         notes = (_device_note(plan, cluster), disk_note(plan), weights_note, data.refusal(plan.config, plan.data))
         if as_json:
-            print(plan_json(plan, *notes))
+            print(plan_json(plan, *notes, place_warning=_place_warning(plan)))
             return 0
-        print("\n".join(wrap(plan_lines(plan, *notes), LABEL_WIDTH)))
+        print("\n".join(wrap(plan_lines(plan, *notes, place_warning=_place_warning(plan)), LABEL_WIDTH)))
         if script := cluster.preview(plan):
             print(f"\n{script}", end="")
     return 0
@@ -95,7 +96,7 @@ def start_all(plans: list[LaunchPlan], follows: bool | None) -> int:
         cluster = cluster_for(plan.config.cluster.kind)
         weights_note = model_source.weights_note(plan.config.model)
         notes = (_device_note(plan, cluster), disk_note(plan), weights_note, data.accepted(plan.config, plan.data))
-        print("\n".join(wrap(plan_lines(plan, *notes), LABEL_WIDTH)), flush=True)
+        print("\n".join(wrap(plan_lines(plan, *notes, place_warning=_place_warning(plan)), LABEL_WIDTH)), flush=True)
         if plan.config.cluster.is_dry_run:
             print(f"\n{cluster.preview(plan)}", end="")
             continue
@@ -214,6 +215,12 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
 def _node_of(composed: Composed, cluster: Cluster) -> Callable[[], DeviceFacts]:
     """Return a function that asks the backend for the devices of a node, once: a scheduler may take seconds to answer."""
     return functools.cache(lambda: cluster.device(composed.config.cluster))
+
+
+def _place_warning(plan: LaunchPlan) -> str | None:
+    """Return which folder above the run lets others replace it, so that later commands refuse it; None if there is none."""
+    problem = ownership.place_problem(RunDir(Path(plan.run_dir)))
+    return f"resume and export will be refused: {problem.message}; {problem.remedy}" if problem else None
 
 
 def _device_note(plan: LaunchPlan, cluster: Cluster) -> str | None:

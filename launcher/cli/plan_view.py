@@ -27,8 +27,11 @@ _MIN_TRUNCATED_FRAC = 0.01
 _ACTIVATIONS_GIB, _MIN_STATES_SHARE = 12.0, 0.5
 
 
-def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
-    """Return the decisions of a plan, a label and a value per line; `notes` are those of this machine."""
+def plan_lines(plan: LaunchPlan, *notes: str | None, place_warning: str | None = None) -> list[str]:
+    """Return the decisions of a plan, a label and a value per line; `notes` are those of this machine.
+
+    `place_warning` is what is wrong with the place of the run directory.
+    """
     config, batch = plan.config, plan.batch
     kinds = "random weights" if config.model.init == "random" else (config.model.path or "")
     rows = [
@@ -54,17 +57,21 @@ def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
         ("tracking", _tracking(plan)),
         *([("cost", _cost(plan))] if plan.topology.device == "cuda" or plan.price is not None else []),
     ]
-    rows += [("warning", warning) for warning in warnings(plan)]
+    rows += [("warning", warning) for warning in _all_warnings(plan, place_warning)]
     rows += [("note", note) for note in _all_notes(plan, notes)]
     if limits := _limits(plan):
         rows.append(("limit", f"saves and stops after {limits}"))
     return [f"{label:<{LABEL_WIDTH}}{value}" for label, value in rows]
 
 
-def plan_json(plan: LaunchPlan, *notes: str | None) -> str:
+def plan_json(plan: LaunchPlan, *notes: str | None, place_warning: str | None = None) -> str:
     """Return the plan as JSON with its warnings and notes: the texts of `plan_lines`, which a plan's file does not hold."""
-    shown = {**json.loads(plan.to_json()), "warnings": [*warnings(plan)], "notes": _all_notes(plan, notes)}
+    shown = {**json.loads(plan.to_json()), "warnings": _all_warnings(plan, place_warning), "notes": _all_notes(plan, notes)}
     return json.dumps(shown, indent=2, ensure_ascii=False)
+
+
+def _all_warnings(plan: LaunchPlan, place_warning: str | None) -> list[str]:
+    return [*warnings(plan), *([place_warning] if place_warning else [])]
 
 
 def _all_notes(plan: LaunchPlan, notes: Sequence[str | None]) -> list[str]:

@@ -35,8 +35,11 @@ def run(verb: str, tokens: list[str]) -> int:
 
         return _resume(mirror.download_run(arguments.run, Path(arguments.root), arguments.step), arguments)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
-    if verb != "logs":
+    if verb == "resume":
         ownership.require_run(run_dir)
+    if verb == "cancel":
+        # It runs no code of the run, and a run that costs money must be stoppable.
+        ownership.require_records(run_dir)
     return {"logs": _logs, "cancel": _cancel, "resume": _resume}[verb](run_dir, arguments)
 
 

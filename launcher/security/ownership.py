@@ -101,6 +101,16 @@ def require_run(run: RunDir) -> None:
         raise SubmitError(problem)
 
 
+def require_records(run: RunDir) -> None:
+    """Refuse a run whose records others could have changed, before a command acts on the process or job that they name.
+
+    Raises:
+        SubmitError: with the file or folder, its owner and the remedy.
+    """
+    if problem := records_problem(run):
+        raise SubmitError(problem)
+
+
 def run_problem(run: RunDir) -> Problem | None:
     """Return why this user does not trust a run's directory, plan, code, records and the folders above them; None if they do."""
     return _problem(f"the run {run.root.name}", run.root, _code_and_records(run), _own_trust(), with_parents=True)
@@ -109,6 +119,11 @@ def run_problem(run: RunDir) -> Problem | None:
 def records_problem(run: RunDir) -> Problem | None:
     """Return why this user does not trust the records of a run, which name its processes, jobs and addresses; None if they do."""
     return _problem(f"the run {run.root.name}", run.root, _records(run), _own_trust())
+
+
+def place_problem(run: RunDir) -> Problem | None:
+    """Return why this user would not trust a run that is made in this place; None if nobody else could replace it there."""
+    return _problem(f"the run {run.root.name}", run.root, (), _own_trust(), with_parents=True)
 
 
 def require_plain_files(run: RunDir) -> None:
@@ -302,7 +317,12 @@ def _weakness(path: Path, trust: Trust, is_above: bool = False, is_private: bool
     elif mode & stat.S_IWGRP and not trust.accepts_group(status.st_gid, status.st_uid):
         group = _group(status.st_gid)
         on_purpose = f"if you trust all members of the group with your account, add {FLAG} {_GROUP}{group}"
-        yield path, f"can be written by the group {group}", f"chmod g-w {path}{sticky}; {on_purpose}"
+        remedy = f"chmod g-w {path}; {on_purpose}"
+        if is_above:
+            # Folders above often belong to somebody else, who alone can change their permissions.
+            owner = _user(status.st_uid)
+            remedy = f"{on_purpose}, or set {VARIABLE}={_GROUP}{group}; or let {owner}, its owner, run chmod +t {path}"
+        yield path, f"can be written by the group {group}", remedy
 
 
 def _permissions(path: Path) -> str:

@@ -226,6 +226,9 @@ def test_a_run_that_others_can_change_is_not_used(launch_here: Launch, run: RunD
     for verb, *arguments in VERBS:
         done = launch_here(verb, *(argument.replace("RUN", str(run.root)) for argument in arguments))
         assert done.returncode == 2, (verb, done.stdout, done.stderr)
+        if verb == "cancel" and way in ("code", "above", "link"):
+            assert "the run is not running: it is completed" in done.stderr, "it uses records, which others cannot change"
+            continue
         assert f"the run demo is not trusted: {path.relative_to(run.root) if way in ('plan', 'code') else path} {expected}" in (
             done.stderr.replace("run demo: the run demo", "the run demo")
         ), verb
@@ -256,6 +259,25 @@ def test_the_remedies_help(launch_here: Launch, run: RunDir) -> None:
     run.root.chmod(0o700)
     run.root.parent.chmod(0o1777)
     assert used in cancel(), "others can neither rename nor remove what they do not own in a sticky folder"
+
+
+def test_a_place_that_a_group_can_write_to_is_a_warning_with_a_remedy_that_helps(launch_here: Launch, run: RunDir) -> None:
+    def warnings(*flags: str) -> str:
+        place = f"run.root={run.root.parent}"
+        done = launch_here("plan", "--json", "model=tiny", "data.packing=false", "run.name=other", place, *flags)
+        assert done.returncode == 0, done.stderr
+        return "".join(json.loads(done.stdout)["warnings"])
+
+    assert "will be refused" not in warnings()
+    os.chown(run.root.parent, 0, TEAM)
+    run.root.parent.chmod(0o2770)
+    shown = warnings()
+    assert f"resume and export will be refused: the run other is not trusted: {run.root.parent} can be written" in shown
+    assert f"by the group {TEAM}; if you trust all members of the group with your account, add --trust-owner group:{TEAM}" in shown
+    assert "will be refused" not in warnings("--trust-owner", f"group:{TEAM}")
+    assert "it is completed" in launch_here("cancel", str(run.root)).stderr
+    refused = launch_here("resume", str(run.root)).stderr
+    assert f"remedy: if you trust all members of the group with your account, add --trust-owner group:{TEAM}" in refused
 
 
 def test_permissions_inside_a_private_folder_do_not_matter(launch_here: Launch, run: RunDir) -> None:
