@@ -16,6 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from launcher.config.compose import run_hydra
+from launcher.security.ownership import Trust
 
 DOCKER = Path(__file__).resolve().parents[1] / "docker"
 
@@ -53,6 +54,10 @@ def test_the_kubernetes_job_is_complete() -> None:
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         pod = group["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"] is True
+        environment = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
+        trust = Trust.from_environ(environment)
+        # Kubernetes makes the volume root's, and writable for this group.
+        assert trust.accepts_group(pod["securityContext"]["fsGroup"], owner=0)
         volumes = {volume["name"] for volume in pod["volumes"]}
         for container in pod["containers"]:
             assert {mount["name"] for mount in container["volumeMounts"]} == volumes

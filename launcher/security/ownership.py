@@ -23,6 +23,8 @@ FLAG = "--trust-owner"
 VARIABLE = "LAUNCHER_TRUST_OWNERS"
 # Words of the flag and the variable that are no users.
 _ANYONE, _GROUP = "anyone", "group:"
+# Tries to make a folder that other processes of this user make at the same time.
+_NUM_TRIES = 20
 _OTHERS_SEARCH = stat.S_IXGRP | stat.S_IXOTH
 
 
@@ -66,7 +68,8 @@ class Trust:
 
     def accepts_group(self, gid: int, owner: int) -> bool:
         """Return whether the members of a group may write to a file of `owner`."""
-        return gid in self.gids or _is_private_group(gid, owner)
+        # Storage of Kubernetes belongs to root and to the group of the pods' user.
+        return gid in self.gids or any(_is_private_group(gid, uid) for uid in (owner, *self.uids))
 
 
 def add_to_environ(owners: Iterable[str]) -> None:
@@ -196,19 +199,27 @@ def share(folder: Path, group: str) -> None:
 def make_private_folder(folder: Path, where: str) -> None:
     """Create an empty folder that only this user can enter, in place of their earlier one; `where` names its setting.
 
-    Its name can be known to others, who may have made it first, or a link of that name.
+    Its name can be known to others, who may have made it first, or a link of that name. Several processes of this user may call
+    this at the same time, before any of them writes to the folder, as those of nodes that share it.
 
     Raises:
         ConfigError: if another user did.
         OSError: if it cannot be created.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(mode=0o700)
-    except FileExistsError:
-        remedy = "remove it, or set another folder; a sticky folder above it (chmod +t) keeps others from replacing yours"
-        message = "the folder exists already, and this user cannot empty it: another user may have made it"
-        raise ConfigError(message, where=where, value=f"{folder}: {_permissions(folder)}", remedy=remedy) from None
+    for _ in range(_NUM_TRIES):
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            # Another process of this user may just remove the folder, too.
+            with suppress(FileNotFoundError):
+                if _is_private_and_empty(folder):
+                    return
+        else:
+            return
+    remedy = "remove it, or set another folder; a sticky folder above it (chmod +t) keeps others from replacing yours"
+    message = "the folder exists already, and this user cannot empty it: another user may have made it"
+    raise ConfigError(message, where=where, value=f"{folder}: {_permissions(folder)}", remedy=remedy)
 
 
 def shared_group(group: str) -> int:
@@ -253,6 +264,13 @@ def _is_private(folder: Path, trust: Trust) -> bool:
     """Return whether nobody else can enter a folder, so that the permissions of what lies in it do not matter."""
     status = folder.stat()
     return trust.accepts_owner(status.st_uid) and not status.st_mode & _OTHERS_SEARCH
+
+
+def _is_private_and_empty(folder: Path) -> bool:
+    """Return whether this is a folder, and no link, that belongs to this user and that no other user can enter."""
+    status = folder.lstat()
+    is_private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+    return is_private and not any(folder.iterdir())
 
 
 def _problem(

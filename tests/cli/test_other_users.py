@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import shutil
 import subprocess
 import tempfile
@@ -273,7 +274,9 @@ def test_a_place_that_a_group_can_write_to_is_a_warning_with_a_remedy_that_helps
     run.root.parent.chmod(0o2770)
     shown = warnings()
     assert f"resume and export will be refused: the run other is not trusted: {run.root.parent} can be written" in shown
-    assert f"by the group {TEAM}; if you trust all members of the group with your account, add --trust-owner group:{TEAM}" in shown
+    assert (
+        f"by the group {TEAM}; if you trust all members of the group with your account, add --trust-owner group:{TEAM}" in shown
+    )
     assert "will be refused" not in warnings("--trust-owner", f"group:{TEAM}")
     assert "it is completed" in launch_here("cancel", str(run.root)).stderr
     refused = launch_here("resume", str(run.root)).stderr
@@ -286,6 +289,28 @@ def test_permissions_inside_a_private_folder_do_not_matter(launch_here: Launch, 
         path.chmod(0o777)
     assert "it is completed" in launch_here("cancel", str(run.root)).stderr
     assert ownership.run_problem(run) is None
+
+
+def test_the_private_group_of_a_user_may_write_to_folders_of_root(run: RunDir) -> None:
+    """As Kubernetes makes a volume: root's, and writable for the group of the pods' user."""
+    daemon = pwd.getpwnam("daemon")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o2775)
+        copy = RunDir(Path(folder, "demo"))
+        shutil.copytree(run.root, copy.root)
+        give(copy.root, daemon.pw_uid)
+        try:
+            os.chown(folder, 0, daemon.pw_gid)
+            os.seteuid(daemon.pw_uid)
+            assert ownership.run_problem(copy) is None
+            os.seteuid(0)
+            os.chown(folder, 0, TEAM)
+            os.seteuid(daemon.pw_uid)
+            problem = ownership.run_problem(copy)
+            assert problem is not None
+            assert f"{folder} can be written by the group {TEAM}" in problem.message
+        finally:
+            os.seteuid(0)
 
 
 def test_a_user_trusts_their_own_runs_and_those_of_root(run: RunDir) -> None:

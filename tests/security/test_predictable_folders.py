@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -48,6 +49,24 @@ def test_the_folder_for_states_is_private_and_empty(shared: Path) -> None:
         make_private_folder(folder, "deepspeed.nvme_path")
         assert (mode(folder), list(folder.iterdir()), folder.stat().st_uid) == (0o700, [], USER)
         (folder / "states").write_text("of an earlier attempt")
+
+
+def test_agents_that_share_a_folder_make_it_at_the_same_time(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each removes it and makes it: what the others did in between is simulated at the worst moments."""
+    folder, remove, num_removed = shared / "run-0123", shutil.rmtree, 0
+
+    def removed_by_several(path: Path, ignore_errors: bool) -> None:
+        nonlocal num_removed
+        remove(path, ignore_errors=ignore_errors)
+        num_removed += 1
+        path.mkdir(mode=0o700)
+        if num_removed == 1:
+            (path / "states").write_text("of an earlier attempt, in a folder that another agent is about to empty")
+
+    as_user(USER)
+    monkeypatch.setattr(shutil, "rmtree", removed_by_several)
+    make_private_folder(folder, "deepspeed.nvme_path")
+    assert (mode(folder), list(folder.iterdir()), num_removed) == (0o700, [], 2)
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "file"])
