@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher import json_records
 from launcher.error_record import ErrorRecord
-from launcher.errors import WOULD_REPEAT, CheckpointError, LauncherError, RunError, Superseded, describe
+from launcher.errors import WOULD_REPEAT, CheckpointError, DamagedRun, LauncherError, RunError, Superseded, describe
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import FailureRecord, FinalFailure, final_file
 from launcher.worker.signals import DISMISSED
@@ -39,7 +39,7 @@ _HARDWARE = re.compile(
     r"uncorrectable ECC|\bXid\b|fallen off the bus|GPU is lost|stale file handle|input/output error|ESTALE|\bEIO\b",
     re.IGNORECASE,
 )
-_EXPECTED = {kind.__name__ for kind in (*WOULD_REPEAT, CheckpointError, RunError, Superseded)}
+_EXPECTED = {kind.__name__ for kind in (*WOULD_REPEAT, CheckpointError, RunError, DamagedRun, Superseded)}
 
 
 @dataclass(frozen=True)

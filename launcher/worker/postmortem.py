@@ -35,7 +35,7 @@ _SRUN_NODE_FAILURE = re.compile(r"Node failure on ([\w.-]+)")
 _OUT_OF_MEMORY = re.compile(r"exceeded memory limit|oom_kill|oom-kill|Out Of Memory", re.IGNORECASE)
 _FINAL = tuple(kind.__name__ for kind in WOULD_REPEAT)
 # What an agent raises before it starts its ranks, because its node lacks something.
-_NODE_ERRORS = ("RunError", "SlurmError")
+_NODE_ERRORS = ("RunError", "DamagedRun", "SlurmError")
 # Slurm's states of a job that lost its machines, and the state of Ray workers that are replaced by another number of workers.
 _REQUEUED = ("PENDING", "REQUEUED")
 _TAKEN = {"TIMEOUT": Cause.TIME_LIMIT, "PREEMPTED": Cause.PREEMPTED, "RESIZED": Cause.RESIZED}

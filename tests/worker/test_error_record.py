@@ -180,8 +180,12 @@ def test_a_damaged_final_failure_counts_as_none(bad: Path) -> None:
 
 def test_a_run_file_that_is_not_utf8_raises_a_run_error(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_bytes(b"\xff")
-    with pytest.raises(RunError, match="damaged"):
+    with pytest.raises(RunError, match="damaged") as error:
         json_records.read_json(tmp_path / "status.json")
+    # Told in its own words, and not put down to a limit of the machine that was met meanwhile.
+    end = RankExit(3, 1, 1.0, ErrorRecord.of(error.value))
+    failed = failure_record.from_rank_exits([end], RunDir(tmp_path), 1, limit="its memory limit was met")
+    assert (failed.message, failed.traceback) == (str(error.value), "")
 
 
 def exits(*ends: tuple[int, int, float, str | None]) -> list[RankExit]:

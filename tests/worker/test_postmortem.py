@@ -339,7 +339,7 @@ def test_slurms_job_state_decides_where_the_ranks_left_no_outcome(run: RunDir, j
     assert judge(state=state).cause is Cause.COMPLETED
 
 
-@pytest.mark.parametrize("kind", ["RunError", "SlurmError"])
+@pytest.mark.parametrize("kind", ["RunError", "DamagedRun", "SlurmError"])
 def test_an_agent_that_cannot_start_its_ranks_names_its_node(run: RunDir, judge: Judge, kind: str) -> None:
     own = failure(kind, rank=None, message="eth7 has no address")
     all_nodes(run, None, own, failure("RendezvousTimeoutError", rank=None, at=200.0))
