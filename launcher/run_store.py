@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import shutil
 import tempfile
@@ -352,18 +353,20 @@ def find_run(name: str, root: Path, marker: str = "plan.json") -> RunDir:
                 ownership.require_plain_files(run)
                 return run
         except OSError as error:
-            is_closed = isinstance(error, PermissionError)
-            raise SubmitError(
-                f"the run {name} cannot be read: {error.strerror}",
-                where=str(candidate),
-                remedy="only the run's owner can read this folder: ask them for access" if is_closed else "write another name",
-            ) from None
+            remedy = "check the storage, then try again"
+            if isinstance(error, PermissionError):
+                remedy = "only the run's owner can read this folder: ask them for access"
+            elif error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                remedy = "write another name"
+            message = f"the run {name} cannot be read: {error.strerror}"
+            raise SubmitError(message, where=str(candidate), remedy=remedy) from None
     raise _no_such_run(name, root, marker)
 
 
 def _no_such_run(name: str, root: Path, marker: str) -> SubmitError:
     for candidate in (root / name, Path(name).expanduser().absolute()):
-        if candidate.resolve() != root.resolve() and looks_like_run(candidate):
+        # Path.resolve raises for a link to itself.
+        if os.path.realpath(candidate) != os.path.realpath(root) and looks_like_run(candidate):
             run = RunDir(candidate.resolve())
             remedy = plan_remedy(run.plan) if run.plan.name == marker else record_remedy(run)
             return SubmitError(f"the run {name} has no {marker}", where=str(run.root), remedy=remedy)

@@ -251,6 +251,30 @@ def test_folders_closed_to_this_user_are_not_listed(config: RunConfig, tmp_path:
         run_store.find_run("theirs", tmp_path / "runs")
 
 
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ESTALE, "check the storage, then try again"),
+        (errno.EIO, "check the storage, then try again"),
+        (errno.EACCES, "only the run's owner can read this folder: ask them for access"),
+        (errno.ENAMETOOLONG, "write another name"),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_told_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    monkeypatch.setattr(Path, "is_file", failing(number))
+    with pytest.raises(SubmitError, match="the run a cannot be read") as error:
+        run_store.find_run("a", tmp_path)
+    assert error.value.problems[0].remedy == remedy
+
+
+def test_a_link_to_itself_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SubmitError, match="there is no run named loop"):
+        run_store.find_run("loop", tmp_path)
+
+
 def test_a_file_replaced_during_a_read_is_read_again(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As NFS tells it; any other failure is told in words."""
     run = run_store.create(planned(config, tmp_path, "a"))
