@@ -1,9 +1,12 @@
 import os
 import sys
+from contextlib import suppress
 
 # `python -m` searches the working directory first, which may belong to somebody else. A checkout is found there.
-if not sys.flags.safe_path and sys.path[0] == os.getcwd() != os.path.dirname(os.path.dirname(os.path.abspath(__file__))):
-    del sys.path[0]
+# One that was deleted is not searched.
+with suppress(OSError):
+    if not sys.flags.safe_path and sys.path[0] == os.getcwd() != os.path.dirname(os.path.dirname(os.path.abspath(__file__))):
+        del sys.path[0]
 
 import signal
 

@@ -117,8 +117,8 @@ def _aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
 
 
 def short(path: str | Path) -> str:
-    """Return a path relative to the working directory, if it is below it."""
+    """Return a path relative to the working directory, if that exists and the path is below it."""
     try:
         return str(Path(path).relative_to(Path.cwd()))
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         return str(path)

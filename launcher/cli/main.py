@@ -155,7 +155,21 @@ def _run(verb: str, tokens: list[str]) -> int:
     if verb in COMPOSING:
         _require_no_verb(tokens)
     module: _VerbModule = importlib.import_module(f"launcher.cli.{VERBS[verb]}")
-    return module.run(verb, tokens)
+    try:
+        return module.run(verb, tokens)
+    except FileNotFoundError as error:
+        # So os.getcwd reports a deleted folder: without a path.
+        if error.filename is None:
+            _require_working_dir()
+        raise
+
+
+def _require_working_dir() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        remedy = "change to a folder that exists (cd), then try again"
+        raise ConfigError("the working directory was deleted", where="command line", remedy=remedy) from None
 
 
 def _unknown_verb(verb: str) -> Problem:

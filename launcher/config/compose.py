@@ -73,8 +73,11 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
 
     Raises:
         ConfigError: with every mistake.
+        FileNotFoundError: if the working directory was deleted.
         LauncherError: whatever `on_composed` raises.
     """
+    # Hydra needs the working directory, and would not say that it was deleted.
+    os.getcwd()
     remaining, problems = without_unknown_flags(tokens, own_flags)
     remaining, renamed = _without_renamed_keys(remaining)
     problems += renamed

@@ -222,6 +222,24 @@ def test_an_empty_root_lists_nothing(forked: Run, empty: Path) -> None:
     assert (done.returncode, json.loads(done.stdout)) == (0, [])
 
 
+def test_a_deleted_working_directory_is_named_where_it_is_needed(launcher_env: dict[str, str], empty: Path) -> None:
+    then = (
+        "import os, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+    )
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        empty.mkdir(exist_ok=True)
+        command = [sys.executable, "-c", then, str(empty), "-m", "launcher", *arguments]
+        # Without PYTHONSAFEPATH, which keeps the working directory out of sys.path.
+        env = {name: value for name, value in launcher_env.items() if name != "PYTHONSAFEPATH"} | {"PYTHONPATH": str(REPO)}
+        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+
+    for arguments in (("plan", "model=tiny"), ("status", "nothing")):
+        assert refused(run(*arguments)).startswith("the working directory was deleted\n")
+    done = run("ls", "--root", str(empty.parent))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_folder_in_place_of_a_mirror_suggests_the_option(forked: Run, empty: Path) -> None:
     text = refused(forked("ls", "my runs", cwd=empty))
     assert text.startswith("ls takes the URL of a mirror, such as s3://bucket/runs\n")
