@@ -42,7 +42,7 @@ class ClusterSection(Section):
         description=(
             "Seconds without progress of a rank after which its node agent records its stacks and kills it: in training at least "
             "ten times the run's slowest step; while the model is loaded, seconds in which a rank that is stopped or hangs in "
-            "the kernel reads nothing, and at least 300 in which no rank of any node reads. 0 turns it off."
+            "the kernel reads nothing, and at least 300 in which no rank of any node reads or compiles. 0 turns it off."
         ),
     )
     stop_grace_seconds: Positive = Field(600.0, description="Seconds that a stopped run may take to save before it is killed.")

@@ -1,7 +1,8 @@
 """The progress of ranks that load the model, which takes from seconds to an hour and sends no heartbeats.
 
-A rank that loads reads files, or touches memory for the first time. The kernel counts both for each process. Most ranks wait for
-one that reads, which may be on another node; so the nodes of a job share a counter of the progress that they see.
+A rank that loads reads files, or touches memory for the first time; or it waits for compilers that it has started, which touch
+memory. The kernel counts both for each process. Most ranks wait for one that progresses, which may be on another node; so the
+nodes of a job share a counter of the progress that they see.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,11 +25,17 @@ if TYPE_CHECKING:
 
 # Less than this is written to logs or allocated by a rank that only waits.
 _MIN_BYTES = 1 << 20
+# The least memory that a compiler touches. Helpers of a rank, such as the process that sends metrics, touch less in minutes, but
+# read all the time; so what a rank's descendants read does not count.
+_MIN_COMPILER_BYTES = 16 << 20
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _COUNTER = "load_progress"
 _JOIN_S = 5.0
-# The fields minflt and majflt of /proc/PID/stat, counted from the field after the name; see proc_pid_stat(5).
-_FAULTS = (7, 9)
+# A head node that has not answered for so long hangs, or is cut off.
+_UNANSWERED_S = 5.0
+# Fields of /proc/PID/stat, counted from the field after the name (proc_pid_stat(5)): the parent; minflt and majflt; cminflt and
+# cmajflt, which are those of the ended descendants.
+_PARENT, _FAULTS, _ENDED_FAULTS = 1, (7, 9), (8, 10)
 
 
 @dataclass(frozen=True)
@@ -39,19 +48,32 @@ class LoadProgress:
     """Remembers when each rank last progressed."""
 
     def __init__(self) -> None:
-        self._marks: dict[int, _Mark] = {}
+        self._own, self._compilers = _Marks(_MIN_BYTES), _Marks(_MIN_COMPILER_BYTES)
 
     def update(self, beats: Mapping[int, Beat], now: float) -> dict[int, Beat]:
         """Return the heartbeats with the times of the last progress, for ranks that have not begun to train."""
-        return {
-            rank: beat if beat.trained else replace(beat, at=max(beat.at, self._seen(beat, now))) for rank, beat in beats.items()
-        }
+        loading = {beat.pid for beat in beats.values() if not beat.trained}
+        seen = {pid: self._own.seen(pid, count_bytes(pid), now, at_first=now) for pid in loading}
+        # Reading the records of all processes of a machine takes a while.
+        waiting = [pid for pid, at in seen.items() if at < now]
+        for pid, num_bytes in _count_descendants(waiting).items():
+            seen[pid] = max(seen[pid], self._compilers.seen(pid, num_bytes, now, at_first=-math.inf))
+        return {rank: beat if beat.trained else replace(beat, at=max(beat.at, seen[beat.pid])) for rank, beat in beats.items()}
 
-    def _seen(self, beat: Beat, now: float) -> float:
-        num_bytes = count_bytes(beat.pid)
-        mark = self._marks.get(beat.pid)
-        if mark is None or num_bytes - mark.num_bytes >= _MIN_BYTES:
-            mark = self._marks[beat.pid] = _Mark(num_bytes, now)
+
+class _Marks:
+    """Remembers when the counts of processes last grew by `min_bytes`."""
+
+    def __init__(self, min_bytes: int) -> None:
+        self._min_bytes = min_bytes
+        self._marks: dict[int, _Mark] = {}
+
+    def seen(self, pid: int, num_bytes: int, now: float, at_first: float) -> float:
+        mark = self._marks.get(pid, _Mark(num_bytes, at_first))
+        if num_bytes - mark.num_bytes >= self._min_bytes:
+            mark = _Mark(num_bytes, now)
+        # Counts of processes whose parent has ended before them are lost.
+        self._marks[pid] = _Mark(min(mark.num_bytes, num_bytes), mark.at)
         return mark.at
 
 
@@ -65,15 +87,15 @@ class SharedProgress:
     def __init__(self, store: Store, interval_s: float) -> None:
         self._store, self._interval_s = store.clone(), interval_s
         self._has_progressed = False
-        self._changed_at = time.monotonic()
+        self._changed_at, self._asked_at = time.monotonic(), math.inf
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._share, name="load-progress", daemon=True)
         self._thread.start()
 
     @property
     def changed_at(self) -> float:
-        """When progress on any node was last seen, by time.monotonic(); inf where the store cannot be reached."""
-        return self._changed_at
+        """When progress on any node was last seen, by time.monotonic(); inf where the store cannot be reached or is silent."""
+        return self._changed_at if time.monotonic() - self._asked_at < _UNANSWERED_S else math.inf
 
     def report(self) -> None:
         """Tell the other nodes that a rank of this one progresses."""
@@ -87,25 +109,56 @@ class SharedProgress:
         last = -1
         while not self._ended.wait(self._interval_s):
             has_progressed, self._has_progressed = self._has_progressed, False
+            self._asked_at = asked_at = time.monotonic()
             try:
                 count = self._store.add(_COUNTER, int(has_progressed))
             except RuntimeError:
                 # Without the head node the job ends; nothing is known of the others until then.
                 self._changed_at = math.inf
                 return
-            if count != last:
-                last, self._changed_at = count, time.monotonic()
+            now = time.monotonic()
+            # The others could not tell of their progress either while the head node was silent.
+            if count != last or now - asked_at >= _UNANSWERED_S:
+                last, self._changed_at = count, now
+            self._asked_at = math.inf
 
 
 def count_bytes(pid: int) -> int:
     """Return the bytes that a process has read, and those of the pages that it has touched; 0 where it cannot be seen."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        num_faults = sum(int(stat[field]) for field in _FAULTS)
-    except (OSError, ValueError, IndexError):
+    stat = _stat(pid)
+    if not stat:
         return 0
     try:
         read = next((int(line.split()[1]) for line in Path(f"/proc/{pid}/io").read_text().splitlines() if "rchar" in line), 0)
     except (OSError, ValueError):
         read = 0
-    return read + num_faults * _PAGE_BYTES
+    return read + _touched(stat, _FAULTS)
+
+
+def _count_descendants(pids: Collection[int]) -> dict[int, int]:
+    """Return the bytes of the pages that the descendants of each process have touched, also those that have ended."""
+    if not pids:
+        return {}
+    stats: dict[int, list[str]] = {}
+    children = defaultdict(list)
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (stat := _stat(int(entry))):
+            stats[int(entry)] = stat
+            children[int(stat[_PARENT])].append(int(entry))
+
+    def count(pid: int) -> int:
+        living = sum(_touched(stats[child], _FAULTS) + count(child) for child in children[pid])
+        return living + _touched(stats[pid], _ENDED_FAULTS)
+
+    return {pid: count(pid) for pid in pids if pid in stats}
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat after the name; none where the process cannot be seen."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return []
+
+
+def _touched(stat: list[str], fields: tuple[int, ...]) -> int:
+    return sum(int(stat[field]) for field in fields) * _PAGE_BYTES

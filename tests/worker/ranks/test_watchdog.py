@@ -21,7 +21,6 @@ import pytest
 from launcher.errors import RunError
 from launcher.worker.ranks import watchdog as watchdog_module
 from launcher.worker.ranks.heartbeat import PHASES, VARIABLE, Beat, Heartbeat, HeartbeatTable
-from launcher.worker.ranks.load_progress import LoadProgress, SharedProgress, count_bytes
 from launcher.worker.ranks.rank_env import RankEnv
 from launcher.worker.ranks.watchdog import StallLimits, StallVerdict, Watchdog, stalled, stalled_in_loading
 
@@ -142,18 +141,6 @@ def test_ranks_that_read_nothing_are_killed_only_where_no_rank_of_the_run_reads(
     for other in (loading(1), loading(900, trained=True), loading(900, "evaluating")):
         assert not stalled_in_loading({**beats, 1: other}, ALIVE, NOW, LIMITS, 0.0, -math.inf).kill
     assert not stalled_in_loading(beats, ALIVE, NOW, LIMITS, since=NOW - 30, others_at=-math.inf).kill
-
-
-def test_reading_and_touching_memory_are_progress(tmp_path: Path) -> None:
-    progress, here = LoadProgress(), dataclasses.replace(loading(500), pid=os.getpid())
-    assert progress.update({0: here}, NOW)[0].at == NOW
-    assert progress.update({0: here}, NOW + 1)[0].at == NOW, "nothing was read since"
-    (tmp_path / "weights").write_bytes(bytes(2 << 20))
-    (tmp_path / "weights").read_bytes()
-    assert progress.update({0: here}, NOW + 2)[0].at == NOW + 2
-    trained = dataclasses.replace(here, trained=True)
-    assert progress.update({0: trained}, NOW + 3) == {0: trained}
-    assert count_bytes(2**22 + 1) == 0
 
 
 @pytest.fixture
@@ -335,22 +322,6 @@ def test_ranks_wait_as_long_as_one_of_another_node_reads(
         here.stop()
         there.stop()
         other_table.close()
-
-
-def test_a_head_node_that_is_gone_says_nothing_of_the_other_ranks() -> None:
-    from torch.distributed import TCPStore
-
-    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    shared, until = SharedProgress(store, 0.01), time.monotonic() + 20
-    began = shared.changed_at
-    while shared.changed_at == began:
-        shared.report()
-        assert time.monotonic() < until
-    del store
-    while shared.changed_at < math.inf:
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    shared.stop()
 
 
 def test_a_rank_behind_is_killed_with_its_stacks_in_its_log(start: Start, reports: list[str], tmp_path: Path) -> None:

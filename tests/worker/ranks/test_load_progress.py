@@ -1,0 +1,118 @@
+"""What counts as progress of ranks that load the model, and what is known of those on other nodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from launcher.worker.ranks import load_progress
+from launcher.worker.ranks.heartbeat import Beat
+from launcher.worker.ranks.load_progress import LoadProgress, SharedProgress, count_bytes
+
+NOW = 100_000.0
+FORK = multiprocessing.get_context("fork")
+
+
+def rank(pid: int) -> Beat:
+    """A rank that has joined long ago and has not begun to train."""
+    return Beat(500, pid, 0, "joined", 0, NOW - 500, 0.0, False)
+
+
+def test_reading_and_touching_memory_are_progress(tmp_path: Path) -> None:
+    progress, here = LoadProgress(), rank(os.getpid())
+    assert progress.update({0: here}, NOW)[0].at == NOW
+    assert progress.update({0: here}, NOW + 1)[0].at == NOW, "nothing was read since"
+    (tmp_path / "weights").write_bytes(bytes(2 << 20))
+    (tmp_path / "weights").read_bytes()
+    assert progress.update({0: here}, NOW + 2)[0].at == NOW + 2
+    trained = dataclasses.replace(here, trained=True)
+    assert progress.update({0: trained}, NOW + 3) == {0: trained}
+    assert count_bytes(2**22 + 1) == 0
+
+
+COMPILER = """
+import mmap, sys
+for line in sys.stdin:
+    for _ in range(int(line)):
+        with mmap.mmap(-1, mmap.PAGESIZE) as page:
+            page[0] = 1
+    print("compiled", flush=True)
+"""
+
+
+def test_compilers_that_a_rank_waits_for_are_progress_and_idle_helpers_are_not() -> None:
+    """torch compiles DeepSpeed's operations with ninja, which starts the compilers."""
+    # Shells that only wait for their children, as a rank and its ninja do.
+    command = ["sh", "-c", 'sh -c "$0; :"; :', f"{sys.executable} -c '{COMPILER}'"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as waiting:
+        assert waiting.stdin is not None
+        assert waiting.stdout is not None
+        progress, beats = LoadProgress(), {0: rank(waiting.pid)}
+        seen = []
+        for second, num_pages in enumerate((1, 1, 1000, 8000, 1)):
+            print(num_pages, file=waiting.stdin, flush=True)
+            assert waiting.stdout.readline() == "compiled\n"
+            seen.append(progress.update(beats, NOW + second)[0].at - NOW)
+        waiting.stdin.close()
+    assert seen == [0, 0, 0, 3, 3]
+
+
+def test_a_head_node_that_is_gone_says_nothing_of_the_other_ranks() -> None:
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    shared, until = SharedProgress(store, 0.01), time.monotonic() + 20
+    began = shared.changed_at
+    while shared.changed_at == began:
+        shared.report()
+        assert time.monotonic() < until
+    del store
+    while shared.changed_at < math.inf:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    shared.stop()
+
+
+def keep_store(port: Connection) -> None:
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    port.send(store.port)
+    time.sleep(120)
+
+
+def test_a_head_node_that_does_not_answer_says_nothing_of_the_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import TCPStore
+
+    monkeypatch.setattr(load_progress, "_UNANSWERED_S", 1.0)
+    ours, theirs = FORK.Pipe()
+    head = FORK.Process(target=keep_store, args=(theirs,))
+    head.start()
+    try:
+        assert ours.poll(20)
+        shared, until = SharedProgress(TCPStore("127.0.0.1", ours.recv(), None, False), 0.01), time.monotonic() + 30
+        assert shared.changed_at < math.inf
+        os.kill(head.pid or 0, signal.SIGSTOP)
+        while shared.changed_at < math.inf:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        resumed_at = time.monotonic()
+        os.kill(head.pid or 0, signal.SIGCONT)
+        while shared.changed_at == math.inf:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert shared.changed_at >= resumed_at, "the silence of the head node is not one of the other ranks"
+        shared.stop()
+    finally:
+        head.kill()
+        head.join(10)
