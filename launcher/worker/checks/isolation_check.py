@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import model_source
 from launcher.config.schema import ModelSection, RunConfig
-from launcher.errors import LauncherError
+from launcher.data import cache_dir
+from launcher.errors import LauncherError, RunError
 from launcher.models import isolation_verdicts
 from launcher.models.remote_code import require_pinned_code
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
+from launcher.worker import limits
 
 if TYPE_CHECKING:
     from launcher.train.model import CausalLMLoss
@@ -34,6 +36,7 @@ def check(model: ModelSection, facts: ModelFacts) -> IsolationVerdict:
 
     Raises:
         DataError: if the launcher's cache cannot be written.
+        RunError: if this machine has no memory, processes, files or disk space left for the probe; nothing is stored then.
     """
     kernel, outcome, detail = _probe(model, facts)
     version = isolation_verdicts.transformers_version()
@@ -55,11 +58,12 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
 
     require_pinned_code(model, Path(facts.path) if facts.path else None)
     remote = {"trust_remote_code": model.trust_remote_code}
-    reasons = []
+    reasons, differences, is_measured = [], [], False
     try:
         config = AutoConfig.from_pretrained(facts.path, **remote) if facts.path else AutoConfig.for_model(**facts.config)
         candidates = list(reduced_model.reductions(config))
     except Exception as error:
+        _require_resources(error)
         return model.attention, "unknown", _describe(error)
     kernel = choose_attention_kernel(model, "cpu", config)
     for reduced in candidates:
@@ -70,14 +74,16 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
             isolation = measure_isolation(trained, hf.get_input_embeddings().num_embeddings, torch.device("cpu"))
             difference = _logits_difference(hf, trained)
         except Exception as error:
+            _require_resources(error)
             if _UNSUPPORTED in str(error):
                 return kernel, "unsupported", ""
             if hf is not None and not isinstance(error, NotMeasurable) and _own_logits(hf) is not None:
-                return kernel, "other_logits", f"it fails with {_describe(error)}"
-            # Not every architecture can be built in every reduced size.
+                differences.append(f"it fails with {_describe(error)}")
+            # Not every architecture can be built or computed in every reduced size.
             if reduced.is_complete:
                 reasons.append(_describe(error))
             continue
+        is_measured = True
         if not isolation.is_causal:
             return kernel, "not_causal", isolation.describe()
         if difference:
@@ -86,7 +92,15 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
             return kernel, "leaks", isolation.describe()
         if reduced.is_complete:
             return kernel, "isolated", ""
+    if differences and not is_measured:
+        return kernel, "other_logits", differences[0]
     return kernel, "unknown", reasons[0]
+
+
+def _require_resources(error: Exception) -> None:
+    """Raise RunError where a limit of this machine caused `error`, which then says nothing of the architecture."""
+    if limit := limits.cause_of(error, cache_dir.cache_root()):
+        raise RunError(f"{limit}: {_describe(error)}") from error
 
 
 def _own_logits(hf: Any) -> Any:
@@ -96,7 +110,8 @@ def _own_logits(hf: Any) -> Any:
     try:
         with torch.no_grad():
             return hf(input_ids=_few_ids(hf), use_cache=False).logits
-    except Exception:
+    except Exception as error:
+        _require_resources(error)
         return None
 
 

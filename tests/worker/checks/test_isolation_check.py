@@ -13,6 +13,7 @@ import pytest
 import transformers
 
 from launcher.config.schema import ModelSection
+from launcher.errors import RunError
 from launcher.models import isolation_verdicts
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import ModelFacts
@@ -119,6 +120,47 @@ def test_few_layers_prove_that_documents_affect_each_other_and_not_that_they_do_
         verdict = isolation_check.check(section(), facts(model_type))
         assert verdict.outcome == outcome
     assert verdict.detail == "ValueError: too many layers"
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception, int], None]:
+    """Have packed rows fail with an error in reduced models of so many layers at most; the model's own forward works."""
+    build = reduced_model.build
+
+    def fail(error: Exception, most_layers: int) -> None:
+        def raise_if_packed(module: Any, arguments: Any, named: dict[str, Any]) -> None:
+            if named.get("position_ids") is not None:
+                raise error
+
+        def build_failing(config: Any, *options: Any, **more: Any) -> Any:
+            hf = build(config, *options, **more)
+            if config.num_hidden_layers <= most_layers:
+                hf.get_decoder().register_forward_pre_hook(raise_if_packed, with_kwargs=True)
+            return hf
+
+        monkeypatch.setattr(reduced_model, "build", build_failing)
+
+    return fail
+
+
+@pytest.mark.parametrize(("most_layers", "outcome"), [(2, "isolated"), (16, "isolated"), (20, "other_logits")])
+def test_packed_rows_that_fail_in_some_reduced_sizes_prove_nothing(
+    failing: Callable[[Exception, int], None], most_layers: int, outcome: str
+) -> None:
+    failing(ValueError("of another size"), most_layers)
+    verdict = isolation_check.check(section(), facts("llama"))
+    assert (verdict.outcome, verdict.detail) == (
+        outcome,
+        "it fails with ValueError: of another size" if outcome == "other_logits" else "",
+    )
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 8 GB")])
+def test_a_probe_without_memory_has_no_verdict(failing: Callable[[Exception, int], None], error: Exception) -> None:
+    failing(error, 20)
+    with pytest.raises(RunError, match=r"there was no main memory left.*: (MemoryError|RuntimeError): "):
+        isolation_check.check(section(), facts("llama"))
+    assert isolation_verdicts.load(facts("llama"), section()) is None
 
 
 def test_plan_refuses_a_model_whose_packed_documents_affect_each_other(
