@@ -25,6 +25,8 @@ VARIABLE = "LAUNCHER_TRUST_OWNERS"
 _ANYONE, _GROUP = "anyone", "group:"
 # Tries to make a folder that other processes of this user make at the same time.
 _NUM_TRIES = 20
+# User ids in the map of a namespace that maps all of them; the last number stands for no user.
+_NUM_UIDS = 2**32 - 1
 _OTHERS_SEARCH = stat.S_IXGRP | stat.S_IXOTH
 
 
@@ -320,7 +322,8 @@ def _weakness(path: Path, trust: Trust, is_above: bool = False, is_private: bool
     except OSError:
         # Of records that do not exist, nothing is used.
         return
-    if not trust.accepts_owner(status.st_uid):
+    is_outside = is_above and status.st_uid == _uid_of_unmapped_users()
+    if not trust.accepts_owner(status.st_uid) and not is_outside:
         user = _user(status.st_uid)
         yield path, f"belongs to {user}", f"if you trust {user} with your account, add {FLAG} {user}, or set {VARIABLE}={user}"
         return
@@ -361,6 +364,18 @@ def _group(gid: int) -> str:
         return grp.getgrgid(gid).gr_name
     except KeyError:
         return str(gid)
+
+
+def _uid_of_unmapped_users() -> int | None:
+    """Return the uid that files of users outside this user namespace show; None where every user is mapped, as on a host.
+
+    In containers without root (podman, Apptainer, enroot) these are root of the host and its other users.
+    """
+    with suppress(OSError, ValueError):
+        lengths = [int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+        if sum(lengths) < _NUM_UIDS:
+            return int(Path("/proc/sys/kernel/overflowuid").read_text())
+    return None
 
 
 def _is_member(uid: int, gid: int) -> bool:

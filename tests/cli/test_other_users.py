@@ -7,8 +7,9 @@ import os
 import pwd
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,29 @@ def test_the_private_group_of_a_user_may_write_to_folders_of_root(run: RunDir) -
             assert f"{folder} can be written by the group {TEAM}" in problem.message
         finally:
             os.seteuid(0)
+
+
+def test_in_a_user_namespace_folders_above_may_belong_to_a_user_outside(run: RunDir, launcher_env: Mapping[str, str]) -> None:
+    """As in a container without root, where `/` is that of the host's root, whom the namespace does not have."""
+    inside = ("unshare", "--user", "--map-root-user")
+    if shutil.which("unshare") is None or subprocess.run([*inside, "true"], capture_output=True).returncode:
+        skip_or_fail("this machine allows no user namespaces: it needs `unshare --user`")
+    code = "import sys; from launcher.security import ownership as o; from launcher.plan.run_dir import RunDir as R; "
+    code += "print(o.run_problem(R(o.Path(sys.argv[1]))))"
+
+    def problem() -> str:
+        command = [*inside, sys.executable, "-c", code, str(run.root)]
+        return subprocess.run(command, env=launcher_env, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    os.chown(run.root.parent, MALLORY, -1)
+    assert f"{run.root.parent} belongs to {MALLORY}" in str(ownership.run_problem(run)), "outside of it"
+    assert problem() == "None\n"
+    run.root.parent.chmod(0o777)
+    assert f"{run.root.parent} can be written by everyone" in problem()
+    run.root.parent.chmod(0o755)
+    run.root.chmod(0o755)
+    os.chown(run.plan, MALLORY, -1)
+    assert "plan.json belongs to nobody" in problem()
 
 
 def test_a_user_trusts_their_own_runs_and_those_of_root(run: RunDir) -> None:
