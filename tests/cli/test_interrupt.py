@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import hand_made
 import pytest
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.cli import launch
 from launcher.cli.follow import interrupted_start
 from launcher.cli.interrupts import Interrupts
@@ -68,6 +70,76 @@ def test_a_worker_answers_with_its_exit_code_and_output(capfd: pytest.CaptureFix
     assert run_worker([sys.executable, "-c", code], "hello", -1) == (3, "hello!\n")
     assert run_worker([sys.executable, "-c", code], "hello") == (3, "")
     assert capfd.readouterr().out == "hello!\n"
+
+
+# Submits a run as `train` does, and says what came of it.
+SUBMIT = """
+import sys
+from pathlib import Path
+from launcher import run_store
+from launcher.cli.interrupts import Interrupts
+from launcher.cli.launch import start
+from launcher.clusters.slurm.cluster import SlurmCluster
+from launcher.errors import SubmitError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+
+plan = LaunchPlan.load(Path(sys.argv[1]))
+with Interrupts() as interrupts:
+    interrupts.defer()
+    try:
+        run, attempt = start(plan, SlurmCluster())
+        print(*SlurmCluster().submission_details(run, attempt)[0], len(interrupts.received))
+    except SubmitError as error:
+        print(error)
+print(run_store.read_status(RunDir(Path(plan.run_dir))).message)
+"""
+
+
+@pytest.fixture
+def submit(tmp_path: Path) -> Callable[[str, str], list[str]]:
+    """Submit a run, in a session of its own, with an sbatch and an squeue of these lines; returns what was said."""
+    plan = hand_made.plan(tmp_path / "runs/demo", {**hand_made.SETTINGS, "cluster": {"kind": "slurm"}})
+    atomic_files.write_json(tmp_path / "plan.json", plan.model_dump(mode="json"))
+
+    def run(sbatch: str, squeue: str) -> list[str]:
+        for name, lines in (("sbatch", sbatch), ("squeue", squeue)):
+            (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
+            (tmp_path / name).chmod(0o700)
+        command = [sys.executable, "-c", SUBMIT, str(tmp_path / "plan.json")]
+        env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+        env["PATH"] = f"{tmp_path}:{env['PATH']}"
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, start_new_session=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
+
+
+def test_an_interrupt_from_the_terminal_does_not_end_sbatch(submit: Callable[[str, str], list[str]]) -> None:
+    """The terminal sends it to all processes of the command."""
+    assert submit("kill -INT 0; echo Submitted batch job 77", "exit 1") == ["job 77 1", ""]
+
+
+@pytest.mark.parametrize("end", ["echo sbatch: warning >&2; kill -KILL $$", "exit 1"], ids=["killed", "silent"])
+def test_an_sbatch_without_an_answer_may_leave_a_job(submit: Callable[[str, str], list[str]], tmp_path: Path, end: str) -> None:
+    run = tmp_path / "runs/demo"
+    rows = (("76", "demo-run", "/elsewhere"), ("77", "demo-run", run), ("78", "other", run))
+    listed = "".join("".join(f"{cell}\x1f" for cell in row) + "\n" for row in rows)
+    assert submit(end, f"cat <<END\n{listed}END") == [
+        "sbatch ended without an answer, but Slurm has the job",
+        "  where:  sbatch",
+        "  value:  job 77",
+        f"  remedy: end it with: scancel 77, then start the run with: python -m launcher resume {run}",
+        "sbatch ended without an answer, but Slurm has the job",
+    ]
+    shutil.rmtree(run)
+    said = submit(end, "echo slurm_load_jobs error >&2; exit 1")
+    assert said[0] == said[-1] == "sbatch ended without an answer; Slurm may have the job"
+    assert "look for it with: squeue --me --name=demo-run, end it with scancel" in said[2]
+    shutil.rmtree(run)
+    said = submit("echo sbatch: error: invalid account >&2; exit 1", "exit 1")
+    assert (said[0], said[-1]) == ("sbatch refused the job", "the job was not submitted")
 
 
 class InterruptedCluster(LocalCluster):

@@ -82,8 +82,10 @@ class SlurmCluster:
         plan = LaunchPlan.load(plan_path)
         try:
             job = sbatch.submit(plan, plan_path)
-        except SubmitError:
-            run_store.update_status(run, state="failed", message="the job was not submitted")
+        except SubmitError as error:
+            is_unknown = isinstance(error, sbatch.UnknownSubmission)
+            message = error.problems[0].message if is_unknown else "the job was not submitted"
+            run_store.update_status(run, state="failed", message=message)
             raise
         json_records.write(submission_file(run, attempt), SlurmSubmission(job, time.time()))
 

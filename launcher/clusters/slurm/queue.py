@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -157,6 +158,20 @@ def lost_nodes(nodes: Iterable[str], since: float, retry_s: float = 0.0) -> list
     known = re.findall(r"^NodeName=(\S+) .*?\bState=(\S+) (?:.*?\bBootTime=(\d+))?", output, re.MULTILINE)
     lost = {node for node, state, booted in known if _LOST_NODE.search(state) or float(booted or 0) > since}
     return [name for name in names if name in lost] if {node for node, *_ in known} >= set(names) else None
+
+
+def waiting_or_running(name: str, working_dir: str) -> list[str]:
+    """Return the numbers of this user's jobs of this name and folder that wait or run, without the job that asks.
+
+    Empty also if Slurm does not answer.
+    """
+    columns = ",".join(f"{field}:{_SEPARATOR}" for field in ("JobID", "Name", "WorkDir"))
+    try:
+        output = slurm("squeue", "--me", "--noheader", "--states=PENDING,CONFIGURING,RUNNING", f"--Format={columns}")
+    except SlurmError:
+        return []
+    asking = os.environ.get("SLURM_JOB_ID")
+    return [number for number, *of in _rows(output, 3) if of == [name, working_dir] and number != asking]
 
 
 def details(job_id: str, retry_s: float = 0.0) -> Mapping[str, str]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.submitit_task import NodeTask
 from launcher.config.sections.slurm import SlurmSection, asks_for_gpus
 from launcher.errors import SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.shell_commands import launcher_command, shell_command
 
 # Paths that sbatch and srun take as they are, quoted: no %, which sbatch replaces, and no quotes.
 _PLAIN_PATH = re.compile(r"/[\w.@+/= -]*")
@@ -24,6 +28,10 @@ _MOUNTED_PATH = re.compile(r"/[\w.@+/=-]*", re.ASCII)
 # Runs the rest of the line with these signals ignored until the agent handles them: Slurm sends USR2 to the task whatever
 # it executes, and would kill a Python that is starting. A node without access to the plan reports that at once.
 _SIGNAL_SHIELD = 'sh -c \'trap "" USR1 USR2; [ -r "$0" ] || { echo "$(uname -n) does not see $0" >&2; exit 78; }; exec "$@"\' '
+
+
+class UnknownSubmission(SubmitError):
+    """sbatch ended without an answer: Slurm may have the job."""
 
 
 def render(plan: LaunchPlan, plan_path: Path) -> str:
@@ -44,6 +52,7 @@ def submit(plan: LaunchPlan, plan_path: Path) -> str:
     """Submit the job and return its id; the pickle that submitit writes contains only the plan's path.
 
     Raises:
+        UnknownSubmission: if sbatch ended without an answer; names the job if Slurm has it.
         SubmitError: with sbatch's message.
     """
     import submitit
@@ -54,11 +63,48 @@ def submit(plan: LaunchPlan, plan_path: Path) -> str:
     executor = submitit.SlurmExecutor(folder=run.jobs / "%j", python=python_command(plan, plan_path))
     executor.update_parameters(**parameters(plan, plan_path))
     try:
-        with _clean_environment():
+        with _clean_environment(), _blocked_interrupts():
             job = executor.submit(NodeTask(str(plan_path)))
     except (FailedJobError, FailedSubmissionError) as error:
+        if _is_unanswered(error):
+            raise _unknown_submission(plan) from None
         raise SubmitError("sbatch refused the job", where="sbatch", value=_sbatch_message(error)) from None
     return str(job.job_id)
+
+
+@contextmanager
+def _blocked_interrupts() -> Iterator[None]:
+    """Keep Ctrl-C from this process until the end, and from sbatch, which inherits the mask.
+
+    The terminal sends it to both, and an sbatch that dies of it may leave a job whose number nobody knows.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _is_unanswered(error: Exception) -> bool:
+    """Return whether a signal ended sbatch, or nothing was said."""
+    cause = error.__cause__
+    is_killed = isinstance(cause, subprocess.CalledProcessError) and cause.returncode < 0
+    return is_killed or not str(error).strip()
+
+
+def _unknown_submission(plan: LaunchPlan) -> UnknownSubmission:
+    """Return the error for a job that Slurm may have, which could not run: its task is stored after sbatch has answered."""
+    start_again = launcher_command("resume", plan.run_dir)
+    if jobs := queue.waiting_or_running(plan.run_name, plan.run_dir):
+        return UnknownSubmission(
+            "sbatch ended without an answer, but Slurm has the job",
+            where="sbatch",
+            value=f"job {', '.join(jobs)}",
+            remedy=f"end it with: {shell_command('scancel', *jobs)}, then start the run with: {start_again}",
+        )
+    look = shell_command("squeue", "--me", f"--name={plan.run_name}")
+    remedy = f"look for it with: {look}, end it with scancel, then start the run with: {start_again}"
+    return UnknownSubmission("sbatch ended without an answer; Slurm may have the job", where="sbatch", remedy=remedy)
 
 
 @contextmanager
