@@ -5,6 +5,7 @@ A process that starts ranks records the counters. Where it is killed itself, who
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -102,15 +103,21 @@ class LimitEvents:
 
 @dataclass(frozen=True)
 class LimitRecord:
-    """limits-NNNNN.json: the counters of killed processes when a node's agent started; `space` is its boot and PID namespace."""
+    """limits-NNNNN.json: the counters of killed processes when a node's agent started; `space` is its boot and PID namespace.
+
+    `cause` is what the first comparison after the agent's end found; None before. The counters go on counting.
+    """
 
     space: str
     events: LimitEvents
+    cause: str | None = None
 
 
 def record_limits(run: RunDir, attempt: int, node: int) -> None:
     """Record the counters of this process, a node's agent; under Ray one per worker, by its rank."""
-    counters = tuple(counter for counter in LimitEvents.read().counters if counter.name == "oom_kill")
+    # Without the machine's own counter: until somebody looks, it counts the processes of others. A control group counts its
+    # processes wherever memory ran out.
+    counters = tuple(counter for counter in LimitEvents.read().counters if counter.name == "oom_kill" and counter.limit_file)
     # Only messages depend on it.
     with suppress(OSError):
         json_records.write(_limits_file(run, attempt, node), LimitRecord(pid_namespace(), LimitEvents(counters)))
@@ -119,16 +126,27 @@ def record_limits(run: RunDir, attempt: int, node: int) -> None:
 def limit_that_killed_agents(run: RunDir, attempt: int, nodes: Iterable[int]) -> str:
     """Return the memory limit that was exceeded since the agents of `nodes` started, for agents that were killed.
 
-    Empty where none was, where the agents left no counters, or where they ran on other machines or in other containers.
+    Empty where none was, where the agents left no counters, or where they ran on other machines or in other containers. The
+    first answer is kept.
     """
     for node in nodes:
         with suppress(LauncherError):
-            record = json_records.read_if_present(LimitRecord, _limits_file(run, attempt, node))
-            if record is None or record.space != pid_namespace():
-                continue
-            if limit := record.events.read_again().cause_since(record.events):
+            if limit := _cause(_limits_file(run, attempt, node)):
                 return limit
     return ""
+
+
+def _cause(file: Path) -> str:
+    record = json_records.read_if_present(LimitRecord, file)
+    if record is None:
+        return ""
+    if record.cause is None and record.space == pid_namespace():
+        record = replace(record, cause=record.events.read_again().cause_since(record.events))
+        # Another user compares again: the records of a run must stay its owner's.
+        with suppress(OSError):
+            if file.stat().st_uid == os.geteuid():
+                json_records.write(file, record)
+    return record.cause or ""
 
 
 def _limits_file(run: RunDir, attempt: int, node: int) -> Path:

@@ -96,7 +96,8 @@ MEMORY = f"the memory limit of 2.00 GiB of this job or container was exceeded, {
     ("file", "text", "limit"),
     [
         ("oom", "oom_kill 2\n", MEMORY),
-        ("node", "oom_kill 4\n", f"the node ran out of memory, {KILLED}"),
+        # It counts the processes of others, too.
+        ("node", "oom_kill 4\n", ""),
         ("refused", "max 1\n", ""),
         ("oom", "oom_kill 1\n", ""),
     ],
@@ -114,6 +115,9 @@ def test_a_limit_that_killed_the_agent_itself_is_named_by_who_notices(
         "failed",
         f"{limit}: {end}" if limit else f"{end}: it was killed, or the machine restarted",
     )
+    # What happens later on the machine is no cause.
+    groups["oom"].write_text("oom_kill 9\n")
+    assert LocalCluster().status(run) == shown
     # The job's conclusion and the next start of the run; the agent of n2 ran on another machine.
     attempt = Attempt(None, job="41", nodes=("n1", "n2"))
     ended = postmortem.judge(run, 1, attempt, "", 0.0, 9)
@@ -139,13 +143,15 @@ def test_the_counters_of_the_parent_count_where_the_agents_own_group_is_gone(gro
     (above / "memory.events").write_text("low 0\nmax 7\noom 1\noom_kill 1\noom_group_kill 0\n")
     (above / "memory.max").write_text("max\n")
     cgroups.record_limits(run, 1, 0)
+    cgroups.record_limits(run, 1, 1)
+    cgroups.record_limits(run, 1, 2)
     shutil.rmtree(groups["oom"].parent)
     assert cgroups.limit_that_killed_agents(run, 1, [0]) == ""
     (above / "memory.events").write_text("low 0\nmax 9\noom 2\noom_kill 2\noom_group_kill 0\n")
     without_limit = f"the memory limit of this job or container was exceeded, {KILLED}"
-    assert cgroups.limit_that_killed_agents(run, 1, [0]) == without_limit
+    assert cgroups.limit_that_killed_agents(run, 1, [1]) == without_limit
     (above / "memory.max").write_text(f"{2**31}\n")
-    assert cgroups.limit_that_killed_agents(run, 1, [0]) == MEMORY
+    assert cgroups.limit_that_killed_agents(run, 1, [2]) == MEMORY
 
 
 @pytest.mark.parametrize(
