@@ -84,6 +84,24 @@ def test_the_end_of_a_job_whose_batch_script_could_not_record_it_is_described(
     assert (shown.state, shown.message) == ("failed", f"{end}; continue with: python -m launcher resume {run.root}")
 
 
+@pytest.mark.parametrize(
+    ("state", "booted", "is_lost"),
+    [
+        ("IDLE", 300, True),
+        ("IDLE", 100, False),
+        ("MIXED+CLOUD", 300, False),
+        ("IDLE+CLOUD+POWERED_DOWN", 300, False),
+        ("DOWN+CLOUD+NOT_RESPONDING", 100, True),
+    ],
+)
+def test_a_boot_is_a_lost_node_only_where_nodes_are_not_booted_for_each_job(
+    monkeypatch: pytest.MonkeyPatch, state: str, booted: int, is_lost: bool
+) -> None:
+    node = f"NodeName=n1 Arch=x86_64 State={state} ThreadsPerCore=1 BootTime={booted} SlurmdStartTime=None\n"
+    monkeypatch.setattr(queue, "slurm", lambda *argv, **_: node)
+    assert queue.lost_nodes(["n1"], 200.0) == (["n1"] if is_lost else [])
+
+
 def test_a_state_is_told_although_sinfo_fails(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*argv: str, **_: object) -> str:
         raise SlurmError("sinfo failed", where="sinfo", value="no")

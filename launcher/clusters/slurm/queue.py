@@ -148,7 +148,8 @@ def state_of_start(job_id: str, number: int, retry_s: float = 0.0) -> str:
 def lost_nodes(nodes: Iterable[str], since: float, retry_s: float = 0.0) -> list[str] | None:
     """Return those of `nodes` that Slurm has lost, or that have booted since a time in seconds since the epoch.
 
-    None if Slurm does not answer, or hides its nodes.
+    Nodes of a cloud are booted for the next job also after a preemption, so their boot does not count. None if Slurm does not
+    answer, or hides its nodes.
     """
     names = list(dict.fromkeys(nodes))
     try:
@@ -156,7 +157,8 @@ def lost_nodes(nodes: Iterable[str], since: float, retry_s: float = 0.0) -> list
     except SlurmError:
         return None
     known = re.findall(r"^NodeName=(\S+) .*?\bState=(\S+) (?:.*?\bBootTime=(\d+))?", output, re.MULTILINE)
-    lost = {node for node, state, booted in known if _LOST_NODE.search(state) or float(booted or 0) > since}
+    booted_since = {node for node, state, booted in known if not re.search(r"\bCLOUD\b", state) and float(booted or 0) > since}
+    lost = booted_since | {node for node, state, _ in known if _LOST_NODE.search(state)}
     return [name for name in names if name in lost] if {node for node, *_ in known} >= set(names) else None
 
 
