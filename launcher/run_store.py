@@ -35,7 +35,7 @@ def create(plan: LaunchPlan) -> RunDir:
     """Create the run directory of a plan, with the plan and a snapshot of the code.
 
     Raises:
-        SubmitError: if the directory exists already or cannot be created.
+        SubmitError: if the directory exists already, cannot be created, or would not be trusted later.
     """
     run = RunDir(Path(plan.run_dir))
     try:
@@ -51,6 +51,9 @@ def create(plan: LaunchPlan) -> RunDir:
         require_new(run)
         raise
     try:
+        if problem := ownership.records_problem(run):
+            # Storage may give what root writes to nobody: later commands would know of this run only what its files say.
+            raise SubmitError(replace(problem, remedy=f"set run.root to storage that keeps owners; {problem.remedy}"))
         atomic_files.fsync_directory(run.root.parent)
         run.attempts.mkdir()
         code_snapshot.create(run)

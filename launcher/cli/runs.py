@@ -15,7 +15,7 @@ from launcher.cli.interrupts import Interrupts
 from launcher.cli.plan_view import started_lines
 from launcher.cli.printable_stream import as_plain_lines
 from launcher.cli.resume import resume_run
-from launcher.clusters.backends import cluster_for, status_reader_for
+from launcher.clusters.backends import FilesOnly, StatusReader, cluster_for, status_reader_for
 from launcher.errors import SubmitError, printable
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
@@ -80,15 +80,17 @@ def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
         raise SubmitError(
             f"rank {arguments.rank} has no log in attempt {attempt}",
             where=str(run.rank_log(attempt, arguments.rank)),
-            value=_end_line(run, attempt, _watch(run).state()),
+            value=_end_line(run, attempt, _reader(run).status(run)),
             remedy=f"existing logs: {', '.join(logs)}" if logs else "wait until the attempt has started",
         )
-    watch, offset = _watch(run), 0
+    reader = _reader(run)
+    watch, offset, is_silent = StatusWatch(run, reader), 0, False
     while True:
         status = watch.state()
         is_running = status.state in RUNNING_STATES
         offset = _print_from(run.rank_log(attempt, arguments.rank), offset)
-        if not arguments.follow or not is_running:
+        is_silent = is_running and isinstance(reader, FilesOnly) and reader.is_silent
+        if not arguments.follow or not is_running or is_silent:
             break
         newest = run_store.newest_attempt(run)
         if arguments.attempt is None and newest != attempt:
@@ -101,6 +103,8 @@ def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
         print(as_plain_lines(agent.read_text(errors="replace")), end="")
     if line := _end_line(run, attempt, status):
         print(f"\n{line}")
+    if arguments.follow and is_silent:
+        print(f"\nnot followed: {printable(status.message)}")
     return 0
 
 
@@ -119,8 +123,8 @@ def _require_in_run(run: RunDir, attempt: int | None, rank: int) -> None:
         raise SubmitError(f"the run has no rank {rank}", where="--rank", value=str(rank), remedy=remedy)
 
 
-def _watch(run: RunDir) -> StatusWatch:
-    return StatusWatch(run, status_reader_for(run, run_store.load_plan(run).config.cluster.kind))
+def _reader(run: RunDir) -> StatusReader:
+    return status_reader_for(run, run_store.load_plan(run).config.cluster.kind)
 
 
 def _end_line(run: RunDir, attempt: int, status: Status) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from launcher import run_store
+from launcher.clusters import detached_process
 from launcher.clusters.faults import InjectedFault
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
@@ -109,19 +110,28 @@ def cluster_for(kind: str) -> Cluster:
 
 
 class FilesOnly:
-    """Tells the state of a run from its files alone: another user's records name no address that gets this user's token."""
+    """Tells the state of a run from its files alone: another user's records name no address that gets this user's token.
+
+    `is_silent`: whether a run that keeps a liveness file had stopped refreshing it when its state was last read. It has then
+    probably ended, and nothing will say so.
+    """
 
     status_interval_s = 1.0
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
+        self.is_silent = False
 
     def status(self, run: RunDir) -> Status:
         status = run_store.read_status(run)
         if status.state not in RUNNING_STATES:
             return status
-        note = f"shown from its files alone: {self._reason}"
-        return replace(status, message="; ".join(filter(None, (status.message, note))))
+        note, silence = f"shown from its files alone: {self._reason}", ""
+        silent_s = detached_process.seconds_silent(run) if status.state != "pending" and run.alive.is_file() else 0.0
+        self.is_silent = silent_s > detached_process.LIVENESS_TIMEOUT_S
+        if self.is_silent:
+            silence = f"no sign of life for {silent_s / 60:.0f} minutes"
+        return replace(status, message="; ".join(filter(None, (status.message, silence, note))))
 
 
 def status_reader_for(run: RunDir, kind: str) -> StatusReader:

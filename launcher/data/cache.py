@@ -317,7 +317,7 @@ def building(key: str, group: str | None = None) -> Iterator[Path | None]:
     process dies, the next builder removes it. With `group`, its members can read the cache.
 
     Raises:
-        DataError: if the folder cannot be written, or another process takes too long.
+        DataError: if the folder cannot be written, others could write to it, or another process takes too long.
     """
     final = cache_dir(key, group)
     # In a shared folder users cannot lock each other's files: several may build at once, and the first to finish wins.
@@ -338,6 +338,8 @@ def building(key: str, group: str | None = None) -> Iterator[Path | None]:
         try:
             with convert_os_errors(partial):
                 partial.mkdir(mode=0o700)
+                # Storage may give what root writes to nobody: the finished cache would be refused after hours of work.
+                ownership.require_cache(partial, group)
                 yield partial
                 if group is not None:
                     ownership.share(partial, group)

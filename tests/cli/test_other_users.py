@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -21,8 +22,10 @@ from missing_program import skip_or_fail
 
 from launcher import json_records, run_store
 from launcher.cli.status import _state_reader
+from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JobsApiSubmission
 from launcher.config.sections.ray import RaySection
+from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.security import ownership
@@ -126,6 +129,25 @@ def test_only_a_run_that_is_trusted_gets_the_token_to_its_address(
         assert (done.returncode, cluster.asked) == (2, []), done.stderr
         assert launch("status", str(run.root), "--trust-owner", str(MALLORY), **env).returncode == 0
         assert cluster.asked
+
+
+def test_the_log_of_another_users_run_that_gives_no_sign_of_life_is_not_followed(
+    launch: Launch, ray_run: Callable[[str], RunDir]
+) -> None:
+    """Nobody is asked whether its processes live, so that following it would never end."""
+    run = ray_run("http://127.0.0.1:8265")
+    detached_process.write_liveness(run)
+    give(run.root)
+    assert "no sign of life" not in _state_reader(run)().message
+    an_hour_ago = time.time() - 3600
+    for file in (run.status, run.alive):
+        os.utime(file, (an_hour_ago, an_hour_ago))
+    expected = f"no sign of life for 60 minutes; shown from its files alone: the run demo is not trusted: {run.root} belongs to"
+    assert expected in _state_reader(run)().message
+    done = launch("logs", "-f", str(run.root), timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "a line of rank 0" in done.stdout
+    assert f"not followed: {expected}" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -335,6 +357,25 @@ def test_in_a_user_namespace_folders_above_may_belong_to_a_user_outside(run: Run
     run.root.chmod(0o755)
     os.chown(run.plan, MALLORY, -1)
     assert "plan.json belongs to nobody" in problem()
+
+
+def test_storage_that_gives_new_files_to_nobody_refuses_a_run_at_its_start(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS with root_squash: this process writes as another user than it is."""
+    plan = run_store.load_plan(run)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o1777)
+        elsewhere = plan.model_copy(update={"run_dir": f"{folder}/demo"})
+        try:
+            os.seteuid(MALLORY)
+            monkeypatch.setattr(os, "geteuid", lambda: MALLORY + 1)
+            with pytest.raises(SubmitError, match=f"the run demo is not trusted: {folder}/demo belongs to {MALLORY}") as error:
+                run_store.create(elsewhere)
+            assert "set run.root to storage that keeps owners" in str(error.value)
+            assert os.listdir(folder) == []
+            monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", str(MALLORY))
+            assert run_store.create(elsewhere).status.is_file()
+        finally:
+            os.seteuid(0)
 
 
 def test_a_user_trusts_their_own_runs_and_those_of_root(run: RunDir) -> None:

@@ -99,6 +99,26 @@ def test_a_cache_that_everyone_can_write_is_refused(built: tuple[str, DataFacts]
     assert "can be written by everyone" in refusal(lambda: find(key))
 
 
+def test_storage_that_gives_new_files_to_nobody_refuses_a_cache_before_it_is_built(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NFS with root_squash: this process writes as another user than it is."""
+    monkeypatch.setenv("LAUNCHER_CACHE", str(shared))
+
+    def build_one() -> None:
+        with cache.building("a-key") as folder:
+            assert folder is not None
+            pytest.fail("it would have been built")
+
+    with user(DAEMON):
+        monkeypatch.setattr(os, "geteuid", lambda: SYNC)
+        assert "a-key.partial belongs to daemon" in refusal(build_one)
+        assert not (shared / "data/a-key.partial").exists()
+        monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "daemon")
+        with pytest.raises(pytest.fail.Exception, match="it would have been built"):
+            build_one()
+
+
 @pytest.mark.parametrize("folder", ["weight-checks", "isolation-checks", "sources", "models"])
 def test_other_parts_of_the_cache_are_refused_as_well(cache_home: Path, folder: str) -> None:
     path = cache_home / folder / "one"
