@@ -25,6 +25,7 @@ from launcher.errors import ConfigError, DataError, LauncherError, Problem, Subm
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
+from launcher.security import ownership
 from launcher.shell_commands import launcher_command
 from launcher.tracking.metrics import format_duration
 
@@ -36,7 +37,8 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
     """Download the run at `url` into a run directory under `root`, with its newest complete checkpoint or that of `step`.
 
     Raises:
-        SubmitError: if `url` is not an address of a mirror, there is no such run, or its directory exists already.
+        SubmitError: if `url` is not an address of a mirror, there is no such run, its directory exists already, or others
+            could change it.
         CheckpointError: if no checkpoint is complete and intact.
         ConfigError, DataError: if its data is missing on this machine, or differs.
     """
@@ -48,6 +50,8 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
             raise _no_such_run(remote)
     run = RunDir((root / mirrored.run_name).absolute())
     download.claim_run_dir(run, remote.url)
+    # Before bytes are fetched that would not be used.
+    ownership.require_run(run)
     with run_store.start_lock(run):
         with _reading(remote):
             plans = {

@@ -33,7 +33,9 @@ def run(verb: str, tokens: list[str]) -> int:
     if verb == "resume" and "://" in arguments.run:
         from launcher.cli import mirror
 
-        return _resume(mirror.download_run(arguments.run, Path(arguments.root), arguments.step), arguments)
+        downloaded = mirror.download_run(arguments.run, Path(arguments.root), arguments.step)
+        ownership.require_run(downloaded)
+        return _resume(downloaded, arguments)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
     if verb == "resume":
         ownership.require_run(run_dir)

@@ -18,9 +18,14 @@ from typing import Any
 import hand_made
 import pytest
 from http_server import serving
+from mirror_tools import make_run
 from missing_program import skip_or_fail
 
 from launcher import json_records, run_store
+from launcher.checkpoint.mirror import download
+from launcher.checkpoint.mirror.remote_folder import RemoteFolder
+from launcher.checkpoint.mirror.upload import Mirror
+from launcher.cli import runs
 from launcher.cli.status import _state_reader
 from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JobsApiSubmission
@@ -219,6 +224,17 @@ def link_code(run: RunDir) -> Path:
     run.code.symlink_to(outside)
     os.chown(outside, MALLORY, -1)
     return outside
+
+
+def test_a_mirrored_run_is_not_downloaded_to_where_others_could_replace_it(tmp_path: Path) -> None:
+    mirror, root = f"file://{tmp_path}/mirror", tmp_path / "elsewhere"
+    plan, run = make_run(tmp_path, mirror, name="b")
+    Mirror(RemoteFolder(f"{mirror}/b"), run, plan, 1).begin()
+    root.mkdir()
+    root.chmod(0o777)
+    with pytest.raises(SubmitError, match=r"the run b is not trusted: .*elsewhere can be written by everyone"):
+        runs.run("resume", [f"{mirror}/b", "--root", str(root)])
+    assert [path.name for path in (root / "b").iterdir()] == [download.MARKER], "nothing was fetched"
 
 
 WAYS = {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import stat
 import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -35,13 +37,14 @@ def claim_run_dir(run: RunDir, url: str) -> None:
     """Create the run directory, or continue one that an interrupted download from the same address left.
 
     Raises:
-        SubmitError: if it belongs to another run, which stays as it is, or cannot be created.
+        SubmitError: if it belongs to another run, which stays as it is, or to another user, or cannot be created.
     """
     marker = run.root / MARKER
     try:
         run.root.parent.mkdir(parents=True, exist_ok=True)
         run.root.mkdir(mode=0o700)
     except FileExistsError:
+        _require_own(run.root)
         if marker.is_file() and json.loads(marker.read_text() or "{}").get("url") == url:
             return
         raise SubmitError(
@@ -52,6 +55,23 @@ def claim_run_dir(run: RunDir, url: str) -> None:
     except OSError as error:
         raise SubmitError(f"the run directory cannot be made: {error.strerror}", where=str(run.root)) from None
     atomic_files.write_json(marker, {"url": url})
+
+
+def _require_own(folder: Path) -> None:
+    """Refuse a folder that others could have made or can enter: they could change in it what is about to be run.
+
+    Raises:
+        SubmitError: with the folder.
+    """
+    status = folder.lstat()
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077:
+        return
+    raise SubmitError(
+        f"the run directory {folder.name} exists already, and is not this user's alone; nothing in it was touched",
+        where=str(folder),
+        value=f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}",
+        remedy=f"choose another --root; if it is yours, continue that run with: {launcher_command('resume', folder)}",
+    )
 
 
 def download_fixed_files(remote: RemoteFolder, mirrored: MirroredRun, run: RunDir) -> dict[str, LaunchPlan]:
