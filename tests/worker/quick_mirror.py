@@ -1,11 +1,28 @@
-"""`python -m launcher.worker.mirror_process` with shorter waits."""
+"""`python -m launcher.worker.mirror_process` with shorter waits, and a disk that hangs where a test says so."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from launcher.worker import mirror_process
 
+
+class HangingFileSystem(LocalFileSystem):
+    """A disk on which a write of state.json hangs while the pipe `never-read` is beside it."""
+
+    def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        pipe = Path(path).with_name("never-read")
+        if "r" not in mode and path.endswith("-state.json") and pipe.exists():
+            pipe.open("wb")
+        return super().open(path, mode, **kwargs)
+
+
 if __name__ == "__main__":
+    fsspec.register_implementation("file", HangingFileSystem, clobber=True)
     mirror_process._LOOK_S, mirror_process._FIRST_PROGRESS_S = 0.1, 0.5
     sys.exit(mirror_process.main(sys.argv[1], int(sys.argv[2])))

@@ -139,9 +139,9 @@ def no_room(*_: object) -> None:
 
 def test_the_process_ends_at_its_deadline_and_names_the_missing_steps(tmp_path: Path) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
-    # A reader that never comes: the write into it does not end.
+    # A pipe without a reader: in quick_mirror, the write of state.json beside it does not end.
     (tmp_path / "mirror/a/checkpoints/step-00000005").mkdir(parents=True)
-    os.mkfifo(tmp_path / "mirror/a/checkpoints/step-00000005/.unfinished-state.json")
+    os.mkfifo(tmp_path / "mirror/a/checkpoints/step-00000005/never-read")
     commit(run, 5)
     with sending(run) as process:
         wait_for("the others", lambda: len(list((tmp_path / "mirror/a/checkpoints/step-00000005").glob("rank-*"))) == 3)
@@ -152,7 +152,7 @@ def test_the_process_ends_at_its_deadline_and_names_the_missing_steps(tmp_path: 
     assert "not in the mirror: step 5" in alert
     assert record(run)["missing_steps"] == [5]
     # The command that it names finishes what is left.
-    (tmp_path / "mirror/a/checkpoints/step-00000005/.unfinished-state.json").unlink()
+    (tmp_path / "mirror/a/checkpoints/step-00000005/never-read").unlink()
     with sending(run) as process:
         process.communicate(b"", timeout=60)
         assert process.returncode == 0
@@ -167,8 +167,8 @@ def test_without_a_stop_request_the_upload_has_no_deadline(
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     folder = tmp_path / "mirror/a/checkpoints/step-00000005"
     folder.mkdir(parents=True)
-    # A reader that never comes: the write into it does not end.
-    os.mkfifo(folder / ".unfinished-state.json")
+    # A pipe without a reader: in quick_mirror, the write of state.json beside it does not end.
+    os.mkfifo(folder / "never-read")
     own = commit(run, 5)
     grace_s = 0.2
     stopper = Stopper(grace_s, {}, lambda number: None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint.manifest import FORMAT_VERSION, MANIFEST, Manifest
@@ -35,6 +35,15 @@ class MirroredRun(Record):
     owner: Owner
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        """Refuse names that lead out of the folder: files are removed and created by these names."""
+        for name in files:
+            if "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+                raise ValueError(f"{name!r} is not the name of a file in the mirror")
+        return files
+
 
 def read_run(remote: RemoteFolder) -> MirroredRun | None:
     """Read run.json; None if there is none.
@@ -49,7 +58,7 @@ def read_run(remote: RemoteFolder) -> MirroredRun | None:
         return MirroredRun.model_validate_json(content)
     except ValidationError as error:
         message = "the mirror's run.json is damaged, or was written by an incompatible launcher"
-        raise CheckpointError(message, where=f"{remote.url}/{RUN}", value=str(error).splitlines()[0]) from None
+        raise CheckpointError(message, where=f"{remote.url}/{RUN}", value=error.errors()[0]["msg"]) from None
 
 
 def read_complete_checkpoints(remote: RemoteFolder) -> dict[int, Manifest]:

@@ -6,9 +6,12 @@ set the rest.
 
 from __future__ import annotations
 
+import errno
+import functools
 import io
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any, TypeVar
 import fsspec
 import tenacity
 import xxhash
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
 from launcher.atomic_files import FileEntry
@@ -34,6 +38,7 @@ _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirecto
 # Object stores: an object appears when its upload is complete, and a rename is a copy. Elsewhere a file grows under its name.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "obs", "tos", "cos"}
 _UNFINISHED = ".unfinished-"
+_NUM_RANDOM_BYTES = 8
 
 
 class RemoteFolder:
@@ -51,6 +56,7 @@ class RemoteFolder:
         self._fs, root = _connect(self.url, origin)
         self._root = root.rstrip("/")
         protocols = (self._fs.protocol,) if isinstance(self._fs.protocol, str) else tuple(self._fs.protocol)
+        self._is_local = isinstance(self._fs, LocalFileSystem)
         self._is_object_store = bool(_OBJECT_STORES.intersection(protocols))
 
     def under(self, name: str) -> RemoteFolder:
@@ -124,13 +130,13 @@ class RemoteFolder:
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""
         with suppress(FileNotFoundError):
-            self._retry(lambda: self._fs.rm_file(self._path(name)))
+            self._retry(lambda: self._fs.rm_file(self._path_to_change(name)))
 
     def remove_folder(self, name: str, first: str) -> None:
         """Remove a folder with its content, the file `first` before all others."""
         self.remove(f"{name}/{first}")
         with suppress(FileNotFoundError):
-            self._retry(lambda: self._fs.rm(self._path(name), recursive=True))
+            self._retry(lambda: self._fs.rm(self._path_to_change(name), recursive=True))
 
     def _retry(self, action: Callable[[], T]) -> T:
         """Run an action again after a failure that may be transient: storages raise many types for "not now"."""
@@ -146,20 +152,48 @@ class RemoteFolder:
         return f"{self._root}/{name}" if name else self._root
 
     def _put(self, name: str, blocks: Callable[[], Iterable[bytes]], size: int) -> FileEntry:
-        target = self._path(name)
+        target = self._path_to_change(name)
         if self._is_object_store:
             return self._write_blocks(target, blocks(), size)
         folder, _, base = target.rpartition("/")
         self._fs.makedirs(folder, exist_ok=True)
-        # A killed process leaves this name, which no reader takes for the file.
-        unfinished = f"{folder}/{_UNFINISHED}{base}"
+        self._remove_leftovers(folder, base)
+        # A killed process leaves this name, which no reader takes for the file, and which nobody can know and occupy before.
+        unfinished = f"{folder}/{_UNFINISHED}{secrets.token_hex(_NUM_RANDOM_BYTES)}-{base}"
         entry = self._write_blocks(unfinished, blocks(), size)
         self._fs.mv(unfinished, target)
         return entry
 
+    def _path_to_change(self, name: str) -> str:
+        """Return the path of a file or folder that is written or removed: on a disk, no link of another user leads to it.
+
+        Raises:
+            PermissionError: with the link.
+        """
+        path = self._path(name)
+        for folder in Path(path).parents if self._is_local else ():
+            with suppress(FileNotFoundError):
+                status = folder.lstat()
+                if stat.S_ISLNK(status.st_mode) and status.st_uid not in (0, os.geteuid()):
+                    raise PermissionError(errno.EPERM, "the link of another user is not followed", str(folder))
+        return path
+
+    def _remove_leftovers(self, folder: str, base: str) -> None:
+        """Remove what killed processes left of a file."""
+        num_chars = len(_UNFINISHED) + 2 * _NUM_RANDOM_BYTES + len(f"-{base}")
+        # What cannot be removed stays: no reader takes it for the file.
+        with suppress(OSError):
+            self._fs.invalidate_cache()
+            for path in map(str, self._fs.ls(folder, detail=False)):
+                name = path.rpartition("/")[2]
+                if len(name) == num_chars and name.startswith(_UNFINISHED) and name.endswith(f"-{base}"):
+                    self._retry(functools.partial(self._fs.rm_file, path))
+
     def _write_blocks(self, path: str, blocks: Iterable[bytes], size: int) -> FileEntry:
         digest, sent = xxhash.xxh3_128(), 0
-        file = self._fs.open(path, "wb", block_size=max(_BLOCK_BYTES, -(-size // _MAX_BLOCKS)))
+        # Where others may write to the folder, a link of theirs is not followed.
+        mode = "xb" if self._is_local else "wb"
+        file = self._fs.open(path, mode, block_size=max(_BLOCK_BYTES, -(-size // _MAX_BLOCKS)))
         try:
             for block in blocks:
                 digest.update(block)

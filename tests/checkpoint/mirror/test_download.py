@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from mirror_tools import S3, commit, hooked, make_bucket, make_run, running_s3, tree
+from missing_program import skip_or_fail
 
 from launcher.checkpoint import store
 from launcher.checkpoint.mirror import download, remote_folder
@@ -188,15 +189,36 @@ def test_an_existing_run_directory_is_not_touched(tmp_path: Path) -> None:
         fetched(there, RunDir(tmp_path / "elsewhere"))
 
 
+@pytest.mark.parametrize("way", ["owner", "group", "others", "link"])
+def test_a_run_directory_that_others_can_enter_is_not_continued(tmp_path: Path, way: str) -> None:
+    """Whoever made it can replace the code in it, which the resumed run executes."""
+    if way == "owner" and os.geteuid() != 0:
+        skip_or_fail("only root can give files to another user: run pytest as root")
+    target = RunDir(tmp_path / "a")
+    download.claim_run_dir(target, "s3://bucket/a")
+    download.claim_run_dir(target, "s3://bucket/a")
+    if way == "owner":
+        os.chown(target.root, 54321, -1)
+    elif way == "link":
+        target.root.rename(tmp_path / "b")
+        target.root.symlink_to(tmp_path / "b")
+    else:
+        target.root.chmod(0o710 if way == "group" else 0o701)
+    with pytest.raises(SubmitError, match="exists already, and is not this user's alone"):
+        download.claim_run_dir(target, "s3://bucket/a")
+
+
 def test_names_outside_of_the_run_directory_are_refused(tmp_path: Path) -> None:
     _, _, there = mirrored(f"file://{tmp_path}/mirror", tmp_path)
     known = read_run(there)
     assert known is not None
     entry = known.files["plan.json"]
-    evil = known.model_copy(update={"files": {"../../evil.json": entry}})
-    there.write("run.json", evil.model_dump_json().encode())
-    with pytest.raises(CheckpointError, match="outside of the run directory"):
-        fetched(there, RunDir(tmp_path / "elsewhere" / "a"))
+    for name in ("../../evil.json", "/evil.json", "model/../../evil.json", "..\\evil.json", ""):
+        evil = known.model_copy(update={"files": {name: entry}})
+        there.write("run.json", evil.model_dump_json().encode())
+        with pytest.raises(CheckpointError, match=r"run\.json is damaged") as error:
+            fetched(there, RunDir(tmp_path / "elsewhere" / "a"))
+        assert "is not the name of a file in the mirror" in error.value.problems[0].value
     evil = known.model_copy(update={"run_name": "../a"})
     with pytest.raises(ValueError, match="run_name"):
         MirroredRun.model_validate(json.loads(evil.model_dump_json()))
