@@ -10,6 +10,7 @@ import functools
 import getpass
 import json
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -114,18 +115,20 @@ def wait_for_holder(path: Path) -> Holder | None:
 @contextmanager
 def _published_identity(path: Path, command: str) -> Iterator[None]:
     identity = _identity_path(path)
-    partial = identity.with_name(f".{identity.name}.partial")
+    # Others may write to the folder of a shared cache: a name that they do not know, and no link of theirs is followed.
+    partial = identity.with_name(f".{identity.name}.{secrets.token_hex(8)}")
     try:
         # The lock holds without an identity, too. It need not survive a crash of the machine: its process does not.
-        with suppress(OSError):
-            partial.write_text(json.dumps(asdict(Holder.this_process(command))))
+        with suppress(OSError), open(partial, "x") as file:
+            json.dump(asdict(Holder.this_process(command)), file)
+            file.flush()
             os.replace(partial, identity)
         yield
     finally:
         # What cannot be removed names a process that has ended.
-        for file in (partial, identity):
+        for left in (partial, identity):
             with suppress(OSError):
-                file.unlink(missing_ok=True)
+                left.unlink(missing_ok=True)
 
 
 def _identity_path(path: Path) -> Path:
