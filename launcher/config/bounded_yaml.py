@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -9,11 +10,20 @@ import yaml
 # Values after all aliases are expanded. Settings have hundreds; the heads of READMEs with many subsets ten thousands.
 MAX_VALUES = 200_000
 MAX_CHARS = 8 << 20
+# The time of a search grows with the length of the text, whatever the text.
+_FENCE = re.compile(r"^---[ \t\r]*$", re.MULTILINE)
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class UnboundedYaml(yaml.YAMLError):
     """The text is too long, or its aliases expand to too many values or to themselves."""
+
+
+def front_matter(text: str) -> str | None:
+    """Return the lines between the first line of a README, if that is `---`, and the next such line; None if there are none."""
+    begin = _FENCE.match(text)
+    end = _FENCE.search(text, begin.end()) if begin is not None else None
+    return None if begin is None or end is None else text[begin.end() : end.start()]
 
 
 def safe_load(text: str | bytes) -> Any:

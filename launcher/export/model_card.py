@@ -28,7 +28,6 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 Rows = Sequence[tuple[str, str]]
 
-_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _EVAL_LOSS = re.compile(r"eval/(.+)/loss")
 # Name prefixes of the metrics that a card shows.
@@ -75,8 +74,8 @@ def base_front_matter(folder: Path) -> dict[str, Any]:
     """Read the front matter of a model folder's card; empty if there is none that can be parsed."""
     try:
         with open(folder / CARD, encoding="utf-8") as file:
-            match = _FRONT_MATTER.match(file.read(bounded_yaml.MAX_CHARS))
-        content = bounded_yaml.safe_load(match.group(1)) if match else None
+            front_matter = bounded_yaml.front_matter(file.read(bounded_yaml.MAX_CHARS))
+        content = bounded_yaml.safe_load(front_matter) if front_matter else None
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}

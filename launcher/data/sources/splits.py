@@ -117,15 +117,15 @@ def _by_names(data: Sequence[str]) -> dict[str, list[str]]:
 
 def _configs(readme: bytes, where: str) -> list[dict[str, Any]]:
     """Return the `configs` of a dataset's README."""
-    match = re.match(rb"---\s*\n(.*?)\n---", readme, re.DOTALL)
-    if match is None:
-        return []
     import yaml
 
     from launcher.config import bounded_yaml
 
+    front_matter = bounded_yaml.front_matter(readme.decode(errors="replace"))
+    if front_matter is None:
+        return []
     try:
-        head = bounded_yaml.safe_load(match[1])
+        head = bounded_yaml.safe_load(front_matter)
     except bounded_yaml.UnboundedYaml as error:
         refuse(f"the head of {README} is not read: {error}", where, "name the files in the source's path")
     except yaml.YAMLError as error:

@@ -152,14 +152,18 @@ class ChatTemplate:
         source = self._source(chat)
         rows, tools = [_to_template_row(message) for message in messages], (list(chat.tools) if with_tools else []) or None
         values = {"add_generation_prompt": generation_prompt, **self._special_tokens}
+
+        def render() -> tuple[str, list[tuple[int, int]]]:
+            compiled = _compiled(source)
+            if not marks:
+                return compiled.render(messages=rows, tools=tools, documents=None, **values), []
+            texts, spans = chat_template_utils.render_jinja_template(
+                conversations=[rows], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **values
+            )
+            return texts[0], [tuple(span) for span in spans[0]]
+
         try:
-            with limited():
-                compiled = _compiled(source)
-                if not marks:
-                    return compiled.render(messages=rows, tools=tools, documents=None, **values), []
-                texts, spans = chat_template_utils.render_jinja_template(
-                    conversations=[rows], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **values
-                )
+            return limited(render)
         except LimitReached as error:
             remedy = "look for endless loops in the template; set data.chat_template to a file with one that you trust"
             raise DataError(Problem(f"the chat template {error}", chat.where, self.name, remedy)) from None
@@ -170,7 +174,6 @@ class ChatTemplate:
             )
             remedy += "roles are out of order with data.checks.role_order=drop"
             raise DataError(Problem(problem, chat.where, self.name, remedy)) from error
-        return texts[0], [tuple(span) for span in spans[0]]
 
 
 @functools.lru_cache(maxsize=8)
