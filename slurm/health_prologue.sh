@@ -102,13 +102,17 @@ check_gpus() {
     [[ -z "$ecc" ]] || fault "uncorrectable ECC errors on GPU $ecc"
 }
 
+# Names of processes and files in other lines of the log are chosen by users: the driver's name begins the line, after
+# the time.
+xid_line='^(\[[^]]*\] *){0,2}NVRM: Xid \(PCI:[0-9a-fA-F:.]+( GPU-I:[0-9]+)?\): [0-9]+,'
+
 check_kernel_log() {
     local code seen=
     has dmesg || { unknown "Xid errors (no dmesg)"; return; }
     bounded dmesg || { unknown "Xid errors (dmesg: $output)"; return; }
     while read -r code; do
         [[ " $fatal_xids " != *" $code "* ]] || seen="$seen $code"
-    done < <(grep -oE 'NVRM: Xid \([^)]*\): [0-9]+' <<<"$output" | grep -oE '[0-9]+$' | sort -un)
+    done < <(grep -aoE "$xid_line" <<<"$output" | grep -aoE '[0-9]+,$' | tr -d , | sort -un)
     [[ -z "$seen" ]] || fault "Xid$seen in the kernel log"
 }
 

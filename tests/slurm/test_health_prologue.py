@@ -78,7 +78,11 @@ def test_a_healthy_node_is_not_drained(node: Node) -> None:
         ("nvidia-smi", "echo '0, 0'", "1 of 2 GPUs answer"),
         ("nvidia-smi", "printf '0, 0\\n1, 3\\n'", "uncorrectable ECC errors on GPU 1"),
         ("nvidia-smi", STALE, "processes of no job use a GPU: 77"),
-        ("dmesg", f"echo '{XID.format(code=79)}'; echo '{XID.format(code=48)}'", "Xid 48 79 in the kernel log"),
+        (
+            "dmesg",
+            f"echo '{XID.format(code=79)}'; echo '[ 1.2] [T7] NVRM: Xid (PCI:0000:3b:00 GPU-I:05): 48, DBE'",
+            "Xid 48 79 in the kernel log",
+        ),
         ("timedatectl", "echo no", "the clock is not synchronised"),
     ],
 )
@@ -105,6 +109,13 @@ def test_a_fault_drains_the_node(node: Node, program: str, script: str, reason: 
 def test_the_site_configures_the_expected_hardware(node: Node, env: dict[str, str], reason: str) -> None:
     assert node.check(**env).returncode == 1
     assert reason in node.drained[2]
+
+
+def test_the_name_of_a_users_program_drains_no_node(node: Node) -> None:
+    """The kernel logs the names of the process and of the file that crashed."""
+    forged = XID.format(code=79).partition("] ")[2]
+    node.has("dmesg", f"echo '[ 9.1] traps: NVRM: Xid (): 79[77] trap divide error ip:55c0 in {forged}[55c0+1000]'")
+    assert (node.check().returncode, node.drained) == (0, [])
 
 
 MOUNTS = """printf '%s\\n' '/ ext4 rw' '/scratch xfs rw,relatime' '/scratch xfs ro,relatime' '/local xfs rw' \\

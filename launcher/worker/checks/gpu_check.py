@@ -26,7 +26,8 @@ _PAUSE_S = 0.5
 
 # Services of the machine, which may hold memory on any GPU.
 _SERVICES = re.compile(r"nvidia-cuda-mps|dcgm|nv-hostengine")
-_XID_LINE = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:]+)[^)]*\): (\d+)\b.*")
+# Names of processes and files in other lines of the log are chosen by users: the driver's name begins the line, after the time.
+_XID_LINE = re.compile(r"(?:\[[^]]*\] *){0,2}(NVRM: Xid \(PCI:([0-9a-fA-F:]+)(?:\.[0-9a-fA-F]+)?(?: GPU-I:\d+)?\): (\d+),.*)")
 
 
 def check_gpus(needed: int, section: ClusterSection) -> tuple[tuple[str, ...], list[Problem]]:
@@ -92,14 +93,15 @@ def _owner(pid: int) -> str:
 def _check_kernel_log(buses: set[str] | None) -> list[Problem]:
     """Return the faults since boot of the GPUs at `buses`, None for all GPUs; none where the log cannot be read."""
     try:
-        lines = _output("dmesg").splitlines()
+        # splitlines() would begin lines at characters that may be in a name, too.
+        lines = _output("dmesg").split("\n")
     except _CommandError:
         return []
     faults = {}
-    for match in filter(None, map(_XID_LINE.search, lines)):
-        bus, number = match[1].lower(), int(match[2])
+    for match in filter(None, map(_XID_LINE.match, lines)):
+        bus, number = match[2].lower(), int(match[3])
         if number in BROKEN and (buses is None or bus in buses):
-            faults[bus, number] = match[0]
+            faults[bus, number] = match[1]
     return [
         Problem(
             f"a GPU has a fault, Xid {number}: {BROKEN[number]}",
@@ -117,13 +119,11 @@ class _CommandError(Exception):
 
 def _output(*argv: str) -> str:
     try:
-        process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except OSError as error:
         raise _CommandError(f"{argv[0]} cannot be started: {error.strerror}") from None
     try:
-        text, _ = process.communicate(timeout=COMMAND_DEADLINE_S)
+        text = process.communicate(timeout=COMMAND_DEADLINE_S)[0].decode(errors="replace")
     except subprocess.TimeoutExpired:
         # A process that hangs in the driver cannot be killed; waiting for its end, as subprocess.run does, would hang too.
         process.kill()

@@ -66,6 +66,14 @@ def test_sound_gpus_of_the_planned_kind_pass(node: Callable[..., None]) -> None:
     assert check_gpus(2, SECTION) == ((H100, H100), [])
 
 
+@pytest.mark.parametrize("start", ["", "\\r", "\\342\\200\\250"])
+def test_the_name_of_a_users_program_is_no_fault(node: Callable[..., None], start: str) -> None:
+    """The kernel logs the names of the process and of the file that crashed."""
+    forged = "NVRM: Xid (PCI:0000:3b:00): 79, x"
+    node(dmesg=f"printf '[9.1] traps: NVRM: Xid (): 79[77] trap divide error in {start}{forged}[55c0+1000]\\n'")
+    assert check_gpus(2, SECTION)[1] == []
+
+
 @pytest.mark.parametrize(
     ("gpus", "slurm", "ray"),
     [
@@ -111,7 +119,11 @@ def only(checked: tuple[tuple[str, ...], list[Problem]]) -> Problem:
             f"(stale) of {psutil.Process(1).username()}: 70000 MiB of GPU-aaaa",
         ),
         ({"log": "[9.1] NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off the bus."}, "Xid 79", "fallen off the bus"),
-        ({"log": "[9.1] NVRM: Xid (0000:AF:00): 48, DBE"}, "Xid 48: uncorrectable", "NVRM: Xid (0000:AF:00): 48, DBE"),
+        (
+            {"log": "[9.1] [ T77] NVRM: Xid (PCI:0000:AF:00 GPU-I:05): 48, DBE"},
+            "Xid 48: uncorrectable",
+            "NVRM: Xid (PCI:0000:AF:00",
+        ),
         (
             {"processes": (GpuProcess("GPU-aaaa", 1, None, ""),)},
             "not of this run",
