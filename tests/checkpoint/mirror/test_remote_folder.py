@@ -1,13 +1,20 @@
-"""Operations on a remote folder are repeated after transient failures only."""
+"""Operations on a remote folder are repeated after transient failures only, and do not follow what others plant in it."""
 
 from __future__ import annotations
 
+import os
+import secrets
 import time
 from pathlib import Path
 
 import pytest
+from mirror_tools import make_run
+from missing_program import skip_or_fail
 
+from launcher.checkpoint.mirror.layout import read_run
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder
+from launcher.checkpoint.mirror.upload import Mirror
+from launcher.errors import CheckpointError
 
 
 class Storage:
@@ -56,3 +63,55 @@ def test_without_waits_there_is_one_attempt(tmp_path: Path, slept: list[float]) 
     with pytest.raises(OSError, match="not now"):
         RemoteFolder(f"file://{tmp_path}", waits_s=())._retry(storage)
     assert (storage.num_calls, slept) == (1, [])
+
+
+def test_another_writer_of_the_mirror_changes_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It plants links under every name that it can know, and names in run.json that lead out of the mirror."""
+    plan, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
+    folder = tmp_path / "mirror/a"
+    mirror = Mirror(RemoteFolder(f"file://{folder}", waits_s=()), run, plan, 1)
+    mirror.begin()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.json").write_text("years of work")
+    (folder / ".unfinished-plan.json").symlink_to(mine / "thesis.json")
+    known = read_run(RemoteFolder(f"file://{folder}"))
+    assert known is not None
+    planted = known.model_copy(update={"files": {"../../mine/thesis.json": known.files["plan.json"]}})
+    (folder / "run.json").write_text(planted.model_dump_json())
+    with pytest.raises(CheckpointError, match="damaged"):
+        mirror.begin()
+    (folder / "run.json").write_text(known.model_copy(update={"files": {}}).model_dump_json())
+    mirror.begin()
+    with monkeypatch.context() as patch:
+        patch.setattr(secrets, "token_hex", lambda num_bytes: "0123456789abcdef")
+        patch.setattr(RemoteFolder, "_remove_leftovers", lambda *_: None)
+        (folder / ".unfinished-0123456789abcdef-run.json").symlink_to(mine / "thesis.json")
+        with pytest.raises(FileExistsError):
+            mirror.begin()
+    assert (mine / "thesis.json").read_text() == "years of work"
+    assert not (folder / "plan.json").is_symlink()
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_another_users_link_in_the_mirror_is_not_followed(tmp_path: Path, is_last: bool) -> None:
+    if os.geteuid() != 0:
+        skip_or_fail("only root can give files to another user: run pytest as root")
+    mine = tmp_path / "mine"
+    (mine / "step-00000005").mkdir(parents=True)
+    (mine / "thesis.json").write_text("years of work")
+    link = tmp_path / "a"
+    link.symlink_to(mine)
+    folder = RemoteFolder(f"file://{link}" if is_last else f"file://{tmp_path}", waits_s=())
+    inside = "" if is_last else "a/"
+    folder.write(f"{inside}mine.json", b"one's own links lead where one wants them to")
+    os.chown(link, 54321, -1, follow_symlinks=False)
+    for action in (
+        lambda: folder.write(f"{inside}thesis.json", b""),
+        lambda: folder.remove(f"{inside}thesis.json"),
+        lambda: folder.remove_folder(f"{inside}step-00000005", "manifest.json"),
+    ):
+        with pytest.raises(PermissionError, match="the link of another user is not followed"):
+            action()
+    assert (mine / "thesis.json").read_text() == "years of work"
+    assert (mine / "step-00000005").is_dir()
