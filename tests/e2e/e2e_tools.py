@@ -21,9 +21,15 @@ if TYPE_CHECKING:
 TINY = ("model=tiny", "data.max_length=64", "train.global_batch_size=4", "eval.sample=false", "tracking=none")
 
 
+def json_lines(file: Path) -> list[dict]:
+    """The lines of a file; one that is being written is left out."""
+    return (
+        [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")] if file.exists() else []
+    )
+
+
 def metrics(run: Path) -> list[dict]:
-    file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return json_lines(run / "metrics.jsonl")
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -46,8 +52,7 @@ def modes_of(run: Path) -> tuple[int, int]:
 
 
 def alerts(run: Path) -> list[str]:
-    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return [line["text"] for line in lines if line["kind"] == "alert"]
+    return [line["text"] for line in json_lines(run / "events.jsonl") if line["kind"] == "alert"]
 
 
 def committed(run: Path) -> list[str]:
