@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pace
 import psutil
-from e2e_tools import by_rank, command_line, metrics
+from e2e_tools import by_rank, command_line, json_lines, metrics
 
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
@@ -80,7 +80,7 @@ def environments_of(folder: Path, attempt: int) -> list[dict[str, str | None]]:
 
 def alerts(run: Path, attempt: int) -> str:
     """What followers of the run were told of an attempt, a line each."""
-    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    lines = json_lines(run / "events.jsonl")
     return "\n".join(line["text"] for line in lines if line["attempt"] == attempt)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from e2e_tools import TINY, command_line, last_step, losses, metrics, status
+from e2e_tools import TINY, command_line, json_lines, last_step, losses, metrics, status
 from pace import wait_for
 from testbed_cluster import Testbed
 
@@ -129,7 +129,7 @@ class SlurmRun:
 
 
 def events(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return json_lines(run / "events.jsonl")
 
 
 def submit(launch: Launch, bed: Testbed, root: Path, name: str, *overrides: str, **env: str) -> SlurmRun:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e_tools import TINY, assembled, committed, losses, metrics, processes_of, status
+from e2e_tools import TINY, assembled, committed, json_lines, losses, metrics, processes_of, status
 from fake_hub import FakeHub, running_hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -148,7 +148,7 @@ def test_the_export_equals_the_checkpoint_and_loads_in_transformers(finished: tu
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
         "<|im_start|>user:\nhi<|im_end|>\n<|im_start|>assistant:\n"
     )
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    events = json_lines(run / "events.jsonl")
     fields = next(e for e in events if e["kind"] == "export")["fields"]
     assert fields["mean_kl"] < 1e-2
     assert fields["tensors_compared"] == len(exported)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from e2e_tools import TINY, agent_of, alerts, last_step, losses, processes_of, ranks_of, status
+from e2e_tools import TINY, agent_of, alerts, json_lines, last_step, losses, processes_of, ranks_of, status
 from mirror_tools import S3, make_bucket, running_s3
 from pace import wait_for
 
@@ -30,7 +30,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 
 
 def events(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return json_lines(run / "events.jsonl")
 
 
 def mirrored(run: Path, attempt: int = 1) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e_tools import TINY, committed, last_step, losses, status
+from e2e_tools import TINY, committed, json_lines, last_step, losses, status
 
 from launcher.plan.launch_plan import LaunchPlan
 
@@ -178,7 +178,7 @@ def test_a_damaged_cache_is_refused_and_a_deleted_one_is_rebuilt(launch: Launch,
     assert "the data cache is damaged: a block does not match the digest that was written with it" in done.stderr
     assert f"where:  {marks}, bytes 0 to {len(content) - 1}" in done.stderr
     assert f"`rm -r {folder}`, then `python -m launcher data ...`" in done.stderr
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    events = json_lines(run / "events.jsonl")
     assert sum(event["attempt"] == 2 and event.get("fields", {}).get("phase") == "joined" for event in events) == 1, "no restart"
     assert (status(run)["attempt"], last_step(run)) == (2, 2)
     shutil.rmtree(folder)
