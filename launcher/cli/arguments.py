@@ -45,9 +45,9 @@ class VerbParser(argparse.ArgumentParser):
             flag = re.search(r"--[\w-]+", match[1])
             known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
             close = difflib.get_close_matches(flag[0], known, n=1, cutoff=_FLAG_CUTOFF) if flag else []
-            what = "flag" if match[1].startswith("-") else "argument"
+            kind = "flag" if match[1].startswith("-") else "argument"
             return Problem(
-                f"there is no such {what}", value=redact(match[1]), remedy=f"did you mean {close[0]}?" if close else ""
+                f"there is no such {kind}", value=redact(match[1]), remedy=f"did you mean {close[0]}?" if close else ""
             )
         if match := re.fullmatch(r"argument (\S+?): invalid int value: '(.*)'", message):
             return Problem(f"{match[1]} takes a whole number", value=match[2])

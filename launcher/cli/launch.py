@@ -205,9 +205,9 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
         prepare(config)
         collected = _checked_facts(config, composed, node, check)
         if collected.data is None:
-            what = "the data cache is not there after it was built"
+            message = "the data cache is not there after it was built"
             remedy = "make sure that no program changes the files while they are read, then try again"
-            raise DataError(Problem(what, "data.sources", remedy=remedy))
+            raise DataError(Problem(message, "data.sources", remedy=remedy))
     data.check(config, collected.data)
     return _plan_with_free_name(config, collected, taken_names)
 
@@ -243,8 +243,10 @@ def _checked_facts(
     check(make_plan(config, collected))
     if not facts.needs_isolation_check(config, collected.model):
         return collected
-    what = "packed documents do not affect each other in this model" if config.data.packing else "this model sees no later tokens"
-    print(f"checking that {what} (once)", file=sys.stderr, flush=True)
+    condition = (
+        "packed documents do not affect each other in this model" if config.data.packing else "this model sees no later tokens"
+    )
+    print(f"checking that {condition} (once)", file=sys.stderr, flush=True)
     try:
         run_worker_module("launcher.worker.checks.isolation_check", config, timeout_s=_ISOLATION_CHECK_S)
     except RunError as error:

@@ -145,8 +145,8 @@ def _notes(plan: LaunchPlan) -> list[str]:
     # The note about saving does not matter if the states do not even fit.
     notes = [note for note in (_overfull(plan) or plan.saving.note,) if note]
     if (isolation := plan.model.isolation) is not None and isolation.outcome == "unknown":
-        what = "packed documents affect each other" if config.data.packing else "the model sees later tokens"
-        notes.append(f"whether {what} is measured on the loaded model, before step 1 ({isolation.detail})")
+        condition = "packed documents affect each other" if config.data.packing else "the model sees later tokens"
+        notes.append(f"whether {condition} is measured on the loaded model, before step 1 ({isolation.detail})")
     smallest, min_workers = _smallest(plan), config.cluster.fewest_workers
     notes += [note for sized in (plan, smallest) if sized is not None and (note := _tight(sized))]
     if smallest is not None and min_workers is not None and (least := smallest.topology.world_size) < min_workers:

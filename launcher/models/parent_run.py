@@ -123,5 +123,5 @@ def build_lineage(parent: ParentCheckpoint) -> Lineage:
     )
 
 
-def _problem(what: str, path: str, remedy: str) -> ConfigError:
-    return ConfigError(Problem(f"model.path: {what}", where="model.path", value=path, remedy=remedy))
+def _problem(message: str, path: str, remedy: str) -> ConfigError:
+    return ConfigError(Problem(f"model.path: {message}", where="model.path", value=path, remedy=remedy))

@@ -130,16 +130,16 @@ def architecture_problems(model: ModelFacts, packing: bool) -> Iterator[Problem]
     yield from config_problems(model.config, "model.config")
     for name in _LOGIT_TRANSFORMS:
         if (value := model.config.get(name)) not in (None, 1, 1.0):
-            what = f"this architecture transforms its logits ({name}={value}), which the chunked loss does not support"
-            yield Problem(what, "model.path", model_type, "choose another model")
+            message = f"this architecture transforms its logits ({name}={value}), which the chunked loss does not support"
+            yield Problem(message, "model.path", model_type, "choose another model")
     isolation = model.isolation
     if isolation is not None and isolation.outcome == "not_causal":
         yield causality_problem(model_type, isolation.kernel, isolation.detail)
     if isolation is not None and isolation.outcome == "leaks" and packing:
         yield leak_problem(model_type, isolation.kernel, isolation.detail)
     if isolation is not None and isolation.outcome == "other_logits":
-        what = "training computes logits as a linear layer of the last hidden states, and this architecture does not: "
-        yield Problem(what + isolation.detail, "model.path", model_type, "choose another model")
+        message = "training computes logits as a linear layer of the last hidden states, and this architecture does not: "
+        yield Problem(message + isolation.detail, "model.path", model_type, "choose another model")
     if isolation is not None and isolation.outcome == "unsupported":
         message = f"this architecture has no attention by {isolation.kernel} in transformers {isolation.transformers}"
         yield Problem(message, "model.attention", model_type, "set model.attention=eager")

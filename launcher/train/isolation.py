@@ -128,8 +128,8 @@ def require_isolation(plan: LaunchPlan, engine: Any, model: CausalLMLoss, device
     try:
         isolation = measure_isolation(forward, plan.model.vocab_size, device)
     except NotMeasurable as error:
-        what = "packed documents affect each other" if packing else "the model sees later tokens"
-        return f"whether {what} could not be measured: {error}"
+        condition = "packed documents affect each other" if packing else "the model sees later tokens"
+        return f"whether {condition} could not be measured: {error}"
     finally:
         model.train()
     model_type = str(model.hf.config.model_type)
