@@ -146,6 +146,21 @@ def test_links_within_folders_and_to_the_cache_of_the_hub_are_followed(tmp_path:
     assert names == ["NOTICE", "additional_chat_templates/b.jinja"]
 
 
+def test_a_file_that_becomes_a_link_after_the_check_is_not_copied(tmp_path: Path, private_file: Path) -> None:
+    folder, target = tmp_path / "model", tmp_path / "copy"
+    folder.mkdir()
+    (folder / "NOTICE").write_text("mine")
+    folder_links.copy_file(folder, folder / "NOTICE", target)
+    assert target.read_text() == "mine"
+    target.unlink()
+    (folder / "LICENSE").symlink_to(private_file)
+    _pipe(folder / "README.md")
+    for name in ("LICENSE", "README.md"):
+        with pytest.raises(CheckpointError, match=f"the file {name} was replaced"):
+            folder_links.copy_file(folder, folder / name, target)
+    assert not target.exists()
+
+
 def _pipe(path: Path) -> None:
     os.mkfifo(path)
 

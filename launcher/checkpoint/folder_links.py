@@ -7,11 +7,12 @@ Hub repository or the mirror.
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from launcher.errors import Problem
+from launcher.errors import CheckpointError, Problem
 
 # What an export and a mirror copy beside the weights.
 COPIED = (
@@ -51,6 +52,22 @@ def link_problems(folder: Path, paths: Iterable[Path] | None = None) -> Iterator
                 )
 
 
+def copy_file(folder: Path, source: str | Path, target: str | Path) -> None:
+    """Copy a file of a model folder if what was opened is the folder's own or a blob: it may be replaced after a check.
+
+    Raises:
+        CheckpointError: if it is neither.
+    """
+    # A pipe without a writer does not block.
+    with open(os.open(source, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        opened = Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) or not _is_allowed(folder, opened):
+            message = f"the file {Path(source).name} was replaced by a link that leaves the folder while it was copied"
+            raise CheckpointError(message, where=str(source), value=str(opened), remedy="use a folder that only you can write to")
+        with open(target, "wb") as copy:
+            shutil.copyfileobj(file, copy)
+
+
 def _with_content(path: Path) -> Iterator[Path]:
     """Yield the path and everything below it; a link to a folder is not followed."""
     yield path
@@ -74,11 +91,14 @@ def _refusal(folder: Path, file: Path) -> str:
         return ""
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         return "is not a regular file"
-    if target.is_relative_to(folder.resolve()):
-        return ""
-    if stat.S_ISREG(mode) and any(_is_blob(target, cache) for cache in _hub_caches(folder)):
+    if target.is_relative_to(folder.resolve()) or (stat.S_ISREG(mode) and _is_allowed(folder, target)):
         return ""
     return f"is a link that leaves the folder: {os.readlink(file)}" if file.is_symlink() else "is not in the folder"
+
+
+def _is_allowed(folder: Path, file: Path) -> bool:
+    """Return whether a file without links in its path is in the folder, or a blob of a cache of the Hub."""
+    return file.is_relative_to(folder.resolve()) or any(_is_blob(file, cache) for cache in _hub_caches(folder))
 
 
 def _hub_caches(folder: Path) -> Iterator[Path]:

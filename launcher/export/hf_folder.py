@@ -6,6 +6,7 @@ rank 0 `complete_export`.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import atomic_files, json_records
 from launcher.checkpoint import generation, store
-from launcher.checkpoint.folder_links import link_problems
+from launcher.checkpoint.folder_links import copy_file, link_problems
 from launcher.checkpoint.safetensors_io import ShardSet
 from launcher.checkpoint.state import State, read_state
 from launcher.errors import CheckpointError, Problem
@@ -271,18 +272,19 @@ def _copy_side_files(task: ExportTask) -> None:
     if task.tokenizer is not None:
         templates = () if task.chat_template is not None else _TEMPLATE_FILES
         by_folder.append((task.tokenizer, (*_TOKENIZER_FILES, *templates)))
-    paths, problems = list[Path](), list[Problem]()
+    paths, problems = list[tuple[Path, Path]](), list[Problem]()
     for folder, patterns in by_folder:
         matching = [path for pattern in patterns for path in folder.glob(pattern)]
-        paths += matching
+        paths += [(folder, path) for path in matching]
         problems += link_problems(folder, matching)
     if problems:
         raise CheckpointError(problems)
-    for path in paths:
+    for folder, path in paths:
+        copy = functools.partial(copy_file, folder)
         if path.is_dir():
-            shutil.copytree(path, task.partial / path.name)
+            shutil.copytree(path, task.partial / path.name, copy_function=copy)
         else:
-            shutil.copyfile(path, task.partial / path.name)
+            copy(path, task.partial / path.name)
     if task.chat_template is not None:
         _write_chat_template(task.partial, task.chat_template)
     if task.added_stop_ids:
