@@ -24,7 +24,7 @@ from launcher.config.command_line import GROUPS, flags_first, override_key, with
 from launcher.config.config_files import cycle_problem, missing_keys, package_problems
 from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import hydra_problems, missing, no_such_option, schema_problems
-from launcher.config.hydra_guard import guarded, require_no_callbacks
+from launcher.config.hydra_guard import guarded, require_composing_only
 from launcher.config.origin import Origins, short
 from launcher.config.printed_settings import redact_settings
 from launcher.config.renamed_keys import COMMAND_LINE, RENAMED, renamed_override, renamed_reference
@@ -158,7 +158,8 @@ def _call_hydra(task: Callable[[Any], None], tokens: Sequence[str]) -> None:
     try:
         # A sweep always writes a multirun.yaml.
         with guarded(), tempfile.TemporaryDirectory() as sweep, redirect_stdout(printed), redirect_stderr(usage):
-            sys.argv += [f"hydra.sweep.dir='{sweep}'"] if {"-m", "--multirun"} & set(argv) else []
+            # The flag --info would take what follows it as its value, and composes no sweep.
+            sys.argv += [] if {"-i", "--info"} & set(argv) else [f"hydra.sweep.dir='{sweep}'"]
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
     except SystemExit as stop:
         if stop.code:
@@ -188,7 +189,7 @@ def _compose_once(task: Callable[[Any], None], overrides: list[str]) -> None:
     try:
         with guarded(), hydra.initialize_config_dir(str(conf_dir()), job_name="launcher", version_base="1.3"):
             cfg = hydra.compose("config", overrides, return_hydra_config=True)
-            require_no_callbacks(cfg)
+            require_composing_only(cfg)
             HydraConfig.instance().set_config(cfg)
             with open_dict(cfg):
                 del cfg["hydra"]

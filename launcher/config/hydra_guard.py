@@ -15,6 +15,8 @@ from typing import Any
 from launcher.config.bounded_yaml import UnboundedYaml, require_bounded
 from launcher.errors import ConfigError, Problem
 
+# Of conf/config.yaml and of Hydra. Other values would change the environment, or write files of Hydra's own.
+_NEUTRAL: dict[str, Any] = {"hydra.job.env_set": {}, "hydra.job.env_copy": [], "hydra.output_subdir": None, "hydra.run.dir": "."}
 # Where Hydra's own modules hold the function that configures logging.
 _LOGGING = ("hydra._internal.hydra", "hydra._internal.core_plugins.basic_launcher", "hydra.core.utils")
 
@@ -28,7 +30,7 @@ def guarded() -> Iterator[None]:
     class RefusedCallbacks(hydra.Callbacks):
         def __init__(self, config: Any = None) -> None:
             if config is not None:
-                require_no_callbacks(config)
+                require_composing_only(config)
             super().__init__(None)
 
     replacements: list[tuple[Any, str, Any]] = [
@@ -46,14 +48,21 @@ def guarded() -> Iterator[None]:
             setattr(owner, name, original)
 
 
-def require_no_callbacks(config: Any) -> None:
-    """Refuse composed settings, with Hydra's own section, that name callbacks.
+def require_composing_only(config: Any) -> None:
+    """Refuse composed settings, with Hydra's own section, that make Hydra call, set or write something.
 
     Raises:
-        ConfigError: with their names.
+        ConfigError: with the settings.
     """
     from omegaconf import OmegaConf
 
+    changed = [key for key, value in _NEUTRAL.items() if (OmegaConf.select(config, key) or value) != value]
+    if changed:
+        raise ConfigError(
+            f"{changed[0]}: Hydra composes settings here, and neither sets variables nor writes files",
+            where=", ".join(changed),
+            remedy="remove it from the command line and from the files of the chosen options",
+        )
     callbacks = OmegaConf.select(config, "hydra.callbacks")
     if callbacks:
         raise ConfigError(

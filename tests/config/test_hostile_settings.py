@@ -64,6 +64,23 @@ def test_callbacks_are_refused_and_not_imported(
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("flags", [(), ("-m",)])
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("hydra.job.env_set", "job: {env_set: {AWS_SECRET_ACCESS_KEY: none}}"),
+        ("hydra.run.dir", "run: {dir: ../app}"),
+        ("hydra.output_subdir", "output_subdir: app"),
+    ],
+)
+def test_hydra_sets_no_variables_and_writes_no_files(
+    refused: Refused, shared: Callable[[str], tuple[str, ...]], tmp_path: Path, flags: tuple, key: str, line: str
+) -> None:
+    (problem,) = refused(*flags, *shared(f"hydra:\n  {line}\n"), "model=tiny")
+    assert problem.where == key
+    assert not (tmp_path / "app").exists()
+
+
 @pytest.mark.parametrize("section", ["job_logging", "hydra_logging"])
 @pytest.mark.parametrize("flags", [(), ("-m",)])
 def test_classes_of_the_logging_are_not_imported(
