@@ -1,10 +1,11 @@
-"""Remedies for a run whose files are missing or damaged, with the commands to copy."""
+"""Errors and remedies for a run whose files are missing or damaged, with the commands to copy."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
 
+from launcher.errors import DamagedRun
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command, shell_command
 
@@ -29,6 +30,12 @@ def plan_remedy(path: Path) -> str:
             if digest_of(copy.read_text(encoding="utf-8")) == copy.stem:
                 return f"restore it with: {shell_command('cp', copy, path)}"
     return "restore the file from a backup"
+
+
+def unreadable_plan(path: Path, value: str) -> DamagedRun:
+    """Return the error of a plan that is damaged or of an unknown schema; `value` is the reason."""
+    message = "the plan of this run cannot be read by this launcher"
+    return DamagedRun(message, where=str(path), value=value, remedy=plan_remedy(path))
 
 
 def looks_like_run(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from launcher.errors import DamagedRun, SubmitError, Superseded
 from launcher.plan.gpu_types import Price
 from launcher.plan.migrations import migrate
 from launcher.plan.run_dir import RunDir
-from launcher.run_damage import looks_like_run, plan_remedy, record_remedy
+from launcher.run_damage import looks_like_run, plan_remedy, record_remedy, unreadable_plan
 from launcher.run_records import Attempt, Status
 from launcher.security import ownership
 from launcher.security.redaction import redacted_command_line
@@ -249,7 +249,7 @@ def load_plan(run: RunDir) -> LaunchPlan:
     try:
         return LaunchPlan.load(path)
     except (OSError, ValueError) as error:
-        raise _unreadable_plan(path, str(error)) from None
+        raise unreadable_plan(path, str(error)) from None
 
 
 def read_plan_values(path: Path) -> dict[str, Any]:
@@ -263,12 +263,7 @@ def read_plan_values(path: Path) -> dict[str, Any]:
     except DamagedRun as error:
         raise DamagedRun(replace(problem, remedy=problem.remedy or plan_remedy(path)) for problem in error.problems) from None
     except ValueError as error:
-        raise _unreadable_plan(path, str(error)) from None
-
-
-def _unreadable_plan(path: Path, value: str) -> DamagedRun:
-    message = "the plan of this run cannot be read by this launcher"
-    return DamagedRun(message, where=str(path), value=value, remedy=plan_remedy(path))
+        raise unreadable_plan(path, str(error)) from None
 
 
 class Placement(NamedTuple):
@@ -301,7 +296,7 @@ def read_placement(run: RunDir) -> Placement:
         name, kind = values["run_name"], config["cluster"]["kind"]
         return Placement(name, kind, topology["world_size"], topology["device"], price, *limits)
     except (KeyError, TypeError, ValueError):
-        raise _unreadable_plan(path, "settings are missing") from None
+        raise unreadable_plan(path, "settings are missing") from None
 
 
 @contextmanager
