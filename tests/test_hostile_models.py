@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from special_files import link_to_device, make_pipe
 
 from launcher import model_source
 from launcher.checkpoint import folder_links
@@ -154,23 +154,15 @@ def test_a_file_that_becomes_a_link_after_the_check_is_not_copied(tmp_path: Path
     assert target.read_text() == "mine"
     target.unlink()
     (folder / "LICENSE").symlink_to(private_file)
-    _pipe(folder / "README.md")
+    make_pipe(folder / "README.md")
     for name in ("LICENSE", "README.md"):
         with pytest.raises(CheckpointError, match=f"the file {name} was replaced"):
             folder_links.copy_file(folder, folder / name, target)
     assert not target.exists()
 
 
-def _pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def _device(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("make", [_pipe, _device])
+@pytest.mark.parametrize("make", [make_pipe, link_to_device])
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "evil.index.json", "config.json"])
 def test_a_pipe_or_a_device_is_not_read(folder: Path, make: Callable[[Path], None], name: str) -> None:
     (folder / name).unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +12,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from special_files import link_to_device, make_pipe
 from transformers import AutoTokenizer
 
 from launcher.config.sections.data import DataSection, Source
@@ -113,16 +113,8 @@ def test_a_line_without_an_end_is_not_held_in_memory(tmp_path: Path, monkeypatch
         assert (problem.message, problem.where) == ("the line is longer than 1 MiB", f"{tmp_path / name}:2")
 
 
-def _pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def _device(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("make", [_pipe, _device])
+@pytest.mark.parametrize("make", [make_pipe, link_to_device])
 def test_a_pipe_or_a_device_is_not_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
     (tmp_path / "data").mkdir()
     for name in ("train.jsonl", "README.md"):
