@@ -391,6 +391,8 @@ def list_runs(root: Path) -> Iterator[RunDir]:
 
 def _is_run(path: Path) -> bool:
     """Return whether this is a run that this user can read; runs of other users and folders of the system may be closed."""
+    if path.name.startswith(atomic_files.REMOVING_PREFIX):
+        return False
     with suppress(OSError):
         return (path / "plan.json").is_file() and (path / "status.json").is_file()
     return False

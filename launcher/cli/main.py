@@ -29,6 +29,7 @@ VERBS: Mapping[str, str] = {
     "resume": "runs",
     "export": "export",
     "checkpoints": "checkpoints",
+    "rm": "remove",
     "drill": "drill",
 }
 # The verbs that compose settings.
@@ -61,6 +62,7 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
                                                write the Hugging Face folder of a checkpoint
   python -m launcher checkpoints RUN [--verify] [--prune]
                                                list checkpoints; verify their digests; remove those that are not kept
+  python -m launcher rm RUN [RUN ...] [--yes]  remove runs with all their files, after a question
 
   python -m launcher drill --fault FAULT [RUN] [overrides]
                                                rehearse a fault on a short run: does it save and continue, what is lost
