@@ -20,7 +20,7 @@ from launcher.checkpoint import generation
 from launcher.checkpoint.folder_links import link_problems
 from launcher.config.schema import ModelSection, is_local_path, is_run
 from launcher.config.sections.fields import HUB_ID_PATTERN
-from launcher.data.cache_dir import cache_root
+from launcher.data.cache_dir import cache_root, mark_used
 from launcher.errors import ConfigError, Problem
 from launcher.models import gguf_header, weight_files
 from launcher.models.folder_check import folder_problems
@@ -214,6 +214,7 @@ def _finished(folder: Path) -> Path | None:
     if not (folder / "config.json").is_file():
         return None
     ownership.require_cache(folder)
+    mark_used(folder)
     return folder
 
 

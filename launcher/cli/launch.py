@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from launcher import facts, model_source, run_store
-from launcher.cli import data, formatting, wandb_check
+from launcher.cli import data, formatting, run_folders, wandb_check
 from launcher.cli.arguments import COMMON_FLAGS, composing_usage
 from launcher.cli.follow import follow, interrupted_start
 from launcher.cli.formatting import wrap
@@ -136,6 +136,7 @@ def start(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:
     """
     _require_new(RunDir(Path(plan.run_dir)))
     run_dir = run_store.create(plan)
+    run_folders.remember(run_dir.root.parent)
     with run_store.start_lock(run_dir):
         attempt = run_store.create_attempt(run_dir, Attempt(resume_step=None))
         cluster.submit(run_dir, attempt, run_dir.plan)

@@ -30,6 +30,7 @@ VERBS: Mapping[str, str] = {
     "export": "export",
     "checkpoints": "checkpoints",
     "rm": "remove",
+    "clean": "clean",
     "drill": "drill",
 }
 # The verbs that compose settings.
@@ -63,6 +64,8 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
   python -m launcher checkpoints RUN [--verify] [--prune]
                                                list checkpoints; verify their digests; remove those that are not kept
   python -m launcher rm RUN [RUN ...] [--yes]  remove runs with all their files, after a question
+  python -m launcher clean [--older-than 30d] [--max-size 200GiB] [--dry-run]
+                                               remove parts of the cache that no unfinished run uses, after a question
 
   python -m launcher drill --fault FAULT [RUN] [overrides]
                                                rehearse a fault on a short run: does it save and continue, what is lost

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,8 +12,8 @@ from pathlib import Path
 from launcher import atomic_files, run_store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
-from launcher.cli.confirmation import confirm
 from launcher.cli.removable_run import RemovableRun, aside, inspect, problems_of
+from launcher.cli.removal import confirm, remove_tree
 from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, SubmitError, printable
 from launcher.plan.disk import format_size
 from launcher.plan.run_dir import RunDir
@@ -189,40 +188,18 @@ def _remove(removable: Sequence[RemovableRun], interrupted: Sequence[Path], name
     A directory leaves its name by one rename, under the lock with which attempts are started. Returns the files that could not be
     removed.
     """
-    left = [path for folder in interrupted for path in _remove_tree(folder)]
+    left = [path for folder in interrupted for path in remove_tree(folder)]
     for one in removable:
         run, removing = one.run, aside(one.run.root)
-        left += _remove_tree(removing)
+        left += remove_tree(removing)
         with ExitStack() as stack:
             stack.enter_context(run_store.start_lock(run))
             # It may have been resumed since it was shown.
             if problems := problems_of(one, even_if_needed=True):
                 raise SubmitError(problems)
             atomic_files.rename(run.root, removing)
-        left += _remove_tree(removing)
+        left += remove_tree(removing)
     for path in (path for name in names for path in _candidates(name, root)):
         if path.is_symlink() and not path.exists():
             path.unlink()
     return left
-
-
-def _remove_tree(folder: Path) -> list[str]:
-    """Remove a folder without following links; returns the paths that could not be removed, with the reasons."""
-    left: list[str] = []
-
-    def keep(_: object, path: str, failure: tuple[type[BaseException], BaseException, object]) -> None:
-        error = failure[1]
-        # What a folder that stays holds is reported itself.
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not _has_content(path):
-            left.append(f"{path}: {error.strerror}")
-
-    if folder.is_dir() and not folder.is_symlink():
-        shutil.rmtree(folder, onerror=keep)
-    return left
-
-
-def _has_content(path: str) -> bool:
-    try:
-        return os.path.isdir(path) and not os.path.islink(path) and any(os.scandir(path))
-    except OSError:
-        return False

@@ -12,7 +12,7 @@ from typing import Any
 from launcher import code_snapshot, facts, model_source, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint
-from launcher.cli import formatting, wandb_check
+from launcher.cli import formatting, run_folders, wandb_check
 from launcher.cli.checkpoints import verify
 from launcher.cli.interrupts import Interrupts
 from launcher.cli.launch import require_idle
@@ -82,6 +82,7 @@ def resume_run(
             print(f"note: {note}")
     _replace_unusable_code(run)
     resume_step = None if checkpoint is None else checkpoint.step
+    run_folders.remember(run.root.parent)
     attempt = run_store.create_attempt(run, Attempt(resume_step, pinned=step is not None))
     plan_path = run_store.write_plan(run, attempt, plan)
     run_store.update_status(run, state="pending", job=None, max_steps=plan.batch.max_steps, message="")

@@ -38,7 +38,7 @@ import xxhash
 from launcher import atomic_files
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data import digests
-from launcher.data.cache_dir import cache_root, convert_os_errors, shared_cache_root
+from launcher.data.cache_dir import cache_root, convert_os_errors, mark_used, shared_cache_root
 from launcher.data.cache_lock import wait_and_hold
 from launcher.data.checks import findings
 from launcher.data.digests import CheckedArray, DigestingWriter
@@ -126,7 +126,11 @@ def _file_digest(path: Path) -> str:
 
 def find(key: str, group: str | None = None) -> DataFacts | None:
     """Return the counts of the finished cache of `key`; None if there is none, or `read` finds a damaged file."""
-    return read(cache_dir(key, group), group)
+    folder = cache_dir(key, group)
+    facts = read(folder, group)
+    if facts is not None:
+        mark_used(folder)
+    return facts
 
 
 def read(folder: Path, group: str | None = None) -> DataFacts | None:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
@@ -34,6 +34,13 @@ def shared_cache_root() -> Path:
 def source_folder(*parts: object) -> Path:
     """Return the folder for the files and records of a remote source, identified by `parts`."""
     return cache_root() / "sources" / xxhash.xxh3_128_hexdigest(json.dumps([str(part) for part in parts]).encode())
+
+
+def mark_used(folder: Path) -> None:
+    """Note that a command has found this part of the cache and may be about to use it; `clean` looks at the folder's time."""
+    # Others may own it, or the storage may be mounted for reading only.
+    with suppress(OSError):
+        os.utime(folder)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import pytest
 from missing_program import skip_or_fail
 
 from launcher import atomic_files, json_records, locks, run_store
-from launcher.cli import remove
+from launcher.cli import removal
 from launcher.cli.main import main
 from launcher.clusters.detached_process import describe_this_process
 from launcher.plan.launch_plan import Lineage
@@ -178,7 +178,7 @@ def test_an_interrupted_removal_is_finished_by_the_same_command(run: RunDir, ask
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(remove.shutil, "rmtree", interrupted)
+        patch.setattr(removal.shutil, "rmtree", interrupted)
         assert ask("demo", "--yes")[0] == 130
     assert removing.is_dir()
     assert not run.root.exists()

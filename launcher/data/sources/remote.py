@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.sections.data import Source
-from launcher.data.cache_dir import convert_os_errors, is_full, make_cache_error, source_folder
+from launcher.data.cache_dir import convert_os_errors, is_full, make_cache_error, mark_used, source_folder
 from launcher.data.cache_lock import wait_and_hold
 from launcher.data.sources.files import DataFile, detect_kind, file_digest
 from launcher.data.sources.row_values import refuse
@@ -99,6 +99,7 @@ class RemoteFiles:
         with convert_os_errors(target.parent):
             if target.exists():
                 ownership.require_cache(target)
+                mark_used(target.parent)
                 return DataFile(target, self._name(path))
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with wait_and_hold(target.parent / ".lock", f"fetches {self._name(path)}"):

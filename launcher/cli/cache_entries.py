@@ -1,0 +1,277 @@
+"""What the launcher's cache holds: data caches, models, downloaded sources, results of checks, and compiled extensions.
+
+Each entry has its size, its last use, the runs that use it, and the reason why it is kept where there is one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher import atomic_files, locks, run_store
+from launcher.data.cache_dir import cache_root, shared_cache_root
+from launcher.errors import LauncherError, Problem, SubmitError
+from launcher.plan.run_dir import RunDir
+from launcher.run_damage import plan_remedy
+from launcher.shell_commands import launcher_command
+from launcher.tracking.metrics import format_duration
+
+KINDS: Mapping[str, str] = {
+    "data": "tokenized rows",
+    "models": "converted models, and weights of other runs",
+    "sources": "downloaded data files",
+    "checks": "results of checks of models and settings",
+    "extensions": "C++ extensions that torch has compiled, also for other programs",
+}
+_CHECKS = ("isolation-checks", "weight-checks", "deepspeed-checks")
+# A command that has found an entry may not have started its run yet.
+_JUST_USED_S = 600.0
+# A build takes less; what is older was left by a process that was killed.
+_LONGEST_BUILD_S = 24 * 3600.0
+_LOCK_SUFFIXES = (".lock", ".lock.json")
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """A part of the cache that is removed as a whole. `paths[0]` is its folder.
+
+    `lock` is the file that a process holds which builds it. `runs` are the directories of the runs that use it. `kept` is the
+    reason why it is not removed, empty where there is none.
+    """
+
+    kind: str
+    paths: tuple[Path, ...]
+    bytes: int
+    used_at: float
+    lock: Path | None = None
+    runs: tuple[str, ...] = ()
+    kept: str = ""
+
+    @property
+    def path(self) -> Path:
+        return self.paths[0]
+
+    def as_json(self) -> dict[str, Any]:
+        values = {"kind": self.kind, "path": str(self.path), "bytes": self.bytes, "used_at": self.used_at}
+        return values | {"runs": list(self.runs), "kept": self.kept or None}
+
+
+@dataclass(frozen=True)
+class RunUse:
+    """What a run uses: `paths` of the cache. `is_unfinished` where it lives or can be resumed without other settings."""
+
+    run: RunDir
+    state: str
+    used_at: float
+    paths: tuple[str, ...]
+
+    @property
+    def is_unfinished(self) -> bool:
+        return self.state != "completed"
+
+
+def list_entries(roots: Iterable[Path]) -> list[CacheEntry]:
+    """List the entries of the cache that belong to this user, the one with the oldest use first.
+
+    `roots` are the folders of runs that may use it.
+
+    Raises:
+        SubmitError: where the plan of an unfinished run cannot be read, so that nobody knows what it uses.
+    """
+    uses = _uses(roots)
+    found = [*_data(), *_models(), *_sources(), *_checks(), *_extensions()]
+    building = [entry for entry in found if entry.kind == "data" and entry.lock is not None and is_locked(entry.lock)]
+    entries = [_judge(entry, uses, bool(building)) for entry in found if _is_own(entry.path)]
+    return sorted(entries, key=lambda entry: entry.used_at)
+
+
+def _uses(roots: Iterable[Path]) -> list[RunUse]:
+    uses, problems = [], []
+    for run in {run.root.resolve(): run for root in roots for run in run_store.list_runs(root)}.values():
+        state, used_at = _state(run)
+        plans = (run.plan, *run_store.changed_plan_paths(run))
+        paths: set[str] = set()
+        unreadable: list[Path] = []
+        for path in plans:
+            try:
+                paths |= set(_paths_of(run_store.read_plan_values(path)))
+            except LauncherError:
+                unreadable.append(path)
+        if unreadable and state != "completed":
+            message = "the plan of a run cannot be read, so what it uses is unknown"
+            remedy = f"{plan_remedy(unreadable[0])}, or remove the run: {launcher_command('rm', run.root)}"
+            problems.append(Problem(message, str(unreadable[0]), remedy=remedy))
+        uses.append(RunUse(run, state, used_at, tuple(paths)))
+    if problems:
+        raise SubmitError(problems)
+    return uses
+
+
+def _state(run: RunDir) -> tuple[str, float]:
+    try:
+        status = run_store.read_status(run)
+        return status.state, status.updated_at
+    except LauncherError:
+        return "unknown", time.time()
+
+
+def _paths_of(plan: dict[str, Any]) -> Iterator[str]:
+    """Yield the folders that a plan names: its data cache, its model and its tokenizer."""
+    for part, names in (("data", ("cache_dir",)), ("model", ("path", "tokenizer_path"))):
+        values = plan.get(part)
+        if isinstance(values, dict):
+            yield from (os.path.realpath(value) for name in names if isinstance(value := values.get(name), str) and value)
+
+
+def _judge(entry: CacheEntry, uses: Sequence[RunUse], is_building: bool) -> CacheEntry:
+    """Add to an entry the runs that use it, and why it is kept."""
+    folder = os.path.realpath(entry.path)
+    users = [use for use in uses if any(path == folder or path.startswith(f"{folder}{os.sep}") for path in use.paths)]
+    entry = replace(
+        entry,
+        runs=tuple(str(use.run.root) for use in users),
+        used_at=max((entry.used_at, *(use.used_at for use in users))),
+    )
+    return replace(entry, kept=_reason(entry, users, uses, is_building))
+
+
+def _reason(entry: CacheEntry, users: Sequence[RunUse], uses: Sequence[RunUse], is_building: bool) -> str:
+    if entry.kept:
+        return entry.kept
+    if entry.lock is not None and is_locked(entry.lock):
+        holder = locks.read_holder(entry.lock)
+        return f"being built by process {holder.pid} on {holder.host}" if holder is not None else "being built"
+    if unfinished := [f"{use.run.root.name} ({use.state})" for use in users if use.is_unfinished]:
+        return f"used by {', '.join(unfinished)}"
+    running = [use.run.root.name for use in uses if use.state in ("pending", "running", "saving")]
+    if entry.kind == "extensions" and running:
+        return f"may be used by {', '.join(running)}"
+    if entry.kind == "sources" and is_building:
+        return "data is being built"
+    used_s = time.time() - entry.used_at
+    return f"used {format_duration(max(0.0, used_s))} ago" if used_s < _JUST_USED_S else ""
+
+
+def is_locked(lock: Path) -> bool:
+    """Return whether a process holds a lock file; takes and leaves it untouched."""
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _entry(kind: str, *paths: Path, lock: Path | None = None, kept: str = "") -> CacheEntry:
+    num_bytes, used_at = 0, 0.0
+    for path in paths:
+        path_bytes, path_used_at = _measure(path)
+        num_bytes, used_at = num_bytes + path_bytes, max(used_at, path_used_at)
+    return CacheEntry(kind, paths, num_bytes, used_at, lock, kept=kept)
+
+
+def _measure(path: Path) -> tuple[int, float]:
+    """Return the bytes of a file or folder, and the time at which a file of it was last read or written.
+
+    Storage that keeps no times of reading (noatime) shows the time of writing.
+    """
+    num_bytes, used_at = 0, 0.0
+    with suppress(OSError):
+        used_at = path.lstat().st_mtime
+    inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    for file in inside if path.is_dir() and not path.is_symlink() else [path]:
+        with suppress(OSError):
+            status = file.lstat()
+            num_bytes += status.st_size
+            used_at = max(used_at, status.st_atime, status.st_mtime)
+    return num_bytes, used_at
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _is_own(path: Path) -> bool:
+    with suppress(OSError):
+        return path.lstat().st_uid == os.geteuid()
+    return False
+
+
+def _data() -> Iterator[CacheEntry]:
+    roots = dict.fromkeys([cache_root() / "data", *sorted(shared_cache_root().glob("data-*"))])
+    for root in roots:
+        children = _children(root)
+        names = {path.name for path in children}
+        for path in children:
+            key = path.name.removesuffix(".partial").removesuffix(".texts.json")
+            owner = "" if root.name == "data" else f"-{os.geteuid()}"
+            if path.name == key and path.is_dir() and not _is_temporary(path):
+                texts = path.with_name(f"{key}.texts.json")
+                extra = [texts] if texts.name in names else []
+                yield _entry("data", path, *extra, lock=path.with_name(f"{key}{owner}.lock"))
+            elif path.name.endswith(".partial"):
+                # Its builder was killed, unless it holds the lock.
+                yield _entry("data", path, lock=path.with_name(f"{key}.lock"))
+            elif path.name.endswith(".texts.json") and key not in names:
+                yield _entry("data", path)
+            elif _is_temporary(path):
+                yield _entry("data", path, kept=_recent_build(path))
+
+
+def _models() -> Iterator[CacheEntry]:
+    for path in _children(cache_root() / "models"):
+        if _is_temporary(path):
+            yield _entry("models", path, kept=_recent_build(path))
+        elif path.is_dir():
+            yield _entry("models", path, lock=path.with_name(f".{path.name}.lock"))
+
+
+def _sources() -> Iterator[CacheEntry]:
+    for path in _children(cache_root() / "sources"):
+        if path.is_dir():
+            yield _entry("sources", path, lock=path / ".lock")
+
+
+def _checks() -> Iterator[CacheEntry]:
+    for name in _CHECKS:
+        if (folder := cache_root() / name).is_dir():
+            yield _entry("checks", folder)
+
+
+def _extensions() -> Iterator[CacheEntry]:
+    """Yield the folders of compiled extensions: those of torch, and those of nodes whose home directory cannot be written."""
+    own = os.environ.get("TORCH_EXTENSIONS_DIR")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    node = Path(tempfile.gettempdir()) / f"launcher-caches-{os.getuid()}" / "torch_extensions_dir"
+    roots = [Path(own).expanduser().absolute() if own else cache / "torch_extensions", node]
+    for root in roots:
+        # With the default folder, one for each version of Python and CUDA lies between.
+        for path in (child for folder in (root, *_children(root)) if folder.is_dir() for child in _children(folder)):
+            if path.is_dir() and (path / "build.ninja").is_file():
+                yield _entry("extensions", path, lock=path / "lock")
+
+
+def _is_temporary(path: Path) -> bool:
+    """Return whether a folder is one that a process fills or removes, under a name of its own."""
+    return path.is_dir() and path.name.startswith(".") and not path.name.endswith(_LOCK_SUFFIXES)
+
+
+def _recent_build(path: Path) -> str:
+    if path.name.startswith(atomic_files.REMOVING_PREFIX):
+        return ""
+    return "may be being built" if time.time() - _measure(path)[1] < _LONGEST_BUILD_S else ""

@@ -1,0 +1,152 @@
+"""The verb `clean`: list what the launcher's cache holds, and remove what no unfinished run uses."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from launcher import locks
+from launcher.cli import formatting, run_folders
+from launcher.cli.arguments import VerbParser
+from launcher.cli.cache_entries import KINDS, CacheEntry, is_locked, list_entries
+from launcher.cli.removal import confirm, remove_path
+from launcher.errors import EXIT_FAILED, EXIT_REFUSED, printable
+from launcher.plan.disk import format_size
+from launcher.security.redaction import redacted_command_line
+from launcher.tracking.metrics import format_duration
+
+_SECONDS = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
+_BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
+_COLUMNS = ("kind", "name", ">size", ">last use", "runs", "what becomes of it")
+_RUNS_SHOWN = 3
+
+
+def run(verb: str, tokens: list[str]) -> int:
+    """Remove parts of the cache; returns 1 if files could not be removed."""
+    arguments = _parser().parse_args(tokens)
+    roots = [Path(root).expanduser() for root in arguments.root or ["runs"]]
+    entries = list_entries([*roots, *run_folders.recall()])
+    entries = [entry for entry in entries if not arguments.only or entry.kind in arguments.only]
+    chosen = _choose(entries, arguments)
+    total = format_size(sum(entry.bytes for entry in chosen))
+    if not arguments.json:
+        print("\n".join(_lines(entries, chosen)), end="\n\n" if entries else "\n")
+    asks = bool(chosen) and not arguments.dry_run and not arguments.yes
+    if asks and not confirm(f"remove {len(chosen)} of {len(entries)} parts, {total}?", ("clean", *tokens, "--yes")):
+        print("nothing was removed")
+        return EXIT_REFUSED
+    removed, left = ([], []) if arguments.dry_run else _remove(chosen)
+    freed = sum(entry.bytes for entry in removed)
+    if arguments.json:
+        values = {
+            "entries": [entry.as_json() for entry in entries],
+            "chosen": [str(entry.path) for entry in chosen],
+            "removed": [str(entry.path) for entry in removed],
+            "freed_bytes": freed,
+            "left": left,
+        }
+        print(formatting.as_json(values))
+    elif not chosen:
+        print("nothing to remove")
+    elif arguments.dry_run:
+        print(f"{len(chosen)} parts, {total}: nothing was removed, because of --dry-run")
+    else:
+        print(f"removed {len(removed)} parts, {format_size(freed)}")
+    rest = sum(entry.bytes for entry in entries) - sum(entry.bytes for entry in chosen)
+    if arguments.max_size is not None and rest > arguments.max_size:
+        print(f"note: {format_size(rest)} stay, more than --max-size: the rest is in use or not chosen", file=sys.stderr)
+    for line in left:
+        print(printable(f"not removed: {line}"), file=sys.stderr)
+    return EXIT_FAILED if left else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = (
+        "List the parts of the launcher's cache with size, last use and the runs that use them; remove those that no live or "
+        "unfinished run uses."
+    )
+    parser = VerbParser(prog="python -m launcher clean", description=about)
+    kinds = "; ".join(f"{kind}: {description}" for kind, description in KINDS.items())
+    parser.add_argument("--only", choices=tuple(KINDS), action="append", help=f"parts of one kind (repeatable): {kinds}")
+    older = "parts whose last use is longer ago, such as 30d, 12h or 2w"
+    parser.add_argument("--older-than", metavar="TIME", type=_seconds, help=older)
+    parser.add_argument("--larger-than", metavar="SIZE", type=_num_bytes, help="parts that are larger, such as 10GiB")
+    size = "remove only until the cache is this small, the oldest use first, such as 200GiB"
+    parser.add_argument("--max-size", metavar="SIZE", type=_num_bytes, help=size)
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--dry-run", action="store_true", help="list, and show what would be removed; remove nothing")
+    root = "folder of runs that may use the cache (repeatable; default: runs), besides those in which runs were started"
+    parser.add_argument("--root", action="append", help=root)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _seconds(value: str) -> float:
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([mhdw])", value):
+        return float(match[1]) * _SECONDS[match[2]]
+    raise argparse.ArgumentTypeError(f"{value} is no time: write a number and m, h, d or w, such as 30d")
+
+
+def _num_bytes(value: str) -> float:
+    if match := re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(_BYTES)})", value):
+        return float(match[1]) * _BYTES[match[2]]
+    raise argparse.ArgumentTypeError(f"{value} is no size: write a number and {', '.join(_BYTES)}, such as 200GiB")
+
+
+def _choose(entries: Sequence[CacheEntry], arguments: argparse.Namespace) -> list[CacheEntry]:
+    """Return the entries to remove; `entries` have the oldest use first."""
+    now, chosen = time.time(), []
+    size = sum(entry.bytes for entry in entries)
+    for entry in entries:
+        if entry.kept or (arguments.older_than is not None and now - entry.used_at <= arguments.older_than):
+            continue
+        if arguments.larger_than is not None and entry.bytes <= arguments.larger_than:
+            continue
+        if arguments.max_size is not None and size <= arguments.max_size:
+            break
+        chosen.append(entry)
+        size -= entry.bytes
+    return chosen
+
+
+def _remove(chosen: Sequence[CacheEntry]) -> tuple[list[CacheEntry], list[str]]:
+    """Remove entries under their locks; returns those that are gone, and what could not be removed with the reasons."""
+    removed, left = [], []
+    for entry in chosen:
+        with ExitStack() as stack:
+            try:
+                # A lock inside of the folder goes with it; nobody has held it for long.
+                if entry.lock is not None and entry.path not in entry.lock.parents:
+                    stack.enter_context(locks.hold(entry.lock, 0, redacted_command_line(), mode=0o600))
+                elif entry.lock is not None and is_locked(entry.lock):
+                    raise locks.LockTimeout
+                failures = [line for path in reversed(entry.paths) for line in remove_path(path)]
+            except locks.LockTimeout:
+                failures = [f"{entry.path}: another process began to build it"]
+            except OSError as error:
+                failures = [f"{error.filename or entry.path}: {error.strerror or error}"]
+        left += failures
+        if not failures:
+            removed.append(entry)
+    return removed, left
+
+
+def _lines(entries: Sequence[CacheEntry], chosen: Sequence[CacheEntry]) -> list[str]:
+    """Return the table of the entries and their sum."""
+    if not entries:
+        return ["the cache is empty"]
+    now = time.time()
+    rows = []
+    for entry in entries:
+        names = [Path(run).name for run in entry.runs]
+        more = f" and {len(names) - _RUNS_SHOWN} more" if len(names) > _RUNS_SHOWN else ""
+        fate = f"kept: {entry.kept}" if entry.kept else "removed" if entry in chosen else "kept"
+        age = f"{format_duration(max(0.0, now - entry.used_at))} ago"
+        cells = (entry.kind, entry.path.name, format_size(entry.bytes), age, ", ".join(names[:_RUNS_SHOWN]) + more or "-", fate)
+        rows.append(tuple(map(printable, cells)))
+    return [*formatting.table(_COLUMNS, rows), f"in all {format_size(sum(entry.bytes for entry in entries))}"]

@@ -1,0 +1,64 @@
+"""What commands that remove files share: the question before, and a removal that names what it could not remove."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+from pathlib import Path
+
+from launcher import atomic_files
+from launcher.errors import SubmitError, printable
+from launcher.shell_commands import launcher_command
+
+
+def confirm(question: str, command: tuple[str, ...]) -> bool:
+    """Ask on the terminal; only `y` and `yes` mean yes.
+
+    `command` are the words of the command that does the same without asking.
+
+    Raises:
+        SubmitError: where there is no terminal to ask on.
+    """
+    if not sys.stdin.isatty() or not sys.stdout.isatty():
+        remedy = f"to remove it without a question: {launcher_command(*command)}"
+        raise SubmitError("nothing was removed: there is no terminal to ask on", where="command line", remedy=remedy)
+    try:
+        return input(f"{printable(question)} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
+def remove_path(path: Path) -> list[str]:
+    """Remove a file, a link or a folder; a folder leaves its name by one rename. Returns what could not be removed."""
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return []
+    if path.name.startswith(atomic_files.REMOVING_PREFIX):
+        return remove_tree(path)
+    removing = path.with_name(f"{atomic_files.REMOVING_PREFIX}{secrets.token_hex(8)}")
+    os.rename(path, removing)
+    return remove_tree(removing)
+
+
+def remove_tree(folder: Path) -> list[str]:
+    """Remove a folder without following links; returns the paths that could not be removed, with the reasons."""
+    left: list[str] = []
+
+    def keep(_: object, path: str, failure: tuple[type[BaseException], BaseException, object]) -> None:
+        error = failure[1]
+        # What a folder that stays holds is reported itself.
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not _has_content(path):
+            left.append(f"{path}: {error.strerror}")
+
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder, onerror=keep)
+    return left
+
+
+def _has_content(path: str) -> bool:
+    try:
+        return os.path.isdir(path) and not os.path.islink(path) and any(os.scandir(path))
+    except OSError:
+        return False

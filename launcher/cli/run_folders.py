@@ -1,0 +1,34 @@
+"""The folders in which this user has started runs: `clean` asks the runs there what they use of the launcher's cache."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import xxhash
+
+from launcher import atomic_files
+from launcher.data.cache_dir import cache_root
+
+_FOLDER = "run-folders"
+
+
+def remember(folder: Path) -> None:
+    """Note a folder of runs in the launcher's cache. A cache that cannot be written is no reason not to start a run."""
+    record = cache_root() / _FOLDER / xxhash.xxh3_64_hexdigest(str(folder).encode())
+    with suppress(OSError):
+        if not record.is_file():
+            record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            atomic_files.write_text(record, f"{folder}\n")
+
+
+def recall() -> list[Path]:
+    """Return the folders of runs that still exist."""
+    folders = []
+    with suppress(OSError):
+        for record in sorted((cache_root() / _FOLDER).iterdir()):
+            with suppress(OSError, UnicodeDecodeError):
+                folder = Path(record.read_text(encoding="utf-8").strip())
+                if folder.is_absolute() and folder.is_dir():
+                    folders.append(folder)
+    return folders

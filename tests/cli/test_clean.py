@@ -1,0 +1,194 @@
+"""The verb `clean` on a cache with every kind of part."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import hand_made
+import pytest
+from plan_fixtures import DATA
+
+from launcher import locks, run_store
+from launcher.cli import run_folders
+from launcher.cli.main import main
+from launcher.plan.run_dir import RunDir
+
+Clean = Callable[..., tuple[int, dict, str]]
+DAY = 86400.0
+AGES = {"data/old": 90, "data/fresh": 2, "models/tiny-0123": 40, "sources/abcd": 10, "weight-checks": 50}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache whose parts have thousands of bytes and uses that are days ago, and an empty folder of runs beside it."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LAUNCHER_CACHE", str(folder))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.chdir(tmp_path)
+    for number, (name, days) in enumerate(AGES.items(), 1):
+        fill(folder / name, number * 1000, days)
+    (folder / "data/old.texts.json").write_text("{}")
+    age(folder / "data/old.texts.json", 90)
+    fill(tmp_path / "extensions/cpu_adam", 700, 60)
+    (tmp_path / "extensions/cpu_adam/build.ninja").touch()
+    age(tmp_path / "extensions/cpu_adam", 60)
+    return folder
+
+
+def fill(folder: Path, num_bytes: int, days: float) -> None:
+    folder.mkdir(parents=True)
+    (folder / "content").write_bytes(b"x" * num_bytes)
+    age(folder, days)
+
+
+def age(path: Path, days: float) -> None:
+    at = time.time() - days * DAY
+    for one in (*path.rglob("*"), path):
+        os.utime(one, (at, at))
+
+
+@pytest.fixture
+def clean(cache: Path, capsys: pytest.CaptureFixture[str]) -> Clean:
+    """Run `clean --json ARGUMENTS`; returns exit code, the object on standard output, and standard error."""
+
+    def cleaned(*arguments: str) -> tuple[int, dict, str]:
+        code = main(["clean", "--json", *arguments])
+        out, err = capsys.readouterr()
+        return code, json.loads(out) if out else {}, err
+
+    return cleaned
+
+
+def names(paths: list[str]) -> list[str]:
+    return [Path(path).name for path in paths]
+
+
+def run_with(folder: Path, state: str, root: Path) -> RunDir:
+    """A run whose data cache is `folder`, last used a hundred days ago."""
+    plan = hand_made.plan(root / f"is-{state}", hand_made.SETTINGS, data=DATA.model_copy(update={"cache_dir": str(folder)}))
+    run = run_store.create(plan)
+    status = replace(run_store.read_status(run), state=state, updated_at=time.time() - 100 * DAY)
+    run.status.write_text(json.dumps(vars(status)))
+    return run
+
+
+def test_everything_unused_goes_the_oldest_first(clean: Clean, cache: Path) -> None:
+    code, answer, _ = clean("--dry-run")
+    assert code == 0
+    assert names(answer["chosen"]) == ["old", "cpu_adam", "weight-checks", "tiny-0123", "abcd", "fresh"]
+    assert [(entry["kind"], entry["bytes"]) for entry in answer["entries"][:2]] == [("data", 1002), ("extensions", 700)]
+    assert answer["removed"] == []
+    code, answer, _ = clean("--yes")
+    assert (code, names(answer["removed"])) == (0, ["old", "cpu_adam", "weight-checks", "tiny-0123", "abcd", "fresh"])
+    assert not [path for path in cache.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+    assert clean("--yes")[1]["entries"] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen"),
+    [
+        (["--older-than", "45d"], ["old", "cpu_adam", "weight-checks"]),
+        (["--older-than", "1200h", "--only", "data"], ["old"]),
+        (["--larger-than", "2.5KB"], ["weight-checks", "tiny-0123", "abcd"]),
+        (["--max-size", "11KB"], ["old", "cpu_adam", "weight-checks"]),
+        (["--max-size", "1TiB"], []),
+        (["--only", "sources", "--only", "models"], ["tiny-0123", "abcd"]),
+    ],
+)
+def test_choices(clean: Clean, flags: list[str], chosen: list[str]) -> None:
+    code, answer, _ = clean(*flags, "--yes")
+    assert (code, names(answer["removed"])) == (0, chosen)
+
+
+@pytest.mark.parametrize("flags", [["--older-than", "soon"], ["--max-size", "200"], ["--only", "runs"]])
+def test_a_choice_that_is_none_is_refused(clean: Clean, cache: Path, flags: list[str]) -> None:
+    code, _, err = clean(*flags, "--yes")
+    assert code == 2
+    assert "usage: python -m launcher clean" in err
+    assert (cache / "data/old").is_dir()
+
+
+def test_without_a_terminal_and_without_yes_nothing_is_removed(clean: Clean, cache: Path) -> None:
+    code, _, err = clean()
+    assert code == 2
+    assert err.startswith("nothing was removed: there is no terminal to ask on\n")
+    assert (cache / "data/old").is_dir()
+
+
+@pytest.mark.parametrize("state", ["running", "failed", "preempted", "cancelled", "completed"])
+def test_what_an_unfinished_run_uses_stays(clean: Clean, cache: Path, tmp_path: Path, state: str) -> None:
+    """A run that was started in any folder counts: the cache knows the folders of runs."""
+    run = run_with(cache / "data/old", state, tmp_path / "elsewhere/runs")
+    run_folders.remember(run.root.parent)
+    code, answer, _ = clean("--only", "data", "--yes")
+    assert code == 0
+    (entry,) = (entry for entry in answer["entries"] if entry["path"].endswith("/old"))
+    assert entry["runs"] == [str(run.root)]
+    is_finished = state == "completed"
+    assert entry["kept"] == (None if is_finished else f"used by is-{state} ({state})")
+    assert (cache / "data/old").is_dir() != is_finished
+    assert not (cache / "data/fresh").exists()
+
+
+def test_extensions_stay_while_a_run_lives(clean: Clean, cache: Path, tmp_path: Path) -> None:
+    run_with(cache / "data/old", "running", tmp_path / "runs")
+    _, answer, _ = clean("--only", "extensions", "--yes")
+    assert [entry["kept"] for entry in answer["entries"]] == ["may be used by is-running"]
+    assert (tmp_path / "extensions/cpu_adam").is_dir()
+
+
+def test_a_run_whose_plan_is_damaged_stops_the_command(clean: Clean, cache: Path, tmp_path: Path) -> None:
+    run = run_with(cache / "data/old", "failed", tmp_path / "runs")
+    run.plan.write_text("{")
+    code, _, err = clean("--yes")
+    assert code == 2
+    assert err.startswith("the plan of a run cannot be read, so what it uses is unknown\n")
+    assert "python -m launcher rm runs/is-failed" in err
+    assert (cache / "data/old").is_dir()
+
+
+def test_what_is_being_built_or_was_just_used_stays(clean: Clean, cache: Path) -> None:
+    fill(cache / "data/next.partial", 100, 3)
+    fill(cache / "models/.half-0123", 100, 0)
+    fill(cache / "models/.killed-0123", 100, 3)
+    age(cache / "sources/abcd", 0)
+    with locks.hold(cache / "data/next.lock", 0, "python -m launcher data"), locks.hold(cache / "data/old.lock", 0, "other"):
+        code, answer, _ = clean("--yes")
+    assert code == 0
+    kept = {Path(entry["path"]).name: entry["kept"] for entry in answer["entries"] if entry["kept"]}
+    assert kept.keys() == {"next.partial", "old", ".half-0123", "abcd"}
+    assert kept["next.partial"].startswith(f"being built by process {os.getpid()} on ")
+    assert ".killed-0123" in names(answer["removed"])
+    age(cache / "data", 3)
+    assert "next.partial" in names(clean("--yes")[1]["removed"]), "its builder has ended"
+
+
+def test_a_part_that_is_a_link_is_removed_and_not_followed(clean: Clean, cache: Path, tmp_path: Path) -> None:
+    fill(tmp_path / "precious", 10, 100)
+    (cache / "models/linked").symlink_to(tmp_path / "precious")
+    clean("--yes")
+    assert (tmp_path / "precious/content").is_file()
+
+
+def test_the_table_says_what_becomes_of_each_part(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_with(cache / "data/fresh", "failed", tmp_path / "runs")
+    assert main(["clean", "--older-than", "45d", "--dry-run"]) == 0
+    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if len(line.split()) > 5}
+    assert rows["fresh"].endswith("is-failed  kept: used by is-failed (failed)")
+    assert rows["old"].endswith("-          removed")
+    assert rows["abcd"].endswith("-          kept")
+
+
+def test_start_and_find_tell_the_cache_of_runs_and_uses(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    run_folders.remember(tmp_path / "runs")
+    run_folders.remember(tmp_path / "runs")
+    run_folders.remember(tmp_path / "gone")
+    assert run_folders.recall() == [tmp_path / "runs"]
+    (cache / "run-folders" / "broken").write_bytes(b"\xff")
+    assert run_folders.recall() == [tmp_path / "runs"]
