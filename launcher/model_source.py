@@ -18,7 +18,7 @@ from typing import Any
 
 from launcher.checkpoint import generation
 from launcher.checkpoint.folder_links import link_problems
-from launcher.config.schema import ModelSection, is_local_path, is_run
+from launcher.config.schema import COMMIT_PATTERN, ModelSection, is_local_path, is_run
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.data.cache_dir import cache_root, mark_used
 from launcher.errors import ConfigError, Problem
@@ -236,8 +236,10 @@ def _hub_snapshot(repo_id: str, revision: str | None) -> Path | None:
 
     repo = Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
     reference = repo / "refs" / (revision or "main")
-    commit = reference.read_text().strip() if reference.is_file() else revision
-    snapshot = repo / "snapshots" / commit if commit else None
+    # A commit is what it is: a reference of its name could lead to another one.
+    is_reference = not COMMIT_PATTERN.fullmatch(revision or "") and reference.is_file()
+    commit = reference.read_text().strip() if is_reference else revision
+    snapshot = repo / "snapshots" / commit if commit and weight_files.is_plain_name(commit) else None
     return snapshot if snapshot is not None and (snapshot / "config.json").is_file() else None
 
 

@@ -121,7 +121,7 @@ def test_a_link_that_leaves_the_folder_is_refused_before_anything_copies_it(
         task = hf_folder.ExportTask(checkpoint=tmp_path, model=folder, tokenizer=folder, out=tmp_path / "export")
         task.partial.mkdir()
         with pytest.raises(CheckpointError, match=name):
-            hf_folder._copy_side_files(task)
+            hf_folder._copy_side_files(task, folder)
         assert list(task.partial.iterdir()) == []
 
 

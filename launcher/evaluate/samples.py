@@ -9,7 +9,7 @@ import torch
 from launcher.data import cache
 from launcher.data.checks import patterns
 from launcher.data.tokenization.encoder import load_tokenizer
-from launcher.models.remote_code import require_pinned_code
+from launcher.models.private_code import folder_to_load
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import Composite
 from launcher.train.model import DTYPES, weights_gib
@@ -45,19 +45,19 @@ def _answer(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) 
     """Continue a prompt greedily with the model in `folder`; the answer is on one line."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    if folder == Path(plan.model.path or ""):
-        require_pinned_code(plan.config.model, folder)
     tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
-    trusts_code = plan.config.model.trust_remote_code
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[plan.config.model.dtype], trust_remote_code=trusts_code)
+    settings = plan.config.model
+    code = Path(plan.model.path) if plan.model.path else None
+    path = folder_to_load(folder, settings.trust_remote_code, settings.code_digest, code)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[settings.dtype], trust_remote_code=settings.trust_remote_code)
     model.to(device).eval()
     stop_ids = [i for i in (tokenizer.eos_token_id, *(plan.data.turn_end_ids if plan.data else ())) if i is not None]
-    settings = GenerationConfig(
+    generation = GenerationConfig(
         max_new_tokens=plan.config.eval.sample_max_tokens,
         do_sample=False,
         eos_token_id=stop_ids or None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     prompt = torch.tensor([prompt_ids], device=device)
-    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=generation)
     return " ".join(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).split())

@@ -19,8 +19,9 @@ from launcher.checkpoint import generation, store
 from launcher.checkpoint.folder_links import copy_file, link_problems
 from launcher.checkpoint.safetensors_io import ShardSet
 from launcher.checkpoint.state import State, read_state
-from launcher.errors import CheckpointError, Problem
+from launcher.errors import CheckpointError, ConfigError, Problem
 from launcher.export import weights
+from launcher.models import private_code
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import EXPORT_RECORD, ExportRecord
 
@@ -31,7 +32,8 @@ CARD = "README.md"
 
 # Memory that loading needs, relative to the bytes of the weights.
 _LOADING_FACTOR = 1.2
-_MODEL_FILES = (generation.FILE, "*.py", "LICENSE*", "NOTICE*")
+_MODEL_FILES = (generation.FILE, "LICENSE*", "NOTICE*")
+_CODE_FILES = ("*.py",)
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -51,8 +53,9 @@ class ExportTask:
     """Source, target and settings of an export.
 
     `model` is the base model's folder, or its config.json as a mapping. `tokenizer` is a folder; `chat_template` is the text of
-    a template that replaces the tokenizer's own. Generation also stops at `turn_end_ids`. `dtype` is bf16, fp16 or fp32. With
-    `check`, transformers builds the model from its config before the export, and loads the folder after it.
+    a template that replaces the tokenizer's own. With `trust_remote_code`, the Python files of `model` have `code_digest`, or
+    owners whom this user trusts. Generation also stops at `turn_end_ids`. `dtype` is bf16, fp16 or fp32. With `check`,
+    transformers builds the model from its config before the export, and loads the folder after it.
     """
 
     checkpoint: Path
@@ -62,6 +65,7 @@ class ExportTask:
     dtype: str = "bf16"
     max_file_bytes: int = weights.MAX_FILE_BYTES
     trust_remote_code: bool = False
+    code_digest: str | None = None
     check: bool = True
     chat_template: str | None = None
     turn_end_ids: tuple[int, ...] = ()
@@ -184,10 +188,11 @@ def begin_export(task: ExportTask) -> None:
             where=str(task.out),
             remedy="choose a folder that does not exist",
         )
+    model = _folder_to_load(task, task.model) if isinstance(task.model, Path) else task.model
     shutil.rmtree(task.partial, ignore_errors=True)
     task.partial.mkdir(parents=True)
-    _copy_side_files(task)
-    _write_config(task, state)
+    _copy_side_files(task, model)
+    _write_config(task, model, state)
 
 
 def write_rank_files(task: ExportTask, rank: int, world_size: int) -> None:
@@ -235,7 +240,9 @@ def _checked(task: ExportTask, exported: ExportedFolder, device: str) -> Exporte
         return replace(
             exported, not_loaded=f"loading needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free"
         )
-    model = parity.load_exported(task.partial, dtype=task.dtype, device=device, trust_remote_code=task.trust_remote_code)
+    model = parity.load_exported(
+        _folder_to_load(task, task.partial), dtype=task.dtype, device=device, trust_remote_code=task.trust_remote_code
+    )
     reference_logits, logit_parity = parity.read_reference_logits(task.checkpoint), None
     if reference_logits is None:
         parity.require_finite(model)
@@ -249,9 +256,19 @@ def _file_layout(task: ExportTask) -> weights.FileLayout:
     return weights.plan_files(read_state(task.checkpoint).parameters, task.dtype, task.max_file_bytes)
 
 
-def _write_config(task: ExportTask, state: State) -> None:
-    """Write config.json and check it against the checkpoint's parameters."""
-    config = dict(task.model) if isinstance(task.model, Mapping) else json.loads((task.model / "config.json").read_bytes())
+def _folder_to_load(task: ExportTask, folder: Path) -> Path:
+    """Return the folder from which transformers may load `folder`, with the code of the base model."""
+    if not isinstance(task.model, Path):
+        return folder
+    try:
+        return private_code.folder_to_load(folder, task.trust_remote_code, task.code_digest, task.model)
+    except ConfigError as error:
+        raise CheckpointError(error.problems) from error
+
+
+def _write_config(task: ExportTask, model: Path | Mapping[str, Any], state: State) -> None:
+    """Write the config.json of a base model and check it against the checkpoint's parameters."""
+    config = dict(model) if isinstance(model, Mapping) else json.loads((model / "config.json").read_bytes())
     # The base may have been quantized; these weights are not.
     for key in ("quantization_config", "torch_dtype"):
         config.pop(key, None)
@@ -261,14 +278,15 @@ def _write_config(task: ExportTask, state: State) -> None:
     if task.check or not config.get("architectures"):
         from launcher.export.parity import check_config
 
-        built = check_config(task.partial, state, task.trust_remote_code)
+        built = check_config(_folder_to_load(task, task.partial), state, task.trust_remote_code)
         atomic_files.write_json(target, config | {"architectures": config.get("architectures") or [built]})
 
 
-def _copy_side_files(task: ExportTask) -> None:
+def _copy_side_files(task: ExportTask, model: Path | Mapping[str, Any]) -> None:
+    """Copy what belongs to the base model and its tokenizer; `model` is the folder of the code, where there is one."""
     by_folder: list[tuple[Path, tuple[str, ...]]] = []
-    if isinstance(task.model, Path):
-        by_folder.append((task.model, _MODEL_FILES))
+    if isinstance(task.model, Path) and isinstance(model, Path):
+        by_folder += [(task.model, _MODEL_FILES), (model, _CODE_FILES)]
     if task.tokenizer is not None:
         templates = () if task.chat_template is not None else _TEMPLATE_FILES
         by_folder.append((task.tokenizer, (*_TOKENIZER_FILES, *templates)))

@@ -10,41 +10,25 @@ import hashlib
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from launcher.config.schema import ModelSection, is_local_path, is_run
-from launcher.errors import ConfigError, Problem
-from launcher.models import weight_files
+from launcher.errors import Problem
+from launcher.security import ownership
 
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
-_ADAPTER = "adapter_config.json"
+ADAPTER = "adapter_config.json"
 
 
 def code_digest(folder: Path) -> str | None:
     """Return the SHA-256 of the names and contents of all Python files below a folder; None if there are none."""
-    files = sorted((str(path.relative_to(folder)), path) for path in folder.rglob("*.py") if path.is_file())
+    files = sorted((str(path.relative_to(folder)), path) for path in python_files(folder))
     digest = hashlib.sha256()
     for name, path in files:
         digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest() if files else None
-
-
-def require_pinned_code(model: ModelSection, folder: Path | None) -> None:
-    """Check, before transformers loads from `folder`, that it runs only the code that the settings pin.
-
-    A run without a digest was checked when it was submitted.
-
-    Raises:
-        ConfigError: where other code would run.
-    """
-    if folder is None or not model.trust_remote_code or not (folder / "config.json").is_file():
-        return
-    problems = list(_foreign_classes(weight_files.read_json(folder / "config.json"), str(folder / "config.json")))
-    if model.code_digest is not None:
-        problems += _digest_problems(model, folder)
-    if problems:
-        raise ConfigError(problems)
 
 
 def code_problems(model: ModelSection, config: Mapping[str, Any], folder: Path | None, where: str) -> Iterator[Problem]:
@@ -54,37 +38,55 @@ def code_problems(model: ModelSection, config: Mapping[str, Any], folder: Path |
     """
     if not model.trust_remote_code:
         return
-    yield from _foreign_classes(config, where)
+    yield from foreign_classes(config, where)
     if folder is not None and (model.code_digest is not None or is_local_path(model.path or "") or is_run(model.path)):
-        yield from _digest_problems(model, folder)
+        yield from digest_problems(folder, model.code_digest, folder)
+    elif folder is not None and (problem := owner_problem(folder)) is not None:
+        yield problem
+
+
+def owner_problem(folder: Path) -> Problem | None:
+    """Return why this user does not trust the files of a model that decide what code runs; None if they do."""
+    for file in (folder / "config.json", *python_files(folder)):
+        if (problem := ownership.file_problem("the code of the model", file)) is not None:
+            own = "set HF_HOME to a folder of your own, and download the model again"
+            return replace(problem, remedy=f"{problem.remedy}; or {own}")
+    return None
+
+
+def python_files(folder: Path) -> list[Path]:
+    """Return all Python files below a folder; folders that are links are not entered."""
+    return sorted(path for path in folder.rglob("*.py") if path.is_file())
 
 
 def adapter_problems(folder: Path) -> Iterator[Problem]:
     """Yield a problem where transformers would load the base model of an adapter, which may be any repository, instead."""
-    if (folder / _ADAPTER).is_file() and importlib.util.find_spec("peft") is not None:
+    if (folder / ADAPTER).is_file() and importlib.util.find_spec("peft") is not None:
         yield Problem(
-            f"model.path: {_ADAPTER} makes transformers load another model, which it names, and an adapter",
-            where=str(folder / _ADAPTER),
+            f"model.path: {ADAPTER} makes transformers load another model, which it names, and an adapter",
+            where=str(folder / ADAPTER),
             remedy="merge the adapter into its model and use that folder; if this is the whole model, delete the file",
         )
 
 
-def _digest_problems(model: ModelSection, folder: Path) -> Iterator[Problem]:
+def digest_problems(folder: Path, digest: str | None, shown: Path) -> Iterator[Problem]:
+    """Yield a problem where the Python files of a folder do not have the digest; it names the folder as `shown`."""
     actual = code_digest(folder)
-    if actual == model.code_digest:
+    if actual == digest:
         return
     if actual is None:
         message, remedy = "the folder has no Python code", "remove model.code_digest and model.trust_remote_code"
-    elif model.code_digest is None:
+    elif digest is None:
         message = "the code of the folder is not pinned: whoever may write there chooses what runs"
         remedy = f"read the *.py files; if you trust them, set model.code_digest={actual}"
     else:
         message = "the code of the folder is not the code that model.code_digest pins"
         remedy = f"find out who changed it; if you trust the files as they are, set model.code_digest={actual}"
-    yield Problem(f"model.path: {message}", where=str(folder), value=str(model.code_digest or ""), remedy=remedy)
+    yield Problem(f"model.path: {message}", where=str(shown), value=digest or "", remedy=remedy)
 
 
-def _foreign_classes(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
+def foreign_classes(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    """Yield a problem for each class in config.json that comes from outside of the model; `where` names that file."""
     for name in _auto_map_classes(config):
         if _CLASS.fullmatch(name):
             continue

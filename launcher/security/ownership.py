@@ -7,6 +7,7 @@ its files: owner and write permissions of each file, and of the folders above it
 from __future__ import annotations
 
 import grp
+import itertools
 import os
 import pwd
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from launcher.errors import ConfigError, DataError, Problem, SubmitError
 from launcher.plan.run_dir import RunDir
+from launcher.security.path_steps import path_steps
 
 FLAG = "--trust-owner"
 VARIABLE = "LAUNCHER_TRUST_OWNERS"
@@ -129,6 +131,17 @@ def records_problem(run: RunDir) -> Problem | None:
 def place_problem(run: RunDir) -> Problem | None:
     """Return why this user would not trust a run that is made in this place; None if nobody else could replace it there."""
     return _problem(f"the run {run.root.name}", run.root, (), _own_trust(), with_parents=True)
+
+
+def file_problem(subject: str, file: Path) -> Problem | None:
+    """Return why this user does not trust a file, or a folder or link on the way to it; None if they do."""
+    trust = _own_trust()
+    *above, target = path_steps(file)
+    weaknesses = itertools.chain(*(_weakness(step, trust, is_above=True) for step in above), _weakness(target, trust))
+    if trust.anyone or (weakness := next(weaknesses, None)) is None:
+        return None
+    path, fact, remedy = weakness
+    return Problem(f"{subject} is not trusted: {path} {fact}", str(file), _permissions(path), remedy)
 
 
 def require_plain_files(run: RunDir) -> None:

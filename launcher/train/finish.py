@@ -24,7 +24,6 @@ from launcher.export.hf_folder import (
     find_chat_template,
     write_rank_files,
 )
-from launcher.models.remote_code import require_pinned_code
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command
@@ -50,7 +49,7 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
         return
     task = _export_task(plan, checkpoint)
     try:
-        run_on_all_ranks(device, _NOT_WRITTEN, lambda: _begin(plan, task) if rank_info.is_main else None)
+        run_on_all_ranks(device, _NOT_WRITTEN, lambda: begin_export(task) if rank_info.is_main else None)
         run_on_all_ranks(device, _NOT_WRITTEN, lambda: write_rank_files(task, rank_info.rank, rank_info.world_size))
     except CheckpointError as error:
         # All ranks raise this, so none of them writes any more.
@@ -58,11 +57,6 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
         if rank_info.is_main:
             shutil.rmtree(task.partial, ignore_errors=True)
         raise _export_error(plan, error.problems) from error
-
-
-def _begin(plan: LaunchPlan, task: ExportTask) -> None:
-    require_pinned_code(plan.config.model, task.model if isinstance(task.model, Path) else None)
-    begin_export(task)
 
 
 def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: OnExported) -> None:
@@ -107,6 +101,7 @@ def _export_task(plan: LaunchPlan, checkpoint: Path) -> ExportTask:
         out=RunDir(Path(plan.run_dir)).export,
         dtype=plan.config.model.dtype,
         trust_remote_code=plan.config.model.trust_remote_code,
+        code_digest=plan.config.model.code_digest,
         chat_template=find_chat_template(plan),
         turn_end_ids=plan.data.turn_end_ids if plan.data else (),
     )

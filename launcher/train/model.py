@@ -21,7 +21,7 @@ from launcher import atomic_files
 from launcher.config.schema import ModelSection
 from launcher.data.loader import IGNORED
 from launcher.errors import ConfigError
-from launcher.models.remote_code import require_pinned_code
+from launcher.models.private_code import folder_to_load
 from launcher.models.weight_files import WeightReport
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.train.loss import LossHead
@@ -153,17 +153,19 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     import torch._dynamo  # noqa: F401
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    require_pinned_code(model, Path(facts.path) if facts.path is not None else None)
     remote = {"trust_remote_code": model.trust_remote_code}
-    config = AutoConfig.from_pretrained(facts.path, **remote) if facts.path is not None else AutoConfig.for_model(**facts.config)
+    folder = None
+    if facts.path is not None:
+        folder = folder_to_load(Path(facts.path), model.trust_remote_code, model.code_digest)
+    config = AutoConfig.from_pretrained(folder, **remote) if folder is not None else AutoConfig.for_model(**facts.config)
     kernel = choose_attention_kernel(model, device, config)
     if kernel.startswith("flash_attention") and config.model_type in _FLASH_CROSSES_DOCUMENTS:
         what = "packed documents would affect each other in the FlashAttention of this architecture"
         raise ConfigError(what, where="model.attention", value=config.model_type, remedy="set model.attention=sdpa")
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
-    if facts.path is not None and model.init == "pretrained" and facts.has_weights:
+    if folder is not None and facts.path is not None and model.init == "pretrained" and facts.has_weights:
         pickled = {} if model.allow_pickled_weights else {"use_safetensors": True}
-        hf = _load_pretrained(facts.path, model, **options, **remote, **pickled)
+        hf = _load_pretrained(folder, facts.path, model, **options, **remote, **pickled)
     else:
         hf = AutoModelForCausalLM.from_config(config, **options, **remote)
     _replace_head(hf, chunk_tokens)
@@ -178,8 +180,8 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     return CausalLMLoss(hf, flatten=packing and kernel.startswith("flash_attention"))
 
 
-def _load_pretrained(path: str, model: ModelSection, **options: Any) -> Any:
-    """Load the model with all of its weights from a folder.
+def _load_pretrained(folder: Path, path: str, model: ModelSection, **options: Any) -> Any:
+    """Load the model with all of its weights from a folder, which messages name by its `path` for the user.
 
     Raises:
         ConfigError: where weights are missing or have another shape; transformers would initialise them randomly.
@@ -187,7 +189,7 @@ def _load_pretrained(path: str, model: ModelSection, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        hf, loading = AutoModelForCausalLM.from_pretrained(path, **options, output_loading_info=True)
+        hf, loading = AutoModelForCausalLM.from_pretrained(folder, **options, output_loading_info=True)
     except RuntimeError as error:
         # A GPU that runs out of memory raises a RuntimeError as well.
         if not str(error).startswith(_MISMATCH_ERRORS):

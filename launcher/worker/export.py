@@ -20,7 +20,6 @@ from launcher.export.hf_folder import (
     find_chat_template,
     verify_checkpoint,
 )
-from launcher.models.remote_code import require_pinned_code
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command
@@ -40,7 +39,6 @@ def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | Non
     # A resume may have changed settings, which later automatic attempts keep.
     plans = run_store.load_plans_until(run, checkpoint.manifest.attempt)
     plan = plans[-1] if plans else first
-    require_pinned_code(plan.config.model, Path(plan.model.path) if plan.model.path else None)
     task = ExportTask(
         checkpoint=checkpoint.path,
         model=Path(plan.model.path) if plan.model.path else plan.model.config,
@@ -48,6 +46,7 @@ def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | Non
         out=(out or run.export).absolute(),
         dtype=dtype,
         trust_remote_code=plan.config.model.trust_remote_code,
+        code_digest=plan.config.model.code_digest,
         check=check,
         chat_template=find_chat_template(plan),
         turn_end_ids=plan.data.turn_end_ids if plan.data else (),

@@ -130,6 +130,7 @@ def _export(parent: parent_run.ParentCheckpoint, model: ModelSection, folder: Pa
         out=folder,
         dtype=model.dtype,
         trust_remote_code=model.trust_remote_code,
+        code_digest=model.code_digest,
         # A check would load the whole model, for which this machine may lack memory.
         check=False,
         chat_template=find_chat_template(plan),

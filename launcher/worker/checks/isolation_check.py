@@ -17,7 +17,7 @@ from launcher.config.schema import ModelSection, RunConfig
 from launcher.data import cache_dir
 from launcher.errors import LauncherError, RunError
 from launcher.models import isolation_verdicts
-from launcher.models.remote_code import require_pinned_code
+from launcher.models.private_code import folder_to_load
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
 from launcher.worker import limits
 
@@ -56,11 +56,11 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
     from launcher.train.model import CausalLMLoss, choose_attention_kernel
     from launcher.worker.checks import reduced_model
 
-    require_pinned_code(model, Path(facts.path) if facts.path else None)
     remote = {"trust_remote_code": model.trust_remote_code}
+    folder = folder_to_load(Path(facts.path), model.trust_remote_code, model.code_digest) if facts.path else None
     reasons, differences, is_measured = [], [], False
     try:
-        config = AutoConfig.from_pretrained(facts.path, **remote) if facts.path else AutoConfig.for_model(**facts.config)
+        config = AutoConfig.from_pretrained(folder, **remote) if folder else AutoConfig.for_model(**facts.config)
         candidates = list(reduced_model.reductions(config))
     except Exception as error:
         _require_resources(error)

@@ -16,7 +16,7 @@ from launcher import model_source
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError, LauncherError, Problem
 from launcher.models import weight_files
-from launcher.models.remote_code import require_pinned_code
+from launcher.models.private_code import folder_to_load
 from launcher.models.weight_files import ShapeMismatch, WeightReport
 
 if TYPE_CHECKING:
@@ -83,7 +83,6 @@ def compare(folder: Path, model: ModelSection) -> WeightReport:
         ConfigError: where a weight file is damaged.
         RuntimeError: where tensors cannot be fused and no tensor is missing or of another shape.
     """
-    require_pinned_code(model, folder)
     tensors = _tensors(folder, model)
     blank = _blank_model(folder, model)
     try:
@@ -134,7 +133,7 @@ def _blank_model(folder: Path, model: ModelSection) -> Any:
     from launcher.train.model import DTYPES
 
     remote = {"trust_remote_code": model.trust_remote_code}
-    config = AutoConfig.from_pretrained(str(folder), **remote)
+    config = AutoConfig.from_pretrained(folder_to_load(folder, model.trust_remote_code, model.code_digest), **remote)
     with torch.device("meta"):
         # Weights do not depend on the attention kernel, and this machine may lack that of the ranks.
         return AutoModelForCausalLM.from_config(config, dtype=DTYPES[model.dtype], attn_implementation="eager", **remote)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from launcher import error_record, json_records
 from launcher.error_record import ErrorRecord
 from launcher.errors import WOULD_REPEAT
+from launcher.models.private_code import remove_copies
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import FinalFailure, OutcomeRecord, final_file, outcome_file
@@ -62,6 +63,7 @@ def main(plan_path: str, attempt: int) -> None:
         raise
     sys.stdout.flush()
     sys.stderr.flush()
+    remove_copies()
     # Everything is on disk. DeepSpeed's threads can abort the interpreter's own shutdown, which would read as a failure.
     os._exit(0)
 

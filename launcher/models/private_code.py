@@ -1,0 +1,99 @@
+"""A private copy of the code that comes with a model: what was checked is what runs.
+
+Others may be able to write to a model's folder, to the cache of the Hub (HF_HOME) or to transformers' own copies of such code,
+and change a file between its check and its use. So transformers loads from a folder that only this user can enter.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import itertools
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from launcher.checkpoint.folder_links import copy_file
+from launcher.errors import ConfigError
+from launcher.models import weight_files
+from launcher.models.remote_code import ADAPTER, digest_problems, foreign_classes, owner_problem, python_files
+from launcher.security import ownership
+
+_CONFIG = "config.json"
+# transformers copies the code of models there, reuses what it finds, and reads the variable when it is imported.
+_MODULES_CACHE = "HF_MODULES_CACHE"
+_numbers = itertools.count()
+
+
+def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Path | None = None) -> Path:
+    """Return the folder from which transformers may load the model in `folder`.
+
+    For a model that may run code of its own, that is a private copy of config.json and the Python files, with links to the other
+    files. The code has to have the digest; without one, as with a pinned commit of the Hub, its files have to belong to owners
+    whom this user trusts. `code` is the folder of the Python files, where that is another one.
+
+    Raises:
+        ConfigError: where other code would run.
+        CheckpointError: where a file is a link that leaves its folder.
+        OSError: where a file cannot be read, or copied.
+    """
+    if not trusts_code or not (folder / _CONFIG).is_file():
+        return folder
+    source = folder if code is None else code
+    if digest is None and (problem := owner_problem(source)) is not None:
+        raise ConfigError(problem)
+    # transformers names the modules of a model for its folder.
+    copy = _private_folder() / str(next(_numbers)) / folder.resolve().name
+    copy.mkdir(parents=True)
+    copy_file(folder, folder / _CONFIG, copy / _CONFIG)
+    for file in python_files(source):
+        target = copy / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source, file, target)
+    problems = list(foreign_classes(weight_files.read_json(copy / _CONFIG), str(folder / _CONFIG)))
+    if digest is not None:
+        problems += digest_problems(copy, digest, source)
+    if problems:
+        raise ConfigError(problems)
+    for file in folder.iterdir():
+        # With an adapter, transformers would load the model that it names.
+        if file.suffix != ".py" and file.name not in (_CONFIG, ADAPTER) and file.is_file():
+            (copy / file.name).symlink_to(folder.resolve() / file.name)
+    _use_private_modules()
+    return copy
+
+
+def remove_copies() -> None:
+    """Remove the private copies of this process, as its normal end does."""
+    if _private_folder.cache_info().currsize:
+        _remove(_private_folder(), os.getpid())
+
+
+@functools.cache
+def _private_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="launcher-code-"))
+    # Forked processes do not remove it.
+    atexit.register(_remove, folder, os.getpid())
+    if (problem := ownership.file_problem("the folder for the code of the model", folder)) is not None:
+        raise ConfigError(problem)
+    return folder
+
+
+def _remove(folder: Path, pid: int) -> None:
+    if os.getpid() == pid:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@functools.cache
+def _use_private_modules() -> None:
+    """Let transformers copy code to a private folder and import it from there, also where it is imported already."""
+    modules = _private_folder() / "modules"
+    modules.mkdir()
+    os.environ[_MODULES_CACHE] = str(modules)
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "transformers" and _MODULES_CACHE in vars(module):
+            setattr(module, _MODULES_CACHE, str(modules))
+    # Before every folder that may have modules of that name.
+    sys.path.insert(0, str(modules))
