@@ -50,6 +50,7 @@ check: .venv/.installed-dev  ## lint, types, import contracts, generated docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m launcher.config.reference --check docs/settings.md
+	$(BIN)/python docs/presets_page.py --check
 
 constraints: .venv/.installed-dev  ## write constraints.txt from the versions that are installed
 	$(BIN)/python .ci/write_constraints.py constraints.txt
@@ -60,8 +61,9 @@ try-newest:  ## install the newest versions of everything beside the checkout an
 	.newest/.venv/bin/python .ci/write_constraints.py .newest/constraints.txt
 	@git --no-pager diff --no-index --stat constraints.txt .newest/constraints.txt || true
 
-settings: .venv/.installed-dev  ## write docs/settings.md from the descriptions of the settings
+settings: .venv/.installed-dev  ## write docs/settings.md and docs/presets.md from the settings and the files under conf/
 	$(BIN)/python -m launcher.config.reference docs/settings.md
+	$(BIN)/python docs/presets_page.py
 
 docs: .venv/.installed-dev settings  ## build the documentation site into site/
 	$(BIN)/python docs/packages_picture.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import textwrap
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -65,7 +66,10 @@ def composing_usage(usage: str) -> str:
     from launcher.config.compose import conf_dir
 
     groups = sorted(path for path in conf_dir().iterdir() if path.is_dir())
-    options = [f"  {group.name:<11}{', '.join(sorted(path.stem for path in group.glob('*.yaml')))}" for group in groups]
+    options = []
+    for group in groups:
+        names = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
+        options += textwrap.wrap(f"  {group.name:<11}{names}", 100, subsequent_indent=" " * 13)
     return "\n".join(
         [
             f"{usage}\n\nOptions of each group (group=option):",

@@ -14,6 +14,7 @@ from launcher.plan.architecture import train_flops
 from launcher.plan.batch import single_step_warning
 from launcher.plan.disk import format_size
 from launcher.plan.launch_plan import LaunchPlan, Lineage
+from launcher.plan.memory import has_room_for_activations
 from launcher.plan.plan_checks import warnings
 from launcher.plan.planner import fewest
 from launcher.shell_commands import launcher_command
@@ -22,9 +23,6 @@ from launcher.shell_commands import launcher_command
 LABEL_WIDTH = 11
 # Fraction of truncated tokens from which a note is shown.
 _MIN_TRUNCATED_FRAC = 0.01
-# Rough memory of activations, gathered weights and buffers with 8,192 tokens per forward pass, which the plan does not estimate.
-# Models whose states take less than this share of a GPU need less.
-_ACTIVATIONS_GIB, _MIN_STATES_SHARE = 12.0, 0.5
 
 
 def plan_lines(plan: LaunchPlan, *notes: str | None, place_warning: str | None = None) -> list[str]:
@@ -43,7 +41,7 @@ def plan_lines(plan: LaunchPlan, *notes: str | None, place_warning: str | None =
         (
             "batch",
             f"{batch.global_batch_size} rows = {batch.micro_batch_size} micro-batch x {batch.accumulation} accumulation x "
-            f"{plan.topology.world_size} ranks; {_tokens(plan)} tokens a step",
+            f"{plan.topology.world_size} rank{'s' * (plan.topology.world_size > 1)}; {_tokens(plan)} tokens a step",
         ),
         ("steps", _steps(plan)),
         (
@@ -124,7 +122,7 @@ def _ranks(plan: LaunchPlan) -> str:
 
 
 def _size(gib: float) -> str:
-    return format_size(round(gib * 2**30))
+    return format_size(round(gib * 2**30)) if gib else "0 GiB"
 
 
 def _memory(plan: LaunchPlan) -> str:
@@ -192,16 +190,9 @@ def _overfull(plan: LaunchPlan) -> str:
 
 def _tight(plan: LaunchPlan) -> str:
     memory, ranks = plan.memory, plan.topology.world_size
-    if (
-        plan.topology.device != "cuda"
-        or memory.device_gib is None
-        or memory.per_rank_gib <= _MIN_STATES_SHARE * memory.device_gib
-    ):
+    if plan.topology.device != "cuda" or memory.device_gib is None or has_room_for_activations(memory):
         return ""
-    left_gib = memory.device_gib - memory.per_rank_gib
-    if left_gib >= _ACTIVATIONS_GIB:
-        return ""
-    left = f"{left_gib:.0f} GiB per GPU for activations and buffers"
+    left = f"{memory.device_gib - memory.per_rank_gib:.0f} GiB per GPU for activations and buffers"
     return f"on {ranks} ranks model states leave {left}, which is little: use more ranks, or deepspeed=zero3_offload"
 
 

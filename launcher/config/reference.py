@@ -65,11 +65,11 @@ def _groups() -> Iterator[str]:
     for group in GROUPS:
         yield f"## {group}=\n"
         for file in sorted((conf_dir() / group).glob("*.yaml")):
-            yield f"- `{file.stem}`: {_about(file)}"
+            yield f"- `{file.stem}`: {about_file(file)}"
         yield ""
 
 
-def _about(file: Path) -> str:
+def about_file(file: Path) -> str:
     """Return the comment at the top of a file, without Hydra's own line."""
     lines = []
     for line in file.read_text(encoding="utf-8").splitlines():

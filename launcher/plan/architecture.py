@@ -11,9 +11,12 @@ from launcher.errors import ConfigError, Problem
 from launcher.plan.launch_plan import ModelFacts
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-# Per-head norms on queries and keys.
-_QK_NORM = ("qwen3", "qwen3_moe")
+# Norms on queries and keys: of one head, or of all heads together.
+_HEAD_NORM = ("qwen3", "qwen3_moe", "gemma3_text")
+_QK_NORM = ("olmo2", "olmo3", "olmoe")
 _QKV_BIAS = ("qwen2", "qwen2_moe")
+# Norms before and after attention and MLP; all others have two in a layer.
+_FOUR_NORMS = ("gemma2", "gemma3_text")
 _UNKNOWN = -1
 # Config keys of architectures that transform their logits after the head, which the chunked loss does not.
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -58,6 +61,11 @@ def _all_but_every_fourth(config: Mapping[str, Any], layer: int) -> bool:
     return (layer + 1) % 4 != 0
 
 
+def _without_rope(config: Mapping[str, Any], layer: int) -> bool:
+    has_rope = config.get("no_rope_layers")
+    return not has_rope[layer] if has_rope else (layer + 1) % config.get("no_rope_layer_interval", 4) == 0
+
+
 _OWN_HEAD_DIM = ("num_key_value_heads", "head_dim")
 _ROUTED = ("num_key_value_heads", "num_experts_per_tok")
 # From configuration_*.py and modeling_*.py of each in transformers 5.24; tests/plan/test_flops.py counts each of them.
@@ -72,6 +80,8 @@ FAMILIES = {
     "olmo2": _Family(needs=()),
     "olmo3": _Family(needs=(), window=4096, slides=_all_but_every_fourth, listed=True),
     "phi3": _Family(needs=()),
+    "smollm3": _Family(switched=True, slides=_without_rope, listed=True),
+    "olmoe": _Family(needs=("num_experts_per_tok",), expert_width="intermediate_size"),
     "mixtral": _Family(needs=_ROUTED, expert_width="intermediate_size"),
     "qwen2_moe": _Family(
         needs=(*_ROUTED, "moe_intermediate_size", "shared_expert_intermediate_size"),
@@ -178,15 +188,18 @@ def count_params(config: dict[str, Any], facts: dict[str, Any]) -> int:
     model_type = str(config.get("model_type", ""))
     if model_type in _QKV_BIAS:
         attention += query + 2 * key_value
-    if model_type in _QK_NORM:
+    if model_type in _HEAD_NORM:
         attention += 2 * head_dim
+    if model_type in _QK_NORM:
+        attention += query + key_value
     experts = _num_experts(config)
     if experts:
         mlp = experts * 3 * hidden * (config.get("moe_intermediate_size") or facts["intermediate_size"]) + hidden * experts
     else:
         mlp = 3 * hidden * facts["intermediate_size"]
     embeddings = facts["vocab_size"] * hidden * (1 if facts["tie_word_embeddings"] else 2)
-    return embeddings + facts["num_layers"] * (attention + mlp + 2 * hidden) + hidden
+    norms = (4 if model_type in _FOUR_NORMS else 2) * hidden
+    return embeddings + facts["num_layers"] * (attention + mlp + norms) + hidden
 
 
 def _num_experts(config: Mapping[str, Any]) -> int:

@@ -13,6 +13,9 @@ GIB = 2**30
 # Elements of the optimizer's states that are in memory at once where they are on NVMe: one buffer each for weights, gradients and
 # every state.
 NVME_SUB_GROUP = 100_000_000
+# Rough memory of activations, gathered weights and buffers with 8,192 tokens per forward pass, which is not estimated here.
+# Models whose states take less than this share of a GPU need less.
+_ACTIVATIONS_GIB, _MIN_STATES_SHARE = 12.0, 0.5
 # The rest is for the data loader, the libraries, and the page cache, through which checkpoints are written.
 _USABLE_HOST_SHARE = 0.8
 
@@ -73,6 +76,13 @@ def estimate_model_states(
         host_per_node_gib=round(host * topology.ranks_per_node, 3),
         device_gib=device_gib,
     )
+
+
+def has_room_for_activations(memory: Memory) -> bool:
+    """Return whether the model states leave enough of a device for activations and buffers; True where its memory is unknown."""
+    if memory.device_gib is None or memory.per_rank_gib <= _MIN_STATES_SHARE * memory.device_gib:
+        return True
+    return memory.device_gib - memory.per_rank_gib >= _ACTIVATIONS_GIB
 
 
 def plan_saving(

@@ -175,6 +175,7 @@ def _unusable(parent: parent_run.ParentCheckpoint, reason: str, remedy: str) -> 
 
 def _download(repo_id: str, model: ModelSection) -> None:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
 
     # Code is pinned by model.revision, and only the model's repository is.
     with_code = model.trust_remote_code and repo_id == model.path
@@ -190,6 +191,13 @@ def _download(repo_id: str, model: ModelSection) -> None:
                 f"{repo_id} cannot be fetched from the hub: {error.strerror}",
                 where=str(error.filename or "the cache of the hub"),
                 remedy="free space there, or set HF_HOME to a folder on another disk",
+            ) from error
+        if isinstance(error, GatedRepoError):
+            raise ConfigError(
+                f"{repo_id} is gated: the Hub gives it only to accounts that accepted its license",
+                where="model.path",
+                value=repo_id,
+                remedy=f"accept it at https://huggingface.co/{repo_id}, and set HF_TOKEN to a token of that account",
             ) from error
         raise ConfigError(
             Problem(

@@ -58,6 +58,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmo2": {"model_type": "olmo2"},
     "olmo3": {"model_type": "olmo3", "sliding_window": 9, "num_hidden_layers": 5},
     "phi3": {"model_type": "phi3", "sliding_window": 9},
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5},
+    "smollm3, window": {"model_type": "smollm3", "num_hidden_layers": 5, "use_sliding_window": True, "sliding_window": 9},
+    "olmoe": {"model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 3},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {
         "model_type": "qwen2_moe",

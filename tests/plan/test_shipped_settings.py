@@ -1,28 +1,74 @@
-"""Every YAML file under conf/ composes, plans, and survives a round trip through JSON."""
+"""Every YAML file under conf/ composes, plans without a network, and survives a round trip through JSON."""
 
 from __future__ import annotations
 
+import json
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
 from launcher import facts as facts_module
+from launcher.cli.plan_view import plan_lines
 from launcher.config.compose import conf_dir, run_hydra
+from launcher.config.reference import about_file
 from launcher.config.schema import RunConfig
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.memory import has_room_for_activations
+from launcher.plan.plan_checks import warnings
 from launcher.plan.planner import plan
 
-# From the weights' own headers: the sums that Hugging Face shows for the safetensors of each repository.
+# What is published for each model: the sum of the weights' own headers, as the Hub shows it, with a tied head counted once.
 PARAMETERS = {
-    "smollm2_135m": 134_515_008,
-    "qwen3_0_6b": 596_049_920,
-    "qwen3_8b": 8_190_735_360,
+    "gemma3_1b": 999_885_952,
     "llama3_1_8b": 8_030_261_248,
+    "llama3_1_70b": 70_553_706_496,
+    "llama3_2_1b": 1_235_814_400,
+    "llama3_2_3b": 3_212_749_824,
     "llama3_3_70b": 70_553_706_496,
+    "mistral_7b_v0_3": 7_248_023_552,
+    "mistral_nemo_12b": 12_247_782_400,
     "mistral_small_24b": 23_572_403_200,
+    "olmo2_1b": 1_484_916_736,
+    "olmo2_7b": 7_298_617_344,
+    "olmo2_13b": 13_716_198_400,
+    "olmo2_32b": 32_234_279_936,
+    "olmoe_1b_7b": 6_919_161_856,
+    "phi4": 14_659_507_200,
+    "qwen2_5_0_5b": 494_032_768,
+    "qwen2_5_1_5b": 1_543_714_304,
+    "qwen2_5_3b": 3_085_938_688,
+    "qwen2_5_7b": 7_615_616_512,
+    "qwen2_5_14b": 14_770_033_664,
+    "qwen2_5_32b": 32_763_876_352,
+    "qwen2_5_72b": 72_706_203_648,
+    "qwen3_0_6b": 596_049_920,
+    "qwen3_1_7b": 1_720_574_976,
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_14b": 14_768_307_200,
+    "qwen3_30b_a3b": 30_532_122_624,
+    "qwen3_32b": 32_762_123_264,
+    "smollm2_135m": 134_515_008,
+    "smollm2_360m": 361_821_120,
+    "smollm2_1_7b": 1_711_376_384,
+    "smollm3_3b": 3_075_098_624,
 }
+GATED = ("google", "meta-llama")
+# Builds the model of each config on standard input without memory for its weights, and prints the numbers of parameters.
+COUNT_IN_TRANSFORMERS = """
+import json, sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+with torch.device("meta"):
+    configs = {name: AutoConfig.for_model(**config) for name, config in json.load(sys.stdin).items()}
+    models = {name: AutoModelForCausalLM.from_config(config) for name, config in configs.items()}
+print(json.dumps({name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}))
+"""
 
 
 def compose(*tokens: str) -> RunConfig:
@@ -31,9 +77,15 @@ def compose(*tokens: str) -> RunConfig:
     return compositions[0]
 
 
-def test_shipped_settings_compose_and_survive_the_file(
+def no_network(*args: Any, **kwargs: Any) -> NoReturn:
+    raise AssertionError("a plan needs no network")
+
+
+def test_shipped_settings_compose_plan_offline_and_survive_the_file(
     shipped_tokens: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -47,6 +99,7 @@ def test_shipped_settings_compose_and_survive_the_file(
     assert loaded == planned
     assert loaded.digest() == planned.digest()
     assert planned.deepspeed["zero_optimization"]["stage"] == 3
+    assert not [line for line in plan_lines(planned) if "perf/mfu" in line], "the FLOPs of every shipped model are known"
 
 
 def test_every_file_under_conf_is_covered(request: pytest.FixtureRequest) -> None:
@@ -57,16 +110,42 @@ def test_every_file_under_conf_is_covered(request: pytest.FixtureRequest) -> Non
     }
 
 
-@pytest.mark.parametrize(("model", "parameters"), PARAMETERS.items())
-def test_parameters_are_counted_exactly(model: str, parameters: int) -> None:
-    config = compose(f"model={model}").model
-    assert config.config is not None
-    assert model_facts(config.config, config.path, None, None).num_params == parameters
+def test_the_plan_and_transformers_count_the_published_parameters(config_of: Callable[..., RunConfig]) -> None:
+    sections = {name: config_of(f"model={name}").model for name in PARAMETERS}
+    planned = {name: model_facts(model.config or {}, model.path, None, None).num_params for name, model in sections.items()}
+    assert planned == PARAMETERS
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT_IN_TRANSFORMERS],
+        input=json.dumps({name: model.config for name, model in sections.items()}),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == PARAMETERS
 
 
-@pytest.mark.parametrize("experiment", ["llama3_8b_one_node", "llama3_70b_four_nodes"])
-def test_experiments_plan_for_gpus_of_other_machines(plan_of: Callable[..., LaunchPlan], experiment: str) -> None:
-    planned = plan_of(f"experiment={experiment}", "data.path=rows.jsonl")
-    assert (planned.topology.device, planned.topology.backend) == ("cuda", "nccl")
-    assert planned.memory.device_gib == 79.1
-    assert planned.memory.per_rank_gib < planned.memory.device_gib
+def test_each_preset_cites_its_source(config_of: Callable[..., RunConfig]) -> None:
+    for name in PARAMETERS:
+        about, path = about_file(conf_dir() / "model" / f"{name}.yaml"), config_of(f"model={name}").model.path
+        assert about.startswith(f"https://huggingface.co/{path}"), name
+        assert ("set HF_TOKEN" in about) == str(path).startswith(GATED), name
+
+
+def test_experiments_fit_the_gpus_that_they_name(plan_of: Callable[..., LaunchPlan]) -> None:
+    names = {file.stem for file in (conf_dir() / "experiment").glob("*.yaml")}
+    plans = {name: plan_of(f"experiment={name}", "data.path=rows.jsonl") for name in names}
+    assert {planned.topology.world_size for planned in plans.values()} == {1, 8, 16, 32}
+    for name, planned in plans.items():
+        assert (planned.topology.device, planned.topology.backend) == ("cuda", "nccl")
+        assert planned.memory.device_gib == 79.1
+        assert has_room_for_activations(planned.memory), name
+        assert list(warnings(planned)) == [], name
+        offloaded = planned.memory.host_per_node_gib > 0
+        assert offloaded == name.endswith("_offload"), name
+        if offloaded:
+            in_gpus = ("deepspeed.offload_optimizer=none", "deepspeed.offload_params=none")
+            with_all = plan_of(f"experiment={name}", "data.path=rows.jsonl", *in_gpus, "cluster.ranks_per_node=8").memory
+            needed_gib = with_all.per_rank_gib * 8 / planned.topology.world_size
+            states = with_all.model_copy(update={"per_rank_gib": needed_gib})
+            assert not has_room_for_activations(states), "offload would not be needed"

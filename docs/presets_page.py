@@ -1,0 +1,136 @@
+"""Write docs/presets.md from the models under conf/model and the experiments under conf/experiment.
+
+python docs/presets_page.py            write the page
+python docs/presets_page.py --check    exit 1 if the page is outdated
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from launcher.config.compose import conf_dir, run_hydra
+from launcher.config.reference import about_file
+from launcher.config.schema import DeepSpeedSection, RunConfig
+from launcher.plan.architecture import model_facts
+from launcher.plan.gpu_types import GPUS
+from launcher.plan.launch_plan import Memory, ModelFacts, Topology
+from launcher.plan.memory import checkpoint_bytes, estimate_model_states, has_room_for_activations
+from launcher.plan.optimizers import OPTIMIZERS
+
+PAGE = Path(__file__).resolve().with_name("presets.md")
+GPU, GPUS_PER_NODE, MOST_GPUS = "H100-80GB", 8, 1024
+
+_HEAD = f"""\
+# Presets
+
+```sh
+python -m launcher plan model=qwen3_8b cluster.gpu_type={GPU} cluster.ranks_per_node=8
+python -m launcher plan experiment=llama3_8b_one_node data.path=my.jsonl
+```
+
+Written by `make settings` from the files under `conf/model` and `conf/experiment`; `docs/presets_page.py` computes the numbers.
+
+## Models
+
+The file of a preset has what planning needs, so `plan` needs no network. Training uses the model's own config.json. No preset
+pins a revision: set `model.revision`. **Gated** models need an account that accepted the license, and its `HF_TOKEN`.
+
+- {GPU}: the fewest GPUs that hold all states with room for activations: 1, 2, 4 or whole nodes of {GPUS_PER_NODE}.
+- Main memory: of all nodes together, with `deepspeed=zero3_offload`. Then no states are on the GPUs.
+- Checkpoint: the size of one, and of the copy in main memory while it is written in the background.
+
+Parameters are those of the weights on the Hub, where tied embeddings count once.
+"""
+
+
+def render() -> str:
+    """Return the whole page."""
+    return "\n".join([_HEAD, *_models(), "\n## Experiments\n", *_experiments(), ""])
+
+
+def _models() -> Iterator[str]:
+    yield f"| `model=` | weights | parameters | {GPU} | main memory | checkpoint |"
+    yield "|---|---|---|---|---|---|"
+    facts = {}
+    for file in (conf_dir() / "model").glob("*.yaml"):
+        config = composed(f"model={file.stem}").model
+        if config.path is not None and config.config is not None:
+            facts[file] = model_facts(config.config, config.path, None, None)
+    for file, model in sorted(facts.items(), key=lambda item: (_family(item[0]), item[1].num_params)):
+        gated = ", **gated**" if "gated" in about_file(file) else ""
+        cells = (
+            f"`{file.stem}`",
+            f"[{model.path}](https://huggingface.co/{model.path}){gated}",
+            f"{model.num_params:,}",
+            _fewest_gpus(model),
+            f"{_states(model, 1, 'cpu').host_per_node_gib:,.0f} GiB",
+            f"{checkpoint_bytes(model.num_params, OPTIMIZERS['adamw']) / 2**30:,.0f} GiB",
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+def _family(file: Path) -> str:
+    return file.stem.partition("_")[0]
+
+
+def _fewest_gpus(model: ModelFacts) -> str:
+    num_gpus = 1
+    while not has_room_for_activations(_states(model, num_gpus, "none")):
+        num_gpus = num_gpus * 2 if num_gpus < GPUS_PER_NODE else num_gpus + GPUS_PER_NODE
+    return str(num_gpus)
+
+
+def _states(model: ModelFacts, num_gpus: int, offload: str) -> Memory:
+    nodes = -(-num_gpus // GPUS_PER_NODE)
+    topology = Topology(nodes=nodes, ranks_per_node=num_gpus // nodes, world_size=num_gpus, device="cuda", backend="nccl")
+    deepspeed = DeepSpeedSection(name="any", offload_optimizer=offload, offload_params=offload)
+    # With accumulation, in which gradients take most memory.
+    return estimate_model_states(model.num_params, "bf16", 2, OPTIMIZERS["adamw"], deepspeed, topology, GPUS[GPU].memory_gib)
+
+
+def _experiments() -> Iterator[str]:
+    yield "| `experiment=` | GPUs | DeepSpeed | batch | length | learning rate | what |"
+    yield "|---|---|---|---|---|---|---|"
+    rows = []
+    for file in (conf_dir() / "experiment").glob("*.yaml"):
+        config = composed(f"experiment={file.stem}", "data.path=rows.jsonl")
+        num_gpus = config.cluster.nodes * (config.cluster.ranks_per_node or 1)
+        cells = (
+            f"`{file.stem}`",
+            str(num_gpus),
+            f"`{config.deepspeed.name}`",
+            str(config.train.global_batch_size),
+            f"{config.data.max_length:,}",
+            f"{config.optim.lr:g}",
+            about_file(file).partition(". ")[0],
+        )
+        rows.append((num_gpus, file.stem, f"| {' | '.join(cells)} |"))
+    for _, _, row in sorted(rows):
+        yield row
+
+
+def composed(*tokens: str) -> RunConfig:
+    """Return the settings of a command line."""
+    configs: list[RunConfig] = []
+    run_hydra(tokens, lambda done: configs.append(done.config))
+    return configs[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write or check the page; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Write or check docs/presets.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is outdated")
+    if not parser.parse_args(argv).check:
+        PAGE.write_text(render(), encoding="utf-8")
+        return 0
+    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == render():
+        return 0
+    print("docs/presets.md does not match the files under conf/; write it with: make settings", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
