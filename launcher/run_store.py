@@ -35,7 +35,7 @@ def create(plan: LaunchPlan) -> RunDir:
     """Create the run directory of a plan, with the plan and a snapshot of the code.
 
     Raises:
-        SubmitError: if the directory exists already, cannot be created, or would not be trusted later.
+        SubmitError: if the directory exists already, cannot be created, or others could change or replace it.
     """
     run = RunDir(Path(plan.run_dir))
     try:
@@ -54,6 +54,8 @@ def create(plan: LaunchPlan) -> RunDir:
         if problem := ownership.records_problem(run):
             # Storage may give what root writes to nobody: later commands would know of this run only what its files say.
             raise SubmitError(replace(problem, remedy=f"set run.root to storage that keeps owners; {problem.remedy}"))
+        # The folders above may have been made with this run.
+        ownership.require_location(run)
         atomic_files.fsync_directory(run.root.parent)
         run.attempts.mkdir()
         code_snapshot.create(run)

@@ -25,8 +25,8 @@ class VerbParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         # launcher.cli.main takes it out of the command line, for every verb; here it is for --help alone.
-        trust = "accept files of this user as well (repeatable); see docs/security.md"
-        self.add_argument("--trust-owner", metavar="NAME|UID", action="append", help=trust)
+        trust = "accept files of this user too: NAME, UID, group:NAME or anyone (repeatable); see docs/security.md"
+        self.add_argument("--trust-owner", metavar="OWNER", action="append", help=trust)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line with the word that is wrong, the closest one that exists, and the usage.

@@ -70,9 +70,9 @@ def _plan(composed: Composed, as_json: bool) -> int:
         weights_note = model_source.weights_note(config.model)
         notes = (_device_note(plan, cluster), disk_note(plan), weights_note, data.refusal(plan.config, plan.data))
         if as_json:
-            print(plan_json(plan, *notes, place_warning=_place_warning(plan)))
+            print(plan_json(plan, *notes, location_warning=_location_warning(plan)))
             return 0
-        print("\n".join(wrap(plan_lines(plan, *notes, place_warning=_place_warning(plan)), LABEL_WIDTH)))
+        print("\n".join(wrap(plan_lines(plan, *notes, location_warning=_location_warning(plan)), LABEL_WIDTH)))
         if script := cluster.preview(plan):
             print(f"\n{script}", end="")
     return 0
@@ -96,7 +96,7 @@ def start_all(plans: list[LaunchPlan], follows: bool | None) -> int:
         cluster = cluster_for(plan.config.cluster.kind)
         weights_note = model_source.weights_note(plan.config.model)
         notes = (_device_note(plan, cluster), disk_note(plan), weights_note, data.accepted(plan.config, plan.data))
-        print("\n".join(wrap(plan_lines(plan, *notes, place_warning=_place_warning(plan)), LABEL_WIDTH)), flush=True)
+        print("\n".join(wrap(plan_lines(plan, *notes, location_warning=_location_warning(plan)), LABEL_WIDTH)), flush=True)
         if plan.config.cluster.is_dry_run:
             print(f"\n{cluster.preview(plan)}", end="")
             continue
@@ -191,6 +191,9 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
     if (name := composed.config.run.name) is not None and not composed.config.cluster.is_dry_run:
         # Before anything that takes time, and before a sweep starts any of its runs.
         _require_new(RunDir(run_dir_of(composed.config, name, str(Path.cwd()), str(Path.home()))))
+    if not composed.config.cluster.is_dry_run:
+        folder = run_dir_of(composed.config, composed.config.run.name or "name", str(Path.cwd()), str(Path.home()))
+        ownership.require_location(RunDir(folder))
     config = facts.resolve(composed.config, node)
     facts.check(config)
     check_extra(config)
@@ -218,10 +221,10 @@ def _node_of(composed: Composed, cluster: Cluster) -> Callable[[], DeviceFacts]:
     return functools.cache(lambda: cluster.device(composed.config.cluster))
 
 
-def _place_warning(plan: LaunchPlan) -> str | None:
-    """Return which folder above the run lets others replace it, so that later commands refuse it; None if there is none."""
-    problem = ownership.place_problem(RunDir(Path(plan.run_dir)))
-    return f"resume and export will be refused: {problem.message}; {problem.remedy}" if problem else None
+def _location_warning(plan: LaunchPlan) -> str | None:
+    """Return which folder above the run lets others replace it, so that commands refuse it; None if there is none."""
+    problem = ownership.location_problem(RunDir(Path(plan.run_dir)))
+    return f"train, resume and export will be refused: {problem.message}; {problem.remedy}" if problem else None
 
 
 def _device_note(plan: LaunchPlan, cluster: Cluster) -> str | None:

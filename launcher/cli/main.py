@@ -36,7 +36,7 @@ VERBS: Mapping[str, str] = {
 # The verbs that compose settings.
 COMPOSING = ("train", "plan", "data")
 _FLAGS_WITHOUT_VALUE = ("--json", "--follow", "--detach", "-m", "--multirun")
-# The value is that of launcher.security.ownership, which only commands with the flag import here.
+# The value is that of launcher.security.trust, which only commands with the flag import here.
 _TRUST_OWNER = "--trust-owner"
 _GC_THRESHOLD = 50_000
 _PACKAGES = ("torch", "deepspeed", "transformers", "ray")
@@ -72,7 +72,7 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
 
 Overrides are key=value (train.max_steps=100) or group=option (model=qwen3_8b); docs/settings.md lists them all.
 Flags: --json where a verb reports, --debug for tracebacks, VERB --help for more, --version;
---trust-owner NAME|UID (repeatable) accepts a run or a cache that belongs to another user: docs/security.md.
+--trust-owner OWNER (repeatable) accepts files of other users: a NAME, UID, group:NAME, or anyone; docs/security.md.
 Hydra's own flags work with train, plan and data: --cfg job, --info, -m, --config-dir DIR.
 Exit codes: 0 done, 1 the run failed, 2 refused before anything started, 130 interrupted.
 """
@@ -110,9 +110,9 @@ def _main(argv: Sequence[str] | None) -> int:
     verb = tokens.pop(0) if tokens and _is_verb(tokens[0]) else "train"
     try:
         if owners:
-            from launcher.security import ownership
+            from launcher.security import trust
 
-            ownership.add_to_environ(owners)
+            trust.add_to_environ(owners)
         return _run(verb, tokens)
     except LauncherError as error:
         if debug:

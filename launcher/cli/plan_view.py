@@ -25,10 +25,10 @@ LABEL_WIDTH = 11
 _MIN_TRUNCATED_FRAC = 0.01
 
 
-def plan_lines(plan: LaunchPlan, *notes: str | None, place_warning: str | None = None) -> list[str]:
+def plan_lines(plan: LaunchPlan, *notes: str | None, location_warning: str | None = None) -> list[str]:
     """Return the decisions of a plan, a label and a value per line; `notes` are those of this machine.
 
-    `place_warning` is what is wrong with the place of the run directory.
+    `location_warning` says which folder above the run directory others can change.
     """
     config, batch = plan.config, plan.batch
     kinds = "random weights" if config.model.init == "random" else (config.model.path or "")
@@ -55,21 +55,21 @@ def plan_lines(plan: LaunchPlan, *notes: str | None, place_warning: str | None =
         ("tracking", _tracking(plan)),
         *([("cost", _cost(plan))] if plan.topology.device == "cuda" or plan.price is not None else []),
     ]
-    rows += [("warning", warning) for warning in _all_warnings(plan, place_warning)]
+    rows += [("warning", warning) for warning in _all_warnings(plan, location_warning)]
     rows += [("note", note) for note in _all_notes(plan, notes)]
     if limits := _limits(plan):
         rows.append(("limit", f"saves and stops after {limits}"))
     return [f"{label:<{LABEL_WIDTH}}{value}" for label, value in rows]
 
 
-def plan_json(plan: LaunchPlan, *notes: str | None, place_warning: str | None = None) -> str:
+def plan_json(plan: LaunchPlan, *notes: str | None, location_warning: str | None = None) -> str:
     """Return the plan as JSON with its warnings and notes: the texts of `plan_lines`, which a plan's file does not hold."""
-    shown = {**json.loads(plan.to_json()), "warnings": _all_warnings(plan, place_warning), "notes": _all_notes(plan, notes)}
+    shown = {**json.loads(plan.to_json()), "warnings": _all_warnings(plan, location_warning), "notes": _all_notes(plan, notes)}
     return json.dumps(shown, indent=2, ensure_ascii=False)
 
 
-def _all_warnings(plan: LaunchPlan, place_warning: str | None) -> list[str]:
-    return [*warnings(plan), *([place_warning] if place_warning else [])]
+def _all_warnings(plan: LaunchPlan, location_warning: str | None) -> list[str]:
+    return [*warnings(plan), *([location_warning] if location_warning else [])]
 
 
 def _all_notes(plan: LaunchPlan, notes: Sequence[str | None]) -> list[str]:

@@ -19,6 +19,7 @@ from launcher.errors import RunError, SubmitError
 from launcher.locks import pid_namespace
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Liveness, Status
+from launcher.security import ownership
 from launcher.shell_commands import launcher_command
 
 START_DEADLINE_S = 60.0
@@ -33,8 +34,10 @@ def start(run: RunDir, attempt: int, module: str, arguments: Sequence[str], log:
     `name` is what messages call the process. Its output goes to `log`.
 
     Raises:
+        SubmitError: if others could have changed the run.
         RunError: if the process does not set the status in time, with the end of its log.
     """
+    ownership.require_run(run)
     environment = {
         **os.environ,
         "PYTHONPATH": build_pythonpath(run.code, os.environ),

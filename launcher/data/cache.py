@@ -45,7 +45,7 @@ from launcher.data.digests import CheckedArray, DigestingWriter
 from launcher.data.sources import compute_source_digest, make_eval_source
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
-from launcher.security import ownership
+from launcher.security import folders, ownership
 
 # To be raised when the same sources give other tokens, rows or findings, or another layout; a test checks that.
 FORMAT_VERSION = 11
@@ -331,7 +331,7 @@ def building(key: str, group: str | None = None) -> Iterator[Path | None]:
         if group is None:
             final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         else:
-            ownership.make_shared_folder(final.parent, group)
+            folders.make_shared_folder(final.parent, group)
     with contextlib.ExitStack() as stack:
         with convert_os_errors(final.parent):
             stack.enter_context(wait_and_hold(final.with_name(f"{own}.lock"), "builds this data cache"))
@@ -346,7 +346,7 @@ def building(key: str, group: str | None = None) -> Iterator[Path | None]:
                 ownership.require_cache(partial, group)
                 yield partial
                 if group is not None:
-                    ownership.share(partial, group)
+                    folders.share(partial, group)
                     if find(key, group) is not None:
                         return
                 shutil.rmtree(final, ignore_errors=True)

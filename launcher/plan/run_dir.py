@@ -17,6 +17,12 @@ class RunDir:
 
     root: Path
 
+    @classmethod
+    def of_plan(cls, plan_path: Path) -> RunDir:
+        """Return the run in whose directory a plan lies: that of the run, or of an attempt."""
+        folder = plan_path.parent
+        return cls(folder.parents[1] if folder.parent.name == "attempts" else folder)
+
     @property
     def plan(self) -> Path:
         return self.root / "plan.json"

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from launcher.distributed import RankInfo, open_store
 from launcher.errors import RunError
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.security.ownership import make_private_folder
+from launcher.security.folders import make_private_folder
 from launcher.train.jit_build_lock import lock_builds
 from launcher.train.model import CausalLMLoss, build_model
 from launcher.train.optim import build_optimizer

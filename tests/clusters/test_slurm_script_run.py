@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from file_owners import MALLORY, TEAM, as_root, give
 from sandbox import Sandbox, rendered
 
 from launcher.plan.launch_plan import LaunchPlan
@@ -18,6 +20,24 @@ ENV_SH = """\
 conda() { export CONDA_DEFAULT_ENV="$2"; }
 export SOURCED="it's $A"
 """
+
+
+__all__ = ["as_root"]
+
+
+@pytest.fixture
+def slurm_plan(slurm_plan: SlurmPlan, sandbox: Sandbox) -> SlurmPlan:
+    """Plans of a run whose directory exists, as it does when a job starts."""
+
+    def planned(**settings: Any) -> LaunchPlan:
+        plan = slurm_plan(str(sandbox.folder), **settings)
+        run = RunDir(Path(plan.run_dir))
+        run.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (run.code / "launcher").mkdir(parents=True, exist_ok=True)
+        run.jobs.mkdir(exist_ok=True)
+        return plan
+
+    return planned
 
 
 def test_setup_commands_run_in_bash(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
@@ -63,6 +83,58 @@ def test_a_job_opens_an_attempt_runs_its_tasks_and_concludes(slurm_plan: SlurmPl
         assert conclude == ["-m", "launcher.worker.slurm.job", "conclude", plan, "7", code]
         assert [call["env"].get("LAUNCHER_ATTEMPT") for call in sandbox.calls] == [None, "7", "7", "7"]
         assert done.returncode == 0, "conclude decides"
+
+
+def _replace(run: RunDir) -> None:
+    run.root.rename(run.root.parent / "moved")
+    (run.code / "launcher").mkdir(parents=True)
+    run.jobs.mkdir()
+    give(run.root)
+
+
+def _link(run: RunDir) -> None:
+    _replace(run)
+    run.root.rename(run.root.parent / "theirs")
+    run.root.symlink_to("theirs")
+
+
+def _add_code(run: RunDir) -> None:
+    run.root.chmod(0o711)
+    file = run.code / "launcher/__init__.py"
+    file.touch()
+    os.chown(file, MALLORY, -1)
+
+
+def _share_with_group(run: RunDir) -> None:
+    os.chown(run.root, -1, TEAM)
+    run.root.chmod(0o2770)
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize("attack", [_replace, _link, _add_code, _share_with_group, lambda run: run.root.chmod(0o702)])
+def test_nothing_is_run_of_a_run_directory_that_was_replaced_while_the_job_waited(
+    slurm_plan: SlurmPlan, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, attack: Callable[[RunDir], None]
+) -> None:
+    plan = slurm_plan()
+    text = rendered(plan, sandbox.folder)
+    attack(RunDir(Path(plan.run_dir)))
+    done = sandbox.run(text)
+    assert (done.returncode, sandbox.calls) == (77, [])
+    assert f"not run: others own these or can write to them: {plan.run_dir}" in done.stderr
+    # Who trusts them says so when the job is submitted, and the job passes it on.
+    monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "anyone" if attack.__name__ == "<lambda>" else f"{MALLORY},group:{TEAM}")
+    done = sandbox.run(rendered(plan, sandbox.folder))
+    assert done.returncode == 0, done.stderr
+    accepted = {call["env"]["LAUNCHER_TRUST_OWNERS"] for call in sandbox.calls}
+    assert accepted == {"anyone" if attack.__name__ == "<lambda>" else f"0,{MALLORY},group:{TEAM}"}
+
+
+def test_permissions_in_a_private_run_directory_do_not_stop_its_job(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
+    """As on storage that shows mode 0777 for what lies in a folder."""
+    plan = slurm_plan()
+    for path in Path(plan.run_dir).rglob("*"):
+        path.chmod(0o777)
+    assert sandbox.run(rendered(plan, sandbox.folder)).returncode == 0
 
 
 def test_a_job_without_an_attempt_succeeds_and_one_that_is_refused_fails(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:

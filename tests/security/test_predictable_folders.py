@@ -15,7 +15,7 @@ from testbed_cluster import Testbed, TestbedError
 
 from launcher.cli import html_page
 from launcher.errors import ConfigError
-from launcher.security.ownership import make_private_folder
+from launcher.security.folders import make_private_folder
 
 MALLORY, USER = 54321, 54322
 

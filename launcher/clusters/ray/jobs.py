@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from launcher.clusters.detached_process import build_pythonpath
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
+from launcher.security import trust
 
 if TYPE_CHECKING:
     from launcher.config.sections.ray import RaySection
@@ -51,6 +52,8 @@ def submit(section: RaySection, run: RunDir, module: str, arguments: Sequence[st
     # Everyone with the token can read these: only variables of cluster.pass_env, and no keys.
     passed = {name: os.environ[name] for name in section.pass_env if name in os.environ}
     variables = {**passed, "PYTHONPATH": build_pythonpath(run.code, {}), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    # The driver checks the run again, perhaps as another user, and accepts the owners that this command accepts.
+    variables[trust.VARIABLE] = f"{trust.Trust.from_environ(os.environ).as_numbers()},${{{trust.VARIABLE}}}"
     client = _client(address)
 
     # A head node that has just started answers some seconds before it accepts jobs.

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from launcher.config.sections.slurm import SlurmSection, asks_for_gpus
 from launcher.errors import SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.security import trust
 from launcher.shell_commands import launcher_command, shell_command
 
 # Paths that sbatch and srun take as they are, quoted: no %, which sbatch replaces, and no quotes.
@@ -175,7 +176,8 @@ def python_command(plan: LaunchPlan, plan_path: Path) -> str:
 
 
 def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str]:
-    code = _plain(str(RunDir(Path(plan.run_dir)).code))
+    run = RunDir(Path(plan.run_dir))
+    code = _plain(str(run.code))
     # With -c and -m Python would import from the current folder first; the submitted snapshot must run.
     environment = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **section.env}
     return [
@@ -186,12 +188,44 @@ def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str
         *(shlex.join(command.split()) for command in section.setup),
         "# The lines below check exit codes themselves; cluster.setup may have turned on `set -e`.",
         "set +e",
+        *_ownership_check(run, plan_path),
         *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
         f'export PYTHONPATH={shlex.quote(code)}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         f"LAUNCHER_ATTEMPT=$({_job_command('begin', plan_path)}) || exit",
         "# Nothing is left to do, or another job does it.",
         '[ -n "$LAUNCHER_ATTEMPT" ] || exit 0',
         "export LAUNCHER_ATTEMPT",
+    ]
+
+
+def _ownership_check(run: RunDir, plan_path: Path) -> list[str]:
+    """Return the lines that end a job before it runs code of a run directory that others own or can write to.
+
+    Python itself would import the code of the directory that is to be checked. The job's step `begin` then checks the folders
+    above, records and links. LAUNCHER_TRUST_OWNERS is set to numbers, as nodes may not know the names.
+    """
+    own_trust = trust.Trust.from_environ(os.environ)
+    if own_trust.anyone:
+        return [f"export {trust.VARIABLE}={trust.ANYONE}"]
+    uids = own_trust.uids - {0, os.geteuid()}
+    with suppress(OSError):
+        # It may belong to a member of a group that is trusted.
+        uids |= {owner for owner in [run.root.stat().st_uid] if owner not in (0, os.geteuid()) and own_trust.accepts_owner(owner)}
+    owners = ["!", "-uid", "0", *(word for uid in sorted(uids) for word in ("!", "-uid", str(uid)))]
+    groups = [word for gid in sorted(own_trust.gids) for word in ("!", "-gid", str(gid))]
+    writable = f"-perm /002 -o -perm /020 {shlex.join(groups)}".rstrip()
+    root = shlex.quote(_plain(str(run.root)))
+    content = shlex.join(_plain(str(path)) for path in (plan_path, run.code, run.jobs))
+    return [
+        *([f"export {trust.VARIABLE}={shlex.quote(own_trust.as_numbers())}"] if trust.VARIABLE in os.environ else []),
+        "# The run directory may have been replaced while the job waited: what others own or can write to is not run.",
+        f"others=('(' {shlex.join(owners)} '!' -uid \"$EUID\" -o '!' -type l '(' {writable} ')' ')')",
+        f'untrusted=$(find -H {root} -maxdepth 0 "${{others[@]}}") || exit',
+        "# What is in a folder that nobody else can enter may have any permissions.",
+        f'if [ -z "$untrusted" ] && [ -n "$(find -H {root} -maxdepth 0 -perm /011)" ]; then',
+        f'  untrusted=$(find {content} "${{others[@]}}") || exit',
+        "fi",
+        '[ -z "$untrusted" ] || { echo "not run: others own these or can write to them: $untrusted" >&2; exit 77; }',
     ]
 
 

@@ -24,10 +24,11 @@ from launcher import json_records, run_store
 from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JOINING
 from launcher.config.sections.ray import RaySection
-from launcher.errors import EXIT_FAILED, LauncherError
+from launcher.errors import EXIT_FAILED, LauncherError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, CancelRequest
+from launcher.security import ownership
 from launcher.tracking.jsonl import append_event
 from launcher.worker.ray.connection import connected, describe_lost_raylet, draining_nodes, lost_nodes
 from launcher.worker.ray.coordinator_actor import CoordinatorActor, RayletLost, shorten
@@ -66,6 +67,7 @@ def main(plan_path: str, attempt: int) -> int:
     # As in a batch job: what a run writes is its user's alone.
     os.umask(0o077)
     try:
+        ownership.require_run(RunDir.of_plan(Path(plan_path)))
         plan = LaunchPlan.load(plan_path)
         run = RunDir(Path(plan.run_dir))
         run_store.update_status(
@@ -74,6 +76,10 @@ def main(plan_path: str, attempt: int) -> int:
     except OSError as error:
         # The run's status cannot hold this message.
         print(f"{os.uname().nodename} does not see the run directory, or may not write there: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except SubmitError as error:
+        # Nothing is written into a directory that others could have replaced.
+        print("\n".join(map(str, error.problems)), file=sys.stderr)
         return EXIT_FAILED
     driver = _Driver(plan, plan_path, run, attempt)
     try:

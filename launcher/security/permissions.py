@@ -1,0 +1,144 @@
+"""Who owns files and who can write to them, in folders and along links: the facts by which a command trusts them.
+
+The rules are those of ssh for its files: owner and write permissions of each file, and of the folders above it; a sticky folder
+such as /tmp may be writable.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.errors import Problem
+from launcher.security.path_steps import path_steps
+from launcher.security.trust import ANYONE, FLAG, GROUP_PREFIX, VARIABLE, Trust, group_name, uid_of_unmapped_users, user_name
+
+_OTHERS_SEARCH = stat.S_IXGRP | stat.S_IXOTH
+
+
+def tree(folder: Path) -> Iterator[Path]:
+    """Yield the files, links and folders in a folder; no link is followed."""
+    for parent, folders, files in os.walk(folder):
+        yield from (Path(parent, name) for name in (*folders, *files))
+
+
+def is_private(folder: Path, trust: Trust) -> bool:
+    """Return whether nobody else can enter a folder, so that the permissions of what lies in it do not matter."""
+    status = folder.stat()
+    return trust.accepts_owner(status.st_uid) and not status.st_mode & _OTHERS_SEARCH
+
+
+def first_problem(
+    subject: str, root: Path, content: Iterable[Path], trust: Trust, with_parents: bool = False, in_private_folder: bool = False
+) -> Problem | None:
+    """Return the first reason not to trust `root` and its content, with the number of others; None if there is none.
+
+    `with_parents` includes the folders above, and `in_private_folder` says that nobody else can enter the folder above.
+    """
+    return _first(subject, root, _weaknesses(root, content, trust, with_parents, in_private_folder), trust)
+
+
+def first_problem_above(subject: str, folder: Path, trust: Trust) -> Problem | None:
+    """Return the first reason not to trust what will be made in `folder`: others could replace it; None if there is none."""
+    return _first(
+        subject, folder, (weakness for step in path_steps(folder) for weakness in _weakness(step, trust, is_above=True)), trust
+    )
+
+
+def describe_permissions(path: Path) -> str:
+    """Return the owner, the group and the mode of a file."""
+    status = path.lstat()
+    owner = f"{user_name(status.st_uid)} ({status.st_uid}), group {group_name(status.st_gid)} ({status.st_gid})"
+    return f"owner {owner}, mode {stat.S_IMODE(status.st_mode):04o}"
+
+
+def _first(subject: str, root: Path, weaknesses: Iterable[tuple[Path, str, str]], trust: Trust) -> Problem | None:
+    if trust.anyone:
+        return None
+    first, num_others = None, 0
+    for path, fact, remedy in weaknesses:
+        if first is not None:
+            num_others += 1
+            continue
+        name = path.relative_to(root) if path.is_relative_to(root) and path != root else path
+        first = Problem(f"{subject} is not trusted: {name} {fact}", str(path), describe_permissions(path), remedy)
+    if first is None or not num_others:
+        return first
+    return replace(first, value=f"{first.value}; {num_others:,} more in this folder")
+
+
+def _weaknesses(
+    root: Path, content: Iterable[Path], trust: Trust, with_parents: bool, in_private_folder: bool
+) -> Iterator[tuple[Path, str, str]]:
+    """Yield each path that others own or can write to, with what is wrong and the remedy."""
+    *above, own = path_steps(root)
+    for step in above if with_parents else [root] if root.is_symlink() else []:
+        yield from _weakness(step, trust, is_above=True)
+    in_private_folder = in_private_folder and not root.is_symlink()
+    yield from _weakness(own, trust, is_protected=in_private_folder)
+    checked = {*above, own}
+    # What is in a folder that nobody else can enter may have any permissions.
+    with suppress(OSError):
+        is_protected = in_private_folder or is_private(root, trust)
+        for path in content:
+            yield from _weakness(path, trust, is_protected=is_protected)
+            if path.is_symlink():
+                yield from _weaknesses_behind(path, trust, checked)
+
+
+def _weaknesses_behind(link: Path, trust: Trust, checked: set[Path]) -> Iterator[tuple[Path, str, str]]:
+    """Yield what others own or can write to on the way along a link, and in the folder that it leads to.
+
+    `checked` are the paths that need no other look; the paths that are looked at here are added.
+    """
+    checked.add(link)
+    *above, target = path_steps(link)
+    for step in above:
+        if step not in checked:
+            checked.add(step)
+            yield from _weakness(step, trust, is_above=True)
+    if target in checked:
+        return
+    checked.add(target)
+    yield from _weakness(target, trust)
+    for path in tree(target):
+        if path in checked:
+            continue
+        yield from _weakness(path, trust)
+        if path.is_symlink():
+            yield from _weaknesses_behind(path, trust, checked)
+        checked.add(path)
+
+
+def _weakness(path: Path, trust: Trust, is_above: bool = False, is_protected: bool = False) -> Iterator[tuple[Path, str, str]]:
+    try:
+        status = path.lstat()
+    except OSError:
+        # Of records that do not exist, nothing is used.
+        return
+    is_outside = is_above and status.st_uid == uid_of_unmapped_users()
+    if not trust.accepts_owner(status.st_uid) and not is_outside:
+        user = user_name(status.st_uid)
+        yield path, f"belongs to {user}", f"if you trust {user} with your account, add {FLAG} {user}, or set {VARIABLE}={user}"
+        return
+    mode = status.st_mode
+    # A link has no permissions of its own. In a sticky folder others can neither rename nor remove what they do not own.
+    if stat.S_ISLNK(mode) or is_protected or (is_above and mode & stat.S_ISVTX):
+        return
+    sticky = f" (chmod +t {path} is enough for a folder that several users share)" if is_above else ""
+    if mode & stat.S_IWOTH:
+        anyone = f"where storage shows such permissions for all files and only you use the machine, set {VARIABLE}={ANYONE}"
+        yield path, "can be written by everyone", f"chmod o-w {path}{sticky}; {anyone}"
+    elif mode & stat.S_IWGRP and not trust.accepts_group(status.st_gid, status.st_uid):
+        group = group_name(status.st_gid)
+        on_purpose = f"if you trust all members of the group with your account, add {FLAG} {GROUP_PREFIX}{group}"
+        remedy = f"chmod g-w {path}; {on_purpose}"
+        if is_above:
+            # Folders above often belong to somebody else, who alone can change their permissions.
+            owner = user_name(status.st_uid)
+            remedy = f"{on_purpose}, or set {VARIABLE}={GROUP_PREFIX}{group}; or let {owner}, its owner, run chmod +t {path}"
+        yield path, f"can be written by the group {group}", remedy
