@@ -5,6 +5,7 @@ Content is written under a temporary name in the same directory, fsynced, and re
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -123,14 +124,19 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
 
 def digest_file(path: Path, on_read: Callable[[int], None] | None = None) -> FileEntry:
     """Return size and digest of a file on disk; `on_read` is called with the number of bytes of each block."""
+    with open(path, "rb", buffering=0) as file:
+        return digest_open_file(file, on_read)
+
+
+def digest_open_file(file: io.RawIOBase, on_read: Callable[[int], None] | None = None) -> FileEntry:
+    """Return size and digest of an open file from its position on; see `digest_file`."""
     digest, size = xxhash.xxh3_128(), 0
     block = memoryview(bytearray(_READ_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-            size += count
-            if on_read is not None:
-                on_read(count)
+    while count := file.readinto(block):
+        digest.update(block[:count])
+        size += count
+        if on_read is not None:
+            on_read(count)
     return FileEntry(size=size, xxh3_128=digest.hexdigest())
 
 

@@ -6,10 +6,12 @@ Hub repository or the mirror.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from launcher.errors import CheckpointError, Problem
@@ -52,20 +54,26 @@ def link_problems(folder: Path, paths: Iterable[Path] | None = None) -> Iterator
                 )
 
 
-def copy_file(folder: Path, source: str | Path, target: str | Path) -> None:
-    """Copy a file of a model folder if what was opened is the folder's own or a blob: it may be replaced after a check.
+@contextmanager
+def open_file(folder: Path, source: str | Path) -> Iterator[io.FileIO]:
+    """Open a file of a model folder if what was opened is the folder's own or a blob: it may be replaced after a check.
 
     Raises:
         CheckpointError: if it is neither.
     """
     # A pipe without a writer does not block.
-    with open(os.open(source, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+    with open(os.open(source, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
         opened = Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) or not _is_allowed(folder, opened):
             message = f"the file {Path(source).name} was replaced by a link that leaves the folder while it was copied"
             raise CheckpointError(message, where=str(source), value=str(opened), remedy="use a folder that only you can write to")
-        with open(target, "wb") as copy:
-            shutil.copyfileobj(file, copy)
+        yield file
+
+
+def copy_file(folder: Path, source: str | Path, target: str | Path) -> None:
+    """Copy a file of a model folder; see `open_file`."""
+    with open_file(folder, source) as file, open(target, "wb") as copy:
+        shutil.copyfileobj(file, copy)
 
 
 def _with_content(path: Path) -> Iterator[Path]:

@@ -111,6 +111,15 @@ class RemoteFolder:
 
         return self._retry(put)
 
+    def send_open(self, name: str, source: io.RawIOBase, size: int) -> FileEntry:
+        """Upload the first `size` bytes of an open file; see `send`."""
+
+        def put() -> FileEntry:
+            source.seek(0)
+            return self._put(name, lambda: _blocks(source, size), size)
+
+        return self._retry(put)
+
     def receive(self, name: str, target: Path) -> FileEntry:
         """Download a file, block by block, and fsync it, replacing `target`; return size and digest of what arrived."""
 

@@ -20,7 +20,7 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ import xxhash
 from launcher import atomic_files, run_records, run_store
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
-from launcher.checkpoint.folder_links import link_problems
+from launcher.checkpoint.folder_links import link_problems, open_file
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, read_manifest
 from launcher.checkpoint.mirror.layout import (
     CHECKPOINTS,
@@ -44,7 +44,7 @@ from launcher.checkpoint.mirror.layout import (
 )
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder, require_writable, unreachable_error
 from launcher.checkpoint.retention import Retention, select_outdated
-from launcher.errors import CheckpointError, LauncherError, RunError, SubmitError, UnreadableCheckpoint
+from launcher.errors import CheckpointError, LauncherError, Problem, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command
@@ -107,11 +107,15 @@ class Mirror:
             self._require_ours(known.owner)
         remote_files = known.files if known is not None else {}
         files: dict[str, FileEntry] = {}
-        for name, source in self._fixed_files():
-            entry = atomic_files.digest_file(source)
-            if remote_files.get(name) != entry or self._remote.size(name) != entry.size:
-                entry = self._remote.send(name, source, source.stat().st_size)
-            files[name] = entry
+        for name, source in self._run_files():
+            with open(source, "rb", buffering=0) as file:
+                files[name] = self._send_if_changed(name, file, remote_files)
+        for name, folder, source in self._model_files():
+            try:
+                with open_file(folder, source) as file:
+                    files[name] = self._send_if_changed(name, file, remote_files)
+            except CheckpointError as error:
+                _report_unsent(error)
         archive = build_code_archive(self._run.code)
         files[CODE] = _entry(archive)
         if remote_files.get(CODE) != files[CODE]:
@@ -260,18 +264,28 @@ class Mirror:
         del self._complete[checkpoint.step]
         return arrived
 
-    def _fixed_files(self) -> Iterator[tuple[str, Path]]:
-        """Yield the names in the mirror and the local paths of the files that do not change."""
+    def _send_if_changed(self, name: str, file: io.FileIO, remote_files: Mapping[str, FileEntry]) -> FileEntry:
+        """Upload an open file, unless the mirror has it; return size and digest of what the mirror has then."""
+        entry = atomic_files.digest_open_file(file)
+        if remote_files.get(name) != entry or self._remote.size(name) != entry.size:
+            return self._remote.send_open(name, file, entry.size)
+        return entry
+
+    def _run_files(self) -> Iterator[tuple[str, Path]]:
+        """Yield the names in the mirror and the local paths of the run's files that do not change."""
         yield "plan.json", self._run.plan
         changed = run_store.changed_plan_paths(self._run)
         newest = self._run.attempt(self._owner.attempt) / "attempt.json"
         for path in (*changed[-1:], newest, *sorted(self._run.plans.glob("*.json"))):
             yield str(path.relative_to(self._run.root)), path
+
+    def _model_files(self) -> Iterator[tuple[str, Path, Path]]:
+        """Yield the names in the mirror, the folders and the local paths of the small files of model and tokenizer."""
         model = self._plan.model
         for kind, folder in (("model", model.path), ("tokenizer", model.tokenizer_path)):
             if folder is not None and not (kind == "tokenizer" and folder == model.path):
                 for path in _small_files(Path(folder), self._plan.config.model.trust_remote_code):
-                    yield f"{kind}/{path.relative_to(folder)}", path
+                    yield f"{kind}/{path.relative_to(folder)}", Path(folder), path
 
     def _require_still_ours(self) -> None:
         run_store.fence(self._run, self._owner.attempt)
@@ -339,8 +353,12 @@ def _small_files(folder: Path, with_code: bool) -> list[Path]:
     paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     problems = {problem.where: problem for problem in link_problems(folder, paths)}
     for problem in problems.values():
-        print(f"not sent to the mirror: {problem}", file=sys.stderr, flush=True)
+        _report_unsent(problem)
     return sorted(path for path in paths if not path.name.endswith(_WEIGHTS) and str(path) not in problems)
+
+
+def _report_unsent(problem: Problem | CheckpointError) -> None:
+    print(f"not sent to the mirror: {problem}", file=sys.stderr, flush=True)
 
 
 def _folder(step: int) -> str:

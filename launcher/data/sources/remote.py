@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import secrets
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,28 +128,31 @@ class RemoteFiles:
         return source_folder("address", self._name(path), state.size, state.version) / "rows"
 
     def _download(self, path: str, size: int | None, folder: Path) -> Path:
-        """Download the file under a temporary name in `folder`; remove it if that fails."""
+        """Download the file to a temporary name in `folder`; nothing is left of it if that fails.
+
+        Clients such as that of sftp write through a link that is there: nobody else can make one in the folder that they get.
+        """
+        ownership.require_cache(folder)
         partial = folder / f".{secrets.token_hex(4)}"
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as private_folder:
+            download = Path(private_folder, "rows")
 
-        def get() -> None:
-            try:
-                self._fs.get_file(path, str(partial))
-            except OSError as error:
-                if is_full(error):
-                    raise make_cache_error(error, folder) from error
-                raise
+            def get() -> None:
+                try:
+                    self._fs.get_file(path, str(download))
+                except OSError as error:
+                    if is_full(error):
+                        raise make_cache_error(error, folder) from error
+                    raise
 
-        try:
             self._try("fetched", get)
-            num_bytes = partial.stat().st_size
+            num_bytes = download.stat().st_size
             if size is not None and num_bytes != size:
                 message = f"the download is incomplete: {num_bytes:,} of {size:,} bytes"
                 refuse(message, self._name(path), "try again when no program writes the file")
             if num_bytes == 0:
                 refuse("the data file is empty", self._name(path), "write rows into it")
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+            download.replace(partial)
         return partial
 
     def _try(self, done: str, action: Callable[[], Any]) -> Any:

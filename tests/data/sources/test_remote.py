@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from file_owners import MALLORY
 from fsspec.implementations.memory import MemoryFileSystem
 from http_server import serving
+from missing_program import skip_or_fail
 
 from launcher.config.sections.data import DataSection, Source
 from launcher.data.sources import check_sources, compute_source_digest, read_documents, remote
@@ -114,6 +117,33 @@ def test_a_download_with_another_size_than_announced_is_refused(cache_home: Path
     with pytest.raises(DataError, match="the download is incomplete: 14 of 1,000 bytes"):
         texts(Source(path="memory://data/a.jsonl"))
     assert files(cache_home) == []
+
+
+def test_a_client_that_writes_through_links_gets_a_folder_that_nobody_else_can_enter(
+    cache_home: Path, memory_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of sftp does; another user may have made the folder in the cache, and know the names there."""
+    memory_of("/data/a.jsonl", ROW, claimed=len(ROW))
+    targets: list[tuple[int, int, bool]] = []
+    get_file = MemoryFileSystem.get_file
+
+    def get(self: MemoryFileSystem, path: str, target: str, **options: Any) -> None:
+        status = Path(target).parent.lstat()
+        targets.append((status.st_mode & 0o777, status.st_uid, os.path.lexists(target)))
+        get_file(self, path, target, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", get)
+    source = Source(path="memory://data/a.jsonl")
+    assert texts(source) == ["a"]
+    assert targets == [(0o700, os.geteuid(), False)]
+    if os.geteuid() != 0:
+        skip_or_fail("only root can give files to another user: run pytest as root")
+    (file,) = files(cache_home)
+    file.unlink()
+    os.chown(file.parent, MALLORY, -1)
+    with pytest.raises(DataError, match=f"is not trusted: .* belongs to {MALLORY}"):
+        texts(source)
+    assert len(targets) == 1, "nothing is downloaded there"
 
 
 def files(folder: Path) -> list[Path]:
