@@ -16,7 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from launcher.config.compose import run_hydra
-from launcher.security.ownership import Trust
+from launcher.security.trust import Trust
 
 DOCKER = Path(__file__).resolve().parents[1] / "docker"
 

@@ -18,6 +18,7 @@ from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, S
 from launcher.plan.disk import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.security import ownership
+from launcher.security.trust import Trust
 from launcher.shell_commands import launcher_command
 
 _LABEL_WIDTH = 12
@@ -125,7 +126,7 @@ def _is_leftover(folder: Path) -> bool:
         status = folder.lstat()
     except OSError:
         return False
-    trusted = ownership.Trust.from_environ(os.environ)
+    trusted = Trust.from_environ(os.environ)
     return folder.is_dir() and not folder.is_symlink() and trusted.accepts_owner(status.st_uid)
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from mirror_tools import make_run
+from mirror_tools import hooked, make_run
 from missing_program import skip_or_fail
 
 from launcher.checkpoint.mirror.layout import read_run
@@ -115,3 +115,34 @@ def test_another_users_link_in_the_mirror_is_not_followed(tmp_path: Path, is_las
             action()
     assert (mine / "thesis.json").read_text() == "years of work"
     assert (mine / "step-00000005").is_dir()
+
+
+def test_model_files_that_become_links_after_the_check_are_not_followed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who can write to the model's folder would have the mirror send a file of this machine."""
+    plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror")
+    folder, model, secret = tmp_path / "mirror/a", tmp_path / "tokenizer", tmp_path / "secret"
+    secret.write_text("the key")
+    original = (model / "config.json").read_bytes()
+    replaced: list[str] = []
+
+    def replace_by_links(operation: str, path: str) -> None:
+        if operation == "write" and path.endswith("-config.json") and not replaced:
+            for name in ("config.json", "tokenizer.json"):
+                (model / name).unlink()
+                (model / name).symlink_to(secret)
+                replaced.append(name)
+
+    with hooked(replace_by_links):
+        Mirror(RemoteFolder(f"faulty://{folder}"), run, plan, 1).begin()
+    assert replaced == ["config.json", "tokenizer.json"]
+    assert (folder / "tokenizer/config.json").read_bytes() == original, "what was opened is what is sent"
+    assert not (folder / "tokenizer/tokenizer.json").exists()
+    assert (
+        "not sent to the mirror: the file tokenizer.json was replaced by a link that leaves the folder" in capsys.readouterr().err
+    )
+    known = read_run(RemoteFolder(f"file://{folder}"))
+    assert known is not None
+    assert "tokenizer/config.json" in known.files
+    assert "tokenizer/tokenizer.json" not in known.files

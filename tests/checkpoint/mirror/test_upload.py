@@ -417,37 +417,6 @@ def test_a_file_in_the_mirror_is_replaced_atomically(tmp_path: Path) -> None:
     assert place.names() == ["file"]
 
 
-def test_model_files_that_become_links_after_the_check_are_not_followed(
-    place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Who can write to the model's folder would have the mirror send a file of this machine."""
-    plan, run, folder = place
-    model, secret = tmp_path / "tokenizer", tmp_path / "secret"
-    secret.write_text("the key")
-    original = (model / "config.json").read_bytes()
-    replaced: list[str] = []
-
-    def replace_by_links(operation: str, path: str) -> None:
-        if operation == "write" and path.endswith("-config.json") and not replaced:
-            for name in ("config.json", "tokenizer.json"):
-                (model / name).unlink()
-                (model / name).symlink_to(secret)
-                replaced.append(name)
-
-    with hooked(replace_by_links):
-        begun(plan, run)
-    assert replaced == ["config.json", "tokenizer.json"]
-    assert (folder / "tokenizer/config.json").read_bytes() == original, "what was opened is what is sent"
-    assert not (folder / "tokenizer/tokenizer.json").exists()
-    assert (
-        "not sent to the mirror: the file tokenizer.json was replaced by a link that leaves the folder" in capsys.readouterr().err
-    )
-    known = read_run(RemoteFolder(f"file://{folder}"))
-    assert known is not None
-    assert "tokenizer/config.json" in known.files
-    assert "tokenizer/tokenizer.json" not in known.files
-
-
 def test_the_address_is_checked_before_anything_is_started(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SubmitError, match="cannot be written: NotADirectoryError") as refused:
