@@ -19,8 +19,8 @@ from launcher import atomic_files, json_records, run_store
 from launcher.cli.launch import require_idle
 from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
+from launcher.clusters.ray import auto_address, jobs
 from launcher.clusters.ray import cluster as module
-from launcher.clusters.ray import jobs
 from launcher.clusters.ray.cluster import RayCluster
 from launcher.config.sections.ray import RaySection
 from launcher.errors import ConfigError, RunError, SubmitError
@@ -274,7 +274,7 @@ def test_api_keys_in_pass_env_are_refused(
 
 def test_auto_needs_a_ray_on_this_machine(ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(module.psutil, "process_iter", lambda attrs: iter(()))
+    monkeypatch.setattr(auto_address.psutil, "process_iter", lambda attrs: iter(()))
     with pytest.raises(SubmitError, match="no Ray runs on this machine"):
         RayCluster().check(ray_plan(address="auto"))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")

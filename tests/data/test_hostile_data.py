@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +17,7 @@ from special_files import link_to_device, make_pipe
 from transformers import AutoTokenizer
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources import Chat, Message, check_sources, files, read_documents
+from launcher.data.sources import Chat, Message, check_sources, files, parquet, read_documents
 from launcher.data.tokenization import render_limits
 from launcher.data.tokenization.chat_template import ChatTemplate
 from launcher.errors import DataError, Problem
@@ -103,8 +104,56 @@ def test_a_table_that_expands_out_of_proportion_is_refused(tmp_path: Path) -> No
     )
 
 
+def dictionary_table(values: list[str], indices: list[int]) -> pyarrow.Array:
+    """A column whose rows refer to a few values, which a parquet file holds once."""
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array(indices, pyarrow.int32()), pyarrow.array(values))
+
+
+def write_table(file: Path, column: pyarrow.Array, has_schema: bool = False) -> None:
+    table = pyarrow.table({"text": column})
+    pyarrow.parquet.write_table(table, file, compression="zstd", dictionary_pagesize_limit=1 << 30, store_schema=has_schema)
+
+
+@pytest.mark.parametrize("has_schema", [False, True])
+def test_a_dictionary_that_many_rows_refer_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_schema: bool
+) -> None:
+    """A file of a kilobyte, 4 MiB by its metadata, that stands for 400 GiB of text."""
+    monkeypatch.setattr(parquet, "_MAX_BATCH_BYTES", 400 << 20)
+    write_table(tmp_path / "rows.parquet", dictionary_table(["a" * (4 << 20)], [0] * 100_000), has_schema)
+    assert (tmp_path / "rows.parquet").stat().st_size < 2000
+    problem = refusal(Source(path=str(tmp_path / "rows.parquet")))
+    assert problem.message == "the table expands to more than 200 times the size of its file"
+    assert "without compression and dictionaries" in problem.remedy
+
+
+def test_one_row_of_a_table_that_takes_all_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "_MAX_BATCH_BYTES", 100 << 20)
+    texts = dictionary_table(["a" * (4 << 20)], [0] * 1000)
+    for name, values in (("texts", texts), ("numbers", pyarrow.nulls(30_000_000, "int64"))):
+        column = pyarrow.ListArray.from_arrays(pyarrow.array([0, len(values)], pyarrow.int32()), values)
+        write_table(tmp_path / f"{name}.parquet", column)
+        problem = refusal(Source(path=str(tmp_path / f"{name}.parquet")))
+        # Memory that earlier tests have freed counts for the file's own bound only.
+        assert "expands to more than" in problem.message
+        assert problem.where.startswith(f"{tmp_path / name}.parquet")
+
+
+@pytest.mark.parametrize("has_schema", [False, True])
+def test_a_table_with_large_repeated_values_is_read_in_smaller_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_schema: bool
+) -> None:
+    monkeypatch.setattr(parquet, "_MAX_BATCH_BYTES", 150 << 20)
+    texts = [random.Random(number).randbytes(100_000).hex() for number in range(30)]
+    order = [number % 30 for number in range(1500)]
+    file = tmp_path / "rows.parquet"
+    write_table(file, dictionary_table(texts, order), has_schema)
+    rows = [row["text"] for block in files.read_blocks(file, file.name) for row, _ in files.parse_block(block)]
+    assert rows == [texts[number] for number in order]
+
+
 def test_a_line_without_an_end_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 1 << 20)
     for name in ("rows.jsonl", "rows.csv"):
         with open(tmp_path / name, "wb") as file:
             file.write(b'{"text": "one"}\n' if name == "rows.jsonl" else b"text\n")

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import psutil
-
 from launcher import json_records, run_records, run_store
 from launcher.clusters import detached_process, local
 from launcher.clusters.backends import NEVER_SUBMITTED
 from launcher.clusters.cgroups import limit_that_killed_agents
 from launcher.clusters.faults import InjectedFault
-from launcher.clusters.ray import jobs
+from launcher.clusters.ray import auto_address, jobs
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
@@ -360,7 +358,7 @@ def _require_private(address: str, host: str, allowed: bool) -> None:
 
 
 def _require_member(allowed: bool) -> None:
-    """Refuse cluster.address=auto on a machine without Ray; an address in RAY_ADDRESS is checked like the setting."""
+    """Refuse cluster.address=auto without a Ray of a trusted user here; an address in RAY_ADDRESS is checked like the setting."""
     address = os.environ.get("RAY_ADDRESS", "auto")
     if address != "auto":
         host = urlsplit(f"ray://{address}").hostname
@@ -373,14 +371,7 @@ def _require_member(allowed: bool) -> None:
             )
         _require_private(f"auto, RAY_ADDRESS={address}", host, allowed)
         return
-    if any(p.info["name"] == "raylet" for p in psutil.process_iter(["name"])):
-        return
-    raise SubmitError(
-        "no Ray runs on this machine",
-        where="cluster.address",
-        value="auto",
-        remedy="start one with: ray start --head, or unset cluster.address to have one started for this run",
-    )
+    auto_address.find_address()
 
 
 def _require_reachable(address: str) -> None:

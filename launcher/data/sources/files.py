@@ -20,8 +20,9 @@ from typing import Any, NoReturn
 
 import xxhash
 
+from launcher.data.sources import parquet
 from launcher.data.sources.json_array import parse_json, read_array, refuse_limit
-from launcher.data.sources.row_values import Row, a_json_type, refuse, safe_excerpt
+from launcher.data.sources.row_values import HARMLESS_BYTES, MAX_EXPANSION, MAX_ROW_BYTES, Row, a_json_type, refuse, safe_excerpt
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSED = (".gz", ".zst")
@@ -29,10 +30,6 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 # Size of a read, and of a block of rows.
 _BLOCK_BYTES = 1 << 20
 BLOCK_ROWS = 256
-# No row of text is as long; a file of one line would have to be held whole.
-_MAX_LINE_BYTES = 256 << 20
-# Text shrinks to a tenth, seldom to a fiftieth. Below this size what a file expands to does no harm.
-_MAX_EXPANSION, _HARMLESS_BYTES = 200, 64 << 20
 _SAVE_AS_UTF8 = "save the file in UTF-8"
 
 
@@ -87,7 +84,7 @@ def read_blocks(path: Path, name: str) -> Iterator[Block]:
         if kind in _LINES:
             yield from _blocks_of_lines(file, name, kind)
         elif kind == "parquet":
-            yield from _blocks_of_table(file, name)
+            yield from (Block(kind, name, first, data) for first, data in parquet.read_parts(file, name))
         else:
             yield from _blocks_of_rows(_csv(file, name) if kind == "csv" else read_array(file, name), name, kind)
 
@@ -97,7 +94,7 @@ def parse_block(block: Block) -> Iterator[tuple[Row, str]]:
     if not isinstance(block.data, bytes):
         yield from block.data
     elif block.kind == "parquet":
-        yield from _table_rows(block.data, block)
+        yield from parquet.parse_part(block.data, block.name, block.first)
     else:
         yield from _LINES[block.kind](enumerate(io.BytesIO(block.data), start=block.first), block.name)
 
@@ -129,12 +126,12 @@ def _blocks_of_lines(file: io.BufferedReader, name: str, kind: str) -> Iterator[
 def _lines(file: io.BufferedReader, name: str) -> Iterator[bytes]:
     """Yield the lines of a file. Raises: DataError for one that is too long."""
     for number in itertools.count(1):
-        line = file.readline(_MAX_LINE_BYTES + 1)
+        line = file.readline(MAX_ROW_BYTES + 1)
         if not line:
             return
-        if len(line) > _MAX_LINE_BYTES:
+        if len(line) > MAX_ROW_BYTES:
             remedy = "write one row per line, and shorter rows"
-            refuse(f"the line is longer than {_MAX_LINE_BYTES >> 20} MiB", f"{name}:{number}", remedy)
+            refuse(f"the line is longer than {MAX_ROW_BYTES >> 20} MiB", f"{name}:{number}", remedy)
         yield line
 
 
@@ -158,7 +155,7 @@ def count_rows(path: Path, name: str) -> int:
     with _opened(path, name) as file:
         kind = detect_kind(name) or _kind_by_content(file, name)
         if kind == "parquet":
-            return int(_parquet(file, name).metadata.num_rows)
+            return parquet.count_rows(file, name)
         # Every object of a JSON array has an opening brace.
         separator = b"{" if kind == "json" else b"\n"
         return sum(block.count(separator) for block in iter(lambda: file.read(_BLOCK_BYTES), b"")) + 1
@@ -227,8 +224,8 @@ class _Decompressed(io.RawIOBase):
         content = self._stream.read(len(buffer))
         buffer[: len(content)] = content
         self._num_bytes += len(content)
-        if self._num_bytes > max(_HARMLESS_BYTES, _MAX_EXPANSION * self._raw.tell()):
-            message = f"the compressed file expands to more than {_MAX_EXPANSION} times its size"
+        if self._num_bytes > max(HARMLESS_BYTES, MAX_EXPANSION * self._raw.tell()):
+            message = f"the compressed file expands to more than {MAX_EXPANSION} times its size"
             refuse(message, self._name, "if you trust the file, decompress it and read the result")
         return len(content)
 
@@ -306,75 +303,6 @@ def _text_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple
 
 
 _LINES = {"jsonl": _json_lines, "txt": _text_lines}
-
-
-def _parquet(file: io.BufferedReader, name: str) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    # The footer is at the end, and a compressed stream cannot seek.
-    seekable = file if file.seekable() else pyarrow.BufferReader(file.read())
-    try:
-        table = pyarrow.parquet.ParquetFile(seekable)
-    except (pyarrow.ArrowException, OSError) as error:
-        refuse(f"this is no complete parquet file: {error}", name, "copy or download the file again")
-    seekable.seek(0, os.SEEK_END)
-    groups = (table.metadata.row_group(i) for i in range(table.metadata.num_row_groups))
-    if sum(group.total_byte_size for group in groups) > max(_HARMLESS_BYTES, _MAX_EXPANSION * seekable.tell()):
-        message = f"the table expands to more than {_MAX_EXPANSION} times the size of its file"
-        refuse(message, name, "if you trust the file, write it without compression")
-    return table
-
-
-def _blocks_of_table(file: io.BufferedReader, name: str) -> Iterator[Block]:
-    import pyarrow
-
-    first = 1
-    table = _parquet(file, name)
-    try:
-        for batch in table.iter_batches(batch_size=_batch_size(table)):
-            num_rows = max(1, min(BLOCK_ROWS, _BLOCK_BYTES * batch.num_rows // max(1, batch.nbytes)))
-            for start in range(0, batch.num_rows, num_rows):
-                part = batch.slice(start, num_rows)
-                stream = pyarrow.BufferOutputStream()
-                with pyarrow.ipc.new_stream(stream, part.schema) as writer:
-                    writer.write_batch(part)
-                yield Block("parquet", name, first, stream.getvalue().to_pybytes())
-                first += part.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
-        _corrupt_table(error, name, first - 1)
-
-
-def _batch_size(table: Any) -> int:
-    """Return how many rows to decode at a time: some MiB of them, by the mean row size of the largest group."""
-    groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
-    row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
-    return max(1, min(4 * BLOCK_ROWS, 4 * _BLOCK_BYTES // max(1, row_bytes)))
-
-
-def _table_rows(data: bytes, block: Block) -> Iterator[tuple[Row, str]]:
-    import pyarrow
-
-    try:
-        rows = pyarrow.ipc.open_stream(data).read_all().to_pylist()
-    except (pyarrow.ArrowException, ValueError) as error:
-        _corrupt_table(error, block.name, block.first - 1)
-    for number, row in enumerate(rows, start=block.first):
-        yield {key: _without_nulls(value) for key, value in row.items()}, f"{block.name}:row {number}"
-
-
-def _corrupt_table(error: Exception, name: str, after: int) -> NoReturn:
-    message = f"the parquet file is corrupt: {str(error).splitlines()[0][:200]}"
-    refuse(message, f"{name}, after row {after}", "copy or download the file again")
-
-
-def _without_nulls(value: Any) -> Any:
-    """Remove null keys of objects: in a parquet column all objects have the same keys, and missing ones are null."""
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return value
 
 
 def _decoded(line: bytes, name: str, number: int) -> str:

@@ -11,6 +11,11 @@ from launcher.errors import DataError, Problem
 
 Row = dict[str, Any]
 
+# No row of text is as long; a file of one line would have to be held whole.
+MAX_ROW_BYTES = 256 << 20
+# Text shrinks to a tenth, seldom to a fiftieth. Below this size what a file expands to does no harm.
+MAX_EXPANSION, HARMLESS_BYTES = 200, 64 << 20
+
 _EXCERPT_CHARS = 40
 _MISSING_REMEDY = f"add the key, set the source's format, or name the row's own key in the source's columns: {COLUMNS_EXAMPLE}"
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from launcher import run_store
 from launcher.clusters import detached_process
+from launcher.clusters.ray import auto_address
 from launcher.config.sections.ray import RaySection
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -122,7 +123,11 @@ def _join(plan: LaunchPlan, path: str, common: dict[str, Any]) -> None:
         ray.init(address="auto", **common)
     else:
         variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-        ray.init(address=section.address, runtime_env={"env_vars": variables}, **common)
+        address = section.address
+        if address == "auto":
+            address = os.environ.get("RAY_ADDRESS", "")
+            address = address if address not in ("", "auto") else auto_address.find_address()
+        ray.init(address=address, runtime_env={"env_vars": variables}, **common)
 
 
 def _start(plan: LaunchPlan, run: RunDir, path: str, folder: Path, common: dict[str, Any]) -> None:

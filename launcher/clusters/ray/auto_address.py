@@ -1,0 +1,95 @@
+"""The Ray of this machine that cluster.address=auto means.
+
+Ray itself joins what its files in /tmp/ray name, or any process called raylet, whoever started it. Whoever runs a Ray gets the
+code of a run and the token, and decides what the driver unpickles: so only one of a trusted user is joined.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from launcher.errors import SubmitError
+from launcher.security import ownership
+
+_WHERE, _AUTO = "cluster.address", "auto"
+
+
+@dataclass(frozen=True)
+class _Raylet:
+    """Ray's process on this machine: the users that it runs as, the address of its cluster and the folder of its sockets."""
+
+    uids: frozenset[int]
+    address: str
+    session: Path
+
+
+def find_address() -> str:
+    """Return host:port of the cluster to which this machine belongs, by the processes of trusted users.
+
+    Raises:
+        SubmitError: where there is none, or only those of others, or several of which none is the newest by Ray's own file.
+    """
+    raylets = list(_raylets())
+    if not raylets:
+        raise SubmitError(
+            "no Ray runs on this machine",
+            where=_WHERE,
+            value=_AUTO,
+            remedy="start one with: ray start --head, or unset cluster.address to have one started for this run",
+        )
+    trust = ownership.Trust.from_environ(os.environ)
+    trusted = [raylet for raylet in raylets if trust.anyone or all(map(trust.accepts_owner, raylet.uids))]
+    if not trusted:
+        user = _user(max(raylets[0].uids))
+        raise SubmitError(
+            f"the Ray of this machine belongs to {user}, who could run code as you in the driver and read what the run sends",
+            where=_WHERE,
+            value=f"{_AUTO}: {raylets[0].address}",
+            remedy=f"unset cluster.address to have a Ray started for this run; if you trust {user} with your account, add "
+            f"{ownership.FLAG} {user}",
+        )
+    addresses = sorted({raylet.address for raylet in trusted})
+    if len(addresses) > 1:
+        newest = _newest_address()
+        if newest not in addresses:
+            remedy = f"choose one: cluster.address={addresses[0]}"
+            raise SubmitError("several Rays run on this machine", where=_WHERE, value=", ".join(addresses), remedy=remedy)
+        addresses = [newest]
+    session = next(raylet.session for raylet in trusted if raylet.address == addresses[0])
+    if (problem := ownership.file_problem("the Ray of this machine", session)) is not None:
+        raise SubmitError(problem)
+    return addresses[0]
+
+
+def _raylets() -> Iterator[_Raylet]:
+    for process in psutil.process_iter(["cmdline", "uids"]):
+        arguments, uids = process.info["cmdline"] or [], process.info["uids"]
+        if not arguments or uids is None or "raylet" not in Path(arguments[0]).name:
+            continue
+        flags = dict(argument.split("=", 1) for argument in arguments[1:] if argument.startswith("--") and "=" in argument)
+        address, session = flags.get("--gcs-address"), flags.get("--session_dir")
+        if address and session:
+            # A program with setuid has an effective user who did not write its arguments.
+            yield _Raylet(frozenset(uids), address, Path(session))
+
+
+def _newest_address() -> str:
+    """Return the address that the last `ray start` has left; it may be of any user, and counts among known ones only."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108
+    with suppress(OSError, UnicodeDecodeError):
+        return Path(folder, "ray", "ray_current_cluster").read_text(encoding="utf-8").strip()
+    return ""
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

@@ -1,0 +1,187 @@
+"""Read tables from parquet files, whose few bytes can stand for any number of rows of any size.
+
+A value in a dictionary counts once in a file and in its metadata, and is copied to each row that refers to it. So what is decoded
+is bounded: one batch by the memory that it takes, all of them by the size of the file, as compressed text is.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from launcher.data.sources.row_values import HARMLESS_BYTES, MAX_EXPANSION, MAX_ROW_BYTES, Row, refuse
+
+_MAX_BATCH_BYTES = 1 << 30
+# Of the blocks of rows that are parsed together.
+_BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 256
+_FEWER_ROWS = 32
+_WITHOUT_COMPRESSION = "if you trust the file, write it without compression and dictionaries"
+
+
+def count_rows(file: io.BufferedReader, name: str) -> int:
+    """Return the number of rows by the metadata of a file. Raises: DataError where it is no table."""
+    return int(_open(file, name)[0].metadata.num_rows)
+
+
+def read_parts(file: io.BufferedReader, name: str) -> Iterator[tuple[int, bytes]]:
+    """Yield the rows of a file in parts of about a megabyte: the number of the first row, and an Arrow stream.
+
+    Raises:
+        DataError: for a file that is corrupt or expands too much.
+    """
+    import pyarrow
+
+    table, num_file_bytes = _open(file, name)
+    first, num_bytes = 1, 0
+    try:
+        for batch in _batches(table, name):
+            num_bytes += batch.nbytes
+            _require_in_proportion(num_bytes, num_file_bytes, name)
+            num_rows = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES * batch.num_rows // max(1, batch.nbytes)))
+            for start in range(0, batch.num_rows, num_rows):
+                part = batch.slice(start, num_rows)
+                if part.num_rows == 1 and part.nbytes > MAX_ROW_BYTES:
+                    remedy = "split the document into several rows"
+                    refuse(f"the row is longer than {MAX_ROW_BYTES >> 20} MiB", f"{name}:row {first}", remedy)
+                stream = pyarrow.BufferOutputStream()
+                with pyarrow.ipc.new_stream(stream, part.schema) as writer:
+                    writer.write_batch(part)
+                yield first, stream.getvalue().to_pybytes()
+                first += part.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        _corrupt(error, name, first - 1)
+
+
+def parse_part(data: bytes, name: str, first: int) -> Iterator[tuple[Row, str]]:
+    """Yield each row of a part with its place, file:row N. Raises: DataError with the place."""
+    import pyarrow
+
+    try:
+        rows = pyarrow.ipc.open_stream(data).read_all().to_pylist()
+    except (pyarrow.ArrowException, ValueError) as error:
+        _corrupt(error, name, first - 1)
+    for number, row in enumerate(rows, start=first):
+        yield {key: _without_nulls(value) for key, value in row.items()}, f"{name}:row {number}"
+
+
+def _open(file: io.BufferedReader, name: str) -> tuple[Any, int]:
+    """Return a pyarrow ParquetFile, and the bytes of the file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    # The footer is at the end, and a compressed stream cannot seek.
+    seekable = file if file.seekable() else pyarrow.BufferReader(file.read())
+    try:
+        table = pyarrow.parquet.ParquetFile(seekable)
+    except (pyarrow.ArrowException, OSError) as error:
+        refuse(f"this is no complete parquet file: {error}", name, "copy or download the file again")
+    num_file_bytes = seekable.seek(0, os.SEEK_END)
+    groups = (table.metadata.row_group(i) for i in range(table.metadata.num_row_groups))
+    _require_in_proportion(sum(group.total_byte_size for group in groups), num_file_bytes, name)
+    return table, num_file_bytes
+
+
+def _require_in_proportion(num_bytes: int, num_file_bytes: int, name: str) -> None:
+    if num_bytes > max(HARMLESS_BYTES, MAX_EXPANSION * num_file_bytes):
+        refuse(f"the table expands to more than {MAX_EXPANSION} times the size of its file", name, _WITHOUT_COMPRESSION)
+
+
+def _batches(table: Any, name: str) -> Iterator[Any]:
+    """Yield the rows of a table in batches of some MiB, or of fewer rows where they take more memory than it seems."""
+    import pyarrow
+
+    num_rows, num_before = _batch_size(table), 0
+    for group in range(table.metadata.num_row_groups):
+        num_done, is_read = 0, False
+        while not is_read:
+            batches, num_skipped = table.iter_batches(batch_size=num_rows, row_groups=[group]), 0
+            try:
+                while (batch := _next_batch(batches)) is not None:
+                    num_known = min(num_done - num_skipped, batch.num_rows)
+                    num_skipped += batch.num_rows
+                    if num_known < batch.num_rows:
+                        num_done = num_skipped
+                        yield batch.slice(num_known)
+                is_read = True
+            except pyarrow.ArrowMemoryError:
+                if num_rows == 1:
+                    message = f"the row expands to more than {_MAX_BATCH_BYTES >> 30} GiB, or this machine has no memory left"
+                    refuse(message, f"{name}:row {num_before + num_done + 1}", _WITHOUT_COMPRESSION)
+                num_rows = max(1, num_rows // _FEWER_ROWS)
+        num_before += num_done
+
+
+def _next_batch(batches: Iterator[Any]) -> Any:
+    """Return the next batch with plain values, None after the last. Raises: ArrowMemoryError where it takes too much memory."""
+    import pyarrow
+
+    with _bounded_memory(_MAX_BATCH_BYTES):
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        plain = pyarrow.schema([field.with_type(_plain(field.type)) for field in batch.schema])
+        return batch if plain.equals(batch.schema) else batch.cast(plain)
+
+
+def _plain(kind: Any) -> Any:
+    """Return an Arrow type whose rows hold their values: those of dictionaries and views refer to values that rows share."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if types.is_string_view(kind):
+        return pyarrow.string()
+    if types.is_binary_view(kind):
+        return pyarrow.binary()
+    if types.is_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(_plain(kind.value_type)))
+    if types.is_large_list(kind):
+        return pyarrow.large_list(kind.value_field.with_type(_plain(kind.value_type)))
+    if types.is_map(kind):
+        return pyarrow.map_(_plain(kind.key_type), _plain(kind.item_type))
+    if types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_plain(field.type)) for field in kind])
+    return kind
+
+
+@contextmanager
+def _bounded_memory(num_bytes: int) -> Iterator[None]:
+    """Let this process allocate at most so much more; allocations above that fail, as on a machine without memory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    used = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmData:"))
+    limits = [used + num_bytes, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+    try:
+        yield
+    finally:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _batch_size(table: Any) -> int:
+    """Return how many rows to decode at a time: some MiB of them, by the mean row size of the largest group."""
+    groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
+    row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
+    return max(1, min(4 * _BLOCK_ROWS, 4 * _BLOCK_BYTES // max(1, row_bytes)))
+
+
+def _corrupt(error: Exception, name: str, after: int) -> NoReturn:
+    message = f"the parquet file is corrupt: {str(error).splitlines()[0][:200]}"
+    refuse(message, f"{name}, after row {after}", "copy or download the file again")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Remove null keys of objects: in a parquet column all objects have the same keys, and missing ones are null."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
