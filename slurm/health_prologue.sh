@@ -11,8 +11,9 @@
 #   exec /etc/slurm/health_prologue.sh
 #
 # Exits 0 where the node is healthy, 1 after it was drained. What cannot be judged, because its program is not
-# installed, is named on stderr and drains nothing. So is a shared mount that is full or does not answer: one user can
-# fill it, and every node would be drained. Reports also go to syslog.
+# installed, is named on stderr and drains nothing. So is a shared mount that is full or does not answer, and memory or a
+# disk of the node that the files of users fill: one user can do that, and every node would be drained. Reports also go to
+# syslog, with the user who holds most of the space.
 set -u
 
 # GPUs that must answer. Empty: as many as slurm.conf says of this node; 0: no GPU is looked at.
@@ -30,6 +31,8 @@ max_full=${HEALTH_MAX_FULL:-97}
 local_types=${HEALTH_LOCAL_TYPES:-ext2 ext3 ext4 xfs btrfs zfs f2fs tmpfs ramfs overlay proc sysfs}
 # Free MiB in /dev/shm: NCCL and data loaders need it.
 min_shm=${HEALTH_SHM_MIB:-1024}
+# The first user id of people; files of smaller ones, such as root, are the machine's.
+first_user=${HEALTH_FIRST_USER:-1000}
 # Seconds for each command. slurmd kills a HealthCheckProgram after 60 s.
 limit=${HEALTH_TIMEOUT_S:-15}
 # Seconds for the processes of a job that has just ended to let go of the GPUs.
@@ -143,8 +146,23 @@ check_stale() {
     done
 }
 
+# The MiB of files of the machine below $1 go to $machine_mib, and who holds most of the rest to $holder. What users have
+# deleted and keep open has no name there, so space counts as theirs unless it is the machine's. Returns 1 where there are
+# too many files to count.
+count_owners() {
+    local user user_mib
+    bounded sh -c 'find "$1" -xdev -printf "%U %b\n" 2>/dev/null | awk -v first="$2" "
+        \$1 < first {machine += \$2; next} {by[\$1] += \$2}
+        END {for (u in by) if (by[u] > most) {most = by[u]; top = u}; printf \"%d %d %d\", machine / 2048, top, most / 2048}"' \
+        sh "$1" "$first_user" || { holder="too many files to tell whose"; return 1; }
+    read -r machine_mib user user_mib <<<"$output"
+    holder="user $user holds $user_mib MiB"
+    [[ "$user" -ne 0 ]] || holder="no file of a user has a name there"
+    [[ "$user" -eq 0 || "$user" != "${SLURM_JOB_UID:-}" ]] || holder="the user of this job, $user, holds $user_mib MiB"
+}
+
 check_mount() {
-    local path=$1 type options full tell=report
+    local path=$1 type options total full machine_mib holder tell=report
     # The kernel's table, since a look at a mount point waits for its server. The last mount covers those before it.
     if ! bounded findmnt --kernel --raw --noheadings --output TARGET,FSTYPE,OPTIONS; then
         failed findmnt "$?"
@@ -154,16 +172,31 @@ check_mount() {
     [[ -n "$type" ]] || { fault "$path is not mounted"; return; }
     case ",$options," in *,ro,*) fault "$path is mounted read-only" ;; esac
     [[ " $local_types " != *" $type "* ]] || tell=fault
-    bounded df -P "$path" || { failed "$path" "$?" "$tell"; return; }
-    full=$(awk 'END {sub("%", "", $5); print $5 + 0}' <<<"$output")
-    [[ "$full" -le "$max_full" ]] || "$tell" "$path is $full% full"
+    bounded df -Pm "$path" || { failed "$path" "$?" "$tell"; return; }
+    read -r total full < <(awk 'END {sub("%", "", $5); print $2 + 0, $5 + 0}' <<<"$output")
+    [[ "$full" -gt "$max_full" ]] || return
+    if [[ "$tell" = report ]]; then
+        report "$path is $full% full"
+    elif count_owners "$path" && [[ $((100 * machine_mib)) -gt $((max_full * total)) ]]; then
+        fault "$path is $full% full"
+    else
+        report "$path is $full% full: $holder"
+    fi
 }
 
 check_shm() {
-    local free
+    local total free lack machine_mib holder
     bounded df -Pm /dev/shm || { failed /dev/shm "$?"; return; }
-    free=$(awk 'END {print $4 + 0}' <<<"$output")
-    [[ "$free" -ge "$min_shm" ]] || fault "/dev/shm has $free MiB free of the $min_shm it should"
+    read -r total free < <(awk 'END {print $2 + 0, $4 + 0}' <<<"$output")
+    [[ "$free" -lt "$min_shm" ]] || return
+    lack="/dev/shm has $free MiB free of the $min_shm it should"
+    if [[ "$total" -lt "$min_shm" ]]; then
+        fault "$lack"
+    elif count_owners /dev/shm && [[ $((total - machine_mib)) -lt "$min_shm" ]]; then
+        fault "$lack"
+    else
+        report "$lack: $holder"
+    fi
 }
 
 check_clock() {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from missing_program import skip_or_fail
 from testbed_cluster import Testbed
 
 PROLOGUE = Path(__file__).resolve().parents[2] / "slurm" / "health_prologue.sh"
@@ -103,7 +106,7 @@ def test_a_fault_drains_the_node(node: Node, program: str, script: str, reason: 
         ({"HEALTH_GPUS": "8"}, "2 of 8 GPUs answer"),
         ({"HEALTH_SHM_MIB": "999999999"}, "of the 999999999 it should"),
         ({"HEALTH_MOUNTS": "/ /no/such/mount"}, "/no/such/mount is not mounted"),
-        ({"HEALTH_MOUNTS": "/", "HEALTH_MAX_FULL": "-1"}, "% full"),
+        ({"HEALTH_MOUNTS": "/dev/shm", "HEALTH_MAX_FULL": "-1"}, "% full"),
     ],
 )
 def test_the_site_configures_the_expected_hardware(node: Node, env: dict[str, str], reason: str) -> None:
@@ -139,6 +142,7 @@ esac"""
 def test_a_faulty_mount_of_the_node_drains_it(node: Node, mounts: str, reason: str) -> None:
     node.has("findmnt", MOUNTS)
     node.has("df", DF)
+    node.has("find", "printf '0 18432\\n'")
     assert node.check(HEALTH_MOUNTS=mounts).returncode == 1
     assert node.drained[2] == f"Reason=health: {reason}"
 
@@ -152,7 +156,44 @@ def test_a_shared_mount_that_a_user_fills_or_overloads_drains_no_node(node: Node
     reports = ["/home does not answer within 1 s", "/work is 99% full"]
     assert done.stderr.splitlines() == [f"health of gpu07: reported, not drained: {text}" for text in reports]
     assert (node.folder / "logged").read_text().splitlines() == [f"-t health_prologue gpu07: {text}" for text in reports]
+    node.has("find", "printf '0 18432\\n'")
     assert node.check(HEALTH_MOUNTS="/work", HEALTH_LOCAL_TYPES="lustre").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "holder"),
+    [
+        ("printf '0 18\\n1234 18000\\n1235 20\\n1234 2\\n'", "user 1234 holds 8 MiB"),
+        ("printf '1000 18432\\n'", "the user of this job, 1000, holds 9 MiB"),
+        # A user has deleted the file and keeps it open.
+        ("true", "no file of a user has a name there"),
+        # A user has made files until nobody can count them.
+        ("sleep 20", "too many files to tell whose"),
+    ],
+)
+def test_space_that_users_fill_drains_no_node(node: Node, files: str, holder: str) -> None:
+    node.has("findmnt", MOUNTS)
+    node.has("df", DF.replace("*/local*", "*/local*|*/dev/shm*"))
+    node.has("find", files)
+    done = node.check(HEALTH_MOUNTS="/local", HEALTH_SHM_MIB="8", SLURM_JOB_UID="1000")
+    assert (done.returncode, node.drained) == (0, [])
+    assert done.stderr.splitlines() == [
+        f"health of gpu07: reported, not drained: /local is 99% full: {holder}",
+        f"health of gpu07: reported, not drained: /dev/shm has 0 MiB free of the 8 it should: {holder}",
+    ]
+
+
+def test_a_file_of_a_user_in_shared_memory_is_reported(node: Node) -> None:
+    """With the real programs, as a user who fills it does."""
+    if os.geteuid() != 0:
+        skip_or_fail("only root can give files to other users: run pytest as root")
+    free = shutil.disk_usage("/dev/shm").free >> 20
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="launcher-test-") as file:
+        os.posix_fallocate(file.fileno(), 0, 128 << 20)
+        os.fchown(file.fileno(), 4321, -1)
+        done = node.check(HEALTH_SHM_MIB=str(free - 100), HEALTH_TIMEOUT_S="15")
+    assert (done.returncode, node.drained) == (0, [])
+    assert "user 4321 holds 128 MiB" in done.stderr
 
 
 def test_every_fault_is_in_the_reason(node: Node) -> None:

@@ -17,6 +17,7 @@ import psutil
 
 from launcher.errors import SubmitError
 from launcher.security import ownership
+from launcher.security.trust import FLAG, Trust
 
 _WHERE, _AUTO = "cluster.address", "auto"
 
@@ -44,7 +45,7 @@ def find_address() -> str:
             value=_AUTO,
             remedy="start one with: ray start --head, or unset cluster.address to have one started for this run",
         )
-    trust = ownership.Trust.from_environ(os.environ)
+    trust = Trust.from_environ(os.environ)
     trusted = [raylet for raylet in raylets if trust.anyone or all(map(trust.accepts_owner, raylet.uids))]
     if not trusted:
         user = _user(max(raylets[0].uids))
@@ -53,7 +54,7 @@ def find_address() -> str:
             where=_WHERE,
             value=f"{_AUTO}: {raylets[0].address}",
             remedy=f"unset cluster.address to have a Ray started for this run; if you trust {user} with your account, add "
-            f"{ownership.FLAG} {user}",
+            f"{FLAG} {user}",
         )
     addresses = sorted({raylet.address for raylet in trusted})
     if len(addresses) > 1:
