@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null", dict: "an object"}
 _MAX_VALUE_CHARS = 80
+# Of a record: manifests and plans of thousands of ranks have some MiB.
+MAX_BYTES = 64 * 2**20
 
 
 class _FieldError(Exception):
@@ -81,12 +83,15 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
         DamagedRun: where the file is missing, cannot be read, or holds anything else.
     """
     try:
-        content = _read_bytes(path)
+        content = _read_bytes(path, MAX_BYTES + 1)
     except FileNotFoundError:
         raise DamagedRun("a file of the run is missing", where=str(path), remedy=remedy) from None
     except OSError as error:
         remedy = "check the storage and the permissions, then try again"
         raise DamagedRun(f"a file of the run cannot be read: {error.strerror}", where=str(path), remedy=remedy) from None
+    if len(content) > MAX_BYTES:
+        message = f"a file of the run is damaged: it has more than the {MAX_BYTES / 2**20:.0f} MiB of the largest record"
+        raise DamagedRun(message, where=str(path), remedy=remedy)
     return _parse(content, str(path), remedy)
 
 
@@ -105,14 +110,20 @@ def _parse(content: bytes, where: str, remedy: str) -> dict[str, Any]:
     return value
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, max_bytes: int) -> bytes:
+    """Read at most `max_bytes` bytes: a record of another user's run may have any size."""
+
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            return file.read(max_bytes)
+
     try:
-        return path.read_bytes()
+        return read()
     except OSError as error:
         if error.errno != errno.ESTALE:
             raise
         # On NFS, another machine has replaced the file since it was opened.
-        return path.read_bytes()
+        return read()
 
 
 @functools.cache

@@ -213,7 +213,8 @@ def _is_own(path: Path) -> bool:
 
 
 def _data() -> Iterator[CacheEntry]:
-    roots = dict.fromkeys([cache_root() / "data", *sorted(shared_cache_root().glob("data-*"))])
+    shared = shared_cache_root() or cache_root()
+    roots = dict.fromkeys([cache_root() / "data", *sorted(shared.glob("data-*"))])
     for root in roots:
         children = _children(root)
         names = {path.name for path in children}

@@ -36,7 +36,7 @@ def run(verb: str, tokens: list[str]) -> int:
     ownership.require_run(run_dir)
     plan = run_store.load_plan(run_dir)
     if arguments.push is not None:
-        _require_pushable(arguments.push)
+        _require_pushable(arguments.push, arguments.push_public or plan.config.export.push_public)
     step = require_checkpoint(run_dir, arguments.step)
     out = run_dir.export if arguments.out is None else Path(arguments.out).expanduser().absolute()
     _require_writable(out)
@@ -152,9 +152,11 @@ def _require_replaceable(run: RunDir, out: Path, existing: ExportRecord, step: i
         print(f"replacing the export of {held}", flush=True)
 
 
-def _require_pushable(repo_id: str) -> None:
+def _require_pushable(repo_id: str, allow_public: bool) -> None:
     """Refuse, before the export, a push that cannot succeed."""
     if not HUB_ID_PATTERN.fullmatch(repo_id):
         raise SubmitError("this is not the name of a Hub repository", where="--push", value=repo_id, remedy="write owner/name")
     if problem := hub.token_problem("--push", repo_id):
+        raise SubmitError(problem)
+    if not allow_public and (problem := hub.public_problem("--push", repo_id, "--push-public")):
         raise SubmitError(problem)

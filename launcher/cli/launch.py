@@ -18,7 +18,7 @@ from launcher.cli.interrupts import Interrupts
 from launcher.cli.plan_view import LABEL_WIDTH, plan_json, plan_lines, started_lines, sweep_lines
 from launcher.cli.worker_process import check_extra, prepare, run_worker_module, worker_environment
 from launcher.clusters.backends import Cluster, StatusReader, cluster_for, status_reader_for
-from launcher.clusters.preflight import check_startable, disk_note
+from launcher.clusters.preflight import check_startable, disk_note, push_note
 from launcher.config.compose import Composed, require_distinct_runs, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import DataError, Problem, RunError, SubmitError, describe
@@ -95,7 +95,13 @@ def start_all(plans: list[LaunchPlan], follows: bool | None) -> int:
     for number, plan in enumerate(plans, 1):
         cluster = cluster_for(plan.config.cluster.kind)
         weights_note = model_source.weights_note(plan.config.model)
-        notes = (_device_note(plan, cluster), disk_note(plan), weights_note, data.accepted(plan.config, plan.data))
+        notes = (
+            _device_note(plan, cluster),
+            disk_note(plan),
+            push_note(plan),
+            weights_note,
+            data.accepted(plan.config, plan.data),
+        )
         print("\n".join(wrap(plan_lines(plan, *notes, location_warning=_location_warning(plan)), LABEL_WIDTH)), flush=True)
         if plan.config.cluster.is_dry_run:
             print(f"\n{cluster.preview(plan)}", end="")

@@ -18,7 +18,7 @@ from launcher.cli.interrupts import Interrupts
 from launcher.cli.launch import require_idle
 from launcher.cli.worker_process import check_extra, prepare, worker_environment
 from launcher.clusters.backends import Cluster
-from launcher.clusters.preflight import check_startable, disk_note
+from launcher.clusters.preflight import check_startable, disk_note, push_note
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
 from launcher.config.schema import RunConfig
 from launcher.data import cache, sources
@@ -70,7 +70,7 @@ def resume_run(
     _require_budget(run, plan)
     check_startable(plan)
     cluster.check(plan)
-    for note in (*wandb_check.check(plan.config, worker_environment()), disk_note(plan)):
+    for note in (*wandb_check.check(plan.config, worker_environment()), disk_note(plan), push_note(plan)):
         if note:
             print(f"note: {note}")
     # From here on the run is changed.

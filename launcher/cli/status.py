@@ -23,6 +23,7 @@ from launcher.clusters.backends import status_reader_for
 from launcher.errors import LauncherError, SubmitError, printable
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
+from launcher.security import ownership
 from launcher.shell_commands import launcher_command
 from launcher.tracking import goodput
 from launcher.tracking.metrics import format_duration, status_lines
@@ -122,6 +123,8 @@ def _reason(error: OSError | LauncherError) -> str:
 
 
 def _ask_backend(run: RunDir) -> Status:
+    # Before anything of the run is read.
+    ownership.require_plain_files(run)
     return status_reader_for(run, run_store.read_placement(run).kind).status(run)
 
 

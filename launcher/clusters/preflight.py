@@ -1,4 +1,4 @@
-"""Checks before a run is started, the same on every backend: disk space, the Hub's token, and the mirror."""
+"""Checks before a run is started, the same on every backend: disk space, the repository on the Hub, and the mirror."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ def check_startable(plan: LaunchPlan) -> None:
     """Refuse a run that could train but could not save or upload its result.
 
     Raises:
-        SubmitError: if the disk has no room for one checkpoint, a push to the Hub lacks a token, or the mirror cannot be written.
+        SubmitError: if the disk has no room for one checkpoint, a push to the Hub lacks a token or would be public, or the
+            mirror cannot be written.
     """
     repo_id = plan.config.export.push_to_hub
     if repo_id and (problem := hub.token_problem("export.push_to_hub", repo_id)):
         raise SubmitError(problem)
+    if repo_id and not plan.config.export.push_public:
+        problem = hub.public_problem("export.push_to_hub", repo_id, "export.push_public=true")
+        if problem is not None:
+            raise SubmitError(problem)
     num_free_bytes = _free_bytes(plan)
     if num_free_bytes is not None and (problem := disk.refusal(plan, num_free_bytes)):
         raise SubmitError(problem)
@@ -32,6 +37,15 @@ def check_startable(plan: LaunchPlan) -> None:
         from launcher.checkpoint.mirror import upload
 
         upload.require_usable_mirror(plan)
+
+
+def push_note(plan: LaunchPlan) -> str | None:
+    """Return that the Hub could not be asked whether the run's repository is public; None if it was, or need not be."""
+    repo_id, is_allowed = plan.config.export.push_to_hub, plan.config.export.push_public
+    if repo_id is None or is_allowed or hub.is_public(repo_id) is not None:
+        return None
+    allow = "set export.push_public=true to allow it"
+    return f"the Hub does not answer whether {repo_id} is public; if it is, nothing is pushed at the end: {allow}"
 
 
 def disk_note(plan: LaunchPlan) -> str | None:

@@ -38,7 +38,7 @@ import xxhash
 from launcher import atomic_files
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data import digests
-from launcher.data.cache_dir import cache_root, convert_os_errors, mark_used, shared_cache_root
+from launcher.data.cache_dir import SHARED_CACHE_VARIABLE, cache_root, convert_os_errors, mark_used, shared_cache_root
 from launcher.data.cache_lock import wait_and_hold
 from launcher.data.checks import findings
 from launcher.data.digests import CheckedArray, DigestingWriter
@@ -69,7 +69,16 @@ _READ_SIZE = 1 << 20
 
 def cache_dir(key: str, group: str | None = None) -> Path:
     """Return the folder of the cache with this key, among those that `group` shares if one is given."""
-    return (cache_root() / "data" if group is None else shared_cache_root() / f"data-{group}") / key
+    if group is None:
+        return cache_root() / "data" / key
+    if (root := shared_cache_root()) is None:
+        # Nobody else can enter this user's cache: the setting would share nothing.
+        message = f"data.cache_group shares data caches in the folder {SHARED_CACHE_VARIABLE}, and that is not set"
+        remedy = (
+            f"export {SHARED_CACHE_VARIABLE} with a folder that the group can write to (docs/security.md), or unset the group"
+        )
+        raise DataError(Problem(message, "data.cache_group", group, remedy))
+    return root / f"data-{group}" / key
 
 
 def cache_key(data: DataSection, tokenizer_path: str) -> str:

@@ -14,6 +14,7 @@ import xxhash
 
 from launcher.errors import DataError, Problem
 
+SHARED_CACHE_VARIABLE = "LAUNCHER_SHARED_CACHE"
 # The disk, the user's quota, or the largest file that a process may write is exhausted.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -25,10 +26,10 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "launcher"
 
 
-def shared_cache_root() -> Path:
-    """Return $LAUNCHER_SHARED_CACHE, else the launcher's cache: where a group shares its data caches."""
-    root = os.environ.get("LAUNCHER_SHARED_CACHE")
-    return Path(root).expanduser().absolute() if root else cache_root()
+def shared_cache_root() -> Path | None:
+    """Return $LAUNCHER_SHARED_CACHE, where groups share their data caches; None if it is not set."""
+    root = os.environ.get(SHARED_CACHE_VARIABLE)
+    return Path(root).expanduser().absolute() if root else None
 
 
 def source_folder(*parts: object) -> Path:

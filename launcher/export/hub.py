@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 TOKEN_VARIABLE = "HF_TOKEN"  # noqa: S105
 
+# How long a command waits for the Hub before a run is started.
+_QUERY_TIMEOUT_S = 10.0
 # Files of an earlier export that the push removes from the repository unless it replaces them.
 _REPLACED = ["*.safetensors", "*.safetensors.index.json"]
 
@@ -31,6 +34,32 @@ def token_problem(where: str, repo_id: str, environ: Mapping[str, str] = os.envi
         value=repo_id,
         remedy=f"export {TOKEN_VARIABLE} with a token that may write to {repo_id}, or do not push",
     )
+
+
+@functools.cache
+def is_public(repo_id: str) -> bool | None:
+    """Return whether everybody can read a repository of the Hub; None if the Hub cannot be asked from here.
+
+    A repository that does not exist is made private by `push`.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        info = HfApi(token=os.environ.get(TOKEN_VARIABLE)).model_info(repo_id, timeout=_QUERY_TIMEOUT_S)
+    except RepositoryNotFoundError:
+        return False
+    except Exception:  # offline, no network, a proxy, an outage: the push asks again
+        return None
+    return not info.private
+
+
+def public_problem(where: str, repo_id: str, remedy: str) -> Problem | None:
+    """Return the problem with a push to `repo_id` that has not been allowed to be public; None if it is private or unknown."""
+    if not is_public(repo_id):
+        return None
+    message = "the repository is public, and everybody could download the model"
+    return Problem(message, where=where, value=repo_id, remedy=f"choose a private repository, or allow it with {remedy}")
 
 
 def push(folder: Path, repo_id: str, *, again: str, public: bool = False) -> str:

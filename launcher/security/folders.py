@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from launcher.errors import ConfigError, DataError, Problem
@@ -14,6 +15,16 @@ from launcher.security.trust import Trust, group_id
 
 # Tries to make a folder that other processes of this user make at the same time.
 _NUM_TRIES = 20
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Make what this process writes readable for its user alone, as what a run writes is; use it where one thread writes."""
+    mask = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(mask)
 
 
 def make_shared_folder(folder: Path, group: str) -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from launcher import json_records
 from launcher.errors import DataError, Problem, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.security.folders import shared_group
@@ -73,19 +74,23 @@ def file_problem(subject: str, file: Path) -> Problem | None:
 
 
 def require_plain_files(run: RunDir) -> None:
-    """Refuse another user's run with a pipe or a device among its files: to read one could wait forever.
+    """Refuse another user's run with a pipe, a device or a record of any size among its files: to read one could never end.
 
     Raises:
         SubmitError: with the file.
     """
     if _own_trust().accepts_owner(run.root.stat().st_uid):
         return
-    manifests = run.checkpoints.glob("step-*/manifest.json")
-    for path in (*_records(run), run.metrics, run.events, *run.attempts.glob("[0-9]*/*.log"), *manifests):
+    records = (*_records(run), *run.checkpoints.glob("step-*/manifest.json"))
+    for path in (*records, run.metrics, run.events, *run.attempts.glob("[0-9]*/*.log")):
         with suppress(OSError):
-            mode = path.stat().st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                message = "a file of this run, which belongs to another user, is a pipe or a device, and is not read"
+            status, reason = path.stat(), ""
+            if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+                reason = "is a pipe or a device"
+            elif status.st_size > json_records.MAX_BYTES and path in records:
+                reason = f"has {status.st_size / 2**20:,.0f} MiB, more than any record"
+            if reason:
+                message = f"a file of this run, which belongs to another user, {reason}, and is not read"
                 raise SubmitError(message, where=str(path), remedy="ask the owner of the run")
 
 

@@ -22,6 +22,7 @@ from launcher.export.hf_folder import (
 )
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.security.folders import private_files
 from launcher.shell_commands import launcher_command
 from launcher.tracking.jsonl import read_metrics
 from launcher.worker.signals import exit_on_termination
@@ -102,9 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        made = export_run(
-            arguments.plan, step=arguments.step, dtype=arguments.dtype, out=arguments.out, check=not arguments.no_check
-        )
+        with private_files():
+            made = export_run(
+                arguments.plan, step=arguments.step, dtype=arguments.dtype, out=arguments.out, check=not arguments.no_check
+            )
         print("\n".join(_lines(made)), flush=True)
         if arguments.push:
             public = arguments.push_public or _load(arguments.plan).config.export.push_public

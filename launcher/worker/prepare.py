@@ -34,6 +34,7 @@ from launcher.export import model_card
 from launcher.export.hf_folder import ExportTask, export, find_chat_template, verify_checkpoint
 from launcher.models import parent_run
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.security import folders
 from launcher.security.redaction import redacted_command_line
 from launcher.tracking.jsonl import read_metrics
 from launcher.worker.checks.weight_check import require_weights
@@ -83,12 +84,14 @@ def _fetch(source: str, model: ModelSection) -> None:
     if located.folder is not None:
         return
     if is_run(source):
-        _copy_parent_weights(parent_run.find_parent(source), model)
+        with folders.private_files():
+            _copy_parent_weights(parent_run.find_parent(source), model)
     elif located.source is not None:
         from launcher.train.model import convert_gguf
 
         _say(f"converting {located.source.name} to a Hugging Face folder (once)")
-        convert_gguf(located.source, model_source.converted_folder(located.source))
+        with folders.private_files():
+            convert_gguf(located.source, model_source.converted_folder(located.source))
     else:
         _download(source, model)
 

@@ -22,11 +22,11 @@ from launcher.checkpoint.mirror import download
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder
 from launcher.checkpoint.mirror.upload import Mirror
 from launcher.cli import runs
-from launcher.cli.status import _state_reader
+from launcher.cli.status import _ask_backend, _state_reader
 from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JobsApiSubmission
 from launcher.config.sections.ray import RaySection
-from launcher.errors import SubmitError
+from launcher.errors import DamagedRun, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 
@@ -177,6 +177,20 @@ def test_a_pipe_in_a_run_of_another_user_stops_no_command(launch: Launch, run: R
     for verb in (["status", str(run.root)], ["logs", str(run.root)], ["ls", "--root", str(run.root.parent)]):
         done = launch(*verb, timeout=30)
         assert "is a pipe or a device, and is not read" in done.stderr, verb
+
+
+@pytest.mark.parametrize("name", ["status.json", "plan.json", "attempts/001/attempt.json"])
+def test_a_record_of_any_size_in_a_run_of_another_user_is_not_read(run: RunDir, name: str) -> None:
+    file = run.root / name
+    file.touch()
+    os.truncate(file, 2**40)
+    with pytest.raises(DamagedRun, match="has more than the 64 MiB of the largest record"):
+        json_records.read_json(file)
+    give(run.root)
+    expected = "has 1,048,576 MiB, more than any record, and is not read"
+    for read in (lambda: run_store.find_run(str(run.root), run.root), lambda: _ask_backend(run)):
+        with pytest.raises(SubmitError, match=expected):
+            read()
 
 
 def test_a_mirrored_run_is_not_downloaded_to_where_others_could_replace_it(tmp_path: Path) -> None:

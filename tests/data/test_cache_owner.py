@@ -185,6 +185,20 @@ def test_members_of_a_group_share_a_cache(shared: Path, built: tuple[str, DataFa
         assert "belongs to sync" in refusal(lambda: cache.read(folder)), "without the setting"
 
 
+def test_a_group_without_a_shared_folder_is_refused(
+    section: Section, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, cache_home: Path
+) -> None:
+    """Its members could not enter this user's own cache: nothing would be shared, and nobody would notice."""
+    monkeypatch.delenv("LAUNCHER_SHARED_CACHE", raising=False)
+    data = section(cache_group=GROUP)
+    for use in (lambda: find("a-key", GROUP), lambda: build(data, str(tokenizer_dir))):
+        with pytest.raises(DataError, match="in the folder LAUNCHER_SHARED_CACHE, and that is not set") as error:
+            use()
+        (problem,) = error.value.problems
+        assert (problem.where, problem.value) == ("data.cache_group", GROUP)
+        assert "export LAUNCHER_SHARED_CACHE with a folder that the group can write to" in problem.remedy
+
+
 def test_who_is_no_member_cannot_give_a_group_a_cache(shared: Path, built: tuple[str, DataFacts]) -> None:
     key, facts = built
     folder = shared / f"data-{GROUP}" / key

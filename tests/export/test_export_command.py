@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,17 @@ def test_skipped_checks_are_reported(run, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "digests: not compared" in said
     assert "not loaded by transformers: not asked for" in said
+
+
+def test_an_export_elsewhere_is_readable_for_its_user_alone(run, tmp_path):
+    mask = os.umask(0o022)
+    try:
+        assert command.main([str(run / "plan.json"), "--no-check", "--out", str(tmp_path / "elsewhere")]) == 0
+    finally:
+        assert os.umask(mask) == 0o022
+    folder = tmp_path / "elsewhere"
+    modes = {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+    assert (folder.stat().st_mode & 0o777, modes) == (0o700, {0o600})
 
 
 def test_a_damaged_checkpoint_is_refused_before_writing(run, tmp_path, capsys):

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,40 @@ def test_a_wrong_token_and_an_unreachable_hub_are_reported(hub: FakeHub, folder:
     gone = push(hub, folder, address="http://127.0.0.1:9")
     assert gone.returncode == 1
     assert "check the network" in gone.stdout
+
+
+def test_a_run_that_would_be_pushed_to_a_public_repository_is_refused_before_it_starts(
+    hub: FakeHub, launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """And not after days of training."""
+    hub.exists, hub.private = True, False
+    access = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+    settings = ("model=tiny", "data.packing=false", "export.push_to_hub=owner/name", f"run.root={tmp_path / 'runs'}")
+    refused = launch("train", *settings, **access)
+    assert (refused.returncode, refused.stdout) == (2, ""), refused.stdout + refused.stderr
+    assert "the repository is public, and everybody could download the model" in refused.stderr
+    assert "choose a private repository, or allow it with export.push_public=true" in refused.stderr
+    assert not (tmp_path / "runs").exists()
+    assert hub.commits == []
+
+
+NOTE_CODE = """
+from types import SimpleNamespace as Namespace
+from launcher.clusters.preflight import push_note
+for name, public in (("owner/name", False), ("owner/name", True), (None, False)):
+    print(push_note(Namespace(config=Namespace(export=Namespace(push_to_hub=name, push_public=public)))))
+"""
+
+
+@pytest.mark.parametrize(("state", "is_noted"), [("private", False), ("missing", False), ("unreachable", True)])
+def test_a_hub_that_cannot_be_asked_is_a_note(hub: FakeHub, tmp_path: Path, state: str, is_noted: bool) -> None:
+    hub.exists, hub.private = state == "private", True
+    address = "http://127.0.0.1:9" if state == "unreachable" else hub.address
+    env = {**os.environ, "HF_ENDPOINT": address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", NOTE_CODE], env=env, capture_output=True, text=True, check=True, timeout=100)
+    first, *others = done.stdout.splitlines()
+    assert others == ["None", "None"]
+    assert first.startswith("the Hub does not answer whether owner/name is public" if is_noted else "None")
 
 
 def test_without_a_token_the_hub_is_not_contacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
