@@ -99,10 +99,11 @@ def rank0_broadcast(rank_info: RankInfo, problem: str, action: Callable[[], T]) 
 
     Raises:
         LauncherError: on every rank, where `action` raised one on rank 0.
-        CheckpointError: on every rank, where `action` raised an OSError; `problem` says what could not be done.
+        CheckpointError: on every rank, where `action` raised another error; `problem` says what could not be done.
     """
     result: T | None = None
     failure: dict[str, Any] | None = None
+    caught: Exception | None = None
     if rank_info.is_main:
         try:
             result = action()
@@ -111,10 +112,12 @@ def rank0_broadcast(rank_info: RankInfo, problem: str, action: Callable[[], T]) 
         except OSError as error:
             where, value = error.filename or "", error.strerror or str(error)
             failure = _encode_failure(CheckpointError, (Problem(problem, where=str(where), value=value),))
+        except Exception as error:  # any error has to reach the other ranks, which would wait for this one
+            caught, failure = error, _encode_failure(CheckpointError, to_problems(problem, error, rank_info.rank))
     result, failure = gather_json([result, failure])[0]
     if failure is not None:
         kind, problems = _decode_failure(failure)
-        raise kind(problems)
+        raise kind(problems) from caught
     return result
 
 
@@ -149,9 +152,16 @@ def gather_json(value: Any) -> list[Any]:
     """Return the JSON value of every rank, by rank. Collective.
 
     torch's collectives for objects unpickle what arrives, and a pickle from whoever reaches a rank's socket could run code.
+
+    Raises:
+        TypeError: on every rank, where the value of any rank is not JSON.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
-    content = json.dumps(value).encode()
+    try:
+        content = json.dumps({"value": value}).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        # The other ranks would wait for this one.
+        content = json.dumps({"problem": f"{type(error).__name__}: {error}"}).encode()
     sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
     sizes[dist.get_rank()] = len(content)
     dist.all_reduce(sizes)
@@ -159,7 +169,10 @@ def gather_json(value: Any) -> list[Any]:
     own = torch.frombuffer(bytearray(content.ljust(longest)), dtype=torch.uint8).to(device)
     gathered = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(len(sizes))]
     dist.all_gather(gathered, own)
-    return [json.loads(bytes(of_rank.cpu().numpy())) for of_rank in gathered]
+    answers = [json.loads(bytes(of_rank.cpu().numpy())) for of_rank in gathered]
+    if problems := [f"rank {rank}: {answer['problem']}" for rank, answer in enumerate(answers) if "problem" in answer]:
+        raise TypeError(f"a rank gave a value that is not JSON: {'; '.join(problems)}")
+    return [answer["value"] for answer in answers]
 
 
 def _encode_failure(kind: type[LauncherError], problems: tuple[Problem, ...]) -> dict[str, Any]:

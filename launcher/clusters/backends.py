@@ -34,6 +34,11 @@ BACKENDS: dict[str, str] = {
 NEVER_SUBMITTED = "the run was never submitted: the command that created it ended first"
 
 
+# After how long without output another user's run without a liveness file is taken for ended: a queued run may wait, and a save
+# or an evaluation of a large model write nothing for minutes.
+_OUTPUT_TIMEOUT_S = 1800.0
+
+
 class StatusReader(Protocol):
     """What tells the state of a run.
 
@@ -112,8 +117,8 @@ def cluster_for(kind: str) -> Cluster:
 class FilesOnly:
     """Tells the state of a run from its files alone: another user's records name no address that gets this user's token.
 
-    `is_silent`: whether a run that keeps a liveness file had stopped refreshing it when its state was last read. It has then
-    probably ended, and nothing will say so.
+    `is_silent`: whether a run that keeps a liveness file had stopped refreshing it when its state was last read, or another run
+    its output. It has then probably ended, and nothing will say so.
     """
 
     status_interval_s = 1.0
@@ -127,10 +132,13 @@ class FilesOnly:
         if status.state not in RUNNING_STATES:
             return status
         note, silence = f"shown from its files alone: {self._reason}", ""
-        silent_s = detached_process.seconds_silent(run) if status.state != "pending" and run.alive.is_file() else 0.0
-        self.is_silent = silent_s > detached_process.LIVENESS_TIMEOUT_S
+        if status.state != "pending" and run.alive.is_file():
+            silent_s, limit_s, sign = detached_process.seconds_silent(run), detached_process.LIVENESS_TIMEOUT_S, "sign of life"
+        else:
+            silent_s, limit_s, sign = detached_process.seconds_without_output(run), _OUTPUT_TIMEOUT_S, "output"
+        self.is_silent = silent_s > limit_s
         if self.is_silent:
-            silence = f"no sign of life for {silent_s / 60:.0f} minutes"
+            silence = f"no {sign} for {silent_s / 60:.0f} minutes"
         return replace(status, message="; ".join(filter(None, (status.message, silence, note))))
 
 

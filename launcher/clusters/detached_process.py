@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,18 @@ def write_liveness(run: RunDir) -> None:
 
 
 def seconds_silent(run: RunDir) -> float:
-    """Return the seconds since the run directory showed the last sign of life.
+    """Return the seconds since the run directory showed the last sign of life."""
+    return _seconds_unchanged(run, (run.status, run.alive))
+
+
+def seconds_without_output(run: RunDir) -> float:
+    """Return the seconds since a run last wrote its status, metrics, events or logs: Slurm's runs keep no liveness file."""
+    logs = run.attempt(run_store.newest_attempt(run)).glob("*.log")
+    return _seconds_unchanged(run, (run.status, run.metrics, run.events, *logs, *run.jobs.glob("*/*.out")))
+
+
+def _seconds_unchanged(run: RunDir, files: Iterable[Path]) -> float:
+    """Return the seconds since one of the files was last written.
 
     The file system's clock is read where possible, because the clocks of two machines may differ by minutes.
     """
@@ -100,7 +111,7 @@ def seconds_silent(run: RunDir) -> float:
     with suppress(OSError):
         now = run_store.refresh_directory(run.root)
     modified_at = [0.0]
-    for file in (run.status, run.alive):
+    for file in files:
         with suppress(OSError):
             modified_at.append(file.stat().st_mtime)
     return now - max(modified_at)

@@ -140,6 +140,26 @@ def test_the_log_of_another_users_run_that_gives_no_sign_of_life_is_not_followed
     assert f"not followed: {expected}" in " ".join(done.stdout.split())
 
 
+@pytest.mark.parametrize("state", ["running", "pending"])
+def test_the_log_of_another_users_slurm_run_is_followed_as_long_as_it_has_output(
+    launch_here: Launch, run: RunDir, state: str
+) -> None:
+    """It keeps no liveness file, and Slurm is not asked about it."""
+    run_store.update_status(run, state=state, attempt=2)
+    log = run.rank_log(2, 0)
+    log.write_text("a line of rank 0\n")
+    give(run.root)
+    an_hour_ago = time.time() - 3600
+    for file in run.root.rglob("*"):
+        os.utime(file, (an_hour_ago, an_hour_ago))
+    done = launch_here("logs", "-f", str(run.root))
+    assert done.returncode == 0, done.stderr
+    assert "a line of rank 0" in done.stdout
+    assert "not followed: no output for 60 minutes; shown from its files alone" in " ".join(done.stdout.split())
+    os.utime(log)
+    assert "no output" not in _state_reader(run)().message
+
+
 @pytest.mark.parametrize(
     ("address", "reason"),
     [

@@ -21,6 +21,8 @@ def test_ranks_share_results_and_failures_without_pickles(rank_server: RankServe
         ["é", 0],
         damaged,
         ["CheckpointError", [["not read", "/gone/away", "No such file or directory", ""]]],
+        ["CheckpointError", [["not computed", "rank 0", "ZeroDivisionError: division by zero", ""]]],
+        "a rank gave a value that is not JSON: rank 0: TypeError: Object of type set is not JSON serializable",
         ["CheckpointError", [["not written", "rank 1, /disk", "Input/output error", ""]]],
         damaged,
     ]

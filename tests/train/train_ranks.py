@@ -116,6 +116,8 @@ def share_without_pickles() -> list[Any]:
     for action in (
         lambda: rank0_broadcast(info, "", fail),
         lambda: rank0_broadcast(info, "not read", lambda: Path("/gone/away").read_text()),
+        lambda: rank0_broadcast(info, "not computed", lambda: 1 / 0),
+        lambda: gather_json({"ranks": {rank}} if rank == 0 else rank),
         lambda: run_on_all_ranks(CPU, "not written", fail_on_one),
         lambda: run_on_all_ranks(CPU, "not written", fail),
     ):
@@ -123,6 +125,8 @@ def share_without_pickles() -> list[Any]:
             action()
         except LauncherError as error:
             outcomes.append([type(error).__name__, [[p.message, p.where, p.value, p.remedy] for p in error.problems]])
+        except TypeError as error:
+            outcomes.append(str(error))
     return outcomes
 
 

@@ -288,7 +288,8 @@ class DataSection(Section):
         None,
         description=(
             "Group of this machine whose members share finished data caches, in the folder that LAUNCHER_SHARED_CACHE of the "
-            "environment must name. Every member decides what the others train on. Unset: caches of this user and of root are read."
+            "environment must name. Every member decides what the others train on. Unset: caches of this user and of root "
+            "are read."
         ),
     )
     checks: ChecksSection = Field(default_factory=ChecksSection, description="What happens to documents that a check finds.")
