@@ -1,9 +1,10 @@
 """NVIDIA's management library (NVML): the GPUs of this machine, their processes, and readings of one GPU.
 
-The only module that talks to it. A driver with a fault may never answer, so `list_gpus` and `list_processes` ask in a
-child process with a deadline. `GpuSensor` asks in the calling thread, which must be one that nobody waits for.
+The only module that talks to it. A driver with a fault may never answer, so `list_gpus`, `list_processes` and `read_driver`
+ask in a child process with a deadline. `GpuSensor` asks in the calling thread, which must be one that nobody waits for.
 
-Run as a script, it is that child: `python nvml.py gpus|processes` prints JSON. It therefore imports nothing of the package.
+Run as a script, it is that child: `python nvml.py gpus|processes|driver` prints JSON. It therefore imports nothing of the
+package.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class GpuInfo:
         uuid: identity, `GPU-...`.
         bus_id: PCI address as the kernel log writes it, `0000:3b:00`.
         memory_gib: installed memory; None if the driver does not say.
+        free_gib: memory that no process holds; None if the driver does not say.
         ecc_errors: uncorrected memory errors since the last reset; None on GPUs without ECC.
     """
 
@@ -45,6 +47,15 @@ class GpuInfo:
     bus_id: str
     memory_gib: float | None = None
     ecc_errors: int | None = None
+    free_gib: float | None = None
+
+
+@dataclass(frozen=True)
+class DriverInfo:
+    """The versions of the driver and of the newest CUDA that it supports, such as 570.86 and 12.8; empty if it does not say."""
+
+    version: str
+    cuda: str
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,16 @@ def list_processes(deadline_s: float = DEADLINE_S) -> list[GpuProcess]:
         NvmlError: as `list_gpus`.
     """
     return [GpuProcess(**row) for row in _ask("processes", deadline_s)]
+
+
+def read_driver(deadline_s: float = DEADLINE_S) -> DriverInfo:
+    """Return the driver's versions.
+
+    Raises:
+        NvmlError: as `list_gpus`.
+    """
+    (row,) = _ask("driver", deadline_s)
+    return DriverInfo(**row)
 
 
 def _ask(query: str, deadline_s: float) -> list[dict[str, Any]]:
@@ -196,9 +217,12 @@ def _main(query: str) -> None:
 
     try:
         pynvml.nvmlInit()
-        handles = _visible_handles(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
         rows: list[Any]
-        rows = [_read_gpu(pynvml, handle) for handle in handles] if query == "gpus" else _read_processes(pynvml, handles)
+        if query == "driver":
+            rows = [_read_driver(pynvml)]
+        else:
+            handles = _visible_handles(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
+            rows = [_read_gpu(pynvml, handle) for handle in handles] if query == "gpus" else _read_processes(pynvml, handles)
     except pynvml.NVMLError as error:
         sys.exit(str(error))
     print(json.dumps([asdict(row) for row in rows]))
@@ -259,7 +283,14 @@ def _read_gpu(nvml: Any, handle: Any) -> GpuInfo:
         bus_id="" if pci is None else _kernel_bus_id(_text(pci.busId)),
         memory_gib=None if memory is None else memory.total / 2**30,
         ecc_errors=_or_none(nvml, nvml.nvmlDeviceGetTotalEccErrors, handle, *kinds),
+        free_gib=None if memory is None else memory.free / 2**30,
     )
+
+
+def _read_driver(nvml: Any) -> DriverInfo:
+    version, cuda = _or_none(nvml, nvml.nvmlSystemGetDriverVersion), _or_none(nvml, nvml.nvmlSystemGetCudaDriverVersion)
+    # CUDA writes 12.8 as 12080.
+    return DriverInfo(_text(version or ""), "" if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}")
 
 
 def _read_processes(nvml: Any, handles: list[Any]) -> list[GpuProcess]:

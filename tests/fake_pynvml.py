@@ -43,8 +43,9 @@ ERRORS = {
 def answers(driver: dict[str, Any]) -> dict[str, Any]:
     """Return what the module `pynvml` holds where the driver answers as in `driver`.
 
-    `gpus` are dicts with uuid, name, bus and optionally memory_gib and ecc; one with `error` cannot be reached. `processes` are
-    (uuid, pid, MiB or None, name). `init` is `hang` or the text of an error. `lacks` are functions that are not supported.
+    `gpus` are dicts with uuid, name, bus and optionally memory_gib, free_gib and ecc; one with `error` cannot be reached.
+    `processes` are (uuid, pid, MiB or None, name). `init` is `hang` or the text of an error. `lacks` are functions that are not
+    supported.
     """
     if driver.get("init") == "hang":
         time.sleep(60)
@@ -93,7 +94,11 @@ def answers(driver: dict[str, Any]) -> dict[str, Any]:
         # Older versions of the package return bytes.
         "nvmlDeviceGetName": lambda gpu: gpu["name"].encode(),
         "nvmlDeviceGetPciInfo": lambda gpu: SimpleNamespace(busId=gpu["bus"]),
-        "nvmlDeviceGetMemoryInfo": lambda gpu: SimpleNamespace(total=gpu.get("memory_gib", 80) * 2**30),
+        "nvmlDeviceGetMemoryInfo": lambda gpu: SimpleNamespace(
+            total=gpu.get("memory_gib", 80) * 2**30, free=gpu.get("free_gib", 79) * 2**30
+        ),
+        "nvmlSystemGetDriverVersion": lambda: driver.get("version", "570.86.15").encode(),
+        "nvmlSystemGetCudaDriverVersion": lambda: driver.get("cuda", 12080),
         "nvmlDeviceGetTotalEccErrors": ecc_errors,
         "nvmlDeviceGetComputeRunningProcesses": running,
         "nvmlSystemGetProcessName": process_name,

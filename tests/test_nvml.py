@@ -36,8 +36,8 @@ def test_a_driver_that_loads_on_its_first_use_is_found_by_its_tool(tmp_path: Pat
 
 def test_gpus_are_listed_with_what_the_driver_supports(driver: Driver) -> None:
     driver([FIRST, SECOND])
-    first = GpuInfo("GPU-aaaa", H100, "0000:3b:00", memory_gib=80.0, ecc_errors=0)
-    assert nvml.list_gpus() == [first, GpuInfo("GPU-bbbb", H100, "0000:af:00", memory_gib=79.0, ecc_errors=None)]
+    first = GpuInfo("GPU-aaaa", H100, "0000:3b:00", memory_gib=80.0, ecc_errors=0, free_gib=79.0)
+    assert nvml.list_gpus() == [first, GpuInfo("GPU-bbbb", H100, "0000:af:00", memory_gib=79.0, ecc_errors=None, free_gib=79.0)]
     driver([FIRST], lacks=["nvmlDeviceGetMemoryInfo", "nvmlDeviceGetTotalEccErrors"])
     assert nvml.list_gpus() == [GpuInfo("GPU-aaaa", H100, "0000:3b:00")]
 
@@ -120,3 +120,10 @@ def test_a_driver_that_cannot_be_asked_is_a_note_of_the_plan(
     refused = launch_here("train", *settings, PYTHONPATH=os.environ["PYTHONPATH"])
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"the plan asks for 2 GPUs and this machine has none ({problem})\n")
+
+
+def test_the_driver_says_its_versions(driver: Driver) -> None:
+    driver([FIRST], version="570.86.15", cuda=12080)
+    assert nvml.read_driver() == nvml.DriverInfo("570.86.15", "12.8")
+    driver([FIRST], lacks=["nvmlSystemGetCudaDriverVersion"])
+    assert nvml.read_driver().cuda == ""

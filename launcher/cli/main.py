@@ -32,9 +32,10 @@ VERBS: Mapping[str, str] = {
     "rm": "remove",
     "clean": "clean",
     "drill": "drill",
+    "doctor": "doctor",
 }
 # The verbs that compose settings.
-COMPOSING = ("train", "plan", "data")
+COMPOSING = ("train", "plan", "data", "doctor")
 _FLAGS_WITHOUT_VALUE = ("--json", "--follow", "--detach", "-m", "--multirun")
 # The value is that of launcher.security.trust, which only commands with the flag import here.
 _TRUST_OWNER = "--trust-owner"
@@ -70,11 +71,13 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
   python -m launcher drill --fault FAULT [RUN] [overrides]
                                                rehearse a fault on a short run: does it save and continue, what is lost
 
+  python -m launcher doctor [overrides]        check what a run needs, on this machine or on every node of a cluster
+
 Overrides are key=value (train.max_steps=100) or group=option (model=qwen3_8b); docs/settings.md lists them all.
 Flags: --json where a verb reports, --debug for tracebacks, VERB --help for more, --version;
 --trust-owner OWNER (repeatable) accepts files of other users: a NAME, UID, group:NAME, or anyone; docs/security.md.
 Hydra's own flags work with train, plan and data: --cfg job, --info, -m, --config-dir DIR.
-Exit codes: 0 done, 1 the run failed, 2 refused before anything started, 130 interrupted.
+Exit codes: 0 done, 1 the run failed or doctor found a failure, 2 refused before anything started, 130 interrupted.
 """
 
 

@@ -20,10 +20,21 @@ def check(config: RunConfig, environ: dict[str, str]) -> list[str]:
     Raises:
         ConfigError: if W&B refuses the key, the entity or the project, or if mode online has no login.
     """
+    account = look_up_account(config, environ)
+    return [] if account is None else judge_account(config, account)
+
+
+def look_up_account(config: RunConfig, environ: dict[str, str]) -> dict[str, Any] | None:
+    """Return the `Account` (launcher.tracking.wandb.account) that would track the run; None where the settings need none."""
     tracking = config.tracking
     if tracking.kind != "wandb" or tracking.mode in ("offline", "disabled"):
-        return []
-    account = _look_up(tracking.model_dump_json(), environ)
+        return None
+    return _look_up(tracking.model_dump_json(), environ)
+
+
+def judge_account(config: RunConfig, account: dict[str, Any]) -> list[str]:
+    """Return the notes about an account; raises as `check`."""
+    tracking = config.tracking
     if account["login"] is None and tracking.mode == "auto":
         return []
     if not config.cluster.forwards_environment:

@@ -6,9 +6,10 @@ A backend imports the models of settings and plans where it starts runs, so that
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from launcher import run_store
 from launcher.clusters import detached_process
@@ -19,6 +20,8 @@ from launcher.run_records import RUNNING_STATES, Status
 from launcher.security import ownership
 
 if TYPE_CHECKING:
+    from launcher.clusters.check_results import CheckResult, ReportReader
+    from launcher.config.schema import RunConfig
     from launcher.config.sections.cluster import ClusterSection
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
@@ -28,6 +31,12 @@ BACKENDS: dict[str, str] = {
     "local": "launcher.clusters.local:LocalCluster",
     "slurm": "launcher.clusters.slurm.cluster:SlurmCluster",
     "ray": "launcher.clusters.ray.cluster:RayCluster",
+}
+
+# The module of each backend that has nodes beside this machine with what `launcher doctor` asks of it, see `ClusterDoctor`.
+DOCTORS: dict[str, str] = {
+    "slurm": "launcher.clusters.slurm.doctor",
+    "ray": "launcher.clusters.ray.doctor",
 }
 
 # The message of a run that is pending although nothing was submitted.
@@ -98,6 +107,30 @@ class Cluster(StatusReader, Protocol):
         Raises:
             RunError: where it could not be injected.
         """
+
+
+class ClusterDoctor(Protocol):
+    """What `launcher doctor` asks of a backend: a module with these functions."""
+
+    def check_submission(self, config: RunConfig) -> list[CheckResult]:
+        """Check what this machine sees of the scheduler, as a submission would."""
+
+    def runs_elsewhere(self, config: RunConfig) -> bool:
+        """Return whether the run's nodes are others than this machine."""
+
+    def run_on_nodes(self, config: RunConfig, environ: Mapping[str, str], deadline: float, reader: ReportReader) -> None:
+        """Run launcher.worker.doctor.node on every node, and give its output to `reader`; leaves nothing running.
+
+        `environ` is what the processes need in their environment; `deadline` is a time of time.monotonic().
+
+        Raises:
+            RunError, SubmitError: where nodes could not be had, or some have not reported; `reader` has the others.
+        """
+
+
+def doctor_for(kind: str) -> ClusterDoctor | None:
+    """Import the module of DOCTORS for a backend; None where it has none, as the runs are on this machine."""
+    return cast("ClusterDoctor", importlib.import_module(DOCTORS[kind])) if kind in DOCTORS else None
 
 
 def cluster_for(kind: str) -> Cluster:

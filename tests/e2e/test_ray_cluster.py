@@ -390,3 +390,21 @@ def await_training(run: Path, num_ranks: int) -> None:
         return newest > 0 and len(run_store.read_attempt(RunDir(run), newest).nodes) == num_ranks
 
     wait_for(f"training on {num_ranks} ranks", training)
+
+
+@pytest.mark.parametrize("way", ["driver", "jobs_api"])
+def test_doctor_checks_every_node(launch: Launch, cluster: RayCluster, root: Path, way: str) -> None:
+    cluster.have_only(n2=1)
+    addresses = {"driver": cluster.address, "jobs_api": cluster.http}
+    settings = ("model=tiny", "tracking.mode=offline", f"run.root={root}", "+cluster=ray", f"cluster.python={sys.executable}")
+    command = ("doctor", *settings, f"cluster.address={addresses[way]}", "--json")
+    done = launch(*command, timeout=DEADLINE_S, **cluster.env)
+    assert done.stdout, done.stderr
+    report = json.loads(done.stdout)
+    assert sorted(report["nodes"]) == ["n1", "n2"], done.stdout + done.stderr
+    assert report["here"][0]["name"] == "Ray"
+    for node in report["nodes"].values():
+        verdicts = {result["name"]: result["verdict"] for result in node["results"]}
+        assert verdicts["torch"] == verdicts["all-reduce"] == verdicts["clock"] == "ok", node
+        assert verdicts["run.root"] != "failure", node
+    assert list(root.iterdir()) == []

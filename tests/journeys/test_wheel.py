@@ -18,6 +18,6 @@ def test_the_wheel_contains_the_settings(wheel: Path) -> None:
     assert len(shipped) > 15
     assert shipped <= names
     assert {f"launcher/{file.relative_to(REPO / 'launcher')}" for file in (REPO / "launcher").rglob("*.jinja")} <= names
-    assert "launcher/py.typed" in names
+    assert {"launcher/py.typed", "launcher/constraints.txt"} <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "conf/", "runs/", "benchmarks/"))]

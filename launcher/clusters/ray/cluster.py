@@ -27,6 +27,7 @@ from launcher.security.redaction import looks_secret
 
 if TYPE_CHECKING:
     from launcher.config.sections.cluster import ClusterSection
+    from launcher.config.sections.ray import RaySection
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
 _MODULE = "launcher.worker.ray.driver"
@@ -40,7 +41,7 @@ _JOIN_POLL_S, _JOB_POLL_S = 0.1, 1.0
 _DRIVER_START_DEADLINE_S = 60.0
 # A job of the Jobs API, whose id is a part of the address of a request.
 _JOB = re.compile(r"[A-Za-z0-9][\w-]*")
-_FINAL_JOB_STATES = ("FAILED", "SUCCEEDED", "STOPPED")
+FINAL_JOB_STATES = ("FAILED", "SUCCEEDED", "STOPPED")
 _NO_STATUS = "Ray's job ended before it could write to the run directory"
 _LOST = "the driver ended without recording a result: it was killed, or its machine or the head node was lost"
 
@@ -69,16 +70,8 @@ class RayCluster:
         section = RaySection.of(plan.config.cluster)
         if section.address is None:
             local.check_here(plan)
-            return
-        if section.host is not None:
-            _require_private(section.address, section.host, section.allow_public_address)
-        if section.is_http:
-            _require_no_keys(section.pass_env)
-            jobs.require_answer(section.address)
-        elif section.address == "auto":
-            _require_member(section.allow_public_address)
         else:
-            _require_reachable(section.address)
+            require_usable(section)
 
     def preview(self, plan: LaunchPlan) -> str | None:
         return "\n".join(f"{label:<11}{value}" for label, value in _request(plan)) + "\n"
@@ -203,7 +196,7 @@ def _job_status(run: RunDir, status: Status, submission: JobsApiSubmission) -> S
         if isinstance(error, jobs.JobUnknown):
             cause = f"the cluster at {submission.address} does not know the job {submission.job}"
         return replace(known, message=f"{cause}; this is the last known state")
-    if state not in _FINAL_JOB_STATES:
+    if state not in FINAL_JOB_STATES:
         return known if status.job is not None else replace(known, message=message or f"Ray's job is {state.lower()}")
     latest = run_store.read_status(run)
     if latest.state not in RUNNING_STATES:
@@ -299,7 +292,7 @@ def _await_driver(run: RunDir, submission: JobsApiSubmission) -> None:
     while run_store.read_status(run).job is None and time.monotonic() < deadline:
         with suppress(SubmitError):
             state, message = jobs.state(submission.address, submission.job)
-            if state in _FINAL_JOB_STATES:
+            if state in FINAL_JOB_STATES:
                 break
         time.sleep(_JOB_POLL_S)
     else:
@@ -320,6 +313,24 @@ def _no_status_remedy(submission: JobsApiSubmission) -> str:
 def _last_line(message: str) -> str:
     """Return the last line of Ray's message on a failed job, which ends with the job's log."""
     return next((line.strip() for line in reversed(message.splitlines()) if line.strip()), "no message")
+
+
+def require_usable(section: RaySection) -> None:
+    """Refuse a cluster that is public, does not answer, or does not take the token.
+
+    Raises:
+        SubmitError: with the remedy.
+    """
+    address = section.address or ""
+    if section.host is not None:
+        _require_private(address, section.host, section.allow_public_address)
+    if section.is_http:
+        _require_no_keys(section.pass_env)
+        jobs.require_answer(address)
+    elif address == "auto":
+        _require_member(section.allow_public_address)
+    else:
+        _require_reachable(address)
 
 
 def _require_no_keys(names: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from launcher.clusters.detached_process import build_pythonpath
@@ -44,14 +45,23 @@ def submit(section: RaySection, run: RunDir, module: str, arguments: Sequence[st
     Raises:
         SubmitError: with Ray's message.
     """
+    return submit_module(section, run.code, run.root.name, module, arguments)
+
+
+def submit_module(section: RaySection, code: Path, name: str, module: str, arguments: Sequence[str]) -> str:
+    """Submit `PYTHON -m MODULE ARGUMENTS` with `code` on its path, as a job of the run `name`; returns the job's id.
+
+    Raises:
+        SubmitError: with Ray's message.
+    """
     import tenacity
 
     # The Jobs API takes nothing but a shell string; every word of it is quoted.
     address = section.address or ""
     entrypoint = shlex.join([section.python, "-m", module, *arguments])
     # Everyone with the token can read these: only variables of cluster.pass_env, and no keys.
-    passed = {name: os.environ[name] for name in section.pass_env if name in os.environ}
-    variables = {**passed, "PYTHONPATH": build_pythonpath(run.code, {}), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    passed = {variable: os.environ[variable] for variable in section.pass_env if variable in os.environ}
+    variables = {**passed, "PYTHONPATH": build_pythonpath(code, {}), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     # The driver checks the run again, perhaps as another user, and accepts the owners that this command accepts.
     variables[trust.VARIABLE] = f"{trust.Trust.from_environ(os.environ).as_numbers()},${{{trust.VARIABLE}}}"
     client = _client(address)
@@ -67,7 +77,7 @@ def submit(section: RaySection, run: RunDir, module: str, arguments: Sequence[st
         job: str = client.submit_job(
             entrypoint=entrypoint,
             runtime_env={"env_vars": variables},
-            metadata={"run": run.root.name},
+            metadata={"run": name},
             entrypoint_num_cpus=0,
         )
         return job
@@ -90,6 +100,18 @@ def stop(address: str, job: str) -> None:
     """Stop a job: its driver and workers are killed."""
     client = _client(address)
     _with_plain_errors(address, lambda: client.stop_job(job))
+
+
+def remove(address: str, job: str) -> None:
+    """Remove an ended job, with its record and its log."""
+    client = _client(address)
+    _with_plain_errors(address, lambda: client.delete_job(job))
+
+
+def read_log(address: str, job: str) -> str:
+    """Return what a job has printed so far."""
+    client = _client(address)
+    return str(_with_plain_errors(address, lambda: client.get_job_logs(job)))
 
 
 def _client(address: str) -> Any:

@@ -49,23 +49,36 @@ def check(section: SlurmSection, plan: LaunchPlan) -> None:
             where="cluster=slurm",
             remedy="submit from a login node of the cluster, or train on this machine with cluster=local",
         )
+    own = [*_save_time_problems(section, plan), *_storage_problems(plan)]
+    try:
+        problems = [*own, *site_problems(section, plan.topology.ranks_per_node if plan.topology.device == "cuda" else 0)]
+    except (SlurmError, SubmitError) as error:
+        raise SubmitError([*error.problems, *own]) from None
+    if problems:
+        raise SubmitError(problems)
+
+
+def site_problems(section: SlurmSection, num_gpus: int) -> list[Problem]:
+    """Return why this site cannot run a job with these settings; it needs `num_gpus` of each node where the settings name none.
+
+    Raises:
+        SlurmError: if Slurm does not answer.
+        SubmitError: if a partition does not exist.
+    """
     with ThreadPoolExecutor(4) as pool:
         site_read, associations = pool.submit(site.read), pool.submit(_associations, section)
         required, excluded = pool.submit(_hosts, section.nodelist), pool.submit(_hosts, section.exclude)
-    problems = [*_save_time_problems(section, plan), *_storage_problems(plan)]
-    try:
-        slurm_site = site_read.result()
-        partitions = slurm_site.chosen(section)
-    except (SlurmError, SubmitError) as error:
-        raise SubmitError([*error.problems, *problems]) from None
-    problems += _account_problems(section, slurm_site, associations.result(), partitions)
-    problems += _hosts_problems(slurm_site, partitions, required.result(), excluded.result())
+    slurm_site = site_read.result()
+    partitions = slurm_site.chosen(section)
+    problems = [
+        *_account_problems(section, slurm_site, associations.result(), partitions),
+        *_hosts_problems(slurm_site, partitions, required.result(), excluded.result()),
+    ]
     # Slurm chooses the partition in which the job starts first, so one that can run it is enough.
-    by_partition = [list(_partition_problems(section, plan, partition, excluded.result())) for partition in partitions]
+    by_partition = [list(_partition_problems(section, num_gpus, partition, excluded.result())) for partition in partitions]
     if all(by_partition):
         problems += [problem for of_partition in by_partition for problem in of_partition]
-    if problems:
-        raise SubmitError(problems)
+    return problems
 
 
 def _hosts(hosts: str | None) -> frozenset[str]:
@@ -164,7 +177,7 @@ def _hosts_problems(
 
 
 def _partition_problems(
-    section: SlurmSection, plan: LaunchPlan, partition: Partition, excluded: frozenset[str]
+    section: SlurmSection, num_gpus: int, partition: Partition, excluded: frozenset[str]
 ) -> Iterator[Problem]:
     """Check state, time limit, account, QOS and nodes of a partition."""
     where = f"partition {partition.name}"
@@ -193,10 +206,10 @@ def _partition_problems(
                 value=value,
                 remedy=f"choose one of: {listed(allowed)}" if allowed else "use another one, or another cluster.partition",
             )
-    yield from _node_problems(section, plan, partition, excluded)
+    yield from _node_problems(section, num_gpus, partition, excluded)
 
 
-def _node_problems(section: SlurmSection, plan: LaunchPlan, partition: Partition, excluded: frozenset[str]) -> list[Problem]:
+def _node_problems(section: SlurmSection, num_gpus: int, partition: Partition, excluded: frozenset[str]) -> list[Problem]:
     """Check that the partition has enough nodes: at all, with the requested resources, not excluded, and in service."""
     where, nodes, num_needed = f"partition {partition.name}", partition.nodes, section.nodes
     configurations = Counter(str(node) for node in nodes).most_common(5)
@@ -210,7 +223,7 @@ def _node_problems(section: SlurmSection, plan: LaunchPlan, partition: Partition
             what = f"{where} allows at most {_count_nodes(max_nodes)} per job"
         remedy = f"set it to {max_nodes} or less, or use another cluster.partition"
         problems.append(Problem(what, "cluster.nodes", str(num_needed), remedy))
-    requests = list(_node_requests(section, plan))
+    requests = list(_node_requests(section, num_gpus))
     for key, value, is_met in requests:
         num_fitting = sum(is_met(node) for node in nodes)
         # A partition with too few nodes is reported above.
@@ -236,14 +249,14 @@ def _node_problems(section: SlurmSection, plan: LaunchPlan, partition: Partition
     return [Problem(what, "cluster.nodes", str(num_needed), remedy)]
 
 
-def _node_requests(section: SlurmSection, plan: LaunchPlan) -> Iterator[tuple[str, str, Callable[[Node], bool]]]:
+def _node_requests(section: SlurmSection, num_gpus: int) -> Iterator[tuple[str, str, Callable[[Node], bool]]]:
     """Yield each resource that the job requests of a node: key, value, and whether a node has it."""
     if (cpus := section.cpus_per_task) is not None:
         yield "cluster.cpus_per_task", str(cpus), lambda node: node.cpus >= cpus
     if (memory_mib := site.requested_memory_mib(section)) is not None:
         yield "cluster.mem", str(section.mem), lambda node: node.memory_mib >= memory_mib
     requested = site.requested_gpus(section)
-    gpus = requested or Gpus(None, plan.topology.ranks_per_node if plan.topology.device == "cuda" else 0)
+    gpus = requested or Gpus(None, num_gpus)
     if gpus.count:
         key = "ranks_per_node" if requested is None else "gres" if section.gpus_per_node is None else "gpus_per_node"
         value = section.gres if key == "gres" else str(gpus.count)

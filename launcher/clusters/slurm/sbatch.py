@@ -8,7 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -124,9 +124,6 @@ def _clean_environment() -> Iterator[None]:
 def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
     """Return submitit's parameters for the plan."""
     section = SlurmSection.of(plan.config.cluster)
-    gpus = section.gpus_per_node
-    if gpus is None and plan.topology.device == "cuda" and not asks_for_gpus(section.gres):
-        gpus = plan.topology.ranks_per_node
     additional = {
         "time": section.time,
         "chdir": _plain(plan.run_dir),
@@ -136,7 +133,27 @@ def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
     }
     return {
         "job_name": plan.run_name,
-        "nodes": plan.topology.nodes,
+        **requested_nodes(section, plan.topology.nodes, plan.topology.ranks_per_node if plan.topology.device == "cuda" else 0),
+        "comment": section.comment,
+        "dependency": section.dependency,
+        "signal_delay_s": section.signal_lead_seconds,
+        "stderr_to_stdout": True,
+        "wckey": None,
+        "additional_parameters": additional,
+        "setup": _setup(plan, section, plan_path),
+        "teardown": _teardown(plan_path),
+        "srun_args": _srun_arguments(plan, section),
+    }
+
+
+def requested_nodes(section: SlurmSection, nodes: int, gpus: int) -> dict[str, Any]:
+    """Return what is requested of Slurm; None for what is left to the site. `gpus` of each node, where the settings name none."""
+    if section.gpus_per_node is not None:
+        gpus = section.gpus_per_node
+    elif asks_for_gpus(section.gres):
+        gpus = 0
+    return {
+        "nodes": nodes,
         "ntasks_per_node": 1,
         "account": section.account,
         "partition": section.partition,
@@ -150,29 +167,23 @@ def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
         "exclude": section.exclude,
         "nodelist": section.nodelist,
         "exclusive": True if section.exclusive else None,
-        "comment": section.comment,
-        "dependency": section.dependency,
-        "signal_delay_s": section.signal_lead_seconds,
-        "stderr_to_stdout": True,
-        "wckey": None,
-        "additional_parameters": additional,
-        "setup": _setup(plan, section, plan_path),
-        "teardown": _teardown(plan_path),
-        "srun_args": _srun_arguments(plan, section),
     }
 
 
 def python_command(plan: LaunchPlan, plan_path: Path) -> str:
     """Return the shell words that start Python in a task, in its container if there is one."""
     section = SlurmSection.of(plan.config.cluster)
-    command = [_plain(sys.executable)]
-    if section.container_image and section.container_runtime == "apptainer":
-        gpu = ["--nv"] if plan.topology.device == "cuda" else []
-        binds = [word for mount in _mounts(plan, section) for word in ("--bind", mount)]
-        command = ["apptainer", "exec", *gpu, *binds, section.container_image, section.container_python]
-    elif section.container_image:
-        command = [section.container_python]
+    command = python_words(section, plan.topology.device == "cuda", _folders(plan))
     return _SIGNAL_SHIELD + shlex.join([_plain(str(plan_path)), *command])
+
+
+def python_words(section: SlurmSection, has_gpus: bool, folders: Sequence[str]) -> list[str]:
+    """Return the command that starts Python in a task, in its container if there is one, where `folders` are mounted."""
+    if section.container_image and section.container_runtime == "apptainer":
+        gpu = ["--nv"] if has_gpus else []
+        binds = [word for mount in _mounts(folders, section) for word in ("--bind", mount)]
+        return ["apptainer", "exec", *gpu, *binds, section.container_image, section.container_python]
+    return [section.container_python if section.container_image else _plain(sys.executable)]
 
 
 def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str]:
@@ -184,8 +195,7 @@ def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str
         "umask 077",
         "# The shell outlives the signals that its tasks act on, and concludes the job.",
         "trap : TERM USR1 USR2",
-        *(shlex.join(["module", "load", module]) for module in section.modules),
-        *(shlex.join(command.split()) for command in section.setup),
+        *setup_commands(section),
         "# The lines below check exit codes themselves; cluster.setup may have turned on `set -e`.",
         "set +e",
         *_ownership_check(run, plan_path),
@@ -229,6 +239,11 @@ def _ownership_check(run: RunDir, plan_path: Path) -> list[str]:
     ]
 
 
+def setup_commands(section: SlurmSection) -> list[str]:
+    """Return the lines of a script that load the settings' modules and run their commands."""
+    return [shlex.join(words) for words in (*(["module", "load", m] for m in section.modules), *map(str.split, section.setup))]
+
+
 def _teardown(plan_path: Path) -> list[str]:
     return ["rc=$?", f'{_job_command("conclude", plan_path)} "$LAUNCHER_ATTEMPT" "$rc"', "exit"]
 
@@ -238,20 +253,30 @@ def _job_command(verb: str, plan_path: Path) -> str:
 
 
 def _srun_arguments(plan: LaunchPlan, section: SlurmSection) -> list[str]:
+    return ["--kill-on-bad-exit=1", *task_arguments(section, ("LAUNCHER_ATTEMPT",), _folders(plan))]
+
+
+def task_arguments(section: SlurmSection, variables: Sequence[str], folders: Sequence[str]) -> list[str]:
+    """Return srun's arguments for one task a node, with the container, its mounted `folders`, and the variables it gets."""
     # No CPU binding: one task starts all ranks of its node, which share the job's CPUs there.
-    arguments = ["--kill-on-bad-exit=1", "--export=ALL", "--cpu-bind=none"]
+    arguments = ["--export=ALL", "--cpu-bind=none"]
     if section.container_image and section.container_runtime == "pyxis":
-        mounts = ",".join(_mounts(plan, section))
+        mounts = ",".join(_mounts(folders, section))
         # Without this, variables that the image sets would win.
-        environment = "--container-env=PYTHONPATH,PYTHONSAFEPATH,LAUNCHER_ATTEMPT"
+        environment = f"--container-env={','.join(('PYTHONPATH', 'PYTHONSAFEPATH', *variables))}"
         arguments += [f"--container-image={section.container_image}", environment, f"--container-mounts={mounts}"]
     return [*arguments, *section.srun_args]
 
 
-def _mounts(plan: LaunchPlan, section: SlurmSection) -> list[str]:
-    """Return the mounts: the folders that ranks read and write, under the same paths, and those of cluster.container_mounts."""
+def _folders(plan: LaunchPlan) -> list[str]:
+    """Return the folders that ranks read and write."""
     folders = [plan.run_dir, plan.data.cache_dir if plan.data else None, plan.model.path, plan.model.tokenizer_path]
-    paths = dict.fromkeys(str(_mount_root(Path(path))) for path in folders if path is not None)
+    return [folder for folder in folders if folder is not None]
+
+
+def _mounts(folders: Sequence[str], section: SlurmSection) -> list[str]:
+    """Return the mounts: `folders` under the same paths, and those of cluster.container_mounts."""
+    paths = dict.fromkeys(str(_mount_root(Path(path))) for path in folders)
     for path in paths:
         if not _MOUNTED_PATH.fullmatch(path):
             raise SubmitError(

@@ -86,7 +86,7 @@ def check_node(plan: LaunchPlan, run: RunDir, attempt: int, num_ranks: int | Non
 
     Each problem's `where` is the node's name and nothing else.
     """
-    memory_gib, num_ranks = _memory_bytes() / _GIB, num_ranks or plan.topology.ranks_per_node
+    memory_gib, num_ranks = available_memory_bytes() / _GIB, num_ranks or plan.topology.ranks_per_node
     code, problems = _code_digest(run)
     problems += _check_run_directory(run, attempt)
     problems += _check_inputs(plan)
@@ -252,14 +252,19 @@ def _check_space(plan: LaunchPlan, run: RunDir, memory_gib: float, num_ranks: in
         value = f"{memory_gib:.1f} GiB available, {plan.memory.host_per_node_gib:.1f} GiB needed"
         remedy = f"{plan.config.cluster.memory_remedy}, offload less, or use more nodes"
         problems.append(Problem("there is too little main memory for the offloaded states", "", value, remedy))
-    connects_gpus = plan.topology.device == "cuda" and num_ranks > 1
+    return [*problems, *shared_memory_problems(plan.topology.device, num_ranks)]
+
+
+def shared_memory_problems(device: str, num_ranks: int) -> list[Problem]:
+    """Return a problem where /dev/shm is too small for `num_ranks` ranks of this node on `device` (cuda or cpu)."""
+    connects_gpus = device == "cuda" and num_ranks > 1
     shared, least = _free_bytes(SHARED_MEMORY), SHARED_MEMORY_OF_GPUS_BYTES if connects_gpus else SHARED_MEMORY_BYTES
-    if shared is None or shared < least:
-        what = "the ranks of a node have too little shared memory to communicate"
-        free_space = "missing" if shared is None else f"{shared >> 20} MiB free, {least >> 20} MiB needed"
-        remedy = "remove stale files there, or give the container more (--shm-size, or an emptyDir of medium Memory)"
-        problems.append(Problem(what, value=f"{SHARED_MEMORY}: {free_space}", remedy=remedy))
-    return problems
+    if shared is not None and shared >= least:
+        return []
+    what = "the ranks of a node have too little shared memory to communicate"
+    free_space = "missing" if shared is None else f"{shared >> 20} MiB free, {least >> 20} MiB needed"
+    remedy = "remove stale files there, or give the container more (--shm-size, or an emptyDir of medium Memory)"
+    return [Problem(what, value=f"{SHARED_MEMORY}: {free_space}", remedy=remedy)]
 
 
 def _free_bytes(folder: Path) -> int | None:
@@ -269,7 +274,7 @@ def _free_bytes(folder: Path) -> int | None:
         return None
 
 
-def _memory_bytes() -> int:
+def available_memory_bytes() -> int:
     """Return the available main memory in bytes, limited by the control groups of this process."""
     limits = [psutil.virtual_memory().available]
     for line in OWN_CGROUPS.read_text().splitlines():

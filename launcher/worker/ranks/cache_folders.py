@@ -25,19 +25,25 @@ _CACHES = (
 
 def find_writable_caches(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables to set, each with a folder that can be written; empty where all default folders can be."""
-    home = Path(environ.get("HOME") or "/")
-    unwritable = []
-    for variable, parent_variable, parent, name in _CACHES:
-        folder = Path(environ.get(parent_variable) or home / parent) / name
-        if not environ.get(variable) and not _is_writable(folder):
-            unwritable.append(variable)
+    unwritable = [
+        variable for variable, folder in cache_folders(environ).items() if not environ.get(variable) and not is_writable(folder)
+    ]
     if not unwritable:
         return {}
     folder = _private_folder()
     return {variable: str(folder / variable.lower()) for variable in unwritable}
 
 
-def _is_writable(folder: Path) -> bool:
+def cache_folders(environ: Mapping[str, str]) -> dict[str, Path]:
+    """Return the folder of each cache, by the variable that names it."""
+    home = Path(environ.get("HOME") or "/")
+    return {
+        variable: Path(environ.get(variable) or Path(environ.get(parent_variable) or home / parent) / name)
+        for variable, parent_variable, parent, name in _CACHES
+    }
+
+
+def is_writable(folder: Path) -> bool:
     """Return whether the folder, or the closest one above it that exists, can be written."""
     existing = next((path for path in (folder, *folder.parents) if path.exists()), Path("/"))
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

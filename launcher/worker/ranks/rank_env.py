@@ -100,11 +100,11 @@ def redirect_output(log: Path) -> None:
     os.close(descriptor)
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, so that no rank is left behind (Linux)."""
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent dies, so that no rank is left behind (Linux)."""
     parent = os.getppid()
     pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, number)
     # The agent may have died before the call above.
     if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)

@@ -1,0 +1,150 @@
+"""The verb `doctor`: check this machine, or the nodes of a cluster, for what a run needs; starts no run.
+
+The checks of a node run in a process of the worker side: here, or on each node of a short allocation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from launcher.cli import doctor_view
+from launcher.cli.arguments import COMMON_FLAGS, VerbParser
+from launcher.cli.doctor_accounts import check_accounts
+from launcher.cli.doctor_view import DoctorReport
+from launcher.cli.worker_process import worker_environment
+from launcher.clusters.backends import doctor_for
+from launcher.clusters.check_results import (
+    FAILURE,
+    NODE_MODULE,
+    SHARED_FILE_VARIABLE,
+    ReportReader,
+    from_problem,
+    with_differences,
+    worst,
+)
+from launcher.clusters.node_command import NodeCommand, uninterrupted
+from launcher.config.compose import Composed, run_hydra
+from launcher.config.schema import RunConfig
+from launcher.errors import EXIT_FAILED, ConfigError, RunError, SubmitError
+
+_TIMEOUT_MINUTES = 15.0
+
+
+def run(verb: str, tokens: list[str]) -> int:
+    """Print what the checks found; returns 1 where one of them failed."""
+    arguments, rest = parser().parse_known_args(tokens)
+    jobs: list[Composed] = []
+    run_hydra(rest, jobs.append, ("--json", "--timeout", *COMMON_FLAGS))
+    if not jobs:
+        return 0
+    if len(jobs) > 1:
+        raise ConfigError("doctor checks one set of settings", where="command line", value="-m", remedy="leave out -m")
+    report = examine(jobs[0].config, time.monotonic() + arguments.timeout * 60)
+    print(doctor_view.to_json(report) if arguments.json else "\n".join(doctor_view.to_lines(report)))
+    return EXIT_FAILED if worst(report.results) == FAILURE else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the verb's own flags; what it does not know are settings."""
+    doctor_parser = VerbParser(
+        prog="python -m launcher doctor",
+        usage="%(prog)s [--json] [--timeout MINUTES] [overrides]",
+        description=(
+            "Check what a run needs: GPUs, driver, compiler, kernels, all-reduce, storage, limits, caches, accounts.\nWith "
+            "+cluster=slurm or +cluster=ray, on every node of a short allocation that the run's settings request."
+        ),
+        epilog="Exit code 1 means that a check failed. No run is started, and no file is left behind.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    timeout = f"limit for everything, including time in a queue (default: {_TIMEOUT_MINUTES:g})"
+    doctor_parser.add_argument("--timeout", type=_minutes, default=_TIMEOUT_MINUTES, metavar="MINUTES", help=timeout)
+    doctor_parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    return doctor_parser
+
+
+def _minutes(value: str) -> float:
+    with suppress(ValueError):
+        if 0 < (minutes := float(value)) < math.inf:
+            return minutes
+    raise argparse.ArgumentTypeError(f"{value} is not a number of minutes above 0")
+
+
+def examine(config: RunConfig, deadline: float) -> DoctorReport:
+    """Check this machine, and the nodes of a cluster, until the time `deadline` of time.monotonic()."""
+    # Nodes have other working directories.
+    root = str(Path(config.run.root).expanduser().absolute())
+    config = config.model_copy(update={"run": config.run.model_copy(update={"root": root})})
+    doctor, reader, here = doctor_for(config.cluster.kind), ReportReader(), check_accounts(config)
+    with _ended_by_signals():
+        try:
+            submission = doctor.check_submission(config) if doctor is not None else []
+            here = [*submission, *here]
+            if doctor is None or not doctor.runs_elsewhere(config):
+                _check_this_machine(config, deadline, reader)
+            elif worst(submission) != FAILURE:
+                _say("checking the nodes; this may wait in a queue, and Ctrl-C cancels it")
+                with _shared_file(Path(root)) as environ:
+                    doctor.run_on_nodes(config, environ, deadline, reader)
+        except (RunError, SubmitError) as error:
+            here += [from_problem(problem, name="nodes") for problem in error.problems]
+    return DoctorReport(tuple(here), tuple(with_differences([*reader.reports.values()], reader.clock_offsets)))
+
+
+def _check_this_machine(config: RunConfig, deadline: float, reader: ReportReader) -> None:
+    _say("checking this machine")
+    checks = NodeCommand([sys.executable, "-m", NODE_MODULE], config.model_dump_json(), worker_environment())
+    try:
+        for line in checks.lines(deadline):
+            reader.feed(line)
+    finally:
+        with uninterrupted():
+            checks.close()
+    if not reader.reports:
+        messages = " / ".join(line.strip() for line in list(checks.errors)[-2:])
+        raise RunError("the checks of this machine did not end", value=messages, remedy="give them more time with --timeout")
+
+
+@contextmanager
+def _shared_file(root: Path) -> Iterator[dict[str, str]]:
+    """Write a file beside the runs, by which nodes recognise the folder; yields their variable, or nothing if it cannot."""
+    folder = next((path for path in (root, *root.parents) if path.is_dir()), Path("/"))
+    file, content = folder / f".launcher-doctor-{secrets.token_hex(8)}", secrets.token_hex(16)
+    try:
+        file.write_text(content)
+    except OSError:
+        # The nodes report what they see of it.
+        yield {}
+        return
+    try:
+        yield {SHARED_FILE_VARIABLE: f"{file}={content}"}
+    finally:
+        with uninterrupted(), suppress(OSError):
+            file.unlink()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let TERM and HUP end the command as Ctrl-C does, so that it cancels its allocation."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,98 @@
+"""A command that runs something on nodes: its lines as they come, a deadline, and its end whatever happens."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import IO
+
+_END_S = 20.0
+_MAX_LINES = 200
+
+
+class NodeCommand:
+    """A running command in a session of its own, so that Ctrl-C reaches only the command that started it.
+
+    Attributes:
+        errors: the last lines of its standard error.
+    """
+
+    def __init__(self, command: Sequence[str], stdin: str, environ: Mapping[str, str]) -> None:
+        self.errors: deque[str] = deque(maxlen=_MAX_LINES)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=dict(environ),
+            start_new_session=True,
+        )
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        threads = (
+            threading.Thread(target=self._write, args=(self._process.stdin, stdin), daemon=True),
+            threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True),
+            threading.Thread(target=self.errors.extend, args=(self._process.stderr,), daemon=True),
+        )
+        for thread in threads:
+            thread.start()
+        self._errors_thread = threads[-1]
+
+    def lines(self, deadline: float) -> Iterator[str]:
+        """Yield the lines of its standard output until it closes that, or until the time `deadline` of time.monotonic()."""
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                line = self._lines.get(timeout=left)
+            except queue.Empty:
+                return
+            if line is None:
+                # For the messages that explain the end.
+                self._errors_thread.join(1.0)
+                return
+            yield line
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def close(self) -> None:
+        """End the command with all that it has started: first by TERM, which lets it clean up."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_S)
+                return
+
+    def _read(self, stream: IO[str]) -> None:
+        for line in stream:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    @staticmethod
+    def _write(stream: IO[str], text: str) -> None:
+        # A command that has ended reads nothing.
+        with suppress(OSError):
+            stream.write(text)
+            stream.close()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C and TERM while something is cleaned up that must not be left behind."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

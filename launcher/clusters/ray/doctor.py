@@ -1,0 +1,113 @@
+"""Ray as `launcher doctor` sees it: the cluster from here, and its nodes through tasks of a driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+
+import launcher
+from launcher.clusters.check_results import OK, WARNING, CheckResult, ReportReader, from_problem
+from launcher.clusters.detached_process import build_pythonpath
+from launcher.clusters.node_command import NodeCommand, uninterrupted
+from launcher.clusters.ray import jobs
+from launcher.clusters.ray.cluster import FINAL_JOB_STATES, require_usable
+from launcher.config.schema import RunConfig
+from launcher.config.sections.ray import RaySection
+from launcher.errors import RunError, SubmitError
+
+_MODULE = "launcher.worker.ray.doctor"
+_POLL_S = 1.0
+_MANY_CHARS = 300
+
+
+def runs_elsewhere(config: RunConfig) -> bool:
+    return RaySection.of(config.cluster).address is not None
+
+
+def check_submission(config: RunConfig) -> list[CheckResult]:
+    """Check that the cluster answers and takes the token of this shell."""
+    section, version = RaySection.of(config.cluster), metadata.version("ray")
+    if section.address is None:
+        return [CheckResult("Ray", OK, f"Ray {version}; each run starts one of its own on this machine")]
+    try:
+        require_usable(section)
+    except SubmitError as error:
+        return [from_problem(problem, name="Ray") for problem in error.problems]
+    results = [CheckResult("Ray", OK, f"{section.address} answers; Ray {version} here")]
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        seen = "this shell uses no token: whoever reaches the cluster can run code there"
+        remedy = "start the cluster with RAY_AUTH_MODE=token, and export it here with RAY_AUTH_TOKEN_PATH=FILE"
+        results.append(CheckResult("Ray", WARNING, seen, remedy))
+    return results
+
+
+def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float, reader: ReportReader) -> None:
+    """Run the checks as a task on every node of the cluster.
+
+    Raises:
+        RunError: if the driver has ended without a report, or not in time.
+    """
+    section = RaySection.of(config.cluster)
+    request = json.dumps({"config": config.model_dump(mode="json"), "environ": {**section.env, **environ}})
+    # The driver reports the nodes that do not answer, and ends before the command gives up.
+    arguments = [request, f"{max(1.0, (deadline - time.monotonic()) * 0.9):.0f}"]
+    output = (_run_as_job if section.is_http else _run_here)(section, arguments, deadline, reader)
+    if not reader.reports:
+        is_late = time.monotonic() >= deadline
+        raise RunError(
+            "no node of the cluster reported" + (" in time" if is_late else ""),
+            where=section.address or "",
+            value=output,
+            remedy="look at the cluster with: ray status; the launcher must be installed on its nodes, on the same path",
+        )
+
+
+def _run_here(section: RaySection, arguments: list[str], deadline: float, reader: ReportReader) -> str:
+    """Run the driver on this machine; returns the end of its messages."""
+    code = Path(launcher.__file__).resolve().parents[1]
+    environ = {**os.environ, "PYTHONPATH": build_pythonpath(code, os.environ), "PYTHONSAFEPATH": "1"}
+    driver = NodeCommand([sys.executable, "-m", _MODULE, *arguments], "", environ)
+    try:
+        for line in driver.lines(deadline):
+            reader.feed(line)
+    finally:
+        with uninterrupted():
+            driver.close()
+    return " / ".join(line.strip() for line in list(driver.errors)[-3:])[-_MANY_CHARS:]
+
+
+def _run_as_job(section: RaySection, arguments: list[str], deadline: float, reader: ReportReader) -> str:
+    """Run the driver as a job of the cluster, which is stopped and removed at the end; returns the end of its log."""
+    address, code = section.address or "", Path(launcher.__file__).resolve().parents[1]
+    job = jobs.submit_module(section, code, f"launcher-doctor-{secrets.token_hex(4)}", _MODULE, arguments)
+    try:
+        while True:
+            state, message = jobs.state(address, job)
+            log = jobs.read_log(address, job)
+            # A line that is still being written has no end.
+            for line in log.splitlines(keepends=True):
+                if line.endswith("\n"):
+                    reader.feed(line)
+            if state in FINAL_JOB_STATES or time.monotonic() >= deadline:
+                return (log.strip() or message)[-_MANY_CHARS:]
+            time.sleep(_POLL_S)
+    finally:
+        with uninterrupted():
+            _end_job(address, job)
+
+
+def _end_job(address: str, job: str) -> None:
+    """Stop the job, wait for that, and remove its record."""
+    with suppress(SubmitError):
+        jobs.stop(address, job)
+        until = time.monotonic() + 20 * _POLL_S
+        while time.monotonic() < until and jobs.state(address, job)[0] not in FINAL_JOB_STATES:
+            time.sleep(_POLL_S)
+        jobs.remove(address, job)

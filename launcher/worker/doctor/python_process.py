@@ -1,0 +1,71 @@
+"""Another Python process with a deadline: what it imports may crash it, or hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+# Those that have not been waited for; each has a session of its own, which the end of this process does not end.
+_running: set[subprocess.Popen[str]] = set()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a process ended; `reason` says why it failed, in one line, and is empty where it did not."""
+
+    output: str
+    reason: str
+
+
+def run_python(arguments: Sequence[str], deadline_s: float, environ: Mapping[str, str] = os.environ) -> Finished:
+    """Run `python ARGUMENTS` in a session of its own, all of which is killed after the deadline."""
+    return wait_for(start_python(arguments, environ), deadline_s)
+
+
+def start_python(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> subprocess.Popen[str]:
+    """Start `python ARGUMENTS`, with its output in pipes; nothing is imported from the working directory."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=dict(environ),
+        start_new_session=True,
+    )
+    _running.add(process)
+    return process
+
+
+def wait_for(process: subprocess.Popen[str], deadline_s: float) -> Finished:
+    """Wait for the end of a process, or kill it."""
+    try:
+        output, errors = process.communicate(timeout=max(0.1, deadline_s))
+    except subprocess.TimeoutExpired:
+        kill(process)
+        return Finished("", f"did not end within {deadline_s:.0f} s")
+    _running.discard(process)
+    if process.returncode < 0:
+        return Finished(output, f"was killed by {signal.Signals(-process.returncode).name}")
+    last = next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), "")
+    return Finished(output, (last or f"exit code {process.returncode}") if process.returncode else "")
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a process and those that it has started, without waiting: one that hangs in the kernel does not end."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    _running.discard(process)
+
+
+def kill_all() -> None:
+    """Kill every process that has not been waited for."""
+    for process in [*_running]:
+        kill(process)

@@ -1,0 +1,101 @@
+"""The driver of `launcher doctor` on Ray: `python -m launcher.worker.ray.doctor REQUEST SECONDS`.
+
+Runs launcher.worker.doctor.node as a task on every node, with all of its GPUs, and prints the reports. A node whose GPUs other
+work holds is reported instead of waited for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import launcher
+from launcher.clusters.check_results import FAILURE, WARNING, CheckResult, MachineReport, to_lines
+from launcher.clusters.detached_process import build_pythonpath
+from launcher.config.schema import RunConfig
+from launcher.config.sections.ray import RaySection
+
+
+def check_here(config: str, node: str, environ: dict[str, str]) -> str:
+    """Run the checks of this node in a process of its own; returns its output, or the last line of its messages."""
+    import os
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-P", "-m", "launcher.worker.doctor.node", node]
+    done = subprocess.run(command, input=config, capture_output=True, text=True, errors="replace", env={**os.environ, **environ})
+    return done.stdout or (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+def main(request: str, seconds: float) -> None:
+    until, values = time.monotonic() + seconds, json.loads(request)
+    config, environ = RunConfig.model_validate(values["config"]), values["environ"]
+    section = RaySection.of(config.cluster)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    path = build_pythonpath(Path(launcher.__file__).resolve().parents[1], os.environ)
+    # A job's own environment applies to all processes that it starts.
+    runtime = {} if section.is_http else {"runtime_env": {"env_vars": {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}}}
+    address = "auto" if section.is_http else section.address
+    ray.init(address=address, log_to_driver=False, logging_level="WARNING", **runtime)
+    try:
+        tasks = {_start(ray, node, config, environ): node for node in _nodes_of_ranks(ray)}
+        waiting = [task for task in tasks if task is not None]
+        while waiting and time.monotonic() < until:
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.1, until - time.monotonic()))
+            for task in done:
+                _print_output(ray, task, tasks[task]["NodeName"])
+        for task in waiting:
+            result = CheckResult("node", FAILURE, f"no answer within {seconds:.0f} s", "look at the node with: ray status")
+            _print_report(tasks[task]["NodeName"], result)
+    finally:
+        ray.shutdown()
+
+
+def _nodes_of_ranks(ray: Any) -> list[dict[str, Any]]:
+    """Return the nodes that ranks may run on: those with GPUs, or all where there is none."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return [node for node in nodes if node["Resources"].get("GPU")] or nodes
+
+
+def _start(ray: Any, node: dict[str, Any], config: RunConfig, environ: dict[str, str]) -> Any:
+    """Start the task of a node; None where it cannot be started now, which is reported."""
+    from ray._private.state import available_resources_per_node
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    num_gpus = node["Resources"].get("GPU", 0)
+    num_free = available_resources_per_node().get(node["NodeID"], {}).get("GPU", 0)
+    if num_free < num_gpus:
+        seen = f"{num_gpus - num_free:g} of {num_gpus:g} GPUs are held by other work of Ray: the node was not checked"
+        _print_report(node["NodeName"], CheckResult("node", WARNING, seen, "wait until that work has ended, or see: ray status"))
+        return None
+    strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    options = {"num_cpus": 0, "num_gpus": num_gpus, "max_retries": 0, "scheduling_strategy": strategy}
+    task = ray.remote(check_here).options(**options)
+    return task.remote(config.model_dump_json(), node["NodeName"], environ)
+
+
+def _print_output(ray: Any, task: Any, node: str) -> None:
+    try:
+        output = ray.get(task)
+    # Ray raises many kinds of exceptions for a task that could not run.
+    except Exception as error:
+        output = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    if "launcher-doctor " in output:
+        print(output, flush=True)
+        return
+    remedy = "install the launcher on the node, under the same path; look at it with: ray status"
+    _print_report(node, CheckResult("node", FAILURE, f"the checks could not run: {output}", remedy))
+
+
+def _print_report(node: str, result: CheckResult) -> None:
+    print("\n".join(to_lines(MachineReport(node, (result,), time.time()))), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], float(sys.argv[2]))

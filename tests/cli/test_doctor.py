@@ -1,0 +1,188 @@
+"""`launcher doctor` on this machine: its page, its exit code, its logins, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import psutil
+import pytest
+from forked import ForkingSubprocess, preloaded
+from http_server import serving
+from pace import wait_for
+from plan_fixtures import config_of
+from wandb_server import KEY, FakeWandb, fake_wandb
+
+from launcher.cli import wandb_check
+from launcher.cli.doctor_accounts import check_accounts
+from launcher.clusters.check_results import FAILURE, OK, WARNING, CheckResult
+from launcher.config.schema import RunConfig
+
+__all__ = ["config_of"]
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+TOKEN = "hf_" + "abcdefgh" * 4
+CHECKS = {
+    "W&B",
+    "Hub",
+    "machine",
+    "limits",
+    "packages",
+    "GPUs",
+    "torch",
+    "compiler",
+    "all-reduce",
+    "/dev/shm",
+    "run.root",
+    "caches",
+}
+
+
+def test_this_machine_is_checked_and_left_as_it_was(launch: Launch, tmp_path: Path) -> None:
+    before = set(os.listdir("/dev/shm"))
+    done = launch("doctor", "model=tiny", f"run.root={tmp_path}/runs", "--json", timeout=600)
+    assert done.stdout, done.stderr
+    report = json.loads(done.stdout)
+    (machine,) = report["nodes"].values()
+    results = [*report["here"], *machine["results"]]
+    assert {result["name"] for result in results} >= CHECKS
+    verdicts = {result["name"]: result["verdict"] for result in results}
+    assert verdicts["all-reduce"] == verdicts["packages"] == verdicts["torch"] == "ok", done.stdout
+    assert all(result["remedy"] for result in results if result["verdict"] != "ok")
+    assert done.returncode == (report["verdict"] == "failure")
+    assert list(tmp_path.iterdir()) == []
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_a_failure_is_shown_with_its_fix_and_ends_with_code_1(launch: Launch, tmp_path: Path) -> None:
+    """With a run that pushes to the Hub, and no token; a check that takes long is cut short."""
+    command = ("doctor", "model=tiny", f"run.root={tmp_path}", "export.push_to_hub=owner/name", "--timeout", "0.01")
+    done = launch(*command, timeout=600)
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    (failed,) = [i for i, line in enumerate(lines) if line.startswith("failure  Hub ")]
+    assert lines[failed].endswith(
+        "a push to the Hub needs HF_TOKEN in the environment, and it is not set (export.push_to_hub): owner/name"
+    )
+    assert lines[failed + 1].strip().startswith("fix: export HF_TOKEN")
+    assert "the checks of this machine did not end" in done.stdout
+    assert lines[-1].startswith("2 failures")
+
+
+def test_a_wrong_setting_is_refused_before_anything_is_checked(launch_here: Launch) -> None:
+    done = launch_here("doctor", "model=tiny", "train.max_stepz=3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "train.max_stepz: there is no such setting" in done.stderr
+
+
+def test_ctrl_c_leaves_no_process_and_no_file(launcher_env: Mapping[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launcher", "doctor", "model=tiny", f"run.root={tmp_path}/runs"]
+    doctor = subprocess.Popen(command, env={**launcher_env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started: list[psutil.Process] = []
+
+    def imports_torch() -> bool:
+        assert doctor.poll() is None
+        started[:] = psutil.Process(doctor.pid).children(recursive=True)
+        return any("torch_build" in word for process in started for word in _words(process))
+
+    try:
+        wait_for("the check of torch", imports_torch)
+        doctor.send_signal(signal.SIGINT)
+        _, errors = doctor.communicate(timeout=300)
+    finally:
+        doctor.kill()
+    assert doctor.returncode == 130, errors
+    assert errors.splitlines()[-1] == "interrupted"
+    wait_for("its processes to end", lambda: not [process for process in started if _lives(process)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
+    """W&B on this machine; its package is imported once, in the process that those which look accounts up are forked from."""
+    imported = preloaded("launcher.tracking.wandb.account", "wandb.sdk.lib.wbauth")
+    monkeypatch.setattr(wandb_check, "subprocess", ForkingSubprocess(imported))
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "HF_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", os.devnull)
+    with fake_wandb(projects=("launcher",)) as running:
+        monkeypatch.setenv("WANDB_BASE_URL", running.address)
+        yield running
+
+
+def of(name: str, config: RunConfig) -> CheckResult:
+    (result,) = [result for result in check_accounts(config) if result.name == name]
+    return result
+
+
+def test_a_wandb_login_is_missing_refused_or_accepted(
+    wandb: FakeWandb, config_of: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = of("W&B", config_of())
+    assert missing.verdict == WARNING
+    assert "wandb login" in missing.remedy
+    assert of("W&B", config_of("tracking.mode=online")).verdict == FAILURE
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert (of("W&B", config_of()).verdict, of("W&B", config_of()).seen) == (OK, "login of environment accepted")
+    monkeypatch.setenv("WANDB_API_KEY", KEY[::-1])
+    refused = of("W&B", config_of())
+    assert refused.verdict == FAILURE
+    assert refused.seen.startswith("Weights & Biases does not accept this run: ")
+    assert KEY[::-1] not in str(refused)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Knows one token."""
+
+    def do_GET(self) -> None:
+        is_known = self.path == "/api/whoami-v2" and self.headers["Authorization"] == f"Bearer {TOKEN}"
+        self.send_response(200 if is_known else 401)
+        self.end_headers()
+        self.wfile.write(b'{"name": "somebody"}' if is_known else b"{}")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_hub_token_is_missing_refused_accepted_or_not_checked(
+    wandb: FakeWandb, config_of: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    config = config_of("tracking.mode=offline")
+    assert of("Hub", config).verdict == OK
+    assert of("Hub", config_of("tracking.mode=offline", "export.push_to_hub=owner/name")).verdict == FAILURE
+    with serving(Hub) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        accepted = of("Hub", config)
+        assert (accepted.verdict, accepted.seen) == (OK, "the token from HF_TOKEN belongs to somebody")
+        monkeypatch.setenv("HF_TOKEN", TOKEN[::-1])
+        refused = of("Hub", config)
+        assert refused.verdict == FAILURE
+        assert TOKEN[::-1] not in str(refused)
+        monkeypatch.delenv("HF_TOKEN")
+        (tmp_path / "token").write_text(f"{TOKEN}\n")
+        assert of("Hub", config).seen == f"the token from {tmp_path}/token belongs to somebody"
+    silent = of("Hub", config)
+    assert silent.verdict == WARNING
+    assert "does not answer" in silent.seen

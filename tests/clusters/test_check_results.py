@@ -1,0 +1,71 @@
+"""Reports of machines as lines of text, and what is compared between machines."""
+
+from __future__ import annotations
+
+import random
+import time
+
+from launcher.clusters.check_results import (
+    FAILURE,
+    OK,
+    WARNING,
+    CheckResult,
+    MachineReport,
+    ReportReader,
+    to_lines,
+    with_differences,
+    worst,
+)
+
+
+def report(machine: str, *results: CheckResult, clock: float | None = None) -> MachineReport:
+    return MachineReport(machine, results, time.time() if clock is None else clock)
+
+
+def test_reports_are_read_from_mixed_lines_of_several_machines() -> None:
+    """Slurm cuts long lines, and puts those of its tasks together as they come."""
+    sent = [report(name, CheckResult("limits", WARNING, "wenig: ü " * 300, "fix it")) for name in ("n1", "n2")]
+    lines = [line for each in sent for line in to_lines(each)]
+    assert len(lines) > 6
+    assert max(map(len, lines)) < 1000
+    random.Random(1).shuffle(lines)
+    reader = ReportReader()
+    for line in ["salloc: Granted job allocation 7", "", *(f"{line}\n" for line in lines)]:
+        reader.feed(line)
+    assert sorted(reader.reports.values(), key=lambda each: each.machine) == sent
+    assert all(abs(offset) < 60 for offset in reader.clock_offsets.values())
+
+
+def test_a_report_that_is_cut_off_does_not_count() -> None:
+    reader = ReportReader()
+    for line in to_lines(report("n1", CheckResult("limits", OK, "x" * 2000)))[:-1]:
+        reader.feed(line)
+    assert reader.reports == {}
+
+
+def test_a_node_that_differs_from_most_others_fails() -> None:
+    def packages(version: str) -> CheckResult:
+        return CheckResult("packages", OK, f"torch {version}", must_match=True)
+
+    bandwidth = [CheckResult("all-reduce", OK, f"{number} GB/s") for number in (1, 2, 3)]
+    reports = [report("n1", packages("2.8"), bandwidth[0]), report("n2", packages("2.9"), bandwidth[1])]
+    reports.append(report("n3", packages("2.9"), bandwidth[2]))
+    first, *others = with_differences(reports, {})
+    assert first.results[0].verdict == FAILURE
+    assert first.results[0].seen == "torch 2.8; most nodes: torch 2.9"
+    assert first.verdict == FAILURE
+    assert [each.verdict for each in others] == [OK, OK]
+    assert [each.results for each in with_differences(reports[1:], {})] == [each.results for each in reports[1:]]
+
+
+def test_a_clock_that_is_off_is_a_warning_only_between_several_nodes() -> None:
+    reports = [report("n1"), report("n2")]
+    results = [each.results[0] for each in with_differences(reports, {"n1": 0.1, "n2": -90.0})]
+    assert [(result.name, result.verdict) for result in results] == [("clock", OK), ("clock", WARNING)]
+    assert results[1].seen == "90 s behind this machine's"
+    assert with_differences(reports[:1], {"n1": 90.0})[0].results == ()
+
+
+def test_the_worst_verdict_is_that_of_all() -> None:
+    results = [CheckResult("a", verdict, "") for verdict in (OK, WARNING, FAILURE)]
+    assert [worst(results[:count]) for count in range(4)] == [OK, OK, WARNING, FAILURE]

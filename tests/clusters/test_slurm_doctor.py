@@ -1,0 +1,120 @@
+"""`launcher doctor +cluster=slurm` on a real Slurm: every node of an allocation is checked, and nothing is left of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+from testbed_cluster import Testbed
+
+pytestmark = pytest.mark.slurm
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+# The timeout is that of a loaded machine: two nodes import torch at the same time.
+DOCTOR = (
+    "doctor",
+    "model=tiny",
+    "+cluster=slurm",
+    "cluster.exclusive=false",
+    "cluster.ranks_per_node=1",
+    "tracking.mode=offline",
+)
+DEADLINE_S = 600.0
+
+
+def jobs_of(bed: Testbed) -> list[str]:
+    """The jobs of the doctor that Slurm has not ended."""
+    names = bed.output("squeue", "--noheader", "--format=%j").split()
+    return [name for name in names if name.startswith("launcher-doctor-")]
+
+
+def await_no_job(bed: Testbed) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while jobs_of(bed):
+        assert time.monotonic() < end, bed.output("squeue")
+        time.sleep(0.2)
+
+
+def test_every_node_of_the_allocation_reports(launch: Launch, slurm: Testbed, tmp_path: Path) -> None:
+    command = (*DOCTOR, "cluster.nodes=2", "cluster.time=10:00", f"run.root={tmp_path}/runs", "--json")
+    done = launch(*command, timeout=DEADLINE_S, **slurm.variables)
+    assert done.stdout, done.stderr
+    report = json.loads(done.stdout)
+    assert sorted(report["nodes"]) == ["n1", "n2"], done.stdout
+    assert done.returncode == (report["verdict"] == "failure"), done.stdout
+    assert report["here"][0]["name"] == "Slurm"
+    assert "nodes in service" in report["here"][0]["seen"]
+    for node in report["nodes"].values():
+        verdicts = {result["name"]: result["verdict"] for result in node["results"]}
+        assert verdicts["torch"] == verdicts["all-reduce"] == verdicts["clock"] == "ok", node
+        assert verdicts["run.root"] != "failure", node
+    await_no_job(slurm)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_node_that_sees_other_storage_comes_first(launch: Launch, slurm: Testbed, tmp_path: Path) -> None:
+    if not slurm.layout.isolated:
+        pytest.skip("this machine may not make network namespaces")
+    slurm.private_mount("n2", tmp_path)
+    done = launch(*DOCTOR, "cluster.nodes=2", f"run.root={tmp_path}/runs", timeout=DEADLINE_S, **slurm.variables)
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    (head,) = [i for i, line in enumerate(lines) if line.startswith("node ")]
+    assert lines[head + 1].startswith("n2    failure  run.root: ")
+    assert lines[head + 2].startswith("n1 ")
+    (failed,) = [i for i, line in enumerate(lines) if line.startswith("failure")]
+    assert "n2: " in lines[failed]
+    assert "is not the folder that the submitting machine sees" in lines[failed]
+    assert lines[failed + 1].strip() == "fix: set run.root to a folder on storage that all nodes share"
+
+
+def test_an_interrupted_doctor_cancels_its_allocation(launcher_env: Mapping[str, str], slurm: Testbed, tmp_path: Path) -> None:
+    """While its job waits for a node that others hold."""
+    slurm.run("sbatch", "--parsable", "-o", "/dev/null", "--exclusive", "--nodes=3", "--time=10", "--wrap", "sleep 600")
+    command = [sys.executable, "-m", "launcher", *DOCTOR, "cluster.nodes=3", f"run.root={tmp_path}/runs"]
+    doctor = subprocess.Popen(
+        command, env={**launcher_env, **slurm.variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        end = time.monotonic() + DEADLINE_S
+        while not jobs_of(slurm):
+            assert doctor.poll() is None, doctor.communicate()
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        (salloc,) = [p for p in psutil.Process(doctor.pid).children() if p.name() == "salloc"]
+        doctor.send_signal(signal.SIGINT)
+        _, errors = doctor.communicate(timeout=DEADLINE_S)
+    finally:
+        doctor.kill()
+    assert doctor.returncode == 130, errors
+    assert errors.splitlines()[-1] == "interrupted"
+    await_no_job(slurm)
+    assert not salloc.is_running()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_that_does_not_start_in_time_is_cancelled(launch: Launch, slurm: Testbed, tmp_path: Path) -> None:
+    slurm.run("sbatch", "--parsable", "-o", "/dev/null", "--exclusive", "--nodes=3", "--time=10", "--wrap", "sleep 600")
+    command = (*DOCTOR, "cluster.nodes=2", f"run.root={tmp_path}/runs", "--timeout", "0.5")
+    done = launch(*command, timeout=DEADLINE_S, **slurm.variables)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "2 of 2 nodes did not report in time (the job is PENDING (" in done.stdout
+    assert "--timeout" in done.stdout
+    await_no_job(slurm)
+
+
+def test_what_the_site_cannot_run_is_reported_without_a_job(launch: Launch, slurm: Testbed, tmp_path: Path) -> None:
+    done = launch(*DOCTOR, "cluster.nodes=9", f"run.root={tmp_path}/runs", timeout=DEADLINE_S, **slurm.variables)
+    assert done.returncode == 1
+    assert "failure  Slurm" in done.stdout
+    assert "cluster.nodes" in done.stdout
+    assert os.listdir(tmp_path) == []
