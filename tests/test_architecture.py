@@ -23,7 +23,7 @@ def modules(*folders: str) -> list[str]:
 
 
 SUBMIT_SIDE = [
-    *modules("cli", "config", "config/sections", "plan", "clusters"),
+    *modules("cli", "config", "config/sections", "config/run_file", "plan", "clusters"),
     *(
         "launcher.errors",
         "launcher.facts",

@@ -28,6 +28,7 @@ from launcher.clusters.backends import Cluster, cluster_for
 from launcher.clusters.preflight import check_startable
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.resume import differences, table, with_overrides
+from launcher.config.run_file.words import is_run_file
 from launcher.config.schema import RunConfig
 from launcher.error_record import ErrorRecord
 from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, RunError, SubmitError
@@ -130,7 +131,7 @@ def _minutes(value: str) -> float:
 
 def _make_plan(arguments: argparse.Namespace, rest: list[str]) -> LaunchPlan | None:
     """Plan the drill's run; None if only a Hydra flag such as --cfg was to be carried out."""
-    if rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")):
+    if rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")) and not is_run_file(rest[0]):
         like = run_store.find_run(rest[0], Path(arguments.root))
         ownership.require_run(like)
         return _plan_like(like, rest[1:], arguments)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from launcher.cli.printable_stream import printable_output, raw
+from launcher.config.run_file.words import is_run_file
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, LauncherError, Problem
 from launcher.shell_commands import launcher_command
 
@@ -152,7 +153,8 @@ def _without_trusted_owners(tokens: Sequence[str]) -> tuple[list[str], list[str]
 
 
 def _is_verb(token: str) -> bool:
-    return "=" not in token and not token.startswith(("-", "+", "~"))
+    is_word = "=" not in token and not token.startswith(("-", "+", "~"))
+    return is_word and (token in VERBS or not is_run_file(token))
 
 
 def _run(verb: str, tokens: list[str]) -> int:
@@ -203,7 +205,8 @@ def _require_no_verb(tokens: Sequence[str]) -> None:
     """
     for i, token in enumerate(tokens):
         # The word after another flag may be its value.
-        if token in VERBS and (i == 0 or "=" in tokens[i - 1] or tokens[i - 1] in _FLAGS_WITHOUT_VALUE):
+        before = tokens[i - 1] if i else ""
+        if token in VERBS and (i == 0 or "=" in before or before in _FLAGS_WITHOUT_VALUE or is_run_file(before)):
             from launcher.security.redaction import redact
 
             remedy = f"write: {redact(launcher_command(token, *tokens[:i], *tokens[i + 1 :]))}"

@@ -34,6 +34,7 @@ def plan_lines(plan: LaunchPlan, *notes: str | None, location_warning: str | Non
     kinds = "random weights" if config.model.init == "random" else (config.model.path or "")
     rows = [
         ("run", f"{plan.run_name} in {short(plan.run_dir)}"),
+        *([("file", _run_file(plan))] if plan.provenance.run_file is not None else []),
         ("model", f"{config.model.name}: {_parameters(plan)} parameters, {config.model.dtype}, from {kinds}"),
         *([("lineage", _lineage(plan.lineage))] if plan.lineage is not None else []),
         ("data", _data(plan)),
@@ -84,6 +85,25 @@ def _limits(plan: LaunchPlan) -> str:
             f"${plan.config.run.max_usd:,.2f}, which is {limits.max_gpu_seconds / 3600 / ranks:.2f} hours of {_paid_for(plan)}"
         )
     return " or ".join(hours)
+
+
+def _run_file(plan: LaunchPlan) -> str:
+    """Return the run's file, and where the relative paths of the settings lead."""
+    config = plan.config
+    paths = {
+        "model.path": config.model.path,
+        "model.tokenizer": config.model.tokenizer,
+        **{f"data.sources[{i}].path": source.path for i, source in enumerate(config.data.sources)},
+        "data.eval_path": config.data.eval_path,
+        "data.chat_template": config.data.chat_template,
+    }
+    # A name without a file behind it is one of a Hub, and a pattern shows its folder.
+    resolved = [
+        f"{key} is {Path.cwd() / path}"
+        for key, path in paths.items()
+        if path and not path.startswith(("/", "~")) and "://" not in path and (Path(path).exists() or "*" in path)
+    ]
+    return "; ".join([str(plan.provenance.run_file), *resolved])
 
 
 def _lineage(lineage: Lineage) -> str:

@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,14 +20,26 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from launcher.config.command_line import GROUPS, flags_first, override_key, without_unknown_flags, without_unreadable_overrides
+from launcher.config.command_line import (
+    FLAGS_WITH_VALUE,
+    GROUPS,
+    flags_first,
+    override_key,
+    without_unknown_flags,
+    without_unreadable_overrides,
+)
 from launcher.config.config_files import cycle_problem, missing_keys, package_problems
 from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import hydra_problems, missing, no_such_option, schema_problems
 from launcher.config.hydra_guard import guarded, require_composing_only
-from launcher.config.origin import Origins, short
+from launcher.config.hydra_location import RUN_FILE_GROUP
+from launcher.config.origin import Origins, located_problem, short
 from launcher.config.printed_settings import redact_settings
 from launcher.config.renamed_keys import COMMAND_LINE, RENAMED, renamed_override, renamed_reference
+from launcher.config.run_file import reading
+from launcher.config.run_file.hydra_layer import OVERRIDE, composable
+from launcher.config.run_file.reading import FileContent
+from launcher.config.run_file.words import split_run_files
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, LauncherError, Problem
 from launcher.security.credentials import environment_secrets
@@ -43,7 +55,7 @@ _KEY_OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_][\w.\[\]-]*)=")
 
 @dataclass(frozen=True)
 class Composed:
-    """The checked settings with their origins."""
+    """The checked settings with their origins; `overrides` are the words of the command line, the run's file first."""
 
     config: RunConfig
     overrides: tuple[str, ...]
@@ -55,7 +67,7 @@ class Composed:
         try:
             yield
         except LauncherError as error:
-            raise type(error)(self.origins.located(problem) for problem in error.problems) from error
+            raise type(error)(located_problem(problem, self.origins) for problem in error.problems) from error
 
 
 def conf_dir() -> Path:
@@ -68,6 +80,7 @@ def conf_dir() -> Path:
 def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], own_flags: Sequence[str] = ()) -> None:
     """Compose `tokens` (a command line without the verb) and call `on_composed` once, or once per job with `-m`.
 
+    A word that names a run's file adds its settings: they win over those of groups and experiments, overrides win over them.
     With --cfg, --info and similar flags Hydra only prints, and nothing is called. `own_flags` are the flags of the verb, which
     `tokens` no longer contains; they are suggested for mistyped ones.
 
@@ -78,11 +91,14 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
     """
     # Hydra needs the working directory, and would not say that it was deleted.
     os.getcwd()
-    remaining, problems = without_unknown_flags(tokens, own_flags)
+    files, words = split_run_files(tokens, FLAGS_WITH_VALUE)
+    remaining, problems = without_unknown_flags(words, own_flags)
     remaining, renamed = _without_renamed_keys(remaining)
     problems += renamed
     remaining, unknown_options = _known_group_options(remaining)
     problems += unknown_options
+    content, file_problems = _read_run_file(files, words)
+    problems += file_problems
     failure: list[BaseException] = []
 
     def task(cfg: Any) -> None:
@@ -90,7 +106,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
         if failure:
             return
         try:
-            composed = _checked(cfg)
+            composed = _checked(cfg, content)
             if not problems:
                 on_composed(composed)
         except ConfigError as error:
@@ -99,7 +115,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
             failure.append(error)
 
     try:
-        _call_hydra(task, remaining)
+        _call_hydra(task, remaining, content)
     except ConfigError as error:
         readable, unreadable = without_unreadable_overrides(remaining)
         problems += unreadable
@@ -107,7 +123,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
             num_before = len(problems)
             # For the mistakes in the other overrides.
             with suppress(ConfigError):
-                _call_hydra(task, readable)
+                _call_hydra(task, readable, content)
             keys = {override_key(token) for token in remaining if token not in readable}
             problems[num_before:] = [p for p in problems[num_before:] if p.message.partition(":")[0] not in keys]
         # Without what was split off, composition may fail for that reason alone.
@@ -145,11 +161,18 @@ def _without_secrets(problem: Problem, held: Mapping[str, str]) -> Problem:
     return replace(problem, **{field.name: redact(getattr(problem, field.name), held) for field in fields(problem)})
 
 
-def _call_hydra(task: Callable[[Any], None], tokens: Sequence[str]) -> None:
-    argv = [_for_hydra(token) for token in flags_first(tokens)]
-    if not any(token.startswith("-") or token.lstrip("+~").startswith("hydra") for token in argv):
-        _compose_once(task, argv)
-        return
+def _call_hydra(task: Callable[[Any], None], tokens: Sequence[str], content: FileContent | None) -> None:
+    file = None if content is None else content.file.path
+    with composable(content) as file_overrides:
+        argv = [_for_hydra(token) for token in flags_first([*file_overrides, *tokens])]
+        if any(token.startswith("-") or token.lstrip("+~").startswith("hydra") for token in argv):
+            _run_hydra_main(task, argv, file)
+        else:
+            _compose_once(task, argv, file)
+
+
+def _run_hydra_main(task: Callable[[Any], None], argv: Sequence[str], run_file: Path | None) -> None:
+    """Let Hydra read its own flags, which may start a sweep or only print."""
     import hydra
 
     printed, usage = io.StringIO(), io.StringIO()
@@ -171,7 +194,9 @@ def _call_hydra(task: Callable[[Any], None], tokens: Sequence[str]) -> None:
             ) from stop
     # The task raises nothing: every other exception here is Hydra's, and not all are a HydraException.
     except Exception as error:
-        raise _refusal_within(error) or ConfigError(hydra_problems(error, argv, [*_extra_dirs(argv), conf_dir()])) from error
+        raise _refusal_within(error) or ConfigError(
+            hydra_problems(error, argv, [*_extra_dirs(argv), conf_dir()], run_file)
+        ) from error
     finally:
         sys.argv = saved_state[0]
         os.environ.pop("HYDRA_FULL_ERROR", None)
@@ -180,7 +205,7 @@ def _call_hydra(task: Callable[[Any], None], tokens: Sequence[str]) -> None:
         print(redact_settings(printed.getvalue(), environment_secrets(os.environ)), end="")
 
 
-def _compose_once(task: Callable[[Any], None], overrides: list[str]) -> None:
+def _compose_once(task: Callable[[Any], None], overrides: list[str], run_file: Path | None) -> None:
     """Compose as hydra.main does, but once: hydra.main composes a first time for hydra.mode alone."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -196,7 +221,7 @@ def _compose_once(task: Callable[[Any], None], overrides: list[str]) -> None:
             task(cfg)
     # The task raises nothing: every other exception here is Hydra's, and not all are a HydraException.
     except Exception as error:
-        raise _refusal_within(error) or ConfigError(hydra_problems(error, overrides, [conf_dir()])) from error
+        raise _refusal_within(error) or ConfigError(hydra_problems(error, overrides, [conf_dir()], run_file)) from error
 
 
 def _refusal_within(error: BaseException) -> ConfigError | None:
@@ -215,7 +240,7 @@ def strip_group_plus(token: str) -> str:
 def _for_hydra(token: str) -> str:
     token = strip_group_plus(token)
     match = _KEY_OVERRIDE.match(token)
-    if not match or match[2] in GROUPS or match[2].startswith("hydra"):
+    if not match or match[2] in GROUPS or match[2].startswith("hydra") or token == OVERRIDE:
         return token
     return f"++{match[2]}={token[match.end() :]}"
 
@@ -245,6 +270,16 @@ def _known_group_options(tokens: list[str]) -> tuple[list[str], list[Problem]]:
     return remaining, problems
 
 
+def _read_run_file(files: Sequence[str], tokens: Sequence[str]) -> tuple[FileContent | None, list[Problem]]:
+    """Read the run's file of a command line with the other words `tokens`; return its content and what is wrong in it."""
+    path = reading.the_only(files)
+    if path is None:
+        return None, []
+    replaced = [group for group in GROUPS if any("=" in token and override_key(token) == group for token in tokens)]
+    has_search_path = any(token.lstrip("+").startswith("hydra.searchpath") for token in tokens)
+    return reading.read(path, replaced, [] if has_search_path else [conf_dir(), *_extra_dirs(tokens)])
+
+
 def _extra_dirs(tokens: Sequence[str]) -> Iterator[Path]:
     for i, token in enumerate(tokens):
         if token in ("--config-dir", "-cd") and i + 1 < len(tokens):
@@ -253,8 +288,8 @@ def _extra_dirs(tokens: Sequence[str]) -> Iterator[Path]:
             yield Path(token.split("=", 1)[1])
 
 
-def _checked(cfg: Any) -> Composed:
-    """Validate one composed config.
+def _checked(cfg: Any, content: FileContent | None) -> Composed:
+    """Validate one composed config, with the run's file `content`.
 
     Raises:
         ConfigError: with all of its problems.
@@ -265,11 +300,14 @@ def _checked(cfg: Any) -> Composed:
     hydra_config = HydraConfig.get()
     # Unresolved: the text of an override such as a=${b} is no reference of Hydra's own.
     tokens: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
-    overrides = tuple(str(token).removeprefix("++") for token in tokens)
+    overrides = tuple(str(token).removeprefix("++") for token in tokens if token != OVERRIDE)
+    file = None if content is None else content.file
+    file_keys = () if file is None else file.keys
     origins = Origins(
         overrides=overrides,
-        choices=dict(hydra_config.runtime.choices),
+        choices={group: option for group, option in hydra_config.runtime.choices.items() if group != RUN_FILE_GROUP},
         folders=tuple(Path(s.path) for s in hydra_config.runtime.config_sources if s.schema == "file" and s.path),
+        run_file=file,
     )
     OmegaConf.set_readonly(cfg, False)
     replaced = _let_sources_replace_path(cfg, origins)
@@ -280,8 +318,8 @@ def _checked(cfg: Any) -> Composed:
         OmegaConf.update(cfg, key, "./missing")
     values = {str(k): v for k, v in _resolved(cfg, unresolved, origins).items()}
     absent += [key for key in missing_keys(origins) if key in unresolved and key not in (*absent, *replaced)]
-    _unset_length_of_files(values, overrides)
-    _name_model_after_path(values, overrides)
+    _unset_length_of_files(values, overrides, file_keys)
+    _name_model_after_path(values, {*map(override_key, overrides), *file_keys})
     scalars = list(leaves(values))
     held = environment_secrets(os.environ)
     secrets = {key: reason for key, value in scalars if (reason := secret_problem(key, value, held)) is not None}
@@ -306,7 +344,7 @@ def _checked(cfg: Any) -> Composed:
     problems += [Problem(f"{key}: {LOGIN_IN_ADDRESS}", where=origins.of(key), remedy=IN_ENVIRONMENT) for key in logins]
     if problems:
         raise ConfigError(problems)
-    return Composed(config, overrides, origins)
+    return Composed(config, overrides if file is None else (str(file.path), *overrides), origins)
 
 
 def _let_sources_replace_path(cfg: Any, origins: Origins) -> tuple[str, ...]:
@@ -355,9 +393,10 @@ def _resolved(cfg: Any, unresolved: Mapping[str, Any], origins: Origins) -> dict
     return raw
 
 
-def _unset_length_of_files(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Unset train.epochs of the files where the command line sets train.max_steps, and the other way round."""
-    keys = {override.split("=", 1)[0].lstrip("+") for override in overrides}
+def _unset_length_of_files(values: dict[str, Any], overrides: Sequence[str], file_keys: Sequence[str]) -> None:
+    """Unset train.epochs of the files where the command line, or else the run's file, sets train.max_steps, or the reverse."""
+    lengths = {"train.max_steps", "train.epochs"}
+    keys = lengths.intersection(map(override_key, overrides)) or lengths.intersection(file_keys)
     has_steps, has_epochs = "train.max_steps" in keys, "train.epochs" in keys
     train = values.get("train")
     if isinstance(train, dict) and has_steps != has_epochs:
@@ -366,9 +405,8 @@ def _unset_length_of_files(values: dict[str, Any], overrides: Sequence[str]) -> 
             train[other] = None
 
 
-def _name_model_after_path(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Name the model after the path on the command line, where neither a name nor a file of the group is chosen there."""
-    keys = {override.split("=", 1)[0].lstrip("+") for override in overrides}
+def _name_model_after_path(values: dict[str, Any], keys: Set[str]) -> None:
+    """Name the model after the path among the `keys` of the user, where they have neither a name nor an option of the group."""
     model = values.get("model")
     if "model.path" in keys and keys.isdisjoint(("model", "model.name", "experiment")) and isinstance(model, dict):
         last = str(model.get("path")).removeprefix("run:").rstrip("/").rpartition("/")[2]

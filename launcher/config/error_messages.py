@@ -197,15 +197,17 @@ def no_such_option(group: str, option: str, options: Sequence[str], token: str) 
     )
 
 
-def hydra_problems(error: Exception, tokens: Sequence[str], folders: Sequence[Path]) -> list[Problem]:
+def hydra_problems(
+    error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None = None
+) -> list[Problem]:
     """Return the problems of an error in Hydra's composition, without the `++` that the launcher added.
 
-    `folders` hold the files that are composed, the first one to search first.
+    `folders` hold the files that are composed, the first one to search first; `run_file` is composed with them.
     """
-    return yaml_problems(error) or [_hydra_problem(error, tokens, folders)]
+    return yaml_problems(error) or [_hydra_problem(error, tokens, folders, run_file)]
 
 
-def _hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequence[Path]) -> Problem:
+def _hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None) -> Problem:
     if list_token := next((token for token in tokens if re.match(r"\+*data\.sources\.[A-Za-z_]", token)), None):
         return Problem(
             "data.sources is a list, and a key cannot name one of its entries; write the whole list",
@@ -225,7 +227,7 @@ def _hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequence[Pa
     if renamed := renamed_override(culprit):
         return renamed
     group, _, option = (getattr(error, "missing_cfg_file", None) or "").partition("/")
-    location = locate_hydra_error(error, tokens, folders)
+    location = locate_hydra_error(error, tokens, folders, run_file)
     if option and (options := getattr(error, "options", None)):
         problem = no_such_option(group, option, options, f"{group}={option}")
         is_typed = any(token.lstrip("+") == f"{group}={option}" for token in tokens)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from launcher.config.origin import nodes, short
 
+# The group in which Hydra composes a run's file.
+RUN_FILE_GROUP = "run_file"
 _IN_FILE = re.compile(r"[Ii]n '(?P<file>[\w/.-]+)'")
 _GROUP_CHOICE = re.compile(r"\+{0,2}(?P<group>[A-Za-z_][\w/]*)=(?P<option>[\w/.-]+)")
 _TWO_VALUES = re.compile(r"Multiple values for (?P<group>[\w/]+)")
@@ -24,19 +26,23 @@ class Location:
     remedy: str = ""
 
 
-def locate_hydra_error(error: Exception, tokens: Sequence[str], folders: Sequence[Path]) -> Location | None:
+def locate_hydra_error(
+    error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None = None
+) -> Location | None:
     """Return the line that an error is about; None where it is not in a file that the command line chose.
 
-    `tokens` are the overrides, `folders` those with config files.
+    `tokens` are the overrides, `folders` those with config files; `run_file` is composed with them.
     """
     text = "\n".join(str(cause) for cause in _causes(error))
+    if run_file is not None and f"{RUN_FILE_GROUP}/" in text:
+        return _location(run_file, _line_of(run_file, error, text))
     chosen = [match for token in tokens if (match := _GROUP_CHOICE.fullmatch(token))]
     files = [file for match in chosen if (file := _file(f"{match['group']}/{match['option']}", folders)) is not None]
     missing = str(getattr(error, "missing_cfg_file", None) or "")
     two_values = _TWO_VALUES.search(text)
     group = two_values["group"] if two_values else missing.partition("/")[0]
     for file in files:
-        if line := _broken_reference(file):
+        if line := broken_reference(file):
             message = "a reference in this value is not written as Hydra reads it"
             return _location(file, line, message, "write ${section.name}, with a } for each ${")
         if group and (line := _matching_line(file, rf"^\s*-\s*(override\s+)?/?{re.escape(group)}\s*:")):
@@ -82,7 +88,7 @@ def _line_of(file: Path, error: Exception, text: str) -> int:
     return _matching_line(file, r"^defaults\s*:") or _matching_line(file, r"^[^#\s]") or 1
 
 
-def _broken_reference(file: Path) -> int:
+def broken_reference(file: Path) -> int:
     """Return the line of the first value with a reference that OmegaConf cannot parse; 0 without one."""
     from omegaconf.errors import GrammarParseError
     from omegaconf.grammar_parser import parse

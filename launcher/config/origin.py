@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.config.introspect import settings
 from launcher.config.renamed_keys import COMMAND_LINE
 from launcher.errors import Problem
 
+if TYPE_CHECKING:
+    import yaml
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """The run's file: `keys` are the groups whose option it selects, and the settings that it sets (section.name)."""
+
+    path: Path
+    keys: tuple[str, ...]
+
+    def sets(self, path: Sequence[str | int]) -> bool:
+        """Return whether the file has a value at `path`, or an option for the whole group."""
+        prefix = ".".join(map(str, path[:2]))
+        return prefix in self.keys or any(key.startswith(f"{prefix}.") for key in self.keys)
+
 
 @dataclass(frozen=True)
 class Origins:
-    """`choices` maps a group to the chosen option; `folders` are searched in this order."""
+    """`choices` maps a group to the chosen option; `folders` are searched in this order; `run_file` comes before them."""
 
     overrides: tuple[str, ...]
     choices: dict[str, Any]
     folders: tuple[Path, ...]
+    run_file: RunFile | None = None
 
     def of(self, key: str) -> str:
         """Return the origin of a setting: `command line`, `conf/optim/adamw.yaml:3`, or an empty string."""
@@ -66,6 +83,8 @@ class Origins:
 
     def files(self) -> Iterator[tuple[Path, str]]:
         """Yield the composed files, the last one first, each with the section that it sets; empty for all settings."""
+        if self.run_file is not None:
+            yield self.run_file.path, ""
         # Hydra lists the choices in this order: the experiment, then the groups from the last to the first.
         for group in self.choices:
             if (file := self.file_of(group)) is not None:
@@ -81,6 +100,8 @@ class Origins:
     def _candidates(self, path: list[str | int]) -> Iterator[tuple[Path, list[str | int]]]:
         """Yield the files that can set `path`, the last composed first, with the path inside each."""
         for file, section in self.files():
+            if self.run_file is not None and file == self.run_file.path and not self.run_file.sets(path):
+                continue
             if not section and path:
                 yield file, path
             elif path[:1] == [section] and len(path) > 1:
@@ -88,6 +109,19 @@ class Origins:
 
     def _file(self, relative: str) -> Path | None:
         return next((f / relative for f in self.folders if (f / relative).is_file()), None)
+
+
+def located_problem(problem: Problem, origins: Origins) -> Problem:
+    """Return `problem` with the origin of its setting; a relative path beside the run's file alone gets the path to write."""
+    located = origins.located(problem)
+    file = origins.run_file
+    if file is None or not problem.value or problem.value.startswith(("/", "~")) or Path(problem.value).exists():
+        return located
+    beside = file.path.parent / problem.value
+    if not beside.exists():
+        return located
+    remedy = f"write {short(beside)}: relative paths begin at the working directory, not at the folder of {short(file.path)}"
+    return replace(located, remedy=remedy)
 
 
 def short(file: Path) -> str:
@@ -126,7 +160,7 @@ def _find(text: str, path: list[str | int]) -> tuple[int, str | None] | None:
     line = 0
     for part in path:
         if isinstance(node, yaml.MappingNode):
-            entry = next(((k, v) for k, v in node.value if k.value == part), None)
+            entry = next(((k, v) for k, v in node.value if k.value == part), None) or _merged(node, part)
             if entry is None:
                 return None
             line, node = entry[0].start_mark.line + 1, entry[1]
@@ -137,3 +171,13 @@ def _find(text: str, path: list[str | int]) -> tuple[int, str | None] | None:
             # A value that comes from an interpolation has no line of its own: use its parent's.
             break
     return (line, node.value if isinstance(node, yaml.ScalarNode) else None) if line else None
+
+
+def _merged(node: yaml.MappingNode, name: str | int) -> tuple[yaml.Node, yaml.Node] | None:
+    """Return the key and the value that a mapping takes over from another one with `<<`."""
+    import yaml
+
+    sources = [value for key, value in node.value if key.value == "<<"]
+    inner = [part for source in sources for part in (source.value if isinstance(source, yaml.SequenceNode) else [source])]
+    mappings = [source for source in inner if isinstance(source, yaml.MappingNode)]
+    return next(((key, value) for mapping in mappings for key, value in mapping.value if key.value == name), None)

@@ -125,7 +125,10 @@ class Lineage(Origin):
 
 
 class Provenance(Record):
-    """The command, versions and commit that made the plan; `created_at` is UTC in ISO form."""
+    """The command, versions and commit that made the plan; `created_at` is UTC in ISO form.
+
+    `overrides` are the words of the command line; the run's file is the first of them.
+    """
 
     created_at: str
     overrides: tuple[str, ...] = ()
@@ -134,6 +137,11 @@ class Provenance(Record):
     git_dirty: bool | None = None
     python: str
     packages: dict[str, str]
+
+    @property
+    def run_file(self) -> str | None:
+        """The run's file, as it was named on the command line; None without one."""
+        return next((word for word in self.overrides[:1] if "=" not in word and not word.startswith(("-", "+", "~"))), None)
 
 
 class Facts(Record):

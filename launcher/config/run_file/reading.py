@@ -1,0 +1,204 @@
+"""A run's file: settings in one YAML file, without Hydra's folders and headers.
+
+A string at the name of a group selects an option, a mapping sets keys, and `base` inside a mapping does both:
+
+    model: {base: qwen3_8b, dtype: bf16}
+    cluster: slurm
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.config.bounded_yaml import MAX_CHARS, UnboundedYaml, require_bounded
+from launcher.config.command_line import GROUPS
+from launcher.config.config_files import yaml_problems
+from launcher.config.error_messages import no_such_option
+from launcher.config.hydra_location import broken_reference
+from launcher.config.introspect import settings
+from launcher.config.origin import RunFile, nodes, short
+from launcher.config.renamed_keys import COMMAND_LINE
+from launcher.config.run_file.words import SUFFIXES
+from launcher.config.suggestions import suggest_setting
+from launcher.errors import ConfigError, Problem
+from launcher.security.redaction import looks_secret, redact
+from launcher.shell_commands import launcher_command
+
+BASE = "base"
+# The option of a data section without `base`, if it names rows.
+_OWN_ROWS = "jsonl"
+_EXPERIMENT = "experiment"
+_OF_HYDRA = {
+    "defaults": "remove it; a string selects an option, as in `model: qwen3_8b`, and `base` selects one inside a mapping",
+    "hydra": "remove it; Hydra's flags are given on the command line",
+}
+
+
+@dataclass(frozen=True)
+class FileContent:
+    """What a run's file holds: `choices` are the options of groups, None for none; `values` the settings of the sections."""
+
+    file: RunFile
+    choices: Mapping[str, str | None]
+    values: Mapping[str, Any]
+
+    def for_hydra(self) -> dict[str, Any]:
+        """Return the config that Hydra composes last, before the overrides."""
+        chosen: list[Any] = [{f"override /{group}": option} for group, option in self.choices.items()]
+        return {"defaults": [*chosen, "_self_"], **self.values}
+
+
+def the_only(files: Sequence[str]) -> Path | None:
+    """Return the run's file of a command line; None without one.
+
+    Raises:
+        ConfigError: if there are several.
+    """
+    if len(files) > 1:
+        remedy = "name one file, and write what differs as overrides (key=value)"
+        raise ConfigError("a run has one file", where=COMMAND_LINE, value=redact(" ".join(files)), remedy=remedy)
+    return Path(files[0]) if files else None
+
+
+def read(path: Path, replaced: Sequence[str], folders: Sequence[Path]) -> tuple[FileContent, list[Problem]]:
+    """Return the content of a run's file and what is wrong in it.
+
+    `replaced` are the groups whose option is chosen on the command line: it replaces the file's whole section. `folders` have the
+    options of the groups; without any, the options are not checked.
+
+    Raises:
+        ConfigError: if the file cannot be read as a mapping.
+    """
+    root = _load(path)
+    lines = {key: line for key, line, _ in nodes(path.read_text(encoding="utf-8"), with_sections=True)}
+
+    def where(key: str) -> str:
+        return f"{short(path)}:{lines.get(key, 1)}"
+
+    problems: list[Problem] = []
+    choices: dict[str, str | None] = {}
+    values: dict[str, Any] = {}
+    for key, value in root.items():
+        if key in _OF_HYDRA:
+            problems.append(Problem(f"{key}: is Hydra's, and not part of a run's file", where(key), remedy=_OF_HYDRA[key]))
+        elif key in replaced:
+            continue
+        elif key in GROUPS and not isinstance(value, dict):
+            option, problem = _option(key, value, where(key), folders)
+            problems += [problem] if problem else []
+            choices |= {key: option} if option else {}
+        elif problem := _shape_problem(key, value, where(key)):
+            problems.append(problem)
+        elif value is not None:
+            section = dict(value) if isinstance(value, dict) else value
+            if key in GROUPS and BASE in section:
+                option, problem = _option(key, section.pop(BASE), where(f"{key}.{BASE}"), folders)
+                problems += [problem] if problem else []
+                choices[key] = option
+            elif key == "data" and ("path" in section or "sources" in section):
+                choices[key] = _OWN_ROWS
+            values[key] = section
+    if line := broken_reference(path):
+        message = "a reference in this value is not written as Hydra reads it"
+        text = path.read_text(encoding="utf-8").splitlines()[line - 1].strip()
+        shown = "" if redact(text) != text else text
+        problems.append(Problem(message, f"{short(path)}:{line}", shown, "write ${section.name}, with a } for each ${"))
+        values = {}
+    file = RunFile(path, tuple(_keys(choices, values)))
+    return FileContent(file, choices, values), problems
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    """Return the mapping in a file, read as Hydra reads its own files.
+
+    Raises:
+        ConfigError: if there is no such file, or it is not readable, not YAML, not within bounds or not a mapping.
+    """
+    import yaml
+    from omegaconf._utils import get_yaml_loader
+
+    if not path.is_file():
+        raise ConfigError(_no_file(path))
+    try:
+        if path.stat().st_size > MAX_CHARS:
+            raise UnboundedYaml(f"it is longer than {MAX_CHARS >> 20} MiB")
+        require_bounded(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as stream:
+            root = yaml.load(stream, Loader=get_yaml_loader())  # noqa: S506
+    except UnboundedYaml as error:
+        remedy = "write the values out, or use another file"
+        raise ConfigError(Problem(f"the file is not read: {error}", short(path), remedy=remedy)) from None
+    except UnicodeDecodeError:
+        raise ConfigError("the file is not text in UTF-8", where=short(path), remedy="save it as UTF-8") from None
+    except OSError as error:
+        remedy = "check its permissions"
+        raise ConfigError(f"the file cannot be read: {error.strerror}", where=short(path), remedy=remedy) from None
+    except yaml.YAMLError as error:
+        unreadable = Problem("the file is not valid YAML", short(path), remedy="a line is `key: value`, indented with spaces")
+        raise ConfigError(yaml_problems(error) or [unreadable]) from error
+    if not isinstance(root, dict) or not root:
+        message = "the file sets nothing" if root in (None, {}) else "the file is not a mapping of sections to settings"
+        remedy = f"write settings as `section:` with `name: value` below it; a file to start from: {launcher_command('init')}"
+        raise ConfigError(message, where=short(path), remedy=remedy)
+    return root
+
+
+def _no_file(path: Path) -> Problem:
+    folder = path.parent
+    nearby = sorted(file.name for file in folder.glob("*") if file.suffix in SUFFIXES) if folder.is_dir() else []
+    close = difflib.get_close_matches(path.name, nearby, n=1)
+    guess = f"did you mean {folder / close[0]}? " if close else ""
+    message = "a run's file is no folder" if path.is_dir() else "there is no such file"
+    remedy = f"{guess}name a YAML file with settings; a file to start from: {launcher_command('init')}"
+    return Problem(message, where=COMMAND_LINE, value=redact(str(path)), remedy=remedy)
+
+
+def _option(group: str, value: Any, where: str, folders: Sequence[Path]) -> tuple[str | None, Problem | None]:
+    """Return the option that a value selects, None for none, and what is wrong with the value."""
+    options = sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
+    if value is None:
+        return None, None
+    if not isinstance(value, str):
+        shown = "" if isinstance(value, list) else str(value)
+        or_mapping = "" if group == _EXPERIMENT else ", or is a mapping of settings"
+        remedy = f"write the name of an option: {', '.join(options)}"
+        return None, Problem(f"{group}: selects an option by its name{or_mapping}", where, shown, remedy)
+    if value == "???":
+        remedy = f"write one of: {', '.join(options)}"
+        return None, Problem(f"{group}: a value is required and none was given", where, remedy=remedy)
+    if folders and value not in options and "/" not in value:
+        problem = no_such_option(group, redact(value), options, "")
+        return None, replace(problem, where=where, value=redact(value))
+    return value, None
+
+
+def _shape_problem(key: Any, value: Any, where: str) -> Problem | None:
+    """Return the problem of a key at the top that is no section, or of a section that is no mapping; unknown keys pass."""
+    if key == _EXPERIMENT:
+        remedy = "write `experiment: NAME`; the settings of a run's file stand in its sections"
+        return Problem("experiment: selects an experiment by its name", where, remedy=remedy)
+    section, dot, name = str(key).partition(".")
+    if dot and section in settings():
+        content = "..." if isinstance(value, dict | list) or looks_secret(str(key), value) else value
+        remedy = f"write `{section}:`, and indented below it `{name}: {content}`"
+        return Problem(f"{key}: a file has one section with its settings below it", where, remedy=remedy)
+    if key in settings() and value is not None and not isinstance(value, dict):
+        names = [k.partition(".")[2] for k in settings() if k.startswith(f"{key}.") and k.count(".") == 1 and "[" not in k]
+        remedy = f"write its settings below it, such as {', '.join(names[:4])}"
+        shown = "" if isinstance(value, list) or looks_secret(str(key), value) else redact(str(value))
+        return Problem(f"{key}: is a section of settings, not one value", where, shown, remedy)
+    if key not in settings() and not isinstance(value, dict) and value is None:
+        remedy = suggest_setting(str(key)) or "remove it"
+        return Problem(f"{key}: there is no such section of settings", where, remedy=remedy)
+    return None
+
+
+def _keys(choices: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the groups with an option, and the settings of the sections."""
+    yield from choices
+    for section, content in values.items():
+        yield from (f"{section}.{name}" for name in content) if isinstance(content, dict) else (str(section),)
