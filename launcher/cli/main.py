@@ -21,6 +21,7 @@ VERBS: Mapping[str, str] = {
     "train": "launch",
     "plan": "launch",
     "data": "data",
+    "config": "config",
     "ls": "status",
     "status": "status",
     "report": "report",
@@ -46,10 +47,14 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "ray")
 HELP = """\
 Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
 
-  python -m launcher [train] [overrides]       plan, prepare data, start; follows a run on this machine (--detach returns)
-  python -m launcher plan [overrides]          show the complete plan; start nothing
-  python -m launcher data [--show N] [--html FILE] [overrides]
+  python -m launcher [train] [FILE] [overrides]
+                                               plan, prepare data, start; follows a run on this machine (--detach returns)
+  python -m launcher plan [FILE] [overrides]   show the complete plan; start nothing
+  python -m launcher data [FILE] [--show N] [--html FILE] [overrides]
                                                build the data cache and report on it: sizes, problems, trained tokens
+
+  python -m launcher config [RUN] [--all] [overrides]
+                                               print the settings of a run, or of a command line, as a file for train FILE
 
   python -m launcher ls                        the runs under ./runs, newest first
   python -m launcher status RUN [--watch]      state, step, loss, throughput, cost, alerts
@@ -74,6 +79,7 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
 
   python -m launcher doctor [overrides]        check what a run needs, on this machine or on every node of a cluster
 
+FILE is a YAML file with a run's settings (docs/run-file.md); overrides win over it.
 Overrides are key=value (train.max_steps=100) or group=option (model=qwen3_8b); docs/settings.md lists them all.
 Flags: --json where a verb reports, --debug for tracebacks, VERB --help for more, --version;
 --trust-owner OWNER (repeatable) accepts files of other users: a NAME, UID, group:NAME, or anyone; docs/security.md.

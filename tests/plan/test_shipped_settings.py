@@ -14,8 +14,9 @@ import pytest
 
 from launcher import facts as facts_module
 from launcher.cli.plan_view import plan_lines
-from launcher.config.compose import conf_dir, run_hydra
+from launcher.config.compose import conf_dir, leaves, run_hydra
 from launcher.config.reference import about_file
+from launcher.config.run_file.printing import render, values_to_print
 from launcher.config.schema import RunConfig
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
@@ -100,6 +101,19 @@ def test_shipped_settings_compose_plan_offline_and_survive_the_file(
     assert loaded.digest() == planned.digest()
     assert planned.deepspeed["zero_optimization"]["stage"] == 3
     assert not [line for line in plan_lines(planned) if "perf/mfu" in line], "the FLOPs of every shipped model are known"
+
+
+@pytest.mark.parametrize("all_settings", [False, True], ids=["what differs", "all"])
+def test_shipped_settings_are_printed_as_a_file_that_composes_to_them(
+    shipped_tokens: tuple[str, ...], all_settings: bool, tmp_path: Path
+) -> None:
+    config = compose(*shipped_tokens)
+    values = values_to_print(config, conf_dir(), all_settings)
+    file = tmp_path / "printed.yaml"
+    file.write_text(render(values))
+    assert compose(str(file)) == config
+    if not all_settings:
+        assert len(list(leaves(values))) <= 20
 
 
 def test_every_file_under_conf_is_covered(request: pytest.FixtureRequest) -> None:

@@ -1,0 +1,127 @@
+"""The verb config: print the settings of a run, or those of a command line, as a file that `plan` and `train` take."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from launcher import run_store
+from launcher.cli import formatting
+from launcher.cli.arguments import COMMON_FLAGS, composing_usage
+from launcher.config.compose import Composed, conf_dir, run_hydra
+from launcher.config.resume import with_overrides
+from launcher.config.run_file.printing import render, values_to_print
+from launcher.config.run_file.words import is_run_file
+from launcher.config.schema import RunConfig
+from launcher.errors import ConfigError, LauncherError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.security.redaction import redact
+from launcher.shell_commands import launcher_command
+
+USAGE = """python -m launcher config RUN [--all] [--json] [overrides]
+python -m launcher config [FILE.yaml] [--all] [--json] [overrides]
+
+Print the settings of a run, or of a command line, as a file for `plan FILE.yaml` and `train FILE.yaml`. The file names the
+options of the groups that are closest to the settings, and what differs from them. Values that may be secrets are hidden.
+
+  --all         print every setting, and name no options: later versions of the options do not change what the file means
+  --json        print every setting as JSON
+  --root DIR    folder of the runs (default: runs)"""
+
+FLAGS = ("--all", "--json", "--root")
+
+
+def run(verb: str, tokens: list[str]) -> int:
+    """Print one file."""
+    if "--help" in tokens or "-h" in tokens:
+        print(composing_usage(USAGE))
+        return 0
+    has_all, as_json = "--all" in tokens, "--json" in tokens
+    root, rest = _split_root([token for token in tokens if token not in ("--all", "--json")])
+    words = [token for token in rest if "=" not in token and not token.startswith(("-", "+", "~"))]
+    if words and rest[0] == words[0] and not is_run_file(words[0]):
+        plan = run_store.load_plan(run_store.find_run(words[0], root))
+        config = with_overrides(plan.config, rest[1:], plan.run_name)
+        head = _about(plan, config)
+    else:
+        command = " ".join(launcher_command("plan", *rest).split())
+        config, head = _compose(rest), [f"Settings of: {redact(command)}"]
+    if as_json:
+        print(formatting.as_json(values_to_print(config, conf_dir(), all_settings=True)))
+        return 0
+    text = render(values_to_print(config, conf_dir(), has_all))
+    if not has_all and not _reads_back(text, config):
+        # An option of this launcher cannot be the start of these settings.
+        text = render(values_to_print(config, conf_dir(), all_settings=True))
+        has_all = True
+    print("".join(f"# {line}\n" for line in head), text, sep="", end="")
+    if has_all and not _reads_back(text, config):
+        print("note: not every value can be written into a file; compare with: config --json", file=sys.stderr)
+    return 0
+
+
+def _split_root(tokens: Sequence[str]) -> tuple[Path, list[str]]:
+    """Return the value of --root, and the other words."""
+    rest, root = [], "runs"
+    words = iter(tokens)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--root":
+            rest.append(word)
+            continue
+        root = value if equals else next(words, "")
+        if not root:
+            raise ConfigError("--root needs a value", where="command line", remedy="write --root followed by a folder")
+    return Path(root), rest
+
+
+def _compose(tokens: list[str]) -> RunConfig:
+    """Return the settings of a command line.
+
+    Raises:
+        ConfigError: with what is wrong in them, or for several runs.
+    """
+    jobs: list[Composed] = []
+    run_hydra(tokens, jobs.append, (*FLAGS, *COMMON_FLAGS))
+    if len(jobs) != 1:
+        remedy = "leave out -m and Hydra's own flags"
+        raise ConfigError("config prints the settings of one run", where="command line", value=" ".join(tokens), remedy=remedy)
+    return jobs[0].config
+
+
+def _about(plan: LaunchPlan, config: RunConfig) -> list[str]:
+    lines = [f"Settings of the run {plan.run_name}, planned by launcher {plan.provenance.launcher_version}."]
+    folder = _working_dir(plan)
+    if folder is not None and folder != Path.cwd():
+        lines.append(f"Relative paths begin at {folder}, where the run was started: use the file there.")
+    if config.run.name is not None:
+        lines.append("A run has its name for itself: change run.name to start another one.")
+    return lines
+
+
+def _working_dir(plan: LaunchPlan) -> Path | None:
+    """Return the folder in which a run was started; None where its directory does not show it."""
+    root = Path(plan.config.run.root)
+    if root.is_absolute() or ".." in root.parts or str(root).startswith("~"):
+        return None
+    parents = Path(plan.run_dir).parents
+    num_parts = len(root.parts)
+    return parents[num_parts] if num_parts < len(parents) else None
+
+
+def _reads_back(text: str, config: RunConfig) -> bool:
+    """Return whether a file of this text has these settings."""
+    composed: list[Composed] = []
+    descriptor, name = tempfile.mkstemp(suffix=".yaml")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        with suppress(LauncherError):
+            run_hydra([name], composed.append)
+    finally:
+        os.unlink(name)
+    return bool(composed) and composed[0].config == config
