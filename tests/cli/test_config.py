@@ -58,7 +58,6 @@ def config_of(*words: str) -> RunConfig:
         (
             "experiment=llama3_70b_four_nodes",
             "data.path=a.jsonl",
-            "cluster=ray",
             "data.system='use: 1e-5 # no comment'",
         ),
     ],

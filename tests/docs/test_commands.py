@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from doc_tools import GUIDES, PAGES, README, Command, blocks, command_tokens, commands, name_of
 
-from launcher.cli import data, drill
+from launcher.cli import config, data, drill
 from launcher.cli.main import COMPOSING, VERBS, main
 from launcher.config.compose import run_hydra
 from launcher.security.redaction import looks_secret
@@ -34,8 +34,10 @@ def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the presets that the guides tell their readers to save."""
     for page in (README, *GUIDES):
         for block in blocks(page):
-            if block.language == "yaml" and (names := re.findall(r"`(my_conf/[\w/]+\.yaml)`", block.before)):
-                file = tmp_path / names[-1]
+            if block.language == "yaml" and (
+                names := re.findall(r"`(my_conf/[\w/]+\.yaml)`|Save this as `(\w+\.yaml)`", block.before)
+            ):
+                file = tmp_path / "".join(names[-1])
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(block.body, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -53,6 +55,11 @@ def test_the_launcher_accepts_the_command(
         assert main([verb, *tokens] if verb in VERBS else tokens) == 0
         return
     assert verb in VERBS
+    if verb == "config":
+        if tokens and tokens[0] == "RUN":
+            return
+        _compose([token for token in tokens if token not in config.FLAGS])
+        return
     if verb in COMPOSING:
         _compose(data.options(tokens)[1] if verb == "data" else [token for token in tokens if token not in _LAUNCH_FLAGS])
         return

@@ -16,6 +16,7 @@ from launcher.config.command_line import GROUPS
 from launcher.config.introspect import sections_of
 from launcher.config.run_file.reading import BASE
 from launcher.config.schema import RunConfig
+from launcher.config.sections.backends import choose_kind
 from launcher.config.sections.data import Source
 from launcher.security.redaction import looks_secret, redact
 
@@ -124,13 +125,11 @@ def _closest(group: str, conf_dir: Path, target: Mapping[str, Any], usual: str |
 def _defaults(name: str, section: Mapping[str, Any]) -> dict[str, Any]:
     """Return the schema's defaults of a section; `section` are its values, of which `kind` may select the class."""
     classes = sections_of(RunConfig.model_fields[name].annotation)
-    chosen = next(
-        (one for one in classes if len(classes) > 1 and one.model_fields["kind"].default == section["kind"]), classes[0]
-    )
-    fields = chosen.model_fields.items()
-    return {
-        key: to_jsonable_python(field.get_default(call_default_factory=True)) for key, field in fields if not field.is_required()
-    }
+    if len(classes) == 1:
+        return _field_defaults(classes[0])
+    chosen = next(one for one in classes if one.model_fields["kind"].default == section["kind"])
+    # A section without a kind is not of the class that has this kind as its default.
+    return {**_field_defaults(chosen), **choose_kind({})}
 
 
 def _field_defaults(section: type[BaseModel]) -> dict[str, Any]:
