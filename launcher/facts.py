@@ -74,7 +74,7 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
         device=here or device(),
         model=model,
         data=data,
-        provenance=_provenance(overrides),
+        provenance=provenance(overrides),
         lineage=_lineage(config.model.path or ""),
     )
 
@@ -157,7 +157,7 @@ def _lineage(model: str) -> Lineage | None:
     return parent_run.build_lineage(parent_run.find_parent(model))
 
 
-def _provenance(overrides: Sequence[str]) -> Provenance:
+def provenance(overrides: Sequence[str]) -> Provenance:
     commit, dirty = _git()
     return Provenance(
         created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

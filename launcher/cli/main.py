@@ -21,6 +21,7 @@ VERBS: Mapping[str, str] = {
     "train": "launch",
     "plan": "launch",
     "data": "data",
+    "init": "init",
     "config": "config",
     "ls": "status",
     "status": "status",
@@ -53,6 +54,8 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
   python -m launcher data [FILE] [--show N] [--html FILE] [overrides]
                                                build the data cache and report on it: sizes, problems, trained tokens
 
+  python -m launcher init [--data FILE] [--model NAME] [--out FILE] [overrides]
+                                               write a commented file of settings that fits data, model and machine
   python -m launcher config [RUN] [--all] [overrides]
                                                print the settings of a run, or of a command line, as a file for train FILE
 

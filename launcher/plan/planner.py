@@ -29,7 +29,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     if config.model.dtype == "auto":
         # facts.resolve has chosen fp32 where bf16 is slow.
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})})
-    topology = _topology(config, facts)
+    topology = choose_topology(config, facts)
     problems = [*_topology_problems(config, facts, topology), *architecture_problems(facts.model, config.data.packing)]
     problems += [*optimizer_problems(config), *plan_checks.refusals(config, facts.model)]
     try:
@@ -48,7 +48,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         run_dir=str(run_dir),
         wandb_id=hashlib.blake2b(f"{run_dir}|{facts.provenance.created_at}".encode(), digest_size=6).hexdigest(),
         config=config,
-        **_parts_by_ranks(config, facts.model, topology, split, nvme_folder, _device_gib(config, facts), host_memory_gib),
+        **_parts_by_ranks(config, facts.model, topology, split, nvme_folder, device_gib(config, facts), host_memory_gib),
         checkpoint_bytes=memory.checkpoint_bytes(facts.model.num_params, OPTIMIZERS[config.optim.name]),
         limits=_limits(config),
         price=_price(config, facts, topology),
@@ -142,7 +142,8 @@ def _parts_by_ranks(
     }
 
 
-def _topology(config: RunConfig, facts: Facts) -> Topology:
+def choose_topology(config: RunConfig, facts: Facts) -> Topology:
+    """Return the nodes and ranks of a run: those of its cluster's settings, or of the node that `facts` describe."""
     cluster, device = config.cluster, facts.device
     on_gpu = cluster.gpu_type is not None or device.kind == "cuda"
     ranks = cluster.ranks_per_node or (device.count if device.kind == "cuda" else CPU_RANKS)
@@ -246,7 +247,7 @@ def run_dir_of(config: RunConfig, name: str, working_dir: str, home_dir: str) ->
     return Path(working_dir) / (home_dir + root[1:] if root == "~" or root.startswith("~/") else root) / name
 
 
-def _device_gib(config: RunConfig, facts: Facts) -> float | None:
+def device_gib(config: RunConfig, facts: Facts) -> float | None:
     gpu = lookup(config.cluster.gpu_type) if config.cluster.gpu_type is not None else None
     return gpu.memory_gib if gpu is not None else facts.device.memory_gib
 

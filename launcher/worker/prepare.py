@@ -79,6 +79,13 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
     return {"report": answer}
 
 
+def convert_local(source: str, model: ModelSection) -> None:
+    """Convert the GGUF file of a package to a Hugging Face folder, unless that is done or `source` is something else."""
+    located = model_source.locate(source, model)
+    if located.folder is None and located.source is not None and not is_run(source):
+        _fetch(source, model)
+
+
 def _fetch(source: str, model: ModelSection) -> None:
     located = model_source.locate(source, model)
     if located.folder is not None:

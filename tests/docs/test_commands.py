@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from doc_tools import GUIDES, PAGES, README, Command, blocks, command_tokens, commands, name_of
 
-from launcher.cli import config, data, drill
+from launcher.cli import config, data, drill, init
 from launcher.cli.main import COMPOSING, VERBS, main
 from launcher.config.compose import run_hydra
 from launcher.security.redaction import looks_secret
@@ -40,6 +40,8 @@ def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 file = tmp_path / "".join(names[-1])
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(block.body, encoding="utf-8")
+    # The one that `init --data rows.jsonl` writes.
+    (tmp_path / "rows.yaml").write_text("model: tiny\ndata: {path: rows.jsonl}\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -55,6 +57,10 @@ def test_the_launcher_accepts_the_command(
         assert main([verb, *tokens] if verb in VERBS else tokens) == 0
         return
     assert verb in VERBS
+    if verb == "init":
+        arguments, rest = init._parser().parse_known_args(tokens)
+        init._compose(arguments.model, arguments.data, rest)
+        return
     if verb == "config":
         if tokens and tokens[0] == "RUN":
             return

@@ -59,7 +59,7 @@ def values_to_print(config: RunConfig, conf_dir: Path, all_settings: bool = Fals
         _merge(defaults, composed.get(name, {}))
         changes = _changes(section, defaults, target)
         if name == "train":
-            _drop_other_length(changes)
+            _shorten_length(changes)
         option = chosen.get(name)
         if option is not None and (option.name != usual[name] or name in _ALWAYS_NAMED):
             printed[name] = {BASE: option.name, **changes} if changes or option.name is None else option.name
@@ -180,8 +180,10 @@ def _resolved(value: Any, target: Mapping[str, Any]) -> Any:
     return {key: _resolved(content, target) for key, content in value.items()} if isinstance(value, dict) else value
 
 
-def _drop_other_length(changes: dict[str, Any]) -> None:
-    """Leave out the length that is unset: a file that sets the other one unsets it."""
+def _shorten_length(changes: dict[str, Any]) -> None:
+    """Leave out the length that is unset, since a file that sets the other one unsets it; write 2 epochs, not 2.0."""
+    if isinstance(epochs := changes.get("epochs"), float) and epochs.is_integer():
+        changes["epochs"] = int(epochs)
     for length, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
         if changes.get(length) is not None and changes.get(other, _ABSENT) is None:
             del changes[other]

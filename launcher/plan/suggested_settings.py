@@ -1,0 +1,148 @@
+"""Settings to begin with for a model, data and machine, each with its reason. Pure.
+
+The learning rate, the batch, the epochs and the warm-up follow published full-parameter fine-tunes:
+
+    SmolLM2 135M, 360M   1e-3, 2 epochs          alignment-handbook, recipes/smollm2/sft/config_smol.yaml
+    OLMo 2 1B            3e-5, 128 x 4,096       open-instruct, docs/olmo2.md: 2 epochs, warm-up 3%, no weight decay
+    OLMo 2 7B, 13B       2e-5, 5e-6, 64 x 4,096  open-instruct, scripts/train/olmo2/finetune_7b.sh and finetune_13b.sh: 2 epochs
+    Tulu 3 8B, 70B       5e-6, 2e-6, 128 x 4,096 model card of allenai/Llama-3.1-Tulu-3-8B-SFT; Lambert et al., arXiv:2411.15124
+
+The rate is the power law through OLMo 2 1B and Tulu 3 70B, at most 1e-4: all of these but SmolLM2's are within a factor of three.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+_RATE_OF_1B, _RATE_EXPONENT, _MAX_RATE = 3e-5, -0.64, 1e-4
+_ROUND_RATES = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
+# Of OLMo 2 1B and Tulu 3: 128 rows of 4,096 tokens. A CPU would take minutes for such a step.
+_MAX_STEP_TOKENS = {"cuda": 128 * 4096, "cpu": 8192}
+# Optimizer steps that a run on little data has at least, where its batch can be that small.
+_MIN_STEPS = 100
+_WARMUP_SHARE = 0.03
+_LENGTHS = {"cuda": (2048, 32768), "cpu": (256, 4096)}
+# Tokens counted by characters may be more.
+_ESTIMATE_MARGIN = 1.25
+_NUM_EVALUATIONS, _NUM_CHECKPOINTS = 10, 5
+# Share of a GPU that model states may take; activations and gathered weights need the rest.
+_MAX_STATES_SHARE = 0.7
+_RECOMPUTED_FROM = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class DataSample:
+    """What a look at the data found: documents, and tokens of one; `is_measured` is False where characters were counted."""
+
+    num_documents: int
+    mean_tokens: float
+    p99_tokens: int
+    longest_tokens: int
+    is_measured: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the run will be: its ranks, cuda or cpu, and the memory of one device in GiB."""
+
+    world_size: int
+    device: str
+    memory_gib: float | None
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A setting with its value, and why it has this value."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+def suggest(num_params: int, max_positions: int | None, data: DataSample, machine: Machine) -> list[Suggestion]:
+    """Return the settings to begin with."""
+    length = _length(max_positions, data, machine.device)
+    epochs = 1 if data.num_documents >= 1_000_000 else 2 if data.num_documents >= 10_000 else 3
+    rows = max(1, math.ceil(data.mean_tokens * data.num_documents / length))
+    batch = _batch(rows * epochs, length, machine)
+    steps = max(1, math.ceil(rows * epochs / batch))
+    suggestions = [
+        Suggestion("data.max_length", length, _length_reason(length, max_positions, data)),
+        Suggestion("train.epochs", epochs, _epochs_reason(epochs, data.num_documents)),
+        Suggestion("train.global_batch_size", batch, _batch_reason(batch, length, steps, machine)),
+        Suggestion("optim.lr", learning_rate(num_params), f"for {_size(num_params)} parameters: {_RATE_SOURCE}"),
+        Suggestion(
+            "optim.warmup_steps", max(1, round(steps * _WARMUP_SHARE)), "3% of the steps, as OLMo 2 and Tulu 3 (2411.15124)"
+        ),
+        Suggestion("eval.every", steps // _NUM_EVALUATIONS, f"about {_NUM_EVALUATIONS} times; 0: before and after training"),
+        Suggestion(
+            "checkpoint.save_every",
+            steps // _NUM_CHECKPOINTS,
+            "what a lost machine costs at most: a fifth of the run; 0: only at the end and when stopped",
+        ),
+    ]
+    if machine.device == "cuda" and num_params >= _RECOMPUTED_FROM:
+        reason = "a third more compute, far less memory: activations of a model of this size fill a GPU"
+        suggestions.append(Suggestion("model.activation_checkpointing", True, reason))
+    return suggestions
+
+
+def learning_rate(num_params: int) -> float:
+    """Return a peak learning rate for a full-parameter fine-tune of a model of this size, as a round number."""
+    rate = min(_MAX_RATE, _RATE_OF_1B * (num_params / 1e9) ** _RATE_EXPONENT)
+    unit = 10 ** math.floor(math.log10(rate))
+    return float(f"{min(_ROUND_RATES, key=lambda r: abs(math.log(rate / (r * unit)))) * unit:.1e}")
+
+
+def needs_offload(states_gib: float, machine: Machine) -> bool:
+    """Return whether model states leave too little of a GPU for activations and gathered weights."""
+    return machine.device == "cuda" and machine.memory_gib is not None and states_gib > _MAX_STATES_SHARE * machine.memory_gib
+
+
+_RATE_SOURCE = "between those of OLMo 2 1B (3e-5) and Tulu 3 70B (2e-6), arXiv:2501.00656 and 2411.15124"
+
+
+def _length(max_positions: int | None, data: DataSample, device: str) -> int:
+    """Return the power of two that holds 99 of 100 documents, within what the model and the device take."""
+    tokens = data.p99_tokens * (1 if data.is_measured else _ESTIMATE_MARGIN)
+    low, high = _LENGTHS[device]
+    wanted = min(high, max(low, 1 << max(4, math.ceil(math.log2(max(1, tokens))))))
+    return min(wanted, max_positions) if max_positions else wanted
+
+
+def _batch(num_rows: int, length: int, machine: Machine) -> int:
+    """Return a multiple of the ranks: as many tokens as published runs have in a step, fewer where the data has few rows."""
+    wanted = min(_MAX_STEP_TOKENS[machine.device] // length, num_rows // _MIN_STEPS)
+    per_rank = max(1, wanted // machine.world_size)
+    return machine.world_size * (1 << (per_rank.bit_length() - 1))
+
+
+def _length_reason(length: int, max_positions: int | None, data: DataSample) -> str:
+    counted = "tokens" if data.is_measured else "tokens, estimated from characters"
+    reason = f"99 of 100 documents have up to {data.p99_tokens:,} {counted}; rows are packed with several documents"
+    if data.longest_tokens > length:
+        reason += f", and the end of longer ones (up to {data.longest_tokens:,}) is cut off"
+    return reason + (f"; the model takes {max_positions:,}" if max_positions == length else "")
+
+
+def _epochs_reason(epochs: int, num_documents: int) -> str:
+    if epochs == 2:
+        return "as OLMo 2 and Tulu 3; the held-out loss shows when more would overfit"
+    if epochs == 1:
+        return f"{num_documents:,} documents: a second pass adds little"
+    return f"{num_documents:,} documents are few; watch the held-out loss, which rises when the model overfits"
+
+
+def _batch_reason(batch: int, length: int, steps: int, machine: Machine) -> str:
+    ranks = f"{machine.world_size} rank{'s' * (machine.world_size > 1)}"
+    limit = _MAX_STEP_TOKENS[machine.device]
+    why = f"published runs have about {limit:,} tokens in a step" if machine.device == "cuda" else "small, for a CPU"
+    if batch * length < limit // 2:
+        why += f"; fewer here, for about {steps:,} steps"
+    return f"rows of a step: a multiple of {ranks}, {batch * length:,} tokens; {why}"
+
+
+def _size(num_params: int) -> str:
+    return f"{num_params / 1e9:.3g} billion" if num_params >= 1e9 else f"{num_params / 1e6:.3g} million"

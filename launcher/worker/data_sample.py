@@ -1,0 +1,165 @@
+"""Looks at the data and the model of a run that is being set up: `python -m launcher.worker.data_sample`.
+
+Reads a RunConfig as JSON from standard input. Prints one JSON object: the format and the number of rows of each source, the
+length of documents in tokens, and the model's config.json where only the Hub has it. Tokens are counted with the model's
+tokenizer where it is on this machine or can be fetched; otherwise characters are counted. Nothing is written but the conversion
+of a GGUF file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launcher import model_source
+from launcher.config.schema import RunConfig
+from launcher.config.sections.data import DataSection, Source
+from launcher.config.sections.fields import HUB_ID_PATTERN
+from launcher.data import sources
+from launcher.data.sources import Chat, Completion, Document, DocumentBatch
+from launcher.data.sources.files import Block
+from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
+from launcher.errors import LauncherError
+from launcher.worker.prepare import convert_local
+from launcher.worker.signals import exit_on_termination
+
+# Documents whose tokens are counted, spread over the source.
+_NUM_SAMPLED = 2000
+# Of English text with tokenizers of 50,000 to 150,000 entries. Chat templates add some.
+_CHARACTERS_PER_TOKEN = 3.5
+_TOKENIZER_FILES = ["config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja", "*.model"]
+
+
+def look(config: RunConfig) -> dict[str, Any]:
+    """Return what the module's docstring says.
+
+    Raises:
+        DataError: for a source or a row that cannot be used.
+    """
+    found = []
+    documents: list[Document] = []
+    for source in config.data.sources:
+        if source.is_read:
+            sampled, row_format, num_rows = _sample(source, sources.count_rows(source))
+            found.append({"name": source.name, "path": source.path, "format": row_format, "num_rows": num_rows})
+            documents += sampled
+    with tempfile.TemporaryDirectory() as fetched:
+        folder, model_config, note = _tokenizer(config, Path(fetched))
+        lengths, length_note = _lengths(documents, config.data, folder)
+    lengths.sort()
+    return {
+        "sources": found,
+        "num_sampled": len(lengths),
+        "is_measured": folder is not None and not length_note,
+        "mean": sum(lengths) / max(1, len(lengths)),
+        **{f"p{percent}": lengths[min(len(lengths) - 1, len(lengths) * percent // 100)] for percent in (50, 90, 99)},
+        "longest": lengths[-1],
+        "config": model_config,
+        "note": note or length_note,
+    }
+
+
+def _sample(source: Source, upper_bound: int) -> tuple[list[Document], str, int]:
+    """Return documents from all parts of a source, the format of its rows, and their number."""
+    # Whole batches are parsed, so the documents of every step-th one are spread over the files.
+    step = max(1, upper_bound // _NUM_SAMPLED)
+    kept: list[Document] = []
+    row_format: str = source.format
+    num_rows = 0
+    for number, batch in enumerate(sources.read_batches(source)):
+        row_format = batch.format or row_format
+        num_rows += _num_rows(batch, upper_bound)
+        if number % step == 0 and len(kept) < _NUM_SAMPLED:
+            kept += [document for document, _ in _documents(batch)][: _NUM_SAMPLED - len(kept)]
+    return kept, row_format, min(num_rows, upper_bound)
+
+
+def _num_rows(batch: DocumentBatch, upper_bound: int) -> int:
+    """Return the rows of a batch; for a table, which would have to be read, the number in the whole source."""
+    if not isinstance(batch.rows, Block):
+        return len(batch.rows)
+    data = batch.rows.data
+    if isinstance(data, tuple):
+        return len(data)
+    return upper_bound if batch.rows.kind == "parquet" else sum(1 for line in data.splitlines() if line.strip())
+
+
+def _documents(batch: DocumentBatch) -> Iterator[tuple[Document, bool]]:
+    return batch.documents(Counter())
+
+
+def _tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str, Any] | None, str]:
+    """Return the folder of the tokenizer, config.json where only the Hub has it, and a note on what is not at hand.
+
+    `fetched` is an empty folder for files of the Hub: the cache of the Hub would take them for a whole model.
+    """
+    model = config.model
+    name = model.tokenizer or model.path or ""
+    convert_local(name, model)
+    folder = model_source.locate(name, model).folder
+    if folder is not None or not HUB_ID_PATTERN.fullmatch(name):
+        return folder, None, "" if folder is not None else f"{name} is not on this machine"
+    from huggingface_hub import snapshot_download
+
+    revision = model.revision if name == model.path else None
+    try:
+        snapshot_download(name, revision=revision, allow_patterns=_TOKENIZER_FILES, local_dir=fetched, etag_timeout=5)
+    # The client raises many kinds of exceptions.
+    except Exception as error:
+        reason = f"cannot be fetched from the Hub ({type(error).__name__})"
+        return None, None, f"{name} is not on this machine and {reason}"
+    file = fetched / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and name == model.path else None
+    return fetched, content, ""
+
+
+def _lengths(documents: list[Document], data: DataSection, folder: Path | None) -> tuple[list[int], str]:
+    """Return the tokens of each document, and why characters were counted instead; empty where they were not."""
+    if folder is not None:
+        import_tokenizers_without_torch()
+        try:
+            encoder = Encoder(load_tokenizer(str(folder)), data)
+            completions = data.sources[0].completions
+            rendered = [encoder.render(encoder.write_as_chat(document, completions)) for document in documents]
+            return [len(encoded.ids) for encoded in encoder.encode(rendered)], ""
+        except LauncherError as error:
+            note = f"{error.problems[0].message}"
+    else:
+        note = ""
+    return [max(1, round(_num_characters(document) / _CHARACTERS_PER_TOKEN)) for document in documents], note
+
+
+def _num_characters(document: Document) -> int:
+    match document:
+        case Chat(_, messages):
+            return sum(len(message.content) + len(message.role) + 16 for message in messages)
+        case Completion(_, prompt, completion):
+            return len(prompt) + len(completion)
+        case _:
+            return len(document.text)
+
+
+def main() -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    config = RunConfig.model_validate_json(sys.stdin.read())
+    try:
+        print(json.dumps(look(config)))
+    except LauncherError as error:
+        problems = [[p.message, p.where, p.value, p.remedy] for p in error.problems]
+        print(json.dumps({"problems": problems, "exit_code": error.exit_code}))
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_termination()
+    sys.exit(main())
