@@ -15,8 +15,10 @@ from launcher.cli.arguments import COMMON_FLAGS, VerbParser
 from launcher.cli.starter_file import starter_text
 from launcher.cli.worker_process import run_worker_module
 from launcher.clusters.backends import cluster_for
+from launcher.config.command_line import override_key
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.error_messages import no_such_option
+from launcher.config.introspect import settings
 from launcher.config.run_file.printing import values_to_print
 from launcher.config.schema import RunConfig, is_local_path, is_run
 from launcher.config.sections.fields import HUB_ID_PATTERN
@@ -171,17 +173,16 @@ def _look(composed: Composed, data: str | None) -> _Look:
     )
     topology = choose_topology(config, gathered)
     machine = Machine(topology.world_size, topology.device, device_gib(config, gathered))
-    chosen = {override.partition("=")[0].lstrip("+") for override in composed.overrides}
-    suggestions = [one for one in suggest(num_params, max_positions, sample, machine) if one.key not in chosen]
+    chosen = _chosen(composed)
+    suggestions = suggest(num_params, max_positions, sample, machine, chosen)
     changes |= {one.key: one.value for one in suggestions}
     config = _changed(config, changes)
     config, offload = _offloaded(config, gathered, machine, composed.overrides)
     reasons = {one.key: one.reason for one in (*suggestions, *offload)}
-    reasons["model"] = (
-        f"{', '.join(sorted(f.stem for f in (conf_dir() / 'model').glob('*.yaml')))}; or path: a folder or a Hub id"
-    )
+    reasons["model"] = "a preset (listed by plan --help), or `path:` with a folder or a Hub id below `model:`"
+    is_cluster_chosen = any(override_key(token) == "cluster" for token in composed.overrides)
     reasons["cluster"] = _about_machine(machine, node, config)
-    return _Look(config, reasons, _head(found, data), assumptions, "cluster" in chosen)
+    return _Look(config, reasons, _head(found, data), assumptions, is_cluster_chosen)
 
 
 def _model_size(config: RunConfig, overrides: Sequence[str], node: DeviceFacts) -> tuple[int, int | None, Facts, str]:
@@ -197,6 +198,15 @@ def _model_size(config: RunConfig, overrides: Sequence[str], node: DeviceFacts) 
     stand_in = model_facts({**known, "model_type": "llama"}, None, None, int(size))
     gathered = Facts(working_dir=os.getcwd(), device=node, model=stand_in, data=None, provenance=facts.provenance(overrides))
     return int(size), None, gathered, assumed
+
+
+def _chosen(composed: Composed) -> dict[str, Any]:
+    """Return the settings that overrides set, with their values."""
+    values = composed.config.model_dump(mode="json")
+    keys = [override_key(token) for token in composed.overrides]
+    return {
+        key: values[key.partition(".")[0]][key.partition(".")[2]] for key in keys if key in settings() and key.count(".") == 1
+    }
 
 
 def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
@@ -260,7 +270,8 @@ def _values(look: _Look, composed: Composed) -> dict[str, Any]:
         # The file may be used on another machine.
         model.pop("dtype")
     settings = look.config.model_dump(mode="json")
-    for key in look.reasons:
+    # What the data and the model are named by stands in their sections already.
+    for key in (*look.reasons, *_chosen(composed)):
         section, _, name = key.partition(".")
         content = values.setdefault(section, {} if name else settings[section].get("kind", {}))
         if name and not isinstance(content, dict):

@@ -97,7 +97,11 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
     problems += renamed
     remaining, unknown_options = _known_group_options(remaining)
     problems += unknown_options
-    content, file_problems = _read_run_file(files, words)
+    try:
+        content, file_problems = _read_run_file(files, words)
+    except ConfigError as error:
+        # Without the file, other settings may only seem wrong.
+        raise ConfigError([*problems, *error.problems]) from error
     problems += file_problems
     failure: list[BaseException] = []
 

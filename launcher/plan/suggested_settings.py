@@ -13,6 +13,7 @@ The rate is the power law through OLMo 2 1B and Tulu 3 70B, at most 1e-4: all of
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,13 +62,17 @@ class Suggestion:
     reason: str
 
 
-def suggest(num_params: int, max_positions: int | None, data: DataSample, machine: Machine) -> list[Suggestion]:
-    """Return the settings to begin with."""
-    length = _length(max_positions, data, machine.device)
-    epochs = 1 if data.num_documents >= 1_000_000 else 2 if data.num_documents >= 10_000 else 3
+def suggest(
+    num_params: int, max_positions: int | None, data: DataSample, machine: Machine, chosen: Mapping[str, Any] | None = None
+) -> list[Suggestion]:
+    """Return the settings to begin with, without those that are `chosen`: what depends on them follows their values."""
+    chosen = chosen or {}
+    length = chosen.get("data.max_length") or _length(max_positions, data, machine.device)
+    usual_epochs = 1 if data.num_documents >= 1_000_000 else 2 if data.num_documents >= 10_000 else 3
+    epochs = chosen.get("train.epochs") or usual_epochs
     rows = max(1, math.ceil(data.mean_tokens * data.num_documents / length))
-    batch = _batch(rows * epochs, length, machine)
-    steps = max(1, math.ceil(rows * epochs / batch))
+    batch = chosen.get("train.global_batch_size") or _batch(math.ceil(rows * epochs), length, machine)
+    steps = chosen.get("train.max_steps") or max(1, math.ceil(rows * epochs / batch))
     suggestions = [
         Suggestion("data.max_length", length, _length_reason(length, max_positions, data)),
         Suggestion("train.epochs", epochs, _epochs_reason(epochs, data.num_documents)),
@@ -86,7 +91,9 @@ def suggest(num_params: int, max_positions: int | None, data: DataSample, machin
     if machine.device == "cuda" and num_params >= _RECOMPUTED_FROM:
         reason = "a third more compute, far less memory: activations of a model of this size fill a GPU"
         suggestions.append(Suggestion("model.activation_checkpointing", True, reason))
-    return suggestions
+    if "train.max_steps" in chosen:
+        suggestions = [one for one in suggestions if one.key != "train.epochs"]
+    return [one for one in suggestions if one.key not in chosen]
 
 
 def learning_rate(num_params: int) -> float:

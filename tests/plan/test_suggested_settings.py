@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -68,3 +69,12 @@ def test_memory_decides_about_recomputation_and_offload() -> None:
     assert needs_offload(60.0, GPUS)
     assert not needs_offload(40.0, GPUS)
     assert not needs_offload(60.0, Machine(2, "cpu", None))
+
+
+def test_what_is_chosen_is_not_suggested_and_the_rest_follows_it() -> None:
+    chosen = {"train.epochs": 6, "data.max_length": 4096, "train.global_batch_size": 16}
+    found = {one.key: one.value for one in suggest(8_000_000_000, None, sample(), GPUS, chosen)}
+    assert not set(chosen) & set(found)
+    assert found["checkpoint.save_every"] == math.ceil(400 * 20_000 / 4096 * 6 / 16) // 5
+    found = {one.key: one.value for one in suggest(8_000_000_000, None, sample(), GPUS, {"train.max_steps": 50})}
+    assert ("train.epochs" in found, found["checkpoint.save_every"]) == (False, 10)
