@@ -114,7 +114,7 @@ def _read_bytes(path: Path, max_bytes: int) -> bytes:
     """Read at most `max_bytes` bytes: a record of another user's run may have any size."""
 
     def read() -> bytes:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             return file.read(max_bytes)
 
     try:

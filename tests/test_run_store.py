@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -278,14 +279,14 @@ def test_a_link_to_itself_is_no_run(tmp_path: Path) -> None:
 def test_a_file_replaced_during_a_read_is_read_again(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As NFS tells it; any other failure is told in words."""
     run = run_store.create(planned(config, tmp_path, "a"))
-    read, failures = Path.read_bytes, [errno.ESTALE]
+    open_file, failures = Path.open, [errno.ESTALE]
 
-    def read_bytes(path: Path) -> bytes:
+    def open_or_fail(path: Path, *arguments: Any, **options: Any) -> Any:
         if failures:
             raise OSError(failures[0], os.strerror(failures.pop(0)))
-        return read(path)
+        return open_file(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(Path, "open", open_or_fail)
     assert run_store.read_status(run).state == "pending"
     failures.append(errno.EIO)
     with pytest.raises(RunError, match=f"cannot be read: {os.strerror(errno.EIO)}"):

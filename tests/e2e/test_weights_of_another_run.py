@@ -126,6 +126,8 @@ def test_weights_of_an_earlier_step_are_written_once(launch_here: Launch, parent
     planned = json.loads(launch_here("plan", "--json", *overrides[1:]).stdout)
     folder = Path(planned["model"]["path"])
     assert json.loads((folder / "export.json").read_text())["step"] == 2
+    assert folder.stat().st_mode & 0o077 == 0, "what is copied from a run is its user's alone, as the run is"
+    assert {path.stat().st_mode & 0o077 for path in folder.rglob("*")} == {0}
     assert (folder / "model.safetensors").read_bytes() != (parent / "export/model.safetensors").read_bytes()
 
 
