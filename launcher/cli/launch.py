@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from launcher import facts, model_source, run_store
-from launcher.cli import data, formatting, run_folders, wandb_check
+from launcher.cli import data, earlier_runs, formatting, run_folders, wandb_check
 from launcher.cli.arguments import COMMON_FLAGS, composing_usage
 from launcher.cli.follow import follow, interrupted_start
 from launcher.cli.formatting import wrap
@@ -27,6 +27,7 @@ from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.planner import run_dir_of
 from launcher.plan.run_dir import RunDir
+from launcher.plan.throughput import SpeedEstimate, estimate_speed
 from launcher.run_records import RUNNING_STATES, Attempt
 from launcher.security import ownership
 from launcher.shell_commands import launcher_command
@@ -37,7 +38,7 @@ _USAGE = {
 Plan, prepare data, start the run. On this machine the command follows the run to its end, on a cluster it returns at once.
 --follow (or follow=true) and --detach (or follow=false) override that. With -m it starts several runs.""",
     "plan": "python -m launcher plan [--json] [overrides]\n\nShow the complete plan and start nothing. "
-    "--json prints the plan's file with the lists warnings and notes.",
+    "--json prints the plan's file with the keys estimate, checkpoint_gib, warnings and notes.",
 }
 _OWN_FLAGS = {"train": ("--follow", "--detach"), "plan": ("--json",)}
 # Ten times what it takes on an idle machine.
@@ -69,10 +70,12 @@ def _plan(composed: Composed, as_json: bool) -> int:
         plan = make_plan(config, _checked_facts(config, composed, node))
         weights_note = model_source.weights_note(config.model)
         notes = (_device_note(plan, cluster), disk_note(plan), weights_note, data.refusal(plan.config, plan.data))
+        speed = _speed(plan, node)
+        own_warnings = (_location_warning(plan), earlier_runs.name_warning(config))
         if as_json:
-            print(plan_json(plan, *notes, location_warning=_location_warning(plan)))
+            print(plan_json(plan, *notes, own_warnings=own_warnings, speed=speed))
             return 0
-        print("\n".join(wrap(plan_lines(plan, *notes, location_warning=_location_warning(plan)), LABEL_WIDTH)))
+        print("\n".join(wrap(plan_lines(plan, *notes, own_warnings=own_warnings, speed=speed), LABEL_WIDTH)))
         if script := cluster.preview(plan):
             print(f"\n{script}", end="")
     return 0
@@ -102,7 +105,8 @@ def start_all(plans: list[LaunchPlan], follows: bool | None) -> int:
             weights_note,
             data.accepted(plan.config, plan.data),
         )
-        print("\n".join(wrap(plan_lines(plan, *notes, location_warning=_location_warning(plan)), LABEL_WIDTH)), flush=True)
+        lines = plan_lines(plan, *notes, own_warnings=(_location_warning(plan),))
+        print("\n".join(wrap(lines, LABEL_WIDTH)), flush=True)
         if plan.config.cluster.is_dry_run:
             print(f"\n{cluster.preview(plan)}", end="")
             continue
@@ -231,6 +235,12 @@ def _location_warning(plan: LaunchPlan) -> str | None:
     """Return which folder above the run lets others replace it, so that commands refuse it; None if there is none."""
     problem = ownership.location_problem(RunDir(Path(plan.run_dir)))
     return f"train, resume and export will be refused: {problem.message}; {problem.remedy}" if problem else None
+
+
+def _speed(plan: LaunchPlan, node: Callable[[], DeviceFacts]) -> SpeedEstimate:
+    """Estimate the speed of a run on the GPUs of its settings, or else those of a node."""
+    gpu = plan.config.cluster.gpu_type or (node().name if plan.topology.device == "cuda" else "")
+    return estimate_speed(plan, gpu, earlier_runs.find_measured_mfu(plan, gpu))
 
 
 def _device_note(plan: LaunchPlan, cluster: Cluster) -> str | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from launcher.cli.formatting import short, table
@@ -17,19 +19,21 @@ from launcher.plan.launch_plan import LaunchPlan, Lineage
 from launcher.plan.memory import has_room_for_activations
 from launcher.plan.plan_checks import warnings
 from launcher.plan.planner import fewest
+from launcher.plan.throughput import SpeedEstimate
 from launcher.shell_commands import launcher_command
 
+# Each with how many of it an hour has.
+_TIME_UNITS = ((1, "hours"), (60, "minutes"), (3600, "seconds"))
 # Width of the labels of `plan_lines`.
 LABEL_WIDTH = 11
 # Fraction of truncated tokens from which a note is shown.
 _MIN_TRUNCATED_FRAC = 0.01
 
 
-def plan_lines(plan: LaunchPlan, *notes: str | None, location_warning: str | None = None) -> list[str]:
-    """Return the decisions of a plan, a label and a value per line; `notes` are those of this machine.
-
-    `location_warning` says which folder above the run directory others can change.
-    """
+def plan_lines(
+    plan: LaunchPlan, *notes: str | None, own_warnings: Sequence[str | None] = (), speed: SpeedEstimate | None = None
+) -> list[str]:
+    """Return the decisions of a plan, a label and a value per line; `notes` and `own_warnings` are those of this machine."""
     config, batch = plan.config, plan.batch
     kinds = "random weights" if config.model.init == "random" else (config.model.path or "")
     rows = [
@@ -54,23 +58,30 @@ def plan_lines(plan: LaunchPlan, *notes: str | None, location_warning: str | Non
         *([("mirror", f"every checkpoint is copied to {config.checkpoint.mirror}")] if config.checkpoint.mirror else []),
         *([("export", f"the Hugging Face folder is pushed to {config.export.push_to_hub}")] if config.export.push_to_hub else []),
         ("tracking", _tracking(plan)),
-        *([("cost", _cost(plan))] if plan.topology.device == "cuda" or plan.price is not None else []),
+        *(speed_rows(speed) if speed is not None else []),
+        *([("cost", _cost(plan, speed))] if plan.topology.device == "cuda" or plan.price is not None else []),
     ]
-    rows += [("warning", warning) for warning in _all_warnings(plan, location_warning)]
+    rows += [("warning", warning) for warning in _all_warnings(plan, own_warnings)]
     rows += [("note", note) for note in _all_notes(plan, notes)]
     if limits := _limits(plan):
         rows.append(("limit", f"saves and stops after {limits}"))
     return [f"{label:<{LABEL_WIDTH}}{value}" for label, value in rows]
 
 
-def plan_json(plan: LaunchPlan, *notes: str | None, location_warning: str | None = None) -> str:
-    """Return the plan as JSON with its warnings and notes: the texts of `plan_lines`, which a plan's file does not hold."""
-    shown = {**json.loads(plan.to_json()), "warnings": _all_warnings(plan, location_warning), "notes": _all_notes(plan, notes)}
+def plan_json(plan: LaunchPlan, *notes: str | None, own_warnings: Sequence[str | None], speed: SpeedEstimate) -> str:
+    """Return the plan as JSON with what `plan_lines` shows and a plan's file does not hold: speed, warnings and notes."""
+    shown = {
+        **json.loads(plan.to_json()),
+        "checkpoint_gib": round(plan.checkpoint_bytes / 2**30, 3),
+        "estimate": asdict(speed),
+        "warnings": _all_warnings(plan, own_warnings),
+        "notes": _all_notes(plan, notes),
+    }
     return json.dumps(shown, indent=2, ensure_ascii=False)
 
 
-def _all_warnings(plan: LaunchPlan, location_warning: str | None) -> list[str]:
-    return [*warnings(plan), *([location_warning] if location_warning else [])]
+def _all_warnings(plan: LaunchPlan, own_warnings: Sequence[str | None]) -> list[str]:
+    return [*warnings(plan), *(warning for warning in own_warnings if warning)]
 
 
 def _all_notes(plan: LaunchPlan, notes: Sequence[str | None]) -> list[str]:
@@ -216,7 +227,38 @@ def _tight(plan: LaunchPlan) -> str:
     return f"on {ranks} ranks model states leave {left}, which is little: use more ranks, or deepspeed=zero3_offload"
 
 
-def _cost(plan: LaunchPlan) -> str:
+def speed_rows(speed: SpeedEstimate) -> list[tuple[str, str]]:
+    """Return the expected tokens per second and hours with what they rest on, or why there are none."""
+    if speed.tokens_per_sec is None or speed.tokens_per_sec_per_gpu is None or speed.mfu is None:
+        return [("speed", f"no estimate: {speed.basis}")]
+    low, high = speed.mfu
+    rates = f"{_between(speed.tokens_per_sec)} tokens/s ({_between(speed.tokens_per_sec_per_gpu)} a GPU)"
+    duration = "known when the data is built"
+    if speed.hours is not None:
+        per_hour, unit = next(((n, unit) for n, unit in _TIME_UNITS if speed.hours[1] * n >= 1), _TIME_UNITS[-1])
+        several = _between((speed.hours[0] * per_hour, speed.hours[1] * per_hour))
+        duration = f"{several} {unit} of training steps; start, evaluation and checkpoints come on top"
+    return [("speed", f"{rates}: MFU {low:.0%} to {high:.0%}, {speed.basis}"), ("time", duration)]
+
+
+def _between(values: tuple[float, float], currency: str = "") -> str:
+    """Return a range with two digits of each end: whole numbers from 10, and whole cents."""
+
+    def rounded(value: float) -> str:
+        digits = 1 - math.floor(math.log10(value)) if value > 0 else 0
+        shown = 2 if currency and digits > 0 else max(0, digits)
+        return f"{currency}{round(value, digits):,.{shown}f}"
+
+    low, high = map(rounded, values)
+    return low if low == high else f"{low} to {high}"
+
+
+def _cost(plan: LaunchPlan, speed: SpeedEstimate | None) -> str:
+    total = "" if speed is None or speed.usd is None else f"{_between(speed.usd, '$')} in all; "
+    return total + _hourly_cost(plan)
+
+
+def _hourly_cost(plan: LaunchPlan) -> str:
     price = plan.price
     if price is None:
         return "not known: set cluster.price_per_gpu_hour to what a GPU costs you"

@@ -192,7 +192,7 @@ def count_params(config: dict[str, Any], facts: dict[str, Any]) -> int:
         attention += 2 * head_dim
     if model_type in _QK_NORM:
         attention += query + key_value
-    experts = _num_experts(config)
+    experts = num_experts(config)
     if experts:
         mlp = experts * 3 * hidden * (config.get("moe_intermediate_size") or facts["intermediate_size"]) + hidden * experts
     else:
@@ -202,7 +202,8 @@ def count_params(config: dict[str, Any], facts: dict[str, Any]) -> int:
     return embeddings + facts["num_layers"] * (attention + mlp + norms) + hidden
 
 
-def _num_experts(config: Mapping[str, Any]) -> int:
+def num_experts(config: Mapping[str, Any]) -> int:
+    """Return the experts of a layer of a mixture-of-experts model; 0 for a dense one."""
     return config.get("num_local_experts") or config.get("num_experts") or 0
 
 
@@ -243,7 +244,7 @@ def train_flops(model: ModelFacts) -> TrainFlops | None:
     family = FAMILIES.get(str(model.config.get("model_type")))
     if family is None or model.config.get("use_bidirectional_attention"):
         return None
-    if any(key not in model.config for key in family.needs) or (family.expert_width and not _num_experts(model.config)):
+    if any(key not in model.config for key in family.needs) or (family.expert_width and not num_experts(model.config)):
         return None
     layers = range(model.num_layers)
     windows = [_window(family, model.config, layer) for layer in layers]
@@ -274,7 +275,7 @@ def _mlp_weights(family: _Family, model: ModelFacts, layer: int) -> int:
     shared = config["shared_expert_intermediate_size"] if family.shared_expert else 0
     chosen = 3 * hidden * (config["num_experts_per_tok"] * config[family.expert_width] + shared)
     # A shared expert has a gate of its own, of one output.
-    return chosen + hidden * (_num_experts(config) + (1 if family.shared_expert else 0))
+    return chosen + hidden * (num_experts(config) + (1 if family.shared_expert else 0))
 
 
 def _window(family: _Family, config: Mapping[str, Any], layer: int) -> int | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import hand_made
 import pytest
-from plan_fixtures import DATA, golden
+from plan_fixtures import DATA, config_of, golden, plan_of
 
 from launcher import run_store
 from launcher.plan.gpu_types import Price
@@ -15,7 +15,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import JsonlTracker
 
-__all__ = ["golden", "run"]
+__all__ = ["config_of", "golden", "plan_of", "run"]
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def test_a_plan_needs_no_torch_and_works_from_anywhere(launch: Run, walled: Run,
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     labels = [line.split()[0] for line in done.stdout.splitlines()]
-    assert labels == ["run", "model", "data", "ranks", "batch", "steps", "optimizer", "memory", "checkpoint", "tracking"]
+    assert labels == ["run", "model", "data", "ranks", "batch", "steps", "optimizer", "memory", "checkpoint", "tracking", "speed"]
     assert list(empty.iterdir()) == []
 
 
@@ -121,7 +121,10 @@ def test_plan_json_can_be_loaded(forked: Run, empty: Path) -> None:
     done = forked("plan", "--json", "model=tiny", "optim.lr=0.5", cwd=empty)
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
-    warnings, notes = values.pop("warnings"), values.pop("notes")
+    warnings, notes, estimate = values.pop("warnings"), values.pop("notes"), values.pop("estimate")
+    assert values.pop("checkpoint_gib") == round(values["checkpoint_bytes"] / 2**30, 3)
+    assert estimate["basis"] == "the run is planned for CPUs, for which no MFU is published"
+    assert {value for key, value in estimate.items() if key != "basis"} == {None}
     planned = LaunchPlan.model_validate(values)
     assert planned.config.optim.lr == 0.5
     assert planned.provenance.overrides == ("model=tiny", "optim.lr=0.5")

@@ -70,7 +70,7 @@ def test_resume_refuses_a_disk_without_room_for_a_save(launch_here: Run, disk: C
     settings = (*SETTINGS, "data=jsonl", f"data.path={tmp_path}/rows.jsonl", "data.eval_fraction=0")
     assert launch_here("data", *settings).returncode == 0  # what `train` prepares before it plans
     printed = json.loads(launch_here("plan", "--json", *settings, f"run.root={tmp_path}").stdout)
-    plan = LaunchPlan.model_validate({key: value for key, value in printed.items() if key not in ("warnings", "notes")})
+    plan = LaunchPlan.model_validate({key: value for key, value in printed.items() if key in LaunchPlan.model_fields})
     run = run_store.create(plan)
     run_store.update_status(run, state="failed")
     run.checkpoints.symlink_to(disk("9m"))

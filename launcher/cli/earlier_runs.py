@@ -1,0 +1,85 @@
+"""What the runs under run.root say to a plan: how fast this model trained, and whether the name is taken."""
+
+from __future__ import annotations
+
+import math
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from launcher import run_store
+from launcher.cli import formatting
+from launcher.clusters.backends import status_reader_for
+from launcher.config.schema import RunConfig
+from launcher.errors import LauncherError, printable
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.planner import run_dir_of
+from launcher.plan.run_dir import RunDir
+from launcher.plan.throughput import MeasuredMfu, peak_tflops
+from launcher.run_records import RUNNING_STATES
+from launcher.shell_commands import launcher_command
+from launcher.tracking.metrics_tail import newest_trained_step, read_tail
+
+# Newest runs that are read for an MFU; and the fewest steps, after the first, that count as a measurement.
+_NUM_RUNS, _FEWEST_STEPS = 50, 5
+# A run's metrics hold no name of its GPU, but the peak with which they were made.
+_SAME_PEAK = 0.005
+_ARCHITECTURE = (
+    *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+    *("intermediate_size", "vocab_size", "tie_word_embeddings"),
+)
+
+
+def find_measured_mfu(plan: LaunchPlan, gpu: str) -> MeasuredMfu | None:
+    """Return the MFU of the newest run beside this one with the same model, dtype, offload and peak FLOP/s; None without one."""
+    peak = peak_tflops(plan, gpu)
+    if plan.topology.device != "cuda" or peak is None:
+        return None
+    wanted = _training_settings(plan.model_dump(mode="json", include={"model", "config"}))
+    for run in islice(run_store.list_runs(Path(plan.run_dir).parent), _NUM_RUNS):
+        try:
+            values = run_store.read_plan_values(run.plan)
+            if _training_settings(values) != wanted:
+                continue
+            num_ranks, name = int(values["topology"]["world_size"]), str(values["run_name"])
+            steps = [step for step in read_tail(run.metrics).recent if step["trainer/step"] > 1]
+            rates = [mfu for step in steps if (mfu := step.get("perf/mfu")) and _is_peak(step["perf/tflops_per_gpu"] / mfu, peak)]
+        except (LauncherError, OSError, KeyError, TypeError, ValueError):
+            continue
+        if len(rates) >= _FEWEST_STEPS:
+            return MeasuredMfu(name, num_ranks, min(rates), max(rates))
+    return None
+
+
+def _is_peak(tflops: float, peak: float) -> bool:
+    return math.isclose(tflops, peak, rel_tol=_SAME_PEAK)
+
+
+def _training_settings(values: dict[str, Any]) -> list[Any]:
+    """Return what decides the MFU in the JSON of a plan."""
+    model, config = values["model"], values["config"]
+    deepspeed = [config["deepspeed"][key] for key in ("offload_optimizer", "offload_params")]
+    settings = [config["model"][key] for key in ("dtype", "activation_checkpointing")]
+    return [model["config"].get("model_type"), *(model[key] for key in _ARCHITECTURE), *settings, *deepspeed]
+
+
+def name_warning(config: RunConfig) -> str | None:
+    """Return what the run with this run.name is, which `train` would refuse to replace; None if the name is free."""
+    if config.run.name is None:
+        return None
+    run = RunDir(run_dir_of(config, config.run.name, str(Path.cwd()), str(Path.home())))
+    if not run.root.exists():
+        return None
+    exists, folder = f"run {config.run.name} exists already", formatting.short(run.root)
+    try:
+        status = status_reader_for(run, run_store.read_placement(run).kind).status(run)
+        step = newest_trained_step(run, status)
+    except (LauncherError, OSError) as error:
+        reason = error.problems[0].message if isinstance(error, LauncherError) else str(error)
+        return f"{exists}, and its state cannot be read ({printable(reason)}): choose another run.name"
+    of = f" of {status.max_steps:,}" if status.max_steps else ""
+    longer = ["train.max_steps=..."] if status.state == "completed" else []
+    remedy = f"continue it with {launcher_command('resume', folder, *longer)}"
+    if status.state in RUNNING_STATES:
+        remedy = f"follow it with {launcher_command('logs', folder, '-f')}"
+    return f"{exists} ({status.state}, step {step:,}{of}): {remedy}, or choose another run.name"

@@ -1,0 +1,144 @@
+"""Expected tokens per second, hours and cost of a run, as ranges: from the MFU of an earlier run, or from published ones. Pure.
+
+Published MFU: the bf16 tables of scripts/train/benchmarking/README.md in mosaicml/llm-foundry (22 April 2024), with rows of 1,024
+to 8,192 tokens, on 8 to 512 GPUs, FSDP with FlashAttention, for dense models of 125 million to 70 billion parameters. That page
+counts attention over the whole square of a row. Here it is counted as in `train_flops`, over the causal half: (MFU* + MFU) / 2 of
+the page's formulas. The nodes of its A100s had 1,600 Gbit/s between them.
+
+ZERO3_SHARE lowers the low end: DeepSpeed ZeRO-3 with transformers reached an MFU of 0.40 with a model of 7 billion parameters on
+four A100s (huggingface.co/blog/deepspeed-to-fsdp-and-back, June 2024), where that page has a median of 0.57 for such a model. It
+covers what torchtitan measured without compiling, too: 0.33 with Llama 3.1 8B on eight H100s, where the page's lowest is 0.326
+(benchmarks/llama3_h100_202412_torchtitan.md in pytorch/torchtitan).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.plan.architecture import num_experts, train_flops
+from launcher.plan.gpu_types import GPUS, recognize
+from launcher.plan.launch_plan import LaunchPlan
+
+ZERO3_SHARE = 0.7
+_SOURCE = "published for FSDP (LLM Foundry, 2024-04)"
+# The largest model of each class in parameters: the geometric mean of neighboring sizes. Each GPU has the lowest and the highest
+# MFU of each class, None where none is published.
+_SIZES = (0.21e9, 0.52e9, 1.0e9, 1.9e9, 4.2e9, 9.3e9, 19.6e9, 44e9, 100e9)
+_A100_40GB = (
+    *((0.343, 0.382), (0.379, 0.457), (0.414, 0.512), (0.424, 0.550), (0.459, 0.564)),
+    *((0.431, 0.503), (0.394, 0.510), (0.506, 0.511), (0.351, 0.479)),
+)
+_A100_80GB = (
+    *((0.357, 0.403), (0.396, 0.474), (0.432, 0.521), (0.460, 0.580), (0.494, 0.609)),
+    *((0.478, 0.618), (0.503, 0.585), (0.363, 0.552), (0.475, 0.522)),
+)
+_H100 = (
+    *(None, None, (0.272, 0.380), (0.306, 0.404), (0.336, 0.448)),
+    *((0.326, 0.447), (0.384, 0.436), (0.275, 0.429), (0.354, 0.425)),
+)
+# H200 and GH200 have the chip of the H100, with more memory.
+_PUBLISHED: dict[str, tuple[tuple[float, float] | None, ...]] = {
+    "A100-40GB": _A100_40GB,
+    "A100-80GB": _A100_80GB,
+    "H100-80GB": _H100,
+    "H200": _H100,
+    "GH200": _H100,
+}
+
+
+@dataclass(frozen=True)
+class MeasuredMfu:
+    """MFU of the last steps of an earlier run of the same model on the same kind of GPU: the lowest and the highest."""
+
+    run_name: str
+    num_ranks: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class SpeedEstimate:
+    """What a run is expected to take, each as (lowest, highest); None where it is not known.
+
+    `basis` is what the figures rest on. Where there are none, it is the reason.
+    """
+
+    basis: str
+    mfu: tuple[float, float] | None = None
+    tokens_per_sec: tuple[float, float] | None = None
+    tokens_per_sec_per_gpu: tuple[float, float] | None = None
+    hours: tuple[float, float] | None = None
+    usd: tuple[float, float] | None = None
+
+
+def peak_tflops(plan: LaunchPlan, gpu: str) -> float | None:
+    """Return the peak of a GPU in the type that the run computes in, as for perf/mfu; None for an unknown GPU."""
+    key, dtype = recognize(gpu), plan.config.model.dtype
+    return None if key is None or dtype == "auto" else GPUS[key].peak_tflops(dtype)
+
+
+def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> SpeedEstimate:
+    """Estimate what the training steps of a run take, without evaluation, checkpoints and start.
+
+    `gpu` is the name of the run's GPUs, `measured` the MFU of an earlier run.
+    """
+    if plan.topology.device != "cuda":
+        return SpeedEstimate("the run is planned for CPUs, for which no MFU is published")
+    peak, flops = peak_tflops(plan, gpu), _flops_per_token(plan)
+    if peak is None:
+        return SpeedEstimate(f"{gpu} is not in the table of GPU types; a type in cluster.gpu_type gives one")
+    if flops is None:
+        return SpeedEstimate(f"the launcher does not know the FLOPs of {plan.model.config.get('model_type')}")
+    if measured is not None:
+        low, high = measured.low, measured.high
+        basis = f"measured in run {measured.run_name} on {_ranks(measured.num_ranks)}"
+    else:
+        published = _published_mfu(plan, gpu)
+        if isinstance(published, str):
+            return SpeedEstimate(f"{published}; a run of this model gives one to later plans")
+        low, high = ZERO3_SHARE * published[0], published[1]
+        basis = f"{_SOURCE}, at the low end {ZERO3_SHARE:g} of it for ZeRO-3"
+    if plan.data is None:
+        basis += "; every row is taken for one trained document of data.max_length"
+    per_gpu = low * peak * 1e12 / flops, high * peak * 1e12 / flops
+    world_size, hours = plan.topology.world_size, None
+    tokens_per_step = plan.batch.tokens_per_step or plan.batch.max_tokens_per_step
+    per_second = per_gpu[0] * world_size, per_gpu[1] * world_size
+    if plan.batch.max_steps is not None:
+        seconds = [plan.batch.max_steps * tokens_per_step / rate for rate in per_second]
+        hours = seconds[1] / 3600, seconds[0] / 3600
+    price = None if plan.price is None else world_size * plan.price.usd_per_gpu_hour
+    usd = None if hours is None or price is None else (hours[0] * price, hours[1] * price)
+    return SpeedEstimate(basis, (low, high), per_second, per_gpu, hours, usd)
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' * (count > 1)}"
+
+
+def _flops_per_token(plan: LaunchPlan) -> float | None:
+    """Return the FLOPs of a token: in a document of mean length, or without data in one that fills a row and is all trained."""
+    flops, data = train_flops(plan.model), plan.data
+    if flops is None:
+        return None
+    if data is None or not data.num_docs or not data.num_tokens:
+        length = plan.config.data.max_length
+        return flops.of([length], length) / length
+    length = max(1, round(data.num_tokens / data.num_docs))
+    return flops.of([length], 0) / length + flops.per_label * data.num_trained_tokens / data.num_tokens
+
+
+def _published_mfu(plan: LaunchPlan, gpu: str) -> tuple[float, float] | str:
+    """Return the published MFU of this kind of run, or why there is none."""
+    deepspeed, key = plan.config.deepspeed, recognize(gpu) or gpu
+    if plan.config.model.dtype not in ("bf16", "fp16"):
+        return f"no MFU is published for {plan.config.model.dtype}"
+    if (deepspeed.offload_optimizer, deepspeed.offload_params) != ("none", "none"):
+        return "with offloaded states the speed depends on the main memory and the buses of a node"
+    if num_experts(plan.model.config):
+        return "no MFU is published for mixtures of experts"
+    classes = _PUBLISHED.get(key)
+    if classes is None:
+        return f"no MFU is published for {key}"
+    by_size = (mfu for most, mfu in zip(_SIZES, classes, strict=True) if plan.model.num_params <= most)
+    return next(by_size, None) or f"no MFU is published for a model of this size on {key}"

@@ -1,0 +1,116 @@
+"""What a plan says about runs that exist: a measured MFU, and a name that is taken."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+from plan_fixtures import H100
+
+from launcher import run_store
+from launcher.cli.earlier_runs import find_measured_mfu
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_records import Attempt
+from launcher.tracking.jsonl import JsonlTracker
+
+PlanOf = Callable[..., LaunchPlan]
+MODEL = ("model=qwen3_0_6b", "data=jsonl", "data.path=rows.jsonl", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=2")
+
+
+def trained(plan_of: PlanOf, root: Path, name: str, mfu: float, peak: float = 989, num_steps: int = 9, *settings: str) -> RunDir:
+    """A run whose first step was slow, and whose MFU then rose by a thousandth a step."""
+    run = run_store.create(plan_of(*MODEL, *settings, f"run.root={root}", f"run.name={name}", device=H100))
+    run_store.create_attempt(run, Attempt(resume_step=None))
+    log = JsonlTracker(run, 1)
+    for step in range(1, num_steps + 1):
+        rate = mfu + step / 1000 if step > 1 else 0.01
+        log.log(step, {"train/loss": 1.0, "perf/mfu": rate, "perf/tflops_per_gpu": rate * peak})
+    run_store.update_status(run, state="completed", attempt=1, step=num_steps, max_steps=num_steps)
+    return run
+
+
+def test_the_newest_run_of_the_same_model_and_gpu_is_the_measurement(plan_of: PlanOf, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    later = plan_of(*MODEL, f"run.root={root}", "run.name=later", device=H100)
+    assert find_measured_mfu(later, "H100-80GB") is None
+    for age, (name, mfu, *different) in enumerate(
+        [
+            ("recomputing", 0.9, 989, 9, "model.activation_checkpointing=true"),
+            ("offloaded", 0.8, 989, 9, "deepspeed=zero3_offload"),
+            ("on-a100", 0.7, 312),
+            ("short", 0.6, 989, 5),
+            ("newer", 0.3),
+            ("older", 0.2),
+        ]
+    ):
+        run = trained(plan_of, root, name, mfu, *different)
+        os.utime(run.plan, (2e9 - age, 2e9 - age))
+    (root / "newer" / "notes.txt").write_text("not read")
+    damaged = trained(plan_of, root, "damaged", 0.9)
+    damaged.plan.write_text("{")
+    found = find_measured_mfu(later, "NVIDIA H100 80GB HBM3")
+    assert found is not None
+    assert (found.run_name, found.num_ranks, found.low, found.high) == ("newer", 2, pytest.approx(0.302), pytest.approx(0.309))
+    # The chip of an H200 has the same peak, that of an A100 has another.
+    assert find_measured_mfu(later, "H200") == found
+    assert [found.run_name for found in [find_measured_mfu(later, "A100-80GB")] if found] == ["on-a100"]
+    assert find_measured_mfu(later, "Abacus 3000") is None
+
+
+def test_plan_shows_the_measurement_and_that_the_name_is_taken(
+    plan_of: PlanOf, launch_here: Callable[..., CompletedProcess[str]], tmp_path: Path
+) -> None:
+    run = trained(plan_of, tmp_path / "runs", "first", 0.3)
+    (tmp_path / "rows.jsonl").write_text('{"text": "one row"}\n')
+    settings = [*MODEL[:1], "data=jsonl", f"data.path={tmp_path}/rows.jsonl", *MODEL[3:], f"run.root={tmp_path}/runs"]
+    settings += ["train.max_steps=1000", "cluster.price_per_gpu_hour=3", "model.attention=sdpa"]
+    environment = {"LAUNCHER_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = launch_here("plan", "--json", *settings, "run.name=first", **environment)
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    estimate = values["estimate"]
+    assert estimate["mfu"] == pytest.approx([0.302, 0.309])
+    assert estimate["basis"].startswith("measured in run first on 2 ranks; every row is taken for one")
+    low, high = estimate["hours"]
+    assert 0 < low < high
+    assert estimate["usd"] == pytest.approx([6 * low, 6 * high])
+    assert values["checkpoint_gib"] == pytest.approx(values["checkpoint_bytes"] / 2**30, abs=0.001)
+    (warning,) = values["warnings"]
+    resume = f"python -m launcher resume {run.root} train.max_steps=..."
+    assert warning == f"run first exists already (completed, step 9 of 9): continue it with {resume}, or choose another run.name"
+    text = launch_here("plan", *settings, "run.name=first", **environment).stdout
+    assert f"warning    {warning}\n" in text
+    assert "MFU 30% to 31%, measured in run first on 2 ranks" in text
+    free = json.loads(launch_here("plan", "--json", *settings, "run.name=second", **environment).stdout)
+    assert (free["warnings"], free["estimate"]["mfu"]) == ([], estimate["mfu"])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            lambda run: run_store.update_status(run, state="failed", step=7),
+            " (failed, step 7 of 9): continue it with python -m launcher resume ",
+        ),
+        (lambda run: run.plan.write_text("{"), ", and its state cannot be read ("),
+        (lambda run: run.status.unlink(), ", and its state cannot be read ("),
+    ],
+)
+def test_a_taken_name_of_a_run_in_another_state(
+    change: Callable[[RunDir], object],
+    expected: str,
+    plan_of: PlanOf,
+    launch_here: Callable[..., CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    change(trained(plan_of, tmp_path / "runs", "first", 0.3))
+    done = launch_here("plan", "--json", "model=tiny", f"run.root={tmp_path}/runs", "run.name=first")
+    assert done.returncode == 0, done.stderr
+    (warning,) = json.loads(done.stdout)["warnings"]
+    assert warning.startswith(f"run first exists already{expected}")
+    assert warning.endswith("choose another run.name")

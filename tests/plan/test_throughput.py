@@ -1,0 +1,98 @@
+"""What a plan expects of its speed, time and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from plan_fixtures import CPU, DATA, H100
+
+from launcher.cli.plan_view import plan_lines
+from launcher.plan import throughput
+from launcher.plan.gpu_types import GPUS
+from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
+from launcher.plan.throughput import MeasuredMfu, estimate_speed
+
+PlanOf = Callable[..., LaunchPlan]
+LLAMA = ("model=llama3_1_8b", "data=jsonl", "data.path=rows.jsonl", "train.max_steps=1000")
+GPU = "H100-80GB"
+
+
+def test_the_range_is_the_published_mfu_over_the_models_flops(plan_of: PlanOf) -> None:
+    planned = plan_of(*LLAMA, "cluster.price_per_gpu_hour=2.5", device=H100)
+    speed = estimate_speed(planned, H100.name, None)
+    # 5,000 documents of 180 tokens in DATA, of which half are trained. Per token: the weights without embedding and head, half of
+    # the head's 128,256 x 4,096, and 90.5 pairs with earlier tokens and itself in 32 layers of 32 heads of width 128.
+    weights = 8_030_261_248 - 2 * 128_256 * 4096 - 65 * 4096
+    flops = 6 * weights + 6 * 128_256 * 4096 / 2 + 12 * 32 * 4096 * 90.5
+    low, high = 0.7 * 0.326, 0.447
+    assert speed.mfu == pytest.approx((low, high))
+    assert speed.tokens_per_sec_per_gpu == pytest.approx((low * 989e12 / flops, high * 989e12 / flops))
+    assert speed.tokens_per_sec == pytest.approx((8 * low * 989e12 / flops, 8 * high * 989e12 / flops))
+    # A step of 64 rows of 900 tokens, 1,000 times.
+    seconds = [1000 * 64 * 900 / (8 * mfu * 989e12 / flops) for mfu in (high, low)]
+    assert speed.hours == pytest.approx([s / 3600 for s in seconds])
+    assert speed.usd == pytest.approx([s / 3600 * 8 * 2.5 for s in seconds])
+    assert speed.basis == "published for FSDP (LLM Foundry, 2024-04), at the low end 0.7 of it for ZeRO-3"
+
+
+def test_a_measured_mfu_comes_before_published_ones(plan_of: PlanOf) -> None:
+    measured = MeasuredMfu("first", num_ranks=1, low=0.31, high=0.33)
+    for own in ((), ("deepspeed=zero3_offload",)):
+        speed = estimate_speed(plan_of(*LLAMA, *own, device=H100), GPU, measured)
+        assert (speed.mfu, speed.basis) == ((0.31, 0.33), "measured in run first on 1 rank")
+
+
+def test_without_data_a_row_is_one_document(plan_of: PlanOf) -> None:
+    speed = estimate_speed(plan_of("model=llama3_1_8b", "data=jsonl", "data.path=rows.jsonl", device=H100, data=None), GPU, None)
+    assert speed.basis.endswith("; every row is taken for one trained document of data.max_length")
+    assert speed.tokens_per_sec is not None
+    assert (speed.hours, speed.usd) == (None, None), "the number of steps is not known"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "device", "reason"),
+    [
+        ((), CPU, "the run is planned for CPUs, for which no MFU is published"),
+        ((), "Abacus 3000", "Abacus 3000 is not in the table of GPU types"),
+        (("cluster.gpu_type=L40S",), "L40S", "no MFU is published for L40S"),
+        (("model.config.model_type=deepseek_v3",), GPU, "the launcher does not know the FLOPs of deepseek_v3"),
+        (("model=qwen3_30b_a3b",), GPU, "no MFU is published for mixtures of experts"),
+        (("model=smollm2_135m",), GPU, "no MFU is published for a model of this size on H100-80GB"),
+        (("deepspeed=zero3_offload",), GPU, "with offloaded states the speed depends on"),
+        (("model.dtype=fp32",), GPU, "no MFU is published for fp32"),
+    ],
+)
+def test_why_there_is_no_estimate(plan_of: PlanOf, tokens: tuple[str, ...], device: DeviceFacts | str, reason: str) -> None:
+    facts = device if isinstance(device, DeviceFacts) else H100.model_copy(update={"name": device})
+    speed = estimate_speed(plan_of(*LLAMA, *tokens, device=facts), facts.name, None)
+    assert speed.basis.startswith(reason)
+    assert speed == throughput.SpeedEstimate(speed.basis)
+    (line,) = [line for line in plan_lines(plan_of(*LLAMA, device=facts), speed=speed) if line.startswith(("speed", "time"))]
+    assert line == f"{'speed':<11}no estimate: {speed.basis}"
+
+
+def test_a_plan_shows_ranges_in_two_digits(plan_of: PlanOf) -> None:
+    planned = plan_of(*LLAMA, "cluster.price_per_gpu_hour=2.5", device=H100, data=DATA)
+    rates = {"tokens_per_sec": (41_234.0, 57_000.0), "tokens_per_sec_per_gpu": (5154.25, 7125.0)}
+    speed = replace(estimate_speed(planned, GPU, None), **rates)
+
+    def shown(**changes: tuple[float, float]) -> dict[str, str]:
+        rows = (line.split(maxsplit=1) for line in plan_lines(planned, speed=replace(speed, **changes)))
+        return {label: value for label, value in rows if label in ("speed", "time", "cost")}
+
+    rest = "of training steps; start, evaluation and checkpoints come on top"
+    hours = shown(hours=(3.14, 12.6), usd=(62.8, 252.0))
+    assert hours["speed"].startswith("41,000 to 57,000 tokens/s (5,200 to 7,100 a GPU): MFU 23% to 45%, published")
+    assert hours["time"] == f"3.1 to 13 hours {rest}"
+    assert hours["cost"] == "$63 to $250 in all; $20.00 an hour = 8 GPUs x $2.50"
+    minutes = shown(hours=(0.1, 0.5), usd=(0.5, 2.5))
+    assert (minutes["time"], minutes["cost"][:22]) == (f"6.0 to 30 minutes {rest}", "$0.50 to $2.50 in all;")
+    assert shown(hours=(0.005, 0.01))["time"] == f"18 to 36 seconds {rest}"
+
+
+def test_each_gpu_with_published_figures_is_a_known_type() -> None:
+    assert set(throughput._PUBLISHED) <= set(GPUS)
+    for classes in throughput._PUBLISHED.values():
+        assert all(0 < low < high < 1 for low, high in filter(None, classes))
