@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import run_records, run_store
@@ -16,7 +17,7 @@ from launcher.cli.plan_view import started_lines
 from launcher.cli.printable_stream import as_plain_lines
 from launcher.cli.resume import resume_run
 from launcher.clusters.backends import FilesOnly, StatusReader, cluster_for, status_reader_for
-from launcher.errors import SubmitError, printable
+from launcher.errors import DamagedRun, SubmitError, printable
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
@@ -75,39 +76,80 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 
 def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
     attempt = run_store.newest_attempt(run) if arguments.attempt is None else arguments.attempt
+    output = _RankOutput(run, arguments.rank, attempt)
+    try:
+        return _show(output, run, arguments)
+    except DamagedRun:
+        # The output needs none of the run's records; the error follows it.
+        output.print_more()
+        output.print_agent_log()
+        print(flush=True)
+        raise
+
+
+def _show(output: _RankOutput, run: RunDir, arguments: argparse.Namespace) -> int:
     _require_in_run(run, arguments.attempt, arguments.rank)
-    if not run.rank_log(attempt, arguments.rank).is_file() and not arguments.follow:
-        folder = run.attempt(attempt)
+    reader = _reader(run)
+    if not output.log.is_file() and not arguments.follow:
+        folder = run.attempt(output.attempt)
         logs = sorted(path.name for path in folder.glob("*.log")) if folder.is_dir() else []
         raise SubmitError(
-            f"rank {arguments.rank} has no log in attempt {attempt}",
-            where=str(run.rank_log(attempt, arguments.rank)),
-            value=_end_line(run, attempt, _reader(run).status(run)),
+            f"rank {arguments.rank} has no log in attempt {output.attempt}",
+            where=str(output.log),
+            value=_end_line(run, output.attempt, reader.status(run)),
             remedy=f"existing logs: {', '.join(logs)}" if logs else "wait until the attempt has started",
         )
-    reader = _reader(run)
-    watch, offset, is_silent = StatusWatch(run, reader), 0, False
+    watch, is_silent = StatusWatch(run, reader), False
     while True:
         status = watch.state()
         is_running = status.state in RUNNING_STATES
-        offset = _print_from(run.rank_log(attempt, arguments.rank), offset)
+        output.print_more()
         is_silent = is_running and isinstance(reader, FilesOnly) and reader.is_silent
         if not arguments.follow or not is_running or is_silent:
             break
         newest = run_store.newest_attempt(run)
-        if arguments.attempt is None and newest != attempt:
+        if arguments.attempt is None and newest != output.attempt:
             # Show the end of the previous attempt's log before the log of the next one.
-            _print_from(run.rank_log(attempt, arguments.rank), offset)
-            attempt, offset = newest, 0
+            output.print_more()
+            output.attempt, output.offset = newest, 0
         time.sleep(_LOG_POLL_S)
-    agent = run.attempt(attempt) / "agent.log"
-    if not run.rank_log(attempt, arguments.rank).is_file() and agent.is_file():
-        print(as_plain_lines(agent.read_text(errors="replace")), end="")
-    if line := _end_line(run, attempt, status):
+    output.print_agent_log()
+    if line := _end_line(run, output.attempt, status):
         print(f"\n{line}")
     if arguments.follow and is_silent:
         print(f"\nnot followed: {printable(status.message)}")
     return 0
+
+
+@dataclass
+class _RankOutput:
+    """The log of a rank in an attempt, printed as it grows: `offset` is the end of what was printed."""
+
+    run: RunDir
+    rank: int
+    attempt: int
+    offset: int = 0
+
+    @property
+    def log(self) -> Path:
+        return self.run.rank_log(self.attempt, self.rank)
+
+    def print_more(self) -> None:
+        """Print what was not printed yet."""
+        if not self.log.is_file():
+            return
+        with open(self.log, "rb") as file:
+            file.seek(self.offset)
+            data = file.read()
+        sys.stdout.write(as_plain_lines(data.decode(errors="replace")))
+        sys.stdout.flush()
+        self.offset += len(data)
+
+    def print_agent_log(self) -> None:
+        """Print the output of the agent where the rank has left none."""
+        agent = self.run.attempt(self.attempt) / "agent.log"
+        if not self.log.is_file() and agent.is_file():
+            print(as_plain_lines(agent.read_text(errors="replace")), end="")
 
 
 def _require_in_run(run: RunDir, attempt: int | None, rank: int) -> None:
@@ -116,10 +158,11 @@ def _require_in_run(run: RunDir, attempt: int | None, rank: int) -> None:
     Raises:
         SubmitError: with those that it has.
     """
-    attempts, num_ranks = run_store.attempt_numbers(run), run_store.read_placement(run).num_ranks
+    attempts = run_store.attempt_numbers(run)
     if attempt is not None and attempt not in attempts:
         remedy = f"choose one of: {', '.join(map(str, attempts))}" if attempts else "wait until the run has started"
         raise SubmitError(f"the run has no attempt {attempt}", where="--attempt", value=str(attempt), remedy=remedy)
+    num_ranks = run_store.read_placement(run).num_ranks
     if not 0 <= rank < num_ranks:
         remedy = f"choose a rank from 0 to {num_ranks - 1}" if num_ranks > 1 else "leave it out: the only rank is 0"
         raise SubmitError(f"the run has no rank {rank}", where="--rank", value=str(rank), remedy=remedy)
@@ -139,18 +182,6 @@ def _end_line(run: RunDir, attempt: int, status: Status) -> str:
             how = f"ended ({record.cause})"
     line, _, _ = printable(message).partition("\n")
     return f"attempt {attempt} {how}: {line}" if line else ""
-
-
-def _print_from(log: Path, offset: int) -> int:
-    """Print a log from the byte `offset` on; returns the offset of its end."""
-    if not log.is_file():
-        return offset
-    with open(log, "rb") as file:
-        file.seek(offset)
-        data = file.read()
-    sys.stdout.write(as_plain_lines(data.decode(errors="replace")))
-    sys.stdout.flush()
-    return offset + len(data)
 
 
 def _cancel(run: RunDir, arguments: argparse.Namespace) -> int:

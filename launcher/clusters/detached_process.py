@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,13 @@ def start(run: RunDir, attempt: int, module: str, arguments: Sequence[str], log:
 
 def describe_this_process() -> dict[str, Any]:
     """Return the `job` entry of a status that this process writes: host, PID namespace (`space`), process id and start time."""
-    this = psutil.Process()
-    return {"host": os.uname().nodename, "space": pid_namespace(), "pid": this.pid, "started": this.create_time()}
+    return describe_process(os.getpid())
+
+
+def describe_process(pid: int) -> dict[str, Any]:
+    """Return the same of another process of this machine."""
+    started = psutil.Process(pid).create_time()
+    return {"host": os.uname().nodename, "space": pid_namespace(), "pid": pid, "started": started}
 
 
 def start_liveness_file(run: RunDir) -> None:
@@ -118,9 +124,13 @@ def _seconds_unchanged(run: RunDir, files: Iterable[Path]) -> float:
 
 
 def is_alive(run: RunDir, status: Status) -> bool:
-    """Return whether the process that wrote the status still runs; one of another machine is judged by its liveness file."""
+    """Return whether the process that wrote the status still runs; one of another machine is judged by its liveness file.
+
+    Its `recorder`, where it has one, outlives it for a moment to write how the run has ended.
+    """
     if is_visible(status):
-        return find_process(status) is not None
+        recorder = replace(status, job=(status.job or {}).get("recorder"))
+        return find_process(status) is not None or find_process(recorder) is not None
     return not _has_rebooted(status) and seconds_silent(run) < LIVENESS_TIMEOUT_S
 
 
@@ -145,11 +155,6 @@ def await_end(run: RunDir, deadline_s: float) -> None:
             process.wait(deadline_s)
         except psutil.TimeoutExpired:
             process.kill()
-
-
-def failure_file(run: RunDir, attempt: int) -> Path:
-    """Return the file with the reason of a failure, for readers of a run whose process was ended before it could record it."""
-    return run.attempt(attempt) / "failure.txt"
 
 
 def resume_hint(run: RunDir) -> str:

@@ -48,6 +48,11 @@ class NodeRendezvous(RendezvousHandler):
         self._is_final, self._own_failure, self._on_restart = is_final, own_failure, on_restart
         self._round = 0
 
+    @property
+    def num_restarts(self) -> int:
+        """How often the ranks were restarted: the same number on all nodes, since none starts ranks before all have arrived."""
+        return max(0, self._round - 1)
+
     def get_backend(self) -> str:
         return "nodes"
 
@@ -85,7 +90,7 @@ class NodeRendezvous(RendezvousHandler):
         """Return why the ranks are not restarted; the head node decides for all, because the disks of others may lag behind."""
         decision = f"decision/{self._round}"
         if self._node.is_head:
-            self._store.set(decision, self._on_restart(self._round - 1, [self._store.get(key).decode() for key in keys]))
+            self._store.set(decision, self._on_restart(self.num_restarts, [self._store.get(key).decode() for key in keys]))
         self._store.wait([decision], self._deadline)
         return self._store.get(decision).decode()
 

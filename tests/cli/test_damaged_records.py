@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from launcher import run_store
 from launcher.plan.run_dir import RunDir
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -32,3 +33,20 @@ def test_a_damaged_status_is_reported_in_one_message(launch_here: Launch, run: R
     assert f"where:  {run.status}" in shown.stderr
     assert "remedy: restore the file from a backup" in shown.stderr
     assert "Traceback" not in shown.stderr
+
+
+@pytest.mark.parametrize("record", ["status.json", "plan.json"])
+def test_logs_show_the_output_and_then_name_the_damaged_record(launch_here: Launch, run: RunDir, record: str) -> None:
+    run.rank_log(2, 0).write_text("the output of rank 0\n")
+    run_store.update_status(run, state="running", attempt=2, job={})
+    (run.root / record).write_text('{"state": "runn')
+    for options in ([], ["-f", "--attempt", "2"]):
+        shown = launch_here("logs", str(run.root), *options)
+        assert (shown.returncode, shown.stdout) == (2, "the output of rank 0\n\n"), shown.stderr
+        assert f"where:  {run.root / record}" in shown.stderr
+        assert "remedy: restore " in shown.stderr
+        assert "Traceback" not in shown.stderr
+    run.rank_log(2, 0).unlink()
+    (run.attempt(2) / "agent.log").write_text("the output of the agent\n")
+    shown = launch_here("logs", str(run.root))
+    assert (shown.returncode, shown.stdout) == (2, "the output of the agent\n\n"), shown.stderr

@@ -244,8 +244,6 @@ def _request(plan: LaunchPlan) -> list[tuple[str, str]]:
 def _lost(run: RunDir, status: Status) -> Status:
     then = run_store.describe_storage_problem(run) or f"; {detached_process.resume_hint(run)}"
     number = run_store.newest_attempt(run)
-    with suppress(OSError):
-        return replace(status, state="failed", message=detached_process.failure_file(run, number).read_text())
     # Workers on the driver's machine may share its control group.
     limit = limit_that_killed_agents(run, number, range(len(run_store.read_attempt(run, number).nodes)))
     return replace(status, state="failed", message=": ".join(filter(None, (limit, f"{_LOST}{then}"))))

@@ -13,13 +13,13 @@ from pathlib import Path
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, Worker
 from torch.distributed.elastic.multiprocessing import ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousHandler
 
 from launcher import error_record
 from launcher.error_record import ErrorRecord
 from launcher.worker.failure_record import RankExit
 from launcher.worker.ranks.error_memory import ErrorMemory
 from launcher.worker.ranks.rank_process import RankProcess, StartRank
+from launcher.worker.rendezvous import NodeRendezvous
 from launcher.worker.signals import DISMISSED
 
 _POLL_S = 0.05
@@ -31,7 +31,7 @@ _STOPPED_BY_AGENT = (-signal.SIGTERM, -signal.SIGKILL, DISMISSED)
 
 def run_ranks(
     start: StartRank,
-    rendezvous: RendezvousHandler,
+    rendezvous: NodeRendezvous,
     *,
     num_ranks: int,
     max_restarts: int,
@@ -58,7 +58,7 @@ def run_ranks(
         monitor_interval=_POLL_S,
         local_addr=address,
     )
-    return not _Agent(spec, start, folder, on_failure, errors).run().is_failed()
+    return not _Agent(spec, rendezvous, start, folder, on_failure, errors).run().is_failed()
 
 
 class _Agent(SimpleElasticAgent):
@@ -71,12 +71,14 @@ class _Agent(SimpleElasticAgent):
     def __init__(
         self,
         spec: WorkerSpec,
+        rendezvous: NodeRendezvous,
         start: StartRank,
         folder: Path,
         on_failure: Callable[[list[RankExit]], None],
         errors: ErrorMemory,
     ) -> None:
         super().__init__(spec)
+        self._rendezvous_handler = rendezvous
         self._start, self._folder, self._on_failure, self._errors = start, folder, on_failure, errors
         self._processes: dict[int, RankProcess] = {}
         # Of the ranks that have failed since the last start.
@@ -85,6 +87,8 @@ class _Agent(SimpleElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         self._num_starts += 1
+        # torch counts on each node the failures of its own ranks. A node that counts fewer would wait for one that has given up.
+        self._remaining_restarts = worker_group.spec.max_restarts - self._rendezvous_handler.num_restarts
         self._processes, self._exits = {}, {}
         for worker in worker_group.workers:
             self._processes[worker.local_rank] = self._start(self._environment(worker_group, worker))
@@ -154,7 +158,7 @@ class _Agent(SimpleElasticAgent):
             "ROLE_WORLD_SIZE": str(worker.role_world_size),
             "MASTER_ADDR": str(worker_group.master_addr),
             "MASTER_PORT": str(worker_group.master_port),
-            "TORCHELASTIC_RESTART_COUNT": str(spec.max_restarts - self._remaining_restarts),
+            "TORCHELASTIC_RESTART_COUNT": str(self._rendezvous_handler.num_restarts),
             "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
             "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
             "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),

@@ -33,6 +33,8 @@ _COUNTER = "load_progress"
 _JOIN_S = 5.0
 # A head node that has not answered for so long hangs, or is cut off.
 _UNANSWERED_S = 5.0
+# From a failed request to the next one.
+_RETRY_S = 5.0
 # Fields of /proc/PID/stat, counted from the field after the name (proc_pid_stat(5)): the parent; minflt and majflt; cminflt and
 # cmajflt, which are those of the ended descendants.
 _PARENT, _FAULTS, _ENDED_FAULTS = 1, (7, 9), (8, 10)
@@ -85,7 +87,7 @@ class SharedProgress:
     """
 
     def __init__(self, store: Store, interval_s: float) -> None:
-        self._store, self._interval_s = store.clone(), interval_s
+        self._store, self._interval_s = store, interval_s
         self._has_progressed = False
         self._changed_at, self._asked_at = time.monotonic(), math.inf
         self._ended = threading.Event()
@@ -106,16 +108,20 @@ class SharedProgress:
         self._thread.join(_JOIN_S)
 
     def _share(self) -> None:
-        last = -1
-        while not self._ended.wait(self._interval_s):
+        connection, last, wait_s = None, -1, self._interval_s
+        while not self._ended.wait(wait_s):
             has_progressed, self._has_progressed = self._has_progressed, False
             self._asked_at = asked_at = time.monotonic()
             try:
-                count = self._store.add(_COUNTER, int(has_progressed))
+                connection = connection or self._store.clone()
+                count = connection.add(_COUNTER, int(has_progressed))
             except RuntimeError:
-                # Without the head node the job ends; nothing is known of the others until then.
-                self._changed_at = math.inf
-                return
+                # Nothing is known of the others until the head node answers again, over another connection: the answer to this
+                # request may still come and would be taken for that to the next.
+                self._changed_at, self._has_progressed = math.inf, self._has_progressed or has_progressed
+                connection, last, wait_s = None, -1, _RETRY_S
+                continue
+            wait_s = self._interval_s
             now = time.monotonic()
             # The others could not tell of their progress either while the head node was silent.
             if count != last or now - asked_at >= _UNANSWERED_S:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,11 +17,11 @@ from launcher.clusters.ray import auto_address
 from launcher.config.sections.ray import RaySection
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.worker.ray.raylet_loss import Raylet
 
 _MAX_FOLDER_CHARS = 30
 _MEET_S = 300
 _PLACE_S = 20
-_MEET_RAYLET_S = 5.0
 # Nothing goes through Ray's object store, which would take a third of the machine's memory.
 _OBJECT_STORE_BYTES = 100 * 2**20
 
@@ -62,25 +61,11 @@ def lost_nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
 
 
-def describe_lost_raylet() -> str:
-    """Return the message where the raylet of this node has ended: nothing listens at its socket any more; empty otherwise.
-
-    Everything that Ray ran on this node ends with it.
-    """
+def raylet_of_this_node() -> Raylet:
+    """Return the raylet through which this process is connected."""
     from ray._private import worker
 
-    node = worker._global_node
-    if node is None:
-        return ""
-    try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(_MEET_RAYLET_S)
-            connection.connect(node.raylet_socket_name)
-    except TimeoutError:
-        return ""
-    except OSError:
-        return f"the raylet of {os.uname().nodename} (Ray's process on the driver's node) was killed or has ended"
-    return ""
+    return Raylet(worker._global_node.raylet_socket_name)
 
 
 @contextmanager

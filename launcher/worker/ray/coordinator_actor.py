@@ -16,9 +16,11 @@ from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, LostCoordinator
 from launcher.tracking.jsonl import append_event
-from launcher.worker.ray.connection import describe_lost_raylet
+from launcher.worker.ray import raylet_loss
+from launcher.worker.ray.connection import raylet_of_this_node
 from launcher.worker.ray.coordinator import Coordinator
 from launcher.worker.ray.messages import CoordinatorState
+from launcher.worker.ray.run_end import newest_own_attempt
 
 _CALL_S = 30.0
 # How long a replacement waits for storage that does not answer.
@@ -99,13 +101,13 @@ class CoordinatorActor:
         """
         from ray.exceptions import RayError
 
-        if message := describe_lost_raylet():
-            raise RayletLost(message)
+        if raylet_of_this_node().has_ended:
+            raise RayletLost(raylet_loss.MESSAGE)
         self._lost_at = min(self._lost_at, time.monotonic())
         if self._num_lost >= _MAX_LOST:
             raise error
         try:
-            self._number = self._newest_own()
+            self._number = newest_own_attempt(self._run, self._number)
         except (OSError, LauncherError):
             if time.monotonic() - self._lost_at > _STORAGE_S:
                 raise error from None
@@ -124,13 +126,6 @@ class CoordinatorActor:
         # The replacement may die too.
         with suppress(RayError):
             self.start()
-
-    def _newest_own(self) -> int:
-        """Return the newest attempt of this driver; one that another command has started since is not taken over."""
-        number = self._number
-        while self._run.attempt(number + 1).exists() and run_store.read_attempt(self._run, number + 1).automatic:
-            number += 1
-        return number
 
 
 def deaths() -> tuple[type[Exception], ...]:

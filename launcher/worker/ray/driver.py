@@ -13,12 +13,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
-
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from launcher import json_records, run_store
 from launcher.clusters import detached_process
@@ -29,20 +25,17 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, CancelRequest
 from launcher.security import ownership
-from launcher.tracking.jsonl import append_event
-from launcher.worker.ray.connection import connected, describe_lost_raylet, draining_nodes, lost_nodes
+from launcher.worker.ray import raylet_loss
+from launcher.worker.ray.connection import connected, draining_nodes, lost_nodes, raylet_of_this_node
 from launcher.worker.ray.coordinator_actor import CoordinatorActor, RayletLost, shorten
 from launcher.worker.ray.messages import CoordinatorState
+from launcher.worker.ray.run_end import record_end, retry
 from launcher.worker.ray.trainer import build_trainer, import_ray_train
 from launcher.worker.wandb_closing import close_wandb_run
-
-T = TypeVar("T")
 
 _ALIVE_EVERY_S = 5.0
 _LOOK_S = 0.2
 _STATE_EVERY_S = 1.0
-# How long a read is retried while storage does not answer.
-_STORAGE_S = 600.0
 # How long workers have to return when the run is over.
 _OVER_DEADLINE_S = 120.0
 _EXIT_CANCELLED = 130
@@ -96,20 +89,6 @@ def main(plan_path: str, attempt: int) -> int:
             close_wandb_run(plan, plan_path, run, number)
 
 
-def _retry(read: Callable[[], T]) -> T:
-    """Call `read`, again for a while where storage does not answer.
-
-    Raises:
-        OSError: the last error.
-    """
-    return Retrying(
-        retry=retry_if_exception_type(OSError),
-        stop=stop_after_delay(_STORAGE_S),
-        wait=wait_fixed(_STATE_EVERY_S),
-        reraise=True,
-    )(read)
-
-
 class _CancelSignals:
     """Turns signals into the cancel.json that the `cancel` verb writes; the coordinator and the driver look for it."""
 
@@ -141,6 +120,7 @@ class _Driver:
         # The newest attempt of this driver.
         self._number = attempt
         self._failure: Exception | None = None
+        self._raylet: raylet_loss.Raylet | None = None
         # Whether workers have come since this driver started.
         self.has_begun = False
 
@@ -148,14 +128,23 @@ class _Driver:
         self._cancel_signals.install()
         with connected(self._plan, self._run):
             self._cancel_signals.install()
-            self._train()
+            self._raylet = raylet_of_this_node()
+            with raylet_loss.recorded(self._plan_path, self._attempt, self._raylet) as recorder:
+                job = {**detached_process.describe_this_process(), "recorder": recorder}
+                run_store.update_status(self._run, state="pending", job=job, message="waiting for workers")
+                try:
+                    self._train()
+                except Exception as error:
+                    # Ray reports it by several errors, depending on the call.
+                    if self._raylet.has_ended:
+                        raise RayletLost(raylet_loss.MESSAGE) from error
+                    raise
         return self._exit_code()
 
     def _train(self) -> None:
         passed = (*_SECRETS, *self._section.pass_env)
         environment = {name: os.environ[name] for name in passed if name in os.environ}
         coordinator = CoordinatorActor(self._plan_path, self._run, self._attempt, environment, draining_nodes, lost_nodes)
-        run_store.update_status(self._run, state="pending", message="waiting for workers")
         # Takes as long as the coordinator's start.
         threading.Thread(target=import_ray_train, name="import", daemon=True).start()
         coordinator.start()
@@ -224,10 +213,11 @@ class _Driver:
                 if state.idle_s > self._section.placement_minutes * 60:
                     return self.end("failed", self._not_placed(state.idle_s, state.early_failure))
             fit.join(_LOOK_S)
-        if _retry(lambda: run_store.read_status(self._run)).state in RUNNING_STATES:
+        if retry(lambda: run_store.read_status(self._run)).state in RUNNING_STATES:
             reason = "its workers ended and left no record" if self._failure is None else shorten(self._failure)
             # Ray Train may notice the loss of a raylet before the coordinator is asked again.
-            self.end("failed", describe_lost_raylet() or f"Ray Train ended the run: {reason}")
+            lost = self._raylet is not None and self._raylet.has_ended
+            self.end("failed", raylet_loss.MESSAGE if lost else f"Ray Train ended the run: {reason}")
         return None
 
     def _is_cancelled(self) -> bool:
@@ -243,21 +233,8 @@ class _Driver:
         """
         if state == "failed" and self.has_begun:
             message += f"; {detached_process.resume_hint(self._run)}"
-            # Ray ends this process within milliseconds where the raylet has ended; a write that is not synced is done by then.
-            with suppress(OSError):
-                detached_process.failure_file(self._run, self._number).write_text(message)
         print(message, file=sys.stderr if state == "failed" else sys.stdout, flush=True)
-
-        def write() -> None:
-            run_store.fence(self._run, self._number, refresh=True)
-            if run_store.read_status(self._run).state in RUNNING_STATES:
-                run_store.update_status(self._run, state=state, message=message)
-                if state == "failed":
-                    with suppress(OSError):
-                        append_event(self._run, self._number, "alert", f"the run ends: {message}")
-
-        with suppress(OSError, LauncherError):
-            _retry(write)
+        record_end(self._run, self._number, state, message)
 
     def _not_placed(self, waited_s: float, early_failure: str) -> str:
         """`early_failure` is the message of the last worker that could not start."""
@@ -286,7 +263,7 @@ class _Driver:
         )
 
     def _exit_code(self) -> int:
-        state = _retry(lambda: run_store.read_status(self._run)).state
+        state = retry(lambda: run_store.read_status(self._run)).state
         return 0 if state == "completed" else _EXIT_CANCELLED if state in ("cancelled", "preempted") else EXIT_FAILED
 
 

@@ -67,11 +67,13 @@ def test_compilers_that_a_rank_waits_for_are_progress_and_idle_helpers_are_not()
     assert seen == [0, 0, 0, 3, 3]
 
 
-def test_a_head_node_that_is_gone_says_nothing_of_the_other_ranks() -> None:
+def test_a_head_node_that_is_gone_says_nothing_of_the_other_ranks_until_it_answers_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed import TCPStore
 
+    monkeypatch.setattr(load_progress, "_RETRY_S", 0.1)
     store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    shared, until = SharedProgress(store, 0.01), time.monotonic() + 20
+    port = store.port
+    shared, until = SharedProgress(TCPStore("127.0.0.1", port, None, False), 0.01), time.monotonic() + 60
     began = shared.changed_at
     while shared.changed_at == began:
         shared.report()
@@ -80,6 +82,11 @@ def test_a_head_node_that_is_gone_says_nothing_of_the_other_ranks() -> None:
     while shared.changed_at < math.inf:
         assert time.monotonic() < until
         time.sleep(0.01)
+    again = TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
+    while shared.changed_at == math.inf:
+        assert time.monotonic() < until, "the nodes tell each other of their progress again"
+        time.sleep(0.01)
+    assert again.check(["load_progress"])
     shared.stop()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from launcher.run_records import Attempt, FailureRecord
 from launcher.tracking.jsonl import read_events
 from launcher.worker.agent import _FailureLog
 from launcher.worker.failure_record import RankExit
+from launcher.worker.ranks import elastic
+from launcher.worker.ranks.error_memory import ErrorMemory
 from launcher.worker.ranks.rank_env import NodeInfo
 from launcher.worker.rendezvous import NodeRendezvous
 
@@ -45,6 +49,36 @@ def two_nodes(folder: Path) -> tuple[RunDir, list[_FailureLog], list[NodeRendezv
         for node, log in zip(nodes, logs, strict=True)
     ]
     return run, logs, meetings
+
+
+def test_all_nodes_count_the_same_restarts_and_give_up_together(tmp_path: Path) -> None:
+    """The rank of one node fails while the other's only waits, then both fail: no restart is left to either node."""
+    _, _, meetings = two_nodes(tmp_path)
+    counts: dict[int, list[str]] = {0: [], 1: []}
+
+    def run_node(node: int) -> bool:
+        def start(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+            counts[node].append(environment["TORCHELASTIC_RESTART_COUNT"])
+            command = "exec sleep 60" if node == 1 and len(counts[node]) == 1 else "exit 7"
+            return subprocess.Popen(["sh", "-c", command])
+
+        folder = tmp_path / f"node-{node}"
+        folder.mkdir()
+        return elastic.run_ranks(
+            start,
+            meetings[node],
+            num_ranks=1,
+            max_restarts=1,
+            address="127.0.0.1",
+            folder=folder,
+            on_failure=lambda exits: None,
+            errors=ErrorMemory(1),
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(run_node, node) for node in (0, 1)]
+        assert [node.result(60) for node in done] == [False, False], "neither waits for the other at another rendezvous"
+    assert counts == {0: ["0", "1"], 1: ["0", "1"]}
 
 
 @pytest.mark.parametrize("first", [0, 1])

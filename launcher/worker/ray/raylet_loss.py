@@ -1,0 +1,119 @@
+"""Records the loss of the driver's raylet: `python -m launcher.worker.ray.raylet_loss PLAN ATTEMPT EPOLL RAYLET DRIVER`.
+
+Ray ends a driver within milliseconds after its raylet, often before the driver could write why. This process starts with the
+driver, in a session of its own, waits for the end of both, and writes the cause where the driver did not. EPOLL is the number of
+an inherited descriptor that reports the end of RAYLET and DRIVER, descriptors of processes, in the order in which they ended.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.clusters import detached_process
+from launcher.errors import LauncherError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.worker.ray.run_end import newest_own_attempt, record_end, retry
+from launcher.worker.wandb_closing import close_wandb_run
+
+_CONNECT_S = 5.0
+_END_S = 5.0
+# struct ucred: process id, user id, group id.
+_CREDENTIALS = struct.Struct("3i")
+MESSAGE = f"the raylet of {os.uname().nodename} (Ray's process on the driver's node) was killed or has ended"
+
+
+@dataclass(frozen=True)
+class Raylet:
+    """The raylet of this node, which listens at `socket_name`."""
+
+    socket_name: str
+
+    @property
+    def has_ended(self) -> bool:
+        """Return whether nothing listens at its socket any more. Everything that Ray ran on this node ends with it."""
+        try:
+            with self._connected():
+                return False
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
+
+    def process_id(self) -> int:
+        """Return its process id, as the kernel tells it of who listens at a socket; raises OSError where nobody does."""
+        with self._connected() as connection:
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid: int = _CREDENTIALS.unpack(credentials)[0]
+        return pid
+
+    def _connected(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.settimeout(_CONNECT_S)
+            connection.connect(self.socket_name)
+        except OSError:
+            connection.close()
+            raise
+        return connection
+
+
+@contextmanager
+def recorded(plan_path: str, attempt: int, raylet: Raylet) -> Iterator[dict[str, object]]:
+    """Have the loss of the raylet recorded, whatever happens to this process; gives the `job` entry of the process that does.
+
+    That process stays where the raylet has ended by the end of the block, until this process ends. The entry is empty where the
+    kernel does not tell the raylet's process id, as in another PID namespace: the driver then has to record the loss itself.
+    """
+    with ExitStack() as stack:
+        try:
+            watched = [os.pidfd_open(pid) for pid in (raylet.process_id(), os.getpid())]
+        except (AttributeError, OSError):
+            yield {}
+            return
+        for descriptor in watched:
+            stack.callback(os.close, descriptor)
+        # Registered here: its ready list keeps the order of both ends, however late the other process looks.
+        epoll = stack.enter_context(select.epoll())
+        for descriptor in watched:
+            epoll.register(descriptor, select.EPOLLIN)
+        descriptors = [epoll.fileno(), *watched]
+        command = [sys.executable, "-m", __name__, plan_path, str(attempt), *map(str, descriptors)]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors, start_new_session=True)
+        try:
+            yield detached_process.describe_process(process.pid)
+        finally:
+            if not raylet.has_ended:
+                process.kill()
+                process.wait(_END_S)
+
+
+def main(plan_path: str, attempt: int, epoll_fd: int, raylet_fd: int, driver_fd: int) -> None:
+    """Wait for the end of the driver; write the cause where its raylet had ended before and the end of the run is not written."""
+    os.umask(0o077)
+    epoll = select.epoll.fromfd(epoll_fd)
+    ((first, _),) = epoll.poll(maxevents=1)
+    if first != raylet_fd:
+        # A Ray of the run's own ends with its driver.
+        return
+    epoll.unregister(raylet_fd)
+    epoll.poll(maxevents=1)
+    plan = retry(lambda: LaunchPlan.load(plan_path))
+    run = RunDir(Path(plan.run_dir))
+    with suppress(OSError, LauncherError):
+        number = retry(lambda: newest_own_attempt(run, attempt))
+        record_end(run, number, "failed", f"{MESSAGE}; {detached_process.resume_hint(run)}")
+        close_wandb_run(plan, plan_path, run, number)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
