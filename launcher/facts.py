@@ -22,6 +22,7 @@ import launcher
 from launcher import model_source
 from launcher.config.schema import RunConfig, is_run
 from launcher.data import cache, sources
+from launcher.data.checks import findings
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.hardware import device, has_fast_bf16
 from launcher.models import isolation_verdicts
@@ -60,14 +61,14 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
 
     Raises:
         ConfigError: with every path that is missing, empty or of the wrong kind.
-        DataError: if a source cannot be reached, or the data has token ids that the model's embedding lacks.
+        DataError: if a source cannot be reached, or the data has token ids that the model's embedding lacks, with its findings.
     """
     check(config)
     model = model_source.read_model_facts(config.model)
     model = model.model_copy(update={"isolation": isolation_verdicts.load(model, config.model)})
     data = data_facts(config, model.tokenizer_path)
     if data is not None and (problem := id_problem(data.cache_dir, model)):
-        raise DataError(problem)
+        raise DataError([problem, *findings.problems(findings.read(data.cache_dir), config.data.checks)])
     return Facts(
         working_dir=os.getcwd(),
         home_dir=str(Path.home()),
@@ -136,16 +137,8 @@ def data_facts(config: RunConfig, tokenizer_path: str | None) -> DataFacts | Non
 
 
 def id_problem(cache_dir: str, model: ModelFacts) -> Problem | None:
-    """Return the problem of a data cache with token ids beyond the embedding: such a lookup reads out of bounds."""
-    largest = cache.read_report(cache_dir)["max_token_id"]
-    if largest < model.vocab_size:
-        return None
-    return Problem(
-        f"the data contains the token id {largest}, but the model's embedding has {model.vocab_size} rows",
-        where="model.tokenizer",
-        value=str(model.tokenizer_path),
-        remedy="set model.tokenizer to the model's own tokenizer, or use a model whose vocab_size covers all token ids",
-    )
+    """Return the problem of a data cache with token ids beyond the model's embedding."""
+    return cache.id_problem(cache.read_report(cache_dir)["max_token_id"], model.vocab_size, str(model.tokenizer_path))
 
 
 def _lineage(model: str) -> Lineage | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from launcher.config.introspect import settings
 from launcher.config.renamed_keys import COMMAND_LINE
-from launcher.config.suggestions import meant_setting, suggest_setting
+from launcher.config.suggestions import conversion, meant_setting, suggest_setting
 from launcher.errors import Problem
 from launcher.security.redaction import looks_secret
 
@@ -102,7 +102,7 @@ def _setting_with_dashes(name: str, setting: str, value: str) -> Problem:
         f"{name}: settings are written without dashes",
         where=COMMAND_LINE,
         value=f"{name} {value}".strip(),
-        remedy=f"write {written}",
+        remedy=suggest_setting(name) if conversion(name) else f"write {written}",
     )
 
 

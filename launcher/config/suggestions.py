@@ -49,6 +49,11 @@ _NAMES_ELSEWHERE = {
     "tracking.kind": "report_to wandb logger",
     "tracking.project": "wandb_project project_name",
 }
+# Those whose values mean something else here, and how to write them.
+_CONVERSIONS = {
+    "warmup_ratio": "It is a number of steps, the ratio times train.max_steps: for a ratio of 0.03 of 1,000 steps "
+    "write optim.warmup_steps=30",
+}
 _NUM_SHOWN = 3
 
 
@@ -59,7 +64,16 @@ def _synonyms() -> Mapping[str, str]:
 
 def meant_setting(key: str) -> str:
     """Return the setting that another trainer's name for it stands for; empty for all other names. The section does not count."""
-    return _synonyms().get(key.rpartition(".")[2].lower().replace("-", "_"), "")
+    return _synonyms().get(_last_part(key), "")
+
+
+def conversion(key: str) -> str:
+    """Return how to write another trainer's setting whose value means something else here; empty for all other names."""
+    return _CONVERSIONS.get(_last_part(key), "")
+
+
+def _last_part(key: str) -> str:
+    return key.rpartition(".")[2].lower().lstrip("-").replace("-", "_")
 
 
 def suggest_setting(key: str) -> str:
@@ -68,7 +82,7 @@ def suggest_setting(key: str) -> str:
     The last part counts in every section, and other trainers' names are known.
     """
     if meant := meant_setting(key):
-        return f"did you mean {meant}?"
+        return f"did you mean {meant}? {conversion(key)}".rstrip()
     names = list(settings())
     if guess := did_you_mean(key, names):
         return guess

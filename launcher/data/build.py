@@ -18,10 +18,13 @@ from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 
 
-def build(data: DataSection, tokenizer_path: str, on_progress: Progress | None = None) -> DataFacts:
+def build(
+    data: DataSection, tokenizer_path: str, on_progress: Progress | None = None, num_embeddings: int | None = None
+) -> DataFacts:
     """Build the cache for `data` and the tokenizer in the folder `tokenizer_path`, unless it exists; return its facts.
 
-    `on_progress(stage, done, total)` is called with counts of documents; `total` is an upper bound.
+    `on_progress(stage, done, total)` is called with counts of documents; `total` is an upper bound. Larger token ids than the
+    `num_embeddings` of the model are reported with problems that stop the build, and stop none themselves.
 
     Raises:
         DataError: for a source, a row or a template that cannot be used, and if nothing is left to train on.
@@ -33,7 +36,7 @@ def build(data: DataSection, tokenizer_path: str, on_progress: Progress | None =
         return facts
     with cache.building(key, data.cache_group) as folder:
         if folder is not None:
-            _build_into(folder, data, tokenizer_path, on_progress or (lambda stage, done, total: None))
+            _build_into(folder, data, tokenizer_path, on_progress or (lambda stage, done, total: None), num_embeddings)
             if cache.cache_key(data, tokenizer_path) != key:
                 # The key names the bytes from before the change.
                 message, where = "a data source changed while it was read", ", ".join(source.path for source in data.sources)
@@ -48,30 +51,32 @@ def build(data: DataSection, tokenizer_path: str, on_progress: Progress | None =
     return facts
 
 
-def _select(corpus: EncodedCorpus, data: DataSection) -> Selection:
+def _select(corpus: EncodedCorpus, data: DataSection, id_problem: Problem | None) -> Selection:
     """Select the documents to train on.
 
     Raises:
-        DataError: for rows that cannot be used, with the findings of the others that refuse a run; or if nothing is left.
+        DataError: for rows that cannot be used, with the findings of the others that refuse a run; or if nothing is left. With
+            `id_problem`, where there is one.
     """
-    row_problems = corpus.problems.to_list()
+    row_problems, others = corpus.problems.to_list(), [id_problem] if id_problem else []
     try:
         selection = select_documents(corpus, data)
     except DataError as error:
         # With the rows that cannot be used, something may be left.
-        raise DataError(row_problems or error.problems) from error
+        raise DataError([*(row_problems or error.problems), *others]) from error
     if row_problems:
-        raise DataError([*row_problems, *findings.problems(selection.findings, data.checks)])
+        raise DataError([*row_problems, *others, *findings.problems(selection.findings, data.checks)])
     return selection
 
 
-def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progress: Progress) -> None:
+def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progress: Progress, num_embeddings: int | None) -> None:
     parallel.collect_garbage_rarely()
     spool = row_layout.TokenSpool(folder)
     corpus = read_corpus(data, tokenizer_path, spool, on_progress)
     docs, pieces = corpus.docs, corpus.pieces
     on_progress("compare", 0, corpus.num_docs)
-    selection = _select(corpus, data)
+    id_problem = None if num_embeddings is None else cache.id_problem(corpus.max_token_id, num_embeddings, tokenizer_path)
+    selection = _select(corpus, data, id_problem)
     is_dropped, layout = selection.is_dropped, selection.layout
     on_progress("compare", corpus.num_docs, corpus.num_docs)
     on_progress("pack and write", 0, 1)

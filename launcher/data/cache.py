@@ -183,6 +183,18 @@ def num_bytes(folder: str | Path) -> int:
     return sum(json.loads((Path(folder) / "meta.json").read_bytes())["files"].values())
 
 
+def id_problem(max_token_id: int, num_embeddings: int, tokenizer_path: str) -> Problem | None:
+    """Return the problem of data with token ids beyond the model's embedding: such a lookup reads out of bounds."""
+    if max_token_id < num_embeddings:
+        return None
+    return Problem(
+        f"the data contains the token id {max_token_id}, but the model's embedding has {num_embeddings} rows",
+        where="model.tokenizer",
+        value=tokenizer_path,
+        remedy="set model.tokenizer to the model's own tokenizer, or use a model whose vocab_size covers all token ids",
+    )
+
+
 def read_report(folder: str | Path) -> dict[str, Any]:
     """Return the counts of the build beyond DataFacts: of the training split, the held-out split, and each source."""
     report: dict[str, Any] = json.loads((Path(folder) / "meta.json").read_bytes())["report"]

@@ -25,6 +25,7 @@ from launcher.data.tokenization.batch_encoder import (
     PieceTable,
     is_below,
 )
+from launcher.data.tokenization.encoder import UnusableTokenizer
 from launcher.errors import DataError
 
 # More prompts than are kept: the checks may drop some of their documents.
@@ -81,8 +82,19 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
     """Read and encode all documents; append their tokens to `spool`.
 
     Raises:
-        DataError: for a tokenizer or a template that cannot be used, and if no row can be used.
+        DataError: for a tokenizer or a template that cannot be used, with the rows that cannot, and if no row can be used.
     """
+    try:
+        return _read_corpus(data, tokenizer_path, spool, on_progress)
+    except UnusableTokenizer as error:
+        problems = RowProblems()
+        for source in list_inputs(data):
+            if source.is_read:
+                problems.merge(sources.find_row_problems(source))
+        raise DataError([*error.problems, *problems.to_list()]) from error
+
+
+def _read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenSpool, on_progress: Progress) -> EncodedCorpus:
     problems = RowProblems()
     total = sum(_count_rows(source) for source in list_inputs(data) if source.is_read)
     on_progress("tokenise", 0, total)

@@ -70,7 +70,8 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
     # Nothing after this needs torch.
     import_tokenizers_without_torch()
     with _progress() as on_progress:
-        built = build.build(config.data, str(tokenizer), on_progress)
+        num_embeddings = model_source.read_model_facts(config.model).vocab_size
+        built = build.build(config.data, str(tokenizer), on_progress, num_embeddings)
     if show is None:
         return {}
     texts = DecodedTexts(built, lambda: load_tokenizer(str(tokenizer)))

@@ -334,6 +334,8 @@ def own_option(tmp_path: Path, group: str, option: str, text: str) -> None:
     [
         ("batch_size=4", "did you mean train.global_batch_size?"),
         ("optim.learning_rate=1", "did you mean optim.lr?"),
+        ("warmup_ratio=0.03", "did you mean optim.warmup_steps? It is a number of steps, the ratio times train.max_steps: "),
+        ("--warmup-ratio=0.03", "did you mean optim.warmup_steps? It is a number of steps, the ratio times train.max_steps: "),
         ("optimizer.lr=1", "did you mean optim.lr?"),
         ("qqq=1", "write section.name=value; the sections are: run, model, data, "),
         ("optim.qqq=1", "the settings in this section are: optim.name, optim.lr, "),

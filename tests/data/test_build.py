@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -335,6 +336,34 @@ def test_one_pass_reports_all_rows_that_cannot_be_used_and_the_findings_of_the_o
         (r"1\d of 3\d \(.*\): documents that are cut off because they are longer than a row.*", f"{path}:2; .*; {path}:40"),
     ):
         assert any(re.fullmatch(expected, message) and re.fullmatch(where, place) for message, place in found), (expected, found)
+
+
+@pytest.mark.parametrize("fault", ["tokenizer", "template file", "template syntax", "ids"])
+def test_one_pass_reports_an_unusable_tokenizer_with_the_rows_that_cannot_be_used(
+    jsonl: Jsonl, tokenizer_dir: Path, tmp_path: Path, fault: str
+) -> None:
+    folder, template = tmp_path / "tokenizer", tmp_path / "template.jinja"
+    shutil.copytree(tokenizer_dir, folder)
+    template.write_bytes({"template file": b"\xff", "template syntax": b"{% for %}"}.get(fault, REFUSING.encode()))
+    if fault == "tokenizer":
+        (folder / "tokenizer.json").write_text("{broken")
+    path = tmp_path / "rows.jsonl"
+    good = {"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It."}]}
+    path.write_text(f'{json.dumps(good)}\n{{broken\n{{"messages": "none"}}\n')
+    data = DataSection(sources=(Source(path=str(path)),), max_length=64, chat_template=str(template), workers=1)
+    with pytest.raises(DataError) as caught:
+        build(data, str(folder), num_embeddings=100 if fault == "ids" else 1 << 20)
+    messages = [problem.message for problem in caught.value.problems]
+    expected = {
+        "tokenizer": "the tokenizer cannot be loaded: ",
+        "template file": "the template cannot be read: ",
+        "template syntax": "the chat template is no valid Jinja: Expected an expression, got 'end of statement block' (line 1)",
+        "ids": "the data contains the token id ",
+    }[fault]
+    for start in ("the line is not JSON: ", "messages is a string, not a list", expected):
+        assert [message for message in messages if message.startswith(start)], messages
+    assert len(messages) == 3, messages
+    assert all(problem.remedy for problem in caught.value.problems)
 
 
 def test_the_error_for_no_documents_counts_those_that_were_read(jsonl: Callable[..., Path], tokenizer_dir: Path) -> None:

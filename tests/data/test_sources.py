@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_each_format_is_read_and_recognised(tmp_path: Path, format: str, named: 
     [
         ('{"text": "a"', "auto", 13, "not JSON"),
         ('  {"text": nope}', "auto", 12, "not JSON"),
-        ('["text"]', "auto", None, "holds a JSON array, not an object"),
+        ('["text"]\n["text"]', "auto", None, "holds a JSON array, not an object"),
         ('"hunter2"', "auto", None, "the line holds a string, not an object"),
         ('{"body": "a"}', "auto", None, "no known format (found: body)"),
         ('{"text": "a", "prompt": "b", "completion": "c"}', "auto", None, "prompt_completion and text"),
@@ -77,15 +78,12 @@ def test_an_unusable_row_is_reported_with_its_place(
 
 
 @pytest.mark.parametrize("text", ['[{"text": "a"}]', '[\n{"text": "a"}\n]\n'])
-def test_a_json_array_in_a_jsonl_file_is_refused_and_read_as_json(tmp_path: Path, text: str) -> None:
-    lines, array = tmp_path / "a.jsonl", tmp_path / "a.json"
-    lines.write_text(text)
-    array.write_text(text)
-    with pytest.raises(DataError, match="JSON array, not") as caught:
-        read(lines)
-    assert caught.value.problems[0].where == f"{lines}:1"
-    assert ".json" in caught.value.problems[0].remedy
-    assert read(array) == [PlainText(f"{array}:row 1", "a")]
+def test_one_json_array_is_read_from_a_file_of_either_name(tmp_path: Path, text: str) -> None:
+    for name in ("a.jsonl", "a.ndjson", "a.json", "a.jsonl.gz"):
+        array = tmp_path / name
+        array.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+        assert read(array) == [PlainText(f"{array}:row 1", "a")]
+        assert count_rows(Source(path=str(array))) >= 1
 
 
 def test_a_source_without_rows_is_refused(tmp_path: Path) -> None:

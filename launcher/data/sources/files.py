@@ -30,6 +30,7 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 # Size of a read, and of a block of rows.
 _BLOCK_BYTES = 1 << 20
 BLOCK_ROWS = 256
+_ONE_OBJECT = "write one JSON object per line, or one array of objects"
 _SAVE_AS_UTF8 = "save the file in UTF-8"
 
 
@@ -77,10 +78,7 @@ def read_blocks(path: Path, name: str) -> Iterator[Block]:
         DataError: with the place, for a file that is unreadable, truncated or corrupt, or a table or array that cannot be parsed.
     """
     with _opened(path, name) as file:
-        kind = detect_kind(name) or _kind_by_content(file, name)
-        if kind == "json" and file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[":
-            # A .json file with one object per line.
-            kind = "jsonl"
+        kind = _kind(file, name)
         if kind in _LINES:
             yield from _blocks_of_lines(file, name, kind)
         elif kind == "parquet":
@@ -153,7 +151,7 @@ def _blocks_of_rows(rows: Iterator[tuple[Row, str, int]], name: str, kind: str) 
 def count_rows(path: Path, name: str) -> int:
     """Return an upper bound of the number of rows, without parsing them. Raises: DataError as `read_blocks`."""
     with _opened(path, name) as file:
-        kind = detect_kind(name) or _kind_by_content(file, name)
+        kind = _kind(file, name)
         if kind == "parquet":
             return parquet.count_rows(file, name)
         # Every object of a JSON array has an opening brace.
@@ -230,6 +228,27 @@ class _Decompressed(io.RawIOBase):
         return len(content)
 
 
+def _kind(file: io.BufferedReader, name: str) -> str:
+    """Return the kind of a file. Names tell .json and .jsonl apart less well than the content: one array, or lines of objects."""
+    kind = detect_kind(name) or _kind_by_content(file, name)
+    if kind in ("json", "jsonl"):
+        return "json" if _begins_array_of_rows(file.peek(_BLOCK_BYTES)) else "jsonl"
+    return kind
+
+
+def _begins_array_of_rows(head: bytes) -> bool:
+    """Return whether a file that begins so is one JSON array. Where more follows a line that is an array, each line is a row."""
+    head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not head.startswith(b"["):
+        return False
+    line, _, rest = head.partition(b"\n")
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return not rest.strip()
+
+
 def _kind_by_content(file: io.BufferedReader, name: str) -> str:
     head = file.peek(64)
     if head.startswith(b"PAR1"):
@@ -251,21 +270,15 @@ def _json_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple
         try:
             row = parse_json(text)
         except json.JSONDecodeError as error:
-            if text.strip() == "[":
-                refuse("the file is one JSON array, not a JSON object a line", f"{name}:{number}", _rename(name))
             remedy = "write one complete JSON object per line"
             refuse(f"the line is not JSON: {error.msg}", f"{name}:{number}:{error.colno}", remedy)
         except (RecursionError, ValueError) as error:
             refuse_limit("the line", error, f"{name}:{number}")
         if isinstance(row, list):
-            refuse("the line holds a JSON array, not an object", f"{name}:{number}", _rename(name))
+            refuse("the line holds a JSON array, not an object", f"{name}:{number}", _ONE_OBJECT)
         if not isinstance(row, dict):
-            refuse(f"the line holds {a_json_type(row)}, not an object", f"{name}:{number}", "write one JSON object per line")
+            refuse(f"the line holds {a_json_type(row)}, not an object", f"{name}:{number}", _ONE_OBJECT)
         yield row, f"{name}:{number}"
-
-
-def _rename(name: str) -> str:
-    return f"write one JSON object per line, or give the file the ending .json (its name is {Path(name).name})"
 
 
 def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:

@@ -167,6 +167,10 @@ class ChatTemplate:
         except LimitReached as error:
             remedy = "look for endless loops in the template; set data.chat_template to a file with one that you trust"
             raise DataError(Problem(f"the chat template {error}", chat.where, self.name, remedy)) from None
+        except jinja2.TemplateSyntaxError as error:
+            problem = f"the chat template is no valid Jinja: {error.message} (line {error.lineno})"
+            remedy = "repair it, or set data.chat_template to a file with another template"
+            raise DataError(Problem(problem, chat.where, self.name, remedy)) from error
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             problem = f"the chat template refuses this conversation: {error}"
             remedy = (

@@ -50,6 +50,10 @@ class EncodedDocument:
     is_unsure: bool = False
 
 
+class UnusableTokenizer(DataError):
+    """The tokenizer, or the chat template in its place, cannot be used for any document."""
+
+
 def import_tokenizers_without_torch() -> None:
     """Import the tokenizers of transformers as if torch were not installed; no effect if torch is imported already.
 
@@ -70,18 +74,19 @@ def import_tokenizers_without_torch() -> None:
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in `folder` without running code from it. Raises: DataError."""
+    """Load the tokenizer in `folder` without running code from it. Raises: UnusableTokenizer."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # A damaged tokenizer.json is a plain Exception of the package tokenizers.
         remedy = "set model.tokenizer to a folder that save_pretrained wrote"
-        raise DataError(Problem(f"the tokenizer cannot be loaded: {error}", "model.tokenizer", folder, remedy)) from error
+        raise UnusableTokenizer(Problem(f"the tokenizer cannot be loaded: {error}", "model.tokenizer", folder, remedy)) from error
 
 
 def read_template(data: DataSection) -> str | None:
-    """Return the text of data.chat_template; None if the tokenizer's own template is used. Raises: DataError."""
+    """Return the text of data.chat_template; None if the tokenizer's own template is used. Raises: UnusableTokenizer."""
     file = data.chat_template
     if file is None:
         return None
@@ -89,7 +94,7 @@ def read_template(data: DataSection) -> str | None:
         return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         remedy = "set data.chat_template to a file with a Jinja template"
-        raise DataError(Problem(f"the template cannot be read: {error}", "data.chat_template", file, remedy)) from error
+        raise UnusableTokenizer(Problem(f"the template cannot be read: {error}", "data.chat_template", file, remedy)) from error
 
 
 class Encoder:
