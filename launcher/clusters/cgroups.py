@@ -57,14 +57,18 @@ class Counter:
 
 @dataclass(frozen=True)
 class LimitEvents:
-    """The counters of a process's control groups, up to the root, and of the machine."""
+    """The counters of a process's control groups, from its own up to the root, and of the machine."""
 
     counters: tuple[Counter, ...] = ()
 
     @classmethod
     def read(cls) -> LimitEvents:
         """Read the counters of this process; what cannot be read counts as 0."""
-        groups = [Counter(str(level / file), name, str(level / limit)) for level, (file, name, limit) in _levels()]
+        groups = [
+            Counter(str(level / file), name, str(level / limit))
+            for level, (file, name, limit) in _levels()
+            if (level / file).is_file()
+        ]
         return cls((*groups, Counter(str(VMSTAT), "oom_kill", ""))).read_again()
 
     def read_again(self) -> LimitEvents:
@@ -84,7 +88,8 @@ class LimitEvents:
     def cause_since(self, earlier: LimitEvents) -> str:
         """Return the limit that was enforced since `earlier`, as the beginning of a message; empty where none was."""
         before = {(counter.file, counter.name): counter.value for counter in earlier.counters}
-        grown = [counter for counter in self.counters if counter.value > before.get((counter.file, counter.name), 0)]
+        judged = (*self._memory(), *self._processes(), *(counter for counter in self.counters if not counter.limit_file))
+        grown = [counter for counter in judged if counter.value > before.get((counter.file, counter.name), 0)]
         kinds = {(counter.name, bool(counter.limit_file)) for counter in grown}
         if ("oom_kill", True) in kinds:
             limit = "" if self.memory_bytes is None else f" of {format_size(self.memory_bytes)}"
@@ -95,6 +100,27 @@ class LimitEvents:
             limit = "" if self.num_processes is None else f" of {self.num_processes:,}"
             return f"the limit{limit} on processes and threads of this job or container (pids.max) was reached"
         return ""
+
+    def _memory(self) -> Iterator[Counter]:
+        """Yield the counter of the lowest control group that is still there.
+
+        Those above it count the processes of other jobs, too (version 2). Slurm and systemd remove a group with its last process:
+        then the one above tells, unless other groups share it and its memory has no limit.
+        """
+        counters = [counter for counter in self.counters if counter.name == "oom_kill" and counter.limit_file]
+        present = [counter for counter in counters if Path(counter.file).is_file()]
+        if present and (
+            present[0] is counters[0] or present[0].limit is not None or not _has_groups(Path(present[0].file).parent)
+        ):
+            yield present[0]
+
+    def _processes(self) -> Iterator[Counter]:
+        """Yield the counters up to the lowest limit: kernels count where the limit is, or where the process is that met it."""
+        for counter in self.counters:
+            if counter.name == "max":
+                yield counter
+                if counter.limit is not None:
+                    return
 
     def _lowest(self, name: str) -> int | None:
         limits = [counter.limit for counter in self.counters if counter.name == name]
@@ -147,6 +173,12 @@ def _cause(file: Path) -> str:
             if file.stat().st_uid == os.geteuid():
                 json_records.write(file, record)
     return record.cause or ""
+
+
+def _has_groups(folder: Path) -> bool:
+    with suppress(OSError):
+        return any(path.is_dir() for path in folder.iterdir())
+    return False
 
 
 def _limits_file(run: RunDir, attempt: int, node: int) -> Path:

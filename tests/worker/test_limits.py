@@ -154,6 +154,96 @@ def test_the_counters_of_the_parent_count_where_the_agents_own_group_is_gone(gro
     assert cgroups.limit_that_killed_agents(run, 1, [2]) == MEMORY
 
 
+JOB = "/system.slice/slurmstepd.scope/job_41"
+# The path of a process in /proc/self/cgroup, the group that has the limit, and a group above that other jobs share.
+HIERARCHIES = {
+    "Slurm": (f"{JOB}/step_0/user/task_0", JOB, "/system.slice/slurmstepd.scope"),
+    "systemd": ("/user.slice/user-1000.slice/run-u12.scope", "/user.slice/user-1000.slice/run-u12.scope", "/user.slice"),
+    "Kubernetes": ("/kubepods.slice/pod7.slice/cri-9.scope", "/kubepods.slice/pod7.slice/cri-9.scope", "/kubepods.slice"),
+    # A container with a namespace of its own for control groups.
+    "container": ("/", "/", None),
+}
+
+
+class Hierarchy:
+    """A tree of control groups of version 2 as files; a kill is counted in the group of the process and in all above it."""
+
+    def __init__(self, root: Path, own: str, limited: str) -> None:
+        self.root = root
+        self.add(own)
+        (self.folder(limited) / "memory.max").write_text(f"{2 * 2**30}\n")
+
+    def folder(self, group: str) -> Path:
+        return self.root / group.lstrip("/")
+
+    def add(self, group: str) -> None:
+        for level in (Path(group), *Path(group).parents):
+            folder = self.folder(str(level))
+            folder.mkdir(parents=True, exist_ok=True)
+            # The root of the whole machine has neither.
+            if (str(level) != "/" or group == "/") and not (folder / "memory.max").exists():
+                (folder / "memory.max").write_text("max\n")
+                (folder / "memory.events").write_text("low 0\nhigh 0\nmax 3\noom 1\noom_kill 1\noom_group_kill 0\n")
+
+    def kill(self, group: str) -> None:
+        for level in (Path(group), *Path(group).parents):
+            file = self.folder(str(level)) / "memory.events"
+            if file.exists():
+                file.write_text(re.sub(r"oom_kill (\d+)", lambda match: f"oom_kill {int(match[1]) + 1}", file.read_text()))
+
+
+@pytest.fixture(params=HIERARCHIES)
+def hierarchy(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Hierarchy, str, str | None]:
+    """The tree, this process's group in it, and the shared one."""
+    own, limited, shared = HIERARCHIES[request.param]
+    (tmp_path / "self").write_text(f"0::{own}\n")
+    monkeypatch.setattr(cgroups, "OWN_CGROUPS", tmp_path / "self")
+    monkeypatch.setattr(cgroups, "VMSTAT", tmp_path / "vmstat")
+    monkeypatch.setattr(cgroups, "_CGROUPS", tmp_path / "sys")
+    return Hierarchy(tmp_path / "sys", own, limited), own, shared
+
+
+def test_kills_are_found_by_the_path_of_the_process_and_not_those_of_other_jobs(
+    hierarchy: tuple[Hierarchy, str, str | None], run: RunDir
+) -> None:
+    tree, own, shared = hierarchy
+    before = LimitEvents.read()
+    assert before.memory_bytes == 2 * 2**30
+    for attempt in (1, 2):
+        run.attempt(attempt).mkdir(exist_ok=True)
+        cgroups.record_limits(run, attempt, 0)
+    if shared is not None:
+        other = f"{shared}/other/step_0"
+        tree.add(other)
+        tree.kill(other)
+        assert LimitEvents.read().cause_since(before) == ""
+        assert cgroups.limit_that_killed_agents(run, 1, [0]) == ""
+    tree.kill(own)
+    assert LimitEvents.read().cause_since(before) == MEMORY
+    assert cgroups.limit_that_killed_agents(run, 2, [0]) == MEMORY
+
+
+@pytest.mark.parametrize("hierarchy", ["Slurm"], indirect=True)
+def test_a_job_tells_of_its_step_that_is_gone_and_the_node_tells_nothing_of_a_job(
+    hierarchy: tuple[Hierarchy, str, str | None], run: RunDir
+) -> None:
+    tree, own, shared = hierarchy
+    assert shared is not None
+    tree.add(f"{JOB}/step_batch/user/task_0")
+    tree.add(f"{shared}/job_42/step_0/user/task_0")
+    for node in (0, 1, 2):
+        cgroups.record_limits(run, 1, node)
+    shutil.rmtree(tree.folder(f"{JOB}/step_0"))
+    tree.kill(f"{shared}/job_42/step_0/user/task_0")
+    assert cgroups.limit_that_killed_agents(run, 1, [0]) == ""
+    tree.kill(own)
+    assert cgroups.limit_that_killed_agents(run, 1, [1]) == MEMORY
+    shutil.rmtree(tree.folder(JOB))
+    assert cgroups.limit_that_killed_agents(run, 1, [2]) == ""
+
+
 @pytest.mark.parametrize(
     ("error", "cause"),
     [

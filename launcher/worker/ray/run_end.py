@@ -12,7 +12,7 @@ from launcher import run_store
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
-from launcher.tracking.jsonl import append_event
+from launcher.tracking.jsonl import append_event, read_events
 
 T = TypeVar("T")
 
@@ -35,15 +35,23 @@ def retry(read: Callable[[], T]) -> T:
 
 
 def record_end(run: RunDir, attempt: int, state: str, message: str) -> None:
-    """Write the state of a run, unless its end is written already or another command has started the run again."""
+    """Write the state of a run, and the alert of a failure before it, unless the state is final or another command has started
+    the run again.
+
+    Ray may end this process at any point: another one then does what is missing, and repeats nothing.
+    """
 
     def write() -> None:
         run_store.fence(run, attempt, refresh=True)
-        if run_store.read_status(run).state in RUNNING_STATES:
-            run_store.update_status(run, state=state, message=message)
-            if state == "failed":
-                with suppress(OSError):
-                    append_event(run, attempt, "alert", f"the run ends: {message}")
+        if run_store.read_status(run).state not in RUNNING_STATES:
+            return
+        text = f"the run ends: {message}"
+        with suppress(OSError):
+            if state == "failed" and (attempt, text) not in [
+                (event["attempt"], event["text"]) for event in read_events(run.events)
+            ]:
+                append_event(run, attempt, "alert", text)
+        run_store.update_status(run, state=state, message=message)
 
     with suppress(OSError, LauncherError):
         retry(write)
