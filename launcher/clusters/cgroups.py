@@ -109,10 +109,9 @@ class LimitEvents:
         """
         counters = [counter for counter in self.counters if counter.name == "oom_kill" and counter.limit_file]
         present = [counter for counter in counters if Path(counter.file).is_file()]
-        if present and (
-            present[0] is counters[0] or present[0].limit is not None or not _has_groups(Path(present[0].file).parent)
-        ):
-            yield present[0]
+        for lowest in present[:1]:
+            if lowest is counters[0] or lowest.limit is not None or not _has_groups(Path(lowest.file).parent):
+                yield lowest
 
     def _processes(self) -> Iterator[Counter]:
         """Yield the counters up to the lowest limit: kernels count where the limit is, or where the process is that met it."""
@@ -177,7 +176,7 @@ def _cause(file: Path) -> str:
 
 def _has_groups(folder: Path) -> bool:
     with suppress(OSError):
-        return any(path.is_dir() for path in folder.iterdir())
+        return any((path / "cgroup.procs").exists() for path in folder.iterdir())
     return False
 
 

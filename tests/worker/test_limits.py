@@ -180,6 +180,7 @@ class Hierarchy:
         for level in (Path(group), *Path(group).parents):
             folder = self.folder(str(level))
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / "cgroup.procs").touch()
             # The root of the whole machine has neither.
             if (str(level) != "/" or group == "/") and not (folder / "memory.max").exists():
                 (folder / "memory.max").write_text("max\n")
