@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stale_directory import stale
 
 from launcher import atomic_files, json_records, locks, run_store
 from launcher.clusters import detached_process
@@ -173,6 +174,17 @@ def test_a_superseded_attempt_is_fenced(config: RunConfig, tmp_path: Path) -> No
     (problem,) = error.value.problems
     assert "attempt 2 has taken over" in problem.message
     assert problem.where == str(run.attempt(2))
+
+
+def test_a_refresh_finds_the_attempt_that_a_stale_view_of_the_directory_lacks(config: RunConfig, tmp_path: Path) -> None:
+    run = run_store.create(planned(config, tmp_path, "a"))
+    run_store.create_attempt(run, Attempt(None))
+    with stale(run.attempts):
+        run_store.create_attempt(run, Attempt(None))
+        run_store.fence(run, 1)
+        with pytest.raises(Superseded, match="attempt 2 has taken over"):
+            run_store.fence(run, 1, refresh=True)
+    assert sorted(path.name for path in run.attempts.iterdir()) == ["001", "002"], "it leaves nothing behind"
 
 
 def test_a_storage_error_fences_only_with_refresh(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from causes import assert_attempt_named_first, assert_run_named_first
 from e2e_tools import TINY, command_line, last_step, losses, metrics, status
 from ray_cluster import RAY as RAY_COMMAND
 from ray_tools import (
@@ -104,6 +105,8 @@ def test_a_run_survives_every_fault_of_its_processes_and_has_the_same_losses(
             wait_for(f"a step after {fault.__name__}", lambda n=attempt + 1: trained(run, n))
             assert trained(run, attempt + 1)[0] == saved + 1, "no more is repeated than was done since the last checkpoint"
             assert re.search(expected_alert, alerts(run, attempt)), f"{fault.__name__}: {alerts(run, attempt)}"
+            if fault in NAMED:
+                assert_attempt_named_first(launch_here, run, attempt, NAMED[fault])
             if fault is kill_worker:
                 firsts = {line["attempt"]: line["time"] for line in reversed(metrics(run)) if "train/loss" in line}
                 # Meant are 30 s, of a machine that does nothing else.
@@ -131,7 +134,7 @@ def kill_worker(run: Path, ranks: Ranks) -> str:
 
 def kill_rank(run: Path, ranks: Ranks) -> str:
     ranks[0].kill()
-    return "rank 0: killed by SIGKILL"
+    return ""
 
 
 def kill_coordinator(run: Path, ranks: Ranks) -> str:
@@ -139,7 +142,7 @@ def kill_coordinator(run: Path, ranks: Ranks) -> str:
     raylet = ranks[0].parent().parent()
     (coordinator,) = [child for child in raylet.children() if "ray::Coordinator" in command_line(child)]
     coordinator.kill()
-    return "the run's coordinator was killed or has ended"
+    return "the run's coordinator was killed or has ended: another replaces it"
 
 
 def end_controller(run: Path, ranks: Ranks) -> str:
@@ -165,6 +168,10 @@ def hang_worker(run: Path, ranks: Ranks) -> str:
     ranks[1].parent().suspend()
     ranks[1].suspend()
     return r"the other ranks wait for the worker of rank 1 on \S+: the attempt ends"
+
+
+# The faults of the table in causes.py.
+NAMED: dict[Callable[[Path, Ranks], str], str] = {kill_rank: "ray_rank", kill_coordinator: "ray_coordinator"}
 
 
 def agent_log(run: Path) -> Path:
@@ -196,8 +203,8 @@ def test_cancel_saves_and_a_run_resumes_after_its_driver_was_killed(
     assert (run / f"checkpoints/step-{step:08d}/manifest.json").is_file()
     await_no_process(run)
 
-    def signalled(number: signal.Signals) -> None:
-        """Go on for some steps, of which the terminal sees no more than the first, and send the driver a signal."""
+    def go_on() -> None:
+        """Go on for some steps, of which the terminal sees no more than the first."""
         first_step = status(run)["step"]
         with ExitStack() as stack:
             # Who runs the tests may ignore it, as nohup does, and processes inherit that.
@@ -211,18 +218,28 @@ def test_cancel_saves_and_a_run_resumes_after_its_driver_was_killed(
             assert terminal.wait(DEADLINE_S) == -signal.SIGHUP
         seen = last_step(run)
         wait_for("steps that nobody follows", lambda: last_step(run) >= seen + 2)
-        driver = status(run)["job"]["pid"]
-        assert os.getsid(driver) == driver, "nor does closing a terminal reach it"
-        os.kill(driver, number)
+        assert os.getsid(driver()) == driver(), "nor does closing a terminal reach it"
+
+    def driver() -> int:
+        return int(status(run)["job"]["pid"])
 
     # As when a pod or a machine is shut down.
-    signalled(signal.SIGTERM)
+    go_on()
+    os.kill(driver(), signal.SIGTERM)
     wait_for("its end", lambda: status(run)["state"] == "cancelled")
     step = status(run)["step"]
     assert (run / f"checkpoints/step-{step:08d}/manifest.json").is_file()
     await_no_process(run)
 
-    signalled(signal.SIGKILL)
+    # Ray ends the driver, too.
+    go_on()
+    (raylet,) = [process for process in started_by(run) if process.name() == "raylet"]
+    raylet.kill()
+    await_no_process(run)
+    assert_run_named_first(launch_here, run, "ray_raylet", alert="the run ends: ")
+
+    go_on()
+    os.kill(driver(), signal.SIGKILL)
     await_no_process(run)
     seen = json.loads(launch_here("status", str(run), "--json").stdout)
     assert seen["state"] == "failed"
@@ -231,7 +248,7 @@ def test_cancel_saves_and_a_run_resumes_after_its_driver_was_killed(
     done = launch("resume", str(run), timeout=DEADLINE_S, **env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(run) == losses(undisturbed)
-    assert "rank-00001.log" in {path.name for path in (run / "attempts/004").iterdir()}
+    assert "rank-00001.log" in {path.name for path in (run / "attempts/005").iterdir()}
     assert launch_here("logs", str(run), "--rank", "1").returncode == 0
 
 

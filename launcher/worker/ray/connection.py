@@ -61,11 +61,11 @@ def lost_nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
 
 
-def raylet_of_this_node() -> Raylet:
-    """Return the raylet through which this process is connected."""
+def raylet_of_this_node() -> Raylet | None:
+    """Return the raylet through which this process is connected; None where it is not."""
     from ray._private import worker
 
-    return Raylet(worker._global_node.raylet_socket_name)
+    return None if worker._global_node is None else Raylet(worker._global_node.raylet_socket_name)
 
 
 @contextmanager

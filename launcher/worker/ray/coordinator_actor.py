@@ -101,7 +101,7 @@ class CoordinatorActor:
         """
         from ray.exceptions import RayError
 
-        if raylet_of_this_node().has_ended:
+        if (raylet := raylet_of_this_node()) is not None and raylet.has_ended:
             raise RayletLost(raylet_loss.MESSAGE)
         self._lost_at = min(self._lost_at, time.monotonic())
         if self._num_lost >= _MAX_LOST:

@@ -128,15 +128,16 @@ class _Driver:
         self._cancel_signals.install()
         with connected(self._plan, self._run):
             self._cancel_signals.install()
-            self._raylet = raylet_of_this_node()
-            with raylet_loss.recorded(self._plan_path, self._attempt, self._raylet) as recorder:
+            raylet = self._raylet = raylet_of_this_node()
+            assert raylet is not None
+            with raylet_loss.recorded(self._plan_path, self._attempt, raylet) as recorder:
                 job = {**detached_process.describe_this_process(), "recorder": recorder}
                 run_store.update_status(self._run, state="pending", job=job, message="waiting for workers")
                 try:
                     self._train()
                 except Exception as error:
                     # Ray reports it by several errors, depending on the call.
-                    if self._raylet.has_ended:
+                    if raylet.has_ended:
                         raise RayletLost(raylet_loss.MESSAGE) from error
                     raise
         return self._exit_code()

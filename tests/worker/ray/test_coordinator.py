@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_workers import FIT, KILLED, FakeWorkers, kind
+from stale_directory import stale
 
 from launcher import atomic_files, json_records, run_store
 from launcher.checkpoint import store
@@ -21,7 +22,7 @@ from launcher.run_records import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
 from launcher.worker.ray import coordinator as module
-from launcher.worker.ray import node_checks
+from launcher.worker.ray import node_checks, run_end
 from launcher.worker.ray.messages import BeatReply, Leave, Member, Verdict, Wait
 
 
@@ -343,12 +344,15 @@ def test_the_error_of_workers_that_could_not_start_is_cleared_when_others_begin(
 
 
 def test_a_superseded_attempt_on_ray_writes_no_exit_record(make_fake: Callable[..., FakeWorkers]) -> None:
+    """Also where a network file system does not show the other attempt yet."""
     fake = make_fake()
     fake.begin("a", "n1", "n1")
-    run_store.create_attempt(fake.run, Attempt(resume_step=None))
     before = run_store.read_status(fake.run)
-    for rank in range(2):
-        answer = fake.coordinator.beat("a", rank, "done")
+    with stale(fake.run.attempts):
+        run_store.create_attempt(fake.run, Attempt(resume_step=None))
+        for rank in range(2):
+            answer = fake.coordinator.beat("a", rank, "done")
+        run_end.record_end(fake.run, 1, "failed", "as it says")
     assert answer.verdict.again is False
     assert run_store.read_status(fake.run) == before
     assert fake.causes == []

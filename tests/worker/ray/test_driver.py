@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from plan_fixtures import CPU, H100
 
@@ -100,6 +103,63 @@ def run(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> RunDir:
     begun = Attempt(resume_step=None, job="here:1", begun_at=time.time())
     run_store.update_status(made, state="running", attempt=run_store.create_attempt(made, begun))
     return made
+
+
+_RAYLET = """
+import socket, sys, time
+listening = socket.socket(socket.AF_UNIX)
+listening.bind(sys.argv[1])
+listening.listen()
+print(flush=True)
+time.sleep(600)
+"""
+_DRIVER = """
+import sys, time
+from launcher.worker.ray.raylet_loss import Raylet, recorded
+with recorded(sys.argv[1], 1, Raylet(sys.argv[2])) as recorder:
+    print(recorder["pid"], flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("killed", "follows", "is_lost"),
+    [
+        (("raylet", "driver"), None, True),
+        # The driver of a Ray of the run's own takes it with it.
+        (("driver", "raylet"), None, False),
+        (("raylet", "driver"), Attempt(5, automatic=True), True),
+        (("raylet", "driver"), Attempt(5), False),
+    ],
+)
+def test_the_loss_of_the_raylet_is_recorded_though_ray_ends_the_driver(
+    run: RunDir, tmp_path: Path, killed: tuple[str, str], follows: Attempt | None, is_lost: bool
+) -> None:
+    """An attempt that `follows` is the driver's own where it is automatic; otherwise another command has started the run."""
+
+    def start(code: str, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
+
+    number = 1 if follows is None else run_store.create_attempt(run, follows)
+    socket_name = str(tmp_path / "raylet")
+    with start(_RAYLET, socket_name) as raylet:
+        assert raylet.stdout is not None
+        raylet.stdout.readline()
+        with start(_DRIVER, str(run.plan), socket_name) as process:
+            assert process.stdout is not None
+            recorder = psutil.Process(int(process.stdout.readline()))
+            # It has not looked yet.
+            recorder.suspend()
+            for name in killed:
+                {"raylet": raylet, "driver": process}[name].kill()
+                {"raylet": raylet, "driver": process}[name].wait(60)
+            recorder.resume()
+            recorder.wait(60)
+    message = run_store.read_status(run).message
+    assert run_store.read_status(run).state == ("failed" if is_lost else "running")
+    assert message.startswith("the raylet of ") is is_lost
+    alerts = [(event["attempt"], event["text"]) for event in read_events(run.events)]
+    assert alerts == ([(number, f"the run ends: {message}")] if is_lost else [])
 
 
 class FakeCoordinator(coordinator_actor.CoordinatorActor):

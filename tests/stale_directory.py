@@ -1,0 +1,40 @@
+"""A directory as the client of a network file system shows it: without what others have made since it was last read."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@contextmanager
+def stale(folder: Path) -> Iterator[None]:
+    """Have this process see the names that `folder` has now, whatever is made in it, until it makes a file there itself.
+
+    A client of NFS keeps its view of a directory for up to a minute, and reads it again after a change of its own.
+    """
+    known: set[str] | None = {*os.listdir(folder)}
+    real_stat, real_open = os.stat, os.open
+
+    def stat(path: Any, *options: Any, **more: Any) -> os.stat_result:
+        if not isinstance(path, int) and known is not None:
+            target = Path(os.fsdecode(path))
+            if target.parent == folder and target.name not in known:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(target))
+        return real_stat(path, *options, **more)
+
+    def open_file(path: Any, flags: int, *options: Any, **more: Any) -> int:
+        nonlocal known
+        if flags & os.O_CREAT and Path(os.fsdecode(path)).parent == folder:
+            known = None
+        return real_open(path, flags, *options, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        patch.setattr(os, "open", open_file)
+        yield
