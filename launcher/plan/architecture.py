@@ -148,8 +148,7 @@ def architecture_problems(model: ModelFacts, packing: bool) -> Iterator[Problem]
     if isolation is not None and isolation.outcome == "leaks" and packing:
         yield leak_problem(model_type, isolation.kernel, isolation.detail)
     if isolation is not None and isolation.outcome == "other_logits":
-        message = "training computes logits as a linear layer of the last hidden states, and this architecture does not: "
-        yield Problem(message + isolation.detail, "model.path", model_type, "choose another model")
+        yield logits_problem(model_type, isolation.detail)
     if isolation is not None and isolation.outcome == "unsupported":
         message = f"this architecture has no attention by {isolation.kernel} in transformers {isolation.transformers}"
         yield Problem(message, "model.attention", model_type, "set model.attention=eager")
@@ -172,6 +171,12 @@ def leak_problem(model_type: str, kernel: str, detail: str) -> Problem:
     """Return the problem of a model in which packed documents affect each other; `detail` has the measured numbers."""
     message = f"packed documents affect each other in this architecture, with attention by {kernel}: {detail}"
     return Problem(message, "model.path", model_type, "set data.packing=false")
+
+
+def logits_problem(model_type: str, detail: str) -> Problem:
+    """Return the problem of a model that computes its logits in another way than training does."""
+    message = f"training computes logits as a linear layer of the last hidden states, and this architecture does not: {detail}"
+    return Problem(message, "model.path", model_type, "choose another model")
 
 
 def causality_problem(model_type: str, kernel: str, detail: str) -> Problem:

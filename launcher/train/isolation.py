@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from launcher.errors import ConfigError
-from launcher.plan.architecture import causality_problem, leak_problem
+from launcher.plan.architecture import causality_problem, leak_problem, logits_problem
 from launcher.plan.launch_plan import IsolationVerdict, LaunchPlan
 from launcher.train.model import CausalLMLoss
 
@@ -26,6 +26,11 @@ _FACTOR = 10.0
 # The control shows that attention is not causal from this multiple of the logits' resolution, and in types where that is coarse
 # from this share of the change of a document's own logits.
 _NOT_CAUSAL, _NOT_CAUSAL_SHARE = 1000.0, 0.01
+# The share of the largest logit by which rounding may move logits that are computed in two ways; where the type is coarse, the
+# multiple of its resolution.
+_SAME_LOGITS, _SAME_LOGITS_ROUNDINGS = 1e-3, 4
+# What models raise that need more than token ids.
+_NEEDS_MORE = (TypeError, ValueError, AttributeError, KeyError, NotImplementedError)
 
 
 class NotMeasurable(Exception):
@@ -109,11 +114,38 @@ def measure_isolation(
     return Isolation(min(moved), max(control), min(own), rounding, causal_limit)
 
 
+def few_tokens(vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Return the ids and positions [1, T] of a document for which logits are compared."""
+    positions = torch.arange(DOCUMENT_TOKENS)[None]
+    return positions % vocab_size, positions
+
+
+def describe_logits_difference(by_model: Tensor, trained: Tensor) -> str:
+    """Return how the logits of a model differ from those that training computes; empty where only by rounding."""
+    if by_model.shape != trained.shape:
+        return f"they have the shape {tuple(by_model.shape)} and not {tuple(trained.shape)}"
+    resolution = torch.finfo(trained.dtype).eps
+    moved, largest = float((by_model.float() - trained.float()).abs().max()), float(by_model.abs().max())
+    if moved <= max(_SAME_LOGITS, _SAME_LOGITS_ROUNDINGS * resolution) * largest:
+        return ""
+    return f"they differ by {moved:.2g}, and the largest is {largest:.2g}"
+
+
+@torch.no_grad()
+def _logits_difference(engine: Any, vocab_size: int, device: torch.device) -> str:
+    ids, positions = (tensor.to(device) for tensor in few_tokens(vocab_size))
+    try:
+        by_model = engine(ids, positions, by_model=True)
+    except _NEEDS_MORE:
+        return ""
+    return describe_logits_difference(by_model, engine(ids, positions))
+
+
 def require_isolation(plan: LaunchPlan, engine: Any, model: CausalLMLoss, device: torch.device) -> str | None:
     """Measure the loaded model, unless the plan has a verdict for its attention kernel; return a message on it. Collective.
 
     Raises:
-        ConfigError: where tokens see later ones, or packed documents affect each other.
+        ConfigError: where tokens see later ones, packed documents affect each other, or training computes other logits.
     """
     kernel, packing = model.hf.config._attn_implementation, plan.config.data.packing
     if _is_accepted(plan.model.isolation, kernel, packing):
@@ -127,6 +159,7 @@ def require_isolation(plan: LaunchPlan, engine: Any, model: CausalLMLoss, device
     model.eval()
     try:
         isolation = measure_isolation(forward, plan.model.vocab_size, device)
+        difference = _logits_difference(engine, plan.model.vocab_size, device)
     except NotMeasurable as error:
         condition = "packed documents affect each other" if packing else "the model sees later tokens"
         return f"whether {condition} could not be measured: {error}"
@@ -135,6 +168,8 @@ def require_isolation(plan: LaunchPlan, engine: Any, model: CausalLMLoss, device
     model_type = str(model.hf.config.model_type)
     if not isolation.is_causal:
         raise ConfigError(causality_problem(model_type, kernel, isolation.describe()))
+    if difference:
+        raise ConfigError(logits_problem(model_type, difference))
     if not packing:
         return f"the model sees no later tokens with attention by {kernel}"
     if not isolation.is_isolated:

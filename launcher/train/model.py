@@ -54,12 +54,16 @@ class CausalLMLoss(nn.Module):
         labels: Tensor | None = None,
         factor: float = 1.0,
         cu_seqlens: Tensor | None = None,
+        by_model: bool = False,
     ) -> Tensor:
         """Return the summed negative log-likelihood over `labels` [B, T], without IGNORED, times `factor`: an fp32 scalar.
 
         Without labels, return logits [B, T, V] ([1, B * T, V] if `flatten`). All passes use this method, because ZeRO-3 gathers
         weights around it. With `cu_seqlens`, those of a MicroBatch, FlashAttention need not find documents in `position_ids`.
+        With `by_model`, return the logits that the whole Hugging Face model computes from the ids alone.
         """
+        if by_model:
+            return self.hf(input_ids=input_ids, use_cache=False).logits
         hidden = self._hidden(input_ids, position_ids, cu_seqlens)
         if labels is None:
             return self.hf.get_output_embeddings()(hidden)

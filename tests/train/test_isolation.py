@@ -73,6 +73,16 @@ def test_the_ranks_measure_what_the_plan_does_not_know() -> None:
     assert message == "packed documents do not affect each other with attention by sdpa"
 
 
+def test_the_ranks_refuse_a_model_with_other_logits_than_training_computes() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        cohere, llama = (build(family, num_key_value_heads=2).to(dtype) for family in ("cohere", "llama"))
+        for packing in (True, False):
+            with pytest.raises(ConfigError, match="and this architecture does not: they differ by") as error:
+                require_isolation(plan(verdict(outcome="unknown"), packing), cohere, cohere, CPU)
+            assert error.value.problems[0].value == "cohere"
+            assert require_isolation(plan(None, packing), llama, llama, CPU) is not None
+
+
 def test_the_ranks_refuse_a_model_that_sees_later_tokens_packed_or_not() -> None:
     opt, bert = build("opt", ffn_dim=64, word_embed_proj_dim=32), build("bert")
     assert require_isolation(plan(None, packing=False), opt, opt, CPU) == "the model sees no later tokens with attention by sdpa"

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 # What transformers says of a kernel that an architecture does not have.
 _UNSUPPORTED = "does not support an attention implementation"
-# Of the comparison of logits, and the share of the largest one by which rounding may move them.
-_LOGIT_TOKENS, _SAME_LOGITS = 16, 1e-3
 _CPU_KERNELS = ("auto", "sdpa", "eager")
 
 
@@ -71,7 +69,7 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
         try:
             hf = reduced_model.build(reduced.config, kernel, **remote)
             trained = CausalLMLoss(hf, flatten=False).eval()
-            isolation = measure_isolation(trained, hf.get_input_embeddings().num_embeddings, torch.device("cpu"))
+            isolation = measure_isolation(trained, _num_embeddings(hf), torch.device("cpu"))
             difference = _logits_difference(hf, trained)
         except Exception as error:
             _require_resources(error)
@@ -107,33 +105,31 @@ def _own_logits(hf: Any) -> Any:
     """Return the logits of the model itself for a few tokens; None where they cannot be computed from ids alone."""
     import torch
 
+    from launcher.train.isolation import few_tokens
+
     try:
         with torch.no_grad():
-            return hf(input_ids=_few_ids(hf), use_cache=False).logits
+            return hf(input_ids=few_tokens(_num_embeddings(hf))[0], use_cache=False).logits
     except Exception as error:
         _require_resources(error)
         return None
 
 
-def _few_ids(hf: Any) -> Any:
-    import torch
-
-    return torch.arange(_LOGIT_TOKENS)[None] % hf.get_input_embeddings().num_embeddings
+def _num_embeddings(hf: Any) -> int:
+    return int(hf.get_input_embeddings().num_embeddings)
 
 
 def _logits_difference(hf: Any, model: CausalLMLoss) -> str:
     """Return how the model's own logits differ from those that training computes; empty where they do not, or it has none."""
     import torch
 
+    from launcher.train.isolation import describe_logits_difference, few_tokens
+
     own = _own_logits(hf)
     if own is None:
         return ""
     with torch.no_grad():
-        trained = model(_few_ids(hf), torch.arange(_LOGIT_TOKENS)[None])
-    if own.shape != trained.shape:
-        return f"they have the shape {tuple(own.shape)} and not {tuple(trained.shape)}"
-    moved, largest = float((own - trained).abs().max()), float(own.abs().max())
-    return f"they differ by {moved:.2g}, and the largest is {largest:.2g}" if moved > _SAME_LOGITS * largest else ""
+        return describe_logits_difference(own, model(*few_tokens(_num_embeddings(hf))))
 
 
 def _describe(error: Exception) -> str:

@@ -1,8 +1,12 @@
-"""Records the loss of the driver's raylet: `python -m launcher.worker.ray.raylet_loss PLAN ATTEMPT EPOLL RAYLET DRIVER`.
+"""Records the loss of the driver's raylet: `python -m launcher.worker.ray.raylet_loss PLAN ATTEMPT EPOLL RAYLET`.
 
 Ray ends a driver within milliseconds after its raylet, often before the driver could write why. This process starts with the
-driver, in a session of its own, waits for the end of both, and writes the cause where the driver did not. EPOLL is the number of
-an inherited descriptor that reports the end of RAYLET and DRIVER, descriptors of processes, in the order in which they ended.
+driver, in a session of its own, waits for the end of both, and writes the cause where the driver did not.
+
+EPOLL and RAYLET are numbers of inherited descriptors. RAYLET is a connection to the raylet, and EPOLL reports its end and that of
+a pipe from the driver, in their order. That is the order of the causes: Linux closes the newest files of a process first, so this
+connection before the older one by which the driver notices the end; and it closes the pipe before it ends the driver's children,
+among them a raylet of the run's own.
 """
 
 from __future__ import annotations
@@ -10,7 +14,6 @@ from __future__ import annotations
 import os
 import select
 import socket
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,8 +30,6 @@ from launcher.worker.wandb_closing import close_wandb_run
 
 _CONNECT_S = 5.0
 _END_S = 5.0
-# struct ucred: process id, user id, group id.
-_CREDENTIALS = struct.Struct("3i")
 MESSAGE = f"the raylet of {os.uname().nodename} (Ray's process on the driver's node) was killed or has ended"
 
 
@@ -42,21 +43,15 @@ class Raylet:
     def has_ended(self) -> bool:
         """Return whether nothing listens at its socket any more. Everything that Ray ran on this node ends with it."""
         try:
-            with self._connected():
+            with self.connect():
                 return False
         except TimeoutError:
             return False
         except OSError:
             return True
 
-    def process_id(self) -> int:
-        """Return its process id, as the kernel tells it of who listens at a socket; raises OSError where nobody does."""
-        with self._connected() as connection:
-            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid: int = _CREDENTIALS.unpack(credentials)[0]
-        return pid
-
-    def _connected(self) -> socket.socket:
+    def connect(self) -> socket.socket:
+        """Connect to the raylet, which takes connections that say nothing; raises OSError where it has ended or hangs."""
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.settimeout(_CONNECT_S)
@@ -72,22 +67,25 @@ def recorded(plan_path: str, attempt: int, raylet: Raylet) -> Iterator[dict[str,
     """Have the loss of the raylet recorded, whatever happens to this process; gives the `job` entry of the process that does.
 
     That process stays where the raylet has ended by the end of the block, until this process ends. The entry is empty where the
-    kernel does not tell the raylet's process id, as in another PID namespace: the driver then has to record the loss itself.
+    raylet takes no connection: the driver then has to record the loss itself.
     """
     with ExitStack() as stack:
         try:
-            watched = [os.pidfd_open(pid) for pid in (raylet.process_id(), os.getpid())]
-        except (AttributeError, OSError):
+            connection = stack.enter_context(raylet.connect())
+        except OSError:
             yield {}
             return
-        for descriptor in watched:
-            stack.callback(os.close, descriptor)
-        # Registered here: its ready list keeps the order of both ends, however late the other process looks.
+        # Nobody but this process has the end for writing.
+        reader, writer = os.pipe()
+        stack.callback(os.close, reader)
+        stack.callback(os.close, writer)
+        # Registered here: the ready list keeps the order of both ends, however late the other process looks.
         epoll = stack.enter_context(select.epoll())
-        for descriptor in watched:
-            epoll.register(descriptor, select.EPOLLIN)
-        descriptors = [epoll.fileno(), *watched]
-        command = [sys.executable, "-m", __name__, plan_path, str(attempt), *map(str, descriptors)]
+        for descriptor in (connection.fileno(), reader):
+            # The end is reported without being asked for.
+            epoll.register(descriptor, 0)
+        descriptors = [epoll.fileno(), connection.fileno(), reader]
+        command = [sys.executable, "-m", __name__, plan_path, str(attempt), *map(str, descriptors[:2])]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors, start_new_session=True)
         try:
             yield detached_process.describe_process(process.pid)
@@ -97,13 +95,13 @@ def recorded(plan_path: str, attempt: int, raylet: Raylet) -> Iterator[dict[str,
                 process.wait(_END_S)
 
 
-def main(plan_path: str, attempt: int, epoll_fd: int, raylet_fd: int, driver_fd: int) -> None:
+def main(plan_path: str, attempt: int, epoll_fd: int, raylet_fd: int) -> None:
     """Wait for the end of the driver; write the cause where its raylet had ended before and the end of the run is not written."""
     os.umask(0o077)
     epoll = select.epoll.fromfd(epoll_fd)
     ((first, _),) = epoll.poll(maxevents=1)
     if first != raylet_fd:
-        # A Ray of the run's own ends with its driver.
+        # The driver has ended for another reason; a Ray of the run's own ends with it.
         return
     epoll.unregister(raylet_fd)
     epoll.poll(maxevents=1)
