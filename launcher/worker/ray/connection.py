@@ -17,7 +17,7 @@ from launcher.clusters.ray import auto_address
 from launcher.config.sections.ray import RaySection
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.worker.ray.raylet_loss import Raylet
+from launcher.worker.ray.raylet_loss import LocalRaylet
 
 _MAX_FOLDER_CHARS = 30
 _MEET_S = 300
@@ -61,11 +61,11 @@ def lost_nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
 
 
-def raylet_of_this_node() -> Raylet | None:
+def raylet_of_this_node() -> LocalRaylet | None:
     """Return the raylet through which this process is connected; None where it is not."""
     from ray._private import worker
 
-    return None if worker._global_node is None else Raylet(worker._global_node.raylet_socket_name)
+    return None if worker._global_node is None else LocalRaylet(worker._global_node.raylet_socket_name)
 
 
 @contextmanager

@@ -120,7 +120,7 @@ class _Driver:
         # The newest attempt of this driver.
         self._number = attempt
         self._failure: Exception | None = None
-        self._raylet: raylet_loss.Raylet | None = None
+        self._raylet: raylet_loss.LocalRaylet | None = None
         # Whether workers have come since this driver started.
         self.has_begun = False
 

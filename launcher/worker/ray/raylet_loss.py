@@ -34,7 +34,7 @@ MESSAGE = f"the raylet of {os.uname().nodename} (Ray's process on the driver's n
 
 
 @dataclass(frozen=True)
-class Raylet:
+class LocalRaylet:
     """The raylet of this node, which listens at `socket_name`."""
 
     socket_name: str
@@ -63,7 +63,7 @@ class Raylet:
 
 
 @contextmanager
-def recorded(plan_path: str, attempt: int, raylet: Raylet) -> Iterator[dict[str, object]]:
+def recorded(plan_path: str, attempt: int, raylet: LocalRaylet) -> Iterator[dict[str, object]]:
     """Have the loss of the raylet recorded, whatever happens to this process; gives the `job` entry of the process that does.
 
     That process stays where the raylet has ended by the end of the block, until this process ends. The entry is empty where the

@@ -115,8 +115,8 @@ time.sleep(600)
 """
 _DRIVER = """
 import sys, time
-from launcher.worker.ray.raylet_loss import Raylet, recorded
-with recorded(sys.argv[1], 1, Raylet(sys.argv[2])) as recorder:
+from launcher.worker.ray.raylet_loss import LocalRaylet, recorded
+with recorded(sys.argv[1], 1, LocalRaylet(sys.argv[2])) as recorder:
     print(recorder["pid"], flush=True)
     time.sleep(600)
 """
