@@ -24,7 +24,7 @@ from typing import Any
 
 from launcher import json_records, run_store
 from launcher.checkpoint import store as checkpoints
-from launcher.clusters import detached_process
+from launcher.clusters import detached_process, network
 from launcher.clusters.cgroups import LimitEvents, record_limits
 from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
@@ -33,7 +33,6 @@ from launcher.run_records import ExitRecord, FailureRecord, RestartRecord, exit_
 from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART
 from launcher.worker import disk_reserve, failure_record, postmortem
-from launcher.worker.checks import network
 from launcher.worker.limits import cause_of
 from launcher.worker.mirror_process import MirrorProcess
 from launcher.worker.ranks import error_memory, heartbeat

@@ -20,7 +20,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
-from launcher.worker.checks import network
+from launcher.clusters import network
 from launcher.worker.ranks.rank_env import NodeInfo
 
 

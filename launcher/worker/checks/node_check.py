@@ -24,11 +24,11 @@ from typing import Any, Protocol
 import psutil
 
 import launcher
+from launcher.clusters.network import node_name
 from launcher.errors import Problem, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker.checks import gpu_check
-from launcher.worker.checks.network import node_name
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 SHARED_MEMORY_BYTES = 64 << 20

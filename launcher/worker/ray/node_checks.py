@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launcher import json_records
+from launcher.clusters import network
 from launcher.config.sections.ray import RaySection
 from launcher.errors import Problem, describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import NodeRecord, node_file
-from launcher.worker.checks import network, node_check
+from launcher.worker.checks import node_check
 from launcher.worker.checks.node_check import NodeReport
 from launcher.worker.ray.messages import Check
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import error_record, json_records, run_store
-from launcher.clusters import detached_process
+from launcher.clusters import detached_process, network
 from launcher.clusters.cgroups import LimitEvents, record_limits
 from launcher.config.sections.ray import RaySection
 from launcher.error_record import ErrorRecord
@@ -27,7 +27,6 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import FailureRecord, NodeRecord, node_file
 from launcher.worker import failure_record
-from launcher.worker.checks import network
 from launcher.worker.limits import cause_of
 from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
 from launcher.worker.ranks import error_memory, heartbeat

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+from launcher.clusters import network
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import fit_workers
-from launcher.worker.checks import network
 from launcher.worker.ranks.watchdog import describe
 from launcher.worker.ray.messages import CommittedCheckpoint, Member, Verdict
 from launcher.worker.ray.node_checks import Checks

@@ -16,7 +16,7 @@ from launcher import json_records, run_store
 from launcher.clusters.cgroups import record_limits
 from launcher.errors import Problem
 from launcher.run_records import FailureRecord, NodeRecord, node_file
-from launcher.worker import failure_record
+from launcher.worker import failure_record, node_agents
 from launcher.worker.agent import NodeAgent
 from launcher.worker.limits import cause_of
 from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
@@ -44,10 +44,10 @@ def main(plan_path: str, attempt: int) -> int:
     failure: FailureRecord | None = None
     problems: list[Problem] = []
     try:
-        node = slurm_node.node_info(plan, record, number)
+        node = node_agents.node_info(plan, record, number)
         slurm_node.save_before_end(record, plan, stopper.request)
-        store = slurm_node.connect(record, node)
-        problems = slurm_node.check(store, plan, run, attempt, record, node)
+        store = node_agents.connect(record, node)
+        problems = node_agents.check(store, plan, run, attempt, record, node)
         if not problems and not stopper.requested:
             mirror = agent.start_mirror() if node.is_head else None
             failure = agent.run_ranks(node, store, record.job)

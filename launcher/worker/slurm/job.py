@@ -19,6 +19,7 @@ from pathlib import Path
 
 from launcher import run_store
 from launcher.checkpoint import store
+from launcher.clusters import network
 from launcher.clusters.slurm import cluster as slurm_cluster
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.commands import SlurmError, slurm
@@ -33,7 +34,6 @@ from launcher.shell_commands import launcher_command
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import disk_reserve, postmortem
-from launcher.worker.checks import network
 from launcher.worker.wandb_closing import close_wandb_run
 
 _LOCK_WAIT_S = 60.0

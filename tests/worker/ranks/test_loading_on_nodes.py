@@ -12,11 +12,11 @@ import pytest
 from plan_fixtures import facts_for
 
 from launcher import run_store
+from launcher.clusters.network import free_port
 from launcher.config.schema import RunConfig
 from launcher.plan.planner import plan
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
-from launcher.worker.checks.network import free_port
 
 REPO = Path(__file__).resolve().parents[3]
 # The limit is 4 s, and rank 0 reads for three times as long.

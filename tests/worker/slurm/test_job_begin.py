@@ -14,12 +14,12 @@ from fake_slurm import FakeSlurm
 from job_tools import Job
 
 from launcher import atomic_files, run_records, run_store
+from launcher.clusters import network
 from launcher.clusters.slurm import queue
 from launcher.plan.retry import Cause
 from launcher.run_records import Attempt, ExitRecord
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
-from launcher.worker.checks import network
 from launcher.worker.slurm import job
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher.clusters import network
+from launcher.clusters.network import Endpoint
 from launcher.errors import RunError
-from launcher.worker.checks import network
-from launcher.worker.checks.network import Endpoint
 
 NODES = {
     "n1": "NodeName=n1 Arch=x86_64 CPUAlloc=0 NodeAddr=10.0.0.1 NodeHostName=n1 Port=6818 State=IDLE",

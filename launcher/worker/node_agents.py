@@ -1,0 +1,86 @@
+"""The nodes of an attempt: their addresses, the connection of their agents, and whether they are fit to train."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import launcher
+from launcher.clusters import network
+from launcher.config.sections.cluster import ManagedSection
+from launcher.errors import Problem, RunError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_records import Attempt
+from launcher.worker.checks import node_check
+from launcher.worker.ranks.rank_env import NodeInfo
+
+# Nodes usually start within seconds of each other; a prologue, a container or a slow file system may take minutes.
+_MEET_DEADLINE_S = 300.0
+
+
+def node_info(plan: LaunchPlan, record: Attempt, node: int) -> NodeInfo:
+    """Return this node's index, hosts and address; the agents meet at the head node's.
+
+    Raises:
+        RunError: where no interface of this node can be reached from others.
+    """
+    section = ManagedSection.of(plan.config.cluster)
+    if record.address is None or record.port is None:
+        raise RunError("the attempt has no address and port of the head node", where="attempt.json", remedy="resume the run")
+    if node == 0:
+        return NodeInfo(node, record.nodes, record.address, record.interface)
+    endpoint = network.own_endpoint([record.address], section.interface)
+    return NodeInfo(node, record.nodes, endpoint.address, endpoint.interface)
+
+
+def connect(record: Attempt, here: NodeInfo) -> Any:
+    """Return the TCPStore at the head node that all nodes share.
+
+    Raises:
+        RunError: where the head node cannot be reached, or its port is taken.
+    """
+    from torch.distributed import DistNetworkError
+
+    from launcher.distributed import open_store
+
+    assert record.address is not None
+    assert record.port is not None
+    if not here.is_head and network.await_reachable(record.address, record.port, _MEET_DEADLINE_S) is None:
+        raise RunError(
+            f"{network.node_name()} does not reach the head node at {record.address}:{record.port}",
+            where=f"{here.address} on {here.interface}",
+            remedy="set cluster.interface to the network that joins the nodes",
+        )
+    deadline = timedelta(seconds=_MEET_DEADLINE_S)
+    try:
+        return open_store(record.address, record.port, is_server=here.is_head, timeout=deadline)
+    except (DistNetworkError, OSError) as error:
+        raise RunError(
+            "the agents of the nodes cannot connect",
+            where=f"{record.address}:{record.port}",
+            value=str(error).splitlines()[0],
+        ) from None
+
+
+def check(store: Any, plan: LaunchPlan, run: RunDir, attempt: int, record: Attempt, here: NodeInfo) -> list[Problem]:
+    """Return the problems of all nodes of the attempt, the same list on each node; empty where all are fit.
+
+    Raises:
+        RunError: where the connection to the head node is lost.
+    """
+    if not ManagedSection.of(plan.config.cluster).node_checks:
+        return []
+    report = node_check.check_node(plan, run, attempt)
+    imported = Path(launcher.__file__).resolve()
+    if not imported.is_relative_to(run.code.resolve()):
+        foreign = Problem(
+            "runs another launcher than the submitted one",
+            where=report.host,
+            value=str(imported.parent),
+            remedy="unset PYTHONPATH in the container or in the environment of the node",
+        )
+        report = replace(report, problems=(*report.problems, foreign))
+    return node_check.exchange(store, report, record.nodes, here.node, _MEET_DEADLINE_S)
