@@ -33,8 +33,8 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "ray", "wandb", "hydra-core",
 
 
 def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:
-    """Replace what depends on this moment or on the machines: `model.dtype=auto`, a run in `model.path` without a step, and
-    the name of a folder that could also be a Hub repository.
+    """Replace what depends on this moment or on the machines: `model.dtype=auto`, a run in `model.path` without a step, the
+    name of a folder that could also be a Hub repository, and what the environment says of the machines.
 
     The newest checkpoint of that run is pinned: a job may wait in the queue for hours while the run continues. `node` returns
     the devices of a node of the job; its CPUs are assumed to be like this machine's.
@@ -51,7 +51,10 @@ def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:
     if config.model.dtype == "auto":
         is_fast = config.cluster.gpu_type is not None or node().kind == "cuda" or has_fast_bf16()
         changes["dtype"] = "bf16" if is_fast else "fp32"
-    return config.model_copy(update={"model": config.model.model_copy(update=changes)}) if changes else config
+    if changes:
+        config = config.model_copy(update={"model": config.model.model_copy(update=changes)})
+    cluster = config.cluster.completed(os.environ)
+    return config if cluster is config.cluster else config.model_copy(update={"cluster": cluster})
 
 
 def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None = None) -> Facts:

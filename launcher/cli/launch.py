@@ -83,8 +83,12 @@ def _plan(composed: Composed, as_json: bool) -> int:
 
 def _train(jobs: list[Composed], follows: bool | None) -> int:
     """Start all jobs, after all of them have passed their checks; returns the largest exit code."""
+    if any(job.config.cluster.runs_on_every_node for job in jobs):
+        from launcher.cli import every_node
+
+        return every_node.train(jobs, follows)
     plans: list[LaunchPlan] = []
-    _check_wandb_accounts(jobs)
+    check_wandb_accounts(jobs)
     for composed in _group_jobs(jobs):
         with composed.located():
             plans.append(prepare_plan(composed, taken_names={plan.run_name for plan in plans}))
@@ -97,16 +101,7 @@ def start_all(plans: list[LaunchPlan], follows: bool | None) -> int:
     started = []
     for number, plan in enumerate(plans, 1):
         cluster = cluster_for(plan.config.cluster.kind)
-        weights_note = model_source.weights_note(plan.config.model)
-        notes = (
-            _device_note(plan, cluster),
-            disk_note(plan),
-            push_note(plan),
-            weights_note,
-            data.accepted(plan.config, plan.data),
-        )
-        lines = plan_lines(plan, *notes, own_warnings=(_location_warning(plan),))
-        print("\n".join(wrap(lines, LABEL_WIDTH)), flush=True)
+        print_plan(plan, cluster)
         if plan.config.cluster.is_dry_run:
             print(f"\n{cluster.preview(plan)}", end="")
             continue
@@ -129,7 +124,21 @@ def start_all(plans: list[LaunchPlan], follows: bool | None) -> int:
     return max(codes, default=0)
 
 
-def _check_wandb_accounts(jobs: list[Composed]) -> None:
+def print_plan(plan: LaunchPlan, cluster: Cluster) -> None:
+    """Print the plan of a run that is about to start."""
+    weights_note = model_source.weights_note(plan.config.model)
+    notes = (
+        _device_note(plan, cluster),
+        disk_note(plan),
+        push_note(plan),
+        weights_note,
+        data.accepted(plan.config, plan.data),
+    )
+    lines = plan_lines(plan, *notes, own_warnings=(_location_warning(plan),))
+    print("\n".join(wrap(lines, LABEL_WIDTH)), flush=True)
+
+
+def check_wandb_accounts(jobs: list[Composed]) -> None:
     """Check the W&B login once for each combination of tracking settings and cluster."""
     distinct = {(job.config.tracking, job.config.cluster.kind): job for job in jobs}
     for composed in distinct.values():

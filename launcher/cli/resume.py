@@ -50,17 +50,20 @@ def resume_run(
     step: int | None,
     interrupts: Interrupts,
     force: bool = False,
+    automatic: bool = False,
 ) -> int:
     """Submit a further attempt of a run that has ended, from the checkpoint of `step` or the newest one; returns its number.
 
-    A run that has trained no step, such as one that was cancelled in the queue, begins with its initial weights.
+    A run that has trained no step, such as one that was cancelled in the queue, begins with its initial weights. An `automatic`
+    attempt counts in the retry budgets with those before it, and begins again where no checkpoint was ever committed.
 
     Raises:
         ConfigError: if settings or data differ from those of the checkpoint and `force` is false.
         SubmitError: if the run is running, is complete, has used up a limit, or has no such checkpoint.
     """
     require_idle(run, cluster)
-    checkpoint = _choose_checkpoint(run, step)
+    begins_again = automatic and store.newest_step(run.checkpoints) is None
+    checkpoint = None if begins_again else _choose_checkpoint(run, step)
     if checkpoint is not None and not run.attempts.is_dir():
         plan = run_store.find_plan(run, checkpoint.manifest.plan_digest) or plan
         print("note: attempts/ is missing; it is made again, and limits of time and cost count from this attempt on")
@@ -83,10 +86,11 @@ def resume_run(
     _replace_unusable_code(run)
     resume_step = None if checkpoint is None else checkpoint.step
     run_folders.remember(run.root.parent)
-    attempt = run_store.create_attempt(run, Attempt(resume_step, pinned=step is not None))
+    attempt = run_store.create_attempt(run, Attempt(resume_step, automatic=automatic, pinned=step is not None))
     plan_path = run_store.write_plan(run, attempt, plan)
     run_store.update_status(run, state="pending", job=None, max_steps=plan.batch.max_steps, message="")
-    start = "the beginning: no step was trained yet" if resume_step is None else f"step {resume_step} of {plan.batch.max_steps}"
+    missing = "no checkpoint was saved yet" if begins_again else "no step was trained yet"
+    start = f"the beginning: {missing}" if resume_step is None else f"step {resume_step} of {plan.batch.max_steps}"
     print(f"continuing {plan.run_name} from {start}", flush=True)
     cluster.submit(run, attempt, plan_path)
     return attempt

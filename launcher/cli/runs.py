@@ -193,6 +193,10 @@ def _cancel(run: RunDir, arguments: argparse.Namespace) -> int:
 
 def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
     plan = run_store.load_plan(run)
+    if plan.config.cluster.runs_on_every_node:
+        from launcher.cli import every_node
+
+        return every_node.resume(run, plan, arguments)
     cluster = cluster_for(plan.config.cluster.kind)
     with Interrupts() as interrupts:
         with run_store.start_lock(run):

@@ -31,6 +31,7 @@ BACKENDS: dict[str, str] = {
     "local": "launcher.clusters.local:LocalCluster",
     "slurm": "launcher.clusters.slurm.cluster:SlurmCluster",
     "ray": "launcher.clusters.ray.cluster:RayCluster",
+    "static": "launcher.clusters.static.cluster:StaticCluster",
 }
 
 # The module of each backend that has nodes beside this machine with what `launcher doctor` asks of it, see `ClusterDoctor`.

@@ -15,10 +15,14 @@ import psutil
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.errors import RunError
 
+# The name of a node among others of its attempt, where host names may be equal.
+NODE_NAME_VARIABLE = "LAUNCHER_NODE_NAME"
 _CONNECT_S = 2.0
 _PAUSE_S = 0.05
 # A datagram socket connects without a packet: the kernel only chooses the route.
 _ANY_PORT = 9
+# An address for documentation (RFC 5737), to which the default route leads.
+_ANYWHERE = "192.0.2.1"
 _REMEDY = "set cluster.interface to the network between the nodes, or ask the administrators to repair routes and host names"
 
 
@@ -35,8 +39,8 @@ LOOPBACK = Endpoint("127.0.0.1", "lo")
 
 
 def node_name() -> str:
-    """Return this node's name in Slurm, as its --exclude expects it; elsewhere the host name."""
-    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+    """Return this node's name: the one that its agent was given, or that of Slurm, as its --exclude expects it, or the host's."""
+    return os.environ.get(NODE_NAME_VARIABLE) or os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 def own_endpoint(peers: Sequence[str], interface: str | None) -> Endpoint:
@@ -55,6 +59,29 @@ def own_endpoint(peers: Sequence[str], interface: str | None) -> Endpoint:
     address = _routed_from(peer)
     name = next((name for name, addresses in _interfaces().items() if address in addresses), "")
     return Endpoint(address, name)
+
+
+def endpoint_of(host: str, interface: str | None) -> Endpoint:
+    """Return where this node, which the others know as `host`, listens: on `interface`, or else on the one that has the address.
+
+    A loopback address, such as 127.0.0.1, joins processes of this machine only. A name that resolves to loopback, or to an
+    address of a service in front of this node, says nothing: the default route then decides.
+
+    Raises:
+        RunError: where the interface does not exist or has no address, or this node has no network.
+    """
+    if interface is not None:
+        return Endpoint(_address_of(interface), interface)
+    address = _resolve(host)
+    if address is not None and (_is_address(host) or not _is_local(address)):
+        for name, addresses in _interfaces().items():
+            if address in addresses:
+                return Endpoint(address, name)
+        if ipaddress.ip_address(address).is_loopback:
+            # All of 127.0.0.0/8 belongs to the interface.
+            return Endpoint(address, LOOPBACK.interface)
+    address = _routed_from(_ANYWHERE)
+    return Endpoint(address, next((name for name, addresses in _interfaces().items() if address in addresses), ""))
 
 
 def node_addresses(node_list: str, retry_s: float = 0.0) -> dict[str, str]:

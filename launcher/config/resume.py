@@ -96,9 +96,9 @@ def differing(saved: Mapping[str, Any], requested: Mapping[str, Any], prefix: st
     ]
 
 
-def table(changes: Sequence[Difference]) -> str:
-    """Return one line per difference: the key, the checkpoint's value, the requested value."""
-    rows = [("", "checkpoint", "requested"), *((d.key, d.saved, d.requested) for d in changes)]
+def table(changes: Sequence[Difference], before: str = "checkpoint") -> str:
+    """Return one line per difference: the key, the checkpoint's value, or that of `before`, and the requested value."""
+    rows = [("", before, "requested"), *((d.key, d.saved, d.requested) for d in changes)]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     return "\n".join(f"  {key:<{widths[0]}}  {saved:<{widths[1]}}  {requested}".rstrip() for key, saved, requested in rows)
 

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -93,11 +93,13 @@ class NodeAgent:
         self.stopper.disarm()
         self.ranks.close()
 
-    def run_ranks(self, node: NodeInfo, store: Any = None, job: str | None = None) -> FailureRecord | None:
+    def run_ranks(
+        self, node: NodeInfo, store: Any = None, job: str | None = None, why_ended: Callable[[], str] = str
+    ) -> FailureRecord | None:
         """Run the ranks of this node to their end; returns the first failure or None.
 
         `store` is the TCPStore that the nodes of the job share; None where there is one node. `job` is the scheduler's, whose
-        output is that of this process.
+        output is that of this process. `why_ended` returns why the caller has killed the ranks for good, empty while it has not.
         """
         from launcher.distributed import open_store
         from launcher.worker.ranks import elastic
@@ -111,7 +113,7 @@ class NodeAgent:
         folder.mkdir(exist_ok=True)
         store = store or open_store(node.address, 0, is_server=True)
         run_id = f"{self.plan.wandb_id}-{self.attempt}"
-        failures = _FailureLog(self.run, self.attempt, node, self.run.agent_log(self.attempt, job))
+        failures = _FailureLog(self.run, self.attempt, node, self.run.agent_log(self.attempt, job), why_ended)
         rendezvous = NodeRendezvous(
             store, run_id, node, _MEET_DEADLINE_S, failures.is_final, failures.describe_own, failures.report_restart
         )
@@ -150,11 +152,11 @@ class NodeAgent:
 class _FailureLog:
     """The failures of this node's ranks since their last start: how they ended, the watchdog's messages, and the limits reached.
 
-    `log` is the file with the agent's output.
+    `log` is the file with the agent's output. `why_ended` returns why ranks were killed for good.
     """
 
-    def __init__(self, run: RunDir, attempt: int, node: NodeInfo, log: Path) -> None:
-        self._run, self._attempt, self._log = run, attempt, log
+    def __init__(self, run: RunDir, attempt: int, node: NodeInfo, log: Path, why_ended: Callable[[], str]) -> None:
+        self._run, self._attempt, self._log, self._why_ended = run, attempt, log, why_ended
         self._host = node.hosts[node.node] if len(node.hosts) > 1 else ""
         self._exits: list[failure_record.RankExit] = []
         self._stalls: list[str] = []
@@ -196,12 +198,15 @@ class _FailureLog:
         return ""
 
     def is_final(self) -> bool:
-        """Return whether a rank recorded a failure that a restart would repeat."""
-        return failure_record.read_final(self._run, self._attempt) is not None
+        """Return whether a rank recorded a failure that a restart would repeat, or the ranks were killed for good."""
+        return bool(self._why_ended()) or failure_record.read_final(self._run, self._attempt) is not None
 
     def first(self) -> FailureRecord:
         limit = LimitEvents.read().cause_since(self._limits)
         failure = failure_record.from_rank_exits(self._exits, self._run, self._attempt, self._stalls, limit)
+        if (reason := self._why_ended()) and failure.exit_code == -signal.SIGKILL:
+            # A consequence, which must not count as the first failure.
+            failure = replace(failure, kind="exit", message=reason)
         return replace(failure, host=self._host)
 
     def from_exception(self, error: Exception) -> FailureRecord | None:

@@ -97,9 +97,10 @@ def conclude(
     exit_code: int | None = None,
     lost_nodes: Collection[str] | None = None,
     failed_nodes: Collection[str] = (),
+    silence: Mapping[str, str] | None = None,
 ) -> Conclusion:
     """Judge attempt `number` and decide what follows; the arguments are those of `judge`."""
-    ending = judge(run, number, attempt, state, section.save_lead_s or 0.0, exit_code, lost_nodes, failed_nodes)
+    ending = judge(run, number, attempt, state, section.save_lead_s or 0.0, exit_code, lost_nodes, failed_nodes, silence)
     saved_step = store.newest_step(run.checkpoints)
     ended = AttemptEnd(ending.cause, attempt.resume_step, saved_step, ending.message, ending.bad_nodes)
     ended = _with_failures(run, number, ended, ending.first_failure)
@@ -114,17 +115,18 @@ def end_of_attempt(
     lost_nodes: Collection[str] | None = None,
     failed_nodes: Collection[str] = (),
     on_alert: Callable[[str], None] | None = None,
+    silence: Mapping[str, str] | None = None,
 ) -> AttemptEnd:
     """Return how attempt `number` ended: as its exit.json says, or else by judging and recording it now.
 
-    `state`, `lost_nodes` and `failed_nodes` are those of `judge`. `on_alert` gets the alert of an attempt that is judged now, if
-    the run continues; if it does not, the caller alerts.
+    `state`, `lost_nodes`, `failed_nodes` and `silence` are those of `judge`. `on_alert` gets the alert of an attempt that is
+    judged now, if the run continues; if it does not, the caller alerts.
     """
     record = run_records.read_exit(run, number)
     if record is not None:
         return _from_record(run, number, record)
     attempt = run_store.read_attempt(run, number)
-    conclusion = conclude(run, number, attempt, section, state, lost_nodes=lost_nodes, failed_nodes=failed_nodes)
+    conclusion = conclude(run, number, attempt, section, state, None, lost_nodes, failed_nodes, silence)
     conclusion.record(run, number, decided=False)
     if on_alert is not None and conclusion.decision.again and conclusion.alert is not None:
         on_alert(conclusion.alert)
@@ -180,14 +182,16 @@ def judge(
     exit_code: int | None,
     lost_nodes: Collection[str] | None = None,
     failed_nodes: Collection[str] = (),
+    silence: Mapping[str, str] | None = None,
 ) -> Ending:
     """Return why attempt `number` of a managed run ended.
 
     `state` is the scheduler's state of the job, empty where it is unknown. `exit_code` is srun's, None where the job recorded
     none. `lead_s` is the time before the end of the job at which it is asked to save. `lost_nodes` are the names of the attempt's
     nodes that Ray has lost, None where that is unknown; `failed_nodes` of those that Slurm has lost, as far as it is known.
+    `silence` says of nodes why they left no record, by name, where no scheduler does.
     """
-    ending = _judge(run, number, attempt, state, lead_s, exit_code, lost_nodes, failed_nodes)
+    ending = _judge(run, number, attempt, state, lead_s, exit_code, lost_nodes, failed_nodes, silence or {})
     if ending.cause is not Cause.INFRASTRUCTURE:
         return ending
     if _OUT_OF_MEMORY.search(_job_output(run, number, attempt)):
@@ -206,6 +210,7 @@ def _judge(
     exit_code: int | None,
     lost_nodes: Collection[str] | None,
     failed_nodes: Collection[str],
+    silence: Mapping[str, str],
 ) -> Ending:
     step = newest_trained_step(run, run_store.read_status(run))
     outcome = run_records.read_outcome(run, number)
@@ -243,6 +248,8 @@ def _judge(
     if state in _REQUEUED and not failed and (first is None or _is_interruption(first)):
         return Ending(Cause.PREEMPTED, step, f"the job was requeued at step {step} without saving", first_failure=first)
     lost = _describe_silent(silent, lost_nodes, failed, output, attempt.nodes)
+    if any(node in silence for node in silent):
+        lost = "; ".join(silence.get(node, f"no record from {node}") for node in silent)
     is_explained = first is None or failure_record.is_consequence(first)
     if run_records.lost_coordinator_file(run, number).is_file() and "Ray has lost" not in lost and is_explained:
         # Workers that have lost it end their ranks and leave no record.

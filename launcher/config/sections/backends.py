@@ -11,9 +11,15 @@ from pydantic import Field
 from launcher.config.sections.cluster import ClusterSection, LocalSection
 from launcher.config.sections.ray import RaySection
 from launcher.config.sections.slurm import SlurmSection
+from launcher.config.sections.static import StaticSection
 
 # By `cluster.kind`. The class that submits is in launcher.clusters.backends.BACKENDS.
-SECTIONS: dict[str, type[ClusterSection]] = {"local": LocalSection, "slurm": SlurmSection, "ray": RaySection}
+SECTIONS: dict[str, type[ClusterSection]] = {
+    "local": LocalSection,
+    "slurm": SlurmSection,
+    "ray": RaySection,
+    "static": StaticSection,
+}
 
 if TYPE_CHECKING:
     AnyCluster = ClusterSection

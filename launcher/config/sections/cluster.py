@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
@@ -68,6 +69,11 @@ class ClusterSection(Section):
         return False
 
     @property
+    def runs_on_every_node(self) -> bool:
+        """True where each machine runs the same command, which stays there as long as the attempt lasts."""
+        return False
+
+    @property
     def is_dry_run(self) -> bool:
         """True where nothing is to be submitted, only shown."""
         return False
@@ -100,6 +106,14 @@ class ClusterSection(Section):
     def topology_problem(self, world_size: int) -> Problem | None:
         """Return what keeps this backend from running `world_size` ranks under these settings; None where nothing does."""
         return None
+
+    def completed(self, environ: Mapping[str, str]) -> ClusterSection:
+        """Return the settings of a plan, completed by what the environment of the command says of the machines.
+
+        Raises:
+            ConfigError: where it contradicts the settings.
+        """
+        return self
 
     def for_another_run(self) -> Self:
         """Return the settings for another run on the same cluster, without what holds for one submission alone."""

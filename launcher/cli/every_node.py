@@ -1,0 +1,357 @@
+"""The verbs train and resume on a backend whose machines all run the same command: node 0 starts the run, the others join it.
+
+The command stays on its machine as long as the attempt lasts, and ends with the same exit code on all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import launcher
+from launcher import facts, run_store
+from launcher.cli import launch
+from launcher.cli.follow import follow
+from launcher.cli.interrupts import Interrupts
+from launcher.cli.resume import resume_run
+from launcher.cli.worker_process import run_worker
+from launcher.clusters.static import nodes
+from launcher.clusters.static.cluster import StaticCluster, is_idle, lost_node_s
+from launcher.clusters.static.meeting import OVER, Meeting, Member, head_endpoint
+from launcher.clusters.static.node_process import NodeProcess
+from launcher.config.compose import Composed, leaves
+from launcher.config.resume import differing, table, with_overrides
+from launcher.config.schema import RunConfig, is_run
+from launcher.config.sections.static import StaticSection
+from launcher.config.sections.static_identity import Identity, identify
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, LauncherError, Problem, RunError, SubmitError, describe
+from launcher.hardware import device
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.planner import run_dir_of
+from launcher.plan.run_dir import RunDir
+from launcher.run_records import RUNNING_STATES
+from launcher.security import ownership
+from launcher.shell_commands import launcher_command
+
+_POLL_S = 0.2
+# A network file system may show the attempt that late.
+_VISIBLE_S = 60.0
+# How long the machines of an earlier start have to end, beyond the time after which one counts as lost.
+_LEAVE_S = 60.0
+_FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What one machine does: who it is, the run, the settings of the backend, and what must be equal on all machines."""
+
+    here: Identity
+    run: RunDir
+    section: StaticSection
+    command: dict[str, str]
+
+
+class _Signals:
+    """TERM, HUP and USR2 end a command that waits; once this machine's agent runs, they ask the ranks to save and stop."""
+
+    def __init__(self) -> None:
+        self.process: NodeProcess | None = None
+
+    def install(self) -> None:
+        for number in _FORWARDED:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.process is None:
+            raise KeyboardInterrupt
+        self.process.send_signal(signal.SIGTERM)
+
+
+def train(jobs: Sequence[Composed], follows: bool | None) -> int:
+    """Take this machine's part in starting or continuing the run; returns the exit code."""
+    if len(jobs) > 1:
+        remedy = "start the runs one after the other, each on every machine"
+        raise ConfigError("-m starts several runs, and a machine takes part in one at a time", where="-m", remedy=remedy)
+    composed = jobs[0]
+    config = composed.config
+    section = StaticSection.of(config.cluster)
+    with composed.located():
+        here = identify(section, os.environ, section.model_fields_set)
+        _require_shared_run(config, here)
+    name = str(config.run.name)
+    run = RunDir(run_dir_of(config, name, str(Path.cwd()), str(Path.home())))
+    changes = {"cluster": section.for_plan(here.nodes)}
+    composed = replace(composed, config=config.model_copy(update=changes))
+    start = _Start(here, run, section, _command_of(composed.config))
+    if not here.is_head:
+        return _join(start)
+
+    def begin(cluster: StaticCluster, interrupts: Interrupts) -> int | str:
+        if run.plan.is_file():
+            return _continue(composed, run, cluster, interrupts)
+        launch.check_wandb_accounts([composed])
+        with composed.located():
+            plan = launch.prepare_plan(composed, taken_names=set())
+        launch.print_plan(plan, cluster)
+        cluster.check(plan)
+        interrupts.defer()
+        return launch.start(plan, cluster)[1]
+
+    return _lead(start, begin, follows is not False)
+
+
+def resume(run: RunDir, plan: LaunchPlan, arguments: argparse.Namespace) -> int:
+    """Take this machine's part in a resume, which every machine is asked for; returns the exit code."""
+    config = with_overrides(plan.config, arguments.overrides, plan.run_name)
+    section = StaticSection.of(config.cluster)
+    keys = [override.lstrip("+").partition("=")[0] for override in arguments.overrides]
+    here = identify(section, os.environ, [key.removeprefix("cluster.") for key in keys if key.startswith("cluster.")])
+    config = config.model_copy(update={"cluster": section.for_plan(here.nodes)})
+    command = {**_command_of(config), "resume --step": str(arguments.step), "resume --force": str(arguments.force)}
+    start = _Start(here, run, section, command)
+    if not here.is_head:
+        return _join(start)
+
+    def begin(cluster: StaticCluster, interrupts: Interrupts) -> int | str:
+        overrides = _for_plan(arguments.overrides, plan, here)
+        with run_store.start_lock(run):
+            _await_idle(run)
+            return resume_run(run, plan, cluster, overrides, arguments.step, interrupts, arguments.force)
+
+    return _lead(start, begin, arguments.follow is not False)
+
+
+def _require_shared_run(config: RunConfig, here: Identity) -> None:
+    """Refuse a run that the other machines, and the next start of the command, could not find.
+
+    Raises:
+        ConfigError: with each setting that is missing.
+    """
+    problems = []
+    if config.run.name is None:
+        remedy = "set run.name, the same on every machine; repeating the command then continues the run"
+        problems.append(Problem("run.name is needed, since every machine must find the same run", "run.name", remedy=remedy))
+    if here.nodes > 1 and not config.run.root.startswith(("/", "~")):
+        remedy = "set run.root to an absolute path on storage that all machines share, such as /shared/runs"
+        message = "run.root must be on storage that all machines share, under one absolute path"
+        problems.append(Problem(message, "run.root", config.run.root, remedy))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _command_of(config: RunConfig) -> dict[str, str]:
+    """Return the settings that every machine must have been started with, and the launcher's version."""
+    values = {key: str(value) for key, value in leaves(config.model_dump(mode="json"))}
+    return {**values, "launcher": launcher.__version__}
+
+
+def _for_plan(overrides: Sequence[str], plan: LaunchPlan, here: Identity) -> list[str]:
+    """Return the overrides without those that belong to this machine and this start, and with the number of machines."""
+    per_start = ("cluster.node_rank=", "cluster.master_addr=", "cluster.master_port=", "cluster.nodes=")
+    kept = [override for override in overrides if not override.lstrip("+").startswith(per_start)]
+    return kept if plan.config.cluster.nodes == here.nodes else [*kept, f"cluster.nodes={here.nodes}"]
+
+
+def _lead(start: _Start, begin: Callable[[StaticCluster, Interrupts], int | str], shows_steps: bool) -> int:
+    """Carry out node 0's part: `begin` returns the attempt that it has started, or why there is nothing left to do."""
+    here, signals = start.here, _Signals()
+    signals.install()
+    endpoint = head_endpoint(here, start.section.interface, start.section.allow_public_address)
+    meeting = Meeting(here, start.run.root, start.command, endpoint).open()
+    cluster = StaticCluster(meeting)
+    with Interrupts() as interrupts:
+        try:
+            if endpoint is not None:
+                print(f"{here.label}: the others find it at {endpoint.address}:{here.port} ({endpoint.interface})", flush=True)
+            attempt = begin(cluster, interrupts)
+            if isinstance(attempt, str):
+                meeting.end(attempt)
+                print(attempt)
+                return 0
+        except BaseException as error:
+            meeting.refuse(describe(error) if isinstance(error, Exception) else "the command on node 0 was interrupted")
+            if cluster.process is not None:
+                cluster.process.send_signal(signal.SIGTERM)
+            raise
+        finally:
+            if cluster.process is None:
+                meeting.close()
+        signals.process = cluster.process
+        signals.install()
+        try:
+            if not shows_steps:
+                return _follow_quietly(start, attempt, cluster)
+            return follow(start.run, attempt, cluster, interrupts)
+        finally:
+            meeting.close()
+            _record_silent_end(start.run, attempt, cluster)
+
+
+def _follow_quietly(start: _Start, attempt: int, cluster: StaticCluster) -> int:
+    while cluster.status(start.run).state in RUNNING_STATES:
+        time.sleep(_POLL_S)
+    cluster.await_end(start.run)
+    return _closing(start, attempt)
+
+
+def _record_silent_end(run: RunDir, attempt: int, cluster: StaticCluster) -> None:
+    """Write that the attempt has failed where node 0's agent could not."""
+    with suppress(OSError, LauncherError):
+        if run_store.newest_attempt(run) == attempt and run_store.read_status(run).state in RUNNING_STATES:
+            status = cluster.status(run)
+            if status.state not in RUNNING_STATES:
+                run_store.update_status(run, state=status.state, message=status.message)
+
+
+def _join(start: _Start) -> int:
+    """Carry out the part of a machine other than node 0."""
+    here, run, signals = start.here, start.run, _Signals()
+    signals.install()
+    answer = Member(here, run.root, start.command).await_plan(start.section.wait_minutes * 60)
+    if answer.state == OVER:
+        print(answer.message)
+        return 0
+    attempt, name = answer.attempt, answer.names[here.node]
+    _await_visible(run, attempt)
+    ownership.require_run(run)
+    plan_path = run.attempt(attempt) / "plan.json" if answer.own_plan else run.plan
+    process = NodeProcess.start(run, attempt, plan_path, here.node, name)
+    signals.process = process
+    log = nodes.agent_log(run, attempt, here.node)
+    print(f"{here.label}: attempt {attempt} of {run.root.name} runs here as {name}; its output is in {log}", flush=True)
+    with Interrupts() as interrupts:
+        interrupts.defer()
+        signals.install()
+        num_handled = 0
+        while process.poll() is None:
+            if len(interrupts.received) > num_handled:
+                num_handled += 1
+                with suppress(SubmitError, RunError):
+                    StaticCluster().cancel(run)
+            time.sleep(_POLL_S)
+        return _await_conclusion(start, attempt)
+
+
+def _await_visible(run: RunDir, attempt: int) -> None:
+    """Wait until this machine sees the attempt with its nodes.
+
+    Raises:
+        SubmitError: where it does not come.
+    """
+    until = time.monotonic() + _VISIBLE_S
+    while time.monotonic() < until:
+        with suppress(OSError, LauncherError):
+            run_store.refresh_directory(run.attempts)
+            if run_store.read_attempt(run, attempt).nodes:
+                return
+        time.sleep(_POLL_S)
+    remedy = "check the storage of run.root on this machine"
+    raise SubmitError(f"attempt {attempt} did not appear on this machine", where=str(run.attempt(attempt)), remedy=remedy)
+
+
+def _await_conclusion(start: _Start, attempt: int) -> int:
+    """Wait until node 0 has judged the attempt, or is lost; returns the exit code."""
+    run, cluster = start.run, StaticCluster()
+    until = time.monotonic() + start.section.stop_grace_seconds + 2 * lost_node_s(run)
+    while time.monotonic() < until:
+        with suppress(OSError, LauncherError):
+            if run_store.newest_attempt(run) != attempt or cluster.status(run).state not in RUNNING_STATES:
+                break
+        time.sleep(_POLL_S)
+    return _closing(start, attempt)
+
+
+def _closing(start: _Start, attempt: int) -> int:
+    """Print how the attempt ended; returns the exit code, which is the same on every machine."""
+    run = start.run
+    status = StaticCluster().status(run)
+    if run_store.newest_attempt(run) != attempt:
+        print(f"{start.here.label}: another start of the run has taken over", file=sys.stderr)
+        return EXIT_FAILED
+    words = f"{status.state}: {status.message}" if status.message else status.state
+    print(f"{start.here.label}: {words}", file=sys.stderr if status.state == "failed" else sys.stdout, flush=True)
+    return 0 if status.state == "completed" else EXIT_INTERRUPTED if status.state in ("cancelled", "preempted") else EXIT_FAILED
+
+
+def _continue(composed: Composed, run: RunDir, cluster: StaticCluster, interrupts: Interrupts) -> int | str:
+    """Start the next attempt of a run that exists, as the same command is repeated; returns why where nothing is left to do.
+
+    Raises:
+        ConfigError: where the command differs from the one that has begun the run.
+        SubmitError: where the run still runs, or its retry budget is used up.
+    """
+    ownership.require_run(run)
+    with run_store.start_lock(run):
+        _await_idle(run)
+        with composed.located():
+            _require_same_command(composed.config, LaunchPlan.load(run.plan), run)
+        plan = run_store.load_plan(run)
+        previous = _judge_previous(run)
+        if previous["over"]:
+            return f"{previous['reason']}; nothing is left to do"
+        if not previous["again"]:
+            command = launcher_command("resume", run.root)
+            remedy = f"when the cause is gone, continue it on every machine with: {command}"
+            raise SubmitError(f"the run is not continued: {previous['reason']}", where=str(run.root), remedy=remedy)
+        count = composed.config.cluster.nodes
+        overrides = [] if plan.config.cluster.nodes == count else [f"cluster.nodes={count}"]
+        return resume_run(run, plan, cluster, overrides, None, interrupts, automatic=True)
+
+
+def _await_idle(run: RunDir) -> None:
+    """Wait until the machines of an earlier start have ended, which lose each other one after the other.
+
+    Returns also where they have not: what starts the attempt then refuses the run.
+    """
+    until, said = time.monotonic() + lost_node_s(run) + _LEAVE_S, False
+    while time.monotonic() < until:
+        status = StaticCluster().status(run)
+        if status.state not in RUNNING_STATES and is_idle(run):
+            return
+        if not said:
+            said = True
+            print(f"waiting for the end of attempt {run_store.newest_attempt(run)}: {status.state} {status.message}", flush=True)
+        time.sleep(_POLL_S)
+
+
+def _require_same_command(config: RunConfig, plan: LaunchPlan, run: RunDir) -> None:
+    requested = facts.resolve(config, device)
+    saved = plan.config
+    if is_run(requested.model.path) and not str(config.model.path).rpartition("@")[2].isdigit():
+        # The newest checkpoint of that run when this one was begun.
+        requested = requested.model_copy(update={"model": requested.model.model_copy(update={"path": saved.model.path})})
+    changes = [
+        change
+        for change in differing(saved.model_dump(mode="json"), requested.model_dump(mode="json"))
+        if not change.key.startswith("cluster.")
+    ]
+    if changes:
+        raise ConfigError(
+            f"the command differs from the one that began the run:\n{table(changes, before='the run')}",
+            where=str(run.root),
+            remedy="repeat that one, change settings on every machine with: "
+            f"{launcher_command('resume', run.root)} KEY=VALUE, or choose another run.name",
+        )
+
+
+def _judge_previous(run: RunDir) -> dict[str, Any]:
+    """Let the worker side judge the newest attempt: launcher.worker.static.previous."""
+    command = [sys.executable, "-m", "launcher.worker.static.previous", str(run_store.newest_plan_path(run))]
+    code, output = run_worker(command, stdout=subprocess.PIPE)
+    try:
+        answer: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        message = f"the previous attempt cannot be judged: exit code {code}; the message is above"
+        raise RunError(message, where=str(run.root)) from None
+    return answer

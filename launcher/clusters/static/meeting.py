@@ -1,0 +1,386 @@
+"""How the machines of a start find each other: node 0 listens, the others ask it until it has a plan.
+
+Each question tells node 0 who asks and for what; each answer has the number that this start has drawn. Node 0 writes the
+number into run.root as well: a machine that does not find it there has another run.root, and one that finds it never takes the
+plan of an earlier start. Nothing that comes over the network is believed but numbers; the plan is read from the run directory.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher import atomic_files, json_records, run_store
+from launcher.clusters import network
+from launcher.config.sections.static_identity import Identity
+from launcher.errors import ConfigError, LauncherError, Problem, SubmitError
+
+_MAX_MESSAGE_BYTES = 1 << 20
+_SOCKET_S = 5.0
+# How often a machine asks, and after how long without a question it is not counted as there any more.
+ASK_EVERY_S, _GONE_S = 0.5, 15.0
+# A network file system may show a file that late.
+SHARED_S = 20.0
+# How long node 0 answers after the start was refused, so that every machine hears why.
+_LINGER_S = 3.0
+_MAX_DIFFERENCES = 5
+# The states of a start that answers tell.
+WAITING, READY, OVER, REFUSED = "waiting", "ready", "over", "refused"
+
+
+@dataclass(frozen=True)
+class Question:
+    """`process` tells two processes apart that say to be the same machine. `command` is what the command asks for, by keys.
+
+    `sees` is the number that was found in run.root, empty where none was; `missed` is a number that was not found there in time.
+    """
+
+    node: int
+    nodes: int
+    host: str
+    process: str
+    run: str
+    command: dict[str, str]
+    sees: str = ""
+    missed: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`nonce` is the number of this start. `attempt`, `own_plan` and `names` are those of a start that is ready.
+
+    `own_plan` is whether the attempt has a plan of its own. `message` says what is waited for, or why there is nothing to do.
+    """
+
+    nonce: str
+    host: str
+    state: str = WAITING
+    message: str = ""
+    attempt: int = 0
+    own_plan: bool = False
+    names: tuple[str, ...] = ()
+
+
+@dataclass
+class _Seen:
+    question: Question
+    at: float
+
+
+class Meeting:
+    """Node 0's side of a start. `endpoint` is where it listens; None for one machine alone."""
+
+    def __init__(self, here: Identity, run: Path, command: Mapping[str, str], endpoint: network.Endpoint | None) -> None:
+        self._here, self._run, self._command = here, run, dict(command)
+        self.endpoint = endpoint
+        self._file = marker(run)
+        self._lock = threading.Lock()
+        self._seen: dict[int, _Seen] = {}
+        # Commands that another one of the same index has followed: one that was killed asks no more.
+        self._replaced: dict[int, set[str]] = {}
+        self._problem: Problem | None = None
+        self._answer = Answer(secrets.token_hex(16), network.node_name(), message="node 0 is planning")
+        self._heard: set[int] = set()
+        self._server: _Server | None = None
+
+    def open(self) -> Meeting:
+        """Write the number of this start and listen.
+
+        Raises:
+            SubmitError: where run.root cannot be written, or the port is taken.
+        """
+        if self.endpoint is None:
+            return self
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_files.write_text(self._file, self._answer.nonce)
+        except OSError as error:
+            message = f"run.root cannot be written: {error.strerror or error}"
+            remedy = "set run.root to a folder on shared storage that you can write to"
+            raise SubmitError(message, where="run.root", value=str(self._file.parent), remedy=remedy) from None
+        try:
+            self._server = _Server(self.endpoint.address, self._here.port, self.reply)
+        except OSError as error:
+            self._remove_file()
+            message = f"node 0 cannot listen on {self.endpoint.address}:{self._here.port}: {error.strerror or error}"
+            remedy = "end what uses the port, or choose another one with cluster.master_port on every machine"
+            raise SubmitError(message, where="cluster.master_port", value=str(self._here.port), remedy=remedy) from None
+        return self
+
+    def close(self) -> None:
+        """Listen no more; after a refusal only when the machines that were there have heard of it, or had the time to."""
+        until = time.monotonic() + _LINGER_S
+        while self._answer.state in (REFUSED, OVER) and time.monotonic() < until and not self._heard >= self._present():
+            time.sleep(0.05)
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+        self._remove_file()
+
+    def say(self, message: str) -> None:
+        """Tell the other machines what node 0 is doing."""
+        self._set(message=message)
+
+    def announce(self, attempt: int, own_plan: bool, names: tuple[str, ...]) -> None:
+        self._set(state=READY, attempt=attempt, own_plan=own_plan, names=names)
+
+    def end(self, message: str) -> None:
+        """Tell the other machines that there is nothing left to do."""
+        self._set(state=OVER, message=message)
+
+    def refuse(self, message: str) -> None:
+        self._set(state=REFUSED, message=message)
+
+    def await_everyone(self, wait_s: float) -> tuple[str, ...]:
+        """Wait until every machine is there and sees the number; returns their names, which differ.
+
+        Raises:
+            SubmitError: for machines that are missing, or see another run.root.
+            ConfigError: for machines that were started with another command, or with the same index.
+        """
+        until, said = time.monotonic() + wait_s, ""
+        while True:
+            missing = self._missing()
+            if self._problem is not None:
+                kind = SubmitError if self._problem.where == "run.root" else ConfigError
+                raise kind(self._problem)
+            if not missing:
+                return self.names()
+            words = f"waiting for {', '.join(f'node {node}' for node in missing)}"
+            if words != said:
+                said = words
+                self.say(f"node 0 is {words}")
+                where = "" if self.endpoint is None else f" at {self.endpoint.address}:{self._here.port}"
+                print(f"{self._here.label}: {words}{where}, for {wait_s / 60:g} minutes at most", flush=True)
+            if time.monotonic() > until:
+                raise SubmitError(
+                    f"{', '.join(f'node {node}' for node in missing)} of {self._here.nodes} did not come",
+                    where="cluster.wait_minutes",
+                    value=f"{wait_s / 60:g}",
+                    remedy="start the same command on every machine; check that they reach node 0 at "
+                    f"{self.endpoint.address if self.endpoint else '-'}:{self._here.port}, or raise cluster.wait_minutes",
+                )
+            time.sleep(0.1)
+
+    def reply(self, question: Question) -> Answer:
+        """Note who asks, and answer."""
+        with self._lock:
+            self._problem = self._problem or self._check(question)
+            earlier, replaced = self._seen.get(question.node), self._replaced.setdefault(question.node, set())
+            if earlier is not None and earlier.question.process != question.process:
+                replaced.add(earlier.question.process)
+            if question.process in replaced:
+                self._problem = self._problem or Problem(
+                    f"two commands say that they are node {question.node}",
+                    "cluster.node_rank",
+                    f"{question.host} and {earlier.question.host if earlier else question.host}",
+                    "start the command once on each machine, each with an index of its own",
+                )
+            self._seen[question.node] = _Seen(question, time.monotonic())
+            if self._answer.state in (REFUSED, OVER):
+                self._heard.add(question.node)
+            return self._answer
+
+    def _check(self, question: Question) -> Problem | None:
+        who = f"node {question.node} ({question.host})"
+        if question.nodes != self._here.nodes:
+            return Problem(
+                f"{who} counts other machines than node 0",
+                "cluster.nodes",
+                f"{question.nodes} there, {self._here.nodes} on node 0",
+                "give every machine the same number of machines",
+            )
+        if not 0 < question.node < self._here.nodes:
+            return Problem("two machines say that they are node 0", "cluster.node_rank", question.host, "number them from 0")
+        if question.run != str(self._run):
+            return Problem(
+                f"{who} was started for another run directory",
+                "run.root",
+                f"{question.run} there, {self._run} on node 0",
+                "mount the storage under one path, and give every machine the same run.root and run.name",
+            )
+        if question.command != self._command:
+            keys = [
+                key for key in sorted({*question.command, *self._command}) if question.command.get(key) != self._command.get(key)
+            ]
+            shown = [f"{key}: {question.command.get(key, '-')} there, {self._command.get(key, '-')} on node 0" for key in keys]
+            return Problem(
+                f"{who} was started with another command than node 0",
+                "command line",
+                "; ".join(shown[:_MAX_DIFFERENCES]),
+                "start the same command on every machine, with the same version of the launcher",
+            )
+        if question.missed == self._answer.nonce:
+            return not_shared(self._run.parent, question.host, self._answer.host)
+        return None
+
+    def _missing(self) -> list[int]:
+        with self._lock:
+            now = time.monotonic()
+            there = {
+                node for node, seen in self._seen.items() if now - seen.at < _GONE_S and seen.question.sees == self._answer.nonce
+            }
+        return [node for node in range(1, self._here.nodes) if node not in there]
+
+    def _present(self) -> set[int]:
+        with self._lock:
+            return {node for node, seen in self._seen.items() if time.monotonic() - seen.at < _GONE_S}
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all machines, made different where hosts have the same name."""
+        with self._lock:
+            hosts = [self._answer.host, *(self._seen[node].question.host for node in range(1, self._here.nodes))]
+        return tuple(host if hosts.count(host) == 1 else f"{host}-{node}" for node, host in enumerate(hosts))
+
+    def _set(self, **changes: Any) -> None:
+        with self._lock:
+            self._answer = Answer(**{**vars(self._answer), **changes})
+
+    def _remove_file(self) -> None:
+        if self.endpoint is not None:
+            with suppress(OSError):
+                if self._file.read_text() == self._answer.nonce:
+                    self._file.unlink()
+
+
+def marker(run: Path) -> Path:
+    """Return the file in run.root that has the number of the start that goes on."""
+    return run.parent / f".{run.name}.start"
+
+
+def not_shared(root: Path, host: str, head: str) -> Problem:
+    return Problem(
+        f"run.root is not shared: {host} does not see what {head} writes there",
+        "run.root",
+        str(root),
+        "set run.root to a folder on storage that every machine mounts under the same path, such as NFS or a network volume",
+    )
+
+
+class Member:
+    """The side of a machine other than node 0."""
+
+    def __init__(self, here: Identity, run: Path, command: Mapping[str, str]) -> None:
+        self._here, self._run = here, run
+        self._question = Question(here.node, here.nodes, network.node_name(), secrets.token_hex(8), str(run), dict(command))
+
+    def await_plan(self, wait_s: float) -> Answer:
+        """Ask node 0 until the start is ready or over, and say what is waited for.
+
+        Raises:
+            SubmitError: where node 0 cannot be reached in time, refuses or ends, or does not share run.root.
+        """
+        here, address = self._here, f"{self._here.address}:{self._here.port}"
+        said, until, last, missing_since = "", time.monotonic() + wait_s, None, None
+        while True:
+            answer = _ask(str(here.address), here.port, self._question)
+            now = time.monotonic()
+            if answer is None:
+                words = f"node 0 at {address}"
+                if last is not None and now - last > _GONE_S:
+                    remedy = "look at the output of the command on node 0, then repeat the command on every machine"
+                    raise SubmitError("node 0 has ended before its plan was there", where=address, remedy=remedy)
+            else:
+                if last is None:
+                    until = now + wait_s
+                last, words = now, f"the plan ({answer.message})" if answer.message else "the plan"
+                if answer.state == REFUSED:
+                    raise SubmitError(f"node 0 has refused the start: {answer.message}", where=answer.host)
+                if answer.state in (READY, OVER):
+                    return answer
+                sees = _read_marker(self._run)
+                missing_since = None if sees == answer.nonce else missing_since or now
+                missed = answer.nonce if missing_since is not None and now - missing_since > SHARED_S else ""
+                if missed and self._question.missed == missed:
+                    # Node 0 has been told.
+                    raise SubmitError(not_shared(self._run.parent, self._question.host, answer.host))
+                self._question = Question(**{**vars(self._question), "sees": sees, "missed": missed})
+            if words != said:
+                said = words
+                print(f"{here.label}: waiting for {words}, for {wait_s / 60:g} minutes at most", flush=True)
+            if now > until:
+                raise SubmitError(
+                    f"{words} did not come within {wait_s / 60:g} minutes",
+                    where="cluster.wait_minutes",
+                    value=f"{wait_s / 60:g}",
+                    remedy="start the command on node 0; check cluster.master_addr and cluster.master_port, or raise "
+                    "cluster.wait_minutes",
+                )
+            time.sleep(ASK_EVERY_S)
+
+
+def _read_marker(run: Path) -> str:
+    with suppress(OSError, ValueError):
+        run_store.refresh_directory(run.parent)
+    with suppress(OSError, ValueError), open(marker(run), encoding="ascii") as file:
+        return file.read(64)
+    return ""
+
+
+def _ask(address: str, port: int, question: Question) -> Answer | None:
+    """Return node 0's answer, None where it does not listen or does not answer."""
+    try:
+        with socket.create_connection((address, port), timeout=_SOCKET_S) as connection, connection.makefile("rwb") as stream:
+            stream.write(json.dumps(asdict(question)).encode() + b"\n")
+            stream.flush()
+            return json_records.loads(Answer, stream.readline(_MAX_MESSAGE_BYTES), f"{address}:{port}")
+    except (OSError, LauncherError):
+        return None
+
+
+class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """Listens in a thread; an answer is sent to each question, and nothing to anything else."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, address: str, port: int, reply: Callable[[Question], Answer]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+
+        class Handler(socketserver.StreamRequestHandler):
+            timeout = _SOCKET_S
+
+            def handle(self) -> None:
+                with suppress(OSError, LauncherError):
+                    line = self.rfile.readline(_MAX_MESSAGE_BYTES)
+                    answer = reply(json_records.loads(Question, line, "a question"))
+                    self.wfile.write(json.dumps(asdict(answer)).encode() + b"\n")
+
+        super().__init__((address, port), Handler)
+        threading.Thread(target=self.serve_forever, args=(0.1,), name="meeting", daemon=True).start()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a connection that broke."""
+
+    def stop(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+def head_endpoint(here: Identity, interface: str | None, allow_public: bool) -> network.Endpoint | None:
+    """Return where node 0 listens; None for one machine alone.
+
+    Raises:
+        RunError: where the address or the interface is no use; SubmitError where it is public.
+    """
+    if here.nodes == 1:
+        return None
+    endpoint = network.endpoint_of(str(here.address), interface)
+    if network.is_public(endpoint.address) and not allow_public:
+        raise SubmitError(
+            "the machines would meet at a public address",
+            where="cluster.master_addr",
+            value=f"{endpoint.address} on {endpoint.interface}",
+            remedy="use the address of a private network, or choose it with cluster.interface; "
+            "cluster.allow_public_address=true accepts it",
+        )
+    return endpoint

@@ -1,0 +1,115 @@
+"""Signs of life of an attempt's machines: a file that each refreshes, and a record of one whose agent ended without its own.
+
+All machines write into the run directory, so that each of them, and a command elsewhere, judges the others by the same files.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import json_records, run_store
+from launcher.errors import LauncherError
+from launcher.plan.run_dir import RunDir
+from launcher.run_records import Attempt, Liveness, node_file
+from launcher.tracking.metrics import format_duration
+
+# How often a machine refreshes its file: often enough for its loss to be noticed in time.
+_LONGEST_INTERVAL_S, _REFRESHES = 10.0, 6.0
+
+
+@dataclass(frozen=True)
+class LostNode:
+    """lost-NNNNN.json: how the agent of a machine ended that left no record, by the command that had started it."""
+
+    node: int
+    message: str
+    at: float
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """One machine of an attempt: `name`, seconds since its last sign of life, None before the first, and how it ended.
+
+    `ended` where it left its record; `lost` is why it counts as lost, empty while it does not.
+    """
+
+    name: str
+    silent_s: float | None
+    ended: bool
+    lost: str = ""
+
+    @property
+    def is_alive(self) -> bool:
+        """True where its agent may still write."""
+        return not self.ended and not self.lost and self.silent_s is not None
+
+    @property
+    def description(self) -> str:
+        if self.lost or self.ended:
+            return self.lost or f"{self.name} has ended"
+        if self.silent_s is None:
+            return f"{self.name} has not started yet"
+        return f"{self.name} alive {format_duration(self.silent_s)} ago"
+
+
+def alive_file(run: RunDir, attempt: int, node: int) -> Path:
+    return run.attempt(attempt) / f"alive-{node:05d}.json"
+
+
+def lost_file(run: RunDir, attempt: int, node: int) -> Path:
+    return run.attempt(attempt) / f"lost-{node:05d}.json"
+
+
+def agent_log(run: RunDir, attempt: int, node: int) -> Path:
+    """Return the output of a machine's agent; that of node 0 has the name that all backends use."""
+    return run.agent_log(attempt) if node == 0 else run.attempt(attempt) / f"agent-{node:05d}.log"
+
+
+def interval_s(lost_node_s: float) -> float:
+    return min(_LONGEST_INTERVAL_S, lost_node_s / _REFRESHES)
+
+
+def write_alive(run: RunDir, attempt: int, node: int, name: str) -> None:
+    json_records.write(alive_file(run, attempt, node), Liveness(time.time(), name))
+
+
+def write_lost(run: RunDir, attempt: int, node: int, message: str) -> None:
+    json_records.write(lost_file(run, attempt, node), LostNode(node, message, time.time()))
+
+
+def read_states(run: RunDir, attempt: int, record: Attempt, lost_node_s: float) -> list[NodeState]:
+    """Return the state of every machine of an attempt, in their order.
+
+    The times are those of the file system, since clocks of machines differ.
+    """
+    now = time.time()
+    with suppress(OSError):
+        now = run_store.refresh_directory(run.attempt(attempt))
+    return [_read_state(run, attempt, node, name, now, lost_node_s) for node, name in enumerate(record.nodes)]
+
+
+def _read_state(run: RunDir, attempt: int, node: int, name: str, now: float, lost_node_s: float) -> NodeState:
+    silent_s: float | None = None
+    with suppress(OSError):
+        silent_s = max(0.0, now - alive_file(run, attempt, node).stat().st_mtime)
+    if node_file(run, attempt, node).is_file():
+        return NodeState(name, silent_s, True)
+    with suppress(LauncherError):
+        if (lost := json_records.read_if_present(LostNode, lost_file(run, attempt, node))) is not None:
+            return NodeState(name, silent_s, False, lost.message)
+    if silent_s is not None and silent_s > lost_node_s:
+        return NodeState(name, silent_s, False, f"{name} was lost: no sign of life for {format_duration(silent_s)}")
+    return NodeState(name, silent_s, False)
+
+
+def describe_silence(run: RunDir, attempt: int, record: Attempt, lost_node_s: float) -> dict[str, str]:
+    """Return why machines left no record, by their names, for the postmortem of an attempt that has ended."""
+    states = read_states(run, attempt, record, lost_node_s)
+    return {
+        state.name: state.lost or f"{state.name} left no record: its agent was killed, or the machine was lost"
+        for state in states
+        if not state.ended
+    }

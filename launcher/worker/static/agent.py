@@ -1,0 +1,136 @@
+"""The agent of one of the machines that run the same command: `python -m launcher.worker.static.agent PLAN ATTEMPT NODE`.
+
+It meets the agents of the other machines, checks the machine, runs its ranks and writes its record, as on Slurm. The agent of
+machine 0 concludes the attempt when the others have left their records, or are lost.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+from launcher import json_records, run_store
+from launcher.clusters import detached_process
+from launcher.clusters.cgroups import record_limits
+from launcher.clusters.static import nodes
+from launcher.clusters.static.cluster import REPEAT
+from launcher.config.sections.static import StaticSection
+from launcher.errors import LauncherError, Problem
+from launcher.plan.retry import Cause, Decision
+from launcher.run_records import Attempt, FailureRecord, NodeRecord, node_file
+from launcher.tracking.jsonl import append_event
+from launcher.worker import disk_reserve, failure_record, node_agents, postmortem
+from launcher.worker.agent import NodeAgent
+from launcher.worker.limits import cause_of
+from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
+from launcher.worker.ranks.rank_env import die_with_parent
+from launcher.worker.signals import CANCEL, PREEMPT
+from launcher.worker.static.peers import Peers
+from launcher.worker.wandb_closing import close_wandb_run
+
+# TERM comes from the provider, which takes the machine back; the command turns Ctrl-C into a request to cancel.
+_SIGNALS = {CANCEL: CANCEL, signal.SIGTERM: PREEMPT, signal.SIGHUP: PREEMPT, PREEMPT: PREEMPT}
+_LOOK_S = 0.2
+_EXIT_INTERRUPTED = 130
+
+
+def main(plan_path: str, attempt: int, number: int) -> int:
+    """Run this machine's part of one attempt and write its record; returns the exit code."""
+    die_with_parent()
+    agent = NodeAgent.start(plan_path, attempt, _SIGNALS)
+    if agent is None:
+        return 1
+    plan, run, stopper = agent.plan, agent.run, agent.stopper
+    section, record = StaticSection.of(plan.config.cluster), run_store.read_attempt(run, attempt)
+    peers = Peers(run, attempt, record, number, section.lost_node_seconds, agent.ranks.send_signal).start()
+    if number == 0:
+        job = {**detached_process.describe_this_process(), "nodes": record.nodes}
+        run_store.update_status(run, state="running", attempt=attempt, job=job, message="starting")
+        disk_reserve.keep(run, attempt)
+    record_limits(run, attempt, number)
+    if run.cancel(attempt).is_file():
+        stopper.request(CANCEL)
+    mirror: MirrorProcess | None = None
+    failure: FailureRecord | None = None
+    problems: list[Problem] = []
+    try:
+        node = node_agents.node_info(plan, record, number)
+        store = node_agents.connect(record, node)
+        problems = node_agents.check(store, plan, run, attempt, record, node)
+        if not problems and not stopper.requested:
+            mirror = agent.start_mirror() if node.is_head else None
+            failure = agent.run_ranks(node, store, why_ended=peers.why_ended)
+    except Exception as error:
+        log = nodes.agent_log(run, attempt, number)
+        failure = failure_record.from_exception(error, log, limit=cause_of(error, run.root))
+    peers.ranks_have_ended()
+    agent.close()
+    node_record = NodeRecord(
+        number,
+        ended_at=time.time(),
+        host=record.nodes[number],
+        started_at=agent.started_at,
+        stopped=stopper.requested,
+        killed=stopper.killed,
+        first_failure=failure,
+        problems=tuple(problems),
+    )
+    json_records.write(node_file(run, attempt, number), node_record)
+    if number == 0:
+        _await_records(agent, record, section)
+        return _conclude(agent, record, section, lambda: stopper.finish(mirror, math.inf if not failure else AFTER_FAILURE_S))
+    return 0 if failure is None and not problems else 1
+
+
+def _await_records(agent: NodeAgent, record: Attempt, section: StaticSection) -> None:
+    """Wait until every other machine has left its record or is lost; they have the time that the end of their ranks takes.
+
+    A machine whose ranks hang shows signs of life: its agent kills them once this machine's record shows a failure.
+    """
+    until = time.monotonic() + section.stop_grace_seconds + section.lost_node_seconds
+    while time.monotonic() < until:
+        with suppress(OSError):
+            states = nodes.read_states(agent.run, agent.attempt, record, section.lost_node_seconds)
+            if not any(not state.ended and not state.lost for state in states):
+                return
+        time.sleep(_LOOK_S)
+
+
+def _conclude(agent: NodeAgent, record: Attempt, section: StaticSection, finish_mirror: Callable[[], None]) -> int:
+    """Judge the attempt and write how it ended; returns the exit code. Nothing runs it again by itself."""
+    run, number = agent.run, agent.attempt
+    silence = nodes.describe_silence(run, number, record, section.lost_node_seconds)
+    judged = postmortem.conclude(run, number, record, section, silence=silence)
+    run_store.fence(run, number, refresh=True)
+    conclusion = replace(judged, decision=_without_successor(judged.ending.cause, judged.decision))
+    disk_reserve.release_if_full(run, number)
+    with suppress(OSError):
+        conclusion.record(run, number)
+    if (alert := conclusion.alert) is not None:
+        with suppress(OSError):
+            append_event(run, number, "alert", alert, conclusion.ending.step)
+    # The status shows the end only when the mirror has every committed checkpoint.
+    finish_mirror()
+    state = conclusion.decision.state
+    with suppress(OSError, LauncherError):
+        run_store.update_status(run, state=state, step=conclusion.ending.step, message=conclusion.message)
+    disk_reserve.release(run, number)
+    close_wandb_run(agent.plan, agent.plan_path, run, number)
+    return 0 if state == "completed" else _EXIT_INTERRUPTED if state in ("cancelled", "preempted") else 1
+
+
+def _without_successor(cause: Cause, decision: Decision) -> Decision:
+    """Return the decision of a backend that starts no other attempt: whoever started the command may repeat it."""
+    if not decision.again:
+        return decision
+    state = "preempted" if cause in (Cause.PREEMPTED, Cause.TIME_LIMIT) else "failed"
+    return Decision(False, state, f"{decision.reason}; {REPEAT}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
