@@ -145,9 +145,8 @@ class StaticCluster:
         json_records.write(run.cancel(number), CancelRequest(time.time(), save and previous is None))
 
     def inject_fault(self, run: RunDir, attempt: int, fault: str) -> InjectedFault:
-        raise SubmitError(
-            "drill does not support cluster=static", where="cluster", value="static", remedy=self.drill_remedy or ""
-        )
+        remedy = self.drill_remedy or ""
+        raise SubmitError("drill does not support cluster=static", where="cluster", value="static", remedy=remedy)
 
 
 def lost_node_s(run: RunDir) -> float:

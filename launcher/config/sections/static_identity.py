@@ -195,7 +195,7 @@ def identify(section: StaticSection, environ: Mapping[str, str], chosen: Collect
         problems.append(Problem("the index of this machine is unknown", "cluster.node_rank", f"{nodes} machines", remedy))
     if node is not None and int(node) >= nodes:
         remedy = f"number the machines from 0 to {nodes - 1}"
-        problems.append(Problem(f"there is no machine {node} among {nodes}", "cluster.node_rank", str(node), remedy))
+        problems.append(Problem(f"there is no node {node} among {nodes}", "cluster.node_rank", str(node), remedy))
     if nodes > 1 and not values.get(MASTER_ADDR):
         remedy = "set MASTER_ADDR or cluster.master_addr on each machine to the private address of node 0"
         problems.append(Problem("the address of node 0 is unknown", "cluster.master_addr", remedy=remedy))

@@ -102,4 +102,4 @@ class Peers:
                 continue
             # As failure_record.PEER_LOST knows it: the failure of this machine's ranks is a consequence.
             if now - self._failed_at.setdefault(node, now) > patience_s:
-                self._reason = self._reason or f"remote process exited ({reason}); this machine's ranks were killed"
+                self._reason = self._reason or f"remote process exited: {reason}"

@@ -1,0 +1,203 @@
+"""How the machines of a start find each other: real sockets and files, the machines as threads of this process."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher.clusters import network
+from launcher.clusters.static import meeting as module
+from launcher.clusters.static.meeting import OVER, READY, Answer, Meeting, Member, head_endpoint, marker
+from launcher.config.sections.static_identity import Identity
+from launcher.errors import ConfigError, LauncherError, SubmitError
+
+COMMAND = {"train.max_steps": "4", "model.name": "tiny"}
+Outcomes = dict[str, Answer | LauncherError]
+
+
+@pytest.fixture
+def port() -> int:
+    return network.free_port("127.0.0.1")
+
+
+@pytest.fixture
+def head(tmp_path: Path, port: int) -> Iterator[Callable[..., Meeting]]:
+    opened: list[Meeting] = []
+
+    def open_meeting(nodes: int = 2) -> Meeting:
+        opened.append(Meeting(Identity(0, nodes, "127.0.0.1", port), tmp_path / "run", COMMAND, network.LOOPBACK).open())
+        return opened[-1]
+
+    yield open_meeting
+    for meeting in opened:
+        meeting.close()
+
+
+def ask(
+    port: int, run: Path, node: int = 1, nodes: int = 2, command: dict[str, str] = COMMAND
+) -> tuple[threading.Thread, Outcomes]:
+    """A machine that waits for the plan in a thread."""
+    outcomes: Outcomes = {}
+
+    def wait() -> None:
+        try:
+            outcomes["is"] = Member(Identity(node, nodes, "127.0.0.1", port), run, command).await_plan(30)
+        except LauncherError as error:
+            outcomes["is"] = error
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread, outcomes
+
+
+def refusal(outcomes: Outcomes) -> str:
+    error = outcomes["is"]
+    assert isinstance(error, SubmitError)
+    return error.problems[0].message
+
+
+def test_a_machine_that_comes_first_waits_and_gets_this_start_s_attempt(
+    tmp_path: Path, port: int, head: Callable[..., Meeting], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Of an earlier start that was killed.
+    marker(tmp_path / "run").write_text("of an earlier start")
+    thread, outcomes = ask(port, tmp_path / "run")
+    time.sleep(0.7)
+    meeting = head()
+    names = meeting.await_everyone(60)
+    assert len(set(names)) == 2
+    meeting.announce(7, True, names)
+    thread.join(60)
+    answer = outcomes["is"]
+    assert isinstance(answer, Answer)
+    assert (answer.state, answer.attempt, answer.own_plan, answer.names) == (READY, 7, True, names)
+    printed = capsys.readouterr().out
+    assert f"node 1 of 2: waiting for node 0 at 127.0.0.1:{port}, for 0.5 minutes at most" in printed
+    assert "node 1 of 2: waiting for the plan (node 0 is " in printed
+    meeting.close()
+    assert not marker(tmp_path / "run").exists()
+
+
+def test_nothing_left_to_do_and_a_refusal_reach_the_other_machines(
+    tmp_path: Path, port: int, head: Callable[..., Meeting]
+) -> None:
+    for end, state in (("end", OVER), ("refuse", None)):
+        thread, outcomes = ask(port, tmp_path / "run")
+        meeting = head()
+        meeting.await_everyone(60)
+        getattr(meeting, end)("because of this")
+        meeting.close()
+        thread.join(60)
+        if state is not None:
+            assert replace(outcomes["is"], nonce="", host="", attempt=0) == Answer("", "", state, "because of this")
+        else:
+            assert refusal(outcomes) == "node 0 has refused the start: because of this"
+
+
+def test_a_machine_that_does_not_come_is_named(head: Callable[..., Meeting], port: int) -> None:
+    meeting = head(nodes=3)
+    with pytest.raises(SubmitError) as caught:
+        meeting.await_everyone(0.5)
+    (problem,) = caught.value.problems
+    assert problem.message == "node 1, node 2 of 3 did not come"
+    assert f"127.0.0.1:{port}" in problem.remedy
+
+
+def test_another_command_is_refused_with_what_differs(tmp_path: Path, port: int, head: Callable[..., Meeting]) -> None:
+    meeting = head()
+    ask(port, tmp_path / "run", command={**COMMAND, "train.max_steps": "5"})
+    with pytest.raises(ConfigError) as caught:
+        meeting.await_everyone(60)
+    (problem,) = caught.value.problems
+    assert "was started with another command than node 0" in problem.message
+    assert problem.value == "train.max_steps: 5 there, 4 on node 0"
+
+
+@pytest.mark.parametrize(
+    "changes, where", [({"nodes": 3}, "cluster.nodes"), ({"node": 0}, "cluster.node_rank"), ({"elsewhere": True}, "run.root")]
+)
+def test_machines_that_do_not_belong_together_are_refused(
+    tmp_path: Path, port: int, head: Callable[..., Meeting], changes: dict[str, int], where: str
+) -> None:
+    meeting = head()
+    run = tmp_path / "other" / "run" if changes.pop("elsewhere", False) else tmp_path / "run"
+    ask(port, run, **changes)
+    with pytest.raises(LauncherError) as caught:
+        meeting.await_everyone(60)
+    (problem,) = caught.value.problems
+    assert problem.where == where
+    assert problem.remedy
+
+
+def test_two_commands_with_one_index_are_refused_and_a_restarted_one_is_not(tmp_path: Path, head: Callable[..., Meeting]) -> None:
+    meeting = head()
+    nonce = marker(tmp_path / "run").read_text()
+    question = module.Question(1, 2, "a", "first", str(tmp_path / "run"), COMMAND, sees=nonce)
+    meeting.reply(question)
+    meeting.reply(replace(question, process="second", host="b"))
+    assert len(meeting.await_everyone(1)) == 2
+    meeting.reply(question)
+    with pytest.raises(ConfigError, match="two commands say that they are node 1"):
+        meeting.await_everyone(1)
+
+
+def test_a_run_root_that_is_not_shared_is_named_on_both_sides(
+    tmp_path: Path, port: int, head: Callable[..., Meeting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file with the number is removed behind the back of node 0, as if it were in another folder."""
+    monkeypatch.setattr(module, "SHARED_S", 1.0)
+    meeting = head()
+    marker(tmp_path / "run").unlink()
+    thread, outcomes = ask(port, tmp_path / "run")
+    with pytest.raises(SubmitError) as caught:
+        meeting.await_everyone(60)
+    (problem,) = caught.value.problems
+    assert problem.message.startswith("run.root is not shared: ")
+    assert (problem.where, problem.value) == ("run.root", str(tmp_path))
+    assert "every machine mounts under the same path" in problem.remedy
+    thread.join(60)
+    assert "run.root is not shared" in refusal(outcomes)
+
+
+def test_what_is_no_question_gets_no_answer(port: int, head: Callable[..., Meeting]) -> None:
+    head()
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert connection.recv(100) == b""
+
+
+def test_a_taken_port_and_a_root_that_cannot_be_written_are_refused(tmp_path: Path, port: int) -> None:
+    here = Identity(0, 2, "127.0.0.1", port)
+    taken = pytest.raises(SubmitError, match=f"node 0 cannot listen on 127.0.0.1:{port}")
+    with socket.create_server(("127.0.0.1", port)), taken:
+        Meeting(here, tmp_path / "run", COMMAND, network.LOOPBACK).open()
+    assert not marker(tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(SubmitError, match="cannot be written"):
+        Meeting(here, tmp_path / "file" / "run", COMMAND, network.LOOPBACK).open()
+
+
+def test_a_public_address_is_refused_unless_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "_interfaces", lambda: {"eth0": ["8.8.4.4"]})
+    here = Identity(0, 2, "8.8.4.4", 29500)
+    with pytest.raises(SubmitError, match="the machines would meet at a public address"):
+        head_endpoint(here, None, allow_public=False)
+    assert head_endpoint(here, None, allow_public=True) == network.Endpoint("8.8.4.4", "eth0")
+    assert head_endpoint(Identity(0, 1, None, 29500), None, allow_public=False) is None
+
+
+def test_the_address_of_a_service_or_of_localhost_leaves_the_choice_to_the_default_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "_interfaces", lambda: {"lo": ["127.0.0.1"], "eth0": ["10.1.0.7"], "ib0": ["10.9.0.7"]})
+    monkeypatch.setattr(network, "_routed_from", lambda peer: "10.1.0.7")
+    for host in ("localhost", "10.96.0.1"):
+        assert network.endpoint_of(host, None) == network.Endpoint("10.1.0.7", "eth0")
+    assert network.endpoint_of("10.9.0.7", None) == network.Endpoint("10.9.0.7", "ib0")
+    assert network.endpoint_of("10.9.0.7", "eth0") == network.Endpoint("10.1.0.7", "eth0")
+    # Processes of one machine.
+    assert network.endpoint_of("127.0.0.2", None) == network.Endpoint("127.0.0.2", "lo")

@@ -1,0 +1,137 @@
+"""Which machine a command runs on, by the variables of each provider."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from launcher.config.sections.static import StaticSection
+from launcher.config.sections.static_identity import ONE_PER_NODE, VARIABLES, Identity, count_nodes, identify
+from launcher.errors import ConfigError
+
+
+def of(environ: Mapping[str, str], **settings: object) -> Identity:
+    section = StaticSection.model_validate({"kind": "static", **settings})
+    return identify(section, environ, section.model_fields_set)
+
+
+def problems_of(environ: Mapping[str, str], **settings: object) -> list[tuple[str, str]]:
+    with pytest.raises(ConfigError) as caught:
+        of(environ, **settings)
+    assert all(problem.remedy for problem in caught.value.problems)
+    return [(problem.message, problem.value) for problem in caught.value.problems]
+
+
+PROVIDERS = {
+    "by hand": {"NNODES": "3", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "2222"},
+    "Kubeflow Trainer": {
+        "PET_NNODES": "3",
+        "PET_NODE_RANK": "1",
+        "PET_MASTER_ADDR": "10.0.0.1",
+        "PET_MASTER_PORT": "2222",
+        "PET_NPROC_PER_NODE": "8",
+    },
+    "PyTorchJob": {"WORLD_SIZE": "3", "RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "2222"},
+    "PyTorchJob with nprocPerNode": {
+        **{"WORLD_SIZE": "24", "RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "2222"},
+        **{"PET_NNODES": "3:3", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "8"},
+    },
+    "SageMaker": {"SM_HOSTS": '["10.0.0.1", "algo-2", "algo-3"]', "SM_CURRENT_HOST": "algo-2"},
+    "Azure ML": {
+        **{"AZUREML_NODE_COUNT": "3", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "2222"},
+        **{"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "AZ_BATCH_MASTER_NODE": "10.0.0.1:6000"},
+    },
+    "Azure ML with MPI": {
+        **{"AZUREML_NODE_COUNT": "3", "AZ_BATCH_MASTER_NODE": "10.0.0.1:6000"},
+        **{"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"},
+    },
+    "RunPod": {
+        **{"NUM_NODES": "3", "NODE_RANK": "1", "NUM_TRAINERS": "8", "WORLD_SIZE": "24"},
+        **{"PRIMARY_ADDR": "10.0.0.1", "MASTER_ADDR": "10.0.0.1", "PRIMARY_PORT": "2222", "MASTER_PORT": "2222"},
+    },
+    "SkyPilot": {
+        "SKYPILOT_NUM_NODES": "3",
+        "SKYPILOT_NODE_RANK": "1",
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2\n10.0.0.3\n",
+    },
+    "srun": {"SLURM_STEP_NUM_NODES": "3", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "10.0.0.1,n[7-8]", "SLURM_LOCALID": "0"},
+}
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_the_variables_of_a_provider_tell_which_machine_this_is(provider: str) -> None:
+    environ = PROVIDERS[provider]
+    port = 2222 if "2222" in environ.values() else 29500
+    assert of(environ) == Identity(1, 3, "10.0.0.1", port)
+
+
+def test_settings_tell_it_without_any_variable() -> None:
+    expected = Identity(1, 2, "gpu-0", 4000)
+    assert of({}, nodes=2, node_rank=1, master_addr="gpu-0", master_port=4000) == expected
+    # Equal values are no contradiction.
+    assert of({"NNODES": "2", "NODE_RANK": "1"}, nodes=2, node_rank=1, master_addr="gpu-0", master_port=4000) == expected
+
+
+def test_one_machine_needs_nothing() -> None:
+    assert of({}) == Identity(0, 1, None, 29500)
+
+
+@pytest.mark.parametrize(
+    "environ, settings, message, value",
+    [
+        ({**PROVIDERS["by hand"], "PET_NNODES": "4"}, {}, "how many machines", "NNODES=3, PET_NNODES=4"),
+        (PROVIDERS["by hand"], {"nodes": 2}, "how many machines", "cluster.nodes=2, NNODES=3"),
+        (PROVIDERS["RunPod"], {"node_rank": 2}, "which of the machines", "cluster.node_rank=2, NODE_RANK=1"),
+        (PROVIDERS["by hand"], {"master_addr": "gpu-9"}, "address of node 0", "cluster.master_addr=gpu-9, MASTER_ADDR=10.0.0.1"),
+        (PROVIDERS["by hand"], {"master_port": 9}, "port of node 0", "cluster.master_port=9, MASTER_PORT=2222"),
+    ],
+)
+def test_a_contradiction_is_refused_with_both_values(
+    environ: Mapping[str, str], settings: dict[str, object], message: str, value: str
+) -> None:
+    ((shown, values),) = problems_of(environ, **settings)
+    assert "contradict each other" in shown
+    assert message in shown
+    assert values == value
+
+
+@pytest.mark.parametrize(
+    "environ, message",
+    [
+        ({"NNODES": "2", "MASTER_ADDR": "a"}, "the index of this machine is unknown"),
+        ({"NNODES": "2", "NODE_RANK": "1"}, "the address of node 0 is unknown"),
+        ({"NODE_RANK": "1", "MASTER_ADDR": "a"}, "the number of machines is unknown"),
+        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "there is no node 2 among 2"),
+        ({"PET_NNODES": "1:4", "NODE_RANK": "0"}, "PET_NNODES is a range"),
+        ({"NNODES": "two"}, "NNODES is not a whole number"),
+        ({"SM_HOSTS": "algo-1", "SM_CURRENT_HOST": "algo-1"}, "SM_HOSTS is not a JSON list of hosts"),
+        ({"SM_HOSTS": '["algo-1"]', "SM_CURRENT_HOST": "algo-7"}, "SM_CURRENT_HOST is not one of SM_HOSTS (algo-1)"),
+        ({"MASTER_PORT": "0"}, "this is not a port"),
+    ],
+)
+def test_what_is_missing_or_cannot_be_read_is_named(environ: Mapping[str, str], message: str) -> None:
+    assert any(message in shown for shown, _ in problems_of(environ))
+
+
+def test_everything_that_is_wrong_is_told_at_once() -> None:
+    assert len(problems_of({"NNODES": "3", "PET_NNODES": "4", "LOCAL_RANK": "1"})) == 4
+
+
+@pytest.mark.parametrize("name, most", [(name, most) for name, most, _ in ONE_PER_NODE])
+def test_several_processes_on_one_machine_are_refused(name: str, most: int) -> None:
+    assert of({name: str(most)})
+    ((message, value),) = problems_of({name: str(most + 1)})
+    assert message == "this command was started several times on one machine"
+    assert value == f"{name}={most + 1}"
+
+
+def test_a_plan_counts_the_machines_without_knowing_which_one_this_is() -> None:
+    section = StaticSection.model_validate({"kind": "static"})
+    assert count_nodes(section, {"NNODES": "4"}, section.model_fields_set) == 4
+    assert section.completed({"NNODES": "4"}) == StaticSection(nodes=4)
+
+
+def test_each_variable_names_the_page_that_describes_it() -> None:
+    assert all(variable.docs.startswith("https://") for variable in VARIABLES)
+    assert {variable.gives for variable in VARIABLES} == {"nodes", "node_rank", "master_addr", "master_port"}

@@ -1,0 +1,239 @@
+"""cluster=static: the same command on two machines, as two processes of this one that differ by NODE_RANK.
+
+The machines are started by nothing but this file, share the folder of the runs, and meet on loopback.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from e2e_tools import TINY, alerts, committed, json_lines, last_step, losses, status
+from pace import slowness, wait_for
+
+from launcher.clusters.network import free_port
+
+DEADLINE_S = 240
+LOST_S = 20
+SETTINGS = (
+    *TINY,
+    *("model.dtype=fp32", "optim.schedule=constant", "optim.lr=1e-3", "eval.at_start=false", "export.enabled=false"),
+)
+ONE_RANK = ("cluster.ranks_per_node=1", f"cluster.lost_node_seconds={LOST_S}")
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+class Machine:
+    """One machine's command."""
+
+    def __init__(
+        self, node: int, port: int, words: tuple[str, ...], env: Mapping[str, str], wrapper: tuple[str, ...] = ()
+    ) -> None:
+        variables = {"NNODES": "2", "NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self.process = subprocess.Popen(
+            [*wrapper, sys.executable, "-m", "launcher", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**env, **variables},
+            cwd=env["PYTHONPATH"],
+        )
+
+    def end(self) -> tuple[int, str]:
+        """Wait for the end; returns the exit code and the output."""
+        output, _ = self.process.communicate(timeout=DEADLINE_S * slowness())
+        return self.process.returncode, output
+
+    @property
+    def agent(self) -> psutil.Process:
+        (agent,) = [
+            child for child in psutil.Process(self.process.pid).children() if "launcher.worker.static.agent" in child.cmdline()
+        ]
+        return agent
+
+
+@pytest.fixture
+def machines(launcher_env: Mapping[str, str], runs: Path) -> Iterator[Callable[..., Machine]]:
+    """`machines(NODE, *WORDS)` starts the command of a machine; all meet at one port."""
+    port, started = free_port("127.0.0.1"), []
+
+    def begin(node: int, *words: str, wrapper: tuple[str, ...] = ()) -> Machine:
+        started.append(Machine(node, port, words, launcher_env, wrapper))
+        return started[-1]
+
+    yield begin
+    for machine in started:
+        if machine.process.poll() is None:
+            machine.process.kill()
+        machine.process.communicate(timeout=60)
+
+
+def train(runs: Path, name: str, *more: str) -> tuple[str, ...]:
+    return ("+cluster=static", *SETTINGS, *ONE_RANK, f"run.root={runs}", f"run.name={name}", *more)
+
+
+def test_two_machines_train_as_two_ranks_here_do(
+    machines: Callable[..., Machine], launch: Launch, launch_here: Launch, runs: Path
+) -> None:
+    """The second machine comes first. The command is repeated when the run is complete, and then another command."""
+    words, run = train(runs, "pair", "train.max_steps=6"), runs / "pair"
+    other = machines(1, *words)
+    time.sleep(5)
+    head = machines(0, *words)
+    ends = head.end(), other.end()
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert "waiting for node 0 at 127.0.0.1:" in ends[1][1]
+    assert "step   6/6" in ends[0][1]
+    assert status(run)["state"] == "completed"
+    assert not (runs / ".pair.start").exists()
+    done = launch(*SETTINGS, "cluster.ranks_per_node=2", "train.max_steps=6", f"run.root={runs}", "run.name=here")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(run) == losses(runs / "here")
+    assert len(losses(run)) == 6
+    shown = launch_here("status", str(run))
+    assert "completed" in shown.stdout
+
+    repeated = machines(1, *words), machines(0, *words)
+    for machine in repeated:
+        code, output = machine.end()
+        assert code == 0, output
+        assert "pair is completed: 6 steps; nothing is left to do" in output
+    changed = [machines(node, *train(runs, "pair", "train.max_steps=9")) for node in (0, 1)]
+    for machine in changed:
+        code, output = machine.end()
+        assert code == 2, output
+        assert "the command differs from the one that began the run" in output
+    assert len([*run.glob("attempts/*")]) == 1
+
+
+@pytest.mark.rest
+def test_a_killed_agent_a_preempted_machine_and_a_cancel(
+    machines: Callable[..., Machine], launch_here: Launch, runs: Path
+) -> None:
+    """Three attempts of one run, each of which ends in another way, and is continued by the same command."""
+    words, run = (
+        train(runs, "disturbed", "train.max_steps=100000", "checkpoint.save_every=2", "checkpoint.keep_last=2"),
+        runs / "disturbed",
+    )
+
+    def both() -> tuple[Machine, Machine]:
+        return machines(0, *words), machines(1, *words)
+
+    def trains(attempt: int) -> None:
+        wait_for(f"steps of attempt {attempt}", lambda: attempt in attempts_with_steps(run), DEADLINE_S)
+
+    head, other = both()
+    trains(1)
+    wait_for("a checkpoint", lambda: run.joinpath("checkpoints").is_dir() and "step-" in "".join(committed(run)))
+    shown = launch_here("status", str(run)).stdout
+    assert "running" in shown
+    assert shown.count("alive") == 2, shown
+    other.agent.kill()
+    began = time.monotonic()
+    for machine in (head, other):
+        code, output = machine.end()
+        assert code == 1, output
+        assert "the agent of " in output
+        assert "-1 was killed by SIGKILL" in output
+        assert "repeat the command on every machine to continue" in output
+    # The ranks lose each other at once; ten seconds more are left for their own errors.
+    assert time.monotonic() - began < 60 * slowness()
+    assert status(run)["state"] == "failed"
+    assert any("the attempt ended (infrastructure)" in text for text in alerts(run))
+
+    head, other = both()
+    trains(2)
+    other.process.send_signal(signal.SIGTERM)
+    for machine in (head, other):
+        code, output = machine.end()
+        assert code == 130, output
+    assert status(run)["state"] == "preempted"
+    saved = status(run)["step"]
+    assert f"step-{saved:08d}" in committed(run)
+    resumed_at = min(step for step in attempts_with_steps(run)[2])
+    assert resumed_at > 1
+    # A step that both attempts made has the same loss in both.
+    first, second = attempts_with_steps(run)[1], attempts_with_steps(run)[2]
+    assert all(first[step] == second[step] for step in first.keys() & second.keys())
+
+    head, other = both()
+    trains(3)
+    assert min(attempts_with_steps(run)[3]) == saved + 1
+    cancelled = launch_here("cancel", str(run))
+    assert cancelled.returncode == 0, cancelled.stderr
+    for machine in (head, other):
+        code, output = machine.end()
+        assert code == 130, output
+    assert status(run)["state"] == "cancelled"
+    for machine in both():
+        code, output = machine.end()
+        assert code == 0, output
+        assert "disturbed is cancelled" in output
+
+    # A person continues it: the same command on both, with settings that may change.
+    step = last_step(run)
+    changed = [machines(node, "resume", str(run), f"train.max_steps={step + 2}") for node in (0, 1)]
+    for machine in changed:
+        code, output = machine.end()
+        assert code == 0, output
+    assert status(run)["state"] == "completed"
+    assert last_step(run) == step + 2
+
+
+def attempts_with_steps(run: Path) -> dict[int, dict[int, float]]:
+    """The loss of each step, by attempt."""
+    by_attempt: dict[int, dict[int, float]] = {}
+    for line in json_lines(run / "metrics.jsonl"):
+        if "train/loss" in line:
+            by_attempt.setdefault(line["attempt"], {})[line["trainer/step"]] = line["train/loss"]
+    return by_attempt
+
+
+@pytest.mark.rest
+def test_a_lost_machine_and_a_run_root_of_its_own_are_named(machines: Callable[..., Machine], runs: Path) -> None:
+    """The second machine first has a file system of its own at run.root; later all of its processes stop at the same time."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a file system")
+    words, run = train(runs, "apart", "train.max_steps=100000", "checkpoint.save_every=2"), runs / "apart"
+    runs.mkdir(exist_ok=True)
+    own = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(runs))
+    for machine in (machines(0, *words), machines(1, *words, wrapper=own)):
+        code, output = machine.end()
+        assert code == 2, output
+        assert "run.root is not shared: " in output
+        assert "every machine mounts under the same path" in output
+    assert not run.exists()
+
+    head, other = machines(0, *words), machines(1, *words)
+    wait_for("a checkpoint", lambda: (run / "checkpoints").is_dir() and "step-" in "".join(committed(run)), DEADLINE_S)
+    agent = other.agent
+    for process in (agent, *agent.children(recursive=True), psutil.Process(other.process.pid)):
+        with suppress(psutil.NoSuchProcess):
+            process.suspend()
+    # Stopped processes keep their connections, as those of a machine do that has lost its power.
+    code, output = head.end()
+    assert code == 1, output
+    assert "-1 was lost: no sign of life for" in output
+    for process in (*agent.children(recursive=True), agent, psutil.Process(other.process.pid)):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def test_a_run_without_a_name_or_a_shared_folder_is_refused(launch_here: Launch, tmp_path: Path) -> None:
+    variables = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    done = launch_here("+cluster=static", *SETTINGS, "run.root=runs", cwd=tmp_path, **variables)
+    assert done.returncode == 2
+    assert "run.name is needed" in done.stderr
+    assert "run.root must be on storage that all machines share" in done.stderr
+    assert not [*tmp_path.iterdir()]
+    done = launch_here("+cluster=static", *SETTINGS, "cluster.nodes=3", "run.name=x", f"run.root={tmp_path}", **variables)
+    assert done.returncode == 2
+    assert "cluster.nodes=3, NNODES=2" in done.stderr
