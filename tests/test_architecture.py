@@ -73,7 +73,7 @@ def test_the_data_build_loads_no_torch() -> None:
 
 def test_status_and_ls_do_not_load_pydantic() -> None:
     """Loading pydantic would double the time of `status` and `ls`."""
-    backends = "".join(f"\ncluster_for({kind!r})" for kind in ("local", "slurm", "ray"))
+    backends = "".join(f"\ncluster_for({kind!r})" for kind in ("local", "slurm", "ray", "static"))
     loaded = loaded_after(f"import launcher.cli.status\nfrom launcher.clusters.backends import cluster_for{backends}")
     assert "launcher" in loaded
     assert loaded.isdisjoint(("pydantic", "hydra", "filelock", "asyncio"))

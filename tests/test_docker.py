@@ -16,6 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from launcher.config.compose import run_hydra
+from launcher.config.sections.static_identity import NodeIdentity, identify
 from launcher.security.trust import Trust
 
 DOCKER = Path(__file__).resolve().parents[1] / "docker"
@@ -65,6 +66,34 @@ def test_the_kubernetes_job_is_complete() -> None:
     (workers,) = spec["workerGroupSpecs"]
     gpus = int(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
     assert f"cluster.workers={gpus * workers['replicas']} " in job["spec"]["entrypoint"]
+
+
+def test_the_pods_of_the_pytorchjob_run_one_command() -> None:
+    """What the operator requires of the file, and the plan of the machines that its pods are."""
+    job = load("pytorchjob.yaml")
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert {name: spec["restartPolicy"] for name, spec in replicas.items()} == {"Master": "OnFailure", "Worker": "OnFailure"}
+    assert replicas["Master"]["replicas"] == 1
+    pods = [spec["template"]["spec"] for spec in replicas.values()]
+    assert pods[0] == pods[1]
+    (container,) = pods[0]["containers"]
+    assert container["name"] == "pytorch"
+    assert pods[0]["securityContext"]["runAsNonRoot"] is True
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert Trust.from_environ(environment).accepts_group(pods[0]["securityContext"]["fsGroup"], owner=0)
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pods[0]["volumes"]}
+    configs: list[Any] = []
+    verb, *words = container["args"]
+    assert verb == "train"
+    run_hydra(words, lambda done: configs.append(done.config))
+    (config,) = configs
+    assert (config.cluster.kind, config.run.root, config.run.name) == ("static", "/shared/runs", "llama")
+    assert config.cluster.ranks_per_node == int(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert config.cluster.stop_grace_seconds < pods[0]["terminationGracePeriodSeconds"]
+    count = sum(spec["replicas"] for spec in replicas.values())
+    pod = {"WORLD_SIZE": str(count), "RANK": "1", "MASTER_ADDR": "launcher-master-0", "MASTER_PORT": "23456"}
+    assert identify(config.cluster, pod, config.cluster.model_fields_set) == NodeIdentity(1, count, "launcher-master-0", 23456)
 
 
 def test_skypilot_accepts_the_task_file() -> None:

@@ -28,13 +28,13 @@ from launcher.cli.resume import resume_run
 from launcher.cli.worker_process import run_worker
 from launcher.clusters.static import nodes
 from launcher.clusters.static.cluster import StaticCluster, is_idle, lost_node_s
-from launcher.clusters.static.meeting import OVER, Meeting, Member, head_endpoint
+from launcher.clusters.static.meeting import OVER, JoiningNode, Meeting, head_endpoint
 from launcher.clusters.static.node_process import NodeProcess
 from launcher.config.compose import Composed, leaves
 from launcher.config.resume import differing, table, with_overrides
 from launcher.config.schema import RunConfig, is_run
 from launcher.config.sections.static import StaticSection
-from launcher.config.sections.static_identity import Identity, identify
+from launcher.config.sections.static_identity import NodeIdentity, identify
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, LauncherError, Problem, RunError, SubmitError, describe
 from launcher.hardware import device
 from launcher.plan.launch_plan import LaunchPlan
@@ -56,7 +56,7 @@ _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 class _Start:
     """What one machine does: who it is, the run, the settings of the backend, and what must be equal on all machines."""
 
-    here: Identity
+    here: NodeIdentity
     run: RunDir
     section: StaticSection
     command: dict[str, str]
@@ -132,7 +132,7 @@ def resume(run: RunDir, plan: LaunchPlan, arguments: argparse.Namespace) -> int:
     return _lead(start, begin, arguments.follow is not False)
 
 
-def _require_shared_run(config: RunConfig, here: Identity) -> None:
+def _require_shared_run(config: RunConfig, here: NodeIdentity) -> None:
     """Refuse a run that the other machines, and the next start of the command, could not find.
 
     Raises:
@@ -156,7 +156,7 @@ def _command_of(config: RunConfig) -> dict[str, str]:
     return {**values, "launcher": launcher.__version__}
 
 
-def _for_plan(overrides: Sequence[str], plan: LaunchPlan, here: Identity) -> list[str]:
+def _for_plan(overrides: Sequence[str], plan: LaunchPlan, here: NodeIdentity) -> list[str]:
     """Return the overrides without those that belong to this machine and this start, and with the number of machines."""
     per_start = ("cluster.node_rank=", "cluster.master_addr=", "cluster.master_port=", "cluster.nodes=")
     kept = [override for override in overrides if not override.lstrip("+").startswith(per_start)]
@@ -218,7 +218,7 @@ def _join(start: _Start) -> int:
     """Carry out the part of a machine other than node 0."""
     here, run, signals = start.here, start.run, _Signals()
     signals.install()
-    answer = Member(here, run.root, start.command).await_plan(start.section.wait_minutes * 60)
+    answer = JoiningNode(here, run.root, start.command).await_plan(start.section.wait_minutes * 60)
     if answer.state == OVER:
         print(answer.message)
         return 0

@@ -13,8 +13,8 @@ import pytest
 
 from launcher.clusters import network
 from launcher.clusters.static import meeting as module
-from launcher.clusters.static.meeting import OVER, READY, Answer, Meeting, Member, head_endpoint, marker
-from launcher.config.sections.static_identity import Identity
+from launcher.clusters.static.meeting import OVER, READY, Answer, JoiningNode, Meeting, head_endpoint, marker
+from launcher.config.sections.static_identity import NodeIdentity
 from launcher.errors import ConfigError, LauncherError, SubmitError
 
 COMMAND = {"train.max_steps": "4", "model.name": "tiny"}
@@ -31,7 +31,7 @@ def head(tmp_path: Path, port: int) -> Iterator[Callable[..., Meeting]]:
     opened: list[Meeting] = []
 
     def open_meeting(nodes: int = 2) -> Meeting:
-        opened.append(Meeting(Identity(0, nodes, "127.0.0.1", port), tmp_path / "run", COMMAND, network.LOOPBACK).open())
+        opened.append(Meeting(NodeIdentity(0, nodes, "127.0.0.1", port), tmp_path / "run", COMMAND, network.LOOPBACK).open())
         return opened[-1]
 
     yield open_meeting
@@ -47,7 +47,7 @@ def ask(
 
     def wait() -> None:
         try:
-            outcomes["is"] = Member(Identity(node, nodes, "127.0.0.1", port), run, command).await_plan(30)
+            outcomes["is"] = JoiningNode(NodeIdentity(node, nodes, "127.0.0.1", port), run, command).await_plan(30)
         except LauncherError as error:
             outcomes["is"] = error
 
@@ -173,7 +173,7 @@ def test_what_is_no_question_gets_no_answer(port: int, head: Callable[..., Meeti
 
 
 def test_a_taken_port_and_a_root_that_cannot_be_written_are_refused(tmp_path: Path, port: int) -> None:
-    here = Identity(0, 2, "127.0.0.1", port)
+    here = NodeIdentity(0, 2, "127.0.0.1", port)
     taken = pytest.raises(SubmitError, match=f"node 0 cannot listen on 127.0.0.1:{port}")
     with socket.create_server(("127.0.0.1", port)), taken:
         Meeting(here, tmp_path / "run", COMMAND, network.LOOPBACK).open()
@@ -185,11 +185,11 @@ def test_a_taken_port_and_a_root_that_cannot_be_written_are_refused(tmp_path: Pa
 
 def test_a_public_address_is_refused_unless_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "_interfaces", lambda: {"eth0": ["8.8.4.4"]})
-    here = Identity(0, 2, "8.8.4.4", 29500)
+    here = NodeIdentity(0, 2, "8.8.4.4", 29500)
     with pytest.raises(SubmitError, match="the machines would meet at a public address"):
         head_endpoint(here, None, allow_public=False)
     assert head_endpoint(here, None, allow_public=True) == network.Endpoint("8.8.4.4", "eth0")
-    assert head_endpoint(Identity(0, 1, None, 29500), None, allow_public=False) is None
+    assert head_endpoint(NodeIdentity(0, 1, None, 29500), None, allow_public=False) is None
 
 
 def test_the_address_of_a_service_or_of_localhost_leaves_the_choice_to_the_default_route(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,11 @@ def test_a_mistake_on_the_command_line_names_key_value_and_remedy(
 
 @pytest.mark.parametrize(
     ("override", "kinds"),
-    [("cluster.interface=ib0", ("slurm", "ray")), ("cluster.partition=main", ("slurm",)), ("cluster.address=auto", ("ray",))],
+    [
+        ("cluster.interface=ib0", ("slurm", "ray", "static")),
+        ("cluster.partition=main", ("slurm",)),
+        ("cluster.address=auto", ("ray",)),
+    ],
 )
 def test_a_setting_of_other_backends_names_each_of_them(refused: Refused, override: str, kinds: tuple[str, ...]) -> None:
     (problem,) = refused(override)

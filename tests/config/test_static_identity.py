@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import pytest
 
 from launcher.config.sections.static import StaticSection
-from launcher.config.sections.static_identity import ONE_PER_NODE, VARIABLES, Identity, count_nodes, identify
+from launcher.config.sections.static_identity import ONE_PER_NODE, VARIABLES, NodeIdentity, count_nodes, identify
 from launcher.errors import ConfigError
 
 
-def of(environ: Mapping[str, str], **settings: object) -> Identity:
+def of(environ: Mapping[str, str], **settings: object) -> NodeIdentity:
     section = StaticSection.model_validate({"kind": "static", **settings})
     return identify(section, environ, section.model_fields_set)
 
@@ -63,18 +63,18 @@ PROVIDERS = {
 def test_the_variables_of_a_provider_tell_which_machine_this_is(provider: str) -> None:
     environ = PROVIDERS[provider]
     port = 2222 if "2222" in environ.values() else 29500
-    assert of(environ) == Identity(1, 3, "10.0.0.1", port)
+    assert of(environ) == NodeIdentity(1, 3, "10.0.0.1", port)
 
 
 def test_settings_tell_it_without_any_variable() -> None:
-    expected = Identity(1, 2, "gpu-0", 4000)
+    expected = NodeIdentity(1, 2, "gpu-0", 4000)
     assert of({}, nodes=2, node_rank=1, master_addr="gpu-0", master_port=4000) == expected
     # Equal values are no contradiction.
     assert of({"NNODES": "2", "NODE_RANK": "1"}, nodes=2, node_rank=1, master_addr="gpu-0", master_port=4000) == expected
 
 
 def test_one_machine_needs_nothing() -> None:
-    assert of({}) == Identity(0, 1, None, 29500)
+    assert of({}) == NodeIdentity(0, 1, None, 29500)
 
 
 @pytest.mark.parametrize(

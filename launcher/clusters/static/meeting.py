@@ -21,7 +21,7 @@ from typing import Any
 
 from launcher import atomic_files, json_records, run_store
 from launcher.clusters import network
-from launcher.config.sections.static_identity import Identity
+from launcher.config.sections.static_identity import NodeIdentity
 from launcher.errors import ConfigError, LauncherError, Problem, SubmitError
 
 _MAX_MESSAGE_BYTES = 1 << 20
@@ -79,7 +79,7 @@ class _Seen:
 class Meeting:
     """Node 0's side of a start. `endpoint` is where it listens; None for one machine alone."""
 
-    def __init__(self, here: Identity, run: Path, command: Mapping[str, str], endpoint: network.Endpoint | None) -> None:
+    def __init__(self, here: NodeIdentity, run: Path, command: Mapping[str, str], endpoint: network.Endpoint | None) -> None:
         self._here, self._run, self._command = here, run, dict(command)
         self.endpoint = endpoint
         self._file = marker(run)
@@ -266,10 +266,10 @@ def not_shared(root: Path, host: str, head: str) -> Problem:
     )
 
 
-class Member:
+class JoiningNode:
     """The side of a machine other than node 0."""
 
-    def __init__(self, here: Identity, run: Path, command: Mapping[str, str]) -> None:
+    def __init__(self, here: NodeIdentity, run: Path, command: Mapping[str, str]) -> None:
         self._here, self._run = here, run
         self._question = Question(here.node, here.nodes, network.node_name(), secrets.token_hex(8), str(run), dict(command))
 
@@ -366,7 +366,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.server_close()
 
 
-def head_endpoint(here: Identity, interface: str | None, allow_public: bool) -> network.Endpoint | None:
+def head_endpoint(here: NodeIdentity, interface: str | None, allow_public: bool) -> network.Endpoint | None:
     """Return where node 0 listens; None for one machine alone.
 
     Raises:

@@ -23,7 +23,7 @@ _WHERE = "environment"
 
 
 @dataclass(frozen=True)
-class Identity:
+class NodeIdentity:
     """This machine is `node` of `nodes`; they meet at `address` and `port`. `address` is None for one machine alone."""
 
     node: int
@@ -175,7 +175,7 @@ def count_nodes(section: StaticSection, environ: Mapping[str, str], chosen: Coll
     return int(values.get(NODES, section.nodes))
 
 
-def identify(section: StaticSection, environ: Mapping[str, str], chosen: Collection[str]) -> Identity:
+def identify(section: StaticSection, environ: Mapping[str, str], chosen: Collection[str]) -> NodeIdentity:
     """Return which machine this is; `chosen` are the names of the settings that the command sets.
 
     Where nothing tells the number of machines, it is that of `section`, such as of a plan that is continued.
@@ -205,7 +205,7 @@ def identify(section: StaticSection, environ: Mapping[str, str], chosen: Collect
     if problems:
         raise ConfigError(problems)
     address = values.get(MASTER_ADDR)
-    return Identity(int(node or 0), nodes, None if address is None else str(address), port)
+    return NodeIdentity(int(node or 0), nodes, None if address is None else str(address), port)
 
 
 def _values(
