@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from launcher.clusters.ray import jobs
 from launcher.config.sections.ray import RaySection
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
+from launcher.security.trust import Trust
 
 SECTION = RaySection(kind="ray", address="http://head:8265")
 NO_AGENT = "Request failed with status code 500: No available agent to submit job, please try again later."
@@ -22,8 +25,10 @@ class Client:
 
     def __init__(self, *messages: str) -> None:
         self.messages = list(messages)
+        self.variables: dict[str, str] = {}
 
-    def submit_job(self, **job: Any) -> str:
+    def submit_job(self, runtime_env: dict[str, dict[str, str]], **job: Any) -> str:
+        self.variables = runtime_env["env_vars"]
         if self.messages:
             raise RuntimeError(self.messages.pop(0))
         return "raysubmit_1"
@@ -44,6 +49,25 @@ def submit(monkeypatch: pytest.MonkeyPatch, client: Client, folder: Path) -> str
 def test_a_missing_agent_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
     assert submit(monkeypatch, Client(NO_AGENT, NO_AGENT), tmp_path) == "raysubmit_1"
     assert slept == [1, 1]
+
+
+def test_the_driver_accepts_the_owners_that_the_command_and_its_own_node_accept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may run as another user, who does not know the names here, on a volume that shows owners in another way."""
+    from ray._private.utils import update_envs
+
+    monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "daemon,group:54322")
+    client = Client()
+    submit(monkeypatch, client, tmp_path)
+    for own, expected_gids in (("group:54323", {54322, 54323}), (None, {54322})):
+        monkeypatch.delenv("LAUNCHER_TRUST_OWNERS")
+        if own is not None:
+            monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", own)
+        update_envs({"LAUNCHER_TRUST_OWNERS": client.variables["LAUNCHER_TRUST_OWNERS"]})
+        accepted = Trust.from_environ(os.environ)
+        assert {os.geteuid(), 0, pwd.getpwnam("daemon").pw_uid} <= accepted.uids
+        assert accepted.gids == expected_gids
 
 
 def test_other_errors_end_the_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:

@@ -20,7 +20,7 @@ from launcher import json_records, run_store
 from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JOINING
 from launcher.config.sections.ray import RaySection
-from launcher.errors import EXIT_FAILED, LauncherError, SubmitError
+from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, CancelRequest
@@ -70,7 +70,7 @@ def main(plan_path: str, attempt: int) -> int:
         # The run's status cannot hold this message.
         print(f"{os.uname().nodename} does not see the run directory, or may not write there: {error}", file=sys.stderr)
         return EXIT_FAILED
-    except SubmitError as error:
+    except (ConfigError, SubmitError) as error:
         # Nothing is written into a directory that others could have replaced.
         print("\n".join(map(str, error.problems)), file=sys.stderr)
         return EXIT_FAILED
