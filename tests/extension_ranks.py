@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -17,13 +18,14 @@ from safetensors.torch import load_file
 from launcher.checkpoint import shards, store
 from launcher.checkpoint.saver import Saved, Saver
 from launcher.config.schema import DeepSpeedSection, OptimSection
-from launcher.data.loader import IGNORED, MicroBatch, StepBatch
+from launcher.data.loader import IGNORED, MicroBatch, RowBatches, StepBatch
 from launcher.distributed import RankInfo
 from launcher.errors import CheckpointError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.optimizers import OPTIMIZERS, Optimizer
 from launcher.train.engine import build_engine
-from launcher.train.held_out_loss import Evaluator
+from launcher.train.evaluation.evaluator import EvalRows, Evaluator
+from launcher.train.evaluation.score import Scorer
 from launcher.train.loop import TrainingLoop, noop
 from launcher.train.monitoring.step_metrics import StepTimer
 from launcher.train.objectives import OBJECTIVES, LossSum
@@ -126,12 +128,19 @@ class LabelSmoothed:
         return batch.num_labels
 
     def sum_loss(self, engine: Any, micro: MicroBatch, device: torch.device, scale: float) -> LossSum:
+        losses = self._losses(engine, micro, device)
+        return LossSum(losses.sum() * scale, len(losses))
+
+    @torch.no_grad()
+    def atom_losses(self, engine: Any, micro: MicroBatch, device: torch.device) -> torch.Tensor:
+        return self._losses(engine, micro, device)
+
+    def _losses(self, engine: Any, micro: MicroBatch, device: torch.device) -> torch.Tensor:
         logits = engine(micro.input_ids.to(device), micro.position_ids.to(device)).float()
-        labels = micro.labels.to(device).reshape(-1)
-        total = torch.nn.functional.cross_entropy(
-            logits.reshape(len(labels), -1), labels, ignore_index=IGNORED, label_smoothing=0.1, reduction="sum"
-        )
-        return LossSum(total * scale, int((labels != IGNORED).sum()))
+        labels = micro.labels.to(device).flatten()
+        is_trained = labels != IGNORED
+        logits = logits.flatten(0, 1)[is_trained]
+        return torch.nn.functional.cross_entropy(logits, labels[is_trained], label_smoothing=0.1, reduction="none")
 
 
 def train_with_label_smoothing(plan_path: str) -> dict[str, Any]:
@@ -140,15 +149,31 @@ def train_with_label_smoothing(plan_path: str) -> dict[str, Any]:
     rank_info, plan = join(), LaunchPlan.load(plan_path)
     engine, model = build_engine(plan, rank_info)
     device, objective, batch = torch.device("cpu"), OBJECTIVES["label_smoothed"], _step_batch()
-    evaluator = Evaluator(engine, model, objective, batch.micro, device, noop)
+    evaluator = Evaluator(Scorer(engine, model, objective, rank_info, device), [EvalRows("rows", _TwoRows(batch))], noop)
     parts = SimpleNamespace(engine=engine, objective=objective, timer=StepTimer(device), monitor=SimpleNamespace(beat=noop))
     loop = TrainingLoop(SimpleNamespace(plan=plan, rank_info=rank_info, device=device), parts, noop)
     losses = []
     for _ in range(4):
         losses.append(float(loop.forward_backward_step(batch)))
         engine.step()
-    held_out = evaluator.evaluate(4, noop)
-    return {"losses": losses, "held_out": held_out.loss, "num_atoms": held_out.num_atoms}
+    (evaluated,) = evaluator.evaluate(4, noop, {"rows"}).sets
+    return {"losses": losses, "held_out": evaluated.loss, "num_atoms": evaluated.num_tokens}
+
+
+class _TwoRows(RowBatches):
+    """The micro-batches of `_step_batch`, which are in no data cache."""
+
+    def __init__(self, batch: StepBatch) -> None:
+        self._micro = batch.micro
+
+    def __len__(self) -> int:
+        return len(self._micro)
+
+    def load(self, number: int) -> MicroBatch:
+        return self._micro[number]
+
+    def label_sources(self, number: int) -> np.ndarray:
+        return np.zeros(ROW_TOKENS - 1, np.int64)
 
 
 def _step_batch() -> StepBatch:

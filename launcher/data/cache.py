@@ -265,6 +265,14 @@ class Split:
         """Return the number of tokens of each of `rows`."""
         return np.asarray(self.rows[rows + 1] - self.rows[rows])
 
+    def row_tokens(self, row: int) -> slice:
+        """Return the positions of the tokens of `row`."""
+        return slice(self.rows[row], self.rows[row + 1])
+
+    def row_docs(self, row: int) -> slice:
+        """Return the indices of the documents of `row`."""
+        return slice(*np.searchsorted(self.docs, self.rows[row : row + 2]).tolist())
+
     def doc_lengths(self, rows: np.ndarray) -> np.ndarray:
         """Return the number of tokens of each document in `rows`, row by row."""
         first, last = (np.searchsorted(self.docs, self.rows[starts]) for starts in (rows, rows + 1))
@@ -274,9 +282,8 @@ class Split:
 
     def doc_offsets(self, row: int) -> np.ndarray:
         """Return the start of each document relative to the start of `row`, and the length of the row."""
-        start, end = self.rows[row], self.rows[row + 1]
-        first, last = np.searchsorted(self.docs, (start, end))
-        return np.asarray(self.docs[first : last + 1] - start)
+        docs = self.row_docs(row)
+        return np.asarray(self.docs[docs.start : docs.stop + 1] - self.rows[row])
 
 
 def write_split(folder: Path, tokens: Iterable[np.ndarray], trained: Iterable[np.ndarray], **others: np.ndarray) -> str:

@@ -142,17 +142,41 @@ class PrefetchLoader:
         return replace(batch, micro=[micro.pin_memory() for micro in batch.micro]) if self._pin_memory else batch
 
 
-def eval_batches(split: Split, micro_batch_size: int, rank: int, world_size: int, pad_id: int) -> list[MicroBatch]:
-    """Return this rank's micro-batches of all rows of `split`; each row is on exactly one rank.
+class RowBatches:
+    """Rows of a split in micro-batches that are the same for every number of ranks. No row is in two of them.
 
-    Every rank gets the same number of micro-batches, since a forward pass under ZeRO-3 is collective: at the end they have
-    fewer rows, or only padding with every label IGNORED.
+    `rows` are indices of rows, by default all. Micro-batches are loaded when they are asked for.
     """
-    stride = micro_batch_size * world_size
-    return [
-        micro_batch(split, np.arange(start, max(start, min(start + micro_batch_size, split.num_rows))), pad_id)
-        for start in range(rank * micro_batch_size, rank * micro_batch_size + -(-split.num_rows // stride) * stride, stride)
-    ]
+
+    def __init__(self, split: Split, micro_batch_size: int, pad_id: int, rows: np.ndarray | None = None) -> None:
+        self.split, self.micro_batch_size, self._pad_id = split, micro_batch_size, pad_id
+        self.rows = np.arange(split.num_rows) if rows is None else rows
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.micro_batch_size)
+
+    def load(self, number: int) -> MicroBatch:
+        """Return micro-batch `number`; after the last, one row of padding, since a forward pass under ZeRO-3 is collective."""
+        return micro_batch(self.split, self.rows_of(number), self._pad_id)
+
+    def rows_of(self, number: int) -> np.ndarray:
+        """Return the rows of micro-batch `number`; the last one may have fewer, and those after it have none."""
+        return self.rows[number * self.micro_batch_size : (number + 1) * self.micro_batch_size]
+
+    def num_labels(self) -> np.ndarray:
+        """Return the trained tokens of each micro-batch, int64 [len(self)]."""
+        starts = np.arange(0, len(self.rows), self.micro_batch_size)
+        return np.add.reduceat(self.split.row_labels[self.rows], starts) if len(starts) else np.zeros(0, np.int64)
+
+    def label_sources(self, number: int) -> np.ndarray:
+        """Return the index of the source of each trained token of micro-batch `number`, in order, int64 [num_labels]."""
+        sources = [np.empty(0, np.int64)]
+        for row in self.rows_of(number):
+            tokens, docs = self.split.row_tokens(row), self.split.row_docs(row)
+            lengths = np.diff(self.split.doc_offsets(row))
+            of_tokens = np.repeat(self.split.doc_source[docs].astype(np.int64), lengths)
+            sources.append(of_tokens[self.split.trained[tokens].astype(bool)])
+        return np.concatenate(sources)
 
 
 def micro_batch(split: Split, rows: np.ndarray, pad_id: int) -> MicroBatch:
@@ -163,7 +187,7 @@ def micro_batch(split: Split, rows: np.ndarray, pad_id: int) -> MicroBatch:
     labels = np.full(shape, IGNORED, dtype=np.int64)
     position_ids = np.tile(np.arange(shape[1]), (shape[0], 1))
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        tokens = slice(split.rows[row], split.rows[row + 1])
+        tokens = split.row_tokens(row)
         input_ids[i, :length] = split.tokens[tokens]
         # A document's first token is never trained, so no label crosses into the next document.
         labels[i, : length - 1] = np.where(split.trained[tokens][1:], input_ids[i, 1:length], IGNORED)

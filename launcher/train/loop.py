@@ -27,8 +27,8 @@ from launcher.tracking.jsonl import SUPERSEDED
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train.checkpointer import compute_reference_logits
 from launcher.train.engine import join_process_group, leave_process_group
+from launcher.train.evaluation.evaluator import HELD_OUT, Evaluation
 from launcher.train.finish import OnExported, finish, write_weights
-from launcher.train.held_out_loss import HeldOutLoss
 from launcher.train.isolation import require_isolation
 from launcher.train.monitoring import bandwidth
 from launcher.train.monitoring.skipped_steps import SkippedSteps
@@ -129,7 +129,7 @@ class TrainingLoop:
         self.skipped_steps = SkippedSteps(run.plan.config.model.dtype, run.plan.run_dir)
         self.is_save_due = False
         self.reached_limit = ""
-        self.last_eval: HeldOutLoss | None = None
+        self.last_eval: Evaluation | None = None
 
     def restore(self) -> None:
         """Load the checkpoint that all ranks have agreed on; without one, the initial weights stay. Collective.
@@ -243,23 +243,26 @@ class TrainingLoop:
             self.evaluate(f"at step {self.step}")
 
     def evaluate(self, when: str, is_last: bool = False) -> None:
-        """Compute and log the held-out loss; skipped where a rank has a reason to stop. Collective.
+        """Compute and log the loss of the evaluation sets; skipped where a rank has a reason to stop. Collective.
 
         A limit of the run does not stop the last evaluation, which is cheap and shows what the run has achieved.
         """
         parts, tracker = self.parts, self.run.tracker
-        result = parts.evaluator.evaluate(self.step, self.stop if is_last else self.local_stop_reason)
+        evaluation = parts.evaluator.evaluate(self.step, self.stop if is_last else self.local_stop_reason, (HELD_OUT,))
         parts.monitor.eval_s = parts.evaluator.total_s
-        if result is None:
+        if evaluation is None:
             return
-        self.require_finite_loss(result.loss)
-        self.last_eval = result
-        tracker.log(self.step, {**result.metrics, "time/eval_s": result.seconds})
-        message = f"held-out loss {when}: {result.loss:.4f} ({result.num_atoms:,} trained tokens)"
-        tracker.event("eval", message, self.step, loss=result.loss, when=when)
+        for one in evaluation.sets:
+            self.require_finite_loss(one.loss)
+        self.last_eval = evaluation
+        tracker.log(self.step, {**evaluation.metrics, "time/eval_s": evaluation.seconds})
+        for one in evaluation.sets:
+            title = "held-out loss" if one.name == HELD_OUT else f"loss on {one.name}"
+            message = f"{title} {when}: {one.loss:.4f} ({one.num_tokens:,} trained tokens)"
+            tracker.event("eval", message, self.step, loss=one.loss, when=when, set=one.name)
 
-    def eval_of_this_step(self) -> HeldOutLoss | None:
-        """The held-out loss, where it was computed after the last completed step."""
+    def eval_of_this_step(self) -> Evaluation | None:
+        """The losses of the evaluation sets, where they were computed after the last completed step."""
         return self.last_eval if self.last_eval is not None and self.last_eval.step == self.step else None
 
     def save_if_due(self) -> None:
@@ -374,7 +377,7 @@ class TrainingLoop:
 
     def _eval_loss(self) -> float | None:
         last_eval = self.eval_of_this_step()
-        return None if last_eval is None else last_eval.loss
+        return None if last_eval is None or last_eval.held_out is None else last_eval.held_out.loss
 
     def _after_save(self) -> None:
         self.parts.monitor.save_s = self.parts.checkpointer.stall_s

@@ -14,20 +14,34 @@ from torch import Tensor, nn
 
 
 class LossHead(nn.Linear):
-    """A language-model head whose forward takes labels and returns the summed loss.
+    """A language-model head whose forward takes labels and returns their loss.
 
     It remains a module, so that ZeRO-3's hooks gather and release its weight around the call.
     """
 
     chunk_tokens: int = 1024
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, factor: float = 1.0) -> Tensor:
-        """Return the summed loss of `hidden` [N, H] and `labels` [N], an fp32 scalar times `factor`; without labels, logits."""
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, factor: float = 1.0, per_token: bool = False) -> Tensor:
+        """Return the summed loss of `hidden` [N, H] and `labels` [N], an fp32 scalar times `factor`; without labels, logits.
+
+        `per_token` returns the loss of each label instead, fp32 [N], without a gradient.
+        """
         if labels is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
+        if per_token:
+            return self._token_losses(hidden, labels)
         # Inside an autograd function gradients are always off.
         wants_grad = torch.is_grad_enabled()
         return _ChunkedNll.apply(hidden, self.weight, self.bias, labels, factor, self.chunk_tokens, wants_grad)
+
+    @torch.no_grad()
+    def _token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), self.chunk_tokens):
+            chunk = slice(start, start + self.chunk_tokens)
+            logits = nn.functional.linear(hidden[chunk], self.weight, self.bias).float()
+            losses[chunk] = torch.logsumexp(logits, dim=-1) - logits.gather(-1, labels[chunk, None]).squeeze(-1)
+        return losses
 
 
 class _ChunkedNll(torch.autograd.Function):

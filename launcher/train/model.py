@@ -34,7 +34,7 @@ _MISMATCH_ERRORS = ("Error(s) in loading state_dict", "Failed to apply weight co
 
 
 class CausalLMLoss(nn.Module):
-    """A Hugging Face model with a forward pass that returns the summed loss over trained labels."""
+    """A Hugging Face model with a forward pass that returns the loss over trained labels."""
 
     def __init__(self, model: nn.Module, flatten: bool) -> None:
         super().__init__()
@@ -55,10 +55,12 @@ class CausalLMLoss(nn.Module):
         factor: float = 1.0,
         cu_seqlens: Tensor | None = None,
         by_model: bool = False,
+        per_token: bool = False,
     ) -> Tensor:
         """Return the summed negative log-likelihood over `labels` [B, T], without IGNORED, times `factor`: an fp32 scalar.
 
-        Without labels, return logits [B, T, V] ([1, B * T, V] if `flatten`). All passes use this method, because ZeRO-3 gathers
+        `per_token` returns the negative log-likelihood of each label instead, fp32 [N], without a gradient. Without labels,
+        return logits [B, T, V] ([1, B * T, V] if `flatten`). All passes use this method, because ZeRO-3 gathers
         weights around it. With `cu_seqlens`, those of a MicroBatch, FlashAttention need not find documents in `position_ids`.
         With `by_model`, return the logits that the whole Hugging Face model computes from the ids alone.
         """
@@ -72,7 +74,7 @@ class CausalLMLoss(nn.Module):
         trained = (flat != IGNORED).nonzero().squeeze(1)
         targets, trained = (_copy_to(hidden.device, tensor) for tensor in (flat[trained], trained))
         selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
-        return self.hf.get_output_embeddings()(selected, targets, factor)
+        return self.hf.get_output_embeddings()(selected, targets, factor, per_token)
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Return the last hidden states [B, T, H] (or [1, B * T, H]) of token ids and positions [B, T]."""

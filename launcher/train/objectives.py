@@ -34,6 +34,12 @@ class Objective(Protocol):
         on the CPU, the scaled sum of their negative log-likelihood.
         """
 
+    def atom_losses(self, engine: Any, micro: MicroBatch, device: torch.device) -> torch.Tensor:
+        """Compute the loss of each atom of this rank's micro-batch without gradients: fp32 [num_atoms], in order of the tokens.
+
+        Every rank calls it equally often.
+        """
+
 
 class SupervisedNll:
     """Negative log-likelihood of the trained tokens; an atom is a trained token."""
@@ -47,6 +53,13 @@ class SupervisedNll:
         inputs = (tensor.to(device, non_blocking=True) for tensor in (micro.input_ids, micro.position_ids))
         total = engine(*inputs, micro.labels, scale, micro.cu_seqlens)
         return LossSum(total, int((micro.labels != IGNORED).sum()))
+
+    @torch.no_grad()
+    def atom_losses(self, engine: Any, micro: MicroBatch, device: torch.device) -> torch.Tensor:
+        """Return the negative log-probability of each trained token."""
+        inputs = (tensor.to(device, non_blocking=True) for tensor in (micro.input_ids, micro.position_ids))
+        losses: torch.Tensor = engine(*inputs, micro.labels, cu_seqlens=micro.cu_seqlens, per_token=True)
+        return losses
 
 
 OBJECTIVES: dict[str, Objective] = {"supervised": SupervisedNll()}

@@ -13,7 +13,8 @@ from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.saver import Saver
 from launcher.data.cache import Split
-from launcher.data.loader import MicroBatch, PrefetchLoader, TrainBatches, eval_batches
+from launcher.data.loader import PrefetchLoader, RowBatches, TrainBatches
+from launcher.data.sources import make_eval_source
 from launcher.distributed import RankInfo, run_on_all_ranks
 from launcher.errors import RunError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
@@ -21,7 +22,8 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.tracker import Composite
 from launcher.train.checkpointer import Checkpointer
 from launcher.train.engine import build_engine
-from launcher.train.held_out_loss import Evaluator
+from launcher.train.evaluation.evaluator import HELD_OUT, EvalRows, Evaluator
+from launcher.train.evaluation.score import Scorer
 from launcher.train.model import CausalLMLoss, describe_attention
 from launcher.train.monitoring.monitor import Monitor
 from launcher.train.monitoring.peak_flops import find_peak_tflops
@@ -83,18 +85,19 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
         tracker.event("info", describe_attention(plan.config.model, model.hf.config, plan.config.data.packing), 0)
     # An engine that cannot be saved is refused here, not at the first checkpoint.
     saver = _build_saver(run, engine, model, fence)
-    batches, held_out = _open_batches(run, data), _open_held_out(run, data)
+    batches, eval_rows = _open_batches(run, data), _open_eval_rows(run, data)
     start = agree_on_start_point(run.run_dir, rank_info, device)
     # Where the optimizer steps on the node's CPUs, its time tells slow ranks apart.
     steps_on_cpu = device.type == "cpu" or plan.config.deepspeed.offload_optimizer != "none"
     monitor = Monitor(plan, rank_info, device, model, engine.basic_optimizer if steps_on_cpu else None, tracker, beat)
     objective = OBJECTIVES["supervised"]
+    scorer = Scorer(engine, model, objective, rank_info, device)
     return Components(
         engine=engine,
         model=model,
         objective=objective,
         batches=batches,
-        evaluator=Evaluator(engine, model, objective, held_out, device, monitor.beat),
+        evaluator=Evaluator(scorer, eval_rows, monitor.beat),
         checkpointer=Checkpointer(saver, tracker, rank_info.is_main, monitor.beat),
         meter=Meter(plan, max_steps, rank_info.attempt, start.num_restarts, peak),
         timer=StepTimer(device),
@@ -135,9 +138,12 @@ def _open_batches(run: RunContext, data: DataFacts) -> PrefetchLoader:
     return PrefetchLoader(batches, run.device)
 
 
-def _open_held_out(run: RunContext, data: DataFacts) -> list[MicroBatch]:
-    """This rank's share of the held-out rows; empty where there are none."""
+def _open_eval_rows(run: RunContext, data: DataFacts) -> list[EvalRows]:
+    """Open the rows of all sets that are evaluated while training."""
+    section, micro_batch_size = run.plan.config.data, run.plan.batch.micro_batch_size
     if not data.num_eval_rows:
         return []
-    split, rank_info = Split.open(data, held_out=True), run.rank_info
-    return eval_batches(split, run.plan.batch.micro_batch_size, rank_info.rank, rank_info.world_size, pad_id=_PAD_ID)
+    eval_source = make_eval_source(section)
+    sources = (*section.sources, *([eval_source] if eval_source is not None else []))
+    batches = RowBatches(Split.open(data, held_out=True), micro_batch_size, pad_id=_PAD_ID)
+    return [EvalRows(HELD_OUT, batches, tuple(source.name for source in sources))]

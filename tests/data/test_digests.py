@@ -20,7 +20,7 @@ from launcher.data import cache, digests
 from launcher.data.build import build
 from launcher.data.cache import Split
 from launcher.data.digests import BLOCK_BYTES
-from launcher.data.loader import PrefetchLoader, TrainBatches, eval_batches
+from launcher.data.loader import PrefetchLoader, RowBatches, TrainBatches
 from launcher.data.report import report
 from launcher.data.texts import DecodedTexts
 from launcher.data.tokenization.encoder import load_tokenizer
@@ -155,7 +155,7 @@ def test_the_held_out_split_is_verified(facts: DataFacts) -> None:
     split = Split.open(facts, held_out=True)
     assert split.tokens[: ROW_TOKENS * (NUM_ROWS - 2 * ROWS_PER_BLOCK)][-1] == ROW_TOKENS * (NUM_ROWS - 2 * ROWS_PER_BLOCK) - 1
     with pytest.raises(DataError, match=r"eval/tokens.npy, bytes \d+ to \d+ \(block 15 of"):
-        eval_batches(split, 1, rank=0, world_size=1, pad_id=0)
+        [RowBatches(split, 1, pad_id=0).load(number) for number in range(split.num_rows)]
     Split.open(facts).verify()
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from launcher.config.sections.data import DataSection
 from launcher.data.build import build
 from launcher.data.cache import Split
-from launcher.data.loader import IGNORED, MicroBatch, PrefetchLoader, StepBatch, TrainBatches, eval_batches
+from launcher.data.loader import IGNORED, MicroBatch, PrefetchLoader, RowBatches, StepBatch, TrainBatches
 from launcher.data.row_order import RowOrder
 from launcher.errors import DataError
 from launcher.plan.launch_plan import Batch
@@ -252,22 +252,35 @@ def test_a_batch_that_does_not_split_is_refused(split: Split) -> None:
         TrainBatches(split, batch(world_size=2), 0, 0, 4, PAD)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 64])
-def test_evaluation_sees_every_row_once_with_equal_batches_per_rank(split: Split, world_size: int) -> None:
-    ranks = [eval_batches(split, 2, rank, world_size, PAD) for rank in range(world_size)]
-    assert len({len(batches) for batches in ranks}) == 1
-    micros = [micro for batches in ranks for micro in batches]
-    assert sorted(row for micro in micros for row in micro.row_ids) == list(range(split.num_rows))
+def test_row_batches_have_every_row_once_and_padding_after_the_last(split: Split) -> None:
+    batches = RowBatches(split, 2, PAD)
+    micros = [batches.load(number) for number in range(len(batches))]
+    assert [row for micro in micros for row in micro.row_ids] == list(range(split.num_rows))
     for micro in micros:
-        if micro.row_ids:
-            assert_matches(micro, split)
-        else:
-            assert micro.input_ids.tolist() == [[PAD]]
-            assert micro.labels.tolist() == [[IGNORED]]
-    assert sum(int((micro.labels != IGNORED).sum()) for micro in micros) == int(split.row_labels.sum())
+        assert_matches(micro, split)
+    assert [int((micro.labels != IGNORED).sum()) for micro in micros] == batches.num_labels().tolist()
+    padding = batches.load(len(batches))
+    assert (padding.row_ids, padding.input_ids.tolist(), padding.labels.tolist()) == ((), [[PAD]], [[IGNORED]])
+    assert not len(batches.label_sources(len(batches)))
+
+
+def test_row_batches_of_chosen_rows_name_the_source_of_each_trained_token(split: Split) -> None:
+    rows = np.asarray([4, 1, 3])
+    batches = RowBatches(split, 2, PAD, rows)
+    assert [batches.load(number).row_ids for number in range(2)] == [(4, 1), (3,)]
+    for number in range(2):
+        expected = []
+        for row in batches.rows_of(number):
+            for doc in range(split.num_docs):
+                if split.rows[row] <= split.docs[doc] < split.rows[row + 1]:
+                    trained = int(np.asarray(split.trained[split.docs[doc] : split.docs[doc + 1]]).sum())
+                    expected += [int(split.doc_source[doc])] * trained
+        assert batches.label_sources(number).tolist() == expected
+        assert batches.num_labels()[number] == len(expected)
 
 
 def test_an_empty_held_out_split_has_no_batches(section: Callable[..., DataSection], tokenizer_dir: Path) -> None:
     held_out = Split.open(build(section(), str(tokenizer_dir)), held_out=True)
     assert held_out.num_rows == 0
-    assert eval_batches(held_out, 2, 0, 2, PAD) == []
+    assert len(RowBatches(held_out, 2, PAD)) == 0
+    assert RowBatches(held_out, 2, PAD).num_labels().tolist() == []

@@ -1,0 +1,116 @@
+"""Loss on held-out rows and evaluation sets while training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from launcher.data.loader import RowBatches
+from launcher.train.evaluation.score import Scorer
+from launcher.train.monitoring.step_metrics import perplexity
+
+HELD_OUT = "held_out"
+HELD_OUT_LOSS = f"eval/{HELD_OUT}/loss"
+
+
+@dataclass(frozen=True)
+class EvalRows:
+    """The rows of one set, and the names of the data sources that they come from."""
+
+    name: str
+    batches: RowBatches
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SetLoss:
+    """Mean loss over the trained tokens of one set, and of each of its sources that has any."""
+
+    name: str
+    loss: float
+    num_tokens: int
+    source_losses: dict[str, float]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics by name; those of sources only where the set has several."""
+        by_source = self.source_losses if len(self.source_losses) > 1 else {}
+        return {
+            f"eval/{self.name}/loss": self.loss,
+            f"eval/{self.name}/ppl": perplexity(self.loss),
+            **{f"eval/{self.name}/source/{source}/loss": loss for source, loss in by_source.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The losses after `step` steps, by the order of the sets, and the seconds that they took."""
+
+    step: int
+    sets: tuple[SetLoss, ...]
+    seconds: float
+
+    @property
+    def held_out(self) -> SetLoss | None:
+        """The loss on the held-out rows of the training data."""
+        return next((one for one in self.sets if one.name == HELD_OUT), None)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics of all sets by name, without the time."""
+        return {name: value for one in self.sets for name, value in one.metrics.items()}
+
+
+class Evaluator:
+    """Computes the loss of sets of rows with the engine of training. `total_s` are the seconds of all evaluations so far."""
+
+    def __init__(self, scorer: Scorer, sets: Sequence[EvalRows], beat: Callable[[str, int], None]) -> None:
+        """`beat` receives the phase and the number of completed steps before each micro-batch."""
+        self._scorer, self._beat = scorer, beat
+        self._sets = [one for one in sets if len(one.batches)]
+        self.total_s = 0.0
+
+    def evaluate(self, step: int, local_stop_reason: Callable[[], str | None], names: Collection[str]) -> Evaluation | None:
+        """Compute the losses of the sets `names` over all ranks. Collective.
+
+        Returns None where none of them has rows, or where any rank has a reason to stop before the last micro-batch.
+        """
+        chosen = [one for one in self._sets if one.name in names]
+        if not chosen:
+            return None
+        start = time.perf_counter()
+
+        def beat_and_ask() -> str | None:
+            self._beat("evaluating", step)
+            return local_stop_reason()
+
+        with self._scorer.without_dropout():
+            losses = [self._evaluate_set(one, beat_and_ask) for one in chosen]
+        seconds = time.perf_counter() - start
+        self.total_s += seconds
+        complete = tuple(one for one in losses if one is not None)
+        return Evaluation(step, complete, seconds) if len(complete) == len(chosen) else None
+
+    @torch.no_grad()
+    def _evaluate_set(self, rows: EvalRows, local_stop_reason: Callable[[], str | None]) -> SetLoss | None:
+        """Compute the loss of one set; None where the ranks stop."""
+        rank_info, device, batches = self._scorer.rank_info, self._scorer.device, rows.batches
+        num_rounds = -(-len(batches) // rank_info.world_size)
+        numbers = range(rank_info.rank, num_rounds * rank_info.world_size, rank_info.world_size)
+        # Sums and numbers of tokens by source; fp64, so that their order does not matter to any digit that is shown.
+        totals = torch.zeros(2, max(1, len(rows.sources)), dtype=torch.float64, device=device)
+        for number, losses in zip(numbers, self._scorer.score(batches, numbers, local_stop_reason), strict=False):
+            if losses is None:
+                return None
+            source = torch.from_numpy(batches.label_sources(number)).to(device)
+            totals[0].index_add_(0, source, losses.double())
+            totals[1].index_add_(0, source, torch.ones_like(losses, dtype=torch.float64))
+        dist.all_reduce(totals)
+        sums, counts = totals.tolist()
+        by_source = zip(rows.sources, sums, counts, strict=False)
+        source_losses = {name: total / count for name, total, count in by_source if count}
+        return SetLoss(rows.name, sum(sums) / max(1.0, sum(counts)), int(sum(counts)), source_losses)

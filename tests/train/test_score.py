@@ -1,0 +1,213 @@
+"""The score pass of a real ZeRO-3 engine against plain transformers, and what is left of it when ranks are killed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import hand_made
+import numpy as np
+import pytest
+import torch
+from forked_ranks import RankServer
+from plan_fixtures import facts_for
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from launcher.config.schema import RunConfig
+from launcher.data import cache
+from launcher.data.cache import Split
+from launcher.data.score_store import ScoreKey, ScoreStore
+from launcher.plan.launch_plan import DataFacts
+from launcher.plan.planner import plan
+
+VOCABULARY = 300
+ROW_TOKENS = 64
+KEY = {
+    **{"weights": "w", "data": "d", "rows": "", "micro_batch_size": 2, "dtype": "fp32", "attention": "sdpa"},
+    **{"device": "cpu", "torch": "2", "transformers": "5"},
+}
+Documents = list[tuple[np.ndarray, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of four layers' worth of random weights that are far from uniform predictions."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=ROW_TOKENS,
+        initializer_range=0.5,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def documents() -> Documents:
+    """Token ids and trained marks of documents of 3 to 30 tokens; a document's first token is never trained."""
+    generator = np.random.default_rng(0)
+    made = []
+    for length in generator.integers(3, 31, size=200):
+        trained = generator.integers(0, 2, size=length).astype(np.uint8)
+        trained[0], trained[-1] = 0, 1
+        made.append((generator.integers(0, VOCABULARY, size=length).astype(np.uint32), trained))
+    return made
+
+
+@pytest.fixture(scope="module")
+def plain_log_probs(model_dir: Path, documents: Documents) -> list[np.ndarray]:
+    """The log-probability of each trained token, from each document by itself in plain transformers."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    scores = []
+    with torch.no_grad():
+        for tokens, trained in documents:
+            ids = torch.from_numpy(tokens.astype(np.int64))
+            log_probs = model(ids[None]).logits[0].log_softmax(-1)
+            of_next = log_probs[:-1].gather(-1, ids[1:, None]).squeeze(-1)
+            scores.append(of_next.numpy()[trained[1:].astype(bool)])
+    return scores
+
+
+@pytest.fixture(scope="module")
+def packed(documents: Documents, tmp_path_factory: pytest.TempPathFactory) -> DataFacts:
+    """The documents in order, in rows of at most ROW_TOKENS tokens."""
+    rows: list[list[int]] = [[]]
+    for number, (tokens, _) in enumerate(documents):
+        if sum(len(documents[one][0]) for one in rows[-1]) + len(tokens) > ROW_TOKENS:
+            rows.append([])
+        rows[-1].append(number)
+    return write_cache(tmp_path_factory.mktemp("packed"), documents, rows)
+
+
+def write_cache(folder: Path, documents: Documents, rows: Sequence[Sequence[int]]) -> DataFacts:
+    """Write a training split in which row r has the documents rows[r]; every third document is of the second source."""
+    order = [number for row in rows for number in row]
+    docs = np.concatenate([[0], np.cumsum([len(documents[number][0]) for number in order])])
+    row_ends = np.cumsum([len(row) for row in rows])
+    trained = [documents[number][1] for number in order]
+    sources = np.asarray([int(number % 3 == 0) for number in order], np.uint16)
+    labels = np.asarray([marks.sum() for marks in trained])
+    digest = cache.write_split(
+        folder,
+        [documents[number][0] for number in order],
+        trained,
+        rows=docs[np.concatenate([[0], row_ends])],
+        docs=docs,
+        row_labels=np.add.reduceat(labels, np.concatenate([[0], row_ends[:-1]])).astype(np.int64),
+        doc_source=sources,
+        row_sources=np.zeros((len(rows), 2), np.int32),
+    )
+    counts = {name: 1 for name, field in DataFacts.model_fields.items() if field.annotation is int}
+    return DataFacts(cache_dir=str(folder), padding_frac=0.0, digest=f"{digest}-", **counts)
+
+
+@pytest.fixture
+def plan_for(config_of: Callable[..., RunConfig], model_dir: Path, tmp_path: Path) -> Callable[[int], Path]:
+    """The file of a plan for as many ranks, with the weights of `model_dir`."""
+
+    def plan_for(num_ranks: int) -> Path:
+        batch = (f"train.global_batch_size={num_ranks}", f"cluster.ranks_per_node={num_ranks}")
+        config = config_of("model=tiny", "model.dtype=fp32", "run.name=scored", *batch)
+        planned = plan(config, facts_for(config, working_dir=str(tmp_path)))
+        facts = planned.model.model_copy(update={"path": str(model_dir), "has_weights": True})
+        planned = hand_made.changed(planned, "model.init=pretrained", f"model.path={model_dir}")
+        path = tmp_path / f"plan-{num_ranks}.json"
+        path.write_text(planned.model_copy(update={"model": facts}).to_json())
+        return path
+
+    return plan_for
+
+
+class Scored:
+    """Runs the score pass, and reads what it has stored."""
+
+    def __init__(self, server: RankServer, plan_for: Callable[[int], Path], folder: Path) -> None:
+        self._server, self._plan_for, self._folder = server, plan_for, folder
+
+    def run(self, facts: DataFacts, num_ranks: int, root: str, end: str = "", after: int = 0) -> list[Any]:
+        """Exit codes and returned values of the ranks."""
+        cache_facts, plan_path = json.loads(facts.model_dump_json()), str(self._plan_for(num_ranks))
+        arguments = [plan_path, cache_facts, 2, KEY, str(self._folder / root), end, after]
+        ranks = self._server.run("score_ranks:score", [arguments] * num_ranks, self._folder / "ranks", deadline_s=400)
+        if not end:
+            assert not any(rank.code for rank in ranks), ranks[0].output[-3000:]
+        return [(rank.code, rank.value) for rank in ranks]
+
+    def store(self, root: str) -> ScoreStore:
+        return ScoreStore(ScoreKey(**KEY), self._folder / root)
+
+    def read(self, root: str) -> np.ndarray:
+        log_probs = self.store(root).read()
+        assert log_probs is not None
+        return np.asarray(log_probs)
+
+
+@pytest.fixture
+def scored(rank_server: RankServer, plan_for: Callable[[int], Path], tmp_path: Path) -> Scored:
+    return Scored(rank_server, plan_for, tmp_path)
+
+
+def test_scores_equal_plain_transformers_document_by_document(
+    scored: Scored, packed: DataFacts, documents: Documents, plain_log_probs: list[np.ndarray], tmp_path: Path
+) -> None:
+    expected = np.concatenate(plain_log_probs)
+    # Far from a uniform prediction, or another document's context would hardly matter.
+    assert expected.std() > 1
+    assert scored.run(packed, 1, "one") == [(0, True)]
+    one = scored.read("one")
+    np.testing.assert_allclose(one, expected, rtol=0, atol=1e-4)
+    assert scored.run(packed, 2, "two") == [(0, True)] * 2
+    np.testing.assert_allclose(scored.read("two"), one, rtol=0, atol=1e-5)
+    unpacked = write_cache(tmp_path / "unpacked", documents, [[number] for number in range(len(documents))])
+    scored.run(unpacked, 2, "unpacked")
+    np.testing.assert_allclose(scored.read("unpacked"), one, rtol=0, atol=1e-5)
+
+
+def test_a_pass_that_was_stopped_and_killed_gives_the_same_bytes(scored: Scored, packed: DataFacts) -> None:
+    scored.run(packed, 1, "whole")
+    # Two ranks have 33 micro-batches, and have committed two shards of four once rank 0 begins its fifth.
+    assert -(-Split.open(packed).num_rows // 2) == 33
+    ((code, _), *_) = scored.run(packed, 2, "killed", "kill", after=Random().randint(4, 15))
+    assert code != 0
+    store = scored.store("killed")
+    assert store.read() is None
+    shards = sorted(path.name for path in store.folder.glob("*.shard"))
+    assert len(shards) >= 2
+    scored.run(packed, 1, "killed", "stop", 2)
+    assert store.read() is None
+    assert {*shards} <= {path.name for path in store.folder.glob("*.shard")}, "what was committed stays"
+    scored.run(packed, 2, "killed")
+    assert scored.read("killed").tobytes() == scored.read("whole").tobytes()
+    assert sorted(path.name for path in store.folder.iterdir()) == ["log_probs.f32", "meta.json"]
+    # A complete pass computes nothing: rank 0 would be killed before its first micro-batch.
+    assert scored.run(packed, 2, "killed", "kill", 0) == [(0, True)] * 2
+
+
+def test_evaluation_by_set_and_source_equals_the_scores(
+    rank_server: RankServer, plan_for: Callable[[int], Path], packed: DataFacts, plain_log_probs: list[np.ndarray], tmp_path: Path
+) -> None:
+    arguments = [str(plan_for(2)), json.loads(packed.model_dump_json()), 2]
+    first, second = rank_server.values("score_ranks:evaluate", [arguments] * 2, tmp_path / "ranks")
+    assert first == second
+    metrics = first["metrics"]
+    by_source = {
+        name: -np.concatenate([scores for number, scores in enumerate(plain_log_probs) if int(number % 3 == 0) == source])
+        for source, name in enumerate(("first", "second"))
+    }
+    assert metrics["eval/all/loss"] == pytest.approx(-np.concatenate(plain_log_probs).mean(), abs=1e-5)
+    for name, losses in by_source.items():
+        assert metrics[f"eval/all/source/{name}/loss"] == pytest.approx(losses.mean(), abs=1e-5)
+    split = Split.open(packed)
+    in_rows = [split.row_docs(row) for row in (0, 2, 4)]
+    three = np.concatenate([scores for docs in in_rows for scores in plain_log_probs[docs]])
+    assert metrics["eval/three/loss"] == pytest.approx(-three.mean(), abs=1e-5)
+    assert first["num_tokens"] == [sum(map(len, plain_log_probs)), len(three)]
