@@ -21,6 +21,7 @@ from pathlib import Path
 import launcher
 from launcher import model_source
 from launcher.config.schema import RunConfig, is_run
+from launcher.config.sections.data import DataSection
 from launcher.data import cache, sources
 from launcher.data.checks import findings
 from launcher.errors import ConfigError, DataError, Problem
@@ -70,14 +71,17 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
     model = model_source.read_model_facts(config.model)
     model = model.model_copy(update={"isolation": isolation_verdicts.load(model, config.model)})
     data = data_facts(config, model.tokenizer_path)
-    if data is not None and (problem := id_problem(data.cache_dir, model)):
-        raise DataError([problem, *findings.problems(findings.read(data.cache_dir), config.data.checks)])
+    eval_sets = eval_set_facts(config, model.tokenizer_path)
+    caches = [*([data] if data is not None else []), *eval_sets.values()]
+    if problems := [problem for one in caches if (problem := id_problem(one.cache_dir, model))]:
+        raise DataError([*problems, *(findings.problems(findings.read(data.cache_dir), config.data.checks) if data else [])])
     return Facts(
         working_dir=os.getcwd(),
         home_dir=str(Path.home()),
         device=here or device(),
         model=model,
         data=data,
+        eval_sets=eval_sets,
         provenance=provenance(overrides),
         lineage=_lineage(config.model.path or ""),
     )
@@ -90,25 +94,33 @@ def check(config: RunConfig) -> None:
         ConfigError: with every path that is missing, empty or of the wrong kind, and with the tensors that weights lack.
     """
     problems = model_source.check_model(config.model) or model_source.weights_problems(config.model)
-    if problems := [*problems, *sources.check_sources(config.data)]:
+    problems += sources.check_sources(config.data)
+    for i, one in enumerate(config.eval.sets):
+        problems += filter(None, [sources.find_path_problem(f"eval.sets[{i}].path", one)])
+    if problems:
         raise ConfigError(problems)
 
 
 def is_prepared(config: RunConfig, facts: Facts) -> bool:
     """Return True if nothing must be downloaded, converted, compared or built before workers can start."""
     model = config.model
-    if facts.data is None or facts.model.tokenizer_path is None or (model.path is not None and facts.model.path is None):
+    has_data = facts.data is not None and len(facts.eval_sets) == len(config.eval.sets)
+    if not has_data or facts.model.tokenizer_path is None or (model.path is not None and facts.model.path is None):
         return False
     return model_source.are_weights_compared(model)
 
 
-def prepared_data(config: RunConfig) -> DataFacts | None:
-    """Return the data cache of these settings; None if `launcher.worker.prepare` must run before workers can start."""
+def prepared_data(config: RunConfig) -> tuple[DataFacts, dict[str, DataFacts]] | None:
+    """Return the data cache of these settings, and those of the evaluation sets by name.
+
+    None if `launcher.worker.prepare` must run before workers can start.
+    """
     model = config.model
     folders = [model_source.locate(name, model).folder for name in (model.path, model.tokenizer) if name]
     if not folders or None in folders or not model_source.are_weights_compared(model):
         return None
-    return data_facts(config, str(folders[-1]))
+    data, eval_sets = data_facts(config, str(folders[-1])), eval_set_facts(config, str(folders[-1]))
+    return (data, eval_sets) if data is not None and len(eval_sets) == len(config.eval.sets) else None
 
 
 def needs_isolation_check(config: RunConfig, model: ModelFacts) -> bool:
@@ -136,7 +148,19 @@ def accepted_extra(config: RunConfig) -> Path:
 
 def data_facts(config: RunConfig, tokenizer_path: str | None) -> DataFacts | None:
     """Return the counts of the data cache for these sources and this tokenizer; None if it is not built."""
-    return None if tokenizer_path is None else cache.find(cache.cache_key(config.data, tokenizer_path), config.data.cache_group)
+    return None if tokenizer_path is None else _find_cache(config.data, tokenizer_path)
+
+
+def eval_set_facts(config: RunConfig, tokenizer_path: str | None) -> dict[str, DataFacts]:
+    """Return the counts of the data caches of the evaluation sets by name, without those that are not built."""
+    if tokenizer_path is None:
+        return {}
+    built = {one.name: _find_cache(one.as_data(config.data), tokenizer_path) for one in config.eval.sets}
+    return {name: counts for name, counts in built.items() if counts is not None}
+
+
+def _find_cache(section: DataSection, tokenizer_path: str) -> DataFacts | None:
+    return cache.find(cache.cache_key(section, tokenizer_path), section.cache_group)
 
 
 def id_problem(cache_dir: str, model: ModelFacts) -> Problem | None:

@@ -62,13 +62,13 @@ def _cached_report(config: RunConfig, num_shown: int) -> dict[str, Any] | None:
     Raises:
         DataError: if a block of the cache is damaged.
     """
-    cache_facts = facts.prepared_data(config)
-    if cache_facts is None:
+    if (prepared := facts.prepared_data(config)) is None:
         return None
+    cache_facts, eval_sets = prepared
     stop_ids = model_source.stop_ids(config.model)
     try:
         return data_report.report(
-            cache_facts, config.data, DecodedTexts(cache_facts), config.train, config.run.seed, stop_ids, num_shown
+            cache_facts, config.data, DecodedTexts(cache_facts), config.train, config.run.seed, stop_ids, num_shown, eval_sets
         )
     except TextsMissing:
         return None

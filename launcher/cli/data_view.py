@@ -99,9 +99,15 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("end of turn", f"trained in {report['documents_with_turn_end']:,} of {report['documents']:,} documents{_ends(report)}"),
         *([("dropped", dropped)] if report["dropped_documents"] else []),
+        *(("evaluation", _eval_set(one)) for one in report["eval_sets"]),
         *(("warning", warning) for warning in report["warnings"]),
         ("cache", f"{report['cache_dir']} ({format_size(report['cache_bytes'])})"),
     ]
+
+
+def _eval_set(counts: dict[str, Any]) -> str:
+    documents, rows = f"{counts['documents']:,} documents", f"{counts['rows']:,} rows"
+    return f"set {counts['name']}: {documents} in {rows}, {counts['trained_tokens']:,} of {counts['tokens']:,} tokens are scored"
 
 
 def _ends(report: dict[str, Any]) -> str:

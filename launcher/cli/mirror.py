@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from launcher import json_records, run_store
+from launcher import facts, json_records, run_store
 from launcher.checkpoint.mirror import download
 from launcher.checkpoint.mirror.layout import MirroredRun, read_complete_checkpoints, read_run
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder, unreachable_error
@@ -178,6 +178,15 @@ def _find_or_build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
     return local
 
 
+def _find_or_build_eval_sets(plan: LaunchPlan, model: ModelSection) -> dict[str, DataFacts]:
+    """Find the data caches of eval.sets on this machine, or build them."""
+    config = plan.config.model_copy(update={"model": model})
+    tokenizer = model.tokenizer or model.path
+    if len(facts.eval_set_facts(config, tokenizer)) < len(config.eval.sets):
+        prepare(config)
+    return facts.eval_set_facts(config, tokenizer)
+
+
 def _build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
     """Build the data cache from the run's sources on this machine."""
     if problems := sources.check_sources(plan.config.data):
@@ -204,6 +213,7 @@ def _with_local_paths(plan: LaunchPlan, run: RunDir, model: ModelSection, data: 
             "run_dir": str(run.root),
             "model": plan.model.model_copy(update=paths),
             "data": data,
+            "eval_sets": _find_or_build_eval_sets(plan, model),
         }
     )
 

@@ -42,6 +42,7 @@ def plan_lines(
         ("model", f"{config.model.name}: {_parameters(plan)} parameters, {config.model.dtype}, from {kinds}"),
         *([("lineage", _lineage(plan.lineage))] if plan.lineage is not None else []),
         ("data", _data(plan)),
+        *([("evaluation", _eval_sets(plan))] if plan.config.eval.sets else []),
         ("ranks", _ranks(plan)),
         (
             "batch",
@@ -284,6 +285,16 @@ def _data(plan: LaunchPlan) -> str:
         f"{plan.config.data.name}: {data.num_rows:,} rows of up to {longest}, "
         f"{data.num_tokens:,} tokens ({share:.0%} trained), {data.num_eval_rows:,} held-out rows"
     )
+
+
+def _eval_sets(plan: LaunchPlan) -> str:
+    """Return the names of the evaluation sets with the rows that are evaluated."""
+    described = []
+    for one in plan.config.eval.sets:
+        data = plan.eval_sets.get(one.name)
+        count = None if data is None else min(one.max_rows or data.num_rows, data.num_rows)
+        described.append(f"{one.name}: {'not built yet' if count is None else f'{count:,} rows'}")
+    return "; ".join(described)
 
 
 def _tokens(plan: LaunchPlan) -> str:

@@ -234,6 +234,7 @@ def _plan_again(
         device=cluster.device(config.cluster),
         model=model,
         data=data,
+        eval_sets=_restore_eval_sets(plan, config, model),
         provenance=plan.provenance.model_copy(
             update={"overrides": _all_overrides(plan.provenance.overrides, overrides, changes)}
         ),
@@ -342,6 +343,20 @@ def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts, asks_f
     if built is None:
         raise DataError(Problem("the data cache is not there after it was built", "data", remedy="try again"))
     return built
+
+
+def _restore_eval_sets(plan: LaunchPlan, config: RunConfig, model: ModelFacts) -> dict[str, DataFacts]:
+    """Return the facts of the caches of eval.sets; builds those that are not as the plan records them.
+
+    Raises:
+        DataError: if a file of a set is gone as well.
+    """
+    recorded, group = plan.eval_sets, config.data.cache_group
+    is_same = (config.eval.sets, config.data) == (plan.config.eval.sets, plan.config.data)
+    if is_same and all(cache.read(Path(one.cache_dir), group) == one for one in recorded.values()):
+        return recorded
+    prepare(config)
+    return facts.eval_set_facts(config, model.tokenizer_path)
 
 
 def _changed_sources(recorded: DataFacts, config: RunConfig) -> list[str]:

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from launcher.config.sections.backends import AnyCluster, choose_kind
 from launcher.config.sections.cluster import LocalSection
 from launcher.config.sections.data import DataSection
+from launcher.config.sections.evaluation import EvalSection
 from launcher.config.sections.fields import (
     HUB_ID_PATTERN,
     NAME_PATTERN,
@@ -28,7 +29,7 @@ from launcher.config.sections.fields import (
     Text,
     matching,
 )
-from launcher.config.sections.train import CheckpointSection, EvalSection, ExportSection, TrainSection
+from launcher.config.sections.train import CheckpointSection, ExportSection, TrainSection
 
 PACKAGE_PATTERN = re.compile(r"package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(/[\w.-]+)+")
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")

@@ -5,7 +5,7 @@ No torch, no transformers: the submit side imports this module.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ def report(
     seed: int,
     stop_ids: Sequence[int],
     num_shown: int = 0,
+    eval_sets: Mapping[str, DataFacts] | None = None,
 ) -> dict[str, Any]:
     """Return the counts of a cache, its findings under `data.checks`, and decoded rows of the training split, for JSON.
 
@@ -42,7 +43,7 @@ def report(
     micro-batches of the first epoch in the order of `seed`, see `_padding`. `row_tokens` is the longest row. `turn_ends` are the
     tokens that end trained turns; `stops` is true for one of `stop_ids`, at which the model stops generating. `shown` has
     `num_shown` evenly spaced rows, or three documents of medium length if it is 0, with keys, passwords, e-mail addresses and
-    telephone numbers redacted.
+    telephone numbers redacted. `eval_sets` are the caches of eval.sets by name.
 
     Raises:
         DataError: if any block of the cache is damaged.
@@ -81,9 +82,15 @@ def report(
         "warnings": [warning] if (warning := single_step_warning(train, facts.num_rows, world_size=None)) else [],
         "findings": [one.to_json() for one in judged],
         "refused": any(one.fatal for one in judged),
+        "eval_sets": [_describe_eval_set(name, one) for name, one in (eval_sets or {}).items()],
         "turn_ends": [{"id": i, "token": texts.token(i), "stops": i in stop_ids} for i in facts.turn_end_ids],
         "shown": _shown(split, [source["name"] for source in counts], texts, num_shown),
     }
+
+
+def _describe_eval_set(name: str, facts: DataFacts) -> dict[str, Any]:
+    counts = {"documents": facts.num_docs, "rows": facts.num_rows, "tokens": facts.num_tokens}
+    return {"name": name, **counts, "trained_tokens": facts.num_trained_tokens, "cache_dir": facts.cache_dir}
 
 
 def _report_sources(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launcher.config.schema import RunConfig
+from launcher.config.sections.evaluation import HELD_OUT
 from launcher.plan.gpu_types import Price
 from launcher.plan.migrations import SCHEMA_VERSION, migrate
 
@@ -152,6 +153,7 @@ class Facts(Record):
     device: DeviceFacts
     model: ModelFacts
     data: DataFacts | None
+    eval_sets: dict[str, DataFacts] = {}
     provenance: Provenance
     lineage: Lineage | None = None
 
@@ -213,7 +215,7 @@ class Limits(Record):
 
 
 class LaunchPlan(Record):
-    """All decisions of a run. Workers read nothing else."""
+    """All decisions of a run. Workers read nothing else. `eval_sets` has the data of eval.sets by name."""
 
     schema_version: int = SCHEMA_VERSION
     run_name: str
@@ -230,6 +232,7 @@ class LaunchPlan(Record):
     price: Price | None = None
     model: ModelFacts
     data: DataFacts | None
+    eval_sets: dict[str, DataFacts] = {}
     provenance: Provenance
     lineage: Lineage | None = None
 
@@ -240,11 +243,14 @@ class LaunchPlan(Record):
         parts = (zero.get(key, {}) for key in ("offload_optimizer", "offload_param"))
         return next((Path(part["nvme_path"]) for part in parts if "nvme_path" in part), None)
 
-    def evaluates_at(self, step: int) -> bool:
-        """Return whether the held-out loss is due after `step`; a run that stops there skips it before the last step."""
-        every = self.config.eval.every
-        is_due = step == self.batch.max_steps or (every > 0 and step % every == 0)
-        return is_due and self.data is not None and self.data.num_eval_rows > 0
+    def eval_sets_at(self, step: int) -> tuple[str, ...]:
+        """Return the names of the sets whose loss is due after `step`; a run that stops there skips them before the last step."""
+        default = self.config.eval.every
+        has_held_out = self.data is not None and self.data.num_eval_rows > 0
+        intervals = {HELD_OUT: default} if has_held_out else {}
+        intervals |= {one.name: default if one.every is None else one.every for one in self.config.eval.sets}
+        is_boundary = step in (0, self.batch.max_steps)
+        return tuple(name for name, every in intervals.items() if is_boundary or (every > 0 and step % every == 0))
 
     def to_json(self) -> str:
         """Return the text of the plan's file."""

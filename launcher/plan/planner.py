@@ -54,6 +54,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         price=_price(config, facts, topology),
         model=facts.model,
         data=facts.data,
+        eval_sets=facts.eval_sets,
         provenance=facts.provenance,
         lineage=facts.lineage,
     )

@@ -17,6 +17,7 @@ import torch
 from launcher import run_store
 from launcher.checkpoint import shards, store, zero3
 from launcher.checkpoint.manifest import Checkpoint
+from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.loader import StepBatch
 from launcher.distributed import RankInfo, StepReduction, all_reduce_step
 from launcher.errors import CheckpointError, DivergedError, Superseded
@@ -27,7 +28,7 @@ from launcher.tracking.jsonl import SUPERSEDED
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train.checkpointer import compute_reference_logits
 from launcher.train.engine import join_process_group, leave_process_group
-from launcher.train.evaluation.evaluator import HELD_OUT, Evaluation
+from launcher.train.evaluation.evaluator import Evaluation
 from launcher.train.finish import OnExported, finish, write_weights
 from launcher.train.isolation import require_isolation
 from launcher.train.monitoring import bandwidth
@@ -239,7 +240,7 @@ class TrainingLoop:
         return "limit" if self.reached_limit else self.stop()
 
     def evaluate_if_due(self) -> None:
-        if self.run.plan.evaluates_at(self.step):
+        if self.run.plan.eval_sets_at(self.step):
             self.evaluate(f"at step {self.step}")
 
     def evaluate(self, when: str, is_last: bool = False) -> None:
@@ -247,8 +248,8 @@ class TrainingLoop:
 
         A limit of the run does not stop the last evaluation, which is cheap and shows what the run has achieved.
         """
-        parts, tracker = self.parts, self.run.tracker
-        evaluation = parts.evaluator.evaluate(self.step, self.stop if is_last else self.local_stop_reason, (HELD_OUT,))
+        parts, tracker, names = self.parts, self.run.tracker, self.run.plan.eval_sets_at(self.step)
+        evaluation = parts.evaluator.evaluate(self.step, self.stop if is_last else self.local_stop_reason, names)
         parts.monitor.eval_s = parts.evaluator.total_s
         if evaluation is None:
             return

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.saver import Saver
+from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.cache import Split
 from launcher.data.loader import PrefetchLoader, RowBatches, TrainBatches
 from launcher.data.sources import make_eval_source
@@ -22,7 +24,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.tracker import Composite
 from launcher.train.checkpointer import Checkpointer
 from launcher.train.engine import build_engine
-from launcher.train.evaluation.evaluator import HELD_OUT, EvalRows, Evaluator
+from launcher.train.evaluation.evaluator import EvalRows, Evaluator
 from launcher.train.evaluation.score import Scorer
 from launcher.train.model import CausalLMLoss, describe_attention
 from launcher.train.monitoring.monitor import Monitor
@@ -138,12 +140,25 @@ def _open_batches(run: RunContext, data: DataFacts) -> PrefetchLoader:
     return PrefetchLoader(batches, run.device)
 
 
+def _choose_rows(num_rows: int, max_rows: int | None) -> np.ndarray:
+    """Return the indices of at most `max_rows` rows: evenly spaced, as rows are sorted by the length of their documents."""
+    if max_rows is None or num_rows <= max_rows:
+        return np.arange(num_rows)
+    return np.linspace(0, num_rows - 1, max_rows).round().astype(int)
+
+
 def _open_eval_rows(run: RunContext, data: DataFacts) -> list[EvalRows]:
     """Open the rows of all sets that are evaluated while training."""
-    section, micro_batch_size = run.plan.config.data, run.plan.batch.micro_batch_size
-    if not data.num_eval_rows:
-        return []
-    eval_source = make_eval_source(section)
-    sources = (*section.sources, *([eval_source] if eval_source is not None else []))
-    batches = RowBatches(Split.open(data, held_out=True), micro_batch_size, pad_id=_PAD_ID)
-    return [EvalRows(HELD_OUT, batches, tuple(source.name for source in sources))]
+    plan, micro_batch_size = run.plan, run.plan.batch.micro_batch_size
+    opened = []
+    if data.num_eval_rows:
+        section = plan.config.data
+        eval_source = make_eval_source(section)
+        sources = (*section.sources, *([eval_source] if eval_source is not None else []))
+        batches = RowBatches(Split.open(data, held_out=True), micro_batch_size, pad_id=_PAD_ID)
+        opened.append(EvalRows(HELD_OUT, batches, tuple(source.name for source in sources)))
+    for one in plan.config.eval.sets:
+        split = Split.open(plan.eval_sets[one.name])
+        batches = RowBatches(split, micro_batch_size, _PAD_ID, _choose_rows(split.num_rows, one.max_rows))
+        opened.append(EvalRows(one.name, batches, (one.name,)))
+    return opened

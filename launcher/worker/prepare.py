@@ -72,10 +72,15 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
     with _progress() as on_progress:
         num_embeddings = model_source.read_model_facts(config.model).vocab_size
         built = build.build(config.data, str(tokenizer), on_progress, num_embeddings)
+        eval_sets = {
+            one.name: build.build(one.as_data(config.data), str(tokenizer), on_progress, num_embeddings)
+            for one in config.eval.sets
+        }
     if show is None:
         return {}
     texts = DecodedTexts(built, lambda: load_tokenizer(str(tokenizer)))
-    answer = report.report(built, config.data, texts, config.train, config.run.seed, model_source.stop_ids(config.model), show)
+    stop_ids = model_source.stop_ids(config.model)
+    answer = report.report(built, config.data, texts, config.train, config.run.seed, stop_ids, show, eval_sets)
     texts.store()
     return {"report": answer}
 

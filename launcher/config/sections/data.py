@@ -44,8 +44,8 @@ def without_credentials(path: str) -> str:
     return path
 
 
-class Source(Section):
-    """One data source."""
+class RowSource(Section):
+    """Where rows come from, and how they are read."""
 
     name: Name = Field("train", description="Name of the source in reports and metrics.")
     path: Text = Field(
@@ -93,6 +93,33 @@ class Source(Section):
     revision: Text | None = Field(
         None, description="Branch, tag or commit of a hub dataset; a 40-digit commit never changes. Unset: the default branch."
     )
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the default: the code of a resumed run may be older than this key."""
+        values: dict[str, Any] = handler(self)
+        if not self.ignored_keys:
+            values.pop("ignored_keys", None)
+        return values
+
+    @field_validator("path")
+    @classmethod
+    def _no_credentials(cls, value: str) -> str:
+        return without_credentials(value)
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, value: dict[str, str]) -> dict[str, str]:
+        if unknown := [name for name in value if name not in COLUMNS]:
+            raise ValueError(
+                f"has no column {', '.join(unknown)}; the columns are {', '.join(COLUMNS)}; such as {COLUMNS_EXAMPLE}"
+            )
+        return value
+
+
+class Source(RowSource):
+    """One data source, and its share of the mixture."""
+
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None,
         description=(
@@ -111,32 +138,10 @@ class Source(Section):
         ),
     )
 
-    @model_serializer(mode="wrap")
-    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the default: the code of a resumed run may be older than this key."""
-        values: dict[str, Any] = handler(self)
-        if not self.ignored_keys:
-            values.pop("ignored_keys", None)
-        return values
-
     @property
     def is_read(self) -> bool:
         """False for a source of weight 0: neither training nor evaluation uses it."""
         return self.weight != 0
-
-    @field_validator("path")
-    @classmethod
-    def _no_credentials(cls, value: str) -> str:
-        return without_credentials(value)
-
-    @field_validator("columns")
-    @classmethod
-    def _known_columns(cls, value: dict[str, str]) -> dict[str, str]:
-        if unknown := [name for name in value if name not in COLUMNS]:
-            raise ValueError(
-                f"has no column {', '.join(unknown)}; the columns are {', '.join(COLUMNS)}; such as {COLUMNS_EXAMPLE}"
-            )
-        return value
 
 
 class ChecksSection(Section):

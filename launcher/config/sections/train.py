@@ -1,4 +1,4 @@
-"""The sections for what training does: steps and batches, held-out evaluation, checkpoints, export."""
+"""The sections for what training does: steps and batches, checkpoints, export."""
 
 from __future__ import annotations
 
@@ -31,17 +31,6 @@ class TrainSection(Section):
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError("train.max_steps and train.epochs are both set; unset one of them with null")
         return self
-
-
-class EvalSection(Section):
-    """Held-out evaluation while the model trains."""
-
-    every: Count = Field(0, description="Steps between held-out evaluations; 0: only before and after training.")
-    at_start: Flag = Field(True, description="Evaluate before the first step, as the baseline of later evaluations.")
-    sample: Flag = Field(
-        False, description="Answer one held-out question before and after training (models that fit on one device)."
-    )
-    sample_max_tokens: PositiveInt = Field(48, description="Maximum length of that answer, in tokens.")
 
 
 class CheckpointSection(Section):

@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from launcher.config.sections.data import EXAMPLE_PATH, DataSection, Source
+from launcher.config.sections.data import EXAMPLE_PATH, DataSection, RowSource, Source
 from launcher.data.sources import locate, stdlib_docs
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.sources.files import BLOCK_ROWS, Block, parse_block, read_blocks, split_block
@@ -43,6 +43,7 @@ __all__ = [
     "compute_source_digest",
     "count_rows",
     "describe_origin",
+    "find_path_problem",
     "find_row_problems",
     "make_eval_source",
     "read_batches",
@@ -87,14 +88,15 @@ def check_sources(data: DataSection) -> list[Problem]:
     sources = {f"data.sources[{i}].path": source for i, source in enumerate(data.sources)}
     if (held_out := make_eval_source(data)) is not None:
         sources["data.eval_path"] = held_out
-    problems = [problem for key, source in sources.items() if (problem := _path_problem(key, source))]
+    problems = [problem for key, source in sources.items() if (problem := find_path_problem(key, source))]
     if data.chat_template is not None and not Path(data.chat_template).expanduser().is_file():
         remedy = f"set data.chat_template to a file with a Jinja template; relative paths start at {Path.cwd()}"
         problems.append(Problem("there is no such template file", "data.chat_template", data.chat_template, remedy))
     return problems
 
 
-def _path_problem(key: str, source: Source) -> Problem | None:
+def find_path_problem(key: str, source: RowSource) -> Problem | None:
+    """Return the problem of a source's path that shows without reading files or the network; `key` is its setting."""
     value = source.path
     if value == STDLIB_DOCS:
         return None

@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from launcher import atomic_files
-from launcher.config.sections.data import Source
+from launcher.config.sections.data import RowSource, Source
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.data.cache_dir import convert_os_errors, source_folder
 from launcher.data.sources.files import DataFile, detect_kind, file_digest
@@ -108,7 +108,7 @@ def url_problem(key: str, url: str) -> Problem | None:
     return Problem(f"the protocol {protocol}:// is unknown", key, url, "write s3://, gs://, hf://datasets/ or https://")
 
 
-def local_problem(key: str, source: Source) -> Problem | None:
+def local_problem(key: str, source: RowSource) -> Problem | None:
     """Check a local path on disk and return its problem; `key` is its setting."""
     value, path = source.path, Path(source.path).expanduser()
     remedy = f"set {key} to a data file, a folder, a pattern, a Hub dataset (owner/name) or an address (s3://...)"
@@ -149,7 +149,7 @@ def _list_similar(path: Path) -> list[str]:
     return [str(entry) for name in close for entry in names[name]][:3]
 
 
-def _local_files(source: Source) -> tuple[DataFile, ...]:
+def _local_files(source: RowSource) -> tuple[DataFile, ...]:
     path = Path(source.path).expanduser()
     if path.is_dir():
         return tuple(DataFile(path / name, f"{source.path.rstrip('/')}/{name}") for name in _choose_in_folder(path, source)[0])

@@ -205,7 +205,7 @@ class Session:
                 self._log(line["trainer/step"], metrics, offset)
 
     def _is_evaluation_missing(self, row: Mapping[str, Any]) -> bool:
-        return self._plan.evaluates_at(row["trainer/step"]) and not any(name.startswith("eval/") for name in row)
+        return bool(self._plan.eval_sets_at(row["trainer/step"])) and not any(name.startswith("eval/") for name in row)
 
     def _log(self, step: int, metrics: Mapping[str, float], offset: int) -> None:
         # The step among the metrics is a float, which W&B does not accept as its own step.

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.loader import RowBatches
 from launcher.train.evaluation.score import Scorer
 from launcher.train.monitoring.step_metrics import perplexity
-
-HELD_OUT = "held_out"
-HELD_OUT_LOSS = f"eval/{HELD_OUT}/loss"
 
 
 @dataclass(frozen=True)
