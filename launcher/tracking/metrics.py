@@ -13,7 +13,7 @@ from typing import Any
 
 STEP = "trainer/step"
 # Sections of the W&B workspace, in order. Sections that only METRICS names follow.
-SECTIONS = ("Training", "Throughput", "Memory", "Stability", "Data", "Checkpoints", "Cluster", "Cost")
+SECTIONS = ("Training", "Evaluation", "Throughput", "Memory", "Stability", "Data", "Checkpoints", "Cluster", "Cost")
 # Lines of `status` that show metrics, in order. Lines that only METRICS names follow.
 STATUS_LINES = ("loss", "pace", "memory", "GPUs", "ranks")
 
@@ -139,6 +139,8 @@ METRICS: dict[str, Metric] = {
         section="Training", title="Loss per trained token", curve=Curve("Held-out loss"), lowest="best/eval_loss"
     ),
     "eval/held_out/ppl": Metric(section="Training", title="Held-out perplexity"),
+    "eval/*/loss": Metric(section="Evaluation", title="Loss by evaluation set and source"),
+    "eval/*/ppl": Metric(section="Evaluation", title="Perplexity by evaluation set"),
     "train/lr": Metric(section="Training", title="Learning rate", curve=Curve("Learning rate"), console=Part("lr {:.1e}".format)),
     "train/grad_norm": Metric(
         section="Stability",

@@ -28,7 +28,7 @@ CANARY = "canary-7f3a9c51d2"
 METRICS = {
     *(f"trainer/{name}" for name in ("step", "epoch", "tokens", "samples", "progress", "eta_s")),
     *(f"train/{name}" for name in ("loss", "grad_norm", "lr", "skipped_steps")),
-    *(f"eval/held_out/{name}" for name in ("loss", "ppl")),
+    *(f"eval/{of_set}/{name}" for of_set in ("held_out", "sums") for name in ("loss", "ppl")),
     *(f"perf/{name}" for name in ("tokens_per_sec", "tokens_per_sec_per_gpu", "tflops_per_gpu", "padding_frac", "goodput")),
     *(f"time/{name}" for name in ("step_s", "data_s", "fwd_bwd_s", "optim_s", "eval_s", "ckpt_s")),
     *(f"time/{name}" for name in ("step_max_rank_s", "straggler_ratio", "kept_s")),
@@ -56,6 +56,9 @@ def finished(launch: Launch, module_runs: Path, hub: FakeHub) -> tuple[Path, str
     settings = [s for s in TINY if s not in ("tracking=none", "eval.sample=false")]
     template = module_runs / "chat.jinja"
     template.write_text(TEMPLATE)
+    sums = module_runs / "sums.jsonl"
+    rows = ({"prompt": f"{i} + {j} =", "completion": f"{i + j}"} for i in range(9) for j in range(9))
+    sums.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = launch(
         *settings,
         f"train.max_steps={STEPS}",
@@ -67,6 +70,7 @@ def finished(launch: Launch, module_runs: Path, hub: FakeHub) -> tuple[Path, str
         "tracking.tags=[quiet]",
         "cluster.price_per_gpu_hour=3",
         f"data.chat_template={template}",
+        f"eval.sets=[{{name: sums, path: {sums}, every: 5, max_rows: 3}}]",
         f"run.root={module_runs}",
         "run.name=finished",
         CANARY_TOKEN=CANARY,
@@ -78,6 +82,7 @@ def finished(launch: Launch, module_runs: Path, hub: FakeHub) -> tuple[Path, str
     )
     assert done.returncode == 0, done.stdout + done.stderr
     template.unlink()
+    sums.unlink()
     return module_runs / "finished", done.stdout
 
 
@@ -112,6 +117,10 @@ def test_loss_falls_and_held_out_loss_is_measured_before_and_after(finished: tup
     held_out = [line["eval/held_out/loss"] for line in metrics(finished[0]) if "eval/held_out/loss" in line]
     assert len(held_out) == 2
     assert held_out[1] < held_out[0]
+    of_set = {line["trainer/step"]: line["eval/sums/loss"] for line in metrics(finished[0]) if "eval/sums/loss" in line}
+    assert [*of_set] == [0, 5, 10, STEPS]
+    assert of_set[STEPS] < of_set[0]
+    assert f"loss on sums at step 5: {of_set[5]:.4f} (" in finished[1]
 
 
 def test_the_output_shows_losses_answers_and_paths(finished: tuple[Path, str]) -> None:

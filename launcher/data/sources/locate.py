@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from launcher import atomic_files
-from launcher.config.sections.data import RowSource, Source
+from launcher.config.sections.data import RowSource
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.data.cache_dir import convert_os_errors, source_folder
 from launcher.data.sources.files import DataFile, detect_kind, file_digest
@@ -49,14 +49,14 @@ def has_splits(path: str) -> bool:
     return is_url(path) or is_hub(path) or Path(path).expanduser().is_dir()
 
 
-def fetch_files(source: Source) -> tuple[DataFile, ...]:
+def fetch_files(source: RowSource) -> tuple[DataFile, ...]:
     """Return the files of the source, downloaded if they are remote. Raises: DataError."""
     if is_url(source.path):
         return RemoteFiles(source).fetch()
     return _hub_files(source) if is_hub(source.path) else _local_files(source)
 
 
-def digest(source: Source) -> str:
+def digest(source: RowSource) -> str:
     """Return a text that changes with the bytes of the source's files, not with their path.
 
     Local files are read. For a Hub dataset it is the commit; elsewhere the metadata that the storage has of each file. A file
@@ -73,7 +73,7 @@ def digest(source: Source) -> str:
     return ", ".join(f"{detect_kind(file.name)} {file_digest(file)}" for file in _local_files(source))
 
 
-def describe_origin(source: Source) -> dict[str, Any]:
+def describe_origin(source: RowSource) -> dict[str, Any]:
     """Return where the source's rows come from: a digest, the commit of a Hub dataset, and the files that are read and left out.
 
     Up to ten names of each are listed. Raises: DataError.
@@ -158,7 +158,7 @@ def _local_files(source: RowSource) -> tuple[DataFile, ...]:
     return (DataFile(path, source.path),)
 
 
-def _choose_in_folder(folder: Path, source: Source) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _choose_in_folder(folder: Path, source: RowSource) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the files of the source's subset and split, and those left out."""
     names = _list_names(folder)
     chosen = choose_files(names, lambda name: (folder / name).read_bytes(), source.subset, source.split, source.path)
@@ -191,7 +191,7 @@ def _match_pattern(pattern: str) -> list[str]:
 # Hub datasets
 
 
-def _hub_files(source: Source) -> tuple[DataFile, ...]:
+def _hub_files(source: RowSource) -> tuple[DataFile, ...]:
     from huggingface_hub import hf_hub_download
 
     commit, names, _ = _hub_listing(source)
@@ -206,7 +206,7 @@ def _hub_files(source: Source) -> tuple[DataFile, ...]:
     return tuple(files)
 
 
-def _hub_listing(source: Source) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """Return the commit, the files of the source's subset and split, and those left out.
 
     The Hub is queried unless the revision is a commit with a stored listing. If the Hub cannot be reached or is too busy, the
@@ -265,7 +265,7 @@ def _read_listing(record: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]] 
     return listing["commit"], tuple(listing["files"]), tuple(listing.get("left_out", ()))
 
 
-def _unreachable(source: Source, reason: str) -> DataError:
+def _unreachable(source: RowSource, reason: str) -> DataError:
     message = f"there is no file or folder {source.path} here, and the hub dataset of that name cannot be used: {reason}"
     remedy = (
         f"a local folder: write ./ before it, and create it (relative paths start at {Path.cwd()}); "

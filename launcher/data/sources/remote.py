@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.config.sections.data import Source
+from launcher.config.sections.data import RowSource
 from launcher.data.cache_dir import convert_os_errors, is_full, make_cache_error, mark_used, source_folder
 from launcher.data.cache_lock import wait_and_hold
 from launcher.data.sources.files import DataFile, detect_kind, file_digest
@@ -43,7 +43,7 @@ class RemoteFiles:
     Methods raise DataError.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: RowSource) -> None:
         self._source = source
         self.left_out: tuple[str, ...] = ()
         self._fs, path = self._try("opened", lambda: _connect(source.path))
