@@ -17,7 +17,7 @@ from launcher.plan.run_dir import RunDir
 # In the folder of the code: the schema version of the plans that this code reads; earlier launchers wrote no such file.
 _PLAN_SCHEMA = "plan_schema_version"
 # In the same folder: the digest of every file of the package, by its path in the folder.
-_DIGESTS = "digests.json"
+DIGESTS = "digests.json"
 
 
 def create(run: RunDir) -> None:
@@ -54,7 +54,7 @@ def find_damage(run: RunDir) -> str | None:
 
     Code without digests, as earlier launchers copied it, is taken as it is. Bytecode may be missing, as in a copy from a mirror.
     """
-    path = run.code / _DIGESTS
+    path = run.code / DIGESTS
     if not path.is_file():
         return None
     try:
@@ -81,7 +81,7 @@ def _copy_package(folder: Path) -> None:
     shutil.copytree(source, folder / "launcher", ignore=shutil.ignore_patterns("conf", "*.pyc.*"))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     digests = {str(path.relative_to(folder)): xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files}
-    (folder / _DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
+    (folder / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
     (folder / _PLAN_SCHEMA).write_text(f"{SCHEMA_VERSION}\n", encoding="utf-8")
     # After a power loss, files without this may be empty, and every later attempt runs them.
     atomic_files.fsync_tree(folder)

@@ -1,0 +1,105 @@
+"""The verb `diff`: what differs between two runs, or between a run and a file of settings."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launcher import run_store
+from launcher.cli import formatting
+from launcher.cli.arguments import VerbParser
+from launcher.cli.compared_run import GIT_COMMIT, SECTIONS, ComparedRun, ValueDifference, compare, read
+from launcher.errors import printable
+from launcher.security.redaction import looks_secret, redact
+
+_MAX_CHARS = 200
+# A smaller change is shown as none; a number of this size with its exponent.
+_LEAST_CHANGE, _MOST = 0.0005, 1e12
+_REDACTED = "<redacted>"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def run(verb: str, tokens: list[str]) -> int:
+    """Print the differences of two runs."""
+    arguments = _parser().parse_args(tokens)
+    left, right = (read(run_store.find_run(name, Path(arguments.root))) for name in (arguments.left, arguments.right))
+    sections = compare(left, right)
+    if arguments.json:
+        values = {
+            "left": left.name,
+            "right": right.name,
+            **{name: [_as_json(difference) for difference in sections.get(name, [])] for name in SECTIONS},
+        }
+        print(formatting.as_json(values))
+    else:
+        print("\n".join(_lines(left, right, sections)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Show what differs between two runs: settings, model, data, code, versions, machines and results."
+    parser = VerbParser(prog="python -m launcher diff", description=about)
+    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_argument("left", metavar="RUN", help="name of the run, or path of its directory")
+    parser.add_argument("right", metavar="RUN", help="the run that it is compared with")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _lines(left: ComparedRun, right: ComparedRun, sections: Mapping[str, Sequence[ValueDifference]]) -> list[str]:
+    if not sections:
+        return [f"no differences between {left.name} and {right.name}"]
+    names = left.name, right.name if right.name != left.name else f"{right.name} (the second)"
+    lines = []
+    for section, differences in sections.items():
+        rows = [(d.key, _shown(d.key, d.left), _shown(d.key, d.right), _change(section, d)) for d in differences]
+        has_changes = any(row[3] for row in rows)
+        columns = (section, *names, *([">change"] if has_changes else []))
+        cells = [tuple(printable(cell) for cell in (row if has_changes else row[:3])) for row in rows]
+        lines += [*formatting.table(columns, cells), ""]
+    return lines[:-1]
+
+
+def _change(section: str, difference: ValueDifference) -> str:
+    change = difference.relative_change
+    if section != "results" or change is None:
+        return ""
+    return f"{change:+.1%}" if abs(change) >= _LEAST_CHANGE else "0.0%"
+
+
+def _shown(key: str, value: Any) -> str:
+    """Return a value as text, without secrets, in one line."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if value.is_integer() and 1 <= abs(value) < _MOST:
+            return f"{value:,.0f}"
+        return f"{value:,.{1 if abs(value) >= 100 else 4}f}" if 0.001 <= abs(value) < _MOST else f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_shown(key, item) for item in value)
+    text = _without_secrets(key, str(value)).replace("\n", " ")
+    return text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}..."
+
+
+def _without_secrets(key: str, text: str) -> str:
+    # A commit has the form of a key of W&B.
+    if _COMMIT.fullmatch(text) and (key == GIT_COMMIT or key.endswith(".revision")):
+        return text
+    return _REDACTED if looks_secret(key, text) else redact(text)
+
+
+def _as_json(difference: ValueDifference) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        if isinstance(value, str):
+            return _without_secrets(difference.key, value)
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return {name: value if name == "key" else plain(value) for name, value in asdict(difference).items()}
