@@ -32,8 +32,11 @@ VERBS: Mapping[str, str] = {
     "resume": "runs",
     "export": "export",
     "checkpoints": "checkpoints",
+    "diff": "compare",
     "rm": "remove",
     "clean": "clean",
+    "schema": "schema",
+    "completion": "completion",
     "drill": "drill",
     "doctor": "doctor",
 }
@@ -43,7 +46,7 @@ _FLAGS_WITHOUT_VALUE = ("--json", "--follow", "--detach", "-m", "--multirun")
 # The value is that of launcher.security.trust, which only commands with the flag import here.
 _TRUST_OWNER = "--trust-owner"
 _GC_THRESHOLD = 50_000
-_PACKAGES = ("torch", "deepspeed", "transformers", "ray")
+_PACKAGES = ("torch", "deepspeed", "transformers", "ray", "wandb")
 
 HELP = """\
 Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
@@ -73,12 +76,15 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
                                                write the Hugging Face folder of a checkpoint
   python -m launcher checkpoints RUN [--verify] [--prune]
                                                list checkpoints; verify their digests; remove those that are not kept
+  python -m launcher diff RUN RUN              what differs: settings, data, code, versions, machines, results
   python -m launcher rm RUN [RUN ...] [--yes]  remove runs with all their files, after a question
   python -m launcher clean [--older-than 30d] [--max-size 200GiB] [--dry-run]
                                                remove parts of the cache that no unfinished run uses, after a question
 
   python -m launcher drill --fault FAULT [RUN] [overrides]
                                                rehearse a fault on a short run: does it save and continue, what is lost
+  python -m launcher schema                    the JSON Schema of a run's file, for editors
+  python -m launcher completion bash|zsh|fish  completion of verbs, groups, settings and names of runs
 
   python -m launcher doctor [overrides]        check what a run needs, on this machine or on every node of a cluster
 

@@ -172,7 +172,7 @@ def test_version_lists_the_packages_and_imports_none(walled: Run, arguments: lis
     done = walled(*arguments, forbidden=(*TORCH, "hydra", "omegaconf", "pydantic", "rich", "numpy", "psutil"))
     assert (done.returncode, done.stderr) == (0, "")
     versions = dict(line.split() for line in done.stdout.splitlines())
-    assert list(versions) == ["launcher", "python", "torch", "deepspeed", "transformers", "ray"]
+    assert list(versions) == ["launcher", "python", "torch", "deepspeed", "transformers", "ray", "wandb"]
     assert versions["launcher"] == __version__
     assert versions["torch"] == metadata.version("torch")
 
