@@ -9,7 +9,7 @@ rank's part of every weight in that dtype, by which an export verifies that it w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from launcher.distributed import run_on_all_ranks
 from launcher.errors import CheckpointError, DamagedCheckpoint
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+MakeProgress = Callable[[str, int], Callable[[int], None]]
 _RNG_CPU = "rng|cpu"
 _RNG_CUDA = "rng|cuda"
 _NO_DIGEST = "0" * 16
@@ -92,8 +93,17 @@ def build_state(engine: Any, named_parameters: Mapping[str, Parameter], extra_st
     )
 
 
+def _silent(activity: str, total: int) -> Callable[[int], None]:
+    return lambda num_bytes: None
+
+
 def load(
-    engine: Any, named_parameters: Mapping[str, Parameter], checkpoint: Path, *, plan_digest: str | None = None
+    engine: Any,
+    named_parameters: Mapping[str, Parameter],
+    checkpoint: Path,
+    *,
+    plan_digest: str | None = None,
+    make_progress: MakeProgress = _silent,
 ) -> dict[str, Any]:
     """Load a committed checkpoint into the engine and return its `extra_state`. Collective.
 
@@ -124,7 +134,8 @@ def load(
         own_files = sorted(manifest.files, key=lambda name: (not name.startswith("rank-"), name))[rank::world_size]
         if problems := store.find_foreign_files(checkpoint, manifest):
             raise CheckpointError(problems)
-        if problems := store.verify_files(checkpoint, manifest, own_files):
+        advance = make_progress("verifying the checkpoint", sum(manifest.files[name].size for name in own_files))
+        if problems := store.verify_files(checkpoint, manifest, own_files, on_read=advance):
             raise DamagedCheckpoint(problems)
         state = read_state(checkpoint)
         _require_same_parameters(state, named_parameters, checkpoint)
@@ -132,10 +143,14 @@ def load(
         return manifest, state
 
     manifest, state = run_on_all_ranks(engine.device, "the checkpoint cannot be loaded", check)
+    shard_bytes = sum(manifest.files[store.shard_name(saved)].size for saved in range(manifest.world_size))
     with ShardSet(checkpoint, manifest.world_size) as shards:
+        advance = make_progress("reading the checkpoint", shard_bytes // world_size)
 
         def read(parameter: str, key: str, num_elements: int, start: int, out: torch.Tensor) -> None:
-            shards.read_into(tensor_key(parameter, key), num_elements, start, as_bytes(out))
+            content = as_bytes(out)
+            shards.read_into(tensor_key(parameter, key), num_elements, start, content)
+            advance(content.nbytes)
 
         run_on_all_ranks(
             engine.device,

@@ -27,10 +27,10 @@ KINDS: Mapping[str, str] = {
     "data": "tokenized rows",
     "models": "converted models, and weights of other runs",
     "sources": "downloaded data files",
-    "checks": "results of checks of models and settings",
+    "checks": "results of checks of models and settings, and words for completion",
     "extensions": "C++ extensions that torch has compiled, also for other programs",
 }
-_CHECKS = ("isolation-checks", "weight-checks", "deepspeed-checks")
+_CHECKS = ("isolation-checks", "weight-checks", "deepspeed-checks", "completion")
 # A command that has found an entry may not have started its run yet.
 _JUST_USED_S = 600.0
 # A build takes less; what is older was left by a process that was killed.
@@ -77,16 +77,17 @@ class RunUse:
         return self.state != "completed"
 
 
-def list_entries(roots: Iterable[Path]) -> list[CacheEntry]:
+def list_entries(roots: Iterable[Path], shared: bool = False) -> list[CacheEntry]:
     """List the entries of the cache that belong to this user, the one with the oldest use first.
 
-    `roots` are the folders of runs that may use it.
+    `roots` are the folders of runs that may use it. Data caches that a group shares are kept unless `shared`: the runs of its
+    other members are not known.
 
     Raises:
         SubmitError: where the plan of an unfinished run cannot be read, so that nobody knows what it uses.
     """
     uses = _uses(roots)
-    found = [*_data(), *_models(), *_sources(), *_checks(), *_extensions()]
+    found = [*_data(shared), *_models(), *_sources(), *_checks(), *_extensions()]
     building = [entry for entry in found if entry.kind == "data" and entry.lock is not None and is_locked(entry.lock)]
     entries = [_judge(entry, uses, bool(building)) for entry in found if _is_own(entry.path)]
     return sorted(entries, key=lambda entry: entry.used_at)
@@ -143,8 +144,6 @@ def _judge(entry: CacheEntry, uses: Sequence[RunUse], is_building: bool) -> Cach
 
 
 def _reason(entry: CacheEntry, users: Sequence[RunUse], uses: Sequence[RunUse], is_building: bool) -> str:
-    if entry.kept:
-        return entry.kept
     if entry.lock is not None and is_locked(entry.lock):
         holder = locks.read_holder(entry.lock)
         return f"being built by process {holder.pid} on {holder.host}" if holder is not None else "being built"
@@ -156,7 +155,8 @@ def _reason(entry: CacheEntry, users: Sequence[RunUse], uses: Sequence[RunUse], 
     if entry.kind == "sources" and is_building:
         return "data is being built"
     used_s = time.time() - entry.used_at
-    return f"used {format_duration(max(0.0, used_s))} ago" if used_s < _JUST_USED_S else ""
+    just_used = f"used {format_duration(max(0.0, used_s))} ago" if used_s < _JUST_USED_S else ""
+    return entry.kept or just_used
 
 
 def is_locked(lock: Path) -> bool:
@@ -212,19 +212,21 @@ def _is_own(path: Path) -> bool:
     return False
 
 
-def _data() -> Iterator[CacheEntry]:
-    shared = shared_cache_root() or cache_root()
-    roots = dict.fromkeys([cache_root() / "data", *sorted(shared.glob("data-*"))])
+def _data(shared: bool) -> Iterator[CacheEntry]:
+    shared_root = shared_cache_root() or cache_root()
+    roots = dict.fromkeys([cache_root() / "data", *sorted(shared_root.glob("data-*"))])
     for root in roots:
         children = _children(root)
         names = {path.name for path in children}
         for path in children:
             key = path.name.removesuffix(".partial").removesuffix(".texts.json")
-            owner = "" if root.name == "data" else f"-{os.geteuid()}"
+            group = root.name.removeprefix("data").removeprefix("-")
+            owner = f"-{os.geteuid()}" if group else ""
+            kept = f"shared with the group {group}" if group and not shared else ""
             if path.name == key and path.is_dir() and not _is_temporary(path):
                 texts = path.with_name(f"{key}.texts.json")
                 extra = [texts] if texts.name in names else []
-                yield _entry("data", path, *extra, lock=path.with_name(f"{key}{owner}.lock"))
+                yield _entry("data", path, *extra, lock=path.with_name(f"{key}{owner}.lock"), kept=kept)
             elif path.name.endswith(".partial"):
                 # Its builder was killed, unless it holds the lock.
                 yield _entry("data", path, lock=path.with_name(f"{key}.lock"))

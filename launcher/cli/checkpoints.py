@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from launcher.run_records import RUNNING_STATES
 from launcher.security import ownership
 from launcher.shell_commands import launcher_command
 from launcher.tracking.metrics import format_duration
+from launcher.tracking.progress import show_progress
 
 # The result of verifying checkpoints, by path: None for an intact one.
 Verified = Mapping[Path, CheckpointError | None]
@@ -255,12 +255,13 @@ def _table(rows: Sequence[CheckpointRow]) -> list[str]:
 
 
 def verify(checkpoints: Sequence[Checkpoint]) -> dict[Path, CheckpointError | None]:
-    """Read checkpoints from end to end and compare them with their digests; shows progress on a terminal.
+    """Read checkpoints from end to end and compare them with their digests; shows how far it is.
 
     Returns, by the path of each checkpoint, DamagedCheckpoint, UnreadableCheckpoint, or None for an intact one.
     """
     num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
-    with _progress(sum(_num_bytes(checkpoint) for checkpoint in checkpoints)) as on_read:
+    with show_progress() as make_progress:
+        on_read = make_progress("verifying", sum(_num_bytes(checkpoint) for checkpoint in checkpoints))
         return {checkpoint.path: _verify_one(checkpoint, num_threads, on_read) for checkpoint in checkpoints}
 
 
@@ -269,26 +270,12 @@ def _num_bytes(checkpoint: Checkpoint) -> int:
     return sum(entry.size for entry in checkpoint.manifest.files.values())
 
 
-def _verify_one(checkpoint: Checkpoint, num_threads: int, on_read: Callable[[int], None] | None) -> CheckpointError | None:
+def _verify_one(checkpoint: Checkpoint, num_threads: int, on_read: Callable[[int], None]) -> CheckpointError | None:
     try:
         problems = store.verify(checkpoint.path, threads=num_threads, on_read=on_read)
     except UnreadableCheckpoint as error:
         return error
     return DamagedCheckpoint(problems) if problems else None
-
-
-@contextmanager
-def _progress(num_bytes: int) -> Iterator[Callable[[int], None] | None]:
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=num_bytes)
-        yield lambda count: progress.advance(task, count)
 
 
 def _or_dash(number: int | None) -> str:

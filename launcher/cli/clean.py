@@ -30,7 +30,7 @@ def run(verb: str, tokens: list[str]) -> int:
     """Remove parts of the cache; returns 1 if files could not be removed."""
     arguments = _parser().parse_args(tokens)
     roots = [Path(root).expanduser() for root in arguments.root or ["runs"]]
-    entries = list_entries([*roots, *run_folders.recall()])
+    entries = list_entries([*roots, *run_folders.recall()], arguments.shared)
     entries = [entry for entry in entries if not arguments.only or entry.kind in arguments.only]
     chosen = _choose(entries, arguments)
     total = format_size(sum(entry.bytes for entry in chosen))
@@ -78,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--larger-than", metavar="SIZE", type=_num_bytes, help="parts that are larger, such as 10GiB")
     size = "remove only until the cache is this small, the oldest use first, such as 200GiB"
     parser.add_argument("--max-size", metavar="SIZE", type=_num_bytes, help=size)
+    shared = "also your own data caches that a group shares; the runs of its other members are not known"
+    parser.add_argument("--shared", action="store_true", help=shared)
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument("--dry-run", action="store_true", help="list, and show what would be removed; remove nothing")
     root = "folder of runs that may use the cache (repeatable; default: runs), besides those in which runs were started"

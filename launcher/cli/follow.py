@@ -23,6 +23,7 @@ from launcher.tracking.console import format_step
 from launcher.tracking.jsonl import Tail, read_events
 from launcher.tracking.metrics import format_duration
 from launcher.tracking.metrics_tail import has_trained
+from launcher.tracking.progress import EVENT as PROGRESS
 
 _POLL_S = 0.15
 # Events that the closing lines report.
@@ -76,7 +77,9 @@ def follow(run: RunDir, attempt: int, cluster: Cluster, interrupts: Interrupts |
 
 def _show(line: dict[str, Any], status: Status, screen: _Screen) -> None:
     if "kind" in line:
-        if line["kind"] not in _HIDDEN_EVENTS:
+        if line["kind"] == PROGRESS:
+            screen.live(printable(line["text"]))
+        elif line["kind"] not in _HIDDEN_EVENTS:
             screen.say(printable(line["text"]))
     elif "train/loss" in line:
         screen.live(format_step(line, status.max_steps))

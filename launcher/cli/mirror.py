@@ -28,6 +28,7 @@ from launcher.run_records import RUNNING_STATES, Status
 from launcher.security import ownership
 from launcher.shell_commands import launcher_command
 from launcher.tracking.metrics import format_duration
+from launcher.tracking.progress import show_progress
 
 # Where the user wrote the address.
 _ORIGIN = "command line"
@@ -58,7 +59,8 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
                 name: _without_cache_group(plan) for name, plan in download.download_fixed_files(remote, mirrored, run).items()
             }
             download.download_progress(remote, run)
-            step = download.download_checkpoint(remote, run, step, _say)
+            with show_progress() as make_progress:
+                step = download.download_checkpoint(remote, run, step, _say, make_progress)
         _settle_status(run, mirrored, remote.url, step)
         plan = _newest(plans)
         model = _model_without_weights(plan, run)

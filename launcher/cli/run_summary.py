@@ -17,7 +17,7 @@ from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 from launcher.run_store import Placement
-from launcher.tracking import goodput
+from launcher.tracking import goodput, progress
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.metrics import median_names
@@ -69,8 +69,17 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "goodput": _goodput(spent or goodput.breakdown_from_metrics(tail.last)),
         "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
         "wandb": wandb_page(events),
+        "progress": _progress(events, number) if status.state in RUNNING_STATES else None,
         "mirror": next((e["text"] for e in reversed(events) if e["kind"] == "mirror"), None),
     }
+
+
+def _progress(events: Sequence[dict[str, Any]], attempt: int) -> dict[str, Any] | None:
+    """Return how far the newest attempt is with what it does now, such as loading the weights; None where nothing tells."""
+    last = events[-1] if events else None
+    if last is None or last["kind"] != progress.EVENT or last["attempt"] != attempt:
+        return None
+    return {"time": last["time"], "text": last["text"]}
 
 
 def _resumed(run: RunDir) -> dict[int, int]:

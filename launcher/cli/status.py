@@ -178,6 +178,9 @@ def _lines(values: dict[str, Any]) -> list[str]:
         ("attempt", str(values["attempt"])),
         ("step", _progress(values)),
     ]
+    if values["progress"] is not None:
+        age = format_duration(max(0.0, time.time() - values["progress"]["time"]))
+        rows.append(("progress", f"{values['progress']['text']} ({age} ago)"))
     if metrics:
         shown = dict(status_lines(metrics, values["usual"]))
         if "loss" in shown:

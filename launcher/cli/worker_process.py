@@ -101,8 +101,9 @@ def run_worker(
 def worker_environment() -> dict[str, str]:
     """Return the environment of a process that runs a module of the worker side: this package comes first in PYTHONPATH.
 
-    Nothing is imported from the working directory, which may belong to somebody else.
+    Nothing is imported from the working directory, which may belong to somebody else. The progress bars of libraries are off:
+    launcher.tracking.progress shows how far the work is.
     """
     root = str(Path(facts.__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+    return {"TQDM_DISABLE": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

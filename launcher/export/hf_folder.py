@@ -24,6 +24,7 @@ from launcher.export import weights
 from launcher.models import private_code
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import EXPORT_RECORD, ExportRecord
+from launcher.tracking.progress import MakeProgress, silent
 
 if TYPE_CHECKING:
     from launcher.export.parity import LogitParity
@@ -107,7 +108,7 @@ class ExportedFolder:
 RenderCard = Callable[[ExportedFolder], str]
 
 
-def export(task: ExportTask, card: RenderCard | None = None) -> ExportedFolder:
+def export(task: ExportTask, card: RenderCard | None = None, make_progress: MakeProgress = silent) -> ExportedFolder:
     """Write a checkpoint as a folder that transformers and servers load, in place of an earlier export.
 
     The weights take a few MiB of memory for any model size; `task.check` loads the complete model at the end. Shards are not
@@ -119,7 +120,7 @@ def export(task: ExportTask, card: RenderCard | None = None) -> ExportedFolder:
     """
     try:
         begin_export(task)
-        write_rank_files(task, 0, 1)
+        write_rank_files(task, 0, 1, make_progress)
         return complete_export(task, card)
     finally:
         shutil.rmtree(task.partial, ignore_errors=True)
@@ -156,7 +157,7 @@ def describe_added_stop_ids(exported: ExportedFolder) -> str:
     )
 
 
-def verify_checkpoint(task: ExportTask) -> None:
+def verify_checkpoint(task: ExportTask, make_progress: MakeProgress = silent) -> None:
     """Verify the files of the checkpoint whose damage `write_rank_files` would not detect.
 
     An export in the engine's dtype compares every byte with the digests of the weights. The shards, and with them the optimizer
@@ -171,7 +172,8 @@ def verify_checkpoint(task: ExportTask) -> None:
         engine = weights.read_engine_weights(shards)
     if engine is not None and engine.dtype == task.dtype:
         names -= {store.shard_name(rank) for rank in range(manifest.world_size)}
-    if problems := store.verify_files(task.checkpoint, manifest, sorted(names)):
+    on_read = make_progress("verifying the checkpoint", sum(manifest.files[name].size for name in names))
+    if problems := store.verify_files(task.checkpoint, manifest, sorted(names), on_read=on_read):
         raise CheckpointError(problems)
 
 
@@ -195,12 +197,14 @@ def begin_export(task: ExportTask) -> None:
     _write_config(task, model, state)
 
 
-def write_rank_files(task: ExportTask, rank: int, world_size: int) -> None:
+def write_rank_files(task: ExportTask, rank: int, world_size: int, make_progress: MakeProgress = silent) -> None:
     """Write this rank's part of the weight files; call it on every rank after `begin_export`, with the same task."""
     manifest, planned = store.open_checkpoint(task.checkpoint).manifest, _file_layout(task)
     own_files = list(planned.files)[rank::world_size]
+    num_bytes = sum(spec.num_bytes for name in own_files for spec in planned.files[name])
+    on_write = make_progress("writing the Hugging Face folder", num_bytes)
     with ShardSet(task.checkpoint, manifest.world_size) as shards:
-        weights.write_files(shards, weights.read_engine_weights(shards), planned, own_files, task.partial)
+        weights.write_files(shards, weights.read_engine_weights(shards), planned, own_files, task.partial, on_write)
 
 
 def complete_export(task: ExportTask, card: RenderCard | None = None, device: str = "cpu") -> ExportedFolder:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,8 +86,15 @@ def read_engine_weights(shards: ShardSet) -> EngineWeights | None:
     return EngineWeights(dtype, digests)
 
 
-def write_files(shards: ShardSet, engine: EngineWeights | None, planned: FileLayout, names: Sequence[str], folder: Path) -> None:
-    """Write and fsync the files `names` of the layout into `folder`.
+def write_files(
+    shards: ShardSet,
+    engine: EngineWeights | None,
+    planned: FileLayout,
+    names: Sequence[str],
+    folder: Path,
+    on_write: Callable[[int], None],
+) -> None:
+    """Write and fsync the files `names` of the layout into `folder`; `on_write` is called with the bytes of each block.
 
     It takes the memory of three blocks of half a million elements, for any model size. `engine` None skips the comparison.
 
@@ -96,7 +103,14 @@ def write_files(shards: ShardSet, engine: EngineWeights | None, planned: FileLay
     """
     for name in names:
         specs = planned.files[name]
-        safetensors_io.write(folder / name, specs, _blocks(shards, engine, specs, planned.dtype), {"format": "pt"})
+        blocks = _counted(_blocks(shards, engine, specs, planned.dtype), on_write)
+        safetensors_io.write(folder / name, specs, blocks, {"format": "pt"})
+
+
+def _counted(blocks: Iterable[memoryview], on_write: Callable[[int], None]) -> Iterator[memoryview]:
+    for block in blocks:
+        yield block
+        on_write(block.nbytes)
 
 
 def write_index(planned: FileLayout, folder: Path) -> None:

@@ -17,6 +17,7 @@ from launcher.distributed import RankInfo, open_store
 from launcher.errors import RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.security.folders import make_private_folder
+from launcher.tracking.progress import MakeProgress, silent
 from launcher.train.jit_build_lock import lock_builds
 from launcher.train.model import CausalLMLoss, build_model
 from launcher.train.optim import build_optimizer
@@ -53,8 +54,10 @@ def _meet_ranks(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[dist.S
     yield store, rank, world_size
 
 
-def build_engine(plan: LaunchPlan, rank_info: RankInfo) -> tuple[Any, CausalLMLoss]:
+def build_engine(plan: LaunchPlan, rank_info: RankInfo, make_progress: MakeProgress = silent) -> tuple[Any, CausalLMLoss]:
     """Build a DeepSpeed engine around the model, with weights loaded and partitioned. Collective.
+
+    `make_progress` reports on rank 0 how far the weights are loaded.
 
     Raises:
         RunError: where the plan puts states on an NVMe disk that this node does not have.
@@ -69,7 +72,8 @@ def build_engine(plan: LaunchPlan, rank_info: RankInfo) -> tuple[Any, CausalLMLo
     partitioning = HfDeepSpeedConfig(plan.deepspeed)
     _prepare_nvme_folder(plan, rank_info)
     config = plan.config
-    model = build_model(config.model, plan.model, plan.topology.device, config.train.loss_chunk_tokens, config.data.packing)
+    device, chunk_tokens = plan.topology.device, config.train.loss_chunk_tokens
+    model = build_model(config.model, plan.model, device, chunk_tokens, config.data.packing, make_progress)
     optimizer = build_optimizer(model.parameters_by_name().values(), plan.config.optim, plan.config.deepspeed)
     import_muon()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.deepspeed)

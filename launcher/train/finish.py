@@ -28,6 +28,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command
 from launcher.tracking.jsonl import read_metrics
+from launcher.tracking.progress import EVENT, Pace, as_events, say_that_it_works, silent
 from launcher.tracking.tracker import Composite
 from launcher.train.engine import leave_process_group
 from launcher.train.model import weights_gib
@@ -37,7 +38,7 @@ OnExported = Callable[[LaunchPlan, Path, str, Composite], None]
 _NOT_WRITTEN = "training is complete and saved, but the Hugging Face folder could not be written"
 
 
-def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, device: torch.device) -> None:
+def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, device: torch.device, tracker: Composite) -> None:
     """Write the weight files of the Hugging Face folder, each on one rank; `finish` on rank 0 has to follow. Collective.
 
     Raises:
@@ -48,9 +49,11 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
     if not plan.config.export.enabled:
         return
     task = _export_task(plan, checkpoint)
+    make_progress = as_events(tracker.event) if rank_info.is_main else silent
     try:
         run_on_all_ranks(device, _NOT_WRITTEN, lambda: begin_export(task) if rank_info.is_main else None)
-        run_on_all_ranks(device, _NOT_WRITTEN, lambda: write_rank_files(task, rank_info.rank, rank_info.world_size))
+        rank, world_size = rank_info.rank, rank_info.world_size
+        run_on_all_ranks(device, _NOT_WRITTEN, lambda: write_rank_files(task, rank, world_size, make_progress))
     except CheckpointError as error:
         # All ranks raise this, so none of them writes any more.
         leave_process_group()
@@ -149,7 +152,9 @@ def _push(plan: LaunchPlan, exported: ExportedFolder, tracker: Composite) -> Non
         return
     try:
         again = launcher_command("export", plan.run_dir, "--push", repo_id)
-        address = hub.push(exported.path, repo_id, again=again, public=plan.config.export.push_public)
+        activity = f"pushing {exported.num_bytes / 2**30:.2f} GiB to {repo_id}"
+        with say_that_it_works(activity, lambda text: tracker.event(EVENT, text), Pace()):
+            address = hub.push(exported.path, repo_id, again=again, public=plan.config.export.push_public)
     except PushError as error:
         problem, *_ = error.problems
         tracker.event("alert", f"{problem.message}: {problem.value or problem.where}; {problem.remedy}")

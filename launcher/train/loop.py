@@ -25,6 +25,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.goodput import JOINED, PHASE
 from launcher.tracking.jsonl import SUPERSEDED
+from launcher.tracking.progress import as_events, silent
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train.checkpointer import compute_reference_logits
 from launcher.train.engine import join_process_group, leave_process_group
@@ -90,7 +91,7 @@ def train(
             # The export needs the engine's memory; so no reference to the engine may be left here.
             loop.release_memory()
             loop = None
-            write_weights(plan, rank_info, final, device)
+            write_weights(plan, rank_info, final, device, tracker)
         leave_process_group()
         loop = None
         if rank_info.is_main and final is not None:
@@ -362,11 +363,12 @@ class TrainingLoop:
     def _load(self, agreed: Checkpoint) -> None:
         parts, tracker = self.parts, self.run.tracker
         parameters = parts.model.parameters_by_name()
+        make_progress = as_events(tracker.event) if self.run.rank_info.is_main else silent
         checkpoint, state = load_newest_intact(
             self.run.run_dir,
             self.run.rank_info,
             agreed,
-            lambda path: shards.load(parts.engine, parameters, path),
+            lambda path: shards.load(parts.engine, parameters, path, make_progress=make_progress),
             lambda message: tracker.event("alert", message),
         )
         self.step = parts.checkpointer.saved_step = checkpoint.step

@@ -10,7 +10,8 @@ import inspect
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from launcher.errors import ConfigError
 from launcher.models.private_code import folder_to_load
 from launcher.models.weight_files import WeightReport
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
+from launcher.tracking.progress import MakeProgress, silent
 from launcher.train.loss import LossHead
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -149,7 +151,14 @@ def _has(config: Any, flag: str, default: bool) -> bool:
     return bool(getattr(AutoModelForCausalLM._model_mapping.get(type(config), None), flag, default))
 
 
-def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_tokens: int, packing: bool = True) -> CausalLMLoss:
+def build_model(
+    model: ModelSection,
+    facts: ModelFacts,
+    device: str,
+    chunk_tokens: int,
+    packing: bool = True,
+    make_progress: MakeProgress = silent,
+) -> CausalLMLoss:
     """Build the model that the plan names. Call it while an HfDeepSpeedConfig is alive.
 
     Raises:
@@ -171,7 +180,9 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
     if folder is not None and facts.path is not None and model.init == "pretrained" and facts.has_weights:
         pickled = {} if model.allow_pickled_weights else {"use_safetensors": True}
-        hf = _load_pretrained(folder, facts.path, model, **options, **remote, **pickled)
+        advance = make_progress("loading the weights", facts.num_params * options["dtype"].itemsize)
+        with _counted_loading(advance):
+            hf = _load_pretrained(folder, facts.path, model, **options, **remote, **pickled)
     else:
         hf = AutoModelForCausalLM.from_config(config, **options, **remote)
     _replace_head(hf, chunk_tokens)
@@ -184,6 +195,22 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     hf.train()
     # Where documents are not packed, they may affect each other, and so may the rows of a flattened batch.
     return CausalLMLoss(hf, flatten=packing and kernel.startswith("flash_attention"))
+
+
+@contextmanager
+def _counted_loading(on_load: Callable[[int], None]) -> Iterator[None]:
+    """Call `on_load` with the bytes of each module's parameters as transformers fills them; under ZeRO-3 it does so on rank 0."""
+    fill = nn.Module._load_from_state_dict
+
+    def fill_and_count(module: nn.Module, *arguments: Any) -> None:
+        fill(module, *arguments)
+        on_load(sum(parameter.nbytes for parameter in module.parameters(recurse=False)))
+
+    nn.Module._load_from_state_dict = fill_and_count
+    try:
+        yield
+    finally:
+        nn.Module._load_from_state_dict = fill
 
 
 def _load_pretrained(folder: Path, path: str, model: ModelSection, **options: Any) -> Any:

@@ -21,6 +21,7 @@ from launcher.distributed import RankInfo, run_on_all_ranks
 from launcher.errors import RunError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.progress import as_events, silent
 from launcher.tracking.tracker import Composite
 from launcher.train.checkpointer import Checkpointer
 from launcher.train.engine import build_engine
@@ -82,7 +83,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     peak = find_peak_tflops(plan.config, device) if rank_info.is_main else None
     fence = partial(run_store.fence, run.run_dir, rank_info.attempt, refresh=True)
     run_on_all_ranks(device, "this attempt may not train", fence if rank_info.is_main else lambda: None)
-    engine, model = build_engine(plan, rank_info)
+    engine, model = build_engine(plan, rank_info, as_events(tracker.event) if rank_info.is_main else silent)
     if device.type == "cuda":
         tracker.event("info", describe_attention(plan.config.model, model.hf.config, plan.config.data.packing), 0)
     # An engine that cannot be saved is refused here, not at the first checkpoint.

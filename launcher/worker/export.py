@@ -20,11 +20,13 @@ from launcher.export.hf_folder import (
     find_chat_template,
     verify_checkpoint,
 )
+from launcher.plan.disk import format_size
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
 from launcher.shell_commands import launcher_command
 from launcher.tracking.jsonl import read_metrics
+from launcher.tracking.progress import show_progress, show_waiting
 from launcher.worker.signals import exit_on_termination
 
 
@@ -52,9 +54,12 @@ def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | Non
         chat_template=find_chat_template(plan),
         turn_end_ids=plan.data.turn_end_ids if plan.data else (),
     )
-    verify_checkpoint(task)
     metrics = read_metrics(run.metrics, model_card.METRICS)
-    return export(task, lambda made: model_card.render_model_card(plan, checkpoint.manifest, metrics, made, plans))
+    with show_progress() as make_progress:
+        verify_checkpoint(task, make_progress)
+        return export(
+            task, lambda made: model_card.render_model_card(plan, checkpoint.manifest, metrics, made, plans), make_progress
+        )
 
 
 def _load(plan_path: Path) -> LaunchPlan:
@@ -110,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(_lines(made)), flush=True)
         if arguments.push:
             public = arguments.push_public or _load(arguments.plan).config.export.push_public
-            print(f"  pushed to {hub.push(made.path, arguments.push, again=_again(arguments), public=public)}")
+            with show_waiting(f"pushing {format_size(made.num_bytes)} to {arguments.push}"):
+                address = hub.push(made.path, arguments.push, again=_again(arguments), public=public)
+            print(f"  pushed to {address}")
     except LauncherError as error:
         print(error, file=sys.stderr)
         return error.exit_code

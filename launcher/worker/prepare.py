@@ -10,18 +10,14 @@ module level.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launcher import atomic_files, locks, model_source, run_store
 from launcher.config.schema import ModelSection, RunConfig, is_run
@@ -37,16 +33,13 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.security import folders
 from launcher.security.redaction import redacted_command_line
 from launcher.tracking.jsonl import read_metrics
+from launcher.tracking.progress import show_documents, show_progress, show_waiting
 from launcher.worker.checks.weight_check import require_weights
 from launcher.worker.signals import exit_on_termination
-
-if TYPE_CHECKING:
-    from rich.progress import TaskID
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
 # Longer than it takes to read and write the largest checkpoint.
 _LOCK_TIMEOUT_S = 2 * 3600.0
-_SECONDS_BETWEEN_LINES = 5.0
 _QUOTED_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -69,7 +62,7 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
         raise ConfigError("the tokenizer is missing after its download", where="model.tokenizer")
     # Nothing after this needs torch.
     import_tokenizers_without_torch()
-    with _progress() as on_progress:
+    with show_documents() as on_progress:
         num_embeddings = model_source.read_model_facts(config.model).vocab_size
         built = build.build(config.data, str(tokenizer), on_progress, num_embeddings)
         eval_sets = {
@@ -103,7 +96,7 @@ def _fetch(source: str, model: ModelSection) -> None:
         from launcher.train.model import convert_gguf
 
         _say(f"converting {located.source.name} to a Hugging Face folder (once)")
-        with folders.private_files():
+        with folders.private_files(), show_waiting("converting"):
             convert_gguf(located.source, model_source.converted_folder(located.source))
     else:
         _download(source, model)
@@ -152,9 +145,10 @@ def _export(parent: parent_run.ParentCheckpoint, model: ModelSection, folder: Pa
         chat_template=find_chat_template(plan),
         turn_end_ids=plan.data.turn_end_ids if plan.data else (),
     )
-    verify_checkpoint(task)
-    # The next run's model card takes licence and base model from this one's.
-    export(task, lambda made: model_card.render_model_card(plan, manifest, metrics, made, plans))
+    with show_progress() as make_progress:
+        verify_checkpoint(task, make_progress)
+        # The next run's model card takes licence and base model from this one's.
+        export(task, lambda made: model_card.render_model_card(plan, manifest, metrics, made, plans), make_progress)
 
 
 def _tokenizer_of(plan: LaunchPlan) -> Path | None:
@@ -200,7 +194,10 @@ def _download(repo_id: str, model: ModelSection) -> None:
     _say(f"fetching {repo_id} from the hub")
     try:
         # Some repositories hold the weights a second time in the original format.
-        snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"])
+        with show_waiting(f"fetching {repo_id}"):
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"]
+            )
     except Exception as error:
         if isinstance(error, OSError) and is_full(error):
             raise ConfigError(
@@ -223,41 +220,6 @@ def _download(repo_id: str, model: ModelSection) -> None:
                 remedy="check the name, the network and, for a gated model, HF_TOKEN in the environment; or use a local folder",
             )
         ) from error
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[build.Progress]:
-    """Show a progress bar on a terminal, and lines at intervals in a log."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _lines()
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield show
-
-
-def _lines() -> build.Progress:
-    """Print a line at the end of each stage, and at intervals before."""
-    printed_at = time.monotonic()
-
-    def show(stage: str, done: int, total: int) -> None:
-        nonlocal printed_at
-        if total > 1 and (done == total or time.monotonic() - printed_at > _SECONDS_BETWEEN_LINES):
-            printed_at = time.monotonic()
-            _say(f"{stage}: {done:,} of {total:,} documents")
-
-    return show
 
 
 def _say(text: str) -> None:

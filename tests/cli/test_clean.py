@@ -192,3 +192,11 @@ def test_start_and_find_tell_the_cache_of_runs_and_uses(cache: Path, tmp_path: P
     assert run_folders.recall() == [tmp_path / "runs"]
     (cache / "run-folders" / "broken").write_bytes(b"\xff")
     assert run_folders.recall() == [tmp_path / "runs"]
+
+
+def test_a_cache_that_a_group_shares_goes_on_request_only(clean: Clean, cache: Path) -> None:
+    fill(cache / "data-team/common", 100, 100)
+    _, answer, _ = clean("--only", "data", "--yes")
+    kept = {Path(entry["path"]).name: entry["kept"] for entry in answer["entries"] if entry["kept"]}
+    assert kept == {"common": "shared with the group team"}
+    assert names(clean("--only", "data", "--yes", "--shared")[1]["removed"]) == ["common"]

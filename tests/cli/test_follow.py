@@ -48,6 +48,7 @@ class EndingCluster(LocalCluster):
     """Answers the first question about a run with its end, right after the run has written its last line."""
 
     def status(self, run: RunDir) -> Status:
+        append_event(run, 1, "progress", "writing the Hugging Face folder: 3.00 GiB of 4.00 GiB (75%)")
         append_event(run, 1, "info", "the export is complete")
         return run_store.update_status(run, state="completed")
 
@@ -55,7 +56,7 @@ class EndingCluster(LocalCluster):
 def test_follow_shows_the_last_lines_before_the_end(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     run_store.update_status(run, state="running")
     assert follow(run, 1, EndingCluster()) == 0
-    assert "the export is complete\n" in capsys.readouterr().out
+    assert "(75%)\nthe export is complete\n" in capsys.readouterr().out
 
 
 def test_follow_reports_why_the_run_does_not_continue(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

@@ -433,3 +433,14 @@ def test_a_plan_with_a_damaged_price_is_an_error_that_names_it(
     said = capsys.readouterr().err
     assert "the plan of this run cannot be read by this launcher" in said
     assert str(run.plan) in said
+
+
+def test_what_a_run_waits_for_is_shown_until_the_next_event(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    status = run_store.update_status(run, state="running", attempt=2, job=describe_this_process())
+    log = JsonlTracker(run, 2)
+    log.event("progress", "loading the weights: 1.00 GiB of 4.00 GiB (25%), 30s left")
+    assert summary(run, status)["progress"]["text"].startswith("loading the weights: 1.00 GiB")
+    assert main(["status", str(run.root)]) == 0
+    assert "progress    loading the weights: 1.00 GiB of 4.00 GiB (25%), 30s left (0s ago)\n" in capsys.readouterr().out
+    log.event("info", "the model is loaded", 0)
+    assert summary(run, status)["progress"] is None

@@ -40,7 +40,12 @@ def test_ranks_under_zero3_refuse_weights_that_do_not_cover_the_model(rank_serve
     shape = save_model(tmp_path / "shape", {"model_type": "llama"})
     change_weights(shape, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}))
     folders = [str(folder) for folder in (complete, fused, lacking, expert, shape)]
-    first, second = rank_server.values("train_ranks:build_models", [[folders], [folders]], tmp_path / "ranks")
+    (first, loaded), (second, not_counted) = rank_server.values(
+        "train_ranks:build_models", [[folders], [folders]], tmp_path / "ranks"
+    )
+    weights = sum(tensor.nbytes for tensor in load_file(complete / "model.safetensors").values())
+    assert loaded[0] == weights
+    assert not any(not_counted), "only rank 0 reads them"
     for said in (first, second):
         assert said[:3] == [None, None, "model.path: the weight files lack 1 tensor of the model: model.norm.weight"]
         assert "Failed to apply weight conversion for 'model.layers.1.mlp.experts.gate_up_proj'" in str(said[3])

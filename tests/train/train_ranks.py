@@ -42,23 +42,33 @@ def meet() -> int:
     return rank
 
 
-def build_models(folders: list[str]) -> list[str | None]:
-    """Build the model of each folder under ZeRO-3. Returns the problem of each refusal, or None where the model was built."""
+def build_models(folders: list[str]) -> tuple[list[str | None], list[int]]:
+    """Build the model of each folder under ZeRO-3.
+
+    Returns the problem of each refusal, or None where the model was built; and the bytes that were counted while each loaded.
+    """
     meet()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     settings = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     partitioned = HfDeepSpeedConfig(settings)
     refusals: list[str | None] = []
+    loaded: list[int] = []
+
+    def count(num_bytes: int) -> None:
+        loaded[-1] += num_bytes
+
     for folder in folders:
+        loaded.append(0)
         facts = model_facts(json.loads((Path(folder) / "config.json").read_text()), folder, folder, None)
         try:
-            build_model(ModelSection(path=folder, dtype="fp32"), facts, "cpu", chunk_tokens=64)
+            model = ModelSection(path=folder, dtype="fp32")
+            build_model(model, facts, "cpu", chunk_tokens=64, make_progress=lambda activity, total: count)
         except ConfigError as error:
             refusals.append(error.problems[0].message)
         else:
             refusals.append(None)
     del partitioned
-    return refusals
+    return refusals, loaded
 
 
 def begin(cases: list[tuple[str, int, bool]]) -> list[Any]:

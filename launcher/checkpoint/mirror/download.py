@@ -27,6 +27,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command
 
 Notify = Callable[[str], None]
+MakeProgress = Callable[[str, int], Callable[[int], None]]
 
 # Marks a run directory whose download is not complete; holds the address of the mirror.
 MARKER = ".fetching.json"
@@ -109,7 +110,13 @@ def download_progress(remote: RemoteFolder, run: RunDir) -> None:
             remote.receive(path.name, path)
 
 
-def download_checkpoint(remote: RemoteFolder, run: RunDir, step: int | None, notify: Notify) -> int:
+def _silent(activity: str, total: int) -> Callable[[int], None]:
+    return lambda num_bytes: None
+
+
+def download_checkpoint(
+    remote: RemoteFolder, run: RunDir, step: int | None, notify: Notify, make_progress: MakeProgress = _silent
+) -> int:
     """Download the newest complete checkpoint, or that of `step`, verify its digests, and return its step.
 
     A damaged one is named and the one before it is fetched, unless `step` asks for it.
@@ -125,7 +132,7 @@ def download_checkpoint(remote: RemoteFolder, run: RunDir, step: int | None, not
         raise CheckpointError(f"{message} in the mirror", where=remote.url, value=f"complete: {steps}")
     damaged: list[Problem] = []
     for candidate in wanted:
-        problems = _download(remote, run.checkpoints, complete[candidate], notify)
+        problems = _download(remote, run.checkpoints, complete[candidate], notify, make_progress)
         if not problems:
             return candidate
         damaged += problems
@@ -133,7 +140,7 @@ def download_checkpoint(remote: RemoteFolder, run: RunDir, step: int | None, not
     raise CheckpointError(damaged)
 
 
-def _download(remote: RemoteFolder, root: Path, manifest: Manifest, notify: Notify) -> list[Problem]:
+def _download(remote: RemoteFolder, root: Path, manifest: Manifest, notify: Notify, make_progress: MakeProgress) -> list[Problem]:
     """Download one checkpoint; return the problems with it, none if it is intact."""
     target = root / store.step_name(manifest.step)
     if target.is_dir() and not store.verify(target):
@@ -144,14 +151,16 @@ def _download(remote: RemoteFolder, root: Path, manifest: Manifest, notify: Noti
     store.require_free_bytes(root, num_bytes - sum(path.stat().st_size for path in unfinished.iterdir()))
     notify(f"fetching step {manifest.step}: {num_bytes / 2**30:.2f} GiB in {len(manifest.files)} files")
     source = remote.under(f"{CHECKPOINTS}/{target.name}")
+    advance = make_progress(f"fetching step {manifest.step}", num_bytes)
 
     def receive(name: str) -> Problem | None:
         path = unfinished / name
         if path.is_file() and atomic_files.digest_file(path) == manifest.files[name]:
+            advance(manifest.files[name].size)
             return None
         where = f"{source.url}/{name}"
         try:
-            entry = source.receive(name, path)
+            entry = source.receive(name, path, advance)
         except FileNotFoundError:
             return Problem("a file of the checkpoint is missing in the mirror", where=where)
         return None if entry == manifest.files[name] else Problem("a file differs from the manifest's digest", where=where)

@@ -120,8 +120,11 @@ class RemoteFolder:
 
         return self._retry(put)
 
-    def receive(self, name: str, target: Path) -> FileEntry:
-        """Download a file, block by block, and fsync it, replacing `target`; return size and digest of what arrived."""
+    def receive(self, name: str, target: Path, on_read: Callable[[int], None] = lambda num_bytes: None) -> FileEntry:
+        """Download a file, block by block, and fsync it, replacing `target`; return size and digest of what arrived.
+
+        `on_read` is called with the number of bytes of each block, again for a file that is fetched again.
+        """
 
         def get() -> FileEntry:
             digest, size = xxhash.xxh3_128(), 0
@@ -130,6 +133,7 @@ class RemoteFolder:
                 while block := source.read(_BLOCK_BYTES):
                     digest.update(block)
                     size += file.write(block)
+                    on_read(len(block))
                 file.flush()
                 os.fsync(file.fileno())
             return FileEntry(size=size, xxh3_128=digest.hexdigest())

@@ -1,0 +1,173 @@
+"""How far work is that a person waits for: one live line on a terminal, plain lines at growing intervals in a log.
+
+Nothing here is called in a training step.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from launcher.plan.disk import format_size
+from launcher.tracking.metrics import format_duration
+
+Say = Callable[[str], None]
+# Counts further bytes of an activity; and makes such a function for an activity and its total.
+Advance = Callable[[int], None]
+MakeProgress = Callable[[str, int], Advance]
+# The kind of such events in a run.
+EVENT = "progress"
+# Work that is done before the first line would be due is not worth one. An hour of work gives about 25 lines.
+_FIRST_S, _GROWTH, _LONGEST_S = 5.0, 0.25, 300.0
+_LIVE_S = 0.1
+
+
+class Pace:
+    """Says when the next line of a log is due: after 5 seconds, and later at longer and longer intervals."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began = self._last = clock()
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._clock() - self._began
+
+    def is_due(self) -> bool:
+        """Return whether a line is due, and count it as written if so."""
+        now = self._clock()
+        is_due = now - self._last >= min(_LONGEST_S, max(_FIRST_S, (now - self._began) * _GROWTH))
+        if is_due:
+            self._last = now
+        return is_due
+
+
+class LivePace(Pace):
+    """The pace of a line that is written over and over: at once, and then ten times a second."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(clock)
+        self._last = -math.inf
+
+    def is_due(self) -> bool:
+        now = self._clock()
+        is_due = now - self._last >= _LIVE_S
+        if is_due:
+            self._last = now
+        return is_due
+
+
+class ByteProgress:
+    """Counts the bytes of an activity, from any thread, and says how far it is when a line is due.
+
+    `total` is an upper bound; 0 where it is unknown.
+    """
+
+    def __init__(self, activity: str, total: int, say: Say, pace: Pace | None = None) -> None:
+        self._activity, self._total, self._say, self._pace = activity, total, say, pace or Pace()
+        self._lock = threading.Lock()
+        self._done = 0
+
+    def advance(self, num_bytes: int) -> None:
+        """Count further bytes."""
+        with self._lock:
+            self._done += num_bytes
+            if not self._pace.is_due():
+                return
+            text = describe(self._activity, self._done, self._total, self._pace.elapsed_s)
+        self._say(text)
+
+
+def describe(activity: str, done: int, total: int, elapsed_s: float) -> str:
+    """Return a line such as `exporting: 3.10 GiB of 15.20 GiB (20%), 1m40s left`."""
+    if not total:
+        return f"{activity}: {format_size(done)}"
+    done = min(done, total)
+    left = f", {format_duration(elapsed_s * (total - done) / done)} left" if done and elapsed_s >= 1 else ""
+    return f"{activity}: {format_size(done)} of {format_size(total)} ({done / total:.0%}){left}"
+
+
+@contextmanager
+def live_line(stream: TextIO | None = None) -> Iterator[tuple[Say, Callable[[], Pace]]]:
+    """Yield a function that shows a line, and one that makes the pace for it.
+
+    On a terminal the line is live and disappears at the end. Elsewhere each is a line of its own.
+    """
+    stream = stream or sys.stderr
+    if not stream.isatty():
+        yield lambda text: print(text, file=stream, flush=True), Pace
+        return
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    # A command writes through a stream that shows escape sequences as text; rich's own are wanted.
+    console = Console(file=getattr(stream, "rich_proxied_file", stream))
+    with Live("", console=console, refresh_per_second=8, transient=True) as live:
+        yield lambda text: live.update(Text(text, overflow="ellipsis", no_wrap=True)), LivePace
+
+
+def silent(activity: str, total: int) -> Advance:
+    """Return a function that counts nothing."""
+    return lambda num_bytes: None
+
+
+def as_events(event: Callable[[str, str], None]) -> MakeProgress:
+    """Return what reports progress as events of a run, for `event(kind, text)` of a tracker."""
+    return lambda activity, total: ByteProgress(activity, total, lambda text: event(EVENT, text)).advance
+
+
+@contextmanager
+def show_progress() -> Iterator[MakeProgress]:
+    """Show on standard error how far activities are, one after the other."""
+    with live_line() as (say, make_pace):
+        yield lambda activity, total: ByteProgress(activity, total, say, make_pace()).advance
+
+
+@contextmanager
+def show_waiting(activity: str) -> Iterator[None]:
+    """Show on standard error for how long something has worked that does not tell how far it is."""
+    with live_line() as (say, make_pace), say_that_it_works(activity, say, make_pace()):
+        yield
+
+
+@contextmanager
+def show_documents() -> Iterator[Callable[[str, int, int], None]]:
+    """Show on standard error how far the stages of a data build are; yields a function of stage, documents done, and total."""
+    with live_line() as (say, make_pace):
+        paces: dict[str, Pace] = {}
+        ended: set[str] = set()
+
+        def show(stage: str, done: int, total: int) -> None:
+            is_due = paces.setdefault(stage, make_pace()).is_due()
+            # The end of a stage is worth a line in a log, once.
+            if total > 1 and stage not in ended and (done == total or is_due):
+                if done == total:
+                    ended.add(stage)
+                say(f"{stage}: {done:,} of {total:,} documents")
+
+        yield show
+
+
+@contextmanager
+def say_that_it_works(activity: str, say: Say, pace: Pace) -> Iterator[None]:
+    """Say for how long something has worked that does not tell how far it is."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_LIVE_S if isinstance(pace, LivePace) else 1.0):
+            if pace.is_due():
+                say(f"{activity}: {format_duration(pace.elapsed_s)} so far")
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

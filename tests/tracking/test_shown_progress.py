@@ -1,0 +1,128 @@
+"""How far long work is: lines of a log at growing intervals, one live line on a terminal, events of a run."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pty
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from launcher.tracking import progress
+from launcher.tracking.progress import ByteProgress, Pace
+
+GIB = 2**30
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_lines_come_at_growing_intervals_and_not_for_short_work() -> None:
+    clock, lines = Clock(), []
+    counter = ByteProgress("loading", 3600 * GIB, lines.append, Pace(clock))
+    written_at = []
+    for _ in range(3600):
+        clock.now += 1
+        counter.advance(GIB)
+        if len(lines) > len(written_at):
+            written_at.append(clock.now - 100)
+    assert written_at[:5] == [5, 10, 15, 20, 27]
+    assert 20 <= len(lines) <= 35
+    assert max(b - a for a, b in itertools.pairwise(written_at)) <= 300
+    assert lines[0] == "loading: 5.00 GiB of 3,600.00 GiB (0%), 59m55s left"
+    assert lines[3] == "loading: 20.00 GiB of 3,600.00 GiB (1%), 59m40s left"
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "elapsed_s", "text"),
+    [
+        (GIB, 4 * GIB, 10, "x: 1.00 GiB of 4.00 GiB (25%), 30s left"),
+        (0, 4 * GIB, 10, "x: 0 bytes of 4.00 GiB (0%)"),
+        (5 * GIB, 4 * GIB, 10, "x: 4.00 GiB of 4.00 GiB (100%), 0s left"),
+        (3 * GIB, 0, 10, "x: 3.00 GiB"),
+    ],
+)
+def test_the_text(done: int, total: int, elapsed_s: float, text: str) -> None:
+    assert progress.describe("x", done, total, elapsed_s) == text
+
+
+def test_threads_count_together() -> None:
+    clock, lines = Clock(), []
+    counter = ByteProgress("verifying", 8000, lines.append, Pace(clock))
+    threads = [threading.Thread(target=lambda: [counter.advance(1) for _ in range(1000)]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    clock.now += 60
+    counter.advance(0)
+    assert lines == ["verifying: 7.81 KiB of 7.81 KiB (100%), 0s left"]
+
+
+def test_events_name_the_activity() -> None:
+    events: list[tuple[str, str]] = []
+    advance = progress.as_events(lambda kind, text: events.append((kind, text)))("loading the weights", 100)
+    advance(50)
+    assert events == [], "short work is not worth an event"
+
+
+def test_something_that_does_not_tell_how_far_it_is_is_seen_to_work() -> None:
+    said = threading.Event()
+    lines: list[str] = []
+
+    def say(text: str) -> None:
+        lines.append(text)
+        said.set()
+
+    with progress.say_that_it_works("pushing 3 GiB", say, progress.LivePace()):
+        assert said.wait(60)
+    num_lines = len(lines)
+    time.sleep(0.3)
+    assert lines[0] == "pushing 3 GiB: 0s so far"
+    assert len(lines) == num_lines, "nothing is said after the end"
+
+
+def test_a_terminal_gets_one_live_line_that_disappears() -> None:
+    code = (
+        "from launcher.tracking.progress import show_progress\nimport time\n"
+        "with show_progress() as make:\n    advance = make('exporting', 100)\n"
+        "    for _ in range(4):\n        advance(25); time.sleep(0.3)\nprint('done')"
+    )
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, env=environment())
+    os.close(theirs)
+    shown = b""
+    try:
+        while block := os.read(ours, 4096):
+            shown += block
+    except OSError:
+        pass  # so a terminal ends
+    os.close(ours)
+    assert process.wait(timeout=60) == 0, shown
+    assert b"exporting: 50 bytes of 100 bytes (50%)" in shown
+    last = shown.split(b"\x1b[2K")[-1]
+    assert b"done" in last, "the live line was erased"
+    assert b"exporting" not in last
+
+
+def test_a_log_gets_no_escape_sequences() -> None:
+    code = (
+        "from launcher.tracking import progress\n"
+        "progress._FIRST_S = 0.0\n"
+        "with progress.show_progress() as make:\n    advance = make('exporting', 100)\n    advance(25)\n    advance(75)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.stderr == "exporting: 25 bytes of 100 bytes (25%)\nexporting: 100 bytes of 100 bytes (100%)\n"
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
