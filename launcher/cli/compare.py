@@ -12,7 +12,8 @@ from typing import Any
 from launcher import run_store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
-from launcher.cli.compared_run import GIT_COMMIT, SECTIONS, ComparedRun, ValueDifference, compare, read
+from launcher.cli.compared_run import GIT_COMMIT, SECTIONS, ComparedRun, ValueDifference, compare, of_settings, read
+from launcher.config.run_file.words import is_run_file
 from launcher.errors import printable
 from launcher.security.redaction import looks_secret, redact
 
@@ -26,13 +27,17 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 def run(verb: str, tokens: list[str]) -> int:
     """Print the differences of two runs."""
     arguments = _parser().parse_args(tokens)
-    left, right = (read(run_store.find_run(name, Path(arguments.root))) for name in (arguments.left, arguments.right))
+    left, right = (_side(word, Path(arguments.root)) for word in (arguments.left, arguments.right))
     sections = compare(left, right)
     if arguments.json:
         values = {
             "left": left.name,
             "right": right.name,
-            **{name: [_as_json(difference) for difference in sections.get(name, [])] for name in SECTIONS},
+            **{
+                name: [_as_json(difference) for difference in sections.get(name, [])]
+                for name in SECTIONS
+                if name in left.sections and name in right.sections
+            },
         }
         print(formatting.as_json(values))
     else:
@@ -40,12 +45,30 @@ def run(verb: str, tokens: list[str]) -> int:
     return 0
 
 
+def _side(word: str, root: Path) -> ComparedRun:
+    """Return what a word of the command line names: a run, or a run's file, of which there are settings alone.
+
+    Raises:
+        LauncherError: if there is no such run, or the file has mistakes.
+    """
+    if not is_run_file(word):
+        return read(run_store.find_run(word, root))
+    from launcher.config.compose import Composed, run_hydra
+
+    composed: list[Composed] = []
+    run_hydra([word], composed.append)
+    return of_settings(word, composed[0].config.model_dump(mode="json"))
+
+
 def _parser() -> argparse.ArgumentParser:
-    about = "Show what differs between two runs: settings, model, data, code, versions, machines and results."
+    about = (
+        "Show what differs between two runs: settings, model, data, code, versions, machines and results; or between the "
+        "settings of a run and those of a file."
+    )
     parser = VerbParser(prog="python -m launcher diff", description=about)
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
-    parser.add_argument("left", metavar="RUN", help="name of the run, or path of its directory")
-    parser.add_argument("right", metavar="RUN", help="the run that it is compared with")
+    parser.add_argument("left", metavar="RUN", help="name of a run, path of its directory, or a file of settings (.yaml)")
+    parser.add_argument("right", metavar="RUN", help="the run or the file that it is compared with")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

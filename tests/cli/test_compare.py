@@ -104,3 +104,19 @@ def test_values_that_look_like_secrets_are_not_shown(run: RunDir, other: RunDir,
         code, out, err = ask("demo", "other", *flags)
         assert code == 0
         assert secret not in out + err
+
+
+def test_a_run_is_compared_with_a_file_of_settings(run: RunDir, ask: Ask, tmp_path: Path) -> None:
+    file = tmp_path / "next.yaml"
+    file.write_text("model: tiny\noptim: {lr: 5e-4}\ntrain: {max_steps: 40}\n")
+    code, out, err = ask("demo", str(file), "--json")
+    assert (code, err) == (0, "")
+    values = json.loads(out)
+    assert list(values) == ["left", "right", "settings"]
+    changes = {d["key"]: (d["left"], d["right"]) for d in values["settings"]}
+    assert changes["optim.lr"] == (1e-5, 5e-4)
+    assert "train.max_steps" not in changes
+    file.write_text("model: tiny\noptim: {lrr: 5e-4}\n")
+    code, _, err = ask("demo", str(file))
+    assert code == 2
+    assert f"{file}:2" in err
