@@ -26,7 +26,7 @@ def device() -> DeviceFacts:
     host_memory_gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     gpus: list[GpuInfo] = []
     problem = ""
-    if nvml.has_driver() and os.environ.get("CUDA_VISIBLE_DEVICES") not in _CPU_CHOSEN:
+    if may_use_gpus():
         try:
             gpus = nvml.list_gpus()
         except nvml.NvmlError as error:
@@ -42,6 +42,11 @@ def device() -> DeviceFacts:
         )
     count = os.cpu_count() or 1
     return DeviceFacts(kind="cpu", name=_cpu_name(), count=count, host_memory_gib=host_memory_gib, problem=problem)
+
+
+def may_use_gpus() -> bool:
+    """Return whether NVIDIA's driver is there and the user has not hidden all GPUs."""
+    return nvml.has_driver() and os.environ.get("CUDA_VISIBLE_DEVICES") not in _CPU_CHOSEN
 
 
 @functools.cache

@@ -84,19 +84,21 @@ def examine(config: RunConfig, deadline: float) -> DoctorReport:
     root = str(Path(config.run.root).expanduser().absolute())
     config = config.model_copy(update={"run": config.run.model_copy(update={"root": root})})
     doctor, reader, here = doctor_for(config.cluster.kind), ReportReader(), check_accounts(config)
+    is_local = doctor is None or not doctor.runs_elsewhere(config)
     with _ended_by_signals():
         try:
             submission = doctor.check_submission(config) if doctor is not None else []
             here = [*submission, *here]
-            if doctor is None or not doctor.runs_elsewhere(config):
+            if doctor is None or is_local:
                 _check_this_machine(config, deadline, reader)
             elif worst(submission) != FAILURE:
                 _say("checking the nodes; this may wait in a queue, and Ctrl-C cancels it")
                 with _shared_file(Path(root)) as environ:
-                    doctor.run_on_nodes(config, environ, deadline, reader)
+                    here += doctor.run_on_nodes(config, environ, deadline, reader)
         except (RunError, SubmitError) as error:
             here += [from_problem(problem, name="nodes") for problem in error.problems]
-    return DoctorReport(tuple(here), tuple(with_differences([*reader.reports.values()], reader.clock_offsets)))
+    nodes = with_differences([*reader.reports.values()], reader.clock_offsets)
+    return DoctorReport(tuple(here), tuple(nodes), is_local)
 
 
 def _check_this_machine(config: RunConfig, deadline: float, reader: ReportReader) -> None:

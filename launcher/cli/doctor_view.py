@@ -16,10 +16,14 @@ _SUMMARY_WIDTH = 70
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """All results: `here` of this machine as the one that submits, `nodes` of the machines that train."""
+    """All results: `here` of this machine as the one that submits, `nodes` of the machines that train.
+
+    `is_local` is true where this machine is also the only node.
+    """
 
     here: tuple[CheckResult, ...]
     nodes: tuple[MachineReport, ...]
+    is_local: bool
 
     @property
     def results(self) -> tuple[CheckResult, ...]:
@@ -35,7 +39,7 @@ def to_json(report: DoctorReport) -> str:
 def to_lines(report: DoctorReport) -> list[str]:
     """Return the page: one machine as a list; of several nodes a table, those that differ first, then what they found."""
     lines = [line for result in report.here for line in _result_lines(result)]
-    if len(report.nodes) > 1:
+    if report.nodes and not report.is_local:
         differing = {node.machine: _differing(node, report.nodes) for node in report.nodes}
         nodes = sorted(report.nodes, key=lambda node: (not differing[node.machine], VERDICTS.index(node.verdict), node.machine))
         rows = [(node.machine, node.verdict, differing[node.machine] or "nothing") for node in nodes]
@@ -73,11 +77,11 @@ def _merged(nodes: Sequence[MachineReport]) -> list[tuple[CheckResult, list[str]
 
 def _result_lines(result: CheckResult, names: Sequence[str] = (), num_nodes: int = 1) -> list[str]:
     seen = result.seen
-    if num_nodes > 1:
+    if names:
         if result.verdict == OK and not result.must_match:
             seen = f"{seen} ({names[0]})" + (f"; ok on {len(names)} of {num_nodes} nodes" if len(names) > 1 else "")
         else:
-            seen = f"{'all nodes' if len(names) == num_nodes else ', '.join(names)}: {seen}"
+            seen = f"{'all nodes' if len(names) == num_nodes > 1 else ', '.join(names)}: {seen}"
     lines = [f"{result.verdict:<{_VERDICT_WIDTH}}{result.name:<{_NAME_WIDTH}}{seen}"]
     if result.remedy:
         lines.append(f"{'':{_INDENT}}fix: {result.remedy}")
@@ -87,5 +91,5 @@ def _result_lines(result: CheckResult, names: Sequence[str] = (), num_nodes: int
 def _summary(report: DoctorReport) -> str:
     counts = Counter(result.verdict for result in report.results)
     parts = [f"{counts[verdict]} {verdict}{'s' * (counts[verdict] != 1)}" for verdict in (FAILURE, WARNING) if counts[verdict]]
-    machines = f" on {len(report.nodes)} nodes" if len(report.nodes) > 1 else ""
+    machines = "" if report.is_local else f"; {len(report.nodes)} node{'s' * (len(report.nodes) != 1)} checked"
     return f"{', '.join(parts) or 'everything is ok'}{machines}"

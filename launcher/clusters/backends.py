@@ -119,10 +119,13 @@ class ClusterDoctor(Protocol):
     def runs_elsewhere(self, config: RunConfig) -> bool:
         """Return whether the run's nodes are others than this machine."""
 
-    def run_on_nodes(self, config: RunConfig, environ: Mapping[str, str], deadline: float, reader: ReportReader) -> None:
+    def run_on_nodes(
+        self, config: RunConfig, environ: Mapping[str, str], deadline: float, reader: ReportReader
+    ) -> list[CheckResult]:
         """Run launcher.worker.doctor.node on every node, and give its output to `reader`; leaves nothing running.
 
-        `environ` is what the processes need in their environment; `deadline` is a time of time.monotonic().
+        Returns what the way to the nodes has shown. `environ` is what the processes need in their environment; `deadline` is a
+        time of time.monotonic().
 
         Raises:
             RunError, SubmitError: where nodes could not be had, or some have not reported; `reader` has the others.

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from launcher import json_records
-from launcher.errors import Problem
+from launcher.errors import DamagedRun, Problem
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 # The worst comes first.
@@ -117,7 +117,11 @@ class ReportReader:
         if len(chunks) < count:
             return
         text = "".join(chunk for _, chunk in sorted(chunks.items()))
-        report = json_records.decode(MachineReport, json.loads(text), f"the report of {machine}")
+        try:
+            report = json_records.decode(MachineReport, json.loads(text), f"the report of {machine}")
+        except (ValueError, DamagedRun):
+            # The node counts as one that has not reported.
+            return
         self.clock_offsets[machine] = report.clock - time.time()
         self.reports[machine] = report
 

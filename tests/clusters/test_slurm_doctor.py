@@ -45,7 +45,8 @@ def await_no_job(bed: Testbed) -> None:
 
 
 def test_every_node_of_the_allocation_reports(launch: Launch, slurm: Testbed, tmp_path: Path) -> None:
-    command = (*DOCTOR, "cluster.nodes=2", "cluster.time=10:00", f"run.root={tmp_path}/runs", "--json")
+    """And a command of cluster.setup that fails, after which a run would go on."""
+    command = (*DOCTOR, "cluster.nodes=2", "cluster.time=10:00", f"run.root={tmp_path}/runs", "cluster.setup=[false]", "--json")
     done = launch(*command, timeout=DEADLINE_S, **slurm.variables)
     assert done.stdout, done.stderr
     report = json.loads(done.stdout)
@@ -53,6 +54,9 @@ def test_every_node_of_the_allocation_reports(launch: Launch, slurm: Testbed, tm
     assert done.returncode == (report["verdict"] == "failure"), done.stdout
     assert report["here"][0]["name"] == "Slurm"
     assert "nodes in service" in report["here"][0]["seen"]
+    assert [(result["verdict"], result["seen"]) for result in report["here"] if result["name"] == "setup"] == [
+        ("warning", "a command of cluster.modules or cluster.setup failed: false")
+    ]
     for node in report["nodes"].values():
         verdicts = {result["name"]: result["verdict"] for result in node["results"]}
         assert verdicts["torch"] == verdicts["all-reduce"] == verdicts["clock"] == "ok", node

@@ -48,7 +48,7 @@ def check_submission(config: RunConfig) -> list[CheckResult]:
     return results
 
 
-def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float, reader: ReportReader) -> None:
+def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float, reader: ReportReader) -> list[CheckResult]:
     """Run the checks as a task on every node of the cluster.
 
     Raises:
@@ -67,6 +67,7 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
             value=output,
             remedy="look at the cluster with: ray status; the launcher must be installed on its nodes, on the same path",
         )
+    return []
 
 
 def _run_here(section: RaySection, arguments: list[str], deadline: float, reader: ReportReader) -> str:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import launcher
-from launcher.clusters.check_results import NODE_MODULE, OK, CheckResult, ReportReader, from_problem
+from launcher.clusters.check_results import NODE_MODULE, OK, WARNING, CheckResult, ReportReader, from_problem
 from launcher.clusters.node_command import NodeCommand, uninterrupted
 from launcher.clusters.slurm import checks, sbatch, site
 from launcher.clusters.slurm.commands import SlurmError, slurm
@@ -28,6 +28,7 @@ from launcher.errors import LauncherError, RunError
 # Minutes that Slurm gives the checks once they run, if this command was killed and cannot cancel them.
 _MAX_MINUTES = 15
 _CANCEL_PATIENCE_S = 10.0
+_FAILED = "launcher-doctor: this command failed: "
 # What salloc reports where all is well.
 _PROGRESS = re.compile(
     r"salloc: (Granted|Pending|job \d+ (queued|has been)|Nodes .* are ready|Waiting|Relinquish)", re.IGNORECASE
@@ -57,8 +58,8 @@ def check_submission(config: RunConfig) -> list[CheckResult]:
     return [CheckResult("Slurm", OK, f"cluster {slurm_site.cluster} answers; {shown}")]
 
 
-def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float, reader: ReportReader) -> None:
-    """Allocate the run's nodes and run the checks on each of them.
+def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float, reader: ReportReader) -> list[CheckResult]:
+    """Allocate the run's nodes and run the checks on each; returns a warning for each command of the settings that failed.
 
     Raises:
         RunError: if Slurm grants no allocation in time, or nodes have not reported.
@@ -73,7 +74,7 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
         for line in started.lines(deadline):
             reader.feed(line)
         if (num_missing := section.nodes - len(reader.reports)) <= 0:
-            return
+            return [_failed_command(line) for line in started.errors if line.startswith(_FAILED)]
         if time.monotonic() >= deadline:
             raise RunError(
                 f"{num_missing} of {section.nodes} nodes did not report in time",
@@ -89,6 +90,11 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
         with uninterrupted():
             started.close()
             _cancel(name)
+
+
+def _failed_command(line: str) -> CheckResult:
+    seen = f"a command of cluster.modules or cluster.setup failed: {line.removeprefix(_FAILED).strip()}"
+    return CheckResult("setup", WARNING, seen, "run it on a node by hand; correct or remove it in the settings")
 
 
 def _num_gpus(config: RunConfig) -> int:
@@ -121,8 +127,8 @@ def _script(config: RunConfig, num_gpus: int, environ: Mapping[str, str]) -> str
         *sbatch.python_words(section, num_gpus > 0, folders),
         *("-u", "-m", NODE_MODULE),
     ]
-    # What is read from standard input is for the tasks.
-    setup = "\n".join([*sbatch.setup_commands(section), ":"])
+    # What is read from standard input is for the tasks. A run goes on after a command that fails.
+    setup = "\n".join([f"{line} || echo {shlex.quote(_FAILED + line)}" for line in sbatch.setup_commands(section)] or [":"])
     variables = {"PYTHONSAFEPATH": "1", **section.env, **environ}
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     path = f'export PYTHONPATH={shlex.quote(_package_folder())}"${{PYTHONPATH:+:$PYTHONPATH}}"'

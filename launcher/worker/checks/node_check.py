@@ -87,7 +87,7 @@ def check_node(plan: LaunchPlan, run: RunDir, attempt: int, num_ranks: int | Non
     Each problem's `where` is the node's name and nothing else.
     """
     memory_gib, num_ranks = available_memory_bytes() / _GIB, num_ranks or plan.topology.ranks_per_node
-    code, problems = _code_digest(run)
+    code, problems = code_digest(run.code)
     problems += _check_run_directory(run, attempt)
     problems += _check_inputs(plan)
     problems += _check_space(plan, run, memory_gib, num_ranks)
@@ -175,12 +175,12 @@ def _await_key(store: Store, key: str, deadline: float) -> bool:
     return True
 
 
-def _code_digest(run: RunDir) -> tuple[str, list[Problem]]:
-    """Return a digest of the names and contents of all Python files under run.code."""
+def code_digest(folder: Path) -> tuple[str, list[Problem]]:
+    """Return a digest of the names and contents of all Python files under a folder, and the problem where one cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
     try:
-        for file in sorted(run.code.rglob("*.py")):
-            for part in (str(file.relative_to(run.code)).encode(), file.read_bytes()):
+        for file in sorted(folder.rglob("*.py")):
+            for part in (str(file.relative_to(folder)).encode(), file.read_bytes()):
                 digest.update(len(part).to_bytes(8, "little"))
                 digest.update(part)
     except OSError as error:

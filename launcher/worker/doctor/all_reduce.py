@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher import nvml
 from launcher.clusters.check_results import CheckResult, failure, ok, warning
 from launcher.config.schema import RunConfig
+from launcher.hardware import may_use_gpus
 from launcher.worker.checks.network import LOOPBACK
 from launcher.worker.doctor.python_process import kill, start_python, wait_for
 from launcher.worker.doctor.torch_build import read_torch_build
@@ -28,7 +28,7 @@ _SLOW_GB_PER_S = 5.0
 def check_all_reduce(config: RunConfig) -> Iterator[CheckResult]:
     """All-reduce over all GPUs of this machine with NCCL, or over two processes with gloo where there is none."""
     build = read_torch_build()
-    if isinstance(build, str) or (nvml.has_driver() and build.cuda and not build.num_gpus):
+    if isinstance(build, str) or (may_use_gpus() and build.cuda and not build.num_gpus):
         # The check of torch reports it.
         return
     device, backend = ("cuda", "NCCL") if build.num_gpus else ("cpu", "gloo")

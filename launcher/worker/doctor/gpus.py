@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from launcher import nvml
 from launcher.clusters.check_results import CheckResult, failure, from_problem, ok, warning
 from launcher.config.schema import RunConfig
+from launcher.hardware import may_use_gpus
 from launcher.nvml import GpuInfo, NvmlError
 from launcher.plan.gpu_types import recognize
 from launcher.worker.checks import gpu_check
@@ -22,6 +23,10 @@ _MAX_USED_FRACTION = 0.05
 def check_gpus(config: RunConfig) -> Iterator[CheckResult]:
     """Check number, type, memory errors, faults in the kernel's log, and processes that hold memory."""
     section = config.cluster
+    if nvml.has_driver() and not may_use_gpus():
+        seen = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides all GPUs: runs on this machine train on the CPU"
+        yield (failure if section.gpu_type else warning)(seen, "unset CUDA_VISIBLE_DEVICES")
+        return
     if not nvml.has_driver():
         seen = "no NVIDIA driver is loaded: runs on this machine train on the CPU"
         remedy = "on a machine with GPUs, install the driver, or start the container with: docker run --gpus all"
@@ -39,7 +44,7 @@ def check_gpus(config: RunConfig) -> Iterator[CheckResult]:
 
 def check_gpu_memory(config: RunConfig) -> Iterator[CheckResult]:
     """Check that the memory of the GPUs is free, also of processes that the driver does not list."""
-    if not nvml.has_driver():
+    if not may_use_gpus():
         return
     try:
         gpus = [gpu for gpu in nvml.list_gpus() if gpu.free_gib is not None and gpu.memory_gib]
@@ -67,9 +72,8 @@ def check_torch(config: RunConfig) -> Iterator[CheckResult]:
     if isinstance(build, str):
         yield failure(f"torch cannot be imported: {build}", "pip install --force-reinstall torch")
         return
-    has_gpus = nvml.has_driver() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
     shown = f"torch {build.version}, {f'built for CUDA {build.cuda}' if build.cuda else 'built without CUDA'}"
-    if not has_gpus:
+    if not may_use_gpus():
         yield ok(shown, must_match=True)
         return
     driver = nvml.DriverInfo("", "")

@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 import launcher
 from launcher.clusters.cgroups import LimitEvents
-from launcher.clusters.check_results import CheckResult, failure, ok, warning
+from launcher.clusters.check_results import CheckResult, failure, from_problem, ok, warning
 from launcher.config.schema import RunConfig
 from launcher.plan.disk import format_size
 from launcher.worker.checks import node_check
@@ -27,6 +27,8 @@ _INFINIBAND = Path("/sys/class/infiniband")
 # Packages whose versions decide whether a run works.
 _CORE = ("torch", "deepspeed", "transformers", "accelerate", "tokenizers", "safetensors", "ray", "huggingface-hub", "numpy")
 _CONSTRAINTS = "constraints.txt"
+# Enough to tell two versions of the code apart.
+_DIGEST_CHARS = 8
 
 
 def check_machine(config: RunConfig) -> Iterator[CheckResult]:
@@ -76,7 +78,10 @@ def _check_processes() -> Iterator[CheckResult]:
 def check_packages(config: RunConfig) -> Iterator[CheckResult]:
     """Compare installed packages with what the launcher requires and with the versions that its tests passed with."""
     versions = {name: version for name in _CORE if (version := _version(name)) is not None}
-    versions = {"launcher": launcher.__version__, "Python": platform.python_version(), **versions}
+    code, problems = node_check.code_digest(Path(launcher.__file__).resolve().parent)
+    yield from map(from_problem, problems)
+    own = f"{launcher.__version__} (code {code[:_DIGEST_CHARS]})"
+    versions = {"launcher": own, "Python": platform.python_version(), **versions}
     yield ok(", ".join(f"{name} {version}" for name, version in versions.items()), must_match=True)
     unmet = [
         f"{requirement.name} {_version(requirement.name) or 'is not installed'} ({requirement.specifier} is required)"

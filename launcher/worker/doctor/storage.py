@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher import nvml
 from launcher.clusters.check_results import SHARED_FILE_VARIABLE, CheckResult, failure, from_problem, ok, warning
 from launcher.clusters.slurm.checks import filesystem
 from launcher.config.schema import RunConfig
 from launcher.data.cache_dir import cache_root
+from launcher.hardware import may_use_gpus
 from launcher.plan.disk import format_size
 from launcher.worker.checks import node_check
 from launcher.worker.doctor.torch_build import read_torch_build
@@ -123,7 +123,7 @@ def _check_room(folder: Path) -> Iterator[CheckResult]:
 
 def check_shared_memory(config: RunConfig) -> Iterator[CheckResult]:
     """Check /dev/shm, through which the ranks of a node communicate."""
-    build = read_torch_build() if nvml.has_driver() else ""
+    build = read_torch_build() if may_use_gpus() else ""
     num_gpus = 0 if isinstance(build, str) else build.num_gpus
     device = "cuda" if num_gpus else "cpu"
     problems = node_check.shared_memory_problems(device, config.cluster.ranks_per_node or num_gpus or 1)

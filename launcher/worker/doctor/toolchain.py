@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from launcher import nvml
 from launcher.clusters.check_results import CheckResult, failure, ok, warning
 from launcher.config.schema import RunConfig
+from launcher.hardware import may_use_gpus
 from launcher.worker.doctor.python_process import run_python
 from launcher.worker.doctor.torch_build import read_torch_build
 
@@ -52,7 +52,7 @@ def check_compiler(config: RunConfig) -> Iterator[CheckResult]:
             yield missing(f"no {name} is found; {needed}", remedy)
     if versions:
         yield ok("; ".join(versions.values()))
-    if nvml.has_driver():
+    if may_use_gpus():
         yield from _check_nvcc(offloads, needed)
 
 
@@ -86,7 +86,7 @@ def check_flash_attention(config: RunConfig) -> Iterator[CheckResult]:
     package, statement = _FLASH_ATTENTION.get(attention, _FLASH_ATTENTION["flash_attention_2"])
     asked = f"model.attention={attention}" if attention in _FLASH_ATTENTION else ""
     # On a GPU, model.attention=auto uses it wherever it is installed.
-    is_used = bool(asked) or (attention == "auto" and nvml.has_driver())
+    is_used = bool(asked) or (attention == "auto" and may_use_gpus())
     yield from _check_import(package, statement, asked, is_used, "model.attention=sdpa")
 
 
@@ -107,7 +107,7 @@ def _check_import(package: str, statement: str, asked: str, is_used: bool, witho
                 f"pip install {package}, or set {without}",
             )
             yield failure(seen, remedy)
-        elif nvml.has_driver():
+        elif may_use_gpus():
             yield ok(f"{package} is not installed; runs train without it", must_match=True)
         return
     finished = run_python(["-c", statement], _IMPORT_S)
