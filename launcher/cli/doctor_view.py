@@ -91,5 +91,5 @@ def _result_lines(result: CheckResult, names: Sequence[str] = (), num_nodes: int
 def _summary(report: DoctorReport) -> str:
     counts = Counter(result.verdict for result in report.results)
     parts = [f"{counts[verdict]} {verdict}{'s' * (counts[verdict] != 1)}" for verdict in (FAILURE, WARNING) if counts[verdict]]
-    machines = "" if report.is_local else f"; {len(report.nodes)} node{'s' * (len(report.nodes) != 1)} checked"
+    machines = "" if report.is_local else f"; {len(report.nodes)} node{'s' * (len(report.nodes) != 1)} reported"
     return f"{', '.join(parts) or 'everything is ok'}{machines}"

@@ -40,6 +40,8 @@ def test_a_report_that_is_cut_off_does_not_count() -> None:
     reader = ReportReader()
     for line in to_lines(report("n1", CheckResult("limits", OK, "x" * 2000)))[:-1]:
         reader.feed(line)
+    reader.feed('launcher-doctor n2 1/1 {"machine": "n2", "results"')
+    reader.feed('launcher-doctor n3 1/1 {"machine": "n3", "results": 7, "clock": 0}')
     assert reader.reports == {}
 
 

@@ -98,6 +98,10 @@ def test_a_machine_without_a_driver_is_a_failure_only_for_runs_on_gpus(
     monkeypatch.setattr(nvml, "has_driver", lambda: False)
     assert verdicts(gpus.check_gpus, config()) == [WARNING]
     assert verdicts(gpus.check_gpus, config("cluster.gpu_type=H100-80GB")) == [FAILURE]
+    monkeypatch.setattr(nvml, "has_driver", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    hidden = only(gpus.check_gpus(config()))
+    assert (hidden.verdict, hidden.remedy) == (WARNING, "unset CUDA_VISIBLE_DEVICES")
 
 
 @pytest.mark.parametrize(
