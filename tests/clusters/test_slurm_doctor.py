@@ -46,7 +46,14 @@ def await_no_job(bed: Testbed) -> None:
 
 def test_every_node_of_the_allocation_reports(launch: Launch, slurm: Testbed, tmp_path: Path) -> None:
     """And a command of cluster.setup that fails, after which a run would go on."""
-    command = (*DOCTOR, "cluster.nodes=2", "cluster.time=10:00", f"run.root={tmp_path}/runs", "cluster.setup=[false]", "--json")
+    command = (
+        *DOCTOR,
+        "cluster.nodes=2",
+        "cluster.time=10:00",
+        f"run.root={tmp_path}/runs",
+        "cluster.setup=[ls /missing]",
+        "--json",
+    )
     done = launch(*command, timeout=DEADLINE_S, **slurm.variables)
     assert done.stdout, done.stderr
     report = json.loads(done.stdout)
@@ -55,7 +62,7 @@ def test_every_node_of_the_allocation_reports(launch: Launch, slurm: Testbed, tm
     assert report["here"][0]["name"] == "Slurm"
     assert "nodes in service" in report["here"][0]["seen"]
     assert [(result["verdict"], result["seen"]) for result in report["here"] if result["name"] == "setup"] == [
-        ("warning", "a command of cluster.modules or cluster.setup failed: false")
+        ("warning", "a command of cluster.modules or cluster.setup failed: ls /missing")
     ]
     for node in report["nodes"].values():
         verdicts = {result["name"]: result["verdict"] for result in node["results"]}
