@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the verb's own flags; what it does not know are settings."""
     doctor_parser = VerbParser(
         prog="python -m launcher doctor",
-        usage="%(prog)s [--json] [--timeout MINUTES] [overrides]",
+        usage="%(prog)s [FILE] [--json] [--timeout MINUTES] [overrides]",
         description=(
             "Check what a run needs: GPUs, driver, compiler, kernels, all-reduce, storage, limits, caches, accounts.\nWith "
             "+cluster=slurm or +cluster=ray, on every node of a short allocation that the run's settings request."

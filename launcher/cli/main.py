@@ -86,7 +86,7 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
   python -m launcher schema                    the JSON Schema of a run's file, for editors
   python -m launcher completion bash|zsh|fish  completion of verbs, groups, settings and names of runs
 
-  python -m launcher doctor [overrides]        check what a run needs, on this machine or on every node of a cluster
+  python -m launcher doctor [FILE] [overrides] check what a run needs, on this machine or on every node of a cluster
 
 FILE is a YAML file with a run's settings (docs/run-file.md); overrides win over it.
 Overrides are key=value (train.max_steps=100) or group=option (model=qwen3_8b); docs/settings.md lists them all.

@@ -61,9 +61,9 @@ def test_this_machine_is_checked_and_left_as_it_was(launch: Launch, tmp_path: Pa
 
 
 def test_a_failure_is_shown_with_its_fix_and_ends_with_code_1(launch: Launch, tmp_path: Path) -> None:
-    """With a run that pushes to the Hub, and no token; a check that takes long is cut short."""
-    command = ("doctor", "model=tiny", f"run.root={tmp_path}", "export.push_to_hub=owner/name", "--timeout", "0.01")
-    done = launch(*command, timeout=600)
+    """With a run's file that pushes to the Hub, and no token; a check that takes long is cut short."""
+    (tmp_path / "my.yaml").write_text("model: tiny\nexport:\n  push_to_hub: owner/name\n")
+    done = launch("doctor", f"{tmp_path}/my.yaml", f"run.root={tmp_path}", "--timeout", "0.01", timeout=600)
     assert done.returncode == 1, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     (failed,) = [i for i, line in enumerate(lines) if line.startswith("failure  Hub ")]
