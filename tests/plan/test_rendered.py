@@ -10,6 +10,7 @@ from plan_fixtures import DATA
 
 from launcher.cli.plan_view import plan_lines
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
+from launcher.plan.throughput import estimate_speed
 
 Golden = Callable[[str, str], None]
 GPUS = DeviceFacts(kind="cuda", name="NVIDIA H100 80GB HBM3", count=8, memory_gib=79.1, host_memory_gib=2000.0)
@@ -40,7 +41,8 @@ def test_the_plan_of_many_nodes_as_text_matches_its_golden_file(plan_of: Callabl
     planned = plan_of(
         *("experiment=llama3_70b_four_nodes", "data.path=rows.jsonl", "run.max_hours=12", "tracking.entity=us"), data=None
     )
-    golden("llama3_70b.plan.txt", "\n".join(plan_lines(planned)) + "\n")
+    speed = estimate_speed(planned, "H100-80GB", None)
+    golden("llama3_70b.plan.txt", "\n".join(plan_lines(planned, speed=speed)) + "\n")
 
 
 def test_sizes_follow_the_model_and_can_be_set(plan_of: Callable[..., LaunchPlan]) -> None:

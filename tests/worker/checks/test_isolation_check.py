@@ -46,6 +46,8 @@ def facts(model_type: str, **own: Any) -> ModelFacts:
     ("model_type", "attention", "kernel", "outcome"),
     [
         ("llama", "auto", "sdpa", "isolated"),
+        ("olmoe", "auto", "sdpa", "isolated"),
+        ("smollm3", "auto", "sdpa", "isolated"),
         ("opt", "auto", "sdpa", "leaks"),
         ("cpmant", "auto", "eager", "not_causal"),
         ("cpmant", "sdpa", "sdpa", "unsupported"),
