@@ -257,9 +257,11 @@ def read_model_facts(model: ModelSection) -> ModelFacts:
     """
     weights = locate(model.path, model).folder if model.path else None
     tokenizer = locate(model.tokenizer, model).folder if model.tokenizer else weights
-    exact = count_parameters(weights) if weights and model.init == "pretrained" else None
+    exact = None
     if weights:
         config = json.loads((weights / "config.json").read_text())
+        if model.init == "pretrained":
+            exact = count_parameters(weights, is_tied=bool(config.get("tie_word_embeddings")))
     elif is_run(model.path):
         from launcher.models import parent_run
 
@@ -288,7 +290,14 @@ def _gguf_config(model: ModelSection) -> dict[str, Any]:
         ) from error
 
 
-def count_parameters(folder: Path) -> int | None:
-    """Count the parameters in the safetensors files from their headers; None if there are no such files."""
+def count_parameters(folder: Path, is_tied: bool = False) -> int | None:
+    """Count the parameters in the safetensors files from their headers; None if there are no such files.
+
+    With `is_tied`, a head that is stored beside the embeddings counts once, as in the files of Qwen3 0.6B.
+    """
     files = [file for file in weight_files.weight_files(folder, with_pickled=False) if file.suffix == ".safetensors"]
-    return sum(math.prod(tensor.shape) for file in files for tensor in weight_files.read_header(file).values()) or None
+    shapes = {name: tensor.shape for file in files for name, tensor in weight_files.read_header(file).items()}
+    if is_tied:
+        embeddings = [shape for name, shape in shapes.items() if name.endswith("embed_tokens.weight")]
+        shapes = {name: s for name, s in shapes.items() if not (name.endswith("lm_head.weight") and s in embeddings)}
+    return sum(math.prod(shape) for shape in shapes.values()) or None

@@ -41,6 +41,16 @@ def test_a_hub_model_is_located_once_all_its_weights_are_downloaded(snapshot: Pa
     assert model_source.count_parameters(snapshot) == 11
 
 
+@pytest.mark.parametrize(("is_tied", "num_params"), [(True, 4 * 3 + 2), (False, 2 * 4 * 3 + 2)])
+def test_a_tied_head_that_is_stored_counts_once(snapshot: Path, is_tied: bool, num_params: int) -> None:
+    sizes = {"hidden_size": 3, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 4}
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "qwen3", "tie_word_embeddings": is_tied, **sizes}))
+    weights = {"model.embed_tokens.weight": torch.zeros(4, 3), "model.norm.weight": torch.zeros(2)}
+    save_file({**weights, "lm_head.weight": torch.zeros(4, 3)}, snapshot / "model.safetensors")
+    facts = model_source.read_model_facts(ModelSection(path="owner/name"))
+    assert (facts.num_params, facts.num_params_exact) == (num_params, True)
+
+
 def test_a_revision_belongs_to_the_model_and_not_to_another_tokenizer(snapshot: Path) -> None:
     model = ModelSection(path="./somewhere", tokenizer="owner/name", revision="other")
     assert model_source.locate("owner/name", model).folder == snapshot
