@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.clusters.check_results import CheckResult, failure, ok, warning
+from launcher.clusters.network import LOOPBACK
 from launcher.config.schema import RunConfig
 from launcher.hardware import may_use_gpus
-from launcher.worker.checks.network import LOOPBACK
 from launcher.worker.doctor.python_process import kill, start_python, wait_for
 from launcher.worker.doctor.torch_build import read_torch_build
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from launcher.clusters.check_results import CheckResult, MachineReport, failure, to_lines
+from launcher.clusters.network import node_name
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, describe
-from launcher.worker.checks.network import node_name
 from launcher.worker.doctor import all_reduce, gpus, machine, storage, toolchain
 from launcher.worker.doctor.python_process import kill_all
 from launcher.worker.ranks.rank_env import die_with_parent
