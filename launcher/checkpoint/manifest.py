@@ -25,7 +25,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class Manifest:
     """Content of manifest.json. `files` names every file of the directory except the manifest itself.
 
-    `eval_loss` is the held-out loss in nats at that very step, None if it was not evaluated.
+    `eval_loss` is the loss of the set checkpoint.best_set in nats at that very step, None if it was not evaluated.
     """
 
     format_version: int = FORMAT_VERSION

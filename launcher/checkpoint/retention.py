@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps. Pure: depends on steps and held-out losses only, without disk access."""
+"""Which checkpoints a run keeps. Pure: depends on steps and losses only, without disk access."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Retention:
-    """The newest `keep_last`, every step that `keep_every` divides, and the `keep_best` with the lowest held-out loss.
+    """The newest `keep_last`, every step that `keep_every` divides, and the `keep_best` with the lowest evaluation loss.
 
     0 turns a rule off, except that the newest checkpoint is always kept.
     """

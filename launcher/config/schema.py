@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from launcher.config.sections.backends import AnyCluster, choose_kind
 from launcher.config.sections.cluster import LocalSection
 from launcher.config.sections.data import DataSection
-from launcher.config.sections.evaluation import EvalSection
+from launcher.config.sections.evaluation import HELD_OUT, EvalSection
 from launcher.config.sections.fields import (
     HUB_ID_PATTERN,
     NAME_PATTERN,
@@ -287,6 +287,9 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         if self.run.max_usd is not None and self.cluster.price_per_gpu_hour is None:
             raise ValueError("run.max_usd needs the price of a GPU hour; set cluster.price_per_gpu_hour")
+        sets = (HELD_OUT, *(one.name for one in self.eval.sets))
+        if self.checkpoint.best_set not in sets:
+            raise ValueError(f"checkpoint.best_set names no evaluation set; set it to {' or '.join(sets)}")
         return self
 
 

@@ -17,7 +17,6 @@ import torch
 from launcher import run_store
 from launcher.checkpoint import shards, store, zero3
 from launcher.checkpoint.manifest import Checkpoint
-from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.loader import StepBatch
 from launcher.distributed import RankInfo, StepReduction, all_reduce_step
 from launcher.errors import CheckpointError, DivergedError, Superseded
@@ -29,7 +28,8 @@ from launcher.tracking.progress import as_events, silent
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train.checkpointer import compute_reference_logits
 from launcher.train.engine import join_process_group, leave_process_group
-from launcher.train.evaluation.evaluator import Evaluation
+from launcher.train.evaluation.early_stopping import EarlyStopping
+from launcher.train.evaluation.evaluator import Evaluation, log_evaluation
 from launcher.train.finish import OnExported, finish, write_weights
 from launcher.train.isolation import require_isolation
 from launcher.train.monitoring import bandwidth
@@ -132,6 +132,7 @@ class TrainingLoop:
         self.is_save_due = False
         self.reached_limit = ""
         self.last_eval: Evaluation | None = None
+        self.early_stopping = EarlyStopping(run.plan.config.eval.stop_after)
 
     def restore(self) -> None:
         """Load the checkpoint that all ranks have agreed on; without one, the initial weights stay. Collective.
@@ -162,7 +163,7 @@ class TrainingLoop:
             saved_step = self.parts.checkpointer.saved_step
             return make_untrained_outcome(self.step, None if saved_step is None else self._checkpoint_path(saved_step))
         stop_reason = None
-        while not self.is_last_step() and stop_reason is None:
+        while not self.is_last_step() and stop_reason is None and not self.early_stopping.is_due:
             stop_reason = self.train_step()
             # The last evaluation and save, and the save before stopping, follow below.
             if stop_reason is None and not self.is_last_step():
@@ -249,19 +250,17 @@ class TrainingLoop:
 
         A limit of the run does not stop the last evaluation, which is cheap and shows what the run has achieved.
         """
-        parts, tracker, names = self.parts, self.run.tracker, self.run.plan.eval_sets_at(self.step)
+        parts, tracker = self.parts, self.run.tracker
+        names = self.run.plan.eval_sets_at(self.parts.max_steps if is_last else self.step)
         evaluation = parts.evaluator.evaluate(self.step, self.stop if is_last else self.local_stop_reason, names)
         parts.monitor.eval_s = parts.evaluator.total_s
         if evaluation is None:
             return
-        for one in evaluation.sets:
-            self.require_finite_loss(one.loss)
+        self.require_finite_loss(sum(one.loss for one in evaluation.sets))
         self.last_eval = evaluation
-        tracker.log(self.step, {**evaluation.metrics, "time/eval_s": evaluation.seconds})
-        for one in evaluation.sets:
-            title = "held-out loss" if one.name == HELD_OUT else f"loss on {one.name}"
-            message = f"{title} {when}: {one.loss:.4f} ({one.num_tokens:,} trained tokens)"
-            tracker.event("eval", message, self.step, loss=one.loss, when=when, set=one.name)
+        log_evaluation(evaluation, when, tracker)
+        if not is_last and (loss := self._eval_loss()) is not None:
+            self.early_stopping.record(self.step, loss)
 
     def eval_of_this_step(self) -> Evaluation | None:
         """The losses of the evaluation sets, where they were computed after the last completed step."""
@@ -283,7 +282,7 @@ class TrainingLoop:
         """Begin a save of the current step in the background. Collective."""
         parts = self.parts
         parts.checkpointer.wait(self.step)
-        parts.checkpointer.save(self.step, self._counts(), self._eval_loss())
+        parts.checkpointer.save(self.step, self._state(), self._eval_loss())
         self._after_save()
 
     def save_and_wait(self) -> Path:
@@ -295,7 +294,7 @@ class TrainingLoop:
             if not torch.isfinite(logits["logits"]).all():
                 raise self.diverged("the logits are not finite")
             parts.status.write_state("saving", self.step)
-            parts.checkpointer.save_and_wait(self.step, self._counts(), self._eval_loss(), logits)
+            parts.checkpointer.save_and_wait(self.step, self._state(), self._eval_loss(), logits)
         parts.status.write_state("running", self.step)
         self._after_save()
         return self._checkpoint_path(self.step)
@@ -306,7 +305,8 @@ class TrainingLoop:
         checkpoint = self.save_and_wait()
         last_eval = self.eval_of_this_step()
         self.run.tracker.summary({"last_step": self.step, **(last_eval.metrics if last_eval else {})})
-        return Outcome("completed", "completed", self.step, f"{self.step} steps", checkpoint)
+        cause = "" if self.is_last_step() else f"; {self.early_stopping.message}"
+        return Outcome("completed", "completed", self.step, f"{self.step} steps{cause}", checkpoint)
 
     def is_cancelled_before_training(self) -> bool:
         """Return whether any rank was asked to stop by a person. From here on, ranks stop at the end of a step. Collective."""
@@ -373,14 +373,16 @@ class TrainingLoop:
         )
         self.step = parts.checkpointer.saved_step = checkpoint.step
         parts.meter.restore(int(state["tokens"]), int(state["skipped_steps"]))
+        self.early_stopping.restore(state.get("early_stopping"))
         tracker.event("info", f"continuing from {checkpoint.path}", self.step)
 
-    def _counts(self) -> dict[str, int]:
-        return {"tokens": self.parts.meter.tokens, "skipped_steps": self.parts.meter.skipped_steps}
+    def _state(self) -> dict[str, Any]:
+        counts = {"tokens": self.parts.meter.tokens, "skipped_steps": self.parts.meter.skipped_steps}
+        return {**counts, "early_stopping": self.early_stopping.state()}
 
     def _eval_loss(self) -> float | None:
         last_eval = self.eval_of_this_step()
-        return None if last_eval is None or last_eval.held_out is None else last_eval.held_out.loss
+        return None if last_eval is None else last_eval.loss_of(self.run.plan.config.checkpoint.best_set)
 
     def _after_save(self) -> None:
         self.parts.monitor.save_s = self.parts.checkpointer.stall_s

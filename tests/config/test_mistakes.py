@@ -430,3 +430,10 @@ def test_a_sweep_with_several_names_is_accepted(capsys: pytest.CaptureFixture[st
     assert main(["plan", "-m", "model=tiny", "run.name=one-${optim.lr}", "optim.lr=1e-5,2e-5"]) == 0
     names = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("run ")]
     assert names == ["one-1e-05", "one-2e-05"]
+
+
+def test_the_set_of_the_best_checkpoints_is_one_that_is_evaluated(refused: Refused) -> None:
+    (problem,) = refused("checkpoint.best_set=b", "eval.sets=[{name: a, path: a.jsonl}]")
+    assert problem.message == "checkpoint.best_set names no evaluation set"
+    assert problem.where == "checkpoint.best_set (command line)"
+    assert problem.remedy == "set it to held_out or a"

@@ -12,6 +12,7 @@ from launcher.errors import DivergedError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.tracker import RateLimit
+from launcher.train.evaluation.evaluator import Evaluation, SetLoss
 from launcher.train.loop import TrainingLoop
 
 PlanOf = Callable[..., LaunchPlan]
@@ -37,7 +38,7 @@ class FakeLoop(TrainingLoop):
         super().__init__(run_context, parts, lambda: None)  # type: ignore[arg-type]
         self.step = cancelled_at or 0
 
-    def _event(self, kind: str, text: str, step: int | None) -> None:
+    def _event(self, kind: str, text: str, step: int | None, **fields: object) -> None:
         self.alerts.append((step, text))
 
     def is_cancelled_before_training(self) -> bool:
@@ -96,3 +97,46 @@ def test_alerts_on_skipped_steps_are_of_one_kind_for_the_rate_limit(plan_of: Pla
 def test_too_many_skipped_steps_in_a_row_end_training(plan_of: PlanOf) -> None:
     with pytest.raises(DivergedError, match="the gradients of 4 steps in a row are not finite"):
         run(plan_of("model.dtype=bf16"), 10, skipped={3, 4, 5, 6})
+
+
+class EvaluatedLoop(FakeLoop):
+    """A fake loop whose evaluations of the held-out rows give `losses`, by step."""
+
+    def __init__(self, plan: LaunchPlan, max_steps: int, losses: dict[int, float]) -> None:
+        super().__init__(plan, max_steps, skipped=set())
+        self.losses = losses
+        self.evaluated: list[int] = []
+        self.parts.evaluator = SimpleNamespace(evaluate=self._evaluate, total_s=0.0)  # type: ignore[assignment]
+        self.parts.monitor.reached_limit = lambda: ""  # type: ignore[method-assign]
+        self.run.tracker.log = lambda step, metrics: None  # type: ignore[method-assign]
+        self.run.tracker.summary = lambda values: None  # type: ignore[method-assign]
+
+    def _evaluate(self, step: int, stop: object, names: tuple[str, ...]) -> Evaluation:
+        assert names == ("held_out",)
+        self.evaluated.append(step)
+        return Evaluation(step, (SetLoss("held_out", self.losses[step], 10, {}),), 0.1)
+
+    def evaluate(self, when: str, is_last: bool = False) -> None:
+        TrainingLoop.evaluate(self, when, is_last)
+
+
+def test_training_ends_where_the_loss_no_longer_falls(plan_of: PlanOf) -> None:
+    settings = ("eval.every=2", "eval.stop_after=2", "eval.at_start=true", "train.max_steps=20")
+    losses = {0: 4.0, 2: 3.0, 4: 3.5, 6: 2.5, 8: 2.6, 10: 2.5}
+    loop = EvaluatedLoop(plan_of(*settings), 20, losses)
+    outcome = loop.run_to_end()
+    assert (outcome.state, outcome.step) == ("completed", 10)
+    expected = "10 steps; 2 evaluations in a row were not below 2.5000, the loss at step 6 (eval.stop_after)"
+    assert outcome.message == expected
+    # The last one is of all sets, before the model is saved.
+    assert loop.evaluated == [0, 2, 4, 6, 8, 10, 10]
+
+    resumed = EvaluatedLoop(plan_of(*settings), 20, {8: 2.6, 10: 2.5})
+    resumed.early_stopping.restore({"best_loss": 2.5, "best_step": 6, "num_without_improvement": 0})
+    resumed.step = 6
+    assert resumed.run_to_end().step == 10
+
+
+def test_without_stop_after_all_steps_are_trained(plan_of: PlanOf) -> None:
+    loop = EvaluatedLoop(plan_of("eval.every=2", "train.max_steps=6"), 6, {0: 1.0, 2: 2.0, 4: 3.0, 6: 4.0})
+    assert loop.run_to_end().message == "6 steps"

@@ -54,6 +54,13 @@ class EvalSection(Section):
 
     every: Count = Field(0, description="Steps between evaluations; 0: only before and after training.")
     at_start: Flag = Field(True, description="Evaluate before the first step, as the baseline of later evaluations.")
+    stop_after: Count = Field(
+        0,
+        description=(
+            "Evaluations in a row without a lower loss of the set checkpoint.best_set after which training ends, as if the steps "
+            "were done; 0: never. checkpoint.keep_best=1 keeps the best checkpoint."
+        ),
+    )
     sets: tuple[EvalSet, ...] = Field(
         (),
         description=(

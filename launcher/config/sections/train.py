@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from launcher.config.sections.fields import Count, Flag, HubId, Positive, PositiveInt, Section, Url
+from launcher.config.sections.fields import Count, Flag, HubId, Name, Positive, PositiveInt, Section, Url
 
 
 class TrainSection(Section):
@@ -40,8 +40,9 @@ class CheckpointSection(Section):
     keep_last: PositiveInt = Field(2, description="Newest committed checkpoints to keep; older ones are removed.")
     keep_every: Count = Field(0, description="Checkpoints at multiples of this many steps are never removed; 0: none.")
     keep_best: Count = Field(
-        0, description="Checkpoints with the lowest held-out loss to keep as well; only steps that are evaluated count."
+        0, description="Checkpoints with the lowest loss to keep as well; only steps that are evaluated count."
     )
+    best_set: Name = Field("held_out", description="The evaluation set whose loss says which checkpoints are best.")
     async_save: Flag = Field(
         True,
         description="Write checkpoints in the background, from a copy in main memory, while training continues. "

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.loader import RowBatches
+from launcher.tracking.tracker import Composite
 from launcher.train.evaluation.score import Scorer
 from launcher.train.monitoring.step_metrics import perplexity
 
@@ -52,15 +53,23 @@ class Evaluation:
     sets: tuple[SetLoss, ...]
     seconds: float
 
-    @property
-    def held_out(self) -> SetLoss | None:
-        """The loss on the held-out rows of the training data."""
-        return next((one for one in self.sets if one.name == HELD_OUT), None)
+    def loss_of(self, name: str) -> float | None:
+        """Return the loss of the set `name`; None where it was not evaluated."""
+        return next((one.loss for one in self.sets if one.name == name), None)
 
     @property
     def metrics(self) -> dict[str, float]:
         """The metrics of all sets by name, without the time."""
         return {name: value for one in self.sets for name, value in one.metrics.items()}
+
+
+def log_evaluation(evaluation: Evaluation, when: str, tracker: Composite) -> None:
+    """Log the metrics of all sets, and an event for each; `when` says in its text when it was evaluated."""
+    tracker.log(evaluation.step, {**evaluation.metrics, "time/eval_s": evaluation.seconds})
+    for one in evaluation.sets:
+        title = "held-out loss" if one.name == HELD_OUT else f"loss on {one.name}"
+        message = f"{title} {when}: {one.loss:.4f} ({one.num_tokens:,} trained tokens)"
+        tracker.event("eval", message, evaluation.step, loss=one.loss, when=when, set=one.name)
 
 
 class Evaluator:
