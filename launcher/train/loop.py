@@ -22,7 +22,6 @@ from launcher.distributed import RankInfo, StepReduction, all_reduce_step
 from launcher.errors import CheckpointError, DivergedError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.goodput import JOINED, PHASE
 from launcher.tracking.jsonl import SUPERSEDED
 from launcher.tracking.progress import as_events, silent
 from launcher.tracking.tracker import Composite, start_trackers
@@ -32,12 +31,10 @@ from launcher.train.evaluation.early_stopping import EarlyStopping
 from launcher.train.evaluation.evaluator import Evaluation, log_evaluation
 from launcher.train.finish import OnExported, finish, write_weights
 from launcher.train.isolation import require_isolation
-from launcher.train.monitoring import bandwidth
 from launcher.train.monitoring.skipped_steps import SkippedSteps
 from launcher.train.optim import compute_learning_rate, set_learning_rate
-from launcher.train.previous_failure import find_previous_failure
 from launcher.train.resume import load_newest_intact
-from launcher.train.setup import Components, RunContext, build_components
+from launcher.train.setup import Components, RunContext, build_components, report_ranks
 from launcher.train.stop import Outcome, Stop, has_time_to_save, make_untrained_outcome
 
 # Seconds that a failing rank waits for an in-flight save.
@@ -75,7 +72,7 @@ def train(
     run = RunContext(plan, rank_info, run_dir, device, tracker)
     state, loop = "failed", None
     try:
-        _report_ranks(run)
+        report_ranks(run)
         loop = TrainingLoop(run, build_components(run, beat), stop)
         loop.restore()
         loop.check_isolation()
@@ -106,20 +103,6 @@ def train(
             loop.parts.monitor.stop()
             loop.parts.checkpointer.drain(_DRAIN_S)
         tracker.finish(state)
-
-
-def _report_ranks(run: RunContext) -> None:
-    """Record that the ranks have joined, why the ranks before them failed, and how fast the network is. Collective."""
-    world_size, tracker = run.rank_info.world_size, run.tracker
-    fields: dict[str, Any] = {PHASE: JOINED, "ranks": world_size}
-    tracker.event("info", f"{world_size} ranks have joined", 0, **fields)
-    if run.rank_info.is_main and (failure := find_previous_failure(run.run_dir, run.rank_info.attempt)):
-        tracker.event("alert", failure.message, recorded=failure.is_recorded)
-    if world_size > 1:
-        gb_per_s = bandwidth.measure_bus_bandwidth(run.device)
-        warning = bandwidth.bandwidth_warning(run.plan.topology, gb_per_s)
-        message = f"all-reduce over {world_size} ranks: {gb_per_s:.2f} GB/s{warning}"
-        tracker.event("alert" if warning else "info", message, 0, gb_per_s=gb_per_s)
 
 
 class TrainingLoop:

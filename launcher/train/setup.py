@@ -21,6 +21,7 @@ from launcher.distributed import RankInfo, run_on_all_ranks
 from launcher.errors import RunError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.goodput import JOINED, PHASE
 from launcher.tracking.progress import as_events, silent
 from launcher.tracking.tracker import Composite
 from launcher.train.checkpointer import Checkpointer
@@ -28,11 +29,13 @@ from launcher.train.engine import build_engine
 from launcher.train.evaluation.evaluator import EvalRows, Evaluator
 from launcher.train.evaluation.score import Scorer
 from launcher.train.model import CausalLMLoss, describe_attention
+from launcher.train.monitoring import bandwidth
 from launcher.train.monitoring.monitor import Monitor
 from launcher.train.monitoring.peak_flops import find_peak_tflops
 from launcher.train.monitoring.status_file import StatusFile
 from launcher.train.monitoring.step_metrics import Meter, StepTimer
 from launcher.train.objectives import OBJECTIVES, Objective
+from launcher.train.previous_failure import find_previous_failure
 from launcher.train.resume import StartPoint, agree_on_start_point
 
 # Padding is neither attended to nor trained; any id in the vocabulary serves.
@@ -66,6 +69,20 @@ class Components:
     status: StatusFile
     max_steps: int
     start: StartPoint
+
+
+def report_ranks(run: RunContext) -> None:
+    """Record that the ranks have joined, why the ranks before them failed, and how fast the network is. Collective."""
+    world_size, tracker = run.rank_info.world_size, run.tracker
+    fields: dict[str, Any] = {PHASE: JOINED, "ranks": world_size}
+    tracker.event("info", f"{world_size} ranks have joined", 0, **fields)
+    if run.rank_info.is_main and (failure := find_previous_failure(run.run_dir, run.rank_info.attempt)):
+        tracker.event("alert", failure.message, recorded=failure.is_recorded)
+    if world_size > 1:
+        gb_per_s = bandwidth.measure_bus_bandwidth(run.device)
+        warning = bandwidth.bandwidth_warning(run.plan.topology, gb_per_s)
+        message = f"all-reduce over {world_size} ranks: {gb_per_s:.2f} GB/s{warning}"
+        tracker.event("alert" if warning else "info", message, 0, gb_per_s=gb_per_s)
 
 
 def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Components:
