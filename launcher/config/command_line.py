@@ -18,9 +18,10 @@ GROUPS = ("model", "data", "optim", "deepspeed", "cluster", "tracking", "experim
 # Hydra's flags that take a value, and its other flags.
 FLAGS_WITH_VALUE = (
     *("--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--info", "-i"),
-    *("--package", "-p", "--experimental-rerun"),
+    *("--package", "-p"),
 )
 _FLAGS = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--shell-completion", "-sc")
+_RERUN = "--experimental-rerun"
 _MULTIRUN = {"--multirun", "-m"}
 # The values of --cfg; the first is its usual one.
 _CFG = ("job", "hydra", "all")
@@ -59,7 +60,11 @@ def without_unknown_flags(tokens: Sequence[str], own_flags: Sequence[str] = ()) 
             remaining.append(token)
             continue
         has_next = bool(rest) and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~"))
-        if name in FLAGS_WITH_VALUE:
+        if name == _RERUN:
+            remedy = "write the settings, or continue a run with: python -m launcher resume RUN"
+            problems.append(Problem(f"{name}: Hydra would load a pickle, which can run code", COMMAND_LINE, token, remedy))
+            rest = rest[1:] if not equals and has_next else rest
+        elif name in FLAGS_WITH_VALUE:
             if not equals and has_next:
                 value = rest.pop(0)
             if problem := _flag_without_value(name, value):

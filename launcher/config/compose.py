@@ -31,7 +31,7 @@ from launcher.config.command_line import (
 from launcher.config.config_files import cycle_problem, missing_keys, package_problems
 from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import hydra_problems, missing, no_such_option, schema_problems
-from launcher.config.hydra_guard import guarded, require_composing_only
+from launcher.config.hydra_guard import UNBOUNDED, guarded, require_composing_only
 from launcher.config.hydra_location import RUN_FILE_GROUP
 from launcher.config.origin import Origins, located_problem, short
 from launcher.config.printed_settings import redact_settings
@@ -387,10 +387,11 @@ def _resolved(cfg: Any, unresolved: Mapping[str, Any], origins: Origins) -> dict
             raise
         key = str(error.full_key or "")
         old = renamed_reference(str(error).splitlines()[0])
+        unbounded = "write the values out" if UNBOUNDED in str(error) else ""
         raise ConfigError(
             f"{key}: the reference in this value cannot be resolved: {str(error).splitlines()[0]}",
             where=origins.written_at(key),
-            remedy=f"write ${{{RENAMED[old]}}}" if old else "write the key of a setting between ${ and }",
+            remedy=f"write ${{{RENAMED[old]}}}" if old else unbounded or "write the key of a setting between ${ and }",
         ) from error
     if not isinstance(raw, dict):
         raise ConfigError("the configuration is not a mapping", where="conf/config.yaml")

@@ -17,6 +17,10 @@ from launcher.errors import ConfigError, Problem
 
 # Of conf/config.yaml and of Hydra. Other values would change the environment, or write files of Hydra's own.
 _NEUTRAL: dict[str, Any] = {"hydra.job.env_set": {}, "hydra.job.env_copy": [], "hydra.output_subdir": None, "hydra.run.dir": "."}
+# Characters and values that the references of one composition may expand to, and the number of references: with `a: ${b}${b}`,
+# `b: ${c}${c}` and so on, a text or the work doubles at each step.
+_MAX_EXPANDED, _MAX_REFERENCES = 1_000_000, 5_000
+UNBOUNDED = "the references between the settings expand to too much"
 # Where Hydra's own modules hold the function that configures logging.
 _LOGGING = ("hydra._internal.hydra", "hydra._internal.core_plugins.basic_launcher", "hydra.core.utils")
 
@@ -26,6 +30,7 @@ def guarded() -> Iterator[None]:
     """Compose within this block. Hydra's errors for what is refused here are ConfigErrors."""
     from hydra._internal import hydra
     from hydra._internal.core_plugins.file_config_source import FileConfigSource
+    from omegaconf import Container
 
     class RefusedCallbacks(hydra.Callbacks):
         def __init__(self, config: Any = None) -> None:
@@ -37,6 +42,7 @@ def guarded() -> Iterator[None]:
         (hydra, "Callbacks", RefusedCallbacks),
         *((importlib.import_module(module), "configure_log", lambda *_, **__: None) for module in _LOGGING),
         (FileConfigSource, "load_config", _bounded(FileConfigSource.load_config)),
+        (Container, "resolve_parse_tree", _bounded_references(Container.resolve_parse_tree)),
     ]
     originals = [getattr(owner, name) for owner, name, _ in replacements]
     try:
@@ -88,3 +94,40 @@ def _bounded(load: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
         return load(source, config_path)
 
     return load_bounded
+
+
+def _bounded_references(resolve: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `Container.resolve_parse_tree` that raises an error of OmegaConf where references expand too far."""
+    from omegaconf.errors import InterpolationResolutionError
+
+    # Of the configuration whose references were resolved last; jobs of a sweep have one each.
+    root: Any = None
+    num_references = num_expanded = 0
+
+    @functools.wraps(resolve)
+    def resolve_bounded(container: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal root, num_references, num_expanded
+        if root is not container._get_root():
+            root, num_references, num_expanded = container._get_root(), 0, 0
+        num_references += 1
+        if num_references > _MAX_REFERENCES:
+            raise InterpolationResolutionError(UNBOUNDED)
+        resolved = resolve(container, *args, **kwargs)
+        for size in _sizes(resolved):
+            num_expanded += size
+            if num_expanded > _MAX_EXPANDED:
+                raise InterpolationResolutionError(UNBOUNDED)
+        return resolved
+
+    return resolve_bounded
+
+
+def _sizes(value: Any) -> Iterator[int]:
+    """Yield the size of each value within a value: of a text its length, of others one."""
+    from omegaconf import Node
+
+    content = value._value() if isinstance(value, Node) else value
+    yield len(content) if isinstance(content, str) else 1
+    if isinstance(content, dict | list):
+        for inner in content.values() if isinstance(content, dict) else content:
+            yield from _sizes(inner)

@@ -120,3 +120,22 @@ def test_a_file_whose_aliases_expand_without_bound_is_not_read(
     (problem,) = refused(*flags, f"hydra.searchpath=[file://{tmp_path}/shared]", "model=mine")
     assert problem.message == "the file is not read: it has more than 200,000 values, with its aliases expanded"
     assert problem.where == f"{tmp_path}/shared/model/mine.yaml"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("last", ["x", '""', "[x, x, x, x]"])
+def test_references_that_double_at_each_step_are_refused(
+    refused: Refused, shared: Callable[[str], tuple[str, ...]], last: str
+) -> None:
+    """Forty steps of a text, of nothing at all, and of lists."""
+    pair = '["${{run.x{0}}}", "${{run.x{0}}}"]' if last.startswith("[") else "${{run.x{0}}}${{run.x{0}}}"
+    lines = [f"  x{step}: {pair.format(step + 1)}" for step in range(40)]
+    problems = refused(*shared("\n".join(["run:", *lines, f"  x40: {last}"])))
+    assert "the references between the settings expand to too much" in problems[0].message
+    assert problems[0].remedy == "write the values out"
+
+
+@pytest.mark.parametrize("written", [("--experimental-rerun", "job.pickle"), ("--experimental-rerun=job.pickle",)])
+def test_a_pickled_job_of_hydra_is_not_loaded(refused: Refused, tmp_path: Path, written: tuple[str, ...]) -> None:
+    (problem,) = refused(*written)
+    assert problem.message == "--experimental-rerun: Hydra would load a pickle, which can run code"

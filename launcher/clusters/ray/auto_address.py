@@ -16,7 +16,6 @@ from pathlib import Path
 import psutil
 
 from launcher.errors import SubmitError
-from launcher.security import ownership
 from launcher.security.trust import FLAG, Trust
 
 _WHERE, _AUTO = "cluster.address", "auto"
@@ -64,9 +63,24 @@ def find_address() -> str:
             raise SubmitError("several Rays run on this machine", where=_WHERE, value=", ".join(addresses), remedy=remedy)
         addresses = [newest]
     session = next(raylet.session for raylet in trusted if raylet.address == addresses[0])
-    if (problem := ownership.file_problem("the Ray of this machine", session)) is not None:
-        raise SubmitError(problem)
+    _require_owner(session, trust)
     return addresses[0]
+
+
+def _require_owner(session: Path, trust: Trust) -> None:
+    """Refuse a folder of sockets that another user owns. Ray makes the folder above writable for everyone."""
+    try:
+        uid = session.lstat().st_uid
+    except OSError:
+        # Of a container whose processes are seen here; Ray looks at its own.
+        return
+    if not trust.anyone and not trust.accepts_owner(uid):
+        raise SubmitError(
+            f"the folder of the Ray of this machine belongs to {_user(uid)}, who may have put it in place of Ray's own",
+            where=str(session),
+            value=_AUTO,
+            remedy=f"stop this Ray, run chmod +t {session.parent}, and start it again; or unset cluster.address",
+        )
 
 
 def _raylets() -> Iterator[_Raylet]:
