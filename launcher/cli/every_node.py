@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -71,6 +72,14 @@ class _Signals:
     def install(self) -> None:
         for number in _FORWARDED:
             signal.signal(number, self._receive)
+
+    def watch(self, process: NodeProcess | None, interrupts: Interrupts) -> None:
+        """Pass the signals on to this machine's agent, also one that came while the agent was started."""
+        self.process = process
+        self.install()
+        while signal.SIGTERM in interrupts.received:
+            interrupts.received.remove(signal.SIGTERM)
+            self._receive(signal.SIGTERM, None)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.process is None:
@@ -187,14 +196,13 @@ def _lead(start: _Start, begin: Callable[[StaticCluster, Interrupts], int | str]
         finally:
             if cluster.process is None:
                 meeting.close()
-        signals.process = cluster.process
-        signals.install()
+        threading.Thread(target=meeting.close, name="meeting-end", daemon=True).start()
+        signals.watch(cluster.process, interrupts)
         try:
             if not shows_steps:
                 return _follow_quietly(start, attempt, cluster)
             return follow(start.run, attempt, cluster, interrupts)
         finally:
-            meeting.close()
             _record_silent_end(start.run, attempt, cluster)
 
 
@@ -227,12 +235,11 @@ def _join(start: _Start) -> int:
     ownership.require_run(run)
     plan_path = run.attempt(attempt) / "plan.json" if answer.own_plan else run.plan
     process = NodeProcess.start(run, attempt, plan_path, here.node, name)
-    signals.process = process
     log = nodes.agent_log(run, attempt, here.node)
     print(f"{here.label}: attempt {attempt} of {run.root.name} runs here as {name}; its output is in {log}", flush=True)
     with Interrupts() as interrupts:
         interrupts.defer()
-        signals.install()
+        signals.watch(process, interrupts)
         num_handled = 0
         while process.poll() is None:
             if len(interrupts.received) > num_handled:

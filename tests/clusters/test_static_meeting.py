@@ -77,6 +77,9 @@ def test_a_machine_that_comes_first_waits_and_gets_this_start_s_attempt(
     answer = outcomes["is"]
     assert isinstance(answer, Answer)
     assert (answer.state, answer.attempt, answer.own_plan, answer.names) == (READY, 7, True, names)
+    # A command that is repeated while the attempt runs takes no part in it.
+    late = meeting.reply(module.Question(1, 2, "a", "late", str(tmp_path / "run"), COMMAND))
+    assert (late.state, late.attempt, late.message) == ("waiting", 0, "attempt 7 has begun without this command")
     printed = capsys.readouterr().out
     assert f"node 1 of 2: waiting for node 0 at 127.0.0.1:{port}, for 0.5 minutes at most" in printed
     assert "node 1 of 2: waiting for the plan (node 0 is " in printed

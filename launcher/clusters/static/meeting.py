@@ -32,6 +32,8 @@ ASK_EVERY_S, _GONE_S = 0.5, 15.0
 SHARED_S = 20.0
 # How long node 0 answers after the start was refused, so that every machine hears why.
 _LINGER_S = 3.0
+# How long the others may take to hear of the attempt that has begun.
+_READY_S = 30.0
 _MAX_DIFFERENCES = 5
 # The states of a start that answers tell.
 WAITING, READY, OVER, REFUSED = "waiting", "ready", "over", "refused"
@@ -90,6 +92,7 @@ class Meeting:
         self._problem: Problem | None = None
         self._answer = Answer(secrets.token_hex(16), network.node_name(), message="node 0 is planning")
         self._heard: set[int] = set()
+        self._taking_part: dict[int, str] = {}
         self._server: _Server | None = None
 
     def open(self) -> Meeting:
@@ -117,20 +120,24 @@ class Meeting:
         return self
 
     def close(self) -> None:
-        """Listen no more; after a refusal only when the machines that were there have heard of it, or had the time to."""
-        until = time.monotonic() + _LINGER_S
-        while self._answer.state in (REFUSED, OVER) and time.monotonic() < until and not self._heard >= self._present():
+        """Listen no more once the machines that were there have heard the outcome, or had the time to."""
+        until = time.monotonic() + {READY: _READY_S, WAITING: 0.0}.get(self._answer.state, _LINGER_S)
+        while time.monotonic() < until and not self._heard >= self._present():
             time.sleep(0.05)
-        if self._server is not None:
-            self._server.stop()
-            self._server = None
-        self._remove_file()
+        with self._lock:
+            server, self._server = self._server, None
+        if server is not None:
+            server.stop()
+            self._remove_file()
 
     def say(self, message: str) -> None:
         """Tell the other machines what node 0 is doing."""
         self._set(message=message)
 
     def announce(self, attempt: int, own_plan: bool, names: tuple[str, ...]) -> None:
+        """Tell the machines that are there that the attempt has begun; a command that comes later has no part in it."""
+        with self._lock:
+            self._taking_part = {node: seen.question.process for node, seen in self._seen.items()}
         self._set(state=READY, attempt=attempt, own_plan=own_plan, names=names)
 
     def end(self, message: str) -> None:
@@ -186,7 +193,10 @@ class Meeting:
                     "start the command once on each machine, each with an index of its own",
                 )
             self._seen[question.node] = _Seen(question, time.monotonic())
-            if self._answer.state in (REFUSED, OVER):
+            if self._answer.state == READY and self._taking_part.get(question.node) != question.process:
+                late = f"attempt {self._answer.attempt} has begun without this command"
+                return Answer(self._answer.nonce, self._answer.host, WAITING, late)
+            if self._answer.state != WAITING:
                 self._heard.add(question.node)
             return self._answer
 
