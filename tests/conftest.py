@@ -33,6 +33,7 @@ LONGEST_FILES = (
     "e2e/test_first_ray_run.py",
     "e2e/test_first_runs.py",
     "e2e/test_first_slurm_run.py",
+    "e2e/test_static.py",
     "e2e/test_ray_cluster.py",
     "e2e/test_slurm_life.py",
     "e2e/test_slurm_interruptions.py",
