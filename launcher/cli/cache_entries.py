@@ -123,12 +123,16 @@ def _state(run: RunDir) -> tuple[str, float]:
         return "unknown", time.time()
 
 
-def _paths_of(plan: dict[str, Any]) -> Iterator[str]:
-    """Yield the folders that a plan names: its data cache, its model and its tokenizer."""
-    for part, names in (("data", ("cache_dir",)), ("model", ("path", "tokenizer_path"))):
-        values = plan.get(part)
-        if isinstance(values, dict):
-            yield from (os.path.realpath(value) for name in names if isinstance(value := values.get(name), str) and value)
+def _paths_of(part: Any) -> Iterator[str]:
+    """Yield the absolute paths anywhere in a plan: data caches of all splits, model, tokenizer, and what plans add to them."""
+    if isinstance(part, dict):
+        for value in part.values():
+            yield from _paths_of(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from _paths_of(value)
+    elif isinstance(part, str) and part.startswith("/"):
+        yield os.path.realpath(part)
 
 
 def _judge(entry: CacheEntry, uses: Sequence[RunUse], is_building: bool) -> CacheEntry:

@@ -95,13 +95,16 @@ def _flatten(values: Mapping[str, Any], prefix: str = "", without: Collection[st
 
 
 def _data(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the counts and digest of the data, and the digest of each source where the cache is still there."""
+    """Return the counts and digests of the data and of evaluation sets, and those of sources where the cache is still there."""
     data = plan.get("data")
     if not isinstance(data, Mapping):
         return {}
     values = _flatten({"data": data}, without=_PLACES)
     if template := data.get("chat_template"):
         values["data.chat_template"] = f"digest {hashlib.blake2b(template.encode(), digest_size=6).hexdigest()}"
+    for name, facts in (plan.get("eval_sets") or {}).items():
+        prefix = f"eval_sets.{name}"
+        values |= _flatten(facts, f"{prefix}.", without=(f"{prefix}.cache_dir", f"{prefix}.chat_template"))
     with suppress(LauncherError, OSError, ValueError, KeyError, TypeError):
         report = json_records.read_json(Path(data["cache_dir"]) / "meta.json")["report"]
         for source, built in zip(plan["config"]["data"]["sources"], report["sources"], strict=False):

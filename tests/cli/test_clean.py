@@ -135,6 +135,15 @@ def test_what_an_unfinished_run_uses_stays(clean: Clean, cache: Path, tmp_path: 
     assert not (cache / "data/fresh").exists()
 
 
+def test_the_data_of_evaluation_sets_counts_as_used(clean: Clean, cache: Path, tmp_path: Path) -> None:
+    evaluated = DATA.model_copy(update={"cache_dir": str(cache / "data/old")})
+    run = run_store.create(hand_made.plan(tmp_path / "runs/one", hand_made.SETTINGS, eval_sets={"held-out": evaluated}))
+    run_store.update_status(run, state="failed")
+    _, answer, _ = clean("--only", "data", "--yes")
+    assert names(answer["removed"]) == ["fresh"]
+    assert (cache / "data/old").is_dir()
+
+
 def test_extensions_stay_while_a_run_lives(clean: Clean, cache: Path, tmp_path: Path) -> None:
     run_with(cache / "data/old", "running", tmp_path / "runs")
     _, answer, _ = clean("--only", "extensions", "--yes")

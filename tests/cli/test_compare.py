@@ -35,7 +35,8 @@ def other(run: RunDir) -> RunDir:
     settings = {**hand_made.SETTINGS, "optim": {"lr": 1e-3}}
     data = DATA.model_copy(update={"num_rows": 900, "digest": "abc-def", "chat_template": "{{ messages }}"})
     topology = Topology(nodes=2, ranks_per_node=2, world_size=4, device="cuda", backend="nccl")
-    plan = hand_made.plan(run.root.with_name("other"), settings, data=data, topology=topology, provenance=PROVENANCE)
+    parts = {"data": data, "eval_sets": {"exam": DATA}, "topology": topology, "provenance": PROVENANCE}
+    plan = hand_made.plan(run.root.with_name("other"), settings, **parts)
     made = run_store.create(plan)
     run_store.create_attempt(made, Attempt(resume_step=None))
     log = JsonlTracker(made, 1)
@@ -54,7 +55,8 @@ def test_only_what_differs_is_shown_side_by_side(run: RunDir, other: RunDir, ask
     assert (values["left"], values["right"]) == ("demo", "other")
     changes = {section: {d["key"]: (d["left"], d["right"]) for d in values[section]} for section in list(values)[2:]}
     assert changes["settings"] == {"optim.lr": (1e-5, 1e-3)}
-    assert changes["data"] == {
+    assert changes["data"].pop("eval_sets.exam.num_rows") == (None, 1000)
+    assert {key: change for key, change in changes["data"].items() if not key.startswith("eval_sets.")} == {
         "data.num_rows": (1000, 900),
         "data.digest": ("", "abc-def"),
         "data.chat_template": (None, changes["data"]["data.chat_template"][1]),
