@@ -34,3 +34,12 @@ model = AutoModelForCausalLM.from_pretrained("my-model")
 tokenizer = AutoTokenizer.from_pretrained("my-model")
 model.generate(**tokenizer("The pump", return_tensors="pt"), max_new_tokens=2)'
 step "list" launcher ls
+step "compare two runs" launcher diff first killed
+says "export.enabled"
+refused "remove without a question" "there is no terminal to ask on" launcher rm killed
+step "remove a run" launcher rm killed --yes
+[ ! -e runs/killed ] || fail "the run is still there"
+step "look at the cache" launcher clean --dry-run
+says "in all"
+step "schema" launcher schema
+step "completion" bash -c 'eval "$(launcher completion bash)" && complete -p launcher'
