@@ -25,7 +25,10 @@ from launcher.data.cache_dir import cache_root
 # The words of the command line so far, one a line; the last is the one to complete.
 WORDS_VARIABLE = "LAUNCHER_COMPLETION_WORDS"
 _ANSWER = "--answer"
-_COMPOSING_TOO = ("resume", "drill")
+# Further verbs that take overrides.
+_COMPOSING_TOO = ("resume", "drill", "config", "init")
+# In a help: the usage of a verb that takes a run, or the line of this argument.
+_TAKES_RUN = re.compile(r"launcher [a-z]+ (?:\[[^]]*\] )*\[?RUN\b|^\s+RUN\b", re.MULTILINE)
 _FLAG = re.compile(r"--[a-z][\w-]*")
 # What a shell takes as it stands: a name that a stranger gave to a folder must not run when it is completed.
 _PLAIN = re.compile(r"[\w./=+@:,~-]+")
@@ -197,7 +200,7 @@ def _build_vocabulary() -> Vocabulary:
     keys = {key: _choices(setting.type) for key, setting in settings().items() if "[]" not in key and "." in key}
     helps = {verb: _help_of(verb) for verb in VERBS}
     flags = {verb: sorted(set(_FLAG.findall(text))) for verb, text in helps.items()}
-    takes_run = [verb for verb, text in helps.items() if re.search(r"^\s+RUN\b", text, re.MULTILINE)]
+    takes_run = [verb for verb, text in helps.items() if _TAKES_RUN.search(text)]
     return Vocabulary(keys, flags, takes_run)
 
 

@@ -60,6 +60,7 @@ def test_a_tab_in_bash(env: dict[str, str], folder: Path) -> None:
     assert tab("launcher repo", env, folder)[0] == ["report"]
     assert tab("launcher status ", env, folder)[0] == ["first-run", "second-run"]
     assert tab("launcher diff first-run ", env, folder)[0] == ["second-run"]
+    assert tab("launcher config fir", env, folder)[0] == ["first-run"]
     assert tab("launcher rm --ye", env, folder)[0] == ["--yes"]
     # bash replaces what follows the equals sign, so the candidates are what belongs there.
     assert tab("launcher plan model=qwen3_8", env, folder) == (["qwen3_8b"], "")
