@@ -105,7 +105,7 @@ def decide(last: AttemptEnd, history: Sequence[AttemptEnd], budgets: ManagedSect
     is_first_failed_check = bool(history) and history[-1].cause is not Cause.BAD_NODE
     if last.cause is Cause.BAD_NODE and not budgets.leaves_out_bad_nodes and not is_first_failed_check:
         doctor = launcher_command("doctor", f"+cluster={budgets.kind}")
-        return Decision(False, "failed", f"{last.message}; {budgets.bad_node_remedy}; check all nodes with: {doctor}")
+        return Decision(False, "failed", f"{last.message}; {budgets.bad_node_remedy}; check the nodes with: {doctor}")
     bad_nodes = dict.fromkeys(node for attempt in attempts[_newest_progress(attempts) :] for node in attempt.bad_nodes)
     return Decision(True, "pending", last.message, tuple(bad_nodes) if budgets.leaves_out_bad_nodes else ())
 

@@ -115,7 +115,7 @@ def test_bad_nodes_are_excluded_only_with_the_setting() -> None:
     refused = decide(bad, [], BUDGETS)
     assert (refused.again, refused.state) == (False, "failed")
     assert "cluster.exclude_bad_nodes" in refused.reason
-    assert refused.reason.endswith("check all nodes with: python -m launcher doctor +cluster=slurm")
+    assert refused.reason.endswith("check the nodes with: python -m launcher doctor +cluster=slurm")
     willing = BUDGETS.model_copy(update={"exclude_bad_nodes": True})
     assert decide(bad, [], willing).exclude == ("n2",)
     later = AttemptEnd(Cause.BAD_NODE, 10, 10, bad_nodes=("n5",))
