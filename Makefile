@@ -57,9 +57,10 @@ constraints: .venv/.installed-dev  ## write constraints.txt from the versions th
 
 try-newest:  ## install the newest versions of everything beside the checkout and run the checks and the unit tests with them
 	rm -rf .newest && git clone --quiet --local . .newest
+	$(MAKE) -C .newest CONSTRAINTS= PYTHON="$(PYTHON)" .venv/.installed-dev
+	.newest/.venv/bin/python .ci/write_constraints.py .newest/newest.txt
+	@git --no-pager diff --no-index --unified=0 constraints.txt .newest/newest.txt && echo "the newest versions are those of constraints.txt" || true
 	$(MAKE) -C .newest CONSTRAINTS= PYTHON="$(PYTHON)" check test
-	.newest/.venv/bin/python .ci/write_constraints.py .newest/constraints.txt
-	@git --no-pager diff --no-index --stat constraints.txt .newest/constraints.txt || true
 
 settings: .venv/.installed-dev  ## write docs/settings.md and docs/presets.md from the settings and the files under conf/
 	$(BIN)/python -m launcher.config.reference docs/settings.md
