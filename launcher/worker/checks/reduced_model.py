@@ -60,6 +60,7 @@ def _reduced(config: Any, *changes: Callable[[Any], None]) -> Any:
         if _get(part, "num_hidden_layers") is not None:
             for change in changes:
                 change(part)
+        _small_hash_tables(part)
     return reduced
 
 
@@ -171,6 +172,13 @@ def _small_vocabulary(config: Any) -> None:
     for i, key in enumerate(_SPECIAL_IDS):
         if _get(config, key) is not None:
             _set(config, key, i)
+
+
+def _small_hash_tables(config: Any) -> None:
+    """Shrink tables of embeddings beside those of tokens, such as of hashes of several bytes; their config has no layers."""
+    for key, value in [*vars(config).items()]:
+        if key.endswith("_vocab") and type(value) is int:
+            _set(config, key, min(value, _VOCABULARY))
 
 
 def _get(config: Any, key: str) -> Any:

@@ -100,6 +100,8 @@ def test_a_reduced_model_keeps_the_kinds_of_layers_and_the_windows() -> None:
         # Its layers are listed by their numbers; and get_decoder() returns the whole model in one, the head in the other.
         ("llama4", "isolated"),
         ("modernbert-decoder", "other_logits"),
+        # A table of hashes of bytes holds most of its parameters.
+        ("blt", "leaks"),
     ],
 )
 def test_models_of_full_size_are_reduced_by_the_same_rule(model_type: str, outcome: str) -> None:
