@@ -35,7 +35,6 @@ _LOOK_TIMEOUT_S = 600.0
 _GIB_OF_UNKNOWN = "the size of the model is not known: it is taken for one of 8 billion parameters"
 _PARAMS_OF_UNKNOWN = 8_000_000_000
 _SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s*([bBmM])(?![a-zA-Z])")
-_DEMO_DATA = "data=stdlib_docs"
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ def _look(composed: Composed, data: str | None) -> _Look:
     topology = choose_topology(config, gathered)
     machine = Machine(topology.world_size, topology.device, device_gib(config, gathered))
     chosen = _chosen(composed)
-    suggestions = suggest(num_params, max_positions, sample, machine, chosen)
+    suggestions = suggest(num_params, max_positions, sample, machine, chosen) if data else _of_demo(config)
     changes |= {one.key: one.value for one in suggestions}
     config = _changed(config, changes)
     config, offload = _offloaded(config, gathered, machine, composed.overrides)
@@ -198,6 +197,12 @@ def _model_size(config: RunConfig, overrides: Sequence[str], node: DeviceFacts) 
     stand_in = model_facts({**known, "model_type": "llama"}, None, None, int(size))
     gathered = Facts(working_dir=os.getcwd(), device=node, model=stand_in, data=None, provenance=facts.provenance(overrides))
     return int(size), None, gathered, assumed
+
+
+def _of_demo(config: RunConfig) -> list[Suggestion]:
+    """Return the settings of the demonstration that a reader may want to change; its file chooses the others."""
+    reason = "a demonstration of a few minutes; with rows of your own: init --data FILE"
+    return [Suggestion("train.max_steps", config.train.max_steps, reason)] if config.train.max_steps else []
 
 
 def _chosen(composed: Composed) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from launcher.config.printed_settings import redact_settings
 from launcher.config.renamed_keys import COMMAND_LINE, RENAMED, renamed_override, renamed_reference
 from launcher.config.run_file import reading
 from launcher.config.run_file.hydra_layer import OVERRIDE, composable
+from launcher.config.run_file.implied_settings import name_model_after_path, unset_other_length
 from launcher.config.run_file.reading import FileContent
 from launcher.config.run_file.words import split_run_files
 from launcher.config.schema import RunConfig
@@ -46,8 +47,6 @@ from launcher.security.credentials import environment_secrets
 from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
 
 _GROUP_WITH_PLUS = re.compile(rf"\+{{1,2}}({'|'.join(GROUPS)})=")
-# The data set and the time follow it in the name of a run.
-_NAME_LENGTH = 60
 # The remedy for secrets in settings.
 IN_ENVIRONMENT = "put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings"
 _KEY_OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_][\w.\[\]-]*)=")
@@ -322,8 +321,8 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
         OmegaConf.update(cfg, key, "./missing")
     values = {str(k): v for k, v in _resolved(cfg, unresolved, origins).items()}
     absent += [key for key in missing_keys(origins) if key in unresolved and key not in (*absent, *replaced)]
-    _unset_length_of_files(values, overrides, file_keys)
-    _name_model_after_path(values, {*map(override_key, overrides), *file_keys})
+    unset_other_length(values, overrides, file_keys)
+    name_model_after_path(values, {*map(override_key, overrides), *file_keys})
     scalars = list(leaves(values))
     held = environment_secrets(os.environ)
     secrets = {key: reason for key, value in scalars if (reason := secret_problem(key, value, held)) is not None}
@@ -396,27 +395,6 @@ def _resolved(cfg: Any, unresolved: Mapping[str, Any], origins: Origins) -> dict
     if not isinstance(raw, dict):
         raise ConfigError("the configuration is not a mapping", where="conf/config.yaml")
     return raw
-
-
-def _unset_length_of_files(values: dict[str, Any], overrides: Sequence[str], file_keys: Sequence[str]) -> None:
-    """Unset train.epochs of the files where the command line, or else the run's file, sets train.max_steps, or the reverse."""
-    lengths = {"train.max_steps", "train.epochs"}
-    keys = lengths.intersection(map(override_key, overrides)) or lengths.intersection(file_keys)
-    has_steps, has_epochs = "train.max_steps" in keys, "train.epochs" in keys
-    train = values.get("train")
-    if isinstance(train, dict) and has_steps != has_epochs:
-        chosen, other = ("max_steps", "epochs") if has_steps else ("epochs", "max_steps")
-        if train.get(chosen) is not None:
-            train[other] = None
-
-
-def _name_model_after_path(values: dict[str, Any], keys: Set[str]) -> None:
-    """Name the model after the path among the `keys` of the user, where they have neither a name nor an option of the group."""
-    model = values.get("model")
-    if "model.path" in keys and keys.isdisjoint(("model", "model.name", "experiment")) and isinstance(model, dict):
-        last = str(model.get("path")).removeprefix("run:").rstrip("/").rpartition("/")[2]
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", last.partition("@")[0].removesuffix(".gguf")).strip("._-")[:_NAME_LENGTH]
-        model["name"] = name or model.get("name")
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -82,6 +82,13 @@ def test_a_model_that_is_not_at_hand_is_assumed_and_what_was_typed_stays(typed: 
     assert yaml.safe_load(Path("hub.yaml").read_text())["model"]["path"] == "someone/model-3B"
 
 
+def test_without_data_it_writes_the_demonstration(typed: Typed) -> None:
+    code, out, err = typed("init", "--model", "tiny", "tracking=none")
+    assert (code, out.splitlines()[0]) == (0, "wrote run.yaml"), err
+    content = yaml.safe_load(Path("run.yaml").read_text())
+    assert (content["data"], content["train"]) == ("stdlib_docs", {"max_steps": 16})
+
+
 def test_nothing_is_overwritten(typed: Typed) -> None:
     Path("chats.yaml").write_text("mine")
     code, out, err = typed("init", "--data", "chats.jsonl", "--model", "tiny")

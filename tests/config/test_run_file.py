@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,6 +157,12 @@ def test_a_missing_file_names_the_closest_one(write: Callable[[str], str], shown
     assert "there is no such file" in shown("mien.yaml")
     assert "did you mean mine.yaml?" in shown("mien.yaml")
     assert "a run has one file" in shown("mine.yaml", "mine.yaml")
+    assert "there is no such file" in shown("no/folder.yaml")
+    os.mkdir("folder.yaml")
+    # Nobody writes into it: a command that opened it would wait forever.
+    os.mkfifo("pipe.yaml")
+    for name in ("folder.yaml", "pipe.yaml"):
+        assert "a run's file is a regular file, and this is not one" in shown(name)
 
 
 def test_relative_paths_begin_at_the_working_directory(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wandb_files import records
 
+from launcher.cli.main import main
 from launcher.tracking.metrics import panels
 from launcher.train.model import DTYPES
 
@@ -95,6 +96,20 @@ def test_a_completed_run_leaves_its_documented_files(finished: tuple[Path, str])
     assert (run / "code/launcher/train/loop.py").is_file()
     assert (run.stat().st_mode & 0o777) == 0o700
     assert not processes_of(run)
+
+
+def test_its_settings_are_printed_as_a_file_that_plans_the_same(
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = finished
+    monkeypatch.chdir(tmp_path)
+    assert main(["config", str(run)]) == 0
+    Path("again.yaml").write_text(capsys.readouterr().out)
+    assert main(["plan", "again.yaml", "--json"]) == 0
+    again, before = json.loads(capsys.readouterr().out), json.loads((run / "plan.json").read_text())
+    assert len(Path("again.yaml").read_text().splitlines()) < 40
+    for part in ("config", "topology", "batch", "deepspeed", "memory", "limits", "run_dir"):
+        assert again[part] == before[part]
 
 
 def test_every_metric_is_in_the_file_in_wandb_and_in_the_workspace(finished: tuple[Path, str]) -> None:

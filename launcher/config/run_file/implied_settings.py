@@ -1,0 +1,33 @@
+"""Settings that follow from what the user wrote, on the command line or in the run's file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence, Set
+from typing import Any
+
+from launcher.config.command_line import override_key
+
+# The data set and the time follow it in the name of a run.
+_NAME_LENGTH = 60
+
+
+def unset_other_length(values: dict[str, Any], overrides: Sequence[str], file_keys: Sequence[str]) -> None:
+    """Unset train.epochs of the files where the command line, or else the run's file, sets train.max_steps, or the reverse."""
+    lengths = {"train.max_steps", "train.epochs"}
+    keys = lengths.intersection(map(override_key, overrides)) or lengths.intersection(file_keys)
+    has_steps, has_epochs = "train.max_steps" in keys, "train.epochs" in keys
+    train = values.get("train")
+    if isinstance(train, dict) and has_steps != has_epochs:
+        chosen, other = ("max_steps", "epochs") if has_steps else ("epochs", "max_steps")
+        if train.get(chosen) is not None:
+            train[other] = None
+
+
+def name_model_after_path(values: dict[str, Any], keys: Set[str]) -> None:
+    """Name the model after the path among the `keys` of the user, where they have neither a name nor an option of the group."""
+    model = values.get("model")
+    if "model.path" in keys and keys.isdisjoint(("model", "model.name", "experiment")) and isinstance(model, dict):
+        last = str(model.get("path")).removeprefix("run:").rstrip("/").rpartition("/")[2]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", last.partition("@")[0].removesuffix(".gguf")).strip("._-")[:_NAME_LENGTH]
+        model["name"] = name or model.get("name")
