@@ -204,8 +204,7 @@ def _result_lines(run: RunDir) -> list[str]:
         "next:",
         f"  {launcher_command('status', name)}",
         f"  {launcher_command('resume', name, 'train.max_steps=...')}",
-        "  python -m launcher data=jsonl data.path=YOUR.jsonl",
-        "  python -m launcher plan experiment=llama3_8b_one_node data.path=YOUR.jsonl",
+        "  python -m launcher init --data YOUR.jsonl --model qwen3_8b",
     ]
 
 

@@ -6,20 +6,27 @@ step "settings come from the wheel" launcher plan --info searchpath
 says "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/launcher/conf"
 [ -z "$(ls -A | grep -v output)" ] || fail "looking at settings leaves files"
 python "$here/make_chats.py" 20000 >chats.jsonl
-own=(model=tiny data=jsonl data.path=chats.jsonl data.max_length=256 data.workers=2 data.eval_max_rows=4)
-run=("${own[@]}" train.global_batch_size=4 train.max_steps=12 checkpoint.save_every=3 eval.sample=false tracking.mode=offline)
 
-step "data" python -m launcher data "${own[@]}"
+# The file is what the other commands read.
+short=(data.max_length=256 data.workers=2 data.eval_max_rows=4 train.global_batch_size=4 train.max_steps=12 eval.every=100)
+step "init" launcher init --data chats.jsonl --model tiny "${short[@]}" checkpoint.save_every=3 tracking.mode=offline
+says "launcher train chats.yaml"
+refused "init again" "overwrites nothing" launcher init --data chats.jsonl --model tiny
+step "data" python -m launcher data chats.yaml
 says "20,000"
-step "data, cached" launcher data "${own[@]}" --show 2 --html data.html
-step "plan" python -m launcher plan "${run[@]}"
-refused "a misspelt name" "did you mean tiny?" launcher plan "${run[@]}" model=tinny
-step "train" python -m launcher "${run[@]}" run.name=first
+step "data, cached" launcher data chats.yaml --show 2 --html data.html
+step "plan" python -m launcher plan chats.yaml
+says "chats.yaml; data.sources[0].path is $PWD/chats.jsonl"
+refused "a misspelt name" "did you mean tiny?" launcher plan chats.yaml model=tinny
+step "train" python -m launcher chats.yaml run.name=first
+launcher config first >first.yaml
+step "plan of a run's settings" launcher plan first.yaml
+says "first in runs/first"
 step "status" launcher status first
 says completed
 step "report" launcher report first --html report.html
 
-step "train, detached" launcher "${run[@]}" run.name=killed export.enabled=false --detach
+step "train, detached" launcher train chats.yaml run.name=killed export.enabled=false --detach
 step "kill rank 1" python "$here/kill_rank.py" runs/killed 1 4
 wait_for 60 has_state killed failed
 step "status of a killed run" launcher status killed
