@@ -14,7 +14,7 @@ from launcher import facts, model_source
 from launcher.cli.arguments import COMMON_FLAGS, VerbParser
 from launcher.cli.starter_file import starter_text
 from launcher.cli.worker_process import run_worker_module
-from launcher.clusters.backends import cluster_for
+from launcher.clusters.backends import BACKENDS, cluster_for
 from launcher.config.command_line import override_key
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.error_messages import no_such_option
@@ -32,8 +32,8 @@ from launcher.shell_commands import launcher_command
 
 _OFFLOAD = "zero3_offload"
 _LOOK_TIMEOUT_S = 600.0
-_GIB_OF_UNKNOWN = "the size of the model is not known: it is taken for one of 8 billion parameters"
-_PARAMS_OF_UNKNOWN = 8_000_000_000
+_ASSUMED_SIZE = "the size of the model is not known: it is taken for one of 8 billion parameters"
+_ASSUMED_PARAMS = 8_000_000_000
 _SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s*([bBmM])(?![a-zA-Z])")
 
 
@@ -191,8 +191,8 @@ def _model_size(config: RunConfig, overrides: Sequence[str], node: DeviceFacts) 
         positions = gathered.model.config.get("max_position_embeddings")
         return gathered.model.num_params, positions, gathered, ""
     match = _SIZE_IN_NAME.search(config.model.path or "")
-    size = float(match[1]) * (1e9 if match[2] in "bB" else 1e6) if match else _PARAMS_OF_UNKNOWN
-    assumed = f"the size of the model is taken from its name: {size / 1e9:g} billion parameters" if match else _GIB_OF_UNKNOWN
+    size = float(match[1]) * (1e9 if match[2] in "bB" else 1e6) if match else _ASSUMED_PARAMS
+    assumed = f"the size of the model is taken from its name: {size / 1e9:g} billion parameters" if match else _ASSUMED_SIZE
     known = {"hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 1}
     stand_in = model_facts({**known, "model_type": "llama"}, None, None, int(size))
     gathered = Facts(working_dir=os.getcwd(), device=node, model=stand_in, data=None, provenance=facts.provenance(overrides))
@@ -253,7 +253,7 @@ def _states_gib(config: RunConfig, gathered: Facts) -> float | None:
 def _about_machine(machine: Machine, node: DeviceFacts, config: RunConfig) -> str:
     kind = config.cluster.gpu_type or node.name
     ranks = f"{machine.world_size} rank{'s' * (machine.world_size > 1)} on {kind}"
-    return f"{ranks}. Other machines: local, slurm, ray; nodes and what a site needs are keys of this section"
+    return f"{ranks}. The others are {', '.join(BACKENDS)}; nodes and what a site needs are keys of this section"
 
 
 def _head(found: dict[str, Any], data: str | None) -> list[str]:
@@ -274,15 +274,15 @@ def _values(look: _Look, composed: Composed) -> dict[str, Any]:
     if "dtype" in (model := values.get("model", {})) and composed.config.model.dtype == "auto":
         # The file may be used on another machine.
         model.pop("dtype")
-    settings = look.config.model_dump(mode="json")
+    dumped = look.config.model_dump(mode="json")
     # What the data and the model are named by stands in their sections already.
     for key in (*look.reasons, *_chosen(composed)):
         section, _, name = key.partition(".")
-        content = values.setdefault(section, {} if name else settings[section].get("kind", {}))
+        content = values.setdefault(section, {} if name else dumped[section].get("kind", {}))
         if name and not isinstance(content, dict):
             content = values[section] = {"base": content}
         if name and name not in content:
-            content[name] = settings[section][name]
+            content[name] = dumped[section][name]
     for section, content in values.items():
         if isinstance(content, dict) and list(content) == ["base"]:
             values[section] = content["base"]

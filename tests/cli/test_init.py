@@ -79,7 +79,8 @@ def test_a_model_that_is_not_at_hand_is_assumed_and_what_was_typed_stays(typed: 
     code, out, err = typed("init", "--model", "someone/model-3B", "--out", "hub.yaml", *GPUS)
     assert code == 0, err
     assert "assumed: the size of the model is taken from its name: 3 billion parameters" in out
-    assert yaml.safe_load(Path("hub.yaml").read_text())["model"]["path"] == "someone/model-3B"
+    model = yaml.safe_load(Path("hub.yaml").read_text())["model"]
+    assert model == {"name": "model-3B", "path": "someone/model-3B", "activation_checkpointing": True}
 
 
 def test_without_data_it_writes_the_demonstration(typed: Typed) -> None:

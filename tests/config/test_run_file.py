@@ -136,6 +136,12 @@ def test_all_mistakes_are_reported_with_file_and_line(write: Callable[[str], str
         ("run: {name: '${x'}\n", "a reference in this value is not written as Hydra reads it", "my.yaml:1"),
         ("model: ???\n", "model: a value is required and none was given", "my.yaml:1"),
         ("optim: {betas: {a: 1}}\n", "optim.betas: must be a list", "my.yaml:1"),
+        (f"a: {'[' * 3000}", "the file is not", "my.yaml"),
+        (f"run: {{seed: {'9' * 5000}}}\n", "the file is not read: ", "my.yaml"),
+        ("run: {null: 1}\n", "the file is not read: ", "my.yaml"),
+        ("run: !!python/object/apply:os.getcwd []\n", "the file is not valid YAML: ", "my.yaml:1:6"),
+        ("run: {seed: 1}\n---\nrun: {seed: 2}\n", "the file is not valid YAML: ", "my.yaml:2:1"),
+        ("optim: {lr: 2025-13-45}\n", "optim.lr: must be a number", "my.yaml:1"),
         (
             "a: &a [1,1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
             "d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e]\n",

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from launcher.config.hydra_location import RUN_FILE_GROUP
+from launcher.config.origin import short
 from launcher.config.run_file.reading import FileContent
+from launcher.errors import ConfigError
+from launcher.security.redaction import redact
 
 # Hydra needs a group and an option for each config; these stand in no folder.
 _OPTION = "settings"
@@ -15,14 +18,24 @@ OVERRIDE = f"+{RUN_FILE_GROUP}={_OPTION}"
 
 @contextmanager
 def composable(content: FileContent | None) -> Iterator[list[str]]:
-    """Let Hydra compose the content of a run's file within this block; yields the override that includes it."""
+    """Let Hydra compose the content of a run's file within this block; yields the override that includes it.
+
+    Raises:
+        ConfigError: if the file has a key or a value of a kind that settings do not have.
+    """
     if content is None:
         yield []
         return
     from hydra.core.config_store import ConfigStore
+    from omegaconf.errors import OmegaConfBaseException
 
     store = ConfigStore.instance()
-    store.store(group=RUN_FILE_GROUP, name=_OPTION, node=content.for_hydra(), package="_global_")
+    try:
+        store.store(group=RUN_FILE_GROUP, name=_OPTION, node=content.for_hydra(), package="_global_")
+    except OmegaConfBaseException as error:
+        reason = redact(str(error).splitlines()[0])
+        remedy = "write keys as texts, and values as texts, numbers, true, false, null, lists or mappings"
+        raise ConfigError(f"the file is not read: {reason}", where=short(content.file.path), remedy=remedy) from None
     try:
         yield [OVERRIDE]
     finally:

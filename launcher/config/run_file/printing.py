@@ -21,8 +21,6 @@ from launcher.config.sections.data import Source
 from launcher.security.redaction import looks_secret, redact
 
 _SECTIONS_OF_GROUPS = tuple(group for group in GROUPS if group != "experiment")
-# Of these a reader wants to know the option in any case.
-_ALWAYS_NAMED = ("model", "data")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _HEADER_GLOBAL = re.compile(r"^#\s*@package\s+_global_", re.MULTILINE)
 _REDACTED = "<redacted>"
@@ -61,11 +59,17 @@ def values_to_print(config: RunConfig, conf_dir: Path, all_settings: bool = Fals
         if name == "train":
             _shorten_length(changes)
         option = chosen.get(name)
-        if option is not None and (option.name != usual[name] or name in _ALWAYS_NAMED):
+        if option is not None and (option.name != usual[name] or _is_named(name, changes)):
             printed[name] = {BASE: option.name, **changes} if changes or option.name is None else option.name
         elif changes:
             printed[name] = changes
     return dict(_redacted(printed, ""))
+
+
+def _is_named(group: str, changes: Mapping[str, Any]) -> bool:
+    """Return whether a file names the usual option of a group: a reader wants to know model and data in any case."""
+    # A model of one's own is told by its path alone.
+    return group == "data" or (group == "model" and "path" not in changes)
 
 
 def render(values: Mapping[str, Any]) -> str:

@@ -137,6 +137,9 @@ def _load(path: Path) -> dict[Any, Any]:
     except OSError as error:
         remedy = "check its permissions"
         raise ConfigError(f"the file cannot be read: {error.strerror}", where=short(path), remedy=remedy) from None
+    except (ValueError, OverflowError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise ConfigError(f"the file is not read: {reason}", where=short(path), remedy="correct this value") from None
     except yaml.YAMLError as error:
         unreadable = Problem("the file is not valid YAML", short(path), remedy="a line is `key: value`, indented with spaces")
         raise ConfigError(yaml_problems(error) or [unreadable]) from error
