@@ -178,6 +178,8 @@ def _look(composed: Composed, data: str | None) -> _Look:
     changes |= {one.key: one.value for one in suggestions}
     config = _changed(config, changes)
     config, offload = _offloaded(config, gathered, machine, composed.overrides)
+    # The file may be used on a machine for which `auto` means another type.
+    config = _changed(config, {"model.dtype": composed.config.model.dtype})
     reasons = {one.key: one.reason for one in (*suggestions, *offload)}
     reasons["model"] = "a preset (listed by plan --help), or `path:` with a folder or a Hub id below `model:`"
     is_cluster_chosen = any(override_key(token) == "cluster" for token in composed.overrides)
@@ -272,9 +274,6 @@ def _head(found: dict[str, Any], data: str | None) -> list[str]:
 def _values(look: _Look, composed: Composed) -> dict[str, Any]:
     """Return the content of the file: what differs from the options, and everything that has a reason."""
     values = values_to_print(look.config, conf_dir())
-    if "dtype" in (model := values.get("model", {})) and composed.config.model.dtype == "auto":
-        # The file may be used on another machine.
-        model.pop("dtype")
     dumped = look.config.model_dump(mode="json")
     # What the data and the model are named by stands in their sections already.
     for key in (*look.reasons, *_chosen(composed)):
