@@ -62,11 +62,12 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_an_experiment(
         "model: {base: tiny, name: own}\n"
     )
     (composed,) = compose(file, "optim.lr=3e-6", "train.max_steps=4")
-    config = composed.config
-    assert (config.optim.lr, config.optim.eps, config.optim.warmup_steps) == (3e-6, 1e-7, 50)
-    assert (config.train.max_steps, config.train.epochs, config.train.global_batch_size) == (4, None, 64)
-    # Not llama3_1_8b, the experiment's model.
-    assert (config.model.name, config.model.init, config.data.max_length) == ("own", "random", 4096)
+    config, experiment = composed.config, compose("experiment=llama3_8b_one_node", "data.path=a.jsonl")[0].config
+    assert (config.optim.lr, config.optim.eps, config.optim.warmup_steps) == (3e-6, 1e-7, experiment.optim.warmup_steps)
+    assert (config.train.max_steps, config.train.epochs) == (4, None)
+    assert config.train.global_batch_size == experiment.train.global_batch_size
+    # The model is not that of the experiment.
+    assert (config.model.name, config.model.init, config.data.max_length) == ("own", "random", experiment.data.max_length)
     assert composed.overrides == (file, "optim.lr=3e-6", "train.max_steps=4")
     assert compose("optim.lr=3e-6", file, "+experiment=llama3_70b_four_nodes")[0].config.cluster.kind == "slurm"
 
