@@ -8,7 +8,7 @@ import pytest
 import torch
 from plan_fixtures import config_of, plan_of
 
-from launcher.cli.plan_view import plan_lines
+from launcher.cli.views.plan_view import plan_lines
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.plan.gpu_types import GPUS, PRICE_ASSUMPTION, GpuType, Price, recognize

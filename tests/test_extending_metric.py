@@ -14,8 +14,8 @@ import pytest
 
 from launcher import run_store
 from launcher.cli.report import _read_run_files, page
-from launcher.cli.run_summary import summary
 from launcher.cli.status import _lines
+from launcher.cli.views.run_summary import summary
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
 from launcher.tracking.console import ConsoleTracker

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli.plan_view import started_lines
+from launcher.cli.views.plan_view import started_lines
 from launcher.clusters.detached_process import resume_hint
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command

@@ -11,10 +11,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from launcher import locks
-from launcher.cli import formatting, run_folders
+from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
-from launcher.cli.cache_entries import KINDS, CacheEntry, is_locked, list_entries
-from launcher.cli.removal import confirm, remove_path
+from launcher.cli.cleanup import run_folders
+from launcher.cli.cleanup.cache_entries import KINDS, CacheEntry, is_locked, list_entries
+from launcher.cli.cleanup.removal import confirm, remove_path
 from launcher.errors import EXIT_FAILED, EXIT_REFUSED, printable
 from launcher.plan.disk import format_size
 from launcher.security.redaction import redacted_command_line

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import json_records, run_store
-from launcher.cli.run_summary import summary
+from launcher.cli.views.run_summary import summary
 from launcher.clusters.backends import status_reader_for
 from launcher.code_snapshot import DIGESTS
 from launcher.errors import LauncherError

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher import facts, hardware, model_source
-from launcher.cli import html_page
 from launcher.cli.arguments import COMMON_FLAGS, composing_usage
+from launcher.cli.pages import html_page
 from launcher.cli.worker_process import check_extra, prepare
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.schema import RunConfig
@@ -125,13 +125,13 @@ def present(report: dict[str, Any], config: RunConfig, chosen: Options, problem:
         DataError: with `problem`, and the findings that the settings do not accept.
     """
     if chosen.html is not None:
-        from launcher.cli import data_html
+        from launcher.cli.pages import data_html
 
         html_page.write(chosen.html, data_html.page(report, config.data.name))
     if chosen.as_json:
         print(json.dumps(report, indent=2))
     else:
-        from launcher.cli import data_view
+        from launcher.cli.views import data_view
 
         data_view.show(report)
         if chosen.html is not None:

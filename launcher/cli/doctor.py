@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from launcher.cli import doctor_view
 from launcher.cli.arguments import COMMON_FLAGS, VerbParser
 from launcher.cli.doctor_accounts import check_accounts
-from launcher.cli.doctor_view import DoctorReport
+from launcher.cli.views import doctor_view
+from launcher.cli.views.doctor_view import DoctorReport
 from launcher.cli.worker_process import worker_environment
 from launcher.clusters.backends import doctor_for
 from launcher.clusters.check_results import (

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from launcher import run_records, run_store
 from launcher.checkpoint import store
-from launcher.cli import drill_report, formatting, launch
+from launcher.cli import formatting, launch
 from launcher.cli.arguments import VerbParser
-from launcher.cli.drill_report import Hit, Records, Step
 from launcher.cli.interrupts import Interrupts
-from launcher.cli.plan_view import LABEL_WIDTH, plan_lines
 from launcher.cli.resume import resume_run
+from launcher.cli.views import drill_report
+from launcher.cli.views.drill_report import Hit, Records, Step
+from launcher.cli.views.plan_view import LABEL_WIDTH, plan_lines
 from launcher.cli.worker_process import check_extra
 from launcher.clusters.backends import Cluster, cluster_for
 from launcher.clusters.preflight import check_startable

@@ -10,12 +10,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from launcher import facts, model_source, run_store
-from launcher.cli import data, earlier_runs, formatting, run_folders, wandb_check
+from launcher.cli import data, earlier_runs, formatting, wandb_check
 from launcher.cli.arguments import COMMON_FLAGS, composing_usage
+from launcher.cli.cleanup import run_folders
 from launcher.cli.follow import follow, interrupted_start
 from launcher.cli.formatting import wrap
 from launcher.cli.interrupts import Interrupts
-from launcher.cli.plan_view import LABEL_WIDTH, plan_json, plan_lines, started_lines, sweep_lines
+from launcher.cli.views.plan_view import LABEL_WIDTH, plan_json, plan_lines, started_lines, sweep_lines
 from launcher.cli.worker_process import check_extra, prepare, run_worker_module, worker_environment
 from launcher.clusters.backends import Cluster, StatusReader, cluster_for, status_reader_for
 from launcher.clusters.preflight import check_startable, disk_note, push_note

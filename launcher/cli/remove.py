@@ -12,8 +12,8 @@ from pathlib import Path
 from launcher import atomic_files, run_store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
-from launcher.cli.removable_run import RemovableRun, aside, inspect, problems_of
-from launcher.cli.removal import confirm, remove_tree
+from launcher.cli.cleanup.removable_run import RemovableRun, aside, inspect, problems_of
+from launcher.cli.cleanup.removal import confirm, remove_tree
 from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, SubmitError, printable
 from launcher.plan.disk import format_size
 from launcher.plan.run_dir import RunDir

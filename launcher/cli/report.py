@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import run_records, run_store
 from launcher.checkpoint import store
-from launcher.cli import charts, formatting, html_page
+from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
-from launcher.cli.charts import Series
-from launcher.cli.plan_view import LABEL_WIDTH, plan_lines
+from launcher.cli.pages import charts, html_page
+from launcher.cli.pages.charts import Series
+from launcher.cli.views.plan_view import LABEL_WIDTH, plan_lines
 from launcher.clusters.backends import status_reader_for
 from launcher.plan.disk import format_size
 from launcher.plan.launch_plan import LaunchPlan

@@ -12,8 +12,9 @@ from typing import Any
 from launcher import code_snapshot, facts, model_source, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint
-from launcher.cli import formatting, run_folders, wandb_check
+from launcher.cli import formatting, wandb_check
 from launcher.cli.checkpoints import verify
+from launcher.cli.cleanup import run_folders
 from launcher.cli.interrupts import Interrupts
 from launcher.cli.launch import require_idle
 from launcher.cli.worker_process import check_extra, prepare, worker_environment

@@ -13,9 +13,9 @@ from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.follow import StatusWatch, follow, interrupted_start
 from launcher.cli.interrupts import Interrupts
-from launcher.cli.plan_view import started_lines
 from launcher.cli.printable_stream import as_plain_lines
 from launcher.cli.resume import resume_run
+from launcher.cli.views.plan_view import started_lines
 from launcher.clusters.backends import FilesOnly, StatusReader, cluster_for, status_reader_for
 from launcher.errors import DamagedRun, SubmitError, printable
 from launcher.plan.retry import Cause

@@ -18,7 +18,7 @@ from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.follow import StatusWatch, wandb_words
 from launcher.cli.printable_stream import raw
-from launcher.cli.run_summary import summary
+from launcher.cli.views.run_summary import summary
 from launcher.clusters.backends import status_reader_for
 from launcher.errors import LauncherError, SubmitError, printable
 from launcher.plan.run_dir import RunDir

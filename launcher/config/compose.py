@@ -33,6 +33,7 @@ from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import hydra_problems, missing, no_such_option, schema_problems
 from launcher.config.hydra_guard import UNBOUNDED, guarded, require_composing_only
 from launcher.config.hydra_location import RUN_FILE_GROUP
+from launcher.config.introspect import leaves
 from launcher.config.origin import Origins, located_problem, short
 from launcher.config.printed_settings import redact_settings
 from launcher.config.renamed_keys import COMMAND_LINE, RENAMED, renamed_override, renamed_reference
@@ -395,15 +396,3 @@ def _resolved(cfg: Any, unresolved: Mapping[str, Any], origins: Origins) -> dict
     if not isinstance(raw, dict):
         raise ConfigError("the configuration is not a mapping", where="conf/config.yaml")
     return raw
-
-
-def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the scalars in nested mappings and lists, with their keys below `key`, such as data.sources[0].path."""
-    if isinstance(value, dict):
-        for k, v in value.items():
-            yield from leaves(v, f"{key}.{k}" if key else str(k))
-    elif isinstance(value, list):
-        for i, v in enumerate(value):
-            yield from leaves(v, f"{key}[{i}]")
-    else:
-        yield key, value

@@ -134,3 +134,15 @@ def as_yaml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(as_yaml(item) for item in value)}]"
     return str(value)
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the scalars in nested mappings and lists, with their keys below `key`, such as data.sources[0].path."""
+    if isinstance(value, dict):
+        for k, v in value.items():
+            yield from leaves(v, f"{key}.{k}" if key else str(k))
+    elif isinstance(value, list):
+        for i, v in enumerate(value):
+            yield from leaves(v, f"{key}[{i}]")
+    else:
+        yield key, value

@@ -14,7 +14,7 @@ import pytest
 from plan_fixtures import DATA
 
 from launcher import locks, run_store
-from launcher.cli import run_folders
+from launcher.cli.cleanup import run_folders
 from launcher.cli.main import main
 from launcher.plan.run_dir import RunDir
 

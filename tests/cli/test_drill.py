@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.cli.drill_report import Hit, Records, Report, Step, judge, lines
+from launcher.cli.views.drill_report import Hit, Records, Report, Step, judge, lines
 from launcher.plan.retry import Cause
 from launcher.run_records import Attempt, ExitRecord
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from launcher.cli import data_view, formatting
+from launcher.cli import formatting
+from launcher.cli.views import data_view
 
 LONG_PATH = "/scratch/" + "a" * 80
 TABLE = (("run", "state", ">step"), [("a-run-with-a-long-name", "completed", "10/10"), ("b", "failed", "3/10")])

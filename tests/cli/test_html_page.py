@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from launcher.cli import charts, html_page
-from launcher.cli.charts import Series
+from launcher.cli.pages import charts, html_page
+from launcher.cli.pages.charts import Series
 
 EVIL = "<script>alert('x')</script>\"&"
 

@@ -15,7 +15,7 @@ import pytest
 from missing_program import skip_or_fail
 
 from launcher import atomic_files, json_records, locks, run_store
-from launcher.cli import removal
+from launcher.cli.cleanup import removal
 from launcher.cli.main import main
 from launcher.clusters.detached_process import describe_this_process
 from launcher.plan.launch_plan import Lineage

@@ -18,8 +18,8 @@ import pytest
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.cli.formatting import short
 from launcher.cli.main import main
-from launcher.cli.run_summary import summary
 from launcher.cli.status import sparkline
+from launcher.cli.views.run_summary import summary
 from launcher.clusters.detached_process import describe_this_process
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.goodput import Breakdown

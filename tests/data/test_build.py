@@ -12,7 +12,7 @@ import pytest
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
-from launcher.cli.data_view import completions as completions_lines
+from launcher.cli.views.data_view import completions as completions_lines
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.build import build
 from launcher.data.cache import Split, num_bytes, read_report

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.cli.data_view import left_out, moved, not_evaluated, number_rows, outcome, parts_taken, summary_rows, unused
+from launcher.cli.views.data_view import left_out, moved, not_evaluated, number_rows, outcome, parts_taken, summary_rows, unused
 from launcher.config.sections.data import DataSection, Source
 from launcher.config.sections.train import TrainSection
 from launcher.data import cache

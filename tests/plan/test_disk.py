@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from launcher.cli.plan_view import plan_lines
+from launcher.cli.views.plan_view import plan_lines
 from launcher.plan import disk
 from launcher.plan.launch_plan import LaunchPlan
 

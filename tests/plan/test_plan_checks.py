@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from plan_fixtures import DATA, H100, facts_for
 
-from launcher.cli.plan_view import plan_lines
+from launcher.cli.views.plan_view import plan_lines
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan

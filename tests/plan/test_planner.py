@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launcher.cli.plan_view import plan_lines
+from launcher.cli.views.plan_view import plan_lines
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Limits

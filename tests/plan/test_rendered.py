@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from plan_fixtures import DATA
 
-from launcher.cli.plan_view import plan_lines
+from launcher.cli.views.plan_view import plan_lines
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.throughput import estimate_speed
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import pytest
 
 from launcher import facts as facts_module
-from launcher.cli.plan_view import plan_lines
+from launcher.cli.views.plan_view import plan_lines
 from launcher.config.compose import conf_dir, leaves, run_hydra
 from launcher.config.reference import about_file
 from launcher.config.run_file.printing import render, values_to_print

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from plan_fixtures import CPU, DATA, H100
 
-from launcher.cli.plan_view import plan_lines
+from launcher.cli.views.plan_view import plan_lines
 from launcher.plan import throughput
 from launcher.plan.gpu_types import GPUS
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan

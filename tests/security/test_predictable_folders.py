@@ -13,7 +13,7 @@ import pytest
 from missing_program import skip_or_fail
 from testbed_cluster import Testbed, TestbedError
 
-from launcher.cli import html_page
+from launcher.cli.pages import html_page
 from launcher.errors import ConfigError
 from launcher.security.folders import make_private_folder
 

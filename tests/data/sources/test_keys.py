@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from launcher.cli.data_view import unread_keys
+from launcher.cli.views.data_view import unread_keys
 from launcher.config.sections.data import DataSection, Source
 from launcher.data import cache
 from launcher.data.build import build

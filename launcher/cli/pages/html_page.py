@@ -68,7 +68,7 @@ def _write_private(file: Path, content: bytes) -> None:
 
 
 def render(template: str, **context: Any) -> str:
-    """Return the page of a template of launcher/cli/templates; texts of `context` are escaped, Markup is not.
+    """Return the page of a template of launcher/cli/pages/templates; texts of `context` are escaped, Markup is not.
 
     Args:
         template: name without its ending, such as `report`.

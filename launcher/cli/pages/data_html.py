@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from launcher.cli import charts, html_page
-from launcher.cli.charts import Series
-from launcher.cli.data_view import (
+from launcher.cli.pages import charts, html_page
+from launcher.cli.pages.charts import Series
+from launcher.cli.views.data_view import (
     length_bins,
     outcome,
     row_width,
