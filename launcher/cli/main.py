@@ -132,7 +132,10 @@ def _main(argv: Sequence[str] | None) -> int:
             from launcher.security import trust
 
             trust.add_to_environ(owners)
-        return _run(verb, tokens)
+        exit_code = _run(verb, tokens)
+        # What the interpreter writes at its end would be an error there if the reader has gone.
+        sys.stdout.flush()
+        return exit_code
     except LauncherError as error:
         if debug:
             raise
