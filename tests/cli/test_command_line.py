@@ -270,7 +270,7 @@ def test_unknown_flags_are_refused(forked: Run, arguments: list[str]) -> None:
     assert ("did you mean --json?" in done.stderr) == ("--jsn" in arguments)
 
 
-def test_a_closed_pipe_is_no_error(launch_here: Launch, launcher_env: dict[str, str], empty: Path) -> None:
+def test_a_closed_pipe_is_no_error(launch_here: Run, launcher_env: dict[str, str], empty: Path) -> None:
     # What is done once says so on standard error.
     assert launch_here("plan", "model=tiny", cwd=empty).returncode == 0
     command = f"{sys.executable} -m launcher plan --json model=tiny | head -n 1; exit ${{PIPESTATUS[0]}}"
