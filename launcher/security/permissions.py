@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.errors import Problem
+from launcher.security.acl import has_acl, read_writers
 from launcher.security.path_steps import path_steps
 from launcher.security.trust import ANYONE, FLAG, GROUP_PREFIX, VARIABLE, Trust, group_name, uid_of_unmapped_users, user_name
 
@@ -53,7 +54,8 @@ def describe_permissions(path: Path) -> str:
     """Return the owner, the group and the mode of a file."""
     status = path.lstat()
     owner = f"{user_name(status.st_uid)} ({status.st_uid}), group {group_name(status.st_gid)} ({status.st_gid})"
-    return f"owner {owner}, mode {stat.S_IMODE(status.st_mode):04o}"
+    acl = " and an ACL, which `getfacl` shows" if not stat.S_ISLNK(status.st_mode) and has_acl(path) else ""
+    return f"owner {owner}, mode {stat.S_IMODE(status.st_mode):04o}{acl}"
 
 
 def _first(subject: str, root: Path, weaknesses: Iterable[tuple[Path, str, str]], trust: Trust) -> Problem | None:
@@ -120,25 +122,46 @@ def _weakness(path: Path, trust: Trust, is_above: bool = False, is_protected: bo
     except OSError:
         # Of records that do not exist, nothing is used.
         return
+    mode = status.st_mode
+    # A link has no permissions of its own. In a sticky folder others can neither rename nor remove what they do not own.
+    are_irrelevant = stat.S_ISLNK(mode) or is_protected or (is_above and bool(mode & stat.S_ISVTX))
+    writers = [] if are_irrelevant else _distrusted_writers(path, status, trust)
     is_outside = is_above and status.st_uid == uid_of_unmapped_users()
     if not trust.accepts_owner(status.st_uid) and not is_outside:
         user = user_name(status.st_uid)
-        yield path, f"belongs to {user}", f"if you trust {user} with your account, add {FLAG} {user}, or set {VARIABLE}={user}"
+        yield path, f"belongs to {user}", _trust_remedy([user, *writers])
         return
-    mode = status.st_mode
-    # A link has no permissions of its own. In a sticky folder others can neither rename nor remove what they do not own.
-    if stat.S_ISLNK(mode) or is_protected or (is_above and mode & stat.S_ISVTX):
+    if are_irrelevant:
         return
     sticky = f" (chmod +t {path} is enough for a folder that several users share)" if is_above else ""
     if mode & stat.S_IWOTH:
         anyone = f"where storage shows such permissions for all files and only you use the machine, set {VARIABLE}={ANYONE}"
         yield path, "can be written by everyone", f"chmod o-w {path}{sticky}; {anyone}"
-    elif mode & stat.S_IWGRP and not trust.accepts_group(status.st_gid, status.st_uid):
-        group = group_name(status.st_gid)
-        on_purpose = f"if you trust all members of the group with your account, add {FLAG} {GROUP_PREFIX}{group}"
+    elif writers:
+        on_purpose = _trust_remedy(writers)
+        # Of a file with an ACL, this takes the permission to write from all users and groups that the ACL names.
         remedy = f"chmod g-w {path}; {on_purpose}"
         if is_above:
             # Folders above often belong to somebody else, who alone can change their permissions.
-            owner = user_name(status.st_uid)
-            remedy = f"{on_purpose}, or set {VARIABLE}={GROUP_PREFIX}{group}; or let {owner}, its owner, run chmod +t {path}"
-        yield path, f"can be written by the group {group}", remedy
+            remedy = f"{on_purpose}; or let {user_name(status.st_uid)}, its owner, run chmod +t {path}"
+        yield path, f"can be written by {_describe_owners(writers, 'the group')}", remedy
+
+
+def _distrusted_writers(path: Path, status: os.stat_result, trust: Trust) -> list[str]:
+    """Return the users and groups that can write to a file and should not, as LAUNCHER_TRUST_OWNERS names them."""
+    writers = read_writers(path, status)
+    users = [user_name(uid) for uid in writers.uids if not trust.accepts_owner(uid)]
+    groups = [group_name(gid) for gid in writers.gids if not trust.accepts_group(gid, status.st_uid)]
+    return [*users, *(f"{GROUP_PREFIX}{group}" for group in groups)]
+
+
+def _trust_remedy(owners: list[str]) -> str:
+    """Return how to accept the files of owners, given as LAUNCHER_TRUST_OWNERS names them."""
+    trusted, flags = _describe_owners(owners, "all members of the group"), " ".join(f"{FLAG} {owner}" for owner in owners)
+    return f"if you trust {trusted} with your account, add {flags}, or set {VARIABLE}={','.join(owners)}"
+
+
+def _describe_owners(owners: list[str], group_words: str) -> str:
+    return " and ".join(
+        f"{group_words} {owner.removeprefix(GROUP_PREFIX)}" if owner.startswith(GROUP_PREFIX) else owner for owner in owners
+    )

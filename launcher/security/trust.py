@@ -128,10 +128,22 @@ def _is_member(uid: int, gid: int) -> bool:
     return gid in os.getgrouplist(user.pw_name, user.pw_gid)
 
 
+def private_gids(uids: Iterable[int]) -> frozenset[int]:
+    """Return the private groups that users have."""
+    gids = set[int]()
+    for uid in uids:
+        with suppress(KeyError):
+            gid = pwd.getpwuid(uid).pw_gid
+            gids |= {gid} if _is_private_group(gid, uid) else set()
+    return frozenset(gids)
+
+
 def _is_private_group(gid: int, uid: int) -> bool:
     """Return whether a group is the one that many systems create for each user, of the same name and without other members."""
     try:
         user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
     except KeyError:
         return False
-    return (user.pw_gid, user.pw_name) == (gid, group.gr_name) and set(group.gr_mem) <= {user.pw_name}
+    is_own = (user.pw_gid, user.pw_name) == (gid, group.gr_name) and set(group.gr_mem) <= {user.pw_name}
+    # Many users outside a namespace share that user's number, and their groups share its group's.
+    return is_own and uid != uid_of_unmapped_users()

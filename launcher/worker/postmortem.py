@@ -100,7 +100,10 @@ def conclude(
     silence: Mapping[str, str] | None = None,
 ) -> Conclusion:
     """Judge attempt `number` and decide what follows; the arguments are those of `judge`."""
-    ending = judge(run, number, attempt, state, section.save_lead_s or 0.0, exit_code, lost_nodes, failed_nodes, silence)
+    lead_s = section.save_lead_s or 0.0
+    ending = judge(
+        run, number, attempt, state, lead_s, exit_code, lost_nodes=lost_nodes, failed_nodes=failed_nodes, silence=silence
+    )
     saved_step = store.newest_step(run.checkpoints)
     ended = AttemptEnd(ending.cause, attempt.resume_step, saved_step, ending.message, ending.bad_nodes)
     ended = _with_failures(run, number, ended, ending.first_failure)
@@ -126,7 +129,9 @@ def end_of_attempt(
     if record is not None:
         return _from_record(run, number, record)
     attempt = run_store.read_attempt(run, number)
-    conclusion = conclude(run, number, attempt, section, state, None, lost_nodes, failed_nodes, silence)
+    conclusion = conclude(
+        run, number, attempt, section, state=state, lost_nodes=lost_nodes, failed_nodes=failed_nodes, silence=silence
+    )
     conclusion.record(run, number, decided=False)
     if on_alert is not None and conclusion.decision.again and conclusion.alert is not None:
         on_alert(conclusion.alert)

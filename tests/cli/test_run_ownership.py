@@ -196,12 +196,13 @@ def test_no_run_is_started_in_a_folder_where_others_could_replace_it(
         run_store.create(plan)
     assert sorted(path.name for path in run.root.parent.iterdir()) == ["demo"], "the directory is not left behind"
     assert (
-        f"by the group {TEAM}; if you trust all members of the group with your account, add --trust-owner group:{TEAM}" in shown
+        f"by the group {TEAM}; if you trust all members of the group {TEAM} with your account, add --trust-owner group:{TEAM}"
+        in shown
     )
     assert "will be refused" not in warnings("--trust-owner", f"group:{TEAM}")
     assert "it is completed" in launch_here("cancel", str(run.root)).stderr
     refused = launch_here("resume", str(run.root)).stderr
-    assert f"remedy: if you trust all members of the group with your account, add --trust-owner group:{TEAM}" in refused
+    assert f"remedy: if you trust all members of the group {TEAM} with your account, add --trust-owner group:{TEAM}" in refused
     monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", f"group:{TEAM}")
     assert run_store.create(plan).status.is_file()
     monkeypatch.delenv("LAUNCHER_TRUST_OWNERS")

@@ -13,6 +13,7 @@ from sandbox import Sandbox, rendered
 
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.security import ownership
 
 SlurmPlan = Callable[..., LaunchPlan]
 SETUP = ["export A=1", "source {folder}/env.sh", "ulimit -n 64", "conda activate train", "cd {folder}/elsewhere", "B=2"]
@@ -127,6 +128,45 @@ def test_nothing_is_run_of_a_run_directory_that_was_replaced_while_the_job_waite
     assert done.returncode == 0, done.stderr
     accepted = {call["env"]["LAUNCHER_TRUST_OWNERS"] for call in sandbox.calls}
     assert accepted == {"anyone" if attack.__name__ == "<lambda>" else f"0,{MALLORY},group:{TEAM}"}
+
+
+# Owner, group and mode of the run directory and of a file of its code, the trusted owners, and whether the run may start.
+# Number 0 is root and its private group, 1 is `daemon` and its private group.
+PERMISSIONS = {
+    "readable for a group": ((0, TEAM, 0o750), (0, 0, 0o644), "", True),
+    "umask 002": ((0, 0, 0o750), (0, 0, 0o664), "", True),
+    "umask 002, directory": ((0, 0, 0o770), (0, 0, 0o664), "", True),
+    "a group's file": ((0, 0, 0o750), (0, TEAM, 0o664), "", False),
+    "a group's file, private directory": ((0, 0, 0o700), (0, TEAM, 0o664), "", True),
+    "a group's directory": ((0, TEAM, 0o770), (0, 0, 0o644), "", False),
+    "a trusted group's file": ((0, 0, 0o750), (0, TEAM, 0o664), f"group:{TEAM}", True),
+    "everyone's file": ((0, 0, 0o750), (0, 0, 0o666), "", False),
+    "everyone's directory": ((0, 0, 0o702), (0, 0, 0o644), "", False),
+    "another user's file": ((0, 0, 0o750), (1, 1, 0o644), "", False),
+    "a trusted user's file": ((0, 0, 0o750), (1, 1, 0o664), "daemon", True),
+    "a trusted user's directory": ((1, 1, 0o775), (1, 1, 0o664), "daemon", True),
+    "another user's private group": ((0, 0, 0o750), (0, 1, 0o664), "", False),
+    "a trusted user's private group": ((0, 0, 0o750), (0, 1, 0o664), "daemon", True),
+}
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize("case", PERMISSIONS)
+def test_the_script_and_the_launcher_accept_the_same_runs(
+    slurm_plan: SlurmPlan, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    *permissions, trusted, is_accepted = PERMISSIONS[case]
+    plan = slurm_plan()
+    run = RunDir(Path(plan.run_dir))
+    file = run.code / "launcher/__init__.py"
+    file.touch()
+    for path, (uid, gid, mode) in zip((run.root, file), permissions, strict=True):
+        os.chown(path, uid, gid)
+        path.chmod(mode)
+    monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", trusted)
+    problem, done = ownership.run_problem(run), sandbox.run(rendered(plan, sandbox.folder))
+    assert (problem is None) is is_accepted, problem
+    assert done.returncode == (0 if is_accepted else 77), done.stderr
 
 
 def test_permissions_in_a_private_run_directory_do_not_stop_its_job(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:

@@ -217,12 +217,15 @@ def _ownership_check(run: RunDir, plan_path: Path) -> list[str]:
     own_trust = trust.Trust.from_environ(os.environ)
     if own_trust.anyone:
         return [f"export {trust.VARIABLE}={trust.ANYONE}"]
-    uids = own_trust.uids - {0, os.geteuid()}
+    uids = own_trust.uids
     with suppress(OSError):
         # It may belong to a member of a group that is trusted.
-        uids |= {owner for owner in [run.root.stat().st_uid] if owner not in (0, os.geteuid()) and own_trust.accepts_owner(owner)}
-    owners = ["!", "-uid", "0", *(word for uid in sorted(uids) for word in ("!", "-uid", str(uid)))]
-    groups = [word for gid in sorted(own_trust.gids) for word in ("!", "-gid", str(gid))]
+        uids |= {owner for owner in [run.root.stat().st_uid] if own_trust.accepts_owner(owner)}
+    named_uids = sorted(uids - {0, os.geteuid()})
+    owners = ["!", "-uid", "0", *(word for uid in named_uids for word in ("!", "-uid", str(uid)))]
+    # ACLs are not read here: nobody but the owner of a file can give it one, and the submission has looked at them.
+    gids = own_trust.gids | trust.private_gids(uids)
+    groups = [word for gid in sorted(gids) for word in ("!", "-gid", str(gid))]
     writable = f"-perm /002 -o -perm /020 {shlex.join(groups)}".rstrip()
     root = shlex.quote(_plain(str(run.root)))
     content = shlex.join(_plain(str(path)) for path in (plan_path, run.code, run.jobs))

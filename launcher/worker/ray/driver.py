@@ -20,7 +20,7 @@ from launcher import json_records, run_store
 from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JOINING
 from launcher.config.sections.ray import RaySection
-from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, SubmitError
+from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, CancelRequest
@@ -129,7 +129,8 @@ class _Driver:
         with connected(self._plan, self._run):
             self._cancel_signals.install()
             raylet = self._raylet = raylet_of_this_node()
-            assert raylet is not None
+            if raylet is None:
+                raise RunError("the connection was closed as soon as it was made", remedy="see Ray's own logs on this node")
             with raylet_loss.recorded(self._plan_path, self._attempt, raylet) as recorder:
                 job = {**detached_process.describe_this_process(), "recorder": recorder}
                 run_store.update_status(self._run, state="pending", job=job, message="waiting for workers")

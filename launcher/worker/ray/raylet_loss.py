@@ -3,10 +3,13 @@
 Ray ends a driver within milliseconds after its raylet, often before the driver could write why. This process starts with the
 driver, in a session of its own, waits for the end of both, and writes the cause where the driver did not.
 
-EPOLL and RAYLET are numbers of inherited descriptors. RAYLET is a connection to the raylet, and EPOLL reports its end and that of
-a pipe from the driver, in their order. That is the order of the causes: Linux closes the newest files of a process first, so this
-connection before the older one by which the driver notices the end; and it closes the pipe before it ends the driver's children,
-among them a raylet of the run's own.
+EPOLL and RAYLET are numbers of inherited descriptors. RAYLET is a connection to the raylet. EPOLL watches this connection and a
+pipe from the driver, and reports first what closed first:
+
+- The connection, if the raylet ended by itself and the driver after it. Linux closes the files of a dead process from the newest
+  to the oldest, so the raylet's end of this connection closes before the older connection by which the driver notices the loss.
+- The pipe, if the driver ended for another reason. It closes before Linux ends the driver's children, among which is the raylet
+  of a Ray that the run has started.
 """
 
 from __future__ import annotations
@@ -45,13 +48,14 @@ class LocalRaylet:
         try:
             with self.connect():
                 return False
-        except TimeoutError:
-            return False
-        except OSError:
+        except (ConnectionRefusedError, FileNotFoundError):
             return True
+        except OSError:
+            # A raylet that is alive may have a full queue of connections, and this process may have no descriptor left.
+            return False
 
     def connect(self) -> socket.socket:
-        """Connect to the raylet, which takes connections that say nothing; raises OSError where it has ended or hangs."""
+        """Connect to the raylet, which takes connections that say nothing; raises OSError where it has ended or is busy."""
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.settimeout(_CONNECT_S)
@@ -92,7 +96,9 @@ def recorded(plan_path: str, attempt: int, raylet: LocalRaylet) -> Iterator[dict
         finally:
             if not raylet.has_ended:
                 process.kill()
-                process.wait(_END_S)
+                # The error that ends this block, if there is one, is the one to report.
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_END_S)
 
 
 def main(plan_path: str, attempt: int, epoll_fd: int, raylet_fd: int) -> None:

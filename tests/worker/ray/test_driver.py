@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +26,9 @@ from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
-from launcher.worker.ray import coordinator_actor, driver
+from launcher.worker.ray import coordinator_actor, driver, raylet_loss
 from launcher.worker.ray.messages import CoordinatorState
+from launcher.worker.ray.raylet_loss import LocalRaylet, recorded
 
 
 @pytest.mark.parametrize(
@@ -73,8 +77,9 @@ def test_the_settings_of_placement_reach_ray_train(ray_plan: Callable[..., Launc
 def own_signals() -> Iterator[None]:
     """What the driver does to its own process is taken back."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before, umask = {number: signal.getsignal(number) for number in numbers}, os.umask(0o077)
     yield
+    os.umask(umask)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -137,29 +142,107 @@ def test_the_loss_of_the_raylet_is_recorded_though_ray_ends_the_driver(
 ) -> None:
     """An attempt that `follows` is the driver's own where it is automatic; otherwise another command has started the run."""
 
-    def start(code: str, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
-
     number = 1 if follows is None else run_store.create_attempt(run, follows)
     socket_name = str(tmp_path / "raylet")
-    with start(_RAYLET, socket_name) as raylet:
-        assert raylet.stdout is not None
-        raylet.stdout.readline()
-        with start(_DRIVER, str(run.plan), socket_name) as process:
+    with ExitStack() as stack:
+
+        def start(code: str, *arguments: str) -> tuple[subprocess.Popen[str], str]:
+            command = [sys.executable, "-c", code, *arguments]
+            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            stack.callback(process.kill)
             assert process.stdout is not None
-            recorder = psutil.Process(int(process.stdout.readline()))
-            # It has not looked yet.
-            recorder.suspend()
-            for name in killed:
-                {"raylet": raylet, "driver": process}[name].kill()
-                {"raylet": raylet, "driver": process}[name].wait(60)
-            recorder.resume()
-            recorder.wait(60)
+            return process, process.stdout.readline()
+
+        raylet, _ = start(_RAYLET, socket_name)
+        process, recorder_pid = start(_DRIVER, str(run.plan), socket_name)
+        recorder = psutil.Process(int(recorder_pid))
+        stack.callback(kill_if_alive, recorder)
+        # It has not looked yet.
+        recorder.suspend()
+        for name in killed:
+            {"raylet": raylet, "driver": process}[name].kill()
+            {"raylet": raylet, "driver": process}[name].wait(60)
+        recorder.resume()
+        recorder.wait(60)
     message = run_store.read_status(run).message
     assert run_store.read_status(run).state == ("failed" if is_lost else "running")
     assert message.startswith("the raylet of ") is is_lost
     alerts = [(event["attempt"], event["text"]) for event in read_events(run.events)]
     assert alerts == ([(number, f"the run ends: {message}")] if is_lost else [])
+
+
+def kill_if_alive(process: psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.kill()
+
+
+@pytest.fixture
+def raylet(tmp_path: Path) -> Iterator[tuple[LocalRaylet, socket.socket]]:
+    """A raylet and its listening socket."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "raylet"))
+        listening.listen()
+        yield LocalRaylet(str(tmp_path / "raylet")), listening
+
+
+def test_a_raylet_with_a_full_queue_of_connections_is_alive(raylet: tuple[LocalRaylet, socket.socket]) -> None:
+    local, listening = raylet
+    listening.listen(0)
+    with ExitStack() as stack:
+        # The limit is reached by the second or third one.
+        with suppress(BlockingIOError):
+            for _ in range(10):
+                stack.enter_context(local.connect())
+        with pytest.raises(BlockingIOError):
+            local.connect()
+        assert not local.has_ended
+    listening.close()
+    assert local.has_ended, "its socket is a file that nobody listens to"
+    Path(local.socket_name).unlink()
+    assert local.has_ended
+
+
+def test_a_process_without_descriptors_does_not_report_the_loss_of_its_raylet(raylet: tuple[LocalRaylet, socket.socket]) -> None:
+    local, _ = raylet
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+        has_ended = local.has_ended
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert not has_ended
+
+
+def test_the_end_of_the_recorder_does_not_hide_the_error_of_the_run(
+    run: RunDir, raylet: tuple[LocalRaylet, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a process that SIGKILL does not end at once, as one that waits for storage."""
+    monkeypatch.setattr(raylet_loss, "_END_S", 0.0)
+    recorders = list[psutil.Process]()
+
+    def fail() -> None:
+        with recorded(str(run.plan), 1, raylet[0]) as job:
+            recorders.append(psutil.Process(int(str(job["pid"]))))
+            monkeypatch.setattr(subprocess.Popen, "kill", lambda _: None)
+            raise ValueError("the error of the run")
+
+    with pytest.raises(ValueError, match="the error of the run"):
+        fail()
+    monkeypatch.undo()
+    (recorder,) = recorders
+    kill_if_alive(recorder)
+    recorder.wait(60)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_connection_that_is_closed_at_once_is_named(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import worker
+
+    assert worker._global_node is None, "no test has left a connection"
+    monkeypatch.setattr(driver, "connected", lambda *_: nullcontext())
+    monkeypatch.setattr(driver, "close_wandb_run", lambda *_: None)
+    assert driver.main(str(run.plan), 1) == 1
+    assert run_store.read_status(run).message.startswith("Ray cannot be used: the connection was closed as soon as it was made")
 
 
 class FakeCoordinator(coordinator_actor.CoordinatorActor):

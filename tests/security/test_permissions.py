@@ -1,0 +1,127 @@
+"""Who can write to files and folders: access control lists, groups, and users outside a namespace."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from file_owners import MALLORY, TEAM, as_root
+from missing_program import skip_or_fail
+
+from launcher.plan.run_dir import RunDir
+from launcher.security import ownership
+
+__all__ = ["as_root"]
+
+# Tags of the entries of an ACL; include/uapi/linux/posix_acl.h of Linux.
+OWNER, USER, OWNING_GROUP, GROUP, MASK, OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
+NO_ID = 2**32 - 1
+
+
+@pytest.fixture
+def folder(tmp_path: Path, as_root: None) -> Path:
+    """A folder for runs, which belongs to root."""
+    path = tmp_path / "runs"
+    path.mkdir(mode=0o755)
+    return path
+
+
+def set_acl(path: Path, named: list[tuple[int, int, int]], owning_group: int = 5, mask: int = 7) -> None:
+    """Give a file an ACL with entries (tag, permissions, id) for other users and groups."""
+    entries = [(OWNER, 7, NO_ID), *named, (OWNING_GROUP, owning_group, NO_ID), (MASK, mask, NO_ID), (OTHER, 5, NO_ID)]
+    entries.sort(key=lambda entry: (entry[0], entry[2]))
+    try:
+        os.setxattr(path, "system.posix_acl_access", struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *e) for e in entries))
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            skip_or_fail("the file system of the tests has no ACLs: run pytest with a --basetemp on ext4, xfs or tmpfs")
+        raise
+
+
+@pytest.mark.parametrize(
+    ("acl", "trusted", "writers"),
+    [
+        ({"named": [(USER, 7, MALLORY)]}, "", f"{MALLORY}"),
+        ({"named": [(GROUP, 7, TEAM)]}, "", f"the group {TEAM}"),
+        ({"named": [(USER, 6, MALLORY), (GROUP, 7, TEAM)]}, "", f"{MALLORY} and the group {TEAM}"),
+        ({"named": [(USER, 7, MALLORY), (GROUP, 7, TEAM)]}, f"{MALLORY}", f"the group {TEAM}"),
+        ({"named": [(USER, 7, MALLORY), (GROUP, 7, TEAM)]}, f"{MALLORY},group:{TEAM}", ""),
+        ({"named": [(USER, 7, MALLORY)], "mask": 5}, "", ""),
+        ({"named": [(USER, 5, MALLORY), (GROUP, 5, TEAM)], "owning_group": 7}, "", ""),
+        ({"named": [(USER, 7, 0)]}, "", ""),
+    ],
+)
+def test_users_and_groups_that_an_acl_lets_write_are_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, acl: dict[str, object], trusted: str, writers: str
+) -> None:
+    monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", trusted)
+    set_acl(folder, **acl)  # type: ignore[arg-type]
+    problem = ownership.location_problem(RunDir(folder / "demo"))
+    if not writers:
+        assert problem is None
+        return
+    assert problem is not None
+    assert problem.message.endswith(f": {folder} can be written by {writers}")
+    assert problem.value.endswith("mode 0775 and an ACL, which `getfacl` shows")
+    folder.chmod(0o755)
+    assert ownership.location_problem(RunDir(folder / "demo")) is None, "chmod g-w is a remedy: it changes the mask"
+
+
+def test_the_owning_group_may_write_only_if_its_own_entry_of_the_acl_says_so(folder: Path) -> None:
+    os.chown(folder, -1, TEAM)
+    for owning_group, is_accepted in ((5, True), (7, False)):
+        set_acl(folder, [(USER, 7, 0)], owning_group)
+        assert (ownership.location_problem(RunDir(folder / "demo")) is None) is is_accepted
+
+
+@pytest.mark.parametrize(
+    ("owner", "group", "trusted", "trusted_by"),
+    [
+        (0, TEAM, f"all members of the group {TEAM}", [f"group:{TEAM}"]),
+        (MALLORY, TEAM, f"{MALLORY} and all members of the group {TEAM}", [f"{MALLORY}", f"group:{TEAM}"]),
+        # The private group of the owner.
+        (1, 1, "daemon", ["daemon"]),
+    ],
+)
+def test_the_error_of_a_project_folder_names_all_that_has_to_be_trusted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, owner: int, group: int, trusted: str, trusted_by: list[str]
+) -> None:
+    os.chown(folder, owner, group)
+    folder.chmod(0o2770)
+    problem = ownership.location_problem(RunDir(folder / "demo"))
+    assert problem is not None
+    flags = " ".join(f"--trust-owner {name}" for name in trusted_by)
+    remedy = f"if you trust {trusted} with your account, add {flags}, or set LAUNCHER_TRUST_OWNERS={','.join(trusted_by)}"
+    assert problem.remedy.startswith(remedy)
+    monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", ",".join(trusted_by))
+    assert ownership.location_problem(RunDir(folder / "demo")) is None
+
+
+def test_the_group_of_all_users_outside_a_namespace_is_nobodys_private_group(
+    folder: Path, launcher_env: Mapping[str, str], tmp_path: Path
+) -> None:
+    """As in containers whose images call both the user and the group 65534 `nobody`."""
+    inside = ("unshare", "--user", "--map-root-user", "--mount")
+    if shutil.which("unshare") is None or subprocess.run([*inside, "true"], capture_output=True).returncode:
+        skip_or_fail("this machine allows no user namespaces: it needs `unshare --user`")
+    (tmp_path / "group").write_text("root:x:0:\nnobody:x:65534:\n")
+    (tmp_path / "passwd").write_text("root:x:0:0::/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")
+    binds = " && ".join(f'mount --bind "$0/{name}" /etc/{name}' for name in ("group", "passwd"))
+    code = "import sys; from launcher.security import ownership as o; from launcher.plan.run_dir import RunDir as R; "
+    code += "print(o.location_problem(R(o.Path(sys.argv[1]))))"
+
+    def problem() -> str:
+        command = [*inside, "sh", "-c", f'{binds} && exec "$@"', str(tmp_path), sys.executable, "-c", code, str(folder / "demo")]
+        return subprocess.run(command, env=launcher_env, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    os.chown(folder, MALLORY, TEAM)
+    assert problem() == "None\n"
+    folder.chmod(0o775)
+    assert f"{folder} can be written by the group nobody" in problem()
