@@ -137,6 +137,8 @@ def _logits_difference(engine: Any, vocab_size: int, device: torch.device) -> st
     try:
         by_model = engine(ids, positions, by_model=True)
     except _NEEDS_MORE:
+        # What the pass has gathered, no hook after it releases.
+        engine.empty_partition_cache()
         return ""
     return describe_logits_difference(by_model, engine(ids, positions))
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from forked_ranks import RankServer
+from plan_fixtures import facts_for
 
+from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import IsolationVerdict
+from launcher.plan.planner import plan as make_plan
 from launcher.train.isolation import NotMeasurable, measure_isolation, require_isolation
 from launcher.train.model import CausalLMLoss
 
@@ -91,3 +97,28 @@ def test_the_ranks_refuse_a_model_that_sees_later_tokens_packed_or_not() -> None
             require_isolation(plan(None, packing), bert, bert, CPU)
         (problem,) = error.value.problems
         assert (problem.value, problem.remedy) == ("bert", "choose a decoder-only language model")
+
+
+@pytest.mark.parametrize("persistence_threshold", [0, 10**6])
+def test_training_goes_on_after_a_model_whose_own_forward_pass_failed_in_the_middle(
+    config_of: Callable[..., RunConfig], rank_server: RankServer, tmp_path: Path, persistence_threshold: int
+) -> None:
+    """With weights that are gathered for each use, and with weights that stay gathered."""
+    settings = ("model.dtype=fp32", "run.name=probed", "train.global_batch_size=2", "cluster.ranks_per_node=2")
+    config = config_of("model=tiny", *settings)
+    file = tmp_path / "plan.json"
+    file.write_text(make_plan(config, facts_for(config, working_dir=str(tmp_path), vocab_size=1000)).to_json())
+
+    def train(failing: str) -> list[dict[str, Any]]:
+        arguments = [(str(file), failing, persistence_threshold)] * 2
+        return rank_server.values("train_ranks:train_after_probe", arguments, tmp_path / f"ranks-{failing}")
+
+    expected = train("")
+    for failing in ("model.layers.1.mlp.down_proj", "model.embed_tokens", "lm_head"):
+        for after_failure, usual in zip(train(failing), expected, strict=True):
+            assert len(after_failure["errors"]) == 1, "in the pass of the whole model alone"
+            assert (
+                after_failure["message"] == usual["message"] == "packed documents do not affect each other with attention by sdpa"
+            )
+            assert after_failure["num_gathered"] == usual["num_gathered"] == 0
+            assert after_failure["losses"] == usual["losses"]

@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch._dynamo  # a lazy import of it inside zero.Init fails
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -22,8 +23,10 @@ from launcher.config.sections.slurm import SlurmSection
 from launcher.distributed import RankInfo, gather_json, rank0_broadcast, run_on_all_ranks
 from launcher.errors import ConfigError, DamagedCheckpoint, LauncherError
 from launcher.plan.architecture import model_facts
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.train.engine import import_muon
+from launcher.train.engine import build_engine, import_muon
+from launcher.train.isolation import require_isolation
 from launcher.train.jit_build_lock import lock_builds
 from launcher.train.model import build_model
 from launcher.train.monitoring import bandwidth
@@ -260,3 +263,43 @@ def probe_engine() -> dict[str, Any]:
     # A rank that leaves first would break the last collective of the other.
     dist.barrier()
     return measured_by_case
+
+
+def train_after_probe(plan_path: str, failing: str, persistence_threshold: int) -> dict[str, Any]:
+    """Probe the isolation of packed documents, then train three steps on the same rows.
+
+    The module `failing`, unless that is empty, raises in the whole model's own forward pass, after its weights are gathered.
+    Returns the probe's message, the number of weights that were left gathered after it, and the loss of each step on this rank.
+    """
+    rank, plan = meet(), LaunchPlan.load(plan_path)
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    plan.deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = persistence_threshold
+    engine, model = build_engine(plan, RankInfo(rank, rank, 2, 2))
+    is_own_pass, errors = False, list[str]()
+
+    def watch(_module: Any, _arguments: Any) -> None:
+        nonlocal is_own_pass
+        is_own_pass = True
+
+    def fail(module: Any, _arguments: Any) -> None:
+        nonlocal is_own_pass
+        if is_own_pass:
+            is_own_pass = False
+            errors.append(str([tuple(weight.shape) for weight in module.parameters(recurse=False)]))
+            raise ValueError("You must specify another input")
+
+    model.hf.register_forward_pre_hook(watch)
+    if failing:
+        model.hf.get_submodule(failing).register_forward_pre_hook(fail)
+    message = require_isolation(plan, engine, model, CPU)
+    num_gathered = sum(weight.ds_status is ZeroParamStatus.AVAILABLE and not weight.ds_persist for weight in model.parameters())
+    is_own_pass = False
+    ids = torch.randint(0, 1000, (1, 16), generator=torch.Generator().manual_seed(rank))
+    losses = []
+    for _ in range(3):
+        loss = engine(ids, torch.arange(16)[None], ids.roll(-1, dims=1), 1 / ids.numel())
+        engine.backward(loss, scale_wrt_gas=False)
+        engine.step()
+        losses.append(float(loss))
+    dist.barrier()
+    return {"message": message, "errors": errors, "num_gathered": num_gathered, "losses": losses}
