@@ -15,7 +15,7 @@ from launcher.cli.arguments import COMMON_FLAGS, composing_usage
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.resume import with_overrides
 from launcher.config.run_file.printing import render, values_to_print
-from launcher.config.run_file.words import is_run_file
+from launcher.config.run_file.tokens import is_run_file
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, LauncherError
 from launcher.plan.launch_plan import LaunchPlan

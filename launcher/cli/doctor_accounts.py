@@ -7,9 +7,8 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
-from launcher.cli import wandb_check
+from launcher.cli import hub_access, wandb_check
 from launcher.cli.worker_process import worker_environment
 from launcher.clusters.check_results import FAILURE, OK, WARNING, CheckResult, from_problem
 from launcher.config.schema import RunConfig
@@ -51,7 +50,10 @@ def _check_hub(config: RunConfig) -> Iterator[CheckResult]:
     if repo_id and (problem := hub.token_problem("export.push_to_hub", repo_id)):
         yield from_problem(problem, name=_HUB)
         return
-    token, source = _hub_token()
+    token, source = hub_access.find_token()
+    if problem := hub_access.gated_problem(config.model):
+        yield from_problem(problem, name=_HUB)
+        return
     if token is None:
         yield CheckResult(_HUB, OK, f"no {hub.TOKEN_VARIABLE}: public models only, nothing can be pushed")
         return
@@ -77,15 +79,3 @@ def _check_hub(config: RunConfig) -> Iterator[CheckResult]:
         yield CheckResult(_HUB, WARNING, seen, "check the network, or export HF_HUB_OFFLINE=1 on a machine without one")
     else:
         yield CheckResult(_HUB, OK, f"the token from {source} belongs to {user}")
-
-
-def _hub_token() -> tuple[str | None, str]:
-    """Return the token that huggingface_hub uses, and where it comes from."""
-    if token := os.environ.get(hub.TOKEN_VARIABLE):
-        return token.strip(), hub.TOKEN_VARIABLE
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    file = Path(os.environ.get("HF_TOKEN_PATH") or Path(os.environ.get("HF_HOME") or cache / "huggingface") / "token")
-    try:
-        return file.expanduser().read_text().strip() or None, str(file)
-    except OSError:
-        return None, ""

@@ -29,7 +29,7 @@ from launcher.clusters.backends import Cluster, cluster_for
 from launcher.clusters.preflight import check_startable
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.resume import differences, table, with_overrides
-from launcher.config.run_file.words import is_run_file
+from launcher.config.run_file.tokens import is_run_file
 from launcher.config.schema import RunConfig
 from launcher.error_record import ErrorRecord
 from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, RunError, SubmitError

@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher import facts, model_source
 from launcher.cli.arguments import COMMON_FLAGS, VerbParser
-from launcher.cli.starter_file import starter_text
+from launcher.cli.starter_file import next_lines, slurm_overrides, starter_text
 from launcher.cli.worker_process import run_worker_module
 from launcher.clusters.backends import BACKENDS, cluster_for
 from launcher.config.command_line import override_key
@@ -20,14 +20,16 @@ from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.error_messages import no_such_option
 from launcher.config.introspect import settings
 from launcher.config.run_file.printing import values_to_print
+from launcher.config.run_file.tokens import SUFFIXES, split_run_files
 from launcher.config.schema import RunConfig, is_local_path, is_run
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, RunError
 from launcher.plan.architecture import model_facts
-from launcher.plan.launch_plan import DeviceFacts, Facts
+from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
 from launcher.plan.planner import choose_topology, device_gib
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.suggested_settings import DataSample, Machine, Suggestion, needs_offload, suggest
+from launcher.security.redaction import redact
 from launcher.shell_commands import launcher_command
 
 _OFFLOAD = "zero3_offload"
@@ -40,33 +42,37 @@ _SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s*([bBmM])(?![a-zA-Z])")
 
 @dataclass(frozen=True)
 class _Look:
-    """What was found: the settings to write, the facts behind them, and what had to be assumed."""
+    """The settings to write, the facts behind them, what had to be assumed, and the machines that the settings are fitted to."""
 
     config: RunConfig
     reasons: dict[str, str]
     head: list[str]
     assumptions: list[str]
-    is_cluster_chosen: bool
+    machines: str
 
 
 def run(verb: str, tokens: list[str]) -> int:
     """Write the file, or refuse with what is in the way; nothing is overwritten."""
     arguments, rest = _parser().parse_known_args(tokens)
-    out = Path(arguments.out or f"{_name_of(arguments.data)}.yaml")
+    _refuse_run_file(rest)
+    data = arguments.data or _rows_of(rest)
+    out = Path(arguments.out or f"{_name_of(data)}.yaml")
     _require_free(out)
-    composed = _compose(arguments.model, arguments.data, rest)
+    composed = _with_name(_compose(arguments.model, arguments.data, rest), out)
     with composed.located():
-        look = _look(composed, arguments.data)
+        look = _look(composed, data)
     values = _values(look, composed)
     text = starter_text(look.head, values, look.reasons)
-    _require_plan(text, out)
+    plan = _require_plan(text, out)
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
         _require_free(out)
         raise
-    print("\n".join(_next_lines(out, look)))
+    is_cluster_chosen = any(override_key(token) == "cluster" for token in composed.overrides)
+    has_slurm_line = not is_cluster_chosen and look.config.cluster.is_this_machine and _plans_on_slurm(text, out, plan)
+    print("\n".join(next_lines(out, look.config, look.machines, look.assumptions, plan, has_slurm_line)))
     return 0
 
 
@@ -82,6 +88,29 @@ def _parser() -> VerbParser:
     parser.add_argument("--model", metavar="NAME", help="a preset, a folder, a Hub id or run:NAME (default: a demo)")
     parser.add_argument("--out", metavar="FILE", help="the file to write (default: named after the data)")
     return parser
+
+
+def _refuse_run_file(rest: Sequence[str]) -> None:
+    """Refuse a run's file among the words, since init writes one.
+
+    Raises:
+        ConfigError: with what each of both is for.
+    """
+    if any(token.startswith("--") for token in rest):
+        # A flag that is misspelled is reported first; the file may be its value.
+        return
+    if files := split_run_files(rest, ())[0]:
+        remedy = f"use this file with: {launcher_command('plan', files[0])}; a file to write is named with --out"
+        if not files[0].endswith(SUFFIXES):
+            remedy = f"name rows with: --data {files[0]}"
+        message = "init writes a run's file and begins with none"
+        raise ConfigError(message, where="command line", value=redact(files[0]), remedy=remedy)
+
+
+def _rows_of(overrides: Sequence[str]) -> str | None:
+    """Return the rows that overrides name, as --data would."""
+    paths = [token.partition("=")[2].strip("'\"") for token in overrides if override_key(token) == "data.path"]
+    return paths[-1] if paths else None
 
 
 def _name_of(data: str | None) -> str:
@@ -115,12 +144,23 @@ def _compose(model: str | None, data: str | None, rest: Sequence[str]) -> Compos
     """
     tokens = [_model_token(model)] if model else []
     tokens += ["data=jsonl", f"data.path={_quoted(data)}"] if data else []
+    keys = [override_key(token) for token in rest]
+    if "data.path" in keys and "data" not in keys and not data:
+        tokens.append("data=jsonl")
     jobs: list[Composed] = []
     run_hydra([*tokens, *rest], jobs.append, ("--data", "--model", "--out", *COMMON_FLAGS))
     if len(jobs) != 1:
         remedy = "leave out -m and Hydra's own flags"
         raise ConfigError("init writes the settings of one run", where="command line", value=" ".join(rest), remedy=remedy)
     return jobs[0]
+
+
+def _with_name(composed: Composed, out: Path) -> Composed:
+    """Return the settings with a name for the run, after the file, where every machine must find the same run."""
+    config = composed.config
+    if not config.cluster.runs_on_every_node or config.run.name is not None:
+        return composed
+    return replace(composed, config=_changed(config, {"run.name": _name_of(out.stem)}))
 
 
 def _model_token(model: str) -> str:
@@ -153,23 +193,25 @@ def _look(composed: Composed, data: str | None) -> _Look:
     node = cluster.device(config.cluster)
     config = facts.resolve(config, lambda: node)
     facts.check(config)
-    found = run_worker_module("launcher.worker.data_sample", config, timeout_s=_LOOK_TIMEOUT_S)
-    if "problems" in found:
-        kind = DataError if found["exit_code"] == DataError.exit_code else RunError
-        raise kind([Problem(*parts) for parts in found["problems"]])
+    sample_report = run_worker_module("launcher.worker.data_sample", config, timeout_s=_LOOK_TIMEOUT_S)
+    if "problems" in sample_report:
+        kind = DataError if sample_report["exit_code"] == DataError.exit_code else RunError
+        raise kind([Problem(*parts) for parts in sample_report["problems"]])
     changes: dict[str, Any] = {}
-    assumptions = [f"{found['note']}: the length of documents is estimated from characters"] if not found["is_measured"] else []
-    if found["config"] is not None and config.model.config is None:
-        changes["model.config"] = found["config"]
+    assumptions = []
+    if not sample_report["is_measured"]:
+        assumptions.append(f"{sample_report['note']}: the length of documents is estimated from characters")
+    if sample_report["config"] is not None and config.model.config is None:
+        changes["model.config"] = sample_report["config"]
         config = _changed(config, changes)
     num_params, max_positions, gathered, assumed = _model_size(config, composed.overrides, node)
     assumptions += [assumed] if assumed else []
     sample = DataSample(
-        num_documents=sum(source["num_rows"] for source in found["sources"]),
-        mean_tokens=found["mean"],
-        p99_tokens=found["p99"],
-        longest_tokens=found["longest"],
-        is_measured=found["is_measured"],
+        num_documents=sum(source["num_rows"] for source in sample_report["sources"]),
+        mean_tokens=sample_report["mean"],
+        p99_tokens=sample_report["p99"],
+        longest_tokens=sample_report["longest"],
+        is_measured=sample_report["is_measured"],
     )
     topology = choose_topology(config, gathered)
     machine = Machine(topology.world_size, topology.device, device_gib(config, gathered))
@@ -182,9 +224,10 @@ def _look(composed: Composed, data: str | None) -> _Look:
     config = _changed(config, {"model.dtype": composed.config.model.dtype})
     reasons = {one.key: one.reason for one in (*suggestions, *offload)}
     reasons["model"] = "a preset (listed by plan --help), or `path:` with a folder or a Hub id below `model:`"
-    is_cluster_chosen = any(override_key(token) == "cluster" for token in composed.overrides)
-    reasons["cluster"] = _about_machine(machine, node, config)
-    return _Look(config, reasons, _head(found, data), assumptions, is_cluster_chosen)
+    machines = _machines(machine, node, config)
+    others = ", ".join(kind for kind in BACKENDS if kind != config.cluster.kind)
+    reasons["cluster"] = f"fitted to {machines}. The others are {others}; nodes and what a site needs are keys of this section"
+    return _Look(config, reasons, _head(sample_report, data), assumptions, machines)
 
 
 def _model_size(config: RunConfig, overrides: Sequence[str], node: DeviceFacts) -> tuple[int, int | None, Facts, str]:
@@ -253,20 +296,28 @@ def _states_gib(config: RunConfig, gathered: Facts) -> float | None:
         return None
 
 
-def _about_machine(machine: Machine, node: DeviceFacts, config: RunConfig) -> str:
-    kind = config.cluster.gpu_type or node.name
-    ranks = f"{machine.world_size} rank{'s' * (machine.world_size > 1)} on {kind}"
-    return f"{ranks}. The others are {', '.join(BACKENDS)}; nodes and what a site needs are keys of this section"
+def _machines(machine: Machine, node: DeviceFacts, config: RunConfig) -> str:
+    """Return the machines that the settings are for, such as `16 GPUs of type H100-80GB on 2 nodes (slurm)`."""
+    count, nodes = machine.world_size, config.cluster.nodes
+    several = "s" * (count > 1)
+    if machine.device != "cuda":
+        ranks = f"{count} CPU rank{several} on {node.name}"
+    elif kind := config.cluster.gpu_type or (node.name if node.name != "gpu" else ""):
+        ranks = f"{count} GPU{several} of type {kind}"
+    else:
+        ranks = f"{count} GPU{several} of unknown type"
+    ranks += f" on {nodes} nodes" if nodes > 1 else ""
+    return f"{ranks} ({'this machine' if config.cluster.is_this_machine else config.cluster.kind})"
 
 
-def _head(found: dict[str, Any], data: str | None) -> list[str]:
+def _head(sample_report: dict[str, Any], data: str | None) -> list[str]:
     lines = ["Settings of a run: docs/run-file.md. Every key is in docs/settings.md."]
-    for source in found["sources"]:
+    for source in sample_report["sources"]:
         lines.append(f"{data or source['path']}: {source['num_rows']:,} rows of the format {source['format']}.")
-    counted = "tokens" if found["is_measured"] else "tokens (estimated)"
+    counted = "tokens" if sample_report["is_measured"] else "tokens (estimated)"
     lines.append(
-        f"Of {found['num_sampled']:,} documents, half have up to {found['p50']:,} {counted}, 90 of 100 up to {found['p90']:,}, "
-        f"99 of 100 up to {found['p99']:,}; the longest has {found['longest']:,}."
+        "Of {num_sampled:,} documents, half have up to {p50:,} {counted}, 90 of 100 up to {p90:,}, 99 of 100 up to {p99:,}; "
+        "the longest has {longest:,}.".format(counted=counted, **sample_report)
     )
     return lines
 
@@ -289,24 +340,19 @@ def _values(look: _Look, composed: Composed) -> dict[str, Any]:
     return values
 
 
-def _require_plan(text: str, out: Path) -> None:
-    """Refuse what `plan` would refuse: before the file is written.
+def _require_plan(text: str, out: Path) -> LaunchPlan | None:
+    """Refuse what `plan` would refuse, before the file is written; returns the plan, None for a model that is not known yet.
 
     Raises:
         LauncherError: with the problems.
     """
-    composed: list[Composed] = []
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / out.name
-        file.write_text(text, encoding="utf-8")
-        run_hydra([str(file)], composed.append)
-    config = composed[0].config
+    config = _compose_text(text, out)
     node = cluster_for(config.cluster.kind).device(config.cluster)
     config = facts.resolve(config, lambda: node)
     if not model_source.is_config_known(config.model):
-        return
+        return None
     try:
-        make_plan(config, facts.gather(config, (), node))
+        return make_plan(config, facts.gather(config, (), node))
     except LauncherError as error:
         raise type(error)(
             replace(problem, remedy=f"{problem.remedy}; or add overrides to init, such as cluster.nodes=2")
@@ -314,9 +360,24 @@ def _require_plan(text: str, out: Path) -> None:
         ) from error
 
 
-def _next_lines(out: Path, look: _Look) -> list[str]:
-    lines = [f"wrote {out}", *(f"assumed: {assumption}" for assumption in look.assumptions), "next:"]
-    commands = [("data", str(out), "--show", "3"), ("plan", str(out)), ("train", str(out))]
-    if not look.is_cluster_chosen:
-        commands.append(("train", str(out), "+cluster=slurm", "cluster.nodes=2"))
-    return [*lines, *(f"  {launcher_command(*words)}" for words in commands)]
+def _compose_text(text: str, out: Path, *overrides: str) -> RunConfig:
+    composed: list[Composed] = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / out.name
+        file.write_text(text, encoding="utf-8")
+        run_hydra([str(file), *overrides], composed.append)
+    return composed[0].config
+
+
+def _plans_on_slurm(text: str, out: Path, plan: LaunchPlan | None) -> bool:
+    """Return whether the file, fitted to the GPUs of this machine, plans for two nodes of them."""
+    if plan is None or plan.topology.device != "cuda":
+        return False
+    try:
+        config = _compose_text(text, out, *slurm_overrides(plan.topology.ranks_per_node))
+        node = cluster_for("slurm").device(config.cluster)
+        config = facts.resolve(config, lambda: node)
+        make_plan(config, facts.gather(config, (), node))
+    except LauncherError:
+        return False
+    return True

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from launcher import facts, model_source, run_store
-from launcher.cli import data, earlier_runs, formatting, wandb_check
+from launcher.cli import data, earlier_runs, formatting, hub_access, wandb_check
 from launcher.cli.arguments import COMMON_FLAGS, composing_usage
 from launcher.cli.cleanup import run_folders
 from launcher.cli.follow import follow, interrupted_start
@@ -70,7 +70,13 @@ def _plan(composed: Composed, as_json: bool) -> int:
         config = facts.resolve(composed.config, node)
         plan = make_plan(config, _checked_facts(config, composed, node))
         weights_note = model_source.weights_note(config.model)
-        notes = (_device_note(plan, cluster), disk_note(plan), weights_note, data.refusal(plan.config, plan.data))
+        notes = (
+            _device_note(plan, cluster),
+            disk_note(plan),
+            weights_note,
+            data.refusal(plan.config, plan.data),
+            _gated_note(config),
+        )
         speed = _speed(plan, node)
         own_warnings = (_location_warning(plan), earlier_runs.name_warning(config))
         if as_json:
@@ -257,6 +263,11 @@ def _device_note(plan: LaunchPlan, cluster: Cluster) -> str | None:
     """Return why a run is planned for the CPU of a node that may have GPUs; None where nothing is wrong."""
     problem = cluster.device(plan.config.cluster).problem if plan.topology.device == "cpu" else ""
     return f"no GPU is used: {problem}; look at it with nvidia-smi" if problem else None
+
+
+def _gated_note(config: RunConfig) -> str | None:
+    problem = hub_access.gated_problem(config.model)
+    return f"train will be refused: {problem.message}; {problem.remedy}" if problem else None
 
 
 def _checked_facts(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from launcher.cli.printable_stream import printable_output, raw
-from launcher.config.run_file.words import is_run_file
+from launcher.config.run_file.tokens import is_run_file
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, LauncherError, Problem
 from launcher.shell_commands import launcher_command
 

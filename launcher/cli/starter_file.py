@@ -1,12 +1,18 @@
-"""The text of a starter file: settings by section, with the reason for each above it."""
+"""The text of a starter file: settings by section, with the reason for each above it; and what a person is told about it."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from launcher.cli.views.plan_view import remarks
+from launcher.clusters.preflight import disk_note
 from launcher.config.run_file.printing import render
+from launcher.config.schema import RunConfig
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.shell_commands import launcher_command
 
 # In the order in which a person reads them; other sections follow.
 _ORDER = ("model", "data", "train", "optim", "deepspeed", "eval", "checkpoint", "cluster", "tracking", "run")
@@ -37,3 +43,46 @@ def _comment(text: str, indent: str) -> str:
     return textwrap.fill(
         text, _WIDTH, initial_indent=prefix, subsequent_indent=prefix, break_on_hyphens=False, break_long_words=False
     )
+
+
+def slurm_overrides(gpus_per_node: int) -> tuple[str, ...]:
+    """Return the overrides that start a file for one machine on two nodes of a Slurm cluster."""
+    return ("+cluster=slurm", "cluster.nodes=2", f"cluster.gpus_per_node={gpus_per_node}")
+
+
+def next_lines(
+    out: Path, config: RunConfig, machines: str, assumptions: Sequence[str], plan: LaunchPlan | None, plans_on_slurm: bool
+) -> list[str]:
+    """Return what was written, for which machines, what the plan warns of, and the commands to type next.
+
+    `plan` is that of the file, None where it is known only with the model.
+    """
+    lines = [f"wrote {out}", f"fitted to: {machines}", *(f"assumed: {assumption}" for assumption in assumptions)]
+    if plan is not None:
+        lines += remarks(plan, disk_note(plan))
+    lines.append("next:")
+    commands = [("data", str(out), "--show", "3"), ("plan", str(out))]
+    is_on_every_node = config.cluster.runs_on_every_node and config.cluster.nodes > 1
+    if not is_on_every_node:
+        commands.append(("train", str(out)))
+    if plans_on_slurm and plan is not None:
+        commands.append(("train", str(out), *slurm_overrides(plan.topology.ranks_per_node)))
+    lines += [f"  {launcher_command(*words)}" for words in commands]
+    if is_on_every_node:
+        lines += _on_every_node(out, config)
+    elif config.cluster.is_this_machine and not plans_on_slurm:
+        lines.append(
+            "for a cluster, repeat init with another --out and +cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8: "
+            "batch, length and memory depend on the machines"
+        )
+    return lines
+
+
+def _on_every_node(out: Path, config: RunConfig) -> list[str]:
+    command, count = launcher_command("train", str(out)), config.cluster.nodes
+    lines = [f"  NNODES={count} NODE_RANK={node} MASTER_ADDR=ADDRESS_OF_0 {command}" for node in range(min(count, 2))]
+    lines.append("one on each machine, by its NODE_RANK; docs/static.md lists the variables that providers set already")
+    if not config.run.root.startswith(("/", "~")):
+        remedy = "before that, set run.root in the file to a folder on storage that all machines share, such as /shared/runs"
+        lines.append(remedy)
+    return lines

@@ -41,7 +41,7 @@ from launcher.config.run_file import reading
 from launcher.config.run_file.hydra_layer import OVERRIDE, composable
 from launcher.config.run_file.implied_settings import name_model_after_path, unset_other_length
 from launcher.config.run_file.reading import FileContent
-from launcher.config.run_file.words import split_run_files
+from launcher.config.run_file.tokens import split_run_files
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, LauncherError, Problem
 from launcher.security.credentials import environment_secrets

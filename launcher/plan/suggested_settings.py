@@ -4,10 +4,12 @@ The learning rate, the batch, the epochs and the warm-up follow published full-p
 
     SmolLM2 135M, 360M   1e-3, 2 epochs          alignment-handbook, recipes/smollm2/sft/config_smol.yaml
     OLMo 2 1B            3e-5, 128 x 4,096       open-instruct, docs/olmo2.md: 2 epochs, warm-up 3%, no weight decay
-    OLMo 2 7B, 13B       2e-5, 5e-6, 64 x 4,096  open-instruct, scripts/train/olmo2/finetune_7b.sh and finetune_13b.sh: 2 epochs
+    OLMo 2 7B            2e-5, 128 x 4,096       open-instruct, scripts/train/olmo2/finetune_7b.sh (64 GPUs x 1 x 2): 2 epochs
+    OLMo 2 13B           5e-6, 64 x 4,096        open-instruct, scripts/train/olmo2/finetune_13b.sh (64 GPUs x 1 x 1): 2 epochs
     Tulu 3 8B, 70B       5e-6, 2e-6, 128 x 4,096 model card of allenai/Llama-3.1-Tulu-3-8B-SFT; Lambert et al., arXiv:2411.15124
 
 The rate is the power law through OLMo 2 1B and Tulu 3 70B, at most 1e-4: all of these but SmolLM2's are within a factor of three.
+Outside of 1 to 70 billion parameters it is extrapolated, and the reason that a person reads says so.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def suggest(
         Suggestion("data.max_length", length, _length_reason(length, max_positions, data)),
         Suggestion("train.epochs", epochs, _epochs_reason(epochs, data.num_documents)),
         Suggestion("train.global_batch_size", batch, _batch_reason(batch, length, steps, machine)),
-        Suggestion("optim.lr", learning_rate(num_params), f"for {_size(num_params)} parameters: {_RATE_SOURCE}"),
+        Suggestion("optim.lr", learning_rate(num_params), _rate_reason(num_params)),
         Suggestion(
             "optim.warmup_steps", max(1, round(steps * _WARMUP_SHARE)), "3% of the steps, as OLMo 2 and Tulu 3 (2411.15124)"
         ),
@@ -108,7 +110,21 @@ def needs_offload(states_gib: float, machine: Machine) -> bool:
     return machine.device == "cuda" and machine.memory_gib is not None and states_gib > _MAX_STATES_SHARE * machine.memory_gib
 
 
-_RATE_SOURCE = "between those of OLMo 2 1B (3e-5) and Tulu 3 70B (2e-6), arXiv:2501.00656 and 2411.15124"
+_RATE_SOURCE = "those of OLMo 2 1B (3e-5) and Tulu 3 70B (2e-6), arXiv:2501.00656 and 2411.15124"
+# Models that are named 1B and 70B.
+_PUBLISHED_SIZES = (0.9e9, 75e9)
+
+
+def _rate_reason(num_params: int) -> str:
+    smallest, largest = _PUBLISHED_SIZES
+    if smallest <= num_params <= largest:
+        return f"for {_size(num_params)} parameters: between {_RATE_SOURCE}"
+    reason = f"for {_size(num_params)} parameters: extrapolated from {_RATE_SOURCE}"
+    if num_params < smallest:
+        reason += (
+            f", at most {_MAX_RATE:g}; SmolLM2 135M and 360M were fine-tuned with 1e-3 (alignment-handbook, recipes/smollm2)"
+        )
+    return f"{reason}; try a few"
 
 
 def _length(max_positions: int | None, data: DataSample, device: str) -> int:
@@ -152,4 +168,5 @@ def _batch_reason(batch: int, length: int, steps: int, machine: Machine) -> str:
 
 
 def _size(num_params: int) -> str:
-    return f"{num_params / 1e9:.3g} billion" if num_params >= 1e9 else f"{num_params / 1e6:.3g} million"
+    # Three digits of 999,900,000 are 1.00 billion.
+    return f"{num_params / 1e9:.2f} billion" if num_params >= 999.5e6 else f"{num_params / 1e6:.3g} million"

@@ -9,6 +9,10 @@ ZERO3_SHARE lowers the low end: DeepSpeed ZeRO-3 with transformers reached an MF
 four A100s (huggingface.co/blog/deepspeed-to-fsdp-and-back, June 2024), where that page has a median of 0.57 for such a model. It
 covers what torchtitan measured without compiling, too: 0.33 with Llama 3.1 8B on eight H100s, where the page's lowest is 0.326
 (benchmarks/llama3_h100_202412_torchtitan.md in pytorch/torchtitan).
+
+Two things lower the low end further. ZeRO-3 gathers all weights twice and reduces all gradients once for each micro-batch
+(Rajbhandari et al., arXiv:1910.02054, section 7), which a small one does not hide: below FULL_TOKENS the low end is in
+proportion to its tokens. Between nodes this traffic takes its time at ASSUMED_GBITS, added to that of the computation.
 """
 
 from __future__ import annotations
@@ -20,6 +24,11 @@ from launcher.plan.gpu_types import GPUS, recognize
 from launcher.plan.launch_plan import LaunchPlan
 
 ZERO3_SHARE = 0.7
+# Tokens of a micro-batch from which the published MFU is taken as it is, and below which there is no estimate.
+FULL_TOKENS, MIN_TOKENS = 4096, 1024
+# Of each node: one network adapter of 400 Gbit/s. Nodes for training have up to eight, others 100 Gbit/s or less.
+ASSUMED_GBITS = 400
+_BYTES_PER_PARAM = 3 * 2
 _SOURCE = "published for FSDP (LLM Foundry, 2024-04)"
 # The largest model of each class in parameters: the geometric mean of neighboring sizes. Each GPU has the lowest and the highest
 # MFU of each class, None where none is published.
@@ -89,20 +98,34 @@ def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> 
         return SpeedEstimate(f"{gpu} is not in the table of GPU types; a type in cluster.gpu_type gives one")
     if flops is None:
         return SpeedEstimate(f"the launcher does not know the FLOPs of {plan.model.config.get('model_type')}")
+    tokens_per_step = plan.batch.tokens_per_step or plan.batch.max_tokens_per_step
+    micro_batch_tokens = tokens_per_step / (plan.batch.accumulation * plan.topology.world_size)
+    # What was measured on several nodes includes their network.
+    adds_network = plan.topology.nodes > 1
     if measured is not None:
         low, high = measured.low, measured.high
         basis = f"measured in run {measured.run_name} on {_ranks(measured.num_ranks)}"
+        adds_network &= measured.num_ranks <= plan.topology.ranks_per_node
+    elif micro_batch_tokens < MIN_TOKENS:
+        few = f"a micro-batch has {micro_batch_tokens:,.0f} tokens, and below {MIN_TOKENS:,} no MFU is published"
+        return SpeedEstimate(f"{few}: raise train.micro_batch_size or data.max_length, or use fewer GPUs")
     else:
         published = _published_mfu(plan, gpu)
         if isinstance(published, str):
             return SpeedEstimate(f"{published}; a run of this model gives one to later plans")
         low, high = ZERO3_SHARE * published[0], published[1]
         basis = f"{_SOURCE}, at the low end {ZERO3_SHARE:g} of it for ZeRO-3"
+        if micro_batch_tokens < FULL_TOKENS:
+            share = micro_batch_tokens / FULL_TOKENS
+            low *= share
+            basis += f", and {share:.2g} of that for micro-batches of {micro_batch_tokens:,.0f} tokens"
+    if adds_network:
+        low = _with_network(plan, low, peak, flops, micro_batch_tokens)
+        basis += f"; the low end assumes {ASSUMED_GBITS} Gbit/s between nodes"
     if plan.data is None:
         basis += "; every row is taken for one trained document of data.max_length"
     per_gpu = low * peak * 1e12 / flops, high * peak * 1e12 / flops
     world_size, hours = plan.topology.world_size, None
-    tokens_per_step = plan.batch.tokens_per_step or plan.batch.max_tokens_per_step
     per_second = per_gpu[0] * world_size, per_gpu[1] * world_size
     if plan.batch.max_steps is not None:
         seconds = [plan.batch.max_steps * tokens_per_step / rate for rate in per_second]
@@ -110,6 +133,14 @@ def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> 
     price = None if plan.price is None else world_size * plan.price.usd_per_gpu_hour
     usd = None if hours is None or price is None else (hours[0] * price, hours[1] * price)
     return SpeedEstimate(basis, (low, high), per_second, per_gpu, hours, usd)
+
+
+def _with_network(plan: LaunchPlan, mfu: float, peak: float, flops: float, micro_batch_tokens: float) -> float:
+    """Return the MFU where the traffic between nodes adds its whole time to that of each micro-batch."""
+    nodes = plan.topology.nodes
+    num_bytes = _BYTES_PER_PARAM * plan.model.num_params * (nodes - 1) / nodes
+    ideal_s = micro_batch_tokens * flops / (peak * 1e12)
+    return ideal_s / (ideal_s / mfu + num_bytes / (ASSUMED_GBITS * 1e9 / 8))
 
 
 def _ranks(count: int) -> str:

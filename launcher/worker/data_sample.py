@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import model_source
-from launcher.config.schema import RunConfig
+from launcher.config.schema import RunConfig, is_run
 from launcher.config.sections.data import DataSection, Source
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.data import sources
@@ -26,6 +26,7 @@ from launcher.data.sources import Chat, Completion, Document, DocumentBatch
 from launcher.data.sources.files import Block
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import LauncherError
+from launcher.models import parent_run
 from launcher.worker.prepare import convert_local
 from launcher.worker.signals import exit_on_termination
 
@@ -101,6 +102,10 @@ def _tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str,
     """
     model = config.model
     name = model.tokenizer or model.path or ""
+    while is_run(name) and model_source.locate(name, model).folder is None:
+        # Its weights are copied when the run is prepared. Its tokenizer is that of the model which it began with.
+        model = parent_run.find_parent(name).plan.config.model
+        name = model.tokenizer or model.path or ""
     convert_local(name, model)
     folder = model_source.locate(name, model).folder
     if folder is not None or not HUB_ID_PATTERN.fullmatch(name):
@@ -115,7 +120,7 @@ def _tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str,
         reason = f"cannot be fetched from the Hub ({type(error).__name__})"
         return None, None, f"{name} is not on this machine and {reason}"
     file = fetched / "config.json"
-    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and name == model.path else None
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and name == config.model.path else None
     return fetched, content, ""
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from forked import ForkingSubprocess, preloaded
 from http_server import serving
 from pace import wait_for
@@ -21,7 +22,9 @@ from wandb_server import KEY, FakeWandb, fake_wandb
 
 from launcher.cli import wandb_check
 from launcher.cli.doctor_accounts import check_accounts
+from launcher.cli.hub_access import is_gated
 from launcher.clusters.check_results import FAILURE, OK, WARNING, CheckResult
+from launcher.config.compose import conf_dir
 from launcher.config.schema import RunConfig
 
 __all__ = ["config_of"]
@@ -151,6 +154,13 @@ def test_a_wandb_login_is_missing_refused_or_accepted(
     assert KEY[::-1] not in str(refused)
 
 
+def test_the_gated_repositories_are_those_that_the_presets_call_gated() -> None:
+    for file in (conf_dir() / "model").glob("*.yaml"):
+        head, *_ = file.read_text().splitlines()
+        path = yaml.safe_load(file.read_text()).get("path", "")
+        assert is_gated(path) == ("gated" in head), file.name
+
+
 class Hub(BaseHTTPRequestHandler):
     """Knows one token."""
 
@@ -171,6 +181,10 @@ def test_a_hub_token_is_missing_refused_accepted_or_not_checked(
     config = config_of("tracking.mode=offline")
     assert of("Hub", config).verdict == OK
     assert of("Hub", config_of("tracking.mode=offline", "export.push_to_hub=owner/name")).verdict == FAILURE
+    gated = config_of("tracking.mode=offline", "model=llama3_1_8b", "data=jsonl", "data.path=rows.jsonl")
+    assert of("Hub", gated).verdict == FAILURE
+    assert "meta-llama/Llama-3.1-8B-Instruct is gated, there is no HF_TOKEN" in of("Hub", gated).seen
+    assert "https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct" in of("Hub", gated).remedy
     with serving(Hub) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
         monkeypatch.setenv("HF_TOKEN", TOKEN)

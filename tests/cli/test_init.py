@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,6 +84,82 @@ def test_a_model_that_is_not_at_hand_is_assumed_and_what_was_typed_stays(typed: 
     assert model == {"name": "model-3B", "path": "someone/model-3B", "activation_checkpointing": True}
 
 
+def test_the_commands_that_follow_are_those_that_the_file_plans_for(typed: Typed) -> None:
+    code, out, err = typed("init", "--data", "chats.jsonl", "--model", "tiny", "tracking=none")
+    assert code == 0, err
+    # Batch and length of a CPU are not those of a cluster's GPUs.
+    assert out.splitlines()[1].startswith("fitted to: 2 CPU ranks on ")
+    assert "train chats.yaml +cluster" not in out
+    assert "for a cluster, repeat init with another --out and +cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8" in out
+    code, out, err = typed(
+        "init", "--data", "chats.jsonl", "--model", "qwen3_8b", "--out", "gpus.yaml", *GPUS, "train.global_batch_size=16"
+    )
+    assert code == 0, err
+    assert "fitted to: 8 GPUs of type H100-80GB (this machine)" in out
+    slurm = ("+cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=8")
+    assert f"  python -m launcher train gpus.yaml {' '.join(slurm)}\n" in out
+    assert typed("plan", "gpus.yaml", *slurm)[0] == 0
+    # Three ranks make a batch that does not divide over six GPUs of two nodes.
+    odd = ("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=3", "train.global_batch_size=3", "--out", "odd.yaml")
+    code, out, err = typed("init", "--data", "chats.jsonl", "--model", "tiny", *odd)
+    assert (code, "+cluster=slurm cluster.nodes=2 cluster.gpus_per_node=3" in out) == (0, False), err
+
+
+def test_the_commands_of_the_readme_work_as_they_stand(typed: Typed) -> None:
+    """Those that need neither the Hub nor a cluster, word by word; the others use the file that these write."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    lines = readme.split("```sh\n")[1].partition("```")[0].replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    assert [line[:4] for line in words] == [
+        ["pip", "install", "."],
+        ["python", "-m", "launcher", "init"],
+        *(["python", "-m", "launcher", verb] for verb in ("data", "plan", "train")),
+    ]
+    Path("chats.jsonl").rename("rows.jsonl")
+    init, data, plan, train = (line[3:] for line in words[1:])
+    code, out, err = typed(*init)
+    assert code == 0, err
+    assert "fitted to: 16 GPUs of type H100-80GB on 2 nodes (slurm)" in out
+    assert (data[1:], train[1:]) == (["rows.yaml"], ["rows.yaml"])
+    code, out, err = typed(*plan)
+    assert code == 0, err
+    assert "2 nodes x 8" in out
+    assert "an hour = 16 GPUs x $" in out
+
+
+def test_what_the_plan_warns_of_is_said_at_once(typed: Typed) -> None:
+    code, out, err = typed("init", "--data", "chats.jsonl", "--model", "qwen3_8b")
+    assert code == 0, err
+    (note,) = [line for line in out.splitlines() if line.startswith("note: model states take")]
+    assert "they do not fit" in note
+    code, out, err = typed("init", "--model", "tiny", "--out", "short.yaml", "optim.warmup_steps=20", "train.max_steps=8")
+    assert "note: the warm-up of 20 steps does not end within 8: lower optim.warmup_steps" in out, err
+
+
+def test_rows_may_be_named_by_overrides(typed: Typed) -> None:
+    """Settings are then suggested for them, and not for the demonstration."""
+    for number, words in enumerate((("data=jsonl", "data.path=chats.jsonl"), ("data.path=chats.jsonl",))):
+        code, _, err = typed("init", "model=tiny", *words, "--out", f"{number}.yaml")
+        assert code == 0, err
+        content = yaml.safe_load(Path(f"{number}.yaml").read_text())
+        assert (content["data"]["path"], content["train"]["epochs"]) == ("chats.jsonl", 3)
+    assert typed("init", "model=tiny", "data=jsonl", "data.path=chats.jsonl")[1].startswith("wrote chats.yaml\n")
+
+
+def test_on_machines_that_run_the_same_command_the_run_has_a_name(typed: Typed) -> None:
+    words = ("init", "--data", "chats.jsonl", "--model", "tiny", "+cluster=static", "cluster.nodes=2", *GPUS)
+    code, out, err = typed(*words)
+    assert code == 0, err
+    assert yaml.safe_load(Path("chats.yaml").read_text())["run"] == {"name": "chats"}
+    for node in (0, 1):
+        assert f"  NNODES=2 NODE_RANK={node} MASTER_ADDR=ADDRESS_OF_0 python -m launcher train chats.yaml\n" in out
+    assert "\n  python -m launcher train" not in out
+    assert "set run.root in the file to a folder on storage that all machines share" in out
+    code, out, err = typed(*words, "run.name=mine", "run.root=/shared/runs", "--out", "mine.yaml")
+    assert (code, "set run.root" in out) == (0, False), err
+    assert yaml.safe_load(Path("mine.yaml").read_text())["run"] == {"name": "mine", "root": "/shared/runs"}
+
+
 def test_without_data_it_writes_the_demonstration(typed: Typed) -> None:
     code, out, err = typed("init", "--model", "tiny", "tracking=none")
     assert (code, out.splitlines()[0]) == (0, "wrote run.yaml"), err
@@ -109,6 +186,9 @@ def test_nothing_is_overwritten(typed: Typed) -> None:
         (("--dat", "chats.jsonl"), "did you mean --data?"),
         (("--model", "tiny", "-m", "optim.lr=1,2"), "init writes the settings of one run"),
         (("--data", "bad.jsonl", "--model", "tiny"), "bad.jsonl:2"),
+        (("--data", "chats.jsonl", "mine.yaml"), "use this file with: python -m launcher plan mine.yaml"),
+        (("chats.jsonl", "model=tiny"), "name rows with: --data chats.jsonl"),
+        (("--data", "chats.jsonl", "--model", "run:nope"), "there is no run named nope"),
     ],
 )
 def test_what_a_run_would_refuse_is_refused_and_nothing_is_written(words: tuple[str, ...], message: str, typed: Typed) -> None:

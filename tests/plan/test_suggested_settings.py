@@ -37,6 +37,19 @@ def test_the_learning_rate_falls_with_the_size_and_is_a_round_number() -> None:
     assert (learning_rate(1_000_000_000), learning_rate(70_000_000_000)) == (3e-5, 2e-6)
 
 
+def test_a_rate_beyond_the_published_sizes_is_called_extrapolated() -> None:
+    def reason(num_params: int) -> str:
+        (rate,) = [one for one in suggest(num_params, None, sample(), GPUS) if one.key == "optim.lr"]
+        return rate.reason
+
+    assert reason(8_190_735_360).startswith("for 8.19 billion parameters: between those of OLMo 2 1B")
+    assert reason(999_900_000).startswith("for 1.00 billion parameters: between")
+    assert "for 135 million parameters: extrapolated from" in reason(134_515_008)
+    assert "SmolLM2 135M and 360M were fine-tuned with 1e-3" in reason(134_515_008)
+    assert "extrapolated" in reason(235_000_000_000)
+    assert "SmolLM2" not in reason(235_000_000_000)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6, 8, 24, 64])
 @pytest.mark.parametrize("num_documents", [1, 100, 20_000, 5_000_000])
 def test_the_batch_divides_over_the_ranks(num_documents: int, world_size: int) -> None:

@@ -15,7 +15,9 @@ from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.throughput import MeasuredMfu, estimate_speed
 
 PlanOf = Callable[..., LaunchPlan]
-LLAMA = ("model=llama3_1_8b", "data=jsonl", "data.path=rows.jsonl", "train.max_steps=1000")
+ROWS_AND_MODEL = ("model=llama3_1_8b", "data=jsonl", "data.path=rows.jsonl", "train.max_steps=1000")
+# Eight rows of 900 tokens in DATA.
+LLAMA = (*ROWS_AND_MODEL, "train.micro_batch_size=8")
 GPU = "H100-80GB"
 
 
@@ -49,6 +51,42 @@ def test_without_data_a_row_is_one_document(plan_of: PlanOf) -> None:
     assert speed.basis.endswith("; every row is taken for one trained document of data.max_length")
     assert speed.tokens_per_sec is not None
     assert (speed.hours, speed.usd) == (None, None), "the number of steps is not known"
+
+
+def test_small_micro_batches_lower_the_low_end(plan_of: PlanOf) -> None:
+    small = (*ROWS_AND_MODEL, "train.micro_batch_size=1")
+    full = estimate_speed(plan_of(*LLAMA, device=H100), GPU, None)
+    one = estimate_speed(plan_of(*small, "data.max_length=2048", device=H100, data=None), GPU, None)
+    assert full.mfu == pytest.approx((0.7 * 0.326, 0.447))
+    assert one.mfu == pytest.approx((0.7 * 0.326 / 2, 0.447))
+    assert "and 0.5 of that for micro-batches of 2,048 tokens" in one.basis
+    none = estimate_speed(plan_of(*small, device=H100), GPU, None)
+    assert none.mfu is None
+    assert none.basis.startswith("a micro-batch has 900 tokens, and below 1,024 no MFU is published: raise")
+    measured = MeasuredMfu("first", num_ranks=8, low=0.2, high=0.3)
+    assert estimate_speed(plan_of(*small, device=H100), GPU, measured).mfu == (0.2, 0.3)
+
+
+def test_several_nodes_lower_the_low_end_by_an_assumed_network(plan_of: PlanOf) -> None:
+    two = plan_of(
+        *LLAMA, "cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=8", "train.global_batch_size=128", device=H100
+    )
+    speed, alone = estimate_speed(two, GPU, None), estimate_speed(plan_of(*LLAMA, device=H100), GPU, None)
+    assert speed.basis.endswith("; the low end assumes 400 Gbit/s between nodes")
+    assert speed.mfu is not None
+    assert alone.mfu is not None
+    # Eight rows of 900 tokens; half of 6 bytes of each of 8.03 billion parameters cross to a node, at 50 GB/s.
+    assert speed.tokens_per_sec_per_gpu is not None
+    assert alone.tokens_per_sec_per_gpu is not None
+    seconds = 7200 / alone.tokens_per_sec_per_gpu[0] + 8_030_261_248 * 6 / 2 / 50e9
+    assert speed.tokens_per_sec_per_gpu[0] == pytest.approx(7200 / seconds)
+    assert speed.mfu[1] == alone.mfu[1]
+    # A measurement on as many nodes has their network in it; one on a single node has not.
+    assert estimate_speed(two, GPU, MeasuredMfu("first", 16, 0.2, 0.3)).mfu == (0.2, 0.3)
+    single = estimate_speed(two, GPU, MeasuredMfu("first", 8, 0.2, 0.3))
+    assert single.mfu is not None
+    assert single.mfu[0] < 0.16
+    assert single.basis == "measured in run first on 8 ranks; the low end assumes 400 Gbit/s between nodes"
 
 
 @pytest.mark.parametrize(
@@ -86,9 +124,9 @@ def test_a_plan_shows_ranges_in_two_digits(plan_of: PlanOf) -> None:
     hours = shown(hours=(3.14, 12.6), usd=(62.8, 252.0))
     assert hours["speed"].startswith("41,000 to 57,000 tokens/s (5,200 to 7,100 a GPU): MFU 23% to 45%, published")
     assert hours["time"] == f"3.1 to 13 hours {rest}"
-    assert hours["cost"] == "$63 to $250 in all; $20.00 an hour = 8 GPUs x $2.50"
+    assert hours["cost"] == "$63 to $250 for the training steps; $20.00 an hour = 8 GPUs x $2.50"
     minutes = shown(hours=(0.1, 0.5), usd=(0.5, 2.5))
-    assert (minutes["time"], minutes["cost"][:22]) == (f"6.0 to 30 minutes {rest}", "$0.50 to $2.50 in all;")
+    assert (minutes["time"], minutes["cost"][:38]) == (f"6.0 to 30 minutes {rest}", "$0.50 to $2.50 for the training steps;")
     assert shown(hours=(0.005, 0.01))["time"] == f"18 to 36 seconds {rest}"
 
 

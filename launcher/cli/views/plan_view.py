@@ -81,6 +81,11 @@ def plan_json(plan: LaunchPlan, *notes: str | None, own_warnings: Sequence[str |
     return json.dumps(shown, indent=2, ensure_ascii=False)
 
 
+def remarks(plan: LaunchPlan, *notes: str | None) -> list[str]:
+    """Return the warnings and notes of a plan, each with its kind in front; `notes` are those of this machine."""
+    return [*(f"warning: {line}" for line in _all_warnings(plan, ())), *(f"note: {line}" for line in _all_notes(plan, notes))]
+
+
 def _all_warnings(plan: LaunchPlan, own_warnings: Sequence[str | None]) -> list[str]:
     return [*warnings(plan), *(warning for warning in own_warnings if warning)]
 
@@ -129,7 +134,8 @@ def _parameters(plan: LaunchPlan) -> str:
     count = plan.model.num_params
     if plan.model.num_params_exact:
         return f"{count:,}"
-    return f"about {count / 1e9:.1f} billion" if count >= 1e9 else f"about {count / 1e6:.1f} million"
+    # Rounded first: 999,990,000 are 1.0 billion.
+    return f"about {count / 1e9:.1f} billion" if round(count / 1e6, 1) >= 1000 else f"about {count / 1e6:.1f} million"
 
 
 def _retention(checkpoint: CheckpointSection) -> str:
@@ -255,7 +261,7 @@ def _between(values: tuple[float, float], currency: str = "") -> str:
 
 
 def _cost(plan: LaunchPlan, speed: SpeedEstimate | None) -> str:
-    total = "" if speed is None or speed.usd is None else f"{_between(speed.usd, '$')} in all; "
+    total = "" if speed is None or speed.usd is None else f"{_between(speed.usd, '$')} for the training steps; "
     return total + _hourly_cost(plan)
 
 

@@ -22,7 +22,7 @@ from launcher.config.hydra_location import broken_reference
 from launcher.config.introspect import settings
 from launcher.config.origin import RunFile, nodes, short
 from launcher.config.renamed_keys import COMMAND_LINE
-from launcher.config.run_file.words import SUFFIXES
+from launcher.config.run_file.tokens import SUFFIXES
 from launcher.config.suggestions import suggest_setting
 from launcher.errors import ConfigError, Problem
 from launcher.security.redaction import looks_secret, redact

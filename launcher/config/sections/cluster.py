@@ -69,6 +69,11 @@ class ClusterSection(Section):
         return False
 
     @property
+    def is_this_machine(self) -> bool:
+        """True where the run is on the machine of the command, and on no other."""
+        return False
+
+    @property
     def runs_on_every_node(self) -> bool:
         """True where each machine runs the same command, which stays there as long as the attempt lasts."""
         return False
@@ -139,6 +144,10 @@ class LocalSection(ClusterSection):
 
     @property
     def is_followed(self) -> bool:
+        return True
+
+    @property
+    def is_this_machine(self) -> bool:
         return True
 
 

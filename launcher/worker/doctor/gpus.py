@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -16,6 +15,9 @@ from launcher.plan.gpu_types import recognize
 from launcher.worker.checks import gpu_check
 from launcher.worker.doctor.torch_build import TorchBuild, read_torch_build
 
+# The CUDA versions with an index of wheels for each torch that the launcher takes, from 2.9 on
+# (https://pytorch.org/get-started/previous-versions).
+_WHEEL_CUDA = ((12, 6), (12, 8), (13, 0))
 # The driver itself, and a display, take less.
 _MAX_USED_FRACTION = 0.05
 
@@ -88,9 +90,7 @@ def check_torch(config: RunConfig) -> Iterator[CheckResult]:
 
 def _judge_build(build: TorchBuild, driver_cuda: str, shown: str) -> CheckResult:
     if not build.cuda:
-        wheel = re.sub(r"\D", "", driver_cuda) or "128"
-        index = f"https://download.pytorch.org/whl/cu{wheel}"
-        return failure(shown, f"install a build with CUDA: pip install --force-reinstall torch --index-url {index}")
+        return failure(shown, _install_remedy(driver_cuda))
     if build.num_gpus:
         return ok(f"{shown}; NCCL {build.nccl}; a kernel ran on each of {build.num_gpus} GPUs", must_match=True)
     # A driver runs programs of newer minor versions of its CUDA, not of a newer major version.
@@ -101,6 +101,18 @@ def _judge_build(build: TorchBuild, driver_cuda: str, shown: str) -> CheckResult
     else:
         remedy = "look at the driver with nvidia-smi, and at the kernel's log with dmesg; in a container, check --gpus all"
     return failure(f"{shown}; torch cannot use the GPUs: {build.problem or 'it sees none'}", remedy)
+
+
+def _install_remedy(driver_cuda: str) -> str:
+    """Return how to install the newest build that is not above the driver's CUDA, or else the oldest of its major version."""
+    supported = tuple(int(part) for part in driver_cuda.split(".")[:2]) if driver_cuda else _WHEEL_CUDA[0]
+    runnable = [cuda for cuda in _WHEEL_CUDA if cuda <= supported]
+    runnable = runnable or [cuda for cuda in _WHEEL_CUDA if cuda[0] == supported[0]][:1]
+    if not runnable:
+        oldest = ".".join(map(str, _WHEEL_CUDA[0]))
+        return f"update the driver: no build of this torch has the CUDA {driver_cuda} that it supports, {oldest} is the oldest"
+    index = "https://download.pytorch.org/whl/cu{}{}".format(*runnable[-1])
+    return f"install a build with CUDA: pip install --force-reinstall torch --index-url {index}"
 
 
 def _major(version: str) -> int:

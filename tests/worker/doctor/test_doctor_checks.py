@@ -109,6 +109,11 @@ def test_a_machine_without_a_driver_is_a_failure_only_for_runs_on_gpus(
     [
         (WITH_CUDA, 12080, OK, "a kernel ran on each of 2 GPUs", ""),
         (TorchBuild("2.9.0+cpu", "", 0, "", ""), 12060, FAILURE, "built without CUDA", "whl/cu126"),
+        # There is no index for each CUDA: the newest one that the driver runs.
+        (TorchBuild("2.9.0+cpu", "", 0, "", ""), 12040, FAILURE, "built without CUDA", "whl/cu126"),
+        (TorchBuild("2.9.0+cpu", "", 0, "", ""), 12090, FAILURE, "built without CUDA", "whl/cu128"),
+        (TorchBuild("2.9.0+cpu", "", 0, "", ""), 13010, FAILURE, "built without CUDA", "whl/cu130"),
+        (TorchBuild("2.9.0+cpu", "", 0, "", ""), 11080, FAILURE, "built without CUDA", "update the driver"),
         (TorchBuild("2.13.0", "13.0", 0, "2.28.9", "driver too old"), 12080, FAILURE, "driver too old", "update the driver"),
         (TorchBuild("2.9.0", "12.8", 0, "2.27.5", "unknown error"), 12080, FAILURE, "unknown error", "nvidia-smi"),
         ("ImportError: libcudart.so.12", 12080, FAILURE, "torch cannot be imported: ImportError", "--force-reinstall"),

@@ -1,0 +1,48 @@
+"""Whether this shell may fetch a model of the Hub that is given only to accounts which accepted its license; asks no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from launcher import model_source
+from launcher.config.schema import ModelSection
+from launcher.errors import Problem
+from launcher.export.hub import TOKEN_VARIABLE
+
+# How the names of gated repositories begin, among those of the presets; conf/model/*.yaml says it of each.
+_GATED = ("meta-llama/", "google/gemma-")
+
+
+def find_token() -> tuple[str | None, str]:
+    """Return the token that huggingface_hub uses, and where it comes from."""
+    if token := os.environ.get(TOKEN_VARIABLE):
+        return token.strip(), TOKEN_VARIABLE
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    file = Path(os.environ.get("HF_TOKEN_PATH") or Path(os.environ.get("HF_HOME") or cache / "huggingface") / "token")
+    try:
+        return file.expanduser().read_text().strip() or None, str(file)
+    except OSError:
+        return None, ""
+
+
+def is_gated(repo_id: str) -> bool:
+    """Return whether a repository is known to be gated; one that is not known may be gated, too."""
+    return repo_id.startswith(_GATED)
+
+
+def gated_problem(model: ModelSection) -> Problem | None:
+    """Return why model or tokenizer will not be fetched: gated, no token, and not on this machine; None otherwise."""
+    if find_token()[0] is not None:
+        return None
+    fetched = {
+        "model.tokenizer": model.tokenizer,
+        "model.path": model.path if model.init == "pretrained" or not model.tokenizer else None,
+    }
+    for key, repo_id in fetched.items():
+        if repo_id and is_gated(repo_id) and model_source.locate(repo_id, model).folder is None:
+            message = f"{repo_id} is gated, there is no {TOKEN_VARIABLE}, and it is not on this machine"
+            page = f"https://huggingface.co/{repo_id}"
+            remedy = f"accept its license at {page}, and export {TOKEN_VARIABLE} with a token of that account"
+            return Problem(message, key, repo_id, remedy)
+    return None
