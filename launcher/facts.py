@@ -24,6 +24,7 @@ from launcher.config.schema import RunConfig, is_run
 from launcher.config.sections.data import DataSection
 from launcher.data import cache, sources
 from launcher.data.checks import findings
+from launcher.data.sources.eval_set import make_set_data
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.hardware import device, has_fast_bf16
 from launcher.models import isolation_verdicts
@@ -155,7 +156,7 @@ def eval_set_facts(config: RunConfig, tokenizer_path: str | None) -> dict[str, D
     """Return the counts of the data caches of the evaluation sets by name, without those that are not built."""
     if tokenizer_path is None:
         return {}
-    built = {one.name: _find_cache(one.as_data(config.data), tokenizer_path) for one in config.eval.sets}
+    built = {one.name: _find_cache(make_set_data(one, config.data), tokenizer_path) for one in config.eval.sets}
     return {name: counts for name, counts in built.items() if counts is not None}
 
 

@@ -16,6 +16,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 REFERENCE_LOGITS = "probe.safetensors"
+# The set whose loss a manifest holds where it names none.
+HELD_OUT = "held_out"
 
 # Rejects paths out of the directory, whoever wrote the file.
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -25,7 +27,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class Manifest:
     """Content of manifest.json. `files` names every file of the directory except the manifest itself.
 
-    `eval_loss` is the loss of the set checkpoint.best_set in nats at that very step, None if it was not evaluated.
+    `eval_loss` is the loss of the evaluation set `eval_set` in nats at that very step, None if it was not evaluated.
     """
 
     format_version: int = FORMAT_VERSION
@@ -34,6 +36,7 @@ class Manifest:
     plan_digest: str
     attempt: int
     eval_loss: float | None = None
+    eval_set: str = HELD_OUT
     files: dict[str, atomic_files.FileEntry]
 
     def __post_init__(self) -> None:
@@ -45,6 +48,8 @@ class Manifest:
             raise ValueError("plan_digest: is not text")
         if not isinstance(self.eval_loss, float | int | None):
             raise ValueError("eval_loss: is not a number")
+        if not isinstance(self.eval_set, str):
+            raise ValueError("eval_set: is not text")
         for name in self.files:
             if not _FILE_NAME.fullmatch(name):
                 raise ValueError(f"files: {name!r} is not the name of a file")
@@ -54,6 +59,9 @@ class Manifest:
         if self.eval_loss is not None and not math.isfinite(self.eval_loss):
             # JSON cannot represent it.
             values["eval_loss"] = None
+        if self.eval_set == HELD_OUT:
+            # Earlier launchers do not know the key.
+            del values["eval_set"]
         return json.dumps(values, indent=2) + "\n"
 
     @classmethod
@@ -70,7 +78,7 @@ class Manifest:
         known = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or not isinstance(values.get("files"), dict):
             raise ValueError("not an object with files")
-        if missing := known - {"eval_loss", "format_version"} - values.keys():
+        if missing := known - {"eval_loss", "eval_set", "format_version"} - values.keys():
             raise ValueError(f"{min(missing)}: is missing")
         if unknown := values.keys() - known:
             raise ValueError(f"{min(unknown)!r}: is unknown")

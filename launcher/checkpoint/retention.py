@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from launcher.checkpoint.manifest import HELD_OUT
+
 if TYPE_CHECKING:
     from launcher.checkpoint.manifest import Checkpoint
     from launcher.config.sections.train import CheckpointSection
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Retention:
-    """The newest `keep_last`, every step that `keep_every` divides, and the `keep_best` with the lowest evaluation loss.
+    """The newest `keep_last`, every step that `keep_every` divides, and the `keep_best` with the lowest loss of `best_set`.
 
     0 turns a rule off, except that the newest checkpoint is always kept.
     """
@@ -22,18 +24,19 @@ class Retention:
     keep_last: int = 1
     keep_every: int = 0
     keep_best: int = 0
+    best_set: str = HELD_OUT
 
     @classmethod
     def of(cls, checkpoint: CheckpointSection) -> Retention:
         """Build the rules from a run's settings."""
-        return cls(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_best)
+        return cls(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_best, checkpoint.best_set)
 
 
 def retention_reasons(checkpoints: Sequence[Checkpoint], retention: Retention) -> dict[int, tuple[str, ...]]:
     """Return why each step is kept: any of `newest`, `every N` and `best`; an empty tuple if it would be pruned."""
     steps = sorted(checkpoint.step for checkpoint in checkpoints)
     newest = set(steps[-max(1, retention.keep_last) :])
-    best = _best(checkpoints, retention.keep_best)
+    best = _best(checkpoints, retention)
     every = retention.keep_every
     return {
         step: (
@@ -51,8 +54,9 @@ def select_outdated(checkpoints: Sequence[Checkpoint], retention: Retention) -> 
     return [checkpoint for checkpoint in checkpoints if not kept[checkpoint.step]]
 
 
-def _best(checkpoints: Sequence[Checkpoint], count: int) -> set[int]:
-    """Return the `count` steps with the lowest losses, the later of equal ones; steps without evaluation do not count."""
-    losses = [(checkpoint.manifest.eval_loss, -checkpoint.step) for checkpoint in checkpoints]
+def _best(checkpoints: Sequence[Checkpoint], retention: Retention) -> set[int]:
+    """Return the steps with the lowest losses, the later of equal ones; steps at which the set was not evaluated do not count."""
+    of_set = [checkpoint for checkpoint in checkpoints if checkpoint.manifest.eval_set == retention.best_set]
+    losses = [(checkpoint.manifest.eval_loss, -checkpoint.step) for checkpoint in of_set]
     evaluated = [(loss, step) for loss, step in losses if loss is not None and math.isfinite(loss)]
-    return {-step for _, step in sorted(evaluated)[:count]}
+    return {-step for _, step in sorted(evaluated)[: retention.keep_best]}

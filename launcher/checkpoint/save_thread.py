@@ -54,6 +54,7 @@ class SaveContext:
     prune: Callable[[Path], object]
     fence: Callable[[], None]
     deadline_s: float
+    eval_set: str
 
 
 @dataclass
@@ -160,6 +161,7 @@ class SaveJob:
             plan_digest=self.context.plan_digest,
             attempt=self.context.attempt,
             eval_loss=self.eval_loss,
+            eval_set=self.context.eval_set,
             files=files,
         )
         committed = store.commit(self.saving, manifest)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.nn import Parameter
 
 from launcher.checkpoint import store, zero3
+from launcher.checkpoint.manifest import HELD_OUT
 from launcher.checkpoint.save_thread import SaveContext, SaveJob, reference_logits_bytes
 from launcher.checkpoint.shards import Shard, build_state
 from launcher.checkpoint.staging import StagingBuffer
@@ -53,7 +54,8 @@ class Saver:
     rank 0 with the path of each checkpoint after its commit. With `background`, this rank's states are staged in host memory
     at a save; without it, or if a machine lacks that memory, or if states lie on NVMe, training waits for the write. `fence`
     is called on rank 0 before anything is written and before the commit, and raises if this process may not write any more.
-    The save fails if a rank has written no receipt within `deadline_s` seconds.
+    The save fails if a rank has written no receipt within `deadline_s` seconds. `eval_set` is the set of the losses that are
+    passed to `save`.
     """
 
     def __init__(
@@ -68,11 +70,12 @@ class Saver:
         background: bool,
         deadline_s: float,
         fence: Callable[[], None] = lambda: None,
+        eval_set: str = HELD_OUT,
     ) -> None:
         zero3.require_supported_engine(engine, named_parameters)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         self._context = SaveContext(
-            engine, named_parameters, root, rank, world_size, plan_digest, attempt, prune, fence, deadline_s
+            engine, named_parameters, root, rank, world_size, plan_digest, attempt, prune, fence, deadline_s, eval_set
         )
         self._engine, self._is_main = engine, rank == 0
         self._copy: StagingBuffer | None = None

@@ -12,11 +12,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from launcher import facts, json_records, run_store
+from launcher import json_records, run_store
 from launcher.checkpoint.mirror import download
 from launcher.checkpoint.mirror.layout import MirroredRun, read_complete_checkpoints, read_run
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder, unreachable_error
-from launcher.cli import formatting
+from launcher.cli import eval_set_caches, formatting
 from launcher.cli.worker_process import prepare
 from launcher.config.schema import ModelSection
 from launcher.config.sections.fields import Url
@@ -181,12 +181,15 @@ def _find_or_build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
 
 
 def _find_or_build_eval_sets(plan: LaunchPlan, model: ModelSection) -> dict[str, DataFacts]:
-    """Find the data caches of eval.sets on this machine, or build them."""
+    """Find the data caches of eval.sets on this machine by their keys, or build them.
+
+    Raises:
+        ConfigError, DataError: if a set that must be built is missing on this machine.
+    """
     config = plan.config.model_copy(update={"model": model})
-    tokenizer = model.tokenizer or model.path
-    if len(facts.eval_set_facts(config, tokenizer)) < len(config.eval.sets):
-        prepare(config)
-    return facts.eval_set_facts(config, tokenizer)
+    local = {name: cache.find(Path(recorded.cache_dir).name) for name, recorded in plan.eval_sets.items()}
+    kept = {name: counts for name, counts in local.items() if counts is not None}
+    return eval_set_caches.find_or_build(config, kept, model.tokenizer or model.path)
 
 
 def _build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:

@@ -12,7 +12,8 @@ from typing import Any
 from launcher import code_snapshot, facts, model_source, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint
-from launcher.cli import formatting, wandb_check
+from launcher.checkpoint.state import read_state
+from launcher.cli import eval_set_caches, formatting, wandb_check
 from launcher.cli.checkpoints import verify
 from launcher.cli.cleanup import run_folders
 from launcher.cli.interrupts import Interrupts
@@ -22,6 +23,7 @@ from launcher.clusters.backends import Cluster
 from launcher.clusters.preflight import check_startable, disk_note, push_note
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
 from launcher.config.schema import RunConfig
+from launcher.config.sections.evaluation import EvalSet
 from launcher.data import cache, sources
 from launcher.errors import CheckpointError, ConfigError, DamagedCheckpoint, DataError, LauncherError, Problem, SubmitError
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, ModelFacts
@@ -123,6 +125,18 @@ def _require_steps_left(run: RunDir, plan: LaunchPlan, checkpoint: Checkpoint) -
             where=str(run.root),
             remedy=f"train further with: {_resume_command(run)} train.max_steps=...",
         )
+    if exported is not None and run_store.read_status(run).state == "completed" and _ended_early(checkpoint, plan):
+        raise SubmitError(
+            f"the run is complete: it ended at step {checkpoint.step} because of eval.stop_after",
+            where=str(run.root),
+            remedy=f"train further with: {_resume_command(run)} eval.stop_after=0",
+        )
+
+
+def _ended_early(checkpoint: Checkpoint, plan: LaunchPlan) -> bool:
+    """Return whether the run ended at this checkpoint because a loss no longer fell, and its settings still say so."""
+    kept = read_state(checkpoint.path).extra.get("early_stopping") or {}
+    return 0 < plan.config.eval.stop_after <= kept.get("num_without_improvement", 0)
 
 
 def _describe_lost_metrics(run: RunDir, plan: LaunchPlan, step: int) -> str | None:
@@ -347,17 +361,26 @@ def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts, asks_f
 
 
 def _restore_eval_sets(plan: LaunchPlan, config: RunConfig, model: ModelFacts) -> dict[str, DataFacts]:
-    """Return the facts of the caches of eval.sets; builds those that are not as the plan records them.
+    """Return the facts of the caches of eval.sets; the recorded rows count, and a cache that is not there is built.
 
     Raises:
-        DataError: if a file of a set is gone as well.
+        ConfigError, DataError: for a set that cannot be read.
     """
-    recorded, group = plan.eval_sets, config.data.cache_group
-    is_same = (config.eval.sets, config.data) == (plan.config.eval.sets, plan.config.data)
-    if is_same and all(cache.read(Path(one.cache_dir), group) == one for one in recorded.values()):
-        return recorded
-    prepare(config)
-    return facts.eval_set_facts(config, model.tokenizer_path)
+    kept = {one.name: plan.eval_sets[one.name] for one in config.eval.sets if _is_recorded(one, plan, config)}
+    restored = eval_set_caches.find_or_build(config, kept, model.tokenizer_path)
+    for name, counts in restored.items():
+        if name in plan.eval_sets and plan.eval_sets[name].contents() != counts.contents():
+            print(f"note: the rows of the evaluation set {name} have changed: earlier losses do not compare", flush=True)
+    return restored
+
+
+def _is_recorded(eval_set: EvalSet, plan: LaunchPlan, config: RunConfig) -> bool:
+    """Return whether the plan has the cache of this set, made with the same settings, and it is there."""
+    recorded = plan.eval_sets.get(eval_set.name)
+    before = next((one for one in plan.config.eval.sets if one.name == eval_set.name), None)
+    if recorded is None or before is None or config.data != plan.config.data or before.rows != eval_set.rows:
+        return False
+    return cache.read(Path(recorded.cache_dir), config.data.cache_group) == recorded
 
 
 def _changed_sources(recorded: DataFacts, config: RunConfig) -> list[str]:

@@ -19,6 +19,11 @@ from launcher.errors import ConfigError, DataError, Problem, RunError
 _TERMINATION_S = 10.0
 
 
+def prepare_eval_sets(config: RunConfig) -> None:
+    """Build the caches of the evaluation sets alone, in a process that may import torch. Raises what `prepare` raises."""
+    _prepare(config, "--eval-sets")
+
+
 def prepare(config: RunConfig, show: int | None = None) -> dict[str, Any]:
     """Download and convert the model and build the data cache, in a process that may import torch.
 
@@ -28,7 +33,11 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, Any]:
         DataError: if the data or the model has problems.
         RunError: if the process fails for another reason.
     """
-    answer = run_worker_module("launcher.worker.prepare", config, *([f"--report={show}"] if show is not None else []))
+    return _prepare(config, *([f"--report={show}"] if show is not None else []))
+
+
+def _prepare(config: RunConfig, *arguments: str) -> dict[str, Any]:
+    answer = run_worker_module("launcher.worker.prepare", config, *arguments)
     if "problems" in answer:
         kind = DataError if answer["exit_code"] == DataError.exit_code else RunError
         raise kind([Problem(*parts) for parts in answer["problems"]])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.config.sections.data import DataSection
+from launcher.config.sections.evaluation import EvalSet
 from launcher.data import cache, row_layout, sources
 from launcher.data.build_report import make_facts, make_report
 from launcher.data.checks import findings
 from launcher.data.corpus import EncodedCorpus, Progress, list_inputs, read_corpus
-from launcher.data.selection import Selection, select_documents
+from launcher.data.selection import NothingLeft, Selection, select_documents
+from launcher.data.sources.eval_set import make_set_data, name_set, nothing_to_score
 from launcher.data.tokenization import parallel
 from launcher.data.tokenization.batch_encoder import NUM_PROMPTS
 from launcher.data.tokenization.encoder import read_template
@@ -51,6 +54,31 @@ def build(
     return facts
 
 
+def build_eval_sets(
+    eval_sets: Sequence[EvalSet], data: DataSection, tokenizer_path: str, on_progress: Progress, num_embeddings: int | None = None
+) -> dict[str, DataFacts]:
+    """Build the caches of `eval_sets`, whose rows are made as those of `data`; return their facts by name.
+
+    Raises:
+        DataError: with the problems of all sets, each with the name of its set.
+    """
+    built: dict[str, DataFacts] = {}
+    problems: list[Problem] = []
+    for number, eval_set in enumerate(eval_sets):
+        section = make_set_data(eval_set, data)
+        try:
+            facts = built[eval_set.name] = build(section, tokenizer_path, on_progress, num_embeddings)
+            refused = findings.problems(findings.read(facts.cache_dir), section.checks)
+            problems += [name_set(problem, number, eval_set) for problem in refused]
+        except NothingLeft:
+            problems.append(nothing_to_score(number, eval_set))
+        except DataError as error:
+            problems += [name_set(problem, number, eval_set) for problem in error.problems]
+    if problems:
+        raise DataError(problems)
+    return built
+
+
 def _select(corpus: EncodedCorpus, data: DataSection, id_problem: Problem | None) -> Selection:
     """Select the documents to train on.
 
@@ -61,8 +89,12 @@ def _select(corpus: EncodedCorpus, data: DataSection, id_problem: Problem | None
     row_problems, others = corpus.problems.to_list(), [id_problem] if id_problem else []
     try:
         selection = select_documents(corpus, data)
-    except DataError as error:
+    except NothingLeft as error:
         # With the rows that cannot be used, something may be left.
+        if row_problems or others:
+            raise DataError([*(row_problems or error.problems), *others]) from error
+        raise
+    except DataError as error:
         raise DataError([*(row_problems or error.problems), *others]) from error
     if row_problems:
         raise DataError([*row_problems, *others, *findings.problems(selection.findings, data.checks)])

@@ -89,7 +89,9 @@ def report(
 
 
 def _describe_eval_set(name: str, facts: DataFacts) -> dict[str, Any]:
+    (source,) = cache.read_report(facts.cache_dir)["sources"]
     counts = {"documents": facts.num_docs, "rows": facts.num_rows, "tokens": facts.num_tokens}
+    counts |= {"read_documents": source["read"]}
     return {"name": name, **counts, "trained_tokens": facts.num_trained_tokens, "cache_dir": facts.cache_dir}
 
 

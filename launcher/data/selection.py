@@ -15,6 +15,10 @@ from launcher.data.tokenization.batch_encoder import DocumentTable
 from launcher.errors import DataError, Problem
 
 
+class NothingLeft(DataError):
+    """No document with a trained token is left."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which documents are dropped, bool [documents], the training rows, the passes over each source, and the findings."""
@@ -29,7 +33,7 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
     """Check the documents against each other, drop those that data.checks drop, and mix and pack the rest.
 
     Raises:
-        DataError: if nothing is left to train on.
+        NothingLeft: if nothing is left to train on.
     """
     docs, pieces, checks = corpus.docs, corpus.pieces, data.checks
     hits = list(corpus.hits)
@@ -79,7 +83,7 @@ def _collect_findings(
     return summary.collect_findings(hits, summary.CheckedDocuments(*columns), data.checks)
 
 
-def _nothing_left(docs: DocumentTable, data: DataSection, all_findings: findings.Findings) -> DataError:
+def _nothing_left(docs: DocumentTable, data: DataSection, all_findings: findings.Findings) -> NothingLeft:
     dropped = [one.finding for one in findings.judge(all_findings, data.checks) if one.action == "drop"]
     # Documents that a check or their length dropped may have trained tokens, which a setting can bring back.
     never = all(finding.name == "no_trained_token" for finding in dropped) and bool((docs.num_pieces > 0).all())
@@ -92,4 +96,4 @@ def _nothing_left(docs: DocumentTable, data: DataSection, all_findings: findings
     num_held_out = np.count_nonzero(docs.held_out)
     num_read = f"{len(docs.held_out) - num_held_out:,} documents to train on and {num_held_out:,} held-out ones were read"
     reasons = [f"{finding.count:,} {finding.title} ({finding.examples[0].where})" for finding in dropped]
-    return DataError(Problem(message, where, "; ".join([num_read, *reasons]), remedy))
+    return NothingLeft(Problem(message, where, "; ".join([num_read, *reasons]), remedy))

@@ -243,6 +243,17 @@ class LaunchPlan(Record):
         parts = (zero.get(key, {}) for key in ("offload_optimizer", "offload_param"))
         return next((Path(part["nvme_path"]) for part in parts if "nvme_path" in part), None)
 
+    @property
+    def cache_dirs(self) -> tuple[str, ...]:
+        """The folders of all data caches that the ranks read."""
+        data = (self.data,) if self.data is not None else ()
+        return tuple(one.cache_dir for one in (*data, *self.eval_sets.values()))
+
+    def eval_rows_digest(self, name: str) -> str:
+        """Return the digest of the rows of an evaluation set, empty where the plan has none of that name."""
+        facts = self.data if name == HELD_OUT else self.eval_sets.get(name)
+        return "" if facts is None else facts.digest
+
     def eval_sets_at(self, step: int) -> tuple[str, ...]:
         """Return the names of the sets whose loss is due after `step`; a run that stops there skips them before the last step."""
         default = self.config.eval.every

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from launcher.config.schema import RunConfig
+from launcher.config.sections.evaluation import HELD_OUT
 from launcher.errors import Problem
 from launcher.plan.batch import single_step_warning
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
@@ -33,6 +34,13 @@ def refusals(config: RunConfig, model: ModelFacts) -> Iterator[Problem]:
             value=f"{lr:g}",
             remedy=f"fine-tuning with {config.optim.name} usually takes {_range(usual)}: set optim.lr=1e-5",
         )
+    if config.eval.stop_after and not _best_set_interval(config):
+        yield Problem(
+            f"eval.stop_after needs evaluations during training; {config.checkpoint.best_set} is evaluated before and after it",
+            where="eval.stop_after",
+            value=str(config.eval.stop_after),
+            remedy="set eval.every to a number of steps",
+        )
     length, context = config.data.max_length, context_tokens(model.config)
     if context is not None and length > context and model.config.get("model_type") in _POSITION_TABLES:
         yield Problem(
@@ -41,6 +49,13 @@ def refusals(config: RunConfig, model: ModelFacts) -> Iterator[Problem]:
             value=str(length),
             remedy=f"set data.max_length to {context} or less",
         )
+
+
+def _best_set_interval(config: RunConfig) -> int:
+    """Return the steps between evaluations of the set checkpoint.best_set; 0 where it is not evaluated while training."""
+    intervals = {one.name: one.every for one in config.eval.sets}
+    every = intervals.get(config.checkpoint.best_set)
+    return config.eval.every if every is None else every
 
 
 def warnings(plan: LaunchPlan) -> Iterator[str]:
@@ -56,6 +71,12 @@ def warnings(plan: LaunchPlan) -> Iterator[str]:
             f"data.max_length={length:,} is more than the model's context of {context:,} tokens, and it has not seen later "
             f"positions: set data.max_length={context}"
         )
+    settings = {"eval.stop_after": config.eval.stop_after, "checkpoint.keep_best": config.checkpoint.keep_best}
+    uses_best = [name for name, value in settings.items() if value]
+    if uses_best and config.checkpoint.best_set == HELD_OUT and data is not None and not data.num_eval_rows:
+        yield f"{' and '.join(uses_best)} need held-out rows, and there are none: set data.eval_fraction=0.05"
+    elif config.checkpoint.keep_best and not _best_set_interval(config):
+        yield "checkpoint.keep_best needs evaluations while training: set eval.every to a number of steps"
     batch = config.train.global_batch_size
     if data is not None and (few := single_step_warning(config.train, data.num_rows, world_size)):
         yield few

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from launcher.checkpoint.manifest import HELD_OUT
 from launcher.checkpoint.saver import Saved, Saver
 from launcher.data.cache import Split
 from launcher.errors import CheckpointError, LauncherError, Superseded
@@ -24,8 +25,12 @@ class Checkpointer:
     training has waited for the saves reported so far, on rank 0.
     """
 
-    def __init__(self, saver: Saver, tracker: Composite, is_main: bool, beat: Callable[[str, int], None]) -> None:
+    def __init__(
+        self, saver: Saver, tracker: Composite, is_main: bool, beat: Callable[[str, int], None], eval_set: str = HELD_OUT
+    ) -> None:
+        """`eval_set` is the set of the losses that are passed to `save`."""
         self._saver, self._tracker, self._is_main, self._beat = saver, tracker, is_main, beat
+        self._eval_set = eval_set
         self._is_unreported, self._saving_step = False, 0
         self._eval_loss: float | None = None
         self.stall_s = 0.0
@@ -107,7 +112,7 @@ class Checkpointer:
         if outcome.not_pruned:
             self._tracker.event("alert", f"old checkpoints could not be deleted: {outcome.not_pruned}", step)
         size = f"{format_size(outcome.bytes)} in {outcome.seconds:.1f} s, training waited {outcome.stall_s:.2f} s"
-        fields = {"path": str(outcome.path), "saved_step": outcome.step, "eval_loss": self._eval_loss}
+        fields = {"path": str(outcome.path), "saved_step": outcome.step, "eval_loss": self._eval_loss, "eval_set": self._eval_set}
         self._tracker.event("checkpoint", f"saved {outcome.path} ({size})", step, **fields)
 
 

@@ -17,8 +17,9 @@ import torch
 from launcher import run_store
 from launcher.checkpoint import shards, store, zero3
 from launcher.checkpoint.manifest import Checkpoint
+from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.loader import StepBatch
-from launcher.distributed import RankInfo, StepReduction, all_reduce_step
+from launcher.distributed import RankInfo, StepReduction, all_reduce_step, rank0_broadcast
 from launcher.errors import CheckpointError, DivergedError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -115,7 +116,8 @@ class TrainingLoop:
         self.is_save_due = False
         self.reached_limit = ""
         self.last_eval: Evaluation | None = None
-        self.early_stopping = EarlyStopping(run.plan.config.eval.stop_after)
+        best_set = run.plan.config.checkpoint.best_set
+        self.early_stopping = EarlyStopping(run.plan.config.eval.stop_after, best_set, run.plan.eval_rows_digest(best_set))
 
     def restore(self) -> None:
         """Load the checkpoint that all ranks have agreed on; without one, the initial weights stay. Collective.
@@ -148,10 +150,11 @@ class TrainingLoop:
         stop_reason = None
         while not self.is_last_step() and stop_reason is None and not self.early_stopping.is_due:
             stop_reason = self.train_step()
-            # The last evaluation and save, and the save before stopping, follow below.
+            # The last evaluation and save, and those of a run that ends early, follow below.
             if stop_reason is None and not self.is_last_step():
                 self.evaluate_if_due()
-                self.save_if_due()
+                if not self.early_stopping.is_due:
+                    self.save_if_due()
         if stop_reason is not None and not self.is_last_step():
             return self.stop_early(stop_reason)
         return self.complete()
@@ -233,17 +236,21 @@ class TrainingLoop:
 
         A limit of the run does not stop the last evaluation, which is cheap and shows what the run has achieved.
         """
-        parts, tracker = self.parts, self.run.tracker
-        names = self.run.plan.eval_sets_at(self.parts.max_steps if is_last else self.step)
+        parts, tracker, earlier = self.parts, self.run.tracker, self.eval_of_this_step()
+        due = self.run.plan.eval_sets_at(self.parts.max_steps if is_last else self.step)
+        names = tuple(name for name in due if earlier is None or earlier.loss_of(name) is None)
         evaluation = parts.evaluator.evaluate(self.step, self.stop if is_last else self.local_stop_reason, names)
         parts.monitor.eval_s = parts.evaluator.total_s
         if evaluation is None:
             return
-        self.require_finite_loss(sum(one.loss for one in evaluation.sets))
-        self.last_eval = evaluation
+        self.require_finite_loss(evaluation.loss_of(HELD_OUT) or 0.0, "held-out loss")
+        self.last_eval = evaluation.joined(earlier)
         log_evaluation(evaluation, when, tracker)
-        if not is_last and (loss := self._eval_loss()) is not None:
-            self.early_stopping.record(self.step, loss)
+        best_loss = evaluation.loss_of(self.early_stopping.set_name)
+        if not is_last and best_loss is not None and self.early_stopping.record(self.step, best_loss):
+            # Early stopping returns to the best weights, so they are saved.
+            keeps_best = self.early_stopping.patience > 0 and self.run.plan.config.checkpoint.keep_best > 0
+            self.is_save_due |= keeps_best and self.step > 0
 
     def eval_of_this_step(self) -> Evaluation | None:
         """The losses of the evaluation sets, where they were computed after the last completed step."""
@@ -288,8 +295,9 @@ class TrainingLoop:
         checkpoint = self.save_and_wait()
         last_eval = self.eval_of_this_step()
         self.run.tracker.summary({"last_step": self.step, **(last_eval.metrics if last_eval else {})})
-        cause = "" if self.is_last_step() else f"; {self.early_stopping.message}"
-        return Outcome("completed", "completed", self.step, f"{self.step} steps{cause}", checkpoint)
+        if self.is_last_step():
+            return Outcome("completed", "completed", self.step, f"{self.step} steps", checkpoint)
+        return Outcome("completed", "completed", self.step, *self._best_weights(checkpoint))
 
     def is_cancelled_before_training(self) -> bool:
         """Return whether any rank was asked to stop by a person. From here on, ranks stop at the end of a step. Collective."""
@@ -323,12 +331,12 @@ class TrainingLoop:
         if alert := self.skipped_steps.count(self.step, parts.meter.skipped_steps):
             self.run.tracker.event("alert", alert, self.step)
 
-    def require_finite_loss(self, loss: float) -> None:
+    def require_finite_loss(self, loss: float, name: str = "loss") -> None:
         if not math.isfinite(loss):
-            raise self.diverged(f"the loss is {loss}")
+            raise self.diverged(f"the {name} is {loss}")
 
     def diverged(self, problem: str) -> DivergedError:
-        """Build the error, after an in-flight save: all ranks come here together, so that one still counts. Collective."""
+        """Build the error, after an in-flight save, as all ranks come here together. Collective."""
         self.parts.checkpointer.wait(self.step)
         saved = self.parts.checkpointer.saved_step
         kept = f"the checkpoint of step {saved} is kept" if saved is not None else "no checkpoint was saved yet"
@@ -358,6 +366,13 @@ class TrainingLoop:
         parts.meter.restore(int(state["tokens"]), int(state["skipped_steps"]))
         self.early_stopping.restore(state.get("early_stopping"))
         tracker.event("info", f"continuing from {checkpoint.path}", self.step)
+
+    def _best_weights(self, newest: Path) -> tuple[str, Path]:
+        """Return the message and the checkpoint of a run that ends by early stopping: the best one, where it is kept."""
+        message, best = f"{self.step} steps; {self.early_stopping.message}", self._checkpoint_path(self.early_stopping.best_step)
+        if rank0_broadcast(self.run.rank_info, "the best checkpoint cannot be read", best.is_dir):
+            return f"{message}; the weights of step {self.early_stopping.best_step} are used", best
+        return f"{message}; that step is not kept (see checkpoint.keep_best), so the last weights are used", newest
 
     def _state(self) -> dict[str, Any]:
         counts = {"tokens": self.parts.meter.tokens, "skipped_steps": self.parts.meter.skipped_steps}

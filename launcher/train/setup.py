@@ -118,7 +118,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
         objective=objective,
         batches=batches,
         evaluator=Evaluator(scorer, eval_rows, monitor.beat),
-        checkpointer=Checkpointer(saver, tracker, rank_info.is_main, monitor.beat),
+        checkpointer=Checkpointer(saver, tracker, rank_info.is_main, monitor.beat, plan.config.checkpoint.best_set),
         meter=Meter(plan, max_steps, rank_info.attempt, start.num_restarts, peak),
         timer=StepTimer(device),
         monitor=monitor,
@@ -141,6 +141,7 @@ def _build_saver(run: RunContext, engine: Any, model: CausalLMLoss, fence: Calla
         background=plan.saving.background,
         deadline_s=plan.config.cluster.timeout_minutes * 60,
         fence=fence,
+        eval_set=plan.config.checkpoint.best_set,
     )
 
 

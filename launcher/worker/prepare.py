@@ -23,6 +23,7 @@ from launcher import atomic_files, locks, model_source, run_store
 from launcher.config.schema import ModelSection, RunConfig, is_run
 from launcher.data import build, report, sources
 from launcher.data.cache_dir import cache_root, is_full, make_cache_error
+from launcher.data.sources.eval_set import make_set_data, name_set
 from launcher.data.texts import DecodedTexts
 from launcher.data.tokenization.encoder import import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import EXIT_FAILED, CheckpointError, ConfigError, DataError, LauncherError, Problem
@@ -40,6 +41,8 @@ from launcher.worker.signals import exit_on_termination
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
 # Longer than it takes to read and write the largest checkpoint.
 _LOCK_TIMEOUT_S = 2 * 3600.0
+# The argument that leaves out everything but the caches of eval.sets.
+EVAL_SETS_ALONE = "--eval-sets"
 _QUOTED_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -48,12 +51,7 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
     names = [name for name in dict.fromkeys((config.model.path, config.model.tokenizer)) if name]
     if any(model_source.locate(name, config.model).folder is None for name in names):
         # Report a row that cannot be read before a model is downloaded.
-        problems = sources.RowProblems()
-        for source in config.data.sources:
-            if source.is_read:
-                problems.merge(sources.find_row_problems(source))
-        if problems:
-            raise DataError(problems.to_list())
+        _require_readable_rows(config)
     for name in names:
         _fetch(name, config.model)
     require_weights(config.model, _say)
@@ -65,10 +63,7 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
     with show_documents() as on_progress:
         num_embeddings = model_source.read_model_facts(config.model).vocab_size
         built = build.build(config.data, str(tokenizer), on_progress, num_embeddings)
-        eval_sets = {
-            one.name: build.build(one.as_data(config.data), str(tokenizer), on_progress, num_embeddings)
-            for one in config.eval.sets
-        }
+        eval_sets = build.build_eval_sets(config.eval.sets, config.data, str(tokenizer), on_progress, num_embeddings)
     if show is None:
         return {}
     texts = DecodedTexts(built, lambda: load_tokenizer(str(tokenizer)))
@@ -76,6 +71,33 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
     answer = report.report(built, config.data, texts, config.train, config.run.seed, stop_ids, show, eval_sets)
     texts.store()
     return {"report": answer}
+
+
+def _require_readable_rows(config: RunConfig) -> None:
+    problems = sources.RowProblems()
+    for source in config.data.sources:
+        if source.is_read:
+            problems.merge(sources.find_row_problems(source))
+    row_problems = problems.to_list() if problems else []
+    for number, eval_set in enumerate(config.eval.sets):
+        (source,) = make_set_data(eval_set, config.data).sources
+        if of_set := sources.find_row_problems(source):
+            row_problems += [name_set(problem, number, eval_set) for problem in of_set.to_list()]
+    if row_problems:
+        raise DataError(row_problems)
+
+
+def build_eval_sets(config: RunConfig) -> dict[str, object]:
+    """Build the caches of the evaluation sets alone, for a run whose other data is there."""
+    tokenizer = model_source.locate(config.model.tokenizer or config.model.path or "", config.model).folder
+    if tokenizer is None:
+        raise ConfigError("the tokenizer is missing", where="model.tokenizer")
+    import_tokenizers_without_torch()
+    with show_documents() as on_progress:
+        build.build_eval_sets(
+            config.eval.sets, config.data, str(tokenizer), on_progress, model_source.read_model_facts(config.model).vocab_size
+        )
+    return {}
 
 
 def convert_local(source: str, model: ModelSection) -> None:
@@ -251,7 +273,8 @@ def main(argv: list[str]) -> int:
     config = RunConfig.model_validate_json(sys.stdin.read())
     report_rows = [argument.removeprefix("--report=") for argument in argv if argument.startswith("--report=")]
     try:
-        print(json.dumps(prepare(config, int(report_rows[0]) if report_rows else None)))
+        only_sets = EVAL_SETS_ALONE in argv
+        print(json.dumps(build_eval_sets(config) if only_sets else prepare(config, int(report_rows[0]) if report_rows else None)))
     except LauncherError as error:
         problems = [[p.message, p.where, p.value, p.remedy] for p in error.problems]
         print(json.dumps({"problems": problems, "exit_code": error.exit_code}))

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint.manifest import Checkpoint, Manifest
+from launcher.checkpoint.manifest import HELD_OUT, Checkpoint, Manifest
 from launcher.checkpoint.retention import Retention, retention_reasons, select_outdated
+from launcher.config.sections import evaluation
 
 
 def checkpoints(losses: dict[int, float | None]) -> list[Checkpoint]:
@@ -91,3 +93,21 @@ def test_pruning_again_removes_nothing_more():
         assert select_outdated(kept, rule) == []
         everything = checkpoints(dict.fromkeys(range(1, 20)))
         assert [c.step for c in kept] == [c.step for c in everything if c not in select_outdated(everything, rule)]
+
+
+def test_only_losses_of_the_chosen_set_are_compared() -> None:
+    made = checkpoints({10: 3.0, 20: 1.0, 30: 2.0})
+    of_other = [replace(one, manifest=replace(one.manifest, eval_set="general")) for one in made[1:2]]
+    mixed = [made[0], *of_other, made[2]]
+    steps = [one.step for one in mixed]
+    assert retention_reasons(mixed, Retention(keep_last=1, keep_best=1))[steps[2]] == ("newest", "best")
+    kept = retention_reasons(mixed, Retention(keep_last=1, keep_best=1, best_set="general"))
+    assert kept == {steps[0]: (), steps[1]: ("best",), steps[2]: ("newest",)}
+
+
+def test_a_manifest_names_its_set_unless_that_is_the_held_out_rows() -> None:
+    (checkpoint,) = checkpoints({10: 3.0})
+    assert "eval_set" not in checkpoint.manifest.to_json()
+    assert Manifest.from_json(checkpoint.manifest.to_json().encode()).eval_set == HELD_OUT == evaluation.HELD_OUT
+    other = replace(checkpoint.manifest, eval_set="general")
+    assert Manifest.from_json(other.to_json().encode()) == other

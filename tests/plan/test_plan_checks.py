@@ -141,3 +141,26 @@ def test_a_grace_period_shorter_than_a_save_is_warned_about(plan_of: PlanOf) -> 
     (warning,) = warnings_of(plan_of(*LLAMA_8B, "cluster.stop_grace_seconds=60", device=H100))
     assert warning.startswith("cluster.stop_grace_seconds=60 is less than a save may take: 90 GiB at an assumed 1 GiB/s per node")
     assert "set cluster.stop_grace_seconds=135" in warning
+
+
+def test_early_stopping_without_evaluations_while_training_is_refused(config_of: ConfigOf) -> None:
+    for settings in (("eval.every=0",), ("eval.every=5", "eval.sets=[{name: a, path: a, every: 0}]", "checkpoint.best_set=a")):
+        config = config_of("model=tiny", "eval.stop_after=2", *settings)
+        with pytest.raises(ConfigError) as error:
+            plan(config, facts_for(config))
+        (problem,) = error.value.problems
+        name = config.checkpoint.best_set
+        assert problem.message == f"eval.stop_after needs evaluations during training; {name} is evaluated before and after it"
+        assert (problem.where, problem.value, problem.remedy) == ("eval.stop_after", "2", "set eval.every to a number of steps")
+
+
+def test_the_best_checkpoint_needs_held_out_rows_and_evaluations(plan_of: PlanOf) -> None:
+    nothing = DATA.model_copy(update={"num_eval_rows": 0})
+    best = ("checkpoint.keep_best=1", "eval.every=5")
+    assert warnings_of(plan_of(*best)) == []
+    assert warnings_of(plan_of(*best, "eval.stop_after=2", data=nothing)) == [
+        "eval.stop_after and checkpoint.keep_best need held-out rows, and there are none: set data.eval_fraction=0.05"
+    ]
+    assert warnings_of(plan_of("checkpoint.keep_best=1", "eval.every=0")) == [
+        "checkpoint.keep_best needs evaluations while training: set eval.every to a number of steps"
+    ]

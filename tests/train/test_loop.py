@@ -12,6 +12,7 @@ from launcher.errors import DivergedError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.tracker import RateLimit
+from launcher.train import loop as loop_module
 from launcher.train.evaluation.evaluator import Evaluation, SetLoss
 from launcher.train.loop import TrainingLoop
 
@@ -108,10 +109,13 @@ class EvaluatedLoop(FakeLoop):
         self.evaluated: list[int] = []
         self.parts.evaluator = SimpleNamespace(evaluate=self._evaluate, total_s=0.0)  # type: ignore[assignment]
         self.parts.monitor.reached_limit = lambda: ""  # type: ignore[method-assign]
+        self.run.rank_info = None  # type: ignore[misc]
         self.run.tracker.log = lambda step, metrics: None  # type: ignore[method-assign]
         self.run.tracker.summary = lambda values: None  # type: ignore[method-assign]
 
-    def _evaluate(self, step: int, stop: object, names: tuple[str, ...]) -> Evaluation:
+    def _evaluate(self, step: int, stop: object, names: tuple[str, ...]) -> Evaluation | None:
+        if not names:
+            return None
         assert names == ("held_out",)
         self.evaluated.append(step)
         return Evaluation(step, (SetLoss("held_out", self.losses[step], 10, {}),), 0.1)
@@ -120,21 +124,43 @@ class EvaluatedLoop(FakeLoop):
         TrainingLoop.evaluate(self, when, is_last)
 
 
-def test_training_ends_where_the_loss_no_longer_falls(plan_of: PlanOf) -> None:
+def test_training_ends_where_the_loss_no_longer_falls(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "rank0_broadcast", lambda rank_info, problem, action: action())
     settings = ("eval.every=2", "eval.stop_after=2", "eval.at_start=true", "train.max_steps=20")
     losses = {0: 4.0, 2: 3.0, 4: 3.5, 6: 2.5, 8: 2.6, 10: 2.5}
     loop = EvaluatedLoop(plan_of(*settings), 20, losses)
     outcome = loop.run_to_end()
     assert (outcome.state, outcome.step) == ("completed", 10)
-    expected = "10 steps; 2 evaluations in a row were not below 2.5000, the loss at step 6 (eval.stop_after)"
-    assert outcome.message == expected
-    # The last one is of all sets, before the model is saved.
-    assert loop.evaluated == [0, 2, 4, 6, 8, 10, 10]
+    ended = "10 steps; eval.stop_after: the loss on held_out has not fallen below 2.5000 (step 6) in 2 evaluations"
+    assert outcome.message == f"{ended}; that step is not kept (see checkpoint.keep_best), so the last weights are used"
+    assert loop.evaluated == [0, 2, 4, 6, 8, 10]
+    assert loop.saved == [10]
 
     resumed = EvaluatedLoop(plan_of(*settings), 20, {8: 2.6, 10: 2.5})
-    resumed.early_stopping.restore({"best_loss": 2.5, "best_step": 6, "num_without_improvement": 0})
+    resumed.early_stopping.restore(loop.early_stopping.state() | {"num_without_improvement": 0})
     resumed.step = 6
     assert resumed.run_to_end().step == 10
+
+    # What was counted for other rows does not count.
+    other = EvaluatedLoop(plan_of(*settings), 20, {8: 2.6, 10: 2.5, 12: 2.4, 14: 2.6, 16: 2.6})
+    other.early_stopping.restore(loop.early_stopping.state() | {"rows": "others"})
+    other.step = 6
+    assert other.run_to_end().step == 16
+
+
+def test_early_stopping_saves_the_best_weights_and_uses_them(
+    plan_of: PlanOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_module, "rank0_broadcast", lambda rank_info, problem, action: action())
+    settings = ("eval.every=2", "eval.stop_after=2", "checkpoint.keep_best=1", "checkpoint.save_every=8")
+    loop = EvaluatedLoop(plan_of(*settings), 20, {0: 4.0, 2: 3.0, 4: 3.5, 6: 2.5, 8: 2.6, 10: 2.5})
+    loop.run.run_dir = RunDir(tmp_path)  # type: ignore[misc]
+    (tmp_path / "checkpoints" / "step-00000006").mkdir(parents=True)
+    outcome = loop.run_to_end()
+    # Those that improve, the eighth step, and the last one.
+    assert loop.saved == [2, 6, 8, 10]
+    assert outcome.checkpoint == tmp_path / "checkpoints" / "step-00000006"
+    assert outcome.message.endswith("; the weights of step 6 are used")
 
 
 def test_without_stop_after_all_steps_are_trained(plan_of: PlanOf) -> None:

@@ -106,8 +106,8 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _eval_set(counts: dict[str, Any]) -> str:
-    documents, rows = f"{counts['documents']:,} documents", f"{counts['rows']:,} rows"
-    return f"set {counts['name']}: {documents} in {rows}, {counts['trained_tokens']:,} of {counts['tokens']:,} tokens are scored"
+    documents = f"{counts['documents']:,} of {counts['read_documents']:,} documents in {counts['rows']:,} packed rows"
+    return f"set {counts['name']}: {documents}, {counts['trained_tokens']:,} of {counts['tokens']:,} tokens are scored"
 
 
 def _ends(report: dict[str, Any]) -> str:

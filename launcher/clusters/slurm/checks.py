@@ -266,8 +266,7 @@ def _node_requests(section: SlurmSection, num_gpus: int) -> Iterator[tuple[str, 
 def _storage_problems(plan: LaunchPlan) -> Iterator[Problem]:
     """Refuse folders in this machine's memory, which no other node can see."""
     folders = [("run directory", "run.root", plan.run_dir)]
-    if plan.data is not None:
-        folders.append(("data cache", "LAUNCHER_CACHE", plan.data.cache_dir))
+    folders += [("data cache", "LAUNCHER_CACHE", folder) for folder in plan.cache_dirs]
     if plan.model.path is not None:
         folders.append(("model", "model.path, LAUNCHER_CACHE or HF_HOME", plan.model.path))
     mounts = Path("/proc/self/mountinfo").read_text()

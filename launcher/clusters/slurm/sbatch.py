@@ -273,7 +273,7 @@ def task_arguments(section: SlurmSection, variables: Sequence[str], folders: Seq
 
 def _folders(plan: LaunchPlan) -> list[str]:
     """Return the folders that ranks read and write."""
-    folders = [plan.run_dir, plan.data.cache_dir if plan.data else None, plan.model.path, plan.model.tokenizer_path]
+    folders = [plan.run_dir, *plan.cache_dirs, plan.model.path, plan.model.tokenizer_path]
     return [folder for folder in folders if folder is not None]
 
 

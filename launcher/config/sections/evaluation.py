@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, field_validator
 
-from launcher.config.sections.data import ChecksSection, DataSection, RowSource, Source
+from launcher.config.sections.data import RowSource
 from launcher.config.sections.fields import Count, Flag, Name, PositiveInt, Section
 
 HELD_OUT = "held_out"
@@ -19,8 +21,13 @@ class EvalSet(RowSource):
         None, description="Steps between evaluations of the set; 0: only before and after training. Unset: eval.every."
     )
     max_rows: PositiveInt | None = Field(
-        256, description="Evaluate on at most this many rows, spread evenly over the set's lengths. null: all."
+        256, description="Evaluate on at most this many packed rows, spread evenly over the lengths of documents. null: all."
     )
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """The settings that say which rows the set has, and how they are read."""
+        return self.model_dump(exclude={"every", "max_rows"})
 
     @field_validator("name")
     @classmethod
@@ -28,25 +35,6 @@ class EvalSet(RowSource):
         if value == HELD_OUT:
             raise ValueError("names the held-out rows of the training data; choose another name")
         return value
-
-    def as_data(self, data: DataSection) -> DataSection:
-        """Return the settings of the data cache of this set: rows as `data` makes them, without what selects or refuses them."""
-        shared = {name: getattr(self, name) for name in RowSource.model_fields}
-        return data.model_copy(
-            update={
-                "path": None,
-                "sources": (Source(**shared),),
-                "eval_fraction": 0.0,
-                "eval_path": None,
-                "eval_split": None,
-                "checks": _WITHOUT_SELECTION,
-            }
-        )
-
-
-_WITHOUT_SELECTION = ChecksSection(
-    held_out_in_train="keep", truncated="keep", dropped="keep", no_turn_end="keep", empty_answer="keep", unsure_border="drop"
-)
 
 
 class EvalSection(Section):
@@ -57,15 +45,15 @@ class EvalSection(Section):
     stop_after: Count = Field(
         0,
         description=(
-            "Evaluations in a row without a lower loss of the set checkpoint.best_set after which training ends, as if the steps "
-            "were done; 0: never. checkpoint.keep_best=1 keeps the best checkpoint."
+            "Evaluations in a row without a lower loss of the set checkpoint.best_set after which training ends; 0: never. With "
+            "checkpoint.keep_best=1, the weights of the best step are saved and exported, without it the last ones."
         ),
     )
     sets: tuple[EvalSet, ...] = Field(
         (),
         description=(
             "Further sets, each with its own loss: 'eval.sets=[{name: support, path: support.jsonl}]'. Their rows are read as "
-            "those of data.sources, and nothing of them is trained on."
+            "those of data.sources and have no part in training; rows that the training data has as well are not looked for."
         ),
     )
     sample: Flag = Field(

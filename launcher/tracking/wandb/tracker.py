@@ -70,7 +70,7 @@ class WandbTracker:
 
     def __init__(self, plan: LaunchPlan, run_dir: str | Path, *, send_event: SendEvent, on_stop: Callable[[], None]) -> None:
         self._plan, self._run, self._send_event, self._on_stop = plan, RunDir(Path(run_dir)), send_event, on_stop
-        self._best_loss = _best_checkpoint(self._run)
+        self._best_loss = _best_checkpoint(self._run, self._plan.config.checkpoint.best_set)
         self._offline = plan.config.tracking.mode == "offline"
         self._notes: deque[tuple[str, str, dict[str, Any]]] = deque()
         self._noted_kinds: set[str] = set()
@@ -332,13 +332,14 @@ class WandbTracker:
                 self._note_once("alert", f"W&B did not accept an artifact: {type(error).__name__}: {error}")
 
 
-def _best_checkpoint(run: RunDir) -> float:
-    """Return the lowest held-out loss of the run's checkpoints, but for those after a step to which a person went back."""
+def _best_checkpoint(run: RunDir, best_set: str) -> float:
+    """Return the lowest loss of the run's checkpoints on `best_set`, but for those after a step to which a person went back."""
     returned = returns(run)
     losses = [
         event["fields"].get("eval_loss")
         for event in read_events(run.events)
         if event["kind"] == "checkpoint"
+        and event["fields"].get("eval_set", "held_out") == best_set
         and not any(number > event["attempt"] and event["fields"]["saved_step"] > step for number, step in returned.items())
     ]
     return min((loss for loss in losses if isinstance(loss, float)), default=float("inf"))

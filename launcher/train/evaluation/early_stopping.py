@@ -1,4 +1,4 @@
-"""Stop training when an evaluation set stops improving."""
+"""Stop training when the loss of an evaluation set no longer falls."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 class EarlyStopping:
     """Counts evaluations in a row whose loss is not below the lowest one so far.
 
-    `patience` is eval.stop_after: that many of them end training; 0 never does.
+    `patience` is eval.stop_after: that many of them end training; 0 never does. `set_name` and `rows_digest` say whose losses
+    they are: what a checkpoint has counted for other rows is not taken over.
     """
 
-    def __init__(self, patience: int) -> None:
-        self.patience = patience
+    def __init__(self, patience: int, set_name: str, rows_digest: str) -> None:
+        self.patience, self.set_name, self.rows_digest = patience, set_name, rows_digest
         self.best_loss = math.inf
         self.best_step = 0
         self.num_without_improvement = 0
@@ -28,24 +29,31 @@ class EarlyStopping:
     def message(self) -> str:
         """Why training ended."""
         return (
-            f"{self.num_without_improvement} evaluations in a row were not below {self.best_loss:.4f}, the loss at step "
-            f"{self.best_step} (eval.stop_after)"
+            f"eval.stop_after: the loss on {self.set_name} has not fallen below {self.best_loss:.4f} (step {self.best_step}) in "
+            f"{self.num_without_improvement} evaluations"
         )
 
-    def record(self, step: int, loss: float) -> None:
-        """Take the loss of an evaluation at `step` into account."""
+    def record(self, step: int, loss: float) -> bool:
+        """Take the loss of an evaluation at `step` into account; return whether it is the lowest so far."""
         if loss < self.best_loss:
             self.best_loss, self.best_step, self.num_without_improvement = loss, step, 0
-        else:
-            self.num_without_improvement += 1
+            return True
+        self.num_without_improvement += 1
+        return False
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, as JSON values."""
-        best = self.best_loss if math.isfinite(self.best_loss) else None
-        return {"best_loss": best, "best_step": self.best_step, "num_without_improvement": self.num_without_improvement}
+        return {
+            "set": self.set_name,
+            "rows": self.rows_digest,
+            "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+            "best_step": self.best_step,
+            "num_without_improvement": self.num_without_improvement,
+        }
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Take over the state that a checkpoint has kept; None for a checkpoint without one."""
-        if state is not None:
-            self.best_loss = math.inf if state["best_loss"] is None else float(state["best_loss"])
-            self.best_step, self.num_without_improvement = int(state["best_step"]), int(state["num_without_improvement"])
+        """Take over the state that a checkpoint has kept, unless it is of other rows; None for a checkpoint without one."""
+        if state is None or (state["set"], state["rows"]) != (self.set_name, self.rows_digest):
+            return
+        self.best_loss = math.inf if state["best_loss"] is None else float(state["best_loss"])
+        self.best_step, self.num_without_improvement = int(state["best_step"]), int(state["num_without_improvement"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ class Evaluation:
     sets: tuple[SetLoss, ...]
     seconds: float
 
+    def joined(self, earlier: Evaluation | None) -> Evaluation:
+        """Return this evaluation with the sets of an earlier one of the same step."""
+        return self if earlier is None else Evaluation(self.step, (*earlier.sets, *self.sets), earlier.seconds + self.seconds)
+
     def loss_of(self, name: str) -> float | None:
         """Return the loss of the set `name`; None where it was not evaluated."""
         return next((one.loss for one in self.sets if one.name == name), None)
@@ -69,7 +74,9 @@ def log_evaluation(evaluation: Evaluation, when: str, tracker: Composite) -> Non
     for one in evaluation.sets:
         title = "held-out loss" if one.name == HELD_OUT else f"loss on {one.name}"
         message = f"{title} {when}: {one.loss:.4f} ({one.num_tokens:,} trained tokens)"
-        tracker.event("eval", message, evaluation.step, loss=one.loss, when=when, set=one.name)
+        # Other sets may have texts on which a sound model computes no finite loss.
+        kind = "eval" if math.isfinite(one.loss) else "alert"
+        tracker.event(kind, message, evaluation.step, loss=one.loss, when=when, set=one.name)
 
 
 class Evaluator:

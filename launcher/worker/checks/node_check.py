@@ -229,7 +229,7 @@ def _check_run_directory(run: RunDir, attempt: int) -> list[Problem]:
 
 def _check_inputs(plan: LaunchPlan) -> list[Problem]:
     inputs = (
-        ("the data cache", plan.data and plan.data.cache_dir, "meta.json", "set LAUNCHER_CACHE to a folder on shared storage"),
+        *(("a data cache", folder, "meta.json", "set LAUNCHER_CACHE to shared storage") for folder in plan.cache_dirs),
         ("the model", plan.model.path, "config.json", "put it on storage that all nodes share"),
         ("the tokenizer", plan.model.tokenizer_path, ".", "put it on storage that all nodes share"),
     )

@@ -1,0 +1,29 @@
+"""The data caches of eval.sets for a run that exists: those that are there are kept, the others are built."""
+
+from __future__ import annotations
+
+from launcher import facts
+from launcher.cli.worker_process import prepare_eval_sets
+from launcher.config.schema import RunConfig
+from launcher.data import sources
+from launcher.errors import ConfigError, DataError, Problem
+from launcher.plan.launch_plan import DataFacts
+
+
+def find_or_build(config: RunConfig, kept: dict[str, DataFacts], tokenizer_path: str | None) -> dict[str, DataFacts]:
+    """Return `kept`, by names of sets, with the facts of the other sets of `config`, which are built where they are not there.
+
+    Raises:
+        ConfigError, DataError: for a set that cannot be read.
+    """
+    missing = {f"eval.sets[{number}]": one for number, one in enumerate(config.eval.sets) if one.name not in kept}
+    if not missing:
+        return kept
+    if problems := [p for key, one in missing.items() if (p := sources.find_path_problem(f"{key}.path", one))]:
+        raise ConfigError(problems)
+    prepare_eval_sets(config)
+    built = facts.eval_set_facts(config, tokenizer_path)
+    for key, one in missing.items():
+        if one.name not in built:
+            raise DataError(Problem("the data cache is not there after it was built", key, remedy="try again"))
+    return {**built, **kept}
