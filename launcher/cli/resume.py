@@ -135,8 +135,10 @@ def _require_steps_left(run: RunDir, plan: LaunchPlan, checkpoint: Checkpoint) -
 
 def _ended_early(checkpoint: Checkpoint, plan: LaunchPlan) -> bool:
     """Return whether the run ended at this checkpoint because a loss no longer fell, and its settings still say so."""
+    if not plan.config.eval.stop_after:
+        return False
     kept = read_state(checkpoint.path).extra.get("early_stopping") or {}
-    return 0 < plan.config.eval.stop_after <= kept.get("num_without_improvement", 0)
+    return plan.config.eval.stop_after <= int(kept.get("num_without_improvement", 0))
 
 
 def _describe_lost_metrics(run: RunDir, plan: LaunchPlan, step: int) -> str | None:

@@ -43,7 +43,7 @@ def main(plan_path: str, checkpoint: str, limited: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, resource.RLIM_INFINITY))
     try:
         rank_info = RankInfo(rank, rank, world_size, attempt=1)
-        finish.write_weights(plan, rank_info, Path(checkpoint), torch.device("cpu"))
+        finish.write_weights(plan, rank_info, Path(checkpoint), torch.device("cpu"), Composite([]))
         leave_process_group()
         if rank == 0:
             finish.finish(plan, Path(checkpoint), Composite([Printer()]), on_exported=lambda *_: None)

@@ -173,7 +173,7 @@ def test_invalid_utf8_is_reported_in_every_kind_of_text_file(tmp_path: Path) -> 
         ("a.csv", b"text,other\na,b\nc\n", ":3", "has 1 cells, and the first line names 2 columns"),
         ("a.csv", b"text,text\na,b\n", ":1", "names a column twice"),
         ("a.parquet", b"PAR1 and no more", "", "no complete parquet file"),
-        ("a.jsonl", b"[" * 100_000, ":1", "nested too deeply"),
+        ("a.jsonl", b"[" * 100_000, ":row 1", "nested too deeply"),
         ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", ":1", "a number of too many digits"),
         ("a.json", b"[" * 100_000, ":row 1", "nested too deeply"),
         ("a.json", b'[{"text": ' + b"1" * 5000 + b"}]", ":row 1", "a number of too many digits"),

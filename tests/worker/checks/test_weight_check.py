@@ -48,8 +48,8 @@ def refused(folder: Path) -> str:
 def test_weights_of_every_preset_pass_and_a_missing_tensor_is_refused(preset: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", PRESETS[preset])
     assert compared(folder) == WeightReport()
-    change_weights(folder, without("model.layers.1.mlp.up_proj.weight"))
-    assert "the weight files lack 1 tensor of the model: model.layers.1.mlp.up_proj.weight" in refused(folder)
+    change_weights(folder, without("model.layers.1.self_attn.o_proj.weight"))
+    assert "the weight files lack 1 tensor of the model: model.layers.1.self_attn.o_proj.weight" in refused(folder)
 
 
 @pytest.mark.parametrize(

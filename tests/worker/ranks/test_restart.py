@@ -43,7 +43,7 @@ def two_nodes(folder: Path) -> tuple[RunDir, list[_FailureLog], list[NodeRendezv
     run.attempts.mkdir()
     run_store.create_attempt(run, Attempt(None))
     nodes = [NodeInfo(number, HOSTS, "127.0.0.1", None) for number in (0, 1)]
-    logs = [_FailureLog(run, 1, node, folder / "log") for node in nodes]
+    logs = [_FailureLog(run, 1, node, folder / "log", str) for node in nodes]
     meetings = [
         NodeRendezvous(store, "run", node, 20, log.is_final, log.describe_own, log.report_restart)
         for node, log in zip(nodes, logs, strict=True)
@@ -125,7 +125,7 @@ def test_an_exception_that_repeats_closes_the_rendezvous_of_all_nodes(tmp_path: 
 
 
 def test_the_watchdogs_message_explains_a_rank_that_it_killed(tmp_path: Path) -> None:
-    log = _FailureLog(RunDir(tmp_path), 1, NodeInfo(0, ("n0",), "127.0.0.1", None), tmp_path / "log")
+    log = _FailureLog(RunDir(tmp_path), 1, NodeInfo(0, ("n0",), "127.0.0.1", None), tmp_path / "log", str)
     log.add_stall("rank 5 (pid 7) is stopped by a signal: no progress for 9 s in step 3; killed it")
     log.set_exits([RankExit(5, -9, 9.0, None)])
     record = json.loads(log.describe_own())
