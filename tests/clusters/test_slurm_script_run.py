@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from file_owners import MALLORY, TEAM, as_root, give
@@ -26,26 +25,11 @@ export SOURCED="it's $A"
 __all__ = ["as_root"]
 
 
-@pytest.fixture
-def slurm_plan(slurm_plan: SlurmPlan, sandbox: Sandbox) -> SlurmPlan:
-    """Plans of a run whose directory exists, as it does when a job starts."""
-
-    def planned(**settings: Any) -> LaunchPlan:
-        plan = slurm_plan(str(sandbox.folder), **settings)
-        run = RunDir(Path(plan.run_dir))
-        run.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (run.code / "launcher").mkdir(parents=True, exist_ok=True)
-        run.jobs.mkdir(exist_ok=True)
-        return plan
-
-    return planned
-
-
-def test_setup_commands_run_in_bash(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
+def test_setup_commands_run_in_bash(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
     (sandbox.folder / "elsewhere").mkdir()
     (sandbox.folder / "env.sh").write_text(ENV_SH)
     commands = [command.format(folder=sandbox.folder) for command in SETUP]
-    plan = slurm_plan(setup=[*commands, "export B"], env={"C": "3"})
+    plan = begun_plan(setup=[*commands, "export B"], env={"C": "3"})
     done = sandbox.run(rendered(plan, sandbox.folder))
     assert (done.returncode, done.stderr) == (0, "")
     # begin, the task and conclude get the same environment.
@@ -63,18 +47,18 @@ def test_setup_commands_run_in_bash(slurm_plan: SlurmPlan, sandbox: Sandbox) -> 
         }
 
 
-def test_the_code_snapshot_comes_first_in_pythonpath(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
-    plan = slurm_plan(env={"PYTHONPATH": "/mine"})
+def test_the_code_snapshot_comes_first_in_pythonpath(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
+    plan = begun_plan(env={"PYTHONPATH": "/mine"})
     sandbox.run(rendered(plan, sandbox.folder), PYTHONPATH="/login", PYTHONSAFEPATH="")
     paths = {call["env"]["PYTHONPATH"] for call in sandbox.calls}
     assert paths == {f"{plan.run_dir}/code:/mine"}
     assert {call["env"]["PYTHONSAFEPATH"] for call in sandbox.calls} == {"1"}
-    sandbox.run(rendered(slurm_plan(), sandbox.folder))
+    sandbox.run(rendered(begun_plan(), sandbox.folder))
     assert {call["env"]["PYTHONPATH"] for call in sandbox.calls} == {f"{plan.run_dir}/code"}
 
 
-def test_a_job_opens_an_attempt_runs_its_tasks_and_concludes(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
-    text = rendered(slurm_plan(), sandbox.folder)
+def test_a_job_opens_an_attempt_runs_its_tasks_and_concludes(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
+    text = rendered(begun_plan(), sandbox.folder)
     plan = str(sandbox.folder / "plan.json")
     for code in ("0", "9", "143"):
         done = sandbox.run(text, SRUN_RC=code)
@@ -114,9 +98,9 @@ def _share_with_group(run: RunDir) -> None:
 @pytest.mark.usefixtures("as_root")
 @pytest.mark.parametrize("attack", [_replace, _link, _add_code, _share_with_group, lambda run: run.root.chmod(0o702)])
 def test_nothing_is_run_of_a_run_directory_that_was_replaced_while_the_job_waited(
-    slurm_plan: SlurmPlan, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, attack: Callable[[RunDir], None]
+    begun_plan: SlurmPlan, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, attack: Callable[[RunDir], None]
 ) -> None:
-    plan = slurm_plan()
+    plan = begun_plan()
     text = rendered(plan, sandbox.folder)
     attack(RunDir(Path(plan.run_dir)))
     done = sandbox.run(text)
@@ -153,10 +137,10 @@ PERMISSIONS = {
 @pytest.mark.usefixtures("as_root")
 @pytest.mark.parametrize("case", PERMISSIONS)
 def test_the_script_and_the_launcher_accept_the_same_runs(
-    slurm_plan: SlurmPlan, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, case: str
+    begun_plan: SlurmPlan, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     *permissions, trusted, is_accepted = PERMISSIONS[case]
-    plan = slurm_plan()
+    plan = begun_plan()
     run = RunDir(Path(plan.run_dir))
     file = run.code / "launcher/__init__.py"
     file.touch()
@@ -169,16 +153,16 @@ def test_the_script_and_the_launcher_accept_the_same_runs(
     assert done.returncode == (0 if is_accepted else 77), done.stderr
 
 
-def test_permissions_in_a_private_run_directory_do_not_stop_its_job(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
+def test_permissions_in_a_private_run_directory_do_not_stop_its_job(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
     """As on storage that shows mode 0777 for what lies in a folder."""
-    plan = slurm_plan()
+    plan = begun_plan()
     for path in Path(plan.run_dir).rglob("*"):
         path.chmod(0o777)
     assert sandbox.run(rendered(plan, sandbox.folder)).returncode == 0
 
 
-def test_a_job_without_an_attempt_succeeds_and_one_that_is_refused_fails(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
-    text = rendered(slurm_plan(), sandbox.folder)
+def test_a_job_without_an_attempt_succeeds_and_one_that_is_refused_fails(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
+    text = rendered(begun_plan(), sandbox.folder)
     assert sandbox.run(text, ATTEMPT="").returncode == 0
     assert (len(sandbox.called("python")), sandbox.called("srun")) == (1, [])
     assert sandbox.run(text, JOB_RC="1").returncode == 1
@@ -186,27 +170,27 @@ def test_a_job_without_an_attempt_succeeds_and_one_that_is_refused_fails(slurm_p
 
 
 @pytest.mark.parametrize("strict", ["set -e", "set -u", "set -euo pipefail", "trap true EXIT"])
-def test_set_e_in_setup_does_not_skip_the_conclusion(slurm_plan: SlurmPlan, sandbox: Sandbox, strict: str) -> None:
-    sandbox.run(rendered(slurm_plan(setup=[strict]), sandbox.folder), SRUN_RC="9")
+def test_set_e_in_setup_does_not_skip_the_conclusion(begun_plan: SlurmPlan, sandbox: Sandbox, strict: str) -> None:
+    sandbox.run(rendered(begun_plan(setup=[strict]), sandbox.folder), SRUN_RC="9")
     assert sandbox.called("python")[-1][-2:] == ["7", "9"]
 
 
-def test_a_failing_setup_command_with_set_e_ends_the_job(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
-    done = sandbox.run(rendered(slurm_plan(setup=["set -e", "tool fail"]), sandbox.folder), JOB_RC="3")
+def test_a_failing_setup_command_with_set_e_ends_the_job(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
+    done = sandbox.run(rendered(begun_plan(setup=["set -e", "tool fail"]), sandbox.folder), JOB_RC="3")
     assert (done.returncode, sandbox.called("python")) == (3, [])
 
 
-def test_a_task_without_access_to_the_plan_reports_it(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
-    text = rendered(slurm_plan(), sandbox.folder)
+def test_a_task_without_access_to_the_plan_reports_it(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
+    text = rendered(begun_plan(), sandbox.folder)
     (sandbox.folder / "plan.json").unlink()
     done = sandbox.run(text)
     assert f"{os.uname().nodename} does not see {sandbox.folder / 'plan.json'}" in done.stderr
     assert sandbox.called("python")[-1][-2:] == ["7", "78"]
 
 
-def test_apptainer_receives_separate_arguments(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
+def test_apptainer_receives_separate_arguments(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
     settings = {"container_image": "/opt/train#1.sif", "container_python": "/venv/bin/python", "container_mounts": ["/a:/b:ro"]}
-    plan = slurm_plan(container_runtime="apptainer", **settings)
+    plan = begun_plan(container_runtime="apptainer", **settings)
     assert sandbox.run(rendered(plan, sandbox.folder)).returncode == 0
     (argv,) = sandbox.called("apptainer")
     own = ["--bind", f"{plan.run_dir}:{plan.run_dir}", "--bind", "/cache/data/0123:/cache/data/0123"]

@@ -212,11 +212,11 @@ def laden(key: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("key", [key for key in GOOD if key not in UNWRITTEN])
-def test_accepted_values_arrive_unchanged(slurm_plan: SlurmPlan, sandbox: Sandbox, key: str) -> None:
+def test_accepted_values_arrive_unchanged(begun_plan: SlurmPlan, sandbox: Sandbox, key: str) -> None:
     for value in dict.fromkeys(laden(key)):
         # Only programs of the sandbox record their calls.
         value = f"tool {value}" if key == "setup[]" else value
-        done = sandbox.run(rendered(slurm_plan(**settings(key, value)), sandbox.folder))
+        done = sandbox.run(rendered(begun_plan(**settings(key, value)), sandbox.folder))
         assert arrived(key, value, sandbox), (value, done.stderr, sandbox.calls)
         if key != "container_python":
             assert (done.returncode, done.stderr) == (0, "")

@@ -173,7 +173,7 @@ def test_a_worker_reports_its_own_exception(many: DataSection, tokenizer_dir: Pa
     folder = tmp_path / "broken"
     shutil.copytree(tokenizer_dir, folder)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match="the tokenizer cannot be loaded: .added_tokens"):
+    with pytest.raises(DataError, match=r"the tokenizer cannot be loaded: .added_tokens"):
         build(many, str(folder))
 
 
