@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import functools
 import json
+import os
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -115,7 +116,8 @@ def _read_bytes(path: Path, max_bytes: int) -> bytes:
 
     def read() -> bytes:
         with path.open("rb") as file:
-            return file.read(max_bytes)
+            # A read allocates as much as it is asked for.
+            return file.read(min(max_bytes, os.fstat(file.fileno()).st_size + 1))
 
     try:
         return read()

@@ -83,7 +83,8 @@ def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
         # The output needs none of the run's records; the error follows it.
         output.print_more()
         output.print_agent_log()
-        print(flush=True)
+        sys.stdout.flush()
+        print(file=sys.stderr)
         raise
 
 

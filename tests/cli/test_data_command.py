@@ -225,13 +225,14 @@ def on_a_terminal(command: list[str], environment: Mapping[str, str], cwd: Path,
     return written.decode()
 
 
-def test_a_terminal_shows_a_progress_bar(launcher_env: Mapping[str, str], rows: Path, tmp_path: Path) -> None:
+def test_a_terminal_shows_one_live_line(launcher_env: Mapping[str, str], rows: Path, tmp_path: Path) -> None:
     environment = {**launcher_env, "TERM": "xterm-256color", "COLUMNS": "120", "LAUNCHER_CACHE": str(tmp_path / "cache")}
     settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0")
     shown = on_a_terminal([sys.executable, "-m", "launcher", "data", *settings], environment, tmp_path)
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
-    assert re.search(r"tokenise ━+ *123/123", plain)
-    assert "tokenise: 123 of 123" not in plain, "the line is for logs"
+    stages = re.findall(r"(?:tokenise|compare): [\d,]+ of 123 documents", plain)
+    assert stages
+    assert "\x1b[2K" in shown, "the line is erased"
 
 
 @pytest.mark.parametrize("no_color", [False, True])
