@@ -100,6 +100,13 @@ def _as_float(loss: Any) -> Any:
         return math.inf
 
 
+def describe_loss(loss: float | None, eval_set: str) -> str:
+    """Return the evaluation loss of a checkpoint, with its set unless that is the held-out rows; `-` without one."""
+    if loss is None:
+        return "-"
+    return f"{loss:.4f}" if eval_set == HELD_OUT else f"{loss:.4f} ({eval_set})"
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A committed checkpoint."""

@@ -15,7 +15,7 @@ from typing import Any
 from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.cleanup import BEING_WRITTEN, Leftover, disk_bytes, find_leftovers, has_unfinished_saves, remove
-from launcher.checkpoint.manifest import MANIFEST, Checkpoint
+from launcher.checkpoint.manifest import HELD_OUT, MANIFEST, Checkpoint, describe_loss
 from launcher.checkpoint.retention import Retention, retention_reasons
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
@@ -52,6 +52,7 @@ class CheckpointRow:
     kept: tuple[str, ...]
     state: str
     problems: tuple[str, ...] = ()
+    eval_set: str = HELD_OUT
 
 
 def run(verb: str, tokens: list[str]) -> int:
@@ -200,6 +201,7 @@ def _row(checkpoint: Checkpoint, keep_reasons: tuple[str, ...], verified: Verifi
         kept=keep_reasons,
         state=_STATES[type(error)] if error else "intact" if checkpoint.path in verified else "not verified",
         problems=_describe(error) if error else (),
+        eval_set=manifest.eval_set,
     )
 
 
@@ -245,13 +247,13 @@ def _table(rows: Sequence[CheckpointRow]) -> list[str]:
     cells = []
     for row in rows:
         age = "-" if row.saved_at is None else format_duration(max(0.0, time.time() - row.saved_at))
-        loss = "-" if row.eval_loss is None else f"{row.eval_loss:.4f}"
+        loss = describe_loss(row.eval_loss, row.eval_set)
         size = "-" if row.bytes is None else format_size(row.bytes)
         numbers = (str(row.step), size, age, _or_dash(row.world_size), _or_dash(row.attempt), loss)
         state = f"{row.state}: {'; '.join(row.problems)}" if row.problems else row.state
         kept = "-" if row.problems else ", ".join(labels.get(reason, reason) for reason in row.kept) or "would be pruned"
         cells.append((*numbers, kept, state))
-    return formatting.table((">step", ">size", ">age", ">ranks", ">attempt", ">held out", "kept as", "state"), cells)
+    return formatting.table((">step", ">size", ">age", ">ranks", ">attempt", ">eval loss", "kept as", "state"), cells)
 
 
 def verify(checkpoints: Sequence[Checkpoint]) -> dict[Path, CheckpointError | None]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import run_records, run_store
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import describe_loss
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.pages import charts, html_page
@@ -213,7 +214,7 @@ def _checkpoint_rows(one: _RunFiles) -> list[list[str]]:
         [
             f"{checkpoint.step:,}",
             format_size(sum(entry.size for entry in checkpoint.manifest.files.values())),
-            "-" if checkpoint.manifest.eval_loss is None else f"{checkpoint.manifest.eval_loss:.4f}",
+            describe_loss(checkpoint.manifest.eval_loss, checkpoint.manifest.eval_set),
             str(checkpoint.manifest.attempt),
             str(checkpoint.manifest.world_size),
         ]

@@ -58,6 +58,16 @@ def pack(lengths: np.ndarray, capacity: int) -> RowLayout:
     return RowLayout(np.argsort(row_of, kind="stable"), starts)
 
 
+def choose_evenly(num_rows: int, max_rows: int | None) -> np.ndarray:
+    """Return the indices of at most `max_rows` of `num_rows` rows, evenly spaced.
+
+    Packed rows are sorted by their longest document, so all lengths are among them.
+    """
+    if max_rows is None or num_rows <= max_rows:
+        return np.arange(num_rows)
+    return np.linspace(0, num_rows - 1, max_rows).round().astype(int)
+
+
 def one_per_row(num_docs: int) -> RowLayout:
     """Return the layout without packing: document i is row i."""
     return RowLayout(np.arange(num_docs), np.arange(num_docs + 1))

@@ -80,10 +80,9 @@ def layout_training(
 def layout_held_out(lengths: np.ndarray, selected: np.ndarray, data: DataSection, max_rows: int | None) -> RowLayout:
     """Return rows with each of the documents `selected` once; of more than `max_rows` rows, a representative choice."""
     layout = _pack(lengths, selected, data)
-    if max_rows is None or layout.num_rows <= max_rows:
+    chosen = packing.choose_evenly(layout.num_rows, max_rows)
+    if len(chosen) == layout.num_rows:
         return layout
-    # Rows are sorted by the length of their longest document: take evenly spaced ones.
-    chosen = np.linspace(0, layout.num_rows - 1, max_rows).round().astype(int)
     return _concatenate(
         [RowLayout(layout.order[a:b], np.asarray([0, b - a])) for a, b in layout.starts[np.stack([chosen, chosen + 1], 1)]]
     )

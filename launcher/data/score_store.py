@@ -127,13 +127,18 @@ class ScoreStore:
 
         Raises:
             OSError: where a file cannot be written; the shards stay.
-            DataError: where shards are missing, damaged or overlap, because another pass on other ranks wrote some of them.
+            DataError: where shards are missing or damaged.
         """
         if self.read() is None:
             partial = self.folder / f".{LOG_PROBS}.{secrets.token_hex(4)}"
             try:
                 entry = atomic_files.write_file(partial, self._read_in_order(num_labels))
                 atomic_files.rename(partial, self.folder / LOG_PROBS)
+            except DataError:
+                # Another pass may have completed them meanwhile, and removed the shards.
+                if self.read() is None:
+                    raise
+                return
             finally:
                 partial.unlink(missing_ok=True)
             atomic_files.write_json(self.folder / META, {"key": asdict(self.key), "log_probs": asdict(entry)})
@@ -142,12 +147,12 @@ class ScoreStore:
 
     def _read_in_order(self, num_labels: np.ndarray) -> Iterator[memoryview]:
         position = 0
+        # Passes on other numbers of ranks cut other shards, which may overlap.
         for path, start, stop in self._shards():
-            values = _read_shard(path, num_labels[start:stop]) if start == position else None
-            if values is None:
-                break
-            yield values.data
-            position = stop
+            values = _read_shard(path, num_labels[start:stop]) if start <= position < stop else None
+            if values is not None:
+                yield values[int(num_labels[start:position].sum()) :].data
+                position = stop
         if position != len(num_labels):
             message = f"scores of micro-batch {position} are missing or damaged"
             raise DataError(Problem(message, str(self.folder), remedy="repeat the command: it computes what is missing"))
@@ -159,8 +164,11 @@ class ScoreStore:
 
 
 def _read_shard(path: Path, num_labels: np.ndarray) -> np.ndarray | None:
-    """Return the log-probabilities in a shard; None where it is damaged."""
-    content = path.read_bytes()
+    """Return the log-probabilities in a shard; None where it is damaged, or where another pass has completed the scores."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
     values, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
     if len(values) != _DTYPE.itemsize * int(num_labels.sum()) or xxhash.xxh3_128_digest(values) != digest:
         return None

@@ -207,7 +207,7 @@ def _loss_rows(manifest: Manifest, metrics: Sequence[Mapping[str, Any]]) -> Rows
         for step, loss in dict.fromkeys((losses[0], losses[-1])):
             rows.append((f"{name}, step {step:,}", f"{loss:.4f}"))
     if not held_out and manifest.eval_loss is not None:
-        rows.append((f"held out, step {manifest.step:,}", f"{manifest.eval_loss:.4f}"))
+        rows.append((f"{manifest.eval_set.replace('_', ' ')}, step {manifest.step:,}", f"{manifest.eval_loss:.4f}"))
     return rows or [("none", "nothing was logged")]
 
 

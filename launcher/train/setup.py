@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from launcher import run_store
@@ -16,6 +15,7 @@ from launcher.checkpoint.saver import Saver
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.cache import Split
 from launcher.data.loader import PrefetchLoader, RowBatches, TrainBatches
+from launcher.data.packing import choose_evenly
 from launcher.data.sources import make_eval_source
 from launcher.distributed import RankInfo, run_on_all_ranks
 from launcher.errors import RunError
@@ -159,13 +159,6 @@ def _open_batches(run: RunContext, data: DataFacts) -> PrefetchLoader:
     return PrefetchLoader(batches, run.device)
 
 
-def _choose_rows(num_rows: int, max_rows: int | None) -> np.ndarray:
-    """Return the indices of at most `max_rows` rows: evenly spaced, as rows are sorted by the length of their documents."""
-    if max_rows is None or num_rows <= max_rows:
-        return np.arange(num_rows)
-    return np.linspace(0, num_rows - 1, max_rows).round().astype(int)
-
-
 def _open_eval_rows(run: RunContext, data: DataFacts) -> list[EvalRows]:
     """Open the rows of all sets that are evaluated while training."""
     plan, micro_batch_size = run.plan, run.plan.batch.micro_batch_size
@@ -176,8 +169,8 @@ def _open_eval_rows(run: RunContext, data: DataFacts) -> list[EvalRows]:
         sources = (*section.sources, *([eval_source] if eval_source is not None else []))
         batches = RowBatches(Split.open(data, held_out=True), micro_batch_size, pad_id=_PAD_ID)
         opened.append(EvalRows(HELD_OUT, batches, tuple(source.name for source in sources)))
-    for one in plan.config.eval.sets:
-        split = Split.open(plan.eval_sets[one.name])
-        batches = RowBatches(split, micro_batch_size, _PAD_ID, _choose_rows(split.num_rows, one.max_rows))
-        opened.append(EvalRows(one.name, batches, (one.name,)))
+    for eval_set in plan.config.eval.sets:
+        split = Split.open(plan.eval_sets[eval_set.name])
+        batches = RowBatches(split, micro_batch_size, _PAD_ID, choose_evenly(split.num_rows, eval_set.max_rows))
+        opened.append(EvalRows(eval_set.name, batches, (eval_set.name,)))
     return opened

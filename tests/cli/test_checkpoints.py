@@ -291,6 +291,7 @@ def test_json_contains_the_table(run: RunDir, ask: Ask) -> None:
         "kept": ["every 100"],
         "state": "intact",
         "problems": [],
+        "eval_set": "held_out",
     }
     assert by_step[150]["state"] == "damaged"
     assert by_step[150]["problems"][0].startswith("rank-00001.safetensors: ")

@@ -176,7 +176,9 @@ def test_a_pass_that_was_stopped_and_killed_gives_the_same_bytes(scored: Scored,
     scored.run(packed, 1, "whole")
     # Two ranks have 33 micro-batches, and have committed two shards of four once rank 0 begins its fifth.
     assert -(-Split.open(packed).num_rows // 2) == 33
-    ((code, _), *_) = scored.run(packed, 2, "killed", "kill", after=Random().randint(4, 15))
+    kill_after = Random().randint(4, 15)
+    print(f"rank 0 is killed after {kill_after} micro-batches")
+    ((code, _), *_) = scored.run(packed, 2, "killed", "kill", kill_after)
     assert code != 0
     store = scored.store("killed")
     assert store.read() is None

@@ -60,23 +60,23 @@ class Evaluation:
 
     def loss_of(self, name: str) -> float | None:
         """Return the loss of the set `name`; None where it was not evaluated."""
-        return next((one.loss for one in self.sets if one.name == name), None)
+        return next((of_set.loss for of_set in self.sets if of_set.name == name), None)
 
     @property
     def metrics(self) -> dict[str, float]:
         """The metrics of all sets by name, without the time."""
-        return {name: value for one in self.sets for name, value in one.metrics.items()}
+        return {name: value for of_set in self.sets for name, value in of_set.metrics.items()}
 
 
 def log_evaluation(evaluation: Evaluation, when: str, tracker: Composite) -> None:
     """Log the metrics of all sets, and an event for each; `when` says in its text when it was evaluated."""
     tracker.log(evaluation.step, {**evaluation.metrics, "time/eval_s": evaluation.seconds})
-    for one in evaluation.sets:
-        title = "held-out loss" if one.name == HELD_OUT else f"loss on {one.name}"
-        message = f"{title} {when}: {one.loss:.4f} ({one.num_tokens:,} trained tokens)"
+    for of_set in evaluation.sets:
+        title = "held-out loss" if of_set.name == HELD_OUT else f"loss on {of_set.name}"
+        message = f"{title} {when}: {of_set.loss:.4f} ({of_set.num_tokens:,} trained tokens)"
         # Other sets may have texts on which a sound model computes no finite loss.
-        kind = "eval" if math.isfinite(one.loss) else "alert"
-        tracker.event(kind, message, evaluation.step, loss=one.loss, when=when, set=one.name)
+        kind = "eval" if math.isfinite(of_set.loss) else "alert"
+        tracker.event(kind, message, evaluation.step, loss=of_set.loss, when=when, set=of_set.name)
 
 
 class Evaluator:
@@ -85,7 +85,7 @@ class Evaluator:
     def __init__(self, scorer: Scorer, sets: Sequence[EvalRows], beat: Callable[[str, int], None]) -> None:
         """`beat` receives the phase and the number of completed steps before each micro-batch."""
         self._scorer, self._beat = scorer, beat
-        self._sets = [one for one in sets if len(one.batches)]
+        self._sets = [rows for rows in sets if len(rows.batches)]
         self.total_s = 0.0
 
     def evaluate(self, step: int, local_stop_reason: Callable[[], str | None], names: Collection[str]) -> Evaluation | None:
@@ -93,7 +93,7 @@ class Evaluator:
 
         Returns None where none of them has rows, or where any rank has a reason to stop before the last micro-batch.
         """
-        chosen = [one for one in self._sets if one.name in names]
+        chosen = [rows for rows in self._sets if rows.name in names]
         if not chosen:
             return None
         start = time.perf_counter()
@@ -103,10 +103,10 @@ class Evaluator:
             return local_stop_reason()
 
         with self._scorer.without_dropout():
-            losses = [self._evaluate_set(one, beat_and_ask) for one in chosen]
+            losses = [self._evaluate_set(rows, beat_and_ask) for rows in chosen]
         seconds = time.perf_counter() - start
         self.total_s += seconds
-        complete = tuple(one for one in losses if one is not None)
+        complete = tuple(loss for loss in losses if loss is not None)
         return Evaluation(step, complete, seconds) if len(complete) == len(chosen) else None
 
     @torch.no_grad()
