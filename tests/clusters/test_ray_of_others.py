@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
 from missing_program import skip_or_fail
 from pace import wait_for
 
-from launcher.clusters.ray import auto_address
+from launcher.clusters.ray import auto_address, doctor
+from launcher.config.schema import RunConfig
+from launcher.config.sections.ray import RaySection
 from launcher.errors import SubmitError
+from launcher.worker.ray import connection
+from launcher.worker.ray import doctor as driver_of_doctor
 
 DAEMON = 1
 MINE, THEIRS = "127.0.0.1:7001", "127.0.0.1:7002"
@@ -91,3 +98,51 @@ def test_a_session_folder_that_another_user_has_replaced_is_refused(start_raylet
     os.chown(session, DAEMON, -1)
     with pytest.raises(SubmitError, match="the folder of the Ray of this machine belongs to daemon"):
         auto_address.find_address()
+
+
+@pytest.mark.parametrize("driver", ["run", "doctor"])
+def test_a_driver_joins_the_ray_that_was_checked(
+    start_raylet: StartRaylet,
+    config_of: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    driver: str,
+) -> None:
+    """Ray's own search would join the one that was started last, whoever did."""
+    import ray
+
+    def init(address: str, **_: object) -> None:
+        raise ConnectionError(address)
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = config_of("cluster=ray", "cluster.address=auto")
+    request = json.dumps({"config": config.model_dump(mode="json"), "environ": {}})
+    section = RaySection.of(config.cluster)
+    join = {"run": lambda: connection._join(section, "", {}), "doctor": lambda: driver_of_doctor.main(request, 60)}[driver]
+    start_raylet(THEIRS, DAEMON)
+    name_newest(tmp_path, THEIRS)
+    with pytest.raises(SubmitError, match="the Ray of this machine belongs to daemon"):
+        join()
+    start_raylet(MINE)
+    with pytest.raises(ConnectionError, match=MINE):
+        join()
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:7004")
+    with pytest.raises(ConnectionError, match="127.0.0.1:7004"):
+        join()
+
+
+def test_the_driver_of_doctor_gets_no_settings_as_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every user of the machine can read the arguments of a process."""
+    (tmp_path / "driver.py").write_text("import sys; print(sys.argv[1:]); print(sys.stdin.read())")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "_MODULE", "driver")
+
+    class Reader:
+        lines: ClassVar[list[str]] = []
+
+        def feed(self, line: str) -> None:
+            self.lines.append(line.strip())
+
+    doctor._run_here(RaySection(kind="ray", address="auto"), '{"environ": {}}', "60", time.monotonic() + 60, Reader())
+    assert Reader.lines == ["['-', '60']", '{"environ": {}}']

@@ -30,6 +30,18 @@ class _Raylet:
     session: Path
 
 
+def address_to_join(address: str) -> str:
+    """Return the address for ray.init of a setting cluster.address; Ray never searches for a cluster itself.
+
+    Raises:
+        SubmitError: as find_address does.
+    """
+    if address != _AUTO:
+        return address
+    from_environ = os.environ.get("RAY_ADDRESS", "")
+    return from_environ if from_environ not in ("", _AUTO) else find_address()
+
+
 def find_address() -> str:
     """Return host:port of the cluster to which this machine belongs, by the processes of trusted users.
 

@@ -23,6 +23,8 @@ from launcher.config.sections.ray import RaySection
 from launcher.errors import RunError, SubmitError
 
 _MODULE = "launcher.worker.ray.doctor"
+# In place of the request: the driver reads it from its standard input.
+FROM_INPUT = "-"
 _POLL_S = 1.0
 _MANY_CHARS = 300
 
@@ -57,8 +59,8 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
     section = RaySection.of(config.cluster)
     request = json.dumps({"config": config.model_dump(mode="json"), "environ": {**section.env, **environ}})
     # The driver reports the nodes that do not answer, and ends before the command gives up.
-    arguments = [request, f"{max(1.0, (deadline - time.monotonic()) * 0.9):.0f}"]
-    output = (_run_as_job if section.is_http else _run_here)(section, arguments, deadline, reader)
+    seconds = f"{max(1.0, (deadline - time.monotonic()) * 0.9):.0f}"
+    output = (_run_as_job if section.is_http else _run_here)(section, request, seconds, deadline, reader)
     if not reader.reports:
         is_late = time.monotonic() >= deadline
         raise RunError(
@@ -70,11 +72,12 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
     return []
 
 
-def _run_here(section: RaySection, arguments: list[str], deadline: float, reader: ReportReader) -> str:
+def _run_here(section: RaySection, request: str, seconds: str, deadline: float, reader: ReportReader) -> str:
     """Run the driver on this machine; returns the end of its messages."""
     code = Path(launcher.__file__).resolve().parents[1]
     environ = {**os.environ, "PYTHONPATH": build_pythonpath(code, os.environ), "PYTHONSAFEPATH": "1"}
-    driver = NodeCommand([sys.executable, "-m", _MODULE, *arguments], "", environ)
+    # Everyone on the machine can read the arguments of a process.
+    driver = NodeCommand([sys.executable, "-m", _MODULE, FROM_INPUT, seconds], request, environ)
     try:
         for line in driver.lines(deadline):
             reader.feed(line)
@@ -84,10 +87,10 @@ def _run_here(section: RaySection, arguments: list[str], deadline: float, reader
     return " / ".join(line.strip() for line in list(driver.errors)[-3:])[-_MANY_CHARS:]
 
 
-def _run_as_job(section: RaySection, arguments: list[str], deadline: float, reader: ReportReader) -> str:
+def _run_as_job(section: RaySection, request: str, seconds: str, deadline: float, reader: ReportReader) -> str:
     """Run the driver as a job of the cluster, which is stopped and removed at the end; returns the end of its log."""
     address, code = section.address or "", Path(launcher.__file__).resolve().parents[1]
-    job = jobs.submit_module(section, code, f"launcher-doctor-{secrets.token_hex(4)}", _MODULE, arguments)
+    job = jobs.submit_module(section, code, f"launcher-doctor-{secrets.token_hex(4)}", _MODULE, [request, seconds])
     try:
         while True:
             state, message = jobs.state(address, job)

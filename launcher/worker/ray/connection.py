@@ -36,7 +36,7 @@ def connected(plan: LaunchPlan, run: RunDir) -> Iterator[None]:
         common = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
         path = detached_process.build_pythonpath(run.code, os.environ)
         if section.address is not None:
-            _join(plan, path, common)
+            _join(section, path, common)
         else:
             _start(plan, run, path, folder, common)
         try:
@@ -99,19 +99,15 @@ def _set_variables(plan: LaunchPlan) -> None:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_PLACE_S))
 
 
-def _join(plan: LaunchPlan, path: str, common: dict[str, Any]) -> None:
+def _join(section: RaySection, path: str, common: dict[str, Any]) -> None:
     import ray
 
-    section = RaySection.of(plan.config.cluster)
     if section.is_http:
         # The job's own environment applies to all processes that it starts.
         ray.init(address="auto", **common)
     else:
         variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-        address = section.address
-        if address == "auto":
-            address = os.environ.get("RAY_ADDRESS", "")
-            address = address if address not in ("", "auto") else auto_address.find_address()
+        address = auto_address.address_to_join(section.address or "")
         ray.init(address=address, runtime_env={"env_vars": variables}, **common)
 
 

@@ -1,4 +1,4 @@
-"""The driver of `launcher doctor` on Ray: `python -m launcher.worker.ray.doctor REQUEST SECONDS`.
+"""The driver of `launcher doctor` on Ray: `python -m launcher.worker.ray.doctor REQUEST SECONDS`; a REQUEST `-` is on its input.
 
 Runs launcher.worker.doctor.node as a task on every node, with all of its GPUs, and prints the reports. A node whose GPUs other
 work holds is reported instead of waited for.
@@ -16,6 +16,8 @@ from typing import Any
 import launcher
 from launcher.clusters.check_results import FAILURE, WARNING, CheckResult, MachineReport, to_lines
 from launcher.clusters.detached_process import build_pythonpath
+from launcher.clusters.ray import auto_address
+from launcher.clusters.ray.doctor import FROM_INPUT
 from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
 
@@ -41,7 +43,8 @@ def main(request: str, seconds: float) -> None:
     path = build_pythonpath(Path(launcher.__file__).resolve().parents[1], os.environ)
     # A job's own environment applies to all processes that it starts.
     runtime = {} if section.is_http else {"runtime_env": {"env_vars": {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}}}
-    address = "auto" if section.is_http else section.address
+    # Within a job, Ray itself names the cluster of the job.
+    address = "auto" if section.is_http else auto_address.address_to_join(section.address or "")
     ray.init(address=address, log_to_driver=False, logging_level="WARNING", **runtime)
     try:
         tasks = {_start(ray, node, config, environ): node for node in _nodes_of_ranks(ray)}
@@ -98,4 +101,4 @@ def _print_report(node: str, result: CheckResult) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
+    main(sys.stdin.read() if sys.argv[1] == FROM_INPUT else sys.argv[1], float(sys.argv[2]))
