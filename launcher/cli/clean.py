@@ -23,7 +23,7 @@ from launcher.tracking.metrics import format_duration
 
 _SECONDS = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 _BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
-_COLUMNS = ("kind", "name", ">size", ">last use", "runs", "what becomes of it")
+_COLUMNS = ("kind", "path", ">size", ">last use", "runs", "what becomes of it")
 _RUNS_SHOWN = 3
 
 
@@ -128,7 +128,10 @@ def _remove(chosen: Sequence[CacheEntry]) -> tuple[list[CacheEntry], list[str]]:
                     stack.enter_context(locks.hold(entry.lock, 0, redacted_command_line(), mode=0o600))
                 elif entry.lock is not None and is_locked(entry.lock):
                     raise locks.LockTimeout
-                failures = [line for path in reversed(entry.paths) for line in remove_path(path)]
+                if entry.is_replaced:
+                    failures = [f"{entry.path}: it was replaced by something else after it was listed"]
+                else:
+                    failures = [line for path in reversed(entry.paths) for line in remove_path(path)]
             except locks.LockTimeout:
                 failures = [f"{entry.path}: another process began to build it"]
             except OSError as error:
@@ -150,6 +153,6 @@ def _lines(entries: Sequence[CacheEntry], chosen: Sequence[CacheEntry]) -> list[
         more = f" and {len(names) - _RUNS_SHOWN} more" if len(names) > _RUNS_SHOWN else ""
         fate = f"kept: {entry.kept}" if entry.kept else "removed" if entry in chosen else "kept"
         age = f"{format_duration(max(0.0, now - entry.used_at))} ago"
-        cells = (entry.kind, entry.path.name, format_size(entry.bytes), age, ", ".join(names[:_RUNS_SHOWN]) + more or "-", fate)
+        cells = (entry.kind, str(entry.path), format_size(entry.bytes), age, ", ".join(names[:_RUNS_SHOWN]) + more or "-", fate)
         rows.append(tuple(map(printable, cells)))
     return [*formatting.table(_COLUMNS, rows), f"in all {format_size(sum(entry.bytes for entry in entries))}"]

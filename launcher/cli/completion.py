@@ -21,6 +21,7 @@ from launcher import atomic_files
 from launcher.cli.arguments import VerbParser
 from launcher.cli.main import COMPOSING, VERBS
 from launcher.data.cache_dir import cache_root
+from launcher.security.folders import usable_part
 
 # The words of the command line so far, one a line; the last is the one to complete.
 WORDS_VARIABLE = "LAUNCHER_COMPLETION_WORDS"
@@ -168,20 +169,25 @@ def _runs(before: Sequence[str]) -> Iterator[str]:
     root = next((value for flag, value in pairwise(before) if flag == "--root"), "runs")
     with suppress(OSError):
         for entry in os.scandir(Path(root).expanduser()):
-            if entry.name not in before and os.path.exists(os.path.join(entry.path, "status.json")):
+            # As a word of a command these would be a flag, or somebody's home directory.
+            if entry.name.startswith(("-", "~")) or entry.name in before:
+                continue
+            if os.path.exists(os.path.join(entry.path, "status.json")):
                 yield entry.name
 
 
 def vocabulary() -> Vocabulary:
     """Return the keys and flags of this version of the launcher: from the cache, or else built and stored there."""
-    file = cache_root() / "completion" / f"{launcher.__version__}-{_newest_source():x}.json"
+    folder = usable_part(cache_root() / "completion", make=True)
+    # A cache that cannot be written makes every answer slow.
+    if folder is None:
+        return _build_vocabulary()
+    file = folder / f"{launcher.__version__}-{_newest_source():x}.json"
     with suppress(OSError, ValueError, TypeError):
         return Vocabulary(**json.loads(file.read_text(encoding="utf-8")))
     built = _build_vocabulary()
-    # A cache that cannot be written makes every answer slow.
     with suppress(OSError):
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for outdated in file.parent.glob("*.json"):
+        for outdated in folder.glob("*.json"):
             outdated.unlink(missing_ok=True)
         atomic_files.write_json(file, asdict(built))
     return built

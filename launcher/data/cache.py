@@ -371,10 +371,11 @@ def building(key: str, group: str | None = None) -> Iterator[Path | None]:
             with convert_os_errors(partial):
                 partial.mkdir(mode=0o700)
                 # Storage may give what root writes to nobody: the finished cache would be refused after hours of work.
+                descriptor = stack.enter_context(folders.open_folder(partial))
                 ownership.require_cache(partial, group)
                 yield partial
                 if group is not None:
-                    folders.share(partial, group)
+                    folders.share(descriptor, partial, group)
                     if find(key, group) is not None:
                         return
                 shutil.rmtree(final, ignore_errors=True)

@@ -7,12 +7,15 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from launcher.errors import ConfigError, DataError, Problem
-from launcher.security.permissions import describe_permissions, first_problem, tree
-from launcher.security.trust import Trust, group_id
+from launcher.security.permissions import describe_permissions, first_problem_above
+from launcher.security.trust import Trust, group_id, user_name
 
+# The subject of problems with a file or folder of the launcher's cache.
+CACHE_PART = "this part of the cache"
 # Tries to make a folder that other processes of this user make at the same time.
 _NUM_TRIES = 20
 
@@ -30,31 +33,98 @@ def private_files() -> Iterator[None]:
 def make_shared_folder(folder: Path, group: str) -> None:
     """Create a folder in which each member of a group can create files and change only their own.
 
+    The owner of a sticky folder can replace everything in it. So only the owner of the folder above may make it, or root: the
+    members trust them already.
+
     Raises:
-        DataError: if the group does not exist, this user is no member, or others can write to the folder.
+        DataError: if the group does not exist, this user is no member, or others made the folder or could replace it.
         OSError: if it cannot be created.
     """
     gid = shared_group(group)
     if gid not in (*os.getgroups(), os.getegid()) and os.geteuid() != 0:
         remedy = "name a group that you belong to; `id` lists them"
         raise DataError(Problem("this user does not belong to the group", "data.cache_group", group, remedy))
-    try:
-        folder.mkdir(mode=0o700, parents=True)
-    except FileExistsError:
-        trust = Trust.from_environ(os.environ).with_group(gid)
-        if problem := first_problem("this part of the cache", folder, (), trust):
-            raise DataError(problem) from None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    owner = folder.parent.stat().st_uid
+    by_owner = f"let {user_name(owner)} run: mkdir {folder} && chgrp {group} {folder} && chmod 3770 {folder}"
+    if problem := shared_folder_problem(folder):
+        raise DataError(replace(problem, remedy=f"remove it, and {by_owner}" if problem.where == str(folder) else problem.remedy))
+    if folder.exists():
         return
+    if os.geteuid() not in (0, owner):
+        message = f"only {user_name(owner)}, who owns {folder.parent}, can make the folder of a group there"
+        raise DataError(Problem(message, "data.cache_group", group, by_owner))
+    folder.mkdir(mode=0o700, exist_ok=True)
     os.chown(folder, -1, gid)
     folder.chmod(0o3770)
 
 
-def share(folder: Path, group: str) -> None:
-    """Let the members of a group read a folder with its content."""
+def shared_folder_problem(folder: Path) -> Problem | None:
+    """Return why a folder is not used in which a group shares caches: somebody else could replace it; None if it can be used.
+
+    It belongs to this user, to root or to the owner of the folder above, and is no link.
+    """
+    trust = Trust.from_environ(os.environ).with_user(folder.parent.stat().st_uid)
+    problem = first_problem_above(CACHE_PART, folder, trust, may_be_hidden=True)
+    if problem is None and folder.is_symlink():
+        return Problem(f"{CACHE_PART} is a link, which the folder of a group must not be", str(folder), remedy="remove it")
+    return problem
+
+
+@contextmanager
+def open_folder(folder: Path) -> Iterator[int]:
+    """Open a folder, and no link, for this block; yields its descriptor, which keeps to the folder whatever its name leads to."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def share(descriptor: int, folder: Path, group: str) -> None:
+    """Let the members of a group read the open folder with its content; `folder` is its name.
+
+    Raises:
+        DataError: if the name leads to something else by now.
+    """
     gid = shared_group(group)
-    for path in (folder, *tree(folder)):
-        os.chown(path, -1, gid)
-        path.chmod(0o750 if path.is_dir() else 0o640)
+    for _, _, names, parent in os.fwalk(".", dir_fd=descriptor):
+        os.fchown(parent, -1, gid)
+        os.fchmod(parent, 0o750)
+        for name in names:
+            _share_file(name, parent, gid)
+    opened = os.fstat(descriptor)
+    try:
+        is_same = os.path.samestat(opened, folder.lstat())
+    except FileNotFoundError:
+        is_same = False
+    if not is_same:
+        message = "another user has replaced the folder in which this data cache was built"
+        remedy = f"remove what is there, and make {folder.parent} a folder of the owner of {folder.parent.parent}"
+        raise DataError(Problem(message, "data.cache_group", str(folder), remedy))
+
+
+def _share_file(name: str, folder: int, gid: int) -> None:
+    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    try:
+        os.fchown(file, -1, gid)
+        os.fchmod(file, 0o640)
+    finally:
+        os.close(file)
+
+
+def usable_part(folder: Path, make: bool = False) -> Path | None:
+    """Return a folder of the launcher's cache if it is one, and no link, that only this user and owners they trust can replace.
+
+    With `make`, it is created where it does not exist. None where it is not there or cannot be used: no command needs it.
+    """
+    with suppress(OSError):
+        if make:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        is_folder = stat.S_ISDIR(folder.lstat().st_mode)
+        if is_folder and first_problem_above(CACHE_PART, folder, Trust.from_environ(os.environ), may_be_hidden=True) is None:
+            return folder
+    return None
 
 
 def make_private_folder(folder: Path, where: str) -> None:
@@ -74,13 +144,21 @@ def make_private_folder(folder: Path, where: str) -> None:
         except FileExistsError:
             # Another process of this user may just remove the folder, too.
             with suppress(FileNotFoundError):
-                if _is_private_and_empty(folder):
+                if is_private_folder(folder) and not any(folder.iterdir()):
                     return
         else:
             return
     remedy = "remove it, or set another folder; a sticky folder above it (chmod +t) keeps others from replacing yours"
     message = "the folder exists already, and this user cannot empty it: another user may have made it"
     raise ConfigError(message, where=where, value=f"{folder}: {describe_permissions(folder)}", remedy=remedy)
+
+
+def is_private_folder(folder: Path) -> bool:
+    """Return whether this is a folder, and no link, that belongs to this user and that no other user can enter."""
+    with suppress(OSError):
+        status = folder.lstat()
+        return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+    return False
 
 
 def shared_group(group: str) -> int:
@@ -94,10 +172,3 @@ def shared_group(group: str) -> int:
     except KeyError:
         remedy = "name a group of this machine that you belong to; `id` lists them"
         raise DataError(Problem("there is no such group", "data.cache_group", group, remedy)) from None
-
-
-def _is_private_and_empty(folder: Path) -> bool:
-    """Return whether this is a folder, and no link, that belongs to this user and that no other user can enter."""
-    status = folder.lstat()
-    is_private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
-    return is_private and not any(folder.iterdir())

@@ -15,7 +15,7 @@ from pathlib import Path
 from launcher import json_records
 from launcher.errors import DataError, Problem, SubmitError
 from launcher.plan.run_dir import RunDir
-from launcher.security.folders import shared_group
+from launcher.security.folders import CACHE_PART, shared_group
 from launcher.security.permissions import first_problem, first_problem_above, is_private, tree
 from launcher.security.trust import Trust
 
@@ -95,21 +95,21 @@ def require_plain_files(run: RunDir) -> None:
 
 
 def require_cache(path: Path, group: str | None = None) -> None:
-    """Refuse a file or folder of the launcher's cache that others could have written.
+    """Refuse a file or folder of the launcher's cache that others could have written, or replaced by way of a folder above.
 
     `group` names the group that shares the cache on purpose.
 
     Raises:
         DataError: with the file or folder, its owner and the remedy.
     """
-    try:
-        is_folder = stat.S_ISDIR(path.stat().st_mode)
-    except OSError:
-        # What cannot be read is not used.
-        return
     trust = _own_trust().with_group(None if group is None else shared_group(group))
-    content = tree(path) if is_folder else ()
-    if problem := first_problem("this part of the cache", path, content, trust, in_private_folder=is_private(path.parent, trust)):
+    problem = first_problem_above(CACHE_PART, path.parent, trust, may_be_hidden=True)
+    # What cannot be read is not used.
+    with suppress(OSError):
+        if problem is None:
+            content = tree(path) if stat.S_ISDIR(path.stat().st_mode) else ()
+            problem = first_problem(CACHE_PART, path, content, trust, in_private_folder=is_private(path.parent, trust))
+    if problem is not None:
         elsewhere = "set LAUNCHER_CACHE to a folder of your own, or share one in a group with data.cache_group"
         raise DataError(replace(problem, remedy=f"{elsewhere}; {problem.remedy}"))
 

@@ -43,11 +43,21 @@ def first_problem(
     return _first(subject, root, _weaknesses(root, content, trust, with_parents, in_private_folder), trust)
 
 
-def first_problem_above(subject: str, folder: Path, trust: Trust) -> Problem | None:
-    """Return the first reason not to trust what will be made in `folder`: others could replace it; None if there is none."""
-    return _first(
-        subject, folder, (weakness for step in path_steps(folder) for weakness in _weakness(step, trust, is_above=True)), trust
-    )
+def first_problem_above(subject: str, folder: Path, trust: Trust, may_be_hidden: bool = False) -> Problem | None:
+    """Return the first reason not to trust what will be made in `folder`: others could replace it; None if there is none.
+
+    With `may_be_hidden`, folders within one that nobody else can enter may have any mode.
+    """
+
+    def weaknesses() -> Iterator[tuple[Path, str, str]]:
+        hiding = set[Path]()
+        for step in path_steps(folder):
+            yield from _weakness(step, trust, is_above=True, is_protected=not hiding.isdisjoint(step.parents))
+            with suppress(OSError):
+                if may_be_hidden and not step.is_symlink() and is_private(step, trust):
+                    hiding.add(step)
+
+    return _first(subject, folder, weaknesses(), trust)
 
 
 def describe_permissions(path: Path) -> str:

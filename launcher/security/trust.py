@@ -55,6 +55,10 @@ class Trust:
         """Return this trust and that in the members of a group, for what they share on purpose."""
         return self if gid is None else replace(self, gids=self.gids | {gid})
 
+    def with_user(self, uid: int) -> Trust:
+        """Return this trust and that in one more user, for what they own on purpose."""
+        return replace(self, uids=self.uids | {uid})
+
     def as_numbers(self) -> str:
         """Return the value of LAUNCHER_TRUST_OWNERS for machines that may not know the names of users and groups."""
         if self.anyone:

@@ -187,7 +187,8 @@ def test_a_part_that_is_a_link_is_removed_and_not_followed(clean: Clean, cache: 
 def test_the_table_says_what_becomes_of_each_part(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_with(cache / "data/fresh", "failed", tmp_path / "runs")
     assert main(["clean", "--older-than", "45d", "--dry-run"]) == 0
-    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if len(line.split()) > 5}
+    rows = {Path(line.split()[1]).name: line for line in capsys.readouterr().out.splitlines() if len(line.split()) > 5}
+    assert str(cache / "data/fresh") in rows["fresh"]
     assert rows["fresh"].endswith("is-failed  kept: used by is-failed (failed)")
     assert rows["old"].endswith("-          removed")
     assert rows["abcd"].endswith("-          kept")

@@ -127,8 +127,8 @@ def test_a_driver_joins_the_ray_that_was_checked(
     start_raylet(MINE)
     with pytest.raises(ConnectionError, match=MINE):
         join()
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:7004")
-    with pytest.raises(ConnectionError, match="127.0.0.1:7004"):
+    monkeypatch.setenv("RAY_ADDRESS", other := "127.0.0.1:7004")
+    with pytest.raises(ConnectionError, match=other):
         join()
 
 

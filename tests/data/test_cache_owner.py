@@ -17,9 +17,10 @@ from launcher.data import cache
 from launcher.data.build import build
 from launcher.data.cache import cache_key, find
 from launcher.data.sources.locate import _read_listing
-from launcher.errors import DataError
+from launcher.errors import DataError, Problem
 from launcher.model_source import _finished
 from launcher.plan.launch_plan import DataFacts
+from launcher.security.folders import make_shared_folder
 from launcher.security.ownership import require_cache
 
 Section = Callable[..., DataSection]
@@ -112,7 +113,7 @@ def test_storage_that_gives_new_files_to_nobody_refuses_a_cache_before_it_is_bui
 
     with user(DAEMON):
         monkeypatch.setattr(os, "geteuid", lambda: SYNC)
-        assert "a-key.partial belongs to daemon" in refusal(build_one)
+        assert "data belongs to daemon" in refusal(build_one)
         assert not (shared / "data/a-key.partial").exists()
         monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "daemon")
         with pytest.raises(pytest.fail.Exception, match="it would have been built"):
@@ -142,6 +143,13 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.fixture
+def of_group(shared: Path) -> Path:
+    """The folder of the group there, as the owner of the shared folder makes it."""
+    make_shared_folder(shared / f"data-{GROUP}", GROUP)
+    return shared / f"data-{GROUP}"
+
+
 def write(folder: Path, files: dict[str, bytes]) -> None:
     (folder / "eval").mkdir(mode=0o700)
     for name, content in files.items():
@@ -153,7 +161,7 @@ def read_files(facts: DataFacts) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_members_of_a_group_share_a_cache(shared: Path, built: tuple[str, DataFacts]) -> None:
+def test_members_of_a_group_share_a_cache(of_group: Path, built: tuple[str, DataFacts]) -> None:
     key, facts = built
     files = read_files(facts)
     with user(SYNC):
@@ -164,7 +172,7 @@ def test_members_of_a_group_share_a_cache(shared: Path, built: tuple[str, DataFa
     assert made is not None
     assert made.contents() == facts.contents()
     folder = Path(made.cache_dir)
-    assert folder == shared / f"data-{GROUP}" / key
+    assert folder == of_group / key
     assert {(path.stat().st_uid, path.stat().st_gid, path.stat().st_mode & 0o777) for path in folder.rglob("*.npy")} == {
         (SYNC, GROUP_ID, 0o640)
     }
@@ -211,6 +219,65 @@ def test_who_is_no_member_cannot_give_a_group_a_cache(shared: Path, built: tuple
         assert "belongs to daemon" in refusal(lambda: find(key, GROUP))
         with pytest.raises(DataError, match="belongs to daemon"), cache.building("another", GROUP):
             pass
+
+
+def test_only_the_owner_of_the_shared_folder_makes_the_folder_of_a_group(shared: Path) -> None:
+    """Whoever owns it can put a link in place of what another member builds there."""
+    by_owner = f"let root run: mkdir {shared}/data-{GROUP} && chgrp {GROUP}"
+
+    def build_as_nobody() -> Problem:
+        with user(NOBODY), pytest.raises(DataError) as error, cache.building("a-key", GROUP):
+            pass
+        (problem,) = error.value.problems
+        assert by_owner in problem.remedy
+        return problem
+
+    assert build_as_nobody().message == f"only root, who owns {shared}, can make the folder of a group there"
+    folder = shared / f"data-{GROUP}"
+    with user(SYNC):
+        folder.mkdir()
+        folder.chmod(0o3770)
+    os.chown(folder, -1, GROUP_ID)
+    assert build_as_nobody().message == f"this part of the cache is not trusted: {folder} belongs to sync"
+    folder.rmdir()
+    for uid, message in ((SYNC, "belongs to sync"), (0, "is a link, which the folder of a group must not be")):
+        with user(uid):
+            folder.symlink_to(shared)
+        assert message in build_as_nobody().message
+        folder.unlink()
+    make_shared_folder(folder, GROUP)
+    folder.chmod(0o2770)
+    with user(NOBODY), pytest.raises(DataError, match="can be written by the group nogroup"), cache.building("a-key", GROUP):
+        pass
+
+
+def test_a_link_in_place_of_what_is_built_shares_nothing_behind_it(shared: Path, of_group: Path) -> None:
+    """The owner of the shared folder can replace what is in it; no link of theirs is followed when the group gets access."""
+    for folder in (shared, of_group):
+        os.chown(folder, SYNC, -1)
+    of_group.chmod(0o3770)
+    with tempfile.TemporaryDirectory() as home:
+        private = Path(home, "private")
+        private.mkdir(mode=0o700)
+        (private / "id_ed25519").touch(mode=0o600)
+        give(Path(home), NOBODY)
+
+        def build_and_replace() -> None:
+            with user(NOBODY), cache.building("a-key", GROUP) as folder:
+                assert folder is not None
+                (folder / "meta.json").write_text("{}")
+                os.seteuid(0)
+                with user(SYNC):
+                    folder.rename(folder.with_name("away"))
+                    folder.symlink_to(home)
+                os.setegid(GROUP_ID)
+                os.seteuid(NOBODY)
+
+        with pytest.raises(DataError, match="another user has replaced the folder"):
+            build_and_replace()
+        paths = [Path(home), private, private / "id_ed25519"]
+        assert [path.stat().st_mode & 0o777 for path in paths] == [0o700, 0o700, 0o600]
+        assert not (of_group / "a-key").exists()
 
 
 def read_files_as_root(facts: DataFacts) -> dict[str, bytes]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher import atomic_files, locks, run_store
-from launcher.data.cache_dir import cache_root, shared_cache_root
+from launcher.data.cache_dir import cache_root, node_cache_root, shared_cache_root
 from launcher.errors import LauncherError, Problem, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.run_damage import plan_remedy
+from launcher.security.folders import is_private_folder, shared_folder_problem, usable_part
+from launcher.security.trust import Trust
 from launcher.shell_commands import launcher_command
 from launcher.tracking.metrics import format_duration
 
@@ -43,7 +44,7 @@ class CacheEntry:
     """A part of the cache that is removed as a whole. `paths[0]` is its folder.
 
     `lock` is the file that a process holds which builds it. `runs` are the directories of the runs that use it. `kept` is the
-    reason why it is not removed, empty where there is none.
+    reason why it is not removed, empty where there is none. `inodes` are device and inode of each of the paths.
     """
 
     kind: str
@@ -53,10 +54,16 @@ class CacheEntry:
     lock: Path | None = None
     runs: tuple[str, ...] = ()
     kept: str = ""
+    inodes: tuple[tuple[int, int] | None, ...] = ()
 
     @property
     def path(self) -> Path:
         return self.paths[0]
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether a path leads to something else than when the entry was listed; one that is gone leads nowhere."""
+        return any(now is not None and now != before for now, before in zip(map(_inode, self.paths), self.inodes, strict=True))
 
     def as_json(self) -> dict[str, Any]:
         values = {"kind": self.kind, "path": str(self.path), "bytes": self.bytes, "used_at": self.used_at}
@@ -94,8 +101,11 @@ def list_entries(roots: Iterable[Path], shared: bool = False) -> list[CacheEntry
 
 
 def _uses(roots: Iterable[Path]) -> list[RunUse]:
-    uses, problems = [], []
+    uses, problems, trust = [], [], Trust.from_environ(os.environ)
     for run in {run.root.resolve(): run for root in roots for run in run_store.list_runs(root)}.values():
+        # Runs of others use caches of their own, or those of a group, which are kept.
+        if not trust.anyone and not trust.accepts_owner(run.root.stat().st_uid):
+            continue
         state, used_at = _state(run)
         plans = (run.plan, *run_store.changed_plan_paths(run))
         paths: set[str] = set()
@@ -180,10 +190,19 @@ def is_locked(lock: Path) -> bool:
 
 def _entry(kind: str, *paths: Path, lock: Path | None = None, kept: str = "") -> CacheEntry:
     num_bytes, used_at = 0, 0.0
+    inodes = tuple(map(_inode, paths))
     for path in paths:
         path_bytes, path_used_at = _measure(path)
         num_bytes, used_at = num_bytes + path_bytes, max(used_at, path_used_at)
-    return CacheEntry(kind, paths, num_bytes, used_at, lock, kept=kept)
+    return CacheEntry(kind, paths, num_bytes, used_at, lock, kept=kept, inodes=inodes)
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _measure(path: Path) -> tuple[int, float]:
@@ -218,8 +237,8 @@ def _is_own(path: Path) -> bool:
 
 def _data(shared: bool) -> Iterator[CacheEntry]:
     shared_root = shared_cache_root() or cache_root()
-    roots = dict.fromkeys([cache_root() / "data", *sorted(shared_root.glob("data-*"))])
-    for root in roots:
+    of_groups = (folder for folder in sorted(shared_root.glob("data-?*")) if shared_folder_problem(folder) is None)
+    for root in (*_part("data"), *of_groups):
         children = _children(root)
         names = {path.name for path in children}
         for path in children:
@@ -241,7 +260,7 @@ def _data(shared: bool) -> Iterator[CacheEntry]:
 
 
 def _models() -> Iterator[CacheEntry]:
-    for path in _children(cache_root() / "models"):
+    for path in (path for folder in _part("models") for path in _children(folder)):
         if _is_temporary(path):
             yield _entry("models", path, kept=_recent_build(path))
         elif path.is_dir():
@@ -249,26 +268,33 @@ def _models() -> Iterator[CacheEntry]:
 
 
 def _sources() -> Iterator[CacheEntry]:
-    for path in _children(cache_root() / "sources"):
+    for path in (path for folder in _part("sources") for path in _children(folder)):
         if path.is_dir():
             yield _entry("sources", path, lock=path / ".lock")
 
 
 def _checks() -> Iterator[CacheEntry]:
     for name in _CHECKS:
-        if (folder := cache_root() / name).is_dir():
-            yield _entry("checks", folder)
+        yield from (_entry("checks", folder) for folder in _part(name))
+
+
+def _part(name: str) -> Iterator[Path]:
+    """Yield a folder of the cache, unless it is a link or others could have replaced it: it could lead anywhere."""
+    if (folder := usable_part(cache_root() / name)) is not None:
+        yield folder
 
 
 def _extensions() -> Iterator[CacheEntry]:
     """Yield the folders of compiled extensions: those of torch, and those of nodes whose home directory cannot be written."""
     own = os.environ.get("TORCH_EXTENSIONS_DIR")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    node = Path(tempfile.gettempdir()) / f"launcher-caches-{os.getuid()}" / "torch_extensions_dir"
-    roots = [Path(own).expanduser().absolute() if own else cache / "torch_extensions", node]
-    for root in roots:
+    roots = [usable_part(Path(own).expanduser().absolute() if own else cache / "torch_extensions")]
+    if is_private_folder(node := node_cache_root()):
+        roots.append(usable_part(node / "torch_extensions_dir"))
+    for root in filter(None, roots):
         # With the default folder, one for each version of Python and CUDA lies between.
-        for path in (child for folder in (root, *_children(root)) if folder.is_dir() for child in _children(folder)):
+        folders = (folder for folder in (root, *_children(root)) if folder.is_dir() and not folder.is_symlink())
+        for path in (child for folder in folders for child in _children(folder)):
             if path.is_dir() and (path / "build.ninja").is_file():
                 yield _entry("extensions", path, lock=path / "lock")
 

@@ -9,24 +9,27 @@ import xxhash
 
 from launcher import atomic_files
 from launcher.data.cache_dir import cache_root
+from launcher.security.folders import usable_part
 
 _FOLDER = "run-folders"
 
 
 def remember(folder: Path) -> None:
     """Note a folder of runs in the launcher's cache. A cache that cannot be written is no reason not to start a run."""
-    record = cache_root() / _FOLDER / xxhash.xxh3_64_hexdigest(str(folder).encode())
-    with suppress(OSError):
-        if not record.is_file():
-            record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            atomic_files.write_text(record, f"{folder}\n")
+    if (records := usable_part(cache_root() / _FOLDER, make=True)) is not None:
+        record = records / xxhash.xxh3_64_hexdigest(str(folder).encode())
+        with suppress(OSError):
+            if not record.is_file():
+                atomic_files.write_text(record, f"{folder}\n")
 
 
 def recall() -> list[Path]:
     """Return the folders of runs that still exist."""
-    folders = []
+    folders: list[Path] = []
+    if (records := usable_part(cache_root() / _FOLDER)) is None:
+        return folders
     with suppress(OSError):
-        for record in sorted((cache_root() / _FOLDER).iterdir()):
+        for record in sorted(records.iterdir()):
             with suppress(OSError, UnicodeDecodeError):
                 folder = Path(record.read_text(encoding="utf-8").strip())
                 if folder.is_absolute() and folder.is_dir():

@@ -9,7 +9,11 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+
+from launcher.data.cache_dir import node_cache_root
+from launcher.security.folders import is_private_folder
 
 # For each cache: its variable; the variable of the folder around it, and that folder in the home directory; its own name.
 _CACHES = (
@@ -54,12 +58,9 @@ def _private_folder() -> Path:
 
     Ranks load compiled code from it.
     """
-    folder = Path(tempfile.gettempdir()) / f"launcher-caches-{os.getuid()}"
-    try:
+    folder = node_cache_root()
+    with suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
-        if status.st_uid == os.getuid() and status.st_mode & 0o170077 == 0o040000:
-            return folder
-    except OSError:
-        pass
+    if is_private_folder(folder):
+        return folder
     return Path(tempfile.mkdtemp(prefix="launcher-caches-"))
