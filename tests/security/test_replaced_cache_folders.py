@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil  # noqa: F401
 import pytest
 from missing_program import skip_or_fail
 
@@ -30,6 +31,8 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder like /tmp, with a home of alice in it; the test runs as alice."""
     if os.geteuid() != 0:
         skip_or_fail("only root can act as other users: run pytest as root")
+    # Alice may be unable to read the folder of Python: what the commands import is loaded before.
+    completion._build_vocabulary()
     mask = os.umask(0o022)
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o1777)
