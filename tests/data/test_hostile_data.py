@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import time
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from special_files import link_to_device, make_pipe
 from transformers import AutoTokenizer
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources import Chat, Message, check_sources, files, parquet, read_documents
+from launcher.data.sources import Chat, Message, check_sources, files, json_array, parquet, read_documents
 from launcher.data.tokenization import render_limits
 from launcher.data.tokenization.chat_template import ChatTemplate
 from launcher.errors import DataError, Problem
@@ -160,6 +161,41 @@ def test_a_line_without_an_end_is_not_held_in_memory(tmp_path: Path, monkeypatch
             file.truncate(1 << 30)
         problem = refusal(Source(path=str(tmp_path / name)))
         assert (problem.message, problem.where) == ("the line is longer than 1 MiB", f"{tmp_path / name}:2")
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "part", "message"),
+    [
+        ("rows.csv", 'text\nfine\n"never closed', "\nanother line", "the row is longer than 1 MiB"),
+        ("rows.json", '[{"text": "fine"},\n{"text": "', "never closed ", "the entry is longer than 1 MiB"),
+        ("rows.json", '[{"text": "fine"},\n{"text": [', '"", ', "the entry is longer than 1 MiB"),
+    ],
+)
+def test_a_row_without_an_end_is_not_held_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, head: str, part: str, message: str
+) -> None:
+    for module in (files, json_array):
+        monkeypatch.setattr(module, "MAX_ROW_BYTES", 1 << 20)
+    (tmp_path / name).write_text(head + part * 5_000_000)
+    tracemalloc.start()
+    try:
+        problem = refusal(Source(path=str(tmp_path / name)))
+        assert (problem.message, problem.where.split(":")[1]) == (message, "3" if name == "rows.csv" else "2")
+        # The file has 20 MB and more.
+        assert tracemalloc.get_traced_memory()[1] < 16e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_many_rows_may_have_more_bytes_than_one_row_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (files, json_array):
+        monkeypatch.setattr(module, "MAX_ROW_BYTES", 1 << 20)
+    text = "two\nlines " * 10_000
+    (tmp_path / "rows.csv").write_text("text\n" + f'"{text}"\n' * 20)
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": text}] * 20))
+    for name in ("rows.csv", "rows.json"):
+        rows = [row for block in files.read_blocks(tmp_path / name, name) for row, _ in files.parse_block(block)]
+        assert rows == [{"text": text}] * 20
 
 
 @pytest.mark.timeout(60)

@@ -284,13 +284,27 @@ def _json_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple
 def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
     """Yield (row, place, number of characters) of each line after the first, which names the columns."""
     csv.field_size_limit(sys.maxsize)
-    lines = (_decoded(line, name, number) for number, line in enumerate(_lines(file, name), start=1))
-    reader = csv.reader(lines, strict=True)
     header: list[str] | None = None
-    start = 1
+    start, num_bytes = 1, 0
+
+    def lines() -> Iterator[str]:
+        nonlocal num_bytes
+        for number, line in enumerate(_lines(file, name), start=1):
+            num_bytes += len(line)
+            if num_bytes > MAX_ROW_BYTES:
+                remedy = "close every quote, or write shorter rows"
+                refuse(f"the row is longer than {MAX_ROW_BYTES >> 20} MiB", f"{name}:{start}", remedy)
+            try:
+                # The other function handles the exceptions to the rule.
+                text = line.decode() if number > 1 else _decoded(line, name, number)
+            except UnicodeDecodeError:
+                text = _decoded(line, name, number)
+            yield text
+
+    reader = csv.reader(lines(), strict=True)
     try:
         for cells in reader:
-            place, start = f"{name}:{start}", reader.line_num + 1
+            place, start, num_bytes = f"{name}:{start}", reader.line_num + 1, 0
             if not cells:
                 continue
             if header is None:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from launcher.data.sources.row_values import Row, refuse, safe_excerpt
+from launcher.data.sources.row_values import MAX_ROW_BYTES, Row, refuse, safe_excerpt
 
 _BLOCK_BYTES = 1 << 20
 # A parse error this far before the end of the text is not due to incomplete input, except in an unterminated string.
@@ -64,7 +64,9 @@ class _Text:
                 is_wrong = error.pos < len(self.text) - _LONGEST_WORD and not error.msg.startswith(_UNTERMINATED)
                 if is_wrong or is_all:
                     raise
-                is_all = not self.read(num_bytes)
+                if (num_left := MAX_ROW_BYTES + 1 - (len(self.text) - self.at)) <= 0:
+                    refuse(f"the entry is longer than {MAX_ROW_BYTES >> 20} MiB", self.place(self.at), _IS_CUT)
+                is_all = not self.read(min(num_bytes, num_left))
                 # Doubled, so that an object of many blocks is not parsed once per block.
                 num_bytes *= 2
             else:
