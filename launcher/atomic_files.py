@@ -5,11 +5,13 @@ Content is written under a temporary name in the same directory, fsynced, and re
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import secrets
 import shutil
+import stat
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -93,6 +95,19 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
             temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def read_short_text(path: Path, max_bytes: int) -> str:
+    """Return the start of a small file that others may have put there; to read a pipe or a device could never end.
+
+    Raises:
+        OSError: if it cannot be read, or is no regular file.
+        UnicodeDecodeError: if it is not UTF-8.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        return file.read(max_bytes).decode()
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:

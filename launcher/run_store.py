@@ -91,7 +91,7 @@ def require_new(run: RunDir) -> None:
 
 def attempt_numbers(run: RunDir) -> list[int]:
     """Return the numbers of the attempts, oldest first, without one that is being created right now."""
-    return sorted(int(path.name) for path in run.attempts.glob("*") if path.name.isdigit())
+    return sorted(int(path.name) for path in run.attempts.glob("*") if path.name.isascii() and path.name.isdigit())
 
 
 def newest_attempt(run: RunDir) -> int:

@@ -108,16 +108,17 @@ def test_code_from_outside_of_the_model_is_refused(folder: Path, config: dict[st
     assert [problem.message for problem in model_source.check_model(described)] == [problem.message]
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "tokenizer_secret.json", "notes.txt", "chat_template.jinja"])
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer_secret.json", "notes.txt", "chat_template.jinja", "model.safetensors"])
 def test_a_link_that_leaves_the_folder_is_refused_before_anything_copies_it(
     folder: Path, private_file: Path, tmp_path: Path, name: str
 ) -> None:
+    (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(private_file)
     expected = f"the file {name} is a link that leaves the folder: {private_file}"
     assert expected in [problem.message for problem in checked(folder)]
     sent = upload._small_files(folder, with_code=True)
     assert sorted(path.name for path in sent) == ["code.py", "config.json"]
-    if name != "notes.txt":
+    if name not in ("notes.txt", "model.safetensors"):
         task = hf_folder.ExportTask(checkpoint=tmp_path, model=folder, tokenizer=folder, out=tmp_path / "export")
         task.partial.mkdir()
         with pytest.raises(CheckpointError, match=name):
@@ -139,6 +140,7 @@ def test_links_within_folders_and_to_the_cache_of_the_hub_are_followed(tmp_path:
     (snapshot / "LICENSE").symlink_to("config.json")
     (snapshot / "additional_chat_templates/a.jinja").symlink_to("../../../blobs/one")
     (snapshot / "vocab.json").symlink_to("gone")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/one")
     assert list(folder_links.link_problems(snapshot)) == []
     (snapshot / "additional_chat_templates/b.jinja").symlink_to(private_file)
     (snapshot / "NOTICE").symlink_to("../../../models--owner--name")

@@ -114,7 +114,8 @@ def test_attempts_are_numbered(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
     assert [run_store.create_attempt(run, Attempt(step)) for step in (None, 100, 200)] == [1, 2, 3]
     assert [run_store.read_attempt(run, attempt).resume_step for attempt in (1, 2, 3)] == [None, 100, 200]
-    (run.attempts / "notes").mkdir()
+    for name in ("notes", "²", "\u0663"):
+        (run.attempts / name).mkdir()
     run.attempt(7).mkdir()
     assert run_store.create_attempt(run, Attempt(None)) == 8
     assert run.attempt(8).name == "008"

@@ -34,14 +34,20 @@ COPIED = (
     *("chat_template*", "additional_chat_templates", "LICENSE*", "NOTICE*", "README.md"),
 )
 
+# What is loaded: an export would write the tensors of another file of this machine.
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
+
 
 def link_problems(folder: Path, paths: Iterable[Path] | None = None) -> Iterator[Problem]:
     """Yield a problem for each of `paths`, and each file below them, that is not a regular file of the folder.
 
-    Without `paths`, those are the files that an export or a mirror may copy, and whatever is no file: a pipe would never end.
+    Without `paths`, those are the weights, the files that an export or a mirror may copy, and whatever is no file: a pipe would
+    never end.
     """
     if paths is None:
-        paths = {path for pattern in COPIED for path in folder.glob(pattern)} | {p for p in folder.iterdir() if _is_special(p)}
+        paths = {path for pattern in (*COPIED, *_WEIGHTS) for path in folder.glob(pattern)} | {
+            p for p in folder.iterdir() if _is_special(p)
+        }
     for path in sorted(paths):
         for file in _with_content(path):
             if reason := _refusal(folder, file):

@@ -36,7 +36,17 @@ from launcher.config.resume import differing, table, with_overrides
 from launcher.config.schema import RunConfig, is_run
 from launcher.config.sections.static import StaticSection
 from launcher.config.sections.static_identity import NodeIdentity, identify
-from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, LauncherError, Problem, RunError, SubmitError, describe
+from launcher.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    LauncherError,
+    Problem,
+    RunError,
+    SubmitError,
+    describe,
+    printable,
+)
 from launcher.hardware import device
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import run_dir_of
@@ -228,7 +238,7 @@ def _join(start: _Start) -> int:
     signals.install()
     answer = JoiningNode(here, run.root, start.command).await_plan(start.section.wait_minutes * 60)
     if answer.state == OVER:
-        print(answer.message)
+        print(printable(answer.message))
         return 0
     attempt, name = answer.attempt, answer.names[here.node]
     _await_visible(run, attempt)

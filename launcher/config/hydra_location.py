@@ -97,7 +97,8 @@ def broken_reference(file: Path) -> int:
         try:
             if value and "${" in value:
                 parse(value)
-        except GrammarParseError:
+        # Of references within each other, some thousands are too many for the parser.
+        except (GrammarParseError, RecursionError):
             return line
     return 0
 

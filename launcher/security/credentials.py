@@ -33,9 +33,12 @@ FORMS = (
 )
 # A user with a password and the full name of a host, as the whole text; a run and the digest of an image are written alike.
 LOGIN = re.compile(r"(?!run:|mailto:)[\w.+%-]{1,64}:[^\s/@:]{3,128}@[\w-]+(?:\.[\w-]+)+(?::\d+)?(?:/\S*)?")
-_VARIABLE = re.compile(
-    r"(?:\w+_)?(?:token|(?:api_?)?key|key_id|secret|password|passwd|credentials?|connection_string)", re.IGNORECASE
+# The names of variables that hold credentials, such as PGPASSWORD, SSHPASS and GITHUB_PAT, for a match in any case.
+VARIABLE = (
+    r"(?:\w*(?:token|secret|password|passwd|passphrase|credentials?)"
+    r"|(?:\w+_)?(?:(?:api_?)?key|key_id|(?:ssh)?pass|connection_string)|\w+_(?:pat|pwd))"
 )
+_VARIABLE = re.compile(VARIABLE, re.IGNORECASE)
 # Shorter values are words such as "none". A value that is a part of a text is longer than a word.
 _MIN_CHARS, _MIN_CHARS_WITHIN = 8, 16
 

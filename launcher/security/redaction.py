@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.security.credentials import FORMS, LOGIN, PASSWORD_IN_ADDRESS, hide_secrets, secret_within
+from launcher.security.credentials import FORMS, LOGIN, PASSWORD_IN_ADDRESS, VARIABLE, hide_secrets, secret_within
 
 # A value of one of these forms is a credential under any key.
 _SECRET = re.compile("|".join(form.pattern for form in FORMS if form is not PASSWORD_IN_ADDRESS))
@@ -26,7 +26,7 @@ IN_QUERY = re.compile(
 # bos_token, pad_token and similar keys are no credentials.
 _SECRET_NAME = r"(?:\w+_)?(?:api_?key|secret|password|passwd|credentials?)|(?:(?:hf|hub|auth|access|api|bearer|wandb)_)?token"  # noqa: S105
 # Environment variables of a job with such a name are credentials.
-_SECRET_VARIABLE = r"cluster\.env\.(?:\w+_)?(?:token|key|key_id|secret|password|passwd|credentials?|connection_string)"  # noqa: S105
+_SECRET_VARIABLE = rf"cluster\.env\.{VARIABLE}"
 _SECRET_KEY = re.compile(rf"(?:^|[.\]])(?:{_SECRET_NAME})$|^{_SECRET_VARIABLE}$", re.IGNORECASE)
 # The message for an address with a password.
 LOGIN_IN_ADDRESS = "contains a user with a password; the value is not shown"

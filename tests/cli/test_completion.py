@@ -102,11 +102,16 @@ KNOWN = Vocabulary(
         (["status", "model"], []),
         (["completion", ""], ["bash", "fish", "zsh"]),
         (["rm", "-"], ["--yes"]),
+        (["rm", ""], ["demo"]),
+        (["rm", "~"], []),
         (["clus"], ["cluster.", "cluster="]),
     ],
 )
 def test_candidates(words: list[str], candidates: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in ("demo", "--yes", "~root"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "status.json").touch()
     known = KNOWN if words != ["clus"] else Vocabulary({"cluster.kind": []}, {}, [])
     assert complete(words, known) == candidates
 

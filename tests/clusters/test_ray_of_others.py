@@ -15,6 +15,7 @@ import psutil
 import pytest
 from missing_program import skip_or_fail
 from pace import wait_for
+from special_files import make_pipe
 
 from launcher.clusters.ray import auto_address, doctor
 from launcher.config.schema import RunConfig
@@ -79,6 +80,7 @@ def test_the_ray_of_another_user_is_not_joined(
     assert auto_address.find_address() == MINE, "a file of another user names theirs"
 
 
+@pytest.mark.timeout(120)
 def test_the_newest_of_several_own_rays_is_joined(start_raylet: StartRaylet, tmp_path: Path) -> None:
     start_raylet(MINE)
     start_raylet(other := "127.0.0.1:7003")
@@ -88,6 +90,10 @@ def test_the_newest_of_several_own_rays_is_joined(start_raylet: StartRaylet, tmp
     assert error.value.problems[0].value == f"{MINE}, {other}"
     name_newest(tmp_path, other)
     assert auto_address.find_address() == other
+    (tmp_path / "tmp/ray/ray_current_cluster").unlink()
+    make_pipe(tmp_path / "tmp/ray/ray_current_cluster")
+    with pytest.raises(SubmitError, match="several Rays run on this machine"):
+        auto_address.find_address()
 
 
 def test_a_session_folder_that_another_user_has_replaced_is_refused(start_raylet: StartRaylet) -> None:

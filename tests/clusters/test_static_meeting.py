@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from special_files import make_pipe
 
 from launcher.clusters import network
 from launcher.clusters.static import meeting as module
@@ -166,6 +167,22 @@ def test_a_run_root_that_is_not_shared_is_named_on_both_sides(
     assert "every machine mounts under the same path" in problem.remedy
     thread.join(60)
     assert "run.root is not shared" in refusal(outcomes)
+
+
+def test_a_pipe_in_place_of_the_number_holds_no_machine(
+    tmp_path: Path, port: int, head: Callable[..., Meeting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user can make it in a folder of runs that several users share."""
+    monkeypatch.setattr(module, "SHARED_S", 1.0)
+    meeting = head()
+    marker(tmp_path / "run").unlink()
+    make_pipe(marker(tmp_path / "run"))
+    thread, outcomes = ask(port, tmp_path / "run")
+    with pytest.raises(SubmitError, match=r"run\.root is not shared"):
+        meeting.await_everyone(60)
+    thread.join(60)
+    assert "run.root is not shared" in refusal(outcomes)
+    meeting.close()
 
 
 def test_what_is_no_question_gets_no_answer(port: int, head: Callable[..., Meeting]) -> None:

@@ -135,6 +135,16 @@ def test_references_that_double_at_each_step_are_refused(
     assert problems[0].remedy == "write the values out"
 
 
+def test_references_within_each_other_are_refused_with_their_line(
+    refused: Refused, shared: Callable[[str], tuple[str, ...]]
+) -> None:
+    """More than the parser of references can descend into."""
+    deep = "${a:'" * 3000
+    problems = refused(*shared(f'run:\n  name: "{deep}"\n'))
+    assert problems[0].message.endswith("a reference in this value is not written as Hydra reads it")
+    assert problems[0].where.endswith(":3")
+
+
 @pytest.mark.parametrize("written", [("--experimental-rerun", "job.pickle"), ("--experimental-rerun=job.pickle",)])
 def test_a_pickled_job_of_hydra_is_not_loaded(refused: Refused, tmp_path: Path, written: tuple[str, ...]) -> None:
     (problem,) = refused(*written)

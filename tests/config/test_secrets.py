@@ -10,6 +10,7 @@ from launcher.cli.main import main
 from launcher.config.resume import with_overrides
 from launcher.config.sections.data import Source
 from launcher.errors import ConfigError
+from launcher.security.credentials import environment_secrets
 from launcher.security.redaction import has_login, looks_secret, redact, secret_problem
 
 Shown = Callable[..., str]
@@ -170,7 +171,18 @@ def test_resume_refuses_secrets(compose: Callable[..., list], monkeypatch: pytes
     assert "hunter2" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "DB_PASSWORD"])
+NAMES = (
+    *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "DB_PASSWORD"),
+    *("PGPASSWORD", "AUTHTOKEN", "SSHPASS", "GITHUB_PAT", "MYSQL_PWD", "GPG_PASSPHRASE", "SMTP_PASS"),
+)
+
+
+def test_variables_of_the_environment_that_hold_secrets_are_recognized() -> None:
+    others = ("TOKENIZERS_PARALLELISM", "MONKEY", "BYPASS", "COMPASS", "PATH", "PATTERN", "OLDPWD", "NCCL_DEBUG", "KEYBOARD")
+    assert sorted(environment_secrets(dict.fromkeys((*NAMES, *others), "hunter2hunter2"))) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_variable_of_a_job_that_names_a_secret_is_refused(shown: Shown, name: str) -> None:
     text = shown("cluster=slurm", f"cluster.env.{name}=hunter2")
     assert "hunter2" not in text

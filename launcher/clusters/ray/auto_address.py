@@ -15,10 +15,12 @@ from pathlib import Path
 
 import psutil
 
+from launcher import atomic_files
 from launcher.errors import SubmitError
 from launcher.security.trust import FLAG, Trust
 
 _WHERE, _AUTO = "cluster.address", "auto"
+_MAX_ADDRESS_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _newest_address() -> str:
     """Return the address that the last `ray start` has left; it may be of any user, and counts among known ones only."""
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108
     with suppress(OSError, UnicodeDecodeError):
-        return Path(folder, "ray", "ray_current_cluster").read_text(encoding="utf-8").strip()
+        return atomic_files.read_short_text(Path(folder, "ray", "ray_current_cluster"), _MAX_ADDRESS_BYTES).strip()
     return ""
 
 

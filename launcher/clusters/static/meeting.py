@@ -2,7 +2,8 @@
 
 Each question tells node 0 who asks and for what; each answer has the number that this start has drawn. Node 0 writes the
 number into run.root as well: a machine that does not find it there has another run.root, and one that finds it never takes the
-plan of an earlier start. Nothing that comes over the network is believed but numbers; the plan is read from the run directory.
+plan of an earlier start. An answer says which attempt begins, how the machines are called and what is waited for. It names no
+file and no command: the plan is read from the run directory, which is checked as a run that others could have changed.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from typing import Any
 from launcher import atomic_files, json_records, run_store
 from launcher.clusters import network
 from launcher.config.sections.static_identity import NodeIdentity
-from launcher.errors import ConfigError, LauncherError, Problem, SubmitError
+from launcher.errors import ConfigError, LauncherError, Problem, SubmitError, printable
 
-_MAX_MESSAGE_BYTES = 1 << 20
+_MAX_MESSAGE_BYTES, _MAX_MARKER_BYTES = 1 << 20, 64
 _SOCKET_S = 5.0
 # How often a machine asks, and after how long without a question it is not counted as there any more.
 ASK_EVERY_S, _GONE_S = 0.5, 15.0
@@ -257,8 +258,8 @@ class Meeting:
 
     def _remove_file(self) -> None:
         if self.endpoint is not None:
-            with suppress(OSError):
-                if self._file.read_text() == self._answer.nonce:
+            with suppress(OSError, ValueError):
+                if atomic_files.read_short_text(self._file, _MAX_MARKER_BYTES) == self._answer.nonce:
                     self._file.unlink()
 
 
@@ -316,7 +317,7 @@ class JoiningNode:
                 self._question = Question(**{**vars(self._question), "sees": sees, "missed": missed})
             if words != said:
                 said = words
-                print(f"{here.label}: waiting for {words}, for {wait_s / 60:g} minutes at most", flush=True)
+                print(printable(f"{here.label}: waiting for {words}, for {wait_s / 60:g} minutes at most"), flush=True)
             if now > until:
                 raise SubmitError(
                     f"{words} did not come within {wait_s / 60:g} minutes",
@@ -331,8 +332,8 @@ class JoiningNode:
 def _read_marker(run: Path) -> str:
     with suppress(OSError, ValueError):
         run_store.refresh_directory(run.parent)
-    with suppress(OSError, ValueError), open(marker(run), encoding="ascii") as file:
-        return file.read(64)
+    with suppress(OSError, ValueError):
+        return atomic_files.read_short_text(marker(run), _MAX_MARKER_BYTES)
     return ""
 
 
