@@ -65,12 +65,16 @@ _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 @dataclass(frozen=True)
 class _Start:
-    """What one machine does: who it is, the run, the settings of the backend, and what must be equal on all machines."""
+    """What one machine does: who it is, the run, the settings of the backend, and what must be equal on all machines.
+
+    `describe_end` returns why the command has nothing to do, None where it has: node 0 may have found so and ended.
+    """
 
     here: NodeIdentity
     run: RunDir
     section: StaticSection
     command: dict[str, str]
+    describe_end: Callable[[], str | None] = lambda: None
 
 
 class _Signals:
@@ -112,7 +116,7 @@ def train(jobs: Sequence[Composed], follows: bool | None) -> int:
     run = RunDir(run_dir_of(config, name, str(Path.cwd()), str(Path.home())))
     changes = {"cluster": section.for_plan(here.nodes)}
     composed = replace(composed, config=config.model_copy(update=changes))
-    start = _Start(here, run, section, _command_of(composed.config))
+    start = _Start(here, run, section, _command_of(composed.config), lambda: _describe_end(composed.config, run))
     if not here.is_head:
         return _join(start)
 
@@ -236,7 +240,8 @@ def _join(start: _Start) -> int:
     """Carry out the part of a machine other than node 0."""
     here, run, signals = start.here, start.run, _Signals()
     signals.install()
-    answer = JoiningNode(here, run.root, start.command).await_plan(start.section.wait_minutes * 60)
+    node = JoiningNode(here, run.root, start.command, start.describe_end)
+    answer = node.await_plan(start.section.wait_minutes * 60)
     if answer.state == OVER:
         print(printable(answer.message))
         return 0
@@ -258,6 +263,20 @@ def _join(start: _Start) -> int:
                     StaticCluster().cancel(run)
             time.sleep(_POLL_S)
         return _await_conclusion(start, attempt)
+
+
+def _describe_end(config: RunConfig, run: RunDir) -> str | None:
+    """Return that the run is completed or cancelled, where the same command asks for it again; None otherwise."""
+    if not run.status.is_file() or ownership.run_problem(run) is not None:
+        return None
+    with suppress(OSError, LauncherError):
+        status = run_store.read_status(run)
+        if status.state in ("completed", "cancelled"):
+            # Another command is refused by node 0.
+            _require_same_command(config, LaunchPlan.load(run.plan), run)
+            message = f": {status.message}" if status.message else ""
+            return f"{run.root.name} is {status.state}{message}; nothing is left to do"
+    return None
 
 
 def _await_visible(run: RunDir, attempt: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -14,7 +15,8 @@ from special_files import make_pipe
 
 from launcher.clusters import network
 from launcher.clusters.static import meeting as module
-from launcher.clusters.static.meeting import OVER, READY, Answer, JoiningNode, Meeting, head_endpoint, marker
+from launcher.clusters.static.meeting import OVER, READY, Answer, JoiningNode, Meeting, head_endpoint
+from launcher.clusters.static.start_files import Refusal, marker, read_refusal, write_refusal
 from launcher.config.sections.static_identity import NodeIdentity
 from launcher.errors import ConfigError, LauncherError, SubmitError
 
@@ -41,14 +43,20 @@ def head(tmp_path: Path, port: int) -> Iterator[Callable[..., Meeting]]:
 
 
 def ask(
-    port: int, run: Path, node: int = 1, nodes: int = 2, command: dict[str, str] = COMMAND
+    port: int,
+    run: Path,
+    node: int = 1,
+    nodes: int = 2,
+    command: dict[str, str] = COMMAND,
+    describe_end: Callable[[], str | None] = lambda: None,
 ) -> tuple[threading.Thread, Outcomes]:
     """A machine that waits for the plan in a thread."""
     outcomes: Outcomes = {}
 
     def wait() -> None:
         try:
-            outcomes["is"] = JoiningNode(NodeIdentity(node, nodes, "127.0.0.1", port), run, command).await_plan(30)
+            here = NodeIdentity(node, nodes, "127.0.0.1", port)
+            outcomes["is"] = JoiningNode(here, run, command, describe_end).await_plan(30)
         except LauncherError as error:
             outcomes["is"] = error
 
@@ -102,6 +110,36 @@ def test_nothing_left_to_do_and_a_refusal_reach_the_other_machines(
             assert replace(outcomes["is"], nonce="", host="", attempt=0) == Answer("", "", state, "because of this")
         else:
             assert refusal(outcomes) == "node 0 has refused the start: because of this"
+
+
+def test_a_machine_that_asks_too_late_learns_what_has_become_of_the_start(
+    tmp_path: Path, port: int, head: Callable[..., Meeting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "OVER_AFTER_S", 0.2)
+    monkeypatch.setattr(module, "REFUSED_AFTER_S", 0.6)
+    meeting = head()
+    meeting.refuse("rows.jsonl:3: not JSON")
+    meeting.close()
+    thread, outcomes = ask(port, tmp_path / "run")
+    thread.join(60)
+    assert refusal(outcomes).startswith("node 0 has refused the start, before this machine asked: rows.jsonl:3: not JSON")
+    # The run that is over says so itself, and is no matter of an earlier refusal.
+    thread, outcomes = ask(port, tmp_path / "run", describe_end=lambda: "the run is completed")
+    thread.join(60)
+    assert replace(outcomes["is"], host="") == Answer("", "", OVER, "the run is completed")
+    # The next start takes it away: this machine waits for node 0's plan.
+    meeting = head()
+    thread, outcomes = ask(port, tmp_path / "run")
+    meeting.announce(1, True, meeting.await_everyone(60))
+    thread.join(60)
+    assert outcomes["is"].state == READY
+    meeting.close()
+    assert not list(tmp_path.glob(".run.*"))
+    # A refusal of long ago is none of this start.
+    write_refusal(tmp_path / "run", "host", "an old reason")
+    assert read_refusal(tmp_path / "run", 60.0) == Refusal("host", "an old reason")
+    os.utime(tmp_path / ".run.refused", (time.time() - 3600,) * 2)
+    assert read_refusal(tmp_path / "run", 60.0) is None
 
 
 def test_a_machine_that_does_not_come_is_named(head: Callable[..., Meeting], port: int) -> None:

@@ -20,17 +20,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import atomic_files, json_records, run_store
+from launcher import atomic_files, json_records
 from launcher.clusters import network
+from launcher.clusters.static.start_files import marker, not_shared, read_marker, read_refusal, remove_refusal, write_refusal
 from launcher.config.sections.static_identity import NodeIdentity
 from launcher.errors import ConfigError, LauncherError, Problem, SubmitError, printable
 
-_MAX_MESSAGE_BYTES, _MAX_MARKER_BYTES = 1 << 20, 64
+_MAX_MESSAGE_BYTES = 1 << 20
 _SOCKET_S = 5.0
 # How often a machine asks, and after how long without a question it is not counted as there any more.
 ASK_EVERY_S, _GONE_S = 0.5, 15.0
 # A network file system may show a file that late.
 SHARED_S = 20.0
+# How long a machine without an answer waits before it looks at what node 0 has left in run.root: a run that is over stays so,
+# a refusal may be of the start before, on which node 0 follows a little later than this machine.
+OVER_AFTER_S, REFUSED_AFTER_S = 3.0, 60.0
 # How long node 0 answers after the start was refused, so that every machine hears why.
 _LINGER_S = 3.0
 # How long the others may take to hear of the attempt that has begun.
@@ -107,6 +111,7 @@ class Meeting:
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             atomic_files.write_text(self._file, self._answer.nonce)
+            remove_refusal(self._run)
         except OSError as error:
             message = f"run.root cannot be written: {error.strerror or error}"
             remedy = "set run.root to a folder on shared storage that you can write to"
@@ -146,7 +151,10 @@ class Meeting:
         self._set(state=OVER, message=message)
 
     def refuse(self, message: str) -> None:
+        """Tell the other machines that node 0 does not start the run, also those that begin to ask when it has ended."""
         self._set(state=REFUSED, message=message)
+        if self.endpoint is not None:
+            write_refusal(self._run, self._answer.host, message)
 
     def await_everyone(self, wait_s: float) -> tuple[str, ...]:
         """Wait until every machine is there and sees the number; returns their names, which differ.
@@ -155,7 +163,7 @@ class Meeting:
             SubmitError: for machines that are missing, or see another run.root.
             ConfigError: for machines that were started with another command, or with the same index.
         """
-        until, said = time.monotonic() + wait_s, ""
+        until, printed = time.monotonic() + wait_s, ""
         while True:
             missing = self._missing()
             if self._problem is not None:
@@ -163,12 +171,12 @@ class Meeting:
                 raise kind(self._problem)
             if not missing:
                 return self.names()
-            words = f"waiting for {', '.join(f'node {node}' for node in missing)}"
-            if words != said:
-                said = words
-                self.say(f"node 0 is {words}")
+            activity = f"waiting for {', '.join(f'node {node}' for node in missing)}"
+            if activity != printed:
+                printed = activity
+                self.say(f"node 0 is {activity}")
                 where = "" if self.endpoint is None else f" at {self.endpoint.address}:{self._here.port}"
-                print(f"{self._here.label}: {words}{where}, for {wait_s / 60:g} minutes at most", flush=True)
+                print(f"{self._here.label}: {activity}{where}, for {wait_s / 60:g} minutes at most", flush=True)
             if time.monotonic() > until:
                 raise SubmitError(
                     f"{', '.join(f'node {node}' for node in missing)} of {self._here.nodes} did not come",
@@ -263,25 +271,13 @@ class Meeting:
                     self._file.unlink()
 
 
-def marker(run: Path) -> Path:
-    """Return the file in run.root that has the number of the start that goes on."""
-    return run.parent / f".{run.name}.start"
-
-
-def not_shared(root: Path, host: str, head: str) -> Problem:
-    return Problem(
-        f"run.root is not shared: {host} does not see what {head} writes there",
-        "run.root",
-        str(root),
-        "set run.root to a folder on storage that every machine mounts under the same path, such as NFS or a network volume",
-    )
-
-
 class JoiningNode:
-    """The side of a machine other than node 0."""
+    """The side of a machine other than node 0. `describe_end` returns why the run is over, None where it goes on."""
 
-    def __init__(self, here: NodeIdentity, run: Path, command: Mapping[str, str]) -> None:
-        self._here, self._run = here, run
+    def __init__(
+        self, here: NodeIdentity, run: Path, command: Mapping[str, str], describe_end: Callable[[], str | None] = lambda: None
+    ) -> None:
+        self._here, self._run, self._describe_end = here, run, describe_end
         self._question = Question(here.node, here.nodes, network.node_name(), secrets.token_hex(8), str(run), dict(command))
 
     def await_plan(self, wait_s: float) -> Answer:
@@ -291,36 +287,39 @@ class JoiningNode:
             SubmitError: where node 0 cannot be reached in time, refuses or ends, or does not share run.root.
         """
         here, address = self._here, f"{self._here.address}:{self._here.port}"
-        said, until, last, missing_since = "", time.monotonic() + wait_s, None, None
+        begun = time.monotonic()
+        printed, until, last, missing_since = "", begun + wait_s, None, None
         while True:
             answer = _ask(str(here.address), here.port, self._question)
             now = time.monotonic()
             if answer is None:
-                words = f"node 0 at {address}"
+                awaited = f"node 0 at {address}"
+                if last is None and (outcome := self._earlier_outcome(now - begun, wait_s)) is not None:
+                    return outcome
                 if last is not None and now - last > _GONE_S:
                     remedy = "look at the output of the command on node 0, then repeat the command on every machine"
                     raise SubmitError("node 0 has ended before its plan was there", where=address, remedy=remedy)
             else:
                 if last is None:
                     until = now + wait_s
-                last, words = now, f"the plan ({answer.message})" if answer.message else "the plan"
+                last, awaited = now, f"the plan ({answer.message})" if answer.message else "the plan"
                 if answer.state == REFUSED:
                     raise SubmitError(f"node 0 has refused the start: {answer.message}", where=answer.host)
                 if answer.state in (READY, OVER):
                     return answer
-                sees = _read_marker(self._run)
+                sees = read_marker(self._run)
                 missing_since = None if sees == answer.nonce else missing_since or now
                 missed = answer.nonce if missing_since is not None and now - missing_since > SHARED_S else ""
                 if missed and self._question.missed == missed:
                     # Node 0 has been told.
                     raise SubmitError(not_shared(self._run.parent, self._question.host, answer.host))
                 self._question = Question(**{**vars(self._question), "sees": sees, "missed": missed})
-            if words != said:
-                said = words
-                print(printable(f"{here.label}: waiting for {words}, for {wait_s / 60:g} minutes at most"), flush=True)
+            if awaited != printed:
+                printed = awaited
+                print(printable(f"{here.label}: waiting for {awaited}, for {wait_s / 60:g} minutes at most"), flush=True)
             if now > until:
                 raise SubmitError(
-                    f"{words} did not come within {wait_s / 60:g} minutes",
+                    f"{awaited} did not come within {wait_s / 60:g} minutes",
                     where="cluster.wait_minutes",
                     value=f"{wait_s / 60:g}",
                     remedy="start the command on node 0; check cluster.master_addr and cluster.master_port, or raise "
@@ -328,13 +327,22 @@ class JoiningNode:
                 )
             time.sleep(ASK_EVERY_S)
 
+    def _earlier_outcome(self, waited_s: float, wait_s: float) -> Answer | None:
+        """Return that the run is over, where node 0 has ended before this machine asked; None where it may still begin.
 
-def _read_marker(run: Path) -> str:
-    with suppress(OSError, ValueError):
-        run_store.refresh_directory(run.parent)
-    with suppress(OSError, ValueError):
-        return atomic_files.read_short_text(marker(run), _MAX_MARKER_BYTES)
-    return ""
+        Raises:
+            SubmitError: where node 0 has refused the start.
+        """
+        if waited_s < OVER_AFTER_S:
+            return None
+        if (reason := self._describe_end()) is not None:
+            return Answer("", self._question.host, OVER, reason)
+        refusal = read_refusal(self._run, wait_s) if waited_s >= REFUSED_AFTER_S else None
+        if refusal is not None:
+            remedy = "when the cause is gone, repeat the command on every machine"
+            message = f"node 0 has refused the start, before this machine asked: {refusal.reason}"
+            raise SubmitError(message, where=refusal.host, remedy=remedy)
+        return None
 
 
 def _ask(address: str, port: int, question: Question) -> Answer | None:

@@ -227,11 +227,18 @@ def _check_run_directory(run: RunDir, attempt: int) -> list[Problem]:
     )
 
 
+def _shared_model_remedy(folder: str | None) -> str:
+    # A folder in the cache of the Hub is named after the repository.
+    if any(part.startswith("models--") for part in Path(folder or "").parts):
+        return "set HF_HOME to a folder on shared storage on every node, the one of the command included"
+    return "put it on storage that all nodes share, with LAUNCHER_CACHE there if it is a part of the launcher's cache"
+
+
 def _check_inputs(plan: LaunchPlan) -> list[Problem]:
     inputs = (
         *(("a data cache", folder, "meta.json", "set LAUNCHER_CACHE to shared storage") for folder in plan.cache_dirs),
-        ("the model", plan.model.path, "config.json", "put it on storage that all nodes share"),
-        ("the tokenizer", plan.model.tokenizer_path, ".", "put it on storage that all nodes share"),
+        ("the model", plan.model.path, "config.json", _shared_model_remedy(plan.model.path)),
+        ("the tokenizer", plan.model.tokenizer_path, ".", _shared_model_remedy(plan.model.tokenizer_path)),
     )
     return [
         Problem(f"{what} is not visible", value=folder, remedy=remedy)

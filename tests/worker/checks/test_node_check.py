@@ -112,6 +112,10 @@ def test_all_problems_of_a_node_are_reported_at_once(planned: Callable[..., tupl
         assert words in what
     assert {problem.where for problem in report.problems} == {HOST}
     assert all(problem.remedy and problem.value for problem in report.problems)
+    snapshot = "/home/me/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/b968826d"
+    of_the_hub = made.model_copy(update={"model": made.model.model_copy(update={"path": snapshot})})
+    (unseen,) = [problem for problem in node_check._check_inputs(of_the_hub) if problem.value == snapshot]
+    assert unseen.remedy.startswith("set HF_HOME to a folder on shared storage")
     assert NodeReport.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
