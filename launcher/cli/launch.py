@@ -76,6 +76,7 @@ def _plan(composed: Composed, as_json: bool) -> int:
             weights_note,
             data.refusal(plan.config, plan.data),
             _gated_note(config),
+            composed.origins.dropped_note(),
         )
         speed = _speed(plan, node)
         own_warnings = (_location_warning(plan), earlier_runs.name_warning(config))
@@ -96,6 +97,9 @@ def _train(jobs: list[Composed], follows: bool | None) -> int:
         return every_node.train(jobs, follows)
     plans: list[LaunchPlan] = []
     check_wandb_accounts(jobs)
+    for note in dict.fromkeys(job.origins.dropped_note() for job in jobs):
+        if note is not None:
+            print(f"note: {note}", flush=True)
     for composed in _group_jobs(jobs):
         with composed.located():
             plans.append(prepare_plan(composed, taken_names={plan.run_name for plan in plans}))

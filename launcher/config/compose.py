@@ -262,12 +262,14 @@ def _known_group_options(tokens: list[str]) -> tuple[list[str], list[Problem]]:
         return tokens, []
     remaining, problems = [], []
     for token in tokens:
-        match = re.fullmatch(rf"\+{{0,2}}({'|'.join(GROUPS)})=([\w,./-]*)", token)
+        match = re.fullmatch(rf"\+{{0,2}}({'|'.join(GROUPS)})=([\w,./:@~-]*)", token)
         if not match:
             remaining.append(token)
             continue
         options = sorted({p.stem for folder in folders for p in (folder / match[1]).glob("*.yaml")})
-        unknown = [option for option in match[2].split(",") if option not in options and "/" not in option and option != "null"]
+        # An option may be in a folder below that of its group.
+        files = {option: f"{match[1]}/{option}.yaml" for option in match[2].split(",") if option != "null"}
+        unknown = [option for option, file in files.items() if not any((folder / file).is_file() for folder in folders)]
         if not unknown:
             remaining.append(token)
         problems += [no_such_option(match[1], option, options, token) for option in unknown]

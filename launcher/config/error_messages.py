@@ -186,15 +186,25 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
 
 
-def no_such_option(group: str, option: str, options: Sequence[str], token: str) -> Problem:
-    """Return the problem of an unknown option of a config group."""
-    guess = did_you_mean(option, options)
-    return Problem(
-        f"{group}={option}: there is no such option",
-        where="command line",
-        value=token,
-        remedy=f"{guess} choose one of: {', '.join(options)}".strip(),
-    )
+def no_such_option(group: str, option: str, options: Sequence[str], token: str, in_file: bool = False) -> Problem:
+    """Return the problem of an unknown option of a config group, which may be the path of a model or of rows.
+
+    `in_file` is whether a run's file selects the option.
+    """
+    remedy = f"{did_you_mean(option, options)} choose one of: {', '.join(options)}".strip()
+    if _is_path_for(group, option):
+        in_brackets = option if re.fullmatch(r"[\w./-]+", option) else f"'{option}'"
+        as_override = f"{'data=jsonl ' if group == 'data' else ''}{group}.path={option}"
+        remedy = f"write `{group}: {{path: {in_brackets}}}`" if in_file else f"write {as_override}"
+        remedy += "; a name alone selects an option"
+    return Problem(f"{group}={option}: there is no such option", where="command line", value=token, remedy=remedy)
+
+
+def _is_path_for(group: str, option: str) -> bool:
+    """Return whether an option of the group is meant as the path of a model or of rows."""
+    if group not in ("model", "data"):
+        return False
+    return "/" in option or ":" in option or (group == "data" and "." in option) or Path(option).exists()
 
 
 def hydra_problems(

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunFile:
-    """The run's file: `keys` are the groups whose option it selects, and the settings that it sets (section.name)."""
+    """The run's file: `keys` are the groups whose option it selects, and the settings that it sets (section.name).
+
+    `dropped` are the settings of the sections that an option on the command line replaces.
+    """
 
     path: Path
     keys: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
 
     def sets(self, path: Sequence[str | int]) -> bool:
         """Return whether the file has a value at `path`, or an option for the whole group."""
@@ -70,6 +74,19 @@ class Origins:
             if location is not None:
                 return f"{short(file)}:{location[0]}", location[1]
         return "", None
+
+    def dropped_note(self) -> str | None:
+        """Return which settings of the run's file are not used, because an option on the command line replaces their section."""
+        if self.run_file is None or not self.run_file.dropped:
+            return None
+        keys = self.run_file.dropped
+        sections = dict.fromkeys(key.partition(".")[0] for key in keys)
+        options = " and ".join(f"{section}={self.choices.get(section)}" for section in sections)
+        several = "s" * (len(sections) > 1)
+        return (
+            f"{options} on the command line replace{'s' * (not several)} the section{several} of {short(self.run_file.path)}: "
+            f"{', '.join(keys)} {'are' if len(keys) > 1 else 'is'} not used"
+        )
 
     def located(self, problem: Problem) -> Problem:
         """Return `problem` with the origin of the setting that it names."""

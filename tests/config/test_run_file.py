@@ -81,6 +81,9 @@ def test_an_option_on_the_command_line_replaces_the_whole_section(write: Callabl
         *(("tiny", lr, "a.jsonl") for lr in (0.5, 0.25)),
         *(("qwen3_0_6b", lr, "a.jsonl") for lr in (0.5, 0.25)),
     ]
+    assert compose(file)[0].origins.dropped_note() is None
+    note = compose(file, "model=qwen3_8b", "data.max_length=64")[0].origins.dropped_note()
+    assert note == "model=qwen3_8b on the command line replaces the section of my.yaml: model.path, model.dtype are not used"
     # Nothing of the file is left for the next command.
     assert compose()[0].config.data.name == "stdlib_docs"
 
@@ -139,7 +142,9 @@ def test_all_mistakes_are_reported_with_file_and_line(write: Callable[[str], str
         ("optim: {betas: {a: 1}}\n", "optim.betas: must be a list", "my.yaml:1"),
         (f"a: {'[' * 3000}", "the file is not", "my.yaml"),
         (f"run: {{seed: {'9' * 5000}}}\n", "the file is not read: ", "my.yaml"),
-        ("run: {null: 1}\n", "the file is not read: ", "my.yaml"),
+        ("run: {null: 1}\n", "run.null: a key is a name, and this one is read as null", "my.yaml:1"),
+        ("1: 2\n", "1: a key is a name, and this one is read as a number", "my.yaml:1"),
+        ("model:\n  base: tiny\n  1: 2\n", "model.1: a key is a name, and this one is read as a number", "my.yaml:3"),
         ("run: !!python/object/apply:os.getcwd []\n", "the file is not valid YAML: ", "my.yaml:1:6"),
         ("run: {seed: 1}\n---\nrun: {seed: 2}\n", "the file is not valid YAML: ", "my.yaml:2:1"),
         ("optim: {lr: 2025-13-45}\n", "optim.lr: must be a number", "my.yaml:1"),
@@ -157,6 +162,29 @@ def test_a_file_that_cannot_be_read_says_why(
     (problem,) = refused(write(text))
     assert problem.message.startswith(message)
     assert problem.where == where
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "in_file", "override"),
+    [
+        ("model", "Qwen/Qwen3-8B", "`model: {path: Qwen/Qwen3-8B}`", "model.path=Qwen/Qwen3-8B"),
+        ("model", "./mymodel", "`model: {path: ./mymodel}`", "model.path=./mymodel"),
+        ("model", "run:first", "`model: {path: 'run:first'}`", "model.path=run:first"),
+        ("model", "weights", "`model: {path: weights}`", "model.path=weights"),
+        ("data", "rows.jsonl", "`data: {path: rows.jsonl}`", "data=jsonl data.path=rows.jsonl"),
+        ("data", "owner/rows", "`data: {path: owner/rows}`", "data=jsonl data.path=owner/rows"),
+    ],
+)
+def test_a_path_where_a_name_is_expected_is_shown_as_a_path(
+    section: str, value: str, in_file: str, override: str, write: Callable[[str], str], refused: Refused
+) -> None:
+    file = write(f"{section}: {value}\n")
+    os.mkdir("weights")
+    (problem,) = refused(file)
+    assert (problem.message, problem.where) == (f"{section}={value}: there is no such option", "my.yaml:1")
+    assert problem.remedy == f"write {in_file}; a name alone selects an option"
+    (problem,) = refused(f"{section}={value}")
+    assert (problem.where, problem.remedy) == ("command line", f"write {override}; a name alone selects an option")
 
 
 def test_a_missing_file_names_the_closest_one(write: Callable[[str], str], shown: Callable[..., str]) -> None:

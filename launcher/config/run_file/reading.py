@@ -9,7 +9,7 @@ A string at the name of a group selects an option, a mapping sets keys, and `bas
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,14 @@ def read(path: Path, replaced: Sequence[str], folders: Sequence[Path]) -> tuple[
     problems: list[Problem] = []
     choices: dict[str, str | None] = {}
     values: dict[str, Any] = {}
+    dropped: list[str] = []
+    root, key_problems = _with_text_keys(root, "", where)
+    problems += key_problems
     for key, value in root.items():
         if key in _OF_HYDRA:
             problems.append(Problem(f"{key}: is Hydra's, and not part of a run's file", where(key), remedy=_OF_HYDRA[key]))
         elif key in replaced:
-            continue
+            dropped += [f"{key}.{name}" for name in value if name != BASE] if isinstance(value, dict) else []
         elif key in GROUPS and not isinstance(value, dict):
             option, problem = _option(key, value, where(key), folders)
             problems += [problem] if problem else []
@@ -108,8 +111,31 @@ def read(path: Path, replaced: Sequence[str], folders: Sequence[Path]) -> tuple[
         shown = "" if redact(text) != text else text
         problems.append(Problem(message, f"{short(path)}:{line}", shown, "write ${section.name}, with a } for each ${"))
         values = {}
-    file = RunFile(path, tuple(_keys(choices, values)))
+    file = RunFile(path, tuple(_keys(choices, values)), tuple(dropped))
     return FileContent(file, choices, values), problems
+
+
+def _with_text_keys(content: Mapping[Any, Any], prefix: str, where: Callable[[str], str]) -> tuple[dict[str, Any], list[Problem]]:
+    """Return a mapping without the keys that are no texts, at any depth, and a problem for each of these."""
+    kept: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for key, value in content.items():
+        path = f"{prefix}{key}" if key is not None else f"{prefix}null"
+        if not isinstance(key, str):
+            remedy = f"write the name of a setting; where a name is meant, quote it: '{key}'"
+            problems.append(Problem(f"{path}: a key is a name, and this one is read as {_kind(key)}", where(path), remedy=remedy))
+            continue
+        kept[key] = value
+        if isinstance(value, dict):
+            kept[key], inner = _with_text_keys(value, f"{path}.", where)
+            problems += inner
+    return kept, problems
+
+
+def _kind(key: Any) -> str:
+    if key is None:
+        return "null"
+    return "true or false" if isinstance(key, bool) else "a number" if isinstance(key, int | float) else "another kind of value"
 
 
 def _load(path: Path) -> dict[Any, Any]:
@@ -173,8 +199,8 @@ def _option(group: str, value: Any, where: str, folders: Sequence[Path]) -> tupl
     if value == "???":
         remedy = f"write one of: {', '.join(options)}"
         return None, Problem(f"{group}: a value is required and none was given", where, remedy=remedy)
-    if folders and value not in options and "/" not in value:
-        problem = no_such_option(group, redact(value), options, "")
+    if folders and not any((folder / group / f"{value}.yaml").is_file() for folder in folders):
+        problem = no_such_option(group, redact(value), options, "", in_file=True)
         return None, replace(problem, where=where, value=redact(value))
     return value, None
 
