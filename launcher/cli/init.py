@@ -178,7 +178,8 @@ def _quoted(value: str) -> str:
     """Return a value as Hydra takes it: in quotation marks where it has other characters than names have."""
     if re.fullmatch(r"[\w./:@-]+", value):
         return value
-    escaped = value.replace('"', '\\"')
+    # `${` begins a reference.
+    escaped = value.replace('"', '\\"').replace("${", "\\${")
     return f'"{escaped}"'
 
 

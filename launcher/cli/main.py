@@ -244,7 +244,24 @@ def _versions() -> str:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
+        if package == "torch":
+            versions["torch-cuda"] = _torch_cuda()
     return "".join(f"{name:<13}{version}\n" for name, version in versions.items())
+
+
+def _torch_cuda() -> str:
+    """Return the CUDA version that torch was built for, from its version.py: the import of torch takes seconds."""
+    import importlib.util
+    import re
+    from pathlib import Path
+
+    spec = importlib.util.find_spec("torch")
+    try:
+        text = Path(str(spec and spec.origin)).with_name("version.py").read_text(encoding="utf-8")
+    except OSError:
+        return "unknown"
+    build = re.search(r"^cuda\b[^=]*=\s*(?:None|['\"]([\d.]+)['\"])", text, re.MULTILINE)
+    return "unknown" if build is None else build[1] or "none"
 
 
 def _print(text: str) -> int:

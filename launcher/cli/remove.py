@@ -183,6 +183,22 @@ def _links(run: RunDir) -> list[str]:
     return sorted(path.name for path in run.root.iterdir() if path.is_symlink())
 
 
+def _remove_run(one: RemovableRun) -> list[str]:
+    """Remove a run; returns the files that could not be removed.
+
+    Raises:
+        SubmitError: where it has been resumed since it was shown, or is being started.
+    """
+    run, removing = one.run, aside(one.run.root)
+    left = remove_tree(removing)
+    with ExitStack() as stack:
+        stack.enter_context(run_store.start_lock(run))
+        if problems := problems_of(one, even_if_needed=True):
+            raise SubmitError(problems)
+        atomic_files.rename(run.root, removing)
+    return left + remove_tree(removing)
+
+
 def _remove(removable: Sequence[RemovableRun], interrupted: Sequence[Path], names: Sequence[str], root: Path) -> list[str]:
     """Remove runs, what is left of those whose removal was interrupted, and the links by which they were named.
 
@@ -190,16 +206,14 @@ def _remove(removable: Sequence[RemovableRun], interrupted: Sequence[Path], name
     removed.
     """
     left = [path for folder in interrupted for path in remove_tree(folder)]
-    for one in removable:
-        run, removing = one.run, aside(one.run.root)
-        left += remove_tree(removing)
-        with ExitStack() as stack:
-            stack.enter_context(run_store.start_lock(run))
-            # It may have been resumed since it was shown.
-            if problems := problems_of(one, even_if_needed=True):
-                raise SubmitError(problems)
-            atomic_files.rename(run.root, removing)
-        left += remove_tree(removing)
+    for number, one in enumerate(removable):
+        try:
+            left += _remove_run(one)
+        except (LauncherError, OSError):
+            if number:
+                names_before = ", ".join(before.run.root.name for before in removable[:number])
+                print(printable(f"removed before this error: {names_before}"), file=sys.stderr)
+            raise
     for path in (path for name in names for path in _candidates(name, root)):
         if path.is_symlink() and not path.exists():
             path.unlink()

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from launcher.config.config_files import yaml_problems
 from launcher.config.hydra_location import locate_hydra_error
 from launcher.config.introspect import Setting, as_yaml, settings, type_in_words
-from launcher.config.origin import Origins
+from launcher.config.origin import Origins, short
 from launcher.config.renamed_keys import renamed_override, renamed_setting
 from launcher.config.sections.data import COLUMNS_EXAMPLE
 from launcher.config.suggestions import suggest_setting
@@ -73,8 +73,15 @@ def missing(key: str, origins: Origins) -> Problem:
     if rest and bracket:
         remedy = f"complete {owner}]: {rest.lstrip('.')} is missing"
     else:
+        section, _, name = key.rpartition(".")
         remedy = _give(key) if bracket else f"add {key}=... to the command line"
+        if not bracket and origins.run_file is not None:
+            remedy = f"write `{name}: ...` below `{section}:` in {short(origins.run_file.path)}, or {remedy}"
     return Problem(f"{key}: a value is required and none was given", where=origins.of(key), remedy=remedy)
+
+
+def _is_in_run_file(key: str, origins: Origins) -> bool:
+    return origins.run_file is not None and origins.of(key).startswith(f"{short(origins.run_file.path)}:")
 
 
 def _give(key: str) -> str:
@@ -93,12 +100,16 @@ def _unknown(key: str, value: Any, origins: Origins) -> Problem:
     uniform = _UNIFORM_KEY.sub("[]", key)
     elsewhere = settings().get(uniform)
     if elsewhere is not None and elsewhere.kinds:
-        options = [f"{uniform.split('.')[0]}={kind}" for kind in elsewhere.kinds]
+        group = uniform.split(".")[0]
+        options = [f"{group}={kind}" for kind in elsewhere.kinds]
+        change = f"add {' or '.join(f'+{option}' for option in options)} to the command line"
+        if _is_in_run_file(key, origins):
+            change = f"write {' or '.join(f'`base: {kind}`' for kind in elsewhere.kinds)} below `{group}:`"
         return Problem(
             f"{key}: this setting only exists with {' and '.join(options)}",
             where=origins.of(key),
             value=_plain(key, value),
-            remedy=f"add {' or '.join(f'+{option}' for option in options)} to the command line, or remove {key}",
+            remedy=f"{change}, or remove {key}",
         )
     section = uniform.rpartition(".")[0]
     siblings = [k for k in settings() if k.rpartition(".")[0] == section]
@@ -108,7 +119,12 @@ def _unknown(key: str, value: Any, origins: Origins) -> Problem:
     if not remedy and section and siblings:
         remedy = f"the settings in this section are: {', '.join(siblings)}"
     elif not remedy:
-        remedy = f"write section.name=value; the sections are: {', '.join(siblings)}; docs/settings.md lists every setting"
+        how = (
+            "write it below one of the sections"
+            if _is_in_run_file(key, origins)
+            else "write section.name=value; the sections are"
+        )
+        remedy = f"{how}: {', '.join(siblings)}; docs/settings.md lists every setting"
     kind = "section of settings" if isinstance(value, dict) else "setting"
     return Problem(f"{key}: there is no such {kind}", where=origins.of(key), value=_plain(key, value), remedy=remedy)
 
@@ -145,7 +161,8 @@ def _by_type(key: str, setting: Setting | None, item: Mapping[str, Any], origins
         guess = did_you_mean(str(value), setting.type.removesuffix(" or null").split(" | "))
         remedy = f"{guess} {remedy}".strip()
     if kind == "string_type" and isinstance(value, int | float) and "[" not in key:
-        remedy = f"quote it twice: '{key}=\"{value}\"'"
+        quoted = f'{key.rpartition(".")[2]}: "{value}"'
+        remedy = f"quote it: `{quoted}`" if _is_in_run_file(key, origins) else f"quote it twice: '{key}=\"{value}\"'"
     return Problem(
         f"{key}: {message.format(**item.get('ctx', {}))}", where=origins.of(key), value=_plain(key, value), remedy=remedy
     )

@@ -81,14 +81,12 @@ def suggest(
         Suggestion("train.global_batch_size", batch, _batch_reason(batch, length, steps, machine)),
         Suggestion("optim.lr", learning_rate(num_params), _rate_reason(num_params)),
         Suggestion(
-            "optim.warmup_steps", max(1, round(steps * _WARMUP_SHARE)), "3% of the steps, as OLMo 2 and Tulu 3 (2411.15124)"
+            "optim.warmup_steps",
+            max(1, round(steps * _WARMUP_SHARE)),
+            _warmup_reason(steps),
         ),
-        Suggestion("eval.every", steps // _NUM_EVALUATIONS, f"about {_NUM_EVALUATIONS} times; 0: before and after training"),
-        Suggestion(
-            "checkpoint.save_every",
-            steps // _NUM_CHECKPOINTS,
-            "what a lost machine costs at most: a fifth of the run; 0: only at the end and when stopped",
-        ),
+        Suggestion("eval.every", steps // _NUM_EVALUATIONS, _evaluation_reason(steps)),
+        Suggestion("checkpoint.save_every", steps // _NUM_CHECKPOINTS, _checkpoint_reason(steps)),
     ]
     if machine.device == "cuda" and num_params >= _RECOMPUTED_FROM:
         reason = "a third more compute, far less memory: activations of a model of this size fill a GPU"
@@ -152,10 +150,27 @@ def _length_reason(length: int, max_positions: int | None, data: DataSample) -> 
 
 def _epochs_reason(epochs: int, num_documents: int) -> str:
     if epochs == 2:
-        return "as OLMo 2 and Tulu 3; the held-out loss shows when more would overfit"
+        return f"as OLMo 2 and Tulu 3, for {num_documents:,} documents; the held-out loss shows when more would overfit"
     if epochs == 1:
         return f"{num_documents:,} documents: a second pass adds little"
     return f"{num_documents:,} documents are few; watch the held-out loss, which rises when the model overfits"
+
+
+def _warmup_reason(steps: int) -> str:
+    at_least = "" if steps * _WARMUP_SHARE >= 1 else ", at least one"
+    return f"3% of about {steps:,} steps{at_least}; as OLMo 2 and Tulu 3 (2411.15124)"
+
+
+def _evaluation_reason(steps: int) -> str:
+    if steps < _NUM_EVALUATIONS:
+        return f"0: only before and after training, which has about {steps} steps"
+    return f"about {_NUM_EVALUATIONS} times, besides before and after training"
+
+
+def _checkpoint_reason(steps: int) -> str:
+    if steps < _NUM_CHECKPOINTS:
+        return f"0: only at the end and when stopped; the run has about {steps} steps"
+    return "a fifth of the run: what a lost machine costs at most"
 
 
 def _batch_reason(batch: int, length: int, steps: int, machine: Machine) -> str:

@@ -184,14 +184,16 @@ def test_a_part_that_is_a_link_is_removed_and_not_followed(clean: Clean, cache: 
     assert (tmp_path / "precious/content").is_file()
 
 
-def test_the_table_says_what_becomes_of_each_part(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_says_what_is_to_be_done_with_each_part(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_with(cache / "data/fresh", "failed", tmp_path / "runs")
     assert main(["clean", "--older-than", "45d", "--dry-run"]) == 0
     rows = {Path(line.split()[1]).name: line for line in capsys.readouterr().out.splitlines() if len(line.split()) > 5}
     assert str(cache / "data/fresh") in rows["fresh"]
-    assert rows["fresh"].endswith("is-failed  kept: used by is-failed (failed)")
-    assert rows["old"].endswith("-          removed")
-    assert rows["abcd"].endswith("-          kept")
+    assert rows["fresh"].endswith("is-failed  keep: used by is-failed (failed)")
+    assert rows["old"].endswith("-          remove")
+    assert rows["abcd"].endswith("-          keep")
 
 
 def test_start_and_find_tell_the_cache_of_runs_and_uses(cache: Path, tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -172,9 +173,12 @@ def test_version_lists_the_packages_and_imports_none(walled: Run, arguments: lis
     done = walled(*arguments, forbidden=(*TORCH, "hydra", "omegaconf", "pydantic", "rich", "numpy", "psutil"))
     assert (done.returncode, done.stderr) == (0, "")
     versions = dict(line.split() for line in done.stdout.splitlines())
-    assert list(versions) == ["launcher", "python", "torch", "deepspeed", "transformers", "ray", "wandb"]
+    assert list(versions) == ["launcher", "python", "torch", "torch-cuda", "deepspeed", "transformers", "ray", "wandb"]
     assert versions["launcher"] == __version__
     assert versions["torch"] == metadata.version("torch")
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert versions["torch-cuda"] == (runpy.run_path(str(Path(str(spec.origin)).with_name("version.py")))["cuda"] or "none")
 
 
 @pytest.mark.parametrize(

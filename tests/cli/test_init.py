@@ -146,6 +146,16 @@ def test_rows_may_be_named_by_overrides(typed: Typed) -> None:
     assert typed("init", "model=tiny", "data=jsonl", "data.path=chats.jsonl")[1].startswith("wrote chats.yaml\n")
 
 
+def test_a_name_that_reads_as_a_reference_is_a_name(typed: Typed) -> None:
+    name = "my ${chats} of '24.jsonl"
+    Path("chats.jsonl").rename(name)
+    code, _, err = typed("init", "--data", name, "--model", "tiny", "--out", "my.yaml")
+    assert code == 0, err
+    code, out, err = typed("plan", "my.yaml")
+    assert code == 0, err
+    assert name in out
+
+
 def test_on_machines_that_run_the_same_command_the_run_has_a_name(typed: Typed) -> None:
     words = ("init", "--data", "chats.jsonl", "--model", "tiny", "+cluster=static", "cluster.nodes=2", *GPUS)
     code, out, err = typed(*words)

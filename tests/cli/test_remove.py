@@ -125,6 +125,15 @@ def test_a_run_that_is_being_started_is_refused(run: RunDir, ask: Ask) -> None:
     assert run.plan.is_file()
 
 
+def test_an_error_at_a_later_run_says_what_was_removed_before_it(run: RunDir, child: RunDir, ask: Ask) -> None:
+    with locks.hold(child.root / ".lock", 0, "python -m launcher resume child"):
+        code, out, err = ask("demo", "child", "--yes")
+    assert (code, "removed 2 runs" in out) == (2, False)
+    assert err.startswith("removed before this error: demo\n"), err
+    assert "python -m launcher resume child" in err
+    assert (run.root.exists(), child.plan.is_file()) == (False, True)
+
+
 def test_a_parent_is_removed_with_its_child_or_on_request_only(run: RunDir, child: RunDir, ask: Ask) -> None:
     code, _, err = ask("demo", "--yes")
     assert code == 2

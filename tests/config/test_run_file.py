@@ -165,6 +165,30 @@ def test_a_file_that_cannot_be_read_says_why(
 
 
 @pytest.mark.parametrize(
+    ("text", "message", "remedy"),
+    [
+        (
+            "data: {base: jsonl}\n",
+            "data.path: a value is required",
+            "write `path: ...` below `data:` in my.yaml, or add data.path=",
+        ),
+        ("cluster: {partition: x}\n", "cluster.partition: this setting", "write `base: slurm` below `cluster:`, or remove"),
+        ("run: {name: 5}\n", "run.name: must be text", 'quote it: `name: "5"`'),
+        # The option that does not exist is the only mistake.
+        ("model: {base: qwen3_9b, dtype: fp32}\n", "model=qwen3_9b: there is no such option", "did you mean qwen3_8b?"),
+        ("data: {base: jsonll, path: a.jsonl}\n", "data=jsonll: there is no such option", "did you mean jsonl?"),
+        ("optim: {base: adam}\n", "optim=adam: there is no such option", "did you mean adamw?"),
+    ],
+)
+def test_remedies_are_worded_for_the_file(
+    text: str, message: str, remedy: str, write: Callable[[str], str], refused: Refused
+) -> None:
+    (problem,) = refused(write(text))
+    assert problem.message.startswith(message)
+    assert problem.remedy.startswith(remedy)
+
+
+@pytest.mark.parametrize(
     ("section", "value", "in_file", "override"),
     [
         ("model", "Qwen/Qwen3-8B", "`model: {path: Qwen/Qwen3-8B}`", "model.path=Qwen/Qwen3-8B"),

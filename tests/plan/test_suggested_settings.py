@@ -84,6 +84,20 @@ def test_memory_decides_about_recomputation_and_offload() -> None:
     assert not needs_offload(60.0, Machine(2, "cpu", None))
 
 
+def test_reasons_are_those_of_the_value() -> None:
+    def reasons(num_documents: int) -> dict[str, str]:
+        return {one.key: one.reason for one in suggest(8_000_000_000, None, sample(num_documents), GPUS)}
+
+    few, many = reasons(2), reasons(20_000)
+    assert few["eval.every"] == "0: only before and after training, which has about 1 steps"
+    assert few["checkpoint.save_every"].startswith("0: only at the end")
+    assert "at least one" in few["optim.warmup_steps"]
+    assert many["eval.every"] == "about 10 times, besides before and after training"
+    assert many["checkpoint.save_every"].startswith("a fifth of the run")
+    assert many["optim.warmup_steps"].startswith("3% of about ")
+    assert "at least one" not in many["optim.warmup_steps"]
+
+
 def test_what_is_chosen_is_not_suggested_and_the_rest_follows_it() -> None:
     chosen = {"train.epochs": 6, "data.max_length": 4096, "train.global_batch_size": 16}
     found = {one.key: one.value for one in suggest(8_000_000_000, None, sample(), GPUS, chosen)}

@@ -159,7 +159,13 @@ def _ranks(plan: LaunchPlan) -> str:
     return f"{topology.world_size} on {topology.device} ({nodes}), {topology.backend}, DeepSpeed {plan.config.deepspeed.name}"
 
 
-def _size(gib: float) -> str:
+def _size(gib: float, is_rounded: bool = True) -> str:
+    """Return a size that a plan holds in thousandths of a GiB: fewer than ten of them are no figure.
+
+    `is_rounded` is whether zero may be a size that was rounded away.
+    """
+    if gib < 0.01 and (gib > 0 or is_rounded):
+        return "under 10 MiB"
     return format_size(round(gib * 2**30)) if gib else "0 GiB"
 
 
@@ -167,9 +173,11 @@ def _memory(plan: LaunchPlan) -> str:
     memory = plan.memory
     of = f" of {memory.device_gib:.0f} GiB" if memory.device_gib else ""
     host = f"; {_size(memory.host_per_node_gib)} of main memory a node" if memory.host_per_node_gib else ""
-    parts = (
-        f"weights {_size(memory.weights_gib)}, gradients {_size(memory.gradients_gib)}, optimizer {_size(memory.optimizer_gib)}"
-    )
+    deepspeed = plan.config.deepspeed
+    # What is offloaded is not there at all.
+    stays = (deepspeed.offload_optimizer, deepspeed.offload_params) == ("none", "none")
+    sizes = {"weights": memory.weights_gib, "gradients": memory.gradients_gib, "optimizer": memory.optimizer_gib}
+    parts = ", ".join(f"{name} {_size(gib, stays)}" for name, gib in sizes.items())
     smallest = _smallest(plan)
     shrunk = f"; {_size(smallest.memory.per_rank_gib)} a rank on {smallest.topology.world_size}" if smallest is not None else ""
     return f"model states {_size(memory.per_rank_gib)} a rank{of} ({parts}){host}{shrunk}"

@@ -267,7 +267,7 @@ class Meeting:
     def _remove_file(self) -> None:
         if self.endpoint is not None:
             with suppress(OSError, ValueError):
-                if atomic_files.read_short_text(self._file, _MAX_MARKER_BYTES) == self._answer.nonce:
+                if read_marker(self._run) == self._answer.nonce:
                     self._file.unlink()
 
 

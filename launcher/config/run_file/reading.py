@@ -101,7 +101,11 @@ def read(path: Path, replaced: Sequence[str], folders: Sequence[Path]) -> tuple[
             if key in GROUPS and BASE in section:
                 option, problem = _option(key, section.pop(BASE), where(f"{key}.{BASE}"), folders)
                 problems += [problem] if problem else []
-                choices[key] = option
+                # Of an option that does not exist, the usual one stands in: without any, its settings would seem to be missing.
+                if problem is None:
+                    choices[key] = option
+                elif key == "data":
+                    choices[key] = _OWN_ROWS
             elif key == "data" and ("path" in section or "sources" in section):
                 choices[key] = _OWN_ROWS
             values[key] = section
