@@ -251,14 +251,13 @@ def _versions() -> str:
 
 def _torch_cuda() -> str:
     """Return the CUDA version that torch was built for, from its version.py: the import of torch takes seconds."""
-    import importlib.util
     import re
+    from importlib import metadata
     from pathlib import Path
 
-    spec = importlib.util.find_spec("torch")
     try:
-        text = Path(str(spec and spec.origin)).with_name("version.py").read_text(encoding="utf-8")
-    except OSError:
+        text = Path(str(metadata.distribution("torch").locate_file("torch/version.py"))).read_text(encoding="utf-8")
+    except (OSError, metadata.PackageNotFoundError):
         return "unknown"
     build = re.search(r"^cuda\b[^=]*=\s*(?:None|['\"]([\d.]+)['\"])", text, re.MULTILINE)
     return "unknown" if build is None else build[1] or "none"

@@ -219,7 +219,7 @@ def no_such_option(group: str, option: str, options: Sequence[str], token: str, 
 
 def _is_path_for(group: str, option: str) -> bool:
     """Return whether an option of the group is meant as the path of a model or of rows."""
-    if group not in ("model", "data"):
+    if group not in ("model", "data") or not option:
         return False
     return "/" in option or ":" in option or (group == "data" and "." in option) or Path(option).exists()
 

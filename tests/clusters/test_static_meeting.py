@@ -16,7 +16,7 @@ from special_files import make_pipe
 from launcher.clusters import network
 from launcher.clusters.static import meeting as module
 from launcher.clusters.static.meeting import OVER, READY, Answer, JoiningNode, Meeting, head_endpoint
-from launcher.clusters.static.start_files import Refusal, marker, read_refusal, write_refusal
+from launcher.clusters.static.start_files import StartRefusal, marker, read_refusal, write_refusal
 from launcher.config.sections.static_identity import NodeIdentity
 from launcher.errors import ConfigError, LauncherError, SubmitError
 
@@ -137,7 +137,7 @@ def test_a_machine_that_asks_too_late_learns_what_has_become_of_the_start(
     assert not list(tmp_path.glob(".run.*"))
     # A refusal of long ago is none of this start.
     write_refusal(tmp_path / "run", "host", "an old reason")
-    assert read_refusal(tmp_path / "run", 60.0) == Refusal("host", "an old reason")
+    assert read_refusal(tmp_path / "run", 60.0) == StartRefusal("host", "an old reason")
     os.utime(tmp_path / ".run.refused", (time.time() - 3600,) * 2)
     assert read_refusal(tmp_path / "run", 60.0) is None
 

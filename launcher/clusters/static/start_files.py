@@ -13,7 +13,7 @@ _MAX_REASON, _MAX_MARKER_BYTES = 4000, 64
 
 
 @dataclass(frozen=True)
-class Refusal:
+class StartRefusal:
     """Why node 0, on `host`, has refused a start."""
 
     host: str
@@ -51,7 +51,7 @@ def _refusal_file(run: Path) -> Path:
 def write_refusal(run: Path, host: str, reason: str) -> None:
     """Leave the reason for machines that begin to ask when node 0 has ended; storage that cannot take it is no failure."""
     with suppress(OSError):
-        json_records.write(_refusal_file(run), Refusal(host, reason[:_MAX_REASON]))
+        json_records.write(_refusal_file(run), StartRefusal(host, reason[:_MAX_REASON]))
 
 
 def remove_refusal(run: Path) -> None:
@@ -59,11 +59,11 @@ def remove_refusal(run: Path) -> None:
         _refusal_file(run).unlink(missing_ok=True)
 
 
-def read_refusal(run: Path, max_age_s: float) -> Refusal | None:
+def read_refusal(run: Path, max_age_s: float) -> StartRefusal | None:
     """Return the newest refusal, unless it is older than that or a start has begun since, which removes it."""
     file = _refusal_file(run)
     with suppress(OSError, LauncherError):
         # The times of the file system: the clocks of machines differ.
         age_s = run_store.refresh_directory(run.parent) - file.stat().st_mtime
-        return json_records.read(Refusal, file) if age_s <= max_age_s else None
+        return json_records.read(StartRefusal, file) if age_s <= max_age_s else None
     return None
