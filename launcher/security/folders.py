@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.security.permissions import describe_permissions, first_problem_above
-from launcher.security.trust import Trust, group_id, user_name
+from launcher.security.trust import VARIABLE, Trust, group_id, uid_of_unmapped_users, user_name
 
 # The subject of problems with a file or folder of the launcher's cache.
 CACHE_PART = "this part of the cache"
@@ -48,7 +48,8 @@ def make_shared_folder(folder: Path, group: str) -> None:
     owner = folder.parent.stat().st_uid
     by_owner = f"let {user_name(owner)} run: mkdir {folder} && chgrp {group} {folder} && chmod 3770 {folder}"
     if problem := shared_folder_problem(folder):
-        raise DataError(replace(problem, remedy=f"remove it, and {by_owner}" if problem.where == str(folder) else problem.remedy))
+        is_replaced = problem.where == str(folder) and folder.lstat().st_uid != uid_of_unmapped_users()
+        raise DataError(replace(problem, remedy=f"remove it, and {by_owner}") if is_replaced else problem)
     if folder.exists():
         return
     if os.geteuid() not in (0, owner):
@@ -64,11 +65,19 @@ def shared_folder_problem(folder: Path) -> Problem | None:
 
     It belongs to this user, to root or to the owner of the folder above, and is no link.
     """
-    trust = Trust.from_environ(os.environ).with_user(folder.parent.stat().st_uid)
-    problem = first_problem_above(CACHE_PART, folder, trust, may_be_hidden=True)
-    if problem is None and folder.is_symlink():
+    trust, owner = Trust.from_environ(os.environ), folder.parent.stat().st_uid
+    # In a container without root, the owner of the folder above and every member have the same uid.
+    outside = uid_of_unmapped_users()
+    trust = trust if owner == outside else trust.with_user(owner)
+    if problem := first_problem_above(CACHE_PART, folder, trust, may_be_hidden=True):
+        return problem
+    if folder.is_symlink():
         return Problem(f"{CACHE_PART} is a link, which the folder of a group must not be", str(folder), remedy="remove it")
-    return problem
+    if folder.exists() and folder.lstat().st_uid == outside and not (trust.anyone or trust.accepts_owner(outside)):
+        message = f"{CACHE_PART} is not trusted: {folder} belongs to a user outside of this container"
+        remedy = f"build the data outside of the container, or set {VARIABLE}={user_name(outside)}"
+        return Problem(message, str(folder), describe_permissions(folder), remedy)
+    return None
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from launcher.data.sources.locate import _read_listing
 from launcher.errors import DataError, Problem
 from launcher.model_source import _finished
 from launcher.plan.launch_plan import DataFacts
+from launcher.security import folders, permissions
 from launcher.security.folders import make_shared_folder
 from launcher.security.ownership import require_cache
 
@@ -278,6 +279,28 @@ def test_a_link_in_place_of_what_is_built_shares_nothing_behind_it(shared: Path,
         paths = [Path(home), private, private / "id_ed25519"]
         assert [path.stat().st_mode & 0o777 for path in paths] == [0o700, 0o700, 0o600]
         assert not (of_group / "a-key").exists()
+
+
+def test_the_folder_of_a_group_of_an_unknown_user_outside_of_a_container_is_refused(
+    of_group: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, the owner of the shared folder and each member of the group have the same number."""
+    for module in (permissions, folders):
+        monkeypatch.setattr(module, "uid_of_unmapped_users", lambda: SYNC)
+    for folder in (of_group.parent, of_group):
+        os.chown(folder, SYNC, -1)
+    of_group.chmod(0o3770)
+    with user(NOBODY):
+        with (
+            pytest.raises(DataError, match="belongs to a user outside of this container") as error,
+            cache.building("a-key", GROUP),
+        ):
+            pass
+        assert "LAUNCHER_TRUST_OWNERS=sync" in error.value.problems[0].remedy
+        monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "sync")
+        with cache.building("a-key", GROUP) as building:
+            assert building is not None
+            (building / "meta.json").write_text("{}")
 
 
 def read_files_as_root(facts: DataFacts) -> dict[str, bytes]:
