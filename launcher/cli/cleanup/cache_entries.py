@@ -104,7 +104,7 @@ def _uses(roots: Iterable[Path]) -> list[RunUse]:
     uses, problems, trust = [], [], Trust.from_environ(os.environ)
     for run in {run.root.resolve(): run for root in roots for run in run_store.list_runs(root)}.values():
         # Runs of others use caches of their own, or those of a group, which are kept.
-        if not trust.anyone and not trust.accepts_owner(run.root.stat().st_uid):
+        if not _accepts(trust, run):
             continue
         state, used_at = _state(run)
         plans = (run.plan, *run_store.changed_plan_paths(run))
@@ -123,6 +123,13 @@ def _uses(roots: Iterable[Path]) -> list[RunUse]:
     if problems:
         raise SubmitError(problems)
     return uses
+
+
+def _accepts(trust: Trust, run: RunDir) -> bool:
+    # It may have been removed since it was listed.
+    with suppress(OSError):
+        return trust.anyone or trust.accepts_owner(run.root.stat().st_uid)
+    return False
 
 
 def _state(run: RunDir) -> tuple[str, float]:
