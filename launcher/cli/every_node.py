@@ -350,13 +350,13 @@ def _await_idle(run: RunDir) -> None:
 
     Returns also where they have not: what starts the attempt then refuses the run.
     """
-    until, said = time.monotonic() + lost_node_s(run) + _LEAVE_S, False
+    until, is_announced = time.monotonic() + lost_node_s(run) + _LEAVE_S, False
     while time.monotonic() < until:
         status = StaticCluster().status(run)
         if status.state not in RUNNING_STATES and is_idle(run):
             return
-        if not said:
-            said = True
+        if not is_announced:
+            is_announced = True
             print(f"waiting for the end of attempt {run_store.newest_attempt(run)}: {status.state} {status.message}", flush=True)
         time.sleep(_POLL_S)
 

@@ -43,19 +43,19 @@ def look(config: RunConfig) -> dict[str, Any]:
     Raises:
         DataError: for a source or a row that cannot be used.
     """
-    found = []
+    row_sources = []
     documents: list[Document] = []
     for source in config.data.sources:
         if source.is_read:
             sampled, row_format, num_rows = _sample(source, sources.count_rows(source))
-            found.append({"name": source.name, "path": source.path, "format": row_format, "num_rows": num_rows})
+            row_sources.append({"name": source.name, "path": source.path, "format": row_format, "num_rows": num_rows})
             documents += sampled
     with tempfile.TemporaryDirectory() as fetched:
         folder, model_config, note = _tokenizer(config, Path(fetched))
         lengths, length_note = _lengths(documents, config.data, folder)
     lengths.sort()
     return {
-        "sources": found,
+        "sources": row_sources,
         "num_sampled": len(lengths),
         "is_measured": folder is not None and not length_note,
         "mean": sum(lengths) / max(1, len(lengths)),

@@ -111,10 +111,10 @@ def differences(own: NodeReport, head: NodeReport) -> list[Problem]:
     """Return what makes `own` unfit to train with the head node: other code, packages, Python or GPUs."""
     problems = []
 
-    def compare(what: str, here: str, there: str, remedy: str) -> None:
+    def compare(subject: str, here: str, there: str, remedy: str) -> None:
         if here != there:
             value = f"{own.host}: {here or 'none'}; {head.host}: {there or 'none'}"
-            problems.append(Problem(f"{what} differs from the head node's", where=own.host, value=value, remedy=remedy))
+            problems.append(Problem(f"{subject} differs from the head node's", where=own.host, value=value, remedy=remedy))
 
     compare("the code of the run", own.code, head.code, "put run.root on storage that all nodes share")
     same = "start all nodes from one environment or container on shared storage"
@@ -206,8 +206,8 @@ def _check_run_directory(run: RunDir, attempt: int) -> list[Problem]:
     if not os.access(run.root, os.R_OK | os.X_OK):
         return [Problem("the run directory is not visible", value=str(run.root), remedy=remedy)]
     if not (folder / "attempt.json").is_file():
-        what = "the run directory differs from that of the other nodes: it lacks the attempt"
-        return [Problem(what, value=str(folder), remedy=remedy)]
+        message = "the run directory differs from that of the other nodes: it lacks the attempt"
+        return [Problem(message, value=str(folder), remedy=remedy)]
     probe, content = folder / f".probe-{node_name()}-{os.getpid()}", os.urandom(64)
     try:
         with open(probe, "xb") as file:
@@ -217,8 +217,8 @@ def _check_run_directory(run: RunDir, attempt: int) -> list[Problem]:
         intact = probe.read_bytes() == content
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = f"{NO_ROOM if full else 'the run directory cannot be written'}: {error.strerror}"
-        return [Problem(what, value=str(folder), remedy="check its permissions, its quota and that it is mounted for writing")]
+        message = f"{NO_ROOM if full else 'the run directory cannot be written'}: {error.strerror}"
+        return [Problem(message, value=str(folder), remedy="check its permissions, its quota and that it is mounted for writing")]
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
@@ -241,8 +241,8 @@ def _check_inputs(plan: LaunchPlan) -> list[Problem]:
         ("the tokenizer", plan.model.tokenizer_path, ".", _shared_model_remedy(plan.model.tokenizer_path)),
     )
     return [
-        Problem(f"{what} is not visible", value=folder, remedy=remedy)
-        for what, folder, file, remedy in inputs
+        Problem(f"{subject} is not visible", value=folder, remedy=remedy)
+        for subject, folder, file, remedy in inputs
         if folder and not os.access(Path(folder, file), os.R_OK)
     ]
 
@@ -252,9 +252,9 @@ def _check_space(plan: LaunchPlan, run: RunDir, memory_gib: float, num_ranks: in
     problems = []
     needed, free = int(_CHECKPOINT_MARGIN * plan.checkpoint_bytes), _free_bytes(run.root)
     if free is not None and free < needed:
-        what = f"{NO_ROOM} for a checkpoint"
+        message = f"{NO_ROOM} for a checkpoint"
         value = f"{run.root}: {free / _GIB:.1f} GiB free, {needed / _GIB:.1f} GiB needed"
-        problems.append(Problem(what, value=value, remedy="free space on it, or set run.root to another disk"))
+        problems.append(Problem(message, value=value, remedy="free space on it, or set run.root to another disk"))
     if memory_gib < plan.memory.host_per_node_gib:
         value = f"{memory_gib:.1f} GiB available, {plan.memory.host_per_node_gib:.1f} GiB needed"
         remedy = f"{plan.config.cluster.memory_remedy}, offload less, or use more nodes"
@@ -268,10 +268,10 @@ def shared_memory_problems(device: str, num_ranks: int) -> list[Problem]:
     shared, least = _free_bytes(SHARED_MEMORY), SHARED_MEMORY_OF_GPUS_BYTES if connects_gpus else SHARED_MEMORY_BYTES
     if shared is not None and shared >= least:
         return []
-    what = "the ranks of a node have too little shared memory to communicate"
+    message = "the ranks of a node have too little shared memory to communicate"
     free_space = "missing" if shared is None else f"{shared >> 20} MiB free, {least >> 20} MiB needed"
     remedy = "remove stale files there, or give the container more (--shm-size, or an emptyDir of medium Memory)"
-    return [Problem(what, value=f"{SHARED_MEMORY}: {free_space}", remedy=remedy)]
+    return [Problem(message, value=f"{SHARED_MEMORY}: {free_space}", remedy=remedy)]
 
 
 def _free_bytes(folder: Path) -> int | None:
