@@ -42,11 +42,11 @@ def test_logs_show_the_output_and_then_name_the_damaged_record(launch_here: Laun
     (run.root / record).write_text('{"state": "runn')
     for options in ([], ["-f", "--attempt", "2"]):
         shown = launch_here("logs", str(run.root), *options)
-        assert (shown.returncode, shown.stdout) == (2, "the output of rank 0\n\n"), shown.stderr
+        assert (shown.returncode, shown.stdout) == (2, "the output of rank 0\n"), shown.stderr
         assert f"where:  {run.root / record}" in shown.stderr
         assert "remedy: restore " in shown.stderr
         assert "Traceback" not in shown.stderr
     run.rank_log(2, 0).unlink()
     (run.attempt(2) / "agent.log").write_text("the output of the agent\n")
     shown = launch_here("logs", str(run.root))
-    assert (shown.returncode, shown.stdout) == (2, "the output of the agent\n\n"), shown.stderr
+    assert (shown.returncode, shown.stdout) == (2, "the output of the agent\n"), shown.stderr

@@ -18,7 +18,7 @@ from launcher.plan.run_dir import RunDir
 __all__ = ["config_of", "golden", "ray_plan", "sandbox", "slurm_plan"]
 
 CPU = DeviceFacts(kind="cpu", name="CPU", count=4)
-WAIT_S = 20.0
+WAIT_S = 90.0
 
 
 @pytest.fixture

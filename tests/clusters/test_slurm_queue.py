@@ -101,7 +101,10 @@ def test_every_reason_to_wait_is_explained(here: Testbed, eventually: Wait) -> N
     never = submit(f"--dependency=afterok:{failed}")
     slurm("scancel", failed)
     waiting = {
-        "Resources": (submit("--priority=5000"), r"waiting for nodes \(Resources\); Slurm expects it to start at \d\d:\d\d"),
+        "Resources": (
+            submit("--priority=5000"),
+            r"waiting for nodes \(Resources\); Slurm expects it to start at (\d{4}-\d\d-\d\d )?\d\d:\d\d",
+        ),
         "Priority": (submit("--priority=4000"), r"waiting for nodes, behind jobs of higher priority \(Priority\).*"),
         "BeginTime": (
             submit("--begin=now+40days"),

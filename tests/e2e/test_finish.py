@@ -46,6 +46,9 @@ TEMPLATE = (
 )
 
 
+SUMS = "".join(json.dumps({"prompt": f"{i} + {j} =", "completion": f"{i + j}"}) + "\n" for i in range(9) for j in range(9))
+
+
 @pytest.fixture(scope="module")
 def hub() -> Iterator[FakeHub]:
     with running_hub(CANARY) as hub:
@@ -58,8 +61,7 @@ def finished(launch: Launch, module_runs: Path, hub: FakeHub) -> tuple[Path, str
     template = module_runs / "chat.jinja"
     template.write_text(TEMPLATE)
     sums = module_runs / "sums.jsonl"
-    rows = ({"prompt": f"{i} + {j} =", "completion": f"{i + j}"} for i in range(9) for j in range(9))
-    sums.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sums.write_text(SUMS)
     done = launch(
         *settings,
         f"train.max_steps={STEPS}",
@@ -103,6 +105,9 @@ def test_its_settings_are_printed_as_a_file_that_plans_the_same(
 ) -> None:
     run, _ = finished
     monkeypatch.chdir(tmp_path)
+    # The files that the settings name, which the run itself needs no more.
+    (run.parent / "chat.jinja").write_text(TEMPLATE)
+    (run.parent / "sums.jsonl").write_text(SUMS)
     assert main(["config", str(run)]) == 0
     Path("again.yaml").write_text(capsys.readouterr().out)
     assert main(["plan", "again.yaml", "--json"]) == 0

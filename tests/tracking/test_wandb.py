@@ -221,7 +221,7 @@ def test_the_best_checkpoint_is_not_one_that_a_person_went_back_behind(run_dir: 
         run_store.write_attempt(run, attempt, run_records.Attempt(resume, pinned=attempt == 2))
         for step, loss in saved.items():
             JsonlTracker(run, attempt).event("checkpoint", "saved", step, path="/x", saved_step=step, eval_loss=loss)
-    assert module._best_checkpoint(run) == 1.4
+    assert module._best_checkpoint(run, "held_out") == 1.4
 
 
 def test_a_checkpoint_deleted_before_wandb_takes_its_reference_is_skipped_without_an_alert(
