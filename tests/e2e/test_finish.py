@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wandb_files import records
 
-from launcher.cli.main import main
 from launcher.tracking.metrics import panels
 from launcher.train.model import DTYPES
 
@@ -101,18 +100,19 @@ def test_a_completed_run_leaves_its_documented_files(finished: tuple[Path, str])
 
 
 def test_its_settings_are_printed_as_a_file_that_plans_the_same(
-    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: tuple[Path, str], launch_here: Launch, tmp_path: Path
 ) -> None:
     run, _ = finished
-    monkeypatch.chdir(tmp_path)
     # The files that the settings name, which the run itself needs no more.
     (run.parent / "chat.jinja").write_text(TEMPLATE)
     (run.parent / "sums.jsonl").write_text(SUMS)
-    assert main(["config", str(run)]) == 0
-    Path("again.yaml").write_text(capsys.readouterr().out)
-    assert main(["plan", "again.yaml", "--json"]) == 0
-    again, before = json.loads(capsys.readouterr().out), json.loads((run / "plan.json").read_text())
-    assert len(Path("again.yaml").read_text().splitlines()) < 40
+    printed = launch_here("config", str(run), cwd=tmp_path)
+    assert printed.returncode == 0, printed.stderr
+    (tmp_path / "again.yaml").write_text(printed.stdout)
+    planned = launch_here("plan", "again.yaml", "--json", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    again, before = json.loads(planned.stdout), json.loads((run / "plan.json").read_text())
+    assert len(printed.stdout.splitlines()) < 40
     for part in ("config", "topology", "batch", "deepspeed", "memory", "limits", "run_dir"):
         assert again[part] == before[part]
 
