@@ -29,6 +29,7 @@ WITHOUT_EFFECT = (
     "train.epochs",
     "train.log_every",
     "eval.",
+    "evaluate.",
     "checkpoint.",
     "export.",
     "data.workers",

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from launcher.config.sections.backends import AnyCluster, choose_kind
 from launcher.config.sections.cluster import LocalSection
 from launcher.config.sections.data import DataSection
+from launcher.config.sections.evaluate import EvaluateSection
 from launcher.config.sections.evaluation import HELD_OUT, EvalSection
 from launcher.config.sections.fields import (
     HUB_ID_PATTERN,
@@ -277,6 +278,7 @@ class RunConfig(Section):
     optim: OptimSection = Field(default_factory=OptimSection)
     train: TrainSection
     eval: EvalSection = Field(default_factory=EvalSection)
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     export: ExportSection = Field(default_factory=ExportSection)
     deepspeed: DeepSpeedSection = Field(default_factory=DeepSpeedSection)
