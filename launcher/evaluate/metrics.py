@@ -1,0 +1,179 @@
+"""The table of metrics: how an answer is scored against its reference. Without torch.
+
+Every score is a fraction from 0 to 1, and higher is better. To add a metric, add a row to METRICS and its name to `MetricName`
+in launcher/config/sections/answer_metrics.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.errors import DataError
+from launcher.evaluate import answer_text
+from launcher.evaluate.answer_text import NotJson
+
+
+@dataclass(frozen=True)
+class GeneratedAnswer:
+    """What a model answered. `is_stopped` is False where the answer was cut at the greatest length."""
+
+    text: str
+    is_stopped: bool
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class MetricOptions:
+    """Settings of the metrics that need some. `schema` is a JSON schema as JSON text; `time_limit_s` is for one answer."""
+
+    pattern: str = ""
+    schema: str = ""
+    labels: tuple[str, ...] = ()
+    time_limit_s: float = 5.0
+
+
+_Score = Callable[[GeneratedAnswer, str, MetricOptions], float]
+_NO_OPTIONS = MetricOptions()
+
+
+@dataclass(frozen=True)
+class AnswerMetric:
+    """One way to score an answer.
+
+    Attributes:
+        compute: returns the score of an answer, given the reference and the options.
+        reference_problem: returns why a reference cannot be compared with; an empty text where it can.
+        needed_option: name of the option without which the metric cannot be used; empty where there is none.
+    """
+
+    compute: _Score
+    reference_problem: Callable[[str, MetricOptions], str] = lambda reference, options: ""
+    needed_option: str = ""
+
+    def score(self, answer: GeneratedAnswer, reference: str, options: MetricOptions = _NO_OPTIONS) -> float:
+        """Return the score of one answer, from 0 to 1; higher is better."""
+        return float(self.compute(answer, reference, options))
+
+
+def _exact_match(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
+    return answer_text.normalized_words(answer.text) == answer_text.normalized_words(reference)
+
+
+def _token_f1(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
+    counts = (Counter(answer_text.normalized_words(text)) for text in (answer.text, reference))
+    return answer_text.multiset_f1(*counts)
+
+
+def _numeric(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
+    number = answer_text.final_number(answer.text)
+    return number is not None and number == answer_text.final_number(reference)
+
+
+def _no_number(reference: str, options: MetricOptions) -> str:
+    return "has no number" if answer_text.final_number(reference) is None else ""
+
+
+def _regex(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
+    """With a group named `answer`, compare what it matched last with the reference; without, ask whether the pattern matches."""
+    found = _last_match(answer.text, options)
+    if found is None or "answer" not in found.groupdict():
+        return found is not None
+    expected = _last_match(reference, options)
+    words = (found["answer"], reference if expected is None else expected["answer"])
+    return answer_text.normalized_words(words[0] or "") == answer_text.normalized_words(words[1] or "")
+
+
+def _last_match(text: str, options: MetricOptions) -> Any:
+    try:
+        return max(
+            _compiled(options.pattern).finditer(text, timeout=options.time_limit_s), key=lambda one: one.end(), default=None
+        )
+    except TimeoutError:
+        raise DataError(
+            f"the regular expression takes more than {options.time_limit_s:g} s for one answer",
+            where="evaluate.pattern",
+            value=options.pattern,
+            remedy="nested repetitions such as (a+)+ take very long; write them without nesting, or use *+ and ++",
+        ) from None
+
+
+@functools.cache
+def _compiled(pattern: str) -> Any:
+    # Unlike `re`, this module has a time limit.
+    import regex
+
+    return regex.compile(pattern)
+
+
+def _valid_json(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
+    try:
+        answer_text.parse_json(answer.text)
+    except NotJson:
+        return False
+    return True
+
+
+def _json_schema(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
+    try:
+        value = answer_text.parse_json(answer.text)
+    except NotJson:
+        return False
+    return bool(_validator(options.schema).is_valid(value))
+
+
+@functools.cache
+def _validator(schema: str) -> Any:
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+
+    parsed = json.loads(schema)
+    # Without a registry of its own, the validator fetches what $ref names from the network.
+    return validator_for(parsed)(parsed, registry=Registry())
+
+
+def _field_f1(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
+    try:
+        fields = answer_text.json_fields(answer_text.parse_json(answer.text))
+    except NotJson:
+        return False
+    return answer_text.multiset_f1(fields, answer_text.json_fields(answer_text.parse_json(reference)))
+
+
+def _no_json(reference: str, options: MetricOptions) -> str:
+    try:
+        answer_text.parse_json(reference)
+    except NotJson as error:
+        return f"is no JSON ({error})"
+    return ""
+
+
+def _label_accuracy(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
+    labels = options.labels or (reference,)
+    return answer_text.first_label(answer.text, labels) == answer_text.first_label(reference, labels)
+
+
+def _no_label(reference: str, options: MetricOptions) -> str:
+    if answer_text.first_label(reference, options.labels or (reference,)) is None:
+        return f"has none of the labels {', '.join(options.labels[:10])}" if options.labels else "is empty"
+    return ""
+
+
+# Keyed by the name in evaluate.metrics.
+METRICS: dict[str, AnswerMetric] = {
+    "exact_match": AnswerMetric(_exact_match),
+    "token_f1": AnswerMetric(_token_f1),
+    "rouge_l": AnswerMetric(lambda answer, reference, options: answer_text.rouge_l(answer.text, reference)),
+    "numeric": AnswerMetric(_numeric, _no_number),
+    "regex": AnswerMetric(_regex, needed_option="pattern"),
+    "valid_json": AnswerMetric(_valid_json),
+    "json_schema": AnswerMetric(_json_schema, needed_option="schema"),
+    "field_f1": AnswerMetric(_field_f1, _no_json),
+    "label_accuracy": AnswerMetric(_label_accuracy, _no_label, needed_option="labels"),
+    "stopped": AnswerMetric(lambda answer, reference, options: answer.is_stopped),
+    "no_repetition": AnswerMetric(lambda answer, reference, options: 1 - answer_text.repeated_share(answer.text)),
+}

@@ -1,0 +1,185 @@
+"""The verdict of an evaluation: did fine-tuning help, on the same prompts and against each baseline? Without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from launcher.evaluate import statistics
+from launcher.evaluate.statistics import Scores
+from launcher.tracking.verdicts import (
+    TUNED,
+    BaselineComparison,
+    ComparisonOutcome,
+    EvaluationVerdict,
+    GeneralLoss,
+    format_difference,
+)
+
+# Below this many pairs that differ, the exact test decides instead of the interval.
+MIN_DISCORDANT = 10
+SIGNIFICANCE = 0.05
+# A smaller difference than this is not worth more prompts.
+SMALLEST_DIFFERENCE = 0.05
+_NUM_EXAMPLES = 5
+
+
+def judge(
+    metric: str,
+    scores: Mapping[str, Scores],
+    *,
+    others: Mapping[str, Mapping[str, Scores]] | None = None,
+    general_loss: GeneralLoss | None = None,
+) -> EvaluationVerdict:
+    """Compare the tuned model with each baseline.
+
+    Args:
+        metric: name of the primary metric.
+        scores: scores by side, one number for each prompt, in the same order; the sides are `tuned` and the baselines. Higher
+            is better.
+        others: the same for further metrics, which are in the table and not in the sentence.
+        general_loss: loss of general text before and after.
+
+    The outcome is `better` only where the lower bound of the paired 95% interval is above zero against each baseline. It is
+    `worse` where the upper bound is below zero against one of them; with several baselines that interval is wider (Bonferroni),
+    so that without a difference at most 5% of all evaluations have an outcome.
+    """
+    by_metric = {metric: scores, **(others or {})}
+    comparisons = tuple(_compare(name, sides) for name, sides in by_metric.items())
+    primary = comparisons[0]
+    num_prompts = len(scores[TUNED])
+    outcome = _overall(primary)
+    means = {
+        name: {side: float(values.mean()) if len(values) else 0.0 for side, values in sides.items()}
+        for name, sides in by_metric.items()
+    }
+    sentence = _sentence(metric, outcome, means[metric], primary, num_prompts)
+    if general_loss is not None:
+        sentence = f"{sentence} {describe_general_loss(general_loss)}"
+    return EvaluationVerdict(
+        metric=metric,
+        outcome=outcome,
+        sentence=sentence,
+        num_prompts=num_prompts,
+        means=means,
+        comparisons=tuple(one for several in comparisons for one in several),
+        general_loss=general_loss,
+    )
+
+
+def _compare(metric: str, scores: Mapping[str, Scores]) -> list[BaselineComparison]:
+    baselines = [side for side in scores if side != TUNED]
+    return [_compare_with(metric, name, scores[TUNED], scores[name], len(baselines)) for name in baselines]
+
+
+def _compare_with(metric: str, baseline: str, tuned: Scores, base: Scores, num_baselines: int) -> BaselineComparison:
+    if len(tuned) != len(base):
+        raise ValueError(f"{baseline} has {len(base)} scores, the tuned model {len(tuned)}")
+    differences = np.asarray(tuned, np.float64) - np.asarray(base, np.float64)
+    counts = statistics.count_pairs(differences)
+    mean = float(differences.mean()) if len(differences) else 0.0
+    low, high, worst_high = _bounds(differences, num_baselines)
+    p_value = None
+    if counts.discordant < MIN_DISCORDANT:
+        p_value = statistics.exact_mcnemar(counts.wins, counts.losses)
+        is_better = p_value < SIGNIFICANCE and counts.wins > counts.losses and mean > 0
+        is_worse = p_value < SIGNIFICANCE / num_baselines and counts.losses > counts.wins and mean < 0
+    else:
+        is_better, is_worse = low > 0, worst_high < 0
+    outcome = ComparisonOutcome.BETTER if is_better else ComparisonOutcome.WORSE if is_worse else ComparisonOutcome.UNCLEAR
+    needed = None
+    if outcome == ComparisonOutcome.UNCLEAR:
+        # The formula is about a large sample; the sample at hand has shown that its number does not suffice.
+        needed = max(statistics.prompts_needed(differences, SMALLEST_DIFFERENCE), len(differences) + 1)
+    order = np.argsort(-np.abs(differences), kind="stable")
+    rounded = np.round(differences, 12)
+    return BaselineComparison(
+        metric,
+        baseline,
+        outcome,
+        mean,
+        low if math.isfinite(low) else None,
+        high if math.isfinite(high) else None,
+        p_value,
+        counts.wins,
+        counts.losses,
+        counts.ties,
+        needed,
+        *(tuple(int(i) for i in order if sign == np.sign(rounded[i]))[:_NUM_EXAMPLES] for sign in (1, -1, 0)),
+    )
+
+
+def _bounds(differences: Scores, num_baselines: int) -> tuple[float, float, float]:
+    """Return the bounds of the 95% interval, and the upper bound of the wider one that decides whether the model is worse."""
+    if len(differences) < 2:
+        return -math.inf, math.inf, math.inf
+    means = statistics.bootstrap_means(differences)
+    low, high = statistics.interval(means, len(differences))
+    _, worst_high = statistics.interval(means, len(differences), 1 - SIGNIFICANCE / num_baselines)
+    return low, high, worst_high
+
+
+def _overall(comparisons: Sequence[BaselineComparison]) -> ComparisonOutcome:
+    outcomes = {one.outcome for one in comparisons}
+    if ComparisonOutcome.WORSE in outcomes:
+        return ComparisonOutcome.WORSE
+    return ComparisonOutcome.BETTER if outcomes == {ComparisonOutcome.BETTER} else ComparisonOutcome.UNCLEAR
+
+
+def _sentence(
+    metric: str,
+    outcome: ComparisonOutcome,
+    means: Mapping[str, float],
+    comparisons: Sequence[BaselineComparison],
+    num_prompts: int,
+) -> str:
+    if not comparisons:
+        return f"No baseline was evaluated: {_words(metric)} {means[TUNED]:.2f}."
+    against = " and ".join(f"{means[one.baseline]:.2f} ({one.baseline})" for one in comparisons)
+    # The comparison that decides: the one that is lost, else the hardest one that is unclear, else the hardest.
+    deciding = min(
+        (one for one in comparisons if one.outcome == outcome),
+        key=lambda one: one.difference if one.low is None else one.low,
+        default=comparisons[0],
+    )
+    figures = (
+        f"{_words(metric)} {means[TUNED]:.2f} against {against}; difference to {deciding.baseline} {format_difference(deciding)}"
+    )
+    if deciding.p_value is not None:
+        figures += f", {deciding.wins} better and {deciding.losses} worse answers, exact test p = {deciding.p_value:.2g}"
+    if outcome == ComparisonOutcome.BETTER:
+        return f"Fine-tuning helped: {figures}."
+    if outcome == ComparisonOutcome.WORSE:
+        return f"Fine-tuning did not help: {figures}."
+    needed = max(one.prompts_needed or 0 for one in comparisons)
+    better = [one.baseline for one in comparisons if one.outcome == ComparisonOutcome.BETTER]
+    beats = f"It is better than {' and '.join(better)}. " if better else ""
+    return f"The data cannot tell whether fine-tuning helped: {figures}. {beats}{_more_prompts(needed, num_prompts, deciding)}"
+
+
+def _more_prompts(needed: int, num_prompts: int, deciding: BaselineComparison) -> str:
+    size = max(abs(deciding.difference), SMALLEST_DIFFERENCE)
+    return f"About {_rounded_up(needed):,} prompts could tell a difference of {size:.2f}; {num_prompts:,} were used."
+
+
+def _rounded_up(number: int) -> int:
+    """Round up to two digits: the number is an estimate."""
+    unit = 10 ** max(0, len(str(number)) - 2)
+    return math.ceil(number / unit) * unit
+
+
+def describe_general_loss(loss: GeneralLoss) -> str:
+    """Say in one sentence whether the model has forgotten: the loss of general text before and after."""
+    change = loss.after - loss.before
+    moved = f"{'rose' if change > 0 else 'fell'} by {abs(change):.2f}" if abs(change) >= 0.005 else "did not change"
+    if loss.is_forgetting:
+        return (
+            f"General loss {moved} ({change / loss.before:.0%}) on {loss.set_name}: the model has forgotten some of what it knew."
+        )
+    return f"General loss {moved}: no sign of forgetting."
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")

@@ -1,0 +1,137 @@
+"""What an evaluation found: `verdict.json` in its folder, which `report` and W&B read too."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from launcher import json_records
+from launcher.plan.run_dir import RunDir
+
+_FOLDER = re.compile(r"step-(\d{8})")
+FILE_NAME = "verdict.json"
+TUNED = "tuned"
+
+
+class ComparisonOutcome(StrEnum):
+    """How the tuned model compares with a baseline, or with all of them."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    UNCLEAR = "unclear"
+
+
+@dataclass(frozen=True)
+class BaselineComparison:
+    """The tuned model against one baseline by one metric, on the same prompts.
+
+    `difference` is the tuned model's mean minus the baseline's, `low` and `high` bound it with a confidence of 95%, None where
+    there are too few prompts for bounds. `p_value` is that of McNemar's exact test, None where enough pairs differ for the
+    interval to decide. `prompts_needed` is the number that would show the observed difference; None where the outcome is clear.
+    `win_examples`, `loss_examples` and `tie_examples` are numbers of prompts, those with the largest differences first.
+    """
+
+    metric: str
+    baseline: str
+    outcome: ComparisonOutcome
+    difference: float
+    low: float | None
+    high: float | None
+    p_value: float | None
+    wins: int
+    losses: int
+    ties: int
+    prompts_needed: int | None = None
+    win_examples: tuple[int, ...] = ()
+    loss_examples: tuple[int, ...] = ()
+    tie_examples: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class GeneralLoss:
+    """Loss of the set `set_name`, of general text, before training and at the step that was evaluated."""
+
+    set_name: str
+    before: float
+    after: float
+    max_rise_frac: float
+
+    @property
+    def is_forgetting(self) -> bool:
+        return self.after > self.before * (1 + self.max_rise_frac)
+
+
+@dataclass(frozen=True)
+class EvaluationVerdict:
+    """verdict.json: whether fine-tuning helped.
+
+    `means` holds the mean score of each side by metric, `comparisons` those of every metric with every baseline. The primary
+    metric comes first in both; `outcome` and `sentence` are about it.
+    """
+
+    metric: str
+    outcome: ComparisonOutcome
+    sentence: str
+    num_prompts: int
+    means: dict[str, dict[str, float]]
+    comparisons: tuple[BaselineComparison, ...]
+    general_loss: GeneralLoss | None = None
+
+    @property
+    def sides(self) -> list[str]:
+        """The baselines, then the tuned model."""
+        return [*(side for side in self.means[self.metric] if side != TUNED), TUNED]
+
+    @property
+    def primary(self) -> tuple[BaselineComparison, ...]:
+        """The comparisons by the primary metric, one for each baseline."""
+        return tuple(one for one in self.comparisons if one.metric == self.metric)
+
+    @property
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows: each metric with the mean of each side and the difference to each baseline."""
+        baselines = self.sides[:-1]
+        header = ["metric", *self.sides, *(f"difference to {name}" for name in baselines)]
+        differences = {(one.metric, one.baseline): format_difference(one) for one in self.comparisons}
+        rows = [
+            [metric, *(f"{means[side]:.3f}" for side in self.sides), *(differences[metric, name] for name in baselines)]
+            for metric, means in self.means.items()
+        ]
+        return header, rows
+
+    def write(self, folder: Path) -> None:
+        """Write verdict.json into the folder of the evaluation, atomically."""
+        json_records.write(folder / FILE_NAME, self)
+
+
+def format_difference(comparison: BaselineComparison) -> str:
+    """Return `+0.12 (0.08 to 0.16)`: a difference with its bounds."""
+    if comparison.low is None or comparison.high is None:
+        return f"{comparison.difference:+.2f}"
+    low, high = (0.0 if abs(bound) < 0.005 else bound for bound in (comparison.low, comparison.high))
+    # Two digits would hide on which side of zero a bound is.
+    digits = 2 if all(abs(bound) >= 0.005 or bound == 0 for bound in (comparison.low, comparison.high)) else 3
+    if digits == 3:
+        low, high = comparison.low, comparison.high
+    return f"{comparison.difference:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def read_verdict(folder: Path) -> EvaluationVerdict | None:
+    """Return the verdict in the folder of an evaluation; None where it has not ended.
+
+    Raises:
+        DamagedRun: where the file cannot be read or is damaged.
+    """
+    remedy = "remove the file and evaluate again; answers that exist are used"
+    return json_records.read_if_present(EvaluationVerdict, folder / FILE_NAME, remedy)
+
+
+def read_verdicts(run: RunDir) -> dict[int, EvaluationVerdict]:
+    """Return the verdicts of a run by step, in ascending order. Raises what `read_verdict` raises."""
+    folders = {
+        int(match[1]): folder for folder in (run.root / "evaluations").glob("step-*") if (match := _FOLDER.fullmatch(folder.name))
+    }
+    verdicts = {step: read_verdict(folders[step]) for step in sorted(folders)}
+    return {step: verdict for step, verdict in verdicts.items() if verdict is not None}

@@ -1,0 +1,104 @@
+"""How answers are scored."""
+
+from __future__ import annotations
+
+import json
+from time import monotonic
+
+import pytest
+
+from launcher.errors import DataError
+from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions
+
+PERSON = json.dumps(
+    {"type": "object", "properties": {"age": {"type": "integer"}, "name": {"pattern": "^[A-Z]"}}, "required": ["age"]}
+)
+
+
+def score(metric: str, text: str, reference: str = "", **options: object) -> float:
+    return METRICS[metric].score(GeneratedAnswer(text, True, 3), reference, MetricOptions(**options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "metric, text, reference, expected",
+    [
+        ("exact_match", " The Eiffel Tower. ", "eiffel tower", 1),
+        ("exact_match", "-5", "5", 0),
+        ("exact_match", "C++", "C", 0),
+        ("exact_match", "A", "the", 0),
+        ("exact_match", "Über  uns", "ÜBER UNS", 1),
+        ("token_f1", "the cat sat down", "a cat sat", 2 * 2 / (3 + 2)),
+        ("token_f1", "", "", 1),
+        ("rouge_l", "police kill the gunman", "police killed the gunman", 0.75),
+        ("rouge_l", "the gunman kill police", "police killed the gunman", 0.5),
+        ("rouge_l", "", "word", 0),
+        ("numeric", "so 5 + 7 = 12 apples", "5+7=<<5+7=12>>12\n#### 12", 1),
+        ("numeric", "#### 1,234\nand then 99", "#### 1234.0", 1),
+        ("numeric", "The answer is 7, not 8.", "7", 1),
+        ("numeric", "It is 9-7", "7", 1),
+        ("numeric", "minus: −7", "-7", 1),
+        ("numeric", "none", "7", 0),
+        ("numeric", "about 1,23", "23", 1),
+        ("valid_json", 'Here:\n```json\n{"a": 1}\n```', "", 1),
+        ("valid_json", '{"a": NaN}', "", 0),
+        ("valid_json", "[" * 100_000, "", 0),
+        ("field_f1", '{"a": "The X", "b": [2, 1]}', '{"b": [1, 2.0], "a": "x"}', 1),
+        ("field_f1", '{"a": 1, "b": 2}', '{"a": 1, "c": 2}', 0.5),
+        ("field_f1", "no", '{"a": 1}', 0),
+        ("no_repetition", "one two three four five", "", 1),
+        ("no_repetition", "a b c d a b c d a b c d", "", 4 / 9),
+    ],
+)
+def test_scores(metric: str, text: str, reference: str, expected: float) -> None:
+    assert score(metric, text, reference) == pytest.approx(expected)
+
+
+def test_an_answer_that_was_cut_has_not_stopped() -> None:
+    assert METRICS["stopped"].score(GeneratedAnswer("x", False, 9), "") == 0
+    assert METRICS["stopped"].score(GeneratedAnswer("x", True, 9), "") == 1
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("I think it is very bad", 1), ("Very bad", 1), ("good, not very bad", 0), ("badly", 0), ("bad", 0)],
+)
+def test_the_first_label_that_is_named_counts(text: str, expected: float) -> None:
+    assert score("label_accuracy", text, "very bad", labels=("good", "bad", "very bad")) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected", [('{"age": 3}', 1), ('{"age": "3"}', 0), ('{"age": 3, "name": "x"}', 0), ("{}", 0), ("3 years", 0)]
+)
+def test_a_json_schema(text: str, expected: float) -> None:
+    assert score("json_schema", text, schema=PERSON) == expected
+
+
+def test_a_regular_expression() -> None:
+    assert score("regex", "Order 66 sent", pattern=r"order \d+") == 0
+    assert score("regex", "Order 66 sent", pattern=r"(?i)order \d+") == 1
+    boxed = r"\\boxed\{(?P<answer>[^}]*)\}"
+    assert score("regex", r"first \boxed{3}, then \boxed{4}", r"\boxed{4}", pattern=boxed) == 1
+    assert score("regex", r"\boxed{4}", "4", pattern=boxed) == 1
+    assert score("regex", "4", "4", pattern=boxed) == 0
+
+
+def test_a_regular_expression_that_takes_too_long_is_ended_and_named() -> None:
+    began = monotonic()
+    with pytest.raises(DataError, match=r"more than 0\.2 s for one answer") as error:
+        score("regex", "a" * 40, pattern="(a|aa)+$b", time_limit_s=0.2)
+    assert "evaluate.pattern" in str(error.value)
+    assert monotonic() - began < 60
+
+
+@pytest.mark.parametrize(
+    "metric, reference, part",
+    [
+        ("numeric", "none", "no number"),
+        ("field_f1", "x", "no JSON"),
+        ("label_accuracy", "neutral", "none of the labels good, bad"),
+    ],
+)
+def test_references_that_a_metric_cannot_use(metric: str, reference: str, part: str) -> None:
+    options = MetricOptions(labels=("good", "bad"))
+    assert part in METRICS[metric].reference_problem(reference, options)
+    assert METRICS[metric].reference_problem('{"good": 1}', options) == ""

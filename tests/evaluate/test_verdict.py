@@ -1,0 +1,145 @@
+"""When an evaluation says that fine-tuning helped."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launcher.evaluate import statistics
+from launcher.evaluate.verdict import judge
+from launcher.tracking.verdicts import ComparisonOutcome, EvaluationVerdict, GeneralLoss, read_verdict
+
+BETTER, WORSE, UNCLEAR = ComparisonOutcome.BETTER, ComparisonOutcome.WORSE, ComparisonOutcome.UNCLEAR
+
+
+def binary(num_right: int, num_prompts: int = 400) -> statistics.Scores:
+    """Scores of a side that is right on the first prompts."""
+    return (np.arange(num_prompts) < num_right).astype(np.float64)
+
+
+def judged(tuned: statistics.Scores, **baselines: statistics.Scores) -> EvaluationVerdict:
+    return judge("exact_match", {**{name.replace("_", "-"): scores for name, scores in baselines.items()}, "tuned": tuned})
+
+
+def test_helped_against_each_baseline() -> None:
+    verdict = judge(
+        "exact_match",
+        {"0-shot": binary(48), "8-shot": binary(76), "tuned": binary(124)},
+        others={"stopped": {"0-shot": binary(100), "8-shot": binary(400), "tuned": binary(400)}},
+        general_loss=GeneralLoss("general", 2.50, 2.51, 0.05),
+    )
+    assert verdict.outcome == BETTER
+    assert verdict.sentence.startswith(
+        "Fine-tuning helped: exact match 0.31 against 0.12 (0-shot) and 0.19 (8-shot); difference to 8-shot +0.12 (0.09 to 0.15)."
+    )
+    assert verdict.sentence.endswith(" General loss rose by 0.01: no sign of forgetting.")
+    header, rows = verdict.table
+    assert header == ["metric", "0-shot", "8-shot", "tuned", "difference to 0-shot", "difference to 8-shot"]
+    assert rows[1] == ["stopped", "0.250", "1.000", "1.000", "+0.75 (0.71 to 0.79)", "+0.00 (0.00 to 0.00)"]
+    (_, few_shot) = verdict.primary
+    assert (few_shot.wins, few_shot.losses, few_shot.ties, few_shot.p_value) == (48, 0, 352, None)
+    assert few_shot.win_examples == (76, 77, 78, 79, 80)
+
+
+def test_a_baseline_that_is_not_beaten_leaves_it_open() -> None:
+    verdict = judged(binary(100), **{"0_shot": binary(50), "8_shot": binary(97)})
+    assert verdict.outcome == UNCLEAR
+    assert verdict.sentence.startswith("The data cannot tell whether fine-tuning helped: exact match 0.25 against")
+    assert "It is better than 0-shot. " in verdict.sentence
+    assert "prompts could tell a difference of 0.05; 400 were used." in verdict.sentence
+
+
+def test_worse_than_a_few_shot_prompt_is_no_help() -> None:
+    verdict = judged(binary(100), **{"0_shot": binary(50), "8_shot": binary(140)})
+    assert verdict.outcome == WORSE
+    assert verdict.sentence.startswith("Fine-tuning did not help: exact match 0.25 against 0.12 (0-shot) and 0.35 (8-shot)")
+    assert "difference to 8-shot -0.10 (-0.13 to -0.07)" in verdict.sentence
+
+
+@pytest.mark.parametrize(("wins", "outcome"), [(5, UNCLEAR), (6, BETTER), (9, BETTER)])
+def test_few_pairs_that_differ_are_judged_by_the_exact_test(wins: int, outcome: ComparisonOutcome) -> None:
+    """The interval alone would count five wins out of five: no sample of the prompts has a negative difference."""
+    verdict = judged(binary(20 + wins, 50), **{"0_shot": binary(20, 50)})
+    (comparison,) = verdict.primary
+    assert comparison.p_value == pytest.approx(2 / 2**wins)
+    assert verdict.outcome == comparison.outcome == outcome
+    assert f"{wins} better and 0 worse answers, exact test p = " in verdict.sentence
+
+
+@pytest.mark.parametrize("num_prompts", [0, 1, 2, 50])
+def test_a_model_against_itself_cannot_tell(num_prompts: int) -> None:
+    scores = np.random.default_rng(1).random(num_prompts)
+    verdict = judged(scores, **{"0_shot": scores, "8_shot": scores})
+    assert verdict.outcome == UNCLEAR
+    assert "cannot tell" in verdict.sentence
+    assert all(one.prompts_needed and one.prompts_needed > num_prompts for one in verdict.primary)
+
+
+@pytest.mark.parametrize("is_graded", [False, True])
+def test_without_a_difference_few_verdicts_say_otherwise(is_graded: bool) -> None:
+    """200 comparisons of sides that answer equally well, with two baselines: at most 5% may have an outcome."""
+    generator = np.random.default_rng(23)
+    outcomes = []
+    for trial in range(200):
+        num_prompts = (20, 50, 200)[trial % 3]
+        difficulty = generator.random(num_prompts)
+        sides = {
+            side: generator.beta(difficulty + 0.2, 1.2 - difficulty)
+            if is_graded
+            else (generator.random(num_prompts) < difficulty)
+            for side in ("0-shot", "8-shot", "tuned")
+        }
+        outcomes.append(judge("token_f1", {side: np.asarray(values, np.float64) for side, values in sides.items()}).outcome)
+    assert sum(outcome != UNCLEAR for outcome in outcomes) <= 10
+
+
+def test_a_real_difference_is_seen_with_the_number_of_prompts_that_was_named() -> None:
+    """80% of the samples with the named number of prompts show it; the exact share varies by 3%."""
+    generator = np.random.default_rng(5)
+
+    def differences(num_prompts: int) -> statistics.Scores:
+        return (generator.random(num_prompts) < 0.45).astype(np.float64) - (generator.random(num_prompts) < 0.3)
+
+    needed = statistics.prompts_needed(differences(100_000), 0.05)
+    shown = [statistics.interval(statistics.bootstrap_means(differences(needed), 1_000), needed)[0] > 0 for _ in range(200)]
+    assert 0.72 < np.mean(shown) < 0.9
+
+
+def test_intervals_equal_those_of_references() -> None:
+    """Values of scipy 1.16 (bootstrap, ttest_1samp, t.ppf) and statsmodels 0.14 (mcnemar, exact)."""
+    assert statistics.t_quantile(0.975, 9) == pytest.approx(2.2621571628, abs=1e-9)
+    assert statistics.t_quantile(0.975, 1) == pytest.approx(12.7062047362, abs=1e-8)
+    assert statistics.t_quantile(0.995, 4) == pytest.approx(4.6040948713, abs=1e-9)
+    assert statistics.t_quantile(0.975, 5_000) == pytest.approx(1.9604386466, abs=1e-5)
+    assert statistics.exact_mcnemar(9, 1) == pytest.approx(0.021484375)
+    assert statistics.exact_mcnemar(3, 3) == statistics.exact_mcnemar(0, 0) == 1
+    values = np.random.default_rng(0).normal(0.1, 1, 300)
+    low, high = statistics.interval(statistics.bootstrap_means(values), 300)
+    half = statistics.t_quantile(0.975, 299) * values.std(ddof=1) / math.sqrt(300)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        (2.5, "General loss did not change: no sign of forgetting."),
+        (2.4, "General loss fell by 0.10: no sign of forgetting."),
+        (2.9, "General loss rose by 0.40 (16%) on general: the model has forgotten some of what it knew."),
+    ],
+)
+def test_the_loss_of_general_text_joins_the_sentence(after: float, words: str) -> None:
+    scores = {"0-shot": binary(1), "tuned": binary(100)}
+    assert judge("numeric", scores, general_loss=GeneralLoss("general", 2.5, after, 0.05)).sentence.endswith(words)
+
+
+def test_a_verdict_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    verdict = judge(
+        "numeric", {"0-shot": binary(1, 1), "tuned": binary(1, 1)}, general_loss=GeneralLoss("general", 2.0, 2.0, 0.1)
+    )
+    assert verdict.primary[0].low is None
+    verdict.write(tmp_path)
+    assert read_verdict(tmp_path) == verdict
+    assert read_verdict(tmp_path / "other") is None
