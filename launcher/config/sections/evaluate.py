@@ -24,7 +24,9 @@ class EvaluateSection(Section):
     metrics: tuple[Text, ...] = Field(
         ("exact_match",),
         min_length=1,
-        description="Metrics of launcher/evaluate/metrics.py; the first one decides the verdict and how the base model is prompted.",
+        description=(
+            "Metrics of launcher/evaluate/metrics.py; the first one decides the verdict and how the base model is prompted."
+        ),
     )
     max_prompts: PositiveInt = Field(200, description="Prompts of each set, at most: a random choice that run.seed decides.")
     max_new_tokens: PositiveInt = Field(
