@@ -48,12 +48,10 @@ class AnswerMetric:
     Attributes:
         compute: returns the score of an answer, given the reference and the options.
         reference_problem: returns why a reference cannot be compared with; an empty text where it can.
-        needed_option: name of the option without which the metric cannot be used; empty where there is none.
     """
 
     compute: _Score
     reference_problem: Callable[[str, MetricOptions], str] = lambda reference, options: ""
-    needed_option: str = ""
 
     def score(self, answer: GeneratedAnswer, reference: str, options: MetricOptions = _NO_OPTIONS) -> float:
         """Return the score of one answer, from 0 to 1; higher is better."""
@@ -169,11 +167,11 @@ METRICS: dict[str, AnswerMetric] = {
     "token_f1": AnswerMetric(_token_f1),
     "rouge_l": AnswerMetric(lambda answer, reference, options: answer_text.rouge_l(answer.text, reference)),
     "numeric": AnswerMetric(_numeric, _no_number),
-    "regex": AnswerMetric(_regex, needed_option="pattern"),
+    "regex": AnswerMetric(_regex),
     "valid_json": AnswerMetric(_valid_json),
-    "json_schema": AnswerMetric(_json_schema, needed_option="schema"),
+    "json_schema": AnswerMetric(_json_schema),
     "field_f1": AnswerMetric(_field_f1, _no_json),
-    "label_accuracy": AnswerMetric(_label_accuracy, _no_label, needed_option="labels"),
+    "label_accuracy": AnswerMetric(_label_accuracy, _no_label),
     "stopped": AnswerMetric(lambda answer, reference, options: answer.is_stopped),
     "no_repetition": AnswerMetric(lambda answer, reference, options: 1 - answer_text.repeated_share(answer.text)),
 }

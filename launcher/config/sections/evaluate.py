@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from launcher.config.sections.fields import Count, Name, PositiveInt, Section, Text
+from launcher.config.sections.answer_metrics import AnswerMetrics
+from launcher.config.sections.fields import Count, Name, PositiveInt, Text
 
 # None comes first: it is kept where the others do not score higher on training rows.
 DEFAULT_INSTRUCTIONS = (
@@ -15,18 +16,11 @@ DEFAULT_INSTRUCTIONS = (
 )
 
 
-class EvaluateSection(Section):
+class EvaluateSection(AnswerMetrics):
     """`launcher evaluate`: which prompts are answered, how the base model is prompted, and how answers are scored."""
 
     sets: tuple[Name, ...] = Field(
         (), description="Sets to evaluate: held_out, and names of eval.sets. Empty: all of them that have prompts."
-    )
-    metrics: tuple[Text, ...] = Field(
-        ("exact_match",),
-        min_length=1,
-        description=(
-            "Metrics of launcher/evaluate/metrics.py; the first one decides the verdict and how the base model is prompted."
-        ),
     )
     max_prompts: PositiveInt = Field(200, description="Prompts of each set, at most: a random choice that run.seed decides.")
     max_new_tokens: PositiveInt = Field(

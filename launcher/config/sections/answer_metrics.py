@@ -1,0 +1,91 @@
+"""The settings that say how answers are scored: names of metrics, and what some of them need."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, Self, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from launcher.config.sections.fields import Positive, Section, Text
+from launcher.errors import did_you_mean
+
+MetricName = Literal[
+    "exact_match",
+    "token_f1",
+    "rouge_l",
+    "numeric",
+    "regex",
+    "valid_json",
+    "json_schema",
+    "field_f1",
+    "label_accuracy",
+    "stopped",
+    "no_repetition",
+]
+METRIC_NAMES: tuple[str, ...] = get_args(MetricName)
+# The setting without which a metric cannot be used.
+NEEDED_SETTINGS = {"regex": "pattern", "json_schema": "json_schema", "label_accuracy": "labels"}
+_FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
+_KNOWN = f"metrics are {', '.join(METRIC_NAMES)}, and functions of your own as path/to/file.py:function"
+
+
+def split_function(metric: str) -> tuple[str, str] | None:
+    """Return file and function of a metric such as `path/to/file.py:function`; None for the name of a metric."""
+    match = _FUNCTION.fullmatch(metric)
+    return None if match is None else (match["file"], match["function"])
+
+
+class AnswerMetrics(Section):
+    """How answers are scored. Part of the section `evaluate`."""
+
+    metrics: tuple[Text, ...] = Field(
+        ("exact_match",),
+        min_length=1,
+        description=(
+            f"How answers are scored, each from 0 to 1: {', '.join(METRIC_NAMES)}, or a function of your own as "
+            "path/to/file.py:function. The first one decides the verdict and how the base model is prompted."
+        ),
+    )
+    pattern: str | None = Field(
+        None,
+        description=(
+            "Regular expression of the metric regex: an answer scores 1 where it matches. With a group (?P<answer>...), what the "
+            "group matched last must equal the reference."
+        ),
+    )
+    json_schema: Text | None = Field(None, description="File with the JSON schema of the metric json_schema.")
+    labels: tuple[Text, ...] = Field(
+        (), description="Labels of the metric label_accuracy: the one that an answer names first counts."
+    )
+    metric_time_limit_s: Positive = Field(
+        10.0, description="Seconds that a function of your own, or a regular expression, may take for one answer."
+    )
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in METRIC_NAMES and split_function(name) is None:
+                guess = did_you_mean(name, METRIC_NAMES)
+                raise ValueError(f"contains {name!r}, which is no metric; {f'{guess} ' if guess else ''}{_KNOWN}")
+        return value
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        # The module with a time limit, by which answers are matched, accepts more than `re`.
+        import regex
+
+        try:
+            regex.compile(value or "")
+        except regex.error as error:
+            raise ValueError(f"is no regular expression ({error}); see docs.python.org/3/library/re.html") from None
+        return value
+
+    @model_validator(mode="after")
+    def _options(self) -> Self:
+        for metric, setting in NEEDED_SETTINGS.items():
+            if metric in self.metrics and not getattr(self, setting):
+                raise ValueError(f"the metric {metric} needs evaluate.{setting}; set it, or leave out the metric")
+        return self

@@ -1,0 +1,146 @@
+"""Scores of many answers by the metrics of the settings, a user's own functions among them. Without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launcher import atomic_files
+from launcher.config.sections.answer_metrics import AnswerMetrics, split_function
+from launcher.errors import ConfigError, DataError, Problem
+from launcher.evaluate.metric_process import MetricProcess
+from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions
+from launcher.evaluate.statistics import Scores
+from launcher.security import ownership
+
+_MAX_SHOWN = 3
+_MAX_FILE_BYTES = 2**20
+_MAX_VALUE_CHARS = 80
+
+
+class Scorer:
+    """Scores answers by each metric of the settings.
+
+    The file of a user's function is copied into `folder`, under its digest, and only the copy is run.
+
+    Raises:
+        ConfigError: where a schema or the file of a function is missing, wrong, or could have been changed by others.
+    """
+
+    def __init__(self, settings: AnswerMetrics, folder: Path) -> None:
+        self.metrics = settings.metrics
+        self._limit_s = settings.metric_time_limit_s
+        schema = _read_schema(settings.json_schema) if "json_schema" in settings.metrics else ""
+        self._options = MetricOptions(settings.pattern or "", schema, settings.labels, self._limit_s)
+        self._functions: dict[str, tuple[Path, str]] = {}
+        # SHA-256 of the file of each function of the user, by metric.
+        self.digests: dict[str, str] = {}
+        for metric in settings.metrics:
+            if metric not in METRICS and (parts := split_function(metric)):
+                content = _read_function(metric, Path(parts[0]).expanduser(), parts[1])
+                self.digests[metric] = hashlib.sha256(content).hexdigest()
+                copy = folder / f"{Path(parts[0]).stem}-{self.digests[metric][:16]}.py"
+                folder.mkdir(parents=True, exist_ok=True)
+                atomic_files.write_bytes(copy, content)
+                self._functions[metric] = (copy, parts[1])
+
+    def check_references(self, references: Sequence[str], places: Sequence[str]) -> None:
+        """Refuse references that a metric cannot be computed with; `places` names the row of each, as file and line.
+
+        Raises:
+            DataError: one problem for each metric, with the first rows.
+        """
+        problems = []
+        for metric in self.metrics:
+            if metric not in METRICS:
+                continue
+            reasons = [METRICS[metric].reference_problem(one, self._options) for one in references]
+            bad = [(place, reason) for place, reason in zip(places, reasons, strict=True) if reason]
+            if bad:
+                shown = ", ".join(place for place, _ in bad[:_MAX_SHOWN])
+                problems.append(
+                    Problem(
+                        f"{metric} cannot score {len(bad):,} of {len(references):,} references: the first one {bad[0][1]}",
+                        where=f"{shown}{' and more' if len(bad) > _MAX_SHOWN else ''}",
+                        remedy="choose other metrics with evaluate.metrics, or correct the rows",
+                    )
+                )
+        if problems:
+            raise DataError(problems)
+
+    def score(self, metric: str, answers: Sequence[GeneratedAnswer], references: Sequence[str], places: Sequence[str]) -> Scores:
+        """Return the score of each answer by a metric of the settings.
+
+        Raises:
+            DataError: where a user's function fails or takes too long, or a regular expression does; with the row.
+        """
+        if metric in METRICS:
+            table = METRICS[metric]
+            scores = []
+            for answer, reference, place in zip(answers, references, places, strict=True):
+                try:
+                    scores.append(table.score(answer, reference, self._options))
+                except DataError as error:
+                    raise DataError(f"{error.problems[0].message}, in row {place}", **_parts(error.problems[0])) from None
+            return np.array(scores, np.float64)
+        copy, function = self._functions[metric]
+        with MetricProcess(metric, copy, function, self._limit_s) as process:
+            rows = zip(answers, references, places, strict=True)
+            return np.array([process.score(answer, reference, place) for answer, reference, place in rows], np.float64)
+
+
+def _parts(problem: Problem) -> dict[str, str]:
+    return {"where": problem.where, "value": problem.value, "remedy": problem.remedy}
+
+
+def _read_schema(path: str | None) -> str:
+    """Return the text of a JSON schema file that the validator accepts."""
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import validator_for
+
+    where = "evaluate.json_schema"
+    try:
+        text = Path(path or "").expanduser().read_bytes()[: _MAX_FILE_BYTES + 1].decode()
+        schema: Any = json.loads(text)
+        validator_for(schema).check_schema(schema)
+    except OSError as error:
+        problem = Problem(f"the JSON schema cannot be read: {error.strerror}", where, str(path), "check the path")
+        raise ConfigError(problem) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the JSON schema is no JSON: {error}", where=where, value=str(path), remedy="correct it") from None
+    except SchemaError as error:
+        place = "/".join(map(str, error.absolute_path)) or "the root"
+        message = f"the JSON schema is wrong at {place}: {error.message[:_MAX_VALUE_CHARS]}"
+        raise ConfigError(message, where=where, value=str(path), remedy="correct it; see json-schema.org/learn") from None
+    return text
+
+
+def _read_function(metric: str, file: Path, function: str) -> bytes:
+    """Return the content of the file of a user's function, without running it."""
+    import ast
+
+    where = "evaluate.metrics"
+    # Before it is opened: a pipe would never end.
+    if not file.is_file():
+        raise ConfigError("the file of a metric does not exist", where=where, value=metric, remedy="check the path")
+    if problem := ownership.file_problem("the file of a metric", file):
+        raise ConfigError(problem)
+    try:
+        content = file.read_bytes()
+        tree = ast.parse(content, str(file))
+    except OSError as error:
+        message = f"the file of a metric cannot be read: {error.strerror}"
+        raise ConfigError(message, where=where, value=metric, remedy="check its permissions") from None
+    except (SyntaxError, ValueError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise ConfigError(f"the file of a metric is no Python: {error}", where=f"{file}{line}", remedy="correct it") from None
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if function not in names:
+        shown = f"functions there are {', '.join(names)}" if names else "the file defines no function at its top level"
+        raise ConfigError(f"{file} defines no function {function}", where=where, value=metric, remedy=shown)
+    return content

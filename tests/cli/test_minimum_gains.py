@@ -1,0 +1,66 @@
+"""--min-gain: how it is written, and when it holds."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from launcher.cli.minimum_gains import MinimumGain, parse_minimum_gains
+from launcher.errors import ConfigError
+from launcher.evaluate.verdict import judge
+from launcher.tracking.verdicts import EvaluationVerdict
+
+METRICS = ("exact_match", "own/metric.py:score")
+
+
+def verdict(tuned: int, few_shot: int, num_prompts: int = 200) -> EvaluationVerdict:
+    """A verdict about sides that are right on the first prompts."""
+    right = {"0-shot": 0, "4-shot": few_shot, "tuned": tuned}
+    return judge("exact_match", {side: (np.arange(num_prompts) < n).astype(np.float64) for side, n in right.items()})
+
+
+def test_forms() -> None:
+    assert parse_minimum_gains(["exact_match:few-shot:0.05", "own/metric.py:score:0-shot:-1e-1"], METRICS) == (
+        MinimumGain("exact_match", "few-shot", 0.05),
+        MinimumGain("own/metric.py:score", "0-shot", -0.1),
+    )
+
+
+def test_all_mistakes_are_reported_in_one_pass() -> None:
+    texts = ["0.05", "exact_match:0.05", "exact_mach:0-shot:0.1", "exact_match:base:0.1", "exact_match:0-shot:nan"]
+    with pytest.raises(ConfigError) as error:
+        parse_minimum_gains(texts, METRICS)
+    problems = error.value.problems
+    assert [one.value for one in problems] == texts
+    assert problems[0].remedy == "write --min-gain METRIC:BASELINE:GAIN, such as exact_match:few-shot:0.05"
+    assert problems[2].remedy.startswith(
+        "did you mean exact_match? metrics of this evaluation are exact_match, own/metric.py:score"
+    )
+    assert problems[3].remedy == "baselines are 0-shot, few-shot, and a number of examples such as 8-shot"
+
+
+@pytest.mark.parametrize(
+    ("gain", "counts", "reason"),
+    [
+        ("exact_match:few-shot:0.10", (100, 60), None),
+        ("exact_match:4-shot:0.10", (100, 60), None),
+        (
+            "exact_match:few-shot:0.18",
+            (100, 60),
+            r"to 4-shot by exact_match is \+0.20 \(0.1\d to 0.2\d\), its lower bound",
+        ),
+        ("exact_match:0-shot:0.18", (100, 60), None),
+        ("exact_match:8-shot:0.0", (100, 60), "8-shot was not evaluated; baselines are 0-shot, 4-shot"),
+        ("exact_match:few-shot:0.001", (5, 0), "with 5 answers that differ it may be chance"),
+        ("exact_match:few-shot:0.001", (6, 0), None),
+        ("exact_match:few-shot:0", (5, 5), None),
+        ("exact_match:few-shot:-0.05", (5, 5), None),
+    ],
+)
+def test_the_lower_bound_must_reach_the_gain(gain: str, counts: tuple[int, int], reason: str | None) -> None:
+    (minimum,) = parse_minimum_gains([gain], METRICS)
+    failure = minimum.failure(verdict(*counts))
+    assert (failure is None) == (reason is None)
+    assert re.search(reason or "", failure or "")
