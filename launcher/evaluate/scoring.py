@@ -23,7 +23,7 @@ _MAX_FILE_BYTES = 2**20
 _MAX_VALUE_CHARS = 80
 
 
-class Scorer:
+class AnswerScorer:
     """Scores answers by each metric of the settings.
 
     The file of a user's function is copied into `folder`, under its digest, and only the copy is run.
