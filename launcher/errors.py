@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
-EXIT_NOT_HELD = 3
+EXIT_CHECK_FAILED = 3
 EXIT_INTERRUPTED = 130
 
 

@@ -101,7 +101,7 @@ class _Signals:
         self.process.send_signal(signal.SIGTERM)
 
 
-def train(jobs: Sequence[Composed], follows: bool | None) -> int:
+def train(jobs: Sequence[Composed], follows: bool | None, accepts_cost: bool) -> int:
     """Take this machine's part in starting or continuing the run; returns the exit code."""
     if len(jobs) > 1:
         remedy = "start the runs one after the other, each on every machine"
@@ -128,6 +128,8 @@ def train(jobs: Sequence[Composed], follows: bool | None) -> int:
             plan = launch.prepare_plan(composed, taken_names=set())
         launch.print_plan(plan, cluster)
         cluster.check(plan)
+        if not launch.may_start([plan], accepts_cost):
+            return "its cost was not accepted"
         interrupts.defer()
         return launch.start(plan, cluster)[1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -13,6 +13,7 @@ from launcher import facts, model_source, run_store
 from launcher.cli import data, earlier_runs, formatting, hub_access, wandb_check
 from launcher.cli.arguments import COMMON_FLAGS, composing_usage
 from launcher.cli.cleanup import run_folders
+from launcher.cli.cost_question import require_consent
 from launcher.cli.follow import follow, interrupted_start
 from launcher.cli.formatting import wrap
 from launcher.cli.interrupts import Interrupts
@@ -22,7 +23,7 @@ from launcher.clusters.backends import Cluster, StatusReader, cluster_for, statu
 from launcher.clusters.preflight import check_startable, disk_note, push_note
 from launcher.config.compose import Composed, require_distinct_runs, run_hydra
 from launcher.config.schema import RunConfig
-from launcher.errors import DataError, Problem, RunError, SubmitError, describe
+from launcher.errors import EXIT_REFUSED, DataError, Problem, RunError, SubmitError, describe
 from launcher.models import isolation_verdicts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
@@ -34,14 +35,15 @@ from launcher.security import ownership
 from launcher.shell_commands import launcher_command
 
 _USAGE = {
-    "train": """python -m launcher [train] [--follow | --detach] [overrides]
+    "train": """python -m launcher [train] [--follow | --detach] [--yes] [overrides]
 
 Plan, prepare data, start the run. On this machine the command follows the run to its end, on a cluster it returns at once.
---follow (or follow=true) and --detach (or follow=false) override that. With -m it starts several runs.""",
+--follow (or follow=true) and --detach (or follow=false) override that. With -m it starts several runs. --yes starts runs that
+may cost more than run.confirm_usd without a question.""",
     "plan": "python -m launcher plan [--json] [overrides]\n\nShow the complete plan and start nothing. "
     "--json prints the plan's file with the keys estimate, checkpoint_gib, warnings and notes.",
 }
-_OWN_FLAGS = {"train": ("--follow", "--detach"), "plan": ("--json",)}
+_OWN_FLAGS = {"train": ("--follow", "--detach", "--yes"), "plan": ("--json",)}
 # Ten times what it takes on an idle machine.
 _ISOLATION_CHECK_S = 150.0
 _FOLLOW = {"--follow": True, "follow=true": True, "--detach": False, "follow=false": False}
@@ -54,13 +56,14 @@ def run(verb: str, tokens: list[str]) -> int:
         return 0
     as_json = "--json" in tokens
     follows = next((_FOLLOW[token] for token in tokens if token in _FOLLOW), None)
-    rest = [token for token in tokens if token != "--json" and token not in _FOLLOW]  # noqa: S105
+    accepts_cost = verb == "train" and "--yes" in tokens
+    rest = [token for token in tokens if token not in ("--json", *(["--yes"] if accepts_cost else ())) and token not in _FOLLOW]
     jobs: list[Composed] = []
     run_hydra(rest, jobs.append, (*_OWN_FLAGS[verb], *COMMON_FLAGS))
     require_distinct_runs(jobs)
     if verb == "plan":
         return max((_plan(job, as_json) for job in jobs), default=0)
-    return _train(jobs, follows)
+    return _train(jobs, follows, accepts_cost)
 
 
 def _plan(composed: Composed, as_json: bool) -> int:
@@ -89,12 +92,12 @@ def _plan(composed: Composed, as_json: bool) -> int:
     return 0
 
 
-def _train(jobs: list[Composed], follows: bool | None) -> int:
+def _train(jobs: list[Composed], follows: bool | None, accepts_cost: bool) -> int:
     """Start all jobs, after all of them have passed their checks; returns the largest exit code."""
     if any(job.config.cluster.runs_on_every_node for job in jobs):
         from launcher.cli import every_node
 
-        return every_node.train(jobs, follows)
+        return every_node.train(jobs, follows, accepts_cost)
     plans: list[LaunchPlan] = []
     check_wandb_accounts(jobs)
     for note in dict.fromkeys(job.origins.dropped_note() for job in jobs):
@@ -103,7 +106,26 @@ def _train(jobs: list[Composed], follows: bool | None) -> int:
     for composed in _group_jobs(jobs):
         with composed.located():
             plans.append(prepare_plan(composed, taken_names={plan.run_name for plan in plans}))
-    return start_all(plans, follows)
+    return start_all(plans, follows) if may_start(plans, accepts_cost) else EXIT_REFUSED
+
+
+def may_start(plans: Sequence[LaunchPlan], accepts_cost: bool) -> bool:
+    """Ask about runs that may cost more than run.confirm_usd; returns False, after a line that says so, where they may not start.
+
+    Raises:
+        ConfigError: where there is no terminal to ask on.
+    """
+    if accepts_cost or all(plan.config.run.confirm_usd is None or plan.config.cluster.is_dry_run for plan in plans):
+        return True
+
+    def estimate(plan: LaunchPlan) -> SpeedEstimate:
+        cluster = cluster_for(plan.config.cluster.kind)
+        return _speed(plan, lambda: cluster.device(plan.config.cluster))
+
+    if require_consent([(plan, estimate(plan)) for plan in plans], accepts_cost):
+        return True
+    print("nothing was started")
+    return False
 
 
 def start_all(plans: list[LaunchPlan], follows: bool | None) -> int:

@@ -42,7 +42,7 @@ VERBS: Mapping[str, str] = {
 }
 # The verbs that compose settings.
 COMPOSING = ("train", "plan", "data", "doctor")
-_FLAGS_WITHOUT_VALUE = ("--json", "--follow", "--detach", "-m", "--multirun")
+_FLAGS_WITHOUT_VALUE = ("--json", "--follow", "--detach", "--yes", "-m", "--multirun")
 # The value is that of launcher.security.trust, which only commands with the flag import here.
 _TRUST_OWNER = "--trust-owner"
 _GC_THRESHOLD = 50_000

@@ -39,6 +39,8 @@ WITHOUT_EFFECT = (
     "model.activation_checkpointing",
     "cluster.",
     "tracking.",
+    "costs.",
+    "run.confirm_usd",
 )
 
 # Settings that may change freely when a run is resumed.

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from launcher.config.sections.backends import AnyCluster, choose_kind
 from launcher.config.sections.cluster import LocalSection
+from launcher.config.sections.costs import CostsSection
 from launcher.config.sections.data import DataSection
 from launcher.config.sections.evaluate import EvaluateSection
 from launcher.config.sections.evaluation import HELD_OUT, EvalSection
@@ -58,6 +59,14 @@ class RunSection(Section):
         description=(
             "US dollars after which the run saves and stops: the GPU hours of all attempts, each at its own price. Raise it to "
             "resume such a run. Needs cluster.price_per_gpu_hour; a typical price is not used."
+        ),
+    )
+    confirm_usd: Positive | None = Field(
+        None,
+        description=(
+            "US dollars above which train asks before it starts: what the runs are expected to cost at most, or are limited to. "
+            "Runs of unknown cost are asked about as well. Without a terminal they are refused, unless --yes is given. Unset: "
+            "train never asks."
         ),
     )
 
@@ -284,6 +293,7 @@ class RunConfig(Section):
     deepspeed: DeepSpeedSection = Field(default_factory=DeepSpeedSection)
     cluster: Annotated[AnyCluster, BeforeValidator(choose_kind)] = Field(default_factory=LocalSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
+    costs: CostsSection = Field(default_factory=CostsSection)
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

@@ -18,7 +18,7 @@ from launcher.security.redaction import looks_secret
 
 # Each command once, whichever page shows it.
 COMMANDS = list({command.tokens: command for page in PAGES for command in commands(page)}.values())
-_LAUNCH_FLAGS = {"--json", "--follow", "--detach"}
+_LAUNCH_FLAGS = {"--json", "--follow", "--detach", "--yes"}
 
 
 class Parsed(Exception):

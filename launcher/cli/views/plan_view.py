@@ -21,6 +21,7 @@ from launcher.plan.plan_checks import warnings
 from launcher.plan.planner import fewest
 from launcher.plan.throughput import SpeedEstimate
 from launcher.shell_commands import launcher_command
+from launcher.tracking.costs import hosted_training, training_tokens
 
 # Each with how many of it an hour has.
 _TIME_UNITS = ((1, "hours"), (60, "minutes"), (3600, "seconds"))
@@ -61,6 +62,7 @@ def plan_lines(
         ("tracking", _tracking(plan)),
         *(speed_rows(speed) if speed is not None else []),
         *([("cost", _cost(plan, speed))] if plan.topology.device == "cuda" or plan.price is not None else []),
+        *([("hosted", _hosted(plan))] if plan.config.costs.hosted else []),
     ]
     rows += [("warning", warning) for warning in _all_warnings(plan, own_warnings)]
     rows += [("note", note) for note in _all_notes(plan, notes)]
@@ -280,6 +282,17 @@ def _hourly_cost(plan: LaunchPlan) -> str:
     of = f"{_paid_for(plan)} x ${price.usd_per_gpu_hour:.2f}"
     usd = f"${plan.topology.world_size * price.usd_per_gpu_hour:,.2f} an hour = {of}"
     return usd if price.assumption is None else f"{usd}, assumed ({price.assumption}; cluster.price_per_gpu_hour sets yours)"
+
+
+def _hosted(plan: LaunchPlan) -> str:
+    """Return what the training tokens of a run cost at hosted services."""
+    tokens = training_tokens(plan)
+    if tokens is None:
+        return "known when the data is built"
+    usd = hosted_training(plan.config.costs.hosted, tokens)
+    if not usd:
+        return "costs.hosted has no prices for training"
+    return f"{', '.join(f'{name} ${price:,.2f}' for name, price in usd.items())} for {tokens:,} training tokens"
 
 
 def _paid_for(plan: LaunchPlan) -> str:

@@ -1,0 +1,72 @@
+"""What training and requests cost, here and at hosted services whose prices the user supplies. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launcher.config.sections.costs import HostedPrice
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.throughput import SpeedEstimate
+
+MILLION = 1_000_000
+
+
+@dataclass(frozen=True)
+class SideUsage:
+    """Tokens of all prompts and answers of one side of an evaluation; `gpu_s` are GPU seconds of generation, None if unknown."""
+
+    num_prompts: int
+    prompt_tokens: int
+    answer_tokens: int
+    gpu_s: float | None = None
+
+
+@dataclass(frozen=True)
+class RequestCost:
+    """What a million requests like those of an evaluation cost one side.
+
+    `usd_here` is the GPU time of the evaluation at the price of a GPU hour, None where one of them is unknown; `usd_hosted` holds
+    the price at each hosted service that has prices for requests.
+    """
+
+    prompt_tokens: float
+    answer_tokens: float
+    usd_here: float | None
+    usd_hosted: dict[str, float]
+
+
+def training_tokens(plan: LaunchPlan) -> int | None:
+    """Return the tokens that a run trains on, each epoch counted; None where the number of steps is not known."""
+    batch = plan.batch
+    tokens = batch.tokens_per_step or batch.max_tokens_per_step
+    return None if batch.max_steps is None else batch.max_steps * tokens
+
+
+def hosted_training(prices: Sequence[HostedPrice], tokens: int) -> dict[str, float]:
+    """Return what as many training tokens cost at each service that has a price for training."""
+    return {price.name: price.training * tokens / MILLION for price in prices if price.training is not None}
+
+
+def request_cost(usage: SideUsage, usd_per_gpu_hour: float | None, prices: Sequence[HostedPrice]) -> RequestCost:
+    """Return what a million requests cost, on average over the prompts of an evaluation."""
+    prompt, answer = (tokens / max(usage.num_prompts, 1) for tokens in (usage.prompt_tokens, usage.answer_tokens))
+    usd_here = None
+    if usage.gpu_s is not None and usd_per_gpu_hour is not None:
+        usd_here = usage.gpu_s / 3600 / max(usage.num_prompts, 1) * MILLION * usd_per_gpu_hour
+    hosted = {
+        # Prices are for a million tokens, and there are a million requests.
+        price.name: prompt * price.input + answer * price.output
+        for price in prices
+        if price.input is not None and price.output is not None
+    }
+    return RequestCost(prompt, answer, usd_here, hosted)
+
+
+def largest_usd(plan: LaunchPlan, speed: SpeedEstimate) -> float | None:
+    """Return the most that a run is expected to cost, or is limited to; None where that is not known."""
+    hourly = None if plan.price is None else plan.price.usd_per_gpu_hour * plan.topology.world_size
+    limits = [plan.config.run.max_usd, None if speed.usd is None else speed.usd[1]]
+    if hourly is not None and plan.config.run.max_hours is not None:
+        limits.append(plan.config.run.max_hours * hourly)
+    return min((usd for usd in limits if usd is not None), default=None)

@@ -1,0 +1,23 @@
+"""The loss of general text before training and at a step, from metrics.jsonl: has the model forgotten?"""
+
+from __future__ import annotations
+
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import continued_lines, iter_lines
+from launcher.tracking.metrics import STEP
+from launcher.tracking.verdicts import GeneralLoss
+
+# Evaluation sets that hold general text, the first one that a run has.
+GENERAL_SETS = ("forgetting", "general")
+MAX_RISE_FRAC = 0.05
+
+
+def read_general_loss(run: RunDir, step: int, max_rise_frac: float = MAX_RISE_FRAC) -> GeneralLoss | None:
+    """Return the loss of general text before training and at the last evaluation up to `step`; None without two of them."""
+    names = {name: f"eval/{name}/loss" for name in GENERAL_SETS}
+    lines = [line for line in continued_lines(iter_lines(run.metrics, tuple(names.values()))) if line[STEP] <= step]
+    for name, metric in names.items():
+        losses = [(line[STEP], line[metric]) for line in lines if metric in line]
+        if len(losses) > 1 and losses[0][0] == 0:
+            return GeneralLoss(name, losses[0][1], losses[-1][1], max_rise_frac)
+    return None
