@@ -16,6 +16,7 @@ from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.pages import charts, html_page
 from launcher.cli.pages.charts import Series
+from launcher.cli.pages.evaluation_html import evaluation_contexts
 from launcher.cli.views.plan_view import LABEL_WIDTH, plan_lines
 from launcher.clusters.backends import status_reader_for
 from launcher.plan.disk import format_size
@@ -23,6 +24,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, Status
 from launcher.tracking import goodput
+from launcher.tracking.costs import hosted_training
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import continued_lines, iter_lines, merge_steps, read_events
 from launcher.tracking.metrics import curves, format_duration
@@ -123,6 +125,8 @@ def _facts(one: _RunFiles) -> dict[str, str]:
         facts["cost"] = f"${counted['cost/usd']:,.2f}{of}"
     if tokens and "cost/usd_per_million_tokens" in counted:
         facts["cost per million tokens"] = f"${counted['cost/usd_per_million_tokens']:,.2f}{of}"
+    for service, usd in hosted_training(one.plan.config.costs.hosted, tokens).items():
+        facts[f"these tokens at {service}"] = f"${usd:,.2f}"
     return facts
 
 
@@ -173,6 +177,7 @@ def _run_context(one: _RunFiles) -> dict[str, Any]:
         "name": one.name,
         "facts": [(value, label) for label, value in _facts(one).items()],
         "time_chart": charts.bars(f"Of {format_duration(spent.wall_s)} since submission", bars),
+        "evaluations": evaluation_contexts(one.run, one.plan),
         "attempts": _attempt_rows(one),
         "checkpoints": _checkpoint_rows(one),
         "plan": [(line[:LABEL_WIDTH].strip(), line[LABEL_WIDTH:]) for line in plan_lines(one.plan)],

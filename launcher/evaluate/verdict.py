@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from launcher.data.checks import patterns
 from launcher.evaluate import statistics
 from launcher.evaluate.statistics import Scores
 from launcher.tracking.verdicts import (
     TUNED,
+    AnswerExample,
     BaselineComparison,
     ComparisonOutcome,
     EvaluationVerdict,
@@ -24,6 +27,9 @@ SIGNIFICANCE = 0.05
 # A smaller difference than this is not worth more prompts.
 SMALLEST_DIFFERENCE = 0.05
 _NUM_EXAMPLES = 5
+# Of each kind, those whose texts are kept.
+_NUM_SHOWN = 3
+_MAX_SHOWN_CHARS = 1_500
 
 
 def judge(
@@ -67,6 +73,28 @@ def judge(
         comparisons=tuple(one for several in comparisons for one in several),
         general_loss=general_loss,
     )
+
+
+def with_examples(
+    verdict: EvaluationVerdict, prompts: Sequence[str], references: Sequence[str], answers: Mapping[str, Sequence[str]]
+) -> EvaluationVerdict:
+    """Return the verdict with the texts of some wins, losses and ties by the primary metric, the largest differences first.
+
+    Texts are shortened, and credentials in them are removed: a verdict is read by others, and sent to W&B.
+    """
+    examples = []
+    for one in verdict.primary:
+        for kind, numbers in (("win", one.win_examples), ("loss", one.loss_examples), ("tie", one.tie_examples)):
+            for number in numbers[:_NUM_SHOWN]:
+                texts = [prompts[number], references[number], *(answers[side][number] for side in verdict.sides)]
+                prompt, reference, *others = (_shortened(patterns.redact([text])[0]) for text in texts)
+                by_side = dict(zip(verdict.sides, others, strict=True))
+                examples.append(AnswerExample(kind, one.baseline, prompt, reference, by_side))
+    return replace(verdict, examples=tuple(examples))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]} ..."
 
 
 def _compare(metric: str, scores: Mapping[str, Scores]) -> list[BaselineComparison]:

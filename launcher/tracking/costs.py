@@ -8,18 +8,9 @@ from dataclasses import dataclass
 from launcher.config.sections.costs import HostedPrice
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.throughput import SpeedEstimate
+from launcher.tracking.verdicts import SideUsage
 
 MILLION = 1_000_000
-
-
-@dataclass(frozen=True)
-class SideUsage:
-    """Tokens of all prompts and answers of one side of an evaluation; `gpu_s` are GPU seconds of generation, None if unknown."""
-
-    num_prompts: int
-    prompt_tokens: int
-    answer_tokens: int
-    gpu_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
@@ -50,6 +50,30 @@ class BaselineComparison:
 
 
 @dataclass(frozen=True)
+class AnswerExample:
+    """A prompt with its reference and the answer of each side, shortened and without credentials.
+
+    `kind` is `win`, `loss` or `tie`: how the tuned model compares with `baseline`.
+    """
+
+    kind: str
+    baseline: str
+    prompt: str
+    reference: str
+    answers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class SideUsage:
+    """Tokens of all prompts and answers of one side of an evaluation; `gpu_s` are GPU seconds of generation, None if unknown."""
+
+    num_prompts: int
+    prompt_tokens: int
+    answer_tokens: int
+    gpu_s: float | None = None
+
+
+@dataclass(frozen=True)
 class GeneralLoss:
     """Loss of the set `set_name`, of general text, before training and at the step that was evaluated."""
 
@@ -78,6 +102,8 @@ class EvaluationVerdict:
     means: dict[str, dict[str, float]]
     comparisons: tuple[BaselineComparison, ...]
     general_loss: GeneralLoss | None = None
+    examples: tuple[AnswerExample, ...] = ()
+    usage: dict[str, SideUsage] = field(default_factory=dict)
 
     @property
     def sides(self) -> list[str]:
@@ -106,6 +132,15 @@ class EvaluationVerdict:
         json_records.write(folder / FILE_NAME, self)
 
 
+@dataclass(frozen=True)
+class SetVerdict:
+    """The verdict about one evaluation set at one step; `set_name` is empty where an evaluation has one set without a name."""
+
+    step: int
+    set_name: str
+    verdict: EvaluationVerdict
+
+
 def format_difference(comparison: BaselineComparison) -> str:
     """Return `+0.12 (0.08 to 0.16)`: a difference with its bounds."""
     if comparison.low is None or comparison.high is None:
@@ -128,10 +163,14 @@ def read_verdict(folder: Path) -> EvaluationVerdict | None:
     return json_records.read_if_present(EvaluationVerdict, folder / FILE_NAME, remedy)
 
 
-def read_verdicts(run: RunDir) -> dict[int, EvaluationVerdict]:
-    """Return the verdicts of a run by step, in ascending order. Raises what `read_verdict` raises."""
-    folders = {
-        int(match[1]): folder for folder in (run.root / "evaluations").glob("step-*") if (match := _FOLDER.fullmatch(folder.name))
-    }
-    verdicts = {step: read_verdict(folders[step]) for step in sorted(folders)}
-    return {step: verdict for step, verdict in verdicts.items() if verdict is not None}
+def read_verdicts(run: RunDir) -> list[SetVerdict]:
+    """Return the verdicts of a run by step and set, in ascending order. Raises what `read_verdict` raises."""
+    verdicts = []
+    for folder in sorted((run.root / "evaluations").glob("step-*")):
+        if match := _FOLDER.fullmatch(folder.name):
+            sets = sorted(file.parent for file in folder.glob(f"*/{FILE_NAME}"))
+            # The verdict beside the sets is that of the first one again.
+            for one in sets or [folder]:
+                if (verdict := read_verdict(one)) is not None:
+                    verdicts.append(SetVerdict(int(match[1]), one.name if sets else "", verdict))
+    return verdicts

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from browser import Box, Shown, show
+from made_verdict import made_verdict
 
 from launcher.plan.run_dir import RunDir
 
@@ -32,6 +33,9 @@ def assert_drawn(shown: Shown, num_charts: int) -> None:
 
 
 def test_the_charts_of_the_report_are_visible(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
+    folder = run.root / "evaluations/step-00000010"
+    folder.mkdir(parents=True)
+    made_verdict().write(folder)
     done = launch_here("report", str(run.root))
     assert done.returncode == 0, done.stderr
     assert_drawn(show(run.root / "report.html", tmp_path), num_charts=5)

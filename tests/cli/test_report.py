@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from made_verdict import TOKEN, made_verdict
 
 from launcher import atomic_files, run_store
 from launcher.cli.report import _read_run_files, page, thin_out
@@ -77,6 +78,29 @@ def test_only_the_newest_attempt_of_a_running_run_is_running(run: RunDir, state:
     run_store.write_attempt(run, 2, replace(run_store.read_attempt(run, 2), begun_at=begun_at))
     rows = re.findall(r"<td[^>]*>([^<]*)</td></tr>", page([_read_run_files(run, "demo")]))
     assert [row for row in rows if row in (words, "ended without a record")] == ["ended without a record", words]
+
+
+def test_the_evaluations_of_a_run(launch_here: Launch, run: RunDir) -> None:
+    for name in ("held_out", "support"):
+        folder = run.root / "evaluations/step-00000010" / name
+        folder.mkdir(parents=True)
+        made_verdict().write(folder)
+    # The one beside the sets is the first of them again.
+    made_verdict().write(folder.parent)
+    done = launch_here("report", str(run.root))
+    assert done.returncode == 0, done.stderr
+    page = (run.root / "report.html").read_text()
+    assert re.findall(r"<h3>(step [^<]*)", page) == ["step 10, set held_out", "step 10, set support"]
+    assert "<p>Fine-tuning helped: exact match 0.31 against 0.12 (0-shot) and 0.19 (8-shot); difference to 8-shot +0.12" in page
+    rows = [re.findall(r"<td[^>]*>([^<]*)", row) for row in page.split("<tr>")]
+    assert next(row for row in rows if row[:1] == ["stopped"])[:4] == ["stopped", "0.750", "0.750", "1.000"]
+    assert next(row for row in rows if row[:1] == ["8-shot"])[2:] == ["24", "0", "176"]
+    # 12.5 seconds for 200 prompts are 17.4 GPU hours for a million, at two dollars.
+    assert ["tuned", "40", "5", "$35"] in rows
+    assert "1,220 fewer for each request" in page
+    assert page.count("better than 8-shot") == 2 * 3
+    assert "How many &lt;b&gt;apples&lt;/b&gt; are 38 apples, says" in page
+    assert TOKEN not in page
 
 
 def test_several_runs_share_their_charts(launch: Launch, run: RunDir, tmp_path: Path) -> None:

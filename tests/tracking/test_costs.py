@@ -9,7 +9,8 @@ import pytest
 
 from launcher.cli.views.plan_view import plan_lines
 from launcher.config.sections.costs import CostsSection, HostedPrice
-from launcher.tracking.costs import SideUsage, hosted_training, request_cost
+from launcher.tracking.costs import hosted_training, request_cost
+from launcher.tracking.verdicts import SideUsage
 
 PRICES = (HostedPrice(name="acme", training=3.0, input=0.3, output=1.2), HostedPrice(name="other", input=1.0))
 

@@ -1,0 +1,52 @@
+"""The evaluations of a run on the report page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from launcher.cli.views.request_costs import request_cost_table, saved_tokens
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.verdicts import TUNED, AnswerExample, EvaluationVerdict, format_difference, read_verdicts
+
+_KINDS = {"win": "better than", "loss": "worse than", "tie": "the same as"}
+
+
+def evaluation_contexts(run: RunDir, plan: LaunchPlan) -> list[dict[str, Any]]:
+    """Return what the template shows of each evaluation, the newest step first."""
+    return [
+        {
+            "title": f"step {one.step:,}" + (f", set {one.set_name}" if one.set_name else ""),
+            "sentence": one.verdict.sentence,
+            "means": one.verdict.table,
+            "pairs": _pairs(one.verdict),
+            "costs": request_cost_table(one.verdict, plan),
+            "saved": saved_tokens(one.verdict),
+            "examples": [_example(example, one.verdict) for example in one.verdict.examples],
+        }
+        for one in sorted(read_verdicts(run), key=lambda one: -one.step)
+    ]
+
+
+def _pairs(verdict: EvaluationVerdict) -> tuple[list[str], list[list[str]]]:
+    """Return the table of wins, losses and ties by the primary metric."""
+    has_tests = any(one.p_value is not None for one in verdict.primary)
+    header = [f"{verdict.metric.replace('_', ' ')} against", "difference", "better", "worse", "same"]
+    rows = [
+        [one.baseline, format_difference(one), f"{one.wins:,}", f"{one.losses:,}", f"{one.ties:,}"]
+        + ([] if not has_tests else ["-" if one.p_value is None else f"p = {one.p_value:.2g}"])
+        for one in verdict.primary
+    ]
+    return [*header, "exact test"] if has_tests else header, rows
+
+
+def _example(example: AnswerExample, verdict: EvaluationVerdict) -> dict[str, Any]:
+    sides = [TUNED, *(side for side in verdict.sides if side != TUNED)]
+    return {
+        "title": f"{_KINDS.get(example.kind, example.kind)} {example.baseline}",
+        "texts": [
+            ("prompt", example.prompt),
+            ("reference", example.reference),
+            *((side, example.answers.get(side, "")) for side in sides),
+        ],
+    }
