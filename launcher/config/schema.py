@@ -105,11 +105,12 @@ class ModelSection(Section):
             "CPUs with AVX-512 or AMX, and fp32 on other CPUs, where PyTorch computes bf16 a hundred times slower."
         ),
     )
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
+    attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"] = Field(
         "auto",
         description=(
-            "Attention kernel. auto: FlashAttention 2 on a GPU where flash_attn is installed, except for fp32; otherwise SDPA, "
-            "which is slow on GPUs for long rows of packed documents."
+            "Attention kernel. auto, on GPUs: FlashAttention 4, 3 or 2, whichever is installed and made for the GPU, except for "
+            "fp32; otherwise varlen, torch's attention within each document, which is also that of CPUs; and for models that it "
+            "cannot compute, SDPA, which is slow for long rows of packed documents, or eager."
         ),
     )
     activation_checkpointing: Flag = Field(

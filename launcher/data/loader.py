@@ -35,8 +35,7 @@ class MicroBatch:
     @property
     def cu_seqlens(self) -> torch.Tensor:
         """Cumulative lengths of documents and padding in the concatenated rows, from 0 to B * T: int32 [n + 1], on CPU."""
-        starts = (self.position_ids.reshape(-1) == 0).nonzero().squeeze(1)
-        return torch.cat([starts, starts.new_tensor([self.position_ids.numel()])]).to(torch.int32)
+        return find_boundaries(self.position_ids)
 
     def pin_memory(self) -> MicroBatch:
         """Return a copy in page-locked memory, which a GPU copies asynchronously."""
@@ -177,6 +176,12 @@ class RowBatches:
             of_tokens = np.repeat(self.split.doc_source[docs].astype(np.int64), lengths)
             sources.append(of_tokens[self.split.trained[tokens].astype(bool)])
         return np.concatenate(sources)
+
+
+def find_boundaries(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return the cumulative lengths of documents, int32 [n + 1], from 0 to B * T. Their positions [B, T] restart at 0."""
+    starts = (position_ids.reshape(-1) == 0).nonzero().squeeze(1)
+    return torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)
 
 
 def micro_batch(split: Split, rows: np.ndarray, pad_id: int) -> MicroBatch:

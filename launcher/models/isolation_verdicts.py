@@ -19,7 +19,7 @@ from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
 from launcher.security import ownership
 
 # To be raised when the probe changes, so that stored results are not used.
-_FORMAT = 4
+_FORMAT = 5
 
 
 def transformers_version() -> str:

@@ -151,7 +151,7 @@ def architecture_problems(model: ModelFacts, packing: bool) -> Iterator[Problem]
         yield logits_problem(model_type, isolation.detail)
     if isolation is not None and isolation.outcome == "unsupported":
         message = f"this architecture has no attention by {isolation.kernel} in transformers {isolation.transformers}"
-        yield Problem(message, "model.attention", model_type, "set model.attention=eager")
+        yield Problem(message, "model.attention", model_type, "set model.attention=auto")
 
 
 def config_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:

@@ -20,17 +20,16 @@ from torch import Tensor, nn
 
 from launcher import atomic_files
 from launcher.config.schema import ModelSection
-from launcher.data.loader import IGNORED
+from launcher.data.loader import IGNORED, find_boundaries
 from launcher.errors import ConfigError
 from launcher.models.private_code import folder_to_load
 from launcher.models.weight_files import WeightReport
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.tracking.progress import MakeProgress, silent
+from launcher.train import attention
 from launcher.train.loss import LossHead
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Architectures whose FlashAttention attends across documents: transformers does not pass document boundaries to it.
-_FLASH_CROSSES_DOCUMENTS = ("gpt_neo",)
 # Prefixes of transformers' errors where weights have another shape than the model, or cannot be fused.
 _MISMATCH_ERRORS = ("Error(s) in loading state_dict", "Failed to apply weight conversion")
 
@@ -41,7 +40,7 @@ class CausalLMLoss(nn.Module):
     def __init__(self, model: nn.Module, flatten: bool) -> None:
         super().__init__()
         self.hf = model
-        # FlashAttention recognises packed documents by position ids in a batch of one row only.
+        # FlashAttention and varlen attend within documents in a batch of one row only.
         self.flatten = flatten
         # In a tuple, so that it is not registered as a module a second time.
         self._decoder = (_find_decoder(model),)
@@ -63,7 +62,7 @@ class CausalLMLoss(nn.Module):
 
         `per_token` returns the negative log-likelihood of each label instead, fp32 [N], without a gradient. Without labels,
         return logits [B, T, V] ([1, B * T, V] if `flatten`). All passes use this method, because ZeRO-3 gathers
-        weights around it. With `cu_seqlens`, those of a MicroBatch, FlashAttention need not find documents in `position_ids`.
+        weights around it. With `cu_seqlens`, those of a MicroBatch, no pass needs to find documents in `position_ids`.
         With `by_model`, return the logits that the whole Hugging Face model computes from the ids alone.
         """
         if by_model:
@@ -82,11 +81,12 @@ class CausalLMLoss(nn.Module):
         """Return the last hidden states [B, T, H] (or [1, B * T, H]) of token ids and positions [B, T]."""
         documents: dict[str, Any] = {}
         if self.flatten:
-            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
-            if cu_seqlens is not None and self._takes_cu_seqlens:
+            if self._takes_cu_seqlens:
+                cu_seqlens = find_boundaries(position_ids) if cu_seqlens is None else cu_seqlens
                 # transformers would compute these on the GPU in every layer, and wait for it.
                 offsets, longest = _copy_to(input_ids.device, cu_seqlens), int(cu_seqlens.diff().max())
                 documents = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
+            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
         # A cache or a mask would switch off the isolation of packed documents.
         (decoder,) = self._decoder
         return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **documents).last_hidden_state
@@ -119,38 +119,6 @@ def _copy_to(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.to(device)
 
 
-def choose_attention_kernel(model: ModelSection, device: str, config: Any) -> str:
-    """Return the attention kernel of a model with this transformers config: what is set, else the fastest that it has."""
-    from transformers.utils import is_flash_attn_2_available
-
-    if model.attention != "auto":
-        return model.attention
-    if device == "cuda" and _can_flash(model, config) and is_flash_attn_2_available():
-        return "flash_attention_2"
-    return "sdpa" if _has(config, "_supports_sdpa", default=True) else "eager"
-
-
-def describe_attention(model: ModelSection, config: Any, packing: bool) -> str:
-    """Return a message that names the attention kernel, and the package that would speed up packed documents on this GPU."""
-    kernel = config._attn_implementation
-    lacks_flash = packing and model.attention == "auto" and kernel == "sdpa" and _can_flash(model, config)
-    advice = ", which is slow for packed documents, as it computes all pairs of a row: install flash-attn" if lacks_flash else ""
-    return f"attention is computed by {kernel}{advice}"
-
-
-def _can_flash(model: ModelSection, config: Any) -> bool:
-    if model.dtype == "fp32" or config.model_type in _FLASH_CROSSES_DOCUMENTS:
-        return False
-    return _has(config, "_supports_flash_attn", default=False)
-
-
-def _has(config: Any, flag: str, default: bool) -> bool:
-    """Return a flag of the model class for this config; `default` where the class is not one of transformers."""
-    from transformers import AutoModelForCausalLM
-
-    return bool(getattr(AutoModelForCausalLM._model_mapping.get(type(config), None), flag, default))
-
-
 def build_model(
     model: ModelSection,
     facts: ModelFacts,
@@ -165,7 +133,7 @@ def build_model(
         ConfigError: where the architecture is not a causal language model that can be trained here, or weights are missing.
     """
     # A lazy import of dynamo inside zero.Init dies on patched tensor constructors.
-    import torch._dynamo  # noqa: F401
+    import torch._dynamo
     from transformers import AutoConfig, AutoModelForCausalLM
 
     remote = {"trust_remote_code": model.trust_remote_code}
@@ -173,8 +141,13 @@ def build_model(
     if facts.path is not None:
         folder = folder_to_load(Path(facts.path), model.trust_remote_code, model.code_digest)
     config = AutoConfig.from_pretrained(folder, **remote) if folder is not None else AutoConfig.for_model(**facts.config)
-    kernel = choose_attention_kernel(model, device, config)
-    if kernel.startswith("flash_attention") and config.model_type in _FLASH_CROSSES_DOCUMENTS:
+    kernel = attention.choose_kernel(model, torch.device(device), config)
+    if kernel == attention.VARLEN:
+        if not attention.can_varlen(model, config, torch.device(device)):
+            what = "the attention kernel varlen does not compute this architecture in this type on this device"
+            raise ConfigError(what, where="model.attention", value=config.model_type, remedy="set model.attention=auto")
+        attention.register_varlen()
+    if kernel.startswith("flash_attention") and config.model_type in attention.FLASH_CROSSES_DOCUMENTS:
         what = "packed documents would affect each other in the FlashAttention of this architecture"
         raise ConfigError(what, where="model.attention", value=config.model_type, remedy="set model.attention=sdpa")
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
@@ -194,7 +167,7 @@ def build_model(
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     hf.train()
     # Where documents are not packed, they may affect each other, and so may the rows of a flattened batch.
-    return CausalLMLoss(hf, flatten=packing and kernel.startswith("flash_attention"))
+    return CausalLMLoss(hf, flatten=packing and (kernel == attention.VARLEN or kernel.startswith("flash_attention")))
 
 
 @contextmanager

@@ -24,11 +24,12 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.goodput import JOINED, PHASE
 from launcher.tracking.progress import as_events, silent
 from launcher.tracking.tracker import Composite
+from launcher.train import attention
 from launcher.train.checkpointer import Checkpointer
 from launcher.train.engine import build_engine
 from launcher.train.evaluation.evaluator import EvalRows, Evaluator
 from launcher.train.evaluation.score import Scorer
-from launcher.train.model import CausalLMLoss, describe_attention
+from launcher.train.model import CausalLMLoss
 from launcher.train.monitoring import bandwidth
 from launcher.train.monitoring.monitor import Monitor
 from launcher.train.monitoring.peak_flops import find_peak_tflops
@@ -102,7 +103,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     run_on_all_ranks(device, "this attempt may not train", fence if rank_info.is_main else lambda: None)
     engine, model = build_engine(plan, rank_info, as_events(tracker.event) if rank_info.is_main else silent)
     if device.type == "cuda":
-        tracker.event("info", describe_attention(plan.config.model, model.hf.config, plan.config.data.packing), 0)
+        tracker.event("info", attention.describe(plan.config.model, model.hf.config, plan.config.data.packing), 0)
     # An engine that cannot be saved is refused here, not at the first checkpoint.
     saver = _build_saver(run, engine, model, fence)
     batches, eval_rows = _open_batches(run, data), _open_eval_rows(run, data)

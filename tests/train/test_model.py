@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from launcher.config.schema import ModelSection
 from launcher.data.loader import MicroBatch
 from launcher.errors import ConfigError
 from launcher.plan.architecture import model_facts
-from launcher.train.model import CausalLMLoss, build_model, choose_attention_kernel, describe_attention
+from launcher.train.model import CausalLMLoss, build_model
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,19 @@ def real(demo_model: Path) -> CausalLMLoss:
     return build_model(section, facts, "cpu", chunk_tokens=64).eval()
 
 
+@pytest.fixture
+def set_kernel(real: CausalLMLoss) -> Iterator[Callable[[str, bool], None]]:
+    """Set the attention kernel of the real model, and whether its rows are flattened, for one test."""
+    before = real.hf.config._attn_implementation, real.flatten
+
+    def set_both(kernel: str, flatten: bool) -> None:
+        real.hf.set_attn_implementation(kernel)
+        real.flatten = flatten
+
+    yield set_both
+    set_both(*before)
+
+
 def packed(lengths: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(100, 40000, (1, sum(lengths)), generator=generator)
@@ -33,15 +47,16 @@ def packed(lengths: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("flatten", [False, True])
-def test_a_perturbed_document_does_not_move_its_neighbours(real: CausalLMLoss, flatten: bool) -> None:
+@pytest.mark.parametrize(("kernel", "flatten"), [("sdpa", False), ("sdpa", True), ("varlen", True)])
+def test_a_perturbed_document_does_not_move_its_neighbours(
+    real: CausalLMLoss, set_kernel: Callable[[str, bool], None], kernel: str, flatten: bool
+) -> None:
     lengths = [9, 1, 14, 6]
     ids, positions = packed(lengths, seed=1)
     other = ids.clone()
     other[0, 10:24] = packed([14], seed=2)[0]
-    real.flatten = flatten
+    set_kernel(kernel, flatten)
     before, after = real(ids, positions), real(other, positions)
-    real.flatten = False
     moved = (before - after).abs().amax(-1)[0]
     assert moved[:10].max() == 0
     assert moved[24:].max() == 0
@@ -56,15 +71,15 @@ def test_a_packed_document_gets_the_logits_it_gets_alone(real: CausalLMLoss) -> 
 
 
 @torch.no_grad()
-def test_two_rows_flattened_into_one_compute_the_same(real: CausalLMLoss) -> None:
+def test_two_rows_flattened_into_one_compute_the_same(real: CausalLMLoss, set_kernel: Callable[[str, bool], None]) -> None:
     ids, positions = packed([8], seed=4)
     rows, row_positions = torch.cat([ids, ids.flip(1)]), positions.expand(2, -1)
     labels = rows.roll(-1, dims=1)
     labels[:, -1] = -100
+    set_kernel("sdpa", False)
     plain = real(rows, row_positions, labels)
-    real.flatten = True
+    set_kernel("sdpa", True)
     flat = real(rows, row_positions, labels)
-    real.flatten = False
     torch.testing.assert_close(plain, flat, rtol=1e-5, atol=1e-3)
 
 
@@ -84,7 +99,9 @@ def attend_by_cu_seqlens(module, query, key, value, mask, **given):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_flash_attention_receives_cu_seqlens(real: CausalLMLoss, recompute: bool) -> None:
+def test_flash_attention_receives_cu_seqlens(
+    real: CausalLMLoss, set_kernel: Callable[[str, bool], None], recompute: bool
+) -> None:
     """Otherwise transformers computes them on the GPU in every layer. The fake kernel uses nothing else."""
     transformers.AttentionInterface.register("fake", attend_by_cu_seqlens)
     ids = torch.cat([packed([9, 1, 14], seed=6)[0], packed([24], seed=7)[0]])
@@ -93,49 +110,18 @@ def test_flash_attention_receives_cu_seqlens(real: CausalLMLoss, recompute: bool
     batch = MicroBatch(ids, positions, labels, (0, 1))
     assert batch.cu_seqlens.tolist() == [0, 9, 10, 24, 34, 48]
     expected = real(ids, positions, labels).item()
-    before = real.hf.config._attn_implementation
+    set_kernel("fake", True)
     try:
         real.train()
         if recompute:
             real.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        real.hf.set_attn_implementation("fake")
-        real.flatten = True
         loss = real(ids, positions, labels, 1.0, batch.cu_seqlens)
         loss.backward()
     finally:
-        real.flatten = False
-        real.hf.set_attn_implementation(before)
         real.hf.gradient_checkpointing_disable()
         real.zero_grad(set_to_none=True)
         real.eval()
     assert loss.item() == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "family", "there", "kernel"),
-    [
-        ("bf16", "llama", True, "flash_attention_2"),
-        ("fp32", "llama", True, "sdpa"),
-        ("bf16", "llama", False, "sdpa"),
-        ("bf16", "bloom", True, "eager"),
-        ("fp32", "gemma2", True, "eager"),
-        ("bf16", "gpt_neo", True, "eager"),
-    ],
-)
-def test_flash_attention_is_chosen_where_it_is_available(
-    monkeypatch: pytest.MonkeyPatch, dtype: Any, family: str, there: bool, kernel: str
-) -> None:
-    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda **_: there)
-    section, config = ModelSection(path="/model", dtype=dtype), transformers.AutoConfig.for_model(family)
-    assert choose_attention_kernel(section, "cuda", config) == kernel
-    assert choose_attention_kernel(section, "cpu", config) == ("eager" if family in ("bloom", "gemma2", "gpt_neo") else "sdpa")
-    eager = ModelSection(path="/model", dtype=dtype, attention="eager")
-    assert choose_attention_kernel(eager, "cuda", config) == "eager"
-    config._attn_implementation = kernel
-    message = describe_attention(section, config, packing=True)
-    assert message.startswith(f"attention is computed by {kernel}")
-    assert ("install flash-attn" in message) == ((dtype, family, there) == ("bf16", "llama", False))
-    assert "install" not in describe_attention(eager, config, packing=True) + describe_attention(section, config, packing=False)
 
 
 def test_documents_do_not_see_each_other_in_flash_attention() -> None:

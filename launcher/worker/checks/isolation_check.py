@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # What transformers says of a kernel that an architecture does not have.
 _UNSUPPORTED = "does not support an attention implementation"
-_CPU_KERNELS = ("auto", "sdpa", "eager")
+_CPU_KERNELS = ("auto", "varlen", "sdpa", "eager")
 
 
 def check(model: ModelSection, facts: ModelFacts) -> IsolationVerdict:
@@ -50,8 +50,9 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
     import torch
     from transformers import AutoConfig
 
+    from launcher.train import attention
     from launcher.train.isolation import NotMeasurable, measure_isolation
-    from launcher.train.model import CausalLMLoss, choose_attention_kernel
+    from launcher.train.model import CausalLMLoss
     from launcher.worker.checks import reduced_model
 
     remote = {"trust_remote_code": model.trust_remote_code}
@@ -63,13 +64,18 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
     except Exception as error:
         _require_resources(error)
         return model.attention, "unknown", _describe(error)
-    kernel = choose_attention_kernel(model, "cpu", config)
+    device = torch.device("cpu")
+    kernel = attention.choose_kernel(model, device, config)
+    if kernel == attention.VARLEN:
+        if not attention.can_varlen(model, config, device):
+            return kernel, "unsupported", ""
+        attention.register_varlen()
     for reduced in candidates:
         hf = None
         try:
             hf = reduced_model.build(reduced.config, kernel, **remote)
-            trained = CausalLMLoss(hf, flatten=False).eval()
-            isolation = measure_isolation(trained, _num_embeddings(hf), torch.device("cpu"))
+            trained = CausalLMLoss(hf, flatten=kernel == attention.VARLEN).eval()
+            isolation = measure_isolation(trained, _num_embeddings(hf), device)
             difference = _logits_difference(hf, trained)
         except Exception as error:
             _require_resources(error)
@@ -102,17 +108,26 @@ def _require_resources(error: Exception) -> None:
 
 
 def _own_logits(hf: Any) -> Any:
-    """Return the logits of the model itself for a few tokens; None where they cannot be computed from ids alone."""
+    """Return the logits of the model itself for a few tokens; None where they cannot be computed from ids alone.
+
+    In place of `varlen`, they are computed with an attention of transformers.
+    """
     import torch
 
+    from launcher.train import attention
     from launcher.train.isolation import few_tokens
 
+    kernel = hf.config._attn_implementation
     try:
+        if kernel == attention.VARLEN:
+            hf.set_attn_implementation("sdpa")
         with torch.no_grad():
             return hf(input_ids=few_tokens(_num_embeddings(hf))[0], use_cache=False).logits
     except Exception as error:
         _require_resources(error)
         return None
+    finally:
+        hf.set_attn_implementation(kernel)
 
 
 def _num_embeddings(hf: Any) -> int:

@@ -25,6 +25,7 @@ _NVCC_RELEASE = re.compile(r"release (\d+)\.(\d+)")
 _FLASH_ATTENTION = {
     "flash_attention_2": ("flash-attn", "from flash_attn import flash_attn_func, flash_attn_varlen_func"),
     "flash_attention_3": ("flash-attn-3", "from flash_attn_interface import flash_attn_func, flash_attn_varlen_func"),
+    "flash_attention_4": ("flash-attn-4", "from flash_attn.cute import flash_attn_func, flash_attn_varlen_func"),
 }
 _LIGER = ("liger-kernel", "from liger_kernel.transformers import _apply_liger_kernel_to_instance")
 
@@ -85,9 +86,7 @@ def check_flash_attention(config: RunConfig) -> Iterator[CheckResult]:
     attention = config.model.attention
     package, statement = _FLASH_ATTENTION.get(attention, _FLASH_ATTENTION["flash_attention_2"])
     asked = f"model.attention={attention}" if attention in _FLASH_ATTENTION else ""
-    # On a GPU, model.attention=auto uses it wherever it is installed.
-    is_used = bool(asked) or (attention == "auto" and may_use_gpus())
-    yield from _check_import(package, statement, asked, is_used, "model.attention=sdpa")
+    yield from _check_import(package, statement, asked, bool(asked), "model.attention=auto")
 
 
 def check_liger(config: RunConfig) -> Iterator[CheckResult]:

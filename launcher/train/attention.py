@@ -1,0 +1,206 @@
+"""Attention kernels: which one a model computes with, and one that needs torch alone and stays inside the documents of a row.
+
+The kernel `varlen` computes each document of packed rows for itself, where SDPA computes all pairs of tokens of a row and masks
+most of them: torch's variable-length FlashAttention on GPUs, and one causal SDPA for each document on CPUs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from launcher.config.schema import ModelSection
+
+VARLEN = "varlen"
+# Architectures whose FlashAttention attends across documents: transformers does not pass document boundaries to it.
+FLASH_CROSSES_DOCUMENTS = ("gpt_neo",)
+# FlashAttention's packages, the fastest first: kernel, module to import, and the compute capabilities that it is made for.
+_FLASH_KERNELS = (
+    ("flash_attention_4", "flash_attn.cute", (9, 10)),
+    ("flash_attention_3", "flash_attn_interface", (9,)),
+    ("flash_attention_2", "flash_attn", (8, 9, 10, 12)),
+)
+# What changes the result and is in neither SDPA nor the variable-length kernel.
+_UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias")
+
+
+def choose_kernel(model: ModelSection, device: torch.device, config: Any) -> str:
+    """Return the attention kernel of a model with this transformers config: what is set, else the fastest that it has."""
+    if model.attention != "auto":
+        return model.attention
+    if device.type == "cuda" and can_flash(model, config) and (flash := _find_flash_kernel(device)):
+        return flash
+    if can_varlen(model, config, device):
+        return VARLEN
+    return "sdpa" if _has(config, "_supports_sdpa", default=True) else "eager"
+
+
+def describe(model: ModelSection, config: Any, packing: bool) -> str:
+    """Return a message that names the attention kernel, and the package that would speed up packed documents on this GPU."""
+    kernel = config._attn_implementation
+    lacks_flash = packing and model.attention == "auto" and kernel == "sdpa" and can_flash(model, config)
+    advice = ", which is slow for packed documents, as it computes all pairs of a row: install flash-attn" if lacks_flash else ""
+    return f"attention is computed by {kernel}{advice}"
+
+
+def can_flash(model: ModelSection, config: Any) -> bool:
+    """Return whether FlashAttention computes this model, in this type, without attending across documents."""
+    if model.dtype == "fp32" or config.model_type in FLASH_CROSSES_DOCUMENTS:
+        return False
+    return _has(config, "_supports_flash_attn", default=False)
+
+
+def can_varlen(model: ModelSection, config: Any, device: torch.device) -> bool:
+    """Return whether `varlen` computes the attention of this architecture exactly."""
+    # Attention in chunks is in the mask alone.
+    if getattr(config.get_text_config(), "attention_chunk_size", None) is not None:
+        return False
+    flags = ("_supports_attention_backend", "_supports_flash_attn", "_supports_sdpa")
+    if not all(_has(config, flag, default=False) for flag in flags):
+        return False
+    if device.type != "cuda":
+        return True
+    has_dropout = bool(getattr(config.get_text_config(), "attention_dropout", 0))
+    return can_flash(model, config) and not has_dropout and {"scale", "window_size"} <= _varlen_parameters()
+
+
+def register_varlen() -> None:
+    """Make the kernel `varlen` known to transformers."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(VARLEN, attend_within_documents)
+    # The boundaries of documents are in cu_seqlens, so no mask is made.
+    AttentionMaskInterface.register(VARLEN, lambda *_, **__: None)
+
+
+def attend_within_documents(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attend as transformers asks for it: query [B, H, T, D], key and value [B, KV, T, D]; returns [B, T, H, D].
+
+    With `cu_seq_lens_q`, int32 [n + 1], B is 1, and no token attends beyond its document; without, each row is one document.
+    `sliding_window` counts the tokens that one attends to, with itself.
+
+    Raises:
+        ValueError: for a mask or another argument that would change the result.
+    """
+    given = [name for name in _UNSUPPORTED_ARGUMENTS if others.get(name) is not None]
+    if attention_mask is not None or given:
+        raise ValueError(
+            f"the attention kernel {VARLEN} does not support {', '.join(given) or 'a mask'}: set model.attention=eager"
+        )
+    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cu_seq_lens_q is None:
+        attended = _attend(query, key, value, dropout, scale, is_causal, sliding_window)
+        return attended.transpose(1, 2).contiguous(), None
+    if query.is_cuda:
+        longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else max_length_q
+        window = (-1, -1) if sliding_window is None else (sliding_window - 1, sliding_window - 1)
+        if is_causal:
+            window = (window[0], 0)
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return _varlen_on_gpu(q, k, v, cu_seq_lens_q, longest, scale, window)[None], None
+    parts = []
+    for start, stop in pairwise(cu_seq_lens_q.tolist()):
+        q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
+        parts.append(_attend(q, k, v, dropout, scale, is_causal, sliding_window).transpose(1, 2))
+    return torch.cat(parts, dim=1), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float, is_causal: bool, window: int | None
+) -> Tensor:
+    """Attend within whole rows: [B, H, T, D]."""
+    length, mask = query.shape[2], None
+    if window is not None and window < length:
+        distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
+        mask = (distance < window) & ((distance >= 0) if is_causal else (distance > -window))
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=is_causal and mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _varlen_on_gpu(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float, window: tuple[int, int]
+) -> Tensor:
+    """Attend within documents: query [T, H, D], key and value [T, KV, D]; returns [T, H, D of the values]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    value = pad(value, [0, head_dim - value_dim])
+    grouped = {}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in _varlen_parameters():
+            grouped = {"enable_gqa": True}
+        else:
+            key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+    attended: Tensor = varlen_attn(
+        query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=window, **grouped
+    )
+    return attended[..., :value_dim]
+
+
+@cache
+def _varlen_parameters() -> frozenset[str]:
+    """Return the names of the parameters of torch's variable-length attention; none where torch does not have it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _find_flash_kernel(device: torch.device) -> str | None:
+    """Return the fastest FlashAttention that is made for this GPU, and that can be imported: metadata do not tell."""
+    from transformers import utils
+
+    major, _ = torch.cuda.get_device_capability(device)
+    for kernel, module, capabilities in _FLASH_KERNELS:
+        is_installed = getattr(utils, f"is_flash_attn_{kernel[-1]}_available", lambda: False)
+        if major in capabilities and is_installed() and _can_import(module):
+            return kernel
+    return None
+
+
+@cache
+def _can_import(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    # A build for another torch fails with an OSError or an undefined symbol.
+    except Exception:
+        return False
+    return True
+
+
+def _has(config: Any, flag: str, default: bool) -> bool:
+    """Return a flag of the model class for this config; `default` where the class is not one of transformers."""
+    from transformers import AutoModelForCausalLM
+
+    return bool(getattr(AutoModelForCausalLM._model_mapping.get(type(config), None), flag, default))
