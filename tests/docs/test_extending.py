@@ -19,6 +19,8 @@ from launcher.clusters.backends import BACKENDS, Cluster, cluster_for
 from launcher.config.sections.backends import SECTIONS
 from launcher.data.loader import IGNORED, MicroBatch
 from launcher.data.sources import formats
+from launcher.evaluate import metrics as answer_metrics
+from launcher.evaluate.metrics import GeneratedAnswer
 from launcher.plan.gpu_types import GPUS
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.optimizers import OPTIMIZERS
@@ -27,7 +29,10 @@ from launcher.train.objectives import OBJECTIVES
 
 __all__ = ["config_of", "plan_of"]
 PAGE, BACKENDS_PAGE = REPO / "docs/extending.md", REPO / "docs/extending-backends.md"
-TABLES: tuple[dict[Any, Any], ...] = (BACKENDS, SECTIONS, formats.FORMATS, metrics.METRICS, GPUS, OPTIMIZERS, OBJECTIVES)
+TABLES: tuple[dict[Any, Any], ...] = (
+    *(BACKENDS, SECTIONS, formats.FORMATS, metrics.METRICS, GPUS, OPTIMIZERS, OBJECTIVES),
+    answer_metrics.METRICS,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +132,14 @@ def test_a_metric_of_the_page_has_a_panel_in_the_workspace() -> None:
 
     execute("A metric")
     assert "Experts in use" in json.dumps(json.loads(as_json(Target("demo"))))
+
+
+def test_an_evaluation_metric_of_the_page_scores_answers() -> None:
+    execute("An evaluation metric")
+    metric = answer_metrics.METRICS["contains"]
+    assert metric.score(GeneratedAnswer("It is a Red apple.", True, 5), "red") == 1
+    assert metric.score(GeneratedAnswer("It is green.", True, 3), "red") == 0
+    assert metric.reference_problem("...", answer_metrics.MetricOptions()) == "has no words"
 
 
 def test_the_page_names_every_test_of_an_extension_point() -> None:

@@ -225,6 +225,12 @@ class Session:
     def summary(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(values))
 
+    def log_table(self, name: str, header: list[str], rows: list[list[str]]) -> None:
+        """Put a table of texts into the summary, where it needs no step."""
+        import wandb
+
+        self._run.summary.update({name: wandb.Table(columns=header, data=rows)})
+
     def log_checkpoint(self, checkpoint: CheckpointReference) -> None:
         """Log a checkpoint as a version of the run's artifact that refers to its folder; skip one that has been deleted."""
         import wandb

@@ -1,0 +1,85 @@
+"""Send the verdicts of an evaluation to the W&B run: `python -m launcher.tracking.wandb.verdict_upload RUN_DIR STEP`.
+
+A process of its own, as it imports W&B's package. It prints what it did in one line, and ends with 0 whatever W&B answers: the
+verdict is on disk.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from launcher import run_store
+from launcher.errors import LauncherError, describe
+from launcher.plan.run_dir import RunDir
+from launcher.run_records import RUNNING_STATES
+from launcher.tracking.verdicts import TUNED, EvaluationVerdict, SetVerdict, read_verdicts
+from launcher.tracking.wandb.session import Session, is_online, redacted
+
+
+def upload(run: RunDir, step: int) -> str:
+    """Add the verdicts of a step to the summary of the W&B run, each with a table of answers; returns a line for a person.
+
+    A run that trains has a session of its own, which this one would disturb; nothing is sent then.
+    """
+    plan = run_store.load_plan(run)
+    tracking = plan.config.tracking
+    verdicts = [one for one in read_verdicts(run) if one.step == step]
+    if tracking.kind != "wandb" or tracking.mode == "disabled" or not verdicts:
+        return ""
+    state = run_store.read_status(run).state
+    if state in RUNNING_STATES:
+        return f"W&B: the verdict is not sent, as the run is {state}; evaluate again after its end: answers that exist are used"
+    session = Session(plan, run, offline=not is_online(tracking.mode), on_stop=lambda: None)
+    try:
+        for one in verdicts:
+            session.summary(redacted(summary_of(one), os.environ))
+            if one.verdict.examples:
+                header, rows = answer_table(one.verdict)
+                session.log_table(f"verdict/{one.set_name or 'prompts'}/answers", header, redacted(rows, os.environ))
+    finally:
+        session.finish(state)
+    return f"W&B: the verdict is in the summary of {session.url or f'the files in {session.folder}'}"
+
+
+def summary_of(one: SetVerdict) -> dict[str, Any]:
+    """Return the entries of the summary: the sentence, the outcome, and the mean score of each side by metric."""
+    name, verdict = one.set_name or "prompts", one.verdict
+    scores = {
+        f"eval/{name}/{metric}" + (f"/{side}" if side != TUNED else ""): mean
+        for metric, means in verdict.means.items()
+        for side, mean in means.items()
+    }
+    return {
+        f"verdict/{name}": verdict.sentence,
+        f"verdict/{name}/outcome": verdict.outcome.value,
+        "verdict/step": one.step,
+        **scores,
+    }
+
+
+def answer_table(verdict: EvaluationVerdict) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the answers before and after: wins, losses and ties by the primary metric."""
+    header = ["comparison", "prompt", "reference", *verdict.sides]
+    rows = [
+        [f"{one.kind}, {one.baseline}", one.prompt, one.reference, *(one.answers.get(side, "") for side in verdict.sides)]
+        for one in verdict.examples
+    ]
+    return header, rows
+
+
+def main(run_dir: str, step: str) -> int:
+    try:
+        if line := upload(RunDir(Path(run_dir)), int(step)):
+            print(line)
+    except LauncherError as error:
+        print(f"W&B: the verdict is not sent: {describe(error)}")
+    except Exception as error:  # W&B raises far more than wandb.Error.
+        print(f"W&B: the verdict is not sent: {type(error).__name__}: {error}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:3]))

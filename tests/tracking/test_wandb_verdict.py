@@ -1,0 +1,80 @@
+"""The verdict of an evaluation in W&B: offline files, read back with W&B's own reader."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import wandb_files
+from made_verdict import TOKEN, made_verdict
+
+from launcher import run_store
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.wandb import verdict_upload
+
+PlanMaker = Callable[..., LaunchPlan]
+
+
+def evaluated(plan: LaunchPlan, state: str) -> RunDir:
+    """A run in this state with a verdict at step 40."""
+    run = run_store.create(plan)
+    run_store.update_status(run, state=state)
+    folder = run.root / "evaluations/step-00000040/support"
+    folder.mkdir(parents=True)
+    made_verdict().write(folder)
+    return run
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def test_summary_and_answers(make_plan: PlanMaker, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = evaluated(make_plan(mode="offline"), "completed")
+    assert verdict_upload.main(str(run.root), "40") == 0
+    assert capsys.readouterr().out.startswith(f"W&B: the verdict is in the summary of the files in {run_dir}/wandb/offline-run-")
+    summary: dict[str, object] = {}
+    for record in wandb_files.records(run_dir):
+        if record["type"] == "summary":
+            summary |= record["summary"]["update"]
+    assert str(summary["verdict/support"]).startswith("Fine-tuning helped: exact match 0.31 against 0.12 (0-shot)")
+    assert (summary["verdict/support/outcome"], summary["verdict/step"], summary["state"]) == ("better", 40, "completed")
+    assert summary["eval/support/exact_match"] == pytest.approx(0.31)
+    assert summary["eval/support/exact_match/8-shot"] == pytest.approx(0.19)
+    (file,) = run_dir.glob("wandb/offline-run-*/files/media/table/verdict/support/answers_*.table.json")
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["comparison", "prompt", "reference", "0-shot", "8-shot", "tuned"]
+    assert [row[0] for row in table["data"][:3]] == ["win, 0-shot"] * 3
+    assert TOKEN not in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("tracking", "state", "line"),
+    [
+        ({"mode": "disabled"}, "completed", ""),
+        ({"kind": "none"}, "completed", ""),
+        ({"mode": "offline"}, "running", "W&B: the verdict is not sent, as the run is running"),
+    ],
+)
+def test_where_nothing_is_sent(
+    make_plan: PlanMaker, tracking: dict[str, str], state: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = evaluated(make_plan(**tracking), state)
+    assert verdict_upload.main(str(run.root), "40") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(line)
+    assert bool(out) == bool(line)
+    assert not (run.root / "wandb").exists()
+
+
+def test_a_refusing_server_is_one_line(make_plan: PlanMaker, capsys: pytest.CaptureFixture[str]) -> None:
+    """Online without a login."""
+    run = evaluated(make_plan(mode="online"), "completed")
+    assert verdict_upload.main(str(run.root), "40") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("W&B: the verdict is not sent: ")
+    assert len(out.splitlines()) == 1
