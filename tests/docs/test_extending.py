@@ -29,6 +29,7 @@ from launcher.train.objectives import OBJECTIVES
 
 __all__ = ["config_of", "plan_of"]
 PAGE, BACKENDS_PAGE = REPO / "docs/extending.md", REPO / "docs/extending-backends.md"
+METRICS_PAGE = REPO / "docs/evaluation-metrics.md"
 TABLES: tuple[dict[Any, Any], ...] = (
     *(BACKENDS, SECTIONS, formats.FORMATS, metrics.METRICS, GPUS, OPTIMIZERS, OBJECTIVES),
     answer_metrics.METRICS,
@@ -49,6 +50,9 @@ def examples() -> dict[str, list[Block]]:
     """The Python blocks of the pages by the heading of their section."""
     heading = "A cluster backend"
     sections = {heading: [block for block in blocks(BACKENDS_PAGE) if block.language == "python"]}
+    # The block before it is a user's own function.
+    metric = "An evaluation metric"
+    sections[metric] = [block for block in blocks(METRICS_PAGE) if block.language == "python"][-1:]
     for block in blocks(PAGE):
         headings = re.findall(r"^## (.+)$", block.before, re.MULTILINE)
         heading = headings[-1] if headings else heading
@@ -67,7 +71,7 @@ def execute(section: str) -> dict[str, Any]:
 
 def test_every_section_has_an_example() -> None:
     headings = re.findall(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert list(examples()) == ["A cluster backend", *headings]
+    assert list(examples()) == ["A cluster backend", "An evaluation metric", *headings]
 
 
 def test_a_backend_of_the_page_has_the_whole_protocol_and_previews_its_job(
@@ -143,5 +147,5 @@ def test_an_evaluation_metric_of_the_page_scores_answers() -> None:
 
 
 def test_the_page_names_every_test_of_an_extension_point() -> None:
-    text = PAGE.read_text(encoding="utf-8") + BACKENDS_PAGE.read_text(encoding="utf-8")
+    text = "".join(page.read_text(encoding="utf-8") for page in (PAGE, BACKENDS_PAGE, METRICS_PAGE))
     assert {file.name for file in Path(REPO / "tests").glob("test_extending_*.py") if file.name not in text} == set()
