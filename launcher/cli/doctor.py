@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import math
 import secrets
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from launcher.cli.arguments import COMMON_FLAGS, VerbParser
 from launcher.cli.doctor_accounts import check_accounts
+from launcher.cli.interrupts import ended_by_signals
 from launcher.cli.views import doctor_view
 from launcher.cli.views.doctor_view import DoctorReport
 from launcher.cli.worker_process import worker_environment
@@ -85,7 +85,7 @@ def examine(config: RunConfig, deadline: float) -> DoctorReport:
     config = config.model_copy(update={"run": config.run.model_copy(update={"root": root})})
     doctor, reader, here = doctor_for(config.cluster.kind), ReportReader(), check_accounts(config)
     is_local = doctor is None or not doctor.runs_elsewhere(config)
-    with _ended_by_signals():
+    with ended_by_signals():
         try:
             submission = doctor.check_submission(config) if doctor is not None else []
             here = [*submission, *here]
@@ -131,21 +131,6 @@ def _shared_file(root: Path) -> Iterator[dict[str, str]]:
     finally:
         with uninterrupted(), suppress(OSError):
             file.unlink()
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let TERM and HUP end the command as Ctrl-C does, so that it cancels its allocation."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _say(text: str) -> None:

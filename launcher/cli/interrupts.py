@@ -1,11 +1,55 @@
-"""Ctrl-C while a command starts a run: a run that was submitted is never left behind without a word."""
+"""Ctrl-C and other ends of a command that has started something: nothing is left behind without a word."""
 
 from __future__ import annotations
 
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 
 _MAX_COLLECTED = 2
+_ALIVE_S = 10.0
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let TERM and HUP end the command as Ctrl-C does, so that it cancels its allocation and ends its processes."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def alive_file(path: Path) -> Iterator[None]:
+    """Count a file up every few seconds: processes on other machines end themselves where this command was killed."""
+    ended = threading.Event()
+
+    def count() -> None:
+        number = 0
+        while not ended.is_set():
+            number += 1
+            with suppress(OSError):
+                path.write_text(f"{number}\n")
+            ended.wait(_ALIVE_S)
+
+    thread = threading.Thread(target=count, name="alive", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with suppress(OSError):
+            path.unlink()
 
 
 class Interrupts:

@@ -31,6 +31,7 @@ VERBS: Mapping[str, str] = {
     "cancel": "runs",
     "resume": "runs",
     "export": "export",
+    "evaluate": "evaluate",
     "checkpoints": "checkpoints",
     "diff": "compare",
     "rm": "remove",
@@ -74,6 +75,8 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
                                                --force accepts data and settings that differ from the checkpoint's
   python -m launcher export RUN [--step N] [--dtype bf16] [--out DIR] [--replace]
                                                write the Hugging Face folder of a checkpoint
+  python -m launcher evaluate RUN [--step N] [--min-gain METRIC:BASELINE:GAIN] [overrides]
+                                               does it answer better than the base model? scores and verdict on held-out prompts
   python -m launcher checkpoints RUN [--verify] [--prune]
                                                list checkpoints; verify their digests; remove those that are not kept
   python -m launcher diff RUN RUN              what differs: settings, data, code, versions, machines, results
@@ -93,7 +96,8 @@ Overrides are key=value (train.max_steps=100) or group=option (model=qwen3_8b); 
 Flags: --json where a verb reports, --debug for tracebacks, VERB --help for more, --version;
 --trust-owner OWNER (repeatable) accepts files of other users: a NAME, UID, group:NAME, or anyone; docs/security.md.
 Hydra's own flags work with train, plan and data: --cfg job, --info, -m, --config-dir DIR.
-Exit codes: 0 done, 1 the run failed or doctor found a failure, 2 refused before anything started, 130 interrupted.
+Exit codes: 0 done, 1 the run failed or doctor found a failure, 2 refused before anything started,
+3 a check that was asked for (--min-gain) does not hold, 130 interrupted.
 """
 
 

@@ -40,6 +40,9 @@ DOCTORS: dict[str, str] = {
     "ray": "launcher.clusters.ray.doctor",
 }
 
+# The module of each backend with nodes that answer the prompts of `launcher evaluate`, see `EvaluationNodes`.
+EVALUATION_NODES: dict[str, str] = {}
+
 # The message of a run that is pending although nothing was submitted.
 NEVER_SUBMITTED = "the run was never submitted: the command that created it ended first"
 
@@ -130,6 +133,25 @@ class ClusterDoctor(Protocol):
         Raises:
             RunError, SubmitError: where nodes could not be had, or some have not reported; `reader` has the others.
         """
+
+
+class EvaluationNodes(Protocol):
+    """What `launcher evaluate` asks of a backend: a module with these functions."""
+
+    def runs_elsewhere(self, config: RunConfig) -> bool:
+        """Return whether the nodes are others than this machine."""
+
+    def run_on_nodes(self, config: RunConfig, run: RunDir, folder: Path) -> None:
+        """Run launcher.worker.evaluation.node on every node, and wait for its end; leaves nothing running.
+
+        Raises:
+            RunError, SubmitError: where nodes could not be had, or one of them failed.
+        """
+
+
+def evaluation_nodes_for(kind: str) -> EvaluationNodes | None:
+    """Import the module of EVALUATION_NODES for a backend; None where answers come from this machine."""
+    return cast("EvaluationNodes", importlib.import_module(EVALUATION_NODES[kind])) if kind in EVALUATION_NODES else None
 
 
 def doctor_for(kind: str) -> ClusterDoctor | None:

@@ -1,0 +1,175 @@
+"""The verb `evaluate`: does the tuned model answer better than the base model, asked well? Answers, scores and the verdict.
+
+Questions and weights are prepared here on the CPU; answers come from processes of the worker side, here or on a cluster's nodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launcher import json_records, locks, run_store
+from launcher.cli.arguments import VerbParser
+from launcher.cli.export import require_checkpoint
+from launcher.cli.formatting import short
+from launcher.cli.interrupts import alive_file, ended_by_signals
+from launcher.cli.minimum_gains import parse_minimum_gains
+from launcher.cli.views import evaluation_view
+from launcher.cli.worker_process import run_worker, run_worker_module
+from launcher.clusters.backends import evaluation_nodes_for
+from launcher.config.resume import with_overrides
+from launcher.config.schema import RunConfig
+from launcher.errors import EXIT_CHECK_FAILED, EXIT_REFUSED, ConfigError, DataError, Problem, RunError, SubmitError
+from launcher.hardware import device
+from launcher.plan.run_dir import RunDir
+from launcher.run_records import read_export
+from launcher.security import ownership
+from launcher.security.folders import private_files
+from launcher.security.redaction import redacted_command_line
+from launcher.tracking.verdicts import EvaluationVerdict
+
+_PREPARE, _NODE, _CONCLUDE = (f"launcher.worker.evaluation.{name}" for name in ("prepare", "node", "conclude"))
+_CHANGEABLE = ("evaluate.", "cluster.")
+
+
+def run(verb: str, tokens: list[str]) -> int:
+    """Evaluate a run and print the verdict; returns 3 where --min-gain does not hold."""
+    arguments = _parser().parse_intermixed_args(tokens)
+    run_dir = run_store.find_run(arguments.run, Path(arguments.root))
+    ownership.require_run(run_dir)
+    plan = run_store.load_plan(run_dir)
+    config = _with_overrides(plan.config, arguments.overrides, plan.run_name)
+    gains = parse_minimum_gains(arguments.min_gain, config.evaluate.metrics)
+    step = _step(run_dir, arguments.step)
+    folder = run_dir.root / "evaluations" / f"step-{step:08d}"
+    with private_files():
+        folder.mkdir(parents=True, exist_ok=True)
+    with ended_by_signals(), _alone(folder), alive_file(folder / "alive"):
+        with private_files():
+            _worker(_PREPARE, config, str(run_dir.plan), "--step", str(step))
+        _answer(config, folder, run_dir)
+        shown = _worker(_CONCLUDE, config, str(folder))
+    first = next(iter(shown["sets"].values()))["verdict"]
+    verdict = json_records.decode(EvaluationVerdict, first, "the verdict")
+    failed = [reason for gain in gains if (reason := gain.failure(verdict)) is not None]
+    if arguments.json:
+        print(json.dumps({**shown, "not_held": failed}, indent=2))
+    else:
+        print("\n".join([*evaluation_view.to_lines(shown), *failed]))
+    return EXIT_CHECK_FAILED if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = VerbParser(
+        prog="python -m launcher evaluate",
+        usage="%(prog)s RUN [--step N] [--json] [--min-gain METRIC:BASELINE:GAIN] [overrides]",
+        description=(
+            "Answer held-out prompts with the base model, without and with examples, and with the tuned model;\n"
+            "score the answers, and say whether fine-tuning helped. On a cluster, in an allocation of the run's settings."
+        ),
+        epilog=(
+            "Overrides are settings of evaluate and cluster, such as evaluate.metrics=[numeric] evaluate.max_prompts=50.\n"
+            "Answers are kept in evaluations/ of the run: an evaluation that was interrupted continues."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
+    parser.add_argument("overrides", nargs="*", metavar="overrides", help="settings of this evaluation, as key=value")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: that of the run's export, else the newest)")
+    parser.add_argument("--json", action="store_true", help="print verdicts, scores and the ways to ask that were compared")
+    gain = (
+        "exit with code 3 unless the lower bound of the difference to BASELINE (0-shot, few-shot) is at least GAIN (repeatable)"
+    )
+    parser.add_argument("--min-gain", action="append", default=[], metavar="METRIC:BASELINE:GAIN", help=gain)
+    return parser
+
+
+def _with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str) -> RunConfig:
+    problems = [
+        Problem(
+            f"{override.partition('=')[0]} cannot change in an evaluation: the run was trained with it",
+            where="command line",
+            value=override,
+            remedy="change settings of evaluate and cluster",
+        )
+        for override in overrides
+        if "=" in override and "." in override.partition("=")[0] and not override.lstrip("+").startswith(_CHANGEABLE)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return with_overrides(config, overrides, run_name)
+
+
+def _step(run: RunDir, step: int | None) -> int:
+    """Return the step whose weights are evaluated: the one that is asked for, that of the export, or the newest.
+
+    Raises:
+        SubmitError: where the run has neither an export nor a checkpoint.
+    """
+    record = read_export(run)
+    if record is not None and step in (None, record.step):
+        return record.step
+    return require_checkpoint(run, step)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of an evaluation.
+
+    Raises:
+        SubmitError: where another command works on it.
+    """
+    lock = folder / ".lock"
+    try:
+        with locks.hold(lock, 0.0, redacted_command_line(), mode=0o600):
+            yield
+    except locks.LockTimeout:
+        raise SubmitError(
+            "another command evaluates this step",
+            where=short(folder),
+            value=str(locks.wait_for_holder(lock) or ""),
+            remedy="wait for its end, or end it",
+        ) from None
+
+
+def _worker(module: str, config: RunConfig, *arguments: str) -> dict[str, Any]:
+    """Run a module of the worker side.
+
+    Raises:
+        DataError: with its problems, where nothing was started because of them.
+        RunError: with its problems otherwise.
+    """
+    answer = run_worker_module(module, config, *arguments)
+    if "problems" in answer:
+        kind = DataError if answer["exit_code"] == EXIT_REFUSED else RunError
+        raise kind([Problem(*parts) for parts in answer["problems"]])
+    return answer
+
+
+def _answer(config: RunConfig, folder: Path, run_dir: RunDir) -> None:
+    """Generate all answers, here or on the nodes of a cluster.
+
+    Raises:
+        RunError, SubmitError: where they did not end.
+    """
+    nodes = evaluation_nodes_for(config.cluster.kind)
+    if nodes is not None and nodes.runs_elsewhere(config):
+        nodes.run_on_nodes(config, run_dir, folder)
+        return
+    here = device()
+    num_gpus = here.count if here.kind == "cuda" else 0
+    command = [sys.executable, "-u", "-m", _NODE, str(folder), "0", "1", str(num_gpus)]
+    code, _ = run_worker(command, stdout=subprocess.DEVNULL)
+    if code:
+        raise RunError(
+            f"the answers are not complete: a process ended with exit code {code}; its messages are above",
+            where=short(folder),
+            remedy="start the same command again: it continues",
+        )

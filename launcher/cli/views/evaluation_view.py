@@ -1,0 +1,29 @@
+"""The page of `launcher evaluate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from launcher.cli.formatting import short, table
+from launcher.tracking.metrics import format_duration
+
+_MAX_STYLES = 12
+
+
+def to_lines(shown: dict[str, Any]) -> list[str]:
+    """Return the page from what launcher.worker.evaluation.conclude prints."""
+    lines = [f"{shown['run']}, step {shown['step']}"]
+    for name, result in shown["sets"].items():
+        lines += ["", f"{name}: {result['verdict']['sentence']}", ""]
+        lines += [f"  {line}" for line in table(result["header"], result["rows"])]
+        lines += ["", *(f"  {side}: {style}" for side, style in result["styles"].items())]
+        lines += [f"  {line}" for line in result["left_out"]]
+    if shown["selection"]:
+        lines += ["", "ways to ask the base model, compared on training rows:"]
+        ordered = sorted(shown["selection"], key=lambda one: -one["score"])
+        lines += [f"  {one['score']:.3f}  {one['style']}" for one in ordered[:_MAX_STYLES]]
+    lines += [
+        "",
+        f"{shown['engine']}, {shown['dtype']}, {format_duration(shown['seconds'])}; answers in {short(shown['folder'])}",
+    ]
+    return lines

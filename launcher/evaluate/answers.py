@@ -1,0 +1,150 @@
+"""Answers on disk: committed as they come, complete once their record is there. Without torch.
+
+    <run>/evaluations/step-00000100/<set>/
+      tuned.jsonl               one answer a line, by the index of its prompt
+      tuned.json                written last: what the answers belong to, and the digest of tuned.jsonl
+      .tuned-<digest>/          answers so far, one file for each process that generates; removed at the end
+
+A side is generated again where what it belongs to has changed: weights, prompts, engine, types, lengths.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import xxhash
+
+from launcher import atomic_files, json_records
+from launcher.errors import RunError
+from launcher.evaluate.metrics import GeneratedAnswer
+
+
+@dataclass(frozen=True)
+class AnswerKey:
+    """What answers belong to. `weights` and `prompts` are digests; `style` says how the prompts were written."""
+
+    weights: str
+    prompts: str
+    num_prompts: int
+    style: str
+    engine: str
+    dtype: str
+    device: str
+    max_new_tokens: int
+    transformers: str
+
+    def digest(self) -> str:
+        return xxhash.xxh3_128_hexdigest(json.dumps(asdict(self), sort_keys=True).encode())
+
+
+@dataclass(frozen=True)
+class GeneratedIds:
+    """An answer of an engine: its token ids without what ends it, its text, and whether it ended within the length."""
+
+    ids: tuple[int, ...]
+    text: str
+    is_stopped: bool
+
+
+@dataclass(frozen=True)
+class StoredAnswer:
+    """One line of a side: the index of the prompt, and the answer. `is_stopped` is False where the length cut it off."""
+
+    index: int
+    text: str
+    is_stopped: bool
+    num_tokens: int
+
+    def as_generated(self) -> GeneratedAnswer:
+        """Return the answer as metrics take it."""
+        return GeneratedAnswer(self.text, self.is_stopped, self.num_tokens)
+
+
+@dataclass(frozen=True)
+class SideRecord:
+    """NAME.json beside NAME.jsonl."""
+
+    key: AnswerKey
+    xxh3_128: str
+
+
+class AnswerStore:
+    """The answers of one side, which several processes may write at once: each has a file of its own."""
+
+    def __init__(self, folder: Path, name: str, key: AnswerKey) -> None:
+        self.key = key
+        self.path = folder / f"{name}.jsonl"
+        self._record = folder / f"{name}.json"
+        self._partial = folder / f".{name}-{key.digest()[:16]}"
+
+    def read_complete(self) -> list[StoredAnswer] | None:
+        """Return all answers in the order of the prompts; None where they are not complete, damaged, or of another key."""
+        try:
+            record = json_records.read_if_present(SideRecord, self._record)
+            if record is None or record.key != self.key:
+                return None
+            content = self.path.read_bytes()
+            if xxhash.xxh3_128_hexdigest(content) != record.xxh3_128:
+                return None
+            return [StoredAnswer(**json.loads(line)) for line in content.splitlines()]
+        except (OSError, RunError, ValueError, TypeError):
+            return None
+
+    def read(self) -> dict[int, StoredAnswer]:
+        """Return the answers that exist, by prompt. A line that a killed process has not finished is left out."""
+        if (complete := self.read_complete()) is not None:
+            return {answer.index: answer for answer in complete}
+        answers: dict[int, StoredAnswer] = {}
+        for file in sorted(self._partial.glob("*.jsonl")):
+            for line in file.read_bytes().splitlines(keepends=True):
+                if not line.endswith(b"\n"):
+                    continue
+                try:
+                    answer = StoredAnswer(**json.loads(line))
+                except (ValueError, TypeError):
+                    continue
+                answers.setdefault(answer.index, answer)
+        return answers
+
+    def append(self, writer: str, answers: Sequence[StoredAnswer]) -> None:
+        """Add answers durably to the file of the process `writer`."""
+        self._partial.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self._partial / f"{writer}.jsonl"
+        content = "".join(json.dumps(asdict(answer)) + "\n" for answer in answers).encode()
+        if path.is_file() and (before := path.read_bytes()) and not before.endswith(b"\n"):
+            content = b"\n" + content
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def complete(self) -> list[StoredAnswer]:
+        """Write all answers into one file and remove the parts; returns them in the order of the prompts.
+
+        Raises:
+            RunError: where some are missing.
+        """
+        if (existing := self.read_complete()) is None:
+            answers = self.read()
+            if missing := self.key.num_prompts - len(answers):
+                message = f"{missing} of {self.key.num_prompts} answers are missing"
+                raise RunError(message, where=str(self.path), remedy="start the same evaluation again: it continues")
+            existing = [answers[index] for index in sorted(answers)]
+            content = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in existing).encode()
+            self._record.unlink(missing_ok=True)
+            atomic_files.write_bytes(self.path, content, mode=0o600)
+            json_records.write(self._record, SideRecord(self.key, xxhash.xxh3_128_hexdigest(content)))
+        # Parts of this side that belong to other weights or prompts go as well.
+        for folder in self.path.parent.glob(f".{self.path.stem}-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        return existing
+
+
+def digest_prompts(prompts: Sequence[Sequence[int]], stop_strings: Sequence[str]) -> str:
+    """Return a digest of token ids and of the texts that end an answer."""
+    return xxhash.xxh3_128_hexdigest(json.dumps([list(map(list, prompts)), list(stop_strings)]).encode())

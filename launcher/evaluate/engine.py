@@ -1,0 +1,142 @@
+"""The models that answer: what an engine does, and the one that generates with transformers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from launcher.config.schema import ModelSection
+from launcher.evaluate.answers import GeneratedIds
+from launcher.models.private_code import folder_to_load
+from launcher.train.model import DTYPES
+
+# Examples before the question are computed once for all prompts; for shorter texts, copying keys and values costs more.
+_MIN_SHARED = 64
+# Decoded at each token, to find a stop string that spans several tokens.
+_TAIL_TOKENS = 24
+
+
+class Engine(Protocol):
+    """A loaded model that continues prompts greedily. `name` is part of what answers belong to."""
+
+    name: str
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, num_shared: int, stop_strings: Sequence[str], max_new_tokens: int
+    ) -> list[GeneratedIds]:
+        """Return an answer for each prompt; the first `num_shared` tokens of all prompts are equal."""
+
+    def close(self) -> None:
+        """Free the model, and end every process of the engine."""
+
+
+class TransformersEngine:
+    """Batches of prompts, padded on the left, through transformers' own greedy generation."""
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        folder: Path,
+        model: ModelSection,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        dtype: str,
+        device: str,
+        stop_ids: Sequence[int],
+        code: Path | None = None,
+    ) -> None:
+        """Load the model in `folder`; `code` is the folder of its Python files, where that is another one."""
+        path = folder_to_load(folder, model.trust_remote_code, model.code_digest, code)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[dtype], attn_implementation="sdpa", trust_remote_code=model.trust_remote_code
+        )
+        self.model = loaded.to(device).eval()
+        self._tokenizer, self._device, self._stop_ids = tokenizer, device, tuple(stop_ids)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self._pad_id = int(pad if pad is not None else 0)
+        self._shared: tuple[tuple[int, ...], Any] | None = None
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, num_shared: int, stop_strings: Sequence[str], max_new_tokens: int
+    ) -> list[GeneratedIds]:
+        if num_shared < _MIN_SHARED:
+            num_shared = 0
+        input_ids, mask = self._pad(prompts, num_shared)
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(self._stop_ids) or None, pad_token_id=self._pad_id
+        )
+        width, options = input_ids.shape[1], {}
+        if num_shared:
+            options["cache"] = self._cache_of(tuple(prompts[0][:num_shared]), len(prompts))
+        if stop_strings:
+            options["stopping_criteria"] = StoppingCriteriaList([_StopStrings(self._tokenizer, stop_strings, width)])
+        output = self.model.generate(input_ids, attention_mask=mask, generation_config=settings, **options)
+        return [self._read(row.tolist(), stop_strings) for row in output[:, width:]]
+
+    def close(self) -> None:
+        self._shared = None
+        del self.model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _pad(self, prompts: Sequence[Sequence[int]], num_shared: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and mask; the padding lies between the shared part and the rest of each prompt."""
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self._pad_id)
+        mask = torch.zeros((len(prompts), width), dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            start = width - (len(prompt) - num_shared)
+            ids[i, :num_shared] = torch.tensor(prompt[:num_shared])
+            ids[i, start:] = torch.tensor(prompt[num_shared:])
+            mask[i, :num_shared] = mask[i, start:] = 1
+        return ids.to(self._device), mask.to(self._device)
+
+    def _cache_of(self, shared: tuple[int, ...], num_prompts: int) -> Any:
+        """Return keys and values of the shared part for `num_prompts` prompts; they are computed once."""
+        if self._shared is None or self._shared[0] != shared:
+            self._shared = None
+            ids = torch.tensor([shared], device=self._device)
+            self._shared = (shared, self.model(ids, use_cache=True, logits_to_keep=1).cache)
+        cache = copy.deepcopy(self._shared[1])
+        cache.batch_repeat_interleave(num_prompts)
+        return cache
+
+    def _read(self, ids: list[int], stop_strings: Sequence[str]) -> GeneratedIds:
+        end = next((i for i, token in enumerate(ids) if token in self._stop_ids), None)
+        kept = ids[:end]
+        while kept and kept[-1] == self._pad_id:
+            # The padding of an answer that ended before others.
+            kept.pop()
+        text = self._tokenizer.decode(kept, skip_special_tokens=True)
+        cut = cut_at(text, stop_strings)
+        return GeneratedIds(tuple(kept), cut, end is not None or len(cut) < len(text))
+
+
+def cut_at(text: str, stop_strings: Sequence[str]) -> str:
+    """Return the text up to the first of the stop strings."""
+    ends = [position for stop in stop_strings if (position := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends the rows whose answer has one of the stop strings; `width` tokens are the prompt's."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str], width: int) -> None:
+        self._tokenizer, self._stop_strings, self._width = tokenizer, tuple(stop_strings), width
+        self._has_ended: list[bool] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        tails = input_ids[:, max(self._width, input_ids.shape[1] - _TAIL_TOKENS) :].tolist()
+        self._has_ended = self._has_ended or [False] * len(tails)
+        texts = self._tokenizer.batch_decode(tails, skip_special_tokens=True)
+        self._has_ended = [
+            ended or any(stop in text for stop in self._stop_strings) for ended, text in zip(self._has_ended, texts, strict=True)
+        ]
+        return torch.tensor(self._has_ended, device=input_ids.device)

@@ -1,0 +1,200 @@
+"""One process's share of an evaluation: it chooses prompts with the others, answers its part, and waits for theirs where it must.
+
+Processes meet in the folder of the evaluation alone: each reads what all have written. So they need no port and no collective.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from launcher import json_records
+from launcher.data.tokenization.encoder import load_tokenizer
+from launcher.evaluate.answers import AnswerKey, AnswerStore, StoredAnswer, digest_prompts
+from launcher.evaluate.engine import Engine
+from launcher.evaluate.prompting import BasePrompts, PromptBatch, PromptStyle, TunedPrompts
+from launcher.evaluate.scoring import AnswerScorer
+from launcher.evaluate.selection import ChosenStyles, choose_styles
+from launcher.evaluate.task import (
+    TUNED,
+    CommandWatch,
+    EvaluationAnswers,
+    EvaluationFolder,
+    EvaluationTask,
+    SideAnswers,
+    StyleScore,
+    Weights,
+    describe,
+)
+
+_POLL_S = 0.5
+_SELECTION = "selection"
+
+MakeEngine = Callable[[Weights], Engine]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a process: `rank` of `world_size`. `say` shows how far it is."""
+
+    rank: int
+    world_size: int
+    say: Callable[[str], None] = lambda text: None
+
+
+class AnswerGeneration:
+    """All sides of one evaluation, as one process sees them."""
+
+    def __init__(self, folder: EvaluationFolder, share: Share, engine_name: str, device: str, dtype: str) -> None:
+        self.task: EvaluationTask = folder.read_task()
+        self._folder, self._share = folder, share
+        self._engine_name, self._device, self._dtype = engine_name, device, dtype
+        self._config = self.task.settings
+        self._watch = CommandWatch(folder.root)
+        # Of all sets and sides, each with its number of prompts.
+        self._stores: dict[str, tuple[AnswerStore, int]] = {}
+        self._questions = {name: folder.read_questions(name) for name in self.task.sets}
+        training = folder.read_questions()
+        self._selection = training[self.task.num_examples :]
+        self._tokenizer = load_tokenizer(self.task.tokenizer)
+        self._base_prompts = BasePrompts(self._tokenizer, self._config.data, training[: self.task.num_examples])
+        self._tuned_prompts = TunedPrompts(self._tokenizer, self._config.data)
+
+    def run(self, make_engine: MakeEngine) -> None:
+        """Answer this process's share; the first process writes answers.json when all answers are there."""
+        began = time.monotonic()
+        sides: dict[str, list[SideAnswers]] = {name: [] for name in self.task.sets}
+        scores: Mapping[PromptStyle, float] = {}
+        if self.task.base is not None:
+            with _lazy(make_engine, self.task.base) as engine:
+                chosen = self._choose(self.task.base, engine)
+                scores = chosen.scores
+                for style in filter(None, (chosen.zero_shot, chosen.few_shot)):
+                    for name, questions in self._questions.items():
+                        prompts = self._base_prompts.write(questions, style)
+                        self._answer(sides, name, f"{style.shots}-shot", self.task.base, prompts, style, engine)
+        with _lazy(make_engine, self.task.tuned) as engine:
+            for name, questions in self._questions.items():
+                self._answer(sides, name, TUNED, self.task.tuned, self._tuned_prompts.write(questions), None, engine)
+        if self._share.rank == 0:
+            for name, (store, count) in self._stores.items():
+                self._await([(store, count)], name)
+                store.complete()
+            compared = tuple(StyleScore(str(style), score) for style, score in scores.items())
+            done = {name: tuple(answers) for name, answers in sides.items()}
+            seconds = time.monotonic() - began
+            json_records.write(
+                self._folder.answers, EvaluationAnswers(done, compared, self._engine_name, self._dtype, round(seconds, 1))
+            )
+
+    def _choose(self, base: Weights, engine: Callable[[], Engine]) -> ChosenStyles:
+        settings, questions = self._config.evaluate, self._selection
+
+        def score_styles(styles: Sequence[PromptStyle]) -> dict[PromptStyle, float]:
+            stores = []
+            for style in styles:
+                prompts = self._base_prompts.write(questions, style)
+                digest = digest_prompts(prompts.prompts, prompts.stop_strings)[:16]
+                store = self._store(f"{_SELECTION}/{digest}", base, prompts, style)
+                self._fill(store, prompts, engine, f"choosing how to ask: {style}")
+                stores.append((store, len(questions)))
+            self._await(stores, "choosing how to ask")
+            return {style: self._score(store.read()) for style, (store, _) in zip(styles, stores, strict=True)}
+
+        forms = self._base_prompts.forms([*questions, *(one for several in self._questions.values() for one in several)])
+        if not questions:
+            return ChosenStyles(
+                PromptStyle(forms[0], 0, settings.instructions[0]),
+                PromptStyle(forms[0], max(self.task.shots), settings.instructions[0]) if self.task.shots else None,
+                {},
+            )
+        return choose_styles(forms, self.task.shots, settings.instructions, score_styles)
+
+    def _score(self, answers: Mapping[int, StoredAnswer]) -> float:
+        scorer, rows = AnswerScorer(self._config.evaluate, self._folder.root), self._selection
+        generated = [answers[index].as_generated() for index in range(len(rows))]
+        scores = scorer.score(scorer.metrics[0], generated, [one.reference for one in rows], [one.where for one in rows])
+        return float(scores.mean())
+
+    def _answer(
+        self,
+        sides: dict[str, list[SideAnswers]],
+        set_name: str,
+        side: str,
+        weights: Weights,
+        prompts: PromptBatch,
+        style: PromptStyle | None,
+        engine: Callable[[], Engine],
+    ) -> None:
+        file_name = f"{set_name}/{side if side == TUNED else f'base-{side}'}"
+        store = self._store(file_name, weights, prompts, style)
+        self._fill(store, prompts, engine, f"{set_name}, {side}")
+        self._stores[f"{set_name}, {side}"] = (store, len(prompts.prompts))
+        sides[set_name].append(SideAnswers(side, f"{file_name}.jsonl", describe(style), sum(map(len, prompts.prompts))))
+
+    def _store(self, name: str, weights: Weights, prompts: PromptBatch, style: PromptStyle | None) -> AnswerStore:
+        key = AnswerKey(
+            weights=weights.digest,
+            prompts=digest_prompts(prompts.prompts, prompts.stop_strings),
+            num_prompts=len(prompts.prompts),
+            style=describe(style),
+            engine=self._engine_name,
+            dtype=self._dtype,
+            device=self._device,
+            max_new_tokens=self._config.evaluate.max_new_tokens,
+            transformers=version("transformers"),
+        )
+        path = self._folder.root / name
+        return AnswerStore(path.parent, path.name, key)
+
+    def _fill(self, store: AnswerStore, prompts: PromptBatch, engine: Callable[[], Engine], activity: str) -> None:
+        """Generate and store what is missing of this process's share, the longest prompts first."""
+        settings, existing = self._config.evaluate, store.read()
+        order = sorted(range(len(prompts.prompts)), key=lambda i: (-len(prompts.prompts[i]), i))
+        batches = [order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)]
+        own = batches[self._share.rank :: self._share.world_size]
+        num_done, num_own = sum(i in existing for batch in own for i in batch), sum(map(len, own))
+        for batch in own:
+            missing = [i for i in batch if i not in existing]
+            if not missing:
+                continue
+            self._watch.require_alive()
+            self._share.say(f"{activity}: {num_done} of {num_own} answers")
+            generated = engine().generate(
+                [prompts.prompts[i] for i in missing],
+                num_shared=prompts.num_shared,
+                stop_strings=prompts.stop_strings,
+                max_new_tokens=settings.max_new_tokens,
+            )
+            answers = [StoredAnswer(i, one.text, one.is_stopped, len(one.ids)) for i, one in zip(missing, generated, strict=True)]
+            store.append(f"{self._share.rank:05d}", answers)
+            num_done += len(missing)
+        if num_own:
+            self._share.say(f"{activity}: {num_done} of {num_own} answers")
+
+    def _await(self, stores: Sequence[tuple[AnswerStore, int]], activity: str) -> None:
+        """Wait until all processes have stored their answers; whoever started them ends them all where one fails."""
+        while not all(len(store.read()) == count for store, count in stores):
+            self._watch.require_alive()
+            self._share.say(f"{activity}: waiting for other processes")
+            time.sleep(_POLL_S)
+
+
+@contextmanager
+def _lazy(make_engine: MakeEngine, weights: Weights) -> Iterator[Callable[[], Engine]]:
+    """Yield a function that loads the model when it is first needed: where all answers exist, it is not."""
+    loaded: list[Engine] = []
+
+    def get() -> Engine:
+        if not loaded:
+            loaded.append(make_engine(weights))
+        return loaded[0]
+
+    try:
+        yield get
+    finally:
+        for engine in loaded:
+            engine.close()

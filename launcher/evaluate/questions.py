@@ -1,0 +1,195 @@
+"""The questions of an evaluation: held-out documents split into a prompt and a reference answer, and training rows as examples.
+
+The caches of a run hold tokens only. A document is found again in its source by its tokens, so that the questions are exactly
+documents of the split, whatever selected them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from launcher.config.sections.data import DataSection
+from launcher.config.sections.evaluation import HELD_OUT
+from launcher.data import sources
+from launcher.data.cache import Split
+from launcher.data.corpus import list_inputs
+from launcher.data.sources import Chat, Completion, Document, Message
+from launcher.data.sources.eval_set import make_set_data
+from launcher.data.tokenization.chat_template import with_system
+from launcher.data.tokenization.encoder import Encoder
+from launcher.errors import DataError, Problem
+from launcher.plan.launch_plan import DataFacts, LaunchPlan
+from launcher.tracking.progress import Advance
+
+# Documents without a prompt are replaced by others.
+_SPARE = 1.5
+_ENCODED_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class EvalQuestion:
+    """A prompt and its reference answer; `document` is a chat without its last answer, or a text whose completion is empty."""
+
+    where: str
+    document: Chat | Completion
+    reference: str
+
+    @property
+    def text(self) -> str:
+        """What is asked: the last message, or the prompt."""
+        document = self.document
+        return document.prompt if isinstance(document, Completion) else document.messages[-1].content
+
+    def to_json(self) -> dict[str, Any]:
+        return {"where": self.where, "reference": self.reference, "document": asdict(self.document)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> EvalQuestion:
+        document = values["document"]
+        if "messages" in document:
+            messages = tuple(Message(**{**one, "tool_calls": tuple(one["tool_calls"])}) for one in document["messages"])
+            return cls(values["where"], Chat(document["where"], messages, tuple(document["tools"])), values["reference"])
+        return cls(values["where"], Completion(**document), values["reference"])
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """The questions of one set, in a fixed random order. `num_documents` has the set, `num_without_answer` of those looked at
+    have no prompt with an answer in text."""
+
+    name: str
+    questions: tuple[EvalQuestion, ...]
+    num_documents: int
+    num_without_answer: int
+
+
+def split_question(document: Document, system: str | None) -> EvalQuestion | None:
+    """Return the question of a document: a chat up to its last answer, or a prompt; None where it has none."""
+    match document:
+        case Chat():
+            chat = with_system(document, system)
+            last = max((i for i, message in enumerate(chat.messages) if message.role == "assistant"), default=0)
+            answer = chat.messages[last].content
+            if last == 0 or not answer.strip() or chat.messages[last].tool_calls:
+                return None
+            return EvalQuestion(chat.where, Chat(chat.where, chat.messages[:last], chat.tools), answer)
+        case Completion(where, prompt, completion) if prompt.strip() and completion.strip():
+            return EvalQuestion(where, Completion(where, prompt, ""), completion)
+    return None
+
+
+def read_held_out(plan: LaunchPlan, encoder: Encoder, max_prompts: int, advance: Advance) -> QuestionSet:
+    """Return questions of the run's held-out documents.
+
+    Raises:
+        DataError: if the data files do not have these documents any more.
+    """
+    facts = _facts(plan)
+    split = Split.open(facts, held_out=True)
+    return _read(HELD_OUT, plan.config.data, split, encoder, max_prompts, plan.config.run.seed, advance)
+
+
+def read_eval_set(plan: LaunchPlan, name: str, encoder: Encoder, max_prompts: int, advance: Advance) -> QuestionSet:
+    """Return questions of one of eval.sets.
+
+    Raises:
+        DataError: if the set's files do not have its documents any more.
+    """
+    eval_set = next(one for one in plan.config.eval.sets if one.name == name)
+    data = make_set_data(eval_set, plan.config.data)
+    split = Split.open(plan.eval_sets[name])
+    return _read(name, data, split, encoder, max_prompts, plan.config.run.seed, advance)
+
+
+def read_training(plan: LaunchPlan, encoder: Encoder, num_questions: int, advance: Advance) -> QuestionSet:
+    """Return questions of training documents: examples for the base model, and rows on which its prompt is chosen.
+
+    Raises:
+        DataError: if the data files do not have these documents any more.
+    """
+    split = Split.open(_facts(plan))
+    return _read("training", plan.config.data, split, encoder, num_questions, plan.config.run.seed, advance)
+
+
+def _facts(plan: LaunchPlan) -> DataFacts:
+    if plan.data is None:
+        raise DataError(Problem("the run has no data cache", where=plan.run_dir, remedy="evaluate a run that was trained"))
+    return plan.data
+
+
+def _read(
+    name: str, data: DataSection, split: Split, encoder: Encoder, max_questions: int, seed: int, advance: Advance
+) -> QuestionSet:
+    order = np.random.default_rng(seed).permutation(split.num_docs)
+    chosen = order[: int(max_questions * _SPARE) + 16]
+    keys = [_key(np.asarray(split.tokens[split.docs[i] : split.docs[i + 1]])) for i in chosen]
+    documents = _find(data, encoder, set(keys), advance)
+    if len(documents) < len({*keys}) and data.long_documents != "split":
+        raise _changed(name, data, len(documents), len({*keys}))
+    questions = [split_question(documents[key], data.system) for key in dict.fromkeys(keys) if key in documents]
+    usable = [question for question in questions if question is not None]
+    return QuestionSet(name, tuple(usable[:max_questions]), split.num_docs, len(questions) - len(usable))
+
+
+def _key(ids: np.ndarray) -> bytes:
+    return xxhash.xxh3_128_digest(np.ascontiguousarray(ids, dtype=np.uint32).tobytes())
+
+
+def _find(data: DataSection, encoder: Encoder, keys: set[bytes], advance: Advance) -> dict[bytes, Document]:
+    """Return the documents whose first row has the tokens of one of `keys`; reads the sources until all are found."""
+    documents: dict[bytes, Document] = {}
+    batch: list[Document] = []
+
+    def match() -> None:
+        rendered = [encoder.render(document) for document in batch]
+        for document, encoded in zip(batch, encoder.encode(rendered), strict=True):
+            key = _key(encoded.ids[: data.max_length])
+            if key in keys:
+                documents.setdefault(key, document)
+        advance(len(batch))
+        batch.clear()
+
+    for document in _documents(data, encoder):
+        batch.append(document)
+        if len(batch) == _ENCODED_AT_ONCE:
+            match()
+            if len(documents) == len(keys):
+                return documents
+    match()
+    return documents
+
+
+def _documents(data: DataSection, encoder: Encoder) -> Iterator[Document]:
+    """Yield the documents of all sources as the build of the cache reads them; the held-out file comes first."""
+    for source in reversed(list_inputs(data)):
+        if source.is_read:
+            for batch in sources.read_batches(source):
+                for document, _ in batch.documents(Counter()):
+                    yield encoder.write_as_chat(document, source.completions)
+
+
+def _changed(name: str, data: DataSection, num_found: int, num_chosen: int) -> DataError:
+    paths = ", ".join(source.path for source in list_inputs(data))
+    return DataError(
+        Problem(
+            f"the data files do not have the documents of {name} any more: {num_found} of {num_chosen} were found",
+            where=paths,
+            remedy="restore the files that the run was trained on, or name another set with evaluate.sets",
+        )
+    )
+
+
+def describe_left_out(question_set: QuestionSet, num_questions: int, num_too_long: int) -> Sequence[str]:
+    """Return which documents of a set are not asked, and why, as lines for a person."""
+    lines = [f"{num_questions} prompts of {question_set.num_documents:,} documents"]
+    if question_set.num_without_answer:
+        lines.append(f"{question_set.num_without_answer} documents left out: no prompt with an answer in text")
+    if num_too_long:
+        lines.append(f"{num_too_long} prompts left out: with the answer they do not fit the model's context")
+    return lines

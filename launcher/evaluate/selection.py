@@ -1,0 +1,52 @@
+"""Choose how the base model is asked: chat or text, the number of examples, the instruction. On training rows, without torch.
+
+A baseline that is asked badly would flatter the tuned model. Two short rounds compare one choice after the other: first the form,
+then the instruction and the number of examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from launcher.evaluate.prompting import PromptStyle
+
+# The mean score of each style on the same training rows.
+ScoreStyles = Callable[[Sequence[PromptStyle]], Mapping[PromptStyle, float]]
+
+
+@dataclass(frozen=True)
+class ChosenStyles:
+    """The best way to ask without examples and with them; None where none is used. `scores` are those of all that were tried."""
+
+    zero_shot: PromptStyle
+    few_shot: PromptStyle | None
+    scores: Mapping[PromptStyle, float]
+
+
+def choose_styles(
+    forms: Sequence[str], shots: Sequence[int], instructions: Sequence[str], score_styles: ScoreStyles
+) -> ChosenStyles:
+    """Compare ways to ask; `shots` are the numbers of examples to choose from, without 0.
+
+    Of equal scores the first one wins, which has no instruction; among numbers of examples the largest.
+    """
+    numbers = sorted(shots)
+    middle = numbers[len(numbers) // 2] if numbers else 0
+    first, *others = instructions
+    tried: dict[PromptStyle, float] = {}
+    by_form = [PromptStyle(form, count, first) for form in forms for count in (0, *([middle] if numbers else ()))]
+    if len(forms) > 1:
+        tried |= score_styles(by_form)
+    zero_form = max(forms, key=lambda form: tried.get(PromptStyle(form, 0, first), 0.0))
+    few_form = max(forms, key=lambda form: tried.get(PromptStyle(form, middle, first), 0.0))
+    zero_shot = [PromptStyle(zero_form, 0, text) for text in instructions]
+    few_shot = [PromptStyle(few_form, count, first) for count in reversed(numbers)]
+    few_shot += [PromptStyle(few_form, middle, text) for text in others if numbers]
+    if len(zero_shot) > 1 or len(few_shot) > 1:
+        tried |= score_styles([style for style in (*zero_shot, *few_shot) if style not in tried])
+    return ChosenStyles(_best(zero_shot, tried), _best(few_shot, tried) if few_shot else None, tried)
+
+
+def _best(styles: Sequence[PromptStyle], scores: Mapping[PromptStyle, float]) -> PromptStyle:
+    return max(styles, key=lambda style: scores.get(style, 0.0))

@@ -1,0 +1,162 @@
+"""Answers from vLLM, in an environment of its own: its server listens on loopback and ends with this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from launcher.errors import RunError
+from launcher.evaluate.answers import GeneratedIds
+from launcher.evaluate.task import Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NAME = "vllm"
+# Starts the server so that it ends with this process.
+_STARTER = "launcher.worker.evaluation.end_with_parent"
+_SERVER = "vllm.entrypoints.openai.api_server"
+_HOST = "127.0.0.1"
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_START_S, _REQUEST_S, _END_S, _POLL_S = 1800.0, 3600.0, 20.0, 0.5
+_LOG_LINES = 6
+
+
+class VllmEngine:
+    """An OpenAI server of vLLM for one model; prompts are token ids, so that they are those of the other engine."""
+
+    name = NAME
+
+    def __init__(
+        self,
+        python: Path,
+        weights: Weights,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        dtype: str,
+        context: int,
+        num_gpus: int = 1,
+        start_s: float = _START_S,
+    ) -> None:
+        """Start the server and wait until it answers.
+
+        Raises:
+            RunError: where it ends or does not answer in time, with the last lines of its output.
+        """
+        self._weights, self._tokenizer, self._python = weights, tokenizer, python
+        # A proxy of the environment does not reach loopback.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._key, self._port = secrets.token_hex(16), _free_port()
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        command = [str(python), "-m", _SERVER, "--model", weights.folder, "--served-model-name", "model"]
+        command += ["--host", _HOST, "--port", str(self._port), "--dtype", _DTYPES[dtype], "--max-model-len", str(context)]
+        command += ["--tensor-parallel-size", str(num_gpus)]
+        # Others on this machine see arguments, and reach the port.
+        environ = {**os.environ, "VLLM_API_KEY": self._key, "VLLM_NO_USAGE_STATS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", _STARTER, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=environ,
+            start_new_session=True,
+        )
+        try:
+            self._await_ready(start_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, num_shared: int, stop_strings: Sequence[str], max_new_tokens: int
+    ) -> list[GeneratedIds]:
+        """Return an answer for each prompt. The server finds shared beginnings by itself.
+
+        Raises:
+            RunError: where the server refuses the request or is gone.
+        """
+        request = {
+            "model": "model",
+            "prompt": [list(prompt) for prompt in prompts],
+            "max_tokens": max_new_tokens,
+            "temperature": 0.0,
+            "stop": list(stop_strings),
+            "stop_token_ids": list(self._weights.stop_ids),
+            "return_token_ids": True,
+        }
+        answer = self._post("/v1/completions", request)
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        if len(choices) != len(prompts):
+            raise self._failed(f"vLLM gave {len(choices)} answers to {len(prompts)} prompts")
+        return [self._read(choice) for choice in choices]
+
+    def close(self) -> None:
+        """End the server with all processes that it has started."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_S)
+                break
+        # Those that the server did not end itself.
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._log.close()
+
+    def _read(self, choice: Mapping[str, Any]) -> GeneratedIds:
+        text = str(choice["text"])
+        ids = choice.get("token_ids")
+        if ids is None:
+            ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        kept = [token for token in ids if token not in self._weights.stop_ids]
+        return GeneratedIds(tuple(kept), text, choice["finish_reason"] == "stop")
+
+    def _await_ready(self, start_s: float) -> None:
+        until = time.monotonic() + start_s
+        while time.monotonic() < until:
+            if self._process.poll() is not None:
+                raise self._failed(f"vLLM ended with exit code {self._process.returncode} before it answered")
+            with suppress(OSError), self._opener.open(self._request("/health"), timeout=_POLL_S * 10):
+                return
+            time.sleep(_POLL_S)
+        raise self._failed(f"vLLM did not answer within {start_s:.0f} s")
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            with self._opener.open(self._request(path, body), timeout=_REQUEST_S) as response:
+                answer: dict[str, Any] = json.loads(response.read())
+                return answer
+        except urllib.error.HTTPError as error:
+            raise self._failed(f"vLLM refused the prompts: {error.read(500).decode(errors='replace')}") from None
+        except (OSError, ValueError) as error:
+            raise self._failed(f"vLLM gave no answer: {error}") from None
+
+    def _request(self, path: str, body: Mapping[str, Any] | None = None) -> urllib.request.Request:
+        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+        data = None if body is None else json.dumps(body).encode()
+        return urllib.request.Request(f"http://{_HOST}:{self._port}{path}", data, headers)
+
+    def _failed(self, message: str) -> RunError:
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()[-_LOG_LINES:]
+        remedy = "check the environment of evaluate.vllm_python; without the setting, transformers generates the answers"
+        return RunError(message, where=str(self._python), value=" / ".join(line.strip() for line in lines), remedy=remedy)
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind((_HOST, 0))
+        return int(one.getsockname()[1])

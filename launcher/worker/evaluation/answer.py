@@ -1,0 +1,92 @@
+"""Answers the share of one GPU, or of the CPU: `python -m launcher.worker.evaluation.answer FOLDER RANK WORLD_SIZE`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from launcher.config.schema import RunConfig
+from launcher.data.tokenization.encoder import load_tokenizer
+from launcher.errors import LauncherError, RunError
+from launcher.evaluate.engine import Engine, TransformersEngine
+from launcher.evaluate.generation import AnswerGeneration, Share
+from launcher.evaluate.task import EvaluationFolder, EvaluationTask, Weights
+from launcher.plan.disk import format_size
+from launcher.security.folders import private_files
+from launcher.tracking.progress import live_line
+from launcher.worker.ranks.rank_env import die_with_parent
+from launcher.worker.signals import exit_on_termination
+
+_LOADING_FACTOR = 1.2
+
+
+def answer(folder: EvaluationFolder, share: Share) -> None:
+    """Answer a share of all prompts. Raises what the evaluation raises."""
+    task = folder.read_task()
+    config = task.settings
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = _dtype(config, device)
+    if config.evaluate.vllm_python is not None:
+        from launcher.evaluate.vllm_engine import NAME, VllmEngine
+
+        python = Path(config.evaluate.vllm_python).expanduser()
+        tokenizer = load_tokenizer(task.tokenizer)
+        evaluation = AnswerGeneration(folder, share, NAME, device, dtype)
+        evaluation.run(lambda weights: VllmEngine(python, weights, tokenizer, dtype=dtype, context=task.context))
+        return
+    evaluation = AnswerGeneration(folder, share, TransformersEngine.name, device, dtype)
+    evaluation.run(lambda weights: _load(task, config, weights, device, dtype))
+
+
+def _dtype(config: RunConfig, device: str) -> str:
+    chosen = config.evaluate.dtype
+    if chosen != "auto":
+        return chosen
+    return config.model.dtype if device == "cuda" and config.model.dtype != "auto" else "bf16" if device == "cuda" else "fp32"
+
+
+def _load(task: EvaluationTask, config: RunConfig, weights: Weights, device: str, dtype: str) -> Engine:
+    folder = Path(weights.folder)
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if device == "cuda" and num_bytes * _LOADING_FACTOR > (free := torch.cuda.mem_get_info()[0]):
+        raise RunError(
+            "the model does not fit the memory of one GPU",
+            where=weights.folder,
+            value=f"its weights have {format_size(num_bytes)}, and {format_size(free)} are free",
+            remedy="set evaluate.vllm_python to the Python of an environment with vLLM, which divides a model over GPUs",
+        )
+    return TransformersEngine(
+        folder,
+        config.model,
+        load_tokenizer(task.tokenizer),
+        dtype=dtype,
+        device=device,
+        stop_ids=weights.stop_ids,
+        code=Path(task.code) if task.code is not None and config.model.trust_remote_code else None,
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    folder, rank, world_size = EvaluationFolder(Path(argv[0])), int(argv[1]), int(argv[2])
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        with private_files(), live_line() as (say, make_pace):
+            pace = make_pace()
+            answer(folder, Share(rank, world_size, lambda text: say(text) if rank == 0 and pace.is_due() else None))
+    except LauncherError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_termination()
+    die_with_parent(signal.SIGTERM)
+    sys.exit(main(sys.argv[1:]))

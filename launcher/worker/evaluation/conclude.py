@@ -1,0 +1,100 @@
+"""Scores the answers of an evaluation and judges them: `python -m launcher.worker.evaluation.conclude FOLDER`. Without torch.
+
+Writes verdict.json for each set, and for the first one beside answers.json. Prints one JSON object: the verdicts by set, or
+the problems.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launcher import json_records
+from launcher.errors import LauncherError, RunError
+from launcher.evaluate.answers import StoredAnswer
+from launcher.evaluate.questions import EvalQuestion
+from launcher.evaluate.scoring import AnswerScorer
+from launcher.evaluate.task import EvaluationFolder, SideAnswers
+from launcher.evaluate.verdict import judge, with_examples
+from launcher.security.folders import private_files
+from launcher.tracking.verdicts import EvaluationVerdict, SideUsage
+
+
+def conclude(folder: EvaluationFolder) -> dict[str, Any]:
+    """Score, judge and write the verdicts; returns what the command shows.
+
+    Raises:
+        RunError: where answers are missing.
+        DataError: where a metric fails.
+    """
+    task, answers = folder.read_task(), folder.read_answers()
+    scorer = AnswerScorer(task.settings.evaluate, folder.root)
+    shown: dict[str, Any] = {}
+    for number, (name, sides) in enumerate(answers.sets.items()):
+        verdict = _judge(folder, scorer, folder.read_questions(name), sides)
+        verdict.write(folder.set_folder(name))
+        if number == 0:
+            verdict.write(folder.root)
+        header, rows = verdict.table
+        shown[name] = {
+            "verdict": json_records.encode(verdict),
+            "header": header,
+            "rows": rows,
+            "left_out": task.left_out.get(name, ()),
+            "styles": {side.name: side.style for side in sides},
+        }
+    shutil.rmtree(folder.weights, ignore_errors=True)
+    selection = [{"style": one.style, "score": one.score} for one in answers.selection]
+    return {
+        "run": task.run_name,
+        "step": task.step,
+        "folder": str(folder.root),
+        "engine": answers.engine,
+        "dtype": answers.dtype,
+        "seconds": answers.seconds,
+        "selection": selection,
+        "sets": shown,
+    }
+
+
+def _judge(
+    folder: EvaluationFolder, scorer: AnswerScorer, questions: list[EvalQuestion], sides: tuple[SideAnswers, ...]
+) -> EvaluationVerdict:
+    references, places = [one.reference for one in questions], [one.where for one in questions]
+    by_metric: dict[str, dict[str, np.ndarray]] = {metric: {} for metric in scorer.metrics}
+    texts: dict[str, list[str]] = {}
+    usage: dict[str, SideUsage] = {}
+    for side in sides:
+        lines = (folder.root / side.file).read_text(encoding="utf-8").splitlines()
+        generated = [StoredAnswer(**json.loads(line)).as_generated() for line in lines]
+        if len(generated) != len(questions):
+            message = f"{side.name} has {len(generated)} answers to {len(questions)} prompts"
+            raise RunError(message, where=str(folder.root / side.file), remedy="start the evaluation again")
+        texts[side.name] = [answer.text for answer in generated]
+        usage[side.name] = SideUsage(len(generated), side.prompt_tokens, sum(answer.num_tokens for answer in generated))
+        for metric, scores in by_metric.items():
+            scores[side.name] = scorer.score(metric, generated, references, places)
+    first, *others = scorer.metrics
+    verdict = judge(first, by_metric[first], others={name: by_metric[name] for name in others})
+    return replace(with_examples(verdict, [one.text for one in questions], references, texts), usage=usage)
+
+
+def main(folder: str) -> int:
+    try:
+        with private_files():
+            print(json.dumps(conclude(EvaluationFolder(Path(folder)))))
+    except LauncherError as error:
+        problems = [[p.message, p.where, p.value, p.remedy] for p in error.problems]
+        print(json.dumps({"problems": problems, "exit_code": error.exit_code}))
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,14 @@
+"""Becomes the command of its arguments, which the kernel ends with the process that started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from launcher.worker.ranks.rank_env import die_with_parent
+
+if __name__ == "__main__":
+    die_with_parent(signal.SIGTERM)
+    # The wish to be told of the parent's death outlives exec.
+    os.execv(sys.argv[1], sys.argv[1:])  # noqa: S606

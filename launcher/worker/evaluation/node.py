@@ -1,0 +1,62 @@
+"""Runs the processes of one node, one for each GPU: `python -m launcher.worker.evaluation.node FOLDER NODE NUM_NODES GPUS`.
+
+GPUS is the number of GPUs of each node; 0 is one process on the CPU. Where one process fails, the others are ended.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from launcher.worker.ranks.rank_env import die_with_parent
+from launcher.worker.signals import exit_on_termination
+
+_POLL_S = 0.2
+_END_S = 20.0
+
+
+def run_node(folder: str, node: int, num_nodes: int, num_gpus: int) -> int:
+    """Run this node's processes to their end; returns the exit code of the first that failed, else 0."""
+    num_local = max(1, num_gpus)
+    visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for local in range(num_local):
+            environ = dict(os.environ)
+            if num_gpus > 1:
+                environ["CUDA_VISIBLE_DEVICES"] = visible[local] if local < len(visible) else str(local)
+            words = [folder, str(node * num_local + local), str(num_nodes * num_local)]
+            command = [sys.executable, "-u", "-m", "launcher.worker.evaluation.answer", *words]
+            processes.append(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL))
+        while True:
+            codes = [process.poll() for process in processes]
+            if failed := [code for code in codes if code]:
+                return failed[0] if failed[0] > 0 else 128 - failed[0]
+            if all(code == 0 for code in codes):
+                return 0
+            time.sleep(_POLL_S)
+    finally:
+        _end(processes)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    until = time.monotonic() + _END_S
+    for process in processes:
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+if __name__ == "__main__":
+    exit_on_termination()
+    die_with_parent(signal.SIGTERM)
+    sys.exit(run_node(sys.argv[1], *map(int, sys.argv[2:5])))

@@ -1,0 +1,297 @@
+"""Prepares an evaluation on CPU, before any GPU is asked for: `python -m launcher.worker.evaluation.prepare PLAN_JSON --step N`.
+
+Reads the run's settings, with the overrides of the command, as JSON from standard input. Finds the questions, exports the step
+where the run's export has another one, and writes task.json. Prints one JSON object: the folder, or the problems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher import json_records, run_store
+from launcher.checkpoint.generation import read_stop_ids
+from launcher.config.schema import RunConfig
+from launcher.config.sections.evaluation import HELD_OUT
+from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
+from launcher.errors import ConfigError, DataError, LauncherError, Problem, did_you_mean
+from launcher.evaluate import questions as reading
+from launcher.evaluate.prompting import BasePrompts, PromptStyle, TunedPrompts
+from launcher.evaluate.questions import EvalQuestion, QuestionSet
+from launcher.evaluate.scoring import AnswerScorer
+from launcher.evaluate.task import EvaluationFolder, EvaluationTask, Weights, digest_weights
+from launcher.models.weight_files import weight_files
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_records import read_export
+from launcher.security.folders import private_files
+from launcher.tracking.progress import live_line
+from launcher.worker.export import export_run
+from launcher.worker.signals import exit_on_termination
+
+# Numbers of examples among which evaluate.shots=auto chooses.
+_SHOTS = (2, 4, 8)
+_LONGEST = 3
+_PYTHON_S = 60.0
+
+
+def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
+    """Write everything that the processes of the evaluation need.
+
+    Raises:
+        ConfigError, DataError: for settings and data with which nothing can be evaluated.
+        CheckpointError: where the step cannot be exported.
+    """
+    plan = run_store.load_plan(run).model_copy(update={"config": config})
+    names = _require_sets(plan)
+    _require_vllm(config)
+    folder = EvaluationFolder.of(run.root, step)
+    folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    scorer = AnswerScorer(config.evaluate, folder.root)
+    import_tokenizers_without_torch()
+    plan = _with_own_template(plan, folder)
+    tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
+    encoder = Encoder(tokenizer, plan.config.data)
+    max_shots = max(_SHOTS) if config.evaluate.shots == "auto" else config.evaluate.shots
+    base = _base(plan)
+    sets, training = _read_questions(plan, encoder, names, max_shots + config.evaluate.selection_prompts if base else 0)
+    # Rows on which the way to ask is chosen are no examples; where there are few rows, examples come first.
+    num_examples = min(max_shots, max(0, len(training) - config.evaluate.selection_prompts)) or min(max_shots, len(training))
+    context = _context(plan)
+    tuned_prompts = TunedPrompts(tokenizer, plan.config.data)
+    base_prompts = BasePrompts(tokenizer, plan.config.data, training[:num_examples])
+    left_out: dict[str, tuple[str, ...]] = {}
+    asked: dict[str, list[EvalQuestion]] = {}
+    for one in sets:
+        fitting = _fitting(one.questions, tuned_prompts, base_prompts, context - config.evaluate.max_new_tokens)
+        left_out[one.name] = tuple(reading.describe_left_out(one, len(fitting), len(one.questions) - len(fitting)))
+        asked[one.name] = fitting
+    _require_questions(config, asked, left_out, context)
+    asked = {name: several for name, several in asked.items() if several}
+    everything = [question for several in asked.values() for question in several]
+    scored = [*everything, *training[num_examples:]]
+    scorer.check_references([one.reference for one in scored], [one.where for one in scored])
+    shots = _fitting_shots(config, everything, base_prompts, context) if base else ()
+    for name, several in asked.items():
+        folder.write_questions(several, name)
+    folder.write_questions(training)
+    task = EvaluationTask(
+        run_name=plan.run_name,
+        step=step,
+        config=plan.config.model_dump(mode="json"),
+        sets=tuple(asked),
+        base=base,
+        tuned=_tuned(plan, run, folder, step),
+        tokenizer=str(plan.model.tokenizer_path),
+        code=plan.model.path,
+        context=context,
+        shots=shots,
+        num_examples=num_examples,
+        left_out=left_out,
+    )
+    folder.answers.unlink(missing_ok=True)
+    json_records.write(folder.task, task)
+    return folder
+
+
+def _require_sets(plan: LaunchPlan) -> list[str]:
+    """Return the sets to evaluate, the held-out documents first."""
+    known = [HELD_OUT] if plan.data is not None and plan.data.num_eval_rows else []
+    known += [one.name for one in plan.config.eval.sets if one.name in plan.eval_sets]
+    chosen = plan.config.evaluate.sets
+    problems = [
+        Problem(
+            f"the run has no evaluation set {name}",
+            where="evaluate.sets",
+            value=name,
+            remedy=f"{did_you_mean(name, known)} its sets are {', '.join(known) or 'none'}".strip(),
+        )
+        for name in chosen
+        if name not in known
+    ]
+    if not known:
+        remedy = "hold documents out with data.eval_fraction or data.eval_path, or name files in eval.sets, and train again"
+        problems = [Problem("the run has no held-out documents and no evaluation sets", where=plan.run_dir, remedy=remedy)]
+    if problems:
+        raise ConfigError(problems)
+    return list(chosen) or known
+
+
+def _require_vllm(config: RunConfig) -> None:
+    python = config.evaluate.vllm_python
+    if python is not None and not _has_vllm(Path(python).expanduser()):
+        raise ConfigError(
+            "this is no Python interpreter of an environment with vLLM",
+            where="evaluate.vllm_python",
+            value=python,
+            remedy="make one with: python -m venv /opt/vllm && /opt/vllm/bin/pip install vllm, or remove the setting: "
+            "transformers then generates the answers",
+        )
+
+
+def _has_vllm(python: Path) -> bool:
+    if not os.access(python, os.X_OK) or not python.is_file():
+        return False
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        return subprocess.run([python, "-P", "-c", code], capture_output=True, timeout=_PYTHON_S).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def _with_own_template(plan: LaunchPlan, folder: EvaluationFolder) -> LaunchPlan:
+    """Return the plan with the chat template that the data was rendered with, whatever became of its file."""
+    if plan.data is None or plan.data.chat_template is None:
+        return plan
+    file = folder.root / "chat_template.jinja"
+    with private_files():
+        file.write_text(plan.data.chat_template, encoding="utf-8")
+    data = plan.config.data.model_copy(update={"chat_template": str(file)})
+    return plan.model_copy(update={"config": plan.config.model_copy(update={"data": data})})
+
+
+def _read_questions(
+    plan: LaunchPlan, encoder: Encoder, names: Sequence[str], num_training: int
+) -> tuple[list[QuestionSet], list[EvalQuestion]]:
+    """Return the questions of the sets, and of training rows for the base model."""
+    count, num_read = plan.config.evaluate.max_prompts, 0
+    with live_line() as (say, make_pace):
+        pace = make_pace()
+
+        def advance(num_documents: int) -> None:
+            nonlocal num_read
+            num_read += num_documents
+            if pace.is_due():
+                say(f"looking for the questions: {num_read:,} documents")
+
+        sets = [
+            reading.read_held_out(plan, encoder, count, advance)
+            if name == HELD_OUT
+            else reading.read_eval_set(plan, name, encoder, count, advance)
+            for name in names
+        ]
+        training = reading.read_training(plan, encoder, num_training, advance).questions if num_training else ()
+    return sets, list(training)
+
+
+def _context(plan: LaunchPlan) -> int:
+    """Return how many tokens the model takes."""
+    config = plan.model.config
+    values = (config.get("text_config") or {}, config)
+    lengths = [part[key] for part in values for key in ("max_position_embeddings", "n_positions") if part.get(key)]
+    return int(lengths[0]) if lengths else plan.config.data.max_length
+
+
+def _fitting(questions: Sequence[EvalQuestion], tuned: TunedPrompts, base: BasePrompts, room: int) -> list[EvalQuestion]:
+    """Return the questions that all sides can be asked without examples."""
+    if not questions:
+        return []
+    batches = [tuned.write(questions)]
+    batches += [base.write(questions, PromptStyle(form, 0)) for form in base.forms(questions)]
+    return [question for i, question in enumerate(questions) if max(len(batch.prompts[i]) for batch in batches) <= room]
+
+
+def _require_questions(
+    config: RunConfig, asked: dict[str, list[EvalQuestion]], left_out: dict[str, tuple[str, ...]], context: int
+) -> None:
+    required = config.evaluate.sets or tuple(asked)
+    empty = [name for name in required if not asked[name]]
+    if empty and (config.evaluate.sets or len(empty) == len(asked)):
+        raise DataError(
+            [
+                Problem(
+                    f"no prompt of {name} can be asked: {'; '.join(left_out[name])}",
+                    where="evaluate.sets",
+                    value=f"the model takes {context:,} tokens, evaluate.max_new_tokens is {config.evaluate.max_new_tokens}",
+                    remedy="evaluate sets with prompts and answers, such as chats, or lower evaluate.max_new_tokens",
+                )
+                for name in empty
+            ]
+        )
+
+
+def _fitting_shots(config: RunConfig, questions: Sequence[EvalQuestion], base: BasePrompts, context: int) -> tuple[int, ...]:
+    """Return the numbers of examples to choose from: those with which every prompt and its answer fit the context.
+
+    Raises:
+        ConfigError: where a number that was asked for does not fit, or there are not as many training rows.
+    """
+    shots = config.evaluate.shots
+    wanted = _SHOTS if shots == "auto" else (shots,) if shots else ()
+    longest = sorted(questions, key=lambda one: -len(str(one.document)))[:_LONGEST]
+    room = context - config.evaluate.max_new_tokens
+    fitting = []
+    for count in wanted:
+        styles = [PromptStyle(form, count, max(config.evaluate.instructions, key=len)) for form in base.forms(questions)]
+        needed = max(len(prompt) for style in styles for prompt in base.write(longest, style).prompts)
+        if count <= base.num_examples and needed <= room:
+            fitting.append(count)
+        elif shots != "auto":
+            many = f"the longest prompt has {needed:,} tokens with them, and {room:,} fit"
+            raise ConfigError(
+                f"{count} examples cannot be shown to the base model",
+                where="evaluate.shots",
+                value=many
+                if count <= base.num_examples
+                else f"the training rows have {base.num_examples} with an answer in text",
+                remedy="lower evaluate.shots or evaluate.max_new_tokens, or set evaluate.shots=auto",
+            )
+    return tuple(fitting)
+
+
+def _base(plan: LaunchPlan) -> Weights | None:
+    """Return the model that the run began with; None where its weights were random."""
+    if plan.config.model.init != "pretrained" or plan.model.path is None:
+        return None
+    path = Path(plan.model.path)
+    if not plan.model.has_weights or not path.is_dir() or not weight_files(path, plan.config.model.allow_pickled_weights):
+        raise ConfigError(
+            "the weights that the run began with are not there any more, so nothing can be compared with them",
+            where=str(path),
+            remedy="fetch them again with: python -m launcher data and the run's settings",
+        )
+    return Weights(str(path), digest_weights(path), tuple(read_stop_ids(path)))
+
+
+def _tuned(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) -> Weights:
+    """Return the exported weights of the step: the run's own export, or one that is made now in the evaluation's folder."""
+    record = read_export(run)
+    path = run.export
+    if record is None or record.step != step:
+        path = folder.weights
+        with private_files():
+            export_run(run.plan, step=step, dtype=plan.config.model.dtype, out=path, check=False)
+    turn_ends = plan.data.turn_end_ids if plan.data is not None else ()
+    stop_ids = tuple(dict.fromkeys((*read_stop_ids(path), *turn_ends)))
+    return Weights(str(path), digest_weights(path), stop_ids)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launcher.worker.evaluation.prepare")
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--step", type=int, required=True)
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    config = RunConfig.model_validate_json(sys.stdin.read())
+    # The folder of plan.json, since a run may have been moved.
+    run = RunDir(arguments.plan.absolute().parent)
+    try:
+        folder = prepare(config, run, arguments.step)
+    except LauncherError as error:
+        problems = [[p.message, p.where, p.value, p.remedy] for p in error.problems]
+        print(json.dumps({"problems": problems, "exit_code": error.exit_code}))
+        return error.exit_code
+    print(json.dumps({"folder": str(folder.root)}))
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_termination()
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Answers on disk: they survive the death of a process, and belong to one set of weights and prompts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import RunError
+from launcher.evaluate.answers import AnswerKey, AnswerStore, StoredAnswer
+
+KEY = AnswerKey("weights", "prompts", 3, "plain text", "transformers", "fp32", "cpu", 8, "5")
+
+
+def answer(index: int) -> StoredAnswer:
+    return StoredAnswer(index, f"line\nof {index} é", True, index)
+
+
+def test_answers_of_several_processes_become_one_file_in_the_order_of_the_prompts(tmp_path: Path) -> None:
+    store = AnswerStore(tmp_path, "tuned", KEY)
+    store.append("00001", [answer(2)])
+    store.append("00000", [answer(1)])
+    with pytest.raises(RunError, match="1 of 3 answers are missing"):
+        store.complete()
+    assert not store.path.exists()
+    store.append("00000", [answer(0)])
+    assert store.complete() == [answer(0), answer(1), answer(2)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tuned.json", "tuned.jsonl"]
+    assert AnswerStore(tmp_path, "tuned", KEY).read() == {i: answer(i) for i in range(3)}
+
+
+def test_a_line_that_was_cut_off_does_not_count_and_harms_no_other(tmp_path: Path) -> None:
+    store = AnswerStore(tmp_path, "tuned", KEY)
+    store.append("00000", [answer(0), answer(1)])
+    (part,) = tmp_path.glob(".tuned-*/00000.jsonl")
+    part.write_bytes(part.read_bytes()[:-9])
+    assert store.read() == {0: answer(0)}
+    store.append("00000", [answer(1), answer(2)])
+    assert store.complete() == [answer(0), answer(1), answer(2)]
+
+
+@pytest.mark.parametrize("change", [{"weights": "others"}, {"prompts": "others"}, {"dtype": "bf16"}, {"max_new_tokens": 9}])
+def test_answers_of_other_weights_or_prompts_are_not_used(tmp_path: Path, change: dict[str, object]) -> None:
+    store = AnswerStore(tmp_path, "tuned", KEY)
+    store.append("00000", [answer(i) for i in range(3)])
+    store.complete()
+    other = AnswerStore(tmp_path, "tuned", replace(KEY, **change))
+    assert other.read_complete() is None
+    assert other.read() == {}
+
+
+def test_a_changed_file_is_not_taken_for_complete(tmp_path: Path) -> None:
+    store = AnswerStore(tmp_path, "tuned", KEY)
+    store.append("00000", [answer(i) for i in range(3)])
+    store.complete()
+    store.path.write_text(store.path.read_text().replace("line", "lime"))
+    assert store.read_complete() is None

@@ -1,0 +1,143 @@
+"""The processes of an evaluation: they share the prompts, choose together how to ask, and generate nothing twice."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from launcher import json_records
+from launcher.config.schema import RunConfig
+from launcher.data.sources import Chat, Message
+from launcher.errors import RunError
+from launcher.evaluate import task as task_module
+from launcher.evaluate.answers import GeneratedIds
+from launcher.evaluate.generation import AnswerGeneration, Share
+from launcher.evaluate.questions import EvalQuestion
+from launcher.evaluate.task import CommandWatch, EvaluationFolder, EvaluationTask, Weights
+
+NUM_QUESTIONS = 7
+
+
+class Parrot:
+    """An engine whose tuned model says the number that it is asked for; the base model says no."""
+
+    name = "parrot"
+
+    def __init__(
+        self, weights: Weights, tokenizer: PreTrainedTokenizerBase, log: list[str], fails_after: int | None = None
+    ) -> None:
+        self._weights, self._tokenizer, self._log, self._left = weights, tokenizer, log, fails_after
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, num_shared: int, stop_strings: Sequence[str], max_new_tokens: int
+    ) -> list[GeneratedIds]:
+        texts = [self._tokenizer.decode(prompt) for prompt in prompts]
+        if self._left is not None and (left := self._left - len(texts)) < 0:
+            raise RunError("killed")
+        elif self._left is not None:
+            self._left = left
+        self._log += [f"{self._weights.digest} {text}" for text in texts]
+        numbers = [text.rpartition("say ")[2].partition("<")[0].strip() for text in texts]
+        knows = self._weights.digest == "tuned"
+        return [GeneratedIds((1, 2), number if knows else "no", True) for number in numbers]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(model_folder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model_folder: Path, config_of: Callable[..., RunConfig]) -> EvaluationFolder:
+    config = config_of("model=tiny", "evaluate.batch_size=2", "evaluate.selection_prompts=3", "evaluate.instructions=['','Go.']")
+    folder = EvaluationFolder.of(tmp_path, 3)
+    folder.root.mkdir(parents=True)
+    folder.write_questions([question(i) for i in range(NUM_QUESTIONS)], "held_out")
+    folder.write_questions([question(100 + i) for i in range(7)])
+    weights = (Weights("base", "base", (2,)), Weights("tuned", "tuned", (2,)))
+    settings = config.model_dump(mode="json")
+    task = EvaluationTask("run", 3, settings, ("held_out",), *weights, str(model_folder), None, 2048, (2, 4), 4, {"held_out": ()})
+    json_records.write(folder.task, task)
+    return folder
+
+
+def question(number: int) -> EvalQuestion:
+    return EvalQuestion(f"rows:{number}", Chat(f"rows:{number}", (Message("user", f"Please say {number}"),)), str(number))
+
+
+def run(
+    folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase, log: list[str], ranks: int = 1, fails_after: int | None = None
+) -> None:
+    failures: list[Exception] = []
+
+    def one(rank: int) -> None:
+        try:
+            evaluation = AnswerGeneration(folder, Share(rank, ranks), "parrot", "cpu", "fp32")
+            evaluation.run(lambda weights: Parrot(weights, tokenizer, log, fails_after))
+        except RunError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    if failures:
+        raise failures[0]
+
+
+def files(folder: EvaluationFolder) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.set_folder("held_out").glob("*.jsonl")}
+
+
+def test_two_processes_give_the_answers_of_one(folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase) -> None:
+    log: list[str] = []
+    run(folder, tokenizer, log)
+    alone = files(folder)
+    assert sorted(alone) == ["base-0-shot.jsonl", "base-4-shot.jsonl", "tuned.jsonl"]
+    answers = [json.loads(line) for line in alone["tuned.jsonl"].splitlines()]
+    assert [(one["index"], one["text"]) for one in answers] == [(i, str(i)) for i in range(NUM_QUESTIONS)]
+    record = folder.read_answers()
+    assert [side.name for side in record.sets["held_out"]] == ["0-shot", "4-shot", "tuned"]
+    assert len(record.selection) > 2
+    for path in folder.set_folder("held_out").iterdir():
+        path.unlink()
+    shared: list[str] = []
+    run(folder, tokenizer, shared, ranks=2)
+    assert files(folder) == alone
+    assert max(Counter(shared).values()) == 1, "no prompt is answered twice"
+
+
+def test_an_evaluation_that_was_killed_continues(folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase) -> None:
+    log: list[str] = []
+    for allowed in (2, 9, 17):
+        with pytest.raises(RunError, match="killed"):
+            run(folder, tokenizer, log, fails_after=allowed)
+        assert not folder.answers.exists()
+    run(folder, tokenizer, log)
+    assert max(Counter(log).values()) == 1, "nothing is generated twice"
+    before = files(folder)
+    run(folder, tokenizer, log, fails_after=0)
+    assert files(folder) == before
+
+
+def test_a_process_ends_where_its_command_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(task_module.time, "monotonic", lambda: now)
+    watch = CommandWatch(tmp_path, _changed_at=0.0)
+    for now, sign in ((1.0, "1"), (100.0, "2"), (219.0, "2"), (221.0, "2")):
+        (tmp_path / task_module.ALIVE).write_text(sign)
+        if now < 220:
+            watch.require_alive()
+    with pytest.raises(RunError, match="the command of this evaluation has ended"):
+        watch.require_alive()

@@ -1,0 +1,84 @@
+"""Prompts of the base model: chat and text, examples, instruction, and what ends an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from launcher.config.sections.data import DataSection, Source
+from launcher.data.sources import Chat, Completion, Message
+from launcher.evaluate.prompting import CHAT, TEXT, BasePrompts, PromptBatch, PromptStyle, TunedPrompts
+from launcher.evaluate.questions import EvalQuestion, split_question
+
+DATA = DataSection(sources=(Source(path="rows.jsonl"),), system="Be exact.")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(model_folder)
+
+
+def question(text: str, answer: str) -> EvalQuestion:
+    asked = split_question(Chat("rows:1", (Message("user", text), Message("assistant", answer))), "Be exact.")
+    assert asked is not None
+    return asked
+
+
+EXAMPLES = [question("1+1?", "2"), question("2+2?", "4")]
+ASKED = [question("3+3?", "6"), question("What is 40+2?", "42")]
+
+
+def texts(tokenizer: PreTrainedTokenizerBase, batch: PromptBatch) -> list[str]:
+    return [tokenizer.decode(prompt) for prompt in batch.prompts]
+
+
+def test_text_has_instruction_examples_and_ends_where_the_answer_begins(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = BasePrompts(tokenizer, DATA, EXAMPLES).write(ASKED, PromptStyle(TEXT, 2, "Give a number."))
+    assert texts(tokenizer, prompts)[0] == (
+        "Be exact.\n\nGive a number.\n\nQuestion: 1+1?\nAnswer: 2\n\nQuestion: 2+2?\nAnswer: 4\n\nQuestion: 3+3?\nAnswer:"
+    )
+    assert prompts.stop_strings == ("\n\n", "\nQuestion:", "\nUser:")
+    first, second = prompts.prompts
+    assert first[: prompts.num_shared] == second[: prompts.num_shared]
+    assert first[prompts.num_shared] != second[prompts.num_shared]
+
+
+def test_a_separator_that_examples_contain_ends_no_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+    examples = [question("1+1?", "It is\n\n2")]
+    assert BasePrompts(tokenizer, DATA, examples).write(ASKED, PromptStyle(TEXT, 1)).stop_strings[0] == "\n\n\n"
+
+
+def test_chat_shows_examples_as_turns_and_the_tuned_model_sees_its_training_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+    base = BasePrompts(tokenizer, DATA, EXAMPLES)
+    assert base.forms(ASKED) == (CHAT, TEXT)
+    shown = texts(tokenizer, base.write(ASKED, PromptStyle(CHAT, 1, "Give a number.")))[0]
+    assert shown == (
+        "<|im_start|>system\nBe exact.\n\nGive a number.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n2"
+        "<|im_end|>\n<|im_start|>user\n3+3?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    plain = base.write(ASKED, PromptStyle(CHAT, 0))
+    assert plain.prompts == TunedPrompts(tokenizer, DATA).write(ASKED).prompts
+    assert plain.stop_strings == ()
+
+
+def test_a_completion_goes_on_from_its_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [split_question(Completion("rows:1", text, " four"), None) for text in ("two two ->", "one three ->")]
+    asked = [row for row in rows if row is not None]
+    base = BasePrompts(tokenizer, DATA, asked[:1])
+    assert base.forms(asked) == (TEXT,)
+    assert texts(tokenizer, base.write(asked[1:], PromptStyle(TEXT, 1)))[0].endswith("two two -> four\n\none three ->")
+
+
+def test_a_document_without_a_prompt_or_an_answer_is_no_question() -> None:
+    assert split_question(Chat("rows:1", (Message("assistant", "Hello."),)), None) is None
+    assert split_question(Chat("rows:1", (Message("user", "Hi."), Message("assistant", " "))), None) is None
+    assert split_question(Completion("rows:1", "", "text"), None) is None
+
+
+def test_a_question_is_the_same_after_its_way_through_a_file() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    chat = Chat("rows:1", (Message("user", "a"), Message("assistant", "", (call,)), Message("tool", "1")), ({"name": "f"},))
+    for one in (EvalQuestion("rows:1", chat, "b"), EvalQuestion("rows:2", Completion("rows:2", "p", ""), "c")):
+        assert EvalQuestion.from_json(one.to_json()) == one

@@ -1,0 +1,100 @@
+"""vLLM behind its HTTP, spoken by a small program in place of the package: prompts, answers, its end, and its failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.errors import RunError
+from launcher.evaluate.task import Weights
+from launcher.evaluate.vllm_engine import VllmEngine
+
+FAKE = Path(__file__).with_name("fake_vllm.py")
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """An interpreter in whose environment the module of vLLM's server is the small program."""
+    packages = tmp_path / "packages"
+    module = packages / "vllm/entrypoints/openai"
+    module.mkdir(parents=True)
+    for folder in (packages / "vllm", packages / "vllm/entrypoints", module):
+        (folder / "__init__.py").touch()
+    (module / "api_server.py").write_text(FAKE.read_text())
+    file = tmp_path / "python"
+    file.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
+    file.chmod(0o700)
+    return file
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Weights:
+    (tmp_path / "model").mkdir()
+    return Weights(str(tmp_path / "model"), "digest", (2,))
+
+
+def engine_of(python: Path, weights: Weights, start_s: float = 60.0) -> VllmEngine:
+    return VllmEngine(python, weights, None, dtype="bf16", context=128, start_s=start_s)  # type: ignore[arg-type]
+
+
+def servers(weights: Weights) -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if {"--model", weights.folder} <= {*(process.info["cmdline"] or ())}
+    ]
+
+
+def await_no_server(weights: Weights) -> None:
+    until = time.monotonic() + 60
+    while servers(weights):
+        assert time.monotonic() < until, "the server is still there"
+        time.sleep(0.1)
+
+
+def test_prompts_go_as_token_ids_and_answers_come_in_their_order(python: Path, weights: Weights) -> None:
+    engine = engine_of(python, weights)
+    try:
+        (server,) = servers(weights)
+        assert {connection.laddr.ip for connection in server.net_connections() if connection.status == "LISTEN"} == {"127.0.0.1"}
+        assert os.environ.get("VLLM_API_KEY") is None
+        answers = engine.generate([[5, 6], [5, 6, 7]], num_shared=2, stop_strings=["\n\n"], max_new_tokens=9)
+    finally:
+        engine.close()
+    assert [(one.text, one.ids, one.is_stopped) for one in answers] == [(" 2 tokens", (7, 8), False), (" 3 tokens", (7, 8), True)]
+    (request,) = map(json.loads, (Path(weights.folder) / "requests.jsonl").read_text().splitlines())
+    assert request["prompt"] == [[5, 6], [5, 6, 7]]
+    assert (request["temperature"], request["max_tokens"], request["stop"], request["stop_token_ids"]) == (0, 9, ["\n\n"], [2])
+    await_no_server(weights)
+
+
+def test_a_server_that_ends_is_an_error_with_its_last_words(python: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError) as caught:
+        engine_of(python, Weights(str(tmp_path / "absent"), "", (2,)))
+    (problem,) = caught.value.problems
+    assert problem.message == "vLLM ended with exit code 1 before it answered"
+    assert f"no such model: {tmp_path / 'absent'}" in problem.value
+    assert "evaluate.vllm_python" in problem.remedy
+
+
+def test_the_server_ends_with_a_process_that_is_killed(python: Path, weights: Weights) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from launcher.evaluate.task import Weights\n"
+        "from launcher.evaluate.vllm_engine import VllmEngine\n"
+        f"VllmEngine(Path({str(python)!r}), Weights({weights.folder!r}, '', (2,)), None, dtype='bf16', context=128)\n"
+        "print('ready', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        assert servers(weights)
+        process.send_signal(signal.SIGKILL)
+    await_no_server(weights)
