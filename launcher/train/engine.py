@@ -54,10 +54,13 @@ def _meet_ranks(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[dist.S
     yield store, rank, world_size
 
 
-def build_engine(plan: LaunchPlan, rank_info: RankInfo, make_progress: MakeProgress = silent) -> tuple[Any, CausalLMLoss]:
+def build_engine(
+    plan: LaunchPlan, rank_info: RankInfo, make_progress: MakeProgress = silent, has_checkpoint: bool = False
+) -> tuple[Any, CausalLMLoss]:
     """Build a DeepSpeed engine around the model, with weights loaded and partitioned. Collective.
 
-    `make_progress` reports on rank 0 how far the weights are loaded.
+    `make_progress` reports on rank 0 how far the weights are loaded. With `has_checkpoint`, a checkpoint is to be loaded into the
+    engine, and its weights have no values before.
 
     Raises:
         RunError: where the plan puts states on an NVMe disk that this node does not have.
@@ -73,7 +76,7 @@ def build_engine(plan: LaunchPlan, rank_info: RankInfo, make_progress: MakeProgr
     _prepare_nvme_folder(plan, rank_info)
     config = plan.config
     device, chunk_tokens = plan.topology.device, config.train.loss_chunk_tokens
-    model = build_model(config.model, plan.model, device, chunk_tokens, config.data.packing, make_progress)
+    model = build_model(config.model, plan.model, device, chunk_tokens, config.data.packing, make_progress, has_checkpoint)
     optimizer = build_optimizer(model.parameters_by_name().values(), plan.config.optim, plan.config.deepspeed)
     import_muon()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.deepspeed)

@@ -6,6 +6,7 @@ whole model.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import shutil
 import tempfile
@@ -126,8 +127,11 @@ def build_model(
     chunk_tokens: int,
     packing: bool = True,
     make_progress: MakeProgress = silent,
+    has_checkpoint: bool = False,
 ) -> CausalLMLoss:
     """Build the model that the plan names. Call it while an HfDeepSpeedConfig is alive.
+
+    With `has_checkpoint`, weights are neither loaded nor drawn, since a checkpoint replaces all of them.
 
     Raises:
         ConfigError: where the architecture is not a causal language model that can be trained here, or weights are missing.
@@ -151,12 +155,13 @@ def build_model(
         what = "packed documents would affect each other in the FlashAttention of this architecture"
         raise ConfigError(what, where="model.attention", value=config.model_type, remedy="set model.attention=sdpa")
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
-    if folder is not None and facts.path is not None and model.init == "pretrained" and facts.has_weights:
+    hf = _build_empty(config, **options, **remote) if has_checkpoint else None
+    if hf is None and folder is not None and facts.path is not None and model.init == "pretrained" and facts.has_weights:
         pickled = {} if model.allow_pickled_weights else {"use_safetensors": True}
         advance = make_progress("loading the weights", facts.num_params * options["dtype"].itemsize)
         with _counted_loading(advance):
             hf = _load_pretrained(folder, facts.path, model, **options, **remote, **pickled)
-    else:
+    elif hf is None:
         hf = AutoModelForCausalLM.from_config(config, **options, **remote)
     _replace_head(hf, chunk_tokens)
     if model.liger:
@@ -168,6 +173,22 @@ def build_model(
     hf.train()
     # Where documents are not packed, they may affect each other, and so may the rows of a flattened batch.
     return CausalLMLoss(hf, flatten=packing and (kernel == attention.VARLEN or kernel.startswith("flash_attention")))
+
+
+def _build_empty(config: Any, **options: Any) -> Any:
+    """Build a model without values in its weights; None where it has buffers with values, which checkpoints do not hold."""
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import deepspeed
+
+    # Under ZeRO-3, transformers gathers the weights of each module, and draws them.
+    initialize = deepspeed.initialize_weights_zero3
+    deepspeed.initialize_weights_zero3 = lambda model: None
+    try:
+        hf = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+    finally:
+        deepspeed.initialize_weights_zero3 = initialize
+    weights = {name for name, _ in hf.named_parameters(remove_duplicate=False)}
+    return hf if weights.issuperset(hf.state_dict()) else None
 
 
 @contextmanager

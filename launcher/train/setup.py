@@ -87,7 +87,7 @@ def report_ranks(run: RunContext) -> None:
 
 
 def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Components:
-    """Build everything for `run`, with the initial weights in the engine. Collective.
+    """Build everything for `run`, with the initial weights in the engine unless it begins from a checkpoint. Collective.
 
     Raises:
         RunError: where the plan has no data.
@@ -101,13 +101,14 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     peak = find_peak_tflops(plan.config, device) if rank_info.is_main else None
     fence = partial(run_store.fence, run.run_dir, rank_info.attempt, refresh=True)
     run_on_all_ranks(device, "this attempt may not train", fence if rank_info.is_main else lambda: None)
-    engine, model = build_engine(plan, rank_info, as_events(tracker.event) if rank_info.is_main else silent)
+    start = agree_on_start_point(run.run_dir, rank_info, device)
+    make_progress = as_events(tracker.event) if rank_info.is_main else silent
+    engine, model = build_engine(plan, rank_info, make_progress, has_checkpoint=start.checkpoint is not None)
     if device.type == "cuda":
         tracker.event("info", attention.describe(plan.config.model, model.hf.config, plan.config.data.packing), 0)
     # An engine that cannot be saved is refused here, not at the first checkpoint.
     saver = _build_saver(run, engine, model, fence)
     batches, eval_rows = _open_batches(run, data), _open_eval_rows(run, data)
-    start = agree_on_start_point(run.run_dir, rank_info, device)
     # Where the optimizer steps on the node's CPUs, its time tells slow ranks apart.
     steps_on_cpu = device.type == "cpu" or plan.config.deepspeed.offload_optimizer != "none"
     monitor = Monitor(plan, rank_info, device, model, engine.basic_optimizer if steps_on_cpu else None, tracker, beat)

@@ -39,15 +39,35 @@ def test_ranks_under_zero3_refuse_weights_that_do_not_cover_the_model(rank_serve
     change_weights(expert, without("model.layers.1.block_sparse_moe.experts.1.w1.weight"))
     shape = save_model(tmp_path / "shape", {"model_type": "llama"})
     change_weights(shape, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}))
-    folders = [str(folder) for folder in (complete, fused, lacking, expert, shape)]
+    cases = [(str(folder), False) for folder in (complete, fused, lacking, expert, shape)]
     (first, loaded), (second, not_counted) = rank_server.values(
-        "train_ranks:build_models", [[folders], [folders]], tmp_path / "ranks"
+        "train_ranks:build_models", [[cases], [cases]], tmp_path / "ranks"
     )
-    weights = sum(tensor.nbytes for tensor in load_file(complete / "model.safetensors").values())
-    assert loaded[0] == weights
+    assert loaded[0] == num_bytes(complete)
     assert not any(not_counted), "only rank 0 reads them"
     for said in (first, second):
         assert said[:3] == [None, None, "model.path: the weight files lack 1 tensor of the model: model.norm.weight"]
         assert "Failed to apply weight conversion for 'model.layers.1.mlp.experts.gate_up_proj'" in str(said[3])
     # Only rank 0 compares shapes; its failure ends the run.
     assert "the weight files do not fit the model: size mismatch for model.norm.weight" in str(first[4])
+
+
+def num_bytes(folder: Path) -> int:
+    """Count the bytes of the weights in a model folder."""
+    return sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+
+
+@pytest.mark.rest
+def test_weights_that_a_checkpoint_replaces_are_not_read(rank_server: RankServer, tmp_path: Path) -> None:
+    """Unless the model has buffers with values, which no checkpoint holds: here the corrections of a router."""
+    llama = save_model(tmp_path / "llama", {"model_type": "llama", "tie_word_embeddings": True})
+    change_weights(llama, without("model.norm.weight"))
+    own = {"first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+    experts = {"n_routed_experts": 8, "moe_intermediate_size": 8, "v_head_dim": 8, "n_group": 2, "topk_group": 1}
+    buffered = save_model(tmp_path / "buffered", {"model_type": "deepseek_v3", **own, **experts})
+    assert any(name.endswith("e_score_correction_bias") for name in load_file(buffered / "model.safetensors"))
+    cases = [(str(llama), True), (str(buffered), True)]
+    (problems, loaded), _ = rank_server.values("train_ranks:build_models", [[cases], [cases]], tmp_path / "ranks")
+    assert problems == [None, None]
+    assert loaded[0] == 0
+    assert loaded[1] > num_bytes(buffered) / 2

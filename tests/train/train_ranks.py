@@ -45,8 +45,8 @@ def meet() -> int:
     return rank
 
 
-def build_models(folders: list[str]) -> tuple[list[str | None], list[int]]:
-    """Build the model of each folder under ZeRO-3.
+def build_models(cases: list[tuple[str, bool]]) -> tuple[list[str | None], list[int]]:
+    """Build the model of each folder under ZeRO-3; each case also says whether there is a checkpoint.
 
     Returns the problem of each refusal, or None where the model was built; and the bytes that were counted while each loaded.
     """
@@ -60,12 +60,13 @@ def build_models(folders: list[str]) -> tuple[list[str | None], list[int]]:
     def count(num_bytes: int) -> None:
         loaded[-1] += num_bytes
 
-    for folder in folders:
+    for folder, has_checkpoint in cases:
         loaded.append(0)
         facts = model_facts(json.loads((Path(folder) / "config.json").read_text()), folder, folder, None)
         try:
             model = ModelSection(path=folder, dtype="fp32")
-            build_model(model, facts, "cpu", chunk_tokens=64, make_progress=lambda activity, total: count)
+            make_progress = lambda activity, total: count  # noqa: E731
+            build_model(model, facts, "cpu", 64, make_progress=make_progress, has_checkpoint=has_checkpoint)
         except ConfigError as error:
             refusals.append(error.problems[0].message)
         else:
