@@ -23,7 +23,8 @@ def modules(*folders: str) -> list[str]:
 
 
 SUBMIT_SIDE = [
-    *modules("cli", "config", "config/sections", "config/run_file", "plan", "clusters"),
+    *modules("cli", "cli/accounts", "cli/cleanup", "cli/starting", "cli/views"),
+    *modules("config", "config/sections", "config/run_file", "plan", "clusters"),
     *(
         "launcher.errors",
         "launcher.facts",

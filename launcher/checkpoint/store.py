@@ -23,7 +23,7 @@ from launcher import atomic_files
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, read_manifest, unreadable_error
 from launcher.checkpoint.retention import Retention, select_outdated
 from launcher.errors import CheckpointError, DamagedCheckpoint, Problem, UnreadableCheckpoint
-from launcher.plan.disk import format_size
+from launcher.plan.quantities import format_size
 from launcher.shell_commands import launcher_command
 
 # Checkpoints that were set aside, after the user resumed from an earlier step or because of damage, are never listed again.

@@ -21,8 +21,8 @@ from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.clusters.backends import cluster_for, status_reader_for
 from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, RunError, SubmitError, UnreadableCheckpoint
-from launcher.plan.disk import format_size
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
 from launcher.security import ownership

@@ -15,9 +15,9 @@ from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.cleanup import run_folders
 from launcher.cli.cleanup.cache_entries import KINDS, CacheEntry, is_locked, list_entries
-from launcher.cli.cleanup.removal import confirm, remove_path
+from launcher.cli.cleanup.removal import add_flags, is_confirmed, remove_path
 from launcher.errors import EXIT_FAILED, EXIT_REFUSED, printable
-from launcher.plan.disk import format_size
+from launcher.plan.quantities import format_count, format_size
 from launcher.security.redaction import redacted_command_line
 from launcher.tracking.metrics import format_duration
 
@@ -37,9 +37,8 @@ def run(verb: str, tokens: list[str]) -> int:
     total = format_size(sum(entry.bytes for entry in chosen))
     if not arguments.json:
         print("\n".join(_lines(entries, chosen)), end="\n\n" if entries else "\n")
-    asks = bool(chosen) and not arguments.dry_run and not arguments.yes
-    if asks and not confirm(f"remove {len(chosen)} of {len(entries)} parts, {total}?", ("clean", *tokens, "--yes")):
-        print("nothing was removed")
+    question = f"remove {len(chosen)} of {format_count(len(entries), 'part')}, {total}?"
+    if chosen and not is_confirmed(arguments, question, (verb, *tokens)):
         return EXIT_REFUSED
     removed, left = ([], []) if arguments.dry_run else _remove(chosen)
     freed = sum(entry.bytes for entry in removed)
@@ -55,9 +54,9 @@ def run(verb: str, tokens: list[str]) -> int:
     elif not chosen:
         print("nothing to remove")
     elif arguments.dry_run:
-        print(f"{len(chosen)} parts, {total}: nothing was removed, because of --dry-run")
+        print(f"{format_count(len(chosen), 'part')}, {total}: nothing was removed, because of --dry-run")
     else:
-        print(f"removed {len(removed)} parts, {format_size(freed)}")
+        print(f"removed {format_count(len(removed), 'part')}, {format_size(freed)}")
     rest = sum(entry.bytes for entry in entries) - sum(entry.bytes for entry in chosen)
     if arguments.max_size is not None and rest > arguments.max_size:
         print(f"note: {format_size(rest)} stay, more than --max-size: the rest is in use or not chosen", file=sys.stderr)
@@ -81,11 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-size", metavar="SIZE", type=_num_bytes, help=size)
     shared = "also your own data caches that a group shares; the runs of its other members are not known"
     parser.add_argument("--shared", action="store_true", help=shared)
-    parser.add_argument("--yes", action="store_true", help="do not ask")
-    parser.add_argument("--dry-run", action="store_true", help="list, and show what would be removed; remove nothing")
+    add_flags(parser)
     root = "folder of runs that may use the cache (repeatable; default: runs), besides those in which runs were started"
     parser.add_argument("--root", action="append", help=root)
-    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 

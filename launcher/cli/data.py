@@ -166,7 +166,7 @@ def _summarize(config: RunConfig, facts: DataFacts | None, fatal: bool, hint: st
         return None
     judged = findings.judge(findings.read(facts.cache_dir), config.data.checks)
     summary = "; ".join(
-        f"{'dropped: ' if one.action == 'drop' else ''}{one.finding.count:,} {one.finding.title}"
+        f"{'dropped: ' if one.action == 'drop' else ''}{one.finding.title}: {one.finding.count:,}"
         for one in sorted(judged, key=lambda one: one.action == "drop")
         if one.fatal == fatal
     )

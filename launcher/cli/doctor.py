@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from launcher.cli.accounts.account_results import check_accounts
 from launcher.cli.arguments import COMMON_FLAGS, VerbParser
-from launcher.cli.doctor_accounts import check_accounts
-from launcher.cli.interrupts import ended_by_signals
+from launcher.cli.starting.interrupts import ended_by_signals
 from launcher.cli.views import doctor_view
 from launcher.cli.views.doctor_view import DoctorReport
 from launcher.cli.worker_process import worker_environment
@@ -31,6 +31,7 @@ from launcher.clusters.check_results import (
     worst,
 )
 from launcher.clusters.node_command import NodeCommand, uninterrupted
+from launcher.clusters.storage import existing_folder
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, ConfigError, RunError, SubmitError
@@ -118,7 +119,7 @@ def _check_this_machine(config: RunConfig, deadline: float, reader: ReportReader
 @contextmanager
 def _shared_file(root: Path) -> Iterator[dict[str, str]]:
     """Write a file beside the runs, by which nodes recognise the folder; yields their variable, or nothing if it cannot."""
-    folder = next((path for path in (root, *root.parents) if path.is_dir()), Path("/"))
+    folder = existing_folder(root)
     file, content = folder / f".launcher-doctor-{secrets.token_hex(8)}", secrets.token_hex(16)
     try:
         file.write_text(content)

@@ -19,8 +19,8 @@ from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli import formatting, launch
 from launcher.cli.arguments import VerbParser
-from launcher.cli.interrupts import Interrupts
 from launcher.cli.resume import resume_run
+from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.views import drill_report
 from launcher.cli.views.drill_report import Hit, Records, Step
 from launcher.cli.views.plan_view import LABEL_WIDTH, plan_lines

@@ -15,10 +15,11 @@ from launcher.checkpoint import store
 from launcher.cli.arguments import VerbParser
 from launcher.cli.formatting import short
 from launcher.cli.worker_process import run_worker
+from launcher.clusters.storage import existing_folder
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.errors import CheckpointError, RunError, SubmitError
 from launcher.export import hub
-from launcher.plan.disk import format_size
+from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import EXPORT_RECORD, ExportRecord
 from launcher.security import ownership
@@ -111,7 +112,7 @@ def _require_room(out: Path, needed: int) -> None:
     Raises:
         SubmitError: with the room that is needed and free.
     """
-    free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
+    free = shutil.disk_usage(existing_folder(out)).free
     if free < needed:
         raise SubmitError(
             "the disk of the export folder has no room for its weights",

@@ -12,8 +12,8 @@ from typing import Any
 from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli.formatting import short
-from launcher.cli.interrupts import Interrupts
 from launcher.cli.printable_stream import raw
+from launcher.cli.starting.interrupts import Interrupts
 from launcher.clusters.backends import Cluster, StatusReader
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunError, SubmitError, printable
 from launcher.plan.run_dir import RunDir

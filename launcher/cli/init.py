@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher import facts, model_source
 from launcher.cli.arguments import COMMON_FLAGS, VerbParser
-from launcher.cli.starter_file import next_lines, slurm_overrides, starter_text
+from launcher.cli.views.starter_file import next_lines, slurm_overrides, starter_text
 from launcher.cli.worker_process import run_worker_module
 from launcher.clusters.backends import BACKENDS, cluster_for
 from launcher.config.command_line import override_key
@@ -28,6 +28,7 @@ from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
 from launcher.plan.planner import choose_topology, device_gib
 from launcher.plan.planner import plan as make_plan
+from launcher.plan.quantities import format_count
 from launcher.plan.suggested_settings import DataSample, Machine, Suggestion, needs_offload, suggest
 from launcher.security.redaction import redact
 from launcher.shell_commands import launcher_command
@@ -226,8 +227,7 @@ def _look(composed: Composed, data: str | None) -> _Look:
     reasons = {one.key: one.reason for one in (*suggestions, *offload)}
     reasons["model"] = "a preset (listed by plan --help), or `path:` with a folder or a Hub id below `model:`"
     machines = _machines(machine, node, config)
-    others = ", ".join(kind for kind in BACKENDS if kind != config.cluster.kind)
-    reasons["cluster"] = f"fitted to {machines}. The others are {others}; nodes and what a site needs are keys of this section"
+    reasons["cluster"] = f"fitted to {machines}. Number of nodes and site settings are keys of this section; {_backends(config)}"
     return _Look(config, reasons, _head(sample_report, data), assumptions, machines)
 
 
@@ -300,13 +300,12 @@ def _states_gib(config: RunConfig, gathered: Facts) -> float | None:
 def _machines(machine: Machine, node: DeviceFacts, config: RunConfig) -> str:
     """Return the machines that the settings are for, such as `16 GPUs of type H100-80GB on 2 nodes (slurm)`."""
     count, nodes = machine.world_size, config.cluster.nodes
-    several = "s" * (count > 1)
     if machine.device != "cuda":
-        ranks = f"{count} CPU rank{several} on {node.name}"
+        ranks = f"{format_count(count, 'CPU rank')} on {node.name}"
     elif kind := config.cluster.gpu_type or (node.name if node.name != "gpu" else ""):
-        ranks = f"{count} GPU{several} of type {kind}"
+        ranks = f"{format_count(count, 'GPU')} of type {kind}"
     else:
-        ranks = f"{count} GPU{several} of unknown type"
+        ranks = f"{format_count(count, 'GPU')} of unknown type"
     ranks += f" on {nodes} nodes" if nodes > 1 else ""
     return f"{ranks} ({'this machine' if config.cluster.is_this_machine else config.cluster.kind})"
 
@@ -314,13 +313,19 @@ def _machines(machine: Machine, node: DeviceFacts, config: RunConfig) -> str:
 def _head(sample_report: dict[str, Any], data: str | None) -> list[str]:
     lines = ["Settings of a run: docs/run-file.md. Every key is in docs/settings.md."]
     for source in sample_report["sources"]:
-        lines.append(f"{data or source['path']}: {source['num_rows']:,} rows of the format {source['format']}.")
+        form = f" in the {source['format']} format" if source["format"] else ""
+        lines.append(f"{data or source['path']}: {format_count(source['num_rows'], 'row')}{form}.")
     counted = "tokens" if sample_report["is_measured"] else "tokens (estimated)"
     lines.append(
         "Of {num_sampled:,} documents, half have up to {p50:,} {counted}, 90 of 100 up to {p90:,}, 99 of 100 up to {p99:,}; "
         "the longest has {longest:,}.".format(counted=counted, **sample_report)
     )
     return lines
+
+
+def _backends(config: RunConfig) -> str:
+    """Return the names of the backends other than that of the settings."""
+    return f"other clusters: {', '.join(kind for kind in BACKENDS if kind != config.cluster.kind)}"
 
 
 def _values(look: _Look, composed: Composed) -> dict[str, Any]:

@@ -10,13 +10,15 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from launcher import facts, model_source, run_store
-from launcher.cli import data, earlier_runs, formatting, hub_access, wandb_check
+from launcher.cli import data, formatting
+from launcher.cli.accounts import hub_access, wandb_check
 from launcher.cli.arguments import COMMON_FLAGS, composing_usage
 from launcher.cli.cleanup import run_folders
 from launcher.cli.cost_question import require_consent
 from launcher.cli.follow import follow, interrupted_start
 from launcher.cli.formatting import wrap
-from launcher.cli.interrupts import Interrupts
+from launcher.cli.starting import earlier_runs
+from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.views.plan_view import LABEL_WIDTH, plan_json, plan_lines, started_lines, sweep_lines
 from launcher.cli.worker_process import check_extra, prepare, run_worker_module, worker_environment
 from launcher.clusters.backends import Cluster, StatusReader, cluster_for, status_reader_for
@@ -95,7 +97,7 @@ def _plan(composed: Composed, as_json: bool) -> int:
 def _train(jobs: list[Composed], follows: bool | None, accepts_cost: bool) -> int:
     """Start all jobs, after all of them have passed their checks; returns the largest exit code."""
     if any(job.config.cluster.runs_on_every_node for job in jobs):
-        from launcher.cli import every_node
+        from launcher.cli.starting import every_node
 
         return every_node.train(jobs, follows, accepts_cost)
     plans: list[LaunchPlan] = []

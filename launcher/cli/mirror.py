@@ -16,7 +16,8 @@ from launcher import json_records, run_store
 from launcher.checkpoint.mirror import download
 from launcher.checkpoint.mirror.layout import MirroredRun, read_complete_checkpoints, read_run
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder, unreachable_error
-from launcher.cli import eval_set_caches, formatting
+from launcher.cli import formatting
+from launcher.cli.starting import eval_set_caches
 from launcher.cli.worker_process import prepare
 from launcher.config.schema import ModelSection
 from launcher.config.sections.fields import Url

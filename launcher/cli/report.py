@@ -19,8 +19,8 @@ from launcher.cli.pages.charts import Series
 from launcher.cli.pages.evaluation_html import evaluation_contexts
 from launcher.cli.views.plan_view import LABEL_WIDTH, plan_lines
 from launcher.clusters.backends import status_reader_for
-from launcher.plan.disk import format_size
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, Status
 from launcher.tracking import goodput

@@ -13,11 +13,13 @@ from launcher import code_snapshot, facts, model_source, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint
 from launcher.checkpoint.state import read_state
-from launcher.cli import eval_set_caches, formatting, wandb_check
+from launcher.cli import formatting
+from launcher.cli.accounts import wandb_check
 from launcher.cli.checkpoints import verify
 from launcher.cli.cleanup import run_folders
-from launcher.cli.interrupts import Interrupts
 from launcher.cli.launch import require_idle
+from launcher.cli.starting import eval_set_caches
+from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.worker_process import check_extra, prepare, worker_environment
 from launcher.clusters.backends import Cluster
 from launcher.clusters.preflight import check_startable, disk_note, push_note
@@ -28,6 +30,7 @@ from launcher.data import cache, sources
 from launcher.errors import CheckpointError, ConfigError, DamagedCheckpoint, DataError, LauncherError, Problem, SubmitError
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, ModelFacts
 from launcher.plan.planner import plan as make_plan
+from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, read_export
 from launcher.shell_commands import launcher_command
@@ -275,10 +278,10 @@ def describe_moved_rows(saved_plan: LaunchPlan, next_plan: LaunchPlan, step: int
     data = next_plan.config.data
     if data.group_by_length and not data.packing:
         return "another batch size changes the order of the rows: in this epoch some rows are repeated and others are skipped"
-    change = f"{next_row - num_trained:,} rows are skipped"
+    change = f"{format_count(next_row - num_trained, 'row')} skipped"
     if next_row < num_trained:
-        change = f"{num_trained - next_row:,} rows are repeated"
-    return f"step {step} starts at row {next_row:,} of the order after {num_trained:,} trained rows: {change}"
+        change = f"{format_count(num_trained - next_row, 'row')} repeated"
+    return f"step {step} starts at row {next_row:,} of the order after {format_count(num_trained, 'trained row')}: {change}"
 
 
 def _all_overrides(earlier: Sequence[str], overrides: Sequence[str], changes: Sequence[Difference]) -> tuple[str, ...]:
@@ -351,7 +354,7 @@ def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts, asks_f
         elif changed := _changed_sources(recorded, config):
             print(f"note: changed since the rows of this run were built: {'; '.join(changed)}", flush=True)
             if not asks_for_data:
-                print(f"note: the run continues with the {recorded.num_rows:,} rows as they were built", flush=True)
+                print(f"note: the run continues with the {format_count(recorded.num_rows, 'row')} as built", flush=True)
                 return recorded
         else:
             return recorded

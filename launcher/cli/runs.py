@@ -12,9 +12,9 @@ from launcher import run_records, run_store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.follow import StatusWatch, follow, interrupted_start
-from launcher.cli.interrupts import Interrupts
 from launcher.cli.printable_stream import as_plain_lines
 from launcher.cli.resume import resume_run
+from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.views.plan_view import started_lines
 from launcher.clusters.backends import FilesOnly, StatusReader, cluster_for, status_reader_for
 from launcher.errors import DamagedRun, SubmitError, printable
@@ -195,7 +195,7 @@ def _cancel(run: RunDir, arguments: argparse.Namespace) -> int:
 def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
     plan = run_store.load_plan(run)
     if plan.config.cluster.runs_on_every_node:
-        from launcher.cli import every_node
+        from launcher.cli.starting import every_node
 
         return every_node.resume(run, plan, arguments)
     cluster = cluster_for(plan.config.cluster.kind)

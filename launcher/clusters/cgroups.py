@@ -15,7 +15,7 @@ from pathlib import Path
 from launcher import json_records
 from launcher.errors import LauncherError
 from launcher.locks import pid_namespace
-from launcher.plan.disk import format_size
+from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 
 OWN_CGROUPS, VMSTAT = Path("/proc/self/cgroup"), Path("/proc/vmstat")

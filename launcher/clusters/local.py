@@ -18,7 +18,7 @@ from launcher.clusters.cgroups import limit_that_killed_agents
 from launcher.clusters.faults import InjectedFault
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
-from launcher.plan.disk import format_size
+from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 

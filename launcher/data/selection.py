@@ -95,5 +95,5 @@ def _nothing_left(docs: DocumentTable, data: DataSection, all_findings: findings
     )
     num_held_out = np.count_nonzero(docs.held_out)
     num_read = f"{len(docs.held_out) - num_held_out:,} documents to train on and {num_held_out:,} held-out ones were read"
-    reasons = [f"{finding.count:,} {finding.title} ({finding.examples[0].where})" for finding in dropped]
+    reasons = [f"{finding.title}: {finding.count:,} ({finding.examples[0].where})" for finding in dropped]
     return NothingLeft(Problem(message, where, "; ".join([num_read, *reasons]), remedy))

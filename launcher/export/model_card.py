@@ -19,6 +19,7 @@ from launcher.config.schema import is_local_path
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.export.hf_folder import CARD, ExportedFolder
 from launcher.plan.launch_plan import Batch, LaunchPlan
+from launcher.plan.quantities import format_count
 from launcher.security.redaction import redact
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _data_rows(plan: LaunchPlan) -> Rows:
             ("documents", f"{data.num_docs:,}, of which {data.truncated_docs:,} were cut"),
             ("rows", f"{data.num_rows:,} of at most {config.max_length:,} tokens"),
             ("tokens", f"{data.num_tokens:,}, of which {data.num_trained_tokens:,} are trained"),
-            ("held out", f"{data.num_eval_rows:,} rows, {data.num_eval_tokens:,} tokens"),
+            ("held out", f"{format_count(data.num_eval_rows, 'row')}, {format_count(data.num_eval_tokens, 'token')}"),
         ]
     return rows
 
@@ -150,13 +151,14 @@ def _settings_rows(plan: LaunchPlan, step: int) -> Rows:
     optim, zero = config.optim, config.deepspeed
     decay = f"weight decay {optim.weight_decay:g}, betas {optim.betas[0]:g} and {optim.betas[1]:g}, eps {optim.eps:g}"
     clip = f"gradient norm at most {config.train.grad_clip:g}" if config.train.grad_clip else "gradients not clipped"
-    split = f"{batch.micro_batch_size} rows per rank, {batch.accumulation} accumulated"
-    nodes = f"{topology.world_size} ranks on {topology.nodes} node{'s' if topology.nodes > 1 else ''} ({topology.device})"
+    warmup = format_count(optim.warmup_steps, "step")
+    split = f"{format_count(batch.micro_batch_size, 'row')} per rank, {batch.accumulation} accumulated"
+    nodes = f"{format_count(topology.world_size, 'rank')} on {format_count(topology.nodes, 'node')} ({topology.device})"
     return [
         ("optimizer", f"{optim.name}, {decay}; {clip}"),
         ("learning rate", f"{optim.lr:g} at its peak"),
-        ("schedule", f"{optim.schedule}, {optim.warmup_steps:,} steps of warm-up, down to {optim.min_lr_ratio:g} of the peak"),
-        ("batch", f"{batch.global_batch_size} rows per step ({split})"),
+        ("schedule", f"{optim.schedule}, {warmup} of warm-up, down to {optim.min_lr_ratio:g} of the peak"),
+        ("batch", f"{format_count(batch.global_batch_size, 'row')} per step ({split})"),
         ("length", _length(batch, step)),
         (
             "packing",
@@ -181,9 +183,9 @@ def _changed_rows(plan: LaunchPlan, plans: Sequence[LaunchPlan]) -> Rows:
 def _length(batch: Batch, step: int) -> str:
     """Return the length of the training up to `step`, and the planned length if it is longer."""
     if not batch.max_steps:
-        return f"{step:,} steps"
+        return format_count(step, "step")
     if step >= batch.max_steps:
-        return f"{step:,} steps" + (f", {batch.epochs:g} epochs" if batch.epochs else "")
+        return format_count(step, "step") + (f", {batch.epochs:g} epochs" if batch.epochs else "")
     length = f"{step:,} of {batch.max_steps:,} planned steps"
     if not batch.epochs:
         return length
@@ -215,9 +217,10 @@ def _weight_rows(exported: ExportedFolder) -> Rows:
     compared = "not compared with the engine's"
     if exported.num_compared:
         compared = f"{exported.num_compared} of {exported.num_tensors} tensors match the engine's weights by digest"
+    files = format_count(len(exported.files), "file")
     rows = [
         ("dtype", exported.dtype),
-        ("size", f"{exported.num_parameters:,} parameters, {exported.num_bytes:,} bytes in {len(exported.files)} file(s)"),
+        ("size", f"{exported.num_parameters:,} parameters, {exported.num_bytes:,} bytes in {files}"),
         ("weights", compared),
     ]
     if exported.added_stop_ids:

@@ -8,6 +8,7 @@ from launcher.config.sections.data import DataSection
 from launcher.config.sections.train import TrainSection
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import Batch, DataFacts
+from launcher.plan.quantities import format_count
 
 # Tokens of one forward pass that keep a device busy; more only costs memory.
 _TOKENS_PER_FORWARD = {"cuda": 8192, "cpu": 1024}
@@ -31,7 +32,7 @@ def single_step_warning(train: TrainSection, num_rows: int, world_size: int | No
     of = "" if world_size else " (if it divides over the ranks)"
     fewer = f"set train.global_batch_size={smaller} for {steps:,} steps{of}, or " if steps > 1 else ""
     return (
-        f"the run has 1 step: {epochs:g} epoch{'s' * (epochs != 1)} of {num_rows:,} row{'s' * (num_rows > 1)} "
+        f"the run has 1 step: {epochs:g} epoch{'s' * (epochs != 1)} of {format_count(num_rows, 'row')} "
         f"{'is' if epochs == 1 else 'are'} no more than one batch of {batch:,}: {fewer}"
         f"set train.epochs={math.ceil(_MORE_STEPS * batch / num_rows)} for {_MORE_STEPS} steps, or add documents"
     )

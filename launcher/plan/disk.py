@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launcher.errors import Problem
+from launcher.plan.quantities import format_count, format_size
 
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import LaunchPlan
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 REFERENCE_TOKENS = 64
 # Headers of the files, the state of the loader and of the random generators, the manifest.
 _SMALL_FILES_BYTES = 256 * 1024
-_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 _REMEDY = "free space on this disk, or put run.root on a larger one"
 
 
@@ -27,11 +27,6 @@ def checkpoints_at_once(plan: LaunchPlan) -> int:
         num_kept += max_steps // checkpoint.keep_every
     num_saves = -(-max_steps // checkpoint.save_every) if checkpoint.save_every else 1
     return min(num_kept + 1, num_saves)
-
-
-def format_size(num_bytes: int) -> str:
-    """Return a number of bytes in a suitable unit."""
-    return next((f"{num_bytes / factor:,.2f} {unit}" for unit, factor in _UNITS if num_bytes >= factor), f"{num_bytes:,} bytes")
 
 
 def needed_bytes(plan: LaunchPlan, count: int = 1) -> int:
@@ -62,7 +57,7 @@ def note(plan: LaunchPlan, available: int, present: int) -> str | None:
     needed = needed_bytes(plan, count)
     if available >= needed:
         return None
-    more = f"{count}{' more' if present else ''} checkpoint{'s' if count > 1 else ''}"
+    more = format_count(count, "more checkpoint" if present else "checkpoint")
     fewer = "lower checkpoint.keep_last, " if plan.config.checkpoint.keep_last > 1 else ""
     return (
         f"the disk of the run directory has {format_size(available)} free and needs {format_size(needed)} for {more}, including "

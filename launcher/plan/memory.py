@@ -106,7 +106,7 @@ def plan_saving(
         return Saving(background=False, host_gib_per_node=0.0, note=note)
     if host_gib is not None and memory.host_per_node_gib + copies > _USABLE_HOST_SHARE * host_gib:
         note = (
-            f"training waits while a checkpoint is written: a copy of the states takes {copies:.1f} GiB of main memory a node, "
+            f"training waits while a checkpoint is written: a copy of the states takes {copies:.1f} GiB of main memory per node, "
             f"which has {host_gib:.0f} GiB, of which the run uses {memory.host_per_node_gib:.1f} GiB"
         )
         return Saving(background=False, host_gib_per_node=0.0, note=note)

@@ -12,6 +12,7 @@ from launcher.errors import Problem
 from launcher.plan.batch import single_step_warning
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.optimizers import OPTIMIZERS
+from launcher.plan.quantities import format_count
 
 # transformers looks positions up in a table of fixed length, so a longer document fails with an index error.
 _POSITION_TABLES = ("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt")
@@ -85,9 +86,10 @@ def warnings(plan: LaunchPlan) -> Iterator[str]:
         fitting = (
             f"set train.global_batch_size={largest}"
             if largest
-            else f"lower it, and use at most {data.num_rows} rank{'s' * (data.num_rows > 1)}"
+            else f"lower it, and use at most {format_count(data.num_rows, 'rank')}"
         )
-        yield f"a batch of {batch:,} rows is more than all {data.num_rows:,} rows of the data, so a step repeats rows: {fitting}"
+        rows = format_count(data.num_rows, "row")
+        yield f"a batch of {format_count(batch, 'row')} is more than the {rows} of the data, so a step repeats rows: {fitting}"
     yield from _short_saves(plan)
 
 
@@ -104,7 +106,7 @@ def _short_saves(plan: LaunchPlan) -> Iterator[str]:
         if seconds < needed_s and save_s > 1:
             size = f"{gib:,.0f} GiB at an assumed {CHECKPOINT_GIB_PER_SECOND:g} GiB/s per node need {save_s} s"
             yield (
-                f"{key}={seconds:g} is less than a save may take: {size} on {nodes} node{'s' * (nodes > 1)}, and the step in "
+                f"{key}={seconds:g} is less than a save may take: {size} on {format_count(nodes, 'node')}, and the step in "
                 f"progress ends first: set {key}={needed_s}"
             )
 

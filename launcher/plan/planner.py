@@ -15,6 +15,7 @@ from launcher.plan.architecture import architecture_problems
 from launcher.plan.gpu_types import GPUS, Price, lookup, typical_price
 from launcher.plan.launch_plan import Batch, Facts, LaunchPlan, Limits, ModelFacts, Topology
 from launcher.plan.optimizers import OPTIMIZERS, optimizer_problems
+from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import default_name
 
 CPU_RANKS = 2
@@ -200,7 +201,7 @@ def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
     if too_large := _too_large(planned):
         topology = planned.topology
         remedy = f"use more ranks, {offload}, or name larger GPUs with cluster.gpu_type"
-        size = f"{topology.nodes} node{'s' * (topology.nodes > 1)} of {topology.ranks_per_node} ranks"
+        size = f"{format_count(topology.nodes, 'node')} of {format_count(topology.ranks_per_node, 'rank')}"
         yield Problem(too_large, where="cluster", value=size, remedy=remedy)
         return
     smallest = fewest(planned)
@@ -219,7 +220,7 @@ def _too_large(planned: LaunchPlan) -> str:
     states, ranks = planned.memory, planned.topology.world_size
     if states.device_gib is None or states.per_rank_gib <= states.device_gib:
         return ""
-    sharded = f"model states over {ranks} rank{'s' * (ranks > 1)}"
+    sharded = f"model states over {format_count(ranks, 'rank')}"
     return f"{sharded} need {states.per_rank_gib:.0f} GiB per GPU, and a GPU has {states.device_gib:.0f}"
 
 

@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.plan.quantities import format_count
+
 _RATE_OF_1B, _RATE_EXPONENT, _MAX_RATE = 3e-5, -0.64, 1e-4
 _ROUND_RATES = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
 # Of OLMo 2 1B and Tulu 3: 128 rows of 4,096 tokens. A CPU would take minutes for such a step.
@@ -153,32 +155,32 @@ def _epochs_reason(epochs: int, num_documents: int) -> str:
         return f"as OLMo 2 and Tulu 3, for {num_documents:,} documents; the held-out loss shows when more would overfit"
     if epochs == 1:
         return f"{num_documents:,} documents: a second pass adds little"
-    return f"{num_documents:,} documents are few; watch the held-out loss, which rises when the model overfits"
+    return f"only {format_count(num_documents, 'document')}; watch the held-out loss, which rises when the model overfits"
 
 
 def _warmup_reason(steps: int) -> str:
     at_least = "" if steps * _WARMUP_SHARE >= 1 else ", at least one"
-    return f"3% of about {steps:,} steps{at_least}; as OLMo 2 and Tulu 3 (2411.15124)"
+    return f"3% of about {format_count(steps, 'step')}{at_least}; as OLMo 2 and Tulu 3 (2411.15124)"
 
 
 def _evaluation_reason(steps: int) -> str:
     if steps < _NUM_EVALUATIONS:
-        return f"0: only before and after training, which has about {steps} steps"
+        return f"0: only before and after training, which has about {format_count(steps, 'step')}"
     return f"about {_NUM_EVALUATIONS} times, besides before and after training"
 
 
 def _checkpoint_reason(steps: int) -> str:
     if steps < _NUM_CHECKPOINTS:
-        return f"0: only at the end and when stopped; the run has about {steps} steps"
+        return f"0: only at the end and when stopped; the run has about {format_count(steps, 'step')}"
     return "a fifth of the run: what a lost machine costs at most"
 
 
 def _batch_reason(batch: int, length: int, steps: int, machine: Machine) -> str:
-    ranks = f"{machine.world_size} rank{'s' * (machine.world_size > 1)}"
+    ranks = format_count(machine.world_size, "rank")
     limit = _MAX_STEP_TOKENS[machine.device]
     why = f"published runs have about {limit:,} tokens in a step" if machine.device == "cuda" else "small, for a CPU"
     if batch * length < limit // 2:
-        why += f"; fewer here, for about {steps:,} steps"
+        why += f"; fewer here, for about {format_count(steps, 'step')}"
     return f"rows of a step: a multiple of {ranks}, {batch * length:,} tokens; {why}"
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from launcher.plan.architecture import num_experts, train_flops
 from launcher.plan.gpu_types import GPUS, recognize
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.quantities import format_count
 
 ZERO3_SHARE = 0.7
 # Tokens of a micro-batch from which the published MFU is taken as it is, and below which there is no estimate.
@@ -104,7 +105,7 @@ def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> 
     adds_network = plan.topology.nodes > 1
     if measured is not None:
         low, high = measured.low, measured.high
-        basis = f"measured in run {measured.run_name} on {_ranks(measured.num_ranks)}"
+        basis = f"measured in run {measured.run_name} on {format_count(measured.num_ranks, 'rank')}"
         adds_network &= measured.num_ranks <= plan.topology.ranks_per_node
     elif micro_batch_tokens < MIN_TOKENS:
         few = f"a micro-batch has {micro_batch_tokens:,.0f} tokens, and below {MIN_TOKENS:,} no MFU is published"
@@ -114,16 +115,16 @@ def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> 
         if isinstance(published, str):
             return SpeedEstimate(f"{published}; a run of this model gives one to later plans")
         low, high = ZERO3_SHARE * published[0], published[1]
-        basis = f"{_SOURCE}, at the low end {ZERO3_SHARE:g} of it for ZeRO-3"
+        basis = f"{_SOURCE}, the low end scaled by {ZERO3_SHARE:g} for ZeRO-3"
         if micro_batch_tokens < FULL_TOKENS:
             share = micro_batch_tokens / FULL_TOKENS
             low *= share
-            basis += f", and {share:.2g} of that for micro-batches of {micro_batch_tokens:,.0f} tokens"
+            basis += f" and by {share:.2g} for micro-batches of {micro_batch_tokens:,.0f} tokens"
     if adds_network:
         low = _with_network(plan, low, peak, flops, micro_batch_tokens)
         basis += f"; the low end assumes {ASSUMED_GBITS} Gbit/s between nodes"
     if plan.data is None:
-        basis += "; every row is taken for one trained document of data.max_length"
+        basis += "; assumes one document of data.max_length tokens per row, all trained"
     per_gpu = low * peak * 1e12 / flops, high * peak * 1e12 / flops
     world_size, hours = plan.topology.world_size, None
     per_second = per_gpu[0] * world_size, per_gpu[1] * world_size
@@ -141,10 +142,6 @@ def _with_network(plan: LaunchPlan, mfu: float, peak: float, flops: float, micro
     num_bytes = _BYTES_PER_PARAM * plan.model.num_params * (nodes - 1) / nodes
     ideal_s = micro_batch_tokens * flops / (peak * 1e12)
     return ideal_s / (ideal_s / mfu + num_bytes / (ASSUMED_GBITS * 1e9 / 8))
-
-
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s' * (count > 1)}"
 
 
 def _flops_per_token(plan: LaunchPlan) -> float | None:

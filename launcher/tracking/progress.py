@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from launcher.plan.disk import format_size
+from launcher.plan.quantities import format_size
 from launcher.tracking.metrics import format_duration
 
 Say = Callable[[str], None]

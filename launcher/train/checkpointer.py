@@ -13,7 +13,8 @@ from launcher.checkpoint.manifest import HELD_OUT
 from launcher.checkpoint.saver import Saved, Saver
 from launcher.data.cache import Split
 from launcher.errors import CheckpointError, LauncherError, Superseded
-from launcher.plan.disk import REFERENCE_TOKENS, format_size
+from launcher.plan.disk import REFERENCE_TOKENS
+from launcher.plan.quantities import format_size
 from launcher.tracking.tracker import Composite
 from launcher.train.model import CausalLMLoss
 

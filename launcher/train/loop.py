@@ -22,6 +22,7 @@ from launcher.data.loader import StepBatch
 from launcher.distributed import RankInfo, StepReduction, all_reduce_step, rank0_broadcast
 from launcher.errors import CheckpointError, DivergedError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import SUPERSEDED
 from launcher.tracking.progress import as_events, silent
@@ -36,7 +37,7 @@ from launcher.train.monitoring.skipped_steps import SkippedSteps
 from launcher.train.optim import compute_learning_rate, set_learning_rate
 from launcher.train.resume import load_newest_intact
 from launcher.train.setup import Components, RunContext, build_components, report_ranks
-from launcher.train.stop import Outcome, Stop, has_time_to_save, make_untrained_outcome
+from launcher.train.stop import Outcome, Stop, has_time_to_save, make_early_outcome, make_untrained_outcome
 
 # Seconds that a failing rank waits for an in-flight save.
 _DRAIN_S = 10.0
@@ -296,7 +297,7 @@ class TrainingLoop:
         last_eval = self.eval_of_this_step()
         self.run.tracker.summary({"last_step": self.step, **(last_eval.metrics if last_eval else {})})
         if self.is_last_step():
-            return Outcome("completed", "completed", self.step, f"{self.step} steps", checkpoint)
+            return Outcome("completed", "completed", self.step, format_count(self.step, "step"), checkpoint)
         return Outcome("completed", "completed", self.step, *self._best_weights(checkpoint))
 
     def is_cancelled_before_training(self) -> bool:
@@ -369,7 +370,8 @@ class TrainingLoop:
 
     def _best_weights(self, newest: Path) -> tuple[str, Path]:
         """Return the message and the checkpoint of a run that ends by early stopping: the best one, where it is kept."""
-        message, best = f"{self.step} steps; {self.early_stopping.message}", self._checkpoint_path(self.early_stopping.best_step)
+        best = self._checkpoint_path(self.early_stopping.best_step)
+        message = f"{format_count(self.step, 'step')}; {self.early_stopping.message}"
         if rank0_broadcast(self.run.rank_info, "the best checkpoint cannot be read", best.is_dir):
             return f"{message}; the weights of step {self.early_stopping.best_step} are used", best
         return f"{message}; that step is not kept (see checkpoint.keep_best), so the last weights are used", newest
@@ -391,11 +393,6 @@ class TrainingLoop:
 
     def _early_outcome(self, reason: str, is_saved: bool) -> Outcome:
         checkpointer = self.parts.checkpointer
-        state = "cancelled" if reason == "cancelled" else "preempted"
-        causes = {"cancelled": "stopped on request", "preempted": "the machine was asked to stop", "limit": self.reached_limit}
-        step = self.step if is_saved or checkpointer.saved_step is None else checkpointer.saved_step
-        result = f"saved at step {step} of {self.parts.max_steps}"
-        if not is_saved:
-            needed = f"{checkpointer.save_s:.0f} s"
-            result = f"no time was left at step {self.step} to save, which takes {needed}; step {step} is kept"
-        return Outcome(state, reason, step, f"{causes[reason]}; {result}", self._checkpoint_path(step))
+        kept_step = self.step if is_saved or checkpointer.saved_step is None else checkpointer.saved_step
+        checkpoint, max_steps = self._checkpoint_path(kept_step), self.parts.max_steps
+        return make_early_outcome(reason, self.reached_limit, self.step, max_steps, kept_step, checkpointer.save_s, checkpoint)

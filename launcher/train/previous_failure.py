@@ -10,8 +10,8 @@ from launcher import run_records, run_store
 from launcher.errors import LauncherError
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.plan.xids import BROKEN, LOST
 from launcher.tracking.jsonl import read_events
+from launcher.train.monitoring.xids import BROKEN, LOST
 
 # The field with the number of restarts, in the alert of a node agent that restarts its ranks.
 RESTART = "restart"

@@ -20,6 +20,7 @@ from launcher.data.sources import make_eval_source
 from launcher.distributed import RankInfo, run_on_all_ranks
 from launcher.errors import RunError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
+from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.goodput import JOINED, PHASE
 from launcher.tracking.progress import as_events, silent
@@ -76,7 +77,7 @@ def report_ranks(run: RunContext) -> None:
     """Record that the ranks have joined, why the ranks before them failed, and how fast the network is. Collective."""
     world_size, tracker = run.rank_info.world_size, run.tracker
     fields: dict[str, Any] = {PHASE: JOINED, "ranks": world_size}
-    tracker.event("info", f"{world_size} ranks have joined", 0, **fields)
+    tracker.event("info", f"{format_count(world_size, 'rank')} joined", 0, **fields)
     if run.rank_info.is_main and (failure := find_previous_failure(run.run_dir, run.rank_info.attempt)):
         tracker.event("alert", failure.message, recorded=failure.is_recorded)
     if world_size > 1:

@@ -50,6 +50,21 @@ def make_untrained_outcome(step: int, checkpoint: Path | None) -> Outcome:
     return Outcome("cancelled", "cancelled", step, f"stopped before training had begun; {newest}", checkpoint)
 
 
+def make_early_outcome(
+    reason: str, limit: str, step: int, max_steps: int, kept_step: int, save_s: float | None, checkpoint: Path
+) -> Outcome:
+    """Return the outcome of an attempt that stopped at `step` for one of STOP_REASONS; `limit` is the limit that it reached.
+
+    `kept_step` is the step of `checkpoint`: an earlier one where no time was left for a save, which takes `save_s` seconds.
+    """
+    state = "cancelled" if reason == "cancelled" else "preempted"
+    causes = {"cancelled": "stopped on request", "preempted": "the machine was asked to stop", "limit": limit}
+    result = f"saved at step {step} of {max_steps}"
+    if kept_step != step:
+        result = f"no time was left at step {step} to save, which takes {save_s:.0f} s; step {kept_step} is kept"
+    return Outcome(state, reason, kept_step, f"{causes[reason]}; {result}", checkpoint)
+
+
 def has_time_to_save(
     cluster: ClusterSection, reason: str, asked_at: float | None, save_s: float | None, device: torch.device
 ) -> bool:

@@ -66,12 +66,12 @@ def look(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _sample(source: Source, upper_bound: int) -> tuple[list[Document], str, int]:
-    """Return documents from all parts of a source, the format of its rows, and their number."""
+def _sample(source: Source, upper_bound: int) -> tuple[list[Document], str | None, int]:
+    """Return documents from all parts of a source, the format of its rows (None where they have none), and their number."""
     # Whole batches are parsed, so the documents of every step-th one are spread over the files.
     step = max(1, upper_bound // _NUM_SAMPLED)
     kept: list[Document] = []
-    row_format: str = source.format
+    row_format: str | None = None if source.format == "auto" else source.format
     num_rows = 0
     for number, batch in enumerate(sources.read_batches(source)):
         row_format = batch.format or row_format

@@ -20,8 +20,8 @@ from launcher.export.hf_folder import (
     find_chat_template,
     verify_checkpoint,
 )
-from launcher.plan.disk import format_size
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.quantities import format_count, format_size
 from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
 from launcher.shell_commands import launcher_command
@@ -71,7 +71,7 @@ def _load(plan_path: Path) -> LaunchPlan:
 
 def _lines(made: ExportedFolder) -> list[str]:
     """Return the lines that describe an export to a person."""
-    size = f"{made.num_bytes:,} bytes in {len(made.files)} file(s)"
+    size = f"{made.num_bytes:,} bytes in {format_count(len(made.files), 'file')}"
     lines = [f"exported step {made.step} to {made.path}", f"  {made.num_parameters:,} parameters in {made.dtype}, {size}"]
     if made.added_stop_ids:
         lines.append(f"  {describe_added_stop_ids(made)}")

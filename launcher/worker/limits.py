@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launcher.clusters.cgroups import LimitEvents
-from launcher.plan.disk import format_size
+from launcher.plan.quantities import format_size
 
 _DISK = re.compile(r"No space left on device|Disk quota exceeded|not enough free disk space", re.IGNORECASE)
 _FILES = re.compile(r"Too many open files", re.IGNORECASE)

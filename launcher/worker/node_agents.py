@@ -1,24 +1,82 @@
-"""The nodes of an attempt: their addresses, the connection of their agents, and whether they are fit to train."""
+"""The part of one node among several of an attempt: meet the other agents, check the node, run its ranks, leave a record."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import launcher
+from launcher import json_records
 from launcher.clusters import network
 from launcher.config.sections.cluster import ManagedSection
 from launcher.errors import Problem, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.run_records import Attempt, FailureRecord, NodeRecord, node_file
+from launcher.worker import failure_record
+from launcher.worker.agent import NodeAgent
 from launcher.worker.checks import node_check
+from launcher.worker.limits import cause_of
+from launcher.worker.mirror_process import MirrorProcess
 from launcher.worker.ranks.rank_env import NodeInfo
 
 # Nodes usually start within seconds of each other; a prologue, a container or a slow file system may take minutes.
 _MEET_DEADLINE_S = 300.0
+
+
+@dataclass(frozen=True)
+class NodeResult:
+    """How the ranks of a node ended, or why they did not start. `mirror` is the process on the head node, where there is one."""
+
+    failure: FailureRecord | None
+    problems: tuple[Problem, ...]
+    mirror: MirrorProcess | None
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.failure is None and not self.problems else 1
+
+
+def run_node(
+    agent: NodeAgent, record: Attempt, number: int, log: Path, job: str | None = None, why_ended: Callable[[], str] = str
+) -> NodeResult:
+    """Meet the agents of the other nodes, check node `number` and run its ranks to their end.
+
+    `log` is the file with the agent's output; `job` and `why_ended` are those of `NodeAgent.run_ranks`.
+    """
+    plan, run, attempt = agent.plan, agent.run, agent.attempt
+    mirror: MirrorProcess | None = None
+    failure: FailureRecord | None = None
+    problems: list[Problem] = []
+    try:
+        node = node_info(plan, record, number)
+        store = connect(record, node)
+        problems = check(store, plan, run, attempt, record, node)
+        if not problems and not agent.stopper.requested:
+            mirror = agent.start_mirror() if node.is_head else None
+            failure = agent.run_ranks(node, store, job, why_ended)
+    except Exception as error:
+        failure = failure_record.from_exception(error, log, limit=cause_of(error, run.root))
+    return NodeResult(failure, tuple(problems), mirror)
+
+
+def write_record(agent: NodeAgent, number: int, host: str, result: NodeResult) -> None:
+    """Write the record of node `number`, by which the attempt is concluded."""
+    record = NodeRecord(
+        number,
+        ended_at=time.time(),
+        host=host,
+        started_at=agent.started_at,
+        stopped=agent.stopper.requested,
+        killed=agent.stopper.killed,
+        first_failure=result.failure,
+        problems=result.problems,
+    )
+    json_records.write(node_file(agent.run, agent.attempt, number), record)
 
 
 def node_info(plan: LaunchPlan, record: Attempt, node: int) -> NodeInfo:

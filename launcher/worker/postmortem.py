@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,23 +15,15 @@ from launcher.errors import WOULD_REPEAT, Problem, RunError
 from launcher.plan import retry
 from launcher.plan.retry import AttemptEnd, Cause, Decision, RestartedRanks, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, ExitRecord, FailureRecord, NodeRecord, OutcomeRecord
+from launcher.run_records import Attempt, ExitRecord, FailureRecord, OutcomeRecord
 from launcher.tracking.metrics_tail import newest_trained_step
 from launcher.worker import failure_record
 from launcher.worker.checks import node_check
 from launcher.worker.signals import CANCEL, PREEMPT
+from launcher.worker.slurm import job_output
 
 # Slurm sends its signal up to a minute before the lead begins.
 _SIGNAL_SPREAD_S = 90.0
-# As in `srun: error: n1: task 1: Exited with exit code 7`; a task that a signal ended is another matter.
-_SRUN_ERROR = re.compile(r"srun: error: ([\w.-]+): tasks? [\d,-]+: (Exited with exit code \d+)")
-# As in `srun: error: n1: task 1: Killed`; the first of them is the cause, since srun then ends the tasks of the other nodes.
-_SRUN_SIGNAL = re.compile(r"srun: error: ([\w.-]+): tasks? [\d,-]+: (Killed|Segmentation fault|Aborted|Bus error|Out Of Memory)")
-# As in `srun: error: Aborting, io error and missing step on node 1`, counted from 0.
-_SRUN_MISSING = re.compile(r"srun: error: Aborting, .* on node (\d+)$", re.MULTILINE)
-_SRUN_NODE_FAILURE = re.compile(r"Node failure on ([\w.-]+)")
-# As Slurm's accounting, its cgroup plugin and the kernel name it.
-_OUT_OF_MEMORY = re.compile(r"exceeded memory limit|oom_kill|oom-kill|Out Of Memory", re.IGNORECASE)
 _FINAL = tuple(kind.__name__ for kind in WOULD_REPEAT)
 # What an agent raises before it starts its ranks, because its node lacks something.
 _NODE_ERRORS = ("RunError", "DamagedRun", "SlurmError")
@@ -199,7 +190,7 @@ def judge(
     ending = _judge(run, number, attempt, state, lead_s, exit_code, lost_nodes, failed_nodes, silence or {})
     if ending.cause is not Cause.INFRASTRUCTURE:
         return ending
-    if _OUT_OF_MEMORY.search(_job_output(run, number, attempt)):
+    if job_output.exceeded_memory(job_output.read_output(run, number, attempt)):
         return replace(ending, message=f"a memory limit was exceeded (raise cluster.mem): {ending.message}")
     silent = [node for node in range(len(attempt.nodes)) if not run_records.node_file(run, number, node).is_file()]
     limit = limit_that_killed_agents(run, number, silent)
@@ -238,8 +229,8 @@ def _judge(
         if record and record.first_failure
     }
     silent = list(dict.fromkeys(attempt.nodes[node] for node, record in by_node.items() if record is None))
-    output = _job_output(run, number, attempt) if silent or state in _REQUEUED else ""
-    failed = [node for node in attempt.nodes if node in {*_SRUN_NODE_FAILURE.findall(output), *failed_nodes}]
+    output = job_output.read_output(run, number, attempt) if silent or state in _REQUEUED else ""
+    failed = [node for node in attempt.nodes if node in {*job_output.find_failed_nodes(output), *failed_nodes}]
     first = failure_record.first_of(failures.values())
     if first is not None and first.kind in _FINAL and first.rank is not None:
         return Ending(Cause.USER_ERROR, step, _describe(first), first_failure=first)
@@ -265,8 +256,10 @@ def _judge(
         return _from_failure(first, {attempt.nodes[node]: failure for node, failure in failures.items()}, lost, attempt, step)
     if stopped := [record.ended_at for record in records if record.stopped]:
         return Ending(_interruption(attempt, lead_s, min(stopped)), step, "stopped before training had begun")
-    if exit_code is not None and (refused := _refused(run, number, attempt, by_node)):
-        return _from_refusals(refused, attempt, step)
+    if exit_code is not None:
+        output = job_output.read_output(run, number, attempt)
+        if refused := job_output.find_refusals(output, attempt, by_node):
+            return _from_refusals(refused, attempt, step)
     message = lost or "the ranks ended without an outcome"
     code = f" (srun ended with {exit_code})" if exit_code is not None else ""
     return Ending(Cause.INFRASTRUCTURE, step, f"{message}{code}")
@@ -283,8 +276,7 @@ def _describe_silent(
 ) -> str:
     """Describe nodes that left no record. Where Ray loses one, it ends the workers of all before they can leave theirs.
 
-    `failed` are the nodes that Slurm has lost. `output` is the job's, in which srun names the node whose agent was killed first;
-    after that, and after the loss of a node's slurmstepd, srun itself ends the others.
+    `failed` are the nodes that Slurm has lost, `output` is the job's.
     """
     if not nodes:
         return ""
@@ -293,11 +285,7 @@ def _describe_silent(
         return f"Ray has lost {', '.join(lost)}" if lost else f"no record from {', '.join(nodes)}, which Ray still has"
     failed = [node for node in dict.fromkeys(failed) if node in nodes]
     parts = [f"{node} was lost (Slurm: node failure)" for node in failed]
-    culprit = ""
-    if (missing := _SRUN_MISSING.search(output)) is not None and int(missing[1]) < len(all_nodes):
-        culprit, reason = all_nodes[int(missing[1])], f"srun lost its slurmstepd on {all_nodes[int(missing[1])]}"
-    elif killed := _SRUN_SIGNAL.search(output):
-        culprit, reason = killed[1], f"the agent of {killed[1]} was killed (srun: {killed[2]})"
+    culprit, reason = job_output.find_culprit(output, all_nodes)
     if culprit in nodes and culprit not in failed:
         parts.append(reason)
     known = {*failed, culprit}
@@ -363,27 +351,6 @@ def _from_failure(
 
 def _describe(failure: FailureRecord) -> str:
     return f"{failure.source}: {failure.message}"
-
-
-def marker(number: int, nodes: Sequence[str]) -> str:
-    """Return the line that begins an attempt in its job's output; one file holds the output of all starts of a job."""
-    return f"attempt {number} begins on {', '.join(nodes)}"
-
-
-def _refused(run: RunDir, number: int, attempt: Attempt, by_node: Mapping[int, NodeRecord | None]) -> dict[str, str]:
-    """Return srun's error for each node whose task ended by itself before its agent could leave a record."""
-    return {
-        node: error
-        for node, error in _SRUN_ERROR.findall(_job_output(run, number, attempt))
-        if node in attempt.nodes and by_node.get(attempt.nodes.index(node)) is None
-    }
-
-
-def _job_output(run: RunDir, number: int, attempt: Attempt) -> str:
-    """Return what the job printed since the attempt began."""
-    output = run.agent_log(number, str(attempt.job))
-    text = output.read_text(errors="replace") if output.is_file() else ""
-    return text.rpartition(marker(number, attempt.nodes))[2]
 
 
 def judge_local(run: RunDir, attempt: int, failure: FailureRecord | None, stopped: bool, killed: bool) -> ExitRecord:

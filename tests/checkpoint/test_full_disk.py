@@ -15,7 +15,7 @@ from launcher import atomic_files
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Manifest
 from launcher.errors import CheckpointError
-from launcher.plan.disk import format_size
+from launcher.plan.quantities import format_size
 
 DISK = 2**20
 SHARD = b"x" * 300_000

@@ -15,7 +15,7 @@ from random import Random
 import pytest
 
 from launcher.data.tokenization.parallel import MIN_BYTES
-from launcher.plan.disk import format_size
+from launcher.plan.quantities import format_size
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SETTINGS = ("model=tiny", "data=jsonl", "data.max_length=128", "data.workers=1", "tracking=none")

@@ -20,9 +20,9 @@ from pace import wait_for
 from plan_fixtures import config_of
 from wandb_server import KEY, FakeWandb, fake_wandb
 
-from launcher.cli import wandb_check
-from launcher.cli.doctor_accounts import check_accounts
-from launcher.cli.hub_access import is_gated
+from launcher.cli.accounts import wandb_check
+from launcher.cli.accounts.account_results import check_accounts
+from launcher.cli.accounts.hub_access import is_gated
 from launcher.clusters.check_results import FAILURE, OK, WARNING, CheckResult
 from launcher.config.compose import conf_dir
 from launcher.config.schema import RunConfig

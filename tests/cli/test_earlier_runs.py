@@ -12,7 +12,7 @@ import pytest
 from plan_fixtures import H100
 
 from launcher import run_store
-from launcher.cli.earlier_runs import find_measured_mfu
+from launcher.cli.starting.earlier_runs import find_measured_mfu
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt

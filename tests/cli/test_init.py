@@ -44,7 +44,7 @@ def test_the_file_fits_data_model_and_machine_and_plans_as_it_is(typed: Typed) -
     for command in ("data chats.yaml --show 3", "plan chats.yaml", "train chats.yaml"):
         assert f"  python -m launcher {command}\n" in out
     text = Path("chats.yaml").read_text()
-    assert "# chats.jsonl: 3,000 rows of the format messages." in text
+    assert "# chats.jsonl: 3,000 rows in the messages format." in text
     content = yaml.safe_load(text)
     assert content["model"] == "tiny"
     assert content["data"] == {"base": "jsonl", "path": "chats.jsonl", "max_length": 256}

@@ -18,8 +18,8 @@ import pytest
 from launcher import atomic_files, run_store
 from launcher.cli import launch
 from launcher.cli.follow import interrupted_start
-from launcher.cli.interrupts import Interrupts
 from launcher.cli.launch import start
+from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.worker_process import run_worker
 from launcher.clusters.local import LocalCluster
 from launcher.errors import EXIT_INTERRUPTED
@@ -77,7 +77,7 @@ SUBMIT = """
 import sys
 from pathlib import Path
 from launcher import run_store
-from launcher.cli.interrupts import Interrupts
+from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.launch import start
 from launcher.clusters.slurm.cluster import SlurmCluster
 from launcher.errors import SubmitError

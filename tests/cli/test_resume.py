@@ -67,7 +67,7 @@ def test_unreadable_files_are_noted_only_if_there_is_a_limit(run: RunDir, capsys
     )
 
 
-@pytest.mark.parametrize(("size", "change"), [(16, "80 rows are skipped"), (4, "40 rows are repeated"), (8, None)])
+@pytest.mark.parametrize(("size", "change"), [(16, "80 rows skipped"), (4, "40 rows repeated"), (8, None)])
 def test_a_changed_batch_size_is_noted_with_the_skipped_or_repeated_rows(run: RunDir, size: int, change: str | None) -> None:
     plan = run_store.load_plan(run)
     saved, again = (

@@ -12,7 +12,7 @@ import pytest
 from forked import ForkingSubprocess, preloaded
 from wandb_server import ENTITY, KEY, FakeWandb, fake_wandb
 
-from launcher.cli import wandb_check
+from launcher.cli.accounts import wandb_check
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 

@@ -12,6 +12,7 @@ from testbed_cluster import Testbed
 
 from launcher.clusters.slurm import checks, site
 from launcher.clusters.slurm.commands import slurm
+from launcher.clusters.storage import filesystem_type
 from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import Problem, SubmitError
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
@@ -209,12 +210,12 @@ def test_the_file_system_is_that_of_the_innermost_mount(tmp_path: Path) -> None:
             f"26 22 0:24 / {tmp_path}/twice rw - overlay overlay rw",
         ]
     )
-    assert checks.filesystem(inner / "missing" / "run", mounts) == "tmpfs"
-    assert checks.filesystem(inner / "nfs" / "run", mounts) == "nfs4"
-    assert checks.filesystem(tmp_path / "with blanks", mounts) == "ext4"
-    assert checks.filesystem(tmp_path / "twice", mounts) == "overlay"
+    assert filesystem_type(inner / "missing" / "run", mounts) == "tmpfs"
+    assert filesystem_type(inner / "nfs" / "run", mounts) == "nfs4"
+    assert filesystem_type(tmp_path / "with blanks", mounts) == "ext4"
+    assert filesystem_type(tmp_path / "twice", mounts) == "overlay"
     (tmp_path / "link").symlink_to(inner)
-    assert checks.filesystem(tmp_path / "link" / "run", mounts) == "tmpfs"
+    assert filesystem_type(tmp_path / "link" / "run", mounts) == "tmpfs"
 
 
 def test_drained_nodes_are_named(here: Testbed, plan_at: PlanAt) -> None:

@@ -15,7 +15,8 @@ from special_files import make_pipe
 
 from launcher.clusters import network
 from launcher.clusters.static import meeting as module
-from launcher.clusters.static.meeting import OVER, READY, Answer, JoiningNode, Meeting, head_endpoint
+from launcher.clusters.static.meeting import JoiningNode, Meeting, head_endpoint
+from launcher.clusters.static.messages import OVER, READY, Answer, Question
 from launcher.clusters.static.start_files import StartRefusal, marker, read_refusal, write_refusal
 from launcher.config.sections.static_identity import NodeIdentity
 from launcher.errors import ConfigError, LauncherError, SubmitError
@@ -87,7 +88,7 @@ def test_a_machine_that_comes_first_waits_and_gets_this_start_s_attempt(
     assert isinstance(answer, Answer)
     assert (answer.state, answer.attempt, answer.own_plan, answer.names) == (READY, 7, True, names)
     # A command that is repeated while the attempt runs takes no part in it.
-    late = meeting.reply(module.Question(1, 2, "a", "late", str(tmp_path / "run"), COMMAND))
+    late = meeting.reply(Question(1, 2, "a", "late", str(tmp_path / "run"), COMMAND))
     assert (late.state, late.attempt, late.message) == ("waiting", 0, "attempt 7 has begun without this command")
     printed = capsys.readouterr().out
     assert f"node 1 of 2: waiting for node 0 at 127.0.0.1:{port}, for 0.5 minutes at most" in printed
@@ -180,7 +181,7 @@ def test_machines_that_do_not_belong_together_are_refused(
 def test_two_commands_with_one_index_are_refused_and_a_restarted_one_is_not(tmp_path: Path, head: Callable[..., Meeting]) -> None:
     meeting = head()
     nonce = marker(tmp_path / "run").read_text()
-    question = module.Question(1, 2, "a", "first", str(tmp_path / "run"), COMMAND, sees=nonce)
+    question = Question(1, 2, "a", "first", str(tmp_path / "run"), COMMAND, sees=nonce)
     meeting.reply(question)
     meeting.reply(replace(question, process="second", host="b"))
     assert len(meeting.await_everyone(1)) == 2

@@ -230,7 +230,7 @@ def test_rows_with_an_ambiguous_mask_are_refused_or_dropped(jsonl: Jsonl, tokeni
     alone = data.model_copy(update={"sources": (Source(path=str(jsonl(rows[1:2])), completions="text"),)})
     with pytest.raises(DataError, match="no document with a trained token is left") as caught:
         build(alone, str(tmp_path / "tokenizer"))
-    assert "1 documents whose trained part begins or ends inside a token" in caught.value.problems[0].value
+    assert "documents whose trained part begins or ends inside a token: 1" in caught.value.problems[0].value
 
 
 def test_documents_that_differ_in_case_and_space_are_in_one_split(jsonl: Jsonl, tokenizer_dir: Path) -> None:

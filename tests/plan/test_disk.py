@@ -9,6 +9,7 @@ import pytest
 from launcher.cli.views.plan_view import plan_lines
 from launcher.plan import disk
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.quantities import format_size
 
 PlanOf = Callable[..., LaunchPlan]
 
@@ -42,19 +43,17 @@ def test_too_little_room_is_refused_or_noted_with_numbers(plan_of: PlanOf) -> No
     assert one > plan.checkpoint_bytes + 64 * plan.model.vocab_size * 2, "the logits for the check of the export count"
     refused = disk.refusal(plan, one - 1)
     assert refused is not None
-    assert refused.value == f"needed {disk.format_size(one)}, available {disk.format_size(one - 1)}"
+    assert refused.value == f"needed {format_size(one)}, available {format_size(one - 1)}"
     assert disk.refusal(plan, one) is None
     three = disk.needed_bytes(plan, 3)
     note = disk.note(plan, three - 1, present=0)
     assert note is not None
-    assert f"has {disk.format_size(three - 1)} free and needs {disk.format_size(three)} for 3 checkpoints" in note
+    assert f"has {format_size(three - 1)} free and needs {format_size(three)} for 3 checkpoints" in note
     assert disk.note(plan, three, present=0) is None
     # Checkpoints that exist already need no more space.
     assert disk.note(plan, one, present=2) is None
-    assert f"needs {disk.format_size(disk.needed_bytes(plan, 2))} for 2 more checkpoints" in (
-        disk.note(plan, one, present=1) or ""
-    )
-    assert f"needs {disk.format_size(one)} for 1 more checkpoint," in (disk.note(plan, one - 1, present=9) or "")
+    assert f"needs {format_size(disk.needed_bytes(plan, 2))} for 2 more checkpoints" in (disk.note(plan, one, present=1) or "")
+    assert f"needs {format_size(one)} for 1 more checkpoint," in (disk.note(plan, one - 1, present=9) or "")
 
 
 @pytest.mark.parametrize(

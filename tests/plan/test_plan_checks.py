@@ -89,7 +89,7 @@ def test_a_batch_larger_than_the_data_is_warned_about_with_the_one_that_fits(pla
     steps = ("train.global_batch_size=64", "train.max_steps=9", "train.epochs=null")
     (warning,) = warnings_of(plan_of(*steps, data=data))
     assert warning == (
-        "a batch of 64 rows is more than all 41 rows of the data, so a step repeats rows: set train.global_batch_size=40"
+        "a batch of 64 rows is more than the 41 rows of the data, so a step repeats rows: set train.global_batch_size=40"
     )
     (warning,) = warnings_of(plan_of(*steps, data=DATA.model_copy(update={"num_rows": 1})))
     assert warning.endswith(": lower it, and use at most 1 rank")

@@ -243,7 +243,7 @@ def test_an_elastic_run_must_fit_on_its_fewest_workers(plan_of: Callable[..., La
     smallest = fewest(planned)
     assert smallest is not None
     assert (smallest.topology.world_size, smallest.batch.global_batch_size) == (32, planned.batch.global_batch_size)
-    assert "; 32.85 GiB a rank on 32" in "\n".join(plan_lines(planned))
+    assert "; 32.85 GiB per rank on 32" in "\n".join(plan_lines(planned))
     assert (
         "with cluster.min_workers=40, 8 workers can be idle: the batch of 128 rows divides over 32 ranks, not over 40"
         in "\n".join(plan_lines(planned))
@@ -255,7 +255,7 @@ def test_an_elastic_run_must_fit_on_its_fewest_workers(plan_of: Callable[..., La
     # A plan from before a rule is shown nevertheless.
     older = planned.config.deepspeed.model_copy(update={"hpz_partition_size": 64})
     config = planned.config.model_copy(update={"deepspeed": older})
-    assert "GiB a rank" in "\n".join(plan_lines(planned.model_copy(update={"config": config})))
+    assert "GiB of 79 GiB per rank" in "\n".join(plan_lines(planned.model_copy(update={"config": config})))
     assert fewest(plan_of(*elastic)) is None
 
 
@@ -274,7 +274,7 @@ def test_little_room_beside_the_model_states_is_noted(
 
 def test_states_that_exceed_main_memory_are_noted_on_cpus(plan_of: Callable[..., LaunchPlan]) -> None:
     notes = [line for line in plan_lines(plan_of("model=llama3_1_8b")) if line.startswith("note")]
-    memory_notes = [note for note in notes if "GiB of main memory a node, which has 24 GiB: they do not fit" in note]
+    memory_notes = [note for note in notes if "GiB of main memory per node, which has 24 GiB: they do not fit" in note]
     assert len(memory_notes) == 1
     assert not any("a copy of the states" in note for note in notes)
 

@@ -90,5 +90,5 @@ def test_the_plan_notes_truncated_documents(plan_of: Callable[..., LaunchPlan]) 
 
     assert notes(truncated_docs=90, truncated_tokens=9_000) == []
     assert notes(truncated_docs=1_234, truncated_tokens=100_000) == [
-        "1,234 documents are cut, 10% of the tokens: raise data.max_length, or data.long_documents=split"
+        "1,234 documents cut, losing 10% of the tokens: raise data.max_length, or data.long_documents=split"
     ]

@@ -36,7 +36,7 @@ def test_the_range_is_the_published_mfu_over_the_models_flops(plan_of: PlanOf) -
     seconds = [1000 * 64 * 900 / (8 * mfu * 989e12 / flops) for mfu in (high, low)]
     assert speed.hours == pytest.approx([s / 3600 for s in seconds])
     assert speed.usd == pytest.approx([s / 3600 * 8 * 2.5 for s in seconds])
-    assert speed.basis == "published for FSDP (LLM Foundry, 2024-04), at the low end 0.7 of it for ZeRO-3"
+    assert speed.basis == "published for FSDP (LLM Foundry, 2024-04), the low end scaled by 0.7 for ZeRO-3"
 
 
 def test_a_measured_mfu_comes_before_published_ones(plan_of: PlanOf) -> None:
@@ -48,7 +48,7 @@ def test_a_measured_mfu_comes_before_published_ones(plan_of: PlanOf) -> None:
 
 def test_without_data_a_row_is_one_document(plan_of: PlanOf) -> None:
     speed = estimate_speed(plan_of("model=llama3_1_8b", "data=jsonl", "data.path=rows.jsonl", device=H100, data=None), GPU, None)
-    assert speed.basis.endswith("; every row is taken for one trained document of data.max_length")
+    assert speed.basis.endswith("; assumes one document of data.max_length tokens per row, all trained")
     assert speed.tokens_per_sec is not None
     assert (speed.hours, speed.usd) == (None, None), "the number of steps is not known"
 
@@ -59,7 +59,7 @@ def test_small_micro_batches_lower_the_low_end(plan_of: PlanOf) -> None:
     one = estimate_speed(plan_of(*small, "data.max_length=2048", device=H100, data=None), GPU, None)
     assert full.mfu == pytest.approx((0.7 * 0.326, 0.447))
     assert one.mfu == pytest.approx((0.7 * 0.326 / 2, 0.447))
-    assert "and 0.5 of that for micro-batches of 2,048 tokens" in one.basis
+    assert "scaled by 0.7 for ZeRO-3 and by 0.5 for micro-batches of 2,048 tokens" in one.basis
     none = estimate_speed(plan_of(*small, device=H100), GPU, None)
     assert none.mfu is None
     assert none.basis.startswith("a micro-batch has 900 tokens, and below 1,024 no MFU is published: raise")
@@ -122,7 +122,7 @@ def test_a_plan_shows_ranges_in_two_digits(plan_of: PlanOf) -> None:
 
     rest = "of training steps; start, evaluation and checkpoints come on top"
     hours = shown(hours=(3.14, 12.6), usd=(62.8, 252.0))
-    assert hours["speed"].startswith("41,000 to 57,000 tokens/s (5,200 to 7,100 a GPU): MFU 23% to 45%, published")
+    assert hours["speed"].startswith("41,000 to 57,000 tokens/s (5,200 to 7,100 per GPU): MFU 23% to 45%, published")
     assert hours["time"] == f"3.1 to 13 hours {rest}"
     assert hours["cost"] == "$63 to $250 for the training steps; $20.00 an hour = 8 GPUs x $2.50"
     minutes = shown(hours=(0.1, 0.5), usd=(0.5, 2.5))

@@ -9,9 +9,9 @@ import pytest
 
 from launcher import atomic_files, run_store
 from launcher.plan.run_dir import RunDir
-from launcher.plan.xids import LOST
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import append_event
+from launcher.train.monitoring.xids import LOST
 from launcher.train.previous_failure import RESTART, PreviousFailure, find_previous_failure
 
 KILLED = {"rank": 3, "kind": "killed", "message": "killed by SIGKILL", "log": "/run/rank-00003.log"}

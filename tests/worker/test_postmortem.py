@@ -19,6 +19,7 @@ from launcher.run_records import Attempt, FailureRecord, LostCoordinator, NodeRe
 from launcher.worker import postmortem
 from launcher.worker.checks import node_check
 from launcher.worker.postmortem import Ending
+from launcher.worker.slurm import job_output
 
 LEAD_S = 120.0
 STEP = 40
@@ -224,8 +225,8 @@ def test_nodes_without_a_record_are_named(run: RunDir, judge: Judge) -> None:
 
 
 REFUSED = "srun: error: n2: task 1: Exited with exit code 78"
-BEFORE = postmortem.marker(0, NODES)
-NOW = postmortem.marker(1, NODES)
+BEFORE = job_output.marker(0, NODES)
+NOW = job_output.marker(1, NODES)
 
 
 def test_a_task_that_exits_before_its_agent_starts_makes_its_node_bad(run: RunDir, judge: Judge) -> None:

@@ -23,6 +23,7 @@ from launcher.checkpoint.mirror.remote_folder import RemoteFolder
 from launcher.checkpoint.mirror.upload import CODE, PARALLEL
 from launcher.errors import CheckpointError, Problem, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command
 
@@ -149,7 +150,7 @@ def _download(remote: RemoteFolder, root: Path, manifest: Manifest, notify: Noti
     unfinished = root / f"{_UNFINISHED}{target.name}"
     unfinished.mkdir(mode=0o700, parents=True, exist_ok=True)
     store.require_free_bytes(root, num_bytes - sum(path.stat().st_size for path in unfinished.iterdir()))
-    notify(f"fetching step {manifest.step}: {num_bytes / 2**30:.2f} GiB in {len(manifest.files)} files")
+    notify(f"fetching step {manifest.step}: {num_bytes / 2**30:.2f} GiB in {format_count(len(manifest.files), 'file')}")
     source = remote.under(f"{CHECKPOINTS}/{target.name}")
     advance = make_progress(f"fetching step {manifest.step}", num_bytes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import secrets
 import shutil
@@ -13,7 +14,28 @@ from launcher.errors import SubmitError, printable
 from launcher.shell_commands import launcher_command
 
 
-def confirm(question: str, command: tuple[str, ...]) -> bool:
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every verb that removes files after a question."""
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be removed; remove nothing")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def is_confirmed(arguments: argparse.Namespace, question: str, command: tuple[str, ...]) -> bool:
+    """Return whether a command goes on, and say so where it does not; --yes and --dry-run need no answer.
+
+    `command` are the words of the command.
+
+    Raises:
+        SubmitError: where there is no terminal to ask on.
+    """
+    if arguments.yes or arguments.dry_run or _confirm(question, (*command, "--yes")):
+        return True
+    print("nothing was removed")
+    return False
+
+
+def _confirm(question: str, command: tuple[str, ...]) -> bool:
     """Ask on the terminal; only `y` and `yes` mean yes.
 
     `command` are the words of the command that does the same without asking.

@@ -16,6 +16,7 @@ from launcher.cli.views.data_view import (
     visible,
 )
 from launcher.data.checks.findings import share_text
+from launcher.plan.quantities import format_count
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -127,7 +128,9 @@ def _samples(shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for position, document in enumerate(sample["documents"], start=1):
             order = f"document {position} of {len(sample['documents'])}, " if sample["whole"] else ""
             parts = [(visible(part["text"]), part["trained"]) for part in document["parts"]]
-            documents.append({"caption": f"{order}{document['source']}, {document['tokens']:,} tokens", "parts": parts})
+            documents.append(
+                {"caption": f"{order}{document['source']}, {format_count(document['tokens'], 'token')}", "parts": parts}
+            )
         title = f"Row {sample['row']:,}" if sample["whole"] else f"Document {number}"
         samples.append({"title": title, "documents": documents})
     return samples

@@ -13,7 +13,7 @@ from rich.text import Text
 from launcher.cli import formatting
 from launcher.data.checks.findings import share_text
 from launcher.errors import UNPRINTABLE, printable
-from launcher.plan.disk import format_size
+from launcher.plan.quantities import format_count, format_size
 
 # Marks of trained text without colours: in a pipe, a file, or with NO_COLOR.
 TRAINED_MARKS = ("⟦", "⟧")
@@ -88,7 +88,7 @@ def _of_tokens(counts: dict[str, Any], share: float | None) -> list[str]:
 
 def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Return labels and values that describe the whole cache."""
-    cut = f"; {report['truncated_tokens']:,} tokens are cut off" if report["truncated_tokens"] else ""
+    cut = f"; truncated: {format_count(report['truncated_tokens'], 'token')}" if report["truncated_tokens"] else ""
     too_long = report["too_long_documents"]
     dropped = f"{report['dropped_documents'] - too_long:,} documents by data.checks, {too_long:,} that are longer than a row"
     return [
@@ -106,7 +106,9 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _eval_set(counts: dict[str, Any]) -> str:
-    documents = f"{counts['documents']:,} of {counts['read_documents']:,} documents in {counts['rows']:,} packed rows"
+    documents = (
+        f"{counts['documents']:,} of {counts['read_documents']:,} documents in {format_count(counts['rows'], 'packed row')}"
+    )
     return f"set {counts['name']}: {documents}, {counts['trained_tokens']:,} of {counts['tokens']:,} tokens are scored"
 
 
@@ -122,7 +124,7 @@ def _ends(report: dict[str, Any]) -> str:
 def row_width(report: dict[str, Any]) -> str:
     """Return the length of the longest row, and data.max_length if all rows are shorter."""
     most, width = report["max_length"], report["row_tokens"]
-    return f"{width:,} tokens" + (f" (data.max_length is {most:,})" if width < most else "")
+    return format_count(width, "token") + (f" (data.max_length is {most:,})" if width < most else "")
 
 
 def _filled(report: dict[str, Any]) -> str:
@@ -360,11 +362,13 @@ def _print_row(console: Console, shown: dict[str, Any], number: int) -> None:
     opening, closing = ("", "") if _has_colours(console) else TRAINED_MARKS
     legend = f"trained between {opening} and {closing}" if opening else f"trained in [{_TRAINED_STYLE}]green[/]"
     console.print()
-    title = f"row {shown['row']:,}, {tokens:,} tokens" if shown["whole"] else f"document {number}"
+    title = f"row {shown['row']:,}, {format_count(tokens, 'token')}" if shown["whole"] else f"document {number}"
     console.print(f"[bold]{title}[/] ({legend})", soft_wrap=True)
     for position, document in enumerate(documents, start=1):
         order = f"document {position} of {len(documents)}, " if shown["whole"] else ""
-        console.rule(f"{order}{escape(document['source'])}, {document['tokens']:,} tokens", align="left", style="blue")
+        console.rule(
+            f"{order}{escape(document['source'])}, {format_count(document['tokens'], 'token')}", align="left", style="blue"
+        )
         line = Text()
         for part in document["parts"]:
             text = visible(part["text"])

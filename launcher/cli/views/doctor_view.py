@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from launcher.cli.formatting import as_json, table, wrap
 from launcher.clusters.check_results import FAILURE, OK, VERDICTS, WARNING, CheckResult, MachineReport, worst
+from launcher.plan.quantities import format_count
 
 _VERDICT_WIDTH, _NAME_WIDTH = 9, 14
 _INDENT = _VERDICT_WIDTH + _NAME_WIDTH
@@ -90,6 +91,6 @@ def _result_lines(result: CheckResult, names: Sequence[str] = (), num_nodes: int
 
 def _summary(report: DoctorReport) -> str:
     counts = Counter(result.verdict for result in report.results)
-    parts = [f"{counts[verdict]} {verdict}{'s' * (counts[verdict] != 1)}" for verdict in (FAILURE, WARNING) if counts[verdict]]
-    machines = "" if report.is_local else f"; {len(report.nodes)} node{'s' * (len(report.nodes) != 1)} reported"
+    parts = [format_count(counts[verdict], verdict) for verdict in (FAILURE, WARNING) if counts[verdict]]
+    machines = "" if report.is_local else f"; {format_count(len(report.nodes), 'node')} reported"
     return f"{', '.join(parts) or 'everything is ok'}{machines}"

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from typing import Any
 
+from launcher.plan.quantities import format_count
 from launcher.run_records import Attempt, ExitRecord
 
 # An attempt and how often the node agents have restarted its ranks: one life of all ranks.
@@ -231,7 +232,7 @@ def _seconds(report: Report) -> str:
 def _losses(report: Report) -> str:
     if not report.replayed_steps:
         return "no step was repeated"
-    steps = f"{report.replayed_steps} step{'s' if report.replayed_steps > 1 else ''} repeated"
+    steps = f"{format_count(report.replayed_steps, 'step')} repeated"
     if not report.differing_steps:
         return f"{steps}, all with the same loss"
     return f"{steps}, {report.differing_steps} with a different loss (by at most {report.largest_difference:.2g})"

@@ -14,11 +14,11 @@ from launcher.config.sections.train import CheckpointSection
 from launcher.errors import ConfigError
 from launcher.plan.architecture import train_flops
 from launcher.plan.batch import single_step_warning
-from launcher.plan.disk import format_size
 from launcher.plan.launch_plan import LaunchPlan, Lineage
 from launcher.plan.memory import has_room_for_activations
 from launcher.plan.plan_checks import warnings
 from launcher.plan.planner import fewest
+from launcher.plan.quantities import format_count, format_size
 from launcher.plan.throughput import SpeedEstimate
 from launcher.shell_commands import launcher_command
 from launcher.tracking.costs import hosted_training, training_tokens
@@ -47,13 +47,15 @@ def plan_lines(
         ("ranks", _ranks(plan)),
         (
             "batch",
-            f"{batch.global_batch_size} rows = {batch.micro_batch_size} micro-batch x {batch.accumulation} accumulation x "
-            f"{plan.topology.world_size} rank{'s' * (plan.topology.world_size > 1)}; {_tokens(plan)} tokens a step",
+            f"{format_count(batch.global_batch_size, 'row')} = {batch.micro_batch_size} micro-batch x "
+            f"{batch.accumulation} accumulation x {format_count(plan.topology.world_size, 'rank')}; "
+            f"{_tokens(plan)} tokens per step",
         ),
         ("steps", _steps(plan)),
         (
             "optimizer",
-            f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} warm-up steps",
+            f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}, "
+            f"{format_count(config.optim.warmup_steps, 'warm-up step')}",
         ),
         ("memory", _memory(plan)),
         ("checkpoint", f"{format_size(plan.checkpoint_bytes)} each, {_retention(config.checkpoint)}; {_saving(plan)}"),
@@ -152,37 +154,36 @@ def _retention(checkpoint: CheckpointSection) -> str:
 def _saving(plan: LaunchPlan) -> str:
     if not plan.saving.background:
         return "training waits while one is written"
-    return f"written in the background from {_size(plan.saving.host_gib_per_node)} of main memory a node"
+    return f"written in the background from {_size(plan.saving.host_gib_per_node)} of main memory per node"
 
 
 def _ranks(plan: LaunchPlan) -> str:
     topology = plan.topology
-    nodes = f"{topology.nodes} node{'s' if topology.nodes > 1 else ''} x {topology.ranks_per_node}"
+    nodes = f"{format_count(topology.nodes, 'node')} x {topology.ranks_per_node}"
     return f"{topology.world_size} on {topology.device} ({nodes}), {topology.backend}, DeepSpeed {plan.config.deepspeed.name}"
 
 
-def _size(gib: float, is_rounded: bool = True) -> str:
-    """Return a size that a plan holds in thousandths of a GiB: fewer than ten of them are no figure.
-
-    `is_rounded` is whether zero may be a size that was rounded away.
-    """
-    if gib < 0.01 and (gib > 0 or is_rounded):
-        return "under 10 MiB"
-    return format_size(round(gib * 2**30)) if gib else "0 GiB"
+def _size(gib: float) -> str:
+    """Return a size that a plan holds in thousandths of a GiB: fewer than ten of them are no figure."""
+    return format_size(round(gib * 2**30)) if gib >= 0.01 else "under 10 MiB"
 
 
 def _memory(plan: LaunchPlan) -> str:
-    memory = plan.memory
-    of = f" of {memory.device_gib:.0f} GiB" if memory.device_gib else ""
-    host = f"; {_size(memory.host_per_node_gib)} of main memory a node" if memory.host_per_node_gib else ""
-    deepspeed = plan.config.deepspeed
-    # What is offloaded is not there at all.
-    stays = (deepspeed.offload_optimizer, deepspeed.offload_params) == ("none", "none")
+    """Return what the model states take: on each rank's device, offloaded, and in main memory."""
+    memory, deepspeed = plan.memory, plan.config.deepspeed
     sizes = {"weights": memory.weights_gib, "gradients": memory.gradients_gib, "optimizer": memory.optimizer_gib}
-    parts = ", ".join(f"{name} {_size(gib, stays)}" for name, gib in sizes.items())
+    is_moved = {"weights": deepspeed.offload_params != "none"}
+    is_moved |= dict.fromkeys(("gradients", "optimizer"), deepspeed.offload_optimizer != "none")
+    # What is offloaded is listed by itself, so a zero in a list is a size that was rounded away.
+    kept = ", ".join(f"{name} {_size(gib)}" for name, gib in sizes.items() if not is_moved[name])
+    moved = ", ".join(f"{name} {_size(gib)}" for name, gib in sizes.items() if is_moved[name])
+    of = f" of {memory.device_gib:.0f} GiB" if memory.device_gib else ""
+    parts = [f"model states {_size(memory.per_rank_gib)}{of} per rank ({kept})"] if kept else ["no model states on the GPU"]
+    parts += [f"offloaded per rank: {moved}"] if moved else []
+    parts += [f"{_size(memory.host_per_node_gib)} of main memory per node"] if memory.host_per_node_gib else []
     smallest = _smallest(plan)
-    shrunk = f"; {_size(smallest.memory.per_rank_gib)} a rank on {smallest.topology.world_size}" if smallest is not None else ""
-    return f"model states {_size(memory.per_rank_gib)} a rank{of} ({parts}){host}{shrunk}"
+    parts += [f"{_size(smallest.memory.per_rank_gib)} per rank on {smallest.topology.world_size}"] if smallest is not None else []
+    return "; ".join(parts)
 
 
 def _notes(plan: LaunchPlan) -> list[str]:
@@ -196,20 +197,21 @@ def _notes(plan: LaunchPlan) -> list[str]:
     smallest, min_workers = _smallest(plan), config.cluster.fewest_workers
     notes += [note for sized in (plan, smallest) if sized is not None and (note := _tight(sized))]
     if smallest is not None and min_workers is not None and (least := smallest.topology.world_size) < min_workers:
-        idle, of = min_workers - least, f"{least} rank{'s' * (least > 1)}"
+        idle, of = min_workers - least, format_count(least, "rank")
         notes.append(
-            f"with cluster.min_workers={min_workers}, {idle} worker{'s' * (idle > 1)} can be idle: the batch of "
-            f"{plan.batch.global_batch_size} rows divides over {of}, not over {min_workers}"
+            f"with cluster.min_workers={min_workers}, {format_count(idle, 'worker')} can be idle: the batch of "
+            f"{format_count(plan.batch.global_batch_size, 'row')} divides over {of}, not over {min_workers}"
         )
     is_single = data is not None and single_step_warning(config.train, data.num_rows, plan.topology.world_size) is not None
     is_scheduled = config.optim.schedule != "constant" and not is_single
     if steps is not None and is_scheduled and config.optim.warmup_steps >= steps:
-        notes.append(f"the warm-up of {config.optim.warmup_steps} steps does not end within {steps}: lower optim.warmup_steps")
+        warmup = format_count(config.optim.warmup_steps, "step")
+        notes.append(f"the warm-up of {warmup} does not end within {steps}: lower optim.warmup_steps")
     if data is not None and not data.num_eval_rows and (config.data.eval_fraction or config.data.eval_path):
         notes.append("no document is held out, so nothing is evaluated: raise data.eval_fraction")
     if data is not None and (lost := data.truncated_frac) > _MIN_TRUNCATED_FRAC:
         notes.append(
-            f"{data.truncated_docs:,} documents are cut, {lost:.0%} of the tokens: raise data.max_length, "
+            f"{format_count(data.truncated_docs, 'document')} cut, losing {lost:.0%} of the tokens: raise data.max_length, "
             "or data.long_documents=split"
         )
     if train_flops(plan.model) is None:
@@ -231,8 +233,8 @@ def _overfull(plan: LaunchPlan) -> str:
     if memory.node_gib is None or memory.host_per_node_gib <= memory.node_gib:
         return ""
     return (
-        f"model states take {memory.host_per_node_gib:.0f} GiB of main memory a node, which has {memory.node_gib:.0f} GiB: they "
-        "do not fit; use more nodes, or a smaller model"
+        f"model states take {memory.host_per_node_gib:.0f} GiB of main memory per node, which has {memory.node_gib:.0f} GiB: "
+        "they do not fit; use more nodes, or a smaller model"
     )
 
 
@@ -241,7 +243,9 @@ def _tight(plan: LaunchPlan) -> str:
     if plan.topology.device != "cuda" or memory.device_gib is None or has_room_for_activations(memory):
         return ""
     left = f"{memory.device_gib - memory.per_rank_gib:.0f} GiB per GPU for activations and buffers"
-    return f"on {ranks} ranks model states leave {left}, which is little: use more ranks, or deepspeed=zero3_offload"
+    return (
+        f"on {format_count(ranks, 'rank')} model states leave {left}, which is little: use more ranks, or deepspeed=zero3_offload"
+    )
 
 
 def speed_rows(speed: SpeedEstimate) -> list[tuple[str, str]]:
@@ -249,7 +253,7 @@ def speed_rows(speed: SpeedEstimate) -> list[tuple[str, str]]:
     if speed.tokens_per_sec is None or speed.tokens_per_sec_per_gpu is None or speed.mfu is None:
         return [("speed", f"no estimate: {speed.basis}")]
     low, high = speed.mfu
-    rates = f"{_between(speed.tokens_per_sec)} tokens/s ({_between(speed.tokens_per_sec_per_gpu)} a GPU)"
+    rates = f"{_between(speed.tokens_per_sec)} tokens/s ({_between(speed.tokens_per_sec_per_gpu)} per GPU)"
     duration = "known when the data is built"
     if speed.hours is not None:
         per_hour, unit = next(((n, unit) for n, unit in _TIME_UNITS if speed.hours[1] * n >= 1), _TIME_UNITS[-1])
@@ -297,7 +301,7 @@ def _hosted(plan: LaunchPlan) -> str:
 
 def _paid_for(plan: LaunchPlan) -> str:
     ranks = plan.topology.world_size
-    return f"{ranks} {'GPU' if plan.topology.device == 'cuda' else 'CPU rank'}{'s' * (ranks > 1)}"
+    return format_count(ranks, "GPU" if plan.topology.device == "cuda" else "CPU rank")
 
 
 def _data(plan: LaunchPlan) -> str:
@@ -309,8 +313,8 @@ def _data(plan: LaunchPlan) -> str:
     longest = f"{width:,} tokens" + (f" (data.max_length is {most:,})" if width < most else "")
     share = data.num_trained_tokens / max(1, data.num_tokens)
     return (
-        f"{plan.config.data.name}: {data.num_rows:,} rows of up to {longest}, "
-        f"{data.num_tokens:,} tokens ({share:.0%} trained), {data.num_eval_rows:,} held-out rows"
+        f"{plan.config.data.name}: {format_count(data.num_rows, 'row')} of up to {longest}, "
+        f"{data.num_tokens:,} tokens ({share:.0%} trained), {format_count(data.num_eval_rows, 'held-out row')}"
     )
 
 
@@ -320,7 +324,7 @@ def _eval_sets(plan: LaunchPlan) -> str:
     for one in plan.config.eval.sets:
         data = plan.eval_sets.get(one.name)
         count = None if data is None else min(one.max_rows or data.num_rows, data.num_rows)
-        described.append(f"{one.name}: {'not built yet' if count is None else f'{count:,} rows'}")
+        described.append(f"{one.name}: {'not built yet' if count is None else format_count(count, 'row')}")
     return "; ".join(described)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import pwd
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +15,12 @@ from pathlib import Path
 from launcher.clusters.slurm import site
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.clusters.slurm.site import Gpus, Node, Partition, Site, listed
+from launcher.clusters.storage import filesystem_type
 from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import Problem, SubmitError, did_you_mean
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.plan_checks import CHECKPOINT_GIB_PER_SECOND, SAVE_MARGIN, save_seconds
+from launcher.plan.quantities import format_count
 
 # The accounting database may be slow; a submission does not wait for it.
 _ACCOUNTING_DEADLINE_S = 5.0
@@ -271,7 +272,7 @@ def _storage_problems(plan: LaunchPlan) -> Iterator[Problem]:
         folders.append(("model", "model.path, LAUNCHER_CACHE or HF_HOME", plan.model.path))
     mounts = Path("/proc/self/mountinfo").read_text()
     for name, keys, folder in folders:
-        kind = filesystem(Path(folder), mounts)
+        kind = filesystem_type(Path(folder), mounts)
         if kind in _IN_MEMORY:
             yield Problem(
                 f"the {name} is in this machine's memory ({kind}), where no other node can see it",
@@ -281,23 +282,6 @@ def _storage_problems(plan: LaunchPlan) -> Iterator[Problem]:
             )
 
 
-def filesystem(path: Path, mountinfo: str) -> str:
-    """Return the type of the file system of `path`, which need not exist, from the text of /proc/self/mountinfo.
-
-    See proc_pid_mountinfo(5): the mount point is the fifth field, the type follows the hyphen.
-    """
-    resolved = path.resolve()
-    innermost = (Path("/"), "")
-    for line in mountinfo.splitlines():
-        before, _, after = line.partition(" - ")
-        # Special characters, such as spaces, are octal escapes.
-        point = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split()[4]))
-        # A later mount hides an earlier one at the same point.
-        if resolved.is_relative_to(point) and len(point.parts) >= len(innermost[0].parts):
-            innermost = (point, after.split()[0])
-    return innermost[1]
-
-
 def _choose(name: str, choices: Sequence[str], label: str, otherwise: str) -> str:
     if not choices:
         return otherwise
@@ -305,7 +289,7 @@ def _choose(name: str, choices: Sequence[str], label: str, otherwise: str) -> st
 
 
 def _count_nodes(count: int) -> str:
-    return f"{count or 'no'} node{'s' * (count != 1)}"
+    return format_count(count, "node") if count else "no nodes"
 
 
 def _states(nodes: Sequence[Node]) -> str:

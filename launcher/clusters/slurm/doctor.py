@@ -20,6 +20,7 @@ from launcher.clusters.check_results import NODE_MODULE, OK, WARNING, CheckResul
 from launcher.clusters.node_command import NodeCommand, uninterrupted
 from launcher.clusters.slurm import checks, sbatch, site
 from launcher.clusters.slurm.commands import SlurmError, slurm
+from launcher.clusters.storage import existing_folder
 from launcher.config.schema import RunConfig
 from launcher.config.sections.slurm import SlurmSection
 from launcher.data.cache_dir import cache_root
@@ -119,7 +120,7 @@ def _allocation(config: RunConfig, name: str, num_gpus: int, deadline: float) ->
 def _script(config: RunConfig, num_gpus: int, environ: Mapping[str, str]) -> str:
     """Return the script that salloc starts: the settings' modules and commands, and a task on each node."""
     section = SlurmSection.of(config.cluster)
-    folders = [str(_existing(Path(config.run.root).absolute())), str(_existing(cache_root())), _package_folder()]
+    folders = [str(existing_folder(Path(config.run.root).absolute())), str(existing_folder(cache_root())), _package_folder()]
     task = [
         *("srun", "--kill-on-bad-exit=0", "--wait=0", f"--nodes={section.nodes}", "--ntasks-per-node=1"),
         *([f"--cpus-per-task={section.cpus_per_task}"] if section.cpus_per_task else []),
@@ -137,10 +138,6 @@ def _script(config: RunConfig, num_gpus: int, environ: Mapping[str, str]) -> str
 
 def _package_folder() -> str:
     return str(Path(launcher.__file__).resolve().parents[1])
-
-
-def _existing(folder: Path) -> Path:
-    return next((path for path in (folder, *folder.parents) if path.is_dir()), Path("/"))
 
 
 def _outside_of_a_job() -> dict[str, str]:

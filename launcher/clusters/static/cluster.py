@@ -1,6 +1,7 @@
 """The backend for machines that all run the same command. The command starts the agent of its own machine.
 
-`train` and `resume` are in launcher.cli.every_node. What this class does without a meeting works wherever the run is seen.
+`train` and `resume` are in launcher.cli.starting.every_node. What this class does without a meeting works wherever the run is
+seen.
 """
 
 from __future__ import annotations

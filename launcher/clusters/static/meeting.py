@@ -8,26 +8,22 @@ file and no command: the plan is read from the run directory, which is checked a
 
 from __future__ import annotations
 
-import json
 import secrets
-import socket
-import socketserver
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import atomic_files, json_records
+from launcher import atomic_files
 from launcher.clusters import network
+from launcher.clusters.static.messages import OVER, READY, REFUSED, WAITING, Answer, MeetingServer, Question, ask
 from launcher.clusters.static.start_files import marker, not_shared, read_marker, read_refusal, remove_refusal, write_refusal
 from launcher.config.sections.static_identity import NodeIdentity
-from launcher.errors import ConfigError, LauncherError, Problem, SubmitError, printable
+from launcher.errors import ConfigError, Problem, SubmitError, printable
 
-_MAX_MESSAGE_BYTES = 1 << 20
-_SOCKET_S = 5.0
 # How often a machine asks, and after how long without a question it is not counted as there any more.
 ASK_EVERY_S, _GONE_S = 0.5, 15.0
 # A network file system may show a file that late.
@@ -40,41 +36,6 @@ _LINGER_S = 3.0
 # How long the others may take to hear of the attempt that has begun.
 _READY_S = 30.0
 _MAX_DIFFERENCES = 5
-# The states of a start that answers tell.
-WAITING, READY, OVER, REFUSED = "waiting", "ready", "over", "refused"
-
-
-@dataclass(frozen=True)
-class Question:
-    """`process` tells two processes apart that say to be the same machine. `command` is what the command asks for, by keys.
-
-    `sees` is the number that was found in run.root, empty where none was; `missed` is a number that was not found there in time.
-    """
-
-    node: int
-    nodes: int
-    host: str
-    process: str
-    run: str
-    command: dict[str, str]
-    sees: str = ""
-    missed: str = ""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """`nonce` is the number of this start. `attempt`, `own_plan` and `names` are those of a start that is ready.
-
-    `own_plan` is whether the attempt has a plan of its own. `message` says what is waited for, or why there is nothing to do.
-    """
-
-    nonce: str
-    host: str
-    state: str = WAITING
-    message: str = ""
-    attempt: int = 0
-    own_plan: bool = False
-    names: tuple[str, ...] = ()
 
 
 @dataclass
@@ -98,7 +59,7 @@ class Meeting:
         self._answer = Answer(secrets.token_hex(16), network.node_name(), message="node 0 is planning")
         self._heard: set[int] = set()
         self._taking_part: dict[int, str] = {}
-        self._server: _Server | None = None
+        self._server: MeetingServer | None = None
 
     def open(self) -> Meeting:
         """Write the number of this start and listen.
@@ -117,7 +78,7 @@ class Meeting:
             remedy = "set run.root to a folder on shared storage that you can write to"
             raise SubmitError(message, where="run.root", value=str(self._file.parent), remedy=remedy) from None
         try:
-            self._server = _Server(self.endpoint.address, self._here.port, self.reply)
+            self._server = MeetingServer(self.endpoint.address, self._here.port, self.reply)
         except OSError as error:
             self._remove_file()
             message = f"node 0 cannot listen on {self.endpoint.address}:{self._here.port}: {error.strerror or error}"
@@ -290,7 +251,7 @@ class JoiningNode:
         begun = time.monotonic()
         printed, until, last, missing_since = "", begun + wait_s, None, None
         while True:
-            answer = _ask(str(here.address), here.port, self._question)
+            answer = ask(str(here.address), here.port, self._question)
             now = time.monotonic()
             if answer is None:
                 awaited = f"node 0 at {address}"
@@ -343,46 +304,6 @@ class JoiningNode:
             message = f"node 0 has refused the start, before this machine asked: {refusal.reason}"
             raise SubmitError(message, where=refusal.host, remedy=remedy)
         return None
-
-
-def _ask(address: str, port: int, question: Question) -> Answer | None:
-    """Return node 0's answer, None where it does not listen or does not answer."""
-    try:
-        with socket.create_connection((address, port), timeout=_SOCKET_S) as connection, connection.makefile("rwb") as stream:
-            stream.write(json.dumps(asdict(question)).encode() + b"\n")
-            stream.flush()
-            return json_records.loads(Answer, stream.readline(_MAX_MESSAGE_BYTES), f"{address}:{port}")
-    except (OSError, LauncherError):
-        return None
-
-
-class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Listens in a thread; an answer is sent to each question, and nothing to anything else."""
-
-    daemon_threads = True
-    allow_reuse_address = True
-
-    def __init__(self, address: str, port: int, reply: Callable[[Question], Answer]) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
-
-        class Handler(socketserver.StreamRequestHandler):
-            timeout = _SOCKET_S
-
-            def handle(self) -> None:
-                with suppress(OSError, LauncherError):
-                    line = self.rfile.readline(_MAX_MESSAGE_BYTES)
-                    answer = reply(json_records.loads(Question, line, "a question"))
-                    self.wfile.write(json.dumps(asdict(answer)).encode() + b"\n")
-
-        super().__init__((address, port), Handler)
-        threading.Thread(target=self.serve_forever, args=(0.1,), name="meeting", daemon=True).start()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a connection that broke."""
-
-    def stop(self) -> None:
-        self.shutdown()
-        self.server_close()
 
 
 def head_endpoint(here: NodeIdentity, interface: str | None, allow_public: bool) -> network.Endpoint | None:

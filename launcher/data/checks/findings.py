@@ -21,7 +21,7 @@ NUM_EXAMPLES = 3
 
 @dataclass(frozen=True)
 class CheckText:
-    """The texts of a check: `title` follows a count of documents, `meaning` is the effect on training, `remedy` the fix."""
+    """The texts of a check: `title` names the documents, `meaning` is the effect on training, `remedy` the fix."""
 
     title: str
     meaning: str
@@ -30,7 +30,7 @@ class CheckText:
 
 _REPEATED = "The model sees them more often than other documents"
 _KEEP_FIRST = "set the check to drop: it keeps one copy, in the source of which the mixture takes the largest share"
-_MEMORISED = "A model can repeat what it was trained on"
+_MEMORIZED = "A model can repeat what it was trained on"
 
 # Each check by its name in data.checks.
 CHECKS = {
@@ -134,17 +134,17 @@ CHECKS = {
     ),
     "secrets": CheckText(
         "documents with text that looks like a key or a password",
-        _MEMORISED,
+        _MEMORIZED,
         "replace keys and passwords with made-up ones",
     ),
     "personal_data": CheckText(
         "documents with text that looks like an e-mail address or a telephone number",
-        _MEMORISED,
+        _MEMORIZED,
         "replace them with made-up ones if they belong to real people",
     ),
     "few_examples": CheckText(
         "documents to train on, fewer than usual",
-        "The model may hardly change, or memorise them",
+        "The model may hardly change, or memorize them",
         "add documents, and hold some out to see whether they are enough",
     ),
 }

@@ -18,6 +18,7 @@ from launcher.data.checks import minhash, patterns
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
 from launcher.data.tokenization.chat_template import TrainOn, find_trained_messages
 from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
+from launcher.plan.quantities import format_count
 
 # zlib compresses prose to about a half, code and tables to a third, and text that repeats itself to a fifth or less.
 REPETITIVE_RATIO = 5.0
@@ -313,6 +314,6 @@ def _check_borders(
 
 def _broken(text: str) -> str | None:
     if count := text.count("\ufffd"):
-        return f"{count} replacement character{'s' if count > 1 else ''}"
+        return format_count(count, "replacement character")
     # ftfy takes a quarter of a microsecond per character, so it only sees text that the pattern matches.
     return "bytes read in the wrong encoding" if _MOJIBAKE.search(text) and is_bad(text) else None

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from launcher.plan.quantities import format_count
+
 
 class EarlyStopping:
     """Counts evaluations in a row whose loss is not below the lowest one so far.
@@ -30,7 +32,7 @@ class EarlyStopping:
         """Why training ended."""
         return (
             f"eval.stop_after: the loss on {self.set_name} has not fallen below {self.best_loss:.4f} (step {self.best_step}) in "
-            f"{self.num_without_improvement} evaluations"
+            f"{format_count(self.num_without_improvement, 'evaluation')}"
         )
 
     def record(self, step: int, loss: float) -> bool:

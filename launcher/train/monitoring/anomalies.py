@@ -11,8 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from launcher.plan import xids
 from launcher.shell_commands import launcher_command
+from launcher.train.monitoring import xids
 from launcher.train.monitoring.rank_stats import RankStats, RankWork
 
 # Steps whose losses are the reference, the fewest that make one, and the consecutive spikes that count as a lasting rise.

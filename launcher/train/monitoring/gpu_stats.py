@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from launcher.nvml import GpuSensor
-from launcher.plan import xids
+from launcher.train.monitoring import xids
 
 INTERVAL_S = 5.0
 _CPU_S = 0.5

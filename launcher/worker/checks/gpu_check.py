@@ -17,7 +17,7 @@ from launcher.config.sections.cluster import ClusterSection
 from launcher.errors import Problem
 from launcher.nvml import NvmlError
 from launcher.plan.gpu_types import lookup
-from launcher.plan.xids import BROKEN
+from launcher.train.monitoring.xids import BROKEN
 
 COMMAND_DEADLINE_S = 20.0
 # Processes of an attempt that has just ended need a while to free their memory.

@@ -16,7 +16,7 @@ import launcher
 from launcher.clusters.cgroups import LimitEvents
 from launcher.clusters.check_results import CheckResult, failure, from_problem, ok, warning
 from launcher.config.schema import RunConfig
-from launcher.plan.disk import format_size
+from launcher.plan.quantities import format_size
 from launcher.worker.checks import node_check
 
 # A rank opens a few hundred files: shards, sockets to other ranks, libraries.

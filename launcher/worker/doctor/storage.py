@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.clusters.check_results import SHARED_FILE_VARIABLE, CheckResult, failure, from_problem, ok, warning
-from launcher.clusters.slurm.checks import filesystem
+from launcher.clusters.storage import existing_folder, filesystem_type
 from launcher.config.schema import RunConfig
 from launcher.data.cache_dir import cache_root
 from launcher.hardware import may_use_gpus
-from launcher.plan.disk import format_size
+from launcher.plan.quantities import format_size
 from launcher.worker.checks import node_check
 from launcher.worker.doctor.torch_build import read_torch_build
 from launcher.worker.ranks.cache_folders import cache_folders, is_writable
@@ -44,7 +44,7 @@ def check_run_storage(config: RunConfig) -> Iterator[CheckResult]:
                 f"{root} is not the folder that the submitting machine sees: a file written there is not here", _SHARED_REMEDY
             )
             return
-    folder = Path(shared).parent if shared else _existing(root)
+    folder = Path(shared).parent if shared else existing_folder(root)
     if not is_writable(folder):
         yield failure(f"{folder} cannot be written", "check its owner and permissions, or set run.root to another folder")
         return
@@ -79,7 +79,7 @@ def _exercise(folder: Path, root: Path) -> Iterator[CheckResult]:
         yield failure(f"{root} returned other content than was written", "ask the administrators to check the storage")
         return
     num_bytes = _CHUNK_BYTES * _NUM_CHUNKS
-    kind = filesystem(folder, Path("/proc/self/mountinfo").read_text()) or "unknown"
+    kind = filesystem_type(folder, Path("/proc/self/mountinfo").read_text()) or "unknown"
     seen = f"{root} on {kind}: writes {num_bytes / write_s / 1e6:,.0f} MB/s, reads {num_bytes / read_s / 1e6:,.0f} MB/s"
     if num_bytes / write_s < _SLOW_BYTES_PER_S:
         minutes = 100 * 2**30 / (num_bytes / write_s) / 60
@@ -149,7 +149,7 @@ def check_caches(config: RunConfig) -> Iterator[CheckResult]:
 
 
 def _check_cache(name: str, folder: Path, variable: str) -> Iterator[CheckResult]:
-    existing = _existing(folder)
+    existing = existing_folder(folder)
     elsewhere = f"export {variable} with a folder on another disk"
     if not is_writable(folder):
         yield failure(f"{name} cannot be written: {folder}", f"check the owner and the permissions of {existing}, or {elsewhere}")
@@ -163,11 +163,6 @@ def _check_cache(name: str, folder: Path, variable: str) -> Iterator[CheckResult
         yield warning(f"{name} has {format_size(num_free)} free: {folder}", f"free space there, or {elsewhere}")
     else:
         yield ok(f"{name}: {folder}, {format_size(num_free)} free")
-
-
-def _existing(folder: Path) -> Path:
-    """Return the folder, or the closest one above it that exists."""
-    return next((path for path in (folder, *folder.parents) if path.is_dir()), Path("/"))
 
 
 def _user(uid: int) -> str:

@@ -22,6 +22,7 @@ from launcher.clusters.ray.cluster import JOINING
 from launcher.config.sections.ray import RaySection
 from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, CancelRequest
 from launcher.security import ownership
@@ -260,7 +261,7 @@ class _Driver:
         alive = sum(node["Alive"] for node in ray.nodes())
         return (
             f"the cluster did not provide the workers within {waited_s / 60:.1f} minutes (cluster.placement_minutes): asked for "
-            f"{request}; it has {existing or 'none of these'} on {alive} node{'s' if alive != 1 else ''}"
+            f"{request}; it has {existing or 'none of these'} on {format_count(alive, 'node')}"
             + (f", of these free: {available}" if available else "")
         )
 

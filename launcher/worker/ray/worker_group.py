@@ -12,6 +12,7 @@ from launcher.clusters import network
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import fit_workers
+from launcher.plan.quantities import format_count
 from launcher.worker.ranks.watchdog import describe
 from launcher.worker.ray.messages import CommittedCheckpoint, Member, Verdict
 from launcher.worker.ray.node_checks import Checks
@@ -135,8 +136,8 @@ class Group:
     def composition(self, attempt: int) -> tuple[str, str]:
         """Describe which workers train and which idle: the kind of an event and its text."""
         ranks, idle = len(self.training_ranks), self.size - len(self.training_ranks)
-        text = f"attempt {attempt} begins with {ranks} rank{'s' * (ranks > 1)}"
-        text += f", {idle} worker{'s' * (idle > 1)} idle" if idle else ""
+        text = f"attempt {attempt} begins with {format_count(ranks, 'rank')}"
+        text += f", {format_count(idle, 'worker')} idle" if idle else ""
         text += f" on {', '.join(dict.fromkeys(member.node for member in self.training))}"
         readmitted = self.unfit & {member.node for member in self.training}
         for nodes, how in ((self.unfit - readmitted, "without"), (readmitted, "still with")):

@@ -10,16 +10,12 @@ import math
 import os
 import signal
 import sys
-import time
 
-from launcher import json_records, run_store
+from launcher import run_store
 from launcher.clusters.cgroups import record_limits
-from launcher.errors import Problem
-from launcher.run_records import FailureRecord, NodeRecord, node_file
-from launcher.worker import failure_record, node_agents
+from launcher.worker import node_agents
 from launcher.worker.agent import NodeAgent
-from launcher.worker.limits import cause_of
-from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
+from launcher.worker.mirror_process import AFTER_FAILURE_S
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.slurm import node as slurm_node
 
@@ -40,33 +36,12 @@ def main(plan_path: str, attempt: int) -> int:
     if run.cancel(attempt).is_file():
         # Requested before this process listened to signals.
         stopper.request(CANCEL)
-    mirror: MirrorProcess | None = None
-    failure: FailureRecord | None = None
-    problems: list[Problem] = []
-    try:
-        node = node_agents.node_info(plan, record, number)
-        slurm_node.save_before_end(record, plan, stopper.request)
-        store = node_agents.connect(record, node)
-        problems = node_agents.check(store, plan, run, attempt, record, node)
-        if not problems and not stopper.requested:
-            mirror = agent.start_mirror() if node.is_head else None
-            failure = agent.run_ranks(node, store, record.job)
-    except Exception as error:
-        failure = failure_record.from_exception(error, run.agent_log(attempt, record.job), limit=cause_of(error, run.root))
+    slurm_node.save_before_end(record, plan, stopper.request)
+    result = node_agents.run_node(agent, record, number, run.agent_log(attempt, record.job), record.job)
     agent.close()
-    node_record = NodeRecord(
-        number,
-        ended_at=time.time(),
-        host=os.uname().nodename,
-        started_at=agent.started_at,
-        stopped=stopper.requested,
-        killed=stopper.killed,
-        first_failure=failure,
-        problems=tuple(problems),
-    )
-    json_records.write(node_file(run, attempt, number), node_record)
-    stopper.finish(mirror, math.inf if failure is None else AFTER_FAILURE_S)
-    return 0 if failure is None and not problems else 1
+    node_agents.write_record(agent, number, os.uname().nodename, result)
+    stopper.finish(result.mirror, math.inf if result.failure is None else AFTER_FAILURE_S)
+    return result.exit_code
 
 
 if __name__ == "__main__":

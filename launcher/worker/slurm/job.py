@@ -34,6 +34,7 @@ from launcher.shell_commands import launcher_command
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import disk_reserve, postmortem
+from launcher.worker.slurm import job_output
 from launcher.worker.wandb_closing import close_wandb_run
 
 _LOCK_WAIT_S = 60.0
@@ -99,7 +100,7 @@ def begin(plan_path: str) -> int | None:
             raise
         run_store.write_attempt(run, number, opened)
         disk_reserve.keep(run, number)
-        print(postmortem.marker(number, opened.nodes), file=sys.stderr)
+        print(job_output.marker(number, opened.nodes), file=sys.stderr)
         run_store.update_status(run, state="running", attempt=number, job={"id": job, "nodes": opened.nodes}, message="starting")
     return number
 

@@ -1,7 +1,7 @@
 """The agent of one of the machines that run the same command: `python -m launcher.worker.static.agent PLAN ATTEMPT NODE`.
 
 It meets the agents of the other machines, checks the machine, runs its ranks and writes its record, as on Slurm. The agent of
-machine 0 concludes the attempt when the others have left their records, or are lost.
+node 0 concludes the attempt when the others have left their records, or are lost.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from launcher import json_records, run_store
+from launcher import run_store
 from launcher.clusters import detached_process
 from launcher.clusters.cgroups import record_limits
 from launcher.clusters.static import nodes
 from launcher.clusters.static.cluster import REPEAT
 from launcher.config.sections.static import StaticSection
-from launcher.errors import LauncherError, Problem
+from launcher.errors import LauncherError
 from launcher.plan.retry import Cause, Decision
-from launcher.run_records import Attempt, FailureRecord, NodeRecord, node_file
+from launcher.run_records import Attempt
 from launcher.tracking.jsonl import append_event
-from launcher.worker import disk_reserve, failure_record, node_agents, postmortem
+from launcher.worker import disk_reserve, node_agents, postmortem
 from launcher.worker.agent import NodeAgent
-from launcher.worker.limits import cause_of
-from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
+from launcher.worker.mirror_process import AFTER_FAILURE_S
 from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.static.peers import Peers
@@ -55,36 +54,15 @@ def main(plan_path: str, attempt: int, number: int) -> int:
     record_limits(run, attempt, number)
     if run.cancel(attempt).is_file():
         stopper.request(CANCEL)
-    mirror: MirrorProcess | None = None
-    failure: FailureRecord | None = None
-    problems: list[Problem] = []
-    try:
-        node = node_agents.node_info(plan, record, number)
-        store = node_agents.connect(record, node)
-        problems = node_agents.check(store, plan, run, attempt, record, node)
-        if not problems and not stopper.requested:
-            mirror = agent.start_mirror() if node.is_head else None
-            failure = agent.run_ranks(node, store, why_ended=peers.why_ended)
-    except Exception as error:
-        log = nodes.agent_log(run, attempt, number)
-        failure = failure_record.from_exception(error, log, limit=cause_of(error, run.root))
+    result = node_agents.run_node(agent, record, number, nodes.agent_log(run, attempt, number), why_ended=peers.why_ended)
     peers.ranks_have_ended()
     agent.close()
-    node_record = NodeRecord(
-        number,
-        ended_at=time.time(),
-        host=record.nodes[number],
-        started_at=agent.started_at,
-        stopped=stopper.requested,
-        killed=stopper.killed,
-        first_failure=failure,
-        problems=tuple(problems),
-    )
-    json_records.write(node_file(run, attempt, number), node_record)
+    node_agents.write_record(agent, number, record.nodes[number], result)
     if number == 0:
         _await_records(agent, record, section)
-        return _conclude(agent, record, section, lambda: stopper.finish(mirror, math.inf if not failure else AFTER_FAILURE_S))
-    return 0 if failure is None and not problems else 1
+        mirror_s = math.inf if result.failure is None else AFTER_FAILURE_S
+        return _conclude(agent, record, section, lambda: stopper.finish(result.mirror, mirror_s))
+    return result.exit_code
 
 
 def _await_records(agent: NodeAgent, record: Attempt, section: StaticSection) -> None:

@@ -13,9 +13,9 @@ from launcher import atomic_files, run_store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.cleanup.removable_run import RemovableRun, aside, inspect, problems_of
-from launcher.cli.cleanup.removal import confirm, remove_tree
+from launcher.cli.cleanup.removal import add_flags, is_confirmed, remove_tree
 from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, SubmitError, printable
-from launcher.plan.disk import format_size
+from launcher.plan.quantities import format_count, format_size
 from launcher.plan.run_dir import RunDir
 from launcher.security import ownership
 from launcher.security.trust import Trust
@@ -36,10 +36,8 @@ def run(verb: str, tokens: list[str]) -> int:
         for one in removable:
             print("\n".join(_lines(one)) + "\n")
     total = format_size(sum(one.bytes for one in removable))
-    count = f"{len(removable)} run{'s' if len(removable) > 1 else ''}"
-    asks = bool(removable) and not arguments.dry_run and not arguments.yes
-    if asks and not confirm(f"remove {count}, {total}?", ("rm", *tokens, "--yes")):
-        print("nothing was removed")
+    count = format_count(len(removable), "run")
+    if removable and not is_confirmed(arguments, f"remove {count}, {total}?", (verb, *tokens)):
         return EXIT_REFUSED
     left = [] if arguments.dry_run else _remove(removable, interrupted, arguments.runs, root)
     if arguments.json:
@@ -72,11 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = VerbParser(prog="python -m launcher rm", description=about)
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="name of the run, or path of its directory")
-    parser.add_argument("--yes", action="store_true", help="do not ask")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be removed; remove nothing")
+    add_flags(parser)
     needed = "remove a run although other runs have their initial weights from it"
     parser.add_argument("--even-if-needed", action="store_true", help=needed)
-    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 

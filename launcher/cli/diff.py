@@ -12,7 +12,7 @@ from typing import Any
 from launcher import run_store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
-from launcher.cli.compared_run import GIT_COMMIT, SECTIONS, ComparedRun, ValueDifference, compare, of_settings, read
+from launcher.cli.views.compared_run import GIT_COMMIT, SECTIONS, ComparedRun, ValueDifference, compare, of_settings, read
 from launcher.config.run_file.tokens import is_run_file
 from launcher.errors import printable
 from launcher.security.redaction import looks_secret, redact

@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
-from launcher.cli import hub_access, wandb_check
+from launcher.cli.accounts import hub_access, wandb_check
 from launcher.cli.worker_process import worker_environment
 from launcher.clusters.check_results import FAILURE, OK, WARNING, CheckResult, from_problem
 from launcher.config.schema import RunConfig

@@ -24,12 +24,13 @@ import launcher
 from launcher import facts, run_store
 from launcher.cli import launch
 from launcher.cli.follow import follow
-from launcher.cli.interrupts import Interrupts
 from launcher.cli.resume import resume_run
+from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.worker_process import run_worker
 from launcher.clusters.static import nodes
 from launcher.clusters.static.cluster import StaticCluster, is_idle, lost_node_s
-from launcher.clusters.static.meeting import OVER, JoiningNode, Meeting, head_endpoint
+from launcher.clusters.static.meeting import JoiningNode, Meeting, head_endpoint
+from launcher.clusters.static.messages import OVER
 from launcher.clusters.static.node_process import NodeProcess
 from launcher.config.compose import Composed, leaves
 from launcher.config.resume import differing, table, with_overrides
