@@ -37,6 +37,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     fill(tmp_path / "extensions/cpu_adam", 700, 60)
     (tmp_path / "extensions/cpu_adam/build.ninja").touch()
     age(tmp_path / "extensions/cpu_adam", 60)
+    # Another program's, which no run compiles.
+    fill(tmp_path / "extensions/rasterizer", 9000, 60)
+    (tmp_path / "extensions/rasterizer/build.ninja").touch()
     return folder
 
 

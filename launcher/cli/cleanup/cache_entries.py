@@ -29,13 +29,16 @@ KINDS: Mapping[str, str] = {
     "models": "converted models, and weights of other runs",
     "sources": "downloaded data files",
     "checks": "results of checks of models and settings, and words for completion",
-    "extensions": "C++ extensions that torch has compiled, also for other programs",
+    "extensions": "C++ extensions of DeepSpeed that runs compile, which other programs with DeepSpeed share",
 }
 _CHECKS = ("isolation-checks", "weight-checks", "deepspeed-checks", "completion")
 # A command that has found an entry may not have started its run yet.
 _JUST_USED_S = 600.0
 # A build takes less; what is older was left by a process that was killed.
 _LONGEST_BUILD_S = 24 * 3600.0
+# What DeepSpeed compiles for runs: collectives between CPU ranks, offloaded optimizers, NVMe. In the folder that torch has for
+# all programs, the rest belongs to others.
+_EXTENSIONS = ("async_io", "cpu_adam", "deepspeed_shm_comm", "pin_memory")
 _LOCK_SUFFIXES = (".lock", ".lock.json")
 
 
@@ -292,7 +295,7 @@ def _part(name: str) -> Iterator[Path]:
 
 
 def _extensions() -> Iterator[CacheEntry]:
-    """Yield the folders of compiled extensions: those of torch, and those of nodes whose home directory cannot be written."""
+    """Yield the extensions of runs in torch's folder, and in the one of a node whose home directory cannot be written."""
     own = os.environ.get("TORCH_EXTENSIONS_DIR")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     roots = [usable_part(Path(own).expanduser().absolute() if own else cache / "torch_extensions")]
@@ -301,8 +304,8 @@ def _extensions() -> Iterator[CacheEntry]:
     for root in filter(None, roots):
         # With the default folder, one for each version of Python and CUDA lies between.
         folders = (folder for folder in (root, *_children(root)) if folder.is_dir() and not folder.is_symlink())
-        for path in (child for folder in folders for child in _children(folder)):
-            if path.is_dir() and (path / "build.ninja").is_file():
+        for path in (folder / name for folder in folders for name in _EXTENSIONS):
+            if not path.is_symlink() and (path / "build.ninja").is_file():
                 yield _entry("extensions", path, lock=path / "lock")
 
 
