@@ -14,6 +14,7 @@ from pathlib import Path
 from launcher.config.compose import conf_dir, run_hydra
 from launcher.config.reference import about_file
 from launcher.config.schema import DeepSpeedSection, RunConfig
+from launcher.models.hub_licenses import find_license
 from launcher.plan.architecture import model_facts
 from launcher.plan.gpu_types import GPUS
 from launcher.plan.launch_plan import Memory, ModelFacts, Topology
@@ -36,7 +37,8 @@ Written by `make settings` from the files under `conf/model` and `conf/experimen
 ## Models
 
 The file of a preset has what planning needs, so `plan` needs no network. Training uses the model's own config.json. No preset
-pins a revision: set `model.revision`. **Gated** models need an account that accepted the license, and its `HF_TOKEN`.
+pins a revision: set `model.revision`. **Gated** models need an account that accepted the license, and its `HF_TOKEN`. The license
+is the one that the model card names; its text is on the page of the weights.
 
 - {GPU}: the fewest GPUs that hold all states with room for activations: 1, 2, 4 or whole nodes of {GPUS_PER_NODE}.
 - Main memory: of all nodes together, with `deepspeed=zero3_offload`. Then no states are on the GPUs.
@@ -52,18 +54,20 @@ def render() -> str:
 
 
 def _models() -> Iterator[str]:
-    yield f"| `model=` | weights | parameters | {GPU} | main memory | checkpoint |"
-    yield "|---|---|---|---|---|---|"
+    yield f"| `model=` | weights | license | parameters | {GPU} | main memory | checkpoint |"
+    yield "|---|---|---|---|---|---|---|"
     facts = {}
     for file in (conf_dir() / "model").glob("*.yaml"):
         config = composed(f"model={file.stem}").model
         if config.path is not None and config.config is not None:
             facts[file] = model_facts(config.config, config.path, None, None)
     for file, model in sorted(facts.items(), key=lambda item: (_family(item[0]), item[1].num_params)):
-        gated = ", **gated**" if "gated" in about_file(file) else ""
+        license_ = find_license(model.path or "")
+        gated = ", **gated**" if license_ is not None and license_.is_gated else ""
         cells = (
             f"`{file.stem}`",
             f"[{model.path}](https://huggingface.co/{model.path}){gated}",
+            license_.name if license_ is not None else "see its page",
             f"{model.num_params:,}",
             _fewest_gpus(model),
             f"{_states(model, 1, 'cpu').host_per_node_gib:,.0f} GiB",

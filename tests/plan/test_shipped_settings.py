@@ -18,6 +18,7 @@ from launcher.config.compose import conf_dir, leaves, run_hydra
 from launcher.config.reference import about_file
 from launcher.config.run_file.printing import render, values_to_print
 from launcher.config.schema import RunConfig
+from launcher.models.hub_licenses import find_license
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.memory import has_room_for_activations
@@ -60,7 +61,6 @@ PARAMETERS = {
     "smollm2_1_7b": 1_711_376_384,
     "smollm3_3b": 3_075_098_624,
 }
-GATED = ("google", "meta-llama")
 # Builds the model of each config on standard input without memory for its weights, and prints the numbers of parameters.
 COUNT_IN_TRANSFORMERS = """
 import json, sys, torch
@@ -140,7 +140,9 @@ def test_each_preset_cites_its_source(config_of: Callable[..., RunConfig]) -> No
     for name in PARAMETERS:
         about, path = about_file(conf_dir() / "model" / f"{name}.yaml"), config_of(f"model={name}").model.path
         assert about.startswith(f"https://huggingface.co/{path}"), name
-        assert ("set HF_TOKEN" in about) == str(path).startswith(GATED), name
+        known = find_license(str(path))
+        assert known is not None, name
+        assert ("set HF_TOKEN" in about) == known.is_gated, name
 
 
 def test_experiments_fit_the_gpus_that_they_name(plan_of: Callable[..., LaunchPlan]) -> None:

@@ -9,9 +9,7 @@ from launcher import model_source
 from launcher.config.schema import ModelSection
 from launcher.errors import Problem
 from launcher.export.hub import TOKEN_VARIABLE
-
-# How the names of gated repositories begin, among those of the presets; conf/model/*.yaml says it of each.
-_GATED = ("meta-llama/", "google/gemma-")
+from launcher.models.hub_licenses import find_license
 
 
 def find_token() -> tuple[str | None, str]:
@@ -28,7 +26,8 @@ def find_token() -> tuple[str | None, str]:
 
 def is_gated(repo_id: str) -> bool:
     """Return whether a repository is known to be gated; one that is not known may be gated, too."""
-    return repo_id.startswith(_GATED)
+    known = find_license(repo_id)
+    return known is not None and known.is_gated
 
 
 def gated_problem(model: ModelSection) -> Problem | None:

@@ -1,0 +1,47 @@
+"""Licenses of models on the Hub, and which of them are given only to accounts that accepted theirs.
+
+A license is the field `license` of the model card, `license_name` where that is `other`:
+https://huggingface.co/docs/hub/model-cards#model-card-metadata. Not legal advice: the text on the model's page counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class HubLicense:
+    """The name of a license; `is_gated` is whether the Hub asks for its acceptance before a download."""
+
+    name: str
+    is_gated: bool = False
+
+
+_APACHE = HubLicense("apache-2.0")
+# By how the names of repositories begin; of several that fit, the longest counts.
+LICENSES: Mapping[str, HubLicense] = {
+    "HuggingFaceTB/SmolLM2-": _APACHE,
+    "HuggingFaceTB/SmolLM3-": _APACHE,
+    "Qwen/Qwen2.5-": _APACHE,
+    "Qwen/Qwen2.5-3B": HubLicense("qwen-research"),
+    "Qwen/Qwen2.5-72B": HubLicense("qwen"),
+    "Qwen/Qwen3-": _APACHE,
+    "allenai/OLMo-2-": _APACHE,
+    "allenai/OLMoE-": _APACHE,
+    "google/gemma-": HubLicense("gemma", is_gated=True),
+    "meta-llama/": HubLicense("llama", is_gated=True),
+    "meta-llama/Llama-3.1-": HubLicense("llama3.1", is_gated=True),
+    "meta-llama/Llama-3.2-": HubLicense("llama3.2", is_gated=True),
+    "meta-llama/Llama-3.3-": HubLicense("llama3.3", is_gated=True),
+    "microsoft/phi-4": HubLicense("mit"),
+    "mistralai/Mistral-7B-": _APACHE,
+    "mistralai/Mistral-Nemo-": _APACHE,
+    "mistralai/Mistral-Small-24B-": _APACHE,
+}
+
+
+def find_license(repo_id: str) -> HubLicense | None:
+    """Return the license of a repository; None where the table has none."""
+    prefixes = [prefix for prefix in LICENSES if repo_id.startswith(prefix)]
+    return LICENSES[max(prefixes, key=len)] if prefixes else None
