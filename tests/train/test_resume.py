@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+import torch.distributed as dist
 from forked_ranks import RankServer
+from stale_directory import stale
 
 from launcher import atomic_files, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, STATE, Manifest
+from launcher.distributed import RankInfo
+from launcher.errors import Superseded
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
+from launcher.tracking.tracker import Composite
+from launcher.train.resume import agree_on_start_point, load_newest_intact
+from launcher.train.setup import RunContext, build_components
+
+CPU, ALONE = torch.device("cpu"), RankInfo(0, 0, 1, 2)
 
 
 def run_with(
@@ -93,6 +105,40 @@ def test_a_superseded_attempt_does_not_change_its_resume_step(rank_server: RankS
     (error,) = loaded_on_two_ranks(rank_server, tmp_path, run)
     assert error.startswith("Superseded: attempt 2 is superseded")
     assert run_store.read_attempt(run, 2).resume_step is None
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """This process as the only rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_successor_that_the_directory_does_not_show_yet_is_seen_before_anything_is_changed(
+    plan_of: Callable[..., LaunchPlan], tmp_path: Path
+) -> None:
+    fresh = run_with(tmp_path / "fresh", None, before=[10], automatic=True)
+    with stale(fresh.attempts):
+        run_store.create_attempt(fresh, Attempt(resume_step=10))
+        with pytest.raises(Superseded, match="attempt 3 has taken over"):
+            agree_on_start_point(fresh, ALONE, CPU)
+    assert run_store.read_attempt(fresh, 2).resume_step is None
+    damaged = run_with(tmp_path / "damaged", 20, before=[10, 20, 30])
+    truncate(damaged, 30)
+    with stale(damaged.attempts):
+        first = agree_on_start_point(damaged, ALONE, CPU).checkpoint
+        assert first is not None
+        run_store.create_attempt(damaged, Attempt(resume_step=20))
+        with pytest.raises(Superseded, match="attempt 3 has taken over"):
+            load_newest_intact(damaged, ALONE, first, lambda path: path.name, lambda message: None)
+    assert folder_names(damaged) == ["step-00000010", "step-00000020", "step-00000030"]
+    unbuilt = run_with(tmp_path / "unbuilt", None)
+    with stale(unbuilt.attempts):
+        run_store.create_attempt(unbuilt, Attempt(resume_step=None))
+        with pytest.raises(Superseded, match="attempt 3 has taken over"):
+            build_components(RunContext(plan_of(), ALONE, unbuilt, CPU, Composite([])), lambda phase, step: None)
 
 
 def loaded_on_two_ranks(rank_server: RankServer, folder: Path, *runs: RunDir) -> list[Any]:
