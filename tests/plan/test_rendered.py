@@ -86,7 +86,7 @@ def test_precision_of_compute_and_states(plan_of: Callable[..., LaunchPlan], dty
 def test_the_plan_notes_truncated_documents(plan_of: Callable[..., LaunchPlan]) -> None:
     def notes(**counts: int) -> list[str]:
         facts = DATA.model_copy(update=counts)
-        return [line.removeprefix("note").strip() for line in plan_lines(plan_of(data=facts)) if "are cut" in line]
+        return [line.removeprefix("note").strip() for line in plan_lines(plan_of(data=facts)) if "documents cut" in line]
 
     assert notes(truncated_docs=90, truncated_tokens=9_000) == []
     assert notes(truncated_docs=1_234, truncated_tokens=100_000) == [

@@ -225,8 +225,7 @@ def test_nodes_without_a_record_are_named(run: RunDir, judge: Judge) -> None:
 
 
 REFUSED = "srun: error: n2: task 1: Exited with exit code 78"
-BEFORE = job_output.marker(0, NODES)
-NOW = job_output.marker(1, NODES)
+BEFORE, NOW = job_output.marker(0, NODES), job_output.marker(1, NODES)
 
 
 def test_a_task_that_exits_before_its_agent_starts_makes_its_node_bad(run: RunDir, judge: Judge) -> None:
