@@ -188,7 +188,7 @@ def await_progress(run: Path, attempt: int, num_steps: int) -> None:
     wait_for(f"a checkpoint of attempt {attempt} and some more steps", is_there)
 
 
-def test_cancel_saves_and_a_run_resumes_after_its_driver_was_killed(
+def test_cancel_saves_and_a_run_resumes_after_its_driver_or_raylet_was_killed(
     launch: Launch, launch_here: Launch, start: Callable, root: Path, temporary: Path, undisturbed: Path
 ) -> None:
     run, env = root / "stopped", {"TMPDIR": str(temporary)}
@@ -238,10 +238,19 @@ def test_cancel_saves_and_a_run_resumes_after_its_driver_was_killed(
     assert seen["state"] == "failed"
     assert f"python -m launcher resume {run}" in seen["message"]
 
+    go_on()
+    (raylet,) = [process for process in started_by(run) if process.name() == "raylet"]
+    raylet.kill()
+    wait_for("its end", lambda: status(run)["state"] == "failed")
+    await_no_process(run)
+    message = status(run)["message"]
+    assert message.startswith("the raylet of ")
+    assert f"python -m launcher resume {run}" in message
+
     done = launch("resume", str(run), timeout=DEADLINE_S, **env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(run) == losses(undisturbed)
-    assert "rank-00001.log" in {path.name for path in (run / "attempts/004").iterdir()}
+    assert "rank-00001.log" in {path.name for path in (run / "attempts/005").iterdir()}
     assert launch_here("logs", str(run), "--rank", "1").returncode == 0
 
 
