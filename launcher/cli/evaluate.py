@@ -18,8 +18,8 @@ from launcher import json_records, locks, run_store
 from launcher.cli.arguments import VerbParser
 from launcher.cli.export import require_checkpoint
 from launcher.cli.formatting import short
-from launcher.cli.interrupts import alive_file, ended_by_signals
 from launcher.cli.minimum_gains import parse_minimum_gains
+from launcher.cli.starting.interrupts import alive_file, ended_by_signals
 from launcher.cli.views import evaluation_view
 from launcher.cli.worker_process import run_worker, run_worker_module
 from launcher.clusters.backends import evaluation_nodes_for
