@@ -21,12 +21,14 @@ from launcher.cli.formatting import short
 from launcher.cli.minimum_gains import parse_minimum_gains
 from launcher.cli.starting.interrupts import alive_file, ended_by_signals
 from launcher.cli.views import evaluation_view
+from launcher.cli.views.request_costs import request_cost_table, saved_tokens
 from launcher.cli.worker_process import run_worker, run_worker_module
 from launcher.clusters.backends import evaluation_nodes_for
 from launcher.config.resume import with_overrides
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_CHECK_FAILED, EXIT_REFUSED, ConfigError, DataError, Problem, RunError, SubmitError
 from launcher.hardware import device
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import read_export
 from launcher.security import ownership
@@ -35,7 +37,9 @@ from launcher.security.redaction import redacted_command_line
 from launcher.tracking.verdicts import EvaluationVerdict
 
 _PREPARE, _NODE, _CONCLUDE = (f"launcher.worker.evaluation.{name}" for name in ("prepare", "node", "conclude"))
-_CHANGEABLE = ("evaluate.", "cluster.")
+_CHANGEABLE = ("evaluate.", "cluster.", "costs.")
+# W&B's own limits for its start and its end are shorter.
+_WANDB_S = 300.0
 
 
 def run(verb: str, tokens: list[str]) -> int:
@@ -55,14 +59,33 @@ def run(verb: str, tokens: list[str]) -> int:
             _worker(_PREPARE, config, str(run_dir.plan), "--step", str(step))
         _answer(config, folder, run_dir)
         shown = _worker(_CONCLUDE, config, str(folder))
-    first = next(iter(shown["sets"].values()))["verdict"]
-    verdict = json_records.decode(EvaluationVerdict, first, "the verdict")
-    failed = [reason for gain in gains if (reason := gain.failure(verdict)) is not None]
+    verdicts = {
+        name: json_records.decode(EvaluationVerdict, result["verdict"], "the verdict") for name, result in shown["sets"].items()
+    }
+    priced = plan.model_copy(update={"config": config})
+    for name, verdict in verdicts.items():
+        shown["sets"][name] |= {"costs": request_cost_table(verdict, priced), "saved_tokens": saved_tokens(verdict)}
+    primary = next(iter(verdicts.values()))
+    failed = [reason for gain in gains if (reason := gain.failure(primary)) is not None]
     if arguments.json:
         print(json.dumps({**shown, "not_held": failed}, indent=2))
     else:
-        print("\n".join([*evaluation_view.to_lines(shown), *failed]))
+        print("\n".join([*evaluation_view.to_lines(shown), *failed]), flush=True)
+    _send_to_wandb(plan, run_dir, step)
     return EXIT_CHECK_FAILED if failed else 0
+
+
+def _send_to_wandb(plan: LaunchPlan, run: RunDir, step: int) -> None:
+    """Add the verdict to the W&B run, where the run has one; a failure is a line on standard error."""
+    if plan.config.tracking.kind != "wandb" or plan.config.tracking.mode == "disabled":
+        return
+    command = [sys.executable, "-m", "launcher.tracking.wandb.verdict_upload", str(run.root), str(step)]
+    try:
+        _, output = run_worker(command, stdout=subprocess.PIPE, timeout_s=_WANDB_S)
+    except subprocess.TimeoutExpired:
+        output = f"W&B: the verdict is not sent: no answer within {_WANDB_S:.0f} s"
+    if output.strip():
+        print(output.strip(), file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -96,7 +96,8 @@ def _setting_meant(name: str) -> str:
     if not name.startswith("--") or key in GROUPS or key in settings():
         return key if name.startswith("--") else ""
     same = [option for option in settings() if option.rpartition(".")[2] == key and "[]" not in option]
-    return " or ".join(same[:3]) or meant_setting(key)
+    # In other trainers, batch_size is that of training.
+    return meant_setting(key) or " or ".join(same[:3])
 
 
 def _setting_with_dashes(name: str, setting: str, value: str) -> Problem:

@@ -53,12 +53,16 @@ class GeneratedIds:
 
 @dataclass(frozen=True)
 class StoredAnswer:
-    """One line of a side: the index of the prompt, and the answer. `is_stopped` is False where the length cut it off."""
+    """One line of a side: the index of the prompt, and the answer. `is_stopped` is False where the length cut it off.
+
+    `gpu_s` is its share of the time that a GPU took for its batch, 0 on CPUs and with engines that divide a model over GPUs.
+    """
 
     index: int
     text: str
     is_stopped: bool
     num_tokens: int
+    gpu_s: float = 0.0
 
     def as_generated(self) -> GeneratedAnswer:
         """Return the answer as metrics take it."""

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from launcher import json_records
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.evaluate.answers import AnswerKey, AnswerStore, StoredAnswer, digest_prompts
-from launcher.evaluate.engine import Engine
+from launcher.evaluate.engine import Engine, TransformersEngine
 from launcher.evaluate.prompting import BasePrompts, PromptBatch, PromptStyle, TunedPrompts
 from launcher.evaluate.scoring import AnswerScorer
 from launcher.evaluate.selection import ChosenStyles, choose_styles
@@ -163,13 +163,18 @@ class AnswerGeneration:
                 continue
             self._watch.require_alive()
             self._share.say(f"{activity}: {num_done} of {num_own} answers")
-            generated = engine().generate(
+            model, began = engine(), time.monotonic()
+            generated = model.generate(
                 [prompts.prompts[i] for i in missing],
                 num_shared=prompts.num_shared,
                 stop_strings=prompts.stop_strings,
                 max_new_tokens=settings.max_new_tokens,
             )
-            answers = [StoredAnswer(i, one.text, one.is_stopped, len(one.ids)) for i, one in zip(missing, generated, strict=True)]
+            is_one_gpu = self._device == "cuda" and self._engine_name == TransformersEngine.name
+            gpu_s = round((time.monotonic() - began) / len(missing), 4) if is_one_gpu else 0.0
+            answers = [
+                StoredAnswer(i, one.text, one.is_stopped, len(one.ids), gpu_s) for i, one in zip(missing, generated, strict=True)
+            ]
             store.append(f"{self._share.rank:05d}", answers)
             num_done += len(missing)
         if num_own:

@@ -16,6 +16,10 @@ def to_lines(shown: dict[str, Any]) -> list[str]:
     for name, result in shown["sets"].items():
         lines += ["", f"{name}: {result['verdict']['sentence']}", ""]
         lines += [f"  {line}" for line in table(result["header"], result["rows"])]
+        if result["costs"]:
+            lines += ["", "  requests like these:", *(f"  {line}" for line in table(*result["costs"]))]
+        if result["saved_tokens"]:
+            lines += [f"  {result['saved_tokens']}"]
         lines += ["", *(f"  {side}: {style}" for side, style in result["styles"].items())]
         lines += [f"  {line}" for line in result["left_out"]]
     if shown["selection"]:

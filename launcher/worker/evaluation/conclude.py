@@ -22,8 +22,10 @@ from launcher.evaluate.questions import EvalQuestion
 from launcher.evaluate.scoring import AnswerScorer
 from launcher.evaluate.task import EvaluationFolder, SideAnswers
 from launcher.evaluate.verdict import judge, with_examples
+from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
-from launcher.tracking.verdicts import EvaluationVerdict, SideUsage
+from launcher.tracking.general_loss import read_general_loss
+from launcher.tracking.verdicts import EvaluationVerdict, GeneralLoss, SideUsage
 
 
 def conclude(folder: EvaluationFolder) -> dict[str, Any]:
@@ -35,9 +37,10 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
     """
     task, answers = folder.read_task(), folder.read_answers()
     scorer = AnswerScorer(task.settings.evaluate, folder.root)
+    general_loss = read_general_loss(RunDir(folder.root.parents[1]), task.step)
     shown: dict[str, Any] = {}
     for number, (name, sides) in enumerate(answers.sets.items()):
-        verdict = _judge(folder, scorer, folder.read_questions(name), sides)
+        verdict = _judge(folder, scorer, folder.read_questions(name), sides, general_loss)
         verdict.write(folder.set_folder(name))
         if number == 0:
             verdict.write(folder.root)
@@ -64,7 +67,11 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
 
 
 def _judge(
-    folder: EvaluationFolder, scorer: AnswerScorer, questions: list[EvalQuestion], sides: tuple[SideAnswers, ...]
+    folder: EvaluationFolder,
+    scorer: AnswerScorer,
+    questions: list[EvalQuestion],
+    sides: tuple[SideAnswers, ...],
+    general_loss: GeneralLoss | None,
 ) -> EvaluationVerdict:
     references, places = [one.reference for one in questions], [one.where for one in questions]
     by_metric: dict[str, dict[str, np.ndarray]] = {metric: {} for metric in scorer.metrics}
@@ -72,16 +79,18 @@ def _judge(
     usage: dict[str, SideUsage] = {}
     for side in sides:
         lines = (folder.root / side.file).read_text(encoding="utf-8").splitlines()
-        generated = [StoredAnswer(**json.loads(line)).as_generated() for line in lines]
+        stored = [StoredAnswer(**json.loads(line)) for line in lines]
+        generated = [answer.as_generated() for answer in stored]
         if len(generated) != len(questions):
             message = f"{side.name} has {len(generated)} answers to {len(questions)} prompts"
             raise RunError(message, where=str(folder.root / side.file), remedy="start the evaluation again")
         texts[side.name] = [answer.text for answer in generated]
-        usage[side.name] = SideUsage(len(generated), side.prompt_tokens, sum(answer.num_tokens for answer in generated))
+        gpu_s = sum(answer.gpu_s for answer in stored) if all(answer.gpu_s for answer in stored) else None
+        usage[side.name] = SideUsage(len(stored), side.prompt_tokens, sum(answer.num_tokens for answer in stored), gpu_s)
         for metric, scores in by_metric.items():
             scores[side.name] = scorer.score(metric, generated, references, places)
     first, *others = scorer.metrics
-    verdict = judge(first, by_metric[first], others={name: by_metric[name] for name in others})
+    verdict = judge(first, by_metric[first], others={name: by_metric[name] for name in others}, general_loss=general_loss)
     return replace(with_examples(verdict, [one.text for one in questions], references, texts), usage=usage)
 
 
