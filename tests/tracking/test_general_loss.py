@@ -1,0 +1,36 @@
+"""The loss of general text before training and at a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.general_loss import read_general_loss
+from launcher.tracking.jsonl import JsonlTracker
+
+
+def evaluated(folder: Path, losses: dict[int, float], name: str) -> RunDir:
+    run = RunDir(folder)
+    log = JsonlTracker(run, 1)
+    for step, loss in losses.items():
+        log.log(step, {f"eval/{name}/loss": loss, "train/loss": 1.0})
+    return run
+
+
+@pytest.mark.parametrize("name", ["general", "forgetting"])
+def test_the_last_evaluation_up_to_the_step_counts(tmp_path: Path, name: str) -> None:
+    run = evaluated(tmp_path, {0: 2.0, 10: 2.05, 20: 2.3, 30: 9.0}, name)
+    at_20, at_15 = read_general_loss(run, 20), read_general_loss(run, 15)
+    assert at_20 is not None
+    assert at_15 is not None
+    assert (at_20.set_name, at_20.before, at_20.after, at_20.is_forgetting) == (name, 2.0, 2.3, True)
+    assert (at_15.after, at_15.is_forgetting) == (2.05, False)
+
+
+@pytest.mark.parametrize(
+    ("losses", "name"), [({0: 2.0}, "general"), ({10: 2.0, 20: 2.1}, "general"), ({0: 2.0, 20: 2.1}, "support"), ({}, "general")]
+)
+def test_without_a_loss_before_and_after_there_is_none(tmp_path: Path, losses: dict[int, float], name: str) -> None:
+    assert read_general_loss(evaluated(tmp_path, losses, name), 20) is None
