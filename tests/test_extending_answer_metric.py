@@ -9,7 +9,7 @@ import pytest
 from launcher.config.sections.answer_metrics import AnswerMetrics
 from launcher.errors import DataError
 from launcher.evaluate.metrics import METRICS, AnswerMetric, GeneratedAnswer
-from launcher.evaluate.scoring import AnswerScorer
+from launcher.evaluate.scoring import AnswerScorer, copy_metric_files
 from launcher.evaluate.verdict import judge
 
 ROW = AnswerMetric(
@@ -21,7 +21,9 @@ ROW = AnswerMetric(
 @pytest.fixture
 def scorer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AnswerScorer:
     monkeypatch.setitem(METRICS, "first_letter", ROW)
-    return AnswerScorer(AnswerMetrics.model_construct(metrics=("first_letter",)), tmp_path)
+    settings = AnswerMetrics.model_construct(metrics=("first_letter",))
+    copy_metric_files(settings, tmp_path)
+    return AnswerScorer(settings, tmp_path)
 
 
 def test_a_metric_that_is_added_decides_the_verdict(scorer: AnswerScorer) -> None:

@@ -5,49 +5,84 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from launcher import atomic_files
+from launcher import atomic_files, json_records
 from launcher.config.sections.answer_metrics import AnswerMetrics, split_function
-from launcher.errors import ConfigError, DataError, Problem
+from launcher.errors import ConfigError, DamagedRun, DataError, Problem
 from launcher.evaluate.metric_process import MetricProcess
 from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions
 from launcher.evaluate.statistics import Scores
 from launcher.security import ownership
 
+_FILES = "metric-files.json"
 _MAX_SHOWN = 3
 _MAX_FILE_BYTES = 2**20
 _MAX_VALUE_CHARS = 80
 
 
-class AnswerScorer:
-    """Scores answers by each metric of the settings.
+@dataclass(frozen=True)
+class CopiedFunction:
+    """A user's function: the file of the copy in the folder of the evaluation, its SHA-256, and the name of the function."""
 
-    The file of a user's function is copied into `folder`, under its digest, and only the copy is run.
+    file: str
+    sha256: str
+    function: str
+
+
+@dataclass(frozen=True)
+class MetricFiles:
+    """metric-files.json: what the metrics of an evaluation read, as it was when it began: a JSON schema, functions by metric."""
+
+    schema: str = ""
+    functions: dict[str, CopiedFunction] = field(default_factory=dict)
+
+
+def copy_metric_files(settings: AnswerMetrics, folder: Path) -> None:
+    """Copy the schema and the functions that metrics of the settings name into the folder of an evaluation.
+
+    Every process scores by the copies: the files may change, and a path leads elsewhere on other nodes.
 
     Raises:
-        ConfigError: where a schema or the file of a function is missing, wrong, or could have been changed by others.
+        ConfigError: where a file is missing, wrong, or could have been changed by others.
+    """
+    schema = _read_schema(settings.json_schema) if "json_schema" in settings.metrics else ""
+    functions, contents = {}, {}
+    for metric in settings.metrics:
+        if metric not in METRICS and (parts := split_function(metric)):
+            content = _read_function(metric, Path(parts[0]).expanduser(), parts[1])
+            digest = hashlib.sha256(content).hexdigest()
+            functions[metric] = CopiedFunction(f"{Path(parts[0]).stem}-{digest[:16]}.py", digest, parts[1])
+            contents[functions[metric].file] = content
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        atomic_files.write_bytes(folder / name, content)
+    json_records.write(folder / _FILES, MetricFiles(schema, functions))
+
+
+class AnswerScorer:
+    """Scores answers by each metric of the settings, with the files that `copy_metric_files` has put into `folder`.
+
+    Raises:
+        DamagedRun: where they are not there, or a function's copy has changed.
     """
 
     def __init__(self, settings: AnswerMetrics, folder: Path) -> None:
         self.metrics = settings.metrics
         self._limit_s = settings.metric_time_limit_s
-        schema = _read_schema(settings.json_schema) if "json_schema" in settings.metrics else ""
-        self._options = MetricOptions(settings.pattern or "", schema, settings.labels, self._limit_s)
-        self._functions: dict[str, tuple[Path, str]] = {}
-        # SHA-256 of the file of each function of the user, by metric.
-        self.digests: dict[str, str] = {}
-        for metric in settings.metrics:
-            if metric not in METRICS and (parts := split_function(metric)):
-                content = _read_function(metric, Path(parts[0]).expanduser(), parts[1])
-                self.digests[metric] = hashlib.sha256(content).hexdigest()
-                copy = folder / f"{Path(parts[0]).stem}-{self.digests[metric][:16]}.py"
-                folder.mkdir(parents=True, exist_ok=True)
-                atomic_files.write_bytes(copy, content)
-                self._functions[metric] = (copy, parts[1])
+        self._folder = folder
+        needs_files = any(metric not in METRICS or metric == "json_schema" for metric in settings.metrics)
+        remedy = "start the evaluation again"
+        self._files = json_records.read(MetricFiles, folder / _FILES, remedy) if needs_files else MetricFiles()
+        self._options = MetricOptions(settings.pattern or "", self._files.schema, settings.labels, self._limit_s)
+        for one in self._files.functions.values():
+            copy = folder / one.file
+            if not copy.is_file() or hashlib.sha256(copy.read_bytes()).hexdigest() != one.sha256:
+                raise DamagedRun("the copy of a metric has changed", where=str(copy), remedy=remedy)
 
     def check_references(self, references: Sequence[str], places: Sequence[str]) -> None:
         """Refuse references that a metric cannot be computed with; `places` names the row of each, as file and line.
@@ -88,8 +123,8 @@ class AnswerScorer:
                 except DataError as error:
                     raise DataError(f"{error.problems[0].message}, in row {place}", **_parts(error.problems[0])) from None
             return np.array(scores, np.float64)
-        copy, function = self._functions[metric]
-        with MetricProcess(metric, copy, function, self._limit_s) as process:
+        copied = self._files.functions[metric]
+        with MetricProcess(metric, self._folder / copied.file, copied.function, self._limit_s) as process:
             rows = zip(answers, references, places, strict=True)
             return np.array([process.score(answer, reference, place) for answer, reference, place in rows], np.float64)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import time
@@ -13,9 +14,9 @@ import pytest
 from file_owners import as_root, give
 
 from launcher.config.sections.answer_metrics import METRIC_NAMES, AnswerMetrics
-from launcher.errors import ConfigError, DataError
+from launcher.errors import ConfigError, DamagedRun, DataError
 from launcher.evaluate.metrics import METRICS, GeneratedAnswer
-from launcher.evaluate.scoring import AnswerScorer
+from launcher.evaluate.scoring import AnswerScorer, copy_metric_files
 
 __all__ = ["as_root"]
 
@@ -38,12 +39,17 @@ def is_empty(answer, reference):
 """
 
 
+def make_scorer(settings: AnswerMetrics, folder: Path) -> AnswerScorer:
+    copy_metric_files(settings, folder)
+    return AnswerScorer(settings, folder)
+
+
 def own(folder: Path, body: str, limit_s: float = 60.0) -> list[float]:
     """Score the answers with a function of this body."""
     file = folder / "own.py"
     file.write_text(f"import os, sys, time\n\ndef score(answer, reference):\n    {body}\n")
     settings = AnswerMetrics(metrics=(f"{file}:score",), metric_time_limit_s=limit_s)
-    return list(AnswerScorer(settings, folder / "copies").score(settings.metrics[0], ANSWERS, REFERENCES, PLACES))
+    return list(make_scorer(settings, folder / "copies").score(settings.metrics[0], ANSWERS, REFERENCES, PLACES))
 
 
 def test_settings_name_the_metrics_of_the_table() -> None:
@@ -54,14 +60,17 @@ def test_metrics_of_the_table_and_own_functions(tmp_path: Path, capfd: pytest.Ca
     file = tmp_path / "own.py"
     file.write_text(LENGTH)
     settings = AnswerMetrics(metrics=("stopped", f"{file}:length", f"{file}:is_empty"))
-    scorer = AnswerScorer(settings, tmp_path / "copies")
+    scorer = make_scorer(settings, tmp_path / "copies")
     # The copy is what is run.
     file.write_text("raise SystemExit")
     scores = [list(scorer.score(metric, ANSWERS, REFERENCES, PLACES)) for metric in settings.metrics]
     assert scores == [[1, 1, 1], [5, 7.5, 0], [0, 0, 1]]
-    (copy,) = (tmp_path / "copies").iterdir()
+    (copy,) = (tmp_path / "copies").glob("*.py")
     assert copy.read_text() == LENGTH
-    assert copy.name == f"own-{scorer.digests[settings.metrics[1]][:16]}.py"
+    assert copy.name == f"own-{hashlib.sha256(LENGTH.encode()).hexdigest()[:16]}.py"
+    copy.write_text("def length(answer, reference): return 1")
+    with pytest.raises(DamagedRun, match="the copy of a metric has changed"):
+        AnswerScorer(settings, tmp_path / "copies")
     assert capfd.readouterr().out == ""
 
 
@@ -120,7 +129,7 @@ def test_a_file_that_fails_on_import(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text("import module_that_does_not_exist\ndef score(answer, reference): ...\n")
     settings = AnswerMetrics(metrics=(f"{file}:score",))
-    scorer = AnswerScorer(settings, tmp_path / "copies")
+    scorer = make_scorer(settings, tmp_path / "copies")
     with pytest.raises(DataError, match=r"could not be imported: ModuleNotFoundError: .*module_that_does_not_exist.* \(line 1\)"):
         scorer.score(settings.metrics[0], ANSWERS, REFERENCES, PLACES)
 
@@ -137,7 +146,7 @@ def test_files_without_the_function_are_refused_before_anything_runs(tmp_path: P
     if content is not None:
         (tmp_path / "own.py").write_text(content)
     with pytest.raises(ConfigError, match=part):
-        AnswerScorer(AnswerMetrics(metrics=(f"{tmp_path}/own.py:score",)), tmp_path / "copies")
+        make_scorer(AnswerMetrics(metrics=(f"{tmp_path}/own.py:score",)), tmp_path / "copies")
     assert not (tmp_path / "copies").exists()
 
 
@@ -147,7 +156,7 @@ def test_a_function_of_another_user_is_refused(tmp_path: Path) -> None:
     file.write_text(LENGTH)
     give(file)
     with pytest.raises(ConfigError, match=r"the file of a metric is not trusted: .* belongs to 54321"):
-        AnswerScorer(AnswerMetrics(metrics=(f"{file}:length",)), tmp_path / "copies")
+        make_scorer(AnswerMetrics(metrics=(f"{file}:length",)), tmp_path / "copies")
 
 
 @pytest.mark.parametrize(
@@ -159,11 +168,11 @@ def test_schemas_that_are_wrong(tmp_path: Path, schema: str | None, part: str) -
     if schema is not None:
         file.write_text(schema)
     with pytest.raises(ConfigError, match=f"the JSON schema {part}"):
-        AnswerScorer(AnswerMetrics(metrics=("json_schema",), json_schema=str(file)), tmp_path)
+        make_scorer(AnswerMetrics(metrics=("json_schema",), json_schema=str(file)), tmp_path)
 
 
 def test_references_that_cannot_be_scored_are_named_in_one_pass(tmp_path: Path) -> None:
-    scorer = AnswerScorer(AnswerMetrics(metrics=("numeric", "field_f1", "exact_match")), tmp_path)
+    scorer = make_scorer(AnswerMetrics(metrics=("numeric", "field_f1", "exact_match")), tmp_path)
     with pytest.raises(DataError) as error:
         scorer.check_references(["x", "[1]", "3", "y"], ["a:1", "a:2", "a:3", "a:4"])
     first, second = error.value.problems
@@ -175,4 +184,4 @@ def test_references_that_cannot_be_scored_are_named_in_one_pass(tmp_path: Path) 
 def test_a_pattern_that_takes_too_long_names_the_row(tmp_path: Path) -> None:
     settings = AnswerMetrics(metrics=("regex",), pattern="(a|aa)+$b", metric_time_limit_s=0.2)
     with pytest.raises(DataError, match=r"takes more than 0\.2 s for one answer, in row r:1"):
-        AnswerScorer(settings, tmp_path).score("regex", [GeneratedAnswer("a" * 40, True, 1)], [""], ["r:1"])
+        make_scorer(settings, tmp_path).score("regex", [GeneratedAnswer("a" * 40, True, 1)], [""], ["r:1"])

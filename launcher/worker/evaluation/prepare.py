@@ -23,7 +23,7 @@ from launcher.errors import ConfigError, DataError, LauncherError, Problem, did_
 from launcher.evaluate import questions as reading
 from launcher.evaluate.prompting import BasePrompts, PromptStyle, TunedPrompts
 from launcher.evaluate.questions import EvalQuestion, QuestionSet
-from launcher.evaluate.scoring import AnswerScorer
+from launcher.evaluate.scoring import AnswerScorer, copy_metric_files
 from launcher.evaluate.task import EvaluationFolder, EvaluationTask, Weights, digest_weights
 from launcher.models.weight_files import weight_files
 from launcher.plan.launch_plan import LaunchPlan
@@ -52,6 +52,7 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
     _require_vllm(config)
     folder = EvaluationFolder.of(run.root, step)
     folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    copy_metric_files(config.evaluate, folder.root)
     scorer = AnswerScorer(config.evaluate, folder.root)
     import_tokenizers_without_torch()
     plan = _with_own_template(plan, folder)
