@@ -58,7 +58,7 @@ def run(verb: str, tokens: list[str]) -> int:
         # An option of this launcher cannot be the start of these settings.
         text = render(values_to_print(config, conf_dir(), all_settings=True))
         has_all = True
-    print("".join(f"# {line}\n" for line in head), text, sep="", end="")
+    print("".join(f"# {' '.join(line.splitlines())}\n" for line in head), text, sep="", end="")
     if has_all and not _reads_back(text, config):
         print("note: not every value can be written into a file; compare with: config --json", file=sys.stderr)
     return 0

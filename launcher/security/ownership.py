@@ -5,6 +5,7 @@ Whoever can replace such a file decides what the command does with this user's a
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ from launcher import json_records
 from launcher.errors import DataError, Problem, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.security.folders import CACHE_PART, shared_group
+from launcher.security.path_steps import MAX_LINKS
 from launcher.security.permissions import first_problem, first_problem_above, is_private, tree
-from launcher.security.trust import Trust
+from launcher.security.trust import Trust, user_name
 
 
 def require_run(run: RunDir) -> None:
@@ -71,6 +73,32 @@ def file_problem(subject: str, file: Path) -> Problem | None:
     """Return why this user does not trust a file, or a folder or link on the way to it; None if they do."""
     problem = first_problem(subject, file, (), _own_trust(), with_parents=True)
     return None if problem is None else replace(problem, where=str(file))
+
+
+def accepts_owner(uid: int) -> bool:
+    """Return whether this user trusts what a user owns."""
+    trust = _own_trust()
+    return trust.anyone or trust.accepts_owner(uid)
+
+
+def follow_own_links(file: Path) -> Path:
+    """Return the file that a path leads to, which need not exist, where it is about to be replaced.
+
+    Raises:
+        PermissionError: where a link in its place belongs to another user, who would choose the file.
+        OSError: where links go in a circle.
+    """
+    for _ in range(MAX_LINKS):
+        # The folder may be reached by any link: the file in it has the name that this user has given.
+        file = file.absolute().parent.resolve() / file.name
+        try:
+            target, owner = os.readlink(file), file.lstat().st_uid
+        except OSError:
+            return file
+        if not accepts_owner(owner):
+            raise PermissionError(errno.EPERM, f"it is a link of {user_name(owner)} to {target}", str(file))
+        file = file.parent / target
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(file))
 
 
 def require_plain_files(run: RunDir) -> None:

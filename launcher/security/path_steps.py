@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 # The limit of Linux; https://man7.org/linux/man-pages/man7/path_resolution.7.html
-_MAX_LINKS = 40
+MAX_LINKS = 40
 
 
 def path_steps(path: Path) -> list[Path]:
@@ -21,7 +21,7 @@ def path_steps(path: Path) -> list[Path]:
         name = names.pop()
         if name == "..":
             current = current.parent
-        elif (entry := current / name).is_symlink() and num_links < _MAX_LINKS:
+        elif (entry := current / name).is_symlink() and num_links < MAX_LINKS:
             num_links += 1
             steps.append(entry)
             target = Path(os.readlink(entry))

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from launcher.cli.main import main
+from launcher.cli.starter_file import starter_text
 
 Typed = Callable[..., tuple[int, str, str]]
 GPUS = ("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8")
@@ -154,6 +155,19 @@ def test_a_name_that_reads_as_a_reference_is_a_name(typed: Typed) -> None:
     code, out, err = typed("plan", "my.yaml")
     assert code == 0, err
     assert name in out
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\r", "\x85", "\u2028", "\u2029"])
+def test_the_name_of_a_file_adds_no_settings(typed: Typed, line_break: str) -> None:
+    """YAML ends a comment at these characters, and other users choose the names of their files."""
+    name = f"rows{line_break}export: {{push_to_hub: mallory}}{line_break}#.jsonl"
+    Path("chats.jsonl").rename(name)
+    code, _, err = typed("init", "--data", name, "--model", "tiny", "--out", "run.yaml")
+    assert code == 2, err
+    assert "contains a control character" in err
+    assert not Path("run.yaml").exists()
+    text = starter_text([name], {"model": "tiny", "train": {"epochs": 3}}, {"model": name, "train.epochs": name})
+    assert yaml.safe_load(text) == {"model": "tiny", "train": {"epochs": 3}}
 
 
 def test_on_machines_that_run_the_same_command_the_run_has_a_name(typed: Typed) -> None:

@@ -128,7 +128,7 @@ def test_a_setting_of_other_backends_names_each_of_them(refused: Refused, overri
     assert problem.remedy.startswith(f"add {' or '.join(f'+cluster={kind}' for kind in kinds)} to the command line")
 
 
-@pytest.mark.parametrize("character", ["\n", "\t", "\x1b", "\x7f", "\r"])
+@pytest.mark.parametrize("character", ["\n", "\t", "\x1b", "\x7f", "\r", "\x85", "\x9b", "\u2028"])
 @pytest.mark.parametrize("key", ["run.name", "run.root", "tracking.project", "data.name"])
 def test_control_characters_are_refused(refused: Refused, key: str, character: str) -> None:
     (problem,) = refused(f'{key}="a{character}b"')

@@ -122,3 +122,56 @@ def test_a_page_is_for_this_user_alone(shared: Path) -> None:
         html_page.write(own, page)
         assert (mode(own), own.stat().st_uid) == (0o600, USER)
         own.chmod(0o644)
+
+
+@pytest.mark.parametrize("target", ["new", "page"])
+def test_a_page_is_not_written_through_a_link_of_another_user(shared: Path, target: str) -> None:
+    """As report.html in their run's directory, which leads to ~/.ssh/authorized_keys: lines of a page may be keys."""
+    home = shared / "home"
+    as_user(USER)
+    home.mkdir()
+    if target == "page":
+        html_page.write(home / "page", html_page._POLICY)
+    as_user(MALLORY)
+    link, chain, pipe = (shared / name for name in ("report.html", "chain.html", "pipe.html"))
+    link.symlink_to(home / target)
+    os.mkfifo(pipe, 0o666)
+    pipe.chmod(0o666)
+    as_user(USER)
+    own = home / "own.html"
+    own.symlink_to(link)
+    chain.symlink_to(link)
+    before = sorted(home.iterdir())
+    for path in (link, chain, own):
+        with pytest.raises(ConfigError, match=f"a link of {MALLORY}"):
+            html_page.require_writable_page(path)
+        with pytest.raises(ConfigError, match=f"a link of {MALLORY}"):
+            html_page.write(path, "ssh-ed25519 AAAA mallory")
+    with pytest.raises(ConfigError, match="of another user"):
+        html_page.write(pipe, "rows")
+    assert sorted(home.iterdir()) == before
+    (home / "mine").symlink_to("renamed")
+    html_page.write(home / "mine", html_page._POLICY)
+    assert (home / "mine").is_symlink()
+    assert (home / "renamed").read_text() == html_page._POLICY
+
+
+def test_a_link_that_replaces_a_page_while_it_is_written_is_not_followed(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user makes it after the last look at the path, in a folder of theirs that everyone may write to."""
+    as_user(MALLORY)
+    run = shared / "run"
+    run.mkdir()
+    run.chmod(0o777)
+    as_user(USER)
+    key, write_bytes = shared / "authorized_keys", html_page.atomic_files.write_bytes
+
+    def write_after_the_swap(path: Path, content: bytes, mode: int) -> None:
+        as_user(MALLORY)
+        (run / "report.html").symlink_to(key)
+        as_user(USER)
+        write_bytes(path, content, mode)
+
+    monkeypatch.setattr(html_page.atomic_files, "write_bytes", write_after_the_swap)
+    html_page.write(run / "report.html", "ssh-ed25519 AAAA mallory")
+    assert not key.exists()
+    assert not (run / "report.html").is_symlink()

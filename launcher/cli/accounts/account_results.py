@@ -26,7 +26,11 @@ def check_accounts(config: RunConfig) -> list[CheckResult]:
 
 
 def _check_wandb(config: RunConfig) -> Iterator[CheckResult]:
-    account = wandb_check.look_up_account(config, worker_environment())
+    try:
+        account = wandb_check.look_up_account(config, worker_environment())
+    except ConfigError as error:
+        yield from (from_problem(problem, name=_WANDB) for problem in error.problems)
+        return
     if account is None:
         yield CheckResult(_WANDB, OK, "not needed: the settings track nothing online")
         return

@@ -10,6 +10,7 @@ from typing import Any
 from launcher.config.schema import RunConfig
 from launcher.config.sections.cluster import ClusterSection
 from launcher.errors import ConfigError
+from launcher.tracking.wandb import local_settings
 
 _DEADLINE_S = 30.0
 
@@ -25,10 +26,16 @@ def check(config: RunConfig, environ: dict[str, str]) -> list[str]:
 
 
 def look_up_account(config: RunConfig, environ: dict[str, str]) -> dict[str, Any] | None:
-    """Return the `Account` (launcher.tracking.wandb.account) that would track the run; None where the settings need none."""
+    """Return the `Account` (launcher.tracking.wandb.account) that would track the run; None where the settings need none.
+
+    Raises:
+        ConfigError: where another user chooses the server that would get the key.
+    """
     tracking = config.tracking
     if tracking.kind != "wandb" or tracking.mode in ("offline", "disabled"):
         return None
+    if problem := local_settings.find_problem():
+        raise ConfigError(problem)
     return _look_up(tracking.model_dump_json(), environ)
 
 

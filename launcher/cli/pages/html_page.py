@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from markupsafe import Markup, escape
 
 from launcher import atomic_files
 from launcher.errors import ConfigError
+from launcher.security import ownership
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -26,11 +29,12 @@ _LONG_WORD = 16
 
 
 def require_writable_page(file: Path) -> Path:
-    """Refuse a path that cannot be written, or a file that is not a page of the launcher and would be lost.
+    """Refuse a path that cannot be written, a link of another user, or a file that is not a page of the launcher.
 
     Raises:
         ConfigError: about `--html`.
     """
+    _follow(file)
     try:
         is_writable = not file.is_dir() and os.access(file if file.exists() else file.absolute().parent, os.W_OK)
         is_foreign = is_writable and file.exists() and file.stat().st_size > 0 and _POLICY not in _beginning(file)
@@ -53,18 +57,42 @@ def write(file: Path, content: str) -> None:
     """
     try:
         # UTF-8 has no code for half a surrogate pair, as in some file names. Encode before the old page is gone.
-        _write_private(require_writable_page(file), content.encode(errors="xmlcharrefreplace"))
+        encoded = content.encode(errors="xmlcharrefreplace")
+        if require_writable_page(file).exists() and not file.is_file():
+            _write_to_device(file, encoded)
+        else:
+            # Only this user can read it, since pages show rows of the data. A link that another user makes now is replaced.
+            atomic_files.write_bytes(_follow(file), encoded, mode=0o600)
     except OSError as error:
         what = f"the page cannot be written: {error.strerror}"
         raise ConfigError(what, where="--html", value=str(file), remedy="name a file on another disk") from None
 
 
-def _write_private(file: Path, content: bytes) -> None:
-    """Write a file that only this user can read, since pages show rows of the data. A pipe or a terminal is written to."""
-    if file.exists() and not file.is_file():
-        file.write_bytes(content)
-    else:
-        atomic_files.write_bytes(file.resolve(), content, mode=0o600)
+def _follow(file: Path) -> Path:
+    """Return the file that a path leads to; the file need not exist.
+
+    Raises:
+        ConfigError: where a link of another user, such as one in the directory of their run, chooses it.
+    """
+    try:
+        return ownership.follow_own_links(file)
+    except OSError as error:
+        message, remedy = f"the page cannot be written: {error.strerror}", "name a file in a folder of your own with --html"
+        raise ConfigError(message, where="--html", value=str(file), remedy=remedy) from None
+
+
+def _write_to_device(file: Path, content: bytes) -> None:
+    """Write to a pipe or a terminal, unless it is another user's."""
+    # Opening a pipe waits for its reader.
+    _require_own_device(file.stat())
+    with open(os.open(file, os.O_WRONLY), "wb") as device:
+        _require_own_device(os.fstat(device.fileno()))
+        device.write(content)
+
+
+def _require_own_device(status: os.stat_result) -> None:
+    if stat.S_ISREG(status.st_mode) or not ownership.accepts_owner(status.st_uid):
+        raise PermissionError(errno.EPERM, "it is a pipe or a device of another user")
 
 
 def render(template: str, **context: Any) -> str:

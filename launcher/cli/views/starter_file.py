@@ -39,9 +39,15 @@ def _section(name: str, content: Any, reasons: Mapping[str, str]) -> str:
 
 
 def _comment(text: str, indent: str) -> str:
+    """Return a text as comment lines: no character of it, such as in the name of a data file, ends a comment."""
     prefix = f"{indent}# "
     return textwrap.fill(
-        text, _WIDTH, initial_indent=prefix, subsequent_indent=prefix, break_on_hyphens=False, break_long_words=False
+        " ".join(text.splitlines()),
+        _WIDTH,
+        initial_indent=prefix,
+        subsequent_indent=prefix,
+        break_on_hyphens=False,
+        break_long_words=False,
     )
 
 

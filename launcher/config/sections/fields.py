@@ -20,8 +20,8 @@ class Section(BaseModel):
 
 
 def no_control_characters(value: str) -> str:
-    """Return the text. Raises ValueError where it contains a control character."""
-    if any(ord(c) < 32 or ord(c) == 127 for c in value):
+    """Return the text. Raises ValueError where it contains a control character, or another one that ends a line in YAML."""
+    if any(ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u2029" for c in value):
         raise ValueError("contains a control character; remove line breaks, tabs and other control characters")
     return value
 

@@ -20,6 +20,7 @@ from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import SUPERSEDED, read_events
+from launcher.tracking.wandb import local_settings
 from launcher.tracking.wandb import session as wandb_session
 from launcher.tracking.wandb.session import CheckpointReference, Session, Unreachable
 from launcher.tracking.wandb.steps import returns
@@ -224,6 +225,9 @@ class WandbTracker:
             self._note_once("alert", f"W&B tracking failed and is off for this attempt: {self._failure}")
 
     def _serve(self) -> None:
+        if not self._offline and (problem := local_settings.find_problem()) is not None:
+            raise ConfigError(problem)
+        local_settings.leave_folder_of_others(only_this_thread=True)
         # The search for a login imports W&B's package, which takes a while.
         self._offline = not wandb_session.is_online(self._plan.config.tracking.mode)
         self._start_session()

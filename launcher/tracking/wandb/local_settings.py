@@ -1,0 +1,56 @@
+"""The settings that W&B's package reads in the working directory: they name the server that gets the user's key."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.errors import ConfigError, Problem
+from launcher.security import ownership
+
+# W&B takes the first of these folders that exists.
+_FOLDERS = (".wandb", "wandb")
+_SUBJECT = "the settings file that W&B reads in the working directory"
+_CLONE_FS = 0x200
+
+
+def find_problem() -> Problem | None:
+    """Return why settings of W&B in the working directory are not trusted; None where there are none, or they are."""
+    files = _files()
+    if not any(map(os.path.lexists, files)):
+        return None
+    problem = next(filter(None, map(_problem_of_closest, files)), None)
+    return problem and replace(problem, remedy=f"change to a folder of your own (cd); or {problem.remedy}")
+
+
+def leave_folder_of_others(only_this_thread: bool = False) -> None:
+    """Change to the root directory where others could write settings of W&B into the working directory, now or later.
+
+    Call it before W&B's package reads its settings. With `only_this_thread`, other threads keep their working directory.
+
+    Raises:
+        ConfigError: where the system does not let a thread have a working directory of its own.
+    """
+    if all(_problem_of_closest(file) is None for file in _files()):
+        return
+    if only_this_thread and ctypes.CDLL(None, use_errno=True).unshare(_CLONE_FS) != 0:
+        reason = os.strerror(ctypes.get_errno())
+        raise ConfigError(
+            "others could write settings of W&B into the working directory, which name the server that gets the key",
+            where=os.getcwd(),
+            value=f"a thread cannot leave it here: {reason}",
+            remedy="start the run in a folder of your own (cd), or set tracking.mode=offline",
+        )
+    os.chdir("/")
+
+
+def _files() -> list[Path]:
+    return [Path.cwd() / folder / "settings" for folder in _FOLDERS]
+
+
+def _problem_of_closest(file: Path) -> Problem | None:
+    """Return why a file, or what is there of the path to it, is not trusted: whoever can write there can make the rest."""
+    closest = next(path for path in (file, *file.parents) if os.path.lexists(path))
+    return ownership.file_problem(_SUBJECT, closest)

@@ -1,0 +1,123 @@
+"""W&B's package reads a settings file in the working directory: one of another user must not choose who gets the key."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from file_owners import MALLORY, as_root
+from wandb_server import KEY, FakeWandb, fake_wandb
+
+from launcher.cli import wandb_check
+from launcher.cli.main import main
+from launcher.cli.worker_process import worker_environment
+from launcher.config.schema import RunConfig
+from launcher.errors import ConfigError
+from launcher.tracking.wandb import local_settings
+
+__all__ = ["as_root"]
+
+pytestmark = pytest.mark.usefixtures("as_root")
+
+# As the thread of the tracker does it, while the other threads go on in the working directory of the command.
+_LOAD = """
+import json, os, threading
+from launcher.tracking.wandb import local_settings
+
+def load():
+    local_settings.leave_folder_of_others(only_this_thread=True)
+    from wandb.sdk import wandb_setup
+    loaded.append(wandb_setup.singleton().settings.base_url)
+
+loaded = []
+thread = threading.Thread(target=load)
+thread.start()
+thread.join()
+print(json.dumps([*loaded, os.getcwd()]))
+"""
+
+
+@pytest.fixture
+def servers() -> Iterator[tuple[FakeWandb, FakeWandb]]:
+    """The server of the user, and that of the other user."""
+    with fake_wandb(projects=("launcher",)) as own, fake_wandb() as other:
+        yield own, other
+
+
+@pytest.fixture
+def folder(servers: tuple[FakeWandb, FakeWandb], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with settings of W&B that name the other server; the home of the user names their own."""
+    for variable in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.delenv("LAUNCHER_TRUST_OWNERS", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", os.devnull)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    for file, server in zip((".config/wandb/settings", "work/wandb/settings"), servers, strict=True):
+        path = tmp_path / ("home" if file.startswith(".") else "") / file
+        path.parent.mkdir(parents=True)
+        path.write_text(f"[default]\nbase_url = {server.address}\n")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def config() -> RunConfig:
+    sections: dict[str, Any] = {"model": {"path": "./m"}, "data": {"sources": [{"path": "t.jsonl"}]}, "train": {"max_steps": 1}}
+    return RunConfig.model_validate({**sections, "tracking": {"mode": "online"}})
+
+
+def run_python(*arguments: str, text: str = "") -> str:
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, env=worker_environment(), timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_settings_of_another_user_are_refused_by_name(
+    folder: Path, servers: tuple[FakeWandb, FakeWandb], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Another user could make the folder .wandb, which W&B prefers.
+    folder.chmod(0o1777)
+    with pytest.raises(ConfigError, match="can be written by everyone"):
+        wandb_check.check(config(), worker_environment())
+    folder.chmod(0o755)
+    os.chown(folder / "wandb/settings", MALLORY, -1)
+    with pytest.raises(ConfigError, match=f"wandb/settings belongs to {MALLORY}"):
+        wandb_check.check(config(), worker_environment())
+    assert main(["dashboard", "demo"]) == 2
+    assert f"belongs to {MALLORY}" in capsys.readouterr().err
+    assert servers[1].received == []
+    assert Path.cwd() == folder
+
+
+@pytest.mark.parametrize("attempt", ["theirs", "sticky"])
+def test_settings_that_appear_after_the_check_are_not_read(
+    folder: Path, servers: tuple[FakeWandb, FakeWandb], attempt: str
+) -> None:
+    """Here they are there all the time, and the check is left out."""
+    own, other = servers
+    if attempt == "theirs":
+        os.chown(folder, MALLORY, -1)
+    else:
+        folder.chmod(0o1777)
+    account = json.loads(run_python("-m", "launcher.tracking.wandb.account", text='{"kind": "wandb", "mode": "online"}'))
+    assert account["login"] == "environment"
+    assert own.received
+    loaded, working_dir = json.loads(run_python("-c", _LOAD))
+    assert (loaded, working_dir) == (own.address, str(folder))
+    assert other.received == []
+
+
+def test_settings_of_the_user_are_read(folder: Path, servers: tuple[FakeWandb, FakeWandb]) -> None:
+    own, other = servers
+    wandb_check.check(config(), worker_environment())
+    assert other.received
+    assert own.received == []
+    local_settings.leave_folder_of_others()
+    assert Path.cwd() == folder
