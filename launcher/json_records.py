@@ -12,6 +12,7 @@ import errno
 import functools
 import json
 import os
+import stat
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -115,9 +116,13 @@ def _read_bytes(path: Path, max_bytes: int) -> bytes:
     """Read at most `max_bytes` bytes: a record of another user's run may have any size."""
 
     def read() -> bytes:
-        with path.open("rb") as file:
+        # To read a pipe or a device could never end.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "is no regular file", str(path))
             # A read allocates as much as it is asked for.
-            return file.read(min(max_bytes, os.fstat(file.fileno()).st_size + 1))
+            return file.read(min(max_bytes, status.st_size + 1))
 
     try:
         return read()

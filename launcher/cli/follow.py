@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli.formatting import short
-from launcher.cli.printable_stream import raw
 from launcher.cli.starting.interrupts import Interrupts
 from launcher.clusters.backends import Cluster, StatusReader
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunError, SubmitError, printable
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
-from launcher.shell_commands import launcher_command
+from launcher.security.printable_stream import raw
+from launcher.shell_commands import launcher_command, shell_command
 from launcher.tracking.console import format_step
 from launcher.tracking.jsonl import Tail, read_events
 from launcher.tracking.metrics import format_duration
@@ -183,9 +184,17 @@ def wandb_page(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def wandb_words(page: Mapping[str, Any]) -> str:
     """Format the result of `wandb_page`; empty if there is neither."""
     url, command = page.get("url") or "", page.get("sync_command")
-    if not command:
+    if not command or not _is_upload(str(command)):
         return url
     return f"{url}; upload the missing part with: {command}" if url else f"offline; upload it with: {command}"
+
+
+def _is_upload(command: str) -> bool:
+    """Return whether a command is one that uploads: another user's run may name any, and a person is told to type it."""
+    with suppress(ValueError):
+        words = shlex.split(command)
+        return words[:2] == ["wandb", "sync"] and shell_command(*words) == command
+    return False
 
 
 def _result_lines(run: RunDir) -> list[str]:

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from launcher.cli.printable_stream import printable_output, raw
 from launcher.config.run_file.tokens import is_run_file
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, LauncherError, Problem
+from launcher.security.printable_stream import printable_output, raw
 from launcher.shell_commands import launcher_command
 
 # Each verb, and the module of launcher.cli whose function `run(verb, tokens)` carries it out.

@@ -12,7 +12,6 @@ from launcher import run_records, run_store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.follow import StatusWatch, follow, interrupted_start
-from launcher.cli.printable_stream import as_plain_lines
 from launcher.cli.resume import resume_run
 from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.views.plan_view import started_lines
@@ -22,6 +21,7 @@ from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 from launcher.security import ownership
+from launcher.security.printable_stream import as_plain_lines
 from launcher.shell_commands import launcher_command
 
 _LOG_POLL_S = 0.3

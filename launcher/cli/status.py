@@ -17,13 +17,13 @@ from launcher import run_store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.follow import StatusWatch, wandb_words
-from launcher.cli.printable_stream import raw
 from launcher.cli.views.run_summary import summary
 from launcher.clusters.backends import status_reader_for
 from launcher.errors import LauncherError, SubmitError, printable
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 from launcher.security import ownership
+from launcher.security.printable_stream import raw
 from launcher.shell_commands import launcher_command
 from launcher.tracking import goodput
 from launcher.tracking.metrics import format_duration, status_lines
@@ -147,6 +147,9 @@ def _ls(root: Path, as_json: bool) -> int:
             summaries.append(summary(run, answer.result()))
         except (OSError, LauncherError) as error:
             print(printable(f"{run.root.name}: {_reason(error)}"), file=sys.stderr)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # Metrics and events of another user's run may hold anything.
+            print(printable(f"{run.root.name}: its files make no sense: {type(error).__name__}"), file=sys.stderr)
     if as_json:
         print(formatting.as_json(summaries))
     elif not summaries:

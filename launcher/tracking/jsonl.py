@@ -219,13 +219,13 @@ def decode_lines(data: bytes) -> list[dict[str, Any]]:
     for raw in data.splitlines():
         try:
             line = json.loads(raw)
-        except ValueError:
-            # A machine died in the middle of a write.
+            if not isinstance(line, dict):
+                continue
+            for name, kind in line.pop("nonfinite", {}).items():
+                line[name] = float(kind)
+        except (ValueError, RecursionError, AttributeError, TypeError):
+            # A machine died in the middle of a write, or another user wrote the line.
             continue
-        if not isinstance(line, dict):
-            continue
-        for name, kind in line.pop("nonfinite", {}).items():
-            line[name] = float(kind)
         lines.append(line)
     return lines
 

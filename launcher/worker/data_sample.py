@@ -27,6 +27,7 @@ from launcher.data.sources.files import Block
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import LauncherError
 from launcher.models import parent_run
+from launcher.security.printable_stream import printable_output
 from launcher.worker.prepare import convert_local
 from launcher.worker.signals import exit_on_termination
 
@@ -167,4 +168,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     exit_on_termination()
-    sys.exit(main())
+    # Libraries log names from files of others to the terminal of the command.
+    with printable_output():
+        code = main()
+    sys.exit(code)

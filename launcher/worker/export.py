@@ -24,6 +24,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count, format_size
 from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
+from launcher.security.printable_stream import printable_output
 from launcher.shell_commands import launcher_command
 from launcher.tracking.jsonl import read_metrics
 from launcher.tracking.progress import show_progress, show_waiting
@@ -143,4 +144,7 @@ def _again(arguments: argparse.Namespace) -> str:
 
 if __name__ == "__main__":
     exit_on_termination()
-    sys.exit(main())
+    # Libraries log names from files of others to the terminal of the command.
+    with printable_output():
+        code = main()
+    sys.exit(code)

@@ -32,6 +32,7 @@ from launcher.export.hf_folder import ExportTask, export, find_chat_template, ve
 from launcher.models import parent_run
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.security import folders
+from launcher.security.printable_stream import printable_output
 from launcher.security.redaction import redacted_command_line
 from launcher.tracking.jsonl import read_metrics
 from launcher.tracking.progress import show_documents, show_progress, show_waiting
@@ -293,4 +294,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     exit_on_termination()
-    sys.exit(main(sys.argv[1:]))
+    # Libraries log names from files of others to the terminal of the command.
+    with printable_output():
+        code = main(sys.argv[1:])
+    sys.exit(code)

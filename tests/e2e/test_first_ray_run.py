@@ -29,6 +29,16 @@ def root(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
+def working_dir(tmp_path: Path) -> Path:
+    """The folder of a command, with modules in it that a run imports elsewhere: the folder may belong to somebody else."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for module in ("torch", "deepspeed", "psutil", "pydantic", "tenacity", "xxhash"):
+        (folder / f"{module}.py").write_text("raise ImportError('imported from the working directory')\n")
+    return folder
+
+
+@pytest.fixture
 def temporary() -> Iterator[Path]:
     """The folder for temporary files, with a path short enough for Ray's sockets."""
     folder = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
@@ -37,10 +47,13 @@ def temporary() -> Iterator[Path]:
 
 
 def test_a_run_on_ray_has_the_losses_of_a_local_run(
-    launch: Callable[..., subprocess.CompletedProcess[str]], root: Path, temporary: Path
+    launch: Callable[..., subprocess.CompletedProcess[str]], root: Path, temporary: Path, working_dir: Path
 ) -> None:
+    """The command imports nothing from its working directory, and neither do Ray's workers, to which Ray passes its path."""
+    env = {"TMPDIR": str(temporary), "PYTHONSAFEPATH": "1"}
     for name, *more in (("local",), ("alone", "+cluster=ray", "cluster.workers=2")):
-        done = launch(*SETTINGS, *more, f"run.root={root}", f"run.name={name}", timeout=DEADLINE_S, TMPDIR=str(temporary))
+        settings = (*SETTINGS, *more, f"run.root={root}", f"run.name={name}")
+        done = launch(*settings, cwd=working_dir, timeout=DEADLINE_S, **env)
         assert done.returncode == 0, done.stdout + done.stderr
     run = root / "alone"
     assert status(run)["state"] == "completed"

@@ -248,6 +248,8 @@ def _join(start: _Start) -> int:
     if answer.state == OVER:
         print(printable(answer.message))
         return 0
+    if len(answer.names) != here.nodes:
+        raise SubmitError("what answers at the address of node 0 is no start of this run", where=f"{here.address}:{here.port}")
     attempt, name = answer.attempt, answer.names[here.node]
     _await_visible(run, attempt)
     ownership.require_run(run)

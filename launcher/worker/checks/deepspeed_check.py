@@ -23,6 +23,7 @@ from launcher.errors import DataError, Problem, did_you_mean
 from launcher.plan.deepspeed import render
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
 from launcher.plan.optimizers import OPTIMIZERS
+from launcher.security.printable_stream import printable_output
 
 # The extra keys are merged into the plan of a small run, since sizes do not matter here.
 _BATCH = Batch(
@@ -226,4 +227,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Libraries log names from files of others to the terminal of the command.
+    with printable_output():
+        code = main()
+    sys.exit(code)

@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,25 @@ def connected(plan: LaunchPlan, run: RunDir) -> Iterator[None]:
             import ray
 
             ray.shutdown()
+
+
+class _NoFolders(list[str]):
+    """Stays empty."""
+
+    def extend(self, folders: Iterable[str]) -> None:
+        pass
+
+
+def config_without_search_path() -> Any:
+    """Return a JobConfig whose workers import nothing from the driver's working directory.
+
+    Ray puts that folder before all others in their sys.path, on each node, whoever owns it there.
+    """
+    from ray.job_config import JobConfig
+
+    config = JobConfig()
+    config._py_driver_sys_path = _NoFolders()
+    return config
 
 
 def draining_nodes() -> set[str]:
@@ -104,11 +123,11 @@ def _join(section: RaySection, path: str, common: dict[str, Any]) -> None:
 
     if section.is_http:
         # The job's own environment applies to all processes that it starts.
-        ray.init(address="auto", **common)
+        ray.init(address="auto", job_config=config_without_search_path(), **common)
     else:
         variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
         address = auto_address.address_to_join(section.address or "")
-        ray.init(address=address, runtime_env={"env_vars": variables}, **common)
+        ray.init(address=address, runtime_env={"env_vars": variables}, job_config=config_without_search_path(), **common)
 
 
 def _start(plan: LaunchPlan, run: RunDir, path: str, folder: Path, common: dict[str, Any]) -> None:
@@ -133,5 +152,6 @@ def _start(plan: LaunchPlan, run: RunDir, path: str, folder: Path, common: dict[
         dashboard_host="127.0.0.1",
         object_store_memory=_OBJECT_STORE_BYTES,
         _node_ip_address="127.0.0.1",
+        job_config=config_without_search_path(),
         **common,
     )

@@ -20,6 +20,7 @@ from launcher.clusters.ray import auto_address
 from launcher.clusters.ray.doctor import FROM_INPUT
 from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
+from launcher.worker.ray import connection
 
 
 def check_here(config: str, node: str, environ: dict[str, str]) -> str:
@@ -45,7 +46,13 @@ def main(request: str, seconds: float) -> None:
     runtime = {} if section.is_http else {"runtime_env": {"env_vars": {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}}}
     # Within a job, Ray itself names the cluster of the job.
     address = "auto" if section.is_http else auto_address.address_to_join(section.address or "")
-    ray.init(address=address, log_to_driver=False, logging_level="WARNING", **runtime)
+    ray.init(
+        address=address,
+        log_to_driver=False,
+        logging_level="WARNING",
+        job_config=connection.config_without_search_path(),
+        **runtime,
+    )
     try:
         tasks = {_start(ray, node, config, environ): node for node in _nodes_of_ranks(ray)}
         waiting = [task for task in tasks if task is not None]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from launcher.errors import printable
 
@@ -36,10 +37,23 @@ def printable_output() -> Iterator[None]:
     """Within this block, whatever is printed is printable."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (PrintableStream(raw(stream)) for stream in before)
+    # Handlers of libraries that are imported already keep the stream of their import.
+    handlers = [handler for handler in _log_handlers() if handler.stream is before[1]]
+    for handler in handlers:
+        handler.setStream(cast("TextIO", sys.stderr))
     try:
         yield
     finally:
+        for handler in handlers:
+            handler.setStream(before[1])
         sys.stdout, sys.stderr = before
+
+
+def _log_handlers() -> Iterator[logging.StreamHandler[TextIO]]:
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler):
+                yield handler
 
 
 def raw(stream: TextIO) -> TextIO:
