@@ -22,6 +22,7 @@ import launcher
 from launcher import model_source
 from launcher.config.schema import RunConfig, is_run
 from launcher.config.sections.data import DataSection
+from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.data import cache, sources
 from launcher.data.checks import findings
 from launcher.data.sources.eval_set import make_set_data
@@ -42,9 +43,12 @@ def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:
     the devices of a node of the job; its CPUs are assumed to be like this machine's.
 
     Raises:
-        ConfigError: if there is no such run or checkpoint.
+        ConfigError: if there is no such run or checkpoint, or another user has made a folder of the name of a Hub repository.
     """
     sources = {"path": config.model.path, "tokenizer": config.model.tokenizer}
+    of_hub = {key: value for key, value in sources.items() if value and HUB_ID_PATTERN.fullmatch(value)}
+    if problems := [problem for key, value in of_hub.items() if (problem := ownership.hub_name_problem(f"model.{key}", value))]:
+        raise ConfigError(problems)
     changes = {key: local for key, value in sources.items() if value and (local := model_source.local_folder(value)) != value}
     if is_run(config.model.path):
         from launcher.models import parent_run

@@ -81,6 +81,21 @@ def accepts_owner(uid: int) -> bool:
     return trust.anyone or trust.accepts_owner(uid)
 
 
+def hub_name_problem(key: str, name: str) -> Problem | None:
+    """Return the problem of a name of the Hub, owner/name, in whose place another user has made a folder or file here.
+
+    It would be used instead of the repository. None if there is none.
+    """
+    path = Path(name)
+    for part in (path.parent, path):
+        with suppress(OSError):
+            if os.path.lexists(path) and not accepts_owner(owner := part.lstat().st_uid):
+                message = f"{key}: {name} names a repository of the Hub, and {user_name(owner)} has made a path of that name here"
+                remedy = f"write ./{name} if that path is meant; for the repository, start from another folder (cd)"
+                return Problem(message, str(part.absolute()), name, remedy)
+    return None
+
+
 def follow_own_links(file: Path) -> Path:
     """Return the file that a path leads to, which need not exist, where it is about to be replaced.
 

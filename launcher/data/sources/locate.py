@@ -112,6 +112,9 @@ def local_problem(key: str, source: RowSource) -> Problem | None:
     """Check a local path on disk and return its problem; `key` is its setting."""
     value, path = source.path, Path(source.path).expanduser()
     remedy = f"set {key} to a data file, a folder, a pattern, a Hub dataset (owner/name) or an address (s3://...)"
+    is_name = HUB_ID_PATTERN.fullmatch(value) is not None and detect_kind(value) is None
+    if is_name and (problem := ownership.hub_name_problem(key, value)):
+        return problem
     is_pattern = glob.has_magic(value) and not path.exists()
     if is_pattern and not _match_pattern(value):
         return Problem("no file matches the pattern", key, value, f"{remedy}; relative paths start at {Path.cwd()}")
