@@ -116,13 +116,19 @@ def _read_bytes(path: Path, max_bytes: int) -> bytes:
     """Read at most `max_bytes` bytes: a record of another user's run may have any size."""
 
     def read() -> bytes:
-        # To read a pipe or a device could never end.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            status = os.fstat(file.fileno())
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
             if not stat.S_ISREG(status.st_mode):
+                # To read a pipe or a device could never end.
                 raise OSError(errno.EINVAL, "is no regular file", str(path))
-            # A read allocates as much as it is asked for.
-            return file.read(min(max_bytes, status.st_size + 1))
+            with open(descriptor, "rb", closefd=False) as file:
+                # A read allocates as much as it is asked for.
+                return file.read(min(max_bytes, status.st_size + 1))
+        finally:
+            os.close(descriptor)
 
     try:
         return read()

@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.errors import ConfigError, Problem
+from launcher.errors import Problem
 from launcher.security import ownership
 
 # W&B takes the first of these folders that exists.
@@ -29,21 +29,12 @@ def leave_folder_of_others(only_this_thread: bool = False) -> None:
     """Change to the root directory where others could write settings of W&B into the working directory, now or later.
 
     Call it before W&B's package reads its settings. With `only_this_thread`, other threads keep their working directory.
-
-    Raises:
-        ConfigError: where the system does not let a thread have a working directory of its own.
     """
     if all(_problem_of_closest(file) is None for file in _files()):
         return
-    if only_this_thread and ctypes.CDLL(None, use_errno=True).unshare(_CLONE_FS) != 0:
-        reason = os.strerror(ctypes.get_errno())
-        raise ConfigError(
-            "others could write settings of W&B into the working directory, which name the server that gets the key",
-            where=os.getcwd(),
-            value=f"a thread cannot leave it here: {reason}",
-            remedy="start the run in a folder of your own (cd), or set tracking.mode=offline",
-        )
-    os.chdir("/")
+    # Containers may forbid a thread its own working directory. Then only what `find_problem` has found is refused.
+    if not only_this_thread or ctypes.CDLL(None).unshare(_CLONE_FS) == 0:
+        os.chdir("/")
 
 
 def _files() -> list[Path]:
