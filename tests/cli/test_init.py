@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from launcher.cli.main import main
-from launcher.cli.starter_file import starter_text
+from launcher.cli.views.starter_file import starter_text
 
 Typed = Callable[..., tuple[int, str, str]]
 GPUS = ("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8")

@@ -14,7 +14,7 @@ import pytest
 from file_owners import MALLORY, as_root
 from wandb_server import KEY, FakeWandb, fake_wandb
 
-from launcher.cli import wandb_check
+from launcher.cli.accounts import wandb_check
 from launcher.cli.main import main
 from launcher.cli.worker_process import worker_environment
 from launcher.config.schema import RunConfig
