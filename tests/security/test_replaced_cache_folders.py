@@ -55,7 +55,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def precious(shared: Path) -> Path:
     """A folder of alice with a folder in it that looks like a part of any kind."""
-    part = shared / "home/precious/thesis"
+    part = shared / "home/precious/cpu_adam"
     part.mkdir(parents=True)
     (part / "build.ninja").touch()
     (part.parent / "list.json").write_text("[]")
@@ -73,7 +73,7 @@ def as_mallory(action: Callable[[], object]) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    return (folder / "thesis/build.ninja").is_file() and (folder / "list.json").is_file()
+    return (folder / "cpu_adam/build.ninja").is_file() and (folder / "list.json").is_file()
 
 
 def removed(capsys: pytest.CaptureFixture[str], *flags: str) -> list[str]:
@@ -111,7 +111,7 @@ def test_a_folder_for_caches_of_nodes_that_another_user_made(
     assert other.stat().st_mode & 0o777 == 0o700
     as_mallory(lambda: shutil.rmtree(folder))
     assert cache_folders._private_folder() == folder
-    own = folder / "torch_extensions_dir/op"
+    own = folder / "torch_extensions_dir/cpu_adam"
     own.mkdir(parents=True)
     (own / "build.ninja").touch()
     for path in (own / "build.ninja", own):
@@ -138,7 +138,7 @@ def test_a_cache_in_which_others_can_make_links(
     run_folders.remember(shared)
     assert run_folders.recall() == []
     with pytest.raises(DataError, match=r"is not trusted: .*(can be written by everyone|belongs to 54321)"):
-        require_cache(cache / "models/thesis")
+        require_cache(cache / "models/cpu_adam")
     assert is_whole(precious)
     assert len(list(precious.iterdir())) == 2
 
