@@ -14,6 +14,8 @@ from launcher.errors import RunError
 from launcher.plan.migrations import SCHEMA_VERSION
 from launcher.plan.run_dir import RunDir
 
+# What is copied.
+_PACKAGE = Path(launcher.__file__).resolve().parent
 # In the folder of the code: the schema version of the plans that this code reads; earlier launchers wrote no such file.
 _PLAN_SCHEMA = "plan_schema_version"
 # In the same folder: the digest of every file of the package, by its path in the folder.
@@ -77,8 +79,7 @@ def _is_intact(file: Path, digest: str) -> bool:
 
 def _copy_package(folder: Path) -> None:
     """Copy the package into a folder that does not exist yet, with its digests, and make all of it durable."""
-    source = Path(launcher.__file__).resolve().parent
-    shutil.copytree(source, folder / "launcher", ignore=shutil.ignore_patterns("conf", "*.pyc.*"))
+    shutil.copytree(_PACKAGE, folder / "launcher", ignore=shutil.ignore_patterns("conf", "*.pyc.*"))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     digests = {str(path.relative_to(folder)): xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files}
     (folder / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")

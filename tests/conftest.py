@@ -6,6 +6,8 @@ import builtins
 import io
 import json
 import os
+import py_compile
+import shutil
 import socket
 import subprocess
 import sys
@@ -84,6 +86,32 @@ def launcher_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _no_terminal_width() -> None:
     """Remove the width that pytest-xdist sets in its workers: output that is captured is not wrapped."""
     os.environ.pop("COLUMNS", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _little_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs that the process of the tests creates have a copy of these files alone: most runs of tests execute no code, and
+    copying 700 files takes longer than most tests. `whole_code` and `module_whole_code` are for the others.
+    """
+    package = tmp_path_factory.mktemp("code") / "launcher"
+    (package / "train").mkdir(parents=True)
+    for name in ("__init__.py", "errors.py", "run_store.py", "train/__init__.py", "train/loop.py"):
+        shutil.copy(REPO / "launcher" / name, package / name)
+    py_compile.compile(str(package / "errors.py"), doraise=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("launcher.code_snapshot._PACKAGE", package)
+        yield
+
+
+def _copied_whole() -> Iterator[None]:
+    """Runs have a copy of the whole package, as those of users."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("launcher.code_snapshot._PACKAGE", REPO / "launcher")
+        yield
+
+
+whole_code = pytest.fixture(_copied_whole)
+module_whole_code = pytest.fixture(_copied_whole, scope="module")
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,9 @@ def test_replacing_code_continues_after_an_interruption(run: RunDir) -> None:
 
 def test_damaged_code_is_named(run: RunDir) -> None:
     assert code_snapshot.find_damage(run) is None
-    for bytecode in run.code.rglob("*.pyc"):
+    compiled = [*run.code.rglob("*.pyc")]
+    assert compiled
+    for bytecode in compiled:
         bytecode.unlink()
     assert code_snapshot.find_damage(run) is None, "a copy from a mirror has no bytecode"
     (run.code / "launcher/train/loop.py").write_bytes(b"")

@@ -53,7 +53,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_run_is_created_with_plan_status_and_code(config: RunConfig, tmp_path: Path) -> None:
+def test_a_run_is_created_with_plan_status_and_code(config: RunConfig, tmp_path: Path, whole_code: None) -> None:
     expected = planned(config, tmp_path, "a")
     run = run_store.create(expected)
     assert run.root == tmp_path / "runs" / "a"

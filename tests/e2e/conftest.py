@@ -11,6 +11,11 @@ from slurm_tools import Launch, SlurmRun, submit
 from testbed_cluster import Testbed
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _whole_code(module_whole_code: None) -> None:
+    """The runs of these tests execute their code."""
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> Iterator[Path]:
     """A folder for runs; whatever still runs from it at the end is killed by its process id."""
