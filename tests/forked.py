@@ -25,7 +25,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import Any, NoReturn, Self
 
 REPO = Path(__file__).resolve().parents[1]
 _LONGEST_MESSAGE = 2**20
@@ -127,6 +128,16 @@ class ForkedProcess:
         self.returncode: int | None = None
         self._server, self._descriptor = server, os.pidfd_open(pid)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in (self.stdin, self.stdout, self.stderr):
+            if stream is not None:
+                with suppress(BrokenPipeError):
+                    stream.close()
+        self.wait()
+
     def poll(self) -> int | None:
         with suppress(subprocess.TimeoutExpired):
             self.wait(timeout=0)
@@ -146,6 +157,9 @@ class ForkedProcess:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
 
     def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
         """Write `input`, close the standard input, and wait; what it has written."""
@@ -190,6 +204,46 @@ class ForkingSubprocess:
         python, flag, module, *arguments = command
         assert (python, flag) == (sys.executable, "-m"), command
         return self._server.run(module, *arguments, input=input, timeout=timeout, env=env)
+
+
+class ForkingWorkers:
+    """For `monkeypatch.setattr(worker_process, "subprocess", ...)`: worker modules are forked from a process that has imported them.
+
+    A new process has what asks for another Hub, since libraries read that when they are imported, and what prepares in a cache
+    without a converted model, since that may need torch, which the imported tokenizers take for missing.
+    """
+
+    DEVNULL, PIPE, TimeoutExpired = subprocess.DEVNULL, subprocess.PIPE, subprocess.TimeoutExpired
+    # Modules that a server imports, by the worker module.
+    _IMPORTED = MappingProxyType(
+        {
+            "launcher.worker.prepare": ("launcher.worker.prepare", "launcher.data.tokenization.forkserver_preload"),
+            "launcher.worker.checks.isolation_check": (
+                "launcher.train.isolation",
+                "launcher.train.model",
+                "launcher.worker.checks.isolation_check",
+                "launcher.worker.checks.reduced_model",
+                "transformers.models.llama.modeling_llama",
+            ),
+        }
+    )
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self._variables = variables
+
+    def Popen(self, command: Sequence[str], *, stdin: int, stdout: int | None, text: bool, env: Mapping[str, str]) -> Any:
+        python, flag, module, *arguments = command
+        imported = self._IMPORTED.get(module)
+        is_other = (python, flag) != (sys.executable, "-m") or _of_the_hub(env) != _of_the_hub(self._variables)
+        may_need_torch = module == "launcher.worker.prepare" and not any(Path(env["LAUNCHER_CACHE"]).glob("models/*/config.json"))
+        if imported is None or is_other or may_need_torch:
+            return subprocess.Popen(command, stdin=stdin, stdout=stdout, text=text, env=env)
+        streams = {"stdin": stdin, "stdout": 1 if stdout is None else stdout, "stderr": 2}
+        return preloaded(*imported).popen(module, *arguments, **streams, text=text, env=env)
+
+
+def _of_the_hub(variables: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if name.startswith(("HF_", "TRANSFORMERS_"))}
 
 
 class _Wall:

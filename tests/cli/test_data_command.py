@@ -45,6 +45,17 @@ def leaking(rows: Path, tmp_path: Path) -> tuple[str, ...]:
     return (*SETTINGS, f"data.path={rows}", f"data.eval_path={held_out}", "data.eval_fraction=0")
 
 
+@pytest.fixture
+def own_cache(launch_here: Run, rows: Path, launcher_cache: Path, tmp_path: Path) -> dict[str, str]:
+    """The environment for a cache without data; it has the session's models, since converting one takes longer than a test."""
+    done = launch_here("data", *SETTINGS, f"data.path={rows}", "data.eval_fraction=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "models").symlink_to(launcher_cache / "models")
+    return {"LAUNCHER_CACHE": str(folder)}
+
+
 def test_the_report_in_a_pipe_has_marks_and_no_colours(launch: Run, rows: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     # Two documents fit a row.
@@ -184,22 +195,23 @@ def test_a_finished_cache_is_reported_without_a_second_process(
     assert imported(done.stderr).isdisjoint({"launcher.run_store", "launcher.cli.follow", "launcher.cli.launch"})
 
 
-def test_a_finished_cache_that_is_damaged_is_not_reported(launch_here: Run, rows: Path, tmp_path: Path) -> None:
+def test_a_finished_cache_that_is_damaged_is_not_reported(
+    launch_here: Run, rows: Path, own_cache: dict[str, str], tmp_path: Path
+) -> None:
     settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0")
-    own = {"LAUNCHER_CACHE": str(tmp_path / "cache")}
-    reported = launch_here("data", *settings, "--json", cwd=tmp_path, **own)
+    reported = launch_here("data", *settings, "--json", cwd=tmp_path, **own_cache)
     folder = Path(json.loads(reported.stdout)["cache_dir"])
     tokens = folder / "tokens.npy"
     content = bytearray(tokens.read_bytes())
     content[-1] ^= 1
     tokens.write_bytes(content)
-    refused = launch_here("data", *settings, cwd=tmp_path, **own)
+    refused = launch_here("data", *settings, cwd=tmp_path, **own_cache)
     assert refused.returncode == 2
     assert "the data cache is damaged" in refused.stderr
     assert f"rm -r {folder}" in refused.stderr
     # A file of another size is no finished cache: it is built again.
     tokens.write_bytes(content[:-1])
-    rebuilt = launch_here("data", *settings, "--json", cwd=tmp_path, **own)
+    rebuilt = launch_here("data", *settings, "--json", cwd=tmp_path, **own_cache)
     assert rebuilt.stdout == reported.stdout
     assert "tokenise: 123 of 123 documents" in rebuilt.stderr
 
@@ -225,8 +237,10 @@ def on_a_terminal(command: list[str], environment: Mapping[str, str], cwd: Path,
     return written.decode()
 
 
-def test_a_terminal_shows_one_live_line(launcher_env: Mapping[str, str], rows: Path, tmp_path: Path) -> None:
-    environment = {**launcher_env, "TERM": "xterm-256color", "COLUMNS": "120", "LAUNCHER_CACHE": str(tmp_path / "cache")}
+def test_a_terminal_shows_one_live_line(
+    launcher_env: Mapping[str, str], rows: Path, own_cache: dict[str, str], tmp_path: Path
+) -> None:
+    environment = {**launcher_env, "TERM": "xterm-256color", "COLUMNS": "120", **own_cache}
     settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0")
     shown = on_a_terminal([sys.executable, "-m", "launcher", "data", *settings], environment, tmp_path)
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
@@ -285,8 +299,10 @@ def test_a_template_without_an_end_of_turn_refuses_report_and_run(launch: Run, l
 
 
 @pytest.mark.rest
-def test_two_runs_at_once_build_one_cache(launcher_env: Mapping[str, str], rows: Path, tmp_path: Path) -> None:
-    environment = {**launcher_env, "LAUNCHER_CACHE": str(tmp_path / "cache")}
+def test_two_runs_at_once_build_one_cache(
+    launcher_env: Mapping[str, str], rows: Path, own_cache: dict[str, str], tmp_path: Path
+) -> None:
+    environment = {**launcher_env, **own_cache}
     settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0", "train.max_steps=1", "export.enabled=false")
     command = [sys.executable, "-m", "launcher", *settings, "cluster.ranks_per_node=1", f"run.root={tmp_path / 'runs'}"]
     both = [
