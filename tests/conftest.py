@@ -8,6 +8,7 @@ import json
 import os
 import py_compile
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -50,6 +51,9 @@ LONGEST_FILES = (
 
 def pytest_configure(config: pytest.Config) -> None:
     progress.register(config)
+    # A shell that starts pytest in the background has it and all its processes ignore Ctrl-C, which some tests send.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Of many processes on few cores, those that wait for their threads leave them to the others.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # How long an example takes says how busy the machine is.

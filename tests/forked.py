@@ -25,7 +25,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NoReturn, Self
 
 REPO = Path(__file__).resolve().parents[1]
@@ -207,39 +206,35 @@ class ForkingSubprocess:
 
 
 class ForkingWorkers:
-    """For `monkeypatch.setattr(worker_process, "subprocess", ...)`: worker modules are forked from a process that has imported them.
+    """For `monkeypatch.setattr(worker_process, "subprocess", ...)`: worker modules are forked from one that has imported them.
 
     A new process has what asks for another Hub, since libraries read that when they are imported, and what prepares in a cache
     without a converted model, since that may need torch, which the imported tokenizers take for missing.
     """
 
     DEVNULL, PIPE, TimeoutExpired = subprocess.DEVNULL, subprocess.PIPE, subprocess.TimeoutExpired
-    # Modules that a server imports, by the worker module.
-    _IMPORTED = MappingProxyType(
-        {
-            "launcher.worker.prepare": ("launcher.worker.prepare", "launcher.data.tokenization.forkserver_preload"),
-            "launcher.worker.checks.isolation_check": (
-                "launcher.train.isolation",
-                "launcher.train.model",
-                "launcher.worker.checks.isolation_check",
-                "launcher.worker.checks.reduced_model",
-                "transformers.models.llama.modeling_llama",
-            ),
-        }
+    _WITHOUT_TORCH = ("launcher.worker.prepare", "launcher.worker.data_sample", "launcher.data.tokenization.forkserver_preload")
+    _PROBE = (
+        "launcher.train.isolation",
+        "launcher.train.model",
+        "launcher.worker.checks.isolation_check",
+        "launcher.worker.checks.reduced_model",
+        "transformers.models.llama.modeling_llama",
     )
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         self._variables = variables
+        self._server = functools.cache(lambda *modules: ForkServer(*modules, variables=variables))
 
     def Popen(self, command: Sequence[str], *, stdin: int, stdout: int | None, text: bool, env: Mapping[str, str]) -> Any:
         python, flag, module, *arguments = command
-        imported = self._IMPORTED.get(module)
+        imported = next((modules for modules in (self._WITHOUT_TORCH, self._PROBE) if module in modules), None)
         is_other = (python, flag) != (sys.executable, "-m") or _of_the_hub(env) != _of_the_hub(self._variables)
-        may_need_torch = module == "launcher.worker.prepare" and not any(Path(env["LAUNCHER_CACHE"]).glob("models/*/config.json"))
+        may_need_torch = imported is self._WITHOUT_TORCH and not any(Path(env["LAUNCHER_CACHE"]).glob("models/*/config.json"))
         if imported is None or is_other or may_need_torch:
             return subprocess.Popen(command, stdin=stdin, stdout=stdout, text=text, env=env)
         streams = {"stdin": stdin, "stdout": 1 if stdout is None else stdout, "stderr": 2}
-        return preloaded(*imported).popen(module, *arguments, **streams, text=text, env=env)
+        return self._server(*imported).popen(module, *arguments, **streams, text=text, env=env)
 
 
 def _of_the_hub(variables: Mapping[str, str]) -> dict[str, str]:

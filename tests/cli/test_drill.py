@@ -222,9 +222,9 @@ def test_drill_help_lists_the_faults(launch: Callable[..., subprocess.CompletedP
     ],
 )
 def test_invalid_drills_are_refused(
-    launch: Callable[..., subprocess.CompletedProcess[str]], arguments: list[str], message: str, tmp_path: object
+    launch_here: Callable[..., subprocess.CompletedProcess[str]], arguments: list[str], message: str, tmp_path: object
 ) -> None:
-    done = launch("drill", *arguments, cwd=tmp_path)
+    done = launch_here("drill", *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr

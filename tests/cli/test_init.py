@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import ForkingWorkers
 
+from launcher.cli import worker_process
 from launcher.cli.main import main
 from launcher.cli.views.starter_file import starter_text
 
@@ -17,13 +19,33 @@ Typed = Callable[..., tuple[int, str, str]]
 GPUS = ("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8")
 
 
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the Hub without a model."""
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def workers(hub: Path) -> ForkingWorkers:
+    return ForkingWorkers({"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub)})
+
+
 @pytest.fixture
-def typed(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Typed:
+def typed(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hub: Path,
+    workers: ForkingWorkers,
+    launcher_cache: Path,
+) -> Typed:
     """Exit code, output and errors of a command in a folder with `chats.jsonl`; the Hub cannot be reached."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+    monkeypatch.setenv("LAUNCHER_CACHE", str(launcher_cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(worker_process, "subprocess", workers)
     rows = [
         {"messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "word " * (10 + i % 90)}]}
         for i in range(3000)

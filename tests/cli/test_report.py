@@ -49,13 +49,13 @@ def test_the_report_of_one_run_has_all_sections(launch: Launch, run: RunDir) -> 
     assert told["steps"].startswith("40")
 
 
-def test_the_cost_counts_all_time_with_machines(launch: Launch, run: RunDir) -> None:
+def test_the_cost_counts_all_time_with_machines(launch_here: Launch, run: RunDir) -> None:
     """The export after the last line of metrics counts, too."""
     atomic_files.write_json(run.attempt(2) / "exit.json", {"state": "completed", "ended_at": time.time()})
     second = run_store.read_attempt(run, 2)
     run_store.write_attempt(run, 2, replace(second, begun_at=time.time() - 30 * 60))
     atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": time.time() - 31 * 60})
-    assert launch("report", str(run.root)).returncode == 0
+    assert launch_here("report", str(run.root)).returncode == 0
     page = (run.root / "report.html").read_text()
     # 20 and 30 minutes on two GPUs at two dollars.
     assert "$3.33" in page
@@ -103,10 +103,10 @@ def test_the_evaluations_of_a_run(launch_here: Launch, run: RunDir) -> None:
     assert TOKEN not in page
 
 
-def test_several_runs_share_their_charts(launch: Launch, run: RunDir, tmp_path: Path) -> None:
+def test_several_runs_share_their_charts(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
     shutil.copytree(run.root, run.root.with_name("other"))
     file = tmp_path / "both.html"
-    done = launch("report", "demo", "other", "--root", str(run.root.parent), "--html", str(file))
+    done = launch_here("report", "demo", "other", "--root", str(run.root.parent), "--html", str(file))
     assert done.returncode == 0, done.stderr
     page = file.read_text()
     assert "2 runs" in page
@@ -114,11 +114,11 @@ def test_several_runs_share_their_charts(launch: Launch, run: RunDir, tmp_path: 
     assert not (run.root / "report.html").exists()
 
 
-def test_runs_of_one_name_are_distinguished_and_a_run_is_drawn_once(launch: Launch, run: RunDir, tmp_path: Path) -> None:
+def test_runs_of_one_name_are_distinguished_and_a_run_is_drawn_once(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
     shutil.copytree(run.root, tmp_path / "elsewhere/demo")
     file = tmp_path / "both.html"
     again, other = str(run.root / "../demo"), str(tmp_path / "elsewhere/demo")
-    done = launch("report", "demo", again, other, "--root", str(run.root.parent), "--html", str(file))
+    done = launch_here("report", "demo", again, other, "--root", str(run.root.parent), "--html", str(file))
     assert done.returncode == 0, done.stderr
     page = file.read_text()
     assert "2 runs" in page
@@ -127,18 +127,18 @@ def test_runs_of_one_name_are_distinguished_and_a_run_is_drawn_once(launch: Laun
         assert f"<h2>{name}</h2>" in page
 
 
-def test_half_a_surrogate_pair_is_written_as_its_number(launch: Launch, run: RunDir) -> None:
+def test_half_a_surrogate_pair_is_written_as_its_number(launch_here: Launch, run: RunDir) -> None:
     """As in the name of a file that is not UTF-8."""
     JsonlTracker(run, 2).event("alert", "the file \udcff.jsonl is damaged")
-    assert launch("report", str(run.root)).returncode == 0
+    assert launch_here("report", str(run.root)).returncode == 0
     assert "the file &#56575;.jsonl is damaged" in (run.root / "report.html").read_text()
 
 
-def test_a_page_that_cannot_be_written_is_an_error(launch: Launch, run: RunDir, tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_is_an_error(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
     notes = tmp_path / "notes.html"
     notes.write_text("<p>mine</p>")
     for file, words in ((tmp_path / "none/page.html", "cannot be written"), (notes, "not a page of the launcher")):
-        done = launch("report", str(run.root), "--html", str(file))
+        done = launch_here("report", str(run.root), "--html", str(file))
         assert done.returncode == 2
         assert words in done.stderr
         assert "--html" in done.stderr
@@ -146,15 +146,15 @@ def test_a_page_that_cannot_be_written_is_an_error(launch: Launch, run: RunDir, 
     assert notes.read_text() == "<p>mine</p>"
 
 
-def test_a_page_replaces_an_earlier_one(launch: Launch, run: RunDir) -> None:
+def test_a_page_replaces_an_earlier_one(launch_here: Launch, run: RunDir) -> None:
     for _ in range(2):
-        assert launch("report", str(run.root)).returncode == 0
+        assert launch_here("report", str(run.root)).returncode == 0
 
 
-def test_a_run_that_has_not_started_has_a_page(launch: Launch, run: RunDir) -> None:
+def test_a_run_that_has_not_started_has_a_page(launch_here: Launch, run: RunDir) -> None:
     run.metrics.unlink()
     run_store.update_status(run, state="failed", step=0)
-    done = launch("report", str(run.root))
+    done = launch_here("report", str(run.root))
     assert done.returncode == 0, done.stderr
     assert "nothing has been logged yet" in (run.root / "report.html").read_text()
 
