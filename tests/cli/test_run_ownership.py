@@ -263,7 +263,9 @@ def test_in_a_user_namespace_folders_above_may_belong_to_a_user_outside(run: Run
     assert "plan.json belongs to nobody" in problem()
 
 
-def test_storage_that_gives_new_files_to_nobody_refuses_a_run_at_its_start(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_gives_new_files_to_nobody_refuses_a_run_at_its_start(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, whole_code: None
+) -> None:
     """As NFS with root_squash: this process writes as another user than it is."""
     plan = run_store.load_plan(run)
     with tempfile.TemporaryDirectory() as folder:
