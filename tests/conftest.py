@@ -39,12 +39,19 @@ LONGEST_FILES = (
     "e2e/test_first_slurm_run.py",
     "e2e/test_static.py",
     "e2e/test_ray_cluster.py",
-    "e2e/test_slurm_life.py",
+    # Beside the one above, so that no two Ray clusters run at once, and on one Slurm cluster.
     "e2e/test_slurm_interruptions.py",
-    "e2e/test_resume_safety.py",
+    "e2e/test_slurm_life.py",
+    "e2e/test_slurm_nodes.py",
     "e2e/test_ray.py",
     "journeys/test_journeys.py",
+    "e2e/test_mirror.py",
     "e2e/test_resume_exact.py",
+    "e2e/test_resume_safety.py",
+    "e2e/test_wandb_run.py",
+    "e2e/test_weights_of_another_run.py",
+    "e2e/test_drill.py",
+    "e2e/test_causes.py",
     "e2e/test_finish.py",
 )
 
