@@ -21,7 +21,7 @@ class HostedPrice(Section):
 
 
 class CostsSection(Section):
-    """What training and requests would cost at hosted services, by prices of your own; `plan` and `report` show it."""
+    """What training and requests cost at hosted services, by prices of your own; `plan`, `report` and `evaluate` show it."""
 
     hosted: tuple[HostedPrice, ...] = Field(
         (),
