@@ -14,14 +14,13 @@ from pathlib import Path
 
 import pytest
 from hand_made import checkpoint
+from plan_fixtures import composed
 
 from launcher import atomic_files, run_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST
 from launcher.cli.main import main
 from launcher.clusters.detached_process import describe_this_process
-from launcher.config.compose import run_hydra
-from launcher.config.schema import RunConfig
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, Provenance
 from launcher.plan.planner import plan
@@ -35,9 +34,7 @@ LOSSES = {100: 3.0, 150: 1.5, 200: None, 250: 2.0, 300: None, 320: 2.5, 330: Non
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """A run that has ended, with seven checkpoints of two attempts."""
-    found: list[RunConfig] = []
-    run_hydra(["model=tiny", "train.max_steps=400", "run.name=saved", *RULES], lambda done: found.append(done.config))
-    (config,) = found
+    config = composed(("model=tiny", "train.max_steps=400", "run.name=saved", *RULES))
     assert config.model.config is not None
     facts = Facts(
         working_dir=str(tmp_path),
