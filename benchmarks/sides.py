@@ -67,9 +67,9 @@ def prepare(folder: Path, overrides: list[str], steps: int, warmup: int) -> Prep
 
 
 def read_plan(output: str) -> LaunchPlan:
-    """Return the plan that `launcher plan --json` printed with its warnings and notes."""
+    """Return the plan that `launcher plan --json` printed with more keys than its own."""
     values = json.loads(output)
-    return LaunchPlan.model_validate({key: value for key, value in values.items() if key not in ("warnings", "notes")})
+    return LaunchPlan.model_validate({key: value for key, value in values.items() if key in LaunchPlan.model_fields})
 
 
 def launcher_side(prepared: Prepared, extra: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from launcher.models.hub_licenses import find_license
 from launcher.plan.architecture import model_facts
 from launcher.plan.gpu_types import GPUS
 from launcher.plan.launch_plan import Memory, ModelFacts, Topology
-from launcher.plan.memory import checkpoint_bytes, estimate_model_states, has_room_for_activations
+from launcher.plan.memory import checkpoint_bytes, estimate_model_states
 from launcher.plan.optimizers import OPTIMIZERS
+from launcher.plan.sizing.combinations import Situation, choose
 
 PAGE = Path(__file__).resolve().with_name("presets.md")
-GPU, GPUS_PER_NODE, MOST_GPUS = "H100-80GB", 8, 1024
+GPU, GPUS_PER_NODE, MOST_GPUS, ROW_TOKENS = "H100-80GB", 8, 1024, 4096
 
 _HEAD = f"""\
 # Presets
@@ -40,7 +41,7 @@ The file of a preset has what planning needs, so `plan` needs no network. Traini
 pins a revision: set `model.revision`. **Gated** models need an account that accepted the license, and its `HF_TOKEN`. The license
 is the one that the model card names; its text is on the page of the weights.
 
-- {GPU}: the fewest GPUs that hold all states with room for activations: 1, 2, 4 or whole nodes of {GPUS_PER_NODE}.
+- {GPU}: the fewest GPUs whose planned peak fits, with rows of {ROW_TOKENS:,} tokens: 1, 2, 4 or whole nodes of {GPUS_PER_NODE}.
 - Main memory: of all nodes together, with `deepspeed=zero3_offload`. Then no states are on the GPUs.
 - Checkpoint: the size of one, and of the copy in main memory while it is written in the background.
 
@@ -69,7 +70,7 @@ def _models() -> Iterator[str]:
             f"[{model.path}](https://huggingface.co/{model.path}){gated}",
             license_.name if license_ is not None else "see its page",
             f"{model.num_params:,}",
-            _fewest_gpus(model),
+            _fewest_gpus(file, model),
             f"{_states(model, 1, 'cpu').host_per_node_gib:,.0f} GiB",
             f"{checkpoint_bytes(model.num_params, OPTIMIZERS['adamw']) / 2**30:,.0f} GiB",
         )
@@ -80,16 +81,27 @@ def _family(file: Path) -> str:
     return file.stem.partition("_")[0]
 
 
-def _fewest_gpus(model: ModelFacts) -> str:
-    num_gpus = 1
-    while not has_room_for_activations(_states(model, num_gpus, "none")):
+def _fewest_gpus(file: Path, model: ModelFacts) -> str:
+    num_gpus, config = 1, composed(f"model={file.stem}", f"data.max_length={ROW_TOKENS}", "train.micro_batch_size=1")
+    while not _fits(config, model, num_gpus):
         num_gpus = num_gpus * 2 if num_gpus < GPUS_PER_NODE else num_gpus + GPUS_PER_NODE
     return str(num_gpus)
 
 
-def _states(model: ModelFacts, num_gpus: int, offload: str) -> Memory:
+def _fits(config: RunConfig, model: ModelFacts, num_gpus: int) -> bool:
+    # Two rows for each GPU: gradients accumulate, in which they take most memory.
+    train = config.train.model_copy(update={"global_batch_size": 2 * num_gpus})
+    config = config.model_copy(update={"train": train})
+    return choose(Situation(config, model, None, _topology(num_gpus), GPUS[GPU], GPUS[GPU].memory_gib)).fits
+
+
+def _topology(num_gpus: int) -> Topology:
     nodes = -(-num_gpus // GPUS_PER_NODE)
-    topology = Topology(nodes=nodes, ranks_per_node=num_gpus // nodes, world_size=num_gpus, device="cuda", backend="nccl")
+    return Topology(nodes=nodes, ranks_per_node=num_gpus // nodes, world_size=num_gpus, device="cuda", backend="nccl")
+
+
+def _states(model: ModelFacts, num_gpus: int, offload: str) -> Memory:
+    topology = _topology(num_gpus)
     deepspeed = DeepSpeedSection(name="any", offload_optimizer=offload, offload_params=offload)
     # With accumulation, in which gradients take most memory.
     return estimate_model_states(model.num_params, "bf16", 2, OPTIMIZERS["adamw"], deepspeed, topology, GPUS[GPU].memory_gib)

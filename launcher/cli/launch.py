@@ -19,6 +19,7 @@ from launcher.cli.follow import follow, interrupted_start
 from launcher.cli.formatting import wrap
 from launcher.cli.starting import earlier_runs
 from launcher.cli.starting.interrupts import Interrupts
+from launcher.cli.views.memory_view import why_lines
 from launcher.cli.views.plan_view import LABEL_WIDTH, plan_json, plan_lines, started_lines, sweep_lines
 from launcher.cli.worker_process import check_extra, prepare, run_worker_module, worker_environment
 from launcher.clusters.backends import Cluster, StatusReader, cluster_for, status_reader_for
@@ -42,10 +43,11 @@ _USAGE = {
 Plan, prepare data, start the run. On this machine the command follows the run to its end, on a cluster it returns at once.
 --follow (or follow=true) and --detach (or follow=false) override that. With -m it starts several runs. --yes starts runs that
 may cost more than run.confirm_usd without a question.""",
-    "plan": "python -m launcher plan [--json] [overrides]\n\nShow the complete plan and start nothing. "
+    "plan": "python -m launcher plan [--why] [--json] [overrides]\n\nShow the complete plan and start nothing. --why adds the "
+    "memory of each stage of a step, and the combinations of settings that were considered. "
     "--json prints the plan's file with the keys estimate, checkpoint_gib, warnings and notes.",
 }
-_OWN_FLAGS = {"train": ("--follow", "--detach", "--yes"), "plan": ("--json",)}
+_OWN_FLAGS = {"train": ("--follow", "--detach", "--yes"), "plan": ("--json", "--why")}
 # Ten times what it takes on an idle machine.
 _ISOLATION_CHECK_S = 150.0
 _FOLLOW = {"--follow": True, "follow=true": True, "--detach": False, "follow=false": False}
@@ -56,19 +58,20 @@ def run(verb: str, tokens: list[str]) -> int:
     if "--help" in tokens or "-h" in tokens:
         print(composing_usage(_USAGE[verb]))
         return 0
-    as_json = "--json" in tokens
+    as_json, why = "--json" in tokens, verb == "plan" and "--why" in tokens
     follows = next((_FOLLOW[token] for token in tokens if token in _FOLLOW), None)
     accepts_cost = verb == "train" and "--yes" in tokens
-    rest = [token for token in tokens if token not in ("--json", *(["--yes"] if accepts_cost else ())) and token not in _FOLLOW]
+    own = ("--json", *(["--yes"] if accepts_cost else ()), *(["--why"] if why else ()))
+    rest = [token for token in tokens if token not in own and token not in _FOLLOW]
     jobs: list[Composed] = []
     run_hydra(rest, jobs.append, (*_OWN_FLAGS[verb], *COMMON_FLAGS))
     require_distinct_runs(jobs)
     if verb == "plan":
-        return max((_plan(job, as_json) for job in jobs), default=0)
+        return max((_plan(job, as_json, why) for job in jobs), default=0)
     return _train(jobs, follows, accepts_cost)
 
 
-def _plan(composed: Composed, as_json: bool) -> int:
+def _plan(composed: Composed, as_json: bool, why: bool) -> int:
     with composed.located():
         cluster = cluster_for(composed.config.cluster.kind)
         node = _node_of(composed, cluster)
@@ -86,9 +89,11 @@ def _plan(composed: Composed, as_json: bool) -> int:
         speed = _speed(plan, node)
         own_warnings = (_location_warning(plan), earlier_runs.name_warning(config))
         if as_json:
-            print(plan_json(plan, *notes, own_warnings=own_warnings, speed=speed))
+            print(plan_json(plan, *notes, own_warnings=own_warnings, speed=speed, why=why))
             return 0
         print("\n".join(wrap(plan_lines(plan, *notes, own_warnings=own_warnings, speed=speed), LABEL_WIDTH)))
+        if why:
+            print("\n".join(why_lines(plan)))
         if script := cluster.preview(plan):
             print(f"\n{script}", end="")
     return 0

@@ -20,6 +20,7 @@ from launcher.config.sections.evaluation import HELD_OUT, EvalSection
 from launcher.config.sections.fields import (
     HUB_ID_PATTERN,
     NAME_PATTERN,
+    Checkpointing,
     Count,
     Flag,
     Fraction,
@@ -113,8 +114,13 @@ class ModelSection(Section):
             "cannot compute, SDPA, which is slow for long rows of packed documents, or eager."
         ),
     )
-    activation_checkpointing: Flag = Field(
-        False, description="Recompute activations in the backward pass: about a third more compute, far less memory."
+    activation_checkpointing: Checkpointing = Field(
+        "auto",
+        description=(
+            "Layers that recompute their activations in the backward pass, which takes about a third more compute and far less "
+            "memory: all, none, or `every N` for each Nth layer. true means all, false none. auto: the plan chooses the fastest "
+            "that fits into a GPU; none on CPUs."
+        ),
     )
     liger: Flag = Field(
         False,

@@ -212,6 +212,12 @@ def num_experts(config: Mapping[str, Any]) -> int:
     return config.get("num_local_experts") or config.get("num_experts") or 0
 
 
+def is_sparse(config: Mapping[str, Any], layer: int) -> bool:
+    """Return whether a layer of a mixture-of-experts model sends its tokens to experts."""
+    dense = config.get("mlp_only_layers") or ()
+    return num_experts(config) > 0 and layer not in dense and (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
+
+
 @dataclass(frozen=True)
 class TrainFlops:
     """FLOPs of forward and backward of one model: per token, per trained label, and per pair of query and key.
@@ -274,8 +280,7 @@ def _pairs(length: int, window: int | None) -> int:
 def _mlp_weights(family: _Family, model: ModelFacts, layer: int) -> int:
     """Count the MLP weights of a layer that multiply one token: of experts the chosen ones, the shared one, and the router."""
     config, hidden = model.config, model.hidden_size
-    is_sparse = layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
-    if family.expert_width is None or not is_sparse:
+    if family.expert_width is None or not is_sparse(config, layer):
         return 3 * hidden * model.intermediate_size
     shared = config["shared_expert_intermediate_size"] if family.shared_expert else 0
     chosen = 3 * hidden * (config["num_experts_per_tok"] * config[family.expert_width] + shared)

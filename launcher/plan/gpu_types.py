@@ -40,7 +40,8 @@ class GpuType:
 
     `names` is a regular expression that is searched in the names that nvidia-smi, torch, Slurm and people write, after these
     were put in lower case with one space for all that is neither letter nor digit. No name may match the expressions of two
-    types. `usd_per_hour` is a typical price of one GPU, None where there is none.
+    types. `usd_per_hour` is a typical price of one GPU, None where there is none. `runtime_gib`, what CUDA and NCCL take, and
+    `fragmentation`, the factor by which the allocator's peak exceeds that of the tensors, are None until a GPU was measured.
     """
 
     memory_gib: float
@@ -50,6 +51,8 @@ class GpuType:
     names: str
     fp8: float | None = None
     usd_per_hour: float | None = None
+    runtime_gib: float | None = None
+    fragmentation: float | None = None
 
     def peak_tflops(self, dtype: str) -> float | None:
         """Return the peak for matrix products of bf16, fp16, tf32 (fp32 rounded on the way in), fp32 or fp8."""

@@ -195,6 +195,49 @@ class Memory(Record):
     node_gib: float | None = None
 
 
+class StageMemory(Record):
+    """What a stage of a step adds to states and buckets, in GiB per rank.
+
+    `activations_gib` wait for the backward pass, `gathered_gib` are weights of all ranks that are on this one for a moment,
+    `gradients_gib` those that are not reduced yet, `temporary_gib` all that the stage frees before it ends.
+    """
+
+    name: str
+    activations_gib: float
+    gathered_gib: float
+    gradients_gib: float
+    temporary_gib: float
+
+    @property
+    def total_gib(self) -> float:
+        return self.activations_gib + self.gathered_gib + self.gradients_gib + self.temporary_gib
+
+
+class PeakMemory(Record):
+    """The peak memory of a rank by part, in GiB: states and buckets are always there, of the stages the largest counts.
+
+    `fragmentation_gib` and `runtime_gib` (CUDA and NCCL) are assumed unless `is_measured`: then a GPU of this type was measured.
+    """
+
+    states_gib: float
+    buckets_gib: float
+    stages: tuple[StageMemory, ...]
+    fragmentation_gib: float
+    runtime_gib: float
+    peak_gib: float
+    is_measured: bool
+
+    @property
+    def tensors_gib(self) -> float:
+        """The peak of the tensors alone."""
+        return self.states_gib + self.buckets_gib + self.largest.total_gib
+
+    @property
+    def largest(self) -> StageMemory:
+        """The stage with the peak."""
+        return max(self.stages, key=lambda stage: stage.total_gib)
+
+
 class Saving(Record):
     """How checkpoints are written: in the background from a copy of the states in main memory, or while training waits."""
 
@@ -215,7 +258,11 @@ class Limits(Record):
 
 
 class LaunchPlan(Record):
-    """All decisions of a run. Workers read nothing else. `eval_sets` has the data of eval.sets by name."""
+    """All decisions of a run. Workers read nothing else. `eval_sets` has the data of eval.sets by name.
+
+    `gpu_name` is the name or type of the GPUs, empty on CPUs. `checkpointing` is the decided model.activation_checkpointing: all,
+    none or every N. It and `peak` are None in a plan of an earlier launcher.
+    """
 
     schema_version: int = SCHEMA_VERSION
     run_name: str
@@ -223,9 +270,12 @@ class LaunchPlan(Record):
     wandb_id: str
     config: RunConfig
     topology: Topology
+    gpu_name: str = ""
     batch: Batch
     deepspeed: dict[str, Any]
     memory: Memory
+    checkpointing: str | None = None
+    peak: PeakMemory | None = None
     checkpoint_bytes: int
     saving: Saving
     limits: Limits
@@ -235,6 +285,11 @@ class LaunchPlan(Record):
     eval_sets: dict[str, DataFacts] = {}
     provenance: Provenance
     lineage: Lineage | None = None
+
+    @property
+    def activation_checkpointing(self) -> str:
+        """The layers that recompute their activations: all, none or every N."""
+        return self.checkpointing or self.config.model.activation_checkpointing.replace("auto", "none")
 
     @property
     def nvme_folder(self) -> Path | None:

@@ -1,6 +1,6 @@
 """Model-state memory under ZeRO-3 (Rajbhandari et al. 2020, arXiv:1910.02054) and the size of a checkpoint.
 
-Activations, fragmentation and communication buffers come on top and are not estimated here.
+launcher/plan/sizing/peak_memory.py adds activations, gathered weights, buffers and fragmentation.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from launcher.plan.launch_plan import Memory, ModelFacts, Saving, Topology
 from launcher.plan.optimizers import FP32_BYTES, Optimizer
 
 GIB = 2**30
+# Parameters from which all layers of a model recompute their activations where the memory of the GPUs is unknown.
+RECOMPUTED_FROM = 2_000_000_000
 # Elements of the optimizer's states that are in memory at once where they are on NVMe: one buffer each for weights, gradients and
 # every state.
 NVME_SUB_GROUP = 100_000_000
-# Rough memory of activations, gathered weights and buffers with 8,192 tokens per forward pass, which is not estimated here.
-# Models whose states take less than this share of a GPU need less.
-_ACTIVATIONS_GIB, _MIN_STATES_SHARE = 12.0, 0.5
 # The rest is for the data loader, the libraries, and the page cache, through which checkpoints are written.
 _USABLE_HOST_SHARE = 0.8
 
@@ -53,9 +52,8 @@ def estimate_model_states(
     weights = per_rank * width + (num_params / hpz / GIB * width if hpz > 1 else 0.0)
     # Gradients accumulate in fp32, in which small terms are not rounded away.
     gradients = per_rank * (4 if accumulation > 1 else width)
-    # fp32 weights are their own master copy, unless that copy is offloaded.
-    shares_weights = dtype == "fp32" and deepspeed.offload_optimizer == "none"
-    states = per_rank * (optimizer.bytes_per_param - (FP32_BYTES if shares_weights else 0))
+    # DeepSpeed keeps a master copy of fp32 weights as well.
+    states = per_rank * optimizer.bytes_per_param
     on_device = {
         "weights": weights if deepspeed.offload_params == "none" else 0.0,
         "gradients": gradients if deepspeed.offload_optimizer == "none" else 0.0,
@@ -76,13 +74,6 @@ def estimate_model_states(
         host_per_node_gib=round(host * topology.ranks_per_node, 3),
         device_gib=device_gib,
     )
-
-
-def has_room_for_activations(memory: Memory) -> bool:
-    """Return whether the model states leave enough of a device for activations and buffers; True where its memory is unknown."""
-    if memory.device_gib is None or memory.per_rank_gib <= _MIN_STATES_SHARE * memory.device_gib:
-        return True
-    return memory.device_gib - memory.per_rank_gib >= _ACTIVATIONS_GIB
 
 
 def plan_saving(

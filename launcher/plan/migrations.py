@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.config.renamed_keys import RENAMED
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 def migrate(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,7 +24,9 @@ def migrate(values: Mapping[str, Any]) -> dict[str, Any]:
     migrated = dict(values)
     if version == 1:
         migrated = _from_version_1(migrated)
-    return _from_version_2(migrated) if version < SCHEMA_VERSION else migrated
+    if version <= 2:
+        migrated = _from_version_2(migrated)
+    return _from_version_3(migrated) if version < SCHEMA_VERSION else migrated
 
 
 def _from_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,3 +61,15 @@ def _from_version_2(values: Mapping[str, Any]) -> dict[str, Any]:
     sources = [{"completions": "text", **source} for source in data["sources"]]
     moved = {**config, "data": {"split_by": "document", **data, "sources": sources}}
     return {**values, "schema_version": 3, "config": moved}
+
+
+def _from_version_3(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Version 3 says whether all layers recompute their activations, or none."""
+    config = values.get("config")
+    if not isinstance(config, Mapping):
+        raise ValueError("config is missing or is not an object")
+    model = config.get("model")
+    if not isinstance(model, Mapping):
+        raise ValueError("config.model is missing or is not an object")
+    layers = "all" if model.get("activation_checkpointing") is True else "none"
+    return {**values, "schema_version": 4, "config": {**config, "model": {**model, "activation_checkpointing": layers}}}

@@ -13,10 +13,12 @@ from launcher.errors import ConfigError, Problem, did_you_mean
 from launcher.plan import batch, deepspeed, memory, plan_checks
 from launcher.plan.architecture import architecture_problems
 from launcher.plan.gpu_types import GPUS, Price, lookup, typical_price
-from launcher.plan.launch_plan import Batch, Facts, LaunchPlan, Limits, ModelFacts, Topology
+from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, Limits, ModelFacts, Topology
 from launcher.plan.optimizers import OPTIMIZERS, optimizer_problems
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import default_name
+from launcher.plan.sizing import combinations
+from launcher.plan.sizing.remedies import nearest_fits
 
 CPU_RANKS = 2
 
@@ -34,11 +36,12 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     problems = [*_topology_problems(config, facts, topology), *architecture_problems(facts.model, config.data.packing)]
     problems += [*optimizer_problems(config), *plan_checks.refusals(config, facts.model)]
     try:
-        split = batch.split(config.train, config.data, topology.world_size, topology.device, facts.data)
+        batch.split(config.train, config.data, topology.world_size, topology.device, facts.data)
     except ConfigError as error:
         problems += error.problems
     if problems:
         raise ConfigError(problems)
+    gpu_name = config.cluster.gpu_type or facts.device.name
     run_name = config.run.name or default_name(config, facts.provenance.created_at)
     run_dir = run_dir_of(config, run_name, facts.working_dir, facts.home_dir)
     # The main memory of this machine only counts where the plan is for machines of its kind.
@@ -49,7 +52,9 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         run_dir=str(run_dir),
         wandb_id=hashlib.blake2b(f"{run_dir}|{facts.provenance.created_at}".encode(), digest_size=6).hexdigest(),
         config=config,
-        **_parts_by_ranks(config, facts.model, topology, split, nvme_folder, device_gib(config, facts), host_memory_gib),
+        **_parts_by_ranks(
+            config, facts.model, facts.data, topology, gpu_name, nvme_folder, device_gib(config, facts), host_memory_gib
+        ),
         checkpoint_bytes=memory.checkpoint_bytes(facts.model.num_params, OPTIMIZERS[config.optim.name]),
         limits=_limits(config),
         price=_price(config, facts, topology),
@@ -106,10 +111,9 @@ def resized(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> Launch
     topology = planned.topology.model_copy(update=sizes)
     if problems := list(_hpz_problems(config, topology)):
         raise ConfigError(problems)
-    split = batch.split(config.train, config.data, world_size, topology.device, planned.data)
     nvme_folder = _nvme_folder(config, planned.run_name, Path(planned.run_dir))
     device_gib, node_gib = planned.memory.device_gib, planned.memory.node_gib
-    parts = _parts_by_ranks(config, planned.model, topology, split, nvme_folder, device_gib, node_gib)
+    parts = _parts_by_ranks(config, planned.model, planned.data, topology, planned.gpu_name, nvme_folder, device_gib, node_gib)
     if not planned.saving.background:
         parts["saving"] = planned.saving
     return planned.model_copy(update=parts)
@@ -118,14 +122,18 @@ def resized(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> Launch
 def _parts_by_ranks(
     config: RunConfig,
     model: ModelFacts,
+    data: DataFacts | None,
     topology: Topology,
-    split: Batch,
+    gpu_name: str,
     nvme_folder: str | None,
     device_gib: float | None,
     host_memory_gib: float | None,
 ) -> dict[str, Any]:
     """Return the parts of a plan that depend on the number of ranks."""
     optimizer = OPTIMIZERS[config.optim.name]
+    situation = combinations.Situation(config, model, data, topology, lookup(gpu_name), device_gib)
+    chosen = combinations.choose(situation)
+    split = chosen.batch
     states = memory.estimate_model_states(
         model.num_params, config.model.dtype, split.accumulation, optimizer, config.deepspeed, topology, device_gib
     )
@@ -135,13 +143,22 @@ def _parts_by_ranks(
     )
     return {
         "topology": topology,
+        "gpu_name": gpu_name if topology.device == "cuda" else "",
         "batch": split,
+        "checkpointing": chosen.combination.checkpointing,
+        "peak": chosen.peak,
         "deepspeed": deepspeed.render(
             config.deepspeed, config.model, config.train, split, topology, model, optimizer, nvme_folder
         ),
         "memory": states,
         "saving": saving,
     }
+
+
+def situation_of(planned: LaunchPlan) -> combinations.Situation:
+    """Return what the combinations of a plan's settings are tried for."""
+    gpu, device_gib = lookup(planned.gpu_name), planned.memory.device_gib
+    return combinations.Situation(planned.config, planned.model, planned.data, planned.topology, gpu, device_gib)
 
 
 def choose_topology(config: RunConfig, facts: Facts) -> Topology:
@@ -201,6 +218,9 @@ def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
     if too_large := _too_large(planned):
         topology = planned.topology
         remedy = f"use more ranks, {offload}, or name larger GPUs with cluster.gpu_type"
+        price = None if planned.price is None else planned.price.usd_per_gpu_hour
+        if nearest := nearest_fits(situation_of(planned), price):
+            remedy += f". Nearest that fit: {'; '.join(nearest)}"
         size = f"{format_count(topology.nodes, 'node')} of {format_count(topology.ranks_per_node, 'rank')}"
         yield Problem(too_large, where="cluster", value=size, remedy=remedy)
         return
@@ -216,12 +236,24 @@ def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
 
 
 def _too_large(planned: LaunchPlan) -> str:
-    """Return the message where the model states of a rank exceed a GPU's memory; empty where they fit or it is unknown."""
-    states, ranks = planned.memory, planned.topology.world_size
-    if states.device_gib is None or states.per_rank_gib <= states.device_gib:
+    """Return the message where a rank's states, or its tensors at their peak, exceed a GPU; empty where they fit or unknown.
+
+    What CUDA, NCCL and fragmentation add is an assumption, so a plan that only exceeds a GPU with it gets a note instead.
+    """
+    states, peak, ranks = planned.memory, planned.peak, planned.topology.world_size
+    if states.device_gib is None:
         return ""
-    sharded = f"model states over {format_count(ranks, 'rank')}"
-    return f"{sharded} need {states.per_rank_gib:.0f} GiB per GPU, and a GPU has {states.device_gib:.0f}"
+    over = f"over {format_count(ranks, 'rank')}"
+    if states.per_rank_gib > states.device_gib:
+        return f"model states {over} need {states.per_rank_gib:.0f} GiB per GPU, and a GPU has {states.device_gib:.0f}"
+    if peak is None or peak.tensors_gib <= states.device_gib:
+        return ""
+    stage = peak.largest
+    return (
+        f"{peak.tensors_gib:.0f} GiB per GPU are needed in the {stage.name} {over}, and a GPU has {states.device_gib:.0f}: model "
+        f"states {peak.states_gib:.0f}, activations {stage.activations_gib:.0f}, all else "
+        f"{peak.tensors_gib - peak.states_gib - stage.activations_gib:.0f}"
+    )
 
 
 def _hpz_problems(config: RunConfig, topology: Topology) -> Iterator[Problem]:

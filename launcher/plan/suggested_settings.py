@@ -34,7 +34,6 @@ _ESTIMATE_MARGIN = 1.25
 _NUM_EVALUATIONS, _NUM_CHECKPOINTS = 10, 5
 # Share of a GPU that model states may take; activations and gathered weights need the rest.
 _MAX_STATES_SHARE = 0.7
-_RECOMPUTED_FROM = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,6 @@ def suggest(
         Suggestion("eval.every", steps // _NUM_EVALUATIONS, _evaluation_reason(steps)),
         Suggestion("checkpoint.save_every", steps // _NUM_CHECKPOINTS, _checkpoint_reason(steps)),
     ]
-    if machine.device == "cuda" and num_params >= _RECOMPUTED_FROM:
-        reason = "a third more compute, far less memory: activations of a model of this size fill a GPU"
-        suggestions.append(Suggestion("model.activation_checkpointing", True, reason))
     if "train.max_steps" in chosen:
         suggestions = [one for one in suggestions if one.key != "train.epochs"]
     return [one for one in suggestions if one.key not in chosen]

@@ -183,6 +183,7 @@ METRICS: dict[str, Metric] = {
     "time/fwd_bwd_s": Metric("s", "Throughput", _PARTS_OF_A_STEP),
     "time/optim_s": Metric("s", "Throughput", _PARTS_OF_A_STEP),
     "memory/peak_active_gib": Metric("GiB", "Memory", "Peak GPU memory"),
+    "memory/planned_gib": Metric("GiB", "Memory", "Peak GPU memory"),
     "memory/peak_reserved_gib": Metric(
         "GiB",
         "Memory",

@@ -76,7 +76,8 @@ def build_engine(
     _prepare_nvme_folder(plan, rank_info)
     config = plan.config
     device, chunk_tokens = plan.topology.device, config.train.loss_chunk_tokens
-    model = build_model(config.model, plan.model, device, chunk_tokens, config.data.packing, make_progress, has_checkpoint)
+    progress, layers = make_progress, plan.activation_checkpointing
+    model = build_model(config.model, plan.model, device, chunk_tokens, config.data.packing, progress, has_checkpoint, layers)
     optimizer = build_optimizer(model.parameters_by_name().values(), plan.config.optim, plan.config.deepspeed)
     import_muon()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.deepspeed)

@@ -78,6 +78,8 @@ class _ChunkedNll(torch.autograd.Function):
             grad_weight.addmm_(grad.t(), part)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
+            # Freed before the next chunk's logits are computed.
+            del logits, grad
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total * factor

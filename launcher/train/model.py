@@ -26,6 +26,7 @@ from launcher.errors import ConfigError
 from launcher.models.private_code import folder_to_load
 from launcher.models.weight_files import WeightReport
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
+from launcher.plan.sizing.checkpointed_layers import NONE, checkpointed_layers, interval
 from launcher.tracking.progress import MakeProgress, silent
 from launcher.train import attention
 from launcher.train.loss import LossHead
@@ -76,6 +77,7 @@ class CausalLMLoss(nn.Module):
         trained = (flat != IGNORED).nonzero().squeeze(1)
         targets, trained = (_copy_to(hidden.device, tensor) for tensor in (flat[trained], trained))
         selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
+        del hidden  # freed while the loss is computed
         return self.hf.get_output_embeddings()(selected, targets, factor, per_token)
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -128,6 +130,7 @@ def build_model(
     packing: bool = True,
     make_progress: MakeProgress = silent,
     has_checkpoint: bool = False,
+    checkpointing: str = NONE,
 ) -> CausalLMLoss:
     """Build the model that the plan names. Call it while an HfDeepSpeedConfig is alive.
 
@@ -168,8 +171,7 @@ def build_model(
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(hf, fused_linear_cross_entropy=False, cross_entropy=False)
-    if model.activation_checkpointing:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(hf, checkpointing)
     hf.train()
     # Where documents are not packed, they may affect each other, and so may the rows of a flattened batch.
     return CausalLMLoss(hf, flatten=packing and (kernel == attention.VARLEN or kernel.startswith("flash_attention")))
@@ -189,6 +191,32 @@ def _build_empty(config: Any, **options: Any) -> Any:
         deepspeed.initialize_weights_zero3 = initialize
     weights = {name for name, _ in hf.named_parameters(remove_duplicate=False)}
     return hf if weights.issuperset(hf.state_dict()) else None
+
+
+def checkpoint_layers(hf: Any, checkpointing: str) -> None:
+    """Let the layers that `checkpointing` names (all, none, every N) recompute their activations in the backward pass.
+
+    Raises:
+        ConfigError: where only some layers are named, and the architecture's layers cannot be chosen one by one.
+    """
+    if not interval(checkpointing):
+        return
+    hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if interval(checkpointing) == 1:
+        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if len(layers) != hf.config.num_hidden_layers:
+        message = f"model.activation_checkpointing={checkpointing}: this architecture's layers cannot be chosen one by one"
+        raise ConfigError(
+            message,
+            where="model.activation_checkpointing",
+            value=str(hf.config.model_type),
+            remedy="set model.activation_checkpointing to all or none",
+        )
+    for layer, is_recomputed in zip(layers, checkpointed_layers(checkpointing, len(layers)), strict=True):
+        layer.gradient_checkpointing = is_recomputed
 
 
 @contextmanager

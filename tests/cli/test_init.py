@@ -93,7 +93,7 @@ def test_a_model_that_is_not_at_hand_is_assumed_and_what_was_typed_stays(typed: 
     assert "assumed: Qwen/Qwen3-8B is not on this machine" in out
     content = yaml.safe_load(Path("big.yaml").read_text())
     assert (content["train"]["epochs"], content["train"]["global_batch_size"] % 16) == (1, 0)
-    assert content["model"] == {"base": "qwen3_8b", "activation_checkpointing": True}
+    assert content["model"] == "qwen3_8b"
     assert (content["cluster"]["nodes"], float(content["optim"]["lr"]), "deepspeed" in content) == (2, 7e-6, False)
     assert typed("plan", "big.yaml")[0] == 0
     # One GPU does not hold the states of 8 billion parameters.
@@ -104,7 +104,7 @@ def test_a_model_that_is_not_at_hand_is_assumed_and_what_was_typed_stays(typed: 
     assert code == 0, err
     assert "assumed: the size of the model is taken from its name: 3 billion parameters" in out
     model = yaml.safe_load(Path("hub.yaml").read_text())["model"]
-    assert model == {"name": "model-3B", "path": "someone/model-3B", "activation_checkpointing": True}
+    assert model == {"name": "model-3B", "path": "someone/model-3B"}
 
 
 def test_the_commands_that_follow_are_those_that_the_file_plans_for(typed: Typed) -> None:

@@ -31,11 +31,12 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], st
 
 def test_a_string_selects_an_option_and_a_mapping_sets_keys(write: Callable[[str], str], compose: Compose) -> None:
     file = write(
-        "model: {base: qwen3_8b, dtype: fp32}\ncluster: slurm\ntracking: none\ndeepspeed: zero3_offload\n"
+        "model: {base: qwen3_8b, dtype: fp32, activation_checkpointing: false}\n"
+        "cluster: slurm\ntracking: none\ndeepspeed: zero3_offload\n"
         "data: {path: rows.jsonl, max_length: 512}\noptim: {lr: 2e-6, betas: [0.8, 0.9]}\ntrain: {max_steps: 7}\n"
     )
     config = compose(file)[0].config
-    assert (config.model.name, config.model.dtype, config.model.activation_checkpointing) == ("qwen3_8b", "fp32", True)
+    assert (config.model.name, config.model.dtype, config.model.activation_checkpointing) == ("qwen3_8b", "fp32", "none")
     assert (config.cluster.kind, config.tracking.kind, config.deepspeed.offload_params) == ("slurm", "none", "cpu")
     assert (config.data.name, config.data.sources[0].path, config.data.max_length) == ("jsonl", "rows.jsonl", 512)
     assert (config.optim.lr, config.optim.betas, config.optim.warmup_steps) == (2e-6, (0.8, 0.9), 10)

@@ -89,13 +89,13 @@ def test_an_earlier_plan_is_found_by_the_digest_of_its_text(earlier_text: str, t
 def test_an_earlier_plan_comes_back_from_a_mirror(earlier_text: str) -> None:
     assert plan_from_mirror(earlier_text.encode(), "s3://bucket") == LaunchPlan.from_json(earlier_text)
     with pytest.raises(CheckpointError, match="the plan in the mirror cannot be read by this launcher"):
-        plan_from_mirror(earlier_text.replace('"schema_version": 1', '"schema_version": 4').encode(), "s3://bucket")
+        plan_from_mirror(earlier_text.replace('"schema_version": 1', '"schema_version": 5').encode(), "s3://bucket")
 
 
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("schema_version", 4, "schema_version is 4, and this launcher reads 1 to 3; use the launcher that wrote the plan"),
+        ("schema_version", 5, "schema_version is 5, and this launcher reads 1 to 4; use the launcher that wrote the plan"),
         ("schema_version", None, "schema_version is None"),
         ("schema_version", True, "schema_version is True"),
         ("config", None, "config is missing or is not an object"),

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,9 +22,9 @@ from launcher.config.schema import RunConfig
 from launcher.models.hub_licenses import find_license
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.memory import has_room_for_activations
 from launcher.plan.plan_checks import warnings
-from launcher.plan.planner import plan
+from launcher.plan.planner import plan, situation_of
+from launcher.plan.sizing.combinations import USABLE_SHARE, choose
 
 # What is published for each model: the sum of the weights' own headers, as the Hub shows it, with a tied head counted once.
 PARAMETERS = {
@@ -152,13 +153,14 @@ def test_experiments_fit_the_gpus_that_they_name(plan_of: Callable[..., LaunchPl
     for name, planned in plans.items():
         assert (planned.topology.device, planned.topology.backend) == ("cuda", "nccl")
         assert planned.memory.device_gib == 79.1
-        assert has_room_for_activations(planned.memory), name
+        assert planned.peak is not None
+        assert planned.peak.peak_gib <= USABLE_SHARE * 79.1, name
         assert list(warnings(planned)) == [], name
         offloaded = planned.memory.host_per_node_gib > 0
         assert offloaded == name.endswith("_offload"), name
         if offloaded:
-            in_gpus = ("deepspeed.offload_optimizer=none", "deepspeed.offload_params=none")
-            with_all = plan_of(f"experiment={name}", "data.path=rows.jsonl", *in_gpus, "cluster.ranks_per_node=8").memory
-            needed_gib = with_all.per_rank_gib * 8 / planned.topology.world_size
-            states = with_all.model_copy(update={"per_rank_gib": needed_gib})
-            assert not has_room_for_activations(states), "offload would not be needed"
+            situation = situation_of(planned)
+            in_gpus = {"offload_optimizer": "none", "offload_params": "none"}
+            section = situation.config.deepspeed.model_copy(update=in_gpus)
+            with_all = replace(situation, config=situation.config.model_copy(update={"deepspeed": section}))
+            assert not choose(with_all).fits, "offload would not be needed"

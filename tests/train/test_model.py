@@ -140,3 +140,26 @@ def test_the_loss_equals_that_of_transformers(real: CausalLMLoss) -> None:
     logits = real.hf(input_ids=ids, use_cache=False).logits.float()
     expected = torch.nn.functional.cross_entropy(logits[0, 7:19], ids[0, 8:20], reduction="sum")
     torch.testing.assert_close(real(ids, positions, labels), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_recomputed_layers_change_neither_loss_nor_gradients() -> None:
+    """Each second layer of five, and all of them, against none."""
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "vocab_size": 64}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    facts = model_facts(config, None, None, None)
+    section = ModelSection(init="random", config=config, tokenizer="./tokenizer", dtype="fp32")
+    ids, positions = packed([9, 7], seed=3)
+    ids %= 64
+    results = []
+    for layers, num_recomputed in (("none", 0), ("every 2", 3), ("all", 5)):
+        torch.manual_seed(0)
+        model = build_model(section, facts, "cpu", chunk_tokens=8, checkpointing=layers)
+        recomputed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+        assert sum(type(module).__name__ == "LlamaDecoderLayer" for module in recomputed) == num_recomputed
+        loss = model(ids, positions, ids)
+        loss.backward()
+        results.append((loss.item(), [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]))
+    (loss, gradients), *others = results
+    for other_loss, other_gradients in others:
+        assert other_loss == loss
+        assert all(torch.equal(one, other) for one, other in zip(gradients, other_gradients, strict=True))

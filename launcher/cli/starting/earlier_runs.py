@@ -59,7 +59,8 @@ def _training_settings(values: dict[str, Any]) -> list[Any]:
     """Return what decides the MFU in the JSON of a plan."""
     model, config = values["model"], values["config"]
     deepspeed = [config["deepspeed"][key] for key in ("offload_optimizer", "offload_params")]
-    settings = [config["model"][key] for key in ("dtype", "activation_checkpointing")]
+    layers = config["model"]["activation_checkpointing"]
+    settings = [config["model"]["dtype"], {True: "all", False: "none"}.get(layers, layers)]
     return [model["config"].get("model_type"), *(model[key] for key in _ARCHITECTURE), *settings, *deepspeed]
 
 

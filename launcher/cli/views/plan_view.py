@@ -10,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from launcher.cli.formatting import short, table
+from launcher.cli.views.memory_view import peak_line, tight_note, why_values
 from launcher.config.sections.train import CheckpointSection
 from launcher.errors import ConfigError
 from launcher.plan.architecture import train_flops
 from launcher.plan.batch import single_step_warning
 from launcher.plan.launch_plan import LaunchPlan, Lineage
-from launcher.plan.memory import has_room_for_activations
 from launcher.plan.plan_checks import warnings
 from launcher.plan.planner import fewest
 from launcher.plan.quantities import format_count, format_size
@@ -58,6 +58,7 @@ def plan_lines(
             f"{format_count(config.optim.warmup_steps, 'warm-up step')}",
         ),
         ("memory", _memory(plan)),
+        *([("peak", peak)] if (peak := peak_line(plan)) is not None else []),
         ("checkpoint", f"{format_size(plan.checkpoint_bytes)} each, {_retention(config.checkpoint)}; {_saving(plan)}"),
         *([("mirror", f"every checkpoint is copied to {config.checkpoint.mirror}")] if config.checkpoint.mirror else []),
         *([("export", f"the Hugging Face folder is pushed to {config.export.push_to_hub}")] if config.export.push_to_hub else []),
@@ -73,14 +74,20 @@ def plan_lines(
     return [f"{label:<{LABEL_WIDTH}}{value}" for label, value in rows]
 
 
-def plan_json(plan: LaunchPlan, *notes: str | None, own_warnings: Sequence[str | None], speed: SpeedEstimate) -> str:
-    """Return the plan as JSON with what `plan_lines` shows and a plan's file does not hold: speed, warnings and notes."""
+def plan_json(
+    plan: LaunchPlan, *notes: str | None, own_warnings: Sequence[str | None], speed: SpeedEstimate, why: bool = False
+) -> str:
+    """Return the plan as JSON with what `plan_lines` shows and a plan's file does not hold: speed, warnings and notes.
+
+    `why` adds the combinations that the plan considered.
+    """
     shown = {
         **json.loads(plan.to_json()),
         "checkpoint_gib": round(plan.checkpoint_bytes / 2**30, 3),
         "estimate": asdict(speed),
         "warnings": _all_warnings(plan, own_warnings),
         "notes": _all_notes(plan, notes),
+        **({"considered": why_values(plan)} if why else {}),
     }
     return json.dumps(shown, indent=2, ensure_ascii=False)
 
@@ -195,7 +202,7 @@ def _notes(plan: LaunchPlan) -> list[str]:
         condition = "packed documents affect each other" if config.data.packing else "the model sees later tokens"
         notes.append(f"whether {condition} is measured on the loaded model, before step 1 ({isolation.detail})")
     smallest, min_workers = _smallest(plan), config.cluster.fewest_workers
-    notes += [note for sized in (plan, smallest) if sized is not None and (note := _tight(sized))]
+    notes += [note for sized in (plan, smallest) if sized is not None and (note := tight_note(sized))]
     if smallest is not None and min_workers is not None and (least := smallest.topology.world_size) < min_workers:
         idle, of = min_workers - least, format_count(least, "rank")
         notes.append(
@@ -235,16 +242,6 @@ def _overfull(plan: LaunchPlan) -> str:
     return (
         f"model states take {memory.host_per_node_gib:.0f} GiB of main memory per node, which has {memory.node_gib:.0f} GiB: "
         "they do not fit; use more nodes, or a smaller model"
-    )
-
-
-def _tight(plan: LaunchPlan) -> str:
-    memory, ranks = plan.memory, plan.topology.world_size
-    if plan.topology.device != "cuda" or memory.device_gib is None or has_room_for_activations(memory):
-        return ""
-    left = f"{memory.device_gib - memory.per_rank_gib:.0f} GiB per GPU for activations and buffers"
-    return (
-        f"on {format_count(ranks, 'rank')} model states leave {left}, which is little: use more ranks, or deepspeed=zero3_offload"
     )
 
 

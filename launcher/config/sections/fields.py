@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 # The limit of a path on Linux; all other texts are shorter.
 MAX_CHARACTERS = 4096
@@ -70,3 +70,16 @@ Count = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
+
+
+def _checkpointing(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "all" if value else "none"
+    return "all" if value == "every 1" else value
+
+
+Checkpointing = Annotated[
+    str,
+    BeforeValidator(_checkpointing),
+    matching(r"auto|all|none|every [1-9]\d{0,3}", "is none of auto, all, none and every N; write every 2 for each second layer"),
+]

@@ -33,6 +33,8 @@ _SLOWDOWN_CAUSES = {
 }
 # A straggler's own work exceeds the median rank's by this factor in most of a window of steps.
 STRAGGLER_FACTOR, _STRAGGLER_WINDOW, _MIN_LATE_STEPS = 1.2, 20, 16
+# Relative deviation of the measured from the planned peak memory of a GPU that is an alert, after so many steps.
+_MEMORY_DEVIATION, _MEMORY_STEPS = 0.05, 3
 # Training stalls after so many median steps without one, and no sooner than these seconds; a save has a limit of its own.
 STALL_FACTOR, _MIN_STALL_S, _SAVE_STALL_S = 10.0, 60.0, 900.0
 _CHECK_INTERVAL_S = 5.0
@@ -53,6 +55,27 @@ class AnomalyDetector:
         self._num_spikes = self._num_slow = 0
         self._num_steps, self._num_late = 0, dict[int, int]()
         self._xids: dict[int, float] = {}
+        self._num_memory_steps = 0
+
+    def memory(self, ranks: Sequence[RankStats], planned_gib: float | None, hosts: Sequence[str]) -> list[str]:
+        """Return an alert, once, where the reserved memory of the fullest GPU deviates from the plan; `hosts` is by rank."""
+        measured = {number: rank.reserved / 2**30 for number, rank in enumerate(ranks) if rank.reserved > 0}
+        if planned_gib is None or not measured:
+            return []
+        self._num_memory_steps += 1
+        rank, most_gib = max(measured.items(), key=lambda item: item[1])
+        deviation = most_gib / planned_gib - 1
+        if self._num_memory_steps != _MEMORY_STEPS or abs(deviation) <= _MEMORY_DEVIATION:
+            return []
+        advice = (
+            "a longer batch may run out of memory: lower train.micro_batch_size, or recompute more layers"
+            if deviation > 0
+            else "a larger train.micro_batch_size or fewer recomputed layers may fit"
+        )
+        return [
+            f"the peak memory of rank {rank} on {hosts[rank]} is {most_gib:.1f} GiB, {abs(deviation):.0%} "
+            f"{'above' if deviation > 0 else 'below'} the planned {planned_gib:.1f} GiB: {advice}"
+        ]
 
     def step(self, loss: float, tokens_per_sec: float) -> list[str]:
         """Return the alerts after a step."""

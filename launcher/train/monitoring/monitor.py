@@ -61,6 +61,12 @@ class Monitor:
         self._devices = DeviceMonitor(device, rank_info.local_rank == 0, on_fault).start()
         self._stall_alarm = StallAlarm(partial(tracker.event, "alert")).start() if rank_info.is_main else None
 
+    @property
+    def _planned_gib(self) -> float | None:
+        """What the allocator of a GPU should reserve at its peak, by the plan; None in a plan of an earlier launcher."""
+        peak = self._plan.peak
+        return None if peak is None else peak.peak_gib - peak.runtime_gib
+
     def beat(self, phase: str, step: int) -> None:
         """Report progress to the node's agent and to the stall alarm."""
         self._beat(phase, step)
@@ -95,6 +101,8 @@ class Monitor:
     def metrics(self, tokens: int) -> dict[str, float]:
         """Return the metrics over all ranks, and goodput and cost of the run so far, in which `tokens` were trained."""
         spent, aggregated = self._spent(), rank_stats.aggregate_metrics(self._ranks, self._works)
+        if "memory/peak_reserved_gib" in aggregated and self._planned_gib is not None:
+            aggregated["memory/planned_gib"] = self._planned_gib
         return aggregated | ({} if spent is None else spent.metrics() | goodput.cost(self._plan, spent, tokens))
 
     def alert(self, step: int, loss: float, tokens_per_sec: float) -> None:
@@ -102,7 +110,9 @@ class Monitor:
         for text in self._anomalies.faults(self._ranks, self._hosts):
             # The rank has recorded it itself.
             self._tracker.event("alert", text, step, recorded=True)
-        for text in (*self._anomalies.step(loss, tokens_per_sec), *self._anomalies.stragglers(self._works, self._hosts)):
+        planned = self._anomalies.memory(self._ranks, self._planned_gib, self._hosts)
+        stragglers = self._anomalies.stragglers(self._works, self._hosts)
+        for text in (*self._anomalies.step(loss, tokens_per_sec), *stragglers, *planned):
             self._tracker.event("alert", text, step)
 
     def reached_limit(self) -> str:

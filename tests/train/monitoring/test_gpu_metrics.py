@@ -85,6 +85,8 @@ def test_what_gpus_measure_and_cost_is_in_wandb(
     row = history(run.root)[-1]
     assert metrics_of_step.keys() <= row.keys()
     assert {name: row[name] for name in EXPECTED} == pytest.approx(EXPECTED)
+    assert plan.peak is not None
+    assert row["memory/planned_gib"] == pytest.approx(plan.peak.peak_gib - plan.peak.runtime_gib)
     assert row["cost/usd"] == pytest.approx(3 * row["cost/gpu_hours"])
     assert row["cost/usd_per_million_tokens"] == pytest.approx(row["cost/usd"] / row["trainer/tokens"] * 1e6)
     assert 0 < row["perf/mfu"] < 1

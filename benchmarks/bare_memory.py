@@ -1,0 +1,75 @@
+"""Activations of a model at its real size, without weights: fake tensors on the CPU. benchmarks/memory_plan.py compares them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from live_bytes import LiveBytes
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from launcher.plan.architecture import model_facts
+from launcher.plan.sizing.activations import FP32, Kernels
+from launcher.plan.sizing.checkpointed_layers import checkpointed_layers
+from launcher.plan.sizing.peak_memory import Pass, activation_bytes, head_elements, loss_bytes
+from launcher.train.model import DTYPES, _find_decoder, _replace_head, checkpoint_layers
+
+# The launcher's varlen computes documents one by one on CPUs.
+_NAME = "varlen_of_fake_tensors"
+
+
+def _varlen(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **given: Any) -> tuple[Tensor, None]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (one.transpose(1, 2).squeeze(0) for one in (query, key, value))
+    offsets, longest = given["cu_seq_lens_q"], given["max_length_q"]
+    grouped = query.shape[1] != key.shape[1]
+    output = varlen_attn(query, key, value, offsets, offsets, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+    return output.unsqueeze(0), None
+
+
+def measure(config: dict[str, Any], tokens: int, checkpointing: str, dtype: str, chunk_tokens: int) -> int:
+    """Return the peak bytes of one forward and backward pass over `tokens` trained tokens, without weights and their gradients.
+
+    A gradient exists until the hook of its weight drops it. Attention is torch's varlen_attn, which keeps what FlashAttention
+    keeps. The model is called as CausalLMLoss calls it, whose selection of trained tokens fake tensors do not allow.
+    """
+    import torch._dynamo
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+
+    AttentionInterface.register(_NAME, _varlen)
+    AttentionMaskInterface.register(_NAME, lambda *_, **__: None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        options = {"dtype": DTYPES[dtype], "attn_implementation": _NAME}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **options)
+        _replace_head(model, chunk_tokens)
+        checkpoint_layers(model, checkpointing)
+        model.train()
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+        ids, trained = torch.zeros(1, tokens, dtype=torch.long), torch.zeros(tokens, dtype=torch.long)
+        offsets = torch.zeros(5, dtype=torch.int32)
+        documents = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": tokens, "max_length_k": tokens}
+        with LiveBytes((*model.parameters(), *model.buffers())) as counted:
+            decoder = _find_decoder(model)
+            hidden = decoder(input_ids=ids, position_ids=ids, use_cache=False, **documents).last_hidden_state
+            selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
+            del hidden
+            loss = model.get_output_embeddings()(selected, trained, 1.0)
+            del selected
+            loss.backward()
+        return counted.peak
+
+
+def predict(config: dict[str, Any], tokens: int, checkpointing: str, dtype: str, chunk_tokens: int) -> int:
+    """Return what the plan's formulas give for `measure`."""
+    model, width = model_facts(config, None, None, None), DTYPES[dtype].itemsize
+    kernels = Kernels(width, "varlen", tokens)
+    one_pass = Pass(tokens, kernels, checkpointed_layers(checkpointing, model.num_layers), chunk_tokens)
+    activations = activation_bytes(model, one_pass)
+    tied = width * head_elements(model) if model.tie_word_embeddings else 0
+    # Fake tensors do not show what an operation allocates inside: torch.logsumexp.
+    visible = FP32 + (0 if width == FP32 else width)
+    in_loss, in_head = loss_bytes(model, one_pass, visible), width * (head_elements(model) + tokens * model.hidden_size)
+    in_layers = max(activations.final_norm, activations.backward)
+    return max(activations.saved + in_loss, activations.saved + in_head, in_layers + tied)

@@ -1,0 +1,150 @@
+"""Lines for a person about a plan's peak memory, and about the combinations of settings that the plan considered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from launcher.cli.formatting import table
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.planner import situation_of
+from launcher.plan.quantities import format_count
+from launcher.plan.sizing.combinations import PREFERRED_SHARE, USABLE_SHARE, Considered, considered
+
+_MOST_ROWS = 16
+
+
+def peak_line(plan: LaunchPlan) -> str | None:
+    """Return the peak memory of a rank by part; None in a plan of an earlier launcher."""
+    peak = plan.peak
+    if peak is None:
+        return None
+    stage, device_gib = peak.largest, plan.memory.device_gib
+    of = f" of {device_gib:.0f}" if device_gib is not None and plan.topology.device == "cuda" else ""
+    parts = {
+        "states": peak.states_gib,
+        "buckets": peak.buckets_gib,
+        "activations": stage.activations_gib,
+        "gathered weights": stage.gathered_gib,
+        "gradients": stage.gradients_gib,
+        "temporary": stage.temporary_gib,
+        "fragmentation": peak.fragmentation_gib,
+        "CUDA and NCCL": peak.runtime_gib,
+    }
+    sizes = ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items() if gib >= 0.005)
+    basis = "" if peak.is_measured or plan.topology.device == "cpu" else ", estimated"
+    return f"{peak.peak_gib:.2f}{of} GiB a rank{basis}, in the {stage.name}: {sizes or 'under 5 MiB each'}; {_recomputed(plan)}"
+
+
+def tight_note(plan: LaunchPlan) -> str:
+    """Return a note where the estimated peak leaves a GPU no margin; empty where it does, or where the memory is unknown."""
+    peak, device_gib, ranks = plan.peak, plan.memory.device_gib, plan.topology.world_size
+    if peak is None or plan.topology.device != "cuda" or device_gib is None:
+        return ""
+    if peak.peak_gib <= USABLE_SHARE * device_gib:
+        return ""
+    return (
+        f"on {format_count(ranks, 'rank')} the estimated peak of {peak.peak_gib:.0f} GiB leaves less than {1 - USABLE_SHARE:.0%} "
+        f"of a GPU's {device_gib:.0f} GiB: use more ranks, deepspeed=zero3_offload, or a smaller data.max_length"
+    )
+
+
+def why_lines(plan: LaunchPlan) -> list[str]:
+    """Return tables of the plan's memory in each stage of a step, and of the combinations that were considered."""
+    return ["", *_stages(plan), "", *_combinations(plan)]
+
+
+def why_values(plan: LaunchPlan) -> list[dict[str, Any]]:
+    """Return the considered combinations as JSON values."""
+    return [
+        {
+            **asdict(one.combination),
+            "peak_gib": one.peak.peak_gib,
+            "tokens_per_sec": one.tokens_per_sec,
+            "usd_per_million_tokens": _usd(plan, one),
+            "fits": one.fits,
+            "is_allowed": one.is_allowed,
+            "is_chosen": _is_chosen(plan, one),
+        }
+        for one in considered(situation_of(plan))
+    ]
+
+
+def _stages(plan: LaunchPlan) -> list[str]:
+    peak = plan.peak
+    if peak is None:
+        return ["a plan of an earlier launcher has no peak memory"]
+    head = ("GiB a rank", "states", "buckets", "activations", "gathered", "gradients", "temporary", "sum")
+    rows = []
+    for stage in peak.stages:
+        sizes = (peak.states_gib, peak.buckets_gib, stage.activations_gib, stage.gathered_gib, stage.gradients_gib)
+        total = peak.states_gib + peak.buckets_gib + stage.total_gib
+        rows.append((stage.name, *(f"{gib:.2f}" for gib in (*sizes, stage.temporary_gib, total))))
+    return [
+        *table(head, rows),
+        f"with fragmentation {peak.fragmentation_gib:.2f} and CUDA and NCCL {peak.runtime_gib:.2f}: {peak.peak_gib:.2f} GiB",
+    ]
+
+
+def _combinations(plan: LaunchPlan) -> list[str]:
+    tried = considered(situation_of(plan))
+    head = ("", "micro-batch", "recomputed", "Liger", "hpZ", "offload", "peak GiB", "tokens/s", "$ per million tokens")
+    rows = [_combination_row(plan, one) for one in _shown(plan, tried)]
+    lines = table(head, rows)
+    if plan.topology.device == "cuda":
+        device_gib = plan.memory.device_gib
+        share = f"{USABLE_SHARE:.0%}" if tried[0].peak.is_measured else f"{PREFERRED_SHARE:.0%}, or else {USABLE_SHARE:.0%},"
+        limit = "GPUs of unknown memory" if device_gib is None else f"{share} of {device_gib:.0f} GiB"
+        lines.append(
+            f"* chosen: the fastest that the settings allow and that fits into {limit}; within 2% the smallest peak. "
+            "- does not fit. + needs its own settings. Speeds are predictions that order the rows."
+        )
+    return lines
+
+
+def _shown(plan: LaunchPlan, tried: Sequence[Considered]) -> list[Considered]:
+    """Return at most _MOST_ROWS rows, the chosen one and those with other settings among them."""
+    kept = [one for one in tried if _is_chosen(plan, one) or not one.is_allowed]
+    rest = [one for one in tried if one not in kept][: max(0, _MOST_ROWS - len(kept))]
+    return [one for one in tried if one in kept or one in rest]
+
+
+def _combination_row(plan: LaunchPlan, one: Considered) -> tuple[str, ...]:
+    combination, usd = one.combination, _usd(plan, one)
+    mark = "*" if _is_chosen(plan, one) else "-" if not one.fits else "" if one.is_allowed else "+"
+    offload = {"none": "none", "cpu": "optimizer", "nvme": "optimizer on NVMe"}[combination.offload_optimizer]
+    if combination.offload_params != "none":
+        offload = "all" if combination.offload_params == "cpu" else "all on NVMe"
+    return (
+        mark,
+        str(combination.micro_batch_size),
+        combination.checkpointing,
+        "yes" if combination.liger else "no",
+        "-" if combination.hpz_ranks == 1 else str(combination.hpz_ranks),
+        offload,
+        f"{one.peak.peak_gib:.1f}",
+        "-" if one.tokens_per_sec is None else f"{one.tokens_per_sec:,.0f}",
+        "-" if usd is None else f"{usd:.2f}",
+    )
+
+
+def _is_chosen(plan: LaunchPlan, one: Considered) -> bool:
+    is_same_pass = (one.combination.micro_batch_size, one.combination.checkpointing) == (
+        plan.batch.micro_batch_size,
+        plan.activation_checkpointing,
+    )
+    return is_same_pass and one.is_allowed
+
+
+def _usd(plan: LaunchPlan, one: Considered) -> float | None:
+    if plan.price is None or not one.tokens_per_sec:
+        return None
+    return plan.topology.world_size * plan.price.usd_per_gpu_hour / 3600 / one.tokens_per_sec * 1e6
+
+
+def _recomputed(plan: LaunchPlan) -> str:
+    layers = plan.activation_checkpointing
+    if layers == "none":
+        return "no layer is recomputed"
+    return "all layers are recomputed" if layers == "all" else f"{layers.replace('every', 'one layer in')} is recomputed"

@@ -1,0 +1,248 @@
+"""The combinations of micro-batch, checkpointing, Liger, hpZ and offload that a run could use, each with peak memory and speed.
+
+The plan takes the fastest of those that the settings allow and that fit; the others show what an override would bring. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from launcher.config.schema import DeepSpeedSection, RunConfig
+from launcher.plan import batch as batches
+from launcher.plan import deepspeed as deepspeed_json
+from launcher.plan import memory
+from launcher.plan.architecture import train_flops
+from launcher.plan.gpu_types import GpuType
+from launcher.plan.launch_plan import Batch, DataFacts, ModelFacts, PeakMemory, Topology
+from launcher.plan.optimizers import OPTIMIZERS
+from launcher.plan.sizing.activations import Kernels
+from launcher.plan.sizing.checkpointed_layers import ALL, AUTO, NONE, checkpointed_layers
+from launcher.plan.sizing.peak_memory import Pass, Sharding, estimate_peak
+from launcher.plan.sizing.step_time import predict_step
+
+# The share of a GPU's memory up to which a combination fits, and the one that is preferred while no GPU of the type was measured.
+USABLE_SHARE, PREFERRED_SHARE = 0.95, 0.90
+# Combinations this near to the fastest count as equal, and the one with the smallest peak is chosen.
+_AS_FAST = 0.98
+# Most tokens of one forward pass that are tried: above, a step takes no less time.
+_MOST_TOKENS = 32_768
+_CHECKPOINTING = (NONE, "every 4", "every 3", "every 2", ALL)
+_WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Architectures whose attention needs a mask for all pairs of a row.
+_MASKED = ("gpt_neo", "gemma2")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Settings that decide memory and speed, and are the user's to override; `overrides` is how."""
+
+    micro_batch_size: int
+    checkpointing: str
+    liger: bool
+    hpz_ranks: int
+    offload_optimizer: str
+    offload_params: str
+
+    def overrides(self) -> str:
+        """Return the settings as words of a command line."""
+        words = [f"train.micro_batch_size={self.micro_batch_size}", f"model.activation_checkpointing='{self.checkpointing}'"]
+        words += ["model.liger=true"] if self.liger else []
+        words += [f"deepspeed.hpz_partition_size={self.hpz_ranks}"] if self.hpz_ranks > 1 else []
+        words += [f"deepspeed.offload_optimizer={self.offload_optimizer}"] if self.offload_optimizer != "none" else []
+        words += [f"deepspeed.offload_params={self.offload_params}"] if self.offload_params != "none" else []
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Considered:
+    """A combination with its peak memory, and its predicted tokens per second over all ranks; None where they are unknown.
+
+    `is_allowed` is whether the settings leave it to the plan; `host_gib` is what it needs of a node's main memory.
+    """
+
+    combination: Combination
+    batch: Batch
+    peak: PeakMemory
+    tokens_per_sec: float | None
+    fits: bool
+    is_allowed: bool
+    host_gib: float
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What combinations are tried for: settings, model, data, ranks, and the GPU's type and memory, None where unknown."""
+
+    config: RunConfig
+    model: ModelFacts
+    data: DataFacts | None
+    topology: Topology
+    gpu: GpuType | None
+    device_gib: float | None
+
+
+def attention_kernel(config: RunConfig, model: ModelFacts, device: str) -> str:
+    """Return the attention kernel that a plan assumes: for `auto` varlen, which keeps what FlashAttention keeps, or SDPA."""
+    chosen = config.model.attention
+    if chosen != AUTO:
+        return chosen
+    is_masked = str(model.config.get("model_type")) in _MASKED or (device == "cuda" and config.model.dtype == "fp32")
+    return "sdpa" if is_masked else "varlen"
+
+
+def choose(situation: Situation) -> Considered:
+    """Return the combination of a run: the fastest that the settings allow and that fits, or else the smallest.
+
+    Where nothing is known of the GPUs, or on CPUs, the micro-batch follows the tokens of a forward pass, and large models on
+    GPUs recompute all layers.
+
+    Raises:
+        ConfigError: where the global batch does not divide over the ranks, or the rows of a rank over the micro-batch.
+    """
+    config, topology = situation.config, situation.topology
+    split = batches.split(config.train, config.data, topology.world_size, topology.device, situation.data)
+    usual = Combination(
+        split.micro_batch_size,
+        _usual_checkpointing(situation),
+        config.model.liger,
+        memory.num_hpz_ranks(config.deepspeed, topology.ranks_per_node),
+        config.deepspeed.offload_optimizer,
+        config.deepspeed.offload_params,
+    )
+    first = evaluate(situation, usual, is_allowed=True)
+    if topology.device != "cuda" or situation.device_gib is None:
+        return first
+    tried = [first, *(evaluate(situation, one, is_allowed=True) for one in _allowed(situation, usual) if one != usual)]
+    fitting = [one for one in tried if one.fits]
+    if not fitting:
+        return min(tried, key=lambda one: one.peak.peak_gib)
+    if not first.peak.is_measured:
+        limit_gib = PREFERRED_SHARE * situation.device_gib
+        fitting = [one for one in fitting if one.peak.peak_gib <= limit_gib] or fitting
+    if first.tokens_per_sec is None:
+        return min(fitting, key=_preference)
+    fastest = max(one.tokens_per_sec or 0.0 for one in fitting)
+    as_fast = [one for one in fitting if (one.tokens_per_sec or 0.0) >= _AS_FAST * fastest]
+    return min(as_fast, key=lambda one: one.peak.peak_gib)
+
+
+def considered(situation: Situation) -> list[Considered]:
+    """Return the chosen combination and its alternatives, those that the settings exclude among them; the fastest first."""
+    chosen = choose(situation)
+    base = chosen.combination
+    config, ranks = situation.config, situation.topology.ranks_per_node
+    tried = {base: chosen}
+    for one in _allowed(situation, base):
+        tried.setdefault(one, evaluate(situation, one, is_allowed=True))
+    variants = [replace(base, liger=not base.liger)]
+    if situation.topology.nodes > 1 and base.hpz_ranks == 1:
+        variants.append(replace(base, hpz_ranks=ranks))
+    if base.hpz_ranks > 1:
+        variants.append(replace(base, hpz_ranks=1))
+    if OPTIMIZERS[config.optim.name].can_offload:
+        variants += [replace(base, offload_optimizer="cpu"), replace(base, offload_optimizer="cpu", offload_params="cpu")]
+    if base.offload_optimizer != "none":
+        variants.append(replace(base, offload_optimizer="none", offload_params="none"))
+    for variant in variants:
+        # Each with the micro-batch and the layers that suit it.
+        options = [evaluate(situation, one, is_allowed=False) for one in (variant, *_allowed(situation, variant))]
+        fitting = [one for one in options if one.fits] or [min(options, key=lambda one: one.peak.peak_gib)]
+        best = max(fitting, key=lambda one: one.tokens_per_sec or 0.0)
+        tried.setdefault(best.combination, best)
+    return sorted(tried.values(), key=lambda one: (not one.fits, -(one.tokens_per_sec or 0.0), one.peak.peak_gib))
+
+
+def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -> Considered:
+    """Return a combination with its peak memory and speed."""
+    config, model, topology = situation.config, situation.model, situation.topology
+    deepspeed = _section(config.deepspeed, combination)
+    train = config.train.model_copy(update={"micro_batch_size": combination.micro_batch_size})
+    split = batches.split(train, config.data, topology.world_size, topology.device, situation.data)
+    optimizer, dtype = OPTIMIZERS[config.optim.name], config.model.dtype
+    zero = deepspeed_json.render(deepspeed, config.model, train, split, topology, model, optimizer, "")["zero_optimization"]
+    states = memory.estimate_model_states(
+        model.num_params, dtype, split.accumulation, optimizer, deepspeed, topology, situation.device_gib
+    )
+    kernels = Kernels(
+        _WIDTHS[dtype],
+        attention_kernel(config, model, topology.device),
+        config.data.max_length,
+        config.data.packing,
+        combination.liger,
+    )
+    recomputed = checkpointed_layers(combination.checkpointing, model.num_layers)
+    one_pass = Pass(split.micro_batch_size * config.data.max_length, kernels, recomputed, train.loss_chunk_tokens)
+    sharding = Sharding(
+        zero,
+        topology.world_size,
+        round(states.per_rank_gib * memory.GIB),
+        4 if split.accumulation > 1 else kernels.width,
+        deepspeed.offload_optimizer == "none",
+    )
+    is_gpu = topology.device == "cuda"
+    peak = estimate_peak(model, one_pass, sharding, situation.gpu or GpuType(0, 0, 0, 0, "") if is_gpu else None)
+    fits = situation.device_gib is None or peak.peak_gib <= USABLE_SHARE * situation.device_gib
+    speed = _tokens_per_sec(situation, combination, split, deepspeed, kernels, sum(recomputed) / max(1, len(recomputed)))
+    return Considered(combination, split, peak, speed, fits, is_allowed, states.host_per_node_gib)
+
+
+def _allowed(situation: Situation, base: Combination) -> Iterator[Combination]:
+    """Yield the combinations with other micro-batches and layers, as far as these are left to the plan."""
+    config, per_rank = situation.config, situation.config.train.global_batch_size // situation.topology.world_size
+    sizes = [base.micro_batch_size]
+    if config.train.micro_batch_size is None:
+        most = max(1, _MOST_TOKENS // config.data.max_length)
+        sizes = [size for size in batches.divisors(per_rank) if size <= most]
+    layers = _CHECKPOINTING if config.model.activation_checkpointing == AUTO else (base.checkpointing,)
+    yield from (replace(base, micro_batch_size=size, checkpointing=one) for size in sizes for one in layers)
+
+
+def _usual_checkpointing(situation: Situation) -> str:
+    setting = situation.config.model.activation_checkpointing
+    if setting != AUTO:
+        return setting
+    return ALL if situation.topology.device == "cuda" and situation.model.num_params >= memory.RECOMPUTED_FROM else NONE
+
+
+def _preference(one: Considered) -> tuple[int, int]:
+    """Without a prediction, order by less recomputation, then by more tokens in a forward pass."""
+    return _CHECKPOINTING.index(one.combination.checkpointing), -one.combination.micro_batch_size
+
+
+def _section(section: DeepSpeedSection, combination: Combination) -> DeepSpeedSection:
+    changed = {
+        "hpz_partition_size": combination.hpz_ranks,
+        "offload_optimizer": combination.offload_optimizer,
+        "offload_params": combination.offload_params,
+    }
+    return section.model_copy(update=changed)
+
+
+def _tokens_per_sec(
+    situation: Situation,
+    combination: Combination,
+    split: Batch,
+    deepspeed: DeepSpeedSection,
+    kernels: Kernels,
+    recomputed_share: float,
+) -> float | None:
+    flops, data = train_flops(situation.model), situation.data
+    if flops is None or situation.gpu is None or "nvme" in (deepspeed.offload_optimizer, deepspeed.offload_params):
+        return None
+    doc_tokens = kernels.row_tokens
+    if data is not None and data.num_docs and data.num_tokens:
+        doc_tokens = max(1, round(data.num_tokens / data.num_docs))
+    step = predict_step(
+        situation.model,
+        flops,
+        doc_tokens,
+        split,
+        situation.topology,
+        deepspeed,
+        combination.hpz_ranks,
+        kernels,
+        recomputed_share,
+        situation.gpu,
+    )
+    return split.max_tokens_per_step / step.total_s

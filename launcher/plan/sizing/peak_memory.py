@@ -1,0 +1,173 @@
+"""Peak memory of a rank under ZeRO-3, by part and stage of a step. Pure.
+
+The terms follow what the code does: launcher/train/loss.py for the loss, DeepSpeed 0.19.8's stage3.py and
+partitioned_param_coordinator.py for weights and gradients, and activations.py beside this file. With T tokens of a forward pass,
+V the vocabulary, H the hidden size, C the tokens of a chunk of logits, and w the bytes of an element:
+
+    loss           all activations, the hidden states and their gradients 2wTH, the head's gradient wVH, logits 8CV
+    backward       all activations, one layer again where it is recomputed, the gradients inside it, those of two weights
+    optimizer step one sub-group's gradients in fp32, twice where they accumulate in another type
+    gathered       DeepSpeed fetches weights ahead until stage3_max_live_parameters of them are there; the experts' weights stay
+                   until the backward pass of a layer that is not recomputed, which holds them through a transposed view
+    buckets        one of reduce_bucket_size elements; a larger weight is reduced where its gradient is
+
+benchmarks/memory_plan.py compares them with measurements on CPUs. What CUDA, NCCL and fragmentation add is not measured there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.plan.architecture import is_sparse, num_experts
+from launcher.plan.gpu_types import GpuType
+from launcher.plan.launch_plan import ModelFacts, PeakMemory, StageMemory
+from launcher.plan.sizing.activations import (
+    FP32,
+    Kernels,
+    expert_size,
+    final_norm_bytes,
+    layer_activations,
+    shared_bytes,
+)
+
+GIB = 2**30
+# What CUDA and NCCL take, and the share that fragmentation adds with expandable segments, where no GPU of the type was measured.
+DEFAULT_RUNTIME_GIB, DEFAULT_FRAGMENTATION = 2.0, 1.03
+# The logits of a chunk in fp32, and a copy of them inside torch.logsumexp.
+LOGIT_BYTES = 2 * FP32
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward pass: its tokens, how layers compute, which are recomputed, the tokens of a chunk of logits."""
+
+    tokens: int
+    kernels: Kernels
+    checkpointed: tuple[bool, ...]
+    chunk_tokens: int
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What decides the memory of weights and gradients: DeepSpeed's section zero_optimization, ranks, and where states are.
+
+    `states_bytes` are the model states of a rank on its device, `gradient_width` the bytes of an accumulated gradient.
+    """
+
+    zero: Mapping[str, Any]
+    world_size: int
+    states_bytes: int
+    gradient_width: int
+    optimizer_on_device: bool = True
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Bytes of the activations of a pass: all that wait for the backward pass, and what its peaks add."""
+
+    saved: int
+    backward: int
+    final_norm: int
+
+
+def activation_bytes(model: ModelFacts, one_pass: Pass) -> ActivationBytes:
+    """Return the bytes of the activations of the decoder layers."""
+    kernels, tokens = one_pass.kernels, one_pass.tokens
+    held, peak = shared_bytes(model, kernels), 0
+    # Layers are of one kind, or of two where only some have experts.
+    kinds = {is_sparse(model.config, layer): layer for layer in range(len(one_pass.checkpointed))}
+    by_kind = {kind: layer_activations(model, layer, kernels) for kind, layer in kinds.items()}
+    for layer, is_recomputed in enumerate(one_pass.checkpointed):
+        activations = by_kind[is_sparse(model.config, layer)]
+        held += kernels.width * model.hidden_size if is_recomputed else activations.saved
+        # In the backward pass of this layer, those after it are free again.
+        peak = max(peak, held + activations.backward + (activations.recomputed if is_recomputed else 0))
+    kept, norm_peak = final_norm_bytes(model, kernels)
+    return ActivationBytes((held + kept) * tokens, peak * tokens, (held + norm_peak) * tokens)
+
+
+def head_elements(model: ModelFacts) -> int:
+    """Return the elements of the head's weight."""
+    return model.vocab_size * model.hidden_size
+
+
+def largest_layer_weight(model: ModelFacts) -> int:
+    """Return the elements of the largest weight inside a layer: experts are fused into two."""
+    sizes = [model.hidden_size * max(model.intermediate_size, model.num_heads * model.head_dim)]
+    if any(is_sparse(model.config, layer) for layer in range(model.num_layers)):
+        sizes.append(2 * num_experts(model.config) * expert_size(model) * model.hidden_size)
+    if str(model.config.get("model_type")) == "phi3":
+        sizes.append(2 * model.intermediate_size * model.hidden_size)
+    return max(sizes)
+
+
+def _held_expert_weights(model: ModelFacts, one_pass: Pass) -> int:
+    """Return the elements of experts' weights that stay gathered from a layer's forward pass to its backward pass."""
+    layers = sum(not done and is_sparse(model.config, layer) for layer, done in enumerate(one_pass.checkpointed))
+    return layers * 3 * num_experts(model.config) * expert_size(model) * model.hidden_size
+
+
+def loss_bytes(model: ModelFacts, one_pass: Pass, logit_bytes: int = LOGIT_BYTES) -> int:
+    """Return the bytes that the loss adds to the activations: hidden states, gradients, and the logits of a chunk."""
+    width, tokens = one_pass.kernels.width, one_pass.tokens
+    chunk = min(one_pass.chunk_tokens, tokens)
+    return 2 * width * tokens * model.hidden_size + width * head_elements(model) + logit_bytes * chunk * model.vocab_size
+
+
+def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: GpuType | None) -> PeakMemory:
+    """Estimate the peak memory of a rank in each stage of a step; `gpu` is None for CPUs, which have no CUDA or NCCL."""
+    width, zero = one_pass.kernels.width, sharding.zero
+    head, weight = head_elements(model), largest_layer_weight(model)
+    activations = activation_bytes(model, one_pass)
+    ahead = zero["stage3_max_live_parameters"] if zero["stage3_prefetch_bucket_size"] else 0
+    held = _held_expert_weights(model, one_pass)
+    in_loss = width * min(model.num_params, max(ahead, head) + weight + held)
+    in_backward = width * min(model.num_params, max(ahead, weight) + weight + held)
+    # A gradient waits for the next one before it is reduced; partitions of it are converted to the type of accumulation.
+    pending = (2 * width + sharding.gradient_width / sharding.world_size) * weight
+    head_gradient = width * head
+    # The gradient of a tied head waits for that of the embedding.
+    if model.tie_word_embeddings:
+        pending += head_gradient
+    # The head's gradient is converted while the norm's temporary values are freed.
+    converted = sharding.gradient_width * head / sharding.world_size
+    norm_temporary = max(converted, activations.final_norm - activations.saved)
+    sub_group = min(zero["sub_group_size"], model.num_params / sharding.world_size)
+    copies = FP32 + (sharding.gradient_width if sharding.gradient_width != FP32 else 0)
+    stages = (
+        _stage("loss", activations.saved, in_loss, 0, loss_bytes(model, one_pass)),
+        _stage("final norm", activations.saved, in_backward, head_gradient, norm_temporary),
+        _stage("backward", activations.saved, in_backward, pending, activations.backward - activations.saved),
+        _stage("optimizer step", 0, 0, 0, copies * sub_group if sharding.optimizer_on_device else 0),
+    )
+    buckets = width * zero["reduce_bucket_size"]
+    tensors = (sharding.states_bytes + buckets) / GIB + max(stage.total_gib for stage in stages)
+    runtime, fragmentation = 0.0, 1.0
+    if gpu is not None:
+        runtime = DEFAULT_RUNTIME_GIB if gpu.runtime_gib is None else gpu.runtime_gib
+        fragmentation = DEFAULT_FRAGMENTATION if gpu.fragmentation is None else gpu.fragmentation
+    return PeakMemory(
+        states_gib=_gib(sharding.states_bytes),
+        buckets_gib=_gib(buckets),
+        stages=stages,
+        fragmentation_gib=round(tensors * (fragmentation - 1), 4),
+        runtime_gib=runtime,
+        peak_gib=round(tensors * fragmentation + runtime, 4),
+        is_measured=gpu is not None and gpu.runtime_gib is not None and gpu.fragmentation is not None,
+    )
+
+
+def _stage(name: str, activations: float, gathered: float, gradients: float, temporary: float) -> StageMemory:
+    return StageMemory(
+        name=name,
+        activations_gib=_gib(activations),
+        gathered_gib=_gib(gathered),
+        gradients_gib=_gib(gradients),
+        temporary_gib=_gib(temporary),
+    )
+
+
+def _gib(num_bytes: float) -> float:
+    return round(num_bytes / GIB, 4)

@@ -1,0 +1,83 @@
+"""What makes a run fit that is too large for its GPUs: the nearest combinations, with their predicted speed and cost. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+
+from launcher.config.schema import RunConfig
+from launcher.errors import ConfigError
+from launcher.plan.gpu_types import GPUS
+from launcher.plan.optimizers import OPTIMIZERS
+from launcher.plan.sizing.combinations import Considered, Situation, choose
+
+_MOST_NODES = 64
+_SHORTEST_ROW = 1024
+_OFFLOADS = ({"offload_optimizer": "cpu"}, {"offload_optimizer": "cpu", "offload_params": "cpu"})
+
+
+def nearest_fits(situation: Situation, usd_per_gpu_hour: float | None) -> list[str]:
+    """Return overrides with which the run fits, each with its peak, predicted speed and cost: nodes, offload, rows, GPUs."""
+    tried = (_more_nodes(situation), _offload(situation), _shorter_rows(situation), _larger_gpu(situation))
+    return [_described(words, at, one, usd_per_gpu_hour) for words, at, one in filter(None, map(_first_fit, tried))]
+
+
+def _first_fit(tried: Iterator[tuple[str, Situation]]) -> tuple[str, Situation, Considered] | None:
+    for words, situation in tried:
+        with suppress(ConfigError):
+            chosen = choose(situation)
+            if chosen.fits:
+                return words, situation, chosen
+    return None
+
+
+def _more_nodes(situation: Situation) -> Iterator[tuple[str, Situation]]:
+    topology = situation.topology
+    nodes = topology.nodes * 2
+    while nodes <= _MOST_NODES:
+        sizes = {"nodes": nodes, "world_size": nodes * topology.ranks_per_node}
+        yield f"{nodes} nodes of {topology.ranks_per_node} GPUs", replace(situation, topology=topology.model_copy(update=sizes))
+        nodes *= 2
+
+
+def _offload(situation: Situation) -> Iterator[tuple[str, Situation]]:
+    section = situation.config.deepspeed
+    if not OPTIMIZERS[situation.config.optim.name].can_offload:
+        return
+    for changed in _OFFLOADS:
+        offloaded = section.model_copy(update=changed)
+        if offloaded != section and "nvme" not in (section.offload_optimizer, section.offload_params):
+            words = " ".join(f"deepspeed.{key}={value}" for key, value in changed.items())
+            yield words, replace(situation, config=_with(situation.config, "deepspeed", offloaded))
+
+
+def _shorter_rows(situation: Situation) -> Iterator[tuple[str, Situation]]:
+    length = situation.config.data.max_length // 2
+    while length >= _SHORTEST_ROW:
+        data = situation.config.data.model_copy(update={"max_length": length})
+        yield f"data.max_length={length}", replace(situation, config=_with(situation.config, "data", data))
+        length //= 2
+
+
+def _larger_gpu(situation: Situation) -> Iterator[tuple[str, Situation]]:
+    larger = [(gpu.memory_gib, name) for name, gpu in GPUS.items() if gpu.memory_gib > (situation.device_gib or 0)]
+    for memory_gib, name in sorted(larger):
+        yield f"cluster.gpu_type={name}", replace(situation, gpu=GPUS[name], device_gib=memory_gib)
+
+
+def _with(config: RunConfig, section: str, value: object) -> RunConfig:
+    return config.model_copy(update={section: value})
+
+
+def _described(words: str, situation: Situation, chosen: Considered, usd_per_gpu_hour: float | None) -> str:
+    price = situation.gpu.usd_per_hour if words.startswith("cluster.gpu_type") and situation.gpu else usd_per_gpu_hour
+    parts = [f"{chosen.peak.peak_gib:.0f} of {situation.device_gib:.0f} GiB"]
+    if chosen.tokens_per_sec is not None:
+        parts.append(f"about {chosen.tokens_per_sec:,.0f} tokens/s")
+        if price is not None:
+            usd = situation.topology.world_size * price / 3600 / chosen.tokens_per_sec * 1e6
+            parts.append(f"${usd:,.2f} per million tokens")
+    if chosen.host_gib:
+        parts.append(f"{chosen.host_gib:.0f} GiB of main memory a node")
+    return f"{words} ({', '.join(parts)})"

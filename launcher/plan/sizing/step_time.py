@@ -1,0 +1,108 @@
+"""Predicted time of a training step, to compare combinations of settings with each other. Pure.
+
+The sum of four parts, of which some overlap:
+
+    products       6 FLOPs for each weight and token, 2 more for a recomputed layer, at GEMM_SHARE of the GPU's peak
+    attention      pairs of queries and keys within documents, or of whole rows where the kernel computes all, at ATTENTION_SHARE
+    communication  weights gathered twice, and gradients reduced once, for each micro-batch (arXiv:1910.02054, section 7)
+    hooks          DeepSpeed's Python around each module, which the GPU waits for where a micro-batch is small
+
+and the optimizer step once. All rates are assumptions until benchmarks on GPUs measure them; they order combinations, and the
+range that a plan shows as its speed rests on published or measured MFU instead (launcher/plan/throughput.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.config.schema import DeepSpeedSection
+from launcher.plan.architecture import TrainFlops
+from launcher.plan.gpu_types import GpuType
+from launcher.plan.launch_plan import Batch, ModelFacts, Topology
+from launcher.plan.sizing.activations import FLASH_KERNELS, Kernels
+
+GEMM_SHARE, GEMM_SHARE_LIGER = 0.48, 0.54
+ATTENTION_SHARE = 0.40
+# Tokens of a micro-batch with which the products reach half of their share of the peak.
+HALF_TOKENS = 512
+# Bytes per second of one GPU to the others of its node, of a node to the others, and between a GPU and main memory.
+NVLINK, PCIE, NETWORK = 250e9, 20e9, 50e9
+# GPUs with less memory are cards without NVLink.
+_NVLINK_FROM_GIB = 39.0
+# The share of the products' time during which communication is hidden.
+OVERLAP = 0.7
+# One module's hooks in one pass, and modules of a layer.
+HOOK_S, MODULES_OF_LAYER = 60e-6, 13
+# Bytes per second in which a GPU steps the optimizer, and a node's CPUs do; bytes that a step moves for a parameter.
+GPU_MEMORY, HOST_MEMORY, STEP_BYTES = 1.5e12, 100e9, 34
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step by part; `total_s` counts communication as far as it is not hidden."""
+
+    products_s: float
+    attention_s: float
+    communication_s: float
+    hooks_s: float
+    optimizer_s: float
+
+    @property
+    def total_s(self) -> float:
+        computing = max(self.products_s + self.attention_s, self.hooks_s)
+        return computing + max(0.0, self.communication_s - OVERLAP * computing) + self.optimizer_s
+
+
+def predict_step(
+    model: ModelFacts,
+    flops: TrainFlops,
+    doc_tokens: int,
+    batch: Batch,
+    topology: Topology,
+    deepspeed: DeepSpeedSection,
+    hpz_ranks: int,
+    kernels: Kernels,
+    recomputed_share: float,
+    gpu: GpuType,
+) -> StepTime:
+    """Predict one step; `doc_tokens` is the usual length of a document, `recomputed_share` the share of layers that recompute."""
+    peak = gpu.peak_tflops({2: "bf16", 4: "tf32"}[kernels.width]) or gpu.bf16
+    tokens = batch.micro_batch_size * kernels.row_tokens
+    again = 1 + recomputed_share / 3
+    products = tokens * (flops.per_token * again + flops.per_label)
+    length = doc_tokens if kernels.attention in FLASH_KERNELS else kernels.row_tokens
+    pairs = (flops.of([length], 0) - flops.per_token * length) / length * tokens * again
+    if kernels.attention not in FLASH_KERNELS:
+        pairs *= 2
+    gemm = (GEMM_SHARE_LIGER if kernels.liger else GEMM_SHARE) * tokens / (tokens + HALF_TOKENS)
+    weight_bytes = kernels.width * model.num_params
+    passes = 2 + recomputed_share
+    micro_batches = batch.accumulation
+    return StepTime(
+        products_s=micro_batches * products / (gemm * peak * 1e12),
+        attention_s=micro_batches * pairs / (ATTENTION_SHARE * peak * 1e12),
+        communication_s=micro_batches * _communication_s(weight_bytes, topology, hpz_ranks, deepspeed, gpu),
+        hooks_s=micro_batches * passes * model.num_layers * MODULES_OF_LAYER * HOOK_S,
+        optimizer_s=_optimizer_s(model.num_params, topology, deepspeed),
+    )
+
+
+def _communication_s(weight_bytes: float, topology: Topology, hpz_ranks: int, deepspeed: DeepSpeedSection, gpu: GpuType) -> float:
+    """Return the seconds of one micro-batch: each of three transfers takes as long as its slowest link."""
+    inside = NVLINK if gpu.memory_gib >= _NVLINK_FROM_GIB else PCIE
+    ranks, nodes = topology.ranks_per_node, topology.nodes
+    in_node_s = weight_bytes * (ranks - 1) / ranks / inside
+    between_s = weight_bytes * (nodes - 1) / nodes / NETWORK
+    slowest_s = max(in_node_s, between_s)
+    # With a second copy inside each node, the backward pass gathers there.
+    again_s = in_node_s if hpz_ranks > 1 else slowest_s
+    fetched_s = 2 * weight_bytes / topology.world_size / PCIE if deepspeed.offload_params != "none" else 0.0
+    return slowest_s + again_s + slowest_s + fetched_s
+
+
+def _optimizer_s(num_params: int, topology: Topology, deepspeed: DeepSpeedSection) -> float:
+    per_rank = num_params / topology.world_size
+    if deepspeed.offload_optimizer == "none":
+        return STEP_BYTES * per_rank / GPU_MEMORY
+    moved_s = 6 * per_rank / PCIE
+    return moved_s + STEP_BYTES * per_rank * topology.ranks_per_node / HOST_MEMORY

@@ -1,0 +1,88 @@
+"""Peak memory by part: what autograd keeps of each preset's layers, and what a plan says of a whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import bare_memory
+import pytest
+import yaml
+
+from launcher.config.compose import conf_dir
+from launcher.plan.architecture import model_facts
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.planner import situation_of
+from launcher.plan.sizing.activations import Kernels, layer_activations
+from launcher.plan.sizing.checkpointed_layers import checkpointed_layers
+from launcher.plan.sizing.combinations import choose, evaluate
+from launcher.plan.sizing.peak_memory import Pass, activation_bytes
+
+# So many that weights' gradients do not hide the layers.
+TOKENS = 16_384
+# One of each way in which transformers builds a layer.
+KINDS = (
+    "llama3_2_1b",
+    "qwen3_0_6b",
+    "qwen2_5_0_5b",
+    "gemma3_1b",
+    "olmo2_1b",
+    "phi4",
+    "smollm3_3b",
+    "olmoe_1b_7b",
+    "qwen3_30b_a3b",
+)
+H100 = ("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8", "data.max_length=4096", "train.global_batch_size=64")
+PlanOf = Callable[..., LaunchPlan]
+
+
+def preset(name: str, **changes: Any) -> dict[str, Any]:
+    return {**yaml.safe_load((conf_dir() / "model" / f"{name}.yaml").read_text())["config"], **changes}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_activations_of_a_preset_are_those_that_a_pass_keeps(name: str) -> None:
+    """At real width, as fake tensors: one layer keeps its activations, and the last one recomputes them."""
+    config = preset(name, num_hidden_layers=3, vocab_size=256, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    arguments = (config, TOKENS, "every 2", "bf16", 64)
+    measured, planned = bare_memory.measure(*arguments), bare_memory.predict(*arguments)
+    assert planned == pytest.approx(measured, rel=0.01)
+
+
+def test_layers_that_recompute_hold_their_input_alone() -> None:
+    model = model_facts(preset("llama3_1_8b"), None, None, None)
+    kernels = Kernels(width=2, attention="flash_attention_2", row_tokens=4096)
+    layer = layer_activations(model, 0, kernels)
+    # 16H for both norms and the inputs of the projections, attention, and the MLP.
+    assert layer.saved == 16 * 4096 + 8 + 2 * (2 * 4096 + 2 * 1024) + 4 * 32 + 8 * 14336
+    held = {
+        checkpointing: activation_bytes(model, Pass(4096, kernels, checkpointed_layers(checkpointing, 32), 1024)).saved
+        for checkpointing in ("none", "every 4", "every 2", "all")
+    }
+    assert held["none"] - held["all"] == 32 * 4096 * (layer.saved - 2 * 4096)
+    assert held["none"] - held["every 2"] == 16 * 4096 * (layer.saved - 2 * 4096)
+    assert held["none"] - held["every 4"] == 8 * 4096 * (layer.saved - 2 * 4096)
+    # With a mask, SDPA repeats keys and values for all heads, and keeps the mask of each layer.
+    masked = layer_activations(model, 0, replace(kernels, attention="sdpa"))
+    assert masked.saved - layer.saved == 2 * 2 * (4096 - 1024) + 2 * 4096
+
+
+def test_the_plan_takes_the_fastest_combination_that_fits(plan_of: PlanOf) -> None:
+    planned = plan_of("model=llama3_1_8b", *H100)
+    assert planned.peak is not None
+    assert (planned.batch.micro_batch_size, planned.checkpointing, planned.peak.largest.name) == (1, "none", "loss")
+    assert planned.peak.peak_gib == pytest.approx(48.8, abs=0.5)
+    assert not planned.peak.is_measured
+    situation = situation_of(planned)
+    chosen = choose(situation)
+    twice = evaluate(situation, replace(chosen.combination, micro_batch_size=2), is_allowed=True)
+    assert (chosen.fits, twice.fits) == (True, False)
+    # Longer rows leave no room for the activations of all layers.
+    longer = plan_of("model=llama3_1_8b", *H100, "data.max_length=16384")
+    assert longer.checkpointing in ("every 2", "all")
+    # What is set stays.
+    override = plan_of("model=llama3_1_8b", *H100, "model.activation_checkpointing=every 3", "train.micro_batch_size=1")
+    assert (override.batch.micro_batch_size, override.checkpointing) == (1, "every 3")
+    assert plan_of("model=llama3_1_8b", *H100, "model.activation_checkpointing=true").checkpointing == "all"
+    assert plan_of("model=tiny").checkpointing == "none"
