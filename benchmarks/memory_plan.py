@@ -101,14 +101,14 @@ ENGINE = (
     _engine("2 ranks, all layers recomputed", "model.activation_checkpointing=all", "data.max_length=1024", fit=True),
     _engine("2 ranks, no accumulation", "train.global_batch_size=2", fit=True),
     _engine("4 ranks, tied head", "cluster.ranks_per_node=4", "model.config.tie_word_embeddings=true", fit=True),
-    _engine("2 ranks, longer rows", "data.max_length=1024"),
+    _engine("2 ranks, longer rows", "data.max_length=1024", fit=True),
     _engine(
         "2 ranks, 2 rows, every 2", "train.micro_batch_size=2", "data.max_length=512", "model.activation_checkpointing=every 2"
     ),
     _engine("4 ranks, wider", "cluster.ranks_per_node=4", "model.config.hidden_size=768", "model.config.intermediate_size=2304"),
-    _engine("2 ranks, fp32", "model.dtype=fp32", "data.max_length=512"),
+    _engine("2 ranks, fp32", "model.dtype=fp32", "data.max_length=512", fit=True),
     _engine("2 ranks, deeper, large vocabulary", "model.config.num_hidden_layers=10", "model.config.vocab_size=24576"),
-    _engine("2 ranks, experts", "model.config.model_type=qwen3_moe", *(f"++model.config.{one}" for one in _MOE)),
+    _engine("2 ranks, experts", "model.config.model_type=qwen3_moe", *(f"++model.config.{one}" for one in _MOE), fit=True),
 )
 # Buckets small enough for the other parts to count.
 _SHARED = (
