@@ -16,7 +16,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import situation_of
 from launcher.plan.sizing.activations import Kernels, layer_activations
 from launcher.plan.sizing.checkpointed_layers import checkpointed_layers
-from launcher.plan.sizing.combinations import choose, evaluate
+from launcher.plan.sizing.combinations import PREFERRED_SHARE, choose, evaluate
 from launcher.plan.sizing.peak_memory import Pass, activation_bytes
 
 # So many that weights' gradients do not hide the layers.
@@ -77,7 +77,8 @@ def test_the_plan_takes_the_fastest_combination_that_fits(plan_of: PlanOf) -> No
     situation = situation_of(planned)
     chosen = choose(situation)
     twice = evaluate(situation, replace(chosen.combination, micro_batch_size=2), is_allowed=True)
-    assert (chosen.fits, twice.fits) == (True, False)
+    assert chosen.fits
+    assert twice.peak.peak_gib > PREFERRED_SHARE * 79.1
     # Longer rows leave no room for the activations of all layers.
     longer = plan_of("model=llama3_1_8b", *H100, "data.max_length=16384")
     assert longer.checkpointing in ("every 2", "all")
