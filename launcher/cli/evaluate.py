@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from launcher.cli.views import evaluation_view
 from launcher.cli.views.request_costs import request_cost_table, saved_tokens
 from launcher.cli.worker_process import run_worker, run_worker_module
 from launcher.clusters.backends import evaluation_nodes_for
+from launcher.config.compose import Composed, run_hydra
 from launcher.config.resume import with_overrides
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_CHECK_FAILED, EXIT_REFUSED, ConfigError, DataError, Problem, RunError, SubmitError
@@ -40,6 +40,7 @@ _PREPARE, _NODE, _CONCLUDE = (f"launcher.worker.evaluation.{name}" for name in (
 _CHANGEABLE = ("evaluate.", "cluster.", "costs.")
 # W&B's own limits for its start and its end are shorter.
 _WANDB_S = 300.0
+_STDERR = 2
 
 
 def run(verb: str, tokens: list[str]) -> int:
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
         epilog=(
             "Overrides are settings of evaluate and cluster, such as evaluate.metrics=[numeric] evaluate.max_prompts=50.\n"
+            "+cluster=slurm and the like choose another cluster than the run's, cluster=local this machine.\n"
             "Answers are kept in evaluations/ of the run: an evaluation that was interrupted continues."
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -127,6 +129,12 @@ def _with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str) 
     ]
     if problems:
         raise ConfigError(problems)
+    if any(override.lstrip("+").startswith("cluster=") for override in overrides):
+        # Another cluster than the run's: its settings are composed anew.
+        composed: list[Composed] = []
+        run_hydra([override for override in overrides if override.lstrip("+").startswith("cluster")], composed.append)
+        config = config.model_copy(update={"cluster": composed[0].config.cluster})
+        overrides = [override for override in overrides if not override.lstrip("+").startswith("cluster")]
     return with_overrides(config, overrides, run_name)
 
 
@@ -189,7 +197,8 @@ def _answer(config: RunConfig, folder: Path, run_dir: RunDir) -> None:
     here = device()
     num_gpus = here.count if here.kind == "cuda" else 0
     command = [sys.executable, "-u", "-m", _NODE, str(folder), "0", "1", str(num_gpus)]
-    code, _ = run_worker(command, stdout=subprocess.DEVNULL)
+    # Standard output is for the verdict.
+    code, _ = run_worker(command, stdout=_STDERR)
     if code:
         raise RunError(
             f"the answers are not complete: a process ended with exit code {code}; its messages are above",

@@ -41,7 +41,10 @@ DOCTORS: dict[str, str] = {
 }
 
 # The module of each backend with nodes that answer the prompts of `launcher evaluate`, see `EvaluationNodes`.
-EVALUATION_NODES: dict[str, str] = {}
+EVALUATION_NODES: dict[str, str] = {
+    "slurm": "launcher.clusters.slurm.evaluation",
+    "ray": "launcher.clusters.ray.evaluation",
+}
 
 # The message of a run that is pending although nothing was submitted.
 NEVER_SUBMITTED = "the run was never submitted: the command that created it ended first"

@@ -6,12 +6,15 @@ import os
 import queue
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO
+
+from launcher.errors import printable
 
 _END_S = 20.0
 _MAX_LINES = 200
@@ -86,6 +89,15 @@ class NodeCommand:
         with suppress(OSError):
             stream.write(text)
             stream.close()
+
+
+def show_lines(command: NodeCommand, deadline: float) -> list[str]:
+    """Print the lines of a command on standard error as they come, until it ends; returns the last ones."""
+    last: deque[str] = deque(maxlen=_MAX_LINES)
+    for line in command.lines(deadline):
+        last.append(line.strip())
+        print(printable(line.rstrip()), file=sys.stderr, flush=True)
+    return [line for line in last if line]
 
 
 @contextmanager

@@ -85,10 +85,9 @@ class AnswerGeneration:
                 store.complete()
             compared = tuple(StyleScore(str(style), score) for style, score in scores.items())
             done = {name: tuple(answers) for name, answers in sides.items()}
-            seconds = time.monotonic() - began
-            json_records.write(
-                self._folder.answers, EvaluationAnswers(done, compared, self._engine_name, self._dtype, round(seconds, 1))
-            )
+            seconds = round(time.monotonic() - began, 1)
+            shown = EvaluationAnswers(done, compared, self._engine_name, self._dtype, seconds, self._share.world_size)
+            json_records.write(self._folder.answers, shown)
 
     def _choose(self, base: Weights, engine: Callable[[], Engine]) -> ChosenStyles:
         settings, questions = self._config.evaluate, self._selection

@@ -85,6 +85,7 @@ class EvaluationAnswers:
     engine: str = ""
     dtype: str = ""
     seconds: float = 0.0
+    num_processes: int = 1
 
 
 @dataclass(frozen=True)

@@ -408,3 +408,20 @@ def test_doctor_checks_every_node(launch: Launch, cluster: RayCluster, root: Pat
         assert verdicts["torch"] == verdicts["all-reduce"] == verdicts["clock"] == "ok", node
         assert verdicts["run.root"] != "failure", node
     assert list(root.iterdir()) == []
+
+
+def test_prompts_are_answered_on_every_node(launch: Launch, cluster: RayCluster, root: Path) -> None:
+    """By the tasks of a driver, and again through the Jobs API, which finds all answers there."""
+    cluster.have_only(n2=1)
+    short = [*TINY, "train.max_steps=1", "eval.at_start=false", f"run.root={root}", "run.name=short"]
+    done = launch(*short, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    settings = ("evaluate.max_prompts=4", "evaluate.max_new_tokens=4", "evaluate.batch_size=2", "--json", "+cluster=ray")
+    for address in (cluster.address, cluster.http):
+        places = (f"cluster.address={address}", f"cluster.python={sys.executable}")
+        evaluated = launch("evaluate", "short", "--root", str(root), *settings, *places, timeout=DEADLINE_S, **cluster.env)
+        assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+        result = json.loads(evaluated.stdout)
+        assert result["num_processes"] == 2
+        assert result["sets"]["held_out"]["verdict"]["num_prompts"] == 4
+    assert not list(root.glob("short/evaluations/*/held_out/.*"))

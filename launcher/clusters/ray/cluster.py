@@ -41,7 +41,6 @@ _JOIN_POLL_S, _JOB_POLL_S = 0.1, 1.0
 _DRIVER_START_DEADLINE_S = 60.0
 # A job of the Jobs API, whose id is a part of the address of a request.
 _JOB = re.compile(r"[A-Za-z0-9][\w-]*")
-FINAL_JOB_STATES = ("FAILED", "SUCCEEDED", "STOPPED")
 _NO_STATUS = "Ray's job ended before it could write to the run directory"
 _LOST = "the driver ended without recording a result: it was killed, or its machine or the head node was lost"
 
@@ -196,7 +195,7 @@ def _job_status(run: RunDir, status: Status, submission: JobsApiSubmission) -> S
         if isinstance(error, jobs.JobUnknown):
             cause = f"the cluster at {submission.address} does not know the job {submission.job}"
         return replace(known, message=f"{cause}; this is the last known state")
-    if state not in FINAL_JOB_STATES:
+    if state not in jobs.FINAL_JOB_STATES:
         return known if status.job is not None else replace(known, message=message or f"Ray's job is {state.lower()}")
     latest = run_store.read_status(run)
     if latest.state not in RUNNING_STATES:
@@ -290,7 +289,7 @@ def _await_driver(run: RunDir, submission: JobsApiSubmission) -> None:
     while run_store.read_status(run).job is None and time.monotonic() < deadline:
         with suppress(SubmitError):
             state, message = jobs.state(submission.address, submission.job)
-            if state in FINAL_JOB_STATES:
+            if state in jobs.FINAL_JOB_STATES:
                 break
         time.sleep(_JOB_POLL_S)
     else:

@@ -8,7 +8,6 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from launcher.clusters.check_results import OK, WARNING, CheckResult, ReportRead
 from launcher.clusters.detached_process import build_pythonpath
 from launcher.clusters.node_command import NodeCommand, uninterrupted
 from launcher.clusters.ray import jobs
-from launcher.clusters.ray.cluster import FINAL_JOB_STATES, require_usable
+from launcher.clusters.ray.cluster import require_usable
 from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
 from launcher.errors import RunError, SubmitError
@@ -99,19 +98,9 @@ def _run_as_job(section: RaySection, request: str, seconds: str, deadline: float
             for line in log.splitlines(keepends=True):
                 if line.endswith("\n"):
                     reader.feed(line)
-            if state in FINAL_JOB_STATES or time.monotonic() >= deadline:
+            if state in jobs.FINAL_JOB_STATES or time.monotonic() >= deadline:
                 return (log.strip() or message)[-_MANY_CHARS:]
             time.sleep(_POLL_S)
     finally:
         with uninterrupted():
-            _end_job(address, job)
-
-
-def _end_job(address: str, job: str) -> None:
-    """Stop the job, wait for that, and remove its record."""
-    with suppress(SubmitError):
-        jobs.stop(address, job)
-        until = time.monotonic() + 20 * _POLL_S
-        while time.monotonic() < until and jobs.state(address, job)[0] not in FINAL_JOB_STATES:
-            time.sleep(_POLL_S)
-        jobs.remove(address, job)
+            jobs.end(address, job, 20 * _POLL_S)

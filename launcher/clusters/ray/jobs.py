@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+FINAL_JOB_STATES = ("FAILED", "SUCCEEDED", "STOPPED")
 _AGENT_DEADLINE_S = 120.0
+_POLL_S = 1.0
 # Ray's client has no timeout of its own.
 _REQUEST_TIMEOUT_S = 30.0
 _DENIED = re.compile(r"\b40[13]\b|Unauthorized|Forbidden|authentication")
@@ -106,6 +109,16 @@ def remove(address: str, job: str) -> None:
     """Remove an ended job, with its record and its log."""
     client = _client(address)
     _with_plain_errors(address, lambda: client.delete_job(job))
+
+
+def end(address: str, job: str, timeout_s: float) -> None:
+    """Stop the job, wait for that, and remove its record."""
+    with suppress(SubmitError):
+        stop(address, job)
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until and state(address, job)[0] not in FINAL_JOB_STATES:
+            time.sleep(_POLL_S)
+        remove(address, job)
 
 
 def read_log(address: str, job: str) -> str:

@@ -77,11 +77,12 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        with private_files(), live_line() as (say, make_pace):
+        with private_files(), live_line(sys.stdout) as (say, make_pace):
             pace = make_pace()
             answer(folder, Share(rank, world_size, lambda text: say(text) if rank == 0 and pace.is_due() else None))
     except LauncherError as error:
-        print(error, file=sys.stderr)
+        # On a cluster, the command shows what its nodes print.
+        print(error, flush=True)
         return error.exit_code
     return 0
 

@@ -61,6 +61,7 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
         "engine": answers.engine,
         "dtype": answers.dtype,
         "seconds": answers.seconds,
+        "num_processes": answers.num_processes,
         "selection": selection,
         "sets": shown,
     }

@@ -1,0 +1,123 @@
+"""A short allocation of a command's own: salloc starts a task on each node, whose lines come back through srun's connections."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import launcher
+from launcher.clusters.node_command import NodeCommand
+from launcher.clusters.slurm import sbatch, site
+from launcher.clusters.slurm.commands import SlurmError, slurm
+from launcher.clusters.storage import existing_folder
+from launcher.config.schema import RunConfig
+from launcher.config.sections.slurm import SlurmSection
+
+# Begins the line of a command of cluster.modules or cluster.setup that failed.
+FAILED = "launcher-setup: this command failed: "
+_CANCEL_PATIENCE_S = 10.0
+# What salloc reports where all is well.
+_PROGRESS = re.compile(
+    r"salloc: (Granted|Pending|job \d+ (queued|has been)|Nodes .* are ready|Waiting|Relinquish)", re.IGNORECASE
+)
+
+
+def num_gpus_per_node(config: RunConfig) -> int:
+    """Return the GPUs of a node that a run with these settings uses; 0 for a run on CPUs."""
+    section = SlurmSection.of(config.cluster)
+    device = site.gpus_of(section)
+    return (section.ranks_per_node or device.count) if device.kind == "cuda" else 0
+
+
+def salloc_words(config: RunConfig, name: str, num_gpus: int, minutes: int) -> list[str]:
+    """Return salloc and its arguments."""
+    section = SlurmSection.of(config.cluster)
+    requested = sbatch.requested_nodes(section, section.nodes, num_gpus)
+    options = {"job-name": name, "time": str(minutes), "reservation": section.reservation, **requested}
+    return [
+        "salloc",
+        *(
+            f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}")
+            for key, value in options.items()
+            if value is not None
+        ),
+    ]
+
+
+def node_script(
+    config: RunConfig,
+    module: Sequence[str],
+    num_gpus: int,
+    environ: Mapping[str, str],
+    folders: Sequence[Path],
+    flags: Sequence[str],
+) -> str:
+    """Return the script that salloc starts: the settings' modules and commands, and a task on each node.
+
+    `module` is a Python module and its arguments, `flags` are those of srun, `folders` those that a container needs.
+    """
+    section = SlurmSection.of(config.cluster)
+    mounted = [*(str(existing_folder(folder)) for folder in folders), _package_folder()]
+    task = [
+        *("srun", *flags, f"--nodes={section.nodes}", "--ntasks-per-node=1"),
+        *([f"--cpus-per-task={section.cpus_per_task}"] if section.cpus_per_task else []),
+        *sbatch.task_arguments(section, tuple(environ), mounted),
+        *sbatch.python_words(section, num_gpus > 0, mounted),
+        *("-u", "-m", *module),
+    ]
+    # What is read from standard input is for the tasks. A run goes on after a command that fails.
+    setup = "\n".join([f"{line} || echo {shlex.quote(FAILED + line)}" for line in sbatch.setup_commands(section)] or [":"])
+    variables = {"PYTHONSAFEPATH": "1", **section.env, **environ}
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    path = f'export PYTHONPATH={shlex.quote(_package_folder())}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+    return "\n".join(["{", setup, "} </dev/null >&2", "set +e", *exports, path, f"exec {shlex.join(task)}"])
+
+
+def outside_of_a_job() -> dict[str, str]:
+    """Return the environment without variables that describe another job or change salloc's options."""
+    dropped = ("SALLOC_", "SLURM_", "SLURMD_", "SRUN_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(dropped) or name == "SLURM_CONF"}
+
+
+def last_lines(command: NodeCommand) -> str:
+    """Return the last lines of a command's standard error, for a message."""
+    return " / ".join(line.strip() for line in list(command.errors)[-3:] if line.strip())
+
+
+def refusal(command: NodeCommand) -> str:
+    """Return what salloc, srun or Python complained about; empty where they only reported their progress."""
+    lines = [line.strip() for line in command.errors if line.strip() and not _PROGRESS.match(line)]
+    # Python ends with the exception; Slurm's lines name what failed.
+    important = [line for line in lines if line.startswith(("salloc: error", "srun: error", "slurmstepd"))] or lines[-2:]
+    return " / ".join(dict.fromkeys(important[-4:]))
+
+
+def remedy(refused: str) -> str:
+    """Return what to do about a refusal."""
+    if "No module named" in refused or "execve" in refused or "No such file" in refused:
+        return "install the launcher and its environment on storage that all nodes share, under the same path"
+    return "check cluster.partition, account, qos and time; the same request with: salloc --nodes=1 true"
+
+
+def queue_state(name: str) -> str:
+    """Return Slurm's state and reason of the job, for a message."""
+    with suppress(SlurmError):
+        state = slurm("squeue", "--me", f"--name={name}", "--noheader", "--format=%T (%r)").strip()
+        if state:
+            return f"the job is {state}"
+    return "the allocation"
+
+
+def cancel(name: str) -> None:
+    """Cancel the job by its name, also where salloc ended before it knew its number."""
+    with suppress(SlurmError):
+        slurm("scancel", "--me", f"--name={name}", retry_s=_CANCEL_PATIENCE_S)
+
+
+def _package_folder() -> str:
+    return str(Path(launcher.__file__).resolve().parents[1])
+

@@ -1,0 +1,68 @@
+"""The driver of `launcher evaluate` on Ray: `python -m launcher.worker.ray.evaluation FOLDER`.
+
+Starts a task for each GPU that is free, up to the run's number of workers, or for each node without GPUs. A task runs
+launcher.worker.evaluation.answer; where one fails, the others are ended.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import launcher
+from launcher.clusters.detached_process import build_pythonpath
+from launcher.clusters.ray import auto_address
+from launcher.config.sections.ray import RaySection
+from launcher.evaluate.task import EvaluationFolder
+
+
+def answer_here(folder: str, rank: int, num_processes: int) -> int:
+    """Run one process of the evaluation on this node; returns its exit code."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-P", "-u", "-m", "launcher.worker.evaluation.answer", folder, str(rank), str(num_processes)]
+    return subprocess.run(command, stdin=subprocess.DEVNULL).returncode
+
+
+def main(folder: str) -> int:
+    section = RaySection.of(EvaluationFolder(Path(folder)).read_task().settings.cluster)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    path = build_pythonpath(Path(launcher.__file__).resolve().parents[1], os.environ)
+    # A job's own environment applies to all processes that it starts.
+    variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", **section.env}
+    runtime = {} if section.is_http else {"runtime_env": {"env_vars": variables}}
+    # Within a job, Ray itself names the cluster of the job.
+    address = "auto" if section.is_http else auto_address.address_to_join(section.address or "")
+    ray.init(address=address, log_to_driver=True, logging_level="WARNING", **runtime)
+    try:
+        options = _task_options(ray, section.workers)
+        waiting = [ray.remote(answer_here).options(**one).remote(folder, rank, len(options)) for rank, one in enumerate(options)]
+        while waiting:
+            (done,), waiting = ray.wait(waiting, num_returns=1)
+            if code := ray.get(done):
+                return int(code)
+        return 0
+    finally:
+        # Ends the tasks that are left, whose processes end with them.
+        ray.shutdown()
+
+
+def _task_options(ray: Any, num_workers: int | None) -> list[dict[str, Any]]:
+    """Return the options of each task: of free GPUs, or of nodes where the cluster has no GPU."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if ray.cluster_resources().get("GPU"):
+        count = max(1, int(ray.available_resources().get("GPU", 0)))
+        return [{"num_cpus": 1, "num_gpus": 1, "max_retries": 0}] * min(count, num_workers or count)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    return [{"num_cpus": 0, "max_retries": 0, "scheduling_strategy": strategy} for strategy in strategies]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
