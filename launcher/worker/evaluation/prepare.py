@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from launcher.run_records import read_export
 from launcher.security.folders import private_files
 from launcher.tracking.progress import live_line
 from launcher.worker.export import export_run
+from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.signals import exit_on_termination
 
 # Numbers of examples among which evaluate.shots=auto chooses.
@@ -295,4 +297,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     exit_on_termination()
+    die_with_parent(signal.SIGTERM)
     sys.exit(main())
