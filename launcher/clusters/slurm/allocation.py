@@ -120,4 +120,3 @@ def cancel(name: str) -> None:
 
 def _package_folder() -> str:
     return str(Path(launcher.__file__).resolve().parents[1])
-
