@@ -80,7 +80,7 @@ def test_a_killed_evaluation_leaves_no_process_and_continues(launch: Launch, sta
         (("evaluate.metrics=[exact_mach]",), "exact_mach"),
         (("evaluate.shots=900",), "900 examples cannot be shown to the base model"),
         (("evaluate.vllm_python=/missing/python",), "this is no Python interpreter of an environment with vLLM"),
-        (("--step", "7"), "there is no checkpoint"),
+        (("--step", "7"), "there is no committed checkpoint of step 7"),
         (("optim.lr=1",), "optim.lr cannot change in an evaluation"),
         (("--min-gain", "rouge_l:0-shot:0"), "--min-gain names rouge_l"),
         (("evaluate.metrics=[numeric]", "evaluate.max_prompts=50"), "numeric cannot score"),
