@@ -292,15 +292,16 @@ def test_a_link_to_itself_is_no_run(tmp_path: Path) -> None:
 def test_a_file_replaced_during_a_read_is_read_again(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As NFS tells it; any other failure is told in words."""
     run = run_store.create(planned(config, tmp_path, "a"))
-    open_file, failures = Path.open, [errno.ESTALE]
+    open_file, failures = os.open, [errno.ESTALE]
 
-    def open_or_fail(path: Path, *arguments: Any, **options: Any) -> Any:
-        if failures:
+    def open_or_fail(path: Any, *arguments: Any, **options: Any) -> int:
+        if path == run.status and failures:
             raise OSError(failures[0], os.strerror(failures.pop(0)))
         return open_file(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "open", open_or_fail)
+    monkeypatch.setattr(os, "open", open_or_fail)
     assert run_store.read_status(run).state == "pending"
+    assert not failures
     failures.append(errno.EIO)
     with pytest.raises(RunError, match=f"cannot be read: {os.strerror(errno.EIO)}"):
         run_store.read_status(run)
