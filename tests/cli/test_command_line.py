@@ -114,7 +114,20 @@ def test_a_plan_needs_no_torch_and_works_from_anywhere(launch: Run, walled: Run,
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     labels = [line.split()[0] for line in done.stdout.splitlines()]
-    assert labels == ["run", "model", "data", "ranks", "batch", "steps", "optimizer", "memory", "checkpoint", "tracking", "speed"]
+    assert labels == [
+        "run",
+        "model",
+        "data",
+        "ranks",
+        "batch",
+        "steps",
+        "optimizer",
+        "memory",
+        "peak",
+        "checkpoint",
+        "tracking",
+        "speed",
+    ]
     assert list(empty.iterdir()) == []
 
 
