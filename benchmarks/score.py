@@ -47,7 +47,9 @@ def main() -> None:
         plan = prepared.plan
         assert plan.data is not None
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        deepspeed.init_distributed("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1, verbose=False)
+        deepspeed.init_distributed(
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1, auto_mpi_discovery=False, verbose=False
+        )
         plain = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32, attn_implementation="sdpa").eval()
         engine, model = build_engine(plan, RankInfo(0, 0, 1, 1))
         batches = RowBatches(Split.open(plan.data), plan.batch.micro_batch_size, pad_id=0, rows=np.arange(args.rows))

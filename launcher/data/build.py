@@ -13,6 +13,7 @@ from launcher.data.build_report import make_facts, make_report
 from launcher.data.checks import findings
 from launcher.data.corpus import EncodedCorpus, Progress, list_inputs, read_corpus
 from launcher.data.selection import NothingLeft, Selection, select_documents
+from launcher.data.sources import origins
 from launcher.data.sources.eval_set import make_set_data, name_set, nothing_to_score
 from launcher.data.tokenization import parallel
 from launcher.data.tokenization.batch_encoder import NUM_PROMPTS
@@ -124,6 +125,7 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
         )
     )
     spool.remove()
+    origins.write(folder, [pieces.doc[split.order] for split in (layout, held_out)], docs.wheres, docs.contents)
     candidates = (prompt for prompt in corpus.prompts if not is_dropped[prompt.doc])
     chosen = heapq.nsmallest(NUM_PROMPTS, candidates, key=lambda prompt: prompt.rank)
     samples = [{"prompt": p.prompt, "prompt_ids": p.prompt_ids, "answer": p.answer} for p in chosen]

@@ -9,7 +9,9 @@
       doc_source.npy  uint16    source of each document, an index of data.sources; after the last: data.eval_path
       row_sources.npy int32     [rows, sources] tokens of each source in each row
       digests.bin               sizes and block digests of these seven
-      eval/                     the same eight for the held-out split
+      origins.npy               file, line and content of each document, see launcher.data.sources.origins
+      eval/                     the same nine for the held-out split
+      origins.json              the files that origins.npy numbers, and digests of origins.npy
       samples.json              a few held-out examples: prompt, prompt_ids, answer
       findings.json             findings of the checks: counts and examples
       meta.json                 written last: counts, the size of every file, digests of the JSON files, and its own digest
@@ -48,9 +50,9 @@ from launcher.plan.launch_plan import DataFacts
 from launcher.security import folders, ownership
 
 # To be raised when the same sources give other tokens, rows or findings, or another layout; a test checks that.
-FORMAT_VERSION = 11
-# Formats with the layout of the current one, which a run that records such a cache continues with.
-_READABLE_FORMATS = (9, 10, FORMAT_VERSION)
+FORMAT_VERSION = 12
+# Formats with the arrays of the current one, which a run that records such a cache continues with.
+_READABLE_FORMATS = (9, 10, 11, FORMAT_VERSION)
 
 # The files that AutoTokenizer reads; config.json because the model type selects the class.
 TOKENIZER_FILES = (

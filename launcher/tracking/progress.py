@@ -137,8 +137,11 @@ def show_waiting(activity: str) -> Iterator[None]:
 
 
 @contextmanager
-def show_documents() -> Iterator[Callable[[str, int, int], None]]:
-    """Show on standard error how far the stages of a data build are; yields a function of stage, documents done, and total."""
+def show_documents(noun: str = "documents") -> Iterator[Callable[[str, int, int], None]]:
+    """Show on standard error how far the stages of a data build are; yields a function of stage, documents done, and total.
+
+    `noun` says what is counted.
+    """
     with live_line() as (say, make_pace):
         paces: dict[str, Pace] = {}
         ended: set[str] = set()
@@ -149,7 +152,7 @@ def show_documents() -> Iterator[Callable[[str, int, int], None]]:
             if total > 1 and stage not in ended and (done == total or is_due):
                 if done == total:
                     ended.add(stage)
-                say(f"{stage}: {done:,} of {total:,} documents")
+                say(f"{stage}: {done:,} of {total:,} {noun}")
 
         yield show
 

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -67,22 +67,45 @@ def build_engine(
         ConfigError: where the architecture cannot be trained, weights are missing, or the folder on NVMe is another user's.
     """
     import deepspeed
+
+    _prepare_nvme_folder(plan, rank_info)
+    with _partitioned_model(plan, make_progress, has_checkpoint) as model:
+        optimizer = build_optimizer(model.parameters_by_name().values(), plan.config.optim, plan.config.deepspeed)
+        import_muon()
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.deepspeed)
+    return engine, model
+
+
+def build_inference_engine(plan: LaunchPlan, make_progress: MakeProgress = silent) -> tuple[Any, CausalLMLoss]:
+    """Build a DeepSpeed engine that computes what the training engine computes, without gradients and an optimizer. Collective.
+
+    Raises:
+        ConfigError: where the architecture cannot be trained, or weights are missing.
+    """
+    import deepspeed
+
+    with _partitioned_model(plan, make_progress) as model:
+        import_muon()
+        engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=plan.deepspeed)
+    return engine, model
+
+
+@contextmanager
+def _partitioned_model(
+    plan: LaunchPlan, make_progress: MakeProgress, has_checkpoint: bool = False
+) -> Iterator[CausalLMLoss]:
+    """Yield the model of a plan with its weights partitioned."""
     from transformers import set_seed
     from transformers.integrations import HfDeepSpeedConfig
 
     set_seed(plan.config.run.seed)
     # transformers holds a weak reference to this object: while it is alive, weights are partitioned as they load.
     partitioning = HfDeepSpeedConfig(plan.deepspeed)
-    _prepare_nvme_folder(plan, rank_info)
     config = plan.config
     device, chunk_tokens = plan.topology.device, config.train.loss_chunk_tokens
     progress, layers = make_progress, plan.activation_checkpointing
-    model = build_model(config.model, plan.model, device, chunk_tokens, config.data.packing, progress, has_checkpoint, layers)
-    optimizer = build_optimizer(model.parameters_by_name().values(), plan.config.optim, plan.config.deepspeed)
-    import_muon()
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.deepspeed)
+    yield build_model(config.model, plan.model, device, chunk_tokens, config.data.packing, progress, has_checkpoint, layers)
     del partitioning
-    return engine, model
 
 
 def import_muon() -> None:

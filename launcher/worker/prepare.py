@@ -114,7 +114,7 @@ def _fetch(source: str, model: ModelSection) -> None:
         return
     if is_run(source):
         with folders.private_files():
-            _copy_parent_weights(parent_run.find_parent(source), model)
+            copy_parent_weights(parent_run.find_parent(source), model)
     elif located.source is not None:
         from launcher.train.model import convert_gguf
 
@@ -125,7 +125,7 @@ def _fetch(source: str, model: ModelSection) -> None:
         _download(source, model)
 
 
-def _copy_parent_weights(parent: parent_run.ParentCheckpoint, model: ModelSection) -> None:
+def copy_parent_weights(parent: parent_run.ParentCheckpoint, model: ModelSection) -> None:
     """Write the parent's weights as a Hugging Face folder into the launcher's cache; the folder appears when it is complete."""
     folder = parent_run.weights_folder(parent, model.dtype)
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

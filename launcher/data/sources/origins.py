@@ -1,0 +1,90 @@
+"""Where each document of a data cache comes from: its file, its line, and the hash of its content.
+
+    origins.npy         file uint32, line int64, content uint64: one entry for each document of the training split
+    eval/origins.npy    the same for the held-out split
+    origins.json        the texts before the lines, by the numbers in `file`; digests of the two arrays
+
+No torch, no transformers: the submit side imports this module.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from launcher import atomic_files
+from launcher.errors import DataError, Problem
+
+FILE = "origins.npy"
+TABLE = "origins.json"
+_DTYPE = np.dtype([("file", "<u4"), ("line", "<i8"), ("content", "<u8")])
+# The number of a document whose place ends in no number.
+_NO_LINE = -1
+_PLACE = re.compile(r"(.*?)(\d{1,18})", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Origins:
+    """The origins of the documents of one split, in their order. `files` are the texts before the lines."""
+
+    files: tuple[str, ...]
+    values: np.ndarray
+
+    @classmethod
+    def open(cls, cache_dir: str, held_out: bool = False) -> Origins | None:
+        """Read the origins of a split; None where the cache was built by a launcher that records none.
+
+        Raises:
+            DataError: where the file is damaged.
+        """
+        folder = Path(cache_dir)
+        file = folder / ("eval" if held_out else "") / FILE
+        try:
+            table = json.loads((folder / TABLE).read_bytes())
+            content = file.read_bytes()
+        except FileNotFoundError:
+            return None
+        if xxhash.xxh3_128_hexdigest(content) != table["digests"][int(held_out)]:
+            remedy = "remove the cache, and build it again with: python -m launcher data"
+            raise DataError(Problem("the data cache is damaged: the origins of its documents", str(file), remedy=remedy))
+        return cls(tuple(table["files"]), np.load(file))
+
+    def where(self, document: int) -> str:
+        """Return the file and line of a document, as the report on the data names it."""
+        value = self.values[document]
+        return self.files[value["file"]] + ("" if value["line"] == _NO_LINE else str(value["line"]))
+
+    def content_id(self, document: int) -> str:
+        """Return the hash of a document's text apart from case, white space and punctuation: 16 hex digits."""
+        return f"{int(self.values[document]['content']):016x}"
+
+
+def write(folder: Path, documents_by_split: Sequence[np.ndarray], wheres: Sequence[str], contents: np.ndarray) -> None:
+    """Write the origins of the training and the held-out split into the folder of a cache.
+
+    `documents_by_split` are the indices of each split's documents in `wheres` and `contents` (uint64).
+    """
+    numbers: dict[str, int] = {}
+    entries = np.zeros(len(wheres), _DTYPE)
+    entries["content"] = contents
+    for i, where in enumerate(wheres):
+        match = _PLACE.fullmatch(where)
+        # A number with leading zeros would not come back as it was.
+        is_line = match is not None and str(int(match[2])) == match[2]
+        prefix, line = (match[1], int(match[2])) if match is not None and is_line else (where, _NO_LINE)
+        entries["file"][i], entries["line"][i] = numbers.setdefault(prefix, len(numbers)), line
+    digests = []
+    for path, documents in zip((folder, folder / "eval"), documents_by_split, strict=True):
+        with (path / FILE).open("wb") as file:
+            np.save(file, entries[documents])
+            file.flush()
+            os.fsync(file.fileno())
+        digests.append(xxhash.xxh3_128_hexdigest((path / FILE).read_bytes()))
+    atomic_files.write_text(folder / TABLE, json.dumps({"files": [*numbers], "digests": digests}))

@@ -1,0 +1,80 @@
+"""The answers of a split without their prompts, packed into rows of their own.
+
+The difference of an answer's loss with and without its prompt says how much the prompt explains. Only the last tokens of a
+prompt stay which all prompts share: they are the template's mark of where an answer begins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from launcher.config.sections.data import DataSection
+from launcher.data import packing, row_layout
+from launcher.data.cache import Split
+from launcher.plan.launch_plan import DataFacts
+
+_MAX_SHARED_TOKENS = 16
+# Prompts that are compared for what they share.
+_NUM_COMPARED = 1000
+
+
+@dataclass(frozen=True)
+class AnswersAlone:
+    """A split of answers alone. `documents` are their indices in the split with prompts, in the order of this split."""
+
+    facts: DataFacts
+    documents: np.ndarray
+
+
+def write(split: Split, folder: Path, data: DataSection) -> AnswersAlone | None:
+    """Write the answers of the documents that have a prompt as a split into `folder`; None where none has one."""
+    tokens, trained, docs = split.tokens[:], split.trained[:], np.asarray(split.docs)
+    begins = _answer_begins(trained)
+    owners = np.searchsorted(docs, begins, side="right") - 1
+    _, first = np.unique(owners, return_index=True)
+    shared = _num_shared(tokens, begins[first], docs[owners[first]])
+    is_kept = trained.astype(bool)
+    for before in range(1, shared + 1):
+        # A document's first token may follow another document's answer.
+        at = begins - before
+        is_kept[at[at >= docs[owners]]] = True
+    kept_before = np.concatenate([[0], np.cumsum(is_kept)])
+    lengths = kept_before[docs[1:]] - kept_before[docs[:-1]]
+    labels = np.add.reduceat(trained, docs[:-1], dtype=np.int64) if split.num_docs else np.zeros(0, np.int64)
+    documents = np.flatnonzero((lengths < np.diff(docs)) & (labels > 0))
+    if not len(documents):
+        return None
+    is_chosen = np.zeros(split.num_docs, dtype=bool)
+    is_chosen[documents] = True
+    is_kept &= np.repeat(is_chosen, np.diff(docs))
+    packed = packing.pack(lengths[documents], data.max_length) if data.packing else packing.one_per_row(len(documents))
+    digest = row_layout.write(
+        folder,
+        packed,
+        lengths[documents],
+        np.asarray(split.doc_source)[documents],
+        labels[documents],
+        (tokens[is_kept], trained[is_kept]),
+        split.row_sources.shape[1],
+    )
+    counts = {name: 0 for name, field in DataFacts.model_fields.items() if field.annotation is int}
+    return AnswersAlone(DataFacts(cache_dir=str(folder), padding_frac=0, digest=f"{digest}-", **counts), documents[packed.order])
+
+
+def _answer_begins(trained: np.ndarray) -> np.ndarray:
+    """Return the positions of trained tokens after untrained ones; a document's first token is untrained."""
+    return np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0) == 1)
+
+
+def _num_shared(tokens: np.ndarray, begins: np.ndarray, doc_starts: np.ndarray) -> int:
+    """Return how many tokens before the first answer all documents share, at least 1: the first token needs one before it."""
+    chosen = np.unique(np.linspace(0, len(begins) - 1, min(len(begins), _NUM_COMPARED)).round().astype(int))
+    begins, doc_starts = begins[chosen], doc_starts[chosen]
+    most = min(_MAX_SHARED_TOKENS, int((begins - doc_starts).min(initial=1)))
+    for before in range(1, most + 1):
+        if len(np.unique(tokens[begins - before])) > 1:
+            return max(1, before - 1)
+    return max(1, most)

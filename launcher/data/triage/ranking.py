@@ -1,0 +1,79 @@
+"""Which documents of a split are worth a look, by the log-probabilities of their trained tokens.
+
+A document whose prompt does not explain its answer is likely mislabelled: the loss of the answer is hardly lower with its prompt than
+without. The loss with the prompt by itself ranks rare words and numbers first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from launcher.data.cache import Split
+
+# Nats a token below which an answer is as good as known: its tokens have probabilities of 0.9 and more.
+KNOWN_LOSS = 0.1
+# Shorter answers, such as a label, say too little.
+_MIN_KNOWN_TOKENS = 8
+
+MISLABELLED, BY_HEART, TEACHES_NOTHING = "mislabelled", "by_heart", "teaches_nothing"
+FINDINGS = {
+    MISLABELLED: "likely mislabelled: the prompt explains little of the answer",
+    BY_HEART: "learnt by heart: the model repeats the answer to this prompt",
+    TEACHES_NOTHING: "teaches nothing: the answer is known without its prompt",
+}
+
+
+@dataclass(frozen=True)
+class DocumentScores:
+    """Of each document of a split: its trained tokens, their mean loss in nats, and that without the prompt (NaN: no prompt)."""
+
+    num_tokens: np.ndarray
+    loss: np.ndarray
+    loss_alone: np.ndarray
+
+    @property
+    def explained(self) -> np.ndarray:
+        """The share of the answer's loss that its prompt explains, 1 at most; NaN without a prompt."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return 1 - self.loss / self.loss_alone
+
+
+def mean_losses(split: Split, log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the trained tokens of each document of a split, and their mean loss, NaN where there is none.
+
+    `log_probs` are those of all trained tokens of the split, in order.
+    """
+    trained_before = np.concatenate([[0], np.cumsum(split.trained[:], dtype=np.int64)])
+    ends = trained_before[np.asarray(split.docs)]
+    sums = np.concatenate([[0.0], np.cumsum(log_probs, dtype=np.float64)])
+    counts = np.diff(ends)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return counts, -(sums[ends[1:]] - sums[ends[:-1]]) / counts
+
+
+def rank_mislabelled(scores: DocumentScores) -> np.ndarray:
+    """Return the documents with a prompt, those most likely mislabelled first."""
+    order = np.argsort(scores.explained, kind="stable")
+    return order[: np.count_nonzero(~np.isnan(scores.explained))]
+
+
+def is_likely_mislabelled(scores: DocumentScores) -> np.ndarray:
+    """Return which answers are no likelier with their prompts than without, bool [documents]."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(scores.explained <= 0)
+
+
+def find_known(scores: DocumentScores) -> dict[str, np.ndarray]:
+    """Return the documents that are learnt by heart, and those that teach nothing, each with the lowest loss first."""
+    is_long = scores.num_tokens >= _MIN_KNOWN_TOKENS
+    is_known, is_known_alone = scores.loss <= KNOWN_LOSS, scores.loss_alone <= KNOWN_LOSS
+    has_prompt = ~np.isnan(scores.loss_alone)
+    chosen = {
+        BY_HEART: is_long & is_known & ~is_known_alone & has_prompt,
+        TEACHES_NOTHING: is_long & is_known_alone,
+    }
+    keys = {BY_HEART: scores.loss, TEACHES_NOTHING: scores.loss_alone}
+    return {name: np.flatnonzero(mask)[np.argsort(keys[name][mask], kind="stable")] for name, mask in chosen.items()}
+

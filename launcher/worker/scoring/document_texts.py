@@ -1,0 +1,34 @@
+"""The texts of documents of a data cache, decoded for a person: the end of the prompt, and the beginning of the answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from launcher.data.cache import Split
+from launcher.data.checks import patterns
+from launcher.data.tokenization.encoder import load_tokenizer
+from launcher.plan.launch_plan import LaunchPlan
+
+# Tokens of the prompt's end and the answer's beginning.
+_NUM_TOKENS = 80
+
+
+class DocumentTexts:
+    """Decodes documents of one split; without the run's tokenizer they have no text."""
+
+    def __init__(self, plan: LaunchPlan, split: Split) -> None:
+        self._split = split
+        self._tokenizer: Any = None if plan.model.tokenizer_path is None else load_tokenizer(plan.model.tokenizer_path)
+
+    def of(self, document: int) -> dict[str, str]:
+        """Return `prompt` and `answer` of a document, without keys, passwords, e-mail addresses and telephone numbers."""
+        if self._tokenizer is None:
+            return {"prompt": "", "answer": ""}
+        span = slice(*(int(at) for at in self._split.docs[document : document + 2]))
+        tokens, trained = self._split.tokens[span], self._split.trained[span]
+        begin = int(np.argmax(trained)) if trained.any() else len(tokens)
+        parts = (tokens[max(0, begin - _NUM_TOKENS) : begin], tokens[begin : begin + _NUM_TOKENS])
+        prompt, answer = patterns.redact([self._tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in parts])
+        return {"prompt": prompt.strip(), "answer": answer.strip()}

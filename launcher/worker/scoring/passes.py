@@ -1,0 +1,178 @@
+"""Score passes of a run on this machine: one rank a GPU, or one on the CPUs. What the store has already is not computed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from launcher import hardware
+from launcher.data.cache import Split
+from launcher.data.cache_dir import cache_root
+from launcher.data.score_store import ScoreKey, ScoreStore
+from launcher.errors import RunError
+from launcher.plan.launch_plan import DataFacts, LaunchPlan, Record
+from launcher.worker.scoring.weights import ScoredWeights
+
+# A rank of which another one has failed waits in a collective.
+_POLL_S, _END_S = 0.2, 10.0
+_LOOPBACK = "127.0.0.1"
+
+Progress = Callable[[str, int, int], None]
+
+
+class Pass(Record):
+    """The rows to score: all of a split, or `rows` of it. `title` says in progress what they are."""
+
+    title: str
+    facts: DataFacts
+    held_out: bool = False
+    rows: tuple[int, ...] | None = None
+
+    def open(self) -> Split:
+        """Open the split."""
+        return Split.open(self.facts, self.held_out)
+
+
+class RankTask(Record):
+    """What the ranks of a score pass read: the plan to build the engine from, and the passes with their keys."""
+
+    plan: LaunchPlan
+    passes: tuple[Pass, ...]
+    keys: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The log-probabilities of the trained tokens of each pass, in order, and how many of the passes were computed now."""
+
+    log_probs: tuple[np.ndarray, ...]
+    num_computed: int
+
+
+def score(
+    plan: LaunchPlan, weights: ScoredWeights, passes: Sequence[Pass], on_progress: Progress, num_ranks: int | None = None
+) -> Scores:
+    """Return the log-probabilities of `passes` under `weights`; computes those that are not stored.
+
+    Raises:
+        RunError: where a rank fails.
+        DataError: where a data cache or the store is damaged or others could have written it.
+    """
+    device = hardware.device()
+    ranks = num_ranks or (device.count if device.kind == "cuda" else 1)
+    keys = [make_key(plan, weights.digest, one, device.kind) for one in passes]
+    missing = [i for i, key in enumerate(keys) if ScoreStore(key).read() is None]
+    if missing:
+        scored = make_scoring_plan(plan, weights.make_folder(plan), device.kind, ranks)
+        task = RankTask(plan=scored, passes=tuple(passes[i] for i in missing), keys=tuple(vars(keys[i]) for i in missing))
+        _run_ranks(task, ranks, on_progress)
+    found = [ScoreStore(key).read() for key in keys]
+    stored = [one for one in found if one is not None]
+    if len(stored) < len(keys):
+        raise RunError("the score pass ended without scores", where=str(ScoreStore(keys[0]).folder), remedy="repeat the command")
+    return Scores(tuple(stored), len(missing))
+
+
+def make_key(plan: LaunchPlan, weights_digest: str, one: Pass, device: str) -> ScoreKey:
+    """Return everything that the scores of a pass depend on."""
+    from launcher.train.model import choose_attention_kernel
+
+    model = plan.config.model
+    digest = one.facts.digest.split("-")[-1 if one.held_out else 0]
+    rows = "" if one.rows is None else xxhash.xxh3_128_hexdigest(np.asarray(one.rows, "<i8").tobytes())
+    return ScoreKey(
+        weights=weights_digest,
+        data=digest,
+        rows=rows,
+        micro_batch_size=plan.batch.micro_batch_size,
+        dtype=model.dtype,
+        attention=choose_attention_kernel(model, device, _read_config(plan)),
+        device=device,
+        torch=importlib.metadata.version("torch"),
+        transformers=importlib.metadata.version("transformers"),
+    )
+
+
+def _read_config(plan: LaunchPlan) -> Any:
+    from transformers import AutoConfig
+
+    values = dict(plan.model.config)
+    return AutoConfig.for_model(**values)
+
+
+def make_scoring_plan(plan: LaunchPlan, folder: Path, device: str, num_ranks: int) -> LaunchPlan:
+    """Return the plan of the ranks: the run's, with weights from `folder`, on this machine, without what only training needs."""
+    model = plan.config.model.model_copy(update={"init": "pretrained", "activation_checkpointing": False})
+    zero = {key: value for key, value in plan.deepspeed["zero_optimization"].items() if key != "offload_optimizer"}
+    zero.pop("zero_hpz_partition_size", None)
+    if zero.get("offload_param", {}).get("device") == "nvme":
+        # The run's folder on a disk belongs to its own ranks.
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    batch = {
+        "train_micro_batch_size_per_gpu": plan.batch.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": plan.batch.micro_batch_size * num_ranks,
+    }
+    topology = {"nodes": 1, "ranks_per_node": num_ranks, "world_size": num_ranks, "device": device}
+    return plan.model_copy(
+        update={
+            "config": plan.config.model_copy(update={"model": model}),
+            "model": plan.model.model_copy(update={"path": str(folder), "has_weights": True}),
+            "deepspeed": {**plan.deepspeed, **batch, "zero_optimization": zero},
+            "topology": plan.topology.model_copy(update={**topology, "backend": "nccl" if device == "cuda" else "gloo"}),
+        }
+    )
+
+
+def _run_ranks(task: RankTask, num_ranks: int, on_progress: Progress) -> None:
+    """Run the ranks to their end: in this process where there is one, else as processes of their own."""
+    environments = _rank_environments(num_ranks)
+    if num_ranks == 1:
+        from launcher.worker.scoring.rank import run_rank
+
+        os.environ.update(environments[0])
+        run_rank(task, on_progress)
+        return
+    cache_root().mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".score-", dir=cache_root()) as folder:
+        file = Path(folder) / "task.json"
+        file.write_text(task.model_dump_json(), encoding="utf-8")
+        command = [sys.executable, "-m", "launcher.worker.scoring.rank", str(file)]
+        processes = [subprocess.Popen(command, env={**os.environ, **environment}) for environment in environments]
+        try:
+            codes = [process.poll() for process in processes]
+            while None in codes and not any(codes):
+                time.sleep(_POLL_S)
+                codes = [process.poll() for process in processes]
+        finally:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                try:
+                    process.wait(_END_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+    if failed := [rank for rank, code in enumerate(codes) if code]:
+        message = f"rank {failed[0]} of the score pass ended with exit code {codes[failed[0]]}; its messages are above"
+        raise RunError(message, remedy="repeat the command: it continues with what is not scored yet")
+
+
+def _rank_environments(num_ranks: int) -> list[dict[str, str]]:
+    with socket.socket() as taken:
+        taken.bind((_LOOPBACK, 0))
+        port = taken.getsockname()[1]
+    shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": _LOOPBACK, "MASTER_PORT": str(port)}
+    threads = {} if num_ranks == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks))}
+    return [{**shared, **threads, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]

@@ -1,0 +1,58 @@
+"""One rank of a score pass: `python -m launcher.worker.scoring.rank TASK_JSON`, or called where there is one rank."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from launcher.data.loader import RowBatches
+from launcher.data.score_store import ScoreKey, ScoreStore
+from launcher.worker.scoring.passes import Progress, RankTask
+from launcher.worker.signals import exit_on_termination
+
+
+def run_rank(task: RankTask, on_progress: Progress = lambda stage, done, total: None) -> None:
+    """Score the passes of a task with the other ranks, whose variables are those of torchrun. Collective."""
+    # DeepSpeed would choose a device at import, and a plan may use the CPUs of a machine with GPUs.
+    os.environ["DS_ACCELERATOR"] = task.plan.topology.device
+    from launcher.distributed import RankInfo
+    from launcher.train.engine import build_inference_engine, join_process_group, leave_process_group
+    from launcher.train.evaluation.score import Scorer, score_rows
+    from launcher.train.objectives import OBJECTIVES
+
+    rank_info = RankInfo(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), attempt=0)
+    device = join_process_group(task.plan, rank_info)
+    engine, model = build_inference_engine(task.plan)
+    scorer = Scorer(engine, model, OBJECTIVES["supervised"], rank_info, device)
+    for one, key in zip(task.passes, task.keys, strict=True):
+        rows = None if one.rows is None else np.asarray(one.rows)
+        batches = RowBatches(one.open(), task.plan.batch.micro_batch_size, pad_id=0, rows=rows)
+        rows_at_once = batches.micro_batch_size * rank_info.world_size
+        score_rows(scorer, batches, ScoreStore(ScoreKey(**key)), _Count(one.title, len(batches.rows), rows_at_once, on_progress))
+        on_progress(one.title, len(batches.rows), len(batches.rows))
+    leave_process_group()
+
+
+class _Count:
+    """A `local_stop_reason` without a reason, which reports the rows that are done."""
+
+    def __init__(self, title: str, total: int, rows_at_once: int, on_progress: Progress) -> None:
+        self._title, self._total, self._rows_at_once, self._on_progress = title, total, rows_at_once, on_progress
+        self._done = 0
+
+    def __call__(self) -> None:
+        # A pass that continues begins in the middle, so it may end before the total.
+        self._on_progress(self._title, min(self._done, self._total - 1), self._total)
+        self._done += self._rows_at_once
+
+
+if __name__ == "__main__":
+    exit_on_termination()
+    run_rank(RankTask.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # DeepSpeed's threads can abort the interpreter's own shutdown, which would read as a failure.
+    os._exit(0)

@@ -1,0 +1,69 @@
+"""The weights of a score pass of a run: those of a checkpoint, as a Hugging Face folder in the launcher's cache, or the first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from launcher.checkpoint import store
+from launcher.checkpoint.manifest import MANIFEST
+from launcher.errors import SubmitError
+from launcher.models import parent_run
+from launcher.models.parent_run import ParentCheckpoint
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.security.folders import private_files
+from launcher.worker.prepare import copy_parent_weights
+
+_READ_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class ScoredWeights:
+    """Weights after `step` steps, 0 for the initial ones; `digest` is that of a checkpoint's manifest, or of the weight files."""
+
+    step: int
+    digest: str
+    _parent: ParentCheckpoint | None
+    _folder: Path | None
+
+    def make_folder(self, plan: LaunchPlan) -> Path:
+        """Return the Hugging Face folder of the weights in the dtype of the run; writes it where it is not there."""
+        if self._parent is None:
+            assert self._folder is not None
+            return self._folder
+        model = plan.config.model
+        with private_files():
+            copy_parent_weights(self._parent, model)
+        return parent_run.weights_folder(self._parent, model.dtype)
+
+
+def find_weights(run: RunDir, plan: LaunchPlan, step: int | None) -> ScoredWeights:
+    """Find the weights after `step` steps of a run, by default those of its newest checkpoint.
+
+    Raises:
+        CheckpointError: where there is no such checkpoint, with the steps that exist.
+        SubmitError: for step 0 of a run whose initial weights are random.
+    """
+    if step == 0:
+        folder = plan.model.path
+        if folder is None or plan.config.model.init != "pretrained" or not plan.model.has_weights:
+            remedy = "name the step of a checkpoint with --step"
+            raise SubmitError("the run began with random weights, which are not kept", where=str(run.root), remedy=remedy)
+        return ScoredWeights(0, _digest_files(Path(folder)), None, Path(folder))
+    checkpoint = store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, step)
+    digest = xxhash.xxh3_128_hexdigest((checkpoint.path / MANIFEST).read_bytes())
+    return ScoredWeights(checkpoint.step, digest, ParentCheckpoint(run, plan, checkpoint), None)
+
+
+def _digest_files(folder: Path) -> str:
+    """Return the digest of the weight files of a Hugging Face folder, and of its config.json."""
+    digest = xxhash.xxh3_128()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
