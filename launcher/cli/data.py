@@ -28,16 +28,23 @@ their trained tokens marked. Exit code 2 if a run with this data would be refuse
 
   --show N      show N whole rows instead of a few documents
   --json        print the report as JSON
-  --html FILE   also write the report as one HTML page with plots"""
+  --html FILE   also write the report as one HTML page with plots
+
+python -m launcher data --scored RUN [--step N] [--split NAME] [--json] [--html FILE] [--exclude FILE]
+                rank the documents of a run's data by their losses: likely mislabelled, learnt by heart, nothing to learn"""
 
 FLAGS = ("--show", "--json", "--html")
 
 
 def run(verb: str, tokens: list[str]) -> int:
     """Compose the settings and report on the data, once or, with -m, once per job."""
-    if "--help" in tokens or "-h" in tokens:
+    if ("--help" in tokens or "-h" in tokens) and "--scored" not in tokens:
         print(composing_usage(USAGE))
         return 0
+    if any(token.partition("=")[0] == "--scored" for token in tokens):
+        from launcher.cli import scored_data
+
+        return scored_data.run(tokens)
     chosen, rest = options(tokens)
     jobs: list[Composed] = []
     run_hydra(rest, jobs.append, (*FLAGS, *COMMON_FLAGS))

@@ -27,6 +27,7 @@ VERBS: Mapping[str, str] = {
     "status": "status",
     "report": "report",
     "dashboard": "dashboard",
+    "why": "why",
     "logs": "runs",
     "cancel": "runs",
     "resume": "runs",
@@ -57,6 +58,8 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
   python -m launcher plan [FILE] [overrides]   show the complete plan; start nothing
   python -m launcher data [FILE] [--show N] [--html FILE] [overrides]
                                                build the data cache and report on it: sizes, problems, trained tokens
+  python -m launcher data --scored RUN [--step N] [--exclude FILE]
+                                               rank a run's documents: likely mislabelled, learnt by heart, nothing to learn
 
   python -m launcher init [--data FILE] [--model NAME] [--out FILE] [overrides]
                                                write a commented file of settings that fits data, model and machine
@@ -69,6 +72,7 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
                                                curves, goodput, attempts, checkpoints and cost as one page
   python -m launcher dashboard RUN|PROJECT [--dry-run]
                                                create or update the W&B workspace of a run or a project
+  python -m launcher why RUN STEP              the documents of a step, their losses, and what happened around it
   python -m launcher logs RUN [-f] [--rank N]  the output of a rank
   python -m launcher cancel RUN                save and stop; a second cancel kills the run
   python -m launcher resume RUN [overrides]    continue from the newest checkpoint; RUN may be an address in a mirror;

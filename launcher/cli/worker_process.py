@@ -68,12 +68,37 @@ def run_worker_module(module: str, config: RunConfig, *arguments: str, timeout_s
         code, output = run_worker(command, config.model_dump_json(), subprocess.PIPE, timeout_s)
     except subprocess.TimeoutExpired:
         raise RunError(f"python -m {module} did not end within {timeout_s:.0f} s") from None
+    answer = _last_object(output)
+    if answer is None:
+        raise RunError(f"preparing the run ended with exit code {code}; its messages are above")
+    if code and "problems" not in answer:
+        raise RunError(f"preparing the run ended with exit code {code}")
+    return answer
+
+
+def run_scoring(module: str, plan_path: Path, *arguments: str) -> dict[str, Any]:
+    """Run a module of launcher.worker.scoring on the plan of a run; returns its answer.
+
+    Raises:
+        DataError: if the data has problems.
+        RunError: if it has others, or fails.
+    """
+    code, output = run_worker([sys.executable, "-m", module, str(plan_path), *arguments], stdout=subprocess.PIPE)
+    answer = _last_object(output)
+    if answer is None or (code and "problems" not in answer):
+        raise RunError(f"scoring ended with exit code {code}; its messages are above")
+    if "problems" in answer:
+        kind = DataError if answer["exit_code"] == DataError.exit_code else RunError
+        raise kind([Problem(*parts) for parts in answer["problems"]])
+    return answer
+
+
+def _last_object(output: str) -> dict[str, Any] | None:
+    """Return the JSON object in the last line of an output; None where there is none."""
     try:
         answer: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     except (IndexError, ValueError):
-        raise RunError(f"preparing the run ended with exit code {code}; its messages are above") from None
-    if code and "problems" not in answer:
-        raise RunError(f"preparing the run ended with exit code {code}")
+        return None
     return answer
 
 

@@ -132,6 +132,8 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     cache.write_json(folder / "samples.json", samples)
     findings.write(folder, selection.findings)
     report = make_report(corpus, is_dropped, layout, held_out, selection.epochs, data)
+    if data.exclude is not None:
+        report["num_excluded"] = selection.num_excluded
     facts = make_facts(report, pieces, layout, held_out, digest).model_copy(update={"chat_template": read_template(data)})
     cache.finish(folder, facts, report)
     on_progress("pack and write", 1, 1)

@@ -65,7 +65,18 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2", "rensa", "ftfy")
 _LARGE_ARRAYS = ("tokens", "trained")
 _INDEX_ARRAYS = ("rows", "docs", "row_labels", "doc_source", "row_sources")
 # Settings that change no token, or whose content is in the key.
-_NOT_IN_KEY = {"name", "path", "sources", "eval_path", "chat_template", "group_by_length", "workers", "cache_group", "checks"}
+_NOT_IN_KEY = {
+    "name",
+    "path",
+    "sources",
+    "eval_path",
+    "chat_template",
+    "group_by_length",
+    "workers",
+    "cache_group",
+    "checks",
+    "exclude",
+}
 _READ_SIZE = 1 << 20
 
 
@@ -99,6 +110,7 @@ def cache_key(data: DataSection, tokenizer_path: str) -> str:
         "settings": data.model_dump(exclude=_NOT_IN_KEY),
         "checks": _selecting_checks(data.checks),
         "template": None if data.chat_template is None else _file_digest(Path(data.chat_template).expanduser()),
+        **({} if data.exclude is None else {"exclude": _file_digest(Path(data.exclude).expanduser())}),
         "tokenizer": [(file.name, _file_digest(file)) for file in _tokenizer_files(Path(tokenizer_path).expanduser())],
         "libraries": [version(name) for name in _LIBRARIES],
     }

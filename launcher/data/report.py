@@ -52,7 +52,8 @@ def report(
     split, held_out = Split.open(facts), Split.open(facts, held_out=True)
     for opened in (split, held_out):
         opened.verify()
-    counts = cache.read_report(facts.cache_dir)["sources"]
+    recorded = cache.read_report(facts.cache_dir)
+    counts = recorded["sources"]
     judged = findings.judge(findings.read(facts.cache_dir), data.checks)
     padded_rows = 0 if data.packing else train.micro_batch_size or train.global_batch_size
     padding = _padding(split, data, train, seed, padded_rows)
@@ -70,6 +71,7 @@ def report(
         **train_numbers,
         **_filled(facts.num_tokens, float(padding.sum())),
         **{key: sum(source[name] for source in counts) for key, name in _COUNTED.items()},
+        "excluded_documents": recorded.get("num_excluded", 0),
         "sources": _report_sources(facts, data, counts, train_by_source, held_out_by_source, _share_padding(split, padding)),
         "held_out": {
             **held_out_numbers,

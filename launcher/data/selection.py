@@ -12,6 +12,7 @@ from launcher.data.checks import findings, inspection, overlap, summary
 from launcher.data.corpus import EncodedCorpus, list_names
 from launcher.data.packing import RowLayout
 from launcher.data.tokenization.batch_encoder import DocumentTable
+from launcher.data.triage.exclusions import read_exclusions
 from launcher.errors import DataError, Problem
 
 
@@ -21,12 +22,16 @@ class NothingLeft(DataError):
 
 @dataclass(frozen=True)
 class Selection:
-    """Which documents are dropped, bool [documents], the training rows, the passes over each source, and the findings."""
+    """Which documents are dropped, bool [documents], the training rows, the passes over each source, and the findings.
+
+    `num_excluded` are the dropped documents that data.exclude names.
+    """
 
     is_dropped: np.ndarray
     layout: RowLayout
     epochs: list[float]
     findings: findings.Findings
+    num_excluded: int = 0
 
 
 def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
@@ -37,7 +42,8 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
     """
     docs, pieces, checks = corpus.docs, corpus.pieces, data.checks
     hits = list(corpus.hits)
-    held_out, training = np.flatnonzero(docs.held_out), np.flatnonzero(~docs.held_out)
+    is_excluded = ~docs.held_out & np.isin(docs.contents, read_exclusions(data.exclude))
+    held_out, training = np.flatnonzero(docs.held_out), np.flatnonzero(~docs.held_out & ~is_excluded)
 
     def require_pieces(is_dropped: np.ndarray) -> np.ndarray:
         selected = corpus.select_pieces(is_dropped, held_out=False)
@@ -55,7 +61,7 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
             leaks += overlap.find_prompt_leaks(docs.contents, docs.prompts, docs.prompt_forms, training, held_out)
         return leaks
 
-    selected = require_pieces(summary.select_dropped(hits, corpus.num_docs, checks))
+    selected = require_pieces(is_excluded | summary.select_dropped(hits, corpus.num_docs, checks))
     num_tokens = np.bincount(docs.source[pieces.doc[selected]], pieces.lengths[selected], len(data.sources)).astype(int)
     # The first of several copies is kept: the one in the source of which the mixture takes the largest share.
     shares = np.asarray(mixture.compute_shares(data.sources, num_tokens.tolist()))
@@ -63,13 +69,14 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
     hits += overlap.find_duplicates(docs.contents, docs.tasks, docs.signatures, training, checks)
     # The mixture replaces dropped documents by others of the source, so all of them are compared, not only those in rows.
     hits += find_leaks(training, are_dropped=True)
-    is_dropped = summary.select_dropped(hits, corpus.num_docs, checks)
+    is_dropped = is_excluded | summary.select_dropped(hits, corpus.num_docs, checks)
     layout, epochs = row_layout.layout_training(pieces.lengths, docs.source[pieces.doc], require_pieces(is_dropped), data)
     if not pieces.labels[layout.order].any():
         raise _nothing_left(docs, data, _collect_findings(hits, corpus, layout.order, data))
     hits += find_leaks(np.unique(pieces.doc[layout.order]), are_dropped=False)
     hits += summary.find_losses(hits, docs.num_pieces, docs.lost_tokens, docs.num_tokens, checks)
-    return Selection(is_dropped, layout, epochs, _collect_findings(hits, corpus, layout.order, data))
+    found = _collect_findings(hits, corpus, layout.order, data)
+    return Selection(is_dropped, layout, epochs, found, int(np.count_nonzero(is_excluded)))
 
 
 def _collect_findings(

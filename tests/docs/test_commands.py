@@ -66,7 +66,7 @@ def test_the_launcher_accepts_the_command(
             return
         _compose([token for token in tokens if token not in config.FLAGS])
         return
-    if verb in COMPOSING:
+    if verb in COMPOSING and "--scored" not in tokens:
         _compose(data.options(tokens)[1] if verb == "data" else [token for token in tokens if token not in _LAUNCH_FLAGS])
         return
     if verb == "drill":

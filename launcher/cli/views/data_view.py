@@ -90,7 +90,10 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Return labels and values that describe the whole cache."""
     cut = f"; truncated: {format_count(report['truncated_tokens'], 'token')}" if report["truncated_tokens"] else ""
     too_long = report["too_long_documents"]
-    dropped = f"{report['dropped_documents'] - too_long:,} documents by data.checks, {too_long:,} that are longer than a row"
+    excluded = report["excluded_documents"]
+    by_checks = report["dropped_documents"] - too_long - excluded
+    dropped = f"{by_checks:,} documents by data.checks, {too_long:,} that are longer than a row"
+    dropped += f", {excluded:,} by data.exclude" if excluded else ""
     return [
         ("rows", f"{report['rows']:,} of up to {row_width(report)}, {_filled(report)}"),
         (

@@ -286,6 +286,13 @@ class DataSection(Section):
         None, description="Split of a hub dataset or folder in data.eval_path. Unset: validation, else test."
     )
     eval_max_rows: PositiveInt | None = Field(None, description="Evaluate on at most this many held-out rows. Unset: all.")
+    exclude: Text | None = Field(
+        None,
+        description=(
+            "File of documents that are left out of training, as `launcher data --scored RUN --exclude FILE` writes it: a line "
+            'with {"content": ID} for each. It names a text, apart from case, white space and punctuation, wherever it is.'
+        ),
+    )
     workers: PositiveInt | None = Field(
         None, description="Processes that build the data cache. Unset: one for each CPU that this process may use."
     )
@@ -298,6 +305,14 @@ class DataSection(Section):
         ),
     )
     checks: ChecksSection = Field(default_factory=ChecksSection, description="What happens to documents that a check finds.")
+
+    @model_serializer(mode="wrap")
+    def _without_unset_exclude(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the default: the code of a resumed run may be older than this key."""
+        values: dict[str, Any] = handler(self)
+        if self.exclude is None:
+            values.pop("exclude", None)
+        return values
 
     @field_validator("path", "eval_path")
     @classmethod

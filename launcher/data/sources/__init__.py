@@ -92,6 +92,9 @@ def check_sources(data: DataSection) -> list[Problem]:
     if data.chat_template is not None and not Path(data.chat_template).expanduser().is_file():
         remedy = f"set data.chat_template to a file with a Jinja template; relative paths start at {Path.cwd()}"
         problems.append(Problem("there is no such template file", "data.chat_template", data.chat_template, remedy))
+    if data.exclude is not None and not Path(data.exclude).expanduser().is_file():
+        remedy = f"write it with: python -m launcher data --scored RUN --exclude FILE; relative paths start at {Path.cwd()}"
+        problems.append(Problem("there is no such file of documents to leave out", "data.exclude", data.exclude, remedy))
     return problems
 
 

@@ -31,14 +31,14 @@ _PLACE = re.compile(r"(.*?)(\d{1,18})", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Origins:
+class DocumentOrigins:
     """The origins of the documents of one split, in their order. `files` are the texts before the lines."""
 
     files: tuple[str, ...]
     values: np.ndarray
 
     @classmethod
-    def open(cls, cache_dir: str, held_out: bool = False) -> Origins | None:
+    def open(cls, cache_dir: str, held_out: bool = False) -> DocumentOrigins | None:
         """Read the origins of a split; None where the cache was built by a launcher that records none.
 
         Raises:

@@ -1,7 +1,7 @@
 """Which documents of a split are worth a look, by the log-probabilities of their trained tokens.
 
-A document whose prompt does not explain its answer is likely mislabelled: the loss of the answer is hardly lower with its prompt than
-without. The loss with the prompt by itself ranks rare words and numbers first.
+A document whose prompt does not explain its answer is likely mislabelled: the loss of the answer is hardly lower with its prompt
+than without. The loss with the prompt by itself ranks rare words and numbers first.
 """
 
 from __future__ import annotations
@@ -76,4 +76,3 @@ def find_known(scores: DocumentScores) -> dict[str, np.ndarray]:
     }
     keys = {BY_HEART: scores.loss, TEACHES_NOTHING: scores.loss_alone}
     return {name: np.flatnonzero(mask)[np.argsort(keys[name][mask], kind="stable")] for name, mask in chosen.items()}
-

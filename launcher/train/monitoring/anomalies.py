@@ -77,9 +77,9 @@ class AnomalyDetector:
             f"{'above' if deviation > 0 else 'below'} the planned {planned_gib:.1f} GiB: {advice}"
         ]
 
-    def step(self, loss: float, tokens_per_sec: float) -> list[str]:
-        """Return the alerts after a step."""
-        return [*self._check_loss(loss), *self._check_pace(tokens_per_sec)]
+    def step(self, loss: float, tokens_per_sec: float, number: int = 0) -> list[str]:
+        """Return the alerts after step `number`."""
+        return [*self._check_loss(loss, number), *self._check_pace(tokens_per_sec)]
 
     def faults(self, ranks: Sequence[RankStats], hosts: Sequence[str]) -> Iterator[str]:
         """Yield an alert for each Xid that ranks report for the first time; `hosts` are the nodes by rank.
@@ -110,7 +110,7 @@ class AnomalyDetector:
         if late_ranks:
             yield _straggler(max(late_ranks, key=lambda rank: works[rank].seconds), works, hosts)
 
-    def _check_loss(self, loss: float) -> Iterator[str]:
+    def _check_loss(self, loss: float, number: int) -> Iterator[str]:
         if not self._is_spike(loss):
             self._losses.append(loss)
             # A diverged loss goes up and down.
@@ -121,7 +121,8 @@ class AnomalyDetector:
         command = launcher_command("resume", self._run_dir, "--step", "N", "optim.lr=...")
         remedy = f"resume from a checkpoint before it with: {command}"
         if self._num_spikes < _LASTING_SPIKES:
-            yield f"the loss jumped: it is {loss:.4f}, {reference}; if it stays high, {remedy}"
+            rows = f"its rows: {launcher_command('why', self._run_dir, str(number))}"
+            yield f"the loss jumped: it is {loss:.4f}, {reference}; {rows}; if it stays high, {remedy}"
         else:
             yield f"the loss stays high: it is {loss:.4f} after {self._num_spikes} high steps, {reference}; {remedy}"
         if self._num_spikes >= _LOSS_WINDOW:

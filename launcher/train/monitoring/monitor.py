@@ -112,7 +112,7 @@ class Monitor:
             self._tracker.event("alert", text, step, recorded=True)
         planned = self._anomalies.memory(self._ranks, self._planned_gib, self._hosts)
         stragglers = self._anomalies.stragglers(self._works, self._hosts)
-        for text in (*self._anomalies.step(loss, tokens_per_sec), *stragglers, *planned):
+        for text in (*self._anomalies.step(loss, tokens_per_sec, step), *stragglers, *planned):
             self._tracker.event("alert", text, step)
 
     def reached_limit(self) -> str:

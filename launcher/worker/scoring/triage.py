@@ -20,10 +20,10 @@ from launcher import run_store
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.cache import Split, read_report
 from launcher.data.cache_dir import cache_root
-from launcher.data.sources.origins import Origins
+from launcher.data.sources.origins import DocumentOrigins
 from launcher.data.triage import answers_alone, ranking
 from launcher.data.triage.ranking import DocumentScores
-from launcher.errors import LauncherError, RunError
+from launcher.errors import LauncherError, SubmitError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.progress import show_documents
@@ -67,7 +67,7 @@ def rank_documents(
         "documents": split.num_docs,
         "trained_tokens": int(num_tokens.sum()),
         "mean_loss": float(np.nansum(loss * num_tokens) / max(1, num_tokens.sum())),
-        "has_origins": Origins.open(facts.cache_dir, is_held_out) is not None,
+        "has_origins": DocumentOrigins.open(facts.cache_dir, is_held_out) is not None,
         "was_stored": scores.num_computed == 0,
         "lists": lists,
     }
@@ -77,7 +77,7 @@ def find_split(plan: LaunchPlan, name: str) -> tuple[DataFacts, bool]:
     """Return the data of the split or evaluation set `name`, and whether it is the held-out split.
 
     Raises:
-        RunError: where the run has none of that name, with those that it has.
+        SubmitError: where the run has none of that name, with those that it has.
     """
     if plan.data is not None and name == TRAIN:
         return plan.data, False
@@ -87,14 +87,14 @@ def find_split(plan: LaunchPlan, name: str) -> tuple[DataFacts, bool]:
         return plan.eval_sets[name], False
     has_held_out = plan.data is not None and plan.data.num_eval_rows > 0
     names = [TRAIN, *([HELD_OUT] if has_held_out else []), *plan.eval_sets]
-    raise RunError("the run has no such split", where="--split", value=name, remedy=f"choose one of: {', '.join(names)}")
+    raise SubmitError("the run has no such split", where="--split", value=name, remedy=f"choose one of: {', '.join(names)}")
 
 
 def _make_lists(
     plan: LaunchPlan, facts: DataFacts, is_held_out: bool, split: Split, scores: DocumentScores
 ) -> dict[str, list[dict[str, Any]]]:
     by_name = {ranking.MISLABELLED: ranking.rank_mislabelled(scores), **ranking.find_known(scores)}
-    origins, texts = Origins.open(facts.cache_dir, is_held_out), DocumentTexts(plan, split)
+    origins, texts = DocumentOrigins.open(facts.cache_dir, is_held_out), DocumentTexts(plan, split)
     sources = source_names(plan, facts)
     is_likely = ranking.is_likely_mislabelled(scores)
 
@@ -124,7 +124,7 @@ def source_names(plan: LaunchPlan, facts: DataFacts) -> tuple[str, ...]:
     return tuple(source["name"] for source in read_report(facts.cache_dir)["sources"])
 
 
-def _without_repeats(documents: np.ndarray, origins: Origins | None) -> list[int]:
+def _without_repeats(documents: np.ndarray, origins: DocumentOrigins | None) -> list[int]:
     """Return the documents without further passes over the same one, which a source with epochs above 1 has."""
     if origins is None:
         return [int(document) for document in documents]

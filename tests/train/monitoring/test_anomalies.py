@@ -25,8 +25,9 @@ def run_normal_steps(detector: AnomalyDetector, steps: int, loss: float = 2.0, p
 def test_a_loss_spike_is_an_alert() -> None:
     detector = AnomalyDetector("cuda", "runs/demo")
     run_normal_steps(detector, 60)
-    (text,) = detector.step(4.0, 1000.0)
+    (text,) = detector.step(4.0, 1000.0, 61)
     assert "the loss jumped: it is 4.0000, the median of the 60 steps before is 2.0" in text
+    assert "why runs/demo 61" in text
     run_normal_steps(detector, 1)
 
 

@@ -1,0 +1,136 @@
+"""The verb why: what is behind a step of a run: its rows, their losses under the checkpoint before, and events near it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher import run_store
+from launcher.cli import formatting
+from launcher.cli.arguments import VerbParser
+from launcher.cli.worker_process import run_scoring
+from launcher.errors import SubmitError, printable
+from launcher.plan.run_dir import RunDir
+from launcher.security import ownership
+from launcher.tracking.jsonl import read_events, read_metrics
+
+# Steps on either side whose loss and gradient norm are shown, and seconds within which events count as near.
+_STEPS_AROUND = 3
+_NEAR_S = 600.0
+_ALERT = "alert"
+_METRICS = ("train/loss", "train/grad_norm", "train/lr")
+_MAX_DOCUMENTS, _MAX_CHARS = 12, 60
+
+
+def run(verb: str, tokens: list[str]) -> int:
+    """Show the rows of a step, with their losses under the checkpoint before it, which are computed on this machine."""
+    arguments = _parser().parse_args(tokens)
+    run_dir = run_store.find_run(arguments.run, Path(arguments.root))
+    ownership.require_run(run_dir)
+    around = _steps_around(run_dir, arguments.step)
+    plan_path = _plan_of_attempt(run_dir, around[1]["attempt"])
+    options = [str(arguments.step), *(["--no-scores"] if arguments.no_scores else [])]
+    report = run_scoring("launcher.worker.scoring.step", plan_path, *options)
+    report |= {"run": run_dir.root.name, "steps": around[0], "events": _events_near(run_dir, around[1]["time"])}
+    print(json.dumps(report, indent=2) if arguments.json else "\n".join(_lines(report)))
+    return 0
+
+
+def _parser() -> VerbParser:
+    about = (
+        "Show what is behind a step: its documents with file and line, their losses under the checkpoint before it (computed on "
+        "this machine for these rows alone), loss and gradient norm around it, and alerts, GPU faults and restarts near it."
+    )
+    parser = VerbParser(prog="python -m launcher why", description=about)
+    parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
+    parser.add_argument("step", metavar="STEP", type=int, help="the step, as in metrics and alerts")
+    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_argument("--no-scores", action="store_true", help="do not compute losses, which loads the model")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _steps_around(run: RunDir, step: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the metrics of the steps around `step`, and the line of the step itself.
+
+    Raises:
+        SubmitError: where the run has not logged the step, with those that it has.
+    """
+    trained = [line for line in read_metrics(run.metrics, _METRICS) if "train/loss" in line]
+    line = next((line for line in trained if line["trainer/step"] == step), None)
+    if line is None:
+        steps = [one["trainer/step"] for one in trained]
+        value = f"step {step}; it has logged {steps[0]} to {steps[-1]}" if steps else f"step {step}; it has logged none"
+        nearest = min(steps, key=lambda other: abs(other - step)) if steps else None
+        remedy = "" if nearest is None else f"choose a logged step, such as {nearest}"
+        raise SubmitError("the run has no such step", where=str(run.metrics), value=value, remedy=remedy)
+    near = [
+        {"step": one["trainer/step"], **{name: one.get(name) for name in _METRICS}}
+        for one in trained
+        if abs(one["trainer/step"] - step) <= _STEPS_AROUND
+    ]
+    return near, line
+
+
+def _plan_of_attempt(run: RunDir, attempt: int) -> Path:
+    """Return the path of the plan that an attempt ran: a resume may have changed settings before it."""
+    changed = [path for path in run_store.changed_plan_paths(run) if int(path.parent.name) <= attempt]
+    return [run.plan, *changed][-1]
+
+
+def _events_near(run: RunDir, at: float) -> list[dict[str, Any]]:
+    """Return alerts, faults and restarts near a time."""
+    near = [event for event in read_events(run.events) if abs(event.get("time", 0.0) - at) <= _NEAR_S]
+    return [
+        {key: event.get(key) for key in ("time", "attempt", "step", "kind", "text")}
+        for event in near
+        if event.get("kind") == _ALERT
+    ]
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    num_documents = sum(len(row["documents"]) for row in report["rows"])
+    lines = [f"step {report['step']} of {report['run']}: {num_documents:,} documents in {len(report['rows']):,} rows", ""]
+    steps = [
+        (f"{one['step']}{' <' if one['step'] == report['step'] else ''}", *(_number(one[name]) for name in _METRICS))
+        for one in report["steps"]
+    ]
+    lines += [*formatting.table(("step", ">loss", ">gradient norm", ">learning rate"), steps), ""]
+    if report["scored_at"] is None:
+        lines.append(f"no losses of documents{': ' if report['not_scored'] else ''}{report['not_scored']}")
+    else:
+        before = "the initial weights" if report["scored_at"] == 0 else f"the weights of step {report['scored_at']}"
+        lines.append(f"losses under {before}; the documents with the largest share of the loss first")
+    documents = [(row["row"], one) for row in report["rows"] for one in row["documents"]]
+    documents.sort(key=lambda pair: -(pair[1]["loss"] or 0.0) * pair[1]["trained_tokens"])
+    lines += formatting.table(
+        ("document", "source", ">row", ">trained", ">loss", ">worst token", "answer"),
+        [_cells(row, document) for row, document in documents[:_MAX_DOCUMENTS]],
+    )
+    if num_documents > _MAX_DOCUMENTS:
+        lines.append(f"and {num_documents - _MAX_DOCUMENTS:,} more: --json lists all")
+    lines += ["", "alerts, faults and restarts within 10 minutes" + ("" if report["events"] else ": none")]
+    for event in report["events"]:
+        clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+        step = "" if event["step"] is None else f" step {event['step']}"
+        lines.append(f"  {clock}{step}: {printable(event['text'])}")
+    return lines
+
+
+def _cells(row: int, document: dict[str, Any]) -> tuple[str, ...]:
+    answer = printable(" ".join(document["answer"].split()))
+    return (
+        printable(document["where"] or f"document {document['document']}"),
+        printable(document["source"]),
+        f"{row}",
+        f"{document['trained_tokens']:,}",
+        _number(document["loss"]),
+        _number(document["max_token_loss"]),
+        answer if len(answer) <= _MAX_CHARS else f"{answer[:_MAX_CHARS]}...",
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,143 @@
+"""Answers without their prompts, where documents come from, the ranking of documents, and leaving documents out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launcher.config.sections.data import DataSection, Source
+from launcher.data.build import build
+from launcher.data.cache import Split, cache_key, read_report
+from launcher.data.sources.origins import DocumentOrigins
+from launcher.data.triage import answers_alone, ranking
+from launcher.data.triage.exclusions import write_exclusions
+from launcher.data.triage.ranking import BY_HEART, TEACHES_NOTHING, DocumentScores
+from launcher.errors import DataError
+
+Jsonl = Callable[..., Path]
+
+
+def chats(jsonl: Jsonl, num_rows: int = 40, **settings: object) -> DataSection:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Question {i} " * (1 + i % 5)},
+                {"role": "assistant", "content": f"Answer {i}."},
+            ]
+        }
+        for i in range(num_rows)
+    ]
+    source = Source(name="chats", path=str(jsonl(rows, "chats.jsonl")))
+    return DataSection(sources=(source,), max_length=256, workers=1, **settings)
+
+
+def text_of(split: Split, document: int) -> list[int]:
+    return split.tokens[int(split.docs[document]) : int(split.docs[document + 1])].tolist()
+
+
+def trained_tokens(split: Split, document: int) -> list[int]:
+    span = slice(int(split.docs[document]), int(split.docs[document + 1]))
+    return split.tokens[span][split.trained[span].astype(bool)].tolist()
+
+
+def test_every_document_has_its_file_and_line(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    data = chats(jsonl, eval_fraction=0.3)
+    facts = build(data, str(tokenizer_dir))
+    lines = []
+    for held_out in (False, True):
+        split, origins = Split.open(facts, held_out), DocumentOrigins.open(facts.cache_dir, held_out)
+        assert origins is not None
+        assert len(origins.values) == split.num_docs
+        for document in range(split.num_docs):
+            path, _, line = origins.where(document).rpartition(":")
+            assert path == data.sources[0].path
+            lines.append(int(line))
+    assert sorted(lines) == list(range(1, 41))
+    origins_file = Path(facts.cache_dir) / "origins.npy"
+    content = bytearray(origins_file.read_bytes())
+    content[-1] ^= 1
+    origins_file.write_bytes(content)
+    with pytest.raises(DataError, match="damaged"):
+        DocumentOrigins.open(facts.cache_dir)
+    (Path(facts.cache_dir) / "origins.json").unlink()
+    assert DocumentOrigins.open(facts.cache_dir) is None
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_answers_alone_keep_what_all_prompts_end_with(jsonl: Jsonl, tokenizer_dir: Path, tmp_path: Path, packing: bool) -> None:
+    data = chats(jsonl, packing=packing)
+    split = Split.open(build(data, str(tokenizer_dir)))
+    (tmp_path / "alone").mkdir()
+    alone = answers_alone.write(split, tmp_path / "alone", data)
+    assert alone is not None
+    answers = Split.open(alone.facts)
+    assert sorted(alone.documents.tolist()) == list(range(split.num_docs))
+    leads = set()
+    for number, document in enumerate(alone.documents.tolist()):
+        answer = trained_tokens(split, document)
+        assert trained_tokens(answers, number) == answer
+        assert len(text_of(answers, number)) < len(text_of(split, document))
+        leads.add(tuple(text_of(answers, number)[: -len(answer)]))
+    # The template's mark of the assistant's turn, and nothing of a question.
+    (lead,) = leads
+    assert len(lead) >= 1
+    assert int(answers.row_labels.sum()) == int(split.row_labels.sum())
+
+
+def test_texts_have_no_answers(jsonl: Jsonl, tokenizer_dir: Path, tmp_path: Path) -> None:
+    source = Source(path=str(jsonl([{"text": f"text number {i}"} for i in range(5)], "texts.jsonl")))
+    data = DataSection(sources=(source,), max_length=64, workers=1)
+    assert answers_alone.write(Split.open(build(data, str(tokenizer_dir))), tmp_path, data) is None
+
+
+def test_documents_are_ranked_by_what_the_prompt_explains() -> None:
+    nan = float("nan")
+    scores = DocumentScores(
+        num_tokens=np.asarray([20, 20, 20, 20, 20, 2]),
+        loss=np.asarray([3.0, 2.0, 0.05, 0.05, 1.0, 0.0]),
+        loss_alone=np.asarray([4.0, 1.9, 1.0, 0.06, nan, 3.0]),
+    )
+    # Document 0 has the highest loss, as its answer is hard to guess; the prompt of document 1 does not help at all.
+    assert ranking.rank_mislabelled(scores).tolist() == [1, 3, 0, 2, 5]
+    assert np.flatnonzero(ranking.is_likely_mislabelled(scores)).tolist() == [1]
+    known = ranking.find_known(scores)
+    assert known[BY_HEART].tolist() == [2]
+    assert known[TEACHES_NOTHING].tolist() == [3]
+
+
+def test_mean_losses_are_those_of_each_document(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    split = Split.open(build(chats(jsonl), str(tokenizer_dir)))
+    counts = [len(trained_tokens(split, document)) for document in range(split.num_docs)]
+    log_probs = -np.repeat(np.arange(split.num_docs, dtype=np.float32), counts)
+    num_tokens, losses = ranking.mean_losses(split, log_probs)
+    assert num_tokens.tolist() == counts
+    np.testing.assert_allclose(losses, np.arange(split.num_docs))
+
+
+def test_excluded_documents_are_not_trained(jsonl: Jsonl, tokenizer_dir: Path, tmp_path: Path) -> None:
+    data = chats(jsonl)
+    facts = build(data, str(tokenizer_dir))
+    origins = DocumentOrigins.open(facts.cache_dir)
+    assert origins is not None
+    file = tmp_path / "exclude.jsonl"
+    gone = {origins.where(document): origins.content_id(document) for document in (3, 17)}
+    write_exclusions(file, [{"content": content, "where": where} for where, content in gone.items()])
+    excluding = data.model_copy(update={"exclude": str(file)})
+    without = build(excluding, str(tokenizer_dir))
+    left = DocumentOrigins.open(without.cache_dir)
+    assert left is not None
+    wheres = {left.where(document) for document in range(len(left.values))}
+    assert wheres == {origins.where(document) for document in range(40)} - set(gone)
+    assert read_report(without.cache_dir)["num_excluded"] == 2
+    key = cache_key(excluding, str(tokenizer_dir))
+    file.write_text(file.read_text().splitlines()[0] + "\n")
+    assert cache_key(excluding, str(tokenizer_dir)) != key
+    assert cache_key(data.model_copy(update={"exclude": None}), str(tokenizer_dir)) == cache_key(data, str(tokenizer_dir))
+    file.write_text(json.dumps({"content": "no hash"}) + "\n")
+    with pytest.raises(DataError, match="names no document") as refused:
+        build(excluding, str(tokenizer_dir))
+    assert refused.value.problems[0].where == f"{file}:1"
