@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -170,6 +173,40 @@ def test_scores_equal_plain_transformers_document_by_document(
     unpacked = write_cache(tmp_path / "unpacked", documents, [[number] for number in range(len(documents))])
     scored.run(unpacked, 2, "unpacked")
     np.testing.assert_allclose(scored.read("unpacked"), one, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_pass_without_optimizer_equals_plain_transformers(
+    plan_for: Callable[[int], Path], packed: DataFacts, plain_log_probs: list[np.ndarray], tmp_path: Path, num_ranks: int
+) -> None:
+    """What `data --scored` and `why` run: rows of an engine for inference, in processes of their own, computed once."""
+    code = """
+import json, sys
+import numpy as np
+from pathlib import Path
+from launcher.plan.launch_plan import DataFacts, LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.worker.scoring.passes import Pass, score
+from launcher.worker.scoring.weights import find_weights
+plan, facts = LaunchPlan.load(sys.argv[1]), DataFacts.model_validate_json(sys.argv[2])
+passes = [Pass(title="all", facts=facts), Pass(title="some", facts=facts, rows=(4, 0, 2))]
+weights = find_weights(RunDir(Path(plan.run_dir)), plan, 0)
+first = score(plan, weights, passes, lambda *_: None, int(sys.argv[3]))
+again = score(plan, weights, passes, lambda *_: None, int(sys.argv[3]))
+assert (first.num_computed, again.num_computed) == (2, 0)
+np.savez(sys.argv[4], *again.log_probs)
+"""
+    out = tmp_path / "scores.npz"
+    arguments = [str(plan_for(num_ranks)), packed.model_dump_json(), str(num_ranks), str(out)]
+    environment = {**os.environ, "LAUNCHER_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    scores = np.load(out)
+    np.testing.assert_allclose(scores["arr_0"], np.concatenate(plain_log_probs), rtol=0, atol=1e-4)
+    in_rows = [Split.open(packed).row_docs(row) for row in (4, 0, 2)]
+    some = np.concatenate([one for docs in in_rows for one in plain_log_probs[docs]])
+    np.testing.assert_allclose(scores["arr_1"], some, rtol=0, atol=1e-4)
+    assert not list((tmp_path / "cache/scores").glob(".*")), "nothing temporary is left"
 
 
 def test_a_pass_that_was_stopped_and_killed_gives_the_same_bytes(scored: Scored, packed: DataFacts) -> None:

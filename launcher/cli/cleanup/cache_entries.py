@@ -1,4 +1,4 @@
-"""What the launcher's cache holds: data caches, models, downloaded sources, results of checks, and compiled extensions.
+"""What the launcher's cache holds: data caches, models, downloaded sources, scores, results of checks, and compiled extensions.
 
 Each entry has its size, its last use, the runs that use it, and the reason why it is kept where there is one.
 """
@@ -28,6 +28,7 @@ KINDS: Mapping[str, str] = {
     "data": "tokenized rows",
     "models": "converted models, and weights of other runs",
     "sources": "downloaded data files",
+    "scores": "losses of documents under weights",
     "checks": "results of checks of models and settings, and words for completion",
     "extensions": "C++ extensions of DeepSpeed that runs compile, which other programs with DeepSpeed share",
 }
@@ -97,7 +98,7 @@ def list_entries(roots: Iterable[Path], shared: bool = False) -> list[CacheEntry
         SubmitError: where the plan of an unfinished run cannot be read, so that nobody knows what it uses.
     """
     uses = _uses(roots)
-    found = [*_data(shared), *_models(), *_sources(), *_checks(), *_extensions()]
+    found = [*_data(shared), *_models(), *_sources(), *_scores(), *_checks(), *_extensions()]
     building = [entry for entry in found if entry.kind == "data" and entry.lock is not None and is_locked(entry.lock)]
     entries = [_judge(entry, uses, bool(building)) for entry in found if _is_own(entry.path)]
     return sorted(entries, key=lambda entry: entry.used_at)
@@ -281,6 +282,12 @@ def _sources() -> Iterator[CacheEntry]:
     for path in (path for folder in _part("sources") for path in _children(folder)):
         if path.is_dir():
             yield _entry("sources", path, lock=path / ".lock")
+
+
+def _scores() -> Iterator[CacheEntry]:
+    for path in (path for folder in _part("scores") for path in _children(folder)):
+        if path.is_dir():
+            yield _entry("scores", path, kept=_recent_build(path) if _is_temporary(path) else "")
 
 
 def _checks() -> Iterator[CacheEntry]:

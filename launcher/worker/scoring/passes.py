@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,15 @@ def make_scoring_plan(plan: LaunchPlan, folder: Path, device: str, num_ranks: in
     )
 
 
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield a folder beside the scores, which is removed at the end; `clean` removes one that a killed process has left."""
+    root = cache_root() / "scores"
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=root) as folder:
+        yield Path(folder)
+
+
 def _run_ranks(task: RankTask, num_ranks: int, on_progress: Progress) -> None:
     """Run the ranks to their end: in this process where there is one, else as processes of their own."""
     environments = _rank_environments(num_ranks)
@@ -145,9 +155,8 @@ def _run_ranks(task: RankTask, num_ranks: int, on_progress: Progress) -> None:
         os.environ.update(environments[0])
         run_rank(task, on_progress)
         return
-    cache_root().mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".score-", dir=cache_root()) as folder:
-        file = Path(folder) / "task.json"
+    with temporary_folder() as folder:
+        file = folder / "task.json"
         file.write_text(task.model_dump_json(), encoding="utf-8")
         command = [sys.executable, "-m", "launcher.worker.scoring.rank", str(file)]
         processes = [subprocess.Popen(command, env={**os.environ, **environment}) for environment in environments]

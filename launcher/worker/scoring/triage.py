@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import numpy as np
 from launcher import run_store
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.cache import Split, read_report
-from launcher.data.cache_dir import cache_root
 from launcher.data.sources.origins import DocumentOrigins
 from launcher.data.triage import answers_alone, ranking
 from launcher.data.triage.ranking import DocumentScores
@@ -28,7 +26,7 @@ from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.progress import show_documents
 from launcher.worker.scoring.document_texts import DocumentTexts
-from launcher.worker.scoring.passes import Pass, Progress, score
+from launcher.worker.scoring.passes import Pass, Progress, score, temporary_folder
 from launcher.worker.scoring.weights import find_weights
 from launcher.worker.signals import exit_on_termination
 
@@ -47,9 +45,8 @@ def rank_documents(
     weights = find_weights(run, plan, step)
     with_prompt = Pass(title="answers with their prompts", facts=facts, held_out=is_held_out)
     split = with_prompt.open()
-    cache_root().mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".answers-", dir=cache_root()) as folder:
-        alone = answers_alone.write(split, Path(folder), plan.config.data)
+    with temporary_folder() as folder:
+        alone = answers_alone.write(split, folder, plan.config.data)
         passes = [with_prompt]
         if alone is not None:
             passes.append(Pass(title="answers alone", facts=alone.facts))
