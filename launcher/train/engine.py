@@ -91,9 +91,7 @@ def build_inference_engine(plan: LaunchPlan, make_progress: MakeProgress = silen
 
 
 @contextmanager
-def _partitioned_model(
-    plan: LaunchPlan, make_progress: MakeProgress, has_checkpoint: bool = False
-) -> Iterator[CausalLMLoss]:
+def _partitioned_model(plan: LaunchPlan, make_progress: MakeProgress, has_checkpoint: bool = False) -> Iterator[CausalLMLoss]:
     """Yield the model of a plan with its weights partitioned."""
     from transformers import set_seed
     from transformers.integrations import HfDeepSpeedConfig

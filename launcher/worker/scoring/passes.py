@@ -88,7 +88,9 @@ def score(
 
 def make_key(plan: LaunchPlan, weights_digest: str, one: Pass, device: str) -> ScoreKey:
     """Return everything that the scores of a pass depend on."""
-    from launcher.train.model import choose_attention_kernel
+    import torch
+
+    from launcher.train import attention
 
     model = plan.config.model
     digest = one.facts.digest.split("-")[-1 if one.held_out else 0]
@@ -99,7 +101,7 @@ def make_key(plan: LaunchPlan, weights_digest: str, one: Pass, device: str) -> S
         rows=rows,
         micro_batch_size=plan.batch.micro_batch_size,
         dtype=model.dtype,
-        attention=choose_attention_kernel(model, device, _read_config(plan)),
+        attention=attention.choose_kernel(model, torch.device(device), _read_config(plan)),
         device=device,
         torch=importlib.metadata.version("torch"),
         transformers=importlib.metadata.version("transformers"),
