@@ -33,7 +33,7 @@ their trained tokens marked. Exit code 2 if a run with this data would be refuse
 python -m launcher data --scored RUN [--step N] [--split NAME] [--json] [--html FILE] [--exclude FILE]
                 rank the documents of a run's data by their losses: likely mislabelled, learnt by heart, nothing to learn"""
 
-FLAGS = ("--show", "--json", "--html")
+FLAGS = ("--show", "--json", "--html", "--scored")
 
 
 def run(verb: str, tokens: list[str]) -> int:

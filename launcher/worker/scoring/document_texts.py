@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ class DocumentTexts:
 
     def __init__(self, plan: LaunchPlan, split: Split) -> None:
         self._split = split
-        self._tokenizer: Any = None if plan.model.tokenizer_path is None else load_tokenizer(plan.model.tokenizer_path)
+        folder = plan.model.tokenizer_path
+        self._tokenizer: Any = load_tokenizer(folder) if folder is not None and Path(folder).is_dir() else None
 
     def of(self, document: int) -> dict[str, str]:
         """Return `prompt` and `answer` of a document, without keys, passwords, e-mail addresses and telephone numbers."""

@@ -23,6 +23,7 @@ from launcher.data.cache import Split
 from launcher.data.cache_dir import cache_root
 from launcher.data.score_store import ScoreKey, ScoreStore
 from launcher.errors import RunError
+from launcher.models.private_code import folder_to_load
 from launcher.plan.launch_plan import DataFacts, LaunchPlan, Record
 from launcher.worker.scoring.weights import ScoredWeights
 
@@ -111,8 +112,11 @@ def make_key(plan: LaunchPlan, weights_digest: str, one: Pass, device: str) -> S
 def _read_config(plan: LaunchPlan) -> Any:
     from transformers import AutoConfig
 
-    values = dict(plan.model.config)
-    return AutoConfig.for_model(**values)
+    model, path = plan.config.model, plan.model.path
+    if path is None or not Path(path).is_dir():
+        return AutoConfig.for_model(**plan.model.config)
+    folder = folder_to_load(Path(path), model.trust_remote_code, model.code_digest)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
 
 
 def make_scoring_plan(plan: LaunchPlan, folder: Path, device: str, num_ranks: int) -> LaunchPlan:

@@ -22,6 +22,7 @@ from launcher.data.sources.origins import DocumentOrigins
 from launcher.data.triage import answers_alone, ranking
 from launcher.data.triage.ranking import DocumentScores
 from launcher.errors import LauncherError, SubmitError
+from launcher.models.private_code import remove_copies
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.progress import show_documents
@@ -162,6 +163,8 @@ def answer(work: Callable[[Progress], dict[str, Any]]) -> int:
     except LauncherError as error:
         result = {"problems": [[p.message, p.where, p.value, p.remedy] for p in error.problems], "exit_code": error.exit_code}
         code = error.exit_code
+    finally:
+        remove_copies()
     os.write(output, (json.dumps(result) + "\n").encode())
     return code
 
