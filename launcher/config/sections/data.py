@@ -306,14 +306,6 @@ class DataSection(Section):
     )
     checks: ChecksSection = Field(default_factory=ChecksSection, description="What happens to documents that a check finds.")
 
-    @model_serializer(mode="wrap")
-    def _without_unset_exclude(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the default: the code of a resumed run may be older than this key."""
-        values: dict[str, Any] = handler(self)
-        if self.exclude is None:
-            values.pop("exclude", None)
-        return values
-
     @field_validator("path", "eval_path")
     @classmethod
     def _no_credentials(cls, value: str | None) -> str | None:
