@@ -121,7 +121,7 @@ def _read_config(plan: LaunchPlan) -> Any:
 
 def make_scoring_plan(plan: LaunchPlan, folder: Path, device: str, num_ranks: int) -> LaunchPlan:
     """Return the plan of the ranks: the run's, with weights from `folder`, on this machine, without what only training needs."""
-    model = plan.config.model.model_copy(update={"init": "pretrained", "activation_checkpointing": False})
+    model = plan.config.model.model_copy(update={"init": "pretrained", "activation_checkpointing": "none"})
     zero = {key: value for key, value in plan.deepspeed["zero_optimization"].items() if key != "offload_optimizer"}
     zero.pop("zero_hpz_partition_size", None)
     if zero.get("offload_param", {}).get("device") == "nvme":
@@ -136,6 +136,7 @@ def make_scoring_plan(plan: LaunchPlan, folder: Path, device: str, num_ranks: in
     return plan.model_copy(
         update={
             "config": plan.config.model_copy(update={"model": model}),
+            "checkpointing": "none",
             "model": plan.model.model_copy(update={"path": str(folder), "has_weights": True}),
             "deepspeed": {**plan.deepspeed, **batch, "zero_optimization": zero},
             "topology": plan.topology.model_copy(update={**topology, "backend": "nccl" if device == "cuda" else "gloo"}),
