@@ -186,10 +186,10 @@ import numpy as np
 from pathlib import Path
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.worker.scoring.passes import Pass, score
+from launcher.worker.scoring.passes import ScorePass, score
 from launcher.worker.scoring.weights import find_weights
 plan, facts = LaunchPlan.load(sys.argv[1]), DataFacts.model_validate_json(sys.argv[2])
-passes = [Pass(title="all", facts=facts), Pass(title="some", facts=facts, rows=(4, 0, 2))]
+passes = [ScorePass(title="all", facts=facts), ScorePass(title="some", facts=facts, rows=(4, 0, 2))]
 weights = find_weights(RunDir(Path(plan.run_dir)), plan, 0)
 first = score(plan, weights, passes, lambda *_: None, int(sys.argv[3]))
 again = score(plan, weights, passes, lambda *_: None, int(sys.argv[3]))

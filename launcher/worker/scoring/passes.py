@@ -34,7 +34,7 @@ _LOOPBACK = "127.0.0.1"
 Progress = Callable[[str, int, int], None]
 
 
-class Pass(Record):
+class ScorePass(Record):
     """The rows to score: all of a split, or `rows` of it. `title` says in progress what they are."""
 
     title: str
@@ -51,7 +51,7 @@ class RankTask(Record):
     """What the ranks of a score pass read: the plan to build the engine from, and the passes with their keys."""
 
     plan: LaunchPlan
-    passes: tuple[Pass, ...]
+    passes: tuple[ScorePass, ...]
     keys: tuple[dict[str, Any], ...]
 
 
@@ -64,7 +64,7 @@ class Scores:
 
 
 def score(
-    plan: LaunchPlan, weights: ScoredWeights, passes: Sequence[Pass], on_progress: Progress, num_ranks: int | None = None
+    plan: LaunchPlan, weights: ScoredWeights, passes: Sequence[ScorePass], on_progress: Progress, num_ranks: int | None = None
 ) -> Scores:
     """Return the log-probabilities of `passes` under `weights`; computes those that are not stored.
 
@@ -87,7 +87,7 @@ def score(
     return Scores(tuple(stored), len(missing))
 
 
-def make_key(plan: LaunchPlan, weights_digest: str, one: Pass, device: str) -> ScoreKey:
+def make_key(plan: LaunchPlan, weights_digest: str, one: ScorePass, device: str) -> ScoreKey:
     """Return everything that the scores of a pass depend on."""
     import torch
 

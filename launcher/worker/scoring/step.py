@@ -22,7 +22,7 @@ from launcher.errors import LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker.scoring.document_texts import DocumentTexts
-from launcher.worker.scoring.passes import Pass, Progress, score
+from launcher.worker.scoring.passes import Progress, ScorePass, score
 from launcher.worker.scoring.triage import answer
 from launcher.worker.scoring.weights import ScoredWeights, find_weights
 from launcher.worker.signals import exit_on_termination
@@ -43,7 +43,7 @@ def describe_step(
     weights, reason = _find_weights_before(run, plan, step) if has_scores else (None, "")
     losses: dict[int, np.ndarray] = {}
     if weights is not None:
-        one = Pass(title="rows of the step", facts=plan.data, rows=tuple(rows.tolist()))
+        one = ScorePass(title="rows of the step", facts=plan.data, rows=tuple(rows.tolist()))
         (log_probs,) = score(plan, weights, [one], on_progress, num_ranks).log_probs
         ends = np.cumsum(split.row_labels[rows])
         losses = {int(row): -part for row, part in zip(rows, np.split(log_probs, ends[:-1]), strict=True)}

@@ -27,7 +27,7 @@ from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.progress import show_documents
 from launcher.worker.scoring.document_texts import DocumentTexts
-from launcher.worker.scoring.passes import Pass, Progress, score, temporary_folder
+from launcher.worker.scoring.passes import Progress, ScorePass, score, temporary_folder
 from launcher.worker.scoring.weights import find_weights
 from launcher.worker.signals import exit_on_termination
 
@@ -44,13 +44,13 @@ def rank_documents(
     plan = run_store.load_plan(run)
     facts, is_held_out = find_split(plan, split_name)
     weights = find_weights(run, plan, step)
-    with_prompt = Pass(title="answers with their prompts", facts=facts, held_out=is_held_out)
+    with_prompt = ScorePass(title="answers with their prompts", facts=facts, held_out=is_held_out)
     split = with_prompt.open()
     with temporary_folder() as folder:
         alone = answers_alone.write(split, folder, plan.config.data)
         passes = [with_prompt]
         if alone is not None:
-            passes.append(Pass(title="answers alone", facts=alone.facts))
+            passes.append(ScorePass(title="answers alone", facts=alone.facts))
         scores = score(plan, weights, passes, on_progress, num_ranks)
         num_tokens, loss = ranking.mean_losses(split, scores.log_probs[0])
         loss_alone = np.full(split.num_docs, np.nan)
