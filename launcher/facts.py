@@ -21,7 +21,8 @@ from pathlib import Path
 import launcher
 from launcher import model_source
 from launcher.config.schema import RunConfig, is_run
-from launcher.config.sections.data import DataSection
+from launcher.config.sections.data import GENERAL_TEXT, DataSection
+from launcher.config.sections.evaluation import FORGETTING
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.data import cache, sources
 from launcher.data.checks import findings
@@ -100,8 +101,14 @@ def check(config: RunConfig) -> None:
     """
     problems = model_source.check_model(config.model) or model_source.weights_problems(config.model)
     problems += sources.check_sources(config.data)
-    for i, one in enumerate(config.eval.sets):
-        problems += filter(None, [sources.find_path_problem(f"eval.sets[{i}].path", one)])
+    for i, source in enumerate(config.data.sources):
+        if source.path == GENERAL_TEXT:
+            what = "this text shows what a model forgets, and a model that is trained on it shows nothing"
+            remedy = "set eval.forgetting=true, and data.sources to rows of your own"
+            problems.append(Problem(what, f"data.sources[{i}].path", source.path, remedy))
+    for key, one in config.eval.sets_by_setting.items():
+        where = key if one.name == FORGETTING else f"{key}.path"
+        problems += filter(None, [sources.find_path_problem(where, one)])
     if problems:
         raise ConfigError(problems)
 
@@ -109,7 +116,7 @@ def check(config: RunConfig) -> None:
 def is_prepared(config: RunConfig, facts: Facts) -> bool:
     """Return True if nothing must be downloaded, converted, compared or built before workers can start."""
     model = config.model
-    has_data = facts.data is not None and len(facts.eval_sets) == len(config.eval.sets)
+    has_data = facts.data is not None and len(facts.eval_sets) == len(config.eval.all_sets)
     if not has_data or facts.model.tokenizer_path is None or (model.path is not None and facts.model.path is None):
         return False
     return model_source.are_weights_compared(model)
@@ -125,7 +132,7 @@ def prepared_data(config: RunConfig) -> tuple[DataFacts, dict[str, DataFacts]] |
     if not folders or None in folders or not model_source.are_weights_compared(model):
         return None
     data, eval_sets = data_facts(config, str(folders[-1])), eval_set_facts(config, str(folders[-1]))
-    return (data, eval_sets) if data is not None and len(eval_sets) == len(config.eval.sets) else None
+    return (data, eval_sets) if data is not None and len(eval_sets) == len(config.eval.all_sets) else None
 
 
 def needs_isolation_check(config: RunConfig, model: ModelFacts) -> bool:
@@ -160,7 +167,7 @@ def eval_set_facts(config: RunConfig, tokenizer_path: str | None) -> dict[str, D
     """Return the counts of the data caches of the evaluation sets by name, without those that are not built."""
     if tokenizer_path is None:
         return {}
-    built = {one.name: _find_cache(make_set_data(one, config.data), tokenizer_path) for one in config.eval.sets}
+    built = {one.name: _find_cache(make_set_data(one, config.data), tokenizer_path) for one in config.eval.all_sets}
     return {name: counts for name, counts in built.items() if counts is not None}
 
 

@@ -371,7 +371,7 @@ def _restore_eval_sets(plan: LaunchPlan, config: RunConfig, model: ModelFacts) -
     Raises:
         ConfigError, DataError: for a set that cannot be read.
     """
-    kept = {one.name: plan.eval_sets[one.name] for one in config.eval.sets if _is_recorded(one, plan, config)}
+    kept = {one.name: plan.eval_sets[one.name] for one in config.eval.all_sets if _is_recorded(one, plan, config)}
     restored = eval_set_caches.find_or_build(config, kept, model.tokenizer_path)
     for name, counts in restored.items():
         if name in plan.eval_sets and plan.eval_sets[name].contents() != counts.contents():
@@ -382,7 +382,7 @@ def _restore_eval_sets(plan: LaunchPlan, config: RunConfig, model: ModelFacts) -
 def _is_recorded(eval_set: EvalSet, plan: LaunchPlan, config: RunConfig) -> bool:
     """Return whether the plan has the cache of this set, made with the same settings, and it is there."""
     recorded = plan.eval_sets.get(eval_set.name)
-    before = next((one for one in plan.config.eval.sets if one.name == eval_set.name), None)
+    before = next((one for one in plan.config.eval.all_sets if one.name == eval_set.name), None)
     if recorded is None or before is None or config.data != plan.config.data or before.rows != eval_set.rows:
         return False
     return cache.read(Path(recorded.cache_dir), config.data.cache_group) == recorded

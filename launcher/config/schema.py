@@ -306,7 +306,7 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         if self.run.max_usd is not None and self.cluster.price_per_gpu_hour is None:
             raise ValueError("run.max_usd needs the price of a GPU hour; set cluster.price_per_gpu_hour")
-        sets = (HELD_OUT, *(one.name for one in self.eval.sets))
+        sets = (HELD_OUT, *(one.name for one in self.eval.all_sets))
         if self.checkpoint.best_set not in sets:
             raise ValueError(f"checkpoint.best_set names no evaluation set; set it to {' or '.join(sets)}")
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.config.sections.data import DataSection
@@ -56,25 +56,29 @@ def build(
 
 
 def build_eval_sets(
-    eval_sets: Sequence[EvalSet], data: DataSection, tokenizer_path: str, on_progress: Progress, num_embeddings: int | None = None
+    eval_sets: Mapping[str, EvalSet],
+    data: DataSection,
+    tokenizer_path: str,
+    on_progress: Progress,
+    num_embeddings: int | None = None,
 ) -> dict[str, DataFacts]:
-    """Build the caches of `eval_sets`, whose rows are made as those of `data`; return their facts by name.
+    """Build the caches of `eval_sets`, by their settings, whose rows are made as those of `data`; return their facts by name.
 
     Raises:
         DataError: with the problems of all sets, each with the name of its set.
     """
     built: dict[str, DataFacts] = {}
     problems: list[Problem] = []
-    for number, eval_set in enumerate(eval_sets):
+    for setting, eval_set in eval_sets.items():
         section = make_set_data(eval_set, data)
         try:
             facts = built[eval_set.name] = build(section, tokenizer_path, on_progress, num_embeddings)
             refused = findings.problems(findings.read(facts.cache_dir), section.checks)
-            problems += [name_set(problem, number, eval_set) for problem in refused]
+            problems += [name_set(problem, setting, eval_set) for problem in refused]
         except NothingLeft:
-            problems.append(nothing_to_score(number, eval_set))
+            problems.append(nothing_to_score(setting, eval_set))
         except DataError as error:
-            problems += [name_set(problem, number, eval_set) for problem in error.problems]
+            problems += [name_set(problem, setting, eval_set) for problem in error.problems]
     if problems:
         raise DataError(problems)
     return built

@@ -101,7 +101,7 @@ def read_eval_set(plan: LaunchPlan, name: str, encoder: Encoder, max_prompts: in
     Raises:
         DataError: if the set's files do not have its documents any more.
     """
-    eval_set = next(one for one in plan.config.eval.sets if one.name == name)
+    eval_set = next(one for one in plan.config.eval.all_sets if one.name == name)
     data = make_set_data(eval_set, plan.config.data)
     split = Split.open(plan.eval_sets[name])
     return _read(name, data, split, encoder, max_prompts, plan.config.run.seed, advance)

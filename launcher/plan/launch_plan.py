@@ -314,7 +314,7 @@ class LaunchPlan(Record):
         default = self.config.eval.every
         has_held_out = self.data is not None and self.data.num_eval_rows > 0
         intervals = {HELD_OUT: default} if has_held_out else {}
-        intervals |= {one.name: default if one.every is None else one.every for one in self.config.eval.sets}
+        intervals |= {one.name: default if one.every is None else one.every for one in self.config.eval.all_sets}
         is_boundary = step in (0, self.batch.max_steps)
         return tuple(name for name, every in intervals.items() if is_boundary or (every > 0 and step % every == 0))
 

@@ -54,7 +54,7 @@ def refusals(config: RunConfig, model: ModelFacts) -> Iterator[Problem]:
 
 def _best_set_interval(config: RunConfig) -> int:
     """Return the steps between evaluations of the set checkpoint.best_set; 0 where it is not evaluated while training."""
-    intervals = {one.name: one.every for one in config.eval.sets}
+    intervals = {one.name: one.every for one in config.eval.all_sets}
     every = intervals.get(config.checkpoint.best_set)
     return config.eval.every if every is None else every
 

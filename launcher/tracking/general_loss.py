@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from launcher.config.sections.evaluation import FORGETTING
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import continued_lines, iter_lines
 from launcher.tracking.metrics import STEP
 from launcher.tracking.verdicts import GeneralLoss
 
 # Evaluation sets that hold general text, the first one that a run has.
-GENERAL_SETS = ("forgetting", "general")
-MAX_RISE_FRAC = 0.05
+GENERAL_SETS = (FORGETTING, "general")
 
 
-def read_general_loss(run: RunDir, step: int, max_rise_frac: float = MAX_RISE_FRAC) -> GeneralLoss | None:
+def read_general_loss(run: RunDir, step: int, max_rise_frac: float) -> GeneralLoss | None:
     """Return the loss of general text before training and at the last evaluation up to `step`; None without two of them."""
     names = {name: f"eval/{name}/loss" for name in GENERAL_SETS}
     lines = [line for line in continued_lines(iter_lines(run.metrics, tuple(names.values()))) if line[STEP] <= step]
@@ -21,3 +21,10 @@ def read_general_loss(run: RunDir, step: int, max_rise_frac: float = MAX_RISE_FR
         if len(losses) > 1 and losses[0][0] == 0:
             return GeneralLoss(name, losses[0][1], losses[-1][1], max_rise_frac)
     return None
+
+
+def read_loss_before(run: RunDir, set_name: str) -> float | None:
+    """Return the loss of a set before training; None where it was not evaluated then."""
+    metric = f"eval/{set_name}/loss"
+    lines = continued_lines(iter_lines(run.metrics, (metric,)))
+    return next((line[metric] for line in lines if line[STEP] == 0 and metric in line), None)

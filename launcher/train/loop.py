@@ -31,6 +31,7 @@ from launcher.train.checkpointer import compute_reference_logits
 from launcher.train.engine import join_process_group, leave_process_group
 from launcher.train.evaluation.early_stopping import EarlyStopping
 from launcher.train.evaluation.evaluator import Evaluation, log_evaluation
+from launcher.train.evaluation.forgetting import ForgettingCheck
 from launcher.train.finish import OnExported, finish, write_weights
 from launcher.train.isolation import require_isolation
 from launcher.train.monitoring.skipped_steps import SkippedSteps
@@ -117,6 +118,7 @@ class TrainingLoop:
         self.is_save_due = False
         self.reached_limit = ""
         self.last_eval: Evaluation | None = None
+        self.forgetting = ForgettingCheck(run.run_dir if run.rank_info.is_main else None, run.plan.config.eval)
         best_set = run.plan.config.checkpoint.best_set
         self.early_stopping = EarlyStopping(run.plan.config.eval.stop_after, best_set, run.plan.eval_rows_digest(best_set))
 
@@ -246,7 +248,7 @@ class TrainingLoop:
             return
         self.require_finite_loss(evaluation.loss_of(HELD_OUT) or 0.0, "held-out loss")
         self.last_eval = evaluation.joined(earlier)
-        log_evaluation(evaluation, when, tracker)
+        log_evaluation(evaluation, when, tracker, self.forgetting.find_rise)
         best_loss = evaluation.loss_of(self.early_stopping.set_name)
         if not is_last and best_loss is not None and self.early_stopping.record(self.step, best_loss):
             # Early stopping returns to the best weights, so they are saved.

@@ -172,7 +172,7 @@ def _open_eval_rows(run: RunContext, data: DataFacts) -> list[EvalRows]:
         sources = (*section.sources, *([eval_source] if eval_source is not None else []))
         batches = RowBatches(Split.open(data, held_out=True), micro_batch_size, pad_id=_PAD_ID)
         opened.append(EvalRows(HELD_OUT, batches, tuple(source.name for source in sources)))
-    for eval_set in plan.config.eval.sets:
+    for eval_set in plan.config.eval.all_sets:
         split = Split.open(plan.eval_sets[eval_set.name])
         batches = RowBatches(split, micro_batch_size, _PAD_ID, choose_evenly(split.num_rows, eval_set.max_rows))
         opened.append(EvalRows(eval_set.name, batches, (eval_set.name,)))

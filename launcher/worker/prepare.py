@@ -64,7 +64,7 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
     with show_documents() as on_progress:
         num_embeddings = model_source.read_model_facts(config.model).vocab_size
         built = build.build(config.data, str(tokenizer), on_progress, num_embeddings)
-        eval_sets = build.build_eval_sets(config.eval.sets, config.data, str(tokenizer), on_progress, num_embeddings)
+        eval_sets = build.build_eval_sets(config.eval.sets_by_setting, config.data, str(tokenizer), on_progress, num_embeddings)
     if show is None:
         return {}
     texts = DecodedTexts(built, lambda: load_tokenizer(str(tokenizer)))
@@ -80,10 +80,10 @@ def _require_readable_rows(config: RunConfig) -> None:
         if source.is_read:
             problems.merge(sources.find_row_problems(source))
     row_problems = problems.to_list() if problems else []
-    for number, eval_set in enumerate(config.eval.sets):
+    for setting, eval_set in config.eval.sets_by_setting.items():
         (source,) = make_set_data(eval_set, config.data).sources
         if of_set := sources.find_row_problems(source):
-            row_problems += [name_set(problem, number, eval_set) for problem in of_set.to_list()]
+            row_problems += [name_set(problem, setting, eval_set) for problem in of_set.to_list()]
     if row_problems:
         raise DataError(row_problems)
 
@@ -95,9 +95,8 @@ def build_eval_sets(config: RunConfig) -> dict[str, object]:
         raise ConfigError("the tokenizer is missing", where="model.tokenizer")
     import_tokenizers_without_torch()
     with show_documents() as on_progress:
-        build.build_eval_sets(
-            config.eval.sets, config.data, str(tokenizer), on_progress, model_source.read_model_facts(config.model).vocab_size
-        )
+        num_embeddings = model_source.read_model_facts(config.model).vocab_size
+        build.build_eval_sets(config.eval.sets_by_setting, config.data, str(tokenizer), on_progress, num_embeddings)
     return {}
 
 

@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plan_fixtures import config_of
 
-from launcher.config.sections.data import DataSection
+from launcher import facts
+from launcher.config.schema import RunConfig
+from launcher.config.sections.data import GENERAL_TEXT, DataSection
 from launcher.config.sections.evaluation import EvalSet
 from launcher.data.build import build_eval_sets
+from launcher.data.sources.builtin.general_text import list_texts
 from launcher.data.sources.eval_set import make_set_data
 from launcher.data.sources.splits import HELD_OUT
-from launcher.errors import DataError
+from launcher.errors import ConfigError, DataError
 
+__all__ = ["config_of"]
 Section = Callable[..., DataSection]
 
 
@@ -33,14 +38,15 @@ def test_the_problems_of_all_sets_are_reported_with_their_names(section: Section
         EvalSet(name="odd", path=write(tmp_path / "odd.jsonl", [{"foo": 1}])),
         EvalSet(name="few", path=write(tmp_path / "few.jsonl", [answered, *[{"messages": [question]}] * 9])),
     )
+    by_setting = {f"eval.sets[{number}]": one for number, one in enumerate(sets)}
     with pytest.raises(DataError) as error:
-        build_eval_sets(sets, section(), str(tokenizer_dir), lambda stage, done, total: None)
+        build_eval_sets(by_setting, section(), str(tokenizer_dir), lambda stage, done, total: None)
     silent, odd, few = error.value.problems
     assert (silent.message, silent.where) == ("no document of the evaluation set has a trained token", "eval.sets[1] (silent)")
     assert odd.where == f"eval.sets[2] (odd), {sets[2].path}:1"
     assert f"'eval.sets=[{{name: odd, path: {sets[2].path}, columns:" in odd.remedy
     assert few.where.startswith("eval.sets[3] (few)")
-    built = build_eval_sets(sets[:1], section(), str(tokenizer_dir), lambda stage, done, total: None)
+    built = build_eval_sets({"eval.sets[0]": sets[0]}, section(), str(tokenizer_dir), lambda stage, done, total: None)
     assert (built["good"].num_docs, built["good"].num_eval_rows) == (1, 0)
 
 
@@ -54,3 +60,29 @@ def test_a_set_is_read_as_held_out_data_is(section: Section, tmp_path: Path) -> 
     assert (made.eval_fraction, made.max_length, made.checks.max_dropped) == (0.0, data.max_length, 0.5)
     (file,) = make_set_data(EvalSet(name="own", path=write(tmp_path / "a.jsonl", [{"text": "a"}])), data).sources
     assert file.split is None
+
+
+def test_general_text_is_an_evaluation_set_and_no_training_data(
+    section: Section, tokenizer_dir: Path, config_of: Callable[..., RunConfig]
+) -> None:
+    evaluation = config_of("model=tiny", "eval.forgetting=true", "checkpoint.best_set=forgetting").eval
+    (setting,) = evaluation.sets_by_setting
+    assert setting == "eval.forgetting"
+    built = build_eval_sets(evaluation.sets_by_setting, section(), str(tokenizer_dir), lambda stage, done, total: None)
+    assert built["forgetting"].num_docs == 137
+    assert 180_000 < sum(len(text) for text in list_texts()) < 220_000
+    with pytest.raises(ConfigError) as error:
+        facts.check(config_of("model=tiny", "data=jsonl", f"data.path={GENERAL_TEXT}"))
+    problem = next(problem for problem in error.value.problems if problem.value == GENERAL_TEXT)
+    assert (problem.where, problem.value) == ("data.sources[0].path", GENERAL_TEXT)
+    assert "eval.forgetting=true" in problem.remedy
+    for file in (Path(__file__).parents[2] / "conf").rglob("*.yaml"):
+        assert GENERAL_TEXT not in file.read_text(), "no preset trains on it"
+
+
+def test_a_path_of_general_text_that_does_not_exist_is_named_by_its_setting(config_of: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError) as error:
+        facts.check(config_of("model=tiny", "eval.forgetting=./missing.txt"))
+    assert error.value.problems[0].where == "eval.forgetting"
+    with pytest.raises(ConfigError, match=r"eval\.forgetting and one of eval\.sets are both called forgetting"):
+        config_of("model=tiny", "eval.forgetting=true", "eval.sets=[{name: forgetting, path: a.txt}]")

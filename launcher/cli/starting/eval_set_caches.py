@@ -16,7 +16,7 @@ def find_or_build(config: RunConfig, kept: dict[str, DataFacts], tokenizer_path:
     Raises:
         ConfigError, DataError: for a set that cannot be read.
     """
-    missing = {f"eval.sets[{number}]": one for number, one in enumerate(config.eval.sets) if one.name not in kept}
+    missing = {key: one for key, one in config.eval.sets_by_setting.items() if one.name not in kept}
     if not missing:
         return kept
     if problems := [p for key, one in missing.items() if (p := sources.find_path_problem(f"{key}.path", one))]:

@@ -43,7 +43,7 @@ def plan_lines(
         ("model", f"{config.model.name}: {_parameters(plan)} parameters, {config.model.dtype}, from {kinds}"),
         *([("lineage", _lineage(plan.lineage))] if plan.lineage is not None else []),
         ("data", _data(plan)),
-        *([("evaluation", _eval_sets(plan))] if plan.config.eval.sets else []),
+        *([("evaluation", _eval_sets(plan))] if plan.config.eval.all_sets else []),
         ("ranks", _ranks(plan)),
         (
             "batch",
@@ -318,7 +318,7 @@ def _data(plan: LaunchPlan) -> str:
 def _eval_sets(plan: LaunchPlan) -> str:
     """Return the names of the evaluation sets with the rows that are evaluated."""
     described = []
-    for one in plan.config.eval.sets:
+    for one in plan.config.eval.all_sets:
         data = plan.eval_sets.get(one.name)
         count = None if data is None else min(one.max_rows or data.num_rows, data.num_rows)
         described.append(f"{one.name}: {'not built yet' if count is None else format_count(count, 'row')}")

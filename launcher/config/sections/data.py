@@ -16,6 +16,8 @@ COLUMNS = (
     *("instruction", "input", "output", "history"),
     *("prompt", "completion", "question", "answer", "text"),
 )
+# The paths of the data sets that come with the launcher.
+STDLIB_DOCS, GENERAL_TEXT = "builtin:stdlib_docs", "builtin:general_text"
 # Stands in remedies for the path of the source, which the functions that judge a row do not know.
 EXAMPLE_PATH = "path: PATH"
 COLUMNS_EXAMPLE = (
@@ -52,7 +54,7 @@ class RowSource(Section):
         description=(
             "A file (.jsonl, .json, .csv, .parquet or .txt, each also as .gz or .zst), a folder or a pattern (./data/*.jsonl); "
             "a hub dataset as owner/name; an address that fsspec knows, such as s3://bucket/rows.jsonl or hf://datasets/o/n; "
-            "or builtin:stdlib_docs."
+            f"or {STDLIB_DOCS}; {GENERAL_TEXT} is for evaluation alone."
         )
     )
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text"] = Field(

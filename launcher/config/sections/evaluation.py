@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from launcher.config.sections.data import RowSource
-from launcher.config.sections.fields import Count, Flag, Name, PositiveInt, Section
+from launcher.config.sections.data import GENERAL_TEXT, RowSource, without_credentials
+from launcher.config.sections.fields import Count, Flag, Fraction, Name, PositiveInt, Section, Text
 
 HELD_OUT = "held_out"
 """Name of the held-out rows of the training data among the evaluation sets."""
+FORGETTING = "forgetting"
+"""Name of the set of eval.forgetting."""
 
 
 class EvalSet(RowSource):
@@ -56,10 +58,39 @@ class EvalSection(Section):
             "those of data.sources and have no part in training; rows that the training data has as well are not looked for."
         ),
     )
+    forgetting: Flag | Text = Field(
+        False,
+        description=(
+            f"General text whose loss shows what the model forgets: a path, or true for {GENERAL_TEXT}, 200 KB of English that "
+            "comes with the launcher. It is an evaluation set of the name forgetting."
+        ),
+    )
+    forgetting_max_rise: Fraction = Field(
+        0.05, description="Share by which that loss may rise above the one before training, without an alert."
+    )
     sample: Flag = Field(
         False, description="Answer one held-out question before and after training (models that fit on one device)."
     )
     sample_max_tokens: PositiveInt = Field(48, description="Maximum length of that answer, in tokens.")
+
+    @property
+    def sets_by_setting(self) -> dict[str, EvalSet]:
+        """All sets, by the setting that says which rows they have."""
+        sets = {f"eval.sets[{number}]": one for number, one in enumerate(self.sets)}
+        if self.forgetting is not False:
+            path = GENERAL_TEXT if self.forgetting is True else self.forgetting
+            sets["eval.forgetting"] = EvalSet(name=FORGETTING, path=path)
+        return sets
+
+    @property
+    def all_sets(self) -> tuple[EvalSet, ...]:
+        """The sets of eval.sets, and that of eval.forgetting."""
+        return tuple(self.sets_by_setting.values())
+
+    @field_validator("forgetting")
+    @classmethod
+    def _no_credentials(cls, value: bool | str) -> bool | str:
+        return without_credentials(value) if isinstance(value, str) else value
 
     @field_validator("sets")
     @classmethod
@@ -68,3 +99,9 @@ class EvalSection(Section):
         if len({*names}) < len(names):
             raise ValueError(f"uses a name twice ({', '.join(names)}); give every set its own name")
         return value
+
+    @model_validator(mode="after")
+    def _one_forgetting(self) -> EvalSection:
+        if self.forgetting is not False and any(one.name == FORGETTING for one in self.sets):
+            raise ValueError(f"eval.forgetting and one of eval.sets are both called {FORGETTING}; give the set another name")
+        return self

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ from typing import Any
 import xxhash
 
 from launcher.config.sections.data import EXAMPLE_PATH, DataSection, RowSource, Source
-from launcher.data.sources import locate, stdlib_docs
+from launcher.data.sources import locate
+from launcher.data.sources.builtin import BUILTINS
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.sources.files import BLOCK_ROWS, Block, parse_block, read_blocks, split_block
 from launcher.data.sources.files import count_rows as _count_rows
@@ -50,7 +50,6 @@ __all__ = [
     "read_documents",
 ]
 
-STDLIB_DOCS = "builtin:stdlib_docs"
 HELD_OUT_NAME = "held_out"
 # For batches in which no row can be parsed.
 _ANY_FORMAT = "text"
@@ -64,7 +63,7 @@ def make_eval_source(data: DataSection) -> Source | None:
     """
     if data.eval_path is None:
         return None
-    read = [source for source in data.sources if source.path != STDLIB_DOCS]
+    read = [source for source in data.sources if source.path not in BUILTINS]
     same = next((source for source in read if source.path == data.eval_path), None)
     alike = (
         len({(source.format, source.completions, source.ignored_keys, *sorted(source.columns.items())) for source in read}) == 1
@@ -101,10 +100,10 @@ def check_sources(data: DataSection) -> list[Problem]:
 def find_path_problem(key: str, source: RowSource) -> Problem | None:
     """Return the problem of a source's path that shows without reading files or the network; `key` is its setting."""
     value = source.path
-    if value == STDLIB_DOCS:
+    if value in BUILTINS:
         return None
     if value.startswith("builtin:"):
-        remedy = f"set {key} to a data file; the only built-in data set is {STDLIB_DOCS}"
+        remedy = f"set {key} to a data file; the built-in data sets are {' and '.join(BUILTINS)}"
         return Problem("there is no such built-in data set", key, value, remedy)
     if locate.is_url(value):
         return locate.url_problem(key, value)
@@ -113,12 +112,12 @@ def find_path_problem(key: str, source: RowSource) -> Problem | None:
 
 def compute_source_digest(source: Source) -> str:
     """Return a text that changes with the source's bytes, not with its name or path. Raises: DataError."""
-    return f"{STDLIB_DOCS} of Python {sys.version}" if source.path == STDLIB_DOCS else locate.digest(source)
+    return BUILTINS[source.path].digest() if source.path in BUILTINS else locate.digest(source)
 
 
 def describe_origin(source: Source) -> dict[str, Any]:
     """Return where the source's rows come from, for the report. Raises: DataError."""
-    if source.path == STDLIB_DOCS:
+    if source.path in BUILTINS:
         origin = {"digest": xxhash.xxh3_128_hexdigest(compute_source_digest(source).encode()), "commit": None}
         return {**origin, "files": [], "num_files": 0, "left_out": [], "num_left_out": 0}
     return locate.describe_origin(source)
@@ -126,8 +125,8 @@ def describe_origin(source: Source) -> dict[str, Any]:
 
 def count_rows(source: Source) -> int:
     """Return an upper bound of the number of documents in `source`, for progress; blank lines count."""
-    if source.path == STDLIB_DOCS:
-        return len(stdlib_docs.list_pairs())
+    if source.path in BUILTINS:
+        return BUILTINS[source.path].count()
     return sum(_count_rows(file.path, file.name) for file in locate.fetch_files(source))
 
 
@@ -181,9 +180,9 @@ def read_batches(source: Source, on_problem: Callable[[DataError], None] | None 
     Raises:
         DataError: for a file that cannot be read, with the place.
     """
-    if source.path == STDLIB_DOCS:
-        pairs = iter(stdlib_docs.list_pairs())
-        while documents := tuple(_stdlib_document(pair) for pair in itertools.islice(pairs, BLOCK_ROWS)):
+    if source.path in BUILTINS:
+        of_source = BUILTINS[source.path].read()
+        while documents := tuple(itertools.islice(of_source, BLOCK_ROWS)):
             yield DocumentBatch(documents)
         return
     format, has_problems = "", False
@@ -262,11 +261,6 @@ def _naming_path(path: str) -> Iterator[None]:
         remedies = [problem.remedy.replace(EXAMPLE_PATH, f"path: {value}") for problem in error.problems]
         problems = [replace(problem, remedy=remedy) for problem, remedy in zip(error.problems, remedies, strict=True)]
         raise DataError(problems) from error
-
-
-def _stdlib_document(pair: stdlib_docs.Pair) -> tuple[Document, bool]:
-    messages = (Message("user", pair.question), Message("assistant", pair.answer))
-    return Chat(f"{STDLIB_DOCS}:{pair.symbol}", messages), pair.held_out
 
 
 def read_documents(source: Source) -> Iterator[tuple[Document, bool]]:

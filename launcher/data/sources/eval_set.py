@@ -28,18 +28,18 @@ def make_set_data(eval_set: EvalSet, data: DataSection) -> DataSection:
     return data.model_copy(update={**own, "checks": checks})
 
 
-def name_set(problem: Problem, number: int, eval_set: EvalSet) -> Problem:
-    """Return a problem of the set's data with the name of the set, and with a remedy that changes the set."""
-    where = f"eval.sets[{number}] ({eval_set.name})" + (f", {problem.where}" if problem.where else "")
+def name_set(problem: Problem, setting: str, eval_set: EvalSet) -> Problem:
+    """Return a problem of the set's data with `setting` and the name of the set, and with a remedy that changes the set."""
+    where = f"{setting} ({eval_set.name})" + (f", {problem.where}" if problem.where else "")
     remedy = problem.remedy.replace(_TRAINING_EXAMPLE, f"eval.sets=[{{name: {eval_set.name}, ")
     return replace(problem, where=where, remedy=remedy)
 
 
-def nothing_to_score(number: int, eval_set: EvalSet) -> Problem:
+def nothing_to_score(setting: str, eval_set: EvalSet) -> Problem:
     """Return the problem of a set without a document whose loss can be computed."""
     return Problem(
         "no document of the evaluation set has a trained token",
-        where=f"eval.sets[{number}] ({eval_set.name})",
+        where=f"{setting} ({eval_set.name})",
         value=eval_set.path,
         remedy="give rows with an assistant message or a completion, or raise data.max_length",
     )

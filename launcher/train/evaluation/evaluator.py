@@ -68,8 +68,13 @@ class Evaluation:
         return {name: value for of_set in self.sets for name, value in of_set.metrics.items()}
 
 
-def log_evaluation(evaluation: Evaluation, when: str, tracker: Composite) -> None:
-    """Log the metrics of all sets, and an event for each; `when` says in its text when it was evaluated."""
+def log_evaluation(
+    evaluation: Evaluation, when: str, tracker: Composite, find_problem: Callable[[Evaluation], str | None] = lambda _: None
+) -> None:
+    """Log the metrics of all sets, an event for each, and an alert with the result of `find_problem`.
+
+    `when` says in the events' texts when the sets were evaluated.
+    """
     tracker.log(evaluation.step, {**evaluation.metrics, "time/eval_s": evaluation.seconds})
     for of_set in evaluation.sets:
         title = "held-out loss" if of_set.name == HELD_OUT else f"loss on {of_set.name}"
@@ -77,6 +82,8 @@ def log_evaluation(evaluation: Evaluation, when: str, tracker: Composite) -> Non
         # Other sets may have texts on which a sound model computes no finite loss.
         kind = "eval" if math.isfinite(of_set.loss) else "alert"
         tracker.event(kind, message, evaluation.step, loss=of_set.loss, when=when, set=of_set.name)
+    if (problem := find_problem(evaluation)) is not None:
+        tracker.event("alert", problem, evaluation.step)
 
 
 class Evaluator:

@@ -37,7 +37,7 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
     """
     task, answers = folder.read_task(), folder.read_answers()
     scorer = AnswerScorer(task.settings.evaluate, folder.root)
-    general_loss = read_general_loss(RunDir(folder.root.parents[1]), task.step)
+    general_loss = read_general_loss(RunDir(folder.root.parents[1]), task.step, task.settings.eval.forgetting_max_rise)
     shown: dict[str, Any] = {}
     for number, (name, sides) in enumerate(answers.sets.items()):
         verdict = _judge(folder, scorer, folder.read_questions(name), sides, general_loss)

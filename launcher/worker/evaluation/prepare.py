@@ -105,7 +105,7 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
 def _require_sets(plan: LaunchPlan) -> list[str]:
     """Return the sets to evaluate, the held-out documents first."""
     known = [HELD_OUT] if plan.data is not None and plan.data.num_eval_rows else []
-    known += [one.name for one in plan.config.eval.sets if one.name in plan.eval_sets]
+    known += [one.name for one in plan.config.eval.all_sets if one.name in plan.eval_sets]
     chosen = plan.config.evaluate.sets
     problems = [
         Problem(

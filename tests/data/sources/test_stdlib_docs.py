@@ -3,7 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from launcher.data.sources.stdlib_docs import MAX_WORDS, NUM_PAIRS, list_pairs
+from launcher.data.sources.builtin.stdlib_docs import MAX_WORDS, NUM_PAIRS, list_pairs
 
 
 def test_there_are_about_3000_pairs_of_sensible_length() -> None:
@@ -39,7 +39,8 @@ def test_the_text_is_the_docstring() -> None:
 
 def test_stdlib_docs_import_nothing_and_are_the_same_in_every_process() -> None:
     code = (
-        "import sys, hashlib; from launcher.data.sources.stdlib_docs import list_pairs; got = repr(list_pairs()).encode();"
+        "import sys, hashlib; from launcher.data.sources.builtin.stdlib_docs import list_pairs;"
+        "got = repr(list_pairs()).encode();"
         "odd = {'antigravity', 'this', 'tkinter', 'turtle', 'idlelib', 'smtplib', 'sqlite3'} & set(sys.modules);"
         "print(hashlib.sha256(got).hexdigest(), sorted(odd))"
     )

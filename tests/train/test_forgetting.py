@@ -1,0 +1,35 @@
+"""An alert where the loss of general text rises while the model trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.config.sections.evaluation import EvalSection
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import JsonlTracker
+from launcher.train.evaluation.evaluator import Evaluation, SetLoss
+from launcher.train.evaluation.forgetting import ForgettingCheck
+
+
+def evaluation(step: int, loss: float, name: str = "forgetting") -> Evaluation:
+    return Evaluation(step, (SetLoss(name, loss, 100, {}),), 1.0)
+
+
+def test_a_loss_far_above_that_before_training_is_an_alert(tmp_path: Path) -> None:
+    check = ForgettingCheck(RunDir(tmp_path), EvalSection(forgetting=True, forgetting_max_rise=0.1))
+    assert check.find_rise(evaluation(0, 2.0)) is None
+    assert check.find_rise(evaluation(10, 2.19)) is None
+    assert check.find_rise(evaluation(20, 9.0, "support")) is None
+    alert = check.find_rise(evaluation(20, 2.5))
+    assert alert is not None
+    assert alert.startswith("the model forgets: the loss of general text is 2.5000, 25% above the one before training (2.0000)")
+
+
+def test_after_a_resume_the_loss_before_training_is_read_from_the_metrics(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert ForgettingCheck(run, EvalSection(forgetting=True)).find_rise(evaluation(20, 2.5)) is None
+    log = JsonlTracker(run, 1)
+    log.log(0, {"eval/forgetting/loss": 2.0})
+    log.log(10, {"eval/forgetting/loss": 2.01})
+    assert ForgettingCheck(run, EvalSection(forgetting=True)).find_rise(evaluation(20, 2.5)) is not None
+    assert ForgettingCheck(None, EvalSection(forgetting=True)).find_rise(evaluation(20, 2.5)) is None
