@@ -29,6 +29,7 @@ NAME = "vllm"
 # Starts the server so that it ends with this process.
 _STARTER = "launcher.worker.evaluation.end_with_parent"
 _SERVER = "vllm.entrypoints.openai.api_server"
+_LISTENERS = Path("/proc/net/tcp")
 _HOST = "127.0.0.1"
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _START_S, _REQUEST_S, _END_S, _POLL_S = 1800.0, 3600.0, 20.0, 0.5
@@ -61,7 +62,8 @@ class VllmEngine:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._key, self._port = secrets.token_hex(16), _free_port()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        command = [str(python), "-m", _SERVER, "--model", weights.folder, "--served-model-name", "model"]
+        model = str(Path(weights.folder).absolute())
+        command = [str(python.absolute()), "-m", _SERVER, "--model", model, "--served-model-name", "model"]
         command += ["--host", _HOST, "--port", str(self._port), "--dtype", _DTYPES[dtype], "--max-model-len", str(context)]
         command += ["--tensor-parallel-size", str(num_gpus)]
         # Others on this machine see arguments, and reach the port.
@@ -130,6 +132,8 @@ class VllmEngine:
             if self._process.poll() is not None:
                 raise self._failed(f"vLLM ended with exit code {self._process.returncode} before it answered")
             with suppress(OSError), self._opener.open(self._request("/health"), timeout=_POLL_S * 10):
+                if not _is_listener_of_user(self._port):
+                    raise self._failed(f"port {self._port}, which vLLM was to have, is another user's")
                 return
             time.sleep(_POLL_S)
         raise self._failed(f"vLLM did not answer within {start_s:.0f} s")
@@ -160,3 +164,14 @@ def _free_port() -> int:
     with socket.socket() as one:
         one.bind((_HOST, 0))
         return int(one.getsockname()[1])
+
+
+def _is_listener_of_user(port: int) -> bool:
+    """Return False where another user's process listens on this port of the loopback address; True where that is not known."""
+    try:
+        rows = [line.split() for line in _LISTENERS.read_text().splitlines()[1:]]
+    except OSError:
+        return True
+    # Columns of proc(5): the local address in reverse order, the state and the user.
+    users = {int(row[7]) for row in rows if row[3] == "0A" and row[1] == f"0100007F:{port:04X}"}
+    return users <= {os.geteuid()}

@@ -14,8 +14,11 @@ import psutil
 import pytest
 
 from launcher.errors import RunError
+from launcher.evaluate import vllm_engine
 from launcher.evaluate.task import Weights
 from launcher.evaluate.vllm_engine import VllmEngine
+
+free_port = vllm_engine._free_port
 
 FAKE = Path(__file__).with_name("fake_vllm.py")
 
@@ -66,6 +69,7 @@ def test_prompts_go_as_token_ids_and_answers_come_in_their_order(python: Path, w
         (server,) = servers(weights)
         assert {connection.laddr.ip for connection in server.net_connections() if connection.status == "LISTEN"} == {"127.0.0.1"}
         assert os.environ.get("VLLM_API_KEY") is None
+        assert server.cwd() == "/", "Python imports modules from the working directory"
         answers = engine.generate([[5, 6], [5, 6, 7]], num_shared=2, stop_strings=["\n\n"], max_new_tokens=9)
     finally:
         engine.close()
@@ -97,4 +101,22 @@ def test_the_server_ends_with_a_process_that_is_killed(python: Path, weights: We
         assert process.stdout.readline() == "ready\n"
         assert servers(weights)
         process.send_signal(signal.SIGKILL)
+    await_no_server(weights)
+
+
+def test_a_port_that_another_user_has_taken_is_not_asked(
+    python: Path, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listeners = tmp_path / "tcp"
+    row = "0: 0100007F:{port:04X} 00000000:0000 0A 00000000:00000000 00:00000000 00000000 {user} 0 1"
+    monkeypatch.setattr(vllm_engine, "_LISTENERS", listeners)
+    monkeypatch.setattr(vllm_engine, "_free_port", lambda: port)
+    for user, is_accepted in ((os.geteuid() + 1, False), (os.geteuid(), True)):
+        port = free_port()
+        listeners.write_text("sl local_address\n" + row.format(port=port, user=user) + "\n")
+        if is_accepted:
+            engine_of(python, weights).close()
+        else:
+            with pytest.raises(RunError, match="is another user's"):
+                engine_of(python, weights)
     await_no_server(weights)

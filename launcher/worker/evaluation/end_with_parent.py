@@ -1,4 +1,4 @@
-"""Becomes the command of its arguments, which the kernel ends with the process that started it."""
+"""Becomes the command of its arguments, in the root directory; the kernel ends it with the process that started it."""
 
 from __future__ import annotations
 
@@ -10,5 +10,7 @@ from launcher.worker.ranks.rank_env import die_with_parent
 
 if __name__ == "__main__":
     die_with_parent(signal.SIGTERM)
+    # Python imports modules from the working directory, where another user's may lie.
+    os.chdir("/")
     # The wish to be told of the parent's death outlives exec.
     os.execv(sys.argv[1], sys.argv[1:])  # noqa: S606
