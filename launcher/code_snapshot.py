@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -77,9 +79,16 @@ def _is_intact(file: Path, digest: str) -> bool:
         return False
 
 
+def _list_left_out(folder: str, names: list[str]) -> set[str]:
+    """Return what is not copied: settings, which plans hold, files being written, and bytecode that this user may not read."""
+    bytecode = [name for name in names if name == "__pycache__" or name.endswith(".pyc")]
+    unreadable = {name for name in bytecode if not os.access(f"{folder}/{name}", os.R_OK, effective_ids=True)}
+    return {"conf", *fnmatch.filter(names, "*.pyc.*"), *unreadable}
+
+
 def _copy_package(folder: Path) -> None:
     """Copy the package into a folder that does not exist yet, with its digests, and make all of it durable."""
-    shutil.copytree(_PACKAGE, folder / "launcher", ignore=shutil.ignore_patterns("conf", "*.pyc.*"))
+    shutil.copytree(_PACKAGE, folder / "launcher", ignore=_list_left_out)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     digests = {str(path.relative_to(folder)): xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files}
     (folder / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")

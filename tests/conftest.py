@@ -221,7 +221,7 @@ def storage_fails(monkeypatch: pytest.MonkeyPatch) -> StorageFails:
             return act
 
         with monkeypatch.context() as patch:
-            for module, name in ((builtins, "open"), (io, "open"), *([(os, "stat")] if stat else [])):
+            for module, name in ((builtins, "open"), (io, "open"), (os, "open"), *([(os, "stat")] if stat else [])):
                 patch.setattr(module, name, unless_it(getattr(module, name)))
             yield
 

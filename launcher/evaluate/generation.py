@@ -153,7 +153,7 @@ class AnswerGeneration:
         """Generate and store what is missing of this process's share, the longest prompts first."""
         settings, existing = self._config.evaluate, store.read()
         order = sorted(range(len(prompts.prompts)), key=lambda i: (-len(prompts.prompts[i]), i))
-        batches = [order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)]
+        batches = [order[i : i + settings.prompts_per_batch] for i in range(0, len(order), settings.prompts_per_batch)]
         own = batches[self._share.rank :: self._share.world_size]
         num_done, num_own = sum(i in existing for batch in own for i in batch), sum(map(len, own))
         for batch in own:

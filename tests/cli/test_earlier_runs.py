@@ -75,7 +75,7 @@ def test_plan_shows_the_measurement_and_that_the_name_is_taken(
     values = json.loads(done.stdout)
     estimate = values["estimate"]
     assert estimate["mfu"] == pytest.approx([0.302, 0.309])
-    assert estimate["basis"].startswith("measured in run first on 2 ranks; every row is taken for one")
+    assert estimate["basis"].startswith("measured in run first on 2 ranks; assumes one document of")
     low, high = estimate["hours"]
     assert 0 < low < high
     assert estimate["usd"] == pytest.approx([6 * low, 6 * high])

@@ -140,7 +140,7 @@ def test_variables_that_the_launcher_sets_are_refused(name: str) -> None:
     ("override", "what"),
     [
         ('cluster.account="a\nb"', "cluster.account: contains a control character"),
-        ('cluster.comment="a\u2028b"', "cluster.comment: is not a plain comment"),
+        ('cluster.comment="a\u2028b"', "cluster.comment: contains a control character"),
         ("cluster.partition='a;b'", "cluster.partition: is not a partition"),
         ("cluster.setup=['echo $HOME']", "cluster.setup[0]: is more than one plain command"),
         ("cluster.modules=['a b','c;d']", "cluster.modules[0]: is not a module"),

@@ -25,7 +25,7 @@ SMALL = (
     f"evaluate.max_prompts={NUM_PROMPTS}",
     "evaluate.max_new_tokens=5",
     "evaluate.selection_prompts=2",
-    "evaluate.batch_size=2",
+    "evaluate.prompts_per_batch=2",
     "evaluate.metrics=[exact_match,token_f1]",
 )
 

@@ -39,7 +39,7 @@ def test_submitting_prints_the_job_and_following_it_ends_with_its_result(launch_
     assert sorted(by_step) == list(range(1, STEPS + 1))
     first, last = (sum(by_step[step] for step in steps) / 5 for steps in (range(1, 6), range(STEPS - 4, STEPS + 1)))
     assert last < first
-    settings = ("evaluate.max_prompts=6", "evaluate.max_new_tokens=4", "evaluate.batch_size=2", "--json")
+    settings = ("evaluate.max_prompts=6", "evaluate.max_new_tokens=4", "evaluate.prompts_per_batch=2", "--json")
     evaluated = launch_here("evaluate", "shown", "--root", str(runs), *settings, **slurm.variables)
     assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
     result = json.loads(evaluated.stdout)

@@ -416,7 +416,7 @@ def test_prompts_are_answered_on_every_node(launch: Launch, cluster: RayCluster,
     short = [*TINY, "train.max_steps=1", "eval.at_start=false", f"run.root={root}", "run.name=short"]
     done = launch(*short, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stdout + done.stderr
-    settings = ("evaluate.max_prompts=4", "evaluate.max_new_tokens=4", "evaluate.batch_size=2", "--json", "+cluster=ray")
+    settings = ("evaluate.max_prompts=4", "evaluate.max_new_tokens=4", "evaluate.prompts_per_batch=2", "--json", "+cluster=ray")
     for address in (cluster.address, cluster.http):
         places = (f"cluster.address={address}", f"cluster.python={sys.executable}")
         evaluated = launch("evaluate", "short", "--root", str(root), *settings, *places, timeout=DEADLINE_S, **cluster.env)

@@ -88,7 +88,7 @@ def test_reasons_are_those_of_the_value() -> None:
         return {one.key: one.reason for one in suggest(8_000_000_000, None, sample(num_documents), GPUS)}
 
     few, many = reasons(2), reasons(20_000)
-    assert few["eval.every"] == "0: only before and after training, which has about 1 steps"
+    assert few["eval.every"] == "0: only before and after training, which has about 1 step"
     assert few["checkpoint.save_every"].startswith("0: only at the end")
     assert "at least one" in few["optim.warmup_steps"]
     assert many["eval.every"] == "about 10 times, besides before and after training"

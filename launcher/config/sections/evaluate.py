@@ -44,7 +44,7 @@ class EvaluateSection(AnswerMetrics):
     selection_prompts: PositiveInt = Field(
         8, description="Training rows on which the number of examples and the instruction are chosen."
     )
-    batch_size: PositiveInt = Field(32, description="Prompts that are answered together, on each GPU.")
+    prompts_per_batch: PositiveInt = Field(32, description="Prompts that are answered together, on each GPU.")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="Type of the weights that answer. auto: fp32 on CPUs, model.dtype on GPUs."
     )
