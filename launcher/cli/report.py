@@ -29,13 +29,14 @@ from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import continued_lines, iter_lines, merge_steps, read_events
 from launcher.tracking.metrics import curves, format_duration
 from launcher.tracking.metrics_tail import newest_trained_step
+from launcher.tracking.overfitting import find_overfitting
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
 _MOST_POINTS = 600
 # Names, or beginnings of names, of the metrics that the page needs beside those of the charts.
-_OTHER_METRICS = ("eval/", "time/eval_s", "ckpt/stall_s", "trainer/tokens")
+_OTHER_METRICS = ("eval/", "time/eval_s", "ckpt/stall_s", "trainer/tokens", "trainer/epoch")
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,9 @@ def _facts(one: _RunFiles) -> dict[str, str]:
         facts |= {"training loss": f"{last['train/loss']:.4f}", "tokens": f"{last.get('trainer/tokens', 0):,.0f}"}
     if evals := [line["eval/held_out/loss"] for line in one.steps if "eval/held_out/loss" in line]:
         facts["best held-out loss"] = f"{min(evals):.4f}"
+    if overfitting := find_overfitting(one.steps):
+        since = f"step {overfitting.step:,}" if overfitting.epoch is None else f"epoch {overfitting.epoch:.1f}"
+        facts["overfitting since"] = f"{since} (gap {overfitting.gap:.4f})"
     facts |= {"since submission": format_duration(one.spent.wall_s), "goodput": f"{one.spent.goodput:.1%}"}
     if one.spent.lost_steps:
         facts["lost steps"] = f"{one.spent.lost_steps:,}"

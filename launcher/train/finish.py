@@ -28,6 +28,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command
 from launcher.tracking.jsonl import read_metrics
+from launcher.tracking.overfitting import read_overfitting
 from launcher.tracking.progress import EVENT, Pace, as_events, say_that_it_works, silent
 from launcher.tracking.tracker import Composite
 from launcher.train.engine import leave_process_group
@@ -46,6 +47,8 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
             the engine's.
     """
     _free_memory()
+    if overfitting := read_overfitting(RunDir(Path(plan.run_dir))):
+        tracker.event("alert", overfitting.summary)
     if not plan.config.export.enabled:
         return
     task = _export_task(plan, checkpoint)
@@ -64,6 +67,8 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
 
 def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: OnExported) -> None:
     """Complete the Hugging Face folder, prove that it is the trained model, push it where asked for, and call `on_exported`.
+
+    An alert says so where the run overfits.
 
     Raises:
         ExportError: where the folder cannot be written, or does not compute what the trained model computed.
