@@ -13,8 +13,12 @@ from typing import Any
 _ARTICLES = frozenset({"a", "an", "the"})
 # At the edges of words only: 3.5, C++ and -5 stay what they are.
 _EDGES = ".,;:!?\"'()[]{}<>«»“”‘’`*_…"
-# The sign of "5-3" belongs to no number. Digits are those of ASCII.
-_NUMBER = re.compile(r"(?:(?<!\w)[-−+])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
+# The sign of "5-3" belongs to no number, the point of "...5" neither. Digits are those of ASCII.
+_NUMBER = re.compile(
+    r"(?:(?<!\w)[-−+])?"
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
+    r"(?:[eE][-−+]?[0-9]{1,4}(?!\w))?"
+)
 _FINAL = re.compile(r"####|\banswer\s*(?:is|:|=)", re.IGNORECASE)
 _FENCE = re.compile(r"```[\w-]*\n(.*?)```", re.DOTALL)
 _WORD = re.compile(r"\w+")
@@ -25,10 +29,10 @@ def normalized_words(text: str) -> list[str]:
 
     Close to the normalization of SQuAD (Rajpurkar et al., arXiv:1606.05250), except that punctuation inside a word stays.
     """
-    words = [word.strip(_EDGES) for word in unicodedata.normalize("NFKC", text).casefold().split()]
-    words = [word for word in words if word]
-    # An answer that is the letter A keeps it.
-    return [word for word in words if word not in _ARTICLES] or words
+    parts = unicodedata.normalize("NFKC", text).casefold().split()
+    words = [word for part in parts if (word := part.strip(_EDGES))]
+    # An answer that is the letter A keeps it, and so does one of punctuation alone.
+    return [word for word in words if word not in _ARTICLES] or words or parts
 
 
 def final_number(text: str) -> Decimal | None:
@@ -64,8 +68,15 @@ def _refuse_constant(name: str) -> None:
 
 
 def json_fields(value: Any) -> Counter[tuple[str, str]]:
-    """Return how often each pair of a path and a value occurs. The order of lists does not count."""
-    return Counter(_fields(value, ""))
+    """Return how often each pair of a path and a value occurs. The order of lists does not count.
+
+    Raises:
+        NotJson: where it is nested too deeply.
+    """
+    try:
+        return Counter(_fields(value, ""))
+    except RecursionError:
+        raise NotJson("it is nested too deeply") from None
 
 
 def _fields(value: Any, path: str) -> Iterator[tuple[str, str]]:
@@ -80,7 +91,9 @@ def _fields(value: Any, path: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, bool) or value is None:
         yield path, json.dumps(value)
     elif isinstance(value, int | float):
-        yield path, f"number {float(value)!r}"
+        # Not as float: an integer may be too large for it.
+        number = int(value) if isinstance(value, float) and value.is_integer() else value
+        yield path, f"number {number!r}"
     else:
         yield path, "empty object" if isinstance(value, dict) else "empty list"
 
@@ -96,8 +109,8 @@ def multiset_f1(answer: Counter[Any], reference: Counter[Any]) -> float:
 def rouge_l(answer: str, reference: str) -> float:
     """Return the F-measure of ROUGE-L: the longest common subsequence of words (Lin, 2004), without stemming."""
     first, second = (_WORD.findall(unicodedata.normalize("NFKC", text).casefold()) for text in (answer, reference))
-    if not first or not second:
-        return float(first == second)
+    if not first and not second:
+        return float(normalized_words(answer) == normalized_words(reference))
     return 2 * _common_length(first, second) / (len(first) + len(second))
 
 
@@ -127,15 +140,30 @@ def repeated_share(text: str, size: int = 4) -> float:
 def first_label(text: str, labels: Sequence[str]) -> str | None:
     """Return the label that the text is, or else the one that it names first; None where it names none.
 
-    Labels are found as whole words, without regard to case; of several at the same place, the longest.
+    Labels are found as whole words, without regard to case; of several at the same place, the longest. Where an article is a
+    label, such as the letter A, it counts as written, or where no word can follow.
     """
-    words = normalized_words(text)
+    own_words = {label: normalized_words(label) for label in labels}
+    articles = [label.strip(f"{_EDGES} ") for label, words in own_words.items() if len(words) == 1 and words[0] in _ARTICLES]
+    words = normalized_words(text) if not articles else _words_with_articles(text, articles)
     best: tuple[int, int, str] | None = None
-    for label in labels:
-        wanted = normalized_words(label)
+    for label, wanted in own_words.items():
         for start in range(len(words) - len(wanted) + 1):
             if wanted and words[start : start + len(wanted)] == wanted:
                 place = (start, -len(wanted), label)
                 best = place if best is None else min(best, place)
                 break
     return None if best is None else best[2]
+
+
+def _words_with_articles(text: str, labels: Sequence[str]) -> list[str]:
+    """Return normalized words, with the articles that are one of `labels`."""
+    parts = unicodedata.normalize("NFKC", text).split()
+    words = []
+    for number, part in enumerate(parts, start=1):
+        word = part.strip(_EDGES)
+        folded = word.casefold()
+        can_stand_before_a_word = number < len(parts) and part[-1] not in _EDGES
+        if word and (folded not in _ARTICLES or word in labels or not can_stand_before_a_word):
+            words.append(folded)
+    return words

@@ -60,7 +60,8 @@ class AnswerGeneration:
         training = folder.read_questions()
         self._selection = training[self.task.num_examples :]
         self._tokenizer = load_tokenizer(self.task.tokenizer)
-        self._base_prompts = BasePrompts(self._tokenizer, self._config.data, training[: self.task.num_examples])
+        examples = training[: self.task.num_examples]
+        self._base_prompts = BasePrompts(self._tokenizer, self._config.data, examples, self._selection)
         self._tuned_prompts = TunedPrompts(self._tokenizer, self._config.data)
 
     def run(self, make_engine: MakeEngine) -> None:

@@ -121,17 +121,22 @@ def _json_schema(answer: GeneratedAnswer, reference: str, options: MetricOptions
         value = answer_text.parse_json(answer.text)
     except NotJson:
         return False
-    return bool(_validator(options.schema).is_valid(value))
+    try:
+        return bool(schema_validator(options.schema).is_valid(value))
+    except (RecursionError, OverflowError):
+        # Nested too deeply, or a number that `multipleOf` cannot divide.
+        return False
 
 
 @functools.cache
-def _validator(schema: str) -> Any:
+def schema_validator(schema: str) -> Any:
+    """Return the validator of a JSON schema, given as JSON text."""
     from jsonschema.validators import validator_for
-    from referencing import Registry
+    from jsonschema_specifications import REGISTRY
 
     parsed = json.loads(schema)
     # Without a registry of its own, the validator fetches what $ref names from the network.
-    return validator_for(parsed)(parsed, registry=Registry())
+    return validator_for(parsed)(parsed, registry=REGISTRY)
 
 
 def _field_f1(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:

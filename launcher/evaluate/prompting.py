@@ -56,16 +56,23 @@ class TunedPrompts:
 
 
 class BasePrompts:
-    """Prompts for the base model; `examples` are training questions with their answers.
+    """Prompts for the base model; `examples` are training questions with their answers, and `others` are further ones.
 
-    Text stops at the separator between examples, and where the model writes a question of its own.
+    Text stops at the separator between examples, which occurs in no answer to these questions, and where the model writes a
+    question of its own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSection, examples: Sequence[EvalQuestion]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataSection,
+        examples: Sequence[EvalQuestion],
+        others: Sequence[EvalQuestion] = (),
+    ) -> None:
         # The system message of the settings is already part of the questions, and the template is the base model's own.
         self._encoder = Encoder(tokenizer, data.model_copy(update={"chat_template": None, "system": None}))
         self._examples = tuple(examples)
-        texts = [f"{_text_of(one)}{one.reference}" for one in examples]
+        texts = [*(f"{_text_of(one)}{one.reference}" for one in examples), *(one.reference for one in others)]
         self._separator = next((one for one in _SEPARATORS if not any(one in text.strip() for text in texts)), _SEPARATORS[-1])
 
     @property

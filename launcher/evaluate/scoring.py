@@ -15,7 +15,7 @@ from launcher import atomic_files, json_records
 from launcher.config.sections.answer_metrics import AnswerMetrics, split_function
 from launcher.errors import ConfigError, DamagedRun, DataError, Problem
 from launcher.evaluate.metric_process import MetricProcess
-from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions
+from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions, schema_validator
 from launcher.evaluate.statistics import Scores
 from launcher.security import ownership
 
@@ -134,15 +134,17 @@ def _parts(problem: Problem) -> dict[str, str]:
 
 
 def _read_schema(path: str | None) -> str:
-    """Return the text of a JSON schema file that the validator accepts."""
+    """Return the text of a JSON schema file that the validator accepts, all references of which lead to a schema."""
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
+    from referencing.exceptions import Unresolvable
 
     where = "evaluate.json_schema"
     try:
         text = Path(path or "").expanduser().read_bytes()[: _MAX_FILE_BYTES + 1].decode()
         schema: Any = json.loads(text)
         validator_for(schema).check_schema(schema)
+        _check_references(schema)
     except OSError as error:
         problem = Problem(f"the JSON schema cannot be read: {error.strerror}", where, str(path), "check the path")
         raise ConfigError(problem) from None
@@ -152,7 +154,55 @@ def _read_schema(path: str | None) -> str:
         place = "/".join(map(str, error.absolute_path)) or "the root"
         message = f"the JSON schema is wrong at {place}: {error.message[:_MAX_VALUE_CHARS]}"
         raise ConfigError(message, where=where, value=str(path), remedy="correct it; see json-schema.org/learn") from None
+    except Unresolvable as error:
+        message = f"the JSON schema has a reference that leads nowhere: {error.ref[:_MAX_VALUE_CHARS]}"
+        remedy = "move the schema that it names into $defs of this file: other files and addresses are not read"
+        raise ConfigError(message, where=where, value=str(path), remedy=remedy) from None
+    try:
+        for example in ("{}", "[]", '""', "0", "null"):
+            schema_validator(text).is_valid(json.loads(example))
+    except RecursionError:
+        message = "the JSON schema has references that lead back to themselves"
+        raise ConfigError(message, where=where, value=str(path), remedy="correct it; see json-schema.org/learn") from None
     return text
+
+
+def _check_references(schema: Any) -> None:
+    """Check every schema that a reference of a JSON schema leads to.
+
+    Raises:
+        Unresolvable: where one leads nowhere.
+        SchemaError: where one leads to something that is no schema.
+    """
+    from jsonschema.validators import validator_for
+    from jsonschema_specifications import REGISTRY
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012, specification_with
+
+    dialect = schema.get("$schema", "") if isinstance(schema, dict) else ""
+    specification = specification_with(dialect, default=DRAFT202012)
+    root = specification.create_resource(schema)
+    resolver = REGISTRY.with_resource(root.id() or "", root).resolver(root.id() or "")
+    waiting = [(root, resolver)]
+    # By identity: a schema may lead back to itself.
+    checked: set[int] = set()
+    while waiting:
+        part, resolver = waiting.pop()
+        if id(part.contents) in checked or not isinstance(part.contents, dict):
+            continue
+        checked.add(id(part.contents))
+        for key in ("$ref", "$dynamicRef"):
+            if isinstance(reference := part.contents.get(key), str):
+                try:
+                    named = resolver.lookup(reference)
+                except (Unresolvable, ValueError):
+                    # The error may name a part of the reference only.
+                    raise Unresolvable(ref=reference) from None
+                if not isinstance(named.contents, dict | bool):
+                    raise Unresolvable(ref=reference)
+                validator_for(schema).check_schema(named.contents)
+                waiting.append((specification.create_resource(named.contents), named.resolver))
+        waiting += [(inner, resolver.in_subresource(inner)) for inner in part.subresources()]
 
 
 def _read_function(metric: str, file: Path, function: str) -> bytes:

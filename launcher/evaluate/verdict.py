@@ -181,15 +181,15 @@ def _sentence(
         return f"Fine-tuning helped: {figures}."
     if outcome == ComparisonOutcome.WORSE:
         return f"Fine-tuning did not help: {figures}."
-    needed = max(one.prompts_needed or 0 for one in comparisons)
     better = [one.baseline for one in comparisons if one.outcome == ComparisonOutcome.BETTER]
     beats = f"It is better than {' and '.join(better)}. " if better else ""
-    return f"The data cannot tell whether fine-tuning helped: {figures}. {beats}{_more_prompts(needed, num_prompts, deciding)}"
+    return f"The data cannot tell whether fine-tuning helped: {figures}. {beats}{_more_prompts(num_prompts, deciding)}"
 
 
-def _more_prompts(needed: int, num_prompts: int, deciding: BaselineComparison) -> str:
+def _more_prompts(num_prompts: int, deciding: BaselineComparison) -> str:
     size = max(abs(deciding.difference), SMALLEST_DIFFERENCE)
-    return f"About {_rounded_up(needed):,} prompts could tell a difference of {size:.2f}; {num_prompts:,} were used."
+    needed = _rounded_up(deciding.prompts_needed or 0)
+    return f"About {needed:,} prompts could tell a difference of {size:.2f}; {num_prompts:,} were used."
 
 
 def _rounded_up(number: int) -> int:

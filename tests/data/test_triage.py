@@ -125,7 +125,8 @@ def test_excluded_documents_are_not_trained(jsonl: Jsonl, tokenizer_dir: Path, t
     assert origins is not None
     file = tmp_path / "exclude.jsonl"
     gone = {origins.where(document): origins.content_id(document) for document in (3, 17)}
-    write_exclusions(file, [{"content": content, "where": where} for where, content in gone.items()])
+    # The texts of documents may have characters at which a text, but not a file, is split into lines.
+    write_exclusions(file, [{"content": content, "where": where, "text": "a\u2028b\x85c"} for where, content in gone.items()])
     excluding = data.model_copy(update={"exclude": str(file)})
     without = build(excluding, str(tokenizer_dir))
     left = DocumentOrigins.open(without.cache_dir)
@@ -134,7 +135,7 @@ def test_excluded_documents_are_not_trained(jsonl: Jsonl, tokenizer_dir: Path, t
     assert wheres == {origins.where(document) for document in range(40)} - set(gone)
     assert read_report(without.cache_dir)["num_excluded"] == 2
     key = cache_key(excluding, str(tokenizer_dir))
-    file.write_text(file.read_text().splitlines()[0] + "\n")
+    file.write_text(file.read_text().split("\n")[0] + "\n")
     assert cache_key(excluding, str(tokenizer_dir)) != key
     assert cache_key(data.model_copy(update={"exclude": None}), str(tokenizer_dir)) == cache_key(data, str(tokenizer_dir))
     file.write_text(json.dumps({"content": "no hash"}) + "\n")

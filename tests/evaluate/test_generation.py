@@ -20,8 +20,11 @@ from launcher.evaluate.answers import GeneratedIds
 from launcher.evaluate.generation import AnswerGeneration, Share
 from launcher.evaluate.questions import EvalQuestion
 from launcher.evaluate.task import CommandWatch, EvaluationFolder, EvaluationTask, Weights
+from launcher.worker.evaluation.conclude import conclude
 
 NUM_QUESTIONS = 7
+# Characters at which a text, but not a file, is split into lines.
+NO = "no\u2028no\u2029no\x85no"
 
 
 class Parrot:
@@ -45,7 +48,7 @@ class Parrot:
         self._log += [f"{self._weights.digest} {text}" for text in texts]
         numbers = [text.rpartition("say ")[2].partition("<")[0].strip() for text in texts]
         knows = self._weights.digest == "tuned"
-        return [GeneratedIds((1, 2), number if knows else "no", True) for number in numbers]
+        return [GeneratedIds((1, 2), number if knows else NO, True) for number in numbers]
 
     def close(self) -> None:
         pass
@@ -118,6 +121,13 @@ def test_two_processes_give_the_answers_of_one(folder: EvaluationFolder, tokeniz
     run(folder, tokenizer, shared, ranks=2)
     assert files(folder) == alone
     assert max(Counter(shared).values()) == 1, "no prompt is answered twice"
+
+
+def test_answers_with_unicode_line_separators_are_judged(folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase) -> None:
+    run(folder, tokenizer, [])
+    verdict = conclude(folder)["sets"]["held_out"]["verdict"]
+    assert verdict["outcome"] == "better"
+    assert {one["answers"]["0-shot"] for one in verdict["examples"]} == {NO}
 
 
 def test_an_evaluation_that_was_killed_continues(folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,6 +8,7 @@ from time import monotonic
 import pytest
 
 from launcher.errors import DataError
+from launcher.evaluate.answer_text import first_label
 from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions
 
 PERSON = json.dumps(
@@ -26,12 +27,16 @@ def score(metric: str, text: str, reference: str = "", **options: object) -> flo
         ("exact_match", "-5", "5", 0),
         ("exact_match", "C++", "C", 0),
         ("exact_match", "A", "the", 0),
+        ("exact_match", "!!!", "???", 0),
+        ("exact_match", " ... ", "...", 1),
+        ("exact_match", "...", "", 0),
         ("exact_match", "Über  uns", "ÜBER UNS", 1),
         ("token_f1", "the cat sat down", "a cat sat", 2 * 2 / (3 + 2)),
         ("token_f1", "", "", 1),
         ("rouge_l", "police kill the gunman", "police killed the gunman", 0.75),
         ("rouge_l", "the gunman kill police", "police killed the gunman", 0.5),
         ("rouge_l", "", "word", 0),
+        ("rouge_l", "++", "--", 0),
         ("numeric", "so 5 + 7 = 12 apples", "5+7=<<5+7=12>>12\n#### 12", 1),
         ("numeric", "#### 1,234\nand then 99", "#### 1234.0", 1),
         ("numeric", "The answer is 7, not 8.", "7", 1),
@@ -39,12 +44,22 @@ def score(metric: str, text: str, reference: str = "", **options: object) -> flo
         ("numeric", "minus: −7", "-7", 1),
         ("numeric", "none", "7", 0),
         ("numeric", "about 1,23", "23", 1),
+        ("numeric", "a probability of .5", "0.5", 1),
+        ("numeric", "a probability of -.5", "5", 0),
+        ("numeric", "well ...5", "5", 1),
+        ("numeric", "about 1e3", "1000", 1),
+        ("numeric", "about 2.5E-3 m", "0.0025", 1),
+        ("numeric", "1e99999999999999999999", "7", 0),
         ("valid_json", 'Here:\n```json\n{"a": 1}\n```', "", 1),
         ("valid_json", '{"a": NaN}', "", 0),
         ("valid_json", "[" * 100_000, "", 0),
         ("field_f1", '{"a": "The X", "b": [2, 1]}', '{"b": [1, 2.0], "a": "x"}', 1),
         ("field_f1", '{"a": 1, "b": 2}', '{"a": 1, "c": 2}', 0.5),
         ("field_f1", "no", '{"a": 1}', 0),
+        ("field_f1", '{"a": 1, "b": ' + "9" * 400 + "}", '{"a": 1}', 2 / 3),
+        ("field_f1", '{"a": 1e999}', '{"a": 1}', 0),
+        ("field_f1", "9007199254740993", "9007199254740992", 0),
+        ("field_f1", "[" * 900 + "]" * 900, '{"a": 1}', 0),
         ("no_repetition", "one two three four five", "", 1),
         ("no_repetition", "a b c d a b c d a b c d", "", 4 / 9),
     ],
@@ -67,10 +82,33 @@ def test_the_first_label_that_is_named_counts(text: str, expected: float) -> Non
 
 
 @pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("The answer is A.", "A"),
+        ("I think it is a", "A"),
+        ("a) because a cat is no dog", "A"),
+        ("(A) or B", "A"),
+        ("It is a B.", "B"),
+        ("A", "A"),
+        ("It is the cat", "The cat"),
+        ("cat", "The cat"),
+        ("a dog", None),
+    ],
+)
+def test_an_article_may_be_a_label(text: str, label: str | None) -> None:
+    assert first_label(text, ("B", "The cat", "A")) == label
+
+
+@pytest.mark.parametrize(
     "text, expected", [('{"age": 3}', 1), ('{"age": "3"}', 0), ('{"age": 3, "name": "x"}', 0), ("{}", 0), ("3 years", 0)]
 )
 def test_a_json_schema(text: str, expected: float) -> None:
     assert score("json_schema", text, schema=PERSON) == expected
+
+
+def test_a_number_that_a_schema_cannot_divide_is_not_accepted() -> None:
+    assert score("json_schema", "1" + "0" * 400, schema='{"multipleOf": 0.3}') == 0
+    assert score("json_schema", "0.6", schema='{"multipleOf": 0.3}') == 1
 
 
 def test_a_regular_expression() -> None:

@@ -48,6 +48,9 @@ def test_text_has_instruction_examples_and_ends_where_the_answer_begins(tokenize
 def test_a_separator_that_examples_contain_ends_no_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     examples = [question("1+1?", "It is\n\n2")]
     assert BasePrompts(tokenizer, DATA, examples).write(ASKED, PromptStyle(TEXT, 1)).stop_strings[0] == "\n\n\n"
+    # Answers of other training rows count without examples too; their questions are in no prompt.
+    without = BasePrompts(tokenizer, DATA, (), [*examples, question("a\n\n\nb", "c")])
+    assert without.write(ASKED, PromptStyle(TEXT, 0)).stop_strings[0] == "\n\n\n"
 
 
 def test_chat_shows_examples_as_turns_and_the_tuned_model_sees_its_training_prompt(tokenizer: PreTrainedTokenizerBase) -> None:

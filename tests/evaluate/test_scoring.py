@@ -161,7 +161,17 @@ def test_a_function_of_another_user_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("schema", "part"),
-    [(None, "cannot be read"), ("{", "is no JSON"), ('{"properties": {"a": {"type": "in"}}}', "is wrong at properties/a/type")],
+    [
+        (None, "cannot be read"),
+        ("{", "is no JSON"),
+        ('{"properties": {"a": {"type": "in"}}}', "is wrong at properties/a/type"),
+        ('{"properties": {"a": {"$ref": "#/$defs/b"}}}', "has a reference that leads nowhere: #/\\$defs/b"),
+        ('{"properties": {"a": {"$ref": "https://example.org/b"}}}', "has a reference that leads nowhere: https://example.org/b"),
+        ('{"$ref": "#/parts/b", "parts": {"b": {"items": {"$ref": "#c"}}}}', "has a reference that leads nowhere: #c"),
+        ('{"$ref": "#/parts/b", "parts": {"b": {"type": "in"}}}', "is wrong at type"),
+        ('{"$ref": "#/title", "title": "t"}', "has a reference that leads nowhere: #/title"),
+        ('{"$ref": "#"}', "has references that lead back to themselves"),
+    ],
 )
 def test_schemas_that_are_wrong(tmp_path: Path, schema: str | None, part: str) -> None:
     file = tmp_path / "schema.json"
@@ -169,6 +179,23 @@ def test_schemas_that_are_wrong(tmp_path: Path, schema: str | None, part: str) -
         file.write_text(schema)
     with pytest.raises(ConfigError, match=f"the JSON schema {part}"):
         make_scorer(AnswerMetrics(metrics=("json_schema",), json_schema=str(file)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        '{"$ref": "#/$defs/tree", "$defs": {"tree": {"type": "object", "additionalProperties": {"$ref": "#/$defs/tree"}}}}',
+        '{"$id": "https://example.org/a", "$ref": "b", "$defs": {"b": {"$id": "b", "type": "object"}}}',
+        '{"$schema": "http://json-schema.org/draft-07/schema#", '
+        '"$ref": "#a", "definitions": {"a": {"$id": "#a", "type": "object"}}}',
+        '{"type": "object", "properties": {"$ref": {"$ref": "https://json-schema.org/draft/2020-12/schema"}}}',
+    ],
+)
+def test_schemas_with_references(tmp_path: Path, schema: str) -> None:
+    (tmp_path / "schema.json").write_text(schema)
+    settings = AnswerMetrics(metrics=("json_schema",), json_schema=str(tmp_path / "schema.json"))
+    answers = [GeneratedAnswer(text, True, 1) for text in ('{"a": {}}', "3")]
+    assert list(make_scorer(settings, tmp_path).score("json_schema", answers, ["", ""], ["r:1", "r:2"])) == [1, 0]
 
 
 def test_references_that_cannot_be_scored_are_named_in_one_pass(tmp_path: Path) -> None:

@@ -52,6 +52,20 @@ def test_a_baseline_that_is_not_beaten_leaves_it_open() -> None:
     assert "prompts could tell a difference of 0.05; 400 were used." in verdict.sentence
 
 
+def test_the_number_of_prompts_belongs_to_the_difference_that_is_named() -> None:
+    """Against 0-shot, 20 wins and 28 losses; against 8-shot, ten of each: more prompts are needed, for a smaller difference."""
+    tuned = binary(50, 100)
+    zero_shot, eight_shot = tuned.copy(), tuned.copy()
+    zero_shot[:20], zero_shot[50:78] = 0, 1
+    eight_shot[:10], eight_shot[50:60] = 0, 1
+    verdict = judged(tuned, **{"0_shot": zero_shot, "8_shot": eight_shot})
+    first, second = verdict.primary
+    assert (first.outcome, second.outcome) == (UNCLEAR, UNCLEAR)
+    assert (first.prompts_needed or 0) < 600 < (second.prompts_needed or 0)
+    assert "difference to 0-shot -0.08" in verdict.sentence
+    assert verdict.sentence.endswith("About 590 prompts could tell a difference of 0.08; 100 were used.")
+
+
 def test_worse_than_a_few_shot_prompt_is_no_help() -> None:
     verdict = judged(binary(100), **{"0_shot": binary(50), "8_shot": binary(140)})
     assert verdict.outcome == WORSE

@@ -29,7 +29,8 @@ def read_exclusions(file: str | None) -> np.ndarray:
     """
     contents = []
     try:
-        lines = [] if file is None else Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        # Not splitlines, which also splits at U+2028 and others in the texts of documents.
+        lines = [] if file is None else Path(file).expanduser().read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         remedy = "write it with: python -m launcher data --scored RUN --exclude FILE"
         raise DataError(

@@ -79,7 +79,8 @@ def _judge(
     texts: dict[str, list[str]] = {}
     usage: dict[str, SideUsage] = {}
     for side in sides:
-        lines = (folder.root / side.file).read_text(encoding="utf-8").splitlines()
+        # Of bytes: in a text, splitlines also splits at U+2028 and others, which answers may contain.
+        lines = (folder.root / side.file).read_bytes().splitlines()
         stored = [StoredAnswer(**json.loads(line)) for line in lines]
         generated = [answer.as_generated() for answer in stored]
         if len(generated) != len(questions):

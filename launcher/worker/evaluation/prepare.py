@@ -67,7 +67,7 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
     num_examples = min(max_shots, max(0, len(training) - config.evaluate.selection_prompts)) or min(max_shots, len(training))
     context = _context(plan)
     tuned_prompts = TunedPrompts(tokenizer, plan.config.data)
-    base_prompts = BasePrompts(tokenizer, plan.config.data, training[:num_examples])
+    base_prompts = BasePrompts(tokenizer, plan.config.data, training[:num_examples], training[num_examples:])
     left_out: dict[str, tuple[str, ...]] = {}
     asked: dict[str, list[EvalQuestion]] = {}
     for one in sets:
