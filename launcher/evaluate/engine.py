@@ -53,10 +53,11 @@ class TransformersEngine:
     ) -> None:
         """Load the model in `folder`; `code` is the folder of its Python files, where that is another one."""
         path = folder_to_load(folder, model.trust_remote_code, model.code_digest, code)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], attn_implementation="sdpa", trust_remote_code=model.trust_remote_code
-        )
+        # Without `attn_implementation`, transformers takes SDPA, and for models that do not support it, eager attention.
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=model.trust_remote_code)
         self.model = loaded.to(device).eval()
+        # Where `generate` gets no value, it takes that of the model's folder, such as repetition_penalty: not greedy any more.
+        self.model.generation_config = GenerationConfig()
         self._tokenizer, self._device, self._stop_ids = tokenizer, device, tuple(stop_ids)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._pad_id = int(pad if pad is not None else 0)

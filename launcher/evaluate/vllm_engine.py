@@ -65,7 +65,8 @@ class VllmEngine:
         model = str(Path(weights.folder).absolute())
         command = [str(python.absolute()), "-m", _SERVER, "--model", model, "--served-model-name", "model"]
         command += ["--host", _HOST, "--port", str(self._port), "--dtype", _DTYPES[dtype], "--max-model-len", str(context)]
-        command += ["--tensor-parallel-size", str(num_gpus)]
+        # Without it, sampling settings of the model's folder, such as repetition_penalty, change answers.
+        command += ["--tensor-parallel-size", str(num_gpus), "--generation-config", "vllm"]
         # Others on this machine see arguments, and reach the port.
         environ = {**os.environ, "VLLM_API_KEY": self._key, "VLLM_NO_USAGE_STATS": "1"}
         self._process = subprocess.Popen(
@@ -95,6 +96,7 @@ class VllmEngine:
             "prompt": [list(prompt) for prompt in prompts],
             "max_tokens": max_new_tokens,
             "temperature": 0.0,
+            "repetition_penalty": 1.0,
             "stop": list(stop_strings),
             "stop_token_ids": list(self._weights.stop_ids),
             "return_token_ids": True,

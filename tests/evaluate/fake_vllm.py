@@ -42,11 +42,13 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for flag in ("--model", "--host", "--dtype", "--served-model-name"):
+    for flag in ("--model", "--host", "--dtype", "--served-model-name", "--generation-config"):
         parser.add_argument(flag, required=True)
     for flag in ("--port", "--max-model-len", "--tensor-parallel-size"):
         parser.add_argument(flag, type=int, required=True)
     arguments = parser.parse_args()
+    if arguments.generation_config != "vllm":
+        raise SystemExit("the settings of the model's folder would change answers")
     if not Path(arguments.model).is_dir():
         raise SystemExit(f"no such model: {arguments.model}")
     Handler.requests = Path(arguments.model) / "requests.jsonl"

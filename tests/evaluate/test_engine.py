@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerBase
 
 from launcher.config.schema import ModelSection
 from launcher.evaluate.answers import GeneratedIds
@@ -48,6 +50,32 @@ def test_a_batch_equals_greedy_generation_of_transformers(
     assert [one.is_stopped for one in generated] == [2 in row for row in expected]
     assert len({one.ids for one in generated}) > 1, "the answers say something about their prompts"
     assert [one.text for one in generated] == tokenizer.batch_decode(expected, skip_special_tokens=True)
+
+
+def test_sampling_settings_of_the_folder_change_no_answer(
+    engine: TransformersEngine, model_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    settings = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "do_sample": True, "temperature": 0.1, "min_new_tokens": 9}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    other = TransformersEngine(folder, ModelSection(path=str(folder)), tokenizer, dtype="fp32", device="cpu", stop_ids=(2,))
+    prompts = [tokenizer(f"{text} {text} {text}").input_ids for text in TEXTS]
+    assert answers(other, prompts) == answers(engine, prompts)
+    other.close()
+
+
+def test_a_model_without_sdpa_answers(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 16}
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2}
+    GPTNeoForCausalLM(GPTNeoConfig(**sizes, **ids, initializer_range=0.4)).save_pretrained(tmp_path)
+    model = ModelSection(path=str(tmp_path))
+    engine = TransformersEngine(tmp_path, model, tokenizer, dtype="fp32", device="cpu", stop_ids=(2,))
+    assert engine.model.config._attn_implementation == "eager"
+    prompts = [tokenizer(text).input_ids for text in TEXTS]
+    assert answers(engine, prompts) == [answers(engine, [prompt])[0] for prompt in prompts]
+    engine.close()
 
 
 def test_examples_that_all_prompts_share_change_no_answer(engine: TransformersEngine, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -76,7 +76,8 @@ def test_prompts_go_as_token_ids_and_answers_come_in_their_order(python: Path, w
     assert [(one.text, one.ids, one.is_stopped) for one in answers] == [(" 2 tokens", (7, 8), False), (" 3 tokens", (7, 8), True)]
     (request,) = map(json.loads, (Path(weights.folder) / "requests.jsonl").read_text().splitlines())
     assert request["prompt"] == [[5, 6], [5, 6, 7]]
-    assert (request["temperature"], request["max_tokens"], request["stop"], request["stop_token_ids"]) == (0, 9, ["\n\n"], [2])
+    assert (request["temperature"], request["repetition_penalty"], request["max_tokens"]) == (0, 1, 9)
+    assert (request["stop"], request["stop_token_ids"]) == (["\n\n"], [2])
     await_no_server(weights)
 
 
