@@ -12,12 +12,14 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import IO
 
 from launcher.errors import printable
 
 _END_S = 20.0
 _MAX_LINES = 200
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class NodeCommand:
@@ -102,9 +104,26 @@ def show_lines(command: NodeCommand, deadline: float) -> list[str]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C and TERM while something is cleaned up that must not be left behind."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    """Hold back Ctrl-C, TERM and HUP while something is cleaned up that must not be left behind.
+
+    The first one that comes meanwhile takes effect at the end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        # Python runs handlers in the main thread alone.
+        yield
+        return
+    received: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(number)
+
+    # Handlers, not a mask: the kernel gives a signal that the main thread blocks to another thread, and Python runs the handler
+    # in the main thread all the same.
+    before = {number: signal.signal(number, note) for number in _INTERRUPTS if signal.getsignal(number) is not None}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])

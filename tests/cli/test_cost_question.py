@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import pty
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,4 +82,21 @@ def test_train_asks_before_anything_is_created(launch: Launch, tmp_path: Path) -
     done = launch("train", *settings, "train.max_steps=1", "tracking.kind=none")
     assert done.returncode == 2
     assert "what the run will cost is not known, and there is no terminal to ask on" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_declined_cost_is_refused_on_every_machine(launcher_env: Mapping[str, str], tmp_path: Path) -> None:
+    settings = ("model=tiny", "run.confirm_usd=1", "run.name=costly", f"run.root={tmp_path}", "cluster.price_per_gpu_hour=2")
+    command = [sys.executable, "-m", "launcher", "train", "+cluster=static", *settings, "train.max_steps=1", "tracking.kind=none"]
+    controller, terminal = pty.openpty()
+    os.write(controller, b"no\n")
+    try:
+        done = subprocess.run(
+            command, env=launcher_env, stdin=terminal, stdout=terminal, stderr=subprocess.PIPE, text=True, timeout=300
+        )
+    finally:
+        os.close(controller)
+        os.close(terminal)
+    assert done.returncode == 2, done.stderr
+    assert "the cost of the run was not accepted" in done.stderr
     assert not any(tmp_path.iterdir())

@@ -21,6 +21,7 @@ from launcher.evaluate.vllm_engine import VllmEngine
 free_port = vllm_engine._free_port
 
 FAKE = Path(__file__).with_name("fake_vllm.py")
+REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -33,7 +34,8 @@ def python(tmp_path: Path) -> Path:
         (folder / "__init__.py").touch()
     (module / "api_server.py").write_text(FAKE.read_text())
     file = tmp_path / "python"
-    file.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
+    note = f'echo "$PYTHONPATH$PYTHONSAFEPATH" > {tmp_path}/inherited'
+    file.write_text(f'#!/bin/sh\n{note}\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
     file.chmod(0o700)
     return file
 
@@ -63,12 +65,18 @@ def await_no_server(weights: Weights) -> None:
         time.sleep(0.1)
 
 
-def test_prompts_go_as_token_ids_and_answers_come_in_their_order(python: Path, weights: Weights) -> None:
+def test_prompts_go_as_token_ids_and_answers_come_in_their_order(
+    python: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
     engine = engine_of(python, weights)
     try:
         (server,) = servers(weights)
         assert {connection.laddr.ip for connection in server.net_connections() if connection.status == "LISTEN"} == {"127.0.0.1"}
         assert os.environ.get("VLLM_API_KEY") is None
+        inherited = python.with_name("inherited").read_text().strip()
+        assert inherited == "", "packages of this program are not those of vLLM's environment"
         assert server.cwd() == "/", "Python imports modules from the working directory"
         answers = engine.generate([[5, 6], [5, 6, 7]], num_shared=2, stop_strings=["\n\n"], max_new_tokens=9)
     finally:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import hand_made
@@ -41,6 +42,35 @@ def test_a_process_dies_with_its_parent() -> None:
     while _alive(pid):
         assert time.monotonic() < deadline, f"process {pid} outlived its parent"
         time.sleep(0.02)
+
+
+def test_a_rank_of_a_score_pass_dies_with_its_parent(tmp_path: Path) -> None:
+    task = tmp_path / "task.json"
+    os.mkfifo(task)
+    parent = (
+        "import subprocess, sys; rank = subprocess.Popen([sys.executable, '-m', 'launcher.worker.scoring.rank', sys.argv[1]]);"
+        "print(rank.pid, flush=True); rank.wait()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent, str(task)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        pid = int(process.stdout.readline())
+    deadline, writer = time.monotonic() + 120, None
+    while writer is None:
+        # The rank has begun once it waits for the content of its task.
+        assert time.monotonic() < deadline
+        assert _alive(pid)
+        with suppress(OSError):
+            writer = os.open(task, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.02)
+    try:
+        process.kill()
+        process.wait(timeout=10)
+        while _alive(pid):
+            assert time.monotonic() < deadline, f"process {pid} outlived its parent"
+            time.sleep(0.02)
+    finally:
+        os.close(writer)
 
 
 def test_a_local_run_ends_only_when_the_mirror_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

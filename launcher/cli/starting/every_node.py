@@ -130,7 +130,7 @@ def train(jobs: Sequence[Composed], follows: bool | None, accepts_cost: bool) ->
         launch.print_plan(plan, cluster)
         cluster.check(plan)
         if not launch.may_start([plan], accepts_cost):
-            return "its cost was not accepted"
+            raise SubmitError("the cost of the run was not accepted", remedy="start again and accept it, or add --yes")
         interrupts.defer()
         return launch.start(plan, cluster)[1]
 

@@ -141,8 +141,10 @@ def _has_vllm(python: Path) -> bool:
     if not os.access(python, os.X_OK) or not python.is_file():
         return False
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    # The server runs without this program's search path.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     try:
-        return subprocess.run([python, "-P", "-c", code], capture_output=True, timeout=_PYTHON_S).returncode == 0
+        return subprocess.run([python, "-P", "-c", code], capture_output=True, env=environ, timeout=_PYTHON_S).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
 

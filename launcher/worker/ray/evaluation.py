@@ -16,6 +16,7 @@ from launcher.clusters.detached_process import build_pythonpath
 from launcher.clusters.ray import auto_address
 from launcher.config.sections.ray import RaySection
 from launcher.evaluate.task import EvaluationFolder
+from launcher.worker.ray.connection import config_without_search_path
 
 
 def answer_here(folder: str, rank: int, num_processes: int) -> int:
@@ -38,7 +39,7 @@ def main(folder: str) -> int:
     runtime = {} if section.is_http else {"runtime_env": {"env_vars": variables}}
     # Within a job, Ray itself names the cluster of the job.
     address = "auto" if section.is_http else auto_address.address_to_join(section.address or "")
-    ray.init(address=address, log_to_driver=True, logging_level="WARNING", **runtime)
+    ray.init(address=address, log_to_driver=True, logging_level="WARNING", job_config=config_without_search_path(), **runtime)
     try:
         options = _task_options(ray, section.workers)
         waiting = [ray.remote(answer_here).options(**one).remote(folder, rank, len(options)) for rank, one in enumerate(options)]

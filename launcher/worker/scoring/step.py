@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from launcher.data.sources.origins import DocumentOrigins
 from launcher.errors import LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.scoring.document_texts import DocumentTexts
 from launcher.worker.scoring.passes import Progress, ScorePass, score
 from launcher.worker.scoring.triage import answer
@@ -114,6 +116,7 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     exit_on_termination()
+    die_with_parent(signal.SIGTERM)
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from launcher.models.private_code import remove_copies
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.progress import show_documents
+from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.scoring.document_texts import DocumentTexts
 from launcher.worker.scoring.passes import Progress, ScorePass, score, temporary_folder
 from launcher.worker.scoring.weights import find_weights
@@ -171,6 +173,7 @@ def answer(work: Callable[[Progress], dict[str, Any]]) -> int:
 
 if __name__ == "__main__":
     exit_on_termination()
+    die_with_parent(signal.SIGTERM)
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
