@@ -21,7 +21,7 @@ from launcher.cli.formatting import short
 from launcher.cli.minimum_gains import parse_minimum_gains
 from launcher.cli.starting.interrupts import alive_file, ended_by_signals
 from launcher.cli.views import evaluation_view
-from launcher.cli.views.request_costs import request_cost_table, saved_tokens
+from launcher.cli.views.request_costs import price_of_evaluation, request_cost_table, saved_tokens
 from launcher.cli.worker_process import run_worker, run_worker_module
 from launcher.clusters.backends import evaluation_nodes_for
 from launcher.config.compose import Composed, run_hydra
@@ -64,7 +64,7 @@ def run(verb: str, tokens: list[str]) -> int:
     verdicts = {
         name: json_records.decode(EvaluationVerdict, result["verdict"], "the verdict") for name, result in shown["sets"].items()
     }
-    priced = plan.model_copy(update={"config": config})
+    priced = plan.model_copy(update={"config": config, "price": price_of_evaluation(plan, config)})
     for name, verdict in verdicts.items():
         shown["sets"][name] |= {"costs": request_cost_table(verdict, priced), "saved_tokens": saved_tokens(verdict)}
     primary = next(iter(verdicts.values()))

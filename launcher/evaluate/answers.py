@@ -23,6 +23,8 @@ from launcher import atomic_files, json_records
 from launcher.errors import RunError
 from launcher.evaluate.metrics import GeneratedAnswer
 
+_NUM_READS = 3
+
 
 @dataclass(frozen=True)
 class AnswerKey:
@@ -101,8 +103,17 @@ class AnswerStore:
 
     def read(self) -> dict[int, StoredAnswer]:
         """Return the answers that exist, by prompt. A line that a killed process has not finished is left out."""
-        if (complete := self.read_complete()) is not None:
-            return {answer.index: answer for answer in complete}
+        for _ in range(_NUM_READS):
+            if (complete := self.read_complete()) is not None:
+                return {answer.index: answer for answer in complete}
+            try:
+                return self._read_parts()
+            except FileNotFoundError:
+                # The first process has put the parts together meanwhile.
+                continue
+        return {}
+
+    def _read_parts(self) -> dict[int, StoredAnswer]:
         answers: dict[int, StoredAnswer] = {}
         for file in sorted(self._partial.glob("*.jsonl")):
             for line in file.read_bytes().splitlines(keepends=True):

@@ -20,10 +20,10 @@ from launcher.evaluate.scoring import AnswerScorer
 from launcher.evaluate.selection import ChosenStyles, choose_styles
 from launcher.evaluate.task import (
     TUNED,
-    CommandWatch,
     EvaluationAnswers,
     EvaluationFolder,
     EvaluationTask,
+    ProcessFacts,
     SideAnswers,
     StyleScore,
     Weights,
@@ -53,7 +53,7 @@ class AnswerGeneration:
         self._folder, self._share = folder, share
         self._engine_name, self._device, self._dtype = engine_name, device, dtype
         self._config = self.task.settings
-        self._watch = CommandWatch(folder.root)
+        self._facts = ProcessFacts(device, dtype, engine_name, version("transformers"))
         # Of all sets and sides, each with its number of prompts.
         self._stores: dict[str, tuple[AnswerStore, int]] = {}
         self._questions = {name: folder.read_questions(name) for name in self.task.sets}
@@ -67,6 +67,7 @@ class AnswerGeneration:
     def run(self, make_engine: MakeEngine) -> None:
         """Answer this process's share; the first process writes answers.json when all answers are there."""
         began = time.monotonic()
+        self._folder.write_facts(self._share.rank, self._facts)
         sides: dict[str, list[SideAnswers]] = {name: [] for name in self.task.sets}
         scores: Mapping[PromptStyle, float] = {}
         if self.task.base is not None:
@@ -161,7 +162,8 @@ class AnswerGeneration:
             missing = [i for i in batch if i not in existing]
             if not missing:
                 continue
-            self._watch.require_alive()
+            if self._share.rank:
+                self._folder.require_alike(self._share.rank, self._facts)
             self._share.say(f"{activity}: {num_done} of {num_own} answers")
             model, began = engine(), time.monotonic()
             generated = model.generate(
@@ -183,7 +185,7 @@ class AnswerGeneration:
     def _await(self, stores: Sequence[tuple[AnswerStore, int]], activity: str) -> None:
         """Wait until all processes have stored their answers; whoever started them ends them all where one fails."""
         while not all(len(store.read()) == count for store, count in stores):
-            self._watch.require_alive()
+            self._folder.require_alike(self._share.rank, self._facts)
             self._share.say(f"{activity}: waiting for other processes")
             time.sleep(_POLL_S)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ TUNED = "tuned"
 _TRAINING = "training"
 # A command that was killed, or whose machine is gone, counts this file up no more.
 ALIVE = "alive"
-_ALIVE_TIMEOUT_S = 120.0
+_ALIVE_TIMEOUT_S, _ALIVE_POLL_S, _END_S = 120.0, 5.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,16 @@ class EvaluationAnswers:
 
 
 @dataclass(frozen=True)
+class ProcessFacts:
+    """What must be the same in all processes of an evaluation: their answers would not belong together otherwise."""
+
+    device: str
+    dtype: str
+    engine: str
+    transformers: str
+
+
+@dataclass(frozen=True)
 class EvaluationFolder:
     """The paths of one evaluation: runs/NAME/evaluations/step-XXXXXXXX."""
 
@@ -111,6 +124,34 @@ class EvaluationFolder:
         """The export of a step that the run's own export does not have; removed with the end of the evaluation."""
         return self.root / "weights"
 
+    @property
+    def processes(self) -> Path:
+        """One record for each process that answers; emptied when a command begins."""
+        return self.root / ".processes"
+
+    def write_facts(self, rank: int, facts: ProcessFacts) -> None:
+        self.processes.mkdir(mode=0o700, exist_ok=True)
+        json_records.write(self.processes / f"{rank:05d}.json", facts)
+
+    def require_alike(self, rank: int, facts: ProcessFacts) -> None:
+        """Compare a process with the first one, and the first one with all that have begun.
+
+        Raises:
+            RunError: where they differ, since each would wait for answers that no other gives.
+        """
+        files = sorted(self.processes.glob("*.json")) if rank == 0 else [self.processes / f"{0:05d}.json"]
+        for file in files:
+            other = json_records.read_if_present(ProcessFacts, file)
+            if other is not None and other != facts:
+                first, second = vars(facts if rank == 0 else other), vars(other if rank == 0 else facts)
+                differing = [f"{key}: {first[key]} and {second[key]}" for key in first if first[key] != second[key]]
+                raise RunError(
+                    f"process {rank or int(file.stem)} of the evaluation differs from the first one",
+                    where=str(self.root),
+                    value=", ".join(differing),
+                    remedy="install the same packages on all nodes, and check their GPUs with: python -m launcher doctor",
+                )
+
     def questions(self, name: str = _TRAINING) -> Path:
         return self.root / f"{name}.questions.jsonl"
 
@@ -132,27 +173,37 @@ class EvaluationFolder:
         return [EvalQuestion.from_json(json.loads(line)) for line in lines]
 
 
-@dataclass
 class CommandWatch:
-    """Ends a process of an evaluation whose command has ended without saying so."""
+    """Finds that the command of an evaluation has ended without saying so, and ends this process then."""
 
-    folder: Path
-    _content: bytes = b""
-    _changed_at: float = field(default_factory=time.monotonic)
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._content, self._changed_at = self._read(), time.monotonic()
 
-    def require_alive(self) -> None:
-        """Raises: RunError where the command has given no sign of life for two minutes."""
-        now = time.monotonic()
-        try:
-            content = (self.folder / ALIVE).read_bytes()
-        except OSError:
-            content = self._content
-        if content != self._content:
+    def has_ended(self) -> bool:
+        """Return whether the command has given no sign of life for two minutes."""
+        content, now = self._read(), time.monotonic()
+        if content not in (b"", self._content):
             self._content, self._changed_at = content, now
-        elif now - self._changed_at > _ALIVE_TIMEOUT_S:
-            raise RunError(
-                "the command of this evaluation has ended", where=str(self.folder), remedy="start it again: it continues"
-            )
+        return now - self._changed_at > _ALIVE_TIMEOUT_S
+
+    def start(self, poll_s: float = _ALIVE_POLL_S) -> None:
+        """Look in a thread, since loading a model and a request to a server take longer than the command is waited for."""
+        threading.Thread(target=self._end_process, args=(poll_s,), name="command-watch", daemon=True).start()
+
+    def _end_process(self, poll_s: float) -> None:
+        while not self.has_ended():
+            time.sleep(poll_s)
+        print(f"the command of this evaluation has ended: {self._folder}; start it again, it continues", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_END_S)
+        os._exit(1)
+
+    def _read(self) -> bytes:
+        try:
+            return (self._folder / ALIVE).read_bytes()
+        except OSError:
+            return b""
 
 
 def describe(style: PromptStyle | None) -> str:

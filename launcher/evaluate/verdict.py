@@ -202,11 +202,11 @@ def describe_general_loss(loss: GeneralLoss) -> str:
     """Say in one sentence whether the model has forgotten: the loss of general text before and after."""
     change = loss.after - loss.before
     moved = f"{'rose' if change > 0 else 'fell'} by {abs(change):.2f}" if abs(change) >= 0.005 else "did not change"
+    until = "" if loss.measured_at is None else f" until step {loss.measured_at}, where it was measured last"
     if loss.is_forgetting:
-        return (
-            f"General loss {moved} ({change / loss.before:.0%}) on {loss.set_name}: the model has forgotten some of what it knew."
-        )
-    return f"General loss {moved}: no sign of forgetting."
+        rise = f"({change / loss.before:.0%}) on {loss.set_name}{until}"
+        return f"General loss {moved} {rise}: the model has forgotten some of what it knew."
+    return f"General loss {moved}{until}: no sign of forgetting."
 
 
 def _words(metric: str) -> str:

@@ -19,7 +19,8 @@ def read_general_loss(run: RunDir, step: int, max_rise_frac: float) -> GeneralLo
     for name, metric in names.items():
         losses = [(line[STEP], line[metric]) for line in lines if metric in line]
         if len(losses) > 1 and losses[0][0] == 0:
-            return GeneralLoss(name, losses[0][1], losses[-1][1], max_rise_frac)
+            measured_at = None if losses[-1][0] == step else losses[-1][0]
+            return GeneralLoss(name, losses[0][1], losses[-1][1], max_rise_frac, measured_at)
     return None
 
 

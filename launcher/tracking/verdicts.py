@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from launcher import json_records
+from launcher import atomic_files, json_records
 from launcher.plan.run_dir import RunDir
 
 _FOLDER = re.compile(r"step-(\d{8})")
@@ -75,12 +75,16 @@ class SideUsage:
 
 @dataclass(frozen=True)
 class GeneralLoss:
-    """Loss of the set `set_name`, of general text, before training and at the step that was evaluated."""
+    """Loss of the set `set_name`, of general text, before training and at the step that was evaluated.
+
+    `measured_at` is the earlier step at which it was measured last, where that is another one.
+    """
 
     set_name: str
     before: float
     after: float
     max_rise_frac: float
+    measured_at: int | None = None
 
     @property
     def is_forgetting(self) -> bool:
@@ -92,7 +96,8 @@ class EvaluationVerdict:
     """verdict.json: whether fine-tuning helped.
 
     `means` holds the mean score of each side by metric, `comparisons` those of every metric with every baseline. The primary
-    metric comes first in both; `outcome` and `sentence` are about it.
+    metric comes first in both; `outcome` and `sentence` are about it. `checkpoint` is the digest of the manifest of the
+    checkpoint that was evaluated, empty where the run kept none of that step.
     """
 
     metric: str
@@ -104,6 +109,7 @@ class EvaluationVerdict:
     general_loss: GeneralLoss | None = None
     examples: tuple[AnswerExample, ...] = ()
     usage: dict[str, SideUsage] = field(default_factory=dict)
+    checkpoint: str = ""
 
     @property
     def sides(self) -> list[str]:
@@ -163,14 +169,32 @@ def read_verdict(folder: Path) -> EvaluationVerdict | None:
     return json_records.read_if_present(EvaluationVerdict, folder / FILE_NAME, remedy)
 
 
+def remove_verdicts(folder: Path) -> None:
+    """Remove the verdicts of an evaluation that is repeated: its settings or weights may be others."""
+    for file in (folder / FILE_NAME, *folder.glob(f"*/{FILE_NAME}")):
+        file.unlink(missing_ok=True)
+
+
+def digest_checkpoint(run: RunDir, step: int) -> str:
+    """Return a digest of the manifest of a step's checkpoint, which names the digests of its files; empty without one."""
+    try:
+        return atomic_files.digest_file(run.checkpoints / f"step-{step:08d}" / "manifest.json").xxh3_128
+    except OSError:
+        return ""
+
+
 def read_verdicts(run: RunDir) -> list[SetVerdict]:
-    """Return the verdicts of a run by step and set, in ascending order. Raises what `read_verdict` raises."""
+    """Return the verdicts of a run by step and set, in ascending order. Raises what `read_verdict` raises.
+
+    Those about a checkpoint that another one of the same step has replaced, after a return to an earlier step, are left out.
+    """
     verdicts = []
     for folder in sorted((run.root / "evaluations").glob("step-*")):
         if match := _FOLDER.fullmatch(folder.name):
             sets = sorted(file.parent for file in folder.glob(f"*/{FILE_NAME}"))
             # The verdict beside the sets is that of the first one again.
             for one in sets or [folder]:
-                if (verdict := read_verdict(one)) is not None:
+                verdict, current = read_verdict(one), digest_checkpoint(run, int(match[1]))
+                if verdict is not None and (not verdict.checkpoint or current in ("", verdict.checkpoint)):
                     verdicts.append(SetVerdict(int(match[1]), one.name if sets else "", verdict))
     return verdicts

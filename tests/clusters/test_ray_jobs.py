@@ -6,11 +6,12 @@ import os
 import pwd
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from launcher.clusters.ray import jobs
+from launcher.clusters.ray import evaluation, jobs
 from launcher.config.sections.ray import RaySection
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
@@ -83,3 +84,45 @@ def test_a_cluster_without_agents_is_reported_after_the_deadline(
     with pytest.raises(SubmitError):
         submit(monkeypatch, Client(NO_AGENT), tmp_path)
     assert slept == []
+
+
+class BusyClient(Client):
+    """A job that ends after `num_failures` requests to which the head node does not answer."""
+
+    def __init__(self, num_failures: int) -> None:
+        super().__init__()
+        self.num_failures = num_failures
+        self.has_stopped = False
+
+    def get_job_info(self, job: str) -> Any:
+        if self.num_failures and not self.has_stopped:
+            self.num_failures -= 1
+            raise ConnectionError("timed out")
+        return SimpleNamespace(status=SimpleNamespace(value="SUCCEEDED"), message="done")
+
+    def get_job_logs(self, job: str) -> str:
+        return "answered\n"
+
+    def stop_job(self, job: str) -> None:
+        self.has_stopped = True
+
+    def delete_job(self, job: str) -> None:
+        pass
+
+
+def test_an_evaluation_outlasts_requests_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
+    now = 0.0
+
+    def monotonic() -> float:
+        nonlocal now
+        now += 1.0
+        return now
+
+    monkeypatch.setattr(time, "monotonic", monotonic)
+    client = BusyClient(num_failures=20)
+    monkeypatch.setattr(jobs, "_client", lambda address: client)
+    assert evaluation._run_as_job(SECTION, tmp_path) == ["answered", "done"]
+    client = BusyClient(num_failures=100_000)
+    with pytest.raises(SubmitError, match="does not answer"):
+        evaluation._run_as_job(SECTION, tmp_path)
+    assert client.has_stopped

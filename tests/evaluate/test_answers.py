@@ -56,3 +56,18 @@ def test_a_changed_file_is_not_taken_for_complete(tmp_path: Path) -> None:
     store.complete()
     store.path.write_text(store.path.read_text().replace("line", "lime"))
     assert store.read_complete() is None
+
+
+def test_parts_that_are_put_together_meanwhile_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, other = AnswerStore(tmp_path, "tuned", KEY), AnswerStore(tmp_path, "tuned", KEY)
+    first.append("00000", [answer(i) for i in range(3)])
+    read_bytes = Path.read_bytes
+
+    def read_late(path: Path) -> bytes:
+        if path.name == "00000.jsonl":
+            monkeypatch.setattr(Path, "read_bytes", read_bytes)
+            first.complete()
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_late)
+    assert other.read() == {i: answer(i) for i in range(3)}

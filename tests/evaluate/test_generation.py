@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -19,7 +23,7 @@ from launcher.evaluate import task as task_module
 from launcher.evaluate.answers import GeneratedIds
 from launcher.evaluate.generation import AnswerGeneration, Share
 from launcher.evaluate.questions import EvalQuestion
-from launcher.evaluate.task import CommandWatch, EvaluationFolder, EvaluationTask, Weights
+from launcher.evaluate.task import CommandWatch, EvaluationFolder, EvaluationTask, ProcessFacts, Weights
 from launcher.worker.evaluation.conclude import conclude
 
 NUM_QUESTIONS = 7
@@ -143,13 +147,48 @@ def test_an_evaluation_that_was_killed_continues(folder: EvaluationFolder, token
     assert files(folder) == before
 
 
-def test_a_process_ends_where_its_command_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_differs_from_the_first_one_is_refused(
+    folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """It would wait for answers that no other gives."""
+    first = ProcessFacts("cuda", "bf16", "parrot", version("transformers"))
+    folder.write_facts(0, first)
+    log: list[str] = []
+    with pytest.raises(RunError, match="process 1 of the evaluation differs from the first one") as caught:
+        AnswerGeneration(folder, Share(1, 2), "parrot", "cpu", "bf16").run(lambda weights: Parrot(weights, tokenizer, log))
+    assert caught.value.problems[0].value == "device: cuda and cpu"
+    assert log == []
+    with pytest.raises(RunError, match="process 1 of the evaluation differs from the first one") as caught:
+        folder.require_alike(0, first)
+    assert caught.value.problems[0].value == "device: cuda and cpu"
+
+
+def test_the_command_has_ended_where_its_file_does_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(task_module.time, "monotonic", lambda: now)
-    watch = CommandWatch(tmp_path, _changed_at=0.0)
-    for now, sign in ((1.0, "1"), (100.0, "2"), (219.0, "2"), (221.0, "2")):
-        (tmp_path / task_module.ALIVE).write_text(sign)
-        if now < 220:
-            watch.require_alive()
-    with pytest.raises(RunError, match="the command of this evaluation has ended"):
-        watch.require_alive()
+    file = tmp_path / task_module.ALIVE
+    file.write_text("9")
+    watch = CommandWatch(tmp_path)
+    for now, sign, expected in (
+        (119.0, "9", False),
+        (121.0, "9", True),
+        (122.0, "1", False),
+        (200.0, "2", False),
+        (319.0, "2", False),
+        (321.0, "2", True),
+    ):
+        file.write_text(sign)
+        assert watch.has_ended() == expected, (now, sign)
+    watch = CommandWatch(tmp_path / "absent")
+    now += 121.0
+    assert watch.has_ended()
+
+
+def test_a_process_ends_with_its_command_whatever_it_does(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from launcher.evaluate import task\n"
+        "task._ALIVE_TIMEOUT_S = 0.2; task.CommandWatch(Path(sys.argv[1])).start(0.1); time.sleep(600)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGTERM
+    assert "the command of this evaluation has ended" in done.stdout

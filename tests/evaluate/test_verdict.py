@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from made_verdict import made_verdict
 
 from launcher.evaluate import statistics
 from launcher.evaluate.verdict import judge
-from launcher.tracking.verdicts import ComparisonOutcome, EvaluationVerdict, GeneralLoss, read_verdict
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.verdicts import (
+    ComparisonOutcome,
+    EvaluationVerdict,
+    GeneralLoss,
+    digest_checkpoint,
+    read_verdict,
+    read_verdicts,
+    remove_verdicts,
+)
 
 BETTER, WORSE, UNCLEAR = ComparisonOutcome.BETTER, ComparisonOutcome.WORSE, ComparisonOutcome.UNCLEAR
 
@@ -157,3 +168,23 @@ def test_a_verdict_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     verdict.write(tmp_path)
     assert read_verdict(tmp_path) == verdict
     assert read_verdict(tmp_path / "other") is None
+
+
+def test_a_verdict_about_weights_that_were_replaced_is_not_shown(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    folder, manifest = tmp_path / "evaluations/step-00000007", run.checkpoints / "step-00000007/manifest.json"
+    (folder / "held_out").mkdir(parents=True)
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("first")
+    verdict = replace(made_verdict(), checkpoint=digest_checkpoint(run, 7))
+    for place in (folder, folder / "held_out"):
+        verdict.write(place)
+    assert [(one.step, one.set_name) for one in read_verdicts(run)] == [(7, "held_out")]
+    manifest.write_text("after a return to step 3")
+    assert read_verdicts(run) == []
+    # Checkpoints are removed after a while.
+    manifest.unlink()
+    assert len(read_verdicts(run)) == 1
+    remove_verdicts(folder)
+    assert read_verdicts(run) == []
+    assert read_verdict(folder) is None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.evaluate.verdict import describe_general_loss
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.general_loss import read_general_loss
 from launcher.tracking.jsonl import JsonlTracker
@@ -27,6 +28,9 @@ def test_the_last_evaluation_up_to_the_step_counts(tmp_path: Path, name: str) ->
     assert at_15 is not None
     assert (at_20.set_name, at_20.before, at_20.after, at_20.is_forgetting) == (name, 2.0, 2.3, True)
     assert (at_15.after, at_15.is_forgetting) == (2.05, False)
+    assert (at_20.measured_at, at_15.measured_at) == (None, 10)
+    assert "until step 10, where it was measured last: no sign of forgetting" in describe_general_loss(at_15)
+    assert "step" not in describe_general_loss(at_20)
 
 
 @pytest.mark.parametrize(

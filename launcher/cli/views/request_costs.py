@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from launcher.config.schema import RunConfig
+from launcher.plan.gpu_types import Price, typical_price
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.costs import request_cost
 from launcher.tracking.verdicts import TUNED, EvaluationVerdict
+
+
+def price_of_evaluation(plan: LaunchPlan, config: RunConfig) -> Price | None:
+    """Return the price of a GPU under the settings of an evaluation, which may choose another cluster than the run's."""
+    cluster, trained = config.cluster, plan.config.cluster
+    if cluster.price_per_gpu_hour is not None:
+        return Price(usd_per_gpu_hour=cluster.price_per_gpu_hour)
+    if cluster.gpu_type is not None:
+        return typical_price(cluster.gpu_type)
+    is_same = cluster.kind == trained.kind and trained.price_per_gpu_hour is None and trained.gpu_type is None
+    return plan.price if is_same else None
 
 
 def request_cost_table(verdict: EvaluationVerdict, plan: LaunchPlan) -> tuple[list[str], list[list[str]]] | None:

@@ -15,12 +15,14 @@ from launcher.clusters.ray import jobs
 from launcher.clusters.ray.cluster import require_usable
 from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
-from launcher.errors import RunError
+from launcher.errors import RunError, SubmitError
 from launcher.plan.run_dir import RunDir
 
 _MODULE = "launcher.worker.ray.evaluation"
 _LONGEST_WAIT_S = 30 * 24 * 3600.0
 _POLL_S = 1.0
+# How long the Jobs API may fail: a head node that is busy, or a tunnel that is set up again, comes back.
+_SILENT_S = 300.0
 _END_S = 20.0
 
 
@@ -64,11 +66,20 @@ def _run_as_job(section: RaySection, folder: Path) -> list[str]:
     """Run the driver as a job of the cluster, which is stopped and removed at the end; returns the last lines of its log."""
     address, code = section.address or "", Path(launcher.__file__).resolve().parents[1]
     job = jobs.submit_module(section, code, f"launcher-evaluate-{secrets.token_hex(4)}", _MODULE, [str(folder)])
-    num_shown = 0
+    num_shown, answered_at = 0, time.monotonic()
     try:
         while True:
-            state, message = jobs.state(address, job)
-            lines = jobs.read_log(address, job).splitlines()
+            try:
+                state, message = jobs.state(address, job)
+                lines = jobs.read_log(address, job).splitlines()
+            except jobs.JobUnknown:
+                raise
+            except SubmitError:
+                if time.monotonic() - answered_at > _SILENT_S:
+                    raise
+                time.sleep(_POLL_S)
+                continue
+            answered_at = time.monotonic()
             for line in lines[num_shown:]:
                 print(line, file=sys.stderr, flush=True)
             num_shown = max(num_shown, len(lines))

@@ -1,9 +1,13 @@
-"""Answers the share of one GPU, or of the CPU: `python -m launcher.worker.evaluation.answer FOLDER RANK WORLD_SIZE`."""
+"""Answers a share of the prompts: `python -m launcher.worker.evaluation.answer FOLDER RANK WORLD_SIZE NUM_GPUS`.
+
+NUM_GPUS is how many GPUs this process was given; 0 is the CPU.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +19,7 @@ from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.errors import LauncherError, RunError
 from launcher.evaluate.engine import Engine, TransformersEngine
 from launcher.evaluate.generation import AnswerGeneration, Share
-from launcher.evaluate.task import EvaluationFolder, EvaluationTask, Weights
+from launcher.evaluate.task import CommandWatch, EvaluationFolder, EvaluationTask, Weights
 from launcher.plan.disk import format_size
 from launcher.security.folders import private_files
 from launcher.tracking.progress import live_line
@@ -25,8 +29,15 @@ from launcher.worker.signals import exit_on_termination
 _LOADING_FACTOR = 1.2
 
 
-def answer(folder: EvaluationFolder, share: Share) -> None:
+def answer(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
     """Answer a share of all prompts. Raises what the evaluation raises."""
+    if num_gpus and not torch.cuda.is_available():
+        # The CPU would take days, and give other answers than the other processes.
+        raise RunError(
+            "a process of the evaluation finds no GPU, and was given one",
+            where=socket.gethostname(),
+            remedy="check this machine with nvidia-smi and: python -m launcher doctor",
+        )
     task = folder.read_task()
     config = task.settings
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,14 +83,15 @@ def _load(task: EvaluationTask, config: RunConfig, weights: Weights, device: str
 
 
 def main(argv: Sequence[str]) -> int:
-    folder, rank, world_size = EvaluationFolder(Path(argv[0])), int(argv[1]), int(argv[2])
+    folder, (rank, world_size, num_gpus) = EvaluationFolder(Path(argv[0])), map(int, argv[1:4])
+    CommandWatch(folder.root).start()
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with private_files(), live_line(sys.stdout) as (say, make_pace):
             pace = make_pace()
-            answer(folder, Share(rank, world_size, lambda text: say(text) if rank == 0 and pace.is_due() else None))
+            answer(folder, Share(rank, world_size, lambda text: say(text) if rank == 0 and pace.is_due() else None), num_gpus)
     except LauncherError as error:
         # On a cluster, the command shows what its nodes print.
         print(error, flush=True)

@@ -25,7 +25,7 @@ from launcher.evaluate.verdict import judge, with_examples
 from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
 from launcher.tracking.general_loss import read_general_loss
-from launcher.tracking.verdicts import EvaluationVerdict, GeneralLoss, SideUsage
+from launcher.tracking.verdicts import EvaluationVerdict, GeneralLoss, SideUsage, digest_checkpoint
 
 
 def conclude(folder: EvaluationFolder) -> dict[str, Any]:
@@ -37,10 +37,12 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
     """
     task, answers = folder.read_task(), folder.read_answers()
     scorer = AnswerScorer(task.settings.evaluate, folder.root)
-    general_loss = read_general_loss(RunDir(folder.root.parents[1]), task.step, task.settings.eval.forgetting_max_rise)
+    run = RunDir(folder.root.parents[1])
+    general_loss = read_general_loss(run, task.step, task.settings.eval.forgetting_max_rise)
+    checkpoint = digest_checkpoint(run, task.step)
     shown: dict[str, Any] = {}
     for number, (name, sides) in enumerate(answers.sets.items()):
-        verdict = _judge(folder, scorer, folder.read_questions(name), sides, general_loss)
+        verdict = replace(_judge(folder, scorer, folder.read_questions(name), sides, general_loss), checkpoint=checkpoint)
         verdict.write(folder.set_folder(name))
         if number == 0:
             verdict.write(folder.root)
@@ -52,7 +54,8 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
             "left_out": task.left_out.get(name, ()),
             "styles": {side.name: side.style for side in sides},
         }
-    shutil.rmtree(folder.weights, ignore_errors=True)
+    for left in (folder.weights, folder.processes):
+        shutil.rmtree(left, ignore_errors=True)
     selection = [{"style": one.style, "score": one.score} for one in answers.selection]
     return {
         "run": task.run_name,

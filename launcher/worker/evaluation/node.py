@@ -29,7 +29,7 @@ def run_node(folder: str, node: int, num_nodes: int, num_gpus: int) -> int:
             environ = dict(os.environ)
             if num_gpus > 1:
                 environ["CUDA_VISIBLE_DEVICES"] = visible[local] if local < len(visible) else str(local)
-            words = [folder, str(node * num_local + local), str(num_nodes * num_local)]
+            words = [folder, str(node * num_local + local), str(num_nodes * num_local), str(min(1, num_gpus))]
             command = [sys.executable, "-u", "-m", "launcher.worker.evaluation.answer", *words]
             processes.append(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL))
         while True:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import read_export
 from launcher.security.folders import private_files
 from launcher.tracking.progress import live_line
+from launcher.tracking.verdicts import remove_verdicts
 from launcher.worker.export import export_run
 from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.signals import exit_on_termination
@@ -98,6 +100,8 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
         left_out=left_out,
     )
     folder.answers.unlink(missing_ok=True)
+    remove_verdicts(folder.root)
+    shutil.rmtree(folder.processes, ignore_errors=True)
     json_records.write(folder.task, task)
     return folder
 

@@ -15,16 +15,18 @@ import launcher
 from launcher.clusters.detached_process import build_pythonpath
 from launcher.clusters.ray import auto_address
 from launcher.config.sections.ray import RaySection
+from launcher.errors import EXIT_FAILED
 from launcher.evaluate.task import EvaluationFolder
 from launcher.worker.ray.connection import config_without_search_path
 
 
-def answer_here(folder: str, rank: int, num_processes: int) -> int:
+def answer_here(folder: str, rank: int, num_processes: int, num_gpus: int) -> int:
     """Run one process of the evaluation on this node; returns its exit code."""
     import subprocess
     import sys
 
-    command = [sys.executable, "-P", "-u", "-m", "launcher.worker.evaluation.answer", folder, str(rank), str(num_processes)]
+    words = [folder, *map(str, (rank, num_processes, num_gpus))]
+    command = [sys.executable, "-P", "-u", "-m", "launcher.worker.evaluation.answer", *words]
     return subprocess.run(command, stdin=subprocess.DEVNULL).returncode
 
 
@@ -41,8 +43,15 @@ def main(folder: str) -> int:
     address = "auto" if section.is_http else auto_address.address_to_join(section.address or "")
     ray.init(address=address, log_to_driver=True, logging_level="WARNING", job_config=config_without_search_path(), **runtime)
     try:
-        options = _task_options(ray, section.workers)
-        waiting = [ray.remote(answer_here).options(**one).remote(folder, rank, len(options)) for rank, one in enumerate(options)]
+        options = task_options(ray, section.workers, section.placement_minutes * 60)
+        if not options:
+            message = f"the cluster has not provided a GPU for every process within {section.placement_minutes:g} minutes"
+            print(f"{message} (cluster.placement_minutes); see: ray status", flush=True)
+            return EXIT_FAILED
+        waiting = [
+            ray.remote(answer_here).options(**one).remote(folder, rank, len(options), one.get("num_gpus", 0))
+            for rank, one in enumerate(options)
+        ]
         while waiting:
             (done,), waiting = ray.wait(waiting, num_returns=1)
             if code := ray.get(done):
@@ -53,13 +62,29 @@ def main(folder: str) -> int:
         ray.shutdown()
 
 
-def _task_options(ray: Any, num_workers: int | None) -> list[dict[str, Any]]:
-    """Return the options of each task: of free GPUs, or of nodes where the cluster has no GPU."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+def task_options(ray: Any, num_workers: int | None, wait_s: float) -> list[dict[str, Any]]:
+    """Return the options of each task: of free GPUs, which are reserved, or of nodes where the cluster has no GPU.
+
+    There are none where the GPUs are not free after `wait_s`: other work of the cluster may take them first.
+    """
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
     if ray.cluster_resources().get("GPU"):
         count = max(1, int(ray.available_resources().get("GPU", 0)))
-        return [{"num_cpus": 1, "num_gpus": 1, "max_retries": 0}] * min(count, num_workers or count)
+        bundle = {"CPU": 1, "GPU": 1}
+        group = placement_group([bundle] * min(count, num_workers or count))
+        if not group.wait(wait_s):
+            return []
+        return [
+            {
+                "num_cpus": 1,
+                "num_gpus": 1,
+                "max_retries": 0,
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+            }
+            for index in range(group.bundle_count)
+        ]
     nodes = [node for node in ray.nodes() if node["Alive"]]
     strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     return [{"num_cpus": 0, "max_retries": 0, "scheduling_strategy": strategy} for strategy in strategies]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import errno
 import os
 import resource
@@ -21,7 +20,6 @@ import psutil
 import pytest
 from plan_fixtures import CPU, H100
 
-import launcher
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.config.sections.ray import RaySection
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
@@ -445,16 +443,3 @@ def test_missing_workers_are_reported_with_total_and_free_resources(run: RunDir,
 def test_workers_that_could_not_start_are_not_reported_as_missing(run: RunDir) -> None:
     driver_of(run)._watch(Fitting(), FakeCoordinator(run, lambda: state(idle_s=1900.0, early_failure="n2: no interface ib0")))
     assert run_store.read_status(run).message.endswith("could not start their ranks: n2: no interface ib0")
-
-
-def test_no_driver_gives_its_working_directory_to_workers() -> None:
-    """Ray puts it before all folders in their sys.path, unless it is told otherwise."""
-    files = Path(launcher.__file__).parent.rglob("*.py")
-    calls = [
-        (file.name, {keyword.arg for keyword in node.keywords})
-        for file in files
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "ray.init"
-    ]
-    assert len(calls) > 3
-    assert [name for name, keywords in calls if "job_config" not in keywords] == []

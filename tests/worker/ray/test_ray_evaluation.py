@@ -1,0 +1,43 @@
+"""The driver of an evaluation on Ray: GPUs that are reserved within a deadline, and workers that import nothing of others."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import launcher
+from launcher.worker.ray import evaluation
+
+
+def test_no_driver_gives_its_working_directory_to_workers() -> None:
+    """Ray puts it before all folders in their sys.path, unless it is told otherwise."""
+    files = Path(launcher.__file__).parent.rglob("*.py")
+    calls = [
+        (file.name, {keyword.arg for keyword in node.keywords})
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "ray.init"
+    ]
+    assert len(calls) > 3
+    assert [name for name, keywords in calls if "job_config" not in keywords] == []
+
+
+@pytest.mark.ray
+def test_an_evaluation_waits_for_gpus_only_as_long_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from ray.util.placement_group import placement_group
+
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+    try:
+        assert len(evaluation.task_options(ray, 1, 60.0)) == 1
+        (second,) = evaluation.task_options(ray, None, 60.0)
+        code = ray.remote(lambda: 7).options(**second).remote()
+        assert ray.get(code, timeout=120) == 7
+        assert evaluation.task_options(ray, None, 1.0) == [], "both GPUs are reserved"
+        assert not placement_group([{"GPU": 1}]).wait(0.1)
+    finally:
+        ray.shutdown()
