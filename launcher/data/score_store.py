@@ -38,7 +38,11 @@ _READ_VALUES = 1 << 21
 
 @dataclass(frozen=True)
 class ScoreKey:
-    """What scores depend on. `weights` and `data` are digests; `rows` is that of the row indices, empty for all rows."""
+    """What scores depend on.
+
+    `weights` and `data` are digests; `rows` is that of the row indices, empty for all rows. `kernels` names packages whose kernels
+    compute, with their versions.
+    """
 
     weights: str
     data: str
@@ -49,6 +53,7 @@ class ScoreKey:
     device: str
     torch: str
     transformers: str
+    kernels: str = ""
 
     def digest(self) -> str:
         """Return the hex digest, which names the folder."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,8 +48,7 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
             the engine's.
     """
     _free_memory()
-    if overfitting := read_overfitting(RunDir(Path(plan.run_dir))):
-        tracker.event("alert", overfitting.summary)
+    _report_overfitting(plan, tracker)
     if not plan.config.export.enabled:
         return
     task = _export_task(plan, checkpoint)
@@ -94,6 +94,15 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: 
         raise _export_error(plan, [problem]) from error
     finally:
         shutil.rmtree(task.partial, ignore_errors=True)
+
+
+def _report_overfitting(plan: LaunchPlan, tracker: Composite) -> None:
+    """Say since when the run overfits, unless it ended for that reason and has its best weights."""
+    keeps_best = plan.config.eval.stop_after > 0 and plan.config.checkpoint.keep_best > 0
+    with suppress(OSError, ValueError):
+        overfitting = None if keeps_best else read_overfitting(RunDir(Path(plan.run_dir)))
+        if overfitting is not None:
+            tracker.event("alert", overfitting.summary)
 
 
 def _export_error(plan: LaunchPlan, problems: Iterable[Problem]) -> ExportError:

@@ -32,6 +32,8 @@ from launcher.train import attention
 from launcher.train.loss import LossHead
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Endings of the names of buffers that have their values, in fp32, when a model is built.
+_BUILT_BUFFERS = ("inv_freq", "embed_scale")
 # Prefixes of transformers' errors where weights have another shape than the model, or cannot be fused.
 _MISMATCH_ERRORS = ("Error(s) in loading state_dict", "Failed to apply weight conversion")
 
@@ -178,11 +180,14 @@ def build_model(
 
 
 def _build_empty(config: Any, **options: Any) -> Any:
-    """Build a model without values in its weights; None where it has buffers with values, which checkpoints do not hold."""
+    """Build a model without values in its weights; None where it has buffers that only loading or initialization fills.
+
+    Checkpoints hold no buffers. Tables of rotary frequencies and the scale of embeddings have their values when they are built.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import deepspeed
 
-    # Under ZeRO-3, transformers gathers the weights of each module, and draws them.
+    # Under ZeRO-3, transformers gathers the weights of each module, and initializes them.
     initialize = deepspeed.initialize_weights_zero3
     deepspeed.initialize_weights_zero3 = lambda model: None
     try:
@@ -190,7 +195,8 @@ def _build_empty(config: Any, **options: Any) -> Any:
     finally:
         deepspeed.initialize_weights_zero3 = initialize
     weights = {name for name, _ in hf.named_parameters(remove_duplicate=False)}
-    return hf if weights.issuperset(hf.state_dict()) else None
+    tables = [name for name, buffer in hf.named_buffers() if buffer.is_floating_point() and not name.endswith(_BUILT_BUFFERS)]
+    return hf if weights.issuperset(hf.state_dict()) and not tables else None
 
 
 def checkpoint_layers(hf: Any, checkpointing: str) -> None:

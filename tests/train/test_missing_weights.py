@@ -59,15 +59,20 @@ def num_bytes(folder: Path) -> int:
 
 @pytest.mark.rest
 def test_weights_that_a_checkpoint_replaces_are_not_read(rank_server: RankServer, tmp_path: Path) -> None:
-    """Unless the model has buffers with values, which no checkpoint holds: here the corrections of a router."""
+    """Unless the model has buffers that loading fills, and no checkpoint holds: corrections of a router, a table of positions."""
     llama = save_model(tmp_path / "llama", {"model_type": "llama", "tie_word_embeddings": True})
     change_weights(llama, without("model.norm.weight"))
     own = {"first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
     experts = {"n_routed_experts": 8, "moe_intermediate_size": 8, "v_head_dim": 8, "n_group": 2, "topk_group": 1}
     buffered = save_model(tmp_path / "buffered", {"model_type": "deepseek_v3", **own, **experts})
     assert any(name.endswith("e_score_correction_bias") for name in load_file(buffered / "model.safetensors"))
-    cases = [(str(llama), True), (str(buffered), True)]
+    codegen = save_model(
+        tmp_path / "codegen", {"model_type": "codegen", "n_embd": 16, "n_head": 4, "n_layer": 2, "rotary_dim": 4}
+    )
+    gemma = save_model(tmp_path / "gemma", {"model_type": "gemma3_text"})
+    cases = [(str(folder), True) for folder in (llama, buffered, codegen, gemma)]
     (problems, loaded), _ = rank_server.values("train_ranks:build_models", [[cases], [cases]], tmp_path / "ranks")
-    assert problems == [None, None]
-    assert loaded[0] == 0
+    assert problems == [None] * 4
+    assert (loaded[0], loaded[3]) == (0, 0)
     assert loaded[1] > num_bytes(buffered) / 2
+    assert loaded[2] > num_bytes(codegen) / 2

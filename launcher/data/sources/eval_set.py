@@ -24,7 +24,15 @@ def make_set_data(eval_set: EvalSet, data: DataSection) -> DataSection:
         shared["split"] = HELD_OUT
     kept = dict.fromkeys(("held_out_in_train", "truncated", "no_turn_end", "empty_answer"), "keep")
     checks = ChecksSection(**kept, unsure_border="drop", max_dropped=data.checks.max_dropped)
-    own = {"path": None, "sources": (Source(**shared),), "eval_fraction": 0.0, "eval_path": None, "eval_split": None}
+    # data.exclude names documents of the training data.
+    own = {
+        "exclude": None,
+        "path": None,
+        "sources": (Source(**shared),),
+        "eval_fraction": 0.0,
+        "eval_path": None,
+        "eval_split": None,
+    }
     return data.model_copy(update={**own, "checks": checks})
 
 

@@ -17,7 +17,7 @@ from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import Batch, DataFacts, ModelFacts, PeakMemory, Topology
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.sizing.activations import Kernels
-from launcher.plan.sizing.checkpointed_layers import ALL, AUTO, NONE, checkpointed_layers
+from launcher.plan.sizing.checkpointed_layers import ALL, AUTO, NONE, checkpointed_layers, interval
 from launcher.plan.sizing.peak_memory import Pass, Sharding, estimate_peak
 from launcher.plan.sizing.step_time import predict_step
 
@@ -29,8 +29,6 @@ _AS_FAST = 0.98
 _MOST_TOKENS = 32_768
 _CHECKPOINTING = (NONE, "every 4", "every 3", "every 2", ALL)
 _WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Architectures whose attention needs a mask for all pairs of a row.
-_MASKED = ("gpt_neo", "gemma2")
 
 
 @dataclass(frozen=True)
@@ -83,12 +81,18 @@ class Situation:
 
 
 def attention_kernel(config: RunConfig, model: ModelFacts, device: str) -> str:
-    """Return the attention kernel that a plan assumes: for `auto` varlen, which keeps what FlashAttention keeps, or SDPA."""
+    """Return the attention kernel that a plan assumes. varlen stands for FlashAttention as well, which keeps the same.
+
+    For `auto` it is the one with which the model was probed, unless that does not compute this run's attention on GPUs.
+    """
     chosen = config.model.attention
     if chosen != AUTO:
         return chosen
-    is_masked = str(model.config.get("model_type")) in _MASKED or (device == "cuda" and config.model.dtype == "fp32")
-    return "sdpa" if is_masked else "varlen"
+    probed = "varlen" if model.isolation is None else model.isolation.kernel
+    has_dropout = bool(model.config.get("attention_dropout"))
+    if probed in (AUTO, "varlen"):
+        return "sdpa" if device == "cuda" and (config.model.dtype == "fp32" or has_dropout) else "varlen"
+    return probed
 
 
 def choose(situation: Situation) -> Considered:
@@ -205,9 +209,10 @@ def _usual_checkpointing(situation: Situation) -> str:
     return ALL if situation.topology.device == "cuda" and situation.model.num_params >= memory.RECOMPUTED_FROM else NONE
 
 
-def _preference(one: Considered) -> tuple[int, int]:
+def _preference(one: Considered) -> tuple[float, int]:
     """Without a prediction, order by less recomputation, then by more tokens in a forward pass."""
-    return _CHECKPOINTING.index(one.combination.checkpointing), -one.combination.micro_batch_size
+    every = interval(one.combination.checkpointing)
+    return 1 / every if every else 0.0, -one.combination.micro_batch_size
 
 
 def _section(section: DeepSpeedSection, combination: Combination) -> DeepSpeedSection:

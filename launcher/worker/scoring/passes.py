@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from launcher import hardware
+from launcher.config.schema import ModelSection
 from launcher.data.cache import Split
 from launcher.data.cache_dir import cache_root
 from launcher.data.score_store import ScoreKey, ScoreStore
@@ -106,7 +107,16 @@ def make_key(plan: LaunchPlan, weights_digest: str, one: ScorePass, device: str)
         device=device,
         torch=importlib.metadata.version("torch"),
         transformers=importlib.metadata.version("transformers"),
+        kernels=", ".join(_list_kernels(model)),
     )
+
+
+def _list_kernels(model: ModelSection) -> Iterator[str]:
+    """Yield the packages with kernels that a pass may use, with their versions."""
+    packages = ("flash-attn", "flash-attn-3", "flash-attn-4", *(("liger-kernel",) if model.liger else ()))
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            yield f"{package} {importlib.metadata.version(package)}"
 
 
 def _read_config(plan: LaunchPlan) -> Any:
