@@ -40,8 +40,8 @@ _READ_VALUES = 1 << 21
 class ScoreKey:
     """What scores depend on.
 
-    `weights` and `data` are digests; `rows` is that of the row indices, empty for all rows. `kernels` names packages whose kernels
-    compute, with their versions.
+    `weights` and `data` are digests; `rows` is that of the row indices, empty for all rows. `kernels` names the packages of
+    kernels, with their versions.
     """
 
     weights: str

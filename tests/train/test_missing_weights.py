@@ -9,7 +9,7 @@ import pytest
 import torch
 from forked_ranks import RankServer
 from safetensors.torch import load_file
-from weight_tools import change_weights, save_model, without
+from weight_tools import SIZES, change_weights, save_model, without
 
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError
@@ -66,9 +66,10 @@ def test_weights_that_a_checkpoint_replaces_are_not_read(rank_server: RankServer
     experts = {"n_routed_experts": 8, "moe_intermediate_size": 8, "v_head_dim": 8, "n_group": 2, "topk_group": 1}
     buffered = save_model(tmp_path / "buffered", {"model_type": "deepseek_v3", **own, **experts})
     assert any(name.endswith("e_score_correction_bias") for name in load_file(buffered / "model.safetensors"))
-    codegen = save_model(
-        tmp_path / "codegen", {"model_type": "codegen", "n_embd": 16, "n_head": 4, "n_layer": 2, "rotary_dim": 4}
-    )
+    small = {"n_embd": 16, "n_head": 4, "n_layer": 2, "rotary_dim": 4}
+    codegen = save_model(tmp_path / "codegen", {"model_type": "codegen", **small})
+    file = codegen / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **SIZES}))
     gemma = save_model(tmp_path / "gemma", {"model_type": "gemma3_text"})
     cases = [(str(folder), True) for folder in (llama, buffered, codegen, gemma)]
     (problems, loaded), _ = rank_server.values("train_ranks:build_models", [[cases], [cases]], tmp_path / "ranks")
