@@ -28,9 +28,15 @@ _NUM_READS = 3
 
 @dataclass(frozen=True)
 class AnswerKey:
-    """What answers belong to. `weights` and `prompts` are digests; `style` says how the prompts were written."""
+    """What answers belong to. `weights`, `config` and `prompts` are digests; `style` says how the prompts were written.
+
+    `config` is that of the model's config.json, `stop_ids` are the tokens that end an answer; `engine` has its version, where it
+    is not that of transformers.
+    """
 
     weights: str
+    config: str
+    stop_ids: tuple[int, ...]
     prompts: str
     num_prompts: int
     style: str

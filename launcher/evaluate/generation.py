@@ -139,6 +139,8 @@ class AnswerGeneration:
     def _store(self, name: str, weights: Weights, prompts: PromptBatch, style: PromptStyle | None) -> AnswerStore:
         key = AnswerKey(
             weights=weights.digest,
+            config=weights.config,
+            stop_ids=weights.stop_ids,
             prompts=digest_prompts(prompts.prompts, prompts.stop_strings),
             num_prompts=len(prompts.prompts),
             style=describe(style),

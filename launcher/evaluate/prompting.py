@@ -70,7 +70,8 @@ class BasePrompts:
         others: Sequence[EvalQuestion] = (),
     ) -> None:
         # The system message of the settings is already part of the questions, and the template is the base model's own.
-        self._encoder = Encoder(tokenizer, data.model_copy(update={"chat_template": None, "system": None}))
+        own = {"chat_template": None, "system": None, "train_on": "assistant"}
+        self._encoder = Encoder(tokenizer, data.model_copy(update=own))
         self._examples = tuple(examples)
         texts = [*(f"{_text_of(one)}{one.reference}" for one in examples), *(one.reference for one in others)]
         self._separator = next((one for one in _SEPARATORS if not any(one in text.strip() for text in texts)), _SEPARATORS[-1])
@@ -78,6 +79,19 @@ class BasePrompts:
     @property
     def num_examples(self) -> int:
         return len(self._examples)
+
+    @property
+    def turn_end_ids(self) -> tuple[int, ...]:
+        """The tokens with which the base model's own template ends a turn; none where it has no template."""
+        if not self._encoder.has_template:
+            return ()
+        chat = Chat("a turn", (Message("user", "question"), Message("assistant", "answer")))
+        try:
+            (encoded,) = self._encoder.encode([self._encoder.render(chat)])
+        except DataError:
+            # Some templates have no chats like this one.
+            return ()
+        return tuple(dict.fromkeys(int(encoded.ids[position]) for position in encoded.turn_ends))
 
     def forms(self, questions: Sequence[EvalQuestion]) -> tuple[str, ...]:
         """Return the forms that the base model can be asked in: chat needs a template of its own."""

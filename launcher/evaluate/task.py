@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from launcher import atomic_files, json_records
+from launcher.checkpoint.generation import read_stop_ids
 from launcher.config.schema import RunConfig
 from launcher.errors import RunError
 from launcher.evaluate.prompting import PromptStyle
@@ -24,15 +27,24 @@ _TRAINING = "training"
 # A command that was killed, or whose machine is gone, counts this file up no more.
 ALIVE = "alive"
 _ALIVE_TIMEOUT_S, _ALIVE_POLL_S, _END_S = 120.0, 5.0, 60.0
+# Of config.json: who wrote it.
+_NOT_ABOUT_THE_MODEL = ("_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model that answers: its folder, the digest of its weights, and the tokens at which it stops."""
+    """A model that answers: its folder, the digest of its weights, the tokens at which it stops, and the digest of its config."""
 
     folder: str
     digest: str
     stop_ids: tuple[int, ...]
+    config: str = ""
+
+    @classmethod
+    def of(cls, folder: Path, turn_end_ids: Sequence[int] = ()) -> Weights:
+        """Return the weights in a folder; answers also stop at `turn_end_ids`."""
+        stop_ids = tuple(dict.fromkeys((*read_stop_ids(folder), *turn_end_ids)))
+        return cls(str(folder), digest_weights(folder), stop_ids, _digest_config(folder))
 
 
 @dataclass(frozen=True)
@@ -209,6 +221,13 @@ class CommandWatch:
 def describe(style: PromptStyle | None) -> str:
     """Return how prompts were written; None for those of training."""
     return "as in training" if style is None else str(style)
+
+
+def _digest_config(folder: Path) -> str:
+    """Return a digest of what config.json says about the model."""
+    config = json.loads((folder / "config.json").read_bytes())
+    said = {key: value for key, value in config.items() if key not in _NOT_ABOUT_THE_MODEL}
+    return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
 
 
 def digest_weights(folder: Path) -> str:

@@ -34,6 +34,7 @@ _HOST = "127.0.0.1"
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _START_S, _REQUEST_S, _END_S, _POLL_S = 1800.0, 3600.0, 20.0, 0.5
 _LOG_LINES = 6
+_PYTHON_S = 60.0
 
 
 class VllmEngine:
@@ -160,6 +161,20 @@ class VllmEngine:
         lines = self._log.read().decode(errors="replace").strip().splitlines()[-_LOG_LINES:]
         remedy = "check the environment of evaluate.vllm_python; without the setting, transformers generates the answers"
         return RunError(message, where=str(self._python), value=" / ".join(line.strip() for line in lines), remedy=remedy)
+
+
+def read_version(python: Path) -> str | None:
+    """Return the version of vLLM in the environment of an interpreter; None where there is none."""
+    if not os.access(python, os.X_OK) or not python.is_file():
+        return None
+    code = "from importlib.metadata import version; print(version('vllm'))"
+    # The server runs without this program's search path.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    try:
+        done = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, env=environ, timeout=_PYTHON_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def _free_port() -> int:

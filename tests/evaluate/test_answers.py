@@ -10,7 +10,7 @@ import pytest
 from launcher.errors import RunError
 from launcher.evaluate.answers import AnswerKey, AnswerStore, StoredAnswer
 
-KEY = AnswerKey("weights", "prompts", 3, "plain text", "transformers", "fp32", "cpu", 8, "5")
+KEY = AnswerKey("weights", "config", (2,), "prompts", 3, "plain text", "transformers", "fp32", "cpu", 8, "5")
 
 
 def answer(index: int) -> StoredAnswer:
@@ -40,7 +40,18 @@ def test_a_line_that_was_cut_off_does_not_count_and_harms_no_other(tmp_path: Pat
     assert store.complete() == [answer(0), answer(1), answer(2)]
 
 
-@pytest.mark.parametrize("change", [{"weights": "others"}, {"prompts": "others"}, {"dtype": "bf16"}, {"max_new_tokens": 9}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": "others"},
+        {"config": "others"},
+        {"stop_ids": (2, 3)},
+        {"prompts": "others"},
+        {"engine": "vllm 0.11.0"},
+        {"dtype": "bf16"},
+        {"max_new_tokens": 9},
+    ],
+)
 def test_answers_of_other_weights_or_prompts_are_not_used(tmp_path: Path, change: dict[str, object]) -> None:
     store = AnswerStore(tmp_path, "tuned", KEY)
     store.append("00000", [answer(i) for i in range(3)])

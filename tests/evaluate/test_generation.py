@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -132,6 +134,33 @@ def test_answers_with_unicode_line_separators_are_judged(folder: EvaluationFolde
     verdict = conclude(folder)["sets"]["held_out"]["verdict"]
     assert verdict["outcome"] == "better"
     assert {one["answers"]["0-shot"] for one in verdict["examples"]} == {NO}
+
+
+def test_a_model_with_another_config_or_another_end_answers_again(
+    folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    run(folder, tokenizer, [])
+    task = folder.read_task()
+    for change in ({"config": "other"}, {"stop_ids": (2, 3)}):
+        json_records.write(folder.task, replace(task, tuned=replace(task.tuned, **change)))
+        log: list[str] = []
+        run(folder, tokenizer, log)
+        assert [line.split()[0] for line in log] == ["tuned"] * NUM_QUESTIONS
+
+
+def test_weights_are_known_by_what_their_config_says_about_the_model(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+
+    def with_config(**changes: object) -> Weights:
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        return Weights.of(folder, [7])
+
+    first = with_config()
+    assert first.stop_ids == (2, 7)
+    assert with_config(transformers_version="0", _name_or_path="elsewhere") == first
+    assert with_config(rms_norm_eps=1e-2) != first
 
 
 def test_an_evaluation_that_was_killed_continues(folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase) -> None:

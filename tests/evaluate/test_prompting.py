@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,16 @@ def test_chat_shows_examples_as_turns_and_the_tuned_model_sees_its_training_prom
     plain = base.write(ASKED, PromptStyle(CHAT, 0))
     assert plain.prompts == TunedPrompts(tokenizer, DATA).write(ASKED).prompts
     assert plain.stop_strings == ()
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_the_base_model_ends_where_its_own_template_ends_a_turn(tokenizer: PreTrainedTokenizerBase, train_on: str) -> None:
+    template = "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '<|endoftext|>' }}{% endfor %}"
+    for text, expected in ((tokenizer.chat_template, "<|im_end|>"), (template, "<|endoftext|>"), (None, None)):
+        other = copy.copy(tokenizer)
+        other.chat_template = text
+        ends = BasePrompts(other, DATA.model_copy(update={"train_on": train_on}), EXAMPLES).turn_end_ids
+        assert ends == (() if expected is None else (tokenizer.convert_tokens_to_ids(expected),))
 
 
 def test_a_completion_goes_on_from_its_prompt(tokenizer: PreTrainedTokenizerBase) -> None:

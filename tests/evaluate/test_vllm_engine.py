@@ -33,6 +33,8 @@ def python(tmp_path: Path) -> Path:
     for folder in (packages / "vllm", packages / "vllm/entrypoints", module):
         (folder / "__init__.py").touch()
     (module / "api_server.py").write_text(FAKE.read_text())
+    (packages / "vllm-0.11.0.dist-info").mkdir()
+    (packages / "vllm-0.11.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.11.0\n")
     file = tmp_path / "python"
     note = f'echo "$PYTHONPATH$PYTHONSAFEPATH" > {tmp_path}/inherited'
     file.write_text(f'#!/bin/sh\n{note}\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
@@ -87,6 +89,12 @@ def test_prompts_go_as_token_ids_and_answers_come_in_their_order(
     assert (request["temperature"], request["repetition_penalty"], request["max_tokens"]) == (0, 1, 9)
     assert (request["stop"], request["stop_token_ids"]) == (["\n\n"], [2])
     await_no_server(weights)
+
+
+def test_the_version_is_that_of_the_environment(python: Path) -> None:
+    assert vllm_engine.read_version(python) == "0.11.0"
+    assert vllm_engine.read_version(Path(sys.executable)) is None
+    assert vllm_engine.read_version(python.with_name("missing")) is None
 
 
 def test_a_server_that_ends_is_an_error_with_its_last_words(python: Path, tmp_path: Path) -> None:

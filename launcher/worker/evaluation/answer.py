@@ -43,11 +43,12 @@ def answer(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = _dtype(config, device)
     if config.evaluate.vllm_python is not None:
-        from launcher.evaluate.vllm_engine import NAME, VllmEngine
+        from launcher.evaluate.vllm_engine import NAME, VllmEngine, read_version
 
         python = Path(config.evaluate.vllm_python).expanduser()
+        name = f"{NAME} {read_version(python) or ''}".strip()
         tokenizer = load_tokenizer(task.tokenizer)
-        evaluation = AnswerGeneration(folder, share, NAME, device, dtype)
+        evaluation = AnswerGeneration(folder, share, name, device, dtype)
         evaluation.run(lambda weights: VllmEngine(python, weights, tokenizer, dtype=dtype, context=task.context))
         return
     evaluation = AnswerGeneration(folder, share, TransformersEngine.name, device, dtype)

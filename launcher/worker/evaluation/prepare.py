@@ -11,13 +11,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launcher import json_records, run_store
-from launcher.checkpoint.generation import read_stop_ids
 from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
@@ -26,7 +25,8 @@ from launcher.evaluate import questions as reading
 from launcher.evaluate.prompting import BasePrompts, PromptStyle, TunedPrompts
 from launcher.evaluate.questions import EvalQuestion, QuestionSet
 from launcher.evaluate.scoring import AnswerScorer, copy_metric_files
-from launcher.evaluate.task import EvaluationFolder, EvaluationTask, Weights, digest_weights
+from launcher.evaluate.task import EvaluationFolder, EvaluationTask, Weights
+from launcher.evaluate.vllm_engine import read_version
 from launcher.models.weight_files import weight_files
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -41,7 +41,6 @@ from launcher.worker.signals import exit_on_termination
 # Numbers of examples among which evaluate.shots=auto chooses.
 _SHOTS = (2, 4, 8)
 _LONGEST = 3
-_PYTHON_S = 60.0
 
 
 def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
@@ -82,6 +81,9 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
     scored = [*everything, *training[num_examples:]]
     scorer.check_references([one.reference for one in scored], [one.where for one in scored])
     shots = _fitting_shots(config, everything, base_prompts, context) if base else ()
+    if base is not None:
+        # The model's own settings may name the end of a text alone; each side ends where its template ends a turn.
+        base = replace(base, stop_ids=tuple(dict.fromkeys((*base.stop_ids, *base_prompts.turn_end_ids))))
     for name, several in asked.items():
         folder.write_questions(several, name)
     folder.write_questions(training)
@@ -131,7 +133,7 @@ def _require_sets(plan: LaunchPlan) -> list[str]:
 
 def _require_vllm(config: RunConfig) -> None:
     python = config.evaluate.vllm_python
-    if python is not None and not _has_vllm(Path(python).expanduser()):
+    if python is not None and read_version(Path(python).expanduser()) is None:
         raise ConfigError(
             "this is no Python interpreter of an environment with vLLM",
             where="evaluate.vllm_python",
@@ -139,18 +141,6 @@ def _require_vllm(config: RunConfig) -> None:
             remedy="make one with: python -m venv /opt/vllm && /opt/vllm/bin/pip install vllm, or remove the setting: "
             "transformers then generates the answers",
         )
-
-
-def _has_vllm(python: Path) -> bool:
-    if not os.access(python, os.X_OK) or not python.is_file():
-        return False
-    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-    # The server runs without this program's search path.
-    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    try:
-        return subprocess.run([python, "-P", "-c", code], capture_output=True, env=environ, timeout=_PYTHON_S).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False
 
 
 def _with_own_template(plan: LaunchPlan, folder: EvaluationFolder) -> LaunchPlan:
@@ -264,7 +254,7 @@ def _base(plan: LaunchPlan) -> Weights | None:
             where=str(path),
             remedy="fetch them again with: python -m launcher data and the run's settings",
         )
-    return Weights(str(path), digest_weights(path), tuple(read_stop_ids(path)))
+    return Weights.of(path)
 
 
 def _tuned(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) -> Weights:
@@ -276,8 +266,7 @@ def _tuned(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) -
         with private_files():
             export_run(run.plan, step=step, dtype=plan.config.model.dtype, out=path, check=False)
     turn_ends = plan.data.turn_end_ids if plan.data is not None else ()
-    stop_ids = tuple(dict.fromkeys((*read_stop_ids(path), *turn_ends)))
-    return Weights(str(path), digest_weights(path), stop_ids)
+    return Weights.of(path, turn_ends)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
