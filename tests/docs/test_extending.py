@@ -143,7 +143,7 @@ def test_an_evaluation_metric_of_the_page_scores_answers() -> None:
     metric = answer_metrics.METRICS["contains"]
     assert metric.score(GeneratedAnswer("It is a Red apple.", True, 5), "red") == 1
     assert metric.score(GeneratedAnswer("It is green.", True, 3), "red") == 0
-    assert metric.reference_problem("...", answer_metrics.MetricOptions()) == "has no words"
+    assert metric.reference_problem(" ", answer_metrics.MetricOptions()) == "has no words"
 
 
 def test_the_page_names_every_test_of_an_extension_point() -> None:
