@@ -134,22 +134,37 @@ class VllmEngine:
         while time.monotonic() < until:
             if self._process.poll() is not None:
                 raise self._failed(f"vLLM ended with exit code {self._process.returncode} before it answered")
-            with suppress(OSError), self._opener.open(self._request("/health"), timeout=_POLL_S * 10):
-                if not _is_listener_of_user(self._port):
-                    raise self._failed(f"port {self._port}, which vLLM was to have, is another user's")
-                return
+            # Only the server gets the key.
+            if self._is_listening():
+                with suppress(OSError), self._opener.open(self._request("/health"), timeout=_POLL_S * 10):
+                    return
             time.sleep(_POLL_S)
         raise self._failed(f"vLLM did not answer within {start_s:.0f} s")
 
     def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        # The server may have ended, and another user may have its port.
+        self._require_server()
         try:
             with self._opener.open(self._request(path, body), timeout=_REQUEST_S) as response:
                 answer: dict[str, Any] = json.loads(response.read())
-                return answer
         except urllib.error.HTTPError as error:
             raise self._failed(f"vLLM refused the prompts: {error.read(500).decode(errors='replace')}") from None
         except (OSError, ValueError) as error:
             raise self._failed(f"vLLM gave no answer: {error}") from None
+        self._require_server()
+        return answer
+
+    def _require_server(self) -> None:
+        """Raises: RunError where the server has ended."""
+        if (code := self._process.poll()) is not None or not self._is_listening():
+            raise self._failed("vLLM has ended" if code is None else f"vLLM ended with exit code {code}")
+
+    def _is_listening(self) -> bool:
+        """Return whether a process of this user listens on the port; raises RunError where another user's does."""
+        users = _users_listening(self._port)
+        if users is not None and users - {os.geteuid()}:
+            raise self._failed(f"port {self._port}, which vLLM was to have, is another user's")
+        return users != set()
 
     def _request(self, path: str, body: Mapping[str, Any] | None = None) -> urllib.request.Request:
         headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
@@ -183,12 +198,14 @@ def _free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def _is_listener_of_user(port: int) -> bool:
-    """Return False where another user's process listens on this port of the loopback address; True where that is not known."""
+def _users_listening(port: int) -> set[int] | None:
+    """Return the users whose processes listen on this port of the loopback address itself; None where that is not known.
+
+    While one does, the system gives it all connections to that address, and none to a process that listens on all addresses.
+    """
     try:
         rows = [line.split() for line in _LISTENERS.read_text().splitlines()[1:]]
     except OSError:
-        return True
+        return None
     # Columns of proc(5): the local address in reverse order, the state and the user.
-    users = {int(row[7]) for row in rows if row[3] == "0A" and row[1] == f"0100007F:{port:04X}"}
-    return users <= {os.geteuid()}
+    return {int(row[7]) for row in rows if row[3] == "0A" and row[1] == f"0100007F:{port:04X}"}

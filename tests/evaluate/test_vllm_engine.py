@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from missing_program import skip_or_fail
 
 from launcher.errors import RunError
 from launcher.evaluate import vllm_engine
@@ -137,3 +138,40 @@ def test_a_port_that_another_user_has_taken_is_not_asked(
             with pytest.raises(RunError, match="is another user's"):
                 engine_of(python, weights)
     await_no_server(weights)
+
+
+def test_a_port_that_another_user_has_taken_on_all_addresses_gets_no_prompt(
+    python: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They read the port in the command line while vLLM starts, which then finds it taken."""
+    if os.geteuid() != 0:
+        skip_or_fail("only root can act as another user: run pytest as root")
+    code = (
+        "import os, socket; os.setuid(54321); server = socket.create_server(('', 0)); print(server.getsockname()[1], flush=True)\n"
+        "while True:\n"
+        "    client, _ = server.accept(); print(client.recv(9999), flush=True)\n"
+        "    client.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\n{}'); client.close()"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as other:
+        try:
+            assert other.stdout is not None
+            port = int(other.stdout.readline())
+            monkeypatch.setattr(vllm_engine, "_free_port", lambda: port)
+            with pytest.raises(RunError, match="vLLM ended with exit code 1 before it answered"):
+                engine_of(python, weights)
+        finally:
+            other.kill()
+        assert other.stdout.read() == "", "nobody else gets the key"
+
+
+def test_a_server_that_ends_later_gets_no_further_prompt(python: Path, weights: Weights) -> None:
+    engine = engine_of(python, weights)
+    try:
+        (server,) = servers(weights)
+        server.kill()
+        await_no_server(weights)
+        with pytest.raises(RunError, match="vLLM ended with exit code -9"):
+            engine.generate([[5, 6]], num_shared=0, stop_strings=[], max_new_tokens=9)
+    finally:
+        engine.close()

@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hand_made
 import pytest
 from file_owners import MALLORY, as_root
+from made_verdict import made_verdict
 from wandb_server import KEY, FakeWandb, fake_wandb
 
+from launcher import run_store
 from launcher.cli.accounts import wandb_check
 from launcher.cli.main import main
 from launcher.cli.worker_process import worker_environment
@@ -112,6 +115,23 @@ def test_settings_that_appear_after_the_check_are_not_read(
     loaded, working_dir = json.loads(run_python("-c", _LOAD))
     assert (loaded, working_dir) == (own.address, str(folder))
     assert other.received == []
+
+
+@pytest.mark.parametrize("attempt", ["settings", "folder"])
+def test_a_verdict_is_not_sent_by_settings_of_another_user(
+    folder: Path, servers: tuple[FakeWandb, FakeWandb], attempt: str, tmp_path: Path
+) -> None:
+    """The process of `evaluate` that sends it starts in the working directory of the command."""
+    plan = hand_made.plan(tmp_path / "run", {**hand_made.SETTINGS, "tracking": {"mode": "online"}})
+    run = run_store.create(plan)
+    run_store.update_status(run, state="completed")
+    (verdict := run.root / "evaluations/step-00000040").mkdir(parents=True)
+    made_verdict().write(verdict)
+    os.chown(folder / "wandb/settings" if attempt == "settings" else folder, MALLORY, -1)
+    line = run_python("-m", "launcher.tracking.wandb.verdict_upload", str(run.root), "40")
+    assert line.startswith("W&B: the verdict is not sent: ")
+    assert f"belongs to {MALLORY}" in line
+    assert servers[1].received == []
 
 
 def test_settings_of_the_user_are_read(folder: Path, servers: tuple[FakeWandb, FakeWandb]) -> None:

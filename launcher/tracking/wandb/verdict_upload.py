@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.errors import LauncherError, describe
+from launcher.errors import ConfigError, LauncherError, describe
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
 from launcher.tracking.verdicts import TUNED, EvaluationVerdict, SetVerdict, read_verdicts
+from launcher.tracking.wandb import local_settings
 from launcher.tracking.wandb.session import Session, is_online, redacted
 
 
@@ -32,6 +33,9 @@ def upload(run: RunDir, step: int) -> str:
     state = run_store.read_status(run).state
     if state in RUNNING_STATES:
         return f"W&B: the verdict is not sent, as the run is {state}; evaluate again after its end: answers that exist are used"
+    if tracking.mode != "offline" and (problem := local_settings.find_problem()) is not None:
+        raise ConfigError(problem)
+    local_settings.leave_folder_of_others()
     session = Session(plan, run, offline=not is_online(tracking.mode), on_stop=lambda: None)
     try:
         for one in verdicts:
@@ -72,7 +76,7 @@ def answer_table(verdict: EvaluationVerdict) -> tuple[list[str], list[list[str]]
 
 def main(run_dir: str, step: str) -> int:
     try:
-        if line := upload(RunDir(Path(run_dir)), int(step)):
+        if line := upload(RunDir(Path(run_dir).absolute()), int(step)):
             print(line)
     except LauncherError as error:
         print(f"W&B: the verdict is not sent: {describe(error)}")

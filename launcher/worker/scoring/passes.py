@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from launcher import hardware
+from launcher.clusters.network import LOOPBACK
 from launcher.config.schema import ModelSection
 from launcher.data.cache import Split
 from launcher.data.cache_dir import cache_root
@@ -30,7 +31,6 @@ from launcher.worker.scoring.weights import ScoredWeights
 
 # A rank of which another one has failed waits in a collective.
 _POLL_S, _END_S = 0.2, 10.0
-_LOOPBACK = "127.0.0.1"
 
 Progress = Callable[[str, int, int], None]
 
@@ -197,8 +197,11 @@ def _run_ranks(task: RankTask, num_ranks: int, on_progress: Progress) -> None:
 
 def _rank_environments(num_ranks: int) -> list[dict[str, str]]:
     with socket.socket() as taken:
-        taken.bind((_LOOPBACK, 0))
+        taken.bind((LOOPBACK.address, 0))
         port = taken.getsockname()[1]
-    shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": _LOOPBACK, "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": LOOPBACK.address, "MASTER_PORT": str(port)}
+    # By themselves, gloo and NCCL listen on the address of the machine's name. NCCL takes a bare name for a prefix.
+    interfaces = {"GLOO_SOCKET_IFNAME": LOOPBACK.interface, "NCCL_SOCKET_IFNAME": f"={LOOPBACK.interface}"}
+    shared |= {name: os.environ.get(name, interface) for name, interface in interfaces.items()}
     threads = {} if num_ranks == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks))}
     return [{**shared, **threads, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
