@@ -139,9 +139,12 @@ def _read_schema(path: str | None) -> str:
     from jsonschema.validators import validator_for
     from referencing.exceptions import Unresolvable
 
-    where = "evaluate.json_schema"
+    where, file = "evaluate.json_schema", Path(path or "").expanduser()
+    # It decides the scores, and a relative path may lead into a working directory of somebody else.
+    if problem := ownership.file_problem("the JSON schema", file):
+        raise ConfigError(problem)
     try:
-        text = Path(path or "").expanduser().read_bytes()[: _MAX_FILE_BYTES + 1].decode()
+        text = atomic_files.read_short_text(file, _MAX_FILE_BYTES + 1)
         schema: Any = json.loads(text)
         validator_for(schema).check_schema(schema)
         _check_references(schema)

@@ -35,3 +35,13 @@ def module_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def begin(launch_here: Launch, slurm: Testbed, runs: Path) -> Callable[..., SlurmRun]:
     """Submit a short run on two nodes: `begin(NAME, *overrides, **environment)`."""
     return lambda name, *overrides, **env: submit(launch_here, slurm, runs, name, *overrides, **env)
+
+
+@pytest.fixture
+def working_dir(tmp_path: Path) -> Path:
+    """The folder of a command, with modules in it that a run imports elsewhere: the folder may belong to somebody else."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for module in ("torch", "deepspeed", "numpy", "psutil", "pydantic", "tenacity", "xxhash"):
+        (folder / f"{module}.py").write_text("raise ImportError('imported from the working directory')\n")
+    return folder

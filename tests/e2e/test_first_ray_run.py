@@ -29,16 +29,6 @@ def root(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def working_dir(tmp_path: Path) -> Path:
-    """The folder of a command, with modules in it that a run imports elsewhere: the folder may belong to somebody else."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    for module in ("torch", "deepspeed", "psutil", "pydantic", "tenacity", "xxhash"):
-        (folder / f"{module}.py").write_text("raise ImportError('imported from the working directory')\n")
-    return folder
-
-
-@pytest.fixture
 def temporary() -> Iterator[Path]:
     """The folder for temporary files, with a path short enough for Ray's sockets."""
     folder = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))

@@ -410,7 +410,7 @@ def test_doctor_checks_every_node(launch: Launch, cluster: RayCluster, root: Pat
     assert list(root.iterdir()) == []
 
 
-def test_prompts_are_answered_on_every_node(launch: Launch, cluster: RayCluster, root: Path) -> None:
+def test_prompts_are_answered_on_every_node(launch: Launch, cluster: RayCluster, root: Path, working_dir: Path) -> None:
     """By the tasks of a driver, and again through the Jobs API, which finds all answers there."""
     cluster.have_only(n2=1)
     short = [*TINY, "train.max_steps=1", "eval.at_start=false", f"run.root={root}", "run.name=short"]
@@ -419,7 +419,8 @@ def test_prompts_are_answered_on_every_node(launch: Launch, cluster: RayCluster,
     settings = ("evaluate.max_prompts=4", "evaluate.max_new_tokens=4", "evaluate.prompts_per_batch=2", "--json", "+cluster=ray")
     for address in (cluster.address, cluster.http):
         places = (f"cluster.address={address}", f"cluster.python={sys.executable}")
-        evaluated = launch("evaluate", "short", "--root", str(root), *settings, *places, timeout=DEADLINE_S, **cluster.env)
+        command = ("evaluate", "short", "--root", str(root), *settings, *places)
+        evaluated = launch(*command, cwd=working_dir, timeout=DEADLINE_S, **cluster.env, PYTHONSAFEPATH="1")
         assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
         result = json.loads(evaluated.stdout)
         assert result["num_processes"] == 2

@@ -147,7 +147,8 @@ def test_a_port_that_another_user_has_taken_on_all_addresses_gets_no_prompt(
     if os.geteuid() != 0:
         skip_or_fail("only root can act as another user: run pytest as root")
     code = (
-        "import os, socket; os.setuid(54321); server = socket.create_server(('', 0)); print(server.getsockname()[1], flush=True)\n"
+        "import os, socket; os.setuid(54321); server = socket.create_server(('', 0))\n"
+        "print(server.getsockname()[1], flush=True)\n"
         "while True:\n"
         "    client, _ = server.accept(); print(client.recv(9999), flush=True)\n"
         "    client.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\n{}'); client.close()"

@@ -16,12 +16,13 @@ import torch
 
 from launcher.config.schema import RunConfig
 from launcher.data.tokenization.encoder import load_tokenizer
-from launcher.errors import LauncherError, RunError
+from launcher.errors import LauncherError, RunError, printable
 from launcher.evaluate.engine import Engine, TransformersEngine
 from launcher.evaluate.generation import AnswerGeneration, Share
 from launcher.evaluate.task import CommandWatch, EvaluationFolder, EvaluationTask, Weights
 from launcher.plan.disk import format_size
 from launcher.security.folders import private_files
+from launcher.security.printable_stream import printable_output
 from launcher.tracking.progress import live_line
 from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.signals import exit_on_termination
@@ -90,12 +91,13 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        with private_files(), live_line(sys.stdout) as (say, make_pace):
+        # Libraries log names from files of others to the terminal of the command.
+        with printable_output(), private_files(), live_line(sys.stdout) as (say, make_pace):
             pace = make_pace()
             answer(folder, Share(rank, world_size, lambda text: say(text) if rank == 0 and pace.is_due() else None), num_gpus)
     except LauncherError as error:
         # On a cluster, the command shows what its nodes print.
-        print(error, flush=True)
+        print(printable(str(error)), flush=True)
         return error.exit_code
     return 0
 

@@ -27,11 +27,14 @@ from launcher.evaluate.questions import EvalQuestion, QuestionSet
 from launcher.evaluate.scoring import AnswerScorer, copy_metric_files
 from launcher.evaluate.task import EvaluationFolder, EvaluationTask, Weights
 from launcher.evaluate.vllm_engine import read_version
+from launcher.models.plan_caches import require_caches
 from launcher.models.weight_files import weight_files
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import read_export
+from launcher.security import ownership
 from launcher.security.folders import private_files
+from launcher.security.printable_stream import printable_output
 from launcher.tracking.progress import live_line
 from launcher.tracking.verdicts import remove_verdicts
 from launcher.worker.export import export_run
@@ -51,8 +54,10 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
         CheckpointError: where the step cannot be exported.
     """
     plan = run_store.load_plan(run).model_copy(update={"config": config})
+    require_caches(plan)
     names = _require_sets(plan)
-    _require_vllm(config)
+    if config.evaluate.vllm_python is not None:
+        _require_vllm(Path(config.evaluate.vllm_python).expanduser())
     folder = EvaluationFolder.of(run.root, step)
     folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
     copy_metric_files(config.evaluate, folder.root)
@@ -131,13 +136,15 @@ def _require_sets(plan: LaunchPlan) -> list[str]:
     return list(chosen) or known
 
 
-def _require_vllm(config: RunConfig) -> None:
-    python = config.evaluate.vllm_python
-    if python is not None and read_version(Path(python).expanduser()) is None:
+def _require_vllm(python: Path) -> None:
+    # Before it is run. A relative path may lead into a working directory of somebody else.
+    if problem := ownership.file_problem("the Python interpreter of vLLM", python.absolute()):
+        raise ConfigError(problem)
+    if read_version(python) is None:
         raise ConfigError(
             "this is no Python interpreter of an environment with vLLM",
             where="evaluate.vllm_python",
-            value=python,
+            value=str(python),
             remedy="make one with: python -m venv /opt/vllm && /opt/vllm/bin/pip install vllm, or remove the setting: "
             "transformers then generates the answers",
         )
@@ -293,4 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     exit_on_termination()
     die_with_parent(signal.SIGTERM)
-    sys.exit(main())
+    # Libraries log names from files of others to the terminal of the command.
+    with printable_output():
+        code = main()
+    sys.exit(code)

@@ -27,6 +27,7 @@ from launcher.data.score_store import ScoreKey, ScoreStore
 from launcher.errors import RunError
 from launcher.models.private_code import folder_to_load
 from launcher.plan.launch_plan import DataFacts, LaunchPlan, Record
+from launcher.security import ownership
 from launcher.worker.scoring.weights import ScoredWeights
 
 # A rank of which another one has failed waits in a collective.
@@ -160,6 +161,8 @@ def temporary_folder() -> Iterator[Path]:
     root = cache_root() / "scores"
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=root) as folder:
+        # Whoever can write to the folder above can replace it.
+        ownership.require_cache(Path(folder))
         yield Path(folder)
 
 

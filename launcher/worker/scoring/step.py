@@ -20,6 +20,7 @@ from launcher.data.cache import Split, read_report
 from launcher.data.row_order import RowOrder
 from launcher.data.sources.origins import DocumentOrigins
 from launcher.errors import LauncherError, RunError
+from launcher.models.plan_caches import require_caches
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker.ranks.rank_env import die_with_parent
@@ -37,9 +38,11 @@ def describe_step(
 
     Raises:
         RunError: where the plan has no data.
+        DataError: where others could have written its caches.
     """
     if plan.data is None:
         raise RunError("the plan has no data", where=str(run.root))
+    require_caches(plan)
     split = Split.open(plan.data)
     rows = rows_of_step(plan, split, step)
     weights, reason = _find_weights_before(run, plan, step) if has_scores else (None, "")

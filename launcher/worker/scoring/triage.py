@@ -23,9 +23,11 @@ from launcher.data.sources.origins import DocumentOrigins
 from launcher.data.triage import answers_alone, ranking
 from launcher.data.triage.ranking import DocumentScores
 from launcher.errors import LauncherError, SubmitError
+from launcher.models.plan_caches import require_caches
 from launcher.models.private_code import remove_copies
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.security.printable_stream import printable_output
 from launcher.tracking.progress import show_documents
 from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.scoring.document_texts import DocumentTexts
@@ -44,6 +46,7 @@ def rank_documents(
     """Score the documents of a split with and without their prompts, and return the lists of those worth a look."""
     run = RunDir.of_plan(plan_path.absolute())
     plan = run_store.load_plan(run)
+    require_caches(plan)
     facts, is_held_out = find_split(plan, split_name)
     weights = find_weights(run, plan, step)
     with_prompt = ScorePass(title="answers with their prompts", facts=facts, held_out=is_held_out)
@@ -160,7 +163,8 @@ def answer(work: Callable[[Progress], dict[str, Any]]) -> int:
     output = os.dup(1)
     os.dup2(2, 1)
     try:
-        with show_documents("rows") as on_progress:
+        # Libraries log names from files of others to the terminal of the command.
+        with printable_output(), show_documents("rows") as on_progress:
             result, code = work(on_progress), 0
     except LauncherError as error:
         result = {"problems": [[p.message, p.where, p.value, p.remedy] for p in error.problems], "exit_code": error.exit_code}

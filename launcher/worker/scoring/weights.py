@@ -14,6 +14,7 @@ from launcher.models import parent_run
 from launcher.models.parent_run import ParentCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.security import ownership
 from launcher.security.folders import private_files
 from launcher.worker.prepare import copy_parent_weights
 
@@ -30,14 +31,21 @@ class ScoredWeights:
     _folder: Path | None
 
     def make_folder(self, plan: LaunchPlan) -> Path:
-        """Return the Hugging Face folder of the weights in the dtype of the run; writes it where it is not there."""
+        """Return the Hugging Face folder of the weights in the dtype of the run; writes it where it is not there.
+
+        Raises:
+            DataError: where others could have written it.
+        """
         if self._parent is None:
             assert self._folder is not None
             return self._folder
         model = plan.config.model
         with private_files():
             copy_parent_weights(self._parent, model)
-        return parent_run.weights_folder(self._parent, model.dtype)
+        folder = parent_run.weights_folder(self._parent, model.dtype)
+        # It may have been there before.
+        ownership.require_cache(folder)
+        return folder
 
 
 def find_weights(run: RunDir, plan: LaunchPlan, step: int | None) -> ScoredWeights:
