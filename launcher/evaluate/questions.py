@@ -166,9 +166,16 @@ def _find(data: DataSection, encoder: Encoder, keys: set[bytes], advance: Advanc
 
 
 def _documents(data: DataSection, encoder: Encoder) -> Iterator[Document]:
-    """Yield the documents of all sources as the build of the cache reads them; the held-out file comes first."""
+    """Yield the documents of all sources as the build of the cache reads them; the held-out file comes first.
+
+    Raises:
+        DataError: where a source is not there, or another user has made a folder of its name; and for rows that cannot be read.
+    """
     for source in reversed(list_inputs(data)):
         if source.is_read:
+            # The working directory may be another one than when the run was planned.
+            if problem := sources.find_path_problem(f"the path of {source.name}", source):
+                raise DataError(problem)
             for batch in sources.read_batches(source):
                 for document, _ in batch.documents(Counter()):
                     yield encoder.write_as_chat(document, source.completions)

@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from launcher import atomic_files, json_records
+from launcher.errors import DamagedRun
 from launcher.plan.run_dir import RunDir
 
 _FOLDER = re.compile(r"step-(\d{8})")
@@ -166,7 +167,15 @@ def read_verdict(folder: Path) -> EvaluationVerdict | None:
         DamagedRun: where the file cannot be read or is damaged.
     """
     remedy = "remove the file and evaluate again; answers that exist are used"
-    return json_records.read_if_present(EvaluationVerdict, folder / FILE_NAME, remedy)
+    verdict = json_records.read_if_present(EvaluationVerdict, folder / FILE_NAME, remedy)
+    try:
+        if verdict is not None:
+            _ = verdict.table
+    except KeyError as error:
+        # Each field may be right by itself.
+        message = f"the verdict of an evaluation is damaged: it has no scores of {error}"
+        raise DamagedRun(message, where=str(folder / FILE_NAME), remedy=remedy) from None
+    return verdict
 
 
 def remove_verdicts(folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from file_owners import MALLORY, as_root, give
@@ -12,7 +14,9 @@ from plan_fixtures import config_of
 
 from launcher import facts
 from launcher.config.schema import RunConfig
-from launcher.errors import ConfigError
+from launcher.config.sections.data import DataSection
+from launcher.errors import ConfigError, DataError
+from launcher.evaluate import questions
 from launcher.hardware import device
 
 __all__ = ["as_root", "config_of"]
@@ -60,3 +64,13 @@ def test_folders_of_the_user_are_used(config_of: Callable[..., RunConfig], folde
     config = facts.resolve(config_of("model=qwen3_8b", "data=jsonl", "data.path=openai/gsm8k"), device)
     assert config.model.path == "./Qwen/Qwen3-8B"
     assert "names a repository" not in problems(config)
+
+
+def test_questions_of_an_evaluation_in_another_folder(folder: Path) -> None:
+    """The documents of a run are found again in its sources, whose names the command looks up where it is typed."""
+    data = DataSection.model_validate({"sources": [{"path": "openai/gsm8k"}]})
+    encoder: Any = SimpleNamespace(write_as_chat=lambda document, completions: document)
+    assert len(list(questions._documents(data, encoder))) == 1
+    give(folder / "openai")
+    with pytest.raises(DataError, match=f"openai/gsm8k names a repository of the Hub, and {MALLORY} has made a path"):
+        list(questions._documents(data, encoder))
