@@ -70,9 +70,9 @@ def run_worker_module(module: str, config: RunConfig, *arguments: str, timeout_s
         raise RunError(f"python -m {module} did not end within {timeout_s:.0f} s") from None
     answer = _last_object(output)
     if answer is None:
-        raise RunError(f"preparing the run ended with exit code {code}; its messages are above")
+        raise RunError(f"python -m {module} ended with exit code {code}; its messages are above")
     if code and "problems" not in answer:
-        raise RunError(f"preparing the run ended with exit code {code}")
+        raise RunError(f"python -m {module} ended with exit code {code}")
     return answer
 
 

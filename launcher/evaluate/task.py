@@ -41,10 +41,19 @@ class Weights:
     config: str = ""
 
     @classmethod
-    def of(cls, folder: Path, turn_end_ids: Sequence[int] = ()) -> Weights:
-        """Return the weights in a folder; answers also stop at `turn_end_ids`."""
+    def of(cls, folder: Path, turn_end_ids: Sequence[int] = (), digest: str | None = None) -> Weights:
+        """Return the weights in a folder; answers also stop at `turn_end_ids`. `digest` is that of the weights, where known."""
         stop_ids = tuple(dict.fromkeys((*read_stop_ids(folder), *turn_end_ids)))
-        return cls(str(folder), digest_weights(folder), stop_ids, _digest_config(folder))
+        return cls(str(folder), digest or digest_weights(folder), stop_ids, _digest_config(folder))
+
+
+@dataclass(frozen=True)
+class EvaluatedExport:
+    """weights.json: which checkpoint the folder of weights holds, by the digest of its manifest, and in which dtype."""
+
+    checkpoint: str
+    dtype: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,11 @@ class EvaluationFolder:
     def weights(self) -> Path:
         """The export of a step that the run's own export does not have; removed with the end of the evaluation."""
         return self.root / "weights"
+
+    @property
+    def weights_record(self) -> Path:
+        """Written when the export is complete: an evaluation that was interrupted uses it again."""
+        return self.root / "weights.json"
 
     @property
     def processes(self) -> Path:

@@ -54,6 +54,7 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
             "left_out": task.left_out.get(name, ()),
             "styles": {side.name: side.style for side in sides},
         }
+    folder.weights_record.unlink(missing_ok=True)
     for left in (folder.weights, folder.processes):
         shutil.rmtree(left, ignore_errors=True)
     selection = [{"style": one.style, "score": one.score} for one in answers.selection]

@@ -25,7 +25,7 @@ from launcher.evaluate import questions as reading
 from launcher.evaluate.prompting import BasePrompts, PromptStyle, TunedPrompts
 from launcher.evaluate.questions import EvalQuestion, QuestionSet
 from launcher.evaluate.scoring import AnswerScorer, copy_metric_files
-from launcher.evaluate.task import EvaluationFolder, EvaluationTask, Weights
+from launcher.evaluate.task import EvaluatedExport, EvaluationFolder, EvaluationTask, Weights, digest_weights
 from launcher.evaluate.vllm_engine import read_version
 from launcher.models.plan_caches import require_caches
 from launcher.models.weight_files import weight_files
@@ -36,7 +36,7 @@ from launcher.security import ownership
 from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
 from launcher.tracking.progress import live_line
-from launcher.tracking.verdicts import remove_verdicts
+from launcher.tracking.verdicts import digest_checkpoint, remove_verdicts
 from launcher.worker.export import export_run
 from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.signals import exit_on_termination
@@ -266,14 +266,27 @@ def _base(plan: LaunchPlan) -> Weights | None:
 
 def _tuned(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) -> Weights:
     """Return the exported weights of the step: the run's own export, or one that is made now in the evaluation's folder."""
-    record = read_export(run)
+    record, digest = read_export(run), None
     path = run.export
     if record is None or record.step != step:
         path = folder.weights
-        with private_files():
-            export_run(run.plan, step=step, dtype=plan.config.model.dtype, out=path, check=False)
+        digest = _export(plan, run, folder, step)
     turn_ends = plan.data.turn_end_ids if plan.data is not None else ()
-    return Weights.of(path, turn_ends)
+    return Weights.of(path, turn_ends, digest)
+
+
+def _export(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) -> str:
+    """Export the step where the folder does not have it from before; returns the digest of the weights."""
+    checkpoint, dtype = digest_checkpoint(run, step), plan.config.model.dtype
+    existing = json_records.read_if_present(EvaluatedExport, folder.weights_record)
+    if existing is not None and folder.weights.is_dir() and (existing.checkpoint, existing.dtype) == (checkpoint, dtype):
+        return existing.digest
+    folder.weights_record.unlink(missing_ok=True)
+    with private_files():
+        export_run(run.plan, step=step, dtype=dtype, out=folder.weights, check=False)
+    digest = digest_weights(folder.weights)
+    json_records.write(folder.weights_record, EvaluatedExport(checkpoint, dtype, digest))
+    return digest
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -73,7 +73,10 @@ def _find_weights_before(run: RunDir, plan: LaunchPlan, step: int) -> tuple[Scor
     try:
         return find_weights(run, plan, max(earlier, default=0)), ""
     except LauncherError as error:
-        return None, f"there is no checkpoint before step {step}, and {error.problems[0].message}"
+        reason = (
+            f"the checkpoint of step {max(earlier)} cannot be used" if earlier else f"there is no checkpoint before step {step}"
+        )
+        return None, f"{reason}{':' if earlier else ', and'} {error.problems[0].message}"
 
 
 def _describe_row(plan: LaunchPlan, split: Split, row: int, losses: np.ndarray | None) -> dict[str, Any]:

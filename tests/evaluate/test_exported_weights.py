@@ -1,0 +1,35 @@
+"""The export of an evaluation that was interrupted is used again, unless another checkpoint has taken its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hand_made
+import pytest
+
+from launcher import json_records
+from launcher.errors import LauncherError
+from launcher.evaluate.task import EvaluatedExport, EvaluationFolder
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.verdicts import digest_checkpoint
+from launcher.worker.evaluation.prepare import _tuned
+
+
+def test_an_interrupted_evaluation_exports_nothing_again(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    plan = hand_made.plan(tmp_path, hand_made.SETTINGS)
+    folder = EvaluationFolder.of(tmp_path, 3)
+    folder.weights.mkdir(parents=True)
+    (folder.weights / "config.json").write_text('{"eos_token_id": 2}')
+    checkpoint = hand_made.checkpoint(run, 3, 1.0, attempt=1)
+    made = EvaluatedExport(digest_checkpoint(run, 3), plan.config.model.dtype, "known")
+    json_records.write(folder.weights_record, made)
+    weights = _tuned(plan, run, folder, 3)
+    assert (weights.folder, weights.digest) == (str(folder.weights), "known")
+    assert weights.stop_ids == (2,)
+    manifest = checkpoint / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"d"', '"e"'))
+    # There is no plan.json from which this run could be exported.
+    with pytest.raises(LauncherError):
+        _tuned(plan, run, folder, 3)
+    assert not folder.weights_record.exists()
