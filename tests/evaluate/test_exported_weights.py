@@ -8,7 +8,6 @@ import hand_made
 import pytest
 
 from launcher import json_records
-from launcher.errors import LauncherError
 from launcher.evaluate.task import EvaluatedExport, EvaluationFolder
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.verdicts import digest_checkpoint
@@ -30,6 +29,6 @@ def test_an_interrupted_evaluation_exports_nothing_again(tmp_path: Path) -> None
     manifest = checkpoint / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"d"', '"e"'))
     # There is no plan.json from which this run could be exported.
-    with pytest.raises(LauncherError):
+    with pytest.raises(FileNotFoundError, match="plan.json"):
         _tuned(plan, run, folder, 3)
     assert not folder.weights_record.exists()
