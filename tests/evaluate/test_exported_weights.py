@@ -29,6 +29,6 @@ def test_an_interrupted_evaluation_exports_nothing_again(tmp_path: Path) -> None
     manifest = checkpoint / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"d"', '"e"'))
     # There is no plan.json from which this run could be exported.
-    with pytest.raises(FileNotFoundError, match="plan.json"):
+    with pytest.raises(FileNotFoundError, match=r"plan\.json"):
         _tuned(plan, run, folder, 3)
     assert not folder.weights_record.exists()
