@@ -67,11 +67,10 @@ class BasePrompts:
         tokenizer: PreTrainedTokenizerBase,
         data: DataSection,
         examples: Sequence[EvalQuestion],
-        others: Sequence[EvalQuestion] = (),
+        others: Sequence[EvalQuestion],
     ) -> None:
         # The system message of the settings is already part of the questions, and the template is the base model's own.
-        own = {"chat_template": None, "system": None, "train_on": "assistant"}
-        self._encoder = Encoder(tokenizer, data.model_copy(update=own))
+        self._encoder = Encoder(tokenizer, data.model_copy(update={"chat_template": None, "system": None}))
         self._examples = tuple(examples)
         texts = [*(f"{_text_of(one)}{one.reference}" for one in examples), *(one.reference for one in others)]
         self._separator = next((one for one in _SEPARATORS if not any(one in text.strip() for text in texts)), _SEPARATORS[-1])

@@ -59,7 +59,6 @@ def score(metric: str, text: str, reference: str = "", **options: object) -> flo
         ("field_f1", '{"a": 1, "b": ' + "9" * 400 + "}", '{"a": 1}', 2 / 3),
         ("field_f1", '{"a": 1e999}', '{"a": 1}', 0),
         ("field_f1", "9007199254740993", "9007199254740992", 0),
-        ("field_f1", "[" * 900 + "]" * 900, '{"a": 1}', 0),
         ("no_repetition", "one two three four five", "", 1),
         ("no_repetition", "a b c d a b c d a b c d", "", 4 / 9),
     ],
@@ -104,6 +103,15 @@ def test_an_article_may_be_a_label(text: str, label: str | None) -> None:
 )
 def test_a_json_schema(text: str, expected: float) -> None:
     assert score("json_schema", text, schema=PERSON) == expected
+
+
+def test_deep_json_ends_no_evaluation() -> None:
+    # Some are too deep for the parser, some for what is done with the value.
+    for depth in range(800, 1_000):
+        text = "[" * depth + "]" * depth
+        assert score("field_f1", text, '{"a": 1}') == 0
+    assert score("json_schema", "[" * 500 + "]" * 500, schema='{"type": "array", "items": {"$ref": "#"}}') in (0, 1)
+    assert score("json_schema", "[" * 5 + "]" * 5, schema='{"type": "array", "items": {"$ref": "#"}}') == 1
 
 
 def test_a_number_that_a_schema_cannot_divide_is_not_accepted() -> None:

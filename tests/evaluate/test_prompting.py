@@ -36,7 +36,7 @@ def texts(tokenizer: PreTrainedTokenizerBase, batch: PromptBatch) -> list[str]:
 
 
 def test_text_has_instruction_examples_and_ends_where_the_answer_begins(tokenizer: PreTrainedTokenizerBase) -> None:
-    prompts = BasePrompts(tokenizer, DATA, EXAMPLES).write(ASKED, PromptStyle(TEXT, 2, "Give a number."))
+    prompts = BasePrompts(tokenizer, DATA, EXAMPLES, ()).write(ASKED, PromptStyle(TEXT, 2, "Give a number."))
     assert texts(tokenizer, prompts)[0] == (
         "Be exact.\n\nGive a number.\n\nQuestion: 1+1?\nAnswer: 2\n\nQuestion: 2+2?\nAnswer: 4\n\nQuestion: 3+3?\nAnswer:"
     )
@@ -48,14 +48,14 @@ def test_text_has_instruction_examples_and_ends_where_the_answer_begins(tokenize
 
 def test_a_separator_that_examples_contain_ends_no_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     examples = [question("1+1?", "It is\n\n2")]
-    assert BasePrompts(tokenizer, DATA, examples).write(ASKED, PromptStyle(TEXT, 1)).stop_strings[0] == "\n\n\n"
+    assert BasePrompts(tokenizer, DATA, examples, ()).write(ASKED, PromptStyle(TEXT, 1)).stop_strings[0] == "\n\n\n"
     # Answers of other training rows count without examples too; their questions are in no prompt.
     without = BasePrompts(tokenizer, DATA, (), [*examples, question("a\n\n\nb", "c")])
     assert without.write(ASKED, PromptStyle(TEXT, 0)).stop_strings[0] == "\n\n\n"
 
 
 def test_chat_shows_examples_as_turns_and_the_tuned_model_sees_its_training_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
-    base = BasePrompts(tokenizer, DATA, EXAMPLES)
+    base = BasePrompts(tokenizer, DATA, EXAMPLES, ())
     assert base.forms(ASKED) == (CHAT, TEXT)
     shown = texts(tokenizer, base.write(ASKED, PromptStyle(CHAT, 1, "Give a number.")))[0]
     assert shown == (
@@ -73,14 +73,14 @@ def test_the_base_model_ends_where_its_own_template_ends_a_turn(tokenizer: PreTr
     for text, expected in ((tokenizer.chat_template, "<|im_end|>"), (template, "<|endoftext|>"), (None, None)):
         other = copy.copy(tokenizer)
         other.chat_template = text
-        ends = BasePrompts(other, DATA.model_copy(update={"train_on": train_on}), EXAMPLES).turn_end_ids
+        ends = BasePrompts(other, DATA.model_copy(update={"train_on": train_on}), EXAMPLES, ()).turn_end_ids
         assert ends == (() if expected is None else (tokenizer.convert_tokens_to_ids(expected),))
 
 
 def test_a_completion_goes_on_from_its_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [split_question(Completion("rows:1", text, " four"), None) for text in ("two two ->", "one three ->")]
     asked = [row for row in rows if row is not None]
-    base = BasePrompts(tokenizer, DATA, asked[:1])
+    base = BasePrompts(tokenizer, DATA, asked[:1], ())
     assert base.forms(asked) == (TEXT,)
     assert texts(tokenizer, base.write(asked[1:], PromptStyle(TEXT, 1)))[0].endswith("two two -> four\n\none three ->")
 
