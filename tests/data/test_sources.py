@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from launcher.config.sections.data import DataSection, Source
+from launcher.config.sections.data import STDLIB_DOCS, DataSection, Source
 from launcher.data.sources import (
-    STDLIB_DOCS,
     Chat,
     Completion,
     Message,

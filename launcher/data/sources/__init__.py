@@ -31,7 +31,6 @@ from launcher.errors import DataError, Problem
 
 __all__ = [
     "BLOCK_ROWS",
-    "STDLIB_DOCS",
     "Chat",
     "Completion",
     "Document",
