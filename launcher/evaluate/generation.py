@@ -53,7 +53,7 @@ class AnswerGeneration:
         self._folder, self._share = folder, share
         self._engine_name, self._device, self._dtype = engine_name, device, dtype
         self._config = self.task.settings
-        self._facts = ProcessFacts(device, dtype, engine_name, version("transformers"))
+        self._facts = ProcessFacts(device, dtype, engine_name, version("transformers"), share.world_size)
         # Of all sets and sides, each with its number of prompts.
         self._stores: dict[str, tuple[AnswerStore, int]] = {}
         self._questions = {name: folder.read_questions(name) for name in self.task.sets}

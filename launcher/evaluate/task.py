@@ -120,6 +120,7 @@ class ProcessFacts:
     dtype: str
     engine: str
     transformers: str
+    num_processes: int
 
 
 @dataclass(frozen=True)

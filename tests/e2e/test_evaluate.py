@@ -80,6 +80,7 @@ def test_a_killed_evaluation_leaves_no_process_and_continues(launch: Launch, sta
         (("evaluate.metrics=[exact_mach]",), "exact_mach"),
         (("evaluate.shots=900",), "900 examples cannot be shown to the base model"),
         (("evaluate.vllm_python=/missing/python",), "this is no Python interpreter of an environment with vLLM"),
+        (("evaluate.vllm_gpus=2",), "only vLLM divides a model over GPUs"),
         (("--step", "7"), "there is no committed checkpoint of step 7"),
         (("optim.lr=1",), "optim.lr cannot change in an evaluation"),
         (("--min-gain", "rouge_l:0-shot:0"), "--min-gain names rouge_l"),

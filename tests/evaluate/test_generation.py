@@ -180,7 +180,7 @@ def test_a_process_that_differs_from_the_first_one_is_refused(
     folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """It would wait for answers that no other gives."""
-    first = ProcessFacts("cuda", "bf16", "parrot", version("transformers"))
+    first = ProcessFacts("cuda", "bf16", "parrot", version("transformers"), 2)
     folder.write_facts(0, first)
     log: list[str] = []
     with pytest.raises(RunError, match="process 1 of the evaluation differs from the first one") as caught:

@@ -55,6 +55,9 @@ class EvaluateSection(AnswerMetrics):
             "Unset: transformers generates them."
         ),
     )
+    vllm_gpus: PositiveInt = Field(
+        1, description="GPUs of a node over which vLLM divides a model that does not fit one; each such group answers a share."
+    )
 
     @field_validator("metrics", "sets", "instructions")
     @classmethod

@@ -1,6 +1,7 @@
-"""Runs the processes of one node, one for each GPU: `python -m launcher.worker.evaluation.node FOLDER NODE NUM_NODES GPUS`.
+"""Runs the processes of one node: `python -m launcher.worker.evaluation.node FOLDER NODE NUM_NODES GPUS`.
 
-GPUS is the number of GPUs of each node; 0 is one process on the CPU. Where one process fails, the others are ended.
+GPUS is the number of GPUs of each node, of which each process gets evaluate.vllm_gpus; 0 is one process on the CPU. Where one
+process fails, the others are ended.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
+from launcher.errors import EXIT_FAILED
+from launcher.evaluate.task import EvaluationFolder
 from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.signals import exit_on_termination
 
@@ -21,15 +25,19 @@ _END_S = 20.0
 
 def run_node(folder: str, node: int, num_nodes: int, num_gpus: int) -> int:
     """Run this node's processes to their end; returns the exit code of the first that failed, else 0."""
-    num_local = max(1, num_gpus)
-    visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    gpus_per_process = EvaluationFolder(Path(folder)).read_task().settings.evaluate.vllm_gpus
+    groups = divide_gpus(num_gpus, gpus_per_process, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    if not groups:
+        print(f"evaluate.vllm_gpus is {gpus_per_process}, and a node has {num_gpus} GPUs; lower it", flush=True)
+        return EXIT_FAILED
+    num_local = len(groups)
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for local in range(num_local):
+        for local, group in enumerate(groups):
             environ = dict(os.environ)
             if num_gpus > 1:
-                environ["CUDA_VISIBLE_DEVICES"] = visible[local] if local < len(visible) else str(local)
-            words = [folder, str(node * num_local + local), str(num_nodes * num_local), str(min(1, num_gpus))]
+                environ["CUDA_VISIBLE_DEVICES"] = ",".join(group)
+            words = [folder, str(node * num_local + local), str(num_nodes * num_local), str(len(group))]
             command = [sys.executable, "-u", "-m", "launcher.worker.evaluation.answer", *words]
             processes.append(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL))
         while True:
@@ -41,6 +49,16 @@ def run_node(folder: str, node: int, num_nodes: int, num_gpus: int) -> int:
             time.sleep(_POLL_S)
     finally:
         _end(processes)
+
+
+def divide_gpus(num_gpus: int, gpus_per_process: int, visible: str) -> list[list[str]]:
+    """Return the GPUs of each process; one process without any on the CPU. `visible` is CUDA_VISIBLE_DEVICES."""
+    if num_gpus == 0:
+        return [[]]
+    chosen = [one for one in visible.split(",") if one]
+    names = [chosen[i] if i < len(chosen) else str(i) for i in range(num_gpus)]
+    starts = range(0, num_gpus - gpus_per_process + 1, gpus_per_process)
+    return [names[start : start + gpus_per_process] for start in starts]
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -58,6 +58,13 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
     names = _require_sets(plan)
     if config.evaluate.vllm_python is not None:
         _require_vllm(Path(config.evaluate.vllm_python).expanduser())
+    elif config.evaluate.vllm_gpus > 1:
+        raise ConfigError(
+            "only vLLM divides a model over GPUs",
+            where="evaluate.vllm_gpus",
+            value=str(config.evaluate.vllm_gpus),
+            remedy="set evaluate.vllm_python to the Python of an environment with vLLM, or remove the setting",
+        )
     folder = EvaluationFolder.of(run.root, step)
     folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
     copy_metric_files(config.evaluate, folder.root)

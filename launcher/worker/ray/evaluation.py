@@ -31,7 +31,8 @@ def answer_here(folder: str, rank: int, num_processes: int, num_gpus: int) -> in
 
 
 def main(folder: str) -> int:
-    section = RaySection.of(EvaluationFolder(Path(folder)).read_task().settings.cluster)
+    settings = EvaluationFolder(Path(folder)).read_task().settings
+    section = RaySection.of(settings.cluster)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
@@ -43,7 +44,7 @@ def main(folder: str) -> int:
     address = "auto" if section.is_http else auto_address.address_to_join(section.address or "")
     ray.init(address=address, log_to_driver=True, logging_level="WARNING", job_config=config_without_search_path(), **runtime)
     try:
-        options = task_options(ray, section.workers, section.placement_minutes * 60)
+        options = task_options(ray, section.workers, section.placement_minutes * 60, settings.evaluate.vllm_gpus)
         if not options:
             message = f"the cluster has not provided a GPU for every process within {section.placement_minutes:g} minutes"
             print(f"{message} (cluster.placement_minutes); see: ray status", flush=True)
@@ -62,7 +63,7 @@ def main(folder: str) -> int:
         ray.shutdown()
 
 
-def task_options(ray: Any, num_workers: int | None, wait_s: float) -> list[dict[str, Any]]:
+def task_options(ray: Any, num_workers: int | None, wait_s: float, gpus_per_task: int = 1) -> list[dict[str, Any]]:
     """Return the options of each task: of free GPUs, which are reserved, or of nodes where the cluster has no GPU.
 
     There are none where the GPUs are not free after `wait_s`: other work of the cluster may take them first.
@@ -71,15 +72,15 @@ def task_options(ray: Any, num_workers: int | None, wait_s: float) -> list[dict[
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
     if ray.cluster_resources().get("GPU"):
-        count = max(1, int(ray.available_resources().get("GPU", 0)))
-        bundle = {"CPU": 1, "GPU": 1}
-        group = placement_group([bundle] * min(count, num_workers or count))
+        num_free = int(ray.available_resources().get("GPU", 0))
+        bundle = {"CPU": 1, "GPU": gpus_per_task}
+        group = placement_group([bundle] * max(1, min(num_free, num_workers or num_free) // gpus_per_task))
         if not group.wait(wait_s):
             return []
         return [
             {
                 "num_cpus": 1,
-                "num_gpus": 1,
+                "num_gpus": gpus_per_task,
                 "max_retries": 0,
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
             }

@@ -38,6 +38,7 @@ def test_an_evaluation_waits_for_gpus_only_as_long_as_it_may(monkeypatch: pytest
         code = ray.remote(lambda: 7).options(**second).remote()
         assert ray.get(code, timeout=120) == 7
         assert evaluation.task_options(ray, None, 1.0) == [], "both GPUs are reserved"
+        assert evaluation.task_options(ray, None, 1.0, gpus_per_task=2) == []
         assert not placement_group([{"GPU": 1}]).wait(0.1)
     finally:
         ray.shutdown()
