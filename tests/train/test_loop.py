@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from launcher.distributed import RankInfo
 from launcher.errors import DivergedError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -35,7 +36,7 @@ class FakeLoop(TrainingLoop):
             checkpointer=SimpleNamespace(saved_step=cancelled_at or None),
             max_steps=max_steps,
         )
-        run_context = SimpleNamespace(plan=plan, tracker=tracker, run_dir=RunDir(Path("run")))
+        run_context = SimpleNamespace(plan=plan, tracker=tracker, run_dir=RunDir(Path("run")), rank_info=RankInfo(0, 0, 1, 1))
         super().__init__(run_context, parts, lambda: None)  # type: ignore[arg-type]
         self.step = cancelled_at or 0
 
