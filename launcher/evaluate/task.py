@@ -125,7 +125,7 @@ class ProcessFacts:
 
 @dataclass(frozen=True)
 class EvaluationFolder:
-    """The paths of one evaluation: runs/NAME/evaluations/step-XXXXXXXX."""
+    """The paths of one evaluation: runs/NAME/evaluations/step-00000100."""
 
     root: Path
 
