@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -44,6 +45,7 @@ class RayCluster:
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._num_cpus: dict[str, int] = {}
         self._num_started = 0
+        self._start_head: Callable[[], None] = lambda: None
 
     @property
     def env(self) -> dict[str, str]:
@@ -53,6 +55,9 @@ class RayCluster:
     def start(self, name: str, *options: str, prefix: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
         """Start the head first, then other nodes; `prefix` is a command that runs `ray start`."""
         head = not self._nodes
+        if head:
+            self._start_head = partial(self.start, name, *options, prefix=prefix, env=env)
+            self._num_started = 0
         mode_options = ["--head", f"--port={self.port}"] if head else [f"--address={self.address}"]
         dashboard = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}"]
         command = [
@@ -68,7 +73,7 @@ class RayCluster:
         command += [f"--dashboard-agent-listen-port={free_port()}"]
         command += ["--disable-usage-stats", "--object-store-memory=100000000", "--num-cpus=1", "--num-gpus=0"]
         command += [f"--temp-dir={self.folder / 'ray'}", *dashboard] if head else []
-        own = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
+        own = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "8"}
         # Anew, where a node of that name has been before: what is waited for stands in it.
         with open(self.folder / f"{name}.log", "wb") as log:
             self._nodes[name] = subprocess.Popen(
@@ -82,7 +87,14 @@ class RayCluster:
         self._await(name)
 
     def have_only(self, **num_cpus: int) -> None:
-        """Beside the head exactly these nodes, each with so many CPUs; what is there already stays."""
+        """Beside the head exactly these nodes, each with so many CPUs; what is there already stays.
+
+        On a busy machine Ray may have lost the head: then all nodes are replaced.
+        """
+        if not self._has_raylet(next(iter(self._nodes))):
+            for name in [*self._nodes][::-1]:
+                self.kill(name)
+            self._start_head()
         for name in [*self._nodes][1:]:
             if name not in num_cpus or self._num_cpus.get(name) != num_cpus[name] or not self._has_raylet(name):
                 self.remove(name)

@@ -1,15 +1,17 @@
-"""Records the loss of the driver's raylet: `python -m launcher.worker.ray.raylet_loss PLAN ATTEMPT EPOLL RAYLET`.
+"""Records the loss of the driver's raylet: `python -m launcher.worker.ray.raylet_loss PLAN ATTEMPT DRIVER EPOLL RAYLET`.
 
 Ray ends a driver within milliseconds after its raylet, often before the driver could write why. This process starts with the
 driver, in a session of its own, waits for the end of both, and writes the cause where the driver did not.
 
-EPOLL and RAYLET are numbers of inherited descriptors. RAYLET is a connection to the raylet. EPOLL watches this connection and a
-pipe from the driver, and reports first what closed first:
+DRIVER is the driver's process id; EPOLL and RAYLET are numbers of inherited descriptors. RAYLET is a connection to the raylet.
+EPOLL watches this connection and a pipe from the driver, and reports first what closed first:
 
 - The connection, if the raylet ended by itself and the driver after it. Linux closes the files of a dead process from the newest
   to the oldest, so the raylet's end of this connection closes before the older connection by which the driver notices the loss.
-- The pipe, if the driver ended for another reason. It closes before Linux ends the driver's children, among which is the raylet
-  of a Ray that the run has started.
+- The pipe, if the driver ended for another reason.
+
+Where the raylet was started by the driver, Linux ends it when the driver's main thread ends. The other threads may end later, and
+with them the pipe: if the driver was already ending when the connection closed, either may have been the first.
 """
 
 from __future__ import annotations
@@ -33,7 +35,11 @@ from launcher.worker.wandb_closing import close_wandb_run
 
 _CONNECT_S = 5.0
 _END_S = 5.0
-MESSAGE = f"the raylet of {os.uname().nodename} (Ray's process on the driver's node) was killed or has ended"
+# PF_EXITING of Linux' sched.h.
+_EXITING = 0x4
+_RAYLET = f"the raylet of {os.uname().nodename} (Ray's process on the driver's node)"
+MESSAGE = f"{_RAYLET} was killed or has ended"
+_EITHER_MESSAGE = f"the run's driver or {_RAYLET} was killed or has ended"
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,8 @@ def recorded(plan_path: str, attempt: int, raylet: LocalRaylet) -> Iterator[dict
             # The end is reported without being asked for.
             epoll.register(descriptor, 0)
         descriptors = [epoll.fileno(), connection.fileno(), reader]
-        command = [sys.executable, "-m", __name__, plan_path, str(attempt), *map(str, descriptors[:2])]
+        numbers = (attempt, os.getpid(), *descriptors[:2])
+        command = [sys.executable, "-m", __name__, plan_path, *map(str, numbers)]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors, start_new_session=True)
         try:
             yield detached_process.describe_process(process.pid)
@@ -101,7 +108,7 @@ def recorded(plan_path: str, attempt: int, raylet: LocalRaylet) -> Iterator[dict
                     process.wait(_END_S)
 
 
-def main(plan_path: str, attempt: int, epoll_fd: int, raylet_fd: int) -> None:
+def main(plan_path: str, attempt: int, driver_pid: int, epoll_fd: int, raylet_fd: int) -> None:
     """Wait for the end of the driver; write the cause where its raylet had ended before and the end of the run is not written."""
     os.umask(0o077)
     epoll = select.epoll.fromfd(epoll_fd)
@@ -109,14 +116,25 @@ def main(plan_path: str, attempt: int, epoll_fd: int, raylet_fd: int) -> None:
     if first != raylet_fd:
         # The driver has ended for another reason; a Ray of the run's own ends with it.
         return
+    message = _EITHER_MESSAGE if _is_ending(driver_pid) else MESSAGE
     epoll.unregister(raylet_fd)
     epoll.poll(maxevents=1)
     plan = retry(lambda: LaunchPlan.load(plan_path))
     run = RunDir(Path(plan.run_dir))
     with suppress(OSError, LauncherError):
         number = retry(lambda: newest_own_attempt(run, attempt))
-        record_end(run, number, "failed", f"{MESSAGE}; {detached_process.resume_hint(run)}")
+        record_end(run, number, "failed", f"{message}; {detached_process.resume_hint(run)}")
         close_wandb_run(plan, plan_path, run, number)
+
+
+def _is_ending(pid: int) -> bool:
+    """Return whether a process has ended, or a thread of it is about to."""
+    try:
+        stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:
+        return True
+    # The flags are the seventh field after the command's name, which may contain blanks and parentheses.
+    return any(int(stat.rpartition(")")[2].split()[6]) & _EXITING for stat in stats)
 
 
 if __name__ == "__main__":
