@@ -34,7 +34,8 @@ CAUSES = {
     "slurm_requeue": r"the job was requeued at step \d+ without saving",
     # On Ray.
     "ray_node": rf"Ray has lost n\d{_CONSEQUENCE}",
-    "ray_raylet": rf"(the run's driver or )?the raylet of \S+ \(Ray's process on the driver's node\) was killed or has ended{_RESUME}",
+    "ray_raylet": r"(the run's driver or )?the raylet of \S+ \(Ray's process on the driver's node\) was killed or has ended"
+    + _RESUME,
     "ray_coordinator": r"the run's coordinator was killed or has ended, and the ranks on [\w., ]+ with it",
     "ray_rank": r"rank 0: killed by SIGKILL",
 }
