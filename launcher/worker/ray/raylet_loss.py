@@ -37,9 +37,8 @@ _CONNECT_S = 5.0
 _END_S = 5.0
 # PF_EXITING of Linux' sched.h.
 _EXITING = 0x4
-_RAYLET = f"the raylet of {os.uname().nodename} (Ray's process on the driver's node)"
-MESSAGE = f"{_RAYLET} was killed or has ended"
-_EITHER_MESSAGE = f"the run's driver or {_RAYLET} was killed or has ended"
+MESSAGE = f"the raylet of {os.uname().nodename} (Ray's process on the driver's node) was killed or has ended"
+_EITHER_MESSAGE = f"the run's driver or {MESSAGE}"
 
 
 @dataclass(frozen=True)
