@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from launcher.plan.architecture import model_facts
-from launcher.plan.sizing.activations import FP32, Kernels
+from launcher.plan.sizing.activations import Kernels
 from launcher.plan.sizing.checkpointed_layers import checkpointed_layers
 from launcher.plan.sizing.peak_memory import Pass, activation_bytes, head_elements, loss_bytes
 from launcher.train.model import DTYPES, _find_decoder, _replace_head, checkpoint_layers
@@ -68,8 +68,6 @@ def predict(config: dict[str, Any], tokens: int, checkpointing: str, dtype: str,
     one_pass = Pass(tokens, kernels, checkpointed_layers(checkpointing, model.num_layers), chunk_tokens)
     activations = activation_bytes(model, one_pass)
     tied = width * head_elements(model) if model.tie_word_embeddings else 0
-    # Fake tensors do not show what an operation allocates inside: torch.logsumexp.
-    visible = FP32 + (0 if width == FP32 else width)
-    in_loss, in_head = loss_bytes(model, one_pass, visible), width * (head_elements(model) + tokens * model.hidden_size)
+    in_loss, in_head = loss_bytes(model, one_pass), width * (head_elements(model) + tokens * model.hidden_size)
     in_layers = max(activations.final_norm, activations.backward)
     return max(activations.saved + in_loss, activations.saved + in_head, in_layers + tied)

@@ -27,7 +27,6 @@ from launcher.config.schema import RunConfig
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan
-from launcher.plan.sizing.activations import FP32
 
 HERE = Path(__file__).resolve().parent
 _TIMEOUT_S = 600
@@ -176,10 +175,7 @@ def _measure_engine(case: Case) -> Measured:
     measured = json.loads(lines[-1])
     peak = planned.peak
     assert peak is not None
-    # Only the ranks' own tensors count: logsumexp's copy of the logits is inside the operation.
-    hidden = FP32 * min(planned.config.train.loss_chunk_tokens, planned.config.data.max_length) * planned.model.vocab_size
-    totals = [stage.total_gib * 2**30 - (hidden if stage.name == "loss" else 0) for stage in peak.stages]
-    return Measured(case, max(measured.values()), (peak.states_gib + peak.buckets_gib) * 2**30 + max(totals))
+    return Measured(case, max(measured.values()), peak.tensors_gib * 2**30)
 
 
 def _plan(overrides: tuple[str, ...]) -> LaunchPlan:

@@ -17,6 +17,9 @@ from launcher.config.sections.evaluation import HELD_OUT
 from launcher.plan.gpu_types import Price
 from launcher.plan.migrations import SCHEMA_VERSION, migrate
 
+# Trained tokens whose logits exist at one time, where neither the settings nor a GPU's memory say otherwise.
+LOSS_CHUNK_TOKENS = 1024
+
 
 class Record(BaseModel):
     """A part of the plan: frozen, and without unknown fields."""
@@ -261,7 +264,8 @@ class LaunchPlan(Record):
     """All decisions of a run. Workers read nothing else. `eval_sets` has the data of eval.sets by name.
 
     `gpu_name` is the name or type of the GPUs, empty on CPUs. `checkpointing` is the decided model.activation_checkpointing: all,
-    none or every N. It and `peak` are None in a plan of an earlier launcher.
+    none or every N, and `loss_chunk_tokens` the decided train.loss_chunk_tokens. They and `peak` are None in a plan of an earlier
+    launcher.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -275,6 +279,7 @@ class LaunchPlan(Record):
     deepspeed: dict[str, Any]
     memory: Memory
     checkpointing: str | None = None
+    loss_chunk_tokens: int | None = None
     peak: PeakMemory | None = None
     checkpoint_bytes: int
     saving: Saving
@@ -290,6 +295,11 @@ class LaunchPlan(Record):
     def activation_checkpointing(self) -> str:
         """The layers that recompute their activations: all, none or every N."""
         return self.checkpointing or self.config.model.activation_checkpointing.replace("auto", "none")
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Trained tokens whose logits exist at one time."""
+        return self.loss_chunk_tokens or self.config.train.loss_chunk_tokens or LOSS_CHUNK_TOKENS
 
     @property
     def nvme_folder(self) -> Path | None:

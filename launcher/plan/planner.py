@@ -146,6 +146,7 @@ def _parts_by_ranks(
         "gpu_name": gpu_name if topology.device == "cuda" else "",
         "batch": split,
         "checkpointing": chosen.combination.checkpointing,
+        "loss_chunk_tokens": chosen.chunk_tokens,
         "peak": chosen.peak,
         "deepspeed": deepspeed.render(
             config.deepspeed, config.model, config.train, split, topology, model, optimizer, nvme_folder

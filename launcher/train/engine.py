@@ -100,7 +100,7 @@ def _partitioned_model(plan: LaunchPlan, make_progress: MakeProgress, has_checkp
     # transformers holds a weak reference to this object: while it is alive, weights are partitioned as they load.
     partitioning = HfDeepSpeedConfig(plan.deepspeed)
     config = plan.config
-    device, chunk_tokens = plan.topology.device, config.train.loss_chunk_tokens
+    device, chunk_tokens = plan.topology.device, plan.chunk_tokens
     progress, layers = make_progress, plan.activation_checkpointing
     yield build_model(config.model, plan.model, device, chunk_tokens, config.data.packing, progress, has_checkpoint, layers)
     del partitioning

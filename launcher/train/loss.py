@@ -2,15 +2,20 @@
 
 The gradient with respect to the head's input and weight is computed in the forward pass, chunk by chunk, as
 in Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989): logits are computed once, not again in
-the backward pass, and the full [tokens, vocab] matrix never exists.
+the backward pass, and the full [tokens, vocab] matrix never exists. The gradient of the weight is a sum over chunks in fp32,
+because a sum in bf16 would lose what is smaller than 1/256 of it.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Rows of the head's weight whose gradient is computed at one time where products cannot be added up in fp32.
+_ROWS = 1024
 
 
 class LossHead(nn.Linear):
@@ -39,8 +44,7 @@ class LossHead(nn.Linear):
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), self.chunk_tokens):
             chunk = slice(start, start + self.chunk_tokens)
-            logits = nn.functional.linear(hidden[chunk], self.weight, self.bias).float()
-            losses[chunk] = torch.logsumexp(logits, dim=-1) - logits.gather(-1, labels[chunk, None]).squeeze(-1)
+            losses[chunk], _, _ = _token_nll(_fp32_logits(hidden[chunk], self.weight, self.bias), labels[chunk, None])
         return losses
 
 
@@ -59,29 +63,29 @@ class _ChunkedNll(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         needs_grad = wants_grad and any(ctx.needs_input_grad[:3])
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight) if needs_grad else None
-        grad_bias = torch.zeros_like(bias) if needs_grad and bias is not None else None
+        grad_weight = _WeightGradient(weight, is_single_chunk=len(hidden) <= chunk_tokens) if needs_grad else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_grad and bias is not None else None
         for start in range(0, len(hidden), chunk_tokens):
             part, target = hidden[start : start + chunk_tokens], labels[start : start + chunk_tokens]
-            logits = nn.functional.linear(part, weight, bias).float()
-            log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
-            index = target.unsqueeze(-1)
-            total += (log_z - logits.gather(-1, index)).sum()
+            logits, index = _fp32_logits(part, weight, bias), target.unsqueeze(-1)
+            losses, exponentials, sums = _token_nll(logits, index)
+            total += losses.sum()
             if grad_hidden is None or grad_weight is None:
                 continue
             # d nll / d logits = softmax - onehot, written over the logits.
-            grad = logits.sub_(log_z).exp_()
-            grad.scatter_add_(-1, index, grad.new_full(index.shape, -1.0))
+            exponentials.scatter_add_(-1, index, sums.neg())
             # Scaled in fp32: in the weights' type, the factor and small gradients would be rounded.
-            grad = grad.mul_(factor).to(weight.dtype)
+            grad = exponentials.mul_(factor / sums).to(weight.dtype)
+            del logits, exponentials
             torch.mm(grad, weight, out=grad_hidden[start : start + len(part)])
-            grad_weight.addmm_(grad.t(), part)
+            grad_weight.add(grad, part)
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
+                grad_bias += grad.sum(0, dtype=torch.float32)
             # Freed before the next chunk's logits are computed.
-            del logits, grad
-        if needs_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            del grad
+        if grad_weight is not None:
+            bias_result = None if grad_bias is None else grad_bias.to(weight.dtype)
+            ctx.save_for_backward(grad_hidden, grad_weight.result(), bias_result)
         return total * factor
 
     @staticmethod
@@ -97,3 +101,66 @@ class _ChunkedNll(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _WeightGradient:
+    """Adds up the gradient of the head's weight over chunks, in fp32 where there are several."""
+
+    def __init__(self, weight: Tensor, is_single_chunk: bool) -> None:
+        self._dtype = weight.dtype
+        self._is_wide = weight.dtype.itemsize >= torch.float32.itemsize
+        dtype = weight.dtype if is_single_chunk or self._is_wide else torch.float32
+        self._sum = torch.zeros_like(weight, dtype=dtype)
+
+    def add(self, grad: Tensor, part: Tensor) -> None:
+        """Add grad^T part, of a chunk's logits' gradient [C, V] and its hidden states [C, H]."""
+        if self._sum.dtype == self._dtype:
+            self._sum.addmm_(grad.t(), part)
+        elif _has_fp32_products(part.device.type, part.dtype):
+            torch.addmm(self._sum, grad.t(), part, out_dtype=torch.float32, out=self._sum)
+        else:
+            for start in range(0, len(self._sum), _ROWS):
+                self._sum[start : start + _ROWS] += torch.mm(grad[:, start : start + _ROWS].t(), part)
+
+    def result(self) -> Tensor:
+        """Return the sum in the type of the weight, and release it here."""
+        total = self._sum
+        del self._sum
+        return total.to(self._dtype)
+
+
+def _fp32_logits(part: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the logits of hidden states [C, H] in fp32, without rounding them to the weights' type where the device can."""
+    if not _has_fp32_products(part.device.type, part.dtype):
+        return nn.functional.linear(part, weight, bias).float()
+    logits = torch.mm(part, weight.t(), out_dtype=torch.float32)
+    return logits if bias is None else logits.add_(bias)
+
+
+def _token_nll(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each token's loss [C], exp(logits - maximum) written over the logits, and its sums [C, 1].
+
+    In place, because torch.logsumexp makes a copy of the logits.
+    """
+    logits.sub_(logits.amax(dim=-1, keepdim=True))
+    targets = logits.gather(-1, index)
+    sums = logits.exp_().sum(dim=-1, keepdim=True)
+    return (sums.log() - targets).squeeze(-1), logits, sums
+
+
+@cache
+def _has_fp32_products(device: str, dtype: torch.dtype) -> bool:
+    """Return whether products of matrices in `dtype` can be added up in fp32 on the device: torch's `out_dtype`.
+
+    CPUs do not have it, and some versions of torch cannot add to a sum of another type.
+    """
+    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    total = torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+        product = torch.mm(ones, ones, out_dtype=torch.float32)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all()) and bool((product == 16).all())

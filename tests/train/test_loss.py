@@ -73,3 +73,26 @@ def test_without_gradients_only_the_value_is_computed(monkeypatch: pytest.Monkey
         loss = head(torch.randn(5, 8, dtype=torch.float64), torch.randint(0, 31, (5,)))
     assert not loss.requires_grad
     assert loss > 0
+
+
+def test_the_gradient_of_a_bf16_weight_does_not_lose_small_terms_over_chunks() -> None:
+    """Each chunk adds little to the sum: a sum in bf16 loses it, and one in fp32 is as good as a single product."""
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(2048, 8, dtype=torch.bfloat16) + 1, torch.randint(0, 31, (2048,))
+    head = head_of(False, 4, torch.bfloat16)
+    exact = LossHead(8, 31, bias=False, dtype=torch.float64)
+    exact.weight.data.copy_(head.weight.detach())
+    nn.functional.cross_entropy(exact(hidden.double()), labels, reduction="sum").backward()
+
+    def error(gradient: torch.Tensor) -> float:
+        return float((gradient.double() - exact.weight.grad).norm() / exact.weight.grad.norm())
+
+    summed = torch.zeros_like(head.weight)
+    for chunk in range(0, 2048, 4):
+        head.weight.grad = None
+        head(hidden[chunk : chunk + 4], labels[chunk : chunk + 4]).backward()
+        summed += head.weight.grad
+    head.weight.grad = None
+    head(hidden, labels).backward()
+    assert error(head.weight.grad) < 0.01
+    assert error(summed) > 3 * error(head.weight.grad)

@@ -22,7 +22,10 @@ class TrainSection(Section):
         1.0, description="Largest gradient norm; 0 turns clipping off."
     )
     log_every: PositiveInt = Field(1, description="Steps between logged metrics.")
-    loss_chunk_tokens: PositiveInt = Field(1024, description="Trained tokens whose logits exist at one time.")
+    loss_chunk_tokens: PositiveInt | None = Field(
+        None,
+        description="Trained tokens whose logits exist at one time. Unset: 1024; on GPUs as many as fit, 256 to 4096.",
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:

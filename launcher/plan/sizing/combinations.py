@@ -14,7 +14,7 @@ from launcher.plan import deepspeed as deepspeed_json
 from launcher.plan import memory
 from launcher.plan.architecture import train_flops
 from launcher.plan.gpu_types import GpuType
-from launcher.plan.launch_plan import Batch, DataFacts, ModelFacts, PeakMemory, Topology
+from launcher.plan.launch_plan import LOSS_CHUNK_TOKENS, Batch, DataFacts, ModelFacts, PeakMemory, Topology
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.sizing.activations import Kernels
 from launcher.plan.sizing.checkpointed_layers import ALL, AUTO, NONE, checkpointed_layers, interval
@@ -28,6 +28,8 @@ _AS_FAST = 0.98
 # Most tokens of one forward pass that are tried: above, a step takes no less time.
 _MOST_TOKENS = 32_768
 _CHECKPOINTING = (NONE, "every 4", "every 3", "every 2", ALL)
+# Tokens of a chunk of logits that are tried.
+_CHUNK_TOKENS = (4096, 2048, 1024, 512, 256)
 _WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -56,7 +58,8 @@ class Combination:
 class Considered:
     """A combination with its peak memory, and its predicted tokens per second over all ranks; None where they are unknown.
 
-    `is_allowed` is whether the settings leave it to the plan; `host_gib` is what it needs of a node's main memory.
+    `is_allowed` is whether the settings leave it to the plan; `host_gib` is what it needs of a node's main memory, and
+    `chunk_tokens` the trained tokens whose logits exist at one time.
     """
 
     combination: Combination
@@ -66,6 +69,7 @@ class Considered:
     fits: bool
     is_allowed: bool
     host_gib: float
+    chunk_tokens: int = LOSS_CHUNK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,9 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
         combination.liger,
     )
     recomputed = checkpointed_layers(combination.checkpointing, model.num_layers)
-    one_pass = Pass(split.micro_batch_size * config.data.max_length, kernels, recomputed, train.loss_chunk_tokens)
+    one_pass = Pass(
+        split.micro_batch_size * config.data.max_length, kernels, recomputed, train.loss_chunk_tokens or LOSS_CHUNK_TOKENS
+    )
     sharding = Sharding(
         zero,
         topology.world_size,
@@ -184,11 +190,30 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
         4 if split.accumulation > 1 else kernels.width,
         deepspeed.offload_optimizer == "none",
     )
-    is_gpu = topology.device == "cuda"
-    peak = estimate_peak(model, one_pass, sharding, situation.gpu or GpuType(0, 0, 0, 0, "") if is_gpu else None)
+    gpu = (situation.gpu or GpuType(0, 0, 0, 0, "")) if topology.device == "cuda" else None
+    peak = estimate_peak(model, one_pass, sharding, gpu)
+    if gpu is not None and situation.device_gib is not None and train.loss_chunk_tokens is None:
+        one_pass, peak = _with_largest_chunk(model, one_pass, sharding, gpu, situation.device_gib)
     fits = situation.device_gib is None or peak.peak_gib <= USABLE_SHARE * situation.device_gib
     speed = _tokens_per_sec(situation, combination, split, deepspeed, kernels, sum(recomputed) / max(1, len(recomputed)))
-    return Considered(combination, split, peak, speed, fits, is_allowed, states.host_per_node_gib)
+    return Considered(combination, split, peak, speed, fits, is_allowed, states.host_per_node_gib, one_pass.chunk_tokens)
+
+
+def _with_largest_chunk(
+    model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: GpuType, device_gib: float
+) -> tuple[Pass, PeakMemory]:
+    """Return the pass whose loss takes the most tokens at one time with which it fits, and its peak; else the smallest.
+
+    The sum of the head's gradient is read and written once for each chunk: on an H100, chunks of 1024 tokens take a fourth of
+    the head's time for that, and chunks of 4096 tokens a sixteenth.
+    """
+    tried = [replace(one_pass, chunk_tokens=size) for size in _CHUNK_TOKENS]
+    peaks = [estimate_peak(model, one, sharding, gpu) for one in tried]
+    for share in (PREFERRED_SHARE, USABLE_SHARE):
+        for one, peak in zip(tried, peaks, strict=True):
+            if peak.peak_gib <= share * device_gib:
+                return one, peak
+    return tried[-1], peaks[-1]
 
 
 def _allowed(situation: Situation, base: Combination) -> Iterator[Combination]:

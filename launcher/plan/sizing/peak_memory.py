@@ -4,7 +4,9 @@ The terms follow what the code does: launcher/train/loss.py for the loss, DeepSp
 partitioned_param_coordinator.py for weights and gradients, and activations.py beside this file. With T tokens of a forward pass,
 V the vocabulary, H the hidden size, C the tokens of a chunk of logits, and w the bytes of an element:
 
-    loss           all activations, the hidden states and their gradients 2wTH, the head's gradient wVH, logits 8CV
+    loss           all activations, the hidden states and their gradients 2wTH, the head's gradient and the logits of a chunk:
+                   4VH for the sum over chunks in fp32 (wVH with one chunk), with it 4CV for logits, in narrower types wCV more
+                   for their gradient, or wVH for the sum in the type of the weights
     backward       all activations, one layer again where it is recomputed, the gradients inside it, those of two weights
     optimizer step one sub-group's gradients in fp32, twice where they accumulate in another type
     gathered       DeepSpeed fetches weights ahead until stage3_max_live_parameters of them are there; the experts' weights stay
@@ -35,8 +37,6 @@ from launcher.plan.sizing.activations import (
 GIB = 2**30
 # What CUDA and NCCL take, and the share that fragmentation adds with expandable segments, where no GPU of the type was measured.
 DEFAULT_RUNTIME_GIB, DEFAULT_FRAGMENTATION = 2.0, 1.03
-# The logits of a chunk in fp32, and a copy of them inside torch.logsumexp.
-LOGIT_BYTES = 2 * FP32
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,14 @@ def _held_expert_weights(model: ModelFacts, one_pass: Pass) -> int:
     return layers * 3 * num_experts(model.config) * expert_size(model) * model.hidden_size
 
 
-def loss_bytes(model: ModelFacts, one_pass: Pass, logit_bytes: int = LOGIT_BYTES) -> int:
+def loss_bytes(model: ModelFacts, one_pass: Pass) -> int:
     """Return the bytes that the loss adds to the activations: hidden states, gradients, and the logits of a chunk."""
-    width, tokens = one_pass.kernels.width, one_pass.tokens
-    chunk = min(one_pass.chunk_tokens, tokens)
-    return 2 * width * tokens * model.hidden_size + width * head_elements(model) + logit_bytes * chunk * model.vocab_size
+    width, tokens, head = one_pass.kernels.width, one_pass.tokens, head_elements(model)
+    chunk, narrow = min(one_pass.chunk_tokens, tokens), width if width < FP32 else 0
+    is_summed = narrow and tokens > chunk
+    logits = (FP32 + narrow) * chunk * model.vocab_size
+    gradient = FP32 * head + max(logits, narrow * head) if is_summed else width * head + logits
+    return 2 * width * tokens * model.hidden_size + gradient
 
 
 def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: GpuType | None) -> PeakMemory:
