@@ -25,19 +25,17 @@ from launcher.evaluate import questions as reading
 from launcher.evaluate.prompting import BasePrompts, PromptStyle, TunedPrompts
 from launcher.evaluate.questions import EvalQuestion, QuestionSet
 from launcher.evaluate.scoring import AnswerScorer, copy_metric_files
-from launcher.evaluate.task import EvaluatedExport, EvaluationFolder, EvaluationTask, Weights, digest_weights
+from launcher.evaluate.task import EvaluationFolder, EvaluationTask
 from launcher.evaluate.vllm_engine import read_version
 from launcher.models.plan_caches import require_caches
-from launcher.models.weight_files import weight_files
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import read_export
 from launcher.security import ownership
 from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
 from launcher.tracking.progress import live_line
-from launcher.tracking.verdicts import digest_checkpoint, remove_verdicts
-from launcher.worker.export import export_run
+from launcher.tracking.verdicts import remove_verdicts
+from launcher.worker.evaluation.weights import export_tuned, find_base
 from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.signals import exit_on_termination
 
@@ -74,7 +72,7 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
     tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
     encoder = Encoder(tokenizer, plan.config.data)
     max_shots = max(_SHOTS) if config.evaluate.shots == "auto" else config.evaluate.shots
-    base = _base(plan)
+    base = find_base(plan)
     sets, training = _read_questions(plan, encoder, names, max_shots + config.evaluate.selection_prompts if base else 0)
     # Rows on which the way to ask is chosen are no examples; where there are few rows, examples come first.
     num_examples = min(max_shots, max(0, len(training) - config.evaluate.selection_prompts)) or min(max_shots, len(training))
@@ -105,7 +103,7 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
         config=plan.config.model_dump(mode="json"),
         sets=tuple(asked),
         base=base,
-        tuned=_tuned(plan, run, folder, step),
+        tuned=export_tuned(plan, run, folder, step),
         tokenizer=str(plan.model.tokenizer_path),
         code=plan.model.path,
         context=context,
@@ -255,45 +253,6 @@ def _fitting_shots(config: RunConfig, questions: Sequence[EvalQuestion], base: B
                 remedy="lower evaluate.shots or evaluate.max_new_tokens, or set evaluate.shots=auto",
             )
     return tuple(fitting)
-
-
-def _base(plan: LaunchPlan) -> Weights | None:
-    """Return the model that the run began with; None where its weights were random."""
-    if plan.config.model.init != "pretrained" or plan.model.path is None:
-        return None
-    path = Path(plan.model.path)
-    if not plan.model.has_weights or not path.is_dir() or not weight_files(path, plan.config.model.allow_pickled_weights):
-        raise ConfigError(
-            "the weights that the run began with are not there any more, so nothing can be compared with them",
-            where=str(path),
-            remedy="fetch them again with: python -m launcher data and the run's settings",
-        )
-    return Weights.of(path)
-
-
-def _tuned(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) -> Weights:
-    """Return the exported weights of the step: the run's own export, or one that is made now in the evaluation's folder."""
-    record, digest = read_export(run), None
-    path = run.export
-    if record is None or record.step != step:
-        path = folder.weights
-        digest = _export(plan, run, folder, step)
-    turn_ends = plan.data.turn_end_ids if plan.data is not None else ()
-    return Weights.of(path, turn_ends, digest)
-
-
-def _export(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) -> str:
-    """Export the step where the folder does not have it from before; returns the digest of the weights."""
-    checkpoint, dtype = digest_checkpoint(run, step), plan.config.model.dtype
-    existing = json_records.read_if_present(EvaluatedExport, folder.weights_record)
-    if existing is not None and folder.weights.is_dir() and (existing.checkpoint, existing.dtype) == (checkpoint, dtype):
-        return existing.digest
-    folder.weights_record.unlink(missing_ok=True)
-    with private_files():
-        export_run(run.plan, step=step, dtype=dtype, out=folder.weights, check=False)
-    digest = digest_weights(folder.weights)
-    json_records.write(folder.weights_record, EvaluatedExport(checkpoint, dtype, digest))
-    return digest
 
 
 def main(argv: Sequence[str] | None = None) -> int:

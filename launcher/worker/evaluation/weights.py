@@ -1,0 +1,55 @@
+"""The weights that an evaluation compares: those that the run began with, and those of the step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher import json_records
+from launcher.errors import ConfigError
+from launcher.evaluate.task import EvaluatedExport, EvaluationFolder, Weights, digest_weights
+from launcher.models.weight_files import weight_files
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_records import read_export
+from launcher.security.folders import private_files
+from launcher.tracking.verdicts import digest_checkpoint
+from launcher.worker.export import export_run
+
+
+def find_base(plan: LaunchPlan) -> Weights | None:
+    """Return the model that the run began with; None where its weights were random."""
+    if plan.config.model.init != "pretrained" or plan.model.path is None:
+        return None
+    path = Path(plan.model.path)
+    if not plan.model.has_weights or not path.is_dir() or not weight_files(path, plan.config.model.allow_pickled_weights):
+        raise ConfigError(
+            "the weights that the run began with are not there any more, so nothing can be compared with them",
+            where=str(path),
+            remedy="fetch them again with: python -m launcher data and the run's settings",
+        )
+    return Weights.of(path)
+
+
+def export_tuned(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) -> Weights:
+    """Return the exported weights of the step: the run's own export, or one that is made now in the evaluation's folder."""
+    record, digest = read_export(run), None
+    path = run.export
+    if record is None or record.step != step:
+        path = folder.weights
+        digest = _export(plan, run, folder, step)
+    turn_ends = plan.data.turn_end_ids if plan.data is not None else ()
+    return Weights.of(path, turn_ends, digest)
+
+
+def _export(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) -> str:
+    """Export the step where the folder does not have it from before; returns the digest of the weights."""
+    checkpoint, dtype = digest_checkpoint(run, step), plan.config.model.dtype
+    existing = json_records.read_if_present(EvaluatedExport, folder.weights_record)
+    if existing is not None and folder.weights.is_dir() and (existing.checkpoint, existing.dtype) == (checkpoint, dtype):
+        return existing.digest
+    folder.weights_record.unlink(missing_ok=True)
+    with private_files():
+        export_run(run.plan, step=step, dtype=dtype, out=folder.weights, check=False)
+    digest = digest_weights(folder.weights)
+    json_records.write(folder.weights_record, EvaluatedExport(checkpoint, dtype, digest))
+    return digest
