@@ -41,7 +41,8 @@ class GpuType:
     `names` is a regular expression that is searched in the names that nvidia-smi, torch, Slurm and people write, after these
     were put in lower case with one space for all that is neither letter nor digit. No name may match the expressions of two
     types. `usd_per_hour` is a typical price of one GPU, None where there is none. `runtime_gib`, what CUDA and NCCL take, and
-    `fragmentation`, the factor by which the allocator's peak exceeds that of the tensors, are None until a GPU was measured.
+    `fragmentation`, the factor by which the allocator's peak exceeds that of the tensors, are None until a GPU was measured; so is
+    `gemm_share`, the share of the peak that the matrix products of a step reach without Liger. benchmarks/gpu.py measures them.
     """
 
     memory_gib: float
@@ -53,6 +54,7 @@ class GpuType:
     usd_per_hour: float | None = None
     runtime_gib: float | None = None
     fragmentation: float | None = None
+    gemm_share: float | None = None
 
     def peak_tflops(self, dtype: str) -> float | None:
         """Return the peak for matrix products of bf16, fp16, tf32 (fp32 rounded on the way in), fp32 or fp8."""

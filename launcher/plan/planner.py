@@ -162,6 +162,24 @@ def situation_of(planned: LaunchPlan) -> combinations.Situation:
     return combinations.Situation(planned.config, planned.model, planned.data, planned.topology, gpu, device_gib)
 
 
+def planned_tokens_per_sec(planned: LaunchPlan) -> float | None:
+    """Return the tokens per second over all ranks by the time model; None on CPUs, without packing, and where it is unknown."""
+    config, topology = planned.config, planned.topology
+    if topology.device != "cuda" or not config.data.packing:
+        return None
+    combination = combinations.Combination(
+        planned.batch.micro_batch_size,
+        planned.activation_checkpointing,
+        config.model.liger,
+        memory.num_hpz_ranks(config.deepspeed, topology.ranks_per_node),
+        config.deepspeed.offload_optimizer,
+        config.deepspeed.offload_params,
+    )
+    with_padding = combinations.evaluate(situation_of(planned), combination, is_allowed=True).tokens_per_sec
+    tokens_per_step = planned.batch.tokens_per_step or planned.batch.max_tokens_per_step
+    return None if with_padding is None else with_padding * tokens_per_step / planned.batch.max_tokens_per_step
+
+
 def choose_topology(config: RunConfig, facts: Facts) -> Topology:
     """Return the nodes and ranks of a run: those of its cluster's settings, or of the node that `facts` describe."""
     cluster, device = config.cluster, facts.device

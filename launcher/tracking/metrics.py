@@ -161,6 +161,7 @@ METRICS: dict[str, Metric] = {
         status=StatusPart("{:,.0f} tokens/s".format, order=0, line="pace", is_median=True),
         console=Part("{:,.0f} tok/s".format),
     ),
+    "perf/planned_tokens_per_sec": Metric(section="Throughput", title="Tokens per second"),
     "trainer/eta_s": Metric("s", "Training", "Time left", console=Part(lambda seconds: f"eta {format_duration(seconds)}")),
     "perf/tokens_per_sec_per_gpu": Metric(section="Throughput", title="Tokens per second per GPU"),
     "perf/mfu": Metric(

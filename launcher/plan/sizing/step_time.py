@@ -2,12 +2,13 @@
 
 The sum of four parts, of which some overlap:
 
-    products       6 FLOPs for each weight and token, 2 more for a recomputed layer, at GEMM_SHARE of the GPU's peak
+    products       6 FLOPs for each weight and token, 2 more for a recomputed layer, at the GPU's gemm_share of its peak
     attention      pairs of queries and keys within documents, or of whole rows where the kernel computes all, at ATTENTION_SHARE
     communication  weights gathered twice, and gradients reduced once, for each micro-batch (arXiv:1910.02054, section 7)
     hooks          DeepSpeed's Python around each module, which the GPU waits for where a micro-batch is small
 
-and the optimizer step once. All rates are assumptions until benchmarks on GPUs measure them; they order combinations, and the
+and the optimizer step once. All rates are assumptions until benchmarks/gpu.py measures a GPU, whose row in
+launcher/plan/gpu_types.py then has its gemm_share; they order combinations, and a run on GPUs compares its speed with them. The
 range that a plan shows as its speed rests on published or measured MFU instead (launcher/plan/throughput.py).
 """
 
@@ -21,7 +22,8 @@ from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
 from launcher.plan.sizing.activations import FLASH_KERNELS, Kernels
 
-GEMM_SHARE, GEMM_SHARE_LIGER = 0.48, 0.54
+# The share of the peak that products reach, where no GPU of the type was measured, and the factor by which Liger raises it.
+GEMM_SHARE, LIGER_FACTOR = 0.48, 0.54 / 0.48
 ATTENTION_SHARE = 0.40
 # Tokens of a micro-batch with which the products reach half of their share of the peak.
 HALF_TOKENS = 512
@@ -74,7 +76,8 @@ def predict_step(
     pairs = (flops.of([length], 0) - flops.per_token * length) / length * tokens * again
     if kernels.attention not in FLASH_KERNELS:
         pairs *= 2
-    gemm = (GEMM_SHARE_LIGER if kernels.liger else GEMM_SHARE) * tokens / (tokens + HALF_TOKENS)
+    share = GEMM_SHARE if gpu.gemm_share is None else gpu.gemm_share
+    gemm = share * (LIGER_FACTOR if kernels.liger else 1.0) * tokens / (tokens + HALF_TOKENS)
     weight_bytes = kernels.width * model.num_params
     passes = 2 + recomputed_share
     micro_batches = batch.accumulation

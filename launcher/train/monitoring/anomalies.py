@@ -35,6 +35,9 @@ _SLOWDOWN_CAUSES = {
 STRAGGLER_FACTOR, _STRAGGLER_WINDOW, _MIN_LATE_STEPS = 1.2, 20, 16
 # Relative deviation of the measured from the planned peak memory of a GPU that is an alert, after so many steps.
 _MEMORY_DEVIATION, _MEMORY_STEPS = 0.05, 3
+# Relative deviation of the measured from the planned tokens per second that is an alert: the median of so many steps after those
+# in which kernels are chosen and compiled.
+_SPEED_DEVIATION, _SPEED_WARMUP, _SPEED_STEPS = 0.20, 5, 15
 # Training stalls after so many median steps without one, and no sooner than these seconds; a save has a limit of its own.
 STALL_FACTOR, _MIN_STALL_S, _SAVE_STALL_S = 10.0, 60.0, 900.0
 _CHECK_INTERVAL_S = 5.0
@@ -55,7 +58,8 @@ class AnomalyDetector:
         self._num_spikes = self._num_slow = 0
         self._num_steps, self._num_late = 0, dict[int, int]()
         self._xids: dict[int, float] = {}
-        self._num_memory_steps = 0
+        self._num_memory_steps = self._num_speed_steps = 0
+        self._speeds: list[float] = []
 
     def memory(self, ranks: Sequence[RankStats], planned_gib: float | None, hosts: Sequence[str]) -> list[str]:
         """Return an alert, once, where the reserved memory of the fullest GPU deviates from the plan; `hosts` is by rank."""
@@ -75,6 +79,27 @@ class AnomalyDetector:
         return [
             f"the peak memory of rank {rank} on {hosts[rank]} is {most_gib:.1f} GiB, {abs(deviation):.0%} "
             f"{'above' if deviation > 0 else 'below'} the planned {planned_gib:.1f} GiB: {advice}"
+        ]
+
+    def speed(self, tokens_per_sec: float, planned: float | None) -> list[str]:
+        """Return an alert, once, where the tokens per second of the first steps deviate from the plan."""
+        self._num_speed_steps += 1
+        if planned is None or not _SPEED_WARMUP < self._num_speed_steps <= _SPEED_WARMUP + _SPEED_STEPS:
+            return []
+        self._speeds.append(tokens_per_sec)
+        measured = statistics.median(self._speeds)
+        deviation = measured / planned - 1
+        if len(self._speeds) < _SPEED_STEPS or abs(deviation) <= _SPEED_DEVIATION:
+            return []
+        advice = (
+            f"see what takes the time with: {launcher_command('report', self._run_dir)}; on a sound machine, "
+            "the rates that the plan assumes are too high"
+            if deviation < 0
+            else "the rates that the plan assumes are too low, and other settings may be faster than it predicts"
+        )
+        return [
+            f"training runs at {measured:,.0f} tokens/s, {abs(deviation):.0%} {'above' if deviation > 0 else 'below'} "
+            f"the planned {planned:,.0f}: {advice}"
         ]
 
     def step(self, loss: float, tokens_per_sec: float, number: int = 0) -> list[str]:

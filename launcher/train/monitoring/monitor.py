@@ -16,6 +16,7 @@ from torch import nn
 
 from launcher.distributed import RankInfo, gather_json
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.planner import planned_tokens_per_sec
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
 from launcher.tracking.goodput import Breakdown
@@ -50,6 +51,7 @@ class Monitor:
         self._optimizer_timer = None if optimizer is None else OptimizerTimer(optimizer)
         self._device = device
         self._anomalies, self._hosts = AnomalyDetector(plan.topology.device, plan.run_dir), gather_json(os.uname().nodename)
+        self._planned_tokens_per_sec = planned_tokens_per_sec(plan) if rank_info.is_main else None
         self._ranks: list[RankStats] = []
         self._works: list[RankWork] = []
         self._is_limited = rank_info.is_main and (plan.limits.max_seconds or plan.limits.max_gpu_seconds) is not None
@@ -103,6 +105,8 @@ class Monitor:
         spent, aggregated = self._spent(), rank_stats.aggregate_metrics(self._ranks, self._works)
         if "memory/peak_reserved_gib" in aggregated and self._planned_gib is not None:
             aggregated["memory/planned_gib"] = self._planned_gib
+        if self._planned_tokens_per_sec is not None:
+            aggregated["perf/planned_tokens_per_sec"] = self._planned_tokens_per_sec
         return aggregated | ({} if spent is None else spent.metrics() | goodput.cost(self._plan, spent, tokens))
 
     def alert(self, step: int, loss: float, tokens_per_sec: float) -> None:
@@ -111,6 +115,7 @@ class Monitor:
             # The rank has recorded it itself.
             self._tracker.event("alert", text, step, recorded=True)
         planned = self._anomalies.memory(self._ranks, self._planned_gib, self._hosts)
+        planned += self._anomalies.speed(tokens_per_sec, self._planned_tokens_per_sec)
         stragglers = self._anomalies.stragglers(self._works, self._hosts)
         for text in (*self._anomalies.step(loss, tokens_per_sec, step), *stragglers, *planned):
             self._tracker.event("alert", text, step)

@@ -21,6 +21,7 @@ from launcher.data.cache import Split
 from launcher.data.loader import TrainBatches
 from launcher.distributed import RankInfo
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.planner import planned_tokens_per_sec
 from launcher.run_records import Attempt
 from launcher.tracking.tracker import start_trackers
 from launcher.train.monitoring.monitor import Monitor
@@ -87,6 +88,7 @@ def test_what_gpus_measure_and_cost_is_in_wandb(
     assert {name: row[name] for name in EXPECTED} == pytest.approx(EXPECTED)
     assert plan.peak is not None
     assert row["memory/planned_gib"] == pytest.approx(plan.peak.peak_gib - plan.peak.runtime_gib)
+    assert row["perf/planned_tokens_per_sec"] == pytest.approx(planned_tokens_per_sec(plan))
     assert row["cost/usd"] == pytest.approx(3 * row["cost/gpu_hours"])
     assert row["cost/usd_per_million_tokens"] == pytest.approx(row["cost/usd"] / row["trainer/tokens"] * 1e6)
     assert 0 < row["perf/mfu"] < 1

@@ -100,3 +100,19 @@ def test_memory_that_deviates_from_the_plan_is_an_alert_once() -> None:
     (below,) = alerts(90.0)
     assert "14% below the planned 90.0 GiB: a larger train.micro_batch_size" in below
     assert alerts(75.0) == alerts(None) == []
+
+
+def test_a_speed_that_deviates_from_the_plan_is_an_alert_once() -> None:
+    # The first steps are slow: kernels are compiled.
+    rates = [*([100.0] * 5), *([6000.0] * 60)]
+
+    def alerts(planned: float | None) -> list[str]:
+        detector = AnomalyDetector("cuda", "/runs/a")
+        return [text for rate in rates for text in detector.speed(rate, planned)]
+
+    (below,) = alerts(8000.0)
+    assert below.startswith("training runs at 6,000 tokens/s, 25% below the planned 8,000: see what takes the time with: ")
+    assert "report /runs/a" in below
+    (above,) = alerts(4800.0)
+    assert "25% above the planned 4,800: the rates that the plan assumes are too low" in above
+    assert alerts(7000.0) == alerts(5100.0) == alerts(None) == []
