@@ -24,7 +24,7 @@ import psutil
 import torch
 import torch._dynamo  # DeepSpeed patches tensor constructors; a later import of dynamo would fail on them.
 import torch.distributed as dist
-from steps import summarize
+from steps import peak_gib, summarize
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -48,7 +48,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         config = json.load(file)
     if args.load_universal:
         config["checkpoint"] = {"load_universal": True}
-    engine = _engine(args.model, config, args.lr)
+    engine = _engine(args, config)
     if args.load_universal:
         engine.load_checkpoint(args.load_universal, tag=TAG)
     rows = dict(np.load(args.rows))
@@ -74,7 +74,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             saves.append(_save(engine, args.save_to))
     started = psutil.Process().create_time()
     figures = summarize(started, began, times, tokens, args.warmup)
-    return {"began": began, "times": times, "tokens": tokens, "saves": saves, **figures}
+    return {"began": began, "times": times, "tokens": tokens, "saves": saves, "peak_gib": peak_gib(), **figures}
 
 
 def _save(engine: Any, folder: str) -> float:
@@ -87,12 +87,14 @@ def _save(engine: Any, folder: str) -> float:
     return time.perf_counter() - began
 
 
-def _engine(model_dir: str, config: dict[str, Any], lr: float) -> Any:
+def _engine(args: argparse.Namespace, config: dict[str, Any]) -> Any:
     partitioned = HfDeepSpeedConfig(config)
     dtype = torch.bfloat16 if "bf16" in config else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation=args.attention)
+    if args.recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     del partitioned
     return engine
@@ -106,6 +108,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not measured")
     parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--attention", default="sdpa", help="attention kernel; FlashAttention needs one row at a time")
+    parser.add_argument("--recompute", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--save-to", metavar="DIR", help="save with DeepSpeed's save_checkpoint, each time under the same tag")
     parser.add_argument("--save-every", type=int, default=1, metavar="STEPS")
     parser.add_argument("--load-universal", metavar="DIR", help="folder that ds_to_universal has written, under the same tag")

@@ -14,9 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ RESULTS = HERE / "RESULTS.md"
 RUN_TIMEOUT_S = 1200.0
 # Where the launcher's figures come from, for `record`.
 FROM_TRAIN = "From `python -m launcher train` (its metrics.jsonl)."
-_PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "trl", "wandb")
+_PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "trl", "liger-kernel", "flash-attn", "wandb")
 
 
 @dataclass(frozen=True)
@@ -48,22 +50,48 @@ class Prepared:
     plan: LaunchPlan
     steps: int
     warmup: int
+    timeout_s: float = RUN_TIMEOUT_S
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / "rows.npz"
+
+    @property
+    def chats(self) -> Path:
+        return self.folder / "chats.jsonl"
+
+    @property
+    def deepspeed(self) -> Path:
+        return self.folder / f"deepspeed-{self.plan.batch.micro_batch_size}.json"
+
+    def with_micro_batch(self, size: int) -> Prepared:
+        """The same with another micro-batch for all sides."""
+        return self if size == self.plan.batch.micro_batch_size else self.with_overrides(f"train.micro_batch_size={size}")
+
+    def with_overrides(self, *words: str) -> Prepared:
+        """The same with further overrides of the launcher that leave the data as they are."""
+        overrides = (*self.overrides, *words)
+        command = [sys.executable, "-m", "launcher", "plan", "--json", *overrides]
+        changed = replace(self, overrides=overrides, plan=read_plan(run(command, self.folder / "plan.log")))
+        changed.deepspeed.write_text(json.dumps(changed.plan.deepspeed))
+        return changed
 
 
-def prepare(folder: Path, overrides: list[str], steps: int, warmup: int) -> Prepared:
+def prepare(folder: Path, overrides: list[str], steps: int, warmup: int, timeout_s: float = RUN_TIMEOUT_S) -> Prepared:
     """Build the model folder and the data cache, and write the same rows and documents for the other sides."""
     settings = (*overrides, f"train.max_steps={steps}", "train.epochs=null")
     command = [sys.executable, "-m", "launcher"]
-    run([*command, "data", *settings], folder / "data.log")
+    run([*command, "data", *settings], folder / "data.log", timeout_s=timeout_s)
     plan = read_plan(run([*command, "plan", "--json", *settings], folder / "plan.log"))
     if plan.data is None:
         raise SystemExit(f"launcher data has not built the cache:\n{(folder / 'data.log').read_text()}")
     if plan.model.path is None:
         raise SystemExit(f"the model {plan.config.model.name} has no weights for the other sides to load; use model=demo")
-    (folder / "deepspeed.json").write_text(json.dumps(plan.deepspeed))
-    _write_rows(plan, steps, folder / "rows.npz")
-    _write_chats(plan.config.data, folder / "chats.jsonl")
-    return Prepared(folder, settings, plan, steps, warmup)
+    prepared = Prepared(folder, settings, plan, steps, warmup)
+    prepared.deepspeed.write_text(json.dumps(plan.deepspeed))
+    _write_rows(plan, steps, prepared.rows)
+    _write_chats(plan.config.data, prepared.chats)
+    return prepared
 
 
 def read_plan(output: str) -> LaunchPlan:
@@ -72,32 +100,42 @@ def read_plan(output: str) -> LaunchPlan:
     return LaunchPlan.model_validate({key: value for key, value in values.items() if key in LaunchPlan.model_fields})
 
 
-def launcher_side(prepared: Prepared, extra: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`python -m launcher train`, measured from its metrics.jsonl."""
+def launcher_side(prepared: Prepared, extra: tuple[str, ...] = (), without_last_save: bool = False) -> dict[str, Any]:
+    """`python -m launcher train`, measured from its metrics.jsonl; `without_last_save` ends it after the last step."""
     root = Path(tempfile.mkdtemp(dir=prepared.folder))
     started = time.time()
+    metrics = root / "bench" / "metrics.jsonl"
     run(
         [sys.executable, "-m", "launcher", "train", *prepared.overrides, f"run.root={root}", "run.name=bench", *extra],
         root / "log",
+        timeout_s=prepared.timeout_s,
+        is_done=(lambda: len(_step_lines(metrics)) >= prepared.steps) if without_last_save else None,
     )
-    # A line holds what was counted up to its step; lines without tokens belong to checkpoints and evaluations.
-    lines = [line for line in read_metrics(root / "bench" / "metrics.jsonl") if "trainer/tokens" in line]
+    lines = _step_lines(metrics)
     total = [0, *(int(line["trainer/tokens"]) for line in lines)]
+    events = [json.loads(line) for line in (root / "bench" / "events.jsonl").read_text().splitlines()]
     shutil.rmtree(root)
     began = lines[0]["time"] - lines[0]["time/step_s"]
-    return summarize(started, began, [line["time"] for line in lines], np.diff(total).tolist(), prepared.warmup)
+    figures = summarize(started, began, [line["time"] for line in lines], np.diff(total).tolist(), prepared.warmup)
+    alerts = [event["text"] for event in events if event["kind"] == "alert"]
+    return {**figures, "metrics": lines[prepared.warmup :], "alerts": alerts}
+
+
+def _step_lines(metrics: Path) -> list[dict[str, Any]]:
+    """A line holds what was counted up to its step; lines without tokens belong to checkpoints and evaluations."""
+    return [line for line in read_metrics(metrics) if "trainer/tokens" in line] if metrics.is_file() else []
 
 
 def bare_side(prepared: Prepared, *options: str) -> dict[str, Any]:
     """benchmarks/bare_loop.py on the rows that the launcher's plan would train, in its order; its figures, and `saves`."""
-    return _torchrun(prepared, "bare_loop.py", "--rows", str(prepared.folder / "rows.npz"), *options)
+    return _torchrun(prepared, "bare_loop.py", "--rows", str(prepared.rows), *options)
 
 
-def trl_side(prepared: Prepared, recompute: bool) -> dict[str, Any]:
+def trl_side(prepared: Prepared, recompute: bool, *options: str) -> dict[str, Any]:
     """benchmarks/trl_sft.py on the documents of the plan's sources."""
     length = str(prepared.plan.config.data.max_length)
     flags = ["--recompute"] if recompute else []
-    return _torchrun(prepared, "trl_sft.py", "--data", str(prepared.folder / "chats.jsonl"), "--max-length", length, *flags)
+    return _torchrun(prepared, "trl_sft.py", "--data", str(prepared.chats), "--max-length", length, *flags, *options)
 
 
 def has_trl() -> bool:
@@ -106,7 +144,7 @@ def has_trl() -> bool:
 
 def ray_side(prepared: Prepared) -> dict[str, Any]:
     """benchmarks/ray_trainer.py: the bare loop in a TorchTrainer."""
-    rows = ("--rows", str(prepared.folder / "rows.npz"))
+    rows = ("--rows", str(prepared.rows))
     return _measured(prepared, [sys.executable], "ray_trainer.py", f"--workers={prepared.plan.topology.world_size}", *rows)
 
 
@@ -122,16 +160,16 @@ def _measured(prepared: Prepared, start: list[str], script: str, *options: str) 
         *start,
         str(HERE / script),
         f"--model={plan.model.path}",
-        f"--deepspeed={prepared.folder / 'deepspeed.json'}",
+        f"--deepspeed={prepared.deepspeed}",
         *options,
     ]
     command += [f"--steps={prepared.steps}", f"--warmup={prepared.warmup}", f"--lr={plan.config.optim.lr}"]
     started = time.time()
-    output = run(command, prepared.folder / f"{script}.log")
+    output = run(command, prepared.folder / f"{script}.log", timeout_s=prepared.timeout_s)
     # Libraries print to standard output too.
     measured = json.loads(next(line for line in output.splitlines() if line.startswith('{"began"')))
     figures = summarize(started, measured["began"], measured["times"], measured["tokens"], prepared.warmup)
-    return {**figures, "saves": measured.get("saves", [])}
+    return {**figures, "saves": measured.get("saves", []), "peak_gib": measured.get("peak_gib")}
 
 
 @dataclass(frozen=True)
@@ -169,28 +207,52 @@ def one_thread_environment() -> dict[str, str]:
     return environment
 
 
-def run(command: list[str], log: Path, environment: dict[str, str] | None = None) -> str:
+def run(
+    command: list[str],
+    log: Path,
+    environment: dict[str, str] | None = None,
+    timeout_s: float = RUN_TIMEOUT_S,
+    is_done: Callable[[], bool] | None = None,
+) -> str:
     """Run to the end and return standard output; standard error goes to `log`. `environment`: default of one thread a rank.
 
+    Where `is_done` returns True, the command is killed, and has succeeded.
+
     Raises:
-        SystemExit: if it fails or takes longer than RUN_TIMEOUT_S; no process of it is left.
+        SystemExit: if it fails or takes longer than `timeout_s`; no process of it is left.
     """
-    variables = {**(environment or one_thread_environment()), "PYTHONPATH": str(HERE.parent)}
+    variables = {**(environment or one_thread_environment())}
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE.parent), variables.get("PYTHONPATH"))))
     with open(log, "w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=variables, cwd=HERE.parent)
+        ends_at = time.monotonic() + timeout_s
         try:
-            output, _ = process.communicate(timeout=RUN_TIMEOUT_S)
-        except BaseException as error:
-            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-                child.kill()
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise SystemExit(
-                    f"{' '.join(command)}\nran longer than {RUN_TIMEOUT_S:.0f} s:\n{log.read_text()[-4000:]}"
-                ) from None
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    output, _ = process.communicate(timeout=min(0.5, timeout_s) if is_done else timeout_s)
+                    break
+                if is_done is not None and is_done():
+                    _kill(process)
+                    return ""
+                if time.monotonic() >= ends_at:
+                    _kill(process)
+                    raise SystemExit(f"{' '.join(command)}\nran longer than {timeout_s:.0f} s:\n{log.read_text()[-4000:]}")
+        except BaseException:
+            _kill(process)
             raise
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{output[-2000:]}\n{log.read_text()[-4000:]}")
     return output
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End a process and all that it has started; a GPU's memory is free again once they are gone."""
+    with suppress(psutil.NoSuchProcess):
+        started = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for one in started:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        psutil.wait_procs(started, timeout=30)
 
 
 def _write_rows(plan: LaunchPlan, steps: int, file: Path) -> None:
@@ -233,6 +295,17 @@ def hardware() -> str:
     return f"{name}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
 
 
+def machine() -> str:
+    """The machine and the versions of the packages that count, as a sentence."""
+    installed = [name for name in _PACKAGES if importlib.util.find_spec(name.replace("-", "_"))]
+    packages = []
+    for name in installed:
+        # The folder of a package's files may be there without the package.
+        with suppress(PackageNotFoundError):
+            packages.append(f"{name} {version(name)}")
+    return f"{hardware()}. Python {platform.python_version()}, {', '.join(packages)}."
+
+
 def parser(doc: str | None, rounds: int | None, rounds_help: str = "runs of each side") -> argparse.ArgumentParser:
     """The options of every benchmark; without `--rounds` where that is None."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -260,8 +333,7 @@ def record(file: Path, key: str, title: str, source: str, command: str, table: l
 
     `source` says what the launcher's figures come from: a command, or functions that were called.
     """
-    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES if importlib.util.find_spec(name))
-    body = "\n".join([source, "", f"{hardware()}. Python {platform.python_version()}, {packages}.", "", *table, "", command])
+    body = "\n".join([source, "", machine(), "", *table, "", command])
     dated = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {title}"
     print(f"{key}: {dated}\n\n{body}")
     text = file.read_text(encoding="utf-8") if file.is_file() else ""

@@ -7,6 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def peak_gib() -> float | None:
+    """Return the most memory that torch has reserved on this process's GPU; None without a GPU."""
+    import torch
+
+    return torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
+
+
 def summarize(started: float, began: float, times: Sequence[float], tokens: Sequence[int], warmup: int) -> dict[str, Any]:
     """Figures of one run. Seconds since the epoch are `started`, when the command was given, `began`, when the first step did,
     and `times`, at which each step ended; `tokens` are those of each step, without padding.

@@ -21,7 +21,7 @@ import torch
 import torch._dynamo  # DeepSpeed patches tensor constructors; a later import of dynamo would fail on them.
 import torch.distributed as dist
 from datasets import load_dataset
-from steps import summarize
+from steps import peak_gib, summarize
 from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -30,10 +30,10 @@ class CountingTrainer(SFTTrainer):
     """Counts this rank's real tokens, micro-batch by micro-batch."""
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        # Packed rows come as one flat row; padding is the run of zero positions at its end.
+        # Packed rows come as one flat row; padding is the run of zero positions at its end. This does not wait for the GPU.
         positions = inputs["position_ids"][0]
-        used = positions.nonzero().max().item() + 1
-        self.seen = [*getattr(self, "seen", []), used]
+        counts = torch.arange(1, len(positions) + 1, device=positions.device)
+        self.seen = [*getattr(self, "seen", []), (counts * (positions != 0)).max()]
         return super().training_step(model, inputs, *args, **kwargs)
 
 
@@ -42,6 +42,8 @@ class Clock(TrainerCallback):
         self.times: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.times.append(time.time())
 
 
@@ -64,12 +66,13 @@ def main() -> None:
             raise SystemExit("the trainer does not see all ranks: each would train the same rows")
         trainer.train()
     accumulation = config["gradient_accumulation_steps"]
-    tokens = torch.tensor(trainer.seen).reshape(args.steps, accumulation).sum(1)
+    tokens = torch.stack(trainer.seen).reshape(args.steps, accumulation).sum(1)
     dist.all_reduce(tokens)
     if dist.get_rank() == 0:
         started = psutil.Process().create_time()
         figures = summarize(started, clock.began, clock.times, tokens.tolist(), args.warmup)
-        print(json.dumps({"began": clock.began, "times": clock.times, "tokens": tokens.tolist(), **figures}))
+        measured = {"began": clock.began, "times": clock.times, "tokens": tokens.tolist(), "peak_gib": peak_gib()}
+        print(json.dumps({**measured, **figures}))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -92,9 +95,10 @@ def _settings(args: argparse.Namespace, config: dict[str, Any], folder: str) -> 
         optim="adamw_torch_fused",
         model_init_kwargs={
             "dtype": torch.bfloat16 if "bf16" in config else torch.float32,
-            "attn_implementation": "sdpa",
+            "attn_implementation": args.attention,
             "use_cache": False,
         },
+        **({"use_liger_kernel": True} if args.liger else {}),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -113,6 +117,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not measured")
     parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--attention", default="sdpa", help="attention kernel of transformers")
+    parser.add_argument("--liger", action="store_true", help="use Liger's kernels")
     parser.add_argument("--recompute", action="store_true", help="recompute activations, which is TRL's default")
     return parser.parse_args()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem, did_you_mean
 from launcher.plan import batch, deepspeed, memory, plan_checks
 from launcher.plan.architecture import architecture_problems
-from launcher.plan.gpu_types import GPUS, Price, lookup, typical_price
+from launcher.plan.gpu_types import GPUS, GpuType, Price, lookup, typical_price
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, Limits, ModelFacts, Topology
 from launcher.plan.optimizers import OPTIMIZERS, optimizer_problems
 from launcher.plan.quantities import format_count
@@ -162,8 +163,11 @@ def situation_of(planned: LaunchPlan) -> combinations.Situation:
     return combinations.Situation(planned.config, planned.model, planned.data, planned.topology, gpu, device_gib)
 
 
-def planned_tokens_per_sec(planned: LaunchPlan) -> float | None:
-    """Return the tokens per second over all ranks by the time model; None on CPUs, without packing, and where it is unknown."""
+def planned_tokens_per_sec(planned: LaunchPlan, gpu: GpuType | None = None) -> float | None:
+    """Return the tokens per second over all ranks by the time model; None on CPUs, without packing, and where it is unknown.
+
+    `gpu` replaces the row of the plan's GPUs.
+    """
     config, topology = planned.config, planned.topology
     if topology.device != "cuda" or not config.data.packing:
         return None
@@ -175,7 +179,8 @@ def planned_tokens_per_sec(planned: LaunchPlan) -> float | None:
         config.deepspeed.offload_optimizer,
         config.deepspeed.offload_params,
     )
-    with_padding = combinations.evaluate(situation_of(planned), combination, is_allowed=True).tokens_per_sec
+    situation = situation_of(planned) if gpu is None else replace(situation_of(planned), gpu=gpu)
+    with_padding = combinations.evaluate(situation, combination, is_allowed=True).tokens_per_sec
     tokens_per_step = planned.batch.tokens_per_step or planned.batch.max_tokens_per_step
     return None if with_padding is None else with_padding * tokens_per_step / planned.batch.max_tokens_per_step
 
