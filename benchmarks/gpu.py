@@ -49,6 +49,9 @@ _CPU_FACTOR = 8
 # Seconds without which no further part begins.
 _LEAST_S = 5.0
 _OUT_OF_MEMORY = re.compile("out of memory|OutOfMemoryError", re.IGNORECASE)
+# A message of runs on GPUs.
+_ATTENTION = re.compile(r"attention is computed by (\w+)")
+_TOO_LARGE = re.compile(r"need[a-z ]* \d+ GiB per GPU|\d+ GiB per GPU are needed")
 _EXCEPTION = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Exit)\b")
 # Chats beyond what the steps take: packing by another program wastes more.
 _SPARE_TOKENS = 1.3
@@ -97,6 +100,10 @@ def main() -> None:
     raise SystemExit(1 if proof.num_failed else 0)
 
 
+class LeftOut(Exception):
+    """A part that this machine cannot run, which is no failure."""
+
+
 class Proof:
     """Runs the parts one after the other, and writes the results after each."""
 
@@ -135,6 +142,10 @@ class Proof:
             run(seconds)
             print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
             return True
+        except LeftOut as reason:
+            print(f"{name}: left out: {reason}", flush=True)
+            self.measured.notes.append(f"{name}: left out: {reason}")
+            return False
         except (SystemExit, OSError, ValueError, KeyError, StopIteration, subprocess.SubprocessError) as error:
             self.num_failed += 1
             print(f"{name}: failed after {time.monotonic() - began:.0f} s:\n{error}", flush=True)
@@ -218,21 +229,32 @@ class Proof:
         options += [f"--row-tokens={case.row_tokens}", f"--tokens={tokens}"]
         command = [sys.executable, str(HERE / "gpu_inputs.py"), *options]
         began = time.monotonic()
-        sides.run(command, folder / "inputs.log", os.environ.copy(), seconds)
+        memory = _json_line(sides.run(command, folder / "inputs.log", os.environ.copy(), seconds))
         (folder / "chats-of-data.jsonl").write_bytes((models / "chats.jsonl").read_bytes())
         overrides = [
             *(f"model={case.preset}", f"model.path={models / 'model'}", f"model.dtype={case.dtype}", *_SETTINGS),
             *(f"data.path={folder / 'chats-of-data.jsonl'}", f"data.max_length={case.row_tokens}"),
             *(f"train.global_batch_size={rows}", f"cluster.ranks_per_node={num_ranks}"),
         ]
-        return sides.prepare(folder, overrides, case.steps, case.warmup, seconds - (time.monotonic() - began))
+        left_s = seconds - (time.monotonic() - began)
+        try:
+            prepared = sides.prepare(folder, overrides, case.steps, case.warmup, left_s)
+        except SystemExit as error:
+            if _TOO_LARGE.search(str(error)):
+                raise LeftOut("the model does not fit on this GPU") from error
+            raise
+        peak, free_gib = prepared.plan.peak, memory["free_gib"]
+        if peak is not None and free_gib is not None and peak.peak_gib > free_gib:
+            raise LeftOut(f"{peak.peak_gib:.1f} GiB are planned, and {free_gib:.1f} GiB of the GPU are free")
+        return prepared
 
     def launcher_side(self, case: str, prepared: sides.Prepared, seconds: float, liger: bool) -> None:
         if liger:
             prepared = prepared.with_overrides("model.liger=true")
         figures = sides.launcher_side(replace(prepared, timeout_s=seconds), without_last_save=True)
         plan = prepared.plan
-        kernel = self.fastest_kernel() if plan.config.model.attention == "auto" else plan.config.model.attention
+        named = (_ATTENTION.match(text) for text in figures["messages"])
+        kernel = next((match[1] for match in named if match), plan.config.model.attention)
         name = f"{LAUNCHER}{' with Liger' if liger else ''}"
         self.measured.cases[case].append(Side(name, kernel, plan.activation_checkpointing, plan, figures))
         self.measured.notes += [f"{case}: alert of the run: {text}" for text in figures["alerts"]]
@@ -266,11 +288,6 @@ class Proof:
     @staticmethod
     def bare(prepared: sides.Prepared, recompute: bool, *options: str) -> dict[str, Any]:
         return sides.bare_side(prepared, *(["--recompute"] if recompute else []), *options)
-
-    def fastest_kernel(self) -> str:
-        """The kernel that the launcher takes: the first one of its order that was measured."""
-        works = (name for name, figures in self.measured.kernels.items() if "forward_ms" in figures)
-        return next(works, "auto")
 
     def kernel_of_others(self, micro_batch_size: int) -> str:
         """FlashAttention 2 where it works; it finds documents in a batch of one row alone."""

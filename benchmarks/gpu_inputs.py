@@ -34,6 +34,18 @@ def main() -> None:
     write_chats(args.folder / "chats.jsonl", args.row_tokens, args.tokens)
     if not (args.folder / "model").is_dir():
         write_model(args.folder / "model", json.loads(args.config.read_text()), args.dtype)
+    print(json.dumps({"free_gib": _free_gib()}), flush=True)
+
+
+def _free_gib() -> float | None:
+    """Return the memory of the first GPU that nothing but this process holds; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    return (free + torch.cuda.memory_reserved()) / 2**30
 
 
 def write_chats(file: Path, row_tokens: int, num_tokens: int) -> None:

@@ -118,7 +118,7 @@ def launcher_side(prepared: Prepared, extra: tuple[str, ...] = (), without_last_
     began = lines[0]["time"] - lines[0]["time/step_s"]
     figures = summarize(started, began, [line["time"] for line in lines], np.diff(total).tolist(), prepared.warmup)
     alerts = [event["text"] for event in events if event["kind"] == "alert"]
-    return {**figures, "metrics": lines[prepared.warmup :], "alerts": alerts}
+    return {**figures, "metrics": lines[prepared.warmup :], "alerts": alerts, "messages": [event["text"] for event in events]}
 
 
 def _step_lines(metrics: Path) -> list[dict[str, Any]]:

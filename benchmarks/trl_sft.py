@@ -40,6 +40,10 @@ class CountingTrainer(SFTTrainer):
 class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.began = 0.0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = time.time()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():
