@@ -82,7 +82,7 @@ def main() -> None:
     parser = sides.parser(__doc__, rounds=None)
     parser.add_argument("size", nargs="?", choices=("standard", "full"), default="standard")
     parser.add_argument("--cpu-rehearsal", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--minutes", type=float, help="time for all parts (default: 10, full: 40)")
+    parser.add_argument("--minutes", type=float, help="time for all parts (default: 10, full: 40; 5 more on several GPUs)")
     args = parser.parse_args()
     if args.cpu_rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -90,7 +90,9 @@ def main() -> None:
     if device.kind != "cuda" and not args.cpu_rehearsal:
         problem = f": {device.problem}" if device.problem else ""
         raise SystemExit(f"no GPU was found{problem}; --cpu-rehearsal tries it on the CPU")
-    minutes = args.minutes or (10 * _CPU_FACTOR if args.cpu_rehearsal else 40 if args.size == "full" else 10)
+    usual = (40 if args.size == "full" else 10) * (_CPU_FACTOR if args.cpu_rehearsal else 1)
+    # A run over all GPUs comes after the others.
+    minutes = args.minutes or usual + (5 if device.kind == "cuda" and device.count > 1 else 0)
     file = None if args.cpu_rehearsal and args.results == sides.RESULTS else args.results
     with tempfile.TemporaryDirectory(prefix="launcher-gpu-") as folder:
         proof = Proof(Path(folder), minutes * 60, args.size == "full", args.cpu_rehearsal, file)
@@ -258,6 +260,8 @@ class Proof:
         name = f"{LAUNCHER}{' with Liger' if liger else ''}"
         self.measured.cases[case].append(Side(name, kernel, plan.activation_checkpointing, plan, figures))
         self.measured.notes += [f"{case}: alert of the run: {text}" for text in figures["alerts"]]
+        # How fast NCCL is, where there are several ranks.
+        self.measured.notes += [f"{case}: {text}" for text in figures["messages"] if text.startswith("all-reduce over")]
 
     def other_side(
         self, case: str, name: str, run: Callable[..., Any], options: tuple[str, ...], prepared: sides.Prepared, seconds: float

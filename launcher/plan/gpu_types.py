@@ -41,8 +41,8 @@ class GpuType:
     `names` is a regular expression that is searched in the names that nvidia-smi, torch, Slurm and people write, after these
     were put in lower case with one space for all that is neither letter nor digit. No name may match the expressions of two
     types. `usd_per_hour` is a typical price of one GPU, None where there is none. `runtime_gib`, what CUDA and NCCL take, and
-    `fragmentation`, the factor by which the allocator's peak exceeds that of the tensors, are None until a GPU was measured; so is
-    `gemm_share`, the share of the peak that the matrix products of a step reach without Liger. benchmarks/gpu.py measures them.
+    `fragmentation`, the factor by which the allocator's peak exceeds that of the tensors, are None until a GPU was measured, and
+    so is `gemm_share`, the share of the peak that the products of a step reach without Liger: benchmarks/gpu.py measures them.
     """
 
     memory_gib: float
