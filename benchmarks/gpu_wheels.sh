@@ -7,7 +7,7 @@
 # On the machine, with a copy of this checkout and of the folder:
 #
 #     python -m venv --system-site-packages venv && venv/bin/pip install --no-index --no-deps wheels/*.whl
-#     venv/bin/python benchmarks/gpu.py
+#     PYTHONPATH=. venv/bin/python benchmarks/gpu.py
 #
 # Ray and W&B are left out. COMPARE=1 adds TRL, its datasets and Liger; PACKAGES="flash-attn-4 ..." adds others; WITHOUT="pyarrow
 # ..." leaves out more. torch, and what comes with it, must be in the image. Versions are those of constraints.txt where it has one.
