@@ -35,10 +35,11 @@ class Runs:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whichever test comes first has to wait for the runs."""
+    """Whichever test comes first has to wait for the runs, which are made once: all who look at them are in `make test-rest`."""
     for item in items:
         if {"runs", "run_ranks"} <= set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.timeout(900))
+            item.add_marker(pytest.mark.rest)
 
 
 @pytest.fixture(scope="session")

@@ -102,7 +102,6 @@ def killed(run_ranks, tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.rest
 @pytest.mark.parametrize("point, victim", KILLS)
 def test_a_kill_at_any_point_of_a_save_leaves_an_intact_checkpoint_to_resume_from(runs, killed, point, victim):
     name = f"{point}-{victim}"

@@ -26,10 +26,6 @@ def test_the_picture_of_the_packages_is_what_the_contracts_say() -> None:
     assert load("packages_picture").main(["--check"]) == 0
 
 
-def test_the_page_of_presets_is_that_of_the_files_under_conf() -> None:
-    assert load("presets_page").main(["--check"]) == 0
-
-
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     if importlib.util.find_spec("material") is None:
         skip_or_fail("the site is built with: pip install 'launcher[docs]'")

@@ -1,4 +1,4 @@
-"""Folders for runs, from which nothing is left running."""
+"""Folders for runs, from which nothing is left running, and a finished run that all processes of pytest-xdist share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from e2e_tools import kill_all_of
+from e2e_tools import FIRST_RUN, kill_all_of
+from filelock import FileLock
 from slurm_tools import Launch, SlurmRun, submit
 from testbed_cluster import Testbed
 
@@ -37,11 +38,34 @@ def begin(launch_here: Launch, slurm: Testbed, runs: Path) -> Callable[..., Slur
     return lambda name, *overrides, **env: submit(launch_here, slurm, runs, name, *overrides, **env)
 
 
-@pytest.fixture
-def working_dir(tmp_path: Path) -> Path:
-    """The folder of a command, with modules in it that a run imports elsewhere: the folder may belong to somebody else."""
-    folder = tmp_path / "work"
-    folder.mkdir()
+def _make_working_dir(folder: Path) -> Path:
+    folder.mkdir(parents=True)
     for module in ("torch", "deepspeed", "numpy", "psutil", "pydantic", "tenacity", "xxhash"):
         (folder / f"{module}.py").write_text("raise ImportError('imported from the working directory')\n")
     return folder
+
+
+@pytest.fixture
+def working_dir(tmp_path: Path) -> Path:
+    """The folder of a command, with modules in it that a run imports elsewhere: the folder may belong to somebody else."""
+    return _make_working_dir(tmp_path / "work")
+
+
+@pytest.fixture(scope="session")
+def first_run(launch: Launch, launcher_cache: Path) -> Path:
+    """A finished and exported run of FIRST_RUN on this machine; whoever needs it first starts it. To be read only.
+
+    The command imports nothing from its working directory.
+    """
+    root = launcher_cache.parent / "first-run"
+    run = root / "runs/undisturbed"
+    with FileLock(f"{root}.lock"):
+        if not root.exists():
+            settings = (*FIRST_RUN, "checkpoint.save_every=3", f"run.root={run.parent}", f"run.name={run.name}")
+            try:
+                done = launch(*settings, cwd=_make_working_dir(root / "work"), PYTHONSAFEPATH="1")
+            finally:
+                kill_all_of(root)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "exported to" in done.stdout
+    return run

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TINY = ("model=tiny", "data.max_length=64", "train.global_batch_size=4", "eval.sample=false", "tracking=none")
+# Of the run that tests of other backends and of interruptions are compared with: the fixture `first_run`.
+FIRST_STEPS = 12
+FIRST_RUN = (*TINY, f"train.max_steps={FIRST_STEPS}", "eval.at_start=false")
 
 
 def json_lines(file: Path) -> list[dict]:

@@ -1,8 +1,7 @@
-"""The first run on Slurm: submitted on two nodes, followed, finished, evaluated."""
+"""The first run on Slurm: submitted on two nodes, followed, finished."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -39,13 +38,4 @@ def test_submitting_prints_the_job_and_following_it_ends_with_its_result(launch_
     assert sorted(by_step) == list(range(1, STEPS + 1))
     first, last = (sum(by_step[step] for step in steps) / 5 for steps in (range(1, 6), range(STEPS - 4, STEPS + 1)))
     assert last < first
-    settings = ("evaluate.max_prompts=6", "evaluate.max_new_tokens=4", "evaluate.prompts_per_batch=2", "--json")
-    evaluated = launch_here("evaluate", "shown", "--root", str(runs), *settings, **slurm.variables)
-    assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
-    result = json.loads(evaluated.stdout)
-    assert (result["step"], result["num_processes"]) == (STEPS, 2), "each of the two nodes has answered its share"
-    # The run began with random weights, so there is no base model.
-    assert list(result["sets"]["held_out"]["styles"]) == ["tuned"]
-    answers = [json.loads(line) for line in (run.path / f"evaluations/step-{STEPS:08d}/held_out/tuned.jsonl").open()]
-    assert [one["index"] for one in answers] == list(range(6))
     assert not slurm.output("squeue", "-h", "--format=%j").strip()

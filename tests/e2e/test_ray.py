@@ -42,6 +42,7 @@ SETTINGS = (
     f"train.max_steps={STEPS}",
     f"checkpoint.save_every={SAVE_EVERY}",
     "checkpoint.keep_last=3",
+    "eval.at_start=false",
     "export.enabled=false",
 )
 RAY = (*SETTINGS, "+cluster=ray")

@@ -53,6 +53,21 @@ def test_a_run_is_resubmitted_where_requeue_is_forbidden_and_resumes_on_one_node
     assert run.causes() == ["preempted", "cancelled", "completed"]
     assert run.attempt_record(3, "mirror")["last_step"] == end
     assert json.loads((tmp_path / "mirror/grid/status.json").read_text())["state"] == "completed"
+    prompts_are_answered_on_two_nodes(run, end)
+
+
+def prompts_are_answered_on_two_nodes(run: SlurmRun, step: int) -> None:
+    nodes = ("cluster.nodes=2", "cluster.ranks_per_node=1")
+    settings = ("evaluate.max_prompts=6", "evaluate.max_new_tokens=4", "evaluate.prompts_per_batch=2", "--json")
+    evaluated = run.launch("evaluate", str(run.path), *nodes, *settings, **run.bed.variables)
+    assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+    result = json.loads(evaluated.stdout)
+    assert (result["step"], result["num_processes"]) == (step, 2), "each of the two nodes has answered its share"
+    # The run began with random weights, so there is no base model.
+    assert list(result["sets"]["held_out"]["styles"]) == ["tuned"]
+    answers = [json.loads(line) for line in (run.path / f"evaluations/step-{step:08d}/held_out/tuned.jsonl").open()]
+    assert [one["index"] for one in answers] == list(range(6))
+    assert not run.bed.output("squeue", "-h", "--format=%j").strip()
 
 
 def test_a_user_error_is_shown_to_followers_and_not_retried(launch_here: Launch, slurm: Testbed, runs: Path) -> None:

@@ -6,6 +6,7 @@ The machines are started by nothing but this file, share the folder of the runs,
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,45 +81,11 @@ def train(runs: Path, name: str, *more: str) -> tuple[str, ...]:
     return ("+cluster=static", *SETTINGS, *ONE_RANK, f"run.root={runs}", f"run.name={name}", *more)
 
 
-def test_two_machines_train_as_two_ranks_here_do(
+@pytest.mark.rest
+def test_two_machines_train_as_two_ranks_here_through_a_killed_agent_a_preemption_and_a_cancel(
     machines: Callable[..., Machine], launch: Launch, launch_here: Launch, runs: Path
 ) -> None:
-    """The second machine comes first. The command is repeated when the run is complete, and then another command."""
-    words, run = train(runs, "pair", "train.max_steps=6"), runs / "pair"
-    other = machines(1, *words)
-    time.sleep(5)
-    head = machines(0, *words)
-    ends = head.end(), other.end()
-    assert [code for code, _ in ends] == [0, 0], ends
-    assert "waiting for node 0 at 127.0.0.1:" in ends[1][1]
-    assert "step   6/6" in ends[0][1]
-    assert status(run)["state"] == "completed"
-    assert not (runs / ".pair.start").exists()
-    done = launch(*SETTINGS, "cluster.ranks_per_node=2", "train.max_steps=6", f"run.root={runs}", "run.name=here")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert losses(run) == losses(runs / "here")
-    assert len(losses(run)) == 6
-    shown = launch_here("status", str(run))
-    assert "completed" in shown.stdout
-
-    repeated = machines(1, *words), machines(0, *words)
-    for machine in repeated:
-        code, output = machine.end()
-        assert code == 0, output
-        assert "pair is completed: 6 steps; nothing is left to do" in output
-    changed = [machines(node, *train(runs, "pair", "train.max_steps=9")) for node in (0, 1)]
-    for machine in changed:
-        code, output = machine.end()
-        assert code == 2, output
-        assert "the command differs from the one that began the run" in output
-    assert len([*run.glob("attempts/*")]) == 1
-
-
-@pytest.mark.rest
-def test_a_killed_agent_a_preempted_machine_and_a_cancel(
-    machines: Callable[..., Machine], launch_here: Launch, runs: Path
-) -> None:
-    """Three attempts of one run, each of which ends in another way, and is continued by the same command."""
+    """Attempts of one run, each of which ends in another way, and is continued by the same command."""
     words, run = (
         train(runs, "disturbed", "train.max_steps=100000", "checkpoint.save_every=2", "checkpoint.keep_last=2"),
         runs / "disturbed",
@@ -130,20 +97,24 @@ def test_a_killed_agent_a_preempted_machine_and_a_cancel(
     def trains(attempt: int) -> None:
         wait_for(f"steps of attempt {attempt}", lambda: attempt in attempts_with_steps(run), DEADLINE_S)
 
-    head, other = both()
+    # The second machine comes first.
+    other = machines(1, *words)
+    time.sleep(5)
+    head = machines(0, *words)
     trains(1)
-    wait_for("a checkpoint", lambda: run.joinpath("checkpoints").is_dir() and "step-" in "".join(committed(run)))
+    wait_for("a checkpoint", lambda: has_checkpoint(run), DEADLINE_S)
     shown = launch_here("status", str(run)).stdout
     assert "running" in shown
     assert shown.count("alive") == 2, shown
     other.agent.kill()
     began = time.monotonic()
-    for machine in (head, other):
-        code, output = machine.end()
+    ends = head.end(), other.end()
+    for code, output in ends:
         assert code == 1, output
         assert "the agent of " in output
         assert "-1 was killed by SIGKILL" in output
         assert "repeat the command on every machine to continue" in output
+    assert "waiting for node 0 at 127.0.0.1:" in ends[1][1]
     # The ranks lose each other at once; ten seconds more are left for their own errors.
     assert time.monotonic() - began < 60 * slowness()
     assert status(run)["state"] == "failed"
@@ -179,13 +150,34 @@ def test_a_killed_agent_a_preempted_machine_and_a_cancel(
         assert "disturbed is cancelled" in output
 
     # A person continues it: the same command on both, with settings that may change.
-    step = last_step(run)
-    changed = [machines(node, "resume", str(run), f"train.max_steps={step + 2}") for node in (0, 1)]
-    for machine in changed:
+    end = last_step(run) + 2
+    ends = [machine.end() for machine in [machines(node, "resume", str(run), f"train.max_steps={end}") for node in (0, 1)]]
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert re.search(rf"step +{end}/{end}\b", ends[0][1])
+    assert status(run)["state"] == "completed"
+    assert not (runs / ".disturbed.start").exists()
+    assert "completed" in launch_here("status", str(run)).stdout
+    done = launch(*SETTINGS, "cluster.ranks_per_node=2", f"train.max_steps={end}", f"run.root={runs}", "run.name=here")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(run) == losses(runs / "here")
+    assert len(losses(run)) == end
+
+    # What is complete is not begun again, by the same command nor by another one.
+    num_attempts = len([*run.glob("attempts/*")])
+    for machine in both():
         code, output = machine.end()
         assert code == 0, output
-    assert status(run)["state"] == "completed"
-    assert last_step(run) == step + 2
+        assert f"disturbed is completed: {end} steps; nothing is left to do" in output
+    for machine in [machines(node, *words, "optim.weight_decay=0.5") for node in (0, 1)]:
+        code, output = machine.end()
+        assert code == 2, output
+        assert "the command differs from the one that began the run" in output
+    assert len([*run.glob("attempts/*")]) == num_attempts
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether one is complete: a save has another name until then."""
+    return (run / "checkpoints").is_dir() and any(name.startswith("step-") for name in committed(run))
 
 
 def attempts_with_steps(run: Path) -> dict[int, dict[int, float]]:
@@ -213,7 +205,7 @@ def test_a_lost_machine_and_a_run_root_of_its_own_are_named(machines: Callable[.
     assert not run.exists()
 
     head, other = machines(0, *words), machines(1, *words)
-    wait_for("a checkpoint", lambda: (run / "checkpoints").is_dir() and "step-" in "".join(committed(run)), DEADLINE_S)
+    wait_for("a checkpoint", lambda: has_checkpoint(run), DEADLINE_S)
     agent = other.agent
     for process in (agent, *agent.children(recursive=True), psutil.Process(other.process.pid)):
         with suppress(psutil.NoSuchProcess):

@@ -42,8 +42,9 @@ class ClusterSection(Section):
         600,
         description=(
             "Seconds without progress of a rank after which its node agent records its stacks and kills it: in training at least "
-            "ten times the run's slowest step; while the model is loaded, seconds in which a rank that is stopped or hangs in "
-            "the kernel reads nothing, and at least 300 in which no rank of any node reads or compiles. 0 turns it off."
+            "ten times the run's slowest step; while a checkpoint is saved, at least cluster.timeout_minutes where the rank is "
+            "not stopped; while the model is loaded, seconds in which a rank that is stopped or hangs in the kernel reads "
+            "nothing, and at least 300 in which no rank of any node reads or compiles. 0 turns it off."
         ),
     )
     stop_grace_seconds: Positive = Field(600.0, description="Seconds that a stopped run may take to save before it is killed.")

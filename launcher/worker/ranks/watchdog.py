@@ -34,17 +34,20 @@ _MIN_LOAD_S = 300.0
 # The share of the limit while loading after which nodes tell each other of progress.
 _SHARING = 0.02
 _LOADING = ("starting", "joined", "loaded")
-_UNABLE = {
+# Not a rank that works, whatever it is in the middle of.
+_HALTED = {
     psutil.STATUS_STOPPED: "is stopped by a signal (SIGSTOP)",
     psutil.STATUS_TRACING_STOP: "is held by a debugger",
-    psutil.STATUS_DISK_SLEEP: "hangs in the kernel (storage or a driver)",
     psutil.STATUS_ZOMBIE: "has ended without the agent noticing",
 }
+_UNABLE = {**_HALTED, psutil.STATUS_DISK_SLEEP: "hangs in the kernel (storage or a driver)"}
 
 
 @dataclass(frozen=True)
 class StallLimits:
     """Seconds without a heartbeat: `stall_s` while training, `rare_s` while saving, where heartbeats are rare.
+
+    A rank that is halted does not save, so that `stall_s` holds for it there too.
 
     `load_s` counts seconds without progress of any rank of a run that loads its model (launcher.worker.ranks.load_progress); a
     rank that cannot run is killed after `stall_s` while it loads. There is no limit while finishing: the time of an export grows
@@ -59,14 +62,14 @@ class StallLimits:
         """A kernel may compile for a minute, in which the rank reads nothing."""
         return max(self.stall_s, _MIN_LOAD_S)
 
-    def of(self, beat: Beat) -> float:
-        """Return the limit of a rank in the state of this heartbeat, in seconds."""
+    def of(self, beat: Beat, is_halted: bool = False) -> float:
+        """Return the limit of a rank in the state of this heartbeat, in seconds; `is_halted` where its process cannot run."""
         if beat.phase == "finishing":
             return math.inf
         if is_loading(beat):
             return self.load_s
         limit_s = max(self.stall_s, _SLOWEST_STEPS * beat.slowest_step_s)
-        return max(limit_s, self.rare_s) if beat.phase == "saving" else limit_s
+        return max(limit_s, self.rare_s) if beat.phase == "saving" and not is_halted else limit_s
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def stalled(
     not count. Ranks that have not begun to train are not judged here; see `stalled_in_loading`.
     """
     silent = {r: now - max(beat.at, since) for r, beat in beats.items() if r in states and beat.trained}
-    lateness = {r: seconds / limits.of(beats[r]) for r, seconds in silent.items()}
+    lateness = {r: seconds / limits.of(beats[r], states[r] in _HALTED) for r, seconds in silent.items()}
     late = {r: silent[r] for r in silent if lateness[r] > 1}
     if not late:
         return StallVerdict()
