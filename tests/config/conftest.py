@@ -16,6 +16,12 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def session_cache(cache_home: None, launcher_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache of all tests, for a plan that is not refused: converting a model takes longer than such a test."""
+    monkeypatch.setenv("LAUNCHER_CACHE", str(launcher_cache))
+
+
+@pytest.fixture
 def rows(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one row"}\n')

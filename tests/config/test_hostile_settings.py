@@ -100,7 +100,7 @@ def test_classes_of_the_logging_are_not_imported(
     assert not marker.exists()
 
 
-def test_nothing_is_imported_from_the_working_directory(marker: Path) -> None:
+def test_nothing_is_imported_from_the_working_directory(marker: Path, session_cache: None) -> None:
     environment = {**os.environ, "PYTHONPATH": ""}
     command = [sys.executable, "-m", "launcher", "plan", "model=tiny", "tracking=none", "-m"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)

@@ -426,7 +426,7 @@ def test_a_sweep_with_one_name_is_refused(shown: Shown) -> None:
     assert "as in 'run.name=one-${optim.lr}'" in text
 
 
-def test_a_sweep_with_several_names_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_with_several_names_is_accepted(session_cache: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "-m", "model=tiny", "run.name=one-${optim.lr}", "optim.lr=1e-5,2e-5"]) == 0
     names = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("run ")]
     assert names == ["one-1e-05", "one-2e-05"]

@@ -226,7 +226,11 @@ def test_a_missing_file_names_the_closest_one(write: Callable[[str], str], shown
 
 
 def test_relative_paths_begin_at_the_working_directory(
-    write: Callable[[str], str], shown: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    write: Callable[[str], str],
+    shown: Callable[..., str],
+    session_cache: None,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     file = write("model: tiny\ndata: {path: rows.jsonl}\ntracking: none\n", "runs.d/my.yaml")
     Path("runs.d/rows.jsonl").write_text('{"text": "one row"}\n')
