@@ -34,7 +34,7 @@ $(BIN)/python:
 install: .venv/.installed  ## make .venv and install the launcher and the demonstration weights
 
 run: install  ## fine-tune the demonstration model (ARGS="train.max_steps=5" adds overrides)
-	$(BIN)/python -m launcher $(ARGS)
+	$(BIN)/python -m launcher train $(ARGS)
 	@echo "  (python is $(BIN)/python: type '. $(BIN)/activate' first)"
 
 # Three at a time on two cores: many of them wait.

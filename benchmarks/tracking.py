@@ -7,7 +7,7 @@ of the tracking is always there.
 
 blocks: within one run, blocks of steps with all of it (timers, metrics, the watch over all ranks and its part of the all-reduce,
 the probe, metrics.jsonl, events, the terminal, W&B offline, status.json) alternate with blocks in which none of it is done,
-so that what else the machine does falls on both; each block is compared with its neighbours. Batches have the size of those of
+so that what else the machine does falls on both; each block is compared with its neighbors. Batches have the size of those of
 the README's first run, and all rows are one document of as many tokens, so that all steps are the same work. Of the first SETTLE
 steps of a block no time is taken: W&B is still at work for the block before.
 

@@ -56,9 +56,9 @@ def main() -> None:
         scored = [*command, "data", "--scored", str(folder / "triage"), "--step", str(args.step), "--json"]
         cost, output = sides.measure(scored, folder / "scored.log", dict(os.environ))
         report = json.loads(output)
-    ranked = [int(entry["where"].rpartition(":")[2]) - 1 for entry in report["lists"]["mislabelled"]]
+    ranked = [int(entry["where"].rpartition(":")[2]) - 1 for entry in report["lists"]["mislabeled"]]
     first = ranked[: math.ceil(FIRST * len(rows))]
-    found, likely = len({*first} & {*exchanged}), [e for e in report["lists"]["mislabelled"] if e["likely"]]
+    found, likely = len({*first} & {*exchanged}), [e for e in report["lists"]["mislabeled"] if e["likely"]]
     true = sum(int(entry["where"].rpartition(":")[2]) - 1 in exchanged for entry in likely)
     table = [
         "| rows | exchanged | in the first 4% | marked as likely | of them exchanged | AUC | seconds | CPU seconds |",

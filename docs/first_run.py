@@ -30,7 +30,7 @@ def run(overrides: Sequence[str]) -> str:
     """Train the demonstration in an empty folder and return what a person sees."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
-        command = [sys.executable, "-m", "launcher", *overrides]
+        command = [sys.executable, "-m", "launcher", "train", *overrides]
         done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             sys.exit(done.stdout)

@@ -20,7 +20,7 @@ PICTURE = ROOT / "docs" / "images" / "packages.svg"
 WIDTH, MARGIN, GAP = 900, 24, 14
 BOX_HEIGHT, LAYER_HEIGHT = 46, 68
 TOP = 64
-COLOURS = {"never imports torch": "#d8ecd8", "some modules never import torch": "#fbf1cf", "may import torch": "#f6d9cf"}
+COLORS = {"never imports torch": "#d8ecd8", "some modules never import torch": "#fbf1cf", "may import torch": "#f6d9cf"}
 ABOUT = {
     "cli": "one file per verb",
     "worker": "what runs on the nodes",
@@ -87,8 +87,8 @@ def render() -> str:
 def _legend() -> list[str]:
     parts = []
     x = MARGIN
-    for meaning, colour in COLOURS.items():
-        parts.append(f'<rect x="{x}" y="18" width="18" height="18" rx="4" fill="{colour}" stroke="#888"/>')
+    for meaning, color in COLORS.items():
+        parts.append(f'<rect x="{x}" y="18" width="18" height="18" rx="4" fill="{color}" stroke="#888"/>')
         parts.append(f'<text x="{x + 26}" y="32" fill="#333">{meaning}</text>')
         x += 60 + 8 * len(meaning)
     return parts
@@ -105,7 +105,7 @@ def _layer(names: Sequence[str], top: int) -> list[str]:
         about = ABOUT.get(name, "")
         parts.append(
             f'<rect x="{left:.0f}" y="{top}" width="{width:.0f}" height="{BOX_HEIGHT}" rx="6" '
-            f'fill="{COLOURS[torch_use(name)]}" stroke="#888"/>'
+            f'fill="{COLORS[torch_use(name)]}" stroke="#888"/>'
         )
         parts.append(
             f'<text x="{middle:.0f}" y="{top + (20 if about else 28)}" text-anchor="middle" font-weight="bold" fill="#222">'

@@ -16,7 +16,7 @@ EXIT_CHECK_FAILED = 3
 EXIT_INTERRUPTED = 130
 
 
-# Characters that move the cursor, colour or hide text on a terminal, or cannot be printed: controls except tab and line feed,
+# Characters that move the cursor, color or hide text on a terminal, or cannot be printed: controls except tab and line feed,
 # marks of writing direction, halves of surrogate pairs. File names and rows of data may contain them.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -53,9 +53,9 @@ def did_you_mean(word: str, options: Sequence[str]) -> str:
     For a dotted key, names in the same section come first, then the same name in other sections.
     """
     section, _, leaf = word.rpartition(".")
-    neighbours = {option.rpartition(".")[2]: option for option in options if option.rpartition(".")[0] == section}
-    if close := difflib.get_close_matches(leaf, neighbours, n=1, cutoff=0.7):
-        return f"did you mean {neighbours[close[0]]}?"
+    neighbors = {option.rpartition(".")[2]: option for option in options if option.rpartition(".")[0] == section}
+    if close := difflib.get_close_matches(leaf, neighbors, n=1, cutoff=0.7):
+        return f"did you mean {neighbors[close[0]]}?"
     # A key on the command line cannot name an item of a list.
     same = [option for option in options if option.rpartition(".")[2] == leaf and "[]" not in option][:3]
     # `train` is close to `train.x`, but does not help.
@@ -92,6 +92,14 @@ class SubmitError(LauncherError):
     """The backend cannot accept this run, or no such run exists."""
 
     exit_code = EXIT_REFUSED
+
+
+class NoSuchRun(SubmitError):
+    """No run of this name is in the folder of runs that was searched; `name` is as the user wrote it."""
+
+    def __init__(self, problem: Problem | str | Iterable[Problem], name: str = "", **parts: str) -> None:
+        super().__init__(problem, **parts)
+        self.name = name
 
 
 class CheckpointError(LauncherError):

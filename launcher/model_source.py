@@ -144,7 +144,7 @@ def _similar_folders(folder: Path, cutoff: float) -> list[str]:
 
 
 def _check_hub_model(value: str, model: ModelSection) -> list[Problem]:
-    """Check the files of a downloaded model; one that is not downloaded may be a misspelt local folder."""
+    """Check the files of a downloaded model; one that is not downloaded may be a misspelled local folder."""
     snapshot = _hub_snapshot(value, model.revision)
     if snapshot is not None:
         folder = locate(value, model).folder
@@ -280,7 +280,7 @@ def _gguf_config(model: ModelSection) -> dict[str, Any]:
             f"the architecture of {model.path} is not known: the model is not on this machine",
             where="model.path",
             value=str(model.path),
-            remedy="download it with `python -m launcher data`, or describe it in model.config",
+            remedy="download it with `python -m launcher data` and the same settings, or describe it in model.config",
         )
     try:
         return gguf_header.model_config(file)

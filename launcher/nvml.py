@@ -169,7 +169,7 @@ class GpuSensor:
         return self._events is not None
 
     def read(self) -> dict[str, float]:
-        """Return the driver's number of the GPU, utilisation and used memory (0 to 1), watts and °C; NaN for missing readings."""
+        """Return the driver's number of the GPU, utilization and used memory (0 to 1), watts and °C; NaN for missing readings."""
         nvml, handle = self._nvml, self._handle
 
         def used_memory() -> float:

@@ -201,9 +201,9 @@ check_shm() {
 
 check_clock() {
     if has timedatectl && bounded timedatectl show --property=NTPSynchronized --value && [[ $output =~ ^(yes|no)$ ]]; then
-        [[ "$output" = yes ]] || fault "the clock is not synchronised"
+        [[ "$output" = yes ]] || fault "the clock is not synchronized"
     elif has chronyc && bounded chronyc -n tracking; then
-        grep -qE '^Leap status *: *Normal' <<<"$output" || fault "the clock is not synchronised"
+        grep -qE '^Leap status *: *Normal' <<<"$output" || fault "the clock is not synchronized"
     else
         unknown "clock (neither timedatectl nor chronyc answers)"
     fi

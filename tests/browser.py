@@ -17,8 +17,8 @@ _DEADLINE_S = 90
 _MEASURE = """
 <script>
 const box = (e) => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
-const colours = (s) => [s.stroke, s.fill, s.backgroundColor];
-const seen = (e) => colours(getComputedStyle(e)).some((c) => c.startsWith("rgb("));
+const colors = (s) => [s.stroke, s.fill, s.backgroundColor];
+const seen = (e) => colors(getComputedStyle(e)).some((c) => c.startsWith("rgb("));
 const charts = [...document.querySelectorAll("svg, .bars")].map((chart) => ({
   box: box(chart),
   marks: [...chart.querySelectorAll("polyline, rect, circle, .track i")].filter(seen).map(box),
@@ -35,7 +35,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Chart:
-    """Boxes (left, top, right, bottom) in pixels; `marks` are lines, bars and points whose colour can be seen."""
+    """Boxes (left, top, right, bottom) in pixels; `marks` are lines, bars and points whose color can be seen."""
 
     box: Box
     marks: tuple[Box, ...]

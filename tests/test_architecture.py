@@ -119,7 +119,7 @@ def test_only_a_backends_own_files_compare_the_kind_of_cluster() -> None:
         "match section:\n  case SlurmSection(): pass",
     ],
 )
-def test_comparisons_of_the_kind_are_recognised(code: str) -> None:
+def test_comparisons_of_the_kind_are_recognized(code: str) -> None:
     assert any(map(asks_for_the_backend, ast.walk(ast.parse(code))))
 
 

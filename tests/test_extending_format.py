@@ -32,7 +32,7 @@ def save_byte_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def test_an_added_format_is_recognised_and_its_rows_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_added_format_is_recognized_and_its_rows_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(FORMATS, "flashcards", RowFormat(parse_flashcard, required_keys=frozenset({"front", "back"})))
     path = tmp_path / "cards.jsonl"

@@ -35,7 +35,7 @@ def test_a_gpu_type_that_is_added_gives_a_plan_memory_and_price(plan_of: Callabl
 
 
 @pytest.mark.usefixtures("added_row")
-def test_a_gpu_type_that_is_added_is_recognised_by_its_drivers_name(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_a_gpu_type_that_is_added_is_recognized_by_its_drivers_name(plan_of: Callable[..., LaunchPlan]) -> None:
     assert recognize(DEVICE.name) == "X100-96GB"
     assert plan_of(device=DEVICE).price == Price(4.25, PRICE_ASSUMPTION)
 

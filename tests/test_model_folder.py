@@ -62,7 +62,7 @@ def test_a_damaged_config_is_named_with_line_and_column(folder: Path, content: b
     "changes, message",
     [
         ({"is_encoder_decoder": True, "model_type": "t5"}, "this is an encoder-decoder model"),
-        ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantised (awq)"),
+        ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantized (awq)"),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "m.C"}}, "the model needs its own Python code (auto_map)"),
         ({"model_type": "mine"}, "does not know the architecture mine"),
         ({"vocab_size": None}, "the model's config.json lacks vocab_size"),
@@ -90,7 +90,7 @@ def test_all_damaged_files_are_named_at_once(folder: Path) -> None:
     (folder / "model-4.safetensors").write_bytes(cut)
     (folder / "model-5.safetensors").unlink()
     assert [problem.message.removeprefix("model.path: ") for problem in problems(folder)] == [
-        "the weights are quantised (gptq), and quantised weights cannot be trained",
+        "the weights are quantized (gptq), and quantized weights cannot be trained",
         "1 of the 6 files that the index names are not in the folder: model-5.safetensors",
         "2 of the 5 weight files are unusable: each is a Git LFS pointer instead of the file: model-0.safetensors, "
         "model-1.safetensors",

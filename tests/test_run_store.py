@@ -239,10 +239,15 @@ def test_a_run_is_found_by_name_and_by_path(config: RunConfig, tmp_path: Path, m
     with pytest.raises(SubmitError) as error:
         run_store.find_run("b", root)
     (problem,) = error.value.problems
-    assert (problem.message, problem.remedy) == ("there is no run named b", "choose one of: a")
+    assert (problem.message, problem.remedy) == (
+        "there is no run named b",
+        "choose one of: a; --root names another folder of runs",
+    )
     with pytest.raises(SubmitError) as error:
         run_store.find_run("b", tmp_path / "elsewhere")
-    assert error.value.problems[0].remedy == "start one with: python -m launcher, or name the folder of the runs with --root"
+    assert (
+        error.value.problems[0].remedy == "name the folder of the runs with --root, or start a run with: python -m launcher train"
+    )
 
 
 def test_runs_are_listed_newest_first(config: RunConfig, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 import textwrap
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -13,7 +14,7 @@ from launcher.errors import ConfigError, Problem, did_you_mean
 from launcher.security.redaction import redact
 
 # Flags of every verb that composes settings, besides its own: they are suggested for mistyped ones.
-COMMON_FLAGS = ("--help", "--debug", "--trust-owner")
+COMMON_FLAGS = ("--help", "--debug", "--trust-owner", "--version")
 
 
 _FLAG_CUTOFF = 0.7
@@ -24,9 +25,20 @@ class VerbParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self._words: list[str] = []
         # launcher.cli.main takes it out of the command line, for every verb; here it is for --help alone.
         trust = "accept files of this user too: NAME, UID, group:NAME or anyone (repeatable); see docs/security.md"
         self.add_argument("--trust-owner", metavar="OWNER", action="append", help=trust)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does; the words are kept for messages."""
+        self._words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def _is_unknown_flag(self, word: str) -> bool:
+        name = word.partition("=")[0]
+        known = [option for action in self._actions for option in action.option_strings]
+        return name.startswith("--") and len(name) > 2 and not any(option.startswith(name) for option in known)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line with the word that is wrong, the closest one that exists, and the usage.
@@ -41,7 +53,12 @@ class VerbParser(argparse.ArgumentParser):
     def _problem(self, message: str) -> Problem:
         """Return the problem of argparse's message."""
         if match := re.fullmatch(r"the following arguments are required: (.+)", message):
-            return Problem(f"{match[1]} is missing")
+            if unknown := next((word for word in self._words if self._is_unknown_flag(word)), None):
+                # What it stands for may be what is missing.
+                return self._problem(f"unrecognized arguments: {unknown}")
+            optional = [action.metavar or action.dest for action in self._actions if action.nargs in ("*", "?")]
+            names = [name for name in match[1].split(", ") if name not in optional]
+            return Problem(f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing")
         if match := re.fullmatch(r"unrecognized arguments: (.+)", message):
             flag = re.search(r"--[\w-]+", match[1])
             known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
@@ -55,7 +72,7 @@ class VerbParser(argparse.ArgumentParser):
         if match := re.fullmatch(r"argument (\S+?): invalid choice: '(.*)' \(choose from (.+)\)", message):
             choices = match[3].replace("'", "").split(", ")
             guess = f"{did_you_mean(match[2], choices)} choose one of: {', '.join(choices)};".strip()
-            return Problem(f"{match[1]} has no such choice", value=redact(match[2]), remedy=guess)
+            return Problem(f"{match[1]} cannot be {redact(match[2])}", value=redact(match[2]), remedy=guess)
         if match := re.fullmatch(r"argument (\S+?): (.+)", message):
             return Problem(f"{match[1]}: {redact(match[2])}")
         return Problem(redact(message))

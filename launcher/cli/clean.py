@@ -89,13 +89,13 @@ def _parser() -> argparse.ArgumentParser:
 def _seconds(value: str) -> float:
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)([mhdw])", value):
         return float(match[1]) * _SECONDS[match[2]]
-    raise argparse.ArgumentTypeError(f"{value} is no time: write a number and m, h, d or w, such as 30d")
+    raise argparse.ArgumentTypeError(f"{value} is not a duration: write a number and m, h, d or w, such as 30d")
 
 
 def _num_bytes(value: str) -> float:
     if match := re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(_BYTES)})", value):
         return float(match[1]) * _BYTES[match[2]]
-    raise argparse.ArgumentTypeError(f"{value} is no size: write a number and {', '.join(_BYTES)}, such as 200GiB")
+    raise argparse.ArgumentTypeError(f"{value} is not a size: write a number and {', '.join(_BYTES)}, such as 200GiB")
 
 
 def _choose(entries: Sequence[CacheEntry], arguments: argparse.Namespace) -> list[CacheEntry]:

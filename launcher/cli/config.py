@@ -99,7 +99,7 @@ def _about(plan: LaunchPlan, config: RunConfig) -> list[str]:
     if folder is not None and folder != Path.cwd():
         lines.append(f"Relative paths begin at {folder}, where the run was started: use the file there.")
     if config.run.name is not None:
-        lines.append("A run has its name for itself: change run.name to start another one.")
+        lines.append("No two runs have the same name: change run.name to start another run from this file.")
     return lines
 
 

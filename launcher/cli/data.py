@@ -19,7 +19,9 @@ from launcher.data import report as data_report
 from launcher.data.checks import findings
 from launcher.data.texts import DecodedTexts, TextsMissing
 from launcher.errors import ConfigError, DataError, Problem
-from launcher.plan.launch_plan import DataFacts
+from launcher.plan.launch_plan import DataFacts, LaunchPlan
+from launcher.plan.quantities import format_count
+from launcher.shell_commands import launcher_command
 
 USAGE = """python -m launcher data [--show N] [--json] [--html FILE] [overrides]
 
@@ -31,8 +33,10 @@ their trained tokens marked. Exit code 2 if a run with this data would be refuse
   --html FILE   also write the report as one HTML page with plots
 
 python -m launcher data --scored RUN [--step N] [--split NAME] [--json] [--html FILE] [--exclude FILE]
-                rank the documents of a run's data by their losses: likely mislabelled, learnt by heart, nothing to learn"""
+                rank the documents of a run's data by their losses: likely mislabeled, memorized, nothing to learn"""
 
+# A note with more of them is not read.
+_MOST_FINDINGS = 2
 FLAGS = ("--show", "--json", "--html", "--scored")
 
 
@@ -158,23 +162,36 @@ def check(config: RunConfig, facts: DataFacts | None) -> None:
         findings.refuse(findings.read(facts.cache_dir), config.data.checks)
 
 
-def refusal(config: RunConfig, facts: DataFacts | None) -> str | None:
+def refusal(plan: LaunchPlan) -> str | None:
     """Return one line on the findings for which the run would be refused; None if there are none."""
-    return _summarize(config, facts, fatal=True, hint="the run would be refused: see `python -m launcher data`")
+    judged = [] if plan.data is None else _judged(plan.config, plan.data)
+    hint = f"the run would be refused; see them with: {_data_command(plan)}"
+    return _summary([one for one in judged if one.fatal], hint)
 
 
-def accepted(config: RunConfig, facts: DataFacts | None) -> str | None:
+def accepted(plan: LaunchPlan) -> str | None:
     """Return one line on the findings that the settings accept, documents kept first, then dropped; None if there are none."""
-    return _summarize(config, facts, fatal=False, hint="`python -m launcher data` shows where")
+    judged = [] if plan.data is None else [one for one in _judged(plan.config, plan.data) if not one.fatal]
+    # What a check drops is counted by that check.
+    if any(one.action == "drop" and one.finding.name != "dropped" for one in judged):
+        judged = [one for one in judged if one.finding.name != "dropped"]
+    return _summary(sorted(judged, key=lambda one: one.action == "drop"), f"see them with: {_data_command(plan)}")
 
 
-def _summarize(config: RunConfig, facts: DataFacts | None, fatal: bool, hint: str) -> str | None:
-    if facts is None:
-        return None
-    judged = findings.judge(findings.read(facts.cache_dir), config.data.checks)
-    summary = "; ".join(
-        f"{'dropped: ' if one.action == 'drop' else ''}{one.finding.title}: {one.finding.count:,}"
-        for one in sorted(judged, key=lambda one: one.action == "drop")
-        if one.fatal == fatal
-    )
-    return f"{summary} ({hint})" if summary else None
+def _judged(config: RunConfig, facts: DataFacts) -> Sequence[findings.JudgedFinding]:
+    return findings.judge(findings.read(facts.cache_dir), config.data.checks)
+
+
+def _data_command(plan: LaunchPlan) -> str:
+    """Return the command that reports on the data of a plan: with the same file and overrides."""
+    return launcher_command("data", *plan.provenance.overrides)
+
+
+def _summary(judged: Sequence[findings.JudgedFinding], hint: str) -> str | None:
+    texts = [
+        f"{one.finding.count:,} {'dropped ' if one.action == 'drop' else ''}{one.finding.title}"
+        for one in judged[:_MOST_FINDINGS]
+    ]
+    if more := len(judged) - len(texts):
+        texts.append(f"{format_count(more, 'more finding')}")
+    return f"{'; '.join(texts)}; {hint}" if texts else None

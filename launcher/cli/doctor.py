@@ -118,7 +118,7 @@ def _check_this_machine(config: RunConfig, deadline: float, reader: ReportReader
 
 @contextmanager
 def _shared_file(root: Path) -> Iterator[dict[str, str]]:
-    """Write a file beside the runs, by which nodes recognise the folder; yields their variable, or nothing if it cannot."""
+    """Write a file beside the runs, by which nodes recognize the folder; yields their variable, or nothing if it cannot."""
     folder = existing_folder(root)
     file, content = folder / f".launcher-doctor-{secrets.token_hex(8)}", secrets.token_hex(16)
     try:

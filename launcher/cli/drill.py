@@ -315,7 +315,7 @@ def _await_recovery(plan: LaunchPlan, hit: Hit, watch: _RunWatch) -> None:
 def _resume(plan: LaunchPlan, watch: _RunWatch) -> None:
     """Resume the run as a user would, on a backend that does not continue runs by itself."""
     watch.ended_as = watch.last_status
-    _say(f"{watch.last_status}; resuming it as a user would: {launcher_command('resume', formatting.short(watch.run.root))}")
+    _say(f"{watch.last_status}; resuming it with: {launcher_command('resume', formatting.short(watch.run.root))}")
     watch.cluster.await_end(watch.run)
     with Interrupts() as interrupts, run_store.start_lock(watch.run), redirect_stdout(sys.stderr):
         watch.resumed_attempt = resume_run(watch.run, plan, watch.cluster, [], None, interrupts)

@@ -80,7 +80,7 @@ def _show(line: dict[str, Any], status: Status, screen: _Screen) -> None:
     if "kind" in line:
         if line["kind"] == PROGRESS:
             screen.live(printable(line["text"]))
-        elif line["kind"] not in _HIDDEN_EVENTS:
+        elif line["kind"] not in _HIDDEN_EVENTS and not line.get("fields", {}).get("is_closing"):
             screen.say(printable(line["text"]))
     elif "train/loss" in line:
         screen.live(format_step(line, status.max_steps))
@@ -212,9 +212,24 @@ def _result_lines(run: RunDir) -> list[str]:
         "",
         "next:",
         f"  {launcher_command('status', name)}",
+        *([f"  {launcher_command('evaluate', name)}"] if has_held_out(run) else []),
         f"  {launcher_command('resume', name, 'train.max_steps=...')}",
-        "  python -m launcher init --data YOUR.jsonl --model qwen3_8b",
+        *(["  python -m launcher init --data YOUR.jsonl --model qwen3_8b"] if is_demonstration(run) else []),
     ]
+
+
+def has_held_out(run: RunDir) -> bool:
+    """Return whether a run has held-out documents, with which `evaluate` asks."""
+    data = run_store.load_plan(run).data
+    return data is not None and data.num_eval_rows > 0
+
+
+def is_demonstration(run: RunDir) -> bool:
+    """Return whether a run trained on the rows that come with the launcher alone."""
+    # The settings load pydantic, which commands that only read a run do without.
+    from launcher.config.sections.data import STDLIB_DOCS
+
+    return all(source.path == STDLIB_DOCS for source in run_store.load_plan(run).config.data.sources)
 
 
 def _export_line(run: RunDir, newest_step: int | None) -> str:

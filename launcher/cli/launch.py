@@ -31,6 +31,7 @@ from launcher.models import isolation_verdicts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.planner import run_dir_of
+from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.plan.throughput import SpeedEstimate, estimate_speed
 from launcher.run_records import RUNNING_STATES, Attempt
@@ -43,11 +44,11 @@ _USAGE = {
 Plan, prepare data, start the run. On this machine the command follows the run to its end, on a cluster it returns at once.
 --follow (or follow=true) and --detach (or follow=false) override that. With -m it starts several runs. --yes starts runs that
 may cost more than run.confirm_usd without a question.""",
-    "plan": "python -m launcher plan [--why] [--json] [overrides]\n\nShow the complete plan and start nothing. --why adds the "
-    "memory of each stage of a step, and the combinations of settings that were considered. "
-    "--json prints the plan's file with the keys estimate, checkpoint_gib, warnings and notes.",
+    "plan": "python -m launcher plan [--why] [--script] [--json] [overrides]\n\nShow the complete plan and start nothing. --why "
+    "adds the memory of each stage of a step, and the combinations of settings that were considered; --script the batch "
+    "script of Slurm. --json prints the plan's file with the keys estimate, checkpoint_gib, warnings and notes.",
 }
-_OWN_FLAGS = {"train": ("--follow", "--detach", "--yes"), "plan": ("--json", "--why")}
+_OWN_FLAGS = {"train": ("--follow", "--detach", "--yes"), "plan": ("--json", "--why", "--script")}
 # Ten times what it takes on an idle machine.
 _ISOLATION_CHECK_S = 150.0
 _FOLLOW = {"--follow": True, "follow=true": True, "--detach": False, "follow=false": False}
@@ -59,19 +60,20 @@ def run(verb: str, tokens: list[str]) -> int:
         print(composing_usage(_USAGE[verb]))
         return 0
     as_json, why = "--json" in tokens, verb == "plan" and "--why" in tokens
+    shows_script = verb == "plan" and "--script" in tokens
     follows = next((_FOLLOW[token] for token in tokens if token in _FOLLOW), None)
     accepts_cost = verb == "train" and "--yes" in tokens
-    own = ("--json", *(["--yes"] if accepts_cost else ()), *(["--why"] if why else ()))
+    own = ("--json", *(["--yes"] if accepts_cost else ()), *(["--why"] if why else ()), *(["--script"] if shows_script else ()))
     rest = [token for token in tokens if token not in own and token not in _FOLLOW]
     jobs: list[Composed] = []
     run_hydra(rest, jobs.append, (*_OWN_FLAGS[verb], *COMMON_FLAGS))
     require_distinct_runs(jobs)
     if verb == "plan":
-        return max((_plan(job, as_json, why) for job in jobs), default=0)
+        return max((_plan(job, as_json, why, shows_script) for job in jobs), default=0)
     return _train(jobs, follows, accepts_cost)
 
 
-def _plan(composed: Composed, as_json: bool, why: bool) -> int:
+def _plan(composed: Composed, as_json: bool, why: bool, shows_script: bool) -> int:
     with composed.located():
         cluster = cluster_for(composed.config.cluster.kind)
         node = _node_of(composed, cluster)
@@ -82,7 +84,7 @@ def _plan(composed: Composed, as_json: bool, why: bool) -> int:
             _device_note(plan, cluster),
             disk_note(plan),
             weights_note,
-            data.refusal(plan.config, plan.data),
+            data.refusal(plan),
             _gated_note(config),
             composed.origins.dropped_note(),
         )
@@ -95,7 +97,11 @@ def _plan(composed: Composed, as_json: bool, why: bool) -> int:
         if why:
             print("\n".join(why_lines(plan)))
         if script := cluster.preview(plan):
-            print(f"\n{script}", end="")
+            if shows_script:
+                print(f"\n{script}", end="")
+            else:
+                lines = format_count(script.count("\n"), "line")
+                print(f"{'script':<{LABEL_WIDTH}}plan --script shows the batch script ({lines})")
     return 0
 
 
@@ -172,7 +178,7 @@ def print_plan(plan: LaunchPlan, cluster: Cluster) -> None:
         disk_note(plan),
         push_note(plan),
         weights_note,
-        data.accepted(plan.config, plan.data),
+        data.accepted(plan),
     )
     lines = plan_lines(plan, *notes, own_warnings=(_location_warning(plan),))
     print("\n".join(wrap(lines, LABEL_WIDTH)), flush=True)
@@ -309,7 +315,7 @@ def _checked_facts(
     node: Callable[[], DeviceFacts],
     check: Callable[[LaunchPlan], None] = lambda plan: None,
 ) -> Facts:
-    """Collect the facts of a run, and probe in another process whether the model sees later tokens or neighbouring documents.
+    """Collect the facts of a run, and probe in another process whether the model sees later tokens or neighboring documents.
 
     What the planner or `check` can refuse at once is refused before that process is started.
     """

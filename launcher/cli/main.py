@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from launcher.config.run_file.tokens import is_run_file
-from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, LauncherError, Problem
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, LauncherError, NoSuchRun, Problem
 from launcher.security.printable_stream import printable_output, raw
 from launcher.shell_commands import launcher_command
 
@@ -54,12 +54,13 @@ HELP = """\
 Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
 
   python -m launcher [train] [FILE] [overrides]
-                                               plan, prepare data, start; follows a run on this machine (--detach returns)
+                                               plan, prepare data, start; follows a run on this machine (--detach returns);
+                                               without train, at least one FILE or override
   python -m launcher plan [FILE] [overrides]   show the complete plan; start nothing
   python -m launcher data [FILE] [--show N] [--html FILE] [overrides]
                                                build the data cache and report on it: sizes, problems, trained tokens
   python -m launcher data --scored RUN [--step N] [--exclude FILE]
-                                               rank a run's documents: likely mislabelled, learnt by heart, nothing to learn
+                                               rank a run's documents: likely mislabeled, memorized, nothing to learn
 
   python -m launcher init [--data FILE] [--model NAME] [--out FILE] [overrides]
                                                write a commented file of settings that fits data, model and machine
@@ -105,6 +106,19 @@ Exit codes: 0 done, 1 the run failed or doctor found a failure, 2 refused before
 """
 
 
+_FIRST_STEPS = """\
+Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3. With rows of your own, type first:
+
+  python -m launcher init --data rows.jsonl --model qwen3_8b    write rows.yaml, a commented file of settings
+  python -m launcher data rows.yaml                             build the data cache, and see what is trained
+  python -m launcher plan rows.yaml                             memory, steps, hours, cost; starts nothing
+  python -m launcher train rows.yaml                            train
+
+  python -m launcher train                                      a demonstration: a small model on Python's documentation
+  python -m launcher --help                                     all verbs
+"""
+
+
 class _VerbModule(Protocol):
     """A module of launcher.cli that carries out verbs."""
 
@@ -134,7 +148,10 @@ def _main(argv: Sequence[str] | None) -> int:
         return _print(HELP)
     if "--version" in tokens:
         return _print(_versions())
-    verb = tokens.pop(0) if tokens and _is_verb(tokens[0]) else "train"
+    if not tokens:
+        print(_FIRST_STEPS, end="")
+        return EXIT_REFUSED
+    verb = tokens.pop(0) if _is_verb(tokens[0]) else "train"
     try:
         if owners:
             from launcher.security import trust
@@ -193,6 +210,10 @@ def _run(verb: str, tokens: list[str]) -> int:
     module: _VerbModule = importlib.import_module(f"launcher.cli.{VERBS[verb]}")
     try:
         return module.run(verb, tokens)
+    except NoSuchRun as error:
+        from launcher.cli.cleanup import run_folders
+
+        raise run_folders.with_root(error) from error
     except FileNotFoundError as error:
         # So os.getcwd reports a deleted folder: without a path.
         if error.filename is None:

@@ -152,7 +152,12 @@ def _lines(one: RemovableRun) -> list[str]:
         ("run", f"{one.run.root.name} in {formatting.short(one.run.root)}"),
         ("state", f"{one.state}, at step {one.step:,}{of}"),
         ("size", format_size(one.bytes)),
-        ("checkpoints", f"steps {shown}{more}: {format_size(one.checkpoint_bytes)}" if one.steps else "none"),
+        (
+            "checkpoints",
+            f"at {'step' if len(one.steps) == 1 else 'steps'} {shown}{more}: {format_size(one.checkpoint_bytes)}"
+            if one.steps
+            else "none",
+        ),
         ("export", one.export or "none"),
         ("copies", "; ".join(_copies(one)) or "none known: what is removed is gone"),
     ]

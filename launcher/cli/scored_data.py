@@ -20,7 +20,7 @@ _ROWS = 20
 
 
 def run(tokens: list[str]) -> int:
-    """Score the documents, where that was not done, and show which are likely mislabelled, learnt by heart, or teach nothing."""
+    """Score the documents, where that was not done, and show which are likely mislabeled, memorized, or teach nothing."""
     arguments = _parser().parse_args(tokens)
     run_dir = run_store.find_run(arguments.scored, Path(arguments.root))
     ownership.require_run(run_dir)
@@ -30,7 +30,7 @@ def run(tokens: list[str]) -> int:
     options += [] if arguments.step is None else ["--step", str(arguments.step)]
     report = run_scoring("launcher.worker.scoring.triage", run_dir.plan, *options)
     if exclude is not None:
-        _write_exclusions(exclude, report, arguments.finding or [ranking.MISLABELLED])
+        _write_exclusions(exclude, report, arguments.finding or [ranking.MISLABELED])
     if page is not None:
         from launcher.cli.pages import scored_html
 
@@ -50,7 +50,7 @@ def run(tokens: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     about = (
-        "Rank the documents of a run's data: likely mislabelled, learnt by heart, or without anything to learn. The documents "
+        "Rank the documents of a run's data: likely mislabeled, memorized, or without anything to learn. The documents "
         "are scored on this machine with and without their prompts, once: later calls read the scores."
     )
     parser = VerbParser(prog="python -m launcher data --scored", description=about)
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--html", metavar="FILE", help="also write one HTML page with the texts")
     exclude = "write the documents that data.exclude=FILE leaves out of the next run"
     parser.add_argument("--exclude", metavar="FILE", help=exclude)
-    finding = f"finding whose documents --exclude writes, repeatable (default: {ranking.MISLABELLED})"
+    finding = f"finding whose documents --exclude writes, repeatable (default: {ranking.MISLABELED})"
     parser.add_argument("--finding", action="append", choices=tuple(ranking.FINDINGS), help=finding)
     return parser
 
@@ -77,7 +77,7 @@ def _require_new_file(file: Path) -> Path:
 
 
 def _write_exclusions(file: Path, report: dict[str, Any], names: list[str]) -> None:
-    """Write the documents of the findings `names`: of the ranking of mislabelled ones, those that are likely so."""
+    """Write the documents of the findings `names`: of the ranking of mislabeled ones, those that are likely so."""
     if not report["has_origins"]:
         message = "the run's data cache does not record the contents of its documents"
         remedy = "start a run with the same settings: its data is built anew, with the origin of each document"

@@ -153,7 +153,7 @@ def _ls(root: Path, as_json: bool) -> int:
     if as_json:
         print(formatting.as_json(summaries))
     elif not summaries:
-        print(f"no runs under {root}; start one with: python -m launcher")
+        print(f"no runs under {root}; start one with: python -m launcher train; --root names another folder")
     else:
         print("\n".join(formatting.table(_COLUMNS, [_row(values) for values in summaries])))
     return 0
@@ -201,6 +201,8 @@ def _lines(values: dict[str, Any]) -> list[str]:
         rows.append(("held out", f"loss {values['eval_loss']:.4f} after step {values['eval_step']:,}"))
     if values["checkpoints"]:
         rows.append(("checkpoints", _checkpoints(values["checkpoints"])))
+    if values["export"] is not None:
+        rows.append(("export", formatting.short(Path(values["export"]))))
     if page := wandb_words(values["wandb"]):
         rows.append(("W&B", page))
     if values["mirror"] is not None:

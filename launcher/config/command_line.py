@@ -10,9 +10,11 @@ from typing import Any
 
 from launcher.config.introspect import settings
 from launcher.config.renamed_keys import COMMAND_LINE
+from launcher.config.run_file.tokens import SUFFIXES
 from launcher.config.suggestions import conversion, meant_setting, suggest_setting
 from launcher.errors import Problem
 from launcher.security.redaction import looks_secret
+from launcher.shell_commands import launcher_command
 
 GROUPS = ("model", "data", "optim", "deepspeed", "cluster", "tracking", "experiment")
 # Hydra's flags that take a value, and its other flags.
@@ -21,6 +23,8 @@ FLAGS_WITH_VALUE = (
     *("--package", "-p"),
 )
 _FLAGS = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--shell-completion", "-sc")
+# Flags of other programs for a file of settings, which is then among the words of the command line.
+_FILE_FLAGS = ("--config", "--config-file", "--file", "-f")
 _RERUN = "--experimental-rerun"
 _MULTIRUN = {"--multirun", "-m"}
 # The values of --cfg; the first is its usual one.
@@ -71,6 +75,8 @@ def without_unknown_flags(tokens: Sequence[str], own_flags: Sequence[str] = ()) 
                 problems.append(problem)
             else:
                 remaining += [name, value] if value else [name]
+        elif name in _FILE_FLAGS:
+            problems.append(_file_with_flag(name, value))
         elif setting := _setting_meant(name):
             if not equals and has_next:
                 value = rest.pop(0)
@@ -81,6 +87,8 @@ def without_unknown_flags(tokens: Sequence[str], own_flags: Sequence[str] = ()) 
 
 
 def _flag_without_value(name: str, value: str) -> Problem | None:
+    if value.endswith(SUFFIXES):
+        return _file_with_flag(name, value)
     if name in ("--cfg", "-c") and value not in _CFG:
         guess = difflib.get_close_matches(value, _CFG, n=1)
         usual = (guess or _CFG)[0]
@@ -88,6 +96,11 @@ def _flag_without_value(name: str, value: str) -> Problem | None:
     if value or name in ("--info", "-i"):
         return None
     return Problem(f"{name} needs a value", where=COMMAND_LINE, remedy=f"write {name} followed by its value")
+
+
+def _file_with_flag(name: str, file: str) -> Problem:
+    remedy = f"write: {launcher_command('train', file)}; the same for plan and data"
+    return Problem(f"{name}: a file of settings is named without a flag", COMMAND_LINE, f"{name} {file}".strip(), remedy)
 
 
 def _setting_meant(name: str) -> str:

@@ -39,7 +39,7 @@ from launcher.config.printed_settings import redact_settings
 from launcher.config.renamed_keys import COMMAND_LINE, RENAMED, renamed_override, renamed_reference
 from launcher.config.run_file import reading
 from launcher.config.run_file.hydra_layer import OVERRIDE, composable
-from launcher.config.run_file.implied_settings import name_model_after_path, unset_other_length
+from launcher.config.run_file.implied_settings import name_model_after_path, needs_own_rows, unset_other_length
 from launcher.config.run_file.reading import FileContent
 from launcher.config.run_file.tokens import split_run_files
 from launcher.config.schema import RunConfig
@@ -103,6 +103,8 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
         # Without the file, other settings may only seem wrong.
         raise ConfigError([*problems, *error.problems]) from error
     problems += file_problems
+    if needs_own_rows(words, () if content is None else content.choices):
+        remaining.append("data=jsonl")
     failure: list[BaseException] = []
 
     def task(cfg: Any) -> None:

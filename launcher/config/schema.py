@@ -44,10 +44,14 @@ class RunSection(Section):
     """Name, directory, seed and limits of the run."""
 
     name: Name | None = Field(
-        None, description="Name of the run and of its directory. Unset: model, data and the time of submission."
+        None,
+        description=(
+            "Name of the run and of its directory. Unset: the name of the run's file, or else model and data, with the time of "
+            "submission."
+        ),
     )
     root: Text = Field("runs", description="Folder that holds run directories; on a cluster it must be shared by all nodes.")
-    seed: Count = Field(42, description="Seeds weight initialisation and, with the epoch, the order of rows.")
+    seed: Count = Field(42, description="Seeds weight initialization and, with the epoch, the order of rows.")
     max_hours: Positive | None = Field(
         None,
         description=(

@@ -81,6 +81,9 @@ def suggest_setting(key: str) -> str:
 
     The last part counts in every section, and other trainers' names are known.
     """
+    # Settings of held-out rows are those of the data: eval.max_rows is data.eval_max_rows.
+    if key.startswith("eval.") and (of_data := f"data.eval_{key.removeprefix('eval.')}") in settings():
+        return f"did you mean {of_data}?"
     if meant := meant_setting(key):
         return f"did you mean {meant}? {conversion(key)}".rstrip()
     names = list(settings())

@@ -91,7 +91,7 @@ def _select(corpus: EncodedCorpus, data: DataSection, id_problem: Problem | None
         DataError: for rows that cannot be used, with the findings of the others that refuse a run; or if nothing is left. With
             `id_problem`, where there is one.
     """
-    row_problems, others = corpus.problems.to_list(), [id_problem] if id_problem else []
+    row_problems, others = corpus.problems.refused(data.checks).to_list(), [id_problem] if id_problem else []
     try:
         selection = select_documents(corpus, data)
     except NothingLeft as error:

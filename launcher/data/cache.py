@@ -124,6 +124,9 @@ def _source_key(source: Source) -> tuple[dict[str, Any], str]:
 def _selecting_checks(checks: ChecksSection) -> dict[str, Any]:
     """Return the checks as far as they select documents; fail only judges the finished cache."""
     settings = checks.model_dump(exclude={*findings.LIMITS.values()})
+    if checks.bad_rows == "fail":
+        # A cache that exists had no such rows.
+        del settings["bad_rows"]
     return {name: "keep" if value == "fail" else value for name, value in settings.items()}
 
 

@@ -45,7 +45,7 @@ class EncodedCorpus:
 
     A hit is (document, hit). `unread_keys` and `completions` have an entry for each of `list_inputs`; the latter counts prompts
     with a completion where the tokenizer has a chat template, and those of them that are written with it. `problems` are those of
-    rows and files that cannot be used.
+    rows and files that cannot be used, `bad_rows` the number of such rows in each of `list_inputs`.
     """
 
     docs: DocumentTable
@@ -56,6 +56,7 @@ class EncodedCorpus:
     unread_keys: list[KeyCounts]
     completions: np.ndarray
     problems: RowProblems
+    bad_rows: np.ndarray
 
     @property
     def num_docs(self) -> int:
@@ -91,13 +92,13 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
         for source in list_inputs(data):
             if source.is_read:
                 problems.merge(sources.find_row_problems(source))
-        raise DataError([*error.problems, *problems.to_list()]) from error
+        raise DataError([*error.problems, *problems.refused(data.checks).to_list()]) from error
 
 
 def _read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenSpool, on_progress: Progress) -> EncodedCorpus:
     problems = RowProblems()
     total = sum(_count_rows(source) for source in list_inputs(data) if source.is_read)
-    on_progress("tokenise", 0, total)
+    on_progress("tokenize", 0, total)
     docs: list[DocumentTable] = []
     pieces: list[PieceTable] = []
     hits: list[tuple[int, inspection.CheckHit]] = []
@@ -105,7 +106,8 @@ def _read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.Token
     num_docs = max_token_id = 0
     unread_keys = [KeyCounts() for _ in list_inputs(data)]
     completions = np.zeros((len(unread_keys), 2), dtype=np.int64)
-    for batch in _encode(data, tokenizer_path, problems):
+    bad_rows = np.zeros(len(unread_keys), dtype=np.int64)
+    for batch in _encode(data, tokenizer_path, problems, bad_rows):
         spool.add(batch.tokens, batch.trained)
         max_token_id = max(max_token_id, int(batch.tokens.max(initial=0)))
         unread_keys[batch.source].add(batch.unread_keys)
@@ -118,15 +120,15 @@ def _read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.Token
         docs.append(batch.docs)
         pieces.append(replace(batch.pieces, doc=batch.pieces.doc + num_docs))
         num_docs += len(batch.docs.wheres)
-        on_progress("tokenise", num_docs, max(total, num_docs))
-    on_progress("tokenise", num_docs, num_docs)
+        on_progress("tokenize", num_docs, max(total, num_docs))
+    on_progress("tokenize", num_docs, num_docs)
     if not docs:
         raise DataError(problems.to_list())
     table = _concatenate(docs)
     if data.split_by == "prompt":
         table = replace(table, held_out=_divide_common_prompts(table, data.eval_fraction))
     chosen = [prompt for prompt in (*prompts[True], *prompts[False]) if table.held_out[prompt.doc]]
-    return EncodedCorpus(table, _concatenate(pieces), hits, chosen, max_token_id, unread_keys, completions, problems)
+    return EncodedCorpus(table, _concatenate(pieces), hits, chosen, max_token_id, unread_keys, completions, problems, bad_rows)
 
 
 def _count_rows(source: Source) -> int:
@@ -137,12 +139,17 @@ def _count_rows(source: Source) -> int:
         return 0
 
 
-def _encode(data: DataSection, tokenizer_path: str, problems: RowProblems) -> Iterator[EncodedBatch]:
-    """Yield the documents that can be used, encoded; add those of the others to `problems`. Raises: DataError."""
+def _encode(data: DataSection, tokenizer_path: str, problems: RowProblems, bad_rows: np.ndarray) -> Iterator[EncodedBatch]:
+    """Yield the documents that can be used, encoded; add those of the others to `problems`, and their number to `bad_rows`.
+
+    Raises:
+        DataError: for a tokenizer that cannot be used.
+    """
     for encoded in parallel.encode(_list_tasks(data, problems), data, tokenizer_path):
         problems.merge(encoded.problems)
+        bad_rows[encoded.source] += encoded.problems.num_rows
         yield from encoded.batches
-        if problems.is_full:
+        if problems.refused(data.checks).is_full:
             return
 
 
@@ -169,10 +176,10 @@ def _list_tasks(data: DataSection, problems: RowProblems) -> Iterator[EncodeTask
             continue
         is_held_out = None if held_out is None else number == len(data.sources)
         try:
-            for batch in sources.read_batches(source, problems.add):
+            for batch in sources.read_batches(source, problems.add_file):
                 yield EncodeTask(batch, number, is_held_out)
         except DataError as error:
-            problems.add(error)
+            problems.add_file(error)
 
 
 def _concatenate(tables: Sequence[Columns]) -> Columns:

@@ -87,7 +87,12 @@ def _collect_findings(
     trained = np.bincount(pieces.doc, pieces.labels, corpus.num_docs) > 0
     used = np.bincount(pieces.doc[order], minlength=corpus.num_docs) > 0
     columns = (docs.wheres, docs.source, list_names(data), docs.held_out, docs.num_tokens, docs.is_text, trained, used)
-    return summary.collect_findings(hits, summary.CheckedDocuments(*columns), data.checks)
+    of_documents = summary.collect_findings(hits, summary.CheckedDocuments(*columns), data.checks)
+    if data.checks.bad_rows == "drop" and corpus.bad_rows.any():
+        num_docs = np.bincount(docs.source, minlength=len(corpus.bad_rows))
+        bad = summary.make_bad_rows(corpus.problems.examples(), corpus.bad_rows, num_docs, list_names(data))
+        return (bad, *of_documents)
+    return of_documents
 
 
 def _nothing_left(docs: DocumentTable, data: DataSection, all_findings: findings.Findings) -> NothingLeft:

@@ -29,11 +29,32 @@ from launcher.evaluate.task import (
     Weights,
     describe,
 )
+from launcher.tracking.metrics import format_duration
 
 _POLL_S = 0.5
 _SELECTION = "selection"
 
 MakeEngine = Callable[[Weights], Engine]
+
+
+class AnswerPace:
+    """Estimates from the answers that this process has generated how long all that are still to come take."""
+
+    def __init__(self) -> None:
+        self._num_generated, self._seconds = 0, 0.0
+        # Answers of later prompts, besides those of the batch list that is worked on.
+        self.num_later = 0
+
+    def count(self, num_answers: int, seconds: float) -> None:
+        """Count answers that were generated in `seconds`."""
+        self._num_generated += num_answers
+        self._seconds += seconds
+
+    def left(self, num_here: int, share: int) -> str:
+        """Return the time left as it ends a line; `num_here` answers are missing, and later ones are divided by `share`."""
+        if not self._num_generated or not (rest := num_here + self.num_later / share):
+            return ""
+        return f"; about {format_duration(rest * self._seconds / self._num_generated)} left in all"
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,8 @@ class AnswerGeneration:
         self._facts = ProcessFacts(device, dtype, engine_name, version("transformers"), share.world_size)
         # Of all sets and sides, each with its number of prompts.
         self._stores: dict[str, tuple[AnswerStore, int]] = {}
+        self._pace = AnswerPace()
+        self._num_sides = 1 if self.task.base is None else 3 if self.task.shots else 2
         self._questions = {name: folder.read_questions(name) for name in self.task.sets}
         training = folder.read_questions()
         self._selection = training[self.task.num_examples :]
@@ -70,6 +93,7 @@ class AnswerGeneration:
         self._folder.write_facts(self._share.rank, self._facts)
         sides: dict[str, list[SideAnswers]] = {name: [] for name in self.task.sets}
         scores: Mapping[PromptStyle, float] = {}
+        self._pace.num_later = self._num_sides * sum(map(len, self._questions.values()))
         if self.task.base is not None:
             with _lazy(make_engine, self.task.base) as engine:
                 chosen = self._choose(self.task.base, engine)
@@ -96,11 +120,12 @@ class AnswerGeneration:
 
         def score_styles(styles: Sequence[PromptStyle]) -> dict[PromptStyle, float]:
             stores = []
-            for style in styles:
+            self._pace.num_later += len(styles) * len(questions)
+            for number, style in enumerate(styles, 1):
                 prompts = self._base_prompts.write(questions, style)
                 digest = digest_prompts(prompts.prompts, prompts.stop_strings)[:16]
                 store = self._store(f"{_SELECTION}/{digest}", base, prompts, style)
-                self._fill(store, prompts, engine, f"choosing how to ask: {style}")
+                self._fill(store, prompts, engine, f"choosing how to ask, way {number} of {len(styles)} ({style})")
                 stores.append((store, len(questions)))
             self._await(stores, "choosing how to ask")
             return {style: self._score(store.read()) for style, (store, _) in zip(styles, stores, strict=True)}
@@ -132,7 +157,8 @@ class AnswerGeneration:
     ) -> None:
         file_name = f"{set_name}/{side if side == TUNED else f'base-{side}'}"
         store = self._store(file_name, weights, prompts, style)
-        self._fill(store, prompts, engine, f"{set_name}, {side}")
+        number = 1 + len(sides[set_name])
+        self._fill(store, prompts, engine, f"answers {number} of {self._num_sides} ({set_name}, {side})")
         self._stores[f"{set_name}, {side}"] = (store, len(prompts.prompts))
         sides[set_name].append(SideAnswers(side, f"{file_name}.jsonl", describe(style), sum(map(len, prompts.prompts))))
 
@@ -159,6 +185,7 @@ class AnswerGeneration:
         order = sorted(range(len(prompts.prompts)), key=lambda i: (-len(prompts.prompts[i]), i))
         batches = [order[i : i + settings.prompts_per_batch] for i in range(0, len(order), settings.prompts_per_batch)]
         own = batches[self._share.rank :: self._share.world_size]
+        self._pace.num_later = max(0, self._pace.num_later - len(order))
         num_done, num_own = sum(i in existing for batch in own for i in batch), sum(map(len, own))
         for batch in own:
             missing = [i for i in batch if i not in existing]
@@ -166,7 +193,8 @@ class AnswerGeneration:
                 continue
             if self._share.rank:
                 self._folder.require_alike(self._share.rank, self._facts)
-            self._share.say(f"{activity}: {num_done} of {num_own} answers")
+            left = self._pace.left(num_own - num_done, self._share.world_size)
+            self._share.say(f"{activity}: {num_done} of {num_own} answers{left}")
             model, began = engine(), time.monotonic()
             generated = model.generate(
                 [prompts.prompts[i] for i in missing],
@@ -174,6 +202,7 @@ class AnswerGeneration:
                 stop_strings=prompts.stop_strings,
                 max_new_tokens=settings.max_new_tokens,
             )
+            self._pace.count(len(missing), time.monotonic() - began)
             is_one_gpu = self._device == "cuda" and self._engine_name == TransformersEngine.name
             gpu_s = round((time.monotonic() - began) / len(missing), 4) if is_one_gpu else 0.0
             answers = [

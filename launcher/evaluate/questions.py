@@ -6,7 +6,6 @@ documents of the split, whatever selected them.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from launcher.config.sections.data import DataSection
+from launcher.config.sections.data import ChecksSection, DataSection
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data import sources
 from launcher.data.cache import Split
@@ -22,7 +21,7 @@ from launcher.data.corpus import list_inputs
 from launcher.data.sources import Chat, Completion, Document, Message
 from launcher.data.sources.eval_set import make_set_data
 from launcher.data.tokenization.chat_template import with_system
-from launcher.data.tokenization.encoder import Encoder
+from launcher.data.tokenization.encoder import Encoder, RenderedDocument
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.tracking.progress import Advance
@@ -147,8 +146,8 @@ def _find(data: DataSection, encoder: Encoder, keys: set[bytes], advance: Advanc
     batch: list[Document] = []
 
     def match() -> None:
-        rendered = [encoder.render(document) for document in batch]
-        for document, encoded in zip(batch, encoder.encode(rendered), strict=True):
+        rendered = [(document, one) for document in batch if (one := _render(document, encoder, data.checks)) is not None]
+        for (document, _), encoded in zip(rendered, encoder.encode([one for _, one in rendered]), strict=True):
             key = _key(encoded.ids[: data.max_length])
             if key in keys:
                 documents.setdefault(key, document)
@@ -165,6 +164,16 @@ def _find(data: DataSection, encoder: Encoder, keys: set[bytes], advance: Advanc
     return documents
 
 
+def _render(document: Document, encoder: Encoder, checks: ChecksSection) -> RenderedDocument | None:
+    """Return a document in the chat template; None where the template refuses it and the settings leave such rows out."""
+    try:
+        return encoder.render(document)
+    except DataError:
+        if checks.bad_rows == "fail":
+            raise
+        return None
+
+
 def _documents(data: DataSection, encoder: Encoder) -> Iterator[Document]:
     """Yield the documents of all sources as the build of the cache reads them; the held-out file comes first.
 
@@ -176,9 +185,8 @@ def _documents(data: DataSection, encoder: Encoder) -> Iterator[Document]:
             # The working directory may be another one than when the run was planned.
             if problem := sources.find_path_problem(f"the path of {source.name}", source):
                 raise DataError(problem)
-            for batch in sources.read_batches(source):
-                for document, _ in batch.documents(Counter()):
-                    yield encoder.write_as_chat(document, source.completions)
+            for document, _ in sources.read_usable_documents(source, data.checks):
+                yield encoder.write_as_chat(document, source.completions)
 
 
 def _changed(name: str, data: DataSection, num_found: int, num_chosen: int) -> DataError:

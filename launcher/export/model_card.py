@@ -128,7 +128,7 @@ def _base_rows(plan: LaunchPlan, base: Mapping[str, Any]) -> Rows:
         rows.append(("on the Hub", origin))
     license_ = base.get("license")
     named = ", ".join(base[key] for key in _LICENSE_KEYS if isinstance(base.get(key), str))
-    rows.append(("licence", named if license_ and named else "unknown: see the base model"))
+    rows.append(("license", named if license_ and named else "unknown: see the base model"))
     return [*rows, ("architecture", architecture)]
 
 

@@ -30,7 +30,7 @@ _FORMAT = 1
 _SAFE_NAMES = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _NUM_NAMED = 5
-# Enough to recognise a file that is not what its name says.
+# Enough to recognize a file that is not what its name says.
 _NUM_HEAD_BYTES = 512
 _DOWNLOAD = "download this file again"
 _PLAIN = "correct the name, or use another model folder"
@@ -73,7 +73,7 @@ class WeightReport:
         return cls(tuple(values["missing"]), tuple(mismatched), tuple(values["unexpected"]))
 
     def problems(self, folder: Path, model: ModelSection) -> list[Problem]:
-        """Return why a run cannot start from these weights: transformers would initialise the rest at random."""
+        """Return why a run cannot start from these weights: transformers would initialize the rest at random."""
         problems = []
         repair = _describe_repair(folder, model)
         if self.missing:

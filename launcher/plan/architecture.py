@@ -11,6 +11,8 @@ from launcher.errors import ConfigError, Problem
 from launcher.plan.launch_plan import ModelFacts
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# What transformers maps to them in the configs of GPT-2, GPT-J, GPT-Neo, BLOOM, MPT and others.
+_OTHER_NAMES = ("n_embd", "n_layer", "n_head", "d_model", "n_layers", "n_heads", "num_layers", "num_heads")
 # Norms on queries and keys: of one head, or of all heads together.
 _HEAD_NORM = ("qwen3", "qwen3_moe", "gemma3_text")
 _QK_NORM = ("olmo2", "olmo3", "olmoe")
@@ -106,6 +108,13 @@ def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | 
     """
     config = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
     missing = [key for key in _NEEDED if not isinstance(config.get(key), int)]
+    if missing and (own := [key for key in _OTHER_NAMES if isinstance(config.get(key), int)]):
+        raise ConfigError(
+            f"the launcher does not read configs that name the model's sizes {', '.join(own)}, as those of GPT-2 and its kin do",
+            where=path or "model.config",
+            value=f"model_type {config.get('model_type')}",
+            remedy=f"choose a model whose config.json has {', '.join(_NEEDED)}, as those of the presets have (docs/presets.md)",
+        )
     if missing:
         raise ConfigError(
             f"the model's config.json lacks {', '.join(missing)}",
@@ -163,7 +172,7 @@ def config_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
     quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization:
         method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else str(quantization)
-        message = f"model.path: the weights are quantised ({method}), and quantised weights cannot be trained"
+        message = f"model.path: the weights are quantized ({method}), and quantized weights cannot be trained"
         yield Problem(message, where, model_type, "choose the repository with the original weights in bf16, fp16 or fp32")
 
 

@@ -1,4 +1,4 @@
-"""What is known about GPU types, one row each: memory, peak FLOP/s per type of number, a typical price, how names are recognised.
+"""What is known about GPU types, one row each: memory, peak FLOP/s per type of number, a typical price, how names are recognized.
 
 Peaks are the vendors' dense figures: half of those that a data sheet gives "with sparsity". For GeForce they are those with
 fp32 accumulation, as training multiplies; fp16 has the peak of bf16 on all of them. Sources:
@@ -13,7 +13,7 @@ fp32 accumulation, as training multiplies; fp16 has the peak of bf16 on all of t
     RTX 4090, 5090     NVIDIA Ada and RTX Blackwell GPU architecture white papers, appendix A
     MI300X, MI325X     AMD Instinct MI300X and MI325X data sheets
 
-Prices are typical, on demand, of PRICE_DATE: between the list prices of specialised clouds (RunPod, Lambda, Verda) and those of
+Prices are typical, on demand, of PRICE_DATE: between the list prices of specialized clouds (RunPod, Lambda, Verda) and those of
 the large ones, a month before or after that date, as compared by aimultiple.com/gpu-index (20 May 2026, medians),
 mercatus-ai.com/blog/cloud-gpu-pricing (May 2026), deploybase.ai/articles/runpod-gpu-pricing (March 2026),
 cliffcenter.com/research/amd-inference-economics (May 2026) and the prices of Lambda, Modal and AWS (g5, g6, g6e) at that time.

@@ -43,7 +43,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     if problems:
         raise ConfigError(problems)
     gpu_name = config.cluster.gpu_type or facts.device.name
-    run_name = config.run.name or default_name(config, facts.provenance.created_at)
+    run_name = config.run.name or default_name(config, facts.provenance.created_at, facts.provenance.run_file)
     run_dir = run_dir_of(config, run_name, facts.working_dir, facts.home_dir)
     # The main memory of this machine only counts where the plan is for machines of its kind.
     host_memory_gib = facts.device.host_memory_gib if facts.device.kind == topology.device else None

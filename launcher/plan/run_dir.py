@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# The date and the time follow it in the name of a run.
+_NAME_LENGTH = 60
+
 if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
 
@@ -89,7 +92,10 @@ class RunDir:
         return self.attempt(attempt) / f"rank-{rank:05d}.log"
 
 
-def default_name(config: RunConfig, created_at: str) -> str:
-    """Return `<model>-<data>-<date>-<time>` for an ISO time such as 2026-01-31T09:15:00Z."""
+def default_name(config: RunConfig, created_at: str, run_file: str | None) -> str:
+    """Return `<file>-<date>-<time>`, or `<model>-<data>-<date>-<time>` without a run's file, for an ISO time such as
+    2026-01-31T09:15:00Z.
+    """
     stamp = re.sub(r"[^0-9]", "", created_at)[:14]
-    return f"{config.model.name}-{config.data.name}-{stamp[:8]}-{stamp[8:]}"
+    of_file = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(run_file).stem).strip("._-")[:_NAME_LENGTH] if run_file else ""
+    return f"{of_file or f'{config.model.name}-{config.data.name}'}-{stamp[:8]}-{stamp[8:]}"

@@ -1,4 +1,4 @@
-"""Recognise credentials, and remove them from text that is shown or logged."""
+"""Recognize credentials, and remove them from text that is shown or logged."""
 
 from __future__ import annotations
 

@@ -233,13 +233,13 @@ METRICS: dict[str, Metric] = {
     "ckpt/disk_free_gib": Metric("GiB", "Checkpoints", "Free disk"),
     "gpu/util_mean": Metric(
         section="Cluster",
-        title="GPU utilisation, mean and lowest",
-        curve=Curve("GPU utilisation, mean", 100.0, "%"),
+        title="GPU utilization, mean and lowest",
+        curve=Curve("GPU utilization, mean", 100.0, "%"),
         status=StatusPart("{:.0%} busy".format, order=0, line="GPUs"),
     ),
     "gpu/util_min": Metric(
         section="Cluster",
-        title="GPU utilisation, mean and lowest",
+        title="GPU utilization, mean and lowest",
         status=StatusPart("(lowest {:.0%})".format, order=1, separator=" ", line="GPUs"),
     ),
     "gpu/temp_max": Metric(

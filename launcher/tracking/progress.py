@@ -27,6 +27,11 @@ _FIRST_S, _GROWTH, _LONGEST_S = 5.0, 0.25, 300.0
 _LIVE_S = 0.1
 
 
+def time_left(done: int, total: int, elapsed_s: float) -> str:
+    """Return the time left as it follows the progress of a line, such as `, 1m40s left`; empty where nothing tells it."""
+    return f", {format_duration(elapsed_s * (total - done) / done)} left" if 0 < done < total and elapsed_s >= 1 else ""
+
+
 class Pace:
     """Says when the next line of a log is due: after 5 seconds, and later at longer and longer intervals."""
 
@@ -88,7 +93,7 @@ def describe(activity: str, done: int, total: int, elapsed_s: float) -> str:
     if not total:
         return f"{activity}: {format_size(done)}"
     done = min(done, total)
-    left = f", {format_duration(elapsed_s * (total - done) / done)} left" if done and elapsed_s >= 1 else ""
+    left = time_left(done, total, elapsed_s)
     return f"{activity}: {format_size(done)} of {format_size(total)} ({done / total:.0%}){left}"
 
 
@@ -144,15 +149,19 @@ def show_documents(noun: str = "documents") -> Iterator[Callable[[str, int, int]
     """
     with live_line() as (say, make_pace):
         paces: dict[str, Pace] = {}
+        first_counts: dict[str, int] = {}
         ended: set[str] = set()
 
         def show(stage: str, done: int, total: int) -> None:
             is_due = paces.setdefault(stage, make_pace()).is_due()
+            # A stage may continue where an earlier process has ended.
+            first = first_counts.setdefault(stage, done)
             # The end of a stage is worth a line in a log, once.
             if total > 1 and stage not in ended and (done == total or is_due):
                 if done == total:
                     ended.add(stage)
-                say(f"{stage}: {done:,} of {total:,} {noun}")
+                left = time_left(done - first, total - first, paces[stage].elapsed_s)
+                say(f"{stage}: {done:,} of {total:,} {noun}{left}")
 
         yield show
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -37,12 +38,14 @@ def join_process_group(plan: LaunchPlan, rank_info: RankInfo) -> torch.device:
         device = torch.device("cpu")
     with suppress(RuntimeError):  # registered already
         dist.register_rendezvous_handler("launcher", _meet_ranks)
-    deepspeed.init_distributed(
-        dist_backend=plan.topology.backend,
-        timeout=timedelta(minutes=plan.config.cluster.timeout_minutes),
-        init_method="launcher://",
-        verbose=False,
-    )
+    # It prints that a kernel for shared memory was built.
+    with redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(
+            dist_backend=plan.topology.backend,
+            timeout=timedelta(minutes=plan.config.cluster.timeout_minutes),
+            init_method="launcher://",
+            verbose=False,
+        )
     return device
 
 

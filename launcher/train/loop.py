@@ -346,7 +346,8 @@ class TrainingLoop:
         return DivergedError(
             f"{problem} at step {self.step}; training stopped and {kept}",
             where=f"step {self.step}",
-            remedy="lower optim.lr, lengthen optim.warmup_steps, or look for broken rows with: python -m launcher data",
+            remedy="lower optim.lr, lengthen optim.warmup_steps, or look for broken rows with: python -m launcher data, with the "
+            "settings of the run",
         )
 
     def release_memory(self) -> None:

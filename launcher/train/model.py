@@ -245,7 +245,7 @@ def _load_pretrained(folder: Path, path: str, model: ModelSection, **options: An
     """Load the model with all of its weights from a folder, which messages name by its `path` for the user.
 
     Raises:
-        ConfigError: where weights are missing or have another shape; transformers would initialise them randomly.
+        ConfigError: where weights are missing or have another shape; transformers would initialize them randomly.
     """
     from transformers import AutoModelForCausalLM
 
@@ -257,7 +257,7 @@ def _load_pretrained(folder: Path, path: str, model: ModelSection, **options: An
             raise
         lines = [line.strip() for line in str(error).splitlines()]
         what = f"the weight files do not fit the model: {next((line for line in lines if 'size mismatch' in line), lines[0])}"
-        remedy = "compare them before a GPU is asked for: python -m launcher data"
+        remedy = "compare them before a GPU is asked for: python -m launcher data, with the settings of the run"
         raise ConfigError(what, where="model.path", value=path, remedy=remedy) from error
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(WeightReport(missing=tuple(missing)).problems(Path(path), model))

@@ -98,7 +98,11 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     plan, rank_info, device, tracker = run.plan, run.rank_info, run.device, run.tracker
     data, max_steps = plan.data, plan.batch.max_steps
     if data is None or max_steps is None:
-        raise RunError("the plan has no data", where=str(run.run_dir.plan), remedy="build it with: python -m launcher data")
+        raise RunError(
+            "the plan has no data",
+            where=str(run.run_dir.plan),
+            remedy="build it with: python -m launcher data, with the settings of the run",
+        )
     peak = find_peak_tflops(plan.config, device) if rank_info.is_main else None
     fence = partial(run_store.fence, run.run_dir, rank_info.attempt, refresh=True)
     run_on_all_ranks(device, "this attempt may not train", fence if rank_info.is_main else lambda: None)

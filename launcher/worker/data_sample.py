@@ -12,20 +12,19 @@ import json
 import os
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
+from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from launcher import model_source
 from launcher.config.schema import RunConfig, is_run
-from launcher.config.sections.data import DataSection, Source
+from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.data import sources
 from launcher.data.sources import Chat, Completion, Document, DocumentBatch
 from launcher.data.sources.files import Block
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
-from launcher.errors import LauncherError
+from launcher.errors import DataError, LauncherError
 from launcher.models import parent_run
 from launcher.security.printable_stream import printable_output
 from launcher.worker.prepare import convert_local
@@ -33,6 +32,8 @@ from launcher.worker.signals import exit_on_termination
 
 # Documents whose tokens are counted, spread over the source.
 _NUM_SAMPLED = 2000
+# Rows at the beginning of a source that are all parsed, which takes seconds; of later rows, those with a sampled document are.
+_NUM_CHECKED = 100_000
 # Of English text with tokenizers of 50,000 to 150,000 entries. Chat templates add some.
 _CHARACTERS_PER_TOKEN = 3.5
 _TOKENIZER_FILES = ["config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja", "*.model"]
@@ -42,13 +43,25 @@ def look(config: RunConfig) -> dict[str, Any]:
     """Return what the module's docstring says.
 
     Raises:
-        DataError: for a source or a row that cannot be used.
+        DataError: for a source or rows that cannot be used, unless the settings leave such rows out.
     """
+    try:
+        return _look(config)
+    except DataError as error:
+        # Reading stopped at the first one.
+        problems = sources.RowProblems()
+        for source in config.data.sources:
+            if source.is_read:
+                problems.merge(sources.find_row_problems(source))
+        raise DataError(problems.refused(config.data.checks).to_list() or error.problems) from error
+
+
+def _look(config: RunConfig) -> dict[str, Any]:
     row_sources = []
     documents: list[Document] = []
     for source in config.data.sources:
         if source.is_read:
-            sampled, row_format, num_rows = _sample(source, sources.count_rows(source))
+            sampled, row_format, num_rows = _sample(source, sources.count_rows(source), config.data.checks)
             row_sources.append({"name": source.name, "path": source.path, "format": row_format, "num_rows": num_rows})
             documents += sampled
     with tempfile.TemporaryDirectory() as fetched:
@@ -67,18 +80,21 @@ def look(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _sample(source: Source, upper_bound: int) -> tuple[list[Document], str | None, int]:
+def _sample(source: Source, upper_bound: int, checks: ChecksSection) -> tuple[list[Document], str | None, int]:
     """Return documents from all parts of a source, the format of its rows (None where they have none), and their number."""
     # Whole batches are parsed, so the documents of every step-th one are spread over the files.
     step = max(1, upper_bound // _NUM_SAMPLED)
     kept: list[Document] = []
     row_format: str | None = None if source.format == "auto" else source.format
     num_rows = 0
-    for number, batch in enumerate(sources.read_batches(source)):
+    for number, batch in enumerate(sources.read_batches(source, None if checks.bad_rows == "fail" else _raise)):
         row_format = batch.format or row_format
-        num_rows += _num_rows(batch, upper_bound)
+        usable = sources.parse_usable(batch, _raise if checks.bad_rows == "fail" else lambda error: None)
         if number % step == 0 and len(kept) < _NUM_SAMPLED:
-            kept += [document for document, _ in _documents(batch)][: _NUM_SAMPLED - len(kept)]
+            kept += [document for document, _ in usable][: _NUM_SAMPLED - len(kept)]
+        elif num_rows < _NUM_CHECKED:
+            deque(usable, maxlen=0)
+        num_rows += _num_rows(batch, upper_bound)
     return kept, row_format, min(num_rows, upper_bound)
 
 
@@ -92,8 +108,8 @@ def _num_rows(batch: DocumentBatch, upper_bound: int) -> int:
     return upper_bound if batch.rows.kind == "parquet" else sum(1 for line in data.splitlines() if line.strip())
 
 
-def _documents(batch: DocumentBatch) -> Iterator[tuple[Document, bool]]:
-    return batch.documents(Counter())
+def _raise(error: DataError) -> NoReturn:
+    raise error
 
 
 def _tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str, Any] | None, str]:
@@ -118,11 +134,23 @@ def _tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str,
         snapshot_download(name, revision=revision, allow_patterns=_TOKENIZER_FILES, local_dir=fetched, etag_timeout=5)
     # The client raises many kinds of exceptions.
     except Exception as error:
-        reason = f"cannot be fetched from the Hub ({type(error).__name__})"
-        return None, None, f"{name} is not on this machine and {reason}"
+        return None, None, f"{name} is not on this machine, and {_reason(error)}"
     file = fetched / "config.json"
     content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and name == config.model.path else None
     return fetched, content, ""
+
+
+def _reason(error: Exception) -> str:
+    """Return why the client of the Hub could not fetch a file."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "the Hub gives it to users alone who have accepted its terms (HF_TOKEN)"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the Hub has no model of this name, or it is private (HF_TOKEN)"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the Hub does not have this revision of it"
+    return "the Hub cannot be reached"
 
 
 def _lengths(documents: list[Document], data: DataSection, folder: Path | None) -> tuple[list[int], str]:

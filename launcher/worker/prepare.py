@@ -79,11 +79,11 @@ def _require_readable_rows(config: RunConfig) -> None:
     for source in config.data.sources:
         if source.is_read:
             problems.merge(sources.find_row_problems(source))
-    row_problems = problems.to_list() if problems else []
+    row_problems = problems.refused(config.data.checks).to_list()
     for setting, eval_set in config.eval.sets_by_setting.items():
-        (source,) = make_set_data(eval_set, config.data).sources
-        if of_set := sources.find_row_problems(source):
-            row_problems += [name_set(problem, setting, eval_set) for problem in of_set.to_list()]
+        section = make_set_data(eval_set, config.data)
+        of_set = sources.find_row_problems(section.sources[0]).refused(section.checks)
+        row_problems += [name_set(problem, setting, eval_set) for problem in of_set.to_list()]
     if row_problems:
         raise DataError(row_problems)
 
@@ -169,7 +169,7 @@ def _export(parent: parent_run.ParentCheckpoint, model: ModelSection, folder: Pa
     )
     with show_progress() as make_progress:
         verify_checkpoint(task, make_progress)
-        # The next run's model card takes licence and base model from this one's.
+        # The next run's model card takes license and base model from this one's.
         export(task, lambda made: model_card.render_model_card(plan, manifest, metrics, made, plans), make_progress)
 
 

@@ -16,6 +16,7 @@ import pytest
 from forked import preloaded
 
 from launcher import __version__
+from launcher.cli.cleanup import run_folders
 from launcher.cli.main import VERBS, main
 from launcher.plan.launch_plan import LaunchPlan
 
@@ -235,9 +236,39 @@ def test_a_row_that_does_not_parse_names_file_line_and_column(forked: Run, tmp_p
     assert f"{rows}:2:10" in refused(done)
 
 
+def test_a_command_line_without_words_starts_nothing(
+    capsys: pytest.CaptureFixture[str], empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(empty)
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    for words in ("init --data rows.jsonl", "plan rows.yaml", "launcher train  ", "--help"):
+        assert words in shown.out
+    assert list(empty.iterdir()) == []
+
+
+def test_a_run_in_another_folder_is_named_with_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    elsewhere = tmp_path / "my runs"
+    (elsewhere / "a").mkdir(parents=True)
+    (elsewhere / "a" / "plan.json").write_text("{}")
+    run_folders.remember(elsewhere)
+    assert main(["status", "a"]) == 2
+    assert f"a run of this name is in {elsewhere}: add --root '{elsewhere}'" in capsys.readouterr().err
+    assert main(["status", "b"]) == 2
+    assert "name the folder of the runs with --root" in capsys.readouterr().err
+
+
 def test_an_empty_root_lists_nothing(forked: Run, empty: Path) -> None:
     done = forked("ls", cwd=empty)
-    assert (done.returncode, done.stdout) == (0, "no runs under runs; start one with: python -m launcher\n")
+    assert (done.returncode, done.stdout) == (
+        0,
+        "no runs under runs; start one with: python -m launcher train; --root names another folder\n",
+    )
     done = forked("ls", "--json", cwd=empty)
     assert (done.returncode, json.loads(done.stdout)) == (0, [])
 
@@ -274,7 +305,7 @@ def test_a_folder_in_place_of_a_mirror_suggests_the_option(forked: Run, empty: P
 def test_an_unknown_run_is_refused(forked: Run, verb: str, empty: Path) -> None:
     text = refused(forked(verb, "nothing", cwd=empty))
     assert text.startswith("there is no run named nothing\n")
-    assert "remedy: start one with: python -m launcher" in text
+    assert "start a run with: python -m launcher train" in text
 
 
 @pytest.mark.parametrize(

@@ -56,14 +56,14 @@ def own_cache(launch_here: Run, rows: Path, launcher_cache: Path, tmp_path: Path
     return {"LAUNCHER_CACHE": str(folder)}
 
 
-def test_the_report_in_a_pipe_has_marks_and_no_colours(launch: Run, rows: Path, tmp_path: Path) -> None:
+def test_the_report_in_a_pipe_has_marks_and_no_colors(launch: Run, rows: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     # Two documents fit a row.
     longer = tuple(setting.replace("max_length=128", "max_length=256") for setting in SETTINGS)
     settings = (*longer, f"data.path={rows}", "data.eval_fraction=0")
     done = launch("data", *settings, "--show", "2", "--html", str(page), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "tokenise: 123 of 123 documents" in done.stderr
+    assert "tokenize: 123 of 123 documents" in done.stderr
     shown = done.stdout
     assert "\x1b" not in shown
     assert shown.count("⟦") == shown.count("⟧") > 2
@@ -82,7 +82,7 @@ def test_the_report_in_a_pipe_has_marks_and_no_colours(launch: Run, rows: Path, 
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)" in html
     assert html.count("<svg") + html.count('class="bars"') >= 4
-    # Bars are labelled with what they show.
+    # Bars are labeled with what they show.
     assert re.search(r'class="label">secrets</span>.*?class="value">0\.8% \(1 of 123\)<', html)
     assert html.count("<th>source</th>") == 2, "one table would be cut off"
     # One file: nothing is loaded from elsewhere, whatever the rows hold.
@@ -213,7 +213,7 @@ def test_a_finished_cache_that_is_damaged_is_not_reported(
     tokens.write_bytes(content[:-1])
     rebuilt = launch_here("data", *settings, "--json", cwd=tmp_path, **own_cache)
     assert rebuilt.stdout == reported.stdout
-    assert "tokenise: 123 of 123 documents" in rebuilt.stderr
+    assert "tokenize: 123 of 123 documents" in rebuilt.stderr
 
 
 def on_a_terminal(command: list[str], environment: Mapping[str, str], cwd: Path, stderr: int | None = None) -> str:
@@ -244,13 +244,13 @@ def test_a_terminal_shows_one_live_line(
     settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0")
     shown = on_a_terminal([sys.executable, "-m", "launcher", "data", *settings], environment, tmp_path)
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
-    stages = re.findall(r"(?:tokenise|compare): [\d,]+ of 123 documents", plain)
+    stages = re.findall(r"(?:tokenize|compare): [\d,]+ of 123 documents", plain)
     assert stages
     assert "\x1b[2K" in shown, "the line is erased"
 
 
 @pytest.mark.parametrize("no_color", [False, True])
-def test_a_terminal_gets_colours_unless_no_color_is_set(
+def test_a_terminal_gets_colors_unless_no_color_is_set(
     launcher_env: Mapping[str, str], rows: Path, tmp_path: Path, no_color: bool
 ) -> None:
     environment = {**launcher_env, "TERM": "xterm-256color", "COLUMNS": "120", **({"NO_COLOR": "1"} if no_color else {})}
@@ -321,7 +321,7 @@ def test_two_runs_at_once_build_one_cache(
     folders = {json.loads((tmp_path / "runs" / name / "plan.json").read_text())["data"]["cache_dir"] for name in "ab"}
     (folder,) = folders
     assert sorted(path.name for path in Path(folder).parent.iterdir() if path.is_dir()) == [Path(folder).name]
-    assert sum("tokenise: 123 of 123" in words for words in said) == 1, "one of them builds"
+    assert sum("tokenize: 123 of 123" in words for words in said) == 1, "one of them builds"
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_drill_help_lists_the_faults(launch: Callable[..., subprocess.CompletedP
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--fault", "earthquake", "model=tiny"], "--fault has no such choice"),
+        (["--fault", "earthquake", "model=tiny"], "--fault cannot be earthquake"),
         (["model=tiny"], "--fault"),
         (["--fault", "hang", "--timeout", "0"], "--timeout"),
         (["--fault", "hang", "model=tiny", "checkpoint.save_every=1"], "checkpoint.save_every"),

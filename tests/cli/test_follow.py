@@ -12,6 +12,7 @@ import pytest
 from launcher import json_records, run_records, run_store
 from launcher.cli import runs
 from launcher.cli.follow import follow
+from launcher.cli.formatting import short
 from launcher.clusters.local import LocalCluster
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED
 from launcher.plan.retry import Cause
@@ -50,13 +51,20 @@ class EndingCluster(LocalCluster):
     def status(self, run: RunDir) -> Status:
         append_event(run, 1, "progress", "writing the Hugging Face folder: 3.00 GiB of 4.00 GiB (75%)")
         append_event(run, 1, "info", "the export is complete")
+        append_event(run, 1, "info", "Weights & Biases was offline", sync_command="wandb sync x", is_closing=True)
         return run_store.update_status(run, state="completed")
 
 
 def test_follow_shows_the_last_lines_before_the_end(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     run_store.update_status(run, state="running")
     assert follow(run, 1, EndingCluster()) == 0
-    assert "(75%)\nthe export is complete\n" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "(75%)\nthe export is complete\n" in output
+    # The closing lines have the command.
+    assert "Weights & Biases was offline" not in output
+    assert output.count("wandb sync x") == 1
+    assert f"  python -m launcher evaluate {short(run.root)}\n" in output
+    assert "init --data YOUR.jsonl" in output, "the run is the demonstration"
 
 
 def test_follow_reports_why_the_run_does_not_continue(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

@@ -244,3 +244,23 @@ def test_what_a_run_would_refuse_is_refused_and_nothing_is_written(words: tuple[
     assert (code, out) == (2, "")
     assert message in err
     assert {path.name for path in Path().iterdir()} - {"hub"} == before
+
+
+def test_all_kinds_of_bad_rows_are_reported_and_can_be_left_out(typed: Typed) -> None:
+    with Path("chats.jsonl").open("a") as file:
+        file.write('{"messages": \n{"text": "no messages"}\n{"messages": "none"}\n{"messages": \n')
+    code, out, err = typed("init", "--data", "chats.jsonl", "--model", "tiny")
+    assert (code, out) == (2, "")
+    for line in (
+        "the line is not JSON: Expecting value (2 times)",
+        "where:  chats.jsonl:3001:14; chats.jsonl:3004:14",
+        "the row lacks the key messages (found: text)",
+        "messages is a string, not a list",
+    ):
+        assert line in err
+    assert "data.checks.bad_rows=drop" in err
+    assert typed("init", "--data", "chats.jsonl", "--model", "tiny", "data.checks.bad_rows=drop")[0] == 0
+    assert yaml.safe_load(Path("chats.yaml").read_text())["data"]["checks"] == {"bad_rows": "drop"}
+    code, out, err = typed("data", "chats.yaml")
+    assert (code, err.count("remedy")) == (0, 0), err
+    assert "4 of 3,004 (0.1%)  rows that cannot be used, and are left out: dropped" in out

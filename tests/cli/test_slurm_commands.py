@@ -43,7 +43,12 @@ def script_of(text: str) -> str:
 
 
 def test_the_plan_shows_the_script(site: Run, nothing_made: Callable[[], bool], tmp_path: Path) -> None:
-    done = site("plan", "run.name=shown", "cluster.nodes=2", "cluster.account=research", "cluster.modules=[cuda/12.8]")
+    settings = ("run.name=shown", "cluster.nodes=2")
+    assert "#SBATCH" not in (hidden := site("plan", *settings).stdout)
+    assert "plan --script shows the batch script" in hidden
+    done = site(
+        "plan", "--script", "run.name=shown", "cluster.nodes=2", "cluster.account=research", "cluster.modules=[cuda/12.8]"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     script = script_of(done.stdout)
     for line in ("#SBATCH --nodes=2", "#SBATCH --account=research", "#SBATCH --time=1-00:00:00", "module load cuda/12.8"):
@@ -58,7 +63,7 @@ def test_a_dry_run_shows_the_script_and_submits_nothing(site: Run, nothing_made:
     done = site("train", *settings, "follow=true")
     assert done.returncode == 0, done.stderr
     script = script_of(done.stdout)
-    assert script == script_of(site("plan", *settings).stdout)
+    assert script == script_of(site("plan", "--script", *settings).stdout)
     assert "#SBATCH --job-name=dry\n" in script
     assert nothing_made()
 

@@ -219,9 +219,12 @@ def test_the_wandb_line_ignores_addresses_of_the_hub(launch_here: Launch, run: R
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["W&B"] == "https://wandb.example/run"
     assert lines["mirror"] == "step 10 is in the mirror"
+    assert "export" not in lines
+    run.export.mkdir()
     log.event("alert", "Weights & Biases does not have all data", sync_command="wandb sync y")
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["W&B"] == "https://wandb.example/run; upload the missing part with: wandb sync y"
+    assert lines["export"] == short(run.export)
 
 
 def test_status_shows_goodput_gpus_and_ranks(launch_here: Launch, run: RunDir) -> None:

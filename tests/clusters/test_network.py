@@ -32,7 +32,7 @@ def wired() -> tuple[str, str]:
 
 
 @pytest.fixture
-def neighbour(wired: tuple[str, str]) -> str:
+def neighbor(wired: tuple[str, str]) -> str:
     """An address on the same network as `wired` that this machine does not have."""
     own = ipaddress.ip_address(wired[1])
     return str(own + 1 if int(own) % 256 < 254 else own - 1)
@@ -101,9 +101,9 @@ def test_an_ipv4_address_comes_before_ipv6_and_link_local_ones_do_not_count(monk
         network.own_endpoint([], "ib2")
 
 
-def test_without_an_interface_the_route_to_the_first_other_node_decides(wired: tuple[str, str], neighbour: str) -> None:
+def test_without_an_interface_the_route_to_the_first_other_node_decides(wired: tuple[str, str], neighbor: str) -> None:
     name, address = wired
-    assert network.own_endpoint([address, os.uname().nodename, neighbour, "203.0.113.9"], None) == Endpoint(address, name)
+    assert network.own_endpoint([address, os.uname().nodename, neighbor, "203.0.113.9"], None) == Endpoint(address, name)
 
 
 def test_one_node_alone_uses_loopback(wired: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,10 +125,10 @@ def test_a_node_whose_name_resolves_to_loopback_or_nothing_is_refused(resolves: 
         network.own_endpoint(["n3"], None)
 
 
-def test_a_route_from_a_link_local_address_is_refused(monkeypatch: pytest.MonkeyPatch, neighbour: str) -> None:
+def test_a_route_from_a_link_local_address_is_refused(monkeypatch: pytest.MonkeyPatch, neighbor: str) -> None:
     monkeypatch.setattr(network, "_is_local", lambda address: True)
     with pytest.raises(RunError, match="cannot reach it"):
-        network.own_endpoint([neighbour], None)
+        network.own_endpoint([neighbor], None)
 
 
 def test_a_node_without_a_route_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,13 +167,13 @@ def test_this_node_with_a_loopback_name_uses_its_route_to_the_others(
     scontrol: Callable[..., None],
     resolves: Callable[..., None],
     wired: tuple[str, str],
-    neighbour: str,
+    neighbor: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     resolves({"n1": "127.0.1.1"})
-    scontrol(n1=NODES["n1"].replace("10.0.0.1", "n1"), n2=NODES["n2"].replace("10.0.0.2", neighbour))
+    scontrol(n1=NODES["n1"].replace("10.0.0.1", "n1"), n2=NODES["n2"].replace("10.0.0.2", neighbor))
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
-    assert network.node_addresses("n[1-2]") == {"n1": wired[1], "n2": neighbour}
+    assert network.node_addresses("n[1-2]") == {"n1": wired[1], "n2": neighbor}
     monkeypatch.setenv("SLURMD_NODENAME", "n2")
     with pytest.raises(RunError, match="n1 has no address that other nodes can reach"):
         network.node_addresses("n[1-2]")
@@ -215,8 +215,8 @@ def test_a_listener_that_comes_late_is_awaited() -> None:
     assert 0.2 < seconds < 10
 
 
-def test_an_unreachable_address_is_reported_at_the_deadline(neighbour: str) -> None:
-    for address in ("127.0.0.1", neighbour, "no-such-host.invalid"):
+def test_an_unreachable_address_is_reported_at_the_deadline(neighbor: str) -> None:
+    for address in ("127.0.0.1", neighbor, "no-such-host.invalid"):
         started = time.monotonic()
         assert network.await_reachable(address, network.free_port("127.0.0.1"), 0.3) is None
         assert time.monotonic() - started < 5

@@ -44,8 +44,8 @@ def test_the_preview_shows_rays_defaults(ray_plan: Callable[..., LaunchPlan], go
         "pass_env": ("NCCL_DEBUG",),
         "max_preemptions": 5,
     }
-    labelled = {"workers": 2, "label_selector": {"ray.io/market-type": "spot"}, "placement_strategy": "STRICT_SPREAD"}
-    previews = [RayCluster().preview(ray_plan(**chosen)) for chosen in ({}, settings, labelled)]
+    labeled = {"workers": 2, "label_selector": {"ray.io/market-type": "spot"}, "placement_strategy": "STRICT_SPREAD"}
+    previews = [RayCluster().preview(ray_plan(**chosen)) for chosen in ({}, settings, labeled)]
     previews.append(
         RayCluster().preview(ray_plan(device=H100, workers=4, storage_path="s3://bucket/ray", stop_grace_seconds=120.0))
     )

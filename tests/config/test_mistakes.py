@@ -356,6 +356,7 @@ def own_option(tmp_path: Path, group: str, option: str, text: str) -> None:
     [
         ("batch_size=4", "did you mean train.global_batch_size?"),
         ("optim.learning_rate=1", "did you mean optim.lr?"),
+        ("eval.max_rows=8", "did you mean data.eval_max_rows?"),
         ("warmup_ratio=0.03", "did you mean optim.warmup_steps? It is a number of steps, the ratio times train.max_steps: "),
         ("--warmup-ratio=0.03", "did you mean optim.warmup_steps? It is a number of steps, the ratio times train.max_steps: "),
         ("optimizer.lr=1", "did you mean optim.lr?"),

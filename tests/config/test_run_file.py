@@ -225,6 +225,33 @@ def test_a_missing_file_names_the_closest_one(write: Callable[[str], str], shown
         assert "a run's file is a regular file, and this is not one" in shown(name)
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv.gz", "rows.json", "missing.jsonl"])
+@pytest.mark.parametrize("verb", [("data",), ("train",), ()])
+def test_a_file_of_rows_is_answered_with_how_to_name_it(
+    write: Callable[[str], str], capsys: pytest.CaptureFixture[str], name: str, verb: tuple[str, ...]
+) -> None:
+    if not name.startswith("missing"):
+        write('{"text": "a"}\n{"text": "b"}\n', name)
+    assert main((*verb, name)) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("this is a file of rows, not one of settings")
+    assert f"python -m launcher init --data {name}; or name them as a setting: data.path={name}" in text
+
+
+def test_a_path_alone_names_rows_of_ones_own(compose: Compose, tmp_path: Path) -> None:
+    (composed,) = compose("model=tiny", "data.path=rows.jsonl")
+    assert (composed.config.data.name, composed.config.data.sources[0].path) == ("jsonl", "rows.jsonl")
+    assert composed.overrides == ("model=tiny", "data.path=rows.jsonl", "data=jsonl")
+    # A run's file with settings of its own data decides itself.
+    file = tmp_path / "own.yaml"
+    file.write_text("data: {base: jsonl, path: a.jsonl, max_length: 99}\n")
+    (composed,) = compose(str(file), "data.path=rows.jsonl")
+    assert (composed.config.data.max_length, composed.config.data.sources[0].path) == (99, "rows.jsonl")
+    file.write_text("data: {max_length: 99}\n")
+    (composed,) = compose(str(file), "data.path=rows.jsonl")
+    assert (composed.config.data.name, composed.config.data.max_length) == ("jsonl", 99)
+
+
 def test_relative_paths_begin_at_the_working_directory(
     write: Callable[[str], str],
     shown: Callable[..., str],

@@ -17,6 +17,7 @@ from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.build import build
 from launcher.data.cache import Split, num_bytes, read_report
 from launcher.data.checks import findings
+from launcher.data.sources import read_usable_documents
 from launcher.data.tokenization.batch_encoder import cut_document
 from launcher.data.tokenization.encoder import EncodedDocument
 from launcher.errors import DataError
@@ -336,6 +337,25 @@ def test_one_pass_reports_all_rows_that_cannot_be_used_and_the_findings_of_the_o
         (r"1\d of 3\d \(.*\): documents that are cut off because they are longer than a row.*", f"{path}:2; .*; {path}:40"),
     ):
         assert any(re.fullmatch(expected, message) and re.fullmatch(where, place) for message, place in found), (expected, found)
+    assert sum("data.checks.bad_rows=drop" in problem.remedy for problem in problems.values()) == 1
+
+    # Left out, such rows are a finding. A file that cannot be read to its end is none.
+    dropping = data.model_copy(update={"checks": ChecksSection(bad_rows="drop", truncated="keep")})
+    with pytest.raises(DataError, match="the row has 1 cells") as caught:
+        build(dropping, str(tokenizer_dir))
+    (left_out,) = (problem for problem in caught.value.problems if "rows that cannot be used" in problem.message)
+    assert left_out.remedy.endswith("data.checks.max_bad_rows=0.2")
+    facts = build(dropping.model_copy(update={"sources": sources[:1]}), str(tokenizer_dir))
+    finding = next(one for one in findings.read(facts.cache_dir) if one.name == "bad_rows")
+    assert (finding.count, finding.total, finding.sources) == (8, 41, {"faulty": 8})
+    assert {example.where for example in finding.examples} == {f"{path}:{line}" for line in ("1:2", "9", "10")}
+    assert [one.finding.name for one in findings.judge((finding,), dropping.checks) if one.fatal] == ["bad_rows"]
+    assert findings.problems((finding,), ChecksSection(bad_rows="drop", max_bad_rows=0.2)) == []
+    # Evaluation finds the documents again in the same file.
+    usable = [document.where for document, _ in read_usable_documents(sources[0], dropping.checks)]
+    assert len(usable) == 34
+    with pytest.raises(DataError, match="the line is not JSON"):
+        list(read_usable_documents(sources[0], data.checks))
 
 
 @pytest.mark.parametrize("fault", ["tokenizer", "template file", "template syntax", "ids"])

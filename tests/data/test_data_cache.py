@@ -54,7 +54,7 @@ def test_the_opened_cache_is_the_one_that_was_built(section: Section, tokenizer_
     data = section(packing=packing, eval_fraction=0.2)
     stages = []
     facts = build(data, str(tokenizer_dir), lambda *progress: stages.append(progress))
-    assert stages[0][0] == "tokenise"
+    assert stages[0][0] == "tokenize"
     assert stages[-1][1] == stages[-1][2]
     split, held_out = Split.open(facts), Split.open(facts, held_out=True)
     assert_sound(split, data.max_length)

@@ -33,7 +33,7 @@ def read(path: Path, format: Any = "auto") -> list[Any]:
 
 @pytest.mark.parametrize("format", list(ROWS))
 @pytest.mark.parametrize("named", [True, False])
-def test_each_format_is_read_and_recognised(tmp_path: Path, format: str, named: bool) -> None:
+def test_each_format_is_read_and_recognized(tmp_path: Path, format: str, named: bool) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n" + json.dumps(ROWS[format], ensure_ascii=False) + "\n\n" + json.dumps(ROWS[format]))
     where = f"{path}:2"

@@ -102,8 +102,8 @@ def test_documents_are_ranked_by_what_the_prompt_explains() -> None:
         loss_alone=np.asarray([4.0, 1.9, 1.0, 0.06, nan, 3.0]),
     )
     # Document 0 has the highest loss, as its answer is hard to guess; the prompt of document 1 does not help at all.
-    assert ranking.rank_mislabelled(scores).tolist() == [1, 3, 0, 2, 5]
-    assert np.flatnonzero(ranking.is_likely_mislabelled(scores)).tolist() == [1]
+    assert ranking.rank_mislabeled(scores).tolist() == [1, 3, 0, 2, 5]
+    assert np.flatnonzero(ranking.is_likely_mislabeled(scores)).tolist() == [1]
     known = ranking.find_known(scores)
     assert known[BY_HEART].tolist() == [2]
     assert known[TEACHES_NOTHING].tolist() == [3]

@@ -92,7 +92,7 @@ def test_a_backend_of_the_page_has_the_whole_protocol_and_previews_its_job(
     assert "launcher.worker.agent" in shown
 
 
-def test_a_row_format_of_the_page_is_recognised() -> None:
+def test_a_row_format_of_the_page_is_recognized() -> None:
     execute("A row format")
     row = {"front": "1 + 1?", "back": "2"}
     name = next(name for name, row_format in formats.FORMATS.items() if row_format.required_keys <= row.keys())

@@ -39,6 +39,6 @@ def test_the_package_tells_type_checkers_that_it_is_typed() -> None:
     assert (Path(launcher.__file__).parent / "py.typed").is_file()
 
 
-def test_the_licence_is_the_one_that_the_package_declares() -> None:
+def test_the_license_is_the_one_that_the_package_declares() -> None:
     assert (REPO / "LICENSE").read_text(encoding="utf-8").lstrip().startswith("Apache License")
     assert 'license = "Apache-2.0"' in (REPO / "pyproject.toml").read_text(encoding="utf-8")

@@ -226,7 +226,7 @@ def test_losses_on_other_numbers_of_ranks_differ_only_by_rounding(parts: Path, u
     last = PARTS[-1][0]
     expected = {step: loss for step, loss in losses(undisturbed).items() if step <= last}
     assert losses(parts) == pytest.approx(expected, rel=1e-5)
-    # Rows that repeat or go missing would show in every later step: neighbouring ones are much farther apart, but for a chance.
+    # Rows that repeat or go missing would show in every later step: neighboring ones are much farther apart, but for a chance.
     apart = [abs(expected[step + 1] / expected[step] - 1) > 1e-4 for step in range(1, last)]
     assert sum(apart) >= len(apart) - 2
 

@@ -49,7 +49,7 @@ def test_the_held_out_loss_is_the_one_that_training_logged(launch: Launch, run: 
     assert (report["step"], report["was_stored"]) == (STEPS, False)
     assert report["mean_loss"] == pytest.approx(logged[-1], abs=SAME_LOSS)
     assert abs(logged[0] - logged[-1]) > 100 * SAME_LOSS, "the weights of another step have another loss"
-    ranked = report["lists"]["mislabelled"]
+    ranked = report["lists"]["mislabeled"]
     explained = [1 - entry["loss"] / entry["loss_alone"] for entry in ranked]
     assert explained == sorted(explained)
     assert all(entry["where"] and entry["prompt"] and entry["answer"] for entry in ranked[:10])

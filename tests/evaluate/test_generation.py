@@ -23,12 +23,24 @@ from launcher.data.sources import Chat, Message
 from launcher.errors import RunError
 from launcher.evaluate import task as task_module
 from launcher.evaluate.answers import GeneratedIds
-from launcher.evaluate.generation import AnswerGeneration, Share
+from launcher.evaluate.generation import AnswerGeneration, AnswerPace, Share
 from launcher.evaluate.questions import EvalQuestion
 from launcher.evaluate.task import CommandWatch, EvaluationFolder, EvaluationTask, ProcessFacts, Weights
 from launcher.worker.evaluation.conclude import conclude
 
 NUM_QUESTIONS = 7
+
+
+def test_the_time_left_counts_the_answers_of_later_prompts() -> None:
+    pace = AnswerPace()
+    pace.num_later = 30
+    assert pace.left(10, 2) == "", "nothing was generated yet"
+    pace.count(5, 10.0)
+    assert pace.left(10, 2) == "; about 50s left in all"
+    pace.num_later = 0
+    assert pace.left(0, 2) == ""
+
+
 # Characters at which a text, but not a file, is split into lines.
 NO = "no\u2028no\u2029no\x85no"
 

@@ -252,7 +252,7 @@ def test_several_ranks_write_the_same_folder_as_one(runs, tmp_path):
         assert (result.path / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_licences_are_copied(runs, tmp_path):
+def test_licenses_are_copied(runs, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text(json.dumps(llama_config("bf16")))

@@ -77,7 +77,7 @@ def test_a_card_describes_base_data_settings_losses_and_lineage(tmp_path: Path) 
     assert data["library_name"] == "transformers"
     for row in (
         "| model | my-base |",
-        "| licence | apache-2.0 |",
+        "| license | apache-2.0 |",
         "| sources | train (answers.jsonl) |",
         "| rows | 1,000 of at most 1,024 tokens |",
         "| tokens | 900,000, of which 450,000 are trained |",
@@ -103,29 +103,29 @@ def test_a_card_describes_base_data_settings_losses_and_lineage(tmp_path: Path) 
         assert private not in card, private
 
 
-def test_a_base_without_a_licence_is_shown_as_unknown(tmp_path: Path) -> None:
+def test_a_base_without_a_license_is_shown_as_unknown(tmp_path: Path) -> None:
     tmp_path.joinpath("my-base").mkdir()
     plan = plan_of(f"model.path={tmp_path}/my-base", "model.init=pretrained", base=tmp_path / "my-base")
     card = render_model_card(plan, MANIFEST, [], MADE)
-    assert "| licence | unknown: see the base model |" in card
+    assert "| license | unknown: see the base model |" in card
     assert "| held out, step 40 | 1.7500 |" in card
     data = ModelCard(card).data.to_dict()
     assert data["license"] == "unknown"
     assert "base_model" not in data, "a folder's name is no id of the Hub"
 
 
-def test_a_custom_licence_keeps_its_name_and_link(tmp_path: Path) -> None:
-    base = base_folder(tmp_path, "license: other\nlicense_name: house-licence\nlicense_link: LICENSE\n")
+def test_a_custom_license_keeps_its_name_and_link(tmp_path: Path) -> None:
+    base = base_folder(tmp_path, "license: other\nlicense_name: house-license\nlicense_link: LICENSE\n")
     plan = plan_of("model.path=owner/original", "model.revision=v2", "model.init=pretrained", base=base)
     card = render_model_card(plan, MANIFEST, METRICS, MADE)
     data = ModelCard(card).data.to_dict()
-    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "house-licence", "LICENSE")
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "house-license", "LICENSE")
     assert data["base_model"] == "owner/original"
-    assert "| licence | other, house-licence, LICENSE |" in card
+    assert "| license | other, house-license, LICENSE |" in card
     assert "| revision | v2 |" in card
 
 
-def test_a_run_from_another_runs_weights_keeps_licence_and_base_model(tmp_path: Path) -> None:
+def test_a_run_from_another_runs_weights_keeps_license_and_base_model(tmp_path: Path) -> None:
     base = base_folder(tmp_path, "license: apache-2.0\nbase_model: owner/original\n")
     plan = plan_of("model.path=run:/home/me/runs/second@7", "model.init=pretrained", base=base)
     card = render_model_card(plan, MANIFEST, METRICS, MADE)
@@ -158,7 +158,7 @@ def test_the_card_of_an_unfinished_run_shows_its_progress() -> None:
     card = render_model_card(plan.model_copy(update={"batch": batch}), MANIFEST, METRICS, MADE)
     assert "| length | 40 of 200 planned steps, 1 of 5 epochs |" in card
     assert "| model | none: trained from random weights |" in card
-    assert "| licence |" not in card, "there is no base model to see"
+    assert "| license |" not in card, "there is no base model to see"
     assert "| changed |" not in card
 
 

@@ -17,7 +17,7 @@ says "20,000"
 step "data, cached" launcher data chats.yaml --show 2 --html data.html
 step "plan" python -m launcher plan chats.yaml
 says "chats.yaml; data.sources[0].path is $PWD/chats.jsonl"
-refused "a misspelt name" "did you mean tiny?" launcher plan chats.yaml model=tinny
+refused "a misspelled name" "did you mean tiny?" launcher plan chats.yaml model=tinny
 step "train" python -m launcher chats.yaml run.name=first
 launcher config first >first.yaml
 step "plan of a run's settings" launcher plan first.yaml

@@ -48,7 +48,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("name", "kind"), NAMES.items())
-def test_a_name_is_recognised(name: str, kind: str) -> None:
+def test_a_name_is_recognized(name: str, kind: str) -> None:
     assert recognize(name) == kind
     assert lookup(name) is GPUS[kind]
 
@@ -60,18 +60,18 @@ def test_a_name_is_recognised(name: str, kind: str) -> None:
         *("NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"),
     ],
 )
-def test_slower_variants_are_not_recognised_as_their_namesake(name: str) -> None:
+def test_slower_variants_are_not_recognized_as_their_namesake(name: str) -> None:
     assert recognize(name) is None
     assert lookup(name) is None
 
 
-def test_no_name_is_recognised_as_two_types() -> None:
+def test_no_name_is_recognized_as_two_types() -> None:
     for name in NAMES:
         spaced = re.sub(r"[^a-z0-9]+", " ", name.lower())
         assert [key for key, gpu_type in GPUS.items() if re.search(gpu_type.names, spaced)] == [NAMES[name]]
 
 
-def test_typical_prices_are_of_the_recognised_type() -> None:
+def test_typical_prices_are_of_the_recognized_type() -> None:
     assert typical_price("NVIDIA H100 80GB HBM3") == Price(2.95, PRICE_ASSUMPTION)
     assert typical_price("NVIDIA GB300") is None
     assert typical_price("Abacus 3000") is None

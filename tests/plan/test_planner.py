@@ -100,6 +100,14 @@ def test_the_generated_name_has_model_data_and_time(plan_of: Callable[..., Launc
     assert plan_of().run_name == "tiny-stdlib_docs-20260131-091500"
 
 
+@pytest.mark.parametrize(("file", "name"), [("settings/small one.yaml", "small-one"), ("..yaml", "tiny-stdlib_docs")])
+def test_the_generated_name_begins_with_the_runs_file(
+    config_of: Callable[..., RunConfig], facts: Facts, file: str, name: str
+) -> None:
+    of_file = facts.provenance.model_copy(update={"overrides": (file,)})
+    assert plan(config_of(), facts.model_copy(update={"provenance": of_file})).run_name == f"{name}-20260131-091500"
+
+
 def test_the_tracked_run_has_an_id_of_its_own(config_of: Callable[..., RunConfig], facts: Facts) -> None:
     later = facts.model_copy(update={"provenance": facts.provenance.model_copy(update={"created_at": "2026-01-31T09:15:01Z"})})
     ids = {plan(config_of(f"run.name={name}"), known).wandb_id for name in ("a", "b") for known in (facts, later)}

@@ -86,7 +86,7 @@ def test_a_healthy_node_is_not_drained(node: Node) -> None:
             f"echo '{XID.format(code=79)}'; echo '[ 1.2] [T7] NVRM: Xid (PCI:0000:3b:00 GPU-I:05): 48, DBE'",
             "Xid 48 79 in the kernel log",
         ),
-        ("timedatectl", "echo no", "the clock is not synchronised"),
+        ("timedatectl", "echo no", "the clock is not synchronized"),
     ],
 )
 def test_a_fault_drains_the_node(node: Node, program: str, script: str, reason: str) -> None:

@@ -47,12 +47,26 @@ def test_lines_come_at_growing_intervals_and_not_for_short_work() -> None:
     [
         (GIB, 4 * GIB, 10, "x: 1.00 GiB of 4.00 GiB (25%), 30s left"),
         (0, 4 * GIB, 10, "x: 0 bytes of 4.00 GiB (0%)"),
-        (5 * GIB, 4 * GIB, 10, "x: 4.00 GiB of 4.00 GiB (100%), 0s left"),
+        (5 * GIB, 4 * GIB, 10, "x: 4.00 GiB of 4.00 GiB (100%)"),
         (3 * GIB, 0, 10, "x: 3.00 GiB"),
     ],
 )
 def test_the_text(done: int, total: int, elapsed_s: float, text: str) -> None:
     assert progress.describe("x", done, total, elapsed_s) == text
+
+
+def test_documents_have_a_time_left_that_counts_what_was_done_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(progress, "Pace", lambda: Pace(clock))
+    with progress.show_documents("rows") as show:
+        show("pass 1 of 2", 50, 100)
+        clock.now += 10
+        show("pass 1 of 2", 60, 100)
+        clock.now += 40
+        show("pass 1 of 2", 100, 100)
+    assert capsys.readouterr().err == "pass 1 of 2: 60 of 100 rows, 40s left\npass 1 of 2: 100 of 100 rows\n"
 
 
 def test_threads_count_together() -> None:
@@ -65,7 +79,7 @@ def test_threads_count_together() -> None:
         thread.join()
     clock.now += 60
     counter.advance(0)
-    assert lines == ["verifying: 7.81 KiB of 7.81 KiB (100%), 0s left"]
+    assert lines == ["verifying: 7.81 KiB of 7.81 KiB (100%)"]
 
 
 def test_events_name_the_activity() -> None:

@@ -48,7 +48,7 @@ def packed(lengths: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("kernel", "flatten"), [("sdpa", False), ("sdpa", True), ("varlen", True)])
-def test_a_perturbed_document_does_not_move_its_neighbours(
+def test_a_perturbed_document_does_not_move_its_neighbors(
     real: CausalLMLoss, set_kernel: Callable[[str, bool], None], kernel: str, flatten: bool
 ) -> None:
     lengths = [9, 1, 14, 6]

@@ -1,4 +1,4 @@
-"""Limits of the machine are recognised as the cause of a failure, and a full disk still takes the records of an end."""
+"""Limits of the machine are recognized as the cause of a failure, and a full disk still takes the records of an end."""
 
 from __future__ import annotations
 

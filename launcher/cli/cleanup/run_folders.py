@@ -1,14 +1,20 @@
-"""The folders in which this user has started runs: `clean` asks the runs there what they use of the launcher's cache."""
+"""The folders in which this user has started runs.
+
+`clean` asks the runs there what they use of the launcher's cache; a run that another folder has is named with that folder.
+"""
 
 from __future__ import annotations
 
+import shlex
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 
 from launcher import atomic_files
 from launcher.data.cache_dir import cache_root
+from launcher.errors import NoSuchRun
 from launcher.security.folders import usable_part
 
 _FOLDER = "run-folders"
@@ -35,3 +41,13 @@ def recall() -> list[Path]:
                 if folder.is_absolute() and folder.is_dir():
                     folders.append(folder)
     return folders
+
+
+def with_root(error: NoSuchRun) -> NoSuchRun:
+    """Return the error with the other folders that have a run of its name."""
+    elsewhere = [str(folder) for folder in recall() if (folder / error.name / "plan.json").is_file()]
+    if not elsewhere:
+        return error
+    problem = error.problems[0]
+    remedy = f"a run of this name is in {' and in '.join(elsewhere)}: add {shlex.join(['--root', elsewhere[-1]])}"
+    return NoSuchRun(replace(problem, remedy=remedy), error.name)

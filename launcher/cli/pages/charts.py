@@ -1,6 +1,6 @@
 """Charts in a `<figure>`: inline SVG, or HTML for horizontal bars. Texts are escaped.
 
-Colours and fonts come from templates/page.css.
+Colors and fonts come from templates/page.css.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 480, 230
 _RIGHT, _TOP, _BOTTOM = 20, 28, 44
 # Width of a character in a label, in the font of page.css.
 _CHARACTER = 7.4
-_COLOURS = 8
+_COLORS = 8
 _MOST_LABELS = 7
 # Values whose range is a smaller fraction of them than this are drawn as a constant.
 _CONSTANT = 1e-5
@@ -63,7 +63,7 @@ def stacked_bars(title: str, labels: Sequence[str], series: Sequence[Series], x_
                 tip = f"<title>{escape(f'{one.name}, {label}: {value:,.6g}')}</title>"
                 shapes.append(
                     f'<rect x="{left + i * step + step * 0.1:.1f}" y="{top:.1f}" width="{step * 0.8:.1f}" '
-                    f'height="{y.position(below) - top:.1f}" fill="{_colour(number)}">{tip}</rect>'
+                    f'height="{y.position(below) - top:.1f}" fill="{_color(number)}">{tip}</rect>'
                 )
             below += value
         if i % -(-len(labels) // _MOST_LABELS) == 0:
@@ -76,7 +76,7 @@ def bars(title: str, rows: Sequence[tuple[str, float, str]], highest: float | No
     most = highest if highest is not None else max((value for _, value, _ in rows), default=1) or 1
     lines = [
         f'<span class="label">{escape(label)}</span>'
-        f'<span class="track"><i style="width:{_percent(value, most):.2f}%;background:{_colour(i)}"></i></span>'
+        f'<span class="track"><i style="width:{_percent(value, most):.2f}%;background:{_color(i)}"></i></span>'
         f'<span class="value">{escape(text)}</span>'
         for i, (label, value, text) in enumerate(rows)
     ]
@@ -111,24 +111,24 @@ def lines(
     groups = _coinciding(curves)
     for number, (curve, one) in enumerate(zip(curves, series, strict=True)):
         group = groups[number]
-        shapes.append(_curve(curve, one.name, _colour(number), group.index(number), len(group)))
+        shapes.append(_curve(curve, one.name, _color(number), group.index(number), len(group)))
     return _figure(title, left, _grid(y_axis, left) + shapes, x_label, y_label, [one.name for one in series])
 
 
-def _curve(points: Points, name: str, colour: str, place: int, num_coinciding: int) -> str:
+def _curve(points: Points, name: str, color: str, place: int, num_coinciding: int) -> str:
     """Draw a curve that is the `place`-th, from 0, of `num_coinciding` that are drawn over each other."""
     tip = f"<title>{escape(name)}</title>"
     if len(points) == 1:
         # A line of one point would not be seen. Points of other curves below it are rings.
         (a, b), radius = points[0], 4 + 3 * (num_coinciding - 1 - place)
-        return f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{radius}" fill="{colour}">{tip}</circle>'
+        return f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{radius}" fill="{color}">{tip}</circle>'
     dashes = ""
     if place:
         # The curves below are visible in the gaps.
         dash, gap = _DASH * (num_coinciding - place), _DASH * place
         dashes = f' stroke-dasharray="{dash} {gap}" stroke-dashoffset="{-gap}"'
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-    return f'<polyline class="line" stroke="{colour}"{dashes} points="{path}">{tip}</polyline>'
+    return f'<polyline class="line" stroke="{color}"{dashes} points="{path}">{tip}</polyline>'
 
 
 def _coinciding(curves: Sequence[Points]) -> list[list[int]]:
@@ -164,7 +164,7 @@ def _interpolate(points: Points, x: float) -> float:
 def _figure(title: str, left: float, shapes: list[str], x_label: str, y_label: str, names: Sequence[str]) -> Markup:
     """Return a chart with its legend; one series needs none."""
     labels = [_text((left + WIDTH - _RIGHT) / 2, HEIGHT - 6, x_label, "middle"), _text(2, 13, y_label, "start")]
-    key = "".join(f'<span><i style="background:{_colour(i)}"></i>{escape(name)}</span>' for i, name in enumerate(names))
+    key = "".join(f'<span><i style="background:{_color(i)}"></i>{escape(name)}</span>' for i, name in enumerate(names))
     legend = f'<div class="key">{key}</div>' if len(names) > 1 else ""
     drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(shapes + labels)}</svg>'
     # Every text above is escaped.
@@ -192,8 +192,8 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _colour(number: int) -> str:
-    return f"var(--c{number % _COLOURS})"
+def _color(number: int) -> str:
+    return f"var(--c{number % _COLORS})"
 
 
 def _scale(low: float, high: float, at_low: float, at_high: float) -> Callable[[float], float]:

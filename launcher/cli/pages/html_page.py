@@ -19,7 +19,7 @@ from launcher.security import ownership
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-# Part of every page (templates/page.html.jinja), by which one is recognised: nothing is fetched and nothing runs,
+# Part of every page (templates/page.html.jinja), by which one is recognized: nothing is fetched and nothing runs,
 # whatever a text on the page holds.
 _POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
 

@@ -15,7 +15,7 @@ from launcher.data.checks.findings import share_text
 from launcher.errors import UNPRINTABLE, printable
 from launcher.plan.quantities import format_count, format_size
 
-# Marks of trained text without colours: in a pipe, a file, or with NO_COLOR.
+# Marks of trained text without colors: in a pipe, a file, or with NO_COLOR.
 TRAINED_MARKS = ("⟦", "⟧")
 _TRAINED_STYLE = "bold green"
 _UNTRAINED_STYLE = "dim"
@@ -69,10 +69,15 @@ def _of_documents(counts: dict[str, Any]) -> list[str]:
     lengths = counts["document_tokens"] or {"median": 0, "max": 0}
     return [
         *(f"{counts[key]:,}" if key in counts else "" for key in keys),
-        "" if ends is None else f"{ends / max(1, counts['documents']):.1%}",
+        "" if ends is None else _percent(ends, counts["documents"]),
         f"{lengths['median']:,}",
         f"{lengths['max']:,}",
     ]
+
+
+def _percent(part: int, whole: int) -> str:
+    """Return a share in percent, as 100% for the whole alone."""
+    return "100%" if part >= whole else f"{min(part / whole, 0.999):.1%}"
 
 
 def _of_tokens(counts: dict[str, Any], share: float | None) -> list[str]:
@@ -362,7 +367,7 @@ def outcome(finding: dict[str, Any]) -> str:
 def _print_row(console: Console, shown: dict[str, Any], number: int) -> None:
     documents = shown["documents"]
     tokens = sum(document["tokens"] for document in documents)
-    opening, closing = ("", "") if _has_colours(console) else TRAINED_MARKS
+    opening, closing = ("", "") if _has_colors(console) else TRAINED_MARKS
     legend = f"trained between {opening} and {closing}" if opening else f"trained in [{_TRAINED_STYLE}]green[/]"
     console.print()
     title = f"row {shown['row']:,}, {format_count(tokens, 'token')}" if shown["whole"] else f"document {number}"
@@ -382,7 +387,7 @@ def _print_row(console: Console, shown: dict[str, Any], number: int) -> None:
         console.print(line, soft_wrap=True)
 
 
-def _has_colours(console: Console) -> bool:
+def _has_colors(console: Console) -> bool:
     return console.color_system is not None and not console.no_color
 
 

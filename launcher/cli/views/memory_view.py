@@ -13,6 +13,15 @@ from launcher.plan.quantities import format_count
 from launcher.plan.sizing.combinations import PREFERRED_SHARE, USABLE_SHARE, Considered, considered
 
 _MOST_ROWS = 16
+_STAGE_LEGEND = (
+    "Rows are stages of a step; the peak is the largest sum. states: a rank's part of weights, gradients and optimizer.",
+    "buckets: what DeepSpeed communicates at once. activations: kept for the backward pass. gathered: weights of the layers",
+    "that compute. gradients: those of a layer before they are divided. temporary: needed within a layer or a part of the loss.",
+)
+_COMBINATION_LEGEND = (
+    "micro-batch: rows that a rank computes at once. recomputed: layers that the backward pass computes again, to save memory.",
+    "Liger: fused kernels. hpZ: ranks of a node that hold the weights a second time. offload: what main memory holds.",
+)
 
 
 def peak_line(plan: LaunchPlan) -> str | None:
@@ -34,7 +43,8 @@ def peak_line(plan: LaunchPlan) -> str | None:
     }
     sizes = ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items() if gib >= 0.005)
     basis = "" if peak.is_measured or plan.topology.device == "cpu" else ", estimated"
-    return f"{peak.peak_gib:.2f}{of} GiB a rank{basis}, in the {stage.name}: {sizes or 'under 5 MiB each'}; {_recomputed(plan)}"
+    total = f"{peak.peak_gib:.2f}{of} GiB per rank{basis}, highest in the {stage.name} stage"
+    return f"{total}: {sizes or 'under 5 MiB each'}; {_recomputed(plan)}"
 
 
 def tight_note(plan: LaunchPlan) -> str:
@@ -52,7 +62,7 @@ def tight_note(plan: LaunchPlan) -> str:
 
 def why_lines(plan: LaunchPlan) -> list[str]:
     """Return tables of the plan's memory in each stage of a step, and of the combinations that were considered."""
-    return ["", *_stages(plan), "", *_combinations(plan)]
+    return ["", *_stages(plan), *_STAGE_LEGEND, "", *_combinations(plan), *_COMBINATION_LEGEND]
 
 
 def why_values(plan: LaunchPlan) -> list[dict[str, Any]]:
@@ -75,7 +85,7 @@ def _stages(plan: LaunchPlan) -> list[str]:
     peak = plan.peak
     if peak is None:
         return ["a plan of an earlier launcher has no peak memory"]
-    head = ("GiB a rank", "states", "buckets", "activations", "gathered", "gradients", "temporary", "sum")
+    head = ("GiB per rank", "states", "buckets", "activations", "gathered", "gradients", "temporary", "sum")
     rows = []
     for stage in peak.stages:
         sizes = (peak.states_gib, peak.buckets_gib, stage.activations_gib, stage.gathered_gib, stage.gradients_gib)

@@ -214,6 +214,16 @@ def _notes(plan: LaunchPlan) -> list[str]:
     if steps is not None and is_scheduled and config.optim.warmup_steps >= steps:
         warmup = format_count(config.optim.warmup_steps, "step")
         notes.append(f"the warm-up of {warmup} does not end within {steps}: lower optim.warmup_steps")
+    if steps is not None and plan.provenance.run_file is not None:
+        late = {"eval.every": config.eval.every, "checkpoint.save_every": config.checkpoint.save_every}
+        if beyond := [f"{key}={every}" for key, every in late.items() if every > steps]:
+            of = "evaluation is before training and at the end" if len(beyond) == 1 and config.eval.every > steps else ""
+            of = of or (
+                "the only checkpoint is at the end" if len(beyond) == 1 else "evaluation and checkpoint are at the end alone"
+            )
+            notes.append(
+                f"{' and '.join(beyond)} {'is' if len(beyond) == 1 else 'are'} beyond the {format_count(steps, 'step')}: {of}"
+            )
     if data is not None and not data.num_eval_rows and (config.data.eval_fraction or config.data.eval_path):
         notes.append("no document is held out, so nothing is evaluated: raise data.eval_fraction")
     if data is not None and (lost := data.truncated_frac) > _MIN_TRUNCATED_FRAC:
@@ -225,6 +235,21 @@ def _notes(plan: LaunchPlan) -> list[str]:
         architecture = plan.model.config.get("model_type", "a model without model_type")
         notes.append(f"the launcher does not know the FLOPs of {architecture}: perf/tflops_per_gpu and perf/mfu are left out")
     return notes
+
+
+def _unreached(plan: LaunchPlan) -> list[str]:
+    """Return a note for each interval of a run's file that is longer than the run, as after an override of its length."""
+    steps = plan.batch.max_steps
+    if steps is None or plan.provenance.run_file is None:
+        return []
+    intervals = {
+        "eval.every": (plan.config.eval.every, "the held-out loss is computed before training and at the end alone"),
+        "checkpoint.save_every": (plan.config.checkpoint.save_every, "the only checkpoint is that of the end"),
+    }
+    run = format_count(steps, "step")
+    return [
+        f"{key}={every} is longer than the run of {run}: {effect}" for key, (every, effect) in intervals.items() if every > steps
+    ]
 
 
 def _smallest(plan: LaunchPlan) -> LaunchPlan | None:
@@ -304,7 +329,8 @@ def _paid_for(plan: LaunchPlan) -> str:
 def _data(plan: LaunchPlan) -> str:
     data = plan.data
     if data is None:
-        return f"{plan.config.data.name}: not built yet (python -m launcher data builds it and shows it)"
+        command = launcher_command("data", *plan.provenance.overrides)
+        return f"{plan.config.data.name}: not built yet; build it and see it with: {command}"
     most = plan.config.data.max_length
     width = min(most, round(data.num_tokens / data.num_rows / (1 - data.padding_frac)))
     longest = f"{width:,} tokens" + (f" (data.max_length is {most:,})" if width < most else "")

@@ -64,6 +64,7 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "limit": None if rest is None else rest.limit,
         "asked_to_stop": status.state in RUNNING_STATES and run.cancel(number).is_file(),
         "checkpoints": checkpoints,
+        "export": str(run.export) if run.export.is_dir() else None,
         "device": placed.device if placed is not None else "cuda",
         "cost": _cost(tail, spent, placed, None if rest is None else rest.usd),
         "goodput": _goodput(spent or goodput.breakdown_from_metrics(tail.last)),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.cli import formatting
-from launcher.data.triage.ranking import FINDINGS, MISLABELLED
+from launcher.data.triage.ranking import FINDINGS, MISLABELED
 from launcher.errors import printable
 
 COLUMNS = ("document", "source", ">tokens", ">loss", ">without prompt", ">explained", "answer")
@@ -29,6 +29,11 @@ def summary(report: dict[str, Any]) -> list[str]:
     weights = "the initial weights" if report["step"] == 0 else f"the weights of step {report['step']:,}"
     scored = f"{report['documents']:,} documents of {report['split']}, {report['trained_tokens']:,} trained tokens"
     summarized = [f"{report['run']}: {scored}, under {weights}; mean loss {report['mean_loss']:.4f}"]
+    if report["step"] == 0:
+        summarized.append(
+            "caution: these weights have not trained on the data, so that the lists show what the base model knows and does not: "
+            "a hard or unusual document reads as mislabeled"
+        )
     if not report["has_origins"]:
         summarized.append("the data cache does not record files and lines; a run with the same settings builds one that does")
     return summarized
@@ -36,7 +41,7 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 def describe_count(name: str, entries: Sequence[dict[str, Any]]) -> str:
     """Return how many documents a list has, and of a ranking how many are likely what it ranks them by."""
-    if name != MISLABELLED:
+    if name != MISLABELED:
         return f"{len(entries):,} documents"
     likely = sum(entry["likely"] for entry in entries)
     return (

@@ -318,7 +318,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     (r"InvalidQOS", "its QOS is no longer valid for you; cancel it and use another cluster.qos"),
     (r"ReservationDeleted", "its reservation was deleted; cancel it and use another cluster.reservation"),
     (r"Reservation", "waiting for its reservation to begin"),
-    (r"Licenses", "waiting for licences"),
+    (r"Licenses", "waiting for licenses"),
     (r"BadConstraints", "no node satisfies its constraints; cancel it and change cluster.constraint or the requested resources"),
     (r"Cleaning", "processes of its last start are being ended"),
 )

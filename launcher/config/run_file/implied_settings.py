@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from typing import Any
 
 from launcher.config.command_line import override_key
 
+# Hydra's flags that replace the files below conf/.
+_OTHER_FILES = ("--config-name", "-cn", "--config-path", "-cp")
 # The data set and the time follow it in the name of a run.
 _NAME_LENGTH = 60
 
@@ -31,3 +33,16 @@ def name_model_after_path(values: dict[str, Any], keys: Set[str]) -> None:
         last = str(model.get("path")).removeprefix("run:").rstrip("/").rpartition("/")[2]
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", last.partition("@")[0].removesuffix(".gguf")).strip("._-")[:_NAME_LENGTH]
         model["name"] = name or model.get("name")
+
+
+def needs_own_rows(words: Sequence[str], file_choices: Collection[str]) -> bool:
+    """Return whether a command line has data.path without the group option that reads it; a run's file may choose one.
+
+    `file_choices` are the groups of which the run's file selects an option.
+    """
+    keys = {override_key(word) for word in words if not word.startswith(("-", "~"))}
+    if "data.path" not in keys or not keys.isdisjoint(("data", "data.sources", "experiment")):
+        return False
+    if any(word in ("data.path=null", "data.path=") or word.partition("=")[0] in _OTHER_FILES for word in words):
+        return False
+    return "data" not in file_choices and "experiment" not in file_choices

@@ -9,6 +9,7 @@ A string at the name of a group selects an option, a mapping sets keys, and `bas
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from launcher.config.hydra_location import broken_reference
 from launcher.config.introspect import settings
 from launcher.config.origin import RunFile, nodes, short
 from launcher.config.renamed_keys import COMMAND_LINE
-from launcher.config.run_file.tokens import SUFFIXES
+from launcher.config.run_file.tokens import ROW_SUFFIXES, SUFFIXES
 from launcher.config.suggestions import suggest_setting
 from launcher.errors import ConfigError, Problem
 from launcher.security.redaction import looks_secret, redact
@@ -151,6 +152,8 @@ def _load(path: Path) -> dict[Any, Any]:
     import yaml
     from omegaconf._utils import get_yaml_loader
 
+    if path.name.endswith(ROW_SUFFIXES):
+        raise ConfigError(_rows(path))
     if not path.is_file():
         raise ConfigError(_no_file(path))
     try:
@@ -171,13 +174,27 @@ def _load(path: Path) -> dict[Any, Any]:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
         raise ConfigError(f"the file is not read: {reason}", where=short(path), remedy="correct this value") from None
     except yaml.YAMLError as error:
+        if path.suffix == ".json":
+            raise ConfigError(_rows(path)) from None
         unreadable = Problem("the file is not valid YAML", short(path), remedy="a line is `key: value`, indented with spaces")
         raise ConfigError(yaml_problems(error) or [unreadable]) from error
+    if isinstance(root, list) and path.suffix == ".json":
+        raise ConfigError(_rows(path))
     if not isinstance(root, dict) or not root:
         message = "the file sets nothing" if root in (None, {}) else "the file is not a mapping of sections to settings"
         remedy = f"write settings as `section:` with `name: value` below it; a file to start from: {launcher_command('init')}"
         raise ConfigError(message, where=short(path), remedy=remedy)
     return root
+
+
+def _rows(path: Path) -> Problem:
+    """Return the problem of a file of rows that stands where a run's file is expected."""
+    name = redact(str(path))
+    remedy = (
+        f"write a file of settings for these rows with: {launcher_command('init', '--data', name)}; "
+        f"or name them as a setting: data.path={shlex.quote(name)}"
+    )
+    return Problem("this is a file of rows, not one of settings", where=COMMAND_LINE, value=name, remedy=remedy)
 
 
 def _no_file(path: Path) -> Problem:

@@ -149,6 +149,17 @@ class Source(RowSource):
 class ChecksSection(Section):
     """What happens to documents that a check finds: keep them, drop them, or fail before anything is submitted."""
 
+    bad_rows: Literal["drop", "fail"] = Field(
+        "fail",
+        description=(
+            "A row cannot be used: it is not JSON, lacks a key, or has a value of another type. fail: all of them are reported, "
+            "and the run is refused. drop: they are left out and counted, up to max_bad_rows. A file that cannot be read is "
+            "refused in either case."
+        ),
+    )
+    max_bad_rows: Fraction = Field(
+        0.05, description="Share of all rows that bad_rows=drop may leave out before the run is refused."
+    )
     empty_answer: Choice = Field("drop", description="An answer to train on is empty or white space.")
     exact_duplicate: Choice = Field(
         "keep", description="A document is in the training split twice, ignoring case, white space and punctuation."

@@ -7,6 +7,7 @@ transformers: the submit side reads the findings before anything is started.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,11 @@ _MEMORIZED = "A model can repeat what it was trained on"
 
 # Each check by its name in data.checks.
 CHECKS = {
+    "bad_rows": CheckText(
+        "rows that cannot be used, and are left out",
+        "The model trains on less than the files hold",
+        "repair the rows; without data.checks.bad_rows=drop, all of them are listed",
+    ),
     "no_trained_token": CheckText(
         "documents without a trained token in the part that fits a row",
         "They add nothing to the loss",
@@ -152,14 +158,19 @@ CHECKS = {
 # The value that accepts a fatal finding, if it is not keep.
 _ACCEPTED_BY = {"unsure_border": "drop"}
 # Accepted, these documents are not trained.
-_NOT_TRAINED = ("unsure_border", "no_trained_token", "dropped")
+_NOT_TRAINED = ("bad_rows", "unsure_border", "no_trained_token", "dropped")
 
 # Documents in both splits, of which drop removes the training documents.
 LEAKS = ("held_out_in_train", "near_held_out_in_train", "held_out_prompt_in_train")
 # Checks that look at the held-out documents.
 OF_HELD_OUT = (*LEAKS, "similar_prompt_in_train")
 # Checks that accept a share of the documents, by the setting of that share.
-LIMITS = {**dict.fromkeys(OF_HELD_OUT, "max_held_out_in_train"), "truncated": "max_truncated", "dropped": "max_dropped"}
+LIMITS = {
+    **dict.fromkeys(OF_HELD_OUT, "max_held_out_in_train"),
+    "truncated": "max_truncated",
+    "dropped": "max_dropped",
+    "bad_rows": "max_bad_rows",
+}
 # A model that sees more documents without an end of turn than with one hardly learns to stop.
 MAX_SHARE_WITHOUT_TURN_END = 0.5
 
@@ -259,6 +270,8 @@ def _is_fatal(finding: Finding, action: str, checks: ChecksSection) -> bool:
     if finding.name == "no_trained_token" and action == "drop":
         # Nothing of a source would be left.
         return finding.highest_share == 1
+    if finding.name == "bad_rows":
+        return finding.share > checks.max_bad_rows
     share = finding.highest_share if finding.name == "no_turn_end" else finding.share
     return action == "fail" and share > _limit(finding, checks)
 
@@ -287,6 +300,8 @@ def share_text(share: float) -> str:
 
 def _accepted_by(finding: Finding) -> str:
     """Return the setting with which a fatal finding does not refuse the run."""
+    if finding.name == "bad_rows":
+        return f"data.checks.max_bad_rows={math.ceil(100 * finding.share) / 100:g}"
     return f"{finding.setting}={_ACCEPTED_BY.get(finding.name, 'keep')}"
 
 

@@ -94,6 +94,21 @@ def collect_findings(hits: Iterable[tuple[int, CheckHit]], corpus: CheckedDocume
     return tuple(findings + _check_amount(corpus, checks))
 
 
+def make_bad_rows(
+    examples: Sequence[tuple[str, str]], num_bad: np.ndarray, num_docs: np.ndarray, names: Sequence[str]
+) -> Finding:
+    """Return the finding of rows that were left out because they cannot be used.
+
+    `examples` are places with what is wrong there; `num_bad` and `num_docs` count the rows of each of the sources `names` that
+    cannot be used, and the documents of the others.
+    """
+    totals = num_bad + num_docs
+    by_source = {name: int(count) for name, count in zip(names, num_bad, strict=True) if count}
+    shown = tuple(Example(where, detail) for where, detail in examples[:NUM_EXAMPLES])
+    share = float((num_bad / np.maximum(1, totals)).max())
+    return Finding("bad_rows", int(num_bad.sum()), int(totals.sum()), by_source, shown, share)
+
+
 def _by_name(hits: Iterable[tuple[int, CheckHit]]) -> dict[str, dict[int, CheckHit]]:
     """Return the first hit of each document, by check."""
     by_name: dict[str, dict[int, CheckHit]] = defaultdict(dict)

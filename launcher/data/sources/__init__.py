@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import xxhash
 
-from launcher.config.sections.data import EXAMPLE_PATH, DataSection, RowSource, Source
+from launcher.config.sections.data import EXAMPLE_PATH, ChecksSection, DataSection, RowSource, Source
 from launcher.data.sources import locate
 from launcher.data.sources.builtin import BUILTINS
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
@@ -45,8 +45,10 @@ __all__ = [
     "find_path_problem",
     "find_row_problems",
     "make_eval_source",
+    "parse_usable",
     "read_batches",
     "read_documents",
+    "read_usable_documents",
 ]
 
 HELD_OUT_NAME = "held_out"
@@ -226,20 +228,25 @@ def find_row_problems(source: Source) -> RowProblems:
     """Read all rows of a source, and return the problems of the files and rows that cannot be used."""
     problems = RowProblems()
     try:
-        for batch in read_batches(source, problems.add):
-            try:
-                deque(batch.documents(Counter()), maxlen=0)
-            except DataError:
-                for one in batch.split():
-                    try:
-                        deque(one.documents(Counter()), maxlen=0)
-                    except DataError as error:
-                        problems.add(error)
+        for batch in read_batches(source, problems.add_file):
+            deque(parse_usable(batch, problems.add_row), maxlen=0)
             if problems.is_full:
                 break
     except DataError as error:
-        problems.add(error)
+        problems.add_file(error)
     return problems
+
+
+def parse_usable(batch: DocumentBatch, on_problem: Callable[[DataError], None]) -> Iterator[tuple[Document, bool]]:
+    """Yield the documents of a batch as `DocumentBatch.documents` does; call `on_problem` for each row that cannot be used."""
+    try:
+        yield from list(batch.documents(Counter()))
+    except DataError:
+        for one in batch.split():
+            try:
+                yield from list(one.documents(Counter()))
+            except DataError as error:
+                on_problem(error)
 
 
 def _detect_format(row: Row, where: str, source: Source) -> str:
@@ -270,3 +277,17 @@ def read_documents(source: Source) -> Iterator[tuple[Document, bool]]:
     """
     for batch in read_batches(source):
         yield from batch.documents(Counter())
+
+
+def read_usable_documents(source: Source, checks: ChecksSection) -> Iterator[tuple[Document, bool]]:
+    """Yield documents as `read_documents` does, without the rows that the settings leave out.
+
+    Raises:
+        DataError: for a file that cannot be read, or a row that cannot be used and is not left out.
+    """
+    for batch in read_batches(source, None if checks.bad_rows == "fail" else _raise):
+        yield from parse_usable(batch, _raise if checks.bad_rows == "fail" else lambda error: None)
+
+
+def _raise(error: DataError) -> NoReturn:
+    raise error

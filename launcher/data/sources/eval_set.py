@@ -17,13 +17,15 @@ _TRAINING_EXAMPLE = "data.sources=[{name: train, "
 def make_set_data(eval_set: EvalSet, data: DataSection) -> DataSection:
     """Return the settings of the cache of an evaluation set: its rows as `data` makes rows, without what selects documents.
 
-    Documents without a trained token are left out, and the set is refused where those are more than data.checks.max_dropped.
+    Documents without a trained token are left out, and the set is refused where those are more than data.checks.max_dropped. Rows
+    that cannot be used are treated as those of `data`.
     """
     shared = {name: getattr(eval_set, name) for name in RowSource.model_fields}
     if eval_set.split is None and locate.has_splits(eval_set.path):
         shared["split"] = HELD_OUT
     kept = dict.fromkeys(("held_out_in_train", "truncated", "no_turn_end", "empty_answer"), "keep")
-    checks = ChecksSection(**kept, unsure_border="drop", max_dropped=data.checks.max_dropped)
+    shares = {"max_dropped": data.checks.max_dropped, "max_bad_rows": data.checks.max_bad_rows}
+    checks = ChecksSection(**kept, unsure_border="drop", bad_rows=data.checks.bad_rows, **shares)
     # data.exclude names documents of the training data.
     own = {
         "exclude": None,

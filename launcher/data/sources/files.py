@@ -156,7 +156,11 @@ def count_rows(path: Path, name: str) -> int:
             return parquet.count_rows(file, name)
         # Every object of a JSON array has an opening brace.
         separator = b"{" if kind == "json" else b"\n"
-        return sum(block.count(separator) for block in iter(lambda: file.read(_BLOCK_BYTES), b"")) + 1
+        count, last = 0, separator
+        for block in iter(lambda: file.read(_BLOCK_BYTES), b""):
+            count, last = count + block.count(separator), block[-1:]
+        # The last line may have no end.
+        return count + (kind != "json" and last != separator)
 
 
 def unreadable(error: OSError, name: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The row formats: how a row becomes a document, and by which keys a format is recognised. Pure.
+"""The row formats: how a row becomes a document, and by which keys a format is recognized. Pure.
 
 To add a format, write a function (row, place) -> Document and give it an entry in `FORMATS`. To let users select it by name, add
 the name to `Source.format` in launcher/config/sections/data.py.
@@ -50,7 +50,7 @@ _PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How rows of one format are recognised and parsed.
+    """How rows of one format are recognized and parsed.
 
     `parse(row, place)` returns the document, or raises DataError with the place. A row that has all `required_keys` is of this
     format; `parse` also reads `optional_keys`. For a format of messages, `chat_keys` are the keys that may have the list of

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from launcher.config.sections.data import ChecksSection
 from launcher.errors import DataError, Problem
 
 # Reading stops after so many rows that cannot be used.
 MAX_COUNTED = 10_000
 _NUM_SHOWN, _NUM_PLACES = 20, 3
 # What differs between the messages of one mistake: numbers, and what stands in parentheses.
+_LEAVE_OUT = "or leave such rows out with data.checks.bad_rows=drop, which counts them"
 _OF_ONE_ROW = re.compile(r"\([^()]*\)|\d+")
 
 
@@ -19,13 +21,14 @@ class _ProblemGroup:
     first: Problem
     places: list[str]
     count: int
+    is_row: bool
 
 
 class RowProblems:
     """Problems grouped by their message; each group has its first problem, its first places and its count. Picklable."""
 
     def __init__(self) -> None:
-        self._groups: dict[str, _ProblemGroup] = {}
+        self._groups: dict[tuple[str, bool], _ProblemGroup] = {}
 
     def __len__(self) -> int:
         return sum(group.count for group in self._groups.values())
@@ -35,20 +38,45 @@ class RowProblems:
         """True if there are so many that reading on tells nothing more."""
         return len(self) >= MAX_COUNTED
 
-    def add(self, error: DataError) -> None:
-        """Add the problems of a row or a file."""
-        for problem in error.problems:
-            self._add(_ProblemGroup(problem, [problem.where], 1))
+    @property
+    def num_rows(self) -> int:
+        """The number of rows that cannot be used; a file that cannot be read has none."""
+        return sum(group.count for group in self._groups.values() if group.is_row)
+
+    def add_row(self, error: DataError) -> None:
+        """Add the problem of a row."""
+        self._add_all(error, is_row=True)
+
+    def add_file(self, error: DataError) -> None:
+        """Add the problem of a file or a source."""
+        self._add_all(error, is_row=False)
 
     def merge(self, later: RowProblems) -> None:
         """Add the problems of later rows."""
         for group in later._groups.values():
             self._add(group)
 
+    def refused(self, checks: ChecksSection) -> RowProblems:
+        """Return the problems that refuse a run: all, or those of files alone where the settings leave out bad rows."""
+        if checks.bad_rows == "fail":
+            return self
+        refused = RowProblems()
+        refused._groups = {key: group for key, group in self._groups.items() if not group.is_row}
+        return refused
+
+    def examples(self) -> list[tuple[str, str]]:
+        """Return places of rows that cannot be used with what is wrong there; the first of each kind come first."""
+        rows = [group for group in self._groups.values() if group.is_row]
+        later = [(place, group.first.message) for group in rows for place in group.places[1:]]
+        return [(group.first.where, group.first.message) for group in rows] + later
+
     def to_list(self) -> list[Problem]:
         """Return a problem for each group, with its first places and its number of rows."""
         groups = list(self._groups.values())
         shown = [_describe(group) for group in groups[:_NUM_SHOWN]]
+        if rows := [i for i, group in enumerate(groups[:_NUM_SHOWN]) if group.is_row]:
+            last = shown[rows[-1]]
+            shown[rows[-1]] = replace(last, remedy=f"{last.remedy}; {_LEAVE_OUT}" if last.remedy else _LEAVE_OUT)
         if others := groups[_NUM_SHOWN:]:
             message = f"{sum(group.count for group in others):,} further rows cannot be used, for other reasons"
             shown.append(Problem(message, others[0].first.where, remedy="repair the rows above, and run the command again"))
@@ -57,8 +85,13 @@ class RowProblems:
             shown[-1] = replace(shown[-1], message=f"{shown[-1].message}; {stopped}")
         return shown
 
+    def _add_all(self, error: DataError, is_row: bool) -> None:
+        for problem in error.problems:
+            self._add(_ProblemGroup(problem, [problem.where], 1, is_row))
+
     def _add(self, group: _ProblemGroup) -> None:
-        known = self._groups.setdefault(_OF_ONE_ROW.sub("", group.first.message), _ProblemGroup(group.first, [], 0))
+        key = (_OF_ONE_ROW.sub("", group.first.message), group.is_row)
+        known = self._groups.setdefault(key, _ProblemGroup(group.first, [], 0, group.is_row))
         known.places = (known.places + group.places)[:_NUM_PLACES]
         known.count += group.count
 

@@ -90,7 +90,7 @@ def list_keys(row: Row) -> str:
 def safe_excerpt(value: object) -> str:
     """Return the first characters of a value for an error message, with secrets and personal data redacted."""
     text = str(value)
-    # Redacted before it is cut: the patterns do not recognise half a key.
+    # Redacted before it is cut: the patterns do not recognize half a key.
     safe = " ".join(patterns.redact([text])[0].split())
     return safe if len(safe) <= _EXCERPT_CHARS else f"{safe[:_EXCERPT_CHARS]}… ({len(text):,} characters)"
 

@@ -130,8 +130,9 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class EncodedTask:
-    """The documents of a task that can be used, in batches, and the problems of the others."""
+    """The documents of a task that can be used, in batches, and the problems of the others; `source` is that of the task."""
 
+    source: int
     batches: list[EncodedBatch]
     problems: RowProblems
 
@@ -208,7 +209,7 @@ class BatchEncoder:
     def encode_usable(self, task: EncodeTask) -> EncodedTask:
         """Encode the documents that can be used, and count the problems of the others."""
         try:
-            return EncodedTask([self.encode(task)], RowProblems())
+            return EncodedTask(task.source, [self.encode(task)], RowProblems())
         except DataError:
             batches, problems = [], RowProblems()
         try:
@@ -216,10 +217,10 @@ class BatchEncoder:
                 try:
                     batches.append(self.encode(replace(task, batch=batch)))
                 except DataError as error:
-                    problems.add(error)
+                    problems.add_row(error)
         except DataError as error:
-            problems.add(error)
-        return EncodedTask([batch for batch in batches if batch.docs.wheres], problems)
+            problems.add_row(error)
+        return EncodedTask(task.source, [batch for batch in batches if batch.docs.wheres], problems)
 
     def _write_completions(self, items: list[SourceDocument]) -> tuple[list[SourceDocument], int, int]:
         """Return the documents with completions as chats where they are written so, their number, and how many are."""

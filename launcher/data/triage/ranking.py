@@ -1,6 +1,6 @@
 """Which documents of a split are worth a look, by the log-probabilities of their trained tokens.
 
-A document whose prompt does not explain its answer is likely mislabelled: the loss of the answer is hardly lower with its prompt
+A document whose prompt does not explain its answer is likely mislabeled: the loss of the answer is hardly lower with its prompt
 than without. The loss with the prompt by itself ranks rare words and numbers first.
 """
 
@@ -17,11 +17,11 @@ KNOWN_LOSS = 0.1
 # Shorter answers, such as a label, say too little.
 _MIN_KNOWN_TOKENS = 8
 
-MISLABELLED, BY_HEART, TEACHES_NOTHING = "mislabelled", "by_heart", "teaches_nothing"
+MISLABELED, BY_HEART, TEACHES_NOTHING = "mislabeled", "by_heart", "teaches_nothing"
 FINDINGS = {
-    MISLABELLED: "likely mislabelled: the prompt explains little of the answer",
-    BY_HEART: "learnt by heart: the model repeats the answer to this prompt",
-    TEACHES_NOTHING: "teaches nothing: the answer is known without its prompt",
+    MISLABELED: "likely mislabeled: the answer is hardly more likely with its prompt than without",
+    BY_HEART: "memorized: the model repeats the answer to this prompt",
+    TEACHES_NOTHING: "nothing to learn: the model knows the answer without its prompt",
 }
 
 
@@ -53,20 +53,20 @@ def mean_losses(split: Split, log_probs: np.ndarray) -> tuple[np.ndarray, np.nda
         return counts, -(sums[ends[1:]] - sums[ends[:-1]]) / counts
 
 
-def rank_mislabelled(scores: DocumentScores) -> np.ndarray:
-    """Return the documents with a prompt, those most likely mislabelled first."""
+def rank_mislabeled(scores: DocumentScores) -> np.ndarray:
+    """Return the documents with a prompt, those most likely mislabeled first."""
     order = np.argsort(scores.explained, kind="stable")
     return order[: np.count_nonzero(~np.isnan(scores.explained))]
 
 
-def is_likely_mislabelled(scores: DocumentScores) -> np.ndarray:
+def is_likely_mislabeled(scores: DocumentScores) -> np.ndarray:
     """Return which answers are no likelier with their prompts than without, bool [documents]."""
     with np.errstate(invalid="ignore"):
         return np.asarray(scores.explained <= 0)
 
 
 def find_known(scores: DocumentScores) -> dict[str, np.ndarray]:
-    """Return the documents that are learnt by heart, and those that teach nothing, each with the lowest loss first."""
+    """Return the documents that are memorized, and those that teach nothing, each with the lowest loss first."""
     is_long = scores.num_tokens >= _MIN_KNOWN_TOKENS
     is_known, is_known_alone = scores.loss <= KNOWN_LOSS, scores.loss_alone <= KNOWN_LOSS
     has_prompt = ~np.isnan(scores.loss_alone)

@@ -99,7 +99,7 @@ def _answer(address: str, key: str, account: Account, project: str) -> Account:
     permissions = f"{user} may write to {', '.join(sorted(own))}"
     if _ask(address, key, _ENTITY, entity=entity)["entity"] is None:
         return replace(account, refused=f"there is no entity {entity} that {user} may see; {permissions}")
-    # Service accounts and administrators of an organisation may write where they are no members.
+    # Service accounts and administrators of an organization may write where they are no members.
     return replace(account, unknown=f"{user} is not a member of {entity}; {permissions}")
 
 

@@ -176,7 +176,7 @@ class WandbTracker:
             self._send_event("info" if self._alerted else "alert", text, sync_command=command)
         elif self._offline:
             text = "Weights & Biases was offline; upload the run with the command that `status` shows"
-            self._send_event("info", text, sync_command=command)
+            self._send_event("info", text, sync_command=command, is_closing=True)
 
     def _send_row(self) -> None:
         if self._row:

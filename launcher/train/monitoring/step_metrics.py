@@ -123,7 +123,7 @@ class Meter:
         if self._plan.data is not None:
             metrics["trainer/epoch"] = samples / self._plan.data.num_rows
             metrics["data/truncated_frac"] = self._plan.data.truncated_frac
-        return metrics | self._utilisation(batch, step_s)
+        return metrics | self._utilization(batch, step_s)
 
     def _between(self, step_s: float) -> float:
         """Seconds between the previous step and the one that has just ended: evaluation, saves, logging."""
@@ -139,7 +139,7 @@ class Meter:
         """Seconds from step to step: the median of recent steps plus the mean time between steps."""
         return statistics.median(self._recent) + self._between_s / max(1, self._num_between)
 
-    def _utilisation(self, batch: StepBatch, step_s: float) -> dict[str, float]:
+    def _utilization(self, batch: StepBatch, step_s: float) -> dict[str, float]:
         """TFLOP/s per GPU for the whole batch, and MFU."""
         if self._flops is None:
             return {}

@@ -34,4 +34,4 @@ LOST = "a GPU is lost"
 
 def meaning(number: int) -> str:
     """Return what an Xid means, for any number."""
-    return BROKEN.get(number) or PASSING.get(number) or "see NVIDIA's catalogue of Xid errors"
+    return BROKEN.get(number) or PASSING.get(number) or "see NVIDIA's catalog of Xid errors"

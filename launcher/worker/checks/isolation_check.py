@@ -1,4 +1,4 @@
-"""Probes whether a model sees later tokens or neighbouring documents: `python -m launcher.worker.checks.isolation_check`.
+"""Probes whether a model sees later tokens or neighboring documents: `python -m launcher.worker.checks.isolation_check`.
 
 Reads a RunConfig as JSON from standard input, stores the verdict (launcher.models.isolation_verdicts) and prints it as JSON.
 The probe computes with a small random model of the same architecture, so it needs no weights and no GPU.

@@ -194,7 +194,7 @@ def _set(config: Any, key: str, value: Any) -> None:
 
 
 def build(config: Any, kernel: str, **remote: bool) -> Any:
-    """Build a model in fp32 on the CPU; weights that are initialised to zero get noise as well."""
+    """Build a model in fp32 on the CPU; weights that are initialized to zero get noise as well."""
     import torch
     from transformers import AutoModelForCausalLM
 

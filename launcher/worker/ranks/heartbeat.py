@@ -17,7 +17,7 @@ from launcher.worker.ranks.rank_env import RankEnv
 VARIABLE = "LAUNCHER_HEARTBEATS"
 PHASES = ("starting", "joined", "loaded", "training", "evaluating", "saving", "finishing")
 _CODES = {phase: code for code, phase in enumerate(PHASES)}
-# The count is at both ends, so that a reader recognises a record that is being written.
+# The count is at both ends, so that a reader recognizes a record that is being written.
 _RECORD = struct.Struct("=Qqqqqdd?7xQ")
 _READ_TRIES = 5
 

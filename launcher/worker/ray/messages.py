@@ -37,7 +37,7 @@ class Assignment:
     """The attempt of a group, and the part of one worker's rank in it.
 
     `rank` and `world_size` count the ranks that train. They meet at `address` and `port`; `peers` are the addresses of all their
-    nodes. `marker` is what the file `marker` of the attempt holds, by which a node recognises the run directory.
+    nodes. `marker` is what the file `marker` of the attempt holds, by which a node recognizes the run directory.
     """
 
     attempt: int

@@ -55,7 +55,10 @@ def rank_documents(
         alone = answers_alone.write(split, folder, plan.config.data)
         passes = [with_prompt]
         if alone is not None:
-            passes.append(ScorePass(title="answers alone", facts=alone.facts))
+            passes = [
+                with_prompt.model_copy(update={"title": f"pass 1 of 2, {with_prompt.title}"}),
+                ScorePass(title="pass 2 of 2, answers alone", facts=alone.facts),
+            ]
         scores = score(plan, weights, passes, on_progress, num_ranks)
         num_tokens, loss = ranking.mean_losses(split, scores.log_probs[0])
         loss_alone = np.full(split.num_docs, np.nan)
@@ -96,10 +99,10 @@ def find_split(plan: LaunchPlan, name: str) -> tuple[DataFacts, bool]:
 def _make_lists(
     plan: LaunchPlan, facts: DataFacts, is_held_out: bool, split: Split, scores: DocumentScores
 ) -> dict[str, list[dict[str, Any]]]:
-    by_name = {ranking.MISLABELLED: ranking.rank_mislabelled(scores), **ranking.find_known(scores)}
+    by_name = {ranking.MISLABELED: ranking.rank_mislabeled(scores), **ranking.find_known(scores)}
     origins, texts = DocumentOrigins.open(facts.cache_dir, is_held_out), DocumentTexts(plan, split)
     sources = source_names(plan, facts)
-    is_likely = ranking.is_likely_mislabelled(scores)
+    is_likely = ranking.is_likely_mislabeled(scores)
 
     def describe(document: int, name: str, rank: int) -> dict[str, Any]:
         entry = {
@@ -112,7 +115,7 @@ def _make_lists(
             "loss": _rounded(scores.loss[document]),
             "loss_alone": _rounded(scores.loss_alone[document]),
         }
-        if name == ranking.MISLABELLED:
+        if name == ranking.MISLABELED:
             entry["likely"] = bool(is_likely[document])
         return entry | (texts.of(document) if rank <= _NUM_TEXTS else {})
 

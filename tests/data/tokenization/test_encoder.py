@@ -81,7 +81,7 @@ def test_the_assistants_text_and_its_end_are_trained(tokenizer: PreTrainedTokeni
     assert tokenizer.decode(encoded.ids) == rendered
 
 
-def test_the_prompt_is_tokenised_as_it_is_for_generation(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_prompt_is_tokenized_as_it_is_for_generation(tokenizer: PreTrainedTokenizerBase) -> None:
     for answer in ("Hello.", "\nHello.", "  Hello.", "é", "assistant"):
         document = chat(("user", "Hi"), ("assistant", answer))
         encoded = encode(tokenizer, document)

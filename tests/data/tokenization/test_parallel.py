@@ -124,10 +124,10 @@ def test_several_processes_build_what_one_builds(many: DataSection, tokenizer_di
     assert names == sorted(str(path.relative_to(alone)) for path in alone.rglob("*") if path.is_file())
     for name in names:
         assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
-    tokenised = [done for stage, done, _ in progress if stage == "tokenise"]
-    assert tokenised == sorted(tokenised)
-    assert len(tokenised) > NUM_BATCHES
-    assert tokenised[-1] == NUM_ROWS
+    tokenized = [done for stage, done, _ in progress if stage == "tokenize"]
+    assert tokenized == sorted(tokenized)
+    assert len(tokenized) > NUM_BATCHES
+    assert tokenized[-1] == NUM_ROWS
 
 
 def test_a_killed_worker_is_reported_and_leaves_no_cache(

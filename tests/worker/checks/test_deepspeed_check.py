@@ -71,7 +71,7 @@ def test_a_key_that_deepspeed_refuses_or_ignores(config_of: ConfigOf, tokens: st
 
 
 @pytest.mark.parametrize("section", sorted(SECTIONS))
-def test_a_misspelt_key_is_refused_in_every_section(config_of: ConfigOf, section: str) -> None:
+def test_a_misspelled_key_is_refused_in_every_section(config_of: ConfigOf, section: str) -> None:
     tokens = ("deepspeed=zero3_offload", "model.dtype=bf16" if section == "bf16" else "model.dtype=fp16")
     (problem,) = deepspeed_check.problems_of(config_of(*tokens, f"deepspeed.extra.{section}.enbled=true"))
     assert problem.message == f"deepspeed.extra.{section}.enbled: DeepSpeed has no such key"
@@ -103,7 +103,7 @@ def test_keys_that_are_accepted_once_need_no_process_again(
     assert not facts.is_extra_accepted(good)
 
 
-def test_a_run_with_a_misspelt_key_is_refused_and_leaves_nothing(
+def test_a_run_with_a_misspelled_key_is_refused_and_leaves_nothing(
     launch_here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     extra = "deepspeed.extra={zero_optimization: {overlap_com: true}}"
