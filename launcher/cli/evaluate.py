@@ -12,22 +12,23 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from launcher import json_records, locks, run_store
+from launcher.cli import benchmark_tasks
 from launcher.cli.arguments import VerbParser
+from launcher.cli.benchmark_tasks import BenchmarkOptions
 from launcher.cli.export import require_checkpoint
 from launcher.cli.formatting import short
 from launcher.cli.minimum_gains import parse_minimum_gains
 from launcher.cli.starting.interrupts import alive_file, ended_by_signals
 from launcher.cli.views import evaluation_view
 from launcher.cli.views.request_costs import price_of_evaluation, request_cost_table, saved_tokens
-from launcher.cli.worker_process import run_worker, run_worker_module
+from launcher.cli.worker_process import run_reporting, run_worker
 from launcher.clusters.backends import evaluation_nodes_for
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.resume import with_overrides
 from launcher.config.schema import RunConfig
-from launcher.errors import EXIT_CHECK_FAILED, EXIT_REFUSED, ConfigError, DataError, Problem, RunError, SubmitError
+from launcher.errors import EXIT_CHECK_FAILED, ConfigError, Problem, RunError, SubmitError
 from launcher.hardware import device
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -51,16 +52,21 @@ def run(verb: str, tokens: list[str]) -> int:
     ownership.require_run(run_dir)
     plan = run_store.load_plan(run_dir)
     config = _with_overrides(plan.config, arguments.overrides, plan.run_name)
-    gains = parse_minimum_gains(arguments.min_gain, config.evaluate.metrics)
+    metrics = config.evaluate.metrics if arguments.tasks is None else None
+    gains = parse_minimum_gains(arguments.min_gain, metrics)
     step = _step(run_dir, arguments.step)
     folder = run_dir.root / "evaluations" / f"step-{step:08d}"
     with private_files():
         folder.mkdir(parents=True, exist_ok=True)
+    if arguments.tasks is not None:
+        options = BenchmarkOptions(arguments.tasks, arguments.task_folder, arguments.limit)
+        with ended_by_signals(), _alone(folder):
+            return benchmark_tasks.run(config, run_dir, step, options, gains, arguments.json)
     with ended_by_signals(), _alone(folder), alive_file(folder / "alive"):
         with private_files():
-            _worker(_PREPARE, config, str(run_dir.plan), "--step", str(step))
+            run_reporting(_PREPARE, config, str(run_dir.plan), "--step", str(step))
         _answer(config, folder, run_dir)
-        shown = _worker(_CONCLUDE, config, str(folder))
+        shown = run_reporting(_CONCLUDE, config, str(folder))
     verdicts = {
         name: json_records.decode(EvaluationVerdict, result["verdict"], "the verdict") for name, result in shown["sets"].items()
     }
@@ -93,7 +99,7 @@ def _send_to_wandb(plan: LaunchPlan, run: RunDir, step: int) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = VerbParser(
         prog="python -m launcher evaluate",
-        usage="%(prog)s RUN [--step N] [--json] [--min-gain METRIC:BASELINE:GAIN] [overrides]",
+        usage="%(prog)s RUN [--step N] [--tasks NAMES] [--json] [--min-gain METRIC:BASELINE:GAIN] [overrides]",
         description=(
             "Answer held-out prompts with the base model, without and with examples, and with the tuned model;\n"
             "score the answers, and say whether fine-tuning helped. On a cluster, in an allocation of the run's settings."
@@ -110,11 +116,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="overrides", help="settings of this evaluation, as key=value")
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: that of the run's export, else the newest)")
     parser.add_argument("--json", action="store_true", help="print verdicts, scores and the ways to ask that were compared")
+    parser.add_argument("--tasks", metavar="NAMES", help="score tasks of lm-evaluation-harness instead, such as arc_easy,ifeval")
+    parser.add_argument("--task-folder", type=Path, help="folder with tasks of your own, as YAML files")
+    parser.add_argument("--limit", type=_positive, help="questions of each task, from its beginning (default: all)")
     gain = (
         "exit with code 3 unless the lower bound of the difference to BASELINE (0-shot, few-shot) is at least GAIN (repeatable)"
     )
     parser.add_argument("--min-gain", action="append", default=[], metavar="METRIC:BASELINE:GAIN", help=gain)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str) -> RunConfig:
@@ -169,20 +184,6 @@ def _alone(folder: Path) -> Iterator[None]:
             value=str(locks.wait_for_holder(lock) or ""),
             remedy="wait for its end, or end it",
         ) from None
-
-
-def _worker(module: str, config: RunConfig, *arguments: str) -> dict[str, Any]:
-    """Run a module of the worker side.
-
-    Raises:
-        DataError: with its problems, where nothing was started because of them.
-        RunError: with its problems otherwise.
-    """
-    answer = run_worker_module(module, config, *arguments)
-    if "problems" in answer:
-        kind = DataError if answer["exit_code"] == EXIT_REFUSED else RunError
-        raise kind([Problem(*parts) for parts in answer["problems"]])
-    return answer
 
 
 def _answer(config: RunConfig, folder: Path, run_dir: RunDir) -> None:

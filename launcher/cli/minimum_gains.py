@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from launcher.errors import ConfigError, Problem, did_you_mean
 from launcher.tracking.verdicts import BaselineComparison, ComparisonOutcome, EvaluationVerdict, format_difference
 
-FEW_SHOT = "few-shot"
+FEW_SHOT, BASE = "few-shot", "base"
+_WHERE = "command line"
 _BASELINE = re.compile(r"\d+-shot")
 _FORM = "write --min-gain METRIC:BASELINE:GAIN, such as exact_match:few-shot:0.05"
 
@@ -19,7 +20,7 @@ _FORM = "write --min-gain METRIC:BASELINE:GAIN, such as exact_match:few-shot:0.0
 class MinimumGain:
     """The lower bound of the difference by `metric` to `baseline` must be at least `gain`.
 
-    `baseline` is `0-shot`, `8-shot` and so on, or `few-shot` for every baseline with examples.
+    `baseline` is `0-shot`, `8-shot` and so on, `few-shot` for every baseline with examples, or `base` for tasks.
     """
 
     metric: str
@@ -54,8 +55,8 @@ class MinimumGain:
         return None
 
 
-def parse_minimum_gains(texts: Iterable[str], metrics: Sequence[str]) -> tuple[MinimumGain, ...]:
-    """Parse the values of --min-gain; `metrics` are those that are computed.
+def parse_minimum_gains(texts: Iterable[str], metrics: Sequence[str] | None) -> tuple[MinimumGain, ...]:
+    """Parse the values of --min-gain; `metrics` are those that are computed, None for tasks, which have their own.
 
     Raises:
         ConfigError: with every value that is wrong.
@@ -66,14 +67,20 @@ def parse_minimum_gains(texts: Iterable[str], metrics: Sequence[str]) -> tuple[M
         metric, baseline, number = ([""] * 3 + text.rsplit(":", 2))[-3:]
         gain = _parse_number(number)
         if not metric or gain is None:
-            problems.append(Problem("--min-gain has another form", "command line", text, _FORM))
+            problems.append(Problem("--min-gain has another form", _WHERE, text, _FORM))
+        elif metrics is None:
+            if baseline == BASE:
+                gains.append(MinimumGain(metric, baseline, gain))
+            else:
+                remedy = f"the baseline of tasks is {BASE}: --min-gain {metric}:{BASE}:{gain:g}"
+                problems.append(Problem(f"--min-gain names {baseline}, which is no baseline of tasks", _WHERE, text, remedy))
         elif metric not in metrics:
             guess = f"{did_you_mean(metric, metrics)} " if did_you_mean(metric, metrics) else ""
             remedy = f"{guess}metrics of this evaluation are {', '.join(metrics)}; evaluate.metrics sets them"
-            problems.append(Problem(f"--min-gain names {metric}, which is not computed", "command line", text, remedy))
+            problems.append(Problem(f"--min-gain names {metric}, which is not computed", _WHERE, text, remedy))
         elif baseline != FEW_SHOT and not _BASELINE.fullmatch(baseline):
             remedy = f"baselines are 0-shot, {FEW_SHOT}, and a number of examples such as 8-shot"
-            problems.append(Problem(f"--min-gain names {baseline}, which is no baseline", "command line", text, remedy))
+            problems.append(Problem(f"--min-gain names {baseline}, which is no baseline", _WHERE, text, remedy))
         else:
             gains.append(MinimumGain(metric, baseline, gain))
     if problems:

@@ -13,7 +13,7 @@ from typing import Any
 
 from launcher import facts
 from launcher.config.schema import RunConfig
-from launcher.errors import ConfigError, DataError, Problem, RunError
+from launcher.errors import EXIT_REFUSED, ConfigError, DataError, Problem, RunError
 
 # A worker that is ended removes what it has written so far.
 _TERMINATION_S = 10.0
@@ -37,11 +37,7 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, Any]:
 
 
 def _prepare(config: RunConfig, *arguments: str) -> dict[str, Any]:
-    answer = run_worker_module("launcher.worker.prepare", config, *arguments)
-    if "problems" in answer:
-        kind = DataError if answer["exit_code"] == DataError.exit_code else RunError
-        raise kind([Problem(*parts) for parts in answer["problems"]])
-    return answer
+    return run_reporting("launcher.worker.prepare", config, *arguments)
 
 
 def check_extra(config: RunConfig) -> None:
@@ -89,6 +85,20 @@ def run_scoring(module: str, plan_path: Path, *arguments: str) -> dict[str, Any]
         raise RunError(f"scoring ended with exit code {code}; its messages are above")
     if "problems" in answer:
         kind = DataError if answer["exit_code"] == DataError.exit_code else RunError
+        raise kind([Problem(*parts) for parts in answer["problems"]])
+    return answer
+
+
+def run_reporting(module: str, config: RunConfig, *arguments: str) -> dict[str, Any]:
+    """Run a module of the worker side that prints its answer or its problems.
+
+    Raises:
+        DataError: with its problems, where nothing was started because of them.
+        RunError: with its problems otherwise.
+    """
+    answer = run_worker_module(module, config, *arguments)
+    if "problems" in answer:
+        kind = DataError if answer["exit_code"] == EXIT_REFUSED else RunError
         raise kind([Problem(*parts) for parts in answer["problems"]])
     return answer
 

@@ -21,6 +21,7 @@ from launcher.errors import RunError
 from launcher.evaluate.prompting import PromptStyle
 from launcher.evaluate.questions import EvalQuestion
 from launcher.models.weight_files import weight_files
+from launcher.tracking.verdicts import BENCHMARKS
 
 TUNED = "tuned"
 _TRAINING = "training"
@@ -150,6 +151,11 @@ class EvaluationFolder:
     def weights_record(self) -> Path:
         """Written when the export is complete: an evaluation that was interrupted uses it again."""
         return self.root / "weights.json"
+
+    @property
+    def benchmarks(self) -> Path:
+        """Scores by the tasks of lm-evaluation-harness."""
+        return self.root / BENCHMARKS
 
     @property
     def processes(self) -> Path:

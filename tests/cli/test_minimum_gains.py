@@ -64,3 +64,9 @@ def test_the_lower_bound_must_reach_the_gain(gain: str, counts: tuple[int, int],
     failure = minimum.failure(verdict(*counts))
     assert (failure is None) == (reason is None)
     assert re.search(reason or "", failure or "")
+
+
+def test_tasks_have_metrics_of_their_own_and_one_baseline() -> None:
+    assert parse_minimum_gains(["acc_norm:base:-0.02"], None) == (MinimumGain("acc_norm", "base", -0.02),)
+    with pytest.raises(ConfigError, match=r"--min-gain acc:base:0\.1"):
+        parse_minimum_gains(["acc:few-shot:0.1"], None)

@@ -106,3 +106,49 @@ def test_a_run_without_checkpoint_and_export_is_refused(launch_here: Launch, run
     assert done.returncode == 2, done.stdout + done.stderr
     assert "resume" in done.stderr
     assert not os.path.exists(empty / "evaluations")
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """A folder of tasks: one with choices, one whose answers are generated, and one whose data is on the Hub."""
+    rows = [{"question": f"What follows {number}?", "choices": ["a", "b c"], "answer": number % 2} for number in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    local = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\ntest_split: test\n"
+    (tmp_path / "choices.yaml").write_text(
+        f"task: own_choices\n{local}output_type: multiple_choice\ndoc_to_text: '{{{{question}}}}'\n"
+        "doc_to_choice: '{{choices}}'\ndoc_to_target: answer\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    (tmp_path / "answers.yaml").write_text(
+        f"task: own_answers\n{local}output_type: generate_until\ndoc_to_text: '{{{{question}}}}'\n"
+        "doc_to_target: '{{choices[0]}}'\ngeneration_kwargs: {until: ['.'], max_gen_toks: 4, do_sample: false}\n"
+        "metric_list: [{metric: exact_match}, {metric: bleu}]\n"
+    )
+    hub = local.replace("dataset_path: json", "dataset_path: someone/missing_data")
+    (tmp_path / "hub.yaml").write_text(f"task: own_hub\n{hub}output_type: multiple_choice\ndoc_to_text: x\n")
+    return tmp_path
+
+
+def test_tasks_of_the_harness_compare_both_models(launch: Launch, run: Path, tasks: Path) -> None:
+    command = ("evaluate", str(run), "--task-folder", str(tasks), "--limit", "10", "--json", "evaluate.prompts_per_batch=4")
+    done = launch(*command, "--tasks", "own_choices,own_answers", "--min-gain", "acc:base:0.9", timeout=DEADLINE_S)
+    assert done.returncode == 3, done.stdout + done.stderr
+    shown = json.loads(done.stdout)
+    assert list(shown["tasks"]) == ["own_choices", "own_answers"]
+    assert [task["num_questions"] for task in shown["tasks"].values()] == [10, 10]
+    assert shown["not_held"][0].startswith("own_choices: --min-gain acc:base:0.9 did not hold")
+    assert "bleu" in shown["tasks"]["own_answers"]["whole"], "of all answers together, so that it has no interval"
+    folder = run / "evaluations/step-00000001/benchmarks/own_choices"
+    verdict = json.loads((folder / "verdict.json").read_text())
+    for side in ("base", "tuned"):
+        scores = json.loads((folder / f"{side}.json").read_text())
+        assert verdict["means"]["acc"][side] == pytest.approx(sum(scores["samples"]["acc,none"]) / 10)
+    assert "own_choices" in launch("report", str(run)).stdout
+    before = {file: file.stat().st_mtime_ns for file in folder.parent.glob("*/*.json") if file.name != "verdict.json"}
+    again = launch(*command, "--tasks", "own_choices", timeout=DEADLINE_S)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert all(file.stat().st_mtime_ns == before[file] for file in before), "scores that exist are used"
+    refused = launch(*command, "--tasks", "own_choice,own_hub", timeout=DEADLINE_S)
+    assert refused.returncode == 2
+    assert "did you mean own_choices?" in refused.stderr
+    assert "hf download --repo-type dataset someone/missing_data" in refused.stderr
+    assert "datasets--someone--missing_data" in refused.stderr

@@ -44,7 +44,7 @@ def answer(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
     task = folder.read_task()
     config = task.settings
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = _dtype(config, device)
+    dtype = choose_dtype(config, device)
     if config.evaluate.vllm_python is not None:
         from launcher.evaluate.vllm_engine import NAME, VllmEngine, read_version
 
@@ -62,7 +62,8 @@ def answer(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
     evaluation.run(lambda weights: _load(task, config, weights, device, dtype))
 
 
-def _dtype(config: RunConfig, device: str) -> str:
+def choose_dtype(config: RunConfig, device: str) -> str:
+    """Return the dtype of the weights that answer on a device."""
     chosen = config.evaluate.dtype
     if chosen != "auto":
         return chosen

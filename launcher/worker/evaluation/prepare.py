@@ -35,7 +35,7 @@ from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
 from launcher.tracking.progress import live_line
 from launcher.tracking.verdicts import remove_verdicts
-from launcher.worker.evaluation.weights import export_tuned, find_base
+from launcher.worker.evaluation.weights import count_context, export_tuned, find_base
 from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.signals import exit_on_termination
 
@@ -76,7 +76,7 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
     sets, training = _read_questions(plan, encoder, names, max_shots + config.evaluate.selection_prompts if base else 0)
     # Rows on which the way to ask is chosen are no examples; where there are few rows, examples come first.
     num_examples = min(max_shots, max(0, len(training) - config.evaluate.selection_prompts)) or min(max_shots, len(training))
-    context = _context(plan)
+    context = count_context(plan)
     tuned_prompts = TunedPrompts(tokenizer, plan.config.data)
     base_prompts = BasePrompts(tokenizer, plan.config.data, training[:num_examples], training[num_examples:])
     left_out: dict[str, tuple[str, ...]] = {}
@@ -188,14 +188,6 @@ def _read_questions(
         ]
         training = reading.read_training(plan, encoder, num_training, advance).questions if num_training else ()
     return sets, list(training)
-
-
-def _context(plan: LaunchPlan) -> int:
-    """Return how many tokens the model takes."""
-    config = plan.model.config
-    values = (config.get("text_config") or {}, config)
-    lengths = [part[key] for part in values for key in ("max_position_embeddings", "n_positions") if part.get(key)]
-    return int(lengths[0]) if lengths else plan.config.data.max_length
 
 
 def _fitting(questions: Sequence[EvalQuestion], tuned: TunedPrompts, base: BasePrompts, room: int) -> list[EvalQuestion]:

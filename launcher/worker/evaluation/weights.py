@@ -53,3 +53,11 @@ def _export(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) 
     digest = digest_weights(folder.weights)
     json_records.write(folder.weights_record, EvaluatedExport(checkpoint, dtype, digest))
     return digest
+
+
+def count_context(plan: LaunchPlan) -> int:
+    """Return how many tokens the model takes."""
+    config = plan.model.config
+    values = (config.get("text_config") or {}, config)
+    lengths = [part[key] for part in values for key in ("max_position_embeddings", "n_positions") if part.get(key)]
+    return int(lengths[0]) if lengths else plan.config.data.max_length

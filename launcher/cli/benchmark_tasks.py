@@ -1,0 +1,62 @@
+"""`evaluate RUN --tasks`: the tuned model and the base model on tasks of lm-evaluation-harness, on this machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher import json_records
+from launcher.cli.minimum_gains import MinimumGain
+from launcher.cli.views import benchmark_view
+from launcher.cli.worker_process import run_reporting
+from launcher.config.schema import RunConfig
+from launcher.errors import EXIT_CHECK_FAILED
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.verdicts import EvaluationVerdict
+
+_PREPARE, _SCORE = (f"launcher.worker.benchmark_tasks.{name}" for name in ("prepare", "score"))
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """The tasks by name, the folder of the user's own tasks, and the number of questions of each task, None for all."""
+
+    tasks: str
+    task_folder: Path | None = None
+    limit: int | None = None
+
+    def arguments(self) -> list[str]:
+        words = ["--tasks", self.tasks]
+        words += [] if self.task_folder is None else ["--task-folder", str(self.task_folder)]
+        return words + ([] if self.limit is None else ["--limit", str(self.limit)])
+
+
+def run(
+    config: RunConfig, run_dir: RunDir, step: int, options: BenchmarkOptions, gains: Sequence[MinimumGain], as_json: bool
+) -> int:
+    """Score both models, and print the verdict of each task; returns 3 where --min-gain does not hold.
+
+    A gain is about every task with that metric, and fails where none has it.
+    """
+    prepared = run_reporting(_PREPARE, config, str(run_dir.plan), "--step", str(step), *options.arguments())
+    shown: dict[str, Any] = run_reporting(_SCORE, config, prepared["folder"])
+    verdicts = {
+        name: json_records.decode(EvaluationVerdict, task["verdict"], "the verdict")
+        for name, task in shown["tasks"].items()
+        if "verdict" in task
+    }
+    failed = list[str]()
+    for gain in gains:
+        about = {name: verdict for name, verdict in verdicts.items() if gain.metric in verdict.means}
+        failed += [f"{name}: {reason}" for name, verdict in about.items() if (reason := gain.failure(verdict)) is not None]
+        if not about:
+            failed.append(f"--min-gain {gain} did not hold: no task has this metric")
+    if as_json:
+        print(json.dumps({**shown, "not_held": failed}, indent=2))
+    else:
+        print("\n".join([*benchmark_view.to_lines(shown), *failed]), file=sys.stdout, flush=True)
+    return EXIT_CHECK_FAILED if failed else 0

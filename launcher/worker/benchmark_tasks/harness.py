@@ -1,0 +1,204 @@
+"""lm-evaluation-harness: finds its tasks, and scores a model on one. Nothing else imports it.
+
+Its tasks read data sets of the Hub from the local cache, and metrics of `evaluate` alike: nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from launcher.errors import ConfigError, DataError, Problem, did_you_mean
+
+INSTALL = 'install it with: pip install "launcher[evals]"'
+_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
+_REPOSITORY = re.compile(r"'([\w.-]+/[\w.-]+)'")
+_WHERE = "--tasks"
+# An aggregate that is the mean of the single scores, apart from rounding.
+_SAME = 1e-6
+_SEED = 1234
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """The scores of one model on one task.
+
+    `values` are those of the harness by metric, `samples` the scores of the single questions of the metrics that are their mean,
+    and `lower_is_better` names metrics. `belongs_to` is a digest of what decides them.
+    """
+
+    belongs_to: str
+    num_questions: int
+    values: dict[str, float]
+    samples: dict[str, tuple[float, ...]]
+    lower_is_better: tuple[str, ...]
+
+
+class Harness:
+    """The tasks that are known: those of lm-evaluation-harness, and those of the user's own folder."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Read the names of all tasks, which takes some seconds.
+
+        Raises:
+            ConfigError: where lm-evaluation-harness is not installed.
+        """
+        os.environ.update(dict.fromkeys(_OFFLINE, "1"))
+        # Data sets and metrics are looked for in the working directory first, which may belong to somebody else.
+        os.chdir("/")
+        try:
+            import lm_eval
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            message = f"lm-evaluation-harness cannot be imported: {error}"
+            raise ConfigError(message, where=_WHERE, remedy=INSTALL) from None
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        self._manager = TaskManager(include_path=None if folder is None else str(folder))
+        self._version = str(lm_eval.__version__)
+
+    def find(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the tasks that names of tasks, groups and tags stand for, in order.
+
+        Raises:
+            ConfigError: with every name that is unknown or whose task may not run.
+            DataError: with every task whose data is not here.
+        """
+        found, problems, missing = dict[str, None](), list[Problem](), list[Problem]()
+        for name in names:
+            if name not in self._manager.task_index:
+                remedy = f"{did_you_mean(name, self._manager.all_tasks)} lm-eval ls tasks lists them".strip()
+                problems.append(Problem("there is no such task", where=_WHERE, value=name, remedy=remedy))
+                continue
+            try:
+                tasks = self._manager.load([name])["tasks"]
+            except ImportError as error:
+                text = _one_line(error)
+                problems.append(Problem(f"a task needs another package: {text}", _WHERE, name, "install what it names"))
+            except (ConnectionError, FileNotFoundError) as error:
+                missing.append(_missing_data(name, error))
+            # A task is configuration and code of others: each may fail in its own way.
+            except Exception as error:
+                text = f"a task cannot be loaded: {type(error).__name__}: {_one_line(error)}"
+                problems.append(Problem(text, where=_WHERE, value=name))
+            else:
+                unsafe = [task for task in tasks if _runs_answers(tasks[task])]
+                message = "a task runs code that the model has written, which nothing here isolates"
+                problems += [Problem(message, _WHERE, task, "leave it out") for task in unsafe]
+                found.update(dict.fromkeys(tasks))
+        if problems:
+            raise ConfigError([*problems, *missing])
+        if missing:
+            raise DataError(missing)
+        return tuple(found)
+
+    def describe(self, task: str) -> str:
+        """Return what decides the scores of a task beside the model."""
+        (loaded,) = self._manager.load([task])["tasks"].values()
+        return json.dumps([self._version, loaded.dump_config()], sort_keys=True, default=str)
+
+    def score(self, task: str, model: Any, limit: int | None, belongs_to: str) -> TaskScores:
+        """Score a model on a task; `limit` is the number of its first questions that are asked, None for all."""
+        from lm_eval import evaluate
+
+        loaded = self._manager.load([task])
+        for one in loaded["tasks"].values():
+            if one.get_config("num_fewshot") is None:
+                one.set_config("num_fewshot", 0)
+            one.set_fewshot_seed(seed=_SEED)
+        # Tasks shuffle choices and draw examples with either.
+        random.seed(_SEED)
+        np.random.seed(_SEED)
+        has_template = bool(model.tokenizer.chat_template)
+        result: Any = evaluate(
+            lm=model,
+            task_dict=loaded,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            apply_chat_template=has_template,
+            fewshot_as_multiturn=has_template,
+        )
+        return _read_scores(task, result, belongs_to)
+
+
+def make_model(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> Any:
+    """Return a model of transformers as one of the harness."""
+    from lm_eval.models.huggingface import HFLM
+
+    hides_bars = not sys.stderr.isatty()
+
+    class ScoredModel(HFLM):  # type: ignore[misc, unused-ignore]
+        """Shows progress bars on terminals alone."""
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=hides_bars)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=hides_bars)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().generate_until(requests, disable_tqdm=hides_bars)
+
+    return ScoredModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+
+
+def digest(*parts: str) -> str:
+    return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
+
+
+def _runs_answers(task: Any) -> bool:
+    return bool(getattr(task, "UNSAFE_CODE", False) or getattr(task.config, "unsafe_code", False))
+
+
+def _missing_data(name: str, error: Exception) -> Problem:
+    text = _one_line(error)
+    if match := _REPOSITORY.search(text):
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        folder = f"datasets--{match[1].replace('/', '--')}"
+        remedy = (
+            f"where the Hub can be reached: hf download --repo-type dataset {match[1]}; then copy {folder} from its cache "
+            f"(~/.cache/huggingface/hub) to {HF_HUB_CACHE}"
+        )
+        return Problem(f"the data of a task is not on this machine: {match[1]}", where=_WHERE, value=name, remedy=remedy)
+    return Problem(f"the data of a task is not on this machine: {text}", _WHERE, name, "put it where the task looks for it")
+
+
+def _read_scores(task: str, result: Any, belongs_to: str) -> TaskScores:
+    """Take the scores of a task out of what the harness returns; keys are `METRIC,FILTER`."""
+    values = {
+        key: float(value)
+        for key, value in result["results"][task].items()
+        if "," in key and "_stderr," not in key and isinstance(value, int | float)
+    }
+    higher = result.get("higher_is_better", {}).get(task, {})
+    samples: dict[str, tuple[float, ...]] = {}
+    by_filter: dict[str, list[dict[str, Any]]] = {}
+    for one in result["samples"][task]:
+        by_filter.setdefault(one.get("filter", "none"), []).append(one)
+    num_questions = max(map(len, by_filter.values()), default=0)
+    for key, value in values.items():
+        metric, _, name = key.partition(",")
+        rows = sorted(by_filter.get(name, []), key=lambda one: one["doc_id"])
+        single = [one.get(metric) for one in rows]
+        if single and all(isinstance(score, int | float) for score in single):
+            scores = tuple(float(score) for score in single if score is not None)
+            if abs(sum(scores) / len(scores) - value) < _SAME:
+                samples[key] = scores
+    lower = tuple(key for key in values if higher.get(key.partition(",")[0]) is False)
+    return TaskScores(belongs_to, num_questions, values, samples, lower)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error.args[0] if error.args else error).split())

@@ -1,0 +1,109 @@
+"""Finds the tasks and the weights to score: `python -m launcher.worker.benchmark_tasks.prepare PLAN_JSON --step N --tasks A,B`.
+
+Reads the run's settings, with the overrides of the command, as JSON from standard input. Prints one JSON object: the folder and
+the tasks, or the problems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher import json_records, run_store
+from launcher.config.schema import RunConfig
+from launcher.errors import ConfigError, LauncherError, Problem
+from launcher.evaluate.task import EvaluationFolder
+from launcher.plan.run_dir import RunDir
+from launcher.security import ownership
+from launcher.security.printable_stream import printable_output
+from launcher.tracking.verdicts import TUNED, digest_checkpoint
+from launcher.worker.benchmark_tasks.harness import Harness
+from launcher.worker.benchmark_tasks.request import BASE, BenchmarkFolder, BenchmarkRequest
+from launcher.worker.evaluation.weights import count_context, export_tuned, find_base
+from launcher.worker.ranks.rank_env import die_with_parent
+from launcher.worker.signals import exit_on_termination
+
+_FOLDER_OPTION = "--task-folder"
+
+
+def prepare(
+    config: RunConfig, run: RunDir, step: int, names: Sequence[str], task_folder: Path | None, limit: int | None
+) -> BenchmarkFolder:
+    """Write the request of an evaluation by tasks.
+
+    Raises:
+        ConfigError, DataError: for tasks that are unknown, may not run, or lack their data, and where there is no base model.
+        CheckpointError: where the step cannot be exported.
+    """
+    plan = run_store.load_plan(run).model_copy(update={"config": config})
+    if task_folder is not None:
+        _require_own(task_folder)
+    tasks = Harness(task_folder).find(names)
+    base = find_base(plan)
+    evaluation = EvaluationFolder.of(run.root, step)
+    evaluation.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = BenchmarkFolder(evaluation.benchmarks)
+    folder.root.mkdir(mode=0o700, exist_ok=True)
+    tuned = export_tuned(plan, run, evaluation, step)
+    request = BenchmarkRequest(
+        config=config.model_dump(mode="json"),
+        step=step,
+        tasks=tasks,
+        task_folder=None if task_folder is None else str(task_folder),
+        limit=limit,
+        weights={TUNED: tuned} if base is None else {BASE: base, TUNED: tuned},
+        tokenizer=str(plan.model.tokenizer_path),
+        code=plan.model.path,
+        context=count_context(plan),
+        checkpoint=digest_checkpoint(run, step),
+    )
+    json_records.write(folder.request, request)
+    return folder
+
+
+def _require_own(folder: Path) -> None:
+    """Refuse a folder of tasks that is missing or of others: a task may run code that lies beside it."""
+    if not folder.is_dir():
+        raise ConfigError("there is no such folder", where=_FOLDER_OPTION, value=str(folder))
+    problems = list[Problem]()
+    for path in (folder, *sorted(folder.rglob("*"))):
+        if problem := ownership.file_problem("a task", path):
+            problems.append(problem)
+    if problems:
+        raise ConfigError(problems)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launcher.worker.benchmark_tasks.prepare")
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--step", type=int, required=True)
+    parser.add_argument("--tasks", required=True)
+    parser.add_argument(_FOLDER_OPTION, type=Path)
+    parser.add_argument("--limit", type=int)
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    config = RunConfig.model_validate_json(sys.stdin.read())
+    # The folder of plan.json, since a run may have been moved. Absolute: the harness leaves the working directory.
+    run = RunDir(arguments.plan.absolute().parent)
+    task_folder = None if arguments.task_folder is None else arguments.task_folder.absolute()
+    try:
+        folder = prepare(config, run, arguments.step, arguments.tasks.split(","), task_folder, arguments.limit)
+    except LauncherError as error:
+        problems = [[p.message, p.where, p.value, p.remedy] for p in error.problems]
+        print(json.dumps({"problems": problems, "exit_code": error.exit_code}))
+        return error.exit_code
+    print(json.dumps({"folder": str(folder.root)}))
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_termination()
+    die_with_parent(signal.SIGTERM)
+    with printable_output():
+        code = main()
+    sys.exit(code)

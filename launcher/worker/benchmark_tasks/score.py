@@ -1,0 +1,158 @@
+"""Scores all weights on all tasks, and compares them: `python -m launcher.worker.benchmark_tasks.score FOLDER`.
+
+Prints one JSON object: the verdicts by task, or the problems. Scores are kept: a command that was interrupted continues.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from launcher import json_records
+from launcher.data.tokenization.encoder import load_tokenizer
+from launcher.errors import LauncherError, RunError
+from launcher.evaluate.task import EvaluationFolder, Weights
+from launcher.evaluate.verdict import judge
+from launcher.models.private_code import folder_to_load
+from launcher.security.folders import private_files
+from launcher.security.printable_stream import printable_output
+from launcher.tracking.verdicts import TUNED
+from launcher.train.model import DTYPES
+from launcher.worker.benchmark_tasks.harness import Harness, TaskScores, digest, make_model
+from launcher.worker.benchmark_tasks.request import BenchmarkFolder, BenchmarkRequest
+from launcher.worker.evaluation.answer import choose_dtype
+from launcher.worker.ranks.rank_env import die_with_parent
+from launcher.worker.signals import exit_on_termination
+
+
+def score(folder: BenchmarkFolder) -> dict[str, Any]:
+    """Score what has no scores yet, write the verdict of each task, and return what the command shows.
+
+    Raises:
+        ConfigError, DataError: where a task has gone since the request was written.
+        RunError: where a task fails.
+    """
+    request = folder.read_request()
+    harness = Harness(None if request.task_folder is None else Path(request.task_folder))
+    scores: dict[str, dict[str, TaskScores]] = {task: {} for task in request.tasks}
+    total = len(request.tasks) * len(request.weights)
+    for side, weights in request.weights.items():
+        model = None
+        for task in request.tasks:
+            belongs_to = digest(weights.digest, weights.config, harness.describe(task), *_surroundings(request))
+            found = json_records.read_if_present(TaskScores, folder.scores(task, side))
+            if found is None or found.belongs_to != belongs_to:
+                done = sum(map(len, scores.values()))
+                # On a terminal, the harness shows how far it is.
+                print(f"{side}: {task} ({done + 1} of {total})", file=sys.stderr, flush=True)
+                model = model or _load(request, weights, side)
+                found = _score(harness, task, model, request.limit, belongs_to)
+                with private_files():
+                    folder.scores(task, side).parent.mkdir(exist_ok=True)
+                    json_records.write(folder.scores(task, side), found)
+            scores[task][side] = found
+    return {"step": request.step, "folder": str(folder.root), "tasks": _conclude(folder, request, scores)}
+
+
+def _score(harness: Harness, task: str, model: Any, limit: int | None, belongs_to: str) -> TaskScores:
+    try:
+        return harness.score(task, model, limit, belongs_to)
+    except LauncherError:
+        raise
+    # A task is configuration and code of others: each may fail in its own way.
+    except Exception as error:
+        message = f"the task {task} failed: {type(error).__name__}: {error}"
+        raise RunError(message, where="--tasks", remedy="leave it out; scores of the other tasks are kept") from error
+
+
+def _load(request: BenchmarkRequest, weights: Weights, side: str) -> Any:
+    config, folder = request.settings, Path(weights.folder)
+    code = Path(request.code) if request.code is not None and config.model.trust_remote_code else None
+    path = folder_to_load(folder, config.model.trust_remote_code, config.model.code_digest, code)
+    device = _device()
+    # A model that does not fit one GPU is divided over all of this machine.
+    placement = {"device_map": "auto"} if device == "cuda" else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=DTYPES[choose_dtype(config, device)], trust_remote_code=config.model.trust_remote_code, **placement
+    )
+    # An export has the template of the data it was trained on.
+    tokenizer = load_tokenizer(str(folder) if side == TUNED else request.tokenizer)
+    return make_model(model.eval(), tokenizer, config.evaluate.prompts_per_batch, request.context)
+
+
+def _surroundings(request: BenchmarkRequest) -> tuple[str, ...]:
+    """Return what decides the scores beside the task and the weights."""
+    device = _device()
+    return (str(request.limit), choose_dtype(request.settings, device), device, torch.__version__, transformers.__version__)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _conclude(folder: BenchmarkFolder, request: BenchmarkRequest, scores: dict[str, dict[str, TaskScores]]) -> dict[str, Any]:
+    """Judge each task whose questions have single scores, and write its verdict."""
+    shown: dict[str, Any] = {}
+    for task, sides in scores.items():
+        first = sides[TUNED]
+        metrics = [key for key in first.values if all(key in one.samples for one in sides.values())]
+        by_metric = {_name(key): {side: _higher_is_better(one, key) for side, one in sides.items()} for key in metrics}
+        whole = {_name(key): {side: one.values[key] for side, one in sides.items()} for key in first.values if key not in metrics}
+        entry: dict[str, Any] = {"num_questions": first.num_questions, "whole": whole}
+        if by_metric:
+            primary, *_ = by_metric
+            verdict = judge(primary, by_metric[primary], others=by_metric)
+            verdict = replace(verdict, checkpoint=request.checkpoint)
+            with private_files():
+                verdict.write(folder.scores(task, TUNED).parent)
+            header, rows = verdict.table
+            entry |= {"verdict": json_records.encode(verdict), "header": header, "rows": rows}
+        shown[task] = entry
+    return shown
+
+
+def _name(key: str) -> str:
+    """Return METRIC for `METRIC,none`, and `METRIC (FILTER)` for others."""
+    metric, _, name = key.partition(",")
+    return metric if name in ("", "none") else f"{metric} ({name})"
+
+
+def _higher_is_better(scores: TaskScores, key: str) -> np.ndarray:
+    values = np.asarray(scores.samples[key], dtype=np.float64)
+    return -values if key in scores.lower_is_better else values
+
+
+def main(path: str) -> int:
+    folder = BenchmarkFolder(Path(path).absolute())
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        shown = score(folder)
+    except LauncherError as error:
+        problems = [[p.message, p.where, p.value, p.remedy] for p in error.problems]
+        print(json.dumps({"problems": problems, "exit_code": error.exit_code}))
+        return error.exit_code
+    evaluation = EvaluationFolder(folder.root.parent)
+    evaluation.weights_record.unlink(missing_ok=True)
+    shutil.rmtree(evaluation.weights, ignore_errors=True)
+    print(json.dumps(shown))
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_termination()
+    die_with_parent(signal.SIGTERM)
+    with printable_output():
+        code = main(sys.argv[1])
+    sys.exit(code)
