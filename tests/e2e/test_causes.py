@@ -15,7 +15,7 @@ import psutil
 import pytest
 from causes import assert_run_named_first
 from e2e_tools import TINY, agent_of, kill_all_of, last_step, metrics, ranks_of, status
-from pace import wait_for
+from pace import slowness, wait_for
 
 pytestmark = [pytest.mark.rest, pytest.mark.timeout(900)]
 
@@ -172,7 +172,7 @@ def test_the_cause_is_named_first_in_status_alert_and_logs(
         try:
             wait_for("some steps", lambda: last_step(run) >= begun + 3 and metrics(run)[-1]["attempt"] == attempt, DEADLINE_S)
             getattr(Faults(run, groups), fault)()
-            output, _ = process.communicate(timeout=DEADLINE_S)
+            output, _ = process.communicate(timeout=DEADLINE_S * slowness())
         finally:
             process.kill()
             for name, largest in (("pids", "max"), ("memory", "-1")):

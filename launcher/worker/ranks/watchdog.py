@@ -69,7 +69,9 @@ class StallLimits:
         if is_loading(beat):
             return self.load_s
         limit_s = max(self.stall_s, _SLOWEST_STEPS * beat.slowest_step_s)
-        return max(limit_s, self.rare_s) if beat.phase == "saving" and not is_halted else limit_s
+        if is_halted:
+            return limit_s
+        return max(limit_s, self.rare_s) if beat.phase == "saving" else limit_s
 
 
 @dataclass(frozen=True)
