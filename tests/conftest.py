@@ -37,12 +37,14 @@ LONGEST_FILES = (
     "e2e/test_first_ray_run.py",
     "e2e/test_first_runs.py",
     "e2e/test_first_slurm_run.py",
-    "e2e/test_static.py",
     "e2e/test_ray_cluster.py",
     # Beside the one above, so that no two Ray clusters run at once, and on one Slurm cluster.
     "e2e/test_slurm_interruptions.py",
     "e2e/test_slurm_life.py",
     "e2e/test_slurm_nodes.py",
+    "clusters/test_slurm_doctor.py",
+    "clusters/test_slurm_queue.py",
+    "e2e/test_static.py",
     "e2e/test_ray.py",
     "journeys/test_journeys.py",
     "e2e/test_mirror.py",
@@ -51,6 +53,7 @@ LONGEST_FILES = (
     "e2e/test_wandb_run.py",
     "e2e/test_weights_of_another_run.py",
     "e2e/test_drill.py",
+    "tracking/test_wandb_faults.py",
     "e2e/test_causes.py",
     "e2e/test_finish.py",
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from testbed_cluster import Testbed
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.rest]
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

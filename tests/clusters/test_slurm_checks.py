@@ -17,7 +17,7 @@ from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import Problem, SubmitError
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.rest]
 
 PlanAt = Callable[..., LaunchPlan]
 Use = Callable[[Testbed], Testbed]

@@ -16,7 +16,7 @@ import pytest
 from pace import slowness
 from testbed_cluster import Testbed
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.rest]
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 

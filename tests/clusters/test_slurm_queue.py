@@ -16,7 +16,7 @@ from testbed_cluster import Testbed
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.commands import SlurmError, slurm
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.rest]
 
 NAME = "tried run"
 Wait = Callable[[Callable[[], Any]], Any]

@@ -231,6 +231,7 @@ def test_a_node_without_gpus_needs_no_driver(node: Node) -> None:
 
 
 @pytest.mark.slurm
+@pytest.mark.rest
 def test_slurm_drains_the_node_and_runs_the_job_elsewhere(
     node: Node, other_slurm: Callable[..., AbstractContextManager[Testbed]], tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from testbed_cluster import Testbed
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.rest]
 
 TICK_S = 0.2
 TICKING = f'while :; do touch "$0"; sleep {TICK_S}; done'

@@ -22,6 +22,8 @@ from wandb_server import KEY, FakeWandb, fake_wandb
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_events, read_metrics
 
+pytestmark = pytest.mark.rest
+
 PlanMaker = Callable[..., LaunchPlan]
 # Of a server that does not answer at the start, and of one that has taken the run.
 SHORT = {"FINISH_TIMEOUT_S": 2.0, "FINISH_GRACE_S": 1.0, "RETRY_S": 0.3}

@@ -81,6 +81,7 @@ def test_all_metrics_alerts_artifacts_and_the_summary_arrive(make_plan: PlanMake
     assert any(f"see it at {server.address}/team/demo/runs/abcd1234" in text for text in infos(plan))
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("reached", [False, True], ids=["W&B is behind the checkpoint", "W&B is ahead of it"])
 def test_after_a_crash_each_step_is_there_once(make_plan: PlanMaker, server: FakeWandb, reached: bool) -> None:
     plan, first = make_plan(), 1

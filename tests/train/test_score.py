@@ -175,6 +175,7 @@ def test_scores_equal_plain_transformers_document_by_document(
     np.testing.assert_allclose(scored.read("unpacked"), one, rtol=0, atol=1e-5)
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_pass_without_optimizer_equals_plain_transformers(
     plan_for: Callable[[int], Path], packed: DataFacts, plain_log_probs: list[np.ndarray], tmp_path: Path, num_ranks: int
