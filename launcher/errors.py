@@ -132,6 +132,10 @@ class DivergedError(RunError):
     """Loss or gradients are not finite; another attempt would end in the same way."""
 
 
+class OutOfMemory(RunError):
+    """A GPU ran out of memory before any step was completed; another attempt would end in the same way."""
+
+
 class ExportError(RunError):
     """Training is complete and saved, but its Hugging Face folder could not be written."""
 
@@ -146,4 +150,4 @@ def describe(error: Exception) -> str:
 
 
 # Another attempt would end in the same way: neither ranks nor jobs are restarted after one of these.
-WOULD_REPEAT = (ConfigError, DataError, DamagedCheckpoint, Superseded, DivergedError, ExportError)
+WOULD_REPEAT = (ConfigError, DataError, DamagedCheckpoint, Superseded, DivergedError, OutOfMemory, ExportError)

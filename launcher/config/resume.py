@@ -28,6 +28,7 @@ WITHOUT_EFFECT = (
     "train.max_steps",
     "train.epochs",
     "train.log_every",
+    "train.largest_batch_first",
     "eval.",
     "evaluate.",
     "checkpoint.",

@@ -52,6 +52,11 @@ class RunDir:
         return self.root / "checkpoints"
 
     @property
+    def largest_batch(self) -> Path:
+        """The record of the plan whose largest batch has fitted."""
+        return self.root / "largest-batch.json"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 

@@ -34,6 +34,7 @@ from launcher.train.evaluation.evaluator import Evaluation, log_evaluation
 from launcher.train.evaluation.forgetting import ForgettingCheck
 from launcher.train.finish import OnExported, finish, write_weights
 from launcher.train.isolation import require_isolation
+from launcher.train.monitoring.largest_batch import run_largest_batch
 from launcher.train.monitoring.skipped_steps import SkippedSteps
 from launcher.train.optim import compute_learning_rate, set_learning_rate
 from launcher.train.resume import load_newest_intact
@@ -78,7 +79,7 @@ def train(
         report_ranks(run)
         loop = TrainingLoop(run, build_components(run, beat), stop)
         loop.restore()
-        loop.check_isolation()
+        loop.check_model()
         beat("loaded", loop.step)
         outcome = loop.run_to_end()
         loop.parts.monitor.stop()
@@ -136,10 +137,13 @@ class TrainingLoop:
             remedy = "restore a checkpoint into this directory, or start a new run"
             raise CheckpointError("the run has neither a checkpoint nor initial weights", where=where, remedy=remedy)
 
-    def check_isolation(self) -> None:
-        """Refuse a model in which packed documents affect each other, where the plan does not know. Collective."""
-        if message := require_isolation(self.run.plan, self.parts.engine, self.parts.model, self.run.device):
-            self.run.tracker.event("info", message, self.step)
+    def check_model(self) -> None:
+        """Refuse a model in which packed documents affect each other, and run the largest batch, where due. Collective."""
+        run, parts = self.run, self.parts
+        if message := require_isolation(run.plan, parts.engine, parts.model, run.device):
+            run.tracker.event("info", message, self.step)
+        batches = (parts.objective, parts.batches.split)
+        run_largest_batch(run.run_dir, run.plan, run.rank_info, parts.engine, *batches, run.device, run.tracker)
 
     def run_to_end(self) -> Outcome:
         """Train to the last step, or until any rank has a reason to stop, and save. Collective."""

@@ -78,15 +78,20 @@ def undisturbed(launch: Launch, settings: tuple[str, ...], module_runs: Path) ->
 
 @pytest.fixture(scope="module")
 def parts(launch: Launch, settings: tuple[str, ...], module_runs: Path) -> Path:
-    """A run that is continued to each step in turn, on as many ranks as stand beside it; all checkpoints are kept."""
+    """A run that is continued to each step in turn, on as many ranks as stand beside it; all checkpoints are kept.
+
+    Each part begins with the batch that needs the most memory, which leaves no trace.
+    """
     (first, ranks), *others = PARTS
     overrides = (f"run.root={module_runs}", "run.name=parts", f"train.max_steps={first}", f"cluster.ranks_per_node={ranks}")
-    done = launch(*settings, *overrides, "checkpoint.keep_last=9")
+    done = launch(*settings, *overrides, "checkpoint.keep_last=9", "train.largest_batch_first=true")
     assert done.returncode == 0, done.stderr
     for step, ranks in others:
         done = launch("resume", str(module_runs / "parts"), f"train.max_steps={step}", f"cluster.ranks_per_node={ranks}")
         assert done.returncode == 0, done.stdout + done.stderr
     assert status(module_runs / "parts")["step"] == PARTS[-1][0]
+    events = (module_runs / "parts" / "events.jsonl").read_text()
+    assert events.count("the largest batch, ") == len(PARTS)
     return module_runs / "parts"
 
 

@@ -27,6 +27,11 @@ class TrainSection(Section):
         description="Trained tokens whose logits exist at one time. Unset: 1024; on GPUs as many as fit, 256 to 4096.",
     )
 
+    largest_batch_first: Flag | None = Field(
+        None,
+        description="Before the first step, run the batch that needs the most memory, without training on it. Unset: on GPUs.",
+    )
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
         if self.max_steps is None and self.epochs is None:

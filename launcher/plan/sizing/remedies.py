@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.plan.gpu_types import GPUS
+from launcher.plan.memory import num_hpz_ranks
 from launcher.plan.optimizers import OPTIMIZERS
-from launcher.plan.sizing.combinations import Considered, Situation, choose
+from launcher.plan.sizing.checkpointed_layers import ALL
+from launcher.plan.sizing.combinations import Combination, Considered, Situation, choose, evaluate
 
 _MOST_NODES = 64
 _SHORTEST_ROW = 1024
@@ -21,6 +24,35 @@ def nearest_fits(situation: Situation, usd_per_gpu_hour: float | None) -> list[s
     """Return overrides with which the run fits, each with its peak, predicted speed and cost: nodes, offload, rows, GPUs."""
     tried = (_more_nodes(situation), _offload(situation), _shorter_rows(situation), _larger_gpu(situation))
     return [_described(words, at, one, usd_per_gpu_hour) for words, at, one in filter(None, map(_first_fit, tried))]
+
+
+def memory_savings(situation: Situation, micro_batch_size: int, checkpointing: str) -> list[str]:
+    """Return settings that lower the peak of a run, each with the GiB per GPU that it saves by the plan; the largest first."""
+    config = situation.config
+    section = config.deepspeed
+    hpz_ranks = num_hpz_ranks(section, situation.topology.ranks_per_node)
+    base = Combination(
+        micro_batch_size, checkpointing, config.model.liger, hpz_ranks, section.offload_optimizer, section.offload_params
+    )
+    smaller = max((size for size in range(1, micro_batch_size) if micro_batch_size % size == 0), default=None)
+    changes: dict[str, dict[str, Any]] = {}
+    if smaller is not None:
+        changes[f"train.micro_batch_size={smaller}"] = {"micro_batch_size": smaller}
+    if checkpointing != ALL:
+        changes["model.activation_checkpointing=all"] = {"checkpointing": ALL}
+    if not base.liger:
+        changes["model.liger=true"] = {"liger": True}
+    if base.offload_optimizer == "none" and OPTIMIZERS[config.optim.name].can_offload:
+        changes["deepspeed.offload_optimizer=cpu"] = {"offload_optimizer": "cpu"}
+    chosen = evaluate(situation, base, is_allowed=True)
+    # The chunk that was chosen stays, and does not take what a change saves.
+    train = config.train.model_copy(update={"loss_chunk_tokens": chosen.chunk_tokens})
+    situation, peak_gib = replace(situation, config=_with(config, "train", train)), chosen.peak.tensors_gib
+    saved = {
+        words: peak_gib - evaluate(situation, replace(base, **change), is_allowed=True).peak.tensors_gib
+        for words, change in changes.items()
+    }
+    return [f"{words} (saves {gib:.1f} GiB)" for words, gib in sorted(saved.items(), key=lambda one: -one[1]) if gib >= 0.05]
 
 
 def _first_fit(tried: Iterator[tuple[str, Situation]]) -> tuple[str, Situation, Considered] | None:

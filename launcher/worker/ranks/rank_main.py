@@ -94,10 +94,12 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
     from launcher.distributed import RankInfo
     from launcher.evaluate.samples import report_answers
     from launcher.train.loop import train
+    from launcher.train.monitoring.largest_batch import explained_out_of_memory
 
     rank_info = RankInfo(env.rank, env.local_rank, env.world_size, attempt, env.restart)
     try:
-        outcome = train(plan, rank_info, stop, progress.beat, partial(write_outcome, run, attempt), report_answers)
+        with explained_out_of_memory(plan, lambda: bool(progress.step)):
+            outcome = train(plan, rank_info, stop, progress.beat, partial(write_outcome, run, attempt), report_answers)
     except WOULD_REPEAT as error:
         # After any other failure the agents restart the ranks.
         message = ": ".join(filter(None, (limits.cause_of(error, run.root), str(error))))

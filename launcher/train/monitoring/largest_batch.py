@@ -1,0 +1,152 @@
+"""The batch that needs the most memory, before the first step: a GPU then runs out of memory in the first minute or not at all.
+
+It runs forward and backward. Its gradients are dropped, no optimizer step follows, and generators of random numbers are restored,
+so training computes what it computes without it. DeepSpeed has allocated all states by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from launcher import json_records
+from launcher.data.cache import Split
+from launcher.data.loader import MicroBatch, micro_batch
+from launcher.distributed import RankInfo, rank0_broadcast
+from launcher.errors import OutOfMemory
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.planner import situation_of
+from launcher.plan.run_dir import RunDir
+from launcher.plan.sizing.remedies import memory_savings
+from launcher.tracking.tracker import Composite
+from launcher.train.objectives import Objective
+
+_GIB = 2**30
+# GiB of a GPU in other processes from which these are the reason, and not the run.
+_OF_OTHERS_GIB = 2.0
+# The share by which a part may be larger than planned before a message names it.
+_LARGER = 1.05
+
+
+@dataclass(frozen=True)
+class LargestBatchRecord:
+    """The plan and the device for which the largest batch has fitted."""
+
+    plan_digest: str
+    device: str
+
+
+def run_largest_batch(
+    run_dir: RunDir,
+    plan: LaunchPlan,
+    rank_info: RankInfo,
+    engine: Any,
+    objective: Objective,
+    split: Split,
+    device: torch.device,
+    tracker: Composite,
+) -> None:
+    """Run the micro-batch that needs the most memory, once for each plan and type of device. Collective.
+
+    Raises:
+        torch.OutOfMemoryError: where it does not fit.
+    """
+    setting = plan.config.train.largest_batch_first
+    if not (device.type == "cuda" if setting is None else setting):
+        return
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    record, file = LargestBatchRecord(plan.digest(), name), run_dir.largest_batch
+
+    def is_done() -> bool:
+        return file.is_file() and json_records.read(LargestBatchRecord, file) == record
+
+    if rank0_broadcast(rank_info, "the record of the largest batch cannot be read", is_done):
+        return
+    micro = choose_largest(split, plan.batch.micro_batch_size)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        loss = objective.sum_loss(engine, micro, device, 1.0).total
+        engine.backward(loss, scale_wrt_gas=False)
+    # The next backward pass overwrites the partitions of the gradients, instead of adding to them.
+    engine.optimizer.zero_grad()
+    del loss
+    peak = ""
+    if device.type == "cuda":
+        peak = f": {torch.cuda.max_memory_allocated(device) / _GIB:.1f} GiB at its peak"
+        # What its shapes have left in the allocator may not suit those that follow.
+        torch.cuda.empty_cache()
+    rank0_broadcast(rank_info, "the record of the largest batch cannot be written", lambda: json_records.write(file, record))
+    labels = int((micro.labels >= 0).sum())
+    tracker.event("info", f"the largest batch, {micro.input_ids.numel():,} tokens with {labels:,} trained, fits{peak}", 0)
+
+
+def choose_largest(split: Split, micro_batch_size: int) -> MicroBatch:
+    """Return the micro-batch of the rows with the most tokens and trained tokens; of equal ones, with the longest document."""
+    size = np.diff(split.rows) + split.row_labels
+    # The longest document decides among the largest rows alone: to look at those of all rows would take minutes.
+    most = np.argsort(size, kind="stable")[-64 * micro_batch_size :]
+    longest = np.array([int(np.diff(split.doc_offsets(row)).max(initial=0)) for row in most])
+    rows = most[np.lexsort((longest, size[most]))[-micro_batch_size:]]
+    return micro_batch(split, rows, pad_id=0)
+
+
+@contextmanager
+def explained_out_of_memory(plan: LaunchPlan, has_completed_step: Callable[[], bool]) -> Iterator[None]:
+    """Raise OutOfMemory where a GPU runs out of memory before any step is completed: another attempt would end in the same way.
+
+    Where other processes use the GPU, the exception stays: they may be gone, or another node may have none.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if has_completed_step() or _gib_of_others() > _OF_OTHERS_GIB:
+            raise
+        raise OutOfMemory(
+            describe_out_of_memory(plan, str(error), _allocated_gib()),
+            where=f"{plan.gpu_name or 'GPU'}, micro-batch {plan.batch.micro_batch_size}",
+            remedy=_remedy(plan),
+        ) from error
+
+
+def describe_out_of_memory(plan: LaunchPlan, reason: str, allocated_gib: float | None) -> str:
+    """Return what did not fit, with the planned parts; `allocated_gib` is the most that was allocated, None where unknown."""
+    first = reason.split(". ")[0].strip()
+    message = f"the GPU ran out of memory before the first step was completed: {first}"
+    peak = plan.peak
+    if peak is None:
+        return message
+    stage = peak.largest
+    message += (
+        f". Planned were {peak.tensors_gib:.1f} GiB of tensors: states {peak.states_gib:.1f}, activations "
+        f"{stage.activations_gib:.1f}, gathered weights {stage.gathered_gib:.1f}, all else "
+        f"{peak.tensors_gib - peak.states_gib - stage.activations_gib - stage.gathered_gib:.1f}"
+    )
+    if allocated_gib is None:
+        return message
+    part = "more than planned" if allocated_gib > _LARGER * peak.tensors_gib else "no more than planned"
+    return f"{message}; {allocated_gib:.1f} GiB were allocated, {part}"
+
+
+def _remedy(plan: LaunchPlan) -> str:
+    situation = situation_of(plan)
+    savings = memory_savings(situation, plan.batch.micro_batch_size, plan.activation_checkpointing)
+    return f"set one of {'; '.join(savings)}" if savings else "use more GPUs, or larger ones"
+
+
+def _allocated_gib() -> float | None:
+    return torch.cuda.max_memory_allocated() / _GIB if torch.cuda.is_available() else None
+
+
+def _gib_of_others() -> float:
+    """Return the GiB of this rank's GPU that are neither free nor this process's."""
+    if not torch.cuda.is_available():
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    # CUDA's context is this process's own, too, and takes about half a GiB.
+    return (total - free - torch.cuda.memory_reserved()) / _GIB

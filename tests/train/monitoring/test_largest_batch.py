@@ -1,0 +1,74 @@
+"""Which batch needs the most memory, and what an error says where a GPU runs out of it before the first step.
+
+tests/e2e/test_resume_exact.py has a run that begins with the largest batch and trains what a run without it trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from launcher.data.cache import Split
+from launcher.errors import WOULD_REPEAT, OutOfMemory
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.train.monitoring.largest_batch import choose_largest, explained_out_of_memory
+
+PlanOf = Callable[..., LaunchPlan]
+H100 = ("model=llama3_1_8b", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8", "train.global_batch_size=64")
+REASON = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.03 GiB is free."
+
+
+def split_of(rows: list[tuple[list[int], bool]]) -> Split:
+    """Return a split of rows; each has the lengths of its documents, and whether all of their tokens are trained."""
+    lengths = [length for documents, _ in rows for length in documents]
+    sizes = [sum(documents) for documents, _ in rows]
+    labels = [sum(length - 1 for length in documents) if trained else 0 for documents, trained in rows]
+    trained = np.repeat([trained for _, trained in rows], sizes).astype(np.uint8)
+    row_docs = np.cumsum([0, *(len(documents) for documents, _ in rows)])
+    offsets = np.cumsum([0, *lengths])
+    tokens = np.arange(sum(sizes), dtype=np.int32) % 7
+    return Split(
+        tokens=tokens,
+        trained=trained,
+        docs=offsets,
+        rows=offsets[row_docs],
+        row_labels=np.array(labels),
+        doc_source=np.zeros(len(lengths), np.uint8),
+        row_sources=np.array(sizes)[:, None],
+    )
+
+
+def test_the_largest_batch_has_the_most_tokens_and_labels_and_then_the_longest_document() -> None:
+    rows = [([4, 4], True), ([8], False), ([7, 1], True), ([5], True), ([3, 5], False)]
+    split = split_of(rows)
+    assert set(choose_largest(split, 1).row_ids) == {2}
+    assert set(choose_largest(split, 2).row_ids) == {0, 2}
+    assert choose_largest(split, 2).input_ids.shape == (2, 8)
+
+
+def test_out_of_memory_before_the_first_step_is_final_and_says_what_would_save_how_much(plan_of: PlanOf) -> None:
+    plan = plan_of(*H100, "train.micro_batch_size=2", "data.max_length=4096", "model.activation_checkpointing=every 2")
+    with pytest.raises(OutOfMemory) as raised, explained_out_of_memory(plan, lambda: False):
+        raise torch.OutOfMemoryError(REASON)
+    assert isinstance(raised.value, WOULD_REPEAT)
+    (problem,) = raised.value.problems
+    assert "before the first step was completed: CUDA out of memory" in problem.message
+    assert "Planned were " in problem.message
+    assert "micro-batch 2" in problem.where
+    for setting in (
+        "train.micro_batch_size=1",
+        "model.activation_checkpointing=all",
+        "model.liger=true",
+        "deepspeed.offload_optimizer=cpu",
+    ):
+        assert f"{setting} (saves " in problem.remedy
+    # Gradients and states in fp32 of 8 billion parameters on 8 ranks: 16 bytes each.
+    assert "deepspeed.offload_optimizer=cpu (saves 15.0 GiB)" in problem.remedy
+
+
+def test_out_of_memory_after_a_step_is_none_of_the_plans(plan_of: PlanOf) -> None:
+    with pytest.raises(torch.OutOfMemoryError), explained_out_of_memory(plan_of(*H100), lambda: True):
+        raise torch.OutOfMemoryError(REASON)
