@@ -232,7 +232,7 @@ class DeepSpeedSection(Section):
         None, description="Elements reduced at once. Unset: hidden size squared, at least 2^24."
     )
     prefetch_bucket_size: PositiveInt | None = Field(
-        None, description="Elements fetched ahead. Unset: 0.9 of hidden size squared, at least 2^24; none from NVMe."
+        None, description="Elements fetched ahead. Unset: those of a layer, at least 2^24; none from NVMe."
     )
     param_persistence_threshold: Count | None = Field(
         None, description="Weights with fewer elements are never partitioned. Unset: ten times the hidden size."

@@ -1,8 +1,8 @@
 """The ZeRO-3 JSON, sized to the model.
 
-Bucket sizes and the persistence threshold follow the rules that Hugging Face's integration uses for `auto`
-(hidden size squared, 0.9 of it, ten times the hidden size), with a floor that keeps small models from
-sending thousands of small messages.
+The bucket of gradients and the persistence threshold follow the rules that Hugging Face's integration uses for `auto` (hidden
+size squared, ten times the hidden size), with a floor that keeps small models from sending thousands of small messages. One layer
+is fetched ahead, and weights may stay until the next two and a half layers are there.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ from typing import Any
 from launcher.config.schema import DeepSpeedSection, ModelSection
 from launcher.config.sections.train import TrainSection
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
-from launcher.plan.memory import NVME_SUB_GROUP, max_parameter_elements, num_hpz_ranks, num_nvme_buffers
+from launcher.plan.memory import NVME_SUB_GROUP, layer_elements, max_parameter_elements, num_hpz_ranks, num_nvme_buffers
 from launcher.plan.optimizers import Optimizer
 
 # Elements below which a message costs more in latency than in transfer.
 _SMALLEST_BUCKET = 2**24
+# Weights that may be gathered at one time: DeepSpeed's default, or so many layers of a large model.
+_LIVE_ELEMENTS, _LIVE_LAYERS = 1_000_000_000, 2.5
+# Ranks from which gradients are summed in fp32: each addition in bf16 rounds to 8 bits.
+_WIDE_SUM_FROM_RANKS = 65
 # DeepSpeed's default of offload_optimizer.buffer_count, for optimizer states on NVMe.
 _DEFAULT_NVME_BUFFERS = 4
 # DeepSpeed prefetches a weight from NVMe twice if it is used twice in quick succession, as between forward and backward, and
@@ -39,19 +43,20 @@ def render(
 
     `nvme_folder` is the folder of this run on each node's NVMe disk, where it uses one: DeepSpeed names files by rank alone.
     """
-    hidden = facts.hidden_size
+    hidden, layer = facts.hidden_size, layer_elements(facts)
+    live = max(_LIVE_ELEMENTS, int(_LIVE_LAYERS * layer))
     zero: dict[str, Any] = {
         "stage": 3,
         "overlap_comm": True,
         "contiguous_gradients": True,
         "sub_group_size": NVME_SUB_GROUP if deepspeed.offload_optimizer == "nvme" else 1_000_000_000,
         "reduce_bucket_size": deepspeed.reduce_bucket_size or max(hidden * hidden, _SMALLEST_BUCKET),
-        "stage3_prefetch_bucket_size": deepspeed.prefetch_bucket_size or max(int(0.9 * hidden * hidden), _SMALLEST_BUCKET),
+        "stage3_prefetch_bucket_size": deepspeed.prefetch_bucket_size or max(layer, _SMALLEST_BUCKET),
         "stage3_param_persistence_threshold": (
             10 * hidden if deepspeed.param_persistence_threshold is None else deepspeed.param_persistence_threshold
         ),
-        "stage3_max_live_parameters": 1_000_000_000,
-        "stage3_max_reuse_distance": 1_000_000_000,
+        "stage3_max_live_parameters": live,
+        "stage3_max_reuse_distance": live,
         "stage3_gather_16bit_weights_on_model_save": False,
     }
     if deepspeed.offload_optimizer != "none":
@@ -84,6 +89,8 @@ def render(
         config["zero_allow_untested_optimizer"] = True
     if model.dtype != "fp32":
         config[model.dtype] = {"enabled": True}
+        if topology.world_size >= _WIDE_SUM_FROM_RANKS and not deepspeed.quantized_gradients:
+            config["communication_data_type"] = "fp32"
         if batch.accumulation > 1:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merged(config, deepspeed.extra)

@@ -31,6 +31,12 @@ def max_parameter_elements(facts: ModelFacts) -> int:
     return facts.hidden_size * max(facts.vocab_size, inside, facts.num_heads * facts.head_dim)
 
 
+def layer_elements(facts: ModelFacts) -> int:
+    """Return the elements of a decoder layer, on average where only some have experts."""
+    embeddings = facts.vocab_size * facts.hidden_size * (1 if facts.tie_word_embeddings else 2)
+    return max(1, (facts.num_params - embeddings) // max(1, facts.num_layers))
+
+
 def num_nvme_buffers(optimizer: Optimizer) -> int:
     """Buffers that DeepSpeed needs to step a sub-group that is on NVMe: weights, gradients and each state."""
     return 2 + len(optimizer.states)

@@ -38,7 +38,7 @@ from launcher.worker.mirror_process import MirrorProcess
 from launcher.worker.ranks import error_memory, heartbeat
 from launcher.worker.ranks.cache_folders import find_writable_caches
 from launcher.worker.ranks.error_memory import ErrorMemory
-from launcher.worker.ranks.rank_env import NodeInfo
+from launcher.worker.ranks.rank_env import NodeInfo, allocator_defaults
 from launcher.worker.ranks.rank_process import RankProcesses
 from launcher.worker.ranks.watchdog import Watchdog
 from launcher.worker.signals import CANCEL, PREEMPT
@@ -79,6 +79,7 @@ class NodeAgent:
         stopper = Stopper(plan.config.cluster.stop_grace_seconds, signals, ranks.send_signal).install()
         os.environ.update(find_writable_caches(os.environ))
         cores = len(os.sched_getaffinity(0))
+        os.environ.update(allocator_defaults(os.environ))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.topology.ranks_per_node)))
         if plan.config.cluster.fork_ranks:
             ranks.warm_up(plan_path, os.environ)

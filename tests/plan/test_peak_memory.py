@@ -71,14 +71,15 @@ def test_layers_that_recompute_hold_their_input_alone() -> None:
 def test_the_plan_takes_the_fastest_combination_that_fits(plan_of: PlanOf) -> None:
     planned = plan_of("model=llama3_1_8b", *H100)
     assert planned.peak is not None
-    assert (planned.batch.micro_batch_size, planned.checkpointing, planned.peak.largest.name) == (1, "none", "loss")
-    assert planned.peak.peak_gib == pytest.approx(50.8, abs=0.5)
+    # One row that recomputes nothing is as fast, but has fewer tokens than keep a GPU busy.
+    assert (planned.batch.micro_batch_size, planned.checkpointing, planned.peak.largest.name) == (2, "every 4", "loss")
+    assert planned.peak.peak_gib == pytest.approx(65.2, abs=0.5)
     assert not planned.peak.is_measured
     situation = situation_of(planned)
     chosen = choose(situation)
-    twice = evaluate(situation, replace(chosen.combination, micro_batch_size=2), is_allowed=True)
+    kept = evaluate(situation, replace(chosen.combination, checkpointing="none"), is_allowed=True)
     assert chosen.fits
-    assert twice.peak.peak_gib > PREFERRED_SHARE * 79.1
+    assert kept.peak.peak_gib > PREFERRED_SHARE * 79.1
     # Logits of more tokens at one time take memory that is there; on smaller GPUs fewer fit.
     assert planned.loss_chunk_tokens == 4096
     assert plan_of("model=llama3_1_8b", *H100, "train.loss_chunk_tokens=512").loss_chunk_tokens == 512
@@ -86,6 +87,9 @@ def test_the_plan_takes_the_fastest_combination_that_fits(plan_of: PlanOf) -> No
         plan_of("model=gemma3_1b", "cluster.gpu_type=RTX-4090-24GB", *H100[1:], "data.max_length=8192").loss_chunk_tokens == 1024
     )
     assert plan_of("model=tiny").loss_chunk_tokens == 1024
+    # Small models need more tokens: 1.4e14 / 6 / 0.6e9 = 39,000, of which batches of 8 rows a rank allow 32,768.
+    small = plan_of("model=qwen3_0_6b", *H100)
+    assert small.batch.micro_batch_size == 8
     # Longer rows leave no room for the activations of all layers.
     longer = plan_of("model=llama3_1_8b", *H100, "data.max_length=16384")
     assert longer.checkpointing in ("every 2", "all")

@@ -48,12 +48,25 @@ def test_the_plan_of_many_nodes_as_text_matches_its_golden_file(plan_of: Callabl
 def test_sizes_follow_the_model_and_can_be_set(plan_of: Callable[..., LaunchPlan]) -> None:
     zero = plan_of("model=llama3_3_70b", "deepspeed.offload_optimizer=cpu", device=GPUS).deepspeed["zero_optimization"]
     assert zero["reduce_bucket_size"] == 8192 * 8192
-    assert zero["stage3_prefetch_bucket_size"] == int(0.9 * 8192 * 8192)
     assert zero["stage3_param_persistence_threshold"] == 81920
     own = plan_of("deepspeed.reduce_bucket_size=7", "deepspeed.prefetch_bucket_size=8", "deepspeed.param_persistence_threshold=0")
     zero = own.deepspeed["zero_optimization"]
     assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"]) == (7, 8)
     assert zero["stage3_param_persistence_threshold"] == 0
+
+
+def test_large_models_and_many_ranks_fetch_by_layers_and_sum_in_fp32(plan_of: Callable[..., LaunchPlan]) -> None:
+    settings = ("model=llama3_3_70b", "model.dtype=bf16", "train.global_batch_size=128", "train.micro_batch_size=1")
+    many = plan_of(*settings, "cluster.nodes=16", device=GPUS)
+    zero = many.deepspeed["zero_optimization"]
+    layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192
+    assert zero["stage3_prefetch_bucket_size"] == pytest.approx(layer, rel=1e-3)
+    assert zero["stage3_max_live_parameters"] == zero["stage3_max_reuse_distance"] == pytest.approx(2.5 * layer, rel=1e-3)
+    assert many.deepspeed["communication_data_type"] == "fp32"
+    assert "communication_data_type" not in plan_of(*settings, "cluster.nodes=8", device=GPUS).deepspeed
+    # Buckets are in the type of the sum.
+    assert many.peak is not None
+    assert many.peak.buckets_gib == pytest.approx(4 * 8192 * 8192 / 2**30, rel=1e-3)
 
 
 def test_a_buffer_for_weights_on_nvme_holds_a_ranks_part_of_the_largest(plan_of: Callable[..., LaunchPlan]) -> None:

@@ -28,6 +28,8 @@ _AS_FAST = 0.98
 # Most tokens of one forward pass that are tried: above, a step takes no less time.
 _MOST_TOKENS = 32_768
 _CHECKPOINTING = (NONE, "every 4", "every 3", "every 2", ALL)
+# Tokens of a forward pass, or arithmetic of a forward and backward pass, from which a GPU does not wait for Python.
+_BUSY_TOKENS, _MOST_BUSY_TOKENS, _BUSY_FLOPS = 8192, 131_072, 1.4e14
 # Tokens of a chunk of logits that are tried.
 _CHUNK_TOKENS = (4096, 2048, 1024, 512, 256)
 _WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -132,7 +134,9 @@ def choose(situation: Situation) -> Considered:
         return min(fitting, key=_preference)
     fastest = max(one.tokens_per_sec or 0.0 for one in fitting)
     as_fast = [one for one in fitting if (one.tokens_per_sec or 0.0) >= _AS_FAST * fastest]
-    return min(as_fast, key=lambda one: one.peak.peak_gib)
+    # Of those as fast, the ones nearest to the tokens that keep a GPU busy: hooks and launches may take longer than assumed.
+    target, row = _busy_tokens(situation.model.num_params), config.data.max_length
+    return min(as_fast, key=lambda one: (max(0, target - one.batch.micro_batch_size * row), one.peak.peak_gib))
 
 
 def considered(situation: Situation) -> list[Considered]:
@@ -168,7 +172,7 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
     train = config.train.model_copy(update={"micro_batch_size": combination.micro_batch_size})
     split = batches.split(train, config.data, topology.world_size, topology.device, situation.data)
     optimizer, dtype = OPTIMIZERS[config.optim.name], config.model.dtype
-    zero = deepspeed_json.render(deepspeed, config.model, train, split, topology, model, optimizer, "")["zero_optimization"]
+    rendered = deepspeed_json.render(deepspeed, config.model, train, split, topology, model, optimizer, "")
     states = memory.estimate_model_states(
         model.num_params, dtype, split.accumulation, optimizer, deepspeed, topology, situation.device_gib
     )
@@ -184,10 +188,11 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
         split.micro_batch_size * config.data.max_length, kernels, recomputed, train.loss_chunk_tokens or LOSS_CHUNK_TOKENS
     )
     sharding = Sharding(
-        zero,
+        rendered["zero_optimization"],
         topology.world_size,
         round(states.per_rank_gib * memory.GIB),
         4 if split.accumulation > 1 else kernels.width,
+        _WIDTHS.get(rendered.get("communication_data_type"), kernels.width),
         deepspeed.offload_optimizer == "none",
     )
     gpu = (situation.gpu or GpuType(0, 0, 0, 0, "")) if topology.device == "cuda" else None
@@ -221,10 +226,15 @@ def _allowed(situation: Situation, base: Combination) -> Iterator[Combination]:
     config, per_rank = situation.config, situation.config.train.global_batch_size // situation.topology.world_size
     sizes = [base.micro_batch_size]
     if config.train.micro_batch_size is None:
-        most = max(1, _MOST_TOKENS // config.data.max_length)
+        most = max(1, max(_MOST_TOKENS, _busy_tokens(situation.model.num_params)) // config.data.max_length)
         sizes = [size for size in batches.divisors(per_rank) if size <= most]
     layers = _CHECKPOINTING if config.model.activation_checkpointing == AUTO else (base.checkpointing,)
     yield from (replace(base, micro_batch_size=size, checkpointing=one) for size in sizes for one in layers)
+
+
+def _busy_tokens(num_params: int) -> int:
+    """Return the tokens of a forward pass that keep a GPU busy between DeepSpeed's hooks: more for small models."""
+    return min(_MOST_BUSY_TOKENS, max(_BUSY_TOKENS, round(_BUSY_FLOPS / (6 * max(1, num_params)))))
 
 
 def _usual_checkpointing(situation: Situation) -> str:

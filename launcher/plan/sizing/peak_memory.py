@@ -53,13 +53,15 @@ class Pass:
 class Sharding:
     """What decides the memory of weights and gradients: DeepSpeed's section zero_optimization, ranks, and where states are.
 
-    `states_bytes` are the model states of a rank on its device, `gradient_width` the bytes of an accumulated gradient.
+    `states_bytes` are the model states of a rank on its device, `gradient_width` the bytes of an accumulated gradient,
+    `reduced_width` those of one on its way to other ranks.
     """
 
     zero: Mapping[str, Any]
     world_size: int
     states_bytes: int
     gradient_width: int
+    reduced_width: int
     optimizer_on_device: bool = True
 
 
@@ -130,6 +132,8 @@ def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: Gp
     in_backward = width * min(model.num_params, max(ahead, weight) + weight + held)
     # A gradient waits for the next one before it is reduced; partitions of it are converted to the type of accumulation.
     pending = (2 * width + sharding.gradient_width / sharding.world_size) * weight
+    # A weight's gradient is copied where ranks sum in a wider type.
+    pending += sharding.reduced_width * weight if sharding.reduced_width != width else 0
     head_gradient = width * head
     # The gradient of a tied head waits for that of the embedding.
     if model.tie_word_embeddings:
@@ -145,7 +149,7 @@ def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: Gp
         _stage("backward", activations.saved, in_backward, pending, activations.backward - activations.saved),
         _stage("optimizer step", 0, 0, 0, copies * sub_group if sharding.optimizer_on_device else 0),
     )
-    buckets = width * zero["reduce_bucket_size"]
+    buckets = sharding.reduced_width * zero["reduce_bucket_size"]
     tensors = (sharding.states_bytes + buckets) / GIB + max(stage.total_gib for stage in stages)
     runtime, fragmentation = 0.0, 1.0
     if gpu is not None:

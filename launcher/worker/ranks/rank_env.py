@@ -16,6 +16,16 @@ from setproctitle import setproctitle, setthreadtitle
 from launcher.errors import RunError
 
 _TITLE = re.compile(r"launcher rank (\d+): (.+) (\d+)")
+# Segments of memory that grow: without them, packed rows of many lengths leave gaps in a GPU's memory that nothing fits into.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# The name that torch also reads.
+_FORMER_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+
+
+def allocator_defaults(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of torch's allocator on GPUs, empty where the user has set them."""
+    name, value = _ALLOCATOR
+    return {} if name in environ or _FORMER_ALLOCATOR in environ else {name: value}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
 from launcher.worker.ranks import error_memory, heartbeat
 from launcher.worker.ranks.cache_folders import find_writable_caches
 from launcher.worker.ranks.error_memory import ErrorMemory
+from launcher.worker.ranks.rank_env import allocator_defaults
 from launcher.worker.ranks.rank_process import RankProcess, RankProcesses
 from launcher.worker.ray import node_checks
 from launcher.worker.ray.checkpoint_reports import Reporter
@@ -385,6 +386,7 @@ def _node_environment(plan: LaunchPlan, from_driver: Mapping[str, str]) -> dict[
     """Return the variables that are the same for all ranks of this node, including those from the driver."""
     cores = len(os.sched_getaffinity(0))
     return {
+        **allocator_defaults({**os.environ, **from_driver}),
         **os.environ,
         **from_driver,
         **find_writable_caches({**os.environ, **from_driver}),
