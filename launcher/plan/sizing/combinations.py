@@ -192,7 +192,7 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
         topology.world_size,
         round(states.per_rank_gib * memory.GIB),
         4 if split.accumulation > 1 else kernels.width,
-        _WIDTHS.get(rendered.get("communication_data_type"), kernels.width),
+        _WIDTHS.get(rendered.get("communication_data_type", dtype), kernels.width),
         deepspeed.offload_optimizer == "none",
     )
     gpu = (situation.gpu or GpuType(0, 0, 0, 0, "")) if topology.device == "cuda" else None
