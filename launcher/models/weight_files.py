@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,11 @@ _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I1
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor of a file: its safetensors dtype and its shape."""
+    """One tensor of a file: its safetensors dtype, its shape, and its first byte in the file."""
 
     dtype: str
     shape: tuple[int, ...]
+    offset: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,10 @@ def _parse_header(file: Path, num_bytes: int, _mtime_ns: int) -> tuple[Mapping[s
     try:
         entries = json.loads(raw)
         entries.pop("__metadata__", None)
-        tensors = {name: TensorHeader(entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+        tensors = {
+            name: TensorHeader(entry["dtype"], tuple(entry["shape"]), 8 + length + int(entry["data_offsets"][0]))
+            for name, entry in entries.items()
+        }
         ends = {name: int(entry["data_offsets"][1]) for name, entry in entries.items()}
         misshapen = [name for name, entry in entries.items() if not _fits(tensors[name], *entry["data_offsets"])]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:

@@ -1,7 +1,7 @@
 """The model under ZeRO-3: built partitioned, with a head that returns the loss.
 
-Under an HfDeepSpeedConfig, Hugging Face's `from_pretrained` partitions each weight while it loads; so no rank ever holds the
-whole model.
+Under an HfDeepSpeedConfig, each rank reads its own part of the weights where the files hold them under the model's names. Where
+they do not, Hugging Face's `from_pretrained` partitions each weight while rank 0 loads it. So no rank ever holds the whole model.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from launcher import atomic_files
+from launcher.checkpoint.initial_weights import StoredTensor, can_fill, fill
 from launcher.config.schema import ModelSection
 from launcher.data.loader import IGNORED, find_boundaries
 from launcher.errors import ConfigError
 from launcher.models.private_code import folder_to_load
-from launcher.models.weight_files import WeightReport
+from launcher.models.weight_files import WeightReport, read_header, weight_files
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.sizing.checkpointed_layers import NONE, checkpointed_layers, interval
 from launcher.tracking.progress import MakeProgress, silent
@@ -164,8 +165,10 @@ def build_model(
     if hf is None and folder is not None and facts.path is not None and model.init == "pretrained" and facts.has_weights:
         pickled = {} if model.allow_pickled_weights else {"use_safetensors": True}
         advance = make_progress("loading the weights", facts.num_params * options["dtype"].itemsize)
-        with _counted_loading(advance):
-            hf = _load_pretrained(folder, facts.path, model, **options, **remote, **pickled)
+        hf = _load_own_parts(Path(facts.path), config, advance, **options, **remote)
+        if hf is None:
+            with _counted_loading(advance):
+                hf = _load_pretrained(folder, facts.path, model, **options, **remote, **pickled)
     elif hf is None:
         hf = AutoModelForCausalLM.from_config(config, **options, **remote)
     _replace_head(hf, chunk_tokens)
@@ -239,6 +242,24 @@ def _counted_loading(on_load: Callable[[int], None]) -> Iterator[None]:
         yield
     finally:
         nn.Module._load_from_state_dict = fill
+
+
+def _load_own_parts(folder: Path, config: Any, on_fill: Callable[[int], None], **options: Any) -> Any:
+    """Load a partitioned model of which each rank reads its own part; None without ZeRO-3, or where the files prevent it."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    files = weight_files(folder, with_pickled=False)
+    is_converted = get_checkpoint_conversion_mapping(config.model_type) or getattr(config, "quantization_config", None)
+    if not is_deepspeed_zero3_enabled() or not files or is_converted:
+        return None
+    headers = ((file, name, tensor) for file in files if file.is_file() for name, tensor in read_header(file).items())
+    stored = {name: StoredTensor(file, tensor.dtype, tensor.shape, tensor.offset) for file, name, tensor in headers}
+    hf = _build_empty(config, **options)
+    if hf is None or not can_fill(hf, stored):
+        return None
+    fill(hf, stored, on_fill)
+    return hf
 
 
 def _load_pretrained(folder: Path, path: str, model: ModelSection, **options: Any) -> Any:

@@ -43,13 +43,27 @@ def test_ranks_under_zero3_refuse_weights_that_do_not_cover_the_model(rank_serve
     (first, loaded), (second, not_counted) = rank_server.values(
         "train_ranks:build_models", [[cases], [cases]], tmp_path / "ranks"
     )
-    assert loaded[0] == num_bytes(complete)
-    assert not any(not_counted), "only rank 0 reads them"
+    assert loaded[0] == not_counted[0] == num_bytes(complete)
+    assert not any(not_counted[1:]), "only rank 0 reads what is stored under other names, or lacks something"
     for said in (first, second):
         assert said[:3] == [None, None, "model.path: the weight files lack 1 tensor of the model: model.norm.weight"]
         assert "Failed to apply weight conversion for 'model.layers.1.mlp.experts.gate_up_proj'" in str(said[3])
     # Only rank 0 compares shapes; its failure ends the run.
     assert "the weight files do not fit the model: size mismatch for model.norm.weight" in str(first[4])
+
+
+@pytest.mark.rest
+def test_each_rank_reads_its_own_part_of_the_weights_alone(rank_server: RankServer, tmp_path: Path) -> None:
+    """From files in two types, one of them in shards; the model has the weights that transformers loads."""
+    for dtype, stored, saving in (("fp32", torch.float32, {}), ("fp32", torch.bfloat16, {"max_shard_size": "4KB"})):
+        folder = save_model(tmp_path / str(stored), {"model_type": "llama", "dtype": stored}, **saving)
+        files = [load_file(file) for file in folder.glob("*.safetensors")]
+        assert (len(files) > 1) == bool(saving)
+        size = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
+        results = rank_server.values("train_ranks:read_own_parts", [[str(folder), dtype]] * 2, tmp_path / f"ranks-{stored}")
+        assert [differing for _, _, differing in results] == [[], []]
+        assert sum(num for num, _, _ in results) == size
+        assert all(abs(num - size / 2) < 16 and largest <= size / 4 for num, largest, _ in results)
 
 
 def num_bytes(folder: Path) -> int:

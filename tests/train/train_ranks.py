@@ -13,6 +13,7 @@ import deepspeed
 import torch._dynamo  # a lazy import of it inside zero.Init fails
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -28,7 +29,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.train.engine import build_engine, import_muon
 from launcher.train.isolation import require_isolation
 from launcher.train.jit_build_lock import lock_builds
-from launcher.train.model import build_model
+from launcher.train.model import DTYPES, build_model
 from launcher.train.monitoring import bandwidth
 from launcher.train.monitoring.rank_timing import LayerTimer, OptimizerTimer, representative_layer
 from launcher.train.resume import agree_on_start_point, load_newest_intact
@@ -73,6 +74,33 @@ def build_models(cases: list[tuple[str, bool]]) -> tuple[list[str | None], list[
             refusals.append(None)
     del partitioned
     return refusals, loaded
+
+
+def read_own_parts(folder: str, dtype: str) -> tuple[int, int, list[str]]:
+    """Load a model under ZeRO-3; return the bytes that this rank has read, the largest read, and the parameters that differ."""
+    meet()
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    settings = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    partitioned = HfDeepSpeedConfig(settings)
+    read: list[int] = []
+    preadv = os.preadv
+
+    def count(*arguments: Any) -> int:
+        read.append(preadv(*arguments))
+        return read[-1]
+
+    os.preadv = count  # type: ignore[assignment]
+    facts = model_facts(json.loads((Path(folder) / "config.json").read_text()), folder, folder, None)
+    model = build_model(ModelSection(path=folder, dtype=dtype), facts, "cpu", 64)
+    os.preadv = preadv  # type: ignore[assignment]
+    del partitioned
+    expected = {name: one for file in Path(folder).glob("*.safetensors") for name, one in load_file(file).items()}
+    differing = []
+    for name, parameter in model.parameters_by_name().items():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if not torch.equal(parameter.data, expected[name].to(DTYPES[dtype])):
+                differing.append(name)
+    return sum(read), max(read), differing
 
 
 def begin(cases: list[tuple[str, int, bool]]) -> list[Any]:
