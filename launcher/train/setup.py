@@ -82,7 +82,7 @@ def report_ranks(run: RunContext) -> None:
         tracker.event("alert", failure.message, recorded=failure.is_recorded)
     if world_size > 1:
         gb_per_s = bandwidth.measure_bus_bandwidth(run.device)
-        warning = bandwidth.bandwidth_warning(run.plan.topology, gb_per_s)
+        warning = bandwidth.bandwidth_warning(run.plan, gb_per_s)
         message = f"all-reduce over {world_size} ranks: {gb_per_s:.2f} GB/s{warning}"
         tracker.event("alert" if warning else "info", message, 0, gb_per_s=gb_per_s)
 

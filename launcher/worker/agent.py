@@ -38,6 +38,7 @@ from launcher.worker.mirror_process import MirrorProcess
 from launcher.worker.ranks import error_memory, heartbeat
 from launcher.worker.ranks.cache_folders import find_writable_caches
 from launcher.worker.ranks.error_memory import ErrorMemory
+from launcher.worker.ranks.flight_recorder import FlightRecorder
 from launcher.worker.ranks.rank_env import NodeInfo, allocator_defaults
 from launcher.worker.ranks.rank_process import RankProcesses
 from launcher.worker.ranks.watchdog import Watchdog
@@ -122,8 +123,10 @@ class NodeAgent:
         errors = ErrorMemory(topology.ranks_per_node)
         os.environ |= {heartbeat.VARIABLE: str(heartbeats.path), error_memory.VARIABLE: str(errors.path)}
         shared = store if len(node.hosts) > 1 else None
+        recorder = FlightRecorder(self.run.attempt(self.attempt) / "nccl", topology.device == "cuda")
+        recorder.set_variables(os.environ)
         limits = cluster.stall_seconds, cluster.timeout_minutes * 60
-        watchdog = Watchdog(heartbeats, *limits, failures.add_stall, shared).start()
+        watchdog = Watchdog(heartbeats, *limits, failures.add_stall, shared, recorder.request).start()
         try:
             succeeded = elastic.run_ranks(
                 partial(self.ranks.start, self.plan_path, self.attempt),
@@ -142,6 +145,7 @@ class NodeAgent:
             watchdog.stop()
             heartbeats.close()
             errors.close()
+            recorder.close(os.environ)
             self._remove_offloaded_states()
 
     def _remove_offloaded_states(self) -> None:

@@ -8,17 +8,22 @@ import time
 import torch
 import torch.distributed as dist
 
-from launcher.plan.launch_plan import Topology
+from launcher.plan.gpu_types import lookup
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.sizing.step_time import GEMM_SHARE
 
-# The speed of Ethernet with TCP: gathering the weights of a layer would take longer than computing it.
+# The speed of Ethernet with TCP, too slow for every model: what counts where the GPUs' type is unknown.
 _SLOW_GB_PER_S = 5.0
+# For each parameter, ZeRO-3 moves 6 bytes in a micro-batch and computes 8 FLOPs per token, with recomputed layers.
+_BYTES_PER_FLOP = 6 / 8
 # With more ranks, latency dominates an all-reduce of this size on any network.
-_MOST_RANKS = 256
-_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
+_MOST_RANKS = 1024
+# On GPUs as much as saturates fast networks.
+_BYTES = {"cuda": 256 << 20, "cpu": 1 << 20}
 
 
 def measure_bus_bandwidth(device: torch.device, repeats: int = 3) -> float:
-    """Return the bus bandwidth in GB/s (10^9 bytes) of an all-reduce over all ranks: 64 MiB on GPUs, 1 MiB on CPUs.
+    """Return the bus bandwidth in GB/s (10^9 bytes) of an all-reduce over all ranks: 256 MiB on GPUs, 1 MiB on CPUs.
 
     Collective; all ranks return the same number: that of the slowest rank's median of `repeats`, after a warm-up. The process
     group's timeout is the deadline.
@@ -34,13 +39,29 @@ def measure_bus_bandwidth(device: torch.device, repeats: int = 3) -> float:
     return buffer.nbytes / seconds.item() * 2 * (num_ranks - 1) / num_ranks / 1e9
 
 
-def bandwidth_warning(topology: Topology, gb_per_s: float) -> str:
-    """Return advice to append to the measurement if GPUs of several nodes seem to use a slow network; empty otherwise."""
-    if topology.device != "cuda" or topology.nodes == 1 or topology.world_size > _MOST_RANKS or gb_per_s >= _SLOW_GB_PER_S:
+def needed_gb_per_s(plan: LaunchPlan) -> float:
+    """Return the bus bandwidth at which a micro-batch's communication takes as long as its arithmetic: 0.75 F / T in bf16.
+
+    F are the FLOP/s that a GPU reaches, T the tokens of a forward pass.
+    """
+    gpu, tokens = lookup(plan.gpu_name), plan.batch.micro_batch_size * plan.config.data.max_length
+    if gpu is None:
+        return _SLOW_GB_PER_S
+    width_in_bf16 = 2 if plan.config.model.dtype == "fp32" else 1
+    flops = GEMM_SHARE * (gpu.peak_tflops("tf32" if width_in_bf16 == 2 else "bf16") or gpu.bf16) * 1e12
+    return max(_SLOW_GB_PER_S, width_in_bf16 * _BYTES_PER_FLOP * flops / tokens / 1e9)
+
+
+def bandwidth_warning(plan: LaunchPlan, gb_per_s: float) -> str:
+    """Return advice to append to the measurement if GPUs of several nodes will wait for their network; empty otherwise."""
+    topology, needed = plan.topology, needed_gb_per_s(plan)
+    if topology.device != "cuda" or topology.nodes == 1 or topology.world_size > _MOST_RANKS or gb_per_s >= needed:
         return ""
+    tokens = plan.batch.micro_batch_size * plan.config.data.max_length
     return (
-        f", below {_SLOW_GB_PER_S:g} GB/s: training will wait for the network; set NCCL_DEBUG=INFO to see which one NCCL chose, "
-        "and check that the container sees InfiniBand or RoCE"
+        f", below the {needed:.0f} GB/s that {tokens:,} tokens of a forward pass need: training will wait for the network; set "
+        "NCCL_DEBUG=INFO to see which one NCCL chose, check that the container sees InfiniBand or RoCE, or raise "
+        "train.micro_batch_size"
     )
 
 

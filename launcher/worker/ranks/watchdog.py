@@ -139,7 +139,7 @@ def stalled_in_loading(
 class Watchdog:
     """Watches the ranks in `table` that are children of this process; calls `on_stall` with a message on those that it killed.
 
-    `stall_s` 0 watches nothing. For `rare_s` see StallLimits. `store` is that of all nodes of the run; None where there is one.
+    `on_silence` is called with each rank that has its stacks dumped. `stall_s` 0 watches nothing. For `rare_s` see StallLimits. `store` is that of all nodes of the run; None where there is one.
     """
 
     def __init__(
@@ -149,8 +149,10 @@ class Watchdog:
         rare_s: float,
         on_stall: Callable[[str], None],
         store: Store | None = None,
+        on_silence: Callable[[int], None] = lambda rank: None,
     ) -> None:
         self._table = table
+        self._on_silence = on_silence
         self._store = store
         self._shared: SharedProgress | None = None
         self._progressed_at = -math.inf
@@ -201,6 +203,7 @@ class Watchdog:
         for r in verdict.stalled:
             if beats[r].pid in fresh:
                 _send(ranks[r], signal.SIGQUIT)
+                self._on_silence(beats[r].rank)
         # The dump has time until the next look, and the rank a last chance to progress.
         if not verdict.kill or any(beats[r].pid in fresh for r in verdict.kill):
             return

@@ -11,9 +11,10 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
 from launcher.worker.ranks import error_memory, heartbeat
 from launcher.worker.ranks.cache_folders import find_writable_caches
 from launcher.worker.ranks.error_memory import ErrorMemory
+from launcher.worker.ranks.flight_recorder import FlightRecorder
 from launcher.worker.ranks.rank_env import allocator_defaults
 from launcher.worker.ranks.rank_process import RankProcess, RankProcesses
 from launcher.worker.ray import node_checks
@@ -252,14 +254,19 @@ class _Worker:
         record_limits(run, attempt, assignment.rank)
         limits = LimitEvents.read()
         mirror = self._start_mirror(plan, orders, run)
-        rank = self._start_rank(orders, self._rank_environment(plan, orders, error_file, table, errors))
+        environment = self._rank_environment(plan, orders, error_file, table, errors)
+        recorder = FlightRecorder(run.attempt(attempt) / "nccl", plan.topology.device == "cuda")
+        recorder.set_variables(environment)
+        rank = self._start_rank(orders, environment)
         try:
-            watched = self._watch(rank, Observer(table, self.local_rank, plan.config.cluster.stall_seconds))
+            observer = Observer(table, self.local_rank, plan.config.cluster.stall_seconds)
+            watched = self._watch(rank, observer, partial(recorder.request, assignment.rank))
         finally:
             if rank.poll() is None:
                 rank.kill()
                 rank.wait()
             table.close()
+            recorder.close(environment)
         error = ErrorRecord.read(error_file) or errors.read(self.local_rank, rank.pid)
         errors.close()
         watched.limit = LimitEvents.read().cause_since(limits)
@@ -307,13 +314,14 @@ class _Worker:
         self.ranks.close()
         return rank
 
-    def _watch(self, rank: RankProcess, observer: Observer) -> _Watched:
+    def _watch(self, rank: RankProcess, observer: Observer, on_silence: Callable[[], None]) -> _Watched:
         """Send heartbeats until the rank has ended, and pass the coordinator's signals on to it."""
         watched = _Watched()
         while rank.poll() is None:
             reply = self._beat(None, observer.sign(rank.pid))
             if reply.dump_stacks:
                 rank.send_signal(signal.SIGQUIT)
+                on_silence()
             if reply.hang is not None and not watched.stalls:
                 watched.stalls.append(reply.hang)
                 rank.kill()

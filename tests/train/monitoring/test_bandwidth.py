@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from forked_ranks import RankServer
 
-from launcher.plan.launch_plan import Topology
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.monitoring import bandwidth
 
 
@@ -20,11 +21,23 @@ def test_two_ranks_measure_the_same_bandwidth(rank_server: RankServer, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "device", "gb_per_s", "warns"),
-    [(2, "cuda", 1.1, True), (2, "cuda", 40.0, False), (1, "cuda", 1.1, False), (2, "cpu", 0.1, False), (64, "cuda", 4.0, False)],
+    ("nodes", "gpu", "rows", "gb_per_s", "warns"),
+    [
+        (2, "H100-80GB", 2, 30.0, True),
+        (2, "H100-80GB", 2, 45.0, False),
+        (2, "H100-80GB", 1, 45.0, True),
+        (1, "H100-80GB", 2, 1.1, False),
+        (2, None, 2, 0.1, False),
+    ],
 )
-def test_a_slow_network_between_gpu_nodes_is_a_warning(nodes: int, device: str, gb_per_s: float, warns: bool) -> None:
-    topology = Topology(nodes=nodes, ranks_per_node=8, world_size=8 * nodes, device=device, backend="nccl")
-    warning = bandwidth.bandwidth_warning(topology, gb_per_s)
+def test_a_network_that_is_slower_than_the_model_needs_is_a_warning(
+    plan_of: Callable[..., LaunchPlan], nodes: int, gpu: str | None, rows: int, gb_per_s: float, warns: bool
+) -> None:
+    """0.75 x 0.48 x 989e12 FLOP/s / 8192 tokens: 43 GB/s."""
+    on_gpus = () if gpu is None else (f"cluster.gpu_type={gpu}",)
+    sizes = ("data.max_length=4096", "train.global_batch_size=64", f"train.micro_batch_size={rows}", "model.dtype=bf16")
+    plan = plan_of("model=llama3_1_8b", *on_gpus, *sizes, f"cluster.nodes={nodes}", "cluster.ranks_per_node=8")
+    warning = bandwidth.bandwidth_warning(plan, gb_per_s)
     assert ("NCCL_DEBUG=INFO" in warning) == warns
     assert bool(warning) == warns
+    assert bandwidth.needed_gb_per_s(plan) == pytest.approx(5.0 if gpu is None else 43.46 * 2 / rows, rel=0.01)

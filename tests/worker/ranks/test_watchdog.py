@@ -267,10 +267,16 @@ def exit_code(process: multiprocessing.process.BaseProcess, within_s: float = 5)
 
 
 @pytest.fixture
-def reports(table: HeartbeatTable) -> Iterator[list[str]]:
+def asked() -> list[int]:
+    """The ranks that were asked for what NCCL has recorded."""
+    return []
+
+
+@pytest.fixture
+def reports(table: HeartbeatTable, asked: list[int]) -> Iterator[list[str]]:
     """What the watchdog of this test's table has reported."""
     reports: list[str] = []
-    watchdog = Watchdog(table, STALL_S, 1800, reports.append).start()
+    watchdog = Watchdog(table, STALL_S, 1800, reports.append, on_silence=asked.append).start()
     yield reports
     watchdog.stop()
 
@@ -283,7 +289,9 @@ def wait_for_report(reports: list[str], deadline_s: float = 20) -> str:
     return reports[0]
 
 
-def test_a_stopped_rank_is_killed_and_the_others_only_dump_their_stacks(start: Start, reports: list[str], tmp_path: Path) -> None:
+def test_a_stopped_rank_is_killed_and_the_others_only_dump_their_stacks(
+    start: Start, reports: list[str], asked: list[int], tmp_path: Path
+) -> None:
     waiting, stopped = start("waits", "stopped")
     report = wait_for_report(reports)
     assert report.startswith(f"rank 11 (pid {stopped.pid}) is stopped by a signal (SIGSTOP): no progress for ")
@@ -293,6 +301,7 @@ def test_a_stopped_rank_is_killed_and_the_others_only_dump_their_stacks(start: S
     assert waiting.is_alive(), "elastic ends it"
     assert len(reports) == 1
     assert "waits_for_the_others" in (tmp_path / "0.log").read_text()
+    assert {10, 11} == set(asked)
 
 
 def test_a_rank_that_is_stopped_while_it_loads_is_killed(start: Start, reports: list[str]) -> None:
