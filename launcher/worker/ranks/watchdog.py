@@ -139,7 +139,8 @@ def stalled_in_loading(
 class Watchdog:
     """Watches the ranks in `table` that are children of this process; calls `on_stall` with a message on those that it killed.
 
-    `on_silence` is called with each rank that has its stacks dumped. `stall_s` 0 watches nothing. For `rare_s` see StallLimits. `store` is that of all nodes of the run; None where there is one.
+    `on_silence` is called with each rank that has its stacks dumped. `stall_s` 0 watches nothing. For `rare_s` see StallLimits.
+    `store` is that of all nodes of the run; None where there is one.
     """
 
     def __init__(
