@@ -11,7 +11,7 @@ from launcher import json_records
 from launcher.evaluate.task import EvaluatedExport, EvaluationFolder
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.verdicts import digest_checkpoint
-from launcher.worker.evaluation.prepare import _tuned
+from launcher.worker.evaluation.weights import export_tuned
 
 
 def test_an_interrupted_evaluation_exports_nothing_again(tmp_path: Path) -> None:
@@ -23,12 +23,12 @@ def test_an_interrupted_evaluation_exports_nothing_again(tmp_path: Path) -> None
     checkpoint = hand_made.checkpoint(run, 3, 1.0, attempt=1)
     made = EvaluatedExport(digest_checkpoint(run, 3), plan.config.model.dtype, "known")
     json_records.write(folder.weights_record, made)
-    weights = _tuned(plan, run, folder, 3)
+    weights = export_tuned(plan, run, folder, 3)
     assert (weights.folder, weights.digest) == (str(folder.weights), "known")
     assert weights.stop_ids == (2,)
     manifest = checkpoint / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"d"', '"e"'))
     # There is no plan.json from which this run could be exported.
     with pytest.raises(FileNotFoundError, match=r"plan\.json"):
-        _tuned(plan, run, folder, 3)
+        export_tuned(plan, run, folder, 3)
     assert not folder.weights_record.exists()
