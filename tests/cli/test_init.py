@@ -90,7 +90,7 @@ def test_a_model_that_is_not_at_hand_is_assumed_and_what_was_typed_stays(typed: 
         *("init", "--data", "chats.jsonl", "--model", "qwen3_8b", "--out", "big.yaml", "train.epochs=1", *GPUS, "cluster.nodes=2")
     )
     assert code == 0, err
-    assert "assumed: Qwen/Qwen3-8B is not on this machine" in out
+    assert "assumed: Qwen/Qwen3-8B is not on this machine, and the Hub cannot be reached" in out
     content = yaml.safe_load(Path("big.yaml").read_text())
     assert (content["train"]["epochs"], content["train"]["global_batch_size"] % 16) == (1, 0)
     assert content["model"] == "qwen3_8b"
@@ -264,3 +264,8 @@ def test_all_kinds_of_bad_rows_are_reported_and_can_be_left_out(typed: Typed) ->
     code, out, err = typed("data", "chats.yaml")
     assert (code, err.count("remedy")) == (0, 0), err
     assert "4 of 3,004 (0.1%)  rows that cannot be used, and are left out: dropped" in out
+    # What is printed to be typed next has the file and the overrides.
+    code, out, err = typed("plan", "chats.yaml", "data.checks.max_bad_rows=0")
+    assert code == 0, err
+    command = "see them with: python -m launcher data chats.yaml data.checks.max_bad_rows=0"
+    assert f"4 rows that cannot be used, and are left out; the run would be refused; {command}" in " ".join(out.split())

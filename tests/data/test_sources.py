@@ -48,6 +48,13 @@ def test_each_format_is_read_and_recognized(tmp_path: Path, format: str, named: 
     assert count_rows(Source(path=str(path))) >= 2
 
 
+@pytest.mark.parametrize(("text", "count"), [("a\nb\n", 2), ("a\nb", 2), ("a\n", 1), ("a", 1)])
+def test_the_lines_of_a_file_are_counted_exactly(tmp_path: Path, text: str, count: int) -> None:
+    path = tmp_path / "rows.txt"
+    path.write_text(text)
+    assert count_rows(Source(path=str(path))) == count
+
+
 @pytest.mark.parametrize(
     ("line", "format", "column", "words"),
     [

@@ -284,6 +284,19 @@ def test_states_that_exceed_main_memory_are_noted_on_cpus(plan_of: Callable[...,
     assert not any("a copy of the states" in note for note in notes)
 
 
+def test_intervals_of_a_runs_file_that_exceed_the_run_are_noted(plan_of: Callable[..., LaunchPlan]) -> None:
+    short = plan_of("train.max_steps=5", "eval.every=8", "checkpoint.save_every=5")
+
+    def notes(plan: LaunchPlan) -> list[str]:
+        return [line for line in plan_lines(plan) if "exceeds the run" in line]
+
+    of_file = short.model_copy(update={"provenance": short.provenance.model_copy(update={"overrides": ("my.yaml",)})})
+    (note,) = notes(of_file)
+    assert note.startswith("note       eval.every=8 exceeds the run of 5 steps: ")
+    # The defaults of conf/ are long, and nobody has chosen them.
+    assert notes(short) == []
+
+
 def test_a_limit_on_cpus_is_in_ranks(plan_of: Callable[..., LaunchPlan]) -> None:
     lines = plan_lines(plan_of("run.max_usd=5", "cluster.price_per_gpu_hour=2"))
     assert "limit      saves and stops after $5.00, which is 1.25 hours of 2 CPU ranks" in lines

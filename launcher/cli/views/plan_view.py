@@ -247,9 +247,7 @@ def _unreached(plan: LaunchPlan) -> list[str]:
         "checkpoint.save_every": (plan.config.checkpoint.save_every, "the only checkpoint is that of the end"),
     }
     run = format_count(steps, "step")
-    return [
-        f"{key}={every} is longer than the run of {run}: {effect}" for key, (every, effect) in intervals.items() if every > steps
-    ]
+    return [f"{key}={every} exceeds the run of {run}: {effect}" for key, (every, effect) in intervals.items() if every > steps]
 
 
 def _smallest(plan: LaunchPlan) -> LaunchPlan | None:
