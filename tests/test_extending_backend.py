@@ -136,7 +136,7 @@ def test_a_backend_is_two_classes_one_conf_file_and_two_entries(conf_dir: Path, 
     assert backend.drill_remedy is not None
     chosen = ["--config-dir", str(conf_dir), "model=tiny", "cluster=k8s", "tracking=none", "run.name=tried"]
 
-    assert main(["plan", *chosen]) == 0
+    assert main(["plan", "--script", *chosen]) == 0
     assert '"namespace": "training"' in capsys.readouterr().out
     assert not Path("runs").exists()
 

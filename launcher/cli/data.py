@@ -188,10 +188,9 @@ def _data_command(plan: LaunchPlan) -> str:
 
 
 def _summary(judged: Sequence[findings.JudgedFinding], hint: str) -> str | None:
-    texts = [
-        f"{one.finding.count:,} {'dropped ' if one.action == 'drop' else ''}{one.finding.title}"
-        for one in judged[:_MOST_FINDINGS]
-    ]
+    texts = []
+    for one in judged[:_MOST_FINDINGS]:
+        texts.append(f"{'dropped: ' if one.action == 'drop' else ''}{one.finding.count:,} {one.finding.title}")
     if more := len(judged) - len(texts):
         texts.append(f"{format_count(more, 'more finding')}")
     return f"{'; '.join(texts)}; {hint}" if texts else None

@@ -214,16 +214,7 @@ def _notes(plan: LaunchPlan) -> list[str]:
     if steps is not None and is_scheduled and config.optim.warmup_steps >= steps:
         warmup = format_count(config.optim.warmup_steps, "step")
         notes.append(f"the warm-up of {warmup} does not end within {steps}: lower optim.warmup_steps")
-    if steps is not None and plan.provenance.run_file is not None:
-        late = {"eval.every": config.eval.every, "checkpoint.save_every": config.checkpoint.save_every}
-        if beyond := [f"{key}={every}" for key, every in late.items() if every > steps]:
-            of = "evaluation is before training and at the end" if len(beyond) == 1 and config.eval.every > steps else ""
-            of = of or (
-                "the only checkpoint is at the end" if len(beyond) == 1 else "evaluation and checkpoint are at the end alone"
-            )
-            notes.append(
-                f"{' and '.join(beyond)} {'is' if len(beyond) == 1 else 'are'} beyond the {format_count(steps, 'step')}: {of}"
-            )
+    notes += _unreached(plan)
     if data is not None and not data.num_eval_rows and (config.data.eval_fraction or config.data.eval_path):
         notes.append("no document is held out, so nothing is evaluated: raise data.eval_fraction")
     if data is not None and (lost := data.truncated_frac) > _MIN_TRUNCATED_FRAC:
