@@ -48,6 +48,7 @@ _TESTS_S, _KERNEL_S, _PREPARE_S, _SIDE_S = 150.0, 60.0, 120.0, 150.0
 _CPU_FACTOR = 8
 # Seconds without which no further part begins.
 _LEAST_S = 5.0
+_FLASH_OF_OTHERS = ("flash_attention_3", "flash_attention_2")
 _OUT_OF_MEMORY = re.compile("out of memory|OutOfMemoryError", re.IGNORECASE)
 # A message of runs on GPUs.
 _ATTENTION = re.compile(r"attention is computed by (\w+)")
@@ -272,7 +273,8 @@ class Proof:
             if (left_s := ends_at - time.monotonic()) < _LEAST_S:
                 break
             attempt = replace(prepared.with_micro_batch(size), timeout_s=left_s)
-            kernel = self.kernel_of_others(size)
+            # TRL flattens packed rows.
+            kernel = self.kernel_of_others(run == self.trl or size == 1)
             try:
                 figures = run(attempt, recompute, f"--attention={kernel}", *options)
             except SystemExit as error:
@@ -293,10 +295,10 @@ class Proof:
     def bare(prepared: sides.Prepared, recompute: bool, *options: str) -> dict[str, Any]:
         return sides.bare_side(prepared, *(["--recompute"] if recompute else []), *options)
 
-    def kernel_of_others(self, micro_batch_size: int) -> str:
-        """FlashAttention 2 where it works; it finds documents in a batch of one row alone."""
-        works = "forward_ms" in self.measured.kernels.get("flash_attention_2", {})
-        return "flash_attention_2" if works and micro_batch_size == 1 else "sdpa"
+    def kernel_of_others(self, is_one_row: bool) -> str:
+        """FlashAttention where it works and gets all tokens as one row, without which it does not find documents; else SDPA."""
+        works = (name for name in _FLASH_OF_OTHERS if "forward_ms" in self.measured.kernels.get(name, {}))
+        return next(works, "sdpa") if is_one_row else "sdpa"
 
     def text(self) -> str:
         """Return the body of the section in the results."""
