@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,8 @@ _SMALL_KERNEL = ("--tokens=256", "--row-tokens=128", "--heads=4", "--kv-heads=2"
 
 
 def main() -> None:
+    # Nothing that it has started may go on without it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     parser = sides.parser(__doc__, rounds=None)
     parser.add_argument("size", nargs="?", choices=("standard", "full"), default="standard")
     parser.add_argument("--cpu-rehearsal", action="store_true", help="tiny sizes on the CPU")
