@@ -28,6 +28,7 @@ VERBS: Mapping[str, str] = {
     "report": "report",
     "dashboard": "dashboard",
     "why": "why",
+    "drift": "drift",
     "logs": "runs",
     "cancel": "runs",
     "resume": "runs",
@@ -74,6 +75,7 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
   python -m launcher dashboard RUN|PROJECT [--dry-run]
                                                create or update the W&B workspace of a run or a project
   python -m launcher why RUN STEP              the documents of a step, their losses, and what happened around it
+  python -m launcher drift RUN PROMPTS         are prompts of today like those the run was trained on? exit code 3: no
   python -m launcher logs RUN [-f] [--rank N]  the output of a rank
   python -m launcher cancel RUN                save and stop; a second cancel kills the run
   python -m launcher resume RUN [overrides]    continue from the newest checkpoint; RUN may be an address in a mirror;

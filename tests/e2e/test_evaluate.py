@@ -152,3 +152,22 @@ def test_tasks_of_the_harness_compare_both_models(launch: Launch, run: Path, tas
     assert "did you mean own_choices?" in refused.stderr
     assert "hf download --repo-type dataset someone/missing_data" in refused.stderr
     assert "datasets--someone--missing_data" in refused.stderr
+
+
+def test_prompts_of_today_are_compared_with_those_of_training(launch: Launch, run: Path, tmp_path: Path) -> None:
+    other, wrong = tmp_path / "other.jsonl", tmp_path / "wrong.jsonl"
+    recipe = "Boil {} potatoes with salt and butter, then mash them slowly and serve the mash with {} fried onions."
+    rows = [{"messages": [{"role": "user", "content": recipe.format(i, i + 1)}]} for i in range(40)]
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wrong.write_text('{"answer": 1}\nno json\n')
+    done = launch("drift", str(run), str(other))
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert done.stdout.startswith("The prompts have drifted: other words (p = 0.001)")
+    assert f"{other}:" in done.stdout
+    assert "model.path=run:tuned" in done.stdout
+    shown = json.loads(launch("drift", str(run), str(other), "--json").stdout)
+    assert (shown["num_prompts"], shown["near_duplicates"]) == (40, 0.0)
+    refused = launch("drift", str(run), str(wrong))
+    assert refused.returncode == 2
+    assert f"{wrong}:1" in refused.stderr
+    assert f"{wrong}:2" in refused.stderr

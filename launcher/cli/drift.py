@@ -1,0 +1,49 @@
+"""The verb `drift`: are the prompts of today still like those that a run was trained on?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from launcher import run_store
+from launcher.cli.arguments import VerbParser
+from launcher.cli.views import drift_view
+from launcher.cli.worker_process import run_reporting
+from launcher.errors import EXIT_CHECK_FAILED, DataError
+from launcher.security import ownership
+
+_WORKER = "launcher.worker.drift"
+
+
+def run(verb: str, tokens: list[str]) -> int:
+    """Compare prompts with those of training; returns 3 where they have drifted."""
+    arguments = _parser().parse_args(tokens)
+    run_dir = run_store.find_run(arguments.run, Path(arguments.root))
+    ownership.require_run(run_dir)
+    if not arguments.prompts.is_file():
+        raise DataError(
+            "there is no such file", where=str(arguments.prompts), remedy="name a file of prompts, one JSON object a line"
+        )
+    if problem := ownership.file_problem("the prompts", arguments.prompts.absolute()):
+        raise DataError(problem)
+    plan = run_store.load_plan(run_dir)
+    report: dict[str, Any] = run_reporting(_WORKER, plan.config, str(run_dir.plan), str(arguments.prompts))
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print("\n".join(drift_view.to_lines(report, run_dir.root.name, arguments.prompts)), flush=True)
+    return EXIT_CHECK_FAILED if report["has_drifted"] else 0
+
+
+def _parser() -> VerbParser:
+    about = (
+        "Compare prompts with those that a run was trained on: words, lengths, scripts, prompts that occur in both. "
+        "The exit code is 3 where they have drifted."
+    )
+    parser = VerbParser(prog="python -m launcher drift", description=about)
+    parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
+    parser.add_argument("prompts", metavar="PROMPTS", type=Path, help="file of prompts or chats, one JSON object a line")
+    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser

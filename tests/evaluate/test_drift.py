@@ -1,0 +1,82 @@
+"""Prompts compared with those of training: the tests hold their level, and find what has changed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from launcher.evaluate.drift import features, two_sample
+from launcher.evaluate.drift.comparison import Prompt, compare
+
+_WORDS = [f"word{number}" for number in range(400)]
+
+
+def sample(number: int, seed: int, *, first: int = 0, words: int = 300, length: int = 20) -> list[Prompt]:
+    """Prompts of random words from a part of the vocabulary, after two that all have."""
+    generator = np.random.default_rng(seed)
+    prompts = []
+    for i in range(number):
+        ids = [1, 2, *(10 + first + generator.integers(words, size=max(1, int(generator.poisson(length)))))]
+        text = " ".join(_WORDS[(token - 10) % len(_WORDS)] for token in ids[2:])
+        prompts.append(Prompt(f"line {i}", text, tuple(int(one) for one in ids), text))
+    return prompts
+
+
+def test_prompts_of_one_distribution_are_rarely_called_others() -> None:
+    reports = [compare(sample(60, seed), sample(120, 1_000 + seed)) for seed in range(40)]
+    assert sum(report.has_drifted for report in reports) <= 1
+    assert np.mean([report.words_p_value for report in reports]) == pytest.approx(0.5, abs=0.2)
+    assert reports[0].sentence.startswith("The prompts are like those of training (p = ")
+
+
+def test_other_words_are_found() -> None:
+    report = compare(sample(60, 1, first=200), sample(120, 2))
+    assert report.has_drifted
+    assert report.sentence.startswith("The prompts have drifted: other words (p = 0.001)")
+    assert report.unusual > 0.5
+    assert report.unseen[1] > 0.3 > report.unseen[0]
+    assert report.farthest[0].similarity <= report.farthest[-1].similarity
+    assert report.farthest[0].where.startswith("line ")
+
+
+def test_other_lengths_are_found() -> None:
+    report = compare(sample(60, 1, length=40), sample(120, 2))
+    assert report.has_drifted
+    assert "other lengths (p = " in report.sentence
+    assert report.median_tokens[1] > 1.5 * report.median_tokens[0]
+
+
+def test_what_all_prompts_have_says_nothing() -> None:
+    weights = features.TokenWeights([(1, 2, 5), (1, 2, 6)])
+    assert not weights.vectors([(1, 2)]).any()
+    (vector,) = weights.vectors([(1, 2, 7)])
+    assert np.linalg.norm(vector) == pytest.approx(1)
+
+
+def test_nearly_equal_prompts_are_counted() -> None:
+    long = "The quick brown fox jumps over the lazy dog while the band plays on and everybody in the town listens to it closely"
+    training = ["short one", long]
+    assert features.near_duplicate_share(["Short  one!", long + " today", "something else", "short two"], training) == 0.5
+
+
+def test_scripts_are_those_of_most_letters() -> None:
+    assert features.scripts(["hello мир привет", "hello", "你好吗", "42"]) == {
+        "Cyrillic": 0.25,
+        "Latin": 0.25,
+        "Cjk": 0.25,
+        "No letters": 0.25,
+    }
+
+
+def test_the_length_test_has_the_published_distribution() -> None:
+    """The 5% point of the Kolmogorov distribution is 1.358 (Smirnov 1948)."""
+    first, second = np.arange(1000.0), np.arange(1000.0)
+    assert two_sample.kolmogorov_smirnov_p_value(first, second) == 1.0
+    shift = round(1.358 * np.sqrt(2 / 1000) * 1000)
+    assert two_sample.kolmogorov_smirnov_p_value(first, second + shift) == pytest.approx(0.05, abs=0.005)
+
+
+def test_the_permutation_test_is_exact_for_equal_samples() -> None:
+    vectors = np.eye(8, dtype=np.float32)
+    assert two_sample.mmd_p_value(vectors[:4], vectors[:4]) > 0.5
+    assert two_sample.mmd_p_value(np.repeat(vectors[:1], 8, 0), np.repeat(vectors[1:2], 8, 0)) < 0.01
