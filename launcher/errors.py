@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -74,6 +75,10 @@ class LauncherError(Exception):
             problem = Problem(problem, **parts)
         self.problems: tuple[Problem, ...] = (problem,) if isinstance(problem, Problem) else tuple(problem)
         super().__init__("\n".join(str(p) for p in self.problems))
+
+    def to_report(self) -> dict[str, Any]:
+        """Return the problems and the exit code as JSON values, for the process that reads the output of this one."""
+        return {"problems": [[p.message, p.where, p.value, p.remedy] for p in self.problems], "exit_code": self.exit_code}
 
 
 class ConfigError(LauncherError):
@@ -142,6 +147,18 @@ class ExportError(RunError):
 
 class PushError(LauncherError):
     """The exported folder is complete on this machine, but the Hub did not accept it."""
+
+
+def raise_reported(report: Mapping[str, Any]) -> None:
+    """Raise the problems that another process has reported with `LauncherError.to_report`, if it has.
+
+    Raises:
+        DataError: where nothing was started because of them.
+        RunError: otherwise.
+    """
+    if "problems" in report:
+        kind = DataError if report["exit_code"] == EXIT_REFUSED else RunError
+        raise kind([Problem(*parts) for parts in report["problems"]])
 
 
 def describe(error: Exception) -> str:

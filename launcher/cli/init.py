@@ -23,7 +23,7 @@ from launcher.config.run_file.printing import values_to_print
 from launcher.config.run_file.tokens import SUFFIXES, split_run_files
 from launcher.config.schema import RunConfig, is_local_path, is_run
 from launcher.config.sections.fields import HUB_ID_PATTERN
-from launcher.errors import ConfigError, DataError, LauncherError, Problem, RunError
+from launcher.errors import ConfigError, LauncherError, raise_reported
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
 from launcher.plan.planner import choose_topology, device_gib
@@ -196,9 +196,7 @@ def _look(composed: Composed, data: str | None) -> _Look:
     config = facts.resolve(config, lambda: node)
     facts.check(config)
     sample_report = run_worker_module("launcher.worker.data_sample", config, timeout_s=_LOOK_TIMEOUT_S)
-    if "problems" in sample_report:
-        kind = DataError if sample_report["exit_code"] == DataError.exit_code else RunError
-        raise kind([Problem(*parts) for parts in sample_report["problems"]])
+    raise_reported(sample_report)
     changes: dict[str, Any] = {}
     assumptions = []
     if not sample_report["is_measured"]:

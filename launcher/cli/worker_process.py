@@ -13,7 +13,7 @@ from typing import Any
 
 from launcher import facts
 from launcher.config.schema import RunConfig
-from launcher.errors import EXIT_REFUSED, ConfigError, DataError, Problem, RunError
+from launcher.errors import ConfigError, Problem, RunError, raise_reported
 
 # A worker that is ended removes what it has written so far.
 _TERMINATION_S = 10.0
@@ -83,9 +83,7 @@ def run_scoring(module: str, plan_path: Path, *arguments: str) -> dict[str, Any]
     answer = _last_object(output)
     if answer is None or (code and "problems" not in answer):
         raise RunError(f"scoring ended with exit code {code}; its messages are above")
-    if "problems" in answer:
-        kind = DataError if answer["exit_code"] == DataError.exit_code else RunError
-        raise kind([Problem(*parts) for parts in answer["problems"]])
+    raise_reported(answer)
     return answer
 
 
@@ -97,9 +95,7 @@ def run_reporting(module: str, config: RunConfig, *arguments: str) -> dict[str, 
         RunError: with its problems otherwise.
     """
     answer = run_worker_module(module, config, *arguments)
-    if "problems" in answer:
-        kind = DataError if answer["exit_code"] == EXIT_REFUSED else RunError
-        raise kind([Problem(*parts) for parts in answer["problems"]])
+    raise_reported(answer)
     return answer
 
 

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from launcher import json_records
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.evaluate.answers import AnswerKey, AnswerStore, StoredAnswer, digest_prompts
-from launcher.evaluate.engine import Engine, TransformersEngine
+from launcher.evaluate.engines.transformers_engine import Engine, TransformersEngine
 from launcher.evaluate.prompting import BasePrompts, PromptBatch, PromptStyle, TunedPrompts
 from launcher.evaluate.scoring import AnswerScorer
 from launcher.evaluate.selection import ChosenStyles, choose_styles

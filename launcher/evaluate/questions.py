@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from launcher.config.sections.data import ChecksSection, DataSection
+from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data import sources
 from launcher.data.cache import Split
@@ -44,6 +44,14 @@ class EvalQuestion:
         """What is asked: the last message, or the prompt."""
         document = self.document
         return document.prompt if isinstance(document, Completion) else document.messages[-1].content
+
+    @property
+    def prompt(self) -> str:
+        """All that is asked: the messages without those of the system, or the prompt."""
+        document = self.document
+        if isinstance(document, Completion):
+            return document.prompt
+        return "\n".join(message.content for message in document.messages if message.role != "system")
 
     def to_json(self) -> dict[str, Any]:
         return {"where": self.where, "reference": self.reference, "document": asdict(self.document)}
@@ -127,7 +135,7 @@ def _read(
 ) -> QuestionSet:
     order = np.random.default_rng(seed).permutation(split.num_docs)
     chosen = order[: int(max_questions * _SPARE) + 16]
-    keys = [_key(np.asarray(split.tokens[split.docs[i] : split.docs[i + 1]])) for i in chosen]
+    keys = [digest_tokens(np.asarray(split.tokens[split.docs[i] : split.docs[i + 1]])) for i in chosen]
     documents = _find(data, encoder, set(keys), advance)
     if len(documents) < len({*keys}) and data.long_documents != "split":
         raise _changed(name, data, len(documents), len({*keys}))
@@ -136,7 +144,8 @@ def _read(
     return QuestionSet(name, tuple(usable[:max_questions]), split.num_docs, len(questions) - len(usable))
 
 
-def _key(ids: np.ndarray) -> bytes:
+def digest_tokens(ids: np.ndarray) -> bytes:
+    """Return the digest by which a document of a cache is found in its source."""
     return xxhash.xxh3_128_digest(np.ascontiguousarray(ids, dtype=np.uint32).tobytes())
 
 
@@ -146,15 +155,16 @@ def _find(data: DataSection, encoder: Encoder, keys: set[bytes], advance: Advanc
     batch: list[Document] = []
 
     def match() -> None:
-        rendered = [(document, one) for document in batch if (one := _render(document, encoder, data.checks)) is not None]
+        rendered = [(document, one) for document in batch if (one := render(document, encoder, data.checks)) is not None]
         for (document, _), encoded in zip(rendered, encoder.encode([one for _, one in rendered]), strict=True):
-            key = _key(encoded.ids[: data.max_length])
+            key = digest_tokens(encoded.ids[: data.max_length])
             if key in keys:
                 documents.setdefault(key, document)
         advance(len(batch))
         batch.clear()
 
-    for document in _documents(data, encoder):
+    # The file of the held-out documents comes last in the list.
+    for document in read_documents(list_inputs(data)[::-1], encoder, data.checks):
         batch.append(document)
         if len(batch) == _ENCODED_AT_ONCE:
             match()
@@ -164,7 +174,7 @@ def _find(data: DataSection, encoder: Encoder, keys: set[bytes], advance: Advanc
     return documents
 
 
-def _render(document: Document, encoder: Encoder, checks: ChecksSection) -> RenderedDocument | None:
+def render(document: Document, encoder: Encoder, checks: ChecksSection) -> RenderedDocument | None:
     """Return a document in the chat template; None where the template refuses it and the settings leave such rows out."""
     try:
         return encoder.render(document)
@@ -174,18 +184,18 @@ def _render(document: Document, encoder: Encoder, checks: ChecksSection) -> Rend
         return None
 
 
-def _documents(data: DataSection, encoder: Encoder) -> Iterator[Document]:
-    """Yield the documents of all sources as the build of the cache reads them; the held-out file comes first.
+def read_documents(inputs: Sequence[Source], encoder: Encoder, checks: ChecksSection) -> Iterator[Document]:
+    """Yield the documents of sources as the build of the cache reads them.
 
     Raises:
         DataError: where a source is not there, or another user has made a folder of its name; and for rows that cannot be read.
     """
-    for source in reversed(list_inputs(data)):
+    for source in inputs:
         if source.is_read:
             # The working directory may be another one than when the run was planned.
             if problem := sources.find_path_problem(f"the path of {source.name}", source):
                 raise DataError(problem)
-            for document, _ in sources.read_usable_documents(source, data.checks):
+            for document, _ in sources.read_usable_documents(source, checks):
                 yield encoder.write_as_chat(document, source.completions)
 
 

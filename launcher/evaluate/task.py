@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from launcher import atomic_files, json_records
 from launcher.checkpoint.generation import read_stop_ids
 from launcher.config.schema import RunConfig
 from launcher.errors import RunError
+from launcher.evaluate.overlap import TrainingCopy
 from launcher.evaluate.prompting import PromptStyle
 from launcher.evaluate.questions import EvalQuestion
 from launcher.models.weight_files import weight_files
@@ -62,7 +63,8 @@ class EvaluationTask:
     """task.json: everything that the processes of an evaluation need, on any node.
 
     `base` is None for a run that began with random weights. `code` is the folder of the model's own Python files. `shots` are the
-    numbers of examples that fit every prompt. `left_out` says which documents are not asked, by set.
+    numbers of examples that fit every prompt. `left_out` says which documents are not asked, by set, and `training_copies` which
+    prompts the run was trained on.
     """
 
     run_name: str
@@ -77,6 +79,7 @@ class EvaluationTask:
     shots: tuple[int, ...]
     num_examples: int
     left_out: dict[str, tuple[str, ...]]
+    training_copies: dict[str, tuple[TrainingCopy, ...]] = field(default_factory=dict)
 
     @property
     def settings(self) -> RunConfig:

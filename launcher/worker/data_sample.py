@@ -188,8 +188,7 @@ def main() -> int:
     try:
         print(json.dumps(look(config)))
     except LauncherError as error:
-        problems = [[p.message, p.where, p.value, p.remedy] for p in error.problems]
-        print(json.dumps({"problems": problems, "exit_code": error.exit_code}))
+        print(json.dumps(error.to_report()))
         return error.exit_code
     return 0
 

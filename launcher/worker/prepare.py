@@ -26,7 +26,7 @@ from launcher.data.cache_dir import cache_root, is_full, make_cache_error
 from launcher.data.sources.eval_set import make_set_data, name_set
 from launcher.data.texts import DecodedTexts
 from launcher.data.tokenization.encoder import import_tokenizers_without_torch, load_tokenizer
-from launcher.errors import EXIT_FAILED, CheckpointError, ConfigError, DataError, LauncherError, Problem
+from launcher.errors import EXIT_FAILED, CheckpointError, ConfigError, DataError, LauncherError, Problem, RunError
 from launcher.export import model_card
 from launcher.export.hf_folder import ExportTask, export, find_chat_template, verify_checkpoint
 from launcher.models import parent_run
@@ -276,17 +276,14 @@ def main(argv: list[str]) -> int:
         only_sets = EVAL_SETS_ALONE in argv
         print(json.dumps(build_eval_sets(config) if only_sets else prepare(config, int(report_rows[0]) if report_rows else None)))
     except LauncherError as error:
-        problems = [[p.message, p.where, p.value, p.remedy] for p in error.problems]
-        print(json.dumps({"problems": problems, "exit_code": error.exit_code}))
+        print(json.dumps(error.to_report()))
         return error.exit_code
     except Exception as error:
         if (storage_error := _find_storage_error(error)) is not None:
-            problems = [[p.message, p.where, p.value, p.remedy] for p in storage_error.problems]
-            print(json.dumps({"problems": problems, "exit_code": storage_error.exit_code}))
+            print(json.dumps(storage_error.to_report()))
             return storage_error.exit_code
         traceback.print_exc()
-        problem = f"preparing the data failed: {type(error).__name__}: {error}"
-        print(json.dumps({"problems": [[problem]], "exit_code": EXIT_FAILED}))
+        print(json.dumps(RunError(f"preparing the data failed: {type(error).__name__}: {error}").to_report()))
         return EXIT_FAILED
     return 0
 

@@ -32,12 +32,14 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def run(launch: Launch, module_runs: Path) -> Path:
-    """A run of one step that began with the weights of another, without an export of its own."""
+    """A run of one step that began with the weights of another and left them as they were, without an export of its own."""
     steps = ("train.max_steps=1", "eval.at_start=false", f"run.root={module_runs}")
     done = launch(*TINY, *steps, "run.name=base")
     assert done.returncode == 0, done.stdout + done.stderr
     source = ("model.init=pretrained", "model.config=null", "model.tokenizer=null", "model.path=run:base")
-    done = launch(*TINY, *source, *steps, "export.enabled=false", "run.name=tuned")
+    # Such a step is lost in rounding.
+    unchanged = ("optim.lr=1e-15", "model.dtype=fp32")
+    done = launch(*TINY, *source, *steps, *unchanged, "export.enabled=false", "run.name=tuned")
     assert done.returncode == 0, done.stdout + done.stderr
     return module_runs / "tuned"
 
@@ -68,6 +70,12 @@ def test_a_killed_evaluation_leaves_no_process_and_continues(launch: Launch, sta
         assert [one["index"] for one in answers] == list(range(NUM_PROMPTS))
         matches = [normalized_words(one["text"]) == normalized_words(text) for one, text in zip(answers, questions, strict=True)]
         assert result["verdict"]["means"]["exact_match"][side] == pytest.approx(sum(matches) / NUM_PROMPTS)
+    texts = {name: (folder / f"held_out/{name}.jsonl").read_text() for name in ("base-0-shot", "tuned")}
+    assert texts["base-0-shot"] == texts["tuned"], "the base model against itself"
+    assert result["verdict"]["outcome"] == "unclear"
+    assert "The data cannot tell whether fine-tuning helped" in result["verdict"]["sentence"]
+    zero_shot = [one for one in result["verdict"]["comparisons"] if one["baseline"] == "0-shot"]
+    assert [(one["wins"], one["losses"], one["ties"]) for one in zero_shot] == [(0, 0, NUM_PROMPTS)] * 2
     assert not list(folder.glob("held_out/.*")), "no parts are left"
     assert not (folder / "weights").exists(), "nor the weights that were exported for the evaluation"
     assert {path.stat().st_mode & 0o077 for path in (folder, *folder.rglob("*"))} == {0}

@@ -8,6 +8,7 @@ from launcher.cli.formatting import short, table
 from launcher.tracking.metrics import format_duration
 
 _MAX_STYLES = 12
+_MAX_COPIES = 10
 
 
 def to_lines(shown: dict[str, Any]) -> list[str]:
@@ -22,6 +23,9 @@ def to_lines(shown: dict[str, Any]) -> list[str]:
             lines += [f"  {result['saved_tokens']}"]
         lines += ["", *(f"  {side}: {style}" for side, style in result["styles"].items())]
         lines += [f"  {line}" for line in result["left_out"]]
+        if copies := result["training_copies"]:
+            lines += ["", "  prompts that training had:", *(f"  {copy}" for copy in copies[:_MAX_COPIES])]
+            lines += [f"  and {len(copies) - _MAX_COPIES:,} more"] if len(copies) > _MAX_COPIES else []
     if shown["selection"]:
         lines += ["", "ways to ask the base model, compared on training rows:"]
         ordered = sorted(shown["selection"], key=lambda one: -one["score"])

@@ -94,8 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         folder = prepare(config, run, arguments.step, arguments.tasks.split(","), task_folder, arguments.limit)
     except LauncherError as error:
-        problems = [[p.message, p.where, p.value, p.remedy] for p in error.problems]
-        print(json.dumps({"problems": problems, "exit_code": error.exit_code}))
+        print(json.dumps(error.to_report()))
         return error.exit_code
     print(json.dumps({"folder": str(folder.root)}))
     return 0

@@ -140,8 +140,7 @@ def main(path: str) -> int:
     try:
         shown = score(folder)
     except LauncherError as error:
-        problems = [[p.message, p.where, p.value, p.remedy] for p in error.problems]
-        print(json.dumps({"problems": problems, "exit_code": error.exit_code}))
+        print(json.dumps(error.to_report()))
         return error.exit_code
     evaluation = EvaluationFolder(folder.root.parent)
     evaluation.weights_record.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from launcher import hardware
 from launcher.config.schema import RunConfig
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.errors import LauncherError, RunError, printable
-from launcher.evaluate.engine import Engine, TransformersEngine
+from launcher.evaluate.engines.transformers_engine import Engine, TransformersEngine
 from launcher.evaluate.generation import AnswerGeneration, Share
 from launcher.evaluate.task import CommandWatch, EvaluationFolder, EvaluationTask, Weights
 from launcher.plan.disk import format_size
@@ -46,7 +46,7 @@ def answer(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = choose_dtype(config, device)
     if config.evaluate.vllm_python is not None:
-        from launcher.evaluate.vllm_engine import NAME, VllmEngine, read_version
+        from launcher.evaluate.engines.vllm_engine import NAME, VllmEngine, read_version
 
         python = Path(config.evaluate.vllm_python).expanduser()
         name = f"{NAME} {read_version(python) or ''}".strip()

@@ -18,6 +18,7 @@ import numpy as np
 from launcher import json_records
 from launcher.errors import LauncherError, RunError
 from launcher.evaluate.answers import StoredAnswer
+from launcher.evaluate.overlap import describe_copies
 from launcher.evaluate.questions import EvalQuestion
 from launcher.evaluate.scoring import AnswerScorer
 from launcher.evaluate.task import EvaluationFolder, SideAnswers
@@ -42,7 +43,10 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
     checkpoint = digest_checkpoint(run, task.step)
     shown: dict[str, Any] = {}
     for number, (name, sides) in enumerate(answers.sets.items()):
-        verdict = replace(_judge(folder, scorer, folder.read_questions(name), sides, general_loss), checkpoint=checkpoint)
+        questions, copies = folder.read_questions(name), task.training_copies.get(name, ())
+        verdict = replace(_judge(folder, scorer, questions, sides, general_loss), checkpoint=checkpoint)
+        if copies:
+            verdict = replace(verdict, sentence=f"{verdict.sentence} {describe_copies(len(questions), copies)}")
         verdict.write(folder.set_folder(name))
         if number == 0:
             verdict.write(folder.root)
@@ -52,6 +56,7 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
             "header": header,
             "rows": rows,
             "left_out": task.left_out.get(name, ()),
+            "training_copies": list(map(str, copies)),
             "styles": {side.name: side.style for side in sides},
         }
     folder.weights_record.unlink(missing_ok=True)
@@ -105,8 +110,7 @@ def main(folder: str) -> int:
         with private_files():
             print(json.dumps(conclude(EvaluationFolder(Path(folder)))))
     except LauncherError as error:
-        problems = [[p.message, p.where, p.value, p.remedy] for p in error.problems]
-        print(json.dumps({"problems": problems, "exit_code": error.exit_code}))
+        print(json.dumps(error.to_report()))
         return error.exit_code
     return 0
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,18 +22,19 @@ from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, did_you_mean
 from launcher.evaluate import questions as reading
+from launcher.evaluate.engines.vllm_engine import read_version
+from launcher.evaluate.overlap import TrainingCopy, find_training_copies
 from launcher.evaluate.prompting import BasePrompts, PromptStyle, TunedPrompts
 from launcher.evaluate.questions import EvalQuestion, QuestionSet
 from launcher.evaluate.scoring import AnswerScorer, copy_metric_files
 from launcher.evaluate.task import EvaluationFolder, EvaluationTask
-from launcher.evaluate.vllm_engine import read_version
 from launcher.models.plan_caches import require_caches
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.security import ownership
 from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
-from launcher.tracking.progress import live_line
+from launcher.tracking.progress import Advance, Pace, live_line
 from launcher.tracking.verdicts import remove_verdicts
 from launcher.worker.evaluation.weights import count_context, export_tuned, find_base
 from launcher.worker.ranks.rank_env import die_with_parent
@@ -74,6 +75,8 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
     max_shots = max(_SHOTS) if config.evaluate.shots == "auto" else config.evaluate.shots
     base = find_base(plan)
     sets, training = _read_questions(plan, encoder, names, max_shots + config.evaluate.selection_prompts if base else 0)
+    with live_line() as (say, make_pace):
+        copies = find_training_copies(plan, encoder, sets, _count(say, make_pace, "comparing prompts with training documents"))
     # Rows on which the way to ask is chosen are no examples; where there are few rows, examples come first.
     num_examples = min(max_shots, max(0, len(training) - config.evaluate.selection_prompts)) or min(max_shots, len(training))
     context = count_context(plan)
@@ -110,6 +113,7 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
         shots=shots,
         num_examples=num_examples,
         left_out=left_out,
+        training_copies={name: _of_questions(copies.get(name, ()), several) for name, several in asked.items()},
     )
     folder.answers.unlink(missing_ok=True)
     remove_verdicts(folder.root)
@@ -170,16 +174,9 @@ def _read_questions(
     plan: LaunchPlan, encoder: Encoder, names: Sequence[str], num_training: int
 ) -> tuple[list[QuestionSet], list[EvalQuestion]]:
     """Return the questions of the sets, and of training rows for the base model."""
-    count, num_read = plan.config.evaluate.max_prompts, 0
+    count = plan.config.evaluate.max_prompts
     with live_line() as (say, make_pace):
-        pace = make_pace()
-
-        def advance(num_documents: int) -> None:
-            nonlocal num_read
-            num_read += num_documents
-            if pace.is_due():
-                say(f"looking for the questions: {num_read:,} documents")
-
+        advance = _count(say, make_pace, "looking for the questions")
         sets = [
             reading.read_held_out(plan, encoder, count, advance)
             if name == HELD_OUT
@@ -188,6 +185,24 @@ def _read_questions(
         ]
         training = reading.read_training(plan, encoder, num_training, advance).questions if num_training else ()
     return sets, list(training)
+
+
+def _count(say: Callable[[str], None], make_pace: Callable[[], Pace], activity: str) -> Advance:
+    """Return a function that counts documents, and shows now and then how many."""
+    pace, num_read = make_pace(), 0
+
+    def advance(num_documents: int) -> None:
+        nonlocal num_read
+        num_read += num_documents
+        if pace.is_due():
+            say(f"{activity}: {num_read:,} documents")
+
+    return advance
+
+
+def _of_questions(copies: Sequence[TrainingCopy], questions: Sequence[EvalQuestion]) -> tuple[TrainingCopy, ...]:
+    places = {question.where for question in questions}
+    return tuple(copy for copy in copies if copy.question in places)
 
 
 def _fitting(questions: Sequence[EvalQuestion], tuned: TunedPrompts, base: BasePrompts, room: int) -> list[EvalQuestion]:
@@ -261,8 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         folder = prepare(config, run, arguments.step)
     except LauncherError as error:
-        problems = [[p.message, p.where, p.value, p.remedy] for p in error.problems]
-        print(json.dumps({"problems": problems, "exit_code": error.exit_code}))
+        print(json.dumps(error.to_report()))
         return error.exit_code
     print(json.dumps({"folder": str(folder.root)}))
     return 0

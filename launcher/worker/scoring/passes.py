@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import numpy as np
 import xxhash
 
 from launcher import hardware
-from launcher.clusters.network import LOOPBACK
+from launcher.clusters.network import LOOPBACK, free_port
 from launcher.config.schema import ModelSection
 from launcher.data.cache import Split
 from launcher.data.cache_dir import cache_root
@@ -199,9 +198,7 @@ def _run_ranks(task: RankTask, num_ranks: int, on_progress: Progress) -> None:
 
 
 def _rank_environments(num_ranks: int) -> list[dict[str, str]]:
-    with socket.socket() as taken:
-        taken.bind((LOOPBACK.address, 0))
-        port = taken.getsockname()[1]
+    port = free_port(LOOPBACK.address)
     shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": LOOPBACK.address, "MASTER_PORT": str(port)}
     # By themselves, gloo and NCCL listen on the address of the machine's name. NCCL takes a bare name for a prefix.
     interfaces = {"GLOO_SOCKET_IFNAME": LOOPBACK.interface, "NCCL_SOCKET_IFNAME": f"={LOOPBACK.interface}"}

@@ -170,8 +170,7 @@ def answer(work: Callable[[Progress], dict[str, Any]]) -> int:
         with printable_output(), show_documents("rows") as on_progress:
             result, code = work(on_progress), 0
     except LauncherError as error:
-        result = {"problems": [[p.message, p.where, p.value, p.remedy] for p in error.problems], "exit_code": error.exit_code}
-        code = error.exit_code
+        result, code = error.to_report(), error.exit_code
     finally:
         remove_copies()
     os.write(output, (json.dumps(result) + "\n").encode())

@@ -1,0 +1,128 @@
+"""Prompts of an evaluation that the run was trained on: the same but for case, white space and punctuation, or nearly the same.
+
+The build of the data compares the held-out documents with the training documents; the sets of eval.sets are compared here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from launcher.data.cache import Split
+from launcher.data.checks import minhash
+from launcher.data.sources import Document
+from launcher.data.tokenization.encoder import Encoder
+from launcher.evaluate.questions import EvalQuestion, QuestionSet, digest_tokens, read_documents, render, split_question
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.tracking.progress import Advance
+
+# Signatures of as many documents take about half a minute.
+MAX_DOCUMENTS = 300_000
+_COMPARED_AT_ONCE = 1024
+_EXACT = 1.0
+
+
+@dataclass(frozen=True)
+class TrainingCopy:
+    """A prompt that training had: rows as file and line, and how similar the prompts are, 1 for the same."""
+
+    question: str
+    training: str
+    similarity: float
+
+    def __str__(self) -> str:
+        alike = "the same prompt as" if self.similarity == _EXACT else f"{self.similarity:.0%} the same as"
+        return f"{self.question}: {alike} {self.training}"
+
+
+def find_training_copies(
+    plan: LaunchPlan, encoder: Encoder, sets: Sequence[QuestionSet], advance: Advance
+) -> dict[str, tuple[TrainingCopy, ...]]:
+    """Return the prompts of each set that training documents have; the first MAX_DOCUMENTS of the sources are compared.
+
+    Raises:
+        DataError: where a source is not there any more, or cannot be read.
+    """
+    if plan.data is None:
+        return {}
+    data = plan.config.data
+    questions = [question for one in sets for question in one.questions]
+    prompts = _Prompts(questions, data.checks.near_duplicate_threshold)
+    candidates: list[tuple[int, float, Document]] = []
+    documents = islice(read_documents(data.sources, encoder, data.checks), MAX_DOCUMENTS)
+    while batch := list(islice(documents, _COMPARED_AT_ONCE)):
+        candidates += [(i, similarity, batch[at]) for i, similarity, at in prompts.find(batch, data.system)]
+        advance(len(batch))
+    copies = _trained_copies(plan, encoder, questions, candidates)
+    names = [one.name for one in sets for _ in one.questions]
+    return {one.name: tuple(copy for i, copy in sorted(copies.items()) if names[i] == one.name) for one in sets}
+
+
+class _Prompts:
+    """The prompts of questions, to compare those of documents with."""
+
+    def __init__(self, questions: Sequence[EvalQuestion], threshold: float) -> None:
+        texts = [_prompt_text(question) for question in questions]
+        self._by_text: dict[bytes, list[int]] = {}
+        for i, text in enumerate(texts):
+            self._by_text.setdefault(text, []).append(i)
+        rows = minhash.compute_signatures(texts)
+        self._signed = [i for i, row in enumerate(rows) if row is not None]
+        self._slots = np.stack([row for row in rows if row is not None]) if self._signed else None
+        self._threshold = threshold
+
+    def find(self, documents: Sequence[Document], system: str | None) -> Iterator[tuple[int, float, int]]:
+        """Yield the question, the similarity and the index of documents with an equal or a similar prompt."""
+        asked = [(at, question) for at, one in enumerate(documents) if (question := split_question(one, system)) is not None]
+        texts = [_prompt_text(question) for _, question in asked]
+        for (at, _), text in zip(asked, texts, strict=True):
+            for i in self._by_text.get(text, ()):
+                yield i, _EXACT, at
+        rows = minhash.compute_signatures(texts)
+        signed = [number for number, row in enumerate(rows) if row is not None]
+        if self._slots is None or not signed:
+            return
+        similar: list[tuple[int, float, int]] = []
+
+        def add(own: np.ndarray, other: np.ndarray, similarity: np.ndarray) -> None:
+            for i, number, share in zip(own.tolist(), other.tolist(), similarity.tolist(), strict=True):
+                # An estimate of 1 is about texts that differ in little.
+                similar.append((self._signed[i], min(share, 0.99), asked[signed[number]][0]))
+
+        slots = np.stack([row for row in rows if row is not None])
+        minhash.find_near_pairs_between(self._slots, slots, self._threshold, minhash.REACH, add)
+        yield from similar
+
+
+def _trained_copies(
+    plan: LaunchPlan, encoder: Encoder, questions: Sequence[EvalQuestion], candidates: Sequence[tuple[int, float, Document]]
+) -> dict[int, TrainingCopy]:
+    """Return the most similar document of each question among the candidates that are in the training split."""
+    if not candidates or plan.data is None:
+        return {}
+    split = Split.open(plan.data)
+    trained = {digest_tokens(np.asarray(split.tokens[a:b])) for a, b in zip(split.docs[:-1], split.docs[1:], strict=True)}
+    checks = plan.config.data.checks
+    rendered = [(one, text) for one in candidates if (text := render(one[2], encoder, checks)) is not None]
+    copies: dict[int, TrainingCopy] = {}
+    encoded = encoder.encode([text for _, text in rendered])
+    for ((i, similarity, document), _), tokens in zip(rendered, encoded, strict=True):
+        is_trained = digest_tokens(tokens.ids[: plan.config.data.max_length]) in trained
+        if is_trained and (i not in copies or copies[i].similarity < similarity):
+            copies[i] = TrainingCopy(questions[i].where, document.where, round(similarity, 2))
+    return copies
+
+
+def _prompt_text(question: EvalQuestion) -> bytes:
+    return minhash.make_comparable(minhash.normalize(question.prompt))
+
+
+def describe_copies(num_prompts: int, copies: Sequence[TrainingCopy]) -> str:
+    """Say in one sentence how many prompts training had; an empty text for none."""
+    if not copies:
+        return ""
+    share = f"{len(copies):,} of the {num_prompts:,} prompts"
+    return f"{share} are training prompts, or nearly: their answers may have been learnt by heart."

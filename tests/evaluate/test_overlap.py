@@ -1,0 +1,56 @@
+"""Prompts of an evaluation that the run was trained on are found, the same and nearly the same ones."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from launcher.config.schema import RunConfig
+from launcher.data.build import build
+from launcher.data.sources import Chat, Message
+from launcher.data.tokenization.encoder import Encoder, load_tokenizer
+from launcher.evaluate.overlap import describe_copies, find_training_copies
+from launcher.evaluate.questions import EvalQuestion, QuestionSet, read_held_out
+from launcher.plan.launch_plan import LaunchPlan
+
+SYLLABLES = ("ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "zu")
+
+
+def ask(number: int) -> str:
+    choice = random.Random(number)
+    words = ["".join(choice.choices(SYLLABLES, k=3)) for _ in range(25)]
+    return f"{' '.join(words)}. What comes first, and to whom?"
+
+
+def question(number: int, text: str) -> EvalQuestion:
+    return EvalQuestion(f"seen.jsonl:{number}", Chat(f"seen.jsonl:{number}", (Message("user", text),)), "Nothing.")
+
+
+def test_prompts_of_training_rows_are_found(
+    config_of: Callable[..., RunConfig], plan_of: Callable[..., LaunchPlan], model_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"question": ask(i), "answer": f"The answer {i}."}) + "\n" for i in range(40)))
+    settings = ("model=tiny", "data=jsonl", f"data.path={file}", "data.eval_fraction=0.2", "data.max_length=256")
+    config = config_of(*settings)
+    plan = plan_of(*settings, data=build(config.data, str(model_folder)))
+    encoder = Encoder(load_tokenizer(str(model_folder)), config.data)
+    held_out = read_held_out(plan, encoder, 100, lambda num_documents: None)
+    asked = {one.prompt for one in held_out.questions}
+    trained = [i for i in range(40) if ask(i) not in asked]
+    assert 0 < len(asked) < 20
+    others = [ask(50), ask(trained[0]).upper().replace(".", " ;"), ask(trained[1]).replace("to whom", "to which person"), *asked]
+    seen = QuestionSet("seen", tuple(question(i, text) for i, text in enumerate(others)), len(others), 0)
+    num_read: list[int] = []
+    copies = find_training_copies(plan, encoder, [held_out, seen], num_read.append)
+    assert sum(num_read) == 40
+    assert copies["held_out"] == (), "a held-out row is in the same file as the training rows"
+    exact, near = copies["seen"]
+    assert (exact.question, exact.training, exact.similarity) == ("seen.jsonl:1", f"{file}:{trained[0] + 1}", 1.0)
+    assert (near.question, near.training) == ("seen.jsonl:2", f"{file}:{trained[1] + 1}")
+    assert config.data.checks.near_duplicate_threshold <= near.similarity < 1
+    assert str(exact) == f"seen.jsonl:1: the same prompt as {file}:{trained[0] + 1}"
+    assert describe_copies(len(others), copies["seen"]).startswith(f"2 of the {len(others)} prompts are training prompts")
+    assert describe_copies(5, ()) == ""
