@@ -119,6 +119,8 @@ class TrainingLoop:
         self.is_save_due = False
         self.reached_limit = ""
         self.last_eval: Evaluation | None = None
+        # A preemption skips the evaluation of its step; the next attempt begins with it.
+        self.is_evaluation_missing = False
         self.forgetting = ForgettingCheck(run.run_dir if run.rank_info.is_main else None, run.plan.config.eval)
         best_set = run.plan.config.checkpoint.best_set
         self.early_stopping = EarlyStopping(run.plan.config.eval.stop_after, best_set, run.plan.eval_rows_digest(best_set))
@@ -151,6 +153,8 @@ class TrainingLoop:
         self.parts.monitor.start_training(self.step)
         if self.step == 0 and self.run.plan.config.eval.at_start:
             self.evaluate("before training")
+        elif self.is_evaluation_missing and not self.is_last_step():
+            self.evaluate_if_due()
         if self.is_cancelled_before_training():
             saved_step = self.parts.checkpointer.saved_step
             return make_untrained_outcome(self.step, None if saved_step is None else self._checkpoint_path(saved_step))
@@ -373,6 +377,7 @@ class TrainingLoop:
         self.step = parts.checkpointer.saved_step = checkpoint.step
         parts.meter.restore(int(state["tokens"]), int(state["skipped_steps"]))
         self.early_stopping.restore(state.get("early_stopping"))
+        self.is_evaluation_missing = state.get("is_evaluated") is False
         tracker.event("info", f"continuing from {checkpoint.path}", self.step)
 
     def _best_weights(self, newest: Path) -> tuple[str, Path]:
@@ -385,7 +390,8 @@ class TrainingLoop:
 
     def _state(self) -> dict[str, Any]:
         counts = {"tokens": self.parts.meter.tokens, "skipped_steps": self.parts.meter.skipped_steps}
-        return {**counts, "early_stopping": self.early_stopping.state()}
+        is_evaluated = self.eval_of_this_step() is not None
+        return {**counts, "early_stopping": self.early_stopping.state(), "is_evaluated": is_evaluated}
 
     def _eval_loss(self) -> float | None:
         last_eval = self.eval_of_this_step()

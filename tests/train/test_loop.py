@@ -149,6 +149,24 @@ def test_training_ends_where_the_loss_no_longer_falls(plan_of: PlanOf, monkeypat
     assert other.run_to_end().step == 16
 
 
+@pytest.mark.parametrize(("step", "evaluated"), [(4, [4, 6]), (5, [6]), (6, [6])], ids=["due", "not due", "last"])
+def test_an_evaluation_that_a_preemption_skipped_is_made_after_the_resume(
+    plan_of: PlanOf, step: int, evaluated: list[int]
+) -> None:
+    losses = {4: 2.0, 6: 1.0}
+    stopped = EvaluatedLoop(plan_of("eval.every=4", "train.max_steps=6"), 6, losses)
+    stopped.parts.meter.tokens = 0
+    stopped.step = 4
+    assert stopped._state()["is_evaluated"] is False
+    stopped.evaluate("at step 4")
+    assert stopped._state()["is_evaluated"] is True
+    for is_missing in (True, False):
+        resumed = EvaluatedLoop(plan_of("eval.every=4", "train.max_steps=6"), 6, losses)
+        resumed.step, resumed.is_evaluation_missing = step, is_missing
+        resumed.run_to_end()
+        assert resumed.evaluated == (evaluated if is_missing else [6])
+
+
 def test_early_stopping_saves_the_best_weights_and_uses_them(
     plan_of: PlanOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
