@@ -7,7 +7,6 @@ in launcher/config/sections/answer_metrics.py.
 from __future__ import annotations
 
 import functools
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from launcher.errors import DataError
 from launcher.evaluate import answer_text
 from launcher.evaluate.answer_text import NotJson
+from launcher.evaluate.json_schema import schema_validator
 
 
 @dataclass(frozen=True)
@@ -122,21 +122,10 @@ def _json_schema(answer: GeneratedAnswer, reference: str, options: MetricOptions
     except NotJson:
         return False
     try:
-        return bool(schema_validator(options.schema).is_valid(value))
+        return bool(schema_validator(options.schema, options.time_limit_s).is_valid(value))
     except (RecursionError, OverflowError):
         # Nested too deeply, or a number that `multipleOf` cannot divide.
         return False
-
-
-@functools.cache
-def schema_validator(schema: str) -> Any:
-    """Return the validator of a JSON schema, given as JSON text."""
-    from jsonschema.validators import validator_for
-    from jsonschema_specifications import REGISTRY
-
-    parsed = json.loads(schema)
-    # Without a registry of its own, the validator fetches what $ref names from the network.
-    return validator_for(parsed)(parsed, registry=REGISTRY)
 
 
 def _field_f1(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:

@@ -14,8 +14,9 @@ import numpy as np
 from launcher import atomic_files, json_records
 from launcher.config.sections.answer_metrics import AnswerMetrics, split_function
 from launcher.errors import ConfigError, DamagedRun, DataError, Problem
+from launcher.evaluate.json_schema import schema_validator
 from launcher.evaluate.metric_process import MetricProcess
-from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions, schema_validator
+from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions
 from launcher.evaluate.statistics import Scores
 from launcher.security import ownership
 
@@ -50,7 +51,7 @@ def copy_metric_files(settings: AnswerMetrics, folder: Path) -> None:
     Raises:
         ConfigError: where a file is missing, wrong, or could have been changed by others.
     """
-    schema = _read_schema(settings.json_schema) if "json_schema" in settings.metrics else ""
+    schema = _read_schema(settings.json_schema, settings.metric_time_limit_s) if "json_schema" in settings.metrics else ""
     functions, contents = {}, {}
     for metric in settings.metrics:
         if metric not in METRICS and (parts := split_function(metric)):
@@ -133,7 +134,7 @@ def _parts(problem: Problem) -> dict[str, str]:
     return {"where": problem.where, "value": problem.value, "remedy": problem.remedy}
 
 
-def _read_schema(path: str | None) -> str:
+def _read_schema(path: str | None, time_limit_s: float) -> str:
     """Return the text of a JSON schema file that the validator accepts, all references of which lead to a schema."""
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
@@ -163,7 +164,7 @@ def _read_schema(path: str | None) -> str:
         raise ConfigError(message, where=where, value=str(path), remedy=remedy) from None
     try:
         for example in ("{}", "[]", '""', "0", "null"):
-            schema_validator(text).is_valid(json.loads(example))
+            schema_validator(text, time_limit_s).is_valid(json.loads(example))
     except RecursionError:
         message = "the JSON schema has references that lead back to themselves"
         raise ConfigError(message, where=where, value=str(path), remedy="correct it; see json-schema.org/learn") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import time
@@ -212,3 +213,42 @@ def test_a_pattern_that_takes_too_long_names_the_row(tmp_path: Path) -> None:
     settings = AnswerMetrics(metrics=("regex",), pattern="(a|aa)+$b", metric_time_limit_s=0.2)
     with pytest.raises(DataError, match=r"takes more than 0\.2 s for one answer, in row r:1"):
         make_scorer(settings, tmp_path).score("regex", [GeneratedAnswer("a" * 40, True, 1)], [""], ["r:1"])
+
+
+SLOW = "^(a|aa)+$"
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"name": {"pattern": SLOW}}},
+        {"$schema": DRAFT, "properties": {"name": {"pattern": SLOW}, "part": {"$ref": "#"}}},
+        {"additionalProperties": False, "patternProperties": {SLOW: {}}},
+        {"unevaluatedProperties": False, "allOf": [{"patternProperties": {SLOW: {}}}]},
+    ],
+    ids=["pattern", "root", "additional", "unevaluated"],
+)
+def test_a_pattern_of_a_schema_that_takes_too_long_names_the_row(schema: dict, tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(schema))
+    settings = AnswerMetrics(metrics=("json_schema",), json_schema=str(file), metric_time_limit_s=0.2)
+    scorer = make_scorer(settings, tmp_path)
+    long = "a" * 40 + "b"
+    answers = [{"name": "aaa"}, {"part": {"name": long}} if "$schema" in schema else {"name": long, long: 1}]
+    generated = [GeneratedAnswer(json.dumps(answer), True, 1) for answer in answers]
+    scorer.score("json_schema", generated[:1], [""], ["r:1"])
+    with pytest.raises(DataError, match=r"JSON schema takes more than 0\.2 s for one answer, in row r:2") as error:
+        scorer.score("json_schema", generated, ["", ""], ["r:1", "r:2"])
+    assert error.value.problems[0].value == SLOW
+
+
+def test_patterns_of_a_schema_are_matched_and_checked(tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    settings = AnswerMetrics(metrics=("json_schema",), json_schema=str(file))
+    file.write_text(json.dumps({"patternProperties": {"^n": {"pattern": "^a+$"}}, "additionalProperties": False}))
+    answers = [GeneratedAnswer(text, True, 1) for text in ('{"name": "aa"}', '{"name": "ab"}', '{"other": "aa"}', "{}")]
+    assert list(make_scorer(settings, tmp_path).score("json_schema", answers, [""] * 4, ["r"] * 4)) == [1, 0, 0, 1]
+    file.write_text(json.dumps({"properties": {"name": {"pattern": "(a"}}}))
+    with pytest.raises(ConfigError, match="the JSON schema is wrong at properties/name/pattern"):
+        make_scorer(settings, tmp_path)

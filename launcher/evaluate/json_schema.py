@@ -1,0 +1,79 @@
+"""The validator of a JSON schema whose regular expressions have a time limit: answers may be made so that one takes for ever."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from launcher.errors import DataError
+
+
+@functools.cache
+def schema_validator(schema: str, time_limit_s: float) -> Any:
+    """Return the validator of a JSON schema, given as JSON text; each match of a pattern may take `time_limit_s`.
+
+    It raises DataError for a pattern that takes longer.
+    """
+    from jsonschema.exceptions import ValidationError
+    from jsonschema.validators import extend, validator_for
+    from jsonschema_specifications import REGISTRY
+
+    def matches(pattern: str, text: str) -> bool:
+        return is_match(pattern, text, time_limit_s)
+
+    def check_pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[Any]:
+        if validator.is_type(instance, "string") and not matches(pattern, instance):
+            yield ValidationError(f"{instance!r} does not match {pattern!r}")
+
+    def check_properties(validator: Any, patterns: dict[str, Any], instance: Any, schema: Any) -> Iterator[Any]:
+        if validator.is_type(instance, "object"):
+            for pattern, part in patterns.items():
+                for key, value in instance.items():
+                    if matches(pattern, key):
+                        yield from validator.descend(value, part, path=key, schema_path=pattern)
+
+    parsed = json.loads(schema)
+    timed = extend(validator_for(parsed), {"pattern": check_pattern, "patternProperties": check_properties})
+    ordered = _with_patterns_first(parsed)
+    if isinstance(ordered, dict):
+        # A reference to the root would otherwise lead to the validator of this dialect, which knows no time limit.
+        ordered.pop("$schema", None)
+    # Without a registry of its own, the validator fetches what $ref names from the network.
+    return timed(ordered, registry=REGISTRY)
+
+
+def is_match(pattern: str, text: str, time_limit_s: float) -> bool:
+    """Return whether a pattern of the schema matches somewhere in a text.
+
+    Raises:
+        DataError: where it takes too long.
+    """
+    try:
+        return _compiled(pattern).search(text, timeout=time_limit_s) is not None
+    except TimeoutError:
+        raise DataError(
+            f"a regular expression of the JSON schema takes more than {time_limit_s:g} s for one answer",
+            where="evaluate.json_schema",
+            value=pattern,
+            remedy="nested repetitions such as (a+)+ take very long; write them without nesting",
+        ) from None
+
+
+@functools.cache
+def _compiled(pattern: str) -> Any:
+    # Unlike `re`, this module has a time limit.
+    import regex
+
+    return regex.compile(pattern)
+
+
+def _with_patterns_first(value: Any) -> Any:
+    """Return a schema whose patternProperties come first: further keywords match the same keys, without a time limit."""
+    if isinstance(value, list):
+        return [_with_patterns_first(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ordered = {key: value[key] for key in ("patternProperties",) if key in value} | value
+    return {key: _with_patterns_first(item) for key, item in ordered.items()}
