@@ -125,4 +125,4 @@ def describe_copies(num_prompts: int, copies: Sequence[TrainingCopy]) -> str:
     if not copies:
         return ""
     share = f"{len(copies):,} of the {num_prompts:,} prompts"
-    return f"{share} are training prompts, or nearly: their answers may have been learnt by heart."
+    return f"{share} are training prompts, or nearly: the answers may have been memorized."
