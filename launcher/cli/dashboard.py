@@ -10,6 +10,7 @@ from launcher import run_store
 from launcher.cli.arguments import VerbParser
 from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.run_dir import RunDir
+from launcher.security import ownership
 from launcher.tracking.wandb import local_settings
 from launcher.tracking.wandb.workspace import Target, as_json, publish
 
@@ -60,6 +61,8 @@ def _target(name: str, root: Path) -> Target:
     except SubmitError:
         run_dir = None
     if run_dir is not None:
+        # It names the project to which this user's key writes.
+        ownership.require_records(run_dir)
         plan = run_store.load_plan(run_dir)
         tracking = plan.config.tracking
         return Target(tracking.project, tracking.entity, plan.wandb_id, plan.run_name)

@@ -14,6 +14,7 @@ from typing import Any
 from launcher import facts
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem, RunError, raise_reported
+from launcher.security.library_caches import find_usable_caches
 
 # A worker that is ended removes what it has written so far.
 _TERMINATION_S = 10.0
@@ -141,9 +142,11 @@ def run_worker(
 def worker_environment() -> dict[str, str]:
     """Return the environment of a process that runs a module of the worker side: this package comes first in PYTHONPATH.
 
-    Nothing is imported from the working directory, which may belong to somebody else. The progress bars of libraries are off:
+    Nothing is imported from the working directory, which may belong to somebody else, and compiled code is loaded from folders
+    of this user. The progress bars of libraries are off:
     launcher.tracking.progress shows how far the work is.
     """
     root = str(Path(facts.__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"TQDM_DISABLE": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+    environ = {"TQDM_DISABLE": "1", **os.environ, **find_usable_caches(os.environ)}
+    return {**environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

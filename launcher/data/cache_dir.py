@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,11 +30,6 @@ def shared_cache_root() -> Path | None:
     """Return $LAUNCHER_SHARED_CACHE, where groups share their data caches; None if it is not set."""
     root = os.environ.get(SHARED_CACHE_VARIABLE)
     return Path(root).expanduser().absolute() if root else None
-
-
-def node_cache_root() -> Path:
-    """Return the folder for what libraries compile on a node whose home directory cannot be written; anyone can make it first."""
-    return Path(tempfile.gettempdir()) / f"launcher-caches-{os.geteuid()}"
 
 
 def source_folder(*parts: object) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +73,11 @@ def file_problem(subject: str, file: Path) -> Problem | None:
     """Return why this user does not trust a file, or a folder or link on the way to it; None if they do."""
     problem = first_problem(subject, file, (), _own_trust(), with_parents=True)
     return None if problem is None else replace(problem, where=str(file))
+
+
+def folder_problem(subject: str, folder: Path, content: Iterable[Path]) -> Problem | None:
+    """Return why this user does not trust a folder, a folder or link on the way to it, or `content`; None if they do."""
+    return first_problem(subject, folder, content, _own_trust(), with_parents=True)
 
 
 def accepts_owner(uid: int) -> bool:

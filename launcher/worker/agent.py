@@ -30,13 +30,13 @@ from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import ExitRecord, FailureRecord, RestartRecord, exit_file, restart_file
+from launcher.security.library_caches import find_usable_caches
 from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART
 from launcher.worker import disk_reserve, failure_record, postmortem
 from launcher.worker.limits import cause_of
 from launcher.worker.mirror_process import MirrorProcess
 from launcher.worker.ranks import error_memory, heartbeat
-from launcher.worker.ranks.cache_folders import find_writable_caches
 from launcher.worker.ranks.error_memory import ErrorMemory
 from launcher.worker.ranks.flight_recorder import FlightRecorder
 from launcher.worker.ranks.rank_env import NodeInfo, allocator_defaults
@@ -78,7 +78,7 @@ class NodeAgent:
         started_at = time.time()
         ranks = RankProcesses()
         stopper = Stopper(plan.config.cluster.stop_grace_seconds, signals, ranks.send_signal).install()
-        os.environ.update(find_writable_caches(os.environ))
+        os.environ.update(find_usable_caches(os.environ))
         cores = len(os.sched_getaffinity(0))
         os.environ.update(allocator_defaults(os.environ))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.topology.ranks_per_node)))

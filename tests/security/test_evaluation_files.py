@@ -11,11 +11,14 @@ from file_owners import MALLORY, as_root, give
 
 from launcher import run_store
 from launcher.config.sections.answer_metrics import AnswerMetrics
-from launcher.errors import ConfigError, DataError
+from launcher.errors import ConfigError, DamagedRun, DataError, SubmitError
+from launcher.evaluate.generation import Share
 from launcher.evaluate.scoring import copy_metric_files
+from launcher.evaluate.task import EvaluationFolder
+from launcher.evaluate.vllm_engine import read_version
 from launcher.models import plan_caches
 from launcher.plan.launch_plan import DataFacts
-from launcher.worker.evaluation import prepare
+from launcher.worker.evaluation import answer, prepare
 from launcher.worker.scoring import passes, step, triage
 
 __all__ = ["as_root"]
@@ -45,6 +48,35 @@ def test_an_interpreter_of_another_user_is_not_run(folder: Path, monkeypatch: py
     assert not (folder / "ran").exists()
     monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", str(MALLORY))
     prepare._require_vllm(Path("vllm/bin/python"))
+
+
+@pytest.mark.parametrize("theirs", ["vllm/lib/python3.11/site-packages/vllm", "vllm/pyvenv.cfg"])
+def test_packages_of_another_user_are_not_imported(folder: Path, theirs: str) -> None:
+    python = folder / "vllm/bin/python"
+    for parent in (python.parent, folder / "vllm/lib/python3.11/site-packages/vllm"):
+        parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\ntouch {folder}/ran; echo 0.11\n")
+    python.chmod(0o755)
+    (folder / "vllm/pyvenv.cfg").touch()
+    assert read_version(python) == "0.11"
+    (folder / "ran").unlink()
+    give(folder / theirs)
+    with pytest.raises(ConfigError, match=f"the environment of vLLM is not trusted: .* belongs to {MALLORY}"):
+        read_version(python)
+    assert not (folder / "ran").exists()
+
+
+def test_a_node_answers_for_no_run_of_another_user(folder: Path) -> None:
+    """The path of a run on the disk of one machine may lead to somebody else's folder on another one."""
+    run = run_store.create(hand_made.plan(folder / "run", hand_made.SETTINGS))
+    evaluation = EvaluationFolder.of(run.root, 1)
+    evaluation.root.mkdir(parents=True)
+    share = Share(0, 1)
+    with pytest.raises(DamagedRun, match=r"task\.json"):
+        answer.answer(evaluation, share, 0)
+    give(run.root)
+    with pytest.raises(SubmitError, match=f"the run run is not trusted: .* belongs to {MALLORY}"):
+        answer.answer(evaluation, share, 0)
 
 
 def test_a_schema_of_another_user_scores_nothing(folder: Path, tmp_path: Path) -> None:

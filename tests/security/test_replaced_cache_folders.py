@@ -17,10 +17,9 @@ from launcher.cli import clean, completion
 from launcher.cli.cleanup import run_folders
 from launcher.cli.cleanup.cache_entries import list_entries
 from launcher.cli.main import main
-from launcher.data.cache_dir import node_cache_root
 from launcher.errors import DataError
+from launcher.security import library_caches
 from launcher.security.ownership import require_cache
-from launcher.worker.ranks import cache_folders
 
 MALLORY, ALICE = 54321, 54322
 LONG_AGO = 1e9
@@ -97,7 +96,7 @@ def test_a_folder_for_caches_of_nodes_that_another_user_made(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(shared))
 
-    folder = node_cache_root()
+    folder = library_caches.node_cache_root()
 
     def squat() -> None:
         folder.mkdir()
@@ -106,11 +105,11 @@ def test_a_folder_for_caches_of_nodes_that_another_user_made(
     as_mallory(squat)
     assert removed(capsys) == []
     assert is_whole(precious)
-    other = cache_folders._private_folder()
+    other = library_caches._private_folder()
     assert other != folder, "a rank uses another one"
     assert other.stat().st_mode & 0o777 == 0o700
     as_mallory(lambda: shutil.rmtree(folder))
-    assert cache_folders._private_folder() == folder
+    assert library_caches._private_folder() == folder
     own = folder / "torch_extensions_dir/cpu_adam"
     own.mkdir(parents=True)
     (own / "build.ninja").touch()

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher import atomic_files, locks, run_store
-from launcher.data.cache_dir import cache_root, node_cache_root, shared_cache_root
+from launcher.data.cache_dir import cache_root, shared_cache_root
 from launcher.errors import LauncherError, Problem, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.run_damage import plan_remedy
 from launcher.security.folders import is_private_folder, shared_folder_problem, usable_part
+from launcher.security.library_caches import node_cache_root
 from launcher.security.trust import Trust
 from launcher.shell_commands import launcher_command
 from launcher.tracking.metrics import format_duration

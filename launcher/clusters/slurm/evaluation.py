@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from launcher.config.sections.slurm import SlurmSection
 from launcher.data.cache_dir import cache_root
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
+from launcher.security import trust
 
 _MODULE = "launcher.worker.slurm.evaluation_node"
 _LONGEST_WAIT_S = 30 * 24 * 3600.0
@@ -32,7 +34,9 @@ def run_on_nodes(config: RunConfig, run: RunDir, folder: Path) -> None:
     num_gpus = allocation.num_gpus_per_node(config)
     module = (_MODULE, str(folder), str(num_gpus))
     folders = (run.root, cache_root(), *_model_folders(folder))
-    script = allocation.node_script(config, module, num_gpus, {}, folders, ("--kill-on-bad-exit=1",))
+    # Nodes may not know the names of users.
+    owners = {trust.VARIABLE: trust.Trust.from_environ(os.environ).as_numbers()}
+    script = allocation.node_script(config, module, num_gpus, owners, folders, ("--kill-on-bad-exit=1",))
     command = [*allocation.salloc_words(config, name, num_gpus, section.time_minutes), "bash", "-c", script]
     started = NodeCommand(command, "", {**allocation.outside_of_a_job(), **section.env})
     try:

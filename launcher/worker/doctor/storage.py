@@ -16,9 +16,9 @@ from launcher.config.schema import RunConfig
 from launcher.data.cache_dir import cache_root
 from launcher.hardware import may_use_gpus
 from launcher.plan.quantities import format_size
+from launcher.security.library_caches import cache_folders, is_writable
 from launcher.worker.checks import node_check
 from launcher.worker.doctor.torch_build import read_torch_build
-from launcher.worker.ranks.cache_folders import cache_folders, is_writable
 
 _CHUNK_BYTES, _NUM_CHUNKS = 4 << 20, 32
 # A checkpoint of 100 GiB takes a quarter of an hour at this speed.

@@ -31,7 +31,6 @@ from launcher.evaluate.task import EvaluationFolder, EvaluationTask
 from launcher.models.plan_caches import require_caches
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.security import ownership
 from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
 from launcher.tracking.progress import Advance, Pace, live_line
@@ -146,9 +145,6 @@ def _require_sets(plan: LaunchPlan) -> list[str]:
 
 
 def _require_vllm(python: Path) -> None:
-    # Before it is run. A relative path may lead into a working directory of somebody else.
-    if problem := ownership.file_problem("the Python interpreter of vLLM", python.absolute()):
-        raise ConfigError(problem)
     if read_version(python) is None:
         raise ConfigError(
             "this is no Python interpreter of an environment with vLLM",

@@ -17,17 +17,21 @@ from launcher.clusters.ray import auto_address
 from launcher.config.sections.ray import RaySection
 from launcher.errors import EXIT_FAILED
 from launcher.evaluate.task import EvaluationFolder
+from launcher.security.library_caches import find_usable_caches
+from launcher.security.trust import VARIABLE
 from launcher.worker.ray.connection import config_without_search_path
 
 
 def answer_here(folder: str, rank: int, num_processes: int, num_gpus: int) -> int:
     """Run one process of the evaluation on this node; returns its exit code."""
+    import os
     import subprocess
     import sys
 
     words = [folder, *map(str, (rank, num_processes, num_gpus))]
     command = [sys.executable, "-P", "-u", "-m", "launcher.worker.evaluation.answer", *words]
-    return subprocess.run(command, stdin=subprocess.DEVNULL).returncode
+    environ = {**os.environ, **find_usable_caches(os.environ)}
+    return subprocess.run(command, stdin=subprocess.DEVNULL, env=environ).returncode
 
 
 def main(folder: str) -> int:
@@ -39,6 +43,8 @@ def main(folder: str) -> int:
     path = build_pythonpath(Path(launcher.__file__).resolve().parents[1], os.environ)
     # A job's own environment applies to all processes that it starts.
     variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", **section.env}
+    if VARIABLE in os.environ:
+        variables[VARIABLE] = os.environ[VARIABLE]
     runtime = {} if section.is_http else {"runtime_env": {"env_vars": variables}}
     # Within a job, Ray itself names the cluster of the job.
     address = "auto" if section.is_http else auto_address.address_to_join(section.address or "")

@@ -27,11 +27,11 @@ from launcher.errors import describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import FailureRecord, NodeRecord, node_file
+from launcher.security.library_caches import find_usable_caches
 from launcher.worker import failure_record
 from launcher.worker.limits import cause_of
 from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
 from launcher.worker.ranks import error_memory, heartbeat
-from launcher.worker.ranks.cache_folders import find_writable_caches
 from launcher.worker.ranks.error_memory import ErrorMemory
 from launcher.worker.ranks.flight_recorder import FlightRecorder
 from launcher.worker.ranks.rank_env import allocator_defaults
@@ -397,7 +397,7 @@ def _node_environment(plan: LaunchPlan, from_driver: Mapping[str, str]) -> dict[
         **allocator_defaults({**os.environ, **from_driver}),
         **os.environ,
         **from_driver,
-        **find_writable_caches({**os.environ, **from_driver}),
+        **find_usable_caches({**os.environ, **from_driver}),
         # Ray sets this to the CPUs that the actor requested, which are few or none.
         "OMP_NUM_THREADS": str(max(1, cores // plan.topology.ranks_per_node)),
         "PYTHONPATH": detached_process.build_pythonpath(RunDir(Path(plan.run_dir)).code, os.environ),

@@ -11,6 +11,7 @@ import numpy as np
 from launcher.data.loader import RowBatches
 from launcher.data.score_store import ScoreKey, ScoreStore
 from launcher.models.private_code import remove_copies
+from launcher.security.printable_stream import printable_output
 from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.scoring.passes import Progress, RankTask
 from launcher.worker.signals import exit_on_termination
@@ -55,7 +56,9 @@ if __name__ == "__main__":
     exit_on_termination()
     # Not by TERM: Python runs no handler while the rank waits in a collective.
     die_with_parent()
-    run_rank(RankTask.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    # Libraries log names from files of others to the terminal of the command.
+    with printable_output():
+        run_rank(RankTask.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
     remove_copies()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,0 +1,125 @@
+"""Caches of libraries: in folders of this user, whatever others have made in the folder for temporary files."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import hand_made
+import pytest
+from file_owners import MALLORY, as_root
+
+from launcher import json_records
+from launcher.cli.worker_process import worker_environment
+from launcher.config.schema import RunConfig
+from launcher.evaluate.task import EvaluationFolder, EvaluationTask, Weights
+from launcher.security.library_caches import find_usable_caches
+from launcher.worker.evaluation import node
+from launcher.worker.ray import evaluation
+
+__all__ = ["as_root"]
+
+ALL = {
+    *("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "HF_MODULES_CACHE"),
+    *("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"),
+}
+# By themselves, libraries keep these in the folder for temporary files.
+TEMPORARY = {"TORCHINDUCTOR_CACHE_DIR", "CUTE_DSL_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "QUACK_CACHE_DIR"}
+# An interpreter that notes in which folder torch, and a compiler of kernels, would look for compiled code.
+INTERPRETER = """#!/bin/sh
+exec {python} -c "
+import os
+from torch._inductor.runtime import cache_dir_utils
+print(cache_dir_utils.cache_dir(), os.environ['QUACK_CACHE_DIR'], sep=chr(10), file=open('{note}', 'w'))"
+"""
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Path:
+    """A home directory that nobody can write in, root included."""
+    file = tmp_path / "home"
+    file.write_text("no folder")
+    return file
+
+
+def test_only_compiled_code_moves_where_the_home_directory_can_be_written(tmp_path: Path) -> None:
+    caches = find_usable_caches({"HOME": str(tmp_path)})
+    assert caches.keys() == TEMPORARY
+    assert {Path(path).parent for path in caches.values()} == {tmp_path / ".cache"}
+
+
+def test_the_default_that_torch_sets_is_nobodys_choice(tmp_path: Path, temporary: Path) -> None:
+    default = str(temporary / f"torchinductor_{getpass.getuser()}")
+    caches = find_usable_caches({"HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": default})
+    assert caches["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".cache/torchinductor")
+    assert "TORCHINDUCTOR_CACHE_DIR" not in find_usable_caches({"HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": "/mine"})
+
+
+def test_caches_leave_a_home_directory_that_cannot_be_written(closed: Path, temporary: Path) -> None:
+    caches = find_usable_caches({"HOME": str(closed)})
+    assert caches.keys() == ALL | TEMPORARY
+    (folder,) = {Path(path).parent for path in caches.values()}
+    assert folder.parent == temporary
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert find_usable_caches({"HOME": str(closed)}) == caches, "a later attempt finds what was compiled"
+
+
+def test_a_folder_that_is_set_is_left_alone(closed: Path, tmp_path: Path) -> None:
+    environ = {"HOME": str(closed), "TORCH_EXTENSIONS_DIR": "/mine", "XDG_CACHE_HOME": str(tmp_path)}
+    assert find_usable_caches(environ).keys() == (ALL | TEMPORARY) - {"TORCH_EXTENSIONS_DIR", "WANDB_CACHE_DIR"}
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o750])
+def test_a_folder_that_others_can_enter_is_not_used(closed: Path, temporary: Path, mode: int) -> None:
+    """Another user could have put code there that the ranks would load."""
+    theirs = temporary / f"launcher-caches-{os.getuid()}"
+    theirs.mkdir()
+    theirs.chmod(mode)
+    assert not any(path.startswith(f"{theirs}/") for path in find_usable_caches({"HOME": str(closed)}).values())
+
+
+@pytest.fixture
+def note(tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, as_root: None) -> Path:
+    """Another user has made the folders of compiled code; sys.executable notes in this file which folders it would use."""
+    for name in (f"torchinductor_{getpass.getuser()}", getpass.getuser()):
+        (temporary / name).mkdir()
+        (temporary / name).chmod(0o777)
+        os.chown(temporary / name, MALLORY, MALLORY)
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for variable in (*TEMPORARY, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    file, python = tmp_path / "note", tmp_path / "python"
+    python.write_text(INTERPRETER.format(python=sys.executable, note=file))
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    return file
+
+
+@pytest.mark.parametrize("kind", ["worker of a command", "node of an evaluation", "task of Ray"])
+def test_compiled_code_of_another_user_is_not_loaded(note: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "worker of a command":
+        subprocess.run([sys.executable], env=worker_environment(), check=True)
+    elif kind == "node of an evaluation":
+        folder = EvaluationFolder(tmp_path)
+        config = RunConfig.model_validate(hand_made.SETTINGS).model_dump(mode="json")
+        weights = Weights("", "", ())
+        json_records.write(folder.task, EvaluationTask("run", 3, config, (), None, weights, "", None, 1, (), 0, {}))
+        assert node.run_node(str(tmp_path), 0, 1, 0) == 0
+    else:
+        assert evaluation.answer_here(str(tmp_path), 0, 1, 0) == 0
+    cache = tmp_path / "home/.cache"
+    assert note.read_text().split() == [str(cache / "torchinductor"), str(cache / "quack_cache")]
