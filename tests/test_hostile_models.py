@@ -17,6 +17,7 @@ from launcher.checkpoint import folder_links
 from launcher.checkpoint.mirror import upload
 from launcher.config.schema import ModelSection
 from launcher.errors import CheckpointError, ConfigError, Problem
+from launcher.evaluate.engine import TransformersEngine
 from launcher.export import hf_folder
 from launcher.models import remote_code
 from launcher.worker.checks import weight_check
@@ -34,6 +35,9 @@ CONFIG = {
     **{"model_type": "mine", "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8},
     **{"intermediate_size": 4, "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}},
 }
+
+# A pull request to a repository whose owner the package `kernels` trusts.
+KERNEL = "kernels-community/flash-attn2@refs/pr/7"
 
 
 @pytest.fixture
@@ -106,6 +110,24 @@ def test_code_from_outside_of_the_model_is_refused(folder: Path, config: dict[st
         weight_check.compare(folder, trusted)
     described = ModelSection(path="owner/name", revision="0" * 40, trust_remote_code=True, config=config)
     assert [problem.message for problem in model_source.check_model(described)] == [problem.message]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"attn_implementation": KERNEL},
+        {"_attn_implementation": f"paged|{KERNEL}"},
+        {"text_config": {"attn_implementation": {"": "sdpa", "vision": KERNEL}}},
+        {"experts_implementation": KERNEL},
+    ],
+)
+def test_a_kernel_from_the_hub_is_refused_at_the_start_and_where_it_would_be_loaded(folder: Path, config: dict[str, Any]) -> None:
+    """Anybody can open a pull request there, and the package `kernels` imports its files."""
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama", "auto_map": {}, **config}))
+    problem = next(one for one in checked(folder) if "takes code from a repository of the Hub" in one.message)
+    assert KERNEL in problem.value
+    with pytest.raises(ConfigError, match="takes code from a repository of the Hub"):
+        TransformersEngine(folder, section(folder), None, dtype="fp32", device="cpu", stop_ids=())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "tokenizer_secret.json", "notes.txt", "chat_template.jinja", "model.safetensors"])

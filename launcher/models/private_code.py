@@ -18,7 +18,7 @@ from pathlib import Path
 from launcher.checkpoint.folder_links import copy_file
 from launcher.errors import ConfigError
 from launcher.models import weight_files
-from launcher.models.remote_code import ADAPTER, digest_problems, foreign_classes, owner_problem, python_files
+from launcher.models.remote_code import ADAPTER, digest_problems, foreign_classes, kernel_problems, owner_problem, python_files
 from launcher.security import ownership
 
 _CONFIG = "config.json"
@@ -39,7 +39,11 @@ def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Pa
         CheckpointError: where a file is a link that leaves its folder.
         OSError: where a file cannot be read, or copied.
     """
-    if not trusts_code or not (folder / _CONFIG).is_file():
+    if not (folder / _CONFIG).is_file():
+        return folder
+    if kernels := list(kernel_problems(weight_files.read_json(folder / _CONFIG), str(folder / _CONFIG))):
+        raise ConfigError(kernels)
+    if not trusts_code:
         return folder
     source = folder if code is None else code
     if digest is None and (problem := owner_problem(source)) is not None:

@@ -20,6 +20,8 @@ from launcher.security import ownership
 
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 ADAPTER = "adapter_config.json"
+# In config.json: names of implementations. A name of a repository (owner/name) is fetched from the Hub and imported.
+_IMPLEMENTATION = re.compile(r"\w*_implementation(?:_internal)?")
 
 
 def code_digest(folder: Path) -> str | None:
@@ -36,6 +38,7 @@ def code_problems(model: ModelSection, config: Mapping[str, Any], folder: Path |
 
     `folder` is None where the model is not on this machine yet.
     """
+    yield from kernel_problems(config, where)
     if not model.trust_remote_code:
         return
     yield from foreign_classes(config, where)
@@ -97,17 +100,34 @@ def foreign_classes(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
         yield Problem(f"model.path: {message}", where=where, value=name, remedy=remedy)
 
 
-def _auto_map_classes(value: Any) -> Iterator[str]:
-    """Yield every class that an `auto_map` names, at any depth: parts of a model have configs of their own."""
+def kernel_problems(config: Any, where: str) -> Iterator[Problem]:
+    """Yield a problem for each implementation in config.json that transformers would fetch from the Hub; `where` names that file.
+
+    The package `kernels` imports what it fetches, at whatever revision the name has, without model.trust_remote_code.
+    """
+    for key, value in _items(config):
+        for name in _texts(value) if _IMPLEMENTATION.fullmatch(key) else ():
+            if "/" in name:
+                message = f"model.path: {key} in config.json takes code from a repository of the Hub"
+                yield Problem(message, where=where, value=name, remedy=f"remove {key}; model.attention chooses the kernel")
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every key with its value, at any depth: parts of a model have configs of their own."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            if key == "auto_map":
-                yield from _texts(inner)
-            else:
-                yield from _auto_map_classes(inner)
+            yield str(key), inner
+            yield from _items(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _auto_map_classes(inner)
+            yield from _items(inner)
+
+
+def _auto_map_classes(value: Any) -> Iterator[str]:
+    """Yield every class that an `auto_map` names, at any depth."""
+    for key, inner in _items(value):
+        if key == "auto_map":
+            yield from _texts(inner)
 
 
 def _texts(value: Any) -> Iterator[str]:
