@@ -20,6 +20,7 @@ from launcher.errors import CheckpointError, ConfigError, Problem
 from launcher.evaluate.engine import TransformersEngine
 from launcher.export import hf_folder
 from launcher.models import remote_code
+from launcher.train.model import read_own_config
 from launcher.worker.checks import weight_check
 
 CODE = """
@@ -128,6 +129,12 @@ def test_a_kernel_from_the_hub_is_refused_at_the_start_and_where_it_would_be_loa
     assert KERNEL in problem.value
     with pytest.raises(ConfigError, match="takes code from a repository of the Hub"):
         TransformersEngine(folder, section(folder), None, dtype="fp32", device="cpu", stop_ids=())  # type: ignore[arg-type]
+
+
+def test_a_kernel_that_config_json_names_after_the_check_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama", "attn_implementation": KERNEL}))
+    with pytest.raises(ConfigError, match="takes code from a repository of the Hub"):
+        read_own_config(folder, trust_remote_code=False)
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "tokenizer_secret.json", "notes.txt", "chat_template.jinja", "model.safetensors"])

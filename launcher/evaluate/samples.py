@@ -12,7 +12,7 @@ from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.models.private_code import folder_to_load
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import Composite
-from launcher.train.model import DTYPES, weights_gib
+from launcher.train.model import DTYPES, read_own_config, weights_gib
 
 # Largest model that one process loads whole for a sampled answer.
 _MAX_SAMPLED_GIB = 20
@@ -49,7 +49,9 @@ def _answer(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) 
     settings = plan.config.model
     code = Path(plan.model.path) if plan.model.path else None
     path = folder_to_load(folder, settings.trust_remote_code, settings.code_digest, code)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[settings.dtype], trust_remote_code=settings.trust_remote_code)
+    remote = {"trust_remote_code": settings.trust_remote_code}
+    config = read_own_config(path, **remote)
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=DTYPES[settings.dtype], **remote)
     model.to(device).eval()
     stop_ids = [i for i in (tokenizer.eos_token_id, *(plan.data.turn_end_ids if plan.data else ())) if i is not None]
     generation = GenerationConfig(

@@ -24,6 +24,12 @@ from launcher.plan.run_dir import RunDir
 SUPERSEDED = "superseded"
 # Fields of a line of metrics.jsonl that are not metrics.
 NON_METRIC_FIELDS = ("trainer/step", "time", "attempt")
+# What readers find in every line of metrics.jsonl, and of events.jsonl.
+_OF_METRICS: dict[str, Any] = {"attempt": 0, "time": 0.0}
+_OF_EVENTS: dict[str, Any] = {"attempt": 0, "time": 0.0, "step": None, "kind": "", "text": "", "fields": {}}
+_INTEGERS = ("trainer/step", "attempt")
+_TYPES: dict[str, type] = {"kind": str, "text": str, "fields": dict}
+_MOST_BITS = 63
 # Lines kept in memory while storage fails: hours of steps, about ten MiB.
 _MOST_PENDING = 10_000
 _CHUNK = 1 << 16
@@ -193,7 +199,7 @@ def _is_evaluation(line: Mapping[str, Any]) -> bool:
 
 def read_events(path: str | Path) -> list[dict[str, Any]]:
     """Return the events of all attempts in the order of writing; a missing file is an empty list."""
-    return Tail(path).poll()
+    return [line for line in Tail(path).poll() if "kind" in line]
 
 
 def append_event(run: RunDir, attempt: int, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
@@ -214,7 +220,7 @@ def _event_line(attempt: int, kind: str, text: str, step: int | None, fields: Ma
 
 
 def decode_lines(data: bytes) -> list[dict[str, Any]]:
-    """Decode JSON lines; torn lines and other values than objects are left out."""
+    """Decode JSON lines; torn lines, other values than objects, and lines with values that no run writes are left out."""
     lines = []
     for raw in data.splitlines():
         try:
@@ -226,8 +232,27 @@ def decode_lines(data: bytes) -> list[dict[str, Any]]:
         except (ValueError, RecursionError, AttributeError, TypeError):
             # A machine died in the middle of a write, or another user wrote the line.
             continue
-        lines.append(line)
+        if all(_can_be_written(name, value) for name, value in line.items()):
+            lines.append(_with_all_fields(line))
     return lines
+
+
+def _can_be_written(name: str, value: Any) -> bool:
+    """Return whether a field of a line has a value of its type."""
+    if name in _TYPES:
+        return isinstance(value, _TYPES[name])
+    is_number = isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= _MOST_BITS)
+    if name in _INTEGERS or (name == "step" and value is not None):
+        return is_number and type(value) is int
+    if name == "time":
+        return is_number and math.isfinite(value)
+    return is_number or value is None
+
+
+def _with_all_fields(line: dict[str, Any]) -> dict[str, Any]:
+    if "trainer/step" in line:
+        return _OF_METRICS | line
+    return _OF_EVENTS | line if line.keys() & _OF_EVENTS.keys() else line
 
 
 def _open_for_append(path: Path) -> int:

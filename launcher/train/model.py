@@ -25,6 +25,7 @@ from launcher.config.schema import ModelSection
 from launcher.data.loader import IGNORED, find_boundaries
 from launcher.errors import ConfigError
 from launcher.models.private_code import folder_to_load
+from launcher.models.remote_code import kernel_problems
 from launcher.models.weight_files import WeightReport, read_header, weight_files
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.sizing.checkpointed_layers import NONE, checkpointed_layers, interval
@@ -180,6 +181,22 @@ def build_model(
     hf.train()
     # Where documents are not packed, they may affect each other, and so may the rows of a flattened batch.
     return CausalLMLoss(hf, flatten=packing and (kernel == attention.VARLEN or kernel.startswith("flash_attention")))
+
+
+def read_own_config(folder: Path, trust_remote_code: bool) -> Any:
+    """Read config.json with transformers; load the model with the result, so that another user cannot change the file in between.
+
+    Raises:
+        ConfigError: where it takes the attention kernel from the Hub.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
+    implementations = {"attn_implementation": [str(getattr(part, "_attn_implementation", "")) for part in parts]}
+    if problems := list(kernel_problems(implementations, str(folder / "config.json"))):
+        raise ConfigError(problems)
+    return config
 
 
 def _build_empty(config: Any, **options: Any) -> Any:

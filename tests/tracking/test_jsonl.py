@@ -5,8 +5,11 @@ import math
 import time
 from pathlib import Path
 
+import pytest
+
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import SUPERSEDED, JsonlTracker, Tail, append_event, read_events, read_metrics
+from launcher.tracking.metrics_tail import read_tail
 
 
 def test_a_line_per_step_is_on_disk_at_once(run_dir: Path) -> None:
@@ -109,6 +112,32 @@ def test_torn_lines_and_other_values_than_objects_are_left_out(run_dir: Path) ->
     run = RunDir(run_dir)
     run.metrics.write_text('7\nnull\n[]\n{"trainer/step": 2, "attempt": 1}\n')
     assert [line["trainer/step"] for line in read_metrics(run.metrics)] == [2]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"trainer/step": "2", "time": 1, "attempt": 1, "train/loss": 1}',
+        '{"trainer/step": 2, "time": 1, "attempt": {}, "train/loss": 1}',
+        '{"trainer/step": 2, "time": [], "attempt": 1, "train/loss": 1}',
+        '{"trainer/step": 2, "time": 1e400, "attempt": 1, "train/loss": 1}',
+        '{"trainer/step": 2, "time": 1, "attempt": 1, "train/loss": {}}',
+        f'{{"trainer/step": 2, "time": 1, "attempt": 1, "train/loss": {10**400}}}',
+    ],
+)
+def test_lines_with_values_that_no_run_writes_are_left_out(run_dir: Path, line: str) -> None:
+    """Another user may have written them, and one such run must not stop a command that shows several."""
+    run = RunDir(run_dir)
+    run.metrics.write_text(f'{line}\n{{"trainer/step": 3, "train/loss": 1}}\n')
+    assert read_metrics(run.metrics) == [{"trainer/step": 3, "train/loss": 1, "attempt": 0, "time": 0.0}]
+    assert [step["trainer/step"] for step in read_tail(run.metrics).recent] == [3]
+
+
+def test_events_of_another_kind_than_a_run_writes_have_all_fields_or_are_left_out(run_dir: Path) -> None:
+    run = RunDir(run_dir)
+    lines = ('{"trainer/step": 1}', '{"time": "x", "kind": "info"}', '{"kind": []}', '{"fields": []}', '{"kind": "info"}')
+    run.events.write_text("".join(f"{line}\n" for line in lines))
+    assert read_events(run.events) == [{"attempt": 0, "time": 0.0, "step": None, "kind": "info", "text": "", "fields": {}}]
 
 
 def test_a_block_of_zero_bytes_after_a_power_loss_does_not_stop_the_reader(run_dir: Path) -> None:

@@ -14,7 +14,7 @@ from launcher.config.schema import ModelSection
 from launcher.evaluate.answers import GeneratedIds
 from launcher.evaluate.engines.shared_prefix import SharedPrefix, attend_to, compute_prefix
 from launcher.models.private_code import folder_to_load
-from launcher.train.model import DTYPES
+from launcher.train.model import DTYPES, read_own_config
 
 # Examples before the question are computed once for all prompts; for shorter texts, copying keys and values costs more.
 _MIN_SHARED = 64
@@ -55,7 +55,9 @@ class TransformersEngine:
         """Load the model in `folder`; `code` is the folder of its Python files, where that is another one."""
         path = folder_to_load(folder, model.trust_remote_code, model.code_digest, code)
         # Without `attn_implementation`, transformers takes SDPA, and for models that do not support it, eager attention.
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=model.trust_remote_code)
+        remote = {"trust_remote_code": model.trust_remote_code}
+        config = read_own_config(path, **remote)
+        loaded = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=DTYPES[dtype], **remote)
         self.model = loaded.to(device).eval()
         # Where `generate` gets no value, it takes that of the model's folder, such as repetition_penalty: not greedy any more.
         self.model.generation_config = GenerationConfig()
