@@ -30,6 +30,9 @@ _FORMAT = 1
 _SAFE_NAMES = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _NUM_NAMED = 5
+# The package safetensors reads no longer header; a file with holes can be of any size.
+_MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMENSIONS = 64
 # Enough to recognize a file that is not what its name says.
 _NUM_HEAD_BYTES = 512
 _DOWNLOAD = "download this file again"
@@ -249,7 +252,7 @@ def _parse_header(file: Path, num_bytes: int, _mtime_ns: int) -> tuple[Mapping[s
             reason = f"is incomplete: it has {num_bytes:,} bytes, and its header alone has {length:,}"
             raise _DamagedFile(FileDamage(reason, _DOWNLOAD))
         stream.seek(8)
-        raw = stream.read(length) if 0 < length <= num_bytes - 8 else b""
+        raw = stream.read(length) if 0 < length <= min(num_bytes - 8, _MAX_HEADER_BYTES) else b""
     try:
         entries = json.loads(raw)
         entries.pop("__metadata__", None)
@@ -275,8 +278,11 @@ def _parse_header(file: Path, num_bytes: int, _mtime_ns: int) -> tuple[Mapping[s
 
 def _fits(tensor: TensorHeader, begin: int, end: int) -> bool:
     """Return whether a tensor's bytes are as many as its shape and type need; types with other sizes are not checked."""
+    # The product of many large numbers takes very long.
+    if len(tensor.shape) > _MAX_DIMENSIONS or not all(0 <= size < 2**63 for size in tensor.shape):
+        return False
     size, count = _DTYPE_BYTES.get(tensor.dtype), math.prod(tensor.shape)
-    return 0 <= begin <= end and count >= 0 and (size is None or end - begin == size * count)
+    return 0 <= begin <= end and (size is None or end - begin == size * count)
 
 
 def load_report(folder: Path, model: ModelSection) -> WeightReport | None:

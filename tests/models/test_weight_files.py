@@ -50,6 +50,8 @@ def test_a_safetensors_header_has_names_types_and_shapes(tmp_path: Path) -> None
         (b"\xff\x00\0\0\0\0\0\0{", "is incomplete: it has 9 bytes, and its header alone has 255"),
         (header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}) + b"1234", "the bytes of the tensor a do not fit"),
         (header(a={"dtype": "F32", "shape": [2, -1], "data_offsets": [0, 4]}) + b"1234", "the bytes of the tensor a do not fit"),
+        (header(a={"dtype": "X", "shape": [2**60] * 2000, "data_offsets": [0, 4]}) + b"1234", "bytes of the tensor a do not fit"),
+        (header(a={"dtype": "X", "shape": [10**4000] * 9, "data_offsets": [0, 4]}) + b"1234", "bytes of the tensor a do not fit"),
         (b"\x03\0\0\0\0\0\0\0[1]", "is not a safetensors file"),
         (None, "is incomplete: it has 95 bytes, and its header describes 96; the first tensor that is cut off is a"),
     ],
@@ -61,6 +63,17 @@ def test_a_damaged_file_is_refused_with_its_name(tmp_path: Path, content: bytes 
     with pytest.raises(ConfigError, match=reason) as error:
         weight_files.load_report(folder, ModelSection(path=str(folder)))
     assert error.value.problems[0].value == str(file)
+
+
+def test_a_header_of_any_size_is_not_read(tmp_path: Path) -> None:
+    """A file with holes takes no space on the disk, and its content would take all memory."""
+    folder = model_folder(tmp_path / "m")
+    size = 2**40
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.write((size - 8).to_bytes(8, "little") + b"{")
+        file.truncate(size)
+    with pytest.raises(ConfigError, match="is not a safetensors file"):
+        weight_files.load_report(folder, ModelSection(path=str(folder)))
 
 
 def test_files_are_those_that_transformers_loads(tmp_path: Path) -> None:
