@@ -18,7 +18,7 @@ from launcher.config.sections.ray import RaySection
 from launcher.errors import EXIT_FAILED
 from launcher.evaluate.task import EvaluationFolder
 from launcher.security.library_caches import find_usable_caches
-from launcher.security.trust import VARIABLE
+from launcher.security.trust import VARIABLE, Trust
 from launcher.worker.ray.connection import config_without_search_path
 
 
@@ -43,8 +43,8 @@ def main(folder: str) -> int:
     path = build_pythonpath(Path(launcher.__file__).resolve().parents[1], os.environ)
     # A job's own environment applies to all processes that it starts.
     variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", **section.env}
-    if VARIABLE in os.environ:
-        variables[VARIABLE] = os.environ[VARIABLE]
+    # Tasks check the run, perhaps as another user, on nodes that may not know the names of users.
+    variables[VARIABLE] = Trust.from_environ(os.environ).as_numbers()
     runtime = {} if section.is_http else {"runtime_env": {"env_vars": variables}}
     # Within a job, Ray itself names the cluster of the job.
     address = "auto" if section.is_http else auto_address.address_to_join(section.address or "")
