@@ -17,7 +17,7 @@ from launcher.checkpoint import folder_links
 from launcher.checkpoint.mirror import upload
 from launcher.config.schema import ModelSection
 from launcher.errors import CheckpointError, ConfigError, Problem
-from launcher.evaluate.engine import TransformersEngine
+from launcher.evaluate.engines.transformers_engine import TransformersEngine
 from launcher.export import hf_folder
 from launcher.models import remote_code
 from launcher.train.model import read_own_config

@@ -12,10 +12,10 @@ from file_owners import MALLORY, as_root, give
 from launcher import run_store
 from launcher.config.sections.answer_metrics import AnswerMetrics
 from launcher.errors import ConfigError, DamagedRun, DataError, SubmitError
+from launcher.evaluate.engines.vllm_engine import read_version
 from launcher.evaluate.generation import Share
 from launcher.evaluate.scoring import copy_metric_files
 from launcher.evaluate.task import EvaluationFolder
-from launcher.evaluate.vllm_engine import read_version
 from launcher.models import plan_caches
 from launcher.plan.launch_plan import DataFacts
 from launcher.worker.evaluation import answer, prepare
