@@ -11,6 +11,7 @@ from typing import Any
 
 from launcher.config.schema import DeepSpeedSection, ModelSection
 from launcher.config.sections.train import TrainSection
+from launcher.plan.architecture import num_experts
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
 from launcher.plan.memory import NVME_SUB_GROUP, layer_elements, max_parameter_elements, num_hpz_ranks, num_nvme_buffers
 from launcher.plan.optimizers import Optimizer
@@ -44,7 +45,8 @@ def render(
     `nvme_folder` is the folder of this run on each node's NVMe disk, where it uses one: DeepSpeed names files by rank alone.
     """
     hidden, layer = facts.hidden_size, layer_elements(facts)
-    live = max(_LIVE_ELEMENTS, int(_LIVE_LAYERS * layer))
+    # A layer of experts is so large that two and a half take the memory that activations need.
+    live = _LIVE_ELEMENTS if num_experts(facts.config) else max(_LIVE_ELEMENTS, int(_LIVE_LAYERS * layer))
     zero: dict[str, Any] = {
         "stage": 3,
         "overlap_comm": True,
