@@ -28,7 +28,7 @@ from launcher.models.private_code import folder_to_load
 from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
 from launcher.tracking.verdicts import TUNED
-from launcher.train.model import DTYPES
+from launcher.train.model import DTYPES, read_own_config
 from launcher.worker.benchmark_tasks.harness import Harness, TaskScores, digest, make_model
 from launcher.worker.benchmark_tasks.request import BenchmarkFolder, BenchmarkRequest
 from launcher.worker.evaluation.answer import choose_dtype
@@ -83,8 +83,10 @@ def _load(request: BenchmarkRequest, weights: Weights, side: str) -> Any:
     device = _device()
     # A model that does not fit one GPU is divided over all of this machine.
     placement = {"device_map": "auto"} if device == "cuda" else {}
+    remote = {"trust_remote_code": config.model.trust_remote_code}
+    own = read_own_config(path, **remote)
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=DTYPES[choose_dtype(config, device)], trust_remote_code=config.model.trust_remote_code, **placement
+        path, config=own, dtype=DTYPES[choose_dtype(config, device)], **remote, **placement
     )
     # An export has the template of the data it was trained on.
     tokenizer = load_tokenizer(str(folder) if side == TUNED else request.tokenizer)
