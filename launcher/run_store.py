@@ -381,7 +381,6 @@ def _no_such_run(name: str, root: Path, marker: str) -> SubmitError:
     close = difflib.get_close_matches(name, names, n=1)
     guess = f"did you mean {close[0]}? " if close else ""
     remedy = f"{guess}choose one of: {', '.join(names[:_NUM_NAMES])}" if names else f"start one with: {launcher_command('train')}"
-    remedy += "; --root names another folder of runs"
     return NoSuchRun(f"there is no run named {name}", name, where=str(root), remedy=remedy)
 
 

@@ -241,7 +241,7 @@ def test_a_run_is_found_by_name_and_by_path(config: RunConfig, tmp_path: Path, m
     (problem,) = error.value.problems
     assert (problem.message, problem.remedy) == (
         "there is no run named b",
-        "choose one of: a; --root names another folder of runs",
+        "choose one of: a",
     )
     with pytest.raises(SubmitError) as error:
         run_store.find_run("b", tmp_path / "elsewhere")

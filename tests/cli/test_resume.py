@@ -58,7 +58,8 @@ def test_cost_counts_each_attempt_at_its_own_price(run: RunDir) -> None:
 
 
 def test_unreadable_files_are_noted_only_if_there_is_a_limit(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    run.events.write_text('{"attempt": 1}\n')
+    run.events.unlink(missing_ok=True)
+    run.events.mkdir()
     _require_budget(run, limited(run, None))
     assert capsys.readouterr().out == ""
     _require_budget(run, limited(run, 50 * 60))

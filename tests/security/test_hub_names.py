@@ -15,6 +15,7 @@ from plan_fixtures import config_of
 from launcher import facts
 from launcher.config.schema import RunConfig
 from launcher.config.sections.data import DataSection
+from launcher.data.corpus import list_inputs
 from launcher.errors import ConfigError, DataError
 from launcher.evaluate import questions
 from launcher.hardware import device
@@ -70,7 +71,7 @@ def test_questions_of_an_evaluation_in_another_folder(folder: Path) -> None:
     """The documents of a run are found again in its sources, whose names the command looks up where it is typed."""
     data = DataSection.model_validate({"sources": [{"path": "openai/gsm8k"}]})
     encoder: Any = SimpleNamespace(write_as_chat=lambda document, completions: document)
-    assert len(list(questions._documents(data, encoder))) == 1
+    assert len(list(questions.read_documents(list_inputs(data), encoder, data.checks))) == 1
     give(folder / "openai")
     with pytest.raises(DataError, match=f"openai/gsm8k names a repository of the Hub, and {MALLORY} has made a path"):
-        list(questions._documents(data, encoder))
+        list(questions.read_documents(list_inputs(data), encoder, data.checks))

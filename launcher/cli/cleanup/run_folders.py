@@ -44,10 +44,12 @@ def recall() -> list[Path]:
 
 
 def with_root(error: NoSuchRun) -> NoSuchRun:
-    """Return the error with the other folders that have a run of its name."""
+    """Return the error with the other folders that have a run of its name, or with the option that names one."""
+    problem = error.problems[0]
     elsewhere = [str(folder) for folder in recall() if (folder / error.name / "plan.json").is_file()]
     if not elsewhere:
-        return error
-    problem = error.problems[0]
+        if "--root" in problem.remedy:
+            return error
+        return NoSuchRun(replace(problem, remedy=f"{problem.remedy}; --root names another folder of runs"), error.name)
     remedy = f"a run of this name is in {' and in '.join(elsewhere)}: add {shlex.join(['--root', elsewhere[-1]])}"
     return NoSuchRun(replace(problem, remedy=remedy), error.name)

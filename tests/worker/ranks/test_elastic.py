@@ -22,7 +22,7 @@ REPO = Path(__file__).resolve().parents[3]
 
 # Each start of the ranks ends in another way; a lock tells rank 1 of the death of rank 0, as a connection would.
 HOOK = """
-import fcntl, json, os, signal, sys, time, types
+import contextlib, fcntl, json, os, signal, sys, time, types
 
 def slow(function):
     def call(*values, **named):
@@ -74,8 +74,11 @@ if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*
     loop.train = train
     samples = types.ModuleType("launcher.evaluate.samples")
     samples.report_answers = None
-    names = ("launcher.distributed", "launcher.train.loop", "launcher.train.preload", "launcher.evaluate.samples")
-    sys.modules.update(zip(names, (distributed, loop, preload, samples), strict=True))
+    largest_batch = types.ModuleType("launcher.train.monitoring.largest_batch")
+    largest_batch.explained_out_of_memory = lambda plan, has_saved: contextlib.nullcontext()
+    names = ("distributed", "train.loop", "train.preload", "evaluate.samples", "train.monitoring.largest_batch")
+    modules = (distributed, loop, preload, samples, largest_batch)
+    sys.modules.update(zip((f"launcher.{name}" for name in names), modules, strict=True))
 """
 
 
