@@ -13,8 +13,10 @@ from launcher import json_records
 from launcher.cli.minimum_gains import MinimumGain
 from launcher.cli.views import benchmark_view
 from launcher.cli.worker_process import run_reporting
+from launcher.clusters.backends import evaluation_nodes_for
 from launcher.config.schema import RunConfig
-from launcher.errors import EXIT_CHECK_FAILED
+from launcher.errors import EXIT_CHECK_FAILED, ConfigError, Problem, SubmitError, did_you_mean
+from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.verdicts import EvaluationVerdict
 
@@ -42,7 +44,9 @@ def run(
 
     A gain is about every task with that metric, and fails where none has it.
     """
+    _require_gpu(config)
     prepared = run_reporting(_PREPARE, config, str(run_dir.plan), "--step", str(step), *options.arguments())
+    _require_metrics(gains, prepared["metrics"])
     shown: dict[str, Any] = run_reporting(_SCORE, config, prepared["folder"])
     verdicts = {
         name: json_records.decode(EvaluationVerdict, task["verdict"], "the verdict")
@@ -60,3 +64,33 @@ def run(
     else:
         print("\n".join([*benchmark_view.to_lines(shown), *failed]), file=sys.stdout, flush=True)
     return EXIT_CHECK_FAILED if failed else 0
+
+
+def _require_gpu(config: RunConfig) -> None:
+    """Refuse to load on the CPU of a login node what was trained on a cluster."""
+    nodes = evaluation_nodes_for(config.cluster.kind)
+    if nodes is not None and nodes.runs_elsewhere(config) and device().kind != "cuda":
+        raise SubmitError(
+            "tasks are scored on this machine, and it has no GPU",
+            where="--tasks",
+            value=f"the run's cluster is {config.cluster.kind}",
+            remedy="start the command where a GPU is, such as: srun --gpus 1 python -m launcher evaluate ...; or add "
+            "cluster=local to use this machine's CPU",
+        )
+
+
+def _require_metrics(gains: Sequence[MinimumGain], metrics: dict[str, list[str]]) -> None:
+    """Refuse a gain by a metric that no task has, before hours of scoring."""
+    known = list(dict.fromkeys(metric for several in metrics.values() for metric in several))
+    problems = [
+        Problem(
+            f"--min-gain names {gain.metric}, which no task has",
+            where="command line",
+            value=str(gain),
+            remedy=f"{did_you_mean(gain.metric, known)} metrics of these tasks are {', '.join(known)}".strip(),
+        )
+        for gain in gains
+        if known and gain.metric.partition(" (")[0] not in known
+    ]
+    if problems:
+        raise ConfigError(problems)

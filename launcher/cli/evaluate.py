@@ -58,6 +58,10 @@ def run(verb: str, tokens: list[str]) -> int:
     folder = run_dir.root / "evaluations" / f"step-{step:08d}"
     with private_files():
         folder.mkdir(parents=True, exist_ok=True)
+    if arguments.tasks is None and (arguments.limit is not None or arguments.task_folder is not None):
+        option = "--limit" if arguments.limit is not None else "--task-folder"
+        remedy = "add --tasks NAMES; evaluate.max_prompts=N is the number of held-out prompts"
+        raise ConfigError(f"{option} is about tasks, and --tasks names none", where="command line", remedy=remedy)
     if arguments.tasks is not None:
         options = BenchmarkOptions(arguments.tasks, arguments.task_folder, arguments.limit)
         with ended_by_signals(), _alone(folder):
@@ -116,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="overrides", help="settings of this evaluation, as key=value")
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: that of the run's export, else the newest)")
     parser.add_argument("--json", action="store_true", help="print verdicts, scores and the ways to ask that were compared")
-    parser.add_argument("--tasks", metavar="NAMES", help="score tasks of lm-evaluation-harness instead, such as arc_easy,ifeval")
+    parser.add_argument(
+        "--tasks", metavar="NAMES", help="score tasks of lm-evaluation-harness instead, on this machine, such as arc_easy,ifeval"
+    )
     parser.add_argument("--task-folder", type=Path, help="folder with tasks of your own, as YAML files")
     parser.add_argument("--limit", type=_positive, help="questions of each task, from its beginning (default: all)")
     gain = (

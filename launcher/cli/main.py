@@ -104,7 +104,7 @@ Flags: --json where a verb reports, --debug for tracebacks, VERB --help for more
 --trust-owner OWNER (repeatable) accepts files of other users: a NAME, UID, group:NAME, or anyone; docs/security.md.
 Hydra's own flags work with train, plan and data: --cfg job, --info, -m, --config-dir DIR.
 Exit codes: 0 done, 1 the run failed or doctor found a failure, 2 refused before anything started,
-3 a check that was asked for (--min-gain) does not hold, 130 interrupted.
+3 a check that was asked for (--min-gain, drift) does not hold, 130 interrupted.
 """
 
 

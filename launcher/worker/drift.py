@@ -20,7 +20,9 @@ from launcher import json_records, run_store
 from launcher.config.schema import RunConfig
 from launcher.data.cache import Split
 from launcher.data.checks import patterns
-from launcher.data.sources import Chat, Completion, Document, Message
+from launcher.data.corpus import list_inputs
+from launcher.data.sources import Document
+from launcher.data.sources.formats import FORMATS, detect_format
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import DataError, LauncherError, Problem
 from launcher.evaluate.drift.comparison import DriftReport, FarPrompt, Prompt, compare
@@ -35,10 +37,14 @@ from launcher.worker.signals import exit_on_termination
 MAX_PROMPTS = 2_000
 # With fewer, no test finds anything.
 MIN_PROMPTS = 10
-_KEYS = ("prompt", "question", "instruction", "input", "text", "query")
-_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system", "tool": "tool"}
+_MAX_SHOWN = 80
+# The key of the answer, by that of the prompt: a row with both is one of training.
+_ANSWER_KEYS = {"prompt": "completion", "question": "answer", "instruction": "output"}
+_CHAT_KEYS = ("messages", "conversations")
+_ANSWERING_ROLES = ("assistant", "gpt", "model")
 _FORM = 'write lines such as {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
-_ANSWER = "placeholder"
+# Formats have answers, and so does the template of a chat.
+_ANSWER = "answer"
 
 
 def find_drift(config: RunConfig, run: RunDir, path: Path) -> DriftReport:
@@ -54,7 +60,9 @@ def find_drift(config: RunConfig, run: RunDir, path: Path) -> DriftReport:
     encoder = Encoder(tokenizer, plan.config.data)
     generator = np.random.default_rng(plan.config.run.seed)
     training = _training_prompts(plan, tokenizer, generator)
-    prompts = _encode(list(_read(path)), encoder, tokenizer, generator)
+    completions = {source.completions for source in list_inputs(plan.config.data) if source.is_read}
+    # Sources that differ in it have prompts of both kinds: as each source alone would decide.
+    prompts = _encode(list(_read(path)), completions.pop() if len(completions) == 1 else "auto", encoder, tokenizer, generator)
     if min(len(training), len(prompts)) < MIN_PROMPTS:
         few = Problem(
             f"too few prompts to compare: {len(prompts)} in the file, {len(training)} in the training data",
@@ -66,15 +74,16 @@ def find_drift(config: RunConfig, run: RunDir, path: Path) -> DriftReport:
 
 
 def _training_prompts(plan: LaunchPlan, tokenizer: Any, generator: np.random.Generator) -> list[Prompt]:
-    """Return a sample of the training documents up to their first trained token."""
+    """Return a sample of the training documents, each up to its last answer."""
     if plan.data is None:
         raise DataError(Problem("the run has no data cache", where=plan.run_dir, remedy="name a run that was trained"))
     split = Split.open(plan.data)
     prompts = []
     for number in generator.permutation(split.num_docs)[:MAX_PROMPTS]:
         document = slice(split.docs[number], split.docs[number + 1])
-        trained = np.flatnonzero(np.asarray(split.trained[document]))
-        tokens = np.asarray(split.tokens[document])[: trained[0] if len(trained) else 0].tolist()
+        # Where a span of trained tokens begins.
+        starts = np.flatnonzero(np.diff(np.asarray(split.trained[document]).astype(np.int8), prepend=0) == 1)
+        tokens = np.asarray(split.tokens[document])[: starts[-1] if len(starts) else 0].tolist()
         if tokens:
             prompts.append(Prompt(f"training document {number}", _decode(tokenizer, tokens), tuple(tokens)))
     if not prompts:
@@ -88,72 +97,73 @@ def _training_prompts(plan: LaunchPlan, tokenizer: Any, generator: np.random.Gen
     return prompts
 
 
-def _read(path: Path) -> Iterator[tuple[Document, str]]:
-    """Yield the prompt of each line, with a placeholder for its answer, and its text.
+def _read(path: Path) -> Iterator[Document]:
+    """Yield the prompt of each line.
 
     Raises:
-        DataError: with every kind of line that is no prompt.
+        DataError: with every kind of line that has none.
     """
     problems: dict[str, Problem] = {}
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                where = f"{path}:{number}"
                 if not line.strip():
                     continue
                 try:
-                    yield _parse(json.loads(line), where)
-                except ValueError as error:
-                    kind = "the line is no JSON" if isinstance(error, json.JSONDecodeError) else str(error)
-                    problems.setdefault(kind, Problem(kind, where, line[:80].decode(errors="replace").strip(), _FORM))
+                    yield _parse(json.loads(line), f"{path}:{number}")
+                except ValueError:
+                    value = line[:_MAX_SHOWN].decode(errors="replace").strip()
+                    problems.setdefault("json", Problem("the line is not JSON", f"{path}:{number}", value, _FORM))
+                except DataError as error:
+                    for problem in error.problems:
+                        problems.setdefault(problem.message, problem)
     except OSError as error:
         raise DataError(Problem(f"the prompts cannot be read: {error.strerror}", where=str(path))) from error
     if problems:
         raise DataError([*problems.values()])
 
 
-def _parse(row: Any, where: str) -> tuple[Document, str]:
-    """Return the prompt of a row: its messages up to the last answer, or the first of its keys that may hold a prompt.
+def _parse(row: Any, where: str) -> Document:
+    """Return the prompt of a row, with a placeholder for its answer: of a chat, all before its last answer.
 
     Raises:
-        ValueError: where there is none.
+        DataError: where the row has no prompt.
     """
     if isinstance(row, str):
         row = {"prompt": row}
     if not isinstance(row, dict):
-        raise ValueError("the line is no object")
-    turns = row.get("messages", row.get("conversations"))
-    if isinstance(turns, list):
-        messages = [_message(turn) for turn in turns]
-        while messages and messages[-1].role == "assistant":
-            messages.pop()
-        if not messages:
-            raise ValueError("the messages have no prompt")
-        return Chat(where, (*messages, Message("assistant", _ANSWER))), messages[-1].content
-    text = next((row[key] for key in _KEYS if isinstance(row.get(key), str) and row[key].strip()), None)
-    if text is None:
-        raise ValueError(f"the line has no prompt: none of {', '.join(_KEYS)}, messages")
-    return Completion(where, text, _ANSWER), text
+        raise DataError(Problem("the line is not an object", where=where, remedy=_FORM))
+    for prompt_key, answer_key in _ANSWER_KEYS.items():
+        if prompt_key in row:
+            row = {**row, answer_key: _ANSWER}
+    for key in _CHAT_KEYS:
+        if isinstance(row.get(key), list):
+            row = {**row, key: _with_placeholder(row[key])}
+    if "text" in row and not {*_ANSWER_KEYS, *_CHAT_KEYS} & row.keys():
+        row = {"prompt": row["text"], "completion": _ANSWER}
+    return FORMATS[detect_format(row, where)].parse(row, where)
 
 
-def _message(turn: Any) -> Message:
-    if isinstance(turn, dict):
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role in _ROLES and isinstance(content, str):
-            return Message(_ROLES[role], content)
-    raise ValueError("a message has no role or no text")
+def _with_placeholder(turns: list[Any]) -> list[Any]:
+    """Return the turns of a chat up to its last answer, and a placeholder for that."""
+    turns = list(turns)
+    while turns and isinstance(turns[-1], dict) and turns[-1].get("role", turns[-1].get("from")) in _ANSWERING_ROLES:
+        turns.pop()
+    if turns and isinstance(turns[-1], dict) and "from" in turns[-1]:
+        return [*turns, {"from": "gpt", "value": _ANSWER}]
+    return [*turns, {"role": "assistant", "content": _ANSWER}]
 
 
 def _encode(
-    rows: Sequence[tuple[Document, str]], encoder: Encoder, tokenizer: Any, generator: np.random.Generator
+    documents: Sequence[Document], completions: str, encoder: Encoder, tokenizer: Any, generator: np.random.Generator
 ) -> list[Prompt]:
     """Return a sample of the prompts as training would write them."""
     prompts = []
-    for number in generator.permutation(len(rows))[:MAX_PROMPTS]:
-        document, text = rows[number]
-        if (written := encoder.prompt(encoder.write_as_chat(document, "auto"))) is not None:
-            tokens = written[1]
-            prompts.append(Prompt(document.where, _decode(tokenizer, tokens), tuple(tokens), text))
+    for number in generator.permutation(len(documents))[:MAX_PROMPTS]:
+        written = encoder.prompt(encoder.write_as_chat(documents[number], completions))
+        if written is not None:
+            shown, tokens, _ = written
+            prompts.append(Prompt(documents[number].where, _decode(tokenizer, tokens), tuple(tokens), shown))
     return prompts
 
 
@@ -173,8 +183,7 @@ def main(plan: str, path: str) -> int:
     try:
         report = find_drift(config, RunDir(Path(plan).absolute().parent), Path(path))
     except LauncherError as error:
-        problems = [[p.message, p.where, p.value, p.remedy] for p in error.problems]
-        print(json.dumps({"problems": problems, "exit_code": error.exit_code}))
+        print(json.dumps(error.to_report()))
         return error.exit_code
     print(json.dumps(json_records.encode(report)))
     return 0

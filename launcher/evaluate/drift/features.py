@@ -62,7 +62,7 @@ def near_duplicate_share(prompts: Sequence[str], training: Sequence[str]) -> flo
     """Return the share of `prompts` that nearly equal a prompt of `training`; short ones must be equal."""
     texts, others = ([minhash.make_comparable(minhash.normalize(text)) for text in side] for side in (prompts, training))
     known = {*others}
-    found = {i for i, text in enumerate(texts) if text in known}
+    near_duplicates = {i for i, text in enumerate(texts) if text in known}
     left, right = minhash.compute_signatures(texts), minhash.compute_signatures(others)
     left_at = [i for i, signature in enumerate(left) if signature is not None]
     right_signatures = [signature for signature in right if signature is not None]
@@ -73,9 +73,9 @@ def near_duplicate_share(prompts: Sequence[str], training: Sequence[str]) -> flo
             np.stack(right_signatures),
             NEAR_DUPLICATE,
             minhash.REACH,
-            lambda a, _, __: found.update(left_at[int(i)] for i in a),
+            lambda a, _, __: near_duplicates.update(left_at[int(i)] for i in a),
         )
-    return len(found) / max(1, len(prompts))
+    return len(near_duplicates) / max(1, len(prompts))
 
 
 def scripts(texts: Sequence[str]) -> dict[str, float]:

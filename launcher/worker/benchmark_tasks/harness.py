@@ -67,14 +67,14 @@ class Harness:
         self._manager = TaskManager(include_path=None if folder is None else str(folder))
         self._version = str(lm_eval.__version__)
 
-    def find(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Return the tasks that names of tasks, groups and tags stand for, in order.
+    def find(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Return the tasks that names of tasks, groups and tags stand for, in order, each with its metrics.
 
         Raises:
             ConfigError: with every name that is unknown or whose task may not run.
             DataError: with every task whose data is not here.
         """
-        found, problems, missing = dict[str, None](), list[Problem](), list[Problem]()
+        metrics, problems, missing = dict[str, tuple[str, ...]](), list[Problem](), list[Problem]()
         for name in names:
             if name not in self._manager.task_index:
                 remedy = f"{did_you_mean(name, self._manager.all_tasks)} lm-eval ls tasks lists them".strip()
@@ -95,12 +95,12 @@ class Harness:
                 unsafe = [task for task in tasks if _runs_answers(tasks[task])]
                 message = "a task runs code that the model has written, which nothing here isolates"
                 problems += [Problem(message, _WHERE, task, "leave it out") for task in unsafe]
-                found.update(dict.fromkeys(tasks))
+                metrics |= {task: _metrics(loaded) for task, loaded in tasks.items()}
         if problems:
             raise ConfigError([*problems, *missing])
         if missing:
             raise DataError(missing)
-        return tuple(found)
+        return metrics
 
     def describe(self, task: str) -> str:
         """Return what decides the scores of a task beside the model."""
@@ -159,6 +159,10 @@ def digest(*parts: str) -> str:
 
 def _runs_answers(task: Any) -> bool:
     return bool(getattr(task, "UNSAFE_CODE", False) or getattr(task.config, "unsafe_code", False))
+
+
+def _metrics(task: Any) -> tuple[str, ...]:
+    return tuple(str(one["metric"]) for one in task.config.metric_list or ())
 
 
 def _missing_data(name: str, error: Exception) -> Problem:

@@ -1,7 +1,7 @@
 """Finds the tasks and the weights to score: `python -m launcher.worker.benchmark_tasks.prepare PLAN_JSON --step N --tasks A,B`.
 
 Reads the run's settings, with the overrides of the command, as JSON from standard input. Prints one JSON object: the folder and
-the tasks, or the problems.
+the metrics of each task, or the problems.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _FOLDER_OPTION = "--task-folder"
 
 def prepare(
     config: RunConfig, run: RunDir, step: int, names: Sequence[str], task_folder: Path | None, limit: int | None
-) -> BenchmarkFolder:
-    """Write the request of an evaluation by tasks.
+) -> tuple[BenchmarkFolder, dict[str, tuple[str, ...]]]:
+    """Write the request of an evaluation by tasks; returns its folder, and the metrics of each task.
 
     Raises:
         ConfigError, DataError: for tasks that are unknown, may not run, or lack their data, and where there is no base model.
@@ -43,7 +43,7 @@ def prepare(
     plan = run_store.load_plan(run).model_copy(update={"config": config})
     if task_folder is not None:
         _require_own(task_folder)
-    tasks = Harness(task_folder).find(names)
+    metrics = Harness(task_folder).find(names)
     base = find_base(plan)
     evaluation = EvaluationFolder.of(run.root, step)
     evaluation.root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def prepare(
     request = BenchmarkRequest(
         config=config.model_dump(mode="json"),
         step=step,
-        tasks=tasks,
+        tasks=tuple(metrics),
         task_folder=None if task_folder is None else str(task_folder),
         limit=limit,
         weights={TUNED: tuned} if base is None else {BASE: base, TUNED: tuned},
@@ -63,7 +63,7 @@ def prepare(
         checkpoint=digest_checkpoint(run, step),
     )
     json_records.write(folder.request, request)
-    return folder
+    return folder, metrics
 
 
 def _require_own(folder: Path) -> None:
@@ -92,11 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = RunDir(arguments.plan.absolute().parent)
     task_folder = None if arguments.task_folder is None else arguments.task_folder.absolute()
     try:
-        folder = prepare(config, run, arguments.step, arguments.tasks.split(","), task_folder, arguments.limit)
+        folder, metrics = prepare(config, run, arguments.step, arguments.tasks.split(","), task_folder, arguments.limit)
     except LauncherError as error:
         print(json.dumps(error.to_report()))
         return error.exit_code
-    print(json.dumps({"folder": str(folder.root)}))
+    print(json.dumps({"folder": str(folder.root), "metrics": metrics}))
     return 0
 
 

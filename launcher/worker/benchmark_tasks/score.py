@@ -51,17 +51,17 @@ def score(folder: BenchmarkFolder) -> dict[str, Any]:
         model = None
         for task in request.tasks:
             belongs_to = digest(weights.digest, weights.config, harness.describe(task), *_surroundings(request))
-            found = json_records.read_if_present(TaskScores, folder.scores(task, side))
-            if found is None or found.belongs_to != belongs_to:
+            task_scores = json_records.read_if_present(TaskScores, folder.scores(task, side))
+            if task_scores is None or task_scores.belongs_to != belongs_to:
                 done = sum(map(len, scores.values()))
                 # On a terminal, the harness shows how far it is.
                 print(f"{side}: {task} ({done + 1} of {total})", file=sys.stderr, flush=True)
                 model = model or _load(request, weights, side)
-                found = _score(harness, task, model, request.limit, belongs_to)
+                task_scores = _score(harness, task, model, request.limit, belongs_to)
                 with private_files():
                     folder.scores(task, side).parent.mkdir(exist_ok=True)
-                    json_records.write(folder.scores(task, side), found)
-            scores[task][side] = found
+                    json_records.write(folder.scores(task, side), task_scores)
+            scores[task][side] = task_scores
     return {"step": request.step, "folder": str(folder.root), "tasks": _conclude(folder, request, scores)}
 
 

@@ -1,0 +1,87 @@
+"""Prompts of a file beside the training prompts of a run: written in the same way, whatever form the rows have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launcher.config.schema import RunConfig
+from launcher.data.build import build
+from launcher.data.sources import Chat, Completion
+from launcher.data.tokenization.encoder import Encoder, load_tokenizer
+from launcher.errors import DataError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.worker import drift
+
+
+def prompt_of(row: object) -> list[str]:
+    document = drift._parse(row, "rows.jsonl:1")
+    if isinstance(document, Completion):
+        assert document.completion == drift._ANSWER
+        return [document.prompt]
+    assert isinstance(document, Chat)
+    assert document.messages[-1].content == drift._ANSWER
+    return [message.content for message in document.messages[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ("text alone", ["text alone"]),
+        ({"text": "a"}, ["a"]),
+        ({"prompt": "a"}, ["a"]),
+        ({"prompt": "a", "completion": "b"}, ["a"]),
+        ({"question": "a", "answer": "b"}, ["a"]),
+        ({"instruction": "a", "input": "b", "output": "c"}, ["a\n\nb"]),
+        ({"messages": [{"role": "user", "content": "a"}]}, ["a"]),
+        (
+            {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate("abcd")]},
+            ["a", "b", "c"],
+        ),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, ["a"]),
+    ],
+)
+def test_a_row_gives_its_prompt(row: object, prompt: list[str]) -> None:
+    assert prompt_of(row) == prompt
+
+
+def test_lines_without_a_prompt_are_named_once_for_each_kind(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"answer": 1}\nno json\n[1]\n{"prompt": "a"}\nno json\n')
+    with pytest.raises(DataError) as error:
+        list(drift._read(file))
+    assert [problem.where for problem in error.value.problems] == [f"{file}:{number}" for number in (1, 2, 3)]
+    with pytest.raises(DataError, match="the prompts cannot be read"):
+        list(drift._read(tmp_path / "missing.jsonl"))
+
+
+@pytest.mark.parametrize("completions", ["auto", "text"])
+def test_training_prompts_have_the_tokens_of_the_same_prompts_in_a_file(
+    config_of: Callable[..., RunConfig],
+    plan_of: Callable[..., LaunchPlan],
+    model_folder: Path,
+    tmp_path: Path,
+    completions: str,
+) -> None:
+    """Chats of two turns, or prompts and completions, as the settings of the run write them."""
+    turns = ("user", "assistant", "user", "assistant")
+    rows = [
+        {"messages": [{"role": role, "content": f"{i} {n} and so on"} for n, role in enumerate(turns)]}
+        if completions == "auto"
+        else {"prompt": f"What is {i}?", "completion": f" It is {i}."}
+        for i in range(12)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ("model=tiny", "data=jsonl", "data.max_length=256", f"data.sources=[{{path: {file}, completions: {completions}}}]")
+    config = config_of(*settings)
+    plan = plan_of(*settings, data=build(config.data, str(model_folder)))
+    tokenizer, generator = load_tokenizer(str(model_folder)), np.random.default_rng(0)
+    training = drift._training_prompts(plan, tokenizer, generator)
+    read = drift._encode(list(drift._read(file)), completions, Encoder(tokenizer, config.data), tokenizer, generator)
+    assert {one.tokens for one in training} == {one.tokens for one in read}
+    assert len(training) == 12
