@@ -89,9 +89,10 @@ class RayCluster:
     def have_only(self, **num_cpus: int) -> None:
         """Beside the head exactly these nodes, each with so many CPUs; what is there already stays.
 
-        On a busy machine Ray may have lost the head: then all nodes are replaced.
+        Where the head is lost, by a test or on a busy machine, all nodes are replaced.
         """
-        if not self._has_raylet(next(iter(self._nodes))):
+        head = next(iter(self._nodes), None)
+        if head is None or not self._has_raylet(head):
             for name in [*self._nodes][::-1]:
                 self.kill(name)
             self._start_head()

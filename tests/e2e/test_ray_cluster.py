@@ -364,40 +364,6 @@ def test_an_elastic_run_shrinks_and_grows_and_only_its_ranks_get_its_keys(
     assert not [path for path in files if canary.encode() in path.read_bytes()]
 
 
-def test_a_lost_head_is_reported_with_the_command_that_resumes(launch: Launch, cluster: RayCluster, root: Path) -> None:
-    """To a run whose driver is here and to one whose driver is a job; nothing comes after this on the cluster."""
-    cluster.have_only()
-    half = ("cluster.workers=1", "cluster.resources_per_worker={CPU: 0.5}", "train.max_steps=100000")
-    runs = {root / "driver": half, root / "job": (*half, *by_job(cluster))}
-    for run, settings in runs.items():
-        done = launch(*ray(cluster, root, run.name, *settings), **cluster.env)
-        assert done.returncode == 0, done.stdout + done.stderr
-    for run in runs:
-        wait_for("step 7", lambda run=run: last_step(run) >= 7)
-    cluster.kill("n1")
-    for run in runs:
-        await_no_launcher(run)
-
-    def seen(run: Path) -> dict[str, str]:
-        answer: dict[str, str] = json.loads(launch("status", str(run), "--json", **cluster.env).stdout)
-        return answer
-
-    # The network between here and the cluster may be away for a moment.
-    assert seen(root / "job")["state"] == "running"
-    assert "Ray does not answer" in seen(root / "job")["message"]
-    minutes_pass(RunDir(root / "job"))
-    for run in runs:
-        assert seen(run)["state"] == "failed"
-        assert f"python -m launcher resume {run}" in seen(run)["message"]
-
-
-def minutes_pass(run: RunDir) -> None:
-    """Since the last sign of life."""
-    then = time.time() - 600
-    for file in (run.status, run.alive):
-        os.utime(file, (then, then))
-
-
 def await_training(run: Path, num_ranks: int) -> None:
     """Until an attempt with so many ranks has logged a step."""
 
@@ -440,3 +406,37 @@ def test_prompts_are_answered_on_every_node(launch: Launch, cluster: RayCluster,
         assert result["num_processes"] == 2
         assert result["sets"]["held_out"]["verdict"]["num_prompts"] == 4
     assert not list(undisturbed.glob("evaluations/*/held_out/.*"))
+
+
+def test_a_lost_head_is_reported_with_the_command_that_resumes(launch: Launch, cluster: RayCluster, root: Path) -> None:
+    """To a run whose driver is here and to one whose driver is a job; nothing comes after this on the cluster."""
+    cluster.have_only()
+    half = ("cluster.workers=1", "cluster.resources_per_worker={CPU: 0.5}", "train.max_steps=100000")
+    runs = {root / "driver": half, root / "job": (*half, *by_job(cluster))}
+    for run, settings in runs.items():
+        done = launch(*ray(cluster, root, run.name, *settings), **cluster.env)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for run in runs:
+        wait_for("step 7", lambda run=run: last_step(run) >= 7)
+    cluster.kill("n1")
+    for run in runs:
+        await_no_launcher(run)
+
+    def seen(run: Path) -> dict[str, str]:
+        answer: dict[str, str] = json.loads(launch("status", str(run), "--json", **cluster.env).stdout)
+        return answer
+
+    # The network between here and the cluster may be away for a moment.
+    assert seen(root / "job")["state"] == "running"
+    assert "Ray does not answer" in seen(root / "job")["message"]
+    minutes_pass(RunDir(root / "job"))
+    for run in runs:
+        assert seen(run)["state"] == "failed"
+        assert f"python -m launcher resume {run}" in seen(run)["message"]
+
+
+def minutes_pass(run: RunDir) -> None:
+    """Since the last sign of life."""
+    then = time.time() - 600
+    for file in (run.status, run.alive):
+        os.utime(file, (then, then))
