@@ -16,6 +16,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 REFERENCE_LOGITS = "probe.safetensors"
+# Beside the manifest, which does not name it: digests of the manifest identify a checkpoint, so a committed one never changes.
+LATER_EVALUATION = "evaluation.json"
 # The set whose loss a manifest holds where it names none.
 HELD_OUT = "held_out"
 
@@ -108,15 +110,33 @@ def describe_loss(loss: float | None, eval_set: str) -> str:
 
 
 @dataclass(frozen=True)
+class LaterEvaluation:
+    """Content of evaluation.json: the loss of a set at the checkpoint's step, where it was computed after the commit."""
+
+    eval_set: str
+    eval_loss: float
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A committed checkpoint."""
 
     path: Path
     manifest: Manifest
+    later_evaluation: LaterEvaluation | None = None
 
     @property
     def step(self) -> int:
         return self.manifest.step
+
+    @property
+    def eval_set(self) -> str:
+        return (self.later_evaluation or self.manifest).eval_set
+
+    @property
+    def eval_loss(self) -> float | None:
+        """The loss of `eval_set` at the checkpoint's step; None if it was not evaluated."""
+        return (self.later_evaluation or self.manifest).eval_loss
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -144,6 +164,41 @@ def read_manifest(path: Path) -> Manifest:
             remedy="use the launcher that wrote it",
         )
     return manifest
+
+
+def read_later_evaluation(path: Path) -> LaterEvaluation | None:
+    """Read the evaluation.json of a checkpoint directory; None where there is none, or it is damaged.
+
+    Raises:
+        UnreadableCheckpoint: if storage cannot read it right now.
+    """
+    file = path / LATER_EVALUATION
+    try:
+        values: Any = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise unreadable_error(file, error) from error
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict):
+        return None
+    eval_set, loss = values.get("eval_set"), _as_float(values.get("eval_loss"))
+    return LaterEvaluation(eval_set, loss) if isinstance(eval_set, str) and isinstance(loss, float) else None
+
+
+def record_evaluation(path: Path, evaluation: LaterEvaluation) -> bool:
+    """Record the loss of a committed checkpoint that was saved without it; return False where its manifest has it.
+
+    Raises:
+        CheckpointError: if the manifest cannot be read.
+        OSError: if the loss cannot be written.
+    """
+    manifest = read_manifest(path)
+    if manifest.eval_loss is not None and manifest.eval_set == evaluation.eval_set:
+        return False
+    atomic_files.write_json(path / LATER_EVALUATION, asdict(evaluation))
+    return True
 
 
 def unreadable_error(file: Path, error: OSError) -> UnreadableCheckpoint:

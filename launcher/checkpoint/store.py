@@ -5,6 +5,7 @@
       state.json             shapes, optimizer step, counters, and what the training loop adds
       rank-00000.safetensors one per rank
       probe.safetensors      a few tokens and the trained model's logits for them, for the parity check of an export (optional)
+      evaluation.json        the loss of an evaluation that followed the commit; the manifest does not name it (optional)
 
 A save fills `.saving-step-00000100-001` (the last number is the attempt), writes the manifest last and renames the
 directory into place. A directory without a valid manifest, or with files of other sizes than it says, is no checkpoint.
@@ -20,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from launcher import atomic_files
-from launcher.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, read_manifest, unreadable_error
+from launcher.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, read_later_evaluation, read_manifest, unreadable_error
 from launcher.checkpoint.retention import Retention, select_outdated
 from launcher.errors import CheckpointError, DamagedCheckpoint, Problem, UnreadableCheckpoint
 from launcher.plan.quantities import format_size
@@ -116,7 +117,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise DamagedCheckpoint(problem)
     if problems := [p for name, entry in manifest.files.items() if (p := _size_problem(path / name, entry))]:
         raise DamagedCheckpoint(problems)
-    return Checkpoint(path, manifest)
+    return Checkpoint(path, manifest, read_later_evaluation(path))
 
 
 def list_checkpoints(root: Path) -> list[Checkpoint]:

@@ -197,11 +197,11 @@ def _row(checkpoint: Checkpoint, keep_reasons: tuple[str, ...], verified: Verifi
         saved_at=saved_at,
         world_size=manifest.world_size,
         attempt=manifest.attempt,
-        eval_loss=manifest.eval_loss,
+        eval_loss=checkpoint.eval_loss,
         kept=keep_reasons,
         state=_STATES[type(error)] if error else "intact" if checkpoint.path in verified else "not verified",
         problems=_describe(error) if error else (),
-        eval_set=manifest.eval_set,
+        eval_set=checkpoint.eval_set,
     )
 
 

@@ -223,7 +223,7 @@ def _checkpoint_rows(one: _RunFiles) -> list[list[str]]:
         [
             f"{checkpoint.step:,}",
             format_size(sum(entry.size for entry in checkpoint.manifest.files.values())),
-            describe_loss(checkpoint.manifest.eval_loss, checkpoint.manifest.eval_set),
+            describe_loss(checkpoint.eval_loss, checkpoint.eval_set),
             str(checkpoint.manifest.attempt),
             str(checkpoint.manifest.world_size),
         ]

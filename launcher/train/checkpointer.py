@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from launcher.checkpoint.manifest import HELD_OUT
+from launcher.checkpoint.manifest import HELD_OUT, LaterEvaluation, record_evaluation
 from launcher.checkpoint.saver import Saved, Saver
 from launcher.data.cache import Split
 from launcher.errors import CheckpointError, LauncherError, Superseded
@@ -81,6 +81,20 @@ class Checkpointer:
             Superseded: where another attempt has taken over the run.
         """
         self._report(self._saver.poll(), step)
+
+    def record_evaluation(self, path: Path, loss: float) -> None:
+        """Record the loss of the committed checkpoint at `path`, which was saved without it, on rank 0."""
+        step = self.saved_step
+        if not self._is_main or step is None:
+            return
+        try:
+            is_recorded = record_evaluation(path, LaterEvaluation(self._eval_set, loss))
+        except (OSError, CheckpointError) as error:
+            self._tracker.event("alert", f"the loss of a checkpoint could not be recorded: {error}", step)
+            return
+        if is_recorded:
+            fields = {"path": str(path), "saved_step": step, "eval_loss": loss, "eval_set": self._eval_set}
+            self._tracker.event("checkpoint", f"evaluated {path}", step, **fields)
 
     def _report(self, outcome: Saved | LauncherError | None, step: int) -> None:
         if outcome is None or not self._is_main or not self._is_unreported:

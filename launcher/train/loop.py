@@ -258,10 +258,15 @@ class TrainingLoop:
         self.last_eval = evaluation.joined(earlier)
         log_evaluation(evaluation, when, tracker, self.forgetting.find_rise)
         best_loss = evaluation.loss_of(self.early_stopping.set_name)
-        if not is_last and best_loss is not None and self.early_stopping.record(self.step, best_loss):
+        if best_loss is None:
+            return
+        is_saved = parts.checkpointer.saved_step == self.step
+        if is_saved:
+            parts.checkpointer.record_evaluation(self._checkpoint_path(self.step), best_loss)
+        if not is_last and self.early_stopping.record(self.step, best_loss):
             # Early stopping returns to the best weights, so they are saved.
             keeps_best = self.early_stopping.patience > 0 and self.run.plan.config.checkpoint.keep_best > 0
-            self.is_save_due |= keeps_best and self.step > 0
+            self.is_save_due |= keeps_best and self.step > 0 and not is_saved
 
     def eval_of_this_step(self) -> Evaluation | None:
         """The losses of the evaluation sets, where they were computed after the last completed step."""

@@ -12,7 +12,15 @@ import pytest
 from launcher import atomic_files
 from launcher.checkpoint import store
 from launcher.checkpoint.cleanup import find_leftovers
-from launcher.checkpoint.manifest import STATE, Manifest
+from launcher.checkpoint.manifest import (
+    LATER_EVALUATION,
+    MANIFEST,
+    STATE,
+    LaterEvaluation,
+    Manifest,
+    read_manifest,
+    record_evaluation,
+)
 from launcher.errors import CheckpointError, UnreadableCheckpoint
 
 
@@ -231,6 +239,29 @@ def test_prune_keeps_the_newest_and_the_paths_in_keep(tmp_path):
     assert removed == [tmp_path / "step-00000002"]
     assert steps(tmp_path) == [1, 3, 5]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000003", "step-00000004", "step-00000005"]
+
+
+def test_a_loss_computed_after_the_commit_counts_and_leaves_the_manifest_alone(tmp_path: Path) -> None:
+    first, second, last = (committed(tmp_path, step) for step in (2, 4, 6))
+    before = (first / MANIFEST).read_bytes()
+    rules = store.Retention(keep_last=1, keep_best=1)
+    assert record_evaluation(first, LaterEvaluation("held_out", 1.5))
+    assert record_evaluation(second, LaterEvaluation("held_out", 1.7))
+    assert (first / MANIFEST).read_bytes() == before
+    assert not store.verify(first)
+    assert [checkpoint.eval_loss for checkpoint in store.list_checkpoints(tmp_path)] == [1.5, 1.7, None]
+    assert store.prune(tmp_path, rules) == [second]
+    # It is of another set than the one that decides.
+    assert store.prune(tmp_path, store.Retention(keep_last=1, keep_best=1, best_set="other")) == [first]
+    (last / LATER_EVALUATION).write_text("[")
+    assert store.open_checkpoint(last).eval_loss is None
+
+
+def test_a_loss_in_the_manifest_is_not_recorded_again(tmp_path: Path) -> None:
+    saving = store.begin_save(tmp_path, step=2, attempt=1, needed_bytes=1)
+    path = store.commit(saving, Manifest(step=2, world_size=1, plan_digest="d", attempt=1, eval_loss=2.0, files={}))
+    assert not record_evaluation(path, LaterEvaluation("held_out", 2.5))
+    assert store.open_checkpoint(path).eval_loss == read_manifest(path).eval_loss == 2.0
 
 
 def test_a_full_disk_is_refused_with_needed_and_available_bytes(tmp_path):

@@ -10,9 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hand_made import checkpoint
 
 from launcher.checkpoint.saver import Saved
+from launcher.checkpoint.store import open_checkpoint
 from launcher.errors import CheckpointError
+from launcher.plan.run_dir import RunDir
 from launcher.train.checkpointer import Checkpointer
 
 GIB = 2**30
@@ -114,3 +117,16 @@ def test_waiting_for_a_save_is_announced_before(tmp_path: Path) -> None:
     saver.wait = lambda: texts.append("waits")  # type: ignore[method-assign, assignment, return-value]
     Checkpointer(saver, FakeTracker(), True, lambda phase, step: texts.append(f"{phase} {step}")).wait(7)  # type: ignore[arg-type]
     assert texts == ["saving 7", "waits"]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_loss_that_was_computed_after_the_save_is_recorded_once(tmp_path: Path, is_there: bool) -> None:
+    tracker = FakeTracker()
+    checkpointer = Checkpointer(FakeSaver(saved(tmp_path)), tracker, True, no_beat)  # type: ignore[arg-type]
+    checkpointer.saved_step = 5
+    path = checkpoint(RunDir(tmp_path), 5, None, attempt=1) if is_there else tmp_path / "step-5"
+    checkpointer.record_evaluation(path, 1.5)
+    ((kind, text),) = tracker.events
+    assert kind == ("checkpoint" if is_there else "alert")
+    assert text.startswith("evaluated " if is_there else "the loss of a checkpoint could not be recorded: ")
+    assert not is_there or open_checkpoint(path).eval_loss == 1.5

@@ -25,6 +25,7 @@ class FakeLoop(TrainingLoop):
 
     def __init__(self, plan: LaunchPlan, max_steps: int, skipped: set[int], cancelled_at: int | None = None) -> None:
         self.saved: list[int] = []
+        self.recorded: list[tuple[str, float]] = []
         self.is_cancelled = cancelled_at is not None
         self.alerts: list[tuple[int | None, str]] = []
         tracker = SimpleNamespace(event=self._event, summary=lambda values: None)
@@ -33,7 +34,7 @@ class FakeLoop(TrainingLoop):
             meter=SimpleNamespace(skipped_steps=0),
             status=SimpleNamespace(write_state=lambda state, step: None),
             monitor=SimpleNamespace(start_training=lambda step: None),
-            checkpointer=SimpleNamespace(saved_step=cancelled_at or None),
+            checkpointer=SimpleNamespace(saved_step=cancelled_at or None, record_evaluation=self._record_evaluation),
             max_steps=max_steps,
         )
         run_context = SimpleNamespace(plan=plan, tracker=tracker, run_dir=RunDir(Path("run")), rank_info=RankInfo(0, 0, 1, 1))
@@ -42,6 +43,9 @@ class FakeLoop(TrainingLoop):
 
     def _event(self, kind: str, text: str, step: int | None, **fields: object) -> None:
         self.alerts.append((step, text))
+
+    def _record_evaluation(self, path: Path, loss: float) -> None:
+        self.recorded.append((path.name, loss))
 
     def is_cancelled_before_training(self) -> bool:
         return self.is_cancelled
@@ -165,6 +169,20 @@ def test_an_evaluation_that_a_preemption_skipped_is_made_after_the_resume(
         resumed.step, resumed.is_evaluation_missing = step, is_missing
         resumed.run_to_end()
         assert resumed.evaluated == (evaluated if is_missing else [6])
+        assert resumed.recorded == [], "no checkpoint of these steps was loaded"
+
+
+@pytest.mark.parametrize(("step", "saved"), [(4, [6]), (6, [6])], ids=["due", "last"])
+def test_an_evaluation_made_after_a_resume_is_recorded_for_the_checkpoint_instead_of_saved_again(
+    plan_of: PlanOf, step: int, saved: list[int]
+) -> None:
+    plan = plan_of("eval.every=4", "train.max_steps=6", "eval.stop_after=2", "checkpoint.keep_best=1", "checkpoint.save_every=0")
+    resumed = EvaluatedLoop(plan, 6, {4: 1.0, 6: 2.0})
+    resumed.step = resumed.parts.checkpointer.saved_step = step
+    resumed.is_evaluation_missing = True
+    resumed.run_to_end()
+    assert resumed.recorded == [(f"step-{step:08d}", {4: 1.0, 6: 2.0}[step])]
+    assert resumed.saved == saved, "step 5 is none of the best"
 
 
 def test_early_stopping_saves_the_best_weights_and_uses_them(
