@@ -6,6 +6,7 @@ Only this module and `nvme` depend on DeepSpeed's internals (deepspeed/runtime/z
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,6 +53,24 @@ def require_supported_engine(engine: Any, named_parameters: Mapping[str, Paramet
         raise CheckpointError("parameters must be partitioned over all ranks", value=_some(split))
     if {id(p) for p in named_parameters.values()} != {id(p) for p in engine.module.parameters()}:
         raise CheckpointError("the named parameters are not exactly those of the engine's model")
+
+
+@contextmanager
+def dropped_gradients(engine: Any) -> Iterator[None]:
+    """Run one backward pass in the body that leaves no gradient; no optimizer step follows it.
+
+    DeepSpeed's `zero_grad` only lets the next pass overwrite gradients, and a parameter may get none there (an expert without a
+    token): the optimizer would then take that of this pass.
+    """
+    boundary = engine._is_gradient_accumulation_boundary
+    # An offloaded optimizer is given gradients at a boundary alone; those on NVMe could not be taken back.
+    engine.set_gradient_accumulation_boundary(False)
+    try:
+        yield
+    finally:
+        engine._is_gradient_accumulation_boundary = boundary
+    engine.optimizer.zero_grad()
+    engine.optimizer.grad_partitions_flat_buffer.zero_()
 
 
 def find_optimizer(engine: Any) -> Optimizer:

@@ -13,11 +13,12 @@ import deepspeed
 import torch._dynamo  # a lazy import of it inside zero.Init fails
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.integrations import HfDeepSpeedConfig
 
-from launcher.checkpoint import store
+from launcher.checkpoint import store, zero3
 from launcher.config.schema import ModelSection
 from launcher.config.sections.cluster import LocalSection
 from launcher.config.sections.slurm import SlurmSection
@@ -332,3 +333,57 @@ def train_after_probe(plan_path: str, failing: str, persistence_threshold: int) 
         losses.append(float(loss))
     dist.barrier()
     return {"message": message, "errors": errors, "num_gathered": num_gathered, "losses": losses}
+
+
+class TwoBranches(torch.nn.Module):
+    """Two layers of which a pass uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, inputs: torch.Tensor, branch: int) -> torch.Tensor:
+        return self.branches[branch](inputs).square().sum()
+
+
+def step_after_dropped_gradients(offloads: bool) -> tuple[list[bool], list[float]]:
+    """Drop the gradients of the first branch, then train a step of the second.
+
+    Returns which branches have other weights after it, and the norm of the gradients of this step and of one in an engine that
+    has dropped none.
+    """
+    meet()
+    lock_builds()
+    deepspeed.init_distributed("gloo", verbose=False)
+    zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    if offloads:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": 2**31 - 1,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    import_muon()
+    norms, changed = [], []
+    for drops in (True, False):
+        torch.manual_seed(3)
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = TwoBranches()
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        weights = [branch.weight for branch in model.branches]
+        before = [safe_get_full_fp32_param(weight).clone() for weight in weights]
+        inputs = torch.arange(8.0)[None]
+        if drops:
+            with zero3.dropped_gradients(engine):
+                engine.backward(engine(inputs, 0), scale_wrt_gas=False)
+        engine.backward(engine(inputs, 1), scale_wrt_gas=False)
+        engine.step()
+        norms.append(float(engine.get_global_grad_norm()))
+        pairs = zip(before, weights, strict=True)
+        changed = changed or [not torch.equal(old, safe_get_full_fp32_param(weight)) for old, weight in pairs]
+        engine.destroy()
+    dist.barrier()
+    return changed, norms

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from launcher import json_records
+from launcher.checkpoint import zero3
 from launcher.data.cache import Split
 from launcher.data.loader import MicroBatch, micro_batch
 from launcher.distributed import RankInfo, rank0_broadcast
@@ -70,11 +71,9 @@ def run_largest_batch(
     micro = choose_largest(split, plan.batch.micro_batch_size)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), zero3.dropped_gradients(engine):
         loss = objective.sum_loss(engine, micro, device, 1.0).total
         engine.backward(loss, scale_wrt_gas=False)
-    # The next backward pass overwrites the partitions of the gradients, instead of adding to them.
-    engine.optimizer.zero_grad()
     del loss
     peak = ""
     if device.type == "cuda":

@@ -6,10 +6,12 @@ tests/e2e/test_resume_exact.py has a run that begins with the largest batch and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked_ranks import RankServer
 
 from launcher.data.cache import Split
 from launcher.errors import WOULD_REPEAT, OutOfMemory
@@ -47,6 +49,15 @@ def test_the_largest_batch_has_the_most_tokens_and_labels_and_then_the_longest_d
     assert set(choose_largest(split, 1).row_ids) == {2}
     assert set(choose_largest(split, 2).row_ids) == {0, 2}
     assert choose_largest(split, 2).input_ids.shape == (2, 8)
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+def test_a_parameter_without_a_gradient_in_the_first_step_stays(rank_server: RankServer, tmp_path: Path, offloads: bool) -> None:
+    arguments = [[offloads]] * 2
+    results = rank_server.values("train_ranks:step_after_dropped_gradients", arguments, tmp_path / "ranks")
+    for changed, (norm, undisturbed) in results:
+        assert changed == [False, True]
+        assert norm == undisturbed > 0
 
 
 def test_out_of_memory_before_the_first_step_is_final_and_says_what_would_save_how_much(plan_of: PlanOf) -> None:
