@@ -14,21 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from launcher import json_records
+from launcher import json_records, run_store
 from launcher.checkpoint import zero3
 from launcher.data.cache import Split
 from launcher.data.loader import MicroBatch, micro_batch
 from launcher.distributed import RankInfo, rank0_broadcast
-from launcher.errors import OutOfMemory
+from launcher.errors import LauncherError, OutOfMemory
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import situation_of
 from launcher.plan.run_dir import RunDir
+from launcher.plan.sizing.peak_memory import DEFAULT_RUNTIME_GIB
 from launcher.plan.sizing.remedies import memory_savings
+from launcher.tracking.metrics_tail import has_trained
 from launcher.tracking.tracker import Composite
 from launcher.train.objectives import Objective
 
 _GIB = 2**30
-# GiB of a GPU in other processes from which these are the reason, and not the run.
+# GiB of a GPU in other processes from which these are the reason, and not the run. What CUDA and NCCL take of this process counts
+# among them, as torch does not know it.
 _OF_OTHERS_GIB = 2.0
 # The share by which a part may be larger than planned before a message names it.
 _LARGER = 1.05
@@ -68,7 +71,7 @@ def run_largest_batch(
 
     if rank0_broadcast(rank_info, "the record of the largest batch cannot be read", is_done):
         return
-    micro = choose_largest(split, plan.batch.micro_batch_size)
+    micro = choose_largest(split, plan.batch.micro_batch_size, plan.config.data.packing)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), zero3.dropped_gradients(engine):
@@ -85,9 +88,15 @@ def run_largest_batch(
     tracker.event("info", f"the largest batch, {micro.input_ids.numel():,} tokens with {labels:,} trained, fits{peak}", 0)
 
 
-def choose_largest(split: Split, micro_batch_size: int) -> MicroBatch:
-    """Return the micro-batch of the rows with the most tokens and trained tokens; of equal ones, with the longest document."""
-    size = np.diff(split.rows) + split.row_labels
+def choose_largest(split: Split, micro_batch_size: int, packing: bool) -> MicroBatch:
+    """Return the micro-batch of the rows with the most tokens and trained tokens; of equal ones, with the longest document.
+
+    Without packing, that of the longest rows; of equal ones, with the most trained tokens: rows are padded to the longest.
+    """
+    lengths = np.diff(split.rows)
+    if not packing:
+        return micro_batch(split, np.lexsort((split.row_labels, lengths))[-micro_batch_size:], pad_id=0)
+    size = lengths + split.row_labels
     # The longest document decides among the largest rows alone: to look at those of all rows would take minutes.
     most = np.argsort(size, kind="stable")[-64 * micro_batch_size :]
     longest = np.array([int(np.diff(split.doc_offsets(row)).max(initial=0)) for row in most])
@@ -96,21 +105,33 @@ def choose_largest(split: Split, micro_batch_size: int) -> MicroBatch:
 
 
 @contextmanager
-def explained_out_of_memory(plan: LaunchPlan, has_completed_step: Callable[[], bool]) -> Iterator[None]:
+def explained_out_of_memory(plan: LaunchPlan, run_dir: RunDir, has_completed_step: Callable[[], bool]) -> Iterator[None]:
     """Raise OutOfMemory where a GPU runs out of memory before any step is completed: another attempt would end in the same way.
 
-    Where other processes use the GPU, the exception stays: they may be gone, or another node may have none.
+    `has_completed_step` speaks of this process. Where the run has fitted before, or other processes use the GPU, the exception
+    stays: they may be gone, or another node may have none.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        if has_completed_step() or _gib_of_others() > _OF_OTHERS_GIB:
+        if has_completed_step() or _has_fitted(plan, run_dir) or _gib_of_others() > _runtime_gib(plan) + _OF_OTHERS_GIB:
             raise
         raise OutOfMemory(
             describe_out_of_memory(plan, str(error), _allocated_gib()),
             where=f"{plan.gpu_name or 'GPU'}, micro-batch {plan.batch.micro_batch_size}",
             remedy=_remedy(plan),
         ) from error
+
+
+def _has_fitted(plan: LaunchPlan, run_dir: RunDir) -> bool:
+    """Return whether the run has trained a step before, or has run the largest batch of this plan; True where that is unknown."""
+    try:
+        if has_trained(run_dir, run_store.read_status(run_dir)):
+            return True
+        file = run_dir.largest_batch
+        return file.is_file() and json_records.read(LargestBatchRecord, file).plan_digest == plan.digest()
+    except (OSError, LauncherError):
+        return True
 
 
 def describe_out_of_memory(plan: LaunchPlan, reason: str, allocated_gib: float | None) -> str:
@@ -142,10 +163,15 @@ def _allocated_gib() -> float | None:
     return torch.cuda.max_memory_allocated() / _GIB if torch.cuda.is_available() else None
 
 
+def _runtime_gib(plan: LaunchPlan) -> float:
+    """Return the GiB that CUDA and NCCL take of a GPU, as the plan has them."""
+    planned = 0.0 if plan.peak is None else plan.peak.runtime_gib
+    return planned or DEFAULT_RUNTIME_GIB
+
+
 def _gib_of_others() -> float:
-    """Return the GiB of this rank's GPU that are neither free nor this process's."""
+    """Return the GiB of this rank's GPU that are neither free nor in torch's allocator: of other processes, of CUDA and NCCL."""
     if not torch.cuda.is_available():
         return 0.0
     free, total = torch.cuda.mem_get_info()
-    # CUDA's context is this process's own, too, and takes about half a GiB.
     return (total - free - torch.cuda.memory_reserved()) / _GIB

@@ -101,7 +101,7 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
         bind_to_gpu(env.local_rank)
     rank_info = RankInfo(env.rank, env.local_rank, env.world_size, attempt, env.restart)
     try:
-        with explained_out_of_memory(plan, lambda: bool(progress.step) or any(run.checkpoints.glob("step-*"))):
+        with explained_out_of_memory(plan, run, lambda: bool(progress.step)):
             outcome = train(plan, rank_info, stop, progress.beat, partial(write_outcome, run, attempt), report_answers)
     except WOULD_REPEAT as error:
         # After any other failure the agents restart the ranks.

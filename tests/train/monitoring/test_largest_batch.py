@@ -13,14 +13,21 @@ import pytest
 import torch
 from forked_ranks import RankServer
 
+from launcher import json_records, run_store
 from launcher.data.cache import Split
 from launcher.errors import WOULD_REPEAT, OutOfMemory
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.train.monitoring.largest_batch import choose_largest, explained_out_of_memory
+from launcher.plan.run_dir import RunDir
+from launcher.train.monitoring.largest_batch import LargestBatchRecord, choose_largest, explained_out_of_memory
 
 PlanOf = Callable[..., LaunchPlan]
 H100 = ("model=llama3_1_8b", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8", "train.global_batch_size=64")
 REASON = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.03 GiB is free."
+
+
+def created(plan: LaunchPlan, folder: Path) -> RunDir:
+    """Return the directory of a run with this plan."""
+    return run_store.create(plan.model_copy(update={"run_dir": str(folder / "run")}))
 
 
 def split_of(rows: list[tuple[list[int], bool]]) -> Split:
@@ -46,9 +53,16 @@ def split_of(rows: list[tuple[list[int], bool]]) -> Split:
 def test_the_largest_batch_has_the_most_tokens_and_labels_and_then_the_longest_document() -> None:
     rows = [([4, 4], True), ([8], False), ([7, 1], True), ([5], True), ([3, 5], False)]
     split = split_of(rows)
-    assert set(choose_largest(split, 1).row_ids) == {2}
-    assert set(choose_largest(split, 2).row_ids) == {0, 2}
-    assert choose_largest(split, 2).input_ids.shape == (2, 8)
+    assert set(choose_largest(split, 1, packing=True).row_ids) == {2}
+    assert set(choose_largest(split, 2, packing=True).row_ids) == {0, 2}
+    assert choose_largest(split, 2, packing=True).input_ids.shape == (2, 8)
+
+
+def test_without_packing_the_largest_batch_has_the_longest_rows_which_the_others_are_padded_to() -> None:
+    split = split_of([([6], True), ([8], False), ([6], True), ([7], False), ([8], True)])
+    assert set(choose_largest(split, 1, packing=False).row_ids) == {4}
+    assert set(choose_largest(split, 2, packing=False).row_ids) == {1, 4}
+    assert choose_largest(split, 3, packing=False).input_ids.shape == (3, 8)
 
 
 @pytest.mark.parametrize("offloads", [False, True])
@@ -60,9 +74,9 @@ def test_a_parameter_without_a_gradient_in_the_first_step_stays(rank_server: Ran
         assert norm == undisturbed > 0
 
 
-def test_out_of_memory_before_the_first_step_is_final_and_says_what_would_save_how_much(plan_of: PlanOf) -> None:
+def test_out_of_memory_before_the_first_step_is_final_and_says_what_would_save_how_much(plan_of: PlanOf, tmp_path: Path) -> None:
     plan = plan_of(*H100, "train.micro_batch_size=2", "data.max_length=4096", "model.activation_checkpointing=every 2")
-    with pytest.raises(OutOfMemory) as raised, explained_out_of_memory(plan, lambda: False):
+    with pytest.raises(OutOfMemory) as raised, explained_out_of_memory(plan, created(plan, tmp_path), lambda: False):
         raise torch.OutOfMemoryError(REASON)
     assert isinstance(raised.value, WOULD_REPEAT)
     (problem,) = raised.value.problems
@@ -80,6 +94,42 @@ def test_out_of_memory_before_the_first_step_is_final_and_says_what_would_save_h
     assert "deepspeed.offload_optimizer=cpu (saves 15.0 GiB)" in problem.remedy
 
 
-def test_out_of_memory_after_a_step_is_none_of_the_plans(plan_of: PlanOf) -> None:
-    with pytest.raises(torch.OutOfMemoryError), explained_out_of_memory(plan_of(*H100), lambda: True):
+@pytest.mark.parametrize("done", ["a step of this process", "a step of another node", "the largest batch"])
+def test_out_of_memory_after_a_step_or_the_largest_batch_is_none_of_the_plans(plan_of: PlanOf, tmp_path: Path, done: str) -> None:
+    plan = plan_of(*H100)
+    run_dir = created(plan, tmp_path)
+    if done == "a step of another node":
+        run_dir.metrics.write_text('{"attempt": 1, "time": 1.0, "trainer/step": 200, "train/loss": 2.5}\n')
+    elif done == "the largest batch":
+        json_records.write(run_dir.largest_batch, LargestBatchRecord(plan.digest(), "NVIDIA H100"))
+    is_own = done == "a step of this process"
+    with pytest.raises(torch.OutOfMemoryError), explained_out_of_memory(plan, run_dir, lambda: is_own):
+        raise torch.OutOfMemoryError(REASON)
+
+
+def test_the_largest_batch_of_another_plan_does_not_count(plan_of: PlanOf, tmp_path: Path) -> None:
+    plan = plan_of(*H100)
+    run_dir = created(plan, tmp_path)
+    json_records.write(run_dir.largest_batch, LargestBatchRecord("of a smaller micro-batch", "NVIDIA H100"))
+    with pytest.raises(OutOfMemory), explained_out_of_memory(plan, run_dir, lambda: False):
+        raise torch.OutOfMemoryError(REASON)
+
+
+@pytest.mark.parametrize(("reserved_gib", "error"), [(74.5, OutOfMemory), (70.0, torch.OutOfMemoryError)])
+def test_other_processes_are_the_reason_where_they_hold_more_than_cuda_and_nccl_may_take(
+    plan_of: PlanOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reserved_gib: float, error: type[Exception]
+) -> None:
+    """Of 79 GiB 1 is free: 3.5 and 8 are neither free nor torch's, and the plan assumes 2 for CUDA and NCCL."""
+    plan = plan_of(*H100)
+    assert plan.peak is not None
+    assert plan.peak.runtime_gib == 2.0
+    readings = {
+        "is_available": lambda: True,
+        "mem_get_info": lambda: (1 * 2**30, 79 * 2**30),
+        "memory_reserved": lambda: reserved_gib * 2**30,
+        "max_memory_allocated": lambda: reserved_gib * 2**30,
+    }
+    for name, reading in readings.items():
+        monkeypatch.setattr(torch.cuda, name, reading)
+    with pytest.raises(error), explained_out_of_memory(plan, created(plan, tmp_path), lambda: False):
         raise torch.OutOfMemoryError(REASON)

@@ -75,7 +75,7 @@ if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*
     samples = types.ModuleType("launcher.evaluate.samples")
     samples.report_answers = None
     largest_batch = types.ModuleType("launcher.train.monitoring.largest_batch")
-    largest_batch.explained_out_of_memory = lambda plan, has_saved: contextlib.nullcontext()
+    largest_batch.explained_out_of_memory = lambda plan, run_dir, has_completed_step: contextlib.nullcontext()
     names = ("distributed", "train.loop", "train.preload", "evaluate.samples", "train.monitoring.largest_batch")
     modules = (distributed, loop, preload, samples, largest_batch)
     sys.modules.update(zip((f"launcher.{name}" for name in names), modules, strict=True))
