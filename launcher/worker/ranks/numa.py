@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 _SYSFS = Path("/sys")
 
 
-def bind_to_gpu(local_rank: int) -> frozenset[int]:
-    """Bind the calling thread, and those that it starts, to the CPUs next to the GPU `local_rank`; return them, empty if unknown.
+def bind_to_gpu(local_rank: int, num_ranks: int, num_threads: int) -> None:
+    """Bind the calling thread, and those that it starts, to the CPUs next to the GPU `local_rank`, where `choose_cpus` has some.
 
-    CPUs that this process may not use are left out. Where none is left, nothing changes.
+    Each of the `num_ranks` ranks of this machine computes with `num_threads` threads.
     """
     import torch
 
-    properties = torch.cuda.get_device_properties(local_rank)
-    address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
-    cpus = cpus_near(address) & os.sched_getaffinity(0)
-    if cpus:
+    # Another rank's GPU may be hidden from this one.
+    num_gpus = max(local_rank + 1, min(num_ranks, torch.cuda.device_count()))
+    near = [cpus_near(_address(torch.cuda.get_device_properties(i))) for i in range(num_gpus)]
+    if cpus := choose_cpus(near, local_rank, os.sched_getaffinity(0), num_threads):
         with suppress(OSError):
             os.sched_setaffinity(0, cpus)
-    return frozenset(cpus)
+
+
+def choose_cpus(near: Sequence[set[int]], local_rank: int, allowed: set[int], num_threads: int) -> set[int]:
+    """Return the CPUs to which a rank is bound: those next to its GPU that this process may use; empty where it is not bound.
+
+    They have to be enough for the threads of all ranks next to them: main memory further away costs less than a shared CPU.
+    `near` has the CPUs next to the GPU of each rank of this machine, empty where they are not known.
+    """
+    cpus = near[local_rank] & allowed
+    return cpus if len(cpus) >= num_threads * near.count(near[local_rank]) else set()
+
+
+def num_omp_threads(environ: Mapping[str, str]) -> int:
+    """Return the threads of a rank by OMP_NUM_THREADS, whose first number counts; 1 without it."""
+    first = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() else 1
+
+
+def _address(properties: Any) -> str:
+    """Return the PCI address of a GPU as the kernel writes it."""
+    return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
 
 
 def cpus_near(address: str, sysfs: Path = _SYSFS) -> set[int]:

@@ -26,7 +26,7 @@ from launcher.run_records import FinalFailure, OutcomeRecord, final_file, outcom
 from launcher.worker import limits
 from launcher.worker.ranks.error_memory import ErrorSlot
 from launcher.worker.ranks.heartbeat import Heartbeat
-from launcher.worker.ranks.numa import bind_to_gpu
+from launcher.worker.ranks.numa import bind_to_gpu, num_omp_threads
 from launcher.worker.ranks.rank_env import RankEnv, die_with_parent, redirect_output, set_title
 from launcher.worker.signals import StopFlag
 
@@ -98,7 +98,7 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
     from launcher.train.monitoring.largest_batch import explained_out_of_memory
 
     if plan.topology.device == "cuda":
-        bind_to_gpu(env.local_rank)
+        bind_to_gpu(env.local_rank, plan.topology.ranks_per_node, num_omp_threads(os.environ))
     rank_info = RankInfo(env.rank, env.local_rank, env.world_size, attempt, env.restart)
     try:
         with explained_out_of_memory(plan, run, lambda: bool(progress.step)):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.worker.ranks.numa import cpus_near
+import pytest
+
+from launcher.worker.ranks.numa import choose_cpus, cpus_near, num_omp_threads
 
 
 def test_the_cpus_next_to_a_gpu_are_those_of_its_numa_node(tmp_path: Path) -> None:
@@ -19,3 +21,32 @@ def test_the_cpus_next_to_a_gpu_are_those_of_its_numa_node(tmp_path: Path) -> No
     # A machine that does not say, as most virtual ones.
     assert cpus_near("0000:5e:00.0", tmp_path) == set()
     assert cpus_near("0000:aa:00.0", tmp_path) == set()
+
+
+FIRST, SECOND = set(range(8)), set(range(8, 16))
+NEAR = [FIRST] * 4 + [SECOND] * 4
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "near", "allowed", "num_threads", "expected"),
+    [
+        (0, NEAR, FIRST | SECOND, 2, FIRST),
+        (5, NEAR, FIRST | SECOND, 2, SECOND),
+        # Of a job's CPUs most are on one socket: the four ranks of the other would share two.
+        (5, NEAR, FIRST | {8, 9}, 1, set()),
+        (0, NEAR, FIRST | {8, 9}, 1, FIRST),
+        # All GPUs are on one socket, and the ranks use the CPUs of both.
+        (0, [FIRST] * 8, FIRST | SECOND, 2, set()),
+        (0, [FIRST], SECOND, 1, set()),
+        (0, [set(), set()], FIRST, 1, set()),
+    ],
+)
+def test_a_rank_is_bound_where_all_ranks_next_to_its_cpus_have_room(
+    local_rank: int, near: list[set[int]], allowed: set[int], num_threads: int, expected: set[int]
+) -> None:
+    assert choose_cpus(near, local_rank, allowed, num_threads) == expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, 1), ("12", 12), ("4,2", 4), ("many", 1)])
+def test_the_threads_of_a_rank_are_the_first_number_of_omp_num_threads(value: str | None, expected: int) -> None:
+    assert num_omp_threads({} if value is None else {"OMP_NUM_THREADS": value}) == expected
