@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tokenizers import normalizers
 from transformers import AutoTokenizer
@@ -17,7 +19,7 @@ from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.build import build
 from launcher.data.cache import Split, num_bytes, read_report
 from launcher.data.checks import findings
-from launcher.data.sources import read_usable_documents
+from launcher.data.sources import find_row_problems, read_usable_documents
 from launcher.data.tokenization.batch_encoder import cut_document
 from launcher.data.tokenization.encoder import EncodedDocument
 from launcher.errors import DataError
@@ -418,3 +420,19 @@ def test_questions_and_answers_are_written_with_the_chat_template(jsonl: Jsonl, 
     assert texts[1] == "How many apples so far? First find them.<|im_end|>"
     assert [line.split(":")[1][:3] for line in lines] == [" 2 "]
     assert all("<|im_start|>assistant" in text for text in build_as("chat")[0])
+
+
+def test_a_part_of_a_table_that_cannot_be_read_is_no_bad_row(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """The text of one row of a part of 256 is not UTF-8, so none of them can be read."""
+    texts = [f"word {i}".encode() for i in range(600)]
+    texts[300] = b"\xff\xfe"
+    column = pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    checks = ChecksSection(bad_rows="drop", max_bad_rows=0.9)
+    data = DataSection(sources=(Source(name="table", path=str(path)),), workers=1, checks=checks)
+    with pytest.raises(DataError, match=r"the parquet file is corrupt: .*utf-8") as caught:
+        build(data, str(tokenizer_dir))
+    assert caught.value.problems[0].where == f"{path}, after row 256"
+    problems = find_row_problems(data.sources[0])
+    assert (len(problems), problems.num_rows) == (1, 0)

@@ -229,7 +229,10 @@ def find_row_problems(source: Source) -> RowProblems:
     problems = RowProblems()
     try:
         for batch in read_batches(source, problems.add_file):
-            deque(parse_usable(batch, problems.add_row), maxlen=0)
+            try:
+                deque(parse_usable(batch, problems.add_row), maxlen=0)
+            except DataError as error:
+                problems.add_file(error)
             if problems.is_full:
                 break
     except DataError as error:
@@ -238,7 +241,11 @@ def find_row_problems(source: Source) -> RowProblems:
 
 
 def parse_usable(batch: DocumentBatch, on_problem: Callable[[DataError], None]) -> Iterator[tuple[Document, bool]]:
-    """Yield the documents of a batch as `DocumentBatch.documents` does; call `on_problem` for each row that cannot be used."""
+    """Yield the documents of a batch as `DocumentBatch.documents` does; call `on_problem` for each row that cannot be used.
+
+    Raises:
+        DataError: for a part of a file that cannot be read, of which no row is known.
+    """
     try:
         yield from list(batch.documents(Counter()))
     except DataError:

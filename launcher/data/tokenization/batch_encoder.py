@@ -207,7 +207,10 @@ class BatchEncoder:
         )
 
     def encode_usable(self, task: EncodeTask) -> EncodedTask:
-        """Encode the documents that can be used, and count the problems of the others."""
+        """Encode the documents that can be used, and count the problems of the others.
+
+        A part of a file that cannot be read is a problem of the file, which no setting leaves out: its rows are not known.
+        """
         try:
             return EncodedTask(task.source, [self.encode(task)], RowProblems())
         except DataError:
@@ -219,7 +222,7 @@ class BatchEncoder:
                 except DataError as error:
                     problems.add_row(error)
         except DataError as error:
-            problems.add_row(error)
+            problems.add_file(error)
         return EncodedTask(task.source, [batch for batch in batches if batch.docs.wheres], problems)
 
     def _write_completions(self, items: list[SourceDocument]) -> tuple[list[SourceDocument], int, int]:
