@@ -1,4 +1,4 @@
-"""Prompts of an evaluation that the run was trained on: the same but for case, white space and punctuation, or nearly the same.
+"""Prompts of an evaluation that are also in the training data: the same but for case, white space and punctuation, or nearly.
 
 The build of the data compares the held-out documents with the training documents; the sets of eval.sets are compared here alone.
 """
@@ -15,6 +15,7 @@ from launcher.data.cache import Split
 from launcher.data.checks import minhash
 from launcher.data.sources import Document
 from launcher.data.tokenization.encoder import Encoder
+from launcher.errors import DataError
 from launcher.evaluate.questions import EvalQuestion, QuestionSet, digest_tokens, read_documents, render, split_question
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.progress import Advance
@@ -27,7 +28,7 @@ _EXACT = 1.0
 
 @dataclass(frozen=True)
 class TrainingCopy:
-    """A prompt that training had: rows as file and line, and how similar the prompts are, 1 for the same."""
+    """A prompt that is also in the training data: rows as file and line, and how similar the prompts are, 1 for the same."""
 
     question: str
     training: str
@@ -38,27 +39,50 @@ class TrainingCopy:
         return f"{self.question}: {alike} {self.training}"
 
 
-def find_training_copies(
-    plan: LaunchPlan, encoder: Encoder, sets: Sequence[QuestionSet], advance: Advance
-) -> dict[str, tuple[TrainingCopy, ...]]:
-    """Return the prompts of each set that training documents have; the first MAX_DOCUMENTS of the sources are compared.
+@dataclass(frozen=True)
+class TrainingOverlap:
+    """The prompts of each set that are also in the training data. `gap` says what was not compared, empty for nothing."""
 
-    Raises:
-        DataError: where a source is not there any more, or cannot be read.
+    copies: dict[str, tuple[TrainingCopy, ...]]
+    gap: str = ""
+
+
+def find_training_copies(
+    plan: LaunchPlan, encoder: Encoder, sets: Sequence[QuestionSet], advance: Advance, max_documents: int = MAX_DOCUMENTS
+) -> TrainingOverlap:
+    """Compare the prompts of each set with the first `max_documents` of the sources.
+
+    Sources that are not there any more, or cannot be read, are a gap: an evaluation can do without this comparison.
     """
     if plan.data is None:
-        return {}
+        return TrainingOverlap({})
+    try:
+        return _compare(plan, encoder, sets, advance, max_documents)
+    except DataError as error:
+        problem = error.problems[0]
+        parts = ": ".join(filter(None, (problem.message, problem.where, problem.value)))
+        return TrainingOverlap({}, f"prompts were not compared with the training documents: {parts}")
+
+
+def _compare(
+    plan: LaunchPlan, encoder: Encoder, sets: Sequence[QuestionSet], advance: Advance, max_documents: int
+) -> TrainingOverlap:
     data = plan.config.data
     questions = [question for one in sets for question in one.questions]
     prompts = _Prompts(questions, data.checks.near_duplicate_threshold)
     candidates: list[tuple[int, float, Document]] = []
-    documents = islice(read_documents(data.sources, encoder, data.checks), MAX_DOCUMENTS)
-    while batch := list(islice(documents, _COMPARED_AT_ONCE)):
+    documents = read_documents(data.sources, encoder, data.checks)
+    first_documents = islice(documents, max_documents)
+    while batch := list(islice(first_documents, _COMPARED_AT_ONCE)):
         candidates += [(i, similarity, batch[at]) for i, similarity, at in prompts.find(batch, data.system)]
         advance(len(batch))
+    gap = ""
+    if next(documents, None) is not None:
+        gap = f"prompts were compared with the first {max_documents:,} training documents alone"
     copies = _trained_copies(plan, encoder, questions, candidates)
     names = [one.name for one in sets for _ in one.questions]
-    return {one.name: tuple(copy for i, copy in sorted(copies.items()) if names[i] == one.name) for one in sets}
+    by_set = {one.name: tuple(copy for i, copy in sorted(copies.items()) if names[i] == one.name) for one in sets}
+    return TrainingOverlap(by_set, gap)
 
 
 class _Prompts:
@@ -103,17 +127,28 @@ def _trained_copies(
     """Return the most similar document of each question among the candidates that are in the training split."""
     if not candidates or plan.data is None:
         return {}
-    split = Split.open(plan.data)
-    trained = {digest_tokens(np.asarray(split.tokens[a:b])) for a, b in zip(split.docs[:-1], split.docs[1:], strict=True)}
-    checks = plan.config.data.checks
-    rendered = [(one, text) for one in candidates if (text := render(one[2], encoder, checks)) is not None]
+    data = plan.config.data
+    rendered = [(one, text) for one in candidates if (text := render(one[2], encoder, data.checks)) is not None]
+    encoded = [tokens.ids[: data.max_length] for tokens in encoder.encode([text for _, text in rendered])]
+    trained = _find_documents(Split.open(plan.data), encoded)
     copies: dict[int, TrainingCopy] = {}
-    encoded = encoder.encode([text for _, text in rendered])
-    for ((i, similarity, document), _), tokens in zip(rendered, encoded, strict=True):
-        is_trained = digest_tokens(tokens.ids[: plan.config.data.max_length]) in trained
-        if is_trained and (i not in copies or copies[i].similarity < similarity):
+    for ((i, similarity, document), _), ids in zip(rendered, encoded, strict=True):
+        if digest_tokens(ids) in trained and (i not in copies or copies[i].similarity < similarity):
             copies[i] = TrainingCopy(questions[i].where, document.where, round(similarity, 2))
     return copies
+
+
+def _find_documents(split: Split, wanted: Sequence[np.ndarray]) -> set[bytes]:
+    """Return the digests of those token sequences that are documents of the split; reads documents of their lengths alone."""
+    digests = {digest_tokens(ids) for ids in wanted}
+    present: set[bytes] = set()
+    for i in np.flatnonzero(np.isin(np.diff(split.docs), [len(ids) for ids in wanted])):
+        if len(present) == len(digests):
+            break
+        digest = digest_tokens(np.asarray(split.tokens[split.docs[i] : split.docs[i + 1]]))
+        if digest in digests:
+            present.add(digest)
+    return present
 
 
 def _prompt_text(question: EvalQuestion) -> bytes:
@@ -121,8 +156,8 @@ def _prompt_text(question: EvalQuestion) -> bytes:
 
 
 def describe_copies(num_prompts: int, copies: Sequence[TrainingCopy]) -> str:
-    """Say in one sentence how many prompts training had; an empty text for none."""
+    """Say in one sentence how many prompts are also in the training data; an empty text for none."""
     if not copies:
         return ""
     share = f"{len(copies):,} of the {num_prompts:,} prompts"
-    return f"{share} are training prompts, or nearly: the answers may have been memorized."
+    return f"{share} are also in the training data, or nearly: the answers may have been memorized."

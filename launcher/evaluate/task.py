@@ -64,7 +64,7 @@ class EvaluationTask:
 
     `base` is None for a run that began with random weights. `code` is the folder of the model's own Python files. `shots` are the
     numbers of examples that fit every prompt. `left_out` says which documents are not asked, by set, and `training_copies` which
-    prompts the run was trained on.
+    prompts are also in the training data. `overlap_gap` says which training documents were not compared, empty for none.
     """
 
     run_name: str
@@ -80,6 +80,7 @@ class EvaluationTask:
     num_examples: int
     left_out: dict[str, tuple[str, ...]]
     training_copies: dict[str, tuple[TrainingCopy, ...]] = field(default_factory=dict)
+    overlap_gap: str = ""
 
     @property
     def settings(self) -> RunConfig:

@@ -6,13 +6,17 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from launcher.config.schema import RunConfig
 from launcher.data.build import build
+from launcher.data.cache import Split
 from launcher.data.sources import Chat, Message
 from launcher.data.tokenization.encoder import Encoder, load_tokenizer
-from launcher.evaluate.overlap import describe_copies, find_training_copies
-from launcher.evaluate.questions import EvalQuestion, QuestionSet, read_held_out
+from launcher.evaluate.overlap import _find_documents, describe_copies, find_training_copies
+from launcher.evaluate.questions import EvalQuestion, QuestionSet, digest_tokens, read_held_out
 from launcher.plan.launch_plan import LaunchPlan
 
 SYLLABLES = ("ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "zu")
@@ -44,13 +48,40 @@ def test_prompts_of_training_rows_are_found(
     others = [ask(50), ask(trained[0]).upper().replace(".", " ;"), ask(trained[1]).replace("to whom", "to which person"), *asked]
     seen = QuestionSet("seen", tuple(question(i, text) for i, text in enumerate(others)), len(others), 0)
     num_read: list[int] = []
-    copies = find_training_copies(plan, encoder, [held_out, seen], num_read.append)
+    overlap = find_training_copies(plan, encoder, [held_out, seen], num_read.append)
     assert sum(num_read) == 40
-    assert copies["held_out"] == (), "a held-out row is in the same file as the training rows"
-    exact, near = copies["seen"]
+    assert overlap.gap == ""
+    assert overlap.copies["held_out"] == (), "a held-out row is in the same file as the training rows"
+    exact, near = overlap.copies["seen"]
     assert (exact.question, exact.training, exact.similarity) == ("seen.jsonl:1", f"{file}:{trained[0] + 1}", 1.0)
     assert (near.question, near.training) == ("seen.jsonl:2", f"{file}:{trained[1] + 1}")
     assert config.data.checks.near_duplicate_threshold <= near.similarity < 1
     assert str(exact) == f"seen.jsonl:1: the same prompt as {file}:{trained[0] + 1}"
-    assert describe_copies(len(others), copies["seen"]).startswith(f"2 of the {len(others)} prompts are training prompts")
+    assert describe_copies(len(others), (exact, near)).startswith(f"2 of the {len(others)} prompts are also in the training data")
     assert describe_copies(5, ()) == ""
+    # Fewer documents than there are, and files that are gone, leave a gap, which refuses no evaluation.
+    first = find_training_copies(plan, encoder, [seen], num_read.append, max_documents=trained[0] + 1)
+    assert first.copies["seen"] == (exact,)
+    assert first.gap == f"prompts were compared with the first {trained[0] + 1} training documents alone"
+    assert find_training_copies(plan, encoder, [seen], num_read.append, max_documents=40).gap == ""
+    file.unlink()
+    gone = find_training_copies(plan, encoder, [seen], num_read.append)
+    assert gone.copies == {}
+    assert gone.gap.startswith("prompts were not compared with the training documents: ")
+    assert str(file) in gone.gap
+
+
+def test_documents_of_a_cache_are_read_until_all_are_known() -> None:
+    tokens, docs = np.arange(100, dtype=np.uint32), np.array([0, 10, 30, 40, 50, 100])
+    num_read: list[int] = []
+
+    class Counted(np.ndarray):
+        def __getitem__(self, index: Any) -> Any:
+            num_read.append(index.start)
+            return np.asarray(self)[index]
+
+    split = Split(tokens.view(Counted), tokens, docs, docs, docs, docs, docs)
+    assert _find_documents(split, [tokens[30:40], tokens[:10]]) == {digest_tokens(tokens[30:40]), digest_tokens(tokens[:10])}
+    # Neither the document of another length, nor those after the last one.
+    assert num_read == [0, 30]
+    assert _find_documents(split, [tokens[1:11]]) == set()

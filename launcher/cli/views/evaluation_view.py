@@ -24,8 +24,10 @@ def to_lines(shown: dict[str, Any]) -> list[str]:
         lines += ["", *(f"  {side}: {style}" for side, style in result["styles"].items())]
         lines += [f"  {line}" for line in result["left_out"]]
         if copies := result["training_copies"]:
-            lines += ["", "  prompts that training had:", *(f"  {copy}" for copy in copies[:_MAX_COPIES])]
+            lines += ["", "  prompts that are also in the training data:", *(f"  {copy}" for copy in copies[:_MAX_COPIES])]
             lines += [f"  and {len(copies) - _MAX_COPIES:,} more"] if len(copies) > _MAX_COPIES else []
+    if shown["overlap_gap"]:
+        lines += ["", shown["overlap_gap"]]
     if shown["selection"]:
         lines += ["", "ways to ask the base model, compared on training rows:"]
         ordered = sorted(shown["selection"], key=lambda one: -one["score"])

@@ -72,6 +72,7 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
         "seconds": answers.seconds,
         "num_processes": answers.num_processes,
         "selection": selection,
+        "overlap_gap": task.overlap_gap,
         "sets": shown,
     }
 

@@ -75,7 +75,7 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
     base = find_base(plan)
     sets, training = _read_questions(plan, encoder, names, max_shots + config.evaluate.selection_prompts if base else 0)
     with live_line() as (say, make_pace):
-        copies = find_training_copies(plan, encoder, sets, _count(say, make_pace, "comparing prompts with training documents"))
+        overlap = find_training_copies(plan, encoder, sets, _count(say, make_pace, "comparing prompts with training documents"))
     # Rows on which the way to ask is chosen are no examples; where there are few rows, examples come first.
     num_examples = min(max_shots, max(0, len(training) - config.evaluate.selection_prompts)) or min(max_shots, len(training))
     context = count_context(plan)
@@ -112,7 +112,8 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
         shots=shots,
         num_examples=num_examples,
         left_out=left_out,
-        training_copies={name: _of_questions(copies.get(name, ()), several) for name, several in asked.items()},
+        training_copies={name: _of_questions(overlap.copies.get(name, ()), several) for name, several in asked.items()},
+        overlap_gap=overlap.gap,
     )
     folder.answers.unlink(missing_ok=True)
     remove_verdicts(folder.root)
