@@ -7,6 +7,8 @@ is fetched ahead, and weights may stay until the next two and a half layers are 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from launcher.config.schema import DeepSpeedSection, ModelSection
@@ -28,6 +30,34 @@ _DEFAULT_NVME_BUFFERS = 4
 # fails (partitioned_param_coordinator.py, __prefetch_nvme_param_partitions). Weights that it keeps for later occupy its few
 # buffers. So weights on NVMe are fetched when they are used, and released right after.
 _NO_PREFETCH = {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+
+# Bytes of an element.
+WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Bytes of a parameter in the formats of ZeRO++ (arXiv:2306.10209): int8 for weights, int4 for gradients between nodes.
+_QUANTIZED_WEIGHT, _QUANTIZED_GRADIENT = 1.0, 0.5
+
+
+@dataclass(frozen=True)
+class TransferWidths:
+    """Bytes in which a parameter is transferred: its gathered weight, and its gradient on the way to other ranks."""
+
+    weight: float
+    gradient: float
+
+
+def transfer_widths(rendered: Mapping[str, Any], dtype: str, nodes: int) -> TransferWidths:
+    """Return the widths under DeepSpeed's configuration; gradients are quantized between nodes alone."""
+    zero = rendered["zero_optimization"]
+    is_quantized = zero.get("zero_quantized_gradients", False) and nodes > 1
+    return TransferWidths(
+        weight=_QUANTIZED_WEIGHT if zero.get("zero_quantized_weights", False) else WIDTHS[dtype],
+        gradient=_QUANTIZED_GRADIENT if is_quantized else reduced_width(rendered, dtype),
+    )
+
+
+def reduced_width(rendered: Mapping[str, Any], dtype: str) -> int:
+    """Return the bytes of an element of the type in which ranks sum gradients."""
+    return WIDTHS.get(rendered.get("communication_data_type", dtype), WIDTHS[dtype])
 
 
 def render(

@@ -98,3 +98,30 @@ def test_the_plan_takes_the_fastest_combination_that_fits(plan_of: PlanOf) -> No
     assert (override.batch.micro_batch_size, override.checkpointing) == (1, "every 3")
     assert plan_of("model=llama3_1_8b", *H100, "model.activation_checkpointing=true").checkpointing == "all"
     assert plan_of("model=tiny").checkpointing == "none"
+
+
+def test_gradients_that_ranks_sum_in_fp32_take_memory_for_copies_and_time(plan_of: PlanOf) -> None:
+    """DeepSpeed copies a gradient to the type of the sum, and to pad it where ranks do not divide it: 64 ranks do, 72 do not."""
+    fixed = (
+        "train.micro_batch_size=1",
+        "model.activation_checkpointing=none",
+        "model.dtype=bf16",
+        "train.loss_chunk_tokens=1024",
+    )
+    head, weight = 128256 * 4096, 14336 * 4096
+    speeds: dict[tuple[int, str], float] = {}
+    for nodes, dtype, copied_bytes in ((8, "bf16", 0), (8, "fp32", 4), (9, "bf16", 2), (9, "fp32", 4 + 4)):
+        sizes = (*H100[:3], f"cluster.nodes={nodes}", f"train.global_batch_size={8 * nodes}")
+        planned = plan_of("model=llama3_1_8b", *sizes, *fixed, f"+deepspeed.extra.communication_data_type={dtype}")
+        assert planned.peak is not None
+        stages = {stage.name: stage for stage in planned.peak.stages}
+        # A partition is in bf16, as there is one micro-batch.
+        partition = 2 / (8 * nodes)
+        assert stages["backward"].gradients_gib == pytest.approx((2 * 2 + copied_bytes + partition) * weight / 2**30, rel=1e-3)
+        if copied_bytes:
+            assert stages["final norm"].temporary_gib == pytest.approx((copied_bytes + partition) * head / 2**30, rel=1e-3)
+        situation = situation_of(planned)
+        speeds[nodes, dtype] = evaluate(situation, choose(situation).combination, is_allowed=True).tokens_per_sec or 0.0
+    assert planned.peak.largest.name == "final norm"
+    # The network is the bottleneck with so few tokens: 2 + 2 + 2 bytes for each parameter, and 2 + 2 + 4.
+    assert speeds[8, "fp32"] / speeds[8, "bf16"] == pytest.approx(6 / 8, abs=0.05)

@@ -13,6 +13,7 @@ from launcher.plan import batch as batches
 from launcher.plan import deepspeed as deepspeed_json
 from launcher.plan import memory
 from launcher.plan.architecture import train_flops
+from launcher.plan.deepspeed import TransferWidths
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import LOSS_CHUNK_TOKENS, Batch, DataFacts, ModelFacts, PeakMemory, Topology
 from launcher.plan.optimizers import OPTIMIZERS
@@ -32,7 +33,6 @@ _CHECKPOINTING = (NONE, "every 4", "every 3", "every 2", ALL)
 _BUSY_TOKENS, _MOST_BUSY_TOKENS, _BUSY_FLOPS = 8192, 131_072, 1.4e14
 # Tokens of a chunk of logits that are tried.
 _CHUNK_TOKENS = (4096, 2048, 1024, 512, 256)
-_WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
         model.num_params, dtype, split.accumulation, optimizer, deepspeed, topology, situation.device_gib
     )
     kernels = Kernels(
-        _WIDTHS[dtype],
+        deepspeed_json.WIDTHS[dtype],
         attention_kernel(config, model, topology.device),
         config.data.max_length,
         config.data.packing,
@@ -192,7 +192,7 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
         topology.world_size,
         round(states.per_rank_gib * memory.GIB),
         4 if split.accumulation > 1 else kernels.width,
-        _WIDTHS.get(rendered.get("communication_data_type", dtype), kernels.width),
+        deepspeed_json.reduced_width(rendered, dtype),
         deepspeed.offload_optimizer == "none",
     )
     gpu = (situation.gpu or GpuType(0, 0, 0, 0, "")) if topology.device == "cuda" else None
@@ -200,7 +200,8 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
     if gpu is not None and situation.device_gib is not None and train.loss_chunk_tokens is None:
         one_pass, peak = _with_largest_chunk(model, one_pass, sharding, gpu, situation.device_gib)
     fits = situation.device_gib is None or peak.peak_gib <= USABLE_SHARE * situation.device_gib
-    speed = _tokens_per_sec(situation, combination, split, deepspeed, kernels, sum(recomputed) / max(1, len(recomputed)))
+    widths = deepspeed_json.transfer_widths(rendered, dtype, topology.nodes)
+    speed = _tokens_per_sec(situation, combination, split, deepspeed, widths, kernels, sum(recomputed) / max(1, len(recomputed)))
     return Considered(combination, split, peak, speed, fits, is_allowed, states.host_per_node_gib, one_pass.chunk_tokens)
 
 
@@ -264,6 +265,7 @@ def _tokens_per_sec(
     combination: Combination,
     split: Batch,
     deepspeed: DeepSpeedSection,
+    widths: TransferWidths,
     kernels: Kernels,
     recomputed_share: float,
 ) -> float | None:
@@ -281,6 +283,7 @@ def _tokens_per_sec(
         situation.topology,
         deepspeed,
         combination.hpz_ranks,
+        widths,
         kernels,
         recomputed_share,
         situation.gpu,

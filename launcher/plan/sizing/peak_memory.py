@@ -11,7 +11,7 @@ V the vocabulary, H the hidden size, C the tokens of a chunk of logits, and w th
     optimizer step one sub-group's gradients in fp32, twice where they accumulate in another type
     gathered       DeepSpeed fetches weights ahead until stage3_max_live_parameters of them are there; the experts' weights stay
                    until the backward pass of a layer that is not recomputed, which holds them through a transposed view
-    buckets        one of reduce_bucket_size elements; a larger weight is reduced where its gradient is
+    buckets        one of reduce_bucket_size elements; a larger weight is reduced where its gradient is, and copied for it
 
 benchmarks/memory_plan.py compares them with measurements on CPUs. What CUDA, NCCL and fragmentation add is not measured there.
 """
@@ -132,14 +132,15 @@ def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: Gp
     in_backward = width * min(model.num_params, max(ahead, weight) + weight + held)
     # A gradient waits for the next one before it is reduced; partitions of it are converted to the type of accumulation.
     pending = (2 * width + sharding.gradient_width / sharding.world_size) * weight
-    # A weight's gradient is copied where ranks sum in a wider type.
-    pending += sharding.reduced_width * weight if sharding.reduced_width != width else 0
+    pending += _reduction_copies(weight, width, sharding)
     head_gradient = width * head
     # The gradient of a tied head waits for that of the embedding.
     if model.tie_word_embeddings:
         pending += head_gradient
     # The head's gradient is converted while the norm's temporary values are freed.
     converted = sharding.gradient_width * head / sharding.world_size
+    if not model.tie_word_embeddings:
+        converted += _reduction_copies(head, width, sharding)
     norm_temporary = max(converted, activations.final_norm - activations.saved)
     sub_group = min(zero["sub_group_size"], model.num_params / sharding.world_size)
     copies = FP32 + (sharding.gradient_width if sharding.gradient_width != FP32 else 0)
@@ -164,6 +165,15 @@ def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: Gp
         peak_gib=round(tensors * fragmentation + runtime, 4),
         is_measured=gpu is not None and gpu.runtime_gib is not None and gpu.fragmentation is not None,
     )
+
+
+def _reduction_copies(elements: int, width: int, sharding: Sharding) -> int:
+    """Return the bytes of the copies of a gradient while it is reduced (coalesced_collectives.py, reduce_scatter_coalesced).
+
+    One is in the type in which ranks sum, where that is wider. Another one is padded, where ranks do not divide the elements.
+    """
+    copies = int(sharding.reduced_width != width) + int(elements % sharding.world_size != 0)
+    return copies * sharding.reduced_width * elements
 
 
 def _stage(name: str, activations: float, gathered: float, gradients: float, temporary: float) -> StageMemory:

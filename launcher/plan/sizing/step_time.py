@@ -4,7 +4,8 @@ The sum of four parts, of which some overlap:
 
     products       6 FLOPs for each weight and token, 2 more for a recomputed layer, at the GPU's gemm_share of its peak
     attention      pairs of queries and keys within documents, or of whole rows where the kernel computes all, at ATTENTION_SHARE
-    communication  weights gathered twice, and gradients reduced once, for each micro-batch (arXiv:1910.02054, section 7)
+    communication  weights gathered twice, and gradients reduced once, for each micro-batch (arXiv:1910.02054, section 7), each
+                   in the type of its transfer
     hooks          DeepSpeed's Python around each module, which the GPU waits for where a micro-batch is small
 
 and the optimizer step once. All rates are assumptions until benchmarks/gpu.py measures a GPU, whose row in
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 from launcher.config.schema import DeepSpeedSection
 from launcher.plan.architecture import TrainFlops
+from launcher.plan.deepspeed import TransferWidths
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
 from launcher.plan.sizing.activations import FLASH_KERNELS, Kernels
@@ -63,6 +65,7 @@ def predict_step(
     topology: Topology,
     deepspeed: DeepSpeedSection,
     hpz_ranks: int,
+    widths: TransferWidths,
     kernels: Kernels,
     recomputed_share: float,
     gpu: GpuType,
@@ -78,29 +81,30 @@ def predict_step(
         pairs *= 2
     share = GEMM_SHARE if gpu.gemm_share is None else gpu.gemm_share
     gemm = share * (LIGER_FACTOR if kernels.liger else 1.0) * tokens / (tokens + HALF_TOKENS)
-    weight_bytes = kernels.width * model.num_params
     passes = 2 + recomputed_share
     micro_batches = batch.accumulation
+    communication_s = _communication_s(model.num_params, widths, topology, hpz_ranks, gpu)
+    if deepspeed.offload_params != "none":
+        communication_s += 2 * kernels.width * model.num_params / topology.world_size / PCIE
     return StepTime(
         products_s=micro_batches * products / (gemm * peak * 1e12),
         attention_s=micro_batches * pairs / (ATTENTION_SHARE * peak * 1e12),
-        communication_s=micro_batches * _communication_s(weight_bytes, topology, hpz_ranks, deepspeed, gpu),
+        communication_s=micro_batches * communication_s,
         hooks_s=micro_batches * passes * model.num_layers * MODULES_OF_LAYER * HOOK_S,
         optimizer_s=_optimizer_s(model.num_params, topology, deepspeed),
     )
 
 
-def _communication_s(weight_bytes: float, topology: Topology, hpz_ranks: int, deepspeed: DeepSpeedSection, gpu: GpuType) -> float:
+def _communication_s(num_params: int, widths: TransferWidths, topology: Topology, hpz_ranks: int, gpu: GpuType) -> float:
     """Return the seconds of one micro-batch: each of three transfers takes as long as its slowest link."""
     inside = NVLINK if gpu.memory_gib >= _NVLINK_FROM_GIB else PCIE
     ranks, nodes = topology.ranks_per_node, topology.nodes
-    in_node_s = weight_bytes * (ranks - 1) / ranks / inside
-    between_s = weight_bytes * (nodes - 1) / nodes / NETWORK
-    slowest_s = max(in_node_s, between_s)
+    # Of one byte for each parameter.
+    in_node_s = num_params * (ranks - 1) / ranks / inside
+    slowest_s = max(in_node_s, num_params * (nodes - 1) / nodes / NETWORK)
     # With a second copy inside each node, the backward pass gathers there.
     again_s = in_node_s if hpz_ranks > 1 else slowest_s
-    fetched_s = 2 * weight_bytes / topology.world_size / PCIE if deepspeed.offload_params != "none" else 0.0
-    return slowest_s + again_s + slowest_s + fetched_s
+    return widths.weight * (slowest_s + again_s) + widths.gradient * slowest_s
 
 
 def _optimizer_s(num_params: int, topology: Topology, deepspeed: DeepSpeedSection) -> float:

@@ -8,14 +8,15 @@ import time
 import torch
 import torch.distributed as dist
 
+from launcher.plan.deepspeed import transfer_widths
 from launcher.plan.gpu_types import lookup
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.sizing.step_time import GEMM_SHARE
 
 # The speed of Ethernet with TCP, too slow for every model: what counts where the GPUs' type is unknown.
 _SLOW_GB_PER_S = 5.0
-# For each parameter, ZeRO-3 moves 6 bytes in a micro-batch and computes 8 FLOPs per token, with recomputed layers.
-_BYTES_PER_FLOP = 6 / 8
+# FLOPs for each parameter and token, with recomputed layers.
+_FLOPS = 8
 # With more ranks, latency dominates an all-reduce of this size on any network.
 _MOST_RANKS = 1024
 # On GPUs as much as saturates fast networks.
@@ -40,16 +41,20 @@ def measure_bus_bandwidth(device: torch.device, repeats: int = 3) -> float:
 
 
 def needed_gb_per_s(plan: LaunchPlan) -> float:
-    """Return the bus bandwidth at which a micro-batch's communication takes as long as its arithmetic: 0.75 F / T in bf16.
+    """Return the bus bandwidth at which a micro-batch's communication takes as long as its arithmetic: (B / 8) F / T.
 
-    F are the FLOP/s that a GPU reaches, T the tokens of a forward pass.
+    B are the bytes that cross the network for each parameter: the weight for the forward and the backward pass, unless nodes hold
+    a second copy (hpZ), and the gradient. F are the FLOP/s that a GPU reaches, T the tokens of a forward pass.
     """
     gpu, tokens = lookup(plan.gpu_name), plan.batch.micro_batch_size * plan.config.data.max_length
     if gpu is None:
         return _SLOW_GB_PER_S
-    width_in_bf16 = 2 if plan.config.model.dtype == "fp32" else 1
-    flops = GEMM_SHARE * (gpu.peak_tflops("tf32" if width_in_bf16 == 2 else "bf16") or gpu.bf16) * 1e12
-    return max(_SLOW_GB_PER_S, width_in_bf16 * _BYTES_PER_FLOP * flops / tokens / 1e9)
+    dtype, topology = plan.config.model.dtype, plan.topology
+    widths = transfer_widths(plan.deepspeed, dtype, topology.nodes)
+    is_copied = 1 < plan.deepspeed["zero_optimization"].get("zero_hpz_partition_size", 1) <= topology.ranks_per_node
+    num_bytes = widths.weight * (1 if is_copied else 2) + widths.gradient
+    flops = GEMM_SHARE * (gpu.peak_tflops("tf32" if dtype == "fp32" else "bf16") or gpu.bf16) * 1e12
+    return max(_SLOW_GB_PER_S, num_bytes / _FLOPS * flops / tokens / 1e9)
 
 
 def bandwidth_warning(plan: LaunchPlan, gb_per_s: float) -> str:

@@ -9,6 +9,8 @@ from forked_ranks import RankServer
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.monitoring import bandwidth
 
+QUANTIZED = ("deepspeed.quantized_weights=true", "deepspeed.quantized_gradients=true")
+
 
 def test_two_ranks_measure_the_same_bandwidth(rank_server: RankServer, tmp_path: Path) -> None:
     (measured, cost_s, computed), other = rank_server.values("train_ranks:measure_link", [[], []], tmp_path)
@@ -41,3 +43,25 @@ def test_a_network_that_is_slower_than_the_model_needs_is_a_warning(
     assert ("NCCL_DEBUG=INFO" in warning) == warns
     assert bool(warning) == warns
     assert bandwidth.needed_gb_per_s(plan) == pytest.approx(5.0 if gpu is None else 43.46 * 2 / rows, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "settings", "num_bytes"),
+    [
+        (8, (), 2 + 2 + 2),
+        (16, (), 2 + 2 + 4),
+        (2, ("deepspeed.hpz_partition_size=node",), 2 + 2),
+        (2, QUANTIZED[:1], 1 + 1 + 2),
+        (16, ("deepspeed.hpz_partition_size=node", *QUANTIZED), 1 + 0.5),
+        (16, ("+deepspeed.extra.communication_data_type=bf16",), 2 + 2 + 2),
+        (2, ("model.dtype=fp32",), (4 + 4 + 4) / 2),
+    ],
+)
+def test_the_needed_bandwidth_follows_the_bytes_of_the_plan(
+    plan_of: Callable[..., LaunchPlan], nodes: int, settings: tuple[str, ...], num_bytes: float
+) -> None:
+    """TF32 computes half as fast as bf16."""
+    sizes = ("data.max_length=4096", "train.global_batch_size=256", "train.micro_batch_size=2", "model.dtype=bf16")
+    on_gpus = ("cluster.gpu_type=H100-80GB", f"cluster.nodes={nodes}", "cluster.ranks_per_node=8")
+    plan = plan_of("model=llama3_1_8b", *on_gpus, *sizes, *settings)
+    assert bandwidth.needed_gb_per_s(plan) == pytest.approx(num_bytes / 8 * 0.48 * 989e12 / 8192 / 1e9, rel=0.01)
