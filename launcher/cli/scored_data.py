@@ -20,7 +20,7 @@ _ROWS = 20
 
 
 def run(tokens: list[str]) -> int:
-    """Score the documents, where that was not done, and show which are likely mislabeled, memorized, or teach nothing."""
+    """Score the documents, where that was not done, and show which are likely mislabeled, memorized, or have nothing to learn."""
     arguments = _parser().parse_args(tokens)
     run_dir = run_store.find_run(arguments.scored, Path(arguments.root))
     ownership.require_run(run_dir)
@@ -50,7 +50,7 @@ def run(tokens: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     about = (
-        "Rank the documents of a run's data: likely mislabeled, memorized, or without anything to learn. The documents "
+        "Rank the documents of a run's data: likely mislabeled, memorized, or with nothing to learn. The documents "
         "are scored on this machine with and without their prompts, once: later calls read the scores."
     )
     parser = VerbParser(prog="python -m launcher data --scored", description=about)

@@ -15,7 +15,7 @@ from launcher.data.cache import Split, cache_key, read_report
 from launcher.data.sources.origins import DocumentOrigins
 from launcher.data.triage import answers_alone, ranking
 from launcher.data.triage.exclusions import write_exclusions
-from launcher.data.triage.ranking import BY_HEART, TEACHES_NOTHING, DocumentScores
+from launcher.data.triage.ranking import MEMORIZED, NOTHING_TO_LEARN, DocumentScores
 from launcher.errors import DataError
 
 Jsonl = Callable[..., Path]
@@ -105,8 +105,8 @@ def test_documents_are_ranked_by_what_the_prompt_explains() -> None:
     assert ranking.rank_mislabeled(scores).tolist() == [1, 3, 0, 2, 5]
     assert np.flatnonzero(ranking.is_likely_mislabeled(scores)).tolist() == [1]
     known = ranking.find_known(scores)
-    assert known[BY_HEART].tolist() == [2]
-    assert known[TEACHES_NOTHING].tolist() == [3]
+    assert known[MEMORIZED].tolist() == [2]
+    assert known[NOTHING_TO_LEARN].tolist() == [3]
 
 
 def test_mean_losses_are_those_of_each_document(jsonl: Jsonl, tokenizer_dir: Path) -> None:

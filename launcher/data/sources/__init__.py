@@ -22,7 +22,7 @@ from launcher.data.sources.builtin import BUILTINS
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.sources.files import BLOCK_ROWS, Block, parse_block, read_blocks, split_block
 from launcher.data.sources.files import count_rows as _count_rows
-from launcher.data.sources.formats import FORMATS, detect_format, rename_columns
+from launcher.data.sources.formats import FORMATS, detect_format, list_fitting_formats, rename_columns
 from launcher.data.sources.keys import RowKeys
 from launcher.data.sources.row_problems import RowProblems
 from launcher.data.sources.row_values import Row, refuse
@@ -176,7 +176,7 @@ def read_batches(source: Source, on_problem: Callable[[DataError], None] | None 
     """Yield the source's documents in batches, unparsed if possible. The format `auto` is that of the first row.
 
     With `on_problem`, it is called for a file that cannot be read, and the other files follow; the format is that of the first
-    row that can be parsed, and batches before it have rows that cannot.
+    row with the keys of one, and batches before the first row that can be parsed have rows that cannot.
 
     Raises:
         DataError: for a file that cannot be read, with the place.
@@ -191,7 +191,7 @@ def read_batches(source: Source, on_problem: Callable[[DataError], None] | None 
         try:
             for block in read_blocks(file.path, file.name):
                 if not format:
-                    first, is_unreadable = _find_first_row(block, skip=on_problem is not None)
+                    first, is_unreadable = _find_first_row(block, source, skip=on_problem is not None)
                     if first is None:
                         if is_unreadable:
                             has_problems = True
@@ -208,20 +208,32 @@ def read_batches(source: Source, on_problem: Callable[[DataError], None] | None 
         refuse("the source holds no rows", source.path, "write rows into it, or take the source out")
 
 
-def _find_first_row(block: Block, skip: bool) -> tuple[tuple[Row, str] | None, bool]:
-    """Return the first row of a block with its place, and True if rows cannot be parsed; with `skip` these are passed over."""
+def _find_first_row(block: Block, source: Source, skip: bool) -> tuple[tuple[Row, str] | None, bool]:
+    """Return the first row of a block with its place, and True if rows cannot be parsed.
+
+    With `skip` these are passed over, and with the format `auto` rows with the keys of no format, unless all rows are such.
+    """
     if not skip:
         return next(parse_block(block), None), False
-    is_unreadable = False
+    is_unreadable, unknown = False, None
     for one in split_block(block):
         try:
             first = next(parse_block(one), None)
         except DataError:
             is_unreadable = True
         else:
-            if first is not None:
+            if first is not None and (source.format != "auto" or _has_known_keys(*first, source)):
                 return first, is_unreadable
-    return None, is_unreadable
+            unknown = unknown or first
+    return unknown, is_unreadable
+
+
+def _has_known_keys(row: Row, where: str, source: Source) -> bool:
+    try:
+        renamed = rename_columns(row, source.columns, where)
+    except DataError:
+        return False
+    return bool(list_fitting_formats(renamed))
 
 
 def find_row_problems(source: Source) -> RowProblems:

@@ -199,13 +199,18 @@ FORMATS: dict[str, RowFormat] = {
 }
 
 
+def list_fitting_formats(row: Row) -> list[str]:
+    """Return the names of the formats whose keys the row has."""
+    return [name for name, row_format in FORMATS.items() if row_format.required_keys <= row.keys()]
+
+
 def detect_format(row: Row, where: str) -> str:
     """Return the name of the format that the row's keys fit.
 
     Raises:
         DataError: with the row's keys, if no format fits, or several do.
     """
-    fitting = [name for name, row_format in FORMATS.items() if row_format.required_keys <= row.keys()]
+    fitting = list_fitting_formats(row)
     if len(fitting) == 1:
         if fitting == ["question_answer"] and (more := [key for key in _CONTEXT_KEYS if row.get(key)]):
             problem = f"the row has a question and an answer, and also {', '.join(more)}, which is not read ({list_keys(row)})"

@@ -17,11 +17,11 @@ KNOWN_LOSS = 0.1
 # Shorter answers, such as a label, say too little.
 _MIN_KNOWN_TOKENS = 8
 
-MISLABELED, BY_HEART, TEACHES_NOTHING = "mislabeled", "by_heart", "teaches_nothing"
+MISLABELED, MEMORIZED, NOTHING_TO_LEARN = "mislabeled", "memorized", "nothing_to_learn"
 FINDINGS = {
     MISLABELED: "likely mislabeled: the answer is hardly more likely with its prompt than without",
-    BY_HEART: "memorized: the model repeats the answer to this prompt",
-    TEACHES_NOTHING: "nothing to learn: the model knows the answer without its prompt",
+    MEMORIZED: "memorized: the model repeats the answer to this prompt",
+    NOTHING_TO_LEARN: "nothing to learn: the model knows the answer without its prompt",
 }
 
 
@@ -66,13 +66,13 @@ def is_likely_mislabeled(scores: DocumentScores) -> np.ndarray:
 
 
 def find_known(scores: DocumentScores) -> dict[str, np.ndarray]:
-    """Return the documents that are memorized, and those that teach nothing, each with the lowest loss first."""
+    """Return the documents that are memorized, and those with nothing to learn, each with the lowest loss first."""
     is_long = scores.num_tokens >= _MIN_KNOWN_TOKENS
     is_known, is_known_alone = scores.loss <= KNOWN_LOSS, scores.loss_alone <= KNOWN_LOSS
     has_prompt = ~np.isnan(scores.loss_alone)
     chosen = {
-        BY_HEART: is_long & is_known & ~is_known_alone & has_prompt,
-        TEACHES_NOTHING: is_long & is_known_alone,
+        MEMORIZED: is_long & is_known & ~is_known_alone & has_prompt,
+        NOTHING_TO_LEARN: is_long & is_known_alone,
     }
-    keys = {BY_HEART: scores.loss, TEACHES_NOTHING: scores.loss_alone}
+    keys = {MEMORIZED: scores.loss, NOTHING_TO_LEARN: scores.loss_alone}
     return {name: np.flatnonzero(mask)[np.argsort(keys[name][mask], kind="stable")] for name, mask in chosen.items()}
