@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# The date and the time follow it in the name of a run.
-_NAME_LENGTH = 60
-
 if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
 
@@ -101,6 +98,9 @@ def default_name(config: RunConfig, created_at: str, run_file: str | None) -> st
     """Return `<file>-<date>-<time>`, or `<model>-<data>-<date>-<time>` without a run's file, for an ISO time such as
     2026-01-31T09:15:00Z.
     """
+    # Most commands import this module, and need no schema.
+    from launcher.config.sections.fields import derive_name
+
     stamp = re.sub(r"[^0-9]", "", created_at)[:14]
-    of_file = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(run_file).stem).strip("._-")[:_NAME_LENGTH] if run_file else ""
+    of_file = derive_name(Path(run_file).stem) if run_file else ""
     return f"{of_file or f'{config.model.name}-{config.data.name}'}-{stamp[:8]}-{stamp[8:]}"

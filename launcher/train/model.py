@@ -155,12 +155,12 @@ def build_model(
     kernel = attention.choose_kernel(model, torch.device(device), config)
     if kernel == attention.VARLEN:
         if not attention.can_varlen(model, config, torch.device(device)):
-            what = "the attention kernel varlen does not compute this architecture in this type on this device"
-            raise ConfigError(what, where="model.attention", value=config.model_type, remedy="set model.attention=auto")
+            message = "the attention kernel varlen does not compute this architecture in this type on this device"
+            raise ConfigError(message, where="model.attention", value=config.model_type, remedy="set model.attention=auto")
         attention.register_varlen()
     if kernel.startswith("flash_attention") and config.model_type in attention.FLASH_CROSSES_DOCUMENTS:
-        what = "packed documents would affect each other in the FlashAttention of this architecture"
-        raise ConfigError(what, where="model.attention", value=config.model_type, remedy="set model.attention=sdpa")
+        message = "packed documents would affect each other in the FlashAttention of this architecture"
+        raise ConfigError(message, where="model.attention", value=config.model_type, remedy="set model.attention=sdpa")
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
     hf = _build_empty(config, **options, **remote) if has_checkpoint else None
     if hf is None and folder is not None and facts.path is not None and model.init == "pretrained" and facts.has_weights:
@@ -294,9 +294,9 @@ def _load_pretrained(folder: Path, path: str, model: ModelSection, **options: An
         if not str(error).startswith(_MISMATCH_ERRORS):
             raise
         lines = [line.strip() for line in str(error).splitlines()]
-        what = f"the weight files do not fit the model: {next((line for line in lines if 'size mismatch' in line), lines[0])}"
+        message = f"the weight files do not fit the model: {next((line for line in lines if 'size mismatch' in line), lines[0])}"
         remedy = "compare them before a GPU is asked for: python -m launcher data, with the settings of the run"
-        raise ConfigError(what, where="model.path", value=path, remedy=remedy) from error
+        raise ConfigError(message, where="model.path", value=path, remedy=remedy) from error
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(WeightReport(missing=tuple(missing)).problems(Path(path), model))
     return hf

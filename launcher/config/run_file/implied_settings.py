@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence, Set
 from typing import Any
 
 from launcher.config.command_line import override_key
+from launcher.config.sections.fields import derive_name
 
 # Hydra's flags that replace the files below conf/.
 _OTHER_FILES = ("--config-name", "-cn", "--config-path", "-cp")
-# The data set and the time follow it in the name of a run.
-_NAME_LENGTH = 60
 
 
 def unset_other_length(values: dict[str, Any], overrides: Sequence[str], file_keys: Sequence[str]) -> None:
@@ -31,8 +29,7 @@ def name_model_after_path(values: dict[str, Any], keys: Set[str]) -> None:
     model = values.get("model")
     if "model.path" in keys and keys.isdisjoint(("model", "model.name", "experiment")) and isinstance(model, dict):
         last = str(model.get("path")).removeprefix("run:").rstrip("/").rpartition("/")[2]
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", last.partition("@")[0].removesuffix(".gguf")).strip("._-")[:_NAME_LENGTH]
-        model["name"] = name or model.get("name")
+        model["name"] = derive_name(last.partition("@")[0].removesuffix(".gguf")) or model.get("name")
 
 
 def needs_own_rows(words: Sequence[str], file_choices: Collection[str]) -> bool:

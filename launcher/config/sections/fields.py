@@ -11,12 +11,19 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 MAX_CHARACTERS = 4096
 HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# Characters of a name that are taken from a file or a path: the data set, the date and the time follow in the name of a run.
+_DERIVED_CHARACTERS = 60
 
 
 class Section(BaseModel):
     """A section of settings: frozen, and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
+
+
+def derive_name(text: str) -> str:
+    """Return a text as the first part of a name, with hyphens for what names may not contain; empty where nothing is left."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("._-")[:_DERIVED_CHARACTERS]
 
 
 def no_control_characters(value: str) -> str:
