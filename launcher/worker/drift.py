@@ -124,7 +124,7 @@ def _read(path: Path) -> Iterator[Document]:
 
 
 def _parse(row: Any, where: str) -> Document:
-    """Return the prompt of a row, with a placeholder for its answer: of a chat, all before its last answer.
+    """Return the prompt of a row, with a made-up answer: of a chat, all before its last answer.
 
     Raises:
         DataError: where the row has no prompt.
@@ -138,14 +138,14 @@ def _parse(row: Any, where: str) -> Document:
             row = {**row, answer_key: _ANSWER}
     for key in _CHAT_KEYS:
         if isinstance(row.get(key), list):
-            row = {**row, key: _with_placeholder(row[key])}
+            row = {**row, key: _with_unknown_answer(row[key])}
     if "text" in row and not {*_ANSWER_KEYS, *_CHAT_KEYS} & row.keys():
         row = {"prompt": row["text"], "completion": _ANSWER}
     return FORMATS[detect_format(row, where)].parse(row, where)
 
 
-def _with_placeholder(turns: list[Any]) -> list[Any]:
-    """Return the turns of a chat up to its last answer, and a placeholder for that."""
+def _with_unknown_answer(turns: list[Any]) -> list[Any]:
+    """Return the turns of a chat up to its last answer, with a made-up one in its place."""
     turns = list(turns)
     while turns and isinstance(turns[-1], dict) and turns[-1].get("role", turns[-1].get("from")) in _ANSWERING_ROLES:
         turns.pop()

@@ -8,7 +8,7 @@ run=(model=tiny data=jsonl data.path=chats.jsonl data.max_length=128 train.globa
   +cluster=slurm cluster.nodes=2 cluster.ranks_per_node=1 cluster.exclusive=false cluster.time=10:00)
 
 step "data" python -m launcher data "${run[@]}"
-step "plan" python -m launcher plan "${run[@]}"
+step "plan" python -m launcher plan --script "${run[@]}"
 says "#SBATCH --nodes=2"
 step "submit" python -m launcher "${run[@]}" run.name=journey train.max_steps=100000
 says "python -m launcher cancel"
