@@ -42,7 +42,7 @@ sys.exit(failure is not None)
 """
 # At its first start rank 0 reads, and then hangs like the other rank, which waits for it.
 HOOK = """
-import os, sys, time, types
+import contextlib, os, sys, time, types
 
 def train(plan, rank_info, stop, beat, on_early_stop, on_exported):
     beat("joined", 0)
@@ -61,14 +61,15 @@ def train(plan, rank_info, stop, beat, on_early_stop, on_exported):
     return types.SimpleNamespace(state="completed", reason="completed", step=1, message="trained", checkpoint="")
 
 if "launcher.worker.ranks.rank_main" in sys.orig_argv:
-    names = ("launcher.distributed", "launcher.train.loop", "launcher.train.preload", "launcher.evaluate.samples")
-    distributed, loop, preload, samples = modules = [types.ModuleType(name) for name in names]
+    names = ("distributed", "train.loop", "train.preload", "evaluate.samples", "train.monitoring.largest_batch")
+    distributed, loop, preload, samples, largest_batch = modules = [types.ModuleType(name) for name in names]
     preload.import_stack = lambda plan, tracks: None
     distributed.RankInfo = lambda rank, local_rank, size, attempt, restart: types.SimpleNamespace(
         rank=rank, restart=restart, is_main=rank == 0
     )
     loop.train, samples.report_answers = train, None
-    sys.modules.update(zip(names, modules, strict=True))
+    largest_batch.explained_out_of_memory = lambda *_: contextlib.nullcontext()
+    sys.modules.update(zip((f"launcher.{name}" for name in names), modules, strict=True))
 """
 
 
