@@ -61,7 +61,8 @@ def test_a_run_resumes_from_the_mirror_after_its_disk_is_lost(
 ) -> None:
     run, mirror = runs / "lost", f"checkpoint.mirror=s3://{s3.bucket}/runs"
     with start(*SETTINGS, mirror, f"run.root={runs}", "run.name=lost", **s3.environment) as process:
-        wait_for("step 9", lambda: last_step(run) >= 9)
+        saved = run / "checkpoints/step-00000008/manifest.json"
+        wait_for("step 9 after a save", lambda: last_step(run) >= 9 and saved.is_file())
         # A rank that is stopped holds the run, so that it does not end before it is lost.
         ranks_of(run)[1].send_signal(signal.SIGSTOP)
         wait_for("step 8 in the mirror", lambda: 8 in mirrored(run)["steps"])
