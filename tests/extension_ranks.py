@@ -24,6 +24,7 @@ from launcher.errors import CheckpointError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.optimizers import OPTIMIZERS, Optimizer
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.tracker import Composite
 from launcher.train.engine import build_engine
 from launcher.train.evaluation.evaluator import EvalRows, Evaluator
 from launcher.train.evaluation.score import Scorer
@@ -151,10 +152,11 @@ def train_with_label_smoothing(plan_path: str) -> dict[str, Any]:
     engine, model = build_engine(plan, rank_info)
     device, objective, batch = torch.device("cpu"), OBJECTIVES["label_smoothed"], _step_batch()
     evaluator = Evaluator(Scorer(engine, model, objective, rank_info, device), [EvalRows("rows", _TwoRows(batch))], noop)
-    parts = SimpleNamespace(engine=engine, objective=objective, timer=StepTimer(device), monitor=SimpleNamespace(beat=noop))
-    loop = TrainingLoop(
-        SimpleNamespace(plan=plan, rank_info=rank_info, device=device, run_dir=RunDir(Path(plan.run_dir))), parts, noop
-    )
+    timer, monitor = StepTimer(device), SimpleNamespace(beat=noop)
+    parts = SimpleNamespace(engine=engine, objective=objective, timer=timer, monitor=monitor, evaluator=evaluator)
+    run_dir = RunDir(Path(plan.run_dir))
+    run = SimpleNamespace(plan=plan, rank_info=rank_info, device=device, run_dir=run_dir, tracker=Composite([]))
+    loop = TrainingLoop(run, parts, noop)
     losses = []
     for _ in range(4):
         losses.append(float(loop.forward_backward_step(batch)))

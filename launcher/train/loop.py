@@ -29,9 +29,7 @@ from launcher.tracking.progress import as_events, silent
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train.checkpointer import compute_reference_logits
 from launcher.train.engine import join_process_group, leave_process_group
-from launcher.train.evaluation.early_stopping import EarlyStopping
-from launcher.train.evaluation.evaluator import Evaluation, log_evaluation
-from launcher.train.evaluation.forgetting import ForgettingCheck
+from launcher.train.evaluation.run_evaluations import RunEvaluations
 from launcher.train.finish import OnExported, finish, write_weights
 from launcher.train.isolation import require_isolation
 from launcher.train.monitoring.largest_batch import run_largest_batch
@@ -118,12 +116,8 @@ class TrainingLoop:
         self.skipped_steps = SkippedSteps(run.plan.config.model.dtype, run.plan.run_dir)
         self.is_save_due = False
         self.reached_limit = ""
-        self.last_eval: Evaluation | None = None
-        # A preemption skips the evaluation of its step; the next attempt begins with it.
-        self.is_evaluation_missing = False
-        self.forgetting = ForgettingCheck(run.run_dir if run.rank_info.is_main else None, run.plan.config.eval)
-        best_set = run.plan.config.checkpoint.best_set
-        self.early_stopping = EarlyStopping(run.plan.config.eval.stop_after, best_set, run.plan.eval_rows_digest(best_set))
+        run_dir = run.run_dir if run.rank_info.is_main else None
+        self.evaluations = RunEvaluations(run.plan, run_dir, parts.evaluator, run.tracker)
 
     def restore(self) -> None:
         """Load the checkpoint that all ranks have agreed on; without one, the initial weights stay. Collective.
@@ -153,18 +147,20 @@ class TrainingLoop:
         self.parts.monitor.start_training(self.step)
         if self.step == 0 and self.run.plan.config.eval.at_start:
             self.evaluate("before training")
-        elif self.is_evaluation_missing and not self.is_last_step():
+        elif self.evaluations.is_missing and not self.is_last_step():
+            # A preemption has skipped it.
             self.evaluate_if_due()
         if self.is_cancelled_before_training():
             saved_step = self.parts.checkpointer.saved_step
             return make_untrained_outcome(self.step, None if saved_step is None else self._checkpoint_path(saved_step))
         stop_reason = None
-        while not self.is_last_step() and stop_reason is None and not self.early_stopping.is_due:
+        early_stopping = self.evaluations.early_stopping
+        while not self.is_last_step() and stop_reason is None and not early_stopping.is_due:
             stop_reason = self.train_step()
             # The last evaluation and save, and those of a run that ends early, follow below.
             if stop_reason is None and not self.is_last_step():
                 self.evaluate_if_due()
-                if not self.early_stopping.is_due:
+                if not early_stopping.is_due:
                     self.save_if_due()
         if stop_reason is not None and not self.is_last_step():
             return self.stop_early(stop_reason)
@@ -247,30 +243,24 @@ class TrainingLoop:
 
         A limit of the run does not stop the last evaluation, which is cheap and shows what the run has achieved.
         """
-        parts, tracker, earlier = self.parts, self.run.tracker, self.eval_of_this_step()
-        due = self.run.plan.eval_sets_at(self.parts.max_steps if is_last else self.step)
-        names = tuple(name for name in due if earlier is None or earlier.loss_of(name) is None)
-        evaluation = parts.evaluator.evaluate(self.step, self.stop if is_last else self.local_stop_reason, names)
+        parts, evaluations = self.parts, self.evaluations
+        scheduled_step = parts.max_steps if is_last else self.step
+        evaluation = evaluations.compute(self.step, scheduled_step, self.stop if is_last else self.local_stop_reason)
         parts.monitor.eval_s = parts.evaluator.total_s
         if evaluation is None:
             return
         self.require_finite_loss(evaluation.loss_of(HELD_OUT) or 0.0, "held-out loss")
-        self.last_eval = evaluation.joined(earlier)
-        log_evaluation(evaluation, when, tracker, self.forgetting.find_rise)
-        best_loss = evaluation.loss_of(self.early_stopping.set_name)
+        evaluations.record(evaluation, when)
+        best_loss = evaluation.loss_of(evaluations.early_stopping.set_name)
         if best_loss is None:
             return
         is_saved = parts.checkpointer.saved_step == self.step
         if is_saved:
             parts.checkpointer.record_evaluation(self._checkpoint_path(self.step), best_loss)
-        if not is_last and self.early_stopping.record(self.step, best_loss):
+        if not is_last and evaluations.early_stopping.record(self.step, best_loss):
             # Early stopping returns to the best weights, so they are saved.
-            keeps_best = self.early_stopping.patience > 0 and self.run.plan.config.checkpoint.keep_best > 0
+            keeps_best = evaluations.early_stopping.patience > 0 and self.run.plan.config.checkpoint.keep_best > 0
             self.is_save_due |= keeps_best and self.step > 0 and not is_saved
-
-    def eval_of_this_step(self) -> Evaluation | None:
-        """The losses of the evaluation sets, where they were computed after the last completed step."""
-        return self.last_eval if self.last_eval is not None and self.last_eval.step == self.step else None
 
     def save_if_due(self) -> None:
         """Begin a save in the background every `checkpoint.save_every` steps, or at the first applied step after that.
@@ -288,7 +278,7 @@ class TrainingLoop:
         """Begin a save of the current step in the background. Collective."""
         parts = self.parts
         parts.checkpointer.wait(self.step)
-        parts.checkpointer.save(self.step, self._state(), self._eval_loss())
+        parts.checkpointer.save(self.step, self._state(), self.evaluations.best_set_loss(self.step))
         self._after_save()
 
     def save_and_wait(self) -> Path:
@@ -300,7 +290,7 @@ class TrainingLoop:
             if not torch.isfinite(logits["logits"]).all():
                 raise self.diverged("the logits are not finite")
             parts.status.write_state("saving", self.step)
-            parts.checkpointer.save_and_wait(self.step, self._state(), self._eval_loss(), logits)
+            parts.checkpointer.save_and_wait(self.step, self._state(), self.evaluations.best_set_loss(self.step), logits)
         parts.status.write_state("running", self.step)
         self._after_save()
         return self._checkpoint_path(self.step)
@@ -309,7 +299,7 @@ class TrainingLoop:
         """Evaluate and save after the last step. Collective."""
         self.evaluate("after training", is_last=True)
         checkpoint = self.save_and_wait()
-        last_eval = self.eval_of_this_step()
+        last_eval = self.evaluations.newest(self.step)
         self.run.tracker.summary({"last_step": self.step, **(last_eval.metrics if last_eval else {})})
         if self.is_last_step():
             return Outcome("completed", "completed", self.step, format_count(self.step, "step"), checkpoint)
@@ -381,26 +371,21 @@ class TrainingLoop:
         )
         self.step = parts.checkpointer.saved_step = checkpoint.step
         parts.meter.restore(int(state["tokens"]), int(state["skipped_steps"]))
-        self.early_stopping.restore(state.get("early_stopping"))
-        self.is_evaluation_missing = state.get("is_evaluated") is False
+        self.evaluations.restore(state)
         tracker.event("info", f"continuing from {checkpoint.path}", self.step)
 
     def _best_weights(self, newest: Path) -> tuple[str, Path]:
         """Return the message and the checkpoint of a run that ends by early stopping: the best one, where it is kept."""
-        best = self._checkpoint_path(self.early_stopping.best_step)
-        message = f"{format_count(self.step, 'step')}; {self.early_stopping.message}"
+        early_stopping = self.evaluations.early_stopping
+        best = self._checkpoint_path(early_stopping.best_step)
+        message = f"{format_count(self.step, 'step')}; {early_stopping.message}"
         if rank0_broadcast(self.run.rank_info, "the best checkpoint cannot be read", best.is_dir):
-            return f"{message}; the weights of step {self.early_stopping.best_step} are used", best
+            return f"{message}; the weights of step {early_stopping.best_step} are used", best
         return f"{message}; that step is not kept (see checkpoint.keep_best), so the last weights are used", newest
 
     def _state(self) -> dict[str, Any]:
         counts = {"tokens": self.parts.meter.tokens, "skipped_steps": self.parts.meter.skipped_steps}
-        is_evaluated = self.eval_of_this_step() is not None
-        return {**counts, "early_stopping": self.early_stopping.state(), "is_evaluated": is_evaluated}
-
-    def _eval_loss(self) -> float | None:
-        last_eval = self.eval_of_this_step()
-        return None if last_eval is None else last_eval.loss_of(self.run.plan.config.checkpoint.best_set)
+        return {**counts, **self.evaluations.state(self.step)}
 
     def _after_save(self) -> None:
         self.parts.monitor.save_s = self.parts.checkpointer.stall_s

@@ -34,6 +34,7 @@ class FakeLoop(TrainingLoop):
             meter=SimpleNamespace(skipped_steps=0),
             status=SimpleNamespace(write_state=lambda state, step: None),
             monitor=SimpleNamespace(start_training=lambda step: None),
+            evaluator=SimpleNamespace(evaluate=self._evaluate, total_s=0.0),
             checkpointer=SimpleNamespace(saved_step=cancelled_at or None, record_evaluation=self._record_evaluation),
             max_steps=max_steps,
         )
@@ -46,6 +47,9 @@ class FakeLoop(TrainingLoop):
 
     def _record_evaluation(self, path: Path, loss: float) -> None:
         self.recorded.append((path.name, loss))
+
+    def _evaluate(self, step: int, stop: object, names: tuple[str, ...]) -> Evaluation | None:
+        return None
 
     def is_cancelled_before_training(self) -> bool:
         return self.is_cancelled
@@ -112,7 +116,6 @@ class EvaluatedLoop(FakeLoop):
         super().__init__(plan, max_steps, skipped=set())
         self.losses = losses
         self.evaluated: list[int] = []
-        self.parts.evaluator = SimpleNamespace(evaluate=self._evaluate, total_s=0.0)  # type: ignore[assignment]
         self.parts.monitor.reached_limit = lambda: ""  # type: ignore[method-assign]
         self.run.rank_info = None  # type: ignore[misc]
         self.run.tracker.log = lambda step, metrics: None  # type: ignore[method-assign]
@@ -142,13 +145,13 @@ def test_training_ends_where_the_loss_no_longer_falls(plan_of: PlanOf, monkeypat
     assert loop.saved == [10]
 
     resumed = EvaluatedLoop(plan_of(*settings), 20, {8: 2.6, 10: 2.5})
-    resumed.early_stopping.restore(loop.early_stopping.state() | {"num_without_improvement": 0})
+    resumed.evaluations.early_stopping.restore(loop.evaluations.early_stopping.state() | {"num_without_improvement": 0})
     resumed.step = 6
     assert resumed.run_to_end().step == 10
 
     # What was counted for other rows does not count.
     other = EvaluatedLoop(plan_of(*settings), 20, {8: 2.6, 10: 2.5, 12: 2.4, 14: 2.6, 16: 2.6})
-    other.early_stopping.restore(loop.early_stopping.state() | {"rows": "others"})
+    other.evaluations.early_stopping.restore(loop.evaluations.early_stopping.state() | {"rows": "others"})
     other.step = 6
     assert other.run_to_end().step == 16
 
@@ -166,7 +169,7 @@ def test_an_evaluation_that_a_preemption_skipped_is_made_after_the_resume(
     assert stopped._state()["is_evaluated"] is True
     for is_missing in (True, False):
         resumed = EvaluatedLoop(plan_of("eval.every=4", "train.max_steps=6"), 6, losses)
-        resumed.step, resumed.is_evaluation_missing = step, is_missing
+        resumed.step, resumed.evaluations.is_missing = step, is_missing
         resumed.run_to_end()
         assert resumed.evaluated == (evaluated if is_missing else [6])
         assert resumed.recorded == [], "no checkpoint of these steps was loaded"
@@ -179,7 +182,7 @@ def test_an_evaluation_made_after_a_resume_is_recorded_for_the_checkpoint_instea
     plan = plan_of("eval.every=4", "train.max_steps=6", "eval.stop_after=2", "checkpoint.keep_best=1", "checkpoint.save_every=0")
     resumed = EvaluatedLoop(plan, 6, {4: 1.0, 6: 2.0})
     resumed.step = resumed.parts.checkpointer.saved_step = step
-    resumed.is_evaluation_missing = True
+    resumed.evaluations.is_missing = True
     resumed.run_to_end()
     assert resumed.recorded == [(f"step-{step:08d}", {4: 1.0, 6: 2.0}[step])]
     assert resumed.saved == saved, "step 5 is none of the best"
