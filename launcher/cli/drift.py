@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ def run(verb: str, tokens: list[str]) -> int:
     if problem := ownership.file_problem("the prompts", arguments.prompts.absolute()):
         raise DataError(problem)
     plan = run_store.load_plan(run_dir)
-    report: dict[str, Any] = run_reporting(_WORKER, plan.config, str(run_dir.plan), str(arguments.prompts))
+    chosen = [] if arguments.likelihood is None else ["--likelihood" if arguments.likelihood else "--no-likelihood"]
+    report: dict[str, Any] = run_reporting(_WORKER, plan.config, str(run_dir.plan), str(arguments.prompts), *chosen)
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
@@ -38,12 +40,18 @@ def run(verb: str, tokens: list[str]) -> int:
 
 def _parser() -> VerbParser:
     about = (
-        "Compare prompts with those that a run was trained on: words, lengths, scripts, prompts that occur in both. "
+        "Compare prompts with those that a run was trained on: words, lengths, scripts, prompts that occur in both, and how "
+        "likely they are under the tuned model and the base model, scored on this machine. "
         "The exit code is 3 where they have drifted."
     )
     parser = VerbParser(prog="python -m launcher drift", description=about)
     parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
     parser.add_argument("prompts", metavar="PROMPTS", type=Path, help="file of prompts or chats, one JSON object a line")
+    likelihood = (
+        "score up to 200 prompts of each side under both models, or leave that out (default: score them where the model fits the "
+        "GPUs, or takes a CPU at most four minutes)"
+    )
+    parser.add_argument("--likelihood", action=argparse.BooleanOptionalAction, help=likelihood)
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser

@@ -13,6 +13,7 @@ from launcher.config.sections.data import DataSection
 from launcher.data import cache, mixture, packing
 from launcher.data.packing import RowLayout
 from launcher.errors import DataError, Problem
+from launcher.plan.launch_plan import DataFacts
 
 _TOKENS_AT_ONCE = 1 << 22
 
@@ -134,6 +135,23 @@ def write(
         doc_source=doc_source,
         row_sources=tokens_of.astype(np.int32).reshape(layout.num_rows, num_sources),
     )
+
+
+def write_documents(
+    folder: Path, tokens: np.ndarray, trained: np.ndarray, lengths: np.ndarray, sources: np.ndarray, data: DataSection
+) -> tuple[DataFacts, np.ndarray]:
+    """Write documents that are no part of a run's data as a split into `folder`, to be scored.
+
+    `tokens` and `trained` are those of all documents, one after the other. Returns the facts of the split, whose counts are 0,
+    and the indices of the documents in its order.
+    """
+    width = max(data.max_length, int(lengths.max(initial=1)))
+    layout = packing.pack(lengths, width) if data.packing else packing.one_per_row(len(lengths))
+    labels = np.add.reduceat(trained, _starts(lengths)[:-1], dtype=np.int64) if len(lengths) else np.zeros(0, np.int64)
+    num_sources = int(sources.max(initial=0)) + 1
+    digest = write(folder, layout, lengths, sources, labels, (tokens, trained), num_sources)
+    counts = {name: 0 for name, field in DataFacts.model_fields.items() if field.annotation is int}
+    return DataFacts(cache_dir=str(folder), padding_frac=0, digest=f"{digest}-", **counts), layout.order
 
 
 def _gather(array: np.ndarray, begins: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> Iterator[np.ndarray]:

@@ -1,10 +1,12 @@
-"""Compares prompts with those that a run was trained on: `python -m launcher.worker.drift PLAN_JSON PROMPTS`. Without torch.
+"""Compares prompts with those that a run was trained on: `python -m launcher.worker.drift PLAN_JSON PROMPTS [--[no-]likelihood]`.
 
-Reads the run's settings as JSON from standard input. Prints one JSON object: the report, or the problems.
+Torch is loaded only where models score the prompts. Reads the run's settings as JSON from standard input. Progress goes to
+standard error, one JSON object to standard output: the report, or the problems.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -24,13 +26,16 @@ from launcher.data.corpus import list_inputs
 from launcher.data.sources import Document
 from launcher.data.sources.formats import FORMATS, detect_format
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
-from launcher.errors import DataError, LauncherError, Problem
+from launcher.errors import DataError, Problem
 from launcher.evaluate.drift.comparison import DriftReport, FarPrompt, Prompt, compare
+from launcher.evaluate.drift.likelihood import PromptLikelihoods
 from launcher.models.plan_caches import require_caches
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.security.printable_stream import printable_output
 from launcher.worker.ranks.rank_env import die_with_parent
+from launcher.worker.scoring.passes import Progress
+from launcher.worker.scoring.prompt_losses import compare_likelihoods, find_obstacle
+from launcher.worker.scoring.triage import answer
 from launcher.worker.signals import exit_on_termination
 
 # Prompts of each side that are compared: a random sample.
@@ -47,15 +52,19 @@ _FORM = 'write lines such as {"prompt": "..."} or {"messages": [{"role": "user",
 _ANSWER = "answer"
 
 
-def find_drift(config: RunConfig, run: RunDir, path: Path) -> DriftReport:
+def find_drift(config: RunConfig, run: RunDir, path: Path, with_likelihood: bool | None, on_progress: Progress) -> DriftReport:
     """Compare the prompts of a file with those of the run's training data.
+
+    `with_likelihood`: whether both models score the prompts; None: where this machine can do it quickly.
 
     Raises:
         DataError: for lines that are no prompts, and data without prompts.
     """
     plan = run_store.load_plan(run).model_copy(update={"config": config})
     require_caches(plan)
-    import_tokenizers_without_torch()
+    obstacle = find_obstacle(plan) if with_likelihood is None else "" if with_likelihood else "left out with --no-likelihood"
+    if obstacle:
+        import_tokenizers_without_torch()
     tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
     encoder = Encoder(tokenizer, plan.config.data)
     generator = np.random.default_rng(plan.config.run.seed)
@@ -70,7 +79,11 @@ def find_drift(config: RunConfig, run: RunDir, path: Path) -> DriftReport:
             remedy=f"compare at least {MIN_PROMPTS}",
         )
         raise DataError(few)
-    return _redacted(compare(prompts, training))
+    if obstacle:
+        likelihoods = PromptLikelihoods({}, (obstacle,))
+    else:
+        likelihoods = compare_likelihoods(plan, run, prompts, training, with_likelihood is True, on_progress)
+    return _redacted(compare(prompts, training, likelihoods))
 
 
 def _training_prompts(plan: LaunchPlan, tokenizer: Any, generator: np.random.Generator) -> list[Prompt]:
@@ -177,21 +190,27 @@ def _redacted(report: DriftReport) -> DriftReport:
     return replace(report, farthest=farthest)
 
 
-def main(plan: str, path: str) -> int:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launcher.worker.drift")
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("--likelihood", action=argparse.BooleanOptionalAction)
+    arguments = parser.parse_args(argv)
     config = RunConfig.model_validate_json(sys.stdin.read())
-    try:
-        report = find_drift(config, RunDir(Path(plan).absolute().parent), Path(path))
-    except LauncherError as error:
-        print(json.dumps(error.to_report()))
-        return error.exit_code
-    print(json.dumps(json_records.encode(report)))
-    return 0
+    run = RunDir(arguments.plan.absolute().parent)
+
+    def describe(on_progress: Progress) -> dict[str, Any]:
+        report = find_drift(config, run, arguments.prompts, arguments.likelihood, on_progress)
+        return dict(json_records.encode(report))
+
+    return answer(describe)
 
 
 if __name__ == "__main__":
     exit_on_termination()
     die_with_parent(signal.SIGTERM)
-    with printable_output():
-        code = main(*sys.argv[1:3])
-    sys.exit(code)
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # DeepSpeed's threads can abort the interpreter's own shutdown.
+    os._exit(code)

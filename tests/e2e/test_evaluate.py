@@ -14,6 +14,7 @@ import pytest
 from e2e_tools import TINY, processes_of
 
 from launcher.evaluate.answer_text import normalized_words
+from launcher.plan.launch_plan import LaunchPlan
 
 pytestmark = pytest.mark.rest
 
@@ -163,6 +164,31 @@ def test_tasks_of_the_harness_compare_both_models(launch: Launch, run: Path, tas
     assert "datasets--someone--missing_data" in refused.stderr
 
 
+def largest_prompt_loss(run: Path, rows: list[dict]) -> float:
+    """The mean loss of what users wrote, in the prompt for which it is largest, by plain transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    plan = LaunchPlan.load(run / "plan.json").model
+    tokenizer = AutoTokenizer.from_pretrained(plan.tokenizer_path)
+    model = AutoModelForCausalLM.from_pretrained(plan.path, dtype=torch.float32).eval()
+
+    def tokens(text: str) -> list[int]:
+        chat = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+    first, second = tokens("a"), tokens("zz")
+    begin = next(i for i, pair in enumerate(zip(first, second, strict=False)) if len({*pair}) > 1)
+    end = next(i for i, pair in enumerate(zip(reversed(first), reversed(second), strict=False)) if len({*pair}) > 1)
+    losses = []
+    for row in rows:
+        ids = torch.tensor([tokens(row["messages"][0]["content"])])
+        with torch.no_grad():
+            log_probs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        losses.append(-float(log_probs[begin - 1 : len(ids[0]) - end - 1].mean()))
+    return max(losses)
+
+
 def test_prompts_of_today_are_compared_with_those_of_training(launch: Launch, run: Path, tmp_path: Path) -> None:
     other, wrong = tmp_path / "other.jsonl", tmp_path / "wrong.jsonl"
     recipe = "Boil {} potatoes with salt and butter, then mash them slowly and serve the mash with {} fried onions."
@@ -176,6 +202,17 @@ def test_prompts_of_today_are_compared_with_those_of_training(launch: Launch, ru
     assert "model.path=run:tuned" in done.stdout
     shown = json.loads(launch("drift", str(run), str(other), "--json").stdout)
     assert (shown["num_prompts"], shown["near_duplicates"]) == (40, 0.0)
+    models = shown["likelihoods"]["models"]
+    assert [*models] == ["base", "tuned"]
+    assert models["base"] == {**models["tuned"], "step": 0}, "the base model against itself"
+    assert (models["base"]["num_prompts"], models["base"]["num_training"]) == (40, 200)
+    assert shown["likelihoods"]["least_likely"][0]["loss"] == pytest.approx(largest_prompt_loss(run, rows), abs=1e-4)
+    again = launch("drift", str(run), str(other), "--likelihood")
+    assert again.stdout == done.stdout
+    assert "training prompts:" in done.stderr
+    assert "training prompts:" not in again.stderr, "the scores are stored"
+    quick = json.loads(launch("drift", str(run), str(other), "--no-likelihood", "--json").stdout)
+    assert quick["likelihoods"] == {"models": {}, "gaps": ["left out with --no-likelihood"], "least_likely": []}
     refused = launch("drift", str(run), str(wrong))
     assert refused.returncode == 2
     assert f"{wrong}:1" in refused.stderr

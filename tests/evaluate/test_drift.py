@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from launcher.evaluate.drift import features, two_sample
+from launcher.evaluate.drift import features, likelihood, two_sample
 from launcher.evaluate.drift.comparison import Prompt, compare
+from launcher.evaluate.drift.likelihood import PromptLikelihoods
 
 _WORDS = [f"word{number}" for number in range(400)]
 
@@ -80,3 +81,40 @@ def test_the_permutation_test_is_exact_for_equal_samples() -> None:
     vectors = np.eye(8, dtype=np.float32)
     assert two_sample.mmd_p_value(vectors[:4], vectors[:4]) > 0.5
     assert two_sample.mmd_p_value(np.repeat(vectors[:1], 8, 0), np.repeat(vectors[1:2], 8, 0)) < 0.01
+
+
+def likelihoods(seed: int, shift: float, *, is_judged: bool = True) -> PromptLikelihoods:
+    """Losses of 60 prompts, which are larger by `shift`, and of 120 of training."""
+    generator = np.random.default_rng(seed)
+    now, before = generator.normal(3 + shift, 0.5, 60), generator.normal(3, 0.5, 120)
+    return PromptLikelihoods({"tuned": likelihood.compare_losses(7, now, before, is_judged)})
+
+
+def test_prompts_that_are_less_likely_have_drifted() -> None:
+    report = compare(sample(60, 1), sample(120, 2), likelihoods(3, 0.6))
+    assert report.has_drifted
+    assert "other likelihoods (tuned model: p = " in report.sentence
+    assert report.likelihoods is not None
+    one = report.likelihoods.models["tuned"]
+    assert one.unlikely > 0.1
+    assert one.median_loss[1] - one.median_loss[0] == pytest.approx(0.6, abs=0.2)
+    # Prompts are likely to a model that was trained on them: that says nothing about others.
+    assert not compare(sample(60, 1), sample(120, 2), likelihoods(3, 0.6, is_judged=False)).has_drifted
+    shorter = compare(sample(60, 1), sample(120, 2), likelihoods(3, -0.6))
+    assert not shorter.has_drifted
+    assert shorter.sentence.startswith("The prompts differ a little from those of training: other likelihoods")
+
+
+def test_all_tests_together_hold_their_level() -> None:
+    same = [compare(sample(60, seed), sample(120, 1_000 + seed), likelihoods(seed, 0)) for seed in range(40)]
+    assert sum(not report.sentence.startswith("The prompts are like those of training") for report in same) <= 2
+
+
+def test_what_all_prompts_share_is_left_out_of_their_losses() -> None:
+    begin, end = likelihood.find_shared_ends([(1, 2, 5, 6, 9), (1, 2, 7, 9), (1, 2, 5, 8, 8, 9)])
+    assert (begin, end) == ((1, 2), (9,))
+    assert likelihood.span_between((1, 2, 5, 6, 9), begin, end) == (2, 4)
+    assert likelihood.span_between((1, 3, 5, 9), begin, end) == (1, 3)
+    assert likelihood.span_between((1, 2, 9), begin, end) == (2, 2)
+    assert likelihood.span_between((1,), begin, end) == (1, 1)
+    assert likelihood.find_shared_ends([(1, 2), (1, 2)]) == ((1, 2), ())

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from launcher.config.sections.data import DataSection
-from launcher.data import packing, row_layout
+from launcher.data import row_layout
 from launcher.data.cache import Split
 from launcher.plan.launch_plan import DataFacts
 
@@ -50,18 +50,9 @@ def write(split: Split, folder: Path, data: DataSection) -> AnswersAlone | None:
     is_chosen = np.zeros(split.num_docs, dtype=bool)
     is_chosen[documents] = True
     is_kept &= np.repeat(is_chosen, np.diff(docs))
-    packed = packing.pack(lengths[documents], data.max_length) if data.packing else packing.one_per_row(len(documents))
-    digest = row_layout.write(
-        folder,
-        packed,
-        lengths[documents],
-        np.asarray(split.doc_source)[documents],
-        labels[documents],
-        (tokens[is_kept], trained[is_kept]),
-        split.row_sources.shape[1],
-    )
-    counts = {name: 0 for name, field in DataFacts.model_fields.items() if field.annotation is int}
-    return AnswersAlone(DataFacts(cache_dir=str(folder), padding_frac=0, digest=f"{digest}-", **counts), documents[packed.order])
+    sources = np.asarray(split.doc_source)[documents]
+    facts, order = row_layout.write_documents(folder, tokens[is_kept], trained[is_kept], lengths[documents], sources, data)
+    return AnswersAlone(facts, documents[order])
 
 
 def _answer_begins(trained: np.ndarray) -> np.ndarray:

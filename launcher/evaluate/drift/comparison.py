@@ -14,10 +14,11 @@ from launcher.evaluate.drift.features import (
     scripts,
     unseen_share,
 )
+from launcher.evaluate.drift.likelihood import PromptLikelihoods
 from launcher.evaluate.drift.two_sample import kolmogorov_smirnov_p_value, mmd_p_value
 
-# Of both tests together 1%.
-SIGNIFICANCE = 0.005
+# Of all tests together.
+SIGNIFICANCE = 0.01
 # A difference that a test finds in many prompts may be too small to matter.
 MAX_UNUSUAL, MAX_LENGTH_CHANGE = 0.10, 0.25
 # The share of training prompts that are farther from all others than any prompt is allowed to be.
@@ -52,6 +53,7 @@ class DriftReport:
     `words_p_value` and `length_p_value` are those of the two tests, `unusual` the share of prompts that are farther from every
     training prompt than 95% of training prompts are from one another, and `unseen` the share of their tokens that no training
     prompt has, beside that of one half of the training prompts against the other. `scripts` are shares in training, and now.
+    `likelihoods` is None where no model has scored the prompts.
     """
 
     has_drifted: bool
@@ -66,10 +68,11 @@ class DriftReport:
     near_duplicates: float
     scripts: dict[str, tuple[float, float]]
     farthest: tuple[FarPrompt, ...]
+    likelihoods: PromptLikelihoods | None = None
 
 
-def compare(prompts: Sequence[Prompt], training: Sequence[Prompt]) -> DriftReport:
-    """Compare prompts with those of training, of which both are random samples."""
+def compare(prompts: Sequence[Prompt], training: Sequence[Prompt], likelihoods: PromptLikelihoods | None = None) -> DriftReport:
+    """Compare prompts with those of training, of which both are random samples; `likelihoods` are those of both."""
     tokens, known = [one.tokens for one in prompts], [one.tokens for one in training]
     weights = TokenWeights(known)
     vectors, training_vectors = weights.vectors(tokens), weights.vectors(known)
@@ -83,7 +86,7 @@ def compare(prompts: Sequence[Prompt], training: Sequence[Prompt]) -> DriftRepor
     half = len(training) // 2
     now, before = scripts([one.text for one in prompts]), scripts([one.text for one in training])
     order = np.argsort(similarities, kind="stable")[:_NUM_FARTHEST]
-    has_drifted, sentence = _judge(words_p_value, length_p_value, unusual, medians)
+    has_drifted, sentence = _judge(words_p_value, length_p_value, unusual, medians, likelihoods)
     return DriftReport(
         has_drifted,
         sentence,
@@ -96,28 +99,51 @@ def compare(prompts: Sequence[Prompt], training: Sequence[Prompt]) -> DriftRepor
         (unseen_share(known[:half], known[half:]), unseen_share(tokens, known)),
         near_duplicate_share([one.text for one in prompts], [one.text for one in training]),
         {name: (before.get(name, 0.0), now.get(name, 0.0)) for name in [*now, *before]},
-        tuple(FarPrompt(prompts[i].where, float(similarities[i]), _shortened(prompts[i].shown)) for i in order),
+        tuple(FarPrompt(prompts[i].where, float(similarities[i]), shorten(prompts[i].shown)) for i in order),
+        likelihoods,
     )
 
 
-def _judge(words_p_value: float, length_p_value: float, unusual: float, medians: tuple[float, float]) -> tuple[bool, str]:
+def _judge(
+    words_p_value: float,
+    length_p_value: float,
+    unusual: float,
+    medians: tuple[float, float],
+    likelihoods: PromptLikelihoods | None,
+) -> tuple[bool, str]:
+    scored = {} if likelihoods is None else {name: one for name, one in likelihoods.models.items() if one.is_judged}
+    p_values = [words_p_value, length_p_value, *(one.p_value for one in scored.values())]
+    significance = SIGNIFICANCE / len(p_values)
     differences = []
-    if words_p_value < SIGNIFICANCE:
+    if words_p_value < significance:
         differences.append(f"other words (p = {words_p_value:.2g})")
-    if length_p_value < SIGNIFICANCE:
+    if length_p_value < significance:
         differences.append(
             f"other lengths (p = {length_p_value:.2g}; median {medians[0]:.0f} tokens in training, now {medians[1]:.0f})"
         )
+    unlikely = {name: one for name, one in scored.items() if one.p_value < significance}
+    if unlikely:
+        models = ", ".join(
+            f"{name} model: p = {one.p_value:.2g}, median {one.median_loss[0]:.2f} nats a token in training, now "
+            f"{one.median_loss[1]:.2f}"
+            for name, one in unlikely.items()
+        )
+        differences.append(f"other likelihoods ({models})")
     far = f"{unusual:.0%} of the prompts are unlike any in training, where {_RARE:.0%} would be expected"
     if not differences:
-        p_value = min(1.0, 2 * min(words_p_value, length_p_value))
+        p_value = min(1.0, len(p_values) * min(p_values))
         return False, f"The prompts are like those of training (p = {p_value:.2g}); {far}."
     change = abs(medians[1] / max(1.0, medians[0]) - 1)
-    matters = unusual > MAX_UNUSUAL or (length_p_value < SIGNIFICANCE and change > MAX_LENGTH_CHANGE)
+    matters = (
+        unusual > MAX_UNUSUAL
+        or (length_p_value < significance and change > MAX_LENGTH_CHANGE)
+        or any(one.unlikely > MAX_UNUSUAL for one in unlikely.values())
+    )
     begin = "The prompts have drifted" if matters else "The prompts differ a little from those of training"
     return matters, f"{begin}: {' and '.join(differences)}; {far}."
 
 
-def _shortened(text: str) -> str:
+def shorten(text: str) -> str:
+    """Return the beginning of a text on one line."""
     text = " ".join(text.split())
     return text if len(text) <= _MAX_TEXT_CHARS else f"{text[:_MAX_TEXT_CHARS]} ..."

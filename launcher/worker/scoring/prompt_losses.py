@@ -1,0 +1,129 @@
+"""How likely the prompts of today and those of training are, under the tuned model and the one that the run began with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from launcher import hardware
+from launcher.checkpoint import store
+from launcher.data.checks import patterns
+from launcher.errors import LauncherError
+from launcher.evaluate.drift.comparison import Prompt, shorten
+from launcher.evaluate.drift.likelihood import (
+    PromptLikelihoods,
+    UnlikelyPrompt,
+    compare_losses,
+    find_shared_ends,
+    span_between,
+)
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.quantities import format_size
+from launcher.plan.run_dir import RunDir
+from launcher.run_records import read_export
+from launcher.tracking.metrics import format_duration
+from launcher.worker.scoring.documents import DocumentGroup, ScoredDocument, score_documents
+from launcher.worker.scoring.passes import Progress
+from launcher.worker.scoring.weights import ScoredWeights, find_weights
+
+# Of each side: enough for the test to find what matters.
+MAX_PROMPTS, MAX_TOKENS = 200, 16_384
+BASE, TUNED = "base", "tuned"
+# Without being asked, scoring takes a few minutes of a CPU at most. Operations of a core in a second: a low estimate.
+_MAX_CPU_S, _FLOPS_OF_CORE = 240.0, 5e10
+# Weights with what scoring needs beside them, and the share of a machine's memory that they may take.
+_MEMORY_FACTOR, _MEMORY_SHARE = 1.2, 0.5
+_NUM_LEAST_LIKELY = 5
+_ON_CPU = "add --likelihood to score prompts on its CPU"
+
+
+def find_obstacle(plan: LaunchPlan) -> str:
+    """Return why prompts are not scored on this machine without being asked; an empty text where they are."""
+    device, model = hardware.device(), plan.model
+    num_bytes = model.num_params * (4 if plan.config.model.dtype == "fp32" else 2) * _MEMORY_FACTOR
+    if device.kind == "cuda":
+        is_offloaded = "offload_param" in plan.deepspeed["zero_optimization"]
+        available = (device.memory_gib or 0) * device.count * 2**30
+        if available and num_bytes > available and not is_offloaded:
+            return f"the model needs {format_size(int(num_bytes))}, and the GPUs have {format_size(int(available))}"
+        return ""
+    if num_bytes > (device.host_memory_gib or 0) * 2**30 * _MEMORY_SHARE:
+        return f"this machine has no GPU, and the model needs {format_size(int(num_bytes))} of its memory; {_ON_CPU}"
+    # Two models, and prompts of today and of training.
+    seconds = 2 * 2 * MAX_TOKENS * 2 * model.num_params / (device.count * _FLOPS_OF_CORE)
+    if seconds > _MAX_CPU_S:
+        return f"this machine has no GPU, and scoring takes up to {format_duration(seconds)}; {_ON_CPU}"
+    return ""
+
+
+def compare_likelihoods(
+    plan: LaunchPlan, run: RunDir, prompts: Sequence[Prompt], training: Sequence[Prompt], is_required: bool, on_progress: Progress
+) -> PromptLikelihoods:
+    """Score prompts of both sides under both models. What is in the store is not computed again.
+
+    Raises:
+        LauncherError: where a pass fails, and with `is_required` where the run has no weights of the tuned model.
+    """
+    models: dict[str, ScoredWeights] = {}
+    gaps = []
+    for name in (BASE, TUNED):
+        try:
+            models[name] = find_weights(run, plan, 0 if name == BASE else _exported_step(run))
+        except LauncherError as error:
+            if is_required and name == TUNED:
+                raise
+            gaps.append(f"{name} model: {error.problems[0].message}")
+    shared = find_shared_ends([one.tokens for one in training])
+    sides = [_choose(side, shared, plan.config.data.max_length) for side in (prompts, training)]
+    if not all(sides):
+        return PromptLikelihoods({}, ("every prompt has the same text",))
+    # The training prompts are scored once, whatever they are compared with.
+    groups = [
+        DocumentGroup(title, [document for _, document in side])
+        for title, side in zip(("prompts", "training prompts"), sides, strict=True)
+    ]
+    # All tokens of training documents are trained, prompts among them.
+    has_trained_prompts = plan.config.data.train_on == "all"
+    compared, least_likely = {}, tuple[UnlikelyPrompt, ...]()
+    for name, weights in models.items():
+        titled = [DocumentGroup(f"{name} model, {one.title}", one.documents) for one in groups]
+        now, before = (
+            np.array([-log_probs.mean() for log_probs in several], dtype=np.float64)
+            for several in score_documents(plan, weights, titled, on_progress)
+        )
+        compared[name] = compare_losses(weights.step, now, before, name == BASE or not has_trained_prompts)
+        if name == TUNED:
+            order = np.argsort(-now, kind="stable")[:_NUM_LEAST_LIKELY]
+            least_likely = tuple(_describe(sides[0][i][0], float(now[i])) for i in order)
+    return PromptLikelihoods(compared, tuple(gaps), least_likely)
+
+
+def _exported_step(run: RunDir) -> int | None:
+    """Return the step whose weights are the result of the run, None for the newest one."""
+    record = read_export(run)
+    steps = [one.step for one in store.list_checkpoints(run.checkpoints)]
+    return record.step if record is not None and record.step in steps else None
+
+
+def _choose(
+    prompts: Sequence[Prompt], shared: tuple[tuple[int, ...], tuple[int, ...]], max_length: int
+) -> list[tuple[Prompt, ScoredDocument]]:
+    """Return the first prompts, which are a random sample, as documents without a loss on what all prompts share."""
+
+    def documents() -> Iterator[tuple[Prompt, ScoredDocument]]:
+        num_tokens = 0
+        for prompt in prompts[:MAX_PROMPTS]:
+            begin, end = span_between(prompt.tokens, *shared)
+            document = ScoredDocument.of(prompt.tokens[:max_length], begin, end)
+            num_tokens += len(document.tokens)
+            if num_tokens > MAX_TOKENS:
+                return
+            if any(document.is_scored):
+                yield prompt, document
+
+    return list(documents())
+
+
+def _describe(prompt: Prompt, loss: float) -> UnlikelyPrompt:
+    return UnlikelyPrompt(prompt.where, loss, shorten(patterns.redact([prompt.shown])[0]))
