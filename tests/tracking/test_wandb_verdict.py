@@ -11,7 +11,7 @@ import wandb_files
 from made_verdict import TOKEN, made_verdict
 
 from launcher import run_store
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.launch_plan import LaunchPlan, Lineage
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.wandb import verdict_upload
 
@@ -34,7 +34,8 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_summary_and_answers(make_plan: PlanMaker, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = evaluated(make_plan(mode="offline"), "completed")
+    parent = Lineage(run_name="before", run_dir="/missing/before", step=7, plan_digest="d", wandb_id="aaaa1111")
+    run = evaluated(make_plan(mode="offline").model_copy(update={"lineage": parent}), "completed")
     assert verdict_upload.main(str(run.root), "40") == 0
     assert capsys.readouterr().out.startswith(f"W&B: the verdict is in the summary of the files in {run_dir}/wandb/offline-run-")
     summary: dict[str, object] = {}
@@ -50,6 +51,10 @@ def test_summary_and_answers(make_plan: PlanMaker, run_dir: Path, capsys: pytest
     assert table["columns"] == ["comparison", "prompt", "reference", "0-shot", "8-shot", "tuned"]
     assert [row[0] for row in table["data"][:3]] == ["win, 0-shot"] * 3
     assert TOKEN not in file.read_text()
+    (file,) = run_dir.glob("wandb/offline-run-*/files/media/table/verdict/generations_*.table.json")
+    rows = json.loads(file.read_text())["data"]
+    assert rows[0][:3] == ["before", "7", "the run is not there any more"]
+    assert "exact match 0.31 against 0.12 (0-shot)" in rows[1][-1]
 
 
 @pytest.mark.parametrize(

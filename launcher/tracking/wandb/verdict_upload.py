@@ -15,6 +15,7 @@ from launcher import run_store
 from launcher.errors import ConfigError, LauncherError, describe
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
+from launcher.tracking.generations import HEADER, read_generations
 from launcher.tracking.verdicts import TUNED, EvaluationVerdict, SetVerdict, read_verdicts
 from launcher.tracking.wandb import local_settings
 from launcher.tracking.wandb.session import Session, is_online, redacted
@@ -22,6 +23,8 @@ from launcher.tracking.wandb.session import Session, is_online, redacted
 
 def upload(run: RunDir, step: int) -> str:
     """Add the verdicts of a step to the summary of the W&B run, each with a table of answers; returns a line for a person.
+
+    A run that began with the weights of another gets a table of its generations as well.
 
     A run that trains has a session of its own, which this one would disturb; nothing is sent then.
     """
@@ -43,6 +46,8 @@ def upload(run: RunDir, step: int) -> str:
             if one.verdict.examples:
                 header, rows = answer_table(one.verdict)
                 session.log_table(f"verdict/{one.set_name or 'prompts'}/answers", header, redacted(rows, os.environ))
+        if generations := [one.cells() for one in read_generations(run, plan)]:
+            session.log_table("verdict/generations", HEADER, redacted(generations, os.environ))
     finally:
         session.finish(state)
     return f"W&B: the verdict is in the summary of {session.url or f'the files in {session.folder}'}"
