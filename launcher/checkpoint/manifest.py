@@ -116,6 +116,9 @@ class LaterEvaluation:
     eval_set: str
     eval_loss: float
 
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -174,11 +177,18 @@ def read_later_evaluation(path: Path) -> LaterEvaluation | None:
     """
     file = path / LATER_EVALUATION
     try:
-        values: Any = json.loads(file.read_bytes())
+        content = file.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise unreadable_error(file, error) from error
+    return parse_later_evaluation(content)
+
+
+def parse_later_evaluation(content: bytes) -> LaterEvaluation | None:
+    """Parse the content of an evaluation.json; None where it is damaged."""
+    try:
+        values: Any = json.loads(content)
     except (ValueError, RecursionError):
         return None
     if not isinstance(values, dict):
@@ -197,7 +207,7 @@ def record_evaluation(path: Path, evaluation: LaterEvaluation) -> bool:
     manifest = read_manifest(path)
     if manifest.eval_loss is not None and manifest.eval_set == evaluation.eval_set:
         return False
-    atomic_files.write_json(path / LATER_EVALUATION, asdict(evaluation))
+    atomic_files.write_text(path / LATER_EVALUATION, evaluation.to_json())
     return True
 
 

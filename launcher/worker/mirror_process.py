@@ -22,7 +22,7 @@ from typing import Any
 
 from launcher import json_records
 from launcher.checkpoint import store
-from launcher.checkpoint.manifest import MANIFEST, Checkpoint
+from launcher.checkpoint.manifest import LATER_EVALUATION, MANIFEST, Checkpoint
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder, describe_error
 from launcher.checkpoint.mirror.upload import CheckpointGone, Mirror, MirrorTaken, mirror_url
 from launcher.errors import CheckpointError, LauncherError, Superseded
@@ -158,6 +158,7 @@ class Sender:
                 mirror.prune()
             while waiting := self._behind():
                 self._send(self._mirror, waiting[0])
+            self._mirror.send_evaluations()
             self._mirror.prune()
             self._mirror.send_progress()
             self._last_error = ""
@@ -285,16 +286,20 @@ def _identity(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def _committed(folder: Path) -> object:
-    """Return a value that changes when a checkpoint comes or goes; cheap enough for frequent calls on a network file system."""
+    """Return a value that changes when a checkpoint comes or goes, or is evaluated after its save.
+
+    It is cheap enough for frequent calls on a network file system.
+    """
     if not folder.is_dir():
         return None
-    checkpoints = []
+    files = []
     for path in folder.glob("step-*"):
-        try:
-            checkpoints.append((path.name, (path / MANIFEST).stat().st_mtime_ns))
-        except OSError:
-            continue
-    return sorted(checkpoints)
+        for name in (MANIFEST, LATER_EVALUATION):
+            try:
+                files.append((path.name, name, (path / name).stat().st_mtime_ns))
+            except OSError:
+                continue
+    return sorted(files)
 
 
 if __name__ == "__main__":

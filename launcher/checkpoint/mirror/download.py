@@ -17,8 +17,8 @@ import xxhash
 from launcher import atomic_files
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
-from launcher.checkpoint.manifest import MANIFEST, Manifest
-from launcher.checkpoint.mirror.layout import CHECKPOINTS, MirroredRun, read_complete_checkpoints
+from launcher.checkpoint.manifest import LATER_EVALUATION, MANIFEST, Manifest
+from launcher.checkpoint.mirror.layout import CHECKPOINTS, MirroredRun, read_complete_checkpoints, read_later_evaluation
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder
 from launcher.checkpoint.mirror.upload import CODE, PARALLEL
 from launcher.errors import CheckpointError, Problem, SubmitError
@@ -171,6 +171,8 @@ def _download(remote: RemoteFolder, root: Path, manifest: Manifest, notify: Noti
     if problems:
         shutil.rmtree(unfinished, ignore_errors=True)
         return problems
+    if (evaluation := read_later_evaluation(remote, manifest.step)) is not None:
+        atomic_files.write_text(unfinished / LATER_EVALUATION, evaluation.to_json())
     atomic_files.write_text(unfinished / MANIFEST, manifest.to_json())
     atomic_files.replace_directory(unfinished, target)
     return []

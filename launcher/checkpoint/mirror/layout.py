@@ -7,8 +7,16 @@ import re
 from pydantic import Field, ValidationError, field_validator
 
 from launcher.atomic_files import FileEntry
-from launcher.checkpoint.manifest import FORMAT_VERSION, MANIFEST, Manifest
+from launcher.checkpoint.manifest import (
+    FORMAT_VERSION,
+    LATER_EVALUATION,
+    MANIFEST,
+    LaterEvaluation,
+    Manifest,
+    parse_later_evaluation,
+)
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder
+from launcher.checkpoint.store import step_name
 from launcher.config.sections.fields import Name
 from launcher.errors import CheckpointError
 from launcher.plan.launch_plan import Record
@@ -76,6 +84,12 @@ def read_complete_checkpoints(remote: RemoteFolder) -> dict[int, Manifest]:
         if manifest.step == step and manifest.format_version == FORMAT_VERSION:
             manifests[step] = manifest
     return dict(sorted(manifests.items()))
+
+
+def read_later_evaluation(remote: RemoteFolder, step: int) -> LaterEvaluation | None:
+    """Read the loss that was computed after the save of a checkpoint in a run's mirror; None where there is none."""
+    content = remote.read(f"{CHECKPOINTS}/{step_name(step)}/{LATER_EVALUATION}")
+    return None if content is None else parse_later_evaluation(content)
 
 
 def parse_step(name: str) -> int | None:

@@ -7,7 +7,7 @@
       code.zip                 the code as submitted
       model/ tokenizer/        config.json and the tokenizer's files; the weights are in the checkpoints
       status.json metrics.jsonl events.jsonl       as of the newest checkpoint
-      checkpoints/step-00000100/    as in the run directory; the manifest comes last
+      checkpoints/step-00000100/    as in the run directory; the manifest comes last, and after it a loss that was computed later
 
 A checkpoint without its manifest does not exist. During an upload, `sending.json` beside the files lists those that have
 arrived, so that another process can continue an interrupted upload.
@@ -32,7 +32,7 @@ from launcher import atomic_files, run_records, run_store
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
 from launcher.checkpoint.folder_links import link_problems, open_file
-from launcher.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, read_manifest
+from launcher.checkpoint.manifest import LATER_EVALUATION, MANIFEST, Checkpoint, LaterEvaluation, Manifest, read_manifest
 from launcher.checkpoint.mirror.layout import (
     CHECKPOINTS,
     RUN,
@@ -40,6 +40,7 @@ from launcher.checkpoint.mirror.layout import (
     Owner,
     parse_step,
     read_complete_checkpoints,
+    read_later_evaluation,
     read_run,
 )
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder, require_writable, unreachable_error
@@ -87,6 +88,8 @@ class Mirror:
         self._owner = Owner(wandb_id=plan.wandb_id, attempt=attempt, run_dir=str(run.root), host=os.uname().nodename)
         # The manifest of every checkpoint that is complete in the mirror.
         self._complete: dict[int, Manifest] = {}
+        # The loss of those that were evaluated after their save.
+        self._evaluations: dict[int, LaterEvaluation] = {}
         self._sent_sizes: dict[str, int] = {}
         # Step of the checkpoint in upload, and its files that have arrived.
         self._sending: tuple[int, dict[str, FileEntry]] = (-1, {})
@@ -126,6 +129,8 @@ class Mirror:
         for name in sorted(remote_files.keys() - files.keys()):
             self._remote.remove(name)
         self._complete = read_complete_checkpoints(self._remote)
+        evaluations = {step: read_later_evaluation(self._remote, step) for step in self._complete}
+        self._evaluations = {step: one for step, one in evaluations.items() if one is not None}
 
     def behind(self) -> list[Checkpoint]:
         """Return the committed checkpoints that are missing in the mirror, oldest first."""
@@ -179,6 +184,16 @@ class Mirror:
             status = replace(status, state=outcome.state, step=outcome.step, message=outcome.message)
         self._remote.write(self._run.status.name, json.dumps(asdict(status), indent=2).encode())
 
+    def send_evaluations(self) -> None:
+        """Upload the losses that were computed after the saves of checkpoints that are complete in the mirror."""
+        for checkpoint in store.list_checkpoints(self._run.checkpoints):
+            evaluation, step = checkpoint.later_evaluation, checkpoint.step
+            is_sent = self._complete.get(step) == checkpoint.manifest
+            if is_sent and evaluation is not None and self._evaluations.get(step) != evaluation:
+                self._require_still_ours()
+                self._remote.write(f"{_folder(step)}/{LATER_EVALUATION}", evaluation.to_json().encode())
+                self._evaluations[step] = evaluation
+
     def prune(self) -> list[int]:
         """Remove the checkpoints that the run's settings do not keep, if a checkpoint of the run directory is complete here.
 
@@ -193,7 +208,7 @@ class Mirror:
         here = {step for path in root.iterdir() if (step := parse_step(path.name)) is not None}
         abandoned = self._abandoned(newest) - here
         going_on = [
-            Checkpoint(root / store.step_name(step), manifest)
+            Checkpoint(root / store.step_name(step), manifest, self._evaluations.get(step))
             for step, manifest in self._complete.items()
             if step <= newest and step not in abandoned
         ]
@@ -206,6 +221,7 @@ class Mirror:
                 continue
             self._require_still_ours()
             self._complete.pop(step, None)
+            self._evaluations.pop(step, None)
             self._remote.remove_folder(f"{CHECKPOINTS}/{name}", MANIFEST)
             removed.append(step)
         return removed
@@ -261,6 +277,8 @@ class Mirror:
         arrived = dict(replaced.files)
         self._remote.write(f"{folder}/{SENDING}", _to_json(arrived))
         self._remote.remove(f"{folder}/{MANIFEST}")
+        if self._evaluations.pop(checkpoint.step, None) is not None:
+            self._remote.remove(f"{folder}/{LATER_EVALUATION}")
         del self._complete[checkpoint.step]
         return arrived
 

@@ -12,6 +12,7 @@ from mirror_tools import S3, commit, hooked, make_bucket, make_run, running_s3, 
 from missing_program import skip_or_fail
 
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import HELD_OUT, LaterEvaluation, record_evaluation
 from launcher.checkpoint.mirror import download, remote_folder
 from launcher.checkpoint.mirror.layout import MirroredRun, read_complete_checkpoints, read_run
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder
@@ -78,9 +79,14 @@ def require_same(run: RunDir, target: RunDir, step: int) -> None:
 
 
 def test_a_run_is_downloaded_from_a_folder(tmp_path: Path) -> None:
-    _, run, there = mirrored(f"file://{tmp_path}/mirror", tmp_path)
+    plan, run, there = mirrored(f"file://{tmp_path}/mirror", tmp_path)
+    record_evaluation(run.checkpoints / store.step_name(10), LaterEvaluation(HELD_OUT, 1.5))
+    mirror = Mirror(there, run, plan, 1)
+    mirror.begin()
+    mirror.send_evaluations()
     target = RunDir(tmp_path / "elsewhere" / "a")
     assert fetched(there, target) == 10
+    assert store.get_latest(target.checkpoints).eval_loss == 1.5
     require_same(run, target, 10)
     assert not (target.root / download.MARKER).exists()
 

@@ -15,6 +15,7 @@ from mirror_tools import FaultyFileSystem, commit, finished_files, hooked, make_
 
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import HELD_OUT, LaterEvaluation, record_evaluation
 from launcher.checkpoint.mirror import remote_folder
 from launcher.checkpoint.mirror.layout import read_complete_checkpoints, read_run
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder
@@ -248,6 +249,42 @@ def test_retention_applies_to_checkpoints_that_only_the_mirror_has(tmp_path: Pat
     commit(moved, 30, attempt=2)
     send_all(mirror)
     assert steps_in(folder) == [5, 10, 25, 30], "22 is none of the last two any more"
+
+
+def test_a_loss_that_was_computed_after_the_save_counts_where_only_the_mirror_has_the_checkpoint(tmp_path: Path) -> None:
+    settings = ("checkpoint.keep_last=1", "checkpoint.keep_best=1")
+    plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror", settings=settings)
+    folder = tmp_path / "mirror" / "a"
+    for step, loss in ((5, 2.0), (10, None), (15, 3.0)):
+        commit(run, step, loss=loss)
+    mirror = begun(plan, run)
+    # Saved without a loss, as where a preemption skipped the evaluation.
+    later = run.checkpoints / store.step_name(10)
+    assert record_evaluation(later, LaterEvaluation(HELD_OUT, 1.0))
+    for checkpoint in mirror.behind():
+        mirror.send(checkpoint)
+    for _ in range(2):
+        with finished_files() as names:
+            mirror.send_evaluations()
+    assert names == [], "it is sent once"
+    assert tree(folder / "checkpoints" / later.name) == tree(later)
+    # The next machine has fetched the newest one alone.
+    assert begun(plan, elsewhere(tmp_path, run, 15), attempt=2).prune() == [5]
+    assert steps_in(folder) == [10, 15]
+
+
+def test_another_checkpoint_of_the_step_does_not_have_the_loss_of_the_first(place) -> None:
+    plan, run, folder = place
+    first = commit(run, 5)
+    mirror = begun(plan, run)
+    record_evaluation(first.path, LaterEvaluation(HELD_OUT, 1.0))
+    send_all(mirror)
+    mirror.send_evaluations()
+    shutil.rmtree(first.path)
+    other = commit(run, 5, b"others")
+    send_all(mirror)
+    mirror.send_evaluations()
+    assert tree(folder / "checkpoints" / other.path.name) == tree(other.path)
 
 
 def test_going_back_on_another_machine_removes_later_checkpoints_from_the_mirror(tmp_path: Path) -> None:
