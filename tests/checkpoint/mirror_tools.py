@@ -21,6 +21,9 @@ from plan_fixtures import composed
 from launcher import atomic_files, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import STATE, Checkpoint, Manifest
+from launcher.checkpoint.mirror.layout import read_complete_checkpoints
+from launcher.checkpoint.mirror.remote_folder import RemoteFolder
+from launcher.checkpoint.mirror.upload import Mirror
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan
@@ -170,3 +173,30 @@ def make_bucket(s3: S3) -> None:
     """In a process of its own: clients remember the environment that they have begun in."""
     code = f"import fsspec; fsspec.filesystem('s3').mkdir({s3.bucket!r})"
     subprocess.run([sys.executable, "-c", code], env={**os.environ, **s3.environment}, check=True, timeout=60)
+
+
+def begun(plan: LaunchPlan, run: RunDir, attempt: int = 1) -> Mirror:
+    mirror = Mirror(RemoteFolder(f"{plan.config.checkpoint.mirror}/a"), run, plan, attempt)
+    mirror.begin()
+    return mirror
+
+
+def send_all(mirror: Mirror) -> int:
+    sent = 0
+    while waiting := mirror.behind():
+        sent += mirror.send(waiting[0]).bytes
+        mirror.prune()
+    return sent
+
+
+def steps_in(folder: Path) -> list[int]:
+    return list(read_complete_checkpoints(RemoteFolder(f"file://{folder}")))
+
+
+def elsewhere(tmp_path: Path, run: RunDir, step: int, pinned: bool = False) -> RunDir:
+    """The run on a machine that has fetched one checkpoint of it, in its second attempt."""
+    moved = RunDir(tmp_path / "elsewhere")
+    others = [store.step_name(c.step) for c in store.list_checkpoints(run.checkpoints) if c.step != step]
+    shutil.copytree(run.root, moved.root, ignore=shutil.ignore_patterns(*others))
+    run_store.create_attempt(moved, Attempt(resume_step=step, pinned=pinned))
+    return moved

@@ -11,15 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from mirror_tools import FaultyFileSystem, commit, finished_files, hooked, make_run, tree
+from mirror_tools import FaultyFileSystem, begun, commit, elsewhere, finished_files, hooked, make_run, send_all, steps_in, tree
 
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.manifest import HELD_OUT, LaterEvaluation, record_evaluation
 from launcher.checkpoint.mirror import remote_folder
-from launcher.checkpoint.mirror.layout import read_complete_checkpoints, read_run
+from launcher.checkpoint.mirror.layout import read_run
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder
-from launcher.checkpoint.mirror.upload import CheckpointGone, Mirror, MirrorTaken, require_usable_mirror
+from launcher.checkpoint.mirror.upload import CheckpointGone, MirrorTaken, require_usable_mirror
 from launcher.errors import CheckpointError, SubmitError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -36,24 +35,6 @@ def place(tmp_path: Path) -> tuple[LaunchPlan, RunDir, Path]:
     """A run, and the folder that is its mirror."""
     plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror")
     return plan, run, tmp_path / "mirror" / "a"
-
-
-def begun(plan: LaunchPlan, run: RunDir, attempt: int = 1) -> Mirror:
-    mirror = Mirror(RemoteFolder(f"{plan.config.checkpoint.mirror}/a"), run, plan, attempt)
-    mirror.begin()
-    return mirror
-
-
-def send_all(mirror: Mirror) -> int:
-    sent = 0
-    while waiting := mirror.behind():
-        sent += mirror.send(waiting[0]).bytes
-        mirror.prune()
-    return sent
-
-
-def steps_in(folder: Path) -> list[int]:
-    return list(read_complete_checkpoints(RemoteFolder(f"file://{folder}")))
 
 
 def test_the_oldest_checkpoint_is_sent_first_and_its_manifest_last(place) -> None:
@@ -226,15 +207,6 @@ def test_a_checkpoint_damaged_here_stays_after_later_checkpoints(place) -> None:
     assert steps_in(folder) == [5, 10]
 
 
-def elsewhere(tmp_path: Path, run: RunDir, step: int, pinned: bool = False) -> RunDir:
-    """The run on a machine that has fetched one checkpoint of it, in its second attempt."""
-    moved = RunDir(tmp_path / "elsewhere")
-    others = [store.step_name(c.step) for c in store.list_checkpoints(run.checkpoints) if c.step != step]
-    shutil.copytree(run.root, moved.root, ignore=shutil.ignore_patterns(*others))
-    run_store.create_attempt(moved, Attempt(resume_step=step, pinned=pinned))
-    return moved
-
-
 def test_retention_applies_to_checkpoints_that_only_the_mirror_has(tmp_path: Path) -> None:
     settings = ("checkpoint.keep_last=2", "checkpoint.keep_every=10", "checkpoint.keep_best=1")
     plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror", settings=settings)
@@ -249,42 +221,6 @@ def test_retention_applies_to_checkpoints_that_only_the_mirror_has(tmp_path: Pat
     commit(moved, 30, attempt=2)
     send_all(mirror)
     assert steps_in(folder) == [5, 10, 25, 30], "22 is none of the last two any more"
-
-
-def test_a_loss_that_was_computed_after_the_save_counts_where_only_the_mirror_has_the_checkpoint(tmp_path: Path) -> None:
-    settings = ("checkpoint.keep_last=1", "checkpoint.keep_best=1")
-    plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror", settings=settings)
-    folder = tmp_path / "mirror" / "a"
-    for step, loss in ((5, 2.0), (10, None), (15, 3.0)):
-        commit(run, step, loss=loss)
-    mirror = begun(plan, run)
-    # Saved without a loss, as where a preemption skipped the evaluation.
-    later = run.checkpoints / store.step_name(10)
-    assert record_evaluation(later, LaterEvaluation(HELD_OUT, 1.0))
-    for checkpoint in mirror.behind():
-        mirror.send(checkpoint)
-    for _ in range(2):
-        with finished_files() as names:
-            mirror.send_evaluations()
-    assert names == [], "it is sent once"
-    assert tree(folder / "checkpoints" / later.name) == tree(later)
-    # The next machine has fetched the newest one alone.
-    assert begun(plan, elsewhere(tmp_path, run, 15), attempt=2).prune() == [5]
-    assert steps_in(folder) == [10, 15]
-
-
-def test_another_checkpoint_of_the_step_does_not_have_the_loss_of_the_first(place) -> None:
-    plan, run, folder = place
-    first = commit(run, 5)
-    mirror = begun(plan, run)
-    record_evaluation(first.path, LaterEvaluation(HELD_OUT, 1.0))
-    send_all(mirror)
-    mirror.send_evaluations()
-    shutil.rmtree(first.path)
-    other = commit(run, 5, b"others")
-    send_all(mirror)
-    mirror.send_evaluations()
-    assert tree(folder / "checkpoints" / other.path.name) == tree(other.path)
 
 
 def test_going_back_on_another_machine_removes_later_checkpoints_from_the_mirror(tmp_path: Path) -> None:
