@@ -71,9 +71,13 @@ class RayCluster:
         ]
         # Otherwise a fixed port, of which a second cluster on this machine would not get one.
         command += [f"--dashboard-agent-listen-port={free_port()}"]
-        command += ["--disable-usage-stats", "--object-store-memory=100000000", "--num-cpus=1", "--num-gpus=0"]
+        # The log monitors of four nodes take a sixth of a core.
+        command += ["--disable-usage-stats", "--include-log-monitor=False"]
+        command += ["--object-store-memory=100000000", "--num-cpus=1", "--num-gpus=0"]
         command += [f"--temp-dir={self.folder / 'ray'}", *dashboard] if head else []
         own = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "8"}
+        # Ray's agents look at all processes of this machine: not every 5 s.
+        own["REPORTER_UPDATE_INTERVAL_MS"] = "60000"
         # Anew, where a node of that name has been before: what is waited for stands in it.
         with open(self.folder / f"{name}.log", "wb") as log:
             self._nodes[name] = subprocess.Popen(
