@@ -30,6 +30,10 @@ _MAX_VALUE_CHARS = 80
 MAX_BYTES = 64 * 2**20
 
 
+class NoRecord(OSError):
+    """A file cannot be a record, whatever it holds: it is a pipe or a device, or too large."""
+
+
 class _FieldError(Exception):
     """A value does not fit the type of its field."""
 
@@ -85,15 +89,14 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
         DamagedRun: where the file is missing, cannot be read, or holds anything else.
     """
     try:
-        content = _read_bytes(path, MAX_BYTES + 1)
+        content = read_bytes(path)
     except FileNotFoundError:
         raise DamagedRun("a file of the run is missing", where=str(path), remedy=remedy) from None
+    except NoRecord as error:
+        raise DamagedRun(f"a file of the run is damaged: it {error.strerror}", where=str(path), remedy=remedy) from None
     except OSError as error:
         remedy = "check the storage and the permissions, then try again"
         raise DamagedRun(f"a file of the run cannot be read: {error.strerror}", where=str(path), remedy=remedy) from None
-    if len(content) > MAX_BYTES:
-        message = f"a file of the run is damaged: it has more than the {MAX_BYTES / 2**20:.0f} MiB of the largest record"
-        raise DamagedRun(message, where=str(path), remedy=remedy)
     return _parse(content, str(path), remedy)
 
 
@@ -112,8 +115,13 @@ def _parse(content: bytes, where: str, remedy: str) -> dict[str, Any]:
     return value
 
 
-def _read_bytes(path: Path, max_bytes: int) -> bytes:
-    """Read at most `max_bytes` bytes: a record of another user's run may have any size."""
+def read_bytes(path: Path) -> bytes:
+    """Read a file that is a record by its name: in another user's run, it may be anything, of any size.
+
+    Raises:
+        NoRecord: where it is a pipe or a device, or larger than any record.
+        OSError: where it cannot be read.
+    """
 
     def read() -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -123,10 +131,14 @@ def _read_bytes(path: Path, max_bytes: int) -> bytes:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
             if not stat.S_ISREG(status.st_mode):
                 # To read a pipe or a device could never end.
-                raise OSError(errno.EINVAL, "is no regular file", str(path))
+                raise NoRecord(errno.EINVAL, "is no regular file", str(path))
             with open(descriptor, "rb", closefd=False) as file:
                 # A read allocates as much as it is asked for.
-                return file.read(min(max_bytes, status.st_size + 1))
+                content = file.read(min(MAX_BYTES, status.st_size) + 1)
+            if len(content) > MAX_BYTES:
+                message = f"has more than the {MAX_BYTES / 2**20:.0f} MiB of the largest record"
+                raise NoRecord(errno.EFBIG, message, str(path))
+            return content
         finally:
             os.close(descriptor)
 

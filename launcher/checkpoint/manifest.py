@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from launcher import atomic_files
+from launcher import atomic_files, json_records
 from launcher.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
 
 FORMAT_VERSION = 1
@@ -152,8 +152,8 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST
     try:
-        manifest = Manifest.from_json(file.read_bytes())
-    except FileNotFoundError as error:
+        manifest = Manifest.from_json(json_records.read_bytes(file))
+    except (FileNotFoundError, json_records.NoRecord) as error:
         raise DamagedCheckpoint("a checkpoint has no readable manifest", where=str(file), value=str(error.strerror)) from error
     except OSError as error:
         raise unreadable_error(file, error) from error
@@ -177,8 +177,8 @@ def read_later_evaluation(path: Path) -> LaterEvaluation | None:
     """
     file = path / LATER_EVALUATION
     try:
-        content = file.read_bytes()
-    except FileNotFoundError:
+        content = json_records.read_bytes(file)
+    except (FileNotFoundError, json_records.NoRecord):
         return None
     except OSError as error:
         raise unreadable_error(file, error) from error

@@ -6,6 +6,7 @@ Whoever can replace such a file decides what the command does with this user's a
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -129,7 +130,8 @@ def require_plain_files(run: RunDir) -> None:
     """
     if _own_trust().accepts_owner(run.root.stat().st_uid):
         return
-    records = (*_records(run), *run.checkpoints.glob("step-*/manifest.json"))
+    of_checkpoints = (run.checkpoints.glob(f"step-*/{name}") for name in ("manifest.json", "evaluation.json"))
+    records = (*_records(run), *itertools.chain(*of_checkpoints))
     for path in (*records, run.metrics, run.events, *run.attempts.glob("[0-9]*/*.log")):
         with suppress(OSError):
             status, reason = path.stat(), ""

@@ -18,6 +18,8 @@ from http_server import serving
 from mirror_tools import make_run
 
 from launcher import json_records, run_store
+from launcher.checkpoint import store
+from launcher.checkpoint.manifest import LATER_EVALUATION, MANIFEST, Manifest
 from launcher.checkpoint.mirror import download
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder
 from launcher.checkpoint.mirror.upload import Mirror
@@ -183,12 +185,22 @@ def test_an_address_in_a_file_passes_the_check_of_the_setting(
     assert not (tmp_path / "was-imported").exists()
 
 
+def _make_huge(file: Path) -> None:
+    file.touch()
+    os.truncate(file, 2**40)
+
+
 def test_a_module_as_the_setting_is_refused() -> None:
     with pytest.raises(ValueError, match="is not the address of a Ray cluster"):
         RaySection.model_validate({"kind": "ray", "address": "module://payload"})
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "attempts/001/attempt.json", "attempts/001/rank-00000.log"])
+_OF_A_CHECKPOINT = "checkpoints/step-00000010/evaluation.json"
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "events.jsonl", "attempts/001/attempt.json", "attempts/001/rank-00000.log", _OF_A_CHECKPOINT]
+)
 def test_a_pipe_in_a_run_of_another_user_stops_no_command(launch: Launch, run: RunDir, name: str) -> None:
     file = run.root / name
     file.unlink(missing_ok=True)
@@ -204,6 +216,18 @@ def test_a_pipe_anywhere_that_a_record_is_looked_for_is_not_read(tmp_path: Path)
     os.mkfifo(pipe := tmp_path / "meta.json")
     with pytest.raises(DamagedRun, match="is no regular file"):
         json_records.read_json(pipe)
+
+
+@pytest.mark.parametrize("replace", [os.mkfifo, lambda file: file.symlink_to("/dev/zero"), _make_huge])
+def test_the_evaluation_of_a_checkpoint_is_read_within_bounds(tmp_path: Path, replace: Callable[[Path], None]) -> None:
+    """Also where it is replaced after the run was checked, and in a folder of many runs."""
+    saving = store.begin_save(tmp_path, step=2, attempt=1, needed_bytes=1)
+    path = store.commit(saving, Manifest(step=2, world_size=1, plan_digest="d", attempt=1, eval_loss=2.0, files={}))
+    replace(path / LATER_EVALUATION)
+    assert [checkpoint.eval_loss for checkpoint in store.list_checkpoints(tmp_path)] == [2.0]
+    (path / MANIFEST).unlink()
+    replace(path / MANIFEST)
+    assert store.list_checkpoints(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["status.json", "plan.json", "attempts/001/attempt.json"])
