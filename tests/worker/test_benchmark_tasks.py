@@ -60,7 +60,7 @@ def test_without_the_harness_its_package_is_named(monkeypatch: pytest.MonkeyPatc
     # The harness leaves the working directory.
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as error:
-        Harness()
+        Harness(tmp_path / "caches")
     assert error.value.exit_code == 2
     assert 'pip install "launcher[evals]"' in str(error.value)
     assert Path.cwd() == Path("/"), "a data set or metric in the working directory may be somebody else's"
@@ -79,9 +79,10 @@ def test_a_task_of_another_user_is_refused(tmp_path: Path) -> None:
 
 
 def test_code_that_the_model_has_written_is_not_run() -> None:
-    assert harness._runs_answers(SimpleNamespace(UNSAFE_CODE=True))
-    assert harness._runs_answers(SimpleNamespace(config=SimpleNamespace(unsafe_code=True)))
-    assert not harness._runs_answers(SimpleNamespace(config=SimpleNamespace(unsafe_code=False)))
+    for task in (SimpleNamespace(UNSAFE_CODE=True), SimpleNamespace(config=SimpleNamespace(unsafe_code=True))):
+        problem = harness._unsafe_problem("task", task)
+        assert problem is not None
+        assert problem.message == "a task runs code that the model has written, which nothing here isolates"
 
 
 def test_scores_stay_in_their_folder_whatever_the_task_is_called(tmp_path: Path) -> None:

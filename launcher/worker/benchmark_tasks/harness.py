@@ -19,7 +19,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from launcher.data.tokenization.render_limits import LimitReached, limited
 from launcher.errors import ConfigError, DataError, Problem, did_you_mean
+from launcher.worker.benchmark_tasks.library_caches import leave_caches_of_others
+from launcher.worker.benchmark_tasks.task_files import find_running_call
 
 INSTALL = 'install it with: pip install "launcher[evals]"'
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
@@ -48,8 +51,8 @@ class TaskScores:
 class Harness:
     """The tasks that are known: those of lm-evaluation-harness, and those of the user's own folder."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        """Read the names of all tasks, which takes some seconds.
+    def __init__(self, caches: Path, folder: Path | None = None) -> None:
+        """Read the names of all tasks, which takes some seconds. `caches` is a folder for what takes the place of others' caches.
 
         Raises:
             ConfigError: where lm-evaluation-harness is not installed.
@@ -57,6 +60,7 @@ class Harness:
         os.environ.update(dict.fromkeys(_OFFLINE, "1"))
         # Data sets and metrics are looked for in the working directory first, which may belong to somebody else.
         os.chdir("/")
+        self._unused_caches = leave_caches_of_others(caches)
         try:
             import lm_eval
             from lm_eval.tasks import TaskManager
@@ -92,10 +96,11 @@ class Harness:
                 text = f"a task cannot be loaded: {type(error).__name__}: {_one_line(error)}"
                 problems.append(Problem(text, where=_WHERE, value=name))
             else:
-                unsafe = [task for task in tasks if _runs_answers(tasks[task])]
-                message = "a task runs code that the model has written, which nothing here isolates"
-                problems += [Problem(message, _WHERE, task, "leave it out") for task in unsafe]
+                problems += [problem for task in tasks if (problem := _unsafe_problem(task, tasks[task])) is not None]
                 metrics |= {task: _metrics(loaded) for task, loaded in tasks.items()}
+        if problems or missing:
+            # What a task lacks may be there.
+            missing += self._unused_caches
         if problems:
             raise ConfigError([*problems, *missing])
         if missing:
@@ -139,7 +144,7 @@ def make_model(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> 
     hides_bars = not sys.stderr.isatty()
 
     class ScoredModel(HFLM):  # type: ignore[misc, unused-ignore]
-        """Shows progress bars on terminals alone."""
+        """Shows progress bars on terminals alone, and limits the time and memory of chat templates."""
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm=hides_bars)
@@ -150,6 +155,13 @@ def make_model(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().generate_until(requests, disable_tqdm=hides_bars)
 
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> Any:
+            try:
+                return limited(lambda: HFLM.apply_chat_template(self, chat_history, add_generation_prompt))
+            except LimitReached as error:
+                remedy = "look for endless loops in the template of the model"
+                raise DataError(f"the chat template {error}", where=_WHERE, remedy=remedy) from None
+
     return ScoredModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
 
 
@@ -157,8 +169,15 @@ def digest(*parts: str) -> str:
     return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
 
-def _runs_answers(task: Any) -> bool:
-    return bool(getattr(task, "UNSAFE_CODE", False) or getattr(task.config, "unsafe_code", False))
+def _unsafe_problem(name: str, task: Any) -> Problem | None:
+    """Return the problem of a task that runs answers: one that says so, and one whose code could."""
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task.config, "unsafe_code", False):
+        message = "a task runs code that the model has written, which nothing here isolates"
+        return Problem(message, _WHERE, name, "leave it out")
+    if (call := find_running_call(task)) is not None:
+        message = f"a task can run what the model has written, which nothing here isolates: {call}"
+        return Problem(message, _WHERE, name, "leave it out")
+    return None
 
 
 def _metrics(task: Any) -> tuple[str, ...]:

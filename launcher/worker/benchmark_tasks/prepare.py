@@ -16,14 +16,15 @@ from pathlib import Path
 
 from launcher import json_records, run_store
 from launcher.config.schema import RunConfig
-from launcher.errors import ConfigError, LauncherError, Problem
+from launcher.errors import ConfigError, LauncherError
 from launcher.evaluate.task import EvaluationFolder
 from launcher.plan.run_dir import RunDir
-from launcher.security import ownership
+from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
 from launcher.tracking.verdicts import TUNED, digest_checkpoint
 from launcher.worker.benchmark_tasks.harness import Harness
 from launcher.worker.benchmark_tasks.request import BASE, BenchmarkFolder, BenchmarkRequest
+from launcher.worker.benchmark_tasks.task_files import folder_problems
 from launcher.worker.evaluation.weights import count_context, export_tuned, find_base
 from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.signals import exit_on_termination
@@ -43,12 +44,12 @@ def prepare(
     plan = run_store.load_plan(run).model_copy(update={"config": config})
     if task_folder is not None:
         _require_own(task_folder)
-    metrics = Harness(task_folder).find(names)
-    base = find_base(plan)
     evaluation = EvaluationFolder.of(run.root, step)
     evaluation.root.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = BenchmarkFolder(evaluation.benchmarks)
     folder.root.mkdir(mode=0o700, exist_ok=True)
+    metrics = Harness(folder.caches, task_folder).find(names)
+    base = find_base(plan)
     tuned = export_tuned(plan, run, evaluation, step)
     request = BenchmarkRequest(
         config=config.model_dump(mode="json"),
@@ -70,11 +71,7 @@ def _require_own(folder: Path) -> None:
     """Refuse a folder of tasks that is missing or of others: a task may run code that lies beside it."""
     if not folder.is_dir():
         raise ConfigError("there is no such folder", where=_FOLDER_OPTION, value=str(folder))
-    problems = list[Problem]()
-    for path in (folder, *sorted(folder.rglob("*"))):
-        if problem := ownership.file_problem("a task", path):
-            problems.append(problem)
-    if problems:
+    if problems := folder_problems(folder):
         raise ConfigError(problems)
 
 
@@ -103,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     exit_on_termination()
     die_with_parent(signal.SIGTERM)
-    with printable_output():
+    # The harness keeps the rows of tasks in the cache of `datasets`.
+    with private_files(), printable_output():
         code = main()
     sys.exit(code)

@@ -49,6 +49,11 @@ class BenchmarkFolder:
     def request(self) -> Path:
         return self.root / "request.json"
 
+    @property
+    def caches(self) -> Path:
+        """What takes the place of caches that others could have written; removed with the end of the evaluation."""
+        return self.root / ".caches"
+
     def read_request(self) -> BenchmarkRequest:
         return json_records.read(BenchmarkRequest, self.request, "start the evaluation again")
 

@@ -44,7 +44,7 @@ def score(folder: BenchmarkFolder) -> dict[str, Any]:
         RunError: where a task fails.
     """
     request = folder.read_request()
-    harness = Harness(None if request.task_folder is None else Path(request.task_folder))
+    harness = Harness(folder.caches, None if request.task_folder is None else Path(request.task_folder))
     scores: dict[str, dict[str, TaskScores]] = {task: {} for task in request.tasks}
     total = len(request.tasks) * len(request.weights)
     for side, weights in request.weights.items():
@@ -58,9 +58,8 @@ def score(folder: BenchmarkFolder) -> dict[str, Any]:
                 print(f"{side}: {task} ({done + 1} of {total})", file=sys.stderr, flush=True)
                 model = model or _load(request, weights, side)
                 task_scores = _score(harness, task, model, request.limit, belongs_to)
-                with private_files():
-                    folder.scores(task, side).parent.mkdir(exist_ok=True)
-                    json_records.write(folder.scores(task, side), task_scores)
+                folder.scores(task, side).parent.mkdir(exist_ok=True)
+                json_records.write(folder.scores(task, side), task_scores)
             scores[task][side] = task_scores
     return {"step": request.step, "folder": str(folder.root), "tasks": _conclude(folder, request, scores)}
 
@@ -116,8 +115,7 @@ def _conclude(folder: BenchmarkFolder, request: BenchmarkRequest, scores: dict[s
             primary, *_ = by_metric
             verdict = judge(primary, by_metric[primary], others=by_metric)
             verdict = replace(verdict, checkpoint=request.checkpoint)
-            with private_files():
-                verdict.write(folder.scores(task, TUNED).parent)
+            verdict.write(folder.scores(task, TUNED).parent)
             header, rows = verdict.table
             entry |= {"verdict": json_records.encode(verdict), "header": header, "rows": rows}
         shown[task] = entry
@@ -147,6 +145,7 @@ def main(path: str) -> int:
     evaluation = EvaluationFolder(folder.root.parent)
     evaluation.weights_record.unlink(missing_ok=True)
     shutil.rmtree(evaluation.weights, ignore_errors=True)
+    shutil.rmtree(folder.caches, ignore_errors=True)
     print(json.dumps(shown))
     return 0
 
@@ -154,6 +153,7 @@ def main(path: str) -> int:
 if __name__ == "__main__":
     exit_on_termination()
     die_with_parent(signal.SIGTERM)
-    with printable_output():
+    # The harness keeps the rows of tasks in the cache of `datasets`.
+    with private_files(), printable_output():
         code = main(sys.argv[1])
     sys.exit(code)

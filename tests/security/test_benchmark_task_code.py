@@ -1,0 +1,161 @@
+"""Tasks of lm-evaluation-harness: whose rows and code an evaluation by tasks uses, and what the model's author can do in it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from file_owners import MALLORY, as_root, give
+from pace import slowness
+
+from launcher.data.tokenization import render_limits
+from launcher.errors import ConfigError, DataError
+from launcher.worker.benchmark_tasks import harness, prepare
+from launcher.worker.benchmark_tasks.task_files import find_running_call
+
+__all__ = ["as_root"]
+
+DEADLINE_S = 300
+# Prints the questions of the task `rows`, and the messages where the task `metric` cannot be loaded.
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+from launcher.errors import LauncherError
+from launcher.security.folders import private_files
+from launcher.worker.benchmark_tasks.harness import Harness
+
+with private_files():
+    harness, problems = Harness(Path(sys.argv[1]), Path(sys.argv[2])), []
+    harness.find(["rows"])
+    (task,) = harness._manager.load(["rows"])["tasks"].values()
+    try:
+        harness.find(["metric"])
+    except LauncherError as error:
+        problems = [str(problem) for problem in error.problems]
+print(json.dumps({"questions": [row["question"] for row in task.test_docs()], "problems": problems}))
+"""
+
+
+def use_tasks(tmp_path: Path, env: Mapping[str, str]) -> dict[str, list[str]]:
+    command = [sys.executable, "-P", "-c", SCRIPT, str(tmp_path / "caches"), str(tmp_path / "tasks")]
+    variables = {**env, "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=DEADLINE_S * slowness())
+    assert done.returncode == 0, done.stderr
+    printed: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
+    return printed
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """A folder with a task of rows, and a task that loads the metric bleu as packaged tasks do."""
+    folder = tmp_path / "tasks"
+    folder.mkdir(mode=0o700)
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"question": f"Secret {i}?", "answer": "a"}) + "\n" for i in range(3)))
+    task = (
+        f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/rows.jsonl}}}}\ntest_split: test\n"
+        "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+    )
+    (folder / "rows.yaml").write_text(f"task: rows\n{task}metric_list: [{{metric: exact_match}}]\n")
+    (folder / "metric.yaml").write_text(f"task: metric\n{task}process_results: !function scores.process\n")
+    (folder / "scores.py").write_text("import evaluate\nbleu = evaluate.load('bleu')\ndef process(doc, results): return {}\n")
+    return folder
+
+
+@pytest.mark.usefixtures("as_root", "tasks")
+def test_a_cache_of_others_gives_a_task_neither_rows_nor_code(tmp_path: Path, launcher_env: Mapping[str, str]) -> None:
+    home = tmp_path / "hf"
+    module = home / "modules/evaluate_modules/metrics/evaluate-metric--bleu" / ("a" * 64)
+    module.mkdir(parents=True)
+    for folder in (module, *module.parents[:3]):
+        (folder / "__init__.py").touch()
+    (module / "bleu.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert use_tasks(tmp_path, launcher_env)["questions"] == ["Secret 0?", "Secret 1?", "Secret 2?"]
+    (tmp_path / "ran").unlink()
+    assert not (tmp_path / "caches").exists()
+    (written,) = (path for path in home.rglob("*.arrow"))
+    opened = [path for path in (written, *written.parents) if path.is_relative_to(home / "datasets")]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in opened), "the rows are private"
+
+    written.write_bytes(written.read_bytes().replace(b"Secret", b"Forged"))
+    give(home)
+    printed = use_tasks(tmp_path, launcher_env)
+    assert printed["questions"] == ["Secret 0?", "Secret 1?", "Secret 2?"]
+    assert any(f"HF_MODULES_CACHE names is not trusted: {home} belongs to {MALLORY}" in text for text in printed["problems"])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        lambda tasks, others: (tasks / "below").symlink_to(others),
+        lambda tasks, others: (tasks / "task.yaml").write_text(f"include: [{others}/base.yaml]\n"),
+        lambda tasks, others: (tasks / "task.yaml").write_text("include: '../common/base.yaml'\n"),
+        lambda tasks, others: (tasks / "task.yaml").write_text(f"x: !function {others}/utils.process\n"),
+        lambda tasks, others: (
+            (tasks / "task.yaml").write_text("include: first"),
+            (tasks / "first").write_text(f"include: {others}/base.yaml"),
+        ),
+    ],
+    ids=["link", "absolute include", "relative include", "function", "include of an include"],
+)
+def test_a_task_does_not_lead_to_files_of_another_user(tmp_path: Path, attempt: Callable[[Path, Path], object]) -> None:
+    tasks, others = tmp_path / "tasks", tmp_path / "common"
+    for folder in (tasks, others):
+        folder.mkdir()
+    (others / "base.yaml").write_text("task: base\nx: !function utils.process\n")
+    (others / "utils.py").write_text("")
+    attempt(tasks, others)
+    prepare._require_own(tasks)
+    give(others / "base.yaml")
+    give(others / "utils.py")
+    with pytest.raises(ConfigError, match=rf"a task is not trusted: .* belongs to {MALLORY}"):
+        prepare._require_own(tasks)
+
+
+def test_tasks_whose_code_could_run_an_answer_are_known(tmp_path: Path) -> None:
+    """Those that say so, and those that do not, such as graders of formulas with a parser that evaluates what it reads."""
+    pytest.importorskip("lm_eval")
+    from types import SimpleNamespace
+
+    from lm_eval.config.task import TaskConfig
+    from lm_eval.tasks._yaml_loader import load_yaml
+    from lm_eval.tasks.ifeval import utils as ifeval
+    from lm_eval.tasks.score.math import utils_math
+
+    def call_of(function: Callable[..., object]) -> str | None:
+        return find_running_call(SimpleNamespace(config=TaskConfig(task="x", process_results=function)))
+
+    assert "math_grader.py:" in (call_of(utils_math.process_results) or "")
+    assert call_of(ifeval.process_results) is None
+    (tmp_path / "own.yaml").write_text("x: !function grade.process\n")
+    (tmp_path / "helper.py").write_text("def run(text):\n    return eval(text)\n")
+    (tmp_path / "grade.py").write_text("def process(doc, results):\n    import helper\n    return helper.run(results[0])\n")
+    own = load_yaml(tmp_path / "own.yaml")["x"]
+    assert call_of(own) == f"{tmp_path}/helper.py:2 calls eval"
+    problem = harness._unsafe_problem("own", SimpleNamespace(config=TaskConfig(task="own", process_results=own)))
+    assert problem is not None
+    assert problem.value == "own"
+
+
+def test_a_chat_template_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    monkeypatch.setattr(render_limits, "MAX_CPU_S", 0.5)
+    config = LlamaConfig(vocab_size=2, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    template = f"{{{{ messages[0].content }}}}{{% if add_generation_prompt %}}{loop}{{% endif %}}"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a")), eos_token="</s>", chat_template=template
+    )
+    model = harness.make_model(LlamaForCausalLM(config), tokenizer, 1, 16)
+    messages = [{"role": "user", "content": "a"}]
+    assert model.apply_chat_template(messages, add_generation_prompt=False) == "a"
+    with pytest.raises(DataError, match=r"the chat template takes more than 0\.5 s for one conversation"):
+        model.apply_chat_template(messages)
