@@ -123,10 +123,10 @@ class NodeAgent:
         errors = ErrorMemory(topology.ranks_per_node)
         os.environ |= {heartbeat.VARIABLE: str(heartbeats.path), error_memory.VARIABLE: str(errors.path)}
         shared = store if len(node.hosts) > 1 else None
-        recorder = FlightRecorder(self.run.attempt(self.attempt) / "nccl", topology.device == "cuda")
+        recorder = FlightRecorder(self.run, self.attempt, topology.world_size, cluster.stall_seconds)
         recorder.set_variables(os.environ)
         limits = cluster.stall_seconds, cluster.timeout_minutes * 60
-        watchdog = Watchdog(heartbeats, *limits, failures.add_stall, shared, recorder.request).start()
+        watchdog = Watchdog(heartbeats, *limits, failures.add_stall, shared, recorder.request, recorder.explain).start()
         try:
             succeeded = elastic.run_ranks(
                 partial(self.ranks.start, self.plan_path, self.attempt),

@@ -24,6 +24,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import FinalFailure, OutcomeRecord, final_file, outcome_file
 from launcher.worker import limits
+from launcher.worker.ranks import flight_recorder
 from launcher.worker.ranks.error_memory import ErrorSlot
 from launcher.worker.ranks.heartbeat import Heartbeat
 from launcher.worker.ranks.numa import bind_to_gpu, num_omp_threads
@@ -99,6 +100,8 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
 
     if plan.topology.device == "cuda":
         bind_to_gpu(env.local_rank, plan.topology.ranks_per_node, num_omp_threads(os.environ))
+    else:
+        flight_recorder.answer_requests(os.environ, env.rank)
     rank_info = RankInfo(env.rank, env.local_rank, env.world_size, attempt, env.restart)
     try:
         with explained_out_of_memory(plan, run, lambda: bool(progress.step)):

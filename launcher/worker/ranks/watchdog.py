@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _SLOWEST_STEPS = 10
 _LONGEST_INTERVAL_S = 1.0
+# From the request for a rank's stacks and collectives to its kill. torch looks once a second whether it is asked.
+DUMP_S = 3.0
 # The multiple of its limit after which a rank is killed: one that is behind the others, and one without a visible reason.
 _BEHIND, _UNCLEAR = 1.25, 1.5
 _JOIN_S = 5.0
@@ -139,8 +141,9 @@ def stalled_in_loading(
 class Watchdog:
     """Watches the ranks in `table` that are children of this process; calls `on_stall` with a message on those that it killed.
 
-    `on_silence` is called with each rank that has its stacks dumped. `stall_s` 0 watches nothing. For `rare_s` see StallLimits.
-    `store` is that of all nodes of the run; None where there is one.
+    `on_silence` is called with each rank that has its stacks dumped; `explain` returns what the dumps of all ranks say, empty for
+    nothing. `stall_s` 0 watches nothing. For `rare_s` see StallLimits. `store` is that of all nodes of the run; None where there
+    is one.
     """
 
     def __init__(
@@ -151,9 +154,10 @@ class Watchdog:
         on_stall: Callable[[str], None],
         store: Store | None = None,
         on_silence: Callable[[int], None] = lambda rank: None,
+        explain: Callable[[], str] = str,
     ) -> None:
         self._table = table
-        self._on_silence = on_silence
+        self._on_silence, self._explain = on_silence, explain
         self._store = store
         self._shared: SharedProgress | None = None
         self._progressed_at = -math.inf
@@ -162,7 +166,9 @@ class Watchdog:
         self._on_stall = on_stall
         self._interval_s = min(_LONGEST_INTERVAL_S, stall_s / 10)
         self._looked = self._since = time.monotonic()
-        self._dumped: set[int] = set()
+        # When the processes were asked for their stacks and collectives.
+        self._asked: dict[int, float] = {}
+        self._dump_s = min(DUMP_S, stall_s / 4)
         self._done: set[int] = set()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -199,20 +205,24 @@ class Watchdog:
         if not verdict.stalled:
             others_at = self._others_at({r: beats[r] for r in states}, has_started=bool(read))
             verdict = stalled_in_loading(beats, states, now, self._limits, self._since, others_at)
-        pids = {beats[r].pid for r in verdict.stalled}
-        fresh, self._dumped = pids - self._dumped, pids
+        asked, self._asked = self._asked, {}
         for r in verdict.stalled:
-            if beats[r].pid in fresh:
+            pid = beats[r].pid
+            if pid not in asked:
                 _send(ranks[r], signal.SIGQUIT)
                 self._on_silence(beats[r].rank)
-        # The dump has time until the next look, and the rank a last chance to progress.
-        if not verdict.kill or any(beats[r].pid in fresh for r in verdict.kill):
+            self._asked[pid] = asked.get(pid, now)
+        # The dumps take a moment, and the rank has a last chance to progress.
+        if not verdict.kill or any(now - self._asked[beats[r].pid] < self._dump_s for r in verdict.kill):
             return
+        # Before the kill: the agent reports the failure as soon as the rank has ended.
+        explanation = self._explain()
         for r in verdict.kill:
             _send(ranks[r], signal.SIGKILL)
         # The agent ends the others, which wait for the killed rank and may take a while to end.
         self._done |= {beat.pid for beat in beats.values()}
-        self._on_stall("; ".join(describe(beats[r], verdict.stalled[r], reason) for r, reason in verdict.kill.items()))
+        messages = [describe(beats[r], verdict.stalled[r], reason) for r, reason in verdict.kill.items()]
+        self._on_stall("; ".join(filter(None, (*messages, explanation))))
 
     def _others_at(self, living: Mapping[int, Beat], has_started: bool) -> float:
         """Tell the other nodes whether these ranks progress, and return when any rank of the run was last seen to.

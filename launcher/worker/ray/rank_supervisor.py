@@ -11,10 +11,9 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,12 +254,12 @@ class _Worker:
         limits = LimitEvents.read()
         mirror = self._start_mirror(plan, orders, run)
         environment = self._rank_environment(plan, orders, error_file, table, errors)
-        recorder = FlightRecorder(run.attempt(attempt) / "nccl", plan.topology.device == "cuda")
+        recorder = FlightRecorder(run, attempt, plan.topology.world_size, plan.config.cluster.stall_seconds)
         recorder.set_variables(environment)
         rank = self._start_rank(orders, environment)
         try:
             observer = Observer(table, self.local_rank, plan.config.cluster.stall_seconds)
-            watched = self._watch(rank, observer, partial(recorder.request, assignment.rank))
+            watched = self._watch(rank, observer, recorder, assignment.rank)
         finally:
             if rank.poll() is None:
                 rank.kill()
@@ -314,16 +313,16 @@ class _Worker:
         self.ranks.close()
         return rank
 
-    def _watch(self, rank: RankProcess, observer: Observer, on_silence: Callable[[], None]) -> _Watched:
+    def _watch(self, rank: RankProcess, observer: Observer, recorder: FlightRecorder, number: int) -> _Watched:
         """Send heartbeats until the rank has ended, and pass the coordinator's signals on to it."""
         watched = _Watched()
         while rank.poll() is None:
             reply = self._beat(None, observer.sign(rank.pid))
             if reply.dump_stacks:
                 rank.send_signal(signal.SIGQUIT)
-                on_silence()
+                recorder.request(number)
             if reply.hang is not None and not watched.stalls:
-                watched.stalls.append(reply.hang)
+                watched.stalls.append("; ".join(filter(None, (reply.hang, recorder.explain()))))
                 rank.kill()
             elif reply.signal is not None:
                 sent_at = watched.sent_at.setdefault(reply.signal, time.monotonic())

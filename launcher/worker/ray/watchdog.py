@@ -11,7 +11,7 @@ import psutil
 
 from launcher.worker.ranks.heartbeat import Beat, HeartbeatTable
 from launcher.worker.ranks.load_progress import LoadProgress
-from launcher.worker.ranks.watchdog import StallLimits, is_loading, stalled, stalled_in_loading
+from launcher.worker.ranks.watchdog import DUMP_S, StallLimits, is_loading, stalled, stalled_in_loading
 from launcher.worker.ray.messages import RankSign
 
 # Workers send several heartbeats a second. One that is silent for so long is cut off, or its machine hangs. Where the limit for
@@ -19,8 +19,6 @@ from launcher.worker.ray.messages import RankSign
 SILENT_S = 60.0
 # A worker's heartbeat counts as evidence for so long, or for this share of the stall limit where that is less.
 _FRESH_S, _FRESH_SHARE = 10.0, 0.2
-# From the request for a rank's stacks to its kill.
-_DUMP_S = 2.0
 
 
 class Observer:
@@ -113,7 +111,7 @@ class GroupLiveness:
             verdict = stalled_in_loading(beats, self._states, now, self._limits, self._since, others_at)
         self._stuck = {rank: self._stuck.get(rank, now) for rank in verdict.stalled}
         self._dumped &= self._stuck.keys()
-        if any(now - self._stuck[rank] < _DUMP_S for rank in verdict.kill):
+        if any(now - self._stuck[rank] < DUMP_S for rank in verdict.kill):
             return {}
         return {rank: (beats[rank], verdict.stalled[rank], reason) for rank, reason in verdict.kill.items()}
 

@@ -29,7 +29,7 @@ from launcher.worker.ray.watchdog import GroupLiveness, Observer
 
 @pytest.fixture(autouse=True)
 def stacks_need_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "_DUMP_S", 0.0)
+    monkeypatch.setattr(watchdog, "DUMP_S", 0.0)
 
 
 def beats(fake: FakeWorkers, *signs: RankSign | None) -> list[BeatReply]:
