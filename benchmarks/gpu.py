@@ -255,8 +255,7 @@ class Proof:
         return prepared
 
     def launcher_side(self, case: str, prepared: sides.Prepared, seconds: float, liger: bool) -> None:
-        if liger:
-            prepared = prepared.with_overrides("model.liger=true")
+        prepared = prepared.with_overrides(f"model.liger={str(liger).lower()}")
         figures = sides.launcher_side(replace(prepared, timeout_s=seconds), without_last_save=True)
         plan = prepared.plan
         named = (_ATTENTION.match(text) for text in figures["messages"])

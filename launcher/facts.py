@@ -33,7 +33,7 @@ from launcher.models import isolation_verdicts
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, Lineage, ModelFacts, Provenance
 from launcher.security import ownership
 
-_PACKAGES = ("torch", "deepspeed", "transformers", "ray", "wandb", "hydra-core", "submitit", "safetensors")
+_PACKAGES = ("torch", "deepspeed", "transformers", "ray", "wandb", "hydra-core", "submitit", "safetensors", "liger-kernel")
 
 
 def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:

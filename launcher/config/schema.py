@@ -126,9 +126,13 @@ class ModelSection(Section):
             "that fits into a GPU; none on CPUs."
         ),
     )
-    liger: Flag = Field(
-        False,
-        description="Use Liger's fused kernels for norms, rotary embedding and MLP (GPU only; the extra `gpu` installs it).",
+    liger: Literal["auto"] | Flag = Field(
+        "auto",
+        description=(
+            "Liger's fused kernels for norms, rotary embedding and MLP on GPUs. auto: where it is installed (the extra `gpu`), "
+            "for dense architectures that it knows; where ranks cannot import it, they train without it, with an alert. true: "
+            "such a run is refused. CPUs never use it."
+        ),
     )
     trust_remote_code: Flag = Field(
         False,

@@ -264,8 +264,8 @@ class LaunchPlan(Record):
     """All decisions of a run. Workers read nothing else. `eval_sets` has the data of eval.sets by name.
 
     `gpu_name` is the name or type of the GPUs, empty on CPUs. `checkpointing` is the decided model.activation_checkpointing: all,
-    none or every N, and `loss_chunk_tokens` the decided train.loss_chunk_tokens. They and `peak` are None in a plan of an earlier
-    launcher.
+    none or every N, `loss_chunk_tokens` the decided train.loss_chunk_tokens, and `liger` the decided model.liger. They and `peak`
+    are None in a plan of an earlier launcher.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -280,6 +280,7 @@ class LaunchPlan(Record):
     memory: Memory
     checkpointing: str | None = None
     loss_chunk_tokens: int | None = None
+    liger: bool | None = None
     peak: PeakMemory | None = None
     checkpoint_bytes: int
     saving: Saving
@@ -295,6 +296,12 @@ class LaunchPlan(Record):
     def activation_checkpointing(self) -> str:
         """The layers that recompute their activations: all, none or every N."""
         return self.checkpointing or self.config.model.activation_checkpointing.replace("auto", "none")
+
+    @property
+    def uses_liger(self) -> bool:
+        """Whether the ranks are to compute with Liger's kernels, which GPUs alone have."""
+        liger = self.config.model.liger is True if self.liger is None else self.liger
+        return liger and self.topology.device == "cuda"
 
     @property
     def chunk_tokens(self) -> int:

@@ -18,7 +18,7 @@ from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, Limits, Mode
 from launcher.plan.optimizers import OPTIMIZERS, optimizer_problems
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import default_name
-from launcher.plan.sizing import combinations
+from launcher.plan.sizing import combinations, kernels
 from launcher.plan.sizing.remedies import nearest_fits
 
 CPU_RANKS = 2
@@ -48,14 +48,16 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     # The main memory of this machine only counts where the plan is for machines of its kind.
     host_memory_gib = facts.device.host_memory_gib if facts.device.kind == topology.device else None
     nvme_folder = _nvme_folder(config, run_name, run_dir)
+    liger = kernels.uses_liger(config.model, facts.model, topology.device, facts.provenance.packages)
     planned = LaunchPlan(
         run_name=run_name,
         run_dir=str(run_dir),
         wandb_id=hashlib.blake2b(f"{run_dir}|{facts.provenance.created_at}".encode(), digest_size=6).hexdigest(),
         config=config,
         **_parts_by_ranks(
-            config, facts.model, facts.data, topology, gpu_name, nvme_folder, device_gib(config, facts), host_memory_gib
+            config, facts.model, facts.data, topology, gpu_name, nvme_folder, device_gib(config, facts), host_memory_gib, liger
         ),
+        liger=liger,
         checkpoint_bytes=memory.checkpoint_bytes(facts.model.num_params, OPTIMIZERS[config.optim.name]),
         limits=_limits(config),
         price=_price(config, facts, topology),
@@ -114,7 +116,9 @@ def resized(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> Launch
         raise ConfigError(problems)
     nvme_folder = _nvme_folder(config, planned.run_name, Path(planned.run_dir))
     device_gib, node_gib = planned.memory.device_gib, planned.memory.node_gib
-    parts = _parts_by_ranks(config, planned.model, planned.data, topology, planned.gpu_name, nvme_folder, device_gib, node_gib)
+    parts = _parts_by_ranks(
+        config, planned.model, planned.data, topology, planned.gpu_name, nvme_folder, device_gib, node_gib, planned.uses_liger
+    )
     if not planned.saving.background:
         parts["saving"] = planned.saving
     return planned.model_copy(update=parts)
@@ -129,10 +133,11 @@ def _parts_by_ranks(
     nvme_folder: str | None,
     device_gib: float | None,
     host_memory_gib: float | None,
+    liger: bool,
 ) -> dict[str, Any]:
     """Return the parts of a plan that depend on the number of ranks."""
     optimizer = OPTIMIZERS[config.optim.name]
-    situation = combinations.Situation(config, model, data, topology, lookup(gpu_name), device_gib)
+    situation = combinations.Situation(config, model, data, topology, lookup(gpu_name), device_gib, liger)
     chosen = combinations.choose(situation)
     split = chosen.batch
     states = memory.estimate_model_states(
@@ -160,7 +165,9 @@ def _parts_by_ranks(
 def situation_of(planned: LaunchPlan) -> combinations.Situation:
     """Return what the combinations of a plan's settings are tried for."""
     gpu, device_gib = lookup(planned.gpu_name), planned.memory.device_gib
-    return combinations.Situation(planned.config, planned.model, planned.data, planned.topology, gpu, device_gib)
+    return combinations.Situation(
+        planned.config, planned.model, planned.data, planned.topology, gpu, device_gib, planned.uses_liger
+    )
 
 
 def planned_tokens_per_sec(planned: LaunchPlan, gpu: GpuType | None = None) -> float | None:
@@ -174,7 +181,7 @@ def planned_tokens_per_sec(planned: LaunchPlan, gpu: GpuType | None = None) -> f
     combination = combinations.Combination(
         planned.batch.micro_batch_size,
         planned.activation_checkpointing,
-        config.model.liger,
+        planned.uses_liger,
         memory.num_hpz_ranks(config.deepspeed, topology.ranks_per_node),
         config.deepspeed.offload_optimizer,
         config.deepspeed.offload_params,

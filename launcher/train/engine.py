@@ -104,8 +104,17 @@ def _partitioned_model(plan: LaunchPlan, make_progress: MakeProgress, has_checkp
     partitioning = HfDeepSpeedConfig(plan.deepspeed)
     config = plan.config
     device, chunk_tokens = plan.topology.device, plan.chunk_tokens
-    progress, layers = make_progress, plan.activation_checkpointing
-    yield build_model(config.model, plan.model, device, chunk_tokens, config.data.packing, progress, has_checkpoint, layers)
+    yield build_model(
+        config.model,
+        plan.model,
+        device,
+        chunk_tokens,
+        packing=config.data.packing,
+        make_progress=make_progress,
+        has_checkpoint=has_checkpoint,
+        checkpointing=plan.activation_checkpointing,
+        uses_liger=plan.uses_liger,
+    )
     del partitioning
 
 

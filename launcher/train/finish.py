@@ -32,6 +32,7 @@ from launcher.tracking.jsonl import read_metrics
 from launcher.tracking.overfitting import read_overfitting
 from launcher.tracking.progress import EVENT, Pace, as_events, say_that_it_works, silent
 from launcher.tracking.tracker import Composite
+from launcher.train import liger
 from launcher.train.engine import leave_process_group
 from launcher.train.model import weights_gib
 
@@ -48,6 +49,7 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
             the engine's.
     """
     _free_memory()
+    liger.undo()
     _report_overfitting(plan, tracker)
     if not plan.config.export.enabled:
         return

@@ -30,7 +30,7 @@ from launcher.models.weight_files import WeightReport, read_header, weight_files
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.sizing.checkpointed_layers import NONE, checkpointed_layers, interval
 from launcher.tracking.progress import MakeProgress, silent
-from launcher.train import attention
+from launcher.train import attention, liger
 from launcher.train.loss import LossHead
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -43,9 +43,11 @@ _MISMATCH_ERRORS = ("Error(s) in loading state_dict", "Failed to apply weight co
 class CausalLMLoss(nn.Module):
     """A Hugging Face model with a forward pass that returns the loss over trained labels."""
 
-    def __init__(self, model: nn.Module, flatten: bool) -> None:
+    def __init__(self, model: nn.Module, flatten: bool, liger_problem: str = "") -> None:
         super().__init__()
         self.hf = model
+        # Why Liger is not used, although the plan assumes it.
+        self.liger_problem = liger_problem
         # FlashAttention and varlen attend within documents in a batch of one row only.
         self.flatten = flatten
         # In a tuple, so that it is not registered as a module a second time.
@@ -135,6 +137,7 @@ def build_model(
     make_progress: MakeProgress = silent,
     has_checkpoint: bool = False,
     checkpointing: str = NONE,
+    uses_liger: bool = False,
 ) -> CausalLMLoss:
     """Build the model that the plan names. Call it while an HfDeepSpeedConfig is alive.
 
@@ -173,14 +176,12 @@ def build_model(
     elif hf is None:
         hf = AutoModelForCausalLM.from_config(config, **options, **remote)
     _replace_head(hf, chunk_tokens)
-    if model.liger:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-        _apply_liger_kernel_to_instance(hf, fused_linear_cross_entropy=False, cross_entropy=False)
+    liger_problem = liger.use_liger(hf, model, torch.device(device)) if uses_liger else ""
     checkpoint_layers(hf, checkpointing)
     hf.train()
     # Where documents are not packed, they may affect each other, and so may the rows of a flattened batch.
-    return CausalLMLoss(hf, flatten=packing and (kernel == attention.VARLEN or kernel.startswith("flash_attention")))
+    flatten = packing and (kernel == attention.VARLEN or kernel.startswith("flash_attention"))
+    return CausalLMLoss(hf, flatten, liger_problem)
 
 
 def read_own_config(folder: Path, trust_remote_code: bool) -> Any:

@@ -111,6 +111,9 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     engine, model = build_engine(plan, rank_info, make_progress, has_checkpoint=start.checkpoint is not None)
     if device.type == "cuda":
         tracker.event("info", attention.describe(plan.config.model, model.hf.config, plan.config.data.packing), 0)
+    if plan.uses_liger:
+        used = "norms, rotary embedding and MLP are computed by Liger"
+        tracker.event("alert" if model.liger_problem else "info", model.liger_problem or used, 0)
     # An engine that cannot be saved is refused here, not at the first checkpoint.
     saver = _build_saver(run, engine, model, fence)
     batches, eval_rows = _open_batches(run, data), _open_eval_rows(run, data)

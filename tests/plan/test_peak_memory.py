@@ -9,11 +9,14 @@ from typing import Any
 import bare_memory
 import pytest
 import yaml
+from plan_fixtures import facts_for
 
+from launcher.cli.views.memory_view import peak_line
 from launcher.config.compose import conf_dir
+from launcher.config.schema import RunConfig
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.planner import situation_of
+from launcher.plan.planner import plan, situation_of
 from launcher.plan.sizing.activations import Kernels, layer_activations
 from launcher.plan.sizing.checkpointed_layers import checkpointed_layers
 from launcher.plan.sizing.combinations import PREFERRED_SHARE, choose, evaluate
@@ -125,3 +128,42 @@ def test_gradients_that_ranks_sum_in_fp32_take_memory_for_copies_and_time(plan_o
     assert planned.peak.largest.name == "final norm"
     # The network is the bottleneck with so few tokens: 2 + 2 + 2 bytes for each parameter, and 2 + 2 + 4.
     assert speeds[8, "fp32"] / speeds[8, "bf16"] == pytest.approx(6 / 8, abs=0.05)
+
+
+INSTALLED = {"torch": "2.13.0", "liger-kernel": "0.8.5"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "packages", "is_used", "words"),
+    [
+        (H100, INSTALLED, True, "Liger's kernels"),
+        (H100, {}, False, "without Liger, which is not installed here (pip install 'launcher[gpu]')"),
+        ((*H100, "model.liger=true"), {}, True, "Liger's kernels"),
+        ((*H100, "model.liger=false"), INSTALLED, False, "without Liger (model.liger=false)"),
+        ((*H100, "model=qwen3_30b_a3b", "cluster.nodes=8"), INSTALLED, False, ""),
+        (("model.liger=true",), INSTALLED, False, ""),
+        ((), INSTALLED, False, ""),
+    ],
+    ids=["installed", "not installed", "true", "false", "experts", "true on CPUs", "CPUs"],
+)
+def test_liger_is_used_where_it_is_installed_and_made_for_the_model(
+    config_of: Callable[..., RunConfig], settings: tuple[str, ...], packages: dict[str, str], is_used: bool, words: str
+) -> None:
+    config = config_of(*(settings if "model=" in " ".join(settings) else ("model=llama3_1_8b", *settings)))
+    facts = facts_for(config)
+    facts = facts.model_copy(update={"provenance": facts.provenance.model_copy(update={"packages": packages})})
+    planned = plan(config, facts)
+    assert planned.uses_liger is is_used
+    assert choose(situation_of(planned)).combination.liger is is_used
+    assert LaunchPlan.from_json(planned.to_json()).uses_liger is is_used
+    line = peak_line(planned)
+    assert line is not None
+    assert line.endswith(f", {words}") if words else "Liger" not in line
+    assert planned.peak == choose(situation_of(planned)).peak
+
+
+def test_a_plan_of_an_earlier_launcher_uses_liger_where_its_settings_say_so(plan_of: PlanOf) -> None:
+    planned = plan_of("model=llama3_1_8b", *H100, "model.liger=true").model_copy(update={"liger": None})
+    assert planned.uses_liger
+    section = planned.config.model.model_copy(update={"liger": False})
+    assert not planned.model_copy(update={"config": planned.config.model_copy(update={"model": section})}).uses_liger

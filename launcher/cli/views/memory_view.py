@@ -11,6 +11,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import situation_of
 from launcher.plan.quantities import format_count
 from launcher.plan.sizing.combinations import PREFERRED_SHARE, USABLE_SHARE, Considered, considered
+from launcher.plan.sizing.kernels import describe_liger
 
 _MOST_ROWS = 16
 _STAGE_LEGEND = (
@@ -44,7 +45,8 @@ def peak_line(plan: LaunchPlan) -> str | None:
     sizes = ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items() if gib >= 0.005)
     basis = "" if peak.is_measured or plan.topology.device == "cpu" else ", estimated"
     total = f"{peak.peak_gib:.2f}{of} GiB per rank{basis}, highest in the {stage.name} stage"
-    return f"{total}: {sizes or 'under 5 MiB each'}; {_recomputed(plan)}"
+    kernels = describe_liger(plan.config.model, plan.model, plan.topology.device, plan.uses_liger)
+    return f"{total}: {sizes or 'under 5 MiB each'}; {', '.join(filter(None, (_recomputed(plan), kernels)))}"
 
 
 def tight_note(plan: LaunchPlan) -> str:

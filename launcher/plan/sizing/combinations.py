@@ -19,6 +19,7 @@ from launcher.plan.launch_plan import LOSS_CHUNK_TOKENS, Batch, DataFacts, Model
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.sizing.activations import Kernels
 from launcher.plan.sizing.checkpointed_layers import ALL, AUTO, NONE, checkpointed_layers, interval
+from launcher.plan.sizing.kernels import attention_kernel, has_liger_kernels
 from launcher.plan.sizing.peak_memory import Pass, Sharding, estimate_peak
 from launcher.plan.sizing.step_time import predict_step
 
@@ -76,7 +77,10 @@ class Considered:
 
 @dataclass(frozen=True)
 class Situation:
-    """What combinations are tried for: settings, model, data, ranks, and the GPU's type and memory, None where unknown."""
+    """What combinations are tried for: settings, model, data, ranks, and the GPU's type and memory, None where unknown.
+
+    `liger` is what model.liger has become.
+    """
 
     config: RunConfig
     model: ModelFacts
@@ -84,21 +88,7 @@ class Situation:
     topology: Topology
     gpu: GpuType | None
     device_gib: float | None
-
-
-def attention_kernel(config: RunConfig, model: ModelFacts, device: str) -> str:
-    """Return the attention kernel that a plan assumes. varlen stands for FlashAttention as well, which keeps the same.
-
-    For `auto` it is the one with which the model was probed, unless that does not compute this run's attention on GPUs.
-    """
-    chosen = config.model.attention
-    if chosen != AUTO:
-        return chosen
-    probed = "varlen" if model.isolation is None else model.isolation.kernel
-    has_dropout = bool(model.config.get("attention_dropout"))
-    if probed in (AUTO, "varlen"):
-        return "sdpa" if device == "cuda" and (config.model.dtype == "fp32" or has_dropout) else "varlen"
-    return probed
+    liger: bool = False
 
 
 def choose(situation: Situation) -> Considered:
@@ -115,7 +105,7 @@ def choose(situation: Situation) -> Considered:
     usual = Combination(
         split.micro_batch_size,
         _usual_checkpointing(situation),
-        config.model.liger,
+        situation.liger,
         memory.num_hpz_ranks(config.deepspeed, topology.ranks_per_node),
         config.deepspeed.offload_optimizer,
         config.deepspeed.offload_params,
@@ -147,7 +137,9 @@ def considered(situation: Situation) -> list[Considered]:
     tried = {base: chosen}
     for one in _allowed(situation, base):
         tried.setdefault(one, evaluate(situation, one, is_allowed=True))
-    variants = [replace(base, liger=not base.liger)]
+    variants = []
+    if base.liger or has_liger_kernels(config.model, situation.model, situation.topology.device):
+        variants.append(replace(base, liger=not base.liger))
     if situation.topology.nodes > 1 and base.hpz_ranks == 1:
         variants.append(replace(base, hpz_ranks=ranks))
     if base.hpz_ranks > 1:

@@ -14,6 +14,7 @@ from launcher.plan.memory import num_hpz_ranks
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.sizing.checkpointed_layers import ALL
 from launcher.plan.sizing.combinations import Combination, Considered, Situation, choose, evaluate
+from launcher.plan.sizing.kernels import has_liger_kernels
 
 _MOST_NODES = 64
 _SHORTEST_ROW = 1024
@@ -32,7 +33,7 @@ def memory_savings(situation: Situation, micro_batch_size: int, checkpointing: s
     section = config.deepspeed
     hpz_ranks = num_hpz_ranks(section, situation.topology.ranks_per_node)
     base = Combination(
-        micro_batch_size, checkpointing, config.model.liger, hpz_ranks, section.offload_optimizer, section.offload_params
+        micro_batch_size, checkpointing, situation.liger, hpz_ranks, section.offload_optimizer, section.offload_params
     )
     smaller = max((size for size in range(1, micro_batch_size) if micro_batch_size % size == 0), default=None)
     changes: dict[str, dict[str, Any]] = {}
@@ -40,7 +41,7 @@ def memory_savings(situation: Situation, micro_batch_size: int, checkpointing: s
         changes[f"train.micro_batch_size={smaller}"] = {"micro_batch_size": smaller}
     if checkpointing != ALL:
         changes["model.activation_checkpointing=all"] = {"checkpointing": ALL}
-    if not base.liger:
+    if not base.liger and has_liger_kernels(config.model, situation.model, situation.topology.device):
         changes["model.liger=true"] = {"liger": True}
     if base.offload_optimizer == "none" and OPTIMIZERS[config.optim.name].can_offload:
         changes["deepspeed.offload_optimizer=cpu"] = {"offload_optimizer": "cpu"}

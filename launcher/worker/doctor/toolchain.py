@@ -91,7 +91,7 @@ def check_flash_attention(config: RunConfig) -> Iterator[CheckResult]:
 
 def check_liger(config: RunConfig) -> Iterator[CheckResult]:
     """Import Liger's kernels if they are installed."""
-    is_used = config.model.liger
+    is_used = config.model.liger is True
     yield from _check_import(*_LIGER, "model.liger=true" if is_used else "", is_used, "model.liger=false")
 
 

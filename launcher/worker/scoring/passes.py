@@ -19,7 +19,6 @@ import xxhash
 
 from launcher import hardware
 from launcher.clusters.network import LOOPBACK, free_port
-from launcher.config.schema import ModelSection
 from launcher.data.cache import Split
 from launcher.data.cache_dir import cache_root
 from launcher.data.score_store import ScoreKey, ScoreStore
@@ -107,13 +106,13 @@ def make_key(plan: LaunchPlan, weights_digest: str, one: ScorePass, device: str)
         device=device,
         torch=importlib.metadata.version("torch"),
         transformers=importlib.metadata.version("transformers"),
-        kernels=", ".join(_list_kernels(model)),
+        kernels=", ".join(_list_kernels(plan)),
     )
 
 
-def _list_kernels(model: ModelSection) -> Iterator[str]:
+def _list_kernels(plan: LaunchPlan) -> Iterator[str]:
     """Yield the packages with kernels that a pass may use, with their versions."""
-    packages = ("flash-attn", "flash-attn-3", "flash-attn-4", *(("liger-kernel",) if model.liger else ()))
+    packages = ("flash-attn", "flash-attn-3", "flash-attn-4", *(("liger-kernel",) if plan.uses_liger else ()))
     for package in packages:
         with suppress(importlib.metadata.PackageNotFoundError):
             yield f"{package} {importlib.metadata.version(package)}"
