@@ -32,8 +32,8 @@ from launcher.tracking.jsonl import read_metrics
 from launcher.tracking.overfitting import read_overfitting
 from launcher.tracking.progress import EVENT, Pace, as_events, say_that_it_works, silent
 from launcher.tracking.tracker import Composite
-from launcher.train import liger
 from launcher.train.engine import leave_process_group
+from launcher.train.kernels import liger
 from launcher.train.model import weights_gib
 
 # Called on rank 0 with the plan, the Hugging Face folder, the device type on which its model fits, and the tracker.

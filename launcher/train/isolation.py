@@ -18,7 +18,7 @@ from torch import Tensor
 from launcher.errors import ConfigError
 from launcher.plan.architecture import causality_problem, leak_problem, logits_problem
 from launcher.plan.launch_plan import IsolationVerdict, LaunchPlan
-from launcher.train.attention import VARLEN
+from launcher.train.kernels.attention import VARLEN
 from launcher.train.model import CausalLMLoss
 
 DOCUMENT_TOKENS = 16

@@ -25,11 +25,11 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.goodput import JOINED, PHASE
 from launcher.tracking.progress import as_events, silent
 from launcher.tracking.tracker import Composite
-from launcher.train import attention
 from launcher.train.checkpointer import Checkpointer
 from launcher.train.engine import build_engine
 from launcher.train.evaluation.evaluator import EvalRows, Evaluator
 from launcher.train.evaluation.score import Scorer
+from launcher.train.kernels import attention
 from launcher.train.model import CausalLMLoss
 from launcher.train.monitoring import bandwidth
 from launcher.train.monitoring.monitor import Monitor

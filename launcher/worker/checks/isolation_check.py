@@ -50,8 +50,8 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
     import torch
     from transformers import AutoConfig
 
-    from launcher.train import attention
     from launcher.train.isolation import NotMeasurable, measure_isolation
+    from launcher.train.kernels import attention
     from launcher.train.model import CausalLMLoss
     from launcher.worker.checks import reduced_model
 
@@ -114,8 +114,8 @@ def _own_logits(hf: Any) -> Any:
     """
     import torch
 
-    from launcher.train import attention
     from launcher.train.isolation import few_tokens
+    from launcher.train.kernels import attention
 
     kernel = hf.config._attn_implementation
     try:

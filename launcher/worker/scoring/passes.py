@@ -91,7 +91,7 @@ def make_key(plan: LaunchPlan, weights_digest: str, one: ScorePass, device: str)
     """Return everything that the scores of a pass depend on."""
     import torch
 
-    from launcher.train import attention
+    from launcher.train.kernels import attention
 
     model = plan.config.model
     digest = one.facts.digest.split("-")[-1 if one.held_out else 0]
