@@ -44,7 +44,7 @@ def run(
 
     A gain is about every task with that metric, and fails where none has it.
     """
-    _require_gpu(config)
+    require_gpu(config, "tasks are scored", "--tasks")
     prepared = run_reporting(_PREPARE, config, str(run_dir.plan), "--step", str(step), *options.arguments())
     _require_metrics(gains, prepared["metrics"])
     shown: dict[str, Any] = run_reporting(_SCORE, config, prepared["folder"])
@@ -66,13 +66,13 @@ def run(
     return EXIT_CHECK_FAILED if failed else 0
 
 
-def _require_gpu(config: RunConfig) -> None:
-    """Refuse to load on the CPU of a login node what was trained on a cluster."""
+def require_gpu(config: RunConfig, activity: str, option: str) -> None:
+    """Refuse to load on the CPU of a login node what was trained on a cluster. `activity` is what is done on this machine."""
     nodes = evaluation_nodes_for(config.cluster.kind)
     if nodes is not None and nodes.runs_elsewhere(config) and device().kind != "cuda":
         raise SubmitError(
-            "tasks are scored on this machine, and it has no GPU",
-            where="--tasks",
+            f"{activity} on this machine, and it has no GPU",
+            where=option,
             value=f"the run's cluster is {config.cluster.kind}",
             remedy="start the command where a GPU is, such as: srun --gpus 1 python -m launcher evaluate ...; or add "
             "cluster=local to use this machine's CPU",

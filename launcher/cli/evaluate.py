@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launcher import json_records, locks, run_store
-from launcher.cli import benchmark_tasks
+from launcher.cli import benchmark_tasks, choice_sets
 from launcher.cli.arguments import VerbParser
 from launcher.cli.benchmark_tasks import BenchmarkOptions
 from launcher.cli.export import require_checkpoint
@@ -52,20 +52,23 @@ def run(verb: str, tokens: list[str]) -> int:
     ownership.require_run(run_dir)
     plan = run_store.load_plan(run_dir)
     config = _with_overrides(plan.config, arguments.overrides, plan.run_name)
-    metrics = config.evaluate.metrics if arguments.tasks is None else None
+    _require_matching_options(arguments)
+    metrics = None if arguments.tasks is not None else choice_sets.METRICS if arguments.choices else config.evaluate.metrics
     gains = parse_minimum_gains(arguments.min_gain, metrics)
     step = _step(run_dir, arguments.step)
     folder = run_dir.root / "evaluations" / f"step-{step:08d}"
     with private_files():
         folder.mkdir(parents=True, exist_ok=True)
-    if arguments.tasks is None and (arguments.limit is not None or arguments.task_folder is not None):
-        option = "--limit" if arguments.limit is not None else "--task-folder"
-        remedy = "add --tasks NAMES; evaluate.max_prompts=N is the number of held-out prompts"
-        raise ConfigError(f"{option} is about tasks, and --tasks names none", where="command line", remedy=remedy)
-    if arguments.tasks is not None:
-        options = BenchmarkOptions(arguments.tasks, arguments.task_folder, arguments.limit)
+    if arguments.tasks is not None or arguments.choices:
         with ended_by_signals(), _alone(folder):
-            return benchmark_tasks.run(config, run_dir, step, options, gains, arguments.json)
+            if arguments.choices:
+                files, limit = arguments.choices, arguments.limit
+                code = choice_sets.run(config, run_dir, step, files, limit, gains, arguments.json)
+            else:
+                options = BenchmarkOptions(arguments.tasks, arguments.task_folder, arguments.limit)
+                code = benchmark_tasks.run(config, run_dir, step, options, gains, arguments.json)
+        _send_to_wandb(plan, run_dir, step)
+        return code
     with ended_by_signals(), _alone(folder), alive_file(folder / "alive"):
         with private_files():
             run_reporting(_PREPARE, config, str(run_dir.plan), "--step", str(step))
@@ -87,6 +90,20 @@ def run(verb: str, tokens: list[str]) -> int:
     return EXIT_CHECK_FAILED if failed else 0
 
 
+def _require_matching_options(arguments: argparse.Namespace) -> None:
+    """Refuse options that contradict each other, and files of questions that cannot be used."""
+    where = "command line"
+    if arguments.tasks is not None and arguments.choices:
+        message = f"--tasks and {choice_sets.OPTION} are evaluations of their own"
+        raise ConfigError(message, where=where, remedy="give one of them, then the other")
+    if arguments.tasks is None and arguments.task_folder is not None:
+        raise ConfigError("--task-folder is about tasks, and --tasks names none", where=where, remedy="add --tasks NAMES")
+    if arguments.tasks is None and not arguments.choices and arguments.limit is not None:
+        remedy = f"add --tasks NAMES or {choice_sets.OPTION} FILE; evaluate.max_prompts=N is the number of held-out prompts"
+        raise ConfigError("--limit is about tasks and choices, and none are named", where=where, remedy=remedy)
+    choice_sets.require_files(arguments.choices)
+
+
 def _send_to_wandb(plan: LaunchPlan, run: RunDir, step: int) -> None:
     """Add the verdict to the W&B run, where the run has one; a failure is a line on standard error."""
     if plan.config.tracking.kind != "wandb" or plan.config.tracking.mode == "disabled":
@@ -103,7 +120,7 @@ def _send_to_wandb(plan: LaunchPlan, run: RunDir, step: int) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = VerbParser(
         prog="python -m launcher evaluate",
-        usage="%(prog)s RUN [--step N] [--tasks NAMES] [--json] [--min-gain METRIC:BASELINE:GAIN] [overrides]",
+        usage="%(prog)s RUN [--step N] [--tasks NAMES | --choices FILE] [--json] [--min-gain METRIC:BASELINE:GAIN] [overrides]",
         description=(
             "Answer held-out prompts with the base model, without and with examples, and with the tuned model;\n"
             "score the answers, and say whether fine-tuning helped. On a cluster, in an allocation of the run's settings."
@@ -124,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
         "--tasks", metavar="NAMES", help="score tasks of lm-evaluation-harness instead, on this machine, such as arc_easy,ifeval"
     )
     parser.add_argument("--task-folder", type=Path, help="folder with tasks of your own, as YAML files")
-    parser.add_argument("--limit", type=_positive, help="questions of each task, from its beginning (default: all)")
+    choices = "score questions with choices by their likelihoods instead, on this machine, one JSON object a line (repeatable)"
+    parser.add_argument("--choices", type=Path, action="append", default=[], metavar="FILE", help=choices)
+    parser.add_argument("--limit", type=_positive, help="questions of each task or file, from its beginning (default: all)")
     gain = (
         "exit with code 3 unless the lower bound of the difference to BASELINE (0-shot, few-shot) is at least GAIN (repeatable)"
     )

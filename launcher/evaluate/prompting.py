@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from launcher.config.sections.data import DataSection
 from launcher.data.sources import Chat, Completion, Message
-from launcher.data.tokenization.encoder import Encoder
+from launcher.data.tokenization.encoder import Encoder, RenderedDocument
+from launcher.data.tokenization.loss_mask import TrainedSpan
 from launcher.errors import DataError
 from launcher.evaluate.questions import EvalQuestion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_Written = TypeVar("_Written")
 
 CHAT, TEXT = "chat", "text"
 # Between examples in text. One that occurs in no example ends an answer as well.
@@ -53,6 +56,13 @@ class TunedPrompts:
 
     def write(self, questions: Sequence[EvalQuestion]) -> PromptBatch:
         return _batch([_encode(self._encoder, question) for question in questions], ())
+
+    def render(self, question: EvalQuestion, answers: Sequence[str]) -> list[RenderedDocument]:
+        """Return the prompt followed by each of `answers`, of which the answer alone is trained."""
+        document = question.document
+        if isinstance(document, Chat):
+            return _render_chat(self._encoder, document, document.messages, answers)
+        return [_render_text(question.where, document.prompt, answer) for answer in answers]
 
 
 class BasePrompts:
@@ -102,35 +112,73 @@ class BasePrompts:
         examples = self._examples[: style.shots]
         if style.form == CHAT:
             return _batch([self._write_chat(question, examples, style.instruction) for question in questions], ())
-        prompts = [self._write_text(question, examples, style.instruction) for question in questions]
+        prompts = [
+            _encode(self._encoder, replace(question, document=Completion(question.where, text, "")))
+            for question in questions
+            for text in [self._make_text(question, examples, style.instruction)]
+        ]
         has_labels = any(isinstance(question.document, Chat) for question in questions)
         return _batch(prompts, (self._separator, *((f"\n{_QUESTION}", "\nUser:") if has_labels else ())))
+
+    def render(self, question: EvalQuestion, answers: Sequence[str], style: PromptStyle) -> list[RenderedDocument]:
+        """Return the prompt in one style followed by each of `answers`, of which the answer alone is trained."""
+        examples, chat = self._examples[: style.shots], question.document
+        if style.form == CHAT:
+            assert isinstance(chat, Chat)
+            return self._with_instruction(
+                chat, examples, style.instruction, lambda messages: _render_chat(self._encoder, chat, messages, answers)
+            )
+        text = self._make_text(question, examples, style.instruction)
+        return [_render_text(question.where, text, answer) for answer in answers]
 
     def _write_chat(self, question: EvalQuestion, examples: Sequence[EvalQuestion], instruction: str) -> list[int]:
         chat = question.document
         assert isinstance(chat, Chat)
+
+        def write(messages: Sequence[Message]) -> list[int]:
+            return _encode(self._encoder, replace(question, document=Chat(chat.where, tuple(messages), chat.tools)))
+
+        return self._with_instruction(chat, examples, instruction, write)
+
+    def _with_instruction(
+        self, chat: Chat, examples: Sequence[EvalQuestion], instruction: str, write: Callable[[Sequence[Message]], _Written]
+    ) -> _Written:
+        """Return what `write` makes of the messages of a chat after examples, with an instruction as the template allows it."""
         shown = [message for example in examples for message in _turns(example)]
         system = [message for message in chat.messages if message.role == "system"]
         rest = [message for message in chat.messages if message.role != "system"]
         if not instruction:
-            return self._encode_chat(chat, question, [*system, *shown, *rest])
+            return write([*system, *shown, *rest])
         text = "\n\n".join([*(message.content for message in system), instruction])
         try:
-            return self._encode_chat(chat, question, [Message("system", text), *shown, *rest])
+            return write([Message("system", text), *shown, *rest])
         except DataError:
             # Some templates have no system message.
             first, *others = [*shown, *rest]
-            return self._encode_chat(chat, question, [replace(first, content=f"{text}\n\n{first.content}"), *others])
+            return write([replace(first, content=f"{text}\n\n{first.content}"), *others])
 
-    def _encode_chat(self, chat: Chat, question: EvalQuestion, messages: Sequence[Message]) -> list[int]:
-        return _encode(self._encoder, replace(question, document=Chat(chat.where, tuple(messages), chat.tools)))
-
-    def _write_text(self, question: EvalQuestion, examples: Sequence[EvalQuestion], instruction: str) -> list[int]:
+    def _make_text(self, question: EvalQuestion, examples: Sequence[EvalQuestion], instruction: str) -> str:
         system = _system_of(question)
         parts = [*filter(None, (system, instruction))]
         parts += [f"{_text_of(example)}{_spaced(example)}{example.reference.strip()}" for example in examples]
-        text = self._separator.join([*parts, _text_of(question)])
-        return _encode(self._encoder, replace(question, document=Completion(question.where, text, "")))
+        return self._separator.join([*parts, _text_of(question)])
+
+
+def _render_chat(encoder: Encoder, chat: Chat, messages: Sequence[Message], answers: Sequence[str]) -> list[RenderedDocument]:
+    """Return a chat with each answer as its last message, without what ends the turn."""
+    documents = []
+    for answer in answers:
+        rendered = encoder.render(Chat(chat.where, (*messages, Message("assistant", answer)), chat.tools))
+        span = rendered.spans[-1]
+        end = span.end if span.turn_end is None else span.turn_end
+        documents.append(RenderedDocument(chat.where, rendered.text[:end], (TrainedSpan(span.start, end),), raw=False))
+    return documents
+
+
+def _render_text(where: str, prompt: str, answer: str) -> RenderedDocument:
+    space = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
+    text = f"{prompt}{space}{answer}"
+    return RenderedDocument(where, text, (TrainedSpan(len(prompt), len(text)),), raw=True)
 
 
 def _encode(encoder: Encoder, question: EvalQuestion) -> list[int]:

@@ -22,7 +22,7 @@ from launcher.evaluate.overlap import TrainingCopy
 from launcher.evaluate.prompting import PromptStyle
 from launcher.evaluate.questions import EvalQuestion
 from launcher.models.weight_files import weight_files
-from launcher.tracking.verdicts import BENCHMARKS
+from launcher.tracking.verdicts import BENCHMARKS, CHOICES
 
 TUNED = "tuned"
 _TRAINING = "training"
@@ -160,6 +160,11 @@ class EvaluationFolder:
     def benchmarks(self) -> Path:
         """Scores by the tasks of lm-evaluation-harness."""
         return self.root / BENCHMARKS
+
+    @property
+    def choices(self) -> Path:
+        """Scores of questions with choices, a folder for each file of them."""
+        return self.root / CHOICES
 
     @property
     def processes(self) -> Path:

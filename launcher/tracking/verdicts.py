@@ -14,8 +14,8 @@ from launcher.plan.run_dir import RunDir
 _FOLDER = re.compile(r"step-(\d{8})")
 FILE_NAME = "verdict.json"
 TUNED = "tuned"
-# Of an evaluation's folder: verdicts by task of lm-evaluation-harness.
-BENCHMARKS = "benchmarks"
+# Of an evaluation's folder: verdicts by task of lm-evaluation-harness, and by file of questions with choices.
+BENCHMARKS, CHOICES = "benchmarks", "choices"
 
 
 class ComparisonOutcome(StrEnum):
@@ -202,9 +202,12 @@ def read_verdicts(run: RunDir) -> list[SetVerdict]:
     verdicts = []
     for folder in sorted((run.root / "evaluations").glob("step-*")):
         if match := _FOLDER.fullmatch(folder.name):
-            sets, tasks = (sorted(f.parent for f in folder.glob(f"{way}*/{FILE_NAME}")) for way in ("", f"{BENCHMARKS}/"))
+            sets, *others = (
+                sorted(file.parent for file in folder.glob(f"{way}*/{FILE_NAME}"))
+                for way in ("", f"{BENCHMARKS}/", f"{CHOICES}/")
+            )
             # The verdict beside the sets is that of the first one again.
-            for one in [*(sets or [folder]), *tasks]:
+            for one in [*(sets or [folder]), *(task for several in others for task in several)]:
                 verdict, current = read_verdict(one), digest_checkpoint(run, int(match[1]))
                 if verdict is not None and (not verdict.checkpoint or current in ("", verdict.checkpoint)):
                     verdicts.append(SetVerdict(int(match[1]), "" if one == folder else one.name, verdict))

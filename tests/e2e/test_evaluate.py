@@ -9,7 +9,9 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from e2e_tools import TINY, processes_of
 
@@ -93,6 +95,13 @@ def test_a_killed_evaluation_leaves_no_process_and_continues(launch: Launch, sta
         (("--step", "7"), "there is no committed checkpoint of step 7"),
         (("optim.lr=1",), "optim.lr cannot change in an evaluation"),
         (("--min-gain", "rouge_l:0-shot:0"), "--min-gain names rouge_l"),
+        (("--limit", "5"), "--limit is about tasks and choices, and none are named"),
+        (("--choices", "/missing/choices.jsonl"), "there is no such file"),
+        (("--choices", __file__, "--tasks", "arc_easy"), "--tasks and --choices are evaluations of their own"),
+        (("--choices", __file__, "--min-gain", "exact_match:0-shot:0"), "--min-gain names exact_match"),
+        (("--choices", __file__), "the line is not JSON"),
+        (("--tasks", "arc_easy", "cluster=slurm"), "tasks are scored on this machine, and it has no GPU"),
+        (("--choices", __file__, "cluster=slurm"), "choices are scored on this machine, and it has no GPU"),
         (("evaluate.metrics=[numeric]", "evaluate.max_prompts=50"), "numeric cannot score"),
     ],
 )
@@ -157,11 +166,75 @@ def test_tasks_of_the_harness_compare_both_models(launch: Launch, run: Path, tas
     again = launch(*command, "--tasks", "own_choices", timeout=DEADLINE_S)
     assert again.returncode == 0, again.stdout + again.stderr
     assert all(file.stat().st_mtime_ns == before[file] for file in before), "scores that exist are used"
+    unknown = launch(*command, "--tasks", "own_choices", "--min-gain", "acc_nrm:base:0", timeout=DEADLINE_S)
+    assert unknown.returncode == 2
+    assert "--min-gain names acc_nrm, which no task has" in unknown.stderr
+    assert "did you mean acc_norm?" in unknown.stderr
     refused = launch(*command, "--tasks", "own_choice,own_hub", timeout=DEADLINE_S)
     assert refused.returncode == 2
     assert "did you mean own_choices?" in refused.stderr
     assert "hf download --repo-type dataset someone/missing_data" in refused.stderr
     assert "datasets--someone--missing_data" in refused.stderr
+
+
+def choice_texts(shown: str, rows: list[dict], examples: list[dict], index: int, tokenizer: Any) -> tuple[str, str]:
+    """A prompt as the page describes it, and what stands between it and a choice."""
+    form, count = shown.partition(", ")[0], int(shown.split(", ")[1].split()[0]) if "examples" in shown else 0
+    asked = [*((one["question"], one["choices"][one["answer"]]) for one in examples[:count]), (rows[index]["question"], "")]
+    if form == "plain text":
+        return "\n\n".join(f"Question: {question}\nAnswer:{f' {answer}' if answer else ''}" for question, answer in asked), " "
+    turns = [
+        {"role": role, "content": text} for pair in asked for role, text in zip(("user", "assistant"), pair, strict=True) if text
+    ]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), ""
+
+
+def test_choices_are_scored_as_plain_transformers_scores_them(launch: Launch, run: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = [
+        {"question": f"What is {n} plus {n + 1}?", "choices": [f"{2 * n}", f"{2 * n + 1} it is", "none"], "answer": n % 3}
+        for n in range(20)
+    ]
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ("evaluate.shots=2", "evaluate.instructions=['']", "--choices", str(file), "--json")
+    done = launch("evaluate", str(run), *settings, "--min-gain", "acc:few-shot:0.9", timeout=DEADLINE_S)
+    assert done.returncode == 3, done.stdout + done.stderr
+    shown = json.loads(done.stdout)["sets"]["sums"]
+    assert [*shown["styles"]] == ["0-shot", "2-shot", "tuned"]
+    assert (shown["num_reserved"], shown["num_left_out"], shown["verdict"]["num_prompts"]) == (6, 0, 14)
+    plan = LaunchPlan.load(run / "plan.json")
+    tokenizer = AutoTokenizer.from_pretrained(plan.model.tokenizer_path)
+    model = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32).eval()
+    examples = [rows[i] for i in np.random.default_rng(plan.config.run.seed).permutation(len(rows))[:2]]
+    folder = run / "evaluations/step-00000001/choices/sums"
+    for side, style in shown["styles"].items():
+        right = []
+        for line in (folder / f"{side}.jsonl").read_text().splitlines():
+            one = json.loads(line)
+            index = int(one["where"].rpartition(":")[2]) - 1
+            prompt, space = choice_texts(style, rows, examples, index, tokenizer)
+            expected = []
+            for choice in rows[index]["choices"]:
+                begin, end = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, space + choice))
+                with torch.no_grad():
+                    logits = model(torch.tensor([begin + end])).logits[0, len(begin) - 1 : -1]
+                expected.append(float(logits.log_softmax(-1).gather(1, torch.tensor(end)[:, None]).sum()))
+            assert one["log_likelihoods"] == pytest.approx(expected, abs=1e-3)
+            lengths = [len(choice) for choice in rows[index]["choices"]]
+            by_length = [value / length for value, length in zip(expected, lengths, strict=True)]
+            right.append([max(range(3), key=values.__getitem__) == rows[index]["answer"] for values in (expected, by_length)])
+        for number, metric in enumerate(("acc", "acc_norm")):
+            assert shown["verdict"]["means"][metric][side] == pytest.approx(np.mean([pair[number] for pair in right]))
+    again = launch("evaluate", str(run), *settings[:-1], timeout=DEADLINE_S)
+    assert again.returncode == 0, again.stderr
+    assert "sums: The data cannot tell whether fine-tuning helped: acc " in again.stdout
+    assert "tuned model:" in done.stderr
+    assert "tuned model:" not in again.stderr, "the scores are stored"
+    assert launch("report", str(run)).returncode == 0
+    assert "step 1, set sums" in (run / "report.html").read_text()
 
 
 def largest_prompt_loss(run: Path, rows: list[dict]) -> float:

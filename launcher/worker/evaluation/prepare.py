@@ -68,7 +68,7 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
     copy_metric_files(config.evaluate, folder.root)
     scorer = AnswerScorer(config.evaluate, folder.root)
     import_tokenizers_without_torch()
-    plan = _with_own_template(plan, folder)
+    plan = with_own_template(plan, folder)
     tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
     encoder = Encoder(tokenizer, plan.config.data)
     max_shots = max(_SHOTS) if config.evaluate.shots == "auto" else config.evaluate.shots
@@ -156,7 +156,7 @@ def _require_vllm(python: Path) -> None:
         )
 
 
-def _with_own_template(plan: LaunchPlan, folder: EvaluationFolder) -> LaunchPlan:
+def with_own_template(plan: LaunchPlan, folder: EvaluationFolder) -> LaunchPlan:
     """Return the plan with the chat template that the data was rendered with, whatever became of its file."""
     if plan.data is None or plan.data.chat_template is None:
         return plan

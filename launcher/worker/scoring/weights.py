@@ -9,11 +9,12 @@ import xxhash
 
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST
-from launcher.errors import SubmitError
+from launcher.errors import CheckpointError, SubmitError
 from launcher.models import parent_run
 from launcher.models.parent_run import ParentCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import read_export
 from launcher.security import ownership
 from launcher.security.folders import private_files
 from launcher.worker.prepare import copy_parent_weights
@@ -67,6 +68,21 @@ def find_weights(run: RunDir, plan: LaunchPlan, step: int | None) -> ScoredWeigh
     checkpoint = store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, step)
     digest = xxhash.xxh3_128_hexdigest((checkpoint.path / MANIFEST).read_bytes())
     return ScoredWeights(checkpoint.step, digest, ParentCheckpoint(run, plan, checkpoint), None)
+
+
+def find_result(run: RunDir, plan: LaunchPlan, step: int) -> ScoredWeights:
+    """Find the weights after `step` steps in a checkpoint, or in the run's export where it keeps none of that step.
+
+    Raises:
+        CheckpointError: where neither has them, with the steps that exist.
+    """
+    try:
+        return find_weights(run, plan, step)
+    except CheckpointError:
+        record = read_export(run)
+        if record is None or record.step != step:
+            raise
+        return ScoredWeights(step, _digest_files(run.export), None, run.export)
 
 
 def _digest_files(folder: Path) -> str:

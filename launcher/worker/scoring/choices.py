@@ -1,0 +1,303 @@
+"""Scores questions with choices by their likelihoods: `python -m launcher.worker.scoring.choices PLAN_JSON --step N --file FILE`.
+
+Nothing is generated: each choice is scored after its question, under the base model and the tuned model. Reads the run's
+settings, with the overrides of the command, as JSON from standard input. Progress goes to standard error, one JSON object to
+standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launcher import atomic_files, json_records, run_store
+from launcher.config.schema import RunConfig
+from launcher.data.corpus import list_inputs
+from launcher.data.tokenization.encoder import Encoder, load_tokenizer
+from launcher.errors import ConfigError, DataError, Problem
+from launcher.evaluate.choices import accuracy
+from launcher.evaluate.choices.accuracy import ScoredChoices
+from launcher.evaluate.choices.prompts import ChoiceTokens, encode_choices, to_eval_question
+from launcher.evaluate.choices.questions import ChoiceQuestion, read_questions
+from launcher.evaluate.prompting import BasePrompts, PromptStyle, TunedPrompts
+from launcher.evaluate.questions import EvalQuestion
+from launcher.evaluate.selection import ChosenStyles, choose_styles
+from launcher.evaluate.task import EvaluationFolder, describe
+from launcher.evaluate.verdict import judge, with_examples
+from launcher.models.plan_caches import require_caches
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.security.folders import private_files
+from launcher.tracking.general_loss import read_general_loss
+from launcher.tracking.verdicts import TUNED, EvaluationVerdict, digest_checkpoint
+from launcher.worker.evaluation.prepare import with_own_template
+from launcher.worker.evaluation.weights import count_context, find_base
+from launcher.worker.ranks.rank_env import die_with_parent
+from launcher.worker.scoring.documents import DocumentGroup, ScoredDocument, score_documents
+from launcher.worker.scoring.passes import Progress
+from launcher.worker.scoring.triage import answer
+from launcher.worker.scoring.weights import ScoredWeights, find_result, find_weights
+from launcher.worker.signals import exit_on_termination
+
+# Numbers of examples among which evaluate.shots=auto chooses.
+_SHOTS = (2, 4, 8)
+# Of the questions, at most one in this many is an example, or decides how the base model is asked.
+_RESERVED = 5
+_LONGEST = 3
+_NOT_PLAIN = re.compile(r"^\.+|[^\w.-]")
+# Each question with each of its choices; None for what cannot be asked.
+_Asked = list[list[ChoiceTokens] | None]
+
+
+class ChoiceEvaluation:
+    """Questions of one file, and the models that are compared on them."""
+
+    def __init__(self, plan: LaunchPlan, run: RunDir, step: int, on_progress: Progress, num_ranks: int | None) -> None:
+        self._plan, self._run, self._step = plan, run, step
+        self._on_progress, self._num_ranks = on_progress, num_ranks
+        self._settings, self._context = plan.config.evaluate, count_context(plan)
+        # All that the assistant says may be scored, whatever was trained.
+        self._data = plan.config.data.model_copy(update={"train_on": "assistant"})
+        self._tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
+        self._encoder = Encoder(self._tokenizer, self._data)
+        self._tuned = TunedPrompts(self._tokenizer, self._data)
+        self._tuned_weights = find_result(run, plan, step)
+        self._base_weights = None if find_base(plan) is None else find_weights(run, plan, 0)
+
+    def score(self, file: Path, everything: Sequence[ChoiceQuestion], folder: Path) -> dict[str, Any]:
+        """Score the questions of a file, write scores and verdict into `folder`, and return what the command shows.
+
+        Raises:
+            DataError: where no question can be asked.
+            ConfigError: where the examples that evaluate.shots asks for are not there or do not fit.
+        """
+        examples, selection, questions = self._divide(everything)
+        base = BasePrompts(self._tokenizer, self._data, [self._written(one) for one in examples], ())
+        without_examples = self._ask_all(questions, base)
+        asked = [question for i, question in enumerate(questions) if all(side[i] is not None for side in without_examples)]
+        if not asked:
+            message = f"no question fits the model's context of {self._context:,} tokens with its choices"
+            raise DataError(Problem(message, where=str(file), remedy="shorten the questions"))
+        sides: dict[str, tuple[PromptStyle | None, ScoredWeights]] = {}
+        chosen = None
+        if self._base_weights is not None:
+            shots = self._fitting_shots(asked, base, len(everything))
+            chosen = self._choose_styles(selection, base, shots, self._base_weights)
+            for style in filter(None, (chosen.zero_shot, chosen.few_shot)):
+                sides[f"{style.shots}-shot"] = (style, self._base_weights)
+        sides[TUNED] = (None, self._tuned_weights)
+        documents = {name: self._ask(asked, base, style) for name, (style, _) in sides.items()}
+        usable = [i for i in range(len(asked)) if all(side[i] is not None for side in documents.values())]
+        kept = [asked[i] for i in usable]
+        scored: dict[str, list[ScoredChoices]] = {}
+        for name, (_, weights) in sides.items():
+            title = "tuned model" if name == TUNED else f"base model, {name}"
+            scored |= self._score_sides(weights, {name: title}, {name: [documents[name][i] for i in usable]}, kept)
+        verdict = self._judge(kept, scored)
+        self._write(folder, scored, verdict)
+        header, rows = verdict.table
+        return {
+            "verdict": json_records.encode(verdict),
+            "header": header,
+            "rows": rows,
+            "styles": {name: describe(style) for name, (style, _) in sides.items()},
+            "selection": [] if chosen is None else [{"style": str(one), "score": mean} for one, mean in chosen.scores.items()],
+            "num_reserved": len(examples) + len(selection),
+            "num_left_out": len(questions) - len(kept),
+        }
+
+    def _divide(
+        self, questions: Sequence[ChoiceQuestion]
+    ) -> tuple[list[ChoiceQuestion], list[ChoiceQuestion], list[ChoiceQuestion]]:
+        """Return examples for the base model, questions that decide how it is asked, and those that are scored, in order."""
+        if self._base_weights is None:
+            return [], [], list(questions)
+        order = np.random.default_rng(self._plan.config.run.seed).permutation(len(questions)).tolist()
+        most = len(questions) // _RESERVED
+        shots = self._settings.shots
+        num_examples = min(max(_SHOTS), most) if shots == "auto" else min(shots, len(questions) - 1)
+        num_selection = min(self._settings.selection_prompts, most)
+        examples, selection = order[:num_examples], order[num_examples : num_examples + num_selection]
+        rest = sorted({*range(len(questions))} - {*examples, *selection})
+        return [questions[i] for i in examples], [questions[i] for i in selection], [questions[i] for i in rest]
+
+    def _written(self, question: ChoiceQuestion) -> EvalQuestion:
+        completions = {source.completions for source in list_inputs(self._data) if source.is_read}
+        # Sources that differ in it have prompts of both kinds: as each source alone would decide.
+        return to_eval_question(question, self._encoder, self._data, completions.pop() if len(completions) == 1 else "auto")
+
+    def _forms(self, questions: Sequence[ChoiceQuestion], base: BasePrompts) -> tuple[str, ...]:
+        return base.forms([self._written(one) for one in questions])
+
+    def _ask(self, questions: Sequence[ChoiceQuestion], base: BasePrompts, style: PromptStyle | None) -> _Asked:
+        """Return each question with its choices in a style, None for that of training; None for what does not fit."""
+        rendered = []
+        for question in questions:
+            written = self._written(question)
+            rendered += (
+                self._tuned.render(written, question.choices) if style is None else base.render(written, question.choices, style)
+            )
+        encoded = iter(encode_choices(self._encoder, rendered))
+        asked: _Asked = []
+        for question in questions:
+            several = [next(encoded) for _ in question.choices]
+            fitting = [one for one in several if one is not None and len(one.ids) <= self._context]
+            asked.append(fitting if len(fitting) == len(several) else None)
+        return asked
+
+    def _ask_all(self, questions: Sequence[ChoiceQuestion], base: BasePrompts) -> list[_Asked]:
+        """Return the questions as the tuned model sees them, and the base model without examples in all forms."""
+        forms = self._forms(questions, base) if self._base_weights is not None else ()
+        return [self._ask(questions, base, style) for style in (None, *(PromptStyle(form, 0) for form in forms))]
+
+    def _fitting_shots(self, questions: Sequence[ChoiceQuestion], base: BasePrompts, num_rows: int) -> tuple[int, ...]:
+        """Return the numbers of examples to choose from: those with which every question fits the context.
+
+        Raises:
+            ConfigError: where a number that was asked for does not fit, or the file has not as many rows.
+        """
+        shots = self._settings.shots
+        wanted = _SHOTS if shots == "auto" else (shots,) if shots else ()
+        longest = sorted(questions, key=lambda one: -len(one.question) - max(map(len, one.choices)))[:_LONGEST]
+        fitting = []
+        for count in wanted:
+            styles = [PromptStyle(form, count, max(self._settings.instructions, key=len)) for form in self._forms(longest, base)]
+            is_fitting = count <= base.num_examples and all(None not in self._ask(longest, base, style) for style in styles)
+            if is_fitting:
+                fitting.append(count)
+            elif shots != "auto":
+                few = f"the file has {num_rows:,} rows, and examples are rows that are not scored"
+                raise ConfigError(
+                    f"{count} examples cannot be shown to the base model",
+                    where="evaluate.shots",
+                    value=few if count > base.num_examples else f"with them, a question does not fit {self._context:,} tokens",
+                    remedy="lower evaluate.shots, or set evaluate.shots=auto",
+                )
+        return tuple(fitting)
+
+    def _choose_styles(
+        self, selection: Sequence[ChoiceQuestion], base: BasePrompts, shots: Sequence[int], weights: ScoredWeights
+    ) -> ChosenStyles:
+        """Compare ways to ask the base model on questions that are not part of the evaluation."""
+
+        def score_styles(styles: Sequence[PromptStyle]) -> Mapping[PromptStyle, float]:
+            asked = {str(style): self._ask(selection, base, style) for style in styles}
+            usable = [i for i in range(len(selection)) if all(side[i] is not None for side in asked.values())]
+            if not usable:
+                return {}
+            titles = {name: f"ways to ask, {number} of {len(asked)}" for number, name in enumerate(asked, 1)}
+            documents = {name: [side[i] for i in usable] for name, side in asked.items()}
+            scored = self._score_sides(weights, titles, documents, [selection[i] for i in usable])
+            return {style: float(accuracy.score(accuracy.METRICS[0], scored[str(style)]).mean()) for style in styles}
+
+        return choose_styles(self._forms(selection, base), shots, self._settings.instructions, score_styles)
+
+    def _score_sides(
+        self,
+        weights: ScoredWeights,
+        titles: Mapping[str, str],
+        documents: Mapping[str, Sequence[list[ChoiceTokens] | None]],
+        questions: Sequence[ChoiceQuestion],
+    ) -> dict[str, list[ScoredChoices]]:
+        """Score questions under one model in several ways to ask."""
+        groups = [
+            DocumentGroup(titles[name], [ScoredDocument(one.ids, one.is_choice) for several in side for one in several or ()])
+            for name, side in documents.items()
+        ]
+        log_probs = score_documents(self._plan, weights, groups, self._on_progress, self._num_ranks)
+        scored = {}
+        for name, parts in zip(documents, log_probs, strict=True):
+            sums = iter([float(part.sum(dtype=np.float64)) for part in parts])
+            scored[name] = [accuracy.choose(question, [next(sums) for _ in question.choices]) for question in questions]
+        return scored
+
+    def _judge(self, questions: Sequence[ChoiceQuestion], scored: Mapping[str, Sequence[ScoredChoices]]) -> EvaluationVerdict:
+        by_metric = {
+            metric: {side: accuracy.score(metric, several) for side, several in scored.items()} for metric in accuracy.METRICS
+        }
+        first = accuracy.METRICS[0]
+        rise = self._plan.config.eval.forgetting_max_rise
+        general_loss = read_general_loss(self._run, self._step, rise)
+        verdict = judge(first, by_metric[first], others=by_metric, general_loss=general_loss)
+        verdict = replace(verdict, checkpoint=digest_checkpoint(self._run, self._step))
+        chosen = {
+            side: [question.choices[one.chosen] for question, one in zip(questions, several, strict=True)]
+            for side, several in scored.items()
+        }
+        texts = [one.question for one in questions]
+        return with_examples(verdict, texts, [one.choices[one.answer] for one in questions], chosen)
+
+    def _write(self, folder: Path, scored: Mapping[str, Sequence[ScoredChoices]], verdict: EvaluationVerdict) -> None:
+        with private_files():
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in folder.iterdir():
+                # Of an earlier evaluation, which may have had other sides.
+                file.unlink()
+            for side, several in scored.items():
+                lines = "".join(json.dumps(asdict(one)) + "\n" for one in several)
+                atomic_files.write_bytes(folder / f"{side}.jsonl", lines.encode(), mode=0o600)
+            verdict.write(folder)
+
+
+def score_files(
+    config: RunConfig,
+    run: RunDir,
+    step: int,
+    files: Sequence[Path],
+    limit: int | None,
+    on_progress: Progress,
+    num_ranks: int | None = None,
+) -> dict[str, Any]:
+    """Score the questions of each file; returns what the command shows.
+
+    Raises:
+        DataError: for lines that are no questions with choices.
+        ConfigError: for two files of one name, whose scores would have one place.
+        Further what `ChoiceEvaluation.score` raises.
+    """
+    questions = {_NOT_PLAIN.sub("_", file.stem): (file, read_questions(file, limit)) for file in files}
+    plan = run_store.load_plan(run).model_copy(update={"config": config})
+    require_caches(plan)
+    folder = EvaluationFolder.of(run.root, step)
+    with private_files():
+        folder.root.mkdir(parents=True, exist_ok=True)
+    if len(questions) < len(files):
+        names = ", ".join(map(str, files))
+        raise ConfigError("two files have the same name", where="--choices", value=names, remedy="rename one of them")
+    evaluation = ChoiceEvaluation(with_own_template(plan, folder), run, step, on_progress, num_ranks)
+    sets = {name: evaluation.score(file, several, folder.choices / name) for name, (file, several) in questions.items()}
+    return {"run": plan.run_name, "step": step, "folder": str(folder.choices), "sets": sets}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launcher.worker.scoring.choices")
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--step", type=int, required=True)
+    parser.add_argument("--file", type=Path, action="append", required=True)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--ranks", type=int)
+    chosen = parser.parse_args(argv)
+    config = RunConfig.model_validate_json(sys.stdin.read())
+    # The folder of plan.json, since a run may have been moved.
+    run = RunDir(chosen.plan.absolute().parent)
+    return answer(lambda on_progress: score_files(config, run, chosen.step, chosen.file, chosen.limit, on_progress, chosen.ranks))
+
+
+if __name__ == "__main__":
+    exit_on_termination()
+    die_with_parent(signal.SIGTERM)
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # DeepSpeed's threads can abort the interpreter's own shutdown.
+    os._exit(code)
