@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launcher import hardware
 from launcher.config.schema import RunConfig
 from launcher.data.build import build
 from launcher.data.sources import Chat, Completion
 from launcher.data.tokenization.encoder import Encoder, load_tokenizer
 from launcher.errors import DataError
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.worker import drift
+from launcher.worker.scoring import prompt_losses
 
 
 def prompt_of(row: object) -> list[str]:
@@ -85,3 +87,37 @@ def test_training_prompts_have_the_tokens_of_the_same_prompts_in_a_file(
     read = drift._encode(list(drift._read(file)), completions, Encoder(tokenizer, config.data), tokenizer, generator)
     assert {one.tokens for one in training} == {one.tokens for one in read}
     assert len(training) == 12
+
+
+CPU = DeviceFacts(kind="cpu", name="CPU", count=2, host_memory_gib=64)
+GPU = DeviceFacts(kind="cuda", name="GPU", count=2, memory_gib=24)
+
+
+@pytest.mark.parametrize(
+    ("device", "num_params", "offload", "reason"),
+    [
+        (CPU, 135e6, False, ""),
+        (CPU, 8e9, False, "this machine has no GPU, and scoring takes up to "),
+        (CPU, 70e9, False, "this machine has no GPU, and the model needs 156.46 GiB of its memory"),
+        (GPU, 8e9, False, ""),
+        (GPU, 70e9, False, "the model needs 156.46 GiB, and the GPUs have 48.00 GiB"),
+        (GPU, 70e9, True, ""),
+    ],
+)
+def test_models_score_prompts_unasked_where_that_is_quick(
+    plan_of: Callable[..., LaunchPlan],
+    monkeypatch: pytest.MonkeyPatch,
+    device: DeviceFacts,
+    num_params: float,
+    offload: bool,
+    reason: str,
+) -> None:
+    monkeypatch.setattr(hardware, "device", lambda: device)
+    plan = plan_of("model=tiny", "data=jsonl", "data.path=rows.jsonl", "model.dtype=bf16")
+    model = plan.model.model_copy(update={"num_params": int(num_params)})
+    zero = {**plan.deepspeed["zero_optimization"], **({"offload_param": {"device": "cpu"}} if offload else {})}
+    plan = plan.model_copy(update={"model": model, "deepspeed": {**plan.deepspeed, "zero_optimization": zero}})
+    found = prompt_losses.find_obstacle(plan)
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)
+    assert ("--likelihood" in found) == (bool(found) and device is CPU)

@@ -35,7 +35,7 @@ _MAX_CPU_S, _FLOPS_OF_CORE = 240.0, 5e10
 # Weights with what scoring needs beside them, and the share of a machine's memory that they may take.
 _MEMORY_FACTOR, _MEMORY_SHARE = 1.2, 0.5
 _NUM_LEAST_LIKELY = 5
-_ON_CPU = "add --likelihood to score prompts on its CPU"
+_ON_CPU = "start the command where a GPU is, or add --likelihood to score prompts on this CPU"
 
 
 def find_obstacle(plan: LaunchPlan) -> str:
