@@ -273,17 +273,17 @@ def test_prompts_of_today_are_compared_with_those_of_training(launch: Launch, ru
     assert done.stdout.startswith("The prompts have drifted: other words (p = 0.001)")
     assert f"{other}:" in done.stdout
     assert "model.path=run:tuned" in done.stdout
-    shown = json.loads(launch("drift", str(run), str(other), "--json").stdout)
+    again = launch("drift", str(run), str(other), "--likelihood", "--json")
+    assert "training prompts:" in done.stderr
+    assert "training prompts:" not in again.stderr, "the scores are stored"
+    shown = json.loads(again.stdout)
+    assert shown["sentence"] == done.stdout.splitlines()[0]
     assert (shown["num_prompts"], shown["near_duplicates"]) == (40, 0.0)
     models = shown["likelihoods"]["models"]
     assert [*models] == ["base", "tuned"]
     assert models["base"] == {**models["tuned"], "step": 0}, "the base model against itself"
     assert (models["base"]["num_prompts"], models["base"]["num_training"]) == (40, 200)
     assert shown["likelihoods"]["least_likely"][0]["loss"] == pytest.approx(largest_prompt_loss(run, rows), abs=1e-4)
-    again = launch("drift", str(run), str(other), "--likelihood")
-    assert again.stdout == done.stdout
-    assert "training prompts:" in done.stderr
-    assert "training prompts:" not in again.stderr, "the scores are stored"
     quick = json.loads(launch("drift", str(run), str(other), "--no-likelihood", "--json").stdout)
     assert quick["likelihoods"] == {"models": {}, "gaps": ["left out with --no-likelihood"], "least_likely": []}
     refused = launch("drift", str(run), str(wrong))
