@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,3 +213,12 @@ def test_weights_outside_of_the_folder_are_refused(folder: Path, name: str) -> N
     assert [problem.message for problem in checked(folder)] == [
         "model.path: model.safetensors.index.json names no file for the tensor t"
     ]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_description_of_any_size_is_not_read(folder: Path, name: str) -> None:
+    """A file with holes has any size, and some kilobytes in an archive."""
+    (folder / name).touch()
+    os.truncate(folder / name, 2**40)
+    problems = [problem for problem in checked(folder) if "is larger than 100 MB" in problem.message]
+    assert [problem.where for problem in problems] == [str(folder / name)]

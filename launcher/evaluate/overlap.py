@@ -5,6 +5,7 @@ The build of the data compares the held-out documents with the training document
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,6 +24,9 @@ from launcher.tracking.progress import Advance
 # Signatures of as many documents take about half a minute.
 MAX_DOCUMENTS = 300_000
 _COMPARED_AT_ONCE = 1024
+# Of the documents whose prompt is that of a question, or similar, as many are looked for in the training data, the first ones:
+# where all rows of a data set have one prompt, each question would have all documents.
+MAX_CANDIDATES = 32
 _EXACT = 1.0
 
 
@@ -90,6 +94,7 @@ class _Prompts:
 
     def __init__(self, questions: Sequence[EvalQuestion], threshold: float) -> None:
         texts = [_prompt_text(question) for question in questions]
+        self._num_equal, self._num_similar = Counter[bytes](), Counter[int]()
         self._by_text: dict[bytes, list[int]] = {}
         for i, text in enumerate(texts):
             self._by_text.setdefault(text, []).append(i)
@@ -99,12 +104,17 @@ class _Prompts:
         self._threshold = threshold
 
     def find(self, documents: Sequence[Document], system: str | None) -> Iterator[tuple[int, float, int]]:
-        """Yield the question, the similarity and the index of documents with an equal or a similar prompt."""
+        """Yield the question, the similarity and the index of documents with an equal or a similar prompt.
+
+        Of those with an equal prompt, and of those with a similar one, each question has the first MAX_CANDIDATES.
+        """
         asked = [(at, question) for at, one in enumerate(documents) if (question := split_question(one, system)) is not None]
         texts = [_prompt_text(question) for _, question in asked]
         for (at, _), text in zip(asked, texts, strict=True):
-            for i in self._by_text.get(text, ()):
-                yield i, _EXACT, at
+            if text in self._by_text and self._num_equal[text] < MAX_CANDIDATES:
+                self._num_equal[text] += 1
+                for i in self._by_text[text]:
+                    yield i, _EXACT, at
         rows = minhash.compute_signatures(texts)
         signed = [number for number, row in enumerate(rows) if row is not None]
         if self._slots is None or not signed:
@@ -112,9 +122,12 @@ class _Prompts:
         similar: list[tuple[int, float, int]] = []
 
         def add(own: np.ndarray, other: np.ndarray, similarity: np.ndarray) -> None:
-            for i, number, share in zip(own.tolist(), other.tolist(), similarity.tolist(), strict=True):
-                # An estimate of 1 is about texts that differ in little.
-                similar.append((self._signed[i], min(share, 0.99), asked[signed[number]][0]))
+            for row, number, share in zip(own.tolist(), other.tolist(), similarity.tolist(), strict=True):
+                i = self._signed[row]
+                if self._num_similar[i] < MAX_CANDIDATES:
+                    self._num_similar[i] += 1
+                    # An estimate of 1 is about texts that differ in little.
+                    similar.append((i, min(share, 0.99), asked[signed[number]][0]))
 
         slots = np.stack([row for row in rows if row is not None])
         minhash.find_near_pairs_between(self._slots, slots, self._threshold, minhash.REACH, add)

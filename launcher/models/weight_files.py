@@ -11,6 +11,7 @@ import functools
 import importlib.metadata
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ _NUM_NAMED = 5
 # The package safetensors reads no longer header; a file with holes can be of any size.
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_DIMENSIONS = 64
+# The index of a model with a hundred thousand tensors has some 20 MB.
+_MAX_JSON_BYTES = 100_000_000
 # Enough to recognize a file that is not what its name says.
 _NUM_HEAD_BYTES = 512
 _DOWNLOAD = "download this file again"
@@ -200,7 +203,11 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     where, remedy = str(file), "correct it, or download this file again"
     try:
-        raw = file.read_bytes()
+        with open(file, "rb") as stream:
+            raw = stream.read(min(_MAX_JSON_BYTES, os.fstat(stream.fileno()).st_size) + 1)
+        if len(raw) > _MAX_JSON_BYTES:
+            message = f"model.path: {file.name} is larger than {_MAX_JSON_BYTES // 10**6} MB, more than any such file"
+            raise ConfigError(Problem(message, where, remedy=_DOWNLOAD))
         if damage := _foreign_content(raw[:_NUM_HEAD_BYTES]):
             raise ConfigError(Problem(f"model.path: {file.name} {damage.reason}", where, remedy=damage.remedy))
         content = json.loads(raw.decode("utf-8-sig"))

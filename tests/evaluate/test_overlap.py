@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from launcher.data.build import build
 from launcher.data.cache import Split
 from launcher.data.sources import Chat, Message
 from launcher.data.tokenization.encoder import Encoder, load_tokenizer
-from launcher.evaluate.overlap import _find_documents, describe_copies, find_training_copies
+from launcher.evaluate.overlap import MAX_CANDIDATES, _find_documents, _Prompts, describe_copies, find_training_copies
 from launcher.evaluate.questions import EvalQuestion, QuestionSet, digest_tokens, read_held_out
 from launcher.plan.launch_plan import LaunchPlan
 
@@ -85,3 +86,15 @@ def test_documents_of_a_cache_are_read_until_all_are_known() -> None:
     # Neither the document of another length, nor those after the last one.
     assert num_read == [0, 30]
     assert _find_documents(split, [tokens[1:11]]) == set()
+
+
+def test_rows_with_one_prompt_for_all_take_no_time_and_memory_for_each_question() -> None:
+    questions = [question(i, ask(0)) for i in range(50)]
+    prompts = _Prompts(questions, 0.8)
+    chats = [Chat(f"rows:{i}", (Message("user", ask(0)), Message("assistant", f"{i}"))) for i in range(1000)]
+    similar = [Chat(f"rows:{i}", (Message("user", f"{ask(0)} {i}"), Message("assistant", "a"))) for i in range(1000)]
+    candidates = [one for some in (chats[:500], chats[500:]) for one in prompts.find(some, None)]
+    assert Counter(i for i, similarity, _ in candidates if similarity == 1) == dict.fromkeys(range(50), MAX_CANDIDATES)
+    assert len(candidates) <= 2 * 50 * MAX_CANDIDATES
+    near = Counter(i for some in (similar[:500], similar[500:]) for i, _, _ in prompts.find(some, None))
+    assert 0 < max(near.values()) <= MAX_CANDIDATES
