@@ -26,7 +26,7 @@ def run(verb: str, tokens: list[str]) -> int:
         raise DataError(
             "there is no such file", where=str(arguments.prompts), remedy="name a file of prompts, one JSON object a line"
         )
-    if problem := ownership.file_problem("the prompts", arguments.prompts.absolute()):
+    if problem := ownership.file_problem("the file of prompts", arguments.prompts.absolute()):
         raise DataError(problem)
     plan = run_store.load_plan(run_dir)
     chosen = [] if arguments.likelihood is None else ["--likelihood" if arguments.likelihood else "--no-likelihood"]

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,10 @@ from launcher.data.checks import patterns
 from launcher.data.corpus import list_inputs
 from launcher.data.sources import Document
 from launcher.data.sources.formats import FORMATS, detect_format
+from launcher.data.sources.row_values import MAX_ROW_BYTES
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import DataError, Problem
-from launcher.evaluate.drift.comparison import DriftReport, FarPrompt, Prompt, compare
+from launcher.evaluate.drift.comparison import DriftReport, Prompt, compare
 from launcher.evaluate.drift.likelihood import PromptLikelihoods
 from launcher.models.plan_caches import require_caches
 from launcher.plan.launch_plan import LaunchPlan
@@ -83,7 +83,7 @@ def find_drift(config: RunConfig, run: RunDir, path: Path, with_likelihood: bool
         likelihoods = PromptLikelihoods({}, (obstacle,))
     else:
         likelihoods = compare_likelihoods(plan, run, prompts, training, with_likelihood is True, on_progress)
-    return _redacted(compare(prompts, training, likelihoods))
+    return compare(prompts, training, likelihoods)
 
 
 def _training_prompts(plan: LaunchPlan, tokenizer: Any, generator: np.random.Generator) -> list[Prompt]:
@@ -119,12 +119,16 @@ def _read(path: Path) -> Iterator[Document]:
     problems: dict[str, Problem] = {}
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            lines = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
+            for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
+                if len(line) > MAX_ROW_BYTES:
+                    message = f"the line is longer than {MAX_ROW_BYTES >> 20} MiB"
+                    raise DataError(Problem(message, f"{path}:{number}", remedy="write one prompt a line"))
                 try:
                     yield _parse(json.loads(line), f"{path}:{number}")
-                except ValueError:
+                except (ValueError, RecursionError):
                     value = line[:_MAX_SHOWN].decode(errors="replace").strip()
                     problems.setdefault("json", Problem("the line is not JSON", f"{path}:{number}", value, _FORM))
                 except DataError as error:
@@ -176,18 +180,14 @@ def _encode(
         written = encoder.prompt(encoder.write_as_chat(documents[number], completions))
         if written is not None:
             shown, tokens, _ = written
+            # Before it is shortened: half a credential has no known form.
+            (shown,) = patterns.redact([shown])
             prompts.append(Prompt(documents[number].where, _decode(tokenizer, tokens), tuple(tokens), shown))
     return prompts
 
 
 def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-def _redacted(report: DriftReport) -> DriftReport:
-    """Return the report without credentials in its texts."""
-    farthest = tuple(FarPrompt(one.where, one.similarity, patterns.redact([one.text])[0]) for one in report.farthest)
-    return replace(report, farthest=farthest)
 
 
 def main(argv: Sequence[str]) -> int:

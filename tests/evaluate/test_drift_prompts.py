@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,20 @@ def test_lines_without_a_prompt_are_named_once_for_each_kind(tmp_path: Path) -> 
         list(drift._read(tmp_path / "missing.jsonl"))
 
 
+def test_a_line_of_any_depth_or_length_is_refused_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a"}\n' + "[" * 100_000 + "]" * 100_000 + "\n")
+    with pytest.raises(DataError, match="the line is not JSON") as error:
+        list(drift._read(file))
+    assert error.value.problems[0].where == f"{file}:2"
+    monkeypatch.setattr(drift, "MAX_ROW_BYTES", 1 << 20)
+    # A file with holes: to read the line whole would take all memory.
+    os.truncate(file, 2**40)
+    with pytest.raises(DataError, match="the line is longer than 1 MiB") as error:
+        list(drift._read(file))
+    assert error.value.problems[0].where == f"{file}:3"
+
+
 @pytest.mark.parametrize("completions", ["auto", "text"])
 def test_training_prompts_have_the_tokens_of_the_same_prompts_in_a_file(
     config_of: Callable[..., RunConfig],
@@ -87,6 +102,11 @@ def test_training_prompts_have_the_tokens_of_the_same_prompts_in_a_file(
     read = drift._encode(list(drift._read(file)), completions, Encoder(tokenizer, config.data), tokenizer, generator)
     assert {one.tokens for one in training} == {one.tokens for one in read}
     assert len(training) == 12
+    # A credential that the shortened text has in part.
+    file.write_text(json.dumps({"prompt": "x " * 92 + "ghp_" + "a" * 36}))
+    (one,) = drift._encode(list(drift._read(file)), completions, Encoder(tokenizer, config.data), tokenizer, generator)
+    assert len(one.shown) < len("x " * 92) + 36
+    assert "ghp_" not in one.shown
 
 
 CPU = DeviceFacts(kind="cpu", name="CPU", count=2, host_memory_gib=64)
