@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, S
 from launcher.plan.quantities import format_count, format_size
 from launcher.plan.run_dir import RunDir
 from launcher.security import ownership
-from launcher.security.trust import Trust
+from launcher.security.trust import Trust, user_name
 from launcher.shell_commands import launcher_command
 
 _LABEL_WIDTH = 12
@@ -88,6 +89,9 @@ def _find(names: Sequence[str], root: Path) -> tuple[list[RunDir], list[Path]]:
     for name in names:
         leftovers = [folder for path in _candidates(name, root) if _is_leftover(folder := aside(Path(os.path.realpath(path))))]
         interrupted += leftovers[:1]
+        if link_problem := _link_problem(name, root):
+            problems.append(link_problem)
+            continue
         try:
             run = _find_run(name, root)
         except LauncherError as error:
@@ -103,6 +107,22 @@ def _find(names: Sequence[str], root: Path) -> tuple[list[RunDir], list[Path]]:
 
 def _candidates(name: str, root: Path) -> tuple[Path, Path]:
     return root / name, Path(name).expanduser().absolute()
+
+
+def _link_problem(name: str, root: Path) -> Problem | None:
+    """Return why a name is not followed: it leads along a link of another user, who would choose the run; None if it may be.
+
+    The links on the way to the folder of the runs are those of the user's own words.
+    """
+    within_root, given = _candidates(name, root)
+    steps = [given]
+    if within_root != given:
+        steps += itertools.takewhile(lambda step: step != root, (within_root, *within_root.parents))
+    for step in steps:
+        if step.is_symlink() and not ownership.accepts_owner(owner := step.lstat().st_uid):
+            message = f"{step.name} is a link of {user_name(owner)}, who chooses the run that it leads to"
+            return Problem(message, str(step), os.readlink(step), f"name the run itself: {os.path.realpath(step)}")
+    return None
 
 
 def _find_run(name: str, root: Path) -> RunDir:
@@ -206,6 +226,7 @@ def _remove(removable: Sequence[RemovableRun], interrupted: Sequence[Path], name
     A directory leaves its name by one rename, under the lock with which attempts are started. Returns the files that could not be
     removed.
     """
+    links = _own_links(removable, interrupted, names, root)
     left = [path for folder in interrupted for path in remove_tree(folder)]
     for number, one in enumerate(removable):
         try:
@@ -215,7 +236,14 @@ def _remove(removable: Sequence[RemovableRun], interrupted: Sequence[Path], name
                 names_before = ", ".join(before.run.root.name for before in removable[:number])
                 print(printable(f"removed before this error: {names_before}"), file=sys.stderr)
             raise
-    for path in (path for name in names for path in _candidates(name, root)):
+    for path in links:
         if path.is_symlink() and not path.exists():
             path.unlink()
     return left
+
+
+def _own_links(removable: Sequence[RemovableRun], interrupted: Sequence[Path], names: Sequence[str], root: Path) -> list[Path]:
+    """Return the links by which runs were named that are removed; another link of that name may lead to storage that is away."""
+    removed = {*(one.run.root for one in removable), *interrupted}
+    links = [path for name in names for path in _candidates(name, root) if path.is_symlink()]
+    return [path for path in links if not removed.isdisjoint((target := Path(os.path.realpath(path)), aside(target)))]

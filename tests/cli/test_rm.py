@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hand_made
 import pytest
+from file_owners import MALLORY, as_root
 from missing_program import skip_or_fail
 
 from launcher import atomic_files, json_records, locks, run_store
@@ -22,6 +23,8 @@ from launcher.plan.launch_plan import Lineage
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import ExportRecord, MirrorRecord
 from launcher.tracking.jsonl import JsonlTracker
+
+__all__ = ["as_root"]
 
 Ask = Callable[..., tuple[int, str, str]]
 REPO = Path(__file__).resolve().parents[2]
@@ -177,6 +180,35 @@ def test_a_run_on_another_disk_goes_with_the_link_to_it(run: RunDir, ask: Ask, t
     assert ask("demo", "--yes")[0] == 0
     assert not elsewhere.exists()
     assert not run.root.is_symlink()
+
+
+def test_a_link_of_that_name_to_somewhere_else_stays(
+    run: RunDir, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo").symlink_to("/storage/that/is/away")
+    assert ask("demo", "--yes")[0] == 0
+    assert not run.root.exists()
+    assert Path("demo").is_symlink()
+
+
+def test_a_link_of_another_user_chooses_no_run_to_remove(run: RunDir, ask: Ask, tmp_path: Path, as_root: None) -> None:
+    precious = tmp_path / "precious"
+    run.root.rename(precious)
+    for link, name in (
+        (run.root, "demo"),
+        (run.root.with_name("team"), "team/precious"),
+        (tmp_path / "old", str(tmp_path / "old")),
+    ):
+        link.symlink_to(tmp_path if name.startswith("team") else precious)
+        os.chown(link, MALLORY, -1, follow_symlinks=False)
+        code, _, err = ask(name, "--yes")
+        assert code == 2
+        assert f"{link.name} is a link of {MALLORY}, who chooses the run that it leads to" in err
+    assert (precious / "plan.json").is_file()
+    os.chown(run.root, 0, 0, follow_symlinks=False)
+    assert ask("demo", "--yes")[0] == 0
+    assert not precious.exists()
 
 
 def test_an_interrupted_removal_is_finished_by_the_same_command(run: RunDir, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:

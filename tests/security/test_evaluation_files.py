@@ -50,13 +50,16 @@ def test_an_interpreter_of_another_user_is_not_run(folder: Path, monkeypatch: py
     prepare._require_vllm(Path("vllm/bin/python"))
 
 
-@pytest.mark.parametrize("theirs", ["vllm/lib/python3.11/site-packages/vllm", "vllm/pyvenv.cfg"])
+@pytest.mark.parametrize(
+    "theirs", ["vllm/lib/python3.11/site-packages/vllm", "vllm/lib/python3.11/site-packages/vllm/core.py", "vllm/pyvenv.cfg"]
+)
 def test_packages_of_another_user_are_not_imported(folder: Path, theirs: str) -> None:
     python = folder / "vllm/bin/python"
     for parent in (python.parent, folder / "vllm/lib/python3.11/site-packages/vllm"):
         parent.mkdir(parents=True)
     python.write_text(f"#!/bin/sh\ntouch {folder}/ran; echo 0.11\n")
     python.chmod(0o755)
+    (folder / "vllm/lib/python3.11/site-packages/vllm/core.py").touch()
     (folder / "vllm/pyvenv.cfg").touch()
     assert read_version(python) == "0.11"
     (folder / "ran").unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import secrets
@@ -22,8 +23,8 @@ from launcher.config.sections.ray import RaySection
 from launcher.errors import RunError, SubmitError
 
 _MODULE = "launcher.worker.ray.doctor"
-# In place of the request: the driver reads it from its standard input.
-FROM_INPUT = "-"
+# In place of the request: the driver reads it from its standard input, or as a job from this variable, in base64.
+FROM_INPUT, FROM_VARIABLE = "-", "LAUNCHER_DOCTOR_REQUEST"
 _POLL_S = 1.0
 _MANY_CHARS = 300
 
@@ -89,7 +90,8 @@ def _run_here(section: RaySection, request: str, seconds: str, deadline: float, 
 def _run_as_job(section: RaySection, request: str, seconds: str, deadline: float, reader: ReportReader) -> str:
     """Run the driver as a job of the cluster, which is stopped and removed at the end; returns the end of its log."""
     address, code = section.address or "", Path(launcher.__file__).resolve().parents[1]
-    job = jobs.submit_module(section, code, f"launcher-doctor-{secrets.token_hex(4)}", _MODULE, [request, seconds])
+    name, environ = f"launcher-doctor-{secrets.token_hex(4)}", {FROM_VARIABLE: base64.b64encode(request.encode()).decode()}
+    job = jobs.submit_module(section, code, name, _MODULE, [FROM_VARIABLE, seconds], environ)
     try:
         while True:
             state, message = jobs.state(address, job)

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -51,8 +51,13 @@ def submit(section: RaySection, run: RunDir, module: str, arguments: Sequence[st
     return submit_module(section, run.code, run.root.name, module, arguments)
 
 
-def submit_module(section: RaySection, code: Path, name: str, module: str, arguments: Sequence[str]) -> str:
+def submit_module(
+    section: RaySection, code: Path, name: str, module: str, arguments: Sequence[str], environ: Mapping[str, str] | None = None
+) -> str:
     """Submit `PYTHON -m MODULE ARGUMENTS` with `code` on its path, as a job of the run `name`; returns the job's id.
+
+    Every user of the head node can see the arguments, and whoever has the token the variables `environ` of the job, in which Ray
+    replaces `${NAME}`.
 
     Raises:
         SubmitError: with Ray's message.
@@ -66,6 +71,7 @@ def submit_module(section: RaySection, code: Path, name: str, module: str, argum
     passed = {variable: os.environ[variable] for variable in section.pass_env if variable in os.environ}
     variables = {**passed, "PYTHONPATH": build_pythonpath(code, {}), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     # The driver checks the run again, perhaps as another user, and accepts the owners that this command accepts.
+    variables |= environ or {}
     variables[trust.VARIABLE] = f"{trust.Trust.from_environ(os.environ).as_numbers()},${{{trust.VARIABLE}}}"
     client = _client(address)
 

@@ -22,6 +22,7 @@ from launcher.errors import ConfigError, RunError
 from launcher.evaluate.answers import GeneratedIds
 from launcher.evaluate.task import Weights
 from launcher.security import ownership
+from launcher.security.permissions import tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -208,7 +209,7 @@ def _require_own_environment(python: Path) -> None:
         raise ConfigError(problem)
     prefix = python.parent.parent
     for packages in prefix.glob("lib/python3*/site-packages"):
-        if problem := ownership.folder_problem("the environment of vLLM", packages, (prefix / "pyvenv.cfg", *packages.iterdir())):
+        if problem := ownership.folder_problem("the environment of vLLM", packages, (prefix / "pyvenv.cfg", *tree(packages))):
             raise ConfigError(problem)
 
 

@@ -1,4 +1,6 @@
-"""The driver of `launcher doctor` on Ray: `python -m launcher.worker.ray.doctor REQUEST SECONDS`; a REQUEST `-` is on its input.
+"""The driver of `launcher doctor` on Ray: `python -m launcher.worker.ray.doctor SOURCE SECONDS`.
+
+SOURCE says where its request is: `-` for standard input, or the name of a variable that has it in base64.
 
 Runs launcher.worker.doctor.node as a task on every node, with all of its GPUs, and prints the reports. A node whose GPUs other
 work holds is reported instead of waited for.
@@ -6,6 +8,7 @@ work holds is reported instead of waited for.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import sys
@@ -107,5 +110,9 @@ def _print_report(node: str, result: CheckResult) -> None:
     print("\n".join(to_lines(MachineReport(node, (result,), time.time()))), flush=True)
 
 
+def read_request(source: str) -> str:
+    return sys.stdin.read() if source == FROM_INPUT else base64.b64decode(os.environ.pop(source)).decode()
+
+
 if __name__ == "__main__":
-    main(sys.stdin.read() if sys.argv[1] == FROM_INPUT else sys.argv[1], float(sys.argv[2]))
+    main(read_request(sys.argv[1]), float(sys.argv[2]))
