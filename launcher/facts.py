@@ -172,7 +172,7 @@ def eval_set_facts(config: RunConfig, tokenizer_path: str | None) -> dict[str, D
 
 
 def _find_cache(section: DataSection, tokenizer_path: str) -> DataFacts | None:
-    return cache.find(cache.cache_key(section, tokenizer_path), section.cache_group)
+    return cache.find_built(section, tokenizer_path)
 
 
 def id_problem(cache_dir: str, model: ModelFacts) -> Problem | None:

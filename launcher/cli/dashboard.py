@@ -44,10 +44,13 @@ def run(verb: str, tokens: list[str]) -> int:
             remedy="a project is created by its first online run; name a run of ./runs, or PROJECT or ENTITY/PROJECT",
         ) from None
     except Exception as error:  # W&B raises far more than wandb.Error.
+        if "No API key" in str(error):
+            remedy = "log in with `wandb login`, or set WANDB_API_KEY; --dry-run shows the workspace without a login"
+            raise ConfigError("there is no login for Weights & Biases", where="dashboard", remedy=remedy) from None
         raise RunError(
             f"Weights & Biases did not accept the workspace: {type(error).__name__}: {error}",
             where="dashboard",
-            remedy="log in with `wandb login` or set WANDB_API_KEY, and check that the server is reachable; "
+            remedy="check that the server is reachable, and the key (`wandb login`, or WANDB_API_KEY); "
             "--dry-run shows the workspace without it",
         ) from error
     print(f"dashboard: {address}")

@@ -24,7 +24,7 @@ def run(verb: str, tokens: list[str]) -> int:
     ownership.require_run(run_dir)
     if not arguments.prompts.is_file():
         raise DataError(
-            "there is no such file", where=str(arguments.prompts), remedy="name a file of prompts, one JSON object a line"
+            "there is no such file", where=str(arguments.prompts), remedy="name a file of prompts: JSON Lines, or one JSON array"
         )
     if problem := ownership.file_problem("the file of prompts", arguments.prompts.absolute()):
         raise DataError(problem)
@@ -46,7 +46,7 @@ def _parser() -> VerbParser:
     )
     parser = VerbParser(prog="python -m launcher drift", description=about)
     parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
-    parser.add_argument("prompts", metavar="PROMPTS", type=Path, help="file of prompts or chats, one JSON object a line")
+    parser.add_argument("prompts", metavar="PROMPTS", type=Path, help="file of prompts or chats: JSON Lines, or a JSON array")
     likelihood = (
         "score up to 200 prompts of each side under both models, or leave that out (default: score them where the model fits the "
         "GPUs, or takes a CPU at most four minutes)"

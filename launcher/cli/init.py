@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 
 from launcher import facts, model_source
 from launcher.cli.arguments import COMMON_FLAGS, VerbParser
-from launcher.cli.views.starter_file import next_lines, slurm_overrides, starter_text
+from launcher.cli.views.starter_file import data_warnings, next_lines, slurm_overrides, starter_text
 from launcher.cli.worker_process import run_worker_module
 from launcher.clusters.backends import BACKENDS, cluster_for
 from launcher.config.command_line import override_key
@@ -43,12 +44,13 @@ _SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s*([bBmM])(?![a-zA-Z])")
 
 @dataclass(frozen=True)
 class _Look:
-    """The settings to write, the facts behind them, what had to be assumed, and the machines that the settings are fitted to."""
+    """The settings to write, the facts behind them, what had to be assumed, what `data` would refuse, and for which machines."""
 
     config: RunConfig
     reasons: dict[str, str]
     head: list[str]
     assumptions: list[str]
+    warnings: list[str]
     machines: str
 
 
@@ -72,8 +74,9 @@ def run(verb: str, tokens: list[str]) -> int:
         _require_free(out)
         raise
     is_cluster_chosen = any(override_key(token) == "cluster" for token in composed.overrides)
+    remarks_on_data = [*(f"assumed: {text}" for text in look.assumptions), *(f"warning: {text}" for text in look.warnings)]
     has_slurm_line = not is_cluster_chosen and look.config.cluster.is_this_machine and _plans_on_slurm(text, out, plan)
-    print("\n".join(next_lines(out, look.config, look.machines, look.assumptions, plan, has_slurm_line)))
+    print("\n".join(next_lines(out, look.config, look.machines, remarks_on_data, plan, has_slurm_line)))
     return 0
 
 
@@ -122,11 +125,14 @@ def _name_of(data: str | None) -> str:
 
 
 def _require_free(out: Path) -> None:
-    """Refuse to overwrite a file, or to write into a folder that does not exist.
+    """Refuse to overwrite a file, to write into a folder that does not exist, or a name that no command takes as a run's file.
 
     Raises:
         ConfigError: with a name that is free.
     """
+    if not out.name.endswith(SUFFIXES):
+        remedy = f"write --out {shlex.quote(str(out.with_suffix(SUFFIXES[0])))}"
+        raise ConfigError(f"the file of a run ends in {' or '.join(SUFFIXES)}", where="--out", value=str(out), remedy=remedy)
     if out.exists() or out.is_symlink():
         names = (out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(2, 1000))
         free = next(name for name in names if not name.exists())
@@ -219,14 +225,29 @@ def _look(composed: Composed, data: str | None) -> _Look:
     suggestions = suggest(num_params, max_positions, sample, machine, chosen) if data else _of_demo(config)
     changes |= {one.key: one.value for one in suggestions}
     config = _changed(config, changes)
+    split = _splits_text(config, sample_report, chosen) if data else []
+    config = _changed(config, {one.key: one.value for one in split})
     config, offload = _offloaded(config, gathered, machine, composed.overrides)
     # The file may be used on a machine for which `auto` means another type.
     config = _changed(config, {"model.dtype": composed.config.model.dtype})
-    reasons = {one.key: one.reason for one in (*suggestions, *offload)}
+    reasons = {one.key: one.reason for one in (*suggestions, *split, *offload)}
     reasons["model"] = "a preset (listed by plan --help), or `path:` with a folder or a Hub id below `model:`"
     machines = _machines(machine, node, config)
     reasons["cluster"] = f"fitted to {machines}. Number of nodes and site settings are keys of this section; {_backends(config)}"
-    return _Look(config, reasons, _head(sample_report, data), assumptions, machines)
+    warnings = data_warnings(config, sample_report) if data else []
+    return _Look(config, reasons, _head(sample_report, data), assumptions, warnings, machines)
+
+
+def _splits_text(config: RunConfig, sample_report: dict[str, Any], chosen: dict[str, Any]) -> list[Suggestion]:
+    """Return the setting that trains every part of long texts; they have no answer whose beginning is in another row."""
+    is_text = all(source["format"] == "text" for source in sample_report["sources"])
+    if not is_text or "data.long_documents" in chosen or sample_report["longest"] <= config.data.max_length:
+        return []
+    return [
+        Suggestion(
+            "data.long_documents", "split", "all of a text that is longer than a row is trained; truncate cuts its end off"
+        )
+    ]
 
 
 def _model_size(config: RunConfig, overrides: Sequence[str], node: DeviceFacts) -> tuple[int, int | None, Facts, str]:

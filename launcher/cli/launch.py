@@ -31,7 +31,6 @@ from launcher.models import isolation_verdicts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.planner import run_dir_of
-from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.plan.throughput import SpeedEstimate, estimate_speed
 from launcher.run_records import RUNNING_STATES, Attempt
@@ -96,13 +95,20 @@ def _plan(composed: Composed, as_json: bool, why: bool, shows_script: bool) -> i
         print("\n".join(wrap(plan_lines(plan, *notes, own_warnings=own_warnings, speed=speed), LABEL_WIDTH)))
         if why:
             print("\n".join(why_lines(plan)))
-        if script := cluster.preview(plan):
-            if shows_script:
-                print(f"\n{script}", end="")
-            else:
-                lines = format_count(script.count("\n"), "line")
-                print(f"{'script':<{LABEL_WIDTH}}plan --script shows the batch script ({lines})")
+        if line := _preview(cluster.preview(plan), shows_script):
+            print(line)
     return 0
+
+
+def _preview(text: str | None, is_wanted: bool) -> str:
+    """Return what a scheduler would get, or in one line how to see it; empty where there is nothing to see."""
+    if text is None:
+        return f"{'script':<{LABEL_WIDTH}}none: this machine starts the ranks itself" if is_wanted else ""
+    if is_wanted:
+        return f"\n{text.rstrip()}"
+    count = text.count("\n")
+    # A few lines are no script.
+    return f"{'script':<{LABEL_WIDTH}}plan --script shows the batch script ({count} lines)" if count > 1 else text.rstrip()
 
 
 def _train(jobs: list[Composed], follows: bool | None, accepts_cost: bool) -> int:

@@ -209,6 +209,7 @@ def _run(verb: str, tokens: list[str]) -> int:
         raise ConfigError(_unknown_verb(verb))
     if verb in COMPOSING:
         _require_no_verb(tokens)
+        _require_no_run(tokens)
     module: _VerbModule = importlib.import_module(f"launcher.cli.{VERBS[verb]}")
     try:
         return module.run(verb, tokens)
@@ -236,6 +237,8 @@ def _unknown_verb(verb: str) -> Problem:
 
     from launcher.security.redaction import redact
 
+    if _is_run(verb):
+        return _run_without_verb(verb)
     matches = difflib.get_close_matches(verb, VERBS, n=1)
     guess = f"did you mean {matches[0]}? " if matches else ""
     return Problem(
@@ -244,6 +247,31 @@ def _unknown_verb(verb: str) -> Problem:
         value=redact(verb),
         remedy=f"{guess}verbs are {', '.join(VERBS)}; settings are written key=value",
     )
+
+
+def _is_run(word: str) -> bool:
+    return os.path.isfile(os.path.join("runs", word, "plan.json")) or os.path.isfile(os.path.join(word, "plan.json"))
+
+
+def _run_without_verb(run: str) -> Problem:
+    remedy = (
+        f"look at it with: {launcher_command('status', run)}; continue it with: {launcher_command('resume', run)}; "
+        f"its settings, for another run: {launcher_command('config', run)} > next.yaml"
+    )
+    return Problem("this is a run, not a file of settings", where="command line", value=run, remedy=remedy)
+
+
+def _require_no_run(tokens: Sequence[str]) -> None:
+    """Refuse a run where settings of a run to come are expected.
+
+    Raises:
+        ConfigError: with what can be done with a run.
+    """
+    # The word after a flag may be its value.
+    words = (word for before, word in zip(("", *tokens), tokens, strict=False) if not before.startswith("-"))
+    for word in words:
+        if "=" not in word and not word.startswith("-") and _is_run(word):
+            raise ConfigError(_run_without_verb(word))
 
 
 def _require_no_verb(tokens: Sequence[str]) -> None:

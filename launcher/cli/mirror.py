@@ -199,7 +199,7 @@ def _build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
         remedy = "copy the data to this path; nothing else is missing on this machine"
         raise ConfigError([Problem(problem.message, problem.where, problem.value, remedy) for problem in problems])
     prepare(plan.config.model_copy(update={"model": model}))
-    built = cache.find(cache.cache_key(plan.config.data, model.tokenizer or model.path or ""))
+    built = cache.find_built(plan.config.data, model.tokenizer or model.path or "")
     if built is None:
         raise DataError(Problem("the data cache is not there after it was built", where=str(cache.cache_root())))
     return built

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import heapq
+import os
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from launcher.config.sections.data import DataSection
 from launcher.config.sections.evaluation import EvalSet
-from launcher.data import cache, row_layout, sources
+from launcher.data import cache, packing, row_layout, sources
 from launcher.data.build_report import make_facts, make_report
+from launcher.data.cache import Split
 from launcher.data.checks import findings
 from launcher.data.corpus import EncodedCorpus, Progress, list_inputs, read_corpus
 from launcher.data.selection import NothingLeft, Selection, select_documents
 from launcher.data.sources import origins
 from launcher.data.sources.eval_set import make_set_data, name_set, nothing_to_score
+from launcher.data.sources.origins import DocumentOrigins
 from launcher.data.tokenization import parallel
 from launcher.data.tokenization.batch_encoder import NUM_PROMPTS
 from launcher.data.tokenization.encoder import read_template
@@ -35,18 +43,24 @@ def build(
     """
     if problems := sources.check_sources(data):
         raise DataError(problems)
-    key = cache.cache_key(data, tokenizer_path)
-    if (facts := cache.find(key, data.cache_group)) is not None:
+    if (facts := cache.find_built(data, tokenizer_path)) is not None:
         return facts
+    full, limit = None, data.eval_max_rows
+    if limit is not None:
+        # Another number of held-out rows is then a choice of those that are there.
+        full = build(data.model_copy(update={"eval_max_rows": None}), tokenizer_path, on_progress, num_embeddings)
+        if full.num_eval_rows <= limit:
+            return full
+    key = cache.cache_key(data, tokenizer_path)
     with cache.building(key, data.cache_group) as folder:
-        if folder is not None:
+        if folder is not None and full is not None and limit is not None:
+            _limit_held_out(folder, full, limit)
+        elif folder is not None:
             _build_into(folder, data, tokenizer_path, on_progress or (lambda stage, done, total: None), num_embeddings)
-            if cache.cache_key(data, tokenizer_path) != key:
-                # The key names the bytes from before the change.
-                message, where = "a data source changed while it was read", ", ".join(source.path for source in data.sources)
-                raise DataError(
-                    Problem(message, where, remedy="try again when nothing writes to it any more, or pin its revision")
-                )
+        if folder is not None and cache.cache_key(data, tokenizer_path) != key:
+            # The key names the bytes from before the change.
+            message, where = "a data source changed while it was read", ", ".join(source.path for source in data.sources)
+            raise DataError(Problem(message, where, remedy="try again when nothing writes to it any more, or pin its revision"))
     facts = cache.find(key, data.cache_group)
     if facts is None:
         raise DataError(
@@ -118,7 +132,7 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     on_progress("compare", corpus.num_docs, corpus.num_docs)
     on_progress("pack and write", 0, 1)
     held_out_pieces = corpus.select_pieces(is_dropped, held_out=True)
-    held_out = row_layout.layout_held_out(pieces.lengths, held_out_pieces, data, data.eval_max_rows)
+    held_out = row_layout.layout_held_out(pieces.lengths, held_out_pieces, data)
     piece_sources = docs.source[pieces.doc]
     tokens = spool.close()
     digest = "-".join(
@@ -141,3 +155,73 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     facts = make_facts(report, pieces, layout, held_out, digest).model_copy(update={"chat_template": read_template(data)})
     cache.finish(folder, facts, report)
     on_progress("pack and write", 1, 1)
+
+
+def _limit_held_out(folder: Path, full: DataFacts, max_rows: int) -> None:
+    """Fill the empty `folder` with the cache of `full`, of whose held-out rows an even choice of `max_rows` is kept.
+
+    Nothing is read or tokenized again. Both caches have the same training split, as links to the same files where the storage
+    has links.
+
+    Raises:
+        DataError: if the cache of `full` is damaged, with the command that removes it.
+    """
+    whole, training = Split.open(full, held_out=True), Split.open(full)
+    for split in (whole, training):
+        # A file that both caches have is damaged in both.
+        split.verify()
+    chosen = packing.choose_evenly(whole.num_rows, max_rows)
+    documents = np.concatenate([np.empty(0, np.int64), *(np.arange(whole.num_docs)[whole.row_docs(row)] for row in chosen)])
+    report, origins_of = cache.read_report(full.cache_dir), DocumentOrigins.open(full.cache_dir, held_out=True)
+    (folder / "eval").mkdir(mode=0o700)
+    for name in cache.file_sizes(full.cache_dir):
+        if "/" not in name and name != origins.TABLE:
+            _link(Path(full.cache_dir) / name, folder / name)
+    digest = _write_rows(folder / "eval", whole, chosen, documents)
+    if origins_of is not None:
+        origins.write_held_out(folder, Path(full.cache_dir), origins_of, documents)
+    _count_unused(report, whole, origins_of, documents)
+    report["num_eval_docs"] = len(documents)
+    report["num_eval_trained_tokens"] = int(whole.row_labels[chosen].sum())
+    changes = {
+        "num_eval_rows": len(chosen),
+        "num_eval_tokens": int(whole.row_lengths(chosen).sum()),
+        "digest": f"{full.digest.split('-')[0]}-{digest}",
+    }
+    cache.finish(folder, full.model_copy(update=changes), report)
+
+
+def _link(source: Path, target: Path) -> None:
+    with suppress(OSError):
+        os.link(source, target)
+        return
+    shutil.copyfile(source, target)
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_rows(folder: Path, whole: Split, chosen: np.ndarray, documents: np.ndarray) -> str:
+    docs = np.concatenate([[0], np.cumsum((whole.docs[1:] - whole.docs[:-1])[documents])]).astype(np.int64)
+    rows = np.concatenate([[0], np.cumsum(whole.row_lengths(chosen))]).astype(np.int64)
+    return cache.write_split(
+        folder,
+        (np.asarray(whole.tokens[whole.row_tokens(row)]) for row in chosen),
+        (np.asarray(whole.trained[whole.row_tokens(row)]) for row in chosen),
+        rows=rows,
+        docs=docs,
+        row_labels=np.asarray(whole.row_labels[chosen]),
+        doc_source=np.asarray(whole.doc_source[documents]),
+        row_sources=np.asarray(whole.row_sources[chosen]),
+    )
+
+
+def _count_unused(report: dict[str, Any], whole: Split, origins_of: DocumentOrigins | None, kept: np.ndarray) -> None:
+    """Count the documents of each source of which no part is kept; parts of a split document have one origin."""
+    is_kept = np.isin(np.arange(whole.num_docs), kept)
+    for number, source in enumerate(report["sources"]):
+        of_source = np.flatnonzero(whole.doc_source == number)
+        ids = of_source if origins_of is None else origins_of.values[of_source]
+        source["held_out_unused"] = len(np.unique(ids)) - len(np.unique(ids[is_kept[of_source]]))

@@ -95,7 +95,13 @@ def cache_dir(key: str, group: str | None = None) -> Path:
 
 
 def cache_key(data: DataSection, tokenizer_path: str) -> str:
-    """Return a hex digest of everything that determines the tokens: source bytes, tokenizer files, settings, library versions.
+    """Return the key of the data cache of these settings, the first of `cache_keys`."""
+    return cache_keys(data, tokenizer_path)[0]
+
+
+def cache_keys(data: DataSection, tokenizer_path: str) -> tuple[str, str]:
+    """Return a hex digest of everything that determines the tokens: source bytes, tokenizer files, settings, library versions;
+    and that of the same data with all of its held-out rows.
 
     Paths are left out: a moved or renamed file gives the same key.
 
@@ -103,7 +109,7 @@ def cache_key(data: DataSection, tokenizer_path: str) -> str:
         DataError: if the tokenizer's folder has no tokenizer, or a file cannot be read.
     """
     held_out = make_eval_source(data)
-    parts = {
+    parts: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "sources": [_source_key(source) for source in data.sources],
         "eval": None if held_out is None else _source_key(held_out),
@@ -114,7 +120,9 @@ def cache_key(data: DataSection, tokenizer_path: str) -> str:
         "tokenizer": [(file.name, _file_digest(file)) for file in _tokenizer_files(Path(tokenizer_path).expanduser())],
         "libraries": [version(name) for name in _LIBRARIES],
     }
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+    full = {**parts, "settings": {**parts["settings"], "eval_max_rows": None}}
+    key, full_key = (xxhash.xxh3_128_hexdigest(json.dumps(one, sort_keys=True).encode()) for one in (parts, full))
+    return key, full_key
 
 
 def _source_key(source: Source) -> tuple[dict[str, Any], str]:
@@ -148,6 +156,17 @@ def _file_digest(path: Path) -> str:
         message, remedy = f"the file cannot be read: {error.strerror or error}", "check its permissions and the disk"
         raise DataError(Problem(message, str(path), remedy=remedy)) from error
     return digest.hexdigest()
+
+
+def find_built(data: DataSection, tokenizer_path: str) -> DataFacts | None:
+    """Return the counts of the finished cache of these settings; None if there is none. Raises: as `cache_keys` and `read`."""
+    key, full_key = cache_keys(data, tokenizer_path)
+    facts = find(key, data.cache_group)
+    if facts is None and key != full_key:
+        full = find(full_key, data.cache_group)
+        # With all held-out rows within the limit, both are the same.
+        facts = full if full is not None and full.num_eval_rows <= (data.eval_max_rows or 0) else None
+    return facts
 
 
 def find(key: str, group: str | None = None) -> DataFacts | None:
@@ -195,9 +214,14 @@ def _meta_digest(meta: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(meta, sort_keys=True).encode())
 
 
+def file_sizes(folder: str | Path) -> dict[str, int]:
+    """Return the bytes of each file with which the finished cache in `folder` was built, by its path; without meta.json."""
+    return dict(json.loads((Path(folder) / "meta.json").read_bytes())["files"])
+
+
 def num_bytes(folder: str | Path) -> int:
     """Return the size in bytes of the finished cache in `folder`."""
-    return sum(json.loads((Path(folder) / "meta.json").read_bytes())["files"].values())
+    return sum(file_sizes(folder).values())
 
 
 def id_problem(max_token_id: int, num_embeddings: int, tokenizer_path: str) -> Problem | None:

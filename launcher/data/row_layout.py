@@ -78,15 +78,9 @@ def layout_training(
     return _concatenate([_pack(lengths, indices, data) for indices in rounds]), epochs
 
 
-def layout_held_out(lengths: np.ndarray, selected: np.ndarray, data: DataSection, max_rows: int | None) -> RowLayout:
-    """Return rows with each of the documents `selected` once; of more than `max_rows` rows, a representative choice."""
-    layout = _pack(lengths, selected, data)
-    chosen = packing.choose_evenly(layout.num_rows, max_rows)
-    if len(chosen) == layout.num_rows:
-        return layout
-    return _concatenate(
-        [RowLayout(layout.order[a:b], np.asarray([0, b - a])) for a, b in layout.starts[np.stack([chosen, chosen + 1], 1)]]
-    )
+def layout_held_out(lengths: np.ndarray, selected: np.ndarray, data: DataSection) -> RowLayout:
+    """Return rows with each of the documents `selected` once."""
+    return _pack(lengths, selected, data)
 
 
 def _pack(lengths: np.ndarray, indices: np.ndarray, data: DataSection) -> RowLayout:

@@ -24,10 +24,10 @@ from launcher.data import sources
 from launcher.data.sources import Chat, Completion, Document, DocumentBatch
 from launcher.data.sources.files import Block
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
-from launcher.errors import DataError, LauncherError
+from launcher.errors import DataError, LauncherError, Problem
 from launcher.models import parent_run
 from launcher.security.printable_stream import printable_output
-from launcher.worker.prepare import convert_local
+from launcher.worker.prepare import convert_local, hub_reason
 from launcher.worker.signals import exit_on_termination
 
 # Documents whose tokens are counted, spread over the source.
@@ -66,17 +66,19 @@ def _look(config: RunConfig) -> dict[str, Any]:
             documents += sampled
     with tempfile.TemporaryDirectory() as fetched:
         folder, model_config, note = _tokenizer(config, Path(fetched))
-        lengths, length_note = _lengths(documents, config.data, folder)
+        lengths, problem = _lengths(documents, config.data, folder)
     lengths.sort()
     return {
         "sources": row_sources,
         "num_sampled": len(lengths),
-        "is_measured": folder is not None and not length_note,
+        "is_measured": folder is not None and problem is None,
         "mean": sum(lengths) / max(1, len(lengths)),
         **{f"p{percent}": lengths[min(len(lengths) - 1, len(lengths) * percent // 100)] for percent in (50, 90, 99)},
         "longest": lengths[-1],
+        "lengths": lengths,
         "config": model_config,
-        "note": note or length_note,
+        "note": note or (problem.message if problem is not None else ""),
+        "remedy": problem.remedy if problem is not None else "",
     }
 
 
@@ -134,39 +136,25 @@ def _tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str,
         snapshot_download(name, revision=revision, allow_patterns=_TOKENIZER_FILES, local_dir=fetched, etag_timeout=5)
     # The client raises many kinds of exceptions.
     except Exception as error:
-        return None, None, f"{name} is not on this machine, and {_reason(error)}"
+        return None, None, f"{name} is not on this machine, and {hub_reason(error)}"
     file = fetched / "config.json"
     content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and name == config.model.path else None
     return fetched, content, ""
 
 
-def _reason(error: Exception) -> str:
-    """Return why the client of the Hub could not fetch a file."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return "the Hub gives it to users alone who have accepted its terms (HF_TOKEN)"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "the Hub has no model of this name, or it is private (HF_TOKEN)"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return "the Hub does not have this revision of it"
-    return "the Hub cannot be reached"
-
-
-def _lengths(documents: list[Document], data: DataSection, folder: Path | None) -> tuple[list[int], str]:
-    """Return the tokens of each document, and why characters were counted instead; empty where they were not."""
+def _lengths(documents: list[Document], data: DataSection, folder: Path | None) -> tuple[list[int], Problem | None]:
+    """Return the tokens of each document, and the problem for which characters were counted instead; None without one."""
+    problem = None
     if folder is not None:
         import_tokenizers_without_torch()
         try:
             encoder = Encoder(load_tokenizer(str(folder)), data)
             completions = data.sources[0].completions
             rendered = [encoder.render(encoder.write_as_chat(document, completions)) for document in documents]
-            return [len(encoded.ids) for encoded in encoder.encode(rendered)], ""
+            return [len(encoded.ids) for encoded in encoder.encode(rendered)], None
         except LauncherError as error:
-            note = f"{error.problems[0].message}"
-    else:
-        note = ""
-    return [max(1, round(_num_characters(document) / _CHARACTERS_PER_TOKEN)) for document in documents], note
+            problem = error.problems[0]
+    return [max(1, round(_num_characters(document) / _CHARACTERS_PER_TOKEN)) for document in documents], problem
 
 
 def _num_characters(document: Document) -> int:

@@ -7,6 +7,8 @@ standard error, one JSON object to standard output: the report, or the problems.
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import json
 import os
 import signal
@@ -24,6 +26,7 @@ from launcher.data.checks import patterns
 from launcher.data.corpus import list_inputs
 from launcher.data.sources import Document
 from launcher.data.sources.formats import FORMATS, detect_format
+from launcher.data.sources.json_array import read_array
 from launcher.data.sources.row_values import MAX_ROW_BYTES
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import DataError, Problem
@@ -43,6 +46,8 @@ MAX_PROMPTS = 2_000
 # With fewer, no test finds anything.
 MIN_PROMPTS = 10
 _MAX_SHOWN = 80
+# Spaces and a byte order mark before the first character are shorter.
+_HEAD_BYTES = 256
 # The key of the answer, by that of the prompt: a row with both is one of training.
 _ANSWER_KEYS = {"prompt": "completion", "question": "answer", "instruction": "output"}
 _CHAT_KEYS = ("messages", "conversations")
@@ -111,7 +116,7 @@ def _training_prompts(plan: LaunchPlan, tokenizer: Any, generator: np.random.Gen
 
 
 def _read(path: Path) -> Iterator[Document]:
-    """Yield the prompt of each line.
+    """Yield the prompt of each line, or of each entry of one JSON array.
 
     Raises:
         DataError: with every kind of line that has none.
@@ -119,6 +124,13 @@ def _read(path: Path) -> Iterator[Document]:
     problems: dict[str, Problem] = {}
     try:
         with path.open("rb") as file:
+            if _is_array(file):
+                for row, where, _ in read_array(file, str(path)):
+                    try:
+                        yield _parse(row, where)
+                    except DataError as error:
+                        for problem in error.problems:
+                            problems.setdefault(problem.message, problem)
             lines = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
             for number, line in enumerate(lines, 1):
                 if not line.strip():
@@ -138,6 +150,12 @@ def _read(path: Path) -> Iterator[Document]:
         raise DataError(Problem(f"the prompts cannot be read: {error.strerror}", where=str(path))) from error
     if problems:
         raise DataError([*problems.values()])
+
+
+def _is_array(file: io.BufferedReader) -> bool:
+    """Return True if the file is one JSON array: no line of JSON Lines with a prompt begins with a bracket."""
+    head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES].removeprefix(codecs.BOM_UTF8).lstrip()
+    return head.startswith(b"[")
 
 
 def _parse(row: Any, where: str) -> Document:

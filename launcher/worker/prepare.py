@@ -236,12 +236,28 @@ def _download(repo_id: str, model: ModelSection) -> None:
             ) from error
         raise ConfigError(
             Problem(
-                f"{repo_id} cannot be fetched from the hub: {type(error).__name__}",
+                f"{repo_id} cannot be fetched from the hub: {hub_reason(error)}",
                 where="model.path",
                 value=repo_id,
                 remedy="check the name, the network and, for a gated model, HF_TOKEN in the environment; or use a local folder",
             )
         ) from error
+
+
+def hub_reason(error: Exception) -> str:
+    """Return why the client of the Hub could not fetch a file."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "the Hub gives it to users alone who have accepted its terms (HF_TOKEN)"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the Hub has no model of this name, or it is private (HF_TOKEN)"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the Hub does not have this revision of it"
+    is_offline = isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | ConnectionError | TimeoutError)
+    if is_offline or type(error).__module__.startswith("httpx"):
+        return "the Hub cannot be reached"
+    return f"the Hub's client failed ({type(error).__name__})"
 
 
 def _say(text: str) -> None:

@@ -159,6 +159,29 @@ def test_what_the_plan_warns_of_is_said_at_once(typed: Typed) -> None:
     assert "note: the warm-up of 20 steps does not end within 8: lower optim.warmup_steps" in out, err
 
 
+def test_what_data_would_refuse_is_said_at_once(typed: Typed) -> None:
+    words = ("init", "--data", "chats.jsonl", "--model", "tiny", "data.max_length=64")
+    code, out, err = typed(*words)
+    assert code == 0, err
+    (warning,) = [line for line in out.splitlines() if line.startswith("warning: ")]
+    assert "of the documents are longer than data.max_length=64" in warning
+    assert "more than 20% are cut off" in warning
+    code, _, err = typed("data", "chats.yaml")
+    assert code == 2
+    assert "documents that are cut off" in err
+    code, out, err = typed(*words, "data.long_documents=split", "--out", "split.yaml")
+    assert (code, "warning: " in out) == (0, False), err
+
+
+def test_all_of_long_texts_is_trained(typed: Typed) -> None:
+    Path("book.txt").write_text("It was a dark and stormy night. " * 1000)
+    assert typed("init", "--data", "book.txt", "--model", "tiny")[0] == 0
+    assert yaml.safe_load(Path("book.yaml").read_text())["data"]["long_documents"] == "split"
+    code, out, err = typed("data", "book.yaml")
+    assert code == 0, err
+    assert "truncated" not in out
+
+
 def test_rows_may_be_named_by_overrides(typed: Typed) -> None:
     """Settings are then suggested for them, and not for the demonstration."""
     for number, words in enumerate((("data=jsonl", "data.path=chats.jsonl"), ("data.path=chats.jsonl",))):
@@ -234,6 +257,7 @@ def test_nothing_is_overwritten(typed: Typed) -> None:
         (("--data", "bad.jsonl", "--model", "tiny"), "bad.jsonl:2"),
         (("--data", "chats.jsonl", "mine.yaml"), "use this file with: python -m launcher plan mine.yaml"),
         (("chats.jsonl", "model=tiny"), "name rows with: --data chats.jsonl"),
+        (("--data", "chats.jsonl", "--out", "mine.txt"), "write --out mine.yaml"),
         (("--data", "chats.jsonl", "--model", "run:nope"), "there is no run named nope"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -110,6 +111,20 @@ def test_a_word_that_is_no_override_is_answered_with_what_was_meant(
     assert text.startswith(message)
     assert remedy in text
     assert "usage:" not in text or tokens[0] in ("status", "resume", "why")
+
+
+@pytest.mark.parametrize("tokens", [["plan", "mine"], ["mine"], ["train", "model=tiny", "runs/mine"]])
+def test_a_run_in_place_of_settings_is_answered_with_what_can_be_done_with_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: list[str]
+) -> None:
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/plan.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert main(tokens) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("this is a run, not a file of settings\n")
+    for verb in ("status", "resume", "config"):
+        assert f"python -m launcher {verb} {tokens[-1]}" in text
 
 
 def test_a_secret_in_a_value_that_cannot_be_parsed_is_not_shown(shown: Shown) -> None:

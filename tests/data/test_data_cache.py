@@ -23,6 +23,8 @@ from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data import cache, cache_lock
 from launcher.data.build import build
 from launcher.data.cache import Split, cache_key, find, read_report, read_samples
+from launcher.data.packing import choose_evenly
+from launcher.data.sources.origins import DocumentOrigins
 from launcher.errors import DataError
 from launcher.plan.launch_plan import DataFacts
 
@@ -111,9 +113,28 @@ def test_an_eval_file_and_the_limit_on_rows(section: Section, jsonl: Jsonl, toke
     facts = build(data, str(tokenizer_dir))
     assert facts.num_docs == 200
     assert read_report(facts.cache_dir)["num_eval_docs"] == 59
-    cut = build(data.model_copy(update={"eval_max_rows": 3}), str(tokenizer_dir))
+    stages: list[str] = []
+    limited = data.model_copy(update={"eval_max_rows": 3})
+    cut = build(limited, str(tokenizer_dir), lambda stage, done, total: stages.append(stage))
+    assert stages == [], "nothing is tokenized again"
     assert (cut.num_rows, cut.num_eval_rows) == (facts.num_rows, 3)
-    assert_sound(Split.open(cut, held_out=True), 128)
+    assert cut.digest.split("-")[0] == facts.digest.split("-")[0] != cut.digest.split("-")[1] != facts.digest.split("-")[1]
+    split, whole = Split.open(cut, held_out=True), Split.open(facts, held_out=True)
+    assert_sound(split, 128)
+    assert [split.tokens[split.row_tokens(row)].tolist() for row in range(3)] == [
+        whole.tokens[whole.row_tokens(row)].tolist() for row in choose_evenly(whole.num_rows, 3)
+    ]
+    report = read_report(cut.cache_dir)
+    assert [source["held_out_unused"] for source in report["sources"]] == [0, 59 - report["num_eval_docs"]]
+    origins_of = DocumentOrigins.open(cut.cache_dir, held_out=True)
+    assert origins_of is not None
+    assert len({origins_of.where(number) for number in range(split.num_docs)}) == split.num_docs == report["num_eval_docs"]
+    # The files that both have are compared with their digests before another cache gets them.
+    with (Path(facts.cache_dir) / "trained.npy").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\7")
+    with pytest.raises(DataError, match="damaged"):
+        build(data.model_copy(update={"eval_max_rows": 2}), str(tokenizer_dir))
 
 
 def test_stdlib_docs_brings_its_own_held_out_split(tokenizer_dir: Path) -> None:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from launcher.config.sections.data import DataSection, Source
 from launcher.data.mixture import compute_budgets, draw_passes
-from launcher.data.row_layout import layout_held_out, layout_training
+from launcher.data.packing import choose_evenly
+from launcher.data.row_layout import layout_training
 from launcher.errors import DataError
 
 
@@ -97,12 +98,10 @@ def test_rows_match_the_mixture_and_have_no_document_twice(data: st.DataObject) 
 
 
 def test_many_held_out_rows_are_sampled() -> None:
-    lengths = np.arange(1, 101)
-    section = DataSection(sources=(source(),), max_length=128, packing=False)
-    layout = layout_held_out(lengths, np.arange(100), section, max_rows=5)
-    assert layout.num_rows == len(layout.order) == 5
-    assert layout.order[[0, -1]].tolist() == [0, 99]
-    assert layout_held_out(lengths, np.arange(100), section, max_rows=None).num_rows == 100
+    chosen = choose_evenly(100, 5)
+    assert len(chosen) == 5
+    assert chosen[[0, -1]].tolist() == [0, 99]
+    assert choose_evenly(100, None).tolist() == choose_evenly(100, 200).tolist() == list(range(100))
 
 
 def test_a_token_budget_below_every_document_is_refused() -> None:

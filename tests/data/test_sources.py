@@ -151,8 +151,13 @@ def test_a_missing_file_names_its_neighbors(tmp_path: Path, monkeypatch: pytest.
     assert problem.remedy.startswith("did you mean my.jsonl? set data.sources[0].path to a data file")
     (problem,) = check_sources(DataSection(sources=(Source(path="Sub/chats.jsonl"),)))
     assert problem.remedy.startswith("did you mean sub? ")
-    (problem,) = check_sources(DataSection(sources=(Source(path="nothing_like_it.jsonl"),)))
-    assert problem.remedy.startswith("set data.sources[0].path")
+    Path("nothing.yaml").write_text("model: tiny")
+    for unlike in ("nothing_like_it.jsonl", "nothing.json"):
+        (problem,) = check_sources(DataSection(sources=(Source(path=unlike),)))
+        assert problem.remedy.startswith("set data.sources[0].path")
+    (problem,) = check_sources(DataSection(sources=(Source(path="my.jsonl,sub/chats.jsonl"),)))
+    assert problem.message == "commas do not separate data files"
+    assert "'data.sources=[{name: my, path: my.jsonl}, {name: chats, path: sub/chats.jsonl}]'" in problem.remedy
 
 
 def test_good_paths_are_no_problem(tmp_path: Path) -> None:

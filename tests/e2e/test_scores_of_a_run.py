@@ -78,6 +78,7 @@ def test_the_rows_of_a_step_have_the_loss_that_training_logged(launch: Launch, r
     text = launch("why", str(run), "2")
     assert text.returncode == 0, text.stderr
     assert "no losses of documents: there is no checkpoint before step 2" in text.stdout
+    assert "checkpoint.keep_last keeps more" in text.stdout
 
 
 def test_an_unknown_split_or_step_names_those_that_exist(launch: Launch, run: Path) -> None:

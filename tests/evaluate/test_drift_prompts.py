@@ -52,6 +52,19 @@ def test_a_row_gives_its_prompt(row: object, prompt: list[str]) -> None:
     assert prompt_of(row) == prompt
 
 
+def test_a_file_may_be_one_json_array(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {i}."} for i in range(3)]
+    lines, array = tmp_path / "rows.jsonl", tmp_path / "rows.json"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    array.write_text(f"\ufeff \n{json.dumps(rows, indent=1)}\n", encoding="utf-8")
+    prompts = [[document.prompt for document in drift._read(file)] for file in (lines, array)]
+    assert prompts[0] == prompts[1] == ["Say 0.", "Say 1.", "Say 2."]
+    array.write_text('[{"prompt": "a"}, {"answer": 1}, {"answer": 2}]')
+    with pytest.raises(DataError) as error:
+        list(drift._read(array))
+    assert [problem.where for problem in error.value.problems] == [f"{array}:row 2"]
+
+
 def test_lines_without_a_prompt_are_named_once_for_each_kind(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"answer": 1}\nno json\n[1]\n{"prompt": "a"}\nno json\n')

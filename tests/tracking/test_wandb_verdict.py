@@ -37,7 +37,9 @@ def test_summary_and_answers(make_plan: PlanMaker, run_dir: Path, capsys: pytest
     parent = Lineage(run_name="before", run_dir="/missing/before", step=7, plan_digest="d", wandb_id="aaaa1111")
     run = evaluated(make_plan(mode="offline").model_copy(update={"lineage": parent}), "completed")
     assert verdict_upload.main(str(run.root), "40") == 0
-    assert capsys.readouterr().out.startswith(f"W&B: the verdict is in the summary of the files in {run_dir}/wandb/offline-run-")
+    told = capsys.readouterr().out
+    assert told.startswith(f"W&B: the verdict is in the summary of the files in {run_dir}/wandb/offline-run-")
+    assert f"upload them with: wandb sync --include-online {run_dir}/wandb/offline-run-" in told
     summary: dict[str, object] = {}
     for record in wandb_files.records(run_dir):
         if record["type"] == "summary":

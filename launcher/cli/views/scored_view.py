@@ -11,6 +11,8 @@ from launcher.errors import printable
 
 COLUMNS = ("document", "source", ">tokens", ">loss", ">without prompt", ">explained", "answer")
 _MAX_CHARS = 60
+# Data in which more of the documents are mislabeled would teach nothing: it is the model that does not know.
+_MOST_LIKELY = 0.5
 
 
 def lines(report: dict[str, Any], num_shown: int) -> list[str]:
@@ -34,6 +36,12 @@ def summary(report: dict[str, Any]) -> list[str]:
             "caution: these weights have not trained on the data, so that the lists show what the base model knows and does not: "
             "a hard or unusual document reads as mislabeled"
         )
+    ranked = report["lists"][MISLABELED]
+    if report["step"] and sum(entry["likely"] for entry in ranked) > len(ranked) * _MOST_LIKELY:
+        summarized.append(
+            "caution: for most documents the prompt explains nothing of the answer: the model has hardly learned from "
+            "prompts yet, so that likely mislabeled says little about a document; train longer, or score another step with --step"
+        )
     if not report["has_origins"]:
         summarized.append("the data cache does not record files and lines; a run with the same settings builds one that does")
     return summarized
@@ -49,6 +57,11 @@ def describe_count(name: str, entries: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _share(value: float) -> str:
+    # A little below zero would be -0%.
+    return f"{round(value, 2) + 0.0:.0%}"
+
+
 def cells(entry: dict[str, Any]) -> tuple[str, ...]:
     """Return the cells of a document under COLUMNS."""
     loss, alone = entry["loss"], entry["loss_alone"]
@@ -59,6 +72,6 @@ def cells(entry: dict[str, Any]) -> tuple[str, ...]:
         f"{entry['tokens']:,}",
         f"{loss:.3f}",
         "-" if alone is None else f"{alone:.3f}",
-        "-" if not alone else f"{1 - loss / alone:.0%}",
+        "-" if not alone else _share(1 - loss / alone),
         answer if len(answer) <= _MAX_CHARS else f"{answer[:_MAX_CHARS]}...",
     )

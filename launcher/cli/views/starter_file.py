@@ -56,14 +56,27 @@ def slurm_overrides(gpus_per_node: int) -> tuple[str, ...]:
     return ("+cluster=slurm", "cluster.nodes=2", f"cluster.gpus_per_node={gpus_per_node}")
 
 
+def data_warnings(config: RunConfig, sample_report: dict[str, Any]) -> list[str]:
+    """Return what of the data `data` would refuse under these settings."""
+    warnings = [f"`data` refuses such rows: {sample_report['remedy']}"] if sample_report["remedy"] else []
+    lengths, checks = sample_report["lengths"], config.data.checks
+    share = sum(length > config.data.max_length for length in lengths) / max(1, len(lengths))
+    if config.data.long_documents == "truncate" and checks.truncated == "fail" and share > checks.max_truncated:
+        warnings.append(
+            f"{share:.0%} of the documents are longer than data.max_length={config.data.max_length}, and `data` refuses a run in "
+            f"which more than {checks.max_truncated:.0%} are cut off: raise it, or set data.long_documents to split or drop"
+        )
+    return warnings
+
+
 def next_lines(
-    out: Path, config: RunConfig, machines: str, assumptions: Sequence[str], plan: LaunchPlan | None, plans_on_slurm: bool
+    out: Path, config: RunConfig, machines: str, remarks_on_data: Sequence[str], plan: LaunchPlan | None, plans_on_slurm: bool
 ) -> list[str]:
-    """Return what was written, for which machines, what the plan warns of, and the commands to type next.
+    """Return what was written, for which machines, what was assumed, what is warned of, and the commands to type next.
 
     `plan` is that of the file, None where it is known only with the model.
     """
-    lines = [f"wrote {out}", f"fitted to: {machines}", *(f"assumed: {assumption}" for assumption in assumptions)]
+    lines = [f"wrote {out}", f"fitted to: {machines}", *remarks_on_data]
     if plan is not None:
         lines += remarks(plan, disk_note(plan))
     lines.append("next:")

@@ -11,6 +11,8 @@ import glob
 import json
 import logging
 import os
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ _HUB_TIMEOUT_S = 20.0
 # Too many requests, and server errors.
 _TEMPORARY = (429, *range(500, 600))
 _NUM_NAMES = 10
+_SETTINGS_SUFFIXES = (".yaml", ".yml")
 
 
 def is_url(path: str) -> bool:
@@ -119,6 +122,10 @@ def local_problem(key: str, source: RowSource) -> Problem | None:
     if is_pattern and not _match_pattern(value):
         return Problem("no file matches the pattern", key, value, f"{remedy}; relative paths start at {Path.cwd()}")
     if not is_pattern and not path.exists():
+        if listed_files := _files_with_commas(value):
+            sources = ", ".join(f"{{name: {name}, path: {_flow(file)}}}" for name, file in listed_files.items())
+            listed = f"several files are a pattern (such as *.jsonl), a folder, or {shlex.quote(f'data.sources=[{sources}]')}"
+            return Problem("commas do not separate data files", key, value, f"{listed} in place of data.path")
         similar = _list_similar(path)
         guess = f"did you mean {' or '.join(similar)}? " if similar else ""
         return Problem("the data file does not exist", key, value, f"{guess}{remedy}; relative paths start at {Path.cwd()}")
@@ -138,8 +145,25 @@ def local_problem(key: str, source: RowSource) -> Problem | None:
     return None
 
 
+def _files_with_commas(value: str) -> dict[str, str]:
+    """Return the files or folders of a list with commas by a name for each as a source; empty unless all of them exist."""
+    paths = [part.strip() for part in value.split(",") if part.strip()]
+    if len(paths) < 2 or not all(Path(path).expanduser().exists() for path in paths):
+        return {}
+    named: dict[str, str] = {}
+    for path in paths:
+        stem = re.sub(r"[^\w-]+", "-", Path(path).name.split(".")[0]).strip("-") or "source"
+        named[stem if stem not in named else f"{stem}-{len(named) + 1}"] = path
+    return named
+
+
+def _flow(value: str) -> str:
+    """Return a path as Hydra reads it in a list: in quotation marks where it has other characters than names have."""
+    return value if re.fullmatch(r"[\w./@-]+", value) else json.dumps(value, ensure_ascii=False)
+
+
 def _list_similar(path: Path) -> list[str]:
-    """Return what lies beside the first missing part of `path` under the closest names, apart from case; at most three."""
+    """Return the data beside the first missing part of `path` under the closest names, apart from case; at most three."""
     absent = [path, *(parent for parent in path.parents if not parent.exists())][-1]
     try:
         beside = list(absent.parent.iterdir())
@@ -147,7 +171,8 @@ def _list_similar(path: Path) -> list[str]:
         return []
     names: dict[str, list[Path]] = {}
     for entry in beside:
-        names.setdefault(entry.name.casefold(), []).append(entry)
+        if entry.suffix not in _SETTINGS_SUFFIXES:
+            names.setdefault(entry.name.casefold(), []).append(entry)
     close = difflib.get_close_matches(absent.name.casefold(), names, n=3, cutoff=0.7)
     return [str(entry) for name in close for entry in names[name]][:3]
 

@@ -80,11 +80,25 @@ def write(folder: Path, documents_by_split: Sequence[np.ndarray], wheres: Sequen
         is_line = match is not None and str(int(match[2])) == match[2]
         prefix, line = (match[1], int(match[2])) if match is not None and is_line else (where, _NO_LINE)
         entries["file"][i], entries["line"][i] = numbers.setdefault(prefix, len(numbers)), line
-    digests = []
-    for path, documents in zip((folder, folder / "eval"), documents_by_split, strict=True):
-        with (path / FILE).open("wb") as file:
-            np.save(file, entries[documents])
-            file.flush()
-            os.fsync(file.fileno())
-        digests.append(xxhash.xxh3_128_hexdigest((path / FILE).read_bytes()))
-    atomic_files.write_text(folder / TABLE, json.dumps({"files": [*numbers], "digests": digests}))
+    splits = zip((folder, folder / "eval"), documents_by_split, strict=True)
+    digests = [_write_array(path / FILE, entries[documents]) for path, documents in splits]
+    _write_table(folder, [*numbers], digests)
+
+
+def write_held_out(folder: Path, full: Path, origins: DocumentOrigins, documents: np.ndarray) -> None:
+    """Write the origins of those held-out `documents` of the cache `full` that the cache in `folder` has."""
+    digest = json.loads((full / TABLE).read_bytes())["digests"][0]
+    _write_table(folder, origins.files, [digest, _write_array(folder / "eval" / FILE, origins.values[documents])])
+
+
+def _write_array(path: Path, values: np.ndarray) -> str:
+    """Write an array, and return the digest of the file."""
+    with path.open("wb") as file:
+        np.save(file, values)
+        file.flush()
+        os.fsync(file.fileno())
+    return xxhash.xxh3_128_hexdigest(path.read_bytes())
+
+
+def _write_table(folder: Path, files: Sequence[str], digests: Sequence[str]) -> None:
+    atomic_files.write_text(folder / TABLE, json.dumps({"files": [*files], "digests": [*digests]}))

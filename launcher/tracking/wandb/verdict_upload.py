@@ -18,7 +18,7 @@ from launcher.run_records import RUNNING_STATES
 from launcher.tracking.generations import HEADER, read_generations
 from launcher.tracking.verdicts import TUNED, EvaluationVerdict, SetVerdict, read_verdicts
 from launcher.tracking.wandb import local_settings
-from launcher.tracking.wandb.session import Session, is_online, redacted
+from launcher.tracking.wandb.session import Session, is_online, redacted, sync_command
 
 
 def upload(run: RunDir, step: int) -> str:
@@ -50,7 +50,9 @@ def upload(run: RunDir, step: int) -> str:
             session.log_table("verdict/generations", HEADER, redacted(generations, os.environ))
     finally:
         session.finish(state)
-    return f"W&B: the verdict is in the summary of {session.url or f'the files in {session.folder}'}"
+    line = f"W&B: the verdict is in the summary of {session.url or f'the files in {session.folder}'}"
+    upload_command = sync_command(run, plan.wandb_id, session) if session.offline else ""
+    return f"{line}; upload them with: {upload_command}" if upload_command else line
 
 
 def summary_of(one: SetVerdict) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def _find_weights_before(run: RunDir, plan: LaunchPlan, step: int) -> tuple[Scor
         reason = (
             f"the checkpoint of step {max(earlier)} cannot be used" if earlier else f"there is no checkpoint before step {step}"
         )
-        return None, f"{reason}{':' if earlier else ', and'} {error.problems[0].message}"
+        kept = "" if earlier else "; checkpoint.keep_last keeps more checkpoints of a run to come"
+        return None, f"{reason}{':' if earlier else ', and'} {error.problems[0].message}{kept}"
 
 
 def _describe_row(plan: LaunchPlan, split: Split, row: int, losses: np.ndarray | None) -> dict[str, Any]:
