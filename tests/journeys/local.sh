@@ -12,6 +12,8 @@ short=(data.max_length=256 data.workers=2 data.eval_max_rows=4 train.global_batc
 step "init" launcher init --data chats.jsonl --model tiny "${short[@]}" checkpoint.save_every=3 tracking.mode=offline
 says "launcher train chats.yaml"
 refused "init again" "overwrites nothing" launcher init --data chats.jsonl --model tiny
+step "doctor" launcher doctor chats.yaml
+says "all-reduce"
 step "data" python -m launcher data chats.yaml
 says "20,000"
 step "data, cached" launcher data chats.yaml --show 2 --html data.html
@@ -25,6 +27,19 @@ says "first in runs/first"
 step "status" launcher status first
 says completed
 step "report" launcher report first --html report.html
+step "dashboard, shown" launcher dashboard first --dry-run
+says "Launcher: first"
+refused "dashboard without a login" "there is no login for Weights & Biases" launcher dashboard first
+step "why a step" launcher why first 12 --no-scores
+says "chats.jsonl:"
+step "documents by their losses" launcher data --scored first --split held_out
+says "likely mislabeled"
+step "drift" launcher drift first chats.jsonl
+says "The prompts are like those of training"
+step "evaluate" launcher evaluate first evaluate.max_prompts=2 evaluate.max_new_tokens=4
+says "No baseline was evaluated"
+refused "a run is no file of settings" "launcher config first > next.yaml" launcher plan first
+refused "drill without a fault" "kill-rank" launcher drill --fault kil first
 
 step "train, detached" launcher train chats.yaml run.name=killed export.enabled=false --detach
 step "kill rank 1" python "$here/kill_rank.py" runs/killed 1 4
