@@ -34,7 +34,7 @@ step "why a step" launcher why first 12 --no-scores
 says "chats.jsonl:"
 step "documents by their losses" launcher data --scored first --split held_out
 says "likely mislabeled"
-step "drift" launcher drift first chats.jsonl
+step "drift" launcher drift first chats.jsonl --no-likelihood
 says "The prompts are like those of training"
 step "evaluate" launcher evaluate first evaluate.max_prompts=2 evaluate.max_new_tokens=4
 says "No baseline was evaluated"
