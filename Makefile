@@ -41,9 +41,9 @@ run: install  ## fine-tune the demonstration model (ARGS="train.max_steps=5" add
 test: .venv/.installed-dev  ## run the unit tests and one whole run on this machine, on Slurm and on Ray
 	$(BIN)/python -m pytest -m "not rest and not gpu" $(or $(strip $(ARGS)),-n 3 --dist loadfile --no-loadscope-reorder)
 
-# Whole runs keep both cores busy with two at a time. The order of the files is that of tests/conftest.py.
+# The order of the files is that of tests/conftest.py.
 test-rest: .venv/.installed-dev  ## run all other tests: faults, interruptions, real schedulers, what a user types on the first day
-	$(BIN)/python -m pytest -m "rest and not gpu" $(or $(strip $(ARGS)),-n 2 --dist loadfile --no-loadscope-reorder)
+	$(BIN)/python -m pytest -m "rest and not gpu" $(or $(strip $(ARGS)),-n 3 --dist loadfile --no-loadscope-reorder)
 
 test-all: test test-rest  ## run every test
 
