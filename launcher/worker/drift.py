@@ -25,9 +25,9 @@ from launcher.data.cache import Split
 from launcher.data.checks import patterns
 from launcher.data.corpus import list_inputs
 from launcher.data.sources import Document
+from launcher.data.sources.files import read_lines
 from launcher.data.sources.formats import FORMATS, detect_format
 from launcher.data.sources.json_array import read_array
-from launcher.data.sources.row_values import MAX_ROW_BYTES
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import DataError, Problem
 from launcher.evaluate.drift.comparison import DriftReport, Prompt, compare
@@ -131,13 +131,9 @@ def _read(path: Path) -> Iterator[Document]:
                     except DataError as error:
                         for problem in error.problems:
                             problems.setdefault(problem.message, problem)
-            lines = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(read_lines(file, str(path)), 1):
                 if not line.strip():
                     continue
-                if len(line) > MAX_ROW_BYTES:
-                    message = f"the line is longer than {MAX_ROW_BYTES >> 20} MiB"
-                    raise DataError(Problem(message, f"{path}:{number}", remedy="write one prompt a line"))
                 try:
                     yield _parse(json.loads(line), f"{path}:{number}")
                 except (ValueError, RecursionError):

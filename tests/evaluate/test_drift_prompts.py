@@ -13,9 +13,10 @@ import pytest
 from launcher import hardware
 from launcher.config.schema import RunConfig
 from launcher.data.build import build
-from launcher.data.sources import Chat, Completion
+from launcher.data.sources import Chat, Completion, files
 from launcher.data.tokenization.encoder import Encoder, load_tokenizer
 from launcher.errors import DataError
+from launcher.evaluate.choices.questions import read_questions
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.worker import drift
 from launcher.worker.scoring import prompt_losses
@@ -81,12 +82,14 @@ def test_a_line_of_any_depth_or_length_is_refused_with_its_place(tmp_path: Path,
     with pytest.raises(DataError, match="the line is not JSON") as error:
         list(drift._read(file))
     assert error.value.problems[0].where == f"{file}:2"
-    monkeypatch.setattr(drift, "MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 1 << 20)
     # A file with holes: to read the line whole would take all memory.
     os.truncate(file, 2**40)
     with pytest.raises(DataError, match="the line is longer than 1 MiB") as error:
         list(drift._read(file))
     assert error.value.problems[0].where == f"{file}:3"
+    with pytest.raises(DataError, match="the line is longer than 1 MiB"):
+        read_questions(file, None)
 
 
 @pytest.mark.parametrize("completions", ["auto", "text"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from pace import slowness
 
 from launcher.data.tokenization import render_limits
 from launcher.errors import ConfigError, DataError
-from launcher.worker.benchmark_tasks import harness, prepare
+from launcher.worker.benchmark_tasks import harness, library_caches, prepare
 from launcher.worker.benchmark_tasks.task_files import find_running_call
 
 __all__ = ["as_root"]
@@ -65,8 +66,10 @@ def tasks(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.rest
 @pytest.mark.usefixtures("as_root", "tasks")
 def test_a_cache_of_others_gives_a_task_neither_rows_nor_code(tmp_path: Path, launcher_env: Mapping[str, str]) -> None:
+    pytest.importorskip("lm_eval")
     home = tmp_path / "hf"
     module = home / "modules/evaluate_modules/metrics/evaluate-metric--bleu" / ("a" * 64)
     module.mkdir(parents=True)
@@ -86,6 +89,31 @@ def test_a_cache_of_others_gives_a_task_neither_rows_nor_code(tmp_path: Path, la
     assert printed["questions"] == ["Secret 0?", "Secret 1?", "Secret 2?"]
     assert any(f"HF_MODULES_CACHE names is not trusted: {home} belongs to {MALLORY}" in text for text in printed["problems"])
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.usefixtures("as_root")
+def test_caches_that_others_could_have_written_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home/hf"
+    (home / "datasets/rows").mkdir(parents=True)
+    for variable in library_caches._CACHES:
+        monkeypatch.setenv(variable, str(home / "datasets"))
+
+    def replaced() -> list[str]:
+        problems = library_caches.leave_caches_of_others(tmp_path / "caches")
+        return [problem.message for problem in problems]
+
+    (home / "datasets").chmod(0o777)
+    (tmp_path / "home").chmod(0o700)
+    assert replaced() == [], "nobody else enters the folder above"
+    give(home / "datasets/rows")
+    # The modules of metrics are in a folder below.
+    names = ("HF_DATASETS_CACHE", "HF_EVALUATE_CACHE", "HF_METRICS_CACHE")
+    assert replaced() == [f"what {name} names is not trusted: rows belongs to {MALLORY}" for name in names]
+    assert [os.environ[name] for name in names] == [f"{tmp_path}/caches/{name}" for name in ("datasets", "evaluate", "metrics")]
+    assert replaced() == [], "of the folders in their place"
+    give(tmp_path / "home")
+    assert len(replaced()) == 1
+    assert os.environ["HF_MODULES_CACHE"] == f"{tmp_path}/caches/modules"
 
 
 @pytest.mark.usefixtures("as_root")

@@ -110,7 +110,7 @@ def split_block(block: Block) -> Iterator[Block]:
 def _blocks_of_lines(file: io.BufferedReader, name: str, kind: str) -> Iterator[Block]:
     lines: list[bytes] = []
     first, num_bytes = 1, 0
-    for line in _lines(file, name):
+    for line in read_lines(file, name):
         lines.append(line)
         num_bytes += len(line)
         if len(lines) == BLOCK_ROWS or num_bytes >= _BLOCK_BYTES:
@@ -121,7 +121,7 @@ def _blocks_of_lines(file: io.BufferedReader, name: str, kind: str) -> Iterator[
         yield Block(kind, name, first, b"".join(lines))
 
 
-def _lines(file: io.BufferedReader, name: str) -> Iterator[bytes]:
+def read_lines(file: io.BufferedReader, name: str) -> Iterator[bytes]:
     """Yield the lines of a file. Raises: DataError for one that is too long."""
     for number in itertools.count(1):
         line = file.readline(MAX_ROW_BYTES + 1)
@@ -293,7 +293,7 @@ def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
 
     def lines() -> Iterator[str]:
         nonlocal num_bytes
-        for number, line in enumerate(_lines(file, name), start=1):
+        for number, line in enumerate(read_lines(file, name), start=1):
             num_bytes += len(line)
             if num_bytes > MAX_ROW_BYTES:
                 remedy = "close every quote, or write shorter rows"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.data.sources.files import read_lines
 from launcher.errors import DataError, Problem
 from launcher.plan.quantities import format_count
 
@@ -64,7 +65,7 @@ def read_questions(path: Path, limit: int | None) -> list[ChoiceQuestion]:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
-        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        yield from ((number, line) for number, line in enumerate(read_lines(file, str(path)), 1) if line.strip())
 
 
 def _counted(problems: Sequence[Problem]) -> Problem:

@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 
 from launcher.errors import Problem
-from launcher.security import ownership
-from launcher.security.permissions import tree
+from launcher.security.permissions import first_problem, first_problem_above, is_private, tree
+from launcher.security.trust import Trust
 
 # The variable of each cache, and its folder in HF_HOME.
 _CACHES = {
@@ -35,7 +35,16 @@ def leave_caches_of_others(replacement: Path) -> list[Problem]:
     for variable, name in _CACHES.items():
         cache = Path(os.environ.get(variable) or Path(HF_HOME) / name).expanduser()
         used = cache / _METRICS if variable == "HF_MODULES_CACHE" else cache
-        if problem := ownership.folder_problem(f"what {variable} names", used, tree(used)):
+        if problem := _find_problem(f"what {variable} names", used):
             problems.append(problem)
             os.environ[variable] = str(replacement / name)
     return problems
+
+
+def _find_problem(subject: str, folder: Path) -> Problem | None:
+    """Return why others could have written to a cache; None if they could not, as in a home directory that nobody else enters."""
+    trust = Trust.from_environ(os.environ)
+    if problem := first_problem_above(subject, folder, trust, may_be_hidden=True):
+        return problem
+    is_hidden = any(is_private(parent, trust) for parent in folder.resolve().parents if parent.is_dir())
+    return first_problem(subject, folder, tree(folder), trust, in_private_folder=is_hidden)
