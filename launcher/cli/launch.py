@@ -68,16 +68,18 @@ def run(verb: str, tokens: list[str]) -> int:
     run_hydra(rest, jobs.append, (*_OWN_FLAGS[verb], *COMMON_FLAGS))
     require_distinct_runs(jobs)
     if verb == "plan":
-        return max((_plan(job, as_json, why, shows_script) for job in jobs), default=0)
+        taken_names: set[str] = set()
+        return max((_plan(job, as_json, why, shows_script, taken_names) for job in jobs), default=0)
     return _train(jobs, follows, accepts_cost)
 
 
-def _plan(composed: Composed, as_json: bool, why: bool, shows_script: bool) -> int:
+def _plan(composed: Composed, as_json: bool, why: bool, shows_script: bool, taken_names: set[str]) -> int:
     with composed.located():
         cluster = cluster_for(composed.config.cluster.kind)
         node = _node_of(composed, cluster)
         config = facts.resolve(composed.config, node)
-        plan = make_plan(config, _checked_facts(config, composed, node))
+        plan = _plan_with_free_name(config, _checked_facts(config, composed, node), taken_names)
+        taken_names.add(plan.run_name)
         weights_note = model_source.weights_note(config.model)
         notes = (
             _device_note(plan, cluster),
@@ -108,7 +110,7 @@ def _preview(text: str | None, is_wanted: bool) -> str:
         return f"\n{text.rstrip()}"
     count = text.count("\n")
     # A few lines are no script.
-    return f"{'script':<{LABEL_WIDTH}}plan --script shows the batch script ({count} lines)" if count > 1 else text.rstrip()
+    return f"{'script':<{LABEL_WIDTH}}plan --script shows what the scheduler gets ({count} lines)" if count > 1 else text.rstrip()
 
 
 def _train(jobs: list[Composed], follows: bool | None, accepts_cost: bool) -> int:

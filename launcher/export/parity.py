@@ -74,6 +74,8 @@ def load_exported(
     folder: Path, *, dtype: str, device: str = "cpu", trust_remote_code: bool = False
 ) -> transformers.PreTrainedModel:
     """Load an exported folder with transformers in `dtype`; CheckpointError where any weight is missing or left over."""
+    # The bar of transformers would stand in the log of a rank.
+    transformers.utils.logging.disable_progress_bar()
     try:
         model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
             folder,

@@ -160,6 +160,9 @@ def test_a_multirun_plans_each_job(forked: Run, empty: Path) -> None:
         names.append(value["config"]["model"]["name"])
         text = text[end:].strip()
     assert names == ["tiny", "qwen3_8b"]
+    done = forked("plan", "-m", "model=tiny", "optim.lr=1e-5,2e-5", cwd=empty)
+    runs = {line for line in done.stdout.splitlines() if line.startswith("run ")}
+    assert len(runs) == 2, "each run of a sweep has its own name"
 
 
 def test_an_unknown_verb_is_refused(forked: Run) -> None:

@@ -45,7 +45,7 @@ def script_of(text: str) -> str:
 def test_the_plan_shows_the_script(site: Run, nothing_made: Callable[[], bool], tmp_path: Path) -> None:
     settings = ("run.name=shown", "cluster.nodes=2")
     assert "#SBATCH" not in (hidden := site("plan", *settings).stdout)
-    assert "plan --script shows the batch script" in hidden
+    assert "plan --script shows what the scheduler gets (" in hidden
     done = site(
         "plan", "--script", "run.name=shown", "cluster.nodes=2", "cluster.account=research", "cluster.modules=[cuda/12.8]"
     )

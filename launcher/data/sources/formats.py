@@ -228,13 +228,19 @@ def detect_format(row: Row, where: str) -> str:
 
 
 def _suggest_columns(row: Row) -> str | None:
-    """Return the setting that reads a format's keys from within an object of the row; None if no object has them."""
+    """Return the setting that reads a format's keys from within an object of the row, or two texts as prompt and completion; None
+    for other rows.
+    """
     for key, value in row.items():
         inner = from_json(value)
         for row_format in FORMATS.values() if isinstance(inner, dict) and _PLAIN_KEY.fullmatch(key) else ():
             if row_format.required_keys <= inner.keys():
                 columns = ", ".join(f"{name}: {key}.{name}" for name in sorted(row_format.required_keys))
                 return f"'data.sources=[{{name: train, {EXAMPLE_PATH}, columns: {{{columns}}}}}]' data.path=null"
+    texts = [key for key, value in row.items() if isinstance(value, str)]
+    if len(texts) == 2 and all(map(_PLAIN_KEY.fullmatch, texts)):
+        columns = f"prompt: {texts[0]}, completion: {texts[1]}"
+        return f"'data.sources=[{{name: train, {EXAMPLE_PATH}, columns: {{{columns}}}}}]' data.path=null, if that is their order"
     return None
 
 

@@ -304,6 +304,15 @@ def test_an_object_with_the_keys_of_a_format_is_suggested(jsonl: Jsonl) -> None:
     assert "columns: {answer: data.answer, question: data.question}}]' data.path=null" in caught.value.problems[0].remedy
 
 
+def test_two_texts_are_suggested_as_prompt_and_completion(jsonl: Jsonl) -> None:
+    path = jsonl([{"id": 1, "Frage": "1+1?", "Antwort": "2"}])
+    with pytest.raises(DataError) as caught:
+        first(path)
+    assert "columns: {prompt: Frage, completion: Antwort}}]' data.path=null" in caught.value.problems[0].remedy
+    document = first(path, columns={"prompt": "Frage", "completion": "Antwort"})
+    assert (document.prompt, document.completion) == ("1+1?", "2")
+
+
 def test_a_question_with_a_context_is_not_read_without_it(jsonl: Jsonl) -> None:
     row = {"question": "Who?", "answer": "She", "context": "She came."}
     with pytest.raises(DataError, match="and also context, which is not read"):
