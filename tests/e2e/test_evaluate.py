@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from e2e_tools import TINY, processes_of
 
+from launcher.data.sources import Chat, read_documents
 from launcher.evaluate.answer_text import normalized_words
 from launcher.plan.launch_plan import LaunchPlan
 
@@ -197,6 +199,12 @@ def test_choices_are_scored_as_plain_transformers_scores_them(launch: Launch, ru
         {"question": f"What is {n} plus {n + 1}?", "choices": [f"{2 * n}", f"{2 * n + 1} it is", "none"], "answer": n % 3}
         for n in range(20)
     ]
+    plan = LaunchPlan.load(run / "plan.json")
+    # Prompts that the run was trained on, most of them.
+    documents = [one for one, _ in islice(read_documents(plan.config.data.sources[0]), 4)]
+    prompts = [one.messages[0].content for one in documents if isinstance(one, Chat) and len(one.messages) == 2]
+    assert len(prompts) == 4
+    rows += [{"question": prompt, "choices": ["yes", "no"], "answer": 0} for prompt in prompts]
     file = tmp_path / "sums.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ("evaluate.shots=2", "evaluate.instructions=['']", "--choices", str(file), "--json")
@@ -204,8 +212,10 @@ def test_choices_are_scored_as_plain_transformers_scores_them(launch: Launch, ru
     assert done.returncode == 3, done.stdout + done.stderr
     shown = json.loads(done.stdout)["sets"]["sums"]
     assert [*shown["styles"]] == ["0-shot", "2-shot", "tuned"]
-    assert (shown["num_reserved"], shown["num_left_out"], shown["verdict"]["num_prompts"]) == (6, 0, 14)
-    plan = LaunchPlan.load(run / "plan.json")
+    assert (shown["num_reserved"], shown["num_left_out"], shown["verdict"]["num_prompts"]) == (6, 0, 18)
+    assert shown["training_copies"]
+    assert f"{len(shown['training_copies'])} of the 18 prompts are also in the training data" in shown["verdict"]["sentence"]
+    assert shown["overlap_gap"] == ""
     tokenizer = AutoTokenizer.from_pretrained(plan.model.tokenizer_path)
     model = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32).eval()
     examples = [rows[i] for i in np.random.default_rng(plan.config.run.seed).permutation(len(rows))[:2]]
@@ -225,7 +235,9 @@ def test_choices_are_scored_as_plain_transformers_scores_them(launch: Launch, ru
             assert one["log_likelihoods"] == pytest.approx(expected, abs=1e-3)
             lengths = [len(choice) for choice in rows[index]["choices"]]
             by_length = [value / length for value, length in zip(expected, lengths, strict=True)]
-            right.append([max(range(3), key=values.__getitem__) == rows[index]["answer"] for values in (expected, by_length)])
+            right.append(
+                [max(range(len(lengths)), key=values.__getitem__) == rows[index]["answer"] for values in (expected, by_length)]
+            )
         for number, metric in enumerate(("acc", "acc_norm")):
             assert shown["verdict"]["means"][metric][side] == pytest.approx(np.mean([pair[number] for pair in right]))
     again = launch("evaluate", str(run), *settings[:-1], timeout=DEADLINE_S)

@@ -7,6 +7,8 @@ from typing import Any
 from launcher.cli.formatting import short, table
 from launcher.errors import printable
 
+_MAX_COPIES = 10
+
 
 def to_lines(shown: dict[str, Any]) -> list[str]:
     """Return the page from what launcher.worker.scoring.choices prints."""
@@ -20,6 +22,15 @@ def to_lines(shown: dict[str, Any]) -> list[str]:
             lines.append(f"  {result['num_reserved']:,} questions are examples of the base model, or decide how it is asked")
         if result["num_left_out"]:
             lines.append(f"  {result['num_left_out']:,} questions left out: they do not fit the model's context")
+        if copies := result["training_copies"]:
+            lines += [
+                "",
+                "  questions that are also in the training data:",
+                *(f"    {printable(one)}" for one in copies[:_MAX_COPIES]),
+            ]
+            lines += [f"    and {len(copies) - _MAX_COPIES:,} more"] if len(copies) > _MAX_COPIES else []
+        if result["overlap_gap"]:
+            lines += ["", f"  {printable(result['overlap_gap'])}"]
         if result["selection"]:
             lines += ["", "  ways to ask the base model, compared on questions that are not scored:"]
             ordered = sorted(result["selection"], key=lambda one: -one["score"])

@@ -29,8 +29,9 @@ from launcher.evaluate.choices import accuracy
 from launcher.evaluate.choices.accuracy import ScoredChoices
 from launcher.evaluate.choices.prompts import ChoiceTokens, encode_choices, to_eval_question
 from launcher.evaluate.choices.questions import ChoiceQuestion, read_questions
+from launcher.evaluate.overlap import MAX_DOCUMENTS, TrainingCopy, describe_copies, find_training_copies
 from launcher.evaluate.prompting import BasePrompts, PromptStyle, TunedPrompts
-from launcher.evaluate.questions import EvalQuestion
+from launcher.evaluate.questions import EvalQuestion, QuestionSet
 from launcher.evaluate.selection import ChosenStyles, choose_styles
 from launcher.evaluate.task import EvaluationFolder, describe
 from launcher.evaluate.verdict import judge, with_examples
@@ -104,6 +105,9 @@ class ChoiceEvaluation:
             title = "tuned model" if name == TUNED else f"base model, {name}"
             scored |= self._score_sides(weights, {name: title}, {name: [documents[name][i] for i in usable]}, kept)
         verdict = self._judge(kept, scored)
+        copies, gap = self._find_copies(file.stem, kept)
+        if copies:
+            verdict = replace(verdict, sentence=f"{verdict.sentence} {describe_copies(len(kept), copies)}")
         self._write(folder, scored, verdict)
         header, rows = verdict.table
         return {
@@ -114,6 +118,8 @@ class ChoiceEvaluation:
             "selection": [] if chosen is None else [{"style": str(one), "score": mean} for one, mean in chosen.scores.items()],
             "num_reserved": len(examples) + len(selection),
             "num_left_out": len(questions) - len(kept),
+            "training_copies": list(map(str, copies)),
+            "overlap_gap": gap,
         }
 
     def _divide(
@@ -236,6 +242,19 @@ class ChoiceEvaluation:
         }
         texts = [one.question for one in questions]
         return with_examples(verdict, texts, [one.choices[one.answer] for one in questions], chosen)
+
+    def _find_copies(self, name: str, questions: Sequence[ChoiceQuestion]) -> tuple[tuple[TrainingCopy, ...], str]:
+        """Return the questions that are also in the training data, and what was not compared, empty for nothing."""
+        num_read, num_documents = 0, min(MAX_DOCUMENTS, self._plan.data.num_docs if self._plan.data is not None else 0)
+
+        def advance(count: int) -> None:
+            nonlocal num_read
+            num_read = min(num_read + count, num_documents)
+            self._on_progress("comparing questions with training documents", num_read, num_documents)
+
+        question_set = QuestionSet(name, tuple(self._written(one) for one in questions), len(questions), 0)
+        overlap = find_training_copies(self._plan, Encoder(self._tokenizer, self._plan.config.data), [question_set], advance)
+        return overlap.copies.get(name, ()), overlap.gap
 
     def _write(self, folder: Path, scored: Mapping[str, Sequence[ScoredChoices]], verdict: EvaluationVerdict) -> None:
         with private_files():
