@@ -19,7 +19,7 @@ from launcher.config.schema import is_local_path
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.export.hf_folder import CARD, ExportedFolder
 from launcher.plan.launch_plan import Batch, LaunchPlan
-from launcher.plan.quantities import format_count
+from launcher.plan.quantities import format_count, format_size
 from launcher.security.redaction import redact
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def _weight_rows(exported: ExportedFolder) -> Rows:
     files = format_count(len(exported.files), "file")
     rows = [
         ("dtype", exported.dtype),
-        ("size", f"{exported.num_parameters:,} parameters, {exported.num_bytes:,} bytes in {files}"),
+        ("size", f"{exported.num_parameters:,} parameters, {format_size(exported.num_bytes)} in {files}"),
         ("weights", compared),
     ]
     if exported.added_stop_ids:

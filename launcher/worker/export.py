@@ -72,7 +72,7 @@ def _load(plan_path: Path) -> LaunchPlan:
 
 def _lines(made: ExportedFolder) -> list[str]:
     """Return the lines that describe an export to a person."""
-    size = f"{made.num_bytes:,} bytes in {format_count(len(made.files), 'file')}"
+    size = f"{format_size(made.num_bytes)} in {format_count(len(made.files), 'file')}"
     lines = [f"exported step {made.step} to {made.path}", f"  {made.num_parameters:,} parameters in {made.dtype}, {size}"]
     if made.added_stop_ids:
         lines.append(f"  {describe_added_stop_ids(made)}")
