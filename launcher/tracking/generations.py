@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from launcher import run_store
@@ -19,6 +20,7 @@ from launcher.tracking.metrics import STEP
 from launcher.tracking.verdicts import ComparisonOutcome, EvaluationVerdict, GeneralLoss, SetVerdict, read_verdicts
 
 HEADER = ["run", "step", "training data", "held-out loss", "general loss", "evaluation"]
+MAX_ANCESTORS = 50
 _OUTCOMES = {
     ComparisonOutcome.BETTER: "helped",
     ComparisonOutcome.WORSE: "did not help",
@@ -61,14 +63,16 @@ class Generation:
 def read_generations(run: RunDir, plan: LaunchPlan) -> list[Generation]:
     """Return the generations of a run, the oldest first; none for a run that did not begin with another run's weights.
 
-    A run of the chain that is gone, replaced or of others is named with the reason, and nothing of it is read.
+    A run of the chain that is gone, replaced or of others is named with the reason, and nothing of it is read. The plan of others
+    may name any number: the nearest MAX_ANCESTORS are read.
     """
     if plan.lineage is None:
         return []
     result = read_export(run)
     step = result.step if result is not None else run_store.read_status(run).step or 0
     chain = [_read(run, plan, step)]
-    chain += [_read_ancestor(origin, run.root.parent) for origin in _without_repeats(plan.lineage, *plan.lineage.ancestors)]
+    origins = islice(_without_repeats(plan.lineage, *plan.lineage.ancestors), MAX_ANCESTORS)
+    chain += [_read_ancestor(origin, run.root.parent) for origin in origins]
     return chain[::-1]
 
 
