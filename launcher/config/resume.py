@@ -51,6 +51,7 @@ CHANGEABLE = (
     "train.loss_chunk_tokens",
     "model.attention",
     "model.liger",
+    "model.compile",
     "optim.lr",
     "deepspeed.",
 )

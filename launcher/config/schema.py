@@ -134,6 +134,14 @@ class ModelSection(Section):
             "such a run is refused. CPUs never use it."
         ),
     )
+    compile: Flag = Field(
+        False,
+        description=(
+            "Compile each decoder layer with torch.compile while training: its elementwise operations become few kernels. The "
+            "first step and the first evaluation then take about a minute more. Layers are gathered as with "
+            "deepspeed.whole_layers, which it implies. Needs gcc on GPUs and g++ on CPUs."
+        ),
+    )
     trust_remote_code: Flag = Field(
         False,
         description=(
@@ -232,6 +240,13 @@ class DeepSpeedSection(Section):
     )
     quantized_weights: Flag = Field(False, description="ZeRO++ qwZ: gather weights in int8 (lossy).")
     quantized_gradients: Flag = Field(False, description="ZeRO++ qgZ: reduce gradients in int4 (lossy).")
+    whole_layers: Flag = Field(
+        False,
+        description=(
+            "Gather and release the weights of a decoder layer as a whole (a leaf module of ZeRO-3), not module by module: less "
+            "time in DeepSpeed's hooks, and the gradients of a layer wait until all of them are there."
+        ),
+    )
     reduce_bucket_size: PositiveInt | None = Field(
         None, description="Elements reduced at once. Unset: hidden size squared, at least 2^24."
     )

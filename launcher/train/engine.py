@@ -87,14 +87,16 @@ def build_inference_engine(plan: LaunchPlan, make_progress: MakeProgress = silen
     """
     import deepspeed
 
-    with _partitioned_model(plan, make_progress) as model:
+    with _partitioned_model(plan, make_progress, trains=False) as model:
         import_muon()
         engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=plan.deepspeed)
     return engine, model
 
 
 @contextmanager
-def _partitioned_model(plan: LaunchPlan, make_progress: MakeProgress, has_checkpoint: bool = False) -> Iterator[CausalLMLoss]:
+def _partitioned_model(
+    plan: LaunchPlan, make_progress: MakeProgress, has_checkpoint: bool = False, trains: bool = True
+) -> Iterator[CausalLMLoss]:
     """Yield the model of a plan with its weights partitioned."""
     from transformers import set_seed
     from transformers.integrations import HfDeepSpeedConfig
@@ -114,6 +116,8 @@ def _partitioned_model(plan: LaunchPlan, make_progress: MakeProgress, has_checkp
         has_checkpoint=has_checkpoint,
         checkpointing=plan.activation_checkpointing,
         uses_liger=plan.uses_liger,
+        whole_layers=trains and config.deepspeed.whole_layers,
+        compiles=trains and config.model.compile,
     )
     del partitioning
 

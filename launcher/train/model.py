@@ -30,7 +30,7 @@ from launcher.models.weight_files import WeightReport, read_header, weight_files
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.sizing.checkpointed_layers import NONE, checkpointed_layers, interval
 from launcher.tracking.progress import MakeProgress, silent
-from launcher.train.kernels import attention, liger
+from launcher.train.kernels import attention, layers, liger
 from launcher.train.loss import LossHead
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -138,6 +138,8 @@ def build_model(
     has_checkpoint: bool = False,
     checkpointing: str = NONE,
     uses_liger: bool = False,
+    whole_layers: bool = False,
+    compiles: bool = False,
 ) -> CausalLMLoss:
     """Build the model that the plan names. Call it while an HfDeepSpeedConfig is alive.
 
@@ -178,6 +180,11 @@ def build_model(
     _replace_head(hf, chunk_tokens)
     liger_problem = liger.use_liger(hf, model, torch.device(device)) if uses_liger else ""
     checkpoint_layers(hf, checkpointing)
+    if whole_layers or compiles:
+        found = layers.find_layers(hf, "model.compile" if compiles else "deepspeed.whole_layers")
+        layers.gather_whole(found)
+        if compiles:
+            layers.compile_layers(hf, found, torch.device(device))
     hf.train()
     # Where documents are not packed, they may affect each other, and so may the rows of a flattened batch.
     flatten = packing and (kernel == attention.VARLEN or kernel.startswith("flash_attention"))
@@ -233,8 +240,8 @@ def checkpoint_layers(hf: Any, checkpointing: str) -> None:
         return
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if len(layers) != hf.config.num_hidden_layers:
+    decoder_layers = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if len(decoder_layers) != hf.config.num_hidden_layers:
         message = f"model.activation_checkpointing={checkpointing}: this architecture's layers cannot be chosen one by one"
         raise ConfigError(
             message,
@@ -242,7 +249,7 @@ def checkpoint_layers(hf: Any, checkpointing: str) -> None:
             value=str(hf.config.model_type),
             remedy="set model.activation_checkpointing to all or none",
         )
-    for layer, is_recomputed in zip(layers, checkpointed_layers(checkpointing, len(layers)), strict=True):
+    for layer, is_recomputed in zip(decoder_layers, checkpointed_layers(checkpointing, len(decoder_layers)), strict=True):
         layer.gradient_checkpointing = is_recomputed
 
 

@@ -335,6 +335,36 @@ def train_after_probe(plan_path: str, failing: str, persistence_threshold: int) 
     return {"message": message, "errors": errors, "num_gathered": num_gathered, "losses": losses}
 
 
+def train_with_layers(plan_path: str) -> dict[str, Any]:
+    """Train four steps on packed rows, of other documents in each; returns losses, the last norm, and what was compiled."""
+    rank, plan = meet(), LaunchPlan.load(plan_path)
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    engine, model = build_engine(plan, RankInfo(rank, rank, 2, 2))
+    timer, generator = LayerTimer(model, CPU), torch.Generator().manual_seed(rank)
+    losses = []
+    for cut in (5, 9, 20, 31):
+        ids = torch.randint(0, plan.model.vocab_size, (1, 48), generator=generator)
+        positions = torch.cat([torch.arange(cut), torch.arange(48 - cut)])[None]
+        loss = engine(ids, positions, ids.roll(-1, dims=1), 1 / ids.numel())
+        engine.backward(loss, scale_wrt_gas=False)
+        engine.step()
+        losses.append(float(loss))
+    norm = float(engine.get_global_grad_norm())
+    counters = torch._dynamo.utils.counters
+    engine.eval()
+    with torch.no_grad():
+        evaluated = float(engine(ids, positions, ids.roll(-1, dims=1), 1 / ids.numel()))
+    dist.barrier()
+    return {
+        "losses": [*losses, evaluated, norm],
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": [str(reason) for reason in counters["graph_break"]],
+        "has_own_speed": timer.read() > 0,
+    }
+
+
 class TwoBranches(torch.nn.Module):
     """Two layers of which a pass uses one."""
 

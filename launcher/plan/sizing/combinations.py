@@ -186,6 +186,7 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
         4 if split.accumulation > 1 else kernels.width,
         deepspeed_json.reduced_width(rendered, dtype),
         deepspeed.offload_optimizer == "none",
+        deepspeed.whole_layers or config.model.compile,
     )
     gpu = (situation.gpu or GpuType(0, 0, 0, 0, "")) if topology.device == "cuda" else None
     peak = estimate_peak(model, one_pass, sharding, gpu)

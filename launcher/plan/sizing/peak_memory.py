@@ -25,6 +25,7 @@ from typing import Any
 from launcher.plan.architecture import is_sparse, num_experts
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import ModelFacts, PeakMemory, StageMemory
+from launcher.plan.memory import layer_elements
 from launcher.plan.sizing.activations import (
     FP32,
     Kernels,
@@ -54,7 +55,7 @@ class Sharding:
     """What decides the memory of weights and gradients: DeepSpeed's section zero_optimization, ranks, and where states are.
 
     `states_bytes` are the model states of a rank on its device, `gradient_width` the bytes of an accumulated gradient,
-    `reduced_width` those of one on its way to other ranks.
+    `reduced_width` those of one on its way to other ranks. With `whole_layers`, a layer's weights are gathered as a whole.
     """
 
     zero: Mapping[str, Any]
@@ -63,6 +64,7 @@ class Sharding:
     gradient_width: int
     reduced_width: int
     optimizer_on_device: bool = True
+    whole_layers: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,9 @@ def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: Gp
     # A gradient waits for the next one before it is reduced; partitions of it are converted to the type of accumulation.
     pending = (2 * width + sharding.gradient_width / sharding.world_size) * weight
     pending += _reduction_copies(weight, width, sharding)
+    if sharding.whole_layers:
+        # The gradients of a layer wait for the last of them.
+        pending += width * max(0, layer_elements(model) - weight)
     head_gradient = width * head
     # The gradient of a tied head waits for that of the embedding.
     if model.tie_word_embeddings:

@@ -1,7 +1,8 @@
 """Timers for this rank's own speed. Step times do not show it: under ZeRO-3 all ranks finish a step together.
 
 They time the forward pass of one linear layer, between DeepSpeed's fetch of its weights and their release, and an optimizer that
-runs on the node's CPUs. Neither contains a collective, so only a slow rank is slow in them.
+runs on the node's CPUs. Neither contains a collective, so only a slow rank is slow in them. Where weights of a decoder layer are
+fetched as a whole, they time that layer: the compiler takes no hooks inside of it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 
 class LayerTimer:
-    """Times one linear layer of `model` in training mode, including recomputation. Create it after DeepSpeed's engine."""
+    """Times one layer of `model` in training mode, including recomputation. Create it after DeepSpeed's engine."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -36,11 +37,12 @@ class LayerTimer:
         seconds = sum(start.elapsed_time(end) / 1000 if self._cuda else end - start for start, end, _ in spans)
         return seconds / tokens
 
-    def _begin(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _begin(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._start = self._mark() if module.training else None
 
-    def _end(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _end(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         if self._start is not None:
+            output = output[0] if isinstance(output, tuple) else output
             # From the output: a layer that is called by keyword has no inputs here.
             self._spans.append((self._start, self._mark(), output.numel() // output.shape[-1]))
             self._start = None
@@ -75,11 +77,17 @@ class OptimizerTimer:
         self._seconds = spent if math.isnan(self._seconds) else self._seconds + spent
 
 
-def representative_layer(model: nn.Module) -> nn.Linear | None:
-    """Return the largest linear layer of the middle block; None if the model has no list of blocks with one."""
+def representative_layer(model: nn.Module) -> nn.Module | None:
+    """Return the largest linear layer of the middle block, or the block where ZeRO-3 gathers that as a whole.
+
+    None if the model has no list of blocks with a linear layer.
+    """
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not stacks:
         return None
     blocks = max(stacks, key=len)
-    linears = [module for module in blocks[len(blocks) // 2].modules() if isinstance(module, nn.Linear)]
+    block = blocks[len(blocks) // 2]
+    if getattr(block, "_z3_leaf", False):
+        return block
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
     return max(linears, key=lambda linear: linear.in_features * linear.out_features, default=None)

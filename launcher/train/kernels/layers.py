@@ -1,0 +1,84 @@
+"""Decoder layers as units of ZeRO-3 and of the compiler.
+
+By itself DeepSpeed gathers and releases the weights of each module, in hooks of Python. A decoder layer whose weights are
+gathered as a whole, a leaf module of ZeRO-3, has hooks around the layer alone. The compiler needs that too: it does not look into
+DeepSpeed's hooks, so that each module with hooks would end a graph, and after a few of them the compiler gives up.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher.errors import ConfigError
+
+# Variants of a compiled layer: training and evaluation, shapes, and kinds of layers.
+_MOST_VARIANTS = 64
+
+
+def find_layers(hf: Any, setting: str) -> list[nn.Module]:
+    """Return the decoder layers of a model, for a setting that needs them.
+
+    Raises:
+        ConfigError: where the architecture's layers cannot be told from its other modules.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if len(layers) == hf.config.get_text_config().num_hidden_layers:
+        return layers
+    raise ConfigError(
+        "the layers of this architecture cannot be told from its other modules",
+        where=setting,
+        value=str(hf.config.model_type),
+        remedy=f"set {setting}=false",
+    )
+
+
+def gather_whole(layers: list[nn.Module]) -> None:
+    """Have ZeRO-3 gather and release each layer as a whole. Call it before the engine is built."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
+
+
+def compile_layers(hf: Any, layers: list[nn.Module], device: torch.device) -> None:
+    """Compile the forward pass of each layer, and with it the backward pass; attention stays a kernel of its own.
+
+    It takes about a minute, in the first step and in the first evaluation. The layers must be gathered as a whole.
+
+    Raises:
+        ConfigError: where this machine lacks the C or C++ compiler that torch's compiler calls.
+    """
+    import torch._dynamo
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    _require_compiler(device)
+    # Helpers would outlive a rank that is killed, and there are only a few graphs.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    torch._dynamo.config.recompile_limit = _MOST_VARIANTS
+    # The boundaries of documents are values that differ in each batch, and each would be compiled.
+    kernel = hf.config._attn_implementation
+    if kernel in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(kernel, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[kernel]))
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward)
+
+
+def _require_compiler(device: torch.device) -> None:
+    on_gpu = device.type == "cuda"
+    variable, commands, package = ("CC", ("gcc", "clang"), "gcc") if on_gpu else ("CXX", ("g++", "clang++"), "g++")
+    if any(shutil.which(command) for command in (os.environ.get(variable) or "", *commands) if command):
+        return
+    raise ConfigError(
+        f"model.compile needs {package}, which this machine lacks",
+        where="model.compile",
+        value=", ".join(commands),
+        remedy=f"apt-get install {package}, or set model.compile=false",
+    )

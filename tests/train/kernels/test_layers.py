@@ -1,0 +1,69 @@
+"""Decoder layers that ZeRO-3 gathers as a whole, and that are compiled: real ranks train as without either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from forked_ranks import RankServer
+
+from launcher.errors import ConfigError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.train.kernels import layers
+
+SMALL = (
+    "model.dtype=fp32",
+    "model.activation_checkpointing=every 2",
+    "model.config.num_hidden_layers=3",
+    "model.config.vocab_size=512",
+    "deepspeed.param_persistence_threshold=0",
+    "train.global_batch_size=2",
+    "data.max_length=48",
+)
+WHOLE, COMPILED = "deepspeed.whole_layers=true", "model.compile=true"
+
+
+def test_whole_and_compiled_layers_train_as_single_modules_do(
+    rank_server: RankServer, plan_of: Callable[..., LaunchPlan], tmp_path: Path
+) -> None:
+    results: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for settings in ((), (WHOLE,), (COMPILED,)):
+        folder = tmp_path / str(len(results))
+        folder.mkdir()
+        plan = folder / "plan.json"
+        plan.write_text(plan_of(*SMALL, *settings).to_json())
+        environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+        results[settings] = rank_server.values(
+            "train_ranks:train_with_layers", [[str(plan)]] * 2, folder, environment=environment, deadline_s=600
+        )
+    for settings, ranks in results.items():
+        for rank, expected in zip(ranks, results[()], strict=True):
+            assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5), settings
+            assert rank["has_own_speed"]
+            if COMPILED not in settings:
+                assert not rank["graphs"]
+                continue
+            # Two for each variant, before and after attention, whatever the number of layers.
+            assert 2 <= rank["graphs"] <= 12
+            # The compiler leaves a layer for attention alone.
+            assert [reason for reason in rank["breaks"] if "attend_within_documents" not in reason] == []
+
+
+def test_a_machine_without_a_compiler_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=r"model\.compile needs g\+\+") as raised:
+        layers.compile_layers(None, [], torch.device("cpu"))
+    assert "model.compile=false" in raised.value.problems[0].remedy
+
+
+def test_layers_that_cannot_be_told_from_other_modules_are_refused() -> None:
+    model: Any = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    model.config = SimpleNamespace(model_type="mine", get_text_config=lambda: SimpleNamespace(num_hidden_layers=2))
+    with pytest.raises(ConfigError, match="layers of this architecture") as raised:
+        layers.find_layers(model, "deepspeed.whole_layers")
+    assert raised.value.problems[0].remedy == "set deepspeed.whole_layers=false"
