@@ -44,6 +44,7 @@ _SETTINGS = (
     *("data=jsonl", "data.eval_fraction=0", "tracking=none", "eval.at_start=false", "eval.sample=false", "eval.every=0"),
     *("export.enabled=false", "checkpoint.save_every=0", "optim.lr=1e-5"),
 )
+_VARIANTS = ("deepspeed.whole_layers=true", "model.compile=true")
 _TESTS_S, _KERNEL_S, _PREPARE_S, _SIDE_S = 150.0, 60.0, 120.0, 150.0
 # CPUs that a rehearsal runs on are shared with other work.
 _CPU_FACTOR = 8
@@ -217,6 +218,11 @@ class Proof:
         self.part(
             f"{name}: bare loop", _SIDE_S, lambda s: self.other_side(name, "bare DeepSpeed loop", self.bare, (), prepared[0], s)
         )
+        # Settings that are off until a GPU shows what they are worth. A rehearsal on CPUs leaves out the minutes of compiling.
+        for setting in () if self.on_cpu else _VARIANTS:
+            self.part(
+                f"{name}: {setting}", _SIDE_S, lambda s, setting=setting: self.launcher_side(name, prepared[0], s, liger, setting)
+            )
         return True
 
     def prepare(self, case: Case, num_ranks: int, seconds: float) -> sides.Prepared:
@@ -254,13 +260,15 @@ class Proof:
             raise LeftOut(f"{peak.peak_gib:.1f} GiB are planned, and {free_gib:.1f} GiB of the GPU are free")
         return prepared
 
-    def launcher_side(self, case: str, prepared: sides.Prepared, seconds: float, liger: bool) -> None:
-        prepared = prepared.with_overrides(f"model.liger={str(liger).lower()}")
+    def launcher_side(self, case: str, prepared: sides.Prepared, seconds: float, liger: bool, setting: str = "") -> None:
+        """Measure the launcher; with another `setting` under its name, so that no row of plan/gpu_types.py is taken from it."""
+        if not self.on_cpu:
+            prepared = prepared.with_overrides(f"model.liger={str(liger).lower()}", *([setting] if setting else []))
         figures = sides.launcher_side(replace(prepared, timeout_s=seconds), without_last_save=True)
         plan = prepared.plan
         named = (_ATTENTION.match(text) for text in figures["messages"])
         kernel = next((match[1] for match in named if match), plan.config.model.attention)
-        name = f"{LAUNCHER}{' with Liger' if liger else ''}"
+        name = setting or f"{LAUNCHER}{' with Liger' if liger else ''}"
         self.measured.cases[case].append(Side(name, kernel, plan.activation_checkpointing, plan, figures))
         self.measured.notes += [f"{case}: alert of the run: {text}" for text in figures["alerts"]]
         # How fast NCCL is, where there are several ranks.

@@ -130,6 +130,18 @@ def test_gradients_that_ranks_sum_in_fp32_take_memory_for_copies_and_time(plan_o
     assert speeds[8, "fp32"] / speeds[8, "bf16"] == pytest.approx(6 / 8, abs=0.05)
 
 
+def test_the_gradients_of_a_layer_wait_for_each_other_where_it_is_gathered_as_a_whole(plan_of: PlanOf) -> None:
+    settings = ("model=llama3_1_8b", *H100, "train.micro_batch_size=1", "model.activation_checkpointing=all")
+    single, whole, compiled = (
+        plan_of(*settings, *more).peak for more in ((), ("deepspeed.whole_layers=true",), ("model.compile=true",))
+    )
+    assert single is not None and whole is not None
+    assert whole == compiled
+    waiting = {peak: next(stage.gradients_gib for stage in peak.stages if stage.name == "backward") for peak in (single, whole)}
+    # 218 million weights of a layer in bf16, less the 58.7 million that wait anyway.
+    assert waiting[whole] - waiting[single] == pytest.approx(2 * (218.1e6 - 58.7e6) / 2**30, rel=0.01)
+
+
 INSTALLED = {"torch": "2.13.0", "liger-kernel": "0.8.5"}
 
 

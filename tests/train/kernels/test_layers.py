@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,10 @@ from forked_ranks import RankServer
 
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.train.kernels import layers
+from launcher.train.kernels import layers, liger
+from launcher.train.model import build_model
+
+HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
 
 SMALL = (
     "model.dtype=fp32",
@@ -51,6 +55,30 @@ def test_whole_and_compiled_layers_train_as_single_modules_do(
             assert 2 <= rank["graphs"] <= 12
             # The compiler leaves a layer for attention alone.
             assert [reason for reason in rank["breaks"] if "attend_within_documents" not in reason] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("uses_liger", [False, pytest.param(True, marks=pytest.mark.skipif(not HAS_LIGER, reason="needs Liger"))])
+def test_on_a_gpu_compiled_layers_compute_what_others_do(plan_of: Callable[..., LaunchPlan], uses_liger: bool) -> None:
+    plan = plan_of(*SMALL)
+    ids = torch.arange(48)[None].cuda()
+    positions = torch.cat([torch.arange(20), torch.arange(28)])[None].cuda()
+    losses, gradients = [], []
+    try:
+        for compiles in (False, True):
+            torch.manual_seed(1)
+            options: dict[str, Any] = {"uses_liger": uses_liger and compiles, "compiles": compiles}
+            model = build_model(plan.config.model, plan.model, "cuda", chunk_tokens=16, **options).cuda()
+            loss = model(ids, positions, ids.roll(-1, dims=1))
+            loss.backward()
+            losses.append(loss.item())
+            gradients.append({name: parameter.grad for name, parameter in model.parameters_by_name().items()})
+    finally:
+        liger.undo()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_a_machine_without_a_compiler_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
