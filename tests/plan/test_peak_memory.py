@@ -135,7 +135,8 @@ def test_the_gradients_of_a_layer_wait_for_each_other_where_it_is_gathered_as_a_
     single, whole, compiled = (
         plan_of(*settings, *more).peak for more in ((), ("deepspeed.whole_layers=true",), ("model.compile=true",))
     )
-    assert single is not None and whole is not None
+    assert single is not None
+    assert whole is not None
     assert whole == compiled
     waiting = {peak: next(stage.gradients_gib for stage in peak.stages if stage.name == "backward") for peak in (single, whole)}
     # 218 million weights of a layer in bf16, less the 58.7 million that wait anyway.
