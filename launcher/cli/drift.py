@@ -49,7 +49,7 @@ def _parser() -> VerbParser:
     parser.add_argument("prompts", metavar="PROMPTS", type=Path, help="file of prompts or chats: JSON Lines, or a JSON array")
     likelihood = (
         "score up to 200 prompts of each side under both models, or leave that out (default: score them where the model fits the "
-        "GPUs, or takes a CPU at most four minutes)"
+        "GPUs, or takes a CPU at most three minutes)"
     )
     parser.add_argument("--likelihood", action=argparse.BooleanOptionalAction, help=likelihood)
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")

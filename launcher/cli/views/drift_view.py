@@ -24,6 +24,8 @@ def to_lines(report: dict[str, Any], run: str, prompts: Path) -> list[str]:
         ["equal or nearly equal to one in training", "", f"{report['near_duplicates']:.0%}", ""],
     ]
     likelihoods = report["likelihoods"]
+    if models := [*likelihoods["models"].values()]:
+        rows.append(["prompts that models scored", f"{models[0]['num_training']:,}", f"{models[0]['num_prompts']:,}", ""])
     for name, one in likelihoods["models"].items():
         losses, judged = one["median_loss"], f"p = {one['p_value']:.2g}" if one["is_judged"] else "trained on these prompts"
         rows += [

@@ -28,10 +28,11 @@ from launcher.worker.scoring.passes import Progress
 from launcher.worker.scoring.weights import ScoredWeights, find_weights
 
 # Of each side: enough for the test to find what matters.
-MAX_PROMPTS, MAX_TOKENS = 200, 16_384
+MAX_PROMPTS = 200
+_MAX_TOKENS = {"cpu": 12_288, "cuda": 131_072}
 BASE, TUNED = "base", "tuned"
 # Without being asked, scoring takes a few minutes of a CPU at most. Operations of a core in a second: a low estimate.
-_MAX_CPU_S, _FLOPS_OF_CORE = 240.0, 5e10
+_MAX_CPU_S, _FLOPS_OF_CORE = 180.0, 5e10
 # Weights with what scoring needs beside them, and the share of a machine's memory that they may take.
 _MEMORY_FACTOR, _MEMORY_SHARE = 1.2, 0.5
 _NUM_LEAST_LIKELY = 5
@@ -51,7 +52,7 @@ def find_obstacle(plan: LaunchPlan) -> str:
     if num_bytes > (device.host_memory_gib or 0) * 2**30 * _MEMORY_SHARE:
         return f"this machine has no GPU, and the model needs {format_size(int(num_bytes))} of its memory; {_ON_CPU}"
     # Two models, and prompts of today and of training.
-    seconds = 2 * 2 * MAX_TOKENS * 2 * model.num_params / (device.count * _FLOPS_OF_CORE)
+    seconds = 2 * 2 * _MAX_TOKENS[device.kind] * 2 * model.num_params / (device.count * _FLOPS_OF_CORE)
     if seconds > _MAX_CPU_S:
         return f"this machine has no GPU, and scoring takes up to {format_duration(seconds)}; {_ON_CPU}"
     return ""
@@ -117,7 +118,7 @@ def _choose(
             begin, end = span_between(prompt.tokens, *shared)
             document = ScoredDocument.of(prompt.tokens[:max_length], begin, end)
             num_tokens += len(document.tokens)
-            if num_tokens > MAX_TOKENS:
+            if num_tokens > _MAX_TOKENS[hardware.device().kind]:
                 return
             if any(document.is_scored):
                 yield prompt, document
