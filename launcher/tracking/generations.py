@@ -144,5 +144,6 @@ def _means(verdict: EvaluationVerdict) -> str:
 
 
 def _change(before: float | None, after: float | None) -> str:
-    values = ["-" if value is None else f"{value:.4f}" for value in (before, after)]
-    return "-" if before is None and after is None else " to ".join(values)
+    if before is None:
+        return "-" if after is None else f"{after:.4f}"
+    return f"{before:.4f} before training" if after is None else f"{before:.4f} to {after:.4f}"

@@ -59,7 +59,7 @@ def test_generations_are_side_by_side(chain: tuple[RunDir, RunDir, RunDir]) -> N
     assert third == ["third", "40", "train", "3.0000 to 2.5000", "2.0000 to 2.0200", f"held_out: {helped}"]
     assert second == ["second", *third[1:]]
     # It was evaluated at another step than the one that the next run began with.
-    assert first == ["first", "20", "train", "3.0000 to -", "-", f"held_out, step 40: {helped}"]
+    assert first == ["first", "20", "train", "3.0000 before training", "-", f"held_out, step 40: {helped}"]
     assert cells(chain[0]) == []
     shown = page([_read_run_files(chain[2], "third")])
     assert "<h2>Generations</h2>" in shown
