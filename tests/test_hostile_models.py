@@ -222,3 +222,13 @@ def test_a_description_of_any_size_is_not_read(folder: Path, name: str) -> None:
     os.truncate(folder / name, 2**40)
     problems = [problem for problem in checked(folder) if "is larger than 100 MB" in problem.message]
     assert [problem.where for problem in problems] == [str(folder / name)]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("key", ["path", "tokenizer"])
+def test_files_that_transformers_reads_whole_have_a_largest_size(folder: Path, name: str, key: str) -> None:
+    (folder / name).touch()
+    os.truncate(folder / name, 2**40)
+    problems = model_source.check_model(ModelSection(**{"path": "someone/model", key: str(folder)}))
+    (problem,) = [problem for problem in problems if "is larger than" in problem.message]
+    assert (problem.message.partition(":")[0], problem.where) == (f"model.{key}", str(folder / name))

@@ -16,8 +16,12 @@ from launcher.errors import ConfigError, Problem
 from launcher.models import weight_files
 from launcher.models.remote_code import adapter_problems, code_problems
 from launcher.plan.architecture import config_problems, model_facts
+from launcher.plan.quantities import format_size
 
 _NUM_NAMED = 3
+# transformers reads such files whole, and takes several times their size. The largest tokenizers have some 50 MB.
+_READ_WHOLE = (".json", ".jinja", ".txt", ".model")
+_MAX_READ_BYTES = 512 << 20
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -26,7 +30,7 @@ def folder_problems(folder: Path, model: ModelSection) -> list[Problem]:
     config_file = folder / "config.json"
     if not config_file.is_file():
         return [_problem("model.path: the folder has no config.json", folder, "use a Hugging Face model folder")]
-    problems: list[Problem] = [*link_problems(folder), *adapter_problems(folder)]
+    problems: list[Problem] = [*link_problems(folder), *adapter_problems(folder), *size_problems(folder)]
     try:
         config = weight_files.read_json(config_file)
         problems += _config_problems(config, config_file, model)
@@ -37,6 +41,24 @@ def folder_problems(folder: Path, model: ModelSection) -> list[Problem]:
         problems += _weight_problems(folder, model)
     # A damaged config.json is found twice.
     return list(dict.fromkeys(problems))
+
+
+def size_problems(folder: Path, key: str = "model.path") -> list[Problem]:
+    """Return which files of a folder, such as tokenizer.json, are too large to be read: one with holes can be of any size."""
+    large = [
+        (file, size)
+        for file in sorted(folder.iterdir())
+        if file.suffix in _READ_WHOLE and file.is_file() and (size := file.stat().st_size) > _MAX_READ_BYTES
+    ]
+    return [
+        Problem(
+            f"{key}: {file.name} is larger than {_MAX_READ_BYTES >> 20} MiB, more than any such file",
+            where=str(file),
+            value=format_size(size),
+            remedy="download this file again, or remove it where it does not belong to the model",
+        )
+        for file, size in large
+    ]
 
 
 def _config_problems(config: Mapping[str, Any], file: Path, model: ModelSection) -> list[Problem]:
