@@ -116,6 +116,9 @@ def _setting_meant(name: str) -> str:
 def _setting_with_dashes(name: str, setting: str, value: str) -> Problem:
     if looks_secret(setting, value):
         value = ""
+    if name == "--dry-run":
+        remedy = f"{launcher_command('plan')} with the same words shows everything and starts nothing"
+        return Problem("there is no flag --dry-run here", where=COMMAND_LINE, value=name, remedy=remedy)
     written = " or ".join(shlex.quote(f"{key}={value}") if value else f"{key}=..." for key in setting.split(" or "))
     return Problem(
         f"{name}: settings are written without dashes",

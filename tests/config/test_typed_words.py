@@ -95,6 +95,7 @@ def test_mistakes_in_other_settings_are_reported_beside_one_that_cannot_be_parse
         (["plan", "train.max_steps"], "train.max_steps: is not an override, because it has no =", "write train.max_steps=..."),
         (["plan", "max_stepz"], "max_stepz: is not an override, because it has no =", "did you mean train.max_steps?"),
         (["plan", "--batch-size", "4"], "--batch-size: settings are written without", "write train.global_batch_size=4"),
+        (["train", "model=tiny", "--dry-run"], "there is no flag --dry-run here", "python -m launcher plan with the same words"),
         (["plan", "qqqqq"], "qqqqq: is not an override, because it has no =", "write key=value"),
         (["plan", "model=tiny", "train.max_steps:5"], "train.max_steps:5: is not an override", "write train.max_steps=5"),
         (["plan", "run.name=${optim.lr"], "run.name: a reference in this value is not closed", "close each ${ with a }"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launcher.cli.views import scored_view
 from launcher.config.sections.data import DataSection, Source
 from launcher.data.build import build
 from launcher.data.cache import Split, cache_key, read_report
@@ -142,3 +143,14 @@ def test_excluded_documents_are_not_trained(jsonl: Jsonl, tokenizer_dir: Path, t
     with pytest.raises(DataError, match="names no document") as refused:
         build(excluding, str(tokenizer_dir))
     assert refused.value.problems[0].where == f"{file}:1"
+
+
+@pytest.mark.parametrize(("num_likely", "is_cautioned"), [(1, False), (3, True)])
+def test_a_model_that_has_not_learned_from_prompts_accuses_no_documents(num_likely: int, is_cautioned: bool) -> None:
+    entry = {"document": 1, "where": "rows.jsonl:1", "source": "train", "tokens": 9, "loss": 10.01, "loss_alone": 10.0}
+    ranked = [{**entry, "likely": number < num_likely} for number in range(4)]
+    lists = {name: ranked if name == ranking.MISLABELED else [] for name in ranking.FINDINGS}
+    counts = {"documents": 4, "split": "train", "trained_tokens": 36, "mean_loss": 10.0}
+    lines = scored_view.lines({"run": "first", "step": 6, "has_origins": True, "lists": lists, **counts}, 1)
+    assert any("the model has hardly learned from prompts yet" in line for line in lines) is is_cautioned
+    assert not any("-0%" in line for line in lines)

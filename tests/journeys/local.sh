@@ -26,6 +26,8 @@ step "plan of a run's settings" launcher plan first.yaml
 says "first in runs/first"
 step "status" launcher status first
 says completed
+step "logs" launcher logs first
+! grep -q "Loading weights" output || fail "bars of transformers in the log"
 step "report" launcher report first --html report.html
 step "dashboard, shown" launcher dashboard first --dry-run
 says "Launcher: first"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import DataError
-from launcher.worker.prepare import _find_storage_error
+from launcher.config.schema import ModelSection
+from launcher.errors import ConfigError, DataError
+from launcher.worker.prepare import _download, _find_storage_error, hub_reason
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +45,12 @@ def test_another_file_is_named() -> None:
 @pytest.mark.parametrize("error", [ValueError("no"), OSError("the model has no file named config.json")])
 def test_other_exceptions_keep_their_traceback(error: Exception) -> None:
     assert _find_storage_error(error) is None
+
+
+def test_a_hub_that_cannot_be_reached_is_told_from_a_client_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        _download("owner/name", ModelSection(path="owner/name"))
+    assert caught.value.problems[0].message == "owner/name cannot be fetched from the hub: the Hub cannot be reached"
+    assert hub_reason(KeyError("x")) == "the Hub's client failed (KeyError)"
