@@ -271,14 +271,15 @@ class Mirror:
 
     def _arrived(self, checkpoint: Checkpoint, folder: str) -> dict[str, FileEntry]:
         """Return the files that an interrupted upload left in the mirror, or those of the checkpoint being replaced."""
+        # Before the manifest: a crash in between must not leave the loss of the checkpoint that is replaced.
+        self._evaluations.pop(checkpoint.step, None)
+        self._remote.remove(f"{folder}/{LATER_EVALUATION}")
         replaced = self._complete.get(checkpoint.step)
         if replaced is None:
             return _from_json(self._remote.read(f"{folder}/{SENDING}"))
         arrived = dict(replaced.files)
         self._remote.write(f"{folder}/{SENDING}", _to_json(arrived))
         self._remote.remove(f"{folder}/{MANIFEST}")
-        if self._evaluations.pop(checkpoint.step, None) is not None:
-            self._remote.remove(f"{folder}/{LATER_EVALUATION}")
         del self._complete[checkpoint.step]
         return arrived
 

@@ -259,13 +259,14 @@ class ChoiceEvaluation:
     def _write(self, folder: Path, scored: Mapping[str, Sequence[ScoredChoices]], verdict: EvaluationVerdict) -> None:
         with private_files():
             folder.mkdir(parents=True, exist_ok=True)
-            for file in folder.iterdir():
-                # Of an earlier evaluation, which may have had other sides.
-                file.unlink()
             for side, several in scored.items():
                 lines = "".join(json.dumps(asdict(one)) + "\n" for one in several)
                 atomic_files.write_bytes(folder / f"{side}.jsonl", lines.encode(), mode=0o600)
             verdict.write(folder)
+            for file in folder.glob("*.jsonl"):
+                # Of an earlier evaluation, which had other sides.
+                if file.stem not in scored:
+                    file.unlink()
 
 
 def score_files(
