@@ -31,6 +31,7 @@ SMALL = (
 WHOLE, COMPILED = "deepspeed.whole_layers=true", "model.compile=true"
 
 
+@pytest.mark.rest
 def test_whole_and_compiled_layers_train_as_single_modules_do(
     rank_server: RankServer, plan_of: Callable[..., LaunchPlan], tmp_path: Path
 ) -> None:
