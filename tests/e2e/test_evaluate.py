@@ -245,6 +245,9 @@ def test_choices_are_scored_as_plain_transformers_scores_them(launch: Launch, ru
     assert "sums: The data cannot tell whether fine-tuning helped: acc " in again.stdout
     assert "tuned model:" in done.stderr
     assert "tuned model:" not in again.stderr, "the scores are stored"
+    refused = launch("evaluate", str(run), "evaluate.shots=24", "--choices", str(file), timeout=DEADLINE_S)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "the file has 24 rows, and examples are rows that are not scored" in refused.stderr
     assert launch("report", str(run)).returncode == 0
     assert "step 1, set sums" in (run / "report.html").read_text()
 

@@ -83,6 +83,8 @@ class ChoiceEvaluation:
             ConfigError: where the examples that evaluate.shots asks for are not there or do not fit.
         """
         examples, selection, questions = self._divide(everything)
+        if not questions:
+            raise _too_many_examples(self._settings.shots, _few_rows(everything))
         base = BasePrompts(self._tokenizer, self._data, [self._written(one) for one in examples], ())
         without_examples = self._ask_all(questions, base)
         asked = [question for i, question in enumerate(questions) if all(side[i] is not None for side in without_examples)]
@@ -92,8 +94,9 @@ class ChoiceEvaluation:
         sides: dict[str, tuple[PromptStyle | None, ScoredWeights]] = {}
         chosen = None
         if self._base_weights is not None:
-            shots = self._fitting_shots(asked, base, len(everything))
-            chosen = self._choose_styles(selection, base, shots, self._base_weights)
+            forms = self._forms([*asked, *selection], base)
+            shots = self._fitting_shots(asked, base, forms, _few_rows(everything))
+            chosen = self._choose_styles(selection, base, forms, shots, self._base_weights)
             for style in filter(None, (chosen.zero_shot, chosen.few_shot)):
                 sides[f"{style.shots}-shot"] = (style, self._base_weights)
         sides[TUNED] = (None, self._tuned_weights)
@@ -166,7 +169,9 @@ class ChoiceEvaluation:
         forms = self._forms(questions, base) if self._base_weights is not None else ()
         return [self._ask(questions, base, style) for style in (None, *(PromptStyle(form, 0) for form in forms))]
 
-    def _fitting_shots(self, questions: Sequence[ChoiceQuestion], base: BasePrompts, num_rows: int) -> tuple[int, ...]:
+    def _fitting_shots(
+        self, questions: Sequence[ChoiceQuestion], base: BasePrompts, forms: Sequence[str], few_rows: str
+    ) -> tuple[int, ...]:
         """Return the numbers of examples to choose from: those with which every question fits the context.
 
         Raises:
@@ -177,22 +182,22 @@ class ChoiceEvaluation:
         longest = sorted(questions, key=lambda one: -len(one.question) - max(map(len, one.choices)))[:_LONGEST]
         fitting = []
         for count in wanted:
-            styles = [PromptStyle(form, count, max(self._settings.instructions, key=len)) for form in self._forms(longest, base)]
+            styles = [PromptStyle(form, count, max(self._settings.instructions, key=len)) for form in forms]
             is_fitting = count <= base.num_examples and all(None not in self._ask(longest, base, style) for style in styles)
             if is_fitting:
                 fitting.append(count)
             elif shots != "auto":
-                few = f"the file has {num_rows:,} rows, and examples are rows that are not scored"
-                raise ConfigError(
-                    f"{count} examples cannot be shown to the base model",
-                    where="evaluate.shots",
-                    value=few if count > base.num_examples else f"with them, a question does not fit {self._context:,} tokens",
-                    remedy="lower evaluate.shots, or set evaluate.shots=auto",
-                )
+                unfitting = f"with them, a question does not fit {self._context:,} tokens"
+                raise _too_many_examples(count, few_rows if count > base.num_examples else unfitting)
         return tuple(fitting)
 
     def _choose_styles(
-        self, selection: Sequence[ChoiceQuestion], base: BasePrompts, shots: Sequence[int], weights: ScoredWeights
+        self,
+        selection: Sequence[ChoiceQuestion],
+        base: BasePrompts,
+        forms: Sequence[str],
+        shots: Sequence[int],
+        weights: ScoredWeights,
     ) -> ChosenStyles:
         """Compare ways to ask the base model on questions that are not part of the evaluation."""
 
@@ -206,7 +211,7 @@ class ChoiceEvaluation:
             scored = self._score_sides(weights, titles, documents, [selection[i] for i in usable])
             return {style: float(accuracy.score(accuracy.METRICS[0], scored[str(style)]).mean()) for style in styles}
 
-        return choose_styles(self._forms(selection, base), shots, self._settings.instructions, score_styles)
+        return choose_styles(forms, shots, self._settings.instructions, score_styles)
 
     def _score_sides(
         self,
@@ -267,6 +272,19 @@ class ChoiceEvaluation:
                 # Of an earlier evaluation, which had other sides.
                 if file.stem not in scored:
                     file.unlink()
+
+
+def _too_many_examples(count: int | str, why: str) -> ConfigError:
+    return ConfigError(
+        f"{count} examples cannot be shown to the base model",
+        where="evaluate.shots",
+        value=why,
+        remedy="lower evaluate.shots, or set evaluate.shots=auto",
+    )
+
+
+def _few_rows(questions: Sequence[ChoiceQuestion]) -> str:
+    return f"the file has {len(questions):,} rows, and examples are rows that are not scored"
 
 
 def score_files(

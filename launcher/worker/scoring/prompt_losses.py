@@ -113,12 +113,12 @@ def _choose(
     """Return the first prompts, which are a random sample, as documents without a loss on what all prompts share."""
 
     def documents() -> Iterator[tuple[Prompt, ScoredDocument]]:
-        num_tokens = 0
+        num_tokens, max_tokens = 0, _MAX_TOKENS[hardware.device().kind]
         for prompt in prompts[:MAX_PROMPTS]:
             begin, end = span_between(prompt.tokens, *shared)
-            document = ScoredDocument.of(prompt.tokens[:max_length], begin, end)
+            document = ScoredDocument.of(prompt.tokens[: min(max_length, max_tokens)], begin, end)
             num_tokens += len(document.tokens)
-            if num_tokens > _MAX_TOKENS[hardware.device().kind]:
+            if num_tokens > max_tokens:
                 return
             if any(document.is_scored):
                 yield prompt, document
