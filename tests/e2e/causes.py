@@ -21,7 +21,7 @@ CAUSES = {
     "kill": r"rank 1: killed by SIGKILL",
     "stop": r"rank 1: \(pid \d+\) is stopped by a signal \(SIGSTOP\): no progress for \d+ s "
     r"(in step \d+; killed it; rank 0 waits in collective \d+ of process group \S+( \(\w+\))?, \w+ of [\d.]+ \w+; "
-    r"rank 1 did not answer|while saving after step \d+; killed it.*)",
+    r"rank 1 left no record|while saving after step \d+; killed it.*)",
     "memory": r"rank [01]: the memory limit of [\d.]+ [MG]iB of this job or container was exceeded, "
     r"and the kernel killed a process: killed by SIGKILL",
     "processes": r"rank [01]: the limit of [\d,]+ on processes and threads \(pids\.max, ulimit -u\) was reached: .*",

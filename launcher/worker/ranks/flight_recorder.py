@@ -1,9 +1,10 @@
-"""Has silent ranks write torch's flight recorder, the last collectives of each process group, and reads what they have written.
+"""Has ranks write torch's flight recorder, the last collectives of each process group, and says in which one they hang.
 
 With NCCL torch writes it by itself only after the process group's timeout, which is later than a stall. It also writes when
-something arrives in a pipe that it reads in a thread of its own, without Python. With gloo a thread of the rank does the same.
-A rank writes to this node's disk, since storage may be what hangs; the agent copies the file to the attempt's folder, where
-agents of other nodes read it, and `torchfrtrace`.
+something arrives in a pipe that a thread of its own reads; that thread looks up the stacks of the calls with Python, so a rank
+that hangs with Python's lock does not answer. With gloo a Python thread of the rank does the same. A rank writes to this node's
+disk, since storage may be what hangs. The agent copies the file to the attempt's folder for `torchfrtrace`, beside a summary of
+its ranks' files, which is all that the agents of other nodes read.
 """
 
 from __future__ import annotations
@@ -13,23 +14,40 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, json_records, run_store
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
 from launcher.worker.ranks import hung_collective
+from launcher.worker.ranks.flight_dump import MAX_BYTES, GroupSummary, RankSummary, summarize_dump
 
 # Collectives that are kept, of all process groups.
 _NUM_COLLECTIVES = 2000
-_PIPE, _FILE = "TORCH_NCCL_DEBUG_INFO_PIPE_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
-_PREFIX = "rank-"
+_SIZE, _PIPE = "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_PIPE_FILE"
+_FILE, _NCCL_FILE = "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
+# For each variable, those by which a user may have set the same. torch warns of the deprecated name of the size.
+_SAME = {
+    _SIZE: (_SIZE, "TORCH_NCCL_TRACE_BUFFER_SIZE"),
+    _PIPE: (_PIPE,),
+    _FILE: (_FILE, _NCCL_FILE),
+    _NCCL_FILE: (_FILE, _NCCL_FILE),
+}
+_PREFIX, _SUMMARIES = "rank-", "summary-*.json"
 # torch looks at the pipe once a second, and writes a few megabytes.
 _WRITING_S, _POLL_S = 20.0, 0.1
-# Storage that does not answer must not keep the watchdog from killing a rank.
-_READING_S = 5.0
+# Storage that does not answer must keep neither the watchdog from killing a rank nor the agent from ending.
+_READING_S, _CLOSING_S = 5.0, 10.0
+
+
+@dataclass(frozen=True)
+class _Summaries:
+    """The summaries of the ranks of one agent; `ranks` are numbers as text."""
+
+    ranks: dict[str, dict[str, GroupSummary]]
 
 
 class FlightRecorder:
@@ -39,72 +57,121 @@ class FlightRecorder:
         """`stall_s` is the time from a start of the ranks to the first hang that is noticed, at least."""
         self._folder = Path(tempfile.mkdtemp(prefix="launcher-collectives-"))
         self._run, self._attempt, self._world_size, self._stall_s = run, attempt, world_size, stall_s
-        self._prefix = f"{self._folder}/{_PREFIX}"
+        self._pipes = self._files = f"{self._folder}/{_PREFIX}"
         self._names: tuple[str, ...] = ()
+        # The ranks that have been asked and have not answered, with the end of the time that they have for it.
+        self._awaited: dict[int, float] = {}
+        # What the ranks have answered, and when.
+        self._summaries: dict[int, tuple[float, RankSummary]] = {}
+        # The times of the files that have been copied.
+        self._copied: dict[Path, int] = {}
+        self._wake, self._is_closed = threading.Event(), False
+        self._thread = threading.Thread(target=self._copy_until_closed, name="flight-recorder", daemon=True)
+        # Before the ranks start: where a limit on threads is reached later, it runs already.
+        with suppress(RuntimeError):
+            self._thread.start()
 
     def set_variables(self, environ: MutableMapping[str, str]) -> None:
         """Set the variables that ranks need, except those that the user has set."""
-        values = {"TORCH_NCCL_TRACE_BUFFER_SIZE": str(_NUM_COLLECTIVES), _PIPE: self._prefix, _FILE: self._prefix}
-        self._names = tuple(name for name in values if name not in environ)
+        values = {_SIZE: str(_NUM_COLLECTIVES), _PIPE: self._pipes, _FILE: self._files, _NCCL_FILE: self._files}
+        self._pipes, self._files = environ.get(_PIPE, self._pipes), _file_prefix(environ) or self._files
+        self._names = tuple(name for name in values if not any(same in environ for same in _SAME[name]))
         environ.update({name: values[name] for name in self._names})
 
-    def request(self, rank: int) -> None:
-        """Ask a rank to write what it has recorded, and copy that in the background. One without a pipe yet is left alone."""
-        # A rank that has been silent before may have left one, and may not answer now.
-        written = Path(f"{self._prefix}{rank}")
-        with suppress(OSError):
-            written.unlink(missing_ok=True)
-            descriptor = os.open(_pipe(self._prefix, rank), os.O_WRONLY | os.O_NONBLOCK)
-            try:
-                os.write(descriptor, b"1\n")
-            finally:
-                os.close(descriptor)
-            threading.Thread(target=self._publish, args=(written,), name="flight-recorder", daemon=True).start()
+    def request(self, ranks: Iterable[int]) -> None:
+        """Ask ranks to write what they have recorded, and copy that in the background. One without a pipe yet is left alone."""
+        # One that has not answered yet will.
+        for rank in set(ranks) - self._awaited.keys():
+            with suppress(OSError):
+                # A rank that has been asked before may have left one, and may not answer now.
+                Path(f"{self._files}{rank}").unlink(missing_ok=True)
+                descriptor = os.open(_pipe(self._pipes, rank), os.O_WRONLY | os.O_NONBLOCK)
+                try:
+                    os.write(descriptor, b"1\n")
+                finally:
+                    os.close(descriptor)
+                self._awaited[rank] = time.monotonic() + _WRITING_S
+        self._wake.set()
 
     def explain(self) -> str:
         """Describe the collective in which the ranks of all nodes hang; empty where that is unknown."""
         explanation: list[str] = []
         thread = threading.Thread(target=lambda: explanation.append(self._explain()), name="hung-collective", daemon=True)
-        thread.start()
-        thread.join(_READING_S)
+        # Raised where a limit on threads is reached.
+        with suppress(RuntimeError):
+            thread.start()
+            thread.join(_READING_S)
         return explanation[0] if explanation else ""
 
     def close(self, environ: MutableMapping[str, str]) -> None:
-        """Remove the pipes and the variables."""
+        """Copy what torch has written unasked, after a timeout of its own; remove the pipes and the variables."""
         for name in self._names:
             environ.pop(name, None)
+        self._is_closed = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(_CLOSING_S)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def _target(self) -> Path:
         return self._run.attempt(self._attempt) / "collectives"
 
-    def _publish(self, written: Path) -> None:
+    def _copy_until_closed(self) -> None:
+        while not self._is_closed:
+            self._wake.wait(_POLL_S if self._awaited else None)
+            self._wake.clear()
+            self._copy({rank: Path(f"{self._files}{rank}") for rank in list(self._awaited)})
+            for rank, until in list(self._awaited.items()):
+                if time.monotonic() > until:
+                    self._awaited.pop(rank, None)
+        written = [path for path in self._folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal()]
+        self._copy({int(path.name.removeprefix(_PREFIX)): path for path in written})
+
+    def _copy(self, files: Mapping[int, Path]) -> None:
+        """Copy those of the files that are complete and have not been copied; the summary first, for which others wait."""
+        contents: dict[Path, bytes] = {}
+        for rank, path in files.items():
+            with suppress(OSError):
+                written_at = path.stat().st_mtime_ns
+                if self._copied.get(path) == written_at or path.stat().st_size > MAX_BYTES:
+                    continue
+                summary = summarize_dump(content := path.read_bytes())
+                if summary is not None:
+                    self._summaries[rank] = time.monotonic(), summary
+                    self._copied[path], contents[path] = written_at, content
+                    self._awaited.pop(rank, None)
+        if not contents:
+            return
+        oldest = time.monotonic() - self._stall_s
+        recent = {str(rank): summary for rank, (at, summary) in self._summaries.items() if at > oldest}
         with suppress(OSError):
-            target = self._target / written.name
-            target.unlink(missing_ok=True)
-            until = time.monotonic() + _WRITING_S
-            while time.monotonic() < until:
-                if written.is_file() and _is_complete(content := written.read_bytes()):
-                    # The run directory may have been moved since: the attempt's own folder is not made.
-                    target.parent.mkdir(exist_ok=True)
-                    atomic_files.write_bytes(target, content)
-                    return
-                time.sleep(_POLL_S)
+            # The run directory may have been moved since: the attempt's own folder is not made.
+            self._target.mkdir(exist_ok=True)
+            json_records.write(self._target / _SUMMARIES.replace("*", self._folder.name[-8:]), _Summaries(recent))
+            for path, content in contents.items():
+                atomic_files.write_bytes(self._target / path.name, content)
 
     def _explain(self) -> str:
         with suppress(OSError, LauncherError):
-            files = {path: path.stat().st_mtime for path in self._target.glob(f"{_PREFIX}*")}
-            # Those of ranks that have been restarted since are older.
-            newest = max(files.values(), default=0.0)
-            recent = [path for path, at in files.items() if at > newest - self._stall_s]
-            found = {int(path.name.removeprefix(_PREFIX)): hung_collective.parse_dump(path.read_bytes()) for path in recent}
-            dumps = {rank: dump for rank, dump in found.items() if dump is not None}
-            hung = hung_collective.find_hung_collective(dumps, self._world_size)
+            summaries = self._read_summaries()
+            hung = hung_collective.find_hung_collective(summaries, self._world_size)
             if hung is not None:
                 hosts = run_store.read_attempt(self._run, self._attempt).nodes
                 return hung_collective.describe(hung, hosts, self._world_size)
         return ""
+
+    def _read_summaries(self) -> dict[int, RankSummary]:
+        """Return the summaries of the ranks of all agents."""
+        files = {path: path.stat().st_mtime for path in self._target.glob(_SUMMARIES)}
+        # Those of ranks that have been restarted since are older.
+        newest = max(files.values(), default=0.0)
+        summaries: dict[int, RankSummary] = {}
+        for path in (path for path, at in files.items() if at > newest - self._stall_s):
+            with suppress(LauncherError, ValueError):
+                of_agent = json_records.read(_Summaries, path).ranks
+                summaries |= {int(rank): summary for rank, summary in of_agent.items()}
+        return summaries
 
 
 def answer_requests(environ: Mapping[str, str], rank: int) -> None:
@@ -112,10 +179,12 @@ def answer_requests(environ: Mapping[str, str], rank: int) -> None:
     from torch._C import _distributed_c10d
 
     dump: Callable[..., bytes] | None = getattr(_distributed_c10d, "_dump_fr_trace", None)
-    if dump is None or _PIPE not in environ or _FILE not in environ:
+    files = _file_prefix(environ)
+    if dump is None or _PIPE not in environ or not files:
         return
-    path, target = _pipe(environ[_PIPE], rank), Path(f"{environ[_FILE]}{rank}")
-    with suppress(OSError):
+    path, target = _pipe(environ[_PIPE], rank), Path(f"{files}{rank}")
+    # A limit on threads raises RuntimeError.
+    with suppress(OSError, RuntimeError):
         # Of this rank before a restart.
         path.unlink(missing_ok=True)
         os.mkfifo(path, 0o600)
@@ -134,6 +203,5 @@ def _pipe(prefix: str, rank: int) -> Path:
     return Path(f"{prefix}{rank}.pipe")
 
 
-def _is_complete(content: bytes) -> bool:
-    """A pickle ends with a point, and torch writes it in pieces."""
-    return content.endswith(b".") and hung_collective.parse_dump(content) is not None
+def _file_prefix(environ: Mapping[str, str]) -> str:
+    return environ.get(_FILE) or environ.get(_NCCL_FILE, "")

@@ -30,6 +30,7 @@ _MIN_BYTES = 1 << 20
 _MIN_COMPILER_BYTES = 16 << 20
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _COUNTER = "load_progress"
+_HANGS = "hangs"
 _JOIN_S = 5.0
 # A head node that has not answered for so long hangs, or is cut off.
 _UNANSWERED_S = 5.0
@@ -80,7 +81,7 @@ class _Marks:
 
 
 class SharedProgress:
-    """A counter of the progress on all nodes, in the store of the head node.
+    """A counter of the progress on all nodes, and one of the hangs that they have noticed, in the store of the head node.
 
     A thread of its own talks to the store, over a connection of its own: a head node that does not answer must not block the
     watchdog.
@@ -88,7 +89,7 @@ class SharedProgress:
 
     def __init__(self, store: Store, interval_s: float) -> None:
         self._store, self._interval_s = store, interval_s
-        self._has_progressed = False
+        self._has_progressed = self._has_hang = self._has_others_hang = False
         self._changed_at, self._asked_at = time.monotonic(), math.inf
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._share, name="load-progress", daemon=True)
@@ -103,22 +104,34 @@ class SharedProgress:
         """Tell the other nodes that a rank of this one progresses."""
         self._has_progressed = True
 
+    def report_hang(self) -> None:
+        """Tell the other nodes that a rank of this one is silent."""
+        self._has_hang = True
+
+    def has_others_hang(self) -> bool:
+        """Return whether another node has reported a hang since the last call."""
+        has_others_hang, self._has_others_hang = self._has_others_hang, False
+        return has_others_hang
+
     def stop(self) -> None:
         self._ended.set()
         self._thread.join(_JOIN_S)
 
     def _share(self) -> None:
-        connection, last, wait_s = None, -1, self._interval_s
+        connection, last, num_hangs, wait_s = None, -1, -1, self._interval_s
         while not self._ended.wait(wait_s):
             has_progressed, self._has_progressed = self._has_progressed, False
+            has_hang, self._has_hang = self._has_hang, False
             self._asked_at = asked_at = time.monotonic()
             try:
                 connection = connection or self._store.clone()
                 count = connection.add(_COUNTER, int(has_progressed))
+                hangs = connection.add(_HANGS, int(has_hang))
             except RuntimeError:
                 # Nothing is known of the others until the head node answers again, over another connection: the answer to this
                 # request may still come and would be taken for that to the next.
                 self._changed_at, self._has_progressed = math.inf, self._has_progressed or has_progressed
+                self._has_hang = self._has_hang or has_hang
                 connection, last, wait_s = None, -1, _RETRY_S
                 continue
             wait_s = self._interval_s
@@ -126,6 +139,9 @@ class SharedProgress:
             # The others could not tell of their progress either while the head node was silent.
             if count != last or now - asked_at >= _UNANSWERED_S:
                 last, self._changed_at = count, now
+            # Those from before this node looked are over, or it has noticed them by itself.
+            self._has_others_hang |= 0 <= num_hangs < hangs - int(has_hang)
+            num_hangs = hangs
             self._asked_at = math.inf
 
 

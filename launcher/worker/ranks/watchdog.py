@@ -13,7 +13,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
 _SLOWEST_STEPS = 10
 _LONGEST_INTERVAL_S = 1.0
-# From the request for a rank's stacks and collectives to its kill. torch looks once a second whether it is asked.
-DUMP_S = 3.0
+# From the request for a rank's stacks and collectives to its kill. Other nodes notice it within two seconds, torch looks once a
+# second whether it is asked, and takes one to look up the stacks of the calls.
+DUMP_S = 5.0
 # The multiple of its limit after which a rank is killed: one that is behind the others, and one without a visible reason.
 _BEHIND, _UNCLEAR = 1.25, 1.5
 _JOIN_S = 5.0
@@ -141,9 +143,9 @@ def stalled_in_loading(
 class Watchdog:
     """Watches the ranks in `table` that are children of this process; calls `on_stall` with a message on those that it killed.
 
-    `on_silence` is called with each rank that has its stacks dumped; `explain` returns what the dumps of all ranks say, empty for
-    nothing. `stall_s` 0 watches nothing. For `rare_s` see StallLimits. `store` is that of all nodes of the run; None where there
-    is one.
+    `on_silence` is called with ranks that are to write what they have recorded; `explain` returns what the records of all ranks
+    say, empty for nothing. `stall_s` 0 watches nothing. For `rare_s` see StallLimits. `store` is that of all nodes of the run;
+    None where there is one.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class Watchdog:
         rare_s: float,
         on_stall: Callable[[str], None],
         store: Store | None = None,
-        on_silence: Callable[[int], None] = lambda rank: None,
+        on_silence: Callable[[Collection[int]], None] = lambda ranks: None,
         explain: Callable[[], str] = str,
     ) -> None:
         self._table = table
@@ -168,15 +170,18 @@ class Watchdog:
         self._looked = self._since = time.monotonic()
         # When the processes were asked for their stacks and collectives.
         self._asked: dict[int, float] = {}
+        # When all ranks of this node were asked for their collectives.
+        self._asked_all_at = -math.inf
         self._dump_s = min(DUMP_S, stall_s / 4)
         self._done: set[int] = set()
+        self._problem = ""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> Watchdog:
         if self._limits.stall_s > 0:
             if self._store is not None:
-                self._shared = SharedProgress(self._store, _SHARING * self._limits.load_s)
+                self._shared = SharedProgress(self._store, min(_LONGEST_INTERVAL_S, _SHARING * self._limits.load_s))
             self._thread.start()
         return self
 
@@ -194,7 +199,13 @@ class Watchdog:
                 # The agent itself was stopped, as `scontrol suspend` stops all processes of a job.
                 self._since = now
             self._looked = now
-            self._look(now)
+            try:
+                self._look(now)
+            except Exception as error:
+                # Such as a limit on open files that is reached. The next look may succeed, and a hang must end.
+                if str(error) != self._problem:
+                    self._problem = str(error)
+                    print(f"the watchdog cannot look at the ranks: {self._problem}", flush=True)
 
     def _look(self, now: float) -> None:
         read = self._table.read()
@@ -205,24 +216,37 @@ class Watchdog:
         if not verdict.stalled:
             others_at = self._others_at({r: beats[r] for r in states}, has_started=bool(read))
             verdict = stalled_in_loading(beats, states, now, self._limits, self._since, others_at)
-        asked, self._asked = self._asked, {}
-        for r in verdict.stalled:
-            pid = beats[r].pid
-            if pid not in asked:
-                _send(ranks[r], signal.SIGQUIT)
-                self._on_silence(beats[r].rank)
-            self._asked[pid] = asked.get(pid, now)
+        asked, self._asked = self._asked, {beats[r].pid: self._asked.get(beats[r].pid, now) for r in verdict.stalled}
+        late = [r for r in verdict.stalled if beats[r].pid not in asked]
+        for r in late:
+            _send(ranks[r], signal.SIGQUIT)
+        if late and not asked and self._shared is not None:
+            self._shared.report_hang()
+        self._ask_for_collectives({beats[r].rank for r in late}, {beats[r].rank for r in ranks}, now)
         # The dumps take a moment, and the rank has a last chance to progress.
         if not verdict.kill or any(now - self._asked[beats[r].pid] < self._dump_s for r in verdict.kill):
             return
-        # Before the kill: the agent reports the failure as soon as the rank has ended.
-        explanation = self._explain()
+        explanation = ""
+        # Nothing that fails here may keep a hang from being ended.
+        with suppress(Exception):
+            # Before the kill: the agent reports the failure as soon as the rank has ended.
+            explanation = self._explain()
         for r in verdict.kill:
             _send(ranks[r], signal.SIGKILL)
         # The agent ends the others, which wait for the killed rank and may take a while to end.
         self._done |= {beat.pid for beat in beats.values()}
         messages = [describe(beats[r], verdict.stalled[r], reason) for r, reason in verdict.kill.items()]
         self._on_stall("; ".join(filter(None, (*messages, explanation))))
+
+    def _ask_for_collectives(self, late: set[int], living: set[int], now: float) -> None:
+        """Ask ranks that have become late, and all at the first silence on any node: those that wait may be late only later."""
+        is_hang = bool(late) or (self._shared is not None and self._shared.has_others_hang())
+        # Two hangs are further apart.
+        if is_hang and now - self._asked_all_at > self._limits.stall_s / 2:
+            self._asked_all_at, late = now, living
+        if late:
+            with suppress(Exception):
+                self._on_silence(late)
 
     def _others_at(self, living: Mapping[int, Beat], has_started: bool) -> float:
         """Tell the other nodes whether these ranks progress, and return when any rank of the run was last seen to.

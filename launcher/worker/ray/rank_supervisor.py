@@ -320,7 +320,7 @@ class _Worker:
             reply = self._beat(None, observer.sign(rank.pid))
             if reply.dump_stacks:
                 rank.send_signal(signal.SIGQUIT)
-                recorder.request(number)
+                recorder.request([number])
             if reply.hang is not None and not watched.stalls:
                 watched.stalls.append("; ".join(filter(None, (reply.hang, recorder.explain()))))
                 rank.kill()

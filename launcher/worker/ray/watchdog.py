@@ -110,14 +110,17 @@ class GroupLiveness:
             others_at = -math.inf if len(beats) == len(ranks) else math.inf
             verdict = stalled_in_loading(beats, self._states, now, self._limits, self._since, others_at)
         self._stuck = {rank: self._stuck.get(rank, now) for rank in verdict.stalled}
-        self._dumped &= self._stuck.keys()
+        if not self._stuck:
+            self._dumped.clear()
         if any(now - self._stuck[rank] < DUMP_S for rank in verdict.kill):
             return {}
         return {rank: (beats[rank], verdict.stalled[rank], reason) for rank, reason in verdict.kill.items()}
 
     def wants_stacks(self, rank: int) -> bool:
-        """Return True once for a stalled rank: its log must show where it waits before any rank is killed."""
-        if rank not in self._stuck or rank in self._dumped:
+        """Return True once for each rank while any is stalled: their logs and flight recorders must show where they wait before
+        any rank is killed, and a rank that waits for a stalled one may be late only after that.
+        """
+        if not self._stuck or rank in self._dumped:
             return False
         self._dumped.add(rank)
         return True

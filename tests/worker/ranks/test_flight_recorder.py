@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,11 @@ from pace import wait_for
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
+from launcher.worker.ranks.flight_dump import summarize_dump
 from launcher.worker.ranks.flight_recorder import FlightRecorder
-from launcher.worker.ranks.hung_collective import parse_dump
 
 STALL_S = 600.0
+NODES, RANKS_PER_NODE = 64, 8
 
 
 @pytest.fixture
@@ -34,16 +37,20 @@ def test_a_request_arrives_in_the_pipe_that_torch_reads(run: RunDir) -> None:
     recorder = FlightRecorder(run, 1, 4, STALL_S)
     recorder.set_variables(environ)
     assert environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "7", "the user's own"
+    assert "TORCH_FR_BUFFER_SIZE" not in environ, "of the same meaning"
     # As DumpPipe in torch's ProcessGroupNCCL.
     pipe = Path(environ["TORCH_NCCL_DEBUG_INFO_PIPE_FILE"] + "3.pipe")
     os.mkfifo(pipe)
     reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    recorder.request(3)
-    recorder.request(2)
+    # Rank 2 has no pipe yet.
+    recorder.request([3, 2])
     assert os.read(reading, 16) == b"1\n"
     os.close(reading)
     # Nobody reads: the request does not wait.
-    recorder.request(3)
+    other = FlightRecorder(run, 1, 4, STALL_S)
+    other.set_variables(environ)
+    other.request([3])
+    other.close({})
     assert recorder.explain() == ""
     recorder.close(environ)
     assert not pipe.parent.exists()
@@ -65,29 +72,32 @@ def test_the_collective_is_named_that_ranks_wait_in_and_who_has_not_called_it(
         )
     )
     ranks.start()
-    published = run.attempt(1) / "collectives"
-    # Of a rank before its restart: too old to count.
-    published.mkdir()
-    (published / "rank-2").write_bytes(b"")
-    os.utime(published / "rank-2", (0, 0))
     try:
         wait_for("the ranks", lambda: all((tmp_path / f"ready-{rank}").exists() for rank in range(3)))
         title = "rank 0 on n1, rank 1 on n2 wait in collective 3 of process group 0 (default_pg), all_gather of 12.0 KiB"
 
         def explain(*asked: int) -> str:
-            for rank in asked:
-                recorder.request(rank)
-            wait_for("their records", lambda: all((published / f"rank-{rank}").exists() for rank in asked))
+            recorder.request(asked)
             return recorder.explain()
 
         # The others may not have called it yet.
-        wait_for("the others", lambda: explain(0, 1) == f"{title}; rank 2 on n3 did not answer")
-        assert explain(0, 1, 2) == f"{title}; rank 2 on n3 has not called it"
+        wait_for("the others", lambda: explain(0, 1) == f"{title}; rank 2 on n3 left no record")
+        wait_for("all ranks", lambda: explain(0, 1, 2) == f"{title}; rank 2 on n3 has not called it")
     finally:
         (tmp_path / "go").touch()
         ranks.join()
         recorder.close(environ)
     assert values == [[None] * 3], "recording changes nothing"
+    published = run.attempt(1) / "collectives"
+    assert {path.name for path in published.glob("rank-*")} == {"rank-0", "rank-1", "rank-2"}, "for torchfrtrace"
+    # What ranks have left before a restart is too old to count beside the records of others; damaged ones are passed over.
+    (summaries,) = published.glob("summary-*.json")
+    (published / "summary-damaged.json").write_text("{")
+    reader = FlightRecorder(run, 1, 3, STALL_S)
+    assert reader.explain().startswith(title)
+    os.utime(summaries, (0, 0))
+    assert reader.explain() == ""
+    reader.close({})
 
 
 @pytest.mark.gpu
@@ -102,29 +112,94 @@ def test_a_rank_with_nccl_answers_by_itself(rank_server: RankServer, run: RunDir
     written = run.attempt(1) / "collectives" / "rank-0"
     try:
         wait_for("the rank", (tmp_path / "ready-0").exists)
-        recorder.request(0)
+        recorder.request([0])
         wait_for("its record", written.exists)
         assert recorder.explain() == "", "it waits in no collective"
     finally:
         (tmp_path / "go").touch()
         rank.join()
         recorder.close(environ)
-    recorded = parse_dump(written.read_bytes())
+    recorded = summarize_dump(written.read_bytes())
     assert recorded is not None
-    ((group, (summed,)),) = recorded.collectives.items()
+    ((group, summary),) = recorded.items()
+    (summed,) = summary.collectives
     assert (group, summed.name, summed.num_bytes, summed.is_completed) == ("0 (default_pg)", "all_reduce", 4096, True)
-    assert recorded.members[group] == {0}
+    assert summary.ranks == {0}
 
 
 def test_storage_that_does_not_answer_keeps_no_watchdog_waiting(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    published = run.attempt(1) / "collectives"
-    published.mkdir()
-    # Opening it waits for a writer.
-    os.mkfifo(published / "rank-0")
+    answers = threading.Event()
     monkeypatch.setattr("launcher.worker.ranks.flight_recorder._READING_S", 0.2)
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([answers.wait(600)] * 0))
     recorder = FlightRecorder(run, 1, 1, STALL_S)
     began = time.monotonic()
     assert recorder.explain() == ""
     assert time.monotonic() - began < 60
-    with open(published / "rank-0", "wb"):
-        recorder.close({})
+    answers.set()
+    monkeypatch.undo()
+    recorder.close({})
+
+
+def test_where_no_thread_can_be_started_nothing_is_known(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    recorder = FlightRecorder(run, 1, 1, STALL_S)
+    recorder.request([0])
+    assert recorder.explain() == ""
+    recorder.close({})
+
+
+def test_512_ranks_on_64_nodes_are_judged_at_once(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The records are those that torch writes unasked after a timeout of its own, and are copied when the ranks have ended."""
+    # A thousand of them take a while on a busy disk.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    world_size = NODES * RANKS_PER_NODE
+    attempt = replace(run_store.read_attempt(run, 1), nodes=tuple(f"n{node}" for node in range(NODES)))
+    run_store.write_attempt(run, 1, attempt)
+    for node in range(NODES):
+        recorder, environ = FlightRecorder(run, 1, world_size, STALL_S), dict[str, str]()
+        recorder.set_variables(environ)
+        for rank in range(node * RANKS_PER_NODE, (node + 1) * RANKS_PER_NODE):
+            last = 99 if rank == 300 else 100
+            Path(f"{environ['TORCH_FR_DUMP_TEMP_FILE']}{rank}").write_bytes(made_record(last, world_size))
+        recorder.close(environ)
+        assert not environ
+    recorder = FlightRecorder(run, 1, world_size, STALL_S)
+    began = time.process_time()
+    explanation = recorder.explain()
+    seconds = time.process_time() - began
+    recorder.close({})
+    assert explanation.endswith(
+        "in collective 100 of process group 0 (default_pg), all_gather of 4.0 MiB; rank 300 on n37 has not called it"
+    )
+    assert seconds < 2
+    assert len([*(run.attempt(1) / "collectives").glob("rank-*")]) == world_size
+
+
+def made_record(last: int, world_size: int) -> bytes:
+    """Return a record as torch's ProcessGroupNCCL writes it; of the collectives 1 to 100, `last` is the last one called."""
+    groups = [
+        {"name": str(i), "desc": "default_pg" if i == 0 else f"group {i}", "ranks": str([*range(world_size)])} for i in range(3)
+    ]
+    entries = [
+        {
+            "process_group": (group["name"], group["desc"]),
+            "collective_seq_id": number,
+            "profiling_name": "nccl:_all_gather_base",
+            "time_created_ns": number,
+            "input_sizes": [[2048, 1024]],
+            "input_dtypes": ["BFloat16"],
+            "output_sizes": [[2048, 1024]],
+            "output_dtypes": ["BFloat16"],
+            "state": "scheduled" if number == 100 and group["name"] == "0" else "completed",
+            "retired": False,
+            "is_p2p": False,
+        }
+        for number in range(1, last + 1)
+        for group in groups
+    ]
+    return pickle.dumps(
+        {"version": "2.10", "pg_config": {group["name"]: group for group in groups}, "entries": entries}, protocol=2
+    )

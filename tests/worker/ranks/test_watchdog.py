@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from pace import wait_for
 
 from launcher.errors import RunError
 from launcher.worker.ranks import watchdog as watchdog_module
@@ -268,7 +269,7 @@ def exit_code(process: multiprocessing.process.BaseProcess, within_s: float = 5)
 
 @pytest.fixture
 def asked() -> list[int]:
-    """The ranks that were asked for what NCCL has recorded."""
+    """The ranks that were asked for the collectives that they have recorded."""
     return []
 
 
@@ -276,7 +277,7 @@ def asked() -> list[int]:
 def reports(table: HeartbeatTable, asked: list[int]) -> Iterator[list[str]]:
     """What the watchdog of this test's table has reported."""
     reports: list[str] = []
-    watchdog = Watchdog(table, STALL_S, 1800, reports.append, on_silence=asked.append).start()
+    watchdog = Watchdog(table, STALL_S, 1800, reports.append, on_silence=asked.extend).start()
     yield reports
     watchdog.stop()
 
@@ -302,6 +303,44 @@ def test_a_stopped_rank_is_killed_and_the_others_only_dump_their_stacks(
     assert len(reports) == 1
     assert "waits_for_the_others" in (tmp_path / "0.log").read_text()
     assert {10, 11} == set(asked)
+
+
+def test_all_ranks_of_all_nodes_are_asked_for_their_collectives_at_the_first_silence(
+    start: Start, table: HeartbeatTable, tmp_path: Path
+) -> None:
+    """Those that wait for a silent rank may be late only after it has been killed."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    other_table, reports, asked = HeartbeatTable(1), {"here": [], "there": []}, {"here": [], "there": []}
+    tables = {"here": table, "there": other_table}
+    watchdogs = [
+        Watchdog(tables[node], 8 * STALL_S, 1800, reports[node].append, store, asked[node].extend).start() for node in tables
+    ]
+    start("lively", "stopped")
+    (lively_there,) = start("lively", at=other_table)[2:]
+    try:
+        assert "rank 11" in wait_for_report(reports["here"], 60)
+        wait_for("the request of the other node", lambda: asked["there"])
+        assert (sorted(asked["here"]), asked["there"]) == ([10, 11], [10])
+        assert lively_there.is_alive()
+        assert reports["there"] == []
+    finally:
+        for watchdog in watchdogs:
+            watchdog.stop()
+        other_table.close()
+
+
+def test_a_hang_is_ended_although_nothing_can_be_learned_of_it(start: Start, table: HeartbeatTable) -> None:
+    def fail(*_: object) -> str:
+        raise RuntimeError("can't start new thread")
+
+    reports: list[str] = []
+    watchdog = Watchdog(table, STALL_S, 1800, reports.append, on_silence=fail, explain=fail).start()
+    (stopped,) = start("stopped")
+    assert wait_for_report(reports).endswith("killed it")
+    assert exit_code(stopped) == -signal.SIGKILL
+    watchdog.stop()
 
 
 def test_a_rank_that_is_stopped_while_it_loads_is_killed(start: Start, reports: list[str]) -> None:

@@ -53,14 +53,18 @@ def test_a_rank_behind_those_of_all_nodes_is_killed_alone_and_named_with_its_nod
     assert words in fake.run.events.read_text()
 
 
-def test_stalled_ranks_dump_their_stacks_once_before_any_is_killed(make_fake: Callable[..., FakeWorkers]) -> None:
+@pytest.mark.parametrize("silent_s", [(61, 61), (61, 5)])
+def test_all_ranks_dump_their_stacks_once_before_any_is_killed(
+    silent_s: tuple[float, float], make_fake: Callable[..., FakeWorkers]
+) -> None:
+    """Also one that is not late yet: it may wait for the stalled one."""
     fake = make_fake(workers=2, stall_seconds=60)
     fake.begin("a", "n1", "n2")
     asked = {0: 0, 1: 0}
     fake.coordinator._group.liveness._since = 0.0  # type: ignore[union-attr]
     for _ in range(4):
         for rank in asked:
-            answer = fake.coordinator.beat("a", rank, None, sign(rank, 61))
+            answer = fake.coordinator.beat("a", rank, None, sign(rank, silent_s[rank]))
             asked[rank] += answer.dump_stacks
             assert answer.hang is None
     assert asked == {0: 1, 1: 1}
