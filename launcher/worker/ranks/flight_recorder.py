@@ -80,8 +80,10 @@ class FlightRecorder:
 
     def request(self, ranks: Iterable[int]) -> None:
         """Ask ranks to write what they have recorded, and copy that in the background. One without a pipe yet is left alone."""
-        # One that has not answered yet will.
-        for rank in set(ranks) - self._awaited.keys():
+        for rank in ranks:
+            if rank in self._awaited:
+                # Its answer will be as recent.
+                continue
             with suppress(OSError):
                 # A rank that has been asked before may have left one, and may not answer now.
                 Path(f"{self._files}{rank}").unlink(missing_ok=True)
@@ -90,7 +92,7 @@ class FlightRecorder:
                     os.write(descriptor, b"1\n")
                 finally:
                     os.close(descriptor)
-                self._awaited[rank] = time.monotonic() + _WRITING_S
+                self._awaited[rank] = time.monotonic() + min(_WRITING_S, self._stall_s)
         self._wake.set()
 
     def explain(self) -> str:
