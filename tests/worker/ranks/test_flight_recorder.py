@@ -19,6 +19,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.worker.ranks.flight_dump import summarize_dump
 from launcher.worker.ranks.flight_recorder import FlightRecorder
+from launcher.worker.ranks.fork_server import differing
 
 STALL_S = 600.0
 NODES, RANKS_PER_NODE = 64, 8
@@ -64,6 +65,8 @@ def test_the_collective_is_named_that_ranks_wait_in_and_who_has_not_called_it(
     environ: dict[str, str] = {}
     recorder = FlightRecorder(run, 1, 3, STALL_S)
     recorder.set_variables(environ)
+    assert differing(environ, {}) == [], "the fork server may import without them"
+    assert "TORCH_NCCL_TRACE_BUFFER_SIZE" not in environ, "torch warns of the deprecated name"
     values: list[list[None]] = []
     arguments = [[2, str(tmp_path)]] * 3
     ranks = threading.Thread(
