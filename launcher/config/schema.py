@@ -130,8 +130,8 @@ class ModelSection(Section):
         "auto",
         description=(
             "Liger's fused kernels for norms, rotary embedding and MLP on GPUs. auto: where it is installed (the extra `gpu`), "
-            "for dense architectures that it knows; where ranks cannot import it, they train without it, with an alert. true: "
-            "such a run is refused. CPUs never use it."
+            "for dense architectures that it knows; each rank tries it first, and where one fails, all train without it, with an "
+            "alert. true: such a run is refused. CPUs never use it."
         ),
     )
     compile: Flag = Field(

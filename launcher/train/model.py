@@ -167,6 +167,9 @@ def build_model(
         message = "packed documents would affect each other in the FlashAttention of this architecture"
         raise ConfigError(message, where="model.attention", value=config.model_type, remedy="set model.attention=sdpa")
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
+    liger_problem = ""
+    if uses_liger:
+        liger_problem = liger.find_problem(model, str(config.model_type), torch.device(device), options["dtype"])
     hf = _build_empty(config, **options, **remote) if has_checkpoint else None
     if hf is None and folder is not None and facts.path is not None and model.init == "pretrained" and facts.has_weights:
         pickled = {} if model.allow_pickled_weights else {"use_safetensors": True}
@@ -178,13 +181,15 @@ def build_model(
     elif hf is None:
         hf = AutoModelForCausalLM.from_config(config, **options, **remote)
     _replace_head(hf, chunk_tokens)
-    liger_problem = liger.use_liger(hf, model, torch.device(device)) if uses_liger else ""
+    if uses_liger and not liger_problem:
+        liger_problem = liger.apply(hf, model, torch.device(device))
     checkpoint_layers(hf, checkpointing)
     if whole_layers or compiles:
-        found = layers.find_layers(hf, "model.compile" if compiles else "deepspeed.whole_layers")
-        layers.gather_whole(found)
+        setting = "model.compile" if compiles else "deepspeed.whole_layers"
+        decoder_layers = layers.find_layers(hf, setting, f"set {setting}=false")
+        layers.gather_whole(decoder_layers)
         if compiles:
-            layers.compile_layers(hf, found, torch.device(device))
+            layers.compile_layers(hf, decoder_layers, torch.device(device))
     hf.train()
     # Where documents are not packed, they may affect each other, and so may the rows of a flattened batch.
     flatten = packing and (kernel == attention.VARLEN or kernel.startswith("flash_attention"))
@@ -238,17 +243,7 @@ def checkpoint_layers(hf: Any, checkpointing: str) -> None:
     hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if interval(checkpointing) == 1:
         return
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    decoder_layers = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if len(decoder_layers) != hf.config.num_hidden_layers:
-        message = f"model.activation_checkpointing={checkpointing}: this architecture's layers cannot be chosen one by one"
-        raise ConfigError(
-            message,
-            where="model.activation_checkpointing",
-            value=str(hf.config.model_type),
-            remedy="set model.activation_checkpointing to all or none",
-        )
+    decoder_layers = layers.find_layers(hf, "model.activation_checkpointing", "set model.activation_checkpointing to all or none")
     for layer, is_recomputed in zip(decoder_layers, checkpointed_layers(checkpointing, len(decoder_layers)), strict=True):
         layer.gradient_checkpointing = is_recomputed
 

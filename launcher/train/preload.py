@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from contextlib import suppress
 
 from launcher.plan.launch_plan import LaunchPlan
@@ -24,6 +25,8 @@ def import_stack(plan: LaunchPlan, tracks: bool) -> None:
 
 
 def _import(plan: LaunchPlan, tracks: bool) -> None:
+    # Read once, when torch's compiler is imported. Its helper processes would outlive a rank that is killed.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     import deepspeed  # noqa: F401
     import torch._dynamo  # noqa: F401
 

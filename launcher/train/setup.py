@@ -29,7 +29,7 @@ from launcher.train.checkpointer import Checkpointer
 from launcher.train.engine import build_engine
 from launcher.train.evaluation.evaluator import EvalRows, Evaluator
 from launcher.train.evaluation.score import Scorer
-from launcher.train.kernels import attention
+from launcher.train.kernels import attention, liger
 from launcher.train.model import CausalLMLoss
 from launcher.train.monitoring import bandwidth
 from launcher.train.monitoring.monitor import Monitor
@@ -112,8 +112,8 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     if device.type == "cuda":
         tracker.event("info", attention.describe(plan.config.model, model.hf.config, plan.config.data.packing), 0)
     if plan.uses_liger:
-        used = "norms, rotary embedding and MLP are computed by Liger"
-        tracker.event("alert" if model.liger_problem else "info", model.liger_problem or used, 0)
+        problem = model.liger_problem
+        tracker.event("alert" if problem else "info", liger.describe_use(problem, run.run_dir.root), 0)
     # An engine that cannot be saved is refused here, not at the first checkpoint.
     saver = _build_saver(run, engine, model, fence)
     batches, eval_rows = _open_batches(run, data), _open_eval_rows(run, data)

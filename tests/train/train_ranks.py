@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.models.llama import modeling_llama
 
 from launcher.checkpoint import store, zero3
 from launcher.config.schema import ModelSection
@@ -363,6 +365,24 @@ def train_with_layers(plan_path: str) -> dict[str, Any]:
         "breaks": [str(reason) for reason in counters["graph_break"]],
         "has_own_speed": timer.read() > 0,
     }
+
+
+def build_with_liger(site: str) -> dict[str, Any]:
+    """Build a model under ZeRO-3 with Liger's stand-in from a folder; returns why it is not used, and what it has replaced."""
+    meet()
+    sys.path.insert(0, site)
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    settings = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    partitioned = HfDeepSpeedConfig(settings)
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=64, num_attention_heads=4)
+    section = ModelSection(init="random", config=config.to_dict(), tokenizer="./tokenizer", dtype="fp32")
+    facts = model_facts(config.to_dict(), None, None, None)
+    original = modeling_llama.LlamaRMSNorm
+    model = build_model(section, facts, "cpu", chunk_tokens=16, uses_liger=True)
+    del partitioned
+    replaced = ["LlamaRMSNorm"] if modeling_llama.LlamaRMSNorm is not original else []
+    replaced += ["forward"] if "_get_name" in vars(model.hf.model.norm) else []
+    return {"problem": model.liger_problem, "replaced": replaced}
 
 
 class TwoBranches(torch.nn.Module):

@@ -8,20 +8,21 @@ DeepSpeed's hooks, so that each module with hooks would end a graph, and after a
 from __future__ import annotations
 
 import os
-import shutil
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from launcher.errors import ConfigError
+from launcher.train.kernels.build_tools import missing_build_tools
 
 # Variants of a compiled layer: training and evaluation, shapes, and kinds of layers.
 _MOST_VARIANTS = 64
 
 
-def find_layers(hf: Any, setting: str) -> list[nn.Module]:
-    """Return the decoder layers of a model, for a setting that needs them.
+def find_layers(hf: Any, setting: str, remedy: str) -> list[nn.Module]:
+    """Return the decoder layers of a model, for a setting that needs them; `remedy` says what to do without.
 
     Raises:
         ConfigError: where the architecture's layers cannot be told from its other modules.
@@ -35,7 +36,7 @@ def find_layers(hf: Any, setting: str) -> list[nn.Module]:
         "the layers of this architecture cannot be told from its other modules",
         where=setting,
         value=str(hf.config.model_type),
-        remedy=f"set {setting}=false",
+        remedy=remedy,
     )
 
 
@@ -53,15 +54,17 @@ def compile_layers(hf: Any, layers: list[nn.Module], device: torch.device) -> No
     It takes about a minute, in the first step and in the first evaluation. The layers must be gathered as a whole.
 
     Raises:
-        ConfigError: where this machine lacks the C or C++ compiler that torch's compiler calls.
+        ConfigError: where this machine lacks what torch's compiler builds kernels with.
     """
     import torch._dynamo
+    import torch._inductor.config
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    _require_compiler(device)
-    # Helpers would outlive a rank that is killed, and there are only a few graphs.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    _require_build_tools(device)
+    # No helper processes: there are only a few graphs. This holds in this thread alone; autograd's have the value that was read
+    # from the variable when torch's compiler was imported, in launcher/train/preload.py.
+    torch._inductor.config.compile_threads = int(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "1"))
     torch._dynamo.config.recompile_limit = _MOST_VARIANTS
     # The boundaries of documents are values that differ in each batch, and each would be compiled.
     kernel = hf.config._attn_implementation
@@ -71,14 +74,10 @@ def compile_layers(hf: Any, layers: list[nn.Module], device: torch.device) -> No
         layer.forward = torch.compile(layer.forward)
 
 
-def _require_compiler(device: torch.device) -> None:
-    on_gpu = device.type == "cuda"
-    variable, commands, package = ("CC", ("gcc", "clang"), "gcc") if on_gpu else ("CXX", ("g++", "clang++"), "g++")
-    if any(shutil.which(command) for command in (os.environ.get(variable) or "", *commands) if command):
-        return
-    raise ConfigError(
-        f"model.compile needs {package}, which this machine lacks",
-        where="model.compile",
-        value=", ".join(commands),
-        remedy=f"apt-get install {package}, or set model.compile=false",
-    )
+def _require_build_tools(device: torch.device) -> None:
+    if problems := missing_build_tools(device.type):
+        key = "model.compile"
+        raise ConfigError(
+            replace(problem, message=f"{key}: {problem.message}", where=key, remedy=f"{problem.remedy}, or set {key}=false")
+            for problem in problems
+        )

@@ -2,45 +2,66 @@
 
 Liger replaces classes and functions in transformers' modules, beside those of the instance that it is given. A model that is
 built later, as for the check of the export, would compute with Triton kernels, which CPUs do not have.
+
+Metadata do not tell whether Liger works: a build for another torch or transformers fails in its import, and Triton in its first
+kernel where it finds no compiler. So each rank tries kernels before the weights load, and all do without Liger where one fails.
 """
 
 from __future__ import annotations
 
-import importlib
+import shlex
 import sys
-from collections.abc import Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from launcher.config.schema import ModelSection
-from launcher.errors import ConfigError
+from launcher.distributed import gather_json
+from launcher.errors import ConfigError, describe
+from launcher.train.kernels.build_tools import missing_build_tools
 
+# Sizes of the trial, with heads of 16.
+_WIDTH, _MLP_WIDTH, _TOKENS = 64, 128, 8
+_MOST_CHARACTERS = 300
 # What Liger has replaced in this process: module, name, and what was there.
 _replaced: list[tuple[ModuleType, str, Any]] = []
 
 
-def use_liger(hf: Any, section: ModelSection, device: torch.device) -> str:
+def find_problem(section: ModelSection, model_type: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return why the ranks train without Liger, empty where all of them can compute with it. Collective.
+
+    Raises:
+        ConfigError: on all ranks, where model.liger is true and Liger cannot be used on one of them.
+    """
+    return _agree(section, device, lambda: try_kernels(model_type, device, dtype))
+
+
+def apply(hf: Any, section: ModelSection, device: torch.device) -> str:
     """Let a model compute with Liger's kernels; returns why it does not, empty where it does. Collective.
 
     `undo` has to follow before another model is built.
 
     Raises:
-        ConfigError: on all ranks, where model.liger is true and Liger cannot be imported on one of them.
+        ConfigError: on all ranks, where model.liger is true and Liger cannot be applied on one of them.
     """
-    problem = _import_problem()
-    failed = torch.tensor(int(bool(problem)), device=device)
-    if dist.is_initialized():
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-    if failed:
-        problem = problem or "it fails on another rank"
-        if section.liger is True:
-            remedy = "pip install 'launcher[gpu]', or set model.liger=auto"
-            raise ConfigError("Liger cannot be imported", where="model.liger", value=problem, remedy=remedy)
-        return f"training is without Liger, slower and with more memory than planned: it cannot be imported ({problem})"
-    return "" if _apply(hf) else f"Liger has no kernels for this architecture ({hf.config.model_type})"
+    before = [(part, dict(vars(part))) for part in hf.modules()]
+    is_applied = False
+    try:
+        problem = _agree(section, device, lambda: _replace(hf))
+        is_applied = not problem and any(vars(part).get("forward") is not values.get("forward") for part, values in before)
+    finally:
+        if not is_applied:
+            undo()
+            for part, values in before:
+                vars(part).clear()
+                vars(part).update(values)
+    if is_applied:
+        return ""
+    return problem or f"Liger has no kernels for this architecture ({hf.config.model_type})"
 
 
 def undo() -> None:
@@ -49,27 +70,96 @@ def undo() -> None:
         setattr(*_replaced.pop())
 
 
-def _import_problem() -> str:
-    """Return why Liger cannot be imported, empty where it can; metadata do not tell."""
+def describe_use(problem: str, run: Path) -> str:
+    """Return a message about Liger in a run that was planned with it; `problem` is why it is not used, empty where it is."""
+    if not problem:
+        return "norms, rotary embedding and MLP are computed by Liger"
+    resume = f"python -m launcher resume {shlex.quote(str(run))} model.liger=false"
+    return f"{problem}. The micro-batch was planned for Liger; if it does not fit without, plan another one: {resume}"
+
+
+def try_kernels(model_type: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Import what a model of this type needs of Liger, and compute a small norm, rotary embedding and MLP with it, and gradients.
+
+    Raises:
+        Exception: whatever Liger, Triton or the GPU's driver raises.
+    """
+    # The package imports the second one only when it is asked for it, and transformers' own modules with it.
+    from liger_kernel.transformers import (
+        LigerGEGLUMLP,
+        LigerRMSNorm,
+        LigerSwiGLUMLP,
+        _apply_liger_kernel_to_instance,  # noqa: F401
+        liger_rotary_pos_emb,
+    )
+
+    sizes = SimpleNamespace(hidden_size=_WIDTH, intermediate_size=_MLP_WIDTH, hidden_act="silu")
+    mlp_class = LigerGEGLUMLP if model_type.startswith("gemma") else LigerSwiGLUMLP
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    # The initial weights of a model follow from the seed.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        for part in (LigerRMSNorm(_WIDTH), mlp_class(sizes)):
+            hidden = torch.randn(1, _TOKENS, _WIDTH, **options, requires_grad=True)
+            _require_finite_gradients((hidden,), (part.to(**options)(hidden),))
+        query, key = (torch.randn(1, heads, _TOKENS, 16, **options, requires_grad=True) for heads in (4, 2))
+        angles = torch.rand(1, _TOKENS, 16, device=device)
+        rotated = liger_rotary_pos_emb(query, key, angles.cos().to(dtype), angles.sin().to(dtype))
+        _require_finite_gradients((query, key), rotated)
+
+
+def _require_finite_gradients(inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+    gradients = torch.autograd.grad(sum(output.float().square().mean() for output in outputs), inputs)
+    # Reading the result waits for the GPU, which reports what fails in a kernel only then.
+    if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+        raise ArithmeticError("Liger's kernels computed gradients that are not finite")
+
+
+def _agree(section: ModelSection, device: torch.device, action: Callable[[], None]) -> str:
+    """Run an action; returns the problem, the same on all ranks, where it fails on any. Collective."""
+    reason = ""
     try:
-        importlib.import_module("liger_kernel.transformers")
-    # A build for another torch or Triton fails with anything.
+        action()
+    # A build for another torch, transformers or Triton fails with anything.
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+        reason = _first_line(error)
+    remedy = _remedy(device) if reason else ""
+    failed = torch.tensor(int(bool(reason)), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if failed:
+            answers = enumerate(gather_json([reason, remedy]))
+            rank, (reason, remedy) = next((rank, answer) for rank, answer in answers if answer[0])
+            reason = f"rank {rank}: {reason}"
+    if not failed:
+        return ""
+    if section.liger is True:
+        raise ConfigError("Liger cannot be used", where="model.liger", value=reason, remedy=f"{remedy}; or set model.liger=auto")
+    return f"training is without Liger, slower and with more memory than planned, as it cannot be used ({reason}): {remedy}"
 
 
-def _apply(hf: Any) -> bool:
-    """Apply Liger, and note what it replaces elsewhere; returns whether any module of the model has changed."""
+def _remedy(device: torch.device) -> str:
+    """Return what mends a failure of Liger on this machine."""
+    if problems := missing_build_tools(device.type):
+        return "; ".join(f"{problem.message}: {problem.remedy}" for problem in problems)
+    return "pip install --upgrade 'launcher[gpu]', and see what python -m launcher doctor says about Liger on this machine"
+
+
+def _first_line(error: Exception) -> str:
+    lines = describe(error).strip().splitlines()
+    return lines[0][:_MOST_CHARACTERS]
+
+
+def _replace(hf: Any) -> None:
+    """Apply Liger, and note what it replaces outside of the model, also where it fails."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     before = [(module, dict(vars(module))) for module in _shared_modules()]
-    forwards = {part: vars(part).get("forward") for part in hf.modules()}
-    # The head is the launcher's own, and computes the loss.
-    _apply_liger_kernel_to_instance(hf, fused_linear_cross_entropy=False, cross_entropy=False)
-    for module, values in before:
-        _replaced.extend((module, name, value) for name, value in values.items() if vars(module).get(name) is not value)
-    return any(vars(part).get("forward") is not forward for part, forward in forwards.items())
+    try:
+        # The head is the launcher's own, and computes the loss.
+        _apply_liger_kernel_to_instance(hf, fused_linear_cross_entropy=False, cross_entropy=False)
+    finally:
+        for module, values in before:
+            _replaced.extend((module, name, value) for name, value in values.items() if vars(module).get(name) is not value)
 
 
 def _shared_modules() -> Iterator[ModuleType]:

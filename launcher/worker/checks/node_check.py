@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ from launcher.clusters.network import node_name
 from launcher.errors import Problem, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.train.kernels.build_tools import missing_build_tools
 from launcher.worker.checks import gpu_check
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
@@ -91,6 +93,7 @@ def check_node(plan: LaunchPlan, run: RunDir, attempt: int, num_ranks: int | Non
     problems += _check_run_directory(run, attempt)
     problems += _check_inputs(plan)
     problems += _check_space(plan, run, memory_gib, num_ranks)
+    problems += _check_kernels(plan)
     gpus: tuple[str, ...] = ()
     if plan.topology.device == "cuda":
         gpus, of_gpus = gpu_check.check_gpus(num_ranks, plan.config.cluster)
@@ -260,6 +263,23 @@ def _check_space(plan: LaunchPlan, run: RunDir, memory_gib: float, num_ranks: in
         remedy = f"{plan.config.cluster.memory_remedy}, offload less, or use more nodes"
         problems.append(Problem("there is too little main memory for the offloaded states", "", value, remedy))
     return [*problems, *shared_memory_problems(plan.topology.device, num_ranks)]
+
+
+def _check_kernels(plan: LaunchPlan) -> list[Problem]:
+    """Check what the kernels need that the settings ask for; those that `auto` chooses are tried by the ranks."""
+    asked = {"model.compile": plan.config.model.compile, "model.liger": plan.uses_liger and plan.config.model.liger is True}
+    settings = [setting for setting, is_asked in asked.items() if is_asked]
+    if not settings:
+        return []
+    needed, without = (" and ".join(f"{setting}={value}" for setting in settings) for value in ("true", "false"))
+    problems = [
+        replace(problem, message=f"{problem.message}, for {needed}", remedy=f"{problem.remedy}, or set {without}")
+        for problem in missing_build_tools(plan.topology.device)
+    ]
+    if asked["model.liger"] and importlib.util.find_spec("liger_kernel") is None:
+        remedy = "pip install 'launcher[gpu]', or set model.liger=auto"
+        problems.append(Problem("Liger is not installed", value="model.liger=true", remedy=remedy))
+    return problems
 
 
 def shared_memory_problems(device: str, num_ranks: int) -> list[Problem]:

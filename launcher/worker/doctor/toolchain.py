@@ -13,6 +13,7 @@ from pathlib import Path
 from launcher.clusters.check_results import CheckResult, failure, ok, warning
 from launcher.config.schema import RunConfig
 from launcher.hardware import may_use_gpus
+from launcher.train.kernels.build_tools import missing_build_tools
 from launcher.worker.doctor.python_process import run_python
 from launcher.worker.doctor.torch_build import read_torch_build
 
@@ -27,13 +28,19 @@ _FLASH_ATTENTION = {
     "flash_attention_3": ("flash-attn-3", "from flash_attn_interface import flash_attn_func, flash_attn_varlen_func"),
     "flash_attention_4": ("flash-attn-4", "from flash_attn.cute import flash_attn_func, flash_attn_varlen_func"),
 }
-_LIGER = ("liger-kernel", "from liger_kernel.transformers import _apply_liger_kernel_to_instance")
+_LIGER = "liger-kernel"
+_IMPORT_LIGER = "from liger_kernel.transformers import _apply_liger_kernel_to_instance"
+_TRY_LIGER = (
+    "import torch; from launcher.train.kernels.liger import try_kernels; "
+    "try_kernels('llama', torch.device('cuda'), torch.float32)"
+)
 
 
 def check_compiler(config: RunConfig) -> Iterator[CheckResult]:
     """Check the programs with which DeepSpeed compiles CPU Adam and asynchronous I/O: g++, ninja, and nvcc beside GPUs.
 
-    Only offloading needs them: a missing one is a failure where the settings offload, and else a warning.
+    Only offloading needs them: a missing one is a failure where the settings offload, and else a warning. Also check what Liger
+    and torch.compile build kernels with: a failure where the settings ask for them, a warning where Liger is installed.
     """
     section = config.deepspeed
     offloads = (section.offload_optimizer, section.offload_params) != ("none", "none")
@@ -53,8 +60,25 @@ def check_compiler(config: RunConfig) -> Iterator[CheckResult]:
             yield missing(f"no {name} is found; {needed}", remedy)
     if versions:
         yield ok("; ".join(versions.values()))
+    yield from _check_build_tools(config)
     if may_use_gpus():
         yield from _check_nvcc(offloads, needed)
+
+
+def _check_build_tools(config: RunConfig) -> Iterator[CheckResult]:
+    device, section = "cuda" if may_use_gpus() else "cpu", config.model
+    asked = ["model.compile=true"] if section.compile else []
+    if device == "cuda" and section.liger is True:
+        asked.append("model.liger=true")
+    if not asked and not (device == "cuda" and section.liger == "auto" and _version(_LIGER)):
+        return
+    needed = " and ".join(asked) or "Liger's kernels (model.liger=auto, else runs train without them)"
+    problems = missing_build_tools(device)
+    for problem in problems:
+        seen = f"{problem.message}: {problem.value}; needed for {needed}"
+        yield (failure if asked else warning)(seen, problem.remedy)
+    if not problems:
+        yield ok(f"a compiler and Python's headers are found, for {needed}")
 
 
 def _check_nvcc(offloads: bool, needed: str) -> Iterator[CheckResult]:
@@ -86,36 +110,53 @@ def check_flash_attention(config: RunConfig) -> Iterator[CheckResult]:
     attention = config.model.attention
     package, statement = _FLASH_ATTENTION.get(attention, _FLASH_ATTENTION["flash_attention_2"])
     asked = f"model.attention={attention}" if attention in _FLASH_ATTENTION else ""
-    yield from _check_import(package, statement, asked, bool(asked), "model.attention=auto")
+    remedy = f"build it for this torch: pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation {package}"
+    yield from _try(package, statement, ("can be imported", "cannot be imported"), asked, remedy, "model.attention=auto")
 
 
 def check_liger(config: RunConfig) -> Iterator[CheckResult]:
-    """Import Liger's kernels if they are installed."""
-    is_used = config.model.liger is True
-    yield from _check_import(*_LIGER, "model.liger=true" if is_used else "", is_used, "model.liger=false")
+    """Compute with Liger's kernels as the ranks try them, if they are installed."""
+    asked = "model.liger=true" if config.model.liger is True else ""
+    remedy = "; ".join(problem.remedy for problem in missing_build_tools("cuda")) or f"pip install --upgrade {_LIGER}"
+    if may_use_gpus():
+        statement, outcomes = _TRY_LIGER, ("computes on this machine's GPU", "cannot be used")
+    else:
+        statement, outcomes = _IMPORT_LIGER, ("can be imported", "cannot be imported")
+    yield from _try(_LIGER, statement, outcomes, asked, remedy, "model.liger=false")
 
 
-def _check_import(package: str, statement: str, asked: str, is_used: bool, without: str) -> Iterator[CheckResult]:
-    """Import a package in another process; `asked` is the setting that names it, `without` the one that does without it."""
-    try:
-        version = metadata.version(package)
-    except metadata.PackageNotFoundError:
+def _try(package: str, statement: str, outcomes: tuple[str, str], asked: str, remedy: str, without: str) -> Iterator[CheckResult]:
+    """Run a statement with an optional package in another process.
+
+    `asked` is the setting that names the package, `without` the one that does without it; `outcomes` say that it works and that
+    it does not.
+    """
+    version = _version(package)
+    if not version:
         if asked:
-            seen, remedy = (
+            seen, install = (
                 f"{package} is not installed, and the run asks for it: {asked}",
                 f"pip install {package}, or set {without}",
             )
-            yield failure(seen, remedy)
+            yield failure(seen, install)
         elif may_use_gpus():
             yield ok(f"{package} is not installed; runs train without it", must_match=True)
         return
     finished = run_python(["-c", statement], _IMPORT_S)
+    works, fails = outcomes
     if not finished.reason:
-        yield ok(f"{package} {version} can be imported", must_match=True)
+        yield ok(f"{package} {version} {works}", must_match=True)
         return
-    remedy = f"build it for this torch: pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation {package}"
-    seen = f"{package} {version} cannot be imported: {finished.reason}"
-    yield (failure if is_used else warning)(seen, f"{remedy}; or set {without}, and pip uninstall {package}")
+    seen = f"{package} {version} {fails}: {finished.reason}"
+    yield (failure if asked else warning)(seen, f"{remedy}; or set {without}, and pip uninstall {package}")
+
+
+def _version(package: str) -> str:
+    """Return the version of a package, empty where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _first_line(*command: str) -> str:

@@ -15,7 +15,7 @@ from forked_ranks import RankServer
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.kernels import layers, liger
-from launcher.train.model import build_model
+from launcher.train.model import build_model, checkpoint_layers
 
 HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
 
@@ -85,7 +85,7 @@ def test_on_a_gpu_compiled_layers_compute_what_others_do(plan_of: Callable[..., 
 def test_a_machine_without_a_compiler_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(ConfigError, match=r"model\.compile needs g\+\+") as raised:
+    with pytest.raises(ConfigError, match=r"model\.compile: no C\+\+ compiler is found") as raised:
         layers.compile_layers(None, [], torch.device("cpu"))
     assert "model.compile=false" in raised.value.problems[0].remedy
 
@@ -93,6 +93,11 @@ def test_a_machine_without_a_compiler_is_refused_before_the_first_step(monkeypat
 def test_layers_that_cannot_be_told_from_other_modules_are_refused() -> None:
     model: Any = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
     model.config = SimpleNamespace(model_type="mine", get_text_config=lambda: SimpleNamespace(num_hidden_layers=2))
+    model.gradient_checkpointing_enable = lambda **_: None
     with pytest.raises(ConfigError, match="layers of this architecture") as raised:
-        layers.find_layers(model, "deepspeed.whole_layers")
+        layers.find_layers(model, "deepspeed.whole_layers", "set deepspeed.whole_layers=false")
     assert raised.value.problems[0].remedy == "set deepspeed.whole_layers=false"
+    # Layers that are recomputed are told by the same marks.
+    with pytest.raises(ConfigError, match="layers of this architecture") as raised:
+        checkpoint_layers(model, "every 2")
+    assert raised.value.problems[0].where == "model.activation_checkpointing"

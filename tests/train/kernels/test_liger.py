@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import RankServer
+from liger_package import APPLIED_IN_PART, FILES, write_package
+from transformers import AutoModelForCausalLM
 
 from launcher.config.schema import ModelSection
 from launcher.distributed import RankInfo
@@ -27,28 +30,6 @@ CONFIG = {
 }
 IDS = torch.arange(24)[None]
 POSITIONS = torch.cat([torch.arange(10), torch.arange(14)])[None]
-# As Liger's monkey_patch.py: classes and functions of the modeling module, and the methods of the instance.
-STAND_IN = """
-from types import MethodType
-
-def fail(*_, **__):
-    raise RuntimeError("Triton is asked to compute on a CPU")
-
-def _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy, cross_entropy):
-    assert not fused_linear_cross_entropy and not cross_entropy
-    if model.config.model_type != "llama":
-        return
-    from transformers.models.llama import modeling_llama
-
-    class LigerRMSNorm(modeling_llama.LlamaRMSNorm):
-        forward = fail
-
-    norms = [module for module in model.modules() if type(module) is modeling_llama.LlamaRMSNorm]
-    modeling_llama.LlamaRMSNorm = LigerRMSNorm
-    modeling_llama.apply_rotary_pos_emb = fail
-    for norm in norms:
-        norm.forward = MethodType(fail, norm)
-"""
 
 
 def build(device: str = "cpu", uses_liger: bool = False, model_type: str = "llama", **section: object) -> CausalLMLoss:
@@ -59,54 +40,119 @@ def build(device: str = "cpu", uses_liger: bool = False, model_type: str = "llam
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Install a package of Liger's name, with this source."""
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Install a package of Liger's name and layout, with these contents for some of its modules."""
 
-    def write(source: str) -> None:
-        package = tmp_path / "site" / "liger_kernel"
-        (package / "transformers").mkdir(parents=True)
-        (package / "__init__.py").touch()
-        (package / "transformers/__init__.py").write_text(source)
-        monkeypatch.syspath_prepend(str(package.parent))
-        for name in ("liger_kernel", "liger_kernel.transformers"):
-            monkeypatch.delitem(sys.modules, name, raising=False)
+    def write(**files: str) -> None:
+        monkeypatch.syspath_prepend(str(write_package(tmp_path / "site", **files)))
+        forget()
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "liger_kernel"]:
+            del sys.modules[name]
 
     yield write
     liger.undo()
-    for name in ("liger_kernel", "liger_kernel.transformers"):
-        sys.modules.pop(name, None)
+    forget()
 
 
 def test_a_model_that_is_built_after_training_computes_without_liger(
-    install: Callable[[str], None], plan_of: Callable[..., LaunchPlan], tmp_path: Path
+    install: Callable[..., None], plan_of: Callable[..., LaunchPlan], tmp_path: Path
 ) -> None:
     """As the check of the export does, which otherwise reports a completed run as failed."""
-    expected = build()(IDS, POSITIONS)
-    install(STAND_IN)
+    without = build()
+    expected = without(IDS, POSITIONS)
+    install()
     trained = build(uses_liger=True)
     assert trained.liger_problem == ""
+    # Trying the kernels draws random numbers of its own.
+    weights = dict(trained.parameters_by_name())
+    for name, weight in without.parameters_by_name().items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=0, msg=name)
     with pytest.raises(RuntimeError, match="Triton"):
         trained(IDS, POSITIONS)
-    with pytest.raises(RuntimeError, match="Triton"):
+    with pytest.raises((RuntimeError, TypeError)):
         build()(IDS, POSITIONS)
     write_weights(plan_of("export.enabled=false"), RankInfo(0, 0, 1, 1), tmp_path, CPU, Composite([]))
     torch.testing.assert_close(build()(IDS, POSITIONS), expected, rtol=0, atol=0)
 
 
-def test_liger_that_cannot_be_imported_is_left_out_with_a_reason_or_refused(install: Callable[[str], None]) -> None:
-    install("raise OSError('undefined symbol: _ZN3c104cuda')")
-    problem = build(uses_liger=True).liger_problem
-    assert problem == (
-        "training is without Liger, slower and with more memory than planned: "
-        "it cannot be imported (OSError: undefined symbol: _ZN3c104cuda)"
-    )
-    with pytest.raises(ConfigError, match="undefined symbol") as raised:
+UNUSABLE = {
+    "the package": ({"__init__": "raise OSError('undefined symbol: _ZN3c104cuda')"}, "OSError: undefined symbol: _ZN3c104cuda"),
+    "what it imports late": (
+        {"monkey_patch": "raise ImportError('liger-kernel requires transformers >= 6.0.0\\nPlease install ...')"},
+        "ImportError: liger-kernel requires transformers >= 6.0.0",
+    ),
+    "the first kernel": (
+        {"rms_norm": FILES["rms_norm"].replace("return nn", "raise RuntimeError('Failed to find C compiler.') #")},
+        "RuntimeError: Failed to find C compiler.",
+    ),
+    "a gradient": (
+        {"rope": FILES["rope"].replace("x * cos", "(x - x).sqrt() * cos")},
+        "ArithmeticError: Liger's kernels computed gradients that are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", UNUSABLE)
+def test_liger_that_cannot_be_used_is_left_out_with_a_reason_or_refused_before_weights_load(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    expected = build()(IDS, POSITIONS)
+    files, reason = UNUSABLE[part]
+    install(**files)
+    model = build(uses_liger=True)
+    start = "training is without Liger, slower and with more memory than planned, as it cannot be used"
+    assert model.liger_problem.startswith(f"{start} ({reason}): pip install --upgrade 'launcher[gpu]', ")
+    torch.testing.assert_close(model(IDS, POSITIONS), expected, rtol=0, atol=0)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda *_, **__: pytest.fail("a model was built"))
+    with pytest.raises(ConfigError, match="Liger cannot be used") as raised:
         build(uses_liger=True, liger=True)
-    assert raised.value.problems[0].where == "model.liger"
+    (problem,) = raised.value.problems
+    assert (problem.where, problem.value) == ("model.liger", reason)
+    assert problem.remedy.endswith("set model.liger=auto")
 
 
-def test_an_architecture_without_kernels_of_liger_says_so(install: Callable[[str], None]) -> None:
-    install(STAND_IN)
+def test_the_alert_names_what_this_machine_lacks_and_how_to_plan_without_liger(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files, reason = UNUSABLE["the first kernel"]
+    install(**files)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    alert = liger.describe_use(build(uses_liger=True).liger_problem, Path("/runs/tried"))
+    assert f"({reason}): no C++ compiler is found: apt-get install g++. " in alert
+    assert alert.endswith("python -m launcher resume /runs/tried model.liger=false")
+
+
+def test_what_was_replaced_is_put_back_where_applying_fails(install: Callable[..., None]) -> None:
+    expected = build()(IDS, POSITIONS)
+    install(monkey_patch=APPLIED_IN_PART)
+    model = build(uses_liger=True)
+    assert "AttributeError: 'LlamaDecoderLayer' object has no attribute 'moved_layernorm'" in model.liger_problem
+    torch.testing.assert_close(model(IDS, POSITIONS), expected, rtol=0, atol=0)
+    torch.testing.assert_close(build()(IDS, POSITIONS), expected, rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="moved_layernorm"):
+        build(uses_liger=True, liger=True)
+    torch.testing.assert_close(build()(IDS, POSITIONS), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("files", [{"monkey_patch": "raise ImportError('moved_layernorm')"}, {"monkey_patch": APPLIED_IN_PART}])
+def test_all_ranks_train_without_liger_where_one_cannot_use_it(
+    rank_server: RankServer, tmp_path: Path, files: dict[str, str]
+) -> None:
+    sound, broken = write_package(tmp_path / "sound"), write_package(tmp_path / "broken", **files)
+    ranks = rank_server.values("train_ranks:build_with_liger", [[str(sound)], [str(broken)]], tmp_path / "ranks")
+    for rank in ranks:
+        assert "moved_layernorm" in rank["problem"]
+        assert "(rank 1: " in rank["problem"]
+        assert rank["replaced"] == []
+    (both, _) = rank_server.values("train_ranks:build_with_liger", [[str(sound)]] * 2, tmp_path / "both")
+    assert (both["problem"], both["replaced"]) == ("", ["LlamaRMSNorm", "forward"])
+
+
+def test_an_architecture_without_kernels_of_liger_says_so(install: Callable[..., None]) -> None:
+    install()
     assert build(uses_liger=True, model_type="olmo").liger_problem == "Liger has no kernels for this architecture (olmo)"
 
 

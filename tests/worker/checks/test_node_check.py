@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import resource
 import shutil
@@ -213,6 +214,28 @@ def test_gpus_of_one_node_need_more_shared_memory_than_a_container_gets(
     assert is_enough == (not report.problems)
     if not is_enough:
         assert only(report).value == "/dev/shm: 64 MiB free, 1024 MiB needed"
+
+
+@pytest.mark.parametrize(("device", "package"), [("cpu", "g++"), ("cuda", "gcc")])
+def test_what_the_settings_need_to_build_kernels_is_looked_for_on_every_node(
+    planned: Callable[..., tuple[LaunchPlan, RunDir]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, package: str
+) -> None:
+    made, run = planned("model.compile=true", "model.liger=true")
+    made = made.model_copy(update={"topology": made.topology.model_copy(update={"device": device}), "liger": device == "cuda"})
+    monkeypatch.setattr(node_check.gpu_check, "check_gpus", lambda needed, section: ((H100,) * needed, []))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    compiler, *others = check_node(made, run, 1, 1).problems
+    needed = "model.compile=true and model.liger=true" if device == "cuda" else "model.compile=true"
+    assert compiler.message.endswith(f"compiler is found, for {needed}")
+    assert compiler.remedy == f"apt-get install {package}, or set {needed.replace('true', 'false')}"
+    if importlib.util.find_spec("liger_kernel") is None:
+        assert [problem.message for problem in others] == (["Liger is not installed"] if device == "cuda" else [])
+    # Ranks try what `auto` chooses.
+    settings = made.config.model.model_copy(update={"compile": False, "liger": "auto"})
+    made = made.model_copy(update={"config": made.config.model_copy(update={"model": settings})})
+    assert check_node(made, run, 1, 1).problems == ()
 
 
 def test_the_code_digest_is_of_python_files_by_name_and_content(planned: Callable[..., tuple[LaunchPlan, RunDir]]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fake_nvml import driver
+from liger_package import write_package
 from plan_fixtures import config_of
 
 from launcher import nvml
@@ -165,6 +166,49 @@ def test_missing_compilers_are_failures_only_where_something_is_offloaded(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert verdicts(toolchain.check_compiler, config()) == [WARNING, WARNING]
     assert verdicts(toolchain.check_compiler, config("deepspeed=zero3_offload")) == [FAILURE, FAILURE]
+
+
+def test_a_compiler_and_headers_are_looked_for_where_liger_or_torch_build_kernels(
+    gpu_machine: Callable[..., None], config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def found(*tokens: str) -> list[str]:
+        results = [result for result in toolchain.check_compiler(config(*tokens)) if "needed for" in result.seen]
+        return [f"{result.verdict}: {result.seen.partition('needed for ')[2]}; {result.remedy}" for result in results]
+
+    gpu_machine()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    asked = f"{FAILURE}: model.compile=true and model.liger=true; apt-get install gcc"
+    assert found("model.compile=true", "model.liger=true") == [asked]
+    assert found() == []
+    install_liger(tmp_path, monkeypatch)
+    assert found() == [f"{WARNING}: Liger's kernels (model.liger=auto, else runs train without them); apt-get install gcc"]
+    assert found("model.liger=false") == []
+
+
+def test_liger_is_tried_on_the_gpu_as_ranks_do(
+    gpu_machine: Callable[..., None], config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu_machine()
+    install_liger(tmp_path, monkeypatch)
+    with monkeypatch.context() as without_driver:
+        without_driver.setattr(nvml, "has_driver", lambda: False)
+        assert only(toolchain.check_liger(config())).seen == "liger-kernel 0.8.5 can be imported"
+    tried = only(toolchain.check_liger(config()))
+    assert tried.verdict == WARNING
+    # What torch says where it computes on a GPU that is not there.
+    assert tried.seen.startswith("liger-kernel 0.8.5 cannot be used: ")
+    assert "CUDA" in tried.seen or "NVIDIA" in tried.seen
+    assert verdicts(toolchain.check_liger, config("model.liger=true")) == [FAILURE]
+
+
+def install_liger(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_package(folder)
+    (folder / "liger_kernel-0.8.5.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: liger-kernel\nVersion: 0.8.5\n"
+    (folder / "liger_kernel-0.8.5.dist-info/METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
 
 
 def test_a_kernel_for_another_torch_fails_with_the_last_line_of_its_traceback(

@@ -1,0 +1,100 @@
+"""What kernels are built with on this machine, and how many processes build them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.train.kernels import build_tools
+from launcher.train.kernels.build_tools import missing_build_tools
+
+# As a rank does before its first step; the pool is what torch starts where it may have helpers.
+COMPILE = """
+import json, sys, threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import torch
+
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.train.preload import import_stack
+
+import_stack(LaunchPlan.load(Path(sys.argv[1])), tracks=False)
+from launcher.train.kernels.layers import compile_layers
+
+compile_layers(SimpleNamespace(config=SimpleNamespace(_attn_implementation="none")), [], torch.device("cpu"))
+from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+
+threads = []
+
+def warm_up():
+    threads.append(get_compile_threads())
+    AsyncCompile.warm_pool()
+
+warm_up()
+other = threading.Thread(target=warm_up)
+other.start()
+other.join()
+print(json.dumps({"threads": threads, "processes": len(psutil.Process().children(recursive=True))}))
+"""
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CC", "CXX", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "TORCHINDUCTOR_COMPILE_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A PATH of one folder, with gcc and clang++, and Python's headers in a folder `include`."""
+    for name in ("gcc", "clang++"):
+        (tmp_path / name).touch(0o700)
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include/Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(build_tools, "_include_folder", lambda: str(tmp_path / "include"))
+    return tmp_path
+
+
+def test_this_python_has_its_headers_where_they_are_looked_for() -> None:
+    """As every Python does in which these tests compile DeepSpeed's extensions."""
+    assert [problem for problem in missing_build_tools("cpu") if "headers" in problem.message] == []
+
+
+def test_gpus_need_a_c_compiler_and_cpus_the_one_that_torch_calls(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert missing_build_tools("cuda") == []
+    (problem,) = missing_build_tools("cpu")
+    assert (problem.message, problem.value, problem.remedy) == ("no C++ compiler is found", "g++", "apt-get install g++")
+    monkeypatch.setenv("CXX", "clang++ -O2")
+    assert missing_build_tools("cpu") == []
+    # Triton calls what the variable names, even where it is not there and gcc is.
+    monkeypatch.setenv("CC", "/opt/absent/cc")
+    (problem,) = missing_build_tools("cuda")
+    assert (problem.value, problem.remedy) == ("CC=/opt/absent/cc", "apt-get install gcc, and unset CC")
+
+
+def test_headers_may_be_in_a_folder_that_the_compiler_is_told_of(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tools / "include").rename(tools / "elsewhere")
+    (problem,) = missing_build_tools("cuda")
+    assert problem.message == "Python's headers are not installed (Python.h)"
+    assert f"apt-get install python{sys.version_info.major}.{sys.version_info.minor}-dev" in problem.remedy
+    monkeypatch.setenv("C_INCLUDE_PATH", f"/usr/include/none:{tools}/elsewhere")
+    assert missing_build_tools("cuda") == []
+
+
+@pytest.mark.rest
+def test_a_rank_that_compiles_starts_no_helper_processes(plan_of: Callable[..., LaunchPlan], tmp_path: Path) -> None:
+    """In no thread: autograd's threads compile the backward pass, and torch's settings hold in one thread alone."""
+    plan = tmp_path / "plan.json"
+    plan.write_text(plan_of("model.dtype=fp32").to_json())
+    done = subprocess.run([sys.executable, "-c", COMPILE, str(plan)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"threads": [1, 1], "processes": 0}
