@@ -34,20 +34,8 @@ _ADOPTION_S = 30.0
 # Prefixes of variables that are read after the fork. Those that libraries may read while they are imported must be the same in
 # the server and in the rank.
 _READ_LATER = (
-    *(
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_",
-        "GROUP_",
-        "ROLE_",
-        "MASTER_",
-        "TORCHELASTIC_",
-        "TORCH_NCCL_",
-        "TORCH_FR_",
-        "NCCL_",
-        "GLOO_",
-    ),
-    *("LAUNCHER_", "WANDB_", "HF_TOKEN", "AWS_", "GOOGLE_"),
+    *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "NCCL_", "GLOO_"),
+    *("LAUNCHER_", "WANDB_", "HF_TOKEN", "AWS_", "GOOGLE_", "TORCH_FR_"),
 )
 
 
