@@ -182,6 +182,8 @@ def test_the_cause_is_named_first_in_status_alert_and_logs(
     # Nobody is left to send an alert or to record the end where the agent is killed.
     is_recorded = fault != "agent_memory"
     assert_run_named_first(launch_here, run, fault, alert="the attempt failed: " if is_recorded else "")
-    assert "Traceback" not in (run / f"attempts/{attempt:03d}/agent.log").read_text()
+    agent_log = (run / f"attempts/{attempt:03d}/agent.log").read_text()
+    assert "Traceback" not in agent_log
+    assert "ranks are started as new processes" not in agent_log
     assert (status(run)["state"] == "failed") is is_recorded
     (run.parent / "filler").unlink(missing_ok=True)
