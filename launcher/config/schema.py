@@ -139,7 +139,7 @@ class ModelSection(Section):
         description=(
             "Compile each decoder layer with torch.compile while training: its elementwise operations become few kernels. The "
             "first step and the first evaluation then take about a minute more. Layers are gathered as with "
-            "deepspeed.whole_layers, which it implies. Needs gcc on GPUs and g++ on CPUs."
+            "deepspeed.whole_layers, which it implies. Needs gcc on GPUs and g++ on CPUs, and the headers of Python."
         ),
     )
     trust_remote_code: Flag = Field(
