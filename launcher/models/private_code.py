@@ -15,15 +15,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-from launcher.checkpoint.folder_links import copy_file
+from launcher.checkpoint.folder_links import open_file
 from launcher.errors import ConfigError
 from launcher.models import weight_files
-from launcher.models.remote_code import ADAPTER, digest_problems, foreign_classes, kernel_problems, owner_problem, python_files
+from launcher.models.remote_code import (
+    ADAPTER,
+    digest_problems,
+    file_owner_problem,
+    foreign_classes,
+    kernel_problems,
+    python_files,
+)
 from launcher.security import ownership
 
 _CONFIG = "config.json"
 # transformers copies the code of models there, reuses what it finds, and reads the variable when it is imported.
-_MODULES_CACHE = "HF_MODULES_CACHE"
+MODULES_CACHE = "HF_MODULES_CACHE"
 _numbers = itertools.count()
 
 
@@ -46,16 +53,13 @@ def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Pa
     if not trusts_code:
         return folder
     source = folder if code is None else code
-    if digest is None and (problem := owner_problem(source)) is not None:
-        raise ConfigError(problem)
     # transformers names the modules of a model for its folder.
     copy = _private_folder() / str(next(_numbers)) / folder.resolve().name
     copy.mkdir(parents=True)
-    copy_file(folder, folder / _CONFIG, copy / _CONFIG)
+    _copy(folder, folder / _CONFIG, copy / _CONFIG, checks_owner=digest is None and code is None)
+    # Listed once: transformers does not find a file that others add later.
     for file in python_files(source):
-        target = copy / file.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        copy_file(source, file, target)
+        _copy(source, file, copy / file.relative_to(source), checks_owner=digest is None)
     problems = list(foreign_classes(weight_files.read_json(copy / _CONFIG), str(folder / _CONFIG)))
     if digest is not None:
         problems += digest_problems(copy, digest, source)
@@ -65,8 +69,17 @@ def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Pa
         # With an adapter, transformers would load the model that it names.
         if file.suffix != ".py" and file.name not in (_CONFIG, ADAPTER) and file.is_file():
             (copy / file.name).symlink_to(folder.resolve() / file.name)
-    _use_private_modules()
+    use_private_modules()
     return copy
+
+
+def _copy(folder: Path, file: Path, target: Path, checks_owner: bool) -> None:
+    """Copy a file of a model; `checks_owner` refuses one that others could have written, by what was opened."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open_file(folder, file) as opened, target.open("wb") as copy:
+        if checks_owner and (problem := file_owner_problem(file, opened.fileno())) is not None:
+            raise ConfigError(problem)
+        shutil.copyfileobj(opened, copy)
 
 
 def remove_copies() -> None:
@@ -91,13 +104,17 @@ def _remove(folder: Path, pid: int) -> None:
 
 
 @functools.cache
-def _use_private_modules() -> None:
-    """Let transformers copy code to a private folder and import it from there, also where it is imported already."""
+def use_private_modules() -> Path:
+    """Let transformers copy code to a private folder and import it from there, also where it is imported already.
+
+    Returns the folder, which the other packages that read HF_MODULES_CACHE use as well.
+    """
     modules = _private_folder() / "modules"
     modules.mkdir()
-    os.environ[_MODULES_CACHE] = str(modules)
+    os.environ[MODULES_CACHE] = str(modules)
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "transformers" and _MODULES_CACHE in vars(module):
-            setattr(module, _MODULES_CACHE, str(modules))
+        if name.partition(".")[0] == "transformers" and MODULES_CACHE in vars(module):
+            setattr(module, MODULES_CACHE, str(modules))
     # Before every folder that may have modules of that name.
     sys.path.insert(0, str(modules))
+    return modules

@@ -50,11 +50,15 @@ def code_problems(model: ModelSection, config: Mapping[str, Any], folder: Path |
 
 def owner_problem(folder: Path) -> Problem | None:
     """Return why this user does not trust the files of a model that decide what code runs; None if they do."""
-    for file in (folder / "config.json", *python_files(folder)):
-        if (problem := ownership.file_problem("the code of the model", file)) is not None:
-            own = "set HF_HOME to a folder of your own, and download the model again"
-            return replace(problem, remedy=f"{problem.remedy}; or {own}")
-    return None
+    files = (folder / "config.json", *python_files(folder))
+    return next(filter(None, map(file_owner_problem, files)), None)
+
+
+def file_owner_problem(file: Path, descriptor: int | None = None) -> Problem | None:
+    """Return why this user does not trust a file of a model; None if they do. `descriptor` is that of the opened file."""
+    problem = ownership.file_problem("the code of the model", file, descriptor)
+    own = "set HF_HOME to a folder of your own, and download the model again"
+    return problem and replace(problem, remedy=f"{problem.remedy}; or {own}")
 
 
 def python_files(folder: Path) -> list[Path]:

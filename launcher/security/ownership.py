@@ -70,9 +70,17 @@ def require_location(run: RunDir) -> None:
         raise SubmitError(replace(problem, remedy=remedy))
 
 
-def file_problem(subject: str, file: Path) -> Problem | None:
-    """Return why this user does not trust a file, or a folder or link on the way to it; None if they do."""
+def file_problem(subject: str, file: Path, descriptor: int | None = None) -> Problem | None:
+    """Return why this user does not trust a file, or a folder or link on the way to it; None if they do.
+
+    With `descriptor`, the file has to be the one that was opened before.
+    """
     problem = first_problem(subject, file, (), _own_trust(), with_parents=True)
+    if problem is None and descriptor is not None and not _own_trust().anyone:
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), file.stat()):
+                return None
+        problem = Problem(f"{subject} is not trusted: {file} was replaced while it was read", remedy="try again")
     return None if problem is None else replace(problem, where=str(file))
 
 

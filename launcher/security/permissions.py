@@ -1,7 +1,8 @@
 """Who owns files and who can write to them, in folders and along links: the facts by which a command trusts them.
 
 The rules are those of ssh for its files: owner and write permissions of each file, and of the folders above it; a sticky folder
-such as /tmp may be writable.
+such as /tmp may be writable. A file that does not exist is as safe as the closest folder above it: whoever can create files
+there, in a sticky folder too, can make it after the check.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def _first(subject: str, root: Path, weaknesses: Iterable[tuple[Path, str, str]]
     if trust.anyone:
         return None
     first, num_others = None, 0
-    for path, fact, remedy in weaknesses:
+    # Several files that do not exist share their closest folder.
+    for path, fact, remedy in dict.fromkeys(weaknesses):
         if first is not None:
             num_others += 1
             continue
@@ -129,8 +131,13 @@ def _weaknesses_behind(link: Path, trust: Trust, checked: set[Path]) -> Iterator
 def _weakness(path: Path, trust: Trust, is_above: bool = False, is_protected: bool = False) -> Iterator[tuple[Path, str, str]]:
     try:
         status = path.lstat()
+    except FileNotFoundError:
+        # A folder above that does not exist is made by this user, and checked again when it is used.
+        if not is_above and not is_protected:
+            yield from _weakness(next(parent for parent in path.parents if os.path.lexists(parent)), trust)
+        return
     except OSError:
-        # Of records that do not exist, nothing is used.
+        # What cannot be reached is not used.
         return
     mode = status.st_mode
     # A link has no permissions of its own. In a sticky folder others can neither rename nor remove what they do not own.

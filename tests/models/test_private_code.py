@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,37 @@ def test_a_snapshot_of_this_user_is_loaded_from_a_private_copy(snapshot: Path, r
     hf = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
     assert type(hf).__name__ == "M"
     assert ran.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 and "CI" not in os.environ, reason="only root can give files to other users")
+@pytest.mark.parametrize("planted_name", ["custom_generate/generate.py", "code.py"])
+def test_code_that_others_plant_while_a_snapshot_is_copied_is_not_copied(
+    snapshot: Path, planted_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder where others can make files; another owner whom this user trusts may replace the file that is read."""
+    if os.geteuid() != 0:
+        skip_or_fail("only root can give files to other users: run pytest as root")
+    snapshot.chmod(0o1777)
+    file, open_file = snapshot / planted_name, private_code.open_file
+
+    @contextmanager
+    def open_and_plant(folder: Path, source: Path) -> Iterator[io.FileIO]:
+        with open_file(folder, source) as opened:
+            if source.name == "code.py":
+                file.parent.mkdir(exist_ok=True)
+                (snapshot / "temporary").write_text("raise SystemExit")
+                os.chown(snapshot / "temporary", DAEMON if file.name == "generate.py" else 0, -1)
+                (snapshot / "temporary").replace(file)
+            yield opened
+
+    monkeypatch.setattr(private_code, "open_file", open_and_plant)
+    if planted_name == "code.py":
+        with pytest.raises(ConfigError, match=r"code\.py was replaced while it was read"):
+            private_code.folder_to_load(snapshot, True, None)
+        return
+    path = private_code.folder_to_load(snapshot, True, None)
+    assert file.exists()
+    assert {found.name for found in path.rglob("*.py")} == {"code.py", "part.py"}
 
 
 @pytest.mark.parametrize("target", ["other", "../../../elsewhere"])

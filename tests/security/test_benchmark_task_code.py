@@ -6,21 +6,39 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from file_owners import MALLORY, as_root, give
 from pace import slowness
 
+from launcher import json_records
 from launcher.data.tokenization import render_limits
 from launcher.errors import ConfigError, DataError
-from launcher.worker.benchmark_tasks import harness, library_caches, prepare
+from launcher.models import private_code
+from launcher.worker.benchmark_tasks import harness, library_caches, score, task_files
+from launcher.worker.benchmark_tasks.request import BenchmarkFolder, BenchmarkRequest
 from launcher.worker.benchmark_tasks.task_files import find_running_call
 
 __all__ = ["as_root"]
 
 DEADLINE_S = 300
+# Once a metric is loaded, `evaluate` has added the folder around the metrics to the search path.
+SCORES = """
+import contextlib, evaluate
+bleu = evaluate.load('bleu')
+with contextlib.suppress(ImportError):
+    import planted
+def process(doc, results): return {}
+"""
+CONFIG_CODE = """
+from transformers import LlamaConfig
+open({marker!r}, "w")
+class C(LlamaConfig):
+    model_type = "mine"
+"""
 # Prints the questions of the task `rows`, and the messages where the task `metric` cannot be loaded.
 SCRIPT = """
 import json, os, sys
@@ -62,7 +80,7 @@ def tasks(tmp_path: Path) -> Path:
     )
     (folder / "rows.yaml").write_text(f"task: rows\n{task}metric_list: [{{metric: exact_match}}]\n")
     (folder / "metric.yaml").write_text(f"task: metric\n{task}process_results: !function scores.process\n")
-    (folder / "scores.py").write_text("import evaluate\nbleu = evaluate.load('bleu')\ndef process(doc, results): return {}\n")
+    (folder / "scores.py").write_text(SCORES)
     return folder
 
 
@@ -76,8 +94,13 @@ def test_a_cache_of_others_gives_a_task_neither_rows_nor_code(tmp_path: Path, la
     for folder in (module, *module.parents[:3]):
         (folder / "__init__.py").touch()
     (module / "bleu.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    planted = home / "modules/planted.py"
+    planted.write_text(f"open({str(tmp_path / 'planted')!r}, 'w')")
+    give(planted)
+    (home / "modules").chmod(0o1777)
     assert use_tasks(tmp_path, launcher_env)["questions"] == ["Secret 0?", "Secret 1?", "Secret 2?"]
     (tmp_path / "ran").unlink()
+    assert not (tmp_path / "planted").exists(), "of this user's folder of modules, the metrics alone are used"
     assert not (tmp_path / "caches").exists()
     (written,) = (path for path in home.rglob("*.arrow"))
     opened = [path for path in (written, *written.parents) if path.is_relative_to(home / "datasets")]
@@ -99,6 +122,7 @@ def test_caches_that_others_could_have_written_are_replaced(tmp_path: Path, monk
         monkeypatch.setenv(variable, str(home / "datasets"))
 
     def replaced() -> list[str]:
+        monkeypatch.setenv("HF_MODULES_CACHE", str(home / "datasets"))
         problems = library_caches.leave_caches_of_others(tmp_path / "caches")
         return [problem.message for problem in problems]
 
@@ -112,8 +136,27 @@ def test_caches_that_others_could_have_written_are_replaced(tmp_path: Path, monk
     assert [os.environ[name] for name in names] == [f"{tmp_path}/caches/{name}" for name in ("datasets", "evaluate", "metrics")]
     assert replaced() == [], "of the folders in their place"
     give(tmp_path / "home")
-    assert len(replaced()) == 1
-    assert os.environ["HF_MODULES_CACHE"] == f"{tmp_path}/caches/modules"
+    assert replaced() == [f"what HF_MODULES_CACHE names is not trusted: {tmp_path}/home belongs to {MALLORY}"]
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that everyone can reach; those above folders of tests are private."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_a_cache_that_others_can_make_first_is_replaced(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def problems() -> list[str]:
+        for variable in (*library_caches._CACHES, "HF_MODULES_CACHE"):
+            monkeypatch.setenv(variable, str(shared / "cache"))
+        return [problem.message for problem in library_caches.leave_caches_of_others(tmp_path / "caches")]
+
+    assert problems() == []
+    shared.chmod(0o1777)
+    names = (*library_caches._CACHES, "HF_MODULES_CACHE")
+    assert problems() == [f"what {name} names is not trusted: {shared} can be written by everyone" for name in names]
 
 
 @pytest.mark.usefixtures("as_root")
@@ -128,8 +171,24 @@ def test_caches_that_others_could_have_written_are_replaced(tmp_path: Path, monk
             (tasks / "task.yaml").write_text("include: first"),
             (tasks / "first").write_text(f"include: {others}/base.yaml"),
         ),
+        lambda tasks, others: (
+            (others / "mine").write_text("include: base.yaml"),
+            (tasks / "task.yaml").symlink_to(others / "mine"),
+        ),
+        lambda tasks, others: (
+            (others / "mine").write_text("x: !function utils.process"),
+            (tasks / "task.yaml").symlink_to(others / "mine"),
+        ),
     ],
-    ids=["link", "absolute include", "relative include", "function", "include of an include"],
+    ids=[
+        "link",
+        "absolute include",
+        "relative include",
+        "function",
+        "include of an include",
+        "include by a link",
+        "function by a link",
+    ],
 )
 def test_a_task_does_not_lead_to_files_of_another_user(tmp_path: Path, attempt: Callable[[Path, Path], object]) -> None:
     tasks, others = tmp_path / "tasks", tmp_path / "common"
@@ -138,11 +197,65 @@ def test_a_task_does_not_lead_to_files_of_another_user(tmp_path: Path, attempt: 
     (others / "base.yaml").write_text("task: base\nx: !function utils.process\n")
     (others / "utils.py").write_text("")
     attempt(tasks, others)
-    prepare._require_own(tasks)
+    task_files.require_own(tasks)
     give(others / "base.yaml")
     give(others / "utils.py")
     with pytest.raises(ConfigError, match=rf"a task is not trusted: .* belongs to {MALLORY}"):
-        prepare._require_own(tasks)
+        task_files.require_own(tasks)
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_task_leads_to_no_file_that_others_can_make(tmp_path: Path) -> None:
+    """The harness looks for a function beside the file of its task first, and Python for its bytecode."""
+    tasks, shared = tmp_path / "tasks", tmp_path / "shared"
+    for folder in (tasks, shared):
+        folder.mkdir()
+    (tasks / "task.yaml").write_text(f"include: {shared}/own.yaml")
+    for function in ("transformers.AutoConfig", "utils.process"):
+        (shared / "utils.py").write_text("def process(): ...")
+        (shared / "own.yaml").write_text(f"x: !function {function}")
+        shared.chmod(0o755)
+        task_files.require_own(tasks)
+        shared.chmod(0o1777)
+        with pytest.raises(ConfigError, match=f"a task is not trusted: {shared} can be written by everyone"):
+            task_files.require_own(tasks)
+    (shared / "own.yaml").write_text("task: own")
+    task_files.require_own(tasks)
+    # As the harness reads it.
+    (tasks / "task.yaml").write_text("include: ~/base.yaml")
+    assert list(task_files._named_files(tasks / "task.yaml", set())) == [tasks / "~/base.yaml"]
+
+
+@pytest.mark.usefixtures("as_root")
+def test_tasks_are_checked_again_before_they_are_scored(tmp_path: Path) -> None:
+    tasks, folder = tmp_path / "tasks", BenchmarkFolder(tmp_path / "benchmarks")
+    for one in (tasks, folder.root):
+        one.mkdir()
+    json_records.write(folder.request, BenchmarkRequest({}, 1, ("own",), str(tasks), None, {}, "", None, 1, ""))
+    give(tasks)
+    with pytest.raises(ConfigError, match=f"a task is not trusted: .* belongs to {MALLORY}"):
+        score.score(folder)
+
+
+def test_a_task_runs_no_code_of_a_model_that_its_settings_name(tmp_path: Path) -> None:
+    """Those of the harness that would are refused; one that hides it imports nothing."""
+    pytest.importorskip("lm_eval")
+    from transformers import AutoConfig
+
+    for name in ("ruler", "babilong"):
+        call, _ = task_files._scan(task_files._packaged_tasks() / name / "common_utils.py")
+        assert (call or "").endswith("calls AutoTokenizer.from_pretrained with trust_remote_code")
+    own = tmp_path / "own.py"
+    own.write_text("AutoTokenizer.from_pretrained('gpt2', trust_remote_code=False)")
+    assert task_files._scan(own) == (None, ())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "code.C"}}))
+    (tmp_path / "code.py").write_text(CONFIG_CODE.format(marker=str(tmp_path / "ran")))
+    with harness._no_code_of_models(), pytest.raises(ConfigError, match="a task loads a model or tokenizer with code of its own"):
+        AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    assert not (tmp_path / "ran").exists()
+    private_code.use_private_modules()
+    AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    assert (tmp_path / "ran").exists()
 
 
 def test_tasks_whose_code_could_run_an_answer_are_known(tmp_path: Path) -> None:

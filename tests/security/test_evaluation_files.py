@@ -69,6 +69,46 @@ def test_packages_of_another_user_are_not_imported(folder: Path, theirs: str) ->
     assert not (folder / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        "env/lib/python3.11/site-packages/x.pth",
+        "env/lib/python3/dist-packages/vllm.py",
+        "env/lib/python3.11/os.py",
+        "editable/vllm.py",
+    ],
+)
+def test_the_environment_behind_a_link_to_an_interpreter_is_checked(folder: Path, theirs: str) -> None:
+    """An interpreter that is in no virtual environment finds its modules from the file that the link leads to."""
+    python, link = folder / "env/bin/python", folder / "home/vllm-python"
+    for file in (python, link, folder / "env/lib/python3.11/site-packages/x.pth", folder / theirs):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text(f"#!/bin/sh\ntouch {folder}/ran; echo 0.11\n")
+    python.chmod(0o755)
+    link.symlink_to("../env/bin/python")
+    (folder / "env/lib/python3.11/site-packages/x.pth").write_text(f"import sys\n{folder}/editable\n")
+    (folder / theirs).touch()
+    assert read_version(link) == "0.11"
+    (folder / "ran").unlink()
+    (folder / theirs).parent.chmod(0o1777)
+    with pytest.raises(ConfigError, match=r"the environment of vLLM is not trusted: .* can be written by everyone"):
+        read_version(link)
+    (folder / theirs).parent.chmod(0o755)
+    give(folder / theirs)
+    with pytest.raises(ConfigError, match=f"the environment of vLLM is not trusted: .* belongs to {MALLORY}"):
+        read_version(link)
+    assert not (folder / "ran").exists()
+
+
+def test_an_interpreter_in_whose_folder_others_can_make_settings_is_not_run(folder: Path) -> None:
+    (folder / "python").write_text("#!/bin/sh\necho 0.11\n")
+    (folder / "python").chmod(0o755)
+    assert read_version(folder / "python") == "0.11"
+    folder.chmod(0o1777)
+    with pytest.raises(ConfigError, match=r"the environment of vLLM is not trusted: .* can be written by everyone"):
+        read_version(folder / "python")
+
+
 def test_a_node_answers_for_no_run_of_another_user(folder: Path) -> None:
     """The path of a run on the disk of one machine may lead to somebody else's folder on another one."""
     run = run_store.create(hand_made.plan(folder / "run", hand_made.SETTINGS))

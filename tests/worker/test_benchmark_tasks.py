@@ -11,7 +11,7 @@ import pytest
 
 from launcher.cli.benchmark_tasks import BenchmarkOptions
 from launcher.errors import ConfigError
-from launcher.worker.benchmark_tasks import harness, prepare
+from launcher.worker.benchmark_tasks import harness, task_files
 from launcher.worker.benchmark_tasks.harness import Harness
 from launcher.worker.benchmark_tasks.request import BenchmarkFolder
 
@@ -70,12 +70,12 @@ def test_without_the_harness_its_package_is_named(monkeypatch: pytest.MonkeyPatc
 def test_a_task_of_another_user_is_refused(tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text("task: mine")
     (tmp_path / "utils.py").write_text("")
-    prepare._require_own(tmp_path)
+    task_files.require_own(tmp_path)
     os.chown(tmp_path / "utils.py", 12345, 12345)
     with pytest.raises(ConfigError, match=r"utils\.py"):
-        prepare._require_own(tmp_path)
+        task_files.require_own(tmp_path)
     with pytest.raises(ConfigError, match="there is no such folder"):
-        prepare._require_own(tmp_path / "missing")
+        task_files.require_own(tmp_path / "missing")
 
 
 def test_code_that_the_model_has_written_is_not_run() -> None:

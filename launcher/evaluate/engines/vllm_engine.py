@@ -18,11 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from launcher.errors import ConfigError, RunError
+from launcher.errors import RunError
 from launcher.evaluate.answers import GeneratedIds
+from launcher.evaluate.engines.vllm_environment import require_own_environment
 from launcher.evaluate.task import Weights
-from launcher.security import ownership
-from launcher.security.permissions import tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -186,7 +185,7 @@ def read_version(python: Path) -> str | None:
     Raises:
         ConfigError: where others could have changed the interpreter or the packages of its environment, before it is run.
     """
-    _require_own_environment(python.absolute())
+    require_own_environment(python.absolute())
     if not os.access(python, os.X_OK) or not python.is_file():
         return None
     code = "from importlib.metadata import version; print(version('vllm'))"
@@ -197,20 +196,6 @@ def read_version(python: Path) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _require_own_environment(python: Path) -> None:
-    """Check the interpreter and its packages: a relative path may lead to somebody else's, and each node may have another one.
-
-    Raises:
-        ConfigError: with the file or folder, its owner and the remedy.
-    """
-    if problem := ownership.file_problem("the Python interpreter of vLLM", python):
-        raise ConfigError(problem)
-    prefix = python.parent.parent
-    for packages in prefix.glob("lib/python3*/site-packages"):
-        if problem := ownership.folder_problem("the environment of vLLM", packages, (prefix / "pyvenv.cfg", *tree(packages))):
-            raise ConfigError(problem)
 
 
 def _free_port() -> int:

@@ -21,7 +21,7 @@ def find_problem() -> Problem | None:
     files = _files()
     if not any(map(os.path.lexists, files)):
         return None
-    problem = next(filter(None, map(_problem_of_closest, files)), None)
+    problem = next(filter(None, map(_problem_of, files)), None)
     return problem and replace(problem, remedy=f"change to a folder of your own (cd); or {problem.remedy}")
 
 
@@ -30,7 +30,7 @@ def leave_folder_of_others(only_this_thread: bool = False) -> None:
 
     Call it before W&B's package reads its settings. With `only_this_thread`, other threads keep their working directory.
     """
-    if all(_problem_of_closest(file) is None for file in _files()):
+    if all(_problem_of(file) is None for file in _files()):
         return
     # Containers may forbid a thread its own working directory. Then only what `find_problem` has found is refused.
     if not only_this_thread or ctypes.CDLL(None).unshare(_CLONE_FS) == 0:
@@ -41,7 +41,5 @@ def _files() -> list[Path]:
     return [Path.cwd() / folder / "settings" for folder in _FOLDERS]
 
 
-def _problem_of_closest(file: Path) -> Problem | None:
-    """Return why a file, or what is there of the path to it, is not trusted: whoever can write there can make the rest."""
-    closest = next(path for path in (file, *file.parents) if os.path.lexists(path))
-    return ownership.file_problem(_SUBJECT, closest)
+def _problem_of(file: Path) -> Problem | None:
+    return ownership.file_problem(_SUBJECT, file)

@@ -11,8 +11,9 @@ import os
 import random
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import xxhash
 
 from launcher.data.tokenization.render_limits import LimitReached, limited
-from launcher.errors import ConfigError, DataError, Problem, did_you_mean
+from launcher.errors import ConfigError, DataError, LauncherError, Problem, did_you_mean
 from launcher.worker.benchmark_tasks.library_caches import leave_caches_of_others
 from launcher.worker.benchmark_tasks.task_files import find_running_call
 
@@ -85,7 +86,9 @@ class Harness:
                 problems.append(Problem("there is no such task", where=_WHERE, value=name, remedy=remedy))
                 continue
             try:
-                tasks = self._manager.load([name])["tasks"]
+                tasks = self._load(name)["tasks"]
+            except LauncherError as error:
+                problems += [replace(problem, value=name) for problem in error.problems]
             except ImportError as error:
                 text = _one_line(error)
                 problems.append(Problem(f"a task needs another package: {text}", _WHERE, name, "install what it names"))
@@ -107,16 +110,21 @@ class Harness:
             raise DataError(missing)
         return metrics
 
+    def _load(self, name: str) -> dict[str, Any]:
+        with _no_code_of_models():
+            loaded: dict[str, Any] = self._manager.load([name])
+        return loaded
+
     def describe(self, task: str) -> str:
         """Return what decides the scores of a task beside the model."""
-        (loaded,) = self._manager.load([task])["tasks"].values()
+        (loaded,) = self._load(task)["tasks"].values()
         return json.dumps([self._version, loaded.dump_config()], sort_keys=True, default=str)
 
     def score(self, task: str, model: Any, limit: int | None, belongs_to: str) -> TaskScores:
         """Score a model on a task; `limit` is the number of its first questions that are asked, None for all."""
         from lm_eval import evaluate
 
-        loaded = self._manager.load([task])
+        loaded = self._load(task)
         for one in loaded["tasks"].values():
             if one.get_config("num_fewshot") is None:
                 one.set_config("num_fewshot", 0)
@@ -125,16 +133,39 @@ class Harness:
         random.seed(_SEED)
         np.random.seed(_SEED)
         has_template = bool(model.tokenizer.chat_template)
-        result: Any = evaluate(
-            lm=model,
-            task_dict=loaded,
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=True,
-            apply_chat_template=has_template,
-            fewshot_as_multiturn=has_template,
-        )
+        with _no_code_of_models():
+            result: Any = evaluate(
+                lm=model,
+                task_dict=loaded,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                apply_chat_template=has_template,
+                fewshot_as_multiturn=has_template,
+            )
         return _read_scores(task, result, belongs_to)
+
+
+@contextmanager
+def _no_code_of_models() -> Iterator[None]:
+    """Let transformers import no code of a model in this block, whatever value of trust_remote_code the code of a task gives it.
+
+    Raises:
+        ConfigError: in the block, where it would.
+    """
+    from transformers import dynamic_module_utils
+
+    def refuse(name: Any) -> None:
+        message = "a task loads a model or tokenizer with code of its own, which would run (trust_remote_code)"
+        raise ConfigError(message, where=_WHERE, remedy="leave it out")
+
+    # Whatever loads code makes a package for its copy first.
+    before = dynamic_module_utils.create_dynamic_module
+    dynamic_module_utils.create_dynamic_module = refuse
+    try:
+        yield
+    finally:
+        dynamic_module_utils.create_dynamic_module = before
 
 
 def make_model(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> Any:
@@ -175,7 +206,7 @@ def _unsafe_problem(name: str, task: Any) -> Problem | None:
         message = "a task runs code that the model has written, which nothing here isolates"
         return Problem(message, _WHERE, name, "leave it out")
     if (call := find_running_call(task)) is not None:
-        message = f"a task can run what the model has written, which nothing here isolates: {call}"
+        message = f"a task can run code of a model, or what it has written, which nothing here isolates: {call}"
         return Problem(message, _WHERE, name, "leave it out")
     return None
 

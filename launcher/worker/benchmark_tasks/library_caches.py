@@ -1,44 +1,54 @@
 """The caches of the packages `datasets` and `evaluate`, with which tasks read rows and load metrics.
 
 Offline, `evaluate` imports the newest copy of a metric in its cache, and `datasets` takes rows that were converted before. So a
-cache that others can write, as in a shared HF_HOME, is not used.
+cache that others can write, as in a shared HF_HOME, is not used. Modules come from a private folder of this process alone:
+`evaluate` adds the folder around the metrics to the search path of Python.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from launcher.errors import Problem
+from launcher.models.private_code import MODULES_CACHE, use_private_modules
 from launcher.security.permissions import first_problem, first_problem_above, is_private, tree
 from launcher.security.trust import Trust
 
-# The variable of each cache, and its folder in HF_HOME.
-_CACHES = {
-    "HF_DATASETS_CACHE": "datasets",
-    "HF_MODULES_CACHE": "modules",
-    "HF_EVALUATE_CACHE": "evaluate",
-    "HF_METRICS_CACHE": "metrics",
-}
-# Of HF_MODULES_CACHE: the code of models lies beside it, and is not used from there.
-_METRICS = "evaluate_modules"
+# The variable of each cache of rows and files, and its folder in HF_HOME.
+_CACHES = {"HF_DATASETS_CACHE": "datasets", "HF_EVALUATE_CACHE": "evaluate", "HF_METRICS_CACHE": "metrics"}
+_MODULES, _METRICS = "modules", "evaluate_modules"
 
 
 def leave_caches_of_others(replacement: Path) -> list[Problem]:
     """Set the variables of the caches that others could have written to folders in `replacement`; returns why, for each of them.
 
-    Both packages read the variables when they are imported.
+    Metrics that others could not have written are copied to the private folder for modules. Both packages read the variables when
+    they are imported.
     """
-    from huggingface_hub.constants import HF_HOME
-
     problems = []
     for variable, name in _CACHES.items():
-        cache = Path(os.environ.get(variable) or Path(HF_HOME) / name).expanduser()
-        used = cache / _METRICS if variable == "HF_MODULES_CACHE" else cache
-        if problem := _find_problem(f"what {variable} names", used):
+        if problem := _find_problem(f"what {variable} names", _cache(variable, name)):
             problems.append(problem)
             os.environ[variable] = str(replacement / name)
+    metrics, own = _cache(MODULES_CACHE, _MODULES) / _METRICS, use_private_modules() / _METRICS
+    if own == metrics:
+        return problems
+    if problem := _find_problem(f"what {MODULES_CACHE} names", metrics):
+        return [*problems, problem]
+    # What cannot be read is not used. `evaluate` takes the newest copy of a metric by its time, which is copied, too.
+    with suppress(OSError):
+        if metrics.is_dir():
+            shutil.copytree(metrics, own, ignore_dangling_symlinks=True)
     return problems
+
+
+def _cache(variable: str, name: str) -> Path:
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(os.environ.get(variable) or Path(HF_HOME) / name).expanduser()
 
 
 def _find_problem(subject: str, folder: Path) -> Problem | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launcher import json_records, run_store
 from launcher.config.schema import RunConfig
-from launcher.errors import ConfigError, LauncherError
+from launcher.errors import LauncherError
 from launcher.evaluate.task import EvaluationFolder
 from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
@@ -24,12 +24,10 @@ from launcher.security.printable_stream import printable_output
 from launcher.tracking.verdicts import TUNED, digest_checkpoint
 from launcher.worker.benchmark_tasks.harness import Harness
 from launcher.worker.benchmark_tasks.request import BASE, BenchmarkFolder, BenchmarkRequest
-from launcher.worker.benchmark_tasks.task_files import folder_problems
+from launcher.worker.benchmark_tasks.task_files import TASK_FOLDER, require_own
 from launcher.worker.evaluation.weights import count_context, export_tuned, find_base
 from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.signals import exit_on_termination
-
-_FOLDER_OPTION = "--task-folder"
 
 
 def prepare(
@@ -43,7 +41,7 @@ def prepare(
     """
     plan = run_store.load_plan(run).model_copy(update={"config": config})
     if task_folder is not None:
-        _require_own(task_folder)
+        require_own(task_folder)
     evaluation = EvaluationFolder.of(run.root, step)
     evaluation.root.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = BenchmarkFolder(evaluation.benchmarks)
@@ -67,20 +65,12 @@ def prepare(
     return folder, metrics
 
 
-def _require_own(folder: Path) -> None:
-    """Refuse a folder of tasks that is missing or of others: a task may run code that lies beside it."""
-    if not folder.is_dir():
-        raise ConfigError("there is no such folder", where=_FOLDER_OPTION, value=str(folder))
-    if problems := folder_problems(folder):
-        raise ConfigError(problems)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launcher.worker.benchmark_tasks.prepare")
     parser.add_argument("plan", type=Path)
     parser.add_argument("--step", type=int, required=True)
     parser.add_argument("--tasks", required=True)
-    parser.add_argument(_FOLDER_OPTION, type=Path)
+    parser.add_argument(TASK_FOLDER, type=Path)
     parser.add_argument("--limit", type=int)
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

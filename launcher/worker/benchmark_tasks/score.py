@@ -31,6 +31,7 @@ from launcher.tracking.verdicts import TUNED
 from launcher.train.model import DTYPES, read_own_config
 from launcher.worker.benchmark_tasks.harness import Harness, TaskScores, digest, make_model
 from launcher.worker.benchmark_tasks.request import BenchmarkFolder, BenchmarkRequest
+from launcher.worker.benchmark_tasks.task_files import require_own
 from launcher.worker.evaluation.answer import choose_dtype
 from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.signals import exit_on_termination
@@ -40,11 +41,15 @@ def score(folder: BenchmarkFolder) -> dict[str, Any]:
     """Score what has no scores yet, write the verdict of each task, and return what the command shows.
 
     Raises:
-        ConfigError, DataError: where a task has gone since the request was written.
+        ConfigError, DataError: where a task has gone since the request was written, or others could have written it.
         RunError: where a task fails.
     """
     request = folder.read_request()
-    harness = Harness(folder.caches, None if request.task_folder is None else Path(request.task_folder))
+    task_folder = None if request.task_folder is None else Path(request.task_folder)
+    # The weights may have been exported for long.
+    if task_folder is not None:
+        require_own(task_folder)
+    harness = Harness(folder.caches, task_folder)
     scores: dict[str, dict[str, TaskScores]] = {task: {} for task in request.tasks}
     total = len(request.tasks) * len(request.weights)
     for side, weights in request.weights.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import importlib.util
 import inspect
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
@@ -13,10 +14,12 @@ from typing import Any
 
 import yaml
 
-from launcher.errors import Problem
+from launcher.errors import ConfigError, Problem
 from launcher.security import ownership
 from launcher.security.permissions import tree
 
+# The option that names the folder of the user's own tasks.
+TASK_FOLDER = "--task-folder"
 _SUBJECT = "a task"
 # Calls that run a text as code or as a command; sympy evaluates what it parses.
 _RUN_BY_NAME = frozenset({"eval", "exec", "compile"})
@@ -24,41 +27,51 @@ _RUN_BY_ATTRIBUTE = frozenset({"system", "popen", "Popen", "check_output", "chec
 _RUN_OF_SUBPROCESS = frozenset({"run", "call"})
 # The metric of the package `evaluate` that runs answers.
 _RUNNING_METRIC = "code_eval"
-_MAX_DEPTH = 20
+# With it, transformers runs the code of a model that the settings of a task name.
+_TRUST = "trust_remote_code"
 
 
 def folder_problems(folder: Path) -> list[Problem]:
     """Return which files of a folder of tasks, or of those that its tasks include from elsewhere, others could have written.
 
-    All of them can run code: a task names functions, and its templates have no sandbox.
+    All of them can run code: a task names functions, and its templates have no sandbox. A file that does not exist is one of
+    them, since the harness looks for it again.
     """
     first = ownership.folder_problem(_SUBJECT, folder, tree(folder))
-    problems = [] if first is None else [first]
-    outside = dict.fromkeys(
-        path
-        for file in sorted(folder.rglob("*.yaml"))
-        for path in _named_files(file)
-        if not path.resolve().is_relative_to(folder.resolve())
-    )
-    return [*problems, *(problem for path in outside if (problem := ownership.file_problem(_SUBJECT, path)))]
+    problems, seen = [] if first is None else [first], set[Path]()
+    named = dict.fromkeys(path for file in sorted(folder.rglob("*.yaml")) for path in _named_files(file, seen))
+    outside = (path for path in named if not path.resolve().is_relative_to(folder.resolve()))
+    return [*problems, *(problem for path in outside if (problem := _outside_problem(path)))]
 
 
-def _named_files(file: Path, depth: int = 0) -> Iterator[Path]:
-    """Yield the YAML files that a task includes, and the Python files of the functions that it names; one may not exist."""
+def _outside_problem(path: Path) -> Problem | None:
+    if (problem := ownership.file_problem(_SUBJECT, path)) is not None or path.suffix != ".py":
+        return problem
+    # Python runs it instead of the source.
+    return ownership.file_problem(_SUBJECT, Path(importlib.util.cache_from_source(str(path.resolve()))))
+
+
+def _named_files(link: Path, seen: set[Path]) -> Iterator[Path]:
+    """Yield the YAML files that a task includes, and the Python files of the functions that it names; one may not exist.
+
+    The harness looks for them where the file itself is, if a link leads to it. `seen` are files that need no other look.
+    """
     functions: list[str] = []
     try:
+        file = link.resolve()
+        if file in seen:
+            return
+        seen.add(file)
         values = yaml.load(file.read_bytes(), Loader=_loader(functions))  # noqa: S506
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+    except (OSError, ValueError, RuntimeError, yaml.YAMLError):
         # The harness cannot read it either.
         return
     yield from (file.parent / f"{name.rpartition('.')[0].replace('.', '/')}.py" for name in functions)
     includes = values.get("include") if isinstance(values, dict) else None
     for include in includes if isinstance(includes, list) else [includes]:
         if isinstance(include, str):
-            included = file.parent / Path(include).expanduser()
-            yield included
-            if depth < _MAX_DEPTH:
-                yield from _named_files(included, depth + 1)
+            yield file.parent / include
+            yield from _named_files(file.parent / include, seen)
 
 
 def _loader(functions: list[str]) -> type[yaml.SafeLoader]:
@@ -71,8 +84,23 @@ def _loader(functions: list[str]) -> type[yaml.SafeLoader]:
     return Loader
 
 
+def require_own(folder: Path) -> None:
+    """Refuse a folder of tasks that is missing or that others could have written.
+
+    Raises:
+        ConfigError: with every file and folder that others could have written.
+    """
+    if not folder.is_dir():
+        raise ConfigError("there is no such folder", where=TASK_FOLDER, value=str(folder))
+    if problems := folder_problems(folder):
+        raise ConfigError(problems)
+
+
 def find_running_call(task: Any) -> str | None:
-    """Return the file, line and name of a call by which the code of a task could run an answer; None where it has none."""
+    """Return the file, line and name of a call by which the code of a task could run an answer, or the code of a model.
+
+    None where it has none.
+    """
     files = dict.fromkeys(file for function in _functions(task) if (file := _source_file(function)) is not None)
     pending, seen = list(files), set(files)
     while pending:
@@ -148,6 +176,8 @@ def _scan(file: Path) -> tuple[str | None, tuple[Path, ...]]:
 
 def _running_name(call: ast.Call) -> str | None:
     function = call.func
+    if any(keyword.arg == _TRUST and not _is_false(keyword.value) for keyword in call.keywords):
+        return f"{ast.unparse(function)} with {_TRUST}"
     if isinstance(function, ast.Name):
         return function.id if function.id in _RUN_BY_NAME | _RUN_BY_ATTRIBUTE else None
     if not isinstance(function, ast.Attribute):
@@ -157,6 +187,10 @@ def _running_name(call: ast.Call) -> str | None:
         return function.attr
     loads_metric = any(isinstance(argument, ast.Constant) and argument.value == _RUNNING_METRIC for argument in call.args)
     return _RUNNING_METRIC if function.attr == "load" and loads_metric else None
+
+
+def _is_false(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and not value.value
 
 
 def _imported(file: Path, name: str) -> Iterator[Path]:
