@@ -3,20 +3,25 @@
 torch, triton, CUDA, transformers and W&B keep caches in the home directory and fail where it is read-only or missing, as in many
 containers and on some clusters. Compilers of kernels keep code in the folder for temporary files, under names that contain the
 name of the user: whoever makes these folders first chooses the code that is loaded. Each cache has a variable that names its
-folder.
+folder. A folder of code that others can write to or make first is replaced, whoever named it.
 """
 
 from __future__ import annotations
 
+import functools
 import getpass
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from launcher.errors import Problem
 from launcher.security.folders import is_private_folder
+from launcher.security.permissions import first_problem_of_cache
+from launcher.security.trust import Trust
 
 # For each cache: its variable; the variable of the folder around it, and that folder in the home directory; its own name.
 _CACHES = (
@@ -28,6 +33,8 @@ _CACHES = (
     ("WANDB_CONFIG_DIR", "XDG_CONFIG_HOME", ".config", "wandb"),
     ("WANDB_DATA_DIR", "XDG_DATA_HOME", ".local/share", "wandb"),
 )
+# Settings of W&B there may name the server: other folders would lead to another server.
+_WITHOUT_CODE = frozenset({"WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"})
 # By themselves, these are in the folder for temporary files.
 _TEMPORARY_CACHES = (
     ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME", ".cache", "torchinductor"),
@@ -37,15 +44,40 @@ _TEMPORARY_CACHES = (
 )
 
 
-def find_usable_caches(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables to set, each with a folder that this user can write, and that no other user can have made first."""
-    folders = cache_folders(environ)
+@functools.cache
+def _print_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def find_usable_caches(environ: Mapping[str, str], alert: Callable[[str], None] = _print_once) -> dict[str, str]:
+    """Return the variables to set, each with a folder that this user can write, and that no other user can have made first.
+
+    `alert` is called for each folder that is replaced because others could write to it.
+    """
+    folders, problems = cache_folders(environ), foreign_caches(environ)
+    for problem in problems.values():
+        alert(f"{problem.message}; a private folder takes its place. {problem.remedy}")
     moved = {name: str(folders[name]) for name, *_ in _TEMPORARY_CACHES if not _is_chosen(name, environ)}
-    unwritable = [name for name, folder in folders.items() if not _is_chosen(name, environ) and not is_writable(folder)]
-    if not unwritable:
+    replaced = [
+        name
+        for name, folder in folders.items()
+        if name in problems or (not _is_chosen(name, environ) and not is_writable(folder))
+    ]
+    if not replaced:
         return moved
     folder = _private_folder()
-    return {**moved, **{name: str(folder / name.lower()) for name in unwritable}}
+    return {**moved, **{name: str(folder / name.lower()) for name in replaced}}
+
+
+def foreign_caches(environ: Mapping[str, str]) -> dict[str, Problem]:
+    """Return why others could have put code into a cache, by the variable that names its folder."""
+    trust = Trust.from_environ(environ)
+    problems = {
+        variable: first_problem_of_cache(f"what {variable} names", folder, (), trust)
+        for variable, folder in cache_folders(environ).items()
+        if variable not in _WITHOUT_CODE
+    }
+    return {variable: problem for variable, problem in problems.items() if problem is not None}
 
 
 def cache_folders(environ: Mapping[str, str]) -> dict[str, Path]:
@@ -76,7 +108,7 @@ def _default_of_inductor() -> str:
 
 def is_writable(folder: Path) -> bool:
     """Return whether the folder, or the closest one above it that exists, can be written."""
-    existing = next((path for path in (folder, *folder.parents) if path.exists()), Path("/"))
+    existing = next((path for path in (folder, *folder.parents) if os.path.exists(path)), Path("/"))
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 

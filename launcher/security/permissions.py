@@ -61,6 +61,19 @@ def first_problem_above(subject: str, folder: Path, trust: Trust, may_be_hidden:
     return _first(subject, folder, weaknesses(), trust)
 
 
+def first_problem_of_cache(subject: str, folder: Path, content: Iterable[Path], trust: Trust) -> Problem | None:
+    """Return the first reason not to trust a cache with its content, which this user may make later; None if there is none.
+
+    Nobody else reaches what lies in a folder that only this user can enter, such as a home directory: it may have any mode.
+    """
+    if problem := first_problem_above(subject, folder, trust, may_be_hidden=True):
+        return problem
+    is_hidden = False
+    with suppress(OSError, RuntimeError):
+        is_hidden = any(is_private(parent, trust) for parent in folder.resolve().parents if parent.is_dir())
+    return first_problem(subject, folder, content, trust, in_private_folder=is_hidden)
+
+
 def describe_permissions(path: Path) -> str:
     """Return the owner, the group and the mode of a file."""
     status = path.lstat()

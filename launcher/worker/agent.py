@@ -78,7 +78,7 @@ class NodeAgent:
         started_at = time.time()
         ranks = RankProcesses()
         stopper = Stopper(plan.config.cluster.stop_grace_seconds, signals, ranks.send_signal).install()
-        os.environ.update(find_usable_caches(os.environ))
+        os.environ.update(find_usable_caches(os.environ, partial(append_event, RunDir(Path(plan.run_dir)), attempt, "alert")))
         cores = len(os.sched_getaffinity(0))
         os.environ.update(allocator_defaults(os.environ))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.topology.ranks_per_node)))

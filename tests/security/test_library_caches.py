@@ -12,12 +12,13 @@ from pathlib import Path
 
 import hand_made
 import pytest
-from file_owners import MALLORY, as_root
+from file_owners import MALLORY, as_root, give
 
 from launcher import json_records
 from launcher.cli.worker_process import worker_environment
 from launcher.config.schema import RunConfig
 from launcher.evaluate.task import EvaluationFolder, EvaluationTask, Weights
+from launcher.security import library_caches
 from launcher.security.library_caches import find_usable_caches
 from launcher.worker.evaluation import node
 from launcher.worker.ray import evaluation
@@ -89,6 +90,36 @@ def test_a_folder_that_others_can_enter_is_not_used(closed: Path, temporary: Pat
     theirs.mkdir()
     theirs.chmod(mode)
     assert not any(path.startswith(f"{theirs}/") for path in find_usable_caches({"HOME": str(closed)}).values())
+
+
+def test_folders_of_compiled_code_that_others_could_have_written_are_replaced(
+    tmp_path: Path, temporary: Path, as_root: None
+) -> None:
+    """Whoever named them: the user, by these variables, or by one of a folder above."""
+    # Folders above those of tests are private.
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        shared = Path(name)
+        for folder in ("torch_extensions", "inductor", "own", "quack"):
+            (shared / folder).mkdir()
+        for folder in ("torch_extensions", "inductor"):
+            give(shared / folder)
+        (shared / "quack").chmod(0o777)
+        shared.chmod(0o1777)
+        named = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "own", "QUACK_CACHE_DIR": "quack"}
+        environ = {"HOME": str(tmp_path), "XDG_CACHE_HOME": name, **{key: f"{name}/{value}" for key, value in named.items()}}
+        alerts = list[str]()
+        caches = find_usable_caches(environ, alerts.append)
+        names = {"TORCH_EXTENSIONS_DIR", *(TEMPORARY)}
+        assert caches.keys() == names, "the others are this user's, or hold no code"
+        assert {Path(path).parent for path in caches.values()} == {library_caches.node_cache_root()}
+        assert library_caches.node_cache_root().parent == temporary
+        replaced = "; a private folder takes its place. "
+        assert (
+            f"what TORCH_EXTENSIONS_DIR names is not trusted: {name}/torch_extensions belongs to {MALLORY}{replaced}" in alerts[0]
+        )
+        assert any(text.startswith(f"what CUTE_DSL_CACHE_DIR names is not trusted: {name} can be written") for text in alerts)
+        assert len(alerts) == len(names)
+        assert find_usable_caches({**environ, "LAUNCHER_TRUST_OWNERS": "anyone"}).keys() == TEMPORARY - named.keys()
 
 
 @pytest.fixture

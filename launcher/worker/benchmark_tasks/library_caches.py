@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launcher.errors import Problem
 from launcher.models.private_code import MODULES_CACHE, use_private_modules
-from launcher.security.permissions import first_problem, first_problem_above, is_private, tree
+from launcher.security.permissions import first_problem_of_cache, tree
 from launcher.security.trust import Trust
 
 # The variable of each cache of rows and files, and its folder in HF_HOME.
@@ -30,13 +30,13 @@ def leave_caches_of_others(replacement: Path) -> list[Problem]:
     """
     problems = []
     for variable, name in _CACHES.items():
-        if problem := _find_problem(f"what {variable} names", _cache(variable, name)):
+        if problem := _find_problem(variable, _cache(variable, name)):
             problems.append(problem)
             os.environ[variable] = str(replacement / name)
     metrics, own = _cache(MODULES_CACHE, _MODULES) / _METRICS, use_private_modules() / _METRICS
     if own == metrics:
         return problems
-    if problem := _find_problem(f"what {MODULES_CACHE} names", metrics):
+    if problem := _find_problem(MODULES_CACHE, metrics):
         return [*problems, problem]
     # What cannot be read is not used. `evaluate` takes the newest copy of a metric by its time, which is copied, too.
     with suppress(OSError):
@@ -51,10 +51,5 @@ def _cache(variable: str, name: str) -> Path:
     return Path(os.environ.get(variable) or Path(HF_HOME) / name).expanduser()
 
 
-def _find_problem(subject: str, folder: Path) -> Problem | None:
-    """Return why others could have written to a cache; None if they could not, as in a home directory that nobody else enters."""
-    trust = Trust.from_environ(os.environ)
-    if problem := first_problem_above(subject, folder, trust, may_be_hidden=True):
-        return problem
-    is_hidden = any(is_private(parent, trust) for parent in folder.resolve().parents if parent.is_dir())
-    return first_problem(subject, folder, tree(folder), trust, in_private_folder=is_hidden)
+def _find_problem(variable: str, folder: Path) -> Problem | None:
+    return first_problem_of_cache(f"what {variable} names", folder, tree(folder), Trust.from_environ(os.environ))

@@ -10,13 +10,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.clusters.check_results import SHARED_FILE_VARIABLE, CheckResult, failure, from_problem, ok, warning
+from launcher.clusters.check_results import SHARED_FILE_VARIABLE, WARNING, CheckResult, failure, from_problem, ok, warning
 from launcher.clusters.storage import existing_folder, filesystem_type
 from launcher.config.schema import RunConfig
 from launcher.data.cache_dir import cache_root
 from launcher.hardware import may_use_gpus
 from launcher.plan.quantities import format_size
-from launcher.security.library_caches import cache_folders, is_writable
+from launcher.security.library_caches import cache_folders, foreign_caches, is_writable
 from launcher.worker.checks import node_check
 from launcher.worker.doctor.torch_build import read_torch_build
 
@@ -140,6 +140,8 @@ def check_caches(config: RunConfig) -> Iterator[CheckResult]:
     hub = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "huggingface")
     for name, folder, variable in (("the launcher's cache", cache_root(), "LAUNCHER_CACHE"), ("the Hub's cache", hub, "HF_HOME")):
         yield from _check_cache(name, folder.expanduser().absolute(), variable)
+    for problem in foreign_caches(os.environ).values():
+        yield from_problem(problem, WARNING)
     closed = [f"{variable} ({folder})" for variable, folder in cache_folders(os.environ).items() if not is_writable(folder)]
     if closed:
         seen = (

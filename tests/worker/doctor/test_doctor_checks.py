@@ -350,6 +350,9 @@ def test_a_cache_of_another_user_is_a_warning(
     found = next(iter(storage.check_caches(config())))
     assert found.verdict == WARNING
     assert "belongs to" in found.seen
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (found,) = (result for result in storage.check_caches(config()) if "TRITON_CACHE_DIR names is not trusted" in result.seen)
+    assert found.verdict == WARNING
 
 
 def test_a_check_that_hangs_or_raises_does_not_keep_the_others(config: Callable[..., RunConfig]) -> None:
