@@ -56,7 +56,7 @@ def find_usable_caches(environ: Mapping[str, str], alert: Callable[[str], None] 
     """
     folders, problems = cache_folders(environ), foreign_caches(environ)
     for problem in problems.values():
-        alert(f"{problem.message}; a private folder takes its place. {problem.remedy}")
+        alert(f"{problem.message}; a private folder takes its place; to use yours: {problem.remedy}")
     moved = {name: str(folders[name]) for name, *_ in _TEMPORARY_CACHES if not _is_chosen(name, environ)}
     replaced = [
         name

@@ -113,7 +113,7 @@ def test_folders_of_compiled_code_that_others_could_have_written_are_replaced(
         assert caches.keys() == names, "the others are this user's, or hold no code"
         assert {Path(path).parent for path in caches.values()} == {library_caches.node_cache_root()}
         assert library_caches.node_cache_root().parent == temporary
-        replaced = "; a private folder takes its place. "
+        replaced = "; a private folder takes its place; to use yours: "
         assert (
             f"what TORCH_EXTENSIONS_DIR names is not trusted: {name}/torch_extensions belongs to {MALLORY}{replaced}" in alerts[0]
         )
