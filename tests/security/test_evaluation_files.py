@@ -88,7 +88,10 @@ def test_the_environment_behind_a_link_to_an_interpreter_is_checked(folder: Path
     link.symlink_to("../env/bin/python")
     (folder / "env/lib/python3.11/site-packages/x.pth").write_text(f"import sys\n{folder}/editable\n")
     (folder / theirs).touch()
-    assert read_version(link) == "0.11"
+    for data in ("editable/data", "editable/.git"):
+        (folder / data).mkdir(parents=True)
+        give(folder / data)
+    assert read_version(link) == "0.11", "data and hidden folders of a project that is installed for editing are not imported"
     (folder / "ran").unlink()
     (folder / theirs).parent.chmod(0o1777)
     with pytest.raises(ConfigError, match=r"the environment of vLLM is not trusted: .* can be written by everyone"):

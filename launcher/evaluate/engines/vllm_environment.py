@@ -19,6 +19,7 @@ from launcher.security.permissions import tree
 _SUBJECT = "the environment of vLLM"
 _SETTINGS = "pyvenv.cfg"
 _PACKAGES = ("site-packages", "dist-packages")
+_MODULES = (".py", ".pyc", ".so")
 # In a prefix. Debian keeps packages of the administrator in the last one.
 _LIBRARIES = ("lib", "lib64", "local/lib")
 # Lines of a .pth file that name no folder: Python runs the others as code.
@@ -95,4 +96,20 @@ def _problems_of_named(library: Path) -> Iterator[Problem]:
         for line in lines:
             if line.strip() and not line.startswith(_NO_FOLDERS):
                 path = file.parent / line.rstrip()
-                yield from filter(None, [ownership.folder_problem(_SUBJECT, path, tree(path))])
+                yield from filter(None, [ownership.folder_problem(_SUBJECT, path, _modules(path, library))])
+
+
+def _modules(folder: Path, checked: Path) -> Iterator[Path]:
+    """Yield the modules below a folder with the folders around them, apart from the library that is checked.
+
+    Such a folder may be a whole project: its data may belong to others, as far as no module lies beside them.
+    """
+    yielded = {folder}
+    for parent, folders, files in os.walk(folder):
+        # No name of a module begins with a dot.
+        folders[:] = [name for name in folders if not name.startswith(".") and Path(parent, name) != checked]
+        links = [path for name in folders if (path := Path(parent, name)).is_symlink() and (path / "__init__.py").is_file()]
+        modules = [*links, *(Path(parent, name) for name in files if name.endswith(_MODULES))]
+        around = [above for above in (Path(parent), *Path(parent).parents) if above.is_relative_to(folder)] if modules else []
+        yield from (path for path in (*around, *modules) if path not in yielded)
+        yielded.update(around)
