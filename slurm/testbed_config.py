@@ -57,7 +57,7 @@ DefMemPerCPU=100
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,nohold_on_prolog_fail
 KillWait={kill_wait_s}
 # One dead node holds up the pings for a MessageTimeout: living nodes are taken for dead, too, unless
-# SlurmdTimeout is above 1.5 x MessageTimeout.
+# SlurmdTimeout is above 1.5 x MessageTimeout, and on a busy machine more.
 SlurmdTimeout={slurmd_timeout_s}
 MessageTimeout={message_timeout_s}
 ReturnToService=2
@@ -148,7 +148,7 @@ class Settings:
     grace_s: int = _option(10, "seconds between a preempted job's signal and its requeue (GraceTime)")
     requeue_wait_s: int = _option(5, "seconds that a requeued job waits, 5 or more (cred_expire)")
     kill_wait_s: int = _option(5, "seconds between TERM and KILL (KillWait)")
-    slurmd_timeout_s: int = _option(10, "seconds after which a silent node is down (SlurmdTimeout)")
+    slurmd_timeout_s: int = _option(20, "seconds after which a silent node is down (SlurmdTimeout)")
     message_timeout_s: int = _option(5, "seconds that a message may take (MessageTimeout)")
 
     def __post_init__(self) -> None:
