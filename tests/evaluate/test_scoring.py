@@ -13,6 +13,7 @@ from time import monotonic
 import psutil
 import pytest
 from file_owners import as_root, give
+from pace import wait_for
 
 from launcher.config.sections.answer_metrics import METRIC_NAMES, AnswerMetrics
 from launcher.errors import ConfigError, DamagedRun, DataError
@@ -103,7 +104,8 @@ def test_an_own_function_that_hangs_is_ended_with_its_processes(tmp_path: Path) 
     assert "test.jsonl:3" in str(error.value)
     assert "evaluate.metric_time_limit_s" in str(error.value)
     assert monotonic() - began < 300
-    assert not any(is_running(int(pid)) for pid in pids.read_text().split())
+    # A process that is killed takes a moment to end.
+    wait_for("both processes to end", lambda: not any(is_running(int(pid)) for pid in pids.read_text().split()))
 
 
 def is_running(pid: int) -> bool:

@@ -9,7 +9,6 @@ kernel where it finds no compiler. So each rank tries kernels before the weights
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from launcher.config.schema import ModelSection
 from launcher.distributed import gather_json
 from launcher.errors import ConfigError, describe
+from launcher.shell_commands import launcher_command
 from launcher.train.kernels.build_tools import missing_build_tools
 
 # Sizes of the trial, with heads of 16.
@@ -74,7 +74,7 @@ def describe_use(problem: str, run: Path) -> str:
     """Return a message about Liger in a run that was planned with it; `problem` is why it is not used, empty where it is."""
     if not problem:
         return "norms, rotary embedding and MLP are computed by Liger"
-    resume = f"python -m launcher resume {shlex.quote(str(run))} model.liger=false"
+    resume = launcher_command("resume", run, "model.liger=false")
     return f"{problem}. The micro-batch was planned for Liger; if it does not fit without, plan another one: {resume}"
 
 
