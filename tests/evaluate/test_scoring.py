@@ -98,14 +98,17 @@ def test_an_own_function_that_fails_names_the_row(tmp_path: Path, body: str, par
 
 def test_an_own_function_that_hangs_is_ended_with_its_processes(tmp_path: Path) -> None:
     pids, began = tmp_path / "pids", monotonic()
-    body = f"return 1 if answer else (open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{os.fork()}}'), time.sleep(900))"
+    # Both processes write: the second one 0 for the process that it has not started.
+    body = f"return 1 if answer else (open({str(pids)!r}, 'a').write(f'{{os.getpid()}} {{os.fork()}} '), time.sleep(900))"
     with pytest.raises(DataError, match=r"failed: it took more than 3 s and was ended") as error:
         own(tmp_path, body, limit_s=3)
     assert "test.jsonl:3" in str(error.value)
     assert "evaluate.metric_time_limit_s" in str(error.value)
     assert monotonic() - began < 300
     # A process that is killed takes a moment to end.
-    wait_for("both processes to end", lambda: not any(is_running(int(pid)) for pid in pids.read_text().split()))
+    started = {int(pid) for pid in pids.read_text().split()} - {0}
+    assert len(started) == 2
+    wait_for("both processes to end", lambda: not any(map(is_running, started)))
 
 
 def is_running(pid: int) -> bool:
