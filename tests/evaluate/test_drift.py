@@ -23,6 +23,7 @@ def sample(number: int, seed: int, *, first: int = 0, words: int = 300, length: 
     return prompts
 
 
+@pytest.mark.rest  # many simulated comparisons
 def test_prompts_of_one_distribution_are_rarely_called_others() -> None:
     reports = [compare(sample(60, seed), sample(120, 1_000 + seed)) for seed in range(40)]
     assert sum(report.has_drifted for report in reports) <= 1
@@ -105,6 +106,7 @@ def test_prompts_that_are_less_likely_have_drifted() -> None:
     assert shorter.sentence.startswith("The prompts differ a little from those of training: other likelihoods")
 
 
+@pytest.mark.rest  # many simulated comparisons
 def test_all_tests_together_hold_their_level() -> None:
     same = [compare(sample(60, seed), sample(120, 1_000 + seed), likelihoods(seed, 0)) for seed in range(40)]
     assert sum(not report.sentence.startswith("The prompts are like those of training") for report in same) <= 2

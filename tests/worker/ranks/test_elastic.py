@@ -82,7 +82,7 @@ if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*
 """
 
 
-@pytest.fixture(params=["true", "false"], ids=["forked", "new processes"])
+@pytest.fixture(params=[pytest.param("true", id="forked"), pytest.param("false", id="new processes", marks=pytest.mark.rest)])
 def run(config_of: Callable[..., RunConfig], tmp_path: Path, request: pytest.FixtureRequest) -> RunDir:
     """A run on two ranks of this machine, whose attempt 1 is about to begin."""
     cluster = ("cluster.max_restarts=4", "cluster.ranks_per_node=2", f"cluster.fork_ranks={request.param}")
