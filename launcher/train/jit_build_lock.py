@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from contextlib import suppress
 
 from torch.utils import cpp_extension
 
@@ -43,7 +44,9 @@ class LockedBaton:
 
     def release(self) -> None:
         """Release the lock and delete the file, for which other programs wait."""
-        os.unlink(self._path)
+        # A program with torch's own baton, which built beside this process, may have deleted it.
+        with suppress(FileNotFoundError):
+            os.unlink(self._path)
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

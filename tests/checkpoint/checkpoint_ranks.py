@@ -26,7 +26,6 @@ from launcher.checkpoint import shards, store, zero3
 from launcher.checkpoint.saver import Saved, Saver
 from launcher.errors import CheckpointError
 from launcher.train.engine import import_muon
-from launcher.train.jit_build_lock import lock_builds
 
 PLAN = "digest-of-the-plan"
 VOCAB = 511
@@ -400,7 +399,6 @@ MOVES = {"shrink": ("checkpoints", "one"), "grow": ("one", "two"), "double": ("c
 
 def main(scenario: str, root: str, kinds: list[str]) -> None:
     """Run a scenario for each kind of engine, in a folder of its own under `root`."""
-    lock_builds()
     deepspeed.init_distributed(
         dist_backend="gloo",
         auto_mpi_discovery=False,

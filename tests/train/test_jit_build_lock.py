@@ -67,6 +67,15 @@ def test_a_stale_lock_file_blocks_no_process(tmp_path: Path) -> None:
     assert not lock.exists()
 
 
+def test_a_lock_that_another_program_has_deleted_is_released(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    baton = LockedBaton(str(lock))
+    assert baton.try_acquire()
+    lock.unlink()
+    baton.release()
+    assert LockedBaton(str(lock)).try_acquire()
+
+
 def test_torch_uses_these_locks_in_a_rank() -> None:
     script = (
         "from torch.utils import cpp_extension; from launcher.train.jit_build_lock import LockedBaton, lock_builds; "

@@ -31,7 +31,6 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.train.engine import build_engine, import_muon
 from launcher.train.isolation import require_isolation
-from launcher.train.jit_build_lock import lock_builds
 from launcher.train.model import DTYPES, build_model
 from launcher.train.monitoring import bandwidth
 from launcher.train.monitoring.rank_timing import LayerTimer, OptimizerTimer, representative_layer
@@ -214,7 +213,6 @@ def judge_saves() -> dict[str, bool]:
 def probe_engine() -> dict[str, Any]:
     """Return what the probes measure on each rank of a ZeRO-3 engine while rank 1 is slow in different parts of a step."""
     rank = meet()
-    lock_builds()
     deepspeed.init_distributed("gloo", verbose=False)
     zero = {
         "stage": 3,
@@ -403,7 +401,6 @@ def step_after_dropped_gradients(offloads: bool) -> tuple[list[bool], list[float
     has dropped none.
     """
     meet()
-    lock_builds()
     deepspeed.init_distributed("gloo", verbose=False)
     zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
     if offloads:

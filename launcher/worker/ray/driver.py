@@ -61,6 +61,8 @@ def main(plan_path: str, attempt: int) -> int:
     # As in a batch job: what a run writes is its user's alone.
     os.umask(0o077)
     try:
+        # Before the owners, which would be those of the closest folder that exists.
+        os.stat(plan_path)
         ownership.require_run(RunDir.of_plan(Path(plan_path)))
         plan = LaunchPlan.load(plan_path)
         run = RunDir(Path(plan.run_dir))
