@@ -22,7 +22,7 @@ ON_SLURM = ("+cluster=slurm", "cluster.nodes=2", "cluster.ranks_per_node=1", "cl
 
 def drill(launch: Launch, fault: str, *settings: str, **env: str) -> dict:
     """The report of a drill that has recovered and has left nothing running."""
-    done = launch("drill", "--fault", fault, "--timeout", "3", "--json", *settings, "checkpoint.save_every=3", **env)
+    done = launch("drill", "--fault", fault, "--timeout", "8", "--json", *settings, "checkpoint.save_every=3", **env)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["has_recovered"]

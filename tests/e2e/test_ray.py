@@ -204,7 +204,7 @@ def test_cancel_saves_and_a_run_resumes_after_its_driver_or_raylet_was_killed(
     assert (run / f"checkpoints/step-{step:08d}/manifest.json").is_file()
     await_no_process(run)
 
-    def go_on() -> None:
+    def go_on(**variables: str) -> None:
         """Go on for some steps, of which the terminal sees no more than the first."""
         # The status may show an older one where the driver or Ray was killed.
         first_step = last_step(run)
@@ -212,7 +212,7 @@ def test_cancel_saves_and_a_run_resumes_after_its_driver_or_raylet_was_killed(
             # Who runs the tests may ignore it, as nohup does, and processes inherit that.
             before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
             try:
-                terminal = stack.enter_context(start("resume", str(run), **env))
+                terminal = stack.enter_context(start("resume", str(run), **env, **variables))
             finally:
                 signal.signal(signal.SIGHUP, before)
             wait_for("further steps", lambda: last_step(run) >= first_step + 5)
@@ -240,7 +240,8 @@ def test_cancel_saves_and_a_run_resumes_after_its_driver_or_raylet_was_killed(
     assert seen["state"] == "failed"
     assert f"python -m launcher resume {run}" in seen["message"]
 
-    go_on()
+    # Ray takes 15 s to notice the loss, by which time this run would have ended.
+    go_on(RAY_health_check_period_ms="500", RAY_health_check_failure_threshold="8")
     (raylet,) = [process for process in started_by(run) if process.name() == "raylet"]
     raylet.kill()
     wait_for("its end", lambda: status(run)["state"] == "failed")
