@@ -1,7 +1,8 @@
 """Records the loss of the driver's raylet: `python -m launcher.worker.ray.raylet_loss PLAN ATTEMPT DRIVER EPOLL RAYLET`.
 
 Ray notices the loss at once or by its health checks, 15 s later, and then ends the driver within milliseconds, often before that
-could write why. This process starts with the driver, in a session of its own, waits for the end of both, and writes the cause where the driver did not.
+could write why. This process starts with the driver, in a session of its own, waits for the end of both, and writes the cause
+where the driver did not.
 
 DRIVER is the driver's process id; EPOLL and RAYLET are numbers of inherited descriptors. RAYLET is a connection to the raylet.
 EPOLL watches this connection and a pipe from the driver, and reports first what closed first:
