@@ -33,7 +33,10 @@ from launcher.models import isolation_verdicts
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, Lineage, ModelFacts, Provenance
 from launcher.security import ownership
 
-_PACKAGES = ("torch", "deepspeed", "transformers", "ray", "wandb", "hydra-core", "submitit", "safetensors", "liger-kernel")
+_PACKAGES = (
+    *("torch", "deepspeed", "transformers", "ray", "wandb", "hydra-core", "submitit", "safetensors"),
+    *("liger-kernel", "torchao"),
+)
 
 
 def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:

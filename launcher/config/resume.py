@@ -52,6 +52,7 @@ CHANGEABLE = (
     "model.attention",
     "model.liger",
     "model.compile",
+    "model.fp8",
     "optim.lr",
     "deepspeed.",
 )

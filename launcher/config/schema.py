@@ -142,6 +142,14 @@ class ModelSection(Section):
             "deepspeed.whole_layers, which it implies. Needs gcc on GPUs and g++ on CPUs, and the headers of Python."
         ),
     )
+    fp8: Flag = Field(
+        False,
+        description=(
+            "Compute the linear layers of decoder layers in FP8 while training, with a scale for each row (torchao, the extra "
+            "`fp8`); weights, checkpoints, evaluations and the export stay in bf16. Needs model.dtype=bf16 and GPUs of the "
+            "families Hopper or Blackwell; each rank tries it first. Faster than bf16 only with model.compile=true."
+        ),
+    )
     trust_remote_code: Flag = Field(
         False,
         description=(

@@ -19,6 +19,7 @@ _NAMES_ELSEWHERE = {
     "model.attention": "attn_implementation flash_attention flash_attn use_flash_attention",
     "model.activation_checkpointing": "gradient_checkpointing activation_checkpoint recompute",
     "model.liger": "use_liger_kernel liger_kernel",
+    "model.fp8": "float8 fp8_training enable_float8_linear",
     "data.path": "dataset dataset_path dataset_name train_file data_path data_files",
     "data.max_length": "max_seq_len max_seq_length seq_len seq_length sequence_length context_length max_len cutoff_len",
     "data.packing": "pack packed sample_packing",

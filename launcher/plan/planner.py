@@ -19,6 +19,7 @@ from launcher.plan.optimizers import OPTIMIZERS, optimizer_problems
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import default_name
 from launcher.plan.sizing import combinations, kernels
+from launcher.plan.sizing.fp8 import fp8_problems
 from launcher.plan.sizing.remedies import nearest_fits
 
 CPU_RANKS = 2
@@ -36,13 +37,14 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     topology = choose_topology(config, facts)
     problems = [*_topology_problems(config, facts, topology), *architecture_problems(facts.model, config.data.packing)]
     problems += [*optimizer_problems(config), *plan_checks.refusals(config, facts.model)]
+    gpu_name = config.cluster.gpu_type or facts.device.name
+    problems += fp8_problems(config, facts.model, topology, gpu_name)
     try:
         batch.split(config.train, config.data, topology.world_size, topology.device, facts.data)
     except ConfigError as error:
         problems += error.problems
     if problems:
         raise ConfigError(problems)
-    gpu_name = config.cluster.gpu_type or facts.device.name
     run_name = config.run.name or default_name(config, facts.provenance.created_at, facts.provenance.run_file)
     run_dir = run_dir_of(config, run_name, facts.working_dir, facts.home_dir)
     # The main memory of this machine only counts where the plan is for machines of its kind.

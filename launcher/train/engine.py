@@ -80,7 +80,7 @@ def build_engine(
 
 
 def build_inference_engine(plan: LaunchPlan, make_progress: MakeProgress = silent) -> tuple[Any, CausalLMLoss]:
-    """Build a DeepSpeed engine that computes what the training engine computes, without gradients and an optimizer. Collective.
+    """Build a DeepSpeed engine that computes what the training engine does in evaluations, without an optimizer. Collective.
 
     Raises:
         ConfigError: where the architecture cannot be trained, or weights are missing.
@@ -118,6 +118,7 @@ def _partitioned_model(
         uses_liger=plan.uses_liger,
         whole_layers=trains and config.deepspeed.whole_layers,
         compiles=trains and config.model.compile,
+        uses_fp8=trains and config.model.fp8,
     )
     del partitioning
 

@@ -30,7 +30,7 @@ from launcher.models.weight_files import WeightReport, read_header, weight_files
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.sizing.checkpointed_layers import NONE, checkpointed_layers, interval
 from launcher.tracking.progress import MakeProgress, silent
-from launcher.train.kernels import attention, layers, liger
+from launcher.train.kernels import attention, fp8, layers, liger
 from launcher.train.loss import LossHead
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -43,11 +43,13 @@ _MISMATCH_ERRORS = ("Error(s) in loading state_dict", "Failed to apply weight co
 class CausalLMLoss(nn.Module):
     """A Hugging Face model with a forward pass that returns the loss over trained labels."""
 
-    def __init__(self, model: nn.Module, flatten: bool, liger_problem: str = "") -> None:
+    def __init__(self, model: nn.Module, flatten: bool, liger_problem: str = "", fp8_use: str = "") -> None:
         super().__init__()
         self.hf = model
         # Why Liger is not used, although the plan assumes it.
         self.liger_problem = liger_problem
+        # Which layers compute in FP8, empty where none does.
+        self.fp8_use = fp8_use
         # FlashAttention and varlen attend within documents in a batch of one row only.
         self.flatten = flatten
         # In a tuple, so that it is not registered as a module a second time.
@@ -140,13 +142,15 @@ def build_model(
     uses_liger: bool = False,
     whole_layers: bool = False,
     compiles: bool = False,
+    uses_fp8: bool = False,
 ) -> CausalLMLoss:
     """Build the model that the plan names. Call it while an HfDeepSpeedConfig is alive.
 
     With `has_checkpoint`, weights are neither loaded nor drawn, since a checkpoint replaces all of them.
 
     Raises:
-        ConfigError: where the architecture is not a causal language model that can be trained here, or weights are missing.
+        ConfigError: where the architecture is not a causal language model that can be trained here, weights are missing, or a
+            rank cannot compute in FP8.
     """
     # A lazy import of dynamo inside zero.Init dies on patched tensor constructors.
     import torch._dynamo
@@ -167,7 +171,9 @@ def build_model(
         message = "packed documents would affect each other in the FlashAttention of this architecture"
         raise ConfigError(message, where="model.attention", value=config.model_type, remedy="set model.attention=sdpa")
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
-    liger_problem = ""
+    liger_problem = fp8_use = ""
+    if uses_fp8:
+        fp8.require_usable(torch.device(device))
     if uses_liger:
         liger_problem = liger.find_problem(model, str(config.model_type), torch.device(device), options["dtype"])
     hf = _build_empty(config, **options, **remote) if has_checkpoint else None
@@ -183,6 +189,8 @@ def build_model(
     _replace_head(hf, chunk_tokens)
     if uses_liger and not liger_problem:
         liger_problem = liger.apply(hf, model, torch.device(device))
+    if uses_fp8:
+        fp8_use = fp8.convert(hf, layers.find_layers(hf, "model.fp8", "set model.fp8=false"), compiles)
     checkpoint_layers(hf, checkpointing)
     if whole_layers or compiles:
         setting = "model.compile" if compiles else "deepspeed.whole_layers"
@@ -193,7 +201,7 @@ def build_model(
     hf.train()
     # Where documents are not packed, they may affect each other, and so may the rows of a flattened batch.
     flatten = packing and (kernel == attention.VARLEN or kernel.startswith("flash_attention"))
-    return CausalLMLoss(hf, flatten, liger_problem)
+    return CausalLMLoss(hf, flatten, liger_problem, fp8_use)
 
 
 def read_own_config(folder: Path, trust_remote_code: bool) -> Any:

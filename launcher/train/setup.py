@@ -114,6 +114,8 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     if plan.uses_liger:
         problem = model.liger_problem
         tracker.event("alert" if problem else "info", liger.describe_use(problem, run.run_dir.root), 0)
+    if model.fp8_use:
+        tracker.event("info", model.fp8_use, 0)
     # An engine that cannot be saved is refused here, not at the first checkpoint.
     saver = _build_saver(run, engine, model, fence)
     batches, eval_rows = _open_batches(run, data), _open_eval_rows(run, data)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from launcher.cli.formatting import table
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import situation_of
 from launcher.plan.quantities import format_count
-from launcher.plan.sizing.combinations import PREFERRED_SHARE, USABLE_SHARE, Considered, considered
+from launcher.plan.sizing.combinations import PREFERRED_SHARE, USABLE_SHARE, Considered, choose, considered, evaluate
 from launcher.plan.sizing.kernels import describe_liger
 
 _MOST_ROWS = 16
@@ -46,7 +46,8 @@ def peak_line(plan: LaunchPlan) -> str | None:
     basis = "" if peak.is_measured or plan.topology.device == "cpu" else ", estimated"
     total = f"{peak.peak_gib:.2f}{of} GiB per rank{basis}, highest in the {stage.name} stage"
     kernels = describe_liger(plan.config.model, plan.model, plan.topology.device, plan.uses_liger)
-    return f"{total}: {sizes or 'under 5 MiB each'}; {', '.join(filter(None, (_recomputed(plan), kernels)))}"
+    fp8 = "linear layers in FP8" if plan.config.model.fp8 else ""
+    return f"{total}: {sizes or 'under 5 MiB each'}; {', '.join(filter(None, (_recomputed(plan), kernels, fp8)))}"
 
 
 def tight_note(plan: LaunchPlan) -> str:
@@ -64,7 +65,7 @@ def tight_note(plan: LaunchPlan) -> str:
 
 def why_lines(plan: LaunchPlan) -> list[str]:
     """Return tables of the plan's memory in each stage of a step, and of the combinations that were considered."""
-    return ["", *_stages(plan), *_STAGE_LEGEND, "", *_combinations(plan), *_COMBINATION_LEGEND]
+    return ["", *_stages(plan), *_STAGE_LEGEND, "", *_combinations(plan), *_COMBINATION_LEGEND, *_fp8(plan)]
 
 
 def why_values(plan: LaunchPlan) -> list[dict[str, Any]]:
@@ -81,6 +82,22 @@ def why_values(plan: LaunchPlan) -> list[dict[str, Any]]:
         }
         for one in considered(situation_of(plan))
     ]
+
+
+def _fp8(plan: LaunchPlan) -> list[str]:
+    """Return what model.fp8 changes in the chosen combination, a line where it is set."""
+    if not plan.config.model.fp8:
+        return []
+    situation = situation_of(plan)
+    chosen = choose(situation)
+    section = plan.config.model.model_copy(update={"fp8": False})
+    in_bf16 = replace(situation, config=plan.config.model_copy(update={"model": section}))
+    both = {"FP8": chosen, "bf16": evaluate(in_bf16, chosen.combination, is_allowed=True)}
+    values = (
+        f"{name} {one.peak.peak_gib:.1f} GiB" + ("" if one.tokens_per_sec is None else f" and {one.tokens_per_sec:,.0f} tokens/s")
+        for name, one in both.items()
+    )
+    return [f"model.fp8, for the chosen row: {', '.join(values)}. Its speed and memory are assumptions: no GPU was measured."]
 
 
 def _stages(plan: LaunchPlan) -> list[str]:

@@ -34,13 +34,18 @@ _FUSED_QKV = ("phi3",)
 
 @dataclass(frozen=True)
 class Kernels:
-    """How a layer computes: bytes of an element, attention kernel, tokens of a row, whether rows are packed, Liger."""
+    """How a layer computes: bytes of an element, attention kernel, tokens of a row, whether rows are packed, Liger, FP8.
+
+    `compiled` is whether torch.compile makes its kernels.
+    """
 
     width: int
     attention: str
     row_tokens: int
     packed: bool = True
     liger: bool = False
+    fp8: bool = False
+    compiled: bool = False
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,8 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
         config.data.max_length,
         config.data.packing,
         combination.liger,
+        config.model.fp8,
+        config.model.compile,
     )
     recomputed = checkpointed_layers(combination.checkpointing, model.num_layers)
     one_pass = Pass(

@@ -7,7 +7,8 @@ V the vocabulary, H the hidden size, C the tokens of a chunk of logits, and w th
     loss           all activations, the hidden states and their gradients 2wTH, the head's gradient and the logits of a chunk:
                    4VH for the sum over chunks in fp32 (wVH with one chunk), with it 4CV for logits, in narrower types wCV more
                    for their gradient, or wVH for the sum in the type of the weights
-    backward       all activations, one layer again where it is recomputed, the gradients inside it, those of two weights
+    backward       all activations, one layer again where it is recomputed, the gradients inside it, those of two weights, and the
+                   copies in FP8 of a linear layer
     optimizer step one sub-group's gradients in fp32, twice where they accumulate in another type
     gathered       DeepSpeed fetches weights ahead until stage3_max_live_parameters of them are there; the experts' weights stay
                    until the backward pass of a layer that is not recomputed, which holds them through a transposed view
@@ -34,6 +35,7 @@ from launcher.plan.sizing.activations import (
     layer_activations,
     shared_bytes,
 )
+from launcher.plan.sizing.fp8 import fp8_bytes
 
 GIB = 2**30
 # What CUDA and NCCL take, and the share that fragmentation adds with expandable segments, where no GPU of the type was measured.
@@ -147,12 +149,13 @@ def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: Gp
     if not model.tie_word_embeddings:
         converted += _reduction_copies(head, width, sharding)
     norm_temporary = max(converted, activations.final_norm - activations.saved)
+    in_layer = activations.backward - activations.saved + fp8_bytes(model, one_pass.tokens, one_pass.kernels)
     sub_group = min(zero["sub_group_size"], model.num_params / sharding.world_size)
     copies = FP32 + (sharding.gradient_width if sharding.gradient_width != FP32 else 0)
     stages = (
         _stage("loss", activations.saved, in_loss, 0, loss_bytes(model, one_pass)),
         _stage("final norm", activations.saved, in_backward, head_gradient, norm_temporary),
-        _stage("backward", activations.saved, in_backward, pending, activations.backward - activations.saved),
+        _stage("backward", activations.saved, in_backward, pending, in_layer),
         _stage("optimizer step", 0, 0, 0, copies * sub_group if sharding.optimizer_on_device else 0),
     )
     buckets = sharding.reduced_width * zero["reduce_bucket_size"]

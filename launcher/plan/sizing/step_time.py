@@ -2,7 +2,8 @@
 
 The sum of four parts, of which some overlap:
 
-    products       6 FLOPs for each weight and token, 2 more for a recomputed layer, at the GPU's gemm_share of its peak
+    products       6 FLOPs for each weight and token, 2 more for a recomputed layer, at the GPU's gemm_share of its peak; those in
+                   FP8 at a share of the peak of FP8 (fp8.py beside this file)
     attention      pairs of queries and keys within documents, or of whole rows where the kernel computes all, at ATTENTION_SHARE
     communication  weights gathered twice, and gradients reduced once, for each micro-batch (arXiv:1910.02054, section 7), each
                    in the type of its transfer
@@ -23,6 +24,7 @@ from launcher.plan.deepspeed import TransferWidths
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
 from launcher.plan.sizing.activations import FLASH_KERNELS, Kernels
+from launcher.plan.sizing.fp8 import fp8_share, fp8_speed
 
 # The share of the peak that products reach, where no GPU of the type was measured, and the factor by which Liger raises it.
 GEMM_SHARE, LIGER_FACTOR = 0.48, 0.54 / 0.48
@@ -74,7 +76,12 @@ def predict_step(
     peak = gpu.peak_tflops({2: "bf16", 4: "tf32"}[kernels.width]) or gpu.bf16
     tokens = batch.micro_batch_size * kernels.row_tokens
     again = 1 + recomputed_share / 3
-    products = tokens * (flops.per_token * again + flops.per_label)
+    in_layers = flops.per_token * again
+    if kernels.fp8:
+        converted = fp8_share(model, flops.per_token / 6)
+        in_layers *= 1 - converted + converted / fp8_speed(gpu, kernels)
+    # Those of FP8 as the FLOPs that bf16 would compute in their time.
+    products = tokens * (in_layers + flops.per_label)
     length = doc_tokens if kernels.attention in FLASH_KERNELS else kernels.row_tokens
     pairs = (flops.of([length], 0) - flops.per_token * length) / length * tokens * again
     if kernels.attention not in FLASH_KERNELS:

@@ -16,17 +16,15 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from launcher.config.schema import ModelSection
-from launcher.distributed import gather_json
-from launcher.errors import ConfigError, describe
+from launcher.errors import ConfigError
 from launcher.shell_commands import launcher_command
 from launcher.train.kernels.build_tools import missing_build_tools
+from launcher.train.kernels.trial import run_on_each_rank
 
 # Sizes of the trial, with heads of 16.
 _WIDTH, _MLP_WIDTH, _TOKENS = 64, 128, 8
-_MOST_CHARACTERS = 300
 # What Liger has replaced in this process: module, name, and what was there.
 _replaced: list[tuple[ModuleType, str, Any]] = []
 
@@ -116,21 +114,8 @@ def _require_finite_gradients(inputs: Sequence[torch.Tensor], outputs: Sequence[
 
 def _agree(section: ModelSection, device: torch.device, action: Callable[[], None]) -> str:
     """Run an action; returns the problem, the same on all ranks, where it fails on any. Collective."""
-    reason = ""
-    try:
-        action()
-    # A build for another torch, transformers or Triton fails with anything.
-    except Exception as error:
-        reason = _first_line(error)
-    remedy = _remedy(device) if reason else ""
-    failed = torch.tensor(int(bool(reason)), device=device)
-    if dist.is_initialized():
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-        if failed:
-            answers = enumerate(gather_json([reason, remedy]))
-            rank, (reason, remedy) = next((rank, answer) for rank, answer in answers if answer[0])
-            reason = f"rank {rank}: {reason}"
-    if not failed:
+    reason, remedy = run_on_each_rank(action, lambda: _remedy(device), device)
+    if not reason:
         return ""
     if section.liger is True:
         raise ConfigError("Liger cannot be used", where="model.liger", value=reason, remedy=f"{remedy}; or set model.liger=auto")
@@ -142,11 +127,6 @@ def _remedy(device: torch.device) -> str:
     if problems := missing_build_tools(device.type):
         return "; ".join(f"{problem.message}: {problem.remedy}" for problem in problems)
     return "pip install --upgrade 'launcher[gpu]', and see what python -m launcher doctor says about Liger on this machine"
-
-
-def _first_line(error: Exception) -> str:
-    lines = describe(error).strip().splitlines()
-    return lines[0][:_MOST_CHARACTERS]
 
 
 def _replace(hf: Any) -> None:

@@ -269,13 +269,18 @@ def _check_kernels(plan: LaunchPlan) -> list[Problem]:
     """Check what the kernels need that the settings ask for; those that `auto` chooses are tried by the ranks."""
     asked = {"model.compile": plan.config.model.compile, "model.liger": plan.uses_liger and plan.config.model.liger is True}
     settings = [setting for setting, is_asked in asked.items() if is_asked]
-    if not settings:
-        return []
-    needed, without = (" and ".join(f"{setting}={value}" for setting in settings) for value in ("true", "false"))
-    problems = [
-        replace(problem, message=f"{problem.message}, for {needed}", remedy=f"{problem.remedy}, or set {without}")
-        for problem in missing_build_tools(plan.topology.device)
-    ]
+    problems = []
+    if settings:
+        needed, without = (" and ".join(f"{setting}={value}" for setting in settings) for value in ("true", "false"))
+        problems += [
+            replace(problem, message=f"{problem.message}, for {needed}", remedy=f"{problem.remedy}, or set {without}")
+            for problem in missing_build_tools(plan.topology.device)
+        ]
+    if plan.config.model.fp8 and importlib.util.find_spec("torchao") is None:
+        remedy = "pip install 'launcher[fp8]', or set model.fp8=false"
+        problems.append(
+            Problem("torchao is not installed, which computes linear layers in FP8", value="model.fp8=true", remedy=remedy)
+        )
     if asked["model.liger"] and importlib.util.find_spec("liger_kernel") is None:
         remedy = "pip install 'launcher[gpu]', or set model.liger=auto"
         problems.append(Problem("Liger is not installed", value="model.liger=true", remedy=remedy))

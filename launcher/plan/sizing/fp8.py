@@ -1,0 +1,109 @@
+"""Linear layers in FP8 (model.fp8): where they can be used, and what the plan assumes of their memory and speed. Pure.
+
+Ranks compute them with torchao (launcher/train/kernels/fp8.py). The rates and the bytes below follow from its code and from
+published runs. No GPU was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from launcher.config.schema import RunConfig
+from launcher.errors import Problem
+from launcher.plan.architecture import is_sparse
+from launcher.plan.gpu_types import GPUS, GpuType, lookup
+from launcher.plan.launch_plan import ModelFacts, Topology
+from launcher.plan.sizing.activations import Kernels
+
+# The tensor cores take matrices whose sizes are multiples of it.
+MULTIPLE = 16
+# Types that have FP8 units, and no products with a scale for each row: Ada, and AMD's, whose FP8 is another format.
+_WITHOUT_ROW_SCALES = ("L4", "L40S", "RTX-4090", "MI300X", "MI325X")
+# The share that FP8 reaches of its peak, in terms of the share that bf16 reaches of its own, which is half as high; casts are
+# included. Compiled, products are 1.2 times as fast as in bf16, and a step takes a tenth less: torchtitan measured that with
+# torchao's scales by row (Llama 3 8B on 8 H100: 6,412 against 5,760 tokens/s; commit 7a04053). Not compiled, a cast moves about
+# 36 bytes for each element, and products take twice as long as in bf16.
+_COMPILED_SHARE, _EAGER_SHARE = 0.6, 0.25
+# Bytes of an element that a cast holds beside its result where it is not compiled: two copies in fp32.
+_EAGER_CAST = 8
+
+
+def fp8_problems(config: RunConfig, model: ModelFacts, topology: Topology, gpu_name: str) -> Iterator[Problem]:
+    """Yield why model.fp8 cannot be used, as far as it is known before the ranks try it."""
+    if not config.model.fp8:
+        return
+    where, without = "model.fp8", "set model.fp8=false"
+    if topology.device != "cuda":
+        yield Problem("model.fp8=true needs GPUs, and this run computes on CPUs", where, "true", without)
+        return
+    gpu = lookup(gpu_name)
+    if gpu is not None and not _scales_rows(gpu):
+        able = ", ".join(name for name, one in GPUS.items() if _scales_rows(one))
+        message = "model.fp8=true needs a GPU of the families Hopper or Blackwell"
+        yield Problem(message, where, gpu_name, f"{without}, or use one of {able}")
+    if config.model.dtype != "bf16":
+        message = f"model.fp8=true computes all else in bf16, and model.dtype is {config.model.dtype}"
+        yield Problem(message, where, "true", f"set model.dtype=bf16, or {without.removeprefix('set ')}")
+    if model.hidden_size % MULTIPLE:
+        message = f"FP8 takes matrices whose sizes are multiples of {MULTIPLE}, and no linear layer of this model has such sizes"
+        yield Problem(message, where, f"hidden_size {model.hidden_size}", without)
+
+
+def fp8_warning(config: RunConfig) -> str | None:
+    """Return what is probably a mistake about model.fp8, None where nothing is."""
+    if config.model.fp8 and not config.model.compile:
+        return (
+            "model.fp8=true without model.compile=true is expected to be slower than bf16, because casts to FP8 that are not "
+            "compiled pass through memory several times: set model.compile=true"
+        )
+    return None
+
+
+def fp8_share(model: ModelFacts, num_weights: float) -> float:
+    """Return the share of the weights that multiply a token in decoder layers, `num_weights`, that are multiplied in FP8.
+
+    Experts are no linear layers, and routers are left out.
+    """
+    converted = sum(
+        rows * columns
+        for layer in range(model.num_layers)
+        for rows, columns in _linear_layers(model, layer)
+        if rows % MULTIPLE == 0 and columns % MULTIPLE == 0
+    )
+    return min(1.0, converted / num_weights) if num_weights else 0.0
+
+
+def fp8_speed(gpu: GpuType, kernels: Kernels) -> float:
+    """Return how many times as fast as in bf16 products are in FP8, casts included."""
+    return (gpu.fp8 or gpu.bf16) / gpu.bf16 * (_COMPILED_SHARE if kernels.compiled else _EAGER_SHARE)
+
+
+def fp8_bytes(model: ModelFacts, tokens: int, kernels: Kernels) -> int:
+    """Return the bytes of casts at the peak of the backward pass of a layer, in its widest linear layer; 0 without FP8.
+
+    With R x C its sizes and T the tokens, these are there at one time: the gradient twice (TR each, scaled by row and by column),
+    the weight (RC) and the input (TC), and the gradient and the input once more, as each product wants its own layout.
+    """
+    if not kernels.fp8:
+        return 0
+    columns = model.hidden_size
+    rows = max(model.intermediate_size, model.num_heads * model.head_dim)
+    held = rows * columns + 3 * tokens * rows + 2 * tokens * columns
+    if kernels.compiled:
+        return held
+    in_fp32 = max(tokens * rows, rows * columns)
+    return max(held, rows * columns + 2 * tokens * rows + _EAGER_CAST * in_fp32)
+
+
+def _scales_rows(gpu: GpuType) -> bool:
+    return gpu.fp8 is not None and gpu not in [GPUS[name] for name in _WITHOUT_ROW_SCALES]
+
+
+def _linear_layers(model: ModelFacts, layer: int) -> Iterator[tuple[int, int]]:
+    """Yield the sizes of a decoder layer's linear layers."""
+    hidden, query, key_value = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    yield from ((query, hidden), (key_value, hidden), (key_value, hidden), (hidden, query))
+    size = model.intermediate_size
+    if is_sparse(model.config, layer):
+        size = model.config.get("shared_expert_intermediate_size") or 0
+    yield from ((size, hidden), (size, hidden), (hidden, size))
