@@ -336,7 +336,7 @@ def train_after_probe(plan_path: str, failing: str, persistence_threshold: int) 
 
 
 def train_with_layers(plan_path: str) -> dict[str, Any]:
-    """Train four steps on packed rows, of other documents in each; returns losses, the last norm, weights, and what was compiled."""
+    """Train four steps on packed rows, of other documents in each; returns losses, the last norm, weights, what was compiled."""
     rank, plan = meet(), LaunchPlan.load(plan_path)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     torch._dynamo.reset()
