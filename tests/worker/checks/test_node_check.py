@@ -236,6 +236,11 @@ def test_what_the_settings_need_to_build_kernels_is_looked_for_on_every_node(
     settings = made.config.model.model_copy(update={"compile": False, "liger": "auto"})
     made = made.model_copy(update={"config": made.config.model_copy(update={"model": settings})})
     assert check_node(made, run, 1, 1).problems == ()
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    in_fp8 = made.config.model_copy(update={"model": settings.model_copy(update={"fp8": True})})
+    missing = only(check_node(made.model_copy(update={"config": in_fp8}), run, 1, 1))
+    assert missing.message == "torchao is not installed, which computes linear layers in FP8"
+    assert missing.remedy == "pip install 'launcher[fp8]', or set model.fp8=false"
 
 
 def test_the_code_digest_is_of_python_files_by_name_and_content(planned: Callable[..., tuple[LaunchPlan, RunDir]]) -> None:
