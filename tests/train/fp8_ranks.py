@@ -17,10 +17,12 @@ from launcher.plan.architecture import model_facts
 from launcher.train.model import build_model
 
 
-def build_in_fp8(has_torchao: bool) -> dict[str, Any]:
-    """Build a model in FP8 under ZeRO-3, with or without torchao on this rank; returns which layers use it, or the problem."""
+def build_in_fp8(torchao: str | None) -> dict[str, Any]:
+    """Build a model in FP8 under ZeRO-3, with the folder of torchao or without it; returns which layers use it, or why none."""
     meet()
-    if not has_torchao:
+    if torchao is not None:
+        sys.path.insert(0, torchao)
+    else:
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
             del sys.modules[name]
         sys.modules["torchao"] = None  # type: ignore[assignment]

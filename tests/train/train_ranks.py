@@ -335,8 +335,12 @@ def train_after_probe(plan_path: str, failing: str, persistence_threshold: int) 
     return {"message": message, "errors": errors, "num_gathered": num_gathered, "losses": losses}
 
 
-def train_with_layers(plan_path: str) -> dict[str, Any]:
-    """Train four steps on packed rows, of other documents in each; returns losses, the last norm, weights, what was compiled."""
+def train_with_layers(plan_path: str, packages: str = "") -> dict[str, Any]:
+    """Train four steps on packed rows, of other documents in each; returns losses, the last norm, weights, what was compiled.
+
+    `packages` is a folder with optional ones.
+    """
+    sys.path[:0] = filter(None, [packages])
     rank, plan = meet(), LaunchPlan.load(plan_path)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     torch._dynamo.reset()

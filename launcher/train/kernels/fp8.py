@@ -101,7 +101,7 @@ def try_product(device: torch.device) -> None:
         computed = (output, *torch.autograd.grad(output, (inputs, weight), gradient))
     for one, other in zip(computed, expected, strict=True):
         # Reading the result waits for the GPU, which reports what fails in a kernel only then.
-        error = float((one - other).float().norm() / other.float().norm())
+        error = float((one.detach() - other.detach()).float().norm() / other.detach().float().norm())
         if not error < _MOST_ERROR:
             raise ArithmeticError(f"products in FP8 differ from those in bf16 by {error:.0%}")
 

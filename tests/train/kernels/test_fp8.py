@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from forked_ranks import RankServer
-from missing_program import skip_or_fail
 from torch import Tensor, nn
+from torchao_folder import find_torchao
 
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError
@@ -37,9 +36,10 @@ SETTINGS = (
 
 
 @pytest.fixture(autouse=True)
-def _torchao() -> None:
-    if importlib.util.find_spec("torchao") is None:
-        skip_or_fail("torchao is installed with: pip install 'launcher[fp8]'")
+def torchao(monkeypatch: pytest.MonkeyPatch) -> str:
+    folder = str(find_torchao())
+    monkeypatch.syspath_prepend(folder)
+    return folder
 
 
 def build(device: str = "cpu", uses_fp8: bool = True, compiles: bool = False, **changes: Any) -> CausalLMLoss:
@@ -65,12 +65,12 @@ def linear(rows: int = 48, columns: int = 32, bias: bool = False) -> fp8.Fp8Line
 
 
 def relative_error(computed: Tensor, expected: Tensor) -> float:
-    return float((computed - expected).float().norm() / expected.float().norm())
+    return float((computed.detach() - expected.detach()).float().norm() / expected.detach().float().norm())
 
 
 @pytest.mark.rest
 def test_real_ranks_train_in_fp8_almost_as_in_bf16(
-    rank_server: RankServer, plan_of: Callable[..., LaunchPlan], tmp_path: Path
+    rank_server: RankServer, plan_of: Callable[..., LaunchPlan], tmp_path: Path, torchao: str
 ) -> None:
     """With parameters that are partitioned, layers that recompute and others, gathered alone or as a whole, and compiled."""
     results: dict[str, list[dict[str, Any]]] = {}
@@ -88,7 +88,7 @@ def test_real_ranks_train_in_fp8_almost_as_in_bf16(
         (folder / "plan.json").write_text(plan.to_json())
         results[name] = rank_server.values(
             "train_ranks:train_with_layers",
-            [[str(folder / "plan.json")]] * 2,
+            [[str(folder / "plan.json"), torchao]] * 2,
             folder,
             environment={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")},
             deadline_s=600,
@@ -127,8 +127,14 @@ def test_an_evaluation_computes_in_bf16_what_the_export_will() -> None:
     torch.testing.assert_close(in_fp8.eval()(IDS, POSITIONS), in_bf16.eval()(IDS, POSITIONS), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("emulates", [True, False])
 @pytest.mark.parametrize("tokens", [32, 21], ids=["a multiple of 16", "padded"])
-def test_a_layer_and_its_gradients_are_those_of_bf16_but_for_rounding(tokens: int) -> None:
+def test_a_layer_and_its_gradients_are_those_of_bf16_but_for_rounding(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, emulates: bool
+) -> None:
+    """Also with the products that GPUs compute: torch has them for CPUs, too, and they want the same sizes and layouts."""
+    settings = fp8._settings
+    monkeypatch.setattr(fp8, "_settings", lambda _, pads: settings("cpu" if emulates else "cuda", pads))
     layer = linear(bias=True)
     inputs = torch.randn(1, tokens, 32, dtype=torch.bfloat16, requires_grad=True)
     gradient = torch.randn(1, tokens, 48, dtype=torch.bfloat16)
@@ -189,8 +195,10 @@ def test_neither_the_head_nor_routers_nor_experts_compute_in_fp8() -> None:
     with_experts(IDS, POSITIONS, IDS).backward()
 
 
-def test_a_rank_that_cannot_compute_in_fp8_ends_the_run_on_all_ranks(rank_server: RankServer, tmp_path: Path) -> None:
-    for rank in rank_server.values("fp8_ranks:build_in_fp8", [[True], [False]], tmp_path):
+def test_a_rank_that_cannot_compute_in_fp8_ends_the_run_on_all_ranks(
+    rank_server: RankServer, tmp_path: Path, torchao: str
+) -> None:
+    for rank in rank_server.values("fp8_ranks:build_in_fp8", [[torchao], [None]], tmp_path):
         assert (rank["message"], rank["where"]) == ("linear layers cannot be computed in FP8", "model.fp8")
         assert rank["value"].startswith("rank 1: ModuleNotFoundError: ")
         assert "torchao" in rank["value"]
