@@ -34,7 +34,7 @@ import numpy as np
 import sides
 from sides import Cost
 
-from launcher.data import cache
+from launcher.data.cache.split import write_split
 from launcher.tracking.jsonl import read_metrics
 
 DATA = sides.HERE.parents[1] / "shared" / "data"
@@ -339,7 +339,7 @@ def opening(folder: Path, rounds: int) -> list[str]:
     def parts(dtype: type) -> Iterator[np.ndarray]:
         return (np.full(1000 * length, 1, dtype) for _ in range(num_rows // 1000))
 
-    digest = cache.write_split(
+    digest = write_split(
         made, parts(np.uint32), parts(np.uint8), rows=starts, docs=docs, row_labels=np.full(num_rows, length),
         doc_source=np.zeros(4 * num_rows, np.uint16), row_sources=np.full((num_rows, 2), length // 2, np.int32),
     )  # fmt: skip

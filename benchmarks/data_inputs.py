@@ -73,14 +73,15 @@ def write_short(file: Path, num_documents: int, seed: int = 0) -> Path:
 
 def launcher_documents(report: dict[str, Any]) -> Iterator[np.ndarray]:
     """Token ids of all documents in the cache that `launcher data --json` reports on, held-out ones as well."""
-    from launcher.data import cache
+    from launcher.data.cache import cache_store
+    from launcher.data.cache.split import Split
 
-    facts = cache.read(Path(report["cache_dir"]))
+    facts = cache_store.read(Path(report["cache_dir"]))
     assert facts is not None
     for held_out in (False, True):
         if held_out and not (report["held_out"] or {}).get("documents"):
             continue
-        split = cache.Split.open(facts, held_out=held_out)
+        split = Split.open(facts, held_out=held_out)
         for document in range(split.num_docs):
             yield split.tokens[split.docs[document] : split.docs[document + 1]]
 

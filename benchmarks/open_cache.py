@@ -19,7 +19,7 @@ def open_cache(folder: str, digest: str) -> dict[str, float]:
     """
     import torch
 
-    from launcher.data.cache import Split
+    from launcher.data.cache.split import Split
     from launcher.data.loader import TrainBatches
     from launcher.plan.launch_plan import Batch, DataFacts
 

@@ -21,7 +21,7 @@ import sides
 import torch
 from transformers import AutoModelForCausalLM
 
-from launcher.data.cache import Split
+from launcher.data.cache.split import Split
 from launcher.data.loader import IGNORED, RowBatches
 from launcher.data.score_store import ScoreKey, ScoreStore
 from launcher.distributed import RankInfo

@@ -24,7 +24,9 @@ from launcher.config.schema import RunConfig, is_run
 from launcher.config.sections.data import GENERAL_TEXT, DataSection
 from launcher.config.sections.evaluation import FORGETTING
 from launcher.config.sections.fields import HUB_ID_PATTERN
-from launcher.data import cache, sources
+from launcher.data import sources
+from launcher.data.cache import cache_store
+from launcher.data.cache_dir import cache_root
 from launcher.data.checks import findings
 from launcher.data.sources.eval_set import make_set_data
 from launcher.errors import ConfigError, DataError, Problem
@@ -158,7 +160,7 @@ def accepted_extra(config: RunConfig) -> Path:
     """Return the marker file that worker.checks.deepspeed_check writes once DeepSpeed has accepted these settings."""
     checked = [_version("deepspeed"), launcher.__version__, config.model.dtype, config.deepspeed.model_dump(mode="json")]
     digest = hashlib.blake2b(json.dumps(checked, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return cache.cache_root() / "deepspeed-checks" / digest
+    return cache_root() / "deepspeed-checks" / digest
 
 
 def data_facts(config: RunConfig, tokenizer_path: str | None) -> DataFacts | None:
@@ -175,12 +177,12 @@ def eval_set_facts(config: RunConfig, tokenizer_path: str | None) -> dict[str, D
 
 
 def _find_cache(section: DataSection, tokenizer_path: str) -> DataFacts | None:
-    return cache.find_built(section, tokenizer_path)
+    return cache_store.find_built(section, tokenizer_path)
 
 
 def id_problem(cache_dir: str, model: ModelFacts) -> Problem | None:
     """Return the problem of a data cache with token ids beyond the model's embedding."""
-    return cache.id_problem(cache.read_report(cache_dir)["max_token_id"], model.vocab_size, str(model.tokenizer_path))
+    return cache_store.id_problem(cache_store.read_report(cache_dir)["max_token_id"], model.vocab_size, str(model.tokenizer_path))
 
 
 def _lineage(model: str) -> Lineage | None:

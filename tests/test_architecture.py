@@ -34,7 +34,7 @@ SUBMIT_SIDE = [
         "launcher.run_store",
     ),
     *("launcher.locks", "launcher.hardware"),
-    *("launcher.data.cache", "launcher.data.sources"),
+    *("launcher.data.cache.cache_store", "launcher.data.cache.split", "launcher.data.sources"),
     *("launcher.checkpoint.store", "launcher.checkpoint.retention", "launcher.checkpoint.manifest"),
 ]
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from launcher.config.sections.data import COLUMNS, DataSection, Source
 from launcher.data.build import build
-from launcher.data.cache import Split
+from launcher.data.cache.split import Split
 from launcher.data.sources import Completion
 from launcher.data.sources.formats import FORMATS, RowFormat
 from launcher.data.sources.row_values import Row, read_value

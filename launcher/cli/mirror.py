@@ -21,7 +21,9 @@ from launcher.cli.starting import eval_set_caches
 from launcher.cli.worker_process import prepare
 from launcher.config.schema import ModelSection
 from launcher.config.sections.fields import Url
-from launcher.data import cache, sources
+from launcher.data import sources
+from launcher.data.cache import cache_store
+from launcher.data.cache_dir import cache_root
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, SubmitError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -164,7 +166,7 @@ def _find_or_build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
     trained = plan.data
     if trained is None:
         raise SubmitError("the plan in the mirror has no data", where=plan.run_name)
-    if (local := cache.find(Path(trained.cache_dir).name)) is None:
+    if (local := cache_store.find(Path(trained.cache_dir).name)) is None:
         local = _build_data(plan, model)
     expected, actual = trained.contents(), local.contents()
     # Plans of older runs have no digest; their counts are compared.
@@ -188,7 +190,7 @@ def _find_or_build_eval_sets(plan: LaunchPlan, model: ModelSection) -> dict[str,
         ConfigError, DataError: if a set that must be built is missing on this machine.
     """
     config = plan.config.model_copy(update={"model": model})
-    local = {name: cache.find(Path(recorded.cache_dir).name) for name, recorded in plan.eval_sets.items()}
+    local = {name: cache_store.find(Path(recorded.cache_dir).name) for name, recorded in plan.eval_sets.items()}
     kept = {name: counts for name, counts in local.items() if counts is not None}
     return eval_set_caches.find_or_build(config, kept, model.tokenizer or model.path)
 
@@ -199,9 +201,9 @@ def _build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
         remedy = "copy the data to this path; nothing else is missing on this machine"
         raise ConfigError([Problem(problem.message, problem.where, problem.value, remedy) for problem in problems])
     prepare(plan.config.model_copy(update={"model": model}))
-    built = cache.find_built(plan.config.data, model.tokenizer or model.path or "")
+    built = cache_store.find_built(plan.config.data, model.tokenizer or model.path or "")
     if built is None:
-        raise DataError(Problem("the data cache is not there after it was built", where=str(cache.cache_root())))
+        raise DataError(Problem("the data cache is not there after it was built", where=str(cache_root())))
     return built
 
 

@@ -26,7 +26,8 @@ from launcher.clusters.preflight import check_startable, disk_note, push_note
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
 from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import EvalSet
-from launcher.data import cache, sources
+from launcher.data import sources
+from launcher.data.cache import cache_store
 from launcher.errors import CheckpointError, ConfigError, DamagedCheckpoint, DataError, LauncherError, Problem, SubmitError
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, ModelFacts
 from launcher.plan.planner import plan as make_plan
@@ -349,7 +350,7 @@ def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts, asks_f
     """
     recorded = plan.data
     if recorded is not None and config.data == plan.config.data:
-        if cache.read(Path(recorded.cache_dir), config.data.cache_group) != recorded:
+        if cache_store.read(Path(recorded.cache_dir), config.data.cache_group) != recorded:
             print("the data cache differs from the one in the plan; building it again from the sources", flush=True)
         elif changed := _changed_sources(recorded, config):
             print(f"note: changed since the rows of this run were built: {'; '.join(changed)}", flush=True)
@@ -385,7 +386,7 @@ def _is_recorded(eval_set: EvalSet, plan: LaunchPlan, config: RunConfig) -> bool
     before = next((one for one in plan.config.eval.all_sets if one.name == eval_set.name), None)
     if recorded is None or before is None or config.data != plan.config.data or before.rows != eval_set.rows:
         return False
-    return cache.read(Path(recorded.cache_dir), config.data.cache_group) == recorded
+    return cache_store.read(Path(recorded.cache_dir), config.data.cache_group) == recorded
 
 
 def _changed_sources(recorded: DataFacts, config: RunConfig) -> list[str]:
@@ -395,7 +396,7 @@ def _changed_sources(recorded: DataFacts, config: RunConfig) -> list[str]:
     """
     inputs = [*config.data.sources, *filter(None, [sources.make_eval_source(config.data)])]
     changed = []
-    for source, built in zip(inputs, cache.read_report(recorded.cache_dir)["sources"], strict=False):
+    for source, built in zip(inputs, cache_store.read_report(recorded.cache_dir)["sources"], strict=False):
         with suppress(DataError, OSError, KeyError, TypeError):
             before, today = built["digest"], sources.describe_origin(source)["digest"]
             if before != today:

@@ -14,9 +14,11 @@ import numpy as np
 
 from launcher.config.sections.data import DataSection
 from launcher.config.sections.evaluation import EvalSet
-from launcher.data import cache, packing, row_layout, sources
+from launcher.data import packing, row_layout, sources
 from launcher.data.build_report import make_facts, make_report
-from launcher.data.cache import Split
+from launcher.data.cache import cache_store
+from launcher.data.cache.keys import cache_key
+from launcher.data.cache.split import Split, write_split
 from launcher.data.checks import findings
 from launcher.data.corpus import EncodedCorpus, Progress, list_inputs, read_corpus
 from launcher.data.selection import NothingLeft, Selection, select_documents
@@ -43,7 +45,7 @@ def build(
     """
     if problems := sources.check_sources(data):
         raise DataError(problems)
-    if (facts := cache.find_built(data, tokenizer_path)) is not None:
+    if (facts := cache_store.find_built(data, tokenizer_path)) is not None:
         return facts
     full, limit = None, data.eval_max_rows
     if limit is not None:
@@ -51,20 +53,24 @@ def build(
         full = build(data.model_copy(update={"eval_max_rows": None}), tokenizer_path, on_progress, num_embeddings)
         if full.num_eval_rows <= limit:
             return full
-    key = cache.cache_key(data, tokenizer_path)
-    with cache.building(key, data.cache_group) as folder:
+    key = cache_key(data, tokenizer_path)
+    with cache_store.building(key, data.cache_group) as folder:
         if folder is not None and full is not None and limit is not None:
             _limit_held_out(folder, full, limit)
         elif folder is not None:
             _build_into(folder, data, tokenizer_path, on_progress or (lambda stage, done, total: None), num_embeddings)
-        if folder is not None and cache.cache_key(data, tokenizer_path) != key:
+        if folder is not None and cache_key(data, tokenizer_path) != key:
             # The key names the bytes from before the change.
             message, where = "a data source changed while it was read", ", ".join(source.path for source in data.sources)
             raise DataError(Problem(message, where, remedy="try again when nothing writes to it any more, or pin its revision"))
-    facts = cache.find(key, data.cache_group)
+    facts = cache_store.find(key, data.cache_group)
     if facts is None:
         raise DataError(
-            Problem("the data cache vanished while it was built", str(cache.cache_dir(key, data.cache_group)), remedy="try again")
+            Problem(
+                "the data cache vanished while it was built",
+                str(cache_store.cache_dir(key, data.cache_group)),
+                remedy="try again",
+            )
         )
     return facts
 
@@ -126,7 +132,7 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     corpus = read_corpus(data, tokenizer_path, spool, on_progress)
     docs, pieces = corpus.docs, corpus.pieces
     on_progress("compare", 0, corpus.num_docs)
-    id_problem = None if num_embeddings is None else cache.id_problem(corpus.max_token_id, num_embeddings, tokenizer_path)
+    id_problem = None if num_embeddings is None else cache_store.id_problem(corpus.max_token_id, num_embeddings, tokenizer_path)
     selection = _select(corpus, data, id_problem)
     is_dropped, layout = selection.is_dropped, selection.layout
     on_progress("compare", corpus.num_docs, corpus.num_docs)
@@ -147,13 +153,13 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     candidates = (prompt for prompt in corpus.prompts if not is_dropped[prompt.doc])
     chosen = heapq.nsmallest(NUM_PROMPTS, candidates, key=lambda prompt: prompt.rank)
     samples = [{"prompt": p.prompt, "prompt_ids": p.prompt_ids, "answer": p.answer} for p in chosen]
-    cache.write_json(folder / "samples.json", samples)
+    cache_store.write_json(folder / "samples.json", samples)
     findings.write(folder, selection.findings)
     report = make_report(corpus, is_dropped, layout, held_out, selection.epochs, data)
     if data.exclude is not None:
         report["num_excluded"] = selection.num_excluded
     facts = make_facts(report, pieces, layout, held_out, digest).model_copy(update={"chat_template": read_template(data)})
-    cache.finish(folder, facts, report)
+    cache_store.finish(folder, facts, report)
     on_progress("pack and write", 1, 1)
 
 
@@ -172,9 +178,9 @@ def _limit_held_out(folder: Path, full: DataFacts, max_rows: int) -> None:
         split.verify()
     chosen = packing.choose_evenly(whole.num_rows, max_rows)
     documents = np.concatenate([np.empty(0, np.int64), *(np.arange(whole.num_docs)[whole.row_docs(row)] for row in chosen)])
-    report, origins_of = cache.read_report(full.cache_dir), DocumentOrigins.open(full.cache_dir, held_out=True)
+    report, origins_of = cache_store.read_report(full.cache_dir), DocumentOrigins.open(full.cache_dir, held_out=True)
     (folder / "eval").mkdir(mode=0o700)
-    for name in cache.file_sizes(full.cache_dir):
+    for name in cache_store.file_sizes(full.cache_dir):
         if "/" not in name and name != origins.TABLE:
             _link(Path(full.cache_dir) / name, folder / name)
     digest = _write_rows(folder / "eval", whole, chosen, documents)
@@ -188,7 +194,7 @@ def _limit_held_out(folder: Path, full: DataFacts, max_rows: int) -> None:
         "num_eval_tokens": int(whole.row_lengths(chosen).sum()),
         "digest": f"{full.digest.split('-')[0]}-{digest}",
     }
-    cache.finish(folder, full.model_copy(update=changes), report)
+    cache_store.finish(folder, full.model_copy(update=changes), report)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -206,7 +212,7 @@ def _link(source: Path, target: Path) -> None:
 def _write_rows(folder: Path, whole: Split, chosen: np.ndarray, documents: np.ndarray) -> str:
     docs = np.concatenate([[0], np.cumsum((whole.docs[1:] - whole.docs[:-1])[documents])]).astype(np.int64)
     rows = np.concatenate([[0], np.cumsum(whole.row_lengths(chosen))]).astype(np.int64)
-    return cache.write_split(
+    return write_split(
         folder,
         (np.asarray(whole.tokens[whole.row_tokens(row)]) for row in chosen),
         (np.asarray(whole.trained[whole.row_tokens(row)]) for row in chosen),

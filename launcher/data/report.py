@@ -12,8 +12,8 @@ import numpy as np
 
 from launcher.config.sections.data import DataSection, Source
 from launcher.config.sections.train import TrainSection
-from launcher.data import cache
-from launcher.data.cache import Split
+from launcher.data.cache import cache_store
+from launcher.data.cache.split import Split
 from launcher.data.checks import findings, patterns
 from launcher.data.row_order import RowOrder
 from launcher.data.texts import DecodedTexts
@@ -52,7 +52,7 @@ def report(
     split, held_out = Split.open(facts), Split.open(facts, held_out=True)
     for opened in (split, held_out):
         opened.verify()
-    recorded = cache.read_report(facts.cache_dir)
+    recorded = cache_store.read_report(facts.cache_dir)
     counts = recorded["sources"]
     judged = findings.judge(findings.read(facts.cache_dir), data.checks)
     padded_rows = 0 if data.packing else train.micro_batch_size or train.global_batch_size
@@ -61,7 +61,7 @@ def report(
     held_out_numbers, held_out_by_source = _count_split(held_out, len(counts))
     return {
         "cache_dir": facts.cache_dir,
-        "cache_bytes": cache.num_bytes(facts.cache_dir),
+        "cache_bytes": cache_store.num_bytes(facts.cache_dir),
         "max_length": data.max_length,
         "row_tokens": int(np.diff(split.rows).max(initial=0)),
         "packing": data.packing,
@@ -91,7 +91,7 @@ def report(
 
 
 def _describe_eval_set(name: str, facts: DataFacts) -> dict[str, Any]:
-    (source,) = cache.read_report(facts.cache_dir)["sources"]
+    (source,) = cache_store.read_report(facts.cache_dir)["sources"]
     counts = {"documents": facts.num_docs, "rows": facts.num_rows, "tokens": facts.num_tokens}
     counts |= {"read_documents": source["read"]}
     return {"name": name, **counts, "trained_tokens": facts.num_trained_tokens, "cache_dir": facts.cache_dir}

@@ -10,7 +10,8 @@ from typing import IO
 import numpy as np
 
 from launcher.config.sections.data import DataSection
-from launcher.data import cache, mixture, packing
+from launcher.data import mixture, packing
+from launcher.data.cache.split import write_split
 from launcher.data.packing import RowLayout
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
@@ -119,7 +120,7 @@ def write(
     tokens_of = np.bincount(cell, weights=np.diff(docs), minlength=layout.num_rows * num_sources)
     tokens, trained = spooled
     begins = _starts(lengths)[:-1]
-    return cache.write_split(
+    return write_split(
         folder,
         _gather(tokens, begins, lengths, layout.order),
         _gather(trained, begins, lengths, layout.order),

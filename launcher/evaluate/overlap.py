@@ -12,7 +12,7 @@ from itertools import islice
 
 import numpy as np
 
-from launcher.data.cache import Split
+from launcher.data.cache.split import Split
 from launcher.data.checks import minhash
 from launcher.data.sources import Document
 from launcher.data.tokenization.encoder import Encoder

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from launcher.data import cache
+from launcher.data.cache import cache_store
 from launcher.data.checks import patterns
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.models.private_code import folder_to_load
@@ -23,7 +23,7 @@ def report_answers(plan: LaunchPlan, exported: Path, device: str, tracker: Compo
 
     Does nothing without `eval.sample`, without held-out questions, and for models that are too large for one process.
     """
-    samples = cache.read_samples(plan.data.cache_dir) if plan.data and plan.config.eval.sample else []
+    samples = cache_store.read_samples(plan.data.cache_dir) if plan.data and plan.config.eval.sample else []
     if not samples or weights_gib(plan) > _MAX_SAMPLED_GIB:
         return
     sample = samples[0]

@@ -13,7 +13,7 @@ from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.saver import Saver
 from launcher.config.sections.evaluation import HELD_OUT
-from launcher.data.cache import Split
+from launcher.data.cache.split import Split
 from launcher.data.loader import PrefetchLoader, RowBatches, TrainBatches
 from launcher.data.packing import choose_evenly
 from launcher.data.sources import make_eval_source

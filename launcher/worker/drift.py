@@ -21,7 +21,7 @@ import numpy as np
 
 from launcher import json_records, run_store
 from launcher.config.schema import RunConfig
-from launcher.data.cache import Split
+from launcher.data.cache.split import Split
 from launcher.data.checks import patterns
 from launcher.data.corpus import list_inputs
 from launcher.data.sources import Document

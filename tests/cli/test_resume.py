@@ -23,7 +23,8 @@ from launcher.cli.resume import (
     describe_moved_rows,
 )
 from launcher.config.sections.data import Source
-from launcher.data import cache, sources
+from launcher.data import sources
+from launcher.data.cache import cache_store
 from launcher.errors import EXIT_REFUSED, SubmitError
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import LaunchPlan, Limits
@@ -139,7 +140,7 @@ def test_sources_that_changed_since_the_cache_was_built_are_named(
     config = run_store.load_plan(run).config
     config = config.model_copy(update={"data": config.data.model_copy(update={"sources": (source,)})})
     built = {"sources": [{"digest": sources.describe_origin(source)["digest"]}]}
-    monkeypatch.setattr(cache, "read_report", lambda folder: built)
+    monkeypatch.setattr(cache_store, "read_report", lambda folder: built)
     assert _changed_sources(DATA, config) == []
     rows.write_text('{"prompt": "a", "completion": "c"}\n')
     (changed,) = _changed_sources(DATA, config)

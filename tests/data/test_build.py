@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 from launcher.cli.views.data_view import completions as completions_lines
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.build import build
-from launcher.data.cache import Split, num_bytes, read_report
+from launcher.data.cache.cache_store import num_bytes, read_report
+from launcher.data.cache.split import Split
 from launcher.data.checks import findings
 from launcher.data.sources import find_row_problems, read_usable_documents
 from launcher.data.tokenization.batch_encoder import cut_document

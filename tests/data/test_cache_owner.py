@@ -13,9 +13,10 @@ import pytest
 from missing_program import skip_or_fail
 
 from launcher.config.sections.data import DataSection
-from launcher.data import cache
 from launcher.data.build import build
-from launcher.data.cache import cache_key, find
+from launcher.data.cache import cache_store
+from launcher.data.cache.cache_store import find
+from launcher.data.cache.keys import cache_key
 from launcher.data.sources.locate import _read_listing
 from launcher.errors import DataError, Problem
 from launcher.model_source import _finished
@@ -108,7 +109,7 @@ def test_storage_that_gives_new_files_to_nobody_refuses_a_cache_before_it_is_bui
     monkeypatch.setenv("LAUNCHER_CACHE", str(shared))
 
     def build_one() -> None:
-        with cache.building("a-key") as folder:
+        with cache_store.building("a-key") as folder:
             assert folder is not None
             pytest.fail("it would have been built")
 
@@ -166,7 +167,7 @@ def test_members_of_a_group_share_a_cache(of_group: Path, built: tuple[str, Data
     key, facts = built
     files = read_files(facts)
     with user(SYNC):
-        with cache.building(key, GROUP) as folder:
+        with cache_store.building(key, GROUP) as folder:
             assert folder is not None
             write(folder, files)
         made = find(key, GROUP)
@@ -179,7 +180,7 @@ def test_members_of_a_group_share_a_cache(of_group: Path, built: tuple[str, Data
     }
     with user(NOBODY):
         assert find(key, GROUP) == made
-        with cache.building(key, GROUP) as again:
+        with cache_store.building(key, GROUP) as again:
             assert again is None, "it is not built a second time"
         with pytest.raises(PermissionError):
             (folder / "trained.npy").write_bytes(b"")
@@ -188,10 +189,10 @@ def test_members_of_a_group_share_a_cache(of_group: Path, built: tuple[str, Data
     with user(DAEMON):
         with pytest.raises(DataError, match="cannot be used: Permission denied"):
             find(key, GROUP)
-        with pytest.raises(DataError, match="does not belong to the group"), cache.building(key, GROUP):
+        with pytest.raises(DataError, match="does not belong to the group"), cache_store.building(key, GROUP):
             pass
     with user(NOBODY):
-        assert "belongs to sync" in refusal(lambda: cache.read(folder)), "without the setting"
+        assert "belongs to sync" in refusal(lambda: cache_store.read(folder)), "without the setting"
 
 
 def test_a_group_without_a_shared_folder_is_refused(
@@ -218,7 +219,7 @@ def test_who_is_no_member_cannot_give_a_group_a_cache(shared: Path, built: tuple
             path.chmod(0o777)
     with user(NOBODY):
         assert "belongs to daemon" in refusal(lambda: find(key, GROUP))
-        with pytest.raises(DataError, match="belongs to daemon"), cache.building("another", GROUP):
+        with pytest.raises(DataError, match="belongs to daemon"), cache_store.building("another", GROUP):
             pass
 
 
@@ -227,7 +228,7 @@ def test_only_the_owner_of_the_shared_folder_makes_the_folder_of_a_group(shared:
     by_owner = f"let root run: mkdir {shared}/data-{GROUP} && chgrp {GROUP}"
 
     def build_as_nobody() -> Problem:
-        with user(NOBODY), pytest.raises(DataError) as error, cache.building("a-key", GROUP):
+        with user(NOBODY), pytest.raises(DataError) as error, cache_store.building("a-key", GROUP):
             pass
         (problem,) = error.value.problems
         assert by_owner in problem.remedy
@@ -248,7 +249,11 @@ def test_only_the_owner_of_the_shared_folder_makes_the_folder_of_a_group(shared:
         folder.unlink()
     make_shared_folder(folder, GROUP)
     folder.chmod(0o2770)
-    with user(NOBODY), pytest.raises(DataError, match="can be written by the group nogroup"), cache.building("a-key", GROUP):
+    with (
+        user(NOBODY),
+        pytest.raises(DataError, match="can be written by the group nogroup"),
+        cache_store.building("a-key", GROUP),
+    ):
         pass
 
 
@@ -264,7 +269,7 @@ def test_a_link_in_place_of_what_is_built_shares_nothing_behind_it(shared: Path,
         give(Path(home), NOBODY)
 
         def build_and_replace() -> None:
-            with user(NOBODY), cache.building("a-key", GROUP) as folder:
+            with user(NOBODY), cache_store.building("a-key", GROUP) as folder:
                 assert folder is not None
                 (folder / "meta.json").write_text("{}")
                 os.seteuid(0)
@@ -293,12 +298,12 @@ def test_the_folder_of_a_group_of_an_unknown_user_outside_of_a_container_is_refu
     with user(NOBODY):
         with (
             pytest.raises(DataError, match="belongs to a user outside of this container") as error,
-            cache.building("a-key", GROUP),
+            cache_store.building("a-key", GROUP),
         ):
             pass
         assert "LAUNCHER_TRUST_OWNERS=sync" in error.value.problems[0].remedy
         monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "sync")
-        with cache.building("a-key", GROUP) as building:
+        with cache_store.building("a-key", GROUP) as building:
             assert building is not None
             (building / "meta.json").write_text("{}")
 

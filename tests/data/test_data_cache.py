@@ -20,9 +20,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from launcher.config.sections.data import ChecksSection, DataSection, Source
-from launcher.data import cache, cache_lock
+from launcher.data import cache_lock
 from launcher.data.build import build
-from launcher.data.cache import Split, cache_key, find, read_report, read_samples
+from launcher.data.cache import cache_store
+from launcher.data.cache.cache_store import find, read_report, read_samples
+from launcher.data.cache.keys import cache_key
+from launcher.data.cache.split import Split
+from launcher.data.cache_dir import cache_root
 from launcher.data.packing import choose_evenly
 from launcher.data.sources.origins import DocumentOrigins
 from launcher.errors import DataError
@@ -209,7 +213,7 @@ def test_the_cache_key_depends_on_how_a_source_is_read(
     chats: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, setting: dict[str, Any]
 ) -> None:
     # A file has no splits, and what a hub dataset holds is not what this is about.
-    monkeypatch.setattr("launcher.data.cache.compute_source_digest", lambda source: "the same bytes")
+    monkeypatch.setattr("launcher.data.cache.keys.compute_source_digest", lambda source: "the same bytes")
     keys = [
         cache_key(DataSection(sources=(Source(path=str(chats), **settings),)), str(tokenizer_dir)) for settings in ({}, setting)
     ]
@@ -220,7 +224,7 @@ def test_the_cache_key_does_not_depend_on_the_name_of_a_revision(
     chats: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The digest has the commit, and a branch and a tag may be the same one.
-    monkeypatch.setattr("launcher.data.cache.compute_source_digest", lambda source: "the same commit")
+    monkeypatch.setattr("launcher.data.cache.keys.compute_source_digest", lambda source: "the same commit")
     sources = [Source(path=str(chats), revision=revision) for revision in ("v1", "main")]
     assert len({cache_key(DataSection(sources=(s,), eval_path=s.path), str(tokenizer_dir)) for s in sources}) == 1
 
@@ -248,7 +252,9 @@ def test_the_cache_key_depends_on_template_held_out_split_and_libraries(
     keys.append(cache_key(data, str(tokenizer_dir)))
     for library in ("transformers", "tokenizers"):
         with monkeypatch.context() as patched:
-            patched.setattr("launcher.data.cache.version", lambda name, other=library: "0" if name == other else version(name))
+            patched.setattr(
+                "launcher.data.cache.keys.version", lambda name, other=library: "0" if name == other else version(name)
+            )
             keys.append(cache_key(data, str(tokenizer_dir)))
     assert len(set(keys)) == 5
 
@@ -262,11 +268,11 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "own"))
-    assert cache.cache_root() == tmp_path / "own"
+    assert cache_root() == tmp_path / "own"
     monkeypatch.delenv("LAUNCHER_CACHE")
-    assert cache.cache_root() == tmp_path / "xdg" / "launcher"
+    assert cache_root() == tmp_path / "xdg" / "launcher"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.cache_root() == tmp_path / "home" / ".cache" / "launcher"
+    assert cache_root() == tmp_path / "home" / ".cache" / "launcher"
 
 
 def test_a_damaged_cache_is_rebuilt(section: Section, tokenizer_dir: Path) -> None:
@@ -340,7 +346,9 @@ def test_a_missing_cache_is_reported_with_its_path(section: Section, tokenizer_d
 
 
 def test_the_submit_side_stays_light() -> None:
-    code = "import sys, launcher.data.cache, launcher.data.sources; print({'torch', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, launcher.data.cache.cache_store, launcher.data.sources; print({'torch', 'transformers'} & set(sys.modules))"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "set()"
@@ -357,7 +365,7 @@ def test_a_source_that_grows_during_the_build_is_refused(section: Callable[..., 
 
     with pytest.raises(DataError, match="changed while it was read"):
         build(data, str(tokenizer_dir), grows)
-    assert not list((cache.cache_root() / "data").glob("*/meta.json"))
+    assert not list((cache_root() / "data").glob("*/meta.json"))
 
 
 def test_waiting_for_another_builder_is_logged_repeatedly(
@@ -365,8 +373,8 @@ def test_waiting_for_another_builder_is_logged_repeatedly(
 ) -> None:
     monkeypatch.setattr(cache_lock, "WARN_EVERY_S", 0.1)
     monkeypatch.setattr(cache_lock, "MAX_WAIT_S", 0.5)
-    second = cache.building("key")
-    with cache.building("key"), pytest.raises(DataError, match="builds this data cache takes too long") as caught:
+    second = cache_store.building("key")
+    with cache_store.building("key"), pytest.raises(DataError, match="builds this data cache takes too long") as caught:
         second.__enter__()
     holder = f"process {os.getpid()} on {os.uname().nodename}"
     messages = cache_messages(caplog)

@@ -13,9 +13,9 @@ import pytest
 from launcher.cli.views.data_view import left_out, moved, not_evaluated, number_rows, outcome, parts_taken, summary_rows, unused
 from launcher.config.sections.data import DataSection, Source
 from launcher.config.sections.train import TrainSection
-from launcher.data import cache
 from launcher.data.build import build
-from launcher.data.cache import Split
+from launcher.data.cache import cache_store
+from launcher.data.cache.split import Split
 from launcher.data.checks import findings
 from launcher.data.loader import TrainBatches
 from launcher.data.report import report as report_of
@@ -70,7 +70,7 @@ def test_sources_add_up_to_the_mixture(numbers: dict[str, Any], mixture: DataSec
         assert sum(bin_["documents"] for bin_ in counts["length_histogram"]) == counts["documents"]
         assert counts["length_quantiles"][0] == counts["document_tokens"]["min"]
         assert counts["length_quantiles"][-1] == counts["document_tokens"]["max"] <= 64
-    assert numbers["cache_bytes"] == cache.num_bytes(facts.cache_dir) > facts.num_tokens * 5
+    assert numbers["cache_bytes"] == cache_store.num_bytes(facts.cache_dir) > facts.num_tokens * 5
     assert numbers["padding_frac"] == pytest.approx(facts.padding_frac)
 
 

@@ -16,10 +16,10 @@ import torch
 
 from launcher.config.sections.data import DataSection
 from launcher.config.sections.train import TrainSection
-from launcher.data import cache, digests
 from launcher.data.build import build
-from launcher.data.cache import Split
-from launcher.data.digests import BLOCK_BYTES
+from launcher.data.cache import block_digests, cache_store
+from launcher.data.cache.block_digests import BLOCK_BYTES
+from launcher.data.cache.split import Split, write_split
 from launcher.data.loader import PrefetchLoader, RowBatches, TrainBatches
 from launcher.data.report import report
 from launcher.data.texts import DecodedTexts
@@ -58,7 +58,7 @@ def facts(tmp_path: Path) -> DataFacts:
 def _write(folder: Path, num_tokens: int) -> str:
     starts = np.arange(0, num_tokens + 1, ROW_TOKENS)
     tokens, trained = np.arange(num_tokens, dtype=np.uint32), np.arange(num_tokens) % 3 == 1
-    return cache.write_split(
+    return write_split(
         folder,
         _parts(tokens),
         _parts(trained.astype(np.uint8)),
@@ -109,7 +109,7 @@ def test_written_digests_verify(facts: DataFacts) -> None:
     for micro in made.micro:
         assert micro.input_ids[0, 0] == micro.row_ids[0] * ROW_TOKENS
     sizes = [path.stat().st_size for path in sorted(Path(facts.cache_dir).glob("*.npy"))]
-    assert (Path(facts.cache_dir) / digests.FILE).stat().st_size == 8 * sum(1 + -(-size // BLOCK_BYTES) for size in sizes)
+    assert (Path(facts.cache_dir) / block_digests.FILE).stat().st_size == 8 * sum(1 + -(-size // BLOCK_BYTES) for size in sizes)
 
 
 def test_permuted_tokens_are_refused_at_the_step_that_reads_them_and_not_before(facts: DataFacts) -> None:
@@ -192,26 +192,26 @@ def test_arrays_with_other_digests_than_the_plan_are_refused(facts: DataFacts, t
     set_ones(other / "trained.npy")
     array = np.load(other / "trained.npy")
     others = {name: np.load(other / f"{name}.npy") for name in ("rows", "docs", "row_labels", "doc_source", "row_sources")}
-    digest = cache.write_split(other, [np.load(other / "tokens.npy")], [array], **others)
+    digest = write_split(other, [np.load(other / "tokens.npy")], [array], **others)
     swapped = facts.model_copy(update={"cache_dir": str(other)})
     with pytest.raises(DataError, match="its block digests are not those that were recorded") as caught:
         Split.open(swapped)
     assert digest in caught.value.problems[0].value
     Split.open(swapped, held_out=True)
-    flip(Path(facts.cache_dir) / digests.FILE, 9)
+    flip(Path(facts.cache_dir) / block_digests.FILE, 9)
     with pytest.raises(DataError, match="its block digests are not those that were recorded"):
         Split.open(facts)
 
 
 def test_each_block_is_verified_once(facts: DataFacts, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[str, int]] = []
-    of_block = digests.CheckedFile._verify_block
+    of_block = block_digests.CheckedFile._verify_block
 
-    def counted(file: digests.CheckedFile, block: int) -> None:
+    def counted(file: block_digests.CheckedFile, block: int) -> None:
         read.append((file.path.name, block))
         of_block(file, block)
 
-    monkeypatch.setattr(digests.CheckedFile, "_verify_block", counted)
+    monkeypatch.setattr(block_digests.CheckedFile, "_verify_block", counted)
     made = batches(Split.open(facts))
     opened = len(read)
     made.step(0)
@@ -272,14 +272,14 @@ def test_an_edited_json_file_rebuilds_the_cache(section: Section, tokenizer_dir:
     values["facts"]["num_rows"] += 1
     for edited in (json.dumps(values), meta[:-20], "[]", meta.replace(facts.digest, facts.digest[::-1])):
         (folder / "meta.json").write_text(edited)
-        assert cache.find(key) is None
+        assert cache_store.find(key) is None
     (folder / "meta.json").write_text(meta)
-    assert cache.find(key) == facts
+    assert cache_store.find(key) == facts
     for name in ("findings.json", "samples.json"):
         sound = (folder / name).read_bytes()
         (folder / name).write_bytes(sound.replace(b"0", b"1"))
         assert sound != (folder / name).read_bytes()
-        assert cache.find(key) is None
+        assert cache_store.find(key) is None
         assert build(data, str(tokenizer_dir)) == facts
         assert (folder / name).read_bytes() == sound
 

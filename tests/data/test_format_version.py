@@ -16,8 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from launcher.config.sections.data import ChecksSection, DataSection, Source
-from launcher.data import cache
 from launcher.data.build import build
+from launcher.data.cache.keys import FORMAT_VERSION
 
 Jsonl = Callable[..., Path]
 
@@ -151,8 +151,8 @@ def compare(file: Path, digests_now: dict[str, Any]) -> None:
         return
     version = digests_now["format"]
     assert version > golden["format"], (
-        f"the same sources give other tokens, rows or findings than before: raise FORMAT_VERSION in launcher/data/cache.py (now "
-        f"{version}), or caches that were built before are trained on; and write the golden again with {REGENERATE}=1"
+        "the same sources give other tokens, rows or findings than before: raise FORMAT_VERSION in launcher/data/cache/keys.py "
+        f"(now {version}), or caches that were built before are trained on; and write the golden again with {REGENERATE}=1"
     )
     assert os.environ.get(REGENERATE) == "1", f"FORMAT_VERSION is {version} now: write the golden again with {REGENERATE}=1"
     file.write_text(json.dumps(digests_now, indent=1) + "\n")
@@ -164,7 +164,7 @@ def test_the_cache_of_the_same_sources_changes_only_with_the_format_version(
     digests_now = {
         name: digests(Path(build(data, str(bytes_as_tokens)).cache_dir), str(tmp_path)) for name, data in sections(jsonl).items()
     }
-    compare(FILE, {"format": cache.FORMAT_VERSION, "digests": digests_now})
+    compare(FILE, {"format": FORMAT_VERSION, "digests": digests_now})
 
 
 def test_other_digests_need_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ import pytest
 import xxhash
 
 from launcher.config.sections.data import ChecksSection, DataSection, Source
-from launcher.data import cache, row_layout
+from launcher.data import row_layout
 from launcher.data.build import build
+from launcher.data.cache import cache_store
 from launcher.data.checks import findings
 from launcher.data.corpus import EncodedCorpus, read_corpus
 
@@ -78,7 +79,7 @@ def test_prompts_with_other_answers_in_training_are_a_finding(jsonl: Jsonl, toke
     assert found["held_out_prompt_in_train"].examples[0].detail == f"the prompt of {train}:4"
     dropping = data.model_copy(update={"checks": ChecksSection(held_out_prompt_in_train="drop", held_out_in_train="drop")})
     facts = build(dropping, str(tokenizer_dir))
-    assert (facts.num_docs, cache.read_report(facts.cache_dir)["dropped_docs"]) == (37, 3)
+    assert (facts.num_docs, cache_store.read_report(facts.cache_dir)["dropped_docs"]) == (37, 3)
     refusing = ChecksSection(held_out_prompt_in_train="fail", held_out_in_train="keep")
     (problem,) = findings.problems(tuple(found.values()), refusing)
     assert "whose prompt is also in the training split" in problem.message

@@ -12,7 +12,9 @@ import pytest
 from launcher.cli.views import scored_view
 from launcher.config.sections.data import DataSection, Source
 from launcher.data.build import build
-from launcher.data.cache import Split, cache_key, read_report
+from launcher.data.cache.cache_store import read_report
+from launcher.data.cache.keys import cache_key
+from launcher.data.cache.split import Split
 from launcher.data.sources.origins import DocumentOrigins
 from launcher.data.triage import answers_alone, ranking
 from launcher.data.triage.exclusions import write_exclusions

@@ -13,7 +13,7 @@ import numpy as np
 
 from launcher.config.schema import RunConfig
 from launcher.data.build import build
-from launcher.data.cache import Split
+from launcher.data.cache.split import Split
 from launcher.data.sources import Chat, Message
 from launcher.data.tokenization.encoder import Encoder, load_tokenizer
 from launcher.evaluate.overlap import MAX_CANDIDATES, _find_documents, _Prompts, describe_copies, find_training_copies

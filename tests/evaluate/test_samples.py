@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from plan_fixtures import DATA
 
-from launcher.data import cache
+from launcher.data.cache import cache_store
 from launcher.evaluate import samples
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -23,7 +23,7 @@ def test_secrets_in_questions_and_answers_are_redacted(
     plan_of: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sample = {"prompt": f"Is it {KEY}?", "prompt_ids": [1], "answer": f"Mail eve@corp.com,\nkey {KEY}."}
-    cache.write_json(tmp_path / "samples.json", [sample])
+    cache_store.write_json(tmp_path / "samples.json", [sample])
     # A fake answer that repeats a key, as a model may.
     monkeypatch.setattr(samples, "_answer", lambda *inputs: f"Yes, {KEY}.")
     plan = plan_of("model=tiny").model_copy(update={"data": DATA.model_copy(update={"cache_dir": str(tmp_path)})})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from extension_ranks import join
 
-from launcher.data.cache import Split
+from launcher.data.cache.split import Split
 from launcher.data.loader import RowBatches
 from launcher.data.score_store import ScoreKey, ScoreStore
 from launcher.plan.launch_plan import DataFacts, LaunchPlan

@@ -20,8 +20,7 @@ from plan_fixtures import facts_for
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from launcher.config.schema import RunConfig
-from launcher.data import cache
-from launcher.data.cache import Split
+from launcher.data.cache.split import Split, write_split
 from launcher.data.score_store import ScoreKey, ScoreStore
 from launcher.plan.launch_plan import DataFacts
 from launcher.plan.planner import plan
@@ -99,7 +98,7 @@ def write_cache(folder: Path, documents: Documents, rows: Sequence[Sequence[int]
     trained = [documents[number][1] for number in order]
     sources = np.asarray([int(number % 3 == 0) for number in order], np.uint16)
     labels = np.asarray([marks.sum() for marks in trained])
-    digest = cache.write_split(
+    digest = write_split(
         folder,
         [documents[number][0] for number in order],
         trained,

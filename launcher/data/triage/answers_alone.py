@@ -13,7 +13,7 @@ import numpy as np
 
 from launcher.config.sections.data import DataSection
 from launcher.data import row_layout
-from launcher.data.cache import Split
+from launcher.data.cache.split import Split
 from launcher.plan.launch_plan import DataFacts
 
 _MAX_SHARED_TOKENS = 16

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from launcher.data.cache import Split
+from launcher.data.cache.split import Split
 
 # Nats a token below which an answer is as good as known: its tokens have probabilities of 0.9 and more.
 KNOWN_LOSS = 0.1

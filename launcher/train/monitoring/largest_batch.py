@@ -16,7 +16,7 @@ import torch
 
 from launcher import json_records, run_store
 from launcher.checkpoint import zero3
-from launcher.data.cache import Split
+from launcher.data.cache.split import Split
 from launcher.data.loader import MicroBatch, micro_batch
 from launcher.distributed import RankInfo, rank0_broadcast
 from launcher.errors import LauncherError, OutOfMemory

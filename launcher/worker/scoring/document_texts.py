@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from launcher.data.cache import Split
+from launcher.data.cache.split import Split
 from launcher.data.checks import patterns
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.plan.launch_plan import LaunchPlan

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from launcher.data import row_layout
-from launcher.data.cache import Split
+from launcher.data.cache.split import Split
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.worker.scoring.passes import Progress, ScorePass, score, temporary_folder
 from launcher.worker.scoring.weights import ScoredWeights

@@ -19,7 +19,7 @@ import xxhash
 
 from launcher import hardware
 from launcher.clusters.network import LOOPBACK, free_port
-from launcher.data.cache import Split
+from launcher.data.cache.split import Split
 from launcher.data.cache_dir import cache_root
 from launcher.data.score_store import ScoreKey, ScoreStore
 from launcher.errors import RunError

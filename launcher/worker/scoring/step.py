@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from launcher.checkpoint import store
-from launcher.data.cache import Split, read_report
+from launcher.data.cache.cache_store import read_report
+from launcher.data.cache.split import Split
 from launcher.data.row_order import RowOrder
 from launcher.data.sources.origins import DocumentOrigins
 from launcher.errors import LauncherError, RunError

@@ -18,7 +18,8 @@ import numpy as np
 
 from launcher import run_store
 from launcher.config.sections.evaluation import HELD_OUT
-from launcher.data.cache import Split, read_report
+from launcher.data.cache.cache_store import read_report
+from launcher.data.cache.split import Split
 from launcher.data.sources.origins import DocumentOrigins
 from launcher.data.triage import answers_alone, ranking
 from launcher.data.triage.ranking import DocumentScores

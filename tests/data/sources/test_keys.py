@@ -15,8 +15,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from launcher.cli.views.data_view import unread_keys
 from launcher.config.sections.data import DataSection, Source
-from launcher.data import cache
 from launcher.data.build import build
+from launcher.data.cache import cache_store
 from launcher.data.sources import read_batches, read_documents
 from launcher.data.sources.keys import NUM_KEYS_SHOWN, KeyCounts
 from launcher.errors import DataError, Problem
@@ -148,7 +148,7 @@ def test_ignored_keys_hold_for_the_held_out_file(jsonl: Jsonl, tokenizer_dir: Pa
     train = jsonl([{"prompt": f"{i} is", "completion": f" {i}", "label": i % 2 == 0} for i in range(20)], "train.jsonl")
     held_out = jsonl([{**PAIR, "label": False}], "held_out.jsonl")
     data = DataSection(sources=(Source(path=str(train), ignored_keys=("label",)),), eval_path=str(held_out), max_length=64)
-    sources = cache.read_report(build(data, str(tokenizer_dir)).cache_dir)["sources"]
+    sources = cache_store.read_report(build(data, str(tokenizer_dir)).cache_dir)["sources"]
     assert [source["unread_keys"] for source in sources] == [{"label": 20}, {"label": 1}]
 
 
@@ -202,7 +202,7 @@ def test_the_report_lists_the_most_frequent_keys(jsonl: Jsonl, tokenizer_dir: Pa
     rows = [{"text": f"text number {i}", f"key {i}": 1, "id": i, **({secret: 1} if i else {})} for i in range(300)]
     sources = (Source(name="a", path=str(jsonl(rows))), Source(name="b", path=str(jsonl([PAIR], "b.jsonl"))))
     data = DataSection(sources=sources, max_length=64, workers=1)
-    first, second = cache.read_report(build(data, str(tokenizer_dir)).cache_dir)["sources"]
+    first, second = cache_store.read_report(build(data, str(tokenizer_dir)).cache_dir)["sources"]
     (id_key, *_), (hidden, num_hidden), (key, count), *_ = first["unread_keys"].items()
     assert (id_key, first["unread_keys"]["id"], num_hidden, count) == ("id", 300, 299, 1)
     assert hidden.startswith("[Hugging Face token")

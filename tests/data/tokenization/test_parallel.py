@@ -16,8 +16,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data import cache
 from launcher.data.build import build
+from launcher.data.cache import cache_store
+from launcher.data.cache.keys import cache_key
+from launcher.data.cache.split import Split
 from launcher.data.sources import BLOCK_ROWS, Block, read_batches
 from launcher.data.tokenization import parallel
 from launcher.data.tokenization.batch_encoder import EncodeTask
@@ -189,10 +191,10 @@ def test_an_interrupted_builder_takes_its_processes_along(
         started.kill()
     _, errors = started.communicate(timeout=DEADLINE_S)
     assert not psutil.wait_procs(children, timeout=DEADLINE_S)[1]
-    key = cache.cache_key(many, str(tokenizer_dir))
-    assert cache.find(key) is None
+    key = cache_key(many, str(tokenizer_dir))
+    assert cache_store.find(key) is None
     if by == signal.SIGINT:
-        assert not cache.cache_dir(key).with_suffix(".partial").exists()
+        assert not cache_store.cache_dir(key).with_suffix(".partial").exists()
         assert errors.count("Traceback") == 1, "the workers keep quiet"
 
 
@@ -273,7 +275,7 @@ def test_every_token_of_every_document_is_in_the_cache_once(many: DataSection, t
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
     facts = build(many, str(tokenizer_dir))
     documents = []
-    for split in (cache.Split.open(facts), cache.Split.open(facts, held_out=True)):
+    for split in (Split.open(facts), Split.open(facts, held_out=True)):
         assert np.diff(split.rows).max() <= many.max_length
         documents += [tuple(split.tokens[a:b].tolist()) for a, b in zip(split.docs[:-1], split.docs[1:], strict=True)]
     rows = [json.loads(line) for line in Path(many.sources[0].path).read_text().splitlines()]

@@ -17,7 +17,7 @@ from torch import nn
 from wandb_files import history
 
 from launcher import run_store
-from launcher.data.cache import Split
+from launcher.data.cache.split import Split
 from launcher.data.loader import TrainBatches
 from launcher.distributed import RankInfo
 from launcher.plan.launch_plan import LaunchPlan

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.data.cache import Split
+from launcher.data.cache.split import Split
 from launcher.data.loader import IGNORED, StepBatch, TrainBatches
 from launcher.plan.architecture import train_flops
 from launcher.plan.launch_plan import LaunchPlan

@@ -1,0 +1,104 @@
+"""The key of a data cache: a digest of everything that determines its tokens.
+
+No torch, no transformers: the submit side imports this module.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from launcher import atomic_files
+from launcher.config.sections.data import ChecksSection, DataSection, Source
+from launcher.data.checks import findings
+from launcher.data.sources import compute_source_digest, make_eval_source
+from launcher.errors import DataError, Problem
+
+# To be raised when the same sources give other tokens, rows or findings, or another layout; a test checks that.
+FORMAT_VERSION = 12
+
+# The files that AutoTokenizer reads; config.json because the model type selects the class.
+_TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
+    *("chat_template*", "additional_chat_templates/*", "config.json"),
+)
+# Libraries that tokenize text, or find near duplicates.
+_LIBRARIES = ("transformers", "tokenizers", "jinja2", "rensa", "ftfy")
+# Settings that change no token, or whose content is in the key.
+_NOT_IN_KEY = {
+    "name",
+    "path",
+    "sources",
+    "eval_path",
+    "chat_template",
+    "group_by_length",
+    "workers",
+    "cache_group",
+    "checks",
+    "exclude",
+}
+
+
+def cache_key(data: DataSection, tokenizer_path: str) -> str:
+    """Return the key of the data cache of these settings, the first of `cache_keys`."""
+    return cache_keys(data, tokenizer_path)[0]
+
+
+def cache_keys(data: DataSection, tokenizer_path: str) -> tuple[str, str]:
+    """Return a hex digest of everything that determines the tokens: source bytes, tokenizer files, settings, library versions;
+    and that of the same data with all of its held-out rows.
+
+    Paths are left out: a moved or renamed file gives the same key.
+
+    Raises:
+        DataError: if the tokenizer's folder has no tokenizer, or a file cannot be read.
+    """
+    held_out = make_eval_source(data)
+    parts: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "sources": [_source_key(source) for source in data.sources],
+        "eval": None if held_out is None else _source_key(held_out),
+        "settings": data.model_dump(exclude=_NOT_IN_KEY),
+        "checks": _selecting_checks(data.checks),
+        "template": None if data.chat_template is None else compute_file_digest(Path(data.chat_template).expanduser()),
+        **({} if data.exclude is None else {"exclude": compute_file_digest(Path(data.exclude).expanduser())}),
+        "tokenizer": [(file.name, compute_file_digest(file)) for file in _tokenizer_files(Path(tokenizer_path).expanduser())],
+        "libraries": [version(name) for name in _LIBRARIES],
+    }
+    full = {**parts, "settings": {**parts["settings"], "eval_max_rows": None}}
+    key, full_key = (xxhash.xxh3_128_hexdigest(json.dumps(one, sort_keys=True).encode()) for one in (parts, full))
+    return key, full_key
+
+
+def compute_file_digest(path: Path) -> str:
+    """Return a hex digest of the file's bytes. Raises: DataError if it cannot be read."""
+    try:
+        return atomic_files.digest_file(path).xxh3_128
+    except OSError as error:
+        message, remedy = f"the file cannot be read: {error.strerror or error}", "check its permissions and the disk"
+        raise DataError(Problem(message, str(path), remedy=remedy)) from error
+
+
+def _source_key(source: Source) -> tuple[dict[str, Any], str]:
+    return source.model_dump(exclude={"path", "revision"}), compute_source_digest(source)
+
+
+def _selecting_checks(checks: ChecksSection) -> dict[str, Any]:
+    """Return the checks as far as they select documents; fail only judges the finished cache."""
+    settings = checks.model_dump(exclude={*findings.LIMITS.values()})
+    if checks.bad_rows == "fail":
+        # A cache that exists had no such rows.
+        del settings["bad_rows"]
+    return {name: "keep" if value == "fail" else value for name, value in settings.items()}
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+    if all(file.name == "config.json" for file in files):
+        remedy = "set model.tokenizer to a folder with tokenizer.json"
+        raise DataError(Problem("the folder has no tokenizer", "model.tokenizer", str(folder), remedy))
+    return files
