@@ -1,12 +1,17 @@
-"""Activations of a model at its real size, without weights: fake tensors on the CPU. benchmarks/memory_plan.py compares them."""
+"""A forward and backward pass of a model at its real size, without weights: fake tensors on the CPU.
+
+benchmarks/memory_plan.py compares the activations with those of the plan, tests/plan/test_step_time.py the bytes that are moved.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from live_bytes import LiveBytes
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from launcher.plan.architecture import model_facts
 from launcher.plan.sizing.activations import Kernels
@@ -14,6 +19,7 @@ from launcher.plan.sizing.checkpointed_layers import checkpointed_layers
 from launcher.plan.sizing.peak_memory import Pass, activation_bytes, head_elements, loss_bytes
 from launcher.train.model import DTYPES, _find_decoder, _replace_head, checkpoint_layers
 
+Watch = TypeVar("Watch", bound=TorchDispatchMode)
 # The launcher's varlen computes documents one by one on CPUs.
 _NAME = "varlen_of_fake_tensors"
 
@@ -29,7 +35,16 @@ def _varlen(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None,
 
 
 def measure(config: dict[str, Any], tokens: int, checkpointing: str, dtype: str, chunk_tokens: int) -> int:
-    """Return the peak bytes of one forward and backward pass over `tokens` trained tokens, without weights and their gradients.
+    """Return the peak bytes of a forward and backward pass over `tokens` trained tokens, without weights and their gradients."""
+    return run_pass(
+        config, tokens, checkpointing, dtype, chunk_tokens, lambda model: LiveBytes((*model.parameters(), *model.buffers()))
+    ).peak
+
+
+def run_pass(
+    config: dict[str, Any], tokens: int, checkpointing: str, dtype: str, chunk_tokens: int, watch: Callable[[nn.Module], Watch]
+) -> Watch:
+    """Run one forward and backward pass over `tokens` trained tokens under what `watch` returns for the model, and return that.
 
     A gradient exists until the hook of its weight drops it. Attention is torch's varlen_attn, which keeps what FlashAttention
     keeps. The model is called as CausalLMLoss calls it, whose selection of trained tokens fake tensors do not allow.
@@ -50,7 +65,8 @@ def measure(config: dict[str, Any], tokens: int, checkpointing: str, dtype: str,
         ids, trained = torch.zeros(1, tokens, dtype=torch.long), torch.zeros(tokens, dtype=torch.long)
         offsets = torch.zeros(5, dtype=torch.int32)
         documents = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": tokens, "max_length_k": tokens}
-        with LiveBytes((*model.parameters(), *model.buffers())) as counted:
+        watching = watch(model)
+        with watching:
             decoder = _find_decoder(model)
             hidden = decoder(input_ids=ids, position_ids=ids, use_cache=False, **documents).last_hidden_state
             selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
@@ -58,7 +74,7 @@ def measure(config: dict[str, Any], tokens: int, checkpointing: str, dtype: str,
             loss = model.get_output_embeddings()(selected, trained, 1.0)
             del selected
             loss.backward()
-        return counted.peak
+        return watching
 
 
 def predict(config: dict[str, Any], tokens: int, checkpointing: str, dtype: str, chunk_tokens: int) -> int:

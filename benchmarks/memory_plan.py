@@ -107,6 +107,11 @@ ENGINE = (
     _engine("4 ranks, wider", "cluster.ranks_per_node=4", "model.config.hidden_size=768", "model.config.intermediate_size=2304"),
     _engine("2 ranks, fp32", "model.dtype=fp32", "data.max_length=512", fit=True),
     _engine("2 ranks, deeper, large vocabulary", "model.config.num_hidden_layers=10", "model.config.vocab_size=24576"),
+    _engine("2 ranks, whole layers", "deepspeed.whole_layers=true"),
+    _engine(
+        "2 ranks, whole layers recomputed",
+        *("deepspeed.whole_layers=true", "model.activation_checkpointing=all", "data.max_length=1024"),
+    ),
     _engine("2 ranks, experts", "model.config.model_type=qwen3_moe", *(f"++model.config.{one}" for one in _MOE), fit=True),
 )
 # Buckets small enough for the other parts to count.

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from launcher.config.compose import run_hydra
+from launcher.config.compose import conf_dir, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
 from launcher.config.sections.slurm import SlurmSection
@@ -45,6 +46,23 @@ PROVENANCE = Provenance(
     packages={"torch": "2.13.0"},
 )
 WORKING_DIR = "/srv/project"
+# Presets: one of each way in which transformers builds a layer.
+KINDS = (
+    "llama3_2_1b",
+    "qwen3_0_6b",
+    "qwen2_5_0_5b",
+    "gemma3_1b",
+    "olmo2_1b",
+    "phi4",
+    "smollm3_3b",
+    "olmoe_1b_7b",
+    "qwen3_30b_a3b",
+)
+
+
+def preset(name: str, **changes: Any) -> dict[str, Any]:
+    """Return the config of a preset's model, with changes."""
+    return {**yaml.safe_load((conf_dir() / "model" / f"{name}.yaml").read_text())["config"], **changes}
 
 
 @functools.cache

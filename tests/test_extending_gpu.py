@@ -16,7 +16,7 @@ from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.train.monitoring.peak_flops import find_peak_tflops
 
 __all__ = ["config_of", "plan_of"]
-ROW = GpuType(95.5, bf16=1200, tf32=600, fp32=80, usd_per_hour=4.25, names=r"\bx100\b")
+ROW = GpuType(95.5, bf16=1200, tf32=600, fp32=80, memory_tbs=4.0, usd_per_hour=4.25, names=r"\bx100\b")
 DEVICE = DeviceFacts(kind="cuda", name="NVIDIA X100 96GB HBM3", count=8, memory_gib=95.2)
 
 

@@ -1,4 +1,4 @@
-"""What is known about GPU types, one row each: memory, peak FLOP/s per type of number, a typical price, how names are recognized.
+"""What is known about GPU types, one row each: memory and its bandwidth, peak FLOP/s, a typical price, how names are recognized.
 
 Peaks are the vendors' dense figures: half of those that a data sheet gives "with sparsity". For GeForce they are those with
 fp32 accumulation, as training multiplies; fp16 has the peak of bf16 on all of them. Sources:
@@ -38,11 +38,13 @@ PRICE_ASSUMPTION = f"typical, on demand, {PRICE_DATE}"
 class GpuType:
     """Numbers of one GPU type. `memory_gib` is usable device memory; peaks are in TFLOP/s, None where there are no such units.
 
+    `memory_tbs` is the bandwidth of the memory in 10^12 bytes per second; None stands for that of an H100 with as many FLOP/s.
+
     `names` is a regular expression that is searched in the names that nvidia-smi, torch, Slurm and people write, after these
     were put in lower case with one space for all that is neither letter nor digit. No name may match the expressions of two
     types. `usd_per_hour` is a typical price of one GPU, None where there is none. `runtime_gib`, what CUDA and NCCL take, and
     `fragmentation`, the factor by which the allocator's peak exceeds that of the tensors, are None until a GPU was measured, and
-    so is `gemm_share`, the share of the peak that the products of a step reach without Liger: benchmarks/gpu.py measures them.
+    so is `gemm_share`, the share of the peak that the matrix products of a step reach: benchmarks/gpu.py measures them.
     """
 
     memory_gib: float
@@ -50,6 +52,7 @@ class GpuType:
     tf32: float
     fp32: float
     names: str
+    memory_tbs: float | None = None
     fp8: float | None = None
     usd_per_hour: float | None = None
     runtime_gib: float | None = None
@@ -86,30 +89,56 @@ class Price:
 
 
 GPUS = {
-    "A100-40GB": GpuType(39.4, bf16=312, tf32=156, fp32=19.5, usd_per_hour=1.45, names=r"\ba100(?!\d).*\b40(g|gb)?\b"),
-    "A100-80GB": GpuType(79.2, bf16=312, tf32=156, fp32=19.5, usd_per_hour=1.60, names=r"\ba100(?!\d)(?!.*\b40(g|gb)?\b)"),
+    "A100-40GB": GpuType(
+        39.4, bf16=312, tf32=156, fp32=19.5, memory_tbs=1.555, usd_per_hour=1.45, names=r"\ba100(?!\d).*\b40(g|gb)?\b"
+    ),
+    "A100-80GB": GpuType(
+        79.2, bf16=312, tf32=156, fp32=19.5, memory_tbs=2.039, usd_per_hour=1.60, names=r"\ba100(?!\d)(?!.*\b40(g|gb)?\b)"
+    ),
     "H100-80GB": GpuType(
-        79.1, bf16=989, tf32=494.5, fp32=67, fp8=1979, usd_per_hour=2.95, names=r"\bh100(?!\d)(?!.*\b(nvl|pcie)\b)"
+        79.1,
+        bf16=989,
+        tf32=494.5,
+        fp32=67,
+        memory_tbs=3.35,
+        fp8=1979,
+        usd_per_hour=2.95,
+        names=r"\bh100(?!\d)(?!.*\b(nvl|pcie)\b)",
     ),
     "H100-PCIE-80GB": GpuType(
-        79.1, bf16=756.5, tf32=378, fp32=51, fp8=1513, usd_per_hour=2.80, names=r"\bh100(?!\d)(?!.*\bnvl\b).*\bpcie\b"
+        79.1,
+        bf16=756.5,
+        tf32=378,
+        fp32=51,
+        memory_tbs=2,
+        fp8=1513,
+        usd_per_hour=2.80,
+        names=r"\bh100(?!\d)(?!.*\bnvl\b).*\bpcie\b",
     ),
-    "H100-NVL": GpuType(93.1, bf16=835.5, tf32=417.5, fp32=60, fp8=1670.5, usd_per_hour=3.05, names=r"\bh100(?!\d).*\bnvl\b"),
-    "H200": GpuType(139.8, bf16=989, tf32=494.5, fp32=67, fp8=1979, usd_per_hour=3.80, names=r"\bh200(?!\d)(?!.*\bnvl\b)"),
-    "H200-NVL": GpuType(139.8, bf16=835.5, tf32=417.5, fp32=60, fp8=1670.5, usd_per_hour=3.50, names=r"\bh200(?!\d).*\bnvl\b"),
-    "GH200": GpuType(94.5, bf16=989, tf32=494.5, fp32=67, fp8=1979, usd_per_hour=3.50, names=r"\bgh200(?!\d)"),
-    "B200": GpuType(178.4, bf16=2250, tf32=1100, fp32=75, fp8=4500, usd_per_hour=6.00, names=r"\bb200(?!\d)"),
-    "GB200": GpuType(184.3, bf16=2500, tf32=1250, fp32=80, fp8=5000, usd_per_hour=7.00, names=r"\bgb200(?!\d)"),
-    "B300": GpuType(267.7, bf16=2250, tf32=1125, fp32=75, fp8=4500, usd_per_hour=7.20, names=r"\bb300(?!\d)"),
-    "GB300": GpuType(276.6, bf16=2500, tf32=1250, fp32=80, fp8=5000, names=r"\bgb300(?!\d)"),
-    "L4": GpuType(22.0, bf16=121, tf32=60, fp32=30.3, fp8=242.5, usd_per_hour=0.75, names=r"\bl4\b"),
-    "L40S": GpuType(44.5, bf16=362, tf32=183, fp32=91.6, fp8=733, usd_per_hour=1.40, names=r"\bl40s\b"),
-    "A10": GpuType(22.1, bf16=125, tf32=62.5, fp32=31.2, usd_per_hour=0.85, names=r"\ba10\b"),
-    "A10G": GpuType(22.1, bf16=70, tf32=35, fp32=35, usd_per_hour=1.00, names=r"\ba10g\b"),
-    "RTX-4090": GpuType(23.6, bf16=165.2, tf32=82.6, fp32=82.6, fp8=330.3, usd_per_hour=0.60, names=r"4090\b"),
-    "RTX-5090": GpuType(31.3, bf16=209.5, tf32=104.8, fp32=104.8, fp8=419, usd_per_hour=0.90, names=r"5090\b"),
-    "MI300X": GpuType(191.7, bf16=1307.4, tf32=653.7, fp32=163.4, fp8=2614.9, usd_per_hour=2.00, names=r"\bmi300x"),
-    "MI325X": GpuType(255.7, bf16=1307.4, tf32=653.7, fp32=163.4, fp8=2614.9, usd_per_hour=2.15, names=r"\bmi325x"),
+    "H100-NVL": GpuType(
+        93.1, bf16=835.5, tf32=417.5, fp32=60, memory_tbs=3.9, fp8=1670.5, usd_per_hour=3.05, names=r"\bh100(?!\d).*\bnvl\b"
+    ),
+    "H200": GpuType(
+        139.8, bf16=989, tf32=494.5, fp32=67, memory_tbs=4.8, fp8=1979, usd_per_hour=3.80, names=r"\bh200(?!\d)(?!.*\bnvl\b)"
+    ),
+    "H200-NVL": GpuType(
+        139.8, bf16=835.5, tf32=417.5, fp32=60, memory_tbs=4.8, fp8=1670.5, usd_per_hour=3.50, names=r"\bh200(?!\d).*\bnvl\b"
+    ),
+    "GH200": GpuType(94.5, bf16=989, tf32=494.5, fp32=67, memory_tbs=4, fp8=1979, usd_per_hour=3.50, names=r"\bgh200(?!\d)"),
+    "B200": GpuType(178.4, bf16=2250, tf32=1100, fp32=75, memory_tbs=8, fp8=4500, usd_per_hour=6.00, names=r"\bb200(?!\d)"),
+    "GB200": GpuType(184.3, bf16=2500, tf32=1250, fp32=80, memory_tbs=8, fp8=5000, usd_per_hour=7.00, names=r"\bgb200(?!\d)"),
+    "B300": GpuType(267.7, bf16=2250, tf32=1125, fp32=75, memory_tbs=8, fp8=4500, usd_per_hour=7.20, names=r"\bb300(?!\d)"),
+    "GB300": GpuType(276.6, bf16=2500, tf32=1250, fp32=80, memory_tbs=8, fp8=5000, names=r"\bgb300(?!\d)"),
+    "L4": GpuType(22.0, bf16=121, tf32=60, fp32=30.3, memory_tbs=0.3, fp8=242.5, usd_per_hour=0.75, names=r"\bl4\b"),
+    "L40S": GpuType(44.5, bf16=362, tf32=183, fp32=91.6, memory_tbs=0.864, fp8=733, usd_per_hour=1.40, names=r"\bl40s\b"),
+    "A10": GpuType(22.1, bf16=125, tf32=62.5, fp32=31.2, memory_tbs=0.6, usd_per_hour=0.85, names=r"\ba10\b"),
+    "A10G": GpuType(22.1, bf16=70, tf32=35, fp32=35, memory_tbs=0.6, usd_per_hour=1.00, names=r"\ba10g\b"),
+    "RTX-4090": GpuType(23.6, bf16=165.2, tf32=82.6, fp32=82.6, memory_tbs=1.008, fp8=330.3, usd_per_hour=0.60, names=r"4090\b"),
+    "RTX-5090": GpuType(31.3, bf16=209.5, tf32=104.8, fp32=104.8, memory_tbs=1.792, fp8=419, usd_per_hour=0.90, names=r"5090\b"),
+    "MI300X": GpuType(
+        191.7, bf16=1307.4, tf32=653.7, fp32=163.4, memory_tbs=5.3, fp8=2614.9, usd_per_hour=2.00, names=r"\bmi300x"
+    ),
+    "MI325X": GpuType(255.7, bf16=1307.4, tf32=653.7, fp32=163.4, memory_tbs=6, fp8=2614.9, usd_per_hour=2.15, names=r"\bmi325x"),
 }
 
 # Parts of a GPU, and slower GPUs with the name of a faster one.

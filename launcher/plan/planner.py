@@ -21,6 +21,7 @@ from launcher.plan.run_dir import default_name
 from launcher.plan.sizing import combinations, kernels
 from launcher.plan.sizing.fp8 import fp8_problems
 from launcher.plan.sizing.remedies import nearest_fits
+from launcher.plan.sizing.step_time import Rates, StepTime
 
 CPU_RANKS = 2
 
@@ -177,21 +178,29 @@ def planned_tokens_per_sec(planned: LaunchPlan, gpu: GpuType | None = None) -> f
 
     `gpu` replaces the row of the plan's GPUs.
     """
-    config, topology = planned.config, planned.topology
-    if topology.device != "cuda" or not config.data.packing:
+    if planned.topology.device != "cuda":
         return None
-    combination = combinations.Combination(
-        planned.batch.micro_batch_size,
-        planned.activation_checkpointing,
-        planned.uses_liger,
-        memory.num_hpz_ranks(config.deepspeed, topology.ranks_per_node),
-        config.deepspeed.offload_optimizer,
-        config.deepspeed.offload_params,
-    )
-    situation = situation_of(planned) if gpu is None else replace(situation_of(planned), gpu=gpu)
-    with_padding = combinations.evaluate(situation, combination, is_allowed=True).tokens_per_sec
-    tokens_per_step = planned.batch.tokens_per_step or planned.batch.max_tokens_per_step
-    return None if with_padding is None else with_padding * tokens_per_step / planned.batch.max_tokens_per_step
+    step = planned_step(planned, gpu)
+    return None if step is None else tokens_of_step(planned) / step.total_s
+
+
+def planned_step(planned: LaunchPlan, gpu: GpuType | None = None, rates: Rates | None = None) -> StepTime | None:
+    """Return the time of a step by the time model; None without packing, and where it is unknown.
+
+    `gpu` replaces the row of the plan's GPUs, and `rates` what follows from it: on CPUs there are none without them.
+    """
+    if not planned.config.data.packing:
+        return None
+    situation = replace(situation_of(planned), rates=rates)
+    if gpu is not None:
+        situation = replace(situation, gpu=gpu)
+    combination = combinations.as_set(situation, planned.batch.micro_batch_size, planned.activation_checkpointing)
+    return combinations.evaluate(situation, combination, is_allowed=True).step
+
+
+def tokens_of_step(planned: LaunchPlan) -> int:
+    """Return the tokens of an optimizer step over all ranks, padding not counted where the data are known."""
+    return planned.batch.tokens_per_step or planned.batch.max_tokens_per_step
 
 
 def choose_topology(config: RunConfig, facts: Facts) -> Topology:

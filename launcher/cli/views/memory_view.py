@@ -21,7 +21,8 @@ _STAGE_LEGEND = (
 )
 _COMBINATION_LEGEND = (
     "micro-batch: rows that a rank computes at once. recomputed: layers that the backward pass computes again, to save memory.",
-    "Liger: fused kernels. hpZ: ranks of a node that hold the weights a second time. offload: what main memory holds.",
+    "layers: gathered by module, as a whole (deepspeed.whole_layers), or compiled as well (model.compile, whose terms are not",
+    "verified). Liger: fused kernels. hpZ: ranks of a node that hold the weights a second time. offload: what main memory holds.",
 )
 
 
@@ -47,7 +48,8 @@ def peak_line(plan: LaunchPlan) -> str | None:
     total = f"{peak.peak_gib:.2f}{of} GiB per rank{basis}, highest in the {stage.name} stage"
     kernels = describe_liger(plan.config.model, plan.model, plan.topology.device, plan.uses_liger)
     fp8 = "linear layers in FP8" if plan.config.model.fp8 else ""
-    return f"{total}: {sizes or 'under 5 MiB each'}; {', '.join(filter(None, (_recomputed(plan), kernels, fp8)))}"
+    settings = ", ".join(filter(None, (_recomputed(plan), _layers(plan), kernels, fp8)))
+    return f"{total}: {sizes or 'under 5 MiB each'}; {settings}"
 
 
 def tight_note(plan: LaunchPlan) -> str:
@@ -118,7 +120,7 @@ def _stages(plan: LaunchPlan) -> list[str]:
 
 def _combinations(plan: LaunchPlan) -> list[str]:
     tried = considered(situation_of(plan))
-    head = ("", "micro-batch", "recomputed", "Liger", "hpZ", "offload", "peak GiB", "tokens/s", "$ per million tokens")
+    head = ("", "micro-batch", "recomputed", "layers", "Liger", "hpZ", "offload", "peak GiB", "tokens/s", "$ per million tokens")
     rows = [_combination_row(plan, one) for one in _shown(plan, tried)]
     lines = table(head, rows)
     if plan.topology.device == "cuda":
@@ -149,6 +151,7 @@ def _combination_row(plan: LaunchPlan, one: Considered) -> tuple[str, ...]:
         mark,
         str(combination.micro_batch_size),
         combination.checkpointing,
+        combination.layers,
         "yes" if combination.liger else "no",
         "-" if combination.hpz_ranks == 1 else str(combination.hpz_ranks),
         offload,
@@ -170,6 +173,13 @@ def _usd(plan: LaunchPlan, one: Considered) -> float | None:
     if plan.price is None or not one.tokens_per_sec:
         return None
     return plan.topology.world_size * plan.price.usd_per_gpu_hour / 3600 / one.tokens_per_sec * 1e6
+
+
+def _layers(plan: LaunchPlan) -> str:
+    """Return how layers are gathered and computed, where that is not DeepSpeed's and PyTorch's own way."""
+    if plan.config.model.compile:
+        return "layers are compiled (model.compile)"
+    return "layers are gathered as a whole (deepspeed.whole_layers)" if plan.config.deepspeed.whole_layers else ""
 
 
 def _recomputed(plan: LaunchPlan) -> str:

@@ -9,12 +9,13 @@ it again: H is the hidden size, w the bytes of an element, and sums in fp32 have
     experts       for each of the k chosen ones: input and output wH, and 4wI
     projections   their inputs: wH each, where a norm comes before
 
-Liger's kernels keep a norm's input alone and compute the activated gate again; these terms are not measured.
+Liger's kernels keep a norm's input alone and compute the activated gate again, and so does what torch's compiler makes of a
+layer; these terms are not measured on GPUs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.plan.architecture import is_sparse, num_experts
 from launcher.plan.launch_plan import ModelFacts
@@ -47,6 +48,11 @@ class Kernels:
     fp8: bool = False
     compiled: bool = False
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether elementwise operations are fused, and keep their inputs alone."""
+        return self.liger or self.compiled
+
 
 @dataclass(frozen=True)
 class LayerActivations:
@@ -67,8 +73,7 @@ def layer_activations(model: ModelFacts, layer: int, kernels: Kernels) -> LayerA
     model_type = str(model.config.get("model_type"))
     wide, experts = model_type in _WIDE_NORMS, is_sparse(model.config, layer)
     post_norms = model_type in (*_POST_NORMS, *_FOUR_NORMS)
-    num_norms = 4 if model_type in _FOUR_NORMS else 2
-    saved = num_norms * _norm(hidden, 1, wide, kernels)
+    saved = num_layer_norms(model) * _norm(hidden, 1, wide, kernels)
     # Inputs of the projections of attention and of the MLP; without a norm before, in fp32 that of attention is the layer's.
     saved += 2 * width * hidden
     saved += _attention(model, model_type, wide, kernels)
@@ -83,10 +88,25 @@ def layer_activations(model: ModelFacts, layer: int, kernels: Kernels) -> LayerA
     return LayerActivations(saved, recomputed, backward)
 
 
+def num_layer_norms(model: ModelFacts) -> int:
+    """Return the norms of a layer over its hidden states."""
+    return 4 if str(model.config.get("model_type")) in _FOUR_NORMS else 2
+
+
+def has_query_key_norms(model: ModelFacts) -> bool:
+    """Return whether queries and keys are normalized."""
+    return str(model.config.get("model_type")) in (*_HEAD_NORMS, *_QK_NORMS)
+
+
+def has_wide_norms(model: ModelFacts) -> bool:
+    """Return whether norms multiply with their weight in fp32."""
+    return str(model.config.get("model_type")) in _WIDE_NORMS
+
+
 def final_norm_bytes(model: ModelFacts, kernels: Kernels) -> tuple[int, int]:
     """Return the bytes for each token of the norm before the head: what it keeps, and its peak in the backward pass."""
-    wide = str(model.config.get("model_type")) in _WIDE_NORMS
-    return _norm(model.hidden_size, 1, wide, kernels), 6 * FP32 * model.hidden_size
+    # It is in no layer, and so not compiled.
+    return _norm(model.hidden_size, 1, has_wide_norms(model), replace(kernels, compiled=False)), 6 * FP32 * model.hidden_size
 
 
 def shared_bytes(model: ModelFacts, kernels: Kernels) -> int:
@@ -102,7 +122,7 @@ def expert_size(model: ModelFacts) -> int:
 
 
 def _norm(size: int, num_rows: int, wide: bool, kernels: Kernels) -> int:
-    if kernels.liger:
+    if kernels.is_fused:
         return kernels.width * size + FP32 * num_rows
     return (FP32 + (FP32 if wide else kernels.width)) * size + FP32 * num_rows
 
@@ -128,7 +148,7 @@ def _attention(model: ModelFacts, model_type: str, wide: bool, kernels: Kernels)
 
 
 def _mlp(size: int, kernels: Kernels) -> int:
-    return (2 if kernels.liger else 4) * kernels.width * size
+    return (3 if kernels.is_fused else 4) * kernels.width * size
 
 
 def _experts(model: ModelFacts, kernels: Kernels) -> int:

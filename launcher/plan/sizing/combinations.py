@@ -1,4 +1,4 @@
-"""The combinations of micro-batch, checkpointing, Liger, hpZ and offload that a run could use, each with peak memory and speed.
+"""The combinations of micro-batch, checkpointing, kernels, hpZ and offload that a run could use, each with peak memory and speed.
 
 The plan takes the fastest of those that the settings allow and that fit; the others show what an override would bring. Pure.
 """
@@ -13,7 +13,6 @@ from launcher.plan import batch as batches
 from launcher.plan import deepspeed as deepspeed_json
 from launcher.plan import memory
 from launcher.plan.architecture import train_flops
-from launcher.plan.deepspeed import TransferWidths
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import LOSS_CHUNK_TOKENS, Batch, DataFacts, ModelFacts, PeakMemory, Topology
 from launcher.plan.optimizers import OPTIMIZERS
@@ -21,7 +20,7 @@ from launcher.plan.sizing.activations import Kernels
 from launcher.plan.sizing.checkpointed_layers import ALL, AUTO, NONE, checkpointed_layers, interval
 from launcher.plan.sizing.kernels import attention_kernel, has_liger_kernels
 from launcher.plan.sizing.peak_memory import Pass, Sharding, estimate_peak
-from launcher.plan.sizing.step_time import predict_step
+from launcher.plan.sizing.step_time import Documents, Rates, StepTime, Transfers, gpu_rates, predict_step
 
 # The share of a GPU's memory up to which a combination fits, and the one that is preferred while no GPU of the type was measured.
 USABLE_SHARE, PREFERRED_SHARE = 0.95, 0.90
@@ -32,13 +31,18 @@ _MOST_TOKENS = 32_768
 _CHECKPOINTING = (NONE, "every 4", "every 3", "every 2", ALL)
 # Tokens of a forward pass, or arithmetic of a forward and backward pass, from which a GPU does not wait for Python.
 _BUSY_TOKENS, _MOST_BUSY_TOKENS, _BUSY_FLOPS = 8192, 131_072, 1.4e14
+# Decoder layers are gathered module by module, as a whole (deepspeed.whole_layers), or compiled as well (model.compile).
+LAYERS = BY_MODULE, WHOLE, COMPILED = ("by module", "whole", "compiled")
 # Tokens of a chunk of logits that are tried.
 _CHUNK_TOKENS = (4096, 2048, 1024, 512, 256)
 
 
 @dataclass(frozen=True)
 class Combination:
-    """Settings that decide memory and speed, and are the user's to override; `overrides` is how."""
+    """Settings that decide memory and speed, and are the user's to override; `overrides` is how.
+
+    `layers` is how decoder layers are gathered and computed: one of LAYERS.
+    """
 
     micro_batch_size: int
     checkpointing: str
@@ -46,11 +50,13 @@ class Combination:
     hpz_ranks: int
     offload_optimizer: str
     offload_params: str
+    layers: str = BY_MODULE
 
     def overrides(self) -> str:
         """Return the settings as words of a command line."""
         words = [f"train.micro_batch_size={self.micro_batch_size}", f"model.activation_checkpointing='{self.checkpointing}'"]
         words += ["model.liger=true"] if self.liger else []
+        words += {BY_MODULE: [], WHOLE: ["deepspeed.whole_layers=true"], COMPILED: ["model.compile=true"]}[self.layers]
         words += [f"deepspeed.hpz_partition_size={self.hpz_ranks}"] if self.hpz_ranks > 1 else []
         words += [f"deepspeed.offload_optimizer={self.offload_optimizer}"] if self.offload_optimizer != "none" else []
         words += [f"deepspeed.offload_params={self.offload_params}"] if self.offload_params != "none" else []
@@ -59,7 +65,7 @@ class Combination:
 
 @dataclass(frozen=True)
 class Considered:
-    """A combination with its peak memory, and its predicted tokens per second over all ranks; None where they are unknown.
+    """A combination with its peak memory, and the predicted step and tokens per second over all ranks; None where unknown.
 
     `is_allowed` is whether the settings leave it to the plan; `host_gib` is what it needs of a node's main memory, and
     `chunk_tokens` the trained tokens whose logits exist at one time.
@@ -73,13 +79,14 @@ class Considered:
     is_allowed: bool
     host_gib: float
     chunk_tokens: int = LOSS_CHUNK_TOKENS
+    step: StepTime | None = None
 
 
 @dataclass(frozen=True)
 class Situation:
     """What combinations are tried for: settings, model, data, ranks, and the GPU's type and memory, None where unknown.
 
-    `liger` is what model.liger has become.
+    `liger` is what model.liger has become. `rates` replace those of the GPU.
     """
 
     config: RunConfig
@@ -89,6 +96,7 @@ class Situation:
     gpu: GpuType | None
     device_gib: float | None
     liger: bool = False
+    rates: Rates | None = None
 
 
 def choose(situation: Situation) -> Considered:
@@ -102,14 +110,7 @@ def choose(situation: Situation) -> Considered:
     """
     config, topology = situation.config, situation.topology
     split = batches.split(config.train, config.data, topology.world_size, topology.device, situation.data)
-    usual = Combination(
-        split.micro_batch_size,
-        _usual_checkpointing(situation),
-        situation.liger,
-        memory.num_hpz_ranks(config.deepspeed, topology.ranks_per_node),
-        config.deepspeed.offload_optimizer,
-        config.deepspeed.offload_params,
-    )
+    usual = as_set(situation, split.micro_batch_size, _usual_checkpointing(situation))
     first = evaluate(situation, usual, is_allowed=True)
     if topology.device != "cuda" or situation.device_gib is None:
         return first
@@ -129,6 +130,20 @@ def choose(situation: Situation) -> Considered:
     return min(as_fast, key=lambda one: (max(0, target - one.batch.micro_batch_size * row), one.peak.peak_gib))
 
 
+def as_set(situation: Situation, micro_batch_size: int, checkpointing: str) -> Combination:
+    """Return the combination of this micro-batch and these recomputed layers with all else as it is set."""
+    config = situation.config
+    return Combination(
+        micro_batch_size,
+        checkpointing,
+        situation.liger,
+        memory.num_hpz_ranks(config.deepspeed, situation.topology.ranks_per_node),
+        config.deepspeed.offload_optimizer,
+        config.deepspeed.offload_params,
+        COMPILED if config.model.compile else WHOLE if config.deepspeed.whole_layers else BY_MODULE,
+    )
+
+
 def considered(situation: Situation) -> list[Considered]:
     """Return the chosen combination and its alternatives, those that the settings exclude among them; the fastest first."""
     chosen = choose(situation)
@@ -140,6 +155,8 @@ def considered(situation: Situation) -> list[Considered]:
     variants = []
     if base.liger or has_liger_kernels(config.model, situation.model, situation.topology.device):
         variants.append(replace(base, liger=not base.liger))
+    if situation.topology.device == "cuda":
+        variants += [replace(base, layers=layers) for layers in LAYERS if layers != base.layers]
     if situation.topology.nodes > 1 and base.hpz_ranks == 1:
         variants.append(replace(base, hpz_ranks=ranks))
     if base.hpz_ranks > 1:
@@ -175,7 +192,7 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
         config.data.packing,
         combination.liger,
         config.model.fp8,
-        config.model.compile,
+        combination.layers == COMPILED,
     )
     recomputed = checkpointed_layers(combination.checkpointing, model.num_layers)
     one_pass = Pass(
@@ -188,16 +205,25 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
         4 if split.accumulation > 1 else kernels.width,
         deepspeed_json.reduced_width(rendered, dtype),
         deepspeed.offload_optimizer == "none",
-        deepspeed.whole_layers or config.model.compile,
+        combination.layers != BY_MODULE,
     )
     gpu = (situation.gpu or GpuType(0, 0, 0, 0, "")) if topology.device == "cuda" else None
     peak = estimate_peak(model, one_pass, sharding, gpu)
     if gpu is not None and situation.device_gib is not None and train.loss_chunk_tokens is None:
         one_pass, peak = _with_largest_chunk(model, one_pass, sharding, gpu, situation.device_gib)
     fits = situation.device_gib is None or peak.peak_gib <= USABLE_SHARE * situation.device_gib
-    widths = deepspeed_json.transfer_widths(rendered, dtype, topology.nodes)
-    speed = _tokens_per_sec(situation, combination, split, deepspeed, widths, kernels, sum(recomputed) / max(1, len(recomputed)))
-    return Considered(combination, split, peak, speed, fits, is_allowed, states.host_per_node_gib, one_pass.chunk_tokens)
+    transfers = Transfers(
+        deepspeed_json.transfer_widths(rendered, dtype, topology.nodes),
+        combination.hpz_ranks,
+        rendered["zero_optimization"]["stage3_max_reuse_distance"],
+        sharding.gradient_width,
+        sharding.whole_layers,
+        deepspeed.offload_optimizer,
+        deepspeed.offload_params,
+    )
+    step = _predict(situation, split, transfers, one_pass)
+    speed, host_gib = None if step is None else split.max_tokens_per_step / step.total_s, states.host_per_node_gib
+    return Considered(combination, split, peak, speed, fits, is_allowed, host_gib, one_pass.chunk_tokens, step)
 
 
 def _with_largest_chunk(
@@ -255,32 +281,18 @@ def _section(section: DeepSpeedSection, combination: Combination) -> DeepSpeedSe
     return section.model_copy(update=changed)
 
 
-def _tokens_per_sec(
-    situation: Situation,
-    combination: Combination,
-    split: Batch,
-    deepspeed: DeepSpeedSection,
-    widths: TransferWidths,
-    kernels: Kernels,
-    recomputed_share: float,
-) -> float | None:
-    flops, data = train_flops(situation.model), situation.data
-    if flops is None or situation.gpu is None or "nvme" in (deepspeed.offload_optimizer, deepspeed.offload_params):
+def _predict(situation: Situation, split: Batch, transfers: Transfers, one_pass: Pass) -> StepTime | None:
+    flops, rates = train_flops(situation.model), situation.rates
+    if rates is None and situation.gpu is not None:
+        rates = gpu_rates(situation.gpu, one_pass.kernels)
+    if flops is None or rates is None or "nvme" in (transfers.offload_optimizer, transfers.offload_params):
         return None
-    doc_tokens = kernels.row_tokens
-    if data is not None and data.num_docs and data.num_tokens:
-        doc_tokens = max(1, round(data.num_tokens / data.num_docs))
-    step = predict_step(
-        situation.model,
-        flops,
-        doc_tokens,
-        split,
-        situation.topology,
-        deepspeed,
-        combination.hpz_ranks,
-        widths,
-        kernels,
-        recomputed_share,
-        situation.gpu,
-    )
-    return split.max_tokens_per_step / step.total_s
+    documents = _documents(situation.data, one_pass.kernels.row_tokens)
+    return predict_step(situation.model, flops, documents, split, situation.topology, transfers, one_pass, rates)
+
+
+def _documents(data: DataFacts | None, row_tokens: int) -> Documents:
+    """Return the mean document of the data; without data, one that fills a row and is all trained."""
+    if data is None or not data.num_docs or not data.num_tokens:
+        return Documents(row_tokens)
+    return Documents(max(1, round(data.num_tokens / data.num_docs)), data.num_trained_tokens / data.num_tokens)

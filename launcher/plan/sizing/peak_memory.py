@@ -10,8 +10,9 @@ V the vocabulary, H the hidden size, C the tokens of a chunk of logits, and w th
     backward       all activations, one layer again where it is recomputed, the gradients inside it, those of two weights, and the
                    copies in FP8 of a linear layer
     optimizer step one sub-group's gradients in fp32, twice where they accumulate in another type
-    gathered       DeepSpeed fetches weights ahead until stage3_max_live_parameters of them are there; the experts' weights stay
-                   until the backward pass of a layer that is not recomputed, which holds them through a transposed view
+    gathered       DeepSpeed fetches weights ahead until stage3_max_live_parameters of them are there, and beyond that those of
+                   one module, or of a layer that is gathered as a whole; the experts' weights stay until the backward pass of a
+                   layer that is not recomputed, which holds them through a transposed view
     buckets        one of reduce_bucket_size elements; a larger weight is reduced where its gradient is, and copied for it
 
 benchmarks/memory_plan.py compares them with measurements on CPUs. What CUDA, NCCL and fragmentation add is not measured there.
@@ -132,8 +133,10 @@ def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: Gp
     activations = activation_bytes(model, one_pass)
     ahead = zero["stage3_max_live_parameters"] if zero["stage3_prefetch_bucket_size"] else 0
     held = _held_expert_weights(model, one_pass)
-    in_loss = width * min(model.num_params, max(ahead, head) + weight + held)
-    in_backward = width * min(model.num_params, max(ahead, weight) + weight + held)
+    # What is fetched at one time.
+    unit = max(weight, layer_elements(model)) if sharding.whole_layers else weight
+    in_loss = width * min(model.num_params, max(ahead, head) + unit + held)
+    in_backward = width * min(model.num_params, max(ahead, unit) + unit + held)
     # A gradient waits for the next one before it is reduced; partitions of it are converted to the type of accumulation.
     pending = (2 * width + sharding.gradient_width / sharding.world_size) * weight
     pending += _reduction_copies(weight, width, sharding)

@@ -10,10 +10,9 @@ from typing import Any
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.plan.gpu_types import GPUS
-from launcher.plan.memory import num_hpz_ranks
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.sizing.checkpointed_layers import ALL
-from launcher.plan.sizing.combinations import Combination, Considered, Situation, choose, evaluate
+from launcher.plan.sizing.combinations import Considered, Situation, as_set, choose, evaluate
 from launcher.plan.sizing.kernels import has_liger_kernels
 
 _MOST_NODES = 64
@@ -29,12 +28,7 @@ def nearest_fits(situation: Situation, usd_per_gpu_hour: float | None) -> list[s
 
 def memory_savings(situation: Situation, micro_batch_size: int, checkpointing: str) -> list[str]:
     """Return settings that lower the peak of a run, each with the GiB per GPU that it saves by the plan; the largest first."""
-    config = situation.config
-    section = config.deepspeed
-    hpz_ranks = num_hpz_ranks(section, situation.topology.ranks_per_node)
-    base = Combination(
-        micro_batch_size, checkpointing, situation.liger, hpz_ranks, section.offload_optimizer, section.offload_params
-    )
+    config, base = situation.config, as_set(situation, micro_batch_size, checkpointing)
     smaller = max((size for size in range(1, micro_batch_size) if micro_batch_size % size == 0), default=None)
     changes: dict[str, dict[str, Any]] = {}
     if smaller is not None:

@@ -1,122 +1,218 @@
 """Predicted time of a training step, to compare combinations of settings with each other. Pure.
 
-The sum of four parts, of which some overlap:
+The sum of six parts, of which some overlap:
 
-    products       6 FLOPs for each weight and token, 2 more for a recomputed layer, at the GPU's gemm_share of its peak; those in
-                   FP8 at a share of the peak of FP8 (fp8.py beside this file)
-    attention      pairs of queries and keys within documents, or of whole rows where the kernel computes all, at ATTENTION_SHARE
-    communication  weights gathered twice, and gradients reduced once, for each micro-batch (arXiv:1910.02054, section 7), each
-                   in the type of its transfer
-    hooks          DeepSpeed's Python around each module, which the GPU waits for where a micro-batch is small
+    products       6 FLOPs for each weight and token, 2 more for a recomputed layer, at the device's rate of products; those
+                   in FP8 at a rate of their own (fp8.py beside this file)
+    attention      pairs of queries and keys within documents, or of whole rows where the kernel computes all
+    elementwise    bytes that all other operations read and write (elementwise.py)
+    communication  for each micro-batch, weights gathered for the forward pass, and for the backward pass those that did not stay;
+                   gradients reduced once (arXiv:1910.02054, section 7), each in the type of its transfer; copies of both
+    hooks          DeepSpeed's Python around each module, or around each layer that is gathered as a whole
+    optimizer      the bytes of its states, once a step
 
-and the optimizer step once. All rates are assumptions until benchmarks/gpu.py measures a GPU, whose row in
-launcher/plan/gpu_types.py then has its gemm_share; they order combinations, and a run on GPUs compares its speed with them. The
-range that a plan shows as its speed rests on published or measured MFU instead (launcher/plan/throughput.py).
+Rates holds what a device computes and moves in a second. Those of GPUs are data sheets' figures and the shares of them that are
+assumed here until benchmarks/gpu.py measures a GPU, whose row in launcher/plan/gpu_types.py then has its gemm_share;
+benchmarks/predicted_speed.py measures those of CPUs, and compares predictions with runs. The range that a plan shows as its speed
+rests on published or measured MFU instead (launcher/plan/throughput.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.config.schema import DeepSpeedSection
 from launcher.plan.architecture import TrainFlops
 from launcher.plan.deepspeed import TransferWidths
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
-from launcher.plan.sizing.activations import FLASH_KERNELS, Kernels
+from launcher.plan.sizing import elementwise
+from launcher.plan.sizing.activations import FLASH_KERNELS, FP32, Kernels
 from launcher.plan.sizing.fp8 import fp8_share, fp8_speed
+from launcher.plan.sizing.peak_memory import Pass
 
-# The share of the peak that products reach, where no GPU of the type was measured, and the factor by which Liger raises it.
-GEMM_SHARE, LIGER_FACTOR = 0.48, 0.54 / 0.48
-ATTENTION_SHARE = 0.40
-# Tokens of a micro-batch with which the products reach half of their share of the peak.
+# Shares of the peak FLOP/s that products and attention reach, and of the memory's bandwidth. With them, products of Llama 3.1
+# 8B on an H100 are computed at 46% of the peak if elementwise operations count as part of them, and at 55% with Liger.
+GEMM_SHARE, ATTENTION_SHARE, MEMORY_SHARE = 0.62, 0.40, 0.80
+# Tokens of a micro-batch with which the products reach half of their rate.
 HALF_TOKENS = 512
 # Bytes per second of one GPU to the others of its node, of a node to the others, and between a GPU and main memory.
 NVLINK, PCIE, NETWORK = 250e9, 20e9, 50e9
 # GPUs with less memory are cards without NVLink.
 _NVLINK_FROM_GIB = 39.0
-# The share of the products' time during which communication is hidden.
+# The share of the time of computing during which communication is hidden.
 OVERLAP = 0.7
 # One module's hooks in one pass, and modules of a layer.
 HOOK_S, MODULES_OF_LAYER = 60e-6, 13
-# Bytes per second in which a GPU steps the optimizer, and a node's CPUs do; bytes that a step moves for a parameter.
-GPU_MEMORY, HOST_MEMORY, STEP_BYTES = 1.5e12, 100e9, 34
+# Bytes per second in which a node's CPUs step the optimizer; bytes that a step moves for a parameter.
+HOST_MEMORY, STEP_BYTES = 100e9, 34
+# Bandwidth of the memory of a GPU whose row has none: that of an H100 for each FLOP.
+_MEMORY_BYTES_PER_FLOP = 3.35 / 989
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second: FLOPs of products and attention, bytes through its memory and over links.
+
+    `memory` is the rate of elementwise operations, `copies` that of weights and gradients, `states` that of the optimizer. A node
+    has `between_nodes` for all its ranks; `host_link` and `host_memory` count with offload. A reduction takes as long as a
+    transfer of `reduce_factor` times its bytes. `half_tokens` lower the rate of products in small micro-batches. Communication is
+    hidden during the share `overlap` of computing. A device that `runs_ahead` computes while Python is in a module's hooks.
+    Products in FP8 are `fp8_speed` times as fast as the others.
+    """
+
+    products: float
+    attention: float
+    memory: float
+    copies: float
+    states: float
+    in_node: float
+    between_nodes: float = NETWORK
+    host_link: float = PCIE
+    host_memory: float = HOST_MEMORY
+    reduce_factor: float = 1.0
+    half_tokens: float = HALF_TOKENS
+    overlap: float = OVERLAP
+    hook_s: float = HOOK_S
+    runs_ahead: bool = True
+    fp8_speed: float = 1.0
+
+
+def gpu_rates(gpu: GpuType, kernels: Kernels) -> Rates:
+    """Return the rates of a GPU for these kernels: assumed ones, as far as it was not measured."""
+    peak = (gpu.peak_tflops({2: "bf16", 4: "tf32"}[kernels.width]) or gpu.bf16) * 1e12
+    bandwidth = gpu.memory_tbs * 1e12 if gpu.memory_tbs is not None else gpu.bf16 * 1e12 * _MEMORY_BYTES_PER_FLOP
+    memory = MEMORY_SHARE * bandwidth
+    return Rates(
+        products=(GEMM_SHARE if gpu.gemm_share is None else gpu.gemm_share) * peak,
+        attention=ATTENTION_SHARE * peak,
+        memory=memory,
+        copies=memory,
+        states=memory,
+        in_node=NVLINK if gpu.memory_gib >= _NVLINK_FROM_GIB else PCIE,
+        fp8_speed=fp8_speed(gpu, kernels),
+    )
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What rows hold: the usual length of a document in tokens, and the share of trained tokens."""
+
+    tokens: int
+    trained_share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """How ZeRO-3 moves weights and gradients: bytes of a transfer, ranks with a second copy of the weights, and offload.
+
+    Weights that are used again within `reuse_elements` stay. `accumulated_width` are the bytes of an accumulated gradient. With
+    `whole_layers`, hooks are around layers.
+    """
+
+    widths: TransferWidths
+    hpz_ranks: int
+    reuse_elements: int
+    accumulated_width: int
+    whole_layers: bool = False
+    offload_optimizer: str = "none"
+    offload_params: str = "none"
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step by part; `total_s` counts communication as far as it is not hidden."""
+    """Seconds of one optimizer step by part; `total_s` counts communication and hooks as far as computing does not hide them."""
 
     products_s: float
     attention_s: float
+    elementwise_s: float
     communication_s: float
     hooks_s: float
     optimizer_s: float
+    overlap: float
+    runs_ahead: bool
 
     @property
     def total_s(self) -> float:
-        computing = max(self.products_s + self.attention_s, self.hooks_s)
-        return computing + max(0.0, self.communication_s - OVERLAP * computing) + self.optimizer_s
+        computing = self.products_s + self.attention_s + self.elementwise_s
+        computing = max(computing, self.hooks_s) if self.runs_ahead else computing + self.hooks_s
+        return computing + max(0.0, self.communication_s - self.overlap * computing) + self.optimizer_s
 
 
 def predict_step(
     model: ModelFacts,
     flops: TrainFlops,
-    doc_tokens: int,
+    documents: Documents,
     batch: Batch,
     topology: Topology,
-    deepspeed: DeepSpeedSection,
-    hpz_ranks: int,
-    widths: TransferWidths,
-    kernels: Kernels,
-    recomputed_share: float,
-    gpu: GpuType,
+    transfers: Transfers,
+    one_pass: Pass,
+    rates: Rates,
 ) -> StepTime:
-    """Predict one step; `doc_tokens` is the usual length of a document, `recomputed_share` the share of layers that recompute."""
-    peak = gpu.peak_tflops({2: "bf16", 4: "tf32"}[kernels.width]) or gpu.bf16
-    tokens = batch.micro_batch_size * kernels.row_tokens
+    """Predict one step, of `batch.accumulation` passes."""
+    tokens, kernels = one_pass.tokens, one_pass.kernels
+    recomputed_share = sum(one_pass.checkpointed) / max(1, len(one_pass.checkpointed))
     again = 1 + recomputed_share / 3
+    trained = tokens * documents.trained_share
     in_layers = flops.per_token * again
     if kernels.fp8:
         converted = fp8_share(model, flops.per_token / 6)
-        in_layers *= 1 - converted + converted / fp8_speed(gpu, kernels)
+        in_layers *= 1 - converted + converted / rates.fp8_speed
     # Those of FP8 as the FLOPs that bf16 would compute in their time.
-    products = tokens * (in_layers + flops.per_label)
-    length = doc_tokens if kernels.attention in FLASH_KERNELS else kernels.row_tokens
+    products = tokens * in_layers + trained * flops.per_label
+    length = documents.tokens if kernels.attention in FLASH_KERNELS else kernels.row_tokens
     pairs = (flops.of([length], 0) - flops.per_token * length) / length * tokens * again
     if kernels.attention not in FLASH_KERNELS:
         pairs *= 2
-    share = GEMM_SHARE if gpu.gemm_share is None else gpu.gemm_share
-    gemm = share * (LIGER_FACTOR if kernels.liger else 1.0) * tokens / (tokens + HALF_TOKENS)
-    passes = 2 + recomputed_share
-    micro_batches = batch.accumulation
-    communication_s = _communication_s(model.num_params, widths, topology, hpz_ranks, gpu)
-    if deepspeed.offload_params != "none":
-        communication_s += 2 * kernels.width * model.num_params / topology.world_size / PCIE
+    moved = tokens * elementwise.bytes_of_layers(model, kernels, recomputed_share)
+    moved += elementwise.bytes_of_loss(model, kernels.width, trained, one_pass.chunk_tokens)
+    modules = model.num_layers * (1 if transfers.whole_layers else MODULES_OF_LAYER)
+    passes, micro_batches = 2 + recomputed_share, batch.accumulation
     return StepTime(
-        products_s=micro_batches * products / (gemm * peak * 1e12),
-        attention_s=micro_batches * pairs / (ATTENTION_SHARE * peak * 1e12),
-        communication_s=micro_batches * communication_s,
-        hooks_s=micro_batches * passes * model.num_layers * MODULES_OF_LAYER * HOOK_S,
-        optimizer_s=_optimizer_s(model.num_params, topology, deepspeed),
+        products_s=micro_batches * products / rates.products * (tokens + rates.half_tokens) / tokens,
+        attention_s=micro_batches * pairs / rates.attention,
+        elementwise_s=micro_batches * moved / rates.memory,
+        communication_s=micro_batches * _communication_s(model.num_params, transfers, topology, kernels, passes, rates),
+        hooks_s=micro_batches * passes * modules * rates.hook_s,
+        optimizer_s=_optimizer_s(model.num_params, topology, transfers, rates),
+        overlap=rates.overlap,
+        runs_ahead=rates.runs_ahead,
     )
 
 
-def _communication_s(num_params: int, widths: TransferWidths, topology: Topology, hpz_ranks: int, gpu: GpuType) -> float:
-    """Return the seconds of one micro-batch: each of three transfers takes as long as its slowest link."""
-    inside = NVLINK if gpu.memory_gib >= _NVLINK_FROM_GIB else PCIE
-    ranks, nodes = topology.ranks_per_node, topology.nodes
+def _communication_s(
+    num_params: int, transfers: Transfers, topology: Topology, kernels: Kernels, passes: float, rates: Rates
+) -> float:
+    """Return the seconds of one micro-batch: each transfer takes as long as its slowest link."""
+    ranks, nodes, world_size = topology.ranks_per_node, topology.nodes, topology.world_size
     # Of one byte for each parameter.
-    in_node_s = num_params * (ranks - 1) / ranks / inside
-    slowest_s = max(in_node_s, num_params * (nodes - 1) / nodes / NETWORK)
+    in_node_s = num_params * (ranks - 1) / ranks / rates.in_node
+    slowest_s = max(in_node_s, num_params * (nodes - 1) / nodes / rates.between_nodes)
     # With a second copy inside each node, the backward pass gathers there.
-    again_s = in_node_s if hpz_ranks > 1 else slowest_s
-    return widths.weight * (slowest_s + again_s) + widths.gradient * slowest_s
+    again_s = in_node_s if transfers.hpz_ranks > 1 else slowest_s
+    # Between its uses in the forward and in the backward pass, a weight meets those behind it once in each pass.
+    gathered_again = max(0.0, 1 - transfers.reuse_elements / passes / num_params)
+    weight, gradient = transfers.widths.weight, transfers.widths.gradient
+    seconds = weight * (slowest_s + gathered_again * again_s) + rates.reduce_factor * gradient * slowest_s
+    seconds += num_params * _copied_bytes(transfers, kernels.width, world_size, gathered_again) / rates.copies
+    if transfers.offload_params != "none":
+        seconds += 2 * kernels.width * num_params / world_size / rates.host_link
+    return seconds
 
 
-def _optimizer_s(num_params: int, topology: Topology, deepspeed: DeepSpeedSection) -> float:
+def _copied_bytes(transfers: Transfers, width: int, world_size: int, gathered_again: float) -> float:
+    """Return the bytes that DeepSpeed's copies read and write for each parameter in one micro-batch.
+
+    Gathered weights go through a buffer (partition_parameters.py, AllGatherCoalescedHandle), unless one rank has all. Gradients
+    are copied into a bucket, put in the order of ranks and divided (coalesced_collectives.py), and added to the accumulated ones.
+    """
+    weights = 2 * width * (1 + 1 / world_size) * (1 + gathered_again) if world_size > 1 else 0.0
+    accumulated = width + (4 * FP32 if transfers.accumulated_width > width else width)
+    return weights + 6 * width + accumulated / world_size
+
+
+def _optimizer_s(num_params: int, topology: Topology, transfers: Transfers, rates: Rates) -> float:
     per_rank = num_params / topology.world_size
-    if deepspeed.offload_optimizer == "none":
-        return STEP_BYTES * per_rank / GPU_MEMORY
-    moved_s = 6 * per_rank / PCIE
-    return moved_s + STEP_BYTES * per_rank * topology.ranks_per_node / HOST_MEMORY
+    if transfers.offload_optimizer == "none":
+        return STEP_BYTES * per_rank / rates.states
+    moved_s = 6 * per_rank / rates.host_link
+    return moved_s + STEP_BYTES * per_rank * topology.ranks_per_node / rates.host_memory

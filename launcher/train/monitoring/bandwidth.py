@@ -11,10 +11,11 @@ import torch.distributed as dist
 from launcher.plan.deepspeed import transfer_widths
 from launcher.plan.gpu_types import lookup
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.sizing.step_time import GEMM_SHARE
 
 # The speed of Ethernet with TCP, too slow for every model: what counts where the GPUs' type is unknown.
 _SLOW_GB_PER_S = 5.0
+# The share of a GPU's peak that a whole pass is assumed to reach.
+_PEAK_SHARE = 0.48
 # FLOPs for each parameter and token, with recomputed layers.
 _FLOPS = 8
 # With more ranks, latency dominates an all-reduce of this size on any network.
@@ -53,7 +54,7 @@ def needed_gb_per_s(plan: LaunchPlan) -> float:
     widths = transfer_widths(plan.deepspeed, dtype, topology.nodes)
     is_copied = 1 < plan.deepspeed["zero_optimization"].get("zero_hpz_partition_size", 1) <= topology.ranks_per_node
     num_bytes = widths.weight * (1 if is_copied else 2) + widths.gradient
-    flops = GEMM_SHARE * (gpu.peak_tflops("tf32" if dtype == "fp32" else "bf16") or gpu.bf16) * 1e12
+    flops = _PEAK_SHARE * (gpu.peak_tflops("tf32" if dtype == "fp32" else "bf16") or gpu.bf16) * 1e12
     return max(_SLOW_GB_PER_S, num_bytes / _FLOPS * flops / tokens / 1e9)
 
 

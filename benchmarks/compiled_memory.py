@@ -1,0 +1,92 @@
+"""Bytes that compiled decoder layers keep for the backward pass, for each token: measured on the CPU, and by the plan's terms.
+
+    python benchmarks/compiled_memory.py [PRESET ...]
+
+Two layers of each preset at their real width: the compiler decides what a layer keeps, and torch's hooks of saved tensors see it.
+Writes a table into RESULTS.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sides
+import torch
+import torch._dynamo
+import yaml
+from torch import Tensor
+
+from launcher.config.compose import conf_dir
+from launcher.plan.architecture import model_facts
+from launcher.plan.sizing.activations import Kernels, final_norm_bytes, layer_activations, shared_bytes
+from launcher.train.kernels import attention, layers
+from launcher.train.model import _find_decoder
+
+PRESETS = ("llama3_2_1b", "qwen3_0_6b", "gemma3_1b", "olmo2_1b")
+TOKENS, LAYERS = 512, 2
+
+
+def main() -> None:
+    parser = sides.parser(__doc__, rounds=None)
+    parser.add_argument("presets", nargs="*", default=PRESETS)
+    args = parser.parse_args()
+    lines = [
+        "| preset | layers are | bytes a token and layer, measured | by the plan | plan / measured |",
+        "|---|---|---|---|---|",
+    ]
+    for preset in args.presets:
+        for is_compiled in (False, True):
+            measured, planned = kept_bytes(preset, is_compiled)
+            way = "compiled" if is_compiled else "eager"
+            lines.append(f"| {preset} | {way} | {measured:,.0f} | {planned:,.0f} | {planned / measured:.3f} |")
+            print(lines[-1], flush=True)
+    source = "From layers that `launcher.train.kernels.layers.compile_layers` compiled for the CPU, called from Python."
+    sides.record(
+        args.results, "memory of compiled layers", "memory of compiled layers", source, sides.typed("compiled_memory.py"), lines
+    )
+
+
+def kept_bytes(preset: str, is_compiled: bool) -> tuple[float, float]:
+    """Return the bytes that a layer keeps for each token in bf16: measured, and by the plan."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = yaml.safe_load((conf_dir() / "model" / f"{preset}.yaml").read_text())["config"]
+    values |= {"num_hidden_layers": LAYERS, "vocab_size": 256, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    attention.register_varlen()
+    config = AutoConfig.for_model(**values)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention.VARLEN)
+    model.train()
+    if is_compiled:
+        layers.compile_layers(model, layers.find_layers(model, "model.compile", ""), torch.device("cpu"))
+    facts = model_facts(values, None, None, None)
+    kernels = Kernels(2, attention.VARLEN, TOKENS, compiled=is_compiled)
+    planned = sum(layer_activations(facts, layer, kernels).saved for layer in range(LAYERS)) / LAYERS
+    outside = (final_norm_bytes(facts, kernels)[0] + shared_bytes(facts, kernels)) * TOKENS
+    return (_saved_bytes(model) - outside) / TOKENS / LAYERS, planned
+
+
+def _saved_bytes(model: Any) -> int:
+    """Return the bytes of all distinct storages that a forward pass keeps, besides weights and buffers."""
+    ids, offsets = torch.zeros(1, TOKENS, dtype=torch.long), torch.tensor([0, TOKENS], dtype=torch.int32)
+    documents = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": TOKENS, "max_length_k": TOKENS}
+    positions = torch.arange(TOKENS)[None]
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    decoder = _find_decoder(model)
+    # What is compiled at the first call is not kept.
+    decoder(input_ids=ids, position_ids=positions, use_cache=False, **documents)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = decoder(input_ids=ids, position_ids=positions, use_cache=False, **documents).last_hidden_state
+    output.sum().backward()
+    return sum(sizes.values())
+
+
+if __name__ == "__main__":
+    main()

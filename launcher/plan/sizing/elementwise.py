@@ -1,0 +1,68 @@
+"""Bytes that operations other than matrix products and attention read and write in a forward and backward pass. Pure.
+
+Norms, the rotary embedding, the gate of the MLP, sums and the loss do little arithmetic: their time is that of the memory. The
+bytes were counted in the layers of transformers 5.24, where each operation reads its inputs and writes its output
+(tests/plan/test_step_time.py measures them with fake tensors). H is the hidden size, w the bytes of an element, q and kv the
+widths of queries and keys, I the intermediate size, V the vocabulary:
+
+    norm                (124 + 2w) H    about ten operations in fp32, most of them backward; 28H more where the weight is in fp32
+    rotary embedding    23w (q + kv)    halves negated and joined, two products and a sum
+    MLP's gate          14w I           activation and product, and their gradients
+    sums                21w H           two residuals, and gradients of what several products read
+    experts             14w I + 20w H   for each chosen one, whose tokens are gathered and added up
+    loss                40V             logits and their gradient in fp32, for each trained token
+    head's weight       its gradient is filled, read and written for each chunk of tokens, in fp32 where there are several, and
+                        scaled; a tied one is added to that of the embedding
+
+Liger's kernels read and write each tensor once: 10w H, 4w (q + kv) and 8w I. What torch's compiler fuses is taken to leave
+COMPILED_SHARE; neither is verified on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+from launcher.plan.architecture import is_sparse
+from launcher.plan.launch_plan import ModelFacts
+from launcher.plan.sizing.activations import FP32, Kernels, expert_size, has_query_key_norms, has_wide_norms, num_layer_norms
+
+# The share of a layer's bytes that its forward pass moves: a recomputed layer moves them again.
+FORWARD_SHARE = 0.30
+COMPILED_SHARE = 0.6
+LOGIT_BYTES = 40
+
+
+def _bytes_of_layer(model: ModelFacts, layer: int, kernels: Kernels) -> float:
+    """Return the bytes that the forward and backward pass of a layer move for each token, besides products and attention."""
+    width, hidden = kernels.width, model.hidden_size
+    query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    norm = 124 + 2 * width + (28 if has_wide_norms(model) else 0)
+    eager = num_layer_norms(model) * norm * hidden + 23 * width * (query + key)
+    fused = num_layer_norms(model) * 10 * width * hidden + 4 * width * (query + key)
+    if has_query_key_norms(model):
+        eager += norm * (query + key)
+        fused += 10 * width * (query + key)
+    if is_sparse(model.config, layer):
+        chosen = int(model.config.get("num_experts_per_tok") or 1)
+        experts = chosen * width * (14 * expert_size(model) + 20 * hidden)
+        eager, fused = eager + experts, fused + experts
+    else:
+        eager += 14 * width * model.intermediate_size
+        fused += 8 * width * model.intermediate_size
+    sums = 21 * width * hidden
+    if kernels.liger:
+        return fused + sums
+    return (eager + sums) * (COMPILED_SHARE if kernels.compiled else 1.0)
+
+
+def bytes_of_layers(model: ModelFacts, kernels: Kernels, recomputed_share: float) -> float:
+    """Return the bytes that all layers move for each token; `recomputed_share` of them compute their forward pass again."""
+    layers = sum(_bytes_of_layer(model, layer, kernels) for layer in range(model.num_layers))
+    return layers * (1 + FORWARD_SHARE * recomputed_share)
+
+
+def bytes_of_loss(model: ModelFacts, width: int, trained_tokens: float, chunk_tokens: int) -> float:
+    """Return the bytes that the loss of so many tokens moves besides its products, with logits of a chunk of them at one time."""
+    num_chunks = max(1, math.ceil(trained_tokens / chunk_tokens))
+    of_weight = 2 * (FP32 if num_chunks > 1 else width) * num_chunks + 3 * width + (4 * width if model.tie_word_embeddings else 0)
+    return model.vocab_size * (LOGIT_BYTES * trained_tokens + of_weight * model.hidden_size)
