@@ -174,6 +174,34 @@ def test_the_backward_pass_reads_the_weight_that_is_gathered_then() -> None:
     torch.testing.assert_close(of_inputs, expected, rtol=0, atol=0)
 
 
+@pytest.mark.rest
+def test_a_compiled_layer_waits_for_its_backward_pass_with_parameters_and_no_copies_of_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The compiler decides what to keep, and a weight in FP8 would be half as large as the one that ZeRO-3 releases."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    settings = fp8._settings
+    monkeypatch.setattr(fp8, "_settings", lambda _, pads: settings("cuda", pads))
+    torch._dynamo.reset()
+    torch._dynamo.allow_in_graph(fp8._Product)
+    first, second = linear(160, 64), linear(64, 160)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    compiled = torch.compile(lambda inputs: second(nn.functional.silu(first(inputs))))
+    inputs = torch.randn(1, 32, 64, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = compiled(inputs)
+    output.sum().backward()
+    assert inputs.grad is not None
+    weights = [tensor for tensor in kept if tensor.numel() == 160 * 64]
+    assert {id(weight) for weight in weights} == {id(first.weight), id(second.weight)}
+    assert any(tensor.dtype == torch.bfloat16 and tensor.numel() == 32 * 160 for tensor in kept)
+
+
 def test_linear_layers_whose_sizes_fp8_does_not_take_are_left_out_and_named() -> None:
     model = build(intermediate_size=100)
     assert converted(model) == {name for name in PROJECTIONS if name.startswith("self_attn")}
