@@ -10,8 +10,6 @@ import argparse
 import codecs
 import io
 import json
-import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,11 +33,9 @@ from launcher.evaluate.drift.likelihood import PromptLikelihoods
 from launcher.models.plan_caches import require_caches
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.worker.ranks.rank_env import die_with_parent
+from launcher.worker.scoring.command_process import answer, run_process
 from launcher.worker.scoring.passes import Progress
 from launcher.worker.scoring.prompt_losses import compare_likelihoods, find_obstacle
-from launcher.worker.scoring.triage import answer
-from launcher.worker.signals import exit_on_termination
 
 # Prompts of each side that are compared: a random sample.
 MAX_PROMPTS = 2_000
@@ -221,10 +217,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_termination()
-    die_with_parent(signal.SIGTERM)
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # DeepSpeed's threads can abort the interpreter's own shutdown.
-    os._exit(code)
+    run_process(main)

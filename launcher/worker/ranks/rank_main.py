@@ -28,7 +28,7 @@ from launcher.worker.ranks import flight_recorder
 from launcher.worker.ranks.error_memory import ErrorSlot
 from launcher.worker.ranks.heartbeat import Heartbeat
 from launcher.worker.ranks.numa import bind_to_gpu, num_omp_threads
-from launcher.worker.ranks.rank_env import RankEnv, die_with_parent, redirect_output, set_title
+from launcher.worker.ranks.rank_env import RankEnv, die_with_parent, exit_without_shutdown, redirect_output, set_title
 from launcher.worker.signals import StopFlag
 
 if TYPE_CHECKING:
@@ -63,11 +63,9 @@ def main(plan_path: str, attempt: int) -> None:
         with stop.delay_dismissal():
             error_record.write_error_record(record, os.environ)
         raise
-    sys.stdout.flush()
-    sys.stderr.flush()
     remove_copies()
-    # Everything is on disk. DeepSpeed's threads can abort the interpreter's own shutdown, which would read as a failure.
-    os._exit(0)
+    # Everything is on disk.
+    exit_without_shutdown(0)
 
 
 def _run(plan_path: str, attempt: int, stop: StopFlag, progress: _Progress) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -43,12 +41,10 @@ from launcher.tracking.general_loss import read_general_loss
 from launcher.tracking.verdicts import TUNED, EvaluationVerdict, digest_checkpoint
 from launcher.worker.evaluation.prepare import with_own_template
 from launcher.worker.evaluation.weights import count_context, find_base
-from launcher.worker.ranks.rank_env import die_with_parent
+from launcher.worker.scoring.command_process import answer, run_process
 from launcher.worker.scoring.documents import DocumentGroup, ScoredDocument, score_documents
 from launcher.worker.scoring.passes import Progress
-from launcher.worker.scoring.triage import answer
 from launcher.worker.scoring.weights import ScoredWeights, find_result, find_weights
-from launcher.worker.signals import exit_on_termination
 
 # Numbers of examples among which evaluate.shots=auto chooses.
 _SHOTS = (2, 4, 8)
@@ -332,10 +328,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_termination()
-    die_with_parent(signal.SIGTERM)
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # DeepSpeed's threads can abort the interpreter's own shutdown.
-    os._exit(code)
+    run_process(main)

@@ -12,7 +12,7 @@ from launcher.data.loader import RowBatches
 from launcher.data.score_store import ScoreKey, ScoreStore
 from launcher.models.private_code import remove_copies
 from launcher.security.printable_stream import printable_output
-from launcher.worker.ranks.rank_env import die_with_parent
+from launcher.worker.ranks.rank_env import die_with_parent, exit_without_shutdown
 from launcher.worker.scoring.passes import Progress, RankTask
 from launcher.worker.signals import exit_on_termination
 
@@ -60,7 +60,4 @@ if __name__ == "__main__":
     with printable_output():
         run_rank(RankTask.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
     remove_copies()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # DeepSpeed's threads can abort the interpreter's own shutdown, which would read as a failure.
-    os._exit(0)
+    exit_without_shutdown(0)

@@ -6,9 +6,6 @@ The plan is that of the attempt that made the step. Progress goes to standard er
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +21,10 @@ from launcher.errors import LauncherError, RunError
 from launcher.models.plan_caches import require_caches
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.worker.ranks.rank_env import die_with_parent
+from launcher.worker.scoring.command_process import answer, run_process
 from launcher.worker.scoring.document_texts import DocumentTexts
 from launcher.worker.scoring.passes import Progress, ScorePass, score
-from launcher.worker.scoring.triage import answer
 from launcher.worker.scoring.weights import ScoredWeights, find_weights
-from launcher.worker.signals import exit_on_termination
 
 
 def describe_step(
@@ -123,10 +118,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_termination()
-    die_with_parent(signal.SIGTERM)
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # DeepSpeed's threads can abort the interpreter's own shutdown.
-    os._exit(code)
+    run_process(main)

@@ -6,11 +6,7 @@ Progress goes to standard error, one JSON object to standard output.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import signal
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +19,14 @@ from launcher.data.cache.split import Split
 from launcher.data.sources.origins import DocumentOrigins
 from launcher.data.triage import answers_alone, ranking
 from launcher.data.triage.ranking import DocumentScores
-from launcher.errors import LauncherError, SubmitError
+from launcher.errors import SubmitError
 from launcher.models.plan_caches import require_caches
-from launcher.models.private_code import remove_copies
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.security.printable_stream import printable_output
-from launcher.tracking.progress import show_documents
-from launcher.worker.ranks.rank_env import die_with_parent
+from launcher.worker.scoring.command_process import answer, run_process
 from launcher.worker.scoring.document_texts import DocumentTexts
 from launcher.worker.scoring.passes import Progress, ScorePass, score, temporary_folder
 from launcher.worker.scoring.weights import find_weights
-from launcher.worker.signals import exit_on_termination
 
 TRAIN = "train"
 # Documents of a list with their texts, which the page shows.
@@ -160,29 +152,5 @@ def main(argv: Sequence[str]) -> int:
     )
 
 
-def answer(work: Callable[[Progress], dict[str, Any]]) -> int:
-    """Print the result of `work` as one JSON line, or its problems; `work` gets a function that shows progress."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Libraries print to standard output too.
-    output = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        # Libraries log names from files of others to the terminal of the command.
-        with printable_output(), show_documents("rows") as on_progress:
-            result, code = work(on_progress), 0
-    except LauncherError as error:
-        result, code = error.to_report(), error.exit_code
-    finally:
-        remove_copies()
-    os.write(output, (json.dumps(result) + "\n").encode())
-    return code
-
-
 if __name__ == "__main__":
-    exit_on_termination()
-    die_with_parent(signal.SIGTERM)
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # DeepSpeed's threads can abort the interpreter's own shutdown.
-    os._exit(code)
+    run_process(main)

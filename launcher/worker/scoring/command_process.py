@@ -1,0 +1,43 @@
+"""The process that scores for a command: it shows progress on standard error and prints one JSON object, a result or problems."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from launcher.errors import LauncherError
+from launcher.models.private_code import remove_copies
+from launcher.security.printable_stream import printable_output
+from launcher.tracking.progress import show_documents
+from launcher.worker.ranks.rank_env import die_with_parent, exit_without_shutdown
+from launcher.worker.scoring.passes import Progress
+from launcher.worker.signals import exit_on_termination
+
+
+def run_process(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Run `main` with the arguments of this process and exit with its code; the process ends with the command that started it."""
+    exit_on_termination()
+    die_with_parent(signal.SIGTERM)
+    exit_without_shutdown(main(sys.argv[1:]))
+
+
+def answer(work: Callable[[Progress], dict[str, Any]]) -> int:
+    """Print the result of `work` as one JSON line, or its problems; `work` gets a function that shows progress."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Libraries print to standard output too.
+    output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        # Libraries log names from files of others to the terminal of the command.
+        with printable_output(), show_documents("rows") as on_progress:
+            result, code = work(on_progress), 0
+    except LauncherError as error:
+        result, code = error.to_report(), error.exit_code
+    finally:
+        remove_copies()
+    os.write(output, (json.dumps(result) + "\n").encode())
+    return code
