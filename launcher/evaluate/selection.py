@@ -8,11 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from launcher.evaluate.prompting import PromptStyle
 
+# Numbers of examples among which evaluate.shots=auto chooses.
+AUTO_SHOTS = (2, 4, 8)
+# Questions that are rendered to see whether examples fit: those with the most characters.
+NUM_LONGEST = 3
+
 # The mean score of each style on the same training rows.
 ScoreStyles = Callable[[Sequence[PromptStyle]], Mapping[PromptStyle, float]]
+
+
+def list_shots(setting: Literal["auto"] | int) -> tuple[int, ...]:
+    """Return the numbers of examples that evaluate.shots allows, without 0."""
+    if setting == "auto":
+        return AUTO_SHOTS
+    return (setting,) if setting else ()
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from launcher.evaluate.overlap import TrainingCopy, find_training_copies
 from launcher.evaluate.prompting import BasePrompts, PromptStyle, TunedPrompts
 from launcher.evaluate.questions import EvalQuestion, QuestionSet
 from launcher.evaluate.scoring import AnswerScorer, copy_metric_files
+from launcher.evaluate.selection import NUM_LONGEST, list_shots
 from launcher.evaluate.task import EvaluationFolder, EvaluationTask
 from launcher.models.plan_caches import require_caches
 from launcher.plan.launch_plan import LaunchPlan
@@ -38,10 +39,6 @@ from launcher.tracking.verdicts import remove_verdicts
 from launcher.worker.evaluation.weights import count_context, export_tuned, find_base
 from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.signals import exit_on_termination
-
-# Numbers of examples among which evaluate.shots=auto chooses.
-_SHOTS = (2, 4, 8)
-_LONGEST = 3
 
 
 def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
@@ -71,7 +68,7 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
     plan = with_own_template(plan, folder)
     tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
     encoder = Encoder(tokenizer, plan.config.data)
-    max_shots = max(_SHOTS) if config.evaluate.shots == "auto" else config.evaluate.shots
+    max_shots = max(list_shots(config.evaluate.shots), default=0)
     base = find_base(plan)
     sets, training = _read_questions(plan, encoder, names, max_shots + config.evaluate.selection_prompts if base else 0)
     with live_line() as (say, make_pace):
@@ -237,11 +234,10 @@ def _fitting_shots(config: RunConfig, questions: Sequence[EvalQuestion], base: B
         ConfigError: where a number that was asked for does not fit, or there are not as many training rows.
     """
     shots = config.evaluate.shots
-    wanted = _SHOTS if shots == "auto" else (shots,) if shots else ()
-    longest = sorted(questions, key=lambda one: -len(str(one.document)))[:_LONGEST]
+    longest = sorted(questions, key=lambda one: -len(str(one.document)))[:NUM_LONGEST]
     room = context - config.evaluate.max_new_tokens
     fitting = []
-    for count in wanted:
+    for count in list_shots(shots):
         styles = [PromptStyle(form, count, max(config.evaluate.instructions, key=len)) for form in base.forms(questions)]
         needed = max(len(prompt) for style in styles for prompt in base.write(longest, style).prompts)
         if count <= base.num_examples and needed <= room:

@@ -30,7 +30,7 @@ from launcher.evaluate.choices.questions import ChoiceQuestion, read_questions
 from launcher.evaluate.overlap import MAX_DOCUMENTS, TrainingCopy, describe_copies, find_training_copies
 from launcher.evaluate.prompting import BasePrompts, PromptStyle, TunedPrompts
 from launcher.evaluate.questions import EvalQuestion, QuestionSet
-from launcher.evaluate.selection import ChosenStyles, choose_styles
+from launcher.evaluate.selection import AUTO_SHOTS, NUM_LONGEST, ChosenStyles, choose_styles, list_shots
 from launcher.evaluate.task import EvaluationFolder, describe
 from launcher.evaluate.verdict import judge, with_examples
 from launcher.models.plan_caches import require_caches
@@ -46,11 +46,8 @@ from launcher.worker.scoring.documents import DocumentGroup, ScoredDocument, sco
 from launcher.worker.scoring.passes import Progress
 from launcher.worker.scoring.weights import ScoredWeights, find_result, find_weights
 
-# Numbers of examples among which evaluate.shots=auto chooses.
-_SHOTS = (2, 4, 8)
 # Of the questions, at most one in this many is an example, or decides how the base model is asked.
 _RESERVED = 5
-_LONGEST = 3
 _NOT_PLAIN = re.compile(r"^\.+|[^\w.-]")
 # Each question with each of its choices; None for what cannot be asked.
 _Asked = list[list[ChoiceTokens] | None]
@@ -130,7 +127,7 @@ class ChoiceEvaluation:
         order = np.random.default_rng(self._plan.config.run.seed).permutation(len(questions)).tolist()
         most = len(questions) // _RESERVED
         shots = self._settings.shots
-        num_examples = min(max(_SHOTS), most) if shots == "auto" else min(shots, len(questions) - 1)
+        num_examples = min(max(AUTO_SHOTS), most) if shots == "auto" else min(shots, len(questions) - 1)
         num_selection = min(self._settings.selection_prompts, most)
         examples, selection = order[:num_examples], order[num_examples : num_examples + num_selection]
         rest = sorted({*range(len(questions))} - {*examples, *selection})
@@ -174,10 +171,9 @@ class ChoiceEvaluation:
             ConfigError: where a number that was asked for does not fit, or the file has not as many rows.
         """
         shots = self._settings.shots
-        wanted = _SHOTS if shots == "auto" else (shots,) if shots else ()
-        longest = sorted(questions, key=lambda one: -len(one.question) - max(map(len, one.choices)))[:_LONGEST]
+        longest = sorted(questions, key=lambda one: -len(one.question) - max(map(len, one.choices)))[:NUM_LONGEST]
         fitting = []
-        for count in wanted:
+        for count in list_shots(shots):
             styles = [PromptStyle(form, count, max(self._settings.instructions, key=len)) for form in forms]
             is_fitting = count <= base.num_examples and all(None not in self._ask(longest, base, style) for style in styles)
             if is_fitting:
