@@ -19,8 +19,9 @@ from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import LATER_EVALUATION, MANIFEST, Manifest
 from launcher.checkpoint.mirror.layout import CHECKPOINTS, MirroredRun, read_complete_checkpoints, read_later_evaluation
+from launcher.checkpoint.mirror.mirrored_files import CODE
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder
-from launcher.checkpoint.mirror.upload import CODE, PARALLEL
+from launcher.checkpoint.mirror.upload import PARALLEL
 from launcher.errors import CheckpointError, Problem, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count

@@ -18,12 +18,9 @@ from __future__ import annotations
 import io
 import json
 import os
-import sys
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from threading import Lock
 
 import xxhash
@@ -31,7 +28,7 @@ import xxhash
 from launcher import atomic_files, run_records, run_store
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
-from launcher.checkpoint.folder_links import link_problems, open_file
+from launcher.checkpoint.folder_links import open_file
 from launcher.checkpoint.manifest import LATER_EVALUATION, MANIFEST, Checkpoint, LaterEvaluation, Manifest, read_manifest
 from launcher.checkpoint.mirror.layout import (
     CHECKPOINTS,
@@ -43,23 +40,17 @@ from launcher.checkpoint.mirror.layout import (
     read_later_evaluation,
     read_run,
 )
+from launcher.checkpoint.mirror.mirrored_files import CODE, build_code_archive, list_model_files, list_run_files, report_unsent
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder, require_writable, unreachable_error
 from launcher.checkpoint.retention import Retention, select_outdated
-from launcher.errors import CheckpointError, LauncherError, Problem, RunError, SubmitError, UnreadableCheckpoint
+from launcher.errors import CheckpointError, LauncherError, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command
 
-CODE = "code.zip"
 SENDING = "sending.json"
 # Parallel uploads: object storage is fast only in parallel. Each holds two blocks in memory.
 PARALLEL = 4
-# Files that transformers reads, besides weights.
-_MODEL_FILES = (
-    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*", "vocab.*", "chat_template*"),
-    "additional_chat_templates/*",
-)
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
 
 class MirrorTaken(RunError):
@@ -110,15 +101,15 @@ class Mirror:
             self._require_ours(known.owner)
         remote_files = known.files if known is not None else {}
         files: dict[str, FileEntry] = {}
-        for name, source in self._run_files():
+        for name, source in list_run_files(self._run, self._owner.attempt):
             with open(source, "rb", buffering=0) as file:
                 files[name] = self._send_if_changed(name, file, remote_files)
-        for name, folder, source in self._model_files():
+        for name, folder, source in list_model_files(self._plan):
             try:
                 with open_file(folder, source) as file:
                     files[name] = self._send_if_changed(name, file, remote_files)
             except CheckpointError as error:
-                _report_unsent(error)
+                report_unsent(error)
         archive = build_code_archive(self._run.code)
         files[CODE] = _entry(archive)
         if remote_files.get(CODE) != files[CODE]:
@@ -290,22 +281,6 @@ class Mirror:
             return self._remote.send_open(name, file, entry.size)
         return entry
 
-    def _run_files(self) -> Iterator[tuple[str, Path]]:
-        """Yield the names in the mirror and the local paths of the run's files that do not change."""
-        yield "plan.json", self._run.plan
-        changed = run_store.changed_plan_paths(self._run)
-        newest = self._run.attempt(self._owner.attempt) / "attempt.json"
-        for path in (*changed[-1:], newest, *sorted(self._run.plans.glob("*.json"))):
-            yield str(path.relative_to(self._run.root)), path
-
-    def _model_files(self) -> Iterator[tuple[str, Path, Path]]:
-        """Yield the names in the mirror, the folders and the local paths of the small files of model and tokenizer."""
-        model = self._plan.model
-        for kind, folder in (("model", model.path), ("tokenizer", model.tokenizer_path)):
-            if folder is not None and not (kind == "tokenizer" and folder == model.path):
-                for path in _small_files(Path(folder), self._plan.config.model.trust_remote_code):
-                    yield f"{kind}/{path.relative_to(folder)}", Path(folder), path
-
     def _require_still_ours(self) -> None:
         run_store.fence(self._run, self._owner.attempt)
         known = read_run(self._remote)
@@ -355,29 +330,6 @@ def require_usable_mirror(plan: LaunchPlan) -> None:
             remedy="choose another run.name or another checkpoint.mirror; or continue that run with: "
             f"{launcher_command('resume', remote.url)}",
         )
-
-
-def build_code_archive(folder: Path) -> bytes:
-    """Return a zip file of a folder; equal content gives equal bytes."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                archive.writestr(zipfile.ZipInfo(str(path.relative_to(folder))), path.read_bytes(), zipfile.ZIP_DEFLATED)
-    return buffer.getvalue()
-
-
-def _small_files(folder: Path, with_code: bool) -> list[Path]:
-    patterns = (*_MODEL_FILES, *(["*.py"] if with_code else []))
-    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    problems = {problem.where: problem for problem in link_problems(folder, paths)}
-    for problem in problems.values():
-        _report_unsent(problem)
-    return sorted(path for path in paths if not path.name.endswith(_WEIGHTS) and str(path) not in problems)
-
-
-def _report_unsent(problem: Problem | CheckpointError) -> None:
-    print(f"not sent to the mirror: {problem}", file=sys.stderr, flush=True)
 
 
 def _folder(step: int) -> str:
