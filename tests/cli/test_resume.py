@@ -14,14 +14,13 @@ from launcher import code_snapshot, json_records, run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli.export import require_checkpoint
 from launcher.cli.resume import (
-    _changed_sources,
     _choose_checkpoint,
     _describe_lost_metrics,
     _replace_unusable_code,
     _require_budget,
     _require_steps_left,
-    describe_moved_rows,
 )
+from launcher.cli.starting.resumed_plan import _changed_sources, describe_moved_rows
 from launcher.config.sections.data import Source
 from launcher.data import sources
 from launcher.data.cache import cache_store
