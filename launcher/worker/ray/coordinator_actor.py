@@ -1,4 +1,4 @@
-"""The coordinator as a Ray actor: the driver starts it, polls its state, and replaces it where its process is lost."""
+"""The coordinator as a Ray actor: the driver starts and polls it and replaces one whose process is lost; the workers call it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ from launcher.worker.ray.messages import CoordinatorState
 from launcher.worker.ray.run_end import newest_own_attempt
 
 _CALL_S = 30.0
+# A worker repeats a call after that, well before it counts as silent.
+WORKER_CALL_S = 20.0
+_PATIENCE_S = 900.0
+_POLL_S = 0.2
 # How long a replacement waits for storage that does not answer.
 _STORAGE_S = 600.0
 # Consecutive losses without workers between them; with more, the cause is no accident. Once workers come, the run's budgets
@@ -34,6 +38,10 @@ _MAX_MESSAGE_CHARS = 400
 
 class RayletLost(Exception):
     """The raylet of the driver's node has ended, and with it everything that Ray ran there; the message says so."""
+
+
+class CoordinatorLost(Exception):
+    """The process of the coordinator has ended."""
 
 
 class CoordinatorActor:
@@ -126,6 +134,27 @@ class CoordinatorActor:
         # The replacement may die too.
         with suppress(RayError):
             self.start()
+
+
+def call_coordinator(handle: Any, method: str, *arguments: Any) -> Any:
+    """Call the coordinator from a worker, again for a while where it is busy or cannot be reached.
+
+    Raises:
+        CoordinatorLost: where its process has ended.
+    """
+    import ray
+    from ray.exceptions import ActorUnavailableError, GetTimeoutError
+
+    until = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return ray.get(getattr(handle, method).remote(*arguments), timeout=WORKER_CALL_S)
+        except (GetTimeoutError, ActorUnavailableError):
+            if time.monotonic() > until:
+                raise
+            time.sleep(_POLL_S)
+        except deaths():
+            raise CoordinatorLost("the coordinator's process was killed or has ended") from None
 
 
 def deaths() -> tuple[type[Exception], ...]:

@@ -37,7 +37,7 @@ from launcher.worker.ranks.rank_env import allocator_defaults
 from launcher.worker.ranks.rank_process import RankProcess, RankProcesses
 from launcher.worker.ray import node_checks
 from launcher.worker.ray.checkpoint_reports import Reporter
-from launcher.worker.ray.coordinator_actor import deaths
+from launcher.worker.ray.coordinator_actor import WORKER_CALL_S, CoordinatorLost, call_coordinator
 from launcher.worker.ray.messages import (
     Assignment,
     BeatReply,
@@ -55,9 +55,6 @@ from launcher.worker.ray.watchdog import Observer
 from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
 
 _POLL_S = 0.2
-# A call to the coordinator is repeated after that, well before a worker counts as silent.
-_CALL_S = 20.0
-_PATIENCE_S = 900.0
 # From TERM to KILL, where a rank does not end by itself.
 _KILL_AFTER_S = 5.0
 # For the reports to Ray Train that are still queued at the end.
@@ -66,10 +63,6 @@ _REPORT_S = 30.0
 
 class AttemptEnded(Exception):
     """Makes Ray Train start the workers again; the run directory says what happened."""
-
-
-class CoordinatorLost(Exception):
-    """The process of the coordinator has ended."""
 
 
 @dataclass
@@ -122,7 +115,7 @@ def _take_part(coordinator: Any, interface: str | None) -> Verdict:
     except Exception as error:
         with suppress(Exception):
             message = f"{os.uname().nodename}: {describe(error)}"
-            ray.get(coordinator.report_early_failure.remote(message), timeout=_CALL_S)
+            ray.get(coordinator.report_early_failure.remote(message), timeout=WORKER_CALL_S)
         raise
     try:
         return worker.run()
@@ -155,7 +148,6 @@ class _Worker:
 
         context = train.get_context()
         self._coordinator = coordinator
-        self._get = ray.get
         self.rank, self.local_rank = context.get_world_rank(), context.get_local_rank()
         self.size = context.get_world_size()
         self.group_id = collective.broadcast_from_rank_zero(uuid.uuid4().hex)
@@ -173,14 +165,16 @@ class _Worker:
     def enter(self) -> None:
         """Register with the coordinator, and begin to import what the rank needs."""
         member = Member(self.rank, self.local_rank, self.node, self.node_id, self.address, self.port)
-        self._warm_up(self._call("enter", self.group_id, self.size, member))
+        self._warm_up(call_coordinator(self._coordinator, "enter", self.group_id, self.size, member))
 
     def run(self) -> Verdict:
         """Follow the coordinator's orders until the attempt has a verdict."""
         try:
             orders = self._next_orders()
             if isinstance(orders, Check):
-                self._call("report_check", self.group_id, self.rank, node_checks.check_node(self.node, orders))
+                call_coordinator(
+                    self._coordinator, "report_check", self.group_id, self.rank, node_checks.check_node(self.node, orders)
+                )
                 orders = self._next_orders()
         finally:
             self.listener.close()
@@ -207,29 +201,10 @@ class _Worker:
                 log = next((log for log in logs if log.is_file()), run.attempt(assignment.attempt))
                 failure = failure_record.from_exception(error, log, at=time.time(), limit=cause_of(error, run.root))
                 json_records.write(file, NodeRecord(assignment.rank, time.time(), host=self.node, first_failure=failure))
-            self._call("beat", self.group_id, self.rank, RankResult.FAILED)
-
-    def _call(self, method: str, *arguments: Any) -> Any:
-        """Call the coordinator, again for a while where it is busy or cannot be reached.
-
-        Raises:
-            CoordinatorLost: where its process has ended.
-        """
-        from ray.exceptions import ActorUnavailableError, GetTimeoutError
-
-        until = time.monotonic() + _PATIENCE_S
-        while True:
-            try:
-                return self._get(getattr(self._coordinator, method).remote(*arguments), timeout=_CALL_S)
-            except (GetTimeoutError, ActorUnavailableError):
-                if time.monotonic() > until:
-                    raise
-                time.sleep(_POLL_S)
-            except deaths():
-                raise CoordinatorLost("the coordinator's process was killed or has ended") from None
+            call_coordinator(self._coordinator, "beat", self.group_id, self.rank, RankResult.FAILED)
 
     def _next_orders(self) -> Orders:
-        while (orders := self._call("orders", self.group_id, self.rank)) is None:
+        while (orders := call_coordinator(self._coordinator, "orders", self.group_id, self.rank)) is None:
             time.sleep(_POLL_S)
         next_orders: Orders = orders
         self.assignment = next_orders.assignment if isinstance(next_orders, Check | Train) else None
@@ -237,7 +212,9 @@ class _Worker:
 
     def _beat(self, result: RankResult | None, sign: RankSign | None = None) -> BeatReply:
         """Send a heartbeat to the coordinator; the checkpoints in its reply go on to Ray Train."""
-        reply: BeatReply = self._call("beat", self.group_id, self.rank, result, sign, self.reporter.num_given)
+        reply: BeatReply = call_coordinator(
+            self._coordinator, "beat", self.group_id, self.rank, result, sign, self.reporter.num_given
+        )
         self.reporter.give(reply.saved)
         return reply
 

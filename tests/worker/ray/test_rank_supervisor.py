@@ -19,6 +19,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.worker.ranks.rank_process import RankProcesses
 from launcher.worker.ray import node_checks, rank_supervisor
+from launcher.worker.ray.coordinator_actor import CoordinatorLost, call_coordinator
 from launcher.worker.ray.messages import Assignment, BeatReply, Check, RankResult, RankSign, Train, Verdict
 
 
@@ -148,21 +149,20 @@ def test_offloaded_states_are_removed_with_the_newest_attempt_only(
 def test_a_worker_whose_coordinator_has_died_returns_so_that_ray_train_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
 
-    worker = Told(BeatReply())
-    worker._coordinator = SimpleNamespace(orders=SimpleNamespace(remote=lambda *_: None))
+    handle = SimpleNamespace(orders=SimpleNamespace(remote=lambda *_: None))
     for death in (ActorDiedError(), OutOfMemoryError("killed by Ray's memory monitor")):
         answers = iter([ActorUnavailableError("it is out of reach", None), death])
 
         def get(_: object, timeout: float, answers: Iterator[Exception] = answers) -> Any:
             raise next(answers)
 
-        worker._get = get
-        with pytest.raises(rank_supervisor.CoordinatorLost):
-            worker._call("orders", "a", 0)
+        monkeypatch.setattr("ray.get", get)
+        with pytest.raises(CoordinatorLost):
+            call_coordinator(handle, "orders", "a", 0)
         assert next(answers, None) is None
 
     def lose(*_: object) -> Verdict:
-        raise rank_supervisor.CoordinatorLost
+        raise CoordinatorLost
 
     monkeypatch.setattr(rank_supervisor, "_take_part", lose)
     rank_supervisor.supervise({"coordinator": None, "interface": None})
