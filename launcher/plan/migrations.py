@@ -31,12 +31,8 @@ def migrate(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
     """Version 1 has the settings of evaluation, checkpoints and export in the section `train`."""
-    config = values.get("config")
-    if not isinstance(config, Mapping):
-        raise ValueError("config is missing or is not an object")
-    if not isinstance(config.get("train"), Mapping):
-        raise ValueError("config.train is missing or is not an object")
-    moved = {**config, "train": dict(config["train"])}
+    config, train = _read_section(values, "train")
+    moved = {**config, "train": dict(train)}
     for old, new in RENAMED.items():
         (old_section, old_name), (section, name) = old.split("."), new.split(".")
         if old_name in moved[old_section]:
@@ -50,12 +46,7 @@ def _from_version_2(values: Mapping[str, Any]) -> dict[str, Any]:
 
     A cache that is built again for such a run has the same rows.
     """
-    config = values.get("config")
-    if not isinstance(config, Mapping):
-        raise ValueError("config is missing or is not an object")
-    data = config.get("data")
-    if not isinstance(data, Mapping):
-        raise ValueError("config.data is missing or is not an object")
+    config, data = _read_section(values, "data")
     if not isinstance(data.get("sources"), list) or not all(isinstance(source, Mapping) for source in data["sources"]):
         raise ValueError("config.data.sources is missing or is no list of objects")
     sources = [{"completions": "text", **source} for source in data["sources"]]
@@ -65,11 +56,17 @@ def _from_version_2(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_version_3(values: Mapping[str, Any]) -> dict[str, Any]:
     """Version 3 says whether all layers recompute their activations, or none."""
+    config, model = _read_section(values, "model")
+    layers = "all" if model.get("activation_checkpointing") is True else "none"
+    return {**values, "schema_version": 4, "config": {**config, "model": {**model, "activation_checkpointing": layers}}}
+
+
+def _read_section(values: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the settings of a plan and a section of them. Raises: ValueError where one of both is missing."""
     config = values.get("config")
     if not isinstance(config, Mapping):
         raise ValueError("config is missing or is not an object")
-    model = config.get("model")
-    if not isinstance(model, Mapping):
-        raise ValueError("config.model is missing or is not an object")
-    layers = "all" if model.get("activation_checkpointing") is True else "none"
-    return {**values, "schema_version": 4, "config": {**config, "model": {**model, "activation_checkpointing": layers}}}
+    section = config.get(name)
+    if not isinstance(section, Mapping):
+        raise ValueError(f"config.{name} is missing or is not an object")
+    return config, section
