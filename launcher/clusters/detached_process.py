@@ -39,16 +39,34 @@ def start(run: RunDir, attempt: int, module: str, arguments: Sequence[str], log:
         RunError: if the process does not set the status in time, with the end of its log.
     """
     ownership.require_run(run)
+    process = start_module(run, module, arguments, log)
+    deadline = time.monotonic() + START_DEADLINE_S
+    while run_store.read_status(run).attempt != attempt:
+        if process.poll() is not None or time.monotonic() > deadline:
+            if process.poll() is None:
+                process.kill()
+            run_store.update_status(run, state="failed", message=f"{name} did not start")
+            raise RunError(f"{name} did not start", where=str(log), value=log.read_text(errors="replace")[-2000:])
+        time.sleep(0.02)
+
+
+def start_module(
+    run: RunDir, module: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start `python -m MODULE ARGUMENTS` from the run's code snapshot, with `variables` in its environment; it writes to `log`.
+
+    In a session of its own it survives the terminal and receives no Ctrl-C.
+    """
     environment = {
         **os.environ,
         "PYTHONPATH": build_pythonpath(run.code, os.environ),
         # The current folder may hold another launcher; the submitted snapshot must run.
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
+        **(variables or {}),
     }
     with open(log, "ab") as output:
-        # In a session of its own the process survives the terminal and receives no Ctrl-C.
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -58,14 +76,6 @@ def start(run: RunDir, attempt: int, module: str, arguments: Sequence[str], log:
             # As in a batch job: what a run writes is its user's alone.
             umask=0o077,
         )
-    deadline = time.monotonic() + START_DEADLINE_S
-    while run_store.read_status(run).attempt != attempt:
-        if process.poll() is not None or time.monotonic() > deadline:
-            if process.poll() is None:
-                process.kill()
-            run_store.update_status(run, state="failed", message=f"{name} did not start")
-            raise RunError(f"{name} did not start", where=str(log), value=log.read_text(errors="replace")[-2000:])
-        time.sleep(0.02)
 
 
 def describe_this_process() -> dict[str, Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,24 +25,14 @@ class NodeProcess:
     @classmethod
     def start(cls, run: RunDir, attempt: int, plan_path: Path, node: int, name: str) -> NodeProcess:
         """Start the agent from the run's code; its output goes to its log in the attempt's folder."""
-        environment = {
-            **os.environ,
-            "PYTHONPATH": detached_process.build_pythonpath(run.code, os.environ),
-            "PYTHONSAFEPATH": "1",
-            "PYTHONUNBUFFERED": "1",
-            network.NODE_NAME_VARIABLE: name,
-        }
-        with open(nodes.agent_log(run, attempt, node), "ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", _MODULE, str(plan_path), str(attempt), str(node)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                # Ctrl-C reaches this process alone, which decides what it means.
-                start_new_session=True,
-                env=environment,
-                umask=0o077,
-            )
+        # Ctrl-C reaches this process alone, which decides what it means.
+        process = detached_process.start_module(
+            run,
+            _MODULE,
+            [str(plan_path), str(attempt), str(node)],
+            nodes.agent_log(run, attempt, node),
+            {network.NODE_NAME_VARIABLE: name},
+        )
         return cls(process, run, attempt, node, name)
 
     def poll(self) -> int | None:
