@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from launcher import json_records, run_store
 from launcher.checkpoint.mirror import download
 from launcher.checkpoint.mirror.layout import MirroredRun, read_complete_checkpoints, read_run
-from launcher.checkpoint.mirror.remote_folder import RemoteFolder, unreachable_error
+from launcher.checkpoint.mirror.remote_folder import RemoteFolder, convert_storage_errors
 from launcher.cli import formatting
 from launcher.cli.starting import eval_set_caches
 from launcher.cli.worker_process import prepare
@@ -24,7 +22,7 @@ from launcher.config.sections.fields import Url
 from launcher.data import sources
 from launcher.data.cache import cache_store
 from launcher.data.cache_dir import cache_root
-from launcher.errors import ConfigError, DataError, LauncherError, Problem, SubmitError
+from launcher.errors import ConfigError, DataError, Problem, SubmitError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
@@ -48,7 +46,7 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
     """
     _require_address(url)
     remote = RemoteFolder(url, origin=_ORIGIN)
-    with _reading(remote):
+    with convert_storage_errors(remote, "read"):
         mirrored = read_run(remote)
         if mirrored is None:
             raise _no_such_run(remote)
@@ -57,7 +55,7 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
     # Before bytes are fetched that would not be used.
     ownership.require_run(run)
     with run_store.start_lock(run):
-        with _reading(remote):
+        with convert_storage_errors(remote, "read"):
             plans = {
                 name: _without_cache_group(plan) for name, plan in download.download_fixed_files(remote, mirrored, run).items()
             }
@@ -82,7 +80,7 @@ def ls(url: str, as_json: bool) -> int:
     """
     _require_address(url)
     remote = RemoteFolder(url, origin=_ORIGIN)
-    with _reading(remote):
+    with convert_storage_errors(remote, "read"):
         runs = [_summary(remote.under(name), name) for name in remote.names()]
     summaries = [run for run in runs if run is not None]
     if as_json:
@@ -224,17 +222,6 @@ def _with_local_paths(plan: LaunchPlan, run: RunDir, model: ModelSection, data: 
             "eval_sets": _find_or_build_eval_sets(plan, model),
         }
     )
-
-
-@contextmanager
-def _reading(remote: RemoteFolder) -> Iterator[None]:
-    """Turn errors of the storage into LauncherError."""
-    try:
-        yield
-    except LauncherError:
-        raise
-    except Exception as error:
-        raise unreachable_error(remote, "read", error) from error
 
 
 def _say(line: str) -> None:

@@ -13,7 +13,7 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
 from launcher.atomic_files import FileEntry
-from launcher.errors import SubmitError
+from launcher.errors import LauncherError, SubmitError
 
 T = TypeVar("T")
 
@@ -233,15 +233,23 @@ def require_writable(url: str) -> None:
     # No retries: a user is waiting, and can repeat the command.
     remote = RemoteFolder(url, waits_s=())
     name = f".probe-{secrets.token_hex(8)}"
-    try:
+    with convert_storage_errors(remote, "written"):
         remote.write(name, b"launcher\n")
         remote.remove(name)
+
+
+@contextmanager
+def convert_storage_errors(remote: RemoteFolder, operation: str) -> Iterator[None]:
+    """Convert the storage's own errors into a SubmitError with a remedy, while a mirror is `operation`: read or written."""
+    try:
+        yield
+    except LauncherError:
+        raise
     except Exception as error:
-        raise unreachable_error(remote, "written", error) from error
+        raise _unreachable_error(remote, operation, error) from error
 
 
-def unreachable_error(remote: RemoteFolder, operation: str, error: Exception) -> SubmitError:
-    """Build the error for a mirror that cannot be `operation`: read or written."""
+def _unreachable_error(remote: RemoteFolder, operation: str, error: Exception) -> SubmitError:
     remedy = "check the address, and the storage's credentials in the environment"
     if remote.url.startswith("s3:"):
         remedy += " (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; another endpoint: AWS_ENDPOINT_URL)"

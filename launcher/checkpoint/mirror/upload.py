@@ -41,9 +41,9 @@ from launcher.checkpoint.mirror.layout import (
     read_run,
 )
 from launcher.checkpoint.mirror.mirrored_files import CODE, build_code_archive, list_model_files, list_run_files, report_unsent
-from launcher.checkpoint.mirror.remote_folder import RemoteFolder, require_writable, unreachable_error
+from launcher.checkpoint.mirror.remote_folder import RemoteFolder, convert_storage_errors, require_writable
 from launcher.checkpoint.retention import Retention, select_outdated
-from launcher.errors import CheckpointError, LauncherError, RunError, SubmitError, UnreadableCheckpoint
+from launcher.errors import CheckpointError, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command
@@ -316,12 +316,8 @@ def require_usable_mirror(plan: LaunchPlan) -> None:
         return
     require_writable(url)
     remote = RemoteFolder(mirror_url(plan))
-    try:
+    with convert_storage_errors(remote, "read"):
         known = read_run(remote)
-    except LauncherError:
-        raise
-    except Exception as error:
-        raise unreachable_error(remote, "read", error) from error
     if known is not None and known.owner.wandb_id != plan.wandb_id:
         raise SubmitError(
             f"the mirror holds another run named {plan.run_name}",
