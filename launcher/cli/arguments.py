@@ -15,8 +15,8 @@ from launcher.security.redaction import redact
 
 # Flags of every verb that composes settings, besides its own: they are suggested for mistyped ones.
 COMMON_FLAGS = ("--help", "--debug", "--trust-owner", "--version")
-
-
+# The folder in which runs are found by name.
+DEFAULT_ROOT = "runs"
 _FLAG_CUTOFF = 0.7
 
 
@@ -29,6 +29,10 @@ class VerbParser(argparse.ArgumentParser):
         # launcher.cli.main takes it out of the command line, for every verb; here it is for --help alone.
         trust = "accept files of this user too: NAME, UID, group:NAME or anyone (repeatable); see docs/security.md"
         self.add_argument("--trust-owner", metavar="OWNER", action="append", help=trust)
+
+    def add_root(self) -> None:
+        """Add the folder in which runs are found by name."""
+        self.add_argument("--root", default=DEFAULT_ROOT, help=f"folder of the runs (default: {DEFAULT_ROOT})")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does; the words are kept for messages."""

@@ -75,7 +75,7 @@ def run(verb: str, tokens: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     about = "List the checkpoints of a run, why each is kept, and leftovers of unfinished saves and earlier attempts."
     parser = VerbParser(prog="python -m launcher checkpoints", description=about)
-    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_root()
     parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
     parser.add_argument("--verify", action="store_true", help="read every file and compare it with its digest")
     prune = "remove damaged checkpoints, leftovers, and what checkpoint.keep_last, keep_every and keep_best do not keep"

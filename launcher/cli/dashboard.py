@@ -22,7 +22,7 @@ def run(verb: str, tokens: list[str]) -> int:
     about = "Create the W&B workspace of a run or a project, or bring its panels up to date."
     parser = VerbParser(prog="python -m launcher dashboard", description=about)
     parser.add_argument("target", metavar="RUN|PROJECT", help="name or directory of a run; or a W&B project, ENTITY/PROJECT")
-    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_root()
     parser.add_argument("--dry-run", action="store_true", help="print the workspace as JSON; no network")
     arguments = parser.parse_args(tokens)
     target = _target(arguments.target, Path(arguments.root))

@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "settings of a run and those of a file."
     )
     parser = VerbParser(prog="python -m launcher diff", description=about)
-    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_root()
     parser.add_argument("left", metavar="RUN", help="name of a run, path of its directory, or a file of settings (.yaml)")
     parser.add_argument("right", metavar="RUN", help="the run or the file that it is compared with")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -52,6 +52,6 @@ def _parser() -> VerbParser:
         "GPUs, or takes a CPU at most three minutes)"
     )
     parser.add_argument("--likelihood", action=argparse.BooleanOptionalAction, help=likelihood)
-    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_root()
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser

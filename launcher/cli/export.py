@@ -57,7 +57,7 @@ def run(verb: str, tokens: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     about = "Write a checkpoint as a Hugging Face folder and compare it with the trained model."
     parser = VerbParser(prog="python -m launcher export", description=about)
-    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_root()
     parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
     dtype = "type of the weights (default: that of the export in the folder, else bf16)"

@@ -58,7 +58,7 @@ def run(verb: str, tokens: list[str]) -> int:
     about = "Write an HTML report of one or more runs. The page is self-contained and needs no network."
     parser = VerbParser(prog="python -m launcher report", description=about)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="name of a run, or path of its directory")
-    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_root()
     parser.add_argument(
         "--html",
         metavar="FILE",

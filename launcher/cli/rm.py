@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "other runs start from."
     )
     parser = VerbParser(prog="python -m launcher rm", description=about)
-    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_root()
     parser.add_argument("runs", metavar="RUN", nargs="+", help="name of the run, or path of its directory")
     add_flags(parser)
     needed = "remove a run although other runs have their initial weights from it"

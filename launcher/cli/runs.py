@@ -53,7 +53,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         "resume": "Continue a run from its newest checkpoint.",
     }[verb]
     parser = VerbParser(prog=f"python -m launcher {verb}", description=about)
-    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_root()
     address = ", or its address in a mirror, URL/NAME" if verb == "resume" else ""
     parser.add_argument("run", metavar="RUN", help=f"name of the run, or path of its directory{address}")
     if verb == "logs":

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser = VerbParser(prog="python -m launcher data --scored", description=about)
     parser.add_argument("--scored", metavar="RUN", required=True, help="name of the run, or path of its directory")
-    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_root()
     step = "step whose weights score the documents, 0 for the initial ones (default: the newest checkpoint)"
     parser.add_argument("--step", type=int, help=step)
     parser.add_argument("--split", default="train", help="train, held_out, or a set of eval.sets (default: train)")

@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher import run_store
 from launcher.cli import formatting
-from launcher.cli.arguments import VerbParser
+from launcher.cli.arguments import DEFAULT_ROOT, VerbParser
 from launcher.cli.follow import StatusWatch, wandb_words
 from launcher.cli.views.run_summary import summary
 from launcher.clusters.backends import status_reader_for
@@ -29,7 +29,6 @@ from launcher.tracking import goodput
 from launcher.tracking.metrics import format_duration, status_lines
 
 _LABEL_WIDTH = 12
-DEFAULT_ROOT = "runs"
 _BARS = "▁▂▃▄▅▆▇█"
 _CLEAR = "\x1b[H\x1b[J"
 _ALERTS_SHOWN = 3
@@ -64,7 +63,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         "status": "Show state, step, loss, pace and cost of a run.",
     }
     parser = VerbParser(prog=f"python -m launcher {verb}", description=about[verb])
-    parser.add_argument("--root", default=DEFAULT_ROOT, help="folder of the runs (default: runs)")
+    parser.add_root()
     parser.add_argument("--json", action="store_true", help="print JSON")
     if verb == "ls":
         parser.add_argument("mirror", metavar="URL", nargs="?", help="a mirror to list (default: the runs on this machine)")

@@ -46,7 +46,7 @@ def _parser() -> VerbParser:
     parser = VerbParser(prog="python -m launcher why", description=about)
     parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
     parser.add_argument("step", metavar="STEP", type=int, help="the step, as in metrics and alerts")
-    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_root()
     parser.add_argument("--no-scores", action="store_true", help="do not compute losses, which loads the model")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser

@@ -217,8 +217,7 @@ def _changed_sources(recorded: DataFacts, config: RunConfig) -> list[str]:
 
     Sources that cannot be read, such as files that were removed, are left out: the rows do not depend on them any more.
     """
-    inputs = [*config.data.sources, *filter(None, [sources.make_eval_source(config.data)])]
-    changed = []
+    inputs, changed = sources.list_inputs(config.data), []
     for source, built in zip(inputs, cache_store.read_report(recorded.cache_dir)["sources"], strict=False):
         with suppress(DataError, OSError, KeyError, TypeError):
             before, today = built["digest"], sources.describe_origin(source)["digest"]
