@@ -172,11 +172,12 @@ def fsync_tree(folder: Path) -> None:
     """
     paths = [folder, *folder.rglob("*")]
     with ThreadPoolExecutor(_NUM_FSYNC_THREADS) as pool:
-        deque(pool.map(_fsync, [path for path in paths if path.is_file()]), maxlen=0)
+        deque(pool.map(fsync_file, [path for path in paths if path.is_file()]), maxlen=0)
         deque(pool.map(fsync_directory, [path for path in paths if path.is_dir()]), maxlen=0)
 
 
-def _fsync(path: Path) -> None:
+def fsync_file(path: Path) -> None:
+    """Make the content of a file durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -13,7 +13,7 @@ from launcher.data.build_report import make_facts, make_report
 from launcher.data.cache import cache_store
 from launcher.data.cache.keys import cache_key
 from launcher.data.checks import findings
-from launcher.data.corpus import EncodedCorpus, Progress, list_inputs, read_corpus
+from launcher.data.corpus import EncodedCorpus, Progress, read_corpus
 from launcher.data.held_out_limit import limit_held_out
 from launcher.data.selection import NothingLeft, Selection, select_documents
 from launcher.data.sources import origins
@@ -138,7 +138,7 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
         row_layout.write(split_folder, split, pieces.lengths, piece_sources, pieces.labels, tokens, num_sources)
         for split_folder, split, num_sources in (
             (folder, layout, len(data.sources)),
-            (folder / "eval", held_out, len(list_inputs(data))),
+            (folder / "eval", held_out, len(sources.list_inputs(data))),
         )
     )
     spool.remove()

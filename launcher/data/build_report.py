@@ -9,7 +9,7 @@ import numpy as np
 
 from launcher.config.sections.data import DataSection
 from launcher.data import sources
-from launcher.data.corpus import EncodedCorpus, list_inputs, list_names
+from launcher.data.corpus import EncodedCorpus, list_names
 from launcher.data.packing import RowLayout
 from launcher.data.tokenization.batch_encoder import PieceTable
 from launcher.plan.launch_plan import DataFacts
@@ -90,7 +90,7 @@ def make_report(
         np.bincount(in_rows, pieces.turn_end[layout.order], minlength=len(names)).astype(int).tolist()
     )
     by_source["epochs"] = [*epochs, *[0.0] * (len(names) - len(epochs))]
-    inputs = list_inputs(data)
+    inputs = sources.list_inputs(data)
     origins = [sources.describe_origin(source) for source in inputs]
     per_source = [
         {

@@ -43,9 +43,9 @@ Columns = TypeVar("Columns", DocumentTable, PieceTable)
 class EncodedCorpus:
     """All documents that were read, the pieces that they were cut into, and the hits of the checks of single documents.
 
-    A hit is (document, hit). `unread_keys` and `completions` have an entry for each of `list_inputs`; the latter counts prompts
-    with a completion where the tokenizer has a chat template, and those of them that are written with it. `problems` are those of
-    rows and files that cannot be used, `bad_rows` the number of such rows in each of `list_inputs`.
+    A hit is (document, hit). `unread_keys`, `completions` and `bad_rows` have an entry for each of `sources.list_inputs`:
+    `completions` counts prompts with a completion where the tokenizer has a chat template, and those of them that are written
+    with it; `bad_rows` counts rows that cannot be used. `problems` are those of such rows, and of files.
     """
 
     docs: DocumentTable
@@ -68,15 +68,9 @@ class EncodedCorpus:
         return np.flatnonzero(~is_dropped[pieces.doc] & (pieces.lengths > 0) & (self.docs.held_out[pieces.doc] == held_out))
 
 
-def list_inputs(data: DataSection) -> list[Source]:
-    """Return the sources, and last the file of data.eval_path as a source, if it is set."""
-    held_out = sources.make_eval_source(data)
-    return [*data.sources, *([held_out] if held_out is not None else [])]
-
-
 def list_names(data: DataSection) -> tuple[str, ...]:
-    """Return the names of `list_inputs`."""
-    return tuple(source.name for source in list_inputs(data))
+    """Return the names of `sources.list_inputs`."""
+    return tuple(source.name for source in sources.list_inputs(data))
 
 
 def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenSpool, on_progress: Progress) -> EncodedCorpus:
@@ -89,7 +83,7 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
         return _read_corpus(data, tokenizer_path, spool, on_progress)
     except UnusableTokenizer as error:
         problems = RowProblems()
-        for source in list_inputs(data):
+        for source in sources.list_inputs(data):
             if source.is_read:
                 problems.merge(sources.find_row_problems(source))
         raise DataError([*error.problems, *problems.refused(data.checks).to_list()]) from error
@@ -97,14 +91,14 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
 
 def _read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenSpool, on_progress: Progress) -> EncodedCorpus:
     problems = RowProblems()
-    total = sum(_count_rows(source) for source in list_inputs(data) if source.is_read)
+    total = sum(_count_rows(source) for source in sources.list_inputs(data) if source.is_read)
     on_progress("tokenize", 0, total)
     docs: list[DocumentTable] = []
     pieces: list[PieceTable] = []
     hits: list[tuple[int, inspection.CheckHit]] = []
     prompts: dict[bool, list[EvalPrompt]] = {True: [], False: []}
     num_docs = max_token_id = 0
-    unread_keys = [KeyCounts() for _ in list_inputs(data)]
+    unread_keys = [KeyCounts() for _ in sources.list_inputs(data)]
     completions = np.zeros((len(unread_keys), 2), dtype=np.int64)
     bad_rows = np.zeros(len(unread_keys), dtype=np.int64)
     for batch in _encode(data, tokenizer_path, problems, bad_rows):
@@ -171,7 +165,7 @@ def _list_tasks(data: DataSection, problems: RowProblems) -> Iterator[EncodeTask
     The problems of files and sources that cannot be read are added to `problems`.
     """
     held_out = sources.make_eval_source(data)
-    for number, source in enumerate(list_inputs(data)):
+    for number, source in enumerate(sources.list_inputs(data)):
         if not source.is_read:
             continue
         is_held_out = None if held_out is None else number == len(data.sources)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from launcher import atomic_files
 from launcher.data import packing
 from launcher.data.cache import cache_store
 from launcher.data.cache.split import Split, write_split
@@ -57,11 +58,7 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
         return
     shutil.copyfile(source, target)
-    descriptor = os.open(target, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    atomic_files.fsync_file(target)
 
 
 def _write_rows(folder: Path, whole: Split, chosen: np.ndarray, documents: np.ndarray) -> str:

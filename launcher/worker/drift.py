@@ -21,8 +21,7 @@ from launcher import json_records, run_store
 from launcher.config.schema import RunConfig
 from launcher.data.cache.split import Split
 from launcher.data.checks import patterns
-from launcher.data.corpus import list_inputs
-from launcher.data.sources import Document
+from launcher.data.sources import Document, find_shared_completions
 from launcher.data.sources.files import read_lines
 from launcher.data.sources.formats import FORMATS, detect_format
 from launcher.data.sources.json_array import read_array
@@ -70,9 +69,7 @@ def find_drift(config: RunConfig, run: RunDir, path: Path, with_likelihood: bool
     encoder = Encoder(tokenizer, plan.config.data)
     generator = np.random.default_rng(plan.config.run.seed)
     training = _training_prompts(plan, tokenizer, generator)
-    completions = {source.completions for source in list_inputs(plan.config.data) if source.is_read}
-    # Sources that differ in it have prompts of both kinds: as each source alone would decide.
-    prompts = _encode(list(_read(path)), completions.pop() if len(completions) == 1 else "auto", encoder, tokenizer, generator)
+    prompts = _encode(list(_read(path)), find_shared_completions(plan.config.data), encoder, tokenizer, generator)
     if min(len(training), len(prompts)) < MIN_PROMPTS:
         few = Problem(
             f"too few prompts to compare: {len(prompts)} in the file, {len(training)} in the training data",

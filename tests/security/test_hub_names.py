@@ -15,7 +15,7 @@ from plan_fixtures import config_of
 from launcher import facts
 from launcher.config.schema import RunConfig
 from launcher.config.sections.data import DataSection
-from launcher.data.corpus import list_inputs
+from launcher.data.sources import list_inputs
 from launcher.errors import ConfigError, DataError
 from launcher.evaluate import questions
 from launcher.hardware import device

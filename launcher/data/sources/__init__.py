@@ -44,6 +44,8 @@ __all__ = [
     "describe_origin",
     "find_path_problem",
     "find_row_problems",
+    "find_shared_completions",
+    "list_inputs",
     "make_eval_source",
     "parse_usable",
     "read_batches",
@@ -81,6 +83,18 @@ def make_eval_source(data: DataSection) -> Source | None:
         revision=same.revision if same else None,
         split=data.eval_split or (HELD_OUT if locate.has_splits(data.eval_path) else None),
     )
+
+
+def list_inputs(data: DataSection) -> list[Source]:
+    """Return the sources, and last the file of data.eval_path as a source, if it is set."""
+    held_out = make_eval_source(data)
+    return [*data.sources, *([held_out] if held_out is not None else [])]
+
+
+def find_shared_completions(data: DataSection) -> str:
+    """Return how all sources write prompts with completions; auto if they differ, so that each prompt decides for itself."""
+    completions = {source.completions for source in list_inputs(data) if source.is_read}
+    return completions.pop() if len(completions) == 1 else "auto"
 
 
 def check_sources(data: DataSection) -> list[Problem]:

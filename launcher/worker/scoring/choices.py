@@ -20,7 +20,7 @@ import numpy as np
 
 from launcher import atomic_files, json_records, run_store
 from launcher.config.schema import RunConfig
-from launcher.data.corpus import list_inputs
+from launcher.data.sources import find_shared_completions
 from launcher.data.tokenization.encoder import Encoder, load_tokenizer
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.evaluate.choices import accuracy
@@ -134,9 +134,7 @@ class ChoiceEvaluation:
         return [questions[i] for i in examples], [questions[i] for i in selection], [questions[i] for i in rest]
 
     def _written(self, question: ChoiceQuestion) -> EvalQuestion:
-        completions = {source.completions for source in list_inputs(self._data) if source.is_read}
-        # Sources that differ in it have prompts of both kinds: as each source alone would decide.
-        return to_eval_question(question, self._encoder, self._data, completions.pop() if len(completions) == 1 else "auto")
+        return to_eval_question(question, self._encoder, self._data, find_shared_completions(self._data))
 
     def _forms(self, questions: Sequence[ChoiceQuestion], base: BasePrompts) -> tuple[str, ...]:
         return base.forms([self._written(one) for one in questions])
