@@ -51,7 +51,7 @@ def is_match(pattern: str, text: str, time_limit_s: float) -> bool:
         DataError: where it takes too long.
     """
     try:
-        return _compiled(pattern).search(text, timeout=time_limit_s) is not None
+        return compile_pattern(pattern).search(text, timeout=time_limit_s) is not None
     except TimeoutError:
         raise DataError(
             f"a regular expression of the JSON schema takes more than {time_limit_s:g} s for one answer",
@@ -62,8 +62,8 @@ def is_match(pattern: str, text: str, time_limit_s: float) -> bool:
 
 
 @functools.cache
-def _compiled(pattern: str) -> Any:
-    # Unlike `re`, this module has a time limit.
+def compile_pattern(pattern: str) -> Any:
+    """Compile a regular expression whose searches take a `timeout`, unlike those of `re`."""
     import regex
 
     return regex.compile(pattern)

@@ -6,7 +6,6 @@ in launcher/config/sections/answer_metrics.py.
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 from launcher.errors import DataError
 from launcher.evaluate import answer_text
 from launcher.evaluate.answer_text import NotJson
-from launcher.evaluate.json_schema import schema_validator
+from launcher.evaluate.json_schema import compile_pattern, schema_validator
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _regex(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> f
 def _last_match(text: str, options: MetricOptions) -> Any:
     try:
         return max(
-            _compiled(options.pattern).finditer(text, timeout=options.time_limit_s), key=lambda one: one.end(), default=None
+            compile_pattern(options.pattern).finditer(text, timeout=options.time_limit_s), key=lambda one: one.end(), default=None
         )
     except TimeoutError:
         raise DataError(
@@ -98,14 +97,6 @@ def _last_match(text: str, options: MetricOptions) -> Any:
             value=options.pattern,
             remedy="nested repetitions such as (a+)+ take very long; write them without nesting, or use *+ and ++",
         ) from None
-
-
-@functools.cache
-def _compiled(pattern: str) -> Any:
-    # Unlike `re`, this module has a time limit.
-    import regex
-
-    return regex.compile(pattern)
 
 
 def _valid_json(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:

@@ -7,7 +7,6 @@ code of a run and the token, and decides what the driver unpickles: so only one 
 from __future__ import annotations
 
 import os
-import pwd
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import psutil
 
 from launcher import atomic_files
 from launcher.errors import SubmitError
-from launcher.security.trust import FLAG, Trust
+from launcher.security.trust import FLAG, Trust, user_name
 
 _WHERE, _AUTO = "cluster.address", "auto"
 _MAX_ADDRESS_BYTES = 4096
@@ -61,7 +60,7 @@ def find_address() -> str:
     trust = Trust.from_environ(os.environ)
     trusted = [raylet for raylet in raylets if trust.anyone or all(map(trust.accepts_owner, raylet.uids))]
     if not trusted:
-        user = _user(max(raylets[0].uids))
+        user = user_name(max(raylets[0].uids))
         raise SubmitError(
             f"the Ray of this machine belongs to {user}, who could run code as you in the driver and read what the run sends",
             where=_WHERE,
@@ -90,7 +89,7 @@ def _require_owner(session: Path, trust: Trust) -> None:
         return
     if not trust.anyone and not trust.accepts_owner(uid):
         raise SubmitError(
-            f"the folder of the Ray of this machine belongs to {_user(uid)}, who may have put it in place of Ray's own",
+            f"the folder of the Ray of this machine belongs to {user_name(uid)}, who may have put it in place of Ray's own",
             where=str(session),
             value=_AUTO,
             remedy=f"stop this Ray, run chmod +t {session.parent}, and start it again; or unset cluster.address",
@@ -115,10 +114,3 @@ def _newest_address() -> str:
     with suppress(OSError, UnicodeDecodeError):
         return atomic_files.read_short_text(Path(folder, "ray", "ray_current_cluster"), _MAX_ADDRESS_BYTES).strip()
     return ""
-
-
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
