@@ -21,7 +21,7 @@ _STAGE_LEGEND = (
 )
 _COMBINATION_LEGEND = (
     "micro-batch: rows that a rank computes at once. recomputed: layers that the backward pass computes again, to save memory.",
-    "layers: gathered by module, as a whole (deepspeed.whole_layers), or compiled as well (model.compile, whose terms are not",
+    "layers: gathered by module, as a whole (deepspeed.whole_layers), or compiled as well (model.compile, whose speed is not",
     "verified). Liger: fused kernels. hpZ: ranks of a node that hold the weights a second time. offload: what main memory holds.",
 )
 
