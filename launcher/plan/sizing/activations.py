@@ -9,8 +9,8 @@ it again: H is the hidden size, w the bytes of an element, and sums in fp32 have
     experts       for each of the k chosen ones: input and output wH, and 4wI
     projections   their inputs: wH each, where a norm comes before
 
-Liger's kernels keep a norm's input alone and compute the activated gate again; these terms are not measured. A dense layer that is
-compiled keeps the same (benchmarks/compiled_memory.py measures it on CPUs).
+Liger's kernels keep a norm's input alone and compute the activated gate again; these terms are not measured. A compiled dense
+layer keeps the same (benchmarks/compiled_memory.py measures it on CPUs).
 """
 
 from __future__ import annotations
