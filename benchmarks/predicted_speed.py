@@ -124,7 +124,7 @@ CASES = (
     _case("middle", 2, 256, 2, 8, "every 2", fit=True),
     _case("wide", 1, 256, 4, 4, fit=True),
     _case("wide", 2, 512, 1, 2, fit=True),
-    _case("narrow", 2, 512, 1, 4, "none", _WHOLE),
+    _case("narrow", 2, 512, 1, 4, "none", _WHOLE, fit=True),
     _case("small", 2, 1024, 1, 2, "all"),
     _case("middle", 1, 512, 1, 4),
     _case("middle", 2, 1024, 1, 2),

@@ -81,7 +81,7 @@ def test_factors_are_found_again_and_errors_are_those_of_the_other_half(plan_of:
         assert outcome.predicted_s(factors) == pytest.approx(outcome.measured_s, rel=0.03)
     lines = predicted_speed.table(made)
     assert sum("| fit |" in line for line in lines) == sum(case.is_fit for case in predicted_speed.CASES)
-    assert any(line.startswith("6 configurations for the test: ") and "6 within 20%" in line for line in lines)
+    assert any(line.startswith("5 configurations for the test: ") and "5 within 20%" in line for line in lines)
     # A run that took twice as long as predicted is half as fast, and changes no factor.
     slow = made[-1]
     assert not slow.case.is_fit
@@ -89,12 +89,12 @@ def test_factors_are_found_again_and_errors_are_those_of_the_other_half(plan_of:
     row = next(line for line in predicted_speed.table(made) if slow.case.name in line)
     assert float(row.split("|")[-2].strip(" %")) > 90
     assert f"{tokens_of_step(slow.plan) / slow.step_s[0]:,.0f}" in row
-    assert any("5 within 20%" in line for line in predicted_speed.table(made))
+    assert any("4 within 20%" in line for line in predicted_speed.table(made))
 
 
-def test_half_of_the_configurations_is_for_the_fit_and_all_names_differ() -> None:
+def test_nearly_half_of_the_configurations_is_for_the_test_and_all_names_differ() -> None:
     assert len({case.name for case in predicted_speed.CASES}) == len(predicted_speed.CASES) >= 8
-    assert sum(case.is_fit for case in predicted_speed.CASES) * 2 == len(predicted_speed.CASES)
+    assert sum(not case.is_fit for case in predicted_speed.CASES) >= 6
 
 
 def test_the_faster_half_is_what_other_programs_have_slowed_least() -> None:

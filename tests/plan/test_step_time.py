@@ -17,7 +17,7 @@ from launcher.plan.planner import planned_step, planned_tokens_per_sec, situatio
 from launcher.plan.sizing.activations import Kernels
 from launcher.plan.sizing.combinations import COMPILED, WHOLE, choose, considered
 from launcher.plan.sizing.elementwise import COMPILED_SHARE, FORWARD_SHARE, bytes_of_layers, bytes_of_loss
-from launcher.plan.sizing.step_time import GEMM_SHARE, MODULES_OF_LAYER, Rates, StepTime, gpu_rates
+from launcher.plan.sizing.step_time import DISPATCH_S, GEMM_SHARE, HOOK_S, MODULES_OF_LAYER, Rates, StepTime, gpu_rates
 
 PlanOf = Callable[..., LaunchPlan]
 H100 = (
@@ -78,7 +78,9 @@ def test_the_loss_moves_what_a_pass_reads_and_writes() -> None:
 
 def test_layers_that_are_gathered_as_a_whole_have_fewer_hooks(plan_of: PlanOf) -> None:
     by_module, whole = (step_of(plan_of(*H100, *more)) for more in ((), ("deepspeed.whole_layers=true",)))
-    assert whole.hooks_s == pytest.approx(by_module.hooks_s / MODULES_OF_LAYER)
+    of_layer_s = 2 * 8 * 32 * (HOOK_S + MODULES_OF_LAYER * DISPATCH_S)
+    assert whole.hooks_s == pytest.approx(of_layer_s)
+    assert by_module.hooks_s == pytest.approx(of_layer_s + 2 * 8 * 32 * (MODULES_OF_LAYER - 1) * HOOK_S)
     assert replace(whole, hooks_s=by_module.hooks_s) == by_module
 
 

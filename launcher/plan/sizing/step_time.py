@@ -8,7 +8,7 @@ The sum of six parts, of which some overlap:
     elementwise    bytes that all other operations read and write (elementwise.py)
     communication  for each micro-batch, weights gathered for the forward pass, and for the backward pass those that did not stay;
                    gradients reduced once (arXiv:1910.02054, section 7), each in the type of its transfer; copies of both
-    hooks          DeepSpeed's Python around each module, or around each layer that is gathered as a whole
+    hooks          Python: that of each module, and DeepSpeed's around it, or around each layer that is gathered as a whole
     optimizer      the bytes of its states, once a step
 
 Rates holds what a device computes and moves in a second. Those of GPUs are data sheets' figures and the shares of them that are
@@ -41,8 +41,9 @@ NVLINK, PCIE, NETWORK = 250e9, 20e9, 50e9
 _NVLINK_FROM_GIB = 39.0
 # The share of the time of computing during which communication is hidden.
 OVERLAP = 0.7
-# One module's hooks in one pass, and modules of a layer.
-HOOK_S, MODULES_OF_LAYER = 60e-6, 13
+# DeepSpeed's hooks around a module in one pass, the rest of its Python, and modules of a layer. Their sum is an assumption; that
+# about half of it stays where layers are gathered as a whole was measured on CPUs.
+HOOK_S, DISPATCH_S, MODULES_OF_LAYER = 30e-6, 30e-6, 13
 # Bytes per second in which a node's CPUs step the optimizer; bytes that a step moves for a parameter.
 HOST_MEMORY, STEP_BYTES = 100e9, 34
 # Bandwidth of the memory of a GPU whose row has none: that of an H100 for each FLOP.
@@ -73,6 +74,7 @@ class Rates:
     half_tokens: float = HALF_TOKENS
     overlap: float = OVERLAP
     hook_s: float = HOOK_S
+    dispatch_s: float = DISPATCH_S
     runs_ahead: bool = True
     fp8_speed: float = 1.0
 
@@ -165,14 +167,15 @@ def predict_step(
         pairs *= 2
     moved = tokens * elementwise.bytes_of_layers(model, kernels, recomputed_share)
     moved += elementwise.bytes_of_loss(model, kernels.width, trained, one_pass.chunk_tokens)
-    modules = model.num_layers * (1 if transfers.whole_layers else MODULES_OF_LAYER)
+    gathered = 1 if transfers.whole_layers else MODULES_OF_LAYER
+    python_s = model.num_layers * (gathered * rates.hook_s + MODULES_OF_LAYER * rates.dispatch_s)
     passes, micro_batches = 2 + recomputed_share, batch.accumulation
     return StepTime(
         products_s=micro_batches * products / rates.products * (tokens + rates.half_tokens) / tokens,
         attention_s=micro_batches * pairs / rates.attention,
         elementwise_s=micro_batches * moved / rates.memory,
         communication_s=micro_batches * _communication_s(model.num_params, transfers, topology, kernels, passes, rates),
-        hooks_s=micro_batches * passes * modules * rates.hook_s,
+        hooks_s=micro_batches * passes * python_s,
         optimizer_s=_optimizer_s(model.num_params, topology, transfers, rates),
         overlap=rates.overlap,
         runs_ahead=rates.runs_ahead,
