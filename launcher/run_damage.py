@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from launcher import json_records
 from launcher.errors import DamagedRun
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command, shell_command
@@ -27,7 +28,7 @@ def plan_remedy(path: Path) -> str:
     # The run's own plan was kept first; an attempt's plan may be any of the others.
     for copy in copies if path == run.plan else reversed(copies):
         with suppress(OSError, ValueError):
-            if digest_of(copy.read_text(encoding="utf-8")) == copy.stem:
+            if digest_of(json_records.read_bytes(copy).decode()) == copy.stem:
                 return f"restore it with: {shell_command('cp', copy, path)}"
     return "restore the file from a backup"
 

@@ -6,6 +6,7 @@ import difflib
 import errno
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -207,7 +208,7 @@ def find_plan(run: RunDir, digest: str) -> LaunchPlan | None:
 
     for path in (run.plan, *changed_plan_paths(run), *sorted(run.plans.glob("*.json"))):
         try:
-            text = path.read_text(encoding="utf-8")
+            text = json_records.read_bytes(path).decode()
             # Another version of the launcher may have written the file: only its text has the digest.
             if digest_of(text) == digest:
                 return LaunchPlan.from_json(text)
@@ -351,6 +352,7 @@ def find_run(name: str, root: Path, marker: str = "plan.json") -> RunDir:
             if (candidate / marker).is_file():
                 run = RunDir(candidate.resolve())
                 ownership.require_plain_files(run)
+                ownership.require_own_links(candidate, root, run)
                 return run
         except OSError as error:
             remedy = "check the storage, then try again"
@@ -387,15 +389,15 @@ def _no_such_run(name: str, root: Path, marker: str) -> SubmitError:
 def list_runs(root: Path) -> Iterator[RunDir]:
     """Yield the runs under `root`, the most recent first."""
     if root.is_dir():
-        paths = [path for path in root.iterdir() if _is_run(path)]
-        for path in sorted(paths, key=lambda p: (p / "plan.json").stat().st_mtime, reverse=True):
-            yield RunDir(path)
+        planned_at = {path: at for path in root.iterdir() if (at := _planned_at(path)) is not None}
+        yield from (RunDir(path) for path in sorted(planned_at, key=planned_at.__getitem__, reverse=True))
 
 
-def _is_run(path: Path) -> bool:
-    """Return whether this is a run that this user can read; runs of other users and folders of the system may be closed."""
-    if path.name.startswith(atomic_files.REMOVING_PREFIX):
-        return False
+def _planned_at(path: Path) -> float | None:
+    """Return the time of a run's plan; None for what is no run, or is closed to this user, as runs of others may be."""
+    # Each file may be removed at any time.
     with suppress(OSError):
-        return (path / "plan.json").is_file() and (path / "status.json").is_file()
-    return False
+        if not path.name.startswith(atomic_files.REMOVING_PREFIX) and (path / "status.json").is_file():
+            plan = (path / "plan.json").stat()
+            return plan.st_mtime if stat.S_ISREG(plan.st_mode) else None
+    return None

@@ -22,7 +22,7 @@ from launcher.config.sections.fields import Url
 from launcher.data import sources
 from launcher.data.cache import cache_store
 from launcher.data.cache_dir import cache_root
-from launcher.errors import ConfigError, DataError, Problem, SubmitError
+from launcher.errors import ConfigError, DataError, LauncherError, Problem, SubmitError, printable
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
@@ -50,6 +50,7 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
         mirrored = read_run(remote)
         if mirrored is None:
             raise _no_such_run(remote)
+        remote.require_trusted()
     run = RunDir((root / mirrored.run_name).absolute())
     download.claim_run_dir(run, remote.url)
     # Before bytes are fetched that would not be used.
@@ -80,9 +81,16 @@ def ls(url: str, as_json: bool) -> int:
     """
     _require_address(url)
     remote = RemoteFolder(url, origin=_ORIGIN)
+    summaries = []
     with convert_storage_errors(remote, "read"):
-        runs = [_summary(remote.under(name), name) for name in remote.names()]
-    summaries = [run for run in runs if run is not None]
+        for name in remote.names():
+            try:
+                run = _summary(remote.under(name), name)
+            except LauncherError as error:
+                # Another user may share the mirror.
+                print(printable(f"{name}: {error.problems[0].message}"), file=sys.stderr)
+            else:
+                summaries += [] if run is None else [run]
     if as_json:
         print(json.dumps(summaries, indent=2))
         return 0

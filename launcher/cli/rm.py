@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, S
 from launcher.plan.quantities import format_count, format_size
 from launcher.plan.run_dir import RunDir
 from launcher.security import ownership
-from launcher.security.trust import Trust, user_name
+from launcher.security.trust import Trust
 from launcher.shell_commands import launcher_command
 
 _LABEL_WIDTH = 12
@@ -110,19 +109,8 @@ def _candidates(name: str, root: Path) -> tuple[Path, Path]:
 
 
 def _link_problem(name: str, root: Path) -> Problem | None:
-    """Return why a name is not followed: it leads along a link of another user, who would choose the run; None if it may be.
-
-    The links on the way to the folder of the runs are those of the user's own words.
-    """
-    within_root, given = _candidates(name, root)
-    steps = [given]
-    if within_root != given:
-        steps += itertools.takewhile(lambda step: step != root, (within_root, *within_root.parents))
-    for step in steps:
-        if step.is_symlink() and not ownership.accepts_owner(owner := step.lstat().st_uid):
-            message = f"{step.name} is a link of {user_name(owner)}, who chooses the run that it leads to"
-            return Problem(message, str(step), os.readlink(step), f"name the run itself: {os.path.realpath(step)}")
-    return None
+    """Return why a name is not followed, whichever of its paths has the run; None if it may be."""
+    return next(filter(None, (ownership.link_problem(path, root) for path in _candidates(name, root))), None)
 
 
 def _find_run(name: str, root: Path) -> RunDir:

@@ -25,6 +25,8 @@ from launcher.security.printable_stream import as_plain_lines
 from launcher.shell_commands import launcher_command
 
 _LOG_POLL_S = 0.3
+# A line may be of any length.
+_LOG_BLOCK_BYTES = 1 << 20
 _INTERRUPTIONS = (Cause.CANCELLED, Cause.LIMIT, Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.RESIZED)
 
 
@@ -141,10 +143,10 @@ class _RankOutput:
             return
         with open(self.log, "rb") as file:
             file.seek(self.offset)
-            data = file.read()
-        sys.stdout.write(as_plain_lines(data.decode(errors="replace")))
+            for data in iter(lambda: file.readline(_LOG_BLOCK_BYTES), b""):
+                sys.stdout.write(as_plain_lines(data.decode(errors="replace")))
+                self.offset += len(data)
         sys.stdout.flush()
-        self.offset += len(data)
 
     def print_agent_log(self) -> None:
         """Print the output of the agent where the rank has left none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -137,24 +138,30 @@ def _state_reader(run: RunDir) -> Callable[[], Status]:
 def _ls(root: Path, as_json: bool) -> int:
     """Print the runs under `root`, newest first; name those that cannot be read on standard error."""
     _require_folder(root)
-    runs, summaries = list(run_store.list_runs(root)), []
+    runs = list(run_store.list_runs(root))
+    summaries: list[str] = []
+    rows: list[tuple[str, ...]] = []
     # Wait for slow backends at the same time.
     with ThreadPoolExecutor(_NUM_QUERIES) as pool:
         answers = [pool.submit(_ask_backend, run) for run in runs]
     for run, answer in zip(runs, answers, strict=True):
         try:
-            summaries.append(summary(run, answer.result()))
+            values = summary(run, answer.result())
+            if as_json:
+                summaries.append(textwrap.indent(formatting.as_json(values), "  "))
+            else:
+                rows.append(_row(values))
         except (OSError, LauncherError) as error:
             print(printable(f"{run.root.name}: {_reason(error)}"), file=sys.stderr)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            # Metrics and events of another user's run may hold anything.
+        except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+            # Records, metrics and events of another user's run may hold anything.
             print(printable(f"{run.root.name}: its files make no sense: {type(error).__name__}"), file=sys.stderr)
     if as_json:
-        print(formatting.as_json(summaries))
-    elif not summaries:
+        print("[\n{}\n]".format(",\n".join(summaries)) if summaries else "[]")
+    elif not rows:
         print(f"no runs under {root}; start one with: python -m launcher train; --root names another folder")
     else:
-        print("\n".join(formatting.table(_COLUMNS, [_row(values) for values in summaries])))
+        print("\n".join(formatting.table(_COLUMNS, rows)))
     return 0
 
 

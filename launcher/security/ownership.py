@@ -22,6 +22,9 @@ from launcher.security.path_steps import MAX_LINKS
 from launcher.security.permissions import first_problem, first_problem_above, is_private, tree
 from launcher.security.trust import Trust, user_name
 
+# Of files of another user's run: those that are read line by line, and the events, which are read whole.
+_MAX_LOG_BYTES, _MAX_EVENTS_BYTES = 1 << 30, 16 << 20
+
 
 def require_run(run: RunDir) -> None:
     """Refuse a run that others could have changed, before its plan or its code is used.
@@ -130,8 +133,32 @@ def follow_own_links(file: Path) -> Path:
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(file))
 
 
+def link_problem(path: Path, root: Path) -> Problem | None:
+    """Return why the path of a run is not followed: it leads along a link of another user, who would choose the run; else None.
+
+    The links on the way to `root`, the folder of the runs, are those of the user's own words, and so are those on any other way.
+    """
+    is_within = path != root and path.is_relative_to(root)
+    for step in itertools.takewhile(lambda step: step != root, (path, *path.parents)) if is_within else (path,):
+        if step.is_symlink() and not accepts_owner(owner := step.lstat().st_uid):
+            message = f"{step.name} is a link of {user_name(owner)}, who chooses the run that it leads to"
+            return Problem(message, str(step), os.readlink(step), f"name the run itself: {os.path.realpath(path)}")
+    return None
+
+
+def require_own_links(path: Path, root: Path, run: RunDir) -> None:
+    """Refuse a run that commands act on, where `path` leads to it along a link of another user; see `link_problem`.
+
+    Raises:
+        SubmitError: with the link.
+    """
+    # Of a run of somebody else, files are shown, and nothing is done with it.
+    if (problem := link_problem(path, root)) and accepts_owner(run.root.stat().st_uid):
+        raise SubmitError(problem)
+
+
 def require_plain_files(run: RunDir) -> None:
-    """Refuse another user's run with a pipe, a device or a record of any size among its files: to read one could never end.
+    """Refuse another user's run with a pipe, a device or a file of any size among its files: to read one could never end.
 
     Raises:
         SubmitError: with the file.
@@ -139,14 +166,17 @@ def require_plain_files(run: RunDir) -> None:
     if _own_trust().accepts_owner(run.root.stat().st_uid):
         return
     of_checkpoints = (run.checkpoints.glob(f"step-*/{name}") for name in ("manifest.json", "evaluation.json"))
-    records = (*_records(run), *itertools.chain(*of_checkpoints))
-    for path in (*records, run.metrics, run.events, *run.attempts.glob("[0-9]*/*.log")):
+    records = dict.fromkeys((*_records(run), *itertools.chain(*of_checkpoints)), json_records.MAX_BYTES)
+    lines = {run.metrics: _MAX_LOG_BYTES, run.events: _MAX_EVENTS_BYTES}
+    logs = dict.fromkeys(run.attempts.glob("[0-9]*/*.log"), _MAX_LOG_BYTES)
+    for path, max_bytes in (records | lines | logs).items():
         with suppress(OSError):
             status, reason = path.stat(), ""
             if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
                 reason = "is a pipe or a device"
-            elif status.st_size > json_records.MAX_BYTES and path in records:
-                reason = f"has {status.st_size / 2**20:,.0f} MiB, more than any record"
+            elif status.st_size > max_bytes:
+                kind = "record" if path in records else "file of its kind"
+                reason = f"has {status.st_size / 2**20:,.0f} MiB, more than any {kind}"
             if reason:
                 message = f"a file of this run, which belongs to another user, {reason}, and is not read"
                 raise SubmitError(message, where=str(path), remedy="ask the owner of the run")

@@ -30,6 +30,8 @@ _OF_EVENTS: dict[str, Any] = {"attempt": 0, "time": 0.0, "step": None, "kind": "
 _INTEGERS = ("trainer/step", "attempt")
 _TYPES: dict[str, type] = {"kind": str, "text": str, "fields": dict}
 _MOST_BITS = 63
+# Longer than any line of a run: what others have put there may have no end of line.
+MAX_LINE_BYTES = 16 << 20
 # Lines kept in memory while storage fails: hours of steps, about ten MiB.
 _MOST_PENDING = 10_000
 _CHUNK = 1 << 16
@@ -143,7 +145,8 @@ def iter_lines(path: str | Path, names: tuple[str, ...] = ("",)) -> Iterator[dic
     Each has only the metrics whose names begin with one of `names`: all metrics of a long run are gigabytes.
     """
     with suppress(FileNotFoundError), open(path, "rb") as file:
-        for raw in file:
+        # Of a longer line, pieces, which are no JSON.
+        for raw in iter(lambda: file.readline(MAX_LINE_BYTES), b""):
             for line in decode_lines(raw):
                 # One string per name, not one per line.
                 yield {sys.intern(name): line[name] for name in line if name in NON_METRIC_FIELDS or name.startswith(names)}

@@ -13,13 +13,15 @@ from typing import Any
 
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Status
-from launcher.tracking.jsonl import decode_lines
+from launcher.tracking.jsonl import MAX_LINE_BYTES, decode_lines
 
 # Steps for medians: single steps vary.
 _NUM_RECENT = 20
 _TRAINED = b'"train/loss"'
 # Lines with a wait between steps.
 _WAITS = (b'"time/eval_s"', b'"ckpt/stall_s"')
+# More than a run has, and than others may have had put into a file.
+_MOST_WAITS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def read_time_lines(path: str | Path, boundaries: Sequence[float]) -> list[dict[
         with _mapped(path) as data:
             ends = [*(_after(data, at) for at in boundaries), data.rfind(b"\n") + 1]
             offsets = {data.rfind(_TRAINED, 0, end) for end in ends}
-            offsets |= {offset for pattern in _WAITS for offset in _offsets(data, pattern)}
+            offsets |= {offset for pattern in _WAITS for offset in islice(_offsets(data, pattern), _MOST_WAITS)}
             begins = sorted({data.rfind(b"\n", 0, offset) + 1 for offset in offsets - {-1}})
             return [line for begin in begins for line in decode_lines(_line(data, begin))]
     except (FileNotFoundError, ValueError):
@@ -131,10 +133,12 @@ def _after(data: mmap.mmap, at: float) -> int:
 
 
 def _offsets(data: mmap.mmap, pattern: bytes) -> Iterator[int]:
+    """Yield the offset of the first occurrence of `pattern` in each line that has one."""
     offset = data.find(pattern)
     while offset >= 0:
         yield offset
-        offset = data.find(pattern, offset + 1)
+        end = data.find(b"\n", offset)
+        offset = data.find(pattern, end) if end >= 0 else -1
 
 
 def _backwards(data: mmap.mmap, pattern: bytes) -> Iterator[dict[str, Any]]:
@@ -147,7 +151,7 @@ def _backwards(data: mmap.mmap, pattern: bytes) -> Iterator[dict[str, Any]]:
 
 def _line(data: mmap.mmap, start: int) -> bytes:
     end = data.find(b"\n", start)
-    return data[start : end if end >= 0 else len(data)]
+    return data[start : min(end if end >= 0 else len(data), start + MAX_LINE_BYTES)]
 
 
 def _sampled(data: mmap.mmap, num_points: int) -> Iterator[dict[str, Any]]:

@@ -82,3 +82,27 @@ def test_a_run_whose_files_make_no_sense_does_not_hide_the_others(launch_here: L
     assert done.returncode == 0, done.stderr
     assert re.search(r"^demo +completed", done.stdout, re.MULTILINE)
     assert "other" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize(
+    "field",
+    [
+        '"updated_at": 1' + "0" * 400,
+        '"updated_at": -Infinity',
+        '"job": ' + '{"a":' * 600 + "1" + "}" * 600,
+        '"step": 1' + "0" * 4200,
+    ],
+    ids=["time", "infinite time", "nested", "step"],
+)
+def test_a_record_that_makes_no_sense_does_not_hide_the_others(
+    launch_here: Launch, run: RunDir, field: str, options: list[str]
+) -> None:
+    other = run.root.with_name("other")
+    shutil.copytree(run.root, other)
+    (other / "metrics.jsonl").unlink()
+    (other / "status.json").write_text(f'{{"state": "completed", "attempt": 1, {field}}}')
+    done = launch_here("ls", "--root", str(run.root.parent), *options)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert re.search(r'^demo +completed|"name": "demo"', done.stdout, re.MULTILINE)
+    assert "other" in done.stdout + done.stderr

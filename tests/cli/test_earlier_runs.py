@@ -9,6 +9,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+from file_owners import as_root, give
 from plan_fixtures import H100
 
 from launcher import run_store
@@ -17,6 +18,8 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import JsonlTracker
+
+__all__ = ["as_root"]
 
 PlanOf = Callable[..., LaunchPlan]
 MODEL = ("model=qwen3_0_6b", "data=jsonl", "data.path=rows.jsonl", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=2")
@@ -60,6 +63,23 @@ def test_the_newest_run_of_the_same_model_and_gpu_is_the_measurement(plan_of: Pl
     assert find_measured_mfu(later, "H200") == found
     assert [found.run_name for found in [find_measured_mfu(later, "A100-80GB")] if found] == ["on-a100"]
     assert find_measured_mfu(later, "Abacus 3000") is None
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("as_root")
+def test_a_run_of_another_user_is_no_measurement(plan_of: PlanOf, tmp_path: Path) -> None:
+    """In a shared folder of runs, a pipe in place of its metrics would hold up each plan."""
+    root = tmp_path / "runs"
+    later = plan_of(*MODEL, f"run.root={root}", "run.name=later", device=H100)
+    trained(plan_of, root, "own", 0.3)
+    give(trained(plan_of, root, "false", 0.9).root)
+    piped = trained(plan_of, root, "piped", 0.9)
+    piped.metrics.unlink()
+    os.mkfifo(piped.metrics)
+    give(piped.root)
+    found = find_measured_mfu(later, "H100-80GB")
+    assert found is not None
+    assert found.run_name == "own"
 
 
 def test_plan_shows_the_measurement_and_that_the_name_is_taken(

@@ -244,6 +244,40 @@ def test_a_record_of_any_size_in_a_run_of_another_user_is_not_read(run: RunDir, 
             read()
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "attempts/001/rank-00000.log"])
+def test_lines_of_any_number_in_a_run_of_another_user_are_not_read(run: RunDir, name: str) -> None:
+    """A file with holes takes no room of its author, and each command on the folder of runs would take its memory and time."""
+    _make_huge(run.root / name)
+    give(run.root)
+    for read in (lambda: run_store.find_run(str(run.root), run.root), lambda: _ask_backend(run)):
+        with pytest.raises(SubmitError, match="has 1,048,576 MiB, more than any file of its kind, and is not read"):
+            read()
+
+
+@pytest.mark.timeout(120)
+def test_a_copy_of_a_plan_that_is_a_pipe_is_not_read(launch: Launch, tmp_path: Path) -> None:
+    """Where the folder has no plan, its copies are looked at for the remedy."""
+    (folder := tmp_path / "runs/demo/plans").mkdir(parents=True)
+    os.mkfifo(folder / "0.json")
+    give(folder.parent)
+    done = launch("status", "demo", "--root", str(tmp_path / "runs"), timeout=60)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+
+
+def test_a_link_of_another_user_chooses_no_run(launch_here: Launch, run: RunDir) -> None:
+    """In a folder of runs that several users share, they can make links, also to runs of somebody else."""
+    root, link = str(run.root.parent), run.root.with_name("theirs")
+    link.symlink_to(run.root)
+    os.chown(link, MALLORY, -1, follow_symlinks=False)
+    for verb in ("cancel", "resume", "export", "evaluate", "logs"):
+        done = launch_here(verb, "theirs", "--root", root)
+        assert done.returncode == 2, (verb, done.stdout)
+        assert f"theirs is a link of {MALLORY}, who chooses the run that it leads to" in done.stderr
+        assert f"name the run itself: {run.root}" in done.stderr
+    os.chown(link, os.geteuid(), -1, follow_symlinks=False)
+    assert launch_here("status", "theirs", "--root", root).returncode == 0
+
+
 def test_a_mirrored_run_is_not_downloaded_to_where_others_could_replace_it(tmp_path: Path) -> None:
     mirror, root = f"file://{tmp_path}/mirror", tmp_path / "elsewhere"
     plan, run = make_run(tmp_path, mirror, name="b")

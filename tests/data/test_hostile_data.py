@@ -18,6 +18,7 @@ from special_files import link_to_device, make_pipe
 from transformers import AutoTokenizer
 
 from launcher.config.sections.data import DataSection, Source
+from launcher.data.checks import patterns
 from launcher.data.sources import Chat, Message, check_sources, files, json_array, parquet, read_documents
 from launcher.data.tokenization import render_limits
 from launcher.data.tokenization.chat_template import ChatTemplate
@@ -244,4 +245,13 @@ def test_a_head_that_has_no_end_is_searched_once(tmp_path: Path) -> None:
     started = time.process_time()
     assert len(list(read_documents(Source(path=str(tmp_path))))) == 1
     assert base_front_matter(tmp_path) == {}
+    assert time.process_time() - started < 20
+
+
+@pytest.mark.timeout(120)
+def test_white_space_without_end_is_searched_once() -> None:
+    """Texts are searched for keys and addresses before they are shown, and before they are shortened."""
+    started = time.process_time()
+    (shown,) = patterns.redact([f"write to me@a.org{' ' * 2_000_000}<|end|>{' ' * 2_000_000}."])
+    assert shown.startswith("write to [e-mail address: m")
     assert time.process_time() - started < 20

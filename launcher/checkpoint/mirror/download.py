@@ -34,6 +34,8 @@ MakeProgress = Callable[[str, int], Callable[[int], None]]
 # Marks a run directory whose download is not complete; holds the address of the mirror.
 MARKER = ".fetching.json"
 _UNFINISHED = ".fetching-"
+# The largest tokenizers have some 50 MB; the code has a few, also unpacked.
+_MAX_FILE_BYTES = 512 << 20
 
 
 def claim_run_dir(run: RunDir, url: str) -> None:
@@ -90,7 +92,7 @@ def download_fixed_files(remote: RemoteFolder, mirrored: MirroredRun, run: RunDi
             raise CheckpointError("the mirror names a file outside of the run directory", where=remote.url, value=name)
         if target.is_file() and atomic_files.digest_file(target) == entry:
             continue
-        content = remote.read(name)
+        content = remote.read(name, _MAX_FILE_BYTES)
         if content is None or FileEntry(size=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content)) != entry:
             message = "a file of the mirror is missing" if content is None else "a file of the mirror is damaged"
             raise CheckpointError(message, where=f"{remote.url}/{name}")
@@ -162,7 +164,7 @@ def _download(remote: RemoteFolder, root: Path, manifest: Manifest, notify: Noti
             return None
         where = f"{source.url}/{name}"
         try:
-            entry = source.receive(name, path, advance)
+            entry = source.receive(name, path, advance, max_bytes=manifest.files[name].size)
         except FileNotFoundError:
             return Problem("a file of the checkpoint is missing in the mirror", where=where)
         return None if entry == manifest.files[name] else Problem("a file differs from the manifest's digest", where=where)
@@ -201,6 +203,9 @@ def _unpack(content: bytes, folder: Path) -> None:
     unfinished = folder.with_name(f"{_UNFINISHED}{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if sum(member.file_size for member in archive.infolist()) > _MAX_FILE_BYTES:
+            message = f"the code in the mirror unpacks to more than {_MAX_FILE_BYTES >> 20} MiB"
+            raise CheckpointError(message, where=CODE, remedy="look at the file: no launcher has written it")
         # extractall() strips `..` and leading slashes from names.
         archive.extractall(unfinished)
     atomic_files.replace_directory(unfinished, folder)

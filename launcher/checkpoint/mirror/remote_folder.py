@@ -12,6 +12,7 @@ import io
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,8 +24,12 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
+from launcher import json_records
 from launcher.atomic_files import FileEntry
-from launcher.errors import LauncherError, SubmitError
+from launcher.errors import CheckpointError, LauncherError, SubmitError
+from launcher.security import ownership
+from launcher.security.permissions import tree
+from launcher.security.trust import FLAG, user_name
 
 T = TypeVar("T")
 
@@ -34,7 +39,10 @@ _MAX_BLOCKS = 9000
 # Waits between attempts after a failure that may be transient; after the last one, the next checkpoint tries again.
 _WAITS_S = (1.0, 2.0, 4.0, 8.0)
 # Errors that a retry would repeat.
-_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError)
+_PERMANENT = (
+    *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError),
+    CheckpointError,
+)
 # Object stores: an object appears when its upload is complete, and a rename is a copy. Elsewhere a file grows under its name.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "obs", "tos", "cos"}
 _UNFINISHED = ".unfinished-"
@@ -65,12 +73,27 @@ class RemoteFolder:
         inner.__dict__.update(self.__dict__, url=f"{self.url}/{name}", _root=self._path(name))
         return inner
 
-    def read(self, name: str) -> bytes | None:
-        """Return the content of a small file, None if it does not exist."""
+    def read(self, name: str, max_bytes: int = json_records.MAX_BYTES) -> bytes | None:
+        """Return the content of a small file, None if it does not exist.
+
+        Raises:
+            CheckpointError: if it has more than `max_bytes`, or is no regular file.
+        """
+
+        def get() -> bytes:
+            # Opening a file relies on an earlier listing.
+            self._fs.invalidate_cache()
+            with self._fs.open(self._regular_file(name), "rb", block_size=_BLOCK_BYTES) as file:
+                content: bytes = file.read(max_bytes + 1)
+            return content
+
         try:
-            content: bytes = self._retry(lambda: self._fs.cat_file(self._path(name)))
+            content = self._retry(get)
         except FileNotFoundError:
             return None
+        if len(content) > max_bytes:
+            message = f"a file of the mirror has more than {max_bytes >> 20} MiB, more than any such file"
+            raise CheckpointError(message, where=f"{self.url}/{name}")
         return content
 
     def size(self, name: str) -> int | None:
@@ -120,17 +143,28 @@ class RemoteFolder:
 
         return self._retry(put)
 
-    def receive(self, name: str, target: Path, on_read: Callable[[int], None] = lambda num_bytes: None) -> FileEntry:
+    def receive(
+        self,
+        name: str,
+        target: Path,
+        on_read: Callable[[int], None] = lambda num_bytes: None,
+        max_bytes: int | None = None,
+    ) -> FileEntry:
         """Download a file, block by block, and fsync it, replacing `target`; return size and digest of what arrived.
 
-        `on_read` is called with the number of bytes of each block, again for a file that is fetched again.
+        `on_read` is called with the number of bytes of each block, again for a file that is fetched again. Of a file of more than
+        `max_bytes`, no more than another block is fetched.
+
+        Raises:
+            CheckpointError: if it is no regular file.
         """
 
         def get() -> FileEntry:
             digest, size = xxhash.xxh3_128(), 0
             target.unlink(missing_ok=True)
-            with self._fs.open(self._path(name), "rb", block_size=_BLOCK_BYTES) as source, open(target, "xb") as file:
-                while block := source.read(_BLOCK_BYTES):
+            path = self._regular_file(name)
+            with self._fs.open(path, "rb", block_size=_BLOCK_BYTES) as source, open(target, "xb") as file:
+                while (max_bytes is None or size <= max_bytes) and (block := source.read(_BLOCK_BYTES)):
                     digest.update(block)
                     size += file.write(block)
                     on_read(len(block))
@@ -176,6 +210,50 @@ class RemoteFolder:
         entry = self._write_blocks(unfinished, blocks(), size)
         self._fs.mv(unfinished, target)
         return entry
+
+    def make_own(self) -> None:
+        """Make the folder, where it is on a disk; whoever made it first could replace what is written to it.
+
+        Raises:
+            SubmitError: if another user did.
+        """
+        if not self._is_local:
+            return
+        self._fs.makedirs(self._root, exist_ok=True)
+        owner = os.stat(self._root).st_uid
+        if ownership.accepts_owner(owner):
+            return
+        # Storage may give what this user writes to somebody else, such as nobody.
+        with tempfile.NamedTemporaryFile(dir=self._root, prefix=".probe-") as probe:
+            if os.fstat(probe.fileno()).st_uid == owner:
+                return
+        raise SubmitError(
+            f"the folder of this run in the mirror belongs to {user_name(owner)}, who can replace what is sent there",
+            where=self.origin,
+            value=self.url,
+            remedy=f"choose another run.name or another mirror; if you trust this user, add {FLAG} {user_name(owner)}",
+        )
+
+    def require_trusted(self) -> None:
+        """Refuse a folder on a disk whose content others could have changed: a resume runs code that it holds.
+
+        Raises:
+            SubmitError: with the file or folder, its owner and the remedy.
+        """
+        folder = Path(self._root)
+        if self._is_local and (problem := ownership.folder_problem(f"the mirror of {folder.name}", folder, tree(folder))):
+            raise SubmitError(problem)
+
+    def _regular_file(self, name: str) -> str:
+        """Return the path of a file that is read: on a disk, to read a pipe or a device could never end.
+
+        Raises:
+            CheckpointError: if it is one.
+        """
+        path = self._path(name)
+        if self._is_local and not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError("a file of the mirror is no regular file", where=f"{self.url}/{name}")
+        return path
 
     def _path_to_change(self, name: str) -> str:
         """Return the path of a file or folder that is written or removed: on a disk, no link of another user leads to it.

@@ -96,6 +96,7 @@ class Mirror:
         Raises:
             MirrorTaken: if it belongs to another run, or to a later attempt of this one.
         """
+        self._remote.make_own()
         known = read_run(self._remote)
         if known is not None:
             self._require_ours(known.owner)
@@ -317,6 +318,7 @@ def require_usable_mirror(plan: LaunchPlan) -> None:
     require_writable(url)
     remote = RemoteFolder(mirror_url(plan))
     with convert_storage_errors(remote, "read"):
+        remote.make_own()
         known = read_run(remote)
     if known is not None and known.owner.wandb_id != plan.wandb_id:
         raise SubmitError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from launcher.plan.planner import run_dir_of
 from launcher.plan.run_dir import RunDir
 from launcher.plan.throughput import MeasuredMfu, peak_tflops
 from launcher.run_records import RUNNING_STATES
+from launcher.security import ownership
 from launcher.shell_commands import launcher_command
 from launcher.tracking.metrics_tail import newest_trained_step, read_tail
 
@@ -36,7 +38,7 @@ def find_measured_mfu(plan: LaunchPlan, gpu: str) -> MeasuredMfu | None:
     if plan.topology.device != "cuda" or peak is None:
         return None
     wanted = _training_settings(plan.model_dump(mode="json", include={"model", "config"}))
-    for run in islice(run_store.list_runs(Path(plan.run_dir).parent), _NUM_RUNS):
+    for run in islice(filter(_is_trusted, run_store.list_runs(Path(plan.run_dir).parent)), _NUM_RUNS):
         try:
             values = run_store.read_plan_values(run.plan)
             if _training_settings(values) != wanted:
@@ -49,6 +51,13 @@ def find_measured_mfu(plan: LaunchPlan, gpu: str) -> MeasuredMfu | None:
         if len(rates) >= _FEWEST_STEPS:
             return MeasuredMfu(name, num_ranks, min(rates), max(rates))
     return None
+
+
+def _is_trusted(run: RunDir) -> bool:
+    """Return whether a run is of this user or of one they trust; files of others may have no end, and their numbers mislead."""
+    with suppress(OSError):
+        return ownership.accepts_owner(run.root.stat().st_uid)
+    return False
 
 
 def _is_peak(tflops: float, peak: float) -> bool:

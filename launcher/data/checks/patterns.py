@@ -104,9 +104,10 @@ _FOREIGN_LITERALS = (
     *("<|", "<｜", "<bos>", "<eos>", "<pad>", "<unk>", "<<sys>>", "<</sys>>", "inst]"),
     *("<start_of_turn>", "<end_of_turn>", "</start_of_turn>", "</end_of_turn>"),
 )
-# What templates write between two turns: control tokens and the role.
+# What templates write between two turns: control tokens and the role. White space is searched from its beginning alone: the time
+# would grow with the square of its length.
 _BORDER = re.compile(
-    r"\s*(?:(?:<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?(?:start|end)_of_turn>|\[/?INST\]|</?s>)"
+    r"(?<!\s)\s*(?:(?:<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?(?:start|end)_of_turn>|\[/?INST\]|</?s>)"
     r"\s*(?:(?:system|user|assistant|tool|model)\b\s*)?)+"
 )
 _LITERALS = {

@@ -42,7 +42,7 @@ def read_exclusions(file: str | None) -> np.ndarray:
         try:
             content = json.loads(line)["content"]
             is_content = isinstance(content, str) and _CONTENT.fullmatch(content)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             is_content = None
         if not is_content:
             message = "a line of data.exclude names no document"

@@ -56,6 +56,19 @@ except DataError as error:
     print(error, flush=True)
     sys.exit(error.exit_code)
 """
+# As Python 3.11.0 chooses the address of the fork server: a socket that is no file, and has no permissions.
+WITH_ABSTRACT_SOCKETS = """
+import os
+from multiprocessing import connection, forkserver, util
+util.abstract_sockets_supported, choose = True, connection.arbitrary_address
+def choose_abstract(family):
+    return f"\\0listener-{os.getpid()}" if util.abstract_sockets_supported else choose(family)
+connection.arbitrary_address = choose_abstract
+"""
+SHOW_ADDRESS = """
+address = forkserver._forkserver._forkserver_address
+print("abstract" if address[0] == chr(0) else oct(os.stat(os.path.dirname(address)).st_mode))
+"""
 # The main module of a builder, which each worker imports as well: torch works there, and an argument makes it fail.
 MAIN = """
 import sys
@@ -130,6 +143,16 @@ def test_several_processes_build_what_one_builds(many: DataSection, tokenizer_di
     assert tokenized == sorted(tokenized)
     assert len(tokenized) > NUM_BATCHES
     assert tokenized[-1] == NUM_ROWS
+
+
+def test_no_other_user_reaches_the_fork_server(many: DataSection, tokenizer_dir: Path, cache_home: Path) -> None:
+    """It runs what it gets from whoever connects."""
+    code = WITH_ABSTRACT_SOCKETS + BUILDER + SHOW_ADDRESS
+    command = [sys.executable, "-c", code, many.model_dump_json(), str(tokenizer_dir)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "0o40700"
 
 
 def test_a_killed_worker_is_reported_and_leaves_no_cache(
