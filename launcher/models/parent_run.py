@@ -92,9 +92,9 @@ def weights_folder(parent: ParentCheckpoint, dtype: str) -> Path:
 
 
 def find_export(parent: ParentCheckpoint, dtype: str) -> Path | None:
-    """Return the parent run's export if it is of this checkpoint and in `dtype` or fp32; None otherwise."""
+    """Return the parent run's export if it is of this checkpoint, in `dtype` or fp32, and no other user could write to it."""
     record = read_export(parent.run)
-    if record is None:
+    if record is None or ownership.export_problem(parent.run) is not None:
         return None
     exported, wanted = (
         (record.step, record.plan_digest),

@@ -56,6 +56,15 @@ def records_problem(run: RunDir) -> Problem | None:
     return first_problem(f"the run {run.root.name}", run.root, _records(run), _own_trust())
 
 
+def export_problem(run: RunDir) -> Problem | None:
+    """Return why this user does not trust the weights in the export of a run that they trust; None if they do."""
+    trust, subject = _own_trust(), f"the export of {run.root.name}"
+    with suppress(OSError):
+        is_hidden = is_private(run.root, trust)
+        return first_problem(subject, run.export, tree(run.export), trust, in_private_folder=is_hidden)
+    return None
+
+
 def location_problem(run: RunDir) -> Problem | None:
     """Return which folder above a run lets others replace it, whether the run exists or not; None if there is none."""
     folder = run.root.parent

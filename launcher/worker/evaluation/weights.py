@@ -11,6 +11,7 @@ from launcher.models.weight_files import weight_files
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import read_export
+from launcher.security import ownership
 from launcher.security.folders import private_files
 from launcher.tracking.verdicts import digest_checkpoint
 from launcher.worker.export import export_run
@@ -31,10 +32,11 @@ def find_base(plan: LaunchPlan) -> Weights | None:
 
 
 def export_tuned(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) -> Weights:
-    """Return the exported weights of the step: the run's own export, or one that is made now in the evaluation's folder."""
+    """Return the exported weights of the step: the run's own export, unless others could have written it, or one made now in the
+    evaluation's folder."""
     record, digest = read_export(run), None
     path = run.export
-    if record is None or record.step != step:
+    if record is None or record.step != step or ownership.export_problem(run) is not None:
         path = folder.weights
         digest = _export(plan, run, folder, step)
     turn_ends = plan.data.turn_end_ids if plan.data is not None else ()

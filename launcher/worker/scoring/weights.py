@@ -82,6 +82,8 @@ def find_result(run: RunDir, plan: LaunchPlan, step: int) -> ScoredWeights:
         record = read_export(run)
         if record is None or record.step != step:
             raise
+        if problem := ownership.export_problem(run):
+            raise SubmitError(problem) from None
         return ScoredWeights(step, _digest_files(run.export), None, run.export)
 
 
