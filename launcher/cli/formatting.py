@@ -89,6 +89,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
     In a terminal that is too narrow, the first column has a line of its own, above the others; or else each cell has one.
     """
+    # A folder of another user may have a name with line breaks, which would look like rows of their own.
+    rows = [[cell.replace("\n", "\\n") for cell in row] for row in rows]
     lines, width = _aligned(columns, rows), terminal_columns()
     if width is None or len(columns) < 3 or max(map(len, lines)) <= width:
         return lines

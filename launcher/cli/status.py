@@ -122,6 +122,11 @@ def _reason(error: OSError | LauncherError) -> str:
     return error.problems[0].message if isinstance(error, LauncherError) else str(error)
 
 
+def _one_line(text: str) -> str:
+    """Return a text that names a folder, perhaps of another user, as one line."""
+    return printable(text).replace("\n", "\\n")
+
+
 def _ask_backend(run: RunDir) -> Status:
     # Before anything of the run is read.
     ownership.require_plain_files(run)
@@ -152,10 +157,10 @@ def _ls(root: Path, as_json: bool) -> int:
             else:
                 rows.append(_row(values))
         except (OSError, LauncherError) as error:
-            print(printable(f"{run.root.name}: {_reason(error)}"), file=sys.stderr)
+            print(_one_line(f"{run.root.name}: {_reason(error)}"), file=sys.stderr)
         except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
             # Records, metrics and events of another user's run may hold anything.
-            print(printable(f"{run.root.name}: its files make no sense: {type(error).__name__}"), file=sys.stderr)
+            print(_one_line(f"{run.root.name}: its files make no sense: {type(error).__name__}"), file=sys.stderr)
     if as_json:
         print("[\n{}\n]".format(",\n".join(summaries)) if summaries else "[]")
     elif not rows:

@@ -69,3 +69,9 @@ def test_the_tables_of_data_fit_into_the_terminal(
     text = "\n".join(lines)
     assert "…" not in text, "no cell is cut"
     assert text.count("123,456,789") == num_sources + (num_sources > 1), "of each source and of the mixture"
+
+
+def test_a_cell_with_line_breaks_is_no_row_of_its_own() -> None:
+    """Folders of runs and mirrors may hold runs of other users, whose names and states are theirs."""
+    lines = formatting.table(("run", "state"), [("theirs\ndemo  failed", "running\nmine"), ("demo", "completed")])
+    assert lines == ["run                   state", "theirs\\ndemo  failed  running\\nmine", "demo                  completed"]
