@@ -22,6 +22,7 @@ from launcher.data.checks import patterns
 from launcher.data.sources import Chat, Message, check_sources, files, json_array, parquet, read_documents
 from launcher.data.tokenization import render_limits
 from launcher.data.tokenization.chat_template import ChatTemplate
+from launcher.data.tokenization.loss_mask import LossMask
 from launcher.errors import DataError, Problem
 from launcher.export.model_card import base_front_matter
 
@@ -254,4 +255,16 @@ def test_white_space_without_end_is_searched_once() -> None:
     started = time.process_time()
     (shown,) = patterns.redact([f"write to me@a.org{' ' * 2_000_000}<|end|>{' ' * 2_000_000}."])
     assert shown.startswith("write to [e-mail address: m")
+    assert time.process_time() - started < 20
+
+
+@pytest.mark.timeout(120)
+def test_a_long_reasoning_that_later_turns_leave_out_is_searched_once(tokenizer_dir: Path) -> None:
+    text = (Path(__file__).parent / "templates/qwen3.jinja").read_text()
+    template = ChatTemplate(AutoTokenizer.from_pretrained(str(tokenizer_dir)), text)
+    thought = Message("assistant", "Yes.", reasoning_content="hm " * 1_000_000)
+    chat = Chat("rows.jsonl:1", (Message("user", "Hi"), thought, Message("user", "Sure?"), Message("assistant", "Yes!")))
+    started = time.process_time()
+    full, spans = LossMask(template, ("<|im_end|>",), ()).find_spans(chat, "assistant")
+    assert [full[span.start : span.end] for span in spans] == ["Yes.<|im_end|>", "<think>\n\n</think>\n\nYes!<|im_end|>"]
     assert time.process_time() - started < 20

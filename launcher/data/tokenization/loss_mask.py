@@ -197,12 +197,17 @@ class LossMask:
             self._template.refuse_split_token(split, where)
         if min(positions, default=0) < 0 or (not message.tool_calls and not body.endswith(required[0] if required else "")):
             self._template.refuse("changes the message, or puts text between it and the end of the turn", where)
-        # Once later messages follow, the text before the message itself may be missing.
-        for num_missing in range(min(positions, default=len(body)) + 1):
+        # Once later messages follow, the text before the message itself may be missing. To compare at each of its characters
+        # would take minutes for a reasoning of a megabyte.
+        most_missing = min(positions, default=len(body))
+        beginning = full[len(prefix) : len(prefix) + len(answer) - most_missing]
+        num_missing = answer.find(beginning)
+        while 0 <= num_missing <= most_missing:
             written = answer[num_missing:]
             if full.startswith(written, len(prefix)):
                 end = len(prefix) + len(written)
                 return TrainedSpan(len(prefix), end, end - len(token) if token else None)
+            num_missing = answer.find(beginning, num_missing + 1)
         self._template.refuse("renders this message differently once later ones follow", where)
 
     def _token_at_end(self, text: str) -> str:
