@@ -121,10 +121,15 @@ check_kernel_log() {
 
 # The ids of processes that use a GPU and belong to no job of this node go to $stale.
 stale_processes() {
-    local in_jobs used
-    bounded nvidia-smi --query-compute-apps=pid,process_name --format=csv,noheader || { failed nvidia-smi "$?"; return 1; }
-    used=$(grep -E '^ *[0-9]+ *,' <<<"$output" | grep -vE "$gpu_services" | cut -d, -f1 | tr -d ' ')
+    local in_jobs used services
+    bounded nvidia-smi --query-compute-apps=pid --format=csv,noheader || { failed nvidia-smi "$?"; return 1; }
+    used=$(grep -E '^ *[0-9]+' <<<"$output" | cut -d, -f1 | tr -d ' ')
     stale=
+    [[ -n "$used" ]] || return 0
+    # Users choose the names of their programs, also with line breaks: a line with a name alone makes no process.
+    bounded nvidia-smi --query-compute-apps=pid,process_name --format=csv,noheader || { failed nvidia-smi "$?"; return 1; }
+    services=$(grep -E '^ *[0-9]+ *,' <<<"$output" | grep -E "$gpu_services" | cut -d, -f1 | tr -d ' ')
+    used=$(grep -vxF -e "${services:-none}" <<<"$used")
     [[ -n "$used" ]] || return 0
     if ! bounded scontrol listpids && [[ $output != *"No job steps"* ]]; then
         unknown "processes that use GPUs (scontrol listpids: $output)"

@@ -119,6 +119,13 @@ def test_the_name_of_a_users_program_drains_no_node(node: Node) -> None:
     forged = XID.format(code=79).partition("] ")[2]
     node.has("dmesg", f"echo '[ 9.1] traps: NVRM: Xid (): 79[77] trap divide error ip:55c0 in {forged}[55c0+1000]'")
     assert (node.check().returncode, node.drained) == (0, [])
+    # The driver's list of processes has their names, which may have line breaks; 78 is in a job.
+    listed = (
+        'case "$*" in *pid,process_name*) printf "78, a\\n4711, b\\n" ;; *compute-apps*) echo 78 ;; *) ' + TWO_GPUS + " ;; esac"
+    )
+    node.has("nvidia-smi", listed)
+    node.has("scontrol", "case $1 in listpids) echo '78 1 0' ;; *) echo '   Gres=gpu:h100:2(S:0-1)' ;; esac")
+    assert (node.check().returncode, node.drained) == (0, [])
 
 
 MOUNTS = """printf '%s\\n' '/ ext4 rw' '/scratch xfs rw,relatime' '/scratch xfs ro,relatime' '/local xfs rw' \\
