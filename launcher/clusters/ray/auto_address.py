@@ -92,7 +92,7 @@ def _require_owner(session: Path, trust: Trust) -> None:
             f"the folder of the Ray of this machine belongs to {user_name(uid)}, who may have put it in place of Ray's own",
             where=str(session),
             value=_AUTO,
-            remedy=f"stop this Ray, run chmod +t {session.parent}, and start it again; or unset cluster.address",
+            remedy="stop this Ray, start it again with --temp-dir in a folder that is closed to others; or unset cluster.address",
         )
 
 

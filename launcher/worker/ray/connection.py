@@ -19,7 +19,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker.ray.raylet_loss import LocalRaylet
 
-_MAX_FOLDER_CHARS = 30
+_MAX_FOLDER_CHARS = 28
 _MEET_S = 300
 _PLACE_S = 20
 # Nothing goes through Ray's object store, which would take a third of the machine's memory.
@@ -89,12 +89,16 @@ def raylet_of_this_node() -> LocalRaylet | None:
 
 @contextmanager
 def _own_folder(run: RunDir) -> Iterator[Path]:
-    """Make the folder for the sockets and logs of the run's own Ray; it is kept where the run has failed."""
+    """Make the folder for the sockets and logs of the run's own Ray; it is kept where the run has failed.
+
+    Ray makes it and those within writable for everyone, so it lies in one that is closed to others: who replaces a socket in it
+    sends what workers unpickle.
+    """
     # A socket path may have 107 characters, and Ray's own names take most of them.
     parent = tempfile.gettempdir()
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir=parent if len(parent) <= _MAX_FOLDER_CHARS else "/tmp"))  # noqa: S108
     try:
-        yield folder
+        yield folder / "r"
     finally:
         if run_store.read_status(run).state in ("completed", "cancelled", "preempted"):
             shutil.rmtree(folder, ignore_errors=True)
