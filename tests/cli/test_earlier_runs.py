@@ -72,7 +72,7 @@ def test_a_run_of_another_user_is_no_measurement(plan_of: PlanOf, tmp_path: Path
     root = tmp_path / "runs"
     later = plan_of(*MODEL, f"run.root={root}", "run.name=later", device=H100)
     trained(plan_of, root, "own", 0.3)
-    give(trained(plan_of, root, "false", 0.9).root)
+    give(trained(plan_of, root, "forged", 0.9).root)
     piped = trained(plan_of, root, "piped", 0.9)
     piped.metrics.unlink()
     os.mkfifo(piped.metrics)

@@ -84,8 +84,7 @@ class RemoteFolder:
             # Opening a file relies on an earlier listing.
             self._fs.invalidate_cache()
             with self._fs.open(self._regular_file(name), "rb", block_size=_BLOCK_BYTES) as file:
-                content: bytes = file.read(max_bytes + 1)
-            return content
+                return b"".join(_blocks(file, max_bytes + 1))
 
         try:
             content = self._retry(get)

@@ -51,7 +51,7 @@ def encode(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) 
             yield encoder.encode_usable(task)
         return
     # In Python 3.11.0 each user of the machine reaches such a socket of the fork server, which runs what it gets: CVE-2022-42919.
-    multiprocessing.util.abstract_sockets_supported = False
+    multiprocessing.util.abstract_sockets_supported = False  # type: ignore[misc]
     context = multiprocessing.get_context("forkserver")
     # The fork server imports once; the workers are forked from it before it has threads.
     context.set_forkserver_preload(["launcher.data.tokenization.forkserver_preload"])
