@@ -298,7 +298,7 @@ def read_placement(run: RunDir) -> Placement:
         limits = config["run"].get("max_usd"), config["run"].get("max_hours")
         name, kind = values["run_name"], config["cluster"]["kind"]
         return Placement(name, kind, topology["world_size"], topology["device"], price, *limits)
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise unreadable_plan(path, "settings are missing") from None
 
 

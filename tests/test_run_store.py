@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -380,3 +381,12 @@ def test_a_run_directory_that_cannot_be_written_refuses_to_start(config: RunConf
         run_store.start_lock(run),
     ):
         raise AssertionError("it is not started")
+
+
+def test_a_plan_without_a_section_is_damaged(config: RunConfig, tmp_path: Path) -> None:
+    run = run_store.create(planned(config, tmp_path, "a"))
+    values = json.loads(run.plan.read_text())
+    values["config"]["run"] = 1e308
+    run.plan.write_text(json.dumps(values))
+    with pytest.raises(RunError, match="settings are missing"):
+        run_store.read_placement(run)
