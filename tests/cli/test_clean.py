@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +31,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LAUNCHER_CACHE", str(folder))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.chdir(tmp_path)
+    # Runs of this machine may have compiled code in its folder for temporary files.
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     for number, (name, days) in enumerate(AGES.items(), 1):
         fill(folder / name, number * 1000, days)
     (folder / "data/old.texts.json").write_text("{}")
