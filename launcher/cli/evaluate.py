@@ -180,7 +180,7 @@ def _with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str) 
 
 
 def _step(run: RunDir, step: int | None) -> int:
-    """Return the step whose weights are evaluated: the one that is asked for, that of the export, or the newest.
+    """Return the step whose weights are evaluated: the one that is asked for, that of the export, or the newest checkpoint's.
 
     Raises:
         SubmitError: where the run has neither an export nor a checkpoint.
@@ -188,6 +188,9 @@ def _step(run: RunDir, step: int | None) -> int:
     record = read_export(run)
     if record is not None and step in (None, record.step):
         return record.step
+    # While a run trains, weights are exported for the evaluation before their checkpoint is removed.
+    if step is not None and (run.root / "evaluations" / f"step-{step:08d}" / "weights.json").is_file():
+        return step
     return require_checkpoint(run, step)
 
 

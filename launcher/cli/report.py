@@ -16,7 +16,7 @@ from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.pages import charts, html_page
 from launcher.cli.pages.charts import Series
-from launcher.cli.pages.evaluation_html import evaluation_contexts
+from launcher.cli.pages.evaluation_html import evaluation_contexts, step_contexts
 from launcher.cli.views.plan_view import LABEL_WIDTH, plan_lines
 from launcher.clusters.backends import status_reader_for
 from launcher.plan.launch_plan import LaunchPlan
@@ -182,6 +182,7 @@ def _run_context(one: _RunFiles) -> dict[str, Any]:
         "facts": [(value, label) for label, value in _facts(one).items()],
         "time_chart": charts.bars(f"Of {format_duration(spent.wall_s)} since submission", bars),
         "evaluations": evaluation_contexts(one.run, one.plan),
+        "evaluated_steps": step_contexts(one.run),
         "generations": [generation.cells() for generation in generations.read_generations(one.run, one.plan)],
         "generations_header": generations.HEADER,
         "attempts": _attempt_rows(one),

@@ -216,6 +216,10 @@ def _lines(values: dict[str, Any]) -> list[str]:
         rows.append(("export", formatting.short(Path(values["export"]))))
     if page := wandb_words(values["wandb"]):
         rows.append(("W&B", page))
+    if values["verdict"] is not None:
+        rows.append(("verdict", f"step {values['verdict']['step']:,}: {values['verdict']['sentence']}"))
+    if values["answers"] is not None:
+        rows.append(("answers", values["answers"]))
     if values["mirror"] is not None:
         rows.append(("mirror", values["mirror"]))
     rows += [("alert", _alert(alert)) for alert in values["alerts"][-_ALERTS_SHOWN:]]

@@ -6,7 +6,7 @@ A backend imports the models of settings and plans where it starts runs, so that
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -139,7 +139,12 @@ class ClusterDoctor(Protocol):
 
 
 class EvaluationNodes(Protocol):
-    """What `launcher evaluate` asks of a backend: a module with these functions."""
+    """What `launcher evaluate` asks of a backend: a module with these functions.
+
+    `SUBMITS_JOBS`: whether an evaluation can be a job that needs no command to wait for it, see `EvaluationJobs`.
+    """
+
+    SUBMITS_JOBS: bool
 
     def runs_elsewhere(self, config: RunConfig) -> bool:
         """Return whether the nodes are others than this machine."""
@@ -150,6 +155,27 @@ class EvaluationNodes(Protocol):
         Raises:
             RunError, SubmitError: where nodes could not be had, or one of them failed.
         """
+
+
+class EvaluationJobs(EvaluationNodes, Protocol):
+    """A module whose evaluations can be jobs: each runs `launcher evaluate` for one step on one node, one after another."""
+
+    def submit_job(self, plan: LaunchPlan, run: RunDir, step: int) -> str:
+        """Submit the job and return its number.
+
+        Raises:
+            RunError, SubmitError: where that is not possible.
+        """
+
+    def ended_jobs(self, plan: LaunchPlan, jobs: Sequence[str]) -> dict[str, str]:
+        """Return those of the jobs that have ended, each with its state.
+
+        Raises:
+            RunError: where the scheduler does not answer.
+        """
+
+    def cancel_jobs(self, jobs: Sequence[str]) -> None:
+        """Cancel the jobs; where the scheduler does not answer, they go on."""
 
 
 def evaluation_nodes_for(kind: str) -> EvaluationNodes | None:

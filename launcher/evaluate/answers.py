@@ -166,6 +166,27 @@ class AnswerStore:
         return existing
 
 
+def reuse_base_answers(folder: Path, others: Sequence[Path]) -> None:
+    """Copy the base model's complete answers from the folders of other steps, so that it is not asked again.
+
+    They count where they belong to the same weights, prompts and settings, as any answers do.
+    """
+    for other in others:
+        for record in (*other.glob("*/base-*.json"), *other.glob("selection/*.json")):
+            target = folder / record.relative_to(other)
+            # Parts of answers may be newer than those of another step.
+            if target.exists() or list(target.parent.glob(f".{target.stem}-*")):
+                continue
+            try:
+                answers, content = record.with_suffix(".jsonl").read_bytes(), record.read_bytes()
+            except OSError:
+                continue
+            target.parent.mkdir(mode=0o700, exist_ok=True)
+            atomic_files.write_bytes(target.with_suffix(".jsonl"), answers, mode=0o600)
+            # Last: without it there are no answers.
+            atomic_files.write_bytes(target, content, mode=0o600)
+
+
 def digest_prompts(prompts: Sequence[Sequence[int]], stop_strings: Sequence[str]) -> str:
     """Return a digest of token ids and of the texts that end an answer."""
     return xxhash.xxh3_128_hexdigest(json.dumps([list(map(list, prompts)), list(stop_strings)]).encode())

@@ -147,6 +147,11 @@ class EvaluationFolder:
         return self.root / "answers.json"
 
     @property
+    def lock(self) -> Path:
+        """Held by the command that works on the evaluation."""
+        return self.root / ".lock"
+
+    @property
     def weights(self) -> Path:
         """The export of a step that the run's own export does not have; removed with the end of the evaluation."""
         return self.root / "weights"
@@ -213,6 +218,17 @@ class EvaluationFolder:
     def read_questions(self, name: str = _TRAINING) -> list[EvalQuestion]:
         lines = self.questions(name).read_text(encoding="utf-8").splitlines()
         return [EvalQuestion.from_json(json.loads(line)) for line in lines]
+
+
+def read_exported(folder: EvaluationFolder, checkpoint: str) -> EvaluatedExport | None:
+    """Return the record of the weights in an evaluation's folder; None where it has none, or those of another checkpoint.
+
+    `checkpoint` is the digest of the step's checkpoint, empty where it was removed: what was exported before is then its weights.
+    """
+    existing = json_records.read_if_present(EvaluatedExport, folder.weights_record)
+    if existing is None or not folder.weights.is_dir() or checkpoint not in ("", existing.checkpoint):
+        return None
+    return existing
 
 
 class CommandWatch:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import HELD_OUT
-from launcher.errors import Problem
+from launcher.errors import Problem, did_you_mean
 from launcher.plan.batch import single_step_warning
-from launcher.plan.launch_plan import LaunchPlan, ModelFacts
+from launcher.plan.launch_plan import DataFacts, LaunchPlan, ModelFacts
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.quantities import format_count
 from launcher.plan.sizing.fp8 import fp8_warning
@@ -20,6 +21,8 @@ _POSITION_TABLES = ("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo
 # Times the usual learning rate above which a warning is shown; random weights take larger rates than trained ones.
 _HIGH_LR, _HIGH_LR_RANDOM = 10.0, 1000.0
 _MAX_LR = 1.0
+# Files whose rows are plain text.
+_TEXT_FILE = re.compile(r"\.txt(\.gz|\.zst)?$")
 # Assumed write speed of one node to shared storage: parallel file systems are faster, plain NFS may be slower. The margin is for
 # the step in progress, which ends before the save.
 CHECKPOINT_GIB_PER_SECOND = 1.0
@@ -51,6 +54,50 @@ def refusals(config: RunConfig, model: ModelFacts) -> Iterator[Problem]:
             value=str(length),
             remedy=f"set data.max_length to {context} or less",
         )
+
+
+def answers_problems(config: RunConfig, data: DataFacts | None) -> Iterator[Problem]:
+    """Yield what keeps prompts from being answered every eval.answers_every steps; `data` is None before the data is built."""
+    every, save_every = config.eval.answers_every, config.checkpoint.save_every
+    if not every:
+        return
+    key, value = "eval.answers_every", str(every)
+    if not save_every or every % save_every:
+        fitting = math.ceil(every / save_every) * save_every if save_every else 0
+        yield Problem(
+            f"eval.answers_every={every} is no multiple of checkpoint.save_every={save_every}, and answers come from checkpoints",
+            where=key,
+            value=value,
+            remedy=f"set checkpoint.save_every={every}" + (f", or eval.answers_every={fitting}" if fitting else ""),
+        )
+    is_held_out = bool(config.data.eval_fraction or config.data.eval_path) if data is None else data.num_eval_rows > 0
+    known = [HELD_OUT] if is_held_out else []
+    known += [one.name for one in config.eval.sets]
+    asked = [name for name in known if _may_have_prompts(config, name)]
+    if not asked:
+        reason = f"{' and '.join(known)} are plain text" if known else "there are no held-out rows and no eval.sets"
+        yield Problem(
+            f"eval.answers_every needs prompts to answer, and {reason}",
+            where=key,
+            value=value,
+            remedy="hold documents with prompts out with data.eval_fraction=0.05, name a file of them in eval.sets, or remove it",
+        )
+        return
+    for name in config.evaluate.sets:
+        if name not in known:
+            guess = did_you_mean(name, known)
+            yield Problem(
+                f"the run has no evaluation set {name}, whose prompts eval.answers_every would answer",
+                where="evaluate.sets",
+                value=name,
+                remedy=f"{guess} its sets are {', '.join(known)}".strip(),
+            )
+
+
+def _may_have_prompts(config: RunConfig, name: str) -> bool:
+    """Return whether the rows of a set may be more than plain text, as far as the settings tell."""
+    sources = config.data.sources if name == HELD_OUT else [one for one in config.eval.sets if one.name == name]
+    return any(source.format != "text" and not _TEXT_FILE.search(source.path) for source in sources)
 
 
 def _best_set_interval(config: RunConfig) -> int:

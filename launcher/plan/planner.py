@@ -38,6 +38,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     topology = choose_topology(config, facts)
     problems = [*_topology_problems(config, facts, topology), *architecture_problems(facts.model, config.data.packing)]
     problems += [*optimizer_problems(config), *plan_checks.refusals(config, facts.model)]
+    problems += plan_checks.answers_problems(config, facts.data)
     gpu_name = config.cluster.gpu_type or facts.device.name
     problems += fp8_problems(config, facts.model, topology, gpu_name)
     try:

@@ -194,6 +194,65 @@ def digest_checkpoint(run: RunDir, step: int) -> str:
         return ""
 
 
+def is_current(verdict: EvaluationVerdict, run: RunDir, step: int) -> bool:
+    """Return whether a verdict is about the checkpoint of its step: after a return to an earlier step, another may replace it."""
+    return not verdict.checkpoint or digest_checkpoint(run, step) in ("", verdict.checkpoint)
+
+
+def read_newest_verdict(run: RunDir) -> SetVerdict | None:
+    """Return the verdict about the first set at the newest step that was evaluated; None where there is none.
+
+    Raises what `read_verdict` raises.
+    """
+    for folder in sorted((run.root / "evaluations").glob("step-*"), reverse=True):
+        if match := _FOLDER.fullmatch(folder.name):
+            verdict = read_verdict(folder)
+            if verdict is not None and is_current(verdict, run, int(match[1])):
+                return SetVerdict(int(match[1]), "", verdict)
+    return None
+
+
+@dataclass(frozen=True)
+class VerdictsBySteps:
+    """The verdicts about one set at several steps, in ascending order."""
+
+    set_name: str
+    verdicts: tuple[SetVerdict, ...]
+
+    @property
+    def metric(self) -> str:
+        """The primary metric of the newest verdict."""
+        return self.verdicts[-1].verdict.metric
+
+    @property
+    def means(self) -> dict[str, list[float | None]]:
+        """The mean score of each side by the primary metric at each step; None where a step has no such side."""
+        sides = dict.fromkeys(side for one in reversed(self.verdicts) for side in one.verdict.sides)
+        return {side: [one.verdict.means.get(self.metric, {}).get(side) for one in self.verdicts] for side in sides}
+
+    @property
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows: each step with the mean of each side and the outcome."""
+        columns = self.means
+        rows = [
+            [
+                f"{one.step:,}",
+                *("-" if means[i] is None else f"{means[i]:.3f}" for means in columns.values()),
+                one.verdict.outcome.value,
+            ]
+            for i, one in enumerate(self.verdicts)
+        ]
+        return ["step", *(f"{self.metric}, {side}" for side in columns), "outcome"], rows
+
+
+def by_steps(verdicts: list[SetVerdict]) -> list[VerdictsBySteps]:
+    """Return the verdicts of sets that were evaluated at several steps."""
+    several: dict[str, list[SetVerdict]] = {}
+    for one in verdicts:
+        several.setdefault(one.set_name, []).append(one)
+    return [VerdictsBySteps(name, tuple(those)) for name, those in several.items() if len(those) > 1]
+
+
 def read_verdicts(run: RunDir) -> list[SetVerdict]:
     """Return the verdicts of a run by step and set, in ascending order. Raises what `read_verdict` raises.
 
@@ -208,7 +267,7 @@ def read_verdicts(run: RunDir) -> list[SetVerdict]:
             )
             # The verdict beside the sets is that of the first one again.
             for one in [*(sets or [folder]), *(task for several in others for task in several)]:
-                verdict, current = read_verdict(one), digest_checkpoint(run, int(match[1]))
-                if verdict is not None and (not verdict.checkpoint or current in ("", verdict.checkpoint)):
+                verdict = read_verdict(one)
+                if verdict is not None and is_current(verdict, run, int(match[1])):
                     verdicts.append(SetVerdict(int(match[1]), "" if one == folder else one.name, verdict))
     return verdicts

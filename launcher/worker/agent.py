@@ -10,6 +10,7 @@ ask the ranks to save before they stop, the watchdog for ranks that hang, and th
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -34,6 +35,7 @@ from launcher.security.library_caches import find_usable_caches
 from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART
 from launcher.worker import disk_reserve, failure_record, postmortem
+from launcher.worker.evaluation.answers_process import AnswersProcess
 from launcher.worker.limits import cause_of
 from launcher.worker.mirror_process import MirrorProcess
 from launcher.worker.ranks import error_memory, heartbeat
@@ -89,6 +91,10 @@ class NodeAgent:
     def start_mirror(self) -> MirrorProcess | None:
         """Start the process that copies checkpoints to the mirror; one node of a run has it. None where there is no mirror."""
         return MirrorProcess.start(self.plan, self.plan_path, self.run, self.attempt)
+
+    def start_answers(self) -> AnswersProcess | None:
+        """Start the process that has prompts answered with checkpoints; one node of a run has it. None where none are wanted."""
+        return AnswersProcess.start(self.plan, self.plan_path, self.run, self.attempt)
 
     def close(self) -> None:
         """Send no more signals, and end the fork server."""
@@ -249,16 +255,16 @@ def main(plan_path: str, attempt: int) -> int:
     detached_process.start_liveness_file(run)
     record_limits(run, attempt, 0)
     disk_reserve.keep(run, attempt)
-    mirror = agent.start_mirror()
+    mirror, answers = agent.start_mirror(), agent.start_answers()
     node = NodeInfo(0, (network.node_name(),), network.LOOPBACK.address, network.LOOPBACK.interface)
     failure = None if stopper.requested else agent.run_ranks(node)
     agent.close()
     exit_record = postmortem.judge_local(run, attempt, failure, stopper.requested, stopper.killed)
-    return _conclude(agent, mirror, replace(exit_record, host=os.uname().nodename, started_at=agent.started_at))
+    return _conclude(agent, mirror, answers, replace(exit_record, host=os.uname().nodename, started_at=agent.started_at))
 
 
-def _conclude(agent: NodeAgent, mirror: MirrorProcess | None, record: ExitRecord) -> int:
-    """Record the end of the attempt, wait for the mirror, and only then end the run; returns the exit code."""
+def _conclude(agent: NodeAgent, mirror: MirrorProcess | None, answers: AnswersProcess | None, record: ExitRecord) -> int:
+    """Record the end of the attempt, wait for answers and the mirror, and only then end the run; returns the exit code."""
     run, attempt = agent.run, agent.attempt
     disk_reserve.release_if_full(run, attempt)
     with suppress(OSError):
@@ -266,6 +272,7 @@ def _conclude(agent: NodeAgent, mirror: MirrorProcess | None, record: ExitRecord
     if record.state == "failed":
         with suppress(OSError):
             append_event(run, attempt, "alert", f"the attempt failed: {record.message}", record.step)
+    agent.stopper.finish(answers, math.inf if record.state == "completed" else 0.0)
     # The status shows the end only when the mirror has every committed checkpoint.
     agent.stopper.finish(mirror)
     # The attempt holds its machines until here. On a full disk the liveness file tells the time instead.

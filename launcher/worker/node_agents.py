@@ -20,6 +20,7 @@ from launcher.run_records import Attempt, FailureRecord, NodeRecord, node_file
 from launcher.worker import failure_record
 from launcher.worker.agent import NodeAgent
 from launcher.worker.checks import node_check
+from launcher.worker.evaluation.answers_process import AnswersProcess
 from launcher.worker.limits import cause_of
 from launcher.worker.mirror_process import MirrorProcess
 from launcher.worker.ranks.rank_env import NodeInfo
@@ -30,11 +31,12 @@ _MEET_DEADLINE_S = 300.0
 
 @dataclass(frozen=True)
 class NodeResult:
-    """How the ranks of a node ended, or why they did not start. `mirror` is the process on the head node, where there is one."""
+    """How the ranks of a node ended, or why they did not start. `mirror` and `answers` are processes of the head node alone."""
 
     failure: FailureRecord | None
     problems: tuple[Problem, ...]
     mirror: MirrorProcess | None
+    answers: AnswersProcess | None
 
     @property
     def exit_code(self) -> int:
@@ -50,6 +52,7 @@ def run_node(
     """
     plan, run, attempt = agent.plan, agent.run, agent.attempt
     mirror: MirrorProcess | None = None
+    answers: AnswersProcess | None = None
     failure: FailureRecord | None = None
     problems: list[Problem] = []
     try:
@@ -57,11 +60,12 @@ def run_node(
         store = connect(record, node)
         problems = check(store, plan, run, attempt, record, node)
         if not problems and not agent.stopper.requested:
-            mirror = agent.start_mirror() if node.is_head else None
+            if node.is_head:
+                mirror, answers = agent.start_mirror(), agent.start_answers()
             failure = agent.run_ranks(node, store, job, why_ended)
     except Exception as error:
         failure = failure_record.from_exception(error, log, limit=cause_of(error, run.root))
-    return NodeResult(failure, tuple(problems), mirror)
+    return NodeResult(failure, tuple(problems), mirror, answers)
 
 
 def write_record(agent: NodeAgent, number: int, host: str, result: NodeResult) -> None:

@@ -7,11 +7,18 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
-from launcher.worker.mirror_process import MirrorProcess
 from launcher.worker.signals import CANCEL
 
 _RESEND_S = 0.5
+
+
+class Companion(Protocol):
+    """A process beside the ranks that has work left when they have ended."""
+
+    def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
+        """Let it complete its work, and end it at `until`, in seconds since the epoch, or as soon as `unwanted` returns True."""
 
 
 class Stopper:
@@ -51,12 +58,12 @@ class Stopper:
         """Send no more signals."""
         self._disarmed.set()
 
-    def finish(self, mirror: MirrorProcess | None, deadline_s: float = math.inf) -> None:
-        """Wait for the mirror for the rest of the grace period, for `deadline_s` at most, or until a person cancels again.
+    def finish(self, companion: Companion | None, deadline_s: float = math.inf) -> None:
+        """Wait for a process for the rest of the grace period, for `deadline_s` at most, or until a person cancels again.
 
-        Where no stop was requested, the upload of the last checkpoint takes the time that it needs.
+        Where no stop was requested, the upload of the last checkpoint, for one, takes the time that it needs.
         """
-        if mirror is None:
+        if companion is None:
             return
         now, num_cancels = time.time(), self._num_cancels
         stop_by = math.inf if self._requested_at is None else self._requested_at + self._grace_s
@@ -66,7 +73,7 @@ class Stopper:
             is_late = self._requested_at is not None and time.time() > self._requested_at + self._grace_s
             return is_late or self._num_cancels > num_cancels
 
-        mirror.finish(now if self.killed else until, unwanted)
+        companion.finish(now if self.killed else until, unwanted)
 
     def request(self, stop_signal: signal.Signals) -> None:
         """Ask the ranks to save and stop, unless they were asked before."""

@@ -18,6 +18,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import append_event, read_events
+from launcher.tracking.verdicts import read_newest_verdict
 from launcher.tracking.wandb.local_settings import leave_folder_of_others
 from launcher.train.previous_failure import describe_gpu_faults
 
@@ -28,9 +29,12 @@ _DEADLINE_S = 45.0
 def close_wandb_run(plan: LaunchPlan, plan_path: str | Path, run: RunDir, attempt: int) -> None:
     """Have W&B show that the run has failed for good, even before its first step, or reached a limit while no rank ran.
 
+    Verdicts about checkpoints that were answered while the run trained are sent as well: its ranks had the session until now.
     Never raises, and returns within a deadline. In offline mode the end is written into W&B's files, where there are any.
     """
     tracking = plan.config.tracking
+    if plan.config.eval.answers_every and tracking.kind == "wandb" and tracking.mode != "disabled":
+        _send_newest_verdict(run)
     may_show = tracking.mode in ("auto", "online") or (tracking.mode == "offline" and _has_sessions(run))
     if tracking.kind != "wandb" or not may_show or not _must_report(run, attempt):
         return
@@ -38,6 +42,14 @@ def close_wandb_run(plan: LaunchPlan, plan_path: str | Path, run: RunDir, attemp
     # A separate process can be killed: W&B may hang.
     with suppress(OSError, subprocess.SubprocessError):
         subprocess.run(command, stdin=subprocess.DEVNULL, timeout=_DEADLINE_S)
+
+
+def _send_newest_verdict(run: RunDir) -> None:
+    """Send the verdicts of the newest step that was evaluated, with the table of all steps."""
+    with suppress(OSError, LauncherError, subprocess.SubprocessError):
+        if (newest := read_newest_verdict(run)) is not None:
+            command = [sys.executable, "-m", "launcher.tracking.wandb.verdict_upload", str(run.root), str(newest.step)]
+            subprocess.run(command, stdin=subprocess.DEVNULL, timeout=_DEADLINE_S)
 
 
 def main(plan_path: str, attempt: int) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from launcher.cli.pages import charts
+from launcher.cli.pages.charts import Series
 from launcher.cli.views.request_costs import request_cost_table, saved_tokens
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.verdicts import TUNED, AnswerExample, EvaluationVerdict, format_difference, read_verdicts
+from launcher.tracking.verdicts import TUNED, AnswerExample, EvaluationVerdict, by_steps, format_difference, read_verdicts
 
 _KINDS = {"win": "better than", "loss": "worse than", "tie": "the same as"}
 
@@ -26,6 +29,18 @@ def evaluation_contexts(run: RunDir, plan: LaunchPlan) -> list[dict[str, Any]]:
         }
         for one in sorted(read_verdicts(run), key=lambda one: -one.step)
     ]
+
+
+def step_contexts(run: RunDir) -> list[dict[str, Any]]:
+    """Return what the template shows of each set that was evaluated at several steps: a chart of the scores, and a table."""
+    contexts = []
+    for one in by_steps(read_verdicts(run)):
+        steps, name = [verdict.step for verdict in one.verdicts], one.set_name or "prompts"
+        means = {side: [math.nan if mean is None else mean for mean in values] for side, values in one.means.items()}
+        series = [Series(side, values) for side, values in means.items()]
+        drawn = charts.lines(f"{one.metric} of {name}", [steps] * len(series), series, "step", "")
+        contexts.append({"title": f"{name}, by step", "chart": drawn, "table": one.table})
+    return contexts
 
 
 def _pairs(verdict: EvaluationVerdict) -> tuple[list[str], list[list[str]]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.cli.formatting import short, table
 from launcher.cli.views.memory_view import peak_line, tight_note, why_values
+from launcher.clusters.answers import describe_answers
 from launcher.config.sections.train import CheckpointSection
 from launcher.errors import ConfigError
 from launcher.plan.architecture import train_flops
@@ -44,6 +45,7 @@ def plan_lines(
         *([("lineage", _lineage(plan.lineage))] if plan.lineage is not None else []),
         ("data", _data(plan)),
         *([("evaluation", _eval_sets(plan))] if plan.config.eval.all_sets else []),
+        *([("answers", describe_answers(plan))] if config.eval.answers_every else []),
         ("ranks", _ranks(plan)),
         (
             "batch",

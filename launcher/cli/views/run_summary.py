@@ -22,6 +22,7 @@ from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.metrics import median_names
 from launcher.tracking.metrics_tail import MetricsTail, newest_trained_step, read_tail
+from launcher.tracking.verdicts import read_newest_verdict
 
 # The time left is omitted after this time, and this many steps, without a report. An evaluation takes minutes.
 _SILENT_S, _SILENT_STEPS = 600.0, 10
@@ -71,8 +72,18 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
         "wandb": wandb_page(events),
         "progress": _progress(events, number) if status.state in RUNNING_STATES else None,
+        "answers": next((e["text"] for e in reversed(events) if e["kind"] == "answers"), None),
+        "verdict": _verdict(run),
         "mirror": next((e["text"] for e in reversed(events) if e["kind"] == "mirror"), None),
     }
+
+
+def _verdict(run: RunDir) -> dict[str, Any] | None:
+    """Return the newest verdict of an evaluation; None where there is none, or it cannot be read."""
+    with suppress(OSError, LauncherError):
+        if (newest := read_newest_verdict(run)) is not None:
+            return {"step": newest.step, "outcome": newest.verdict.outcome.value, "sentence": newest.verdict.sentence}
+    return None
 
 
 def _progress(events: Sequence[dict[str, Any]], attempt: int) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from launcher.config.sections.ray import RaySection
 from launcher.errors import RunError, SubmitError
 from launcher.plan.run_dir import RunDir
 
+SUBMITS_JOBS = False
 _MODULE = "launcher.worker.ray.evaluation"
 _LONGEST_WAIT_S = 30 * 24 * 3600.0
 _POLL_S = 1.0

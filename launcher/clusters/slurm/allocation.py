@@ -35,16 +35,18 @@ def num_gpus_per_node(config: RunConfig) -> int:
 
 def salloc_words(config: RunConfig, name: str, num_gpus: int, minutes: int) -> list[str]:
     """Return salloc and its arguments."""
+    return ["salloc", *request_words(config, name, num_gpus, minutes)]
+
+
+def request_words(config: RunConfig, name: str, num_gpus: int, minutes: int) -> list[str]:
+    """Return the arguments of salloc or sbatch that name the job and say what it requests."""
     section = SlurmSection.of(config.cluster)
     requested = sbatch.requested_nodes(section, section.nodes, num_gpus)
     options = {"job-name": name, "time": str(minutes), "reservation": section.reservation, **requested}
     return [
-        "salloc",
-        *(
-            f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}")
-            for key, value in options.items()
-            if value is not None
-        ),
+        f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for key, value in options.items()
+        if value is not None
     ]
 
 

@@ -1,23 +1,37 @@
-"""Slurm as `launcher evaluate` sees it: the prompts are answered in an allocation with the run's cluster settings."""
+"""Slurm as `launcher evaluate` sees it: the prompts are answered in an allocation with the run's cluster settings.
+
+While a run trains, each evaluation of its checkpoints is a batch job of one node, which outlives the run's own job.
+"""
 
 from __future__ import annotations
 
 import os
 import secrets
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.clusters.node_command import NodeCommand, show_lines, uninterrupted
-from launcher.clusters.slurm import allocation
+from launcher.clusters.slurm import allocation, queue, sbatch
+from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.config.schema import RunConfig
 from launcher.config.sections.slurm import SlurmSection
 from launcher.data.cache_dir import cache_root
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
 from launcher.security import trust
+from launcher.security.folders import private_files
 
+if TYPE_CHECKING:
+    from launcher.plan.launch_plan import LaunchPlan
+
+SUBMITS_JOBS = True
 _MODULE = "launcher.worker.slurm.evaluation_node"
 _LONGEST_WAIT_S = 30 * 24 * 3600.0
+# How long calls to a silent controller are retried.
+_PATIENCE_S = 20.0
 
 
 def runs_elsewhere(config: RunConfig) -> bool:
@@ -53,6 +67,66 @@ def run_on_nodes(config: RunConfig, run: RunDir, folder: Path) -> None:
         with uninterrupted():
             started.close()
             allocation.cancel(name)
+
+
+def submit_job(plan: LaunchPlan, run: RunDir, step: int) -> str:
+    """Submit a job of one node that evaluates a step; returns its number. Jobs of a run start one after another.
+
+    Raises:
+        SubmitError: for a path that a batch script cannot contain.
+        SlurmError: where this machine has no sbatch, or Slurm refuses the job.
+    """
+    section = SlurmSection.of(plan.config.cluster)
+    config = plan.config.model_copy(update={"cluster": section.model_copy(update={"nodes": 1})})
+    num_gpus = plan.topology.ranks_per_node if plan.topology.device == "cuda" else 0
+    folder = run.root / "evaluations" / f"step-{step:08d}"
+    with private_files():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        script = folder / "job.sh"
+        script.write_text(_job_script(plan, config, run, step, num_gpus))
+    request = allocation.request_words(config, _job_name(plan), num_gpus, section.time_minutes)
+    # A job of this name and user waits for the others, so that the base model is asked once.
+    options = ("--parsable", "--dependency=singleton", f"--chdir={run.root}", f"--output={folder}/job-%j.log")
+    with sbatch.clean_environment():
+        answer = slurm("sbatch", *options, *request, str(script), retry_s=_PATIENCE_S)
+    # The name of the cluster may follow.
+    return answer.strip().partition(";")[0]
+
+
+def ended_jobs(plan: LaunchPlan, jobs: Sequence[str]) -> dict[str, str]:
+    """Return those of the jobs that have ended, each with its state; `unknown` where Slurm has forgotten it.
+
+    Raises:
+        SlurmError: where Slurm does not answer.
+    """
+    known = queue.jobs(dict.fromkeys(jobs, _job_name(plan)), _PATIENCE_S)
+    return {
+        number: known[number].state if number in known else "unknown"
+        for number in jobs
+        if number not in known or not known[number].queued
+    }
+
+
+def cancel_jobs(jobs: Sequence[str]) -> None:
+    """Cancel the jobs; where Slurm does not answer, they go on."""
+    with suppress(SlurmError):
+        slurm("scancel", *jobs)
+
+
+def _job_name(plan: LaunchPlan) -> str:
+    return f"launcher-answers-{plan.wandb_id}"
+
+
+def _job_script(plan: LaunchPlan, config: RunConfig, run: RunDir, step: int, num_gpus: int) -> str:
+    """Return a batch script that runs `launcher evaluate` on its own node."""
+    words = ["evaluate", sbatch.plain_path(str(run.root)), "--step", str(step), "cluster=local"]
+    if (price := config.cluster.price_per_gpu_hour) is not None:
+        words.append(f"cluster.price_per_gpu_hour={price}")
+    owners = {trust.VARIABLE: trust.Trust.from_environ(os.environ).as_numbers()}
+    folders = [Path(folder) for folder in (*sbatch.needed_folders(plan), str(cache_root()))]
+    task = allocation.node_script(config, ("launcher", *words), num_gpus, owners, folders, ())
+    # That of the run's own job divides a node's cores over its ranks.
+    return "\n".join(["#!/bin/bash", "umask 077", *sbatch.ownership_check(run, run.plan), "unset OMP_NUM_THREADS", task, ""])
 
 
 def _model_folders(folder: Path) -> list[Path]:

@@ -64,7 +64,7 @@ def submit(plan: LaunchPlan, plan_path: Path) -> str:
     executor = submitit.SlurmExecutor(folder=run.jobs / "%j", python=python_command(plan, plan_path))
     executor.update_parameters(**parameters(plan, plan_path))
     try:
-        with _clean_environment(), _blocked_interrupts():
+        with clean_environment(), _blocked_interrupts():
             job = executor.submit(NodeTask(str(plan_path)))
     except (FailedJobError, FailedSubmissionError) as error:
         if _is_unanswered(error):
@@ -109,7 +109,7 @@ def _unknown_submission(plan: LaunchPlan) -> UnknownSubmission:
 
 
 @contextmanager
-def _clean_environment() -> Iterator[None]:
+def clean_environment() -> Iterator[None]:
     """Remove variables that would override the script (SBATCH_*) or that describe another job (SLURM_*)."""
     original = dict(os.environ)
     for name in original:
@@ -126,7 +126,7 @@ def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
     section = SlurmSection.of(plan.config.cluster)
     additional = {
         "time": section.time,
-        "chdir": _plain(plan.run_dir),
+        "chdir": plain_path(plan.run_dir),
         "requeue" if section.requeue else "no-requeue": True,
         **({"reservation": section.reservation} if section.reservation else {}),
         **{name: value or True for name, value in section.additional_parameters.items()},
@@ -173,8 +173,8 @@ def requested_nodes(section: SlurmSection, nodes: int, gpus: int) -> dict[str, A
 def python_command(plan: LaunchPlan, plan_path: Path) -> str:
     """Return the shell words that start Python in a task, in its container if there is one."""
     section = SlurmSection.of(plan.config.cluster)
-    command = python_words(section, plan.topology.device == "cuda", _folders(plan))
-    return _SIGNAL_SHIELD + shlex.join([_plain(str(plan_path)), *command])
+    command = python_words(section, plan.topology.device == "cuda", needed_folders(plan))
+    return _SIGNAL_SHIELD + shlex.join([plain_path(str(plan_path)), *command])
 
 
 def python_words(section: SlurmSection, has_gpus: bool, folders: Sequence[str]) -> list[str]:
@@ -183,12 +183,12 @@ def python_words(section: SlurmSection, has_gpus: bool, folders: Sequence[str]) 
         gpu = ["--nv"] if has_gpus else []
         binds = [word for mount in _mounts(folders, section) for word in ("--bind", mount)]
         return ["apptainer", "exec", *gpu, *binds, section.container_image, section.container_python]
-    return [section.container_python if section.container_image else _plain(sys.executable)]
+    return [section.container_python if section.container_image else plain_path(sys.executable)]
 
 
 def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str]:
     run = RunDir(Path(plan.run_dir))
-    code = _plain(str(run.code))
+    code = plain_path(str(run.code))
     # With -c and -m Python would import from the current folder first; the submitted snapshot must run.
     environment = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **section.env}
     return [
@@ -198,7 +198,7 @@ def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str
         *setup_commands(section),
         "# The lines below check exit codes themselves; cluster.setup may have turned on `set -e`.",
         "set +e",
-        *_ownership_check(run, plan_path),
+        *ownership_check(run, plan_path),
         *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
         f'export PYTHONPATH={shlex.quote(code)}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         f"LAUNCHER_ATTEMPT=$({_job_command('begin', plan_path)}) || exit",
@@ -208,7 +208,7 @@ def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str
     ]
 
 
-def _ownership_check(run: RunDir, plan_path: Path) -> list[str]:
+def ownership_check(run: RunDir, plan_path: Path) -> list[str]:
     """Return the lines that end a job before it runs code of a run directory that others own or can write to.
 
     Python itself would import the code of the directory that is to be checked. The job's step `begin` then checks the folders
@@ -227,8 +227,8 @@ def _ownership_check(run: RunDir, plan_path: Path) -> list[str]:
     gids = own_trust.gids | trust.private_gids(uids)
     groups = [word for gid in sorted(gids) for word in ("!", "-gid", str(gid))]
     writable = f"-perm /002 -o -perm /020 {shlex.join(groups)}".rstrip()
-    root = shlex.quote(_plain(str(run.root)))
-    content = shlex.join(_plain(str(path)) for path in (plan_path, run.code, run.jobs))
+    root = shlex.quote(plain_path(str(run.root)))
+    content = shlex.join(plain_path(str(path)) for path in (plan_path, run.code, run.jobs))
     return [
         *([f"export {trust.VARIABLE}={shlex.quote(own_trust.as_numbers())}"] if trust.VARIABLE in os.environ else []),
         "# The run directory may have been replaced while the job waited: what others own or can write to is not run.",
@@ -252,11 +252,11 @@ def _teardown(plan_path: Path) -> list[str]:
 
 
 def _job_command(verb: str, plan_path: Path) -> str:
-    return shlex.join([_plain(sys.executable), "-m", "launcher.worker.slurm.job", verb, _plain(str(plan_path))])
+    return shlex.join([plain_path(sys.executable), "-m", "launcher.worker.slurm.job", verb, plain_path(str(plan_path))])
 
 
 def _srun_arguments(plan: LaunchPlan, section: SlurmSection) -> list[str]:
-    return ["--kill-on-bad-exit=1", *task_arguments(section, ("LAUNCHER_ATTEMPT",), _folders(plan))]
+    return ["--kill-on-bad-exit=1", *task_arguments(section, ("LAUNCHER_ATTEMPT",), needed_folders(plan))]
 
 
 def task_arguments(section: SlurmSection, variables: Sequence[str], folders: Sequence[str]) -> list[str]:
@@ -271,7 +271,7 @@ def task_arguments(section: SlurmSection, variables: Sequence[str], folders: Seq
     return [*arguments, *section.srun_args]
 
 
-def _folders(plan: LaunchPlan) -> list[str]:
+def needed_folders(plan: LaunchPlan) -> list[str]:
     """Return the folders that ranks read and write."""
     folders = [plan.run_dir, *plan.cache_dirs, plan.model.path, plan.model.tokenizer_path]
     return [folder for folder in folders if folder is not None]
@@ -296,7 +296,7 @@ def _mount_root(path: Path) -> Path:
     return path.parents[1] if path.parent.name == "snapshots" else path
 
 
-def _plain(path: str) -> str:
+def plain_path(path: str) -> str:
     if not _PLAIN_PATH.fullmatch(path):
         raise SubmitError(
             "a batch script cannot contain this path",

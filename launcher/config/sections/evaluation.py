@@ -51,6 +51,15 @@ class EvalSection(Section):
             "checkpoint.keep_best=1, the weights of the best step are saved and exported, without it the last ones."
         ),
     )
+    answers_every: Count = Field(
+        0,
+        description=(
+            "Steps between checkpoints with which prompts are answered while the run goes on, and compared with the base model "
+            "as `evaluate` does: a multiple of checkpoint.save_every; 0: none. Answers come from exported weights, not from the "
+            "engine of training: on CPUs beside it at low priority, on GPUs of this machine after it, on Slurm and Ray in an "
+            "allocation of their own."
+        ),
+    )
     sets: tuple[EvalSet, ...] = Field(
         (),
         description=(

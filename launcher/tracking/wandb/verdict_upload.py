@@ -16,7 +16,7 @@ from launcher.errors import ConfigError, LauncherError, describe
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
 from launcher.tracking.generations import HEADER, read_generations
-from launcher.tracking.verdicts import TUNED, EvaluationVerdict, SetVerdict, read_verdicts
+from launcher.tracking.verdicts import TUNED, EvaluationVerdict, SetVerdict, by_steps, read_verdicts
 from launcher.tracking.wandb import local_settings
 from launcher.tracking.wandb.session import Session, is_online, redacted, sync_command
 
@@ -24,13 +24,15 @@ from launcher.tracking.wandb.session import Session, is_online, redacted, sync_c
 def upload(run: RunDir, step: int) -> str:
     """Add the verdicts of a step to the summary of the W&B run, each with a table of answers; returns a line for a person.
 
-    A run that began with the weights of another gets a table of its generations as well.
+    Where several steps were evaluated, a table has them all. A run that began with the weights of another gets a table of its
+    generations as well.
 
     A run that trains has a session of its own, which this one would disturb; nothing is sent then.
     """
     plan = run_store.load_plan(run)
     tracking = plan.config.tracking
-    verdicts = [one for one in read_verdicts(run) if one.step == step]
+    all_verdicts = read_verdicts(run)
+    verdicts = [one for one in all_verdicts if one.step == step]
     if tracking.kind != "wandb" or tracking.mode == "disabled" or not verdicts:
         return ""
     state = run_store.read_status(run).state
@@ -46,6 +48,8 @@ def upload(run: RunDir, step: int) -> str:
             if one.verdict.examples:
                 header, rows = answer_table(one.verdict)
                 session.log_table(f"verdict/{one.set_name or 'prompts'}/answers", header, redacted(rows, os.environ))
+        for several in by_steps(all_verdicts):
+            session.log_table(f"verdict/{several.set_name or 'prompts'}/steps", *several.table)
         if generations := [one.cells() for one in read_generations(run, plan)]:
             session.log_table("verdict/generations", HEADER, redacted(generations, os.environ))
     finally:

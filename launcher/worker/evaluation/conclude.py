@@ -21,7 +21,7 @@ from launcher.evaluate.answers import StoredAnswer
 from launcher.evaluate.overlap import describe_copies
 from launcher.evaluate.questions import EvalQuestion
 from launcher.evaluate.scoring import AnswerScorer
-from launcher.evaluate.task import EvaluationFolder, SideAnswers
+from launcher.evaluate.task import EvaluatedExport, EvaluationFolder, SideAnswers
 from launcher.evaluate.verdict import judge, with_examples
 from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
@@ -40,7 +40,9 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
     scorer = AnswerScorer(task.settings.evaluate, folder.root)
     run = RunDir(folder.root.parents[1])
     general_loss = read_general_loss(run, task.step, task.settings.eval.forgetting_max_rise)
-    checkpoint = digest_checkpoint(run, task.step)
+    # The checkpoint may have been removed since its weights were exported.
+    exported = json_records.read_if_present(EvaluatedExport, folder.weights_record)
+    checkpoint = digest_checkpoint(run, task.step) or ("" if exported is None else exported.checkpoint)
     shown: dict[str, Any] = {}
     for number, (name, sides) in enumerate(answers.sets.items()):
         questions, copies = folder.read_questions(name), task.training_copies.get(name, ())

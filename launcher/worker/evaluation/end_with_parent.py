@@ -1,6 +1,7 @@
 """Becomes the command of its arguments, in the root directory; the kernel ends it with the process that started it.
 
-The command gets no search path of Python from the environment: it may be the interpreter of another environment.
+The command gets no search path of Python from the environment: it may be the interpreter of another environment. With
+`--launcher` as the first argument, the others are those of this Python, which keeps the search path.
 """
 
 from __future__ import annotations
@@ -11,11 +12,19 @@ import sys
 
 from launcher.worker.ranks.rank_env import die_with_parent
 
+LAUNCHER = "--launcher"
+
 if __name__ == "__main__":
     die_with_parent(signal.SIGTERM)
-    # Python imports modules from the working directory, where another user's may lie.
-    os.chdir("/")
-    for name in ("PYTHONPATH", "PYTHONSAFEPATH"):
-        os.environ.pop(name, None)
+    # Signals that the starter leaves to others are for the command again.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    words = sys.argv[1:]
+    if words[0] == LAUNCHER:
+        words[0] = sys.executable
+    else:
+        # Python imports modules from the working directory, where another user's may lie.
+        os.chdir("/")
+        for name in ("PYTHONPATH", "PYTHONSAFEPATH"):
+            os.environ.pop(name, None)
     # The wish to be told of the parent's death outlives exec.
-    os.execv(sys.argv[1], sys.argv[1:])  # noqa: S606
+    os.execv(words[0], words)  # noqa: S606

@@ -22,6 +22,7 @@ from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, did_you_mean
 from launcher.evaluate import questions as reading
+from launcher.evaluate.answers import reuse_base_answers
 from launcher.evaluate.engines.vllm_engine import read_version
 from launcher.evaluate.overlap import TrainingCopy, find_training_copies
 from launcher.evaluate.prompting import BasePrompts, PromptStyle, TunedPrompts
@@ -112,6 +113,9 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
         training_copies={name: _of_questions(overlap.copies.get(name, ()), several) for name, several in asked.items()},
         overlap_gap=overlap.gap,
     )
+    if base is not None:
+        others = sorted(path for path in folder.root.parent.glob("step-*") if path != folder.root)
+        reuse_base_answers(folder.root, list(reversed(others)))
     folder.answers.unlink(missing_ok=True)
     remove_verdicts(folder.root)
     shutil.rmtree(folder.processes, ignore_errors=True)

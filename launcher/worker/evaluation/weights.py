@@ -1,12 +1,19 @@
-"""The weights that an evaluation compares: those that the run began with, and those of the step."""
+"""The weights that an evaluation compares: those that the run began with, and those of the step.
+
+`python -m launcher.worker.evaluation.weights PLAN_JSON STEP` exports a step for an evaluation to come, since the run may remove
+its checkpoint before. Does nothing where the export is there, or a command evaluates the step.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from pathlib import Path
 
-from launcher import json_records
-from launcher.errors import ConfigError
-from launcher.evaluate.task import EvaluatedExport, EvaluationFolder, Weights, digest_weights
+from launcher import json_records, locks, run_store
+from launcher.errors import ConfigError, LauncherError
+from launcher.evaluate.task import EvaluatedExport, EvaluationFolder, Weights, digest_weights, read_exported
 from launcher.models.weight_files import weight_files
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -15,6 +22,8 @@ from launcher.security import ownership
 from launcher.security.folders import private_files
 from launcher.tracking.verdicts import digest_checkpoint
 from launcher.worker.export import export_run
+from launcher.worker.ranks.rank_env import die_with_parent
+from launcher.worker.signals import exit_on_termination
 
 
 def find_base(plan: LaunchPlan) -> Weights | None:
@@ -46,8 +55,8 @@ def export_tuned(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: 
 def _export(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) -> str:
     """Export the step where the folder does not have it from before; returns the digest of the weights."""
     checkpoint, dtype = digest_checkpoint(run, step), plan.config.model.dtype
-    existing = json_records.read_if_present(EvaluatedExport, folder.weights_record)
-    if existing is not None and folder.weights.is_dir() and (existing.checkpoint, existing.dtype) == (checkpoint, dtype):
+    existing = read_exported(folder, checkpoint)
+    if existing is not None and existing.dtype == dtype:
         return existing.digest
     folder.weights_record.unlink(missing_ok=True)
     with private_files():
@@ -63,3 +72,28 @@ def count_context(plan: LaunchPlan) -> int:
     values = (config.get("text_config") or {}, config)
     lengths = [part[key] for part in values for key in ("max_position_embeddings", "n_positions") if part.get(key)]
     return int(lengths[0]) if lengths else plan.config.data.max_length
+
+
+def main(plan_path: str, step: int) -> int:
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    run = RunDir(Path(plan_path).absolute().parent)
+    folder = EvaluationFolder.of(run.root, step)
+    try:
+        ownership.require_run(run)
+        with private_files():
+            folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with locks.hold(folder.lock, 0.0, f"export of step {step}", mode=0o600):
+                export_tuned(run_store.load_plan(run), run, folder, step)
+    except locks.LockTimeout:
+        print(f"step {step} is evaluated by another command, which exports it", flush=True)
+    except LauncherError as error:
+        print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_termination()
+    die_with_parent(signal.SIGTERM)
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

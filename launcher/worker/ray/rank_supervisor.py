@@ -28,6 +28,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import FailureRecord, NodeRecord, node_file
 from launcher.security.library_caches import find_usable_caches
 from launcher.worker import failure_record
+from launcher.worker.evaluation.answers_process import AnswersProcess
 from launcher.worker.limits import cause_of
 from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
 from launcher.worker.ranks import error_memory, heartbeat
@@ -219,7 +220,7 @@ class _Worker:
         return reply
 
     def _train(self, orders: Train) -> RankResult:
-        """Start this worker's rank, watch it to its end, record the end, and wait for the mirror."""
+        """Start this worker's rank, watch it to its end, record the end, and wait for answers and the mirror."""
         assignment = orders.assignment
         plan = LaunchPlan.load(assignment.plan_path)
         run, attempt = RunDir(Path(plan.run_dir)), assignment.attempt
@@ -230,6 +231,7 @@ class _Worker:
         record_limits(run, attempt, assignment.rank)
         limits = LimitEvents.read()
         mirror = self._start_mirror(plan, orders, run)
+        answers = self._start_answers(plan, orders, run)
         environment = self._rank_environment(plan, orders, error_file, table, errors)
         recorder = FlightRecorder(run, attempt, plan.topology.world_size, plan.config.cluster.stall_seconds)
         recorder.set_variables(environment)
@@ -260,6 +262,9 @@ class _Worker:
         if failure is not None:
             # The others wait for this rank, and must not wait for the mirror as well.
             self._beat(RankResult.FAILED)
+        if answers is not None:
+            until = float("inf") if failure is None and not watched.sent_at else 0.0
+            answers.finish(until, lambda: self._is_wanted_elsewhere(failure is not None))
         if mirror is not None:
             # The last checkpoint takes the time that it needs, unless another attempt waits or a person cancels again.
             is_urgent = failure is not None or {"TERM", "USR2"} & watched.sent_at.keys()
@@ -275,8 +280,15 @@ class _Worker:
         """Start the mirror process beside rank 0; None elsewhere, and where the run has no mirror."""
         if orders.assignment.rank != 0:
             return None
-        keys = {**os.environ, **orders.environment, **RaySection.of(plan.config.cluster).env}
+        keys = _companion_environment(plan, orders)
         return MirrorProcess.start(plan, orders.assignment.plan_path, run, orders.assignment.attempt, keys)
+
+    def _start_answers(self, plan: LaunchPlan, orders: Train, run: RunDir) -> AnswersProcess | None:
+        """Start the process that has prompts answered beside rank 0; None elsewhere, and where no answers are wanted."""
+        if orders.assignment.rank != 0:
+            return None
+        environ = _companion_environment(plan, orders)
+        return AnswersProcess.start(plan, orders.assignment.plan_path, run, orders.assignment.attempt, environ)
 
     def _start_rank(self, orders: Train, environment: Mapping[str, str]) -> RankProcess:
         while self.ranks.is_warming_up():
@@ -350,6 +362,10 @@ class _Worker:
         # NCCL takes a bare name for a prefix.
         environment.setdefault("NCCL_SOCKET_IFNAME", f"={endpoint.interface}")
         return {**environment, **section.env}
+
+
+def _companion_environment(plan: LaunchPlan, orders: Train) -> dict[str, str]:
+    return {**os.environ, **orders.environment, **RaySection.of(plan.config.cluster).env}
 
 
 def _find_failure(

@@ -15,6 +15,7 @@ from launcher import run_store
 from launcher.clusters.cgroups import record_limits
 from launcher.worker import node_agents
 from launcher.worker.agent import NodeAgent
+from launcher.worker.evaluation.answers_process import SUBMISSION_S
 from launcher.worker.mirror_process import AFTER_FAILURE_S
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.slurm import node as slurm_node
@@ -40,6 +41,8 @@ def main(plan_path: str, attempt: int) -> int:
     result = node_agents.run_node(agent, record, number, run.agent_log(attempt, record.job), record.job)
     agent.close()
     node_agents.write_record(agent, number, os.uname().nodename, result)
+    is_complete = result.exit_code == 0 and not stopper.requested
+    stopper.finish(result.answers, SUBMISSION_S if is_complete else 0.0)
     stopper.finish(result.mirror, math.inf if result.failure is None else AFTER_FAILURE_S)
     return result.exit_code
 

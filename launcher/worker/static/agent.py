@@ -60,8 +60,12 @@ def main(plan_path: str, attempt: int, number: int) -> int:
     node_agents.write_record(agent, number, record.nodes[number], result)
     if number == 0:
         _await_records(agent, record, section)
-        mirror_s = math.inf if result.failure is None else AFTER_FAILURE_S
-        return _conclude(agent, record, section, lambda: stopper.finish(result.mirror, mirror_s))
+
+        def finish(state: str) -> None:
+            stopper.finish(result.answers, math.inf if state == "completed" else 0.0)
+            stopper.finish(result.mirror, math.inf if result.failure is None else AFTER_FAILURE_S)
+
+        return _conclude(agent, record, section, finish)
     return result.exit_code
 
 
@@ -79,7 +83,7 @@ def _await_records(agent: NodeAgent, record: Attempt, section: StaticSection) ->
         time.sleep(_LOOK_S)
 
 
-def _conclude(agent: NodeAgent, record: Attempt, section: StaticSection, finish_mirror: Callable[[], None]) -> int:
+def _conclude(agent: NodeAgent, record: Attempt, section: StaticSection, finish: Callable[[str], None]) -> int:
     """Judge the attempt and write how it ended; returns the exit code. Nothing runs it again by itself."""
     run, number = agent.run, agent.attempt
     silence = nodes.describe_silence(run, number, record, section.lost_node_seconds)
@@ -92,9 +96,9 @@ def _conclude(agent: NodeAgent, record: Attempt, section: StaticSection, finish_
     if (alert := conclusion.alert) is not None:
         with suppress(OSError):
             append_event(run, number, "alert", alert, conclusion.ending.step)
-    # The status shows the end only when the mirror has every committed checkpoint.
-    finish_mirror()
     state = conclusion.decision.state
+    # The status shows the end only when the mirror has every committed checkpoint, and prompts are answered.
+    finish(state)
     with suppress(OSError, LauncherError):
         run_store.update_status(run, state=state, step=conclusion.ending.step, message=conclusion.message)
     disk_reserve.release(run, number)

@@ -1,0 +1,50 @@
+"""Where the answers of a run's checkpoints come from while it trains (eval.answers_every), and what they cost, in words."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from launcher.clusters.backends import evaluation_nodes_for
+
+if TYPE_CHECKING:
+    from launcher.config.schema import RunConfig
+    from launcher.plan.launch_plan import LaunchPlan
+
+# Ways to ask the base model are compared on a few rows, and then it is asked without and with examples.
+_SIDES = "by the tuned model, and by the base model once for all steps"
+
+
+class AnswerSource(StrEnum):
+    """Which machines answer, and when."""
+
+    BESIDE_TRAINING = "beside training"
+    AFTER_TRAINING = "after training"
+    JOBS = "jobs"
+    NODES = "nodes"
+
+
+def answer_source(config: RunConfig, device: str) -> AnswerSource:
+    """Return where the answers of a run on `device`, cpu or cuda, come from."""
+    nodes = evaluation_nodes_for(config.cluster.kind)
+    if nodes is not None and nodes.runs_elsewhere(config):
+        return AnswerSource.JOBS if nodes.SUBMITS_JOBS else AnswerSource.NODES
+    return AnswerSource.AFTER_TRAINING if device == "cuda" else AnswerSource.BESIDE_TRAINING
+
+
+_PLACES = {
+    AnswerSource.BESIDE_TRAINING: "on this machine at low priority beside training; what is left, before the run ends",
+    AnswerSource.AFTER_TRAINING: "on the GPUs of this machine after the last step, before the run ends",
+    AnswerSource.JOBS: "in a job of one node for each of these steps, one after another",
+    AnswerSource.NODES: "on GPUs of the cluster that are free meanwhile, and none after the last step",
+}
+
+
+def describe_answers(plan: LaunchPlan) -> str:
+    """Return how often prompts are answered, how many, and where."""
+    config, steps = plan.config, plan.batch.max_steps
+    every = config.eval.answers_every
+    times = f" ({steps // every} times)" if steps is not None else ""
+    prompts = f"up to {config.evaluate.max_prompts:,} prompts of {', '.join(config.evaluate.sets) or 'each set'}"
+    lengths = f"of up to {config.evaluate.max_new_tokens:,} tokens"
+    return f"every {every} steps{times}: {prompts}, {lengths}, {_SIDES}; {_PLACES[answer_source(config, plan.topology.device)]}"

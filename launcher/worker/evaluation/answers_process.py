@@ -1,0 +1,146 @@
+"""The process that has prompts answered with a run's checkpoints while it trains (eval.answers_every):
+`python -m launcher.worker.evaluation.answers_process PLAN ATTEMPT`.
+
+The head node's agent starts it beside the ranks. The line `complete` on its standard input says that training is complete: what
+is left is then answered. Another line, or the end of standard input, ends the process and all that it has started.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.errors import LauncherError, describe
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.worker.ranks.rank_env import die_with_parent
+
+_COMPLETE, _END = "complete", "end"
+# The ranks have priority on the processor, and where memory runs out the kernel kills an evaluation before a rank.
+_NICE = 19
+_KILLED_FIRST = "1000"
+_LOOK_S = 2.0
+_POLL_S = 0.1
+# From the request to end to SIGKILL: an evaluation ends its own processes meanwhile.
+_END_S = 20.0
+# How long storage may fail while a run waits for answers.
+_STORAGE_S = 300.0
+# Of a run whose nodes are given back: the time in which jobs are submitted.
+SUBMISSION_S = 60.0
+
+
+@dataclass
+class _Orders:
+    """What the agent has said. `news` is set with each of them."""
+
+    complete: threading.Event = field(default_factory=threading.Event)
+    end: threading.Event = field(default_factory=threading.Event)
+    news: threading.Event = field(default_factory=threading.Event)
+
+    def listen(self, source: io.RawIOBase) -> None:
+        line = source.readline() or b""
+        if line.strip() == _COMPLETE.encode():
+            self.complete.set()
+            self.news.set()
+            source.readline()
+        self.end.set()
+        self.news.set()
+
+
+def main(plan_path: str, attempt: int) -> int:
+    """Have checkpoints answered until the agent ends this process, or training is complete and nothing is left."""
+    die_with_parent()
+    os.nice(_NICE)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(_KILLED_FIRST)
+    # Signals to save and stop are for the ranks; the agent tells this process the end through standard input.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP})
+    # The agent that starts this process needs none of it.
+    from launcher.worker.evaluation.checkpoint_answers import CheckpointAnswers
+
+    plan = LaunchPlan.load(plan_path)
+    answers = CheckpointAnswers(RunDir(Path(plan.run_dir)), plan, attempt)
+    orders = _Orders()
+    # Unbuffered: the lock of a buffer would still be held when the interpreter ends.
+    source = open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)  # noqa: SIM115
+    threading.Thread(target=orders.listen, args=(source,), name="orders", daemon=True).start()
+    succeeded_at = time.monotonic()
+    try:
+        while not orders.end.is_set():
+            # Read first: a checkpoint committed in between is for the next round.
+            is_complete = orders.complete.is_set()
+            try:
+                if answers.work(is_complete):
+                    break
+                succeeded_at = time.monotonic()
+            except (OSError, LauncherError) as error:
+                print(f"storage fails: {describe(error)}", file=sys.stderr, flush=True)
+                if is_complete and time.monotonic() - succeeded_at > _STORAGE_S:
+                    break
+            orders.news.wait(_LOOK_S)
+            orders.news.clear()
+    finally:
+        answers.conclude(orders.complete.is_set())
+    return 0
+
+
+class AnswersProcess:
+    """The agent's handle of the process."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    @classmethod
+    def start(
+        cls, plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, environment: Mapping[str, str] | None = None
+    ) -> AnswersProcess | None:
+        """Start the process with `environment`; None where no answers are wanted. It ends with the thread that starts it."""
+        if not plan.config.eval.answers_every:
+            return None
+        command = [sys.executable, "-m", "launcher.worker.evaluation.answers_process", plan_path, str(attempt)]
+        with open(run.attempt(attempt) / "answers.log", "ab") as log:
+            return cls(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT))
+
+    def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
+        """Let the process answer what is left, and end it at `until` at the latest, or as soon as `unwanted` returns True.
+
+        `until` is in seconds since the epoch, and may be infinite; the past means that training is not complete.
+        """
+        if time.time() < until:
+            self._write(_COMPLETE)
+        while self._process.poll() is None and time.time() < until and not unwanted():
+            time.sleep(_POLL_S)
+        self._write(_END)
+        end_by = time.monotonic() + _END_S
+        while self._process.poll() is None and time.monotonic() < end_by:
+            # On Ray, the question is the worker's sign of life.
+            unwanted()
+            time.sleep(_POLL_S)
+        if self._process.poll() is None:
+            # The kernel ends what it has started.
+            self._process.kill()
+        self._process.wait()
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+
+    def _write(self, line: str) -> None:
+        stdin = self._process.stdin
+        assert stdin is not None
+        # The process may have ended.
+        with suppress(OSError):
+            stdin.write(f"{line}\n".encode())
+            stdin.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

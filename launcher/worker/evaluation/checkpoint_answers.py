@@ -1,0 +1,277 @@
+"""Which checkpoints of a run are still to be answered, and the processes and jobs that answer them, one after another."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from launcher import json_records
+from launcher.checkpoint import store
+from launcher.checkpoint.manifest import MANIFEST
+from launcher.clusters.answers import AnswerSource, answer_source
+from launcher.clusters.backends import evaluation_nodes_for
+from launcher.errors import LauncherError, RunError, describe
+from launcher.evaluate.task import EvaluationFolder, read_exported
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.shell_commands import launcher_command
+from launcher.tracking.jsonl import append_event
+from launcher.tracking.progress import EVENT as PROGRESS
+from launcher.tracking.verdicts import digest_checkpoint, is_current, read_verdict
+from launcher.worker.evaluation.step_process import StepProcess
+
+if TYPE_CHECKING:
+    from launcher.clusters.backends import EvaluationJobs
+
+EVENT = "answers"
+# How often the scheduler is asked for jobs, and how often a run that waits for answers says how far they are.
+_JOBS_S = 30.0
+_PROGRESS_S = 15.0
+
+
+@dataclass(frozen=True)
+class AnswersJob:
+    """job.json in an evaluation's folder: the job that answers the step, and the checkpoint that it was submitted for."""
+
+    number: str
+    checkpoint: str
+
+
+class CheckpointAnswers:
+    """The answers of one attempt's checkpoints; call `work` every few seconds, and `conclude` at the end."""
+
+    def __init__(self, run: RunDir, plan: LaunchPlan, attempt: int) -> None:
+        self._run, self._plan, self._attempt = run, plan, attempt
+        self._every = plan.config.eval.answers_every
+        self._source = answer_source(plan.config, plan.topology.device)
+        self._evaluation: StepProcess | None = None
+        self._export: StepProcess | None = None
+        # Steps that are not tried again in this attempt, with the reason.
+        self._given_up: dict[int, str] = {}
+        self._seen: set[int] = set()
+        self._jobs: dict[int, str] = {}
+        self._asked_at = 0.0
+        self._progress_at, self._progress = time.monotonic(), ""
+        # Of the folder when the steps to come were listed last.
+        self._contents: object = self
+        self._waiting: list[int] = []
+        self._refused = ""
+
+    def work(self, is_complete: bool) -> bool:
+        """Start and collect what is due; returns whether nothing is left to do after the end of training."""
+        self._collect()
+        self._list_steps()
+        if self._source is AnswerSource.JOBS:
+            self._submit(is_complete)
+            return is_complete
+        if is_complete and self._source is AnswerSource.NODES:
+            # They are others than this one, which is given back.
+            return True
+        if self._evaluation is None and (is_complete or self._source is not AnswerSource.AFTER_TRAINING):
+            step = next((step for step in self._waiting if self._export is None or step != self._export.step), None)
+            if step is not None:
+                self._evaluate(step, is_complete)
+        if not is_complete:
+            self._export_next()
+        elif self._evaluation is not None:
+            self._report_progress(self._evaluation)
+        return is_complete and not self._waiting and self._evaluation is None and self._export is None
+
+    def conclude(self, is_complete: bool) -> None:
+        """End what runs, and report the steps that have no answers, with the commands that answer them."""
+        processes = [process for process in (self._evaluation, self._export) if process is not None]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.end()
+        self._evaluation = self._export = None
+        cancelled: dict[int, str] = {}
+        if self._jobs and not is_complete and self._run.cancel(self._attempt).is_file():
+            self._backend.cancel_jobs(list(self._jobs.values()))
+            cancelled, self._jobs = dict.fromkeys(self._jobs, ""), {}
+        self._contents = self
+        with suppress(OSError, LauncherError):
+            self._list_steps()
+        self._jobs = {step: number for step, number in self._jobs.items() if not self._is_answered(step)}
+        if self._jobs:
+            numbers = ", ".join(f"step {step} (job {number})" for step, number in sorted(self._jobs.items()))
+            self._event(EVENT, f"answers are still to come from jobs of their own: {numbers}; see them with {self._status}")
+        left = {**cancelled, **dict.fromkeys(self._waiting, ""), **self._given_up}
+        left = {step: reason for step, reason in left.items() if not self._is_answered(step)}
+        if left:
+            text = f"no answers yet: {', '.join(f'step {step}' for step in sorted(left))}"
+            if reasons := list(dict.fromkeys(filter(None, left.values()))):
+                text += f" ({'; '.join(reasons)})"
+            usable = [step for step in sorted(left) if self._has_weights(step)]
+            if commands := [launcher_command("evaluate", self._run.root, "--step", str(step)) for step in usable]:
+                again = "" if is_complete else "a run that is resumed goes on with them; "
+                text += f"; {again}answer them with: {' ; '.join(commands)}"
+            self._event("alert" if is_complete else EVENT, text)
+
+    @property
+    def _backend(self) -> EvaluationJobs:
+        return cast("EvaluationJobs", evaluation_nodes_for(self._plan.config.cluster.kind))
+
+    @property
+    def _status(self) -> str:
+        return launcher_command("status", self._run.root)
+
+    def _list_steps(self) -> None:
+        """List the steps that are due and have no verdict, where checkpoints have come or gone, or something has ended."""
+        contents = _contents(self._run.checkpoints)
+        if contents == self._contents:
+            return
+        self._contents = contents
+        committed = {checkpoint.step for checkpoint in store.list_checkpoints(self._run.checkpoints)}
+        newest = max(committed, default=0)
+        folders = (path.parent for path in (self._run.root / "evaluations").glob("step-*/weights.json"))
+        exported = {int(folder.name.removeprefix("step-")) for folder in folders}
+        # Exports after the newest checkpoint are of an attempt whose later steps were abandoned.
+        due = {step for step in committed | exported if step % self._every == 0 and 0 < step <= newest}
+        due = {step for step in due if not self._is_answered(step)}
+        for step in sorted(self._seen - due):
+            if not self._is_answered(step) and step not in self._given_up:
+                reason = "its checkpoint was removed before its weights were exported; raise checkpoint.keep_last"
+                self._give_up(step, reason)
+        self._seen |= due
+        for step in due - self._given_up.keys() - self._jobs.keys():
+            if (job := self._submitted_job(step)) is not None:
+                self._jobs[step] = job
+        self._waiting = sorted(due - self._given_up.keys() - self._jobs.keys())
+
+    def _is_answered(self, step: int) -> bool:
+        try:
+            verdict = read_verdict(self._folder(step).root)
+        except (OSError, LauncherError):
+            return False
+        return verdict is not None and is_current(verdict, self._run, step)
+
+    def _has_weights(self, step: int) -> bool:
+        """Return whether the step can be answered: its checkpoint is there, or its exported weights."""
+        return bool(digest_checkpoint(self._run, step)) or self._is_exported(step)
+
+    def _is_exported(self, step: int) -> bool:
+        try:
+            return read_exported(self._folder(step), digest_checkpoint(self._run, step)) is not None
+        except (OSError, LauncherError):
+            return False
+
+    def _submitted_job(self, step: int) -> str | None:
+        """Return the number of the job that an earlier attempt has submitted for the step, where it has not ended."""
+        if self._source is not AnswerSource.JOBS:
+            return None
+        with suppress(OSError, LauncherError):
+            job = json_records.read_if_present(AnswersJob, self._folder(step).root / "job.json")
+            if job is not None and digest_checkpoint(self._run, step) in ("", job.checkpoint):
+                return None if self._backend.ended_jobs(self._plan, [job.number]) else job.number
+        return None
+
+    def _collect(self) -> None:
+        """Take note of the evaluation, the export and the jobs that have ended."""
+        if self._export is not None and self._export.has_ended():
+            step, failure, self._export = self._export.step, self._export.failure(), None
+            if failure:
+                self._give_up(step, f"its weights could not be exported: {failure}")
+            self._contents = self
+        if self._evaluation is not None and self._evaluation.has_ended():
+            step, failure, self._evaluation = self._evaluation.step, self._evaluation.failure(), None
+            self._report(step, failure)
+        if self._jobs and time.monotonic() - self._asked_at > _JOBS_S:
+            self._asked_at = time.monotonic()
+            with suppress(RunError):
+                for number, state in self._backend.ended_jobs(self._plan, list(self._jobs.values())).items():
+                    step = next(step for step, job in self._jobs.items() if job == number)
+                    del self._jobs[step]
+                    log = self._folder(step).root / f"job-{number}.log"
+                    self._report(step, f"job {number} is {state.lower()}; its output is {log}")
+
+    def _report(self, step: int, failure: str) -> None:
+        """Report the verdict of a step, or why it has none."""
+        self._contents = self
+        if self._is_answered(step) and (verdict := read_verdict(self._folder(step).root)) is not None:
+            self._event(EVENT, f"answers of step {step}: {verdict.sentence}", step)
+        else:
+            self._give_up(step, failure or "the evaluation has left no verdict")
+
+    def _give_up(self, step: int, reason: str) -> None:
+        self._given_up[step] = reason
+        self._contents = self
+        self._event("alert", f"no answers of step {step}, training continues: {reason}", step)
+
+    def _evaluate(self, step: int, is_complete: bool) -> None:
+        if is_complete:
+            waits = f"training is complete, and the run waits for the answers of step {step} ({len(self._waiting)} left)"
+            self._event(EVENT, f"{waits}; cancel the run to end it without them", step)
+        words = ("-m", "launcher", "evaluate", str(self._run.root), "--step", str(step))
+        self._evaluation = StepProcess.start(step, words, self._log(step, "evaluate"), is_beside_training=not is_complete)
+
+    def _export_next(self) -> None:
+        """Export the first step that waits, since its checkpoint may be removed before it is its turn."""
+        evaluated = None if self._evaluation is None else self._evaluation.step
+        if self._export is None:
+            step = next((step for step in self._waiting if step != evaluated and not self._is_exported(step)), None)
+            if step is not None:
+                words = ("-m", "launcher.worker.evaluation.weights", str(self._run.plan), str(step))
+                self._export = StepProcess.start(step, words, self._log(step, "export"), is_beside_training=True)
+
+    def _submit(self, is_complete: bool) -> None:
+        """Submit a job for each step whose weights are exported; after the end of training, for all steps."""
+        if is_complete and self._export is not None:
+            # The job exports the step, whose checkpoint stays.
+            self._export.end()
+            self._export = None
+        if not is_complete:
+            self._export_next()
+        for step in list(self._waiting):
+            if self._refused or not (is_complete or self._is_exported(step)):
+                continue
+            try:
+                number = self._backend.submit_job(self._plan, self._run, step)
+            except (OSError, LauncherError) as error:
+                self._refused = describe(error)
+                if isinstance(error, LauncherError) and (value := error.problems[0].value):
+                    self._refused += f": {value}"
+                self._event("alert", f"answers are not asked for while the run trains: {self._refused}", step)
+                continue
+            with suppress(OSError):
+                json_records.write(self._folder(step).root / "job.json", AnswersJob(number, digest_checkpoint(self._run, step)))
+            self._jobs[step] = number
+            self._waiting.remove(step)
+            self._event(EVENT, f"the answers of step {step} come from job {number}", step)
+
+    def _report_progress(self, process: StepProcess) -> None:
+        now, line = time.monotonic(), process.last_line()
+        if line and line != self._progress and now - self._progress_at > _PROGRESS_S:
+            self._progress_at, self._progress = now, line
+            self._event(PROGRESS, f"answers of step {process.step}: {line}", process.step)
+
+    def _folder(self, step: int) -> EvaluationFolder:
+        return EvaluationFolder.of(self._run.root, step)
+
+    def _log(self, step: int, name: str) -> Path:
+        folder = self._folder(step).root
+        # The run's own folder is not made: it may have been moved.
+        for path in (folder.parent, folder):
+            path.mkdir(mode=0o700, exist_ok=True)
+        return folder / f"{name}.log"
+
+    def _event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
+        print(text, file=sys.stderr, flush=True)
+        try:
+            append_event(self._run, self._attempt, kind, text, step, **fields)
+        except OSError as error:
+            print(f"events.jsonl cannot be written: {error}", file=sys.stderr, flush=True)
+
+
+def _contents(folder: Path) -> object:
+    """Return a value that changes when a checkpoint comes or goes, cheap enough for frequent calls."""
+    files = []
+    with suppress(OSError):
+        for path in folder.glob("step-*"):
+            with suppress(OSError):
+                files.append((path.name, (path / MANIFEST).stat().st_mtime_ns))
+    return sorted(files)
