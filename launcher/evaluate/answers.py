@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -167,24 +168,23 @@ class AnswerStore:
 
 
 def reuse_base_answers(folder: Path, others: Sequence[Path]) -> None:
-    """Copy the base model's complete answers from the folders of other steps, so that it is not asked again.
+    """Copy the base model's answers from the folders of other steps, so that it is not asked again.
 
     They count where they belong to the same weights, prompts and settings, as any answers do.
     """
     for other in others:
-        for record in (*other.glob("*/base-*.json"), *other.glob("selection/*.json")):
-            target = folder / record.relative_to(other)
-            # Parts of answers may be newer than those of another step.
-            if target.exists() or list(target.parent.glob(f".{target.stem}-*")):
-                continue
-            try:
-                answers, content = record.with_suffix(".jsonl").read_bytes(), record.read_bytes()
-            except OSError:
-                continue
-            target.parent.mkdir(mode=0o700, exist_ok=True)
-            atomic_files.write_bytes(target.with_suffix(".jsonl"), answers, mode=0o600)
-            # Last: without it there are no answers.
-            atomic_files.write_bytes(target, content, mode=0o600)
+        # Those on training rows stay in parts, in a folder with their key in its name.
+        parts = [*other.glob("selection/.*/*.jsonl")]
+        for record in other.glob("*/base-*.json"):
+            if not list((folder / record.relative_to(other)).parent.glob(f".{record.stem}-*")):
+                # The record is last: without it there are no answers.
+                parts += [record.with_suffix(".jsonl"), record]
+        for part in parts:
+            target = folder / part.relative_to(other)
+            with suppress(FileNotFoundError):
+                if not target.exists():
+                    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    atomic_files.write_bytes(target, part.read_bytes(), mode=0o600)
 
 
 def digest_prompts(prompts: Sequence[Sequence[int]], stop_strings: Sequence[str]) -> str:

@@ -21,7 +21,8 @@ _POSITION_TABLES = ("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo
 # Times the usual learning rate above which a warning is shown; random weights take larger rates than trained ones.
 _HIGH_LR, _HIGH_LR_RANDOM = 10.0, 1000.0
 _MAX_LR = 1.0
-# Files whose rows are plain text.
+# Files of rows, which have no held-out split of their own, and those whose rows are plain text.
+_ROW_FILE = re.compile(r"\.(jsonl|json|csv|parquet|txt)(\.gz|\.zst)?$")
 _TEXT_FILE = re.compile(r"\.txt(\.gz|\.zst)?$")
 # Assumed write speed of one node to shared storage: parallel file systems are faster, plain NFS may be slower. The margin is for
 # the step in progress, which ends before the save.
@@ -70,8 +71,7 @@ def answers_problems(config: RunConfig, data: DataFacts | None) -> Iterator[Prob
             value=value,
             remedy=f"set checkpoint.save_every={every}" + (f", or eval.answers_every={fitting}" if fitting else ""),
         )
-    is_held_out = bool(config.data.eval_fraction or config.data.eval_path) if data is None else data.num_eval_rows > 0
-    known = [HELD_OUT] if is_held_out else []
+    known = [HELD_OUT] if _may_hold_out(config, data) else []
     known += [one.name for one in config.eval.sets]
     asked = [name for name in known if _may_have_prompts(config, name)]
     if not asked:
@@ -92,6 +92,14 @@ def answers_problems(config: RunConfig, data: DataFacts | None) -> Iterator[Prob
                 value=name,
                 remedy=f"{guess} its sets are {', '.join(known)}".strip(),
             )
+
+
+def _may_hold_out(config: RunConfig, data: DataFacts | None) -> bool:
+    """Return whether rows are held out, as far as the settings tell where the data is not built: folders may have a split."""
+    if data is not None:
+        return data.num_eval_rows > 0
+    is_set = bool(config.data.eval_fraction or config.data.eval_path)
+    return is_set or not all(_ROW_FILE.search(source.path) for source in config.data.sources)
 
 
 def _may_have_prompts(config: RunConfig, name: str) -> bool:

@@ -101,6 +101,19 @@ def test_the_evaluations_of_a_run(launch_here: Launch, run: RunDir) -> None:
     assert page.count("better than 8-shot") == 2 * 3
     assert "How many &lt;b&gt;apples&lt;/b&gt; are 38 apples, says" in page
     assert TOKEN not in page
+    assert "by step" not in page
+    later = run.root / "evaluations/step-00000020/held_out"
+    later.mkdir(parents=True)
+    made_verdict().write(later)
+    assert launch_here("report", str(run.root)).returncode == 0
+    page = (run.root / "report.html").read_text()
+    assert re.findall(r"<h3>([^<]*by step)", page) == ["held_out, by step"]
+    assert "exact_match of held_out" in page
+    rows = [re.findall(r"<t[dh](?: [^>]*)?>([^<]*)", row) for row in page.split("<tr>")]
+    assert ["step", "exact_match, 0-shot", "exact_match, 8-shot", "exact_match, tuned", "outcome"] in rows
+    assert [row for row in rows if row[-1:] == ["better"]] == [
+        [step, "0.120", "0.190", "0.310", "better"] for step in ("10", "20")
+    ]
 
 
 def test_several_runs_share_their_charts(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:

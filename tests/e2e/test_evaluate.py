@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from e2e_tools import TINY, processes_of
+from e2e_tools import TINY, held, json_lines, processes_of, status
+from pace import wait_for
 
 from launcher.data.sources import Chat, read_documents
 from launcher.evaluate.answer_text import normalized_words
@@ -84,6 +85,54 @@ def test_a_killed_evaluation_leaves_no_process_and_continues(launch: Launch, sta
     assert not list(folder.glob("held_out/.*")), "no parts are left"
     assert not (folder / "weights").exists(), "nor the weights that were exported for the evaluation"
     assert {path.stat().st_mode & 0o077 for path in (folder, *folder.rglob("*"))} == {0}
+
+
+def test_checkpoints_are_answered_while_the_run_goes_on(launch: Launch, start: Callable, run: Path, module_runs: Path) -> None:
+    """Beside training, which is held meanwhile; then the run is cancelled in the middle, and resumed."""
+    going = module_runs / "going"
+    source = ("model.init=pretrained", "model.config=null", "model.tokenizer=null", "model.path=run:base")
+    every = ("checkpoint.save_every=20", "checkpoint.keep_last=1000", "eval.answers_every=20", "eval.at_start=false")
+    settings = (*TINY, *source, *SMALL, *every, f"run.root={module_runs}", "run.name=going", "export.enabled=false")
+
+    def folder(step: int) -> Path:
+        return going / f"evaluations/step-{step:08d}"
+
+    def said(kind: str = "answers") -> list[str]:
+        return [line["text"] for line in json_lines(going / "events.jsonl") if line["kind"] == kind]
+
+    with start(*settings, "train.max_steps=100000") as process:
+        with held(going, 20):
+            wait_for("the answers of step 20", lambda: said(), DEADLINE_S)
+            assert status(going)["state"] == "running"
+            assert said()[0].startswith("answers of step 20: ")
+            assert (folder(20) / "verdict.json").is_file()
+        wait_for("the next evaluation", lambda: folder(40).exists(), DEADLINE_S)
+        assert launch("cancel", str(going)).returncode == 0
+        assert process.wait(timeout=DEADLINE_S) == 130
+    assert not processes_of(going)
+    left = said()[-1]
+    assert left.startswith("no answers yet: step 40")
+    assert f"a run that is resumed goes on with them; answer them with: python -m launcher evaluate {going} --step 40" in left
+    assert said("alert") == []
+    last = status(going)["step"] + 1
+    done = launch("resume", str(going), f"train.max_steps={last}", timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "training is complete, and the run waits for the answers of step" in done.stdout
+    steps = list(range(20, last + 1, 20))
+    assert [path.parent.name for path in sorted(going.glob("evaluations/*/verdict.json"))] == [folder(s).name for s in steps]
+    assert said("alert") == []
+    assert not processes_of(going)
+    for step in steps[1:]:
+        # The base model has been asked once: its answers were there before the questions were handed out.
+        for side in ("base-0-shot", "base-8-shot"):
+            record = folder(step) / f"held_out/{side}.json"
+            assert record.stat().st_mtime_ns < (folder(step) / "task.json").stat().st_mtime_ns
+            assert record.read_bytes() == (folder(20) / f"held_out/{side}.json").read_bytes()
+        assert not (folder(step) / "weights").exists()
+    shown = launch("status", str(going)).stdout
+    assert f"step {steps[-1]}: " in next(line for line in shown.splitlines() if line.startswith("verdict"))
+    assert launch("report", str(going)).returncode == 0
+    assert "held_out, by step" in (going / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,13 @@ from pace import wait_for
 from slurm_tools import SETTINGS, Launch, SlurmRun, submit
 from testbed_cluster import Testbed
 
+from launcher.tracking.jsonl import read_events
+
 # A busy machine takes many times as long to start ranks.
 pytestmark = [pytest.mark.slurm, pytest.mark.rest, pytest.mark.timeout(900)]
 
 ENDLESS = "train.max_steps=100000"
+FEW_ANSWERS = ("evaluate.max_prompts=6", "evaluate.max_new_tokens=4", "evaluate.prompts_per_batch=2")
 
 
 def test_a_run_is_resubmitted_where_requeue_is_forbidden_and_resumes_on_one_node(
@@ -41,8 +44,10 @@ def test_a_run_is_resubmitted_where_requeue_is_forbidden_and_resumes_on_one_node
     assert run.attempt_record(2, "mirror")["last_step"] == cancelled
     assert (tmp_path / f"mirror/grid/checkpoints/step-{cancelled:08d}/manifest.json").is_file()
 
-    end = cancelled + 10
+    end, middle = cancelled + 10, cancelled + 5
     again = (f"train.max_steps={end}", "cluster.nodes=1", "cluster.ranks_per_node=2")
+    # Only one step is a multiple of it, and only that one is saved before the end.
+    again += (f"checkpoint.save_every={middle}", f"eval.answers_every={middle}", *FEW_ANSWERS)
     done = run.launch("resume", str(run.path), *again, "--follow", **run.bed.variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"step-{end:08d}" in done.stdout
@@ -53,13 +58,25 @@ def test_a_run_is_resubmitted_where_requeue_is_forbidden_and_resumes_on_one_node
     assert run.causes() == ["preempted", "cancelled", "completed"]
     assert run.attempt_record(3, "mirror")["last_step"] == end
     assert json.loads((tmp_path / "mirror/grid/status.json").read_text())["state"] == "completed"
+    step_is_answered_by_a_job_of_its_own(run, middle)
     prompts_are_answered_on_two_nodes(run, end)
+
+
+def step_is_answered_by_a_job_of_its_own(run: SlurmRun, step: int) -> None:
+    """The run's own job has ended before."""
+    events = [(event["step"], event["text"]) for event in read_events(run.path / "events.jsonl") if event["kind"] == "answers"]
+    (number,) = [text.rpartition(" ")[2] for at, text in events if at == step and text.startswith("the answers of step")]
+    folder = run.path / f"evaluations/step-{step:08d}"
+    log = folder / f"job-{number}.log"
+    wait_for("the answers", lambda: not run.bed.output("squeue", "-h", "--format=%j").strip(), 240)
+    assert (folder / "verdict.json").is_file(), log.read_text()
+    assert [json.loads(line)["index"] for line in (folder / "held_out/tuned.jsonl").open()] == list(range(6))
+    assert f"verdict     step {step}: " in run.launch("status", str(run.path), **run.bed.variables).stdout
 
 
 def prompts_are_answered_on_two_nodes(run: SlurmRun, step: int) -> None:
     nodes = ("cluster.nodes=2", "cluster.ranks_per_node=1")
-    settings = ("evaluate.max_prompts=6", "evaluate.max_new_tokens=4", "evaluate.prompts_per_batch=2", "--json")
-    evaluated = run.launch("evaluate", str(run.path), *nodes, *settings, **run.bed.variables)
+    evaluated = run.launch("evaluate", str(run.path), *nodes, *FEW_ANSWERS, "--json", **run.bed.variables)
     assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
     result = json.loads(evaluated.stdout)
     assert (result["step"], result["num_processes"]) == (step, 2), "each of the two nodes has answered its share"

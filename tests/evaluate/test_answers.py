@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import RunError
-from launcher.evaluate.answers import AnswerKey, AnswerStore, StoredAnswer
+from launcher.evaluate.answers import AnswerKey, AnswerStore, StoredAnswer, reuse_base_answers
 
 KEY = AnswerKey("weights", "config", (2,), "prompts", 3, "plain text", "transformers", "fp32", "cpu", 8, "5")
 
@@ -82,3 +82,23 @@ def test_parts_that_are_put_together_meanwhile_are_read_again(tmp_path: Path, mo
 
     monkeypatch.setattr(Path, "read_bytes", read_late)
     assert other.read() == {i: answer(i) for i in range(3)}
+
+
+def test_answers_of_the_base_model_are_those_of_another_step_where_their_key_fits(tmp_path: Path) -> None:
+    first, second, third = (tmp_path / f"step-{number:08d}" for number in (1, 2, 3))
+    sides = {"base-0-shot": KEY, "base-8-shot": replace(KEY, style="chat"), "tuned": KEY}
+    for name, key in sides.items():
+        store = AnswerStore(first / "held_out", name, key)
+        store.append("00000", [answer(i) for i in range(3)])
+        store.complete()
+    # Ways to ask are compared on answers that stay in parts.
+    AnswerStore(first / "selection", "0123", KEY).append("00000", [answer(1)])
+    # This step has begun with other settings.
+    AnswerStore(second / "held_out", "base-8-shot", KEY).append("00000", [answer(0)])
+    reuse_base_answers(second, [third, first])
+    assert AnswerStore(second / "held_out", "base-0-shot", KEY).read_complete() == [answer(i) for i in range(3)]
+    assert AnswerStore(second / "held_out", "base-0-shot", replace(KEY, dtype="bf16")).read_complete() is None
+    assert AnswerStore(second / "selection", "0123", KEY).read() == {1: answer(1)}
+    assert AnswerStore(second / "selection", "0123", replace(KEY, prompts="others")).read() == {}
+    assert AnswerStore(second / "held_out", "base-8-shot", KEY).read() == {0: answer(0)}
+    assert AnswerStore(second / "held_out", "tuned", KEY).read() == {}, "of other weights in any case"

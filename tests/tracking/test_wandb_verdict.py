@@ -36,6 +36,9 @@ def run_dir(tmp_path: Path) -> Path:
 def test_summary_and_answers(make_plan: PlanMaker, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parent = Lineage(run_name="before", run_dir="/missing/before", step=7, plan_digest="d", wandb_id="aaaa1111")
     run = evaluated(make_plan(mode="offline").model_copy(update={"lineage": parent}), "completed")
+    earlier = run.root / "evaluations/step-00000020/support"
+    earlier.mkdir(parents=True)
+    made_verdict().write(earlier)
     assert verdict_upload.main(str(run.root), "40") == 0
     told = capsys.readouterr().out
     assert told.startswith(f"W&B: the verdict is in the summary of the files in {run_dir}/wandb/offline-run-")
@@ -53,6 +56,10 @@ def test_summary_and_answers(make_plan: PlanMaker, run_dir: Path, capsys: pytest
     assert table["columns"] == ["comparison", "prompt", "reference", "0-shot", "8-shot", "tuned"]
     assert [row[0] for row in table["data"][:3]] == ["win, 0-shot"] * 3
     assert TOKEN not in file.read_text()
+    (file,) = run_dir.glob("wandb/offline-run-*/files/media/table/verdict/support/steps_*.table.json")
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["step", "exact_match, 0-shot", "exact_match, 8-shot", "exact_match, tuned", "outcome"]
+    assert table["data"] == [[step, "0.120", "0.190", "0.310", "better"] for step in ("20", "40")]
     (file,) = run_dir.glob("wandb/offline-run-*/files/media/table/verdict/generations_*.table.json")
     rows = json.loads(file.read_text())["data"]
     assert rows[0][:3] == ["before", "7", "the run is not there any more"]

@@ -28,7 +28,7 @@ _COMPLETE, _END = "complete", "end"
 # The ranks have priority on the processor, and where memory runs out the kernel kills an evaluation before a rank.
 _NICE = 19
 _KILLED_FIRST = "1000"
-_LOOK_S = 2.0
+_LOOK_S = 1.0
 _POLL_S = 0.1
 # From the request to end to SIGKILL: an evaluation ends its own processes meanwhile.
 _END_S = 20.0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from launcher import json_records
+from launcher import json_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST
 from launcher.clusters.answers import AnswerSource, answer_source
@@ -49,10 +49,13 @@ class CheckpointAnswers:
         self._every = plan.config.eval.answers_every
         self._source = answer_source(plan.config, plan.topology.device)
         self._evaluation: StepProcess | None = None
+        # The one that the end of the run waits for.
+        self._awaited: StepProcess | None = None
         self._export: StepProcess | None = None
         # Steps that are not tried again in this attempt, with the reason.
         self._given_up: dict[int, str] = {}
-        self._seen: set[int] = set()
+        # Checkpoints up to here are of earlier attempts, which have reported those that were removed too early.
+        self._from_step = run_store.read_attempt(run, attempt).resume_step or 0
         self._jobs: dict[int, str] = {}
         self._asked_at = 0.0
         self._progress_at, self._progress = time.monotonic(), ""
@@ -78,6 +81,11 @@ class CheckpointAnswers:
         if not is_complete:
             self._export_next()
         elif self._evaluation is not None:
+            if self._evaluation is not self._awaited:
+                self._awaited = self._evaluation
+                count = f"{len(self._waiting)} left"
+                waits = f"training is complete, and the run waits for the answers of step {self._awaited.step} ({count})"
+                self._event(EVENT, f"{waits}; cancel the run to end it without them", self._awaited.step)
             self._report_progress(self._evaluation)
         return is_complete and not self._waiting and self._evaluation is None and self._export is None
 
@@ -93,6 +101,9 @@ class CheckpointAnswers:
         if self._jobs and not is_complete and self._run.cancel(self._attempt).is_file():
             self._backend.cancel_jobs(list(self._jobs.values()))
             cancelled, self._jobs = dict.fromkeys(self._jobs, ""), {}
+            for step in cancelled:
+                with suppress(OSError):
+                    self._job_file(step).unlink()
         self._contents = self
         with suppress(OSError, LauncherError):
             self._list_steps()
@@ -133,11 +144,10 @@ class CheckpointAnswers:
         # Exports after the newest checkpoint are of an attempt whose later steps were abandoned.
         due = {step for step in committed | exported if step % self._every == 0 and 0 < step <= newest}
         due = {step for step in due if not self._is_answered(step)}
-        for step in sorted(self._seen - due):
-            if not self._is_answered(step) and step not in self._given_up:
-                reason = "its checkpoint was removed before its weights were exported; raise checkpoint.keep_last"
-                self._give_up(step, reason)
-        self._seen |= due
+        passed = range(self._every, newest + 1, self._every)
+        for step in (step for step in passed if step > self._from_step and step not in due):
+            if step not in self._given_up and not self._is_answered(step):
+                self._give_up(step, "its checkpoint was removed before its weights were exported; raise checkpoint.keep_last")
         for step in due - self._given_up.keys() - self._jobs.keys():
             if (job := self._submitted_job(step)) is not None:
                 self._jobs[step] = job
@@ -165,7 +175,7 @@ class CheckpointAnswers:
         if self._source is not AnswerSource.JOBS:
             return None
         with suppress(OSError, LauncherError):
-            job = json_records.read_if_present(AnswersJob, self._folder(step).root / "job.json")
+            job = json_records.read_if_present(AnswersJob, self._job_file(step))
             if job is not None and digest_checkpoint(self._run, step) in ("", job.checkpoint):
                 return None if self._backend.ended_jobs(self._plan, [job.number]) else job.number
         return None
@@ -203,9 +213,6 @@ class CheckpointAnswers:
         self._event("alert", f"no answers of step {step}, training continues: {reason}", step)
 
     def _evaluate(self, step: int, is_complete: bool) -> None:
-        if is_complete:
-            waits = f"training is complete, and the run waits for the answers of step {step} ({len(self._waiting)} left)"
-            self._event(EVENT, f"{waits}; cancel the run to end it without them", step)
         words = ("-m", "launcher", "evaluate", str(self._run.root), "--step", str(step))
         self._evaluation = StepProcess.start(step, words, self._log(step, "evaluate"), is_beside_training=not is_complete)
 
@@ -234,23 +241,28 @@ class CheckpointAnswers:
             except (OSError, LauncherError) as error:
                 self._refused = describe(error)
                 if isinstance(error, LauncherError) and (value := error.problems[0].value):
-                    self._refused += f": {value}"
+                    self._refused += f": {' / '.join(line.strip() for line in value.splitlines())}"
                 self._event("alert", f"answers are not asked for while the run trains: {self._refused}", step)
                 continue
             with suppress(OSError):
-                json_records.write(self._folder(step).root / "job.json", AnswersJob(number, digest_checkpoint(self._run, step)))
+                json_records.write(self._job_file(step), AnswersJob(number, digest_checkpoint(self._run, step)))
             self._jobs[step] = number
             self._waiting.remove(step)
             self._event(EVENT, f"the answers of step {step} come from job {number}", step)
 
     def _report_progress(self, process: StepProcess) -> None:
-        now, line = time.monotonic(), process.last_line()
-        if line and line != self._progress and now - self._progress_at > _PROGRESS_S:
+        now = time.monotonic()
+        if now - self._progress_at < _PROGRESS_S or self._is_answered(process.step):
+            return
+        if (line := process.last_line()) and line != self._progress:
             self._progress_at, self._progress = now, line
             self._event(PROGRESS, f"answers of step {process.step}: {line}", process.step)
 
     def _folder(self, step: int) -> EvaluationFolder:
         return EvaluationFolder.of(self._run.root, step)
+
+    def _job_file(self, step: int) -> Path:
+        return self._folder(step).root / "job.json"
 
     def _log(self, step: int, name: str) -> Path:
         folder = self._folder(step).root

@@ -1,0 +1,259 @@
+"""Which checkpoints of a run are answered, by whom, and what is said of the others."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from fake_slurm import FakeSlurm
+from made_verdict import made_verdict
+from mirror_tools import commit
+from pace import wait_for
+from plan_fixtures import DATA, facts_for
+
+from launcher import json_records, run_store
+from launcher.clusters.answers import describe_answers
+from launcher.evaluate.task import EvaluatedExport, EvaluationFolder
+from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
+from launcher.plan.planner import plan
+from launcher.plan.run_dir import RunDir
+from launcher.run_records import Attempt
+from launcher.tracking.jsonl import read_events
+from launcher.tracking.verdicts import digest_checkpoint
+from launcher.worker.evaluation.answers_process import AnswersProcess
+from launcher.worker.evaluation.checkpoint_answers import CheckpointAnswers
+
+EVERY_4 = ("eval.answers_every=4", "checkpoint.save_every=2", "run.name=tried")
+GPUS = DeviceFacts(kind="cuda", name="NVIDIA H100 80GB HBM3", count=2, memory_gib=79.6)
+
+
+@pytest.fixture
+def make(config_of: Callable, tmp_path: Path) -> Callable[..., tuple[LaunchPlan, RunDir]]:
+    """A run with eval.answers_every=4, as a submission leaves it."""
+
+    def make_run(*settings: str, device: DeviceFacts | None = None) -> tuple[LaunchPlan, RunDir]:
+        config = config_of("model=tiny", "train.max_steps=100", *EVERY_4, *settings)
+        chosen = {} if device is None else {"device": device}
+        planned = plan(config, facts_for(config, data=DATA, working_dir=str(tmp_path), **chosen))
+        run = run_store.create(planned)
+        run_store.create_attempt(run, Attempt(resume_step=None))
+        run_store.update_status(run, state="running", attempt=1)
+        return planned, run
+
+    return make_run
+
+
+def said(run: RunDir, kind: str) -> list[str]:
+    return [event["text"] for event in read_events(run.events) if event["kind"] == kind]
+
+
+def export_by_hand(run: RunDir, step: int) -> None:
+    """As launcher.worker.evaluation.weights leaves it."""
+    folder = EvaluationFolder.of(run.root, step)
+    folder.weights.mkdir(parents=True)
+    json_records.write(folder.weights_record, EvaluatedExport(digest_checkpoint(run, step), "bf16", "digest"))
+
+
+def answer_by_hand(run: RunDir, step: int) -> None:
+    folder = EvaluationFolder.of(run.root, step).root
+    folder.mkdir(parents=True, exist_ok=True)
+    replace(made_verdict(), checkpoint=digest_checkpoint(run, step)).write(folder)
+
+
+def command(run: RunDir, step: int) -> str:
+    return f"python -m launcher evaluate {run.root} --step {step}"
+
+
+def test_on_gpus_weights_are_exported_while_training_and_nothing_else(make: Callable) -> None:
+    """The export of a made-up checkpoint fails, which training does not notice."""
+    planned, run = make(device=GPUS)
+    assert describe_answers(planned).endswith("on the GPUs of this machine after the last step, before the run ends")
+    answers = CheckpointAnswers(run, planned, 1)
+    for step in (2, 4, 6, 8):
+        commit(run, step)
+    export_by_hand(run, 4)
+    assert not answers.work(False)
+    began = time.monotonic()
+    while not said(run, "alert"):
+        assert time.monotonic() - began < 300
+        answers.work(False)
+        time.sleep(0.1)
+    (alert,) = said(run, "alert")
+    assert alert.startswith("no answers of step 8, training continues: its weights could not be exported: ")
+    assert [path.parent.name for path in run.root.glob("evaluations/*/*.log")] == ["step-00000008"], "of no other step"
+    answers.conclude(False)
+    (left,) = said(run, "answers")
+    assert left.startswith("no answers yet: step 4, step 8 (its weights could not be exported: ")
+    assert left.endswith(f"; a run that is resumed goes on with them; answer them with: {command(run, 4)} ; {command(run, 8)}")
+
+
+def test_a_checkpoint_that_is_gone_is_skipped_with_the_reason_unless_its_weights_are_there(make: Callable) -> None:
+    planned, run = make(device=GPUS)
+    gone, kept, answered = (commit(run, step) for step in (4, 8, 12))
+    export_by_hand(run, 8)
+    answer_by_hand(run, 12)
+    shutil.rmtree(gone.path)
+    shutil.rmtree(kept.path)
+    shutil.rmtree(answered.path)
+    commit(run, 14)
+    answers = CheckpointAnswers(run, planned, 1)
+    answers.work(False)
+    answers.conclude(False)
+    (alert,) = said(run, "alert")
+    reason = "its checkpoint was removed before its weights were exported; raise checkpoint.keep_last"
+    assert alert == f"no answers of step 4, training continues: {reason}"
+    (left,) = said(run, "answers")
+    assert left.startswith(f"no answers yet: step 4, step 8 ({reason}); ")
+    assert left.endswith(f"answer them with: {command(run, 8)}"), "step 4 cannot be answered any more"
+    # An attempt from an earlier step does not repeat it, and does not take the weights of an abandoned step for its own.
+    shutil.rmtree(run.checkpoints)
+    commit(run, 6)
+    run_store.create_attempt(run, Attempt(resume_step=6))
+    later = CheckpointAnswers(run, planned, 2)
+    later.work(False)
+    later.conclude(False)
+    assert (len(said(run, "alert")), len(said(run, "answers"))) == (1, 1)
+
+
+def test_another_checkpoint_of_the_same_step_is_answered_again(make: Callable) -> None:
+    planned, run = make(device=GPUS)
+    commit(run, 4)
+    answer_by_hand(run, 4)
+    commit(run, 6)
+    answers = CheckpointAnswers(run, planned, 1)
+    assert answers.work(True), "nothing is left"
+    commit(run, 4, b"others")
+    answers.work(False)
+    answers.conclude(False)
+    assert command(run, 4) in said(run, "answers")[-1]
+
+
+@pytest.fixture
+def on_slurm(make: Callable, fake_slurm: FakeSlurm) -> tuple[LaunchPlan, RunDir]:
+    fake_slurm.answer("sbatch", out="77\n", times=1)
+    planned, run = make(
+        "cluster=slurm", "cluster.nodes=4", "cluster.partition=short", "cluster.price_per_gpu_hour=2", device=GPUS
+    )
+    run.jobs.mkdir()
+    return planned, run
+
+
+def test_on_slurm_each_step_is_a_job_of_one_node(on_slurm: tuple[LaunchPlan, RunDir], fake_slurm: FakeSlurm) -> None:
+    planned, run = on_slurm
+    assert describe_answers(planned).endswith("in a job of one node for each of these steps, one after another")
+    commit(run, 4)
+    export_by_hand(run, 4)
+    answers = CheckpointAnswers(run, planned, 1)
+    assert not answers.work(False)
+    assert said(run, "answers") == ["the answers of step 4 come from job 77"]
+    (submitted,) = [call for call in fake_slurm.calls if call[0] == "sbatch"]
+    folder = run.root / "evaluations/step-00000004"
+    for word in ("--parsable", "--dependency=singleton", "--nodes=1", "--partition=short", "--gpus-per-node=2"):
+        assert word in submitted
+    assert f"--job-name=launcher-answers-{planned.wandb_id}" in submitted
+    assert submitted[-1] == str(folder / "job.sh")
+    script = (folder / "job.sh").read_text()
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert f"launcher evaluate {run.root} --step 4 cluster=local cluster.price_per_gpu_hour=2.0" in script
+    assert "not run: others own these or can write to them" in script
+    assert "SLURM_JOB_ID" not in fake_slurm.variables_of("sbatch"), "that of the run's own job"
+    # A resumed run does not ask for it again while the job waits.
+    name = f"launcher-answers-{planned.wandb_id}"
+    waiting = ["77", name, "PENDING", "Dependency", "N/A", "N/A", "0", "", "0"]
+    fake_slurm.answer("squeue", out="\x1f".join([*waiting, "\n"]))
+    later = CheckpointAnswers(run, planned, 1)
+    assert later.work(True)
+    later.conclude(True)
+    assert len([call for call in fake_slurm.calls if call[0] == "sbatch"]) == 1
+    assert said(run, "answers")[-1].startswith("answers are still to come from jobs of their own: step 4 (job 77); ")
+    # A person who cancels the run cancels the jobs.
+    run.cancel(1).write_text("{}")
+    third = CheckpointAnswers(run, planned, 1)
+    third.work(False)
+    third.conclude(False)
+    assert fake_slurm.calls[-1] == ["scancel", "77"]
+    assert said(run, "answers")[-1].endswith(f"answer them with: {command(run, 4)}")
+
+
+def test_a_job_that_ends_without_a_verdict_is_reported(
+    on_slurm: tuple[LaunchPlan, RunDir], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, run = on_slurm
+    commit(run, 4)
+    answers = CheckpointAnswers(run, planned, 1)
+    # After the end of training, the job exports the checkpoint, which stays.
+    assert answers.work(True)
+    fake_slurm.refuse("squeue", said="slurm_load_jobs error: Invalid job id specified")
+    monkeypatch.setattr("launcher.worker.evaluation.checkpoint_answers._JOBS_S", -1.0)
+    answers.work(True)
+    (alert,) = said(run, "alert")
+    log = run.root / "evaluations/step-00000004/job-77.log"
+    assert alert == f"no answers of step 4, training continues: job 77 is unknown; its output is {log}"
+
+
+def test_a_node_without_sbatch_says_so_once(
+    on_slurm: tuple[LaunchPlan, RunDir], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, run = on_slurm
+    (fake_slurm.folder / "sbatch").unlink()
+    # This machine may have a real one.
+    monkeypatch.setenv("PATH", str(fake_slurm.folder))
+    for step in (4, 8):
+        commit(run, step)
+        export_by_hand(run, step)
+    answers = CheckpointAnswers(run, planned, 1)
+    answers.work(False)
+    answers.work(True)
+    answers.conclude(True)
+    first, left = said(run, "alert")
+    assert first == "answers are not asked for while the run trains: the command sbatch is not on this machine"
+    assert left == f"no answers yet: step 4, step 8; answer them with: {command(run, 4)} ; {command(run, 8)}"
+
+
+def test_the_process_ends_at_once_with_all_it_has_started_where_training_is_not_complete(make: Callable, tmp_path: Path) -> None:
+    planned, run = make()
+    commit(run, 4)
+    answers = AnswersProcess.start(planned, str(run.plan), run, 1)
+    assert answers is not None
+    process = psutil.Process(answers._process.pid)
+    try:
+        wait_for("an evaluation", lambda: process.children(recursive=True), 120)
+        (child, *_) = process.children()
+        assert (process.nice(), child.nice()) == (19, 19)
+        assert child.environ()["OMP_NUM_THREADS"] == "1"
+        # The signals of the scheduler are for ranks.
+        for number in (10, 12, 15, 1):
+            process.send_signal(number)
+        began = time.monotonic()
+        answers.finish(0.0, lambda: False)
+        assert time.monotonic() - began < 60
+        assert not process.is_running()
+        wait_for("the end of what it has started", lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    finally:
+        for one in (process, *process.children(recursive=True)) if process.is_running() else ():
+            one.kill()
+    assert command(run, 4) in said(run, "answers")[-1]
+
+
+def test_what_it_has_started_ends_with_a_process_that_is_killed(make: Callable) -> None:
+    planned, run = make()
+    commit(run, 4)
+    answers = AnswersProcess.start(planned, str(run.plan), run, 1)
+    assert answers is not None
+    process = psutil.Process(answers._process.pid)
+    children: list[psutil.Process] = []
+    wait_for("an evaluation", lambda: children.extend(process.children(recursive=True)) or children, 120)
+    answers._process.kill()
+    answers._process.wait()
+    wait_for("their end", lambda: not any(one.is_running() for one in children))
+
+
+def test_no_process_is_started_where_no_answers_are_wanted(make: Callable) -> None:
+    planned, run = make("eval.answers_every=0")
+    assert AnswersProcess.start(planned, str(run.plan), run, 1) is None
