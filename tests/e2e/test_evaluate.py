@@ -113,14 +113,14 @@ def test_checkpoints_are_answered_while_the_run_goes_on(launch: Launch, start: C
     left = said()[-1]
     assert left.startswith("no answers yet: step 40")
     assert f"a run that is resumed goes on with them; answer them with: python -m launcher evaluate {going} --step 40" in left
-    assert said("alert") == []
+    assert not [text for text in said("alert") if "answers" in text]
     last = status(going)["step"] + 1
     done = launch("resume", str(going), f"train.max_steps={last}", timeout=DEADLINE_S)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "training is complete, and the run waits for the answers of step" in done.stdout
     steps = list(range(20, last + 1, 20))
     assert [path.parent.name for path in sorted(going.glob("evaluations/*/verdict.json"))] == [folder(s).name for s in steps]
-    assert said("alert") == []
+    assert not [text for text in said("alert") if "answers" in text]
     assert not processes_of(going)
     for step in steps[1:]:
         # The base model has been asked once: its answers were there before the questions were handed out.
