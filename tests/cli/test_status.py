@@ -14,7 +14,6 @@ from pathlib import Path
 
 import hand_made
 import pytest
-from made_verdict import made_verdict
 
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.cli.formatting import short
@@ -448,22 +447,3 @@ def test_what_a_run_waits_for_is_shown_until_the_next_event(run: RunDir, capsys:
     assert "progress    loading the weights: 1.00 GiB of 4.00 GiB (25%), 30s left (0s ago)\n" in capsys.readouterr().out
     log.event("info", "the model is loaded", 0)
     assert summary(run, status)["progress"] is None
-
-
-def test_the_newest_verdict_and_what_is_still_to_be_answered_are_shown(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    status = run_store.read_status(run)
-    assert (summary(run, status)["verdict"], summary(run, status)["answers"]) == (None, None)
-    for step in (10, 20):
-        folder = run.root / f"evaluations/step-{step:08d}"
-        folder.mkdir(parents=True)
-        made_verdict().write(folder)
-    (run.root / "evaluations/step-00000030").mkdir()
-    JsonlTracker(run, 2).event("answers", "the answers of step 30 come from job 77")
-    shown = summary(run, status)["verdict"]
-    assert (shown["step"], shown["outcome"]) == (20, "better")
-    assert main(["status", str(run.root)]) == 0
-    out = capsys.readouterr().out
-    assert "verdict     step 20: Fine-tuning helped: exact match 0.31" in out
-    assert "answers     the answers of step 30 come from job 77" in out
-    (run.root / "evaluations/step-00000030/verdict.json").write_text("{")
-    assert summary(run, status)["verdict"] is None, "a damaged one hides nothing else"

@@ -1,0 +1,31 @@
+"""What `status` says of the answers of a run's checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+from made_verdict import made_verdict
+
+from launcher import run_store
+from launcher.cli.main import main
+from launcher.cli.views.run_summary import summary
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import JsonlTracker
+
+
+def test_the_newest_verdict_and_what_is_still_to_be_answered_are_shown(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    status = run_store.read_status(run)
+    assert (summary(run, status)["verdict"], summary(run, status)["answers"]) == (None, None)
+    for step in (10, 20):
+        folder = run.root / f"evaluations/step-{step:08d}"
+        folder.mkdir(parents=True)
+        made_verdict().write(folder)
+    (run.root / "evaluations/step-00000030").mkdir()
+    JsonlTracker(run, 2).event("answers", "the answers of step 30 come from job 77")
+    shown = summary(run, status)["verdict"]
+    assert (shown["step"], shown["outcome"]) == (20, "better")
+    assert main(["status", str(run.root)]) == 0
+    out = capsys.readouterr().out
+    assert "verdict     step 20: Fine-tuning helped: exact match 0.31" in out
+    assert "answers     the answers of step 30 come from job 77" in out
+    (run.root / "evaluations/step-00000030/verdict.json").write_text("{")
+    assert summary(run, status)["verdict"] is None, "a damaged one hides nothing else"
