@@ -212,8 +212,9 @@ def test_a_node_without_sbatch_says_so_once(
     answers.work(True)
     answers.conclude(True)
     first, left = said(run, "alert")
-    assert first == "answers are not asked for while the run trains: the command sbatch is not on this machine"
-    assert left == f"no answers yet: step 4, step 8; answer them with: {command(run, 4)} ; {command(run, 8)}"
+    reason = "the command sbatch is not on this machine"
+    assert first == f"no job for the answers of step 4 now, training continues: {reason}"
+    assert left == f"no answers yet: step 4, step 8 ({reason}); answer them with: {command(run, 4)} ; {command(run, 8)}"
 
 
 def test_the_process_ends_at_once_with_all_it_has_started_where_training_is_not_complete(make: Callable, tmp_path: Path) -> None:

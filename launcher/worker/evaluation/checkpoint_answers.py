@@ -31,6 +31,8 @@ EVENT = "answers"
 # How often the scheduler is asked for jobs, and how often a run that waits for answers says how far they are.
 _JOBS_S = 30.0
 _PROGRESS_S = 15.0
+# From a submission that was refused to the next one.
+_RETRY_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class CheckpointAnswers:
         # Of the folder when the steps to come were listed last.
         self._contents: object = self
         self._waiting: list[int] = []
-        self._refused = ""
+        self._refused, self._refused_at = "", 0.0
 
     def work(self, is_complete: bool) -> bool:
         """Start and collect what is due; returns whether nothing is left to do after the end of training."""
@@ -112,7 +114,7 @@ class CheckpointAnswers:
             numbers = ", ".join(f"step {step} (job {number})" for step, number in sorted(self._jobs.items()))
             self._event(EVENT, f"answers are still to come from jobs of their own: {numbers}; see them with {self._status}")
         left = {**cancelled, **dict.fromkeys(self._waiting, ""), **self._given_up}
-        left = {step: reason for step, reason in left.items() if not self._is_answered(step)}
+        left = {step: reason or self._refused for step, reason in left.items() if not self._is_answered(step)}
         if left:
             text = f"no answers yet: {', '.join(f'step {step}' for step in sorted(left))}"
             if reasons := list(dict.fromkeys(filter(None, left.values()))):
@@ -233,17 +235,19 @@ class CheckpointAnswers:
             self._export = None
         if not is_complete:
             self._export_next()
-        for step in list(self._waiting):
-            if self._refused or not (is_complete or self._is_exported(step)):
-                continue
+        if self._refused and not is_complete and time.monotonic() - self._refused_at < _RETRY_S:
+            return
+        for step in [step for step in self._waiting if is_complete or self._is_exported(step)]:
             try:
                 number = self._backend.submit_job(self._plan, self._run, step)
             except (OSError, LauncherError) as error:
-                self._refused = describe(error)
+                reason = describe(error)
                 if isinstance(error, LauncherError) and (value := error.problems[0].value):
-                    self._refused += f": {' / '.join(line.strip() for line in value.splitlines())}"
-                self._event("alert", f"answers are not asked for while the run trains: {self._refused}", step)
-                continue
+                    reason += f": {' / '.join(line.strip() for line in value.splitlines())}"
+                if reason != self._refused:
+                    self._event("alert", f"no job for the answers of step {step} now, training continues: {reason}", step)
+                self._refused, self._refused_at = reason, time.monotonic()
+                return
             with suppress(OSError):
                 json_records.write(self._job_file(step), AnswersJob(number, digest_checkpoint(self._run, step)))
             self._jobs[step] = number
