@@ -104,10 +104,21 @@ def read_short_text(path: Path, max_bytes: int) -> str:
         OSError: if it cannot be read, or is no regular file.
         UnicodeDecodeError: if it is not UTF-8.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "is no regular file", str(path))
-        return file.read(max_bytes).decode()
+    with open_regular(path) as file:
+        return (file.read(max_bytes) or b"").decode()
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """Open a file to read it, unbuffered, if it is a regular one: a pipe would wait for a writer, which may never come.
+
+    Raises:
+        OSError: if it cannot be read, or is no regular file.
+    """
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return file
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
@@ -139,7 +150,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
 
 def digest_file(path: Path, on_read: Callable[[int], None] | None = None) -> FileEntry:
     """Return size and digest of a file on disk; `on_read` is called with the number of bytes of each block."""
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         return digest_open_file(file, on_read)
 
 

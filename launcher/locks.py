@@ -19,6 +19,7 @@ from pathlib import Path
 
 # A holder writes its identity right after it has taken the lock.
 _IDENTITY_WAIT_S = 0.5
+_MAX_IDENTITY_BYTES = 1 << 16
 
 
 class LockTimeout(Exception):
@@ -98,10 +99,16 @@ def hold(path: Path, timeout_s: float, command: str, mode: int = -1) -> Iterator
 def read_holder(path: Path) -> Holder | None:
     """Return the process that holds the lock file `path`; None if no process does, or if it has not published its identity."""
     try:
-        holder = Holder(**json.loads(_identity_path(path).read_bytes()))
+        holder = Holder(**json.loads(_read_identity(_identity_path(path))))
     except (OSError, ValueError, TypeError):
         return None
     return None if holder.has_ended else holder
+
+
+def _read_identity(path: Path) -> bytes:
+    """Read the file of an identity; in place of one, another user may have left a pipe, which never ends."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+        return file.read(_MAX_IDENTITY_BYTES) or b""
 
 
 def wait_for_holder(path: Path) -> Holder | None:

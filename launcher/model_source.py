@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher import atomic_files
 from launcher.checkpoint import generation
 from launcher.checkpoint.folder_links import link_problems
 from launcher.config.schema import COMMIT_PATTERN, ModelSection, is_local_path, is_run
@@ -28,6 +29,9 @@ from launcher.models.remote_code import code_problems
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import ModelFacts
 from launcher.security import ownership
+
+# A commit has 40 digits; in a shared cache of the Hub, the file may be of any size.
+_MAX_REFERENCE_BYTES = 200
 
 
 @dataclass(frozen=True)
@@ -238,7 +242,7 @@ def _hub_snapshot(repo_id: str, revision: str | None) -> Path | None:
     reference = repo / "refs" / (revision or "main")
     # A commit is what it is: a reference of its name could lead to another one.
     is_reference = not COMMIT_PATTERN.fullmatch(revision or "") and reference.is_file()
-    commit = reference.read_text().strip() if is_reference else revision
+    commit = atomic_files.read_short_text(reference, _MAX_REFERENCE_BYTES).strip() if is_reference else revision
     snapshot = repo / "snapshots" / commit if commit and weight_files.is_plain_name(commit) else None
     return snapshot if snapshot is not None and (snapshot / "config.json").is_file() else None
 

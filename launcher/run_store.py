@@ -296,8 +296,10 @@ def read_placement(run: RunDir) -> Placement:
         topology, price = values["topology"], Price.of_plan(values)
         config = values["config"]
         limits = config["run"].get("max_usd"), config["run"].get("max_hours")
-        name, kind = values["run_name"], config["cluster"]["kind"]
-        return Placement(name, kind, topology["world_size"], topology["device"], price, *limits)
+        name, kind, num_ranks = values["run_name"], config["cluster"]["kind"], topology["world_size"]
+        if type(num_ranks) is not int:
+            raise TypeError("the number of ranks is no number")
+        return Placement(name, kind, num_ranks, topology["device"], price, *limits)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise unreadable_plan(path, "settings are missing") from None
 

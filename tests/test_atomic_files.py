@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from special_files import link_to_device, make_pipe
 
 from launcher import atomic_files
 
@@ -74,3 +76,12 @@ def test_replace_directory_removes_the_previous_one(tmp_path: Path) -> None:
     atomic_files.replace_directory(tmp_path / "source", tmp_path / "target")
     assert (tmp_path / "target/file").read_text() == "source"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("make", [make_pipe, link_to_device])
+def test_a_pipe_or_a_device_has_no_digest(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """In a checkpoint of another user, a shard may be either, and its manifest says what it likes."""
+    make(tmp_path / "shard")
+    with pytest.raises(OSError, match="is no regular file"):
+        atomic_files.digest_file(tmp_path / "shard")

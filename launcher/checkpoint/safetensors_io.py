@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 
 import xxhash
 
-from launcher.atomic_files import FileEntry, write_file
+from launcher.atomic_files import FileEntry, open_regular, write_file
 from launcher.checkpoint.store import partition, shard_name
 from launcher.errors import CheckpointError
 
@@ -87,7 +87,8 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
+        with open_regular(path) as file:
+            self._descriptor = os.dup(file.fileno())
         try:
             raw = self._header()
             header = json.loads(raw)

@@ -23,6 +23,7 @@ from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import EXPORT_RECORD, ExportRecord
 from launcher.security import ownership
+from launcher.security.trust import user_name
 from launcher.shell_commands import launcher_command
 from launcher.tracking.metrics import format_duration
 
@@ -98,6 +99,13 @@ def _require_writable(out: Path) -> None:
             "the export folder cannot be written",
             where=str(out),
             value=f"{beside} cannot be written by this user" if existing.is_dir() else f"{existing} is a file",
+            remedy="name another folder with --out",
+        )
+    if existing == out and not ownership.accepts_owner(owner := out.lstat().st_uid):
+        # Only that user could remove it from a sticky folder, when all weights are written.
+        raise SubmitError(
+            f"the export folder belongs to {user_name(owner)}, and is not replaced",
+            where=str(out),
             remedy="name another folder with --out",
         )
     if existing == out and not (out / EXPORT_RECORD).exists() and any(out.iterdir()):

@@ -217,8 +217,9 @@ def start(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:
 
 
 def _require_new(existing: RunDir) -> None:
-    """Refuse a run that exists, with the state of one that is running."""
-    if existing.plan.is_file() and existing.status.is_file():
+    """Refuse a run that exists, with the state of one that is running; of somebody else's, nothing is read."""
+    is_own = existing.root.is_dir() and ownership.accepts_owner(existing.root.stat().st_uid)
+    if is_own and existing.plan.is_file() and existing.status.is_file():
         require_idle(existing, status_reader_for(existing, run_store.load_plan(existing).config.cluster.kind))
     run_store.require_new(existing)
 

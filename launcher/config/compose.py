@@ -31,7 +31,7 @@ from launcher.config.command_line import (
 from launcher.config.config_files import cycle_problem, missing_keys, package_problems
 from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import hydra_problems, missing, no_such_option, schema_problems
-from launcher.config.hydra_guard import UNBOUNDED, guarded, require_composing_only
+from launcher.config.hydra_guard import READS_CREDENTIAL, UNBOUNDED, guarded, require_composing_only
 from launcher.config.hydra_location import RUN_FILE_GROUP
 from launcher.config.introspect import leaves
 from launcher.config.origin import Origins, located_problem, short
@@ -50,6 +50,8 @@ from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, redact, sec
 _GROUP_WITH_PLUS = re.compile(rf"\+{{1,2}}({'|'.join(GROUPS)})=")
 # The remedy for secrets in settings.
 IN_ENVIRONMENT = "put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings"
+# The remedies for references that are refused, by what the error says.
+_ADVICE = {UNBOUNDED: "write the values out", READS_CREDENTIAL: f"write the value out if it is no secret; {IN_ENVIRONMENT}"}
 _KEY_OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_][\w.\[\]-]*)=")
 
 
@@ -391,11 +393,13 @@ def _resolved(cfg: Any, unresolved: Mapping[str, Any], origins: Origins) -> dict
             raise
         key = str(error.full_key or "")
         old = renamed_reference(str(error).splitlines()[0])
-        unbounded = "write the values out" if UNBOUNDED in str(error) else ""
+        advice = next(
+            (text for mark, text in _ADVICE.items() if mark in str(error)), "write the key of a setting between ${ and }"
+        )
         raise ConfigError(
             f"{key}: the reference in this value cannot be resolved: {str(error).splitlines()[0]}",
             where=origins.written_at(key),
-            remedy=f"write ${{{RENAMED[old]}}}" if old else unbounded or "write the key of a setting between ${ and }",
+            remedy=f"write ${{{RENAMED[old]}}}" if old else advice,
         ) from error
     if not isinstance(raw, dict):
         raise ConfigError("the configuration is not a mapping", where="conf/config.yaml")

@@ -14,6 +14,7 @@ from typing import Any
 
 from launcher.config.bounded_yaml import UnboundedYaml, require_bounded
 from launcher.errors import ConfigError, Problem
+from launcher.security.credentials import is_short_secret
 
 # Of conf/config.yaml and of Hydra. Other values would change the environment, or write files of Hydra's own.
 _NEUTRAL: dict[str, Any] = {"hydra.job.env_set": {}, "hydra.job.env_copy": [], "hydra.output_subdir": None, "hydra.run.dir": "."}
@@ -21,6 +22,10 @@ _NEUTRAL: dict[str, Any] = {"hydra.job.env_set": {}, "hydra.job.env_copy": [], "
 # `b: ${c}${c}` and so on, a text or the work doubles at each step.
 _MAX_EXPANDED, _MAX_REFERENCES = 1_000_000, 5_000
 UNBOUNDED = "the references between the settings expand to too much"
+# Of a credential that is too short to be found within a text, such as an address.
+READS_CREDENTIAL = "a setting must not read this variable, which looks like a secret"
+# The reference to a variable of the environment, as in ${oc.env:USER}.
+_VARIABLE = "oc.env"
 # Where Hydra's own modules hold the function that configures logging.
 _LOGGING = ("hydra._internal.hydra", "hydra._internal.core_plugins.basic_launcher", "hydra.core.utils")
 
@@ -30,7 +35,8 @@ def guarded() -> Iterator[None]:
     """Compose within this block. Hydra's errors for what is refused here are ConfigErrors."""
     from hydra._internal import hydra
     from hydra._internal.core_plugins.file_config_source import FileConfigSource
-    from omegaconf import Container
+    from omegaconf import Container, OmegaConf
+    from omegaconf.resolvers import oc
 
     class RefusedCallbacks(hydra.Callbacks):
         def __init__(self, config: Any = None) -> None:
@@ -48,10 +54,21 @@ def guarded() -> Iterator[None]:
     try:
         for owner, name, replacement in replacements:
             setattr(owner, name, replacement)
+        OmegaConf.register_new_resolver(_VARIABLE, _read_variable, replace=True)
         yield
     finally:
+        OmegaConf.register_new_resolver(_VARIABLE, oc.env, replace=True)
         for (owner, name, _), original in zip(replacements, originals, strict=True):
             setattr(owner, name, original)
+
+
+def _read_variable(name: str, *default: Any) -> Any:
+    """Return a variable of the environment, unless it is a credential that nothing would find in the value of a setting."""
+    from omegaconf.resolvers import oc
+
+    if is_short_secret(name, os.environ):
+        raise ValueError(f"{name}: {READS_CREDENTIAL}")
+    return oc.env(name, *default)
 
 
 def require_composing_only(config: Any) -> None:

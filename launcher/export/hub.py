@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from launcher.checkpoint.folder_links import link_problems
 from launcher.errors import Problem, PushError
+from launcher.security.hub_answers import guard_hub_client
 from launcher.security.redaction import redact
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def is_public(repo_id: str) -> bool | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    guard_hub_client()
     try:
         info = HfApi(token=os.environ.get(TOKEN_VARIABLE)).model_info(repo_id, timeout=_QUERY_TIMEOUT_S)
     except RepositoryNotFoundError:
@@ -79,6 +81,7 @@ def push(folder: Path, repo_id: str, *, again: str, public: bool = False) -> str
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
+    guard_hub_client()
     api = HfApi(token=os.environ[TOKEN_VARIABLE])
     try:
         # `exist_ok` says nothing about who can read a repository that exists.

@@ -29,7 +29,8 @@ def code_digest(folder: Path) -> str | None:
     files = sorted((str(path.relative_to(folder)), path) for path in python_files(folder))
     digest = hashlib.sha256()
     for name, path in files:
-        digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        with path.open("rb") as file:
+            digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest() if files else None
 
 

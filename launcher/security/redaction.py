@@ -16,7 +16,7 @@ _SECRET = re.compile("|".join(form.pattern for form in FORMS if form is not PASS
 # W&B's older keys have no prefix: 40 hex digits, like a git commit, which only a revision may be.
 _HEX_KEY = re.compile(r"[0-9a-f]{40}")
 # A user with a password before the host of a URL; with http a user alone may be a token.
-_IN_ADDRESS = re.compile(r"(?<=://)[^/\s]*:[^/\s]*@|(?:(?<=http://)|(?<=https://))[^/?\s]+@")
+_IN_ADDRESS = re.compile(r"(?<=://)[^/\s:]*:[^/\s]*@|(?:(?<=http://)|(?<=https://))[^/?\s]+@")
 # Query parameters of a URL that grant access: a signature or a key.
 IN_QUERY = re.compile(
     r"(?<=[?&])(?P<name>x-(?:amz|goog|ms)-[\w-]+|sig|(?:[\w-]*[_-])?(?:signature|token|key|secret|password)|apikey|AWSAccessKeyId|GoogleAccessId)"

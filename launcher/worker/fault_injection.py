@@ -49,6 +49,9 @@ def find(run: RunDir, attempt: int) -> NodeProcesses:
     agents, ranks = [], {}
     for process in psutil.process_iter():
         try:
+            # Other users name their processes as they like.
+            if process.uids().real != os.getuid():
+                continue
             if (title := RankTitle.of(process)) is not None:
                 if title.attempt == attempt and Path(title.plan_path).is_relative_to(run.root):
                     ranks[title.rank] = process

@@ -32,6 +32,7 @@ from launcher.export.hf_folder import ExportTask, export, find_chat_template, ve
 from launcher.models import parent_run
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.security import folders
+from launcher.security.hub_answers import guard_hub_client
 from launcher.security.printable_stream import printable_output
 from launcher.security.redaction import redacted_command_line
 from launcher.tracking.jsonl import read_metrics
@@ -209,6 +210,8 @@ def _download(repo_id: str, model: ModelSection) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
+    guard_hub_client()
+
     # Code is pinned by model.revision, and only the model's repository is.
     with_code = model.trust_remote_code and repo_id == model.path
     patterns = [*_HUB_FILES, *(["*.bin"] if model.allow_pickled_weights else []), *(["*.py"] if with_code else [])]
@@ -220,6 +223,8 @@ def _download(repo_id: str, model: ModelSection) -> None:
             snapshot_download(
                 repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"]
             )
+    except LauncherError:
+        raise
     except Exception as error:
         if isinstance(error, OSError) and is_full(error):
             raise ConfigError(
@@ -248,6 +253,8 @@ def hub_reason(error: Exception) -> str:
     """Return why the client of the Hub could not fetch a file."""
     from huggingface_hub import errors
 
+    if isinstance(error, LauncherError):
+        return error.problems[0].message
     if isinstance(error, errors.GatedRepoError):
         return "the Hub gives it to users alone who have accepted its terms (HF_TOKEN)"
     if isinstance(error, errors.RepositoryNotFoundError):

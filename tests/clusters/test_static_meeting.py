@@ -11,15 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from file_owners import MALLORY, as_root
 from special_files import make_pipe
 
 from launcher.clusters import network
 from launcher.clusters.static import meeting as module
 from launcher.clusters.static.meeting import JoiningNode, Meeting, head_endpoint
 from launcher.clusters.static.messages import OVER, READY, Answer, Question
-from launcher.clusters.static.start_files import StartRefusal, marker, read_refusal, write_refusal
+from launcher.clusters.static.start_files import StartRefusal, marker, read_marker, read_refusal, write_refusal
 from launcher.config.sections.static_identity import NodeIdentity
 from launcher.errors import ConfigError, LauncherError, SubmitError
+
+__all__ = ["as_root"]
 
 COMMAND = {"train.max_steps": "4", "model.name": "tiny"}
 Outcomes = dict[str, Answer | LauncherError]
@@ -141,6 +144,28 @@ def test_a_machine_that_asks_too_late_learns_what_has_become_of_the_start(
     assert read_refusal(tmp_path / "run", 60.0) == StartRefusal("host", "an old reason")
     os.utime(tmp_path / ".run.refused", (time.time() - 3600,) * 2)
     assert read_refusal(tmp_path / "run", 60.0) is None
+
+
+@pytest.mark.usefixtures("as_root")
+def test_what_another_user_has_left_in_a_shared_folder_is_not_believed(
+    tmp_path: Path, head: Callable[..., Meeting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a sticky folder, others can make both files first: their names follow from that of the run."""
+    run = tmp_path / "run"
+    write_refusal(run, "host", "their reason")
+    marker(run).write_text("their number")
+    for file in (tmp_path / ".run.refused", marker(run)):
+        os.chown(file, MALLORY, -1)
+    assert read_refusal(run, 60.0) is None
+    assert read_marker(run) == ""
+
+    def sticky(source: object, target: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    # As the system answers users who are not root.
+    monkeypatch.setattr(os, "replace", sticky)
+    with pytest.raises(SubmitError, match=f"{MALLORY} has made the file by which the machines of this start meet"):
+        head()
 
 
 def test_a_machine_that_does_not_come_is_named(head: Callable[..., Meeting], port: int) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,25 @@ def test_a_value_that_the_environment_holds_as_a_secret_is_refused(
     assert f"{key}: contains the value of AWS_SECRET_ACCESS_KEY in the environment" in text
     assert AWS_SECRET not in text
     assert "remedy: put secrets into environment variables" in text
+
+
+@pytest.mark.parametrize("flags", [(), ("--cfg", "job", "--resolve")])
+def test_a_secret_that_is_too_short_to_be_found_in_an_address_is_not_read(
+    shown: Shown, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    """`plan` asks the server of an address for its files; who wrote the file of settings has chosen the server."""
+    monkeypatch.setenv("DB_PASSWORD", SIGNED)
+    text = shown("data=jsonl", "'data.path=\"https://host/${oc.env:DB_PASSWORD}.jsonl\"'".strip("'"), *flags)
+    assert "DB_PASSWORD: a setting must not read this variable, which looks like a secret" in text
+    assert SIGNED not in text
+    assert "remedy: write the value out if it is no secret" in text or flags
+
+
+def test_variables_that_are_no_secrets_are_read(compose: Callable[..., list], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SORT_KEY", "none")
+    monkeypatch.setenv("PROJECT", "a-project-of-mine")
+    tracking = compose("model=tiny", "tracking.group=${oc.env:SORT_KEY}", "tracking.project=${oc.env:PROJECT}")[0].config.tracking
+    assert (tracking.group, tracking.project) == ("none", "a-project-of-mine")
 
 
 def test_what_the_environment_holds_is_printed_nowhere(
@@ -262,4 +282,11 @@ def test_redaction_keeps_the_rest() -> None:
     )
     assert redact("x.password=abc def") == "x.password=<redacted>"
     assert redact(f"model.revision={TOKENS['wandb']}") == f"model.revision={TOKENS['wandb']}"
+    assert redact("sftp://a:b:c@d@host/x") == "sftp://<redacted>@host/x"
     assert redact("model.tokenizer=org/name") == "model.tokenizer=org/name"
+
+
+def test_the_time_of_a_search_for_passwords_grows_with_the_length_of_a_text() -> None:
+    started = time.process_time()
+    redact("x://" + ":" * 100_000)
+    assert time.process_time() - started < 5

@@ -239,6 +239,14 @@ def test_the_head_of_a_readme_cannot_take_for_ever(tmp_path: Path, head: str, me
     assert time.process_time() - started < 20
 
 
+def test_a_readme_of_any_size_is_not_read(tmp_path: Path) -> None:
+    """One with holes takes no space in an archive."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    with (tmp_path / "README.md").open("wb") as file:
+        file.truncate(1 << 40)
+    assert refusal(Source(path=str(tmp_path))).message == "README.md has more than 16 MiB, and is not read"
+
+
 @pytest.mark.timeout(60)
 def test_a_head_that_has_no_end_is_searched_once(tmp_path: Path) -> None:
     for name, content in (("rows.jsonl", '{"text": "a"}\n'), ("README.md", "---" + "\n" * 1_000_000)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import urllib.error
 import urllib.request
@@ -14,8 +13,10 @@ from launcher.clusters.check_results import FAILURE, OK, WARNING, CheckResult, f
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.export import hub
+from launcher.security.key_requests import read_json
 
 _ANSWER_DEADLINE_S = 10.0
+_MAX_NAME_CHARS = 100
 _WANDB, _HUB = "W&B", "Hub"
 _TOKEN_PAGE = "https://huggingface.co/settings/tokens"  # noqa: S105
 
@@ -68,8 +69,7 @@ def _check_hub(config: RunConfig) -> Iterator[CheckResult]:
     remedy = f"export {hub.TOKEN_VARIABLE} with a valid token from {_TOKEN_PAGE}"
     try:
         request = urllib.request.Request(f"{endpoint}/api/whoami-v2", headers={"Authorization": f"Bearer {token}"})  # noqa: S310
-        with urllib.request.urlopen(request, timeout=_ANSWER_DEADLINE_S) as answer:  # noqa: S310
-            user = str(json.load(answer)["name"])
+        user = str(read_json(request, _ANSWER_DEADLINE_S)["name"])[:_MAX_NAME_CHARS]
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             yield CheckResult(_HUB, FAILURE, f"{endpoint} does not accept the token from {source}", remedy)

@@ -17,6 +17,8 @@ _RIGHT, _TOP, _BOTTOM = 20, 28, 44
 # Width of a character in a label, in the font of page.css.
 _CHARACTER = 7.4
 _COLORS = 8
+# Floating-point numbers end at 1.8e308.
+_LARGEST = 1e300
 _MOST_LABELS = 7
 # Values whose range is a smaller fraction of them than this are drawn as a constant.
 _CONSTANT = 1e-5
@@ -97,7 +99,7 @@ def lines(
     Curves that coincide are drawn in alternating dashes, so that each can be seen.
     """
     points = [value for one in x for value in one]
-    values = [value for one in series for value in one.values if math.isfinite(value)]
+    values = [value for one in series for value in one.values if _can_be_drawn(value)]
     if not points or not values:
         return Markup('<p class="soft">{}: nothing to draw</p>').format(title)
     y_axis = _linear_axis(values, HEIGHT - _BOTTOM, _TOP)
@@ -105,7 +107,7 @@ def lines(
     x_axis = (_log_axis if log_x else _linear_axis)(points, left, WIDTH - _RIGHT)
     shapes = [_x_label(at, label) for at, label in x_axis.ticks]
     curves = [
-        [(x_axis.position(a), y_axis.position(b)) for a, b in zip(xs, one.values, strict=True) if math.isfinite(b)]
+        [(x_axis.position(a), y_axis.position(b)) for a, b in zip(xs, one.values, strict=True) if _can_be_drawn(b)]
         for xs, one in zip(x, series, strict=True)
     ]
     groups = _coinciding(curves)
@@ -113,6 +115,11 @@ def lines(
         group = groups[number]
         shapes.append(_curve(curve, one.name, _color(number), group.index(number), len(group)))
     return _figure(title, left, _grid(y_axis, left) + shapes, x_label, y_label, [one.name for one in series])
+
+
+def _can_be_drawn(value: float) -> bool:
+    """Return whether a value is a number whose distance to others is one, too: a file of others may hold any."""
+    return math.isfinite(value) and abs(value) < _LARGEST
 
 
 def _curve(points: Points, name: str, color: str, place: int, num_coinciding: int) -> str:

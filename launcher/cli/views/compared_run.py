@@ -113,18 +113,24 @@ def _data(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _code(plan: Mapping[str, Any]) -> dict[str, Any]:
-    provenance = plan["provenance"]
+    provenance = _mapping(plan["provenance"])
+    overrides = provenance.get("overrides")
     return {
         "launcher": provenance.get("launcher_version"),
         GIT_COMMIT: provenance.get("git_commit"),
         "uncommitted changes": provenance.get("git_dirty"),
-        "overrides": " ".join(provenance.get("overrides", ())),
+        "overrides": " ".join(map(str, overrides)) if isinstance(overrides, list | tuple) else "",
     }
 
 
 def _versions(plan: Mapping[str, Any]) -> dict[str, Any]:
-    provenance = plan["provenance"]
-    return {"python": provenance.get("python"), **provenance.get("packages", {})}
+    provenance = _mapping(plan["provenance"])
+    return {"python": provenance.get("python"), **_mapping(provenance.get("packages"))}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """Return an object of a plan; an empty one where the plan, which may be another user's, has something else there."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _files(run: RunDir) -> dict[str, str]:

@@ -30,6 +30,8 @@ _TIME_UNITS = ((1, "hours"), (60, "minutes"), (3600, "seconds"))
 LABEL_WIDTH = 11
 # Fraction of truncated tokens from which a note is shown.
 _MIN_TRUNCATED_FRAC = 0.01
+# Of the memory that is shown: the plan of another user's run may hold any number.
+_MOST_GIB = 1e12
 
 
 def plan_lines(
@@ -174,7 +176,7 @@ def _ranks(plan: LaunchPlan) -> str:
 
 def _size(gib: float) -> str:
     """Return a size that a plan holds in thousandths of a GiB: fewer than ten of them are no figure."""
-    return format_size(round(gib * 2**30)) if gib >= 0.01 else "under 10 MiB"
+    return format_size(round(min(gib, _MOST_GIB) * 2**30)) if gib >= 0.01 else "under 10 MiB"
 
 
 def _memory(plan: LaunchPlan) -> str:

@@ -20,7 +20,15 @@ from typing import Any
 from launcher import atomic_files
 from launcher.clusters import network
 from launcher.clusters.static.messages import OVER, READY, REFUSED, WAITING, Answer, MeetingServer, Question, ask
-from launcher.clusters.static.start_files import marker, not_shared, read_marker, read_refusal, remove_refusal, write_refusal
+from launcher.clusters.static.start_files import (
+    foreign_marker,
+    marker,
+    not_shared,
+    read_marker,
+    read_refusal,
+    remove_refusal,
+    write_refusal,
+)
 from launcher.config.sections.static_identity import NodeIdentity
 from launcher.errors import ConfigError, Problem, SubmitError, printable
 
@@ -76,6 +84,8 @@ class Meeting:
         except OSError as error:
             message = f"run.root cannot be written: {error.strerror or error}"
             remedy = "set run.root to a folder on shared storage that you can write to"
+            if problem := foreign_marker(self._run):
+                raise SubmitError(problem) from None
             raise SubmitError(message, where="run.root", value=str(self._file.parent), remedy=remedy) from None
         try:
             self._server = MeetingServer(self.endpoint.address, self._here.port, self.reply)

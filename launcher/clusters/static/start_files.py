@@ -8,6 +8,8 @@ from pathlib import Path
 
 from launcher import atomic_files, json_records, run_store
 from launcher.errors import LauncherError, Problem
+from launcher.security import ownership
+from launcher.security.trust import user_name
 
 _MAX_REASON, _MAX_MARKER_BYTES = 4000, 64
 
@@ -30,8 +32,28 @@ def read_marker(run: Path) -> str:
     with suppress(OSError, ValueError):
         run_store.refresh_directory(run.parent)
     with suppress(OSError, ValueError):
-        return atomic_files.read_short_text(marker(run), _MAX_MARKER_BYTES)
+        if is_of_trusted_owner(marker(run)):
+            return atomic_files.read_short_text(marker(run), _MAX_MARKER_BYTES)
     return ""
+
+
+def is_of_trusted_owner(file: Path) -> bool:
+    """Return whether a file, or a link in its place, is of an owner whom this user trusts; others know its name.
+
+    Raises:
+        OSError: where there is none.
+    """
+    return ownership.accepts_owner(file.lstat().st_uid)
+
+
+def foreign_marker(run: Path) -> Problem | None:
+    """Return that another user has made the file of the number, which only they can remove from a sticky folder; else None."""
+    with suppress(OSError):
+        if not is_of_trusted_owner(file := marker(run)):
+            owner = user_name(file.lstat().st_uid)
+            remedy = f"choose another run.name, set run.root to a folder of your own, or let {owner} remove the file"
+            return Problem(f"{owner} has made the file by which the machines of this start meet", str(file), run.name, remedy)
+    return None
 
 
 def not_shared(root: Path, host: str, head: str) -> Problem:
@@ -65,5 +87,5 @@ def read_refusal(run: Path, max_age_s: float) -> StartRefusal | None:
     with suppress(OSError, LauncherError):
         # The times of the file system: the clocks of machines differ.
         age_s = run_store.refresh_directory(run.parent) - file.stat().st_mtime
-        return json_records.read(StartRefusal, file) if age_s <= max_age_s else None
+        return json_records.read(StartRefusal, file) if age_s <= max_age_s and is_of_trusted_owner(file) else None
     return None

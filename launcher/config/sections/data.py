@@ -53,7 +53,7 @@ class RowSource(Section):
     path: Text = Field(
         description=(
             "A file (.jsonl, .json, .csv, .parquet or .txt, each also as .gz or .zst), a folder or a pattern (./data/*.jsonl); "
-            "a hub dataset as owner/name; an address that fsspec knows, such as s3://bucket/rows.jsonl or hf://datasets/o/n; "
+            "a hub dataset as owner/name; an address of storage, such as s3://bucket/rows.jsonl or hf://datasets/o/n; "
             f"or {STDLIB_DOCS}; {GENERAL_TEXT} is for evaluation alone."
         )
     )

@@ -25,9 +25,11 @@ from launcher.data.cache_dir import convert_os_errors, source_folder
 from launcher.data.sources.files import DataFile, detect_kind, file_digest
 from launcher.data.sources.remote import RemoteFiles
 from launcher.data.sources.row_values import refuse
-from launcher.data.sources.splits import choose_files, list_unused
+from launcher.data.sources.splits import choose_files, list_unused, read_readme
 from launcher.errors import DataError, Problem
 from launcher.security import ownership
+from launcher.security.hub_answers import guard_hub_client
+from launcher.security.storage_addresses import address_problem
 
 _COMMIT_DIGITS = 40
 _HUB_TIMEOUT_S = 20.0
@@ -107,7 +109,7 @@ def url_problem(key: str, url: str) -> Problem | None:
 
     protocol = url.split("://")[0]
     if protocol in available_protocols():
-        return None
+        return address_problem(key, url)
     return Problem(f"the protocol {protocol}:// is unknown", key, url, "write s3://, gs://, hf://datasets/ or https://")
 
 
@@ -189,7 +191,7 @@ def _local_files(source: RowSource) -> tuple[DataFile, ...]:
 def _choose_in_folder(folder: Path, source: RowSource) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the files of the source's subset and split, and those left out."""
     names = _list_names(folder)
-    chosen = choose_files(names, lambda name: (folder / name).read_bytes(), source.subset, source.split, source.path)
+    chosen = choose_files(names, lambda name: read_readme(folder / name, source.path), source.subset, source.split, source.path)
     return chosen, list_unused(names, chosen)
 
 
@@ -222,11 +224,14 @@ def _match_pattern(pattern: str) -> list[str]:
 def _hub_files(source: RowSource) -> tuple[DataFile, ...]:
     from huggingface_hub import hf_hub_download
 
+    guard_hub_client()
     commit, names, _ = _hub_listing(source)
     files = []
     for name in names:
         try:
             path = hf_hub_download(source.path, name, repo_type="dataset", revision=commit)
+        except DataError:
+            raise
         except Exception as error:
             why = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
             raise _unreachable(source, f"{name} cannot be fetched: {type(error).__name__}{why}") from error
@@ -243,6 +248,7 @@ def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    guard_hub_client()
     record = source_folder("hub", source.path, source.revision, source.subset, source.split) / "listing.json"
     if len(source.revision or "") == _COMMIT_DIGITS and (stored := _read_listing(record)):
         return stored
@@ -251,7 +257,7 @@ def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
         commit, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or ()]
 
         def read(name: str) -> bytes:
-            return Path(hf_hub_download(source.path, name, repo_type="dataset", revision=commit)).read_bytes()
+            return read_readme(Path(hf_hub_download(source.path, name, repo_type="dataset", revision=commit)), source.path)
 
         chosen = choose_files(names, read, source.subset, source.split, source.path)
     except DataError:

@@ -16,9 +16,11 @@ from launcher.data.cache_dir import convert_os_errors, is_full, make_cache_error
 from launcher.data.cache_lock import wait_and_hold
 from launcher.data.sources.files import DataFile, detect_kind, file_digest
 from launcher.data.sources.row_values import refuse
-from launcher.data.sources.splits import choose_files, list_unused
+from launcher.data.sources.splits import choose_files, list_unused, require_short_readme
 from launcher.errors import DataError, Problem
 from launcher.security import ownership
+from launcher.security.hub_answers import guard_hub_client
+from launcher.security.storage_addresses import address_problem, protocols
 
 # Metadata of a file that changes with its content, by the names in various storages.
 _VERSION_KEYS = (
@@ -66,10 +68,14 @@ class RemoteFiles:
         root = path.rstrip("/")
         names = [str(name).removeprefix(f"{root}/") for name in self._fs.find(root)]
         chosen = choose_files(
-            names, lambda name: self._fs.cat_file(f"{root}/{name}"), self._source.subset, self._source.split, self._source.path
+            names, lambda name: self._read_readme(f"{root}/{name}"), self._source.subset, self._source.split, self._source.path
         )
         self.left_out = list_unused(names, chosen)
         return [f"{root}/{name}" for name in chosen]
+
+    def _read_readme(self, path: str) -> bytes:
+        require_short_readme(self._fs.info(path).get("size") or 0, self._source.path)
+        return bytes(self._fs.cat_file(path))
 
     def _state(self, path: str) -> _FileVersion:
         info: dict[str, Any] = self._try("found", lambda: self._fs.info(path))
@@ -181,5 +187,9 @@ def _missing_package(error: ImportError) -> str:
 def _connect(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
+    if problem := address_problem("the address of the data", url):
+        raise DataError(problem)
+    if "hf" in protocols(url):
+        guard_hub_client()
     fs, path = url_to_fs(url)
     return fs, str(path)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Collection, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.data.sources.files import COMPRESSED, KINDS, detect_kind, strip_suffixes
 from launcher.data.sources.row_values import refuse
 
 _MAX_PATTERN_CHARS = 1000
+_MAX_README_BYTES = 16 << 20
 # Of a pattern with a name; a million take seconds.
 _MAX_COMPARISONS = 10_000_000
 # The split of held-out documents, if none is set.
@@ -59,6 +60,21 @@ def choose_files(
             message = f"{other} and {name} have one name and two formats, so they may hold the same rows"
             refuse(message, where, "take one of them away, or name the files in the source's path, as in DIR/*.jsonl")
     return tuple(chosen)
+
+
+def read_readme(file: Path, where: str) -> bytes:
+    """Return the content of a README. Raises: DataError where it is longer than any: a file with holes can be of any size."""
+    with file.open("rb") as opened:
+        content = opened.read(_MAX_README_BYTES + 1)
+    require_short_readme(len(content), where)
+    return content
+
+
+def require_short_readme(num_bytes: int, where: str) -> None:
+    """Refuse a README that would take too much memory to read. Raises: DataError."""
+    if num_bytes > _MAX_README_BYTES:
+        message = f"{README} has more than {_MAX_README_BYTES >> 20} MiB, and is not read"
+        refuse(message, where, "remove it, or name the files in the source's path")
 
 
 def list_unused(names: Sequence[str], chosen: Collection[str]) -> tuple[str, ...]:

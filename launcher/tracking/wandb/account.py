@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launcher.config.schema import TrackingSection
+from launcher.security.key_requests import read_json
 from launcher.tracking.wandb.local_settings import leave_folder_of_others
 
 ANSWER_DEADLINE_S = 10.0
@@ -108,8 +109,7 @@ def _ask(address: str, key: str, query: str, **variables: str) -> dict[str, Any]
     headers = {"Authorization": f"Basic {credentials}", "Content-Type": "application/json"}
     body = json.dumps({"query": query, "variables": variables}).encode()
     request = urllib.request.Request(f"{address.rstrip('/')}/graphql", body, headers)  # noqa: S310
-    with urllib.request.urlopen(request, timeout=ANSWER_DEADLINE_S) as answer:  # noqa: S310
-        data: dict[str, Any] = json.load(answer)["data"]
+    data: dict[str, Any] = read_json(request, ANSWER_DEADLINE_S)["data"]
     return data
 
 

@@ -1,0 +1,96 @@
+"""What a Hub answers names files in this user's cache: the server of HF_ENDPOINT must not choose files elsewhere.
+
+huggingface_hub joins the ETag and the commit that a server sends to the path of its cache as they are. An ETag such as
+`../../../.config/x` would put a file of the server's content there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from launcher.errors import DataError, Problem
+
+# Headers and keys of JSON whose values become names of files and folders.
+_HEADERS = ("ETag", "X-Linked-ETag", "X-Repo-Commit")
+_KEYS = frozenset({"sha", "oid", "sha256", "blobId", "commitOid"})
+# Answers in JSON are read whole; the longest lists of files have some ten MB. Files are written as they come.
+_JSON_PATH = "/api/"
+_MAX_JSON_BYTES, _MAX_JSON_S = 256 << 20, 300.0
+# The client waits as long as one of these says.
+_WAITS, _MAX_WAIT_S = ("Retry-After", "RateLimit"), 600
+_REMEDY = "set HF_ENDPOINT to a server that you trust, or unset it for huggingface.co"
+
+
+@functools.cache
+def guard_hub_client() -> None:
+    """Let huggingface_hub refuse answers with such names in this process. Call it before the client is used."""
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    make_client = _http._GLOBAL_CLIENT_FACTORY
+
+    def make_guarded_client() -> Any:
+        client: Any = make_client()
+        hooks = client.event_hooks
+        client.event_hooks = {**hooks, "response": [_check, *hooks["response"]]}
+        return client
+
+    set_client_factory(make_guarded_client)
+
+
+def leads_outside(name: str) -> bool:
+    """Return whether a name that a server sends would lead out of the folder to which it is joined, as the client reads it."""
+    return name.lstrip("W/").strip('"').startswith("/") or ".." in re.split(r'[/\\"]', name)
+
+
+def _check(response: Any) -> None:
+    """Refuse an answer before the client uses it; called for each answer, before its content is read."""
+    for header in _HEADERS:
+        if leads_outside(value := response.headers.get(header, "")):
+            raise _refusal(response, f"its header {header} names a file outside of the cache", value)
+    for header in _WAITS:
+        if any(int(number[:9]) > _MAX_WAIT_S for number in re.findall(r"\d+", response.headers.get(header, ""))):
+            del response.headers[header]
+    if _JSON_PATH not in response.request.url.path:
+        return
+    # What `read` would keep, within bounds.
+    response._content = b"".join(_bounded(response))
+    try:
+        content = json.loads(response._content)
+    except (ValueError, RecursionError):
+        # No JSON, as in pages of errors; the client says so.
+        return
+    for key, value in _items(content):
+        if key in _KEYS and leads_outside(value):
+            raise _refusal(response, f"its {key} names a file outside of the cache", value)
+
+
+def _bounded(response: Any) -> Iterator[bytes]:
+    num_bytes, until = 0, time.monotonic() + _MAX_JSON_S
+    for piece in response.iter_bytes():
+        num_bytes += len(piece)
+        if num_bytes > _MAX_JSON_BYTES or time.monotonic() > until:
+            limit = f"{_MAX_JSON_BYTES >> 20} MiB" if num_bytes > _MAX_JSON_BYTES else f"{_MAX_JSON_S:g} s"
+            raise _refusal(response, f"its answer takes more than {limit}", "")
+        yield piece
+
+
+def _items(content: Any) -> Iterator[tuple[str, str]]:
+    """Yield the keys whose values are texts, at any depth."""
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield from ((key, inner) for key, inner in value.items() if isinstance(inner, str))
+        if isinstance(value, dict | list):
+            waiting += [inner for inner in (value.values() if isinstance(value, dict) else value) if not isinstance(inner, str)]
+
+
+def _refusal(response: Any, reason: str, value: str) -> DataError:
+    url = response.request.url
+    return DataError(Problem(f"the answer of the Hub is not used: {reason}", f"{url.scheme}://{url.host}", value[:200], _REMEDY))

@@ -1,0 +1,39 @@
+"""Requests that carry a key of this user: the key goes to the server that the user has named, and to no other."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from typing import Any
+
+_MAX_BYTES = 16 << 20
+_PIECE_BYTES = 1 << 16
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """urllib itself sends the headers of a request, with the key, to whatever server an answer names."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def read_json(request: urllib.request.Request, timeout_s: float) -> Any:
+    """Return the JSON of an answer, which may take `timeout_s` and 16 MiB.
+
+    Raises:
+        OSError: where there is none in time; as HTTPError for a status other than 200, a redirect included.
+        ValueError: where it is no JSON, or longer.
+    """
+    until, content = time.monotonic() + timeout_s, bytearray()
+    with urllib.request.build_opener(_NoRedirects).open(request, timeout=timeout_s) as answer:
+        while piece := answer.read1(_PIECE_BYTES):
+            content += piece
+            if len(content) > _MAX_BYTES:
+                raise ValueError(f"the answer has more than {_MAX_BYTES >> 20} MiB")
+            if time.monotonic() > until:
+                raise TimeoutError(f"the answer takes more than {timeout_s:g} s")
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("the answer is nested too deeply") from None

@@ -1,0 +1,150 @@
+"""A server that HF_ENDPOINT names answers with names that lead out of the cache of the Hub, and with content without end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import pytest
+from http_server import serving
+
+from launcher.security.hub_answers import leads_outside
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+COMMIT = "1" * 40
+FILE = b'{"text": "a row"}\n'
+# Beside the folder of the cache: blobs and snapshots lie two folders below it.
+OUTSIDE = "../../../outside"
+
+_CODE = """
+import json, sys
+from launcher.config.sections.data import Source
+from launcher.data.sources import locate
+from launcher.security import hub_answers
+
+hub_answers._MAX_JSON_BYTES = 1 << 20
+hub_answers.guard_hub_client()
+from huggingface_hub import get_session, snapshot_download
+
+address, *names = sys.argv[1:]
+outcomes = {"waits": [*get_session().get(f"{address}/busy").headers.keys() & {"retry-after", "ratelimit"}]}
+for name in names:
+    try:
+        outcomes[name] = snapshot_download(f"owner/{name}")
+    except Exception as error:
+        outcomes[name] = f"{type(error).__name__}: {error}"
+try:
+    outcomes["rows"] = [file.name for file in locate.fetch_files(Source(path="owner/rows"))]
+except Exception as error:
+    outcomes["rows"] = f"{type(error).__name__}: {error}"
+print(json.dumps(outcomes))
+"""
+
+
+class HostileHub(BaseHTTPRequestHandler):
+    """Each repository attacks in the way of its name; `plain` and `weak` do not."""
+
+    outside: Path
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        name = next((part for part in path.split("/") if part in {*self.headers_of(), "sha", "tree", "endless", "rows"}), "")
+        if path == "/busy":
+            return self._send(200, b"{}", {"Retry-After": "1000000000", "RateLimit": '"api";r=0;t=1000000000'})
+        if "/resolve/" in path:
+            return self._send(200, FILE, {"ETag": '"abc"', "X-Repo-Commit": COMMIT, **self.headers_of().get(name, {})})
+        if name == "endless":
+            return self._send_without_end()
+        if "/tree/" in path:
+            oid = f"{OUTSIDE}/oid" if name == "tree" else "2" * 40
+            listing = [{"type": "file", "path": "train.jsonl", "size": len(FILE), "oid": oid}]
+            return self._send(200, json.dumps(listing).encode(), {})
+        sha = f"{OUTSIDE}/sha" if name == "sha" else COMMIT
+        siblings = [{"rfilename": "train.jsonl"}]
+        return self._send(200, json.dumps({"id": f"owner/{name}", "sha": sha, "siblings": siblings}).encode(), {})
+
+    do_HEAD = do_GET
+
+    def headers_of(self) -> dict[str, dict[str, str]]:
+        return {
+            "plain": {},
+            "weak": {"ETag": 'W/"abc/def"'},
+            "etag": {"ETag": f'"{OUTSIDE}/etag.pth"'},
+            "absolute": {"X-Linked-ETag": f'"{self.outside}/linked.pth"'},
+            "commit": {"X-Repo-Commit": f"{OUTSIDE}/commit"},
+            "rows": {"ETag": f'"{OUTSIDE}/rows.pth"'},
+        }
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _send_without_end(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(b"[" * 65536)
+        except OSError:
+            self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[str]:
+    with serving(type("Hub", (HostileHub,), {"outside": tmp_path / "outside"})) as address:
+        yield address
+
+
+def environ(address: str, folder: Path) -> dict[str, str]:
+    home = {"HF_HOME": str(folder / "hf"), "HF_HUB_CACHE": str(folder / "cache"), "LAUNCHER_CACHE": str(folder / "launcher")}
+    return {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "", **home}
+
+
+def test_no_answer_of_a_server_leads_out_of_the_cache(hub: str, tmp_path: Path) -> None:
+    attacks = ("etag", "absolute", "commit", "sha", "tree", "endless")
+    command = [sys.executable, "-P", "-c", _CODE, hub, "plain", "weak", *attacks]
+    done = subprocess.run(
+        command, env={**os.environ, **environ(hub, tmp_path)}, capture_output=True, text=True, cwd=tmp_path, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout.splitlines()[-1])
+    for name in ("plain", "weak"):
+        assert (Path(outcomes[name]) / "train.jsonl").read_bytes() == FILE, outcomes[name]
+    for name in (*attacks, "rows"):
+        assert outcomes[name].startswith("DataError: the answer of the Hub is not used: "), (name, outcomes[name])
+        assert "remedy: set HF_ENDPOINT to a server that you trust" in outcomes[name]
+    assert "takes more than 1 MiB" in outcomes["endless"]
+    assert outcomes["waits"] == [], "the client would wait for years"
+    assert not (tmp_path / "outside").exists()
+
+
+def test_a_command_says_which_server_it_does_not_believe(hub: str, tmp_path: Path, launch_here: Launch) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(FILE * 3)
+    done = launch_here("data", "model.path=owner/etag", f"data.path={rows}", **environ(hub, tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert "the answer of the Hub is not used: its header ETag names a file outside of the cache" in done.stderr
+    assert not (tmp_path / "outside").exists()
+
+
+@pytest.mark.parametrize("name", ["..", "../x", 'W/"../x"', '"a/../../x"', '"/etc/x"', "a\\..\\x", "W//etc/x"])
+def test_names_that_lead_out_of_a_folder(name: str) -> None:
+    assert leads_outside(name)
+
+
+@pytest.mark.parametrize("name", ["", COMMIT, '"5f3-abc:1"', 'W/"a+b/c=="', '"a..b"', "v1.0"])
+def test_names_of_storage(name: str) -> None:
+    assert not leads_outside(name)
