@@ -104,8 +104,8 @@ def read_short_text(path: Path, max_bytes: int) -> str:
         OSError: if it cannot be read, or is no regular file.
         UnicodeDecodeError: if it is not UTF-8.
     """
-    with open_regular(path) as file:
-        return (file.read(max_bytes) or b"").decode()
+    with io.BufferedReader(open_regular(path)) as file:
+        return file.read(max_bytes).decode()
 
 
 def open_regular(path: Path) -> io.FileIO:

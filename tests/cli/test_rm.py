@@ -271,3 +271,18 @@ def test_another_users_run_is_refused(run: RunDir, ask: Ask) -> None:
     assert code == 2
     assert "status.json belongs to 54321" in err
     assert run.plan.is_file()
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize("folder", [5, ["x"], {"a": 1}, None, "a\0b", "/" + "x" * 5000])
+def test_the_plan_of_another_user_stops_no_removal(run: RunDir, child: RunDir, ask: Ask, folder: object) -> None:
+    values = json.loads(child.plan.read_text())
+    values["lineage"]["run_dir"] = folder
+    values["model"]["path"] = folder
+    child.plan.write_text(json.dumps(values))
+    for path in (child.root, *child.root.rglob("*")):
+        os.chown(path, MALLORY, -1)
+    code, out, err = ask("demo", "--yes")
+    assert (code, err) == (0, "")
+    assert "removed 1 run" in out
+    assert not run.root.exists()

@@ -96,7 +96,8 @@ def _dependents(run: RunDir, others: Iterable[RunDir]) -> Iterator[RunDir]:
     for other in others:
         if other.root.resolve() == run.root:
             continue
-        with suppress(LauncherError, OSError):
+        # The plan of another user's run may hold anything, also what is no path.
+        with suppress(LauncherError, OSError, ValueError):
             plan = run_store.read_plan_values(run_store.newest_plan_path(other))
             if any(_is_inside(path, run.root) for path in _model_paths(plan)):
                 yield other
@@ -104,8 +105,8 @@ def _dependents(run: RunDir, others: Iterable[RunDir]) -> Iterator[RunDir]:
 
 def _model_paths(plan: dict[str, Any]) -> Iterator[str]:
     lineage, model = plan.get("lineage"), plan.get("model")
-    if isinstance(lineage, dict):
-        yield lineage.get("run_dir", "")
+    if isinstance(lineage, dict) and isinstance(folder := lineage.get("run_dir"), str):
+        yield folder
     if isinstance(model, dict):
         yield from (path for name in ("path", "tokenizer_path") if isinstance(path := model.get(name), str))
 
