@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from launcher.run_records import RUNNING_STATES, Status
 from launcher.security import ownership
 from launcher.security.printable_stream import as_plain_lines
 from launcher.shell_commands import launcher_command
+from launcher.tracking.jsonl import open_lines
 
 _LOG_POLL_S = 0.3
 # A line may be of any length.
@@ -141,7 +143,7 @@ class _RankOutput:
         """Print what was not printed yet."""
         if not self.log.is_file():
             return
-        with open(self.log, "rb") as file:
+        with suppress(FileNotFoundError), open_lines(self.log) as file:
             file.seek(self.offset)
             for data in iter(lambda: file.readline(_LOG_BLOCK_BYTES), b""):
                 sys.stdout.write(as_plain_lines(data.decode(errors="replace")))

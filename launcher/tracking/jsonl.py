@@ -6,6 +6,7 @@ JSON has no NaN or infinity: such a metric is written as null, with its value as
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from launcher import atomic_files
 from launcher.plan.run_dir import RunDir
 
 # The end of an attempt that another one replaced while it was still running.
@@ -119,6 +121,20 @@ class _Appender:
                 os.close(descriptor)
 
 
+def open_lines(path: str | Path) -> io.BufferedReader:
+    """Open a file that grows by lines. In a run of another user, a pipe may take its place at any time: it counts as missing.
+
+    Raises:
+        FileNotFoundError: where there is no file.
+    """
+    try:
+        return io.BufferedReader(atomic_files.open_regular(Path(path)))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+
+
 class Tail:
     """Follows a file of JSON lines from its beginning; the file need not exist yet."""
 
@@ -129,7 +145,7 @@ class Tail:
     def poll(self) -> list[dict[str, Any]]:
         """Return the complete lines written since the last call, without waiting."""
         try:
-            with open(self._path, "rb") as file:
+            with open_lines(self._path) as file:
                 file.seek(self._offset)
                 data = file.read()
         except FileNotFoundError:
@@ -144,7 +160,7 @@ def iter_lines(path: str | Path, names: tuple[str, ...] = ("",)) -> Iterator[dic
 
     Each has only the metrics whose names begin with one of `names`: all metrics of a long run are gigabytes.
     """
-    with suppress(FileNotFoundError), open(path, "rb") as file:
+    with suppress(FileNotFoundError), open_lines(path) as file:
         # Of a longer line, pieces, which are no JSON.
         for raw in iter(lambda: file.readline(MAX_LINE_BYTES), b""):
             for line in decode_lines(raw):

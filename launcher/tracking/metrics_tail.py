@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Any
 
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Status
-from launcher.tracking.jsonl import MAX_LINE_BYTES, decode_lines
+from launcher.security import ownership
+from launcher.tracking.jsonl import MAX_LINE_BYTES, decode_lines, open_lines
 
 # Steps for medians: single steps vary.
 _NUM_RECENT = 20
@@ -22,6 +24,9 @@ _TRAINED = b'"train/loss"'
 _WAITS = (b'"time/eval_s"', b'"ckpt/stall_s"')
 # More than a run has, and than others may have had put into a file.
 _MOST_WAITS = 1_000_000
+# Of the metrics of another user's run: those of some hundred thousand steps.
+_MOST_COPIED_BYTES = 64 << 20
+_Content = mmap.mmap | bytes
 
 
 @dataclass(frozen=True)
@@ -114,13 +119,21 @@ def read_time_lines(path: str | Path, boundaries: Sequence[float]) -> list[dict[
 
 
 @contextmanager
-def _mapped(path: str | Path) -> Iterator[mmap.mmap]:
-    """Map a file. Raises ValueError for an empty one."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        yield data
+def _mapped(path: str | Path) -> Iterator[_Content]:
+    """Map a file. Raises ValueError for an empty one.
+
+    Of another user's, the end is read: where they cut off a file that is mapped, the system kills this process.
+    """
+    with open_lines(path) as file:
+        status = os.fstat(file.fileno())
+        if not ownership.accepts_owner(status.st_uid):
+            yield os.pread(file.fileno(), _MOST_COPIED_BYTES, max(0, status.st_size - _MOST_COPIED_BYTES))
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
 
 
-def _after(data: mmap.mmap, at: float) -> int:
+def _after(data: _Content, at: float) -> int:
     """Return the offset of the first line written after a time; lines are in the order of time."""
     low, high = 0, len(data)
     while low < high:
@@ -132,7 +145,7 @@ def _after(data: mmap.mmap, at: float) -> int:
     return low
 
 
-def _offsets(data: mmap.mmap, pattern: bytes) -> Iterator[int]:
+def _offsets(data: _Content, pattern: bytes) -> Iterator[int]:
     """Yield the offset of the first occurrence of `pattern` in each line that has one."""
     offset = data.find(pattern)
     while offset >= 0:
@@ -141,7 +154,7 @@ def _offsets(data: mmap.mmap, pattern: bytes) -> Iterator[int]:
         offset = data.find(pattern, end) if end >= 0 else -1
 
 
-def _backwards(data: mmap.mmap, pattern: bytes) -> Iterator[dict[str, Any]]:
+def _backwards(data: _Content, pattern: bytes) -> Iterator[dict[str, Any]]:
     """Yield the lines that contain `pattern`, newest first; torn lines are left out."""
     end = len(data)
     while (offset := data.rfind(pattern, 0, end)) >= 0:
@@ -149,12 +162,12 @@ def _backwards(data: mmap.mmap, pattern: bytes) -> Iterator[dict[str, Any]]:
         yield from decode_lines(_line(data, end))
 
 
-def _line(data: mmap.mmap, start: int) -> bytes:
+def _line(data: _Content, start: int) -> bytes:
     end = data.find(b"\n", start)
     return data[start : min(end if end >= 0 else len(data), start + MAX_LINE_BYTES)]
 
 
-def _sampled(data: mmap.mmap, num_points: int) -> Iterator[dict[str, Any]]:
+def _sampled(data: _Content, num_points: int) -> Iterator[dict[str, Any]]:
     """Yield the training steps that follow evenly spaced offsets."""
     before = -1
     for i in range(num_points):

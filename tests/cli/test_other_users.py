@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
@@ -24,6 +25,7 @@ from launcher.checkpoint.mirror import download
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder
 from launcher.checkpoint.mirror.upload import Mirror
 from launcher.cli import runs
+from launcher.cli.main import main
 from launcher.cli.status import _ask_backend, _state_reader
 from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JobsApiSubmission
@@ -31,6 +33,8 @@ from launcher.config.sections.ray import RaySection
 from launcher.errors import DamagedRun, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
+from launcher.tracking.jsonl import JsonlTracker, Tail, iter_lines
+from launcher.tracking.metrics_tail import read_tail
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -287,3 +291,62 @@ def test_a_mirrored_run_is_not_downloaded_to_where_others_could_replace_it(tmp_p
     with pytest.raises(SubmitError, match=r"the run b is not trusted: .*elsewhere can be written by everyone"):
         runs.run("resume", [f"{mirror}/b", "--root", str(root)])
     assert [path.name for path in (root / "b").iterdir()] == [download.MARKER], "nothing was fetched"
+
+
+@pytest.mark.timeout(120)
+def test_a_pipe_that_takes_the_place_of_a_file_after_the_run_was_checked_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "metrics.jsonl")
+    assert (Tail(pipe).poll(), list(iter_lines(pipe)), read_tail(pipe).losses) == ([], [], ())
+
+
+_CUT_OFF = """
+import os, sys
+from launcher.tracking import metrics_tail
+
+with metrics_tail._mapped(sys.argv[1]) as data:
+    os.truncate(sys.argv[1], 0)
+    print(data.rfind(b"train/loss") > 0)
+"""
+
+
+def test_metrics_that_their_owner_cuts_off_while_they_are_read_end_no_command(run: RunDir) -> None:
+    """The system kills a process that reads a mapped file beyond its end."""
+    give(run.root)
+    done = subprocess.run([sys.executable, "-c", _CUT_OFF, str(run.metrics)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(
+            (("memory", "per_rank_gib"), 1e308),
+            (("provenance",), "a text"),
+            (("provenance",), 5),
+            (("provenance", "packages"), "x"),
+        ),
+        *((("provenance", "overrides"), 5), (("topology", "world_size"), "two"), (("topology", "world_size"), None)),
+    ],
+)
+def test_values_that_no_launcher_writes_are_no_traceback(
+    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: tuple[str, ...], value: object
+) -> None:
+    values = json.loads(run.plan.read_text())
+    part = values
+    for name in key[:-1]:
+        part = part[name]
+    part[key[-1]] = value
+    run.plan.write_text(json.dumps(values))
+    give(run.root)
+    page = str(tmp_path / "page.html")
+    for words in (["report", str(run.root), "--html", page], ["diff", str(run.root), str(run.root)], ["logs", str(run.root)]):
+        assert main(words) in (0, 1, 2), words
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_losses_at_the_end_of_the_numbers_are_no_traceback(run: RunDir, tmp_path: Path) -> None:
+    log = JsonlTracker(run, 2)
+    for step, loss in ((11, 1e308), (12, -1e308), (13, 2.0)):
+        log.log(step, {"train/loss": loss, "eval/held_out/loss": loss, "perf/tokens_per_sec": loss})
+    give(run.root)
+    assert main(["report", str(run.root), "--html", str(tmp_path / "page.html")]) == 0
