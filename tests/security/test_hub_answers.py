@@ -63,10 +63,10 @@ class HostileHub(BaseHTTPRequestHandler):
             return self._send_without_end()
         if "/tree/" in path:
             oid = f"{OUTSIDE}/oid" if name == "tree" else "2" * 40
-            listing = [{"type": "file", "path": "train.jsonl", "size": len(FILE), "oid": oid}]
+            listing = [{"type": "file", "path": "config.json", "size": len(FILE), "oid": oid}]
             return self._send(200, json.dumps(listing).encode(), {})
         sha = f"{OUTSIDE}/sha" if name == "sha" else COMMIT
-        siblings = [{"rfilename": "train.jsonl"}]
+        siblings = [{"rfilename": "train.jsonl" if "/datasets/" in path else "config.json"}]
         return self._send(200, json.dumps({"id": f"owner/{name}", "sha": sha, "siblings": siblings}).encode(), {})
 
     do_HEAD = do_GET
@@ -122,7 +122,7 @@ def test_no_answer_of_a_server_leads_out_of_the_cache(hub: str, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout.splitlines()[-1])
     for name in ("plain", "weak"):
-        assert (Path(outcomes[name]) / "train.jsonl").read_bytes() == FILE, outcomes[name]
+        assert (Path(outcomes[name]) / "config.json").read_bytes() == FILE, outcomes[name]
     for name in (*attacks, "rows"):
         assert outcomes[name].startswith("DataError: the answer of the Hub is not used: "), (name, outcomes[name])
         assert "remedy: set HF_ENDPOINT to a server that you trust" in outcomes[name]
@@ -140,7 +140,7 @@ def test_a_command_says_which_server_it_does_not_believe(hub: str, tmp_path: Pat
     assert not (tmp_path / "outside").exists()
 
 
-@pytest.mark.parametrize("name", ["..", "../x", 'W/"../x"', '"a/../../x"', '"/etc/x"', "a\\..\\x", "W//etc/x"])
+@pytest.mark.parametrize("name", ["..", "../x", 'W/"../x"', '"a/../../x"', '"/etc/x"', "a\\..\\x"])
 def test_names_that_lead_out_of_a_folder(name: str) -> None:
     assert leads_outside(name)
 

@@ -107,9 +107,11 @@ def url_problem(key: str, url: str) -> Problem | None:
     """Return the problem of an address with an unknown protocol; `key` is its setting."""
     from fsspec.registry import available_protocols
 
+    if problem := address_problem(key, url):
+        return problem
     protocol = url.split("://")[0]
     if protocol in available_protocols():
-        return address_problem(key, url)
+        return None
     return Problem(f"the protocol {protocol}:// is unknown", key, url, "write s3://, gs://, hf://datasets/ or https://")
 
 
