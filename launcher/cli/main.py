@@ -43,6 +43,25 @@ VERBS: Mapping[str, str] = {
     "drill": "drill",
     "doctor": "doctor",
 }
+# Verbs of other programs, by the verb that does the same here.
+_VERBS_ELSEWHERE = {
+    "train": "run start launch submit fit sft finetune fine-tune",
+    "data": "prepare preprocess tokenize dataset",
+    "plan": "validate dry-run estimate",
+    "init": "new create",
+    "ls": "list runs ps",
+    "status": "show info describe watch monitor",
+    "logs": "log tail",
+    "cancel": "stop kill abort interrupt",
+    "resume": "continue restart",
+    "export": "convert merge push upload",
+    "evaluate": "eval test",
+    "diff": "compare",
+    "rm": "remove delete del",
+    "clean": "prune cache",
+    "doctor": "check env",
+    "--version": "version",
+}
 # The verbs that compose settings.
 COMPOSING = ("train", "plan", "data", "doctor")
 _FLAGS_WITHOUT_VALUE = ("--json", "--follow", "--detach", "--yes", "-m", "--multirun")
@@ -148,7 +167,7 @@ def _main(argv: Sequence[str] | None) -> int:
     tokens, owners = _without_trusted_owners(tokens)
     if tokens[:1] in (["--help"], ["-h"]):
         return _print(HELP)
-    if "--version" in tokens:
+    if "--version" in tokens or tokens == ["-V"]:
         return _print(_versions())
     if not tokens:
         print(_FIRST_STEPS, end="")
@@ -203,6 +222,10 @@ def _is_verb(token: str) -> bool:
 
 
 def _run(verb: str, tokens: list[str]) -> int:
+    if verb == "help" and tokens[:1] and tokens[0] in VERBS:
+        verb, tokens = tokens[0], ["--help"]
+    elif verb in COMPOSING and tokens == ["help"]:
+        tokens = ["--help"]
     if verb == "help":
         return _print(HELP)
     if verb not in VERBS:
@@ -239,7 +262,9 @@ def _unknown_verb(verb: str) -> Problem:
 
     if _is_run(verb):
         return _run_without_verb(verb)
-    matches = difflib.get_close_matches(verb, VERBS, n=1)
+    name = verb.lower()
+    meant = next((own for own, others in _VERBS_ELSEWHERE.items() if name in others.split()), "")
+    matches = [meant] if meant else difflib.get_close_matches(name, VERBS, n=1)
     guess = f"did you mean {matches[0]}? " if matches else ""
     return Problem(
         f"there is no verb {redact(verb)}",

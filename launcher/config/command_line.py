@@ -178,8 +178,8 @@ def _override_problem(parser: Any, token: str, previous: str, has_multirun: bool
         return _unparsed(parser, match, has_multirun)
     if not is_sweep or has_multirun:
         return None
-    text = quoted(parser, match["prefix"] + key, value)
-    one_value = f"; for one value with commas, write {text}" if text and key not in GROUPS else ""
+    text = _as_one_value(parser, match["prefix"] + key, value)
+    one_value = f"; for one value with commas, write {text}" if text else ""
     return Problem(
         f"{key}: the commas make this a list of values to try, and the flag -m is missing",
         where=COMMAND_LINE,
@@ -219,13 +219,42 @@ def _unparsed(parser: Any, match: re.Match[str], has_multirun: bool) -> Problem:
     if has_multirun and "," in value:
         remedy = f"quote the values of the sweep one by one, as in '{key}=a,\"~/b (1)\"'"
         return Problem(f"{key}: a value has characters that Hydra reads as its own syntax", COMMAND_LINE, match[0], remedy)
-    text = quoted(parser, match["prefix"] + key, value)
-    return Problem(
-        f"{key}: the value has characters that Hydra reads as its own syntax",
-        where=COMMAND_LINE,
-        value=match[0],
-        remedy=f"quote it twice, for the shell and for Hydra: {text}" if text else "write key=value or group=option",
-    )
+    if words := _several(match[0]):
+        message = f"{key}: the value has further overrides in it"
+        return Problem(message, COMMAND_LINE, match[0], f"write each as a word of its own: {words}")
+    text = _as_one_value(parser, match["prefix"] + key, value)
+    if key in GROUPS:
+        remedy = "write group=option"
+    elif _takes_text(key):
+        remedy = f"quote it twice, for the shell and for Hydra: {text}" if text else "write key=value or group=option"
+    else:
+        remedy = f"write {text}" if text else f"write {key}=VALUE with a value of the kind: {settings()[key].type}"
+    return Problem(f"{key}: the value has characters that Hydra reads as its own syntax", COMMAND_LINE, match[0], remedy)
+
+
+def _several(token: str) -> str:
+    """Return the overrides that one word of the shell holds, as several words; empty where it holds one."""
+    words = token.split()
+    keys = [word.partition("=")[0].lstrip("+~") for word in words if "=" in word]
+    return shlex.join(words) if len(words) == len(keys) > 1 and all(key in settings() or key in GROUPS for key in keys) else ""
+
+
+def _takes_text(key: str) -> bool:
+    """Return whether a value of the setting may be any text; a key that does not exist may stand for such a setting."""
+    kind = settings()[key].type if key in settings() else "text"
+    return any(name in kind.split() for name in ("text", "name")) and not kind.startswith("list")
+
+
+def _as_one_value(parser: Any, key: str, value: str) -> str:
+    """Return an override as it is typed in a shell, so that Hydra takes its value as one; empty where quotes do not help."""
+    name = key.lstrip("+")
+    if name in GROUPS:
+        return ""
+    if _takes_text(name):
+        return quoted(parser, key, value)
+    items = value.strip("()[] ")
+    is_list = settings()[name].type.startswith(("list", "["))
+    return shlex.quote(f"{key}=[{items}]") if is_list and re.fullmatch(r"[\w., /@-]+", items) else ""
 
 
 def _bare_word(parser: Any, word: str, previous: str) -> Problem:

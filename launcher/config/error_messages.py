@@ -40,8 +40,20 @@ _OUT_OF_BOUNDS = {
     "too_short": "has too few entries",
     "too_long": "has too many entries",
 }
+# What people write for an option, by its name.
+_OPTIONS_ELSEWHERE = {
+    "cluster": {
+        "static": "k8s kubernetes kubeflow pytorchjob ssh pdsh mpi mpirun torchrun sagemaker azureml runpod lambda",
+        "slurm": "sbatch srun salloc submitit",
+        "ray": "kuberay anyscale skypilot",
+        "local": "localhost none single",
+    },
+    "tracking": {"none": "false off no disabled null"},
+}
 _ABSENT = object()
 _NUM_GUESSES = 3
+# Letters and digits with which an option begins that is meant by them, and how many such options are named.
+_MIN_BEGINNING, _NUM_OPTIONS = 3, 8
 _UNIFORM_KEY = re.compile(r"\[\d+\]")
 
 
@@ -161,8 +173,12 @@ def _by_type(key: str, setting: Setting | None, item: Mapping[str, Any], origins
         guess = did_you_mean(str(value), setting.type.removesuffix(" or null").split(" | "))
         remedy = f"{guess} {remedy}".strip()
     if kind == "string_type" and isinstance(value, int | float) and "[" not in key:
-        quoted = f'{key.rpartition(".")[2]}: "{value}"'
-        remedy = f"quote it: `{quoted}`" if _is_in_run_file(key, origins) else f"quote it twice: '{key}=\"{value}\"'"
+        text = str(value).lower()
+        quoted = f'{key.rpartition(".")[2]}: "{text}"'
+        remedy = f"quote it: `{quoted}`" if _is_in_run_file(key, origins) else f"quote it twice: '{key}=\"{text}\"'"
+    if kind == "int_type" and isinstance(value, float) and value.is_integer() and "[" not in key:
+        last = key.rpartition(".")[2]
+        remedy = f"write `{last}: {value:.0f}`" if _is_in_run_file(key, origins) else f"write {key}={value:.0f}"
     return Problem(
         f"{key}: {message.format(**item.get('ctx', {}))}", where=origins.of(key), value=_plain(key, value), remedy=remedy
     )
@@ -208,13 +224,37 @@ def no_such_option(group: str, option: str, options: Sequence[str], token: str, 
 
     `in_file` is whether a run's file selects the option.
     """
-    remedy = f"{did_you_mean(option, options)} choose one of: {', '.join(options)}".strip()
+    guess = _guess_option(group, option, options)
+    remedy = f"{guess} choose one of: {', '.join(options)}".strip()
     if _is_path_for(group, option):
         in_brackets = option if re.fullmatch(r"[\w./-]+", option) else f"'{option}'"
         as_override = f"{'data=jsonl ' if group == 'data' else ''}{group}.path={option}"
         remedy = f"write `{group}: {{path: {in_brackets}}}`" if in_file else f"write {as_override}"
         remedy += "; a name alone selects an option"
+    elif group == "deepspeed" and option.endswith(".json"):
+        remedy = (
+            "remove it: the plan makes DeepSpeed's configuration, and `plan --json` shows it; keys without a setting of their "
+        )
+        remedy += f"own are those of deepspeed.extra; presets are {', '.join(options)}"
     return Problem(f"{group}={option}: there is no such option", where="command line", value=token, remedy=remedy)
+
+
+def _guess_option(group: str, option: str, options: Sequence[str]) -> str:
+    """Return `did you mean X?` for an option: the same letters and digits, those that begin so, or the closest; else nothing."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", name.lower())
+
+    wanted = plain(option)
+    names = [name for name in options if plain(name) == wanted]
+    if not names and len(wanted) >= _MIN_BEGINNING:
+        names = [name for name in options if plain(name).startswith(wanted)]
+    meant = next((own for own, others in _OPTIONS_ELSEWHERE.get(group, {}).items() if option.lower() in others.split()), "")
+    names = names or [name for name in options if name == meant]
+    if names:
+        return f"did you mean {' or '.join(names[:_NUM_OPTIONS])}?"
+    longest = max((name for name in options if wanted.startswith(plain(name))), key=len, default="")
+    return did_you_mean(option.lower(), options) or (f"did you mean {longest}?" if longest else "")
 
 
 def _is_path_for(group: str, option: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from collections.abc import Mapping
 
 from launcher.config.introspect import settings
@@ -55,6 +56,13 @@ _CONVERSIONS = {
     "warmup_ratio": "It is a number of steps, the ratio times train.max_steps: for a ratio of 0.03 of 1,000 steps "
     "write optim.warmup_steps=30",
 }
+# What names of other trainers ask for that the launcher does not do, and what to do instead.
+_NOT_SERVED = {
+    re.compile(r"lora|peft|adapter"): "all parameters are trained: remove it; for LoRA use PEFT with TRL, Axolotl, "
+    "LLaMA-Factory or Unsloth",
+    re.compile(r"load_in_[48]bit|^quantiz.*config|^bnb_"): "all parameters are trained, and quantized ones cannot be: remove it",
+    re.compile(r"^(finetuning|fine_tuning|tuning)_(type|method)$"): "all parameters are trained: remove it",
+}
 _NUM_SHOWN = 3
 
 
@@ -80,13 +88,16 @@ def _last_part(key: str) -> str:
 def suggest_setting(key: str) -> str:
     """Return `did you mean SETTING?` for a key that does not exist, or an empty text.
 
-    The last part counts in every section, and other trainers' names are known.
+    The last part counts in every section, and other trainers' names are known, also of what the launcher does not do.
     """
+    key = key.lower()
     # Settings of held-out rows are those of the data: eval.max_rows is data.eval_max_rows.
     if key.startswith("eval.") and (of_data := f"data.eval_{key.removeprefix('eval.')}") in settings():
         return f"did you mean {of_data}?"
     if meant := meant_setting(key):
         return f"did you mean {meant}? {conversion(key)}".rstrip()
+    if instead := next((text for pattern, text in _NOT_SERVED.items() if pattern.search(_last_part(key))), ""):
+        return instead
     names = list(settings())
     if guess := did_you_mean(key, names):
         return guess

@@ -17,7 +17,7 @@ from forked import preloaded
 
 from launcher import __version__
 from launcher.cli.cleanup import run_folders
-from launcher.cli.main import VERBS, main
+from launcher.cli.main import _VERBS_ELSEWHERE, VERBS, main
 from launcher.plan.launch_plan import LaunchPlan
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -169,6 +169,39 @@ def test_an_unknown_verb_is_refused(forked: Run) -> None:
     text = refused(forked("paln", "model=tiny"))
     assert text.startswith("there is no verb paln\n")
     assert "did you mean plan?" in text
+
+
+@pytest.mark.parametrize(
+    ("verb", "own"), [("stop", "cancel"), ("delete", "rm"), ("run", "train"), ("PLAN", "plan"), ("version", "--version")]
+)
+def test_a_verb_of_other_programs_is_answered_with_the_one_that_is_meant(
+    capsys: pytest.CaptureFixture[str], verb: str, own: str
+) -> None:
+    assert main([verb, "first"]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith(f"there is no verb {verb}\n")
+    assert f"remedy: did you mean {own}? verbs are" in text
+
+
+def test_verbs_of_other_programs_are_no_verbs_here() -> None:
+    elsewhere = [name for names in _VERBS_ELSEWHERE.values() for name in names.split()]
+    assert len(set(elsewhere)) == len(elsewhere)
+    assert not set(elsewhere) & VERBS.keys()
+    assert _VERBS_ELSEWHERE.keys() - VERBS.keys() == {"--version"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "same"),
+    [(["help", "data"], ["data", "--help"]), (["plan", "help"], ["plan", "--help"]), (["-V"], ["--version"])],
+)
+def test_help_and_version_are_shown_where_people_look_for_them(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], same: list[str]
+) -> None:
+    texts = []
+    for tokens in (arguments, same):
+        assert main(tokens) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != ""
 
 
 @pytest.mark.parametrize("arguments", [["model=tiny", "plan"], ["--json", "plan", "model=tiny"], ["data", "model=tiny", "plan"]])

@@ -48,6 +48,8 @@ Shown = Callable[..., str]
             "did you mean bf16? set model.dtype to auto, bf16, fp16 or fp32",
         ),
         ("run.name=123", "run.name: must be text", "123", "quote it twice: 'run.name=\"123\"'"),
+        ("train.max_steps=1e3", "train.max_steps: must be a whole number", "1000.0", "write train.max_steps=1000"),
+        ("run.name=true", "run.name: must be text", "true", "quote it twice: 'run.name=\"true\"'"),
         (
             "eval.sets=[{name: held_out, path: a.jsonl}]",
             "eval.sets[0].name: names the held-out rows of the training data",
@@ -157,6 +159,26 @@ def test_group_options_get_a_suggestion(refused: Refused) -> None:
     assert problem.message == "deepspeed=zero3_ofload: there is no such option"
     assert (problem.where, problem.value) == ("command line", "deepspeed=zero3_ofload")
     assert problem.remedy == "did you mean zero3_offload? choose one of: zero3, zero3_nvme, zero3_offload, zero3_pp"
+
+
+@pytest.mark.parametrize(
+    ("token", "remedy"),
+    [
+        ("model=Qwen3-8B", "did you mean qwen3_8b? "),
+        ("model=Tiny", "did you mean tiny? "),
+        ("model=mistral", "did you mean mistral_7b_v0_3 or mistral_nemo_12b or mistral_small_24b? "),
+        ("experiment=llama3_8b", "did you mean llama3_8b_one_gpu_offload or llama3_8b_one_node? "),
+        ("optim=adamw_torch", "did you mean adamw? "),
+        ("cluster=kubernetes", "did you mean static? "),
+        ("+cluster=sbatch", "did you mean slurm? "),
+        ("tracking=false", "did you mean none? "),
+        ("deepspeed=ds_config.json", "remove it: the plan makes DeepSpeed's configuration"),
+    ],
+)
+def test_an_option_under_another_name_gets_a_suggestion(refused: Refused, token: str, remedy: str) -> None:
+    (problem,) = refused(token)
+    assert problem.message.endswith(": there is no such option")
+    assert problem.remedy.startswith(remedy)
 
 
 def test_an_empty_group_option_is_refused(refused: Refused) -> None:
@@ -360,6 +382,10 @@ def own_option(tmp_path: Path, group: str, option: str, text: str) -> None:
         ("warmup_ratio=0.03", "did you mean optim.warmup_steps? It is a number of steps, the ratio times train.max_steps: "),
         ("--warmup-ratio=0.03", "did you mean optim.warmup_steps? It is a number of steps, the ratio times train.max_steps: "),
         ("optimizer.lr=1", "did you mean optim.lr?"),
+        ("MODEL=tiny", "did you mean model?"),
+        ("lora_r=8", "all parameters are trained: remove it; for LoRA use PEFT"),
+        ("model.load_in_4bit=true", "all parameters are trained, and quantized ones cannot be"),
+        ("deepspeed.quantized_weigth=true", "did you mean deepspeed.quantized_weights?"),
         ("qqq=1", "write section.name=value; the sections are: run, model, data, "),
         ("optim.qqq=1", "the settings in this section are: optim.name, optim.lr, "),
     ],

@@ -48,6 +48,24 @@ def test_commas_in_a_value_are_a_sweep_or_one_quoted_value(refused: Refused, com
     assert compose("data=jsonl", word)[0].config.data.path == "a,b.jsonl"
 
 
+@pytest.mark.parametrize(
+    ("token", "remedy"),
+    [
+        ("optim.betas=0.9,0.95", "add -m for one run per value; for one value with commas, write 'optim.betas=[0.9,0.95]'"),
+        ("optim.betas=(0.9, 0.95)", "write 'optim.betas=[0.9, 0.95]'"),
+        # Quotation marks do not help where the value is no text.
+        ("model.dtype=fp16,bf16", "add -m for one run per value"),
+        ("train.max_steps=1,000", "add -m for one run per value"),
+        ("optim.lr=10^-5", "write optim.lr=VALUE with a value of the kind: float > 0"),
+        ("model==tiny", "write group=option"),
+        ("model=tiny optim.lr=1e-5", "write each as a word of its own: model=tiny optim.lr=1e-5"),
+    ],
+)
+def test_the_remedy_suits_the_kind_of_value(refused: Refused, token: str, remedy: str) -> None:
+    (problem,) = refused(token)
+    assert problem.remedy == remedy
+
+
 def test_commas_between_options_are_a_sweep(refused: Refused) -> None:
     (problem,) = refused("model=tiny,demo")
     assert problem.remedy == "add -m for one run per value"

@@ -5,6 +5,9 @@
 step "settings come from the wheel" launcher plan --info searchpath
 says "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/launcher/conf"
 [ -z "$(ls -A | grep -v output)" ] || fail "looking at settings leaves files"
+step "version" launcher --version
+says deepspeed
+refused "a misspelled verb" "did you mean train?" launcher trian
 python "$here/make_chats.py" 20000 >chats.jsonl
 
 # The file is what the other commands read.
@@ -17,6 +20,13 @@ says "all-reduce"
 step "data" python -m launcher data chats.yaml
 says "20,000"
 step "data, cached" launcher data chats.yaml --show 2 --html data.html
+step "an experiment" launcher plan experiment=llama3_8b_one_node data.path=chats.jsonl
+says HF_TOKEN
+says "tokens/s"
+step "a sweep" launcher plan -m chats.yaml optim.lr=1e-5,2e-5
+[ "$(grep -c '^run ' output)" = 2 ] || fail "not two runs"
+refused "two machines without a name" "run.name is needed" env NNODES=2 NODE_RANK=0 MASTER_ADDR=127.0.0.1 \
+  launcher train chats.yaml +cluster=static
 step "plan" python -m launcher plan chats.yaml
 says "chats.yaml; data.sources[0].path is $PWD/chats.jsonl"
 refused "a misspelled name" "did you mean tiny?" launcher plan chats.yaml model=tinny
@@ -26,6 +36,9 @@ step "plan of a run's settings" launcher plan first.yaml
 says "first in runs/first"
 step "status" launcher status first
 says completed
+step "watch until the end" launcher status first --watch
+refused "cancel of a completed run" "the run is not running" launcher cancel first
+refused "resume of a completed run" "train.max_steps" launcher resume first
 step "logs" launcher logs first
 ! grep -q "Loading weights" output || fail "bars of transformers in the log"
 step "report" launcher report first --html report.html
@@ -36,6 +49,7 @@ step "why a step" launcher why first 12 --no-scores
 says "chats.jsonl:"
 step "documents by their losses" launcher data --scored first --split held_out
 says "likely mislabeled"
+step "leave them out" launcher data --scored first --split held_out --exclude out.jsonl
 step "drift" launcher drift first chats.jsonl --no-likelihood
 says "The prompts are like those of training"
 step "evaluate" launcher evaluate first evaluate.max_prompts=2 evaluate.max_new_tokens=4
@@ -60,10 +74,15 @@ model.generate(**tokenizer("The pump", return_tensors="pt"), max_new_tokens=2)'
 step "list" launcher ls
 step "compare two runs" launcher diff first killed
 says "export.enabled"
+step "report of two runs" launcher report first killed --html both.html
+step "compare with a file" launcher diff first first.yaml
 refused "remove without a question" "there is no terminal to ask on" launcher rm killed
 step "remove a run" launcher rm killed --yes
 [ ! -e runs/killed ] || fail "the run is still there"
 step "look at the cache" launcher clean --dry-run
 says "in all"
+# The run that is left can be resumed with more steps, and everything was used just now.
+step "clean" launcher clean --yes
+says "nothing to remove"
 step "schema" launcher schema
 step "completion" bash -c 'eval "$(launcher completion bash)" && complete -p launcher'
