@@ -125,13 +125,14 @@ def _check_code_of_run(value: str, model: ModelSection) -> list[Problem]:
 
 
 def local_folder(value: str) -> str:
-    """Return ./owner/name for an existing folder of that name, which is taken before a Hub repository; else the value."""
-    return f"./{value}" if HUB_ID_PATTERN.fullmatch(value) and Path(value).is_dir() else value
+    """Return ./owner/name for an existing folder or file of that name, which is taken before a Hub repository; else the value."""
+    return f"./{value}" if HUB_ID_PATTERN.fullmatch(value) and Path(value).exists() else value
 
 
 def _missing_folder(key: str, value: str, folder: Path) -> Problem:
     absent = [folder, *(parent for parent in folder.parents if not parent.exists())]
-    similar = _similar_folders(absent[-1], cutoff=0.5)
+    is_in_model = folder.is_file() and (folder.parent / "config.json").is_file()
+    similar = [str(folder.parent)] if is_in_model else _similar_folders(absent[-1], cutoff=0.5)
     guess = f"did you mean {' or '.join(similar)}? " if similar else ""
     remedy = f"{guess}check the path; relative ones start at {Path.cwd()}"
     reason = "this is a file, not a folder" if folder.exists() else "there is no such folder"
@@ -141,10 +142,10 @@ def _missing_folder(key: str, value: str, folder: Path) -> Problem:
 def _similar_folders(folder: Path, cutoff: float) -> list[str]:
     """Return the folders beside a missing one whose names are closest to its name, at most three."""
     try:
-        beside = {path.name: path for path in folder.parent.iterdir() if path.is_dir()}
+        beside = {path.name.casefold(): path for path in folder.parent.iterdir() if path.is_dir()}
     except OSError:
         return []
-    return [str(beside[name]) for name in difflib.get_close_matches(folder.name, beside, n=3, cutoff=cutoff)]
+    return [str(beside[name]) for name in difflib.get_close_matches(folder.name.casefold(), beside, n=3, cutoff=cutoff)]
 
 
 def _check_hub_model(value: str, model: ModelSection) -> list[Problem]:
@@ -154,10 +155,16 @@ def _check_hub_model(value: str, model: ModelSection) -> list[Problem]:
         folder = locate(value, model).folder
         return folder_problems(folder, model) if folder is not None else []
     # A model of another size has other digits in its name.
-    similar = [path for path in _similar_folders(Path(value), cutoff=0.7) if _digits(path) == _digits(value)]
+    folder = Path(value)
+    beside = _similar_folders(folder, cutoff=0.7)
+    if not folder.parent.exists():
+        # The name is right, and the folder above it is not.
+        above = _similar_folders(folder.parent, cutoff=0.7)
+        beside = [path for name in above if (path := f"{name}/{folder.name}") and Path(path).is_dir()]
+    similar = [path for path in beside if _digits(path) == _digits(value)]
     if not similar:
         return []
-    remedy = f"did you mean ./{similar[0]}? For a model of the hub, start from a folder without {Path(value).parent}/"
+    remedy = f"did you mean ./{similar[0]}? For a model of the hub, start from a folder without {Path(similar[0]).parent}/"
     return [Problem("model.path: there is no such folder, but a similar one", where="model.path", value=value, remedy=remedy)]
 
 

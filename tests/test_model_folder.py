@@ -65,6 +65,8 @@ def test_a_damaged_config_is_named_with_line_and_column(folder: Path, content: b
         ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantized (awq)"),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "m.C"}}, "the model needs its own Python code (auto_map)"),
         ({"model_type": "mine"}, "does not know the architecture mine"),
+        ({"model_type": "llava"}, "transformers has no causal language model of it"),
+        ({"model_type": "clip"}, "transformers has no causal language model of it"),
         ({"vocab_size": None}, "the model's config.json lacks vocab_size"),
     ],
 )
@@ -78,6 +80,28 @@ def test_a_model_that_cannot_be_trained_is_refused_by_its_config(folder: Path, c
 def test_the_code_of_a_known_architecture_is_not_needed(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**CONFIG, "auto_map": {"AutoConfig": "m.C"}}))
     assert problems(folder) == []
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (["adapter_config.json"], "the folder holds a LoRA adapter (adapter_config.json) and no model"),
+        (["model.Q4_1.gguf"], "the folder holds GGUF files and no config.json"),
+        (["model-1.safetensors", "model-2.safetensors"], "the folder has no config.json"),
+    ],
+)
+def test_a_folder_without_a_model_says_what_it_holds(tmp_path: Path, files: list[str], message: str) -> None:
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    (problem,) = problems(tmp_path)
+    assert problem.message == f"model.path: {message}"
+    assert problem.remedy
+
+
+def test_shards_without_their_index_are_named(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").unlink()
+    (problem,) = problems(folder)
+    assert problem.message.startswith("model.path: model.safetensors.index.json is missing, which tells what is in model-0.saf")
 
 
 def test_all_damaged_files_are_named_at_once(folder: Path) -> None:

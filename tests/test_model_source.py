@@ -100,6 +100,20 @@ def test_a_local_folder_is_taken_before_a_hub_repository(tmp_path: Path, monkeyp
     assert problem.message == "model.path: there is no such folder", "a path of three parts is no hub id"
     (problem,) = model_source.check_model(ModelSection(path="./modls/good"))
     assert problem.remedy.startswith("did you mean models?")
-    (tmp_path / "file").touch()
-    (problem,) = model_source.check_model(ModelSection(path="./file"))
+    # Another case, and a misspelled folder above.
+    for misspelled in ("models/Goood", "Models/good", "model/good"):
+        (problem,) = model_source.check_model(ModelSection(path=misspelled))
+        assert problem.remedy.startswith(
+            "did you mean ./models/good? For a model of the hub, start from a folder without models/"
+        )
+    (tmp_path / "models/good/config.json").touch()
+    assert model_source.local_folder("models/file") == "models/file"
+    (tmp_path / "models/file").touch()
+    assert model_source.local_folder("models/file") == "./models/file"
+    (problem,) = model_source.check_model(ModelSection(path="./models/file"))
     assert problem.message == "model.path: this is a file, not a folder"
+    (problem,) = model_source.check_model(ModelSection(path="./models/good/config.json"))
+    assert problem.remedy.startswith("did you mean models/good?")
+    (problem,) = model_source.check_model(ModelSection(path="./models"))
+    assert problem.message == "model.path: the folder has no config.json"
+    assert problem.remedy == "did you mean models/good?"

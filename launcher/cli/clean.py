@@ -23,6 +23,7 @@ from launcher.tracking.metrics import format_duration
 
 _SECONDS = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 _BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
+_BYTES_IN_LOWER_CASE = {unit.lower(): num_bytes for unit, num_bytes in _BYTES.items()}
 _COLUMNS = ("kind", "path", ">size", ">last use", "runs", "action")
 _RUNS_SHOWN = 3
 
@@ -93,8 +94,8 @@ def _seconds(value: str) -> float:
 
 
 def _num_bytes(value: str) -> float:
-    if match := re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(_BYTES)})", value):
-        return float(match[1]) * _BYTES[match[2]]
+    if match := re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(_BYTES_IN_LOWER_CASE)})", value.lower()):
+        return float(match[1]) * _BYTES_IN_LOWER_CASE[match[2]]
     raise argparse.ArgumentTypeError(f"{value} is not a size: write a number and {', '.join(_BYTES)}, such as 200GiB")
 
 

@@ -23,7 +23,7 @@ from launcher.cli.views.memory_view import why_lines
 from launcher.cli.views.plan_view import LABEL_WIDTH, plan_json, plan_lines, started_lines, sweep_lines
 from launcher.cli.worker_process import check_extra, prepare, run_worker_module, worker_environment
 from launcher.clusters.backends import Cluster, StatusReader, cluster_for, status_reader_for
-from launcher.clusters.preflight import check_startable, disk_note, push_note
+from launcher.clusters.preflight import check_startable, disk_note, folder_problem, push_note
 from launcher.config.compose import Composed, require_distinct_runs, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_REFUSED, DataError, Problem, RunError, SubmitError, describe
@@ -296,7 +296,9 @@ def _node_of(composed: Composed, cluster: Cluster) -> Callable[[], DeviceFacts]:
 
 
 def _location_warning(plan: LaunchPlan) -> str | None:
-    """Return which folder above the run lets others replace it, so that commands refuse it; None if there is none."""
+    """Return why the run directory cannot be made, or which folder above it lets others replace it; None if nothing is wrong."""
+    if problem := folder_problem(Path(plan.run_dir)):
+        return f"train will be refused: {problem.message}; {problem.remedy}"
     problem = ownership.location_problem(RunDir(Path(plan.run_dir)))
     return f"train, resume and export will be refused: {problem.message}; {problem.remedy}" if problem else None
 

@@ -77,7 +77,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 
 def _folder_error(folder: str) -> SubmitError:
     """Return the error for a folder in place of the URL of a mirror."""
-    is_run = (Path(folder) / "status.json").is_file()
+    is_run = any((Path(above) / folder / "status.json").is_file() for above in ("", DEFAULT_ROOT))
     command = launcher_command("status", folder) if is_run else launcher_command("ls", "--root", folder)
     remedy = f"show {'this run' if is_run else 'the runs in this folder'} with: {command}"
     return SubmitError(

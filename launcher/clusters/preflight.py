@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.checkpoint import store
-from launcher.errors import SubmitError
+from launcher.errors import Problem, SubmitError
 from launcher.export import hub
 from launcher.plan import disk
 from launcher.plan.run_dir import RunDir
@@ -20,9 +21,11 @@ def check_startable(plan: LaunchPlan) -> None:
     """Refuse a run that could train but could not save or upload its result.
 
     Raises:
-        SubmitError: if the disk has no room for one checkpoint, a push to the Hub lacks a token or would be public, or the
-            mirror cannot be written.
+        SubmitError: if the run directory cannot be made, the disk has no room for one checkpoint, a push to the Hub lacks a token
+            or would be public, or the mirror cannot be written.
     """
+    if problem := folder_problem(Path(plan.run_dir)):
+        raise SubmitError(problem)
     repo_id = plan.config.export.push_to_hub
     if repo_id and (problem := hub.token_problem("export.push_to_hub", repo_id)):
         raise SubmitError(problem)
@@ -37,6 +40,20 @@ def check_startable(plan: LaunchPlan) -> None:
         from launcher.checkpoint.mirror import upload
 
         upload.require_usable_mirror(plan)
+
+
+def folder_problem(run_dir: Path) -> Problem | None:
+    """Return why the directory of a run cannot be made; None if it can, or is there."""
+    above = next(path for path in (run_dir, *run_dir.parents) if os.path.lexists(path))
+    if not above.is_dir():
+        reason = "is not a folder"
+    elif above != run_dir and not os.access(above, os.W_OK | os.X_OK):
+        reason = "cannot be written"
+    else:
+        return None
+    return Problem(
+        f"the run directory cannot be made: {above} {reason}", "run.root", str(run_dir.parent), "set run.root to another folder"
+    )
 
 
 def push_note(plan: LaunchPlan) -> str | None:

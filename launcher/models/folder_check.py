@@ -6,6 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def folder_problems(folder: Path, model: ModelSection) -> list[Problem]:
     """Return everything that is wrong with the files of a model folder, without reading the data of tensors."""
     config_file = folder / "config.json"
     if not config_file.is_file():
-        return [_problem("model.path: the folder has no config.json", folder, "use a Hugging Face model folder")]
+        return [_without_config(folder)]
     problems: list[Problem] = [*link_problems(folder), *adapter_problems(folder), *size_problems(folder)]
     try:
         config = weight_files.read_json(config_file)
@@ -41,6 +42,19 @@ def folder_problems(folder: Path, model: ModelSection) -> list[Problem]:
         problems += _weight_problems(folder, model)
     # A damaged config.json is found twice.
     return list(dict.fromkeys(problems))
+
+
+def _without_config(folder: Path) -> Problem:
+    message, remedy = "model.path: the folder has no config.json", "use a Hugging Face model folder"
+    inner = sorted(file.parent for file in folder.glob("*/config.json"))
+    if (folder / "adapter_config.json").is_file():
+        message = "model.path: the folder holds a LoRA adapter (adapter_config.json) and no model"
+        remedy = "merge the adapter into its base model first (merge_and_unload of PEFT), and use the merged model's folder"
+    elif any(folder.glob("*.gguf")):
+        message, remedy = "model.path: the folder holds GGUF files and no config.json", "use the model's folder with safetensors"
+    elif inner:
+        remedy = f"did you mean {' or '.join(map(str, inner[:_NUM_NAMED]))}?"
+    return _problem(message, folder, remedy)
 
 
 def size_problems(folder: Path, key: str = "model.path") -> list[Problem]:
@@ -79,8 +93,12 @@ def _config_problems(config: Mapping[str, Any], file: Path, model: ModelSection)
 
 def _code_problems(config: Mapping[str, Any], file: Path) -> Iterator[Problem]:
     """Yield why transformers cannot build this architecture without code that comes with the model."""
-    model_type, known = str(config["model_type"]), _known_types()
+    model_type, known, causal = str(config["model_type"]), _known_types(), _causal_types()
     if known is None or f'"{model_type}"' in known:
+        is_named = bool(config.get("is_encoder_decoder")) or isinstance(config.get("auto_map"), dict)
+        if causal and model_type not in causal and not is_named:
+            message = "model.path: this architecture predicts no next token: transformers has no causal language model of it"
+            yield Problem(message, str(file), model_type, "choose a language model of text alone")
         return
     if isinstance(config.get("auto_map"), dict):
         message = f"model.path: the model needs its own Python code (auto_map), as transformers does not know {model_type}"
@@ -97,8 +115,20 @@ def _code_problems(config: Mapping[str, Any], file: Path) -> Iterator[Problem]:
 
 def _known_types() -> str | None:
     """Return the source text that lists the architectures of the installed transformers; None where it is not found."""
+    return _source("auto_mappings.py")
+
+
+def _causal_types() -> frozenset[str]:
+    """Return the architectures of which the installed transformers has a causal language model; empty where it does not say."""
+    listed = re.search(
+        r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = (.*?)^\)", _source("modeling_auto.py") or "", re.MULTILINE | re.DOTALL
+    )
+    return frozenset(re.findall(r'\("([\w.-]+)", ?"', listed[1])) if listed is not None else frozenset()
+
+
+def _source(name: str) -> str | None:
     try:
-        file = importlib.metadata.distribution("transformers").locate_file("transformers/models/auto/auto_mappings.py")
+        file = importlib.metadata.distribution("transformers").locate_file(f"transformers/models/auto/{name}")
         return Path(str(file)).read_text(encoding="utf-8")
     except (importlib.metadata.PackageNotFoundError, OSError):
         return None
@@ -162,6 +192,10 @@ def _without_weights(folder: Path, model: ModelSection) -> Problem:
     if any(folder.glob("pytorch_model*.bin")) and not model.allow_pickled_weights:
         remedy = "convert them to safetensors, or set model.allow_pickled_weights=true if you trust their source"
         return _problem("model.path: the weights are pickled (.bin); loading a pickle can run code", folder, remedy)
+    if shards := sorted(folder.glob("*.safetensors")):
+        names = _names([file.name for file in shards])
+        message = f"model.path: model.safetensors.index.json is missing, which tells what is in {names}"
+        return _problem(message, folder, "download this file again; where the weights are one file, call it model.safetensors")
     remedy = "use a folder with model.safetensors, or its shards and their index, or set model.init=random"
     return _problem("model.path: the folder holds no weights", folder, remedy)
 

@@ -101,7 +101,7 @@ def test_everything_unused_goes_the_oldest_first(clean: Clean, cache: Path) -> N
     [
         (["--older-than", "45d"], ["old", "cpu_adam", "weight-checks"]),
         (["--older-than", "1200h", "--only", "data"], ["old"]),
-        (["--larger-than", "2.5KB"], ["weight-checks", "tiny-0123", "abcd"]),
+        (["--larger-than", "2.5kb"], ["weight-checks", "tiny-0123", "abcd"]),
         (["--max-size", "11KB"], ["old", "cpu_adam", "weight-checks"]),
         (["--max-size", "1TiB"], []),
         (["--only", "sources", "--only", "models"], ["tiny-0123", "abcd"]),

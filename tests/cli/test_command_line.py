@@ -335,6 +335,9 @@ def test_a_folder_in_place_of_a_mirror_suggests_the_option(forked: Run, empty: P
     run.mkdir()
     (run / "status.json").write_text("{}")
     assert "python -m launcher status one" in refused(forked("ls", "one", cwd=empty))
+    run.parent.joinpath("runs").mkdir()
+    run.rename(empty / "runs/one")
+    assert "show this run with: python -m launcher status one" in refused(forked("ls", "one", cwd=empty))
 
 
 @pytest.mark.parametrize("verb", ["status", "logs", "cancel", "resume", "export"])

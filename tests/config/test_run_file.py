@@ -221,7 +221,8 @@ def test_a_missing_file_names_the_closest_one(write: Callable[[str], str], shown
     os.mkdir("folder.yaml")
     # Nobody writes into it: a command that opened it would wait forever.
     os.mkfifo("pipe.yaml")
-    for name in ("folder.yaml", "pipe.yaml"):
+    os.mkfifo("pipe")
+    for name in ("folder.yaml", "pipe.yaml", "pipe"):
         assert "a run's file is a regular file, and this is not one" in shown(name)
 
 

@@ -13,11 +13,11 @@ ROW_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet", ".txt", ".gz", ".zst")
 def is_run_file(word: str) -> bool:
     """Return whether a word names a file: it ends in .yaml or .yml, or as a file of rows does, or there is a file of this name.
 
-    Reading it refuses a file of rows, with how to name one.
+    Reading it refuses a file of rows, with how to name one, and a pipe.
     """
     if not word or "=" in word or word.startswith(("-", "+", "~")):
         return False
-    return word.endswith((*SUFFIXES, *ROW_SUFFIXES)) or os.path.isfile(word)
+    return word.endswith((*SUFFIXES, *ROW_SUFFIXES)) or (os.path.exists(word) and not os.path.isdir(word))
 
 
 def split_run_files(tokens: Sequence[str], flags_with_value: Sequence[str]) -> tuple[list[str], list[str]]:
