@@ -40,15 +40,16 @@ _OUT_OF_BOUNDS = {
     "too_short": "has too few entries",
     "too_long": "has too many entries",
 }
-# What people write for an option, by its name.
+# What people write for an option of a group.
 _OPTIONS_ELSEWHERE = {
     "cluster": {
-        "static": "k8s kubernetes kubeflow pytorchjob ssh pdsh mpi mpirun torchrun sagemaker azureml runpod lambda",
-        "slurm": "sbatch srun salloc submitit",
-        "ray": "kuberay anyscale skypilot",
-        "local": "localhost none single",
+        **dict.fromkeys(("k8s", "kubernetes", "kubeflow", "pytorchjob", "ssh", "pdsh", "mpi", "mpirun", "torchrun"), "static"),
+        **dict.fromkeys(("sagemaker", "azureml", "runpod", "lambda"), "static"),
+        **dict.fromkeys(("sbatch", "srun", "salloc", "submitit"), "slurm"),
+        **dict.fromkeys(("kuberay", "anyscale", "skypilot"), "ray"),
+        **dict.fromkeys(("localhost", "none", "single"), "local"),
     },
-    "tracking": {"none": "false off no disabled null"},
+    "tracking": dict.fromkeys(("false", "off", "no", "disabled", "null"), "none"),
 }
 _ABSENT = object()
 _NUM_GUESSES = 3
@@ -251,7 +252,7 @@ def _guess_option(group: str, option: str, options: Sequence[str]) -> str:
     names = [name for name in options if plain(name) == wanted]
     if not names and len(wanted) >= _MIN_BEGINNING:
         names = [name for name in options if plain(name).startswith(wanted)]
-    meant = next((own for own, others in _OPTIONS_ELSEWHERE.get(group, {}).items() if option.lower() in others.split()), "")
+    meant = _OPTIONS_ELSEWHERE.get(group, {}).get(option.lower())
     names = names or [name for name in options if name == meant]
     if names:
         return f"did you mean {' or '.join(names[:_NUM_OPTIONS])}?"

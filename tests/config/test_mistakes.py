@@ -161,26 +161,6 @@ def test_group_options_get_a_suggestion(refused: Refused) -> None:
     assert problem.remedy == "did you mean zero3_offload? choose one of: zero3, zero3_nvme, zero3_offload, zero3_pp"
 
 
-@pytest.mark.parametrize(
-    ("token", "remedy"),
-    [
-        ("model=Qwen3-8B", "did you mean qwen3_8b? "),
-        ("model=Tiny", "did you mean tiny? "),
-        ("model=mistral", "did you mean mistral_7b_v0_3 or mistral_nemo_12b or mistral_small_24b? "),
-        ("experiment=llama3_8b", "did you mean llama3_8b_one_gpu_offload or llama3_8b_one_node? "),
-        ("optim=adamw_torch", "did you mean adamw? "),
-        ("cluster=kubernetes", "did you mean static? "),
-        ("+cluster=sbatch", "did you mean slurm? "),
-        ("tracking=false", "did you mean none? "),
-        ("deepspeed=ds_config.json", "remove it: the plan makes DeepSpeed's configuration"),
-    ],
-)
-def test_an_option_under_another_name_gets_a_suggestion(refused: Refused, token: str, remedy: str) -> None:
-    (problem,) = refused(token)
-    assert problem.message.endswith(": there is no such option")
-    assert problem.remedy.startswith(remedy)
-
-
 def test_an_empty_group_option_is_refused(refused: Refused) -> None:
     (problem,) = refused("model=")
     assert "choose one of: demo" in problem.remedy

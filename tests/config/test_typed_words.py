@@ -66,6 +66,26 @@ def test_the_remedy_suits_the_kind_of_value(refused: Refused, token: str, remedy
     assert problem.remedy == remedy
 
 
+@pytest.mark.parametrize(
+    ("token", "remedy"),
+    [
+        ("model=Qwen3-8B", "did you mean qwen3_8b? "),
+        ("model=Tiny", "did you mean tiny? "),
+        ("model=mistral", "did you mean mistral_7b_v0_3 or mistral_nemo_12b or mistral_small_24b? "),
+        ("experiment=llama3_8b", "did you mean llama3_8b_one_gpu_offload or llama3_8b_one_node? "),
+        ("optim=adamw_torch", "did you mean adamw? "),
+        ("cluster=kubernetes", "did you mean static? "),
+        ("+cluster=sbatch", "did you mean slurm? "),
+        ("tracking=false", "did you mean none? "),
+        ("deepspeed=ds_config.json", "remove it: the plan makes DeepSpeed's configuration"),
+    ],
+)
+def test_an_option_under_another_name_gets_a_suggestion(refused: Refused, token: str, remedy: str) -> None:
+    (problem,) = refused(token)
+    assert problem.message.endswith(": there is no such option")
+    assert problem.remedy.startswith(remedy)
+
+
 def test_commas_between_options_are_a_sweep(refused: Refused) -> None:
     (problem,) = refused("model=tiny,demo")
     assert problem.remedy == "add -m for one run per value"
