@@ -82,7 +82,7 @@ class NodeAgent:
         stopper = Stopper(plan.config.cluster.stop_grace_seconds, signals, ranks.send_signal).install()
         os.environ.update(find_usable_caches(os.environ, partial(append_event, RunDir(Path(plan.run_dir)), attempt, "alert")))
         cores = len(os.sched_getaffinity(0))
-        os.environ.update(allocator_defaults(os.environ))
+        os.environ.update(allocator_defaults(os.environ, plan.topology.device))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.topology.ranks_per_node)))
         if plan.config.cluster.fork_ranks:
             ranks.warm_up(plan_path, os.environ)

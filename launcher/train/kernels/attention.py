@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import inspect
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -120,10 +119,10 @@ def attend_within_documents(
             window = (window[0], 0)
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         return _varlen_on_gpu(q, k, v, cu_seq_lens_q, longest, scale, window)[None], None
-    parts = []
-    for start, stop in pairwise(cu_seq_lens_q.tolist()):
-        q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
-        parts.append(_attend(q, k, v, dropout, scale, is_causal, sliding_window).transpose(1, 2))
+    # The gradient of a split is one concatenation; that of a slice is a tensor of the whole row for each document.
+    lengths = cu_seq_lens_q.diff().tolist()
+    documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    parts = [_attend(q, k, v, dropout, scale, is_causal, sliding_window).transpose(1, 2) for q, k, v in documents]
     return torch.cat(parts, dim=1), None
 
 

@@ -386,7 +386,7 @@ def _node_environment(plan: LaunchPlan, from_driver: Mapping[str, str]) -> dict[
     """Return the variables that are the same for all ranks of this node, including those from the driver."""
     cores = len(os.sched_getaffinity(0))
     return {
-        **allocator_defaults({**os.environ, **from_driver}),
+        **allocator_defaults({**os.environ, **from_driver}, plan.topology.device),
         **os.environ,
         **from_driver,
         **find_usable_caches({**os.environ, **from_driver}),
