@@ -23,7 +23,7 @@ _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # The name that torch also reads.
 _FORMER_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 # Tensors in main memory are kept by the C library for the next ones of their size, up to the largest that it can keep (32 MiB);
-# by default each goes back to the kernel, which clears every page of the next one: an eighth of a step's time on CPUs.
+# by default it goes back to the kernel, which clears each page of the next one.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**26)}
 
 
