@@ -28,8 +28,8 @@ from statistics import quantiles
 import psutil
 import sides
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "e2e")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "e2e"))
 
 import killed_runs
 from e2e_tools import agent_of, kill_all_of, status
