@@ -3,9 +3,10 @@
     python benchmarks/gpu.py [full] [--cpu-rehearsal]
 
 One GPU, at most 10 minutes, no network, random weights: a model of 1.7 billion parameters in packed rows of 4,096 tokens, by the
-launcher, by TRL with Liger, and by a bare DeepSpeed loop. `full` adds 0.6 and 3 billion parameters and rows of 8,192 tokens, in
-at most 40 minutes. Two or more GPUs add a run over all of them. What is not installed is said and left out. Each part has
-processes and a deadline of its own, and all that was measured so far is in the results after each part.
+launcher, by TRL with Liger, and by a bare DeepSpeed loop, then by the launcher with settings that are off by default: compiled,
+in FP8 (on Hopper and Blackwell, with torchao), with whole layers. `full` adds 0.6 and 3 billion parameters and rows of 8,192
+tokens, in at most 40 minutes. Two or more GPUs add a run over all of them. What is not installed is said and left out. Each part
+has processes and a deadline of its own, and all that was measured so far is in the results after each part.
 
 --cpu-rehearsal takes tiny sizes on the CPU, to see that everything runs; it writes no results unless --results names a file.
 """
@@ -34,7 +35,7 @@ import gpu_report
 import results
 import sides
 import yaml
-from gpu_report import LAUNCHER, Measured, Side
+from gpu_report import COMPILE, FP8, LAUNCHER, Measured, Side
 
 from launcher import hardware
 from launcher.config.compose import conf_dir
@@ -44,7 +45,11 @@ _SETTINGS = (
     *("data=jsonl", "data.eval_fraction=0", "tracking=none", "eval.at_start=false", "eval.sample=false", "eval.every=0"),
     *("export.enabled=false", "checkpoint.save_every=0", "optim.lr=1e-5"),
 )
-_VARIANTS = ("deepspeed.whole_layers=true", "model.compile=true")
+# Settings that are off until a GPU shows what they are worth, the ones that should bring the most first. FP8 is compared with
+# bf16, each compiled and not.
+_VARIANTS = (COMPILE, f"{COMPILE} {FP8}", "deepspeed.whole_layers=true", FP8)
+# Start-up takes most of such a run.
+_VARIANT_STEPS = 7
 _TESTS_S, _KERNEL_S, _PREPARE_S, _SIDE_S = 150.0, 60.0, 120.0, 150.0
 # CPUs that a rehearsal runs on are shared with other work.
 _CPU_FACTOR = 8
@@ -54,6 +59,10 @@ _FLASH_OF_OTHERS = ("flash_attention_3", "flash_attention_2")
 _OUT_OF_MEMORY = re.compile("out of memory|OutOfMemoryError", re.IGNORECASE)
 # A message of runs on GPUs.
 _ATTENTION = re.compile(r"attention is computed by (\w+)")
+# `make` and the wheels put torchao here: transformers imports it in every process that has it.
+_FP8_FOLDER = Path(sys.prefix) / "fp8"
+# Compute capability of Hopper; Ada and older have no products with a scale for each row.
+_FP8_CAPABILITY = (9, 0)
 _TOO_LARGE = re.compile(r"need[a-z ]* \d+ GiB per GPU|\d+ GiB per GPU are needed")
 _EXCEPTION = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Exit)\b")
 # Chats beyond what the steps take: packing by another program wastes more.
@@ -121,6 +130,8 @@ class Proof:
         self.num_gpus = 0 if on_cpu else device.count
         self.measured = Measured(device.name)
         self.num_failed = 0
+        # The GPU's compute capability, once a model was made on it.
+        self.capability: tuple[int, int] | None = None
         self._before = results_file.read_text(encoding="utf-8") if results_file is not None and results_file.is_file() else ""
         self._dated = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {'' if on_cpu else f'{device.count} x '}{device.name}"
 
@@ -218,10 +229,9 @@ class Proof:
         self.part(
             f"{name}: bare loop", _SIDE_S, lambda s: self.other_side(name, "bare DeepSpeed loop", self.bare, (), prepared[0], s)
         )
-        # Settings that are off until a GPU shows what they are worth. A rehearsal on CPUs leaves out the minutes of compiling.
-        for setting in () if self.on_cpu else _VARIANTS:
+        for setting in _VARIANTS:
             self.part(
-                f"{name}: {setting}", _SIDE_S, lambda s, setting=setting: self.launcher_side(name, prepared[0], s, liger, setting)
+                f"{name}: {setting}", _SIDE_S, lambda s, setting=setting: self.variant_side(name, prepared[0], s, liger, setting)
             )
         return True
 
@@ -248,6 +258,7 @@ class Proof:
             *(f"data.path={folder / 'chats-of-data.jsonl'}", f"data.max_length={case.row_tokens}"),
             *(f"train.global_batch_size={rows}", f"cluster.ranks_per_node={num_ranks}"),
         ]
+        self.capability = None if memory["capability"] is None else (memory["capability"][0], memory["capability"][1])
         left_s = seconds - (time.monotonic() - began)
         try:
             prepared = sides.prepare(folder, overrides, case.steps, case.warmup, left_s)
@@ -260,15 +271,39 @@ class Proof:
             raise LeftOut(f"{peak.peak_gib:.1f} GiB are planned, and {free_gib:.1f} GiB of the GPU are free")
         return prepared
 
-    def launcher_side(self, case: str, prepared: sides.Prepared, seconds: float, liger: bool, setting: str = "") -> None:
-        """Measure the launcher; with another `setting` under its name, so that no row of plan/gpu_types.py is taken from it."""
+    def variant_side(self, case: str, prepared: sides.Prepared, seconds: float, liger: bool, settings: str) -> None:
+        """Measure the launcher with other settings, in fewer steps.
+
+        Raises:
+            LeftOut: on CPUs, and where FP8 cannot be computed here.
+        """
+        if self.on_cpu:
+            raise LeftOut("not run, because a rehearsal on CPUs cannot show what it is worth on a GPU")
+        if FP8 in settings and (reason := self.missing_fp8()):
+            raise LeftOut(reason)
+        steps = min(prepared.steps, _VARIANT_STEPS)
+        fewer = replace(prepared, overrides=(*prepared.overrides, f"train.max_steps={steps}"), steps=steps)
+        self.launcher_side(case, fewer, seconds, liger, settings)
+
+    def missing_fp8(self) -> str:
+        """Return why nothing is computed in FP8 here, empty where it should work."""
+        if self.capability is not None and self.capability < _FP8_CAPABILITY:
+            needed, present = (".".join(map(str, version)) for version in (_FP8_CAPABILITY, self.capability))
+            return f"FP8 needs a GPU of compute capability {needed} or more, and this one has {present}"
+        if find_spec("torchao") is None and not (_FP8_FOLDER / "torchao").is_dir():
+            return "torchao is not installed"
+        return ""
+
+    def launcher_side(self, case: str, prepared: sides.Prepared, seconds: float, liger: bool, settings: str = "") -> None:
+        """Measure the launcher; with other `settings` under their name, so that no row of plan/gpu_types.py is taken from it."""
         if not self.on_cpu:
-            prepared = prepared.with_overrides(f"model.liger={str(liger).lower()}", *([setting] if setting else []))
-        figures = sides.launcher_side(replace(prepared, timeout_s=seconds), without_last_save=True)
+            prepared = prepared.with_overrides(f"model.liger={str(liger).lower()}", *settings.split())
+        path = (str(_FP8_FOLDER),) if FP8 in settings and find_spec("torchao") is None else ()
+        figures = sides.launcher_side(replace(prepared, timeout_s=seconds), without_last_save=True, python_path=path)
         plan = prepared.plan
         named = (_ATTENTION.match(text) for text in figures["messages"])
         kernel = next((match[1] for match in named if match), plan.config.model.attention)
-        name = setting or f"{LAUNCHER}{' with Liger' if liger else ''}"
+        name = settings or f"{LAUNCHER}{' with Liger' if liger else ''}"
         self.measured.cases[case].append(Side(name, kernel, plan.activation_checkpointing, plan, figures))
         self.measured.notes += [f"{case}: alert of the run: {text}" for text in figures["alerts"]]
         # How fast NCCL is, where there are several ranks.

@@ -7,13 +7,14 @@
 # On the machine, with a copy of this checkout and of the folder:
 #
 #     python -m venv --system-site-packages venv && venv/bin/pip install --no-index --no-deps wheels/*.whl
+#     venv/bin/pip install --no-index --no-deps --target venv/fp8 wheels/fp8/*.whl      # torchao, for FP8
 #     PYTHONPATH=. venv/bin/python benchmarks/gpu.py
 #
 # Ray and W&B are left out. COMPARE=1 adds TRL, its datasets and Liger; PACKAGES="flash-attn-4 ..." adds others; WITHOUT="pyarrow
 # ..." leaves out more. torch, and what comes with it, must be in the image. Versions are those of constraints.txt where it has one.
 set -euo pipefail
 if [ $# -lt 2 ]; then
-  sed -n '2,15p' "$0" | sed 's/^# \{0,1\}//'
+  sed -n '2,16p' "$0" | sed 's/^# \{0,1\}//'
   exit 2
 fi
 cd "$(dirname "$0")/.."

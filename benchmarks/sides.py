@@ -100,14 +100,20 @@ def read_plan(output: str) -> LaunchPlan:
     return LaunchPlan.model_validate({key: value for key, value in values.items() if key in LaunchPlan.model_fields})
 
 
-def launcher_side(prepared: Prepared, extra: tuple[str, ...] = (), without_last_save: bool = False) -> dict[str, Any]:
-    """`python -m launcher train`, measured from its metrics.jsonl; `without_last_save` ends it after the last step."""
+def launcher_side(
+    prepared: Prepared, extra: tuple[str, ...] = (), without_last_save: bool = False, python_path: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """`python -m launcher train`, measured from its metrics.jsonl; `without_last_save` ends it after the last step.
+
+    Python finds packages in the folders of `python_path` as well.
+    """
     root = Path(tempfile.mkdtemp(dir=prepared.folder))
     started = time.time()
     metrics = root / "bench" / "metrics.jsonl"
     run(
         [sys.executable, "-m", "launcher", "train", *prepared.overrides, f"run.root={root}", "run.name=bench", *extra],
         root / "log",
+        one_thread_environment(*python_path),
         timeout_s=prepared.timeout_s,
         is_done=(lambda: len(_step_lines(metrics)) >= prepared.steps) if without_last_save else None,
     )
@@ -200,9 +206,13 @@ def user_environment(folder: Path, **variables: str) -> dict[str, str]:
     return environment
 
 
-def one_thread_environment() -> dict[str, str]:
-    """The environment of ranks that share this machine's cores; Python keeps its bytecode, as it does for users."""
+def one_thread_environment(*python_path: str) -> dict[str, str]:
+    """The environment of ranks that share this machine's cores; Python keeps its bytecode, as it does for users.
+
+    `python_path` are folders of packages.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (*python_path, environment.get("PYTHONPATH"))))
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     return environment
 

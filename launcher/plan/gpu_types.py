@@ -44,7 +44,8 @@ class GpuType:
     were put in lower case with one space for all that is neither letter nor digit. No name may match the expressions of two
     types. `usd_per_hour` is a typical price of one GPU, None where there is none. `runtime_gib`, what CUDA and NCCL take, and
     `fragmentation`, the factor by which the allocator's peak exceeds that of the tensors, are None until a GPU was measured, and
-    so is `gemm_share`, the share of the peak that the matrix products of a step reach: benchmarks/gpu.py measures them.
+    so are `gemm_share`, the share of the peak that the matrix products of a step reach, and how many times as fast as in bf16
+    products are in FP8, casts included: `fp8_speed` compiled, `fp8_eager_speed` not. benchmarks/gpu.py measures them.
     """
 
     memory_gib: float
@@ -58,6 +59,8 @@ class GpuType:
     runtime_gib: float | None = None
     fragmentation: float | None = None
     gemm_share: float | None = None
+    fp8_speed: float | None = None
+    fp8_eager_speed: float | None = None
 
     def peak_tflops(self, dtype: str) -> float | None:
         """Return the peak for matrix products of bf16, fp16, tf32 (fp32 rounded on the way in), fp32 or fp8."""

@@ -2,6 +2,7 @@
 
 Ranks compute them with torchao (launcher/train/kernels/fp8.py). The rates and the bytes below follow from its code and from
 published runs; no GPU was measured. With fake tensors, casts that are not compiled take 0 to 30% less than their bytes here.
+benchmarks/gpu.py measures the rates for the row of a GPU in launcher/plan/gpu_types.py.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ MULTIPLE = 16
 # Types that have FP8 units, and no products with a scale for each row: Ada, and AMD's, whose FP8 is another format.
 _WITHOUT_ROW_SCALES = ("L4", "L40S", "RTX-4090", "MI300X", "MI325X")
 # The share that FP8 reaches of its peak, in terms of the share that bf16 reaches of its own, which is half as high; casts are
-# included. Compiled, products are 1.1 times as fast as in bf16: torchtitan measured 1.11 for a whole step with torchao's scales
-# by row (Llama 3 8B on 8 H100: 6,412 against 5,760 tokens/s; commit 7a04053). Not compiled, a cast moves about 36 bytes for each
-# element, and products take twice as long as in bf16.
+# included. Assumed for GPUs whose rows have no measured speed. Compiled, products are 1.1 times as fast as in bf16: torchtitan
+# measured 1.11 for a whole step with torchao's scales by row (Llama 3 8B on 8 H100: 6,412 against 5,760 tokens/s; commit
+# 7a04053). Not compiled, a cast moves about 36 bytes for each element, and products take twice as long as in bf16.
 _COMPILED_SHARE, _EAGER_SHARE = 0.55, 0.25
 # Bytes of an element that a cast holds beside its result where it is not compiled: two copies in fp32.
 _EAGER_CAST = 8
@@ -75,7 +76,8 @@ def fp8_share(model: ModelFacts, num_weights: float) -> float:
 
 def fp8_speed(gpu: GpuType, kernels: Kernels) -> float:
     """Return how many times as fast as in bf16 products are in FP8, casts included."""
-    return (gpu.fp8 or gpu.bf16) / gpu.bf16 * (_COMPILED_SHARE if kernels.compiled else _EAGER_SHARE)
+    share, measured = (_COMPILED_SHARE, gpu.fp8_speed) if kernels.compiled else (_EAGER_SHARE, gpu.fp8_eager_speed)
+    return (gpu.fp8 or gpu.bf16) / gpu.bf16 * share if measured is None else measured
 
 
 def fp8_bytes(model: ModelFacts, tokens: int, kernels: Kernels) -> int:
