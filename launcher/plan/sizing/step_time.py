@@ -81,7 +81,8 @@ class Rates:
 
 def gpu_rates(gpu: GpuType, kernels: Kernels) -> Rates:
     """Return the rates of a GPU for these kernels: assumed ones, as far as it was not measured."""
-    peak = (gpu.peak_tflops({2: "bf16", 4: "tf32"}[kernels.width]) or gpu.bf16) * 1e12
+    # In fp32 ranks do not round to TF32.
+    peak = (gpu.peak_tflops({2: "bf16", 4: "fp32"}[kernels.width]) or gpu.bf16) * 1e12
     bandwidth = gpu.memory_tbs * 1e12 if gpu.memory_tbs is not None else gpu.bf16 * 1e12 * _MEMORY_BYTES_PER_FLOP
     memory = MEMORY_SHARE * bandwidth
     return Rates(
