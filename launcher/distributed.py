@@ -84,14 +84,30 @@ def all_reduce_step(loss: torch.Tensor, stop_reason: str | None, stats: list[flo
     One all-reduce carries all three, so that a step has no collective beside those of DeepSpeed. A rank puts its statistics
     at positions of its own, with zeros elsewhere: the sum is then the concatenation. Each reason is one of STOP_REASONS.
     """
-    votes = [float(stop_reason == reason) for reason in STOP_REASONS]
-    buffer = torch.tensor([0.0, *votes, *stats], dtype=torch.float64, device=device)
-    buffer[0] = loss
+    buffer = pack_step(loss, stop_reason, stats, device)
     dist.all_reduce(buffer)
     loss_sum, *rest = buffer.tolist()
-    num_votes, summed_stats = rest[: len(votes)], rest[len(votes) :]
+    num_votes, summed_stats = rest[: len(STOP_REASONS)], rest[len(STOP_REASONS) :]
     agreed = next((reason for reason, count in zip(STOP_REASONS, num_votes, strict=True) if count), None)
     return StepReduction(loss_sum, agreed, summed_stats)
+
+
+def pack_step(loss: torch.Tensor, stop_reason: str | None, stats: list[float], device: torch.device) -> torch.Tensor:
+    """Return what `all_reduce_step` sums, fp64 on the device: the loss, a vote for each of STOP_REASONS, the statistics.
+
+    It does not wait for the GPU, so that the all-reduce is queued while the optimizer still steps.
+    """
+    votes = [float(stop_reason == reason) for reason in STOP_REASONS]
+    buffer = copy_to_device(torch.tensor([0.0, *votes, *stats], dtype=torch.float64), device)
+    buffer[0] = loss
+    return buffer
+
+
+def copy_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy without waiting for the GPU, which CUDA would do for memory that is not page-locked."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def rank0_broadcast(rank_info: RankInfo, problem: str, action: Callable[[], T]) -> T:

@@ -23,6 +23,7 @@ from launcher import atomic_files
 from launcher.checkpoint.initial_weights import StoredTensor, can_fill, fill
 from launcher.config.schema import ModelSection
 from launcher.data.loader import IGNORED, find_boundaries
+from launcher.distributed import copy_to_device
 from launcher.errors import ConfigError
 from launcher.models.private_code import folder_to_load
 from launcher.models.remote_code import kernel_problems
@@ -83,7 +84,7 @@ class CausalLMLoss(nn.Module):
         flat = labels.reshape(-1)
         # With labels on the CPU, this does not wait for the GPU.
         trained = (flat != IGNORED).nonzero().squeeze(1)
-        targets, trained = (_copy_to(hidden.device, tensor) for tensor in (flat[trained], trained))
+        targets, trained = (copy_to_device(tensor, hidden.device) for tensor in (flat[trained], trained))
         selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
         del hidden  # freed while the loss is computed
         return self.hf.get_output_embeddings()(selected, targets, factor, per_token)
@@ -95,7 +96,7 @@ class CausalLMLoss(nn.Module):
             if self._takes_cu_seqlens:
                 cu_seqlens = find_boundaries(position_ids) if cu_seqlens is None else cu_seqlens
                 # transformers would compute these on the GPU in every layer, and wait for it.
-                offsets, longest = _copy_to(input_ids.device, cu_seqlens), int(cu_seqlens.diff().max())
+                offsets, longest = copy_to_device(cu_seqlens, input_ids.device), int(cu_seqlens.diff().max())
                 documents = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
         # A cache or a mask would switch off the isolation of packed documents.
@@ -121,13 +122,6 @@ def _find_decoder(model: Any) -> Any:
 def weights_gib(plan: LaunchPlan) -> float:
     """Return the GiB of all weights in the dtype that the model computes in."""
     return plan.model.num_params * DTYPES[plan.config.model.dtype].itemsize / 2**30
-
-
-def _copy_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """Copy without waiting for the GPU, which CUDA would do for memory that is not page-locked."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def build_model(

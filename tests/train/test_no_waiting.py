@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher.data.loader import IGNORED
+from launcher.distributed import STOP_REASONS, pack_step
 from launcher.train.loss import LossHead
 from launcher.train.model import CausalLMLoss
 from launcher.train.monitoring.rank_timing import LayerTimer
@@ -69,9 +70,9 @@ def test_a_step_never_synchronises_with_the_gpu(kind: str) -> None:
                 loss = model(*inputs, rows[2], 0.5)
                 loss.backward()
                 summed += loss.detach()
-        return summed
+        return pack_step(summed, "preempted", [0.5], device)
 
-    expected = step().item()
+    expected = step().tolist()
     probe.read()
     if on_gpu:
         torch.cuda.set_sync_debug_mode("error")
@@ -80,7 +81,8 @@ def test_a_step_never_synchronises_with_the_gpu(kind: str) -> None:
     finally:
         if on_gpu:
             torch.cuda.set_sync_debug_mode("default")
-    assert summed.item() == pytest.approx(expected, rel=1e-4)
+    assert summed.tolist() == pytest.approx(expected, rel=1e-4)
+    assert summed.tolist()[1:] == [float(reason == "preempted") for reason in STOP_REASONS] + [0.5]
     times = timer.read()
     assert 0 < times["time/fwd_bwd_s"] <= times["time/step_s"]
     assert math.isfinite(per_token := probe.read())

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.loader import RowBatches
+from launcher.distributed import copy_to_device
 from launcher.tracking.tracker import Composite
 from launcher.train.evaluation.score import Scorer
 from launcher.train.monitoring.step_metrics import perplexity
@@ -127,7 +128,7 @@ class Evaluator:
         for number, losses in zip(numbers, self._scorer.score(batches, numbers, local_stop_reason), strict=False):
             if losses is None:
                 return None
-            source = torch.from_numpy(batches.label_sources(number)).to(device)
+            source = copy_to_device(torch.from_numpy(batches.label_sources(number)), device)
             totals[0].index_add_(0, source, losses.double())
             totals[1].index_add_(0, source, torch.ones_like(losses, dtype=torch.float64))
         dist.all_reduce(totals)

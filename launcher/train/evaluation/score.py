@@ -57,11 +57,16 @@ class Scorer:
         Every rank passes equally many numbers; those after the last micro-batch are padding. Before each, `local_stop_reason` is
         called; where any rank has a reason to stop, this yields None and ends.
         """
+        nothing = torch.zeros((), device=self.device)
         for number in numbers:
-            if all_reduce_step(torch.zeros(()), local_stop_reason(), [], self.device).stop_reason:
+            # Loaded while a GPU still computes the one before, for which the all-reduce waits.
+            micro = batches.load(number)
+            if self.device.type == "cuda":
+                micro = micro.pin_memory()
+            if all_reduce_step(nothing, local_stop_reason(), [], self.device).stop_reason:
                 yield None
                 return
-            yield self._objective.atom_losses(self._engine, batches.load(number), self.device)
+            yield self._objective.atom_losses(self._engine, micro, self.device)
 
 
 def score_rows(scorer: Scorer, batches: RowBatches, store: ScoreStore, local_stop_reason: Callable[[], str | None]) -> bool:
