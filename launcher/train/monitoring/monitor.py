@@ -84,16 +84,22 @@ class Monitor:
             self._spent_before = self._reader.submit(spent_before, self._run, time.time(), send_alert)
 
     def pack_local(self) -> list[float]:
-        """Return NUM_VALUES numbers for each rank: this rank's statistics at its position, 0 elsewhere, for a sum over ranks."""
+        """Return NUM_VALUES numbers for each rank: this rank's statistics at its position, 0 elsewhere, for a sum over ranks.
+
+        Times are those of the last step that was recorded. Memory is read here, while a GPU still computes: what was allocated
+        for this step is known already.
+        """
+        active, reserved, alloc_retries = _memory(self._device)
+        self._local_stats = self._local_stats._replace(active=active, reserved=reserved, alloc_retries=alloc_retries)
         values = [0.0] * (NUM_VALUES * self._rank_info.world_size)
         values[NUM_VALUES * self._rank_info.rank : NUM_VALUES * (self._rank_info.rank + 1)] = self._local_stats.values()
         return values
 
     def record_step(self, times: dict[str, float]) -> None:
-        """Record this rank's statistics of a step, which travel with the next one. Call it when the device has finished."""
+        """Record this rank's times of a step, which travel with the next one. Call it when the device has finished."""
         optim_s = math.nan if self._optimizer_timer is None else self._optimizer_timer.read()
         seconds = (times["time/step_s"], times["time/data_s"], self._layer_timer.read(), optim_s)
-        self._local_stats = RankStats(*seconds, *_memory(self._device), self._devices.latest)
+        self._local_stats = RankStats(*seconds, device=self._devices.latest)
 
     def update_ranks(self, values: Sequence[float]) -> None:
         """Take in the statistics of all ranks: the sum over ranks of `pack_local`."""
