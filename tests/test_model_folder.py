@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from launcher.config.schema import ModelSection
 from launcher.errors import Problem
-from launcher.models.folder_check import folder_problems
+from launcher.models.folder_check import folder_problems, tokenizer_problems
 
 CONFIG = {"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
@@ -56,6 +56,29 @@ def test_a_damaged_config_is_named_with_line_and_column(folder: Path, content: b
     assert problem.message == f"model.path: config.json {message}"
     assert problem.where == f"{folder / 'config.json'}{where}"
     assert problem.remedy
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("tokenizer.json", POINTER, "is a Git LFS pointer instead of the file"),
+        ("tokenizer.json", b"<html>", "is an HTML page"),
+        ("tokenizer.json", b'{"model": {"vo', "is not valid JSON: Unterminated string starting at"),
+        ("tokenizer.json", b'{"model": "' + b"x" * (2 << 20), "is incomplete: it does not end as JSON does"),
+        ("tokenizer_config.json", b"[1]", "holds a JSON list instead of an object"),
+        ("tokenizer.model", b"", "is empty"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(folder: Path, name: str, content: bytes, message: str) -> None:
+    (folder / name).write_bytes(content)
+    (problem,) = problems(folder)
+    assert problem.message == f"model.path: {name} {message}"
+    assert problem.where.startswith(str(folder / name))
+    assert problem.remedy
+    # Another tokenizer is used.
+    assert problems(folder, tokenizer="owner/name") == []
+    (problem,) = tokenizer_problems(folder, "model.tokenizer")
+    assert problem.message == f"model.tokenizer: {name} {message}"
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,20 @@ def find_damage(file: Path) -> FileDamage | None:
         return FileDamage(f"cannot be read: {error.strerror}", "check its permissions and the disk")
 
 
+def find_text_damage(file: Path) -> FileDamage | None:
+    """Return why a file that is not parsed here cannot be what its name says: by its first bytes, and for JSON by its last."""
+    try:
+        with open(file, "rb") as stream:
+            if damage := _foreign_content(stream.read(_NUM_HEAD_BYTES)):
+                return damage
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - _NUM_HEAD_BYTES))
+            if file.suffix == ".json" and not stream.read().rstrip().endswith(b"}"):
+                return FileDamage("is incomplete: it does not end as JSON does", _DOWNLOAD)
+    except OSError as error:
+        return FileDamage(f"cannot be read: {error.strerror}", "check its permissions and the disk")
+    return None
+
+
 def _foreign_content(head: bytes) -> FileDamage | None:
     """Return what stands in a file instead of its content, by its first bytes."""
     if not head.strip():

@@ -148,7 +148,9 @@ def _logits_difference(hf: Any, model: CausalLMLoss) -> str:
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:200]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    # A first line that ends so announces the reason.
+    return f"{type(error).__name__}: {lines[-1] if lines[0].endswith(':') else lines[0]}"[:200]
 
 
 def main() -> int:

@@ -27,7 +27,7 @@ def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
     """Refuse weights that do not cover the model. The result of a comparison is cached; `say` shows a line to the user.
 
     Raises:
-        ConfigError: where tensors are missing or have another shape, or a file is damaged.
+        ConfigError: where tensors are missing or have another shape, a file is damaged, or config.json is not accepted.
     """
     if model.path is None or model.init == "random":
         return
@@ -76,11 +76,32 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
+def _load_config(folder: Path, model: ModelSection) -> Any:
+    """Return the model's config as transformers reads it.
+
+    Raises:
+        ConfigError: where transformers does not accept its values, as on every node.
+    """
+    from transformers import AutoConfig
+
+    remote = {"trust_remote_code": model.trust_remote_code}
+    try:
+        return AutoConfig.from_pretrained(folder_to_load(folder, model.trust_remote_code, model.code_digest), **remote)
+    except (LauncherError, OSError, ImportError):
+        raise
+    except Exception as error:
+        # The first lines of some name the check alone.
+        reason = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        message = f"model.path: transformers does not accept config.json: {reason[-1] if reason[0].endswith(':') else reason[0]}"
+        remedy = "correct this value, or use the config.json that belongs to the weights"
+        raise ConfigError(Problem(message, where="model.path", value=str(folder / "config.json"), remedy=remedy)) from error
+
+
 def compare(folder: Path, model: ModelSection) -> WeightReport:
     """Load the folder's model without data and report the tensors that are missing, of another shape or unexpected.
 
     Raises:
-        ConfigError: where a weight file is damaged.
+        ConfigError: where a weight file is damaged, or transformers does not accept config.json.
         RuntimeError: where tensors cannot be fused and no tensor is missing or of another shape.
     """
     tensors = _tensors(folder, model)
@@ -128,12 +149,12 @@ def _tensors(folder: Path, model: ModelSection) -> dict[str, Tensor]:
 def _blank_model(folder: Path, model: ModelSection) -> Any:
     """Build the ranks' model on the meta device."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from launcher.train.model import DTYPES
 
+    config = _load_config(folder, model)
     remote = {"trust_remote_code": model.trust_remote_code}
-    config = AutoConfig.from_pretrained(folder_to_load(folder, model.trust_remote_code, model.code_digest), **remote)
     with torch.device("meta"):
         # Weights do not depend on the attention kernel, and this machine may lack that of the ranks.
         return AutoModelForCausalLM.from_config(config, dtype=DTYPES[model.dtype], attn_implementation="eager", **remote)

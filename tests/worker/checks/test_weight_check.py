@@ -170,11 +170,25 @@ def test_a_comparison_is_made_once_for_the_same_headers(tmp_path: Path) -> None:
 
 def test_a_failed_comparison_is_reported_and_not_cached(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", LLAMA)
-    (folder / "config.json").write_text('{"model_type": "from_the_future"}')
+    (folder / "config.json").write_text('{"model_type": "clip"}')
     model, lines = ModelSection(path=str(folder)), []
     weight_check.require_weights(model, lines.append)
     assert lines[1].startswith("note: the weight files could not be compared with the model: ValueError")
     assert weight_files.load_report(folder, model) is None
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"model_type": "from_the_future"}, "The checkpoint you are trying to load has model type `from_the_future`"),
+        ({"hidden_size": 21, "num_attention_heads": 2}, "ValueError: The hidden size (21) is not a multiple of the number of"),
+    ],
+)
+def test_a_config_that_transformers_does_not_accept_is_refused(tmp_path: Path, changes: dict[str, object], reason: str) -> None:
+    folder = save_model(tmp_path / "model", LLAMA)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    assert f"transformers does not accept config.json: {reason}" in refused(folder)
 
 
 def test_random_weights_need_no_files(tmp_path: Path) -> None:
