@@ -24,7 +24,7 @@ from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.data.cache_dir import cache_root, mark_used
 from launcher.errors import ConfigError, Problem
 from launcher.models import gguf_header, weight_files
-from launcher.models.folder_check import folder_problems, size_problems, tokenizer_problems
+from launcher.models.folder_check import file_problems, folder_problems, size_problems
 from launcher.models.remote_code import code_problems
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import ModelFacts
@@ -102,7 +102,7 @@ def check_model(model: ModelSection) -> list[Problem]:
             elif key == "model.path":
                 problems += folder_problems(folder, model)
             else:
-                problems += [*link_problems(folder), *size_problems(folder, key), *tokenizer_problems(folder, key)]
+                problems += [*link_problems(folder), *size_problems(folder, key), *file_problems(folder, key=key)]
         elif key == "model.path" and is_run(value):
             problems += _check_code_of_run(value, model)
         elif key == "model.path":

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from launcher.config.schema import ModelSection
 from launcher.errors import Problem
-from launcher.models.folder_check import folder_problems, tokenizer_problems
+from launcher.models.folder_check import file_problems, folder_problems
 
 CONFIG = {"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
@@ -77,7 +77,7 @@ def test_a_damaged_tokenizer_is_named(folder: Path, name: str, content: bytes, m
     assert problem.remedy
     # Another tokenizer is used.
     assert problems(folder, tokenizer="owner/name") == []
-    (problem,) = tokenizer_problems(folder, "model.tokenizer")
+    (problem,) = file_problems(folder, key="model.tokenizer")
     assert problem.message == f"model.tokenizer: {name} {message}"
 
 
@@ -119,6 +119,12 @@ def test_a_folder_without_a_model_says_what_it_holds(tmp_path: Path, files: list
     (problem,) = problems(tmp_path)
     assert problem.message == f"model.path: {message}"
     assert problem.remedy
+
+
+def test_damaged_generation_settings_are_named(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{")
+    (problem,) = problems(folder, tokenizer="owner/name")
+    assert problem.message.startswith("model.path: generation_config.json is not valid JSON")
 
 
 def test_shards_without_their_index_are_named(folder: Path) -> None:

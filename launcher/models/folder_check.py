@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ _NUM_NAMED = 3
 # transformers reads such files whole, and takes several times their size. The largest tokenizers have some 50 MB.
 _READ_WHOLE = (".json", ".jinja", ".txt", ".model")
 _MAX_READ_BYTES = 512 << 20
-_TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "*.model")
+TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "*.model")
 _MAX_PARSED_BYTES = 1 << 20
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -35,8 +35,9 @@ def folder_problems(folder: Path, model: ModelSection) -> list[Problem]:
     if not config_file.is_file():
         return [_without_config(folder)]
     problems: list[Problem] = [*link_problems(folder), *adapter_problems(folder), *size_problems(folder)]
+    problems += file_problems(folder, ("generation_config.json",))
     if model.tokenizer is None:
-        problems += tokenizer_problems(folder)
+        problems += file_problems(folder)
     try:
         config = weight_files.read_json(config_file)
         problems += _config_problems(config, config_file, model)
@@ -80,10 +81,10 @@ def size_problems(folder: Path, key: str = "model.path") -> list[Problem]:
     ]
 
 
-def tokenizer_problems(folder: Path, key: str = "model.path") -> list[Problem]:
+def file_problems(folder: Path, patterns: Sequence[str] = TOKENIZER_FILES, key: str = "model.path") -> list[Problem]:
     """Return which files of a tokenizer hold something else, or end too early; a large one is not parsed."""
     problems = []
-    for file in sorted(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()):
+    for file in sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
         try:
             if file.stat().st_size > _MAX_PARSED_BYTES or file.suffix != ".json":
                 damage = weight_files.find_text_damage(file)

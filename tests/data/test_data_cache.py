@@ -260,8 +260,10 @@ def test_the_cache_key_depends_on_template_held_out_split_and_libraries(
 
 
 def test_a_folder_without_a_tokenizer_is_refused(section: Section, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no tokenizer"):
-        cache_key(section(), str(tmp_path))
+    for name in ("config.json", "chat_template.jinja"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(DataError, match="no tokenizer"):
+            cache_key(section(), str(tmp_path))
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -98,7 +98,8 @@ def _selecting_checks(checks: ChecksSection) -> dict[str, Any]:
 
 def _tokenizer_files(folder: Path) -> list[Path]:
     files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
-    if all(file.name == "config.json" for file in files):
+    # A template alone is no tokenizer.
+    if all(file.name == "config.json" or "chat_template" in file.relative_to(folder).parts[0] for file in files):
         remedy = "set model.tokenizer to a folder with tokenizer.json"
         raise DataError(Problem("the folder has no tokenizer", "model.tokenizer", str(folder), remedy))
     return files
