@@ -281,10 +281,12 @@ def _find_storage_error(error: Exception) -> LauncherError | None:
         error = OSError(int(quoted[1]), os.strerror(int(quoted[1])))
     if error.errno is None:
         return None
-    if error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(cache_root()):
+    path = None if error.filename is None else Path(os.fsdecode(error.filename))
+    # Folders above the cache are made with it.
+    if path is None or path.is_relative_to(cache_root()) or cache_root().is_relative_to(path):
         return make_cache_error(error, cache_root() / "models")
     remedy = "check its permissions and the disk"
-    return DataError(Problem(f"a file cannot be used: {error.strerror}", where=os.fsdecode(error.filename), remedy=remedy))
+    return DataError(Problem(f"a file cannot be used: {error.strerror}", where=str(path), remedy=remedy))
 
 
 def main(argv: list[str]) -> int:
