@@ -18,7 +18,7 @@ from launcher.plan.run_dir import RunDir
 
 # What is copied.
 _PACKAGE = Path(launcher.__file__).resolve().parent
-# In the folder of the code: the schema version of the plans that this code reads; earlier launchers wrote no such file.
+# In the folder of the code: which plans this code reads; earlier launchers wrote no such file, or their schema version alone.
 _PLAN_SCHEMA = "plan_schema_version"
 # In the same folder: the digest of every file of the package, by its path in the folder.
 DIGESTS = "digests.json"
@@ -33,11 +33,20 @@ def create(run: RunDir) -> None:
 
 
 def is_current(run: RunDir) -> bool:
-    """Return True if the code of the run reads plans of the current schema version."""
+    """Return True if the code of the run reads the plans that this launcher writes."""
     try:
-        return (run.code / _PLAN_SCHEMA).read_text(encoding="utf-8").strip() == str(SCHEMA_VERSION)
+        return (run.code / _PLAN_SCHEMA).read_text(encoding="utf-8").strip() == plan_schema()
     except FileNotFoundError:
         return False
+
+
+def plan_schema() -> str:
+    """Return the schema version of plans with a digest of their keys: code refuses a setting that it does not know."""
+    from launcher.plan.launch_plan import LaunchPlan
+
+    schema = LaunchPlan.model_json_schema()
+    keys = {name: sorted(one.get("properties", ())) for name, one in {**schema.get("$defs", {}), "": schema}.items()}
+    return f"{SCHEMA_VERSION} {xxhash.xxh3_64_hexdigest(json.dumps(keys, sort_keys=True).encode())}"
 
 
 def replace(run: RunDir, newest_attempt: int) -> Path:
@@ -92,6 +101,6 @@ def _copy_package(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     digests = {str(path.relative_to(folder)): xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files}
     (folder / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
-    (folder / _PLAN_SCHEMA).write_text(f"{SCHEMA_VERSION}\n", encoding="utf-8")
+    (folder / _PLAN_SCHEMA).write_text(f"{plan_schema()}\n", encoding="utf-8")
     # After a power loss, files without this may be empty, and every later attempt runs them.
     atomic_files.fsync_tree(folder)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from launcher import code_snapshot
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.migrations import SCHEMA_VERSION
 from launcher.plan.run_dir import RunDir
 
 
@@ -29,6 +31,19 @@ def test_code_of_an_earlier_launcher_is_replaced_and_kept(run: RunDir) -> None:
     assert (earlier / "launcher/__init__.py").read_text() == "earlier"
     assert code_snapshot.is_current(run)
     assert (run.code / "launcher/run_store.py").is_file()
+
+
+def test_code_that_does_not_know_a_setting_of_today_is_replaced(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Later(LaunchPlan):
+        setting_of_today: int = 0
+
+    monkeypatch.setattr("launcher.plan.launch_plan.LaunchPlan", Later)
+    assert not code_snapshot.is_current(run)
+    code_snapshot.replace(run, 1)
+    assert code_snapshot.is_current(run)
+    # As earlier launchers wrote it.
+    (run.code / "plan_schema_version").write_text(f"{SCHEMA_VERSION}\n")
+    assert not code_snapshot.is_current(run)
 
 
 def test_replacing_code_continues_after_an_interruption(run: RunDir) -> None:

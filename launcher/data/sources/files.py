@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import xxhash
 
-from launcher.data.sources import parquet
+from launcher.data.sources import foreign_files, parquet
 from launcher.data.sources.json_array import parse_json, read_array, refuse_limit
 from launcher.data.sources.row_values import HARMLESS_BYTES, MAX_EXPANSION, MAX_ROW_BYTES, Row, a_json_type, refuse, safe_excerpt
 
@@ -29,6 +29,7 @@ COMPRESSED = (".gz", ".zst")
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 # Size of a read, and of a block of rows.
 _BLOCK_BYTES = 1 << 20
+_HEAD_BYTES = 4096
 BLOCK_ROWS = 256
 _ONE_OBJECT = "write one JSON object per line, or one array of objects"
 _SAVE_AS_UTF8 = "save the file in UTF-8"
@@ -235,6 +236,7 @@ class _Decompressed(io.RawIOBase):
 def _kind(file: io.BufferedReader, name: str) -> str:
     """Return the kind of a file. Names tell .json and .jsonl apart less well than the content: one array, or lines of objects."""
     kind = detect_kind(name) or _kind_by_content(file, name)
+    foreign_files.refuse_foreign_content(file.peek(_BLOCK_BYTES)[:_HEAD_BYTES], name, kind)
     if kind in ("json", "jsonl"):
         return "json" if _begins_array_of_rows(file.peek(_BLOCK_BYTES)) else "jsonl"
     return kind
@@ -260,10 +262,13 @@ def _kind_by_content(file: io.BufferedReader, name: str) -> str:
     first = head.lstrip()[:1]
     if first in (b"{", b"["):
         return "jsonl" if first == b"{" else "json"
-    remedy = (
+    if head.startswith(b"version https://git-lfs"):
+        return "txt"
+    endings = (
         f"give the file one of the endings {', '.join(KINDS)}, with {' or '.join(COMPRESSED)} after it where it is compressed"
     )
-    refuse("neither name nor content tells what kind of file this is", name, remedy)
+    foreign_files.refuse_unknown_kind(name, endings)
+    raise AssertionError("refused above")
 
 
 def _json_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple[Row, str]]:
@@ -274,8 +279,7 @@ def _json_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple
         try:
             row = parse_json(text)
         except json.JSONDecodeError as error:
-            remedy = "write one complete JSON object per line"
-            refuse(f"the line is not JSON: {error.msg}", f"{name}:{number}:{error.colno}", remedy)
+            refuse(f"the line is not JSON: {error.msg}", f"{name}:{number}:{error.colno}", _remedy_of_line(text, error))
         except (RecursionError, ValueError) as error:
             refuse_limit("the line", error, f"{name}:{number}")
         if isinstance(row, list):
@@ -283,6 +287,15 @@ def _json_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple
         if not isinstance(row, dict):
             refuse(f"the line holds {a_json_type(row)}, not an object", f"{name}:{number}", _ONE_OBJECT)
         yield row, f"{name}:{number}"
+
+
+def _remedy_of_line(text: str, error: json.JSONDecodeError) -> str:
+    """Return how to repair a line that is not JSON."""
+    if text[error.pos :].strip() == ",":
+        return "write one complete JSON object per line, without a comma after it"
+    if text.startswith("{'"):
+        return "write one complete JSON object per line, with double quotes: in Python, json.dumps(row)"
+    return "write one complete JSON object per line"
 
 
 def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
@@ -314,6 +327,7 @@ def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
             if header is None:
                 header = [cell.strip() for cell in cells]
                 # For a table without a header these are the cells of its first row.
+                foreign_files.refuse_other_separator(header, place)
                 names = ", ".join(map(safe_excerpt, header))
                 if len(set(header)) < len(header):
                     refuse(f"the first line names a column twice ({names})", place, "give every column its own name")
@@ -323,6 +337,8 @@ def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
             else:
                 yield dict(zip(header, cells, strict=True)), place, sum(map(len, cells))
     except csv.Error as error:
+        if "new-line character" in str(error):
+            refuse("the lines of the table end in CR alone", name, "save it with the line ends of Unix or Windows")
         refuse(f"the table cannot be read: {error}", f"{name}:{reader.line_num}", 'close every quote, and write " inside as ""')
 
 

@@ -45,6 +45,9 @@ _SHAREGPT_ROLES = {
 
 # What a question is about, which the format question_answer does not read.
 _CONTEXT_KEYS = ("context", "passage", "paragraph", "document", "article", "story", "evidence", "choices", "options")
+# What people call a prompt and its answer, in lower case.
+_PROMPT_NAMES = ("prompt", "instruction", "question", "query", "input", "user")
+_ANSWER_NAMES = ("completion", "response", "answer", "output", "target", "assistant")
 _PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
@@ -220,6 +223,11 @@ def detect_format(row: Row, where: str) -> str:
     if fitting:
         problem = f"the row fits the formats {' and '.join(fitting)} ({list_keys(row)})"
         refuse(problem, where, "set the source's format to one of them")
+    only = next(iter(row.values())) if len(row) == 1 else None
+    if isinstance(only, list) and only and all(isinstance(one, dict) for one in only):
+        key = safe_excerpt(next(iter(row)))
+        remedy = f"write that list as the file, or each of its objects into a line: jq -c '.{key}[]' FILE > rows.jsonl"
+        refuse(f"the file is one object, and its rows are in a list under {key}", where, remedy)
     remedy = (
         "give rows the key messages, conversations or text, or the keys instruction and output, prompt and completion, or "
         f"question and answer; or name the rows' own keys in the source's columns: {_suggest_columns(row) or COLUMNS_EXAMPLE}"
@@ -234,14 +242,27 @@ def _suggest_columns(row: Row) -> str | None:
     for key, value in row.items():
         inner = from_json(value)
         for row_format in FORMATS.values() if isinstance(inner, dict) and _PLAIN_KEY.fullmatch(key) else ():
-            if row_format.required_keys <= inner.keys():
+            # One key, such as text, says little where the row has others.
+            if row_format.required_keys <= inner.keys() and (len(row_format.required_keys) > 1 or len(row) == 1):
                 columns = ", ".join(f"{name}: {key}.{name}" for name in sorted(row_format.required_keys))
                 return f"'data.sources=[{{name: train, {EXAMPLE_PATH}, columns: {{{columns}}}}}]' data.path=null"
     texts = [key for key, value in row.items() if isinstance(value, str)]
-    if len(texts) == 2 and all(map(_PLAIN_KEY.fullmatch, texts)):
-        columns = f"prompt: {texts[0]}, completion: {texts[1]}"
-        return f"'data.sources=[{{name: train, {EXAMPLE_PATH}, columns: {{{columns}}}}}]' data.path=null, if that is their order"
+    prompt, answer = (
+        next((key for name in names for key in texts if key.lower() == name), None) for names in (_PROMPT_NAMES, _ANSWER_NAMES)
+    )
+    if prompt is not None and answer is not None and all(map(_PLAIN_KEY.fullmatch, (prompt, answer))):
+        rest = [key for key in texts if key not in (prompt, answer) and row[key].strip()]
+        note = f", where {', '.join(map(safe_excerpt, rest[:3]))} can be left out" if rest else ""
+        return f"{_columns_setting(prompt, answer)}{note}"
+    has_more = any(isinstance(value, dict | list) for value in row.values())
+    if len(texts) == 2 and not has_more and all(map(_PLAIN_KEY.fullmatch, texts)):
+        return f"{_columns_setting(*texts)}, if that is their order"
     return None
+
+
+def _columns_setting(prompt: str, answer: str) -> str:
+    columns = f"prompt: {prompt}, completion: {answer}"
+    return f"'data.sources=[{{name: train, {EXAMPLE_PATH}, columns: {{{columns}}}}}]' data.path=null"
 
 
 def _detect_by_message(row: Row, format: str) -> str:

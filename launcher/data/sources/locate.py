@@ -130,6 +130,8 @@ def local_problem(key: str, source: RowSource) -> Problem | None:
             sources = ", ".join(f"{{name: {name}, path: {_flow(file)}}}" for name, file in listed_files.items())
             listed = f"several files are a pattern (such as *.jsonl), a folder, or {shlex.quote(f'data.sources=[{sources}]')}"
             return Problem("commas do not separate data files", key, value, f"{listed} in place of data.path")
+        if path.is_symlink():
+            return Problem("the data path is a link that leads nowhere", key, value, f"repair the link, or {remedy}")
         similar = _list_similar(path)
         guess = f"did you mean {' or '.join(similar)}? " if similar else ""
         return Problem("the data file does not exist", key, value, f"{guess}{remedy}; relative paths start at {Path.cwd()}")

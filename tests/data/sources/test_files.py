@@ -220,3 +220,40 @@ def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="the data file cannot be read: Input/output error") as caught:
             action(source)
         assert caught.value.problems[0].where == str(path)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "a.jsonl",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+            "the file is a Git LFS pointer instead",
+        ),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "the file is a Git LFS pointer instead of the rows"),
+        ("a", b"version https://git-lfs.github.com/spec/v1\n", "the file is a Git LFS pointer instead of the rows"),
+        ("a.json", b"<!DOCTYPE html><html>", "the file is an HTML page instead of the rows"),
+        ("a.csv", 'prompt,completion\n"a","b"\n'.encode("utf-16"), "the file is text in UTF-16, not in UTF-8"),
+        ("a.csv", b'prompt;completion\n"a";"b"\n', "the columns of the table are separated by semicolons, not by commas"),
+        ("a.csv", b"\xef\xbb\xbfprompt\tcompletion\r\na\tb\r\n", "the columns of the table are separated by tabs, not by commas"),
+        ("a.tsv", b"prompt\tcompletion\na\tb\n", "the columns of the table are separated by tabs, not by commas"),
+        ("a.csv", b"prompt,completion\ra,b\r", "the lines of the table end in CR alone"),
+        ("a.json", b'{\n  "text": "a"\n}\n', "the file has a JSON object over several lines"),
+        ("a.xlsx", b"PK\x03\x04", "the file is a workbook, which is not read"),
+        ("a.jsonl.bz2", b"BZh9", "the file is an archive or another compression, which is not read"),
+    ],
+)
+def test_a_file_that_is_no_file_of_rows_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert problem_of(path).message.startswith(message)
+
+
+@pytest.mark.parametrize(
+    "line, remedy",
+    [('{"text": "a"},', "without a comma after it"), ("{'text': 'a'}", "with double quotes: in Python, json.dumps(row)")],
+)
+def test_the_remedy_of_a_line_suits_its_mistake(tmp_path: Path, line: str, remedy: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line + "\n")
+    assert remedy in problem_of(path).remedy

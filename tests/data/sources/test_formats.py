@@ -313,6 +313,30 @@ def test_two_texts_are_suggested_as_prompt_and_completion(jsonl: Jsonl) -> None:
     assert (document.prompt, document.completion) == ("1+1?", "2")
 
 
+@pytest.mark.parametrize(
+    "row, remedy",
+    [
+        ({"Prompt": "1+1?", "Completion": "2"}, "columns: {prompt: Prompt, completion: Completion}}]' data.path=null"),
+        (
+            {"response": "2", "instruction": "1+1?", "context": "", "category": "sums"},
+            "columns: {prompt: instruction, completion: response}}]' data.path=null, where category can be left out",
+        ),
+        # Neither a text of answers nor the context is the answer.
+        ({"context": "c", "question": "q", "answers": {"text": ["a"]}}, "with the rows' own keys after the colons"),
+    ],
+)
+def test_usual_names_are_suggested_in_their_order(jsonl: Jsonl, row: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(DataError) as caught:
+        first(jsonl([row]))
+    assert caught.value.problems[0].remedy.endswith(remedy)
+
+
+def test_an_object_with_a_list_of_rows_is_named(jsonl: Jsonl) -> None:
+    with pytest.raises(DataError, match="its rows are in a list under data") as caught:
+        first(jsonl([{"data": [{"text": "a"}, {"text": "b"}]}]))
+    assert "jq -c '.data[]' FILE > rows.jsonl" in caught.value.problems[0].remedy
+
+
 def test_a_question_with_a_context_is_not_read_without_it(jsonl: Jsonl) -> None:
     row = {"question": "Who?", "answer": "She", "context": "She came."}
     with pytest.raises(DataError, match="and also context, which is not read"):
