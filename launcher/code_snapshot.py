@@ -6,6 +6,7 @@ import fnmatch
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
@@ -65,25 +66,33 @@ def replace(run: RunDir, newest_attempt: int) -> Path:
 def find_damage(run: RunDir) -> str | None:
     """Return which files of the run's code are missing or differ from their digests; None if all are as they were submitted.
 
-    Code without digests, as earlier launchers copied it, is taken as it is. Bytecode may be missing, as in a copy from a mirror.
+    Code without digests, as earlier launchers copied it, is taken as it is. For bytecode see `remove_changed_bytecode`.
     """
-    path = run.code / DIGESTS
-    if not path.is_file():
+    if not (run.code / DIGESTS).is_file():
         return None
     try:
-        digests = json_records.read_json(path)
+        digests = json_records.read_json(run.code / DIGESTS)
     except RunError:
-        return path.name
-    damaged = [name for name, digest in digests.items() if not _is_intact(run.code / name, digest)]
+        return DIGESTS
+    damaged = [name for name, digest in digests.items() if not name.endswith(".pyc") and not _is_intact(run.code / name, digest)]
     others = f" and {len(damaged) - 1:,} more" if len(damaged) > 1 else ""
     return f"{damaged[0]}{others}" if damaged else None
+
+
+def remove_changed_bytecode(run: RunDir) -> None:
+    """Remove bytecode that differs from its digest: nodes compile it again.
+
+    Python itself writes it anew in a copy of a run whose files have other times; after a power loss it may end too early.
+    """
+    with suppress(RunError, FileNotFoundError):
+        for name, digest in json_records.read_json(run.code / DIGESTS).items():
+            if name.endswith(".pyc") and not _is_intact(run.code / name, digest):
+                (run.code / name).unlink(missing_ok=True)
 
 
 def _is_intact(file: Path, digest: str) -> bool:
     try:
         return xxhash.xxh3_128_hexdigest(file.read_bytes()) == digest
-    except FileNotFoundError:
-        return file.suffix == ".pyc"
     except OSError:
         return False
 

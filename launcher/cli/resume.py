@@ -131,6 +131,7 @@ def _describe_lost_metrics(run: RunDir, plan: LaunchPlan, step: int) -> str | No
 
 def _replace_unusable_code(run: RunDir) -> None:
     """Copy the current code into the run where the run's own is damaged or reads other plans; says so."""
+    code_snapshot.remove_changed_bytecode(run)
     damage = code_snapshot.find_damage(run)
     if damage is None and code_snapshot.is_current(run):
         return
