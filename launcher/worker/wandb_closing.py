@@ -33,8 +33,13 @@ def close_wandb_run(plan: LaunchPlan, plan_path: str | Path, run: RunDir, attemp
     Never raises, and returns within a deadline. In offline mode the end is written into W&B's files, where there are any.
     """
     tracking = plan.config.tracking
+    _report_end(plan, plan_path, run, attempt)
     if plan.config.eval.answers_every and tracking.kind == "wandb" and tracking.mode != "disabled":
         _send_newest_verdict(run)
+
+
+def _report_end(plan: LaunchPlan, plan_path: str | Path, run: RunDir, attempt: int) -> None:
+    tracking = plan.config.tracking
     may_show = tracking.mode in ("auto", "online") or (tracking.mode == "offline" and _has_sessions(run))
     if tracking.kind != "wandb" or not may_show or not _must_report(run, attempt):
         return

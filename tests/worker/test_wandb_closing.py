@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import hand_made
 import pytest
 from fake_slurm import FakeSlurm
 from forked import ForkingSubprocess, preloaded
 from job_tools import Job
+from made_verdict import made_verdict
 from rank_tools import IMPORTED, rank
 from wandb_server import KEY, fake_wandb
 
@@ -27,10 +29,10 @@ REPO = Path(__file__).resolve().parents[2]
 KILLED = {"rank": 1, "kind": "killed", "message": "killed by SIGKILL", "log": "rank-00001.log"}
 
 
-def plan_in(folder: Path, **tracking: str) -> LaunchPlan:
+def plan_in(folder: Path, tracking: Mapping[str, str] | None = None, **sections: Mapping[str, Any]) -> LaunchPlan:
     data = {"sources": [{"path": "train.jsonl"}]}
-    sections = {"model": {"path": "./model"}, "data": data, "train": {"max_steps": 40}, "tracking": tracking}
-    return hand_made.plan(folder, sections)
+    made = {"model": {"path": "./model"}, "data": data, "train": {"max_steps": 40}, "tracking": dict(tracking or {}), **sections}
+    return hand_made.plan(folder, made)
 
 
 def failed(run: RunDir) -> None:
@@ -105,6 +107,27 @@ def test_a_failure_before_the_first_rank_is_sent_to_wandb(tmp_path: Path, monkey
         assert "the run has failed: rank 1: killed by SIGKILL" in server.alerts[0]["text"]
 
 
+def test_verdicts_of_checkpoints_are_sent_when_the_run_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it trained, its ranks had the session."""
+    plan, run = plan_in(tmp_path / "run", eval={"answers_every": 20}, checkpoint={"save_every": 20}), RunDir(tmp_path / "run")
+    run.attempt(1).mkdir(parents=True)
+    run.plan.write_text(plan.to_json())
+    for step in (20, 40):
+        folder = run.root / f"evaluations/step-{step:08d}"
+        folder.mkdir(parents=True)
+        made_verdict().write(folder)
+    with fake_wandb() as server:
+        use(monkeypatch, server.address)
+        run_store.write_status(run, Status("running", 1, 40, 40))
+        wandb_closing.close_wandb_run(plan, run.plan, run, 1)
+        assert server.runs == {}
+        run_store.update_status(run, state="completed")
+        wandb_closing.close_wandb_run(plan, run.plan, run, 1)
+        assert server.run().exits == [0]
+        assert server.run().summary["verdict/step"] == 40
+        assert str(server.run().summary["verdict/prompts"]).startswith("Fine-tuning helped")
+
+
 def test_a_slurm_job_that_ends_for_good_closes_the_wandb_run(
     submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +175,7 @@ def test_a_hanging_wandb_server_delays_the_end_by_the_deadline_at_most(tmp_path:
 def test_nothing_is_sent_to_wandb_where_the_ranks_reported_or_wandb_is_off(
     tmp_path: Path, state: str, ended: dict[str, str], tracking: dict[str, str]
 ) -> None:
-    plan, run = plan_in(tmp_path / "run", **tracking), RunDir(tmp_path / "run")
+    plan, run = plan_in(tmp_path / "run", tracking), RunDir(tmp_path / "run")
     (run.root / "wandb").mkdir(parents=True)
     run.attempt(1).mkdir(parents=True)
     run.plan.write_text(plan.to_json())
