@@ -72,7 +72,7 @@ def run(verb: str, tokens: list[str]) -> int:
     with ended_by_signals(), _alone(folder), alive_file(folder / "alive"):
         with private_files():
             run_reporting(_PREPARE, config, str(run_dir.plan), "--step", str(step))
-        _answer(config, folder, run_dir)
+        _answer(config, folder, run_dir, is_here=arguments.here)
         shown = run_reporting(_CONCLUDE, config, str(folder))
     verdicts = {
         name: json_records.decode(EvaluationVerdict, result["verdict"], "the verdict") for name, result in shown["sets"].items()
@@ -120,7 +120,8 @@ def _send_to_wandb(plan: LaunchPlan, run: RunDir, step: int) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = VerbParser(
         prog="python -m launcher evaluate",
-        usage="%(prog)s RUN [--step N] [--tasks NAMES | --choices FILE] [--json] [--min-gain METRIC:BASELINE:GAIN] [overrides]",
+        usage="%(prog)s RUN [--step N] [--tasks NAMES | --choices FILE] [--here] [--json] [--min-gain METRIC:BASELINE:GAIN] "
+        "[overrides]",
         description=(
             "Answer held-out prompts with the base model, without and with examples, and with the tuned model;\n"
             "score the answers, and say whether fine-tuning helped. On a cluster, in an allocation of the run's settings."
@@ -136,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
     parser.add_argument("overrides", nargs="*", metavar="overrides", help="settings of this evaluation, as key=value")
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: that of the run's export, else the newest)")
+    parser.add_argument("--here", action="store_true", help="answer on this machine, such as a node of an allocation")
     parser.add_argument("--json", action="store_true", help="print verdicts, scores and the ways to ask that were compared")
     parser.add_argument(
         "--tasks", metavar="NAMES", help="score tasks of lm-evaluation-harness instead, on this machine, such as arc_easy,ifeval"
@@ -214,14 +216,14 @@ def _alone(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _answer(config: RunConfig, folder: Path, run_dir: RunDir) -> None:
-    """Generate all answers, here or on the nodes of a cluster.
+def _answer(config: RunConfig, folder: Path, run_dir: RunDir, is_here: bool) -> None:
+    """Generate all answers, here or on the nodes of the settings' cluster.
 
     Raises:
         RunError, SubmitError: where they did not end.
     """
     nodes = evaluation_nodes_for(config.cluster.kind)
-    if nodes is not None and nodes.runs_elsewhere(config):
+    if not is_here and nodes is not None and nodes.runs_elsewhere(config):
         nodes.run_on_nodes(config, run_dir, folder)
         return
     here = device()

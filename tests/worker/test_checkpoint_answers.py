@@ -137,9 +137,7 @@ def test_another_checkpoint_of_the_same_step_is_answered_again(make: Callable) -
 @pytest.fixture
 def on_slurm(make: Callable, fake_slurm: FakeSlurm) -> tuple[LaunchPlan, RunDir]:
     fake_slurm.answer("sbatch", out="77\n", times=1)
-    planned, run = make(
-        "cluster=slurm", "cluster.nodes=4", "cluster.partition=short", "cluster.price_per_gpu_hour=2", device=GPUS
-    )
+    planned, run = make("cluster=slurm", "cluster.nodes=4", "cluster.partition=short", device=GPUS)
     run.jobs.mkdir()
     return planned, run
 
@@ -160,7 +158,7 @@ def test_on_slurm_each_step_is_a_job_of_one_node(on_slurm: tuple[LaunchPlan, Run
     assert submitted[-1] == str(folder / "job.sh")
     script = (folder / "job.sh").read_text()
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    assert f"launcher evaluate {run.root} --step 4 cluster=local cluster.price_per_gpu_hour=2.0" in script
+    assert f"launcher evaluate {run.root} --step 4 --here" in script
     assert "not run: others own these or can write to them" in script
     assert "SLURM_JOB_ID" not in fake_slurm.variables_of("sbatch"), "that of the run's own job"
     # A resumed run does not ask for it again while the job waits.

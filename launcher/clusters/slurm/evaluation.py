@@ -119,9 +119,7 @@ def _job_name(plan: LaunchPlan) -> str:
 
 def _job_script(plan: LaunchPlan, config: RunConfig, run: RunDir, step: int, num_gpus: int) -> str:
     """Return a batch script that runs `launcher evaluate` on its own node."""
-    words = ["evaluate", sbatch.plain_path(str(run.root)), "--step", str(step), "cluster=local"]
-    if (price := config.cluster.price_per_gpu_hour) is not None:
-        words.append(f"cluster.price_per_gpu_hour={price}")
+    words = ("evaluate", sbatch.plain_path(str(run.root)), "--step", str(step), "--here")
     owners = {trust.VARIABLE: trust.Trust.from_environ(os.environ).as_numbers()}
     folders = [Path(folder) for folder in (*sbatch.needed_folders(plan), str(cache_root()))]
     task = allocation.node_script(config, ("launcher", *words), num_gpus, owners, folders, ())
