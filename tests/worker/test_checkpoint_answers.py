@@ -192,7 +192,7 @@ def test_a_job_that_ends_without_a_verdict_is_reported(
     answers.work(True)
     (alert,) = said(run, "alert")
     log = run.root / "evaluations/step-00000004/job-77.log"
-    assert alert == f"no answers of step 4, training continues: job 77 is unknown; its output is {log}"
+    assert alert == f"no answers of step 4: job 77 is unknown; its output is {log}"
 
 
 def test_a_node_without_sbatch_says_so_once(

@@ -31,8 +31,10 @@ EVENT = "answers"
 # How often the scheduler is asked for jobs, and how often a run that waits for answers says how far they are.
 _JOBS_S = 30.0
 _PROGRESS_S = 15.0
+_REMOVED = "its checkpoint was removed before its weights were exported; raise checkpoint.keep_last"
 # From a submission that was refused to the next one.
 _RETRY_S = 600.0
+_RETRY_EXPORT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class CheckpointAnswers:
         # The one that the end of the run waits for.
         self._awaited: StepProcess | None = None
         self._export: StepProcess | None = None
+        self._next_export_at: dict[int, float] = {}
         # Steps that are not tried again in this attempt, with the reason.
         self._given_up: dict[int, str] = {}
         # Checkpoints up to here are of earlier attempts, which have reported those that were removed too early.
@@ -65,9 +68,11 @@ class CheckpointAnswers:
         self._contents: object = self
         self._waiting: list[int] = []
         self._refused, self._refused_at = "", 0.0
+        self._is_complete = False
 
     def work(self, is_complete: bool) -> bool:
         """Start and collect what is due; returns whether nothing is left to do after the end of training."""
+        self._is_complete = is_complete
         self._collect()
         self._list_steps()
         if self._source is AnswerSource.JOBS:
@@ -77,8 +82,9 @@ class CheckpointAnswers:
             # They are others than this one, which is given back.
             return True
         if self._evaluation is None and (is_complete or self._source is not AnswerSource.AFTER_TRAINING):
-            step = next((step for step in self._waiting if self._export is None or step != self._export.step), None)
-            if step is not None:
+            # While training goes on, weights are exported first: an evaluation looks for its questions for a while.
+            ready = (step for step in self._waiting if not self._is_worked_on(step) and (is_complete or self._is_exported(step)))
+            if (step := next(ready, None)) is not None:
                 self._evaluate(step, is_complete)
         if not is_complete:
             self._export_next()
@@ -148,12 +154,15 @@ class CheckpointAnswers:
         due = {step for step in due if not self._is_answered(step)}
         passed = range(self._every, newest + 1, self._every)
         for step in (step for step in passed if step > self._from_step and step not in due):
-            if step not in self._given_up and not self._is_answered(step):
-                self._give_up(step, "its checkpoint was removed before its weights were exported; raise checkpoint.keep_last")
+            if step not in self._given_up and not self._is_worked_on(step) and not self._is_answered(step):
+                self._give_up(step, _REMOVED)
         for step in due - self._given_up.keys() - self._jobs.keys():
             if (job := self._submitted_job(step)) is not None:
                 self._jobs[step] = job
         self._waiting = sorted(due - self._given_up.keys() - self._jobs.keys())
+
+    def _is_worked_on(self, step: int) -> bool:
+        return step in [process.step for process in (self._evaluation, self._export) if process is not None]
 
     def _is_answered(self, step: int) -> bool:
         try:
@@ -188,6 +197,9 @@ class CheckpointAnswers:
             step, failure, self._export = self._export.step, self._export.failure(), None
             if failure:
                 self._give_up(step, f"its weights could not be exported: {failure}")
+            elif not self._is_exported(step):
+                # Another command evaluates the step.
+                self._next_export_at[step] = time.monotonic() + _RETRY_EXPORT_S
             self._contents = self
         if self._evaluation is not None and self._evaluation.has_ended():
             step, failure, self._evaluation = self._evaluation.step, self._evaluation.failure(), None
@@ -210,9 +222,11 @@ class CheckpointAnswers:
             self._give_up(step, failure or "the evaluation has left no verdict")
 
     def _give_up(self, step: int, reason: str) -> None:
+        reason = reason if self._has_weights(step) else _REMOVED
         self._given_up[step] = reason
         self._contents = self
-        self._event("alert", f"no answers of step {step}, training continues: {reason}", step)
+        text = f"no answers of step {step}" if self._is_complete else f"no answers of step {step}, training continues"
+        self._event("alert", f"{text}: {reason}", step)
 
     def _evaluate(self, step: int, is_complete: bool) -> None:
         words = ("-m", "launcher", "evaluate", str(self._run.root), "--step", str(step))
@@ -220,9 +234,9 @@ class CheckpointAnswers:
 
     def _export_next(self) -> None:
         """Export the first step that waits, since its checkpoint may be removed before it is its turn."""
-        evaluated = None if self._evaluation is None else self._evaluation.step
         if self._export is None:
-            step = next((step for step in self._waiting if step != evaluated and not self._is_exported(step)), None)
+            due = (step for step in self._waiting if self._next_export_at.get(step, 0.0) < time.monotonic())
+            step = next((step for step in due if not self._is_worked_on(step) and not self._is_exported(step)), None)
             if step is not None:
                 words = ("-m", "launcher.worker.evaluation.weights", str(self._run.plan), str(step))
                 self._export = StepProcess.start(step, words, self._log(step, "export"), is_beside_training=True)
