@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
@@ -224,7 +225,7 @@ def test_the_process_ends_at_once_with_all_it_has_started_where_training_is_not_
     try:
         wait_for("an evaluation", lambda: process.children(recursive=True), 120)
         (child, *_) = process.children()
-        assert (process.nice(), child.nice()) == (19, 19)
+        assert (process.nice(), child.nice()) == (10, 10), "of an export"
         assert child.environ()["OMP_NUM_THREADS"] == "1"
         # The signals of the scheduler are for ranks.
         for number in (10, 12, 15, 1):
@@ -251,6 +252,22 @@ def test_what_it_has_started_ends_with_a_process_that_is_killed(make: Callable) 
     answers._process.kill()
     answers._process.wait()
     wait_for("their end", lambda: not any(one.is_running() for one in children))
+
+
+def test_an_evaluation_beside_training_has_the_lowest_priority(make: Callable) -> None:
+    planned, run = make()
+    commit(run, 4)
+    export_by_hand(run, 4)
+    answers = CheckpointAnswers(run, planned, 1)
+    before = os.nice(0)
+    assert not answers.work(False)
+    (child,) = [one for one in psutil.Process().children() if "evaluate" in one.cmdline()]
+    try:
+        wait_for("its priority", lambda: child.nice() == min(19, before + 9))
+        assert {child.environ()[name] for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")} == {"1"}
+    finally:
+        answers.conclude(False)
+    assert not child.is_running()
 
 
 def test_no_process_is_started_where_no_answers_are_wanted(make: Callable) -> None:

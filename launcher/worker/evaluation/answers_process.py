@@ -26,7 +26,7 @@ from launcher.worker.ranks.rank_env import die_with_parent
 
 _COMPLETE, _END = "complete", "end"
 # The ranks have priority on the processor, and where memory runs out the kernel kills an evaluation before a rank.
-_NICE = 19
+_NICE = 10
 _KILLED_FIRST = "1000"
 _LOOK_S = 1.0
 _POLL_S = 0.1

@@ -31,6 +31,8 @@ EVENT = "answers"
 # How often the scheduler is asked for jobs, and how often a run that waits for answers says how far they are.
 _JOBS_S = 30.0
 _PROGRESS_S = 15.0
+# Added to the niceness of this process, and of an export, which is short and must end before its checkpoint is removed.
+_EVALUATION_NICE = 9
 _REMOVED = "its checkpoint was removed before its weights were exported; raise checkpoint.keep_last"
 # From a submission that was refused to the next one.
 _RETRY_S = 600.0
@@ -230,7 +232,8 @@ class CheckpointAnswers:
 
     def _evaluate(self, step: int, is_complete: bool) -> None:
         words = ("-m", "launcher", "evaluate", str(self._run.root), "--step", str(step))
-        self._evaluation = StepProcess.start(step, words, self._log(step, "evaluate"), is_beside_training=not is_complete)
+        log, niceness = self._log(step, "evaluate"), 0 if is_complete else _EVALUATION_NICE
+        self._evaluation = StepProcess.start(step, words, log, is_beside_training=not is_complete, niceness=niceness)
 
     def _export_next(self) -> None:
         """Export the first step that waits, since its checkpoint may be removed before it is its turn."""

@@ -1,7 +1,7 @@
 """Becomes the command of its arguments, in the root directory; the kernel ends it with the process that started it.
 
 The command gets no search path of Python from the environment: it may be the interpreter of another environment. With
-`--launcher` as the first argument, the others are those of this Python, which keeps the search path.
+`--launcher N` in front, the others are those of this Python, which keeps the search path, with N added to its niceness.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     words = sys.argv[1:]
     if words[0] == LAUNCHER:
-        words[0] = sys.executable
+        os.nice(int(words[1]))
+        words[:2] = [sys.executable]
     else:
         # Python imports modules from the working directory, where another user's may lie.
         os.chdir("/")

@@ -27,15 +27,18 @@ class StepProcess:
         self._process, self._log, self._log_offset = process, log, log_offset
 
     @classmethod
-    def start(cls, step: int, words: Sequence[str], log: Path, *, is_beside_training: bool) -> StepProcess:
-        """Start this Python with the arguments `words`; beside training, with one thread and without GPUs."""
+    def start(cls, step: int, words: Sequence[str], log: Path, *, is_beside_training: bool, niceness: int = 0) -> StepProcess:
+        """Start this Python with the arguments `words`; beside training, with one thread and without GPUs.
+
+        `niceness` is added to that of this process.
+        """
         environ = dict(os.environ)
         # Those of the ranks, which divide a node's cores.
         for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
             environ.pop(name, None)
         if is_beside_training:
             environ |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", _STARTER, LAUNCHER, *words]
+        command = [sys.executable, "-m", _STARTER, LAUNCHER, str(niceness), *words]
         with open(log, "ab") as output:
             offset = output.tell()
             process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
