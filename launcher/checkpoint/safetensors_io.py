@@ -95,7 +95,7 @@ class TensorFile:
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
             self.specs = {name: TensorSpec(name, h["dtype"], tuple(h["shape"])) for name, h in header.items()}
             self._starts = {name: 8 + len(raw) + h["data_offsets"][0] for name, h in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             self.close()
             raise CheckpointError("the header of a checkpoint file is damaged", where=str(path), value=str(error)) from error
         except BaseException:

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from launcher.errors import DataError
+from launcher.security.regular_expressions import compile_bounded
+
+# Of a pattern, in a message.
+_MAX_CHARS = 200
 
 
 @functools.cache
@@ -48,10 +52,13 @@ def is_match(pattern: str, text: str, time_limit_s: float) -> bool:
     """Return whether a pattern of the schema matches somewhere in a text.
 
     Raises:
-        DataError: where it takes too long.
+        DataError: where it takes too long, or is none.
     """
     try:
-        return compile_pattern(pattern).search(text, timeout=time_limit_s) is not None
+        return compile_bounded(pattern).search(text, timeout=time_limit_s) is not None
+    except ValueError as error:
+        message = f"a regular expression of the JSON schema cannot be used: {error}"
+        raise DataError(message, where="evaluate.json_schema", value=pattern[:_MAX_CHARS], remedy="correct it") from None
     except TimeoutError:
         raise DataError(
             f"a regular expression of the JSON schema takes more than {time_limit_s:g} s for one answer",
@@ -59,14 +66,6 @@ def is_match(pattern: str, text: str, time_limit_s: float) -> bool:
             value=pattern,
             remedy="nested repetitions such as (a+)+ take very long; write them without nesting",
         ) from None
-
-
-@functools.cache
-def compile_pattern(pattern: str) -> Any:
-    """Compile a regular expression whose searches take a `timeout`, unlike those of `re`."""
-    import regex
-
-    return regex.compile(pattern)
 
 
 def _with_patterns_first(value: Any) -> Any:

@@ -14,7 +14,8 @@ from typing import Any
 from launcher.errors import DataError
 from launcher.evaluate import answer_text
 from launcher.evaluate.answer_text import NotJson
-from launcher.evaluate.json_schema import compile_pattern, schema_validator
+from launcher.evaluate.json_schema import schema_validator
+from launcher.security.regular_expressions import compile_bounded
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _regex(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> f
 def _last_match(text: str, options: MetricOptions) -> Any:
     try:
         return max(
-            compile_pattern(options.pattern).finditer(text, timeout=options.time_limit_s), key=lambda one: one.end(), default=None
+            compile_bounded(options.pattern).finditer(text, timeout=options.time_limit_s), key=lambda one: one.end(), default=None
         )
     except TimeoutError:
         raise DataError(

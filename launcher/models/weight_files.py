@@ -283,7 +283,7 @@ def _parse_header(file: Path, num_bytes: int, _mtime_ns: int) -> tuple[Mapping[s
         }
         ends = {name: int(entry["data_offsets"][1]) for name, entry in entries.items()}
         misshapen = [name for name, entry in entries.items() if not _fits(tensors[name], *entry["data_offsets"])]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise _DamagedFile(FileDamage("is not a safetensors file", _DOWNLOAD)) from error
     if misshapen:
         reason = f"has a damaged header: the bytes of the tensor {misshapen[0]} do not fit its shape and type"

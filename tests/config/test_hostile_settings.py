@@ -149,3 +149,12 @@ def test_references_within_each_other_are_refused_with_their_line(
 def test_a_pickled_job_of_hydra_is_not_loaded(refused: Refused, tmp_path: Path, written: tuple[str, ...]) -> None:
     (problem,) = refused(*written)
     assert problem.message == "--experimental-rerun: Hydra would load a pickle, which can run code"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("pattern", ["((((a{999}){999}){999}){999})", "(" * 3000 + "a" + ")" * 3000, "a|" * 6000])
+def test_a_regular_expression_that_takes_all_memory_is_refused(
+    refused: Refused, shared: Callable[[str], tuple[str, ...]], pattern: str
+) -> None:
+    (problem,) = refused(*shared(f"evaluate:\n  metrics: [regex]\n  pattern: '{pattern}'\n"))
+    assert problem.message.startswith("evaluate.pattern: is no regular expression (it ")

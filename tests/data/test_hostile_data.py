@@ -276,3 +276,10 @@ def test_a_long_reasoning_that_later_turns_leave_out_is_searched_once(tokenizer_
     full, spans = LossMask(template, ("<|im_end|>",), ()).find_spans(chat, "assistant")
     assert [full[span.start : span.end] for span in spans] == ["Yes.<|im_end|>", "<think>\n\n</think>\n\nYes!<|im_end|>"]
     assert time.process_time() - started < 20
+
+
+def test_a_name_of_a_column_that_is_no_text_is_a_corrupt_file(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"texttexttext": ["a"]}), file, store_schema=False)
+    file.write_bytes(file.read_bytes().replace(b"texttexttext", b"\x86exttexttext"))
+    assert "parquet file" in refusal(Source(path=str(file))).message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def test_a_safetensors_header_has_names_types_and_shapes(tmp_path: Path) -> None
         (header(a={"dtype": "X", "shape": [2**60] * 2000, "data_offsets": [0, 4]}) + b"1234", "bytes of the tensor a do not fit"),
         (header(a={"dtype": "X", "shape": [10**4000] * 9, "data_offsets": [0, 4]}) + b"1234", "bytes of the tensor a do not fit"),
         (b"\x03\0\0\0\0\0\0\0[1]", "is not a safetensors file"),
+        (header(a={"dtype": "F32", "shape": [1], "data_offsets": [math.inf, 4]}) + b"1234", "is not a safetensors file"),
         (None, "is incomplete: it has 95 bytes, and its header describes 96; the first tensor that is cut off is a"),
     ],
 )

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from launcher.config.sections.fields import Positive, Section, Text
 from launcher.errors import did_you_mean
+from launcher.security.regular_expressions import compile_bounded
 
 MetricName = Literal[
     "exact_match",
@@ -75,11 +76,9 @@ class AnswerMetrics(Section):
     @classmethod
     def _compiles(cls, value: str | None) -> str | None:
         # The module with a time limit, by which answers are matched, accepts more than `re`.
-        import regex
-
         try:
-            regex.compile(value or "")
-        except regex.error as error:
+            compile_bounded(value or "")
+        except ValueError as error:
             raise ValueError(f"is no regular expression ({error}); see docs.python.org/3/library/re.html") from None
         return value
 

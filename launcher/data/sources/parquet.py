@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import io
 import os
-import resource
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher.data.sources.row_values import HARMLESS_BYTES, MAX_EXPANSION, MAX_ROW_BYTES, Row, refuse
+from launcher.security.memory_limit import bounded_memory
 
 _MAX_BATCH_BYTES = 1 << 30
 # Of the blocks of rows that are parsed together.
@@ -53,7 +51,8 @@ def read_parts(file: io.BufferedReader, name: str) -> Iterator[tuple[int, bytes]
                     writer.write_batch(part)
                 yield first, stream.getvalue().to_pybytes()
                 first += part.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
+    # As for names of columns that are not UTF-8.
+    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
         _corrupt(error, name, first - 1)
 
 
@@ -78,7 +77,7 @@ def _open(file: io.BufferedReader, name: str) -> tuple[Any, int]:
     seekable = file if file.seekable() else pyarrow.BufferReader(file.read())
     try:
         table = pyarrow.parquet.ParquetFile(seekable)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
         refuse(f"this is no complete parquet file: {error}", name, "copy or download the file again")
     num_file_bytes = seekable.seek(0, os.SEEK_END)
     groups = (table.metadata.row_group(i) for i in range(table.metadata.num_row_groups))
@@ -120,7 +119,7 @@ def _next_batch(batches: Iterator[Any]) -> Any:
     """Return the next batch with plain values, None after the last. Raises: ArrowMemoryError where it takes too much memory."""
     import pyarrow
 
-    with _bounded_memory(_MAX_BATCH_BYTES):
+    with bounded_memory(_MAX_BATCH_BYTES):
         batch = next(batches, None)
         if batch is None:
             return None
@@ -148,22 +147,6 @@ def _plain(kind: Any) -> Any:
     if types.is_struct(kind):
         return pyarrow.struct([field.with_type(_plain(field.type)) for field in kind])
     return kind
-
-
-@contextmanager
-def _bounded_memory(num_bytes: int) -> Iterator[None]:
-    """Let this process allocate at most so much more; allocations above that fail, as on a machine without memory."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    used = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmData:"))
-    limits = [used + num_bytes, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
-    try:
-        yield
-    finally:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _batch_size(table: Any) -> int:
