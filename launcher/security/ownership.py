@@ -142,17 +142,32 @@ def follow_own_links(file: Path) -> Path:
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(file))
 
 
-def link_problem(path: Path, root: Path) -> Problem | None:
+def link_problem(path: Path, root: Path, run: Path | None = None) -> Problem | None:
     """Return why the path of a run is not followed: it leads along a link of another user, who would choose the run; else None.
 
     The links on the way to `root`, the folder of the runs, are those of the user's own words, and so are those on any other way.
+    `run` is the folder to which the path has led before: in a sticky folder, others can replace what is theirs at any time.
     """
     is_within = path != root and path.is_relative_to(root)
     for step in itertools.takewhile(lambda step: step != root, (path, *path.parents)) if is_within else (path,):
-        if step.is_symlink() and not accepts_owner(owner := step.lstat().st_uid):
-            message = f"{step.name} is a link of {user_name(owner)}, who chooses the run that it leads to"
-            return Problem(message, str(step), os.readlink(step), f"name the run itself: {os.path.realpath(path)}")
+        try:
+            # Looked at once: it may be something else a moment later.
+            status = step.lstat()
+        except FileNotFoundError:
+            if run is None:
+                continue
+            return _replaced(step, run)
+        if stat.S_ISLNK(status.st_mode) and not accepts_owner(status.st_uid):
+            message = f"{step.name} is a link of {user_name(status.st_uid)}, who chooses the run that it leads to"
+            real = os.path.realpath(path if run is None else run)
+            return Problem(message, str(step), real, f"name the run itself: {real}")
+        if step == path and run is not None and not stat.S_ISLNK(status.st_mode) and not os.path.samestat(status, run.lstat()):
+            return _replaced(step, run)
     return None
+
+
+def _replaced(step: Path, run: Path) -> Problem:
+    return Problem(f"{step.name} was replaced while it was looked at", str(step), str(run), f"name the run itself: {run}")
 
 
 def require_own_links(path: Path, root: Path, run: RunDir) -> None:
@@ -162,7 +177,7 @@ def require_own_links(path: Path, root: Path, run: RunDir) -> None:
         SubmitError: with the link.
     """
     # Of a run of somebody else, files are shown, and nothing is done with it.
-    if (problem := link_problem(path, root)) and accepts_owner(run.root.stat().st_uid):
+    if (problem := link_problem(path, root, run.root)) and accepts_owner(run.root.stat().st_uid):
         raise SubmitError(problem)
 
 

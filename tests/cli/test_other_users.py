@@ -33,6 +33,7 @@ from launcher.config.sections.ray import RaySection
 from launcher.errors import DamagedRun, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
+from launcher.security import ownership
 from launcher.tracking.jsonl import JsonlTracker, Tail, iter_lines
 from launcher.tracking.metrics_tail import read_tail
 
@@ -280,6 +281,16 @@ def test_a_link_of_another_user_chooses_no_run(launch_here: Launch, run: RunDir)
         assert f"name the run itself: {run.root}" in done.stderr
     os.chown(link, os.geteuid(), -1, follow_symlinks=False)
     assert launch_here("status", "theirs", "--root", root).returncode == 0
+
+
+def test_a_link_that_another_user_has_put_in_place_of_a_folder_chooses_no_run(run: RunDir, tmp_path: Path) -> None:
+    """The name has led to a run of this user, and is a folder of another user, and no link, by the time it is looked at."""
+    shared = tmp_path / "shared"
+    (shared / "x").mkdir(parents=True)
+    give(shared / "x")
+    with pytest.raises(SubmitError, match="x was replaced while it was looked at"):
+        ownership.require_own_links(shared / "x", shared, run)
+    ownership.require_own_links(run.root, run.root.parent, run)
 
 
 def test_a_mirrored_run_is_not_downloaded_to_where_others_could_replace_it(tmp_path: Path) -> None:
