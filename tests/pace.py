@@ -34,9 +34,10 @@ def _measured() -> float:
 
 def wait_for(what: str, condition: Callable[[], object], deadline_s: float = 60.0) -> None:
     """Wait until the condition holds; fails where that takes longer than `deadline_s`, at the pace of this machine."""
-    began = time.monotonic()
+    began = looked = time.monotonic()
     while not condition():
-        waited = time.monotonic() - began
-        assert waited < deadline_s * slowness(), f"waited {waited:.0f} s for {what}"
-        # Conditions read files and look at processes, which takes time from what is waited for.
-        time.sleep(min(0.3, 0.03 + waited / 30))
+        now = time.monotonic()
+        assert now - began < deadline_s * slowness(), f"waited {now - began:.0f} s for {what}"
+        # Conditions read files, look at processes or run a command, which takes time from what is waited for.
+        time.sleep(max(min(0.3, 0.03 + (now - began) / 30), 3 * (now - looked)))
+        looked = time.monotonic()

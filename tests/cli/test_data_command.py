@@ -279,7 +279,7 @@ def test_held_out_rows_in_training_refuse_report_and_run(launch_here: Run, leaki
         assert launch_here("data", *leaking, f"data.checks.{setting}", cwd=tmp_path).returncode == 0
 
 
-def test_a_template_without_an_end_of_turn_refuses_report_and_run(launch: Run, launch_here: Run, tmp_path: Path) -> None:
+def test_a_template_without_an_end_of_turn_refuses_report_and_run(launch_here: Run, tmp_path: Path) -> None:
     template, chats, runs = tmp_path / "no_end.jinja", tmp_path / "chats.jsonl", tmp_path / "runs"
     template.write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -293,9 +293,9 @@ def test_a_template_without_an_end_of_turn_refuses_report_and_run(launch: Run, l
         assert "40 of 40 (100.0%): documents that train no end-of-turn token" in done.stderr
         assert "to train on them anyway: data.checks.no_turn_end=keep" in done.stderr
     assert not runs.exists(), "refused before anything is submitted"
-    accepted = launch(*run, "data.checks.no_turn_end=keep", "cluster.ranks_per_node=1", cwd=tmp_path)
+    # As the demonstration does, whose rows are too short for most answers: most tests of runs train on those.
+    accepted = launch_here("data", *settings, "data.checks.no_turn_end=keep", cwd=tmp_path)
     assert accepted.returncode == 0, accepted.stdout + accepted.stderr
-    assert json.loads((runs / "x/status.json").read_text())["step"] == 1
 
 
 @pytest.mark.rest

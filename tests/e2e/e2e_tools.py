@@ -22,6 +22,8 @@ TINY = ("model=tiny", "data.max_length=64", "train.global_batch_size=4", "eval.s
 # Of the run that tests of other backends and of interruptions are compared with: the fixture `first_run`.
 FIRST_STEPS = 12
 FIRST_RUN = (*TINY, f"train.max_steps={FIRST_STEPS}", "eval.at_start=false")
+_BATCH_HOOK = Path(__file__).with_name("rows_seen")
+_REPO = Path(__file__).resolve().parents[2]
 
 
 def json_lines(file: Path) -> list[dict]:
@@ -84,6 +86,21 @@ def assembled(checkpoint: Path) -> dict[str, Tensor]:
     shards = [load_file(file) for file in sorted(checkpoint.glob("rank-*.safetensors"))]
     names = [name for name in shards[0] if "|" in name and not name.startswith("rng")]
     return {name: torch.cat([shard[name].reshape(-1) for shard in shards if name in shard]) for name in names}
+
+
+def rows_environment(folder: Path) -> dict[str, str]:
+    """Variables with which the ranks of a run write the rows that they are given into `folder`, see rows_seen/."""
+    folder.mkdir(exist_ok=True)
+    return {"ROWS_SEEN": str(folder), "PYTHONPATH": f"{_BATCH_HOOK}:{_REPO}"}
+
+
+def slow_steps(seconds: float = 0.5) -> dict[str, str]:
+    """Variables with which each step of a run takes at least so long, see rows_seen/.
+
+    For a run that trains on while something else is waited for: its steps would take the CPU from other tests, and are computed
+    once more in the run that it is compared with.
+    """
+    return {"SECONDS_PER_STEP": f"{seconds:g}", "PYTHONPATH": f"{_BATCH_HOOK}:{_REPO}"}
 
 
 @contextmanager

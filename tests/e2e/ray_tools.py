@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +16,6 @@ from e2e_tools import by_rank, command_line, json_lines, metrics
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
 
-_ROWS_HOOK = Path(__file__).with_name("rows_seen")
-_REPO = Path(__file__).resolve().parents[2]
 # Of a run, and of what is waited for in it, on a machine that is busy with other tests: a start of Ray's processes alone then
 # takes minutes.
 DEADLINE_S = 500.0
@@ -67,12 +67,6 @@ def causes(run: Path) -> list[str]:
     return [json.loads(path.read_text())["cause"] for path in sorted((run / "attempts").glob("*/exit.json"))]
 
 
-def rows_environment(folder: Path) -> dict[str, str]:
-    """Variables with which the ranks of a run write the rows that they are given into `folder`, see rows_seen/."""
-    folder.mkdir(exist_ok=True)
-    return {"ROWS_SEEN": str(folder), "PYTHONPATH": f"{_ROWS_HOOK}:{_REPO}"}
-
-
 def environments_of(folder: Path, attempt: int) -> list[dict[str, str | None]]:
     """Some variables of each rank of an attempt, see rows_seen/."""
     return [json.loads(file.read_text()) for file in sorted(folder.glob(f"{attempt:03d}-*.environ"))]
@@ -114,3 +108,21 @@ def rows_of(run: Path, folder: Path) -> dict[int, list[tuple[int, list[int]]]]:
             assert all(sorted(part["all"]) == own for part in parts), "together the ranks have the whole batch, once"
             rows.setdefault(step, []).append((len(parts), own))
     return rows
+
+
+def await_training(run: Path, num_ranks: int) -> None:
+    """Until an attempt with so many ranks has logged a step."""
+
+    def training() -> bool:
+        attempts = {line["attempt"] for line in metrics(run) if "train/loss" in line}
+        newest = max(attempts, default=0)
+        return newest > 0 and len(run_store.read_attempt(RunDir(run), newest).nodes) == num_ranks
+
+    wait_for(f"training on {num_ranks} ranks", training)
+
+
+def minutes_pass(run: RunDir) -> None:
+    """Since the last sign of life."""
+    then = time.time() - 600
+    for file in (run.status, run.alive):
+        os.utime(file, (then, then))

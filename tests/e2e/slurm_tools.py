@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from e2e_tools import TINY, command_line, json_lines, last_step, losses, metrics, status
+from e2e_tools import TINY, command_line, json_lines, last_step, losses, metrics, slow_steps, status
 from pace import wait_for
 from testbed_cluster import Testbed
 
@@ -133,8 +133,8 @@ def events(run: Path) -> list[dict]:
 
 
 def submit(launch: Launch, bed: Testbed, root: Path, name: str, *overrides: str, **env: str) -> SlurmRun:
-    """Submit a short run on two nodes and return at once."""
-    done = launch(*SETTINGS, f"run.root={root}", f"run.name={name}", *overrides, **{**bed.variables, **env})
+    """Submit a short run of slow steps on two nodes and return at once."""
+    done = launch(*SETTINGS, f"run.root={root}", f"run.name={name}", *overrides, **{**bed.variables, **slow_steps(), **env})
     assert done.returncode == 0, done.stdout + done.stderr
     return SlurmRun(root / name, bed, launch)
 

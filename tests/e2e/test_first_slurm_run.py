@@ -12,7 +12,7 @@ from testbed_cluster import Testbed
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 20
+STEPS = 12
 
 
 def test_submitting_prints_the_job_and_following_it_ends_with_its_result(launch_here: Launch, slurm: Testbed, runs: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from causes import assert_attempt_named_first
-from e2e_tools import TINY, command_line, last_step, losses, metrics, status
+from e2e_tools import TINY, command_line, last_step, losses, metrics, slow_steps, status
 from ray_cluster import RAY as RAY_COMMAND
 from ray_tools import (
     DEADLINE_S,
@@ -35,11 +35,12 @@ from ray_tools import (
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
-STEPS = 240
-SAVE_EVERY = 10
+SAVE_EVERY = 4
 SETTINGS = (
     *TINY,
-    f"train.max_steps={STEPS}",
+    "train.max_steps=100000",
+    # The rate of a step depends on no number of steps, so that a shorter run has the same losses.
+    "optim.schedule=constant",
     f"checkpoint.save_every={SAVE_EVERY}",
     "checkpoint.keep_last=3",
     "eval.at_start=false",
@@ -52,12 +53,13 @@ SEED = 1
 pytestmark = [pytest.mark.ray, pytest.mark.rest, pytest.mark.timeout(3600)]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(launch: Launch, module_runs: Path) -> Path:
-    """The run on cluster=local that every run on Ray must equal."""
-    done = launch(*SETTINGS, f"run.root={module_runs}", "run.name=undisturbed", timeout=DEADLINE_S)
+def assert_losses_of_a_local_run(launch: Launch, run: Path, *settings: str) -> None:
+    """A run on cluster=local that is left alone has the same losses, to the last bit."""
+    alone = run.with_name("alone")
+    steps = (f"train.max_steps={last_step(run)}", "checkpoint.save_every=0")
+    done = launch(*SETTINGS, *steps, *settings, f"run.root={alone.parent}", f"run.name={alone.name}", timeout=DEADLINE_S)
     assert done.returncode == 0, done.stdout + done.stderr
-    return module_runs / "undisturbed"
+    assert losses(run) == losses(alone)
 
 
 @pytest.fixture
@@ -77,16 +79,17 @@ def root(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_run_survives_every_fault_of_its_processes_and_has_the_same_losses(
-    launch_here: Launch, start: Callable, root: Path, temporary: Path, tmp_path: Path, undisturbed: Path
+    launch: Launch, launch_here: Launch, start: Callable, root: Path, temporary: Path, tmp_path: Path
 ) -> None:
-    """Kills, hangs and a controller of Ray's that gives up, one after the other, each in an attempt that has saved."""
+    """Kills, hangs and a controller of Ray's that gives up, one after the other, each in an attempt that has saved; a cancel."""
     run, storage, chance = root / "faulty", tmp_path / "storage", random.Random(SEED)
     faults = [kill_worker, kill_rank, kill_coordinator, end_controller, hang_rank, hang_worker]
     chance.shuffle(faults)
     began = time.time()
-    settings = ("cluster.stall_seconds=20", "cluster.dashboard=true", f"cluster.storage_path={storage}")
+    settings = ("cluster.stall_seconds=10", "cluster.dashboard=true", f"cluster.storage_path={storage}")
+    env = {"TMPDIR": str(temporary), **slow_steps()}
     with ExitStack() as stack:
-        process = stack.enter_context(start(*RAY, *settings, f"run.root={root}", "run.name=faulty", TMPDIR=str(temporary)))
+        process = stack.enter_context(start(*RAY, *settings, f"run.root={root}", "run.name=faulty", **env))
         for attempt, fault in enumerate(faults, 1):
             await_progress(run, attempt, chance.randrange(2, SAVE_EVERY))
             if attempt == 1:
@@ -112,15 +115,24 @@ def test_a_run_survives_every_fault_of_its_processes_and_has_the_same_losses(
                 firsts = {line["attempt"]: line["time"] for line in reversed(metrics(run)) if "train/loss" in line}
                 # Meant are 30 s, of a machine that does nothing else.
                 assert firsts[attempt + 1] - at < max(60, firsts[1] - began)
+        assert launch_here("cancel", str(run)).returncode == 0
         output, _ = process.communicate(timeout=DEADLINE_S)
         shown, _ = terminal.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 0, output
-    assert losses(run) == losses(undisturbed), "the same rows and bitwise the same losses"
-    assert causes(run) == [*["infrastructure"] * len(faults), "completed"]
+    assert process.returncode == 130, output
+    assert causes(run) == [*["infrastructure"] * len(faults), "cancelled"]
+    assert_saved(run)
     logs = [path.read_text(errors="replace") for path in sorted(run.glob("attempts/*/rank-00001.log"))]
     assert len(logs) == len(faults) + 1
     assert shown == "".join(logs), "of every attempt, to its end"
     await_no_process(run)
+    assert_losses_of_a_local_run(launch, run)
+
+
+def assert_saved(run: Path) -> None:
+    """There is a checkpoint of the last step."""
+    step = status(run)["step"]
+    assert step == last_step(run)
+    assert (run / f"checkpoints/step-{step:08d}/manifest.json").is_file()
 
 
 Ranks = dict[int, psutil.Process]
@@ -190,18 +202,21 @@ def await_progress(run: Path, attempt: int, num_steps: int) -> None:
 
 
 def test_cancel_saves_and_a_run_resumes_after_its_driver_or_raylet_was_killed(
-    launch: Launch, launch_here: Launch, start: Callable, root: Path, temporary: Path, undisturbed: Path
+    launch: Launch, launch_here: Launch, start: Callable, root: Path, temporary: Path
 ) -> None:
-    run, env = root / "stopped", {"TMPDIR": str(temporary)}
-    done = launch(*RAY, f"run.root={root}", "run.name=stopped", "--detach", **env)
+    """One worker, since it is about the driver and Ray; the other test here has two."""
+    run, env = root / "stopped", {"TMPDIR": str(temporary), **slow_steps(0.2)}
+    # As many threads as the run on cluster=local has.
+    one = ("cluster.workers=1", "cluster.env={OMP_NUM_THREADS: '1'}")
+    done = launch(*RAY, *one, f"run.root={root}", "run.name=stopped", "--detach", **env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"driver     {run}/attempts/001/agent.log" in done.stdout
     assert f"python -m launcher cancel {run}" in done.stdout
     wait_for("step 7", lambda: last_step(run) >= 7)
     assert launch_here("cancel", str(run)).returncode == 0
-    wait_for("its end", lambda: json.loads(launch_here("status", str(run), "--json").stdout)["state"] == "cancelled")
-    step = status(run)["step"]
-    assert (run / f"checkpoints/step-{step:08d}/manifest.json").is_file()
+    wait_for("its end", lambda: status(run)["state"] == "cancelled")
+    assert json.loads(launch_here("status", str(run), "--json").stdout)["state"] == "cancelled"
+    assert_saved(run)
     await_no_process(run)
 
     def go_on(**variables: str) -> None:
@@ -229,8 +244,7 @@ def test_cancel_saves_and_a_run_resumes_after_its_driver_or_raylet_was_killed(
     go_on()
     os.kill(driver(), signal.SIGTERM)
     wait_for("its end", lambda: status(run)["state"] == "cancelled")
-    step = status(run)["step"]
-    assert (run / f"checkpoints/step-{step:08d}/manifest.json").is_file()
+    assert_saved(run)
     await_no_process(run)
 
     go_on()
@@ -250,11 +264,13 @@ def test_cancel_saves_and_a_run_resumes_after_its_driver_or_raylet_was_killed(
     assert re.match("(the run's driver or )?the raylet of ", message)
     assert f"python -m launcher resume {run}" in message
 
-    done = launch("resume", str(run), timeout=DEADLINE_S, **env)
+    end = f"train.max_steps={last_step(run) + 2}"
+    done = launch("resume", str(run), end, timeout=DEADLINE_S, **env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert losses(run) == losses(undisturbed)
-    assert "rank-00001.log" in {path.name for path in (run / "attempts/005").iterdir()}
-    assert launch_here("logs", str(run), "--rank", "1").returncode == 0
+    assert status(run)["state"] == "completed"
+    assert_losses_of_a_local_run(launch, run, "cluster.ranks_per_node=1")
+    assert "rank-00000.log" in {path.name for path in (run / "attempts/005").iterdir()}
+    assert launch_here("logs", str(run), "--rank", "0").returncode == 0
 
 
 def require_closed(run: Path, folder: Path) -> None:

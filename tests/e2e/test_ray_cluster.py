@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from causes import assert_attempt_named_first
-from e2e_tools import TINY, last_step, losses, metrics, status
+from e2e_tools import TINY, last_step, losses, metrics, rows_environment, status
 from ray_cluster import RayCluster, hiding
 from ray_tools import (
     DEADLINE_S,
@@ -26,7 +26,6 @@ from ray_tools import (
     kill_all,
     newest_saved,
     ranks_of,
-    rows_environment,
     rows_of,
     trained,
     wait_for,

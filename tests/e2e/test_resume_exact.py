@@ -12,10 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e_tools import TINY, alerts, assembled, committed, flip, held, last_step, losses, metrics, processes_of, status, truncate
+from e2e_tools import (
+    TINY,
+    alerts,
+    assembled,
+    committed,
+    flip,
+    held,
+    last_step,
+    losses,
+    metrics,
+    processes_of,
+    rows_environment,
+    status,
+    truncate,
+)
 from killed_runs import MOMENTS, Killer, differences, draw_kills, restart_reasons, row_differences, steps_for
 from pace import wait_for
-from ray_tools import rows_environment
 
 from launcher.run_records import RUNNING_STATES
 

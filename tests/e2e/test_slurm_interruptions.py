@@ -18,7 +18,7 @@ from testbed_cluster import Testbed
 
 pytestmark = [pytest.mark.slurm, pytest.mark.rest]
 
-SAVE_EVERY = 10
+SAVE_EVERY = 4
 SOAK = (
     "train.max_steps=100000",
     # The rate of a step depends on no number of steps, so that a shorter run has the same losses.

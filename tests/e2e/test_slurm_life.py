@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e_tools import losses, metrics
+from e2e_tools import losses, metrics, slow_steps
 from pace import wait_for
 from slurm_tools import SETTINGS, Launch, SlurmRun, submit
 from testbed_cluster import Testbed
@@ -143,7 +143,7 @@ def test_a_run_never_runs_twice_at_once_and_is_cancelled_in_every_way(begin: Cal
     assert final["step"] >= 5
     assert (run.path / "checkpoints" / f"step-{final['step']:08d}" / "manifest.json").is_file()
     run.await_end_of_job()
-    done = run.launch("resume", str(run.path), **run.bed.variables)
+    done = run.launch("resume", str(run.path), **run.bed.variables, **slow_steps())
     assert done.returncode == 0, done.stderr
 
     # Without.
@@ -155,7 +155,7 @@ def test_a_run_never_runs_twice_at_once_and_is_cancelled_in_every_way(begin: Cal
     assert run.attempt == 2
 
     # By a person's scancel.
-    done = run.launch("resume", str(run.path), **run.bed.variables)
+    done = run.launch("resume", str(run.path), **run.bed.variables, **slow_steps())
     assert done.returncode == 0, done.stderr
     run.await_step(final["step"] + 2, attempt=3)
     run.bed.run("scancel", run.job)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from causes import CAUSES, assert_run_named_first
-from e2e_tools import command_line, last_step, losses, metrics, status
+from e2e_tools import command_line, last_step, losses, metrics, slow_steps, status
 from pace import wait_for
 from slurm_tools import Launch, submit
 from testbed_cluster import Testbed
@@ -23,8 +23,8 @@ ENDLESS = "train.max_steps=100000"
 
 def test_an_attempt_on_a_disconnected_node_writes_nothing_more(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
     """One node, whose slurmd dies while its rank trains on: Slurm runs the job elsewhere, and two trainings exist."""
-    run = submit(launch_here, slurm, runs, "orphan", "cluster.nodes=1", ENDLESS, "checkpoint.save_every=10")
-    run.await_step(15)
+    run = submit(launch_here, slurm, runs, "orphan", "cluster.nodes=1", ENDLESS, "checkpoint.save_every=4")
+    run.await_step(6)
     node = run.attempt_record(1)["nodes"][0]
     orphan = run.ranks(node)[0]
     slurm.crash(node)
@@ -33,7 +33,7 @@ def test_an_attempt_on_a_disconnected_node_writes_nothing_more(launch_here: Laun
     taken_over = (run.path / "attempts/002").stat().st_ctime
     late = [m["trainer/step"] for m in metrics(run.path) if m["attempt"] == 1 and m["time"] > taken_over + 2]
     assert not late
-    run.await_step(int(run.attempt_record(2)["resume_step"]) + 12, attempt=2)
+    run.await_step(int(run.attempt_record(2)["resume_step"]) + 5, attempt=2)
     assert status(run.path)["attempt"] == 2
     steps = [m for m in metrics(run.path) if "train/loss" in m]
     twice = {m["trainer/step"]: m["train/loss"] for m in steps if m["attempt"] == 1}
@@ -62,7 +62,7 @@ def test_a_run_works_without_slurm_accounting(
         run = submit(launch_here, bare, runs, "bare", ENDLESS)
 
         def resume(*overrides: str) -> None:
-            done = launch_here("resume", str(run.path), *overrides, **bare.variables)
+            done = launch_here("resume", str(run.path), *overrides, **bare.variables, **slow_steps())
             assert done.returncode == 0, done.stderr
 
         run.await_step(5)
@@ -80,9 +80,9 @@ def test_a_run_works_without_slurm_accounting(
         run.await_step(1, attempt=3)
         bare.run("scancel", run.job)
         wait_for("the job to end", lambda: run.shown()["state"] == "cancelled", 60)
-        steps = last_step(run.path) + 60
+        steps = last_step(run.path) + 20
         resume(f"train.max_steps={steps}", "checkpoint.save_every=50")
-        run.await_step(10, attempt=4)
+        run.await_step(1, attempt=4)
         bare.run("scancel", "--signal=USR2", run.job)
         run.await_completed()
         assert run.causes()[-2:] == ["preempted", "completed"]

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from e2e_tools import TINY, alerts, committed, json_lines, last_step, losses, status
+from e2e_tools import TINY, alerts, committed, json_lines, last_step, losses, slow_steps, status
 from pace import slowness, wait_for
 
 from launcher.clusters.network import free_port
 
 DEADLINE_S = 240
-LOST_S = 20
+LOST_S = 12
 SETTINGS = (
     *TINY,
     *("model.dtype=fp32", "optim.schedule=constant", "optim.lr=1e-3", "eval.at_start=false", "export.enabled=false"),
@@ -44,7 +44,7 @@ class Machine:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**env, **variables},
+            env={**env, **slow_steps(0.3), **variables},
             cwd=env["PYTHONPATH"],
         )
 
@@ -99,7 +99,7 @@ def test_two_machines_train_as_two_ranks_here_through_a_killed_agent_a_preemptio
 
     # The second machine comes first.
     other = machines(1, *words)
-    time.sleep(5)
+    time.sleep(2)
     head = machines(0, *words)
     trains(1)
     wait_for("a checkpoint", lambda: has_checkpoint(run), DEADLINE_S)
