@@ -7,7 +7,7 @@ Takes minutes where the cache is empty, and seconds afterwards. Processes that b
 
 from __future__ import annotations
 
-EXTENSIONS = ("ShareMemCommBuilder", "CPUAdamBuilder", "AsyncIOBuilder")
+EXTENSIONS = ("CPUAdamBuilder", "AsyncIOBuilder")
 
 
 def main() -> None:

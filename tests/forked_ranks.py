@@ -115,11 +115,12 @@ def _read_value(path: Path) -> Any:
 
 def main(function: str, arguments: str, value: str) -> NoReturn:
     """Be a rank."""
-    from launcher.train.jit_build_lock import lock_builds
+    from launcher.train.jit_build_lock import lock_builds, skip_unused_kernels
     from launcher.worker.ranks.rank_env import die_with_parent
 
     die_with_parent()
     lock_builds()
+    skip_unused_kernels()
     code = 0
     try:
         Path(value).write_text(json.dumps(pkgutil.resolve_name(function)(*json.loads(arguments))))

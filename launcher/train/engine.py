@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +18,7 @@ from launcher.errors import RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.security.folders import make_private_folder
 from launcher.tracking.progress import MakeProgress, silent
-from launcher.train.jit_build_lock import lock_builds
+from launcher.train.jit_build_lock import lock_builds, skip_unused_kernels
 from launcher.train.model import CausalLMLoss, build_model
 from launcher.train.optim import build_optimizer
 
@@ -29,6 +28,7 @@ def join_process_group(plan: LaunchPlan, rank_info: RankInfo) -> torch.device:
     import deepspeed
 
     lock_builds()
+    skip_unused_kernels()
     warnings.filterwarnings("ignore", message=".*_(all_gather|reduce_scatter)_base.*|.*(all_gather_into|reduce_scatter)_tensor.*")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if plan.topology.device == "cuda":
@@ -38,14 +38,12 @@ def join_process_group(plan: LaunchPlan, rank_info: RankInfo) -> torch.device:
         device = torch.device("cpu")
     with suppress(RuntimeError):  # registered already
         dist.register_rendezvous_handler("launcher", _meet_ranks)
-    # It prints that a kernel for shared memory was built.
-    with redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(
-            dist_backend=plan.topology.backend,
-            timeout=timedelta(minutes=plan.config.cluster.timeout_minutes),
-            init_method="launcher://",
-            verbose=False,
-        )
+    deepspeed.init_distributed(
+        dist_backend=plan.topology.backend,
+        timeout=timedelta(minutes=plan.config.cluster.timeout_minutes),
+        init_method="launcher://",
+        verbose=False,
+    )
     return device
 
 

@@ -8,9 +8,11 @@ releases the lock of a process that ends.
 from __future__ import annotations
 
 import fcntl
+import importlib
 import os
 import time
 from contextlib import suppress
+from typing import Any
 
 from torch.utils import cpp_extension
 
@@ -55,3 +57,12 @@ class LockedBaton:
 def lock_builds() -> None:
     """Make torch use these locks in this process. Call it before DeepSpeed builds or loads an extension."""
     cpp_extension.FileBaton = LockedBaton
+
+
+def skip_unused_kernels() -> None:
+    """Keep DeepSpeed from compiling what no run uses. Call it before ranks meet through DeepSpeed.
+
+    On CPUs it compiles a kernel for tensor parallelism whenever a process group is made, for a minute where the cache has none.
+    """
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 from e2e_tools import agent_of, by_rank
+from pace import slowness
 
 from launcher.tracking.jsonl import Tail, iter_lines, read_events
 from launcher.train.previous_failure import RESTART
@@ -145,10 +146,11 @@ class Killer:
             time.sleep(min(_POLL_S, max(0.0, until - time.monotonic())))
 
     def _await(self, what: str, condition: Callable[[], Any]) -> Any:
-        until = time.monotonic() + self._deadline_s
+        began = time.monotonic()
         while not (value := condition()):
             assert not self._is_over(), f"the run ended before there were {what}"
-            assert time.monotonic() < until, f"waited {self._deadline_s:.0f} s for {what}"
+            waited = time.monotonic() - began
+            assert waited < self._deadline_s * slowness(), f"waited {waited:.0f} s for {what}"
             time.sleep(_POLL_S)
         return value
 

@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+from forked_ranks import RankServer
+
 from launcher.train.jit_build_lock import LockedBaton
 
 HOLDER = """
@@ -83,3 +85,11 @@ def test_torch_uses_these_locks_in_a_rank() -> None:
         "assert cpp_extension._jit_compile.__globals__['FileBaton'] is LockedBaton"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_ranks_meet_without_compiling_anything(rank_server: RankServer, tmp_path: Path) -> None:
+    cache = tmp_path / "extensions"
+    cache.mkdir()
+    environment = {"TORCH_EXTENSIONS_DIR": str(cache)}
+    rank_server.values("train_ranks:build_models", [[[]]] * 2, tmp_path / "ranks", environment=environment)
+    assert list(cache.iterdir()) == []
