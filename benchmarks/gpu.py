@@ -292,7 +292,11 @@ class Proof:
             return f"FP8 needs a GPU of compute capability {needed} or more, and this one has {present}"
         if find_spec("torchao") is None and not (_FP8_FOLDER / "torchao").is_dir():
             return "torchao is not installed"
-        return ""
+        path = os.pathsep.join((str(_FP8_FOLDER), os.environ.get("PYTHONPATH", "")))
+        command = [sys.executable, "-c", "import torchao.float8.float8_linear"]
+        imported = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=120)
+        # It is made for newer versions of torch than an image may have.
+        return f"torchao cannot be imported: {_last_line(OSError(imported.stderr))}" if imported.returncode else ""
 
     def launcher_side(self, case: str, prepared: sides.Prepared, seconds: float, liger: bool, settings: str = "") -> None:
         """Measure the launcher; with other `settings` under their name, so that no row of plan/gpu_types.py is taken from it."""

@@ -120,7 +120,10 @@ def test_fp8_is_left_out_where_it_cannot_be_computed(tmp_path: Path, monkeypatch
     ):
         proof.capability = capability
         assert proof.missing_fp8() == reason
-    (tmp_path / "torchao").mkdir()
+    (module := tmp_path / "torchao/float8/float8_linear.py").parent.mkdir(parents=True)
+    module.write_text("from torch_of_another_version import ScalingType")
+    assert proof.missing_fp8() == ("torchao cannot be imported: ModuleNotFoundError: No module named 'torch_of_another_version'")
+    module.write_text("")
     assert proof.missing_fp8() == ""
 
 
