@@ -216,6 +216,7 @@ def test_a_missing_file_names_the_closest_one(write: Callable[[str], str], shown
     write("optim: {lr: 0.5}\n", "mine.yaml")
     assert "there is no such file" in shown("mien.yaml")
     assert "did you mean mine.yaml?" in shown("mien.yaml")
+    assert "did you mean" not in shown("nope.yaml")
     assert "a run has one file" in shown("mine.yaml", "mine.yaml")
     assert "there is no such file" in shown("no/folder.yaml")
     os.mkdir("folder.yaml")

@@ -81,8 +81,5 @@ step "remove a run" launcher rm killed --yes
 [ ! -e runs/killed ] || fail "the run is still there"
 step "look at the cache" launcher clean --dry-run
 says "in all"
-# The run that is left can be resumed with more steps, and everything was used just now.
-step "clean" launcher clean --yes
-says "nothing to remove"
 step "schema" launcher schema
 step "completion" bash -c 'eval "$(launcher completion bash)" && complete -p launcher'

@@ -199,9 +199,10 @@ def _rows(path: Path) -> Problem:
 
 def _no_file(path: Path) -> Problem:
     folder = path.parent
-    nearby = sorted(file.name for file in folder.glob("*") if file.suffix in SUFFIXES and file.is_file())
-    close = difflib.get_close_matches(path.name, nearby, n=1)
-    guess = f"did you mean {folder / close[0]}? " if close else ""
+    # The ending, which all have, makes none of them similar.
+    nearby = {file.stem: file for file in sorted(folder.glob("*")) if file.suffix in SUFFIXES and file.is_file()}
+    close = difflib.get_close_matches(path.stem, nearby, n=1)
+    guess = f"did you mean {nearby[close[0]]}? " if close else ""
     message = "a run's file is a regular file, and this is not one" if path.exists() else "there is no such file"
     remedy = f"{guess}name a YAML file with settings; a file to start from: {launcher_command('init')}"
     return Problem(message, where=COMMAND_LINE, value=redact(str(path)), remedy=remedy)
