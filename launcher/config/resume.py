@@ -57,9 +57,12 @@ CHANGEABLE = (
     "deepspeed.",
 )
 
-# Settings that cannot change: the checkpoint has the parameters of one architecture, and the run has one directory. Keys below
-# `plan.` are numbers that the plan recorded.
-FIXED = ("run.name", "run.root", "model.path", "model.revision", "model.tokenizer", "model.init", "model.config", "plan.model")
+# Settings that cannot change: the checkpoint has the parameters of one architecture, the run has one directory, and its records
+# are those of one backend. Keys below `plan.` are numbers that the plan recorded.
+FIXED = (
+    *("run.name", "run.root", "model.path", "model.revision", "model.tokenizer", "model.init", "model.config", "plan.model"),
+    "cluster.kind",
+)
 ABSENT = "-"
 # The group of conf/ that is no section of the settings.
 _EXPERIMENT = "experiment"
@@ -83,7 +86,7 @@ class Difference:
 def differences(saved: RunConfig, requested: RunConfig) -> list[Difference]:
     """Return the settings that differ and may not change freely, in the schema's order."""
     changed = differing(saved.model_dump(mode="json"), requested.model_dump(mode="json"))
-    return [difference for difference in changed if not _is_one_of(difference.key, CHANGEABLE)]
+    return [difference for difference in changed if difference.is_fixed or not _is_one_of(difference.key, CHANGEABLE)]
 
 
 def has_same_computation(before: RunConfig, after: RunConfig) -> bool:
@@ -204,7 +207,11 @@ def _group_problem(group: str, option: str, run_name: str) -> Problem:
         message = "the model of a run cannot change, because its checkpoints hold the parameters of this model"
         remedy = f"leave it out, or start another run with these weights: {launcher_command(f'model.path=run:{run_name}')} ..."
     else:
-        examples = [key for key in (*CHANGEABLE, *settings()) if key.startswith(f"{group}.") and not key.endswith(".")]
+        examples = [
+            key
+            for key in (*CHANGEABLE, *settings())
+            if key.startswith(f"{group}.") and not key.endswith(".") and key not in FIXED
+        ]
         message = "a resume changes single settings, not a whole group"
         remedy = f"write each setting that changes, such as {examples[0] if examples else 'train.max_steps'}=..."
     return _problem(f"{group}={option}: {message}", remedy)

@@ -98,7 +98,13 @@ def test_lists_are_compared_entry_by_entry(config: RunConfig) -> None:
 def test_force_accepts_all_differences_but_fixed_settings(config: RunConfig) -> None:
     changed = with_overrides(config, ["data.max_length=64", "run.seed=7"])
     require_same(differences(config, changed), True, Path("first"), "")
-    for override in ("model.path=./other", "run.name=b", "run.root=elsewhere", "model.config={hidden_size: 8}"):
+    for override in (
+        "model.path=./other",
+        "run.name=b",
+        "run.root=elsewhere",
+        "model.config={hidden_size: 8}",
+        "cluster.kind=ray",
+    ):
         (problem,) = refusal(config, override, "run.seed=7", force=True)
         assert "not even with --force" in problem.message
         assert override.split("=")[0] in problem.message

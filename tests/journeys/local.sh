@@ -20,9 +20,8 @@ says "all-reduce"
 step "data" python -m launcher data chats.yaml
 says "20,000"
 step "data, cached" launcher data chats.yaml --show 2 --html data.html
-step "an experiment" launcher plan experiment=llama3_8b_one_node data.path=chats.jsonl
-says HF_TOKEN
-says "tokens/s"
+step "an experiment" launcher config experiment=llama3_8b_one_node data.path=chats.jsonl
+says "model: llama3_1_8b"
 step "a sweep" launcher plan -m chats.yaml optim.lr=1e-5,2e-5
 [ "$(grep -c '^run ' output)" = 2 ] || fail "not two runs"
 refused "two machines without a name" "run.name is needed" env NNODES=2 NODE_RANK=0 MASTER_ADDR=127.0.0.1 \
@@ -49,7 +48,6 @@ step "why a step" launcher why first 12 --no-scores
 says "chats.jsonl:"
 step "documents by their losses" launcher data --scored first --split held_out
 says "likely mislabeled"
-step "leave them out" launcher data --scored first --split held_out --exclude out.jsonl
 step "drift" launcher drift first chats.jsonl --no-likelihood
 says "The prompts are like those of training"
 step "evaluate" launcher evaluate first evaluate.max_prompts=2 evaluate.max_new_tokens=4
