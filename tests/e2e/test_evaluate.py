@@ -101,6 +101,8 @@ def test_checkpoints_are_answered_while_the_run_goes_on(launch: Launch, start: C
         return [line["text"] for line in json_lines(going / "events.jsonl") if line["kind"] == kind]
 
     with start(*settings, "train.max_steps=100000") as process:
+        # A rank that is stopped writes no shard.
+        wait_for("the checkpoint", (going / "checkpoints/step-00000020/manifest.json").is_file, DEADLINE_S)
         with held(going, 20):
             wait_for("the answers of step 20", lambda: said(), DEADLINE_S)
             assert status(going)["state"] == "running"
