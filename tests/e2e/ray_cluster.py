@@ -101,7 +101,7 @@ class RayCluster:
                 self.kill(name)
             self._start_head()
         for name in [*self._nodes][1:]:
-            if name not in num_cpus or self._num_cpus.get(name) != num_cpus[name] or not self._has_raylet(name):
+            if self._num_cpus.get(name, 1) != num_cpus.get(name) or not self._has_raylet(name):
                 self.remove(name)
         for name, number in num_cpus.items():
             if name not in self._nodes:

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import distribution
 from pathlib import Path
@@ -15,15 +14,17 @@ from pathlib import Path
 import psutil
 import pytest
 from causes import assert_attempt_named_first
-from e2e_tools import TINY, last_step, losses, metrics, rows_environment, status
+from e2e_tools import TINY, last_step, losses, metrics, rows_environment, slow_steps, status
 from ray_cluster import RayCluster, hiding
 from ray_tools import (
     DEADLINE_S,
     alerts,
     await_no_launcher,
+    await_training,
     causes,
     environments_of,
     kill_all,
+    minutes_pass,
     newest_saved,
     ranks_of,
     rows_of,
@@ -36,20 +37,19 @@ from launcher.plan.run_dir import RunDir
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
-STEPS = 160
-# Of runs that need fewer; their losses are the first of the undisturbed run.
-SHORT = 100
-# Steps that are slow enough for nodes to come and go between them.
+# Of the undisturbed run at first.
+STEPS = 40
 SETTINGS = (
     *TINY,
-    "train.global_batch_size=32",
-    f"train.max_steps={STEPS}",
-    # The rate of a step does not depend on the number of steps.
+    "train.global_batch_size=8",
+    "train.max_steps=100000",
+    # The rate of a step depends on no number of steps, so that runs of other lengths have the same losses.
     "optim.schedule=constant",
     "checkpoint.save_every=5",
     "eval.at_start=false",
     "export.enabled=false",
 )
+PASS_PACE = "cluster.pass_env=[SECONDS_PER_STEP]"
 # Of the same global batch on other numbers of ranks, sums are made in another order.
 CLOSE = 2e-3
 
@@ -57,12 +57,18 @@ pytestmark = [pytest.mark.ray, pytest.mark.rest, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(launch: Launch, module_runs: Path) -> Path:
-    """Its rows are in the folder `rows` beside it."""
-    rows = rows_environment(module_runs / "rows")
-    done = launch(*SETTINGS, f"run.root={module_runs}", "run.name=undisturbed", timeout=DEADLINE_S, **rows)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return module_runs / "undisturbed"
+def undisturbed(launch: Launch, module_runs: Path) -> Callable[[int], Path]:
+    """`undisturbed(N)`: a run on cluster=local of at least N steps, continued where needed; its rows are in `rows` beside it."""
+    run, rows = module_runs / "undisturbed", rows_environment(module_runs / "rows")
+
+    def at_least(num_steps: int) -> Path:
+        begin = ("resume", str(run)) if run.exists() else (*SETTINGS, f"run.root={module_runs}", f"run.name={run.name}")
+        if last_step(run) < num_steps:
+            done = launch(*begin, f"train.max_steps={max(num_steps, STEPS)}", timeout=DEADLINE_S, **rows)
+            assert done.returncode == 0, done.stdout + done.stderr
+        return run
+
+    return at_least
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +106,8 @@ def by_job(cluster: RayCluster) -> tuple[str, str]:
     return f"cluster.address={cluster.http}", f"cluster.python={sys.executable}"
 
 
-def first_losses(run: Path, num_steps: int) -> dict[int, float]:
-    return {step: loss for step, loss in losses(run).items() if step <= num_steps}
+def first_losses(undisturbed: Callable[[int], Path], num_steps: int) -> dict[int, float]:
+    return {step: loss for step, loss in losses(undisturbed(num_steps)).items() if step <= num_steps}
 
 
 def assert_close(actual: dict[int, float], expected: dict[int, float]) -> None:
@@ -171,14 +177,14 @@ def test_an_unmet_request_fails_at_its_deadline_and_a_permanent_error_at_once(
 
 
 def test_a_head_that_does_not_see_the_run_directory_is_refused_on_submission(
-    launch: Launch, cluster: RayCluster, unseen: Path
+    launch_here: Launch, cluster: RayCluster, unseen: Path
 ) -> None:
-    done = launch(*ray(cluster, unseen, "unseen", *by_job(cluster), "cluster.workers=1"), **cluster.env)
+    done = launch_here(*ray(cluster, unseen, "unseen", *by_job(cluster), "cluster.workers=1"), **cluster.env)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Ray's job ended before it could write to the run directory" in done.stderr
     assert "does not see the run directory" in done.stderr
     assert "set run.root to a folder that the cluster's nodes can write to" in done.stderr
-    assert json.loads(launch("status", str(unseen / "unseen"), "--json", **cluster.env).stdout)["state"] == "failed"
+    assert json.loads(launch_here("status", str(unseen / "unseen"), "--json", **cluster.env).stdout)["state"] == "failed"
 
 
 def test_an_unfit_node_is_named_and_an_elastic_run_excludes_it(
@@ -199,41 +205,50 @@ def test_an_unfit_node_is_named_and_an_elastic_run_excludes_it(
         assert done.returncode == 1, done.stdout + done.stderr
         return str(status(folder / name)["message"])
 
-    message = refusal(hidden, "unshared")
-    assert "apart: the run directory is not visible" in message
-    assert "n1:" not in message
-    message = refusal(root, "state", f"cluster.storage_path={state}")
+    # No rank is started, so that nothing is imported for any.
+    unforked = "cluster.fork_ranks=false"
+    message = refusal(root, "state", f"cluster.storage_path={state}", unforked)
     assert "apart: Ray Train's storage differs from the head node's" in message
     assert "n1:" not in message
-    message = refusal(root, "versions")
+    message = refusal(root, "versions", unforked)
     expected = f"apart: the version of transformers differs from the head node's apart: 4.0.0; n1: {package.version}"
     reversed_order = f"n1: the version of transformers differs from the head node's n1: {package.version}; apart: 4.0.0"
     assert expected in message or reversed_order in message
 
-    elastic = ("cluster.workers=2", "cluster.min_workers=1", "train.max_steps=10", "--follow")
+    elastic = ("cluster.workers=2", "cluster.min_workers=1", "train.max_steps=3", "--follow")
     done = launch(*ray(cluster, hidden, "without", *elastic), **cluster.env)
     assert done.returncode == 0, done.stdout + done.stderr
     run = RunDir(hidden / "without")
     # Ray may have begun with the one worker that was there first.
     assert causes(run.root)[-2:] == ["bad_node", "completed"]
-    assert run_store.read_attempt(run, run_store.newest_attempt(run)).nodes == ("n1",)
+    newest = run_store.newest_attempt(run)
+    message = json.loads((run.attempt(newest - 1) / "exit.json").read_text())["message"]
+    assert "apart: the run directory is not visible" in message
+    assert "n1:" not in message
+    assert run_store.read_attempt(run, newest).nodes == ("n1",)
     assert "with 1 rank, 1 worker idle on n1, without apart, which failed the node checks before: repair it" in done.stdout
 
 
 def test_a_run_through_the_jobs_api_is_followed_cancelled_and_resumed(
-    launch: Launch, start: Callable, cluster: RayCluster, root: Path, tmp_path: Path, undisturbed: Path
+    launch: Launch,
+    launch_here: Launch,
+    start: Callable,
+    cluster: RayCluster,
+    root: Path,
+    tmp_path: Path,
+    undisturbed: Callable[[int], Path],
 ) -> None:
     cluster.have_only(n2=1)
     run, mirror = root / "job", tmp_path / "mirror"
     canary = "canary-0123456789abcdef"
     env = {**cluster.env, "WANDB_API_KEY": canary}
-    own = (f"train.max_steps={SHORT}", f"checkpoint.mirror=file://{mirror}", "--follow")
+    own = (f"checkpoint.mirror=file://{mirror}", "--follow")
     arguments = ray(cluster, root, "job", *by_job(cluster), *own)
     with start(*arguments, **env) as process:
         wait_for("step 7", lambda: last_step(run) >= 7)
-        assert json.loads(launch("status", str(run), "--json", **env).stdout)["state"] == "running"
-        assert re.search(r"^job +running ", launch("ls", "--root", str(root), **env).stdout, re.MULTILINE)
-        assert launch("cancel", str(run), **env).returncode == 0
+        assert json.loads(launch_here("status", str(run), "--json", **env).stdout)["state"] == "running"
+        assert re.search(r"^job +running ", launch_here("ls", "--root", str(root), **env).stdout, re.MULTILINE)
+        assert launch_here("cancel", str(run), **env).returncode == 0
         output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130, output
     job = json_records.read_json(run / "attempts/001/submitted.json")["job"]
@@ -254,124 +269,17 @@ def test_a_run_through_the_jobs_api_is_followed_cancelled_and_resumed(
     assert job in listed.stdout + listed.stderr
     assert canary not in listed.stdout + listed.stderr
     assert canary not in "".join(path.read_text(errors="replace") for path in run.rglob("*.json"))
-    resumed = launch("resume", str(run), timeout=DEADLINE_S, **env)
+    end = step + 10
+    resumed = launch("resume", str(run), f"train.max_steps={end}", timeout=DEADLINE_S, **env)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     job = json_records.read_json(run / "attempts/002/submitted.json")["job"]
     assert f"job        {job}" in resumed.stdout
     assert f"{cluster.http}/#/jobs/{job}" in resumed.stdout
     wait_for("its end", lambda: status(run)["state"] == "completed")
     await_no_launcher(run)
-    assert step < SHORT
-    assert losses(run) == first_losses(undisturbed, SHORT)
-    assert mirrored(SHORT)
+    assert losses(run) == first_losses(undisturbed, end)
+    assert mirrored(end)
     assert json.loads((mirror / "job/status.json").read_text())["state"] == "completed"
-
-
-def test_a_run_of_fixed_size_survives_a_worker_a_raylet_and_a_node_and_has_the_same_losses(
-    launch: Launch, start: Callable, cluster: RayCluster, root: Path, undisturbed: Path
-) -> None:
-    """A worker and a raylet are killed, a node is about to be taken away: each time another attempt goes on."""
-    cluster.have_only(n2=1)
-    run = root / "killed"
-    steps = (f"train.max_steps={SHORT}", "checkpoint.save_every=20")
-    settings = ("cluster.address=auto", "cluster.workers=2", *steps, "--follow")
-    # Ray leaves the address of the newest cluster there, of which this machine may have several.
-    with start(*ray(cluster, root, "killed", *settings), **cluster.env, RAY_TMPDIR=str(cluster.folder)) as process:
-        await_training(run, num_ranks=2)
-        wait_for("a checkpoint", lambda: newest_saved(run, 1))
-        before = ranks_of(run)
-        before[run_store.read_attempt(RunDir(run), 1).nodes.index("n2")].parent().kill()
-        wait_for("the next attempt", lambda: (run / "attempts/002/marker").exists())
-        assert not any(rank.is_running() for rank in before.values())
-
-        wait_for("a step of it", lambda: trained(run, 2))
-        cluster.kill_raylet("n2")
-        wait_for("all ranks to be gone", lambda: not ranks_of(run))
-        cluster.have_only(n3=1)
-        n3 = cluster.node_ids()["n3"]
-
-        wait_for("a step of the third attempt", lambda: trained(run, 3))
-        cluster.drain(n3, seconds=120)
-        wait_for("it waits for workers", lambda: status(run)["state"] == "pending")
-        assert "runs again" in status(run)["message"]
-        # In its place.
-        cluster.start("n4")
-        output, _ = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 0, output
-    assert causes(run) == ["infrastructure", "infrastructure", "preempted", "completed"]
-    attempts = [run_store.read_attempt(RunDir(run), number) for number in (1, 2, 3, 4)]
-    assert [set(attempt.nodes) for attempt in attempts] == [{"n1", "n2"}, {"n1", "n2"}, {"n1", "n3"}, {"n1", "n4"}]
-    assert "Ray is about to lose n3: the run saves" in output
-    assert "Ray is about to lose n3: the run saves" in alerts(run, 3)
-    assert [*trained(run, 3), *trained(run, 4)] == list(range(attempts[2].resume_step + 1, SHORT + 1)), "no step was repeated"
-    assert losses(run) == first_losses(undisturbed, SHORT), "the same rows and bitwise the same losses"
-    assert_attempt_named_first(launch, run, 2, "ray_node", **cluster.env)
-    await_no_launcher(run)
-
-
-def test_an_elastic_run_shrinks_and_grows_and_only_its_ranks_get_its_keys(
-    start: Callable, cluster: RayCluster, root: Path, tmp_path: Path, undisturbed: Path
-) -> None:
-    """Four ranks on three nodes, two of them on one, then two ranks, then four again; the rows of each step are the same.
-
-    The keys are in no file, no log of Ray's and no command line.
-    """
-    cluster.have_only(n5=2, n6=1)
-    run, rows = root / "elastic", tmp_path / "rows"
-    canary = "canary-fedcba9876543210"
-    elastic = (
-        "cluster.workers=4",
-        "cluster.min_workers=1",
-        "cluster.resize_seconds=2",
-        "cluster.pass_env=[ROWS_SEEN]",
-        "--follow",
-    )
-    env = {**cluster.env, **rows_environment(rows), "WANDB_API_KEY": canary}
-    with start(*ray(cluster, root, "elastic", *elastic), **env) as process:
-        await_training(run, num_ranks=4)
-        assert sorted(ranks_of(run)) == [0, 1, 2, 3]
-        environments = environments_of(rows, run_store.newest_attempt(RunDir(run)))
-        assert {variables["WANDB_API_KEY"] for variables in environments} == {canary}
-        assert sorted((variables["LOCAL_RANK"], variables["LOCAL_WORLD_SIZE"]) for variables in environments) == [
-            *[("0", "1")] * 2,
-            ("0", "2"),
-            ("1", "2"),
-        ]
-        commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
-        assert not [command for command in commands if canary in command]
-        wait_for("a checkpoint", lambda: newest_saved(run, run_store.newest_attempt(RunDir(run))))
-        cluster.kill("n5")
-        await_training(run, num_ranks=2)
-        cluster.start("n7", "--num-cpus=2")
-        await_training(run, num_ranks=4)
-        output, _ = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 0, output
-    assert_close(losses(run), losses(undisturbed))
-    expected = {step: {tuple(batch)} for step, ((_, batch),) in rows_of(undisturbed, undisturbed.parent / "rows").items()}
-    seen = rows_of(run, rows)
-    assert {step: {tuple(batch) for _, batch in times} for step, times in seen.items()} == expected
-    assert {2, 4} <= {num_ranks for times in seen.values() for num_ranks, _ in times} <= {1, 2, 4}
-    assert run_store.load_plan(RunDir(run)).topology.world_size == 4, "the plan is that of the newest attempt"
-    # Ray begins with as few as are there at that moment, so that there may have been one more at the start.
-    assert causes(run)[-3:] == ["infrastructure", "resized", "completed"]
-    last = run_store.newest_attempt(RunDir(run))
-    before = [line["trainer/step"] for line in metrics(run) if "train/loss" in line and line["attempt"] < last]
-    assert run_store.read_attempt(RunDir(run), last).resume_step == max(before), "it saved before it grew"
-    await_no_launcher(run)
-    files = [path for folder in (run, cluster.folder) for path in folder.rglob("*") if path.is_file()]
-    assert len(files) > 20
-    assert not [path for path in files if canary.encode() in path.read_bytes()]
-
-
-def await_training(run: Path, num_ranks: int) -> None:
-    """Until an attempt with so many ranks has logged a step."""
-
-    def training() -> bool:
-        attempts = {line["attempt"] for line in metrics(run) if "train/loss" in line}
-        newest = max(attempts, default=0)
-        return newest > 0 and len(run_store.read_attempt(RunDir(run), newest).nodes) == num_ranks
-
-    wait_for(f"training on {num_ranks} ranks", training)
 
 
 @pytest.mark.parametrize("way", ["driver", "jobs_api"])
@@ -392,19 +300,124 @@ def test_doctor_checks_every_node(launch: Launch, cluster: RayCluster, root: Pat
     assert list(root.iterdir()) == []
 
 
-def test_prompts_are_answered_on_every_node(launch: Launch, cluster: RayCluster, undisturbed: Path, working_dir: Path) -> None:
+def test_prompts_are_answered_on_every_node(
+    launch: Launch, cluster: RayCluster, undisturbed: Callable[[int], Path], working_dir: Path
+) -> None:
     """By the tasks of a driver, and again through the Jobs API, which finds all answers there."""
     cluster.have_only(n2=1)
+    run = undisturbed(1)
     settings = ("evaluate.max_prompts=4", "evaluate.max_new_tokens=4", "evaluate.prompts_per_batch=2", "--json", "+cluster=ray")
     for address in (cluster.address, cluster.http):
         places = (f"cluster.address={address}", f"cluster.python={sys.executable}")
-        command = ("evaluate", undisturbed.name, "--root", str(undisturbed.parent), *settings, *places)
+        command = ("evaluate", run.name, "--root", str(run.parent), *settings, *places)
         evaluated = launch(*command, cwd=working_dir, timeout=DEADLINE_S, **cluster.env, PYTHONSAFEPATH="1")
         assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
         result = json.loads(evaluated.stdout)
         assert result["num_processes"] == 2
         assert result["sets"]["held_out"]["verdict"]["num_prompts"] == 4
-    assert not list(undisturbed.glob("evaluations/*/held_out/.*"))
+    assert not list(run.glob("evaluations/*/held_out/.*"))
+
+
+def test_a_run_of_fixed_size_survives_a_worker_a_raylet_and_a_node_and_has_the_same_losses(
+    launch_here: Launch, start: Callable, cluster: RayCluster, root: Path, undisturbed: Callable[[int], Path]
+) -> None:
+    """A worker and a raylet are killed, a node is about to be taken away: each time another attempt goes on; a cancel."""
+    cluster.have_only(n2=1)
+    run = root / "killed"
+    settings = ("cluster.address=auto", "cluster.workers=2", PASS_PACE, "--follow")
+    # Ray leaves the address of the newest cluster there, of which this machine may have several.
+    env = {**cluster.env, **slow_steps(), "RAY_TMPDIR": str(cluster.folder)}
+    with start(*ray(cluster, root, "killed", *settings), **env) as process:
+        await_training(run, num_ranks=2)
+        wait_for("a checkpoint", lambda: newest_saved(run, 1))
+        before = ranks_of(run)
+        before[run_store.read_attempt(RunDir(run), 1).nodes.index("n2")].parent().kill()
+        wait_for("the next attempt", lambda: (run / "attempts/002/marker").exists())
+        assert not any(rank.is_running() for rank in before.values())
+
+        wait_for("a step of it", lambda: trained(run, 2))
+        cluster.kill_raylet("n2")
+        wait_for("all ranks to be gone", lambda: not ranks_of(run))
+        cluster.have_only(n3=1)
+        n3 = cluster.node_ids()["n3"]
+
+        wait_for("a step of the third attempt", lambda: trained(run, 3))
+        cluster.drain(n3, seconds=120)
+        wait_for("it waits for workers", lambda: status(run)["state"] == "pending")
+        assert "runs again" in status(run)["message"]
+        # In its place.
+        cluster.start("n4")
+        wait_for("a step of the fourth attempt", lambda: trained(run, 4))
+        assert launch_here("cancel", str(run), **cluster.env).returncode == 0
+        output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 130, output
+    assert causes(run) == ["infrastructure", "infrastructure", "preempted", "cancelled"]
+    attempts = [run_store.read_attempt(RunDir(run), number) for number in (1, 2, 3, 4)]
+    assert [set(attempt.nodes) for attempt in attempts] == [{"n1", "n2"}, {"n1", "n2"}, {"n1", "n3"}, {"n1", "n4"}]
+    assert "Ray is about to lose n3: the run saves" in output
+    assert "Ray is about to lose n3: the run saves" in alerts(run, 3)
+    end = last_step(run)
+    assert [*trained(run, 3), *trained(run, 4)] == list(range(attempts[2].resume_step + 1, end + 1)), "no step was repeated"
+    assert losses(run) == first_losses(undisturbed, end), "the same rows and bitwise the same losses"
+    assert_attempt_named_first(launch_here, run, 2, "ray_node", **cluster.env)
+    await_no_launcher(run)
+
+
+def test_an_elastic_run_shrinks_and_grows_and_only_its_ranks_get_its_keys(
+    launch_here: Launch, start: Callable, cluster: RayCluster, root: Path, tmp_path: Path, undisturbed: Callable[[int], Path]
+) -> None:
+    """Four ranks on three nodes, two of them on one, then two ranks, then four again; the rows of each step are the same.
+
+    The keys are in no file, no log of Ray's and no command line.
+    """
+    cluster.have_only(n4=1, n5=2)
+    run, rows = root / "elastic", tmp_path / "rows"
+    canary = "canary-fedcba9876543210"
+    elastic = (
+        "cluster.workers=4",
+        "cluster.min_workers=1",
+        "cluster.resize_seconds=2",
+        "cluster.pass_env=[ROWS_SEEN,SECONDS_PER_STEP]",
+        "--follow",
+    )
+    env = {**cluster.env, **rows_environment(rows), **slow_steps(), "WANDB_API_KEY": canary}
+    with start(*ray(cluster, root, "elastic", *elastic), **env) as process:
+        await_training(run, num_ranks=4)
+        assert sorted(ranks_of(run)) == [0, 1, 2, 3]
+        environments = environments_of(rows, run_store.newest_attempt(RunDir(run)))
+        assert {variables["WANDB_API_KEY"] for variables in environments} == {canary}
+        assert sorted((variables["LOCAL_RANK"], variables["LOCAL_WORLD_SIZE"]) for variables in environments) == [
+            *[("0", "1")] * 2,
+            ("0", "2"),
+            ("1", "2"),
+        ]
+        commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+        assert not [command for command in commands if canary in command]
+        wait_for("a checkpoint", lambda: newest_saved(run, run_store.newest_attempt(RunDir(run))))
+        cluster.kill("n5")
+        await_training(run, num_ranks=2)
+        cluster.start("n7", "--num-cpus=2")
+        await_training(run, num_ranks=4)
+        assert launch_here("cancel", str(run), **cluster.env).returncode == 0
+        output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 130, output
+    end = last_step(run)
+    assert_close(losses(run), first_losses(undisturbed, end))
+    alone = undisturbed(end)
+    expected = {step: {tuple(batch)} for step, ((_, batch),) in rows_of(alone, alone.parent / "rows").items() if step <= end}
+    seen = rows_of(run, rows)
+    assert {step: {tuple(batch) for _, batch in times} for step, times in seen.items()} == expected
+    assert {2, 4} <= {num_ranks for times in seen.values() for num_ranks, _ in times} <= {1, 2, 4}
+    assert run_store.load_plan(RunDir(run)).topology.world_size == 4, "the plan is that of the newest attempt"
+    # Ray begins with as few as are there at that moment, so that there may have been one more at the start.
+    assert causes(run)[-3:] == ["infrastructure", "resized", "cancelled"]
+    last = run_store.newest_attempt(RunDir(run))
+    before = [line["trainer/step"] for line in metrics(run) if "train/loss" in line and line["attempt"] < last]
+    assert run_store.read_attempt(RunDir(run), last).resume_step == max(before), "it saved before it grew"
+    await_no_launcher(run)
+    files = [path for folder in (run, cluster.folder) for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert not [path for path in files if canary.encode() in path.read_bytes()]
 
 
 def test_a_lost_head_is_reported_with_the_command_that_resumes(launch: Launch, cluster: RayCluster, root: Path) -> None:
@@ -432,10 +445,3 @@ def test_a_lost_head_is_reported_with_the_command_that_resumes(launch: Launch, c
     for run in runs:
         assert seen(run)["state"] == "failed"
         assert f"python -m launcher resume {run}" in seen(run)["message"]
-
-
-def minutes_pass(run: RunDir) -> None:
-    """Since the last sign of life."""
-    then = time.time() - 600
-    for file in (run.status, run.alive):
-        os.utime(file, (then, then))
