@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e_tools import TINY, last_step, losses, processes_of, ranks_of, status
+from e2e_tools import TINY, last_step, losses, processes_of, ranks_of, slow_steps, status
 from pace import wait_for
 from wandb_server import KEY, FakeWandb, Run, fake_wandb
 
@@ -51,7 +51,7 @@ def test_one_wandb_run_covers_a_stop_on_its_page_a_preemption_and_a_kill(
     launch: Launch, start: Callable, runs: Path, server: FakeWandb
 ) -> None:
     """Four attempts of one run, each of which ends in another way."""
-    run, variables = runs / "watched", {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address}
+    run, variables = runs / "watched", {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address, **slow_steps(0.3)}
     with start(*SETTINGS, "train.max_steps=1000", f"run.root={runs}", "run.name=watched", **variables) as process:
         wait_for("W&B to have a step", lambda: server.runs and tracked(server).steps)
         server.stopped = True
