@@ -13,6 +13,7 @@ from pathlib import Path
 import xxhash
 
 from launcher.errors import DataError, Problem
+from launcher.plan.quantities import format_size
 
 SHARED_CACHE_VARIABLE = "LAUNCHER_SHARED_CACHE"
 # The disk, the user's quota, or the largest file that a process may write is exhausted.
@@ -67,9 +68,6 @@ def make_cache_error(error: OSError, folder: Path) -> DataError:
         return DataError(Problem(message, str(error.filename or folder), remedy=remedy))
     written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    value = f"{_size(written)} were written to this folder, and {_size(shutil.disk_usage(existing).free)} are free on its disk"
+    free = format_size(shutil.disk_usage(existing).free)
+    value = f"{format_size(written)} were written to this folder, and {free} are free on its disk"
     return DataError(Problem(message, str(folder), value, f"free more space (or raise the quota), or {elsewhere}"))
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.2f} GiB"

@@ -406,7 +406,7 @@ def test_a_full_disk_is_reported_and_leaves_no_partial_cache(section: Section, t
     message = done.stderr.partition("launcher.errors.DataError: ")[2]
     assert message.startswith("the launcher's cache cannot be used: File too large"), done.stderr
     assert str(cache_home / "data") in message
-    assert re.search(r"0\.00 GiB were written to this folder, and [\d,.]+ GiB are free on its disk", message)
+    assert re.search(r"[\d.]+ KiB were written to this folder, and [\d,.]+ GiB are free on its disk", message)
     assert "free more space (or raise the quota), or set LAUNCHER_CACHE to" in message
     assert [entry.suffix for entry in (cache_home / "data").iterdir()] == [".lock"]
 
