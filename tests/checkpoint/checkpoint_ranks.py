@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import time
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -318,6 +319,18 @@ def poison(engine) -> None:
         engine.optimizer.fp32_partitioned_groups_flat[0].data[0] = float("nan")
 
 
+def kill_both(folder: Path) -> None:
+    """Kill both ranks once both are here: one that dies earlier would let the other fail before it comes here."""
+    rank = dist.get_rank()
+    # A link is there with its content at once.
+    (folder / f"here-{rank}").symlink_to(str(os.getpid()))
+    with suppress(FileNotFoundError):
+        os.kill(int(os.readlink(folder / f"here-{1 - rank}")), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+    # The test ends ranks that wait too long.
+    time.sleep(600)
+
+
 def points(kind: str, folder: Path) -> None:
     """Step 2 is saved; then, while step 3 is saved in the background, the rank VICTIM (or all) is killed at POINT."""
     victim, point = os.environ["VICTIM"], os.environ["POINT"]
@@ -327,7 +340,9 @@ def points(kind: str, folder: Path) -> None:
     saver.save(2, {"seen": 2}, wait=True)
     committed(saver)
     train(engine, 3, 3)
-    if victim in (str(dist.get_rank()), "all"):
+    if victim == "all":
+        atomic_files.fault_point = lambda passed: kill_both(folder) if passed == point else None
+    elif victim == str(dist.get_rank()):
         atomic_files.fault_point = lambda passed: os.kill(os.getpid(), signal.SIGKILL) if passed == point else None
     saver.save(3, {"seen": 3})
     train(engine, 4, 4, saver)
