@@ -84,7 +84,8 @@ def prompts_are_answered_on_two_nodes(run: SlurmRun, step: int) -> None:
     assert list(result["sets"]["held_out"]["styles"]) == ["tuned"]
     answers = [json.loads(line) for line in (run.path / f"evaluations/step-{step:08d}/held_out/tuned.jsonl").open()]
     assert [one["index"] for one in answers] == list(range(6))
-    assert not run.bed.output("squeue", "-h", "--format=%j").strip()
+    # Slurm's own record of the job ends a little after the command.
+    wait_for("an empty queue", lambda: not run.bed.output("squeue", "-h", "--format=%j").strip())
 
 
 def test_a_user_error_is_shown_to_followers_and_not_retried(launch_here: Launch, slurm: Testbed, runs: Path) -> None:

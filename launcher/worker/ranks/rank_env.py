@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import re
 import signal
 import sys
@@ -22,17 +23,26 @@ _TITLE = re.compile(r"launcher rank (\d+): (.+) (\d+)")
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # The name that torch also reads.
 _FORMER_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
-# Tensors in main memory are kept by the C library for the next ones of their size, up to the largest that it can keep (32 MiB);
-# by default it goes back to the kernel, which clears each page of the next one.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**26)}
+# The C library keeps the memory of freed tensors for the next ones; by default it returns it to the kernel, which clears each
+# page again. Weights and logits are larger than 32 MiB, the largest threshold that glibc accepts before this version.
+_MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**26)}
+_MMAP_THRESHOLD, _FORMER_MMAP_THRESHOLD = str(2**28), str(2**25)
+_GLIBC_WITHOUT_LIMIT = (2, 35)
 
 
 def allocator_defaults(environ: Mapping[str, str], device: str) -> dict[str, str]:
     """Return the variables of the allocators of memory on `device`, cuda or cpu, without those that the user has set."""
     if device == "cpu":
-        return {name: value for name, value in _MALLOC.items() if name not in environ}
+        malloc = {"MALLOC_MMAP_THRESHOLD_": _mmap_threshold(*platform.libc_ver()), **_MALLOC}
+        return {name: value for name, value in malloc.items() if name not in environ}
     name, value = _ALLOCATOR
     return {} if name in environ or _FORMER_ALLOCATOR in environ else {name: value}
+
+
+def _mmap_threshold(library: str, version: str) -> str:
+    """Return the size in bytes from which this C library gets memory from the kernel alone."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    return _MMAP_THRESHOLD if library == "glibc" and numbers >= _GLIBC_WITHOUT_LIMIT else _FORMER_MMAP_THRESHOLD
 
 
 @dataclass(frozen=True)

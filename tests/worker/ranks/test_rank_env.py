@@ -6,16 +6,18 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from launcher.worker.ranks.rank_env import allocator_defaults
 
-# Prints the page faults of making a large tensor twenty times, after the first.
+# Prints the page faults of making a large tensor five times, after the first.
 _PAGE_FAULTS = """
 import resource, torch
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-tensors = lambda: [torch.ones(2**21) for _ in range(4)]
+tensors = lambda: [torch.ones(2**23) for _ in range(4)] + [torch.ones(2**25)]
 tensors()
 before = faults()
-for _ in range(20):
+for _ in range(5):
     tensors()
 print(faults() - before)
 """
@@ -25,6 +27,17 @@ def test_tensors_in_main_memory_take_the_place_of_those_before() -> None:
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     kept = _count_page_faults({**plain, **allocator_defaults(plain, "cpu")})
     assert kept < 0.1 * _count_page_faults(plain)
+
+
+@pytest.mark.parametrize(
+    ("library", "threshold"),
+    [(("glibc", "2.41"), 2**28), (("glibc", "2.35"), 2**28), (("glibc", "2.31"), 2**25), (("", ""), 2**25)],
+)
+def test_the_c_library_gets_a_threshold_that_it_accepts(
+    library: tuple[str, str], threshold: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.libc_ver", lambda: library)
+    assert allocator_defaults({}, "cpu")["MALLOC_MMAP_THRESHOLD_"] == str(threshold)
 
 
 def test_what_the_user_has_set_stays() -> None:
