@@ -1,6 +1,7 @@
 """Hydra composes settings here and does nothing else: it runs no code that a file or an override names.
 
-While it composes, Hydra calls the classes that `hydra.callbacks`, `hydra.job_logging` and `hydra.hydra_logging` name.
+While it composes, Hydra calls the classes that `hydra.callbacks`, `hydra.job_logging` and `hydra.hydra_logging` name, for a sweep
+those within `hydra.sweeper` and `hydra.launcher`, too, and each job of a sweep has a section `hydra` of its own.
 """
 
 from __future__ import annotations
@@ -13,11 +14,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from launcher.config.bounded_yaml import UnboundedYaml, require_bounded
+from launcher.config.introspect import leaves
 from launcher.errors import ConfigError, Problem
 from launcher.security.credentials import is_short_secret
 
 # Of conf/config.yaml and of Hydra. Other values would change the environment, or write files of Hydra's own.
-_NEUTRAL: dict[str, Any] = {"hydra.job.env_set": {}, "hydra.job.env_copy": [], "hydra.output_subdir": None, "hydra.run.dir": "."}
+_NEUTRAL: dict[str, Any] = {
+    **{"hydra.job.env_set": {}, "hydra.job.env_copy": [], "hydra.job.chdir": None},
+    **{"hydra.output_subdir": None, "hydra.run.dir": ".", "hydra.sweep.subdir": "."},
+}
+# The classes that run a sweep, as Hydra has them.
+_PLUGINS = {
+    "hydra.launcher": "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "hydra.sweeper": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+}
 # Characters and values that the references of one composition may expand to, and the number of references: with `a: ${b}${b}`,
 # `b: ${c}${c}` and so on, a text or the work doubles at each step.
 _MAX_EXPANDED, _MAX_REFERENCES = 1_000_000, 5_000
@@ -28,6 +38,8 @@ READS_CREDENTIAL = "a setting must not read this variable, which looks like a se
 _VARIABLE = "oc.env"
 # Where Hydra's own modules hold the function that configures logging.
 _LOGGING = ("hydra._internal.hydra", "hydra._internal.core_plugins.basic_launcher", "hydra.core.utils")
+# Where they hold the function that runs a job.
+_JOBS = ("hydra._internal.hydra", "hydra._internal.core_plugins.basic_launcher")
 
 
 @contextmanager
@@ -47,6 +59,7 @@ def guarded() -> Iterator[None]:
     replacements: list[tuple[Any, str, Any]] = [
         (hydra, "Callbacks", RefusedCallbacks),
         *((importlib.import_module(module), "configure_log", lambda *_, **__: None) for module in _LOGGING),
+        *((module, "run_job", _checked_job(module.run_job)) for module in map(importlib.import_module, _JOBS)),
         (FileConfigSource, "load_config", _bounded(FileConfigSource.load_config)),
         (Container, "resolve_parse_tree", _bounded_references(Container.resolve_parse_tree)),
     ]
@@ -86,6 +99,8 @@ def require_composing_only(config: Any) -> None:
             where=", ".join(changed),
             remedy="remove it from the command line and from the files of the chosen options",
         )
+    for key, name in _PLUGINS.items():
+        _require_plain_plugin(key, name, OmegaConf.to_container(OmegaConf.select(config, key), resolve=True))
     callbacks = OmegaConf.select(config, "hydra.callbacks")
     if callbacks:
         raise ConfigError(
@@ -94,6 +109,33 @@ def require_composing_only(config: Any) -> None:
             value=", ".join(map(str, callbacks)),
             remedy="remove hydra.callbacks from the command line and from the files of the chosen options",
         )
+
+
+def _require_plain_plugin(key: str, name: str, values: Any) -> None:
+    """Refuse a class other than Hydra's own, and values that Hydra would call: it instantiates all within them.
+
+    Raises:
+        ConfigError: with the setting.
+    """
+    targets = {inner: value for inner, value in leaves(values) if "_target_" in inner.split(".")}
+    if targets == {"_target_": name}:
+        return
+    called = next((inner for inner in targets if inner != "_target_"), "_target_")
+    raise ConfigError(
+        f"{key}: a setting must not name code to run; nothing was called",
+        where=f"{key}.{called}",
+        value=str(targets.get(called, "")),
+        remedy=f"remove {key} from the command line and from the files of the chosen options",
+    )
+
+
+def _checked_job(run_job: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(run_job)
+    def run_checked(*args: Any, **kwargs: Any) -> Any:
+        require_composing_only(kwargs["config"])
+        return run_job(*args, **kwargs)
+
+    return run_checked
 
 
 def _bounded(load: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:

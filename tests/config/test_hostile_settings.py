@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +80,51 @@ def test_hydra_sets_no_variables_and_writes_no_files(
     (problem,) = refused(*flags, *shared(f"hydra:\n  {line}\n"), "model=tiny")
     assert problem.where == key
     assert not (tmp_path / "app").exists()
+
+
+@pytest.mark.parametrize("by_flag", [False, True])
+@pytest.mark.parametrize("params", ["{_target_: evil.C}", "{x: {_target_: evil.C}}", "${mine}"])
+def test_what_runs_a_sweep_calls_nothing(
+    refused: Refused,
+    marker: Path,
+    shared: Callable[[str], tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    by_flag: bool,
+    params: str,
+) -> None:
+    """Hydra calls what the parameters of its sweeper name, and a file can begin a sweep as well."""
+    monkeypatch.syspath_prepend(marker.parent / "path")
+    words = shared(f"hydra:\n  mode: MULTIRUN\n  sweeper:\n    params: {params}\nmine:\n  _target_: evil.C\n")
+    problems = refused(*(("-m",) if by_flag else ()), *words, "model=tiny")
+    assert not marker.exists()
+    assert "hydra.sweeper: a setting must not name code to run; nothing was called" in {problem.message for problem in problems}
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("hydra.job.env_set", "job: {env_set: {LAUNCHER_TRUST_OWNERS: anyone}}"),
+        ("hydra.job.chdir", "job: {chdir: true}"),
+        ("hydra.output_subdir", "output_subdir: ../../app"),
+        ("hydra.sweep.subdir", "sweep: {subdir: ../app}"),
+    ],
+)
+def test_a_single_job_of_a_sweep_sets_no_variables_and_writes_no_files(
+    refused: Refused,
+    shared: Callable[[str], tuple[str, ...]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    key: str,
+    line: str,
+) -> None:
+    """The settings of the sweep itself do not have the section of one of its experiments."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    flag, folder, _ = shared(f"hydra:\n  {line}\n")
+    (tmp_path / "shared/experiment/other.yaml").write_text("# @package _global_\n")
+    (problem,) = refused("-m", flag, folder, "experiment=other,mine", "model=tiny")
+    assert problem.where == key
+    assert not [*tmp_path.rglob("app")]
 
 
 @pytest.mark.parametrize("section", ["job_logging", "hydra_logging"])
