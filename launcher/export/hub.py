@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.checkpoint.folder_links import link_problems
-from launcher.errors import Problem, PushError
+from launcher.errors import DataError, Problem, PushError
 from launcher.security.hub_answers import guard_hub_client
 from launcher.security.redaction import redact
 
@@ -81,7 +81,10 @@ def push(folder: Path, repo_id: str, *, again: str, public: bool = False) -> str
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    guard_hub_client()
+    try:
+        guard_hub_client()
+    except DataError as error:
+        raise PushError(error.problems) from None
     api = HfApi(token=os.environ[TOKEN_VARIABLE])
     try:
         # `exist_ok` says nothing about who can read a repository that exists.

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from launcher.errors import DataError, Problem
+from launcher.security.port_owners import server_problem
 
 # Headers and keys of JSON whose values become names of files and folders.
 _HEADERS = ("ETag", "X-Linked-ETag", "X-Repo-Commit")
@@ -23,12 +25,19 @@ _JSON_PATH = "/api/"
 _MAX_JSON_BYTES, _MAX_JSON_S = 256 << 20, 300.0
 # The client waits as long as one of these says.
 _WAITS, _MAX_WAIT_S = ("Retry-After", "RateLimit"), 600
+_ENDPOINT = "HF_ENDPOINT"
 _REMEDY = "set HF_ENDPOINT to a server that you trust, or unset it for huggingface.co"
 
 
 @functools.cache
 def guard_hub_client() -> None:
-    """Let huggingface_hub refuse answers with such names in this process. Call it before the client is used."""
+    """Let huggingface_hub refuse answers with such names in this process. Call it before the client is used.
+
+    Raises:
+        DataError: where another user listens at the address of HF_ENDPOINT, on this machine, and would get the token.
+    """
+    if problem := server_problem(_ENDPOINT, os.environ.get(_ENDPOINT, "")):
+        raise DataError(problem)
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
 

@@ -18,6 +18,7 @@ from launcher.errors import RunError
 from launcher.evaluate.engines import vllm_engine
 from launcher.evaluate.engines.vllm_engine import VllmEngine
 from launcher.evaluate.task import Weights
+from launcher.security import port_owners
 
 free_port = vllm_engine._free_port
 
@@ -127,7 +128,7 @@ def test_a_port_that_another_user_has_taken_is_not_asked(
 ) -> None:
     listeners = tmp_path / "tcp"
     row = "0: 0100007F:{port:04X} 00000000:0000 0A 00000000:00000000 00:00000000 00000000 {user} 0 1"
-    monkeypatch.setattr(vllm_engine, "_LISTENERS", listeners)
+    monkeypatch.setattr(port_owners, "_TABLES", (listeners,))
     monkeypatch.setattr(vllm_engine, "_free_port", lambda: port)
     for user, is_accepted in ((os.geteuid() + 1, False), (os.geteuid(), True)):
         port = free_port()

@@ -14,6 +14,7 @@ from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.export import hub
 from launcher.security.key_requests import read_json
+from launcher.security.port_owners import server_problem
 
 _ANSWER_DEADLINE_S = 10.0
 _MAX_NAME_CHARS = 100
@@ -66,6 +67,9 @@ def _check_hub(config: RunConfig) -> Iterator[CheckResult]:
         yield CheckResult(_HUB, OK, f"a token from {source}, not checked because HF_HUB_OFFLINE is set")
         return
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    if problem := server_problem("HF_ENDPOINT", endpoint):
+        yield from_problem(problem, name=_HUB)
+        return
     remedy = f"export {hub.TOKEN_VARIABLE} with a valid token from {_TOKEN_PAGE}"
     try:
         request = urllib.request.Request(f"{endpoint}/api/whoami-v2", headers={"Authorization": f"Bearer {token}"})  # noqa: S310

@@ -16,6 +16,7 @@ import psutil
 
 from launcher import atomic_files
 from launcher.errors import SubmitError
+from launcher.security import port_owners
 from launcher.security.trust import FLAG, Trust, user_name
 
 _WHERE, _AUTO = "cluster.address", "auto"
@@ -35,12 +36,24 @@ def address_to_join(address: str) -> str:
     """Return the address for ray.init of a setting cluster.address; Ray never searches for a cluster itself.
 
     Raises:
-        SubmitError: as find_address does.
+        SubmitError: as find_address does, and where another user has the address of this machine that is named.
     """
-    if address != _AUTO:
-        return address
-    from_environ = os.environ.get("RAY_ADDRESS", "")
-    return from_environ if from_environ not in ("", _AUTO) else find_address()
+    if address == _AUTO:
+        address = os.environ.get("RAY_ADDRESS") or _AUTO
+    if address == _AUTO:
+        return find_address()
+    require_own_listener(address)
+    return address
+
+
+def require_own_listener(address: str) -> None:
+    """Refuse a host:port of this machine that another user has taken: the driver sends it the token, and unpickles its answers.
+
+    Raises:
+        SubmitError: with the user.
+    """
+    if problem := port_owners.server_problem(_WHERE, address):
+        raise SubmitError(problem)
 
 
 def find_address() -> str:

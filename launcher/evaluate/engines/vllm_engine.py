@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from launcher.errors import RunError
 from launcher.evaluate.answers import GeneratedIds
 from launcher.evaluate.engines.vllm_environment import require_own_environment
 from launcher.evaluate.task import Weights
+from launcher.security.port_owners import users_listening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +32,6 @@ NAME = "vllm"
 # Starts the server so that it ends with this process.
 _STARTER = "launcher.worker.evaluation.end_with_parent"
 _SERVER = "vllm.entrypoints.openai.api_server"
-_LISTENERS = Path("/proc/net/tcp")
 _HOST = "127.0.0.1"
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _START_S, _REQUEST_S, _END_S, _POLL_S = 1800.0, 3600.0, 20.0, 0.5
@@ -162,7 +163,9 @@ class VllmEngine:
 
     def _is_listening(self) -> bool:
         """Return whether a process of this user listens on the port; raises RunError where another user's does."""
-        users = _users_listening(self._port)
+        listening = users_listening(self._port)
+        # While a process listens at the address itself, the system gives its connections to none that listens at all addresses.
+        users = None if listening is None else listening.get(ip_address(_HOST), set())
         if users is not None and users - {os.geteuid()}:
             raise self._failed(f"port {self._port}, which vLLM was to have, is another user's")
         return users != set()
@@ -202,16 +205,3 @@ def _free_port() -> int:
     with socket.socket() as one:
         one.bind((_HOST, 0))
         return int(one.getsockname()[1])
-
-
-def _users_listening(port: int) -> set[int] | None:
-    """Return the users whose processes listen on this port of the loopback address itself; None where that is not known.
-
-    While one does, the system gives it all connections to that address, and none to a process that listens on all addresses.
-    """
-    try:
-        rows = [line.split() for line in _LISTENERS.read_text().splitlines()[1:]]
-    except OSError:
-        return None
-    # Columns of proc(5): the local address in reverse order, the state and the user.
-    return {int(row[7]) for row in rows if row[3] == "0A" and row[1] == f"0100007F:{port:04X}"}

@@ -1,4 +1,4 @@
-"""The settings that W&B's package reads in the working directory: they name the server that gets the user's key."""
+"""The server that gets the user's key for W&B: settings in the working directory name it, or a variable."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from pathlib import Path
 
 from launcher.errors import Problem
 from launcher.security import ownership
+from launcher.security.port_owners import server_problem
 
 # W&B takes the first of these folders that exists.
 _FOLDERS = (".wandb", "wandb")
+_SERVER = "WANDB_BASE_URL"
 _SUBJECT = "the settings file that W&B reads in the working directory"
 _CLONE_FS = 0x200
 
 
 def find_problem() -> Problem | None:
-    """Return why settings of W&B in the working directory are not trusted; None where there are none, or they are."""
+    """Return why a server is not trusted that would get the key; None if it is.
+
+    Others may have written settings of W&B in the working directory, or listen at the address of WANDB_BASE_URL on this machine.
+    """
+    if problem := server_problem(_SERVER, os.environ.get(_SERVER, "")):
+        return problem
     files = _files()
     if not any(map(os.path.lexists, files)):
         return None
