@@ -1,14 +1,20 @@
-"""Which addresses of fsspec are storage: some of its file systems do what the content behind an address says.
+"""Which addresses of fsspec are storage, and whose servers their clients trust.
 
-`reference://` reads a file of further addresses, and formats them with objects of this process: through these, the author of that
-file reaches the environment. `dask://` unpickles what a server sends.
+Some file systems do what the content behind an address says. `reference://` reads a file of further addresses, and formats them
+with objects of this process: through these, the author of that file reaches the environment. `dask://` unpickles what a server
+sends. With sftp, fsspec accepts whatever key a host shows: whoever answers in its place would get the password and what a mirror
+is sent, and a resume would run the code that they send.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
 from launcher.errors import Problem
+from launcher.security.hub_answers import guard_hub_client
 
 # Of the file systems in fsspec itself; those of other packages are there because somebody has installed them.
 _STORAGE = frozenset(
@@ -18,6 +24,8 @@ _STORAGE = frozenset(
     }
 )
 _REMEDY = "write the address of the storage itself, such as s3://, gs:// or https://, or download the files"
+# Of the machine, beside ~/.ssh/known_hosts.
+_SYSTEM_HOST_KEYS = "/etc/ssh/ssh_known_hosts"
 
 
 def address_problem(where: str, address: str) -> Problem | None:
@@ -43,3 +51,32 @@ def protocols(address: str) -> Iterator[str]:
         # A chain can begin anew where a library removes one of its own prefixes.
         if "://" in rest:
             yield from protocols(rest)
+
+
+def guard_clients(address: str) -> None:
+    """Let the clients of this process that an address uses refuse what servers must not choose. Call it before it is opened."""
+    used = set(protocols(address))
+    if "hf" in used:
+        guard_hub_client()
+    if used & {"sftp", "ssh"}:
+        _require_known_hosts()
+
+
+@functools.cache
+def _require_known_hosts() -> None:
+    """Let sftp connect only to hosts whose keys are known to ssh."""
+    # fsspec itself says which package is missing.
+    with suppress(ImportError):
+        import paramiko
+        from fsspec.implementations.sftp import SFTPFileSystem
+
+        def connect(system: Any) -> None:
+            client = paramiko.SSHClient()
+            client.load_system_host_keys()
+            with suppress(OSError):
+                client.load_system_host_keys(_SYSTEM_HOST_KEYS)
+            client.set_missing_host_key_policy(paramiko.RejectPolicy())
+            client.connect(system.host, **system.ssh_kwargs)
+            system.client, system.ftp = client, client.open_sftp()
+
+        SFTPFileSystem._connect = connect

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
+from types import ModuleType
 
 import pytest
 from http_server import serving
@@ -13,6 +15,7 @@ from launcher.checkpoint.mirror.remote_folder import RemoteFolder
 from launcher.config.sections.data import DataSection, Source
 from launcher.data.sources import check_sources, locate
 from launcher.errors import DataError, SubmitError
+from launcher.security import storage_addresses
 from launcher.security.storage_addresses import address_problem
 
 CANARY = "hf_canaryCANARY0123456789abcd"
@@ -90,3 +93,46 @@ def test_what_is_no_storage(address: str) -> None:
 )
 def test_storage(address: str) -> None:
     assert address_problem("data.path", address) is None
+
+
+@pytest.fixture
+def paramiko(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """As much of sftp's package as fsspec uses; every server is met for the first time."""
+    module = ModuleType("paramiko")
+    for policy in ("AutoAddPolicy", "WarningPolicy", "RejectPolicy", "MissingHostKeyPolicy"):
+        setattr(module, policy, type(policy, (), {}))
+
+    class Client:
+        def __init__(self) -> None:
+            self.files: list[str | None] = []
+
+        def load_system_host_keys(self, file: str | None = None) -> None:
+            self.files.append(file)
+
+        def set_missing_host_key_policy(self, policy: object) -> None:
+            self.policy = type(policy).__name__
+
+        def connect(self, host: str, **login: object) -> None:
+            if self.policy == "RejectPolicy":
+                raise OSError(f"Server {host!r} not found in known_hosts, {self.files}")
+
+        def open_sftp(self) -> None:
+            raise AssertionError("the password and the files go to whoever has answered")
+
+    module.__dict__["SSHClient"] = Client
+    monkeypatch.setitem(sys.modules, "paramiko", module)
+    storage_addresses._require_known_hosts.cache_clear()
+    yield module
+    storage_addresses._require_known_hosts.cache_clear()
+    sys.modules.pop("fsspec.implementations.sftp", None)
+    for protocol in ("sftp", "ssh"):
+        sys.modules["fsspec.registry"]._registry.pop(protocol, None)
+
+
+@pytest.mark.parametrize("address", ["sftp://host/runs", "ssh://host/runs"])
+def test_sftp_connects_to_known_hosts_alone(paramiko: ModuleType, address: str) -> None:
+    """fsspec itself accepts any key: a resume from a mirror would run the code of whoever answers."""
+    with pytest.raises(OSError, match=r"not found in known_hosts, .None, '/etc/ssh/ssh_known_hosts'."):
+        RemoteFolder(address, waits_s=())
+    with pytest.raises(DataError, match="not found in known_hosts"):
+        locate.fetch_files(Source(path=f"{address}/a.jsonl"))

@@ -28,9 +28,8 @@ from launcher import json_records
 from launcher.atomic_files import FileEntry
 from launcher.errors import CheckpointError, LauncherError, SubmitError
 from launcher.security import ownership
-from launcher.security.hub_answers import guard_hub_client
 from launcher.security.permissions import tree
-from launcher.security.storage_addresses import address_problem, protocols
+from launcher.security.storage_addresses import address_problem, guard_clients
 from launcher.security.trust import FLAG, user_name
 
 T = TypeVar("T")
@@ -348,8 +347,7 @@ def describe_error(error: Exception) -> str:
 def _connect(url: str, origin: str) -> tuple[Any, str]:
     if problem := address_problem(origin, url):
         raise SubmitError(problem)
-    if "hf" in protocols(url):
-        guard_hub_client()
+    guard_clients(url)
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as error:

@@ -14,13 +14,13 @@ from typing import Any
 from launcher.config.sections.data import RowSource
 from launcher.data.cache_dir import convert_os_errors, is_full, make_cache_error, mark_used, source_folder
 from launcher.data.cache_lock import wait_and_hold
+from launcher.data.sources.download_limit import DownloadLimit
 from launcher.data.sources.files import DataFile, detect_kind, file_digest
 from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose_files, list_unused, require_short_readme
 from launcher.errors import DataError, Problem
 from launcher.security import ownership
-from launcher.security.hub_answers import guard_hub_client
-from launcher.security.storage_addresses import address_problem, protocols
+from launcher.security.storage_addresses import address_problem, guard_clients
 
 # Metadata of a file that changes with its content, by the names in various storages.
 _VERSION_KEYS = (
@@ -142,10 +142,11 @@ class RemoteFiles:
         partial = folder / f".{secrets.token_hex(4)}"
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as private_folder:
             download = Path(private_folder, "rows")
+            limit = DownloadLimit(self._name(path), size, folder)
 
             def get() -> None:
                 try:
-                    self._fs.get_file(path, str(download))
+                    self._fs.get_file(path, str(download), callback=limit)
                 except OSError as error:
                     if is_full(error):
                         raise make_cache_error(error, folder) from error
@@ -189,7 +190,6 @@ def _connect(url: str) -> tuple[Any, str]:
 
     if problem := address_problem("the address of the data", url):
         raise DataError(problem)
-    if "hf" in protocols(url):
-        guard_hub_client()
+    guard_clients(url)
     fs, path = url_to_fs(url)
     return fs, str(path)

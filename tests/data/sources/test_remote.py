@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -17,7 +18,7 @@ from http_server import serving
 from missing_program import skip_or_fail
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources import check_sources, compute_source_digest, read_documents, remote
+from launcher.data.sources import check_sources, compute_source_digest, download_limit, read_documents, remote
 from launcher.errors import DataError
 
 # fsspec hides the module behind a mapping of the same name.
@@ -115,6 +116,29 @@ def test_an_interrupted_download_leaves_no_file(web: Web, says: dict[str, str], 
 def test_a_download_with_another_size_than_announced_is_refused(cache_home: Path, memory_of: Callable[..., None]) -> None:
     memory_of("/data/a.jsonl", ROW, claimed=1000)
     with pytest.raises(DataError, match="the download is incomplete: 14 of 1,000 bytes"):
+        texts(Source(path="memory://data/a.jsonl"))
+    assert files(cache_home) == []
+
+
+@pytest.mark.parametrize("said", [None, 10**15])
+def test_a_file_that_does_not_fit_on_the_disk_is_not_downloaded(
+    web: Web, cache_home: Path, monkeypatch: pytest.MonkeyPatch, said: int | None
+) -> None:
+    """A web server may send for ever, or claim any size."""
+    web.content, web.headers, web.says_length, web.length = ROW * 100, {"ETag": "one"}, said is not None, said
+    monkeypatch.setattr(download_limit, "_LOOK_BYTES", 100)
+    monkeypatch.setattr(download_limit.shutil, "disk_usage", lambda folder: SimpleNamespace(total=10**12, free=2**29))
+    with pytest.raises(DataError, match=r"the file does not fit on the disk of the cache: .*, and 512\.00 MiB are free"):
+        texts(Source(path=f"{web.address}/a.jsonl"))
+    assert files(cache_home) == []
+
+
+def test_a_download_ends_where_it_is_longer_than_announced(
+    cache_home: Path, memory_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MemoryFileSystem, "blocksize", 100)
+    memory_of("/data/a.jsonl", ROW * 1000, claimed=100)
+    with pytest.raises(DataError, match="the download is longer than announced: more than 100 bytes"):
         texts(Source(path="memory://data/a.jsonl"))
     assert files(cache_home) == []
 
