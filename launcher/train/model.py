@@ -327,12 +327,14 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    # Of a name alone, transformers takes the weights of a file in the working directory, which may be somebody else's.
+    path = str(file.absolute())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=path)
             hf = AutoModelForCausalLM.from_pretrained(
-                str(file.parent), gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+                str(file.parent), gguf_file=path, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
             )
         # The weights are plain bf16, but the loader still marks them as quantized.
         hf.hf_quantizer = None

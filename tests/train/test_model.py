@@ -16,7 +16,7 @@ from launcher.config.schema import ModelSection
 from launcher.data.loader import MicroBatch
 from launcher.errors import ConfigError
 from launcher.plan.architecture import model_facts
-from launcher.train.model import CausalLMLoss, build_model
+from launcher.train.model import CausalLMLoss, build_model, convert_gguf
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +163,30 @@ def test_recomputed_layers_change_neither_loss_nor_gradients() -> None:
     for other_loss, other_gradients in others:
         assert other_loss == loss
         assert all(torch.equal(one, other) for one, other in zip(gradients, other_gradients, strict=True))
+
+
+def test_a_gguf_file_in_the_working_directory_is_not_converted_in_place_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers looks for the weights there first; what is converted stays in the cache."""
+    for folder in ("model", "shared"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "tiny.gguf").write_text(folder)
+    monkeypatch.chdir(tmp_path / "shared")
+    read: list[str] = []
+
+    class Loaded:
+        config = SimpleNamespace()
+
+        def save_pretrained(self, folder: Path) -> None:
+            pass
+
+    def load(folder: str, gguf_file: str, **options: Any) -> Loaded:
+        # As transformers.modeling_utils._get_resolved_checkpoint_files.
+        read.append((Path(gguf_file) if Path(gguf_file).is_file() else Path(folder, gguf_file)).read_text())
+        return Loaded()
+
+    for auto in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
+        monkeypatch.setattr(auto, "from_pretrained", load)
+    convert_gguf(Path("../model/tiny.gguf"), tmp_path / "converted")
+    assert read == ["model", "model"]
