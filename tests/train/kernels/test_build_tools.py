@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers.utils import is_scipy_available
 
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.kernels import build_tools
@@ -42,7 +43,14 @@ warm_up()
 other = threading.Thread(target=warm_up)
 other.start()
 other.join()
-print(json.dumps({"threads": threads, "processes": len(psutil.Process().children(recursive=True))}))
+import transformers.utils
+
+helpers = {"threads": threads, "processes": len(psutil.Process().children(recursive=True))}
+packages = {
+    "imported": sorted({"scipy", "sklearn"} & {*sys.modules}),
+    "has_scipy": transformers.utils.is_scipy_available(),
+}
+print(json.dumps({"helpers": helpers, "packages": packages}))
 """
 
 
@@ -91,10 +99,13 @@ def test_headers_may_be_in_a_folder_that_the_compiler_is_told_of(tools: Path, mo
 
 
 @pytest.mark.rest
-def test_a_rank_that_compiles_starts_no_helper_processes(plan_of: Callable[..., LaunchPlan], tmp_path: Path) -> None:
+def test_a_rank_imports_what_it_needs_and_starts_no_helper_processes(plan_of: Callable[..., LaunchPlan], tmp_path: Path) -> None:
     """In no thread: autograd's threads compile the backward pass, and torch's settings hold in one thread alone."""
     plan = tmp_path / "plan.json"
     plan.write_text(plan_of("model.dtype=fp32").to_json())
     done = subprocess.run([sys.executable, "-c", COMPILE, str(plan)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {"threads": [1, 1], "processes": 0}
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["helpers"] == {"threads": [1, 1], "processes": 0}
+    # transformers knows of it again for other code.
+    assert found["packages"] == {"imported": [], "has_scipy": is_scipy_available()}
