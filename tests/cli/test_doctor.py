@@ -52,6 +52,7 @@ def own_shared_memory() -> list[str]:
     return [name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")]
 
 
+@pytest.mark.rest
 def test_this_machine_is_checked_and_left_as_it_was(launch: Launch, tmp_path: Path) -> None:
     before = set(own_shared_memory())
     done = launch("doctor", "model=tiny", f"run.root={tmp_path}/runs", "--json", timeout=600)
@@ -89,6 +90,7 @@ def test_a_wrong_setting_is_refused_before_anything_is_checked(launch_here: Laun
     assert "train.max_stepz: there is no such setting" in done.stderr
 
 
+@pytest.mark.rest
 def test_ctrl_c_leaves_no_process_and_no_file(launcher_env: Mapping[str, str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launcher", "doctor", "model=tiny", f"run.root={tmp_path}/runs"]
     doctor = subprocess.Popen(command, env={**launcher_env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -99,6 +99,7 @@ def test_the_ranks_refuse_a_model_that_sees_later_tokens_packed_or_not() -> None
         assert (problem.value, problem.remedy) == ("bert", "choose a decoder-only language model")
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("persistence_threshold", [0, 10**6])
 def test_training_goes_on_after_a_model_whose_own_forward_pass_failed_in_the_middle(
     config_of: Callable[..., RunConfig], rank_server: RankServer, tmp_path: Path, persistence_threshold: int

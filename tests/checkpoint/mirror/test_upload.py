@@ -83,6 +83,7 @@ def test_the_mirror_has_the_final_state_that_the_agent_has_not_written_yet(place
     assert run_store.read_status(run).state == "running"
 
 
+@pytest.mark.rest
 def test_another_process_continues_an_upload_that_was_killed_at_any_point(place, tmp_path: Path) -> None:
     """Every write, rename and removal of a whole round is a point to be killed at."""
     plan, run, folder = place

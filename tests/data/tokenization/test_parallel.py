@@ -145,6 +145,7 @@ def test_several_processes_build_what_one_builds(many: DataSection, tokenizer_di
     assert tokenized[-1] == NUM_ROWS
 
 
+@pytest.mark.rest
 def test_no_other_user_reaches_the_fork_server(many: DataSection, tokenizer_dir: Path, cache_home: Path) -> None:
     """It runs what it gets from whoever connects."""
     code = WITH_ABSTRACT_SOCKETS + BUILDER + SHOW_ADDRESS
@@ -155,6 +156,7 @@ def test_no_other_user_reaches_the_fork_server(many: DataSection, tokenizer_dir:
     assert done.stdout.splitlines()[-1] == "0o40700"
 
 
+@pytest.mark.rest
 def test_a_killed_worker_is_reported_and_leaves_no_cache(
     builder: tuple[subprocess.Popen, list[psutil.Process]], cache_home: Path
 ) -> None:
@@ -178,12 +180,14 @@ def run_main(many: DataSection, tokenizer_dir: Path, folder: Path, *arguments: s
     return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
 
 
+@pytest.mark.rest
 def test_a_main_module_may_use_torch(many: DataSection, tokenizer_dir: Path, cache_home: Path, tmp_path: Path) -> None:
     done = run_main(many, tokenizer_dir, tmp_path)
     assert done.returncode == 0, done.stderr
     assert NUM_ROWS / 2 < int(done.stdout) < NUM_ROWS
 
 
+@pytest.mark.rest
 def test_a_worker_that_fails_at_startup_is_not_reported_as_killed(
     many: DataSection, tokenizer_dir: Path, cache_home: Path, tmp_path: Path
 ) -> None:
@@ -202,6 +206,7 @@ def test_a_worker_reports_its_own_exception(many: DataSection, tokenizer_dir: Pa
         build(many, str(folder))
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_builder_takes_its_processes_along(
     builder: tuple[subprocess.Popen, list[psutil.Process]], many: DataSection, tokenizer_dir: Path, by: signal.Signals

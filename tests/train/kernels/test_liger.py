@@ -137,6 +137,7 @@ def test_what_was_replaced_is_put_back_where_applying_fails(install: Callable[..
     torch.testing.assert_close(build()(IDS, POSITIONS), expected, rtol=0, atol=0)
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("files", [{"monkey_patch": "raise ImportError('moved_layernorm')"}, {"monkey_patch": APPLIED_IN_PART}])
 def test_all_ranks_train_without_liger_where_one_cannot_use_it(
     rank_server: RankServer, tmp_path: Path, files: dict[str, str]

@@ -18,6 +18,8 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 
+pytestmark = pytest.mark.rest
+
 REPO = Path(__file__).resolve().parents[3]
 
 # Each start of the ranks ends in another way; a lock tells rank 1 of the death of rank 0, as a connection would.
@@ -82,7 +84,7 @@ if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*
 """
 
 
-@pytest.fixture(params=[pytest.param("true", id="forked"), pytest.param("false", id="new processes", marks=pytest.mark.rest)])
+@pytest.fixture(params=[pytest.param("true", id="forked"), pytest.param("false", id="new processes")])
 def run(config_of: Callable[..., RunConfig], tmp_path: Path, request: pytest.FixtureRequest) -> RunDir:
     """A run on two ranks of this machine, whose attempt 1 is about to begin."""
     cluster = ("cluster.max_restarts=4", "cluster.ranks_per_node=2", f"cluster.fork_ranks={request.param}")

@@ -24,6 +24,7 @@ def test_no_driver_gives_its_working_directory_to_workers() -> None:
     assert [name for name, keywords in calls if "job_config" not in keywords] == []
 
 
+@pytest.mark.rest
 @pytest.mark.ray
 def test_an_evaluation_waits_for_gpus_only_as_long_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
