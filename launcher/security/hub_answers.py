@@ -53,8 +53,11 @@ def guard_hub_client() -> None:
 
 
 def leads_outside(name: str) -> bool:
-    """Return whether a name that a server sends would lead out of the folder to which it is joined, as the client reads it."""
-    return name.lstrip("W/").strip('"').startswith("/") or ".." in re.split(r'[/\\"]', name)
+    """Return whether a name that a server sends would lead out of the folder to which it is joined.
+
+    The client joins a commit as it is, and an ETag without the mark of a weak one and without quotes.
+    """
+    return name.startswith("/") or name.lstrip("W/").strip('"').startswith("/") or ".." in re.split(r'[/\\"]', name)
 
 
 def _check(response: Any) -> None:

@@ -54,7 +54,8 @@ class HostileHub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        name = next((part for part in path.split("/") if part in {*self.headers_of(), "sha", "tree", "endless", "rows"}), "")
+        names = {*self.headers_of(), "sha", "absolute-sha", "tree", "endless", "rows"}
+        name = next((part for part in path.split("/") if part in names), "")
         if path == "/busy":
             return self._send(200, b"{}", {"Retry-After": "1000000000", "RateLimit": '"api";r=0;t=1000000000'})
         if "/resolve/" in path:
@@ -65,7 +66,7 @@ class HostileHub(BaseHTTPRequestHandler):
             oid = f"{OUTSIDE}/oid" if name == "tree" else "2" * 40
             listing = [{"type": "file", "path": "config.json", "size": len(FILE), "oid": oid}]
             return self._send(200, json.dumps(listing).encode(), {})
-        sha = f"{OUTSIDE}/sha" if name == "sha" else COMMIT
+        sha = {"sha": f"{OUTSIDE}/sha", "absolute-sha": f"{self.outside}/sha"}.get(name, COMMIT)
         siblings = [{"rfilename": "train.jsonl" if "/datasets/" in path else "config.json"}]
         return self._send(200, json.dumps({"id": f"owner/{name}", "sha": sha, "siblings": siblings}).encode(), {})
 
@@ -78,6 +79,7 @@ class HostileHub(BaseHTTPRequestHandler):
             "etag": {"ETag": f'"{OUTSIDE}/etag.pth"'},
             "absolute": {"X-Linked-ETag": f'"{self.outside}/linked.pth"'},
             "commit": {"X-Repo-Commit": f"{OUTSIDE}/commit"},
+            "absolute-commit": {"X-Repo-Commit": f"{self.outside}/commit"},
             "rows": {"ETag": f'"{OUTSIDE}/rows.pth"'},
         }
 
@@ -114,7 +116,7 @@ def environ(address: str, folder: Path) -> dict[str, str]:
 
 
 def test_no_answer_of_a_server_leads_out_of_the_cache(hub: str, tmp_path: Path) -> None:
-    attacks = ("etag", "absolute", "commit", "sha", "tree", "endless")
+    attacks = ("etag", "absolute", "commit", "absolute-commit", "sha", "absolute-sha", "tree", "endless")
     command = [sys.executable, "-P", "-c", _CODE, hub, "plain", "weak", *attacks]
     done = subprocess.run(
         command, env={**os.environ, **environ(hub, tmp_path)}, capture_output=True, text=True, cwd=tmp_path, timeout=240
@@ -140,7 +142,7 @@ def test_a_command_says_which_server_it_does_not_believe(hub: str, tmp_path: Pat
     assert not (tmp_path / "outside").exists()
 
 
-@pytest.mark.parametrize("name", ["..", "../x", 'W/"../x"', '"a/../../x"', '"/etc/x"', "a\\..\\x"])
+@pytest.mark.parametrize("name", ["..", "../x", "/etc/x", 'W/"../x"', '"a/../../x"', '"/etc/x"', "a\\..\\x"])
 def test_names_that_lead_out_of_a_folder(name: str) -> None:
     assert leads_outside(name)
 
