@@ -85,3 +85,11 @@ def test_a_pipe_or_a_device_has_no_digest(tmp_path: Path, make: Callable[[Path],
     make(tmp_path / "shard")
     with pytest.raises(OSError, match="is no regular file"):
         atomic_files.digest_file(tmp_path / "shard")
+
+
+def test_a_folder_in_place_of_a_file_is_named_and_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    num_open = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(IsADirectoryError) as caught:
+        atomic_files.digest_file(tmp_path)
+    assert caught.value.filename == tmp_path
+    assert len(os.listdir("/proc/self/fd")) == num_open
