@@ -12,9 +12,7 @@ _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".lz4")
 # What a file is by its suffix, and what to do.
 _BY_SUFFIX = {
     **dict.fromkeys((".xlsx", ".xls", ".ods"), ("a workbook", "save its sheet as CSV in UTF-8, separated by commas")),
-    **dict.fromkeys(
-        (".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".lz4"), ("an archive or another compression", _UNPACK)
-    ),
+    **dict.fromkeys(_ARCHIVES, ("an archive or another compression", _UNPACK)),
     ".arrow": ("an Arrow file", "write it with datasets: Dataset.from_file(FILE).to_parquet(FILE)"),
     ".pkl": ("a pickle, which can run code when it is read", "write its rows as JSON Lines"),
     ".docx": ("a document of Word", "save its text as .txt"),
