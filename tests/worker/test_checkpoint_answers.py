@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import pytest
@@ -19,6 +21,7 @@ from pace import wait_for
 from plan_fixtures import DATA, facts_for
 
 from launcher import json_records, run_store
+from launcher.checkpoint import store
 from launcher.clusters.answers import describe_answers
 from launcher.evaluate.task import EvaluatedExport, EvaluationFolder
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
@@ -214,6 +217,52 @@ def test_a_node_without_sbatch_says_so_once(
     reason = "the command sbatch is not on this machine"
     assert first == f"no job for the answers of step 4 now, training continues: {reason}"
     assert left == f"no answers yet: step 4, step 8 ({reason}); answer them with: {command(run, 4)} ; {command(run, 8)}"
+
+
+def test_a_refusal_of_the_scheduler_is_no_reason_for_a_later_step(
+    on_slurm: tuple[LaunchPlan, RunDir], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, run = on_slurm
+    fake_slurm.refuse("sbatch", said="sbatch: error: Job violates accounting/QOS policy", times=1)
+    monkeypatch.setattr("launcher.worker.evaluation.checkpoint_answers._RETRY_S", -1.0)
+    commit(run, 4)
+    export_by_hand(run, 4)
+    answers = CheckpointAnswers(run, planned, 1)
+    for _ in range(2):
+        answers.work(False)
+    assert ["QOS policy" in text for text in said(run, "alert")] == [True]
+    commit(run, 8)
+    answers.conclude(False)
+    assert said(run, "answers")[-1].startswith("no answers yet: step 8; ")
+
+
+def test_storage_that_fails_for_a_moment_loses_no_step(
+    on_slurm: tuple[LaunchPlan, RunDir], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, run = on_slurm
+    commit(run, 4)
+    damaged = commit(run, 8).path
+    commit(run, 10)
+    (damaged / "manifest.json").write_text("{}")
+    # A person's copy.
+    export_by_hand(run, 4)
+    shutil.copytree(run.root / "evaluations/step-00000004", run.root / "evaluations/step-00000004-first")
+    answers = CheckpointAnswers(run, planned, 1)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input"):
+        patch.setattr(store, "list_checkpoints", fail_to_read)
+        answers.work(False)
+    assert said(run, "answers") == []
+    with monkeypatch.context() as patch:
+        read = json_records.read_bytes
+        patch.setattr(json_records, "read_bytes", lambda file: fail_to_read() if "00000004/manifest" in str(file) else read(file))
+        answers.work(False)
+    assert said(run, "answers") == ["the answers of step 4 come from job 77"]
+    (alert,) = said(run, "alert")
+    assert alert.startswith("no answers of step 8, training continues: its checkpoint cannot be used: a checkpoint's manifest is ")
+
+
+def fail_to_read(*_: object) -> NoReturn:
+    raise OSError(errno.EIO, "Input/output error")
 
 
 def test_the_process_ends_at_once_with_all_it_has_started_where_training_is_not_complete(make: Callable, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import time
 from contextlib import suppress
@@ -14,7 +16,7 @@ from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST
 from launcher.clusters.answers import AnswerSource, answer_source
 from launcher.clusters.backends import evaluation_nodes_for
-from launcher.errors import LauncherError, RunError, describe
+from launcher.errors import LauncherError, RunError, UnreadableCheckpoint, describe
 from launcher.evaluate.task import EvaluationFolder, read_exported
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -37,6 +39,7 @@ _REMOVED = "its checkpoint was removed before its weights were exported; raise c
 # From a submission that was refused to the next one.
 _RETRY_S = 600.0
 _RETRY_EXPORT_S = 60.0
+_FOLDER = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
@@ -143,25 +146,33 @@ class CheckpointAnswers:
 
     def _list_steps(self) -> None:
         """List the steps that are due and have no verdict, where checkpoints have come or gone, or something has ended."""
-        contents = _contents(self._run.checkpoints)
+        contents, root = _contents(self._run.checkpoints), self._run.checkpoints
         if contents == self._contents:
             return
-        self._contents = contents
-        committed = {checkpoint.step for checkpoint in store.list_checkpoints(self._run.checkpoints)}
-        newest = max(committed, default=0)
-        folders = (path.parent for path in (self._run.root / "evaluations").glob("step-*/weights.json"))
-        exported = {int(folder.name.removeprefix("step-")) for folder in folders}
+        unusable = store.find_unusable(root)
+        # What storage does not give out right now is due as well: its export waits for its turn, or says why it fails.
+        present = {step for step, error in unusable.items() if isinstance(error, UnreadableCheckpoint)}
+        present |= {checkpoint.step for checkpoint in store.list_checkpoints(root)}
+        newest = max(present, default=0)
         # Exports after the newest checkpoint are of an attempt whose later steps were abandoned.
-        due = {step for step in committed | exported if step % self._every == 0 and 0 < step <= newest}
+        due = {step for step in present | self._exported_steps() if step % self._every == 0 and 0 < step <= newest}
         due = {step for step in due if not self._is_answered(step)}
         passed = range(self._every, newest + 1, self._every)
         for step in (step for step in passed if step > self._from_step and step not in due):
             if step not in self._given_up and not self._is_worked_on(step) and not self._is_answered(step):
-                self._give_up(step, _REMOVED)
+                damage = unusable.get(step)
+                self._give_up(step, _REMOVED if damage is None else f"its checkpoint cannot be used: {damage.problems[0].message}")
         for step in due - self._given_up.keys() - self._jobs.keys():
             if (job := self._submitted_job(step)) is not None:
                 self._jobs[step] = job
         self._waiting = sorted(due - self._given_up.keys() - self._jobs.keys())
+        # Last: where storage has failed, they are listed again in the next round.
+        self._contents = contents
+
+    def _exported_steps(self) -> set[int]:
+        names = (path.parent.name for path in (self._run.root / "evaluations").glob("step-*/weights.json"))
+        # A person may have put a copy beside a folder.
+        return {int(match[1]) for name in names if (match := _FOLDER.fullmatch(name))}
 
     def _is_worked_on(self, step: int) -> bool:
         return step in [process.step for process in (self._evaluation, self._export) if process is not None]
@@ -175,7 +186,7 @@ class CheckpointAnswers:
 
     def _has_weights(self, step: int) -> bool:
         """Return whether the step can be answered: its checkpoint is there, or its exported weights."""
-        return bool(digest_checkpoint(self._run, step)) or self._is_exported(step)
+        return os.path.isdir(self._run.checkpoints / store.step_name(step)) or self._is_exported(step)
 
     def _is_exported(self, step: int) -> bool:
         try:
@@ -213,6 +224,9 @@ class CheckpointAnswers:
                     step = next(step for step, job in self._jobs.items() if job == number)
                     del self._jobs[step]
                     log = self._folder(step).root / f"job-{number}.log"
+                    with suppress(OSError):
+                        # Of the job's own node.
+                        run_store.refresh_directory(self._folder(step).root)
                     self._report(step, f"job {number} is {state.lower()}; its output is {log}")
 
     def _report(self, step: int, failure: str) -> None:
@@ -265,6 +279,7 @@ class CheckpointAnswers:
                     self._event("alert", f"no job for the answers of step {step} now, training continues: {reason}", step)
                 self._refused, self._refused_at = reason, time.monotonic()
                 return
+            self._refused = ""
             with suppress(OSError):
                 json_records.write(self._job_file(step), AnswersJob(number, digest_checkpoint(self._run, step)))
             self._jobs[step] = number

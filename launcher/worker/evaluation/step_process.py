@@ -13,8 +13,8 @@ from launcher.errors import printable
 from launcher.worker.evaluation.end_with_parent import LAUNCHER
 
 _STARTER = "launcher.worker.evaluation.end_with_parent"
-# From TERM to KILL. An evaluation has processes of its own, which it ends first.
-_END_S = 10.0
+# From TERM to KILL. An evaluation has processes of its own, which it ends first. Twice this is less than the agent waits for both.
+_END_S = 8.0
 _TAIL_BYTES = 16_384
 _REASON_LINES = 4
 
