@@ -255,7 +255,8 @@ def main(plan_path: str, attempt: int) -> int:
     detached_process.start_liveness_file(run)
     record_limits(run, attempt, 0)
     disk_reserve.keep(run, attempt)
-    mirror, answers = agent.start_mirror(), agent.start_answers()
+    mirror = agent.start_mirror()
+    answers = agent.start_answers()
     node = NodeInfo(0, (network.node_name(),), network.LOOPBACK.address, network.LOOPBACK.interface)
     failure = None if stopper.requested else agent.run_ranks(node)
     agent.close()
@@ -272,7 +273,7 @@ def _conclude(agent: NodeAgent, mirror: MirrorProcess | None, answers: AnswersPr
     if record.state == "failed":
         with suppress(OSError):
             append_event(run, attempt, "alert", f"the attempt failed: {record.message}", record.step)
-    agent.stopper.finish(answers, math.inf if record.state == "completed" else 0.0)
+    agent.stopper.finish(answers, math.inf if record.state == "completed" else 0.0, uses_grace=False)
     # The status shows the end only when the mirror has every committed checkpoint.
     agent.stopper.finish(mirror)
     # The attempt holds its machines until here. On a full disk the liveness file tells the time instead.

@@ -61,7 +61,8 @@ def run_node(
         problems = check(store, plan, run, attempt, record, node)
         if not problems and not agent.stopper.requested:
             if node.is_head:
-                mirror, answers = agent.start_mirror(), agent.start_answers()
+                mirror = agent.start_mirror()
+                answers = agent.start_answers()
             failure = agent.run_ranks(node, store, job, why_ended)
     except Exception as error:
         failure = failure_record.from_exception(error, log, limit=cause_of(error, run.root))

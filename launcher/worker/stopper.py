@@ -58,10 +58,11 @@ class Stopper:
         """Send no more signals."""
         self._disarmed.set()
 
-    def finish(self, companion: Companion | None, deadline_s: float = math.inf) -> None:
+    def finish(self, companion: Companion | None, deadline_s: float = math.inf, *, uses_grace: bool = True) -> None:
         """Wait for a process for the rest of the grace period, for `deadline_s` at most, or until a person cancels again.
 
-        Where no stop was requested, the upload of the last checkpoint, for one, takes the time that it needs.
+        Where no stop was requested, the upload of the last checkpoint, for one, takes the time that it needs. Without `uses_grace`
+        the wait ends with the first request to stop.
         """
         if companion is None:
             return
@@ -70,6 +71,8 @@ class Stopper:
         until = min(stop_by, self.kill_at or math.inf, now + deadline_s)
 
         def unwanted() -> bool:
+            if not uses_grace and self.requested:
+                return True
             is_late = self._requested_at is not None and time.time() > self._requested_at + self._grace_s
             return is_late or self._num_cancels > num_cancels
 

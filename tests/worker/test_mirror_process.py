@@ -212,6 +212,21 @@ def test_a_stopped_run_waits_for_the_mirror_within_its_grace_period(tmp_path: Pa
     assert 0 < told[0] <= 1
 
 
+def test_answers_do_not_use_the_grace_period_of_a_machine_that_is_taken_back() -> None:
+    stopper = Stopper(60.0, {}, lambda number: None)
+    stopper.disarm()
+    wishes: list[bool] = []
+
+    class Answers:
+        def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
+            wishes.append(unwanted())
+            stopper.request(PREEMPT)
+            wishes.append(unwanted())
+
+    stopper.finish(Answers(), uses_grace=False)  # type: ignore[arg-type]
+    assert wishes == [False, True]
+
+
 def test_a_damaged_checkpoint_does_not_block_the_upload_of_the_next(tmp_path: Path) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     for step in (5, 7):

@@ -42,7 +42,7 @@ def main(plan_path: str, attempt: int) -> int:
     agent.close()
     node_agents.write_record(agent, number, os.uname().nodename, result)
     is_complete = result.exit_code == 0 and not stopper.requested
-    stopper.finish(result.answers, SUBMISSION_S if is_complete else 0.0)
+    stopper.finish(result.answers, SUBMISSION_S if is_complete else 0.0, uses_grace=False)
     stopper.finish(result.mirror, math.inf if result.failure is None else AFTER_FAILURE_S)
     return result.exit_code
 

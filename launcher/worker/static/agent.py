@@ -62,7 +62,8 @@ def main(plan_path: str, attempt: int, number: int) -> int:
         _await_records(agent, record, section)
 
         def finish(state: str) -> None:
-            stopper.finish(result.answers, math.inf if state == "completed" else 0.0)
+            # A machine that is taken back has no time for them.
+            stopper.finish(result.answers, math.inf if state == "completed" else 0.0, uses_grace=False)
             stopper.finish(result.mirror, math.inf if result.failure is None else AFTER_FAILURE_S)
 
         return _conclude(agent, record, section, finish)
