@@ -35,9 +35,9 @@ from launcher.security.library_caches import find_usable_caches
 from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART
 from launcher.worker import disk_reserve, failure_record, postmortem
-from launcher.worker.evaluation.answers_process import AnswersProcess
+from launcher.worker.sidecars.answers_process import AnswersProcess
 from launcher.worker.limits import cause_of
-from launcher.worker.mirror_process import MirrorProcess
+from launcher.worker.sidecars.mirror_process import MirrorProcess
 from launcher.worker.ranks import error_memory, heartbeat
 from launcher.worker.ranks.error_memory import ErrorMemory
 from launcher.worker.ranks.flight_recorder import FlightRecorder

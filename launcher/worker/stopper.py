@@ -7,18 +7,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
+from launcher.worker.sidecars.sidecar import Sidecar
 from launcher.worker.signals import CANCEL
 
 _RESEND_S = 0.5
-
-
-class Companion(Protocol):
-    """A process beside the ranks that has work left when they have ended."""
-
-    def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
-        """Let it complete its work, and end it at `until`, in seconds since the epoch, or as soon as `unwanted` returns True."""
 
 
 class Stopper:
@@ -58,13 +51,13 @@ class Stopper:
         """Send no more signals."""
         self._disarmed.set()
 
-    def finish(self, companion: Companion | None, deadline_s: float = math.inf, *, uses_grace: bool = True) -> None:
-        """Wait for a process for the rest of the grace period, for `deadline_s` at most, or until a person cancels again.
+    def finish(self, sidecar: Sidecar | None, deadline_s: float = math.inf, *, uses_grace: bool = True) -> None:
+        """Wait for a sidecar for the rest of the grace period, for `deadline_s` at most, or until a person cancels again.
 
         Where no stop was requested, the upload of the last checkpoint, for one, takes the time that it needs. Without `uses_grace`
         the wait ends with the first request to stop.
         """
-        if companion is None:
+        if sidecar is None:
             return
         now, num_cancels = time.time(), self._num_cancels
         stop_by = math.inf if self._requested_at is None else self._requested_at + self._grace_s
@@ -76,7 +69,7 @@ class Stopper:
             is_late = self._requested_at is not None and time.time() > self._requested_at + self._grace_s
             return is_late or self._num_cancels > num_cancels
 
-        companion.finish(now if self.killed else until, unwanted)
+        sidecar.finish(now if self.killed else until, unwanted)
 
     def request(self, stop_signal: signal.Signals) -> None:
         """Ask the ranks to save and stop, unless they were asked before."""

@@ -1,4 +1,4 @@
-"""`python -m launcher.worker.mirror_process` with shorter waits, and a disk that hangs where a test says so."""
+"""`python -m launcher.worker.sidecars.mirror_process` with shorter waits, and a disk that hangs where a test says so."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from launcher.worker import mirror_process
+from launcher.worker.sidecars import mirror_process
 
 
 class HangingFileSystem(LocalFileSystem):

@@ -28,9 +28,9 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import FailureRecord, NodeRecord, node_file
 from launcher.security.library_caches import find_usable_caches
 from launcher.worker import failure_record
-from launcher.worker.evaluation.answers_process import AnswersProcess
+from launcher.worker.sidecars.answers_process import AnswersProcess
 from launcher.worker.limits import cause_of
-from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
+from launcher.worker.sidecars.mirror_process import AFTER_FAILURE_S, MirrorProcess
 from launcher.worker.ranks import error_memory, heartbeat
 from launcher.worker.ranks.error_memory import ErrorMemory
 from launcher.worker.ranks.flight_recorder import FlightRecorder
@@ -280,14 +280,14 @@ class _Worker:
         """Start the mirror process beside rank 0; None elsewhere, and where the run has no mirror."""
         if orders.assignment.rank != 0:
             return None
-        keys = _companion_environment(plan, orders)
+        keys = _sidecar_environment(plan, orders)
         return MirrorProcess.start(plan, orders.assignment.plan_path, run, orders.assignment.attempt, keys)
 
     def _start_answers(self, plan: LaunchPlan, orders: Train, run: RunDir) -> AnswersProcess | None:
         """Start the process that has prompts answered beside rank 0; None elsewhere, and where no answers are wanted."""
         if orders.assignment.rank != 0:
             return None
-        environ = _companion_environment(plan, orders)
+        environ = _sidecar_environment(plan, orders)
         return AnswersProcess.start(plan, orders.assignment.plan_path, run, orders.assignment.attempt, environ)
 
     def _start_rank(self, orders: Train, environment: Mapping[str, str]) -> RankProcess:
@@ -364,7 +364,7 @@ class _Worker:
         return {**environment, **section.env}
 
 
-def _companion_environment(plan: LaunchPlan, orders: Train) -> dict[str, str]:
+def _sidecar_environment(plan: LaunchPlan, orders: Train) -> dict[str, str]:
     return {**os.environ, **orders.environment, **RaySection.of(plan.config.cluster).env}
 
 

@@ -1,4 +1,4 @@
-"""The process that copies checkpoints to the mirror: `python -m launcher.worker.mirror_process PLAN ATTEMPT`.
+"""The process that copies checkpoints to the mirror: `python -m launcher.worker.sidecars.mirror_process PLAN ATTEMPT`.
 
 The head node's agent starts it beside the ranks. It uploads committed checkpoints until a line or the end of its standard
 input says that the attempt has ended, and then completes the uploads. A line with a time in seconds since the epoch sets a
@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import io
 import os
-import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from launcher import json_records
 from launcher.checkpoint import store
-from launcher.checkpoint.manifest import LATER_EVALUATION, MANIFEST, Checkpoint
+from launcher.checkpoint.manifest import MANIFEST, Checkpoint
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder, describe_error
 from launcher.checkpoint.mirror.upload import CheckpointGone, Mirror, MirrorTaken, mirror_url
 from launcher.errors import CheckpointError, LauncherError, Superseded
@@ -30,18 +27,14 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import MirrorRecord
 from launcher.shell_commands import launcher_command, module_command
-from launcher.tracking.jsonl import append_event
 from launcher.tracking.tracker import RateLimit
-from launcher.worker.ranks.rank_env import die_with_parent
+from launcher.worker.sidecars.sidecar import Sidecar, begin_sidecar, checkpoints_state, record_event
 
-# The ranks have priority on the processor.
-_NICE = 10
 _LOOK_S = 2.0
 # From a failure to the next try, where no new checkpoint comes before.
 _RETRY_S = 60.0
 # The time that the process needs to report that it missed its deadline.
 _REPORT_S = 5.0
-_POLL_S = 0.1
 # From the attempt's end to the first report on what the run waits for, and between such reports.
 _FIRST_PROGRESS_S = 5.0
 _PROGRESS_EVERY_S = 60.0
@@ -49,15 +42,10 @@ _PROGRESS_EVERY_S = 60.0
 
 def main(plan_path: str, attempt: int) -> int:
     """Upload until the attempt has ended and the mirror is complete, or the deadline is over; returns 0 where it is complete."""
-    die_with_parent()
-    os.nice(_NICE)
-    # Signals to save and stop are for the ranks; the agent tells this process the end through standard input.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP})
+    source = begin_sidecar()
     plan = LaunchPlan.load(plan_path)
     sender = Sender(RunDir(Path(plan.run_dir)), plan, attempt)
     end = _End()
-    # Unbuffered: the lock of a buffer would still be held when the interpreter ends.
-    source = open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)  # noqa: SIM115
     threading.Thread(target=end.listen, args=(source, sender), name="end", daemon=True).start()
     threading.Thread(target=sender.report_progress, args=(end.come,), name="waiting", daemon=True).start()
     sender.work(end.come)
@@ -107,7 +95,7 @@ class Sender:
         while not self._taken:
             # Read first: a checkpoint committed in between is for the next round.
             last = ended.is_set()
-            committed = _committed(self._run.checkpoints)
+            committed = checkpoints_state(self._run.checkpoints)
             failed = bool(self._last_error) and time.monotonic() - tried > _RETRY_S
             if last or committed != seen or failed:
                 seen, tried = committed, time.monotonic()
@@ -138,7 +126,7 @@ class Sender:
         if self._taken:
             return 1
         if missing:
-            command = module_command("launcher.worker.mirror_process", self._run.plan, str(self._attempt)) + " < /dev/null"
+            command = module_command("launcher.worker.sidecars.mirror_process", self._run.plan, str(self._attempt)) + " < /dev/null"
             names = ", ".join(str(c.step) for c in missing)
             self._event("alert", f"not in the mirror: step {names}; send it with: {command}")
             return 1
@@ -222,84 +210,34 @@ class Sender:
             print(f"mirror.json cannot be written: {error}", file=sys.stderr, flush=True)
 
     def _event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-        print(text, file=sys.stderr, flush=True)
-        try:
-            append_event(self._run, self._attempt, kind, text, step, **fields)
-        except OSError as error:
-            print(f"events.jsonl cannot be written: {error}", file=sys.stderr, flush=True)
+        record_event(self._run, self._attempt, kind, text, step, **fields)
 
 
 # After a failure the run restarts soon, and its next attempt continues the uploads.
 AFTER_FAILURE_S = 30.0
 
 
-class MirrorProcess:
+class MirrorProcess(Sidecar):
     """The agent's handle of the process."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
 
     @classmethod
     def start(
         cls, plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, environment: Mapping[str, str] | None = None
-    ) -> MirrorProcess | None:
-        """Start the process with `environment`; None where the plan has no mirror. It ends with the thread that starts it."""
+    ) -> Self | None:
+        """Start the process with `environment`; None where the plan has no mirror."""
         if plan.config.checkpoint.mirror is None:
             return None
-        command = [sys.executable, "-m", "launcher.worker.mirror_process", plan_path, str(attempt)]
-        with open(run.attempt(attempt) / "mirror.log", "ab") as log:
-            return cls(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT))
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+        return cls._start("launcher.worker.sidecars.mirror_process", plan_path, run, attempt, "mirror.log", environment)
 
     def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
-        """Let the process complete its uploads, and end it at `until` at the latest, or as soon as `unwanted` returns True.
-
-        `until` is in seconds since the epoch, and may be infinite.
-        """
-        self._write("")
-        while self._process.poll() is None and time.time() < until - _REPORT_S and not unwanted():
-            time.sleep(_POLL_S)
-        self._write(f"{time.time()}")
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(min(_REPORT_S, max(0.0, until - time.time())))
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        assert self._process.stdin is not None
-        with suppress(OSError):
-            self._process.stdin.close()
-
-    def _write(self, line: str) -> None:
-        stdin = self._process.stdin
-        assert stdin is not None
-        # The process may have ended.
-        with suppress(OSError):
-            stdin.write(f"{line}\n".encode())
-            stdin.flush()
+        """Let the process complete its uploads; what the mirror lacks at `until` is named."""
+        self._send("")
+        self._wait(until - _REPORT_S, unwanted)
+        self._end(f"{time.time()}", min(_REPORT_S, max(0.0, until - time.time())), unwanted)
 
 
 def _identity(checkpoint: Checkpoint) -> tuple[int, int]:
     return checkpoint.step, checkpoint.manifest.attempt
-
-
-def _committed(folder: Path) -> object:
-    """Return a value that changes when a checkpoint comes or goes, or is evaluated after its save.
-
-    It is cheap enough for frequent calls on a network file system.
-    """
-    if not folder.is_dir():
-        return None
-    files = []
-    for path in folder.glob("step-*"):
-        for name in (MANIFEST, LATER_EVALUATION):
-            try:
-                files.append((path.name, name, (path / name).stat().st_mtime_ns))
-            except OSError:
-                continue
-    return sorted(files)
 
 
 if __name__ == "__main__":

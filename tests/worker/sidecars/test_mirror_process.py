@@ -26,19 +26,17 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.tracker import RateLimit
-from launcher.worker import mirror_process
-from launcher.worker.mirror_process import MirrorProcess
+from launcher.worker.sidecars import mirror_process
+from launcher.worker.sidecars.mirror_process import MirrorProcess
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.stopper import Stopper
-
-REPO = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
 def sending(run: RunDir, attempt: int = 1, module: str = "quick_mirror") -> Iterator[ForkedProcess]:
-    """The process beside the ranks, forked; `quick_mirror` looks more often than `launcher.worker.mirror_process`."""
+    """The process beside the ranks, forked; `quick_mirror` looks more often than `launcher.worker.sidecars.mirror_process`."""
     with open(run.attempt(attempt) / "mirror.log", "ab") as log:
-        process = preloaded("launcher.worker.mirror_process", "fsspec.implementations.local").popen(
+        process = preloaded("launcher.worker.sidecars.mirror_process", "fsspec.implementations.local").popen(
             module, str(run.plan), str(attempt), stdin=subprocess.PIPE, stdout=log.fileno(), stderr=log.fileno()
         )
     try:
@@ -65,7 +63,7 @@ def end(process: ForkedProcess, in_s: float = 60) -> int:
 def test_committed_checkpoints_are_uploaded_and_reported(tmp_path: Path) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     commit(run, 5)
-    with sending(run, module="launcher.worker.mirror_process") as process:
+    with sending(run, module="launcher.worker.sidecars.mirror_process") as process:
         wait_for("step 5", lambda: record(run)["steps"] == [5])
         assert psutil.Process(process.pid).nice() == 10
         # The agent's wishes are for ranks; Slurm sends its own to every process.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from launcher import json_records, run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.manifest import MANIFEST
 from launcher.clusters.answers import AnswerSource, answer_source
 from launcher.clusters.backends import evaluation_nodes_for
 from launcher.errors import LauncherError, RunError, UnreadableCheckpoint, describe
@@ -21,10 +19,10 @@ from launcher.evaluate.task import EvaluationFolder, read_exported
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command
-from launcher.tracking.jsonl import append_event
 from launcher.tracking.progress import EVENT as PROGRESS
 from launcher.tracking.verdicts import digest_checkpoint, is_current, read_verdict
-from launcher.worker.evaluation.step_process import StepProcess
+from launcher.worker.sidecars.sidecar import checkpoints_state, record_event
+from launcher.worker.sidecars.step_process import StepProcess
 
 if TYPE_CHECKING:
     from launcher.clusters.backends import EvaluationJobs
@@ -146,7 +144,7 @@ class CheckpointAnswers:
 
     def _list_steps(self) -> None:
         """List the steps that are due and have no verdict, where checkpoints have come or gone, or something has ended."""
-        contents, root = _contents(self._run.checkpoints), self._run.checkpoints
+        contents, root = checkpoints_state(self._run.checkpoints), self._run.checkpoints
         if contents == self._contents:
             return
         unusable = store.find_unusable(root)
@@ -308,18 +306,4 @@ class CheckpointAnswers:
         return folder / f"{name}.log"
 
     def _event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-        print(text, file=sys.stderr, flush=True)
-        try:
-            append_event(self._run, self._attempt, kind, text, step, **fields)
-        except OSError as error:
-            print(f"events.jsonl cannot be written: {error}", file=sys.stderr, flush=True)
-
-
-def _contents(folder: Path) -> object:
-    """Return a value that changes when a checkpoint comes or goes, cheap enough for frequent calls."""
-    files = []
-    with suppress(OSError):
-        for path in folder.glob("step-*"):
-            with suppress(OSError):
-                files.append((path.name, (path / MANIFEST).stat().st_mtime_ns))
-    return sorted(files)
+        record_event(self._run, self._attempt, kind, text, step, **fields)

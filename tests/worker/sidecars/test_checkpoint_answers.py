@@ -30,8 +30,8 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.verdicts import digest_checkpoint
-from launcher.worker.evaluation.answers_process import AnswersProcess
-from launcher.worker.evaluation.checkpoint_answers import CheckpointAnswers
+from launcher.worker.sidecars.answers_process import AnswersProcess
+from launcher.worker.sidecars.checkpoint_answers import CheckpointAnswers
 
 EVERY_4 = ("eval.answers_every=4", "checkpoint.save_every=2", "run.name=tried")
 GPUS = DeviceFacts(kind="cuda", name="NVIDIA H100 80GB HBM3", count=2, memory_gib=79.6)
@@ -192,7 +192,7 @@ def test_a_job_that_ends_without_a_verdict_is_reported(
     # After the end of training, the job exports the checkpoint, which stays.
     assert answers.work(True)
     fake_slurm.refuse("squeue", said="slurm_load_jobs error: Invalid job id specified")
-    monkeypatch.setattr("launcher.worker.evaluation.checkpoint_answers._JOBS_S", -1.0)
+    monkeypatch.setattr("launcher.worker.sidecars.checkpoint_answers._JOBS_S", -1.0)
     answers.work(True)
     (alert,) = said(run, "alert")
     log = run.root / "evaluations/step-00000004/job-77.log"
@@ -224,7 +224,7 @@ def test_a_refusal_of_the_scheduler_is_no_reason_for_a_later_step(
 ) -> None:
     planned, run = on_slurm
     fake_slurm.refuse("sbatch", said="sbatch: error: Job violates accounting/QOS policy", times=1)
-    monkeypatch.setattr("launcher.worker.evaluation.checkpoint_answers._RETRY_S", -1.0)
+    monkeypatch.setattr("launcher.worker.sidecars.checkpoint_answers._RETRY_S", -1.0)
     commit(run, 4)
     export_by_hand(run, 4)
     answers = CheckpointAnswers(run, planned, 1)
@@ -270,7 +270,7 @@ def test_the_process_ends_at_once_with_all_it_has_started_where_training_is_not_
     commit(run, 4)
     answers = AnswersProcess.start(planned, str(run.plan), run, 1)
     assert answers is not None
-    process = psutil.Process(answers._process.pid)
+    process = psutil.Process(answers.pid)
     try:
         wait_for("an evaluation", lambda: process.children(recursive=True), 120)
         (child, *_) = process.children()
@@ -295,7 +295,7 @@ def test_what_it_has_started_ends_with_a_process_that_is_killed(make: Callable) 
     commit(run, 4)
     answers = AnswersProcess.start(planned, str(run.plan), run, 1)
     assert answers is not None
-    process = psutil.Process(answers._process.pid)
+    process = psutil.Process(answers.pid)
     children: list[psutil.Process] = []
     wait_for("an evaluation", lambda: children.extend(process.children(recursive=True)) or children, 120)
     answers._process.kill()

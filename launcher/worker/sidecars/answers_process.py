@@ -1,5 +1,5 @@
 """The process that has prompts answered with a run's checkpoints while it trains (eval.answers_every):
-`python -m launcher.worker.evaluation.answers_process PLAN ATTEMPT`.
+`python -m launcher.worker.sidecars.answers_process PLAN ATTEMPT`.
 
 The head node's agent starts it beside the ranks. The line `complete` on its standard input says that training is complete: what
 is left is then answered. Another line, or the end of standard input, ends the process and all that it has started.
@@ -8,9 +8,6 @@ is left is then answered. Another line, or the end of standard input, ends the p
 from __future__ import annotations
 
 import io
-import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -18,18 +15,17 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from launcher.errors import LauncherError, describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.worker.ranks.rank_env import die_with_parent
+from launcher.worker.sidecars.sidecar import Sidecar, begin_sidecar
 
 _COMPLETE, _END = "complete", "end"
-# The ranks have priority on the processor, and where memory runs out the kernel kills an evaluation before a rank.
-_NICE = 10
+# Where memory runs out the kernel kills an evaluation before a rank.
 _KILLED_FIRST = "1000"
 _LOOK_S = 1.0
-_POLL_S = 0.1
 # From the request to end to SIGKILL: an evaluation ends its own processes meanwhile.
 _END_S = 20.0
 # How long storage may fail while a run waits for answers.
@@ -58,20 +54,15 @@ class _Orders:
 
 def main(plan_path: str, attempt: int) -> int:
     """Have checkpoints answered until the agent ends this process, or training is complete and nothing is left."""
-    die_with_parent()
-    os.nice(_NICE)
+    source = begin_sidecar()
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_KILLED_FIRST)
-    # Signals to save and stop are for the ranks; the agent tells this process the end through standard input.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP})
     # The agent that starts this process needs none of it.
-    from launcher.worker.evaluation.checkpoint_answers import CheckpointAnswers
+    from launcher.worker.sidecars.checkpoint_answers import CheckpointAnswers
 
     plan = LaunchPlan.load(plan_path)
     answers = CheckpointAnswers(RunDir(Path(plan.run_dir)), plan, attempt)
     orders = _Orders()
-    # Unbuffered: the lock of a buffer would still be held when the interpreter ends.
-    source = open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)  # noqa: SIM115
     threading.Thread(target=orders.listen, args=(source,), name="orders", daemon=True).start()
     succeeded_at = time.monotonic()
     try:
@@ -93,53 +84,24 @@ def main(plan_path: str, attempt: int) -> int:
     return 0
 
 
-class AnswersProcess:
+class AnswersProcess(Sidecar):
     """The agent's handle of the process."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
 
     @classmethod
     def start(
         cls, plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, environment: Mapping[str, str] | None = None
-    ) -> AnswersProcess | None:
-        """Start the process with `environment`; None where no answers are wanted. It ends with the thread that starts it."""
+    ) -> Self | None:
+        """Start the process with `environment`; None where no answers are wanted."""
         if not plan.config.eval.answers_every:
             return None
-        command = [sys.executable, "-m", "launcher.worker.evaluation.answers_process", plan_path, str(attempt)]
-        with open(run.attempt(attempt) / "answers.log", "ab") as log:
-            return cls(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT))
+        return cls._start("launcher.worker.sidecars.answers_process", plan_path, run, attempt, "answers.log", environment)
 
     def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
-        """Let the process answer what is left, and end it at `until` at the latest, or as soon as `unwanted` returns True.
-
-        `until` is in seconds since the epoch, and may be infinite; the past means that training is not complete.
-        """
+        """Let the process answer what is left; `until` in the past means that training is not complete."""
         if time.time() < until:
-            self._write(_COMPLETE)
-        while self._process.poll() is None and time.time() < until and not unwanted():
-            time.sleep(_POLL_S)
-        self._write(_END)
-        end_by = time.monotonic() + _END_S
-        while self._process.poll() is None and time.monotonic() < end_by:
-            # On Ray, the question is the worker's sign of life.
-            unwanted()
-            time.sleep(_POLL_S)
-        if self._process.poll() is None:
-            # The kernel ends what it has started.
-            self._process.kill()
-        self._process.wait()
-        assert self._process.stdin is not None
-        with suppress(OSError):
-            self._process.stdin.close()
-
-    def _write(self, line: str) -> None:
-        stdin = self._process.stdin
-        assert stdin is not None
-        # The process may have ended.
-        with suppress(OSError):
-            stdin.write(f"{line}\n".encode())
-            stdin.flush()
+            self._send(_COMPLETE)
+        self._wait(until, unwanted)
+        self._end(_END, _END_S, unwanted)
 
 
 if __name__ == "__main__":
