@@ -56,7 +56,7 @@ def run(verb: str, tokens: list[str]) -> int:
     metrics = None if arguments.tasks is not None else choice_sets.METRICS if arguments.choices else config.evaluate.metrics
     gains = parse_minimum_gains(arguments.min_gain, metrics)
     step = _step(run_dir, arguments.step)
-    folder = run_dir.root / "evaluations" / f"step-{step:08d}"
+    folder = run_dir.evaluation(step)
     with private_files():
         folder.mkdir(parents=True, exist_ok=True)
     if arguments.tasks is not None or arguments.choices:
@@ -191,7 +191,7 @@ def _step(run: RunDir, step: int | None) -> int:
     if record is not None and step in (None, record.step):
         return record.step
     # While a run trains, weights are exported for the evaluation before their checkpoint is removed.
-    if step is not None and (run.root / "evaluations" / f"step-{step:08d}" / "weights.json").is_file():
+    if step is not None and (run.evaluation(step) / "weights.json").is_file():
         return step
     return require_checkpoint(run, step)
 

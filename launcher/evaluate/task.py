@@ -22,6 +22,7 @@ from launcher.evaluate.overlap import TrainingCopy
 from launcher.evaluate.prompting import PromptStyle
 from launcher.evaluate.questions import EvalQuestion
 from launcher.models.weight_files import weight_files
+from launcher.plan.run_dir import RunDir
 from launcher.tracking.verdicts import BENCHMARKS, CHOICES
 
 TUNED = "tuned"
@@ -136,7 +137,7 @@ class EvaluationFolder:
 
     @classmethod
     def of(cls, run: Path, step: int) -> EvaluationFolder:
-        return cls(run / "evaluations" / f"step-{step:08d}")
+        return cls(RunDir(run).evaluation(step))
 
     @property
     def task(self) -> Path:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
 
+_EVALUATION = re.compile(r"step-(\d{8,})")
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -66,6 +68,14 @@ class RunDir:
         return self.root / "export"
 
     @property
+    def evaluations(self) -> Path:
+        """One folder for each step that was evaluated."""
+        return self.root / "evaluations"
+
+    def evaluation(self, step: int) -> Path:
+        return self.evaluations / f"step-{step:08d}"
+
+    @property
     def jobs(self) -> Path:
         """Batch scripts and output of a scheduler's jobs, one folder per job."""
         return self.root / "jobs"
@@ -92,6 +102,12 @@ class RunDir:
 
     def rank_log(self, attempt: int, rank: int) -> Path:
         return self.attempt(attempt) / f"rank-{rank:05d}.log"
+
+
+def evaluated_step(folder: Path) -> int | None:
+    """Return the step of a folder of `RunDir.evaluations`; None for others, such as a copy that a person has put there."""
+    match = _EVALUATION.fullmatch(folder.name)
+    return None if match is None else int(match[1])
 
 
 def default_name(config: RunConfig, created_at: str, run_file: str | None) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
 from launcher import atomic_files, json_records
 from launcher.errors import DamagedRun
-from launcher.plan.run_dir import RunDir
+from launcher.plan.run_dir import RunDir, evaluated_step
 
-_FOLDER = re.compile(r"step-(\d{8})")
 FILE_NAME = "verdict.json"
 TUNED = "tuned"
 # Of an evaluation's folder: verdicts by task of lm-evaluation-harness, and by file of questions with choices.
@@ -204,11 +202,10 @@ def read_newest_verdict(run: RunDir) -> SetVerdict | None:
 
     Raises what `read_verdict` raises.
     """
-    for folder in sorted((run.root / "evaluations").glob("step-*"), reverse=True):
-        if match := _FOLDER.fullmatch(folder.name):
-            verdict = read_verdict(folder)
-            if verdict is not None and is_current(verdict, run, int(match[1])):
-                return SetVerdict(int(match[1]), "", verdict)
+    for step, folder in reversed(_evaluated_folders(run)):
+        verdict = read_verdict(folder)
+        if verdict is not None and is_current(verdict, run, step):
+            return SetVerdict(step, "", verdict)
     return None
 
 
@@ -259,15 +256,20 @@ def read_verdicts(run: RunDir) -> list[SetVerdict]:
     Those about a checkpoint that another one of the same step has replaced, after a return to an earlier step, are left out.
     """
     verdicts = []
-    for folder in sorted((run.root / "evaluations").glob("step-*")):
-        if match := _FOLDER.fullmatch(folder.name):
-            sets, *others = (
-                sorted(file.parent for file in folder.glob(f"{way}*/{FILE_NAME}"))
-                for way in ("", f"{BENCHMARKS}/", f"{CHOICES}/")
-            )
-            # The verdict beside the sets is that of the first one again.
-            for one in [*(sets or [folder]), *(task for several in others for task in several)]:
-                verdict = read_verdict(one)
-                if verdict is not None and is_current(verdict, run, int(match[1])):
-                    verdicts.append(SetVerdict(int(match[1]), "" if one == folder else one.name, verdict))
+    for step, folder in _evaluated_folders(run):
+        sets, *others = (
+            sorted(file.parent for file in folder.glob(f"{way}*/{FILE_NAME}"))
+            for way in ("", f"{BENCHMARKS}/", f"{CHOICES}/")
+        )
+        # The verdict beside the sets is that of the first one again.
+        for one in [*(sets or [folder]), *(task for several in others for task in several)]:
+            verdict = read_verdict(one)
+            if verdict is not None and is_current(verdict, run, step):
+                verdicts.append(SetVerdict(step, "" if one == folder else one.name, verdict))
     return verdicts
+
+
+def _evaluated_folders(run: RunDir) -> list[tuple[int, Path]]:
+    """Return the folders of evaluations with their steps, in ascending order."""
+    folders = ((evaluated_step(folder), folder) for folder in run.evaluations.glob("step-*"))
+    return sorted((step, folder) for step, folder in folders if step is not None)

@@ -79,7 +79,7 @@ def submit_job(plan: LaunchPlan, run: RunDir, step: int) -> str:
     section = SlurmSection.of(plan.config.cluster)
     config = plan.config.model_copy(update={"cluster": section.model_copy(update={"nodes": 1})})
     num_gpus = plan.topology.ranks_per_node if plan.topology.device == "cuda" else 0
-    folder = run.root / "evaluations" / f"step-{step:08d}"
+    folder = run.evaluation(step)
     with private_files():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         script = folder / "job.sh"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from launcher.clusters.backends import evaluation_nodes_for
 from launcher.errors import LauncherError, RunError, UnreadableCheckpoint, describe
 from launcher.evaluate.task import EvaluationFolder, read_exported
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.run_dir import RunDir
+from launcher.plan.run_dir import RunDir, evaluated_step
 from launcher.shell_commands import launcher_command
 from launcher.tracking.progress import EVENT as PROGRESS
 from launcher.tracking.verdicts import digest_checkpoint, is_current, read_verdict
@@ -37,7 +36,6 @@ _REMOVED = "its checkpoint was removed before its weights were exported; raise c
 # From a submission that was refused to the next one.
 _RETRY_S = 600.0
 _RETRY_EXPORT_S = 60.0
-_FOLDER = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
@@ -168,9 +166,8 @@ class CheckpointAnswers:
         self._contents = contents
 
     def _exported_steps(self) -> set[int]:
-        names = (path.parent.name for path in (self._run.root / "evaluations").glob("step-*/weights.json"))
-        # A person may have put a copy beside a folder.
-        return {int(match[1]) for name in names if (match := _FOLDER.fullmatch(name))}
+        folders = (record.parent for record in self._run.evaluations.glob("step-*/weights.json"))
+        return {step for folder in folders if (step := evaluated_step(folder)) is not None}
 
     def _is_worked_on(self, step: int) -> bool:
         return step in [process.step for process in (self._evaluation, self._export) if process is not None]
