@@ -6,14 +6,11 @@ key: the schema reports all of them, each with a suggestion.
 
 from __future__ import annotations
 
-import io
 import os
 import re
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,22 +20,21 @@ from pydantic import ValidationError
 from launcher.config.command_line import (
     FLAGS_WITH_VALUE,
     GROUPS,
-    flags_first,
     override_key,
     without_unknown_flags,
     without_unreadable_overrides,
 )
 from launcher.config.config_files import cycle_problem, missing_keys, package_problems
 from launcher.config.deepspeed_keys import extra_problems
-from launcher.config.error_messages import hydra_problems, missing, no_such_option, schema_problems
-from launcher.config.hydra_guard import READS_CREDENTIAL, UNBOUNDED, guarded, require_composing_only
-from launcher.config.hydra_location import RUN_FILE_GROUP
+from launcher.config.error_messages import missing, no_such_option, schema_problems
+from launcher.config.hydra_composition.call import call_hydra, extra_dirs
+from launcher.config.hydra_composition.guard import READS_CREDENTIAL, UNBOUNDED
+from launcher.config.hydra_composition.location import RUN_FILE_GROUP
 from launcher.config.introspect import leaves
 from launcher.config.origin import Origins, located_problem, short
-from launcher.config.printed_settings import redact_settings
 from launcher.config.renamed_keys import COMMAND_LINE, RENAMED, renamed_override, renamed_reference
 from launcher.config.run_file import reading
-from launcher.config.run_file.hydra_layer import OVERRIDE, composable
+from launcher.config.run_file.hydra_layer import OVERRIDE
 from launcher.config.run_file.implied_settings import name_model_after_path, needs_own_rows, unset_other_length
 from launcher.config.run_file.reading import FileContent
 from launcher.config.run_file.tokens import split_run_files
@@ -47,12 +43,10 @@ from launcher.errors import ConfigError, LauncherError, Problem
 from launcher.security.credentials import environment_secrets
 from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
 
-_GROUP_WITH_PLUS = re.compile(rf"\+{{1,2}}({'|'.join(GROUPS)})=")
 # The remedy for secrets in settings.
 IN_ENVIRONMENT = "put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings"
 # The remedies for references that are refused, by what the error says.
 _ADVICE = {UNBOUNDED: "write the values out", READS_CREDENTIAL: f"write the value out if it is no secret; {IN_ENVIRONMENT}"}
-_KEY_OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_][\w.\[\]-]*)=")
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
             failure.append(error)
 
     try:
-        _call_hydra(task, remaining, content)
+        call_hydra(task, remaining, content, conf_dir())
     except ConfigError as error:
         readable, unreadable = without_unreadable_overrides(remaining)
         problems += unreadable
@@ -131,7 +125,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
             num_before = len(problems)
             # For the mistakes in the other overrides.
             with suppress(ConfigError):
-                _call_hydra(task, readable, content)
+                call_hydra(task, readable, content, conf_dir())
             keys = {override_key(token) for token in remaining if token not in readable}
             problems[num_before:] = [p for p in problems[num_before:] if p.message.partition(":")[0] not in keys]
         # Without what was split off, composition may fail for that reason alone.
@@ -169,90 +163,6 @@ def _without_secrets(problem: Problem, held: Mapping[str, str]) -> Problem:
     return replace(problem, **{field.name: redact(getattr(problem, field.name), held) for field in fields(problem)})
 
 
-def _call_hydra(task: Callable[[Any], None], tokens: Sequence[str], content: FileContent | None) -> None:
-    file = None if content is None else content.file.path
-    with composable(content) as file_overrides:
-        argv = [_for_hydra(token) for token in flags_first([*file_overrides, *tokens])]
-        if any(token.startswith("-") or token.lstrip("+~").startswith("hydra") for token in argv):
-            _run_hydra_main(task, argv, file)
-        else:
-            _compose_once(task, argv, file)
-
-
-def _run_hydra_main(task: Callable[[Any], None], argv: Sequence[str], run_file: Path | None) -> None:
-    """Let Hydra read its own flags, which may start a sweep or only print."""
-    import hydra
-
-    printed, usage = io.StringIO(), io.StringIO()
-    saved_state = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["launcher", *argv], "1"
-    try:
-        # A sweep always writes a multirun.yaml.
-        with guarded(), tempfile.TemporaryDirectory() as sweep, redirect_stdout(printed), redirect_stderr(usage):
-            # The flag --info would take what follows it as its value, and composes no sweep.
-            sys.argv += [] if {"-i", "--info"} & set(argv) else [f"hydra.sweep.dir='{sweep}'"]
-            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
-    except SystemExit as stop:
-        if stop.code:
-            reason = usage.getvalue().strip().rpartition("error: ")[2]
-            raise ConfigError(
-                f"Hydra cannot read the command line: {reason}",
-                where=COMMAND_LINE,
-                remedy="see python -m launcher --help",
-            ) from stop
-    # The task raises nothing: every other exception here is Hydra's, and not all are a HydraException.
-    except Exception as error:
-        raise _refusal_within(error) or ConfigError(
-            hydra_problems(error, argv, [*_extra_dirs(argv), conf_dir()], run_file)
-        ) from error
-    finally:
-        sys.argv = saved_state[0]
-        os.environ.pop("HYDRA_FULL_ERROR", None)
-        if saved_state[1] is not None:
-            os.environ["HYDRA_FULL_ERROR"] = saved_state[1]
-        print(redact_settings(printed.getvalue(), environment_secrets(os.environ)), end="")
-
-
-def _compose_once(task: Callable[[Any], None], overrides: list[str], run_file: Path | None) -> None:
-    """Compose as hydra.main does, but once: hydra.main composes a first time for hydra.mode alone."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import open_dict
-
-    try:
-        with guarded(), hydra.initialize_config_dir(str(conf_dir()), job_name="launcher", version_base="1.3"):
-            cfg = hydra.compose("config", overrides, return_hydra_config=True)
-            require_composing_only(cfg)
-            HydraConfig.instance().set_config(cfg)
-            with open_dict(cfg):
-                del cfg["hydra"]
-            task(cfg)
-    # The task raises nothing: every other exception here is Hydra's, and not all are a HydraException.
-    except Exception as error:
-        raise _refusal_within(error) or ConfigError(hydra_problems(error, overrides, [conf_dir()], run_file)) from error
-
-
-def _refusal_within(error: BaseException) -> ConfigError | None:
-    """Return the refusal of the guard that caused an error of Hydra; None without one."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ConfigError):
-        cause = cause.__cause__ or cause.__context__
-    return cause
-
-
-def strip_group_plus(token: str) -> str:
-    """Return `cluster=slurm` for `+cluster=slurm`: the launcher's groups are in the defaults list already."""
-    return token.lstrip("+") if _GROUP_WITH_PLUS.match(token) else token
-
-
-def _for_hydra(token: str) -> str:
-    token = strip_group_plus(token)
-    match = _KEY_OVERRIDE.match(token)
-    if not match or match[2] in GROUPS or match[2].startswith("hydra") or token == OVERRIDE:
-        return token
-    return f"++{match[2]}={token[match.end() :]}"
-
-
 def _without_renamed_keys(tokens: Sequence[str]) -> tuple[list[str], list[Problem]]:
     """Split off overrides of settings under an old key: a sweep over one is then refused once, with all of its values."""
     renamed = {token: problem for token in tokens if (problem := renamed_override(token)) is not None}
@@ -261,7 +171,7 @@ def _without_renamed_keys(tokens: Sequence[str]) -> tuple[list[str], list[Proble
 
 def _known_group_options(tokens: list[str]) -> tuple[list[str], list[Problem]]:
     """Split off overrides with a group option that is in no config folder."""
-    folders = [conf_dir(), *_extra_dirs(tokens)]
+    folders = [conf_dir(), *extra_dirs(tokens)]
     if any(t.lstrip("+").startswith("hydra.searchpath") for t in tokens):
         return tokens, []
     remaining, problems = [], []
@@ -287,15 +197,7 @@ def _read_run_file(files: Sequence[str], tokens: Sequence[str]) -> tuple[FileCon
         return None, []
     replaced = [group for group in GROUPS if any("=" in token and override_key(token) == group for token in tokens)]
     has_search_path = any(token.lstrip("+").startswith("hydra.searchpath") for token in tokens)
-    return reading.read(path, replaced, [] if has_search_path else [conf_dir(), *_extra_dirs(tokens)])
-
-
-def _extra_dirs(tokens: Sequence[str]) -> Iterator[Path]:
-    for i, token in enumerate(tokens):
-        if token in ("--config-dir", "-cd") and i + 1 < len(tokens):
-            yield Path(tokens[i + 1])
-        elif token.startswith("--config-dir="):
-            yield Path(token.split("=", 1)[1])
+    return reading.read(path, replaced, [] if has_search_path else [conf_dir(), *extra_dirs(tokens)])
 
 
 def _checked(cfg: Any, content: FileContent | None) -> Composed:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from launcher.config.config_files import yaml_problems
-from launcher.config.hydra_location import locate_hydra_error
+from launcher.config.hydra_composition.location import locate_hydra_error
 from launcher.config.introspect import Setting, as_yaml, settings, type_in_words
 from launcher.config.origin import Origins, short
 from launcher.config.renamed_keys import renamed_override, renamed_setting

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from launcher.config.hydra_location import RUN_FILE_GROUP
+from launcher.config.hydra_composition.location import RUN_FILE_GROUP
 from launcher.config.origin import short
 from launcher.config.run_file.reading import FileContent
 from launcher.errors import ConfigError

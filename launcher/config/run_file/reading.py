@@ -19,7 +19,7 @@ from launcher.config.bounded_yaml import MAX_CHARS, UnboundedYaml, require_bound
 from launcher.config.command_line import GROUPS
 from launcher.config.config_files import yaml_problems
 from launcher.config.error_messages import no_such_option
-from launcher.config.hydra_location import broken_reference
+from launcher.config.hydra_composition.location import broken_reference
 from launcher.config.introspect import settings
 from launcher.config.origin import RunFile, nodes, short
 from launcher.config.renamed_keys import COMMAND_LINE
