@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -164,6 +165,15 @@ def digest_open_file(file: io.RawIOBase, on_read: Callable[[int], None] | None =
         if on_read is not None:
             on_read(count)
     return FileEntry(size=size, xxh3_128=digest.hexdigest())
+
+
+def refresh_directory(folder: Path) -> float:
+    """Make a network file system's client drop its cached view of a directory, by creating a file in it.
+
+    Returns the file system's own time in seconds since the epoch, comparable with the times of its files.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".look-") as file:
+        return os.fstat(file.fileno()).st_mtime
 
 
 def fsync_directory(path: Path) -> None:

@@ -7,7 +7,6 @@ import errno
 import os
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -136,7 +135,7 @@ def fence(run: RunDir, attempt: int, refresh: bool = False) -> None:
         OSError: if storage does not answer, with `refresh` only.
     """
     if refresh:
-        refresh_directory(run.attempts)
+        atomic_files.refresh_directory(run.attempts)
     try:
         # Attempts are numbered without gaps; one lookup is cheap enough for every logged step.
         is_superseded = run.attempt(attempt + 1).exists()
@@ -152,22 +151,13 @@ def fence(run: RunDir, attempt: int, refresh: bool = False) -> None:
         )
 
 
-def refresh_directory(folder: Path) -> float:
-    """Make a network file system's client drop its cached view of a directory, by creating a file in it.
-
-    Returns the file system's own time in seconds since the epoch, comparable with the times of its files.
-    """
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".look-") as file:
-        return os.fstat(file.fileno()).st_mtime
-
-
 def describe_storage_problem(run: RunDir) -> str:
     """Return that the run directory cannot be written, as the second part of a message; empty if it can be.
 
     A run that could not record its end is better explained by this than by a missing record.
     """
     try:
-        refresh_directory(run.root)
+        atomic_files.refresh_directory(run.root)
     except OSError as error:
         return f"; the run directory cannot be written ({error.strerror or error}): check its storage, then resume the run"
     return ""

@@ -354,7 +354,7 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(run_store, "refresh_directory", refuse)
+    monkeypatch.setattr(atomic_files, "refresh_directory", refuse)
     monkeypatch.setattr(locks, "hold", refuse)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files
 from launcher.checkpoint import safetensors_io, store, zero3
 from launcher.checkpoint.manifest import REFERENCE_LOGITS, STATE, Manifest
 from launcher.checkpoint.safetensors_io import TensorSpec, as_bytes
@@ -192,7 +192,7 @@ class SaveJob:
                     where=str(self.saving),
                     value=f"missing: rank {', '.join(map(str, missing))}",
                 )
-            run_store.refresh_directory(self.saving)
+            atomic_files.refresh_directory(self.saving)
             pause_s = min(2 * pause_s, _MAX_PAUSE_S)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from launcher import json_records, run_store
+from launcher import atomic_files, json_records, run_store
 from launcher.errors import RunError, SubmitError
 from launcher.locks import pid_namespace
 from launcher.plan.run_dir import RunDir
@@ -125,7 +125,7 @@ def _seconds_unchanged(run: RunDir, files: Iterable[Path]) -> float:
     """
     now = time.time()
     with suppress(OSError):
-        now = run_store.refresh_directory(run.root)
+        now = atomic_files.refresh_directory(run.root)
     modified_at = [0.0]
     for file in files:
         with suppress(OSError):

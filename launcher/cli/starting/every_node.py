@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 import launcher
-from launcher import facts, run_store
+from launcher import atomic_files, facts, run_store
 from launcher.cli import launch
 from launcher.cli.follow import follow
 from launcher.cli.resume import resume_run
@@ -293,7 +293,7 @@ def _await_visible(run: RunDir, attempt: int) -> None:
     until = time.monotonic() + _VISIBLE_S
     while time.monotonic() < until:
         with suppress(OSError, LauncherError):
-            run_store.refresh_directory(run.attempts)
+            atomic_files.refresh_directory(run.attempts)
             if run_store.read_attempt(run, attempt).nodes:
                 return
         time.sleep(_POLL_S)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from launcher import json_records, run_records, run_store
+from launcher import atomic_files, json_records, run_records, run_store
 from launcher.clusters import detached_process, local
 from launcher.clusters.backends import NEVER_SUBMITTED
 from launcher.clusters.cgroups import limit_that_killed_agents
@@ -295,7 +295,7 @@ def _await_driver(run: RunDir, submission: JobsApiSubmission) -> None:
     else:
         # The driver has started, or waits in Ray's queue, which `status` reports.
         return
-    run_store.refresh_directory(run.root)
+    atomic_files.refresh_directory(run.root)
     if run_store.read_status(run).job is None:
         reason, remedy = _last_line(message), _no_status_remedy(submission)
         run_store.update_status(run, state="failed", message=f"{_NO_STATUS}: {reason}; {remedy}")

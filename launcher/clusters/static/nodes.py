@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import json_records, run_store
+from launcher import atomic_files, json_records
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, Liveness, node_file
@@ -87,7 +87,7 @@ def read_states(run: RunDir, attempt: int, record: Attempt, lost_node_s: float) 
     """
     now = time.time()
     with suppress(OSError):
-        now = run_store.refresh_directory(run.attempt(attempt))
+        now = atomic_files.refresh_directory(run.attempt(attempt))
     return [_read_state(run, attempt, node, name, now, lost_node_s) for node, name in enumerate(record.nodes)]
 
 

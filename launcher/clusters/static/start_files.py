@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import atomic_files, json_records, run_store
+from launcher import atomic_files, json_records
 from launcher.errors import LauncherError, Problem
 from launcher.security import ownership
 from launcher.security.trust import user_name
@@ -30,7 +30,7 @@ def marker(run: Path) -> Path:
 def read_marker(run: Path) -> str:
     """Return the number of the start that goes on; empty where this machine sees none."""
     with suppress(OSError, ValueError):
-        run_store.refresh_directory(run.parent)
+        atomic_files.refresh_directory(run.parent)
     with suppress(OSError, ValueError):
         if is_of_trusted_owner(marker(run)):
             return atomic_files.read_short_text(marker(run), _MAX_MARKER_BYTES)
@@ -86,6 +86,6 @@ def read_refusal(run: Path, max_age_s: float) -> StartRefusal | None:
     file = _refusal_file(run)
     with suppress(OSError, LauncherError):
         # The times of the file system: the clocks of machines differ.
-        age_s = run_store.refresh_directory(run.parent) - file.stat().st_mtime
+        age_s = atomic_files.refresh_directory(run.parent) - file.stat().st_mtime
         return json_records.read(StartRefusal, file) if age_s <= max_age_s and is_of_trusted_owner(file) else None
     return None

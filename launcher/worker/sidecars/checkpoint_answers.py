@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from launcher import json_records, run_store
+from launcher import atomic_files, json_records, run_store
 from launcher.checkpoint import store
 from launcher.clusters.answers import AnswerSource, answer_source
 from launcher.clusters.backends import evaluation_nodes_for
@@ -221,7 +221,7 @@ class CheckpointAnswers:
                     log = self._folder(step).root / f"job-{number}.log"
                     with suppress(OSError):
                         # Of the job's own node.
-                        run_store.refresh_directory(self._folder(step).root)
+                        atomic_files.refresh_directory(self._folder(step).root)
                     self._report(step, f"job {number} is {state.lower()}; its output is {log}")
 
     def _report(self, step: int, failure: str) -> None:
