@@ -19,10 +19,9 @@ from launcher.checkpoint import shards, store, zero3
 from launcher.checkpoint.manifest import Checkpoint
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.loader import StepBatch
-from launcher.distributed import RankInfo, StepReduction, all_reduce_step, rank0_broadcast
+from launcher.distributed import RankInfo, StepReduction, all_reduce_step
 from launcher.errors import CheckpointError, DivergedError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import SUPERSEDED
 from launcher.tracking.progress import as_events, silent
@@ -37,7 +36,7 @@ from launcher.train.monitoring.skipped_steps import SkippedSteps
 from launcher.train.optim import compute_learning_rate, set_learning_rate
 from launcher.train.resume import load_newest_intact
 from launcher.train.setup import Components, RunContext, build_components, report_ranks
-from launcher.train.stop import Outcome, Stop, has_time_to_save, make_early_outcome, make_untrained_outcome
+from launcher.train.stop import Outcome, Stop, has_time_to_save
 
 # Seconds that a failing rank waits for an in-flight save.
 _DRAIN_S = 10.0
@@ -152,7 +151,7 @@ class TrainingLoop:
             self.evaluate_if_due()
         if self.is_cancelled_before_training():
             saved_step = self.parts.checkpointer.saved_step
-            return make_untrained_outcome(self.step, None if saved_step is None else self._checkpoint_path(saved_step))
+            return Outcome.untrained(self.step, None if saved_step is None else self._checkpoint_path(saved_step))
         stop_reason = None
         early_stopping = self.evaluations.early_stopping
         while not self.is_last_step() and stop_reason is None and not early_stopping.is_due:
@@ -302,8 +301,10 @@ class TrainingLoop:
         last_eval = self.evaluations.newest(self.step)
         self.run.tracker.summary({"last_step": self.step, **(last_eval.metrics if last_eval else {})})
         if self.is_last_step():
-            return Outcome("completed", "completed", self.step, format_count(self.step, "step"), checkpoint)
-        return Outcome("completed", "completed", self.step, *self._best_weights(checkpoint))
+            return Outcome.completed(self.step, checkpoint)
+        early_stopping = self.evaluations.early_stopping
+        best = self._checkpoint_path(early_stopping.best_step)
+        return Outcome.early_stopped(self.run.rank_info, self.step, early_stopping, best, checkpoint)
 
     def is_cancelled_before_training(self) -> bool:
         """Return whether any rank was asked to stop by a person. From here on, ranks stop at the end of a step. Collective."""
@@ -374,15 +375,6 @@ class TrainingLoop:
         self.evaluations.restore(state)
         tracker.event("info", f"continuing from {checkpoint.path}", self.step)
 
-    def _best_weights(self, newest: Path) -> tuple[str, Path]:
-        """Return the message and the checkpoint of a run that ends by early stopping: the best one, where it is kept."""
-        early_stopping = self.evaluations.early_stopping
-        best = self._checkpoint_path(early_stopping.best_step)
-        message = f"{format_count(self.step, 'step')}; {early_stopping.message}"
-        if rank0_broadcast(self.run.rank_info, "the best checkpoint cannot be read", best.is_dir):
-            return f"{message}; the weights of step {early_stopping.best_step} are used", best
-        return f"{message}; that step is not kept (see checkpoint.keep_best), so the last weights are used", newest
-
     def _state(self) -> dict[str, Any]:
         counts = {"tokens": self.parts.meter.tokens, "skipped_steps": self.parts.meter.skipped_steps}
         return {**counts, **self.evaluations.state(self.step)}
@@ -398,4 +390,4 @@ class TrainingLoop:
         checkpointer = self.parts.checkpointer
         kept_step = self.step if is_saved or checkpointer.saved_step is None else checkpointer.saved_step
         checkpoint, max_steps = self._checkpoint_path(kept_step), self.parts.max_steps
-        return make_early_outcome(reason, self.reached_limit, self.step, max_steps, kept_step, checkpointer.save_s, checkpoint)
+        return Outcome.interrupted(reason, self.reached_limit, self.step, max_steps, kept_step, checkpointer.save_s, checkpoint)

@@ -1,4 +1,4 @@
-"""Why a run stops before its last step, and whether there is time to save."""
+"""How training ended, the requests to stop it early, and whether there is time to save."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 
 from launcher.config.sections.cluster import ClusterSection
+from launcher.distributed import RankInfo, rank0_broadcast
+from launcher.plan.quantities import format_count
+from launcher.train.evaluation.early_stopping import EarlyStopping
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,51 @@ class Outcome:
     message: str
     checkpoint: Path | None
 
+    @classmethod
+    def completed(cls, step: int, checkpoint: Path) -> Outcome:
+        """Return the outcome of a run that has reached the last step of its plan."""
+        return cls("completed", "completed", step, format_count(step, "step"), checkpoint)
+
+    @classmethod
+    def early_stopped(
+        cls, rank_info: RankInfo, step: int, early_stopping: EarlyStopping, best: Path, newest: Path
+    ) -> Outcome:
+        """Return the outcome of a run that early stopping ended at `step`: with its best weights, where they are kept. Collective.
+
+        `best` and `newest` are the checkpoints of the best evaluation, which may have been removed, and of `step`.
+        """
+        message = f"{format_count(step, 'step')}; {early_stopping.message}"
+        if rank0_broadcast(rank_info, "the best checkpoint cannot be read", best.is_dir):
+            message, checkpoint = f"{message}; the weights of step {early_stopping.best_step} are used", best
+        else:
+            message = f"{message}; that step is not kept (see checkpoint.keep_best), so the last weights are used"
+            checkpoint = newest
+        return cls("completed", "completed", step, message, checkpoint)
+
+    @classmethod
+    def interrupted(
+        cls, reason: str, limit: str, step: int, max_steps: int, kept_step: int, save_s: float | None, checkpoint: Path
+    ) -> Outcome:
+        """Return the outcome of an attempt that stopped at `step` for one of STOP_REASONS; `limit` is the limit that it reached.
+
+        `kept_step` is the step of `checkpoint`: an earlier one where no time was left for a save, which takes `save_s` seconds.
+        """
+        state = "cancelled" if reason == "cancelled" else "preempted"
+        causes = {"cancelled": "stopped on request", "preempted": "the machine was asked to stop", "limit": limit}
+        result = f"saved at step {step} of {max_steps}"
+        if kept_step != step:
+            result = f"no time was left at step {step} to save, which takes {save_s:.0f} s; step {kept_step} is kept"
+        return cls(state, reason, kept_step, f"{causes[reason]}; {result}", checkpoint)
+
+    @classmethod
+    def untrained(cls, step: int, checkpoint: Path | None) -> Outcome:
+        """Return the outcome of an attempt that a person cancelled before its first step: there was nothing to save.
+
+        `checkpoint` is the one of `step` that the attempt began from, None where it began from the initial weights.
+        """
+        newest = "there is no checkpoint" if checkpoint is None else f"the newest checkpoint is of step {step}"
+        return cls("cancelled", "cancelled", step, f"stopped before training had begun; {newest}", checkpoint)
+
 
 class Stop(Protocol):
     """Returns this process's reason to stop, or None. `at` is the time.monotonic() of the request, None without one."""
@@ -39,30 +87,6 @@ class Stop(Protocol):
 
     def begin_training(self) -> None:
         """End the phase in which a cancel ends the process at once, because there is nothing to save."""
-
-
-def make_untrained_outcome(step: int, checkpoint: Path | None) -> Outcome:
-    """Return the outcome of an attempt that a person cancelled before its first step: there was nothing to save.
-
-    `checkpoint` is the one of `step` that the attempt began from, None where it began from the initial weights.
-    """
-    newest = "there is no checkpoint" if checkpoint is None else f"the newest checkpoint is of step {step}"
-    return Outcome("cancelled", "cancelled", step, f"stopped before training had begun; {newest}", checkpoint)
-
-
-def make_early_outcome(
-    reason: str, limit: str, step: int, max_steps: int, kept_step: int, save_s: float | None, checkpoint: Path
-) -> Outcome:
-    """Return the outcome of an attempt that stopped at `step` for one of STOP_REASONS; `limit` is the limit that it reached.
-
-    `kept_step` is the step of `checkpoint`: an earlier one where no time was left for a save, which takes `save_s` seconds.
-    """
-    state = "cancelled" if reason == "cancelled" else "preempted"
-    causes = {"cancelled": "stopped on request", "preempted": "the machine was asked to stop", "limit": limit}
-    result = f"saved at step {step} of {max_steps}"
-    if kept_step != step:
-        result = f"no time was left at step {step} to save, which takes {save_s:.0f} s; step {kept_step} is kept"
-    return Outcome(state, reason, kept_step, f"{causes[reason]}; {result}", checkpoint)
 
 
 def has_time_to_save(
