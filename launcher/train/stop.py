@@ -38,7 +38,7 @@ class Outcome:
     def early_stopped(
         cls, rank_info: RankInfo, step: int, early_stopping: EarlyStopping, best: Path, newest: Path
     ) -> Outcome:
-        """Return the outcome of a run that early stopping ended at `step`: with its best weights, where they are kept. Collective.
+        """Return the outcome of a run that early stopping ended at `step`: with its best weights if they are kept. Collective.
 
         `best` and `newest` are the checkpoints of the best evaluation, which may have been removed, and of `step`.
         """

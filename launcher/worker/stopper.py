@@ -54,8 +54,8 @@ class Stopper:
     def finish(self, sidecar: Sidecar | None, deadline_s: float = math.inf, *, uses_grace: bool = True) -> None:
         """Wait for a sidecar for the rest of the grace period, for `deadline_s` at most, or until a person cancels again.
 
-        Where no stop was requested, the upload of the last checkpoint, for one, takes the time that it needs. Without `uses_grace`
-        the wait ends with the first request to stop.
+        Where no stop was requested, the upload of the last checkpoint, for one, takes the time that it needs. Without
+        `uses_grace` the wait ends with the first request to stop.
         """
         if sidecar is None:
             return

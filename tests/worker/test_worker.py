@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import hand_made
 import pytest
@@ -14,9 +16,10 @@ import pytest
 from launcher import json_records, run_records, run_store
 from launcher.errors import RunError
 from launcher.plan.gpu_types import Price
+from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
-from launcher.worker import agent
-from launcher.worker.ranks.rank_env import RankEnv
+from launcher.worker import agent, node_agents
+from launcher.worker.ranks.rank_env import NodeInfo, RankEnv
 
 
 def test_ranks_are_read_from_the_agents_environment() -> None:
@@ -95,6 +98,23 @@ def test_a_local_run_ends_only_when_the_mirror_is_complete(tmp_path: Path, monke
     assert seen == [pytest.approx(2 * 3600, abs=60)]
     assert json_records.read_json(run.attempt(1) / "exit.json")["ended_at"] == pytest.approx(time.time(), abs=60)
     assert run_store.read_status(run).state == "failed"
+
+
+def test_answers_that_do_not_start_leave_no_mirror_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller ends the mirror that the result names."""
+
+    def refuse() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    mirror, run = object(), RunDir(tmp_path)
+    made = SimpleNamespace(plan=None, run=run, attempt=1, stopper=SimpleNamespace(requested=False))
+    made.start_mirror, made.start_answers = (lambda: mirror), refuse
+    monkeypatch.setattr(node_agents, "node_info", lambda *_: NodeInfo(0, ("n1",), "127.0.0.1", "lo"))
+    monkeypatch.setattr(node_agents, "connect", lambda *_: None)
+    monkeypatch.setattr(node_agents, "check", lambda *_: [])
+    result = node_agents.run_node(made, None, 0, tmp_path / "agent.log")  # type: ignore[arg-type]
+    assert result.mirror is mirror
+    assert result.failure is not None
 
 
 def _alive(pid: int) -> bool:

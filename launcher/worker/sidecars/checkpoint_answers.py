@@ -156,8 +156,8 @@ class CheckpointAnswers:
         passed = range(self._every, newest + 1, self._every)
         for step in (step for step in passed if step > self._from_step and step not in due):
             if step not in self._given_up and not self._is_worked_on(step) and not self._is_answered(step):
-                damage = unusable.get(step)
-                self._give_up(step, _REMOVED if damage is None else f"its checkpoint cannot be used: {damage.problems[0].message}")
+                error = unusable.get(step)
+                self._give_up(step, _REMOVED if error is None else f"its checkpoint cannot be used: {error.problems[0].message}")
         for step in due - self._given_up.keys() - self._jobs.keys():
             if (job := self._submitted_job(step)) is not None:
                 self._jobs[step] = job

@@ -30,6 +30,7 @@ from launcher.shell_commands import launcher_command, module_command
 from launcher.tracking.tracker import RateLimit
 from launcher.worker.sidecars.sidecar import Sidecar, begin_sidecar, checkpoints_state, record_event
 
+_MODULE = "launcher.worker.sidecars.mirror_process"
 _LOOK_S = 2.0
 # From a failure to the next try, where no new checkpoint comes before.
 _RETRY_S = 60.0
@@ -126,7 +127,7 @@ class Sender:
         if self._taken:
             return 1
         if missing:
-            command = module_command("launcher.worker.sidecars.mirror_process", self._run.plan, str(self._attempt)) + " < /dev/null"
+            command = f"{module_command(_MODULE, self._run.plan, str(self._attempt))} < /dev/null"
             names = ", ".join(str(c.step) for c in missing)
             self._event("alert", f"not in the mirror: step {names}; send it with: {command}")
             return 1
@@ -227,7 +228,7 @@ class MirrorProcess(Sidecar):
         """Start the process with `environment`; None where the plan has no mirror."""
         if plan.config.checkpoint.mirror is None:
             return None
-        return cls._start("launcher.worker.sidecars.mirror_process", plan_path, run, attempt, "mirror.log", environment)
+        return cls._start(_MODULE, plan_path, run, attempt, "mirror.log", environment)
 
     def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
         """Let the process complete its uploads; what the mirror lacks at `until` is named."""

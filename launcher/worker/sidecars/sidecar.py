@@ -1,6 +1,6 @@
-"""A process that works beside the ranks on the head node: what its agent holds, and what each of them does alike.
+"""A process that works beside the ranks on the head node: the handle of its agent, and what all such processes share.
 
-It gets orders, one a line, on its standard input, with lower priority than the ranks. It ends with the thread that has started it.
+It has lower priority than the ranks, gets orders on its standard input, one a line, and ends with the thread that has started it.
 """
 
 from __future__ import annotations

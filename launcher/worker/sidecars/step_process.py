@@ -13,7 +13,7 @@ from launcher.errors import printable
 from launcher.worker.evaluation.end_with_parent import LAUNCHER
 
 _STARTER = "launcher.worker.evaluation.end_with_parent"
-# From TERM to KILL. An evaluation has processes of its own, which it ends first. Twice this is less than the agent waits for both.
+# From TERM to KILL. An evaluation has processes of its own, which it ends first. Two take less time than the agent gives.
 _END_S = 8.0
 _TAIL_BYTES = 16_384
 _REASON_LINES = 4

@@ -258,7 +258,7 @@ def test_storage_that_fails_for_a_moment_loses_no_step(
         answers.work(False)
     assert said(run, "answers") == ["the answers of step 4 come from job 77"]
     (alert,) = said(run, "alert")
-    assert alert.startswith("no answers of step 8, training continues: its checkpoint cannot be used: a checkpoint's manifest is ")
+    assert alert.startswith("no answers of step 8, training continues: its checkpoint cannot be used: a checkpoint's manifest ")
 
 
 def fail_to_read(*_: object) -> NoReturn:
