@@ -91,5 +91,5 @@ def test_a_folder_in_place_of_a_file_is_named_and_leaves_no_descriptor_open(tmp_
     num_open = len(os.listdir("/proc/self/fd"))
     with pytest.raises(IsADirectoryError) as caught:
         atomic_files.digest_file(tmp_path)
-    assert caught.value.filename == tmp_path
+    assert caught.value.filename == str(tmp_path)
     assert len(os.listdir("/proc/self/fd")) == num_open

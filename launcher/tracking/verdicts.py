@@ -258,8 +258,7 @@ def read_verdicts(run: RunDir) -> list[SetVerdict]:
     verdicts = []
     for step, folder in _evaluated_folders(run):
         sets, *others = (
-            sorted(file.parent for file in folder.glob(f"{way}*/{FILE_NAME}"))
-            for way in ("", f"{BENCHMARKS}/", f"{CHOICES}/")
+            sorted(file.parent for file in folder.glob(f"{way}*/{FILE_NAME}")) for way in ("", f"{BENCHMARKS}/", f"{CHOICES}/")
         )
         # The verdict beside the sets is that of the first one again.
         for one in [*(sets or [folder]), *(task for several in others for task in several)]:

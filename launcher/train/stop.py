@@ -35,9 +35,7 @@ class Outcome:
         return cls("completed", "completed", step, format_count(step, "step"), checkpoint)
 
     @classmethod
-    def early_stopped(
-        cls, rank_info: RankInfo, step: int, early_stopping: EarlyStopping, best: Path, newest: Path
-    ) -> Outcome:
+    def early_stopped(cls, rank_info: RankInfo, step: int, early_stopping: EarlyStopping, best: Path, newest: Path) -> Outcome:
         """Return the outcome of a run that early stopping ended at `step`: with its best weights if they are kept. Collective.
 
         `best` and `newest` are the checkpoints of the best evaluation, which may have been removed, and of `step`.

@@ -35,15 +35,15 @@ from launcher.security.library_caches import find_usable_caches
 from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART
 from launcher.worker import disk_reserve, failure_record, postmortem
-from launcher.worker.sidecars.answers_process import AnswersProcess
 from launcher.worker.limits import cause_of
-from launcher.worker.sidecars.mirror_process import MirrorProcess
 from launcher.worker.ranks import error_memory, heartbeat
 from launcher.worker.ranks.error_memory import ErrorMemory
 from launcher.worker.ranks.flight_recorder import FlightRecorder
 from launcher.worker.ranks.rank_env import NodeInfo, allocator_defaults
 from launcher.worker.ranks.rank_process import RankProcesses
 from launcher.worker.ranks.watchdog import Watchdog
+from launcher.worker.sidecars.answers_process import AnswersProcess
+from launcher.worker.sidecars.mirror_process import MirrorProcess
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.stopper import Stopper
 from launcher.worker.wandb_closing import close_wandb_run

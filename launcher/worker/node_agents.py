@@ -20,10 +20,10 @@ from launcher.run_records import Attempt, FailureRecord, NodeRecord, node_file
 from launcher.worker import failure_record
 from launcher.worker.agent import NodeAgent
 from launcher.worker.checks import node_check
-from launcher.worker.sidecars.answers_process import AnswersProcess
 from launcher.worker.limits import cause_of
-from launcher.worker.sidecars.mirror_process import MirrorProcess
 from launcher.worker.ranks.rank_env import NodeInfo
+from launcher.worker.sidecars.answers_process import AnswersProcess
+from launcher.worker.sidecars.mirror_process import MirrorProcess
 
 # Nodes usually start within seconds of each other; a prologue, a container or a slow file system may take minutes.
 _MEET_DEADLINE_S = 300.0

@@ -66,9 +66,7 @@ def _run_hydra_main(task: Callable[[Any], None], argv: Sequence[str], run_file: 
             ) from stop
     # The task raises nothing: every other exception here is Hydra's, and not all are a HydraException.
     except Exception as error:
-        raise _refusal_within(error) or ConfigError(
-            hydra_problems(error, argv, [*extra_dirs(argv), conf], run_file)
-        ) from error
+        raise _refusal_within(error) or ConfigError(hydra_problems(error, argv, [*extra_dirs(argv), conf], run_file)) from error
     finally:
         sys.argv = saved_state[0]
         os.environ.pop("HYDRA_FULL_ERROR", None)

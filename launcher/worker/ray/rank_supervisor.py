@@ -28,9 +28,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import FailureRecord, NodeRecord, node_file
 from launcher.security.library_caches import find_usable_caches
 from launcher.worker import failure_record
-from launcher.worker.sidecars.answers_process import AnswersProcess
 from launcher.worker.limits import cause_of
-from launcher.worker.sidecars.mirror_process import AFTER_FAILURE_S, MirrorProcess
 from launcher.worker.ranks import error_memory, heartbeat
 from launcher.worker.ranks.error_memory import ErrorMemory
 from launcher.worker.ranks.flight_recorder import FlightRecorder
@@ -53,6 +51,8 @@ from launcher.worker.ray.messages import (
     Verdict,
 )
 from launcher.worker.ray.watchdog import Observer
+from launcher.worker.sidecars.answers_process import AnswersProcess
+from launcher.worker.sidecars.mirror_process import AFTER_FAILURE_S, MirrorProcess
 from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
 
 _POLL_S = 0.2
