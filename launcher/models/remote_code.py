@@ -22,6 +22,8 @@ _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 ADAPTER = "adapter_config.json"
 # In config.json: names of implementations. A name of a repository (owner/name) is fetched from the Hub and imported.
 _IMPLEMENTATION = re.compile(r"\w*_implementation(?:_internal)?")
+# Of experts, names that transformers takes from the Hub without naming a repository.
+_EXPERTS_OF_HUB = frozenset({"deepgemm", "deepgemm_megamoe", "sonicmoe"})
 
 
 def code_digest(folder: Path) -> str | None:
@@ -112,7 +114,7 @@ def kernel_problems(config: Any, where: str) -> Iterator[Problem]:
     """
     for key, value in _items(config):
         for name in _texts(value) if _IMPLEMENTATION.fullmatch(key) else ():
-            if "/" in name:
+            if "/" in name or name in _EXPERTS_OF_HUB:
                 message = f"model.path: {key} in config.json takes code from a repository of the Hub"
                 yield Problem(message, where=where, value=name, remedy=f"remove {key}; model.attention chooses the kernel")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from launcher.config.schema import ModelSection
+from launcher.errors import ConfigError
 
 VARLEN = "varlen"
 # Architectures whose FlashAttention attends across documents: transformers does not pass document boundaries to it.
@@ -31,14 +33,33 @@ _UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias")
 
 
 def choose_kernel(model: ModelSection, device: torch.device, config: Any) -> str:
-    """Return the attention kernel of a model with this transformers config: what is set, else the fastest that it has."""
+    """Return the attention kernel of a model with this transformers config: what is set, else the fastest that it has.
+
+    Raises:
+        ConfigError: where transformers would take what is set from the Hub.
+    """
     if model.attention != "auto":
+        _require_package(model.attention)
         return model.attention
     if device.type == "cuda" and can_flash(model, config) and (flash := _find_flash_kernel(device)):
         return flash
     if can_varlen(model, config, device):
         return VARLEN
     return "sdpa" if _has(config, "_supports_sdpa", default=True) else "eager"
+
+
+def _require_package(kernel: str) -> None:
+    """Refuse FlashAttention without its package: in its place, the package `kernels` would import what the Hub or its cache has.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    module = {name: module for name, module, _ in _FLASH_KERNELS}.get(kernel)
+    if module is None or find_spec("kernels") is None or _can_import(module):
+        return
+    message = f"model.attention: {kernel} is not installed here, and code of the Hub does not take its place"
+    remedy = "install flash-attn, or leave model.attention=auto"
+    raise ConfigError(message, where="model.attention", value=kernel, remedy=remedy)
 
 
 def describe(model: ModelSection, config: Any, packing: bool) -> str:
