@@ -24,6 +24,8 @@ _STORAGE = frozenset(
     }
 )
 _REMEDY = "write the address of the storage itself, such as s3://, gs:// or https://, or download the files"
+# Of a web server, where fsspec reads an answer as a whole; files are written as they come.
+MAX_ANSWER_BYTES = 64 << 20
 # Of the machine, beside ~/.ssh/known_hosts.
 _SYSTEM_HOST_KEYS = "/etc/ssh/ssh_known_hosts"
 
@@ -60,6 +62,29 @@ def guard_clients(address: str) -> None:
         guard_hub_client()
     if used & {"sftp", "ssh"}:
         _require_known_hosts()
+    if used & {"http", "https"}:
+        _bound_answers()
+
+
+@functools.cache
+def _bound_answers() -> None:
+    """Let answers of web servers that fsspec reads as a whole, such as the page that lists a folder, have a bounded size."""
+    import aiohttp
+    from fsspec.config import conf
+
+    class BoundedResponse(aiohttp.ClientResponse):
+        async def read(self) -> bytes:
+            if self._body is None:
+                body = bytearray()
+                async for piece in self.content.iter_any():
+                    body += piece
+                    if len(body) > MAX_ANSWER_BYTES:
+                        raise ValueError(f"the answer has more than {MAX_ANSWER_BYTES >> 20} MiB")
+                self._body = bytes(body)
+            return self._body
+
+    options = conf.setdefault("http", {})
+    options["client_kwargs"] = {"response_class": BoundedResponse, **options.get("client_kwargs", {})}
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from missing_program import skip_or_fail
 from launcher.config.sections.data import DataSection, Source
 from launcher.data.sources import check_sources, compute_source_digest, download_limit, read_documents, remote
 from launcher.errors import DataError
+from launcher.security import storage_addresses
 
 # fsspec hides the module behind a mapping of the same name.
 REGISTRY = sys.modules["fsspec.registry"]
@@ -141,6 +142,16 @@ def test_a_download_ends_where_it_is_longer_than_announced(
     with pytest.raises(DataError, match="the download is longer than announced: more than 100 bytes"):
         texts(Source(path="memory://data/a.jsonl"))
     assert files(cache_home) == []
+
+
+def test_the_page_that_lists_a_folder_is_read_up_to_a_bound(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A web server may send for ever."""
+    page = b"".join(b'<a href="rows-%d.jsonl">rows</a>' % number for number in range(100))
+    web.content, web.headers = page, {"Content-Type": "text/html", "ETag": "one"}
+    source = Source(path=f"{web.address}/rows/")
+    assert len(remote.RemoteFiles(source).names) == 100
+    monkeypatch.setattr(storage_addresses, "MAX_ANSWER_BYTES", 1000)
+    assert len(remote.RemoteFiles(source).names) == 1, "it counts as a file, which has bounds of its own"
 
 
 def test_a_client_that_writes_through_links_gets_a_folder_that_nobody_else_can_enter(
