@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pace import slowness
 from plan_fixtures import facts_for
 
 from launcher import json_records, run_store
@@ -99,7 +100,7 @@ def run_agent(run: RunDir, folder: Path, **variables: str) -> subprocess.Complet
     (folder / "hook/sitecustomize.py").write_text(HOOK)
     environment = os.environ | {"PYTHONPATH": f"{folder / 'hook'}:{REPO}", **variables}
     command = [sys.executable, "-m", "launcher.worker.agent", str(run.plan), "1"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100 * slowness())
 
 
 def alerts(run: RunDir) -> list[str]:
