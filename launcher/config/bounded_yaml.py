@@ -49,7 +49,7 @@ def require_bounded(text: str) -> None:
     """Check a text that is read by another parser; one that is not YAML passes.
 
     Raises:
-        UnboundedYaml: where it is not within bounds.
+        UnboundedYaml: if it is not within bounds.
     """
     if len(text) > MAX_CHARS:
         raise UnboundedYaml(f"it is longer than {MAX_CHARS >> 20} MiB")

@@ -233,7 +233,7 @@ def _unparsed(parser: Any, match: re.Match[str], has_multirun: bool) -> Problem:
 
 
 def _several(token: str) -> str:
-    """Return the overrides that one word of the shell holds, as several words; empty where it holds one."""
+    """Return the overrides that one word of the shell holds, as several words; empty if it holds one."""
     words = token.split()
     keys = [word.partition("=")[0].lstrip("+~") for word in words if "=" in word]
     return shlex.join(words) if len(words) == len(keys) > 1 and all(key in settings() or key in GROUPS for key in keys) else ""
@@ -246,7 +246,7 @@ def _takes_text(key: str) -> bool:
 
 
 def _as_one_value(parser: Any, key: str, value: str) -> str:
-    """Return an override as it is typed in a shell, so that Hydra takes its value as one; empty where quotes do not help."""
+    """Return an override as it is typed in a shell, so that Hydra takes its value as one; empty if quotes do not help."""
     name = key.lstrip("+")
     if name in GROUPS:
         return ""
@@ -274,7 +274,7 @@ def _bare_word(parser: Any, word: str, previous: str) -> Problem:
 
 
 def quoted(parser: Any, key: str, value: str) -> str:
-    """Return an override as it is typed in a shell, quoted so that Hydra takes `value` as one text; empty where it cannot be."""
+    """Return an override as it is typed in a shell, quoted so that Hydra takes `value` as one text; empty if it cannot be."""
     for mark in ('"', "'"):
         # A backslash escapes a quotation mark only; those right before one are doubled.
         inner = re.sub(rf"(\\*)({mark}|$)", lambda match: match[1] * 2 + ("\\" + match[2] if match[2] else ""), value)

@@ -19,9 +19,9 @@ _UPPER = (("exclusiveMaximum", "<"), ("maximum", "<="))
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: `type` as in `int > 0 or null`; `default` in YAML, None where a value is required.
+    """One setting: `type` as in `int > 0 or null`; `default` in YAML, None if a value is required.
 
-    `kinds` are the cluster kinds that have the setting, empty where all have it.
+    `kinds` are the cluster kinds that have the setting, empty if all have it.
     """
 
     key: str

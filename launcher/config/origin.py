@@ -110,7 +110,7 @@ class Origins:
             yield root, ""
 
     def file_of(self, group: str) -> Path | None:
-        """Return the file of the chosen option of a group; None where no option is chosen."""
+        """Return the file of the chosen option of a group; None if no option is chosen."""
         option = self.choices.get(group)
         return None if group.startswith("hydra") or option in (None, "null") else self._file(f"{group}/{option}.yaml")
 

@@ -27,7 +27,7 @@ _OVERRIDE = re.compile(r"(?P<prefix>[+~]{0,2})(?P<key>[A-Za-z_][\w.]*)(?P<assign
 
 
 def renamed_override(token: str) -> Problem | None:
-    """Return the problem with an override such as `train.save_every=50`; None where its key was not renamed.
+    """Return the problem with an override such as `train.save_every=50`; None if its key was not renamed.
 
     The remedy is the whole replacement, unless the value may be a secret.
     """
@@ -45,7 +45,7 @@ def renamed_override(token: str) -> Problem | None:
 
 
 def renamed_setting(key: str, value: Any, where: str) -> Problem | None:
-    """Return the problem with a composed setting; None where its key was not renamed.
+    """Return the problem with a composed setting; None if its key was not renamed.
 
     `where` is the origin of the value: a file and line, or the command line.
     """

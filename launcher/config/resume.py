@@ -152,7 +152,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = 
     """Return `config` with `key=value` overrides, whether or not a run may be resumed with them; `run_name` is for the errors.
 
     Raises:
-        ConfigError: where a key does not exist, or a value is not accepted.
+        ConfigError: if a key does not exist, or a value is not accepted.
     """
     import yaml
 

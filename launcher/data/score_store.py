@@ -73,10 +73,10 @@ class ScoreStore:
         self.folder = (root or cache_root()) / "scores" / key.digest()
 
     def read(self) -> np.ndarray | None:
-        """Return all log-probabilities as a memory map, fp32 [num_labels]; None where the pass is not complete, or damaged.
+        """Return all log-probabilities as a memory map, fp32 [num_labels]; None if the pass is not complete, or damaged.
 
         Raises:
-            DataError: where others could have written them.
+            DataError: if others could have written them.
         """
         if not self.folder.exists():
             return None
@@ -98,8 +98,8 @@ class ScoreStore:
         `num_labels` are the trained tokens of each micro-batch, int64 [num_micro_batches].
 
         Raises:
-            DataError: where others could have written the folder.
-            OSError: where the folder cannot be made or read.
+            DataError: if others could have written the folder.
+            OSError: if the folder cannot be made or read.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         ownership.require_cache(self.folder)
@@ -131,8 +131,8 @@ class ScoreStore:
         """Join all shards into log_probs.f32, write meta.json, and remove the shards.
 
         Raises:
-            OSError: where a file cannot be written; the shards stay.
-            DataError: where shards are missing or damaged.
+            OSError: if a file cannot be written; the shards stay.
+            DataError: if shards are missing or damaged.
         """
         if self.read() is None:
             partial = self.folder / f".{LOG_PROBS}.{secrets.token_hex(4)}"
@@ -169,7 +169,7 @@ class ScoreStore:
 
 
 def _read_shard(path: Path, num_labels: np.ndarray) -> np.ndarray | None:
-    """Return the log-probabilities in a shard; None where it is damaged, or where another pass has completed the scores."""
+    """Return the log-probabilities in a shard; None if it is damaged, or if another pass has completed the scores."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:

@@ -36,7 +36,7 @@ def normalized_words(text: str) -> list[str]:
 
 
 def final_number(text: str) -> Decimal | None:
-    """Return the number that an answer ends with, as in GSM8K; None where it has none.
+    """Return the number that an answer ends with, as in GSM8K; None if it has none.
 
     That is the first number after the last `####` or `answer is`, or else the last number.
     """
@@ -54,7 +54,7 @@ def parse_json(text: str) -> Any:
     """Parse a text that is JSON, or the JSON in its only block between Markdown fences.
 
     Raises:
-        NotJson: where it is neither. NaN and infinities are no JSON.
+        NotJson: if it is neither. NaN and infinities are no JSON.
     """
     blocks = _FENCE.findall(text)
     try:
@@ -71,7 +71,7 @@ def json_fields(value: Any) -> Counter[tuple[str, str]]:
     """Return how often each pair of a path and a value occurs. The order of lists does not count.
 
     Raises:
-        NotJson: where it is nested too deeply.
+        NotJson: if it is nested too deeply.
     """
     try:
         return Counter(_fields(value, ""))
@@ -138,7 +138,7 @@ def repeated_share(text: str, size: int = 4) -> float:
 
 
 def first_label(text: str, labels: Sequence[str]) -> str | None:
-    """Return the label that the text is, or else the one that it names first; None where it names none.
+    """Return the label that the text is, or else the one that it names first; None if it names none.
 
     Labels are found as whole words, without regard to case; of several at the same place, the longest. Where an article is a
     label, such as the letter A, it counts as written, or where no word can follow.

@@ -62,7 +62,7 @@ class GeneratedIds:
 
 @dataclass(frozen=True)
 class StoredAnswer:
-    """One line of a side: the index of the prompt, and the answer. `is_stopped` is False where the length cut it off.
+    """One line of a side: the index of the prompt, and the answer. `is_stopped` is False if the length cut it off.
 
     `gpu_s` is its share of the time that a GPU took for its batch, 0 on CPUs and with engines that divide a model over GPUs.
     """
@@ -96,7 +96,7 @@ class AnswerStore:
         self._partial = folder / f".{name}-{key.digest()[:16]}"
 
     def read_complete(self) -> list[StoredAnswer] | None:
-        """Return all answers in the order of the prompts; None where they are not complete, damaged, or of another key."""
+        """Return all answers in the order of the prompts; None if they are not complete, damaged, or of another key."""
         try:
             record = json_records.read_if_present(SideRecord, self._record)
             if record is None or record.key != self.key:
@@ -149,7 +149,7 @@ class AnswerStore:
         """Write all answers into one file and remove the parts; returns them in the order of the prompts.
 
         Raises:
-            RunError: where some are missing.
+            RunError: if some are missing.
         """
         if (existing := self.read_complete()) is None:
             answers = self.read()

@@ -52,7 +52,7 @@ def is_match(pattern: str, text: str, time_limit_s: float) -> bool:
     """Return whether a pattern of the schema matches somewhere in a text.
 
     Raises:
-        DataError: where it takes too long, or is none.
+        DataError: if it takes too long, or is none.
     """
     try:
         return compile_bounded(pattern).search(text, timeout=time_limit_s) is not None

@@ -26,7 +26,7 @@ class MetricProcess:
     """A process that runs one function; one answer at a time, each with a time limit.
 
     Raises:
-        DataError: where the file cannot be imported.
+        DataError: if the file cannot be imported.
     """
 
     def __init__(self, metric: str, file: Path, function: str, limit_s: float) -> None:
@@ -57,7 +57,7 @@ class MetricProcess:
         """Return the score of an answer; `place` names the row.
 
         Raises:
-            DataError: where the function fails, hangs, ends its process, or returns no number.
+            DataError: if the function fails, hangs, ends its process, or returns no number.
         """
         row = json.dumps({"answer": answer.text, "reference": reference})
         assert self._process.stdin is not None
@@ -72,7 +72,7 @@ class MetricProcess:
         return float(reply["score"])
 
     def _read_reply(self, limit_s: float) -> dict[str, Any] | None:
-        """Return the reply of the process; None where it has ended or does not reply in time."""
+        """Return the reply of the process; None if it has ended or does not reply in time."""
         assert self._process.stdout is not None
         deadline, content = monotonic() + limit_s, b""
         while not content.endswith(b"\n") and len(content) <= _MAX_REPLY_BYTES:

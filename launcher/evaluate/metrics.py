@@ -20,7 +20,7 @@ from launcher.security.regular_expressions import compile_bounded
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """What a model answered. `is_stopped` is False where the answer was cut at the greatest length."""
+    """What a model answered. `is_stopped` is False if the answer was cut at the greatest length."""
 
     text: str
     is_stopped: bool

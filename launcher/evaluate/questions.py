@@ -76,7 +76,7 @@ class QuestionSet:
 
 
 def split_question(document: Document, system: str | None) -> EvalQuestion | None:
-    """Return the question of a document: a chat up to its last answer, or a prompt; None where it has none."""
+    """Return the question of a document: a chat up to its last answer, or a prompt; None if it has none."""
     match document:
         case Chat():
             chat = with_system(document, system)
@@ -174,7 +174,7 @@ def _find(data: DataSection, encoder: Encoder, keys: set[bytes], advance: Advanc
 
 
 def render(document: Document, encoder: Encoder, checks: ChecksSection) -> RenderedDocument | None:
-    """Return a document in the chat template; None where the template refuses it and the settings leave such rows out."""
+    """Return a document in the chat template; None if the template refuses it and the settings leave such rows out."""
     try:
         return encoder.render(document)
     except DataError:
@@ -187,7 +187,7 @@ def read_documents(inputs: Sequence[Source], encoder: Encoder, checks: ChecksSec
     """Yield the documents of sources as the build of the cache reads them.
 
     Raises:
-        DataError: where a source is not there, or another user has made a folder of its name; and for rows that cannot be read.
+        DataError: if a source is not there, or another user has made a folder of its name; and for rows that cannot be read.
     """
     for source in inputs:
         if source.is_read:

@@ -49,7 +49,7 @@ def copy_metric_files(settings: AnswerMetrics, folder: Path) -> None:
     Every process scores by the copies: the files may change, and a path leads elsewhere on other nodes.
 
     Raises:
-        ConfigError: where a file is missing, wrong, or could have been changed by others.
+        ConfigError: if a file is missing, wrong, or could have been changed by others.
     """
     schema = _read_schema(settings.json_schema, settings.metric_time_limit_s) if "json_schema" in settings.metrics else ""
     functions, contents = {}, {}
@@ -69,7 +69,7 @@ class AnswerScorer:
     """Scores answers by each metric of the settings, with the files that `copy_metric_files` has put into `folder`.
 
     Raises:
-        DamagedRun: where they are not there, or a function's copy has changed.
+        DamagedRun: if they are not there, or a function's copy has changed.
     """
 
     def __init__(self, settings: AnswerMetrics, folder: Path) -> None:
@@ -113,7 +113,7 @@ class AnswerScorer:
         """Return the score of each answer by a metric of the settings.
 
         Raises:
-            DataError: where a user's function fails or takes too long, or a regular expression does; with the row.
+            DataError: if a user's function fails or takes too long, or a regular expression does; with the row.
         """
         if metric in METRICS:
             table = METRICS[metric]
@@ -175,8 +175,8 @@ def _check_references(schema: Any) -> None:
     """Check every schema that a reference of a JSON schema leads to.
 
     Raises:
-        Unresolvable: where one leads nowhere.
-        SchemaError: where one leads to something that is no schema.
+        Unresolvable: if one leads nowhere.
+        SchemaError: if one leads to something that is no schema.
     """
     from jsonschema.validators import validator_for
     from jsonschema_specifications import REGISTRY

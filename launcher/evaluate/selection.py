@@ -30,7 +30,7 @@ def list_shots(setting: Literal["auto"] | int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ChosenStyles:
-    """The best way to ask without examples and with them; None where none is used. `scores` are those of all that were tried."""
+    """The best way to ask without examples and with them; None if none is used. `scores` are those of all that were tried."""
 
     zero_shot: PromptStyle
     few_shot: PromptStyle | None

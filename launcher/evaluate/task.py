@@ -185,7 +185,7 @@ class EvaluationFolder:
         """Compare a process with the first one, and the first one with all that have begun.
 
         Raises:
-            RunError: where they differ, since each would wait for answers that no other gives.
+            RunError: if they differ, since each would wait for answers that no other gives.
         """
         files = sorted(self.processes.glob("*.json")) if rank == 0 else [self.processes / f"{0:05d}.json"]
         for file in files:
@@ -222,9 +222,9 @@ class EvaluationFolder:
 
 
 def read_exported(folder: EvaluationFolder, checkpoint: str) -> EvaluatedExport | None:
-    """Return the record of the weights in an evaluation's folder; None where it has none, or those of another checkpoint.
+    """Return the record of the weights in an evaluation's folder; None if it has none, or those of another checkpoint.
 
-    `checkpoint` is the digest of the step's checkpoint, empty where it was removed: what was exported before is then its weights.
+    `checkpoint` is the digest of the step's checkpoint, empty if it was removed: what was exported before is then its weights.
     """
     existing = json_records.read_if_present(EvaluatedExport, folder.weights_record)
     if existing is None or not folder.weights.is_dir() or checkpoint not in ("", existing.checkpoint):

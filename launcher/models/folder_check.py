@@ -139,12 +139,12 @@ def _code_problems(config: Mapping[str, Any], file: Path) -> Iterator[Problem]:
 
 
 def _known_types() -> str | None:
-    """Return the source text that lists the architectures of the installed transformers; None where it is not found."""
+    """Return the source text that lists the architectures of the installed transformers; None if it is not found."""
     return _source("auto_mappings.py")
 
 
 def _causal_types() -> frozenset[str]:
-    """Return the architectures of which the installed transformers has a causal language model; empty where it does not say."""
+    """Return the architectures of which the installed transformers has a causal language model; empty if it does not say."""
     listed = re.search(
         r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = (.*?)^\)", _source("modeling_auto.py") or "", re.MULTILINE | re.DOTALL
     )

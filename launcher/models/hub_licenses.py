@@ -42,6 +42,6 @@ LICENSES: Mapping[str, HubLicense] = {
 
 
 def find_license(repo_id: str) -> HubLicense | None:
-    """Return the license of a repository; None where the table has none."""
+    """Return the license of a repository; None if the table has none."""
     prefixes = [prefix for prefix in LICENSES if repo_id.startswith(prefix)]
     return LICENSES[max(prefixes, key=len)] if prefixes else None

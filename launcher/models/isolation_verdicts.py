@@ -23,7 +23,7 @@ _FORMAT = 5
 
 
 def transformers_version() -> str:
-    """Return the version of the installed transformers, whose attention masks decide; empty where it is not installed."""
+    """Return the version of the installed transformers, whose attention masks decide; empty if it is not installed."""
     try:
         return importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:

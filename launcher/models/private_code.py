@@ -42,9 +42,9 @@ def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Pa
     whom this user trusts. `code` is the folder of the Python files, where that is another one.
 
     Raises:
-        ConfigError: where other code would run.
-        CheckpointError: where a file is a link that leaves its folder.
-        OSError: where a file cannot be read, or copied.
+        ConfigError: if other code would run.
+        CheckpointError: if a file is a link that leaves its folder.
+        OSError: if a file cannot be read, or copied.
     """
     if not (folder / _CONFIG).is_file():
         return folder

@@ -39,7 +39,7 @@ def code_digest(folder: Path) -> str | None:
 def code_problems(model: ModelSection, config: Mapping[str, Any], folder: Path | None, where: str) -> Iterator[Problem]:
     """Yield why the code of a model may not run. `config` is its config.json, and `where` names that file for the user.
 
-    `folder` is None where the model is not on this machine yet.
+    `folder` is None if the model is not on this machine yet.
     """
     yield from kernel_problems(config, where)
     if not model.trust_remote_code:

@@ -213,7 +213,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ConfigError: where the file holds something else, with the line and column.
+        ConfigError: if the file holds something else, with the line and column.
     """
     where, remedy = str(file), "correct it, or download this file again"
     try:

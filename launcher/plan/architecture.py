@@ -104,7 +104,7 @@ def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | 
     """Build the facts of a model from its config. `num_params` is the exact count from its weights; None estimates it.
 
     Raises:
-        ConfigError: where the config lacks a number that planning needs.
+        ConfigError: if the config lacks a number that planning needs.
     """
     config = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
     missing = [key for key in _NEEDED if not isinstance(config.get(key), int)]

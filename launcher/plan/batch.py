@@ -42,7 +42,7 @@ def split(train: TrainSection, data: DataSection, world_size: int, device: str, 
     """Derive micro-batch, accumulation and the number of steps.
 
     Raises:
-        ConfigError: where the global batch does not divide over the ranks, or the rows per rank over the micro-batch.
+        ConfigError: if the global batch does not divide over the ranks, or the rows per rank over the micro-batch.
     """
     total, micro = train.global_batch_size, train.micro_batch_size
     if total % world_size:

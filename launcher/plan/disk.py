@@ -39,7 +39,7 @@ def needed_bytes(plan: LaunchPlan, count: int = 1) -> int:
 
 
 def refusal(plan: LaunchPlan, available: int) -> Problem | None:
-    """Return the problem where not even one checkpoint fits; None where one does."""
+    """Return the problem where not even one checkpoint fits; None if one does."""
     needed = needed_bytes(plan)
     if available >= needed:
         return None
@@ -52,7 +52,7 @@ def refusal(plan: LaunchPlan, available: int) -> Problem | None:
 
 
 def note(plan: LaunchPlan, available: int, present: int) -> str | None:
-    """Return a note where fewer checkpoints fit than will be kept; None where all fit. `present` of them exist already."""
+    """Return a note where fewer checkpoints fit than will be kept; None if all fit. `present` of them exist already."""
     count = max(1, checkpoints_at_once(plan) - present)
     needed = needed_bytes(plan, count)
     if available >= needed:

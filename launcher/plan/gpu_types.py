@@ -36,13 +36,13 @@ PRICE_ASSUMPTION = f"typical, on demand, {PRICE_DATE}"
 
 @dataclass(frozen=True)
 class GpuType:
-    """Numbers of one GPU type. `memory_gib` is usable device memory; peaks are in TFLOP/s, None where there are no such units.
+    """Numbers of one GPU type. `memory_gib` is usable device memory; peaks are in TFLOP/s, None if there are no such units.
 
     `memory_tbs` is the bandwidth of the memory in 10^12 bytes per second; None stands for that of an H100 with as many FLOP/s.
 
     `names` is a regular expression that is searched in the names that nvidia-smi, torch, Slurm and people write, after these
     were put in lower case with one space for all that is neither letter nor digit. No name may match the expressions of two
-    types. `usd_per_hour` is a typical price of one GPU, None where there is none. `runtime_gib`, what CUDA and NCCL take, and
+    types. `usd_per_hour` is a typical price of one GPU, None if there is none. `runtime_gib`, what CUDA and NCCL take, and
     `fragmentation`, the factor by which the allocator's peak exceeds that of the tensors, are None until a GPU was measured, and
     so are `gemm_share`, the share of the peak that the matrix products of a step reach, and how many times as fast as in bf16
     products are in FP8, casts included: `fp8_speed` compiled, `fp8_eager_speed` not. benchmarks/gpu.py measures them.
@@ -79,10 +79,10 @@ class Price:
 
     @classmethod
     def of_plan(cls, values: Mapping[str, Any]) -> Price | None:
-        """Return the price in a plan's JSON; None where it has none.
+        """Return the price in a plan's JSON; None if it has none.
 
         Raises:
-            TypeError, ValueError, KeyError: where it is damaged.
+            TypeError, ValueError, KeyError: if it is damaged.
         """
         price = values.get("price")
         try:
@@ -165,7 +165,7 @@ def lookup(name: str) -> GpuType | None:
 
 
 def typical_price(name: str) -> Price | None:
-    """Return the typical price of a GPU, by any name that `recognize` knows; None where there is none."""
+    """Return the typical price of a GPU, by any name that `recognize` knows; None if there is none."""
     gpu_type = lookup(name)
     if gpu_type is None or gpu_type.usd_per_hour is None:
         return None

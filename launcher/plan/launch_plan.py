@@ -30,7 +30,7 @@ class Record(BaseModel):
 class DeviceFacts(Record):
     """The devices of one node; `kind` is cuda or cpu, `memory_gib` is the memory of one device.
 
-    `problem` is why GPUs that may be there are not counted, empty where nothing is wrong.
+    `problem` is why GPUs that may be there are not counted, empty if nothing is wrong.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class ModelFacts(Record):
     """The model's numbers for the planner; `path` and `tokenizer_path` are local folders, None before the download.
 
     `has_weights` is False for the folder of a run that was fetched from a mirror: its weights are in the checkpoints.
-    `isolation` is None where nothing was probed yet.
+    `isolation` is None if nothing was probed yet.
     """
 
     path: str | None
@@ -84,7 +84,7 @@ class DataFacts(Record):
     """Counts of a built data cache. Rows are packed rows; tokens exclude padding.
 
     `digest` is that of the arrays (tokens, masks, documents and rows) of the training split, "-", and that of the held-out split.
-    `chat_template` is the text of data.chat_template, None where the tokenizer's own template was used; `turn_end_ids` are the
+    `chat_template` is the text of data.chat_template, None if the tokenizer's own template was used; `turn_end_ids` are the
     tokens at which the model learns to stop.
     """
 
@@ -186,7 +186,7 @@ class Batch(Record):
 class Memory(Record):
     """Model states in GiB: `per_rank_gib` on the device, `host_per_node_gib` in main memory through offload.
 
-    `device_gib` and `node_gib` are the memory of a device and the main memory of a node, None where unknown.
+    `device_gib` and `node_gib` are the memory of a device and the main memory of a node, None if unknown.
     """
 
     weights_gib: float
@@ -322,7 +322,7 @@ class LaunchPlan(Record):
         return tuple(one.cache_dir for one in (*data, *self.eval_sets.values()))
 
     def eval_rows_digest(self, name: str) -> str:
-        """Return the digest of the rows of an evaluation set, empty where the plan has none of that name."""
+        """Return the digest of the rows of an evaluation set, empty if the plan has none of that name."""
         facts = self.data if name == HELD_OUT else self.eval_sets.get(name)
         return "" if facts is None else facts.digest
 
@@ -353,7 +353,7 @@ class LaunchPlan(Record):
         """Parse a plan of this schema version or an earlier one.
 
         Raises:
-            ValueError: where it is no plan, in one line that names the field.
+            ValueError: if it is no plan, in one line that names the field.
         """
         values = json.loads(text)
         if not isinstance(values, dict):

@@ -93,7 +93,7 @@ def plan_saving(
 ) -> Saving:
     """Decide whether checkpoints are written in the background, which takes a copy of each rank's states in main memory.
 
-    `host_gib` is the main memory of a node; None where unknown.
+    `host_gib` is the main memory of a node; None if unknown.
     """
     if not asynchronous:
         return Saving(background=False, host_gib_per_node=0.0)

@@ -14,7 +14,7 @@ def migrate(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plan `values` in the current schema; neither it nor anything in it is changed.
 
     Raises:
-        ValueError: where the schema version is unknown, or a part that moves is not where its version has it.
+        ValueError: if the schema version is unknown, or a part that moves is not where its version has it.
     """
     version = values.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= SCHEMA_VERSION:

@@ -23,8 +23,8 @@ class Optimizer:
     `states` are the keys, in torch's `optimizer.state[parameter]`, of its fp32 tensors with one element per parameter element.
     Checkpoints store them under these names, so they cannot change later. `builder` is the function that makes the optimizer,
     as module:function; see launcher/train/optim.py for its signature. `classes` are the optimizer classes that it returns, as
-    module.Class. `counts_steps` is False where the class keeps no "step" beside its states. `can_offload` is False where
-    DeepSpeed has no CPU implementation. `is_known_to_deepspeed` is False where DeepSpeed does not list a class as tested.
+    module.Class. `counts_steps` is False if the class keeps no "step" beside its states. `can_offload` is False where
+    DeepSpeed has no CPU implementation. `is_known_to_deepspeed` is False if DeepSpeed does not list a class as tested.
     `usual_lr` are the smallest and largest peak learning rates that fine-tuning usually takes; far larger ones are warned about.
     """
 

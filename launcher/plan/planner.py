@@ -80,7 +80,7 @@ def fit_workers(planned: LaunchPlan, num_workers: int, ranks_per_node: int) -> L
     """Return the plan on the most ranks, up to `num_workers`, that the global batch divides over. Pure.
 
     Raises:
-        ConfigError: where there is no such number.
+        ConfigError: if there is no such number.
     """
     for ranks in range(num_workers, 0, -1):
         if ranks == planned.topology.world_size:
@@ -99,7 +99,7 @@ def fewest(planned: LaunchPlan) -> LaunchPlan | None:
     """Return the plan of an elastic run on the fewest workers that it continues with; None for a run of one size.
 
     Raises:
-        ConfigError: where the global batch does not divide over any number of workers up to that.
+        ConfigError: if the global batch does not divide over any number of workers up to that.
     """
     num_workers = planned.config.cluster.fewest_workers
     if num_workers is None or num_workers == planned.topology.world_size:
@@ -111,7 +111,7 @@ def resized(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> Launch
     """Return the plan of the same run on another number of ranks: each step has the same rows, split in another way. Pure.
 
     Raises:
-        ConfigError: where the global batch or an hpZ partition does not divide over them.
+        ConfigError: if the global batch or an hpZ partition does not divide over them.
     """
     config, nodes = planned.config, -(-world_size // ranks_per_node)
     sizes = {"nodes": nodes, "ranks_per_node": ranks_per_node, "world_size": world_size}
@@ -279,7 +279,7 @@ def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
 
 
 def _too_large(planned: LaunchPlan) -> str:
-    """Return the message where a rank's states, or its tensors at their peak, exceed a GPU; empty where they fit or unknown.
+    """Return the message where a rank's states, or its tensors at their peak, exceed a GPU; empty if they fit or unknown.
 
     What CUDA, NCCL and fragmentation add is an assumption, so a plan that only exceeds a GPU with it gets a note instead.
     """

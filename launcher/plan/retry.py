@@ -35,7 +35,7 @@ class Cause(StrEnum):
 class RestartedRanks:
     """Why the node agents restarted the ranks within an attempt.
 
-    `exception` is the class of the Python exception that ended them, empty where a signal, a hang or broken hardware did. `step`
+    `exception` is the class of the Python exception that ended them, empty if a signal, a hang or broken hardware did. `step`
     counts the completed optimizer steps, None before the model was loaded. `saved_step` is that of the newest checkpoint.
     """
 
@@ -143,7 +143,7 @@ def _ends_of_ranks(attempt: AttemptEnd) -> Iterator[tuple[int | None, RestartedR
 
 
 def _spent(attempts: Sequence[AttemptEnd], budgets: ManagedSection) -> str:
-    """Return the message about the budget that the last attempt exceeded; empty where none is exceeded.
+    """Return the message about the budget that the last attempt exceeded; empty if none is exceeded.
 
     All causes but preemptions are counted from the last attempt that left a newer checkpoint, whose own end counts: it came
     after that checkpoint.

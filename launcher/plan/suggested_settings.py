@@ -38,7 +38,7 @@ _MAX_STATES_SHARE = 0.7
 
 @dataclass(frozen=True)
 class DataSample:
-    """What a look at the data found: documents, and tokens of one; `is_measured` is False where characters were counted."""
+    """What a look at the data found: documents, and tokens of one; `is_measured` is False if characters were counted."""
 
     num_documents: int
     mean_tokens: float

@@ -32,7 +32,7 @@ ASSUMED_GBITS = 400
 _BYTES_PER_PARAM = 3 * 2
 _SOURCE = "published for FSDP (LLM Foundry, 2024-04)"
 # The largest model of each class in parameters: the geometric mean of neighboring sizes. Each GPU has the lowest and the highest
-# MFU of each class, None where none is published.
+# MFU of each class, None if none is published.
 _SIZES = (0.21e9, 0.52e9, 1.0e9, 1.9e9, 4.2e9, 9.3e9, 19.6e9, 44e9, 100e9)
 _A100_40GB = (
     *((0.343, 0.382), (0.379, 0.457), (0.414, 0.512), (0.424, 0.550), (0.459, 0.564)),
@@ -68,7 +68,7 @@ class MeasuredMfu:
 
 @dataclass(frozen=True)
 class SpeedEstimate:
-    """What a run is expected to take, each as (lowest, highest); None where it is not known.
+    """What a run is expected to take, each as (lowest, highest); None if it is not known.
 
     `basis` is what the figures rest on. Where there are none, it is the reason.
     """

@@ -1,4 +1,4 @@
-"""The loop's view of checkpoints: starts saves, waits for them, and reports their outcomes."""
+"""The loop's interface to checkpoints: starts saves, waits for them, and reports their outcomes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from launcher.train.model import CausalLMLoss
 class Checkpointer:
     """Saves through a `Saver` and reports outcomes on rank 0.
 
-    `saved_step` and `save_s` are the step and the seconds of the last save that all ranks know of. `stall_s` are the seconds that
-    training has waited for the saves reported so far, on rank 0.
+    `saved_step` and `save_s` are the step and the duration, in seconds, of the last save that all ranks know of. `stall_s` is the
+    time, in seconds, that training has waited for the saves reported so far, on rank 0.
     """
 
     def __init__(
         self, saver: Saver, tracker: Composite, is_main: bool, beat: Callable[[str, int], None], eval_set: str = HELD_OUT
     ) -> None:
-        """`eval_set` is the set of the losses that are passed to `save`."""
+        """`eval_set` names the evaluation set whose losses are passed to `save`."""
         self._saver, self._tracker, self._is_main, self._beat = saver, tracker, is_main, beat
         self._eval_set = eval_set
         self._is_unreported, self._saving_step = False, 0
@@ -52,10 +52,10 @@ class Checkpointer:
     def save_and_wait(
         self, step: int, state: Mapping[str, Any], eval_loss: float | None, reference_logits: Mapping[str, torch.Tensor]
     ) -> None:
-        """Save, and return when the checkpoint is committed. Collective.
+        """Save, and return once the checkpoint is committed. Collective.
 
         Raises:
-            CheckpointError: where it could not be saved; committed checkpoints stay.
+            CheckpointError: if the save failed; committed checkpoints stay.
         """
         self.wait(step)
         self._is_unreported, self._eval_loss, self._saving_step = True, eval_loss, step
@@ -66,7 +66,7 @@ class Checkpointer:
 
     def wait(self, step: int) -> Saved | CheckpointError | None:
         """Wait for the in-flight save and return its outcome; a failed one is reported, and training continues. Collective."""
-        # The watchdog must not take this wait for a stalled step.
+        # Otherwise the watchdog would take this wait for a stalled step.
         self._beat("saving", step)
         outcome = self._saver.wait()
         if isinstance(outcome, Saved):
@@ -78,12 +78,12 @@ class Checkpointer:
         """Report the outcome of the in-flight save if it is known. Does not wait.
 
         Raises:
-            Superseded: where another attempt has taken over the run.
+            Superseded: if another attempt has taken over the run.
         """
         self._report(self._saver.poll(), step)
 
     def record_evaluation(self, path: Path, loss: float) -> None:
-        """Record the loss of the committed checkpoint at `path`, which was saved without it, on rank 0."""
+        """Record the loss of the committed checkpoint at `path`, which was saved without one, on rank 0."""
         step = self.saved_step
         if not self._is_main or step is None:
             return
@@ -105,7 +105,7 @@ class Checkpointer:
         if isinstance(outcome, LauncherError):
             problems = outcome.problems
             reason = "; ".join(f"{p.message} ({': '.join(filter(None, (p.where, p.value)))})" for p in problems)
-            # Alerts are rate-limited by the text before the colon, which differs for each step.
+            # The text before the colon differs for each step, so the rate limit does not suppress this alert.
             self._tracker.event("alert", f"step {self._saving_step} was not saved: {reason}", step)
             return
         self.stall_s += outcome.stall_s
@@ -132,7 +132,7 @@ class Checkpointer:
 
 
 def _free_bytes(folder: Path) -> int | None:
-    """Free bytes of the file system; None where that cannot be read, which is no reason to stop training."""
+    """Return the free bytes of the file system; None if they cannot be read, which is no reason to stop training."""
     try:
         return shutil.disk_usage(folder).free
     except OSError:
@@ -141,11 +141,11 @@ def _free_bytes(folder: Path) -> int | None:
 
 @torch.no_grad()
 def compute_reference_logits(engine: Any, model: CausalLMLoss, split: Split, device: torch.device) -> dict[str, torch.Tensor]:
-    """Compute logits of the first tokens of the first row, which an export is compared with. Collective.
+    """Compute logits of the first tokens of the first row, to compare an export with. Collective.
 
     Returns `input_ids` [1, T], `position_ids` [1, T] and `logits` [1, T, V], on the CPU.
     """
-    # Not the whole row: these tokens are in the block that was verified when the split was opened, so reading them cannot fail.
+    # Only these tokens: they lie in the block that was verified when the split was opened, so reading them cannot fail.
     row = torch.from_numpy(split.tokens[: min(split.rows[1], REFERENCE_TOKENS)].astype("int64"))[None]
     positions = torch.arange(row.shape[1])[None]
     model.eval()

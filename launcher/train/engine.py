@@ -1,4 +1,4 @@
-"""Builds the ZeRO-3 engine of a plan: process group, partitioned model, optimizer."""
+"""Builds the ZeRO-3 engine for a plan: process group, partitioned model, optimizer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def join_process_group(plan: LaunchPlan, rank_info: RankInfo) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    with suppress(RuntimeError):  # registered already
+    with suppress(RuntimeError):  # already registered
         dist.register_rendezvous_handler("launcher", _meet_ranks)
     deepspeed.init_distributed(
         dist_backend=plan.topology.backend,
@@ -48,7 +48,7 @@ def join_process_group(plan: LaunchPlan, rank_info: RankInfo) -> torch.device:
 
 
 def _meet_ranks(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[dist.Store, int, int]]:
-    """Yield the store of all ranks, this rank and the world size: torch's env:// whose store listens on MASTER_ADDR alone."""
+    """Yield the store of all ranks, this rank and the world size: torch's env://, but its store listens only on MASTER_ADDR."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = open_store(address, port, is_server=rank == 0, num_members=world_size, timeout=timeout)
@@ -60,12 +60,12 @@ def build_engine(
 ) -> tuple[Any, CausalLMLoss]:
     """Build a DeepSpeed engine around the model, with weights loaded and partitioned. Collective.
 
-    `make_progress` reports on rank 0 how far the weights are loaded. With `has_checkpoint`, a checkpoint is to be loaded into the
-    engine, and its weights have no values before.
+    `make_progress` reports the loading of the weights on rank 0. With `has_checkpoint`, the weights have no values until a
+    checkpoint is loaded into the engine.
 
     Raises:
-        RunError: where the plan puts states on an NVMe disk that this node does not have.
-        ConfigError: where the architecture cannot be trained, weights are missing, or the folder on NVMe is another user's.
+        RunError: if the plan puts states on an NVMe disk that this node does not have.
+        ConfigError: if the architecture cannot be trained, weights are missing, or another user owns the folder on NVMe.
     """
     import deepspeed
 
@@ -78,10 +78,10 @@ def build_engine(
 
 
 def build_inference_engine(plan: LaunchPlan, make_progress: MakeProgress = silent) -> tuple[Any, CausalLMLoss]:
-    """Build a DeepSpeed engine that computes what the training engine does in evaluations, without an optimizer. Collective.
+    """Build a DeepSpeed engine that evaluates as the training engine does, but without an optimizer. Collective.
 
     Raises:
-        ConfigError: where the architecture cannot be trained, or weights are missing.
+        ConfigError: if the architecture cannot be trained, or weights are missing.
     """
     import deepspeed
 
@@ -95,12 +95,12 @@ def build_inference_engine(plan: LaunchPlan, make_progress: MakeProgress = silen
 def _partitioned_model(
     plan: LaunchPlan, make_progress: MakeProgress, has_checkpoint: bool = False, trains: bool = True
 ) -> Iterator[CausalLMLoss]:
-    """Yield the model of a plan with its weights partitioned."""
+    """Yield the model of a plan with partitioned weights."""
     from transformers import set_seed
     from transformers.integrations import HfDeepSpeedConfig
 
     set_seed(plan.config.run.seed)
-    # transformers holds a weak reference to this object: while it is alive, weights are partitioned as they load.
+    # transformers holds only a weak reference to this object; weights are partitioned as they load while it is alive.
     partitioning = HfDeepSpeedConfig(plan.deepspeed)
     config = plan.config
     device, chunk_tokens = plan.topology.device, plan.chunk_tokens
@@ -124,7 +124,7 @@ def _partitioned_model(
 def import_muon() -> None:
     """Import DeepSpeed's Muon without torch.compile, which it applies to three functions that are never called here.
 
-    DeepSpeed compares each optimizer's type with Muon's; loading the compiler would take a fifth of a rank's start-up.
+    DeepSpeed compares each optimizer's type with Muon's. Loading the compiler would take a fifth of a rank's start-up time.
     """
     compiler, torch.compile = torch.compile, lambda *_, **__: lambda function: function
     try:
@@ -134,18 +134,18 @@ def import_muon() -> None:
 
 
 def leave_process_group() -> None:
-    """Leave the process group once all ranks have called this. Collective."""
+    """Leave the process group once all ranks have called this function. Collective."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def _prepare_nvme_folder(plan: LaunchPlan, rank_info: RankInfo) -> None:
-    """Make the folder of this run's states empty: earlier attempts may have had more ranks."""
+    """Create an empty folder for this run's states; earlier attempts may have had more ranks."""
     folder = plan.nvme_folder
     if folder is None:
         return
-    # DeepSpeed would create the folder, and fill the system disk where nothing is mounted.
+    # DeepSpeed would create the folder itself, and fill the system disk if nothing is mounted there.
     if not folder.parent.is_dir():
         raise RunError(
             "this node has no such folder for states on NVMe",

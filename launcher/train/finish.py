@@ -1,4 +1,4 @@
-"""What follows the last step: the Hugging Face folder, which all ranks write, and its proof."""
+"""Steps after the last training step: all ranks write the Hugging Face folder, and rank 0 verifies it."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from launcher.train.engine import leave_process_group
 from launcher.train.kernels import liger
 from launcher.train.model import weights_gib
 
-# Called on rank 0 with the plan, the Hugging Face folder, the device type on which its model fits, and the tracker.
+# Called on rank 0 with the plan, the Hugging Face folder, the device type that its model fits on, and the tracker.
 OnExported = Callable[[LaunchPlan, Path, str, Composite], None]
 _NOT_WRITTEN = "training is complete and saved, but the Hugging Face folder could not be written"
 
 
 def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, device: torch.device, tracker: Composite) -> None:
-    """Write the weight files of the Hugging Face folder, each on one rank; `finish` on rank 0 has to follow. Collective.
+    """Write the weight files of the Hugging Face folder, each on one rank; call `finish` on rank 0 afterwards. Collective.
 
     Raises:
-        ExportError: on every rank, after leaving the process group, where any rank cannot write, or where a weight differs from
+        ExportError: on every rank, after leaving the process group, if any rank cannot write, or if a weight differs from
             the engine's.
     """
     _free_memory()
@@ -60,7 +60,7 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
         rank, world_size = rank_info.rank, rank_info.world_size
         run_on_all_ranks(device, _NOT_WRITTEN, lambda: write_rank_files(task, rank, world_size, make_progress))
     except CheckpointError as error:
-        # All ranks raise this, so none of them writes any more.
+        # All ranks raise this, so none of them writes any longer.
         leave_process_group()
         if rank_info.is_main:
             shutil.rmtree(task.partial, ignore_errors=True)
@@ -68,12 +68,12 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
 
 
 def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: OnExported) -> None:
-    """Complete the Hugging Face folder, prove that it is the trained model, push it where asked for, and call `on_exported`.
+    """Complete the Hugging Face folder, verify that it is the trained model, push it if configured, and call `on_exported`.
 
-    An alert says so where the run overfits.
+    Sends an alert if the run overfits.
 
     Raises:
-        ExportError: where the folder cannot be written, or does not compute what the trained model computed.
+        ExportError: if the folder cannot be written, or does not compute what the trained model computed.
     """
     if not plan.config.export.enabled:
         return
@@ -99,7 +99,7 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: 
 
 
 def _report_overfitting(plan: LaunchPlan, tracker: Composite) -> None:
-    """Say since when the run overfits, unless it ended for that reason and has its best weights."""
+    """Report since when the run overfits, unless it ended for that reason and kept its best weights."""
     keeps_best = plan.config.eval.stop_after > 0 and plan.config.checkpoint.keep_best > 0
     with suppress(OSError, ValueError):
         overfitting = None if keeps_best else read_overfitting(RunDir(Path(plan.run_dir)))
@@ -133,7 +133,7 @@ def _free_memory() -> None:
 
 
 def _export_device(plan: LaunchPlan) -> str:
-    """Device type on which the exported model fits."""
+    """Return the device type that the exported model fits on."""
     if not torch.cuda.is_available():
         return "cpu"
     free_gib = torch.cuda.mem_get_info()[0] / 2**30
@@ -162,7 +162,7 @@ def _report_export(exported: ExportedFolder, tracker: Composite) -> None:
 
 
 def _push(plan: LaunchPlan, exported: ExportedFolder, tracker: Composite) -> None:
-    """Push the folder to the Hub. A failure is only an alert: the run is complete and the folder is there."""
+    """Push the folder to the Hub. A failure is only an alert: the run is complete and the folder exists."""
     repo_id = plan.config.export.push_to_hub
     if repo_id is None:
         return

@@ -1,8 +1,8 @@
 """Measures whether the packed documents of a row affect each other in a model, and whether tokens see later ones.
 
-One row holds three documents. A change of the first one must not move the logits of the second. A change of all tokens after
-the middle of the second one is the control: attention is causal, so it moves the logits before them by rounding alone, as a
-mixture-of-experts does that groups tokens in another way.
+One row holds three documents. Changing the first document must not move the logits of the second. Changing all tokens after the
+middle of the second document is the control: attention is causal, so this moves the earlier logits by rounding only, for example
+in a mixture of experts that groups the tokens differently.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from launcher.train.kernels.attention import VARLEN
 from launcher.train.model import CausalLMLoss
 
 DOCUMENT_TOKENS = 16
-# The multiple of the control from which a move is no rounding.
+# From this multiple of the control, a move is not rounding.
 _FACTOR = 10.0
-# The control shows that attention is not causal from this multiple of the logits' resolution, and in types where that is coarse
-# from this share of the change of a document's own logits.
+# Attention counts as not causal if the control exceeds this multiple of the logits' resolution or, in coarse types, this share
+# of the change of a document's own logits.
 _NOT_CAUSAL, _NOT_CAUSAL_SHARE = 1000.0, 0.01
-# The share of the largest logit by which rounding may move logits that are computed in two ways; where the type is coarse, the
-# multiple of its resolution.
+# Rounding may move logits that are computed in two ways by this share of the largest logit or, in coarse types, by this multiple
+# of their resolution.
 _SAME_LOGITS, _SAME_LOGITS_ROUNDINGS = 1e-3, 4
-# What models raise that need more than token ids.
+# Errors of models that need more than token ids.
 _NEEDS_MORE = (TypeError, ValueError, AttributeError, KeyError, NotImplementedError)
 
 
@@ -40,11 +40,11 @@ class NotMeasurable(Exception):
 
 @dataclass(frozen=True)
 class Isolation:
-    """By how much the logits of the first half of the second document move, as absolute maxima.
+    """How far the logits of the first half of the second document move, as absolute maxima.
 
-    `moved` is for changes of the first document, `control` for changes of all tokens after that half. `own` is by how much the
-    logits of a changed document itself move, `rounding` the resolution of the logits in fp32. `causal_limit` is how far rounding
-    can move the control.
+    `moved` is for changes of the first document, `control` for changes of all tokens after that half. `own` is how far the logits
+    of a changed document itself move, `rounding` the resolution of the logits in fp32. `causal_limit` is how far rounding can
+    move the control.
     """
 
     moved: float
@@ -55,12 +55,12 @@ class Isolation:
 
     @property
     def is_causal(self) -> bool:
-        """Return False if a document's logits depend on tokens after it."""
+        """Return False if a document's logits depend on later tokens."""
         return self.control <= self.causal_limit
 
     @property
     def is_isolated(self) -> bool:
-        """Return True if documents of a row do not affect each other."""
+        """Return True if documents in a row do not affect each other."""
         return self.is_causal and self.moved <= _FACTOR * max(self.control, self.rounding)
 
     def describe(self) -> str:
@@ -80,7 +80,7 @@ def measure_isolation(
     """Measure with 1 + 2 x `num_trials` calls of `forward`, which maps ids and positions [1, T] to logits [1, T, V].
 
     Raises:
-        NotMeasurable: where the logits are not finite, or do not depend on the tokens.
+        NotMeasurable: if the logits are not finite, or do not depend on the tokens.
     """
     length, generator = DOCUMENT_TOKENS, torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (1, 3 * length), generator=generator)
@@ -111,18 +111,18 @@ def measure_isolation(
         raise NotMeasurable("the logits do not depend on the tokens")
     rounding = torch.finfo(torch.float32).eps * float(before.abs().max())
     causal_limit = min(_NOT_CAUSAL * resolution, _NOT_CAUSAL_SHARE * min(own))
-    # A leak moves the logits in every trial; rounding may by chance move them in one and not in the control.
+    # A leak moves the logits in every trial. Rounding may, by chance, move them in one trial and not in the control.
     return Isolation(min(moved), max(control), min(own), rounding, causal_limit)
 
 
 def few_tokens(vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Return the ids and positions [1, T] of a document for which logits are compared."""
+    """Return the ids and positions [1, T] of a document whose logits are compared."""
     positions = torch.arange(DOCUMENT_TOKENS)[None]
     return positions % vocab_size, positions
 
 
 def describe_logits_difference(by_model: Tensor, trained: Tensor) -> str:
-    """Return how the logits of a model differ from those that training computes; empty where only by rounding."""
+    """Return how a model's logits differ from those that training computes; empty if they differ only by rounding."""
     if by_model.shape != trained.shape:
         return f"they have the shape {tuple(by_model.shape)} and not {tuple(trained.shape)}"
     resolution = torch.finfo(trained.dtype).eps
@@ -138,20 +138,20 @@ def _logits_difference(engine: Any, vocab_size: int, device: torch.device) -> st
     try:
         by_model = engine(ids, positions, by_model=True)
     except _NEEDS_MORE:
-        # What the pass has gathered, no hook after it releases.
+        # No later hook releases the weights that the pass has gathered.
         engine.empty_partition_cache()
         return ""
     return describe_logits_difference(by_model, engine(ids, positions))
 
 
 def require_isolation(plan: LaunchPlan, engine: Any, model: CausalLMLoss, device: torch.device) -> str | None:
-    """Measure the loaded model, unless the plan has a verdict for its attention kernel; return a message on it. Collective.
+    """Measure the loaded model and return a message, unless the plan has a verdict for its attention kernel. Collective.
 
     Raises:
-        ConfigError: where tokens see later ones, packed documents affect each other, or training computes other logits.
+        ConfigError: if tokens see later ones, packed documents affect each other, or training computes other logits.
     """
     kernel, packing = model.hf.config._attn_implementation, plan.config.data.packing
-    # The kernel of this name on GPUs is not the one that the plan's verdict is about.
+    # On GPUs, the kernel of this name is not the one that the plan's verdict is about.
     is_other_kernel = kernel == VARLEN and device.type == "cuda"
     if not is_other_kernel and _is_accepted(plan.model.isolation, kernel, packing):
         return None

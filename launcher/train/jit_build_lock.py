@@ -1,8 +1,8 @@
 """Locks for builds of DeepSpeed's C++ extensions that a killed process releases.
 
-torch marks a build in progress with a file in the user's cache (torch/utils/file_baton.py). A process that is killed while it
-builds leaves the file behind, and every later process waits for it forever. Here the file is locked as well, and the system
-releases the lock of a process that ends.
+torch marks a build in progress with a file in the user's cache (torch/utils/file_baton.py). A process that is killed during a
+build leaves the file behind, and every later process waits for it forever. Here the file is also locked, and the operating system
+releases the lock when the process ends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils import cpp_extension
 
 
 class LockedBaton:
-    """A replacement of torch's FileBaton that locks the file instead of testing whether it exists."""
+    """Replacement for torch's FileBaton that locks the file instead of testing whether it exists."""
 
     def __init__(self, lock_file_path: str, wait_seconds: float = 0.1, warn_after_seconds: float | None = None) -> None:
         self._path, self._wait_s = lock_file_path, wait_seconds
@@ -33,20 +33,20 @@ class LockedBaton:
                 self._descriptor = descriptor
                 return True
         except (BlockingIOError, FileNotFoundError):
-            # Locked by another process, or deleted by one that has just finished.
+            # Another process holds the lock, or has just finished and deleted the file.
             pass
         os.close(descriptor)
         return False
 
     def wait(self) -> None:
-        """Wait until the building process has ended, whether or not it succeeded."""
+        """Wait until the building process has ended, successfully or not."""
         while not self.try_acquire():
             time.sleep(self._wait_s)
         self.release()
 
     def release(self) -> None:
-        """Release the lock and delete the file, for which other programs wait."""
-        # A program with torch's own baton, which built beside this process, may have deleted it.
+        """Release the lock and delete the file that other programs wait for."""
+        # A program that uses torch's own baton, and built at the same time, may have deleted it.
         with suppress(FileNotFoundError):
             os.unlink(self._path)
         if self._descriptor is not None:
@@ -55,14 +55,14 @@ class LockedBaton:
 
 
 def lock_builds() -> None:
-    """Make torch use these locks in this process. Call it before DeepSpeed builds or loads an extension."""
+    """Make torch use these locks in this process. Call this before DeepSpeed builds or loads an extension."""
     cpp_extension.FileBaton = LockedBaton
 
 
 def skip_unused_kernels() -> None:
-    """Keep DeepSpeed from compiling what no run uses. Call it before ranks meet through DeepSpeed.
+    """Keep DeepSpeed from compiling kernels that no run uses. Call this before ranks meet through DeepSpeed.
 
-    On CPUs it compiles a kernel for tensor parallelism whenever a process group is made, for a minute where the cache has none.
+    On CPUs it compiles a kernel for tensor parallelism whenever a process group is created, which takes a minute without a cache.
     """
     backend: Any = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None

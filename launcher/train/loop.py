@@ -1,8 +1,8 @@
 """The training loop: this is the file to open first.
 
-Every rank runs `train` with the same plan. Each step takes its rows from (seed, step) alone, adds up the summed loss over its
-micro-batches divided by the atoms (trained tokens) of the whole global batch, and steps the optimizer; so neither the number of
-ranks nor the split into micro-batches changes the gradient.
+Every rank runs `train` with the same plan. The rows of a step depend only on (seed, step). The loss of a step is the sum over all
+micro-batches divided by the atoms (trained tokens) of the whole global batch, so neither the number of ranks nor the split into
+micro-batches changes the gradient.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _DRAIN_S = 10.0
 
 
 def noop(*_: Any) -> None:
-    """Do nothing: the default of callbacks."""
+    """Do nothing: the default callback."""
 
 
 def train(
@@ -56,15 +56,15 @@ def train(
 ) -> Outcome:
     """Train from the newest committed checkpoint, or from the initial weights, to the end of the plan. Collective.
 
-    Ranks call `stop` after each step; where any of them has one of STOP_REASONS, all save and return. `beat` receives the phase
-    and the number of completed steps at every sign of progress. Rank 0 calls `on_early_stop` once the save of a run that stops
-    early is committed, because closing a tracker may take longer than a preempted machine has left, and `on_exported` once the
-    Hugging Face folder of a completed run is there.
+    Ranks call `stop` after each step; if any of them has one of STOP_REASONS, all save and return. `beat` receives the phase and
+    the number of completed steps whenever training makes progress. Rank 0 calls `on_early_stop` once the save of a run that
+    stops early is committed, because closing a tracker may take longer than a preempted machine has left. It calls
+    `on_exported` once the Hugging Face folder of a completed run exists.
 
     Raises:
-        DivergedError: where the loss or too many gradients are not finite; committed checkpoints stay.
-        RunError, CheckpointError, ExportError: where the run cannot begin, be saved, or be exported.
-        Superseded: where another attempt has taken over the run.
+        DivergedError: if the loss is not finite, or too many gradients are not; committed checkpoints stay.
+        RunError, CheckpointError, ExportError: if the run cannot start, be saved, or be exported.
+        Superseded: if another attempt has taken over the run.
     """
     run_dir = RunDir(Path(plan.run_dir))
     device = join_process_group(plan, rank_info)
@@ -81,12 +81,12 @@ def train(
         outcome = loop.run_to_end()
         loop.parts.monitor.stop()
         beat("finishing", outcome.step)
-        # None where the run stops early.
+        # None if the run stops early.
         final = outcome.checkpoint if outcome.state == "completed" else None
         if rank_info.is_main and final is None:
             on_early_stop(outcome)
         if final is not None:
-            # The export needs the engine's memory; so no reference to the engine may be left here.
+            # The export needs the engine's memory, so no reference to the engine may remain.
             loop.release_memory()
             loop = None
             write_weights(plan, rank_info, final, device, tracker)
@@ -119,10 +119,10 @@ class TrainingLoop:
         self.evaluations = RunEvaluations(run.plan, run_dir, parts.evaluator, run.tracker)
 
     def restore(self) -> None:
-        """Load the checkpoint that all ranks have agreed on; without one, the initial weights stay. Collective.
+        """Load the checkpoint that all ranks agreed on; without one, keep the initial weights. Collective.
 
         Raises:
-            CheckpointError: where the run has neither a checkpoint nor initial weights.
+            CheckpointError: if the run has neither a checkpoint nor initial weights.
         """
         checkpoint, plan = self.parts.start.checkpoint, self.run.plan
         if checkpoint is not None:
@@ -133,7 +133,7 @@ class TrainingLoop:
             raise CheckpointError("the run has neither a checkpoint nor initial weights", where=where, remedy=remedy)
 
     def check_model(self) -> None:
-        """Refuse a model in which packed documents affect each other, and run the largest batch, where due. Collective."""
+        """Refuse a model in which packed documents affect each other; run the largest batch if it is due. Collective."""
         run, parts = self.run, self.parts
         if message := require_isolation(run.plan, parts.engine, parts.model, run.device):
             run.tracker.event("info", message, self.step)
@@ -147,7 +147,7 @@ class TrainingLoop:
         if self.step == 0 and self.run.plan.config.eval.at_start:
             self.evaluate("before training")
         elif self.evaluations.is_missing and not self.is_last_step():
-            # A preemption has skipped it.
+            # A preemption skipped this evaluation.
             self.evaluate_if_due()
         if self.is_cancelled_before_training():
             saved_step = self.parts.checkpointer.saved_step
@@ -156,7 +156,7 @@ class TrainingLoop:
         early_stopping = self.evaluations.early_stopping
         while not self.is_last_step() and stop_reason is None and not early_stopping.is_due:
             stop_reason = self.train_step()
-            # The last evaluation and save, and those of a run that ends early, follow below.
+            # The last evaluation and save of the run follow below, also when it ends early.
             if stop_reason is None and not self.is_last_step():
                 self.evaluate_if_due()
                 if not early_stopping.is_due:
@@ -166,7 +166,7 @@ class TrainingLoop:
         return self.complete()
 
     def train_step(self) -> str | None:
-        """Run one optimizer step and return the reason to stop, None where no rank has one. Collective."""
+        """Run one optimizer step and return the reason to stop, None if no rank has one. Collective."""
         parts, timer = self.parts, self.parts.timer
         timer.begin()
         with timer.part("data", on_host=True):
@@ -174,7 +174,7 @@ class TrainingLoop:
         lr = compute_learning_rate(self.run.plan.config.optim, self.step, parts.max_steps)
         set_learning_rate(parts.engine.optimizer, lr)
         local_loss = self.forward_backward_step(batch)
-        # An in-flight save reads the states, which change from here on.
+        # An in-flight save still reads the states, which change from here on.
         parts.checkpointer.wait_for_staging()
         with timer.part("optim"):
             parts.engine.step()
@@ -192,14 +192,14 @@ class TrainingLoop:
         return reduction.stop_reason
 
     def forward_backward_step(self, batch: StepBatch) -> torch.Tensor:
-        """Accumulate the gradients of this rank's micro-batches; the last one is left for the optimizer's step to reduce.
+        """Accumulate the gradients of this rank's micro-batches; the optimizer step reduces the last one.
 
-        Returns this rank's share of the loss, fp32: the sum over ranks is the mean per atom of the global batch.
+        Returns this rank's share of the loss, fp32. The sum over ranks is the mean per atom of the global batch.
         """
         parts, world_size = self.parts, self.run.rank_info.world_size
-        # A batch has no atom where all of its rows are without a trained token.
+        # A batch has no atoms if none of its rows has a trained token.
         num_atoms = max(1, parts.objective.count_atoms(batch))
-        # DeepSpeed averages gradients over ranks, and the loss is a sum over all of them.
+        # DeepSpeed averages gradients over ranks, but the loss is a sum over ranks.
         scale = world_size / num_atoms
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.run.device)
         for i, micro in enumerate(batch.micro):
@@ -225,11 +225,11 @@ class TrainingLoop:
         parts.monitor.alert(self.step, reduction.loss, parts.meter.overall_tokens_per_sec)
 
     def is_last_step(self) -> bool:
-        """True where the plan's last step is completed."""
+        """True if the plan's last step is completed."""
         return self.step >= self.parts.max_steps
 
     def local_stop_reason(self) -> str | None:
-        """This rank's reason to stop. Rank 0 alone knows whether a limit of the run is reached."""
+        """Return this rank's reason to stop. Only rank 0 knows whether a limit of the run is reached."""
         self.reached_limit = self.parts.monitor.reached_limit()
         return "limit" if self.reached_limit else self.stop()
 
@@ -238,7 +238,7 @@ class TrainingLoop:
             self.evaluate(f"at step {self.step}")
 
     def evaluate(self, when: str, is_last: bool = False) -> None:
-        """Compute and log the loss of the evaluation sets; skipped where a rank has a reason to stop. Collective.
+        """Compute and log the loss of the evaluation sets; skip it if a rank has a reason to stop. Collective.
 
         A limit of the run does not stop the last evaluation, which is cheap and shows what the run has achieved.
         """
@@ -262,9 +262,9 @@ class TrainingLoop:
             self.is_save_due |= keeps_best and self.step > 0 and not is_saved
 
     def save_if_due(self) -> None:
-        """Begin a save in the background every `checkpoint.save_every` steps, or at the first applied step after that.
+        """Begin a background save every `checkpoint.save_every` steps; after a skipped step, wait for the next applied one.
 
-        After a skipped step the weights are those of the step before, whose checkpoint this one would displace.
+        A skipped step leaves the weights unchanged, so its checkpoint would only displace the previous one.
         """
         save_every = self.run.plan.config.checkpoint.save_every
         if save_every and self.step % save_every == 0:
@@ -281,7 +281,7 @@ class TrainingLoop:
         self._after_save()
 
     def save_and_wait(self) -> Path:
-        """Save the current step with its reference logits, unless that was done, and return the checkpoint. Collective."""
+        """Save the current step with its reference logits, unless it is saved already; return the checkpoint. Collective."""
         parts = self.parts
         parts.checkpointer.wait(self.step)
         if parts.checkpointer.saved_step != self.step:
@@ -307,13 +307,13 @@ class TrainingLoop:
         return Outcome.early_stopped(self.run.rank_info, self.step, early_stopping, best, checkpoint)
 
     def is_cancelled_before_training(self) -> bool:
-        """Return whether any rank was asked to stop by a person. From here on, ranks stop at the end of a step. Collective."""
+        """Return whether a person asked any rank to stop. From here on, ranks stop only at the end of a step. Collective."""
         reduction = all_reduce_step(torch.zeros((), device=self.run.device), self.stop(), [], self.run.device)
         self.stop.begin_training()
         return reduction.stop_reason == "cancelled"
 
     def stop_early(self, reason: str) -> Outcome:
-        """Save, where there is time for it, and say why training stopped. Collective."""
+        """Save if there is time, and report why training stopped. Collective."""
         checkpointer = self.parts.checkpointer
         checkpointer.wait(self.step)
         has_time = has_time_to_save(self.run.plan.config.cluster, reason, self.stop.at, checkpointer.save_s, self.run.device)
@@ -325,10 +325,10 @@ class TrainingLoop:
         return outcome
 
     def count_skipped_step(self) -> None:
-        """Count and report a step that DeepSpeed has skipped because gradients are not finite.
+        """Count and report a step that DeepSpeed skipped because its gradients are not finite.
 
         Raises:
-            DivergedError: where too many steps in a row were skipped.
+            DivergedError: if too many steps in a row were skipped.
         """
         parts = self.parts
         if parts.engine.was_step_applied():
@@ -343,7 +343,7 @@ class TrainingLoop:
             raise self.diverged(f"the {name} is {loss}")
 
     def diverged(self, problem: str) -> DivergedError:
-        """Build the error, after an in-flight save, as all ranks come here together. Collective."""
+        """Wait for an in-flight save, and return the error. All ranks call this together. Collective."""
         self.parts.checkpointer.wait(self.step)
         saved = self.parts.checkpointer.saved_step
         kept = f"the checkpoint of step {saved} is kept" if saved is not None else "no checkpoint was saved yet"
@@ -355,7 +355,7 @@ class TrainingLoop:
         )
 
     def release_memory(self) -> None:
-        """Free the engine and the memory of background saves; the loop cannot be used any more."""
+        """Free the engine and the memory of background saves; the loop is unusable afterwards."""
         self.parts.checkpointer.close()
         zero3.release_engine(self.parts.engine)
 

@@ -1,9 +1,9 @@
 """Summed negative log-likelihood, with logits only for trained tokens and only a chunk at a time.
 
-The gradient with respect to the head's input and weight is computed in the forward pass, chunk by chunk, as
-in Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989): logits are computed once, not again in
-the backward pass, and the full [tokens, vocab] matrix never exists. The gradient of the weight is a sum over chunks in fp32,
-because a sum in bf16 would lose what is smaller than 1/256 of it.
+The forward pass computes the gradient with respect to the head's input and weight, chunk by chunk, as in Liger's fused linear
+cross-entropy (Hsu et al. 2024, arXiv:2410.10989). Logits are computed once, not again in the backward pass, and the full
+[tokens, vocab] matrix never exists. The gradient of the weight is summed over chunks in fp32, because a sum in bf16 would lose
+anything smaller than 1/256 of it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Rows of the head's weight whose gradient is computed at one time where products cannot be added up in fp32.
+# Rows of the head's weight whose gradient is computed at a time on devices that cannot accumulate products in fp32.
 _ROWS = 1024
 
 
 class LossHead(nn.Linear):
     """A language-model head whose forward takes labels and returns their loss.
 
-    It remains a module, so that ZeRO-3's hooks gather and release its weight around the call.
+    It remains a module, so ZeRO-3's hooks gather and release its weight around the call.
     """
 
     chunk_tokens: int = 1024
@@ -29,13 +29,13 @@ class LossHead(nn.Linear):
     def forward(self, hidden: Tensor, labels: Tensor | None = None, factor: float = 1.0, per_token: bool = False) -> Tensor:
         """Return the summed loss of `hidden` [N, H] and `labels` [N], an fp32 scalar times `factor`; without labels, logits.
 
-        `per_token` returns the loss of each label instead, fp32 [N], without a gradient.
+        With `per_token`, return the loss of each label instead, fp32 [N], without a gradient.
         """
         if labels is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
         if per_token:
             return self._token_losses(hidden, labels)
-        # Inside an autograd function gradients are always off.
+        # Inside an autograd function, gradients are always off.
         wants_grad = torch.is_grad_enabled()
         return _ChunkedNll.apply(hidden, self.weight, self.bias, labels, factor, self.chunk_tokens, wants_grad)
 
@@ -74,14 +74,14 @@ class _ChunkedNll(torch.autograd.Function):
                 continue
             # d nll / d logits = softmax - onehot, written over the logits.
             exponentials.scatter_add_(-1, index, sums.neg())
-            # Scaled in fp32: in the weights' type, the factor and small gradients would be rounded.
+            # Scale in fp32: the weights' type would round the factor and small gradients.
             grad = exponentials.mul_(factor / sums).to(weight.dtype)
             del logits, exponentials
             torch.mm(grad, weight, out=grad_hidden[start : start + len(part)])
             grad_weight.add(grad, part)
             if grad_bias is not None:
                 grad_bias += grad.sum(0, dtype=torch.float32)
-            # Freed before the next chunk's logits are computed.
+            # Free it before the next chunk's logits are computed.
             del grad
         if grad_weight is not None:
             bias_result = None if grad_bias is None else grad_bias.to(weight.dtype)
@@ -104,7 +104,7 @@ class _ChunkedNll(torch.autograd.Function):
 
 
 class _WeightGradient:
-    """Adds up the gradient of the head's weight over chunks, in fp32 where there are several."""
+    """Sums the gradient of the head's weight over chunks; in fp32 if there are several chunks."""
 
     def __init__(self, weight: Tensor, is_single_chunk: bool) -> None:
         self._dtype = weight.dtype
@@ -113,7 +113,7 @@ class _WeightGradient:
         self._sum = torch.zeros_like(weight, dtype=dtype)
 
     def add(self, grad: Tensor, part: Tensor) -> None:
-        """Add grad^T part, of a chunk's logits' gradient [C, V] and its hidden states [C, H]."""
+        """Add grad^T part: `grad` [C, V] is the gradient of a chunk's logits, `part` [C, H] its hidden states."""
         if self._sum.dtype == self._dtype:
             self._sum.addmm_(grad.t(), part)
         elif _has_fp32_products(part.device.type, part.dtype):
@@ -123,14 +123,14 @@ class _WeightGradient:
                 self._sum[start : start + _ROWS] += torch.mm(grad[:, start : start + _ROWS].t(), part)
 
     def result(self) -> Tensor:
-        """Return the sum in the type of the weight, and release it here."""
+        """Return the sum in the weight's type, and release it here."""
         total = self._sum
         del self._sum
         return total.to(self._dtype)
 
 
 def _fp32_logits(part: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the logits of hidden states [C, H] in fp32, without rounding them to the weights' type where the device can."""
+    """Return the logits of hidden states [C, H] in fp32; if the device can, without rounding them to the weights' type first."""
     if not _has_fp32_products(part.device.type, part.dtype):
         return nn.functional.linear(part, weight, bias).float()
     logits = torch.mm(part, weight.t(), out_dtype=torch.float32)
@@ -138,7 +138,7 @@ def _fp32_logits(part: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _token_nll(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each token's loss [C], exp(logits - maximum) written over the logits, and its sums [C, 1].
+    """Return each token's loss [C], exp(logits - maximum), which overwrites the logits, and its sums [C, 1].
 
     In place, because torch.logsumexp makes a copy of the logits.
     """
@@ -150,9 +150,9 @@ def _token_nll(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @cache
 def _has_fp32_products(device: str, dtype: torch.dtype) -> bool:
-    """Return whether products of matrices in `dtype` can be added up in fp32 on the device: torch's `out_dtype`.
+    """Return whether the device can accumulate matrix products in `dtype` in fp32: torch's `out_dtype`.
 
-    CPUs do not have it, and some versions of torch cannot add to a sum of another type.
+    CPUs cannot, and some versions of torch cannot add to a sum of another type.
     """
     if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False

@@ -1,7 +1,7 @@
 """The model under ZeRO-3: built partitioned, with a head that returns the loss.
 
-Under an HfDeepSpeedConfig, each rank reads its own part of the weights where the files hold them under the model's names. Where
-they do not, Hugging Face's `from_pretrained` partitions each weight while rank 0 loads it. So no rank ever holds the whole model.
+Under an HfDeepSpeedConfig, each rank reads its own part of the weights if the files store them under the model's names. Otherwise
+Hugging Face's `from_pretrained` partitions each weight while rank 0 loads it. No rank ever holds the whole model.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from launcher.train.kernels import attention, fp8, layers, liger
 from launcher.train.loss import LossHead
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Endings of the names of buffers that have their values, in fp32, when a model is built.
+# Name endings of buffers that are filled, in fp32, when a model is built.
 _BUILT_BUFFERS = ("inv_freq", "embed_scale")
-# Prefixes of transformers' errors where weights have another shape than the model, or cannot be fused.
+# Prefixes of transformers' errors for weights whose shape does not match the model, or that cannot be fused.
 _MISMATCH_ERRORS = ("Error(s) in loading state_dict", "Failed to apply weight conversion")
 
 
@@ -47,13 +47,13 @@ class CausalLMLoss(nn.Module):
     def __init__(self, model: nn.Module, flatten: bool, liger_problem: str = "", fp8_use: str = "") -> None:
         super().__init__()
         self.hf = model
-        # Why Liger is not used, although the plan assumes it.
+        # Why Liger is not used although the plan assumes it.
         self.liger_problem = liger_problem
-        # Which layers compute in FP8, empty where none does.
+        # Which layers compute in FP8; empty if none does.
         self.fp8_use = fp8_use
-        # FlashAttention and varlen attend within documents in a batch of one row only.
+        # FlashAttention and varlen keep documents apart only in a batch of one row.
         self.flatten = flatten
-        # In a tuple, so that it is not registered as a module a second time.
+        # In a tuple, so that torch does not register the module twice.
         self._decoder = (_find_decoder(model),)
         # Remote code may lack the keyword arguments of transformers' models.
         parameters = inspect.signature(self._decoder[0].forward).parameters.values()
@@ -71,9 +71,9 @@ class CausalLMLoss(nn.Module):
     ) -> Tensor:
         """Return the summed negative log-likelihood over `labels` [B, T], without IGNORED, times `factor`: an fp32 scalar.
 
-        `per_token` returns the negative log-likelihood of each label instead, fp32 [N], without a gradient. Without labels,
+        With `per_token`, return the negative log-likelihood of each label instead, fp32 [N], without a gradient. Without labels,
         return logits [B, T, V] ([1, B * T, V] if `flatten`). All passes use this method, because ZeRO-3 gathers
-        weights around it. With `cu_seqlens`, those of a MicroBatch, no pass needs to find documents in `position_ids`.
+        weights around it. `cu_seqlens`, from a MicroBatch, saves the pass from searching `position_ids` for document boundaries.
         With `by_model`, return the logits that the whole Hugging Face model computes from the ids alone.
         """
         if by_model:
@@ -95,11 +95,11 @@ class CausalLMLoss(nn.Module):
         if self.flatten:
             if self._takes_cu_seqlens:
                 cu_seqlens = find_boundaries(position_ids) if cu_seqlens is None else cu_seqlens
-                # transformers would compute these on the GPU in every layer, and wait for it.
+                # Otherwise transformers computes these on the GPU in every layer, and waits for the result.
                 offsets, longest = copy_to_device(cu_seqlens, input_ids.device), int(cu_seqlens.diff().max())
                 documents = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
-        # A cache or a mask would switch off the isolation of packed documents.
+        # A cache or a mask would disable the isolation of packed documents.
         (decoder,) = self._decoder
         return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **documents).last_hidden_state
 
@@ -111,7 +111,7 @@ class CausalLMLoss(nn.Module):
 def _find_decoder(model: Any) -> Any:
     """Return the part of a model between token ids and hidden states.
 
-    In some architectures transformers' `get_decoder` returns the whole model, or the head where that is called a decoder.
+    In some architectures, transformers' `get_decoder` returns the whole model, or the head if that is named decoder.
     """
     decoder, embeddings = model.get_decoder(), model.get_input_embeddings()
     parts = [decoder, *model.children()]
@@ -140,13 +140,13 @@ def build_model(
 ) -> CausalLMLoss:
     """Build the model that the plan names. Call it while an HfDeepSpeedConfig is alive.
 
-    With `has_checkpoint`, weights are neither loaded nor drawn, since a checkpoint replaces all of them.
+    With `has_checkpoint`, weights are neither loaded nor initialized, because a checkpoint replaces them all.
 
     Raises:
-        ConfigError: where the architecture is not a causal language model that can be trained here, weights are missing, or a
+        ConfigError: if the architecture is not a causal language model that can be trained here, weights are missing, or a
             rank cannot compute in FP8.
     """
-    # A lazy import of dynamo inside zero.Init dies on patched tensor constructors.
+    # A lazy import of dynamo inside zero.Init fails on the patched tensor constructors.
     import torch._dynamo
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -193,16 +193,16 @@ def build_model(
         if compiles:
             layers.compile_layers(hf, decoder_layers, torch.device(device))
     hf.train()
-    # Where documents are not packed, they may affect each other, and so may the rows of a flattened batch.
+    # Without packing, documents in a row may affect each other; flattening would let the rows of a batch do so too.
     flatten = packing and (kernel == attention.VARLEN or kernel.startswith("flash_attention"))
     return CausalLMLoss(hf, flatten, liger_problem, fp8_use)
 
 
 def read_own_config(folder: Path, trust_remote_code: bool) -> Any:
-    """Read config.json with transformers; load the model with the result, so that another user cannot change the file in between.
+    """Read config.json with transformers. Load the model with the result, so that no other user can change the file in between.
 
     Raises:
-        ConfigError: where it takes the attention kernel from the Hub.
+        ConfigError: if the config takes the attention kernel from the Hub.
     """
     from transformers import AutoConfig
 
@@ -215,14 +215,14 @@ def read_own_config(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _build_empty(config: Any, **options: Any) -> Any:
-    """Build a model without values in its weights; None where it has buffers that only loading or initialization fills.
+    """Build a model whose weights have no values; None if it has buffers that only loading or initialization fills.
 
-    Checkpoints hold no buffers. Tables of rotary frequencies and the scale of embeddings have their values when they are built.
+    Checkpoints hold no buffers. Rotary frequency tables and the embedding scale get their values when the model is built.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import deepspeed
 
-    # Under ZeRO-3, transformers gathers the weights of each module, and initializes them.
+    # Under ZeRO-3, transformers would gather and initialize the weights of each module.
     initialize = deepspeed.initialize_weights_zero3
     deepspeed.initialize_weights_zero3 = lambda model: None
     try:
@@ -235,10 +235,10 @@ def _build_empty(config: Any, **options: Any) -> Any:
 
 
 def checkpoint_layers(hf: Any, checkpointing: str) -> None:
-    """Let the layers that `checkpointing` names (all, none, every N) recompute their activations in the backward pass.
+    """Make the layers that `checkpointing` names (all, none, every N) recompute their activations in the backward pass.
 
     Raises:
-        ConfigError: where only some layers are named, and the architecture's layers cannot be chosen one by one.
+        ConfigError: if only some layers are named, and the architecture's layers cannot be selected individually.
     """
     if not interval(checkpointing):
         return
@@ -252,7 +252,7 @@ def checkpoint_layers(hf: Any, checkpointing: str) -> None:
 
 @contextmanager
 def _counted_loading(on_load: Callable[[int], None]) -> Iterator[None]:
-    """Call `on_load` with the bytes of each module's parameters as transformers fills them; under ZeRO-3 it does so on rank 0."""
+    """Call `on_load` with the bytes of each module's parameters as transformers fills them; under ZeRO-3, only on rank 0."""
     fill = nn.Module._load_from_state_dict
 
     def fill_and_count(module: nn.Module, *arguments: Any) -> None:
@@ -267,7 +267,7 @@ def _counted_loading(on_load: Callable[[int], None]) -> Iterator[None]:
 
 
 def _load_own_parts(folder: Path, config: Any, on_fill: Callable[[int], None], **options: Any) -> Any:
-    """Load a partitioned model of which each rank reads its own part; None without ZeRO-3, or where the files prevent it."""
+    """Load a partitioned model, each rank reading only its own part; None without ZeRO-3, or if the files prevent it."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -285,17 +285,17 @@ def _load_own_parts(folder: Path, config: Any, on_fill: Callable[[int], None], *
 
 
 def _load_pretrained(folder: Path, path: str, model: ModelSection, **options: Any) -> Any:
-    """Load the model with all of its weights from a folder, which messages name by its `path` for the user.
+    """Load the model with all of its weights from a folder; messages name it by `path`, which the user knows.
 
     Raises:
-        ConfigError: where weights are missing or have another shape; transformers would initialize them randomly.
+        ConfigError: if weights are missing or have another shape; transformers would initialize them randomly.
     """
     from transformers import AutoModelForCausalLM
 
     try:
         hf, loading = AutoModelForCausalLM.from_pretrained(folder, **options, output_loading_info=True)
     except RuntimeError as error:
-        # A GPU that runs out of memory raises a RuntimeError as well.
+        # A GPU that runs out of memory also raises a RuntimeError.
         if not str(error).startswith(_MISMATCH_ERRORS):
             raise
         lines = [line.strip() for line in str(error).splitlines()]
@@ -327,7 +327,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    # Of a name alone, transformers takes the weights of a file in the working directory, which may be somebody else's.
+    # Given only a name, transformers reads a file of that name in the working directory, which may be another user's.
     path = str(file.absolute())
     try:
         with warnings.catch_warnings():

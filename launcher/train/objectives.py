@@ -1,7 +1,7 @@
 """Training objectives: how a micro-batch becomes a loss.
 
 The loss of a global batch is the sum of an objective over its atoms (trained tokens; preference pairs), divided by their number
-across ranks and accumulation. So the gradient depends neither on the number of ranks nor on the split into micro-batches.
+across ranks and accumulation steps. So the gradient depends neither on the number of ranks nor on the split into micro-batches.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ class Objective(Protocol):
     """Maps micro-batches to losses. It holds no state: one instance serves training and evaluation."""
 
     def count_atoms(self, batch: StepBatch) -> int:
-        """Count the atoms of a global batch over all ranks, without communication: the divisor of the step's loss."""
+        """Count the atoms of a global batch over all ranks, without communication. The loss of the step is divided by this."""
 
     def sum_loss(self, engine: Any, micro: MicroBatch, device: torch.device, scale: float) -> LossSum:
         """Compute the loss of this rank's micro-batch, times `scale`, differentiable unless gradients are off.
 
-        `engine` is the DeepSpeed engine around a launcher.train.model.CausalLMLoss; every rank calls it equally often, as each
-        call gathers weights. Called with (input_ids, position_ids) on the device it returns logits; with labels, which may stay
-        on the CPU, the scaled sum of their negative log-likelihood.
+        `engine` is the DeepSpeed engine around a launcher.train.model.CausalLMLoss. Every rank must call it equally often,
+        because each call gathers weights. Called with (input_ids, position_ids) on the device, it returns logits. With labels,
+        which may stay on the CPU, it returns the scaled sum of their negative log-likelihood.
         """
 
     def atom_losses(self, engine: Any, micro: MicroBatch, device: torch.device) -> torch.Tensor:
-        """Compute the loss of each atom of this rank's micro-batch without gradients: fp32 [num_atoms], in order of the tokens.
+        """Compute the loss of each atom of this rank's micro-batch without gradients: fp32 [num_atoms], in token order.
 
-        Every rank calls it equally often.
+        Every rank must call it equally often.
         """
 
 
 class SupervisedNll:
-    """Negative log-likelihood of the trained tokens; an atom is a trained token."""
+    """Negative log-likelihood of the trained tokens; each trained token is an atom."""
 
     def count_atoms(self, batch: StepBatch) -> int:
         """Count the trained tokens of a global batch."""
         return batch.num_labels
 
     def sum_loss(self, engine: Any, micro: MicroBatch, device: torch.device, scale: float) -> LossSum:
-        """Compute logits only where a label is trained, in chunks; see launcher.train.loss."""
+        """Compute logits, in chunks, only for labels that are trained; see launcher.train.loss."""
         inputs = (tensor.to(device, non_blocking=True) for tensor in (micro.input_ids, micro.position_ids))
         total = engine(*inputs, micro.labels, scale, micro.cu_seqlens)
         return LossSum(total, int((micro.labels != IGNORED).sum()))

@@ -1,4 +1,4 @@
-"""Builders of the optimizers in launcher/plan/optimizers.py, and the learning-rate schedule."""
+"""Builders for the optimizers in launcher/plan/optimizers.py, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import nn
 from launcher.config.schema import DeepSpeedSection, OptimSection
 from launcher.plan.optimizers import OPTIMIZERS
 
-# Makes an optimizer of parameter groups, each with its `weight_decay`; the loop sets the learning rate before each step.
+# Builds an optimizer for parameter groups, each with its `weight_decay`; the loop sets the learning rate before each step.
 Builder = Callable[[list[dict[str, Any]], OptimSection, DeepSpeedSection], torch.optim.Optimizer]
 
 
 def compute_learning_rate(optim: OptimSection, step: int, max_steps: int) -> float:
-    """Rate for optimizer step `step`, counted from 0: linear warm-up, then the schedule down to min_lr_ratio.
+    """Return the learning rate of optimizer step `step`, counted from 0: linear warm-up, then the schedule down to min_lr_ratio.
 
     wsd holds the peak and decays linearly over the last `decay_fraction` of all steps
     (Hu et al. 2024, arXiv:2404.06395).
@@ -44,7 +44,7 @@ def build_optimizer(
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in parameters:
-        # Under ZeRO-3 a parameter is empty between uses; ds_shape keeps its real shape.
+        # Under ZeRO-3 a parameter is empty between uses; ds_shape keeps its full shape.
         shape = getattr(parameter, "ds_shape", parameter.shape)
         (decayed if len(shape) > 1 else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -55,8 +55,8 @@ def build_optimizer(
 def build_adamw(groups: list[dict[str, Any]], optim: OptimSection, deepspeed: DeepSpeedSection) -> torch.optim.Optimizer:
     """Build AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
 
-    torch's fused kernel serves GPU and CPU alike and needs no compiler; offloaded states are stepped by
-    DeepSpeed's CPU Adam, which overlaps the copies.
+    torch's fused kernel works on GPU and CPU and needs no compiler. DeepSpeed's CPU Adam steps offloaded states and overlaps
+    the copies.
     """
     if deepspeed.offload_optimizer != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -1,4 +1,4 @@
-"""Imports everything that a rank needs up to its first step."""
+"""Imports everything that a rank needs until its first step."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from contextlib import contextmanager, suppress
 
 from launcher.plan.launch_plan import LaunchPlan
 
-# Optional packages that transformers imports with any language model, for object detection and assisted generation alone.
+# Optional packages that transformers imports with any language model, but uses only for object detection and assisted generation.
 _UNUSED_PACKAGES = ("scipy", "sklearn")
 
 
 def import_stack(plan: LaunchPlan, tracks: bool) -> None:
-    """Import the training loop, DeepSpeed, the model's classes and, on the rank that `tracks`, W&B, as this plan needs them.
+    """Import the training loop, DeepSpeed, the model's classes and, on the rank that `tracks`, W&B, as the plan requires.
 
     Builds nothing and touches no device. Failed imports of model classes or W&B are left to the code that uses them.
     """
-    # Thousands of modules make many objects and no garbage: collecting would take a fifth of the time.
+    # Importing thousands of modules creates many objects but no garbage; collection would take a fifth of the time.
     gc.disable()
     try:
         _import(plan, tracks)
     finally:
-        # Frozen objects are left out of later collections, which would copy their pages in a forked process.
+        # Later collections skip frozen objects; otherwise they would copy their pages in a forked process.
         gc.freeze()
         gc.enable()
 
 
 def _import(plan: LaunchPlan, tracks: bool) -> None:
-    # Read once, when torch's compiler is imported. Its helper processes would outlive a rank that is killed.
+    # torch's compiler reads this once, when it is imported. Its helper processes would outlive a killed rank.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     import deepspeed  # noqa: F401
     import torch._dynamo  # noqa: F401
@@ -48,7 +48,7 @@ def _import(plan: LaunchPlan, tracks: bool) -> None:
 
 @contextmanager
 def _unused_packages_hidden() -> Iterator[None]:
-    """Tell transformers that packages are absent which no rank uses: importing them takes 0.4 of 5 seconds."""
+    """Make transformers treat packages that no rank uses as absent: importing them takes 0.4 of 5 seconds."""
     utils = importlib.import_module("transformers.utils")
     names = [f"is_{package}_available" for package in _UNUSED_PACKAGES]
     checks = {name: getattr(utils, name) for name in names if hasattr(utils, name)}
@@ -66,7 +66,7 @@ def _import_model_classes(plan: LaunchPlan) -> None:
 
     model = plan.model
     if plan.config.model.trust_remote_code:
-        # Remote code runs in the ranks only.
+        # Only the ranks run remote code.
         return
     config = AutoConfig.from_pretrained(model.path) if model.path is not None else AutoConfig.for_model(**model.config)
     AutoModelForCausalLM._model_mapping.get(type(config), None)

@@ -1,4 +1,4 @@
-"""Why the previous ranks ended, where none of them could report it to the trackers."""
+"""Why the previous ranks ended, if none of them could report it to the trackers."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_events
 from launcher.train.monitoring.xids import BROKEN, LOST
 
-# The field with the number of restarts, in the alert of a node agent that restarts its ranks.
+# In the alert of a node agent that restarts its ranks: the field with the number of restarts.
 RESTART = "restart"
-# Most GPU faults to name; a fault of a switch shows on all GPUs.
+# Maximum number of GPU faults to name; a switch fault shows on all GPUs.
 _MOST_FAULTS = 3
 _BROKEN = (LOST, *(f"Xid {number} " for number in BROKEN))
 
 
 class PreviousFailure(NamedTuple):
-    """The message about a failure; `is_recorded` where events.jsonl has it already."""
+    """The message about a failure; `is_recorded` is true if events.jsonl has it already."""
 
     message: str
     is_recorded: bool
 
 
 def find_previous_failure(run: RunDir, number: int) -> PreviousFailure | None:
-    """Find why node agents restarted the ranks of attempt `number`, else why the attempt before it ended, if it was continued
-    automatically.
+    """Return why node agents restarted the ranks of attempt `number`; otherwise, why the attempt before it ended, if it was
+    continued automatically.
 
-    None where the ranks reported it themselves, where the run only changed its size, or where the records cannot be read. The
-    message names GPU faults that the ranks recorded: a rank reports them with its next step, which may never have come.
+    Returns None if the ranks reported it themselves, if the run only changed its size, or if the records cannot be read. The
+    message names GPU faults that the ranks recorded: a rank reports them with its next step, which it may never have reached.
     """
     with suppress(OSError, LauncherError, KeyError, TypeError):
         alerts = [event for event in read_events(run.events) if event["kind"] == "alert"]
@@ -61,9 +61,9 @@ def find_previous_failure(run: RunDir, number: int) -> PreviousFailure | None:
 
 
 def describe_gpu_faults(alerts: Iterable[Mapping[str, Any]]) -> str:
-    """Return the GPU faults among `alerts` as the end of a sentence; empty without any.
+    """Return the GPU faults among `alerts` as the end of a sentence; empty if there are none.
 
-    Faults that a GPU does not recover from come first: they cause the others, on many GPUs.
+    Faults that a GPU does not recover from come first, because they cause the others, often on many GPUs.
     """
     faults = list(dict.fromkeys(str(alert["text"]) for alert in alerts if str(alert["text"]).startswith(("Xid ", LOST))))
     faults.sort(key=lambda text: not text.startswith(_BROKEN))

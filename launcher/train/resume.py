@@ -1,4 +1,4 @@
-"""Chooses and loads the checkpoint that an attempt begins from, the same on every rank; sets damaged ones aside."""
+"""Chooses and loads the checkpoint that an attempt starts from, the same on every rank; sets damaged checkpoints aside."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NOT_USABLE = "the checkpoint folder cannot be read or written"
 
 @dataclass(frozen=True)
 class StartPoint:
-    """Where an attempt begins: a checkpoint, or None for the initial weights; and how often node agents restarted it."""
+    """Where an attempt starts: a checkpoint, or None for the initial weights; and how often node agents restarted it."""
 
     checkpoint: Checkpoint | None
     num_restarts: int
@@ -46,18 +46,18 @@ class Damage:
 
 
 def agree_on_start_point(run: RunDir, rank_info: RankInfo, device: torch.device) -> StartPoint:
-    """Choose where this attempt begins, the same on every rank. Collective.
+    """Choose where this attempt starts, the same on every rank. Collective.
 
-    That is the newest checkpoint that the attempt has committed itself, else its `resume_step`. An attempt that started
-    automatically takes the newest checkpoint of the attempts before it, should that be later. A `resume_step` that can no longer
-    be opened is replaced by the checkpoint before it, unless a person asked for exactly that step.
+    This is the newest checkpoint that the attempt has committed itself, else its `resume_step`. An attempt that started
+    automatically takes the newest checkpoint of earlier attempts if that is later. If a `resume_step` can no longer be opened,
+    the checkpoint before it is used, unless a person asked for exactly that step.
 
-    Rank 0 chooses, because a shared file system shows a fresh folder to some nodes later than to others. Node agents count
-    restarts separately; the highest count holds.
+    Rank 0 chooses, because a shared file system may show a new folder later on some nodes than on others. Node agents count
+    restarts separately; the highest count is used.
 
     Raises:
-        UnreadableCheckpoint: where a later checkpoint exists and cannot be read right now.
-        CheckpointError: where the checkpoint is missing: an attempt never starts silently from step 0.
+        UnreadableCheckpoint: if a later checkpoint exists but cannot be read right now.
+        CheckpointError: if the checkpoint is missing: an attempt never silently starts from step 0.
     """
     step = rank0_broadcast(rank_info, _NOT_USABLE, lambda: _choose_step(run, rank_info.attempt))
     num_restarts = torch.tensor(rank_info.restart, dtype=torch.int64, device=device)
@@ -71,11 +71,11 @@ def load_newest_intact(
 ) -> tuple[Checkpoint, T]:
     """Load `first`, or the newest intact checkpoint before it, and return it with the result of `load`. Collective.
 
-    `load` is collective; where it raises DamagedCheckpoint, it does so on every rank and has changed nothing. Damaged checkpoints
+    `load` is collective; if it raises DamagedCheckpoint, it does so on every rank and has changed nothing. Damaged checkpoints
     are set aside once another one is loaded, and `report` receives a message about each.
 
     Raises:
-        DamagedCheckpoint: where no checkpoint is intact, listing all of them, or where a person asked for exactly this step.
+        DamagedCheckpoint: if no checkpoint is intact, listing all of them, or if a person asked for exactly this step.
     """
     damaged: dict[int, Damage] = {}
     checkpoint = first
@@ -121,12 +121,12 @@ def _choose_checkpoint(run: RunDir, number: int) -> Checkpoint | None:
 
 
 def _update_resume_step(run: RunDir, number: int) -> Attempt:
-    """Return the attempt, with a later `resume_step` where its submitter did not see the newest checkpoint.
+    """Return the attempt, with a later `resume_step` if its submitter did not see the newest checkpoint.
 
     A directory listing may be stale, or storage briefly unavailable.
 
     Raises:
-        CheckpointError: where a person started the attempt at step 0, and the attempts before it have checkpoints.
+        CheckpointError: if a person started the attempt at step 0, and the attempts before it have checkpoints.
     """
     attempt = run_store.read_attempt(run, number)
     committed = store.list_checkpoints(run.checkpoints)
@@ -136,7 +136,7 @@ def _update_resume_step(run: RunDir, number: int) -> Attempt:
         return attempt
     if attempt.automatic:
         run_store.fence(run, number, refresh=True)
-        # Restarted ranks read this, and the progress of the attempt is measured from it.
+        # Restarted ranks read this, and the progress of the attempt is measured from here.
         attempt = replace(attempt, resume_step=newest)
         run_store.write_attempt(run, number, attempt)
     elif attempt.resume_step is None:
@@ -150,7 +150,7 @@ def _update_resume_step(run: RunDir, number: int) -> Attempt:
 
 
 def _candidates(run: RunDir, number: int) -> list[Checkpoint]:
-    """Checkpoints that the attempt may begin from, best first: its own, then those up to its `resume_step`.
+    """Return checkpoints that the attempt may start from, best first: its own, then those up to its `resume_step`.
 
     Later checkpoints of earlier attempts are ignored.
     """
@@ -166,7 +166,7 @@ def _candidates(run: RunDir, number: int) -> list[Checkpoint]:
 
 
 def _next_candidate(run: RunDir, number: int, damaged: dict[int, Damage]) -> int:
-    """Step of the best candidate that is not damaged. Rank 0 verifies the latest damage that any rank has reported.
+    """Return the step of the best undamaged candidate. Rank 0 verifies the latest damage that any rank has reported.
 
     So a node with bad memory, or one that does not see all files yet, cannot discard a checkpoint.
     """
@@ -188,14 +188,14 @@ def _next_candidate(run: RunDir, number: int, damaged: dict[int, Damage]) -> int
 
 
 def _require_later_readable(run: RunDir, number: int, step: int) -> None:
-    """Raise where a checkpoint after `step` may be intact but cannot be read right now, unless a person asked for `step`."""
+    """Raise if a checkpoint after `step` may be intact but cannot be read right now, unless a person asked for `step`."""
     if not run_store.read_attempt(run, number).pinned:
         store.require_readable_after(run.checkpoints, step)
 
 
 def _no_intact_checkpoint(run: RunDir, damaged: dict[int, Damage]) -> CheckpointError:
     summaries = [f"step {step}: {damage.summary}" for step, damage in sorted(damaged.items())]
-    # Storage errors may be temporary, so the type of the error makes the launcher retry.
+    # Storage errors may be temporary, so this error type makes the launcher retry.
     is_unread = any(isinstance(damage.error, UnreadableCheckpoint) for damage in damaged.values())
     return (UnreadableCheckpoint if is_unread else DamagedCheckpoint)(
         "no checkpoint of this run is intact, and a run does not restart from step 0 by itself",
@@ -208,18 +208,18 @@ def _no_intact_checkpoint(run: RunDir, damaged: dict[int, Damage]) -> Checkpoint
 def _set_aside_damaged(run: RunDir, number: int, start_step: int, damaged: dict[int, Damage]) -> list[str]:
     """Set aside the damaged checkpoints after step `start_step`, and return a message about each.
 
-    These include checkpoints that cannot be opened, which were never candidates.
+    This includes checkpoints that cannot be opened and were never candidates.
     """
     later = {step: damage for step, damage in sorted({**_unusable_checkpoints(run), **damaged}.items()) if step > start_step}
-    # A checkpoint in another format may be intact to another version of the launcher.
+    # Another version of the launcher may be able to read a checkpoint in another format.
     damaged_later = {step: damage for step, damage in later.items() if isinstance(damage.error, DamagedCheckpoint)}
     if not damaged_later:
         return []
-    # A superseded attempt may see a checkpoint that its successor is writing.
+    # A superseded attempt may see a checkpoint that its successor is still writing.
     run_store.fence(run, number, refresh=True)
     attempt = run_store.read_attempt(run, number)
     if attempt.resume_step in damaged_later:
-        # Before the checkpoint is renamed: restarted ranks look for the `resume_step`.
+        # Write this before renaming the checkpoint, because restarted ranks look for `resume_step`.
         run_store.write_attempt(run, number, replace(attempt, resume_step=start_step))
     messages = []
     for step, damage in damaged_later.items():

@@ -1,4 +1,4 @@
-"""Builds what the training loop drives: engine, batches, evaluator, checkpoints, and what measures and reports."""
+"""Builds the components of the training loop: engine, batches, evaluator, checkpoints, monitoring and reporting."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from launcher.train.objectives import OBJECTIVES, Objective
 from launcher.train.previous_failure import find_previous_failure
 from launcher.train.resume import StartPoint, agree_on_start_point
 
-# Padding is neither attended to nor trained; any id in the vocabulary serves.
+# Padding is neither attended to nor trained, so any id in the vocabulary works.
 _PAD_ID = 0
 
 
@@ -57,7 +57,7 @@ class RunContext:
 
 @dataclass
 class Components:
-    """What the loop drives; `start` says from which checkpoint it begins."""
+    """The components of the loop; `start` is the checkpoint it starts from."""
 
     engine: Any
     model: CausalLMLoss
@@ -88,12 +88,12 @@ def report_ranks(run: RunContext) -> None:
 
 
 def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Components:
-    """Build everything for `run`, with the initial weights in the engine unless it begins from a checkpoint. Collective.
+    """Build everything for `run`, with the initial weights in the engine unless it starts from a checkpoint. Collective.
 
     Raises:
-        RunError: where the plan has no data.
-        Superseded: where another attempt has taken over the run.
-        CheckpointError: where the checkpoint to begin from is missing, or this engine cannot be saved.
+        RunError: if the plan has no data.
+        Superseded: if another attempt has taken over the run.
+        CheckpointError: if the checkpoint to start from is missing, or this engine cannot be saved.
     """
     plan, rank_info, device, tracker = run.plan, run.rank_info, run.device, run.tracker
     data, max_steps = plan.data, plan.batch.max_steps
@@ -116,10 +116,10 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
         tracker.event("alert" if problem else "info", liger.describe_use(problem, run.run_dir.root), 0)
     if model.fp8_use:
         tracker.event("info", model.fp8_use, 0)
-    # An engine that cannot be saved is refused here, not at the first checkpoint.
+    # Refuse an engine that cannot be saved here, not at the first checkpoint.
     saver = _build_saver(run, engine, model, fence)
     batches, eval_rows = _open_batches(run, data), _open_eval_rows(run, data)
-    # Where the optimizer steps on the node's CPUs, its time tells slow ranks apart.
+    # If the optimizer steps on the node's CPUs, its time identifies slow ranks.
     steps_on_cpu = device.type == "cpu" or plan.config.deepspeed.offload_optimizer != "none"
     monitor = Monitor(plan, rank_info, device, model, engine.basic_optimizer if steps_on_cpu else None, tracker, beat)
     objective = OBJECTIVES["supervised"]
@@ -172,7 +172,7 @@ def _open_batches(run: RunContext, data: DataFacts) -> PrefetchLoader:
 
 
 def _open_eval_rows(run: RunContext, data: DataFacts) -> list[EvalRows]:
-    """Open the rows of all sets that are evaluated while training."""
+    """Open the rows of all sets that are evaluated during training."""
     plan, micro_batch_size = run.plan, run.plan.batch.micro_batch_size
     opened = []
     if data.num_eval_rows:

@@ -1,4 +1,4 @@
-"""How training ended, the requests to stop it early, and whether there is time to save."""
+"""How training ended, requests to stop it early, and whether there is time to save."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from launcher.train.evaluation.early_stopping import EarlyStopping
 class Outcome:
     """How training ended. `state` is completed, cancelled (by a person) or preempted (by the machines, or a limit of the run).
 
-    `reason` is completed or one of launcher.distributed.STOP_REASONS. `checkpoint` is None where nothing was trained or saved.
+    `reason` is completed or one of launcher.distributed.STOP_REASONS. `checkpoint` is None if nothing was trained or saved.
     """
 
     state: str
@@ -36,7 +36,7 @@ class Outcome:
 
     @classmethod
     def early_stopped(cls, rank_info: RankInfo, step: int, early_stopping: EarlyStopping, best: Path, newest: Path) -> Outcome:
-        """Return the outcome of a run that early stopping ended at `step`: with its best weights if they are kept. Collective.
+        """Return the outcome of a run that early stopping ended at `step`, with its best weights if they are kept. Collective.
 
         `best` and `newest` are the checkpoints of the best evaluation, which may have been removed, and of `step`.
         """
@@ -54,7 +54,7 @@ class Outcome:
     ) -> Outcome:
         """Return the outcome of an attempt that stopped at `step` for one of STOP_REASONS; `limit` is the limit that it reached.
 
-        `kept_step` is the step of `checkpoint`: an earlier one where no time was left for a save, which takes `save_s` seconds.
+        `kept_step` is the step of `checkpoint`: an earlier one if there was no time for a save, which takes `save_s` seconds.
         """
         state = "cancelled" if reason == "cancelled" else "preempted"
         causes = {"cancelled": "stopped on request", "preempted": "the machine was asked to stop", "limit": limit}
@@ -67,7 +67,7 @@ class Outcome:
     def untrained(cls, step: int, checkpoint: Path | None) -> Outcome:
         """Return the outcome of an attempt that a person cancelled before its first step: there was nothing to save.
 
-        `checkpoint` is the one of `step` that the attempt began from, None where it began from the initial weights.
+        `checkpoint` is the one of `step` that the attempt started from, None if it started from the initial weights.
         """
         newest = "there is no checkpoint" if checkpoint is None else f"the newest checkpoint is of step {step}"
         return cls("cancelled", "cancelled", step, f"stopped before training had begun; {newest}", checkpoint)
@@ -81,19 +81,19 @@ class Stop(Protocol):
     def __call__(self) -> str | None: ...
 
     def cancel(self) -> None:
-        """Request a stop in the name of a person, as a signal would; callable from any thread."""
+        """Request a stop as if a person had sent a signal; callable from any thread."""
 
     def begin_training(self) -> None:
-        """End the phase in which a cancel ends the process at once, because there is nothing to save."""
+        """End the phase in which a cancel ends the process at once because there is nothing to save."""
 
 
 def has_time_to_save(
     cluster: ClusterSection, reason: str, asked_at: float | None, save_s: float | None, device: torch.device
 ) -> bool:
-    """Return whether every rank expects a save as long as the last one to end before the machines are taken away. Collective.
+    """Return whether every rank can finish a save, if it takes as long as the last one, before the machines go away. Collective.
 
-    `asked_at` is the time.monotonic() of the request to stop, and `save_s` the seconds of the last save; None where unknown. An
-    interrupted save would leave nothing; committed checkpoints stay.
+    `asked_at` is the time.monotonic() of the request to stop, and `save_s` the seconds of the last save; None if unknown. An
+    interrupted save leaves nothing; committed checkpoints stay.
     """
     lead_s = cluster.save_lead_s
     if reason != "preempted" or lead_s is None or save_s is None:

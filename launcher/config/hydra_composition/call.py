@@ -32,7 +32,7 @@ def call_hydra(task: Callable[[Any], None], tokens: Sequence[str], content: File
     Hydra's own flags may start a sweep, or only print. `task` must not raise.
 
     Raises:
-        ConfigError: where Hydra does not compose them.
+        ConfigError: if Hydra does not compose them.
     """
     file = None if content is None else content.file.path
     with composable(content) as file_overrides:

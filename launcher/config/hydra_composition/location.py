@@ -18,7 +18,7 @@ _TWO_VALUES = re.compile(r"Multiple values for (?P<group>[\w/]+)")
 
 @dataclass(frozen=True)
 class Location:
-    """`where` is file:line, `line` its text; `message` and `remedy` are empty where Hydra's own say enough."""
+    """`where` is file:line, `line` its text; `message` and `remedy` are empty if Hydra's own say enough."""
 
     where: str
     line: str
@@ -29,7 +29,7 @@ class Location:
 def locate_hydra_error(
     error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None = None
 ) -> Location | None:
-    """Return the line that an error is about; None where it is not in a file that the command line chose.
+    """Return the line that an error is about; None if it is not in a file that the command line chose.
 
     `tokens` are the overrides, `folders` those with config files; `run_file` is composed with them.
     """

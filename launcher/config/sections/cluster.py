@@ -66,58 +66,58 @@ class ClusterSection(Section):
 
     @property
     def is_followed(self) -> bool:
-        """True where the command that starts a run follows it by default."""
+        """True if the command that starts a run follows it by default."""
         return False
 
     @property
     def is_this_machine(self) -> bool:
-        """True where the run is on the machine of the command, and on no other."""
+        """True if the run is on the machine of the command, and on no other."""
         return False
 
     @property
     def runs_on_every_node(self) -> bool:
-        """True where each machine runs the same command, which stays there as long as the attempt lasts."""
+        """True if each machine runs the same command, which stays there as long as the attempt lasts."""
         return False
 
     @property
     def is_dry_run(self) -> bool:
-        """True where nothing is to be submitted, only shown."""
+        """True if nothing is to be submitted, only shown."""
         return False
 
     @property
     def continues_by_itself(self) -> bool:
-        """True where the backend starts a further attempt after one that failed."""
+        """True if the backend starts a further attempt after one that failed."""
         return False
 
     @property
     def has_unknown_gpus(self) -> bool:
-        """True where the GPUs of the nodes need not be those that `Cluster.device` has seen."""
+        """True if the GPUs of the nodes need not be those that `Cluster.device` has seen."""
         return False
 
     @property
     def forwards_environment(self) -> bool:
-        """True where ranks get the environment of the submitting command, API keys included."""
+        """True if ranks get the environment of the submitting command, API keys included."""
         return True
 
     @property
     def netrc_problem(self) -> str | None:
-        """Why ranks may not see the ~/.netrc of the submitting user; None where they do."""
+        """Why ranks may not see the ~/.netrc of the submitting user; None if they do."""
         return None
 
     @property
     def save_lead_s(self) -> float | None:
-        """Seconds before the end of the nodes' time at which the run saves; None where the nodes' time has no end."""
+        """Seconds before the end of the nodes' time at which the run saves; None if the nodes' time has no end."""
         return None
 
     def topology_problem(self, world_size: int) -> Problem | None:
-        """Return what keeps this backend from running `world_size` ranks under these settings; None where nothing does."""
+        """Return what keeps this backend from running `world_size` ranks under these settings; None if nothing does."""
         return None
 
     def completed(self, environ: Mapping[str, str]) -> ClusterSection:
         """Return the settings of a plan, completed by what the environment of the command says of the machines.
 
         Raises:
-            ConfigError: where it contradicts the settings.
+            ConfigError: if it contradicts the settings.
         """
         return self
 
@@ -132,7 +132,7 @@ class ClusterSection(Section):
 
     @property
     def fewest_workers(self) -> int | None:
-        """The fewest ranks that the run continues with; None where it needs all."""
+        """The fewest ranks that the run continues with; None if it needs all."""
         return None
 
 
@@ -189,5 +189,5 @@ class ManagedSection(ClusterSection):
 
     @property
     def leaves_out_bad_nodes(self) -> bool:
-        """True where the next attempt does not use a node that failed its checks."""
+        """True if the next attempt does not use a node that failed its checks."""
         return False

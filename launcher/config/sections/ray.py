@@ -131,7 +131,7 @@ class RaySection(ManagedSection):
 
     @property
     def is_http(self) -> bool:
-        """True where the driver runs on the cluster, as a job."""
+        """True if the driver runs on the cluster, as a job."""
         return self.address is not None and self.address.startswith(("http://", "https://"))
 
     @property

@@ -166,7 +166,7 @@ def count_nodes(section: StaticSection, environ: Mapping[str, str], chosen: Coll
     """Return the number of machines, also where it is not known which of them this is; the arguments are those of `identify`.
 
     Raises:
-        ConfigError: where two values contradict each other, or one cannot be read.
+        ConfigError: if two values contradict each other, or one cannot be read.
     """
     problems: list[Problem] = []
     values = _values((NODES,), section, environ, chosen, problems)

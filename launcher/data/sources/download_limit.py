@@ -18,7 +18,7 @@ _LOOK_BYTES = 64 << 20
 
 
 class DownloadLimit(Callback):
-    """Counts the bytes of a download into `folder`, and raises DataError at the limit; `size` is None where it is unknown."""
+    """Counts the bytes of a download into `folder`, and raises DataError at the limit; `size` is None if it is unknown."""
 
     def __init__(self, name: str, size: int | None, folder: Path) -> None:
         super().__init__()

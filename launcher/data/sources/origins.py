@@ -39,10 +39,10 @@ class DocumentOrigins:
 
     @classmethod
     def open(cls, cache_dir: str, held_out: bool = False) -> DocumentOrigins | None:
-        """Read the origins of a split; None where the cache was built by a launcher that records none.
+        """Read the origins of a split; None if the cache was built by a launcher that records none.
 
         Raises:
-            DataError: where the file is damaged.
+            DataError: if the file is damaged.
         """
         folder = Path(cache_dir)
         file = folder / ("eval" if held_out else "") / FILE

@@ -36,7 +36,7 @@ def limited(action: Callable[[], T]) -> T:
     It is no context manager: the limit could be reached once more on the way to its end.
 
     Raises:
-        LimitReached: where it takes more.
+        LimitReached: if it takes more.
     """
     if threading.current_thread() is not threading.main_thread():
         return action()

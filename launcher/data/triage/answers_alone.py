@@ -30,7 +30,7 @@ class AnswersAlone:
 
 
 def write(split: Split, folder: Path, data: DataSection) -> AnswersAlone | None:
-    """Write the answers of the documents that have a prompt as a split into `folder`; None where none has one."""
+    """Write the answers of the documents that have a prompt as a split into `folder`; None if none has one."""
     tokens, trained, docs = split.tokens[:], split.trained[:], np.asarray(split.docs)
     begins = _answer_begins(trained)
     owners = np.searchsorted(docs, begins, side="right") - 1

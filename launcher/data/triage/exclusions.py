@@ -25,7 +25,7 @@ def read_exclusions(file: str | None) -> np.ndarray:
     """Return the hashes of the documents to leave out, uint64; empty without a file.
 
     Raises:
-        DataError: where the file cannot be read, with the line.
+        DataError: if the file cannot be read, with the line.
     """
     contents = []
     try:

@@ -34,7 +34,7 @@ def to_eval_question(question: ChoiceQuestion, encoder: Encoder, data: DataSecti
 
 
 def encode_choices(encoder: Encoder, rendered: Sequence[RenderedDocument]) -> list[ChoiceTokens | None]:
-    """Tokenize documents that end with a choice; None where the tokenizer cannot separate the choice from what precedes it."""
+    """Tokenize documents that end with a choice; None if the tokenizer cannot separate the choice from what precedes it."""
     has_end = encoder.tokenizer.eos_token_id is not None
     encoded = []
     for document, tokens in zip(rendered, encoder.encode(rendered), strict=True):

@@ -53,7 +53,7 @@ class DriftReport:
     `words_p_value` and `length_p_value` are those of the two tests, `unusual` the share of prompts that are farther from every
     training prompt than 95% of training prompts are from one another, and `unseen` the share of their tokens that no training
     prompt has, beside that of one half of the training prompts against the other. `scripts` are shares in training, and now.
-    `likelihoods` is None where no model has scored the prompts.
+    `likelihoods` is None if no model has scored the prompts.
     """
 
     has_drifted: bool

@@ -110,7 +110,7 @@ class TransformersEngine:
         return ids.to(self._device), mask.to(self._device)
 
     def _prefix_of(self, shared: Sequence[int]) -> SharedPrefix | None:
-        """Return keys and values of the shared part, which are computed once; None where the model needs each prompt whole."""
+        """Return keys and values of the shared part, which are computed once; None if the model needs each prompt whole."""
         if self._shared is None or self._shared[0] != tuple(shared):
             self._shared = None
             prefix = compute_prefix(self.model, torch.tensor([list(shared)], device=self._device))

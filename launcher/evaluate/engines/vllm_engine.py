@@ -58,7 +58,7 @@ class VllmEngine:
         """Start the server and wait until it answers.
 
         Raises:
-            RunError: where it ends or does not answer in time, with the last lines of its output.
+            RunError: if it ends or does not answer in time, with the last lines of its output.
         """
         self._weights, self._tokenizer, self._python = weights, tokenizer, python
         # A proxy of the environment does not reach loopback.
@@ -92,7 +92,7 @@ class VllmEngine:
         """Return an answer for each prompt. The server finds shared beginnings by itself.
 
         Raises:
-            RunError: where the server refuses the request or is gone.
+            RunError: if the server refuses the request or is gone.
         """
         request = {
             "model": "model",
@@ -183,10 +183,10 @@ class VllmEngine:
 
 
 def read_version(python: Path) -> str | None:
-    """Return the version of vLLM in the environment of an interpreter; None where there is none.
+    """Return the version of vLLM in the environment of an interpreter; None if there is none.
 
     Raises:
-        ConfigError: where others could have changed the interpreter or the packages of its environment, before it is run.
+        ConfigError: if others could have changed the interpreter or the packages of its environment, before it is run.
     """
     require_own_environment(python.absolute())
     if not os.access(python, os.X_OK) or not python.is_file():

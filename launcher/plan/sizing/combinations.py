@@ -65,7 +65,7 @@ class Combination:
 
 @dataclass(frozen=True)
 class Considered:
-    """A combination with its peak memory, and the predicted step and tokens per second over all ranks; None where unknown.
+    """A combination with its peak memory, and the predicted step and tokens per second over all ranks; None if unknown.
 
     `is_allowed` is whether the settings leave it to the plan; `host_gib` is what it needs of a node's main memory, and
     `chunk_tokens` the trained tokens whose logits exist at one time.
@@ -84,7 +84,7 @@ class Considered:
 
 @dataclass(frozen=True)
 class Situation:
-    """What combinations are tried for: settings, model, data, ranks, and the GPU's type and memory, None where unknown.
+    """What combinations are tried for: settings, model, data, ranks, and the GPU's type and memory, None if unknown.
 
     `liger` is what model.liger has become. `rates` replace those of the GPU.
     """
@@ -106,7 +106,7 @@ def choose(situation: Situation) -> Considered:
     GPUs recompute all layers.
 
     Raises:
-        ConfigError: where the global batch does not divide over the ranks, or the rows of a rank over the micro-batch.
+        ConfigError: if the global batch does not divide over the ranks, or the rows of a rank over the micro-batch.
     """
     config, topology = situation.config, situation.topology
     split = batches.split(config.train, config.data, topology.world_size, topology.device, situation.data)

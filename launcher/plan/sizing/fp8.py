@@ -51,7 +51,7 @@ def fp8_problems(config: RunConfig, model: ModelFacts, topology: Topology, gpu_n
 
 
 def fp8_warning(config: RunConfig) -> str | None:
-    """Return what is probably a mistake about model.fp8, None where nothing is."""
+    """Return what is probably a mistake about model.fp8, None if nothing is."""
     if config.model.fp8 and not config.model.compile:
         return (
             "model.fp8=true without model.compile=true is expected to be slower than bf16, because casts to FP8 that are not "

@@ -24,7 +24,7 @@ class EarlyStopping:
 
     @property
     def is_due(self) -> bool:
-        """True where training should end."""
+        """True if training should end."""
         return 0 < self.patience <= self.num_without_improvement
 
     @property

@@ -60,7 +60,7 @@ class Evaluation:
         return self if earlier is None else Evaluation(self.step, (*earlier.sets, *self.sets), earlier.seconds + self.seconds)
 
     def loss_of(self, name: str) -> float | None:
-        """Return the loss of the set `name`; None where it was not evaluated."""
+        """Return the loss of the set `name`; None if it was not evaluated."""
         return next((of_set.loss for of_set in self.sets if of_set.name == name), None)
 
     @property
@@ -99,7 +99,7 @@ class Evaluator:
     def evaluate(self, step: int, local_stop_reason: Callable[[], str | None], names: Collection[str]) -> Evaluation | None:
         """Compute the losses of the sets `names` over all ranks. Collective.
 
-        Returns None where none of them has rows, or where any rank has a reason to stop before the last micro-batch.
+        Returns None if none of them has rows, or if any rank has a reason to stop before the last micro-batch.
         """
         chosen = [rows for rows in self._sets if rows.name in names]
         if not chosen:
@@ -119,7 +119,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _evaluate_set(self, rows: EvalRows, local_stop_reason: Callable[[], str | None]) -> SetLoss | None:
-        """Compute the loss of one set; None where the ranks stop."""
+        """Compute the loss of one set; None if the ranks stop."""
         rank_info, device, batches = self._scorer.rank_info, self._scorer.device, rows.batches
         num_rounds = -(-len(batches) // rank_info.world_size)
         numbers = range(rank_info.rank, num_rounds * rank_info.world_size, rank_info.world_size)

@@ -1,4 +1,4 @@
-"""An alert where the loss of general text rises while the model trains: it forgets what it knew."""
+"""An alert if the loss of general text rises while the model trains: it forgets what it knew."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ForgettingCheck:
         self._before: float | None = None
 
     def find_rise(self, evaluation: Evaluation) -> str | None:
-        """Return an alert where the loss is above the accepted one; None where it is not, or was not evaluated."""
+        """Return an alert if the loss is above the accepted one; None if it is not, or was not evaluated."""
         loss = evaluation.loss_of(FORGETTING)
         if loss is None or self._run is None:
             return None

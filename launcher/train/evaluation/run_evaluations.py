@@ -30,14 +30,14 @@ class RunEvaluations:
         return self._newest if self._newest is not None and self._newest.step == step else None
 
     def best_set_loss(self, step: int) -> float | None:
-        """Return the loss by which the checkpoint of `step` is compared with others; None where it was not evaluated."""
+        """Return the loss by which the checkpoint of `step` is compared with others; None if it was not evaluated."""
         newest = self.newest(step)
         return None if newest is None else newest.loss_of(self.early_stopping.set_name)
 
     def compute(self, step: int, scheduled_step: int, stop: Callable[[], str | None]) -> Evaluation | None:
         """Compute the losses that are due at `scheduled_step` and were not computed after `step` steps. Collective.
 
-        Returns None where nothing is due, or where a rank has a reason to stop.
+        Returns None if nothing is due, or if a rank has a reason to stop.
         """
         earlier = self.newest(step)
         due = self._plan.eval_sets_at(scheduled_step)
@@ -46,7 +46,7 @@ class RunEvaluations:
         )
 
     def record(self, evaluation: Evaluation, when: str) -> None:
-        """Log the losses, with an alert where the model forgets; `when` says in the texts when they were computed."""
+        """Log the losses, with an alert if the model forgets; `when` says in the texts when they were computed."""
         self._newest = evaluation.joined(self.newest(evaluation.step))
         log_evaluation(evaluation, when, self._tracker, self._forgetting.find_rise)
 

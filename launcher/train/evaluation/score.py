@@ -72,10 +72,10 @@ class Scorer:
 def score_rows(scorer: Scorer, batches: RowBatches, store: ScoreStore, local_stop_reason: Callable[[], str | None]) -> bool:
     """Write the log-probability of every trained token of `batches` into `store`, as far as it lacks them. Collective.
 
-    Returns whether all are there: False where any rank had a reason to stop. What is committed then is not computed again.
+    Returns whether all are there: False if any rank had a reason to stop. What is committed then is not computed again.
 
     Raises:
-        CheckpointError: on every rank, where a rank cannot write.
+        CheckpointError: on every rank, if a rank cannot write.
     """
     rank_info = scorer.rank_info
     labels = batches.num_labels()

@@ -1,7 +1,7 @@
-"""Attention kernels: which one a model computes with, and one that needs torch alone and stays inside the documents of a row.
+"""Attention kernels: chooses the one that a model computes with, and adds `varlen`, which needs only torch.
 
-The kernel `varlen` computes each document of packed rows for itself, where SDPA computes all pairs of tokens of a row and masks
-most of them: torch's variable-length FlashAttention on GPUs, and one causal SDPA for each document on CPUs.
+SDPA computes all pairs of tokens in a row and masks most of them. `varlen` computes each packed document separately: with torch's
+variable-length FlashAttention on GPUs, and with one causal SDPA per document on CPUs.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from launcher.errors import ConfigError
 VARLEN = "varlen"
 # Architectures whose FlashAttention attends across documents: transformers does not pass document boundaries to it.
 FLASH_CROSSES_DOCUMENTS = ("gpt_neo",)
-# FlashAttention's packages, the fastest first: kernel, module to import, and the compute capabilities that it is made for.
+# FlashAttention's packages, fastest first: kernel, module to import, and the compute capabilities it is built for.
 _FLASH_KERNELS = (
     ("flash_attention_4", "flash_attn.cute", (9, 10)),
     ("flash_attention_3", "flash_attn_interface", (9,)),
     ("flash_attention_2", "flash_attn", (8, 9, 10, 12)),
 )
-# What changes the result and is in neither SDPA nor the variable-length kernel.
+# Arguments that change the result and that neither SDPA nor the variable-length kernel supports.
 _UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias")
 
 
 def choose_kernel(model: ModelSection, device: torch.device, config: Any) -> str:
-    """Return the attention kernel of a model with this transformers config: what is set, else the fastest that it has.
+    """Return the attention kernel for a model with this transformers config: the configured one, else the fastest available.
 
     Raises:
-        ConfigError: where transformers would take what is set from the Hub.
+        ConfigError: if transformers would load the configured kernel from the Hub.
     """
     if model.attention != "auto":
         _require_package(model.attention)
@@ -49,7 +49,7 @@ def choose_kernel(model: ModelSection, device: torch.device, config: Any) -> str
 
 
 def _require_package(kernel: str) -> None:
-    """Refuse FlashAttention without its package: in its place, the package `kernels` would import what the Hub or its cache has.
+    """Refuse FlashAttention without its package: the package `kernels` would import a replacement from the Hub or its cache.
 
     Raises:
         ConfigError: with the remedy.
@@ -71,15 +71,15 @@ def describe(model: ModelSection, config: Any, packing: bool) -> str:
 
 
 def can_flash(model: ModelSection, config: Any) -> bool:
-    """Return whether FlashAttention computes this model, in this type, without attending across documents."""
+    """Return whether FlashAttention can compute this model in its dtype without attending across documents."""
     if model.dtype == "fp32" or config.model_type in FLASH_CROSSES_DOCUMENTS:
         return False
     return _has(config, "_supports_flash_attn", default=False)
 
 
 def can_varlen(model: ModelSection, config: Any, device: torch.device) -> bool:
-    """Return whether `varlen` computes the attention of this architecture exactly."""
-    # Attention in chunks is in the mask alone.
+    """Return whether `varlen` computes this architecture's attention exactly."""
+    # Chunked attention is encoded only in the mask.
     if getattr(config.get_text_config(), "attention_chunk_size", None) is not None:
         return False
     flags = ("_supports_attention_backend", "_supports_flash_attn", "_supports_sdpa")
@@ -92,12 +92,12 @@ def can_varlen(model: ModelSection, config: Any, device: torch.device) -> bool:
 
 
 def register_varlen() -> None:
-    """Make the kernel `varlen` known to transformers."""
+    """Register the kernel `varlen` with transformers."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(VARLEN, attend_within_documents)
-    # The boundaries of documents are in cu_seqlens, so no mask is made.
+    # cu_seqlens holds the document boundaries, so no mask is needed.
     AttentionMaskInterface.register(VARLEN, lambda *_, **__: None)
 
 
@@ -115,13 +115,13 @@ def attend_within_documents(
     max_length_q: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as transformers asks for it: query [B, H, T, D], key and value [B, KV, T, D]; returns [B, T, H, D].
+    """Implement transformers' attention interface: query [B, H, T, D], key and value [B, KV, T, D]; returns [B, T, H, D].
 
-    With `cu_seq_lens_q`, int32 [n + 1], B is 1, and no token attends beyond its document; without, each row is one document.
-    `sliding_window` counts the tokens that one attends to, with itself.
+    With `cu_seq_lens_q`, int32 [n + 1], B is 1 and no token attends beyond its document; without it, each row is one document.
+    `sliding_window` is the number of tokens that a token attends to, including itself.
 
     Raises:
-        ValueError: for a mask or another argument that would change the result.
+        ValueError: if a mask or another argument would change the result.
     """
     given = [name for name in _UNSUPPORTED_ARGUMENTS if others.get(name) is not None]
     if attention_mask is not None or given:
@@ -140,7 +140,7 @@ def attend_within_documents(
             window = (window[0], 0)
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         return _varlen_on_gpu(q, k, v, cu_seq_lens_q, longest, scale, window)[None], None
-    # The gradient of a split is one concatenation; that of a slice is a tensor of the whole row for each document.
+    # The gradient of a split is one concatenation; the gradient of a slice is a full-row tensor per document.
     lengths = cu_seq_lens_q.diff().tolist()
     documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     parts = [_attend(q, k, v, dropout, scale, is_causal, sliding_window).transpose(1, 2) for q, k, v in documents]
@@ -170,7 +170,7 @@ def _attend(
 def _varlen_on_gpu(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float, window: tuple[int, int]
 ) -> Tensor:
-    """Attend within documents: query [T, H, D], key and value [T, KV, D]; returns [T, H, D of the values]."""
+    """Attend within documents: query [T, H, D], key and value [T, KV, D]; returns [T, H, value dim]."""
     from torch.nn.attention.varlen import varlen_attn
 
     head_dim, value_dim = query.shape[-1], value.shape[-1]
@@ -189,7 +189,7 @@ def _varlen_on_gpu(
 
 @cache
 def _varlen_parameters() -> frozenset[str]:
-    """Return the names of the parameters of torch's variable-length attention; none where torch does not have it."""
+    """Return the parameter names of torch's variable-length attention; empty if torch does not have it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -198,7 +198,7 @@ def _varlen_parameters() -> frozenset[str]:
 
 
 def _find_flash_kernel(device: torch.device) -> str | None:
-    """Return the fastest FlashAttention that is made for this GPU, and that can be imported: metadata do not tell."""
+    """Return the fastest FlashAttention that is built for this GPU and can be imported, which package metadata does not tell."""
     from transformers import utils
 
     major, _ = torch.cuda.get_device_capability(device)
@@ -213,14 +213,14 @@ def _find_flash_kernel(device: torch.device) -> str | None:
 def _can_import(module: str) -> bool:
     try:
         importlib.import_module(module)
-    # A build for another torch fails with an OSError or an undefined symbol.
+    # A build for another torch version fails with an OSError or an undefined symbol.
     except Exception:
         return False
     return True
 
 
 def _has(config: Any, flag: str, default: bool) -> bool:
-    """Return a flag of the model class for this config; `default` where the class is not one of transformers."""
+    """Return a flag of the model class for this config; `default` if transformers does not have the class."""
     from transformers import AutoModelForCausalLM
 
     return bool(getattr(AutoModelForCausalLM._model_mapping.get(type(config), None), flag, default))

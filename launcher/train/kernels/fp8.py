@@ -72,7 +72,7 @@ def require_usable(device: torch.device) -> None:
     """Compute a product in FP8 on each rank. Collective.
 
     Raises:
-        ConfigError: on all ranks, where one of them cannot.
+        ConfigError: on all ranks, if one of them cannot.
     """
     remedy = f"pip install 'launcher[fp8]' on every node, with GPUs of the families Hopper or Blackwell; or {_WITHOUT}"
     reason, remedy = run_on_each_rank(lambda: try_product(device), lambda: remedy, device)
@@ -113,7 +113,7 @@ def convert(hf: Any, decoder_layers: Sequence[nn.Module], compiles: bool) -> str
     linear layers.
 
     Raises:
-        ConfigError: where no layer can be converted.
+        ConfigError: if no layer can be converted.
     """
     linears = [
         (name, module)

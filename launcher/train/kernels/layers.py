@@ -25,7 +25,7 @@ def find_layers(hf: Any, setting: str, remedy: str) -> list[nn.Module]:
     """Return the decoder layers of a model, for a setting that needs them; `remedy` says what to do without.
 
     Raises:
-        ConfigError: where the architecture's layers cannot be told from its other modules.
+        ConfigError: if the architecture's layers cannot be told from its other modules.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -54,7 +54,7 @@ def compile_layers(hf: Any, layers: list[nn.Module], device: torch.device) -> No
     It takes about a minute, in the first step and in the first evaluation. The layers must be gathered as a whole.
 
     Raises:
-        ConfigError: where this machine lacks what torch's compiler builds kernels with.
+        ConfigError: if this machine lacks what torch's compiler builds kernels with.
     """
     import torch._dynamo
     import torch._inductor.config

@@ -30,21 +30,21 @@ _replaced: list[tuple[ModuleType, str, Any]] = []
 
 
 def find_problem(section: ModelSection, model_type: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return why the ranks train without Liger, empty where all of them can compute with it. Collective.
+    """Return why the ranks train without Liger, empty if all of them can compute with it. Collective.
 
     Raises:
-        ConfigError: on all ranks, where model.liger is true and Liger cannot be used on one of them.
+        ConfigError: on all ranks, if model.liger is true and Liger cannot be used on one of them.
     """
     return _agree(section, device, lambda: try_kernels(model_type, device, dtype))
 
 
 def apply(hf: Any, section: ModelSection, device: torch.device) -> str:
-    """Let a model compute with Liger's kernels; returns why it does not, empty where it does. Collective.
+    """Let a model compute with Liger's kernels; returns why it does not, empty if it does. Collective.
 
     `undo` has to follow before another model is built.
 
     Raises:
-        ConfigError: on all ranks, where model.liger is true and Liger cannot be applied on one of them.
+        ConfigError: on all ranks, if model.liger is true and Liger cannot be applied on one of them.
     """
     before = [(part, dict(vars(part))) for part in hf.modules()]
     is_applied = False
@@ -69,7 +69,7 @@ def undo() -> None:
 
 
 def describe_use(problem: str, run: Path) -> str:
-    """Return a message about Liger in a run that was planned with it; `problem` is why it is not used, empty where it is."""
+    """Return a message about Liger in a run that was planned with it; `problem` is why it is not used, empty if it is."""
     if not problem:
         return "norms, rotary embedding and MLP are computed by Liger"
     resume = launcher_command("resume", run, "model.liger=false")

@@ -124,7 +124,7 @@ def explained_out_of_memory(plan: LaunchPlan, run_dir: RunDir, has_completed_ste
 
 
 def _has_fitted(plan: LaunchPlan, run_dir: RunDir) -> bool:
-    """Return whether the run has trained a step before, or has run the largest batch of this plan; True where that is unknown."""
+    """Return whether the run has trained a step before, or has run the largest batch of this plan; True if that is unknown."""
     try:
         if has_trained(run_dir, run_store.read_status(run_dir)):
             return True
@@ -135,7 +135,7 @@ def _has_fitted(plan: LaunchPlan, run_dir: RunDir) -> bool:
 
 
 def describe_out_of_memory(plan: LaunchPlan, reason: str, allocated_gib: float | None) -> str:
-    """Return what did not fit, with the planned parts; `allocated_gib` is the most that was allocated, None where unknown."""
+    """Return what did not fit, with the planned parts; `allocated_gib` is the most that was allocated, None if unknown."""
     first = reason.split(". ")[0].strip()
     message = f"the GPU ran out of memory before the first step was completed: {first}"
     peak = plan.peak

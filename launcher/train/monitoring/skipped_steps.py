@@ -17,10 +17,10 @@ class SkippedSteps:
         self.num_in_a_row = 0
 
     def count(self, step: int, num_skipped: int) -> str | None:
-        """Count one step; returns an alert, None where skipping is usual. `num_skipped` is the run's total.
+        """Count one step; returns an alert, None if skipping is usual. `num_skipped` is the run's total.
 
         Raises:
-            DivergedError: where too many steps in a row were skipped.
+            DivergedError: if too many steps in a row were skipped.
         """
         self.num_in_a_row += 1
         if self.num_in_a_row > _MAX_IN_A_ROW[self._dtype]:
