@@ -1,4 +1,4 @@
-"""Stop training when the loss of an evaluation set no longer falls."""
+"""Stops training when the loss of an evaluation set no longer falls."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from launcher.plan.quantities import format_count
 
 
 class EarlyStopping:
-    """Counts evaluations in a row whose loss is not below the lowest one so far.
+    """Counts consecutive evaluations whose loss is not below the lowest one so far.
 
-    `patience` is eval.stop_after: that many of them end training; 0 never does. `set_name` and `rows_digest` say whose losses
-    they are: what a checkpoint has counted for other rows is not taken over.
+    `patience` is eval.stop_after: that many of them end training; with 0, none do. `set_name` and `rows_digest` identify the
+    evaluated rows: counts that a checkpoint holds for other rows are ignored.
     """
 
     def __init__(self, patience: int, set_name: str, rows_digest: str) -> None:
@@ -36,7 +36,7 @@ class EarlyStopping:
         )
 
     def record(self, step: int, loss: float) -> bool:
-        """Take the loss of an evaluation at `step` into account; return whether it is the lowest so far."""
+        """Record the loss of an evaluation at `step`; return whether it is the lowest so far."""
         if loss < self.best_loss:
             self.best_loss, self.best_step, self.num_without_improvement = loss, step, 0
             return True
@@ -44,7 +44,7 @@ class EarlyStopping:
         return False
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, as JSON values."""
+        """Return the state that a checkpoint stores, as JSON values."""
         return {
             "set": self.set_name,
             "rows": self.rows_digest,
@@ -54,7 +54,7 @@ class EarlyStopping:
         }
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Take over the state that a checkpoint has kept, unless it is of other rows; None for a checkpoint without one."""
+        """Restore the state from a checkpoint, unless it is for other rows; None if the checkpoint has no state."""
         if state is None or (state["set"], state["rows"]) != (self.set_name, self.rows_digest):
             return
         self.best_loss = math.inf if state["best_loss"] is None else float(state["best_loss"])

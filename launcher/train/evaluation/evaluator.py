@@ -1,4 +1,4 @@
-"""Loss on held-out rows and evaluation sets while training."""
+"""Loss on held-out rows and evaluation sets during training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class EvalRows:
 
 @dataclass(frozen=True)
 class SetLoss:
-    """Mean loss over the trained tokens of one set, and of each of its sources that has any."""
+    """Mean loss over the trained tokens of one set, and of each of its sources that has trained tokens."""
 
     name: str
     loss: float
@@ -38,7 +38,7 @@ class SetLoss:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The metrics by name; those of sources only where the set has several."""
+        """The metrics by name; those of sources only if the set has several."""
         by_source = self.source_losses if len(self.source_losses) > 1 else {}
         return {
             f"eval/{self.name}/loss": self.loss,
@@ -49,14 +49,14 @@ class SetLoss:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The losses after `step` steps, by the order of the sets, and the seconds that they took."""
+    """The losses after `step` steps, in the order of the sets, and the seconds that they took."""
 
     step: int
     sets: tuple[SetLoss, ...]
     seconds: float
 
     def joined(self, earlier: Evaluation | None) -> Evaluation:
-        """Return this evaluation with the sets of an earlier one of the same step."""
+        """Return this evaluation together with the sets of an earlier one of the same step."""
         return self if earlier is None else Evaluation(self.step, (*earlier.sets, *self.sets), earlier.seconds + self.seconds)
 
     def loss_of(self, name: str) -> float | None:
@@ -74,13 +74,13 @@ def log_evaluation(
 ) -> None:
     """Log the metrics of all sets, an event for each, and an alert with the result of `find_problem`.
 
-    `when` says in the events' texts when the sets were evaluated.
+    The event texts use `when` to say when the sets were evaluated.
     """
     tracker.log(evaluation.step, {**evaluation.metrics, "time/eval_s": evaluation.seconds})
     for of_set in evaluation.sets:
         title = "held-out loss" if of_set.name == HELD_OUT else f"loss on {of_set.name}"
         message = f"{title} {when}: {of_set.loss:.4f} ({of_set.num_tokens:,} trained tokens)"
-        # Other sets may have texts on which a sound model computes no finite loss.
+        # Other sets may contain texts for which a sound model computes no finite loss.
         kind = "eval" if math.isfinite(of_set.loss) else "alert"
         tracker.event(kind, message, evaluation.step, loss=of_set.loss, when=when, set=of_set.name)
     if (problem := find_problem(evaluation)) is not None:
@@ -88,7 +88,7 @@ def log_evaluation(
 
 
 class Evaluator:
-    """Computes the loss of sets of rows with the engine of training. `total_s` are the seconds of all evaluations so far."""
+    """Computes the loss of sets of rows with the training engine. `total_s` is the total seconds of all evaluations so far."""
 
     def __init__(self, scorer: Scorer, sets: Sequence[EvalRows], beat: Callable[[str, int], None]) -> None:
         """`beat` receives the phase and the number of completed steps before each micro-batch."""
@@ -99,7 +99,7 @@ class Evaluator:
     def evaluate(self, step: int, local_stop_reason: Callable[[], str | None], names: Collection[str]) -> Evaluation | None:
         """Compute the losses of the sets `names` over all ranks. Collective.
 
-        Returns None if none of them has rows, or if any rank has a reason to stop before the last micro-batch.
+        Returns None if no set has rows, or if any rank has a reason to stop before the last micro-batch.
         """
         chosen = [rows for rows in self._sets if rows.name in names]
         if not chosen:
@@ -123,7 +123,7 @@ class Evaluator:
         rank_info, device, batches = self._scorer.rank_info, self._scorer.device, rows.batches
         num_rounds = -(-len(batches) // rank_info.world_size)
         numbers = range(rank_info.rank, num_rounds * rank_info.world_size, rank_info.world_size)
-        # Sums and numbers of tokens by source; fp64, so that their order does not matter to any digit that is shown.
+        # Sums and token counts by source; in fp64, so their order affects no digit that is shown.
         totals = torch.zeros(2, max(1, len(rows.sources)), dtype=torch.float64, device=device)
         for number, losses in zip(numbers, self._scorer.score(batches, numbers, local_stop_reason), strict=False):
             if losses is None:

@@ -1,4 +1,4 @@
-"""An alert if the loss of general text rises while the model trains: it forgets what it knew."""
+"""Alerts if the loss on general text rises during training: the model forgets what it knew."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from launcher.train.evaluation.evaluator import Evaluation
 
 
 class ForgettingCheck:
-    """Compares each loss of the set eval.forgetting with that before training; without a run directory, nothing."""
+    """Compares each loss of the set eval.forgetting with the loss before training; without a run directory, does nothing."""
 
     def __init__(self, run: RunDir | None, section: EvalSection) -> None:
         self._run, self._max_rise = run, section.forgetting_max_rise

@@ -1,4 +1,4 @@
-"""The evaluations of a run: which sets are due, the newest losses, and what a checkpoint keeps of them."""
+"""The evaluations of a run: which sets are due, the newest losses, and the state that a checkpoint stores."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from launcher.train.evaluation.forgetting import ForgettingCheck
 
 
 class RunEvaluations:
-    """Evaluations of one rank, over resumes: `is_missing` where a preemption has skipped that of the checkpoint's step."""
+    """Evaluations of one rank, across resumes. `is_missing` is true if a preemption skipped the one of the checkpoint's step."""
 
     def __init__(self, plan: LaunchPlan, run_dir: RunDir | None, evaluator: Evaluator, tracker: Composite) -> None:
-        """`run_dir` is None on all ranks but the one that logs."""
+        """`run_dir` is None on all ranks except the one that logs."""
         self._plan, self._evaluator, self._tracker = plan, evaluator, tracker
         self._newest: Evaluation | None = None
         self._forgetting = ForgettingCheck(run_dir, plan.config.eval)
@@ -26,16 +26,16 @@ class RunEvaluations:
         self.is_missing = False
 
     def newest(self, step: int) -> Evaluation | None:
-        """Return the losses of the newest evaluation, where it was made after `step` steps."""
+        """Return the losses of the newest evaluation, if it was made after `step` steps."""
         return self._newest if self._newest is not None and self._newest.step == step else None
 
     def best_set_loss(self, step: int) -> float | None:
-        """Return the loss by which the checkpoint of `step` is compared with others; None if it was not evaluated."""
+        """Return the loss that the checkpoint of `step` is ranked by; None if it was not evaluated."""
         newest = self.newest(step)
         return None if newest is None else newest.loss_of(self.early_stopping.set_name)
 
     def compute(self, step: int, scheduled_step: int, stop: Callable[[], str | None]) -> Evaluation | None:
-        """Compute the losses that are due at `scheduled_step` and were not computed after `step` steps. Collective.
+        """Compute the losses that are due at `scheduled_step` and have not been computed after `step` steps. Collective.
 
         Returns None if nothing is due, or if a rank has a reason to stop.
         """
@@ -46,15 +46,15 @@ class RunEvaluations:
         )
 
     def record(self, evaluation: Evaluation, when: str) -> None:
-        """Log the losses, with an alert if the model forgets; `when` says in the texts when they were computed."""
+        """Log the losses, with an alert if the model forgets; the texts use `when` to say when the losses were computed."""
         self._newest = evaluation.joined(self.newest(evaluation.step))
         log_evaluation(evaluation, when, self._tracker, self._forgetting.find_rise)
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return what the checkpoint of `step` keeps, as JSON values."""
+        """Return the state that the checkpoint of `step` stores, as JSON values."""
         return {"early_stopping": self.early_stopping.state(), "is_evaluated": self.newest(step) is not None}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what a checkpoint has kept."""
+        """Restore the state that a checkpoint stores."""
         self.early_stopping.restore(state.get("early_stopping"))
         self.is_missing = state.get("is_evaluated") is False

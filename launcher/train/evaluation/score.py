@@ -1,7 +1,7 @@
 """The score pass: the log-probability of every trained token of packed rows, on any number of ranks.
 
-Micro-batches are the same for every number of ranks, and each is on one rank. Ranks commit what they have scored in shards, so a
-pass that is killed continues where it stopped.
+Micro-batches do not depend on the number of ranks, and each is scored by one rank. Ranks commit their scores in shards, so a pass
+that is killed continues where it stopped.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from launcher.distributed import RankInfo, all_reduce_step, rank0_broadcast, run
 from launcher.train.model import CausalLMLoss
 from launcher.train.objectives import Objective
 
-# Micro-batches of a shard at most: what a killed pass computes again on each rank.
+# Most micro-batches per shard: each rank of a killed pass recomputes up to this many.
 MAX_SHARD_MICRO_BATCHES = 16
 
 _NOT_WRITTEN = "the scores cannot be written"
 
 
 class Scorer:
-    """Computes the losses of single tokens with the engine of this rank. All ranks use it together."""
+    """Computes the losses of single tokens with this rank's engine. All ranks use it together."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Scorer:
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
-        """Put the model into evaluation mode for the time of the block."""
+        """Put the model into evaluation mode within the block."""
         self._model.eval()
         try:
             yield
@@ -54,12 +54,12 @@ class Scorer:
     ) -> Iterator[torch.Tensor | None]:
         """Yield the loss of each trained token of the micro-batches `numbers`, fp32 [num_labels] on the device. Collective.
 
-        Every rank passes equally many numbers; those after the last micro-batch are padding. Before each, `local_stop_reason` is
-        called; where any rank has a reason to stop, this yields None and ends.
+        Every rank passes equally many numbers; numbers after the last micro-batch are padding. This calls `local_stop_reason`
+        before each micro-batch; if any rank has a reason to stop, it yields None and ends.
         """
         nothing = torch.zeros((), device=self.device)
         for number in numbers:
-            # Loaded while a GPU still computes the one before, for which the all-reduce waits.
+            # Load it while a GPU still computes the previous one, which the all-reduce waits for.
             micro = batches.load(number)
             if self.device.type == "cuda":
                 micro = micro.pin_memory()
@@ -70,9 +70,10 @@ class Scorer:
 
 
 def score_rows(scorer: Scorer, batches: RowBatches, store: ScoreStore, local_stop_reason: Callable[[], str | None]) -> bool:
-    """Write the log-probability of every trained token of `batches` into `store`, as far as it lacks them. Collective.
+    """Write the log-probabilities of all trained tokens of `batches` that `store` lacks into it. Collective.
 
-    Returns whether all are there: False if any rank had a reason to stop. What is committed then is not computed again.
+    Returns whether the store is complete: False if any rank had a reason to stop. A later call does not recompute committed
+    shards.
 
     Raises:
         CheckpointError: on every rank, if a rank cannot write.
@@ -83,7 +84,7 @@ def score_rows(scorer: Scorer, batches: RowBatches, store: ScoreStore, local_sto
     with scorer.without_dropout():
         for ranges in _list_turns(missing, rank_info.world_size):
             start, stop, width = *ranges[rank_info.rank], max(stop - start for start, stop in ranges)
-            # Ranks with fewer micro-batches take part in the passes of the others.
+            # Ranks with fewer micro-batches still take part in the passes of the other ranks.
             numbers = [*range(start, stop), *[len(batches)] * (width - (stop - start))]
             losses = [*scorer.score(batches, numbers, local_stop_reason)]
             if losses and losses[-1] is None:
@@ -95,7 +96,7 @@ def score_rows(scorer: Scorer, batches: RowBatches, store: ScoreStore, local_sto
 
 
 def _list_turns(missing: list[list[int]], world_size: int) -> list[list[tuple[int, int]]]:
-    """Divide ranges of micro-batches into turns, in each of which every rank has one range, which may be empty."""
+    """Divide ranges of micro-batches into turns. In each turn every rank has one range, which may be empty."""
     total = sum(stop - start for start, stop in missing)
     width = max(1, min(MAX_SHARD_MICRO_BATCHES, -(-total // world_size)))
     pieces = [(first, min(first + width, stop)) for start, stop in missing for first in range(start, stop, width)]

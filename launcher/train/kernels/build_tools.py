@@ -1,7 +1,7 @@
-"""What Triton and torch's compiler build kernels with, on the machine that computes: a compiler and the headers of Python.
+"""Checks for the build tools that Triton and torch's compiler need on the computing machine: a compiler and Python's headers.
 
-Triton compiles a launcher in C for each kernel on GPUs, those of Liger and those of torch.compile. On CPUs torch.compile writes
-C++. Imports no torch.
+On GPUs, Triton compiles a C launcher for each kernel of Liger and of torch.compile. On CPUs, torch.compile generates C++.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from launcher.errors import Problem
 
 _HEADER = "Python.h"
-# By the kind of device: the compiler, the variable that names one, the commands that are tried without it, each called as its
-# package, and the variable with folders of headers.
+# By device kind: the compiler, the variable that names one, the commands that the package tries if it is unset, and the variable
+# with header folders.
 _COMPILERS = {
     "cuda": ("C compiler", "CC", ("gcc", "clang"), "C_INCLUDE_PATH"),
     "cpu": ("C++ compiler", "CXX", ("g++",), "CPLUS_INCLUDE_PATH"),
@@ -25,10 +25,10 @@ _COMPILERS = {
 
 
 def missing_build_tools(device: str) -> list[Problem]:
-    """Return a problem for the compiler and one for the headers, where kernels for this device (cuda or cpu) cannot be built."""
+    """Return one problem for a missing compiler and one for missing headers that kernels for this device (cuda or cpu) need."""
     compiler, variable, commands, folders = _COMPILERS[device]
     problems = []
-    # Whatever the variable names is called, without a look at other compilers.
+    # The package calls whatever the variable names, and looks for no other compiler.
     named = shlex.split(os.environ.get(variable, ""))[:1]
     if not any(map(shutil.which, named or commands)):
         looked_for = f"{variable}={named[0]}" if named else " and ".join(commands)
@@ -45,5 +45,5 @@ def missing_build_tools(device: str) -> list[Problem]:
 
 def _include_folder() -> str:
     scheme = sysconfig.get_default_scheme()
-    # Debian's scheme for what pip installs has no headers.
+    # Debian's scheme for packages installed by pip has no headers.
     return sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]

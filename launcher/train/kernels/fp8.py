@@ -1,12 +1,13 @@
-"""Linear layers of decoder layers in FP8, with torchao's casts and products: while training, and in no evaluation or export.
+"""Linear layers of decoder layers in FP8, with torchao's casts and products: only in training, not in evaluation or export.
 
-Weights stay bf16 parameters with their names, so that ZeRO-3, optimizer, checkpoints and export see nothing of it. Each row of an
-input has a scale of its own (torchao's recipe `rowwise`). With one scale for a whole tensor, the largest value of a document
-would decide how those packed beside it are rounded.
+Weights stay bf16 parameters with their names, so ZeRO-3, optimizer, checkpoints and export are unaffected. Each row of an input
+has its own scale (torchao's recipe `rowwise`). With one scale for a whole tensor, the largest value of a document would decide
+how the documents packed beside it are rounded.
 
-torchao's own layer cannot be used under ZeRO-3: its autograd function keeps a transposed view of the weight for the backward
-pass. DeepSpeed releases a weight by giving the parameter other data, so that view would hold the gathered weights of all layers.
-The function here keeps the parameter, whose data DeepSpeed gathers again before the backward pass, and computes with torchao's.
+torchao's own layer does not work under ZeRO-3: its autograd function keeps a transposed view of the weight for the backward pass.
+DeepSpeed releases a weight by giving the parameter other data, so that view would hold the gathered weights of all layers. The
+function here keeps the parameter itself, whose data DeepSpeed gathers again before the backward pass, and calls torchao's
+function.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from launcher.train.kernels.trial import run_on_each_rank
 
 _WHERE, _WITHOUT = "model.fp8", "set model.fp8=false"
 _CAPABILITY = (9, 0)
-# Linear layers that choose experts: small, and a rounded score may choose another one.
+# Linear layers that choose experts: they are small, and a rounded score may choose another expert.
 _ROUTERS = ("gate", "router", "shared_expert_gate")
-# Sizes of the trial: rows that are no multiple of 16 are padded. Rounding each factor to three bits changes a sum by 4%.
+# Sizes of the trial: rows that are not a multiple of 16 are padded. Rounding each factor to three bits changes a sum by 4%.
 _TOKENS, _COLUMNS, _ROWS = 24, 64, 48
 _MOST_ERROR = 0.1
 
 
 class Fp8Linear(nn.Linear):
-    """A linear layer in FP8 while training. Only the class of a layer changes, so its weight is the parameter that it was."""
+    """A linear layer that trains in FP8. Only the layer's class changes; its weight stays the same parameter."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return inputs [..., C] times the transposed weight [R, C], and plus the bias: [..., R] in the type of the inputs."""
+        """Multiply inputs [..., C] by the transposed weight [R, C] and add the bias: [..., R] in the type of the inputs."""
         if not self.training:
             return super().forward(inputs)
         tokens = inputs.numel() // self.in_features
@@ -46,9 +47,9 @@ class Fp8Linear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """torchao's `matmul_with_hp_or_float8_args` of inputs and a transposed weight, which keeps the weight itself.
+    """torchao's `matmul_with_hp_or_float8_args` of inputs and a transposed weight, but keeping the weight itself.
 
-    `pads` is whether the tokens are padded in the product for the weight's gradient, whose inner size they are.
+    `pads` is whether to pad the tokens, the inner dimension of the product for the weight's gradient.
     """
 
     @staticmethod
@@ -72,7 +73,7 @@ def require_usable(device: torch.device) -> None:
     """Compute a product in FP8 on each rank. Collective.
 
     Raises:
-        ConfigError: on all ranks, if one of them cannot.
+        ConfigError: on all ranks, if any rank cannot.
     """
     remedy = f"pip install 'launcher[fp8]' on every node, with GPUs of the families Hopper or Blackwell; or {_WITHOUT}"
     reason, remedy = run_on_each_rank(lambda: try_product(device), lambda: remedy, device)
@@ -90,7 +91,7 @@ def try_product(device: torch.device) -> None:
         needed, present = (".".join(map(str, version)) for version in (_CAPABILITY, capability))
         raise RuntimeError(f"FP8 needs a GPU of compute capability {needed}, and this one has {present}")
     options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
-    # The initial weights of a model follow from the seed.
+    # Keep the random state, because the initial weights of a model follow from the seed.
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
         inputs = torch.randn(_TOKENS, _COLUMNS, **options, requires_grad=True)
         weight = torch.randn(_ROWS, _COLUMNS, **options, requires_grad=True)
@@ -100,16 +101,16 @@ def try_product(device: torch.device) -> None:
         output = _Product.apply(inputs, weight, bool(_TOKENS % MULTIPLE))
         computed = (output, *torch.autograd.grad(output, (inputs, weight), gradient))
     for one, other in zip(computed, expected, strict=True):
-        # Reading the result waits for the GPU, which reports what fails in a kernel only then.
+        # Reading the result waits for the GPU, which reports a failed kernel only then.
         error = float((one.detach() - other.detach()).float().norm() / other.detach().float().norm())
         if not error < _MOST_ERROR:
             raise ArithmeticError(f"products in FP8 differ from those in bf16 by {error:.0%}")
 
 
 def convert(hf: Any, decoder_layers: Sequence[nn.Module], compiles: bool) -> str:
-    """Let the linear layers of decoder layers compute in FP8; return which do. Call it before the engine is built.
+    """Make the linear layers of decoder layers compute in FP8; return which ones do. Call it before the engine is built.
 
-    Layers whose sizes FP8 does not take stay as they are, and so do routers, the head and embeddings, and experts that are no
+    These stay unchanged: layers whose sizes FP8 does not support, routers, the head, embeddings, and experts that are not
     linear layers.
 
     Raises:
@@ -119,10 +120,10 @@ def convert(hf: Any, decoder_layers: Sequence[nn.Module], compiles: bool) -> str
         (name, module)
         for layer in decoder_layers
         for name, module in layer.named_modules()
-        # Another class may compute something else.
+        # A subclass may compute something else.
         if type(module) is nn.Linear and name.rpartition(".")[2] not in _ROUTERS
     ]
-    # Under ZeRO-3 a weight that is partitioned has no shape.
+    # Under ZeRO-3 a partitioned weight has no shape.
     fitting = [one for _, one in linears if one.in_features % MULTIPLE == 0 and one.out_features % MULTIPLE == 0]
     left_out = Counter(f"{name} ({one.out_features} x {one.in_features})" for name, one in linears if one not in set(fitting))
     because = f"sizes that are no multiples of {MULTIPLE}: {', '.join(left_out)}" if left_out else "there are none"
@@ -143,7 +144,7 @@ def _avoid_compiler_fault() -> None:
     """Let torchao change how torch's compiler writes minima, which Triton may turn into wrong FP8 values (triton issue 11111)."""
     from torchao.float8 import convert_to_float8_training
 
-    # It does that whatever it converts.
+    # torchao makes this change no matter what it converts.
     convert_to_float8_training(nn.Module(), module_filter_fn=lambda *_: False)
 
 
@@ -155,11 +156,11 @@ def _product() -> Any:
 
 @functools.cache
 def _settings(device_type: str, pads: bool) -> tuple[Any, Any]:
-    """Return torchao's settings of the three products, and of the casts. On CPUs, where only tests compute, it emulates them."""
+    """Return torchao's settings for the three products and for the casts. On CPUs, where only tests run, it emulates them."""
     from torchao.float8 import Float8LinearConfig, LinearMMConfig, ScaledMMConfig
 
     config, emulates = Float8LinearConfig.from_recipe_name("rowwise"), device_type != "cuda"
     products = (config.gemm_config_output, config.gemm_config_grad_input, config.gemm_config_grad_weight)
     output, of_inputs, of_weight = (ScaledMMConfig(emulates, product.use_fast_accum) for product in products)
-    # Its inner size is the tokens; those of the others are sizes of the weight.
+    # Its inner dimension is the tokens; the inner dimensions of the other products are sizes of the weight.
     return LinearMMConfig(output, of_inputs, of_weight._replace(pad_inner_dim=pads)), config

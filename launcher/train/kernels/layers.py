@@ -1,8 +1,8 @@
 """Decoder layers as units of ZeRO-3 and of the compiler.
 
-By itself DeepSpeed gathers and releases the weights of each module, in hooks of Python. A decoder layer whose weights are
-gathered as a whole, a leaf module of ZeRO-3, has hooks around the layer alone. The compiler needs that too: it does not look into
-DeepSpeed's hooks, so that each module with hooks would end a graph, and after a few of them the compiler gives up.
+By default DeepSpeed gathers and releases the weights of each module, in Python hooks. If a decoder layer is gathered as a whole,
+as a leaf module of ZeRO-3, only the layer itself has hooks. The compiler needs this too: it cannot trace DeepSpeed's hooks, so
+each module with hooks would break the graph, and the compiler gives up after a few breaks.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import nn
 from launcher.errors import ConfigError
 from launcher.train.kernels.build_tools import missing_build_tools
 
-# Variants of a compiled layer: training and evaluation, shapes, and kinds of layers.
+# Maximum variants of a compiled layer: training and evaluation, shapes, and kinds of layers.
 _MOST_VARIANTS = 64
 
 
 def find_layers(hf: Any, setting: str, remedy: str) -> list[nn.Module]:
-    """Return the decoder layers of a model, for a setting that needs them; `remedy` says what to do without.
+    """Return the decoder layers of a model for a setting that needs them; `remedy` says how to do without.
 
     Raises:
         ConfigError: if the architecture's layers cannot be told from its other modules.
@@ -41,7 +41,7 @@ def find_layers(hf: Any, setting: str, remedy: str) -> list[nn.Module]:
 
 
 def gather_whole(layers: list[nn.Module]) -> None:
-    """Have ZeRO-3 gather and release each layer as a whole. Call it before the engine is built."""
+    """Make ZeRO-3 gather and release each layer as a whole. Call it before the engine is built."""
     from deepspeed.utils import set_z3_leaf_module
 
     for layer in layers:
@@ -49,12 +49,12 @@ def gather_whole(layers: list[nn.Module]) -> None:
 
 
 def compile_layers(hf: Any, layers: list[nn.Module], device: torch.device) -> None:
-    """Compile the forward pass of each layer, and with it the backward pass; attention stays a kernel of its own.
+    """Compile the forward pass, and with it the backward pass, of each layer; attention stays a separate kernel.
 
-    It takes about a minute, in the first step and in the first evaluation. The layers must be gathered as a whole.
+    Compilation takes about a minute, in the first step and in the first evaluation. The layers must be gathered as a whole.
 
     Raises:
-        ConfigError: if this machine lacks what torch's compiler builds kernels with.
+        ConfigError: if this machine lacks the build tools that torch's compiler needs.
     """
     import torch._dynamo
     import torch._inductor.config
@@ -62,11 +62,11 @@ def compile_layers(hf: Any, layers: list[nn.Module], device: torch.device) -> No
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     _require_build_tools(device)
-    # No helper processes: there are only a few graphs. This holds in this thread alone; autograd's have the value that was read
-    # from the variable when torch's compiler was imported, in launcher/train/preload.py.
+    # There are only a few graphs, so use no helper processes. This applies only to this thread; autograd's threads use the value
+    # that torch's compiler read from the variable when launcher/train/preload.py imported it.
     torch._inductor.config.compile_threads = int(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "1"))
     torch._dynamo.config.recompile_limit = _MOST_VARIANTS
-    # The boundaries of documents are values that differ in each batch, and each would be compiled.
+    # Document boundaries are values that differ in each batch, so each batch would be compiled.
     kernel = hf.config._attn_implementation
     if kernel in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(kernel, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[kernel]))

@@ -1,10 +1,11 @@
-"""Liger's fused kernels for norms, rotary embedding and MLP: in the model that trains, and in no other.
+"""Liger's fused kernels for norms, rotary embedding and MLP: used only in the model that trains.
 
-Liger replaces classes and functions in transformers' modules, beside those of the instance that it is given. A model that is
-built later, as for the check of the export, would compute with Triton kernels, which CPUs do not have.
+Besides those of the given instance, Liger replaces classes and functions in transformers' modules. A model that is built later,
+for example to verify the export, would compute with Triton kernels, which do not run on CPUs.
 
-Metadata do not tell whether Liger works: a build for another torch or transformers fails in its import, and Triton in its first
-kernel where it finds no compiler. So each rank tries kernels before the weights load, and all do without Liger where one fails.
+Package metadata does not tell whether Liger works. A build for another torch or transformers fails on import, and Triton fails in
+its first kernel if it finds no compiler. So each rank tries the kernels before the weights load, and no rank uses Liger if any
+fails.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from launcher.shell_commands import launcher_command
 from launcher.train.kernels.build_tools import missing_build_tools
 from launcher.train.kernels.trial import run_on_each_rank
 
-# Sizes of the trial, with heads of 16.
+# Sizes of the trial; heads have 16 dimensions.
 _WIDTH, _MLP_WIDTH, _TOKENS = 64, 128, 8
-# What Liger has replaced in this process: module, name, and what was there.
+# What Liger replaced in this process: module, name, and original value.
 _replaced: list[tuple[ModuleType, str, Any]] = []
 
 
 def find_problem(section: ModelSection, model_type: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return why the ranks train without Liger, empty if all of them can compute with it. Collective.
+    """Return why the ranks train without Liger; empty if all of them can use it. Collective.
 
     Raises:
         ConfigError: on all ranks, if model.liger is true and Liger cannot be used on one of them.
@@ -39,9 +40,9 @@ def find_problem(section: ModelSection, model_type: str, device: torch.device, d
 
 
 def apply(hf: Any, section: ModelSection, device: torch.device) -> str:
-    """Let a model compute with Liger's kernels; returns why it does not, empty if it does. Collective.
+    """Make a model compute with Liger's kernels; return why it does not, empty if it does. Collective.
 
-    `undo` has to follow before another model is built.
+    Call `undo` before building another model.
 
     Raises:
         ConfigError: on all ranks, if model.liger is true and Liger cannot be applied on one of them.
@@ -63,13 +64,13 @@ def apply(hf: Any, section: ModelSection, device: torch.device) -> str:
 
 
 def undo() -> None:
-    """Put back what Liger has replaced outside of the model, which must not compute any more."""
+    """Restore what Liger replaced outside the model. The model must not compute afterwards."""
     while _replaced:
         setattr(*_replaced.pop())
 
 
 def describe_use(problem: str, run: Path) -> str:
-    """Return a message about Liger in a run that was planned with it; `problem` is why it is not used, empty if it is."""
+    """Return a message about Liger in a run that was planned with it; `problem` is why it is not used, empty if it is used."""
     if not problem:
         return "norms, rotary embedding and MLP are computed by Liger"
     resume = launcher_command("resume", run, "model.liger=false")
@@ -77,12 +78,12 @@ def describe_use(problem: str, run: Path) -> str:
 
 
 def try_kernels(model_type: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Import what a model of this type needs of Liger, and compute a small norm, rotary embedding and MLP with it, and gradients.
+    """Import the parts of Liger that this model type needs; compute a small norm, rotary embedding and MLP, with gradients.
 
     Raises:
         Exception: whatever Liger, Triton or the GPU's driver raises.
     """
-    # The package imports the second one only when it is asked for it, and transformers' own modules with it.
+    # The package imports the second module only on request, and transformers' own modules with it.
     from liger_kernel.transformers import (
         LigerGEGLUMLP,
         LigerRMSNorm,
@@ -94,7 +95,7 @@ def try_kernels(model_type: str, device: torch.device, dtype: torch.dtype) -> No
     sizes = SimpleNamespace(hidden_size=_WIDTH, intermediate_size=_MLP_WIDTH, hidden_act="silu")
     mlp_class = LigerGEGLUMLP if model_type.startswith("gemma") else LigerSwiGLUMLP
     options: dict[str, Any] = {"device": device, "dtype": dtype}
-    # The initial weights of a model follow from the seed.
+    # Keep the random state, because the initial weights of a model follow from the seed.
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
         for part in (LigerRMSNorm(_WIDTH), mlp_class(sizes)):
             hidden = torch.randn(1, _TOKENS, _WIDTH, **options, requires_grad=True)
@@ -107,13 +108,13 @@ def try_kernels(model_type: str, device: torch.device, dtype: torch.dtype) -> No
 
 def _require_finite_gradients(inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
     gradients = torch.autograd.grad(sum(output.float().square().mean() for output in outputs), inputs)
-    # Reading the result waits for the GPU, which reports what fails in a kernel only then.
+    # Reading the result waits for the GPU, which reports a failed kernel only then.
     if not all(bool(gradient.isfinite().all()) for gradient in gradients):
         raise ArithmeticError("Liger's kernels computed gradients that are not finite")
 
 
 def _agree(section: ModelSection, device: torch.device, action: Callable[[], None]) -> str:
-    """Run an action; returns the problem, the same on all ranks, where it fails on any. Collective."""
+    """Run an action; return the problem, the same on all ranks, if it fails on any. Collective."""
     reason, remedy = run_on_each_rank(action, lambda: _remedy(device), device)
     if not reason:
         return ""
@@ -123,19 +124,19 @@ def _agree(section: ModelSection, device: torch.device, action: Callable[[], Non
 
 
 def _remedy(device: torch.device) -> str:
-    """Return what mends a failure of Liger on this machine."""
+    """Return the remedy for a failure of Liger on this machine."""
     if problems := missing_build_tools(device.type):
         return "; ".join(f"{problem.message}: {problem.remedy}" for problem in problems)
     return "pip install --upgrade 'launcher[gpu]', and see what python -m launcher doctor says about Liger on this machine"
 
 
 def _replace(hf: Any) -> None:
-    """Apply Liger, and note what it replaces outside of the model, also where it fails."""
+    """Apply Liger, and record what it replaces outside the model, even if it fails."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     before = [(module, dict(vars(module))) for module in _shared_modules()]
     try:
-        # The head is the launcher's own, and computes the loss.
+        # The head is the launcher's own and computes the loss.
         _apply_liger_kernel_to_instance(hf, fused_linear_cross_entropy=False, cross_entropy=False)
     finally:
         for module, values in before:
@@ -145,6 +146,6 @@ def _replace(hf: Any) -> None:
 def _shared_modules() -> Iterator[ModuleType]:
     yield torch.nn
     for name, module in [*sys.modules.items()]:
-        # transformers' lazy modules, of another type, would import whatever is looked up in them.
+        # transformers' lazy modules, which have another type, would import every name that is looked up in them.
         if name.startswith("transformers.models.") and type(module) is ModuleType:
             yield module

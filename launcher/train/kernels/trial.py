@@ -1,7 +1,7 @@
-"""A trial of optional kernels: each rank computes with them before the weights load, and all ranks learn where they fail.
+"""Tries optional kernels: each rank computes with them before the weights load, and all ranks learn where they fail.
 
-What a package's metadata say does not tell whether it works: a build for another torch fails in its import, and a kernel on the
-first GPU that it was not made for.
+Package metadata does not tell whether a kernel works: a build for another torch fails on import, and a kernel fails on a GPU that
+it was not built for.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _MOST_CHARACTERS = 300
 
 
 def run_on_each_rank(action: Callable[[], None], remedy: Callable[[], str], device: torch.device) -> tuple[str, str]:
-    """Run an action on each rank; return why it failed on the first rank where it did, and the remedy there. Collective.
+    """Run an action on each rank; return the error of the first rank where it failed, and the remedy there. Collective.
 
-    All ranks return the same, empty texts where it failed on none. Without a process group this process is the only rank.
+    All ranks return the same texts, empty if it failed on none. Without a process group, this process is the only rank.
     """
     reason = mended_by = ""
     try:
         action()
-    # A build for another torch, transformers or Triton fails with anything.
+    # A build for another torch, transformers or Triton may raise any exception.
     except Exception as error:
         reason, mended_by = _first_line(error), remedy()
     if not dist.is_initialized():

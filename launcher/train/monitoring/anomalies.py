@@ -1,6 +1,6 @@
-"""Anomalies that a person wants to know of at once: loss spikes, slow or stalled training, stragglers, GPU faults.
+"""Anomalies that need prompt attention: loss spikes, slow or stalled training, stragglers, GPU faults.
 
-What lasts is reported at every step; `launcher.tracking.tracker.RateLimit` bounds how often it becomes an alert.
+A lasting anomaly is reported at every step; `launcher.tracking.tracker.RateLimit` limits how often it becomes an alert.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from launcher.shell_commands import launcher_command
 from launcher.train.monitoring import xids
 from launcher.train.monitoring.rank_stats import RankStats, RankWork
 
-# Steps whose losses are the reference, the fewest that make one, and the consecutive spikes that count as a lasting rise.
+# Number of steps in the reference of losses, its minimum, and the consecutive spikes that count as a lasting rise.
 _LOSS_WINDOW, _MIN_LOSSES, _LASTING_SPIKES = 100, 20, 20
-# A spike is so many robust standard deviations above the median, by the median absolute deviation (Iglewicz and Hoaglin 1993).
+# A spike exceeds the median by this many robust standard deviations (median absolute deviation; Iglewicz and Hoaglin 1993).
 SPIKE_SIGMAS = 10.0
 _MAD_TO_SIGMA = 1.4826
-# Lower bound of the deviation relative to the median, for losses that hardly vary.
+# Lower bound of the deviation, relative to the median, for losses that hardly vary.
 _MIN_RELATIVE_SIGMA = 0.01
-# Steps whose pace is compared, the steps before them that are the reference, the fewest that make one, and the consecutive slow
-# steps that count as lasting.
+# Steps whose pace is compared, steps before them that form the reference, its minimum, and the consecutive slow steps that count
+# as lasting.
 _RECENT_STEPS, _PACE_WINDOW, _MIN_PACES, _LASTING_SLOW_STEPS = 10, 200, 30, 60
 # Training is slow below this fraction of the reference pace.
 SLOW_FRACTION = 0.7
@@ -33,12 +33,12 @@ _SLOWDOWN_CAUSES = {
 }
 # A straggler's own work exceeds the median rank's by this factor in most of a window of steps.
 STRAGGLER_FACTOR, _STRAGGLER_WINDOW, _MIN_LATE_STEPS = 1.2, 20, 16
-# Relative deviation of the measured from the planned peak memory of a GPU that is an alert, after so many steps.
+# An alert if the measured peak memory of a GPU deviates from the plan by more than this fraction, after this many steps.
 _MEMORY_DEVIATION, _MEMORY_STEPS = 0.05, 3
-# Relative deviation of the measured from the planned tokens per second that is an alert: the median of so many steps after those
-# in which kernels are chosen and compiled.
+# An alert if the measured tokens per second deviate from the plan by more than this fraction. Measured as the median over this
+# many steps, after the first ones, in which kernels are chosen and compiled.
 _SPEED_DEVIATION, _SPEED_WARMUP, _SPEED_STEPS = 0.20, 5, 15
-# Training stalls after so many median steps without one, and no sooner than these seconds; a save has a limit of its own.
+# Training stalls after this many median steps without progress, but not before these seconds; saves have their own limit.
 STALL_FACTOR, _MIN_STALL_S, _SAVE_STALL_S = 10.0, 60.0, 900.0
 _CHECK_INTERVAL_S = 5.0
 
@@ -46,8 +46,8 @@ _CHECK_INTERVAL_S = 5.0
 class AnomalyDetector:
     """Checks the numbers of each step; `device` is what the ranks compute on, cuda or cpu, and alerts name `run_dir`.
 
-    Anomalous steps do not enter the reference until they have lasted for a whole window. A passing and a lasting anomaly are two
-    kinds of alerts, so that the rate limit of one does not suppress the other.
+    Anomalous steps do not enter the reference until they have lasted for a whole window. Passing and lasting anomalies are
+    separate kinds of alerts, so the rate limit of one does not suppress the other.
     """
 
     def __init__(self, device: str, run_dir: str) -> None:
@@ -62,7 +62,7 @@ class AnomalyDetector:
         self._speeds: list[float] = []
 
     def memory(self, ranks: Sequence[RankStats], planned_gib: float | None, hosts: Sequence[str]) -> list[str]:
-        """Return an alert, once, where the reserved memory of the fullest GPU deviates from the plan; `hosts` is by rank."""
+        """Return an alert, once, if the reserved memory of the fullest GPU deviates from the plan; `hosts` is by rank."""
         measured = {number: rank.reserved / 2**30 for number, rank in enumerate(ranks) if rank.reserved > 0}
         if planned_gib is None or not measured:
             return []
@@ -82,7 +82,7 @@ class AnomalyDetector:
         ]
 
     def speed(self, tokens_per_sec: float, planned: float | None) -> list[str]:
-        """Return an alert, once, where the tokens per second of the first steps deviate from the plan."""
+        """Return an alert, once, if the tokens per second of the first steps deviate from the plan."""
         self._num_speed_steps += 1
         if planned is None or not _SPEED_WARMUP < self._num_speed_steps <= _SPEED_WARMUP + _SPEED_STEPS:
             return []
@@ -109,7 +109,7 @@ class AnomalyDetector:
     def faults(self, ranks: Sequence[RankStats], hosts: Sequence[str]) -> Iterator[str]:
         """Yield an alert for each Xid that ranks report for the first time; `hosts` are the nodes by rank.
 
-        A fault of a link between GPUs shows on all of them at once, and is one alert.
+        A fault of a link between GPUs shows on all of them at once, but is one alert.
         """
         gpus_by_xid: dict[int, list[str]] = {}
         for rank, stats in enumerate(ranks):
@@ -122,7 +122,7 @@ class AnomalyDetector:
             yield f"Xid {number} on {where}: {xids.meaning(number)}"
 
     def stragglers(self, works: Sequence[RankWork], hosts: Sequence[str]) -> Iterator[str]:
-        """Yield an alert at the end of a window in which one rank was late in most steps; `works` are those of one step."""
+        """Yield an alert at the end of a window in which one rank was late in most steps; `works` are for one step, by rank."""
         median_s = statistics.median_low([work.seconds for work in works])
         for rank, work in enumerate(works):
             if work.seconds > STRAGGLER_FACTOR * median_s > 0:
@@ -138,7 +138,7 @@ class AnomalyDetector:
     def _check_loss(self, loss: float, number: int) -> Iterator[str]:
         if not self._is_spike(loss):
             self._losses.append(loss)
-            # A diverged loss goes up and down.
+            # A diverged loss rises and falls.
             self._num_spikes = max(0, self._num_spikes - 1)
             return
         self._num_spikes += 1
@@ -183,7 +183,7 @@ class AnomalyDetector:
 
 
 def _straggler(rank: int, works: Sequence[RankWork], hosts: Sequence[str]) -> str:
-    """Return the alert about a straggler, with the part of its work that exceeds the median rank's most."""
+    """Return the alert about a straggler; it names the part of its work that exceeds the median rank's most."""
     work, median = works[rank], RankWork(*(statistics.median_low(parts) for parts in zip(*works, strict=True)))
     excess_s = {name: part - other for name, part, other in zip(RankWork._fields, work, median, strict=True)}
     match max(excess_s, key=excess_s.__getitem__):
@@ -201,9 +201,9 @@ def _straggler(rank: int, works: Sequence[RankWork], hosts: Sequence[str]) -> st
 
 
 class StallAlarm:
-    """Sends an alert, from a thread of its own, at every check while there has been no progress for long.
+    """Sends an alert, from its own thread, at every check while there has been no progress for too long.
 
-    `beat` is called with the phase and the step wherever there is progress.
+    Call `beat` with the phase and the step whenever there is progress.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class StallAlarm:
         return self
 
     def stop(self) -> None:
-        """End the thread at its next check."""
+        """Stop the thread at its next check."""
         self._stopped.set()
 
     def beat(self, phase: str, step: int) -> None:
@@ -231,7 +231,7 @@ class StallAlarm:
         last_phase, last_step, at = self._last_beat
         now = self._clock()
         if phase == "training" == last_phase and step == last_step:
-            # Micro-batches of one step.
+            # These are micro-batches of one step.
             return
         if phase == "training" == last_phase:
             self._step_times_s.append(now - at)

@@ -12,26 +12,26 @@ from launcher.plan.deepspeed import transfer_widths
 from launcher.plan.gpu_types import lookup
 from launcher.plan.launch_plan import LaunchPlan
 
-# The speed of Ethernet with TCP, too slow for every model: what counts where the GPUs' type is unknown.
+# The speed of TCP over Ethernet, too slow for every model: the limit if the GPU type is unknown.
 _SLOW_GB_PER_S = 5.0
-# The share of a GPU's peak that a whole pass is assumed to reach.
+# Assumed share of a GPU's peak that a whole pass reaches.
 _PEAK_SHARE = 0.48
-# FLOPs for each parameter and token, with recomputed layers.
+# FLOPs per parameter and token, with recomputed layers.
 _FLOPS = 8
 # With more ranks, latency dominates an all-reduce of this size on any network.
 _MOST_RANKS = 1024
-# On GPUs as much as saturates fast networks.
+# On GPUs, enough to saturate fast networks.
 _BYTES = {"cuda": 256 << 20, "cpu": 1 << 20}
 
 
 def measure_bus_bandwidth(device: torch.device, repeats: int = 3) -> float:
     """Return the bus bandwidth in GB/s (10^9 bytes) of an all-reduce over all ranks: 256 MiB on GPUs, 1 MiB on CPUs.
 
-    Collective; all ranks return the same number: that of the slowest rank's median of `repeats`, after a warm-up. The process
-    group's timeout is the deadline.
+    Collective. All ranks return the same number: the slowest rank's median of `repeats`, after a warm-up. The process group's
+    timeout is the deadline.
 
-    As in nccl-tests, algbw = bytes / seconds and busbw = algbw * 2(n-1)/n for n ranks, which is comparable with the speed of the
-    hardware for any n. With one rank it is 0. https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+    As in nccl-tests, algbw = bytes / seconds and busbw = algbw * 2(n-1)/n for n ranks, which can be compared with the hardware's
+    speed for any n. With one rank it is 0. https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
     """
     buffer = torch.zeros(_BYTES[device.type] // 4, dtype=torch.float32, device=device)
     _seconds(buffer)
@@ -44,8 +44,8 @@ def measure_bus_bandwidth(device: torch.device, repeats: int = 3) -> float:
 def needed_gb_per_s(plan: LaunchPlan) -> float:
     """Return the bus bandwidth at which a micro-batch's communication takes as long as its arithmetic: (B / 8) F / T.
 
-    B are the bytes that cross the network for each parameter: the weight for the forward and the backward pass, unless nodes hold
-    a second copy (hpZ), and the gradient. F are the FLOP/s that a GPU reaches, T the tokens of a forward pass.
+    B are the bytes that cross the network per parameter: the weight for the forward and the backward pass, unless nodes hold a
+    second copy (hpZ), and the gradient. F are the FLOP/s that a GPU reaches, T the tokens of a forward pass.
     """
     gpu, tokens = lookup(plan.gpu_name), plan.batch.micro_batch_size * plan.config.data.max_length
     if gpu is None:

@@ -1,4 +1,4 @@
-"""Readings of this rank's GPU and node, taken in a thread: it never raises, and training never waits for it."""
+"""Readings of this rank's GPU and node, taken in a thread that never raises and that training never waits for."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _NAN = math.nan
 
 
 class DeviceReadings(NamedTuple):
-    """The latest readings; NaN for what was not read. Fractions are 0 to 1.
+    """The latest readings; NaN for values that were not read. Fractions are 0 to 1.
 
     Attributes:
         gpu_index: the driver's number of the GPU, independent of CUDA_VISIBLE_DEVICES.
         xids: number of Xid faults since the start.
-        last_xid: code of the last one.
+        last_xid: code of the last fault.
         host_cpu_util, host_ram_used: of the node; read by one rank per node.
     """
 
@@ -44,7 +44,7 @@ class DeviceReadings(NamedTuple):
 class DeviceMonitor:
     """Keeps `latest` up to date; calls `on_fault` from its thread for each Xid, and when the GPU is lost.
 
-    `device` is the rank's; only NVIDIA GPUs are read. With `reads_host`, CPU and memory of the node are read as well.
+    `device` is the rank's device; only NVIDIA GPUs are read. With `reads_host`, the node's CPU and memory are read as well.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class DeviceMonitor:
         return self
 
     def stop(self) -> None:
-        """End the thread within an interval, without waiting for it: the driver may hang."""
+        """Stop the thread within an interval, without waiting for it, because the driver may hang."""
         self._stopped.set()
 
     def _watch(self) -> None:
@@ -75,18 +75,18 @@ class DeviceMonitor:
                 if self._reads_host:
                     readings |= _host()
                 self.latest = self.latest._replace(**readings)
-                # A lost GPU has no number any more.
+                # A lost GPU no longer has a number.
                 gpu_name = gpu_name if math.isnan(self.latest.gpu_index) else f" (GPU {self.latest.gpu_index:.0f})"
                 if gpu is not None and gpu.is_lost and not is_reported:
                     is_reported = True
                     self._on_fault(f"{xids.LOST}{gpu_name}; restart the node, or reset the GPU")
                 self._wait(gpu)
         except Exception as error:
-            # Only the charts lack the readings.
+            # Only the charts lose these readings.
             print(f"note: the readings of this rank's device have stopped: {type(error).__name__}: {error}", file=sys.stderr)
 
     def _wait(self, gpu: GpuSensor | None) -> None:
-        """Wait until the next reading is due; report faults of the GPU meanwhile."""
+        """Wait until the next reading is due, reporting GPU faults meanwhile."""
         until = time.monotonic() + self._interval_s
         while (left := until - time.monotonic()) > 0 and not self._stopped.is_set():
             if gpu is None or not gpu.has_events:

@@ -1,7 +1,7 @@
-"""The batch that needs the most memory, before the first step: a GPU then runs out of memory in the first minute or not at all.
+"""Runs the batch that needs the most memory before the first step, so a GPU runs out of memory in the first minute or not at all.
 
-It runs forward and backward. Its gradients are dropped, no optimizer step follows, and generators of random numbers are restored,
-so training computes what it computes without it. DeepSpeed has allocated all states by then.
+The batch runs forward and backward. Its gradients are dropped, no optimizer step follows, and random number generators are
+restored, so the results of training do not change. DeepSpeed has allocated all states by then.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from launcher.tracking.tracker import Composite
 from launcher.train.objectives import Objective
 
 _GIB = 2**30
-# GiB of a GPU in other processes from which these are the reason, and not the run. What CUDA and NCCL take of this process counts
-# among them, as torch does not know it.
+# If other processes hold at least this many GiB of a GPU, they are the reason, not the run. This includes the memory that CUDA
+# and NCCL use in this process, which torch does not know about.
 _OF_OTHERS_GIB = 2.0
-# The share by which a part may be larger than planned before a message names it.
+# A message names a part that is larger than planned by more than this factor.
 _LARGER = 1.05
 
 
 @dataclass(frozen=True)
 class LargestBatchRecord:
-    """The plan and the device for which the largest batch has fitted."""
+    """The plan and the device whose largest batch fitted."""
 
     plan_digest: str
     device: str
@@ -55,10 +55,10 @@ def run_largest_batch(
     device: torch.device,
     tracker: Composite,
 ) -> None:
-    """Run the micro-batch that needs the most memory, once for each plan and type of device. Collective.
+    """Run the micro-batch that needs the most memory, once per plan and device type. Collective.
 
     Raises:
-        torch.OutOfMemoryError: where it does not fit.
+        torch.OutOfMemoryError: if it does not fit.
     """
     setting = plan.config.train.largest_batch_first
     if not (device.type == "cuda" if setting is None else setting):
@@ -81,7 +81,7 @@ def run_largest_batch(
     peak = ""
     if device.type == "cuda":
         peak = f": {torch.cuda.max_memory_allocated(device) / _GIB:.1f} GiB at its peak"
-        # What its shapes have left in the allocator may not suit those that follow.
+        # The blocks that it left in the allocator may not suit the shapes that follow.
         torch.cuda.empty_cache()
     rank0_broadcast(rank_info, "the record of the largest batch cannot be written", lambda: json_records.write(file, record))
     labels = int((micro.labels >= 0).sum())
@@ -89,15 +89,16 @@ def run_largest_batch(
 
 
 def choose_largest(split: Split, micro_batch_size: int, packing: bool) -> MicroBatch:
-    """Return the micro-batch of the rows with the most tokens and trained tokens; of equal ones, with the longest document.
+    """Return the micro-batch of the rows with the most tokens and trained tokens; among equals, with the longest document.
 
-    Without packing, that of the longest rows; of equal ones, with the most trained tokens: rows are padded to the longest.
+    Without packing, the micro-batch of the longest rows, because rows are padded to the longest; among equals, with the most
+    trained tokens.
     """
     lengths = np.diff(split.rows)
     if not packing:
         return micro_batch(split, np.lexsort((split.row_labels, lengths))[-micro_batch_size:], pad_id=0)
     size = lengths + split.row_labels
-    # The longest document decides among the largest rows alone: to look at those of all rows would take minutes.
+    # Only the largest rows are searched for the longest document: searching all rows would take minutes.
     most = np.argsort(size, kind="stable")[-64 * micro_batch_size :]
     longest = np.array([int(np.diff(split.doc_offsets(row)).max(initial=0)) for row in most])
     rows = most[np.lexsort((longest, size[most]))[-micro_batch_size:]]
@@ -106,10 +107,10 @@ def choose_largest(split: Split, micro_batch_size: int, packing: bool) -> MicroB
 
 @contextmanager
 def explained_out_of_memory(plan: LaunchPlan, run_dir: RunDir, has_completed_step: Callable[[], bool]) -> Iterator[None]:
-    """Raise OutOfMemory where a GPU runs out of memory before any step is completed: another attempt would end in the same way.
+    """Raise OutOfMemory if a GPU runs out of memory before any step is completed: another attempt would end the same way.
 
-    `has_completed_step` speaks of this process. Where the run has fitted before, or other processes use the GPU, the exception
-    stays: they may be gone, or another node may have none.
+    `has_completed_step` is about this process. If the run has fitted before, or other processes use the GPU, the original
+    exception is raised: the other processes may end, or another node may have none.
     """
     try:
         yield
@@ -124,7 +125,7 @@ def explained_out_of_memory(plan: LaunchPlan, run_dir: RunDir, has_completed_ste
 
 
 def _has_fitted(plan: LaunchPlan, run_dir: RunDir) -> bool:
-    """Return whether the run has trained a step before, or has run the largest batch of this plan; True if that is unknown."""
+    """Return whether the run has trained a step before, or has run the largest batch of this plan; True if unknown."""
     try:
         if has_trained(run_dir, run_store.read_status(run_dir)):
             return True
@@ -135,7 +136,7 @@ def _has_fitted(plan: LaunchPlan, run_dir: RunDir) -> bool:
 
 
 def describe_out_of_memory(plan: LaunchPlan, reason: str, allocated_gib: float | None) -> str:
-    """Return what did not fit, with the planned parts; `allocated_gib` is the most that was allocated, None if unknown."""
+    """Return what did not fit, with the planned parts; `allocated_gib` is the peak allocation, None if unknown."""
     first = reason.split(". ")[0].strip()
     message = f"the GPU ran out of memory before the first step was completed: {first}"
     peak = plan.peak
@@ -164,13 +165,13 @@ def _allocated_gib() -> float | None:
 
 
 def _runtime_gib(plan: LaunchPlan) -> float:
-    """Return the GiB that CUDA and NCCL take of a GPU, as the plan has them."""
+    """Return the GiB of a GPU that CUDA and NCCL use according to the plan."""
     planned = 0.0 if plan.peak is None else plan.peak.runtime_gib
     return planned or DEFAULT_RUNTIME_GIB
 
 
 def _gib_of_others() -> float:
-    """Return the GiB of this rank's GPU that are neither free nor in torch's allocator: of other processes, of CUDA and NCCL."""
+    """Return the GiB of this rank's GPU that are neither free nor in torch's allocator: other processes, CUDA and NCCL."""
     if not torch.cuda.is_available():
         return 0.0
     free, total = torch.cuda.mem_get_info()

@@ -1,4 +1,4 @@
-"""Monitoring beside the steps: statistics of each rank, alerts, and on rank 0 goodput, cost and limits of the run."""
+"""Monitoring alongside the steps: statistics of each rank, alerts, and on rank 0 goodput, cost and limits of the run."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from launcher.train.monitoring.rank_timing import LayerTimer, OptimizerTimer
 
 
 class Monitor:
-    """Collects statistics of the ranks and sends alerts. Create it, collectively, when the engine is built.
+    """Collects statistics of the ranks and sends alerts. Creating it is collective, once the engine is built.
 
-    `optimizer` is the one inside DeepSpeed's, if it runs on the node's CPUs.
+    `optimizer` is the optimizer inside DeepSpeed's, if it runs on the node's CPUs.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Monitor:
 
     @property
     def _planned_gib(self) -> float | None:
-        """What the allocator of a GPU should reserve at its peak, by the plan; None in a plan of an earlier launcher."""
+        """Return the planned peak that a GPU's allocator should reserve; None in a plan of an earlier launcher."""
         peak = self._plan.peak
         return None if peak is None else peak.peak_gib - peak.runtime_gib
 
@@ -76,7 +76,7 @@ class Monitor:
             self._stall_alarm.beat(phase, step)
 
     def start_training(self, step: int) -> None:
-        """Start the clock of training after `step` steps; read in a thread what the run has spent before."""
+        """Start the training clock after `step` steps; read in a thread what the run has spent before."""
         self._training_began = time.monotonic()
         if self._rank_info.is_main:
             self._tracker.event("info", "the model is loaded", step, **{goodput.PHASE: goodput.LOADED})
@@ -84,10 +84,10 @@ class Monitor:
             self._spent_before = self._reader.submit(spent_before, self._run, time.time(), send_alert)
 
     def pack_local(self) -> list[float]:
-        """Return NUM_VALUES numbers for each rank: this rank's statistics at its position, 0 elsewhere, for a sum over ranks.
+        """Return NUM_VALUES numbers per rank: this rank's statistics at its position, 0 elsewhere, for a sum over ranks.
 
-        Times are those of the last step that was recorded. Memory is read here, while a GPU still computes: what was allocated
-        for this step is known already.
+        Times are those of the last recorded step. Memory is read here, while a GPU still computes: the allocations of this step
+        are already known.
         """
         active, reserved, alloc_retries = _memory(self._device)
         self._local_stats = self._local_stats._replace(active=active, reserved=reserved, alloc_retries=alloc_retries)
@@ -96,18 +96,18 @@ class Monitor:
         return values
 
     def record_step(self, times: dict[str, float]) -> None:
-        """Record this rank's times of a step, which travel with the next one. Call it when the device has finished."""
+        """Record this rank's times of a step, which are sent with the next step. Call it when the device has finished."""
         optim_s = math.nan if self._optimizer_timer is None else self._optimizer_timer.read()
         seconds = (times["time/step_s"], times["time/data_s"], self._layer_timer.read(), optim_s)
         self._local_stats = RankStats(*seconds, device=self._devices.latest)
 
     def update_ranks(self, values: Sequence[float]) -> None:
-        """Take in the statistics of all ranks: the sum over ranks of `pack_local`."""
+        """Store the statistics of all ranks: the sum over ranks of `pack_local`."""
         self._ranks = rank_stats.unpack_ranks(values)
         self._works = rank_stats.estimate_work(self._ranks)
 
     def metrics(self, tokens: int) -> dict[str, float]:
-        """Return the metrics over all ranks, and goodput and cost of the run so far, in which `tokens` were trained."""
+        """Return the metrics over all ranks, and the goodput and cost of the run so far, in which `tokens` were trained."""
         spent, aggregated = self._spent(), rank_stats.aggregate_metrics(self._ranks, self._works)
         if "memory/peak_reserved_gib" in aggregated and self._planned_gib is not None:
             aggregated["memory/planned_gib"] = self._planned_gib
@@ -118,7 +118,7 @@ class Monitor:
     def alert(self, step: int, loss: float, tokens_per_sec: float) -> None:
         """Send an alert for each anomaly of a step."""
         for text in self._anomalies.faults(self._ranks, self._hosts):
-            # The rank has recorded it itself.
+            # The rank has already recorded it.
             self._tracker.event("alert", text, step, recorded=True)
         planned = self._anomalies.memory(self._ranks, self._planned_gib, self._hosts)
         planned += self._anomalies.speed(tokens_per_sec, self._planned_tokens_per_sec)
@@ -127,12 +127,12 @@ class Monitor:
             self._tracker.event("alert", text, step)
 
     def reached_limit(self) -> str:
-        """Return which limit of the run is reached; empty if none is, and on ranks other than 0."""
+        """Return which limit of the run is reached; empty if none is, or on ranks other than 0."""
         spent = self._spent() if self._is_limited else None
         return "" if spent is None else goodput.spent_limit(self._plan, spent)
 
     def _spent(self) -> Breakdown | None:
-        """Return the time of the run so far; None until it has been read, and on ranks other than 0."""
+        """Return the time of the run so far; None until it has been read, or on ranks other than 0."""
         if self._spent_before is None or not self._spent_before.done():
             return None
         seconds = time.monotonic() - self._training_began
@@ -140,14 +140,14 @@ class Monitor:
         return before.extended(seconds, self.eval_s, self.save_s, self._rank_info.world_size, self._plan.price)
 
     def stop(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         if self._stall_alarm is not None:
             self._stall_alarm.stop()
         self._devices.stop()
 
 
 def _memory(device: torch.device) -> tuple[float, float, float]:
-    """Return peak bytes in use, peak bytes reserved, and the number of retried allocations of a GPU; NaN on CPUs."""
+    """Return a GPU's peak bytes in use, peak bytes reserved, and number of retried allocations; NaN on CPUs."""
     if device.type != "cuda":
         return (math.nan,) * 3
     stats = torch.cuda.memory_stats(device)
@@ -155,17 +155,17 @@ def _memory(device: torch.device) -> tuple[float, float, float]:
 
 
 def spent_before(run: RunDir, now: float, send_alert: Callable[[str], None]) -> Breakdown:
-    """Return what the run has spent until `now` (seconds since the epoch); nothing, and an alert, if that cannot be read."""
+    """Return what the run has spent until `now` (seconds since the epoch); if that cannot be read, nothing, and send an alert."""
     try:
         return goodput.read(run, now)
     except Exception as error:
-        # Files may hold anything, and must not end training.
+        # The files may contain anything, and must not end training.
         send_alert(f"the earlier cost of the run cannot be read, so goodput and cost count from here: {error}")
         return Breakdown()
 
 
 def record_fault(run: RunDir, rank_info: RankInfo, host: str, limit: RateLimit, fault: str) -> None:
-    """Write a GPU's fault to this rank's log and to events.jsonl at once: the rank may end next."""
+    """Write a GPU fault to this rank's log and to events.jsonl at once, because the rank may end next."""
     if not limit.admit(fault):
         return
     text = f"{fault} (rank {rank_info.rank} on {host})"

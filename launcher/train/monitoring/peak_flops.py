@@ -9,9 +9,9 @@ from launcher.plan.gpu_types import lookup
 
 
 def find_peak_tflops(config: RunConfig, device: torch.device) -> float | None:
-    """Return the vendor's peak TFLOP/s of matrix products in the run's dtype; None for an unknown GPU and for a CPU.
+    """Return the vendor's peak TFLOP/s of matrix products in the run's dtype; None for an unknown GPU or a CPU.
 
-    A CPU has no such figure, and a measured one is too low beside other processes: MFU would exceed 1.
+    A CPU has no such figure, and a value measured beside other processes is too low: MFU would exceed 1.
     """
     gpu = None if device.type == "cpu" else lookup(torch.cuda.get_device_name(device))
     if gpu is None:

@@ -11,7 +11,7 @@ from launcher.train.monitoring.gpu_stats import DeviceReadings
 
 
 class RankStats(NamedTuple):
-    """Statistics of one rank in one step; NaN for what was not measured.
+    """Statistics of one rank in one step; NaN for values that were not measured.
 
     Attributes:
         step_s: time of the whole step.
@@ -19,7 +19,7 @@ class RankStats(NamedTuple):
         compute_s: time of the timed layer per token, see launcher.train.monitoring.rank_timing.
         optim_s: time of an optimizer that runs on the node's CPUs.
         active, reserved: peak bytes of GPU memory so far.
-        alloc_retries: allocations that were retried so far.
+        alloc_retries: number of retried allocations so far.
         device: readings of the GPU and, on one rank per node, of the host.
     """
 
@@ -44,13 +44,13 @@ NUM_VALUES = _NUM_OWN + len(DeviceReadings._fields)
 
 
 def unpack_ranks(values: Sequence[float]) -> list[RankStats]:
-    """Return the statistics by rank from NUM_VALUES numbers of each."""
+    """Return the statistics by rank, from NUM_VALUES numbers per rank."""
     rows = (values[i : i + NUM_VALUES] for i in range(0, len(values), NUM_VALUES))
     return [RankStats._make([*row[:_NUM_OWN], DeviceReadings(*row[_NUM_OWN:])]) for row in rows]
 
 
 class RankWork(NamedTuple):
-    """Seconds of a rank's step without waiting for other ranks: compute, wait for data, optimizer on the node's CPUs."""
+    """Seconds of a rank's step without waiting for other ranks: compute, waiting for data, optimizer on the node's CPUs."""
 
     compute_s: float
     data_s: float
@@ -65,8 +65,9 @@ class RankWork(NamedTuple):
 def estimate_work(ranks: Sequence[RankStats]) -> list[RankWork]:
     """Estimate the work of each rank in one step from the step's time and the ratios of the timed layers.
 
-    The slowest rank works for the whole step. The compute time of the others is scaled down by the time of their layer. Ranks
-    without a timed layer count as median ranks. Kernel launches and the network are not measured per rank and not included.
+    The slowest rank is assumed to work for the whole step. The other ranks' compute time is scaled down by the time of their
+    layer. Ranks without a timed layer count as median ranks. Kernel launches and the network are not measured per rank, so they
+    are not included.
     """
     optim = [rank.optim_s if rank.optim_s > 0 else 0.0 for rank in ranks]
     usual = _median([rank.compute_s for rank in ranks])
@@ -86,7 +87,7 @@ def straggler_ratio(works: Sequence[RankWork]) -> float:
 
 
 def aggregate_metrics(ranks: Sequence[RankStats], works: Sequence[RankWork]) -> dict[str, float]:
-    """Return the metrics over all ranks and their `works`; metrics that no rank measured are left out."""
+    """Return the metrics over all ranks and their `works`, without metrics that no rank measured."""
     devices = [rank.device for rank in ranks]
     steps = [rank.step_s for rank in ranks if rank.step_s > 0]
     metrics = {"time/step_max_rank_s": max(steps), "time/straggler_ratio": straggler_ratio(works)} if steps else {}
@@ -112,6 +113,6 @@ def _known(records: Sequence[RankStats] | Sequence[DeviceReadings], name: str) -
 
 
 def _median(values: Sequence[float]) -> float:
-    """Return the lower median of the positive values; NaN without any."""
+    """Return the lower median of the positive values; NaN if there are none."""
     known = [value for value in values if value > 0]
     return statistics.median_low(known) if known else math.nan

@@ -1,8 +1,8 @@
 """Timers for this rank's own speed. Step times do not show it: under ZeRO-3 all ranks finish a step together.
 
 They time the forward pass of one linear layer, between DeepSpeed's fetch of its weights and their release, and an optimizer that
-runs on the node's CPUs. Neither contains a collective, so only a slow rank is slow in them. Where weights of a decoder layer are
-fetched as a whole, they time that layer: the compiler takes no hooks inside of it.
+runs on the node's CPUs. Neither contains a collective, so only a slow rank is slow in them. If the weights of a decoder layer are
+fetched as a whole, they time that layer, because the compiler does not support hooks inside it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class LayerTimer:
         self._spans: list[tuple[Any, Any, int]] = []
         layer = representative_layer(model)
         if layer is not None:
-            # After DeepSpeed's hook that gathers the weights, and before the one that releases them.
+            # This hook runs after DeepSpeed's hook that gathers the weights, and before the one that releases them.
             layer.register_forward_pre_hook(self._begin)
             layer.register_forward_hook(self._end, prepend=True)
 
     def read(self) -> float:
-        """Return seconds per token since the last call, NaN without any; call it when the device has finished."""
+        """Return seconds per token since the last call, NaN if there are none; call it when the device has finished."""
         spans, self._spans = self._spans, []
         tokens = sum(count for *_, count in spans)
         if not tokens:
@@ -43,7 +43,7 @@ class LayerTimer:
     def _end(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         if self._start is not None:
             output = output[0] if isinstance(output, tuple) else output
-            # From the output: a layer that is called by keyword has no inputs here.
+            # Count tokens in the output: a layer that is called by keyword has no inputs here.
             self._spans.append((self._start, self._mark(), output.numel() // output.shape[-1]))
             self._start = None
 
@@ -56,7 +56,7 @@ class LayerTimer:
 
 
 class OptimizerTimer:
-    """Times an optimizer whose states are in main memory. On a GPU, steps end after they return and cannot be timed so."""
+    """Times an optimizer whose states are in main memory. On a GPU, steps end after they return, so this cannot time them."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._start, self._seconds = 0.0, math.nan
@@ -64,7 +64,7 @@ class OptimizerTimer:
         optimizer.register_step_post_hook(self._end)
 
     def read(self) -> float:
-        """Return the seconds spent in steps since the last call; NaN without any."""
+        """Return the seconds spent in steps since the last call; NaN if there were none."""
         seconds, self._seconds = self._seconds, math.nan
         return seconds
 
@@ -72,15 +72,15 @@ class OptimizerTimer:
         self._start = time.perf_counter()
 
     def _end(self, *_: Any) -> None:
-        # DeepSpeed calls it once for each group of parameters.
+        # DeepSpeed calls it once per parameter group.
         spent = time.perf_counter() - self._start
         self._seconds = spent if math.isnan(self._seconds) else self._seconds + spent
 
 
 def representative_layer(model: nn.Module) -> nn.Module | None:
-    """Return the largest linear layer of the middle block, or the block where ZeRO-3 gathers that as a whole.
+    """Return the largest linear layer of the middle block, or the block itself if ZeRO-3 gathers it as a whole.
 
-    None if the model has no list of blocks with a linear layer.
+    Returns None if the model has no list of blocks with a linear layer.
     """
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not stacks:

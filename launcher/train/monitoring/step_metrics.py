@@ -19,9 +19,9 @@ from launcher.plan.launch_plan import LaunchPlan
 
 
 class StepTimer:
-    """Measures named parts of a step in seconds, on a GPU with CUDA events, so that measuring never waits for it.
+    """Measures named parts of a step in seconds. On a GPU it uses CUDA events, so measuring never waits for the GPU.
 
-    A part `on_host` is timed on the CPU's clock.
+    A part `on_host` is timed with the CPU's clock.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -47,7 +47,7 @@ class StepTimer:
         return event
 
     def read(self) -> dict[str, float]:
-        """Return `time/<part>_s` and `time/step_s`. Call it when the device has finished the step; this does not wait."""
+        """Return `time/<part>_s` and `time/step_s`. Call it when the device has finished the step; it does not wait."""
         totals: dict[str, float] = {}
         for name, start, end in self._spans:
             seconds = end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
@@ -57,10 +57,10 @@ class StepTimer:
 
 
 class Meter:
-    """Computes the metrics of each step; keeps the token counts of the run and the pace for the ETA.
+    """Computes the metrics of each step; tracks the token counts of the run and the pace for the ETA.
 
-    There is no MFU where `peak_tflops`, this device's peak, is None, or where the model's FLOPs are unknown.
-    `overall_tokens_per_sec` is that of the last step, including the time between it and the step before.
+    MFU is omitted if `peak_tflops`, this device's peak, is None, or if the model's FLOPs are unknown.
+    `overall_tokens_per_sec` is for the last step, including the time between it and the previous step.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Meter:
         self.skipped_steps = 0
 
     def restore(self, tokens: int, skipped_steps: int) -> None:
-        """Continue the counts of a checkpoint."""
+        """Continue from a checkpoint's counts."""
         self.tokens = tokens
         self.skipped_steps = skipped_steps
 
@@ -126,7 +126,7 @@ class Meter:
         return metrics | self._utilization(batch, step_s)
 
     def _between(self, step_s: float) -> float:
-        """Seconds between the previous step and the one that has just ended: evaluation, saves, logging."""
+        """Return seconds between the previous step and the one that has just ended: evaluation, saves, logging."""
         now = self._clock()
         previous_end, self._ended_at = self._ended_at, now
         if previous_end is None:
@@ -136,11 +136,11 @@ class Meter:
         return between
 
     def _pace_s(self) -> float:
-        """Seconds from step to step: the median of recent steps plus the mean time between steps."""
+        """Return seconds from step to step: the median of recent steps plus the mean time between steps."""
         return statistics.median(self._recent) + self._between_s / max(1, self._num_between)
 
     def _utilization(self, batch: StepBatch, step_s: float) -> dict[str, float]:
-        """TFLOP/s per GPU for the whole batch, and MFU."""
+        """Return TFLOP/s per GPU for the whole batch, and MFU."""
         if self._flops is None:
             return {}
         flops = self._flops.of(batch.doc_lengths, batch.num_labels)
@@ -151,11 +151,11 @@ class Meter:
         return metrics
 
     def _shares(self, batch: StepBatch) -> dict[str, float]:
-        """Fraction of this batch's tokens from each source."""
+        """Return the fraction of this batch's tokens from each source."""
         names = [source.name for source in self._plan.config.data.sources]
         return {f"data/source/{n}/frac": k / batch.num_tokens for n, k in zip(names, batch.source_tokens, strict=True)}
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
+    """Return exp(loss), infinite if that overflows."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -1,4 +1,4 @@
-"""Faults that NVIDIA's driver reports of a GPU, by their Xid numbers.
+"""Faults that NVIDIA's driver reports for a GPU, by their Xid numbers.
 
 https://docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html
 """
@@ -6,7 +6,7 @@ https://docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html
 from __future__ import annotations
 
 # Faults after which a GPU does not work, or computes wrongly, until it is reset or replaced (slurm/health_prologue.sh has
-# the same).
+# the same list).
 BROKEN = {
     48: "uncorrectable memory error",
     62: "its controller has halted",
@@ -33,5 +33,5 @@ LOST = "a GPU is lost"
 
 
 def meaning(number: int) -> str:
-    """Return what an Xid means, for any number."""
+    """Return the meaning of an Xid, for any number."""
     return BROKEN.get(number) or PASSING.get(number) or "see NVIDIA's catalog of Xid errors"
