@@ -54,7 +54,7 @@ def open_store(
 
     Raises:
         OSError: on the server, where the address is not of this machine or the port is taken.
-        torch.distributed.DistNetworkError: where the server cannot be reached within `timeout`.
+        torch.distributed.DistNetworkError: if the server cannot be reached within `timeout`.
     """
     waits = num_members is not None
     if not is_server:

@@ -26,9 +26,9 @@ VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 @dataclass(frozen=True)
 class ErrorRecord:
-    """`message` is the exception's type and text, `at` the time in seconds since the epoch, None where the record has none.
+    """`message` is the exception's type and text, `at` the time in seconds since the epoch, None if the record has none.
 
-    `cause` is the limit of the machine that the exception comes from, empty where none is known. `step` counts the completed
+    `cause` is the limit of the machine that the exception comes from, empty if none is known. `step` counts the completed
     optimizer steps, None before the rank has loaded the model.
     """
 
@@ -58,7 +58,7 @@ class ErrorRecord:
 
     @classmethod
     def loads(cls, content: bytes) -> ErrorRecord | None:
-        """Read the result of `dumps`; None where it is damaged."""
+        """Read the result of `dumps`, or None if it is damaged."""
         try:
             return cls._of_content(json.loads(content))
         except ValueError:
@@ -70,7 +70,7 @@ class ErrorRecord:
 
     @classmethod
     def read(cls, path: Path) -> ErrorRecord | None:
-        """Return the record at `path`; None where there is none or it cannot be read.
+        """Return the record at `path`, or None if there is none or it cannot be read.
 
         A damaged record counts as none: the exit code still says how the rank ended.
         """

@@ -153,7 +153,7 @@ def raise_reported(report: Mapping[str, Any]) -> None:
     """Raise the problems that another process has reported with `LauncherError.to_report`, if it has.
 
     Raises:
-        DataError: where nothing was started because of them.
+        DataError: if nothing was started because of them.
         RunError: otherwise.
     """
     if "problems" in report:

@@ -73,7 +73,7 @@ def read(record_type: type[T], path: Path, remedy: str = "") -> T:
 
 
 def read_if_present(record_type: type[T], path: Path, remedy: str = "") -> T | None:
-    """Read one record; None where there is no such file. Raises what `read` raises."""
+    """Read one record, or None if there is no such file. Raises what `read` raises."""
     return read(record_type, path, remedy) if path.is_file() else None
 
 
@@ -120,7 +120,7 @@ def read_bytes(path: Path) -> bytes:
 
     Raises:
         NoRecord: where it is a pipe or a device, or larger than any record.
-        OSError: where it cannot be read.
+        OSError: if it cannot be read.
     """
 
     def read() -> bytes:

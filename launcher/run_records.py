@@ -81,7 +81,7 @@ class FailureRecord:
     """The failure that an attempt ended by: of a rank, or of a node's agent, whose `rank` and `exit_code` are None.
 
     `kind` is the name of the exception's class, or `killed` or `exit` for a rank that left no error record. `traceback` is empty
-    where the message says everything. `host` is the node where the process ran, empty where the run has one node only. `step` is
+    where the message says everything. `host` is the node where the process ran, empty if the run has one node only. `step` is
     the number of optimizer steps that a rank had completed when it raised an exception, None before it had loaded the model.
     """
 
@@ -160,7 +160,7 @@ class ExitRecord:
     """exit.json: how an attempt ended.
 
     `cause` is None for a run on this machine, which nothing runs again. `began_step` and `saved_step` are the newest checkpoints
-    at the attempt's start and end. `ended_at` is None where the end was judged later, by the next start of the run. `reason` and
+    at the attempt's start and end. `ended_at` is None if the end was judged later, by the next start of the run. `reason` and
     `checkpoint` come from outcome.json.
     """
 
@@ -253,16 +253,16 @@ def export_file(run: RunDir) -> Path:
 
 
 def read_outcome(run: RunDir, attempt: int) -> OutcomeRecord | None:
-    """Return the record of rank 0; None where it left none.
+    """Return the record of rank 0, or None if it left none.
 
     Raises:
-        RunError: where it cannot be read or is damaged, as for the other readers here.
+        RunError: if it cannot be read or is damaged, as for the other readers here.
     """
     return json_records.read_if_present(OutcomeRecord, outcome_file(run, attempt), _remove("the nodes' records"))
 
 
 def read_node(run: RunDir, attempt: int, node: int) -> NodeRecord | None:
-    """Return the record of a node's agent; None where it left none."""
+    """Return the record of a node's agent, or None if it left none."""
     return json_records.read_if_present(NodeRecord, node_file(run, attempt, node), _remove("the other nodes' records"))
 
 
@@ -273,12 +273,12 @@ def read_restarts(run: RunDir, attempt: int) -> list[RestartRecord]:
 
 
 def read_exit(run: RunDir, attempt: int) -> ExitRecord | None:
-    """Return how an attempt ended; None where that is not recorded."""
+    """Return how an attempt ended, or None if that is not recorded."""
     return json_records.read_if_present(ExitRecord, exit_file(run, attempt), _remove("the ranks' and the nodes' records"))
 
 
 def read_export(run: RunDir) -> ExportRecord | None:
-    """Return what the run's export has; None where there is no export, or where it does not say so."""
+    """Return what the run's export has, or None if there is no export, or where it does not say so."""
     try:
         return json_records.read_if_present(ExportRecord, export_file(run), "")
     except RunError:
@@ -286,7 +286,7 @@ def read_export(run: RunDir) -> ExportRecord | None:
 
 
 def read_cancel(run: RunDir, attempt: int) -> CancelRequest | None:
-    """Return the request to end an attempt; None where there is none."""
+    """Return the request to end an attempt, or None if there is none."""
     return json_records.read_if_present(
         CancelRequest, run.cancel(attempt), f"ask again with: {launcher_command('cancel', run.root)}"
     )

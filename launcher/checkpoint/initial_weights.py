@@ -51,7 +51,7 @@ def fill(model: nn.Module, stored: Mapping[str, StoredTensor], on_fill: Callable
     `on_fill` is called with the bytes of each parameter as the model holds it, over all ranks.
 
     Raises:
-        ConfigError: where a file is shorter than its header says.
+        ConfigError: if a file is shorter than its header says.
     """
     total = 0
     by_place = sorted(model.named_parameters(), key=lambda one: (stored[one[0]].path, stored[one[0]].offset))

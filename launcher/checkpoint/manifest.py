@@ -170,7 +170,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def read_later_evaluation(path: Path) -> LaterEvaluation | None:
-    """Read the evaluation.json of a checkpoint directory; None where there is none, or it is damaged.
+    """Read the evaluation.json of a checkpoint directory, or None if there is none, or it is damaged.
 
     Raises:
         UnreadableCheckpoint: if storage cannot read it right now.
@@ -186,7 +186,7 @@ def read_later_evaluation(path: Path) -> LaterEvaluation | None:
 
 
 def parse_later_evaluation(content: bytes) -> LaterEvaluation | None:
-    """Parse the content of an evaluation.json; None where it is damaged."""
+    """Parse the content of an evaluation.json, or None if it is damaged."""
     try:
         values: Any = json.loads(content)
     except (ValueError, RecursionError):
@@ -198,7 +198,7 @@ def parse_later_evaluation(content: bytes) -> LaterEvaluation | None:
 
 
 def record_evaluation(path: Path, evaluation: LaterEvaluation) -> bool:
-    """Record the loss of a committed checkpoint that was saved without it; return False where its manifest has it.
+    """Record the loss of a committed checkpoint that was saved without it; return False if its manifest has it.
 
     Raises:
         CheckpointError: if the manifest cannot be read.

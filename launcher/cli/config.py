@@ -104,7 +104,7 @@ def _about(plan: LaunchPlan, config: RunConfig) -> list[str]:
 
 
 def _working_dir(plan: LaunchPlan) -> Path | None:
-    """Return the folder in which a run was started; None where its directory does not show it."""
+    """Return the folder in which a run was started, or None if its directory does not show it."""
     root = Path(plan.config.run.root)
     if root.is_absolute() or ".." in root.parts or str(root).startswith("~"):
         return None

@@ -12,12 +12,12 @@ from launcher.tracking.costs import largest_usd
 
 
 def require_consent(planned: Sequence[tuple[LaunchPlan, SpeedEstimate]], is_accepted: bool) -> bool:
-    """Ask on the terminal whether runs above run.confirm_usd may start; returns True where they may.
+    """Ask on the terminal whether runs above run.confirm_usd may start; returns True if they may.
 
     The lowest run.confirm_usd of a sweep is compared with the sum of all its runs.
 
     Raises:
-        ConfigError: where there is no terminal to ask on.
+        ConfigError: if there is no terminal to ask on.
     """
     limits = [plan.config.run.confirm_usd for plan, _ in planned if plan.config.run.confirm_usd is not None]
     if not limits or is_accepted:

@@ -185,7 +185,7 @@ def _step(run: RunDir, step: int | None) -> int:
     """Return the step whose weights are evaluated: the one that is asked for, that of the export, or the newest checkpoint's.
 
     Raises:
-        SubmitError: where the run has neither an export nor a checkpoint.
+        SubmitError: if the run has neither an export nor a checkpoint.
     """
     record = read_export(run)
     if record is not None and step in (None, record.step):
@@ -201,7 +201,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Hold the lock of an evaluation.
 
     Raises:
-        SubmitError: where another command works on it.
+        SubmitError: if another command works on it.
     """
     lock = folder / ".lock"
     try:
@@ -220,7 +220,7 @@ def _answer(config: RunConfig, folder: Path, run_dir: RunDir, is_here: bool) -> 
     """Generate all answers, here or on the nodes of the settings' cluster.
 
     Raises:
-        RunError, SubmitError: where they did not end.
+        RunError, SubmitError: if they did not end.
     """
     nodes = evaluation_nodes_for(config.cluster.kind)
     if not is_here and nodes is not None and nodes.runs_elsewhere(config):

@@ -103,7 +103,7 @@ def _plan(composed: Composed, as_json: bool, why: bool, shows_script: bool, take
 
 
 def _preview(text: str | None, is_wanted: bool) -> str:
-    """Return what a scheduler would get, or in one line how to see it; empty where there is nothing to see."""
+    """Return what a scheduler would get, or in one line how to see it; empty if there is nothing to see."""
     if text is None:
         return f"{'script':<{LABEL_WIDTH}}none: this machine starts the ranks itself" if is_wanted else ""
     if is_wanted:
@@ -134,7 +134,7 @@ def may_start(plans: Sequence[LaunchPlan], accepts_cost: bool) -> bool:
     """Ask about runs that may cost more than run.confirm_usd; returns False, after a line that says so, where they may not start.
 
     Raises:
-        ConfigError: where there is no terminal to ask on.
+        ConfigError: if there is no terminal to ask on.
     """
     if accepts_cost or all(plan.config.run.confirm_usd is None or plan.config.cluster.is_dry_run for plan in plans):
         return True
@@ -310,7 +310,7 @@ def _speed(plan: LaunchPlan, node: Callable[[], DeviceFacts]) -> SpeedEstimate:
 
 
 def _device_note(plan: LaunchPlan, cluster: Cluster) -> str | None:
-    """Return why a run is planned for the CPU of a node that may have GPUs; None where nothing is wrong."""
+    """Return why a run is planned for the CPU of a node that may have GPUs, or None if nothing is wrong."""
     problem = cluster.device(plan.config.cluster).problem if plan.topology.device == "cpu" else ""
     return f"no GPU is used: {problem}; look at it with nvidia-smi" if problem else None
 

@@ -31,7 +31,7 @@ class MinimumGain:
         return f"{self.metric}:{self.baseline}:{self.gain:g}"
 
     def failure(self, verdict: EvaluationVerdict) -> str | None:
-        """Return why a verdict does not show the gain; None where it does."""
+        """Return why a verdict does not show the gain, or None if it does."""
         compared = [one for one in verdict.comparisons if one.metric == self.metric and self._is_about(one.baseline)]
         if not compared:
             baselines = ", ".join(dict.fromkeys(one.baseline for one in verdict.comparisons))

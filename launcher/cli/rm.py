@@ -196,7 +196,7 @@ def _remove_run(one: RemovableRun) -> list[str]:
     """Remove a run; returns the files that could not be removed.
 
     Raises:
-        SubmitError: where it has been resumed since it was shown, or is being started.
+        SubmitError: if it has been resumed since it was shown, or is being started.
     """
     run, removing = one.run, aside(one.run.root)
     left = remove_tree(removing)

@@ -178,7 +178,7 @@ def _reader(run: RunDir) -> StatusReader:
 
 
 def _end_line(run: RunDir, attempt: int, status: Status) -> str:
-    """Return one line on how an attempt ended that did not complete; empty where it runs or has completed."""
+    """Return one line on how an attempt ended that did not complete; empty if it runs or has completed."""
     message, how = status.message if status.state == "failed" else "", "failed"
     if attempt != run_store.newest_attempt(run):
         record = run_records.read_exit(run, attempt)

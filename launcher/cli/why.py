@@ -56,7 +56,7 @@ def _steps_around(run: RunDir, step: int) -> tuple[list[dict[str, Any]], dict[st
     """Return the metrics of the steps around `step`, and the line of the step itself.
 
     Raises:
-        SubmitError: where the run has not logged the step, with those that it has.
+        SubmitError: if the run has not logged the step, with those that it has.
     """
     trained = [line for line in read_metrics(run.metrics, _METRICS) if "train/loss" in line]
     line = next((line for line in trained if line["trainer/step"] == step), None)

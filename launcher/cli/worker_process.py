@@ -101,7 +101,7 @@ def run_reporting(module: str, config: RunConfig, *arguments: str) -> dict[str, 
 
 
 def _last_object(output: str) -> dict[str, Any] | None:
-    """Return the JSON object in the last line of an output; None where there is none."""
+    """Return the JSON object in the last line of an output, or None if there is none."""
     try:
         answer: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     except (IndexError, ValueError):
@@ -118,7 +118,7 @@ def run_worker(
 
     Raises:
         KeyboardInterrupt: after the process has ended.
-        subprocess.TimeoutExpired: where it has not ended after `timeout_s`, after it was ended.
+        subprocess.TimeoutExpired: if it has not ended after `timeout_s`, after it was ended.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -70,7 +70,7 @@ class StatusReader(Protocol):
 class Cluster(StatusReader, Protocol):
     """Submit side of a backend. All state is on disk and with the scheduler; an instance keeps none.
 
-    `drill_remedy`: how a person rehearses a fault where `launcher drill` cannot; None where `inject_fault` works.
+    `drill_remedy`: how a person rehearses a fault where `launcher drill` cannot, or None if `inject_fault` works.
     """
 
     drill_remedy: str | None
@@ -86,13 +86,13 @@ class Cluster(StatusReader, Protocol):
         """
 
     def preview(self, plan: LaunchPlan) -> str | None:
-        """Return the text that would be handed to a scheduler, or None where there is none."""
+        """Return the text that would be handed to a scheduler, or None if there is none."""
 
     def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
         """Start one attempt of a run whose directory is complete, and return without waiting for its end.
 
         Raises:
-            SubmitError, RunError: where the backend refuses it; the run's status is then failed.
+            SubmitError, RunError: if the backend refuses it; the run's status is then failed.
         """
 
     def submission_details(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
@@ -105,14 +105,14 @@ class Cluster(StatusReader, Protocol):
         """Ask a running attempt to save and stop; on a second call, or with `save` false, kill it.
 
         Raises:
-            SubmitError: where the run is not running, or cannot be reached from this machine.
+            SubmitError: if the run is not running, or cannot be reached from this machine.
         """
 
     def inject_fault(self, run: RunDir, attempt: int, fault: str) -> InjectedFault:
         """Inject a fault of `launcher.worker.fault_injection` into a running attempt, on its last node.
 
         Raises:
-            RunError: where it could not be injected.
+            RunError: if it could not be injected.
         """
 
 
@@ -134,7 +134,7 @@ class ClusterDoctor(Protocol):
         time of time.monotonic().
 
         Raises:
-            RunError, SubmitError: where nodes could not be had, or some have not reported; `reader` has the others.
+            RunError, SubmitError: if nodes could not be had, or some have not reported; `reader` has the others.
         """
 
 
@@ -153,7 +153,7 @@ class EvaluationNodes(Protocol):
         """Run launcher.worker.evaluation.node on every node, and wait for its end; leaves nothing running.
 
         Raises:
-            RunError, SubmitError: where nodes could not be had, or one of them failed.
+            RunError, SubmitError: if nodes could not be had, or one of them failed.
         """
 
 
@@ -164,14 +164,14 @@ class EvaluationJobs(EvaluationNodes, Protocol):
         """Submit the job and return its number.
 
         Raises:
-            RunError, SubmitError: where that is not possible.
+            RunError, SubmitError: if that is not possible.
         """
 
     def ended_jobs(self, plan: LaunchPlan, jobs: Sequence[str]) -> dict[str, str]:
         """Return those of the jobs that have ended, each with its state.
 
         Raises:
-            RunError: where the scheduler does not answer.
+            RunError: if the scheduler does not answer.
         """
 
     def cancel_jobs(self, jobs: Sequence[str]) -> None:
@@ -179,12 +179,12 @@ class EvaluationJobs(EvaluationNodes, Protocol):
 
 
 def evaluation_nodes_for(kind: str) -> EvaluationNodes | None:
-    """Import the module of EVALUATION_NODES for a backend; None where answers come from this machine."""
+    """Import the module of EVALUATION_NODES for a backend, or None if answers come from this machine."""
     return cast("EvaluationNodes", importlib.import_module(EVALUATION_NODES[kind])) if kind in EVALUATION_NODES else None
 
 
 def doctor_for(kind: str) -> ClusterDoctor | None:
-    """Import the module of DOCTORS for a backend; None where it has none, as the runs are on this machine."""
+    """Import the module of DOCTORS for a backend, or None if it has none, as the runs are on this machine."""
     return cast("ClusterDoctor", importlib.import_module(DOCTORS[kind])) if kind in DOCTORS else None
 
 
@@ -192,7 +192,7 @@ def cluster_for(kind: str) -> Cluster:
     """Import the backend that `cluster.kind` names and return an instance.
 
     Raises:
-        RunError: where there is no such backend, as for a run of a launcher that has others.
+        RunError: if there is no such backend, as for a run of a launcher that has others.
     """
     if kind not in BACKENDS:
         remedy = f"use the launcher that started the run; this one has {', '.join(BACKENDS)}"
@@ -234,8 +234,8 @@ def status_reader_for(run: RunDir, kind: str) -> StatusReader:
     """Return the backend of a run that this user trusts, and for another user's run a reader of its files.
 
     Raises:
-        RunError: where there is no such backend.
-        SubmitError: where a file of another user's run cannot be read safely.
+        RunError: if there is no such backend.
+        SubmitError: if a file of another user's run cannot be read safely.
     """
     ownership.require_plain_files(run)
     problem = ownership.records_problem(run)

@@ -86,7 +86,7 @@ class LimitEvents:
         return self._lowest("max")
 
     def cause_since(self, earlier: LimitEvents) -> str:
-        """Return the limit that was enforced since `earlier`, as the beginning of a message; empty where none was."""
+        """Return the limit that was enforced since `earlier`, as the beginning of a message; empty if none was."""
         before = {(counter.file, counter.name): counter.value for counter in earlier.counters}
         judged = (*self._memory(), *self._processes(), *(counter for counter in self.counters if not counter.limit_file))
         grown = [counter for counter in judged if counter.value > before.get((counter.file, counter.name), 0)]
@@ -151,7 +151,7 @@ def record_limits(run: RunDir, attempt: int, node: int) -> None:
 def limit_that_killed_agents(run: RunDir, attempt: int, nodes: Iterable[int]) -> str:
     """Return the memory limit that was exceeded since the agents of `nodes` started, for agents that were killed.
 
-    Empty where none was, where the agents left no counters, or where they ran on other machines or in other containers. The
+    Empty if none was, where the agents left no counters, or where they ran on other machines or in other containers. The
     first answer is kept.
     """
     for node in nodes:

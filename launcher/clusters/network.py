@@ -49,7 +49,7 @@ def own_endpoint(peers: Sequence[str], interface: str | None) -> Endpoint:
     `peers` are addresses or names of the nodes, and may include this one; without another node loopback is used.
 
     Raises:
-        RunError: where the interface does not exist or has no address, or only loopback or link-local ones are found.
+        RunError: if the interface does not exist or has no address, or only loopback or link-local ones are found.
     """
     if interface is not None:
         return Endpoint(_address_of(interface), interface)
@@ -68,7 +68,7 @@ def endpoint_of(host: str, interface: str | None) -> Endpoint:
     address of a service in front of this node, says nothing: the default route then decides.
 
     Raises:
-        RunError: where the interface does not exist or has no address, or this node has no network.
+        RunError: if the interface does not exist or has no address, or this node has no network.
     """
     if interface is not None:
         return Endpoint(_address_of(interface), interface)
@@ -92,7 +92,7 @@ def node_addresses(node_list: str, retry_s: float = 0.0) -> dict[str, str]:
     give NodeAddr, because it hides its nodes or does not answer for `retry_s`, only the names are used.
 
     Raises:
-        RunError: where a node has no address that the others could reach; SlurmError for a list that is none.
+        RunError: if a node has no address that the others could reach; SlurmError for a list that is none.
     """
     hosts = slurm("scontrol", "show", "hostnames", node_list).split()
     try:
@@ -127,7 +127,7 @@ def free_port(address: str) -> int:
 
 
 def await_reachable(address: str, port: int, deadline_s: float) -> float | None:
-    """Return the seconds until a TCP connection to `address` succeeded; None where none did within the deadline."""
+    """Return the seconds until a TCP connection to `address` succeeded, or None if none did within the deadline."""
     started = time.monotonic()
     while (left := started + deadline_s - time.monotonic()) > 0:
         try:
@@ -201,7 +201,7 @@ def _reachable_address(names: Sequence[str]) -> str | None:
 
 
 def _resolve(name: str) -> str | None:
-    """Return the address of a name, IPv4 before IPv6; None where it does not resolve."""
+    """Return the address of a name, IPv4 before IPv6, or None if it does not resolve."""
     try:
         entries = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError:

@@ -50,7 +50,7 @@ def read_writers(path: Path, status: os.stat_result) -> Writers:
 
 
 def _read(path: Path) -> bytes | None:
-    """Return the ACL of a file; None where it has none, or its file system has none."""
+    """Return the ACL of a file, or None if it has none, or its file system has none."""
     try:
         acl = os.getxattr(path, _ATTRIBUTE, follow_symlinks=False)
     except OSError:

@@ -125,7 +125,7 @@ def _share_file(name: str, folder: int, gid: int) -> None:
 def usable_part(folder: Path, make: bool = False) -> Path | None:
     """Return a folder of the launcher's cache if it is one, and no link, that only this user and owners they trust can replace.
 
-    With `make`, it is created where it does not exist. None where it is not there or cannot be used: no command needs it.
+    With `make`, it is created where it does not exist. None if it is not there or cannot be used: no command needs it.
     """
     with suppress(OSError):
         if make:

@@ -34,7 +34,7 @@ def guard_hub_client() -> None:
     """Let huggingface_hub refuse answers with such names in this process. Call it before the client is used.
 
     Raises:
-        DataError: where another user listens at the address of HF_ENDPOINT, on this machine, and would get the token.
+        DataError: if another user listens at the address of HF_ENDPOINT, on this machine, and would get the token.
     """
     if problem := server_problem(_ENDPOINT, os.environ.get(_ENDPOINT, "")):
         raise DataError(problem)

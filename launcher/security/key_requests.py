@@ -22,8 +22,8 @@ def read_json(request: urllib.request.Request, timeout_s: float) -> Any:
     """Return the JSON of an answer, which may take `timeout_s` and 16 MiB.
 
     Raises:
-        OSError: where there is none in time; as HTTPError for a status other than 200, a redirect included.
-        ValueError: where it is no JSON, or longer.
+        OSError: if there is none in time; as HTTPError for a status other than 200, a redirect included.
+        ValueError: if it is no JSON, or longer.
     """
     until, content = time.monotonic() + timeout_s, bytearray()
     with urllib.request.build_opener(_NoRedirects).open(request, timeout=timeout_s) as answer:

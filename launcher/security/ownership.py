@@ -126,8 +126,8 @@ def follow_own_links(file: Path) -> Path:
     """Return the file that a path leads to, which need not exist, where it is about to be replaced.
 
     Raises:
-        PermissionError: where a link in its place belongs to another user, who would choose the file.
-        OSError: where links go in a circle.
+        PermissionError: if a link in its place belongs to another user, who would choose the file.
+        OSError: if links go in a circle.
     """
     for _ in range(MAX_LINKS):
         # The folder may be reached by any link: the file in it has the name that this user has given.

@@ -24,7 +24,7 @@ Address = IPv4Address | IPv6Address
 
 
 def users_listening(port: int) -> dict[Address, set[int]] | None:
-    """Return the users whose processes listen on a port, by the address; None where the system does not tell."""
+    """Return the users whose processes listen on a port, by the address, or None if the system does not tell."""
     users: dict[Address, set[int]] = {}
     try:
         # A system without IPv6 lacks the second.

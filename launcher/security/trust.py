@@ -113,7 +113,7 @@ def group_name(gid: int) -> str:
 
 
 def uid_of_unmapped_users() -> int | None:
-    """Return the uid that files of users outside this user namespace show; None where every user is mapped, as on a host.
+    """Return the uid that files of users outside this user namespace show, or None if every user is mapped, as on a host.
 
     In containers without root (podman, Apptainer, enroot) these are root of the host and its other users.
     """

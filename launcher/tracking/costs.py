@@ -17,7 +17,7 @@ MILLION = 1_000_000
 class RequestCost:
     """What a million requests like those of an evaluation cost one side.
 
-    `usd_here` is the GPU time of the evaluation at the price of a GPU hour, None where one of them is unknown; `usd_hosted` holds
+    `usd_here` is the GPU time of the evaluation at the price of a GPU hour, None if one of them is unknown; `usd_hosted` holds
     the price at each hosted service that has prices for requests.
     """
 
@@ -28,7 +28,7 @@ class RequestCost:
 
 
 def training_tokens(plan: LaunchPlan) -> int | None:
-    """Return the tokens that a run trains on, each epoch counted; None where the number of steps is not known."""
+    """Return the tokens that a run trains on, each epoch counted, or None if the number of steps is not known."""
     batch = plan.batch
     tokens = batch.tokens_per_step or batch.max_tokens_per_step
     return None if batch.max_steps is None else batch.max_steps * tokens
@@ -55,7 +55,7 @@ def request_cost(usage: SideUsage, usd_per_gpu_hour: float | None, prices: Seque
 
 
 def largest_usd(plan: LaunchPlan, speed: SpeedEstimate) -> float | None:
-    """Return the most that a run is expected to cost, or is limited to; None where that is not known."""
+    """Return the most that a run is expected to cost, or is limited to, or None if that is not known."""
     hourly = None if plan.price is None else plan.price.usd_per_gpu_hour * plan.topology.world_size
     limits = [plan.config.run.max_usd, None if speed.usd is None else speed.usd[1]]
     if hourly is not None and plan.config.run.max_hours is not None:

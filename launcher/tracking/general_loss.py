@@ -25,7 +25,7 @@ def read_general_loss(run: RunDir, step: int, max_rise_frac: float) -> GeneralLo
 
 
 def read_loss_before(run: RunDir, set_name: str) -> float | None:
-    """Return the loss of a set before training; None where it was not evaluated then."""
+    """Return the loss of a set before training, or None if it was not evaluated then."""
     metric = f"eval/{set_name}/loss"
     lines = continued_lines(iter_lines(run.metrics, (metric,)))
     return next((line[metric] for line in lines if line[STEP] == 0 and metric in line), None)

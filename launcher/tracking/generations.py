@@ -32,7 +32,7 @@ _OUTCOMES = {
 class Generation:
     """One run of a chain, at the step whose weights the next one began with; of the last run, the step of its result.
 
-    `gap` says why nothing else is known of it, empty where its files were read. `held_out` is the loss before training and at the
+    `gap` says why nothing else is known of it, empty if its files were read. `held_out` is the loss before training and at the
     step. `verdicts` are those of the step, else of the newest one that was evaluated.
     """
 

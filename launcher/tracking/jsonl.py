@@ -125,7 +125,7 @@ def open_lines(path: str | Path) -> io.BufferedReader:
     """Open a file that grows by lines. In a run of another user, a pipe may take its place at any time: it counts as missing.
 
     Raises:
-        FileNotFoundError: where there is no file.
+        FileNotFoundError: if there is no file.
     """
     try:
         return io.BufferedReader(atomic_files.open_regular(Path(path)))

@@ -21,7 +21,7 @@ _MIN_RISE_FRAC = 0.01
 class Overfitting:
     """The held-out loss has risen since `step`, while the training loss fell. `gap` is their difference at the end, in nats.
 
-    `epoch` is that of `step`, None where it is not known. Training losses are means over the steps up to an evaluation.
+    `epoch` is that of `step`, None if it is not known. Training losses are means over the steps up to an evaluation.
     """
 
     step: int
@@ -46,7 +46,7 @@ class Overfitting:
 
 
 def find_overfitting(steps: Iterable[Mapping[str, Any]]) -> Overfitting | None:
-    """Return since when a run overfits, from its lines of metrics, one a step; None where it does not, or too little is known.
+    """Return since when a run overfits, from its lines of metrics, one a step, or None if it does not, or too little is known.
 
     It overfits where the last held-out loss is more than 1% above the lowest one, and the training loss has fallen since.
     """

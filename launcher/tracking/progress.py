@@ -28,7 +28,7 @@ _LIVE_S = 0.1
 
 
 def time_left(done: int, total: int, elapsed_s: float) -> str:
-    """Return the time left as it follows the progress of a line, such as `, 1m40s left`; empty where nothing tells it."""
+    """Return the time left as it follows the progress of a line, such as `, 1m40s left`; empty if nothing tells it."""
     return f", {format_duration(elapsed_s * (total - done) / done)} left" if 0 < done < total and elapsed_s >= 1 else ""
 
 

@@ -29,8 +29,8 @@ class BaselineComparison:
     """The tuned model against one baseline by one metric, on the same prompts.
 
     `difference` is the tuned model's mean minus the baseline's, `low` and `high` bound it with a confidence of 95%, None where
-    there are too few prompts for bounds. `p_value` is that of McNemar's exact test, None where enough pairs differ for the
-    interval to decide. `prompts_needed` is the number that would show the observed difference; None where the outcome is clear.
+    there are too few prompts for bounds. `p_value` is that of McNemar's exact test, None if enough pairs differ for the
+    interval to decide. `prompts_needed` is the number that would show the observed difference, or None if the outcome is clear.
     `win_examples`, `loss_examples` and `tie_examples` are numbers of prompts, those with the largest differences first.
     """
 
@@ -98,7 +98,7 @@ class EvaluationVerdict:
 
     `means` holds the mean score of each side by metric, `comparisons` those of every metric with every baseline. The primary
     metric comes first in both; `outcome` and `sentence` are about it. `checkpoint` is the digest of the manifest of the
-    checkpoint that was evaluated, empty where the run kept none of that step.
+    checkpoint that was evaluated, empty if the run kept none of that step.
     """
 
     metric: str
@@ -141,7 +141,7 @@ class EvaluationVerdict:
 
 @dataclass(frozen=True)
 class SetVerdict:
-    """The verdict about one evaluation set at one step; `set_name` is empty where an evaluation has one set without a name."""
+    """The verdict about one evaluation set at one step; `set_name` is empty if an evaluation has one set without a name."""
 
     step: int
     set_name: str
@@ -161,7 +161,7 @@ def format_difference(comparison: BaselineComparison) -> str:
 
 
 def read_verdict(folder: Path) -> EvaluationVerdict | None:
-    """Return the verdict in the folder of an evaluation; None where it has not ended.
+    """Return the verdict in the folder of an evaluation, or None if it has not ended.
 
     Raises:
         DamagedRun: where the file cannot be read or is damaged.
@@ -198,7 +198,7 @@ def is_current(verdict: EvaluationVerdict, run: RunDir, step: int) -> bool:
 
 
 def read_newest_verdict(run: RunDir) -> SetVerdict | None:
-    """Return the verdict about the first set at the newest step that was evaluated; None where there is none.
+    """Return the verdict about the first set at the newest step that was evaluated, or None if there is none.
 
     Raises what `read_verdict` raises.
     """
@@ -223,7 +223,7 @@ class VerdictsBySteps:
 
     @property
     def means(self) -> dict[str, list[float | None]]:
-        """The mean score of each side by the primary metric at each step; None where a step has no such side."""
+        """The mean score of each side by the primary metric at each step, or None if a step has no such side."""
         sides = dict.fromkeys(side for one in reversed(self.verdicts) for side in one.verdict.sides)
         return {side: [one.verdict.means.get(self.metric, {}).get(side) for one in self.verdicts] for side in sides}
 

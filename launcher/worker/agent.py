@@ -89,11 +89,11 @@ class NodeAgent:
         return cls(plan, plan_path, RunDir(Path(plan.run_dir)), attempt, stopper, ranks, started_at)
 
     def start_mirror(self) -> MirrorProcess | None:
-        """Start the process that copies checkpoints to the mirror; one node of a run has it. None where there is no mirror."""
+        """Start the process that copies checkpoints to the mirror; one node of a run has it. None if there is no mirror."""
         return MirrorProcess.start(self.plan, self.plan_path, self.run, self.attempt)
 
     def start_answers(self) -> AnswersProcess | None:
-        """Start the process that has prompts answered with checkpoints; one node of a run has it. None where none are wanted."""
+        """Start the process that has prompts answered with checkpoints; one node of a run has it. None if none are wanted."""
         return AnswersProcess.start(self.plan, self.plan_path, self.run, self.attempt)
 
     def close(self) -> None:
@@ -106,7 +106,7 @@ class NodeAgent:
     ) -> FailureRecord | None:
         """Run the ranks of this node to their end; returns the first failure or None.
 
-        `store` is the TCPStore that the nodes of the job share; None where there is one node. `job` is the scheduler's, whose
+        `store` is the TCPStore that the nodes of the job share, or None if there is one node. `job` is the scheduler's, whose
         output is that of this process. `why_ended` returns why the caller has killed the ranks for good, empty while it has not.
         """
         from launcher.distributed import open_store
@@ -183,7 +183,7 @@ class _FailureLog:
         print(message, flush=True)
 
     def describe_own(self) -> str:
-        """Return the first failure of this node's ranks as JSON, empty where none failed, and forget it: later ones differ."""
+        """Return the first failure of this node's ranks as JSON, empty if none failed, and forget it: later ones differ."""
         self._last = self.first() if self._exits else None
         self._exits, self._stalls, self._limits = [], [], LimitEvents.read()
         return "" if self._last is None else json.dumps(json_records.encode(self._last))
@@ -191,7 +191,7 @@ class _FailureLog:
     def report_restart(self, count: int, failures: list[str]) -> str:
         """Record that all ranks are restarted for the `count`-th time, and why, with an alert; `failures` come from all nodes.
 
-        Returns why they are not restarted; empty where they are.
+        Returns why they are not restarted; empty if they are.
         """
         records = [json_records.decode(FailureRecord, json.loads(text), "the store") for text in failures if text]
         first = failure_record.first_of(records)
@@ -223,7 +223,7 @@ class _FailureLog:
     def from_exception(self, error: Exception) -> FailureRecord | None:
         """Return the failure behind an exception of torch's agent: the final one of a rank, or the agent's own.
 
-        None where failures of other nodes alone keep the ranks from being restarted.
+        None if failures of other nodes alone keep the ranks from being restarted.
         """
         from torch.distributed.elastic.rendezvous import RendezvousClosedError
 

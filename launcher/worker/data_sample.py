@@ -84,7 +84,7 @@ def _look(config: RunConfig) -> dict[str, Any]:
 
 
 def _sample(source: Source, upper_bound: int, checks: ChecksSection) -> tuple[list[Document], str | None, int]:
-    """Return documents from all parts of a source, the format of its rows (None where they have none), and their number."""
+    """Return documents from all parts of a source, the format of its rows (None if they have none), and their number."""
     # Whole batches are parsed, so the documents of every step-th one are spread over the files.
     step = max(1, upper_bound // _NUM_SAMPLED)
     kept: list[Document] = []
@@ -185,7 +185,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     exit_on_termination()
-    # Libraries log names from files of others to the terminal of the command.
+    # Libraries log names from other users' files to the command's terminal.
     with printable_output():
         code = main()
     sys.exit(code)

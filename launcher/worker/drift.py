@@ -151,7 +151,7 @@ def _parse(row: Any, where: str) -> Document:
     """Return the prompt of a row, with a made-up answer: of a chat, all before its last answer.
 
     Raises:
-        DataError: where the row has no prompt.
+        DataError: if the row has no prompt.
     """
     if isinstance(row, str):
         row = {"prompt": row}

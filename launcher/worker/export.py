@@ -144,7 +144,7 @@ def _again(arguments: argparse.Namespace) -> str:
 
 if __name__ == "__main__":
     exit_on_termination()
-    # Libraries log names from files of others to the terminal of the command.
+    # Libraries log names from other users' files to the command's terminal.
     with printable_output():
         code = main()
     sys.exit(code)

@@ -53,7 +53,7 @@ class RankExit:
 
     @property
     def is_killed(self) -> bool:
-        """True where a signal other than the agent's own TERM ended the rank.
+        """True if a signal other than the agent's own TERM ended the rank.
 
         A rank that left a record ended by its exception.
         """
@@ -69,7 +69,7 @@ class RankExit:
 
     @property
     def is_consequence(self) -> bool:
-        """True where the rank only lost its connection to another one, or reports what another one could not do."""
+        """True if the rank only lost its connection to another one, or reports what another one could not do."""
         return self.error is not None and bool(PEER_LOST.search(self.error.message) or self.culprit != self.rank)
 
     @property
@@ -109,7 +109,7 @@ def is_consequence(failure: FailureRecord) -> bool:
 
 
 def exception_of(failure: FailureRecord) -> str:
-    """Return the class of the Python exception behind a failure of the training itself; empty where it is none."""
+    """Return the class of the Python exception behind a failure of the training itself; empty if it is none."""
     return "" if is_of_machines(failure) or failure.kind == "exit" else failure.kind
 
 
@@ -160,7 +160,7 @@ def from_exception(error: Exception, log: Path, at: float | None = None, limit: 
 
 
 def read_final(run: RunDir, attempt: int) -> FinalFailure | None:
-    """Return the recorded failure that a restart would repeat; None where there is none, or where it cannot be read."""
+    """Return the recorded failure that a restart would repeat, or None if there is none, or where it cannot be read."""
     try:
         return json_records.read(FinalFailure, final_file(run, attempt))
     except LauncherError:

@@ -44,7 +44,7 @@ def find(run: RunDir, attempt: int) -> NodeProcesses:
     """Find the agent and the ranks of `attempt` on this node.
 
     Raises:
-        RunError: where there are none.
+        RunError: if there are none.
     """
     agents, ranks = [], {}
     for process in psutil.process_iter():
@@ -115,7 +115,7 @@ def hang(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
     """Stop one rank in the middle of a step.
 
     Raises:
-        RunError: where every try met a save, which may take longer than a step before it counts as a hang.
+        RunError: if every try met a save, which may take longer than a step before it counts as a hang.
     """
     rank, process = here.last_rank
     run, every = RunDir(Path(plan.run_dir)), plan.config.checkpoint.save_every

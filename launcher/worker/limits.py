@@ -20,7 +20,7 @@ _PATH = re.compile(r"(?:^|[\s'\"])(/[^\s'\":,]+)")
 
 
 def cause_of(error: BaseException, folder: Path) -> str:
-    """Return the limit behind an exception of this process, as the beginning of a message; empty where none is recognized.
+    """Return the limit behind an exception of this process, as the beginning of a message; empty if none is recognized.
 
     `folder` is on the disk to measure where the exception names no path.
     """

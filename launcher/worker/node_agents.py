@@ -88,7 +88,7 @@ def node_info(plan: LaunchPlan, record: Attempt, node: int) -> NodeInfo:
     """Return this node's index, hosts and address; the agents meet at the head node's.
 
     Raises:
-        RunError: where no interface of this node can be reached from others.
+        RunError: if no interface of this node can be reached from others.
     """
     section = ManagedSection.of(plan.config.cluster)
     if record.address is None or record.port is None:
@@ -103,7 +103,7 @@ def connect(record: Attempt, here: NodeInfo) -> Any:
     """Return the TCPStore at the head node that all nodes share.
 
     Raises:
-        RunError: where the head node cannot be reached, or its port is taken.
+        RunError: if the head node cannot be reached, or its port is taken.
     """
     from torch.distributed import DistNetworkError
 
@@ -129,10 +129,10 @@ def connect(record: Attempt, here: NodeInfo) -> Any:
 
 
 def check(store: Any, plan: LaunchPlan, run: RunDir, attempt: int, record: Attempt, here: NodeInfo) -> list[Problem]:
-    """Return the problems of all nodes of the attempt, the same list on each node; empty where all are fit.
+    """Return the problems of all nodes of the attempt, the same list on each node; empty if all are fit.
 
     Raises:
-        RunError: where the connection to the head node is lost.
+        RunError: if the connection to the head node is lost.
     """
     if not ManagedSection.of(plan.config.cluster).node_checks:
         return []

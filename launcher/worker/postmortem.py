@@ -63,7 +63,7 @@ class Conclusion:
         return f"the attempt ended ({self.ending.cause}): {self.message}"
 
     def record(self, run: RunDir, number: int, decided: bool = True) -> None:
-        """Write exit.json; `decided` is False where the next start of the run makes the decision."""
+        """Write exit.json; `decided` is False if the next start of the run makes the decision."""
         record = ExitRecord(
             state=self.decision.state if decided else "failed",
             step=self.ending.step,
@@ -160,7 +160,7 @@ def _with_failures(run: RunDir, number: int, ended: AttemptEnd, failure: Failure
 
 
 def describe_repetition(run: RunDir, number: int, failure: FailureRecord) -> str:
-    """Return why the ranks of attempt `number`, which a failure has ended, fail again after a restart; empty where they may not.
+    """Return why the ranks of attempt `number`, which a failure has ended, fail again after a restart; empty if they may not.
 
     An exception repeats that came back at the same step after two resumes from one checkpoint; see launcher.plan.retry.
     """
@@ -182,9 +182,9 @@ def judge(
 ) -> Ending:
     """Return why attempt `number` of a managed run ended.
 
-    `state` is the scheduler's state of the job, empty where it is unknown. `exit_code` is srun's, None where the job recorded
+    `state` is the scheduler's state of the job, empty if it is unknown. `exit_code` is srun's, None if the job recorded
     none. `lead_s` is the time before the end of the job at which it is asked to save. `lost_nodes` are the names of the attempt's
-    nodes that Ray has lost, None where that is unknown; `failed_nodes` of those that Slurm has lost, as far as it is known.
+    nodes that Ray has lost, None if that is unknown; `failed_nodes` of those that Slurm has lost, if known.
     `silence` says of nodes why they left no record, by name, where no scheduler does.
     """
     ending = _judge(run, number, attempt, state, lead_s, exit_code, lost_nodes, failed_nodes, silence or {})

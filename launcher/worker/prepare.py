@@ -315,7 +315,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     exit_on_termination()
-    # Libraries log names from files of others to the terminal of the command.
+    # Libraries log names from other users' files to the command's terminal.
     with printable_output():
         code = main(sys.argv[1:])
     sys.exit(code)

@@ -27,9 +27,9 @@ from launcher.worker.ranks.rank_env import NodeInfo
 class NodeRendezvous(RendezvousHandler):
     """`store` lives on the head node. `is_final` returns whether ranks failed in a way that a restart would repeat.
 
-    `own_failure` returns why this node's ranks failed, empty where none did. `on_restart` is called on the head node when all
+    `own_failure` returns why this node's ranks failed, empty if none did. `on_restart` is called on the head node when all
     nodes have arrived for a restart, with its number, counted from 1, and what each node's `own_failure` returned; it returns why
-    the ranks are not restarted, empty where they are.
+    the ranks are not restarted, empty if they are.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class NodeRendezvous(RendezvousHandler):
         """Wait until all nodes have arrived for the next round; each takes part in every round.
 
         Raises:
-            RendezvousClosedError: where a restart would repeat the failure.
+            RendezvousClosedError: if a restart would repeat the failure.
             RendezvousTimeoutError: with the nodes that did not arrive.
         """
         if self._round and self._is_final():

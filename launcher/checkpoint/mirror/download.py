@@ -126,7 +126,7 @@ def download_checkpoint(
     A damaged one is named and the one before it is fetched, unless `step` asks for it.
 
     Raises:
-        CheckpointError: where there is none, or none that is intact.
+        CheckpointError: if there is none, or none that is intact.
     """
     complete = read_complete_checkpoints(remote)
     steps = ", ".join(map(str, complete)) or "none"

@@ -87,7 +87,7 @@ def read_complete_checkpoints(remote: RemoteFolder) -> dict[int, Manifest]:
 
 
 def read_later_evaluation(remote: RemoteFolder, step: int) -> LaterEvaluation | None:
-    """Read the loss that was computed after the save of a checkpoint in a run's mirror; None where there is none."""
+    """Read the loss that was computed after the save of a checkpoint in a run's mirror, or None if there is none."""
     content = remote.read(f"{CHECKPOINTS}/{step_name(step)}/{LATER_EVALUATION}")
     return None if content is None else parse_later_evaluation(content)
 

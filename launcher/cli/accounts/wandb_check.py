@@ -26,10 +26,10 @@ def check(config: RunConfig, environ: dict[str, str]) -> list[str]:
 
 
 def look_up_account(config: RunConfig, environ: dict[str, str]) -> dict[str, Any] | None:
-    """Return the `Account` (launcher.tracking.wandb.account) that would track the run; None where the settings need none.
+    """Return the `Account` (launcher.tracking.wandb.account) that would track the run, or None if the settings need none.
 
     Raises:
-        ConfigError: where another user chooses the server that would get the key.
+        ConfigError: if another user chooses the server that would get the key.
     """
     tracking = config.tracking
     if tracking.kind != "wandb" or tracking.mode in ("offline", "disabled"):

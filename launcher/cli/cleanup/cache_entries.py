@@ -49,7 +49,7 @@ class CacheEntry:
     """A part of the cache that is removed as a whole. `paths[0]` is its folder.
 
     `lock` is the file that a process holds which builds it. `runs` are the directories of the runs that use it. `kept` is the
-    reason why it is not removed, empty where there is none. `inodes` are device and inode of each of the paths.
+    reason why it is not removed, empty if there is none. `inodes` are device and inode of each of the paths.
     """
 
     kind: str
@@ -96,7 +96,7 @@ def list_entries(roots: Iterable[Path], shared: bool = False) -> list[CacheEntry
     other members are not known.
 
     Raises:
-        SubmitError: where the plan of an unfinished run cannot be read, so that nobody knows what it uses.
+        SubmitError: if the plan of an unfinished run cannot be read, so that nobody knows what it uses.
     """
     uses = _uses(roots)
     found = [*_data(shared), *_models(), *_sources(), *_scores(), *_checks(), *_extensions()]

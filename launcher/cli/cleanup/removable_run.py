@@ -134,7 +134,7 @@ def problems_of(removable: RemovableRun, even_if_needed: bool) -> list[Problem]:
 
 
 def _living(run: RunDir) -> Problem | None:
-    """Return why a run counts as live; None where its backend knows that it has ended."""
+    """Return why a run counts as live, or None if its backend knows that it has ended."""
     cancel = f"stop it first: {launcher_command('cancel', run.root)}"
     try:
         recorded = run_store.read_status(run)

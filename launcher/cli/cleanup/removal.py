@@ -27,7 +27,7 @@ def is_confirmed(arguments: argparse.Namespace, question: str, command: tuple[st
     `command` are the words of the command.
 
     Raises:
-        SubmitError: where there is no terminal to ask on.
+        SubmitError: if there is no terminal to ask on.
     """
     if arguments.yes or arguments.dry_run or _confirm(question, (*command, "--yes")):
         return True
@@ -41,7 +41,7 @@ def _confirm(question: str, command: tuple[str, ...]) -> bool:
     `command` are the words of the command that does the same without asking.
 
     Raises:
-        SubmitError: where there is no terminal to ask on.
+        SubmitError: if there is no terminal to ask on.
     """
     if not sys.stdin.isatty() or not sys.stdout.isatty():
         remedy = f"to remove it without a question: {launcher_command(*command)}"

@@ -72,7 +72,7 @@ def _follow(file: Path) -> Path:
     """Return the file that a path leads to; the file need not exist.
 
     Raises:
-        ConfigError: where a link of another user, such as one in the directory of their run, chooses it.
+        ConfigError: if a link of another user, such as one in the directory of their run, chooses it.
     """
     try:
         return ownership.follow_own_links(file)

@@ -68,7 +68,7 @@ _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 class _Start:
     """What one machine does: who it is, the run, the settings of the backend, and what must be equal on all machines.
 
-    `describe_end` returns why the command has nothing to do, None where it has: node 0 may have found so and ended.
+    `describe_end` returns why the command has nothing to do, None if it has: node 0 may have found so and ended.
     """
 
     here: NodeIdentity
@@ -288,7 +288,7 @@ def _await_visible(run: RunDir, attempt: int) -> None:
     """Wait until this machine sees the attempt with its nodes.
 
     Raises:
-        SubmitError: where it does not come.
+        SubmitError: if it does not come.
     """
     until = time.monotonic() + _VISIBLE_S
     while time.monotonic() < until:
@@ -329,8 +329,8 @@ def _continue(composed: Composed, run: RunDir, cluster: StaticCluster, interrupt
     """Start the next attempt of a run that exists, as the same command is repeated; returns why where nothing is left to do.
 
     Raises:
-        ConfigError: where the command differs from the one that has begun the run.
-        SubmitError: where the run still runs, or its retry budget is used up.
+        ConfigError: if the command differs from the one that has begun the run.
+        SubmitError: if the run still runs, or its retry budget is used up.
     """
     ownership.require_run(run)
     with run_store.start_lock(run):

@@ -164,7 +164,7 @@ def _offloaded(
 
 
 def _states_gib(config: RunConfig, gathered: Facts) -> float | None:
-    """Return the model states of a rank in GiB; None where the plan refuses them."""
+    """Return the model states of a rank in GiB, or None if the plan refuses them."""
     try:
         return make_plan(config, gathered).memory.per_rank_gib
     except ConfigError:

@@ -162,7 +162,7 @@ def _results(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ValueDifference:
-    """A value that differs; None where a side does not have it."""
+    """A value that differs, or None if a side does not have it."""
 
     key: str
     left: Any
@@ -170,7 +170,7 @@ class ValueDifference:
 
     @property
     def relative_change(self) -> float | None:
-        """The change from left to right as a fraction; None where it is no change of numbers."""
+        """The change from left to right as a fraction, or None if it is no change of numbers."""
         numbers = [value for value in (self.left, self.right) if isinstance(value, int | float) and not isinstance(value, bool)]
         return (self.right - self.left) / abs(self.left) if len(numbers) == 2 and self.left else None
 

@@ -53,7 +53,7 @@ def peak_line(plan: LaunchPlan) -> str | None:
 
 
 def tight_note(plan: LaunchPlan) -> str:
-    """Return a note where the estimated peak leaves a GPU no margin; empty where it does, or where the memory is unknown."""
+    """Return a note where the estimated peak leaves a GPU no margin; empty if it does, or where the memory is unknown."""
     peak, device_gib, ranks = plan.peak, plan.memory.device_gib, plan.topology.world_size
     if peak is None or plan.topology.device != "cuda" or device_gib is None:
         return ""

@@ -21,7 +21,7 @@ def price_of_evaluation(plan: LaunchPlan, config: RunConfig) -> Price | None:
 
 
 def request_cost_table(verdict: EvaluationVerdict, plan: LaunchPlan) -> tuple[list[str], list[list[str]]] | None:
-    """Return header and rows: tokens of a request, and the price of a million, for each side; None where tokens are unknown."""
+    """Return header and rows: tokens of a request, and the price of a million, for each side, or None if tokens are unknown."""
     if not verdict.usage:
         return None
     price = None if plan.price is None or plan.topology.device != "cuda" else plan.price.usd_per_gpu_hour

@@ -79,7 +79,7 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
 
 
 def _verdict(run: RunDir) -> dict[str, Any] | None:
-    """Return the newest verdict of an evaluation; None where there is none, or it cannot be read."""
+    """Return the newest verdict of an evaluation, or None if there is none, or it cannot be read."""
     with suppress(OSError, LauncherError):
         if (newest := read_newest_verdict(run)) is not None:
             return {"step": newest.step, "outcome": newest.verdict.outcome.value, "sentence": newest.verdict.sentence}
@@ -87,7 +87,7 @@ def _verdict(run: RunDir) -> dict[str, Any] | None:
 
 
 def _progress(events: Sequence[dict[str, Any]], attempt: int) -> dict[str, Any] | None:
-    """Return how far the newest attempt is with what it does now, such as loading the weights; None where nothing tells."""
+    """Return how far the newest attempt is with what it does now, such as loading the weights, or None if nothing tells."""
     last = events[-1] if events else None
     if last is None or last["kind"] != progress.EVENT or last["attempt"] != attempt:
         return None

@@ -74,7 +74,7 @@ def next_lines(
 ) -> list[str]:
     """Return what was written, for which machines, what was assumed, what is warned of, and the commands to type next.
 
-    `plan` is that of the file, None where it is known only with the model.
+    `plan` is that of the file, None if it is known only with the model.
     """
     lines = [f"wrote {out}", f"fitted to: {machines}", *remarks_on_data]
     if plan is not None:

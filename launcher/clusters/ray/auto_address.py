@@ -60,7 +60,7 @@ def find_address() -> str:
     """Return host:port of the cluster to which this machine belongs, by the processes of trusted users.
 
     Raises:
-        SubmitError: where there is none, or only those of others, or several of which none is the newest by Ray's own file.
+        SubmitError: if there is none, or only those of others, or several of which none is the newest by Ray's own file.
     """
     raylets = list(_raylets())
     if not raylets:

@@ -91,7 +91,7 @@ def last_lines(command: NodeCommand) -> str:
 
 
 def refusal(command: NodeCommand) -> str:
-    """Return what salloc, srun or Python complained about; empty where they only reported their progress."""
+    """Return what salloc, srun or Python complained about; empty if they only reported their progress."""
     lines = [line.strip() for line in command.errors if line.strip() and not _PROGRESS.match(line)]
     # Python ends with the exception; Slurm's lines name what failed.
     important = [line for line in lines if line.startswith(("salloc: error", "srun: error", "slurmstepd"))] or lines[-2:]

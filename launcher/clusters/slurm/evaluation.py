@@ -74,7 +74,7 @@ def submit_job(plan: LaunchPlan, run: RunDir, step: int) -> str:
 
     Raises:
         SubmitError: for a path that a batch script cannot contain.
-        SlurmError: where this machine has no sbatch, or Slurm refuses the job.
+        SlurmError: if this machine has no sbatch, or Slurm refuses the job.
     """
     section = SlurmSection.of(plan.config.cluster)
     config = plan.config.model_copy(update={"cluster": section.model_copy(update={"nodes": 1})})
@@ -97,7 +97,7 @@ def ended_jobs(plan: LaunchPlan, jobs: Sequence[str]) -> dict[str, str]:
     """Return those of the jobs that have ended, each with its state; `unknown` where Slurm has forgotten it.
 
     Raises:
-        SlurmError: where Slurm does not answer.
+        SlurmError: if Slurm does not answer.
     """
     known = queue.jobs(dict.fromkeys(jobs, _job_name(plan)), _PATIENCE_S)
     return {

@@ -74,7 +74,7 @@ class StaticCluster:
         """Wait for the other machines, name the attempt's nodes, and start this machine's agent.
 
         Raises:
-            SubmitError: where no command of its own machine calls it, as for a run that another user's command would start.
+            SubmitError: if no command of its own machine calls it, as for a run that another user's command would start.
         """
         meeting = self._meeting
         if meeting is None:

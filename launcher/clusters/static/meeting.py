@@ -73,7 +73,7 @@ class Meeting:
         """Write the number of this start and listen.
 
         Raises:
-            SubmitError: where run.root cannot be written, or the port is taken.
+            SubmitError: if run.root cannot be written, or the port is taken.
         """
         if self.endpoint is None:
             return self
@@ -243,7 +243,7 @@ class Meeting:
 
 
 class JoiningNode:
-    """The side of a machine other than node 0. `describe_end` returns why the run is over, None where it goes on."""
+    """The side of a machine other than node 0. `describe_end` returns why the run is over, None if it goes on."""
 
     def __init__(
         self, here: NodeIdentity, run: Path, command: Mapping[str, str], describe_end: Callable[[], str | None] = lambda: None
@@ -255,7 +255,7 @@ class JoiningNode:
         """Ask node 0 until the start is ready or over, and say what is waited for.
 
         Raises:
-            SubmitError: where node 0 cannot be reached in time, refuses or ends, or does not share run.root.
+            SubmitError: if node 0 cannot be reached in time, refuses or ends, or does not share run.root.
         """
         here, address = self._here, f"{self._here.address}:{self._here.port}"
         begun = time.monotonic()
@@ -299,10 +299,10 @@ class JoiningNode:
             time.sleep(ASK_EVERY_S)
 
     def _earlier_outcome(self, waited_s: float, wait_s: float) -> Answer | None:
-        """Return that the run is over, where node 0 has ended before this machine asked; None where it may still begin.
+        """Return that the run is over, where node 0 has ended before this machine asked, or None if it may still begin.
 
         Raises:
-            SubmitError: where node 0 has refused the start.
+            SubmitError: if node 0 has refused the start.
         """
         if waited_s < OVER_AFTER_S:
             return None
@@ -320,7 +320,7 @@ def head_endpoint(here: NodeIdentity, interface: str | None, allow_public: bool)
     """Return where node 0 listens; None for one machine alone.
 
     Raises:
-        RunError: where the address or the interface is no use; SubmitError where it is public.
+        RunError: if the address or the interface is no use; SubmitError where it is public.
     """
     if here.nodes == 1:
         return None

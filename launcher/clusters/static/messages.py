@@ -24,7 +24,7 @@ WAITING, READY, OVER, REFUSED = "waiting", "ready", "over", "refused"
 class Question:
     """`process` tells two processes apart that say to be the same machine. `command` is what the command asks for, by keys.
 
-    `sees` is the number that was found in run.root, empty where none was; `missed` is a number that was not found there in time.
+    `sees` is the number that was found in run.root, empty if none was; `missed` is a number that was not found there in time.
     """
 
     node: int
@@ -54,7 +54,7 @@ class Answer:
 
 
 def ask(address: str, port: int, question: Question) -> Answer | None:
-    """Return node 0's answer, None where it does not listen or does not answer."""
+    """Return node 0's answer, None if it does not listen or does not answer."""
     try:
         with socket.create_connection((address, port), timeout=_SOCKET_S) as connection, connection.makefile("rwb") as stream:
             stream.write(json.dumps(asdict(question)).encode() + b"\n")

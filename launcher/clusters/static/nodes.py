@@ -43,7 +43,7 @@ class NodeState:
 
     @property
     def is_alive(self) -> bool:
-        """True where its agent may still write."""
+        """True if its agent may still write."""
         return not self.ended and not self.lost and self.silent_s is not None
 
     @property

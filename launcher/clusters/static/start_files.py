@@ -28,7 +28,7 @@ def marker(run: Path) -> Path:
 
 
 def read_marker(run: Path) -> str:
-    """Return the number of the start that goes on; empty where this machine sees none."""
+    """Return the number of the start that goes on; empty if this machine sees none."""
     with suppress(OSError, ValueError):
         atomic_files.refresh_directory(run.parent)
     with suppress(OSError, ValueError):
@@ -41,7 +41,7 @@ def is_of_trusted_owner(file: Path) -> bool:
     """Return whether a file, or a link in its place, is of an owner whom this user trusts; others know its name.
 
     Raises:
-        OSError: where there is none.
+        OSError: if there is none.
     """
     return ownership.accepts_owner(file.lstat().st_uid)
 

@@ -56,7 +56,7 @@ class Harness:
         """Read the names of all tasks, which takes some seconds. `caches` is a folder for what takes the place of others' caches.
 
         Raises:
-            ConfigError: where lm-evaluation-harness is not installed.
+            ConfigError: if lm-evaluation-harness is not installed.
         """
         os.environ.update(dict.fromkeys(_OFFLINE, "1"))
         # Data sets and metrics are looked for in the working directory first, which may belong to somebody else.

@@ -37,7 +37,7 @@ def prepare(
 
     Raises:
         ConfigError, DataError: for tasks that are unknown, may not run, or lack their data, and where there is no base model.
-        CheckpointError: where the step cannot be exported.
+        CheckpointError: if the step cannot be exported.
     """
     plan = run_store.load_plan(run).model_copy(update={"config": config})
     if task_folder is not None:

@@ -41,8 +41,8 @@ def score(folder: BenchmarkFolder) -> dict[str, Any]:
     """Score what has no scores yet, write the verdict of each task, and return what the command shows.
 
     Raises:
-        ConfigError, DataError: where a task has gone since the request was written, or others could have written it.
-        RunError: where a task fails.
+        ConfigError, DataError: if a task has gone since the request was written, or others could have written it.
+        RunError: if a task fails.
     """
     request = folder.read_request()
     task_folder = None if request.task_folder is None else Path(request.task_folder)

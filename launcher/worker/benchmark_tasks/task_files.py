@@ -99,7 +99,7 @@ def require_own(folder: Path) -> None:
 def find_running_call(task: Any) -> str | None:
     """Return the file, line and name of a call by which the code of a task could run an answer, or the code of a model.
 
-    None where it has none.
+    None if it has none.
     """
     files = dict.fromkeys(file for function in _functions(task) if (file := _source_file(function)) is not None)
     pending, seen = list(files), set(files)

@@ -184,7 +184,7 @@ def _model_named(title: str) -> type[BaseModel]:
 
 
 def _model_in(model: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """Return the model of a field; None where the field is no model."""
+    """Return the model of a field, or None if the field is no model."""
     field = next((f for key, f in model.model_fields.items() if name in (key, f.alias)), None)
     options = (field.annotation, *get_args(field.annotation)) if field is not None else ()
     return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
@@ -227,7 +227,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Libraries log names from files of others to the terminal of the command.
+    # Libraries log names from other users' files to the command's terminal.
     with printable_output():
         code = main()
     sys.exit(code)

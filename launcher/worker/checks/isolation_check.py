@@ -108,7 +108,7 @@ def _require_resources(error: Exception) -> None:
 
 
 def _own_logits(hf: Any) -> Any:
-    """Return the logits of the model itself for a few tokens; None where they cannot be computed from ids alone.
+    """Return the logits of the model itself for a few tokens, or None if they cannot be computed from ids alone.
 
     In place of `varlen`, they are computed with an attention of transformers.
     """
@@ -135,7 +135,7 @@ def _num_embeddings(hf: Any) -> int:
 
 
 def _logits_difference(hf: Any, model: CausalLMLoss) -> str:
-    """Return how the model's own logits differ from those that training computes; empty where they do not, or it has none."""
+    """Return how the model's own logits differ from those that training computes; empty if they do not, or it has none."""
     import torch
 
     from launcher.train.isolation import describe_logits_difference, few_tokens

@@ -138,7 +138,7 @@ def exchange(
     compared, returns last, so that it may hold the store.
 
     Raises:
-        RunError: where the connection to the store is lost.
+        RunError: if the connection to the store is lost.
     """
     deadline = time.monotonic() + deadline_s
     try:

@@ -27,7 +27,7 @@ def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
     """Refuse weights that do not cover the model. The result of a comparison is cached; `say` shows a line to the user.
 
     Raises:
-        ConfigError: where tensors are missing or have another shape, a file is damaged, or config.json is not accepted.
+        ConfigError: if tensors are missing or have another shape, a file is damaged, or config.json is not accepted.
     """
     if model.path is None or model.init == "random":
         return
@@ -80,7 +80,7 @@ def _load_config(folder: Path, model: ModelSection) -> Any:
     """Return the model's config as transformers reads it.
 
     Raises:
-        ConfigError: where transformers does not accept its values, as on every node.
+        ConfigError: if transformers does not accept its values, as on every node.
     """
     from transformers import AutoConfig
 
@@ -101,8 +101,8 @@ def compare(folder: Path, model: ModelSection) -> WeightReport:
     """Load the folder's model without data and report the tensors that are missing, of another shape or unexpected.
 
     Raises:
-        ConfigError: where a weight file is damaged, or transformers does not accept config.json.
-        RuntimeError: where tensors cannot be fused and no tensor is missing or of another shape.
+        ConfigError: if a weight file is damaged, or transformers does not accept config.json.
+        RuntimeError: if tensors cannot be fused and no tensor is missing or of another shape.
     """
     tensors = _tensors(folder, model)
     blank = _blank_model(folder, model)
@@ -198,7 +198,7 @@ def _differences(hf: Any, tensors: Mapping[str, Tensor], name: str) -> tuple[set
 
 
 def _name_in_files(hf: Any, tensors: Mapping[str, Tensor], name: str) -> str | None:
-    """Return the name with or without the prefix of the base model, whichever the files have; None where they have neither."""
+    """Return the name with or without the prefix of the base model, whichever the files have, or None if they have neither."""
     return next((known for known in (name, name.removeprefix(f"{hf.base_model_prefix}.")) if known in tensors), None)
 
 

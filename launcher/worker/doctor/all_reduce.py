@@ -47,7 +47,7 @@ def check_all_reduce(config: RunConfig) -> Iterator[CheckResult]:
 
 
 def _run_ranks(device: str, num_ranks: int, folder: Path) -> tuple[float, str]:
-    """Return the bandwidth in GB/s, and why the ranks failed: empty where they did not."""
+    """Return the bandwidth in GB/s, and why the ranks failed: empty if they did not."""
     variables = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK.interface, "NCCL_SOCKET_IFNAME": f"={LOOPBACK.interface}"}
     environ = {**os.environ, **variables}
     arguments = ["-m", __spec__.name, device]

@@ -16,7 +16,7 @@ _running: set[subprocess.Popen[str]] = set()
 
 @dataclass(frozen=True)
 class Finished:
-    """How a process ended; `reason` says why it failed, in one line, and is empty where it did not."""
+    """How a process ended; `reason` says why it failed, in one line, and is empty if it did not."""
 
     output: str
     reason: str

@@ -168,7 +168,7 @@ def _try(package: str, statement: str, outcomes: tuple[str, str], asked: str, re
 
 
 def _version(package: str) -> str:
-    """Return the version of a package, empty where it is not installed."""
+    """Return the version of a package, empty if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

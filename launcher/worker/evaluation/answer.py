@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        # Libraries log names from files of others to the terminal of the command.
+        # Libraries log names from other users' files to the command's terminal.
         with printable_output(), private_files(), live_line(sys.stdout) as (say, make_pace):
             pace = make_pace()
             answer(folder, Share(rank, world_size, lambda text: say(text) if rank == 0 and pace.is_due() else None), num_gpus)

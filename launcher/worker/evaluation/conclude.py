@@ -33,8 +33,8 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
     """Score, judge and write the verdicts; returns what the command shows.
 
     Raises:
-        RunError: where answers are missing.
-        DataError: where a metric fails.
+        RunError: if answers are missing.
+        DataError: if a metric fails.
     """
     task, answers = folder.read_task(), folder.read_answers()
     scorer = AnswerScorer(task.settings.evaluate, folder.root)

@@ -47,7 +47,7 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
 
     Raises:
         ConfigError, DataError: for settings and data with which nothing can be evaluated.
-        CheckpointError: where the step cannot be exported.
+        CheckpointError: if the step cannot be exported.
     """
     plan = run_store.load_plan(run).model_copy(update={"config": config})
     require_caches(plan)
@@ -235,7 +235,7 @@ def _fitting_shots(config: RunConfig, questions: Sequence[EvalQuestion], base: B
     """Return the numbers of examples to choose from: those with which every prompt and its answer fit the context.
 
     Raises:
-        ConfigError: where a number that was asked for does not fit, or there are not as many training rows.
+        ConfigError: if a number that was asked for does not fit, or there are not as many training rows.
     """
     shots = config.evaluate.shots
     longest = sorted(questions, key=lambda one: -len(str(one.document)))[:NUM_LONGEST]
@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     exit_on_termination()
     die_with_parent(signal.SIGTERM)
-    # Libraries log names from files of others to the terminal of the command.
+    # Libraries log names from other users' files to the command's terminal.
     with printable_output():
         code = main()
     sys.exit(code)

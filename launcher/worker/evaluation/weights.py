@@ -27,7 +27,7 @@ from launcher.worker.signals import exit_on_termination
 
 
 def find_base(plan: LaunchPlan) -> Weights | None:
-    """Return the model that the run began with; None where its weights were random."""
+    """Return the model that the run began with, or None if its weights were random."""
     if plan.config.model.init != "pretrained" or plan.model.path is None:
         return None
     path = Path(plan.model.path)

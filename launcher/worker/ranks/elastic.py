@@ -46,8 +46,8 @@ def run_ranks(
     are stopped. `folder` and `errors` hold the error records of the ranks.
 
     Raises:
-        RendezvousClosedError: where a restart would repeat the failure.
-        Exception: where the agent itself fails.
+        RendezvousClosedError: if a restart would repeat the failure.
+        Exception: if the agent itself fails.
     """
     spec = WorkerSpec(
         role="default_role",

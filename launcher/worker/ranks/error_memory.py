@@ -27,7 +27,7 @@ class ErrorMemory:
         self.path = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
 
     def read(self, local_rank: int, pid: int) -> ErrorRecord | None:
-        """Return the record that the process `pid` left; None where it left none."""
+        """Return the record that the process `pid` left, or None if it left none."""
         slot = os.pread(self._descriptor, _SLOT_BYTES, local_rank * _SLOT_BYTES)
         owner, num_bytes = _HEADER.unpack_from(slot)
         if owner != pid:

@@ -67,7 +67,7 @@ class _PlainData(pickle.Unpickler):
 
 
 def summarize_dump(content: bytes) -> RankSummary | None:
-    """Return the summary of what a rank has recorded; None where it is not a complete record that torch wrote."""
+    """Return the summary of what a rank has recorded, or None if it is not a complete record that torch wrote."""
     # A pickle ends with a point, and torch writes it in pieces.
     if len(content) > MAX_BYTES or not content.endswith(b"."):
         return None

@@ -96,7 +96,7 @@ class FlightRecorder:
         self._wake.set()
 
     def explain(self) -> str:
-        """Describe the collective in which the ranks of all nodes hang; empty where that is unknown."""
+        """Describe the collective in which the ranks of all nodes hang; empty if that is unknown."""
         explanation: list[str] = []
         thread = threading.Thread(target=lambda: explanation.append(self._explain()), name="hung-collective", daemon=True)
         # Raised where a limit on threads is reached.

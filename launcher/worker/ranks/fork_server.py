@@ -104,7 +104,7 @@ def _fork_orphan() -> int:
     """Fork a process whose parent ends at once; returns its process id in the caller and 0 in the process itself.
 
     Raises:
-        OSError: where no process can be made.
+        OSError: if no process can be made.
     """
     reader, writer = os.pipe()
     between = os.fork()
@@ -139,7 +139,7 @@ def _await_adoption(agent_pid: int) -> None:
 
 
 def find_fork_hazard() -> str | None:
-    """Return why this process must not be forked; None where it may be."""
+    """Return why this process must not be forked, or None if it may be."""
     threads = []
     for task in Path("/proc/self/task").iterdir():
         if task.name != str(os.getpid()):

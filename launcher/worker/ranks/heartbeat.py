@@ -76,7 +76,7 @@ class Heartbeat:
         """Send heartbeats to the table at this path; None sends none.
 
         Raises:
-            RunError: where the table cannot be opened.
+            RunError: if the table cannot be opened.
         """
         self._table: mmap.mmap | None = None
         self._offset = local_rank * _RECORD.size

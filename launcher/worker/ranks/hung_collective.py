@@ -29,7 +29,7 @@ class HungCollective:
 
 
 def find_hung_collective(summaries: Mapping[int, RankSummary], world_size: int) -> HungCollective | None:
-    """Return the collective for which the ranks wait; None where no rank waits in one.
+    """Return the collective for which the ranks wait, or None if no rank waits in one.
 
     Where ranks wait in several process groups, the one whose missing ranks wait in no other: the others are consequences.
     """

@@ -27,10 +27,10 @@ def bind_to_gpu(local_rank: int, num_ranks: int, num_threads: int) -> None:
 
 
 def choose_cpus(near: Sequence[set[int]], local_rank: int, allowed: set[int], num_threads: int) -> set[int]:
-    """Return the CPUs to which a rank is bound: those next to its GPU that this process may use; empty where it is not bound.
+    """Return the CPUs to which a rank is bound: those next to its GPU that this process may use; empty if it is not bound.
 
     They have to be enough for the threads of all ranks next to them: main memory further away costs less than a shared CPU.
-    `near` has the CPUs next to the GPU of each rank of this machine, empty where they are not known.
+    `near` has the CPUs next to the GPU of each rank of this machine, empty if they are not known.
     """
     cpus = near[local_rank] & allowed
     return cpus if len(cpus) >= num_threads * near.count(near[local_rank]) else set()
@@ -48,7 +48,7 @@ def _address(properties: Any) -> str:
 
 
 def cpus_near(address: str, sysfs: Path = _SYSFS) -> set[int]:
-    """Return the CPUs of the NUMA node of a PCI device, empty where the machine has one node, or does not say."""
+    """Return the CPUs of the NUMA node of a PCI device, empty if the machine has one node, or does not say."""
     try:
         node = int((sysfs / "bus/pci/devices" / address / "numa_node").read_text())
         return _parse((sysfs / f"devices/system/node/node{node}/cpulist").read_text()) if node >= 0 else set()

@@ -96,10 +96,10 @@ class RankTitle:
 
     @classmethod
     def of(cls, process: psutil.Process) -> RankTitle | None:
-        """Return the title of a process, or None where the process is no rank.
+        """Return the title of a process, or None if the process is no rank.
 
         Raises:
-            psutil.Error: where the process has ended or cannot be read.
+            psutil.Error: if the process has ended or cannot be read.
         """
         match = _TITLE.fullmatch(" ".join(process.cmdline()).strip())
         return cls(int(match[1]), match[2], int(match[3])) if match else None

@@ -72,7 +72,7 @@ class ForkedProcess:
         """Wait for the end and return the exit code.
 
         Raises:
-            subprocess.TimeoutExpired: where it has not ended after `timeout` seconds.
+            subprocess.TimeoutExpired: if it has not ended after `timeout` seconds.
         """
         until = None if timeout is None else time.monotonic() + timeout
         while (code := self.poll()) is None:
@@ -126,7 +126,7 @@ class ForkServer:
         """Fork a rank with these arguments of launcher.worker.ranks.rank_main; waits until the server has imported everything.
 
         Raises:
-            ForkFailed: where it cannot be forked safely, or at all.
+            ForkFailed: if it cannot be forked safely, or at all.
         """
         environment = {**environment, **_VARIABLES}
         if names := differing(environment, self._environment):

@@ -145,7 +145,7 @@ class Watchdog:
 
     `on_silence` is called with ranks that are to write what they have recorded; `explain` returns what the records of all ranks
     say, empty for nothing. `stall_s` 0 watches nothing. For `rare_s` see StallLimits. `store` is that of all nodes of the run;
-    None where there is one.
+    None if there is one.
     """
 
     def __init__(
@@ -284,7 +284,7 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
 
 
 def describe(beat: Beat, silent_s: float, reason: str, node: str = "") -> str:
-    """Describe why a rank is killed; `node` is empty where the reader knows it."""
+    """Describe why a rank is killed; `node` is empty if the reader knows it."""
     activity = f"in step {beat.step + 1}" if beat.phase == "training" else f"while {beat.phase} after step {beat.step}"
     if not beat.trained and beat.phase in _LOADING:
         activity = "while it starts" if beat.phase == "starting" else "while the model is loaded"

@@ -58,8 +58,8 @@ class Attempts:
         """Open the attempt of a complete group, with a plan for as many ranks as divide the batch, or end the run.
 
         Raises:
-            ConfigError: where the group cannot train.
-            LauncherError, OSError: where the run cannot be read or written now; the caller retries.
+            ConfigError: if the group cannot train.
+            LauncherError, OSError: if the run cannot be read or written now; the caller retries.
         """
         run = self._run
         with run_store.start_lock(run, wait_s=_LOCK_WAIT_S):
@@ -135,7 +135,7 @@ class Attempts:
             self.over = conclusion.message
 
     def end(self, reason: str, state: str | None) -> None:
-        """End the run: no other attempt follows. `state` becomes the run's, None where another process writes it."""
+        """End the run: no other attempt follows. `state` becomes the run's, None if another process writes it."""
         self.over = reason
         if state in ("failed", "preempted"):
             self.report("alert", f"the run ends: {reason}")
@@ -158,7 +158,7 @@ class Attempts:
         return sorted(node for node in group.missed if self._trial_at[node] <= now)
 
     def lost(self) -> list[str] | None:
-        """Return the names of the training nodes that Ray has lost since the attempt began; None where that is unknown."""
+        """Return the names of the training nodes that Ray has lost since the attempt began, or None if that is unknown."""
         if self._trained:
             with suppress(Exception):
                 lost = self._lost_nodes()

@@ -81,7 +81,7 @@ def lost_nodes() -> set[str]:
 
 
 def raylet_of_this_node() -> LocalRaylet | None:
-    """Return the raylet through which this process is connected; None where it is not."""
+    """Return the raylet through which this process is connected, or None if it is not."""
     from ray._private import worker
 
     return None if worker._global_node is None else LocalRaylet(worker._global_node.raylet_socket_name)

@@ -143,7 +143,7 @@ class Coordinator:
             self._attempts.end(f"workers cannot start: {message}", state="failed")
 
     def orders(self, group_id: str, rank: int) -> Orders | None:
-        """Return what a worker does next; None where it asks again."""
+        """Return what a worker does next, or None if it asks again."""
         group = self._group
         if self._attempts.over is None and group_id in self._incomplete:
             return None

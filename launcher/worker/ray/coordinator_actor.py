@@ -80,7 +80,7 @@ class CoordinatorActor:
         ray.get(self.handle.set_environment.remote(self._environment), timeout=_CALL_S)
 
     def state(self) -> CoordinatorState | None:
-        """Return the coordinator's state; None where it is busy, as with slow storage, or has just been replaced."""
+        """Return the coordinator's state, or None if it is busy, as with slow storage, or has just been replaced."""
         import ray
         from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
@@ -105,7 +105,7 @@ class CoordinatorActor:
         """Start another actor; the next call retries where storage cannot be read now.
 
         Raises:
-            RayletLost: where no actor can be started on this node any more.
+            RayletLost: if no actor can be started on this node any more.
         """
         from ray.exceptions import RayError
 
@@ -140,7 +140,7 @@ def call_coordinator(handle: Any, method: str, *arguments: Any) -> Any:
     """Call the coordinator from a worker, again for a while where it is busy or cannot be reached.
 
     Raises:
-        CoordinatorLost: where its process has ended.
+        CoordinatorLost: if its process has ended.
     """
     import ray
     from ray.exceptions import ActorUnavailableError, GetTimeoutError

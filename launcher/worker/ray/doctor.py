@@ -77,7 +77,7 @@ def _nodes_of_ranks(ray: Any) -> list[dict[str, Any]]:
 
 
 def _start(ray: Any, node: dict[str, Any], config: RunConfig, environ: dict[str, str]) -> Any:
-    """Start the task of a node; None where it cannot be started now, which is reported."""
+    """Start the task of a node, or None if it cannot be started now, which is reported."""
     from ray._private.state import available_resources_per_node
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -95,7 +95,7 @@ def supervise(config: dict[str, Any]) -> None:
     again with the next coordinator.
 
     Raises:
-        AttemptEnded: where another attempt follows.
+        AttemptEnded: if another attempt follows.
     """
     os.umask(0o077)
     try:
@@ -371,7 +371,7 @@ def _sidecar_environment(plan: LaunchPlan, orders: Train) -> dict[str, str]:
 def _find_failure(
     run: RunDir, assignment: Assignment, exit_code: int | None, watched: _Watched, error: ErrorRecord | None
 ) -> FailureRecord | None:
-    """Return the failure of a rank that has ended; None where it succeeded or ended as it was asked to."""
+    """Return the failure of a rank that has ended, or None if it succeeded or ended as it was asked to."""
     # A hung rank was killed before any other signal, however long it took to end.
     if not exit_code or (not watched.stalls and exit_code in watched.expected_exit_codes):
         return None

@@ -76,7 +76,7 @@ class LocalRaylet:
 def recorded(plan_path: str, attempt: int, raylet: LocalRaylet) -> Iterator[dict[str, object]]:
     """Have the loss of the raylet recorded, whatever happens to this process; gives the `job` entry of the process that does.
 
-    That process stays where the raylet has ended by the end of the block, until this process ends. The entry is empty where the
+    That process stays where the raylet has ended by the end of the block, until this process ends. The entry is empty if the
     raylet takes no connection: the driver then has to record the loss itself.
     """
     with ExitStack() as stack:

@@ -105,7 +105,7 @@ def save_before_resize(coordinator: Any, grace_s: float) -> Any:
 def await_ranks(ask: Callable[[], ResizeProgress | None], grace_s: float) -> None:
     """Wait until the ranks have ended, or until they have not written for `grace_s` seconds.
 
-    `ask` returns how far they are, None where that is unknown. A save or an export takes as long as the model is large.
+    `ask` returns how far they are, None if that is unknown. A save or an export takes as long as the model is large.
     """
     until = time.monotonic() + grace_s
     while (progress := ask()) is not ResizeProgress.ENDED and time.monotonic() < until:

@@ -31,7 +31,7 @@ class Observer:
 
     def sign(self, pid: int) -> RankSign | None:
         """Return the last heartbeat of the process `pid`, with the seconds since it, or since the last progress of a rank that
-        loads; None where it has sent none or has ended.
+        loads, or None if it has sent none or has ended.
         """
         now = time.monotonic()
         if now - self._looked > self._gap_s:

@@ -79,7 +79,7 @@ class Group:
         Workers on the `unfit` nodes are excluded as long as enough others are left: a check may have failed for a moment.
 
         Raises:
-            ConfigError: where the batch divides over no number of them.
+            ConfigError: if the batch divides over no number of them.
         """
         self.unfit = {member.node for member in self.members.values()} & set(unfit)
         fit = [rank for rank, member in sorted(self.members.items()) if member.node not in self.unfit]
@@ -125,7 +125,7 @@ class Group:
 
     @property
     def is_over(self) -> bool:
-        """True where every training rank has ended, or where the workers of the others have been silent for too long."""
+        """True if every training rank has ended, or where the workers of the others have been silent for too long."""
         return not self._running or (self._running <= self.silent and self.liveness.have_stopped(self._running))
 
     @property

@@ -72,8 +72,8 @@ class ChoiceEvaluation:
         """Score the questions of a file, write scores and verdict into `folder`, and return what the command shows.
 
         Raises:
-            DataError: where no question can be asked.
-            ConfigError: where the examples that evaluate.shots asks for are not there or do not fit.
+            DataError: if no question can be asked.
+            ConfigError: if the examples that evaluate.shots asks for are not there or do not fit.
         """
         examples, selection, questions = self._divide(everything)
         if not questions:
@@ -166,7 +166,7 @@ class ChoiceEvaluation:
         """Return the numbers of examples to choose from: those with which every question fits the context.
 
         Raises:
-            ConfigError: where a number that was asked for does not fit, or the file has not as many rows.
+            ConfigError: if a number that was asked for does not fit, or the file has not as many rows.
         """
         shots = self._settings.shots
         longest = sorted(questions, key=lambda one: -len(one.question) - max(map(len, one.choices)))[:NUM_LONGEST]

@@ -32,7 +32,7 @@ def answer(work: Callable[[Progress], dict[str, Any]]) -> int:
     output = os.dup(1)
     os.dup2(2, 1)
     try:
-        # Libraries log names from files of others to the terminal of the command.
+        # Libraries log names from other users' files to the command's terminal.
         with printable_output(), show_documents("rows") as on_progress:
             result, code = work(on_progress), 0
     except LauncherError as error:

@@ -69,8 +69,8 @@ def score(
     """Return the log-probabilities of `passes` under `weights`; computes those that are not stored.
 
     Raises:
-        RunError: where a rank fails.
-        DataError: where a data cache or the store is damaged or others could have written it.
+        RunError: if a rank fails.
+        DataError: if a data cache or the store is damaged or others could have written it.
     """
     device = hardware.device()
     ranks = num_ranks or (device.count if device.kind == "cuda" else 1)

@@ -64,7 +64,7 @@ def compare_likelihoods(
     """Score prompts of both sides under both models. What is in the store is not computed again.
 
     Raises:
-        LauncherError: where a pass fails, and with `is_required` where the run has no weights of the tuned model.
+        LauncherError: if a pass fails, and with `is_required` where the run has no weights of the tuned model.
     """
     models: dict[str, ScoredWeights] = {}
     gaps = []

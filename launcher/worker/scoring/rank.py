@@ -56,7 +56,7 @@ if __name__ == "__main__":
     exit_on_termination()
     # Not by TERM: Python runs no handler while the rank waits in a collective.
     die_with_parent()
-    # Libraries log names from files of others to the terminal of the command.
+    # Libraries log names from other users' files to the command's terminal.
     with printable_output():
         run_rank(RankTask.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
     remove_copies()

@@ -33,8 +33,8 @@ def describe_step(
     """Return the documents of the rows of `step`, counted from 1; with `has_scores`, their losses under the checkpoint before.
 
     Raises:
-        RunError: where the plan has no data.
-        DataError: where others could have written its caches.
+        RunError: if the plan has no data.
+        DataError: if others could have written its caches.
     """
     if plan.data is None:
         raise RunError("the plan has no data", where=str(run.root))

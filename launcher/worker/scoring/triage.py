@@ -76,7 +76,7 @@ def find_split(plan: LaunchPlan, name: str) -> tuple[DataFacts, bool]:
     """Return the data of the split or evaluation set `name`, and whether it is the held-out split.
 
     Raises:
-        SubmitError: where the run has none of that name, with those that it has.
+        SubmitError: if the run has none of that name, with those that it has.
     """
     if plan.data is not None and name == TRAIN:
         return plan.data, False

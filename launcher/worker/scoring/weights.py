@@ -35,7 +35,7 @@ class ScoredWeights:
         """Return the Hugging Face folder of the weights in the dtype of the run; writes it where it is not there.
 
         Raises:
-            DataError: where others could have written it.
+            DataError: if others could have written it.
         """
         if self._parent is None:
             assert self._folder is not None
@@ -53,7 +53,7 @@ def find_weights(run: RunDir, plan: LaunchPlan, step: int | None) -> ScoredWeigh
     """Find the weights after `step` steps of a run, by default those of its newest checkpoint.
 
     Raises:
-        CheckpointError: where there is no such checkpoint, with the steps that exist.
+        CheckpointError: if there is no such checkpoint, with the steps that exist.
         SubmitError: for step 0 of a run whose initial weights are random.
     """
     if step == 0:
@@ -74,7 +74,7 @@ def find_result(run: RunDir, plan: LaunchPlan, step: int) -> ScoredWeights:
     """Find the weights after `step` steps in a checkpoint, or in the run's export where it keeps none of that step.
 
     Raises:
-        CheckpointError: where neither has them, with the steps that exist.
+        CheckpointError: if neither has them, with the steps that exist.
     """
     try:
         return find_weights(run, plan, step)

@@ -91,7 +91,7 @@ class AnswersProcess(Sidecar):
     def start(
         cls, plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, environment: Mapping[str, str] | None = None
     ) -> Self | None:
-        """Start the process with `environment`; None where no answers are wanted."""
+        """Start the process with `environment`, or None if no answers are wanted."""
         if not plan.config.eval.answers_every:
             return None
         return cls._start("launcher.worker.sidecars.answers_process", plan_path, run, attempt, "answers.log", environment)

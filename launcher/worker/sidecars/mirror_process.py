@@ -225,7 +225,7 @@ class MirrorProcess(Sidecar):
     def start(
         cls, plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, environment: Mapping[str, str] | None = None
     ) -> Self | None:
-        """Start the process with `environment`; None where the plan has no mirror."""
+        """Start the process with `environment`, or None if the plan has no mirror."""
         if plan.config.checkpoint.mirror is None:
             return None
         return cls._start(_MODULE, plan_path, run, attempt, "mirror.log", environment)

@@ -48,7 +48,7 @@ class StepProcess:
         return self._process.poll() is not None
 
     def failure(self) -> str:
-        """Return why the process has failed, from the last lines of its output; empty where it has not."""
+        """Return why the process has failed, from the last lines of its output; empty if it has not."""
         code = self._process.returncode
         if not code:
             return ""
@@ -56,7 +56,7 @@ class StepProcess:
         return " / ".join(lines) or f"exit code {code}"
 
     def last_line(self) -> str:
-        """Return the last line of the output so far, empty where there is none."""
+        """Return the last line of the output so far, empty if there is none."""
         return next(reversed(self._lines()), "")
 
     def terminate(self) -> None:

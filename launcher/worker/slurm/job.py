@@ -48,11 +48,11 @@ _LAST_SECONDS_S = 10.0
 def begin(plan_path: str) -> int | None:
     """Open the attempt of this job's start and return its number.
 
-    None where the run is over, has reached a limit of its own, or runs in another job.
+    None if the run is over, has reached a limit of its own, or runs in another job.
 
     Raises:
-        SubmitError: where others could have changed the run while the job waited.
-        RunError: where the attempt may not start: a retry budget is spent, the nodes share no private network, or Slurm does
+        SubmitError: if others could have changed the run while the job waited.
+        RunError: if the attempt may not start: a retry budget is spent, the nodes share no private network, or Slurm does
             not answer whether another job runs it.
     """
     ownership.require_run(RunDir.of_plan(Path(plan_path)))
@@ -202,7 +202,7 @@ def _with_nodes(attempt: Attempt, section: SlurmSection, job: str, restart: int,
 
 
 def _details(job: str, until: float) -> Mapping[str, str]:
-    """Return Slurm's details of the job; empty where Slurm does not answer in time."""
+    """Return Slurm's details of the job; empty if Slurm does not answer in time."""
     try:
         return queue.details(job, _left(until))
     except SlurmError:
@@ -237,7 +237,7 @@ def _is_running(job: str, plan: LaunchPlan, until: float) -> bool:
     """Return whether Slurm runs the job on nodes.
 
     Raises:
-        RunError: where Slurm does not answer; the run's status is left alone, since the other job may write it.
+        RunError: if Slurm does not answer; the run's status is left alone, since the other job may write it.
     """
     try:
         known = queue.job(job, 0.0, plan.run_name, _left(until))
