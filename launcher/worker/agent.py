@@ -1,10 +1,10 @@
 """The agent of a node: it starts a rank per GPU, watches them, and records how they ended.
 
-`python -m launcher.worker.agent PLAN ATTEMPT` is the agent of a run on this machine alone, which concludes the attempt itself.
+`python -m launcher.worker.agent PLAN ATTEMPT` is the agent of a single-machine run; it also concludes the attempt.
 A Slurm job starts an agent on each of its nodes (launcher.worker.slurm.agent); both use `NodeAgent`.
 
-torch's elastic agent does the rendezvous and the restarts, and reports which rank failed first. This module adds the signals that
-ask the ranks to save before they stop, the watchdog for ranks that hang, and the record of the failure.
+torch's elastic agent handles rendezvous and restarts, and reports which rank failed first. This module adds the signals that
+ask the ranks to save before they stop, the watchdog for hung ranks, and the failure record.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.stopper import Stopper
 from launcher.worker.wandb_closing import close_wandb_run
 
-# Ranks that are stopped before a restart may take half a minute to end.
+# Stopping the ranks before a restart can take half a minute.
 _MEET_DEADLINE_S = 300.0
-# The signal that the ranks get for each signal of the agent: on this machine Ctrl-C and TERM come from a person.
+# Maps each signal that the agent receives to the one it sends to the ranks. On a single machine, Ctrl-C and TERM come from a
+# person.
 _SIGNALS = {signal.SIGINT: CANCEL, CANCEL: CANCEL, signal.SIGTERM: CANCEL, signal.SIGHUP: PREEMPT, PREEMPT: PREEMPT}
 
 
@@ -68,9 +69,9 @@ class NodeAgent:
 
     @classmethod
     def start(cls, plan_path: str, attempt: int, signals: Mapping[signal.Signals, signal.Signals]) -> NodeAgent | None:
-        """Read the plan, listen to `signals` and import what ranks need; None, with a message, where the plan cannot be read.
+        """Read the plan, listen for `signals` and import what ranks need. Returns None, after a message, if the plan is unreadable.
 
-        `signals` maps a signal to the one that the ranks get for it: CANCEL or PREEMPT.
+        `signals` maps each signal to the one that is sent to the ranks: CANCEL or PREEMPT.
         """
         try:
             plan = LaunchPlan.load(plan_path)
@@ -89,15 +90,15 @@ class NodeAgent:
         return cls(plan, plan_path, RunDir(Path(plan.run_dir)), attempt, stopper, ranks, started_at)
 
     def start_mirror(self) -> MirrorProcess | None:
-        """Start the process that copies checkpoints to the mirror; one node of a run has it. None if there is no mirror."""
+        """Start the process that copies checkpoints to the mirror, on one node per run. Return None if there is no mirror."""
         return MirrorProcess.start(self.plan, self.plan_path, self.run, self.attempt)
 
     def start_answers(self) -> AnswersProcess | None:
-        """Start the process that has prompts answered with checkpoints; one node of a run has it. None if none are wanted."""
+        """Start the process that answers prompts with checkpoints, on one node per run. Return None if none are requested."""
         return AnswersProcess.start(self.plan, self.plan_path, self.run, self.attempt)
 
     def close(self) -> None:
-        """Send no more signals, and end the fork server."""
+        """Stop sending signals, and end the fork server."""
         self.stopper.disarm()
         self.ranks.close()
 
@@ -106,8 +107,9 @@ class NodeAgent:
     ) -> FailureRecord | None:
         """Run the ranks of this node to their end; returns the first failure or None.
 
-        `store` is the TCPStore that the nodes of the job share, or None if there is one node. `job` is the scheduler's, whose
-        output is that of this process. `why_ended` returns why the caller has killed the ranks for good, empty while it has not.
+        `store` is the TCPStore that the nodes of the job share, or None if there is only one node. `job` is the scheduler job
+        that this process's output goes to. `why_ended` returns why the caller killed the ranks for good, or an empty string if it
+        did not.
         """
         from launcher.distributed import open_store
         from launcher.worker.ranks import elastic
@@ -116,7 +118,7 @@ class NodeAgent:
         topology, cluster = self.plan.topology, self.plan.config.cluster
         _set_network_interface(node.interface)
         folder = self.run.attempt(self.attempt) / "elastic" / f"node-{node.node:05d}"
-        # The attempt's own folder is not made: the run directory may have been moved since.
+        # Do not create the attempt's own folder: the run directory may have been moved since.
         folder.parent.mkdir(exist_ok=True)
         folder.mkdir(exist_ok=True)
         store = store or open_store(node.address, 0, is_server=True)
@@ -155,13 +157,13 @@ class NodeAgent:
             self._remove_offloaded_states()
 
     def _remove_offloaded_states(self) -> None:
-        """The states of a whole model would fill the disk of a node that the run does not come back to."""
+        """Otherwise the offloaded states would keep filling the disk of a node that the run no longer uses."""
         if self.plan.nvme_folder is not None and run_store.newest_attempt(self.run) == self.attempt:
             shutil.rmtree(self.plan.nvme_folder, ignore_errors=True)
 
 
 class _FailureLog:
-    """The failures of this node's ranks since their last start: how they ended, the watchdog's messages, and the limits reached.
+    """The failures of this node's ranks since their last start: exits, watchdog messages, and limits reached.
 
     `log` is the file with the agent's output. `why_ended` returns why ranks were killed for good.
     """
@@ -172,7 +174,7 @@ class _FailureLog:
         self._exits: list[failure_record.RankExit] = []
         self._stalls: list[str] = []
         self._limits = LimitEvents.read()
-        # Of the ranks that are about to be restarted.
+        # The failure of the ranks that are about to be restarted.
         self._last: FailureRecord | None = None
 
     def set_exits(self, exits: list[failure_record.RankExit]) -> None:
@@ -183,20 +185,20 @@ class _FailureLog:
         print(message, flush=True)
 
     def describe_own(self) -> str:
-        """Return the first failure of this node's ranks as JSON, empty if none failed, and forget it: later ones differ."""
+        """Return the first failure of this node's ranks as JSON, empty if none failed, and reset the log for the next start."""
         self._last = self.first() if self._exits else None
         self._exits, self._stalls, self._limits = [], [], LimitEvents.read()
         return "" if self._last is None else json.dumps(json_records.encode(self._last))
 
     def report_restart(self, count: int, failures: list[str]) -> str:
-        """Record that all ranks are restarted for the `count`-th time, and why, with an alert; `failures` come from all nodes.
+        """Record the `count`-th restart of all ranks and its cause, with an alert; `failures` come from all nodes.
 
-        Returns why they are not restarted; empty if they are.
+        Returns why the ranks are not restarted; empty if they are.
         """
         records = [json_records.decode(FailureRecord, json.loads(text), "the store") for text in failures if text]
         first = failure_record.first_of(records)
         reason = first.line if first is not None else "torch's elastic agent reported no failed rank"
-        # A full disk or a damaged record must not keep the ranks from being restarted.
+        # A full disk or a damaged record must not prevent the restart.
         with suppress(OSError, LauncherError):
             if first is not None:
                 if repetition := postmortem.describe_repetition(self._run, self._attempt, first):
@@ -216,14 +218,14 @@ class _FailureLog:
         limit = LimitEvents.read().cause_since(self._limits)
         failure = failure_record.from_rank_exits(self._exits, self._run, self._attempt, self._stalls, limit)
         if (reason := self._why_ended()) and failure.exit_code == -signal.SIGKILL:
-            # A consequence, which must not count as the first failure.
+            # This exit is a consequence and must not count as the first failure.
             failure = replace(failure, kind="exit", message=reason)
         return replace(failure, host=self._host)
 
     def from_exception(self, error: Exception) -> FailureRecord | None:
         """Return the failure behind an exception of torch's agent: the final one of a rank, or the agent's own.
 
-        None if failures of other nodes alone keep the ranks from being restarted.
+        None if only failures of other nodes prevent the restart.
         """
         from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
@@ -240,7 +242,7 @@ class _FailureLog:
 def _set_network_interface(interface: str | None) -> None:
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        # NCCL takes a bare name for a prefix.
+        # NCCL treats a bare name as a prefix.
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
 
 
@@ -265,7 +267,7 @@ def main(plan_path: str, attempt: int) -> int:
 
 
 def _conclude(agent: NodeAgent, mirror: MirrorProcess | None, answers: AnswersProcess | None, record: ExitRecord) -> int:
-    """Record the end of the attempt, wait for answers and the mirror, and only then end the run; returns the exit code."""
+    """Record the end of the attempt, wait for answers and the mirror, then end the run; returns the exit code."""
     run, attempt = agent.run, agent.attempt
     disk_reserve.release_if_full(run, attempt)
     with suppress(OSError):
@@ -276,7 +278,7 @@ def _conclude(agent: NodeAgent, mirror: MirrorProcess | None, answers: AnswersPr
     agent.stopper.finish(answers, math.inf if record.state == "completed" else 0.0, uses_grace=False)
     # The status shows the end only when the mirror has every committed checkpoint.
     agent.stopper.finish(mirror)
-    # The attempt holds its machines until here. On a full disk the liveness file tells the time instead.
+    # The attempt holds its machines until here. If the disk is full, the time comes from the liveness file instead.
     with suppress(OSError):
         json_records.write(exit_file(run, attempt), replace(record, ended_at=time.time()))
     run_store.update_status(run, state=record.state, message=record.message)

@@ -1,4 +1,4 @@
-"""torch's elastic agent of a node: it starts the ranks, and restarts them after one of them has failed."""
+"""A node's torch elastic agent: it starts the ranks, and restarts them after one has failed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from launcher.worker.rendezvous import NodeRendezvous
 from launcher.worker.signals import DISMISSED
 
 _POLL_S = 0.05
-# From TERM to KILL, where ranks are stopped.
+# Seconds from TERM to KILL when ranks are stopped.
 _STOP_S = 30
-# How ranks end that the agent stops.
+# Exit codes of ranks that the agent stopped.
 _STOPPED_BY_AGENT = (-signal.SIGTERM, -signal.SIGKILL, DISMISSED)
 
 
@@ -40,10 +40,10 @@ def run_ranks(
     on_failure: Callable[[list[RankExit]], None],
     errors: ErrorMemory,
 ) -> bool:
-    """Run `num_ranks` processes until all have succeeded; returns whether they have. `start` gets the variables of a rank.
+    """Run `num_ranks` processes to their end; returns whether all succeeded. `start` receives a rank's environment variables.
 
-    `on_failure` gets the exits of the failed ranks of this node at each failure, again with those that are found when the ranks
-    are stopped. `folder` and `errors` hold the error records of the ranks.
+    At each failure, `on_failure` receives the exits of this node's failed ranks; it is called again with the exits that are found
+    while the ranks are stopped. `folder` and `errors` hold the ranks' error records.
 
     Raises:
         RendezvousClosedError: if a restart would repeat the failure.
@@ -62,10 +62,10 @@ def run_ranks(
 
 
 class _Agent(SimpleElasticAgent):
-    """Starts ranks with `start`, and reports every failure; torch's own agent reports the last one only.
+    """Starts ranks with `start`, and reports every failure; torch's own agent reports only the last one.
 
-    torch's own also parses the record of every failed rank without a guard before it decides on a restart: an empty record
-    would end a run that has restarts left.
+    torch's own agent also parses each failed rank's record, without catching errors, before it decides on a restart: an empty
+    record would end a run that has restarts left.
     """
 
     def __init__(
@@ -81,13 +81,14 @@ class _Agent(SimpleElasticAgent):
         self._rendezvous_handler = rendezvous
         self._start, self._folder, self._on_failure, self._errors = start, folder, on_failure, errors
         self._processes: dict[int, RankProcess] = {}
-        # Of the ranks that have failed since the last start.
+        # Exits of the ranks that have failed since the last start.
         self._exits: dict[int, RankExit] = {}
         self._num_starts = 0
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         self._num_starts += 1
-        # torch counts on each node the failures of its own ranks. A node that counts fewer would wait for one that has given up.
+        # On each node, torch counts only the failures of that node's ranks. A node with a lower count would wait for one that
+        # gave up.
         self._remaining_restarts = worker_group.spec.max_restarts - self._rendezvous_handler.num_restarts
         self._processes, self._exits = {}, {}
         for worker in worker_group.workers:
@@ -115,9 +116,9 @@ class _Agent(SimpleElasticAgent):
         self._report_late_exits(worker_group)
 
     def _report_late_exits(self, worker_group: WorkerGroup) -> None:
-        """Report the ranks that failed by themselves and ended later than those that noticed it.
+        """Report the ranks that failed by themselves but ended later than the ranks that noticed.
 
-        A rank that dumps its core, or frees much memory, ends after its peers have lost their connections.
+        A rank that dumps core or frees a lot of memory ends after its peers have lost their connections.
         """
         now, late = time.time(), {}
         for worker in worker_group.workers:
@@ -141,7 +142,7 @@ class _Agent(SimpleElasticAgent):
             process.wait()
 
     def _environment(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
-        """Return the variables of torchrun (its documentation, "Environment Variables"), and the path of the error record."""
+        """Return torchrun's variables (see "Environment Variables" in its documentation) and the path of the error record."""
         spec, record = worker_group.spec, self._record(worker)
         with suppress(FileNotFoundError):
             record.unlink()

@@ -1,4 +1,4 @@
-"""Error records in shared memory, for ranks that can write no file: on a full disk, or without descriptors."""
+"""Error records in shared memory, for ranks that cannot write a file: the disk is full or no descriptor is left."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HEADER = struct.Struct("=qq")
 
 
 class ErrorMemory:
-    """The agent's side: a slot for each local rank in anonymous memory, which ends with the agent."""
+    """The agent's side: a slot for each local rank in anonymous memory, which is freed when the agent ends."""
 
     def __init__(self, num_ranks: int) -> None:
         self._descriptor = os.memfd_create("error-records")
@@ -48,13 +48,13 @@ class ErrorSlot:
     def from_environ(cls, environ: Mapping[str, str]) -> ErrorSlot:
         """Map the slot that the agent provides; without one, `write` does nothing."""
         memory, local_rank = None, int(environ.get("LOCAL_RANK", "0"))
-        # In a container with its own process ids the agent's path does not exist; the file of the record remains.
+        # In a container with its own PID namespace the agent's path does not exist; the record is then only written to its file.
         with suppress(OSError, ValueError), open(environ.get(VARIABLE, ""), "r+b", buffering=0) as file:
             memory = mmap.mmap(file.fileno(), 0)
         return cls(memory, local_rank)
 
     def write(self, record: ErrorRecord) -> None:
-        """Leave a record for the agent; a long traceback loses its beginning."""
+        """Leave a record for the agent; a long traceback is cut at its beginning."""
         if self._memory is None:
             return
         content = record.dumps(_SLOT_BYTES - _HEADER.size)

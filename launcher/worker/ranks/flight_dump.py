@@ -1,7 +1,7 @@
-"""Summarizes what torch's flight recorder of a rank has written: of the last collectives, those that tell of a hang.
+"""Summarizes a rank's dump from torch's flight recorder: the recent collectives that help to explain a hang.
 
-torch writes a pickle of hundreds of KiB for each rank; `torchfrtrace` reads them with `pickle.load`, which could run code. Here
-no class is loaded, and only the agent that started the rank reads its pickle. The agents of other nodes read the summary.
+For each rank torch writes a pickle of hundreds of KiB. `torchfrtrace` reads it with `pickle.load`, which can run code. This
+module loads no classes, and only the agent that started the rank reads its pickle. The agents of other nodes read the summary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_BYTES = 64 * 2**20
-# Completed collectives in a summary. A rank that has called others than its peers has completed few of them since.
+# Completed collectives in a summary. A rank whose calls diverged from its peers' has completed only a few since then.
 _NUM_COMPLETED = 8
 _BYTES = {
     **dict.fromkeys(("Byte", "Char", "Bool", "Float8_e4m3fn", "Float8_e5m2"), 1),
@@ -39,10 +39,10 @@ class Collective:
 
 @dataclass(frozen=True)
 class GroupSummary:
-    """What a rank has called in a process group: the number of the last collective, and those that tell of a hang.
+    """What a rank has called in a process group: the number of the last collective, and the ones that help to explain a hang.
 
-    These are the oldest one that has not completed, and the last ones that have. `members` are the first and last rank of each
-    range of ranks in the group; gloo does not tell them.
+    These are the oldest collective that has not completed, and the last completed ones. `members` holds the first and last rank
+    of each range of ranks in the group; gloo does not report members.
     """
 
     last_number: int
@@ -55,12 +55,12 @@ class GroupSummary:
         return frozenset(rank for first, last in self.members for rank in range(first, last + 1))
 
 
-# What one rank has called, by process group (`0 (default_pg)`).
+# What one rank has called, keyed by process group (`0 (default_pg)`).
 RankSummary = dict[str, GroupSummary]
 
 
 class _PlainData(pickle.Unpickler):
-    """Loads numbers, text, lists and dicts alone: a pickle runs code only through a class or function that it names."""
+    """Loads only numbers, text, lists and dicts: a pickle can run code only through a class or function that it names."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"a flight recorder names {module}.{name}")
@@ -68,7 +68,7 @@ class _PlainData(pickle.Unpickler):
 
 def summarize_dump(content: bytes) -> RankSummary | None:
     """Return the summary of what a rank has recorded, or None if it is not a complete record that torch wrote."""
-    # A pickle ends with a point, and torch writes it in pieces.
+    # torch writes the pickle in pieces; a complete one ends with a period.
     if len(content) > MAX_BYTES or not content.endswith(b"."):
         return None
     try:
@@ -132,7 +132,7 @@ def _collective(entry: Mapping[str, Any]) -> Collective:
 
 
 def _name(profiling_name: str) -> str:
-    """Return the name of a collective without the library and torch's inner variants: `nccl:_all_gather_base` is all_gather."""
+    """Return a collective's name without library prefix and torch's internal variants: `nccl:_all_gather_base` is all_gather."""
     name = profiling_name.partition(":")[2] or profiling_name
     name = name.lower().removesuffix("_coalesced").removesuffix("_into_tensor").removesuffix("_tensor").strip("_")
     return name.removesuffix("_base").removesuffix("_single")

@@ -1,10 +1,10 @@
-"""Has ranks write torch's flight recorder, the last collectives of each process group, and says in which one they hang.
+"""Makes ranks dump torch's flight recorder (the last collectives of each process group), and finds the one in which they hang.
 
-With NCCL torch writes it by itself only after the process group's timeout, which is later than a stall. It also writes when
-something arrives in a pipe that a thread of its own reads; that thread looks up the stacks of the calls with Python, so a rank
-that hangs with Python's lock does not answer. With gloo a Python thread of the rank does the same. A rank writes to this node's
-disk, since storage may be what hangs. The agent copies the file to the attempt's folder for `torchfrtrace`, beside a summary of
-its ranks' files, which is all that the agents of other nodes read.
+With NCCL, torch dumps it unasked only after the process group's timeout, which is later than a stall. It also dumps when
+something arrives in a pipe that one of its threads reads. That thread needs Python to look up the stacks of the calls, so a rank
+that hangs while it holds the GIL does not answer. With gloo, a Python thread of the rank does the same. A rank writes to its
+node's disk, because shared storage may be what hangs. The agent copies the dump to the attempt's folder for `torchfrtrace`,
+and adds a summary of its ranks' dumps. The agents of other nodes read only this summary.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from launcher.plan.run_dir import RunDir
 from launcher.worker.ranks import hung_collective
 from launcher.worker.ranks.flight_dump import MAX_BYTES, GroupSummary, RankSummary, summarize_dump
 
-# Collectives that are kept, of all process groups.
+# Number of collectives that are kept, over all process groups.
 _NUM_COLLECTIVES = 2000
 _SIZE, _PIPE = "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_PIPE_FILE"
 _FILE, _NCCL_FILE = "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
-# For each variable, those by which a user may have set the same. torch warns of the deprecated name of the size.
+# For each variable, the names under which a user may have set it. torch warns about the deprecated name of the size.
 _SAME = {
     _SIZE: (_SIZE, "TORCH_NCCL_TRACE_BUFFER_SIZE"),
     _PIPE: (_PIPE,),
@@ -37,9 +37,9 @@ _SAME = {
     _NCCL_FILE: (_FILE, _NCCL_FILE),
 }
 _PREFIX, _SUMMARIES = "rank-", "summary-*.json"
-# torch looks at the pipe once a second, and writes a few megabytes.
+# torch checks the pipe once a second, and writes a few megabytes.
 _WRITING_S, _POLL_S = 20.0, 0.1
-# Storage that does not answer must keep neither the watchdog from killing a rank nor the agent from ending.
+# Storage that does not answer must not stop the watchdog from killing a rank, or the agent from ending.
 _READING_S, _CLOSING_S = 5.0, 10.0
 
 
@@ -54,20 +54,20 @@ class FlightRecorder:
     """The agent's side: a folder on this node with the pipes of its ranks and what they write."""
 
     def __init__(self, run: RunDir, attempt: int, world_size: int, stall_s: float) -> None:
-        """`stall_s` is the time from a start of the ranks to the first hang that is noticed, at least."""
+        """`stall_s` is the least time between a start of the ranks and the first hang that the watchdog can notice."""
         self._folder = Path(tempfile.mkdtemp(prefix="launcher-collectives-"))
         self._run, self._attempt, self._world_size, self._stall_s = run, attempt, world_size, stall_s
         self._pipes = self._files = f"{self._folder}/{_PREFIX}"
         self._names: tuple[str, ...] = ()
-        # The ranks that have been asked and have not answered, with the end of the time that they have for it.
+        # The ranks that were asked and have not answered, with their deadlines.
         self._awaited: dict[int, float] = {}
-        # What the ranks have answered, and when.
+        # The ranks' answers, and when they came.
         self._summaries: dict[int, tuple[float, RankSummary]] = {}
-        # The times of the files that have been copied.
+        # The modification times of the files that have been copied.
         self._copied: dict[Path, int] = {}
         self._wake, self._is_closed = threading.Event(), False
         self._thread = threading.Thread(target=self._copy_until_closed, name="flight-recorder", daemon=True)
-        # Before the ranks start: where a limit on threads is reached later, it runs already.
+        # Start the thread before the ranks: a limit on threads that is reached later does not affect it.
         with suppress(RuntimeError):
             self._thread.start()
 
@@ -79,13 +79,13 @@ class FlightRecorder:
         environ.update({name: values[name] for name in self._names})
 
     def request(self, ranks: Iterable[int]) -> None:
-        """Ask ranks to write what they have recorded, and copy that in the background. One without a pipe yet is left alone."""
+        """Ask ranks to dump what they recorded, and copy the dumps in the background. Skips ranks that have no pipe yet."""
         for rank in ranks:
             if rank in self._awaited:
-                # Its answer will be as recent.
+                # A request is pending; its answer will be just as recent.
                 continue
             with suppress(OSError):
-                # A rank that has been asked before may have left one, and may not answer now.
+                # A rank that was asked before may have left a file, and may not answer now.
                 Path(f"{self._files}{rank}").unlink(missing_ok=True)
                 descriptor = os.open(_pipe(self._pipes, rank), os.O_WRONLY | os.O_NONBLOCK)
                 try:
@@ -99,14 +99,14 @@ class FlightRecorder:
         """Describe the collective in which the ranks of all nodes hang; empty if that is unknown."""
         explanation: list[str] = []
         thread = threading.Thread(target=lambda: explanation.append(self._explain()), name="hung-collective", daemon=True)
-        # Raised where a limit on threads is reached.
+        # Raised when a limit on threads is reached.
         with suppress(RuntimeError):
             thread.start()
             thread.join(_READING_S)
         return explanation[0] if explanation else ""
 
     def close(self, environ: MutableMapping[str, str]) -> None:
-        """Copy what torch has written unasked, after a timeout of its own; remove the pipes and the variables."""
+        """Copy dumps that torch wrote unasked after its own timeout; remove the pipes and the variables."""
         for name in self._names:
             environ.pop(name, None)
         self._is_closed = True
@@ -131,7 +131,7 @@ class FlightRecorder:
         self._copy({int(path.name.removeprefix(_PREFIX)): path for path in written})
 
     def _copy(self, files: Mapping[int, Path]) -> None:
-        """Copy those of the files that are complete and have not been copied; the summary first, for which others wait."""
+        """Copy the files that are complete and not copied yet; the summary goes first because other nodes wait for it."""
         contents: dict[Path, bytes] = {}
         for rank, path in files.items():
             with suppress(OSError):
@@ -148,7 +148,7 @@ class FlightRecorder:
         oldest = time.monotonic() - self._stall_s
         recent = {str(rank): summary for rank, (at, summary) in self._summaries.items() if at > oldest}
         with suppress(OSError):
-            # The run directory may have been moved since: the attempt's own folder is not made.
+            # Do not create the attempt's own folder: the run directory may have been moved since.
             self._target.mkdir(exist_ok=True)
             json_records.write(self._target / _SUMMARIES.replace("*", self._folder.name[-8:]), _Summaries(recent))
             for path, content in contents.items():
@@ -166,7 +166,7 @@ class FlightRecorder:
     def _read_summaries(self) -> dict[int, RankSummary]:
         """Return the summaries of the ranks of all agents."""
         files = {path: path.stat().st_mtime for path in self._target.glob(_SUMMARIES)}
-        # Those of ranks that have been restarted since are older.
+        # Skip summaries from before a restart of the ranks.
         newest = max(files.values(), default=0.0)
         summaries: dict[int, RankSummary] = {}
         for path in (path for path, at in files.items() if at > newest - self._stall_s):
@@ -177,7 +177,7 @@ class FlightRecorder:
 
 
 def answer_requests(environ: Mapping[str, str], rank: int) -> None:
-    """Write what this rank has recorded whenever the agent asks, in a thread, as torch does by itself with NCCL."""
+    """Dump this rank's records from a thread whenever the agent asks; with NCCL, torch does so by itself."""
     from torch._C import _distributed_c10d
 
     dump: Callable[..., bytes] | None = getattr(_distributed_c10d, "_dump_fr_trace", None)
@@ -185,12 +185,12 @@ def answer_requests(environ: Mapping[str, str], rank: int) -> None:
     if dump is None or _PIPE not in environ or not files:
         return
     path, target = _pipe(environ[_PIPE], rank), Path(f"{files}{rank}")
-    # A limit on threads raises RuntimeError.
+    # Reaching a limit on threads raises RuntimeError.
     with suppress(OSError, RuntimeError):
-        # Of this rank before a restart.
+        # A pipe of this rank from before a restart.
         path.unlink(missing_ok=True)
         os.mkfifo(path, 0o600)
-        # Open for writing too: with no writer left, reading would not wait.
+        # Open for writing too: without a writer, reads would return at once.
         descriptor = os.open(path, os.O_RDWR)
         threading.Thread(target=_answer, args=(descriptor, target, dump), name="flight-recorder", daemon=True).start()
 

@@ -1,12 +1,12 @@
-"""The fork server, the process that ranks are forked from: `python -m launcher.worker.ranks.fork_server SOCKET PLAN`.
+"""The fork server, from which ranks are forked: `python -m launcher.worker.ranks.fork_server SOCKET PLAN`.
 
 Importing torch, transformers and DeepSpeed takes seconds at every start and restart. The server imports them once per node
-and then forks a rank in milliseconds. It forks twice, and the process in between exits: the kernel then gives the rank to the
-node's agent, which has made itself the reaper of orphans for that moment (launcher.worker.ranks.rank_process). So the rank is a
-child of the agent, as if the agent had started it, and gets its signals in the same way.
+and then forks a rank in milliseconds. It forks twice, and the intermediate process exits. The kernel then reparents the rank to
+the node's agent, which is a child subreaper during the fork (launcher.worker.ranks.rank_process). The rank is therefore a
+child of the agent, as if the agent had started it, and receives signals in the same way.
 
-A fork copies only the thread that forks. A server that has more threads than its main one, or that has opened a CUDA
-context, refuses, and the agent starts ranks as new processes.
+A fork copies only the thread that forks. If the server has threads besides the main one, or an open CUDA context, it refuses,
+and the agent starts ranks as new processes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from launcher.worker.ranks import rank_main
 from launcher.worker.ranks.rank_env import die_with_parent, name_process
 
 _CUDA_NOT_INITIALIZED = 3
-# From the fork of a rank until the kernel has given it to the agent.
+# Seconds from the fork of a rank until the kernel has reparented it to the agent.
 _ADOPTION_S = 30.0
 
-# Prefixes of variables that are read after the fork. Those that libraries may read while they are imported must be the same in
-# the server and in the rank.
+# Prefixes of variables that are read after the fork. Variables that libraries may read on import must have the same values in
+# the server and the rank.
 _READ_LATER = (
     *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "NCCL_", "GLOO_"),
     *("LAUNCHER_", "WANDB_", "HF_TOKEN", "AWS_", "GOOGLE_", "TORCH_FR_"),
@@ -40,17 +40,17 @@ _READ_LATER = (
 
 
 def differing(environment: Mapping[str, str], imported_with: Mapping[str, str]) -> list[str]:
-    """Return the variables of a rank that libraries may have read with another value while the server imported them."""
+    """Return the rank's variables whose values differ from those that libraries may have read when the server imported them."""
     names = environment.keys() | imported_with.keys()
     changed = (name for name in names if environment.get(name) != imported_with.get(name))
     return sorted(name for name in changed if not name.startswith(_READ_LATER))
 
 
 def main(descriptor: int, plan_path: str) -> None:
-    """Import what ranks need, then fork one for each request until the agent closes the socket. Ranks return from here too."""
+    """Import what ranks need, then fork a rank per request until the agent closes the socket. Forked ranks also return here."""
     die_with_parent()
     name_process(f"launcher fork server: {plan_path}", "fork-server")
-    # Ctrl-C reaches the whole terminal group; the agent decides what it means to a rank.
+    # Ctrl-C reaches the terminal's whole process group; the agent decides what it means for a rank.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     agent_pid = os.getppid()
     _import_stack(LaunchPlan.load(Path(plan_path)))
@@ -60,7 +60,7 @@ def main(descriptor: int, plan_path: str) -> None:
 
 
 def _import_stack(plan: LaunchPlan) -> None:
-    # Read while DeepSpeed is imported.
+    # DeepSpeed reads it on import.
     os.environ["DS_ACCELERATOR"] = plan.topology.device
     from launcher.train.preload import import_stack
 
@@ -104,7 +104,7 @@ def _fork_orphan() -> int:
     """Fork a process whose parent ends at once; returns its process id in the caller and 0 in the process itself.
 
     Raises:
-        OSError: if no process can be made.
+        OSError: if no process can be created.
     """
     reader, writer = os.pipe()
     between = os.fork()

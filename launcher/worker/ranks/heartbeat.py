@@ -1,4 +1,4 @@
-"""Heartbeats: each rank tells its node's agent through a few bytes of shared memory how far it is."""
+"""Heartbeats: each rank reports its progress to its node's agent through a few bytes of shared memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from launcher.errors import RunError
 from launcher.worker.ranks.rank_env import RankEnv
 
-# Set by the agent to `HeartbeatTable.path`; without it no one watches the rank.
+# Set by the agent to `HeartbeatTable.path`; if it is not set, the rank is not watched.
 VARIABLE = "LAUNCHER_HEARTBEATS"
 PHASES = ("starting", "joined", "loaded", "training", "evaluating", "saving", "finishing")
 _CODES = {phase: code for code, phase in enumerate(PHASES)}
-# The count is at both ends, so that a reader recognizes a record that is being written.
+# The count is at both ends, so that a reader can detect a partly written record.
 _RECORD = struct.Struct("=Qqqqqdd?7xQ")
 _READ_TRIES = 5
 
@@ -26,8 +26,8 @@ _READ_TRIES = 5
 class Beat:
     """The last heartbeat of a rank.
 
-    `count` counts the beats of the process `pid`, `step` its completed optimizer steps; `at` is of time.monotonic(), which
-    is one clock for all processes of a machine; `trained` is whether the rank has begun to train.
+    `count` is the number of heartbeats from process `pid`, `step` its completed optimizer steps. `at` is a time.monotonic() time;
+    all processes of a machine share this clock. `trained` is whether the rank has begun to train.
     """
 
     count: int
@@ -41,9 +41,9 @@ class Beat:
 
 
 class HeartbeatTable:
-    """The agent's side: a record per local rank in anonymous memory, which ends with the agent.
+    """The agent's side: a record per local rank in anonymous memory, which is freed when the agent ends.
 
-    A file could block, be on a full disk, or be removed at logout, as from /dev/shm.
+    A file could block, be on a full disk, or be removed at logout (as in /dev/shm).
     """
 
     def __init__(self, num_ranks: int) -> None:
@@ -107,7 +107,7 @@ class Heartbeat:
             return
         now = time.monotonic()
         if phase == "training":
-            # The time of an evaluation or a save between two steps belongs to neither.
+            # Time spent on an evaluation or a save between two steps belongs to neither step.
             if self._phase != "training":
                 self._step_began, self._trained = now, True
             elif step != self._step:

@@ -1,4 +1,4 @@
-"""Finds the collective that ranks of a hung run wait for, from the summaries of all ranks' flight recorders."""
+"""Finds the collective in which a hung run waits, from the flight recorder summaries of all ranks."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from launcher.worker.ranks.flight_dump import Collective, GroupSummary, RankSummary, join_ranges
 
 _MAX_NODES = 4
-# Sizes differ between ranks.
+# Collectives whose sizes differ between ranks.
 _UNEVEN = ("gather", "scatter", "all_to_all", "alltoall")
 
 
 @dataclass(frozen=True)
 class HungCollective:
-    """The oldest collective of a process group that has not completed; ranks by what is known of them.
+    """A process group's oldest collective that has not completed, with the ranks grouped by what is known about them.
 
-    `others` are ranks that have called another collective instead; `unknown` have left no record.
+    `others` are ranks that called a different collective; `unknown` are ranks without a record.
     """
 
     group: str
@@ -31,7 +31,8 @@ class HungCollective:
 def find_hung_collective(summaries: Mapping[int, RankSummary], world_size: int) -> HungCollective | None:
     """Return the collective for which the ranks wait, or None if no rank waits in one.
 
-    Where ranks wait in several process groups, the one whose missing ranks wait in no other: the others are consequences.
+    If ranks wait in several process groups, this is the one whose missing ranks wait in no other group: the others are
+    consequences.
     """
     by_group: dict[str, dict[int, GroupSummary]] = defaultdict(dict)
     for rank, summary in sorted(summaries.items()):
@@ -52,7 +53,7 @@ def find_hung_collective(summaries: Mapping[int, RankSummary], world_size: int) 
 
 
 def _find_in_group(group: str, summaries: Mapping[int, GroupSummary], known: Set[int], world_size: int) -> HungCollective | None:
-    """`summaries` are those of the ranks that have used the group; `known` are all ranks that have left a record."""
+    """`summaries` holds the ranks that have used the group; `known` holds all ranks with a record."""
     pending = [one for of_rank in summaries.values() for one in of_rank.collectives if not one.is_completed]
     if not pending:
         return None
@@ -63,14 +64,14 @@ def _find_in_group(group: str, summaries: Mapping[int, GroupSummary], known: Set
         if any(one.number == number for one in of_rank.collectives)
     }
     counts = Counter(map(_kind, called.values()))
-    # What differs from most is the mistake.
+    # The collective that differs from the majority is the mistake.
     incomplete = [one for one in called.values() if not one.is_completed]
     expected = max(incomplete, key=lambda one: (counts[_kind(one)], -one.called_at_ns))
     others = {rank: one for rank, one in called.items() if _kind(one) != _kind(expected)}
     waiting = frozenset(rank for rank, one in called.items() if not one.is_completed and rank not in others)
     members = next((of_rank.ranks for of_rank in summaries.values() if of_rank.members), None)
     if members is None:
-        # gloo does not tell the members of a group; all ranks are in the first one, and who has used another is in that.
+        # gloo does not report a group's members: all ranks are in the first group, and a rank is in any group that it has used.
         is_default = group.startswith("0 ") or group == "0"
         members = frozenset(range(world_size)) if is_default else frozenset(summaries)
     behind = frozenset(rank for rank in members & known if rank not in summaries or summaries[rank].last_number < number)
@@ -83,7 +84,7 @@ def _kind(collective: Collective) -> tuple[str, int | None]:
 
 
 def describe(hung: HungCollective, hosts: Sequence[str] = (), world_size: int = 0) -> str:
-    """Return one sentence part for messages; `hosts` are the nodes, in the order of their ranks."""
+    """Return a clause for messages; `hosts` are the nodes in rank order."""
 
     def ranks(of: Iterable[int]) -> str:
         return _describe_ranks(sorted(of), hosts if len(set(hosts)) > 1 else (), world_size)
@@ -115,7 +116,7 @@ def _describe_bytes(size: int) -> str:
 
 
 def _describe_ranks(ranks: Sequence[int], hosts: Sequence[str], world_size: int) -> str:
-    """Describe ranks, by node where there are several: `rank 3 on n2`, `ranks 0-6, 8 on n1`."""
+    """Describe ranks, by node if there are several: `rank 3 on n2`, `ranks 0-6, 8 on n1`."""
     if not hosts:
         return f"{'rank' if len(ranks) == 1 else 'ranks'} {_join(ranks)}"
     by_host: dict[str, list[int]] = defaultdict(list)

@@ -1,8 +1,8 @@
-"""The progress of ranks that load the model, which takes from seconds to an hour and sends no heartbeats.
+"""The progress of ranks that are loading the model, which takes seconds to an hour and sends no heartbeats.
 
-A rank that loads reads files, or touches memory for the first time; or it waits for compilers that it has started, which touch
-memory. The kernel counts both for each process. Most ranks wait for one that progresses, which may be on another node; so the
-nodes of a job share a counter of the progress that they see.
+A loading rank reads files, touches memory for the first time, or waits for compilers that it started, which touch memory too.
+The kernel counts bytes read and page faults for each process. Most ranks wait for one that progresses, possibly on another
+node, so the nodes of a job share a counter of the progress that they see.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from launcher.worker.ranks.heartbeat import Beat
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-# Less than this is written to logs or allocated by a rank that only waits.
+# A rank that only waits logs or allocates less than this.
 _MIN_BYTES = 1 << 20
-# The least memory that a compiler touches. Helpers of a rank, such as the process that sends metrics, touch less in minutes, but
-# read all the time; so what a rank's descendants read does not count.
+# The least memory that a compiler touches. A rank's helper processes, such as the one that sends metrics, touch less over minutes
+# but read all the time, so reads by a rank's descendants do not count.
 _MIN_COMPILER_BYTES = 16 << 20
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _COUNTER = "load_progress"
 _HANGS = "hangs"
 _JOIN_S = 5.0
-# A head node that has not answered for so long hangs, or is cut off.
+# A head node that has not answered for this long hangs or is cut off.
 _UNANSWERED_S = 5.0
-# From a failed request to the next one.
+# Seconds between a failed request and the next one.
 _RETRY_S = 5.0
-# Fields of /proc/PID/stat, counted from the field after the name (proc_pid_stat(5)): the parent; minflt and majflt; cminflt and
-# cmajflt, which are those of the ended descendants.
+# Fields of /proc/PID/stat, counted from the field after the name (proc_pid_stat(5)): the parent; minflt and majflt; and cminflt
+# and cmajflt, the same counts for descendants that have ended.
 _PARENT, _FAULTS, _ENDED_FAULTS = 1, (7, 9), (8, 10)
 
 
@@ -54,10 +54,10 @@ class LoadProgress:
         self._own, self._compilers = _Marks(_MIN_BYTES), _Marks(_MIN_COMPILER_BYTES)
 
     def update(self, beats: Mapping[int, Beat], now: float) -> dict[int, Beat]:
-        """Return the heartbeats with the times of the last progress, for ranks that have not begun to train."""
+        """For ranks that have not begun to train, replace the heartbeats' times with the times of their last progress."""
         loading = {beat.pid for beat in beats.values() if not beat.trained}
         seen = {pid: self._own.seen(pid, count_bytes(pid), now, at_first=now) for pid in loading}
-        # Reading the records of all processes of a machine takes a while.
+        # Scanning all processes of a machine takes a while.
         waiting = [pid for pid, at in seen.items() if at < now]
         for pid, num_bytes in _count_descendants(waiting).items():
             seen[pid] = max(seen[pid], self._compilers.seen(pid, num_bytes, now, at_first=-math.inf))
@@ -75,16 +75,15 @@ class _Marks:
         mark = self._marks.get(pid, _Mark(num_bytes, at_first))
         if num_bytes - mark.num_bytes >= self._min_bytes:
             mark = _Mark(num_bytes, now)
-        # Counts of processes whose parent has ended before them are lost.
+        # Counts of processes that outlive their parent are lost.
         self._marks[pid] = _Mark(min(mark.num_bytes, num_bytes), mark.at)
         return mark.at
 
 
 class SharedProgress:
-    """A counter of the progress on all nodes, and one of the hangs that they have noticed, in the store of the head node.
+    """Two counters in the head node's store: progress on all nodes, and the hangs that they have noticed.
 
-    A thread of its own talks to the store, over a connection of its own: a head node that does not answer must not block the
-    watchdog.
+    A separate thread with its own connection talks to the store: a head node that does not answer must not block the watchdog.
     """
 
     def __init__(self, store: Store, interval_s: float) -> None:
@@ -97,15 +96,15 @@ class SharedProgress:
 
     @property
     def changed_at(self) -> float:
-        """When progress on any node was last seen, by time.monotonic(); inf where the store cannot be reached or is silent."""
+        """When progress on any node was last seen, by time.monotonic(); inf if the store is unreachable or silent."""
         return self._changed_at if time.monotonic() - self._asked_at < _UNANSWERED_S else math.inf
 
     def report(self) -> None:
-        """Tell the other nodes that a rank of this one progresses."""
+        """Tell the other nodes that a rank on this node is making progress."""
         self._has_progressed = True
 
     def report_hang(self) -> None:
-        """Tell the other nodes that a rank of this one is silent."""
+        """Tell the other nodes that a rank on this node is silent."""
         self._has_hang = True
 
     def has_others_hang(self) -> bool:
@@ -128,25 +127,25 @@ class SharedProgress:
                 count = connection.add(_COUNTER, int(has_progressed))
                 hangs = connection.add(_HANGS, int(has_hang))
             except RuntimeError:
-                # Nothing is known of the others until the head node answers again, over another connection: the answer to this
-                # request may still come and would be taken for that to the next.
+                # Nothing is known about the other nodes until the head node answers again. Use another connection for that: a
+                # late answer to this request would be taken for the answer to the next one.
                 self._changed_at, self._has_progressed = math.inf, self._has_progressed or has_progressed
                 self._has_hang = self._has_hang or has_hang
                 connection, last, wait_s = None, -1, _RETRY_S
                 continue
             wait_s = self._interval_s
             now = time.monotonic()
-            # The others could not tell of their progress either while the head node was silent.
+            # While the head node was silent, the other nodes could not report progress either.
             if count != last or now - asked_at >= _UNANSWERED_S:
                 last, self._changed_at = count, now
-            # Those from before this node looked are over, or it has noticed them by itself.
+            # Hangs from before this node first looked are over, or this node noticed them itself.
             self._has_others_hang |= 0 <= num_hangs < hangs - int(has_hang)
             num_hangs = hangs
             self._asked_at = math.inf
 
 
 def count_bytes(pid: int) -> int:
-    """Return the bytes that a process has read, and those of the pages that it has touched; 0 where it cannot be seen."""
+    """Return the bytes that a process has read plus the bytes of the pages that it has touched; 0 if it cannot be seen."""
     stat = _stat(pid)
     if not stat:
         return 0
@@ -158,7 +157,7 @@ def count_bytes(pid: int) -> int:
 
 
 def _count_descendants(pids: Collection[int]) -> dict[int, int]:
-    """Return the bytes of the pages that the descendants of each process have touched, also those that have ended."""
+    """Return the bytes of the pages that each process's descendants have touched, including descendants that have ended."""
     if not pids:
         return {}
     stats: dict[int, list[str]] = {}
@@ -176,7 +175,7 @@ def _count_descendants(pids: Collection[int]) -> dict[int, int]:
 
 
 def _stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat after the name; none where the process cannot be seen."""
+    """Return the fields of /proc/PID/stat after the name; no fields if the process cannot be seen."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return []

@@ -1,4 +1,4 @@
-"""Binds a rank to the CPUs next to its GPU: copies between main memory and a GPU of another socket take about twice as long."""
+"""Binds a rank to the CPUs next to its GPU: copies between main memory and a GPU on another socket take about twice as long."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _SYSFS = Path("/sys")
 
 
 def bind_to_gpu(local_rank: int, num_ranks: int, num_threads: int) -> None:
-    """Bind the calling thread, and those that it starts, to the CPUs next to the GPU `local_rank`, where `choose_cpus` has some.
+    """Bind the calling thread, and the threads it starts, to the CPUs next to GPU `local_rank`, if `choose_cpus` returns any.
 
-    Each of the `num_ranks` ranks of this machine computes with `num_threads` threads.
+    Each of this machine's `num_ranks` ranks computes with `num_threads` threads.
     """
     import torch
 
@@ -27,17 +27,17 @@ def bind_to_gpu(local_rank: int, num_ranks: int, num_threads: int) -> None:
 
 
 def choose_cpus(near: Sequence[set[int]], local_rank: int, allowed: set[int], num_threads: int) -> set[int]:
-    """Return the CPUs to which a rank is bound: those next to its GPU that this process may use; empty if it is not bound.
+    """Return the CPUs to bind a rank to: those next to its GPU that this process may use. Empty means no binding.
 
-    They have to be enough for the threads of all ranks next to them: main memory further away costs less than a shared CPU.
-    `near` has the CPUs next to the GPU of each rank of this machine, empty if they are not known.
+    They must be enough for the threads of all ranks next to them: remote memory costs less than a shared CPU.
+    `near` holds the CPUs next to each rank's GPU on this machine; a set is empty if they are not known.
     """
     cpus = near[local_rank] & allowed
     return cpus if len(cpus) >= num_threads * near.count(near[local_rank]) else set()
 
 
 def num_omp_threads(environ: Mapping[str, str]) -> int:
-    """Return the threads of a rank by OMP_NUM_THREADS, whose first number counts; 1 without it."""
+    """Return a rank's number of threads: the first number in OMP_NUM_THREADS, or 1 if it is not set."""
     first = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(first) if first.isdecimal() else 1
 
@@ -48,7 +48,7 @@ def _address(properties: Any) -> str:
 
 
 def cpus_near(address: str, sysfs: Path = _SYSFS) -> set[int]:
-    """Return the CPUs of the NUMA node of a PCI device, empty if the machine has one node, or does not say."""
+    """Return the CPUs of a PCI device's NUMA node; empty if the machine has one node or does not report it."""
     try:
         node = int((sysfs / "bus/pci/devices" / address / "numa_node").read_text())
         return _parse((sysfs / f"devices/system/node/node{node}/cpulist").read_text()) if node >= 0 else set()

@@ -1,4 +1,4 @@
-"""The identity of a process: a node among nodes, a rank among ranks; and how a rank's process is set up."""
+"""The identity of a process (its node and its rank), and the setup of a rank's process."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from setproctitle import setproctitle, setthreadtitle
 from launcher.errors import RunError
 
 _TITLE = re.compile(r"launcher rank (\d+): (.+) (\d+)")
-# Segments of memory that grow: without them, packed rows of many lengths leave gaps in a GPU's memory that nothing fits into.
+# Expandable segments: without them, packed rows of many lengths fragment GPU memory.
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-# The name that torch also reads.
+# An alternative name that torch also reads.
 _FORMER_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
-# The C library keeps the memory of freed tensors for the next ones; by default it returns it to the kernel, which clears each
-# page again. Weights and logits are larger than 32 MiB, the largest threshold that glibc accepts before this version.
+# With these, the C library reuses the memory of freed tensors; by default it returns it to the kernel, which clears each page
+# again. Weights and logits are larger than 32 MiB, the largest threshold that glibc accepts before this version.
 _MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**26)}
 _MMAP_THRESHOLD, _FORMER_MMAP_THRESHOLD = str(2**28), str(2**25)
 _GLIBC_WITHOUT_LIMIT = (2, 35)
 
 
 def allocator_defaults(environ: Mapping[str, str], device: str) -> dict[str, str]:
-    """Return the variables of the allocators of memory on `device`, cuda or cpu, without those that the user has set."""
+    """Return the memory allocator variables for `device` (cuda or cpu), except those that the user has set."""
     if device == "cpu":
         malloc = {"MALLOC_MMAP_THRESHOLD_": _mmap_threshold(*platform.libc_ver()), **_MALLOC}
         return {name: value for name, value in malloc.items() if name not in environ}
@@ -40,14 +40,14 @@ def allocator_defaults(environ: Mapping[str, str], device: str) -> dict[str, str
 
 
 def _mmap_threshold(library: str, version: str) -> str:
-    """Return the size in bytes from which this C library gets memory from the kernel alone."""
+    """Return the mmap threshold, in bytes, for this C library."""
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     return _MMAP_THRESHOLD if library == "glibc" and numbers >= _GLIBC_WITHOUT_LIMIT else _FORMER_MMAP_THRESHOLD
 
 
 @dataclass(frozen=True)
 class RankEnv:
-    """Ranks as torch's elastic agent numbers them; `restart` counts its restarts."""
+    """A rank's numbers as torch's elastic agent assigns them; `restart` counts the agent's restarts."""
 
     rank: int
     local_rank: int
@@ -74,7 +74,7 @@ class RankEnv:
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """`node` is the index of this node among the `hosts` of the job; the others reach it at `address` on `interface`."""
+    """`node` is this node's index among the job's `hosts`; the other nodes reach it at `address` on `interface`."""
 
     node: int
     hosts: tuple[str, ...]
@@ -88,7 +88,7 @@ class NodeInfo:
 
 @dataclass(frozen=True)
 class RankTitle:
-    """The title of a rank in `ps`, by which its process is found: a forked rank has no command line of its own."""
+    """A rank's title in `ps`, used to find its process: a forked rank has no command line of its own."""
 
     rank: int
     plan_path: str
@@ -96,7 +96,7 @@ class RankTitle:
 
     @classmethod
     def of(cls, process: psutil.Process) -> RankTitle | None:
-        """Return the title of a process, or None if the process is no rank.
+        """Return the title of a process, or None if the process is not a rank.
 
         Raises:
             psutil.Error: if the process has ended or cannot be read.
@@ -111,16 +111,16 @@ def set_title(rank: int, plan_path: str, attempt: int) -> None:
 
 
 def name_process(title: str, name: str) -> None:
-    """Set the command line that is shown, and the name in /proc/PID/stat.
+    """Set the displayed command line, and the name in /proc/PID/stat.
 
-    The name has no spaces: Slurm's proctrack/linuxproc splits that file at spaces, and would lose the process.
+    The name must not contain spaces: Slurm's proctrack/linuxproc splits that file at spaces, and would lose the process.
     """
     setproctitle(title)
     setthreadtitle(name)
 
 
 def redirect_output(log: Path) -> None:
-    """Send standard output and error of this process, and of what it loads, to its log file."""
+    """Redirect standard output and error of this process, including native libraries, to its log file."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -128,7 +128,7 @@ def redirect_output(log: Path) -> None:
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when its parent dies, so that no rank is left behind (Linux)."""
+    """Ask the kernel to signal this process when its parent dies, so that no rank is left behind (Linux)."""
     parent = os.getppid()
     pr_set_pdeathsig = 1
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, number)
@@ -138,7 +138,7 @@ def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
 
 
 def exit_without_shutdown(code: int) -> NoReturn:
-    """Exit at once: DeepSpeed's threads can abort the interpreter's own shutdown, which would read as a failure."""
+    """Exit at once: DeepSpeed's threads can abort the interpreter's shutdown, which would look like a failure."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,6 +1,6 @@
-"""One rank, forked or started as `python -m launcher.worker.ranks.rank_main PLAN ATTEMPT` by the node's agent.
+"""One rank. The node's agent forks it or starts it as `python -m launcher.worker.ranks.rank_main PLAN ATTEMPT`.
 
-The path of the plan is all that crosses from the submit side.
+The plan's path is the only input from the submit side.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Progress:
-    """Passes on heartbeats. `step` is the number of completed optimizer steps, None before the model is loaded."""
+    """Forwards heartbeats. `step` is the number of completed optimizer steps, None before the model is loaded."""
 
     heartbeat: Heartbeat | None = None
     step: int | None = None
@@ -59,7 +59,7 @@ def main(plan_path: str, attempt: int) -> None:
     except Exception as error:
         record = ErrorRecord.of(error, limits.cause_of(error, Path(plan_path).parent), progress.step)
         slot.write(record)
-        # After a failure of another rank the agent may end this one while it writes.
+        # After another rank fails, the agent may end this one while it writes.
         with stop.delay_dismissal():
             error_record.write_error_record(record, os.environ)
         raise
@@ -71,16 +71,16 @@ def main(plan_path: str, attempt: int) -> None:
 def _run(plan_path: str, attempt: int, stop: StopFlag, progress: _Progress) -> None:
     # A crash leaves no record; the log then has the stacks of all threads.
     faulthandler.enable(all_threads=True)
-    # The watchdog requests the stacks of all threads of a stuck rank with SIGQUIT.
+    # The watchdog sends SIGQUIT to a stuck rank to get the stacks of all threads.
     faulthandler.register(signal.SIGQUIT, all_threads=True, chain=False)
     env = RankEnv.from_environ(os.environ)
-    # Before the storage is used, which may hang.
+    # This comes before any access to storage, which may hang.
     progress.heartbeat = Heartbeat.from_environ(os.environ, env)
     plan = LaunchPlan.load(plan_path)
     run = RunDir(Path(plan.run_dir))
     set_title(env.rank, plan_path, attempt)
     redirect_output(run.rank_log(attempt, env.rank))
-    # DeepSpeed would choose a device at import, and a plan may use the CPUs of a machine with GPUs.
+    # DeepSpeed chooses a device on import, but a plan may use the CPUs of a machine with GPUs.
     os.environ["DS_ACCELERATOR"] = plan.topology.device
     _train(plan, run, env, attempt, stop, progress)
 
@@ -88,7 +88,7 @@ def _run(plan_path: str, attempt: int, stop: StopFlag, progress: _Progress) -> N
 def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: StopFlag, progress: _Progress) -> None:
     from launcher.train.preload import import_stack
 
-    # A forked rank has imported it.
+    # A forked rank has already imported it.
     if "launcher.train.loop" not in sys.modules:
         import_stack(plan, tracks=env.rank == 0)
     from launcher.distributed import RankInfo
@@ -117,7 +117,7 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
 
 
 def write_outcome(run: RunDir, attempt: int, outcome: Outcome) -> None:
-    """Write outcome.json, by which the agent and the postmortem know how training ended."""
+    """Write outcome.json, which tells the agent and the postmortem how training ended."""
     record = OutcomeRecord(outcome.state, outcome.reason, outcome.step, outcome.message, str(outcome.checkpoint or ""))
     json_records.write(outcome_file(run, attempt), record)
 

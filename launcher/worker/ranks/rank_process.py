@@ -22,15 +22,15 @@ from launcher.worker.signals import CANCEL
 
 _PR_SET_CHILD_SUBREAPER = 36
 _ADOPTION_S = 10.0
-# Where storage does not answer, the same imports may succeed in separate processes, each with its own deadlines.
+# If storage does not answer, the same imports may succeed in separate processes, each with its own deadline.
 _IMPORT_S = 900.0
 _POLL_S = 0.01
 _END_S = 5.0
-# Of the server and of the ranks that it forks.
+# Variables of the server and of the ranks that it forks.
 _VARIABLES = {
     # OpenBLAS starts its threads when numpy is imported; ranks compute with torch.
     "OPENBLAS_NUM_THREADS": "1",
-    # Otherwise torch initializes CUDA as soon as something asks how many GPUs there are.
+    # Otherwise torch initializes CUDA as soon as something asks for the number of GPUs.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
 
@@ -50,7 +50,7 @@ class RankProcess(Protocol):
     def kill(self) -> None: ...
 
 
-# Starts a rank with these variables.
+# Starts a rank with the given environment variables.
 StartRank = Callable[[Mapping[str, str]], RankProcess]
 
 
@@ -64,12 +64,12 @@ class ForkedProcess:
         self._lock = threading.Lock()
 
     def poll(self) -> int | None:
-        """Return the exit code, negative for a signal, or None while the process runs."""
+        """Return the exit code (negative for a signal), or None while the process runs."""
         with self._lock:
             return self._poll()
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end and return the exit code.
+        """Wait for the process to end, and return the exit code.
 
         Raises:
             subprocess.TimeoutExpired: if it has not ended after `timeout` seconds.
@@ -82,7 +82,7 @@ class ForkedProcess:
         return code
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, or do nothing where the process has ended."""
+        """Send a signal; do nothing if the process has ended."""
         with self._lock:
             if self._poll() is None:
                 os.kill(self.pid, number)
@@ -106,7 +106,7 @@ class ForkServer:
     """The agent's end of `python -m launcher.worker.ranks.fork_server`."""
 
     def __init__(self, plan_path: str, environment: Mapping[str, str], folder: Path | None = None) -> None:
-        """Start the server in `folder`, with the variables that are read while it imports, and do not wait for it."""
+        """Start the server in `folder` with the variables that are read during imports; do not wait for it."""
         self._environment = {**environment, **_VARIABLES}
         self._connection, theirs = socket.socketpair()
         self._connection.settimeout(_IMPORT_S)
@@ -123,7 +123,7 @@ class ForkServer:
         return not self._has_answered and not select.select([self._connection], [], [], 0)[0]
 
     def fork(self, arguments: Sequence[str], environment: Mapping[str, str]) -> ForkedProcess:
-        """Fork a rank with these arguments of launcher.worker.ranks.rank_main; waits until the server has imported everything.
+        """Fork a rank with these arguments for launcher.worker.ranks.rank_main; waits until the server has finished its imports.
 
         Raises:
             ForkFailed: if it cannot be forked safely, or at all.
@@ -167,9 +167,9 @@ class ForkServer:
 
 @contextmanager
 def _adopting_orphans() -> Iterator[None]:
-    """Become the parent of descendants whose own parent ends (Linux), for the duration of this block only.
+    """Become a child subreaper (Linux), the new parent of orphaned descendants, for the duration of this block.
 
-    What killed ranks leave behind goes to the system, as it does without a fork server.
+    Outside the block, processes that killed ranks leave behind go to init, as they do without a fork server.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
@@ -196,7 +196,7 @@ def _await_child(pid: int) -> int:
 
 
 class RankProcesses:
-    """Starts the ranks of one node, or of one Ray worker, in `folder`, and sends signals to those that run."""
+    """Starts the ranks of one node, or of one Ray worker, in `folder`, and sends signals to running ranks."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
@@ -205,7 +205,7 @@ class RankProcesses:
         self._started: list[RankProcess] = []
 
     def warm_up(self, plan_path: str, environment: Mapping[str, str]) -> None:
-        """Start a fork server that imports what ranks of this plan need; do not wait for it."""
+        """Start a fork server that imports what this plan's ranks need; do not wait for it."""
         self._server = ForkServer(plan_path, environment, self._folder)
 
     def is_warming_up(self) -> bool:
@@ -213,7 +213,7 @@ class RankProcesses:
         return self._server is not None and self._server.is_importing()
 
     def start(self, plan_path: str, attempt: int, environment: Mapping[str, str]) -> RankProcess:
-        """Start a rank with these variables; a forked rank also gets those that a fork server needs."""
+        """Start a rank with these variables; a forked rank also gets the fork server's variables."""
         arguments = (plan_path, str(attempt))
         process = self._fork(arguments, environment) if self._server is not None else None
         if process is None:
@@ -224,9 +224,9 @@ class RankProcesses:
         return process
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to every rank that runs; SIGKILL also ends the server, and CANCEL ends one that is still importing.
+        """Send a signal to every running rank. SIGKILL also ends the fork server; CANCEL ends a server that is still importing.
 
-        A rank that is started after a cancel ends at once, whereas the imports take minutes on slow storage.
+        A rank that starts after a cancel ends at once, whereas imports take minutes on slow storage.
         """
         with self._lock:
             started = self._started

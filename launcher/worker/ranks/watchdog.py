@@ -1,8 +1,8 @@
-"""The watchdog finds a rank that makes no progress, has it dump its stacks, and kills it, so that the ranks can restart.
+"""The watchdog finds a rank that makes no progress, makes it dump its stacks, and kills it so that the ranks can restart.
 
-In a hang all ranks of all nodes stall, because they wait for one. Each node's agent judges its own ranks; on Ray the run's
-coordinator judges those of all nodes (launcher.worker.ray.watchdog). The clearer the culprit, the sooner it is killed: first a
-rank that cannot run, later one that is behind the others, and last all ranks where none stands out. The culprit is then most
+In a hang, all ranks on all nodes stall because they wait for one. Each node's agent judges its own ranks; on Ray, the run's
+coordinator judges the ranks of all nodes (launcher.worker.ray.watchdog). The clearer the culprit, the sooner it is killed: first
+a rank that cannot run, later one that is behind the others, and last, if none stands out, all ranks. By then the culprit is most
 likely on another node and has been killed there.
 """
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 _SLOWEST_STEPS = 10
 _LONGEST_INTERVAL_S = 1.0
-# From the request for a rank's stacks and collectives to its kill. Other nodes notice it within two seconds, torch looks once a
-# second whether it is asked, and takes one to look up the stacks of the calls.
+# Seconds between the request for a rank's stacks and collectives and its kill. Other nodes notice the request within two seconds,
+# torch checks for it once a second, and looking up the stacks of the calls takes another second.
 DUMP_S = 5.0
-# The multiple of its limit after which a rank is killed: one that is behind the others, and one without a visible reason.
+# Multiples of the limit after which a rank is killed: a rank that is behind the others, and a rank without a visible reason.
 _BEHIND, _UNCLEAR = 1.25, 1.5
 _JOIN_S = 5.0
 _MIN_LOAD_S = 300.0
-# The share of the limit while loading after which nodes tell each other of progress.
+# Nodes report progress to each other at intervals of this share of the loading limit.
 _SHARING = 0.02
 _LOADING = ("starting", "joined", "loaded")
-# Not a rank that works, whatever it is in the middle of.
+# A process in one of these states does no work.
 _HALTED = {
     psutil.STATUS_STOPPED: "is stopped by a signal (SIGSTOP)",
     psutil.STATUS_TRACING_STOP: "is held by a debugger",
@@ -51,11 +51,11 @@ _UNABLE = {**_HALTED, psutil.STATUS_DISK_SLEEP: "hangs in the kernel (storage or
 class StallLimits:
     """Seconds without a heartbeat: `stall_s` while training, `rare_s` while saving, where heartbeats are rare.
 
-    A rank that is halted does not save, so that `stall_s` holds for it there too.
+    A halted rank cannot save, so `stall_s` applies to it while saving too.
 
-    `load_s` counts seconds without progress of any rank of a run that loads its model (launcher.worker.ranks.load_progress); a
-    rank that cannot run is killed after `stall_s` while it loads. There is no limit while finishing: the time of an export grows
-    with the model, and a kill would only restart it.
+    `load_s` is the limit without progress of any rank while the run loads its model (launcher.worker.ranks.load_progress); a rank
+    that cannot run is killed after `stall_s` while it loads. Finishing has no limit: the time of an export grows with the model,
+    and a kill would only restart it.
     """
 
     stall_s: float
@@ -63,11 +63,11 @@ class StallLimits:
 
     @property
     def load_s(self) -> float:
-        """A kernel may compile for a minute, in which the rank reads nothing."""
+        """At least `_MIN_LOAD_S`: a kernel may compile for a minute, while the rank reads nothing."""
         return max(self.stall_s, _MIN_LOAD_S)
 
     def of(self, beat: Beat, is_halted: bool = False) -> float:
-        """Return the limit of a rank in the state of this heartbeat, in seconds; `is_halted` where its process cannot run."""
+        """Return the limit in seconds for a rank in this heartbeat's state; `is_halted` means that its process cannot run."""
         if beat.phase == "finishing":
             return math.inf
         if is_loading(beat):
@@ -80,7 +80,7 @@ class StallLimits:
 
 @dataclass(frozen=True)
 class StallVerdict:
-    """The stalled ranks with their seconds without a heartbeat, and those of them to kill now, with the reasons."""
+    """The stalled ranks with their seconds without a heartbeat, and which of them to kill now, with reasons."""
 
     stalled: Mapping[int, float] = field(default_factory=dict)
     kill: Mapping[int, str] = field(default_factory=dict)
@@ -94,10 +94,10 @@ def stalled(
     since: float = 0.0,
     among: str = "of its node",
 ) -> StallVerdict:
-    """Judge the ranks in `states` (psutil's names of process states) by their last heartbeats.
+    """Judge the ranks in `states` (psutil's process state names) by their last heartbeats.
 
-    `among` says in messages of what they are all ranks. `now` and `since` are of time.monotonic(); silence before `since` does
-    not count. Ranks that have not begun to train are not judged here; see `stalled_in_loading`.
+    `among` names the whole of which these are all the ranks, for messages. `now` and `since` are time.monotonic() times; silence
+    before `since` does not count. For ranks that have not begun to train, see `stalled_in_loading`.
     """
     silent = {r: now - max(beat.at, since) for r, beat in beats.items() if r in states and beat.trained}
     lateness = {r: seconds / limits.of(beats[r], states[r] in _HALTED) for r, seconds in silent.items()}
@@ -110,7 +110,7 @@ def stalled(
     counts = {r: beats[r].count for r in silent}
     first, last = max(counts.values()), min(counts.values())
     behind = {r: f"is behind the other ranks {among}" for r in late if counts[r] == last < first}
-    # The counts of ranks that wait for another node may differ by one as well, so this is not conclusive at once.
+    # Ranks that wait for another node may also differ by one, so this is not conclusive at once.
     if any(lateness[r] > _BEHIND for r in behind):
         return StallVerdict(late, behind)
     if max(lateness[r] for r in late) > _UNCLEAR:
@@ -126,10 +126,10 @@ def is_loading(beat: Beat) -> bool:
 def stalled_in_loading(
     beats: Mapping[int, Beat], states: Mapping[int, str], now: float, limits: StallLimits, since: float, others_at: float
 ) -> StallVerdict:
-    """Judge the ranks that have not begun to train; the times in `beats` are those of the last progress.
+    """Judge the ranks that have not begun to train; `beats` holds the times of their last progress.
 
-    `others_at` is the time of the last progress of the run's other ranks, for which these may wait: -inf where there are none,
-    inf where nothing is known of them. A rank that cannot run is killed whatever the others do.
+    `others_at` is when the run's other ranks, for which these may wait, last progressed: -inf if there are none, inf if nothing
+    is known about them. A rank that cannot run is killed whatever the others do.
     """
     silent = {r: now - max(beat.at, since) for r, beat in beats.items() if r in states and is_loading(beat)}
     late = {r: seconds for r, seconds in silent.items() if seconds > limits.stall_s}
@@ -141,11 +141,11 @@ def stalled_in_loading(
 
 
 class Watchdog:
-    """Watches the ranks in `table` that are children of this process; calls `on_stall` with a message on those that it killed.
+    """Watches the ranks in `table` that are children of this process; calls `on_stall` with a message about the ranks it killed.
 
-    `on_silence` is called with ranks that are to write what they have recorded; `explain` returns what the records of all ranks
-    say, empty for nothing. `stall_s` 0 watches nothing. For `rare_s` see StallLimits. `store` is that of all nodes of the run;
-    None if there is one.
+    `on_silence` is called with the ranks that must dump their flight recorders; `explain` returns what the dumps of all ranks
+    show, or an empty string. With `stall_s` 0, nothing is watched. For `rare_s` see StallLimits. `store` is shared by all nodes
+    of the run; None if there is only one.
     """
 
     def __init__(
@@ -196,13 +196,13 @@ class Watchdog:
         while not self._ended.wait(self._interval_s):
             now = time.monotonic()
             if now - self._looked > self._limits.stall_s / 2:
-                # The agent itself was stopped, as `scontrol suspend` stops all processes of a job.
+                # The agent itself was suspended: `scontrol suspend` stops all processes of a job.
                 self._since = now
             self._looked = now
             try:
                 self._look(now)
             except Exception as error:
-                # Such as a limit on open files that is reached. The next look may succeed, and a hang must end.
+                # For example, a limit on open files. The next look may succeed, and a hang must end.
                 if str(error) != self._problem:
                     self._problem = str(error)
                     print(f"the watchdog cannot look at the ranks: {self._problem}", flush=True)
@@ -223,25 +223,25 @@ class Watchdog:
         if late and not asked and self._shared is not None:
             self._shared.report_hang()
         self._ask_for_collectives({beats[r].rank for r in late}, {beats[r].rank for r in ranks}, now)
-        # The dumps take a moment, and the rank has a last chance to progress.
+        # The dumps take a moment; this is also the rank's last chance to progress.
         if not verdict.kill or any(now - self._asked[beats[r].pid] < self._dump_s for r in verdict.kill):
             return
         explanation = ""
-        # Nothing that fails here may keep a hang from being ended.
+        # No failure here may prevent the end of a hang.
         with suppress(Exception):
-            # Before the kill: the agent reports the failure as soon as the rank has ended.
+            # Report before the kill: the agent reports the failure as soon as the rank has ended.
             explanation = self._explain()
         for r in verdict.kill:
             _send(ranks[r], signal.SIGKILL)
-        # The agent ends the others, which wait for the killed rank and may take a while to end.
+        # The agent ends the other ranks, which wait for the killed one and may take a while to end.
         self._done |= {beat.pid for beat in beats.values()}
         messages = [describe(beats[r], verdict.stalled[r], reason) for r, reason in verdict.kill.items()]
         self._on_stall("; ".join(filter(None, (*messages, explanation))))
 
     def _ask_for_collectives(self, late: set[int], living: set[int], now: float) -> None:
-        """Ask ranks that have become late, and all at the first silence on any node: those that wait may be late only later."""
+        """Ask ranks that have become late. At the first silence on any node, ask all: waiting ranks may only be late later."""
         is_hang = bool(late) or (self._shared is not None and self._shared.has_others_hang())
-        # Two hangs are further apart.
+        # Two separate hangs are further apart than this.
         if is_hang and now - self._asked_all_at > self._limits.stall_s / 2:
             self._asked_all_at, late = now, living
         if late:
@@ -249,9 +249,9 @@ class Watchdog:
                 self._on_silence(late)
 
     def _others_at(self, living: Mapping[int, Beat], has_started: bool) -> float:
-        """Tell the other nodes whether these ranks progress, and return when any rank of the run was last seen to.
+        """Tell the other nodes whether these ranks progress, and return when any rank of the run was last seen to progress.
 
-        Until the first rank of this node `has_started`, the fork server imports, for which it has a deadline.
+        Until this node's first rank `has_started`, the fork server is importing, which has its own deadline.
         """
         if self._shared is None:
             return -math.inf
@@ -263,7 +263,7 @@ class Watchdog:
 
 
 def _processes(beats: Mapping[int, Beat]) -> tuple[dict[int, psutil.Process], dict[int, str]]:
-    """Return the processes and states of the ranks that still live; a dead rank keeps its record until its successor starts."""
+    """Return the processes and states of the live ranks; a dead rank's record stays until its successor starts."""
     ranks, states = {}, {}
     for local_rank, beat in beats.items():
         try:
