@@ -69,7 +69,7 @@ class NodeAgent:
 
     @classmethod
     def start(cls, plan_path: str, attempt: int, signals: Mapping[signal.Signals, signal.Signals]) -> NodeAgent | None:
-        """Read the plan, listen for `signals` and import what ranks need. Returns None, after a message, if the plan is unreadable.
+        """Read the plan, listen for `signals` and import what ranks need. Return None, with a message, if the plan is unreadable.
 
         `signals` maps each signal to the one that is sent to the ranks: CANCEL or PREEMPT.
         """

@@ -1,8 +1,8 @@
-"""The process that has prompts answered with a run's checkpoints while it trains (eval.answers_every):
+"""The process that answers prompts with a run's checkpoints during training (eval.answers_every):
 `python -m launcher.worker.sidecars.answers_process PLAN ATTEMPT`.
 
-The head node's agent starts it beside the ranks. The line `complete` on its standard input says that training is complete: what
-is left is then answered. Another line, or the end of standard input, ends the process and all that it has started.
+The head node's agent starts it beside the ranks. The line `complete` on its standard input means that training is complete: the
+process then answers the remaining checkpoints. Any other line, or EOF, ends the process and everything that it started.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from launcher.plan.run_dir import RunDir
 from launcher.worker.sidecars.sidecar import Sidecar, begin_sidecar
 
 _COMPLETE, _END = "complete", "end"
-# Where memory runs out the kernel kills an evaluation before a rank.
+# If memory runs out, the kernel kills an evaluation before a rank.
 _KILLED_FIRST = "1000"
 _LOOK_S = 1.0
-# From the request to end to SIGKILL: an evaluation ends its own processes meanwhile.
+# Seconds from the request to end to SIGKILL, in which an evaluation ends its own processes.
 _END_S = 20.0
 # How long storage may fail while a run waits for answers.
 _STORAGE_S = 300.0
-# Of a run whose nodes are given back: the time in which jobs are submitted.
+# Seconds to submit jobs in when a run gives its nodes back.
 SUBMISSION_S = 60.0
 
 
 @dataclass
 class _Orders:
-    """What the agent has said. `news` is set with each of them."""
+    """The agent's orders. `news` is set with each order."""
 
     complete: threading.Event = field(default_factory=threading.Event)
     end: threading.Event = field(default_factory=threading.Event)
@@ -53,11 +53,11 @@ class _Orders:
 
 
 def main(plan_path: str, attempt: int) -> int:
-    """Have checkpoints answered until the agent ends this process, or training is complete and nothing is left."""
+    """Evaluate checkpoints until the agent ends this process, or until training is complete and nothing is left."""
     source = begin_sidecar()
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_KILLED_FIRST)
-    # The agent that starts this process needs none of it.
+    # Imported here because the agent that starts this process does not need it.
     from launcher.worker.sidecars.checkpoint_answers import CheckpointAnswers
 
     plan = LaunchPlan.load(plan_path)
@@ -67,7 +67,7 @@ def main(plan_path: str, attempt: int) -> int:
     succeeded_at = time.monotonic()
     try:
         while not orders.end.is_set():
-            # Read first: a checkpoint committed in between is for the next round.
+            # Read this first: a checkpoint that is committed in between belongs to the next round.
             is_complete = orders.complete.is_set()
             try:
                 if answers.work(is_complete):
@@ -85,7 +85,7 @@ def main(plan_path: str, attempt: int) -> int:
 
 
 class AnswersProcess(Sidecar):
-    """The agent's handle of the process."""
+    """The agent's handle for the process."""
 
     @classmethod
     def start(
@@ -97,7 +97,7 @@ class AnswersProcess(Sidecar):
         return cls._start("launcher.worker.sidecars.answers_process", plan_path, run, attempt, "answers.log", environment)
 
     def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
-        """Let the process answer what is left; `until` in the past means that training is not complete."""
+        """Wait until the process has answered what is left; `until` in the past means that training is not complete."""
         if time.time() < until:
             self._send(_COMPLETE)
         self._wait(until, unwanted)

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are still to be answered, and the processes and jobs that answer them, one after another."""
+"""Tracks which checkpoints of a run still need answers, and starts the processes and jobs that produce them, one at a time."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from launcher.clusters.backends import EvaluationJobs
 
 EVENT = "answers"
-# How often the scheduler is asked for jobs, and how often a run that waits for answers says how far they are.
+# Seconds between queries for jobs, and between progress reports while a run waits for answers.
 _JOBS_S = 30.0
 _PROGRESS_S = 15.0
-# Added to the niceness of this process, and of an export, which is short and must end before its checkpoint is removed.
+# Added to the niceness of this process. Exports keep theirs: they are short and must end before their checkpoint is removed.
 _EVALUATION_NICE = 9
 _REMOVED = "its checkpoint was removed before its weights were exported; raise checkpoint.keep_last"
-# From a submission that was refused to the next one.
+# Seconds between a refused submission and the next one.
 _RETRY_S = 600.0
 _RETRY_EXPORT_S = 60.0
 
@@ -47,32 +47,32 @@ class AnswersJob:
 
 
 class CheckpointAnswers:
-    """The answers of one attempt's checkpoints; call `work` every few seconds, and `conclude` at the end."""
+    """The answers for one attempt's checkpoints; call `work` every few seconds, and `conclude` at the end."""
 
     def __init__(self, run: RunDir, plan: LaunchPlan, attempt: int) -> None:
         self._run, self._plan, self._attempt = run, plan, attempt
         self._every = plan.config.eval.answers_every
         self._source = answer_source(plan.config, plan.topology.device)
         self._evaluation: StepProcess | None = None
-        # The one that the end of the run waits for.
+        # The evaluation that the end of the run waits for.
         self._awaited: StepProcess | None = None
         self._export: StepProcess | None = None
         self._next_export_at: dict[int, float] = {}
-        # Steps that are not tried again in this attempt, with the reason.
+        # Steps that this attempt does not try again, with the reason.
         self._given_up: dict[int, str] = {}
-        # Checkpoints up to here are of earlier attempts, which have reported those that were removed too early.
+        # Checkpoints up to this step belong to earlier attempts, which have reported any that were removed too early.
         self._from_step = run_store.read_attempt(run, attempt).resume_step or 0
         self._jobs: dict[int, str] = {}
         self._asked_at = 0.0
         self._progress_at, self._progress = time.monotonic(), ""
-        # Of the folder when the steps to come were listed last.
+        # The state of the checkpoint folder when the waiting steps were last listed.
         self._contents: object = self
         self._waiting: list[int] = []
         self._refused, self._refused_at = "", 0.0
         self._is_complete = False
 
     def work(self, is_complete: bool) -> bool:
-        """Start and collect what is due; returns whether nothing is left to do after the end of training."""
+        """Collect finished work and start what is due; returns whether training is complete and nothing is left to do."""
         self._is_complete = is_complete
         self._collect()
         self._list_steps()
@@ -80,10 +80,10 @@ class CheckpointAnswers:
             self._submit(is_complete)
             return is_complete
         if is_complete and self._source is AnswerSource.NODES:
-            # They are others than this one, which is given back.
+            # Other nodes answer; this one is given back.
             return True
         if self._evaluation is None and (is_complete or self._source is not AnswerSource.AFTER_TRAINING):
-            # While training goes on, weights are exported first: an evaluation looks for its questions for a while.
+            # During training, export the weights first: an evaluation spends a while on finding its questions.
             ready = (step for step in self._waiting if not self._is_worked_on(step) and (is_complete or self._is_exported(step)))
             if (step := next(ready, None)) is not None:
                 self._evaluate(step, is_complete)
@@ -99,7 +99,7 @@ class CheckpointAnswers:
         return is_complete and not self._waiting and self._evaluation is None and self._export is None
 
     def conclude(self, is_complete: bool) -> None:
-        """End what runs, and report the steps that have no answers, with the commands that answer them."""
+        """End running processes, and report the steps without answers, with the commands that answer them."""
         processes = [process for process in (self._evaluation, self._export) if process is not None]
         for process in processes:
             process.terminate()
@@ -141,16 +141,16 @@ class CheckpointAnswers:
         return launcher_command("status", self._run.root)
 
     def _list_steps(self) -> None:
-        """List the steps that are due and have no verdict, where checkpoints have come or gone, or something has ended."""
+        """List the steps that are due and have no verdict, if checkpoints have come or gone or a process has ended."""
         contents, root = checkpoints_state(self._run.checkpoints), self._run.checkpoints
         if contents == self._contents:
             return
         unusable = store.find_unusable(root)
-        # What storage does not give out right now is due as well: its export waits for its turn, or says why it fails.
+        # Checkpoints that cannot be read right now are due too: their export waits for its turn, or reports why it fails.
         present = {step for step, error in unusable.items() if isinstance(error, UnreadableCheckpoint)}
         present |= {checkpoint.step for checkpoint in store.list_checkpoints(root)}
         newest = max(present, default=0)
-        # Exports after the newest checkpoint are of an attempt whose later steps were abandoned.
+        # Exports after the newest checkpoint come from an attempt whose later steps were abandoned.
         due = {step for step in present | self._exported_steps() if step % self._every == 0 and 0 < step <= newest}
         due = {step for step in due if not self._is_answered(step)}
         passed = range(self._every, newest + 1, self._every)
@@ -162,7 +162,7 @@ class CheckpointAnswers:
             if (job := self._submitted_job(step)) is not None:
                 self._jobs[step] = job
         self._waiting = sorted(due - self._given_up.keys() - self._jobs.keys())
-        # Last: where storage has failed, they are listed again in the next round.
+        # Set this last: if storage failed, the next round lists the steps again.
         self._contents = contents
 
     def _exported_steps(self) -> set[int]:
@@ -180,7 +180,7 @@ class CheckpointAnswers:
         return verdict is not None and is_current(verdict, self._run, step)
 
     def _has_weights(self, step: int) -> bool:
-        """Return whether the step can be answered: its checkpoint is there, or its exported weights."""
+        """Return whether the step can be answered: its checkpoint or its exported weights exist."""
         return os.path.isdir(self._run.checkpoints / store.step_name(step)) or self._is_exported(step)
 
     def _is_exported(self, step: int) -> bool:
@@ -190,7 +190,7 @@ class CheckpointAnswers:
             return False
 
     def _submitted_job(self, step: int) -> str | None:
-        """Return the number of the job that an earlier attempt has submitted for the step, where it has not ended."""
+        """Return the number of the unfinished job that an earlier attempt submitted for the step, or None."""
         if self._source is not AnswerSource.JOBS:
             return None
         with suppress(OSError, LauncherError):
@@ -200,13 +200,13 @@ class CheckpointAnswers:
         return None
 
     def _collect(self) -> None:
-        """Take note of the evaluation, the export and the jobs that have ended."""
+        """Collect the evaluation, the export and the jobs that have ended."""
         if self._export is not None and self._export.has_ended():
             step, failure, self._export = self._export.step, self._export.failure(), None
             if failure:
                 self._give_up(step, f"its weights could not be exported: {failure}")
             elif not self._is_exported(step):
-                # Another command evaluates the step.
+                # Another command is evaluating the step.
                 self._next_export_at[step] = time.monotonic() + _RETRY_EXPORT_S
             self._contents = self
         if self._evaluation is not None and self._evaluation.has_ended():
@@ -220,12 +220,12 @@ class CheckpointAnswers:
                     del self._jobs[step]
                     log = self._folder(step).root / f"job-{number}.log"
                     with suppress(OSError):
-                        # Of the job's own node.
+                        # The job's own node wrote the verdict.
                         atomic_files.refresh_directory(self._folder(step).root)
                     self._report(step, f"job {number} is {state.lower()}; its output is {log}")
 
     def _report(self, step: int, failure: str) -> None:
-        """Report the verdict of a step, or why it has none."""
+        """Report a step's verdict, or why it has none."""
         self._contents = self
         if self._is_answered(step) and (verdict := read_verdict(self._folder(step).root)) is not None:
             self._event(EVENT, f"answers of step {step}: {verdict.sentence}", step)
@@ -245,7 +245,7 @@ class CheckpointAnswers:
         self._evaluation = StepProcess.start(step, words, log, is_beside_training=not is_complete, niceness=niceness)
 
     def _export_next(self) -> None:
-        """Export the first step that waits, since its checkpoint may be removed before it is its turn."""
+        """Export the first waiting step, because its checkpoint may be removed before its turn comes."""
         if self._export is None:
             due = (step for step in self._waiting if self._next_export_at.get(step, 0.0) < time.monotonic())
             step = next((step for step in due if not self._is_worked_on(step) and not self._is_exported(step)), None)
@@ -256,7 +256,7 @@ class CheckpointAnswers:
     def _submit(self, is_complete: bool) -> None:
         """Submit a job for each step whose weights are exported; after the end of training, for all steps."""
         if is_complete and self._export is not None:
-            # The job exports the step, whose checkpoint stays.
+            # The job exports the step; its checkpoint stays.
             self._export.end()
             self._export = None
         if not is_complete:
@@ -297,7 +297,7 @@ class CheckpointAnswers:
 
     def _log(self, step: int, name: str) -> Path:
         folder = self._folder(step).root
-        # The run's own folder is not made: it may have been moved.
+        # Do not create the run's own folder: the run may have been moved.
         for path in (folder.parent, folder):
             path.mkdir(mode=0o700, exist_ok=True)
         return folder / f"{name}.log"

@@ -1,8 +1,8 @@
 """The process that copies checkpoints to the mirror: `python -m launcher.worker.sidecars.mirror_process PLAN ATTEMPT`.
 
-The head node's agent starts it beside the ranks. It uploads committed checkpoints until a line or the end of its standard
-input says that the attempt has ended, and then completes the uploads. A line with a time in seconds since the epoch sets a
-deadline. By hand, with `< /dev/null`, it uploads what the mirror lacks and ends.
+The head node's agent starts it beside the ranks. It uploads committed checkpoints until a line or EOF on standard input
+announces the end of the attempt, and then completes the uploads. A line with a time in seconds since the epoch sets a
+deadline. If you run it by hand with `< /dev/null`, it uploads what the mirror lacks and exits.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from launcher.worker.sidecars.sidecar import Sidecar, begin_sidecar, checkpoints
 
 _MODULE = "launcher.worker.sidecars.mirror_process"
 _LOOK_S = 2.0
-# From a failure to the next try, where no new checkpoint comes before.
+# Seconds between a failure and the next try, unless a checkpoint is committed earlier.
 _RETRY_S = 60.0
 # The time that the process needs to report that it missed its deadline.
 _REPORT_S = 5.0
-# From the attempt's end to the first report on what the run waits for, and between such reports.
+# Seconds from the attempt's end to the first report on what the run waits for, and between further reports.
 _FIRST_PROGRESS_S = 5.0
 _PROGRESS_EVERY_S = 60.0
 
 
 def main(plan_path: str, attempt: int) -> int:
-    """Upload until the attempt has ended and the mirror is complete, or the deadline is over; returns 0 where it is complete."""
+    """Upload until the attempt has ended and the mirror is complete, or until the deadline; returns 0 if it is complete."""
     source = begin_sidecar()
     plan = LaunchPlan.load(plan_path)
     sender = Sender(RunDir(Path(plan.run_dir)), plan, attempt)
@@ -89,12 +89,12 @@ class Sender:
         self._concluding = threading.Lock()
 
     def work(self, ended: threading.Event) -> None:
-        """Upload until the attempt has ended, and then the rest."""
-        # Differs from any state of the folder, so that the first round is due at once.
+        """Upload until the attempt has ended, then upload the rest."""
+        # Differs from every folder state, so that the first round starts at once.
         seen: object = self
         tried = time.monotonic()
         while not self._taken:
-            # Read first: a checkpoint committed in between is for the next round.
+            # Read this first: a checkpoint that is committed in between belongs to the next round.
             last = ended.is_set()
             committed = checkpoints_state(self._run.checkpoints)
             failed = bool(self._last_error) and time.monotonic() - tried > _RETRY_S
@@ -106,7 +106,7 @@ class Sender:
             ended.wait(_LOOK_S)
 
     def report_progress(self, ended: threading.Event) -> None:
-        """After the attempt's end, report at intervals how far the uploads are, so that a person knows what the run waits for."""
+        """After the attempt's end, report upload progress at intervals, so that the user knows what the run waits for."""
         ended.wait()
         time.sleep(_FIRST_PROGRESS_S)
         while (missing := self._behind()) and not self._concluding.locked():
@@ -118,7 +118,7 @@ class Sender:
             time.sleep(_PROGRESS_EVERY_S)
 
     def conclude(self) -> int:
-        """Report once what the mirror holds; returns 0 where it holds everything."""
+        """Report once what the mirror holds; returns 0 if it holds everything."""
         # Never released: a second caller has nothing to add, and this process ends.
         self._concluding.acquire()
         steps = self._mirror.steps if self._mirror is not None else []
@@ -143,7 +143,7 @@ class Sender:
                 mirror = Mirror(RemoteFolder(self._url), self._run, self._plan, self._attempt)
                 mirror.begin()
                 self._mirror = mirror
-                # Before hours of uploads: a download of the run takes the highest step meanwhile.
+                # Prune before hours of uploads: until then, a download of the run takes the highest step.
                 mirror.prune()
             while waiting := self._behind():
                 self._send(self._mirror, waiting[0])
@@ -156,7 +156,7 @@ class Sender:
             self._event("alert", f"uploads to the mirror have stopped: {error.problems[0].message}")
         except Exception as error:
             message = error.problems[0].message if isinstance(error, LauncherError) else describe_error(error)
-            # One outage causes many different errors; mirror.json has the last.
+            # One outage causes many different errors; mirror.json has the last one.
             if self._alerts.admit("the mirror cannot be written"):
                 text = f"the mirror cannot be written; training continues and the next checkpoint retries: {message}"
                 self._event("alert", text, mirror=self._url)
@@ -176,7 +176,7 @@ class Sender:
             self._event("mirror", text, checkpoint.step)
             return
         except CheckpointError as error:
-            # A checkpoint that is damaged here is skipped, so that it does not block later ones.
+            # Skip a checkpoint whose local copy is damaged, so that it does not block later ones.
             self._unsendable.add(_identity(checkpoint))
             kind = "alert" if self._alerts.admit("a checkpoint is not sent") else "mirror"
             self._event(kind, f"step {checkpoint.step} is not sent to the mirror: {error.problems[0].message}", checkpoint.step)
@@ -214,12 +214,12 @@ class Sender:
         record_event(self._run, self._attempt, kind, text, step, **fields)
 
 
-# After a failure the run restarts soon, and its next attempt continues the uploads.
+# After a failure the run soon restarts, and its next attempt continues the uploads.
 AFTER_FAILURE_S = 30.0
 
 
 class MirrorProcess(Sidecar):
-    """The agent's handle of the process."""
+    """The agent's handle for the process."""
 
     @classmethod
     def start(
@@ -231,7 +231,7 @@ class MirrorProcess(Sidecar):
         return cls._start(_MODULE, plan_path, run, attempt, "mirror.log", environment)
 
     def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
-        """Let the process complete its uploads; what the mirror lacks at `until` is named."""
+        """Wait until the process has completed its uploads; it names what the mirror lacks at `until`."""
         self._send("")
         self._wait(until - _REPORT_S, unwanted)
         self._end(f"{time.time()}", min(_REPORT_S, max(0.0, until - time.time())), unwanted)

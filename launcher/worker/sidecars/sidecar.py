@@ -1,6 +1,6 @@
-"""A process that works beside the ranks on the head node: the handle of its agent, and what all such processes share.
+"""A process beside the ranks on the head node: the agent's handle for it, and code that all such processes share.
 
-It has lower priority than the ranks, gets orders on its standard input, one a line, and ends with the thread that has started it.
+It has lower priority than the ranks, reads orders from standard input, one per line, and ends with the thread that started it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import append_event
 from launcher.worker.ranks.rank_env import die_with_parent
 
-# The ranks have priority on the processor.
+# The ranks take precedence on the CPU.
 _NICE = 10
 _POLL_S = 0.1
 
 
 class Sidecar(ABC):
-    """The agent's handle of the process."""
+    """The agent's handle for the process."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
@@ -37,7 +37,7 @@ class Sidecar(ABC):
     def _start(
         cls, module: str, plan_path: str, run: RunDir, attempt: int, log_name: str, environment: Mapping[str, str] | None
     ) -> Self:
-        """Start `python -m module PLAN ATTEMPT` with its output in a file of the attempt."""
+        """Start `python -m module PLAN ATTEMPT`, with its output in a file in the attempt's folder."""
         command = [sys.executable, "-m", module, plan_path, str(attempt)]
         with open(run.attempt(attempt) / log_name, "ab") as log:
             return cls(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT))
@@ -48,9 +48,9 @@ class Sidecar(ABC):
 
     @abstractmethod
     def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
-        """Let the process complete its work, and end it at `until` at the latest, or as soon as `unwanted` returns True.
+        """Wait for the process to complete its work; end it at `until`, or as soon as `unwanted` returns True.
 
-        `until` is in seconds since the epoch, and may be infinite.
+        `until` is in seconds since the epoch and may be infinite.
         """
 
     def _send(self, order: str) -> None:
@@ -62,14 +62,14 @@ class Sidecar(ABC):
             stdin.flush()
 
     def _wait(self, until: float, unwanted: Callable[[], bool]) -> None:
-        """Wait until the process has ended, the time is `until`, or `unwanted` returns True."""
+        """Wait until the process has ended, `until` has passed, or `unwanted` returns True."""
         while self._process.poll() is None and time.time() < until and not unwanted():
             time.sleep(_POLL_S)
 
     def _end(self, order: str, seconds: float, unwanted: Callable[[], bool]) -> None:
-        """Send the order to end, and kill the process where it does not end within `seconds`.
+        """Send the order to end, and kill the process if it does not end within `seconds`.
 
-        `unwanted` is called meanwhile: on Ray, the question is the worker's sign of life.
+        `unwanted` is called meanwhile: on Ray, this call is also the worker's heartbeat.
         """
         self._send(order)
         end_by = time.monotonic() + seconds
@@ -77,7 +77,7 @@ class Sidecar(ABC):
             unwanted()
             time.sleep(_POLL_S)
         if self._process.poll() is None:
-            # What it has started ends with it.
+            # The processes that it started end with it.
             self._process.kill()
         self._process.wait()
         assert self._process.stdin is not None
@@ -86,17 +86,17 @@ class Sidecar(ABC):
 
 
 def begin_sidecar() -> io.FileIO:
-    """Make this process a sidecar; returns its standard input, with the agent's orders."""
+    """Make this process a sidecar; returns its standard input, which carries the agent's orders."""
     die_with_parent()
     os.nice(_NICE)
-    # Signals to save and stop are for the ranks; the agent tells this process the end through standard input.
+    # Signals to save and stop are for the ranks; this process learns of the end through standard input.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP})
-    # Unbuffered: the lock of a buffer would still be held when the interpreter ends.
+    # Unbuffered: otherwise the buffer's lock would still be held when the interpreter exits.
     return open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
 
 
 def record_event(run: RunDir, attempt: int, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-    """Print an event for the log and append it to the run's events, as far as its disk has room."""
+    """Print an event for the log and append it to the run's events if its disk has room."""
     print(text, file=sys.stderr, flush=True)
     try:
         append_event(run, attempt, kind, text, step, **fields)

@@ -1,4 +1,4 @@
-"""A process that works on one checkpoint of a run beside its training: it ends with the process that starts it."""
+"""A process that works on one checkpoint of a run during training; it ends with the process that starts it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from launcher.errors import printable
 from launcher.worker.evaluation.end_with_parent import LAUNCHER
 
 _STARTER = "launcher.worker.evaluation.end_with_parent"
-# From TERM to KILL. An evaluation has processes of its own, which it ends first. Two take less time than the agent gives.
+# Seconds from TERM to KILL. An evaluation first ends its own processes. Two such waits are shorter than the agent's.
 _END_S = 8.0
 _TAIL_BYTES = 16_384
 _REASON_LINES = 4
 
 
 class StepProcess:
-    """The process of one step; `log` is the file that has its output."""
+    """The process of one step; `log` is its output file."""
 
     def __init__(self, step: int, process: subprocess.Popen[bytes], log: Path, log_offset: int) -> None:
         self.step = step
@@ -28,12 +28,12 @@ class StepProcess:
 
     @classmethod
     def start(cls, step: int, words: Sequence[str], log: Path, *, is_beside_training: bool, niceness: int = 0) -> StepProcess:
-        """Start this Python with the arguments `words`; beside training, with one thread and without GPUs.
+        """Start this Python interpreter with the arguments `words`; during training, with one thread and without GPUs.
 
-        `niceness` is added to that of this process.
+        `niceness` is added to this process's own.
         """
         environ = dict(os.environ)
-        # Those of the ranks, which divide a node's cores.
+        # The ranks' thread settings, which divide a node's cores.
         for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
             environ.pop(name, None)
         if is_beside_training:
@@ -48,7 +48,7 @@ class StepProcess:
         return self._process.poll() is not None
 
     def failure(self) -> str:
-        """Return why the process has failed, from the last lines of its output; empty if it has not."""
+        """Return why the process failed, from the last lines of its output; empty if it did not fail."""
         code = self._process.returncode
         if not code:
             return ""
@@ -60,12 +60,12 @@ class StepProcess:
         return next(reversed(self._lines()), "")
 
     def terminate(self) -> None:
-        """Ask the process to end, and what it has started."""
+        """Ask the process, and everything that it started, to end."""
         if self._process.poll() is None:
             self._process.terminate()
 
     def end(self) -> None:
-        """End the process, and what it has started."""
+        """End the process and everything that it started."""
         self.terminate()
         if self._process.poll() is None:
             with suppress(subprocess.TimeoutExpired):

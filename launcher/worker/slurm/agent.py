@@ -20,7 +20,7 @@ from launcher.worker.sidecars.mirror_process import AFTER_FAILURE_S
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.slurm import node as slurm_node
 
-# TERM comes from Slurm, which takes the nodes back, and not from a person.
+# TERM comes from Slurm, which takes the nodes back, not from a person.
 _SIGNALS = {CANCEL: CANCEL, signal.SIGTERM: PREEMPT, PREEMPT: PREEMPT}
 
 
@@ -35,7 +35,7 @@ def main(plan_path: str, attempt: int) -> int:
     record_limits(run, attempt, number)
     stopper.kill_at = slurm_node.kill_at(record, plan)
     if run.cancel(attempt).is_file():
-        # Requested before this process listened to signals.
+        # Requested before this process listened for signals.
         stopper.request(CANCEL)
     slurm_node.save_before_end(record, plan, stopper.request)
     result = node_agents.run_node(agent, record, number, run.agent_log(attempt, record.job), record.job)

@@ -1,8 +1,8 @@
 """The steps of a Slurm job before and after its tasks, on its first node.
 
-`python -m launcher.worker.slurm.job begin PLAN` opens the attempt and prints its number, or nothing where there is nothing left
-to do. `python -m launcher.worker.slurm.job conclude PLAN ATTEMPT RC` judges how the attempt ended, lets plan.retry decide what
-follows, and acts on it: no other place runs a job again.
+`python -m launcher.worker.slurm.job begin PLAN` opens the attempt and prints its number, or nothing if nothing is left to do.
+`python -m launcher.worker.slurm.job conclude PLAN ATTEMPT RC` judges how the attempt ended, asks plan.retry for a decision and
+acts on it. No other code runs a job again.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from launcher.worker.slurm import job_output
 from launcher.worker.wandb_closing import close_wandb_run
 
 _LOCK_WAIT_S = 60.0
-# How long calls to a silent controller are retried: most are back within minutes, and the nodes idle meanwhile.
+# How long calls to a silent controller are retried. Most controllers are back within minutes, and the nodes idle meanwhile.
 _BEGIN_PATIENCE_S = 300.0
 _CONCLUDE_PATIENCE_S = 900.0
-# The part of the job's time that is left for the conclusion.
+# The part of the job's time that is reserved for the conclusion.
 _LAST_SECONDS_S = 10.0
 
 
@@ -51,9 +51,9 @@ def begin(plan_path: str) -> int | None:
     None if the run is over, has reached a limit of its own, or runs in another job.
 
     Raises:
-        SubmitError: if others could have changed the run while the job waited.
-        RunError: if the attempt may not start: a retry budget is spent, the nodes share no private network, or Slurm does
-            not answer whether another job runs it.
+        SubmitError: if other users could have changed the run while the job waited.
+        RunError: if the attempt may not start: a retry budget is spent, the nodes share no private network, or Slurm does not
+        answer whether another job runs it.
     """
     ownership.require_run(RunDir.of_plan(Path(plan_path)))
     plan, until = LaunchPlan.load(plan_path), time.monotonic() + _BEGIN_PATIENCE_S
@@ -81,7 +81,7 @@ def begin(plan_path: str) -> int | None:
                 _end(plan, plan_path, run, number, decision)
                 raise RunError(decision.reason, where=str(run.attempt(number)))
         if limit := goodput.reached_limit(run, plan, time.time()):
-            # To load the model and train one step, only to stop, would cost more.
+            # It would cost more to load the model and train one step, only to stop.
             _end(plan, plan_path, run, number, Decision(False, "preempted", limit))
             print(f"{plan.run_name}: {limit}; the attempt is not started", file=sys.stderr)
             return None
@@ -89,7 +89,7 @@ def begin(plan_path: str) -> int | None:
             number = run_store.create_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
             attempt = run_store.read_attempt(run, number)
         elif attempt.automatic:
-            # The attempt was numbered before the job waited, perhaps where the newest checkpoint was not visible yet.
+            # The attempt was numbered before the job waited, possibly on a machine that did not see the newest checkpoint yet.
             attempt = replace(attempt, resume_step=store.newest_step(run.checkpoints))
         try:
             opened = _with_nodes(attempt, section, job, restart, until)
@@ -106,10 +106,10 @@ def begin(plan_path: str) -> int | None:
 
 
 def _end_of_start(attempt: Attempt, job: str, restart: int, until: float) -> tuple[str, list[str]]:
-    """Return Slurm's state of the job's previous start, which may have been killed before it could conclude, and its lost nodes.
+    """Return Slurm's state for the job's previous start and that start's lost nodes; it may have been killed before it concluded.
 
-    Without accounting the state is derived: a start that was followed by another and has lost no node was requeued by a person or
-    by a preemption. A node that was cut off and is back without having booted leaves no trace.
+    Without accounting the state is inferred: a start that was followed by another and lost no node was requeued by a person or
+    by preemption. A node that was cut off and came back without a reboot leaves no trace.
     """
     lost = queue.lost_nodes(attempt.nodes, attempt.begun_at or 0.0, _left(until)) if attempt.nodes else []
     if attempt.job != job or not restart:
@@ -119,9 +119,9 @@ def _end_of_start(attempt: Attempt, job: str, restart: int, until: float) -> tup
 
 
 def _end(plan: LaunchPlan, plan_path: str, run: RunDir, number: int, decision: Decision) -> None:
-    """Report that the run ends before its next attempt has begun, in the status, in events.jsonl and in W&B.
+    """Report in the status, events.jsonl and W&B that the run ends before its next attempt has begun.
 
-    The run is locked meanwhile; W&B may take most of a minute, which is less than another start waits for the lock.
+    The run is locked meanwhile. W&B may take most of a minute; another start waits longer than that for the lock.
     """
     run_store.update_status(run, state=decision.state, message=decision.reason)
     _if_possible(lambda: append_event(run, number, "alert", f"the run ends: {decision.reason}"))
@@ -135,7 +135,7 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
     attempt = run_store.read_attempt(run, number)
     conclusion = postmortem.conclude(run, number, attempt, section, "", exit_code)
     until = time.monotonic() + _patience_s(attempt)
-    # A run that is over does not hold its nodes for an answer of Slurm.
+    # A finished run does not hold its nodes to wait for Slurm's answer.
     state = queue.state_beneath(job, attempt.restart, attempt.ends_at, _left(until) if conclusion.decision.again else 0.0)
     if state:
         conclusion = postmortem.conclude(run, number, attempt, section, state, exit_code)
@@ -157,7 +157,7 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
 
 
 def _patience_s(attempt: Attempt) -> float:
-    """Return how long calls to Slurm are retried at the end, in seconds; Slurm kills the job when its time is over."""
+    """Return how long, in seconds, to retry calls to Slurm at the end; Slurm kills the job when its time is over."""
     left = _CONCLUDE_PATIENCE_S if attempt.ends_at is None else attempt.ends_at - _LAST_SECONDS_S - time.time()
     return max(0.0, min(_CONCLUDE_PATIENCE_S, left))
 
@@ -168,7 +168,7 @@ def _left(until: float) -> float:
 
 
 def _if_possible(write: Callable[[], object]) -> None:
-    """Write, or print that it failed: a full disk must not keep the run from continuing. The next start judges by the records."""
+    """Call `write`; on failure, print it: a full disk must not stop the run. The next start judges by the records."""
     try:
         write()
     except OSError as error:
@@ -215,10 +215,10 @@ def _end_time(details: Mapping[str, str]) -> float | None:
 
 
 def _preempted_by_slurm(details: Mapping[str, str], until: float) -> bool:
-    """Return whether Slurm preempts the job and will requeue it by itself.
+    """Return whether Slurm is preempting the job and will requeue it by itself.
 
-    The partition's PreemptMode decides that only with preempt/partition_prio; with preempt/qos the QOS does. In doubt the answer
-    is False: a start too many ends in seconds, as `begin` finds nothing to do, and one too few ends the run.
+    With preempt/partition_prio the partition's PreemptMode decides this; with preempt/qos the QOS does. In doubt the answer is
+    False: one start too many ends in seconds because `begin` finds nothing to do, but one too few ends the run.
     """
     preempted = details.get("PreemptTime", "None") not in ("None", "Unknown", "N/A", "")
     if not preempted or details.get("Requeue") != "1":
@@ -234,10 +234,10 @@ def _preempted_by_slurm(details: Mapping[str, str], until: float) -> bool:
 
 
 def _is_running(job: str, plan: LaunchPlan, until: float) -> bool:
-    """Return whether Slurm runs the job on nodes.
+    """Return whether the job is running on nodes.
 
     Raises:
-        RunError: if Slurm does not answer; the run's status is left alone, since the other job may write it.
+        RunError: if Slurm does not answer; the run's status is not changed because the other job may write it.
     """
     try:
         known = queue.job(job, 0.0, plan.run_name, _left(until))
@@ -256,12 +256,12 @@ def _is_running(job: str, plan: LaunchPlan, until: float) -> bool:
 def main(argv: Sequence[str]) -> int:
     try:
         if argv[0] == "begin":
-            # The script reads the attempt's number from standard output: nothing else may be printed there.
+            # The script reads the attempt's number from standard output, so nothing else may be printed there.
             with redirect_stdout(sys.stderr):
                 number = begin(argv[1])
             print("" if number is None else number)
             return 0
-        # On a requeue Slurm sends TERM to the whole job, and KILL only later: the conclusion must be completed.
+        # On a requeue, Slurm sends TERM to the whole job and KILL only later; the conclusion must complete in between.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return conclude(argv[1], int(argv[2]), int(argv[3]))
     except LauncherError as error:

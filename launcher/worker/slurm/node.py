@@ -1,4 +1,4 @@
-"""The end of the time of a Slurm job's nodes."""
+"""The time limit of a Slurm job, on its nodes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import Attempt
 from launcher.worker.signals import PREEMPT
 
-# Between the end of the ranks and the job's own: srun's end, the records, a requeue.
+# Seconds between the end of the ranks and the end of the job, for srun's exit, the records and a requeue.
 _CONCLUDE_S = 20.0
 
 
 def save_before_end(record: Attempt, plan: LaunchPlan, stop: Callable[[Signals], None]) -> None:
-    """Call `stop` when only cluster.signal_lead_seconds are left of the job's time, whether or not Slurm's signal arrives."""
+    """Call `stop` when cluster.signal_lead_seconds of the job's time are left, whether or not Slurm's signal arrives."""
     if record.ends_at is None:
         return
     lead_s = SlurmSection.of(plan.config.cluster).signal_lead_seconds
@@ -27,9 +27,9 @@ def save_before_end(record: Attempt, plan: LaunchPlan, stop: Callable[[Signals],
 
 
 def kill_at(record: Attempt, plan: LaunchPlan) -> float | None:
-    """Return the time, in seconds since the epoch, at which ranks that do not stop are killed; None without a time limit.
+    """Return when ranks that do not stop are killed, in seconds since the epoch, or None if there is no time limit.
 
-    The job must conclude before Slurm ends it, or nothing would run it again.
+    The job must conclude before Slurm ends it; otherwise nothing would run it again.
     """
     if record.ends_at is None:
         return None

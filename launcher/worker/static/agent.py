@@ -1,7 +1,7 @@
-"""The agent of one of the machines that run the same command: `python -m launcher.worker.static.agent PLAN ATTEMPT NODE`.
+"""The agent of one machine among several that run the same command: `python -m launcher.worker.static.agent PLAN ATTEMPT NODE`.
 
-It meets the agents of the other machines, checks the machine, runs its ranks and writes its record, as on Slurm. The agent of
-node 0 concludes the attempt when the others have left their records, or are lost.
+As on Slurm, it meets the agents of the other machines, checks its machine, runs its ranks and writes its record. The agent of
+node 0 concludes the attempt when the other machines have left their records or are lost.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.static.peers import Peers
 from launcher.worker.wandb_closing import close_wandb_run
 
-# TERM comes from the provider, which takes the machine back; the command turns Ctrl-C into a request to cancel.
+# TERM comes from the provider, which takes the machine back; the command turns Ctrl-C into a cancel request.
 _SIGNALS = {CANCEL: CANCEL, signal.SIGTERM: PREEMPT, signal.SIGHUP: PREEMPT, PREEMPT: PREEMPT}
 _LOOK_S = 0.2
 _EXIT_INTERRUPTED = 130
@@ -62,7 +62,7 @@ def main(plan_path: str, attempt: int, number: int) -> int:
         _await_records(agent, record, section)
 
         def finish(state: str) -> None:
-            # A machine that is taken back has no time for them.
+            # A machine that is taken back has no time for answers.
             stopper.finish(result.answers, math.inf if state == "completed" else 0.0, uses_grace=False)
             stopper.finish(result.mirror, math.inf if result.failure is None else AFTER_FAILURE_S)
 
@@ -71,9 +71,9 @@ def main(plan_path: str, attempt: int, number: int) -> int:
 
 
 def _await_records(agent: NodeAgent, record: Attempt, section: StaticSection) -> None:
-    """Wait until every other machine has left its record or is lost; they have the time that the end of their ranks takes.
+    """Wait until every other machine has left its record or is lost, for as long as their ranks need to end.
 
-    A machine whose ranks hang shows signs of life: its agent kills them once this machine's record shows a failure.
+    A machine whose ranks hang still sends heartbeats: its agent kills them once this machine's record shows a failure.
     """
     until = time.monotonic() + section.stop_grace_seconds + section.lost_node_seconds
     while time.monotonic() < until:
@@ -85,7 +85,7 @@ def _await_records(agent: NodeAgent, record: Attempt, section: StaticSection) ->
 
 
 def _conclude(agent: NodeAgent, record: Attempt, section: StaticSection, finish: Callable[[str], None]) -> int:
-    """Judge the attempt and write how it ended; returns the exit code. Nothing runs it again by itself."""
+    """Judge the attempt and record how it ended; returns the exit code. Nothing restarts it automatically."""
     run, number = agent.run, agent.attempt
     silence = nodes.describe_silence(run, number, record, section.lost_node_seconds)
     judged = postmortem.conclude(run, number, record, section, silence=silence)
@@ -108,7 +108,7 @@ def _conclude(agent: NodeAgent, record: Attempt, section: StaticSection, finish:
 
 
 def _without_successor(cause: Cause, decision: Decision) -> Decision:
-    """Return the decision of a backend that starts no other attempt: whoever started the command may repeat it."""
+    """Return the decision for a backend that starts no further attempts: whoever started the command may repeat it."""
     if not decision.again:
         return decision
     state = "preempted" if cause in (Cause.PREEMPTED, Cause.TIME_LIMIT) else "failed"

@@ -1,4 +1,4 @@
-"""What an agent looks for while its ranks run: a request to cancel, and other machines of the attempt that have failed."""
+"""What an agent watches for while its ranks run: a cancel request, and failed machines of the attempt."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from launcher.run_records import Attempt
 from launcher.worker.signals import CANCEL
 
 _LOOK_S = 0.5
-# Two signals that are pending at the same time are delivered as one.
+# Two identical signals that are pending at the same time are delivered as one.
 _CANCEL_GAP_S = 0.3
-# How long the ranks have to fail by themselves once another machine has: their own errors say more.
+# How long the ranks may take to fail by themselves once another machine has failed: their own errors say more.
 _FAILED_S, _LOST_S = 30.0, 10.0
 
 
 class Peers:
-    """Watches the run directory from a thread, and shows a sign of life of this machine in it.
+    """Watches the run directory from a thread, and writes this machine's heartbeat to it.
 
-    `kill_ranks` is called, again until `stop`, once the ranks cannot go on; `why_ended` then says why.
+    Once the ranks cannot go on, `kill_ranks` is called repeatedly until `stop`; `why_ended` then returns why.
     """
 
     def __init__(
@@ -48,21 +48,21 @@ class Peers:
         return self
 
     def ranks_have_ended(self) -> None:
-        """Kill no ranks any more; the sign of life goes on."""
+        """Stop killing ranks; the heartbeat continues."""
         self._watches_peers = False
 
     def stop(self) -> None:
         self._ended.set()
 
     def why_ended(self) -> str:
-        """Return why the ranks were killed; empty while they were not."""
+        """Return why the ranks were killed; empty if they were not."""
         return self._reason
 
     def _watch(self) -> None:
         while not self._ended.wait(_LOOK_S):
             if time.monotonic() - self._written_at > self._interval_s:
                 self._write_alive()
-            # Storage may fail for a while; nobody is judged by files that cannot be read.
+            # Storage may fail for a while; no machine is judged by unreadable files.
             with suppress(OSError, LauncherError):
                 self._look_for_cancel()
                 if self._watches_peers and len(self._record.nodes) > 1:
@@ -76,7 +76,7 @@ class Peers:
             self._written_at = time.monotonic()
 
     def _look_for_cancel(self) -> None:
-        """Turn the request into the signals that a person would send to this process."""
+        """Turn a cancel request into the signals that a person would send to this process."""
         request = run_records.read_cancel(self._run, self._attempt)
         wanted = 0 if request is None else 1 if request.save else 2
         while self._num_cancels < wanted:
@@ -87,7 +87,7 @@ class Peers:
 
     def _look_at_peers(self) -> None:
         if time.monotonic() - self._written_at > 2 * self._interval_s + _LOOK_S:
-            # Storage did not take this machine's own sign of life: the others may not be able to write theirs.
+            # Storage did not accept this machine's own heartbeat, so the other machines may not be able to write theirs.
             return
         now = time.monotonic()
         for node, state in enumerate(nodes.read_states(self._run, self._attempt, self._record, self._lost_node_s)):
@@ -100,6 +100,6 @@ class Peers:
                 reason = f"{state.name}: {failure.line}" if failure is not None else ""
             if not reason:
                 continue
-            # As failure_record.PEER_LOST knows it: the failure of this machine's ranks is a consequence.
+            # Worded so that failure_record.PEER_LOST matches: the failure of this machine's ranks is a consequence.
             if now - self._failed_at.setdefault(node, now) > patience_s:
                 self._reason = self._reason or f"remote process exited: {reason}"

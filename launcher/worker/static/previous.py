@@ -1,8 +1,8 @@
-"""Whether a repeated command continues a run: `python -m launcher.worker.static.previous PLAN` prints a JSON object.
+"""Decides whether a repeated command continues a run: `python -m launcher.worker.static.previous PLAN` prints a JSON object.
 
-The previous attempt is judged by its records, and by the budgets that hold on every backend. What counts as a person's mistake on
-a backend that starts attempts by itself is counted as a failure here, since a person may have corrected it meanwhile; a provider
-that repeats the command without end is stopped by the budget.
+The previous attempt is judged by its records and by the budgets that apply on every backend. A user error, which ends the run on
+backends that start attempts by themselves, counts as a failure here, because a person may have corrected it meanwhile. The
+budget stops a provider that repeats the command endlessly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from launcher.worker import postmortem
 
 @dataclass(frozen=True)
 class Continuation:
-    """`over` where nothing is left to do; else `again` is whether the run continues, and `reason` why it does not."""
+    """`over` means that nothing is left to do. Otherwise `again` is whether the run continues, and `reason` why it does not."""
 
     over: bool
     again: bool
@@ -49,7 +49,7 @@ def judge_previous(plan: LaunchPlan) -> Continuation:
     if end.cause in (Cause.COMPLETED, Cause.CANCELLED, Cause.LIMIT):
         return Continuation(True, False, f"{plan.run_name} is {end.cause}: {end.message}")
     decision = decide(_correctable(end), [_correctable(end) for end in postmortem.history(run, number)], section)
-    # A machine that failed its check may have been replaced.
+    # A machine that failed its check may since have been replaced.
     again = decision.again or (end.cause is Cause.BAD_NODE and len(postmortem.history(run, number)) < section.max_failures)
     return Continuation(False, again, decision.reason)
 
