@@ -1,7 +1,7 @@
-"""Compose settings with Hydra into a `RunConfig`, and report all mistakes in one pass.
+"""Compose settings with Hydra into a `RunConfig`, and report all mistakes at once.
 
-Hydra composes the files under conf/. Overrides on keys become `++key=value`, so that Hydra does not stop at the first unknown
-key: the schema reports all of them, each with a suggestion.
+Hydra composes the files under conf/. Overrides of keys become `++key=value`, so that Hydra does not stop at the first unknown
+key. The schema then reports all unknown keys, each with a suggestion.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, redact, sec
 
 # The remedy for secrets in settings.
 IN_ENVIRONMENT = "put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings"
-# The remedies for references that are refused, by what the error says.
+# The remedies for refused references, by the error's reason.
 _ADVICE = {UNBOUNDED: "write the values out", READS_CREDENTIAL: f"write the value out if it is no secret; {IN_ENVIRONMENT}"}
 
 
 @dataclass(frozen=True)
 class Composed:
-    """The checked settings with their origins; `overrides` are the words of the command line, the run's file first."""
+    """The validated settings with their origins; `overrides` are the words of the command line, the run's file first."""
 
     config: RunConfig
     overrides: tuple[str, ...]
@@ -59,7 +59,7 @@ class Composed:
 
     @contextmanager
     def located(self) -> Iterator[None]:
-        """Add file and line of the settings to the errors that are raised inside."""
+        """Add file and line of the settings to errors raised inside the block."""
         try:
             yield
         except LauncherError as error:
@@ -67,7 +67,7 @@ class Composed:
 
 
 def conf_dir() -> Path:
-    """Return the folder of the config groups: in the installed package, or beside it in a checkout."""
+    """Return the folder of the config groups: in the installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
@@ -76,16 +76,15 @@ def conf_dir() -> Path:
 def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], own_flags: Sequence[str] = ()) -> None:
     """Compose `tokens` (a command line without the verb) and call `on_composed` once, or once per job with `-m`.
 
-    A word that names a run's file adds its settings: they win over those of groups and experiments, overrides win over them.
-    With --cfg, --info and similar flags Hydra only prints, and nothing is called. `own_flags` are the flags of the verb, which
-    `tokens` no longer contains; they are suggested for mistyped ones.
-
+    A word that names a run's file adds its settings. They take precedence over groups and experiments; overrides take precedence
+    over them. With --cfg, --info and similar flags Hydra only prints, and nothing is called. `own_flags` are the verb's flags,
+    which `tokens` no longer contains; they serve as suggestions for mistyped flags.
     Raises:
         ConfigError: with every mistake.
         FileNotFoundError: if the working directory was deleted.
         LauncherError: whatever `on_composed` raises.
     """
-    # Hydra needs the working directory, and would not say that it was deleted.
+    # Hydra needs the working directory, but would not report that it was deleted.
     os.getcwd()
     files, words = split_run_files(tokens, FLAGS_WITH_VALUE)
     remaining, problems = without_unknown_flags(words, own_flags)
@@ -96,7 +95,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
     try:
         content, file_problems = _read_run_file(files, words)
     except ConfigError as error:
-        # Without the file, other settings may only seem wrong.
+        # Without the file, other settings may only appear to be wrong.
         raise ConfigError([*problems, *error.problems]) from error
     problems += file_problems
     if needs_own_rows(words, () if content is None else content.choices):
@@ -104,7 +103,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
     failure: list[BaseException] = []
 
     def task(cfg: Any) -> None:
-        # Hydra prints its own lines about an exception that passes through it, so this function raises none.
+        # Hydra prints its own lines about any exception that passes through it, so this function raises none.
         if failure:
             return
         try:
@@ -123,12 +122,12 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
         problems += unreadable
         if unreadable:
             num_before = len(problems)
-            # For the mistakes in the other overrides.
+            # This finds the mistakes in the other overrides.
             with suppress(ConfigError):
                 call_hydra(task, readable, content, conf_dir())
             keys = {override_key(token) for token in remaining if token not in readable}
             problems[num_before:] = [p for p in problems[num_before:] if p.message.partition(":")[0] not in keys]
-        # Without what was split off, composition may fail for that reason alone.
+        # Composition may fail only because of what was split off.
         elif not problems:
             problems.extend(error.problems)
     if problems:
@@ -164,13 +163,13 @@ def _without_secrets(problem: Problem, held: Mapping[str, str]) -> Problem:
 
 
 def _without_renamed_keys(tokens: Sequence[str]) -> tuple[list[str], list[Problem]]:
-    """Split off overrides of settings under an old key: a sweep over one is then refused once, with all of its values."""
+    """Split off overrides of settings under an old key, so that a sweep over one is refused once, with all of its values."""
     renamed = {token: problem for token in tokens if (problem := renamed_override(token)) is not None}
     return [token for token in tokens if token not in renamed], list(renamed.values())
 
 
 def _known_group_options(tokens: list[str]) -> tuple[list[str], list[Problem]]:
-    """Split off overrides with a group option that is in no config folder."""
+    """Split off overrides with a group option that no config folder contains."""
     folders = [conf_dir(), *extra_dirs(tokens)]
     if any(t.lstrip("+").startswith("hydra.searchpath") for t in tokens):
         return tokens, []
@@ -181,7 +180,7 @@ def _known_group_options(tokens: list[str]) -> tuple[list[str], list[Problem]]:
             remaining.append(token)
             continue
         options = sorted({p.stem for folder in folders for p in (folder / match[1]).glob("*.yaml")})
-        # An option may be in a folder below that of its group.
+        # An option may be in a subfolder of its group.
         files = {option: f"{match[1]}/{option}.yaml" for option in match[2].split(",") if option != "null"}
         unknown = [option for option, file in files.items() if not any((folder / file).is_file() for folder in folders)]
         if not unknown:
@@ -191,7 +190,7 @@ def _known_group_options(tokens: list[str]) -> tuple[list[str], list[Problem]]:
 
 
 def _read_run_file(files: Sequence[str], tokens: Sequence[str]) -> tuple[FileContent | None, list[Problem]]:
-    """Read the run's file of a command line with the other words `tokens`; return its content and what is wrong in it."""
+    """Read the run's file of a command line, whose other words are `tokens`; return its content and its problems."""
     path = reading.the_only(files)
     if path is None:
         return None, []
@@ -201,16 +200,16 @@ def _read_run_file(files: Sequence[str], tokens: Sequence[str]) -> tuple[FileCon
 
 
 def _checked(cfg: Any, content: FileContent | None) -> Composed:
-    """Validate one composed config, with the run's file `content`.
+    """Validate one composed config together with the run's file `content`.
 
     Raises:
-        ConfigError: with all of its problems.
+        ConfigError: with all problems of the config.
     """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     hydra_config = HydraConfig.get()
-    # Unresolved: the text of an override such as a=${b} is no reference of Hydra's own.
+    # Unresolved, because the text of an override such as a=${b} is not one of Hydra's references.
     tokens: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
     overrides = tuple(str(token).removeprefix("++") for token in tokens if token != OVERRIDE)
     file = None if content is None else content.file
@@ -226,7 +225,7 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
     unresolved = dict(leaves(OmegaConf.to_container(cfg, resolve=False)))
     absent = [key for key, value in unresolved.items() if value == "???"]
     for key in absent:
-        # References to the missing value must resolve, so that the other mistakes are reported as well.
+        # References to the missing value must resolve, so that the other mistakes are reported too.
         OmegaConf.update(cfg, key, "./missing")
     values = {str(k): v for k, v in _resolved(cfg, unresolved, origins).items()}
     absent += [key for key in missing_keys(origins) if key in unresolved and key not in (*absent, *replaced)]
@@ -251,7 +250,7 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         problems += schema_problems(error, origins, values, skip=reported)
-    # Settings that take addresses have messages of their own.
+    # Settings that take addresses have their own messages.
     logins = [key for key, value in scalars if has_login(value) and not any(p.message.startswith(key) for p in problems)]
     problems += [Problem(f"{key}: {LOGIN_IN_ADDRESS}", where=origins.of(key), remedy=IN_ENVIRONMENT) for key in logins]
     if problems:
@@ -260,7 +259,7 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
 
 
 def _let_sources_replace_path(cfg: Any, origins: Origins) -> tuple[str, ...]:
-    """Unset a data.path from a file where a later file or the command line sets data.sources to a list that does not read it.
+    """Unset a data.path from a file if a later file or the command line sets data.sources to a list that does not read it.
 
     Returns the keys that were unset.
     """
@@ -271,7 +270,7 @@ def _let_sources_replace_path(cfg: Any, origins: Origins) -> tuple[str, ...]:
     sources = data.get("sources") if isinstance(data, dict) else None
     if not sources or any("${data.path}" in str(value) for _, value in leaves(sources)):
         return ()
-    # The last to be composed comes first.
+    # The layer that was composed last comes first.
     layers = [COMMAND_LINE, *(short(file) for file, _ in origins.files())]
     path, replacement = (origins.written_at(key) for key in ("data.path", "data.sources"))
     path, replacement = (where if where == COMMAND_LINE else where.rpartition(":")[0] for where in (path, replacement))

@@ -1,4 +1,4 @@
-"""Build the data cache: read, encode, check, mix, pack, write. Runs on CPU, once per content key."""
+"""Builds the data cache: read, encode, check, mix, pack, write. Runs on CPU, once per content key."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def build(
 ) -> DataFacts:
     """Build the cache for `data` and the tokenizer in the folder `tokenizer_path`, unless it exists; return its facts.
 
-    `on_progress(stage, done, total)` is called with counts of documents; `total` is an upper bound. Larger token ids than the
-    `num_embeddings` of the model are reported with problems that stop the build, and stop none themselves.
+    `on_progress(stage, done, total)` receives counts of documents; `total` is an upper bound. Token ids beyond `num_embeddings`
+    of the model do not stop the build on their own, but are reported together with problems that do.
 
     Raises:
-        DataError: for a source, a row or a template that cannot be used, and if nothing is left to train on.
+        DataError: if a source, a row or a template cannot be used, or if nothing is left to train on.
     """
     if problems := sources.check_sources(data):
         raise DataError(problems)
@@ -42,7 +42,7 @@ def build(
         return facts
     full, limit = None, data.eval_max_rows
     if limit is not None:
-        # Another number of held-out rows is then a choice of those that are there.
+        # Any number of held-out rows is then a selection from the full set.
         full = build(data.model_copy(update={"eval_max_rows": None}), tokenizer_path, on_progress, num_embeddings)
         if full.num_eval_rows <= limit:
             return full
@@ -53,7 +53,7 @@ def build(
         elif folder is not None:
             _build_into(folder, data, tokenizer_path, on_progress or (lambda stage, done, total: None), num_embeddings)
         if folder is not None and cache_key(data, tokenizer_path) != key:
-            # The key names the bytes from before the change.
+            # The key describes the bytes before the change.
             message, where = "a data source changed while it was read", ", ".join(source.path for source in data.sources)
             raise DataError(Problem(message, where, remedy="try again when nothing writes to it any more, or pin its revision"))
     facts = cache_store.find(key, data.cache_group)
@@ -75,7 +75,7 @@ def build_eval_sets(
     on_progress: Progress,
     num_embeddings: int | None = None,
 ) -> dict[str, DataFacts]:
-    """Build the caches of `eval_sets`, by their settings, whose rows are made as those of `data`; return their facts by name.
+    """Build the caches of `eval_sets` with their settings, but rows built like those of `data`; return their facts by name.
 
     Raises:
         DataError: with the problems of all sets, each with the name of its set.
@@ -101,14 +101,15 @@ def _select(corpus: EncodedCorpus, data: DataSection, id_problem: Problem | None
     """Select the documents to train on.
 
     Raises:
-        DataError: for rows that cannot be used, with the findings of the others that refuse a run; or if nothing is left. With
-            `id_problem`, where there is one.
+        DataError: if rows cannot be used, together with those findings on the other rows that refuse a run; or if nothing is
+        left.
+            Includes `id_problem`, if there is one.
     """
     row_problems, others = corpus.problems.refused(data.checks).to_list(), [id_problem] if id_problem else []
     try:
         selection = select_documents(corpus, data)
     except NothingLeft as error:
-        # With the rows that cannot be used, something may be left.
+        # With the rows that cannot be used, something might be left.
         if row_problems or others:
             raise DataError([*(row_problems or error.problems), *others]) from error
         raise

@@ -11,16 +11,16 @@ from launcher.errors import ConfigError, Problem
 from launcher.plan.launch_plan import ModelFacts
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-# What transformers maps to them in the configs of GPT-2, GPT-J, GPT-Neo, BLOOM, MPT and others.
+# Keys that transformers maps to the names above in the configs of GPT-2, GPT-J, GPT-Neo, BLOOM, MPT and others.
 _OTHER_NAMES = ("n_embd", "n_layer", "n_head", "d_model", "n_layers", "n_heads", "num_layers", "num_heads")
-# Norms on queries and keys: of one head, or of all heads together.
+# Norms on queries and keys: per head, or over all heads together.
 _HEAD_NORM = ("qwen3", "qwen3_moe", "gemma3_text")
 _QK_NORM = ("olmo2", "olmo3", "olmoe")
 _QKV_BIAS = ("qwen2", "qwen2_moe")
-# Norms before and after attention and MLP; all others have two in a layer.
+# Architectures with norms before and after attention and MLP; all others have two norms per layer.
 _FOUR_NORMS = ("gemma2", "gemma3_text")
 _UNKNOWN = -1
-# Config keys of architectures that transform their logits after the head, which the chunked loss does not.
+# Config keys of architectures that transform their logits after the head, which the chunked loss does not do.
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -28,10 +28,10 @@ _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 class _Family:
     """How transformers builds the layers of one `model_type`, as far as it affects FLOPs.
 
-    A config without the keys `needs` is not understood: their defaults in transformers differ from those of ModelFacts. `window`
+    A config without the keys `needs` is not supported: their defaults in transformers differ from those of ModelFacts. `window`
     is the default of `sliding_window`; with `switched`, it applies only if `use_sliding_window` is on. `slides` returns whether a
-    layer attends within it; with `listed`, the config's `layer_types` takes precedence. `expert_width` is the key of the width of
-    one expert, for mixture-of-experts models.
+    layer attends within the window; with `listed`, the config's `layer_types` takes precedence. `expert_width` is the key of an
+    expert's width, for mixture-of-experts models.
     """
 
     needs: tuple[str, ...] = ("num_key_value_heads",)
@@ -101,7 +101,7 @@ FAMILIES = {
 
 
 def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | None, num_params: int | None) -> ModelFacts:
-    """Build the facts of a model from its config. `num_params` is the exact count from its weights; None estimates it.
+    """Build the facts of a model from its config. `num_params` is the exact count from its weights; None means to estimate it.
 
     Raises:
         ConfigError: if the config lacks a number that planning needs.
@@ -144,7 +144,7 @@ def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | 
 
 
 def architecture_problems(model: ModelFacts, packing: bool) -> Iterator[Problem]:
-    """Yield why this model cannot be trained correctly, on any device; `packing` is whether rows hold several documents."""
+    """Yield the reasons why no device can train this model correctly; `packing` is whether rows hold several documents."""
     model_type = str(model.config.get("model_type"))
     yield from config_problems(model.config, "model.config")
     for name in _LOGIT_TRANSFORMS:
@@ -164,7 +164,7 @@ def architecture_problems(model: ModelFacts, packing: bool) -> Iterator[Problem]
 
 
 def config_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
-    """Yield why a model with this config.json is none whose every parameter can be trained to predict the next token."""
+    """Yield the reasons why this config.json is not of a model whose every parameter can be trained to predict the next token."""
     model_type = str(config.get("model_type"))
     if config.get("is_encoder_decoder"):
         remedy = "choose a decoder-only language model"
@@ -177,13 +177,13 @@ def config_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
 
 
 def leak_problem(model_type: str, kernel: str, detail: str) -> Problem:
-    """Return the problem of a model in which packed documents affect each other; `detail` has the measured numbers."""
+    """Return the problem of a model in which packed documents affect each other; `detail` states the measured numbers."""
     message = f"packed documents affect each other in this architecture, with attention by {kernel}: {detail}"
     return Problem(message, "model.path", model_type, "set data.packing=false")
 
 
 def logits_problem(model_type: str, detail: str) -> Problem:
-    """Return the problem of a model that computes its logits in another way than training does."""
+    """Return the problem of a model that computes its logits differently from training."""
     message = f"training computes logits as a linear layer of the last hidden states, and this architecture does not: {detail}"
     return Problem(message, "model.path", model_type, "choose another model")
 
@@ -222,17 +222,17 @@ def num_experts(config: Mapping[str, Any]) -> int:
 
 
 def is_sparse(config: Mapping[str, Any], layer: int) -> bool:
-    """Return whether a layer of a mixture-of-experts model sends its tokens to experts."""
+    """Return whether a layer of a mixture-of-experts model routes its tokens to experts."""
     dense = config.get("mlp_only_layers") or ()
     return num_experts(config) > 0 and layer not in dense and (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
 
 
 @dataclass(frozen=True)
 class TrainFlops:
-    """FLOPs of forward and backward of one model: per token, per trained label, and per pair of query and key.
+    """FLOPs of the forward and backward pass of one model: per token, per trained label, and per query-key pair.
 
-    `per_pair` has one entry per attention window, None for the whole document, with the FLOPs of one pair in all layers with that
-    window together.
+    `per_pair` has one entry per attention window, None for the whole document: the FLOPs of one pair in all layers with that
+    window.
     """
 
     per_token: float
@@ -240,7 +240,7 @@ class TrainFlops:
     per_pair: tuple[tuple[int | None, float], ...]
 
     def of(self, doc_lengths: Sequence[int], num_labels: int) -> float:
-        """Return the FLOPs for documents of these lengths in tokens with `num_labels` trained labels, without padding."""
+        """Return the FLOPs for documents with these lengths in tokens and `num_labels` trained labels, without padding."""
         # A batch has many documents, but few distinct lengths.
         counts = Counter(doc_lengths)
         pairs = sum(
@@ -253,12 +253,12 @@ class TrainFlops:
 def train_flops(model: ModelFacts) -> TrainFlops | None:
     """Return the FLOPs of training this model, without recomputation; None for an architecture that is not in FAMILIES.
 
-    A multiplication of [m, k] by [k, n] is 2mkn FLOPs, and twice as many again in the backward pass, for both gradients:
-    6 for each weight that a token meets (of the experts only those it is sent to, and the router) and for each weight of the
-    head that a trained label meets; embeddings look up and do not count, so it makes no difference whether they are tied.
-    Attention is 12 x heads x head_dim for each pair of a query and a key (scores and values, each 2 forward and 4 backward)
-    that are in one document, causal and within the layer's window; grouped keys and values are multiplied once per query
-    head. Norms, activations, softmax, rotary embedding, biases and the optimizer do not count.
+    A multiplication of [m, k] by [k, n] is 2mkn FLOPs, and twice as many in the backward pass, for both gradients. This gives 6
+    for each weight that a token meets (only the experts that it is routed to, and the router), and 6 for each weight of the head
+    that a trained label meets. Embeddings are lookups and do not count, so tying them makes no difference.
+    Attention is 12 x heads x head_dim for each pair of a query and a key (scores and values, each 2 forward and 4 backward) in
+    one document, causal and within the layer's window. Grouped keys and values are multiplied once per query head. Norms,
+    activations, softmax, rotary embedding, biases and the optimizer do not count.
     Narayanan et al. 2021, arXiv:2104.04473, appendix; Chowdhery et al. 2022, arXiv:2204.02311, appendix B, for MFU.
     """
     family = FAMILIES.get(str(model.config.get("model_type")))
@@ -281,24 +281,24 @@ def train_flops(model: ModelFacts) -> TrainFlops | None:
 
 
 def _pairs(length: int, window: int | None) -> int:
-    """Count pairs of query and key in a document: each token attends to itself and those before it, `window` in all."""
+    """Count query-key pairs in a document: each token attends to itself and to earlier tokens, `window` in total."""
     span = length if window is None else min(length, window)
     return span * (span + 1) // 2 + (length - span) * span
 
 
 def _mlp_weights(family: _Family, model: ModelFacts, layer: int) -> int:
-    """Count the MLP weights of a layer that multiply one token: of experts the chosen ones, the shared one, and the router."""
+    """Count the MLP weights of a layer that multiply one token: those of the chosen and shared experts, and of the router."""
     config, hidden = model.config, model.hidden_size
     if family.expert_width is None or not is_sparse(config, layer):
         return 3 * hidden * model.intermediate_size
     shared = config["shared_expert_intermediate_size"] if family.shared_expert else 0
     chosen = 3 * hidden * (config["num_experts_per_tok"] * config[family.expert_width] + shared)
-    # A shared expert has a gate of its own, of one output.
+    # A shared expert has its own gate with one output.
     return chosen + hidden * (num_experts(config) + (1 if family.shared_expert else 0))
 
 
 def _window(family: _Family, config: Mapping[str, Any], layer: int) -> int | None:
-    """Number of tokens that a layer's queries attend to, including their own; None for the whole document."""
+    """Return the number of tokens that a layer's queries attend to, including themselves; None for the whole document."""
     window = config.get("sliding_window", family.window)
     if family.switched and not config.get("use_sliding_window", False):
         window = None

@@ -12,7 +12,7 @@ from launcher.plan.quantities import format_count
 
 # Tokens of one forward pass that keep a device busy; more only costs memory.
 _TOKENS_PER_FORWARD = {"cuda": 8192, "cpu": 1024}
-# Steps that the batch or the epochs of a remedy give, at least where the data has as many rows.
+# A remedy aims for this many steps, if the data has as many rows.
 _MORE_STEPS = 10
 
 
@@ -23,7 +23,7 @@ def divisors(n: int) -> list[int]:
 
 
 def single_step_warning(train: TrainSection, num_rows: int, world_size: int | None) -> str | None:
-    """Return a warning if all epochs of the data are one step, with the batch that gives more; `world_size` None: not known."""
+    """Return a warning, with a smaller batch, if all epochs of the data fit in one step; `world_size` is None if unknown."""
     batch, epochs, unit = train.global_batch_size, train.epochs, world_size or 1
     if train.max_steps is not None or epochs is None or num_rows * epochs > batch:
         return None

@@ -1,8 +1,8 @@
 """The ZeRO-3 JSON, sized to the model.
 
-The bucket of gradients and the persistence threshold follow the rules that Hugging Face's integration uses for `auto` (hidden
-size squared, ten times the hidden size), with a floor that keeps small models from sending thousands of small messages. One layer
-is fetched ahead, and weights may stay until the next two and a half layers are there.
+The gradient bucket and the persistence threshold follow the rules of Hugging Face's integration for `auto` (hidden size squared,
+ten times the hidden size). A floor keeps small models from sending thousands of small messages. One layer is prefetched, and
+weights may stay until the next two and a half layers have been gathered.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from launcher.plan.launch_plan import Batch, ModelFacts, Topology
 from launcher.plan.memory import NVME_SUB_GROUP, layer_elements, max_parameter_elements, num_hpz_ranks, num_nvme_buffers
 from launcher.plan.optimizers import Optimizer
 
-# Elements below which a message costs more in latency than in transfer.
+# Below this many elements, a message costs more in latency than in transfer.
 _SMALLEST_BUCKET = 2**24
-# Weights that may be gathered at one time: DeepSpeed's default, or so many layers of a large model.
+# Weights that may be gathered at a time: DeepSpeed's default, or this many layers of a large model.
 _LIVE_ELEMENTS, _LIVE_LAYERS = 1_000_000_000, 2.5
-# Ranks from which gradients are summed in fp32: each addition in bf16 rounds to 8 bits.
+# From this many ranks, gradients are summed in fp32, because each addition in bf16 rounds to 8 bits.
 _WIDE_SUM_FROM_RANKS = 65
-# DeepSpeed's default of offload_optimizer.buffer_count, for optimizer states on NVMe.
+# DeepSpeed's default for offload_optimizer.buffer_count, for optimizer states on NVMe.
 _DEFAULT_NVME_BUFFERS = 4
-# DeepSpeed prefetches a weight from NVMe twice if it is used twice in quick succession, as between forward and backward, and
-# fails (partitioned_param_coordinator.py, __prefetch_nvme_param_partitions). Weights that it keeps for later occupy its few
-# buffers. So weights on NVMe are fetched when they are used, and released right after.
+# If a weight on NVMe is used twice in quick succession, as between forward and backward, DeepSpeed prefetches it twice and fails
+# (partitioned_param_coordinator.py, __prefetch_nvme_param_partitions). Weights that it keeps for later occupy its few buffers. So
+# weights on NVMe are fetched when they are used, and released right after.
 _NO_PREFETCH = {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 
-# Bytes of an element.
+# Bytes per element.
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Bytes of a parameter in the formats of ZeRO++ (arXiv:2306.10209): int8 for weights, int4 for gradients between nodes.
+# Bytes per parameter in the formats of ZeRO++ (arXiv:2306.10209): int8 for weights, int4 for gradients between nodes.
 _QUANTIZED_WEIGHT, _QUANTIZED_GRADIENT = 1.0, 0.5
 
 
 @dataclass(frozen=True)
 class TransferWidths:
-    """Bytes in which a parameter is transferred: its gathered weight, and its gradient on the way to other ranks."""
+    """Bytes per transferred parameter: its gathered weight, and its gradient on the way to other ranks."""
 
     weight: float
     gradient: float
 
 
 def transfer_widths(rendered: Mapping[str, Any], dtype: str, nodes: int) -> TransferWidths:
-    """Return the widths under DeepSpeed's configuration; gradients are quantized between nodes alone."""
+    """Return the widths under DeepSpeed's configuration; gradients are quantized only between nodes."""
     zero = rendered["zero_optimization"]
     is_quantized = zero.get("zero_quantized_gradients", False) and nodes > 1
     return TransferWidths(
@@ -56,7 +56,7 @@ def transfer_widths(rendered: Mapping[str, Any], dtype: str, nodes: int) -> Tran
 
 
 def reduced_width(rendered: Mapping[str, Any], dtype: str) -> int:
-    """Return the bytes of an element of the type in which ranks sum gradients."""
+    """Return the bytes per element of the type in which ranks sum gradients."""
     return WIDTHS.get(rendered.get("communication_data_type", dtype), WIDTHS[dtype])
 
 
@@ -72,10 +72,10 @@ def render(
 ) -> dict[str, Any]:
     """Return DeepSpeed's configuration as a JSON-able mapping; `deepspeed.extra` is merged last.
 
-    `nvme_folder` is the folder of this run on each node's NVMe disk, where it uses one: DeepSpeed names files by rank alone.
+    `nvme_folder` is this run's folder on each node's NVMe disk, if it uses one. DeepSpeed names its files only by rank.
     """
     hidden, layer = facts.hidden_size, layer_elements(facts)
-    # A layer of experts is so large that two and a half take the memory that activations need.
+    # Two and a half layers of experts would take the memory that activations need.
     live = _LIVE_ELEMENTS if num_experts(facts.config) else max(_LIVE_ELEMENTS, int(_LIVE_LAYERS * layer))
     zero: dict[str, Any] = {
         "stage": 3,
@@ -113,7 +113,7 @@ def render(
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": train.grad_clip,
         "steps_per_print": 2**31 - 1,
-        # DeepSpeed's timers would wait for the GPU twice in each micro-batch, and so for the copies of an in-flight save.
+        # DeepSpeed's timers would wait twice per micro-batch for the GPU, and so for the copies of an in-flight save.
         "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
     }

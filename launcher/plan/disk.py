@@ -1,4 +1,4 @@
-"""Whether a run's checkpoints fit on the disk of its directory. Pure: the caller measures the free bytes."""
+"""Checks whether a run's checkpoints fit on the disk of its directory. Pure: the caller measures the free bytes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from launcher.plan.quantities import format_count, format_size
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import LaunchPlan
 
-# Tokens whose logits a final checkpoint holds, for the check of an export (launcher.train.checkpointer).
+# Number of tokens whose logits a final checkpoint holds, to verify an export (launcher.train.checkpointer).
 REFERENCE_TOKENS = 64
-# Headers of the files, the state of the loader and of the random generators, the manifest.
+# File headers, the state of the loader and of the random generators, the manifest.
 _SMALL_FILES_BYTES = 256 * 1024
 _REMEDY = "free space on this disk, or put run.root on a larger one"
 
 
 def checkpoints_at_once(plan: LaunchPlan) -> int:
-    """Return the largest number of checkpoints on disk at one time: those that are kept, and the one that is being written."""
+    """Return the largest number of checkpoints on disk at a time: those that are kept, and the one being written."""
     checkpoint, max_steps = plan.config.checkpoint, plan.batch.max_steps
     num_kept = checkpoint.keep_last + checkpoint.keep_best
     if max_steps is None:
@@ -30,16 +30,16 @@ def checkpoints_at_once(plan: LaunchPlan) -> int:
 
 
 def needed_bytes(plan: LaunchPlan, count: int = 1) -> int:
-    """Return the bytes that `count` checkpoints take on disk, the last of the run among them.
+    """Return the bytes that `count` checkpoints take on disk, including the last checkpoint of the run.
 
-    Each holds states and small files, the last one also the reference logits for the check of an export.
+    Each holds states and small files; the last one also holds the reference logits that verify an export.
     """
     logit_bytes = 4 if plan.config.model.dtype == "fp32" else 2
     return count * (plan.checkpoint_bytes + _SMALL_FILES_BYTES) + REFERENCE_TOKENS * plan.model.vocab_size * logit_bytes
 
 
 def refusal(plan: LaunchPlan, available: int) -> Problem | None:
-    """Return the problem where not even one checkpoint fits; None if one does."""
+    """Return the problem if not even one checkpoint fits; None if one does."""
     needed = needed_bytes(plan)
     if available >= needed:
         return None
@@ -52,7 +52,7 @@ def refusal(plan: LaunchPlan, available: int) -> Problem | None:
 
 
 def note(plan: LaunchPlan, available: int, present: int) -> str | None:
-    """Return a note where fewer checkpoints fit than will be kept; None if all fit. `present` of them exist already."""
+    """Return a note if fewer checkpoints fit than will be kept; None if all fit. `present` of them exist already."""
     count = max(1, checkpoints_at_once(plan) - present)
     needed = needed_bytes(plan, count)
     if available >= needed:

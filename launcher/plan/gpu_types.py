@@ -1,7 +1,7 @@
-"""What is known about GPU types, one row each: memory and its bandwidth, peak FLOP/s, a typical price, how names are recognized.
+"""The table of GPU types: memory and its bandwidth, peak FLOP/s, a typical price, and how names are recognized.
 
-Peaks are the vendors' dense figures: half of those that a data sheet gives "with sparsity". For GeForce they are those with
-fp32 accumulation, as training multiplies; fp16 has the peak of bf16 on all of them. Sources:
+Peaks are the vendors' dense figures: half of those that a data sheet gives "with sparsity". For GeForce, they are the figures
+with fp32 accumulation, as in training. The fp16 peak equals the bf16 peak on all types. Sources:
 
     A100               NVIDIA A100 Tensor Core GPU data sheet
     A10, A10G          NVIDIA A10 data sheet; NVIDIA A10G data sheet (the cut of it that AWS rents as g5)
@@ -13,14 +13,14 @@ fp32 accumulation, as training multiplies; fp16 has the peak of bf16 on all of t
     RTX 4090, 5090     NVIDIA Ada and RTX Blackwell GPU architecture white papers, appendix A
     MI300X, MI325X     AMD Instinct MI300X and MI325X data sheets
 
-Prices are typical, on demand, of PRICE_DATE: between the list prices of specialized clouds (RunPod, Lambda, Verda) and those of
-the large ones, a month before or after that date, as compared by aimultiple.com/gpu-index (20 May 2026, medians),
+Prices are typical on-demand prices as of PRICE_DATE. They lie between the list prices of specialized clouds (RunPod, Lambda,
+Verda) and of the large ones, a month before or after that date, as compared by aimultiple.com/gpu-index (20 May 2026, medians),
 mercatus-ai.com/blog/cloud-gpu-pricing (May 2026), deploybase.ai/articles/runpod-gpu-pricing (March 2026),
 cliffcenter.com/research/amd-inference-economics (May 2026) and the prices of Lambda, Modal and AWS (g5, g6, g6e) at that time.
-B300, GB200 and GH200 by the lists of RunPod, Hyperstack, Akash, Lambda and CoreWeave of August and September 2026, in which a
-B200 costs about what it does here, and Spheron's of March 2026. H200 NVL by price tables inside two open-source tools (one of
-March 2026) that give it the price of the H200 of SXM. Clouds ask between half and twice as much, and less for long contracts and
-spot. Types without a public price per GPU have no price.
+B300, GB200 and GH200 follow the lists of RunPod, Hyperstack, Akash, Lambda and CoreWeave of August and September 2026, in which a
+B200 costs about what it does here, and Spheron's list of March 2026. H200 NVL follows price tables in two open-source tools (one
+of March 2026) that give it the price of the H200 SXM. Clouds charge between half and twice as much, and less for long contracts
+and spot instances. Types without a public price per GPU have no price.
 """
 
 from __future__ import annotations
@@ -38,14 +38,16 @@ PRICE_ASSUMPTION = f"typical, on demand, {PRICE_DATE}"
 class GpuType:
     """Numbers of one GPU type. `memory_gib` is usable device memory; peaks are in TFLOP/s, None if there are no such units.
 
-    `memory_tbs` is the bandwidth of the memory in 10^12 bytes per second; None stands for that of an H100 with as many FLOP/s.
+    `memory_tbs` is the memory bandwidth in 10^12 bytes per second; None stands for that of an H100 with as many FLOP/s.
 
-    `names` is a regular expression that is searched in the names that nvidia-smi, torch, Slurm and people write, after these
-    were put in lower case with one space for all that is neither letter nor digit. No name may match the expressions of two
-    types. `usd_per_hour` is a typical price of one GPU, None if there is none. `runtime_gib`, what CUDA and NCCL take, and
-    `fragmentation`, the factor by which the allocator's peak exceeds that of the tensors, are None until a GPU was measured, and
-    so are `gemm_share`, the share of the peak that the matrix products of a step reach, and how many times as fast as in bf16
-    products are in FP8, casts included: `fp8_speed` compiled, `fp8_eager_speed` not. benchmarks/gpu.py measures them.
+    `names` is a regular expression that is searched in the names that nvidia-smi, torch, Slurm and people use, after converting
+    them to lower case and replacing everything but letters and digits by single spaces. No name may match the expressions of two
+    types. `usd_per_hour` is a typical price of one GPU, None if there is none.
+
+    The other numbers are None until a GPU has been measured; benchmarks/gpu.py measures them. `runtime_gib` is the memory that
+    CUDA and NCCL use. `fragmentation` is the factor by which the allocator's peak exceeds that of the tensors. `gemm_share` is
+    the share of the peak that the matrix products of a step reach. `fp8_speed` (compiled) and `fp8_eager_speed` (not compiled)
+    are the speeds of products in FP8, casts included, relative to bf16.
     """
 
     memory_gib: float
@@ -63,15 +65,15 @@ class GpuType:
     fp8_eager_speed: float | None = None
 
     def peak_tflops(self, dtype: str) -> float | None:
-        """Return the peak for matrix products of bf16, fp16, tf32 (fp32 rounded on the way in), fp32 or fp8."""
+        """Return the peak of matrix products in bf16, fp16, tf32 (fp32 rounded on input), fp32 or fp8."""
         return {"bf16": self.bf16, "fp16": self.bf16, "tf32": self.tf32, "fp32": self.fp32, "fp8": self.fp8}[dtype]
 
 
 @dataclass(frozen=True)
 class Price:
-    """US dollars for one GPU for one hour; `assumption` is set where the price is a typical one, not one of the settings.
+    """US dollars per GPU and hour; `assumption` is set if the price is a typical one and not from the settings.
 
-    Part of the plan, but no model like its other parts: commands that look at runs read it without loading those.
+    Part of the plan, but not a pydantic model like its other parts: commands that look at runs read it without loading those.
     """
 
     usd_per_gpu_hour: float
@@ -144,12 +146,12 @@ GPUS = {
     "MI325X": GpuType(255.7, bf16=1307.4, tf32=653.7, fp32=163.4, memory_tbs=6, fp8=2614.9, usd_per_hour=2.15, names=r"\bmi325x"),
 }
 
-# Parts of a GPU, and slower GPUs with the name of a faster one.
+# GPU partitions, and slower GPUs whose names contain the name of a faster one.
 _UNKNOWN_VARIANTS = re.compile(r"\bmig\b|\blaptop\b|\bmax q\b|\b4090 ?d\b|\b5090 ?d\b|\ba100x\b|\b144g")
 
 
 def recognize(name: str) -> str | None:
-    """Return the key in GPUS for a type such as H100-80GB, or for any other name of one; None for an unknown GPU."""
+    """Return the key in GPUS for a type such as H100-80GB, or for any other name of a type; None for an unknown GPU."""
     if name in GPUS:
         return name
     spaced = re.sub(r"[^a-z0-9]+", " ", name.lower())
@@ -159,13 +161,13 @@ def recognize(name: str) -> str | None:
 
 
 def lookup(name: str) -> GpuType | None:
-    """Return the row of a GPU, by any name that `recognize` knows; None for an unknown GPU."""
+    """Return the row of a GPU, by any name that `recognize` accepts; None for an unknown GPU."""
     key = recognize(name)
     return None if key is None else GPUS[key]
 
 
 def typical_price(name: str) -> Price | None:
-    """Return the typical price of a GPU, by any name that `recognize` knows; None if there is none."""
+    """Return the typical price of a GPU, by any name that `recognize` accepts; None if there is none."""
     gpu_type = lookup(name)
     if gpu_type is None or gpu_type.usd_per_hour is None:
         return None

@@ -1,6 +1,6 @@
 """The frozen plan: the only file that the submit side hands to the workers.
 
-`plan(config, facts)` is pure: `Facts` has all that it needs to know about the machine, the model and the data.
+`plan(config, facts)` is pure: `Facts` holds everything that it needs to know about the machine, the model and the data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from launcher.config.sections.evaluation import HELD_OUT
 from launcher.plan.gpu_types import Price
 from launcher.plan.migrations import SCHEMA_VERSION, migrate
 
-# Trained tokens whose logits exist at one time, where neither the settings nor a GPU's memory say otherwise.
+# Number of trained tokens whose logits exist at a time, unless the settings or a GPU's memory decide otherwise.
 LOSS_CHUNK_TOKENS = 1024
 
 
@@ -30,7 +30,7 @@ class Record(BaseModel):
 class DeviceFacts(Record):
     """The devices of one node; `kind` is cuda or cpu, `memory_gib` is the memory of one device.
 
-    `problem` is why GPUs that may be there are not counted, empty if nothing is wrong.
+    `problem` is why GPUs that may exist are not counted, empty if nothing is wrong.
     """
 
     kind: str
@@ -42,12 +42,12 @@ class DeviceFacts(Record):
 
 
 class IsolationVerdict(Record):
-    """Whether packed documents of a row affect each other with one attention kernel and version of transformers.
+    """Whether packed documents in a row affect each other with one attention kernel and version of transformers.
 
-    `not_causal` means that tokens see later ones, packed or not; `other_logits`, that the model's logits are not those that
-    training computes, a linear layer of the last hidden states; `unsupported`, that the architecture does not have the kernel;
-    `unknown`, that no reduced model could be built, so the ranks probe the loaded model. `detail` is the reason, or what was
-    measured.
+    `not_causal` means that tokens see later ones, packed or not. `other_logits` means that the model's logits differ from those
+    that training computes, a linear layer of the last hidden states. `unsupported` means that the architecture does not have the
+    kernel. `unknown` means that no reduced model could be built, so the ranks probe the loaded model. `detail` is the reason, or
+    the measured numbers.
     """
 
     outcome: Literal["isolated", "leaks", "not_causal", "other_logits", "unsupported", "unknown"]
@@ -59,8 +59,8 @@ class IsolationVerdict(Record):
 class ModelFacts(Record):
     """The model's numbers for the planner; `path` and `tokenizer_path` are local folders, None before the download.
 
-    `has_weights` is False for the folder of a run that was fetched from a mirror: its weights are in the checkpoints.
-    `isolation` is None if nothing was probed yet.
+    `has_weights` is False for the folder of a run fetched from a mirror: its weights are in the checkpoints. `isolation` is None
+    if nothing was probed yet.
     """
 
     path: str | None
@@ -83,9 +83,9 @@ class ModelFacts(Record):
 class DataFacts(Record):
     """Counts of a built data cache. Rows are packed rows; tokens exclude padding.
 
-    `digest` is that of the arrays (tokens, masks, documents and rows) of the training split, "-", and that of the held-out split.
-    `chat_template` is the text of data.chat_template, None if the tokenizer's own template was used; `turn_end_ids` are the
-    tokens at which the model learns to stop.
+    `digest` is the digest of the arrays (tokens, masks, documents and rows) of the training split, "-", and the digest of the
+    held-out split. `chat_template` is the text of data.chat_template, None if the tokenizer's own template was used.
+    `turn_end_ids` are the tokens at which the model learns to stop.
     """
 
     cache_dir: str
@@ -108,12 +108,12 @@ class DataFacts(Record):
 
     @property
     def truncated_frac(self) -> float:
-        """The share of the training documents' tokens that was cut off because a document was longer than a row."""
+        """The share of the training documents' tokens that was cut off because documents were longer than a row."""
         return self.truncated_tokens / max(1, self.num_tokens + self.truncated_tokens)
 
 
 class Origin(Record):
-    """A checkpoint from which another run took its initial weights; `plan_digest` is that of the plan that saved it."""
+    """A checkpoint from which another run took its initial weights; `plan_digest` identifies the plan that saved it."""
 
     run_name: str
     run_dir: str
@@ -123,7 +123,7 @@ class Origin(Record):
 
 
 class Lineage(Origin):
-    """The checkpoint of a run's initial weights, and the checkpoints that it descends from; the oldest is last."""
+    """The checkpoint of a run's initial weights, and the checkpoints it descends from, oldest last."""
 
     ancestors: tuple[Origin, ...] = ()
 
@@ -131,7 +131,7 @@ class Lineage(Origin):
 class Provenance(Record):
     """The command, versions and commit that made the plan; `created_at` is UTC in ISO form.
 
-    `overrides` are the words of the command line; the run's file is the first of them.
+    `overrides` are the words of the command line, the run's file first.
     """
 
     created_at: str
@@ -144,7 +144,7 @@ class Provenance(Record):
 
     @property
     def run_file(self) -> str | None:
-        """The run's file, as it was named on the command line; None without one."""
+        """The run's file as named on the command line; None without one."""
         return next((word for word in self.overrides[:1] if "=" not in word and not word.startswith(("-", "+", "~"))), None)
 
 
@@ -199,10 +199,10 @@ class Memory(Record):
 
 
 class StageMemory(Record):
-    """What a stage of a step adds to states and buckets, in GiB per rank.
+    """The memory that a stage of a step adds to states and buckets, in GiB per rank.
 
-    `activations_gib` wait for the backward pass, `gathered_gib` are weights of all ranks that are on this one for a moment,
-    `gradients_gib` those that are not reduced yet, `temporary_gib` all that the stage frees before it ends.
+    `activations_gib` wait for the backward pass. `gathered_gib` are weights of all ranks that are temporarily on this one.
+    `gradients_gib` are not reduced yet. `temporary_gib` is all memory that the stage frees before it ends.
     """
 
     name: str
@@ -217,7 +217,7 @@ class StageMemory(Record):
 
 
 class PeakMemory(Record):
-    """The peak memory of a rank by part, in GiB: states and buckets are always there, of the stages the largest counts.
+    """The peak memory of a rank by part, in GiB: states and buckets always exist; of the stages, only the largest counts.
 
     `fragmentation_gib` and `runtime_gib` (CUDA and NCCL) are assumed unless `is_measured`: then a GPU of this type was measured.
     """
@@ -250,10 +250,10 @@ class Saving(Record):
 
 
 class Limits(Record):
-    """The limits of a run over all of its attempts; None without a limit.
+    """The limits of a run over all of its attempts; None means no limit.
 
-    `max_seconds` counts the time with machines; `max_gpu_seconds` that of all GPUs together: what run.max_usd pays for at this
-    plan's price.
+    `max_seconds` limits the time with machines. `max_gpu_seconds` limits the time of all GPUs together: as much as run.max_usd
+    pays for at this plan's price.
     """
 
     max_seconds: float | None
@@ -263,9 +263,9 @@ class Limits(Record):
 class LaunchPlan(Record):
     """All decisions of a run. Workers read nothing else. `eval_sets` has the data of eval.sets by name.
 
-    `gpu_name` is the name or type of the GPUs, empty on CPUs. `checkpointing` is the decided model.activation_checkpointing: all,
-    none or every N, `loss_chunk_tokens` the decided train.loss_chunk_tokens, and `liger` the decided model.liger. They and `peak`
-    are None in a plan of an earlier launcher.
+    `gpu_name` is the name or type of the GPUs, empty on CPUs. Three fields hold decided settings: `checkpointing` holds
+    model.activation_checkpointing (all, none or every N), `loss_chunk_tokens` holds train.loss_chunk_tokens, and `liger` holds
+    model.liger. They and `peak` are None in a plan of an earlier launcher.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -299,13 +299,13 @@ class LaunchPlan(Record):
 
     @property
     def uses_liger(self) -> bool:
-        """Whether the ranks are to compute with Liger's kernels, which GPUs alone have."""
+        """Whether the ranks should compute with Liger's kernels, which exist only on GPUs."""
         liger = self.config.model.liger is True if self.liger is None else self.liger
         return liger and self.topology.device == "cuda"
 
     @property
     def chunk_tokens(self) -> int:
-        """Trained tokens whose logits exist at one time."""
+        """The number of trained tokens whose logits exist at a time."""
         return self.loss_chunk_tokens or self.config.train.loss_chunk_tokens or LOSS_CHUNK_TOKENS
 
     @property
@@ -322,7 +322,7 @@ class LaunchPlan(Record):
         return tuple(one.cache_dir for one in (*data, *self.eval_sets.values()))
 
     def eval_rows_digest(self, name: str) -> str:
-        """Return the digest of the rows of an evaluation set, empty if the plan has none of that name."""
+        """Return the digest of the rows of an evaluation set, empty if the plan has no set with that name."""
         facts = self.data if name == HELD_OUT else self.eval_sets.get(name)
         return "" if facts is None else facts.digest
 
@@ -353,7 +353,7 @@ class LaunchPlan(Record):
         """Parse a plan of this schema version or an earlier one.
 
         Raises:
-            ValueError: if it is no plan, in one line that names the field.
+            ValueError: if it is not a plan, in one line that names the field.
         """
         values = json.loads(text)
         if not isinstance(values, dict):

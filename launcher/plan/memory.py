@@ -10,35 +10,34 @@ from launcher.plan.launch_plan import Memory, ModelFacts, Saving, Topology
 from launcher.plan.optimizers import FP32_BYTES, Optimizer
 
 GIB = 2**30
-# Parameters from which all layers of a model recompute their activations where the memory of the GPUs is unknown.
+# From this many parameters, all layers of a model recompute their activations if the memory of the GPUs is unknown.
 RECOMPUTED_FROM = 2_000_000_000
-# Elements of the optimizer's states that are in memory at once where they are on NVMe: one buffer each for weights, gradients and
-# every state.
+# Elements of optimizer states on NVMe that are in memory at a time: one buffer each for weights, gradients and every state.
 NVME_SUB_GROUP = 100_000_000
-# The rest is for the data loader, the libraries, and the page cache, through which checkpoints are written.
+# The rest is for the data loader, the libraries, and the page cache that checkpoints are written through.
 _USABLE_HOST_SHARE = 0.8
 
 
 def num_hpz_ranks(deepspeed: DeepSpeedSection, ranks_per_node: int) -> int:
-    """Number of ranks that share a second copy of the weights; 1 means that there is none."""
+    """Return the number of ranks that share a second copy of the weights; 1 means that there is no second copy."""
     return ranks_per_node if deepspeed.hpz_partition_size == "node" else int(deepspeed.hpz_partition_size)
 
 
 def max_parameter_elements(facts: ModelFacts) -> int:
-    """Number of elements of the largest parameter: the embedding, or the experts' fused gate and up projections."""
+    """Return the number of elements of the largest parameter: the embedding, or the experts' fused gate and up projections."""
     experts = facts.config.get("num_local_experts") or facts.config.get("num_experts") or 0
     inside = 2 * experts * (facts.config.get("moe_intermediate_size") or facts.intermediate_size) or facts.intermediate_size
     return facts.hidden_size * max(facts.vocab_size, inside, facts.num_heads * facts.head_dim)
 
 
 def layer_elements(facts: ModelFacts) -> int:
-    """Return the elements of a decoder layer, on average where only some have experts."""
+    """Return the elements of a decoder layer, averaged if only some layers have experts."""
     embeddings = facts.vocab_size * facts.hidden_size * (1 if facts.tie_word_embeddings else 2)
     return max(1, (facts.num_params - embeddings) // max(1, facts.num_layers))
 
 
 def num_nvme_buffers(optimizer: Optimizer) -> int:
-    """Buffers that DeepSpeed needs to step a sub-group that is on NVMe: weights, gradients and each state."""
+    """Return the number of buffers that DeepSpeed needs to step a sub-group on NVMe: weights, gradients and each state."""
     return 2 + len(optimizer.states)
 
 
@@ -56,9 +55,9 @@ def estimate_model_states(
     per_rank = num_params / topology.world_size / GIB
     hpz = num_hpz_ranks(deepspeed, topology.ranks_per_node)
     weights = per_rank * width + (num_params / hpz / GIB * width if hpz > 1 else 0.0)
-    # Gradients accumulate in fp32, in which small terms are not rounded away.
+    # Gradients accumulate in fp32, so small terms are not rounded away.
     gradients = per_rank * (4 if accumulation > 1 else width)
-    # DeepSpeed keeps a master copy of fp32 weights as well.
+    # DeepSpeed keeps a master copy of fp32 weights too.
     states = per_rank * optimizer.bytes_per_param
     on_device = {
         "weights": weights if deepspeed.offload_params == "none" else 0.0,
@@ -91,7 +90,7 @@ def plan_saving(
     topology: Topology,
     host_gib: float | None,
 ) -> Saving:
-    """Decide whether checkpoints are written in the background, which takes a copy of each rank's states in main memory.
+    """Decide whether checkpoints are written in the background, which needs a copy of each rank's states in main memory.
 
     `host_gib` is the main memory of a node; None if unknown.
     """

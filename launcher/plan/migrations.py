@@ -1,4 +1,4 @@
-"""The JSON of a plan of an earlier schema version, as one of the current version. Pure, and without the models of plans."""
+"""Converts the JSON of a plan with an earlier schema version to the current version. Pure, and without the plan's models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def migrate(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plan `values` in the current schema; neither it nor anything in it is changed.
 
     Raises:
-        ValueError: if the schema version is unknown, or a part that moves is not where its version has it.
+        ValueError: if the schema version is unknown, or a part that moves is not where its version stores it.
     """
     version = values.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= SCHEMA_VERSION:
@@ -62,7 +62,7 @@ def _from_version_3(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_section(values: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Return the settings of a plan and a section of them. Raises: ValueError where one of both is missing."""
+    """Return a plan's settings and one section of them. Raises ValueError if either is missing."""
     config = values.get("config")
     if not isinstance(config, Mapping):
         raise ValueError("config is missing or is not an object")

@@ -1,4 +1,4 @@
-"""The optimizers that `optim.name` can choose, and the tensors that each keeps for every parameter. Plain data, no torch.
+"""The optimizers that `optim.name` can choose, and the tensors that each keeps per parameter. Plain data, no torch.
 
 The memory plan, disk estimates, NVMe buffers, checkpoints and resume all derive from this table. To add an optimizer: write a
 builder in launcher/train/optim.py and add a row here.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from launcher.config.schema import RunConfig
 from launcher.errors import Problem
 
-# Bytes of one fp32 element; master weights and all optimizer states are fp32.
+# Bytes per fp32 element; master weights and all optimizer states are fp32.
 FP32_BYTES = 4
 
 
@@ -21,11 +21,11 @@ class Optimizer:
     """Properties of an optimizer that the plan and checkpoints depend on.
 
     `states` are the keys, in torch's `optimizer.state[parameter]`, of its fp32 tensors with one element per parameter element.
-    Checkpoints store them under these names, so they cannot change later. `builder` is the function that makes the optimizer,
-    as module:function; see launcher/train/optim.py for its signature. `classes` are the optimizer classes that it returns, as
-    module.Class. `counts_steps` is False if the class keeps no "step" beside its states. `can_offload` is False where
+    Checkpoints store them under these names, so the names cannot change later. `builder` is the function that builds the
+    optimizer, as module:function; see launcher/train/optim.py for its signature. `classes` are the optimizer classes that it
+    returns, as module.Class. `counts_steps` is False if the class keeps no "step" beside its states. `can_offload` is False if
     DeepSpeed has no CPU implementation. `is_known_to_deepspeed` is False if DeepSpeed does not list a class as tested.
-    `usual_lr` are the smallest and largest peak learning rates that fine-tuning usually takes; far larger ones are warned about.
+    `usual_lr` are the smallest and largest usual peak learning rates for fine-tuning; far larger rates cause a warning.
     """
 
     states: tuple[str, ...]
@@ -38,7 +38,7 @@ class Optimizer:
 
     @property
     def bytes_per_param(self) -> int:
-        """Bytes for each parameter of its fp32 master weight and all states."""
+        """Bytes per parameter for its fp32 master weight and all states."""
         return FP32_BYTES * (1 + len(self.states))
 
 
@@ -58,7 +58,7 @@ def find_by_class(name: str) -> Optimizer | None:
 
 
 def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield what is wrong with `optim.name`: not in the table, or an optimizer that cannot be offloaded as configured."""
+    """Yield the problems with `optim.name`: not in the table, or an optimizer that cannot be offloaded as configured."""
     name = config.optim.name
     if name not in OPTIMIZERS:
         yield Problem("unknown optimizer", where="optim.name", value=name, remedy=f"choose one of: {', '.join(OPTIMIZERS)}")

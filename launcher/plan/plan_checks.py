@@ -1,4 +1,4 @@
-"""Settings that are valid alone and wrong for this model, data or cluster: refused, or reported as a warning. Pure."""
+"""Checks for settings that are valid on their own but wrong for this model, data or cluster: refusals and warnings. Pure."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.quantities import format_count
 from launcher.plan.sizing.fp8 import fp8_warning
 
-# transformers looks positions up in a table of fixed length, so a longer document fails with an index error.
+# transformers looks up positions in a table of fixed length, so a longer document fails with an index error.
 _POSITION_TABLES = ("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt")
-# Times the usual learning rate above which a warning is shown; random weights take larger rates than trained ones.
+# Multiples of the usual learning rate that cause a warning; random weights take larger rates than trained weights.
 _HIGH_LR, _HIGH_LR_RANDOM = 10.0, 1000.0
 _MAX_LR = 1.0
-# Files of rows, which have no held-out split of their own, and those whose rows are plain text.
+# Files of rows, which have no held-out split of their own, and files whose rows are plain text.
 _ROW_FILE = re.compile(r"\.(jsonl|json|csv|parquet|txt)(\.gz|\.zst)?$")
 _TEXT_FILE = re.compile(r"\.txt(\.gz|\.zst)?$")
-# Assumed write speed of one node to shared storage: parallel file systems are faster, plain NFS may be slower. The margin is for
+# Assumed write speed of one node to shared storage: parallel file systems are faster, plain NFS may be slower. The margin covers
 # the step in progress, which ends before the save.
 CHECKPOINT_GIB_PER_SECOND = 1.0
 SAVE_MARGIN = 1.5
 
 
 def refusals(config: RunConfig, model: ModelFacts) -> Iterator[Problem]:
-    """Yield the problems of settings with which the run would fail or its model would be destroyed."""
+    """Yield problems of settings that would make the run fail or destroy its model."""
     lr, usual = config.optim.lr, _usual_lr(config)
     if usual is not None and lr > _MAX_LR and config.model.init == "pretrained":
         yield Problem(
@@ -58,7 +58,7 @@ def refusals(config: RunConfig, model: ModelFacts) -> Iterator[Problem]:
 
 
 def answers_problems(config: RunConfig, data: DataFacts | None) -> Iterator[Problem]:
-    """Yield what keeps prompts from being answered every eval.answers_every steps; `data` is None before the data is built."""
+    """Yield why prompts cannot be answered every eval.answers_every steps; `data` is None before the data is built."""
     every, save_every = config.eval.answers_every, config.checkpoint.save_every
     if not every:
         return
@@ -95,7 +95,7 @@ def answers_problems(config: RunConfig, data: DataFacts | None) -> Iterator[Prob
 
 
 def _may_hold_out(config: RunConfig, data: DataFacts | None) -> bool:
-    """Return whether rows are held out, as far as the settings tell where the data is not built: folders may have a split."""
+    """Return whether rows are held out. Before the data is built, the settings decide: folders may have their own split."""
     if data is not None:
         return data.num_eval_rows > 0
     is_set = bool(config.data.eval_fraction or config.data.eval_path)
@@ -103,20 +103,20 @@ def _may_hold_out(config: RunConfig, data: DataFacts | None) -> bool:
 
 
 def _may_have_prompts(config: RunConfig, name: str) -> bool:
-    """Return whether the rows of a set may be more than plain text, as far as the settings tell."""
+    """Return whether the rows of a set may be more than plain text, judging by the settings."""
     sources = config.data.sources if name == HELD_OUT else [one for one in config.eval.sets if one.name == name]
     return any(source.format != "text" and not _TEXT_FILE.search(source.path) for source in sources)
 
 
 def _best_set_interval(config: RunConfig) -> int:
-    """Return the steps between evaluations of the set checkpoint.best_set; 0 where it is not evaluated while training."""
+    """Return the steps between evaluations of the set checkpoint.best_set; 0 if it is not evaluated during training."""
     intervals = {one.name: one.every for one in config.eval.all_sets}
     every = intervals.get(config.checkpoint.best_set)
     return config.eval.every if every is None else every
 
 
 def warnings(plan: LaunchPlan) -> Iterator[str]:
-    """Yield what is probably a mistake, each with the value that fits."""
+    """Yield a warning for each probable mistake, with a suitable value."""
     config, data, world_size = plan.config, plan.data, plan.topology.world_size
     lr, usual = config.optim.lr, _usual_lr(config)
     allowed = _HIGH_LR if config.model.init == "pretrained" else _HIGH_LR_RANDOM
@@ -160,7 +160,7 @@ def _short_saves(plan: LaunchPlan) -> Iterator[str]:
     save_s = save_seconds(plan)
     needed_s = math.ceil(SAVE_MARGIN * save_s)
     for key, seconds in limits.items():
-        # A checkpoint of a second is written within any limit.
+        # A checkpoint that takes a second is written within any limit.
         if seconds < needed_s and save_s > 1:
             size = f"{gib:,.0f} GiB at an assumed {CHECKPOINT_GIB_PER_SECOND:g} GiB/s per node need {save_s} s"
             yield (

@@ -33,7 +33,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         ConfigError: with all settings that this topology cannot satisfy.
     """
     if config.model.dtype == "auto":
-        # facts.resolve has chosen fp32 where bf16 is slow.
+        # facts.resolve has chosen fp32 if bf16 is slow.
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})})
     topology = choose_topology(config, facts)
     problems = [*_topology_problems(config, facts, topology), *architecture_problems(facts.model, config.data.packing)]
@@ -49,7 +49,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         raise ConfigError(problems)
     run_name = config.run.name or default_name(config, facts.provenance.created_at, facts.provenance.run_file)
     run_dir = run_dir_of(config, run_name, facts.working_dir, facts.home_dir)
-    # The main memory of this machine only counts where the plan is for machines of its kind.
+    # The main memory of this machine only counts if the plan is for machines of the same kind.
     host_memory_gib = facts.device.host_memory_gib if facts.device.kind == topology.device else None
     nvme_folder = _nvme_folder(config, run_name, run_dir)
     liger = kernels.uses_liger(config.model, facts.model, topology.device, facts.provenance.packages)
@@ -77,7 +77,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
 
 
 def fit_workers(planned: LaunchPlan, num_workers: int, ranks_per_node: int) -> LaunchPlan:
-    """Return the plan on the most ranks, up to `num_workers`, that the global batch divides over. Pure.
+    """Return the plan on the largest number of ranks, up to `num_workers`, that the global batch divides over. Pure.
 
     Raises:
         ConfigError: if there is no such number.
@@ -96,10 +96,10 @@ def fit_workers(planned: LaunchPlan, num_workers: int, ranks_per_node: int) -> L
 
 
 def fewest(planned: LaunchPlan) -> LaunchPlan | None:
-    """Return the plan of an elastic run on the fewest workers that it continues with; None for a run of one size.
+    """Return the plan of an elastic run on its minimum number of workers; None for a run of one size.
 
     Raises:
-        ConfigError: if the global batch does not divide over any number of workers up to that.
+        ConfigError: if the global batch does not divide over any number of workers up to that minimum.
     """
     num_workers = planned.config.cluster.fewest_workers
     if num_workers is None or num_workers == planned.topology.world_size:
@@ -108,10 +108,10 @@ def fewest(planned: LaunchPlan) -> LaunchPlan | None:
 
 
 def resized(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> LaunchPlan:
-    """Return the plan of the same run on another number of ranks: each step has the same rows, split in another way. Pure.
+    """Return the plan of the same run on another number of ranks: each step has the same rows, split differently. Pure.
 
     Raises:
-        ConfigError: if the global batch or an hpZ partition does not divide over them.
+        ConfigError: if the global batch or an hpZ partition does not divide over the ranks.
     """
     config, nodes = planned.config, -(-world_size // ranks_per_node)
     sizes = {"nodes": nodes, "ranks_per_node": ranks_per_node, "world_size": world_size}
@@ -167,7 +167,7 @@ def _parts_by_ranks(
 
 
 def situation_of(planned: LaunchPlan) -> combinations.Situation:
-    """Return what the combinations of a plan's settings are tried for."""
+    """Return the situation for which combinations of a plan's settings are tried."""
     gpu, device_gib = lookup(planned.gpu_name), planned.memory.device_gib
     return combinations.Situation(
         planned.config, planned.model, planned.data, planned.topology, gpu, device_gib, planned.uses_liger
@@ -175,7 +175,7 @@ def situation_of(planned: LaunchPlan) -> combinations.Situation:
 
 
 def planned_tokens_per_sec(planned: LaunchPlan, gpu: GpuType | None = None) -> float | None:
-    """Return the tokens per second over all ranks by the time model; None on CPUs, without packing, and where it is unknown.
+    """Return the tokens per second over all ranks from the time model; None on CPUs, without packing, or if unknown.
 
     `gpu` replaces the row of the plan's GPUs.
     """
@@ -186,9 +186,9 @@ def planned_tokens_per_sec(planned: LaunchPlan, gpu: GpuType | None = None) -> f
 
 
 def planned_step(planned: LaunchPlan, gpu: GpuType | None = None, rates: Rates | None = None) -> StepTime | None:
-    """Return the time of a step by the time model; None without packing, and where it is unknown.
+    """Return the time of a step from the time model; None without packing, or if unknown.
 
-    `gpu` replaces the row of the plan's GPUs, and `rates` what follows from it: on CPUs there are none without them.
+    `gpu` replaces the row of the plan's GPUs, and `rates` the rates that follow from it; CPUs need `rates`.
     """
     if not planned.config.data.packing:
         return None
@@ -200,12 +200,12 @@ def planned_step(planned: LaunchPlan, gpu: GpuType | None = None, rates: Rates |
 
 
 def tokens_of_step(planned: LaunchPlan) -> int:
-    """Return the tokens of an optimizer step over all ranks, padding not counted where the data are known."""
+    """Return the tokens of an optimizer step over all ranks, without padding if the data are known."""
     return planned.batch.tokens_per_step or planned.batch.max_tokens_per_step
 
 
 def choose_topology(config: RunConfig, facts: Facts) -> Topology:
-    """Return the nodes and ranks of a run: those of its cluster's settings, or of the node that `facts` describe."""
+    """Return the nodes and ranks of a run: from its cluster settings, or from the node that `facts` describe."""
     cluster, device = config.cluster, facts.device
     on_gpu = cluster.gpu_type is not None or device.kind == "cuda"
     ranks = cluster.ranks_per_node or (device.count if device.kind == "cuda" else CPU_RANKS)
@@ -251,7 +251,7 @@ def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> I
 
 
 def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
-    """Yield problems with model states that exceed the memory of a GPU: on all workers, or on the fewest of an elastic run."""
+    """Yield problems with model states that exceed a GPU's memory: on all workers, or on an elastic run's minimum number."""
     cluster, states = planned.config.cluster, planned.config.deepspeed
     if planned.topology.device != "cuda" or cluster.has_unknown_gpus:
         return
@@ -279,9 +279,9 @@ def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
 
 
 def _too_large(planned: LaunchPlan) -> str:
-    """Return the message where a rank's states, or its tensors at their peak, exceed a GPU; empty if they fit or unknown.
+    """Return a message if a rank's states, or its tensors at their peak, exceed a GPU; empty if they fit or if that is unknown.
 
-    What CUDA, NCCL and fragmentation add is an assumption, so a plan that only exceeds a GPU with it gets a note instead.
+    The memory for CUDA, NCCL and fragmentation is an assumption. A plan that exceeds a GPU only with it gets a note instead.
     """
     states, peak, ranks = planned.memory, planned.peak, planned.topology.world_size
     if states.device_gib is None:
@@ -311,7 +311,7 @@ def _hpz_problems(config: RunConfig, topology: Topology) -> Iterator[Problem]:
 
 
 def _nvme_folder(config: RunConfig, run_name: str, run_dir: Path) -> str | None:
-    """Return a folder for this run alone, the same in every attempt: the next attempt overwrites what a killed one left."""
+    """Return a folder for this run only, the same in every attempt: the next attempt overwrites what a killed attempt left."""
     if config.deepspeed.nvme_path is None:
         return None
     tag = hashlib.blake2b(str(run_dir).encode(), digest_size=4).hexdigest()
@@ -330,7 +330,7 @@ def device_gib(config: RunConfig, facts: Facts) -> float | None:
 
 
 def _price(config: RunConfig, facts: Facts, topology: Topology) -> Price | None:
-    """Return the price of a GPU, or of a rank on CPUs, from the settings; else the typical price of the GPU type."""
+    """Return the configured price of a GPU, or of a rank on CPUs; otherwise the typical price of the GPU type."""
     if config.cluster.price_per_gpu_hour is not None:
         return Price(usd_per_gpu_hour=config.cluster.price_per_gpu_hour)
     if topology.device == "cpu":
@@ -339,7 +339,7 @@ def _price(config: RunConfig, facts: Facts, topology: Topology) -> Price | None:
 
 
 def _limits(config: RunConfig) -> Limits:
-    """Turn run.max_usd into GPU time at the current price; past attempts of a run that resumes keep their own prices."""
+    """Convert run.max_usd to GPU time at the current price; past attempts of a resumed run keep their own prices."""
     hours, usd, price = config.run.max_hours, config.run.max_usd, config.cluster.price_per_gpu_hour
     return Limits(
         max_seconds=None if hours is None else hours * 3600,

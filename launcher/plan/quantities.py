@@ -1,4 +1,4 @@
-"""Counts and sizes as texts and messages show them."""
+"""Formats counts and sizes for texts and messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def format_count(count: int, noun: str, plural: str | None = None) -> str:
-    """Return a number with its noun, such as `1 row` or `3,000 rows`; `plural` is for nouns that take more than an s."""
+    """Return a number with its noun, such as `1 row` or `3,000 rows`; `plural` is for nouns with an irregular plural."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {plural or f'{noun}s'}"
 
 

@@ -1,4 +1,4 @@
-"""The retry policy: whether a run continues after an attempt has ended, and without which nodes. Pure.
+"""The retry policy: whether a run continues after an attempt has ended, and which nodes it avoids. Pure.
 
 `decide` only returns a value; launcher.worker.slurm.job and launcher.worker.ray.attempts act on it.
 """
@@ -35,8 +35,8 @@ class Cause(StrEnum):
 class RestartedRanks:
     """Why the node agents restarted the ranks within an attempt.
 
-    `exception` is the class of the Python exception that ended them, empty if a signal, a hang or broken hardware did. `step`
-    counts the completed optimizer steps, None before the model was loaded. `saved_step` is that of the newest checkpoint.
+    `exception` is the class of the Python exception that ended them, empty if a signal, a hang or broken hardware did. `step` is
+    the number of completed optimizer steps, None before the model was loaded. `saved_step` is the step of the newest checkpoint.
     """
 
     exception: str
@@ -48,8 +48,8 @@ class RestartedRanks:
 class AttemptEnd:
     """How one attempt ended.
 
-    `began_step` and `saved_step` are those of the newest checkpoint at its start and at its end, None without one. `exception`
-    and `step` are as in RestartedRanks; `restarts` are those of the ranks within the attempt, oldest first.
+    `began_step` and `saved_step` are the steps of the newest checkpoint at its start and at its end, None if there was none.
+    `exception` and `step` are as in RestartedRanks; `restarts` are those of the ranks within the attempt, oldest first.
     """
 
     cause: Cause
@@ -66,7 +66,8 @@ class AttemptEnd:
 class Decision:
     """Whether to run the next attempt (`again`), without the nodes in `exclude`; `state` is the run's state until then.
 
-    Nodes are excluded until there is a newer checkpoint: their fault may pass, and the other nodes may be too few.
+    Nodes are excluded until there is a newer checkpoint, because their fault may be temporary, and the other nodes may be too
+    few.
     """
 
     again: bool
@@ -75,10 +76,10 @@ class Decision:
     exclude: tuple[str, ...] = ()
 
 
-# Consecutive preemptions and changes of size without a newer checkpoint after which a run ends: it never keeps its machines for
+# A run ends after this many consecutive preemptions and changes of size without a newer checkpoint: it never keeps its machines
 # long enough.
 MOST_FRUITLESS_PREEMPTIONS = 20
-# The first failure and two resumes from one checkpoint: the same exception at the same step is then no accident.
+# The first failure and two resumes from one checkpoint: the same exception at the same step is then no coincidence.
 _NUM_REPEATS = 3
 _FINAL = {Cause.COMPLETED: "completed", Cause.CANCELLED: "cancelled", Cause.LIMIT: "preempted"}
 _FAILED_MACHINES = (Cause.INFRASTRUCTURE, Cause.BAD_NODE)
@@ -87,11 +88,11 @@ _OF_THE_MACHINES = (*_TAKEN_AWAY, *_FAILED_MACHINES)
 
 
 def decide(last: AttemptEnd, history: Sequence[AttemptEnd], budgets: ManagedSection) -> Decision:
-    """Decide what follows an attempt; `history` has the ends of the attempts before it, oldest first.
+    """Decide what follows an attempt; `history` has the ends of earlier attempts, oldest first.
 
-    A run continues after preemptions, time limits and failures of machines while each cause stays within its budget and newer
-    checkpoints are written. A user error ends the run at once: the next attempt would fail in the same way. So does an exception
-    that has come back at the same step after two resumes from one checkpoint.
+    A run continues after preemptions, time limits and machine failures while each cause stays within its budget and the run
+    writes newer checkpoints. A user error ends the run at once, because the next attempt would fail in the same way. So does an
+    exception that recurs at the same step after two resumes from one checkpoint.
     """
     if last.cause in _FINAL:
         return Decision(False, _FINAL[last.cause], last.message)
@@ -101,7 +102,7 @@ def decide(last: AttemptEnd, history: Sequence[AttemptEnd], budgets: ManagedSect
     reason = describe_repetition(attempts) or _spent(attempts, budgets) or _stuck(attempts, budgets.max_no_progress)
     if reason:
         return Decision(False, "failed", "; ".join(filter(None, (last.message, reason))))
-    # A check may fail temporarily: a run that has begun gets one more attempt with the same nodes.
+    # A failed check may be temporary: a run that has begun gets one more attempt with the same nodes.
     is_first_failed_check = bool(history) and history[-1].cause is not Cause.BAD_NODE
     if last.cause is Cause.BAD_NODE and not budgets.leaves_out_bad_nodes and not is_first_failed_check:
         doctor = launcher_command("doctor", f"+cluster={budgets.kind}")
@@ -111,10 +112,10 @@ def decide(last: AttemptEnd, history: Sequence[AttemptEnd], budgets: ManagedSect
 
 
 def describe_repetition(attempts: Sequence[AttemptEnd]) -> str:
-    """Return the message where the same exception came back at the same step after two resumes from one checkpoint, else "".
+    """Return a message if the same exception recurred at the same step after two resumes from one checkpoint; otherwise "".
 
-    A restart of the ranks within an attempt is a resume as well. The last of `attempts` may be one that has not ended: its ranks
-    have, and would be restarted.
+    A restart of the ranks within an attempt also counts as a resume. The last of `attempts` may still be in progress: its ranks
+    have ended and would be restarted.
     """
     last = attempts[-1]
     ends = [end for attempt in attempts for end in _ends_of_ranks(attempt)][-_NUM_REPEATS:]
@@ -129,9 +130,9 @@ def describe_repetition(attempts: Sequence[AttemptEnd]) -> str:
 
 
 def _ends_of_ranks(attempt: AttemptEnd) -> Iterator[tuple[int | None, RestartedRanks]]:
-    """Yield the step from which the ranks began, and how they ended, for each start of the ranks in an attempt.
+    """Yield, for each start of the ranks in an attempt, the step from which they started and how they ended.
 
-    Failures of machines are left out: they say nothing about an exception before and after them.
+    Machine failures are left out: they say nothing about the exceptions before and after them.
     """
     began_step = attempt.began_step
     for ranks in attempt.restarts:
@@ -145,8 +146,8 @@ def _ends_of_ranks(attempt: AttemptEnd) -> Iterator[tuple[int | None, RestartedR
 def _spent(attempts: Sequence[AttemptEnd], budgets: ManagedSection) -> str:
     """Return the message about the budget that the last attempt exceeded; empty if none is exceeded.
 
-    All causes but preemptions are counted from the last attempt that left a newer checkpoint, whose own end counts: it came
-    after that checkpoint.
+    All causes except preemptions are counted from the last attempt that left a newer checkpoint. The end of that attempt counts
+    too, because it came after the checkpoint.
     """
     since = _newest_progress(attempts)
     kinds: tuple[tuple[str, int | None, tuple[Cause, ...]], ...] = (
@@ -172,20 +173,20 @@ def _spent(attempts: Sequence[AttemptEnd], budgets: ManagedSection) -> str:
 
 
 def _newest_progress(attempts: Sequence[AttemptEnd]) -> int:
-    """Return the index of the last attempt that left a newer checkpoint, 0 where none did."""
+    """Return the index of the last attempt that left a newer checkpoint, 0 if none did."""
     return max((i for i, attempt in enumerate(attempts) if _made_progress(attempt)), default=0)
 
 
 def _made_progress(attempt: AttemptEnd) -> bool:
-    """Return whether the attempt left a newer checkpoint than the one that it began with."""
+    """Return whether the attempt left a newer checkpoint than it started with."""
     return attempt.saved_step is not None and (attempt.began_step is None or attempt.saved_step > attempt.began_step)
 
 
 def _stuck(attempts: Sequence[AttemptEnd], budget: int) -> str:
-    """Return the message where more than `budget` attempts in a row left no newer checkpoint; empty otherwise."""
+    """Return a message if more than `budget` consecutive attempts left no newer checkpoint; empty otherwise."""
     in_a_row = 0
     for attempt in attempts:
-        # Failures of machines say nothing about the run, and have budgets of their own.
+        # Machine failures say nothing about the run, and have their own budgets.
         in_a_row = 0 if _made_progress(attempt) or attempt.cause in _OF_THE_MACHINES else in_a_row + 1
     return (
         f"{in_a_row} attempts in a row without a newer checkpoint (cluster.max_no_progress={budget})" if in_a_row > budget else ""

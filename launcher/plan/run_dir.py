@@ -21,7 +21,7 @@ class RunDir:
 
     @classmethod
     def of_plan(cls, plan_path: Path) -> RunDir:
-        """Return the run in whose directory a plan lies: that of the run, or of an attempt."""
+        """Return the run whose directory holds a plan, either the plan of the run or of an attempt."""
         folder = plan_path.parent
         return cls(folder.parents[1] if folder.parent.name == "attempts" else folder)
 
@@ -31,7 +31,7 @@ class RunDir:
 
     @property
     def plans(self) -> Path:
-        """Every plan of the run under its digest, which the checkpoints record."""
+        """All plans of the run, named by their digests, which the checkpoints record."""
         return self.root / "plans"
 
     @property
@@ -43,7 +43,7 @@ class RunDir:
         return self.root / "code"
 
     def earlier_code(self, attempt: int) -> Path:
-        """The code of the attempts up to this one, after a resume replaced it."""
+        """The code of the attempts up to this one, before a resume replaced it."""
         return self.root / f"code-until-attempt-{attempt:03d}"
 
     @property
@@ -52,7 +52,7 @@ class RunDir:
 
     @property
     def largest_batch(self) -> Path:
-        """The record of the plan whose largest batch has fitted."""
+        """The record of the plan whose largest batch fitted."""
         return self.root / "largest-batch.json"
 
     @property
@@ -69,7 +69,7 @@ class RunDir:
 
     @property
     def evaluations(self) -> Path:
-        """One folder for each step that was evaluated."""
+        """One folder per evaluated step."""
         return self.root / "evaluations"
 
     def evaluation(self, step: int) -> Path:
@@ -77,7 +77,7 @@ class RunDir:
 
     @property
     def jobs(self) -> Path:
-        """Batch scripts and output of a scheduler's jobs, one folder per job."""
+        """Batch scripts and output of scheduler jobs, one folder per job."""
         return self.root / "jobs"
 
     @property
@@ -97,7 +97,7 @@ class RunDir:
         return self.root / "driver.json"
 
     def agent_log(self, attempt: int, job: str | None = None) -> Path:
-        """The output of the process that runs an attempt: of a scheduler's job, or of the agent or driver on one machine."""
+        """The output of the process that runs an attempt: a scheduler job, or the agent or driver on one machine."""
         return self.jobs / job / f"{job}_0_log.out" if job else self.attempt(attempt) / "agent.log"
 
     def rank_log(self, attempt: int, rank: int) -> Path:
@@ -105,7 +105,7 @@ class RunDir:
 
 
 def evaluated_step(folder: Path) -> int | None:
-    """Return the step of a folder of `RunDir.evaluations`; None for others, such as a copy that a person has put there."""
+    """Return the step of a folder in `RunDir.evaluations`; None for other folders, such as a person's copy."""
     match = _EVALUATION.fullmatch(folder.name)
     return None if match is None else int(match[1])
 
@@ -114,7 +114,7 @@ def default_name(config: RunConfig, created_at: str, run_file: str | None) -> st
     """Return `<file>-<date>-<time>`, or `<model>-<data>-<date>-<time>` without a run's file, for an ISO time such as
     2026-01-31T09:15:00Z.
     """
-    # Most commands import this module, and need no schema.
+    # Most commands import this module but do not need the schema.
     from launcher.config.sections.fields import derive_name
 
     stamp = re.sub(r"[^0-9]", "", created_at)[:14]

@@ -1,4 +1,4 @@
-"""Settings to begin with for a model, data and machine, each with its reason. Pure.
+"""Suggests initial settings for a model, data and machine, each with its reason. Pure.
 
 The learning rate, the batch, the epochs and the warm-up follow published full-parameter fine-tunes:
 
@@ -8,8 +8,8 @@ The learning rate, the batch, the epochs and the warm-up follow published full-p
     OLMo 2 13B           5e-6, 64 x 4,096        open-instruct, scripts/train/olmo2/finetune_13b.sh (64 GPUs x 1 x 1): 2 epochs
     Tulu 3 8B, 70B       5e-6, 2e-6, 128 x 4,096 model card of allenai/Llama-3.1-Tulu-3-8B-SFT; Lambert et al., arXiv:2411.15124
 
-The rate is the power law through OLMo 2 1B and Tulu 3 70B, at most 1e-4: all of these but SmolLM2's are within a factor of three.
-Outside of 1 to 70 billion parameters it is extrapolated, and the reason that a person reads says so.
+The learning rate is the power law through OLMo 2 1B and Tulu 3 70B, at most 1e-4. All of these rates except SmolLM2's are within
+a factor of three of it. Outside 1 to 70 billion parameters it is extrapolated, and the displayed reason says so.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from launcher.plan.quantities import format_count
 
 _RATE_OF_1B, _RATE_EXPONENT, _MAX_RATE = 3e-5, -0.64, 1e-4
 _ROUND_RATES = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
-# Of OLMo 2 1B and Tulu 3: 128 rows of 4,096 tokens. A CPU would take minutes for such a step.
+# As in OLMo 2 1B and Tulu 3: 128 rows of 4,096 tokens. A CPU would take minutes for such a step.
 _MAX_STEP_TOKENS = {"cuda": 128 * 4096, "cpu": 8192}
-# Optimizer steps that a run on little data has at least, where its batch can be that small.
+# Minimum number of optimizer steps for a run on little data, if its batch can be that small.
 _MIN_STEPS = 100
 _WARMUP_SHARE = 0.03
 _LENGTHS = {"cuda": (2048, 32768), "cpu": (256, 4096)}
-# Tokens counted by characters may be more.
+# Counting tokens by characters may underestimate them.
 _ESTIMATE_MARGIN = 1.25
 _NUM_EVALUATIONS, _NUM_CHECKPOINTS = 10, 5
 # Share of a GPU that model states may take; activations and gathered weights need the rest.
@@ -38,7 +38,7 @@ _MAX_STATES_SHARE = 0.7
 
 @dataclass(frozen=True)
 class DataSample:
-    """What a look at the data found: documents, and tokens of one; `is_measured` is False if characters were counted."""
+    """Statistics of a data sample: documents, and tokens per document; `is_measured` is False if characters were counted."""
 
     num_documents: int
     mean_tokens: float
@@ -49,7 +49,7 @@ class DataSample:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the run will be: its ranks, cuda or cpu, and the memory of one device in GiB."""
+    """Where the run will execute: its ranks, cuda or cpu, and the memory of one device in GiB."""
 
     world_size: int
     device: str
@@ -58,7 +58,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A setting with its value, and why it has this value."""
+    """A setting, its value, and the reason for the value."""
 
     key: str
     value: Any
@@ -68,7 +68,7 @@ class Suggestion:
 def suggest(
     num_params: int, max_positions: int | None, data: DataSample, machine: Machine, chosen: Mapping[str, Any] | None = None
 ) -> list[Suggestion]:
-    """Return the settings to begin with, without those that are `chosen`: what depends on them follows their values."""
+    """Return suggested settings, except those that are `chosen`; dependent settings follow the chosen values."""
     chosen = chosen or {}
     length = chosen.get("data.max_length") or _length(max_positions, data, machine.device)
     usual_epochs = 1 if data.num_documents >= 1_000_000 else 2 if data.num_documents >= 10_000 else 3
@@ -107,7 +107,7 @@ def needs_offload(states_gib: float, machine: Machine) -> bool:
 
 
 _RATE_SOURCE = "those of OLMo 2 1B (3e-5) and Tulu 3 70B (2e-6), arXiv:2501.00656 and 2411.15124"
-# Models that are named 1B and 70B.
+# Sizes of the models that are named 1B and 70B.
 _PUBLISHED_SIZES = (0.9e9, 75e9)
 
 
@@ -124,7 +124,7 @@ def _rate_reason(num_params: int) -> str:
 
 
 def _length(max_positions: int | None, data: DataSample, device: str) -> int:
-    """Return the power of two that holds 99 of 100 documents, within what the model and the device take."""
+    """Return the power of two that holds 99 of 100 documents, within the limits of the model and the device."""
     tokens = data.p99_tokens * (1 if data.is_measured else _ESTIMATE_MARGIN)
     low, high = _LENGTHS[device]
     wanted = min(high, max(low, 1 << max(4, math.ceil(math.log2(max(1, tokens))))))
@@ -132,7 +132,7 @@ def _length(max_positions: int | None, data: DataSample, device: str) -> int:
 
 
 def _batch(num_rows: int, length: int, machine: Machine) -> int:
-    """Return a multiple of the ranks: as many tokens as published runs have in a step, fewer where the data has few rows."""
+    """Return a multiple of the ranks with as many tokens per step as in published runs, or fewer if the data has few rows."""
     wanted = min(_MAX_STEP_TOKENS[machine.device] // length, num_rows // _MIN_STEPS)
     per_rank = max(1, wanted // machine.world_size)
     return machine.world_size * (1 << (per_rank.bit_length() - 1))
@@ -181,5 +181,5 @@ def _batch_reason(batch: int, length: int, steps: int, machine: Machine) -> str:
 
 
 def _size(num_params: int) -> str:
-    # Three digits of 999,900,000 are 1.00 billion.
+    # With three digits, 999,900,000 would be 1.00 billion.
     return f"{num_params / 1e9:.2f} billion" if num_params >= 999.5e6 else f"{num_params / 1e6:.3g} million"

@@ -1,18 +1,18 @@
-"""Expected tokens per second, hours and cost of a run, as ranges: from the MFU of an earlier run, or from published ones. Pure.
+"""Expected tokens per second, hours and cost of a run, as ranges: from the MFU of an earlier run, or from published runs. Pure.
 
 Published MFU: the bf16 tables of scripts/train/benchmarking/README.md in mosaicml/llm-foundry (22 April 2024), with rows of 1,024
 to 8,192 tokens, on 8 to 512 GPUs, FSDP with FlashAttention, for dense models of 125 million to 70 billion parameters. That page
 counts attention over the whole square of a row. Here it is counted as in `train_flops`, over the causal half: (MFU* + MFU) / 2 of
-the page's formulas. The nodes of its A100s had 1,600 Gbit/s between them.
+the page's formulas. Its A100 nodes were connected with 1,600 Gbit/s.
 
 ZERO3_SHARE lowers the low end: DeepSpeed ZeRO-3 with transformers reached an MFU of 0.40 with a model of 7 billion parameters on
-four A100s (huggingface.co/blog/deepspeed-to-fsdp-and-back, June 2024), where that page has a median of 0.57 for such a model. It
-covers what torchtitan measured without compiling, too: 0.33 with Llama 3.1 8B on eight H100s, where the page's lowest is 0.326
+four A100s (huggingface.co/blog/deepspeed-to-fsdp-and-back, June 2024), while the page's median for such a model is 0.57. It also
+covers torchtitan's measurement without compilation: 0.33 with Llama 3.1 8B on eight H100s, where the page's lowest is 0.326
 (benchmarks/llama3_h100_202412_torchtitan.md in pytorch/torchtitan).
 
-Two things lower the low end further. ZeRO-3 gathers all weights twice and reduces all gradients once for each micro-batch
-(Rajbhandari et al., arXiv:1910.02054, section 7), which a small one does not hide: below FULL_TOKENS the low end is in
-proportion to its tokens. Between nodes this traffic takes its time at ASSUMED_GBITS, added to that of the computation.
+Two effects lower the low end further. For each micro-batch, ZeRO-3 gathers all weights twice and reduces all gradients once
+(Rajbhandari et al., arXiv:1910.02054, section 7), which a small micro-batch does not hide: below FULL_TOKENS the low end is
+proportional to its tokens. Between nodes, this traffic takes its time at ASSUMED_GBITS, in addition to the computation.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 
 ZERO3_SHARE = 0.7
-# Tokens of a micro-batch from which the published MFU is taken as it is, and below which there is no estimate.
+# From FULL_TOKENS per micro-batch, the published MFU is used as it is. Below MIN_TOKENS there is no estimate.
 FULL_TOKENS, MIN_TOKENS = 4096, 1024
-# Of each node: one network adapter of 400 Gbit/s. Nodes for training have up to eight, others 100 Gbit/s or less.
+# Per node: one network adapter of 400 Gbit/s. Training nodes have up to eight; other nodes have 100 Gbit/s or less.
 ASSUMED_GBITS = 400
 _BYTES_PER_PARAM = 3 * 2
 _SOURCE = "published for FSDP (LLM Foundry, 2024-04)"
@@ -46,7 +46,7 @@ _H100 = (
     *(None, None, (0.272, 0.380), (0.306, 0.404), (0.336, 0.448)),
     *((0.326, 0.447), (0.384, 0.436), (0.275, 0.429), (0.354, 0.425)),
 )
-# H200 and GH200 have the chip of the H100, with more memory.
+# H200 and GH200 use the chip of the H100, with more memory.
 _PUBLISHED: dict[str, tuple[tuple[float, float] | None, ...]] = {
     "A100-40GB": _A100_40GB,
     "A100-80GB": _A100_80GB,
@@ -68,9 +68,9 @@ class MeasuredMfu:
 
 @dataclass(frozen=True)
 class SpeedEstimate:
-    """What a run is expected to take, each as (lowest, highest); None if it is not known.
+    """The expected numbers of a run, each as (lowest, highest); None if unknown.
 
-    `basis` is what the figures rest on. Where there are none, it is the reason.
+    `basis` is the source of the figures or, without figures, the reason.
     """
 
     basis: str
@@ -88,7 +88,7 @@ def peak_tflops(plan: LaunchPlan, gpu: str) -> float | None:
 
 
 def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> SpeedEstimate:
-    """Estimate what the training steps of a run take, without evaluation, checkpoints and start.
+    """Estimate the training steps of a run, without evaluation, checkpoints and start-up.
 
     `gpu` is the name of the run's GPUs, `measured` the MFU of an earlier run.
     """
@@ -101,7 +101,7 @@ def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> 
         return SpeedEstimate(f"the launcher does not know the FLOPs of {plan.model.config.get('model_type')}")
     tokens_per_step = plan.batch.tokens_per_step or plan.batch.max_tokens_per_step
     micro_batch_tokens = tokens_per_step / (plan.batch.accumulation * plan.topology.world_size)
-    # What was measured on several nodes includes their network.
+    # Measurements on several nodes already include their network.
     adds_network = plan.topology.nodes > 1
     if measured is not None:
         low, high = measured.low, measured.high
@@ -137,7 +137,7 @@ def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> 
 
 
 def _with_network(plan: LaunchPlan, mfu: float, peak: float, flops: float, micro_batch_tokens: float) -> float:
-    """Return the MFU where the traffic between nodes adds its whole time to that of each micro-batch."""
+    """Return the MFU if the traffic between nodes adds its whole time to each micro-batch."""
     nodes = plan.topology.nodes
     num_bytes = _BYTES_PER_PARAM * plan.model.num_params * (nodes - 1) / nodes
     ideal_s = micro_batch_tokens * flops / (peak * 1e12)
@@ -145,7 +145,7 @@ def _with_network(plan: LaunchPlan, mfu: float, peak: float, flops: float, micro
 
 
 def _flops_per_token(plan: LaunchPlan) -> float | None:
-    """Return the FLOPs of a token: in a document of mean length, or without data in one that fills a row and is all trained."""
+    """Return the FLOPs per token, in a document of mean length; without data, in a fully trained document that fills a row."""
     flops, data = train_flops(plan.model), plan.data
     if flops is None:
         return None

@@ -1,7 +1,7 @@
-"""Activations of a decoder layer that wait for the backward pass, in bytes for each token. Pure.
+"""Activations of a decoder layer that wait for the backward pass, in bytes per token. Pure.
 
-What autograd keeps was read from the layers of transformers 5.24 with saved_tensors_hooks, and benchmarks/memory_plan.py measures
-it again: H is the hidden size, w the bytes of an element, and sums in fp32 have 4.
+The tensors that autograd keeps were read from the layers of transformers 5.24 with saved_tensors_hooks; benchmarks/memory_plan.py
+measures them again. H is the hidden size, w the bytes per element; fp32 sums take 4 bytes.
 
     norm          its input in fp32 and its output before the weight: 4H + wH, or 8H in architectures that multiply in fp32
     attention     queries, keys, values, output and the sums of the softmax: w (2q + 2kv) + 4 heads
@@ -9,8 +9,8 @@ it again: H is the hidden size, w the bytes of an element, and sums in fp32 have
     experts       for each of the k chosen ones: input and output wH, and 4wI
     projections   their inputs: wH each, where a norm comes before
 
-Liger's kernels keep a norm's input alone and compute the activated gate again; these terms are not measured. A compiled dense
-layer keeps the same (benchmarks/compiled_memory.py measures it on CPUs).
+Liger's kernels keep only a norm's input and recompute the activated gate; these terms are not measured. A compiled dense layer
+keeps the same (benchmarks/compiled_memory.py measures it on CPUs).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ FP32 = 4
 # Elements of 8, 4 and 2 bytes that route a token to one expert: indices, their order and its inverse, weights.
 _ROUTING_BYTES = 38
 FLASH_KERNELS = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen")
-# Norms that multiply with their weight in fp32.
+# Architectures whose norms multiply by their weight in fp32.
 _WIDE_NORMS = ("gemma", "gemma2", "gemma3_text", "olmo2", "olmo3")
-# Norms after attention and MLP only, or before and after both.
+# Architectures with norms only after attention and MLP, or both before and after.
 _POST_NORMS, _FOUR_NORMS = ("olmo2", "olmo3"), ("gemma2", "gemma3_text")
 _HEAD_NORMS, _QK_NORMS = ("qwen3", "qwen3_moe", "gemma3_text"), ("olmo2", "olmo3", "olmoe")
-# Queries, keys and values are one product, whose memory is kept as long as the values; dropout copies the output.
+# Queries, keys and values are one product, whose memory is kept as long as the values are; dropout copies the output.
 _FUSED_QKV = ("phi3",)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """How a layer computes: bytes of an element, attention kernel, tokens of a row, whether rows are packed, Liger, FP8.
+    """How a layer computes: bytes per element, attention kernel, tokens per row, whether rows are packed, Liger, FP8.
 
     `compiled` is whether torch.compile makes its kernels.
     """
@@ -50,16 +50,16 @@ class Kernels:
 
     @property
     def is_fused(self) -> bool:
-        """Whether elementwise operations are fused, and keep their inputs alone."""
+        """Whether elementwise operations are fused and keep only their inputs."""
         return self.liger or self.compiled
 
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Bytes for each token of one layer.
+    """Bytes per token of one layer.
 
-    `saved` wait for the backward pass; `recomputed` are those that exist once more while a checkpointed layer is recomputed;
-    `backward` are the gradients and temporary values at the peak of its backward pass.
+    `saved` wait for the backward pass; `recomputed` exist a second time while a checkpointed layer is recomputed; `backward` are
+    the gradients and temporary values at the peak of its backward pass.
     """
 
     saved: int
@@ -68,19 +68,20 @@ class LayerActivations:
 
 
 def layer_activations(model: ModelFacts, layer: int, kernels: Kernels) -> LayerActivations:
-    """Return the activations of a layer in bytes for each token."""
+    """Return the activations of a layer in bytes per token."""
     hidden, width = model.hidden_size, kernels.width
     model_type = str(model.config.get("model_type"))
     wide, experts = model_type in _WIDE_NORMS, is_sparse(model.config, layer)
     post_norms = model_type in (*_POST_NORMS, *_FOUR_NORMS)
     saved = num_layer_norms(model) * _norm(hidden, 1, wide, kernels)
-    # Inputs of the projections of attention and of the MLP; without a norm before, in fp32 that of attention is the layer's.
+    # Inputs of the projections of attention and of the MLP. In fp32, without a preceding norm, the input of attention is the
+    # layer's.
     saved += 2 * width * hidden
     saved += _attention(model, model_type, wide, kernels)
     saved += _experts(model, kernels) if experts else _mlp(model.intermediate_size, kernels)
     if experts and (shared := model.config.get("shared_expert_intermediate_size")):
         saved += _mlp(shared, kernels) + 2 * width * hidden
-    # In fp32 a norm keeps its input as it is, which a checkpoint holds as well.
+    # In fp32 a norm keeps its input itself, which a checkpoint holds too.
     recomputed = saved - (width * hidden if width == FP32 else 0)
     backward = _mlp_backward(model, experts, kernels) - (_norm(hidden, 0, wide, kernels) if post_norms else 0)
     if post_norms:
@@ -89,7 +90,7 @@ def layer_activations(model: ModelFacts, layer: int, kernels: Kernels) -> LayerA
 
 
 def num_layer_norms(model: ModelFacts) -> int:
-    """Return the norms of a layer over its hidden states."""
+    """Return the number of a layer's norms over its hidden states."""
     return 4 if str(model.config.get("model_type")) in _FOUR_NORMS else 2
 
 
@@ -99,18 +100,18 @@ def has_query_key_norms(model: ModelFacts) -> bool:
 
 
 def has_wide_norms(model: ModelFacts) -> bool:
-    """Return whether norms multiply with their weight in fp32."""
+    """Return whether norms multiply by their weight in fp32."""
     return str(model.config.get("model_type")) in _WIDE_NORMS
 
 
 def final_norm_bytes(model: ModelFacts, kernels: Kernels) -> tuple[int, int]:
-    """Return the bytes for each token of the norm before the head: what it keeps, and its peak in the backward pass."""
-    # It is in no layer, and so not compiled.
+    """Return the bytes per token of the norm before the head: those that it keeps, and its peak in the backward pass."""
+    # This norm is in no layer, so it is not compiled.
     return _norm(model.hidden_size, 1, has_wide_norms(model), replace(kernels, compiled=False)), 6 * FP32 * model.hidden_size
 
 
 def shared_bytes(model: ModelFacts, kernels: Kernels) -> int:
-    """Return the bytes for each token that all layers share: rotary tables, token ids, positions, and an attention mask."""
+    """Return the bytes per token that all layers share: rotary tables, token ids, positions, and an attention mask."""
     kinds = 2 if str(model.config.get("model_type")) == "gemma3_text" else 1
     mask = kernels.row_tokens if kernels.packed and kernels.attention not in FLASH_KERNELS else 0
     return 2 * kinds * kernels.width * model.head_dim + 16 + mask
@@ -138,12 +139,12 @@ def _attention(model: ModelFacts, model_type: str, wide: bool, kernels: Kernels)
     if model_type in _FUSED_QKV:
         saved += width * (2 * query + key_value)
     masked = kernels.packed and kernels.attention not in FLASH_KERNELS
-    # A mask switches off grouped queries: keys and values are repeated for each head.
+    # A mask disables grouped queries: keys and values are repeated for each head.
     keys_values = 2 * query if masked or kernels.attention == "eager" else 2 * key_value
     saved += width * (2 * query + keys_values)
     if kernels.attention == "eager":
         return saved + (FP32 + 2 * width) * heads * kernels.row_tokens
-    # SDPA turns the mask into numbers that it adds, in every layer.
+    # SDPA converts the mask to numbers that it adds, in every layer.
     return saved + FP32 * heads + (width * kernels.row_tokens if masked else 0)
 
 

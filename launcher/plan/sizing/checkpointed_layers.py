@@ -9,10 +9,10 @@ _EVERY = re.compile(r"every ([1-9][0-9]{0,3})")
 
 
 def interval(checkpointing: str) -> int:
-    """Return N where every Nth layer is recomputed: 1 for `all`, 0 for `none`.
+    """Return N if every Nth layer is recomputed: 1 for `all`, 0 for `none`.
 
     Raises:
-        ValueError: for another value, `auto` included.
+        ValueError: for any other value, including `auto`.
     """
     if checkpointing in (ALL, NONE):
         return int(checkpointing == ALL)
@@ -23,10 +23,10 @@ def interval(checkpointing: str) -> int:
 
 
 def checkpointed_layers(checkpointing: str, num_layers: int) -> tuple[bool, ...]:
-    """Return for each layer whether it is recomputed: with `every N`, layers 0, N, 2N and so on.
+    """Return, for each layer, whether it is recomputed: with `every N`, layers 0, N, 2N and so on.
 
-    A recomputed layer needs the memory of a layer's activations once more. Where the last layer is not recomputed, its own are
-    free again by then.
+    A recomputed layer needs the memory of a layer's activations a second time. If the last layer is not recomputed, its own
+    activations are free by then.
     """
     every = interval(checkpointing)
     return tuple(every > 0 and layer % every == 0 for layer in range(num_layers))

@@ -1,6 +1,6 @@
-"""The combinations of micro-batch, checkpointing, kernels, hpZ and offload that a run could use, each with peak memory and speed.
+"""Combinations of micro-batch, checkpointing, kernels, hpZ and offload that a run could use, with their peak memory and speed.
 
-The plan takes the fastest of those that the settings allow and that fit; the others show what an override would bring. Pure.
+The plan takes the fastest combination that the settings allow and that fits. The others show what an override would gain. Pure.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from launcher.plan.sizing.kernels import attention_kernel, has_liger_kernels
 from launcher.plan.sizing.peak_memory import Pass, Sharding, estimate_peak
 from launcher.plan.sizing.step_time import Documents, Rates, StepTime, Transfers, gpu_rates, predict_step
 
-# The share of a GPU's memory up to which a combination fits, and the one that is preferred while no GPU of the type was measured.
+# A combination fits up to USABLE_SHARE of a GPU's memory; up to PREFERRED_SHARE is preferred until a GPU of the type is measured.
 USABLE_SHARE, PREFERRED_SHARE = 0.95, 0.90
-# Combinations this near to the fastest count as equal, and the one with the smallest peak is chosen.
+# Combinations this close to the fastest count as equal; the one with the smallest peak is chosen.
 _AS_FAST = 0.98
-# Most tokens of one forward pass that are tried: above, a step takes no less time.
+# Largest number of tokens per forward pass to try: beyond it, a step is not faster.
 _MOST_TOKENS = 32_768
 _CHECKPOINTING = (NONE, "every 4", "every 3", "every 2", ALL)
-# Tokens of a forward pass, or arithmetic of a forward and backward pass, from which a GPU does not wait for Python.
+# From this many tokens per forward pass, or FLOPs per forward and backward pass, a GPU does not wait for Python.
 _BUSY_TOKENS, _MOST_BUSY_TOKENS, _BUSY_FLOPS = 8192, 131_072, 1.4e14
-# Decoder layers are gathered module by module, as a whole (deepspeed.whole_layers), or compiled as well (model.compile).
+# How decoder layers are gathered: module by module, as a whole (deepspeed.whole_layers), or whole and compiled (model.compile).
 LAYERS = BY_MODULE, WHOLE, COMPILED = ("by module", "whole", "compiled")
-# Tokens of a chunk of logits that are tried.
+# Numbers of tokens per chunk of logits to try.
 _CHUNK_TOKENS = (4096, 2048, 1024, 512, 256)
 
 
 @dataclass(frozen=True)
 class Combination:
-    """Settings that decide memory and speed, and are the user's to override; `overrides` is how.
+    """Settings that decide memory and speed and that the user can override with `overrides`.
 
     `layers` is how decoder layers are gathered and computed: one of LAYERS.
     """
@@ -65,10 +65,10 @@ class Combination:
 
 @dataclass(frozen=True)
 class Considered:
-    """A combination with its peak memory, and the predicted step and tokens per second over all ranks; None if unknown.
+    """A combination with its peak memory, the predicted step and the tokens per second over all ranks; None if unknown.
 
-    `is_allowed` is whether the settings leave it to the plan; `host_gib` is what it needs of a node's main memory, and
-    `chunk_tokens` the trained tokens whose logits exist at one time.
+    `is_allowed` is whether the settings leave it to the plan. `host_gib` is the main memory that it needs per node, and
+    `chunk_tokens` the number of trained tokens whose logits exist at a time.
     """
 
     combination: Combination
@@ -84,9 +84,9 @@ class Considered:
 
 @dataclass(frozen=True)
 class Situation:
-    """What combinations are tried for: settings, model, data, ranks, and the GPU's type and memory, None if unknown.
+    """The inputs for trying combinations: settings, model, data, ranks, and the GPU's type and memory, None if unknown.
 
-    `liger` is what model.liger has become. `rates` replace those of the GPU.
+    `liger` is the decided model.liger. `rates` replace those of the GPU.
     """
 
     config: RunConfig
@@ -100,10 +100,10 @@ class Situation:
 
 
 def choose(situation: Situation) -> Considered:
-    """Return the combination of a run: the fastest that the settings allow and that fits, or else the smallest.
+    """Return the combination for a run: the fastest that the settings allow and that fits, or else the smallest.
 
-    Where nothing is known of the GPUs, or on CPUs, the micro-batch follows the tokens of a forward pass, and large models on
-    GPUs recompute all layers.
+    On CPUs, or if nothing is known about the GPUs, the micro-batch follows the tokens of a forward pass; large models on GPUs
+    recompute all layers.
 
     Raises:
         ConfigError: if the global batch does not divide over the ranks, or the rows of a rank over the micro-batch.
@@ -125,13 +125,13 @@ def choose(situation: Situation) -> Considered:
         return min(fitting, key=_preference)
     fastest = max(one.tokens_per_sec or 0.0 for one in fitting)
     as_fast = [one for one in fitting if (one.tokens_per_sec or 0.0) >= _AS_FAST * fastest]
-    # Of those as fast, the ones nearest to the tokens that keep a GPU busy: hooks and launches may take longer than assumed.
+    # Among equally fast ones, prefer the tokens that keep a GPU busy, because hooks and launches may take longer than assumed.
     target, row = _busy_tokens(situation.model.num_params), config.data.max_length
     return min(as_fast, key=lambda one: (max(0, target - one.batch.micro_batch_size * row), one.peak.peak_gib))
 
 
 def as_set(situation: Situation, micro_batch_size: int, checkpointing: str) -> Combination:
-    """Return the combination of this micro-batch and these recomputed layers with all else as it is set."""
+    """Return the combination with this micro-batch and these recomputed layers, and everything else as configured."""
     config = situation.config
     return Combination(
         micro_batch_size,
@@ -145,7 +145,7 @@ def as_set(situation: Situation, micro_batch_size: int, checkpointing: str) -> C
 
 
 def considered(situation: Situation) -> list[Considered]:
-    """Return the chosen combination and its alternatives, those that the settings exclude among them; the fastest first."""
+    """Return the chosen combination and its alternatives, including those that the settings exclude, fastest first."""
     chosen = choose(situation)
     base = chosen.combination
     config, ranks = situation.config, situation.topology.ranks_per_node
@@ -166,7 +166,7 @@ def considered(situation: Situation) -> list[Considered]:
     if base.offload_optimizer != "none":
         variants.append(replace(base, offload_optimizer="none", offload_params="none"))
     for variant in variants:
-        # Each with the micro-batch and the layers that suit it.
+        # Each with the micro-batch and the recomputed layers that suit it.
         options = [evaluate(situation, one, is_allowed=False) for one in (variant, *_allowed(situation, variant))]
         fitting = [one for one in options if one.fits] or [min(options, key=lambda one: one.peak.peak_gib)]
         best = max(fitting, key=lambda one: one.tokens_per_sec or 0.0)
@@ -175,7 +175,7 @@ def considered(situation: Situation) -> list[Considered]:
 
 
 def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -> Considered:
-    """Return a combination with its peak memory and speed."""
+    """Return a combination together with its peak memory and speed."""
     config, model, topology = situation.config, situation.model, situation.topology
     deepspeed = _section(config.deepspeed, combination)
     train = config.train.model_copy(update={"micro_batch_size": combination.micro_batch_size})
@@ -229,10 +229,10 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
 def _with_largest_chunk(
     model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: GpuType, device_gib: float
 ) -> tuple[Pass, PeakMemory]:
-    """Return the pass whose loss takes the most tokens at one time with which it fits, and its peak; else the smallest.
+    """Return the pass with the largest chunk of the loss that fits, and its peak; if none fits, the smallest chunk.
 
-    The sum of the head's gradient is read and written once for each chunk: on an H100, chunks of 1024 tokens take a fourth of
-    the head's time for that, and chunks of 4096 tokens a sixteenth.
+    The sum of the head's gradient is read and written once per chunk. On an H100 this takes a fourth of the head's time with
+    chunks of 1024 tokens, and a sixteenth with chunks of 4096 tokens.
     """
     tried = [replace(one_pass, chunk_tokens=size) for size in _CHUNK_TOKENS]
     peaks = [estimate_peak(model, one, sharding, gpu) for one in tried]
@@ -244,7 +244,7 @@ def _with_largest_chunk(
 
 
 def _allowed(situation: Situation, base: Combination) -> Iterator[Combination]:
-    """Yield the combinations with other micro-batches and layers, as far as these are left to the plan."""
+    """Yield the combinations with other micro-batches and layers, if the settings leave these to the plan."""
     config, per_rank = situation.config, situation.config.train.global_batch_size // situation.topology.world_size
     sizes = [base.micro_batch_size]
     if config.train.micro_batch_size is None:
@@ -255,7 +255,7 @@ def _allowed(situation: Situation, base: Combination) -> Iterator[Combination]:
 
 
 def _busy_tokens(num_params: int) -> int:
-    """Return the tokens of a forward pass that keep a GPU busy between DeepSpeed's hooks: more for small models."""
+    """Return the tokens per forward pass that keep a GPU busy between DeepSpeed's hooks: more for small models."""
     return min(_MOST_BUSY_TOKENS, max(_BUSY_TOKENS, round(_BUSY_FLOPS / (6 * max(1, num_params)))))
 
 
@@ -267,7 +267,7 @@ def _usual_checkpointing(situation: Situation) -> str:
 
 
 def _preference(one: Considered) -> tuple[float, int]:
-    """Without a prediction, order by less recomputation, then by more tokens in a forward pass."""
+    """Return the sort key without a prediction: less recomputation first, then more tokens per forward pass."""
     every = interval(one.combination.checkpointing)
     return 1 / every if every else 0.0, -one.combination.micro_batch_size
 
@@ -292,7 +292,7 @@ def _predict(situation: Situation, split: Batch, transfers: Transfers, one_pass:
 
 
 def _documents(data: DataFacts | None, row_tokens: int) -> Documents:
-    """Return the mean document of the data; without data, one that fills a row and is all trained."""
+    """Return the mean document of the data; without data, a fully trained document that fills a row."""
     if data is None or not data.num_docs or not data.num_tokens:
         return Documents(row_tokens)
     return Documents(max(1, round(data.num_tokens / data.num_docs)), data.num_trained_tokens / data.num_tokens)

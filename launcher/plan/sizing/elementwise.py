@@ -1,9 +1,9 @@
 """Bytes that operations other than matrix products and attention read and write in a forward and backward pass. Pure.
 
-Norms, the rotary embedding, the gate of the MLP, sums and the loss do little arithmetic: their time is that of the memory. The
+Norms, rotary embedding, the MLP's gate, sums and the loss do little arithmetic, so memory bandwidth determines their time. The
 bytes were counted in the layers of transformers 5.24, where each operation reads its inputs and writes its output
-(tests/plan/test_step_time.py measures them with fake tensors). H is the hidden size, w the bytes of an element, q and kv the
-widths of queries and keys, I the intermediate size, V the vocabulary:
+(tests/plan/test_step_time.py measures them with fake tensors). H is the hidden size, w the bytes per element, q and kv the widths
+of queries and keys, I the intermediate size, V the vocabulary:
 
     norm                (124 + 2w) H    about ten operations in fp32, most of them backward; 28H more where the weight is in fp32
     rotary embedding    23w (q + kv)    halves negated and joined, two products and a sum
@@ -14,8 +14,8 @@ widths of queries and keys, I the intermediate size, V the vocabulary:
     head's weight       its gradient is filled, read and written for each chunk of tokens, in fp32 where there are several, and
                         scaled; a tied one is added to that of the embedding
 
-Liger's kernels read and write each tensor once: 10w H, 4w (q + kv) and 8w I. What torch's compiler fuses is taken to leave
-COMPILED_SHARE; neither is verified on a GPU.
+Liger's kernels read and write each tensor once: 10w H, 4w (q + kv) and 8w I. The fusions of torch's compiler are assumed to leave
+COMPILED_SHARE. Neither is verified on a GPU.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from launcher.plan.architecture import is_sparse
 from launcher.plan.launch_plan import ModelFacts
 from launcher.plan.sizing.activations import FP32, Kernels, expert_size, has_query_key_norms, has_wide_norms, num_layer_norms
 
-# The share of a layer's bytes that its forward pass moves: a recomputed layer moves them again.
+# Share of a layer's bytes that its forward pass moves; a recomputed layer moves them again.
 FORWARD_SHARE = 0.30
 COMPILED_SHARE = 0.6
 LOGIT_BYTES = 40
 
 
 def _bytes_of_layer(model: ModelFacts, layer: int, kernels: Kernels) -> float:
-    """Return the bytes that the forward and backward pass of a layer move for each token, besides products and attention."""
+    """Return the bytes per token that a layer's forward and backward pass move, excluding products and attention."""
     width, hidden = kernels.width, model.hidden_size
     query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     norm = 124 + 2 * width + (28 if has_wide_norms(model) else 0)
@@ -56,13 +56,13 @@ def _bytes_of_layer(model: ModelFacts, layer: int, kernels: Kernels) -> float:
 
 
 def bytes_of_layers(model: ModelFacts, kernels: Kernels, recomputed_share: float) -> float:
-    """Return the bytes that all layers move for each token; `recomputed_share` of them compute their forward pass again."""
+    """Return the bytes per token that all layers move; `recomputed_share` of them repeat their forward pass."""
     layers = sum(_bytes_of_layer(model, layer, kernels) for layer in range(model.num_layers))
     return layers * (1 + FORWARD_SHARE * recomputed_share)
 
 
 def bytes_of_loss(model: ModelFacts, width: int, trained_tokens: float, chunk_tokens: int) -> float:
-    """Return the bytes that the loss of so many tokens moves besides its products, with logits of a chunk of them at one time."""
+    """Return the bytes that the loss moves excluding its products, with the logits of `chunk_tokens` at a time."""
     num_chunks = max(1, math.ceil(trained_tokens / chunk_tokens))
     of_weight = 2 * (FP32 if num_chunks > 1 else width) * num_chunks + 3 * width + (4 * width if model.tie_word_embeddings else 0)
     return model.vocab_size * (LOGIT_BYTES * trained_tokens + of_weight * model.hidden_size)

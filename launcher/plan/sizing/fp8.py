@@ -1,7 +1,7 @@
-"""Linear layers in FP8 (model.fp8): where they can be used, and what the plan assumes of their memory and speed. Pure.
+"""Linear layers in FP8 (model.fp8): where they can be used, and what the plan assumes about their memory and speed. Pure.
 
-Ranks compute them with torchao (launcher/train/kernels/fp8.py). The rates and the bytes below follow from its code and from
-published runs; no GPU was measured. With fake tensors, casts that are not compiled take 0 to 30% less than their bytes here.
+Ranks compute them with torchao (launcher/train/kernels/fp8.py). The rates and bytes below follow from its code and from published
+runs; no GPU was measured. With fake tensors, casts that are not compiled take 0 to 30% less than their bytes here.
 benchmarks/gpu.py measures the rates for the row of a GPU in launcher/plan/gpu_types.py.
 """
 
@@ -16,21 +16,21 @@ from launcher.plan.gpu_types import GPUS, GpuType, lookup
 from launcher.plan.launch_plan import ModelFacts, Topology
 from launcher.plan.sizing.activations import Kernels
 
-# The tensor cores take matrices whose sizes are multiples of it.
+# Tensor cores accept only matrices whose sizes are multiples of this.
 MULTIPLE = 16
-# Types that have FP8 units, and no products with a scale for each row: Ada, and AMD's, whose FP8 is another format.
+# Types that have FP8 units but no products with one scale per row: Ada, and AMD's, whose FP8 is another format.
 _WITHOUT_ROW_SCALES = ("L4", "L40S", "RTX-4090", "MI300X", "MI325X")
-# The share that FP8 reaches of its peak, in terms of the share that bf16 reaches of its own, which is half as high; casts are
+# The share of its peak that FP8 reaches, relative to the share that bf16 reaches of its own, which is half as high; casts are
 # included. Assumed for GPUs whose rows have no measured speed. Compiled, products are 1.1 times as fast as in bf16: torchtitan
-# measured 1.11 for a whole step with torchao's scales by row (Llama 3 8B on 8 H100: 6,412 against 5,760 tokens/s; commit
-# 7a04053). Not compiled, a cast moves about 36 bytes for each element, and products take twice as long as in bf16.
+# measured 1.11 for a whole step with torchao's row-wise scales (Llama 3 8B on 8 H100: 6,412 against 5,760 tokens/s; commit
+# 7a04053). Not compiled, a cast moves about 36 bytes per element, and products take twice as long as in bf16.
 _COMPILED_SHARE, _EAGER_SHARE = 0.55, 0.25
-# Bytes of an element that a cast holds beside its result where it is not compiled: two copies in fp32.
+# Bytes per element that a cast holds in addition to its result if it is not compiled: two copies in fp32.
 _EAGER_CAST = 8
 
 
 def fp8_problems(config: RunConfig, model: ModelFacts, topology: Topology, gpu_name: str) -> Iterator[Problem]:
-    """Yield why model.fp8 cannot be used, as far as it is known before the ranks try it."""
+    """Yield the reasons why model.fp8 cannot be used, as far as they are known before the ranks try it."""
     if not config.model.fp8:
         return
     where, without = "model.fp8", "set model.fp8=false"
@@ -51,7 +51,7 @@ def fp8_problems(config: RunConfig, model: ModelFacts, topology: Topology, gpu_n
 
 
 def fp8_warning(config: RunConfig) -> str | None:
-    """Return what is probably a mistake about model.fp8, None if nothing is."""
+    """Return a warning about a probable mistake with model.fp8, None if there is none."""
     if config.model.fp8 and not config.model.compile:
         return (
             "model.fp8=true without model.compile=true is expected to be slower than bf16, because casts to FP8 that are not "
@@ -61,9 +61,9 @@ def fp8_warning(config: RunConfig) -> str | None:
 
 
 def fp8_share(model: ModelFacts, num_weights: float) -> float:
-    """Return the share of the weights that multiply a token in decoder layers, `num_weights`, that are multiplied in FP8.
+    """Return the share of `num_weights`, the weights that multiply a token in decoder layers, that is multiplied in FP8.
 
-    Experts are no linear layers, and routers are left out.
+    Experts are not linear layers, and routers are excluded.
     """
     converted = sum(
         rows * columns
@@ -75,16 +75,16 @@ def fp8_share(model: ModelFacts, num_weights: float) -> float:
 
 
 def fp8_speed(gpu: GpuType, kernels: Kernels) -> float:
-    """Return how many times as fast as in bf16 products are in FP8, casts included."""
+    """Return the speed of products in FP8 relative to bf16, casts included."""
     share, measured = (_COMPILED_SHARE, gpu.fp8_speed) if kernels.compiled else (_EAGER_SHARE, gpu.fp8_eager_speed)
     return (gpu.fp8 or gpu.bf16) / gpu.bf16 * share if measured is None else measured
 
 
 def fp8_bytes(model: ModelFacts, tokens: int, kernels: Kernels) -> int:
-    """Return the bytes of casts at the peak of the backward pass of a layer, in its widest linear layer; 0 without FP8.
+    """Return the bytes of casts at the peak of a layer's backward pass, in its widest linear layer; 0 without FP8.
 
-    With R x C its sizes and T the tokens, these are there at one time: the gradient twice (TR each, scaled by row and by column),
-    the weight (RC) and the input (TC), and the gradient and the input once more, as each product wants its own layout.
+    For sizes R x C and T tokens, these exist at the same time: the gradient twice (TR each, scaled by row and by column), the
+    weight (RC) and the input (TC), and the gradient and the input once more, because each product needs its own layout.
     """
     if not kernels.fp8:
         return 0

@@ -1,8 +1,8 @@
 """Peak memory of a rank under ZeRO-3, by part and stage of a step. Pure.
 
-The terms follow what the code does: launcher/train/loss.py for the loss, DeepSpeed 0.19.8's stage3.py and
-partitioned_param_coordinator.py for weights and gradients, and activations.py beside this file. With T tokens of a forward pass,
-V the vocabulary, H the hidden size, C the tokens of a chunk of logits, and w the bytes of an element:
+The terms follow the code: launcher/train/loss.py for the loss, DeepSpeed 0.19.8's stage3.py and partitioned_param_coordinator.py
+for weights and gradients, and activations.py in this folder. With T tokens per forward pass, V the vocabulary, H the hidden size,
+C the tokens per chunk of logits, and w the bytes per element:
 
     loss           all activations, the hidden states and their gradients 2wTH, the head's gradient and the logits of a chunk:
                    4VH for the sum over chunks in fp32 (wVH with one chunk), with it 4CV for logits, in narrower types wCV more
@@ -15,7 +15,7 @@ V the vocabulary, H the hidden size, C the tokens of a chunk of logits, and w th
                    layer that is not recomputed, which holds them through a transposed view
     buckets        one of reduce_bucket_size elements; a larger weight is reduced where its gradient is, and copied for it
 
-benchmarks/memory_plan.py compares them with measurements on CPUs. What CUDA, NCCL and fragmentation add is not measured there.
+benchmarks/memory_plan.py compares these terms with measurements on CPUs, which do not include CUDA, NCCL and fragmentation.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from launcher.plan.sizing.activations import (
 from launcher.plan.sizing.fp8 import fp8_bytes
 
 GIB = 2**30
-# What CUDA and NCCL take, and the share that fragmentation adds with expandable segments, where no GPU of the type was measured.
+# Memory for CUDA and NCCL, and the fragmentation factor with expandable segments, for GPU types that were not measured.
 DEFAULT_RUNTIME_GIB, DEFAULT_FRAGMENTATION = 2.0, 1.03
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward and backward pass: its tokens, how layers compute, which are recomputed, the tokens of a chunk of logits."""
+    """One forward and backward pass: its tokens, how layers compute, which are recomputed, and the tokens per chunk of logits."""
 
     tokens: int
     kernels: Kernels
@@ -55,10 +55,10 @@ class Pass:
 
 @dataclass(frozen=True)
 class Sharding:
-    """What decides the memory of weights and gradients: DeepSpeed's section zero_optimization, ranks, and where states are.
+    """What determines the memory of weights and gradients: DeepSpeed's section zero_optimization, ranks, and where states are.
 
-    `states_bytes` are the model states of a rank on its device, `gradient_width` the bytes of an accumulated gradient,
-    `reduced_width` those of one on its way to other ranks. With `whole_layers`, a layer's weights are gathered as a whole.
+    `states_bytes` are a rank's model states on its device, `gradient_width` the bytes per element of an accumulated gradient,
+    `reduced_width` those of a gradient on its way to other ranks. With `whole_layers`, a layer's weights are gathered as a whole.
     """
 
     zero: Mapping[str, Any]
@@ -72,7 +72,7 @@ class Sharding:
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Bytes of the activations of a pass: all that wait for the backward pass, and what its peaks add."""
+    """Bytes of the activations of a pass: all those that wait for the backward pass, and the additions of its peaks."""
 
     saved: int
     backward: int
@@ -83,13 +83,13 @@ def activation_bytes(model: ModelFacts, one_pass: Pass) -> ActivationBytes:
     """Return the bytes of the activations of the decoder layers."""
     kernels, tokens = one_pass.kernels, one_pass.tokens
     held, peak = shared_bytes(model, kernels), 0
-    # Layers are of one kind, or of two where only some have experts.
+    # All layers are of one kind, or of two kinds if only some have experts.
     kinds = {is_sparse(model.config, layer): layer for layer in range(len(one_pass.checkpointed))}
     by_kind = {kind: layer_activations(model, layer, kernels) for kind, layer in kinds.items()}
     for layer, is_recomputed in enumerate(one_pass.checkpointed):
         activations = by_kind[is_sparse(model.config, layer)]
         held += kernels.width * model.hidden_size if is_recomputed else activations.saved
-        # In the backward pass of this layer, those after it are free again.
+        # In the backward pass of this layer, the activations of later layers are already free.
         peak = max(peak, held + activations.backward + (activations.recomputed if is_recomputed else 0))
     kept, norm_peak = final_norm_bytes(model, kernels)
     return ActivationBytes((held + kept) * tokens, peak * tokens, (held + norm_peak) * tokens)
@@ -101,7 +101,7 @@ def head_elements(model: ModelFacts) -> int:
 
 
 def largest_layer_weight(model: ModelFacts) -> int:
-    """Return the elements of the largest weight inside a layer: experts are fused into two."""
+    """Return the elements of the largest weight inside a layer; experts are fused into two weights."""
     sizes = [model.hidden_size * max(model.intermediate_size, model.num_heads * model.head_dim)]
     if any(is_sparse(model.config, layer) for layer in range(model.num_layers)):
         sizes.append(2 * num_experts(model.config) * expert_size(model) * model.hidden_size)
@@ -111,7 +111,7 @@ def largest_layer_weight(model: ModelFacts) -> int:
 
 
 def _held_expert_weights(model: ModelFacts, one_pass: Pass) -> int:
-    """Return the elements of experts' weights that stay gathered from a layer's forward pass to its backward pass."""
+    """Return the elements of experts' weights that stay gathered from a layer's forward pass until its backward pass."""
     layers = sum(not done and is_sparse(model.config, layer) for layer, done in enumerate(one_pass.checkpointed))
     return layers * 3 * num_experts(model.config) * expert_size(model) * model.hidden_size
 
@@ -133,18 +133,18 @@ def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: Gp
     activations = activation_bytes(model, one_pass)
     ahead = zero["stage3_max_live_parameters"] if zero["stage3_prefetch_bucket_size"] else 0
     held = _held_expert_weights(model, one_pass)
-    # What is fetched at one time.
+    # The elements that are fetched at a time.
     unit = max(weight, layer_elements(model)) if sharding.whole_layers else weight
     in_loss = width * min(model.num_params, max(ahead, head) + unit + held)
     in_backward = width * min(model.num_params, max(ahead, unit) + unit + held)
-    # A gradient waits for the next one before it is reduced; partitions of it are converted to the type of accumulation.
+    # A gradient waits for the next one before it is reduced; its partitions are converted to the accumulation type.
     pending = (2 * width + sharding.gradient_width / sharding.world_size) * weight
     pending += _reduction_copies(weight, width, sharding)
     if sharding.whole_layers:
-        # The gradients of a layer wait for the last of them.
+        # The gradients of a layer wait until its last gradient exists.
         pending += width * max(0, layer_elements(model) - weight)
     head_gradient = width * head
-    # The gradient of a tied head waits for that of the embedding.
+    # The gradient of a tied head waits for the gradient of the embedding.
     if model.tie_word_embeddings:
         pending += head_gradient
     # The head's gradient is converted while the norm's temporary values are freed.
@@ -181,7 +181,7 @@ def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: Gp
 def _reduction_copies(elements: int, width: int, sharding: Sharding) -> int:
     """Return the bytes of the copies of a gradient while it is reduced (coalesced_collectives.py, reduce_scatter_coalesced).
 
-    One is in the type in which ranks sum, where that is wider. Another one is padded, where ranks do not divide the elements.
+    One copy is in the type in which ranks sum, if that is wider. Another copy is padded, if the ranks do not divide the elements.
     """
     copies = int(sharding.reduced_width != width) + int(elements % sharding.world_size != 0)
     return copies * sharding.reduced_width * elements

@@ -1,4 +1,4 @@
-"""What makes a run fit that is too large for its GPUs: the nearest combinations, with their predicted speed and cost. Pure."""
+"""Finds changes that make a run fit that is too large for its GPUs, with their predicted speed and cost. Pure."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _OFFLOADS = ({"offload_optimizer": "cpu"}, {"offload_optimizer": "cpu", "offload
 
 
 def nearest_fits(situation: Situation, usd_per_gpu_hour: float | None) -> list[str]:
-    """Return overrides with which the run fits, each with its peak, predicted speed and cost: nodes, offload, rows, GPUs."""
+    """Return overrides that make the run fit, each with its peak, predicted speed and cost: nodes, offload, rows, GPUs."""
     tried = (_more_nodes(situation), _offload(situation), _shorter_rows(situation), _larger_gpu(situation))
     return [_described(words, at, one, usd_per_gpu_hour) for words, at, one in filter(None, map(_first_fit, tried))]
 
 
 def memory_savings(situation: Situation, micro_batch_size: int, checkpointing: str) -> list[str]:
-    """Return settings that lower the peak of a run, each with the GiB per GPU that it saves by the plan; the largest first."""
+    """Return settings that lower the peak of a run, each with the GiB per GPU that it saves by the plan, largest first."""
     config, base = situation.config, as_set(situation, micro_batch_size, checkpointing)
     smaller = max((size for size in range(1, micro_batch_size) if micro_batch_size % size == 0), default=None)
     changes: dict[str, dict[str, Any]] = {}
@@ -40,7 +40,7 @@ def memory_savings(situation: Situation, micro_batch_size: int, checkpointing: s
     if base.offload_optimizer == "none" and OPTIMIZERS[config.optim.name].can_offload:
         changes["deepspeed.offload_optimizer=cpu"] = {"offload_optimizer": "cpu"}
     chosen = evaluate(situation, base, is_allowed=True)
-    # The chunk that was chosen stays, and does not take what a change saves.
+    # Keep the chosen chunk, so that it does not use up what a change saves.
     train = config.train.model_copy(update={"loss_chunk_tokens": chosen.chunk_tokens})
     situation, peak_gib = replace(situation, config=_with(config, "train", train)), chosen.peak.tensors_gib
     saved = {

@@ -1,20 +1,20 @@
-"""Predicted time of a training step, to compare combinations of settings with each other. Pure.
+"""Predicted time of a training step, for comparing combinations of settings. Pure.
 
-The sum of six parts, of which some overlap:
+It is the sum of six parts, some of which overlap:
 
-    products       6 FLOPs for each weight and token, 2 more for a recomputed layer, at the device's rate of products; those
-                   in FP8 at a rate of their own (fp8.py beside this file)
-    attention      pairs of queries and keys within documents, or of whole rows where the kernel computes all
+    products       6 FLOPs per weight and token, 2 more in a recomputed layer, at the device's rate of products; products in
+                   FP8 have their own rate (fp8.py in this folder)
+    attention      pairs of queries and keys within documents, or within whole rows if the kernel computes all pairs
     elementwise    bytes that all other operations read and write (elementwise.py)
-    communication  for each micro-batch, weights gathered for the forward pass, and for the backward pass those that did not stay;
-                   gradients reduced once (arXiv:1910.02054, section 7), each in the type of its transfer; copies of both
+    communication  per micro-batch: weights gathered for the forward pass, and again for the backward pass if they did not stay;
+                   gradients reduced once (arXiv:1910.02054, section 7), each in its transfer type; copies of both
     hooks          Python: that of each module, and DeepSpeed's around it, or around each layer that is gathered as a whole
-    optimizer      the bytes of its states, once a step
+    optimizer      the bytes of its states, once per step
 
-Rates holds what a device computes and moves in a second. Those of GPUs are data sheets' figures and the shares of them that are
-assumed here until benchmarks/gpu.py measures a GPU, whose row in launcher/plan/gpu_types.py then has its gemm_share;
-benchmarks/predicted_speed.py measures those of CPUs, and compares predictions with runs. The range that a plan shows as its speed
-rests on published or measured MFU instead (launcher/plan/throughput.py).
+Rates holds what a device computes and moves per second. The rates of GPUs are data sheet figures times the shares assumed here,
+until benchmarks/gpu.py measures a GPU; its row in launcher/plan/gpu_types.py then has its gemm_share.
+benchmarks/predicted_speed.py measures the rates of CPUs and compares predictions with runs. The speed range that a plan shows is
+based on published or measured MFU instead (launcher/plan/throughput.py).
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from launcher.plan.sizing.activations import FLASH_KERNELS, FP32, Kernels
 from launcher.plan.sizing.fp8 import fp8_share, fp8_speed
 from launcher.plan.sizing.peak_memory import Pass
 
-# Shares of the peak FLOP/s that products and attention reach, and of the memory's bandwidth. With them, products of Llama 3.1
-# 8B on an H100 are computed at 46% of the peak if elementwise operations count as part of them, and at 55% with Liger.
+# Shares of the peak FLOP/s that products and attention reach, and of the memory bandwidth. With these shares, products of Llama
+# 3.1 8B on an H100 run at 46% of the peak if elementwise operations are counted with them, and at 55% with Liger.
 GEMM_SHARE, ATTENTION_SHARE, MEMORY_SHARE = 0.62, 0.40, 0.80
-# Tokens of a micro-batch with which the products reach half of their rate.
+# Tokens per micro-batch with which products reach half of their rate.
 HALF_TOKENS = 512
-# Bytes per second of one GPU to the others of its node, of a node to the others, and between a GPU and main memory.
+# Bytes per second from one GPU to the others of its node, from a node to the others, and between a GPU and main memory.
 NVLINK, PCIE, NETWORK = 250e9, 20e9, 50e9
 # GPUs with less memory are cards without NVLink.
 _NVLINK_FROM_GIB = 39.0
-# The share of the time of computing during which communication is hidden.
+# Share of the computing time during which communication is hidden.
 OVERLAP = 0.7
-# DeepSpeed's hooks around a module in one pass, the rest of its Python, and modules of a layer. Their sum is an assumption; that
-# about half of it stays where layers are gathered as a whole was measured on CPUs.
+# DeepSpeed's hooks around a module in one pass, the rest of its Python, and the number of modules per layer. The sum is an
+# assumption; measurements on CPUs show that about half of it remains if layers are gathered as a whole.
 HOOK_S, DISPATCH_S, MODULES_OF_LAYER = 30e-6, 30e-6, 13
-# Bytes per second in which a node's CPUs step the optimizer; bytes that a step moves for a parameter.
+# Bytes per second at which a node's CPUs step the optimizer; bytes that a step moves per parameter.
 HOST_MEMORY, STEP_BYTES = 100e9, 34
-# Bandwidth of the memory of a GPU whose row has none: that of an H100 for each FLOP.
+# Memory bandwidth of a GPU whose row has none: that of an H100, per FLOP.
 _MEMORY_BYTES_PER_FLOP = 3.35 / 989
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second: FLOPs of products and attention, bytes through its memory and over links.
+    """What a device does per second: FLOPs of products and attention, bytes through its memory and over links.
 
-    `memory` is the rate of elementwise operations, `copies` that of weights and gradients, `states` that of the optimizer. A node
-    has `between_nodes` for all its ranks; `host_link` and `host_memory` count with offload. A reduction takes as long as a
-    transfer of `reduce_factor` times its bytes. `half_tokens` lower the rate of products in small micro-batches. Communication is
-    hidden during the share `overlap` of computing. A device that `runs_ahead` computes while Python is in a module's hooks.
-    Products in FP8 are `fp8_speed` times as fast as the others.
+    `memory` is the rate of elementwise operations, `copies` that of weights and gradients, `states` that of the optimizer.
+    `between_nodes` is the rate of a node for all its ranks; `host_link` and `host_memory` count with offload. A reduction takes
+    as long as a transfer of `reduce_factor` times its bytes. `half_tokens` lowers the rate of products in small micro-batches.
+    Communication is hidden during the share `overlap` of computing. A device that `runs_ahead` computes while Python is in a
+    module's hooks. Products in FP8 are `fp8_speed` times as fast as other products.
     """
 
     products: float
@@ -80,7 +80,7 @@ class Rates:
 
 
 def gpu_rates(gpu: GpuType, kernels: Kernels) -> Rates:
-    """Return the rates of a GPU for these kernels: assumed ones, as far as it was not measured."""
+    """Return the rates of a GPU for these kernels; values that were not measured are assumed."""
     # In fp32 ranks do not round to TF32.
     peak = (gpu.peak_tflops({2: "bf16", 4: "fp32"}[kernels.width]) or gpu.bf16) * 1e12
     bandwidth = gpu.memory_tbs * 1e12 if gpu.memory_tbs is not None else gpu.bf16 * 1e12 * _MEMORY_BYTES_PER_FLOP
@@ -98,7 +98,7 @@ def gpu_rates(gpu: GpuType, kernels: Kernels) -> Rates:
 
 @dataclass(frozen=True)
 class Documents:
-    """What rows hold: the usual length of a document in tokens, and the share of trained tokens."""
+    """The contents of rows: the usual document length in tokens, and the share of trained tokens."""
 
     tokens: int
     trained_share: float = 1.0
@@ -106,10 +106,10 @@ class Documents:
 
 @dataclass(frozen=True)
 class Transfers:
-    """How ZeRO-3 moves weights and gradients: bytes of a transfer, ranks with a second copy of the weights, and offload.
+    """How ZeRO-3 moves weights and gradients: bytes per transfer, ranks with a second copy of the weights, and offload.
 
-    Weights that are used again within `reuse_elements` stay. `accumulated_width` are the bytes of an accumulated gradient. With
-    `whole_layers`, hooks are around layers.
+    Weights that are used again within `reuse_elements` stay. `accumulated_width` is the bytes per element of an accumulated
+    gradient. With `whole_layers`, hooks are around layers.
     """
 
     widths: TransferWidths
@@ -123,7 +123,7 @@ class Transfers:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step by part; `total_s` counts communication and hooks as far as computing does not hide them."""
+    """Seconds of one optimizer step by part; `total_s` counts communication and hooks only if computing does not hide them."""
 
     products_s: float
     attention_s: float
@@ -151,7 +151,7 @@ def predict_step(
     one_pass: Pass,
     rates: Rates,
 ) -> StepTime:
-    """Predict one step, of `batch.accumulation` passes."""
+    """Predict the time of one step of `batch.accumulation` passes."""
     tokens, kernels = one_pass.tokens, one_pass.kernels
     recomputed_share = sum(one_pass.checkpointed) / max(1, len(one_pass.checkpointed))
     again = 1 + recomputed_share / 3
@@ -160,7 +160,7 @@ def predict_step(
     if kernels.fp8:
         converted = fp8_share(model, flops.per_token / 6)
         in_layers *= 1 - converted + converted / rates.fp8_speed
-    # Those of FP8 as the FLOPs that bf16 would compute in their time.
+    # Products in FP8 count as the FLOPs that bf16 would compute in the same time.
     products = tokens * in_layers + trained * flops.per_label
     length = documents.tokens if kernels.attention in FLASH_KERNELS else kernels.row_tokens
     pairs = (flops.of([length], 0) - flops.per_token * length) / length * tokens * again
@@ -186,14 +186,14 @@ def predict_step(
 def _communication_s(
     num_params: int, transfers: Transfers, topology: Topology, kernels: Kernels, passes: float, rates: Rates
 ) -> float:
-    """Return the seconds of one micro-batch: each transfer takes as long as its slowest link."""
+    """Return the seconds of communication per micro-batch: each transfer takes as long as its slowest link."""
     ranks, nodes, world_size = topology.ranks_per_node, topology.nodes, topology.world_size
-    # Of one byte for each parameter.
+    # For one byte per parameter.
     in_node_s = num_params * (ranks - 1) / ranks / rates.in_node
     slowest_s = max(in_node_s, num_params * (nodes - 1) / nodes / rates.between_nodes)
-    # With a second copy inside each node, the backward pass gathers there.
+    # With a second copy inside each node, the backward pass gathers within the node.
     again_s = in_node_s if transfers.hpz_ranks > 1 else slowest_s
-    # Between its uses in the forward and in the backward pass, a weight meets those behind it once in each pass.
+    # Between its uses in the forward and backward pass, a weight is followed in each pass by all the weights behind it.
     gathered_again = max(0.0, 1 - transfers.reuse_elements / passes / num_params)
     weight, gradient = transfers.widths.weight, transfers.widths.gradient
     seconds = weight * (slowest_s + gathered_again * again_s) + rates.reduce_factor * gradient * slowest_s
@@ -204,10 +204,10 @@ def _communication_s(
 
 
 def _copied_bytes(transfers: Transfers, width: int, world_size: int, gathered_again: float) -> float:
-    """Return the bytes that DeepSpeed's copies read and write for each parameter in one micro-batch.
+    """Return the bytes per parameter that DeepSpeed's copies read and write in one micro-batch.
 
     Gathered weights go through a buffer (partition_parameters.py, AllGatherCoalescedHandle), unless one rank has all. Gradients
-    are copied into a bucket, put in the order of ranks and divided (coalesced_collectives.py), and added to the accumulated ones.
+    are copied into a bucket, put in rank order and divided (coalesced_collectives.py), and added to the accumulated gradients.
     """
     weights = 2 * width * (1 + 1 / world_size) * (1 + gathered_again) if world_size > 1 else 0.0
     accumulated = width + (4 * FP32 if transfers.accumulated_width > width else width)
