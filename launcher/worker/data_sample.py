@@ -1,9 +1,8 @@
-"""Looks at the data and the model of a run that is being set up: `python -m launcher.worker.data_sample`.
+"""Inspects the data and the model of a run that is being set up: `python -m launcher.worker.data_sample`.
 
-Reads a RunConfig as JSON from standard input. Prints one JSON object: the format and the number of rows of each source, the
-length of documents in tokens, and the model's config.json where only the Hub has it. Tokens are counted with the model's
-tokenizer where it is on this machine or can be fetched; otherwise characters are counted. Nothing is written but the conversion
-of a GGUF file.
+Reads a RunConfig as JSON from standard input. Prints one JSON object: each source's format and number of rows, document lengths
+in tokens, and the model's config.json if only the Hub has it. Tokens are counted with the model's tokenizer if it is on this
+machine or can be fetched; otherwise characters are counted. The only thing written is the conversion of a GGUF file.
 """
 
 from __future__ import annotations
@@ -33,23 +32,23 @@ from launcher.worker.signals import exit_on_termination
 
 # Documents whose tokens are counted, spread over the source.
 _NUM_SAMPLED = 2000
-# Rows at the beginning of a source that are all parsed, which takes seconds; of later rows, those with a sampled document are.
+# The first rows of a source are all parsed, which takes seconds; later rows are parsed only if their document is sampled.
 _NUM_CHECKED = 100_000
-# Of English text with tokenizers of 50,000 to 150,000 entries. Chat templates add some.
+# For English text and tokenizers of 50,000 to 150,000 entries. Chat templates add some tokens.
 _CHARACTERS_PER_TOKEN = 3.5
 _TOKENIZER_FILES = ["config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja", "*.model"]
 
 
 def look(config: RunConfig) -> dict[str, Any]:
-    """Return what the module's docstring says.
+    """Return the JSON object that the module docstring describes.
 
     Raises:
-        DataError: for a source or rows that cannot be used, unless the settings leave such rows out.
+        DataError: for an unusable source, or unusable rows unless the settings skip them.
     """
     try:
         return _look(config)
     except DataError as error:
-        # Reading stopped at the first one.
+        # Reading stopped at the first problem.
         problems = sources.RowProblems()
         for source in config.data.sources:
             if source.is_read:
@@ -85,7 +84,7 @@ def _look(config: RunConfig) -> dict[str, Any]:
 
 def _sample(source: Source, upper_bound: int, checks: ChecksSection) -> tuple[list[Document], str | None, int]:
     """Return documents from all parts of a source, the format of its rows (None if they have none), and their number."""
-    # Whole batches are parsed, so the documents of every step-th one are spread over the files.
+    # Batches are parsed as a whole; taking every step-th batch spreads the documents over the files.
     step = max(1, upper_bound // _NUM_SAMPLED)
     kept: list[Document] = []
     row_format: str | None = None if source.format == "auto" else source.format
@@ -102,7 +101,7 @@ def _sample(source: Source, upper_bound: int, checks: ChecksSection) -> tuple[li
 
 
 def _num_rows(batch: DocumentBatch, upper_bound: int) -> int:
-    """Return the rows of a batch; for a table, which would have to be read, the number in the whole source."""
+    """Return the number of rows in a batch; for a table, which would have to be read, the number in the whole source."""
     if not isinstance(batch.rows, Block):
         return len(batch.rows)
     data = batch.rows.data
@@ -116,14 +115,14 @@ def _raise(error: DataError) -> NoReturn:
 
 
 def _tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str, Any] | None, str]:
-    """Return the folder of the tokenizer, config.json where only the Hub has it, and a note on what is not at hand.
+    """Return the tokenizer's folder, config.json if only the Hub has it, and a note on what is missing here.
 
-    `fetched` is an empty folder for files of the Hub: the cache of the Hub would take them for a whole model.
+    `fetched` is an empty folder for files from the Hub: the Hub's cache would treat them as a complete model.
     """
     model = config.model
     name = model.tokenizer or model.path or ""
     while is_run(name) and model_source.locate(name, model).folder is None:
-        # Its weights are copied when the run is prepared. Its tokenizer is that of the model which it began with.
+        # The parent's weights are copied when the run is prepared. Its tokenizer is that of the model it started from.
         model = parent_run.find_parent(name).plan.config.model
         name = model.tokenizer or model.path or ""
     convert_local(name, model)
@@ -145,7 +144,7 @@ def _tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str,
 
 
 def _lengths(documents: list[Document], data: DataSection, folder: Path | None) -> tuple[list[int], Problem | None]:
-    """Return the tokens of each document, and the problem for which characters were counted instead; None without one."""
+    """Return each document's number of tokens, and the problem because of which characters were counted instead, or None."""
     problem = None
     if folder is not None:
         import_tokenizers_without_torch()

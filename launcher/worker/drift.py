@@ -1,7 +1,7 @@
-"""Compares prompts with those that a run was trained on: `python -m launcher.worker.drift PLAN_JSON PROMPTS [--[no-]likelihood]`.
+"""Compares prompts with a run's training prompts: `python -m launcher.worker.drift PLAN_JSON PROMPTS [--[no-]likelihood]`.
 
-Torch is loaded only where models score the prompts. Reads the run's settings as JSON from standard input. Progress goes to
-standard error, one JSON object to standard output: the report, or the problems.
+Torch is loaded only if models score the prompts. Reads the run's settings as JSON from standard input. Writes progress to
+standard error and one JSON object (the report or the problems) to standard output.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ from launcher.worker.scoring.command_process import answer, run_process
 from launcher.worker.scoring.passes import Progress
 from launcher.worker.scoring.prompt_losses import compare_likelihoods, find_obstacle
 
-# Prompts of each side that are compared: a random sample.
+# Number of prompts to compare from each side, sampled at random.
 MAX_PROMPTS = 2_000
 # With fewer, no test finds anything.
 MIN_PROMPTS = 10
 _MAX_SHOWN = 80
-# Spaces and a byte order mark before the first character are shorter.
+# Leading white space and a byte order mark are shorter than this.
 _HEAD_BYTES = 256
-# The key of the answer, by that of the prompt: a row with both is one of training.
+# Maps the prompt's key to the answer's: a row with both is a training row.
 _ANSWER_KEYS = {"prompt": "completion", "question": "answer", "instruction": "output"}
 _CHAT_KEYS = ("messages", "conversations")
 _ANSWERING_ROLES = ("assistant", "gpt", "model")
 _FORM = 'write lines such as {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
-# Formats have answers, and so does the template of a chat.
+# A made-up answer: formats and chat templates require one.
 _ANSWER = "answer"
 
 
 def find_drift(config: RunConfig, run: RunDir, path: Path, with_likelihood: bool | None, on_progress: Progress) -> DriftReport:
-    """Compare the prompts of a file with those of the run's training data.
+    """Compare the prompts in a file with the prompts in the run's training data.
 
-    `with_likelihood`: whether both models score the prompts; None: where this machine can do it quickly.
+    `with_likelihood` is whether both models score the prompts; None means only if this machine can do it quickly.
 
     Raises:
-        DataError: for lines that are no prompts, and data without prompts.
+        DataError: for lines that are not prompts, and for data without prompts.
     """
     plan = run_store.load_plan(run).model_copy(update={"config": config})
     require_caches(plan)
@@ -92,7 +92,7 @@ def _training_prompts(plan: LaunchPlan, tokenizer: Any, generator: np.random.Gen
     prompts = []
     for number in generator.permutation(split.num_docs)[:MAX_PROMPTS]:
         document = slice(split.docs[number], split.docs[number + 1])
-        # Where a span of trained tokens begins.
+        # The beginning of each span of trained tokens.
         starts = np.flatnonzero(np.diff(np.asarray(split.trained[document]).astype(np.int8), prepend=0) == 1)
         tokens = np.asarray(split.tokens[document])[: starts[-1] if len(starts) else 0].tolist()
         if tokens:
@@ -112,7 +112,7 @@ def _read(path: Path) -> Iterator[Document]:
     """Yield the prompt of each line, or of each entry of one JSON array.
 
     Raises:
-        DataError: with every kind of line that has none.
+        DataError: with every kind of line that has no prompt.
     """
     problems: dict[str, Problem] = {}
     try:
@@ -142,13 +142,13 @@ def _read(path: Path) -> Iterator[Document]:
 
 
 def _is_array(file: io.BufferedReader) -> bool:
-    """Return True if the file is one JSON array: no line of JSON Lines with a prompt begins with a bracket."""
+    """Return True if the file is one JSON array: a JSON Lines file with prompts never begins with a bracket."""
     head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES].removeprefix(codecs.BOM_UTF8).lstrip()
     return head.startswith(b"[")
 
 
 def _parse(row: Any, where: str) -> Document:
-    """Return the prompt of a row, with a made-up answer: of a chat, all before its last answer.
+    """Return a row's prompt with a made-up answer. For a chat, the prompt is everything before the last answer.
 
     Raises:
         DataError: if the row has no prompt.
@@ -169,7 +169,7 @@ def _parse(row: Any, where: str) -> Document:
 
 
 def _with_unknown_answer(turns: list[Any]) -> list[Any]:
-    """Return the turns of a chat up to its last answer, with a made-up one in its place."""
+    """Return the turns of a chat up to its last answer, which a made-up one replaces."""
     turns = list(turns)
     while turns and isinstance(turns[-1], dict) and turns[-1].get("role", turns[-1].get("from")) in _ANSWERING_ROLES:
         turns.pop()
@@ -181,13 +181,13 @@ def _with_unknown_answer(turns: list[Any]) -> list[Any]:
 def _encode(
     documents: Sequence[Document], completions: str, encoder: Encoder, tokenizer: Any, generator: np.random.Generator
 ) -> list[Prompt]:
-    """Return a sample of the prompts as training would write them."""
+    """Return a sample of the prompts, formatted as in training."""
     prompts = []
     for number in generator.permutation(len(documents))[:MAX_PROMPTS]:
         written = encoder.prompt(encoder.write_as_chat(documents[number], completions))
         if written is not None:
             shown, tokens, _ = written
-            # Before it is shortened: half a credential has no known form.
+            # Redact before shortening: a truncated credential has no recognizable form.
             (shown,) = patterns.redact([shown])
             prompts.append(Prompt(documents[number].where, _decode(tokenizer, tokens), tuple(tokens), shown))
     return prompts

@@ -32,15 +32,15 @@ from launcher.worker.signals import exit_on_termination
 
 
 def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | None, check: bool = True) -> ExportedFolder:
-    """Verify and export one checkpoint of a run: the latest unless `step` is given, to the run's `export` unless `out` is.
+    """Verify and export one checkpoint of a run: by default the latest one, to the run's `export` folder.
 
-    CheckpointError when there is no such checkpoint, when it is damaged, and as `export` says.
+    Raises CheckpointError if there is no such checkpoint or it is damaged, and as `export` does.
     """
-    # The folder of plan.json, since a run may have been moved.
+    # Use plan.json's folder, because the run may have been moved.
     run = RunDir(plan_path.absolute().parent)
     first = _load(plan_path)
     checkpoint = store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, step)
-    # A resume may have changed settings, which later automatic attempts keep.
+    # A resume may have changed settings; later automatic attempts keep the changes.
     plans = run_store.load_plans_until(run, checkpoint.manifest.attempt)
     plan = plans[-1] if plans else first
     task = ExportTask(
@@ -71,7 +71,7 @@ def _load(plan_path: Path) -> LaunchPlan:
 
 
 def _lines(made: ExportedFolder) -> list[str]:
-    """Return the lines that describe an export to a person."""
+    """Return lines that describe an export to the user."""
     size = f"{format_size(made.num_bytes)} in {format_count(len(made.files), 'file')}"
     lines = [f"exported step {made.step} to {made.path}", f"  {made.num_parameters:,} parameters in {made.dtype}, {size}"]
     if made.added_stop_ids:
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--push-public", action="store_true", help="push even where everybody can read the repository")
     parser.add_argument("--no-check", action="store_true", help="do not build and load the model with transformers")
     arguments = parser.parse_args(argv)
-    # Progress bars and warnings of libraries would break up the plain lines.
+    # Libraries' progress bars and warnings would break up the plain lines.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        # A copy names its source first, and only its target can lack space.
+        # The error of a copy names the source first, but only the target can run out of space.
         failed = Problem(
             "the export could not be read or written",
             where=str(error.filename2 or error.filename or ""),

@@ -16,15 +16,15 @@ from launcher.run_records import FailureRecord, FinalFailure, final_file
 from launcher.worker.signals import DISMISSED
 
 _TRACEBACK_LINES = 40
-# What torch's elastic agent waits between TERM and KILL.
+# Seconds that torch's elastic agent waits between TERM and KILL.
 _ELASTIC_KILL_DELAY_S = 30
-# What gloo, NCCL and the kernel report where the other end of a connection is gone: the consequence of another failure.
+# What gloo, NCCL and the kernel report when the other end of a connection is gone: the consequence of another failure.
 PEER_LOST = re.compile(
     r"connection (closed|reset) by peer|broken pipe|connection timed out|no route to host"
     r"|remote process exited|ncclRemoteError|unhandled system error|ncclSystemError",
     re.IGNORECASE,
 )
-# All ranks raise what one of them could not do; its problem names the rank (launcher.distributed.to_problems).
+# All ranks raise the error of the rank that failed; the problem names that rank (launcher.distributed.to_problems).
 _CULPRIT = re.compile(r"^  where:  rank (\d+)\b", re.MULTILINE)
 _HINTS: dict[int, str] = {
     signal.SIGSEGV: "a segmentation fault; its log ends with the stacks",
@@ -34,7 +34,7 @@ _HINTS: dict[int, str] = {
     signal.SIGXCPU: "the limit on CPU time, ulimit -t",
     signal.SIGXFSZ: "the limit on file sizes, ulimit -f",
 }
-# What CUDA and the driver report of a broken GPU, and the kernel of broken shared storage. A full disk is none of these.
+# What CUDA and the driver report for a broken GPU, and the kernel for broken shared storage. A full disk is not included.
 _HARDWARE = re.compile(
     r"uncorrectable ECC|\bXid\b|fallen off the bus|GPU is lost|stale file handle|input/output error|ESTALE|\bEIO\b",
     re.IGNORECASE,
@@ -44,7 +44,7 @@ _EXPECTED = {kind.__name__ for kind in (*WOULD_REPEAT, CheckpointError, RunError
 
 @dataclass(frozen=True)
 class RankExit:
-    """How a failed rank ended; `at` is in seconds since the epoch, `error` is the record that it left, if any."""
+    """How a failed rank ended. `at` is in seconds since the epoch, `error` is the record that the rank left, if any."""
 
     rank: int
     exit_code: int
@@ -55,13 +55,13 @@ class RankExit:
     def is_killed(self) -> bool:
         """True if a signal other than the agent's own TERM ended the rank.
 
-        A rank that left a record ended by its exception.
+        A rank that left a record ended because of its exception.
         """
         return self.exit_code < 0 and -self.exit_code not in (signal.SIGTERM, signal.SIGINT) and self.error is None
 
     @property
     def description(self) -> str:
-        """Describe the end by the exit code alone."""
+        """Describe the end from the exit code alone."""
         if self.exit_code >= 0:
             return f"ended with exit code {self.exit_code} and left no record of an error"
         hint = _HINTS.get(-self.exit_code)
@@ -69,12 +69,12 @@ class RankExit:
 
     @property
     def is_consequence(self) -> bool:
-        """True if the rank only lost its connection to another one, or reports what another one could not do."""
+        """True if the rank only lost its connection to another rank, or reports another rank's error."""
         return self.error is not None and bool(PEER_LOST.search(self.error.message) or self.culprit != self.rank)
 
     @property
     def culprit(self) -> int:
-        """The rank that failed by the error record, which may be another one."""
+        """The rank that failed according to the error record; it may be another rank."""
         match = _CULPRIT.search(self.error.message) if self.error is not None else None
         return int(match[1]) if match else self.rank
 
@@ -84,13 +84,13 @@ def from_rank_exits(
 ) -> FailureRecord:
     """Return the first failure among the exits of a node's ranks.
 
-    A rank that a signal killed precedes ranks that lost their connection to it. `stalls` are the watchdog's messages on the ranks
-    that it killed, `limit` is the limit that the kernel has enforced meanwhile (launcher.clusters.cgroups).
+    A rank that was killed by a signal precedes ranks that lost their connection to it. `stalls` are the watchdog's messages about
+    ranks that it killed; `limit` is the limit that the kernel enforced meanwhile (launcher.clusters.cgroups).
     """
     earliest = min(end.at for end in exits)
 
     def order(end: RankExit) -> tuple[bool, bool, bool, float, int]:
-        # After the first failure the agent itself kills the others, 30 s after its TERM.
+        # After the first failure the agent itself sends TERM to the other ranks, and kills them 30 s later.
         killed = end.is_killed and end.at - earliest < _ELASTIC_KILL_DELAY_S / 2
         return end.exit_code == DISMISSED, not killed, end.is_consequence, end.at, end.rank
 
@@ -98,7 +98,7 @@ def from_rank_exits(
 
 
 def is_of_machines(failure: FailureRecord) -> bool:
-    """Return whether a signal, broken hardware, a lost peer or a node's agent is behind a failure, not the training itself."""
+    """Return whether a signal, broken hardware, a lost peer or a node's agent caused a failure, not the training itself."""
     by_signal = failure.rank is None or failure.kind == "killed"
     return by_signal or is_consequence(failure) or _HARDWARE.search(failure.message) is not None
 
@@ -109,28 +109,28 @@ def is_consequence(failure: FailureRecord) -> bool:
 
 
 def exception_of(failure: FailureRecord) -> str:
-    """Return the class of the Python exception behind a failure of the training itself; empty if it is none."""
+    """Return the name of the Python exception behind a failure of the training itself; empty for other failures."""
     return "" if is_of_machines(failure) or failure.kind == "exit" else failure.kind
 
 
 def first_of(failures: Iterable[FailureRecord]) -> FailureRecord | None:
-    """Return the failure of one node that caused those of the others; None without any."""
+    """Return the node failure that caused the other nodes' failures, or None if there are no failures."""
 
     def order(failure: FailureRecord) -> tuple[bool, bool, bool, float]:
-        # A rank's own record precedes what agents report about each other; clocks of nodes differ, so times come last.
+        # A rank's own record precedes what agents report about each other. Node clocks differ, so times come last.
         return failure.rank is None, failure.kind != "killed", is_consequence(failure), failure.at or 0.0
 
     return min(failures, key=order, default=None)
 
 
 def from_exit(end: RankExit, run: RunDir, attempt: int, stalls: Sequence[str] = (), limit: str = "") -> FailureRecord:
-    """Return the failure of one rank; the limit of the machine that it comes from is named first."""
+    """Return the failure of one rank; if a limit of the machine caused it, the message names the limit first."""
     kind, message, trace = "killed" if end.is_killed else "exit", end.description, ""
     if end.error is not None:
         message, trace = end.error.message, end.error.traceback
         kind, _, text = message.partition(": ")
         if kind in _EXPECTED:
-            # The message says everything; the rank's log has the traceback.
+            # The message is sufficient; the rank's log has the traceback.
             message, trace = text, ""
         limit = end.error.cause or (limit if not PEER_LOST.search(message) and kind not in _EXPECTED else "")
     elif end.exit_code == -signal.SIGKILL and stalls:
@@ -148,19 +148,19 @@ def from_exit(end: RankExit, run: RunDir, attempt: int, stalls: Sequence[str] = 
 
 
 def from_final(run: RunDir, attempt: int, final: FinalFailure) -> FailureRecord:
-    """Return the failure that a rank recorded as one that a restart would repeat."""
+    """Return the failure that a rank recorded as one a restart would repeat."""
     log = str(run.rank_log(attempt, final.rank))
     return FailureRecord(final.rank, final.kind, final.message, at=final.at, exit_code=1, log=log)
 
 
 def from_exception(error: Exception, log: Path, at: float | None = None, limit: str = "") -> FailureRecord:
-    """Return the failure of a node's agent, which no rank is to blame for; `log` is the file with the agent's output."""
+    """Return the failure of a node's agent, which no rank caused; `log` is the file with the agent's output."""
     message = f"{limit}: {describe(error)}" if limit else describe(error)
     return FailureRecord(None, type(error).__name__, message, at=at, log=str(log))
 
 
 def read_final(run: RunDir, attempt: int) -> FinalFailure | None:
-    """Return the recorded failure that a restart would repeat, or None if there is none, or where it cannot be read."""
+    """Return the recorded failure that a restart would repeat, or None if there is none or it cannot be read."""
     try:
         return json_records.read(FinalFailure, final_file(run, attempt))
     except LauncherError:

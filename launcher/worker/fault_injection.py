@@ -30,7 +30,7 @@ _SETTLE_S = 0.5
 
 @dataclass(frozen=True)
 class NodeProcesses:
-    """The processes of one attempt on this node; `ranks` by their rank."""
+    """The processes of one attempt on this node; `ranks` is keyed by rank."""
 
     agent: psutil.Process
     ranks: dict[int, psutil.Process]
@@ -49,7 +49,7 @@ def find(run: RunDir, attempt: int) -> NodeProcesses:
     agents, ranks = [], {}
     for process in psutil.process_iter():
         try:
-            # Other users name their processes as they like.
+            # Other users can give their processes any name.
             if process.uids().real != os.getuid():
                 continue
             if (title := RankTitle.of(process)) is not None:
@@ -61,7 +61,7 @@ def find(run: RunDir, attempt: int) -> NodeProcesses:
             if is_agent and number == str(attempt) and Path(path).is_relative_to(run.root):
                 agents.append(process)
         except (psutil.Error, ValueError):
-            # A process of another user, or one that has just ended.
+            # Another user's process, or one that has just ended.
             continue
     if not agents or not ranks:
         raise RunError(
@@ -73,7 +73,7 @@ def find(run: RunDir, attempt: int) -> NodeProcesses:
 
 
 def preempt(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
-    """Send the signal of a scheduler that takes the machine back."""
+    """Send the signal that a scheduler sends when it takes the machine back."""
     here.agent.send_signal(signal.SIGUSR2)
     return _report("SIGUSR2 to the node's agent", here.agent)
 
@@ -91,9 +91,9 @@ def kill_node(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
 
 
 def fill_disk(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
-    """Make writes fail in the middle of the next shard, as on a full disk; smaller files, such as logs, are still written.
+    """Make writes fail in the middle of the next shard, as on a full disk; small files such as logs can still be written.
 
-    The limit belongs to the ranks' processes and ends with them. Python ignores SIGXFSZ, so that the write fails (EFBIG).
+    The limit applies to the ranks' processes and ends with them. Python ignores SIGXFSZ, so the write fails with EFBIG.
     """
     limit = plan.checkpoint_bytes // plan.topology.world_size // 2
     for process in here.ranks.values():
@@ -115,7 +115,7 @@ def hang(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
     """Stop one rank in the middle of a step.
 
     Raises:
-        RunError: if every try met a save, which may take longer than a step before it counts as a hang.
+        RunError: if every try hit a save, which may take longer than a step before it counts as a hang.
     """
     rank, process = here.last_rank
     run, every = RunDir(Path(plan.run_dir)), plan.config.checkpoint.save_every
@@ -123,7 +123,7 @@ def hang(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
     while time.monotonic() < deadline:
         process.suspend()
         fault = _report(f"SIGSTOP to rank {rank}", process)
-        # The others continue until they wait for this rank: the last step that they log is the last that it finished.
+        # The other ranks continue until they wait for this one: the last step that they log is the last that it finished.
         time.sleep(_SETTLE_S)
         if newest_trained_step(run, run_store.read_status(run)) % every:
             return fault

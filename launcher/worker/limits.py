@@ -20,9 +20,9 @@ _PATH = re.compile(r"(?:^|[\s'\"])(/[^\s'\":,]+)")
 
 
 def cause_of(error: BaseException, folder: Path) -> str:
-    """Return the limit behind an exception of this process, as the beginning of a message; empty if none is recognized.
+    """Return the limit behind an exception in this process, as the beginning of a message; empty if none is recognized.
 
-    `folder` is on the disk to measure where the exception names no path.
+    `folder` is on the disk to measure if the exception names no path.
     """
     text = "\n".join(f"{type(link).__name__}: {link}" for link in _chain(error))
     if _DISK.search(text):
@@ -42,7 +42,7 @@ def cause_of(error: BaseException, folder: Path) -> str:
 
 
 def full_disk(path: Path) -> str:
-    """Describe the full disk of `path`: what is free, and of how much."""
+    """Describe the full disk of `path`: its free and total space."""
     try:
         usage = shutil.disk_usage(path)
     except OSError:
@@ -51,7 +51,7 @@ def full_disk(path: Path) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield the exception and those that it was raised from, as a traceback shows them."""
+    """Yield the exception and its chain of causes, as a traceback shows them."""
     link: BaseException | None = error
     while link is not None:
         yield link
@@ -59,7 +59,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _existing(paths: Iterable[object], otherwise: Path) -> Path:
-    """Return the nearest existing folder of the first absolute path, `otherwise` without one."""
+    """Return the nearest existing folder of the first absolute path, or `otherwise` if there is no absolute path."""
     for path in paths:
         if isinstance(path, str) and path.startswith("/"):
             with suppress(OSError):

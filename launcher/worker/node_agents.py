@@ -1,4 +1,4 @@
-"""The part of one node among several of an attempt: meet the other agents, check the node, run its ranks, leave a record."""
+"""One node's part in a multi-node attempt: meet the other agents, check the node, run its ranks, leave a record."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MEET_DEADLINE_S = 300.0
 
 @dataclass(frozen=True)
 class NodeResult:
-    """How the ranks of a node ended, or why they did not start. `mirror` and `answers` are processes of the head node alone."""
+    """How a node's ranks ended, or why they did not start. Only the head node has the `mirror` and `answers` processes."""
 
     failure: FailureRecord | None
     problems: tuple[Problem, ...]
@@ -48,7 +48,7 @@ def run_node(
 ) -> NodeResult:
     """Meet the agents of the other nodes, check node `number` and run its ranks to their end.
 
-    `log` is the file with the agent's output; `job` and `why_ended` are those of `NodeAgent.run_ranks`.
+    `log` is the file with the agent's output; for `job` and `why_ended` see `NodeAgent.run_ranks`.
     """
     plan, run, attempt = agent.plan, agent.run, agent.attempt
     mirror: MirrorProcess | None = None
@@ -70,7 +70,7 @@ def run_node(
 
 
 def write_record(agent: NodeAgent, number: int, host: str, result: NodeResult) -> None:
-    """Write the record of node `number`, by which the attempt is concluded."""
+    """Write the record of node `number`; the attempt is concluded from these records."""
     record = NodeRecord(
         number,
         ended_at=time.time(),
@@ -85,10 +85,10 @@ def write_record(agent: NodeAgent, number: int, host: str, result: NodeResult) -
 
 
 def node_info(plan: LaunchPlan, record: Attempt, node: int) -> NodeInfo:
-    """Return this node's index, hosts and address; the agents meet at the head node's.
+    """Return this node's index, hosts and address; the agents meet at the head node's address.
 
     Raises:
-        RunError: if no interface of this node can be reached from others.
+        RunError: if other nodes can reach no interface of this node.
     """
     section = ManagedSection.of(plan.config.cluster)
     if record.address is None or record.port is None:
@@ -100,10 +100,10 @@ def node_info(plan: LaunchPlan, record: Attempt, node: int) -> NodeInfo:
 
 
 def connect(record: Attempt, here: NodeInfo) -> Any:
-    """Return the TCPStore at the head node that all nodes share.
+    """Return the head node's TCPStore, which all nodes share.
 
     Raises:
-        RunError: if the head node cannot be reached, or its port is taken.
+        RunError: if the head node is unreachable, or its port is taken.
     """
     from torch.distributed import DistNetworkError
 

@@ -1,4 +1,4 @@
-"""Why an attempt ended and what follows, judged from the records of its ranks and nodes and from the scheduler's job state."""
+"""Determines why an attempt ended and what follows, from its ranks' and nodes' records and the scheduler's job state."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from launcher.worker.slurm import job_output
 # Slurm sends its signal up to a minute before the lead begins.
 _SIGNAL_SPREAD_S = 90.0
 _FINAL = tuple(kind.__name__ for kind in WOULD_REPEAT)
-# What an agent raises before it starts its ranks, because its node lacks something.
+# Errors that an agent raises before it starts its ranks because its node lacks something.
 _NODE_ERRORS = ("RunError", "DamagedRun", "SlurmError")
-# Slurm's states of a job that lost its machines, and the state of Ray workers that are replaced by another number of workers.
+# Slurm's states for a job that lost its machines, and the state for Ray workers that are replaced by a different number.
 _REQUEUED = ("PENDING", "REQUEUED")
 _TAKEN = {"TIMEOUT": Cause.TIME_LIMIT, "PREEMPTED": Cause.PREEMPTED, "RESIZED": Cause.RESIZED}
 
@@ -45,7 +45,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class Conclusion:
-    """How an attempt ended, `ended` the same for the retry budgets, and what plan.retry decides."""
+    """How an attempt ended (`ended` holds this for the retry budgets), and what plan.retry decides."""
 
     ending: Ending
     ended: AttemptEnd
@@ -73,7 +73,7 @@ class Conclusion:
             saved_step=self.ended.saved_step,
             bad_nodes=self.ending.bad_nodes,
             first_failure=self.ending.first_failure,
-            # A later start does not know when the attempt ended.
+            # A later start cannot know when the attempt ended.
             ended_at=time.time() if decided else None,
         )
         json_records.write(run_records.exit_file(run, number), record)
@@ -90,7 +90,7 @@ def conclude(
     failed_nodes: Collection[str] = (),
     silence: Mapping[str, str] | None = None,
 ) -> Conclusion:
-    """Judge attempt `number` and decide what follows; the arguments are those of `judge`."""
+    """Judge attempt `number` and decide what follows; for the arguments see `judge`."""
     lead_s = section.save_lead_s or 0.0
     ending = judge(
         run, number, attempt, state, lead_s, exit_code, lost_nodes=lost_nodes, failed_nodes=failed_nodes, silence=silence
@@ -111,10 +111,10 @@ def end_of_attempt(
     on_alert: Callable[[str], None] | None = None,
     silence: Mapping[str, str] | None = None,
 ) -> AttemptEnd:
-    """Return how attempt `number` ended: as its exit.json says, or else by judging and recording it now.
+    """Return how attempt `number` ended: from its exit.json, or else by judging and recording it now.
 
-    `state`, `lost_nodes`, `failed_nodes` and `silence` are those of `judge`. `on_alert` gets the alert of an attempt that is
-    judged now, if the run continues; if it does not, the caller alerts.
+    For `state`, `lost_nodes`, `failed_nodes` and `silence` see `judge`. `on_alert` receives the alert of an attempt that is
+    judged now, if the run continues; otherwise the caller sends the alert.
     """
     record = run_records.read_exit(run, number)
     if record is not None:
@@ -149,7 +149,7 @@ def _from_record(run: RunDir, number: int, record: ExitRecord) -> AttemptEnd:
 
 
 def _with_failures(run: RunDir, number: int, ended: AttemptEnd, failure: FailureRecord | None) -> AttemptEnd:
-    """Return the end of attempt `number` with the exception of its last ranks and of those that were restarted."""
+    """Return the end of attempt `number` with the exceptions of its last ranks and of the ranks that were restarted."""
     restarts = tuple(
         RestartedRanks(failure_record.exception_of(record.first_failure), record.first_failure.step, record.saved_step)
         for record in run_records.read_restarts(run, number)
@@ -160,9 +160,10 @@ def _with_failures(run: RunDir, number: int, ended: AttemptEnd, failure: Failure
 
 
 def describe_repetition(run: RunDir, number: int, failure: FailureRecord) -> str:
-    """Return why the ranks of attempt `number`, which a failure has ended, fail again after a restart; empty if they may not.
+    """Return why the ranks of attempt `number` would fail again after a restart, given this failure; empty if they may not.
 
-    An exception repeats that came back at the same step after two resumes from one checkpoint; see launcher.plan.retry.
+    An exception counts as repeating if it came back at the same step after two resumes from one checkpoint; see
+    launcher.plan.retry.
     """
     attempt, saved_step = run_store.read_attempt(run, number), store.newest_step(run.checkpoints)
     ended = _with_failures(run, number, AttemptEnd(Cause.FAILURE, attempt.resume_step, saved_step), failure)
@@ -182,10 +183,10 @@ def judge(
 ) -> Ending:
     """Return why attempt `number` of a managed run ended.
 
-    `state` is the scheduler's state of the job, empty if it is unknown. `exit_code` is srun's, None if the job recorded
-    none. `lead_s` is the time before the end of the job at which it is asked to save. `lost_nodes` are the names of the attempt's
-    nodes that Ray has lost, None if that is unknown; `failed_nodes` of those that Slurm has lost, if known.
-    `silence` says of nodes why they left no record, by name, where no scheduler does.
+    `state` is the scheduler's state of the job, empty if unknown. `exit_code` is srun's, None if the job did not record it.
+    `lead_s` is how long before its end the job is asked to save. `lost_nodes` names the attempt's nodes that Ray has lost, None
+    if unknown; `failed_nodes` names those that Slurm has lost, if known. `silence` maps a node's name to the reason why it left
+    no record, for backends without a scheduler.
     """
     ending = _judge(run, number, attempt, state, lead_s, exit_code, lost_nodes, failed_nodes, silence or {})
     if ending.cause is not Cause.INFRASTRUCTURE:
@@ -248,7 +249,7 @@ def _judge(
         lost = "; ".join(silence.get(node, f"no record from {node}") for node in silent)
     is_explained = first is None or failure_record.is_consequence(first)
     if run_records.lost_coordinator_file(run, number).is_file() and "Ray has lost" not in lost and is_explained:
-        # Workers that have lost it end their ranks and leave no record.
+        # Workers that have lost the coordinator end their ranks and leave no record.
         names = ", ".join(dict.fromkeys(attempt.nodes))
         message = f"the run's coordinator was killed or has ended, and the ranks on {names} with it"
         return Ending(Cause.INFRASTRUCTURE, step, message, first_failure=first)
@@ -266,7 +267,7 @@ def _judge(
 
 
 def _is_interruption(failure: FailureRecord) -> bool:
-    """Return whether a failure may be the consequence of the signals by which Slurm ends a job."""
+    """Return whether a failure may be the consequence of the signals with which Slurm ends a job."""
     by_signal = failure.exit_code is not None and -failure.exit_code in (CANCEL, PREEMPT, signal.SIGTERM, signal.SIGKILL)
     return by_signal or failure.rank is None or failure_record.is_consequence(failure)
 
@@ -274,9 +275,9 @@ def _is_interruption(failure: FailureRecord) -> bool:
 def _describe_silent(
     nodes: Sequence[str], lost_nodes: Collection[str] | None, failed: Sequence[str], output: str, all_nodes: Sequence[str]
 ) -> str:
-    """Describe nodes that left no record. Where Ray loses one, it ends the workers of all before they can leave theirs.
+    """Describe nodes that left no record. If Ray loses a node, it ends the workers on all nodes before they can leave records.
 
-    `failed` are the nodes that Slurm has lost, `output` is the job's.
+    `failed` are the nodes that Slurm has lost, `output` is the job's output.
     """
     if not nodes:
         return ""
@@ -295,13 +296,13 @@ def _describe_silent(
 
 
 def _from_outcome(outcome: OutcomeRecord, interruption: Cause) -> Ending:
-    """Ranks do not know why they were interrupted: scancel sends the same TERM as a preemption."""
+    """Ranks cannot know why they were interrupted: scancel sends the same TERM as a preemption."""
     causes = {"completed": Cause.COMPLETED, "cancelled": Cause.CANCELLED, "limit": Cause.LIMIT, "preempted": interruption}
     return Ending(causes[outcome.reason], outcome.step, outcome.message)
 
 
 def _interruption(attempt: Attempt, lead_s: float, at: float) -> Cause:
-    """Return what took the machines at that time; the next start may judge it hours later."""
+    """Return what took the machines away at that time; the next start may judge this hours later."""
     near = attempt.ends_at is not None and at > attempt.ends_at - lead_s - _SIGNAL_SPREAD_S
     return Cause.TIME_LIMIT if near else Cause.PREEMPTED
 
@@ -321,7 +322,7 @@ def _from_refusals(refused: Mapping[str, str], attempt: Attempt, step: int) -> E
 
 
 def _from_unfit_nodes(unfit: set[str], messages: Sequence[str], attempt: Attempt, step: int) -> Ending:
-    """Where most nodes are unfit, the cause is none of them, and excluding them would not help."""
+    """If most nodes are unfit, the cause lies elsewhere, and excluding them would not help."""
     nodes = tuple(dict.fromkeys(attempt.nodes))
     bad_nodes = tuple(node for node in nodes if node in unfit)
     message = "; ".join(dict.fromkeys(messages))
@@ -333,7 +334,7 @@ def _from_unfit_nodes(unfit: set[str], messages: Sequence[str], attempt: Attempt
 def _from_failure(
     first: FailureRecord, failures: Mapping[str, FailureRecord], silent: str, attempt: Attempt, step: int
 ) -> Ending:
-    """Judge a failure that is no user error; `failures` are by node, `silent` describes the nodes that left no record."""
+    """Judge a failure that is not a user error; `failures` is keyed by node, `silent` describes the nodes without a record."""
     message = _describe(first)
     if silent:
         if first.rank is None or failure_record.is_consequence(first):
@@ -342,7 +343,7 @@ def _from_failure(
     if first.rank is None and first.kind in _NODE_ERRORS:
         messages = {node: f"{node}: {failure.message}" for node, failure in failures.items() if failure.kind in _NODE_ERRORS}
         ending = _from_unfit_nodes(set(messages), list(messages.values()), attempt, step)
-        # Where most nodes do not meet, the head node's port or network may be at fault; the next attempt may have another head.
+        # If most nodes do not meet, the head node's port or network may be at fault; the next attempt may have another head node.
         cause = Cause.INFRASTRUCTURE if ending.cause is Cause.USER_ERROR else ending.cause
         return replace(ending, cause=cause, first_failure=first)
     cause = Cause.INFRASTRUCTURE if failure_record.is_of_machines(first) else Cause.FAILURE
@@ -354,9 +355,9 @@ def _describe(failure: FailureRecord) -> str:
 
 
 def judge_local(run: RunDir, attempt: int, failure: FailureRecord | None, stopped: bool, killed: bool) -> ExitRecord:
-    """Return how an attempt on this machine ended: as rank 0 recorded it, or else as the node's agent saw it.
+    """Return how an attempt on this machine ended: from rank 0's record, or else as the node's agent saw it.
 
-    `stopped` where the ranks were asked to stop, `killed` where they did not stop in time.
+    `stopped`: the ranks were asked to stop. `killed`: they did not stop in time.
     """
     outcome = run_records.read_outcome(run, attempt) if failure is None else None
     if outcome is not None:

@@ -1,11 +1,11 @@
 """Prepares model, tokenizer and data cache on CPU, before any GPU is requested: `python -m launcher.worker.prepare`.
 
-Reads a RunConfig as JSON from standard input; fetches or converts model and tokenizer, compares
-the weight files with the model, builds the data cache.
-Progress goes to standard error, one JSON object with the report (where asked for) to standard output.
+Reads a RunConfig as JSON from standard input, fetches or converts model and tokenizer, compares the weight files with the model,
+and builds the data cache. Writes progress to standard error, and one JSON object (with the report, if requested) to standard
+output.
 
-Each worker of the data build imports this module again, as multiprocessing does with a main module, so it imports no torch at
-module level.
+This module does not import torch at module level, because multiprocessing imports the main module again in each worker of the
+data build.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from launcher.worker.signals import exit_on_termination
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
 # Longer than it takes to read and write the largest checkpoint.
 _LOCK_TIMEOUT_S = 2 * 3600.0
-# The argument that leaves out everything but the caches of eval.sets.
+# The argument that limits preparation to the caches of eval.sets.
 EVAL_SETS_ALONE = "--eval-sets"
 _QUOTED_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
-    """Prepare everything that the ranks read; returns the data report with `show` rows, or an empty dictionary without `show`."""
+    """Prepare everything that the ranks read; returns the data report with `show` rows, or an empty dictionary if it is None."""
     names = [name for name in dict.fromkeys((config.model.path, config.model.tokenizer)) if name]
     if any(model_source.locate(name, config.model).folder is None for name in names):
-        # Report a row that cannot be read before a model is downloaded.
+        # Report unreadable rows before downloading a model.
         _require_readable_rows(config)
     for name in names:
         _fetch(name, config.model)
@@ -90,7 +90,7 @@ def _require_readable_rows(config: RunConfig) -> None:
 
 
 def build_eval_sets(config: RunConfig) -> dict[str, object]:
-    """Build the caches of the evaluation sets alone, for a run whose other data is there."""
+    """Build only the caches of the evaluation sets, for a run whose other data exists."""
     tokenizer = model_source.locate(config.model.tokenizer or config.model.path or "", config.model).folder
     if tokenizer is None:
         raise ConfigError("the tokenizer is missing", where="model.tokenizer")
@@ -102,7 +102,7 @@ def build_eval_sets(config: RunConfig) -> dict[str, object]:
 
 
 def convert_local(source: str, model: ModelSection) -> None:
-    """Convert the GGUF file of a package to a Hugging Face folder, unless that is done or `source` is something else."""
+    """Convert a package's GGUF file to a Hugging Face folder, unless it is already converted or `source` is something else."""
     located = model_source.locate(source, model)
     if located.folder is None and located.source is not None and not is_run(source):
         _fetch(source, model)
@@ -126,7 +126,7 @@ def _fetch(source: str, model: ModelSection) -> None:
 
 
 def copy_parent_weights(parent: parent_run.ParentCheckpoint, model: ModelSection) -> None:
-    """Write the parent's weights as a Hugging Face folder into the launcher's cache; the folder appears when it is complete."""
+    """Write the parent's weights to the launcher's cache as a Hugging Face folder, which appears only when it is complete."""
     folder = parent_run.weights_folder(parent, model.dtype)
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
@@ -163,19 +163,19 @@ def _export(parent: parent_run.ParentCheckpoint, model: ModelSection, folder: Pa
         dtype=model.dtype,
         trust_remote_code=model.trust_remote_code,
         code_digest=model.code_digest,
-        # A check would load the whole model, for which this machine may lack memory.
+        # A check would load the whole model, and this machine may lack the memory.
         check=False,
         chat_template=find_chat_template(plan),
         turn_end_ids=plan.data.turn_end_ids if plan.data else (),
     )
     with show_progress() as make_progress:
         verify_checkpoint(task, make_progress)
-        # The next run's model card takes license and base model from this one's.
+        # The next run's model card takes its license and base model from this one.
         export(task, lambda made: model_card.render_model_card(plan, manifest, metrics, made, plans), make_progress)
 
 
 def _tokenizer_of(plan: LaunchPlan) -> Path | None:
-    """Return the folder of a run's tokenizer, which is fetched again where the cache that held it was removed."""
+    """Return the folder of a run's tokenizer; fetch it again if the cache that held it was removed."""
     if plan.model.tokenizer_path and Path(plan.model.tokenizer_path).is_dir():
         return Path(plan.model.tokenizer_path)
     name = plan.config.model.tokenizer or plan.config.model.path or ""
@@ -184,7 +184,7 @@ def _tokenizer_of(plan: LaunchPlan) -> Path | None:
 
 
 def _link(exported: Path, folder: Path) -> None:
-    """Link the files of an export into a folder of their own: the run may replace its export while these are in use."""
+    """Link an export's files into a separate folder: the run may replace its export while they are in use."""
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         shutil.copytree(exported, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
@@ -197,7 +197,7 @@ def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:
-        # Another file system, or one without hard links.
+        # A different file system, or one without hard links.
         shutil.copyfile(source, target)
 
 
@@ -212,13 +212,13 @@ def _download(repo_id: str, model: ModelSection) -> None:
 
     guard_hub_client()
 
-    # Code is pinned by model.revision, and only the model's repository is.
+    # model.revision pins code, and only in the model's own repository.
     with_code = model.trust_remote_code and repo_id == model.path
     patterns = [*_HUB_FILES, *(["*.bin"] if model.allow_pickled_weights else []), *(["*.py"] if with_code else [])]
     revision = model.revision if repo_id == model.path else None
     _say(f"fetching {repo_id} from the hub")
     try:
-        # Some repositories hold the weights a second time in the original format.
+        # Some repositories also hold the weights in their original format.
         with show_waiting(f"fetching {repo_id}"):
             snapshot_download(
                 repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"]
@@ -250,7 +250,7 @@ def _download(repo_id: str, model: ModelSection) -> None:
 
 
 def hub_reason(error: Exception) -> str:
-    """Return why the client of the Hub could not fetch a file."""
+    """Return why the Hub client could not fetch a file."""
     from huggingface_hub import errors
 
     if isinstance(error, LauncherError):
@@ -272,9 +272,9 @@ def _say(text: str) -> None:
 
 
 def _find_storage_error(error: Exception) -> LauncherError | None:
-    """Return the error for the user where the system refused to write or read a file; None for another exception."""
+    """Return the user-facing error if the system refused to write or read a file, or None for another exception."""
     if not isinstance(error, OSError):
-        # tokenizers and safetensors raise exceptions of their own, which quote the system's error.
+        # tokenizers and safetensors raise their own exceptions, which quote the system's error.
         quoted = _QUOTED_OS_ERROR.search(str(error))
         if quoted is None:
             return None
@@ -282,7 +282,7 @@ def _find_storage_error(error: Exception) -> LauncherError | None:
     if error.errno is None:
         return None
     path = None if error.filename is None else Path(os.fsdecode(error.filename))
-    # Folders above the cache are made with it.
+    # The cache's parent folders are created with it.
     if path is None or path.is_relative_to(cache_root()) or cache_root().is_relative_to(path):
         return make_cache_error(error, cache_root() / "models")
     remedy = "check its permissions and the disk"
@@ -290,9 +290,9 @@ def _find_storage_error(error: Exception) -> LauncherError | None:
 
 
 def main(argv: list[str]) -> int:
-    # The tokenizer may use all threads here.
+    # Here the tokenizer may use all threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Progress bars and warnings of libraries would break up the plain lines.
+    # Libraries' progress bars and warnings would break up the plain lines.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     config = RunConfig.model_validate_json(sys.stdin.read())

@@ -1,8 +1,8 @@
-"""The rendezvous of the node agents, at the start and before each restart: all nodes, in their order.
+"""The rendezvous of the node agents, at the start and before each restart: all nodes, in fixed order.
 
-torch's own handler serves nodes that come and go: it polls once a second whether all are there, and numbers nodes by their
-addresses. The nodes of a job are known, so here each waits for the others' keys in the head's store, and node 0 has rank 0. A
-failure that a restart would repeat closes the rendezvous: one that a rank has recorded as such, or one that has come back after
+torch's own handler is made for nodes that come and go: it polls once a second for missing nodes, and numbers nodes by address.
+A job's nodes are known, so here each node waits for the others' keys in the head node's store, and node 0 has rank 0. The
+rendezvous closes on a failure that a restart would repeat: one that a rank recorded as such, or one that came back after
 restarts.
 """
 
@@ -25,11 +25,11 @@ from launcher.worker.ranks.rank_env import NodeInfo
 
 
 class NodeRendezvous(RendezvousHandler):
-    """`store` lives on the head node. `is_final` returns whether ranks failed in a way that a restart would repeat.
+    """`store` is on the head node. `is_final` returns whether ranks failed in a way that a restart would repeat.
 
-    `own_failure` returns why this node's ranks failed, empty if none did. `on_restart` is called on the head node when all
-    nodes have arrived for a restart, with its number, counted from 1, and what each node's `own_failure` returned; it returns why
-    the ranks are not restarted, empty if they are.
+    `own_failure` returns why this node's ranks failed, or an empty string if none did. When all nodes have arrived for a restart,
+    `on_restart` is called on the head node with the restart's number, counted from 1, and the result of each node's
+    `own_failure`. It returns why the ranks are not restarted, or an empty string if they are.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class NodeRendezvous(RendezvousHandler):
 
     @property
     def num_restarts(self) -> int:
-        """How often the ranks were restarted: the same number on all nodes, since none starts ranks before all have arrived."""
+        """The number of restarts. It is the same on all nodes, because no node starts ranks before all have arrived."""
         return max(0, self._round - 1)
 
     def get_backend(self) -> str:
@@ -60,7 +60,7 @@ class NodeRendezvous(RendezvousHandler):
         return self._run_id
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Wait until all nodes have arrived for the next round; each takes part in every round.
+        """Wait until all nodes have arrived for the next round; every node takes part in every round.
 
         Raises:
             RendezvousClosedError: if a restart would repeat the failure.
@@ -87,7 +87,7 @@ class NodeRendezvous(RendezvousHandler):
         return RendezvousInfo(store, self._node.node, len(self._node.hosts), info)
 
     def _decide(self, keys: list[str]) -> str:
-        """Return why the ranks are not restarted; the head node decides for all, because the disks of others may lag behind."""
+        """Return why the ranks are not restarted. The head node decides for all: other nodes may see the disk with a delay."""
         decision = f"decision/{self._round}"
         if self._node.is_head:
             self._store.set(decision, self._on_restart(self.num_restarts, [self._store.get(key).decode() for key in keys]))
@@ -95,14 +95,14 @@ class NodeRendezvous(RendezvousHandler):
         return self._store.get(decision).decode()
 
     def num_nodes_waiting(self) -> int:
-        """Return the number of nodes that wait for the next round, because their ranks failed."""
+        """Return the number of nodes that wait for the next round because their ranks failed."""
         return self._store.add(self._waiting(self._round + 1), 0)
 
     def is_closed(self) -> bool:
         return False
 
     def set_closed(self) -> None:
-        """Do nothing: an agent reports its end by its exit code."""
+        """Do nothing: an agent reports its end through its exit code."""
 
     def shutdown(self) -> bool:
         return True

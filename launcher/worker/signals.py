@@ -1,4 +1,4 @@
-"""Signals set a flag; the training loop acts on it at the end of a step, on all ranks together."""
+"""Signals set a flag; all ranks act on it together at the end of a training step."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# USR1: a person asks to stop (cancel, Ctrl-C). USR2 and TERM: the machines are about to be taken.
+# USR1: a person asks to stop (cancel, Ctrl-C). USR2 and TERM: the machines are about to be taken back.
 CANCEL = signal.SIGUSR1
 PREEMPT = signal.SIGUSR2
 _REASONS = {CANCEL: "cancelled", PREEMPT: "preempted", signal.SIGTERM: "preempted"}
-# The exit code of a rank that the agent ends because another one has failed; it says nothing about the cause.
+# The exit code of a rank that the agent ends because another rank failed; it says nothing about the cause.
 DISMISSED = 128 + signal.SIGTERM
-# Storage that hangs must not keep the machines: torch's elastic agent would wait 30 s before it kills the rank.
+# Hung storage must not hold the machines: torch's elastic agent would wait 30 s before it kills the rank.
 _MAX_DELAY_S = 1.0
 
 
 def exit_on_termination() -> None:
-    """Make SIGTERM raise SystemExit in the main thread, so that files that are being written are removed; ignore Ctrl-C.
+    """Make SIGTERM raise SystemExit in the main thread, so that partly written files are removed; ignore Ctrl-C.
 
-    Ctrl-C reaches the whole terminal group; the command that started this process decides what it means. Child processes of
-    multiprocessing are killed first: they would print tracebacks when their pool is gone.
+    Ctrl-C reaches the terminal's whole process group; the command that started this process decides what it means. Child
+    processes of multiprocessing are killed first: they would print tracebacks when their pool is gone.
     """
 
     def end(*_: object) -> None:
@@ -38,10 +38,10 @@ def exit_on_termination() -> None:
 
 
 class StopFlag:
-    """Callable that returns the first reason to stop, or None; `at` is the time.monotonic() of that signal.
+    """A callable that returns the first reason to stop, or None; `at` is that signal's time.monotonic() time.
 
-    A thread waits for the signals, because Python runs handlers in the main thread only, and not while that is inside a
-    collective. With `loading`, a cancel ends the process at once until `begin_training`: there is nothing to save yet.
+    A thread waits for the signals, because Python runs handlers only in the main thread, and not while it is inside a collective.
+    With `loading`, a cancel before `begin_training` ends the process at once: there is nothing to save yet.
     """
 
     def __init__(self, loading: bool = False) -> None:
@@ -63,19 +63,19 @@ class StopFlag:
 
     @contextmanager
     def delay_dismissal(self) -> Iterator[None]:
-        """Delay a dismissal to the end of this block, for a second at most."""
+        """Delay an exit on the agent's request to the end of this block, for at most a second."""
         with self._protected:
             yield
         if self._dismissed:
-            # Going on would race with the listening thread.
+            # Continuing would race with the listening thread.
             os._exit(DISMISSED)
 
     def install(self) -> StopFlag:
-        """Start to listen; call it from the main thread before any other thread exists."""
-        # Every later thread and process inherits the block, so that helpers survive the USR2 and TERM that Slurm sends to all
-        # processes of a step. wandb-core survives USR2 only, because it unblocks TERM.
+        """Start listening; call it from the main thread before any other thread exists."""
+        # Every later thread and process inherits the blocked signals, so helpers survive the USR2 and TERM that Slurm sends to
+        # all processes of a step. wandb-core survives only USR2, because it unblocks TERM.
         signal.pthread_sigmask(signal.SIG_BLOCK, _REASONS)
-        # Ctrl-C reaches the whole terminal group; the command that follows the run decides what it means.
+        # Ctrl-C reaches the terminal's whole process group; the command that follows the run decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=self._listen, args=(os.getppid(),), name="signals", daemon=True).start()
         return self
@@ -84,14 +84,14 @@ class StopFlag:
         while True:
             received = signal.sigwaitinfo(_REASONS)
             if received.si_signo == signal.SIGTERM and received.si_pid == agent_pid:
-                # torch's elastic agent stops all ranks after one has failed: a collective would never end without it.
-                # Flushing could block, and is not needed: the agent starts ranks with unbuffered output.
+                # torch's elastic agent stops all ranks after one has failed: a collective would never complete without that rank.
+                # Flushing could block and is not needed: the agent starts ranks with unbuffered output.
                 self._dismissed = True
                 self._protected.acquire(timeout=_MAX_DELAY_S)
                 os._exit(DISMISSED)
             if received.si_signo == CANCEL and self._loading:
-                # The agent sends the signal to all ranks, so none of them waits for another one. To wait for the end of a
-                # phase could take minutes.
+                # The agent sends the signal to all ranks, so none waits for another. Waiting for the end of a phase could take
+                # minutes.
                 os.write(2, b"cancelled while loading; nothing was trained\n")
                 os._exit(0)
             self._request(_REASONS[signal.Signals(received.si_signo)])

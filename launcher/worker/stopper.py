@@ -1,4 +1,4 @@
-"""Passes the signals of a node's agent on to its ranks: save and stop, and after the grace period SIGKILL."""
+"""Forwards a node agent's signals to its ranks: save and stop, then SIGKILL after the grace period."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _RESEND_S = 0.5
 
 
 class Stopper:
-    """The first signal asks the ranks to save and stop; a person's second one, or the end of the grace period, kills them.
+    """The first signal asks the ranks to save and stop; a person's second signal, or the end of the grace period, kills them.
 
-    `signals` maps the agent's signals to those of the ranks. At `kill_at`, in seconds since the epoch, ranks that were asked to
-    stop are killed in any case. The signal is repeated until `disarm`, because ranks may still be starting; a rank that got it
-    ignores the repetition. `requested` is whether a stop was requested, `killed` whether the ranks were killed for it.
+    `signals` maps the agent's signals to the ranks' signals. At `kill_at`, in seconds since the epoch, ranks that were asked to
+    stop are killed in any case. The signal is repeated until `disarm`, because ranks may still be starting; a rank that has
+    received it ignores repetitions. `requested` is whether a stop was requested, `killed` whether the ranks were killed after it.
     """
 
     def __init__(
@@ -38,24 +38,24 @@ class Stopper:
         self.killed = False
 
     def install(self) -> Stopper:
-        """Listen in a thread: signal handlers would wait while the main thread is inside a rendezvous.
+        """Listen in a thread: signal handlers would have to wait while the main thread is inside a rendezvous.
 
-        The main thread blocks the signals, and so do the ranks from their first instruction on: a signal that comes while they
-        import waits until they listen.
+        The main thread blocks the signals, and so do the ranks from their first instruction on: a signal that arrives during
+        their imports stays pending until they listen.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, set(self._signals))
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
     def disarm(self) -> None:
-        """Send no more signals."""
+        """Stop sending signals."""
         self._disarmed.set()
 
     def finish(self, sidecar: Sidecar | None, deadline_s: float = math.inf, *, uses_grace: bool = True) -> None:
-        """Wait for a sidecar for the rest of the grace period, for `deadline_s` at most, or until a person cancels again.
+        """Wait for a sidecar for the rest of the grace period, for at most `deadline_s`, or until a person cancels again.
 
-        Where no stop was requested, the upload of the last checkpoint, for one, takes the time that it needs. Without
-        `uses_grace` the wait ends with the first request to stop.
+        If no stop was requested, there is no grace period: the upload of the last checkpoint, for example, may take as long as it
+        needs. Without `uses_grace`, the wait ends at the first stop request.
         """
         if sidecar is None:
             return

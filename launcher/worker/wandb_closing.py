@@ -1,7 +1,7 @@
-"""Reports the end of a run to W&B where no rank could, because the ranks were killed or never started.
+"""Reports the end of a run to W&B if no rank could, because the ranks were killed or never started.
 
-`python -m launcher.worker.wandb_closing PLAN ATTEMPT` continues the W&B run for a moment: it sends an alert with the first
-failure or the limit that was reached, the steps that W&B lacks, and exit code 1.
+`python -m launcher.worker.wandb_closing PLAN ATTEMPT` briefly resumes the W&B run: it sends an alert with the first failure or
+the limit that was reached, the steps that W&B lacks, and exit code 1.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from launcher.tracking.verdicts import read_newest_verdict
 from launcher.tracking.wandb.local_settings import leave_folder_of_others
 from launcher.train.previous_failure import describe_gpu_faults
 
-# The nodes may be held meanwhile.
+# The run may hold its nodes meanwhile.
 _DEADLINE_S = 45.0
 
 
 def close_wandb_run(plan: LaunchPlan, plan_path: str | Path, run: RunDir, attempt: int) -> None:
-    """Have W&B show that the run has failed for good, even before its first step, or reached a limit while no rank ran.
+    """Show in W&B that the run has failed for good, even before its first step, or reached a limit while no rank ran.
 
-    Verdicts about checkpoints that were answered while the run trained are sent as well: its ranks had the session until now.
-    Never raises, and returns within a deadline. In offline mode the end is written into W&B's files, where there are any.
+    Also sends the verdicts on checkpoints that were answered during training: the ranks held the session until now. Never raises,
+    and returns within a deadline. In offline mode the end is written to W&B's files, if there are any.
     """
     tracking = plan.config.tracking
     _report_end(plan, plan_path, run, attempt)
@@ -44,13 +44,13 @@ def _report_end(plan: LaunchPlan, plan_path: str | Path, run: RunDir, attempt: i
     if tracking.kind != "wandb" or not may_show or not _must_report(run, attempt):
         return
     command = [sys.executable, "-m", "launcher.worker.wandb_closing", str(plan_path), str(attempt)]
-    # A separate process can be killed: W&B may hang.
+    # W&B may hang; a separate process can be killed.
     with suppress(OSError, subprocess.SubprocessError):
         subprocess.run(command, stdin=subprocess.DEVNULL, timeout=_DEADLINE_S)
 
 
 def _send_newest_verdict(run: RunDir) -> None:
-    """Send the verdicts of the newest step that was evaluated, with the table of all steps."""
+    """Send the verdicts of the newest evaluated step, with the table of all steps."""
     with suppress(OSError, LauncherError, subprocess.SubprocessError):
         if (newest := read_newest_verdict(run)) is not None:
             command = [sys.executable, "-m", "launcher.tracking.wandb.verdict_upload", str(run.root), str(newest.step)]
@@ -77,19 +77,19 @@ def main(plan_path: str, attempt: int) -> None:
 
 
 def _must_report(run: RunDir, attempt: int) -> bool:
-    """Return whether the run has failed, or was ended between two attempts; ranks that reach a limit report it themselves."""
+    """Return whether the run failed or was ended between two attempts; ranks that reach a limit report it themselves."""
     state = run_store.read_status(run).state
     if state != "preempted":
         return state == "failed"
     with suppress(OSError, LauncherError):
         record = run_records.read_exit(run, attempt)
-        # An attempt without a cause ran on this machine, where a person stopped it.
+        # An attempt without a cause ran on this machine, and a person stopped it.
         return record is None or record.cause not in (None, Cause.LIMIT)
     return True
 
 
 def _log_of_first_failure(run: RunDir, attempt: int) -> str:
-    """Name the log of the rank that failed first."""
+    """Return the log of the rank that failed first, in parentheses, or an empty string."""
     with suppress(OSError, LauncherError):
         record = run_records.read_exit(run, attempt)
         if record is not None and record.first_failure is not None:
