@@ -1,4 +1,4 @@
-"""The attempts of a run on Ray, one for each group of workers that trains: opens them, judges them, decides what follows."""
+"""The attempts of a run on Ray, one per group of training workers: opens and judges them, and decides what follows."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from launcher.worker.ray.messages import Member, Verdict
 from launcher.worker.ray.worker_group import Group, require_private
 
 _DRAINED = "drained.json"
-# The message of the status until the ranks write their own.
+# The status message until the ranks write their own.
 _STARTING = "starting"
 _LOCK_WAIT_S = 60.0
-# From the second exclusion of a node on, the time until its next trial, for which the run restarts.
+# From a node's second exclusion on, the time until it is tried again, for which the run restarts.
 _TRIAL_S = 6 * 3600.0
 
 
 class Attempts:
-    """`number` is the newest attempt; the submitting side opened the first. `over` is why no other follows, None while one may.
+    """`number` is the newest attempt; the submit side opened the first. `over` is why no attempt follows, None while one may.
 
     `lost_nodes` returns the ids of the nodes that Ray has lost.
     """
@@ -45,21 +45,21 @@ class Attempts:
         self.over: str | None = None
         self._job = job
         self._lost_nodes = lost_nodes
-        # Nodes that made an attempt fail; the next attempts exclude them where they can.
+        # Nodes that made an attempt fail; later attempts exclude them if possible.
         self._unfit: tuple[str, ...] = ()
-        # Those whose exclusion reduced the ranks of the last group; and when each node excluded at that cost is tried again.
+        # Nodes whose exclusion reduced the last group's ranks, and when each node excluded at that cost is tried again.
         self._missed: set[str] = set()
         self._trial_at: dict[str, float] = {}
-        # Of the last group that trained: the number of its workers, and those of them that train.
+        # The last group that trained: its number of workers, and the workers that train.
         self._size = 0
         self._trained: list[Member] = []
 
     def open(self, group: Group) -> None:
-        """Open the attempt of a complete group, with a plan for as many ranks as divide the batch, or end the run.
+        """Open the attempt of a complete group, with a plan for a number of ranks that divides the batch, or end the run.
 
         Raises:
             ConfigError: if the group cannot train.
-            LauncherError, OSError: if the run cannot be read or written now; the caller retries.
+            LauncherError, OSError: if the run cannot be read or written right now; the caller retries.
         """
         run = self._run
         with run_store.start_lock(run, wait_s=_LOCK_WAIT_S):
@@ -70,7 +70,7 @@ class Attempts:
             if attempt.job is not None:
                 decision = self._after(group)
                 if not decision.again:
-                    # The run is locked meanwhile: no command starts it before its end is written.
+                    # The run is locked meanwhile, so that no command starts it before its end is written.
                     self.end(decision.reason, decision.state)
                     return
                 self._unfit = decision.exclude
@@ -81,7 +81,7 @@ class Attempts:
             require_private(head, self._section.allow_public_address)
             group.plan_path = self._plan_path
             if not plan == self._plan == run_store.load_plan(run):
-                # The plan of an attempt without one of its own is that of the attempt before.
+                # An attempt without its own plan uses the previous attempt's.
                 group.plan_path = str(run_store.write_plan(run, self.number, plan))
             opened = replace(
                 attempt,
@@ -94,7 +94,7 @@ class Attempts:
             )
             group.marker = secrets.token_hex(16)
             atomic_files.write_text(run.attempt(self.number) / "marker", group.marker)
-            # The last step that may fail: an attempt opened again after it would count as one that was lost.
+            # This must be the last step that can fail: if the attempt were opened again after it, it would count as lost.
             run_store.write_attempt(run, self.number, opened)
             disk_reserve.keep(run, self.number)
         with suppress(OSError, LauncherError):
@@ -102,12 +102,12 @@ class Attempts:
         self.report(*group.composition(self.number))
         group.opened_at, self._size, self._trained = time.monotonic(), group.size, group.training
         for node in group.missed - self._missed:
-            # A failed check may pass within seconds; a broken node must not cost a restart at every checkpoint.
+            # A failed check may pass seconds later, but a broken node must not cost a restart at every checkpoint.
             self._trial_at[node] = group.opened_at + (_TRIAL_S if node in self._trial_at else 0.0)
         self._missed = group.missed
 
     def conclude(self, group: Group) -> None:
-        """Judge the attempt of a group whose ranks have ended, and set its verdict: whether Ray Train starts the next group."""
+        """Judge the attempt of a group whose ranks have ended, and set the verdict: whether Ray Train starts another group."""
         try:
             run_store.fence(self._run, self.number, refresh=True)
             attempt = run_store.read_attempt(self._run, self.number)
@@ -123,7 +123,7 @@ class Attempts:
             return
         decision = conclusion.decision
         disk_reserve.release_if_full(self._run, self.number)
-        # A full disk must not keep the run from continuing.
+        # A full disk must not stop the run from continuing.
         with suppress(OSError, LauncherError):
             conclusion.record(self._run, self.number)
             run_store.update_status(self._run, state=decision.state, step=conclusion.ending.step, message=conclusion.message)
@@ -135,7 +135,7 @@ class Attempts:
             self.over = conclusion.message
 
     def end(self, reason: str, state: str | None) -> None:
-        """End the run: no other attempt follows. `state` becomes the run's, None if another process writes it."""
+        """End the run: no attempt follows. `state` becomes the run's state; None if another process writes it."""
         self.over = reason
         if state in ("failed", "preempted"):
             self.report("alert", f"the run ends: {reason}")
@@ -144,21 +144,21 @@ class Attempts:
                 run_store.update_status(self._run, state=state, message=reason)
 
     def is_starting(self) -> bool:
-        """Return whether the ranks of the newest attempt have not written a status yet; raises what reading the run raises."""
+        """Return whether the newest attempt's ranks have not written a status yet; raises what reading the run raises."""
         return run_store.read_status(self._run).message == _STARTING
 
     def record_drain(self, nodes: Sequence[str]) -> None:
-        """Record that Ray is about to lose these nodes, for the postmortem, even where the workers leave no record."""
+        """Record for the postmortem that Ray is about to lose these nodes, even if their workers leave no record."""
         self.report("alert", f"Ray is about to lose {', '.join(nodes)}: the run saves")
         with suppress(OSError):
             json_records.write(self._run.attempt(self.number) / _DRAINED, DrainRecord(tuple(nodes), time.time()))
 
     def due_for_trial(self, group: Group, now: float) -> list[str]:
-        """Return the excluded nodes of a group that are to be tried again."""
+        """Return a group's excluded nodes that are due for another try."""
         return sorted(node for node in group.missed if self._trial_at[node] <= now)
 
     def lost(self) -> list[str] | None:
-        """Return the names of the training nodes that Ray has lost since the attempt began, or None if that is unknown."""
+        """Return the names of training nodes that Ray has lost since the attempt began, or None if unknown."""
         if self._trained:
             with suppress(Exception):
                 lost = self._lost_nodes()
@@ -166,12 +166,12 @@ class Attempts:
         return None
 
     def report(self, kind: str, text: str) -> None:
-        """Append an event; a failure to write it does not stop the run."""
+        """Append an event; a failed write does not stop the run."""
         with suppress(OSError):
             append_event(self._run, self.number, kind, text)
 
     def _after(self, group: Group) -> Decision:
-        """Decide what follows the previous attempt, whose workers may have left no records."""
+        """Decide what follows the previous attempt; its workers may have left no records."""
         folder = self._run.attempt(self.number)
         if self._run.cancel(self.number).is_file():
             return Decision(False, "cancelled", "cancelled while it waited for workers")

@@ -1,4 +1,4 @@
-"""Committed checkpoints: the coordinator finds them, and the workers report them to Ray Train with what was logged."""
+"""Committed checkpoints: the coordinator finds them, and the workers report them to Ray Train with the logged metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import Tail
 from launcher.worker.ray.messages import CommittedCheckpoint
 
-# The one file of a checkpoint as Ray knows it.
+# The only file in a checkpoint as Ray sees it.
 POINTER = "checkpoint.json"
 
 
@@ -31,7 +31,7 @@ class CommittedCheckpoints:
         self._seen: set[str] = set()
 
     def find(self, attempt: int) -> list[CommittedCheckpoint]:
-        """Return the checkpoints that `attempt` has committed since the last call."""
+        """Return the checkpoints that `attempt` committed since the last call."""
         committed = []
         for path in sorted(self._run.checkpoints.glob("step-*")):
             if path.name in self._seen:
@@ -46,7 +46,7 @@ class CommittedCheckpoints:
         return committed
 
     def _metrics_of(self, step: int) -> dict[str, float]:
-        """Return the numbers that were logged at a step; metrics.jsonl is read on from where the last call ended."""
+        """Return the metrics that were logged at a step; reads metrics.jsonl from where the last call stopped."""
         for line in self._metrics.poll():
             number = line["trainer/step"]
             self._logged[number] = {**self._logged.get(number, {}), **line}
@@ -56,16 +56,16 @@ class CommittedCheckpoints:
 
 
 class Reporter:
-    """Reports checkpoints to Ray Train in a thread of its worker; `rank` is the worker's in its group.
+    """Reports checkpoints to Ray Train from a thread of the worker; `rank` is the worker's rank in its group.
 
-    At each report all workers of a group meet, and one that hangs or comes late must not keep the others from their heartbeats.
-    All get the same checkpoints in the same order. What was logged goes with the checkpoint of its step: of a report without a
-    checkpoint Ray Train keeps nothing (`CheckpointManager.after_report`, Ray 2.60).
+    All workers of a group meet at each report, and a hung or late worker must not block the others' heartbeats. All workers
+    report the same checkpoints in the same order. Metrics are reported with their step's checkpoint: Ray Train keeps nothing of a
+    report without a checkpoint (`CheckpointManager.after_report`, Ray 2.60).
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        # Of all checkpoints of the attempt.
+        # Counts all checkpoints of the attempt.
         self.num_given = 0
         self._queue: queue.SimpleQueue[CommittedCheckpoint | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._report_all, name="reporter", daemon=True)
@@ -78,7 +78,7 @@ class Reporter:
         self.num_given += len(saved)
 
     def finish(self, deadline_s: float) -> None:
-        """Wait for the reports that are still queued, for `deadline_s` seconds at most."""
+        """Wait at most `deadline_s` seconds for queued reports."""
         self._queue.put(None)
         self._thread.join(deadline_s)
 
@@ -87,14 +87,13 @@ class Reporter:
             try:
                 self._report(checkpoint)
             except Exception as error:
-                # The workers would not meet at the next report either. Ray shows checkpoints on its own pages only: training goes
-                # on.
+                # The workers would not meet at the next report either. Training continues: only Ray's own pages need the reports.
                 reason = f"{type(error).__name__}: {error}"
                 print(f"no more checkpoints of this attempt are reported to Ray Train: {reason}", file=sys.stderr, flush=True)
                 return
 
     def _report(self, checkpoint: CommittedCheckpoint) -> None:
-        """Report a pointer to the checkpoint, whose shards stay where they are."""
+        """Report a pointer to the checkpoint; its shards stay where they are."""
         from ray import train
 
         metrics = dict(checkpoint.metrics)
@@ -109,7 +108,7 @@ class Reporter:
 
 
 def _store_pointer(pointer: Any, name: str) -> Any:
-    """Store a pointer in Ray Train's own storage; a failure must not stop training."""
+    """Store a pointer in Ray Train's storage; a failure must not stop training."""
     from ray import train
 
     storage = train.get_context().get_storage()

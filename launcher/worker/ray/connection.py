@@ -1,4 +1,4 @@
-"""The connection to Ray: start one for a run alone or join a cluster, and ask which nodes it loses."""
+"""The connection to Ray: start a private Ray or join a cluster, and ask which nodes it is losing."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from launcher.worker.ray.raylet_loss import LocalRaylet
 _MAX_FOLDER_CHARS = 28
 _MEET_S = 300
 _PLACE_S = 20
-# Nothing goes through Ray's object store, which would take a third of the machine's memory.
+# Nothing goes through Ray's object store, which by default takes a third of the machine's memory.
 _OBJECT_STORE_BYTES = 100 * 2**20
 
 
 @contextmanager
 def connected(plan: LaunchPlan, run: RunDir) -> Iterator[None]:
-    """Start a Ray of the run's own, or join the cluster that the settings name, for this block; raises what Ray raises."""
+    """Start a private Ray, or join the cluster that the settings name, for this block; raises what Ray raises."""
     section = RaySection.of(plan.config.cluster)
     with _own_folder(run) if section.address is None else nullcontext(Path()) as folder:
         _set_variables(plan)
-        # Workers print to the logs of the ranks and to Ray's own; events.jsonl reports what happens to them.
+        # Workers print to the ranks' logs and to Ray's own; events.jsonl reports what happens to them.
         common = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
         path = detached_process.build_pythonpath(run.code, os.environ)
         if section.address is not None:
@@ -55,9 +55,9 @@ class _NoFolders(list[str]):
 
 
 def config_without_search_path() -> Any:
-    """Return a JobConfig whose workers import nothing from the driver's working directory.
+    """Return a JobConfig with which workers import nothing from the driver's working directory.
 
-    Ray puts that folder before all others in their sys.path, on each node, whoever owns it there.
+    Ray puts that folder first in their sys.path on each node, whoever owns it there.
     """
     from ray.job_config import JobConfig
 
@@ -81,7 +81,7 @@ def lost_nodes() -> set[str]:
 
 
 def raylet_of_this_node() -> LocalRaylet | None:
-    """Return the raylet through which this process is connected, or None if it is not."""
+    """Return the raylet through which this process is connected to Ray, or None if it is not connected."""
     from ray._private import worker
 
     return None if worker._global_node is None else LocalRaylet(worker._global_node.raylet_socket_name)
@@ -89,12 +89,12 @@ def raylet_of_this_node() -> LocalRaylet | None:
 
 @contextmanager
 def _own_folder(run: RunDir) -> Iterator[Path]:
-    """Make the folder for the sockets and logs of the run's own Ray; it is kept where the run has failed.
+    """Create the folder for the sockets and logs of the run's private Ray; it is kept if the run failed.
 
-    Ray makes it and those within writable for everyone, so it lies in one that is closed to others: who replaces a socket in it
-    sends what workers unpickle.
+    Ray makes this folder and its subfolders world-writable, so they are inside a private folder: whoever replaces a socket there
+    controls what workers unpickle.
     """
-    # A socket path may have 107 characters, and Ray's own names take most of them.
+    # A socket path is limited to 107 characters, and Ray's own names take most of them.
     parent = tempfile.gettempdir()
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir=parent if len(parent) <= _MAX_FOLDER_CHARS else "/tmp"))  # noqa: S108
     try:
@@ -107,18 +107,19 @@ def _own_folder(run: RunDir) -> Iterator[Path]:
 
 
 def _set_variables(plan: LaunchPlan) -> None:
-    """Set the variables that Ray reads when it is imported."""
+    """Set the variables that Ray reads on import."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    # Where the raylet has ended, Ray ends at once, by _exit, a driver whose parent has ended before: it could not record why. Ray
-    # does not where the process with this id lives. Workers and Ray's own processes get the id of their raylet instead.
+    # If the raylet ends, Ray calls _exit at once in a driver whose parent has already ended, so the driver could not record why.
+    # Ray does not do this while the process with this id is alive. Workers and Ray's own processes get their raylet's id instead.
     os.environ["RAY_RAYLET_PID"] = str(os.getpid())
-    # Placed workers meet within seconds. One that hangs before that would hold the others, and the nodes, forever.
+    # Placed workers meet within seconds. A worker that hangs before that would hold the others and their nodes forever.
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_MEET_S))
     if RaySection.of(plan.config.cluster).min_workers is not None:
-        # For some seconds after a node is lost Ray Train still counts it, requests as many workers as before, and waits in vain.
+        # For a few seconds after it loses a node, Ray Train still counts it, requests the same number of workers, and waits in
+        # vain.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_PLACE_S))
 
 
@@ -126,7 +127,7 @@ def _join(section: RaySection, path: str, common: dict[str, Any]) -> None:
     import ray
 
     if section.is_http:
-        # The job's own environment applies to all processes that it starts.
+        # The job's environment applies to all processes that it starts.
         ray.init(address="auto", job_config=config_without_search_path(), **common)
     else:
         variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
@@ -140,11 +141,11 @@ def _start(plan: LaunchPlan, run: RunDir, path: str, folder: Path, common: dict[
     token.write_text(secrets.token_hex(32))
     os.environ.pop("RAY_ADDRESS", None)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": path}
-    # Despite its name this applies to Linux: without it Ray replaces loopback by a network address.
+    # Despite its name this applies to Linux: without it, Ray replaces loopback with a network address.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    # Ray's memory monitor would kill workers without a message that reaches the user.
+    # Ray's memory monitor would kill workers without telling the user.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
-    # Nobody takes this machine away through Ray: one process less to start.
+    # Nobody takes this machine away through Ray, so this process is not needed.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.pop("RAY_AUTH_TOKEN", None)
     import ray

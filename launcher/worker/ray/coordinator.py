@@ -1,7 +1,7 @@
-"""The coordinator of a run on Ray: which attempt the workers are, whether their nodes are fit, when to stop, and what follows.
+"""The coordinator of a run on Ray. It assigns workers to attempts, checks their nodes, and decides when to stop and what follows.
 
-It is one object in a Ray actor of its own, which every worker and the driver call. Ray Train places the workers, detects lost
-ones and starts the next group; each group of workers is an attempt here. No call blocks: workers poll.
+It is a single object in its own Ray actor, which every worker and the driver call. Ray Train places the workers, detects lost
+workers and starts the next group; each group of workers is one attempt. No call blocks: workers poll.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ from launcher.worker.ray.worker_group import Group
 # How often the coordinator looks at the disk and at Ray, however many workers call it.
 _LOOK_S = 0.5
 _DRAIN_LOOK_S = 2.0
-# How long the start of an attempt is retried while storage cannot be read.
+# How long to retry the start of an attempt while storage is unreadable.
 _OPEN_DEADLINE_S = 600.0
-# Consecutive groups whose workers failed before they could enter; with more, the cause is no accident.
+# Consecutive groups whose workers failed before they could enter. With more, the failure is not transient.
 _MAX_EARLY_FAILURES = 10
 _SAME_FAILURE_S = 30.0
-# From the first failure to the end of the other ranks, which get TERM.
+# Seconds from the first failure to the end of the other ranks, which get TERM.
 _FAILURE_GRACE_S = 30.0
 _REPLACED = "other workers have taken over"
 
 
 class Coordinator:
-    """`number` is the attempt that the submitting side opened, `job` names the driver.
+    """`number` is the attempt that the submit side opened, `job` names the driver.
 
-    `draining_nodes` returns the ids of the nodes that Ray is about to lose, `lost_nodes` of those that it has lost.
+    `draining_nodes` returns the ids of the nodes that Ray is about to lose, `lost_nodes` the ids of those that it has lost.
     """
 
     def __init__(
@@ -78,18 +78,18 @@ class Coordinator:
         self._limits = StallLimits(cluster.stall_seconds, cluster.timeout_minutes * 60)
         self._checkpoints = CommittedCheckpoints(self._run)
         self._group: Group | None = None
-        # Groups whose workers have not all entered yet, and the ids of groups that another has replaced.
+        # Groups whose workers have not all entered yet, and the ids of groups that another group replaced.
         self._incomplete: dict[str, Group] = {}
         self._replaced: set[str] = set()
         self._num_early_failures = 0
         self._early_failure_at = -math.inf
-        # The message of the last one, until workers begin.
+        # The message of the last early failure, until workers begin.
         self._early_failure = ""
         self._looked_at = self._looked_at_drains_at = 0.0
         self._idle_since: float | None = time.monotonic()
 
     def set_environment(self, environment: dict[str, str]) -> None:
-        """Set the variables for the ranks, keys among them: they pass from process to process and are never written to disk."""
+        """Set the ranks' environment variables, including keys. They pass between processes and are never written to disk."""
         self._environment = environment
 
     def state(self) -> CoordinatorState:
@@ -111,9 +111,9 @@ class Coordinator:
             run_store.update_status(self._run, state="pending", message=message)
 
     def enter(self, group_id: str, size: int, member: Member) -> Setup:
-        """Register a worker of a group of `size`; the group replaces the one before when all of its workers have entered.
+        """Register a worker of a group of `size`; once all its workers have entered, the group replaces the previous one.
 
-        A worker that was cut off may enter late: its group has been replaced, or never gets complete.
+        A worker that was cut off may enter late: its group was already replaced, or never becomes complete.
         """
         current = self._group
         setup = Setup(self._plan_path, self._environment)
@@ -129,12 +129,12 @@ class Coordinator:
         return setup
 
     def report_early_failure(self, message: str) -> None:
-        """A worker failed before it could enter; Ray Train would start others forever.
+        """Count a worker's failure before it could enter; without a limit, Ray Train would start new workers forever.
 
-        What all workers of a group report at about the same time counts as one failure.
+        Reports from all workers of a group at about the same time count as one failure.
         """
         if time.monotonic() - self._early_failure_at > _SAME_FAILURE_S:
-            # Measured from the last failure that counted, since groups may follow each other faster than that.
+            # Measured from the last failure that counted, because groups may follow each other faster than that.
             self._num_early_failures += 1
             self._early_failure_at = time.monotonic()
         self._early_failure = message
@@ -143,7 +143,7 @@ class Coordinator:
             self._attempts.end(f"workers cannot start: {message}", state="failed")
 
     def orders(self, group_id: str, rank: int) -> Orders | None:
-        """Return what a worker does next, or None if it asks again."""
+        """Return what a worker must do next, or None if it must ask again."""
         group = self._group
         if self._attempts.over is None and group_id in self._incomplete:
             return None
@@ -182,7 +182,7 @@ class Coordinator:
         )
 
     def report_check(self, group_id: str, rank: int, report: NodeReport) -> None:
-        """Take the report of a node on itself; where any node is unfit, the attempt ends before anything is loaded."""
+        """Accept a node's report on itself; if any node is unfit, the attempt ends before anything is loaded."""
         group = self._group
         if group is None or group.id != group_id or group.verdict is not None:
             return
@@ -194,9 +194,9 @@ class Coordinator:
     def beat(
         self, group_id: str, rank: int, result: RankResult | None, sign: RankSign | None = None, num_saved: int = 0
     ) -> BeatReply:
-        """Take a worker's heartbeat, with the result of its rank once it has ended, and return what the worker does.
+        """Accept a worker's heartbeat, with its rank's result once that has ended, and return what the worker must do.
 
-        `num_saved` counts the checkpoints of the attempt that the worker knows.
+        `num_saved` is the number of the attempt's checkpoints that the worker knows.
         """
         group = self._group
         if group is None or group.id != group_id:
@@ -217,13 +217,13 @@ class Coordinator:
             signal=self._signal(group),
             dump_stacks=group.liveness.wants_stacks(rank),
             hang=group.hung.get(rank),
-            # Ray Train, which waits for the ranks to end, would not take a report from them.
+            # While Ray Train waits for the ranks to end, it does not accept reports from them.
             saved=() if group.resizing else tuple(group.saved[num_saved:]),
             verdict=group.verdict,
         )
 
     def prepare_resize(self) -> ResizeProgress:
-        """Ask the ranks to save, because Ray Train is about to replace the workers by more; ranks that finish anyway go on."""
+        """Ask the ranks to save, because Ray Train is about to replace the workers with more; finishing ranks continue."""
         group = self._group
         if group is None or group.opened_at is None or group.verdict is not None:
             return ResizeProgress.ENDED
@@ -233,7 +233,7 @@ class Coordinator:
             self._attempts.report("info", "Ray can place another number of workers: the run saves and restarts with them")
             with suppress(OSError, LauncherError):
                 if self._attempts.is_starting():
-                    # The ranks still load: they would react only after their first step, and there is nothing to save.
+                    # The ranks are still loading: they would react only after their first step, and there is nothing to save.
                     self._conclude(group)
         if group.verdict is not None:
             return ResizeProgress.ENDED
@@ -246,9 +246,9 @@ class Coordinator:
             self._idle_since = None
 
     def _open_if_possible(self, group: Group) -> None:
-        """Open the attempt of a complete group, once; failures that may be temporary are retried for a while.
+        """Open the attempt of a complete group once; possibly temporary failures are retried for a while.
 
-        An exception in the workers would make Ray Train start others forever.
+        An exception in the workers would make Ray Train start new workers forever.
         """
         now = time.monotonic()
         if group.opened_at is not None or now - group.tried_at < _LOOK_S:
@@ -265,13 +265,13 @@ class Coordinator:
                 self._attempts.end(f"the attempt cannot be opened: {describe(error)}", state="failed")
 
     def _unchecked(self, group: Group) -> list[int]:
-        """Return the ranks of the workers that have not reported on their nodes yet."""
+        """Return the ranks of the workers that have not yet reported on their nodes."""
         if not RaySection.of(self._plan.config.cluster).node_checks:
             return []
         return [head.rank for head in group.heads if head.rank not in group.checks.reports]
 
     def _end_checks_if_due(self, group: Group, unchecked: Sequence[int]) -> None:
-        """End the attempt where it is cancelled during the checks, which needs no save, or where a node does not report."""
+        """End the attempt if it is cancelled during the checks (nothing is saved), or if a node does not report in time."""
         assert group.opened_at is not None
         if group.cancelled_at is not None:
             self._conclude(group)
@@ -285,9 +285,9 @@ class Coordinator:
         self._conclude(group)
 
     def _look(self, group: Group) -> None:
-        """Look for cancel requests, checkpoints, hanging ranks, and nodes that Ray is about to lose.
+        """Look for cancel requests, checkpoints, hung ranks, and nodes that Ray is about to lose.
 
-        Where storage or Ray does not answer, the next look tries again.
+        If storage or Ray does not answer, the next call tries again.
         """
         now = time.monotonic()
         if group.opened_at is None or group.verdict is not None or now - self._looked_at < _LOOK_S:
@@ -300,7 +300,7 @@ class Coordinator:
                 group.cancelled_at = group.cancelled_at or now
             group.saved += self._checkpoints.find(self._attempts.number)
         self._look_for_trials(group, now)
-        # The node checks have a deadline of their own, and workers of a group that ends may fall silent.
+        # The node checks have their own deadline, and workers of a group that is ending may fall silent.
         if group.failed_at is None and not self._unchecked(group):
             for text in group.look_for_hangs():
                 self._attempts.report("alert", text)
@@ -318,7 +318,7 @@ class Coordinator:
             self._attempts.record_drain(names)
 
     def _look_for_trials(self, group: Group, now: float) -> None:
-        """Begin again with the excluded nodes, once there is a checkpoint after which they are no longer excluded."""
+        """Restart with excluded nodes that are due for another try, once there is a checkpoint to restart from."""
         due = self._attempts.due_for_trial(group, now)
         is_ending = group.failed_at is not None or group.cancelled_at is not None or group.draining or "finishing" in group.phases
         if due and group.saved and not group.resizing and not is_ending:
@@ -328,9 +328,9 @@ class Coordinator:
             )
 
     def _signal(self, group: Group) -> str | None:
-        """Return the signal for the ranks that still run."""
+        """Return the signal for the ranks that are still running."""
         if group.failed_at is not None or group.verdict is not None:
-            # As torch's elastic agent does: a collective would never end without the rank that failed.
+            # As torch's elastic agent does: a collective would never complete without the rank that failed.
             return "TERM"
         if group.cancelled_at is not None:
             late = time.monotonic() - group.cancelled_at > self._plan.config.cluster.stop_grace_seconds

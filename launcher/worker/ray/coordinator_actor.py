@@ -1,4 +1,4 @@
-"""The coordinator as a Ray actor: the driver starts and polls it and replaces one whose process is lost; the workers call it."""
+"""The coordinator as a Ray actor. The driver starts it, polls it, and replaces it if its process is lost; the workers call it."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ from launcher.worker.ray.messages import CoordinatorState
 from launcher.worker.ray.run_end import newest_own_attempt
 
 _CALL_S = 30.0
-# A worker repeats a call after that, well before it counts as silent.
+# A worker repeats a call after this time, well before it counts as silent.
 WORKER_CALL_S = 20.0
 _PATIENCE_S = 900.0
 _POLL_S = 0.2
-# How long a replacement waits for storage that does not answer.
+# How long a replacement waits for unresponsive storage.
 _STORAGE_S = 600.0
-# Consecutive losses without workers between them; with more, the cause is no accident. Once workers come, the run's budgets
-# count.
+# Consecutive losses without workers in between. With more, the failure is not transient. Once workers come, the run's budgets
+# apply.
 _MAX_LOST = 20
-# Characters of a Ray error in a run's status; the log has all of them.
+# Maximum characters of a Ray error in a run's status; the log has the full message.
 _MAX_MESSAGE_CHARS = 400
 
 
 class RayletLost(Exception):
-    """The raylet of the driver's node has ended, and with it everything that Ray ran there; the message says so."""
+    """The raylet on the driver's node has ended, and with it everything that Ray ran there; the message says so."""
 
 
 class CoordinatorLost(Exception):
-    """The process of the coordinator has ended."""
+    """The coordinator's process has ended."""
 
 
 class CoordinatorActor:
-    """Runs on the driver's node; workers call it by its `handle`.
+    """Runs on the driver's node; workers call it through its `handle`.
 
-    An actor that dies, as for lack of memory, is replaced by another, which judges the previous attempt by the records on disk;
-    `is_lost` until that one has answered.
+    An actor that dies, for example for lack of memory, is replaced by another, which judges the previous attempt from the records
+    on disk. `is_lost` is true until the replacement has answered.
 
-    `attempt` is the one that the driver begins with, `environment` are the variables for the ranks.
+    `attempt` is the driver's first attempt; `environment` holds the ranks' environment variables.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class CoordinatorActor:
         ray.get(self.handle.set_environment.remote(self._environment), timeout=_CALL_S)
 
     def state(self) -> CoordinatorState | None:
-        """Return the coordinator's state, or None if it is busy, as with slow storage, or has just been replaced."""
+        """Return the coordinator's state, or None if it is busy (for example with slow storage) or has just been replaced."""
         import ray
         from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
@@ -102,7 +102,7 @@ class CoordinatorActor:
         return self._lost_at < math.inf
 
     def _replace(self, error: Exception) -> None:
-        """Start another actor; the next call retries where storage cannot be read now.
+        """Start another actor; if storage is unreadable right now, the next call retries.
 
         Raises:
             RayletLost: if no actor can be started on this node any more.
@@ -137,7 +137,7 @@ class CoordinatorActor:
 
 
 def call_coordinator(handle: Any, method: str, *arguments: Any) -> Any:
-    """Call the coordinator from a worker, again for a while where it is busy or cannot be reached.
+    """Call the coordinator from a worker; retry for a while if it is busy or unreachable.
 
     Raises:
         CoordinatorLost: if its process has ended.
@@ -158,12 +158,12 @@ def call_coordinator(handle: Any, method: str, *arguments: Any) -> Any:
 
 
 def deaths() -> tuple[type[Exception], ...]:
-    """Return what Ray raises for an actor whose process has ended; the second where Ray's memory monitor killed it."""
+    """Return what Ray raises for an actor whose process has ended; the second is for a kill by Ray's memory monitor."""
     from ray.exceptions import ActorDiedError, OutOfMemoryError
 
     return ActorDiedError, OutOfMemoryError
 
 
 def shorten(error: Exception) -> str:
-    """Return the message of a Ray error on one line of limited length."""
+    """Return a Ray error's message as one line of limited length."""
     return " ".join(str(error).split())[:_MAX_MESSAGE_CHARS] or type(error).__name__

@@ -1,9 +1,9 @@
 """The driver of `launcher doctor` on Ray: `python -m launcher.worker.ray.doctor SOURCE SECONDS`.
 
-SOURCE says where its request is: `-` for standard input, or the name of a variable that has it in base64.
+SOURCE is where the request is: `-` for standard input, or the name of an environment variable that holds it in base64.
 
-Runs launcher.worker.doctor.node as a task on every node, with all of its GPUs, and prints the reports. A node whose GPUs other
-work holds is reported instead of waited for.
+Runs launcher.worker.doctor.node as a task on every node, with all of its GPUs, and prints the reports. If other work holds a
+node's GPUs, the driver reports this instead of waiting.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from launcher.worker.ray import connection
 
 
 def check_here(config: str, node: str, environ: dict[str, str]) -> str:
-    """Run the checks of this node in a process of its own; returns its output, or the last line of its messages."""
+    """Run this node's checks in a separate process; returns its output, or the last line of its messages."""
     import os
     import subprocess
     import sys
@@ -45,9 +45,9 @@ def main(request: str, seconds: float) -> None:
     import ray
 
     path = build_pythonpath(Path(launcher.__file__).resolve().parents[1], os.environ)
-    # A job's own environment applies to all processes that it starts.
+    # A job's environment applies to all processes that it starts.
     runtime = {} if section.is_http else {"runtime_env": {"env_vars": {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}}}
-    # Within a job, Ray itself names the cluster of the job.
+    # Within a job, Ray itself knows the job's cluster.
     address = "auto" if section.is_http else auto_address.address_to_join(section.address or "")
     ray.init(
         address=address,
@@ -71,13 +71,13 @@ def main(request: str, seconds: float) -> None:
 
 
 def _nodes_of_ranks(ray: Any) -> list[dict[str, Any]]:
-    """Return the nodes that ranks may run on: those with GPUs, or all where there is none."""
+    """Return the nodes that ranks may run on: those with GPUs, or all nodes if none has a GPU."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     return [node for node in nodes if node["Resources"].get("GPU")] or nodes
 
 
 def _start(ray: Any, node: dict[str, Any], config: RunConfig, environ: dict[str, str]) -> Any:
-    """Start the task of a node, or None if it cannot be started now, which is reported."""
+    """Start a node's task. If it cannot be started now, report this and return None."""
     from ray._private.state import available_resources_per_node
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -96,7 +96,7 @@ def _start(ray: Any, node: dict[str, Any], config: RunConfig, environ: dict[str,
 def _print_output(ray: Any, task: Any, node: str) -> None:
     try:
         output = ray.get(task)
-    # Ray raises many kinds of exceptions for a task that could not run.
+    # Ray raises many types of exceptions for a task that could not run.
     except Exception as error:
         output = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     if "launcher-doctor " in output:

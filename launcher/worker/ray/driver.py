@@ -1,8 +1,8 @@
 """The driver of a run on Ray: `python -m launcher.worker.ray.driver PLAN ATTEMPT`.
 
-It starts or joins Ray, lets Ray Train place the workers, and stays until the run has ended, however many groups of workers that
-takes. Nothing here imports torch. Ray Train itself would restart workers forever; the coordinator decides whether they are
-restarted, by the retry budgets that hold on every backend.
+It starts or joins Ray, uses Ray Train to place the workers, and stays until the run has ended, however many groups of workers
+that takes. Nothing here imports torch. Ray Train itself would restart workers forever; the coordinator decides on restarts, by
+the retry budgets that apply on every backend.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from launcher.worker.wandb_closing import close_wandb_run
 _ALIVE_EVERY_S = 5.0
 _LOOK_S = 0.2
 _STATE_EVERY_S = 1.0
-# How long workers have to return when the run is over.
+# How long workers may take to return when the run is over.
 _OVER_DEADLINE_S = 120.0
 _EXIT_CANCELLED = 130
 _MAX_CONTROLLERS = 20
-# The first and the longest wait before Ray Train is started again: its error, such as a full disk, may last.
+# The first and the longest wait before Ray Train is started again: its error, such as a full disk, may persist.
 _RESTART_S, _MAX_RESTART_S = 0.5, 10.0
-# Variables that hold keys or name where keys are; they go to the ranks in memory only.
+# Variables that hold keys or their locations; they reach the ranks only through memory.
 _SECRETS = (
     *("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "HF_TOKEN", "HF_ENDPOINT"),
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_REGION"),
@@ -58,10 +58,10 @@ _SECRETS = (
 
 def main(plan_path: str, attempt: int) -> int:
     """Run one attempt and its automatic successors; returns the exit code."""
-    # As in a batch job: what a run writes is its user's alone.
+    # As in a batch job: only the run's user can access what it writes.
     os.umask(0o077)
     try:
-        # Before the owners, which would be those of the closest folder that exists.
+        # Check this before the owners: for a missing folder, those would be the closest existing folder's.
         os.stat(plan_path)
         ownership.require_run(RunDir.of_plan(Path(plan_path)))
         plan = LaunchPlan.load(plan_path)
@@ -74,14 +74,14 @@ def main(plan_path: str, attempt: int) -> int:
         print(f"{os.uname().nodename} does not see the run directory, or may not write there: {error}", file=sys.stderr)
         return EXIT_FAILED
     except (ConfigError, SubmitError) as error:
-        # Nothing is written into a directory that others could have replaced.
+        # Write nothing to a directory that other users could have replaced.
         print("\n".join(map(str, error.problems)), file=sys.stderr)
         return EXIT_FAILED
     driver = _Driver(plan, plan_path, run, attempt)
     try:
         return driver.run()
     except Exception as error:
-        # At the start: no cluster, a wrong token, another version. Later: the connection was lost.
+        # At the start: no cluster, a wrong token, or a different version. Later: a lost connection.
         problem = "the driver lost Ray" if driver.has_begun else "Ray cannot be used"
         driver.end("failed", str(error) if isinstance(error, RayletLost) else f"{problem}: {shorten(error)}")
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -93,14 +93,14 @@ def main(plan_path: str, attempt: int) -> int:
 
 
 class _CancelSignals:
-    """Turns signals into the cancel.json that the `cancel` verb writes; the coordinator and the driver look for it."""
+    """Turns signals into the same cancel.json that the `cancel` verb writes; the coordinator and the driver look for it."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
         self._num_received = self._num_written = 0
 
     def install(self) -> None:
-        """Set the handlers; again after Ray has started, which sets its own."""
+        """Install the handlers; call it again after Ray has started, because Ray installs its own."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, self._receive)
 
@@ -124,7 +124,7 @@ class _Driver:
         self._number = attempt
         self._failure: Exception | None = None
         self._raylet: raylet_loss.LocalRaylet | None = None
-        # Whether workers have come since this driver started.
+        # Whether any workers have started since this driver started.
         self.has_begun = False
 
     def run(self) -> int:
@@ -140,7 +140,7 @@ class _Driver:
                 try:
                     self._train()
                 except Exception as error:
-                    # Ray reports it by several errors, depending on the call.
+                    # Ray reports it through different errors, depending on the call.
                     if raylet.has_ended:
                         raise RayletLost(raylet_loss.MESSAGE) from error
                     raise
@@ -150,10 +150,10 @@ class _Driver:
         passed = (*_SECRETS, *self._section.pass_env)
         environment = {name: os.environ[name] for name in passed if name in os.environ}
         coordinator = CoordinatorActor(self._plan_path, self._run, self._attempt, environment, draining_nodes, lost_nodes)
-        # Takes as long as the coordinator's start.
+        # This takes as long as the coordinator's start.
         threading.Thread(target=import_ray_train, name="import", daemon=True).start()
         coordinator.start()
-        # In a thread of its own Ray Train does not handle SIGINT.
+        # In a separate thread, Ray Train does not handle SIGINT.
         fit = threading.Thread(target=self._fit, args=(coordinator,), name="fit", daemon=True)
         fit.start()
         self._watch(fit, coordinator)
@@ -161,9 +161,9 @@ class _Driver:
     def _fit(self, coordinator: CoordinatorActor) -> None:
         """Run Ray Train until the run has ended.
 
-        Ray Train's controller ends for reasons that do not concern the run, such as a full disk when it writes its own state.
-        Another one then replaces it, and the workers that it lost count as an attempt by the run's own budgets. Workers whose
-        coordinator has died end the controller too, and start again with the next coordinator.
+        Ray Train's controller can end for reasons unrelated to the run, such as a full disk when it writes its own state. Another
+        controller then replaces it, and the workers that it lost count as an attempt in the run's budgets. Workers whose
+        coordinator has died also end the controller, and start again with the next coordinator.
         """
         for number in range(_MAX_CONTROLLERS):
             name = f"attempt-{self._attempt:03d}" + (f"-{number}" if number else "")
@@ -185,11 +185,11 @@ class _Driver:
                     coordinator.state()
                     time.sleep(_STATE_EVERY_S)
             except Exception:
-                # Ray itself has ended, and the coordinator with it.
+                # Ray itself has ended, along with the coordinator.
                 return
 
     def _watch(self, fit: threading.Thread, coordinator: CoordinatorActor) -> None:
-        """Watch until the run has ended, is cancelled while it waits, or gets no workers in time."""
+        """Watch until the run ends, is cancelled while it waits, or gets no workers in time."""
         alive_at = asked_at = 0.0
         over_at: float | None = None
         state = CoordinatorState(self._number, idle_s=0.0)
@@ -210,7 +210,7 @@ class _Driver:
             if state.over is not None:
                 over_at = over_at or now
                 if now - over_at > _OVER_DEADLINE_S:
-                    # Every worker has its orders; a worker that hangs does not change how the run has ended.
+                    # Every worker has its orders; a hung worker does not change how the run has ended.
                     return
             elif state.idle_s:
                 if self._is_cancelled():
@@ -220,21 +220,21 @@ class _Driver:
             fit.join(_LOOK_S)
         if retry(lambda: run_store.read_status(self._run)).state in RUNNING_STATES:
             reason = "its workers ended and left no record" if self._failure is None else shorten(self._failure)
-            # Ray Train may notice the loss of a raylet before the coordinator is asked again.
+            # Ray Train may notice a lost raylet before the coordinator is asked again.
             lost = self._raylet is not None and self._raylet.has_ended
             self.end("failed", raylet_loss.MESSAGE if lost else f"Ray Train ended the run: {reason}")
         return None
 
     def _is_cancelled(self) -> bool:
-        # The next look retries where storage does not answer.
+        # If storage does not answer, the next look retries.
         with suppress(OSError):
             return self._run.cancel(self._number).is_file()
         return False
 
     def end(self, state: str, message: str) -> None:
-        """Write how the run has ended, unless that is written already or another command has started the run again.
+        """Record how the run ended, unless that is already recorded or another command has restarted the run.
 
-        The message of a run that has failed after it had begun says how to continue it.
+        If the run failed after it had begun, the message says how to continue it.
         """
         if state == "failed" and self.has_begun:
             message += f"; {detached_process.resume_hint(self._run)}"

@@ -1,7 +1,7 @@
 """The driver of `launcher evaluate` on Ray: `python -m launcher.worker.ray.evaluation FOLDER`.
 
-Starts a task for each GPU that is free, up to the run's number of workers, or for each node without GPUs. A task runs
-launcher.worker.evaluation.answer; where one fails, the others are ended.
+Starts a task for each free GPU, up to the run's number of workers, or for each node if there are no GPUs. A task runs
+launcher.worker.evaluation.answer; if one task fails, the others are ended.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def main(folder: str) -> int:
     import ray
 
     path = build_pythonpath(Path(launcher.__file__).resolve().parents[1], os.environ)
-    # A job's own environment applies to all processes that it starts.
+    # A job's environment applies to all processes that it starts.
     variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", **section.env}
-    # Tasks check the run, perhaps as another user, on nodes that may not know the names of users.
+    # Tasks check the run, possibly as another user, on nodes that may not know user names.
     variables[VARIABLE] = Trust.from_environ(os.environ).as_numbers()
     runtime = {} if section.is_http else {"runtime_env": {"env_vars": variables}}
-    # Within a job, Ray itself names the cluster of the job.
+    # Within a job, Ray itself knows the job's cluster.
     address = "auto" if section.is_http else auto_address.address_to_join(section.address or "")
     ray.init(address=address, log_to_driver=True, logging_level="WARNING", job_config=config_without_search_path(), **runtime)
     try:
@@ -65,14 +65,14 @@ def main(folder: str) -> int:
                 return int(code)
         return 0
     finally:
-        # Ends the tasks that are left, whose processes end with them.
+        # Ends the remaining tasks and their processes.
         ray.shutdown()
 
 
 def task_options(ray: Any, num_workers: int | None, wait_s: float, gpus_per_task: int = 1) -> list[dict[str, Any]]:
-    """Return the options of each task: of free GPUs, which are reserved, or of nodes where the cluster has no GPU.
+    """Return the options of each task: one per free GPU, which is reserved, or one per node if the cluster has no GPUs.
 
-    There are none where the GPUs are not free after `wait_s`: other work of the cluster may take them first.
+    The list is empty if the GPUs are not free after `wait_s`: other work on the cluster may take them first.
     """
     from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy

@@ -1,4 +1,4 @@
-"""The messages between coordinator, workers and driver of a run on Ray; Ray pickles these objects between processes."""
+"""The messages between coordinator, workers and driver of a run on Ray; Ray pickles them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from launcher.worker.ranks.heartbeat import Beat
 
 @dataclass(frozen=True)
 class Member:
-    """A worker: its rank in its group, the node it is on by Ray's name and id, and where the others reach it."""
+    """A worker: its rank in its group, its node's name and id in Ray, and the address at which the others reach it."""
 
     rank: int
     local_rank: int
@@ -23,9 +23,9 @@ class Member:
 
 @dataclass(frozen=True)
 class Setup:
-    """The answer to a worker that enters: what it needs to import the modules of its rank before it has orders.
+    """The answer to a worker that enters: what it needs to import its rank's modules before it has orders.
 
-    `environment` are the variables that the driver passes to the ranks, keys among them; it is never printed.
+    `environment` holds the variables that the driver passes to the ranks, including keys; it is never printed.
     """
 
     plan_path: str
@@ -34,10 +34,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class Assignment:
-    """The attempt of a group, and the part of one worker's rank in it.
+    """A group's attempt, and one worker's part in it.
 
-    `rank` and `world_size` count the ranks that train. They meet at `address` and `port`; `peers` are the addresses of all their
-    nodes. `marker` is what the file `marker` of the attempt holds, by which a node recognizes the run directory.
+    `rank` and `world_size` refer to the training ranks. They meet at `address` and `port`; `peers` are the addresses of all their
+    nodes. `marker` is the content of the attempt's file `marker`, by which a node recognizes the run directory.
     """
 
     attempt: int
@@ -53,7 +53,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Check:
-    """Orders: check the node. `others` are the other nodes, each with the address and port that one of its workers listens at."""
+    """Orders: check the node. `others` are the other nodes, each with the address and port of a listening worker."""
 
     assignment: Assignment
     others: tuple[tuple[str, str, int], ...]
@@ -91,9 +91,9 @@ class RankResult(StrEnum):
 
 @dataclass(frozen=True)
 class RankSign:
-    """The last heartbeat of a worker's rank, the seconds since it, and the state of its process as psutil names it.
+    """The last heartbeat of a worker's rank, the seconds since then, and psutil's name for the state of its process.
 
-    The time within the heartbeat is the worker's clock; clocks of two machines cannot be compared.
+    The heartbeat's time is from the worker's clock; clocks of different machines cannot be compared.
     """
 
     beat: Beat
@@ -103,7 +103,7 @@ class RankSign:
 
 @dataclass(frozen=True)
 class CommittedCheckpoint:
-    """A checkpoint to report to Ray Train, with the numbers that were logged at its step."""
+    """A checkpoint to report to Ray Train, with the metrics that were logged at its step."""
 
     step: int
     path: str
@@ -112,7 +112,7 @@ class CommittedCheckpoint:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows an attempt: whether Ray Train starts other workers, and why."""
+    """What follows an attempt: whether Ray Train starts new workers, and why."""
 
     again: bool
     reason: str
@@ -122,9 +122,9 @@ class Verdict:
 class BeatReply:
     """The answer to a worker's heartbeat.
 
-    `signal` is for its rank, without SIG, such as `TERM`. `dump_stacks` asks the rank for its stacks, and `hang` says why the
-    rank is to be killed. `saved` are the checkpoints of the attempt that the worker does not know yet. `verdict` is None until
-    the attempt has ended.
+    `signal` is the signal for its rank, without SIG, such as `TERM`. `dump_stacks` requests the rank's stacks, and `hang` is why
+    the rank must be killed. `saved` are the attempt's checkpoints that the worker does not know yet. `verdict` is None until the
+    attempt has ended.
     """
 
     signal: str | None = None
@@ -136,11 +136,10 @@ class BeatReply:
 
 @dataclass(frozen=True)
 class CoordinatorState:
-    """What the driver asks the coordinator for.
+    """The coordinator's state, for the driver.
 
-    `number` is the newest attempt, `idle_s` for how long it has had no workers, 0 while it has some. `early_failure` is the
-    message of the last worker that could not start, empty once workers have begun. `over` is why no attempt follows, None while
-    one may.
+    `number` is the newest attempt, `idle_s` how long it has had no workers (0 while it has some). `early_failure` is the message
+    of the last worker that could not start, empty once workers have begun. `over` is why no attempt follows, None while one may.
     """
 
     number: int
@@ -150,7 +149,7 @@ class CoordinatorState:
 
 
 class ResizeProgress(StrEnum):
-    """How far the ranks are that must save before Ray Train replaces their workers: ended, writing, or asked to save."""
+    """The progress of ranks that must save before Ray Train replaces their workers: ended, writing, or asked to save."""
 
     ENDED = "ended"
     WRITING = "writing"

@@ -19,16 +19,16 @@ from launcher.worker.checks import node_check
 from launcher.worker.checks.node_check import NodeReport
 from launcher.worker.ray.messages import Check
 
-# Checks of GPUs and of a busy file system take seconds; a node that hangs would hold all others for ever.
+# Checks of GPUs and of a busy file system take seconds; without a deadline, a hung node would hold all others forever.
 DEADLINE_S = 300.0
-# To reach all other nodes together, and each of them at least.
+# Seconds to reach all other nodes together, and the minimum for each.
 _REACH_S, _MIN_REACH_S = 30.0, 2.0
 _SHARED_REMEDY = "set run.root to a folder on storage that all nodes share"
 
 
 @dataclass
 class Checks:
-    """Reports by the rank, in its group, of the worker that checks its node; the problems of all nodes."""
+    """Reports, keyed by the group rank of the worker that checks its node, and the problems of all nodes."""
 
     reports: dict[int, NodeReport] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Checks:
             return
         reports = [report for _, report in sorted(self.reports.items())]
         self.problems = [problem for report in reports for problem in report.problems]
-        # A node that lacks the run directory would differ in everything.
+        # A node without the run directory would differ in everything.
         fit = [report for report in reports if not report.problems]
         self.problems += [problem for report in fit for problem in node_check.differences(report, fit[0])]
 
@@ -50,7 +50,7 @@ class Checks:
         self.problems += [Problem(what, where=node, remedy=remedy) for node in nodes]
 
     def write(self, run: RunDir, attempt: int, nodes: Sequence[str]) -> None:
-        """Write the problems into the record of each rank; `nodes` are by rank."""
+        """Write the problems into each rank's record; `nodes` is in rank order."""
         with suppress(OSError):
             for rank, node in enumerate(nodes):
                 record = NodeRecord(rank, time.time(), host=node, problems=tuple(self.problems))
@@ -58,7 +58,7 @@ class Checks:
 
 
 def check_node(node: str, orders: Check) -> NodeReport:
-    """Check this node, whose name in Ray is `node`; each problem names it in `where`."""
+    """Check this node, whose Ray name is `node`; each problem names it in `where`."""
     assignment = orders.assignment
     plan_path, attempt = Path(assignment.plan_path), assignment.attempt
     problems: list[Problem] = []
@@ -82,9 +82,9 @@ def check_node(node: str, orders: Check) -> NodeReport:
 
 
 def unreachable(node: str, others: Sequence[tuple[str, str, int]], deadline_s: float) -> list[Problem]:
-    """Return a problem for each of the `others`, given as node, address and port, that `node` cannot connect to.
+    """Return a problem for each of the `others` (node, address and port) that `node` cannot connect to.
 
-    Where it reaches none of them, the problem is its own.
+    If it can reach none of them, the problem is its own.
     """
     until = time.monotonic() + deadline_s
     lost = [
@@ -102,7 +102,7 @@ def unreachable(node: str, others: Sequence[tuple[str, str, int]], deadline_s: f
 
 
 def _storage_problem(plan: LaunchPlan) -> Problem | None:
-    """Return a problem where this node does not see Ray Train's storage; one in the run directory is checked with that."""
+    """Return a problem if this node does not see Ray Train's storage. Storage in the run directory is checked with that."""
     from ray import train
 
     storage_path = RaySection.of(plan.config.cluster).storage_path

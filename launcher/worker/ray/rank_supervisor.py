@@ -1,6 +1,6 @@
-"""The training function in each worker of Ray Train: it starts one rank, watches it, and reports to the coordinator.
+"""The training function in each Ray Train worker: it starts one rank, watches it, and reports to the coordinator.
 
-The rank is a process of its own, started as on every other backend; this process never imports torch.
+The rank is a separate process, started as on every other backend; this process never imports torch.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ from launcher.worker.sidecars.mirror_process import AFTER_FAILURE_S, MirrorProce
 from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
 
 _POLL_S = 0.2
-# From TERM to KILL, where a rank does not end by itself.
+# Seconds from TERM to KILL, if a rank does not end by itself.
 _KILL_AFTER_S = 5.0
-# For the reports to Ray Train that are still queued at the end.
+# Seconds for the reports to Ray Train that are still queued at the end.
 _REPORT_S = 30.0
 
 
@@ -68,9 +68,9 @@ class AttemptEnded(Exception):
 
 @dataclass
 class _Watched:
-    """What happened to a rank while it ran: the coordinator's messages on its hang, and when each signal was sent first.
+    """What happened to a rank while it ran: the coordinator's messages on its hang, and when each signal was first sent.
 
-    `limit` is the limit that the kernel has enforced meanwhile.
+    `limit` is the limit that the kernel enforced meanwhile.
     """
 
     stalls: list[str] = field(default_factory=list)
@@ -83,7 +83,7 @@ class _Watched:
 
     @property
     def expected_exit_codes(self) -> set[int]:
-        """A rank that gets a signal before it listens ends by the signal itself."""
+        """A rank that receives a signal before it listens is ended by that signal."""
         codes = {-signal.Signals[f"SIG{name}"] for name in self.sent_at}
         return codes | {-signal.SIGKILL, DISMISSED} if "TERM" in self.sent_at else codes
 
@@ -91,8 +91,8 @@ class _Watched:
 def supervise(config: dict[str, Any]) -> None:
     """Take part in one attempt, as the training function of Ray Train.
 
-    A worker that has lost its coordinator returns as if training were complete: Ray Train then ends, and the driver starts it
-    again with the next coordinator.
+    A worker that lost its coordinator returns as if training were complete: Ray Train then ends, and the driver restarts it with
+    the next coordinator.
 
     Raises:
         AttemptEnded: if another attempt follows.
@@ -107,7 +107,7 @@ def supervise(config: dict[str, Any]) -> None:
 
 
 def _take_part(coordinator: Any, interface: str | None) -> Verdict:
-    """Return the verdict on the attempt; what fails before the worker has entered is reported to the coordinator."""
+    """Return the verdict on the attempt; failures before the worker has entered are reported to the coordinator."""
     import ray
 
     try:
@@ -121,7 +121,7 @@ def _take_part(coordinator: Any, interface: str | None) -> Verdict:
     try:
         return worker.run()
     except CoordinatorLost:
-        # The driver records it, for all workers.
+        # The driver records it for all workers.
         raise
     except Exception as error:
         worker.record_failure(error)
@@ -140,7 +140,7 @@ def _blocked_signals() -> Iterator[None]:
 
 
 class _Worker:
-    """`rank` is the worker's in its group; its assignment has the rank that it starts."""
+    """`rank` is the worker's rank in its group; the assignment holds the rank that it starts."""
 
     def __init__(self, coordinator: Any, interface: str | None) -> None:
         import ray
@@ -156,15 +156,15 @@ class _Worker:
         self.node = next((n.get("NodeName") for n in ray.nodes() if n["NodeID"] == self.node_id), None) or os.uname().nodename
         self.address = network.own_endpoint([], interface).address if interface else ray.util.get_node_ip_address()
         self.port = network.free_port(self.address)
-        # The coordinator chooses the worker at whose port the ranks meet when it knows who trains.
+        # Once it knows who trains, the coordinator chooses the worker at whose port the ranks meet.
         self.listener = network.Listener(self.address, self.port)
         self.reporter = Reporter(self.rank)
         self.ranks = RankProcesses()
-        # None until the orders bring one.
+        # None until orders arrive.
         self.assignment: Assignment | None = None
 
     def enter(self) -> None:
-        """Register with the coordinator, and begin to import what the rank needs."""
+        """Register with the coordinator, and start importing what the rank needs."""
         member = Member(self.rank, self.local_rank, self.node, self.node_id, self.address, self.port)
         self._warm_up(call_coordinator(self._coordinator, "enter", self.group_id, self.size, member))
 
@@ -197,7 +197,7 @@ class _Worker:
             run = RunDir(Path(LaunchPlan.load(assignment.plan_path).run_dir))
             file = node_file(run, assignment.attempt, assignment.rank)
             if not file.is_file():
-                # The driver's log is in the folder of the attempt that was submitted.
+                # The driver's log is in the folder of the submitted attempt.
                 logs = [run.agent_log(number) for number in range(assignment.attempt, 0, -1)]
                 log = next((log for log in logs if log.is_file()), run.attempt(assignment.attempt))
                 failure = failure_record.from_exception(error, log, at=time.time(), limit=cause_of(error, run.root))
@@ -212,7 +212,7 @@ class _Worker:
         return next_orders
 
     def _beat(self, result: RankResult | None, sign: RankSign | None = None) -> BeatReply:
-        """Send a heartbeat to the coordinator; the checkpoints in its reply go on to Ray Train."""
+        """Send a heartbeat to the coordinator, and pass the checkpoints in its reply on to Ray Train."""
         reply: BeatReply = call_coordinator(
             self._coordinator, "beat", self.group_id, self.rank, result, sign, self.reporter.num_given
         )
@@ -260,31 +260,31 @@ class _Worker:
         )
         json_records.write(node_file(run, attempt, assignment.rank), record)
         if failure is not None:
-            # The others wait for this rank, and must not wait for the mirror as well.
+            # The other ranks wait for this one, and must not wait for the mirror as well.
             self._beat(RankResult.FAILED)
         if answers is not None:
             until = float("inf") if failure is None and not watched.sent_at else 0.0
             answers.finish(until, lambda: self._is_wanted_elsewhere(failure is not None))
         if mirror is not None:
-            # The last checkpoint takes the time that it needs, unless another attempt waits or a person cancels again.
+            # The last checkpoint may take as long as it needs, unless another attempt waits or a person cancels again.
             is_urgent = failure is not None or {"TERM", "USR2"} & watched.sent_at.keys()
             until = time.time() + AFTER_FAILURE_S if is_urgent else float("inf")
             mirror.finish(until, lambda: self._is_wanted_elsewhere(failure is not None))
-        # The states of a whole model would fill the disk of a node that the run does not come back to.
+        # Otherwise the offloaded states would keep filling the disk of a node that the run no longer uses.
         with suppress(OSError):
             if plan.nvme_folder is not None and self.local_rank == 0 and run_store.newest_attempt(run) == attempt:
                 shutil.rmtree(plan.nvme_folder, ignore_errors=True)
         return RankResult.DONE if failure is None else RankResult.FAILED
 
     def _start_mirror(self, plan: LaunchPlan, orders: Train, run: RunDir) -> MirrorProcess | None:
-        """Start the mirror process beside rank 0; None elsewhere, and where the run has no mirror."""
+        """Start the mirror process beside rank 0; return None on other ranks, or if the run has no mirror."""
         if orders.assignment.rank != 0:
             return None
         keys = _sidecar_environment(plan, orders)
         return MirrorProcess.start(plan, orders.assignment.plan_path, run, orders.assignment.attempt, keys)
 
     def _start_answers(self, plan: LaunchPlan, orders: Train, run: RunDir) -> AnswersProcess | None:
-        """Start the process that has prompts answered beside rank 0; None elsewhere, and where no answers are wanted."""
+        """Start the process that answers prompts beside rank 0; return None on other ranks, or if no answers are requested."""
         if orders.assignment.rank != 0:
             return None
         environ = _sidecar_environment(plan, orders)
@@ -292,18 +292,19 @@ class _Worker:
 
     def _start_rank(self, orders: Train, environment: Mapping[str, str]) -> RankProcess:
         while self.ranks.is_warming_up():
-            # On slow storage imports take minutes, and a worker without heartbeats counts as lost.
+            # On slow storage, imports take minutes, and a worker without heartbeats counts as lost.
             self._beat(None)
             time.sleep(_POLL_S)
-        # Blocked from its first instruction on: a signal that comes while the rank imports waits until it listens.
+        # Signals are blocked from the rank's first instruction on: one that arrives during its imports stays pending until it
+        # listens.
         with _blocked_signals():
             rank = self.ranks.start(orders.assignment.plan_path, orders.assignment.attempt, environment)
-        # Another attempt has other workers.
+        # Another attempt has different workers.
         self.ranks.close()
         return rank
 
     def _watch(self, rank: RankProcess, observer: Observer, recorder: FlightRecorder, number: int) -> _Watched:
-        """Send heartbeats until the rank has ended, and pass the coordinator's signals on to it."""
+        """Send heartbeats until the rank has ended, and forward the coordinator's signals to it."""
         watched = _Watched()
         while rank.poll() is None:
             reply = self._beat(None, observer.sign(rank.pid))
@@ -322,7 +323,7 @@ class _Worker:
         return watched
 
     def _is_wanted_elsewhere(self, failed: bool) -> bool:
-        """Return whether the mirror must be interrupted; where this worker's own rank has failed, TERM is for the others."""
+        """Return whether the mirror must be interrupted; if this worker's own rank failed, TERM is for the other ranks."""
         reply = self._beat(None)
         again = reply.verdict is not None and reply.verdict.again
         return again or reply.signal == "KILL" or (reply.signal == "TERM" and not failed)
@@ -359,7 +360,7 @@ class _Worker:
         if len(assignment.peers) > 1:
             endpoint = network.own_endpoint(assignment.peers, section.interface)
         environment.setdefault("GLOO_SOCKET_IFNAME", endpoint.interface)
-        # NCCL takes a bare name for a prefix.
+        # NCCL treats a bare name as a prefix.
         environment.setdefault("NCCL_SOCKET_IFNAME", f"={endpoint.interface}")
         return {**environment, **section.env}
 
@@ -371,7 +372,7 @@ def _sidecar_environment(plan: LaunchPlan, orders: Train) -> dict[str, str]:
 def _find_failure(
     run: RunDir, assignment: Assignment, exit_code: int | None, watched: _Watched, error: ErrorRecord | None
 ) -> FailureRecord | None:
-    """Return the failure of a rank that has ended, or None if it succeeded or ended as it was asked to."""
+    """Return the failure of a rank that has ended, or None if it succeeded or ended on request."""
     # A hung rank was killed before any other signal, however long it took to end.
     if not exit_code or (not watched.stalls and exit_code in watched.expected_exit_codes):
         return None
@@ -383,14 +384,14 @@ def _find_failure(
 
 
 def _node_environment(plan: LaunchPlan, from_driver: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that are the same for all ranks of this node, including those from the driver."""
+    """Return the variables that all ranks of this node share, including those from the driver."""
     cores = len(os.sched_getaffinity(0))
     return {
         **allocator_defaults({**os.environ, **from_driver}, plan.topology.device),
         **os.environ,
         **from_driver,
         **find_usable_caches({**os.environ, **from_driver}),
-        # Ray sets this to the CPUs that the actor requested, which are few or none.
+        # Ray sets this to the number of CPUs that the actor requested, which is low or zero.
         "OMP_NUM_THREADS": str(max(1, cores // plan.topology.ranks_per_node)),
         "PYTHONPATH": detached_process.build_pythonpath(RunDir(Path(plan.run_dir)).code, os.environ),
         "PYTHONSAFEPATH": "1",

@@ -1,18 +1,18 @@
 """Records the loss of the driver's raylet: `python -m launcher.worker.ray.raylet_loss PLAN ATTEMPT DRIVER EPOLL RAYLET`.
 
-Ray notices the loss at once or by its health checks, 15 s later, and then ends the driver within milliseconds, often before that
-could write why. This process starts with the driver, in a session of its own, waits for the end of both, and writes the cause
-where the driver did not.
+Ray notices the loss at once, or 15 s later through its health checks. It then ends the driver within milliseconds, often before
+the driver can write why. This process starts with the driver, in its own session, waits for the end of both, and writes the
+cause if the driver did not.
 
-DRIVER is the driver's process id; EPOLL and RAYLET are numbers of inherited descriptors. RAYLET is a connection to the raylet.
-EPOLL watches this connection and a pipe from the driver, and reports first what closed first:
+DRIVER is the driver's process id; EPOLL and RAYLET are the numbers of inherited descriptors. RAYLET is a connection to the
+raylet. EPOLL watches this connection and a pipe from the driver, and reports the one that closed first:
 
 - The connection, if the raylet ended by itself and the driver after it. Linux closes the files of a dead process from the newest
   to the oldest, so the raylet's end of this connection closes before the older connection by which the driver notices the loss.
 - The pipe, if the driver ended for another reason.
 
-Where the raylet was started by the driver, Linux ends it when the driver's main thread ends. The other threads may end later, and
-with them the pipe: if the driver was already ending when the connection closed, either may have been the first.
+If the driver started the raylet, Linux ends the raylet when the driver's main thread ends. The other threads may end later, and
+the pipe closes with them: if the driver was already ending when the connection closed, either may have ended first.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ _EITHER_MESSAGE = f"the run's driver or {MESSAGE}"
 
 @dataclass(frozen=True)
 class LocalRaylet:
-    """The raylet of this node, which listens at `socket_name`."""
+    """This node's raylet, which listens at `socket_name`."""
 
     socket_name: str
 
     @property
     def has_ended(self) -> bool:
-        """Return whether nothing listens at its socket any more. Everything that Ray ran on this node ends with it."""
+        """Return whether nothing listens at its socket any more. Everything that Ray runs on this node ends with the raylet."""
         try:
             with self.connect():
                 return False
         except (ConnectionRefusedError, FileNotFoundError):
             return True
         except OSError:
-            # A raylet that is alive may have a full queue of connections, and this process may have no descriptor left.
+            # A live raylet may have a full connection queue, or this process may have no descriptor left.
             return False
 
     def connect(self) -> socket.socket:
-        """Connect to the raylet, which takes connections that say nothing; raises OSError where it has ended or is busy."""
+        """Connect to the raylet, which accepts silent connections; raises OSError if it has ended or is busy."""
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.settimeout(_CONNECT_S)
@@ -74,10 +74,10 @@ class LocalRaylet:
 
 @contextmanager
 def recorded(plan_path: str, attempt: int, raylet: LocalRaylet) -> Iterator[dict[str, object]]:
-    """Have the loss of the raylet recorded, whatever happens to this process; gives the `job` entry of the process that does.
+    """Ensure that a loss of the raylet is recorded, whatever happens to this process; yields the recording process's `job` entry.
 
-    That process stays where the raylet has ended by the end of the block, until this process ends. The entry is empty if the
-    raylet takes no connection: the driver then has to record the loss itself.
+    If the raylet has ended by the end of the block, the recording process stays until this process ends. The entry is empty if
+    the raylet accepts no connection: the driver must then record the loss itself.
     """
     with ExitStack() as stack:
         try:
@@ -85,14 +85,14 @@ def recorded(plan_path: str, attempt: int, raylet: LocalRaylet) -> Iterator[dict
         except OSError:
             yield {}
             return
-        # Nobody but this process has the end for writing.
+        # Only this process holds the write end.
         reader, writer = os.pipe()
         stack.callback(os.close, reader)
         stack.callback(os.close, writer)
-        # Registered here: the ready list keeps the order of both ends, however late the other process looks.
+        # Register here: the ready list keeps the order in which both ended, however late the other process looks.
         epoll = stack.enter_context(select.epoll())
         for descriptor in (connection.fileno(), reader):
-            # The end is reported without being asked for.
+            # epoll reports the end of a connection without being asked to.
             epoll.register(descriptor, 0)
         descriptors = [epoll.fileno(), connection.fileno(), reader]
         numbers = (attempt, os.getpid(), *descriptors[:2])
@@ -103,18 +103,18 @@ def recorded(plan_path: str, attempt: int, raylet: LocalRaylet) -> Iterator[dict
         finally:
             if not raylet.has_ended:
                 process.kill()
-                # The error that ends this block, if there is one, is the one to report.
+                # If an error ends this block, that is the error to report.
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_END_S)
 
 
 def main(plan_path: str, attempt: int, driver_pid: int, epoll_fd: int, raylet_fd: int) -> None:
-    """Wait for the end of the driver; write the cause where its raylet had ended before and the end of the run is not written."""
+    """Wait for the driver to end; write the cause if its raylet ended first and the end of the run is not recorded."""
     os.umask(0o077)
     epoll = select.epoll.fromfd(epoll_fd)
     ((first, _),) = epoll.poll(maxevents=1)
     if first != raylet_fd:
-        # The driver has ended for another reason; a Ray of the run's own ends with it.
+        # The driver ended for another reason; a private Ray ends with it.
         return
     message = _EITHER_MESSAGE if _is_ending(driver_pid) else MESSAGE
     epoll.unregister(raylet_fd)
@@ -128,7 +128,7 @@ def main(plan_path: str, attempt: int, driver_pid: int, epoll_fd: int, raylet_fd
 
 
 def _is_ending(pid: int) -> bool:
-    """Return whether a process has ended, or a thread of it is about to."""
+    """Return whether a process has ended, or one of its threads is exiting."""
     try:
         stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
     except OSError:

@@ -1,4 +1,4 @@
-"""Writes how a run on Ray has ended, from the driver or, where Ray has ended the driver, from the process that outlives it."""
+"""Records how a run on Ray ended: from the driver or, if Ray ended the driver, from the process that outlives it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from launcher.tracking.jsonl import append_event, read_events
 
 T = TypeVar("T")
 
-# How long a read is retried while storage does not answer, and how often.
+# How long and how often to retry a read while storage does not answer.
 _STORAGE_S, _RETRY_S = 600.0, 1.0
 
 
 def retry(read: Callable[[], T]) -> T:
-    """Call `read`, again for a while where storage does not answer.
+    """Call `read`; retry for a while if storage does not answer.
 
     Raises:
         OSError: the last error.
@@ -35,10 +35,10 @@ def retry(read: Callable[[], T]) -> T:
 
 
 def record_end(run: RunDir, attempt: int, state: str, message: str) -> None:
-    """Write the state of a run, and the alert of a failure before it, unless the state is final or another command has started
-    the run again.
+    """Write the state of a run, preceded by an alert for a failure, unless the state is final or another command has restarted
+    the run.
 
-    Ray may end this process at any point: another one then does what is missing, and repeats nothing.
+    Ray may end this process at any point: another process then does what is missing, and repeats nothing.
     """
 
     def write() -> None:
@@ -58,9 +58,9 @@ def record_end(run: RunDir, attempt: int, state: str, message: str) -> None:
 
 
 def newest_own_attempt(run: RunDir, attempt: int) -> int:
-    """Return the newest attempt of the driver that has begun with `attempt` or a later one of its own.
+    """Return the newest attempt of the driver whose first attempt was `attempt`.
 
-    One that another command has started since is not taken over.
+    An attempt that another command has started since is not taken over.
     """
     while run.attempt(attempt + 1).exists() and run_store.read_attempt(run, attempt + 1).automatic:
         attempt += 1

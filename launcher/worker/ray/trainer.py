@@ -24,7 +24,7 @@ def import_ray_train() -> None:
 
 
 def build_trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) -> Any:
-    """Build the trainer whose `fit` places workers and replaces lost ones, until `coordinator` makes them end."""
+    """Build the trainer whose `fit` places workers and replaces lost ones until `coordinator` ends them."""
     from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -71,23 +71,23 @@ def build_trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) ->
                 max_preemption_failures=-1,
                 preemption_grace_s=grace_s,
             ),
-            # Ray Train removes none; checkpoint.keep_last decides.
+            # Ray Train removes no checkpoints; checkpoint.keep_last decides.
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
 
 
 def save_before_resize(coordinator: Any, grace_s: float) -> Any:
-    """Return the callback that holds Ray Train's controller until the ranks have saved, before it replaces their workers.
+    """Return the callback that makes Ray Train's controller wait for the ranks to save before it replaces their workers.
 
-    Ray Train ends the workers of an elastic run without notice when there is room for more of them.
+    When there is room for more workers, Ray Train ends an elastic run's workers without notice.
     """
     import ray
     from ray.train.v2._internal.execution.callback import ControllerCallback
     from ray.train.v2._internal.execution.controller.state import ResizingState
 
     def ask() -> ResizeProgress | None:
-        # An exception in the controller would end the run, even where only storage keeps the coordinator busy.
+        # An exception in the controller would end the run, even if the coordinator is only busy with storage.
         with suppress(Exception):
             progress: ResizeProgress = ray.get(coordinator.prepare_resize.remote(), timeout=_CALL_S)
             return progress
@@ -95,7 +95,7 @@ def save_before_resize(coordinator: Any, grace_s: float) -> Any:
 
     class SaveBeforeResize(ControllerCallback):
         def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-            """Only healthy workers are resized; after a failure the state is another."""
+            """Only healthy workers are resized; after a failure the state is different."""
             if isinstance(current_state, ResizingState):
                 await_ranks(ask, grace_s)
 
@@ -103,9 +103,9 @@ def save_before_resize(coordinator: Any, grace_s: float) -> Any:
 
 
 def await_ranks(ask: Callable[[], ResizeProgress | None], grace_s: float) -> None:
-    """Wait until the ranks have ended, or until they have not written for `grace_s` seconds.
+    """Wait until the ranks have ended, or have not been writing for `grace_s` seconds.
 
-    `ask` returns how far they are, None if that is unknown. A save or an export takes as long as the model is large.
+    `ask` returns their progress, None if unknown. The time of a save or an export grows with the model.
     """
     until = time.monotonic() + grace_s
     while (progress := ask()) is not ResizeProgress.ENDED and time.monotonic() < until:

@@ -1,4 +1,4 @@
-"""Finds the worker or rank of a group that hangs: workers report how far their ranks are, and all nodes are compared."""
+"""Finds a hung worker or rank of a group: workers report their ranks' progress, and all nodes are compared."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from launcher.worker.ranks.load_progress import LoadProgress
 from launcher.worker.ranks.watchdog import DUMP_S, StallLimits, is_loading, stalled, stalled_in_loading
 from launcher.worker.ray.messages import RankSign
 
-# Workers send several heartbeats a second. One that is silent for so long is cut off, or its machine hangs. Where the limit for
-# a stalled rank is shorter, it holds for workers too.
+# Workers send several heartbeats a second. One that is silent for this long is cut off, or its machine hangs. If the limit for
+# a stalled rank is shorter, it applies to workers too.
 SILENT_S = 60.0
-# A worker's heartbeat counts as evidence for so long, or for this share of the stall limit where that is less.
+# A worker's heartbeat counts as evidence for this long, or for this share of the stall limit if that is less.
 _FRESH_S, _FRESH_SHARE = 10.0, 0.2
 
 
 class Observer:
-    """The worker's side: reads the last heartbeat of its rank. Silence counts only while the worker itself was running."""
+    """The worker's side: reads its rank's last heartbeat. Silence counts only while the worker itself was running."""
 
     def __init__(self, table: HeartbeatTable, local_rank: int, stall_s: float) -> None:
         self._table, self._local_rank, self._gap_s = table, local_rank, stall_s / 2
@@ -30,12 +30,13 @@ class Observer:
         self._progress = LoadProgress()
 
     def sign(self, pid: int) -> RankSign | None:
-        """Return the last heartbeat of the process `pid`, with the seconds since it, or since the last progress of a rank that
-        loads, or None if it has sent none or has ended.
+        """Return the last heartbeat of the process `pid`, or None if it has sent none or has ended.
+
+        The seconds in it count from the heartbeat or, for a loading rank, from its last progress.
         """
         now = time.monotonic()
         if now - self._looked > self._gap_s:
-            # This process was stopped, and its rank perhaps with it.
+            # This process was suspended, and perhaps its rank too.
             self._since = now
         self._looked = now
         beat = self._table.read().get(self._local_rank)
@@ -50,7 +51,7 @@ class Observer:
 
 
 class GroupLiveness:
-    """The coordinator's side: the last heartbeat of each worker, by its rank in the group, and the last of its own rank."""
+    """The coordinator's side: the last heartbeat of each worker, keyed by its rank in the group, and of the rank it runs."""
 
     def __init__(self, limits: StallLimits) -> None:
         self._limits = limits
@@ -66,7 +67,7 @@ class GroupLiveness:
     def hear(self, rank: int, sign: RankSign | None = None) -> None:
         now = time.monotonic()
         if now - self._called > self._gap_s:
-            # The coordinator itself was blocked, as by slow storage.
+            # The coordinator itself was blocked, for example by slow storage.
             self._since = now
         self._called = self._heard[rank] = now
         if sign is not None:
@@ -74,15 +75,15 @@ class GroupLiveness:
             self._states[rank] = sign.process_state
 
     def silent(self, ranks: Collection[int]) -> dict[int, float]:
-        """Return those of `ranks` whose workers have been silent for too long, with the seconds; also those never heard of."""
+        """Return the `ranks` whose workers have been silent for too long, with the seconds; includes workers never heard from."""
         now = time.monotonic()
         seconds = {rank: now - max(self._heard.get(rank, self._since), self._since) for rank in ranks}
         return {rank: silence for rank, silence in seconds.items() if silence > self._silent_s}
 
     def have_stopped(self, ranks: Collection[int]) -> bool:
-        """Return whether all of `ranks` load or have trained, and none has progressed within its limit: they wait, or hang.
+        """Return whether all of `ranks` are loading or have trained, and none has progressed within its limit: they wait or hang.
 
-        The time of finishing is not limited.
+        Finishing has no limit.
         """
         if self._limits.stall_s <= 0:
             return False
@@ -96,9 +97,9 @@ class GroupLiveness:
         return {self._beats[rank].phase for rank in ranks if rank in self._beats}
 
     def hung(self, ranks: Collection[int]) -> dict[int, tuple[Beat, float, str]]:
-        """Return those of `ranks` to be killed, with the last heartbeat, the seconds since, and the reason.
+        """Return the `ranks` to kill, each with its last heartbeat, the seconds since then, and the reason.
 
-        No rank is judged while any worker is silent: its rank may be the culprit, or may have progressed.
+        No rank is judged while any worker is silent: the silent worker's rank may be the culprit, or may have progressed.
         """
         now, fresh_s = time.monotonic(), min(_FRESH_S, _FRESH_SHARE * self._limits.stall_s)
         if self._limits.stall_s <= 0 or any(now - self._heard.get(rank, self._since) > fresh_s for rank in ranks):
@@ -106,7 +107,7 @@ class GroupLiveness:
         beats = {rank: self._beats[rank] for rank in ranks if rank in self._beats}
         verdict = stalled(beats, self._states, now, self._limits, self._since, "of the run")
         if not verdict.stalled:
-            # Nothing is known of a rank whose worker still imports, for which that has a deadline.
+            # Nothing is known about a rank whose worker is still importing; imports have their own deadline.
             others_at = -math.inf if len(beats) == len(ranks) else math.inf
             verdict = stalled_in_loading(beats, self._states, now, self._limits, self._since, others_at)
         self._stuck = {rank: self._stuck.get(rank, now) for rank in verdict.stalled}
@@ -117,8 +118,10 @@ class GroupLiveness:
         return {rank: (beats[rank], verdict.stalled[rank], reason) for rank, reason in verdict.kill.items()}
 
     def wants_stacks(self, rank: int) -> bool:
-        """Return True once for each rank while any is stalled: their logs and flight recorders must show where they wait before
-        any rank is killed, and a rank that waits for a stalled one may be late only after that.
+        """Return True once for each rank while any rank is stalled.
+
+        Logs and flight recorders must show where all ranks wait before any rank is killed, and a rank that waits for a stalled
+        one may become late only after that.
         """
         if not self._stuck or rank in self._dumped:
             return False

@@ -1,4 +1,4 @@
-"""A group: the workers that Ray Train started together, and which of them train, hang or are lost."""
+"""A group: workers that Ray Train started together, and which of them train, hang or are lost."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from launcher.worker.ray.messages import CommittedCheckpoint, Member, Verdict
 from launcher.worker.ray.node_checks import Checks
 from launcher.worker.ray.watchdog import GroupLiveness
 
-# How long a killed rank is waited for: one that hangs in the kernel does not end.
+# How long to wait for a killed rank: one that hangs in the kernel does not end.
 _KILLED_S = 15.0
 
 
 @dataclass
 class Group:
-    """`members` are by their rank in the group; those in `training_ranks` train, in the order of their own ranks, others idle.
+    """`members` is keyed by rank in the group; `training_ranks` lists the members that train, in rank order; the others idle.
 
     Times are of time.monotonic(). `saves` is False for a cancel request without a save.
     """
@@ -34,7 +34,7 @@ class Group:
     liveness: GroupLiveness
     members: dict[int, Member] = field(default_factory=dict)
     training_ranks: tuple[int, ...] = ()
-    # Its nodes that failed a check in an earlier attempt, and those of them whose exclusion costs ranks.
+    # The group's nodes that failed a check in an earlier attempt, and the subset whose exclusion costs ranks.
     unfit: set[str] = field(default_factory=set)
     missed: set[str] = field(default_factory=set)
     plan_path: str = ""
@@ -62,7 +62,7 @@ class Group:
 
     @property
     def training(self) -> list[Member]:
-        """The workers that train, in the order of their ranks."""
+        """The workers that train, in rank order."""
         return [self.members[rank] for rank in self.training_ranks]
 
     @property
@@ -74,12 +74,13 @@ class Group:
         return list(first.values())
 
     def choose(self, planned: LaunchPlan, unfit: Collection[str]) -> LaunchPlan:
-        """Choose as many workers to train as the global batch divides over, and return their plan.
+        """Choose the workers that train, as many as the global batch divides over, and return their plan.
 
-        Workers on the `unfit` nodes are excluded as long as enough others are left: a check may have failed for a moment.
+        Workers on `unfit` nodes are excluded if enough others are left; otherwise they stay, since a failed check may be
+        temporary.
 
         Raises:
-            ConfigError: if the batch divides over no number of them.
+            ConfigError: if the batch divides over no number of workers.
         """
         self.unfit = {member.node for member in self.members.values()} & set(unfit)
         fit = [rank for rank, member in sorted(self.members.items()) if member.node not in self.unfit]
@@ -106,12 +107,12 @@ class Group:
         ]
         self.silent = set(silence_s)
         others = running - self.silent
-        # While the other ranks progress, so does the rank of the silent worker.
+        # While the other ranks progress, so does the silent worker's rank.
         if self.silent and others and self.liveness.have_stopped(others):
             self.failed_at = now
             alerts.append(f"the other ranks wait for {' and '.join(names.values())}: the attempt ends")
         if self.hung:
-            # The others wait for the killed rank, and are not judged.
+            # The other ranks wait for the killed one and are not judged.
             if (remaining := sorted(self.hung.keys() & running)) and now - self.hung_at > _KILLED_S:
                 self.failed_at = now
                 ranks = " and ".join(f"rank {self.training_ranks.index(rank)} on {self.members[rank].node}" for rank in remaining)
@@ -125,16 +126,16 @@ class Group:
 
     @property
     def is_over(self) -> bool:
-        """True if every training rank has ended, or where the workers of the others have been silent for too long."""
+        """True if every training rank has ended, or if the workers of those that have not were silent for too long."""
         return not self._running or (self._running <= self.silent and self.liveness.have_stopped(self._running))
 
     @property
     def phases(self) -> set[str]:
-        """The phases of the running ranks whose workers send heartbeats."""
+        """The phases of running ranks whose workers send heartbeats."""
         return self.liveness.phases(self._running - self.liveness.silent(self._running).keys())
 
     def composition(self, attempt: int) -> tuple[str, str]:
-        """Describe which workers train and which idle: the kind of an event and its text."""
+        """Describe which workers train and which idle; returns an event's kind and text."""
         ranks, idle = len(self.training_ranks), self.size - len(self.training_ranks)
         text = f"attempt {attempt} begins with {format_count(ranks, 'rank')}"
         text += f", {format_count(idle, 'worker')} idle" if idle else ""
@@ -154,7 +155,7 @@ class Group:
 
 
 def require_private(head: Member, allowed: bool) -> None:
-    """Refuse a public address for the ranks' rendezvous, unless that is `allowed`.
+    """Reject a public address for the ranks' rendezvous unless it is `allowed`.
 
     Raises:
         ConfigError: with the node and its address.
