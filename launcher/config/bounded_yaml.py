@@ -1,4 +1,4 @@
-"""YAML from somebody else, within bounds: a few lines of nested aliases would otherwise expand to more than memory holds."""
+"""Loads untrusted YAML within bounds: a few lines of nested aliases could otherwise expand beyond the memory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import yaml
 
-# Values after all aliases are expanded. Settings have hundreds; the heads of READMEs with many subsets ten thousands.
+# Maximum number of values after all aliases are expanded. Settings have hundreds; READMEs with many subsets have tens of
+# thousands.
 MAX_VALUES = 200_000
 MAX_CHARS = 8 << 20
-# The time of a search grows with the length of the text, whatever the text.
+# The search time is linear in the length of any text.
 _FENCE = re.compile(r"^---[ \t\r]*$", re.MULTILINE)
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -20,17 +21,17 @@ class UnboundedYaml(yaml.YAMLError):
 
 
 def front_matter(text: str) -> str | None:
-    """Return the lines between the first line of a README, if that is `---`, and the next such line; None if there are none."""
+    """Return the front matter of a README: the lines between a first line `---` and the next `---`; None if there is none."""
     begin = _FENCE.match(text)
     end = _FENCE.search(text, begin.end()) if begin is not None else None
     return None if begin is None or end is None else text[begin.end() : end.start()]
 
 
 def safe_load(text: str | bytes) -> Any:
-    """Return the content of a YAML text, without any object but those of JSON and dates.
+    """Return the content of a YAML text, which may only contain JSON types and dates.
 
     Raises:
-        yaml.YAMLError: where it is not YAML, or not within bounds.
+        yaml.YAMLError: if it is not YAML, or not within bounds.
     """
     if len(text) > MAX_CHARS:
         raise UnboundedYaml(f"it is longer than {MAX_CHARS >> 20} MiB")
@@ -46,7 +47,7 @@ def safe_load(text: str | bytes) -> Any:
 
 
 def require_bounded(text: str) -> None:
-    """Check a text that is read by another parser; one that is not YAML passes.
+    """Check a text that another parser reads; a text that is not YAML passes.
 
     Raises:
         UnboundedYaml: if it is not within bounds.
@@ -62,7 +63,7 @@ def require_bounded(text: str) -> None:
     except RecursionError:
         raise UnboundedYaml("it is nested too deeply") from None
     except yaml.YAMLError:
-        # The parser that reads it says where.
+        # The parser that reads the text reports the position.
         return
 
 
@@ -72,7 +73,7 @@ def _require_bounded(root: yaml.Node | None) -> None:
 
 
 def _num_values(node: yaml.Node, known: dict[int, int], within: set[int]) -> int:
-    """Return the number of values of a node with its aliases expanded; `within` are the nodes that it is in."""
+    """Return the number of values of a node with its aliases expanded; `within` are the nodes that contain it."""
     if id(node) in known:
         return known[id(node)]
     if id(node) in within:

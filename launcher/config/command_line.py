@@ -1,4 +1,4 @@
-"""Words of a command line that are no overrides, or that Hydra cannot parse: what was meant, and how to write it."""
+"""Handles words of a command line that are not overrides or that Hydra cannot parse: what was meant, and how to write it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ FLAGS_WITH_VALUE = (
     *("--package", "-p"),
 )
 _FLAGS = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--shell-completion", "-sc")
-# Flags of other programs for a file of settings, which is then among the words of the command line.
+# Flags of other programs for a settings file; here the file is one of the words of the command line.
 _FILE_FLAGS = ("--config", "--config-file", "--file", "-f")
 _RERUN = "--experimental-rerun"
 _MULTIRUN = {"--multirun", "-m"}
-# The values of --cfg; the first is its usual one.
+# The values of --cfg, its default first.
 _CFG = ("job", "hydra", "all")
 _OVERRIDE = re.compile(r"(?P<prefix>\+{0,2})(?P<key>[^=]*)=(?P<value>.*)", re.DOTALL)
 
 
 def flags_first(tokens: Sequence[str]) -> list[str]:
-    """Return the tokens with Hydra's flags before the overrides, as its parser needs, and flags without their value last."""
+    """Return the tokens with Hydra's flags before the overrides, as its parser requires, and flags without their value last."""
     flags: list[str] = []
     overrides: list[str] = []
     bare: list[str] = []
@@ -53,7 +53,7 @@ def flags_first(tokens: Sequence[str]) -> list[str]:
 
 
 def without_unknown_flags(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> tuple[list[str], list[Problem]]:
-    """Split off the flags that neither Hydra nor the command knows; `own_flags` are those of the command, for suggestions."""
+    """Split off flags that neither Hydra nor the command knows; `own_flags` are the command's flags, for suggestions."""
     remaining: list[str] = []
     problems: list[Problem] = []
     rest = list(tokens)
@@ -104,12 +104,12 @@ def _file_with_flag(name: str, file: str) -> Problem:
 
 
 def _setting_meant(name: str) -> str:
-    """Return the setting or group that a flag such as --model or --max-steps names, or several with ` or ` between them."""
+    """Return the setting or group that a flag such as --model or --max-steps names; several are joined with ` or `."""
     key = name.lstrip("-").replace("-", "_")
     if not name.startswith("--") or key in GROUPS or key in settings():
         return key if name.startswith("--") else ""
     same = [option for option in settings() if option.rpartition(".")[2] == key and "[]" not in option]
-    # In other trainers, batch_size is that of training.
+    # In other trainers, batch_size means the training batch size.
     return meant_setting(key) or " or ".join(same[:3])
 
 
@@ -136,7 +136,7 @@ def _unknown_flag(name: str, own_flags: Sequence[str]) -> Problem:
 
 
 def without_unreadable_overrides(tokens: Sequence[str]) -> tuple[list[str], list[Problem]]:
-    """Split off the overrides that Hydra cannot parse, and without -m those that list the values of a sweep."""
+    """Split off overrides that Hydra cannot parse and, without -m, overrides that list the values of a sweep."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parser = OverridesParser.create()
@@ -189,14 +189,14 @@ def _override_problem(parser: Any, token: str, previous: str, has_multirun: bool
 
 
 def _with_spaces(token: str) -> Problem:
-    """Return the problem of an override with spaces around its =, or without a key; `token` has no such spaces."""
+    """Return the problem of an override with spaces around its =, or without a key; `token` is the text without the spaces."""
     key, _, value = token.partition("=")
     remedy = f"write {shlex.quote(token)}" if key and not looks_secret(key, value) else "write key=value"
     return Problem("an override has no spaces around its =, and a key before it", where=COMMAND_LINE, remedy=remedy)
 
 
 def override_key(token: str) -> str:
-    """Return the key of an override, without the signs before it."""
+    """Return the key of an override, without its leading signs."""
     return token.partition("=")[0].lstrip("+~")
 
 
@@ -233,20 +233,20 @@ def _unparsed(parser: Any, match: re.Match[str], has_multirun: bool) -> Problem:
 
 
 def _several(token: str) -> str:
-    """Return the overrides that one word of the shell holds, as several words; empty if it holds one."""
+    """Return the overrides that a single shell word contains, as several words; empty if it contains one."""
     words = token.split()
     keys = [word.partition("=")[0].lstrip("+~") for word in words if "=" in word]
     return shlex.join(words) if len(words) == len(keys) > 1 and all(key in settings() or key in GROUPS for key in keys) else ""
 
 
 def _takes_text(key: str) -> bool:
-    """Return whether a value of the setting may be any text; a key that does not exist may stand for such a setting."""
+    """Return whether the setting accepts any text as its value; a key that does not exist may stand for such a setting."""
     kind = settings()[key].type if key in settings() else "text"
     return any(name in kind.split() for name in ("text", "name")) and not kind.startswith("list")
 
 
 def _as_one_value(parser: Any, key: str, value: str) -> str:
-    """Return an override as it is typed in a shell, so that Hydra takes its value as one; empty if quotes do not help."""
+    """Return an override in shell syntax, so that Hydra takes its value as one value; empty if quotes do not help."""
     name = key.lstrip("+")
     if name in GROUPS:
         return ""
@@ -274,9 +274,9 @@ def _bare_word(parser: Any, word: str, previous: str) -> Problem:
 
 
 def quoted(parser: Any, key: str, value: str) -> str:
-    """Return an override as it is typed in a shell, quoted so that Hydra takes `value` as one text; empty if it cannot be."""
+    """Return an override in shell syntax, quoted so that Hydra takes `value` as one text; empty if that is impossible."""
     for mark in ('"', "'"):
-        # A backslash escapes a quotation mark only; those right before one are doubled.
+        # A backslash escapes only a quotation mark; backslashes directly before one are doubled.
         inner = re.sub(rf"(\\*)({mark}|$)", lambda match: match[1] * 2 + ("\\" + match[2] if match[2] else ""), value)
         text = f"{key}={mark}{inner}{mark}"
         try:

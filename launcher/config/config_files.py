@@ -1,4 +1,4 @@
-"""Mistakes in the files of config groups that composition does not report with file and line."""
+"""Finds mistakes in the files of config groups that composition does not report with file and line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def missing_keys(origins: Origins) -> list[str]:
 
 
 def package_problems(values: Mapping[str, Any], origins: Origins) -> Iterator[tuple[str, Problem]]:
-    """Yield the package that an experiment's file sets in place of `_global_`, and its problem."""
+    """Yield the package that an experiment's file sets instead of `_global_`, and its problem."""
     file = origins.file_of("experiment")
     if file is None:
         return
@@ -94,7 +94,7 @@ def _cycle_from(start: str, references: Mapping[str, list[str]]) -> list[str] | 
 
 
 def yaml_problems(error: BaseException) -> list[Problem]:
-    """Return the problems of a file that is not valid YAML, from the error or its causes; empty for all other errors."""
+    """Return the problems of a file that is not valid YAML, from the error or its causes; empty for any other error."""
     import yaml
 
     cause: BaseException | None = error

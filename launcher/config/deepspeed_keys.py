@@ -1,4 +1,4 @@
-"""The raw DeepSpeed keys that `deepspeed.extra` may contain, and why others are refused. Pure.
+"""The raw DeepSpeed keys that `deepspeed.extra` may contain, and why other keys are refused. Pure.
 
 The tables cover every top-level key of DeepSpeed 0.19.8; tests/config/test_deepspeed_keys.py compares them with the installed
 version. DeepSpeed itself checks the names inside a section (launcher/worker/checks/deepspeed_check.py).
@@ -16,7 +16,7 @@ from launcher.errors import Problem, did_you_mean
 EXTRA = "deepspeed.extra"
 KEYS_PAGE = "https://www.deepspeed.ai/docs/config-json"
 
-# Keys that tune communication or reports, and change neither the training nor the numbers of the plan.
+# Keys that tune communication or reports; they change neither the training nor the numbers of the plan.
 VALUES = frozenset(
     {
         "communication_data_type",
@@ -48,7 +48,7 @@ SECTIONS = frozenset(
     }
 )
 
-# The launcher sets these from its own settings: another value would make the run differ from its plan.
+# The launcher sets these keys from its own settings: another value would make the run differ from its plan.
 SET_BY: Mapping[str, str] = {
     "activation_checkpointing": "model.activation_checkpointing",
     "bf16.enabled": "model.dtype",
@@ -148,7 +148,7 @@ REFUSED: Mapping[str, str] = {
     "zero_optimization.zeropp_loco_param": _REMOVED,
 }
 
-# The plan chooses these for states on NVMe: the setting that puts them there, and the keys.
+# Keys that the plan chooses for states on NVMe, by the setting that puts the states there.
 _SET_FOR_NVME: Mapping[str, str] = {
     "zero_optimization.sub_group_size": "offload_optimizer",
     "zero_optimization.max_live_parameters": "offload_params",
@@ -174,7 +174,7 @@ def top_level_keys() -> set[str]:
 
 
 def extra_problems(values: Mapping[str, Any], origins: Origins, skip: Set[str] = frozenset()) -> Iterator[Problem]:
-    """Yield the problems of `deepspeed.extra` in composed, unchecked settings; `skip` has the keys that are reported already.
+    """Yield the problems of `deepspeed.extra` in composed, unvalidated settings; `skip` has the keys that are already reported.
 
     The schema reports keys that are not text and sections that are not mappings.
     """
@@ -219,7 +219,7 @@ def _inside(key: str, value: Any, deepspeed: Mapping[str, Any], model: Mapping[s
 
 
 def _agrees(key: str, value: Any, model: Mapping[str, Any]) -> bool:
-    """Return whether a key repeats the value that the launcher sets, as in a complete DeepSpeed file."""
+    """Return whether a key repeats the value that the launcher sets, as a complete DeepSpeed file does."""
     if key == "zero_optimization.stage":
         return value == 3
     return value is True and key == f"{model.get('dtype', 'bf16')}.enabled"

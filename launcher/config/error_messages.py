@@ -1,4 +1,4 @@
-"""Problems from the errors of pydantic and Hydra: the key, its origin, the value as it was typed, and the remedy."""
+"""Converts errors of pydantic and Hydra to problems: the key, its origin, the value as typed, and the remedy."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _OUT_OF_BOUNDS = {
     "too_short": "has too few entries",
     "too_long": "has too many entries",
 }
-# What people write for an option of a group.
+# Other names that people use for options of a group.
 _OPTIONS_ELSEWHERE = {
     "cluster": {
         **dict.fromkeys(("k8s", "kubernetes", "kubeflow", "pytorchjob", "ssh", "pdsh", "mpi", "mpirun", "torchrun"), "static"),
@@ -53,13 +53,13 @@ _OPTIONS_ELSEWHERE = {
 }
 _ABSENT = object()
 _NUM_GUESSES = 3
-# Letters and digits with which an option begins that is meant by them, and how many such options are named.
+# Minimum number of letters and digits for guessing an option by its beginning, and maximum number of options to name.
 _MIN_BEGINNING, _NUM_OPTIONS = 3, 8
 _UNIFORM_KEY = re.compile(r"\[\d+\]")
 
 
 def schema_problems(error: ValidationError, origins: Origins, values: Mapping[str, Any], skip: set[str]) -> Iterator[Problem]:
-    """Yield one problem per key; `values` are the settings that were validated, `skip` has the keys that are reported already."""
+    """Yield one problem per key; `values` are the validated settings, `skip` has the keys that are already reported."""
     reported: set[str] = set()
     items = [(_key_of(item["loc"]), item) for item in error.errors(include_url=False)]
     for key, item in items:
@@ -81,7 +81,7 @@ def schema_problems(error: ValidationError, origins: Origins, values: Mapping[st
 
 
 def missing(key: str, origins: Origins) -> Problem:
-    """Return the problem of a required setting without a value."""
+    """Return the problem of a required setting that has no value."""
     owner, bracket, rest = key.rpartition("]")
     if rest and bracket:
         remedy = f"complete {owner}]: {rest.lstrip('.')} is missing"
@@ -126,7 +126,7 @@ def _unknown(key: str, value: Any, origins: Origins) -> Problem:
         )
     section = uniform.rpartition(".")[0]
     siblings = [k for k in settings() if k.rpartition(".")[0] == section]
-    # Of a section that does not exist, the keys inside say what was meant.
+    # If a section does not exist, the keys inside it show what was meant.
     inside = dict.fromkeys(suggest_setting(f"{key}.{name}") for name in value) if isinstance(value, dict) and not section else {}
     remedy = " ".join([guess for guess in inside if "." in guess][:_NUM_GUESSES]) or suggest_setting(uniform)
     if not remedy and section and siblings:
@@ -149,7 +149,7 @@ def _unknown_kind(key: str, kind: str, origins: Origins) -> Problem:
 
 
 def _by_rule(key: str, text: str, origins: Origins, values: Mapping[str, Any]) -> Problem:
-    """Return the problem of a validator's message, `what is wrong; the remedy`, which may name several settings."""
+    """Return the problem for a validator's message, `what is wrong; the remedy`, which may name several settings."""
     message, _, remedy = text.partition("; ")
     if "." in key:
         value = _value_of(key, values)
@@ -188,7 +188,7 @@ def _by_type(key: str, setting: Setting | None, item: Mapping[str, Any], origins
 
 
 def shown(key: str, value: Any) -> str:
-    """Return a value as an error may show it: without secrets, at most 200 characters."""
+    """Return a value in the form that errors show: without secrets, at most 200 characters."""
     text = repr(value) if isinstance(value, str) else as_yaml(value)
     return "<redacted>" if looks_secret(key, value) else redact(text)[:200]
 
@@ -223,7 +223,7 @@ def _printable(text: str) -> str:
 
 
 def no_such_option(group: str, option: str, options: Sequence[str], token: str, in_file: bool = False) -> Problem:
-    """Return the problem of an unknown option of a config group, which may be the path of a model or of rows.
+    """Return the problem of an unknown option of a config group. The option may be meant as the path of a model or of rows.
 
     `in_file` is whether a run's file selects the option.
     """
@@ -243,7 +243,7 @@ def no_such_option(group: str, option: str, options: Sequence[str], token: str, 
 
 
 def _guess_option(group: str, option: str, options: Sequence[str]) -> str:
-    """Return `did you mean X?` for an option: the same letters and digits, those that begin so, or the closest; else nothing."""
+    """Return `did you mean X?` for options with the same letters and digits or the same beginning, or the closest; else ""."""
 
     def plain(name: str) -> str:
         return re.sub(r"[^a-z0-9]", "", name.lower())
@@ -270,9 +270,9 @@ def _is_path_for(group: str, option: str) -> bool:
 def hydra_problems(
     error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None = None
 ) -> list[Problem]:
-    """Return the problems of an error in Hydra's composition, without the `++` that the launcher added.
+    """Return the problems for an error in Hydra's composition, without the `++` that the launcher added.
 
-    `folders` hold the files that are composed, the first one to search first; `run_file` is composed with them.
+    `folders` hold the composed files, in search order; `run_file` is composed with them.
     """
     return yaml_problems(error) or [_hydra_problem(error, tokens, folders, run_file)]
 
@@ -287,7 +287,7 @@ def _hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequence[Pa
         )
     text = redact(str(error)).strip()
     lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
-    # A line that ends in a colon announces the message of the next one.
+    # If a line ends in a colon, the message is on the next line.
     message = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).replace("++", "")
     if folder := re.search(r"Additional config directory '(.+)' not found", text):
         return Problem("--config-dir: there is no such folder", "command line", folder[1], "name a folder with config groups")

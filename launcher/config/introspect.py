@@ -54,7 +54,7 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
 
 
 def _walk_kinds(members: Sequence[type[BaseModel]], prefix: str) -> Iterator[Setting]:
-    """Yield the settings of sections that `kind` selects from: those of all sections, then those of each."""
+    """Yield the settings of sections that `kind` selects from: first those in all sections, then those of each section."""
     by_kind = {member.model_fields["kind"].default: {s.key: s for s in _walk(member, prefix)} for member in members}
     shared = [key for key in next(iter(by_kind.values())) if all(key in of_kind for of_kind in by_kind.values())]
     any_kind = next(iter(by_kind.values()))
@@ -67,7 +67,7 @@ def _walk_kinds(members: Sequence[type[BaseModel]], prefix: str) -> Iterator[Set
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:
-    """Return the section classes in an annotation: one, directly or as a list's items, or several to select from."""
+    """Return the section classes in an annotation: a single one, directly or as a list's items, or several to select from."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in get_args(annotation) for section in sections_of(part)]
@@ -103,7 +103,7 @@ _WORDS = {"int": "a whole number", "float": "a number", "mapping": "a mapping", 
 
 
 def type_in_words(text: str) -> str:
-    """Return a setting's type for a sentence: `int > 0 or null` as `a whole number above 0, or null`."""
+    """Return a setting's type for use in a sentence: `int > 0 or null` as `a whole number above 0, or null`."""
     if text.endswith(" or null"):
         return f"{type_in_words(text.removesuffix(' or null'))}, or null"
     if text.startswith("["):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class RunFile:
     """The run's file: `keys` are the groups whose option it selects, and the settings that it sets (section.name).
 
-    `dropped` are the settings of the sections that an option on the command line replaces.
+    `dropped` are the settings of sections that an option on the command line replaces.
     """
 
     path: Path
@@ -28,14 +28,14 @@ class RunFile:
     dropped: tuple[str, ...] = ()
 
     def sets(self, path: Sequence[str | int]) -> bool:
-        """Return whether the file has a value at `path`, or an option for the whole group."""
+        """Return whether the file has a value at `path`, or selects an option for the whole group."""
         prefix = ".".join(map(str, path[:2]))
         return prefix in self.keys or any(key.startswith(f"{prefix}.") for key in self.keys)
 
 
 @dataclass(frozen=True)
 class Origins:
-    """`choices` maps a group to the chosen option; `folders` are searched in this order; `run_file` comes before them."""
+    """`choices` maps each group to the chosen option; `folders` are searched in this order, after `run_file`."""
 
     overrides: tuple[str, ...]
     choices: dict[str, Any]
@@ -47,7 +47,7 @@ class Origins:
         return self.resolve(key)[1]
 
     def resolve(self, key: str) -> tuple[str, str]:
-        """Return the key that holds the value (another one where `key` is an interpolation), and its origin."""
+        """Return the key that holds the value (another key if `key` is an interpolation), and its origin."""
         seen = {key}
         where, value = self._location(key)
         while (reference := re.fullmatch(r"\$\{([\w.\[\]]+)\}", value or "")) and reference[1] not in seen:
@@ -57,11 +57,11 @@ class Origins:
         return key, where
 
     def written_at(self, key: str) -> str:
-        """Return the origin of the text of a setting, which may be an interpolation."""
+        """Return the origin of a setting's text, which may be an interpolation."""
         return self._location(key)[0]
 
     def _location(self, key: str) -> tuple[str, str | None]:
-        """Return the origin of a setting, and its text where that is a scalar in a file."""
+        """Return the origin of a setting, and its text if it is a scalar in a file."""
         for override in reversed(self.overrides):
             name = override.split("=", 1)[0].lstrip("+~")
             if name in self.choices:
@@ -76,7 +76,7 @@ class Origins:
         return "", None
 
     def dropped_note(self) -> str | None:
-        """Return which settings of the run's file are not used, because an option on the command line replaces their section."""
+        """Return which settings of the run's file are unused because an option on the command line replaces their section."""
         if self.run_file is None or not self.run_file.dropped:
             return None
         keys = self.run_file.dropped
@@ -99,7 +99,7 @@ class Origins:
         return replace(problem, message=message, where=f"{key} ({where})", remedy=remedy)
 
     def files(self) -> Iterator[tuple[Path, str]]:
-        """Yield the composed files, the last one first, each with the section that it sets; empty for all settings."""
+        """Yield the composed files, last one first, each with the section that it sets; empty for all settings."""
         if self.run_file is not None:
             yield self.run_file.path, ""
         # Hydra lists the choices in this order: the experiment, then the groups from the last to the first.
@@ -115,7 +115,7 @@ class Origins:
         return None if group.startswith("hydra") or option in (None, "null") else self._file(f"{group}/{option}.yaml")
 
     def _candidates(self, path: list[str | int]) -> Iterator[tuple[Path, list[str | int]]]:
-        """Yield the files that can set `path`, the last composed first, with the path inside each."""
+        """Yield the files that can set `path`, last composed first, with the path inside each file."""
         for file, section in self.files():
             if self.run_file is not None and file == self.run_file.path and not self.run_file.sets(path):
                 continue
@@ -129,7 +129,7 @@ class Origins:
 
 
 def located_problem(problem: Problem, origins: Origins) -> Problem:
-    """Return `problem` with the origin of its setting; a relative path beside the run's file alone gets the path to write."""
+    """Return `problem` with the origin of its setting; the remedy for a path relative to the run's file is the path to write."""
     located = origins.located(problem)
     file = origins.run_file
     if file is None or not problem.value or problem.value.startswith(("/", "~")) or Path(problem.value).exists():
@@ -150,7 +150,7 @@ def short(file: Path) -> str:
 
 
 def nodes(text: str, with_sections: bool = False) -> Iterator[tuple[str, int, str | None]]:
-    """Yield key, line and text of each scalar in a YAML text; with `with_sections` of each section as well, without a text."""
+    """Yield key, line and text of each scalar in a YAML text; with `with_sections`, also of each section, without a text."""
     import yaml
 
     def walk(node: yaml.Node | None, key: str, line: int) -> Iterator[tuple[str, int, str | None]]:
@@ -170,7 +170,7 @@ def nodes(text: str, with_sections: bool = False) -> Iterator[tuple[str, int, st
 
 
 def _find(text: str, path: list[str | int]) -> tuple[int, str | None] | None:
-    """Return the line of `path` in a YAML text, and its value where that is a scalar; None without such a path."""
+    """Return the line of `path` in a YAML text, and its value if it is a scalar; None without such a path."""
     import yaml
 
     node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -185,13 +185,13 @@ def _find(text: str, path: list[str | int]) -> tuple[int, str | None] | None:
             node = node.value[part]
             line = node.start_mark.line + 1
         else:
-            # A value that comes from an interpolation has no line of its own: use its parent's.
+            # A value from an interpolation has no line of its own, so use its parent's line.
             break
     return (line, node.value if isinstance(node, yaml.ScalarNode) else None) if line else None
 
 
 def _merged(node: yaml.MappingNode, name: str | int) -> tuple[yaml.Node, yaml.Node] | None:
-    """Return the key and the value that a mapping takes over from another one with `<<`."""
+    """Return the key and the value that a mapping merges from another mapping with `<<`."""
     import yaml
 
     sources = [value for key, value in node.value if key.value == "<<"]

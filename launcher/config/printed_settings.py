@@ -1,4 +1,4 @@
-"""Redaction of the settings that Hydra prints for --cfg and --info: the launcher's own check does not see them."""
+"""Redacts the settings that Hydra prints for --cfg and --info, which bypass the launcher's own check."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _ALL_OVERRIDES = "override_dirname"
 
 
 def redact_settings(text: str, secrets: Mapping[str, str]) -> str:
-    """Return what Hydra prints, with `<redacted>` for each value that has the form of a credential or whose key names one.
+    """Return Hydra's output, with `<redacted>` for each value that looks like a credential or whose key names one.
 
-    `secrets` are the credentials in the environment, by their variables.
+    `secrets` are the credentials in the environment, by variable name.
     """
     import yaml
 
@@ -35,7 +35,7 @@ def redact_settings(text: str, secrets: Mapping[str, str]) -> str:
     try:
         scalars = list(_scalars(yaml.compose(settings, Loader=yaml.SafeLoader), prefix))
     except yaml.YAMLError:
-        # Other prints, such as the list of plugins.
+        # Hydra printed something else, such as the list of plugins.
         return redact(text, secrets)
     replacements = [(node, new) for key, node in scalars if (new := _redacted(key, node.value)) != node.value]
     if any(_OVERRIDE.fullmatch(node.value) for node, _ in replacements):
@@ -43,7 +43,7 @@ def redact_settings(text: str, secrets: Mapping[str, str]) -> str:
         replacements = [(n, new) for n, new in replacements if n not in joined] + [(node, _REDACTED) for node in joined]
     for node, new in sorted(replacements, key=lambda item: item[0].start_mark.index, reverse=True):
         begin, end = node.start_mark.index, node.end_mark.index
-        # A block of several lines ends where the next line begins.
+        # A multi-line block ends where the next line begins.
         settings = settings[:begin] + new + ("\n" if settings[begin:end].endswith("\n") else "") + settings[end:]
     return redact(text[:start] + settings, secrets)
 
@@ -67,7 +67,7 @@ def _redacted(key: str, value: str) -> str:
 
 
 def _scalars(node: yaml.Node | Any, prefix: str) -> Iterator[tuple[str, yaml.ScalarNode]]:
-    """Yield the scalars below a node with their keys, which begin with `prefix`."""
+    """Yield the scalars below a node with their keys, which start with `prefix`."""
     import yaml
 
     if isinstance(node, yaml.ScalarNode):

@@ -1,4 +1,4 @@
-"""Write docs/settings.md from the schema and the files under conf/.
+"""Writes docs/settings.md from the schema and the files under conf/.
 
 python -m launcher.config.reference docs/settings.md            write the page
 python -m launcher.config.reference --check docs/settings.md    exit 1 if the page is outdated
@@ -15,7 +15,7 @@ from launcher.config.compose import GROUPS, conf_dir
 from launcher.config.introspect import Setting, sections_of, settings
 from launcher.config.schema import RunConfig
 
-# A bar ends a cell of a Markdown table, in code too.
+# A bar ends a cell of a Markdown table, even in code.
 _BAR = r"\|"
 
 _HEAD = """\
@@ -82,7 +82,7 @@ def about_file(file: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write or check the page; returns the exit code."""
+    """Write or check the page; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m launcher.config.reference", description="Write or check the settings' page.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is outdated")
     parser.add_argument("page", type=Path, help="docs/settings.md")

@@ -1,4 +1,4 @@
-"""Settings that were renamed: one table from old key to new key, and the refusal of a typed old key."""
+"""Renamed settings: one table from old key to new key, and the refusal of an old key."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OVERRIDE = re.compile(r"(?P<prefix>[+~]{0,2})(?P<key>[A-Za-z_][\w.]*)(?P<assign
 def renamed_override(token: str) -> Problem | None:
     """Return the problem with an override such as `train.save_every=50`; None if its key was not renamed.
 
-    The remedy is the whole replacement, unless the value may be a secret.
+    The remedy is the complete replacement, unless the value may be a secret.
     """
     match = _OVERRIDE.fullmatch(token)
     if not match or match["key"] not in RENAMED:
@@ -49,7 +49,7 @@ def renamed_setting(key: str, value: Any, where: str) -> Problem | None:
 
     `where` is the origin of the value: a file and line, or the command line.
     """
-    # The schema loads slowly, and commands that only look at runs use the table above.
+    # The schema loads slowly, and commands that only look at runs use just the table above.
     from launcher.config.introspect import as_yaml
 
     new = RENAMED.get(key)
@@ -58,13 +58,13 @@ def renamed_setting(key: str, value: Any, where: str) -> Problem | None:
     is_shown = not isinstance(value, dict | list) and not _is_secret(key, value)
     text = as_yaml(value) if is_shown else "..."
     section, _, name = new.partition(".")
-    # In a YAML file a dotted key does not name a setting of a section.
+    # In a YAML file, a dotted key does not name a setting of a section.
     remedy = f"write {new}={text}" if where in ("", COMMAND_LINE) else f"write `{name}: {text}` in the section `{section}`"
     return Problem(_renamed_text(key, new), where=where, value=text if is_shown else "", remedy=remedy)
 
 
 def renamed_reference(text: str) -> str | None:
-    """Return the first key in `text` that was renamed, such as in the name of an interpolation; None without one."""
+    """Return the first renamed key in `text`, such as in the name of an interpolation; None without one."""
     return next((name for name in re.findall(r"[A-Za-z_][\w.]*\w", text) if name in RENAMED), None)
 
 

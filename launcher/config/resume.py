@@ -1,4 +1,4 @@
-"""The settings that may change when a run is resumed, those that may with --force, and the text of their differences."""
+"""The settings that may change on resume, those that may change with --force, and the text of their differences."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from launcher.security.credentials import environment_secrets
 from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
 from launcher.shell_commands import launcher_command
 
-# Settings without an effect on what a step computes.
+# Settings that do not affect what a step computes.
 WITHOUT_EFFECT = (
     "train.max_steps",
     "train.epochs",
@@ -44,7 +44,7 @@ WITHOUT_EFFECT = (
     "run.confirm_usd",
 )
 
-# Settings that may change freely when a run is resumed.
+# Settings that may change freely on resume.
 CHANGEABLE = (
     *WITHOUT_EFFECT,
     "train.micro_batch_size",
@@ -58,20 +58,20 @@ CHANGEABLE = (
 )
 
 # Settings that cannot change: the checkpoint has the parameters of one architecture, the run has one directory, and its records
-# are those of one backend. Keys below `plan.` are numbers that the plan recorded.
+# belong to one backend. Keys below `plan.` are numbers that the plan recorded.
 FIXED = (
     *("run.name", "run.root", "model.path", "model.revision", "model.tokenizer", "model.init", "model.config", "plan.model"),
     "cluster.kind",
 )
 ABSENT = "-"
-# The group of conf/ that is no section of the settings.
+# The group in conf/ that is not a section of the settings.
 _EXPERIMENT = "experiment"
 _MISSING = object()
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting that differs from the one that the checkpoint was saved with; the values are as an error may show them."""
+    """A setting that differs from the one in the checkpoint; the values are in the form that errors show."""
 
     key: str
     saved: str
@@ -79,12 +79,12 @@ class Difference:
 
     @property
     def is_fixed(self) -> bool:
-        """True for a setting that not even --force may change."""
+        """True for a setting that not even --force can change."""
         return _is_one_of(self.key, FIXED)
 
 
 def differences(saved: RunConfig, requested: RunConfig) -> list[Difference]:
-    """Return the settings that differ and may not change freely, in the schema's order."""
+    """Return the settings that differ and may not change freely, in schema order."""
     changed = differing(saved.model_dump(mode="json"), requested.model_dump(mode="json"))
     return [difference for difference in changed if difference.is_fixed or not _is_one_of(difference.key, CHANGEABLE)]
 
@@ -106,16 +106,16 @@ def differing(saved: Mapping[str, Any], requested: Mapping[str, Any], prefix: st
 
 
 def table(changes: Sequence[Difference], before: str = "checkpoint") -> str:
-    """Return one line per difference: the key, the checkpoint's value, or that of `before`, and the requested value."""
+    """Return one line per difference: the key, the value in the checkpoint (or in `before`), and the requested value."""
     rows = [("", before, "requested"), *((d.key, d.saved, d.requested) for d in changes)]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     return "\n".join(f"  {key:<{widths[0]}}  {saved:<{widths[1]}}  {requested}".rstrip() for key, saved, requested in rows)
 
 
 def require_same(changes: Sequence[Difference], force: bool, run: Path, checkpoint: str, remedy: str = "") -> None:
-    """Refuse differences that make it another run, all in one error; `force` accepts those that are not FIXED.
+    """Refuse all differences that would make it another run, in one error; `force` accepts those that are not FIXED.
 
-    `remedy` replaces the usual one for those that --force accepts.
+    `remedy` replaces the usual remedy for the differences that --force accepts.
 
     Raises:
         ConfigError: with the differences key by key.
@@ -149,7 +149,7 @@ def _is_one_of(key: str, keys: Sequence[str]) -> bool:
 
 
 def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = "NAME") -> RunConfig:
-    """Return `config` with `key=value` overrides, whether or not a run may be resumed with them; `run_name` is for the errors.
+    """Return `config` with `key=value` overrides, even those that a resume does not allow; errors use `run_name`.
 
     Raises:
         ConfigError: if a key does not exist, or a value is not accepted.
@@ -202,7 +202,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = 
 
 
 def _group_problem(group: str, option: str, run_name: str) -> Problem:
-    """Say why a whole group cannot be chosen, and what can be written instead."""
+    """Return why a whole group cannot be selected, and what to write instead."""
     if group == "model":
         message = "the model of a run cannot change, because its checkpoints hold the parameters of this model"
         remedy = f"leave it out, or start another run with these weights: {launcher_command(f'model.path=run:{run_name}')} ..."
@@ -218,7 +218,7 @@ def _group_problem(group: str, option: str, run_name: str) -> Problem:
 
 
 def _follow_data_path(data: dict[str, Any], path: Any) -> None:
-    """Change the entry of data.sources that data.path is short for."""
+    """Change the entry of data.sources that data.path abbreviates."""
     for source in data["sources"]:
         if data["path"] is not None and source["path"] == data["path"]:
             source["path"] = path

@@ -1,6 +1,6 @@
 """The settings of a run: one frozen class per section, every field with its meaning and unit.
 
-Pure: nothing here reads disk, network, environment or devices. Checks that need them, such as whether a path exists, are in
+Pure: nothing here reads disk, network, environment or devices. Checks that do, such as whether a path exists, are in
 launcher.facts and launcher.plan.
 """
 
@@ -349,5 +349,5 @@ def is_run(value: str | None) -> bool:
 
 
 def is_local_path(value: str) -> bool:
-    """Return whether a value is a path: absolute, starting with ./, ../ or ~, or of more parts than a Hub id has."""
+    """Return whether a value is a path: absolute, starting with ./, ../ or ~, or with more parts than a Hub id."""
     return value.startswith(("/", "./", "../", "~")) or value in (".", "..") or (value.count("/") > 1 and ":" not in value)

@@ -1,4 +1,4 @@
-"""Suggest the setting that an unknown key was meant to be."""
+"""Suggests the setting that an unknown key was meant to be."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from launcher.config.introspect import settings
 from launcher.errors import did_you_mean
 
-# Names in transformers, TRL, DeepSpeed, torchtitan and other trainers, by the setting that does the same here.
+# Names in transformers, TRL, DeepSpeed, torchtitan and other trainers, mapped to the equivalent setting here.
 _NAMES_ELSEWHERE = {
     "run.name": "run_name experiment_name job_name",
     "run.root": "output_dir out_dir save_dir output_path",
@@ -51,12 +51,12 @@ _NAMES_ELSEWHERE = {
     "tracking.kind": "report_to wandb logger",
     "tracking.project": "wandb_project project_name",
 }
-# Those whose values mean something else here, and how to write them.
+# Names whose values mean something else here, and how to write them.
 _CONVERSIONS = {
     "warmup_ratio": "It is a number of steps, the ratio times train.max_steps: for a ratio of 0.03 of 1,000 steps "
     "write optim.warmup_steps=30",
 }
-# What names of other trainers ask for that the launcher does not do, and what to do instead.
+# Names of other trainers for features that the launcher does not have, and what to do instead.
 _NOT_SERVED = {
     re.compile(r"lora|peft|adapter"): "all parameters are trained: remove it; for LoRA use PEFT with TRL, Axolotl, "
     "LLaMA-Factory or Unsloth",
@@ -72,7 +72,7 @@ def _synonyms() -> Mapping[str, str]:
 
 
 def meant_setting(key: str) -> str:
-    """Return the setting that another trainer's name for it stands for; empty for all other names. The section does not count."""
+    """Return the setting that another trainer's name stands for; empty for all other names. The section is ignored."""
     return _synonyms().get(_last_part(key), "")
 
 
@@ -88,10 +88,10 @@ def _last_part(key: str) -> str:
 def suggest_setting(key: str) -> str:
     """Return `did you mean SETTING?` for a key that does not exist, or an empty text.
 
-    The last part counts in every section, and other trainers' names are known, also of what the launcher does not do.
+    The last part of the key is searched in every section. Names of other trainers are recognized, even for unsupported features.
     """
     key = key.lower()
-    # Settings of held-out rows are those of the data: eval.max_rows is data.eval_max_rows.
+    # Settings of held-out rows belong to the data: eval.max_rows is data.eval_max_rows.
     if key.startswith("eval.") and (of_data := f"data.eval_{key.removeprefix('eval.')}") in settings():
         return f"did you mean {of_data}?"
     if meant := meant_setting(key):

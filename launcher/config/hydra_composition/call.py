@@ -1,4 +1,4 @@
-"""Call Hydra for a command line: the launcher's groups and keys in Hydra's syntax, and Hydra's errors as ConfigErrors."""
+"""Calls Hydra for a command line: translates groups and keys to Hydra's syntax, and Hydra's errors to ConfigErrors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def call_hydra(task: Callable[[Any], None], tokens: Sequence[str], content: File
     Hydra's own flags may start a sweep, or only print. `task` must not raise.
 
     Raises:
-        ConfigError: if Hydra does not compose them.
+        ConfigError: if Hydra cannot compose them.
     """
     file = None if content is None else content.file.path
     with composable(content) as file_overrides:
@@ -44,7 +44,7 @@ def call_hydra(task: Callable[[Any], None], tokens: Sequence[str], content: File
 
 
 def _run_hydra_main(task: Callable[[Any], None], argv: Sequence[str], run_file: Path | None, conf: Path) -> None:
-    """Let Hydra read its own flags, which may start a sweep or only print."""
+    """Let Hydra handle its own flags, which may start a sweep or only print."""
     import hydra
 
     printed, usage = io.StringIO(), io.StringIO()
@@ -53,7 +53,7 @@ def _run_hydra_main(task: Callable[[Any], None], argv: Sequence[str], run_file: 
     try:
         # A sweep always writes a multirun.yaml.
         with guarded(), tempfile.TemporaryDirectory() as sweep, redirect_stdout(printed), redirect_stderr(usage):
-            # The flag --info would take what follows it as its value, and composes no sweep.
+            # The flag --info would take the next word as its value, and composes no sweep.
             sys.argv += [] if {"-i", "--info"} & set(argv) else [f"hydra.sweep.dir='{sweep}'"]
             hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(task)()
     except SystemExit as stop:
@@ -64,7 +64,7 @@ def _run_hydra_main(task: Callable[[Any], None], argv: Sequence[str], run_file: 
                 where=COMMAND_LINE,
                 remedy="see python -m launcher --help",
             ) from stop
-    # The task raises nothing: every other exception here is Hydra's, and not all are a HydraException.
+    # The task raises nothing, so every other exception here is Hydra's; not all of them are HydraExceptions.
     except Exception as error:
         raise _refusal_within(error) or ConfigError(hydra_problems(error, argv, [*extra_dirs(argv), conf], run_file)) from error
     finally:
@@ -76,7 +76,7 @@ def _run_hydra_main(task: Callable[[Any], None], argv: Sequence[str], run_file: 
 
 
 def _compose_once(task: Callable[[Any], None], overrides: list[str], run_file: Path | None, conf: Path) -> None:
-    """Compose as hydra.main does, but once: hydra.main composes a first time for hydra.mode alone."""
+    """Compose as hydra.main does, but only once: hydra.main composes a first time just to read hydra.mode."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict
@@ -89,13 +89,13 @@ def _compose_once(task: Callable[[Any], None], overrides: list[str], run_file: P
             with open_dict(cfg):
                 del cfg["hydra"]
             task(cfg)
-    # The task raises nothing: every other exception here is Hydra's, and not all are a HydraException.
+    # The task raises nothing, so every other exception here is Hydra's; not all of them are HydraExceptions.
     except Exception as error:
         raise _refusal_within(error) or ConfigError(hydra_problems(error, overrides, [conf], run_file)) from error
 
 
 def _refusal_within(error: BaseException) -> ConfigError | None:
-    """Return the refusal of the guard that caused an error of Hydra; None without one."""
+    """Return the guard's refusal that caused an error of Hydra; None without one."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ConfigError):
         cause = cause.__cause__ or cause.__context__
@@ -103,7 +103,7 @@ def _refusal_within(error: BaseException) -> ConfigError | None:
 
 
 def _strip_group_plus(token: str) -> str:
-    """Return `cluster=slurm` for `+cluster=slurm`: the launcher's groups are in the defaults list already."""
+    """Return `cluster=slurm` for `+cluster=slurm`: the launcher's groups are already in the defaults list."""
     return token.lstrip("+") if _GROUP_WITH_PLUS.match(token) else token
 
 

@@ -1,7 +1,7 @@
-"""Hydra composes settings here and does nothing else: it runs no code that a file or an override names.
+"""Restricts Hydra to composing settings: it runs no code that a file or an override names.
 
-While it composes, Hydra calls the classes that `hydra.callbacks`, `hydra.job_logging` and `hydra.hydra_logging` name, for a sweep
-those within `hydra.sweeper` and `hydra.launcher`, too, and each job of a sweep has a section `hydra` of its own.
+When composing, Hydra calls the classes that `hydra.callbacks`, `hydra.job_logging` and `hydra.hydra_logging` name. For a sweep it
+also calls those in `hydra.sweeper` and `hydra.launcher`, and each job of a sweep has its own section `hydra`.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from launcher.config.introspect import leaves
 from launcher.errors import ConfigError, Problem
 from launcher.security.credentials import is_short_secret
 
-# Of conf/config.yaml and of Hydra. Other values would change the environment, or write files of Hydra's own.
+# Values from conf/config.yaml and from Hydra. Other values would change the environment, or make Hydra write its own files.
 _NEUTRAL: dict[str, Any] = {
     **{"hydra.job.env_set": {}, "hydra.job.env_copy": [], "hydra.job.chdir": None},
     **{"hydra.output_subdir": None, "hydra.run.dir": ".", "hydra.sweep.subdir": "."},
 }
-# The classes that run a sweep, as Hydra has them.
+# The classes that run a sweep, with Hydra's values.
 _PLUGINS = {
     "hydra.launcher": "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "hydra.sweeper": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
 }
-# Characters and values that the references of one composition may expand to, and the number of references: with `a: ${b}${b}`,
-# `b: ${c}${c}` and so on, a text or the work doubles at each step.
+# Limits for the references of one composition: characters and values that they expand to, and their number. With `a: ${b}${b}`,
+# `b: ${c}${c}` and so on, the text or the work doubles at each step.
 _MAX_EXPANDED, _MAX_REFERENCES = 1_000_000, 5_000
 UNBOUNDED = "the references between the settings expand to too much"
-# Of a credential that is too short to be found within a text, such as an address.
+# For a credential that is too short to be found within a text, such as an address.
 READS_CREDENTIAL = "a setting must not read this variable, which looks like a secret"
-# The reference to a variable of the environment, as in ${oc.env:USER}.
+# The reference to an environment variable, as in ${oc.env:USER}.
 _VARIABLE = "oc.env"
-# Where Hydra's own modules hold the function that configures logging.
+# Hydra's modules that hold the function that configures logging.
 _LOGGING = ("hydra._internal.hydra", "hydra._internal.core_plugins.basic_launcher", "hydra.core.utils")
-# Where they hold the function that runs a job.
+# Hydra's modules that hold the function that runs a job.
 _JOBS = ("hydra._internal.hydra", "hydra._internal.core_plugins.basic_launcher")
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Compose within this block. Hydra's errors for what is refused here are ConfigErrors."""
+    """Guard the composition within this block. Hydra's errors about refused settings become ConfigErrors."""
     from hydra._internal import hydra
     from hydra._internal.core_plugins.file_config_source import FileConfigSource
     from omegaconf import Container, OmegaConf
@@ -76,7 +76,7 @@ def guarded() -> Iterator[None]:
 
 
 def _read_variable(name: str, *default: Any) -> Any:
-    """Return a variable of the environment, unless it is a credential that nothing would find in the value of a setting."""
+    """Return an environment variable, unless it is a credential that no check would find in the value of a setting."""
     from omegaconf.resolvers import oc
 
     if is_short_secret(name, os.environ):
@@ -85,10 +85,10 @@ def _read_variable(name: str, *default: Any) -> Any:
 
 
 def require_composing_only(config: Any) -> None:
-    """Refuse composed settings, with Hydra's own section, that make Hydra call, set or write something.
+    """Refuse composed settings, including Hydra's own section, that make Hydra call, set or write something.
 
     Raises:
-        ConfigError: with the settings.
+        ConfigError: listing the settings.
     """
     from omegaconf import OmegaConf
 
@@ -112,10 +112,10 @@ def require_composing_only(config: Any) -> None:
 
 
 def _require_plain_plugin(key: str, name: str, values: Any) -> None:
-    """Refuse a class other than Hydra's own, and values that Hydra would call: it instantiates all within them.
+    """Refuse a class that is not Hydra's own, and values that Hydra would call: it instantiates everything inside them.
 
     Raises:
-        ConfigError: with the setting.
+        ConfigError: naming the setting.
     """
     targets = {inner: value for inner, value in leaves(values) if "_target_" in inner.split(".")}
     if targets == {"_target_": name}:
@@ -156,10 +156,10 @@ def _bounded(load: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
 
 
 def _bounded_references(resolve: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a `Container.resolve_parse_tree` that raises an error of OmegaConf where references expand too far."""
+    """Return a `Container.resolve_parse_tree` that raises an OmegaConf error if references expand too far."""
     from omegaconf.errors import InterpolationResolutionError
 
-    # Of the configuration whose references were resolved last; jobs of a sweep have one each.
+    # Of the configuration whose references were resolved last; each job of a sweep has its own.
     root: Any = None
     num_references = num_expanded = 0
 
@@ -182,7 +182,7 @@ def _bounded_references(resolve: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _sizes(value: Any) -> Iterator[int]:
-    """Yield the size of each value within a value: of a text its length, of others one."""
+    """Yield the size of each value within a value: its length for a text, otherwise one."""
     from omegaconf import Node
 
     content = value._value() if isinstance(value, Node) else value

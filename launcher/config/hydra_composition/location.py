@@ -1,4 +1,4 @@
-"""Find the file and line that an error of Hydra's composition is about: Hydra names at most the file."""
+"""Finds the file and line of an error in Hydra's composition: Hydra names at most the file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TWO_VALUES = re.compile(r"Multiple values for (?P<group>[\w/]+)")
 
 @dataclass(frozen=True)
 class Location:
-    """`where` is file:line, `line` its text; `message` and `remedy` are empty if Hydra's own say enough."""
+    """`where` is file:line, `line` its text; `message` and `remedy` are empty if Hydra's own message is sufficient."""
 
     where: str
     line: str
@@ -29,9 +29,9 @@ class Location:
 def locate_hydra_error(
     error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None = None
 ) -> Location | None:
-    """Return the line that an error is about; None if it is not in a file that the command line chose.
+    """Return the line that an error is about; None if it is not in a file that the command line selects.
 
-    `tokens` are the overrides, `folders` those with config files; `run_file` is composed with them.
+    `tokens` are the overrides, `folders` hold the config files; `run_file` is composed with them.
     """
     text = "\n".join(str(cause) for cause in _causes(error))
     if run_file is not None and f"{RUN_FILE_GROUP}/" in text:
@@ -72,12 +72,12 @@ def _location(file: Path, line: int, message: str = "", remedy: str = "") -> Loc
 
 
 def _line_of(file: Path, error: Exception, text: str) -> int:
-    """Return the line with a name that the error quotes, or of the key that it is about; or else the first one of the content."""
+    """Return the line with a name that the error quotes, or with the key that it is about; otherwise the first content line."""
     keys = [str(key) for cause in _causes(error) if (key := getattr(cause, "full_key", None))]
     for key, line, _ in nodes(file.read_text(errors="replace"), with_sections=True):
         if key in keys:
             return line
-    # Hydra names the value of a key inside a section, not the key.
+    # Hydra names the value of a key inside a section, but not the key.
     if refused := re.search(r"\bvalue: (.+)", text):
         lines = [line for _, line, value in nodes(file.read_text(errors="replace")) if value == refused[1]]
         if len(lines) == 1:
@@ -97,7 +97,7 @@ def broken_reference(file: Path) -> int:
         try:
             if value and "${" in value:
                 parse(value)
-        # Of references within each other, some thousands are too many for the parser.
+        # Some thousands of nested references are too many for the parser.
         except (GrammarParseError, RecursionError):
             return line
     return 0

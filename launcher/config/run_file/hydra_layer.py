@@ -1,4 +1,4 @@
-"""A run's file as a config of Hydra: composed after the groups and the experiment, before the overrides."""
+"""Makes a run's file a Hydra config: composed after the groups and the experiment, before the overrides."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from launcher.config.run_file.reading import FileContent
 from launcher.errors import ConfigError
 from launcher.security.redaction import redact
 
-# Hydra needs a group and an option for each config; these stand in no folder.
+# Hydra needs a group and an option for each config; these exist in no folder.
 _OPTION = "settings"
 OVERRIDE = f"+{RUN_FILE_GROUP}={_OPTION}"
 
 
 @contextmanager
 def composable(content: FileContent | None) -> Iterator[list[str]]:
-    """Let Hydra compose the content of a run's file within this block; yields the override that includes it.
+    """Let Hydra compose the content of a run's file within this block; yield the override that includes it.
 
     Raises:
-        ConfigError: if the file has a key or a value of a kind that settings do not have.
+        ConfigError: if the file has a key or a value of a kind that settings cannot have.
     """
     if content is None:
         yield []

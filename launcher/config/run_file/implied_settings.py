@@ -1,4 +1,4 @@
-"""Settings that follow from what the user wrote, on the command line or in the run's file."""
+"""Settings that follow from the user's settings on the command line or in the run's file."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from launcher.config.command_line import override_key
 from launcher.config.sections.fields import derive_name
 
-# Hydra's flags that replace the files below conf/.
+# Hydra's flags that replace the files in conf/.
 _OTHER_FILES = ("--config-name", "-cn", "--config-path", "-cp")
 
 
 def unset_other_length(values: dict[str, Any], overrides: Sequence[str], file_keys: Sequence[str]) -> None:
-    """Unset train.epochs of the files where the command line, or else the run's file, sets train.max_steps, or the reverse."""
+    """Unset train.epochs if the command line, or else the run's file, sets train.max_steps; and the reverse."""
     lengths = {"train.max_steps", "train.epochs"}
     keys = lengths.intersection(map(override_key, overrides)) or lengths.intersection(file_keys)
     has_steps, has_epochs = "train.max_steps" in keys, "train.epochs" in keys
@@ -25,7 +25,7 @@ def unset_other_length(values: dict[str, Any], overrides: Sequence[str], file_ke
 
 
 def name_model_after_path(values: dict[str, Any], keys: Set[str]) -> None:
-    """Name the model after the path among the `keys` of the user, where they have neither a name nor an option of the group."""
+    """Name the model after its path if the user's `keys` include the path but neither a name nor an option of the group."""
     model = values.get("model")
     if "model.path" in keys and keys.isdisjoint(("model", "model.name", "experiment")) and isinstance(model, dict):
         last = str(model.get("path")).removeprefix("run:").rstrip("/").rpartition("/")[2]
@@ -33,9 +33,9 @@ def name_model_after_path(values: dict[str, Any], keys: Set[str]) -> None:
 
 
 def needs_own_rows(words: Sequence[str], file_choices: Collection[str]) -> bool:
-    """Return whether a command line has data.path without the group option that reads it; a run's file may choose one.
+    """Return whether a command line has data.path but no group option that reads it; a run's file may select one.
 
-    `file_choices` are the groups of which the run's file selects an option.
+    `file_choices` are the groups whose option the run's file selects.
     """
     keys = {override_key(word) for word in words if not word.startswith(("-", "~"))}
     if "data.path" not in keys or not keys.isdisjoint(("data", "data.sources", "experiment")):

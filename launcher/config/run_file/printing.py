@@ -1,4 +1,4 @@
-"""Write settings as a run's file: the options of the groups that are closest to them, and the keys that differ."""
+"""Writes settings as a run's file: the closest options of the groups, and the keys that differ."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class _Option:
-    """An option of a group: `values` are those that its file sets in all sections."""
+    """An option of a group: `values` are the values that its file sets in all sections."""
 
     group: str
     name: str | None
@@ -37,7 +37,7 @@ class _Option:
 
 
 def values_to_print(config: RunConfig, conf_dir: Path, all_settings: bool = False) -> dict[str, Any]:
-    """Return the content of a run's file that composes to `config`: what differs from its options, or all settings.
+    """Return the content of a run's file that composes to `config`: only the differences from its options, or all settings.
 
     Values that may be secrets are `<redacted>`.
     """
@@ -67,8 +67,8 @@ def values_to_print(config: RunConfig, conf_dir: Path, all_settings: bool = Fals
 
 
 def _is_named(group: str, changes: Mapping[str, Any]) -> bool:
-    """Return whether a file names the usual option of a group: a reader wants to know model and data in any case."""
-    # A model of one's own is told by its path alone.
+    """Return whether to name a group's default option: readers always want to know the model and the data."""
+    # The path alone identifies a user's own model.
     return group == "data" or (group == "model" and "path" not in changes)
 
 
@@ -80,7 +80,7 @@ def render(values: Mapping[str, Any]) -> str:
 
 
 def _root(conf_dir: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
-    """Return the settings of conf/config.yaml, and the option of each group that it chooses, in the order of composition."""
+    """Return the settings of conf/config.yaml, and the option that it selects for each group, in composition order."""
     values = _load(conf_dir / "config.yaml")
     entries = [entry for entry in values.pop("defaults") if isinstance(entry, dict)]
     return values, {group: option for entry in entries for group, option in entry.items() if group in _SECTIONS_OF_GROUPS}
@@ -95,7 +95,7 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _option(group: str, file: Path) -> _Option:
-    """Read the option in a file, with the options of the same group that it begins with."""
+    """Read the option in a file, including the options of the same group that it starts from."""
     values = _load(file)
     begins_with = [entry for entry in values.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"]
     section: dict[str, Any] = {}
@@ -107,7 +107,7 @@ def _option(group: str, file: Path) -> _Option:
 
 
 def _closest(group: str, conf_dir: Path, target: Mapping[str, Any], usual: str | None) -> _Option:
-    """Return the option that leaves the fewest keys to write; in doubt the usual one."""
+    """Return the option that leaves the fewest keys to write; in a tie, the default option."""
     options = [_Option(group, None, {}), *(_option(group, file) for file in sorted((conf_dir / group).glob("*.yaml")))]
 
     def cost(option: _Option) -> tuple[int, bool]:
@@ -127,12 +127,12 @@ def _closest(group: str, conf_dir: Path, target: Mapping[str, Any], usual: str |
 
 
 def _defaults(name: str, section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema's defaults of a section; `section` are its values, of which `kind` may select the class."""
+    """Return the schema's defaults of a section; `section` has its values, of which `kind` may select the class."""
     classes = sections_of(RunConfig.model_fields[name].annotation)
     if len(classes) == 1:
         return _field_defaults(classes[0])
     chosen = next(one for one in classes if one.model_fields["kind"].default == section["kind"])
-    # A section without a kind is not of the class that has this kind as its default.
+    # If a section has no kind, its class is not the one that has this kind as its default.
     return {**_field_defaults(chosen), **choose_kind({})}
 
 
@@ -142,7 +142,7 @@ def _field_defaults(section: type[BaseModel]) -> dict[str, Any]:
 
 
 def _changes(values: Mapping[str, Any], defaults: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that differ from the defaults, in which references are those of `target`."""
+    """Return the values that differ from the defaults; references in the defaults are resolved with `target`."""
     changes: dict[str, Any] = {}
     for key, value in values.items():
         default = _resolved(defaults.get(key, _ABSENT), target)
@@ -155,7 +155,7 @@ def _changes(values: Mapping[str, Any], defaults: Mapping[str, Any], target: Map
 
 
 def _without_unset(value: Any) -> Any:
-    """Return a list of mappings, such as data.sources, without the keys that have the defaults of the schema."""
+    """Return a list of mappings, such as data.sources, without the keys that equal the schema's defaults."""
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) and "path" in item for item in value):
         return value
     unset = {key: default for key, default in _field_defaults(Source).items() if key != "name"}
@@ -163,7 +163,7 @@ def _without_unset(value: Any) -> Any:
 
 
 def _has_more(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    """Return whether the defaults have keys that the values lack: a file cannot remove them."""
+    """Return whether the defaults have keys that the values lack, because a file cannot remove keys."""
     for key, default in defaults.items():
         if key not in values:
             return True
@@ -185,7 +185,7 @@ def _resolved(value: Any, target: Mapping[str, Any]) -> Any:
 
 
 def _shorten_length(changes: dict[str, Any]) -> None:
-    """Leave out the length that is unset, since a file that sets the other one unsets it; write 2 epochs, not 2.0."""
+    """Leave out the unset length, because a file that sets the other length unsets it; write 2 epochs, not 2.0."""
     if isinstance(epochs := changes.get("epochs"), float) and epochs.is_integer():
         changes["epochs"] = int(epochs)
     for length, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
@@ -220,7 +220,7 @@ def _redacted(value: Any, key: str) -> Any:
 
 
 def _escaped(value: Any) -> Any:
-    """Return the values with a backslash before each `${`, which would be a reference."""
+    """Return the values with a backslash before each `${`, which would otherwise be a reference."""
     if isinstance(value, dict):
         return {key: _escaped(content) for key, content in value.items()}
     if isinstance(value, list):

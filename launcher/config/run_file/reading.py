@@ -1,6 +1,6 @@
-"""A run's file: settings in one YAML file, without Hydra's folders and headers.
+"""Reads a run's file: settings in one YAML file, without Hydra's folders and headers.
 
-A string at the name of a group selects an option, a mapping sets keys, and `base` inside a mapping does both:
+For each group, a string selects an option, a mapping sets keys, and a mapping with `base` does both:
 
     model: {base: qwen3_8b, dtype: bf16}
     cluster: slurm
@@ -30,7 +30,7 @@ from launcher.security.redaction import looks_secret, redact
 from launcher.shell_commands import launcher_command
 
 BASE = "base"
-# The option of a data section without `base`, if it names rows.
+# The option for a data section that names rows but has no `base`.
 _OWN_ROWS = "jsonl"
 _EXPERIMENT = "experiment"
 _OF_HYDRA = {
@@ -41,7 +41,7 @@ _OF_HYDRA = {
 
 @dataclass(frozen=True)
 class FileContent:
-    """What a run's file holds: `choices` are the options of groups, None for none; `values` the settings of the sections."""
+    """The content of a run's file: `choices` are the options of groups, None for none; `values` the settings of the sections."""
 
     file: RunFile
     choices: Mapping[str, str | None]
@@ -66,10 +66,10 @@ def the_only(files: Sequence[str]) -> Path | None:
 
 
 def read(path: Path, replaced: Sequence[str], folders: Sequence[Path]) -> tuple[FileContent, list[Problem]]:
-    """Return the content of a run's file and what is wrong in it.
+    """Return the content of a run's file and its problems.
 
-    `replaced` are the groups whose option is chosen on the command line: it replaces the file's whole section. `folders` have the
-    options of the groups; without any, the options are not checked.
+    `replaced` are the groups whose option is selected on the command line, which replaces the file's whole section. `folders`
+    hold the options of the groups; without folders, the options are not checked.
 
     Raises:
         ConfigError: if the file cannot be read as a mapping.
@@ -102,7 +102,7 @@ def read(path: Path, replaced: Sequence[str], folders: Sequence[Path]) -> tuple[
             if key in GROUPS and BASE in section:
                 option, problem = _option(key, section.pop(BASE), where(f"{key}.{BASE}"), folders)
                 problems += [problem] if problem else []
-                # Of an option that does not exist, the usual one stands in: without any, its settings would seem to be missing.
+                # For an option that does not exist, use the default one; otherwise its settings would be reported as missing.
                 if problem is None:
                     choices[key] = option
                 elif key == "data":
@@ -121,7 +121,7 @@ def read(path: Path, replaced: Sequence[str], folders: Sequence[Path]) -> tuple[
 
 
 def _with_text_keys(content: Mapping[Any, Any], prefix: str, where: Callable[[str], str]) -> tuple[dict[str, Any], list[Problem]]:
-    """Return a mapping without the keys that are no texts, at any depth, and a problem for each of these."""
+    """Return a mapping without non-text keys, at any depth, and a problem for each removed key."""
     kept: dict[str, Any] = {}
     problems: list[Problem] = []
     for key, value in content.items():
@@ -144,7 +144,7 @@ def _kind(key: Any) -> str:
 
 
 def _load(path: Path) -> dict[Any, Any]:
-    """Return the mapping in a file, read as Hydra reads its own files.
+    """Return the mapping in a file, which is read as Hydra reads its own files.
 
     Raises:
         ConfigError: if there is no such file, or it is not readable, not YAML, not within bounds or not a mapping.
@@ -188,7 +188,7 @@ def _load(path: Path) -> dict[Any, Any]:
 
 
 def _rows(path: Path) -> Problem:
-    """Return the problem of a file of rows that stands where a run's file is expected."""
+    """Return the problem of a file of rows in the position of a run's file."""
     name = redact(str(path))
     remedy = (
         f"write a file of settings for these rows with: {launcher_command('init', '--data', name)}; "
@@ -199,7 +199,7 @@ def _rows(path: Path) -> Problem:
 
 def _no_file(path: Path) -> Problem:
     folder = path.parent
-    # The ending, which all have, makes none of them similar.
+    # All files share the ending, so it must not count as similarity.
     nearby = {file.stem: file for file in sorted(folder.glob("*")) if file.suffix in SUFFIXES and file.is_file()}
     close = difflib.get_close_matches(path.stem, nearby, n=1)
     guess = f"did you mean {nearby[close[0]]}? " if close else ""
@@ -209,7 +209,7 @@ def _no_file(path: Path) -> Problem:
 
 
 def _option(group: str, value: Any, where: str, folders: Sequence[Path]) -> tuple[str | None, Problem | None]:
-    """Return the option that a value selects, None for none, and what is wrong with the value."""
+    """Return the option that a value selects, None for none, and the problem with the value."""
     options = sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
     if value is None:
         return None, None
@@ -228,7 +228,7 @@ def _option(group: str, value: Any, where: str, folders: Sequence[Path]) -> tupl
 
 
 def _shape_problem(key: Any, value: Any, where: str) -> Problem | None:
-    """Return the problem of a key at the top that is no section, or of a section that is no mapping; unknown keys pass."""
+    """Return the problem of a top-level key that is not a section, or of a section that is not a mapping; unknown keys pass."""
     if key == _EXPERIMENT:
         remedy = "write `experiment: NAME`; the settings of a run's file stand in its sections"
         return Problem("experiment: selects an experiment by its name", where, remedy=remedy)

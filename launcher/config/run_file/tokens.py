@@ -1,4 +1,4 @@
-"""Which word of a command line is the run's file; imports nothing that takes time."""
+"""Finds the run's file among the words of a command line; imports nothing that loads slowly."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 from collections.abc import Sequence
 
 SUFFIXES = (".yaml", ".yml")
-# Files of rows. A .json may also hold settings.
+# Endings of files of rows. A .json file may also hold settings.
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet", ".txt", ".gz", ".zst")
 
 
 def is_run_file(word: str) -> bool:
-    """Return whether a word names a file: it ends in .yaml or .yml, or as a file of rows does, or there is a file of this name.
+    """Return whether a word names a file: it ends in .yaml, .yml or like a file of rows, or a file with this name exists.
 
-    Reading it refuses a file of rows, with how to name one, and a pipe.
+    Reading the file refuses pipes, and files of rows with a remedy that shows how to name one.
     """
     if not word or "=" in word or word.startswith(("-", "+", "~")):
         return False
@@ -21,7 +21,7 @@ def is_run_file(word: str) -> bool:
 
 
 def split_run_files(tokens: Sequence[str], flags_with_value: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words that name a run's file, and the other words; the value of a flag is no file of a run."""
+    """Return the words that name a run's file, and the other words; the value of a flag is never a run's file."""
     files: list[str] = []
     others: list[str] = []
     for i, token in enumerate(tokens):

@@ -1,4 +1,4 @@
-"""The settings that say how answers are scored: names of metrics, and what some of them need."""
+"""The settings for scoring answers: names of metrics, and the settings that some of them need."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MetricName = Literal[
     "no_repetition",
 ]
 METRIC_NAMES: tuple[str, ...] = get_args(MetricName)
-# The setting without which a metric cannot be used.
+# The setting that a metric cannot be used without.
 NEEDED_SETTINGS = {"regex": "pattern", "json_schema": "json_schema", "label_accuracy": "labels"}
 _FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 _KNOWN = f"metrics are {', '.join(METRIC_NAMES)}, and functions of your own as path/to/file.py:function"
@@ -75,7 +75,7 @@ class AnswerMetrics(Section):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, value: str | None) -> str | None:
-        # The module with a time limit, by which answers are matched, accepts more than `re`.
+        # The module with a time limit, which matches the answers, accepts more than `re`.
         try:
             compile_bounded(value or "")
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""The table of cluster sections: the class that holds the settings of each backend."""
+"""The table of cluster sections: the settings class of each backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launcher.config.sections.ray import RaySection
 from launcher.config.sections.slurm import SlurmSection
 from launcher.config.sections.static import StaticSection
 
-# By `cluster.kind`. The class that submits is in launcher.clusters.backends.BACKENDS.
+# By `cluster.kind`. The classes that submit are in launcher.clusters.backends.BACKENDS.
 SECTIONS: dict[str, type[ClusterSection]] = {
     "local": LocalSection,
     "slurm": SlurmSection,
@@ -28,5 +28,5 @@ else:
 
 
 def choose_kind(value: Any) -> Any:
-    """Return the section with its kind: one that names none is this machine's."""
+    """Return the section with its kind; a section without a kind is for this machine."""
     return {"kind": "local", **value} if isinstance(value, dict) else value

@@ -1,4 +1,4 @@
-"""Where a run is executed: the settings of every backend, and those of backends that continue a run by themselves."""
+"""Where a run executes: the settings of every backend, and those of backends that continue a run automatically."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ class ClusterSection(Section):
     )
     stop_grace_seconds: Positive = Field(600.0, description="Seconds that a stopped run may take to save before it is killed.")
 
-    # The setting of `save_lead_s`, where a backend has one.
+    # The setting that determines `save_lead_s`, if a backend has one.
     save_lead_setting: ClassVar[str] = ""
-    # The node that the report shows for an attempt without a recorded node.
+    # The node that reports show for an attempt without a recorded node.
     unnamed_node: ClassVar[str] = "-"
-    # Remedies for a node that has too few GPUs, other GPUs or too little memory.
+    # Remedies for a node with too few GPUs, other GPUs or too little memory.
     gpus_remedy: ClassVar[str] = "give the node all of its GPUs"
     gpu_kind_remedy: ClassVar[str] = "use nodes of the planned kind"
     memory_remedy: ClassVar[str] = "give the node, or its container, more"
 
     @classmethod
     def of(cls, section: ClusterSection) -> Self:
-        """Return `section` typed as this class, for a backend that is only given sections of its own."""
+        """Return `section` typed as this class, for a backend that only receives sections of its own class."""
         assert isinstance(section, cls)
         return section
 
@@ -71,32 +71,32 @@ class ClusterSection(Section):
 
     @property
     def is_this_machine(self) -> bool:
-        """True if the run is on the machine of the command, and on no other."""
+        """True if the run executes on the machine of the command, and on no other."""
         return False
 
     @property
     def runs_on_every_node(self) -> bool:
-        """True if each machine runs the same command, which stays there as long as the attempt lasts."""
+        """True if each machine runs the same command, which stays active for the whole attempt."""
         return False
 
     @property
     def is_dry_run(self) -> bool:
-        """True if nothing is to be submitted, only shown."""
+        """True if the run is only shown, not submitted."""
         return False
 
     @property
     def continues_by_itself(self) -> bool:
-        """True if the backend starts a further attempt after one that failed."""
+        """True if the backend starts another attempt after a failed one."""
         return False
 
     @property
     def has_unknown_gpus(self) -> bool:
-        """True if the GPUs of the nodes need not be those that `Cluster.device` has seen."""
+        """True if the GPUs of the nodes may differ from those that `Cluster.device` has detected."""
         return False
 
     @property
     def forwards_environment(self) -> bool:
-        """True if ranks get the environment of the submitting command, API keys included."""
+        """True if ranks inherit the environment of the submitting command, including API keys."""
         return True
 
     @property
@@ -106,33 +106,33 @@ class ClusterSection(Section):
 
     @property
     def save_lead_s(self) -> float | None:
-        """Seconds before the end of the nodes' time at which the run saves; None if the nodes' time has no end."""
+        """Seconds before the end of the allocation at which the run saves; None if the allocation has no end."""
         return None
 
     def topology_problem(self, world_size: int) -> Problem | None:
-        """Return what keeps this backend from running `world_size` ranks under these settings; None if nothing does."""
+        """Return the reason why this backend cannot run `world_size` ranks under these settings; None if it can."""
         return None
 
     def completed(self, environ: Mapping[str, str]) -> ClusterSection:
-        """Return the settings of a plan, completed by what the environment of the command says of the machines.
+        """Return the settings for a plan, completed with information about the machines from the command's environment.
 
         Raises:
-            ConfigError: if it contradicts the settings.
+            ConfigError: if the environment contradicts the settings.
         """
         return self
 
     def for_another_run(self) -> Self:
-        """Return the settings for another run on the same cluster, without what holds for one submission alone."""
+        """Return the settings for another run on the same cluster, without those that apply to only one submission."""
         return self
 
     @property
     def num_workers(self) -> int | None:
-        """Ranks in all, where they are not counted by nodes."""
+        """The total number of ranks, if they are not counted by nodes."""
         return None
 
     @property
     def fewest_workers(self) -> int | None:
-        """The fewest ranks that the run continues with; None if it needs all."""
+        """The minimum number of ranks that the run continues with; None if it needs all."""
         return None
 
 
@@ -180,7 +180,7 @@ class ManagedSection(ClusterSection):
         ),
     )
 
-    # The remedy for a run that a bad node ended.
+    # The remedy if a bad node ended a run.
     bad_node_remedy: ClassVar[str] = "repair the node or remove it from the cluster"
 
     @property
@@ -189,5 +189,5 @@ class ManagedSection(ClusterSection):
 
     @property
     def leaves_out_bad_nodes(self) -> bool:
-        """True if the next attempt does not use a node that failed its checks."""
+        """True if the next attempt avoids nodes that failed their checks."""
         return False

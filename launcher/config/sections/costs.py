@@ -1,4 +1,4 @@
-"""The section of what the same work costs elsewhere."""
+"""The section for the costs of the same work at other services."""
 
 from __future__ import annotations
 

@@ -10,15 +10,15 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 from launcher.config.sections.fields import Flag, Fraction, Group, Name, Positive, PositiveInt, Section, Text
 from launcher.security.redaction import IN_QUERY
 
-# The keys that a column mapping may use: those that the formats read.
+# The keys that a column mapping may use, which are the keys that the formats read.
 COLUMNS = (
     *("messages", "conversations", "tools", "system"),
     *("instruction", "input", "output", "history"),
     *("prompt", "completion", "question", "answer", "text"),
 )
-# The paths of the data sets that come with the launcher.
+# The paths of the data sets that are part of the launcher.
 STDLIB_DOCS, GENERAL_TEXT = "builtin:stdlib_docs", "builtin:general_text"
-# Stands in remedies for the path of the source, which the functions that judge a row do not know.
+# In remedies, stands for the path of the source, which the functions that check a row do not know.
 EXAMPLE_PATH = "path: PATH"
 COLUMNS_EXAMPLE = (
     f"'data.sources=[{{name: train, {EXAMPLE_PATH}, columns: {{prompt: question, completion: answer}}}}]', "
@@ -35,7 +35,7 @@ Accepted = Literal["keep", "fail"]
 
 
 def without_credentials(path: str) -> str:
-    """Return a path, after refusing a URL with credentials: plans and logs contain it."""
+    """Return the path; refuse a URL with credentials, because plans and logs contain it."""
     if any(":" in user or protocol not in _AZURE for protocol, user in _USER.findall(path)):
         raise ValueError("contains a user or a password; remove them: storage libraries read them from the environment")
     if "://" in path and (match := IN_QUERY.search(path)):
@@ -98,7 +98,7 @@ class RowSource(Section):
 
     @model_serializer(mode="wrap")
     def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the default: the code of a resumed run may be older than this key."""
+        """Omit the default: the code of a resumed run may be older than this key."""
         values: dict[str, Any] = handler(self)
         if not self.ignored_keys:
             values.pop("ignored_keys", None)
@@ -142,7 +142,7 @@ class Source(RowSource):
 
     @property
     def is_read(self) -> bool:
-        """False for a source of weight 0: neither training nor evaluation uses it."""
+        """False for a source of weight 0, which neither training nor evaluation uses."""
         return self.weight != 0
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from launcher.config.sections.answer_metrics import AnswerMetrics
 from launcher.config.sections.fields import Count, Name, PositiveInt, Text
 
-# None comes first: it is kept where the others do not score higher on training rows.
+# The empty instruction comes first, so it is kept unless another one scores higher on training rows.
 DEFAULT_INSTRUCTIONS = (
     "",
     "Answer the last question. Write nothing but the answer, in the form in which the answers of this task are written.",

@@ -1,4 +1,4 @@
-"""The section for evaluation while the model trains."""
+"""The section for evaluation during training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class EvalSet(RowSource):
 
     @property
     def rows(self) -> dict[str, Any]:
-        """The settings that say which rows the set has, and how they are read."""
+        """The settings that define which rows the set has and how they are read."""
         return self.model_dump(exclude={"every", "max_rows"})
 
     @field_validator("name")
@@ -84,7 +84,7 @@ class EvalSection(Section):
 
     @property
     def sets_by_setting(self) -> dict[str, EvalSet]:
-        """All sets, by the setting that says which rows they have."""
+        """All sets, by the setting that defines their rows."""
         sets = {f"eval.sets[{number}]": one for number, one in enumerate(self.sets)}
         if self.forgetting is not False:
             path = GENERAL_TEXT if self.forgetting is True else self.forgetting
@@ -93,7 +93,7 @@ class EvalSection(Section):
 
     @property
     def all_sets(self) -> tuple[EvalSet, ...]:
-        """The sets of eval.sets, and that of eval.forgetting."""
+        """The sets of eval.sets, and the set of eval.forgetting."""
         return tuple(self.sets_by_setting.values())
 
     @field_validator("forgetting")

@@ -1,4 +1,4 @@
-"""The types of setting values. The message of each rule is `what is wrong; the remedy`."""
+"""The types of setting values. Each rule's message is `what is wrong; the remedy`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-# The limit of a path on Linux; all other texts are shorter.
+# The limit of a path on Linux; other texts are always shorter.
 MAX_CHARACTERS = 4096
 HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-# Characters of a name that are taken from a file or a path: the data set, the date and the time follow in the name of a run.
+# Maximum characters of a name from a file or a path. In the name of a run, the data set, the date and the time follow.
 _DERIVED_CHARACTERS = 60
 
 
@@ -22,12 +22,12 @@ class Section(BaseModel):
 
 
 def derive_name(text: str) -> str:
-    """Return a text as the first part of a name, with hyphens for what names may not contain; empty if nothing is left."""
+    """Return a text as the first part of a name, with hyphens for characters that names may not contain; empty if none is left."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("._-")[:_DERIVED_CHARACTERS]
 
 
 def no_control_characters(value: str) -> str:
-    """Return the text. Raises ValueError where it contains a control character, or another one that ends a line in YAML."""
+    """Return the text. Raises ValueError if it contains a control character, or another character that ends a line in YAML."""
     if any(ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u2029" for c in value):
         raise ValueError("contains a control character; remove line breaks, tabs and other control characters")
     return value

@@ -1,4 +1,4 @@
-"""The settings of Ray, under Ray Train's names where it has one."""
+"""The settings of Ray, with Ray Train's names if it has them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launcher.config.sections.data import without_credentials
 from launcher.config.sections.fields import Count, Flag, Name, Positive, PositiveInt, Text, matching, number_as_text
 from launcher.errors import Problem
 
-# Variables that Ray and the launcher set for each rank.
+# Variables that Ray or the launcher sets for each rank.
 _OWN_VARIABLE = (
     r"PATH|PYTHONPATH|PYTHONSAFEPATH|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|CUDA_VISIBLE_DEVICES"
     r"|RAY_\w+|TORCHELASTIC_\w+|LAUNCHER_\w+"
@@ -120,12 +120,12 @@ class RaySection(ManagedSection):
 
     @property
     def leaves_out_bad_nodes(self) -> bool:
-        """True for an elastic run: it continues with the workers of the other nodes, and those of the bad node stay idle."""
+        """True for an elastic run: it continues with the workers of the other nodes, and the bad node's workers stay idle."""
         workers = self.workers or self.nodes * (self.ranks_per_node or 0)
         return self.min_workers is not None and (not workers or self.min_workers < workers)
 
     def resources(self, device: str) -> dict[str, float]:
-        """Return the resources of each worker on `device` (cuda or cpu), as Ray Train's ScalingConfig completes them."""
+        """Return the resources of each worker on `device` (cuda or cpu), completed as in Ray Train's ScalingConfig."""
         gpus = self.gpus_per_worker if self.gpus_per_worker is not None else int(device == "cuda")
         return {**({"GPU": 1.0} if gpus else {}), **self.resources_per_worker} or {"CPU": 1.0}
 
@@ -136,7 +136,7 @@ class RaySection(ManagedSection):
 
     @property
     def host(self) -> str | None:
-        """The host of the address; None for auto and without an address."""
+        """The host of the address; None for auto or without an address."""
         if self.address is None or self.address == "auto":
             return None
         return urlsplit(self.address if self.is_http else f"ray://{self.address}").hostname
@@ -153,8 +153,8 @@ class RaySection(ManagedSection):
     def topology_problem(self, world_size: int) -> Problem | None:
         """Refuse an elastic run for which Ray would count workers that it cannot place.
 
-        Ray Train counts the workers that fit by resources alone, packed tightly: see `_compute_reservations` in ray.data's
-        autoscaling coordinator, which gets no strategy from Ray Train (Ray 2.60). It would stop a worker group that trains, to
+        Ray Train counts the workers that fit by resources only, packed tightly: see `_compute_reservations` in ray.data's
+        autoscaling coordinator, which gets no strategy from Ray Train (Ray 2.60). It would stop a worker group in training to
         start a larger one that can never be placed.
         """
         if self.min_workers is None or self.min_workers >= world_size:

@@ -1,7 +1,7 @@
-"""The settings of Slurm, under Slurm's own names.
+"""The settings of Slurm, with Slurm's own names.
 
-Every text has a pattern, because it becomes part of a batch script: characters that could end a line, a word or a quotation are
-refused here.
+Every text has a pattern, because it becomes part of a batch script: the patterns refuse characters that could end a line, a word
+or a quotation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from launcher.config.sections.cluster import ManagedSection
 from launcher.config.sections.fields import Count, Flag, PositiveInt, matching, number_as_text
 
-# sbatch's options that the launcher sets itself, from settings of their own or from the plan.
+# sbatch options that the launcher sets itself, from its own settings or from the plan.
 OWN_SBATCH_PARAMETERS = re.split(
     r"\s+",
     "account array chdir comment constraint cpus-per-task dependency error exclude exclusive export export-file get-user-env "
@@ -27,8 +27,8 @@ _MODULE = r"[A-Za-z0-9][\w.+/-]*"
 _PATH = r"/[\w.+@/-]*"
 # Words that a shell does not run as commands.
 _RESERVED_WORD = "case|coproc|do|done|elif|else|esac|fi|for|function|if|select|then|until|while"
-# Values are not expanded, so PATH would lose the folders of Slurm's commands. The others belong to bash, Slurm, submitit and the
-# launcher. LD_PRELOAD, BASH_ENV and the like are allowed: the user's own commands run in the job anyway.
+# Values are not expanded, so PATH would lose the folders of Slurm's commands. The other variables belong to bash, Slurm, submitit
+# and the launcher. LD_PRELOAD, BASH_ENV and similar variables are allowed: the job runs the user's own commands anyway.
 _RESERVED_VARIABLE = (
     r"PATH|(SLURM|SLURMD|SBATCH|SUBMITIT)_\w*|LAUNCHER_ATTEMPT|PYTHONSAFEPATH|PYTHONUNBUFFERED|E?UID|PPID|BASHOPTS|SHELLOPTS"
     "|BASH_VERSINFO"
@@ -188,7 +188,7 @@ class SlurmSection(ManagedSection):
         return self.signal_lead_seconds
 
     def for_another_run(self) -> Self:
-        # The jobs that this one waited for have ended.
+        # The jobs that this job depended on have ended.
         return self.model_copy(update={"dependency": None})
 
     @property
@@ -223,7 +223,7 @@ def asks_for_gpus(gres: str | None) -> bool:
 
 
 def minutes(time: str) -> int:
-    """Return the minutes of Slurm's `M`, `M:SS`, `H:MM:SS`, `D-H`, `D-H:MM` or `D-H:MM:SS`, seconds rounded up."""
+    """Return the minutes in Slurm's `M`, `M:SS`, `H:MM:SS`, `D-H`, `D-H:MM` or `D-H:MM:SS`, seconds rounded up."""
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if dash:

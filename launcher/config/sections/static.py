@@ -1,4 +1,4 @@
-"""The settings of machines that all run the same command, whatever has started it there."""
+"""The settings for machines that all run the same command, however it is started there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from launcher.config.sections.cluster import ManagedSection
 from launcher.config.sections.fields import Count, Flag, Positive, PositiveInt, matching, number_as_text
 from launcher.config.sections.static_identity import count_nodes
 
-# Settings that differ between the machines of one run, or belong to one start of it: no part of a plan.
+# Settings that differ between the machines of a run, or that apply to a single start; they are not part of a plan.
 PER_START = ("node_rank", "master_addr", "master_port")
 
 Host = Annotated[
@@ -60,7 +60,7 @@ class StaticSection(ManagedSection):
 
     @property
     def continues_by_itself(self) -> bool:
-        """False: whoever started the command repeats it, a person or the provider."""
+        """False: a person or the provider starts the command again."""
         return False
 
     def completed(self, environ: Mapping[str, str]) -> StaticSection:

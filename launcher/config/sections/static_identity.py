@@ -1,4 +1,4 @@
-"""Which of the machines this one is, how many there are, and where they meet: from settings and from providers' variables.
+"""Determines which machine this is, how many there are, and where they meet, from settings and from providers' variables.
 
 Pure: the environment is an argument.
 """
@@ -24,7 +24,7 @@ _WHERE = "environment"
 
 @dataclass(frozen=True)
 class NodeIdentity:
-    """This machine is `node` of `nodes`; they meet at `address` and `port`. `address` is None for one machine alone."""
+    """This machine is number `node` of `nodes`; they meet at `address` and `port`. `address` is None for a single machine."""
 
     node: int
     nodes: int
@@ -45,9 +45,9 @@ Reader = Callable[[str, Mapping[str, str]], str | int]
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable that tells one of the four values. `docs` is the page that describes it.
+    """A variable that provides one of the four values. `docs` is the page that describes it.
 
-    A `fallback` counts only where nothing else tells the value: it may mean something else, or name a machine in another way.
+    A `fallback` counts only if nothing else provides the value: it may mean something else, or name a machine in another way.
     """
 
     gives: str
@@ -64,7 +64,7 @@ def _number(text: str, _: Mapping[str, str]) -> int:
 
 
 def _fixed_number(text: str, environ: Mapping[str, str]) -> int:
-    """torchrun's PET_NNODES may be MIN:MAX."""
+    """Parse a number of machines; torchrun's PET_NNODES may be a range MIN:MAX, which must not vary."""
     low, colon, high = text.partition(":")
     if colon and low != high:
         raise ValueError("is a range; the number of machines must be fixed")
@@ -76,7 +76,7 @@ def _text(text: str, _: Mapping[str, str]) -> str:
 
 
 def _host_of_endpoint(text: str, _: Mapping[str, str]) -> str:
-    """As in 10.0.0.4:6000."""
+    """Return the host of an endpoint such as 10.0.0.4:6000."""
     return text.strip().rpartition(":")[0] or text.strip()
 
 
@@ -102,7 +102,7 @@ def _first_line(text: str, _: Mapping[str, str]) -> str:
 
 
 def _first_of_node_list(text: str, _: Mapping[str, str]) -> str:
-    """The first host of Slurm's lists, such as n1 of n[1-3,7],m2."""
+    """Return the first host of a Slurm list, such as n1 in n[1-3,7],m2."""
     match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,]*))?", text.strip())
     if match is None:
         raise ValueError("is not a list of hosts")
@@ -118,9 +118,9 @@ _SKYPILOT = "https://docs.skypilot.co/en/stable/running-jobs/environment-variabl
 _OPEN_MPI = "https://docs.open-mpi.org/en/v5.0.x/tuning-apps/environment-var.html"
 _SLURM = "https://slurm.schedmd.com/srun.html"
 
-# The first fallback that is set counts.
+# The first fallback that is set is used.
 VARIABLES: tuple[Variable, ...] = (
-    # What scripts around torchrun use, and RunPod, Azure ML and Kubeflow set as well.
+    # Used by scripts around torchrun; RunPod, Azure ML and Kubeflow set them too.
     Variable(NODES, "NNODES", _fixed_number, _TORCH),
     Variable(NODE_RANK, "NODE_RANK", _number, _TORCH),
     Variable(MASTER_ADDR, "MASTER_ADDR", _text, _TORCH),
@@ -142,18 +142,18 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(NODES, "SKYPILOT_NUM_NODES", _number, _SKYPILOT),
     Variable(NODE_RANK, "SKYPILOT_NODE_RANK", _number, _SKYPILOT),
     Variable(MASTER_ADDR, "SKYPILOT_NODE_IPS", _first_line, _SKYPILOT, fallback=True),
-    # With one process on each node, as ONE_PER_NODE requires. Both may be left over from what has started a provider's agent.
+    # With one process per node, as ONE_PER_NODE requires. Both may be left over from the program that started a provider's agent.
     Variable(NODES, "OMPI_COMM_WORLD_SIZE", _number, _OPEN_MPI, fallback=True),
     Variable(NODE_RANK, "OMPI_COMM_WORLD_RANK", _number, _OPEN_MPI, fallback=True),
     Variable(NODES, "SLURM_STEP_NUM_NODES", _number, _SLURM, fallback=True),
     Variable(NODE_RANK, "SLURM_NODEID", _number, _SLURM, fallback=True),
     Variable(MASTER_ADDR, "SLURM_STEP_NODELIST", _first_of_node_list, _SLURM, fallback=True),
-    # Of a PyTorchJob's pods; elsewhere they count processes, so they come last and never contradict.
+    # Set in a PyTorchJob's pods. Elsewhere they count processes, so they come last and never contradict other values.
     Variable(NODES, "WORLD_SIZE", _number, _KUBEFLOW, fallback=True),
     Variable(NODE_RANK, "RANK", _number, _KUBEFLOW, fallback=True),
 )
 
-# Variables that tell of several processes on one machine: the largest value that is allowed, and how to start one.
+# Variables that reveal several processes on one machine: the largest allowed value, and how to start only one process.
 ONE_PER_NODE: tuple[tuple[str, int, str], ...] = (
     ("LOCAL_WORLD_SIZE", 1, "start it without torchrun, or with --nproc-per-node=1: the launcher starts a rank for each GPU"),
     ("LOCAL_RANK", 0, "start it once on each machine, in Azure ML with process_count_per_instance=1"),
@@ -163,7 +163,7 @@ ONE_PER_NODE: tuple[tuple[str, int, str], ...] = (
 
 
 def count_nodes(section: StaticSection, environ: Mapping[str, str], chosen: Collection[str]) -> int:
-    """Return the number of machines, also where it is not known which of them this is; the arguments are those of `identify`.
+    """Return the number of machines, even if it is unknown which of them this is; the arguments are those of `identify`.
 
     Raises:
         ConfigError: if two values contradict each other, or one cannot be read.
@@ -178,10 +178,10 @@ def count_nodes(section: StaticSection, environ: Mapping[str, str], chosen: Coll
 def identify(section: StaticSection, environ: Mapping[str, str], chosen: Collection[str]) -> NodeIdentity:
     """Return which machine this is; `chosen` are the names of the settings that the command sets.
 
-    Where nothing tells the number of machines, it is that of `section`, such as of a plan that is continued.
+    If nothing provides the number of machines, `section` does, for example that of a continued plan.
 
     Raises:
-        ConfigError: with everything that is missing, contradicts itself or cannot be read.
+        ConfigError: with everything that is missing, contradictory or unreadable.
     """
     problems = [*_several_processes(environ)]
     values = _values((NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT), section, environ, chosen, problems)
@@ -215,7 +215,7 @@ def _values(
     chosen: Collection[str],
     problems: list[Problem],
 ) -> dict[str, str | int]:
-    """Return what is told of `keys`, and add contradictions and what cannot be read to `problems`."""
+    """Return the provided values of `keys`; add contradictions and unreadable values to `problems`."""
     values: dict[str, str | int] = {}
     for key in keys:
         sources = _sources(key, section, environ, chosen, problems)
@@ -233,7 +233,7 @@ def _values(
 def _sources(
     key: str, section: StaticSection, environ: Mapping[str, str], chosen: Collection[str], problems: list[Problem]
 ) -> list[tuple[str, str | int]]:
-    """Return the names and values of all that tells `key`, settings first; fallbacks only where there is nothing else."""
+    """Return names and values of everything that provides `key`, settings first; fallbacks only if there is nothing else."""
     found: list[tuple[str, str | int]] = []
     if key in chosen and (value := getattr(section, key)) is not None:
         found.append((f"cluster.{key}", value))
