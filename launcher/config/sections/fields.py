@@ -22,7 +22,7 @@ class Section(BaseModel):
 
 
 def derive_name(text: str) -> str:
-    """Return a text as the first part of a name, with hyphens for characters that names may not contain; empty if none is left."""
+    """Return a text as the first part of a name, with hyphens for characters that names may not contain; may be empty."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("._-")[:_DERIVED_CHARACTERS]
 
 
