@@ -1,5 +1,5 @@
-"""From files of text to rows of tokens: sources, loss masks, checks, mixture, packing, cache, loader, report.
+"""From text files to rows of tokens: sources, loss masks, checks, mixture, packing, cache, loader, report.
 
-All modules but `build`, `loader` and the packages `tokenization` and `checks` (without `findings` and `patterns`) import neither
-torch nor transformers, so that the submit side may import them.
+Only `build`, `loader` and the packages `tokenization` and `checks` (without `findings` and `patterns`) import torch or
+transformers; the submit side may import all other modules.
 """

@@ -1,4 +1,4 @@
-"""The counts that a build writes with the cache: the facts for the plan, and the report for people."""
+"""The counts that a build stores with the cache: the facts for the plan, and the report for people."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launcher.data.packing import RowLayout
 from launcher.data.tokenization.batch_encoder import PieceTable
 from launcher.plan.launch_plan import DataFacts
 
-# Of the documents. A rarer last token belongs to the text of a row, not to the template.
+# As a share of the documents. A rarer last token belongs to the text of a row, not to the template.
 _MIN_TURN_END_SHARE = 0.01
 
 
@@ -38,9 +38,9 @@ def make_facts(report: dict[str, Any], pieces: PieceTable, layout: RowLayout, he
 
 
 def _turn_end_ids(turn_ends: np.ndarray) -> list[int]:
-    """Return the tokens that end the last trained turn of documents, the most frequent first.
+    """Return the tokens that end the last trained turn of documents, most frequent first.
 
-    Earlier turns may end with another token, after which more follows.
+    Earlier turns may end with another token that more text follows.
     """
     ids, counts = np.unique(turn_ends[turn_ends >= 0], return_counts=True)
     common = counts >= _MIN_TURN_END_SHARE * counts.sum()
@@ -57,9 +57,9 @@ def make_report(
 ) -> dict[str, Any]:
     """Count documents and tokens for the report; `is_dropped` is bool [documents].
 
-    `read`: documents as they were read. `num_docs`: documents in the rows. `dropped`: by a check, or for the length. `unused`:
-    the mixture takes less of the source, or data.eval_max_rows fewer held-out rows. Of the documents in rows, `truncated`: tokens
-    were cut off; `split`: several pieces.
+    `read` counts documents as they were read, `num_docs` documents in the rows. `dropped` were dropped by a check or for their
+    length. `unused` are left out because the mixture takes less of the source, or because data.eval_max_rows limits held-out
+    rows. Of the documents in rows, `truncated` lost tokens and `split` have several pieces.
     """
     docs, pieces = corpus.docs, corpus.pieces
     gone = is_dropped | (docs.num_pieces == 0)

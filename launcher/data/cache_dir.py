@@ -1,4 +1,4 @@
-"""The launcher's cache folder on this machine, and errors for what cannot be written there."""
+"""The launcher's cache folder on this machine, and errors for failed writes to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from launcher.errors import DataError, Problem
 from launcher.plan.quantities import format_size
 
 SHARED_CACHE_VARIABLE = "LAUNCHER_SHARED_CACHE"
-# The disk, the user's quota, or the largest file that a process may write is exhausted.
+# The disk or the user's quota is full, or the file exceeds the process's size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -28,7 +28,7 @@ def cache_root() -> Path:
 
 
 def shared_cache_root() -> Path | None:
-    """Return $LAUNCHER_SHARED_CACHE, where groups share their data caches; None if it is not set."""
+    """Return $LAUNCHER_SHARED_CACHE, where groups share their data caches; None if unset."""
     root = os.environ.get(SHARED_CACHE_VARIABLE)
     return Path(root).expanduser().absolute() if root else None
 
@@ -39,8 +39,8 @@ def source_folder(*parts: object) -> Path:
 
 
 def mark_used(folder: Path) -> None:
-    """Note that a command has found this part of the cache and may be about to use it; `clean` looks at the folder's time."""
-    # Others may own it, or the storage may be mounted for reading only.
+    """Record that a command has found this part of the cache and may use it; `clean` checks the folder's time."""
+    # The folder may belong to another user, or the storage may be mounted read-only.
     with suppress(OSError):
         os.utime(folder)
 
@@ -60,7 +60,7 @@ def is_full(error: OSError) -> bool:
 
 
 def make_cache_error(error: OSError, folder: Path) -> DataError:
-    """Return the error for the user: the size written to `folder`, the free space, and the remedy."""
+    """Return the user's error: the size written to `folder`, the free space, and the remedy."""
     elsewhere = f"set LAUNCHER_CACHE to a folder on another disk (now {cache_root()})"
     message = f"the launcher's cache cannot be used: {error.strerror or error}"
     if not is_full(error):

@@ -1,4 +1,4 @@
-"""Wait for another process that builds or downloads the same part of the launcher's cache."""
+"""Waits for another process that builds or downloads the same part of the launcher's cache."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from launcher.security.redaction import redacted_command_line
 MAX_WAIT_S = 24 * 3600.0
 WARN_EVERY_S = 600.0
 
-# Without a handler of its own a warning goes to standard error unformatted.
+# A logger without a handler writes warnings unformatted to standard error.
 _LOG = logging.getLogger(__name__)
 
 
 @contextmanager
 def wait_and_hold(path: Path, activity: str) -> Iterator[None]:
-    """Hold the lock file `path` as soon as no other process does, with a warning every WARN_EVERY_S seconds until then.
+    """Hold the lock file `path` once no other process does; until then, warn every WARN_EVERY_S seconds.
 
-    `activity` says in the warning what the other process does, as in "builds this data cache".
+    `activity` describes in the warning what the other process does, as in "builds this data cache".
 
     Raises:
         DataError: if another process still holds the lock after MAX_WAIT_S seconds.

@@ -1,4 +1,4 @@
-"""All documents of a build: read from the sources, encoded, and held as columns; their tokens go to a spool on disk."""
+"""All documents of a build: read from the sources, encoded, and held as columns; a spool on disk holds their tokens."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from launcher.data.tokenization.batch_encoder import (
 from launcher.data.tokenization.encoder import UnusableTokenizer
 from launcher.errors import DataError
 
-# More prompts than are kept: the checks may drop some of their documents.
+# More prompts than are kept, because the checks may drop some of their documents.
 _NUM_CANDIDATES = 16 * NUM_PROMPTS
 
-# Documents of one prompt that are always in one split, and the share of the held-out split that those of one prompt may be.
+# Number of documents of one prompt that always stay in one split, and the largest share of the held-out split for one prompt.
 _MAX_PER_PROMPT = 16
 _MAX_PROMPT_SHARE = 0.5
 
@@ -41,11 +41,11 @@ Columns = TypeVar("Columns", DocumentTable, PieceTable)
 
 @dataclass(frozen=True)
 class EncodedCorpus:
-    """All documents that were read, the pieces that they were cut into, and the hits of the checks of single documents.
+    """All documents that were read, the pieces they were cut into, and the hits of the checks on single documents.
 
-    A hit is (document, hit). `unread_keys`, `completions` and `bad_rows` have an entry for each of `sources.list_inputs`:
-    `completions` counts prompts with a completion where the tokenizer has a chat template, and those of them that are written
-    with it; `bad_rows` counts rows that cannot be used. `problems` are those of such rows, and of files.
+    A hit is (document, hit). `unread_keys`, `completions` and `bad_rows` have one entry per item of `sources.list_inputs`.
+    `completions` counts prompts with a completion if the tokenizer has a chat template, and how many of them are written with it.
+    `bad_rows` counts unusable rows. `problems` are the problems of these rows, and of files.
     """
 
     docs: DocumentTable
@@ -63,7 +63,7 @@ class EncodedCorpus:
         return len(self.docs.wheres)
 
     def select_pieces(self, is_dropped: np.ndarray, held_out: bool) -> np.ndarray:
-        """Return the pieces of one split without those of dropped documents; `is_dropped` is bool [documents]."""
+        """Return the pieces of one split, excluding those of dropped documents; `is_dropped` is bool [documents]."""
         pieces = self.pieces
         return np.flatnonzero(~is_dropped[pieces.doc] & (pieces.lengths > 0) & (self.docs.held_out[pieces.doc] == held_out))
 
@@ -77,7 +77,7 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
     """Read and encode all documents; append their tokens to `spool`.
 
     Raises:
-        DataError: for a tokenizer or a template that cannot be used, with the rows that cannot, and if no row can be used.
+        DataError: if the tokenizer or a template cannot be used, together with the unusable rows; or if no row can be used.
     """
     try:
         return _read_corpus(data, tokenizer_path, spool, on_progress)
@@ -110,7 +110,7 @@ def _read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.Token
         for held_out, candidates in prompts.items():
             candidates += [replace(one, doc=num_docs + one.doc) for one in batch.prompts if one.held_out is held_out]
             prompts[held_out] = heapq.nsmallest(_NUM_CANDIDATES, candidates, key=lambda prompt: prompt.rank)
-        # The batch itself is not kept: its tokens would stay in memory.
+        # Do not keep the batch itself, because its tokens would stay in memory.
         docs.append(batch.docs)
         pieces.append(replace(batch.pieces, doc=batch.pieces.doc + num_docs))
         num_docs += len(batch.docs.wheres)
@@ -126,7 +126,7 @@ def _read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.Token
 
 
 def _count_rows(source: Source) -> int:
-    """Return an upper bound of the number of rows; 0 for a source that cannot be read, which reading it reports."""
+    """Return an upper bound of the number of rows; 0 for an unreadable source, which reading reports."""
     try:
         return sources.count_rows(source)
     except DataError:
@@ -134,10 +134,10 @@ def _count_rows(source: Source) -> int:
 
 
 def _encode(data: DataSection, tokenizer_path: str, problems: RowProblems, bad_rows: np.ndarray) -> Iterator[EncodedBatch]:
-    """Yield the documents that can be used, encoded; add those of the others to `problems`, and their number to `bad_rows`.
+    """Yield the usable documents, encoded; add the problems of other rows to `problems`, and their number to `bad_rows`.
 
     Raises:
-        DataError: for a tokenizer that cannot be used.
+        DataError: if the tokenizer cannot be used.
     """
     for encoded in parallel.encode(_list_tasks(data, problems), data, tokenizer_path):
         problems.merge(encoded.problems)
@@ -148,10 +148,10 @@ def _encode(data: DataSection, tokenizer_path: str, problems: RowProblems, bad_r
 
 
 def _divide_common_prompts(docs: DocumentTable, eval_fraction: float) -> np.ndarray:
-    """Return which documents are held out, where those of a common prompt are divided one by one, bool [documents].
+    """Return which documents are held out, bool [documents], dividing the documents of a common prompt one by one.
 
-    All documents of a common prompt in one split would make the held-out split several times as large, or leave most documents
-    out of it.
+    Keeping all documents of a common prompt in one split would make the held-out split several times too large, or remove most
+    documents from it.
     """
     _, group, counts = np.unique(docs.prompts, return_inverse=True, return_counts=True)
     limit = max(_MAX_PER_PROMPT, _MAX_PROMPT_SHARE * eval_fraction * len(docs.prompts))
@@ -160,7 +160,7 @@ def _divide_common_prompts(docs: DocumentTable, eval_fraction: float) -> np.ndar
 
 
 def _list_tasks(data: DataSection, problems: RowProblems) -> Iterator[EncodeTask]:
-    """Yield every document once; if data.eval_path is set, documents that a source itself holds out are in neither split.
+    """Yield every document once. If data.eval_path is set, documents that a source itself holds out are in neither split.
 
     The problems of files and sources that cannot be read are added to `problems`.
     """

@@ -1,4 +1,4 @@
-"""Make the data cache with fewer held-out rows from the one with all of them: what data.eval_max_rows limits."""
+"""Makes a data cache with fewer held-out rows from the full cache: implements data.eval_max_rows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from launcher.plan.launch_plan import DataFacts
 
 
 def limit_held_out(folder: Path, full: DataFacts, max_rows: int) -> None:
-    """Fill the empty `folder` with the cache of `full`, of whose held-out rows an even choice of `max_rows` is kept.
+    """Fill the empty `folder` with the cache of `full`, keeping an evenly spaced choice of `max_rows` held-out rows.
 
-    Nothing is read or tokenized again. Both caches have the same training split, as links to the same files where the storage
-    has links.
+    Nothing is read or tokenized again. Both caches have the same training split: links to the same files, if the storage
+    supports links.
 
     Raises:
         DataError: if the cache of `full` is damaged, with the command that removes it.
     """
     whole, training = Split.open(full, held_out=True), Split.open(full)
     for split in (whole, training):
-        # A file that both caches have is damaged in both.
+        # A file that both caches share is damaged in both.
         split.verify()
     chosen = packing.choose_evenly(whole.num_rows, max_rows)
     documents = np.concatenate([np.empty(0, np.int64), *(np.arange(whole.num_docs)[whole.row_docs(row)] for row in chosen)])
@@ -77,7 +77,7 @@ def _write_rows(folder: Path, whole: Split, chosen: np.ndarray, documents: np.nd
 
 
 def _count_unused(report: dict[str, Any], whole: Split, origins_of: DocumentOrigins | None, kept: np.ndarray) -> None:
-    """Count the documents of each source of which no part is kept; parts of a split document have one origin."""
+    """Count, for each source, the documents of which no part is kept; parts of a split document have one origin."""
     is_kept = np.isin(np.arange(whole.num_docs), kept)
     for number, source in enumerate(report["sources"]):
         of_source = np.flatnonzero(whole.doc_source == number)

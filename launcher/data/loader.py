@@ -1,4 +1,4 @@
-"""Batches of packed rows, in an order that depends on (seed, epoch) alone; any step costs the same to reach."""
+"""Batches of packed rows, in an order that depends only on (seed, epoch); any step is equally cheap to reach."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ IGNORED = -100
 class MicroBatch:
     """The input of one forward pass on one rank: B rows, padded to the longest of T tokens. Tensors are int64 [B, T], on CPU.
 
-    `position_ids` restart at 0 with each document and with the padding. `labels` are already shifted: labels[b, t] is token t + 1
-    if that token is trained and in the same document, else IGNORED. A batch without rows is one row of padding, with empty
+    `position_ids` restart at 0 at each document and at the padding. `labels` are already shifted: labels[b, t] is token t + 1 if
+    that token is trained and in the same document, else IGNORED. A batch without rows is one row of padding, with empty
     `row_ids`.
     """
 
@@ -38,7 +38,7 @@ class MicroBatch:
         return find_boundaries(self.position_ids)
 
     def pin_memory(self) -> MicroBatch:
-        """Return a copy in page-locked memory, which a GPU copies asynchronously."""
+        """Return a copy in page-locked memory, which can be copied to a GPU asynchronously."""
         names = ("input_ids", "position_ids", "labels")
         return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
@@ -47,9 +47,9 @@ class MicroBatch:
 class StepBatch:
     """One optimizer step: this rank's micro-batches, and counts of the global batch over all ranks.
 
-    `num_labels` counts trained labels, the divisor of the loss; `num_tokens` excludes padding, `num_slots` includes it;
-    `doc_lengths` are the tokens of each document, `source_tokens` those of each source, in the order of data.sources. `row_ids`
-    are in the order of the global batch.
+    `num_labels` counts trained labels, the divisor of the loss. `num_tokens` excludes padding, `num_slots` includes it.
+    `doc_lengths` are the tokens of each document, `source_tokens` the tokens of each source, in the order of data.sources.
+    `row_ids` are in the order of the global batch.
     """
 
     micro: list[MicroBatch]
@@ -64,9 +64,9 @@ class StepBatch:
 class TrainBatches:
     """Random access to the steps of a run for one rank.
 
-    Global batch b is stream positions b * G to (b + 1) * G; row j of micro-batch m on rank r is index
-    (m * world_size + r) * micro_batch_size + j within it, so the batch is the same for every world size.
-    `group_by_length`: rows of one batch have similar lengths, for rows that are not packed.
+    Global batch b consists of stream positions b * G to (b + 1) * G. Row j of micro-batch m on rank r is index (m * world_size +
+    r) * micro_batch_size + j within it, so the batch is the same for every world size. With `group_by_length`, for rows that are
+    not packed, the rows of one batch have similar lengths.
 
     Raises:
         DataError: if the split is empty, or `batch` does not divide over `world_size` ranks.
@@ -106,7 +106,7 @@ class TrainBatches:
             micro=[micro_batch(self.split, micro, self.pad_id) for micro in mine],
             num_labels=int(self.split.row_labels[rows].sum()),
             num_tokens=int(lengths.sum()),
-            # Each micro-batch is as wide as its longest row.
+            # Each micro-batch is padded to its longest row.
             num_slots=int(lengths.reshape(-1, micro_size).max(axis=1).sum()) * micro_size,
             doc_lengths=tuple(self.split.doc_lengths(rows).tolist()),
             source_tokens=tuple(self.split.row_sources[rows].sum(axis=0).tolist()),
@@ -117,14 +117,14 @@ class TrainBatches:
 class PrefetchLoader:
     """Prepares the batch of the next step in a thread while the current step is computed.
 
-    For a GPU the batches are in page-locked memory. Any step may be requested; only the one after the last request is prefetched.
+    For a GPU, batches are in page-locked memory. Any step may be requested; only the step after the last request is prefetched.
     """
 
     def __init__(self, batches: TrainBatches, device: torch.device) -> None:
         self.split = batches.split
         self._batches = batches
         self._pin_memory = device.type == "cuda"
-        # A thread starts on the first GPU, where page-locking would allocate memory.
+        # A thread starts with the first GPU as its device, where page-locking would allocate memory.
         on_device = partial(torch.cuda.set_device, device) if self._pin_memory else None
         self._thread = ThreadPoolExecutor(1, "batches", initializer=on_device)
         self._ready: dict[int, Future[StepBatch]] = {}
@@ -142,9 +142,9 @@ class PrefetchLoader:
 
 
 class RowBatches:
-    """Rows of a split in micro-batches that are the same for every number of ranks. No row is in two of them.
+    """Rows of a split in micro-batches that are the same for every number of ranks. No row is in two micro-batches.
 
-    `rows` are indices of rows, by default all. Micro-batches are loaded when they are asked for.
+    `rows` are row indices, by default all. Micro-batches are loaded on demand.
     """
 
     def __init__(self, split: Split, micro_batch_size: int, pad_id: int, rows: np.ndarray | None = None) -> None:
@@ -155,11 +155,11 @@ class RowBatches:
         return -(-len(self.rows) // self.micro_batch_size)
 
     def load(self, number: int) -> MicroBatch:
-        """Return micro-batch `number`; after the last, one row of padding, since a forward pass under ZeRO-3 is collective."""
+        """Return micro-batch `number`; after the last, one row of padding, because a forward pass under ZeRO-3 is collective."""
         return micro_batch(self.split, self.rows_of(number), self._pad_id)
 
     def rows_of(self, number: int) -> np.ndarray:
-        """Return the rows of micro-batch `number`; the last one may have fewer, and those after it have none."""
+        """Return the rows of micro-batch `number`; the last one may have fewer, and later ones have none."""
         return self.rows[number * self.micro_batch_size : (number + 1) * self.micro_batch_size]
 
     def num_labels(self) -> np.ndarray:
@@ -179,13 +179,13 @@ class RowBatches:
 
 
 def find_boundaries(position_ids: torch.Tensor) -> torch.Tensor:
-    """Return the cumulative lengths of documents, int32 [n + 1], from 0 to B * T. Their positions [B, T] restart at 0."""
+    """Return the cumulative lengths of documents, int32 [n + 1], from 0 to B * T. Each document restarts its positions at 0."""
     starts = (position_ids.reshape(-1) == 0).nonzero().squeeze(1)
     return torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)
 
 
 def micro_batch(split: Split, rows: np.ndarray, pad_id: int) -> MicroBatch:
-    """Return the rows of `split` with the indices `rows`, padded to the longest of them."""
+    """Return the rows of `split` with the indices `rows`, padded to the longest row."""
     lengths = split.row_lengths(rows)
     shape = (max(1, len(rows)), int(lengths.max(initial=1)))
     input_ids = np.full(shape, pad_id, dtype=np.int64)

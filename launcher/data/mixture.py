@@ -1,4 +1,4 @@
-"""Compute how much of each source is in one epoch: weights, token budgets, passes. Pure."""
+"""Computes how much of each source is in one epoch: weights, token budgets, passes. Pure."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from launcher.errors import DataError, Problem
 
 
 def compute_budgets(sources: Sequence[Source], num_tokens: Sequence[int]) -> list[int]:
-    """Return the tokens that one epoch takes of each source, which has `num_tokens`.
+    """Return the number of tokens that one epoch takes of each source; `num_tokens` are those that each source has.
 
-    A source gives `epochs` passes over its documents, and at most `max_tokens`. Sources with a weight give less if needed, so
-    that their tokens are in proportion to their weights; the scarcest of them sets the scale.
+    A source provides `epochs` passes over its documents, and at most `max_tokens`. Sources with a weight provide less if
+    needed, so that their tokens are proportional to their weights; the scarcest of them determines the scale.
 
     Raises:
         DataError: if the weights sum to zero, or a source with a weight has no tokens.
@@ -45,7 +45,7 @@ def compute_shares(sources: Sequence[Source], num_tokens: Sequence[int]) -> list
 def draw_passes(lengths: np.ndarray, budget: int, seed: int) -> list[np.ndarray]:
     """Return the document indices of each pass over a source: whole passes first, then documents for the rest of the budget.
 
-    The documents of the last pass are drawn by `seed` alone, so that they represent the whole source. Indices ascend in each
+    The documents of the last pass are drawn by `seed` only, so they represent the whole source. Indices are ascending in each
     pass.
     """
     total = int(lengths.sum())

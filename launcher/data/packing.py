@@ -1,4 +1,4 @@
-"""Pack documents into rows by their lengths. Pure."""
+"""Packs documents into rows by their lengths. Pure."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Lengths to try for the first of the last three documents of a row.
+# Number of lengths to try for the first of the last three documents of a row.
 LOOK_AHEAD = 128
-# Rows are made narrower than the capacity if that saves more than one part in this number.
+# Rows are made narrower than the capacity if this saves more than one part in this number.
 NARROWING = 1024
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Documents in rows: row r has the documents order[starts[r]:starts[r + 1]], in ascending order."""
+    """Documents in rows: row r consists of the documents order[starts[r]:starts[r + 1]], in ascending order."""
 
     order: np.ndarray
     starts: np.ndarray
@@ -28,11 +28,11 @@ class RowLayout:
 def pack(lengths: np.ndarray, capacity: int) -> RowLayout:
     """Assign documents of `lengths` tokens to rows of at most `capacity` tokens.
 
-    Best-fit-decreasing (Johnson 1973) with look-ahead: the longest document opens a row, and the longest that fits follows. The
-    last one to three documents of a row are chosen to fill it exactly, if there are such documents.
+    Best-fit-decreasing (Johnson 1973) with look-ahead: the longest document opens a row, and the longest that fits follows. If
+    possible, the last one to three documents of a row are chosen to fill it exactly.
 
-    If the smallest possible number of rows is reached, rows are only as wide as that number needs: no row is nearly empty, and a
-    batch is no wider than its tokens.
+    If the smallest possible number of rows is reached, rows are only as wide as that number requires: no row is nearly empty, and
+    no batch is wider than its tokens require.
 
     Raises:
         ValueError: if a length is outside 1..capacity.
@@ -76,8 +76,8 @@ def one_per_row(num_docs: int) -> RowLayout:
 def _fill(counts: list[int], capacity: int) -> tuple[list[list[int]], int]:
     """Return (for each length the rows of its documents, number of rows) for counts[n] documents of n tokens.
 
-    Lengths that fill one row fill as many rows as there are documents for, so the work grows with the number of different
-    lengths, not of documents.
+    Lengths that fill a row fill as many rows as there are documents for, so the work grows with the number of different lengths,
+    not with the number of documents.
     """
     stock = _Stock(counts, capacity)
     rows_by_length: list[list[int]] = [[] for _ in counts]
@@ -96,10 +96,10 @@ def _fill(counts: list[int], capacity: int) -> tuple[list[list[int]], int]:
 
 
 class _Stock:
-    """Documents that are in no row yet.
+    """Documents that are not in a row yet.
 
-    `lengths` has bit n set if a document of n tokens is left, and `_mirrored` has bit capacity - n: shifting it aligns, for a
-    given sum, the partner of each length with the length's own bit.
+    `lengths` has bit n set if a document of n tokens is left, and `_mirrored` has bit capacity - n. For a given sum, shifting
+    `_mirrored` aligns each length's bit with that of its partner.
     """
 
     def __init__(self, counts: list[int], capacity: int) -> None:
@@ -118,7 +118,7 @@ class _Stock:
             self._mirrored ^= 1 << self.capacity - n
 
     def take_row(self) -> list[int]:
-        """Take the documents of one row out; return their lengths."""
+        """Remove the documents of one row; return their lengths."""
         row: list[int] = []
         free = self.capacity
         while fitting := self.lengths & ((2 << free) - 1):
@@ -131,7 +131,7 @@ class _Stock:
         return row
 
     def _exact(self, free: int, fitting: int) -> list[int]:
-        """Return one, two or three lengths of the sum `free`, the longest first; empty if there are none."""
+        """Return one, two or three lengths with the sum `free`, longest first; empty if there are none."""
         if fitting >> free & 1:
             return [free]
         if half := self._pair(free):
@@ -146,9 +146,9 @@ class _Stock:
         return []
 
     def _pair(self, total: int, besides: int = 0) -> int:
-        """Return the shorter of two lengths of the sum `total`, as even as possible; 0 if there are none.
+        """Return the shorter of two lengths with the sum `total`, as even as possible; 0 if there are none.
 
-        One document of the length `besides` is reserved. Even pairs leave the short documents to fill later rows.
+        One document of length `besides` is reserved. Even pairs leave the short documents to fill later rows.
         """
         half = total // 2
         pairs = self.lengths & (self._mirrored >> self.capacity - total) & ((2 << half) - 1)

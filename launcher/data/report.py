@@ -1,4 +1,4 @@
-"""Report on a data cache: counts of the mixture and each source, findings, and decoded rows with their trained parts.
+"""Reports on a data cache: counts of the mixture and each source, findings, and decoded rows with their trained parts.
 
 No torch, no transformers: the submit side imports this module.
 """
@@ -22,7 +22,7 @@ from launcher.plan.launch_plan import DataFacts
 
 NUM_QUANTILES = 41
 _DOCS_AT_ONCE = 1 << 16
-# Quantiles of the lengths of the documents to show if no rows are requested: short enough to read, but not the shortest.
+# Quantiles of the document lengths to show if no rows are requested: short enough to read, but not the shortest.
 _SHOWN_QUANTILES = (0.4, 0.5, 0.6)
 
 
@@ -38,11 +38,11 @@ def report(
 ) -> dict[str, Any]:
     """Return the counts of a cache, its findings under `data.checks`, and decoded rows of the training split, for JSON.
 
-    Fractions are 0 to 1, lengths are in tokens. `length_histogram` counts documents per bin of up to `max_tokens` tokens;
+    Fractions are 0 to 1, lengths are in tokens. `length_histogram` counts documents per bin of up to `max_tokens` tokens.
     `length_quantiles` are at even steps from the shortest to the longest. `padding_frac` is the share of padding in the
     micro-batches of the first epoch in the order of `seed`, see `_padding`. `row_tokens` is the longest row. `turn_ends` are the
-    tokens that end trained turns; `stops` is true for one of `stop_ids`, at which the model stops generating. `shown` has
-    `num_shown` evenly spaced rows, or three documents of medium length if it is 0, with keys, passwords, e-mail addresses and
+    tokens that end trained turns; `stops` is true for those in `stop_ids`, at which the model stops generating. `shown` has
+    `num_shown` evenly spaced rows, or three documents of medium length if that is 0, with keys, passwords, e-mail addresses and
     telephone numbers redacted. `eval_sets` are the caches of eval.sets by name.
 
     Raises:
@@ -107,9 +107,9 @@ def _report_sources(
 ) -> list[dict[str, Any]]:
     """Return the numbers of each source; `counts` are those that the build recorded, `padding` is float [sources].
 
-    `epochs` is the number of passes in one epoch of the run; `unused_documents` are those that the mixture leaves out for the
-    settings in `limited_by`; `is_read` is false for a source of weight 0. `built_from` is the source's path when the cache was
-    built, with which files and examples are named.
+    `epochs` is the number of passes in one epoch of the run. `unused_documents` are the documents that the mixture leaves out
+    because of the settings in `limited_by`. `is_read` is false for a source of weight 0. `built_from` is the source's path when
+    the cache was built; files and examples are named by it.
     """
     paths = [source.path for source in data.sources] + [data.eval_path or ""] * (len(counts) - len(data.sources))
     # The file of data.eval_path comes after the sources and has no training rows.
@@ -140,18 +140,18 @@ def _report_sources(
 
 
 def _limits(source: Source) -> list[str]:
-    """Return the settings that limit what the mixture takes of a source."""
+    """Return the settings that limit how much the mixture takes of a source."""
     limits = {"weight": source.weight is not None, "max_tokens": source.max_tokens is not None, "epochs": source.epochs % 1 != 0}
     return [name for name, is_set in limits.items() if is_set]
 
 
-# Where the rows of a source come from, as the build recorded it.
+# The origin of a source's rows, as the build recorded it.
 _ORIGIN = ("digest", "commit", "files", "num_files", "left_out", "num_left_out")
-# Row keys that no format reads, each with its number of rows, and the number of further keys.
+# Row keys that no format reads, each with its number of rows, and the number of other such keys.
 _UNREAD = ("unread_keys", "num_other_unread_keys")
-# Prompts with a completion where the tokenizer has a chat template, and those of them that are written with it.
+# Prompts with a completion if the tokenizer has a chat template, and how many of them are written with it.
 _COMPLETIONS = ("completions", "completions_as_chat")
-# Names in the report, and those under which the build recorded the counts.
+# Names in the report, and the names under which the build recorded the counts.
 _COUNTED = {
     "read_documents": "read",
     "dropped_documents": "dropped",
@@ -164,7 +164,7 @@ _COUNTED = {
 
 
 def _count_split(split: Split, num_sources: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the numbers of all documents of a split, and of the documents of each source."""
+    """Return the numbers for all documents of a split, and for the documents of each source."""
     lengths, trained, source = np.diff(split.docs), _count_trained(split), np.asarray(split.doc_source)
     # The file of data.eval_path comes after the sources and has no training rows.
     rows = [*(np.asarray(split.row_sources) > 0).sum(axis=0).tolist(), 0]
@@ -173,9 +173,9 @@ def _count_split(split: Split, num_sources: int) -> tuple[dict[str, Any], list[d
 
 
 def _padding(split: Split, data: DataSection, train: TrainSection, seed: int, padded_rows: int) -> np.ndarray:
-    """Return the padding of each row, int64 [rows]: up to the longest of all rows with packing, else of its `padded_rows` rows.
+    """Return the padding of each row, int64 [rows]: with packing, up to the longest of all rows, else of its `padded_rows` rows.
 
-    `padded_rows` is the micro-batch if its size is set. If the plan chooses it, it is the global batch, an upper bound.
+    `padded_rows` is the micro-batch size if it is set. If the plan chooses it, it is the global batch size, an upper bound.
     """
     lengths = np.diff(split.rows)
     if not padded_rows:
@@ -190,7 +190,7 @@ def _padding(split: Split, data: DataSection, train: TrainSection, seed: int, pa
 
 
 def _share_padding(split: Split, padding: np.ndarray) -> np.ndarray:
-    """Return the padding of each source, float [sources]: its part of each row's padding is its share of the row's tokens."""
+    """Return the padding of each source, float [sources]: its share of a row's padding is its share of the row's tokens."""
     total = np.zeros(split.row_sources.shape[1])
     for first in range(0, split.num_rows, _DOCS_AT_ONCE):
         rows = slice(first, first + _DOCS_AT_ONCE)
@@ -204,7 +204,7 @@ def _filled(tokens: int, padding: float) -> dict[str, float]:
 
 
 def _count_trained(split: Split) -> np.ndarray:
-    """Return the number of trained tokens of each document; reads in parts, since a whole split may not fit in memory."""
+    """Return the number of trained tokens of each document; reads in parts, because a whole split may not fit in memory."""
     counts = [np.empty(0, dtype=np.int64)]
     for first in range(0, split.num_docs, _DOCS_AT_ONCE):
         docs = split.docs[first : first + _DOCS_AT_ONCE + 1]
@@ -213,7 +213,7 @@ def _count_trained(split: Split) -> np.ndarray:
 
 
 def _numbers(lengths: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
-    """Return the numbers of documents with `lengths` tokens, of which `trained` are trained."""
+    """Return the numbers for documents with `lengths` tokens, of which `trained` are trained."""
     tokens = int(lengths.sum())
     return {
         "documents": len(lengths),
@@ -234,7 +234,7 @@ def _spread(lengths: np.ndarray) -> dict[str, float] | None:
 
 
 def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
-    """Return the documents per power of two of tokens, without empty bins at both ends."""
+    """Return the number of documents per power of two of tokens, without empty bins at both ends."""
     if not len(lengths):
         return []
     exponents = np.ceil(np.log2(lengths)).astype(int)

@@ -1,4 +1,4 @@
-"""Lay out the rows of a split: which documents are in them, in which order; write their arrays."""
+"""Lays out the rows of a split (which documents they hold, in which order), and writes their arrays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TOKENS_AT_ONCE = 1 << 22
 
 
 class TokenSpool:
-    """Tokens on disk in the order in which they were read, until the rows are laid out."""
+    """Tokens on disk in reading order, until the rows are laid out."""
 
     def __init__(self, folder: Path) -> None:
         self._paths = (folder / "tokens.spool", folder / "trained.spool")
@@ -32,7 +32,7 @@ class TokenSpool:
             file.write(array.data)
 
     def close(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return all tokens and trained marks as memory maps; nothing can be added after this."""
+        """Return all tokens and trained marks as memory maps; nothing can be added afterwards."""
         for file in self._files:
             file.close()
         tokens, trained = self._paths
@@ -54,8 +54,8 @@ def layout_training(
 ) -> tuple[RowLayout, list[float]]:
     """Return the rows of the training documents, and the number of passes over each source.
 
-    `lengths` and `sources` are those of all documents, `selected` the indices of those to train on. Each pass over the sources is
-    packed by itself, so that no row has a document twice.
+    `lengths` and `sources` are for all documents, `selected` are the indices of the documents to train on. Each pass over the
+    sources is packed separately, so no row holds a document twice.
 
     Raises:
         DataError: if no document of a source fits into the tokens that the mixture takes of it.
@@ -80,7 +80,7 @@ def layout_training(
 
 
 def layout_held_out(lengths: np.ndarray, selected: np.ndarray, data: DataSection) -> RowLayout:
-    """Return rows with each of the documents `selected` once."""
+    """Return rows that hold each of the documents `selected` once."""
     return _pack(lengths, selected, data)
 
 
@@ -96,7 +96,7 @@ def _concatenate(layouts: Sequence[RowLayout]) -> RowLayout:
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:
-    """Return the start of each of consecutive pieces, and the end of the last."""
+    """Return the start of each consecutive piece, and the end of the last piece."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 
@@ -111,7 +111,7 @@ def write(
 ) -> str:
     """Write the arrays of a split into `folder` and return their hex digest.
 
-    `lengths`, `sources` and `labels` are those of all documents, `spooled` their tokens and trained marks.
+    `lengths`, `sources` and `labels` are for all documents, `spooled` holds their tokens and trained marks.
     """
     docs = _starts(lengths[layout.order])
     row_of = np.repeat(np.arange(layout.num_rows), np.diff(layout.starts))
@@ -135,10 +135,10 @@ def write(
 def write_documents(
     folder: Path, tokens: np.ndarray, trained: np.ndarray, lengths: np.ndarray, sources: np.ndarray, data: DataSection
 ) -> tuple[DataFacts, np.ndarray]:
-    """Write documents that are no part of a run's data as a split into `folder`, to be scored.
+    """Write documents that are not part of a run's data as a split into `folder`, to be scored.
 
     `tokens` and `trained` are those of all documents, one after the other. Returns the facts of the split, whose counts are 0,
-    and the indices of the documents in its order.
+    and the indices of the documents in the order of the split.
     """
     width = max(data.max_length, int(lengths.max(initial=1)))
     layout = packing.pack(lengths, width) if data.packing else packing.one_per_row(len(lengths))

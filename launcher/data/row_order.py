@@ -1,4 +1,4 @@
-"""The order in which training reads rows: a function of (seed, epoch) alone, without torch."""
+"""The order in which training reads rows: a function of (seed, epoch) only, without torch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from functools import lru_cache
 
 import numpy as np
 
-# Batches whose rows are sorted by length together: enough that each has rows of one length.
+# Number of batches whose rows are sorted by length together: enough that each has rows of one length.
 GROUPED_BATCHES = 64
 
 
 class RowOrder:
     """The endless stream of row indices: epoch after epoch, each with its own permutation.
 
-    With `lengths` of the rows, the rows of one batch of `batch_size` have similar lengths, in ascending order, and the batches
-    are in random order. Rows at the start and end of an epoch, whose batch spans two epochs, are not grouped.
+    With the rows' `lengths`, the rows of each batch of `batch_size` have similar lengths, in ascending order, and the batches are
+    in random order. Rows at the start and end of an epoch, whose batch spans two epochs, are not grouped.
 
-    Raw PCG64 output is sorted instead of calling Generator.permutation: numpy keeps the former stable across releases (NEP 19),
+    Raw PCG64 output is sorted instead of calling Generator.permutation: numpy keeps raw output stable across releases (NEP 19),
     so a resumed run sees the same rows under another numpy.
     """
 

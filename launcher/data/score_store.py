@@ -5,7 +5,7 @@
       log_probs.f32                  all of them, once the pass is complete: little-endian fp32, in order of the rows
       meta.json                      written last: what the scores belong to, the size and digest of log_probs.f32
 
-The key is the digest of everything that a score depends on, so nothing is computed twice and nothing is taken for another.
+The key is the digest of everything that a score depends on, so nothing is computed twice, and no scores are mistaken for others.
 No torch: the submit side reads scores.
 """
 
@@ -38,10 +38,10 @@ _READ_VALUES = 1 << 21
 
 @dataclass(frozen=True)
 class ScoreKey:
-    """What scores depend on.
+    """Everything that scores depend on.
 
-    `weights` and `data` are digests; `rows` is that of the row indices, empty for all rows. `kernels` names the packages of
-    kernels, with their versions.
+    `weights` and `data` are digests; `rows` is the digest of the row indices, empty for all rows. `kernels` names the kernel
+    packages with their versions.
     """
 
     weights: str
@@ -62,9 +62,9 @@ class ScoreKey:
 
 
 class ScoreStore:
-    """The scores of one key: written in shards, complete once meta.json is there.
+    """The scores of one key: written in shards, complete once meta.json exists.
 
-    Two passes may write it at once: each file appears whole, and both compute the same.
+    Two passes may write it at once: each file appears only when complete, and both passes compute the same values.
     """
 
     def __init__(self, key: ScoreKey, root: Path | None = None) -> None:
@@ -73,10 +73,10 @@ class ScoreStore:
         self.folder = (root or cache_root()) / "scores" / key.digest()
 
     def read(self) -> np.ndarray | None:
-        """Return all log-probabilities as a memory map, fp32 [num_labels]; None if the pass is not complete, or damaged.
+        """Return all log-probabilities as a memory map, fp32 [num_labels]; None if the pass is incomplete, or damaged.
 
         Raises:
-            DataError: if others could have written them.
+            DataError: if another user could have written them.
         """
         if not self.folder.exists():
             return None
@@ -93,12 +93,12 @@ class ScoreStore:
         return log_probs if _digest(_chunks(log_probs)) == entry.xxh3_128 else None
 
     def find_missing(self, num_labels: np.ndarray) -> list[list[int]]:
-        """Return the ranges [start, stop) of micro-batches without an intact shard; removes damaged shards.
+        """Return the ranges [start, stop) of micro-batches without an intact shard; remove damaged shards.
 
-        `num_labels` are the trained tokens of each micro-batch, int64 [num_micro_batches].
+        `num_labels` are the numbers of trained tokens of the micro-batches, int64 [num_micro_batches].
 
         Raises:
-            DataError: if others could have written the folder.
+            DataError: if another user could have written the folder.
             OSError: if the folder cannot be made or read.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ class ScoreStore:
         return edges.reshape(-1, 2).tolist()
 
     def commit(self, start: int, stop: int, log_probs: Sequence[np.ndarray]) -> None:
-        """Write the log-probabilities of the micro-batches start..stop - 1 as one shard; nothing for an empty range."""
+        """Write the log-probabilities of the micro-batches start..stop - 1 as one shard; write nothing for an empty range."""
         if start == stop:
             return
         values = np.concatenate(log_probs).astype(_DTYPE, copy=False).tobytes()
@@ -140,7 +140,7 @@ class ScoreStore:
                 entry = atomic_files.write_file(partial, self._read_in_order(num_labels))
                 atomic_files.rename(partial, self.folder / LOG_PROBS)
             except DataError:
-                # Another pass may have completed them meanwhile, and removed the shards.
+                # Another pass may have completed the scores meanwhile, and removed the shards.
                 if self.read() is None:
                     raise
                 return
@@ -152,7 +152,7 @@ class ScoreStore:
 
     def _read_in_order(self, num_labels: np.ndarray) -> Iterator[memoryview]:
         position = 0
-        # Passes on other numbers of ranks cut other shards, which may overlap.
+        # Passes on other numbers of ranks write other shards, which may overlap.
         for path, start, stop in self._shards():
             values = _read_shard(path, num_labels[start:stop]) if start <= position < stop else None
             if values is not None:

@@ -1,4 +1,4 @@
-"""Select the documents to train on: without those that the checks drop, and as much of each source as the mixture takes."""
+"""Selects the documents to train on: without those that the checks drop, and as much of each source as the mixture takes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NothingLeft(DataError):
 class Selection:
     """Which documents are dropped, bool [documents], the training rows, the passes over each source, and the findings.
 
-    `num_excluded` are the dropped documents that data.exclude names.
+    `num_excluded` is the number of dropped documents that data.exclude names.
     """
 
     is_dropped: np.ndarray
@@ -35,7 +35,7 @@ class Selection:
 
 
 def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
-    """Check the documents against each other, drop those that data.checks drop, and mix and pack the rest.
+    """Check the documents against each other, drop those that data.checks says to drop, and mix and pack the rest.
 
     Raises:
         NothingLeft: if nothing is left to train on.
@@ -63,11 +63,11 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
 
     selected = require_pieces(is_excluded | summary.select_dropped(hits, corpus.num_docs, checks))
     num_tokens = np.bincount(docs.source[pieces.doc[selected]], pieces.lengths[selected], len(data.sources)).astype(int)
-    # The first of several copies is kept: the one in the source of which the mixture takes the largest share.
+    # Of several copies, keep the first in this order: the one in the source of which the mixture takes the largest share.
     shares = np.asarray(mixture.compute_shares(data.sources, num_tokens.tolist()))
     training = training[np.argsort(-shares[docs.source[training]], kind="stable")]
     hits += overlap.find_duplicates(docs.contents, docs.tasks, docs.signatures, training, checks)
-    # The mixture replaces dropped documents by others of the source, so all of them are compared, not only those in rows.
+    # The mixture replaces dropped documents by others of the source, so compare all of them, not only those in rows.
     hits += find_leaks(training, are_dropped=True)
     is_dropped = is_excluded | summary.select_dropped(hits, corpus.num_docs, checks)
     layout, epochs = row_layout.layout_training(pieces.lengths, docs.source[pieces.doc], require_pieces(is_dropped), data)
@@ -82,7 +82,7 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
 def _collect_findings(
     hits: list[tuple[int, inspection.CheckHit]], corpus: EncodedCorpus, order: np.ndarray, data: DataSection
 ) -> findings.Findings:
-    """Return the findings if the training rows have the pieces `order`."""
+    """Return the findings if the training rows consist of the pieces `order`."""
     docs, pieces = corpus.docs, corpus.pieces
     trained = np.bincount(pieces.doc, pieces.labels, corpus.num_docs) > 0
     used = np.bincount(pieces.doc[order], minlength=corpus.num_docs) > 0
@@ -97,7 +97,7 @@ def _collect_findings(
 
 def _nothing_left(docs: DocumentTable, data: DataSection, all_findings: findings.Findings) -> NothingLeft:
     dropped = [one.finding for one in findings.judge(all_findings, data.checks) if one.action == "drop"]
-    # Documents that a check or their length dropped may have trained tokens, which a setting can bring back.
+    # Documents dropped by a check or for their length may have trained tokens, which a setting can bring back.
     never = all(finding.name == "no_trained_token" for finding in dropped) and bool((docs.num_pieces > 0).all())
     message = "no document with a trained token is left to train on" + (", which no setting accepts" if never else "")
     where = ", ".join(source.path for source in data.sources)

@@ -1,4 +1,4 @@
-"""Decoded texts for the report on a cache: the tokenizer decodes them once, and they are stored beside the cache.
+"""Decoded texts for the report on a cache: the tokenizer decodes them once, and they are stored next to the cache.
 
 Loading a tokenizer takes longer than the rest of a report. The cache's key covers the tokenizer's files and libraries, so decoded
 texts are valid as long as the cache has the same tokens.
@@ -22,7 +22,7 @@ from launcher.errors import DataError
 from launcher.plan.launch_plan import DataFacts
 from launcher.security import ownership
 
-# To be raised when the same tokens decode to other texts.
+# Increase this when the same tokens decode to different texts.
 _VERSION = 1
 # Every report reads the whole file.
 _MAX_BYTES = 4 << 20
@@ -41,7 +41,7 @@ class TextsMissing(LookupError):
 
 
 class DecodedTexts:
-    """Texts of tokens and of training documents of one cache: the stored ones, and others if there is a tokenizer.
+    """Texts of tokens and of training documents of one cache: stored texts, and others if there is a tokenizer.
 
     `load_tokenizer` is called once, when a text is not stored.
     """
@@ -54,7 +54,7 @@ class DecodedTexts:
         self._used: dict[str, Any] = {}
 
     def token(self, token_id: int) -> str:
-        """Return the token as the vocabulary has it.
+        """Return the token as it is in the vocabulary.
 
         Raises:
             TextsMissing: if it is not stored and there is no tokenizer.
@@ -76,7 +76,7 @@ class DecodedTexts:
         return texts
 
     def store(self) -> None:
-        """Store the used texts for the next report; no effect if nothing was decoded, or the file cannot be written."""
+        """Store the used texts for the next report; does nothing if nothing was decoded, or if the file cannot be written."""
         if self._tokenizer is None:
             return
         for texts in ({**self._stored, **self._used}, self._used):
@@ -84,7 +84,7 @@ class DecodedTexts:
             if len(content) <= _MAX_BYTES:
                 # The report does not need the file.
                 with contextlib.suppress(OSError):
-                    # Readable by the owner only: rows may hold secrets.
+                    # Readable only by the owner, because rows may hold secrets.
                     atomic_files.write_bytes(_file(self._facts), content, mode=0o600)
                 return
 
@@ -102,14 +102,14 @@ class DecodedTexts:
 
 
 def _decoded(tokenizer: Tokenizer, tokens: np.ndarray, first: int, end: int) -> str:
-    """Return the text of tokens first:end after the token before them: some tokenizers drop the first space of a text."""
+    """Return the text of tokens first:end, decoded after the previous token: some tokenizers drop the first space of a text."""
     before = max(0, first - 1)
     text, prefix = (tokenizer.decode(tokens[before:stop].tolist(), clean_up_tokenization_spaces=False) for stop in (end, first))
     return str(text[len(prefix) :])
 
 
 def _file(facts: DataFacts) -> Path:
-    """Return the file of the texts, beside the cache: its folder never changes after the build."""
+    """Return the file of the texts, next to the cache, whose folder never changes after the build."""
     folder = Path(facts.cache_dir)
     return folder.with_name(f"{folder.name}.texts.json")
 
@@ -123,7 +123,7 @@ def _read(facts: DataFacts) -> dict[str, Any]:
     """Return the stored texts; empty if the file is missing, damaged, or belongs to other tokens."""
     file = _file(facts)
     try:
-        # Members of data.cache_group keep texts beside the same cache.
+        # Members of data.cache_group store texts next to the same cache.
         ownership.require_cache(file)
         content = json.loads(file.read_bytes())
         texts: dict[str, Any] = content["texts"]

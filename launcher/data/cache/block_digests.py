@@ -1,8 +1,8 @@
-"""Block digests of the arrays of a data cache: written with the arrays, compared before the first use of a block.
+"""Block digests of the arrays of a data cache: written with the arrays, verified before the first use of a block.
 
-One file per split has the digests as little-endian uint64: for each array its size in bytes and one digest per block. The digest
-of that file is part of DataFacts.digest in the plan, so a rank refuses a cache that its run was not planned with.
-No torch, no transformers: the submit side imports this module.
+One file per split holds the digests as little-endian uint64: for each array, its size in bytes and one digest per block. The
+digest of this file is part of DataFacts.digest in the plan, so a rank refuses a cache that its run was not planned with. No
+torch, no transformers: the submit side imports this module.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import xxhash
 from launcher.errors import DataError, Problem
 from launcher.shell_commands import shell_command
 
-# Rows are read in random order: a larger block would read far more than the row, and a smaller one saves no reads, since the
-# kernel reads ahead by 128 KiB and more.
+# Rows are read in random order. A larger block would read far more than the row. A smaller block saves no reads, because the
+# kernel reads ahead by at least 128 KiB.
 BLOCK_BYTES = 1 << 16
 FILE = "digests.bin"
 _DTYPE = np.dtype("<u8")
@@ -54,7 +54,7 @@ class DigestingWriter:
         return len(view)
 
     def digests(self) -> list[int]:
-        """Return the size in bytes of the content, and the digest of each block. Nothing may be written after this."""
+        """Return the size of the content in bytes, and the digest of each block. Nothing may be written afterwards."""
         if self._room < BLOCK_BYTES:
             self._end_block()
         return [self._size, *self._digests]
@@ -66,7 +66,7 @@ class DigestingWriter:
 
 
 class CheckedFile:
-    """A file of the data cache `cache` whose blocks are compared with their digests, each once."""
+    """A file of the data cache `cache` whose blocks are each compared with their digest once."""
 
     def __init__(self, path: Path, cache: Path, num_bytes: int, digests: np.ndarray) -> None:
         """Open the file.
@@ -78,7 +78,7 @@ class CheckedFile:
         self._cache = cache
         self.num_bytes = num_bytes
         self._digests = digests
-        # One byte per block, which takes a fraction of a microsecond to search: most rows are in verified blocks.
+        # One byte per block, searchable in a fraction of a microsecond: most rows are in verified blocks.
         self._verified = bytearray(len(digests))
         self._file = path.open("rb", buffering=0)
         if (size := os.fstat(self._file.fileno()).st_size) != num_bytes:
@@ -87,7 +87,7 @@ class CheckedFile:
             )
 
     def verify(self, start: int = 0, stop: int | None = None) -> None:
-        """Verify the blocks with the bytes start..stop - 1, by default all; thread-safe.
+        """Verify the blocks that hold the bytes start..stop - 1, by default all; thread-safe.
 
         Raises:
             DataError: if a block does not match its digest.
@@ -112,7 +112,7 @@ class CheckedFile:
             )
 
     def _read(self, start: int, stop: int) -> bytes:
-        # Read, not mapped: an I/O error raises here, while in a memory map it would kill the process.
+        # Read instead of mapping: an I/O error raises here, but in a memory map it would kill the process.
         parts: list[bytes] = []
         try:
             while start < stop and (part := os.pread(self._file.fileno(), stop - start, start)):
@@ -152,12 +152,12 @@ class CheckedArray:
         return np.array(self[:], dtype=dtype, copy=copy)
 
     def verify(self) -> None:
-        """Verify the whole array. Raises: DataError if a block is damaged."""
+        """Verify the whole array. Raises DataError if a block is damaged."""
         self._file.verify()
 
 
 def write(folder: Path, of_arrays: Iterable[list[int]]) -> str:
-    """Write the digests of a split, of each array those of `DigestingWriter.digests`; return the digest of the file."""
+    """Write the digests of a split, for each array those of `DigestingWriter.digests`; return the digest of the file."""
     content = np.concatenate([np.asarray(digests, dtype=_DTYPE) for digests in of_arrays]).tobytes()
     with (folder / FILE).open("wb") as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""The data cache on disk: one finished folder per content key, memory-mapped by every rank and every later run.
+"""The data cache on disk: one finished folder per content key, memory-mapped by all ranks and later runs.
 
     <root>/data/<key>/          0700
       tokens.npy      uint32    token ids; a row is the contiguous slice rows[r]:rows[r + 1]
@@ -16,7 +16,7 @@
       findings.json             findings of the checks: counts and examples
       meta.json                 written last: counts, the size of every file, digests of the JSON files, and its own digest
 
-Digests cover every byte that is trained on: the plan has the digest of digests.bin, which has those of the blocks.
+Digests cover every byte that is trained on: the plan has the digest of digests.bin, which has the block digests.
 
 The folder is built as <key>.partial under a file lock and renamed when it is complete.
 No torch, no transformers: the submit side imports this module.
@@ -43,16 +43,16 @@ from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 from launcher.security import folders, ownership
 
-# Formats with the arrays of the current one, which a run that records such a cache continues with.
+# Formats whose arrays match the current format, so a run that recorded such a cache can continue with it.
 _READABLE_FORMATS = (9, 10, 11, FORMAT_VERSION)
 
 
 def cache_dir(key: str, group: str | None = None) -> Path:
-    """Return the folder of the cache with this key, among those that `group` shares if one is given."""
+    """Return the folder of the cache with this key, among the caches that `group` shares if it is given."""
     if group is None:
         return cache_root() / "data" / key
     if (root := shared_cache_root()) is None:
-        # Nobody else can enter this user's cache: the setting would share nothing.
+        # No other user can enter this user's cache, so the setting would share nothing.
         message = f"data.cache_group shares data caches in the folder {SHARED_CACHE_VARIABLE}, and that is not set"
         remedy = (
             f"export {SHARED_CACHE_VARIABLE} with a folder that the group can write to (docs/security.md), or unset the group"
@@ -62,12 +62,12 @@ def cache_dir(key: str, group: str | None = None) -> Path:
 
 
 def find_built(data: DataSection, tokenizer_path: str) -> DataFacts | None:
-    """Return the counts of the finished cache of these settings; None if there is none. Raises: as `cache_keys` and `read`."""
+    """Return the counts of the finished cache for these settings; None if there is none. Raises as `cache_keys` and `read` do."""
     key, full_key = cache_keys(data, tokenizer_path)
     facts = find(key, data.cache_group)
     if facts is None and key != full_key:
         full = find(full_key, data.cache_group)
-        # With all held-out rows within the limit, both are the same.
+        # If all held-out rows are within the limit, both caches are the same.
         facts = full if full is not None and full.num_eval_rows <= (data.eval_max_rows or 0) else None
     return facts
 
@@ -84,11 +84,11 @@ def find(key: str, group: str | None = None) -> DataFacts | None:
 def read(folder: Path, group: str | None = None) -> DataFacts | None:
     """Return the counts of the finished cache in `folder`; None if there is none, or a file is damaged.
 
-    JSON files are compared with their digests, arrays only with their sizes: `Split` verifies an array when it is used.
-    Digests do not tell who wrote a cache: owner and permissions do. `group` is data.cache_group.
+    JSON files are compared with their digests, arrays only with their sizes, because `Split` verifies an array on use. Digests do
+    not tell who wrote a cache; owner and permissions do. `group` is data.cache_group.
 
     Raises:
-        DataError: if the cache cannot be read, or others could have written it.
+        DataError: if the cache cannot be read, or another user could have written it.
     """
     with convert_os_errors(folder):
         ownership.require_cache(folder, group)
@@ -118,7 +118,7 @@ def _meta_digest(meta: dict[str, Any]) -> str:
 
 
 def file_sizes(folder: str | Path) -> dict[str, int]:
-    """Return the bytes of each file with which the finished cache in `folder` was built, by its path; without meta.json."""
+    """Return the size in bytes of each file that the finished cache in `folder` was built with, by path; without meta.json."""
     return dict(json.loads((Path(folder) / "meta.json").read_bytes())["files"])
 
 
@@ -128,7 +128,7 @@ def num_bytes(folder: str | Path) -> int:
 
 
 def id_problem(max_token_id: int, num_embeddings: int, tokenizer_path: str) -> Problem | None:
-    """Return the problem of data with token ids beyond the model's embedding: such a lookup reads out of bounds."""
+    """Return the problem of data with token ids beyond the model's embedding, where a lookup would read out of bounds."""
     if max_token_id < num_embeddings:
         return None
     return Problem(
@@ -170,7 +170,7 @@ def finish(folder: Path, facts: DataFacts, report: dict[str, Any]) -> None:
         "files": files,
         "digests": {name: compute_file_digest(folder / name) for name in files if name.endswith(".json")},
     }
-    # The digest of the values as they are read back.
+    # Digest the values as they will be read back.
     meta["digest"] = _meta_digest(json.loads(json.dumps(meta)))
     write_json(folder / "meta.json", meta)
 
@@ -179,14 +179,14 @@ def finish(folder: Path, facts: DataFacts, report: dict[str, Any]) -> None:
 def building(key: str, group: str | None = None) -> Iterator[Path | None]:
     """Lock the cache of `key`; yield an empty folder to fill, or None if another process has finished the cache.
 
-    The folder must have `meta.json` when the block ends; then it becomes the cache. It is removed if the block raises; if the
+    The folder must contain `meta.json` when the block ends; then it becomes the cache. It is removed if the block raises. If the
     process dies, the next builder removes it. With `group`, its members can read the cache.
 
     Raises:
-        DataError: if the folder cannot be written, others could write to it, or another process takes too long.
+        DataError: if the folder cannot be written, another user could write to it, or another process takes too long.
     """
     final = cache_dir(key, group)
-    # In a shared folder users cannot lock each other's files: several may build at once, and the first to finish wins.
+    # In a shared folder, users cannot lock each other's files: several may build at once, and the first to finish wins.
     own = key if group is None else f"{key}-{os.geteuid()}"
     partial = final.with_name(f"{own}.partial")
     with convert_os_errors(final.parent):
@@ -204,7 +204,7 @@ def building(key: str, group: str | None = None) -> Iterator[Path | None]:
         try:
             with convert_os_errors(partial):
                 partial.mkdir(mode=0o700)
-                # Storage may give what root writes to nobody: the finished cache would be refused after hours of work.
+                # Storage may map root's files to nobody: the finished cache would then be refused after hours of work.
                 descriptor = stack.enter_context(folders.open_folder(partial))
                 ownership.require_cache(partial, group)
                 yield partial

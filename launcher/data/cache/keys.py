@@ -18,17 +18,17 @@ from launcher.data.checks import findings
 from launcher.data.sources import compute_source_digest, make_eval_source
 from launcher.errors import DataError, Problem
 
-# To be raised when the same sources give other tokens, rows or findings, or another layout; a test checks that.
+# Increase this when the same sources give other tokens, rows or findings, or another layout; a test checks that.
 FORMAT_VERSION = 12
 
-# The files that AutoTokenizer reads; config.json because the model type selects the class.
+# The files that AutoTokenizer reads, including config.json, because the model type selects the class.
 _TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template*", "additional_chat_templates/*", "config.json"),
 )
 # Libraries that tokenize text, or find near duplicates.
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "rensa", "ftfy")
-# Settings that change no token, or whose content is in the key.
+# Settings that change no token, or whose content is part of the key.
 _NOT_IN_KEY = {
     "name",
     "path",
@@ -44,15 +44,15 @@ _NOT_IN_KEY = {
 
 
 def cache_key(data: DataSection, tokenizer_path: str) -> str:
-    """Return the key of the data cache of these settings, the first of `cache_keys`."""
+    """Return the key of the data cache for these settings, the first of `cache_keys`."""
     return cache_keys(data, tokenizer_path)[0]
 
 
 def cache_keys(data: DataSection, tokenizer_path: str) -> tuple[str, str]:
     """Return a hex digest of everything that determines the tokens: source bytes, tokenizer files, settings, library versions;
-    and that of the same data with all of its held-out rows.
+    and the digest for the same data with all of its held-out rows.
 
-    Paths are left out: a moved or renamed file gives the same key.
+    Paths are excluded, so a moved or renamed file gives the same key.
 
     Raises:
         DataError: if the tokenizer's folder has no tokenizer, or a file cannot be read.
@@ -75,7 +75,7 @@ def cache_keys(data: DataSection, tokenizer_path: str) -> tuple[str, str]:
 
 
 def compute_file_digest(path: Path) -> str:
-    """Return a hex digest of the file's bytes. Raises: DataError if it cannot be read."""
+    """Return a hex digest of the file's bytes. Raises DataError if it cannot be read."""
     try:
         return atomic_files.digest_file(path).xxh3_128
     except OSError as error:
@@ -88,17 +88,17 @@ def _source_key(source: Source) -> tuple[dict[str, Any], str]:
 
 
 def _selecting_checks(checks: ChecksSection) -> dict[str, Any]:
-    """Return the checks as far as they select documents; fail only judges the finished cache."""
+    """Return the parts of the checks that select documents; fail only judges the finished cache."""
     settings = checks.model_dump(exclude={*findings.LIMITS.values()})
     if checks.bad_rows == "fail":
-        # A cache that exists had no such rows.
+        # An existing cache had no such rows.
         del settings["bad_rows"]
     return {name: "keep" if value == "fail" else value for name, value in settings.items()}
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
     files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
-    # A template alone is no tokenizer.
+    # A template alone is not a tokenizer.
     if all(file.name == "config.json" or "chat_template" in file.relative_to(folder).parts[0] for file in files):
         remedy = "set model.tokenizer to a folder with tokenizer.json"
         raise DataError(Problem("the folder has no tokenizer", "model.tokenizer", str(folder), remedy))

@@ -1,4 +1,4 @@
-"""The arrays of one split of a data cache: written in parts, memory-mapped, verified block by block when they are used.
+"""The arrays of one split of a data cache: written in parts, memory-mapped, and verified block by block on use.
 
 No torch, no transformers: the submit side imports this module.
 """
@@ -18,7 +18,7 @@ from launcher.data.cache.block_digests import CheckedArray, DigestingWriter
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 
-# As large as the data; the index arrays are small in comparison and read at once.
+# These are as large as the data; the index arrays are small in comparison and read at once.
 _LARGE_ARRAYS = ("tokens", "trained")
 _INDEX_ARRAYS = ("rows", "docs", "row_labels", "doc_source", "row_sources")
 
@@ -39,7 +39,8 @@ class Split:
     def open(cls, facts: DataFacts, held_out: bool = False) -> Split:
         """Map the training or the held-out split of the finished cache that `facts` describe.
 
-        Each block of `tokens` and `trained` is verified before its first use; their first blocks and all other arrays here.
+        Each block of `tokens` and `trained` is verified before its first use. Their first blocks and all other arrays are
+        verified here.
 
         Raises:
             DataError: if the cache cannot be read, is not the one that `facts` describe, or is damaged.
@@ -53,18 +54,18 @@ class Split:
             files = block_digests.open_files(folder, cache, [f"{name}.npy" for name in names], digest)
             for name, file in zip(names, files, strict=True):
                 is_large = name in _LARGE_ARRAYS
-                # The first block has the header, which numpy reads to map the file.
+                # The first block contains the header, which numpy reads to map the file.
                 file.verify(0, 1 if is_large else None)
                 values = np.load(file.path, mmap_mode="r")
                 arrays[name] = CheckedArray(values, file) if is_large else values
-        # Other storage errors may be temporary, and the ranks are restarted for them.
+        # Other storage errors may be temporary, so the ranks are restarted for them.
         except (FileNotFoundError, ValueError) as error:
             remedy = "`python -m launcher data ...` with the same settings builds it again"
             raise DataError(Problem(f"the data cache cannot be read: {error}", str(folder), remedy=remedy)) from error
         return cls(**arrays)
 
     def verify(self) -> None:
-        """Verify all blocks that are not verified yet. Raises: DataError if a block is damaged."""
+        """Verify all blocks that are not verified yet. Raises DataError if a block is damaged."""
         for array in (self.tokens, self.trained):
             if isinstance(array, CheckedArray):
                 array.verify()
@@ -105,7 +106,7 @@ class Split:
 def write_split(folder: Path, tokens: Iterable[np.ndarray], trained: Iterable[np.ndarray], **others: np.ndarray) -> str:
     """Write the arrays of a split and their digests into `folder`; return the hex digest of the digests.
 
-    `tokens` and `trained` are iterables of parts, since a whole split may not fit in memory.
+    `tokens` and `trained` are iterables of parts, because a whole split may not fit in memory.
     """
     folder.mkdir(mode=0o700, exist_ok=True)
     num_tokens = int(others["rows"][-1])

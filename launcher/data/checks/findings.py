@@ -1,7 +1,7 @@
 """Findings of the data checks: counts, examples, and whether the settings accept them.
 
-The cache has the findings in `findings.json`; the settings of the run decide whether a finding refuses it. No torch, no
-transformers: the submit side reads the findings before anything is started.
+`findings.json` in the cache holds the findings; the settings of the run decide whether a finding refuses it. No torch, no
+transformers: the submit side reads the findings before anything starts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _REPEATED = "The model sees them more often than other documents"
 _KEEP_FIRST = "set the check to drop: it keeps one copy, in the source of which the mixture takes the largest share"
 _MEMORIZED = "A model can repeat what it was trained on"
 
-# Each check by its name in data.checks.
+# Each check, by its name in data.checks.
 CHECKS = {
     "bad_rows": CheckText(
         "rows that cannot be used, and are left out",
@@ -157,14 +157,14 @@ CHECKS = {
 
 # The value that accepts a fatal finding, if it is not keep.
 _ACCEPTED_BY = {"unsure_border": "drop"}
-# Accepted, these documents are not trained.
+# If these are accepted, their documents are not trained.
 _NOT_TRAINED = ("bad_rows", "unsure_border", "no_trained_token", "dropped")
 
-# Documents in both splits, of which drop removes the training documents.
+# Documents in both splits; drop removes the training documents.
 LEAKS = ("held_out_in_train", "near_held_out_in_train", "held_out_prompt_in_train")
 # Checks that look at the held-out documents.
 OF_HELD_OUT = (*LEAKS, "similar_prompt_in_train")
-# Checks that accept a share of the documents, by the setting of that share.
+# Checks that accept a share of the documents, by the setting for that share.
 LIMITS = {
     **dict.fromkeys(OF_HELD_OUT, "max_held_out_in_train"),
     "truncated": "max_truncated",
@@ -177,7 +177,7 @@ MAX_SHARE_WITHOUT_TURN_END = 0.5
 
 @dataclass(frozen=True)
 class Example:
-    """A place (file:line) and what the check found there, with secrets redacted."""
+    """A place (file:line) and the text that the check found there, with secrets redacted."""
 
     where: str
     detail: str
@@ -185,9 +185,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Finding:
-    """`count` of `total` documents that a check found; `sources` counts them by the name of the source.
+    """`count` of `total` documents that a check found; `sources` counts them by source name.
 
-    `highest_share` is the largest share of any one source, of the documents that the check looks at.
+    `highest_share` is the largest share in any one source, among the documents that the check looks at.
     """
 
     name: str
@@ -256,7 +256,7 @@ def read(folder: str | Path) -> Findings:
 
 
 def judge(findings: Findings, checks: ChecksSection) -> tuple[JudgedFinding, ...]:
-    """Judge each finding by the settings `checks`; those that refuse the run come first."""
+    """Judge each finding by the settings `checks`; findings that refuse the run come first."""
     judged = [
         JudgedFinding(
             finding, action := getattr(checks, finding.name), _is_fatal(finding, action, checks), _limit(finding, checks)
@@ -268,7 +268,7 @@ def judge(findings: Findings, checks: ChecksSection) -> tuple[JudgedFinding, ...
 
 def _is_fatal(finding: Finding, action: str, checks: ChecksSection) -> bool:
     if finding.name == "no_trained_token" and action == "drop":
-        # Nothing of a source would be left.
+        # Nothing would be left of a source.
         return finding.highest_share == 1
     if finding.name == "bad_rows":
         return finding.share > checks.max_bad_rows
@@ -288,7 +288,7 @@ def problems(findings: Findings, checks: ChecksSection) -> list[Problem]:
 
 
 def refuse(findings: Findings, checks: ChecksSection) -> None:
-    """Refuse a run whose data has findings that the settings do not accept. Raises: DataError with `problems`."""
+    """Refuse a run whose data has findings that the settings do not accept. Raises DataError with `problems`."""
     if refused := problems(findings, checks):
         raise DataError(refused)
 
@@ -299,7 +299,7 @@ def share_text(share: float) -> str:
 
 
 def _accepted_by(finding: Finding) -> str:
-    """Return the setting with which a fatal finding does not refuse the run."""
+    """Return the setting with which a fatal finding no longer refuses the run."""
     if finding.name == "bad_rows":
         return f"data.checks.max_bad_rows={math.ceil(100 * finding.share) / 100:g}"
     return f"{finding.setting}={_ACCEPTED_BY.get(finding.name, 'keep')}"
@@ -308,7 +308,7 @@ def _accepted_by(finding: Finding) -> str:
 def _problem(finding: Finding) -> Problem:
     text = CHECKS[finding.name]
     trained = "on the others" if finding.name in _NOT_TRAINED else "on them anyway"
-    # A small share of all documents may be all of one source.
+    # A small share of all documents may be all documents of one source.
     highest = f", {share_text(finding.highest_share)} of one source" if finding.highest_share > finding.share else ""
     return Problem(
         f"{finding.count:,} of {finding.total:,} ({share_text(finding.share)}{highest}): {text.title}. {text.meaning}",

@@ -1,4 +1,4 @@
-"""Check each document by itself, in the processes that encode it: structure, text, hashes for the comparison with others."""
+"""Checks each document separately, in the processes that encode it: structure, text, hashes for comparison with others."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ REPETITIVE_RATIO = 5.0
 _MIN_REPETITIVE_BYTES = 400
 # The first two bytes of a multi-byte UTF-8 character, decoded as Latin-1 or Windows-1252.
 _MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]")
-# Characters on either side of the border between two parts: the length of long keys and addresses.
+# Number of characters on either side of the border between two parts: the length of long keys and addresses.
 _AROUND_BORDER = 256
 _DIGITS = b"0123456789"
-# Of a shorter prompt without its numbers, such as 3+4=, too little is left to compare.
+# If less is left of a prompt without its numbers, such as 3+4=, it is too short to compare.
 _MIN_FORM_BYTES = 24
 _MAY_FOLLOW = {
     "system": ("start",),
@@ -40,7 +40,7 @@ _MAY_FOLLOW = {
 
 @dataclass(frozen=True)
 class CheckHit:
-    """A check that a document failed. `detail` has no secret; `others` are the indices of the documents that it is similar to."""
+    """A check that a document failed. `detail` contains no secret; `others` are the indices of similar documents."""
 
     finding: str
     detail: str
@@ -51,9 +51,9 @@ class CheckHit:
 class Inspection:
     """The result for one document: 64-bit hashes, a MinHash signature uint16 [128] for long enough texts, the failed checks.
 
-    `content` is the hash of the comparable text, `task` that of the text with its roles, weights and tools, `prompt` that of
-    what precedes the first answer, `prompt_form` that of the prompt without its numbers; 0 where there is no such text. `split`
-    decides whether the document is held out, `split_alone` does so where its prompt does not decide.
+    `content` is the hash of the comparable text, `task` of the text with its roles, weights and tools, `prompt` of everything
+    before the first answer, `prompt_form` of the prompt without its numbers; 0 if there is no such text. `split` decides whether
+    the document is held out; `split_alone` decides if its prompt does not.
     """
 
     content: int
@@ -69,7 +69,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class _TextPart:
-    """A part of a document's text. `where` names it within the document; `answer` is the text of it that is trained, if any."""
+    """A part of a document's text. `where` names it within the document; `answer` is its trained text, if any."""
 
     where: str
     text: str
@@ -84,7 +84,7 @@ def inspect(
     data: DataSection,
     split_tokens: Sequence[str] = (),
 ) -> list[Inspection]:
-    """Check documents, their texts, and their tokens before truncation.
+    """Check documents: their structure, their texts, and their tokens before truncation.
 
     `special_texts` are the tokenizer's special tokens, `split_tokens` control tokens in the template that it splits.
     """
@@ -112,7 +112,7 @@ def inspect(
 
 @dataclass(frozen=True, slots=True)
 class _Identity:
-    """What a document is compared by: the hashes of `Inspection`, in its order, and the text of the signature.
+    """The basis for comparing a document: the hashes of `Inspection`, in its order, and the text of the signature.
 
     `full_text` is the normalized text of all parts.
     """
@@ -133,7 +133,7 @@ def _identify(document: Document, parts: Sequence[_TextPart], split_by: str) -> 
     ]
     texts = [text for text in (system, question, rest) if text]
     comparable = [minhash.make_comparable(text) for text in (system, question, rest)]
-    # Other tools make another task of the same text, see _setup; and a shared system text does not make chats similar.
+    # With other tools, the same text is another task, see _setup; and a shared system text does not make chats similar.
     content = _join(comparable)
     prompt = _join(comparable[:2]) if question else b""
     form = prompt.translate(None, _DIGITS)
@@ -156,7 +156,7 @@ def _join(texts: Sequence[bytes]) -> bytes:
 
 
 def _num_prompt_parts(document: Document) -> int:
-    """Return how many parts of a document, without its tools, precede the first answer."""
+    """Return how many parts of a document, excluding its tools, precede the first answer."""
     match document:
         case Chat(messages=messages):
             return next((i for i, message in enumerate(messages) if message.role == "assistant"), len(messages))
@@ -167,7 +167,7 @@ def _num_prompt_parts(document: Document) -> int:
 
 
 def _setup(document: Document) -> bytes:
-    """Return what makes another task of the same text: roles, weights, tools."""
+    """Return what makes the same text another task: roles, weights, tools."""
     if not isinstance(document, Chat):
         return b""
     turns = ",".join([f"{message.role}{message.weight}" for message in document.messages])
@@ -196,9 +196,9 @@ def _parts(document: Document, rendered: RenderedDocument, train_on: TrainOn) ->
 
 
 def _as_trained(document: Document, parts: list[_TextPart], system: str | None) -> list[_TextPart]:
-    """Return the parts with data.system in place of the row's own system text, and with the names of the speakers.
+    """Return the parts with data.system instead of the row's own system text, and with the names of the speakers.
 
-    Neither changes the identity of a document: the split and the duplicates depend on the row's own text.
+    Neither changes the identity of a document, because the split and the duplicates depend on the row's own text.
     """
     if not isinstance(document, Chat):
         return parts
@@ -256,7 +256,7 @@ def _repetition(text: str) -> float:
 
 
 def role_fault(messages: Sequence[Message]) -> str | None:
-    """Return where a conversation first deviates from: system, then user and assistant in turns, the assistant last."""
+    """Return where a conversation first deviates from the order: system, then user and assistant in turns, the assistant last."""
     previous = "start"
     for i, message in enumerate(messages):
         role = message.role
@@ -272,7 +272,7 @@ def role_fault(messages: Sequence[Message]) -> str | None:
 def _check_texts(
     parts: Sequence[_TextPart], full_text: str, candidates: Sequence[patterns.TextPattern], special_texts: Sequence[str]
 ) -> Iterator[CheckHit]:
-    """Check the text itself; a hit names the first match of a check and the number of others."""
+    """Check the text itself; a hit names the first match of a check and the number of other matches."""
     details: dict[str, list[str]] = defaultdict(list)
     special = patterns.may_hold_special_tokens(full_text, special_texts)
     if not candidates and not special and full_text.isascii():
@@ -292,14 +292,14 @@ def _check_texts(
 def _check_borders(
     document: Document, parts: Sequence[_TextPart], candidates: Sequence[patterns.TextPattern]
 ) -> Iterator[CheckHit]:
-    """Check for secrets and addresses that begin in one part and end in the next: a question may name what the answer tells.
+    """Check for secrets and addresses that begin in one part and end in the next: a question may name what the answer contains.
 
     `candidates` are the patterns that may match the text of a conversation; its template writes more between the parts.
     """
     if isinstance(document, Chat) and not candidates:
         return
     for part, following in itertools.pairwise(parts):
-        # No key and no address goes on after a question.
+        # No key or address continues after a question.
         if part.where == "tools" or part.text.endswith("?"):
             continue
         before, after = part.text[-_AROUND_BORDER:], following.text[:_AROUND_BORDER]

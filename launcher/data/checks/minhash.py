@@ -1,4 +1,4 @@
-"""Find equal and nearly equal documents by hashes and MinHash signatures (Broder 1997).
+"""Finds equal and nearly equal documents by hashes and MinHash signatures (Broder 1997).
 
 A signature represents the set of all windows of WINDOW_BYTES bytes of a text, about three words, so it also works for languages
 without spaces. Two documents with one equal band of their signatures are candidates (locality-sensitive hashing); the share of
@@ -17,21 +17,21 @@ import xxhash
 
 NUM_SLOTS = 128
 WINDOW_BYTES = 16
-# Shorter texts that differ in one word are not similar; equal ones are found by their hash.
+# Shorter texts that differ in one word do not count as similar; equal texts are found by their hash.
 MIN_WINDOWS = 64
 # A pair at the threshold becomes a candidate with this probability.
 RECALL = 0.99
-# Documents with an equal band are each compared with this many that follow; larger groups are chained.
+# Each document is compared with this many of the next documents that share a band; larger groups are chained.
 REACH = 8
 # Between two sets, a document is compared with this many candidates at a time, until a similar one is found.
 REACH_ACROSS = 512
-# Rows of one template have many candidates that are not similar: the number of pairs that a build has time for.
+# Maximum number of pairs that a build has time for: rows of one template have many candidates that are not similar.
 MAX_PAIRS_ACROSS = 1 << 28
 
 _PUNCTUATION = b".,;:!?'\"`\t\n\r"
 _WITHOUT_PUNCTUATION = bytes.maketrans(_PUNCTUATION, b" " * len(_PUNCTUATION))
 _SIGN = re.compile(rb"([-+*/=<>])")
-# Characters without a width: soft hyphen, joiners, marks of direction, variation selectors, byte order mark, tags.
+# Zero-width characters: soft hyphen, joiners, direction marks, variation selectors, byte order mark, tags.
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e01ef]"
 )
@@ -52,9 +52,9 @@ def normalize(text: str) -> str:
 
 
 def make_comparable(text: str) -> bytes:
-    """Return a normalized text in UTF-8 as it is compared: compatibility forms (NFKC), no invisible characters, no punctuation.
+    """Return a text in UTF-8, normalized for comparison: compatibility forms (NFKC), no invisible characters, no punctuation.
 
-    Punctuation becomes a space, so that 1.5 does not become 15; arithmetic signs and brackets stay, without spaces around the
+    Punctuation becomes a space, so that 1.5 does not become 15. Arithmetic signs and brackets stay, without spaces around the
     signs.
     """
     if not text:
@@ -74,12 +74,12 @@ def hash_content(data: bytes) -> int:
 
 
 def compute_signatures(texts: Sequence[bytes]) -> list[np.ndarray | None]:
-    """Return the signature uint16 [NUM_SLOTS] of each normalized text in UTF-8; None for one with too few windows."""
+    """Return the signature uint16 [NUM_SLOTS] of each normalized text in UTF-8; None for a text with too few windows."""
     rows: list[np.ndarray | None] = [None] * len(texts)
     long_enough = [i for i, text in enumerate(texts) if len(text) - WINDOW_BYTES + 1 >= MIN_WINDOWS]
     if not long_enough:
         return rows
-    # All texts at once: one by one, the overhead of the numpy calls would dominate.
+    # Process all texts at once; one by one, the overhead of the numpy calls would dominate.
     data = b"".join([texts[i] for i in long_enough])
     ends = np.cumsum([len(texts[i]) for i in long_enough])
     num_windows = len(data) - WINDOW_BYTES + 1
@@ -90,12 +90,12 @@ def compute_signatures(texts: Sequence[bytes]) -> list[np.ndarray | None]:
     windows += tail
     windows *= _MIX[1]
     windows ^= windows >> np.uint64(29)
-    # Windows that reach into the next text belong to neither.
+    # Windows that reach into the next text belong to neither text.
     within = np.ones(num_windows, dtype=bool)
     within[(ends[:-1, None] - np.arange(1, WINDOW_BYTES)).ravel()] = False
     offsets = [0, *(ends - np.arange(1, len(ends) + 1) * (WINDOW_BYTES - 1)).tolist()]
     slots = rensa.RMinHash.digest_matrix_from_flat_token_hashes(windows[within], offsets, NUM_SLOTS, _SEED)
-    # The lower half of a slot distinguishes values as well, in half the memory.
+    # The lower half of a slot distinguishes values just as well, in half the memory.
     for i, row in zip(long_enough, np.asarray(slots.to_rows(), dtype=np.uint32).astype(np.uint16), strict=True):
         rows[i] = row
     return rows
@@ -127,8 +127,8 @@ def find_near_pairs_between(
 ) -> np.ndarray:
     """Call `on_pairs` with pairs (a, b, similarity) as in `find_near_pairs`, of a row of `left` and a row of `right`.
 
-    A row of `left` is compared with `reach` candidates of a band, then with more until a similar one is found; of very many
-    similar rows about the first `reach` are reported. Returns the rows of `left` that were not compared with all candidates:
+    A row of `left` is compared with `reach` candidates of a band, then with more until a similar one is found. If very many rows
+    are similar, about the first `reach` are reported. Returns the rows of `left` that were not compared with all candidates:
     none, unless there were more than MAX_PAIRS_ACROSS pairs.
     """
     num_similar = np.zeros(len(left), dtype=np.int64)
@@ -180,5 +180,5 @@ def _select_similar(
 
 
 def _rows_per_band(threshold: float) -> int:
-    """Return the largest number of slots in a band with which a pair at the threshold is a candidate with RECALL."""
+    """Return the largest number of slots per band for which a pair at the threshold is a candidate with probability RECALL."""
     return next(r for r in range(16, 0, -1) if 1 - (1 - threshold**r) ** (NUM_SLOTS // r) >= RECALL or r == 1)

@@ -1,4 +1,4 @@
-"""Compare documents with each other: duplicates in the training split, and held-out documents that leak into it."""
+"""Compares documents with each other: duplicates in the training split, and held-out documents that leak into it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def find_duplicates(
     training: np.ndarray,
     checks: ChecksSection,
 ) -> list[tuple[int, CheckHit]]:
-    """Find duplicates among the documents `training`, as (document, hit); the first of several copies is not one.
+    """Find duplicates among the documents `training`, as (document, hit); the first of several copies does not count.
 
-    `contents` and `tasks` are uint64 [documents], `training` indices. The hits of one check are in the order of `training`.
+    `contents` and `tasks` are uint64 [documents], `training` indices. The hits of each check are in the order of `training`.
     """
     _, first, group = np.unique(tasks[training], return_index=True, return_inverse=True)
     originals = training[first][group]
@@ -49,7 +49,7 @@ def find_duplicates(
 def find_leaks(contents: np.ndarray, training: np.ndarray, held_out: np.ndarray) -> list[tuple[int, CheckHit]]:
     """Find the documents `held_out` that are also among the documents `training`, as (document, hit).
 
-    `others` of a hit are all copies in `training`; `contents` is uint64 [documents], the others are indices.
+    `others` of a hit are all copies in `training`; `contents` is uint64 [documents], the other arguments are indices.
     """
     copies = _Copies(contents, training)
     groups = copies.find_groups(contents[held_out])
@@ -63,10 +63,10 @@ def find_leaks(contents: np.ndarray, training: np.ndarray, held_out: np.ndarray)
 def find_prompt_leaks(
     contents: np.ndarray, prompts: np.ndarray, forms: np.ndarray, training: np.ndarray, held_out: np.ndarray
 ) -> list[tuple[int, CheckHit]]:
-    """Find the documents `held_out` whose prompt documents `training` have with another answer, as (document, hit).
+    """Find the documents `held_out` whose prompt occurs in documents `training` with another answer, as (document, hit).
 
-    Where no such document has the prompt itself, one may have it with other numbers: see `forms`. Of the hashes `prompts` and
-    `forms`, uint64 [documents], 0 stands for none. `others` of a hit are all training documents with the prompt.
+    If no such document has the same prompt, one may have it with other numbers: see `forms`. In the hashes `prompts` and `forms`,
+    uint64 [documents], 0 means none. `others` of a hit are all training documents with the prompt.
     """
     held_out = held_out[_Copies(contents, training).find_groups(contents[held_out]) < 0]
     hits = []
@@ -89,9 +89,9 @@ def find_near_leaks(
     held_out: np.ndarray,
     checks: ChecksSection,
 ) -> list[tuple[int, CheckHit]]:
-    """As `find_leaks`, for nearly identical documents; also report the documents that were not compared with all.
+    """Like `find_leaks`, for nearly identical documents; also report the documents that were not compared with all others.
 
-    If near leaks are dropped, `others` of the hits cover every training document that is similar; otherwise only the first ones.
+    If near leaks are dropped, `others` of the hits contain all similar training documents; otherwise only the first ones.
     """
     copies = _Copies(contents, training)
     train_signed, held_out_signed = _signed(signatures, copies.firsts), _signed(signatures, held_out)
@@ -136,7 +136,7 @@ def _describe(similarity: float) -> str:
 def _find_similar(
     train_slots: np.ndarray, held_out_slots: np.ndarray, training: np.ndarray, held_out: np.ndarray, checks: ChecksSection
 ) -> tuple[dict[int, dict[int, float]], np.ndarray]:
-    """Return the similar training documents of each held-out document, and the documents that were not compared with all.
+    """Return the similar training documents of each held-out document, and the documents that were not compared with all others.
 
     `train_slots` and `held_out_slots` are the signatures of the documents `training` and `held_out`.
     """
@@ -151,7 +151,7 @@ def _find_similar(
     threshold = checks.near_duplicate_threshold
     missed = held_out[minhash.find_near_pairs_between(held_out_slots, train_slots, threshold, minhash.REACH_ACROSS, add_pairs)]
     if checks.near_held_out_in_train == "drop":
-        # A held-out document is only compared until a similar one is found, so compare the rest from the other side.
+        # A held-out document is compared only until a similar one is found, so compare the rest from the other side.
         rest = np.flatnonzero(~is_similar)
         not_compared = minhash.find_near_pairs_between(
             train_slots[rest],

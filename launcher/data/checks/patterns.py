@@ -16,8 +16,8 @@ from launcher.security.credentials import FORMS
 class TextPattern:
     """A pattern for one `kind` of text, used by the check `finding`. Every text with a match contains one of `literals`.
 
-    Literals are in lower case, with 0 for every digit. Most texts contain none, and searching for them takes a tenth of the time
-    of the pattern. Each is a pair (gate, literal): a text with the literal also contains the gate, a rare and short text or b"".
+    Literals are in lower case, with 0 for every digit. Most texts contain none, and searching for literals takes a tenth of the
+    time of the pattern. Each is a pair (gate, literal): a text with the literal also contains the gate, a rare short text or b"".
     """
 
     finding: str
@@ -27,7 +27,7 @@ class TextPattern:
 
     @functools.cached_property
     def regex(self) -> re.Pattern[str]:
-        """The compiled expression: compiling all of them takes longer than a short command may."""
+        """The compiled expression. Compiled on demand, because compiling all of them takes longer than a short command may."""
         return re.compile(self.expression)
 
 
@@ -46,16 +46,16 @@ _CALLED = (
     r"(?=[\d ()/.-]{0,16}\d{3})"
     r"(?=\(?\d(?:[ ()/.-]{0,3}\d){6})\(?\d{2,5}\)?[ /.-]{0,3}\d{2,8}(?:[ -]\d{2,5}){0,3}(?![\w/-]|[.,]\d)"
 )
-# Every number has three digits in a row, and few texts do.
+# Every number contains three consecutive digits, which few texts do.
 _CALLED_LITERALS = (b"tel.", b"tel:", b"tel 0", b"tel (", b"phone", b"telefon", b"mobil", b"fax")
 _QUOTED = (
     r"(?:[Aa](?i:pi_?key|ccess_?token|uth_?token)|[Ss](?i:ecret(?:_?key)?)|[Pp](?i:assword|asswd))(?i:"
     r"[\"']?\s*[:=]\s*[\"'])[^\s\"'<>{}$]{12,128}(?=[\"'])"
 )
-# What follows a name in code. A template may write the end of a turn there: <|im_end|>, </s>, [/INST].
+# Characters after a name in code. A template may write the end of a turn there: <|im_end|>, </s>, [/INST].
 _CODE = r"[({$]|\[(?!/?[A-Z]+\])"
-# Unquoted, as in a shell, an .env file or a sentence, or short: a value that mixes letters and digits. Code and prose have names
-# there that may end in a number, module attributes, calls or algorithms.
+# Values without quotation marks, as in a shell, an .env file or a sentence, or short values: they mix letters and digits. In code
+# and prose, names in this position may end in a number: module attributes, calls or algorithms.
 _BARE = (
     r"(?:(?:[Aa](?i:pi|ccess|ccount|uth)|[Ss](?i:ecret)|[Pp](?i:rivate))[_ -]?(?i:key)|[Ss](?i:ecret)|[Pp](?i:assword|asswd)"
     r"|(?:[Aa](?i:ccess|uth|pi)|[Rr](?i:efresh)|[Ss](?i:ession))[_-]?(?i:token))(?i:"
@@ -75,7 +75,7 @@ _BEARER = (
     r"[Aa](?i:uthorization[\"']?\s{0,2}[:=]\s{0,2}[\"']?(?:bearer|basic|token))[ \t]+"
     rf"(?=[^\s\"']{{0,127}}?\d)[A-Za-z0-9._~+/-]{{16,2000}}+=*(?!{_CODE})"
 )
-# The first that a literal contains is its gate: rare words, and rare characters, which are searched much faster than words.
+# A literal's gate is the first of these that it contains: rare words, and rare characters, which are searched much faster.
 _GATES = (b"000", b"key", b"token", b"_", b"@", b"+", b"z", b"j", b"x", b"w", b":", b"k")
 
 
@@ -104,8 +104,8 @@ _FOREIGN_LITERALS = (
     *("<|", "<｜", "<bos>", "<eos>", "<pad>", "<unk>", "<<sys>>", "<</sys>>", "inst]"),
     *("<start_of_turn>", "<end_of_turn>", "</start_of_turn>", "</end_of_turn>"),
 )
-# What templates write between two turns: control tokens and the role. White space is searched from its beginning alone: the time
-# would grow with the square of its length.
+# Text that templates write between two turns: control tokens and the role. White space is searched only from its beginning,
+# because the time would otherwise grow with the square of its length.
 _BORDER = re.compile(
     r"(?<!\s)\s*(?:(?:<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?(?:start|end)_of_turn>|\[/?INST\]|</?s>)"
     r"\s*(?:(?:system|user|assistant|tool|model)\b\s*)?)+"
@@ -117,7 +117,7 @@ _ALL_DIGITS_0 = bytes.maketrans(b"123456789", b"0" * 9)
 
 
 def find_candidates(lower: bytes) -> tuple[TextPattern, ...]:
-    """Return the patterns that may match a text, given in lower case and UTF-8."""
+    """Return the patterns that may match a text, which is given in lower case and UTF-8."""
     data = lower.translate(_ALL_DIGITS_0)
     patterns = [pattern for gate, pairs in _LITERALS.items() if gate in data for literal, pattern in pairs if literal in data]
     return tuple(dict.fromkeys(patterns)) if patterns else ()
@@ -131,14 +131,14 @@ def find_matches(text: str, patterns: Iterable[TextPattern]) -> Iterator[tuple[T
 
 
 def mask(pattern: TextPattern, match: re.Match[str]) -> str:
-    """Return what may be shown of a match: its kind, first character and length."""
+    """Return the displayable part of a match: its kind, first character and length."""
     return f"[{pattern.kind}: {match.group()[:1]}…, {len(match.group())} characters]"
 
 
 def redact(parts: Sequence[str]) -> list[str]:
     """Return the parts of a text with every likely key, password, e-mail address and telephone number replaced.
 
-    The whole text is searched, also without the borders of turns that a chat template writes. A match that spans several parts is
+    The whole text is also searched without the turn borders that a chat template writes. A match that spans several parts is
     shown in the part where it begins.
     """
     full_text = "".join(parts)
@@ -162,7 +162,7 @@ def _find_across_borders(text: str, candidates: Sequence[TextPattern]) -> Iterat
     borders = [border.span() for border in _BORDER.finditer(text)]
     turns = list(zip((0, *(end for _, end in borders)), (*(start for start, _ in borders), len(text)), strict=True))
     for space in ("", " ") if borders else ():
-        # Where each turn begins in the joined text.
+        # The start of each turn in the joined text.
         starts = list(itertools.accumulate((len(space) + end - start for start, end in turns[:-1]), initial=0))
         for pattern, match in find_matches(space.join([text[start:end] for start, end in turns]), candidates):
             first, last = (bisect.bisect_right(starts, at) - 1 for at in (match.start(), match.end() - 1))

@@ -1,4 +1,4 @@
-"""Conclude from the hits of all documents: which documents are dropped, and the findings."""
+"""Summarizes the hits of all documents: which documents are dropped, and the findings."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _USUAL_TEXT = "continued pre-training usually takes millions of tokens or more"
 
 @dataclass(frozen=True)
 class CheckedDocuments:
-    """All documents in the order in which they were read, one entry each; `source` indexes `names`.
+    """All documents in reading order, one entry each; `source` indexes `names`.
 
-    `trained`: a piece in a row has a trained token. `used`: a training row has the document.
+    `trained`: a piece in a row has a trained token. `used`: a training row holds the document.
     """
 
     wheres: Sequence[str]
@@ -41,7 +41,7 @@ def select_dropped(hits: Iterable[tuple[int, CheckHit]], num_docs: int, checks: 
     is_dropped = np.zeros(num_docs, dtype=bool)
     for name, of_name in by_name.items():
         if getattr(checks, name) == "drop" and name != "near_duplicate":
-            # The held-out document is kept, and the training documents like it are dropped.
+            # Keep the held-out document, and drop the training documents like it.
             is_dropped[[i for one in of_name.values() for i in one.others] if name in LEAKS else list(of_name)] = True
     if checks.near_duplicate == "drop":
         is_dropped[_select_near_duplicates(by_name["near_duplicate"], is_dropped)] = True
@@ -49,7 +49,7 @@ def select_dropped(hits: Iterable[tuple[int, CheckHit]], num_docs: int, checks: 
 
 
 def _select_near_duplicates(hits: dict[int, CheckHit], is_dropped: np.ndarray) -> list[int]:
-    """Return the near duplicates to drop; if a document is dropped for another reason, the first one like it is kept."""
+    """Return the near duplicates to drop; if a document is dropped for another reason, keep the first one like it."""
     kept_documents: set[int] = set()
     duplicates = []
     for document, hit in hits.items():
@@ -64,10 +64,10 @@ def _select_near_duplicates(hits: dict[int, CheckHit], is_dropped: np.ndarray) -
 def find_losses(
     hits: Iterable[tuple[int, CheckHit]], num_pieces: np.ndarray, lost: np.ndarray, num_tokens: np.ndarray, checks: ChecksSection
 ) -> list[tuple[int, CheckHit]]:
-    """Find documents that are cut off, and those that are left out, as (document, hit); `hits` are those of the other checks.
+    """Find documents that are truncated or left out, as (document, hit); `hits` are those of the other checks.
 
     The arrays are int64 [documents]: the pieces of a document, its tokens that are in no piece, and all of its tokens. Documents
-    that are left out because others are like them are no loss.
+    that are left out because they resemble others do not count as losses.
     """
     reasons: dict[int, str] = {}
     for document, hit in hits:
@@ -97,10 +97,10 @@ def collect_findings(hits: Iterable[tuple[int, CheckHit]], corpus: CheckedDocume
 def make_bad_rows(
     examples: Sequence[tuple[str, str]], num_bad: np.ndarray, num_docs: np.ndarray, names: Sequence[str]
 ) -> Finding:
-    """Return the finding of rows that were left out because they cannot be used.
+    """Return the finding for rows that were left out because they cannot be used.
 
-    `examples` are places with what is wrong there; `num_bad` and `num_docs` count the rows of each of the sources `names` that
-    cannot be used, and the documents of the others.
+    `examples` are places with the problem there. For each of the sources `names`, `num_bad` counts its unusable rows, and
+    `num_docs` its usable documents.
     """
     totals = num_bad + num_docs
     by_source = {name: int(count) for name, count in zip(names, num_bad, strict=True) if count}
@@ -120,7 +120,7 @@ def _by_name(hits: Iterable[tuple[int, CheckHit]]) -> dict[str, dict[int, CheckH
 def _make_finding(
     name: str, documents: np.ndarray, of_source: np.ndarray, hits: dict[int, CheckHit], corpus: CheckedDocuments
 ) -> Finding:
-    """Make a finding of the hits; `of_source` is the source of each document that the check looks at."""
+    """Create a finding from the hits; `of_source` is the source of each document that the check looks at."""
     evenly = np.linspace(0, len(documents) - 1, NUM_EXAMPLES).round().astype(int)
     examples = []
     for i in documents[np.unique(evenly)].tolist():
@@ -141,7 +141,7 @@ def _by_source(documents: np.ndarray, corpus: CheckedDocuments) -> dict[str, int
 
 
 def _check_amount(corpus: CheckedDocuments, checks: ChecksSection) -> list[Finding]:
-    """Return the finding few_examples if there is little data to train on: examples are counted, plain text by its tokens."""
+    """Return the finding few_examples if there is little data to train on: plain text counts by tokens, all else by examples."""
     examples = np.flatnonzero(corpus.used & ~corpus.is_text)
     documents = examples if len(examples) else np.flatnonzero(corpus.used)
     num_tokens = int(corpus.num_tokens[documents].sum())

@@ -1,6 +1,6 @@
-"""Read documents from the data sources; no torch, no transformers.
+"""Reads documents from the data sources; no torch, no transformers.
 
-A row that cannot be used is an error that names its place; no row is skipped silently.
+An unusable row is an error that names its place; no row is skipped silently.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ _ANY_FORMAT = "text"
 def make_eval_source(data: DataSection) -> Source | None:
     """Return data.eval_path as a source; None if it is unset.
 
-    Subset, revision, format, completions, columns and ignored keys are those of a source with the same path; the last four are
-    also those of all sources, if they agree.
+    Subset, revision, format, completions, columns and ignored keys are taken from a source with the same path. The last four are
+    taken from all sources if they agree.
     """
     if data.eval_path is None:
         return None
@@ -86,19 +86,19 @@ def make_eval_source(data: DataSection) -> Source | None:
 
 
 def list_inputs(data: DataSection) -> list[Source]:
-    """Return the sources, and last the file of data.eval_path as a source, if it is set."""
+    """Return the sources, followed by the file of data.eval_path as a source, if it is set."""
     held_out = make_eval_source(data)
     return [*data.sources, *([held_out] if held_out is not None else [])]
 
 
 def find_shared_completions(data: DataSection) -> str:
-    """Return how all sources write prompts with completions; auto if they differ, so that each prompt decides for itself."""
+    """Return how all sources write prompts with completions; auto if they differ, so that each prompt decides."""
     completions = {source.completions for source in list_inputs(data) if source.is_read}
     return completions.pop() if len(completions) == 1 else "auto"
 
 
 def check_sources(data: DataSection) -> list[Problem]:
-    """Return the problems that show without reading files or the network: paths that are missing, empty, or not data."""
+    """Return the problems that are visible without reading files or the network: paths that are missing, empty, or not data."""
     sources = {f"data.sources[{i}].path": source for i, source in enumerate(data.sources)}
     if (held_out := make_eval_source(data)) is not None:
         sources["data.eval_path"] = held_out
@@ -113,7 +113,7 @@ def check_sources(data: DataSection) -> list[Problem]:
 
 
 def find_path_problem(key: str, source: RowSource) -> Problem | None:
-    """Return the problem of a source's path that shows without reading files or the network; `key` is its setting."""
+    """Return the problem of a source's path that is visible without reading files or the network; `key` is its setting."""
     value = source.path
     if value in BUILTINS:
         return None
@@ -126,12 +126,12 @@ def find_path_problem(key: str, source: RowSource) -> Problem | None:
 
 
 def compute_source_digest(source: Source) -> str:
-    """Return a text that changes with the source's bytes, not with its name or path. Raises: DataError."""
+    """Return a text that changes with the source's bytes, not with its name or path. Raises DataError."""
     return BUILTINS[source.path].digest() if source.path in BUILTINS else locate.digest(source)
 
 
 def describe_origin(source: Source) -> dict[str, Any]:
-    """Return where the source's rows come from, for the report. Raises: DataError."""
+    """Return the origin of the source's rows, for the report. Raises DataError."""
     if source.path in BUILTINS:
         origin = {"digest": xxhash.xxh3_128_hexdigest(compute_source_digest(source).encode()), "commit": None}
         return {**origin, "files": [], "num_files": 0, "left_out": [], "num_left_out": 0}
@@ -139,7 +139,7 @@ def describe_origin(source: Source) -> dict[str, Any]:
 
 
 def count_rows(source: Source) -> int:
-    """Return an upper bound of the number of documents in `source`, for progress; blank lines count."""
+    """Return an upper bound of the number of documents in `source`, for progress; blank lines are counted."""
     if source.path in BUILTINS:
         return BUILTINS[source.path].count()
     return sum(_count_rows(file.path, file.name) for file in locate.fetch_files(source))
@@ -149,8 +149,8 @@ def count_rows(source: Source) -> int:
 class DocumentBatch:
     """Consecutive documents of a source; picklable.
 
-    `rows` is a block that `documents` parses, or documents, each with True if the source itself holds it out. `path` is that of
-    the source, as the user wrote it.
+    `rows` is either a block that `documents` parses, or documents, each with True if the source itself holds it out. `path` is
+    the source's path as the user wrote it.
     """
 
     rows: Block | tuple[tuple[Document, bool], ...]
@@ -164,7 +164,7 @@ class DocumentBatch:
         return not isinstance(self.rows, Block)
 
     def split(self) -> Iterator[DocumentBatch]:
-        """Yield a batch for each row: those beside a row that cannot be used can be read. Raises: DataError as `documents`."""
+        """Yield a batch per row, so that rows next to an unusable row can be read. Raises DataError as `documents` does."""
         rows = split_block(self.rows) if isinstance(self.rows, Block) else ((row,) for row in self.rows)
         for row in rows:
             yield replace(self, rows=row)
@@ -173,7 +173,7 @@ class DocumentBatch:
         """Yield each document with True if the source itself holds it out; add counts of unread keys to `unread_keys`.
 
         Raises:
-            DataError: for a row that cannot be used, with its place.
+            DataError: if a row cannot be used, with its place.
         """
         if not isinstance(self.rows, Block):
             yield from self.rows
@@ -187,13 +187,13 @@ class DocumentBatch:
 
 
 def read_batches(source: Source, on_problem: Callable[[DataError], None] | None = None) -> Iterator[DocumentBatch]:
-    """Yield the source's documents in batches, unparsed if possible. The format `auto` is that of the first row.
+    """Yield the source's documents in batches, unparsed if possible. The format `auto` means the format of the first row.
 
-    With `on_problem`, it is called for a file that cannot be read, and the other files follow; the format is that of the first
-    row with the keys of one, and batches before the first row that can be parsed have rows that cannot.
+    `on_problem` is called for an unreadable file, and reading continues with the other files. The format is then that of the
+    first row with the keys of a known format; batches before the first row that can be parsed contain unusable rows.
 
     Raises:
-        DataError: for a file that cannot be read, with the place.
+        DataError: if a file cannot be read, with the place.
     """
     if source.path in BUILTINS:
         of_source = BUILTINS[source.path].read()
@@ -223,9 +223,10 @@ def read_batches(source: Source, on_problem: Callable[[DataError], None] | None 
 
 
 def _find_first_row(block: Block, source: Source, skip: bool) -> tuple[tuple[Row, str] | None, bool]:
-    """Return the first row of a block with its place, and True if rows cannot be parsed.
+    """Return the first row of a block with its place, and True if some rows cannot be parsed.
 
-    With `skip` these are passed over, and with the format `auto` rows with the keys of no format, unless all rows are such.
+    With `skip`, unparsable rows are skipped. With the format `auto`, so are rows with the keys of no format, unless all rows are
+    such.
     """
     if not skip:
         return next(parse_block(block), None), False
@@ -251,7 +252,7 @@ def _has_known_keys(row: Row, where: str, source: Source) -> bool:
 
 
 def find_row_problems(source: Source) -> RowProblems:
-    """Read all rows of a source, and return the problems of the files and rows that cannot be used."""
+    """Read all rows of a source, and return the problems of unusable files and rows."""
     problems = RowProblems()
     try:
         for batch in read_batches(source, problems.add_file):
@@ -267,10 +268,10 @@ def find_row_problems(source: Source) -> RowProblems:
 
 
 def parse_usable(batch: DocumentBatch, on_problem: Callable[[DataError], None]) -> Iterator[tuple[Document, bool]]:
-    """Yield the documents of a batch as `DocumentBatch.documents` does; call `on_problem` for each row that cannot be used.
+    """Yield the documents of a batch as `DocumentBatch.documents` does; call `on_problem` for each unusable row.
 
     Raises:
-        DataError: for a part of a file that cannot be read, of which no row is known.
+        DataError: if a part of a file cannot be read, so that its rows are unknown.
     """
     try:
         yield from list(batch.documents(Counter()))
@@ -283,7 +284,7 @@ def parse_usable(batch: DocumentBatch, on_problem: Callable[[DataError], None]) 
 
 
 def _detect_format(row: Row, where: str, source: Source) -> str:
-    """Detect the format of a row; first refuse a row for another kind of training, which says more than a missing key."""
+    """Detect the format of a row, but first refuse a row for another kind of training, which says more than a missing key."""
     with _naming_path(source.path):
         checked = RowKeys.of("", source.columns, source.ignored_keys).check(row, where, Counter())
         return detect_format(rename_columns(checked, source.columns, where), where)
@@ -291,11 +292,11 @@ def _detect_format(row: Row, where: str, source: Source) -> str:
 
 @contextmanager
 def _naming_path(path: str) -> Iterator[None]:
-    """Write the path of the source into remedies that show how to set data.sources."""
+    """Insert the path of the source into remedies that show how to set data.sources."""
     try:
         yield
     except DataError as error:
-        # Within the shell's quotation marks; Hydra takes a text with other characters in quotation marks of its own.
+        # Inside the shell's quotation marks, Hydra needs its own quotation marks around a text with other characters.
         value = path if re.fullmatch(r"[\w./:@-]+", path) else f'"{path}"' if path and not set(path) & set("'\"\\") else "PATH"
         remedies = [problem.remedy.replace(EXAMPLE_PATH, f"path: {value}") for problem in error.problems]
         problems = [replace(problem, remedy=remedy) for problem, remedy in zip(error.problems, remedies, strict=True)]
@@ -306,7 +307,7 @@ def read_documents(source: Source) -> Iterator[tuple[Document, bool]]:
     """Yield each document with True if the source itself holds it out.
 
     Raises:
-        DataError: for a file that cannot be read, or a row that cannot be used, with the place.
+        DataError: if a file cannot be read, or a row cannot be used, with the place.
     """
     for batch in read_batches(source):
         yield from batch.documents(Counter())
@@ -316,7 +317,7 @@ def read_usable_documents(source: Source, checks: ChecksSection) -> Iterator[tup
     """Yield documents as `read_documents` does, without the rows that the settings leave out.
 
     Raises:
-        DataError: for a file that cannot be read, or a row that cannot be used and is not left out.
+        DataError: if a file cannot be read, or a row cannot be used and is not left out.
     """
     for batch in read_batches(source, None if checks.bad_rows == "fail" else _raise):
         yield from parse_usable(batch, _raise if checks.bad_rows == "fail" else lambda error: None)

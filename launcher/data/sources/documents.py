@@ -12,8 +12,8 @@ ROLES = ("system", "user", "assistant", "tool")
 class Message:
     """One message; `role` is one of ROLES.
 
-    `tool_calls` of an assistant are {"type": "function", "function": {"name", "arguments"}}, with an "id" if the row has one and
-    the arguments as a mapping. `weight` 1 or 0: an assistant's message is trained or not; None: the settings decide.
+    `tool_calls` of an assistant are {"type": "function", "function": {"name", "arguments"}}, with an "id" if the row has one, and
+    the arguments as a mapping. `weight` is 1 or 0 if an assistant's message is trained or not; with None, the settings decide.
     """
 
     role: str
@@ -51,5 +51,5 @@ class PlainText:
     text: str
 
 
-# `where` is file:line, or file:row N in a file without lines of its own.
+# `where` is file:line, or file:row N in a file without lines.
 Document = Chat | Completion | PlainText

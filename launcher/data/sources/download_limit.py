@@ -1,4 +1,4 @@
-"""Ends a download that is longer than its storage has said, or that would fill the disk: a web server may send without end."""
+"""Ends downloads that exceed their announced size or would fill the disk: a web server may send without end."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fsspec.callbacks import Callback
 from launcher.data.sources.row_values import refuse
 from launcher.plan.quantities import format_size
 
-# What a file of unknown size leaves free for others, as a part of a small disk.
+# Space that a file of unknown size must leave free; on a small disk, a fraction of the disk.
 _KEPT_FREE_BYTES, _KEPT_FREE_PART = 1 << 30, 20
-# Between two looks at the disk.
+# Number of bytes between two checks of the disk.
 _LOOK_BYTES = 64 << 20
 
 
 class DownloadLimit(Callback):
-    """Counts the bytes of a download into `folder`, and raises DataError at the limit; `size` is None if it is unknown."""
+    """Counts the bytes of a download into `folder`, and raises DataError at the limit; `size` is None if unknown."""
 
     def __init__(self, name: str, size: int | None, folder: Path) -> None:
         super().__init__()

@@ -10,15 +10,15 @@ from launcher.data.sources import locate
 from launcher.data.sources.splits import HELD_OUT
 from launcher.errors import Problem
 
-# Settings in the remedies for a row that does not fit its format; see launcher.config.sections.data.COLUMNS_EXAMPLE.
+# Settings in the remedies for a row that does not match its format; see launcher.config.sections.data.COLUMNS_EXAMPLE.
 _TRAINING_EXAMPLE = "data.sources=[{name: train, "
 
 
 def make_set_data(eval_set: EvalSet, data: DataSection) -> DataSection:
-    """Return the settings of the cache of an evaluation set: its rows as `data` makes rows, without what selects documents.
+    """Return the settings for an evaluation set's cache: rows are built as for `data`, without settings that select documents.
 
-    Documents without a trained token are left out, and the set is refused where those are more than data.checks.max_dropped. Rows
-    that cannot be used are treated as those of `data`.
+    Documents without a trained token are left out; the set is refused if they exceed data.checks.max_dropped. Unusable rows are
+    treated as in `data`.
     """
     shared = {name: getattr(eval_set, name) for name in RowSource.model_fields}
     if eval_set.split is None and locate.has_splits(eval_set.path):
@@ -39,14 +39,14 @@ def make_set_data(eval_set: EvalSet, data: DataSection) -> DataSection:
 
 
 def name_set(problem: Problem, setting: str, eval_set: EvalSet) -> Problem:
-    """Return a problem of the set's data with `setting` and the name of the set, and with a remedy that changes the set."""
+    """Return a problem of the set's data with `setting`, the name of the set, and a remedy that changes the set."""
     where = f"{setting} ({eval_set.name})" + (f", {problem.where}" if problem.where else "")
     remedy = problem.remedy.replace(_TRAINING_EXAMPLE, f"eval.sets=[{{name: {eval_set.name}, ")
     return replace(problem, where=where, remedy=remedy)
 
 
 def nothing_to_score(setting: str, eval_set: EvalSet) -> Problem:
-    """Return the problem of a set without a document whose loss can be computed."""
+    """Return the problem of a set that has no document whose loss can be computed."""
     return Problem(
         "no document of the evaluation set has a trained token",
         where=f"{setting} ({eval_set.name})",

@@ -1,7 +1,7 @@
-"""Read rows from files: jsonl, json, csv, parquet and txt, plain or compressed with gzip or zstd.
+"""Reads rows from files: jsonl, json, csv, parquet and txt, plain or compressed with gzip or zstd.
 
-A file is cut into blocks of rows, unparsed if possible, so that worker processes can parse them. The first bytes of a file show
-its compression; its name shows its kind, or else its first bytes.
+A file is cut into blocks of rows, unparsed if possible, so that worker processes can parse them. A file's first bytes show its
+compression. Its name, or otherwise its first bytes, show its kind.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ _SAVE_AS_UTF8 = "save the file in UTF-8"
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file on this machine; `name` is how the user knows it."""
+    """A file on this machine; `name` is the name that the user knows."""
 
     path: Path
     name: str
 
 
 def detect_kind(name: str) -> str | None:
-    """Return one of the values of KINDS by the file's name, without its compression suffix; None for another suffix."""
+    """Return one of the values of KINDS, by the file's name without its compression suffix; None for any other suffix."""
     return KINDS.get(_decompressed_name(name.lower()).suffix)
 
 
 def strip_suffixes(name: str) -> str:
-    """Return the path of the file without the suffixes of its kind and compression."""
+    """Return the path of the file without the suffixes for its kind and compression."""
     return _decompressed_name(name).with_suffix("").as_posix()
 
 
@@ -62,8 +62,8 @@ def _decompressed_name(name: str) -> Path:
 class Block:
     """Up to BLOCK_ROWS consecutive rows of a file; picklable.
 
-    `data` is the lines of a jsonl or txt file, or a part of a parquet table as an Arrow stream; `first` is the number of the
-    first line or row. If the file must be parsed to find its rows, `data` is the rows with their places.
+    `data` contains the lines of a jsonl or txt file, or a part of a parquet table as an Arrow stream; `first` is the number of
+    the first line or row. If finding the rows requires parsing the file, `data` contains the rows with their places.
     """
 
     kind: str
@@ -73,10 +73,10 @@ class Block:
 
 
 def read_blocks(path: Path, name: str) -> Iterator[Block]:
-    """Yield the rows of a file, in order, in blocks of at most about a megabyte; `name` is the file as the user knows it.
+    """Yield the rows of a file, in order, in blocks of at most about a megabyte; `name` is the file's name for the user.
 
     Raises:
-        DataError: with the place, for a file that is unreadable, truncated or corrupt, or a table or array that cannot be parsed.
+        DataError: with the place, if a file is unreadable, truncated or corrupt, or a table or array cannot be parsed.
     """
     with _opened(path, name) as file:
         kind = _kind(file, name)
@@ -89,7 +89,7 @@ def read_blocks(path: Path, name: str) -> Iterator[Block]:
 
 
 def parse_block(block: Block) -> Iterator[tuple[Row, str]]:
-    """Yield each row of a block with its place, file:line or file:row N. Raises: DataError with the place."""
+    """Yield each row of a block with its place, file:line or file:row N. Raises DataError with the place."""
     if not isinstance(block.data, bytes):
         yield from block.data
     elif block.kind == "parquet":
@@ -99,7 +99,7 @@ def parse_block(block: Block) -> Iterator[tuple[Row, str]]:
 
 
 def split_block(block: Block) -> Iterator[Block]:
-    """Yield a block for each row of `block`. Raises: DataError for a part of a table that cannot be read."""
+    """Yield a block for each row of `block`. Raises DataError if a part of a table cannot be read."""
     if isinstance(block.data, bytes) and block.kind in _LINES:
         for number, line in enumerate(io.BytesIO(block.data), start=block.first):
             yield Block(block.kind, block.name, number, line)
@@ -123,7 +123,7 @@ def _blocks_of_lines(file: io.BufferedReader, name: str, kind: str) -> Iterator[
 
 
 def read_lines(file: io.BufferedReader, name: str) -> Iterator[bytes]:
-    """Yield the lines of a file. Raises: DataError for one that is too long."""
+    """Yield the lines of a file. Raises DataError if a line is too long."""
     for number in itertools.count(1):
         line = file.readline(MAX_ROW_BYTES + 1)
         if not line:
@@ -135,7 +135,7 @@ def read_lines(file: io.BufferedReader, name: str) -> Iterator[bytes]:
 
 
 def _blocks_of_rows(rows: Iterator[tuple[Row, str, int]], name: str, kind: str) -> Iterator[Block]:
-    """Group rows into blocks; each comes with its place and its number of characters."""
+    """Group rows into blocks; each row comes with its place and its number of characters."""
     block: list[tuple[Row, str]] = []
     first, num_chars = 1, 0
     for row, place, size in rows:
@@ -150,7 +150,7 @@ def _blocks_of_rows(rows: Iterator[tuple[Row, str, int]], name: str, kind: str) 
 
 
 def count_rows(path: Path, name: str) -> int:
-    """Return an upper bound of the number of rows, without parsing them. Raises: DataError as `read_blocks`."""
+    """Return an upper bound of the number of rows, without parsing them. Raises DataError as `read_blocks` does."""
     with _opened(path, name) as file:
         kind = _kind(file, name)
         if kind == "parquet":
@@ -160,7 +160,7 @@ def count_rows(path: Path, name: str) -> int:
         count, last = 0, separator
         for block in iter(lambda: file.read(_BLOCK_BYTES), b""):
             count, last = count + block.count(separator), block[-1:]
-        # The last line may have no end.
+        # The last line may lack a line end.
         return count + (kind != "json" and last != separator)
 
 
@@ -171,7 +171,7 @@ def unreadable(error: OSError, name: str) -> NoReturn:
 
 
 def file_digest(file: DataFile) -> str:
-    """Return a hex digest of the file's bytes. Raises: DataError."""
+    """Return a hex digest of the file's bytes. Raises DataError."""
     state = xxhash.xxh3_128()
     try:
         with file.path.open("rb") as opened:
@@ -214,7 +214,7 @@ def _decompressed(raw: io.FileIO, name: str) -> Iterator[io.BufferedReader]:
 
 
 class _Decompressed(io.RawIOBase):
-    """What a compressed file expands to, as long as that is in proportion to the file."""
+    """The content of a compressed file, as long as its size is in proportion to the file."""
 
     def __init__(self, stream: Any, raw: io.FileIO, name: str) -> None:
         self._stream, self._raw, self._name = stream, raw, name
@@ -234,7 +234,7 @@ class _Decompressed(io.RawIOBase):
 
 
 def _kind(file: io.BufferedReader, name: str) -> str:
-    """Return the kind of a file. Names tell .json and .jsonl apart less well than the content: one array, or lines of objects."""
+    """Return the kind of a file. For .json and .jsonl, trust the content over the name: one array, or lines of objects."""
     kind = detect_kind(name) or _kind_by_content(file, name)
     foreign_files.refuse_foreign_content(file.peek(_BLOCK_BYTES)[:_HEAD_BYTES], name, kind)
     if kind in ("json", "jsonl"):
@@ -243,7 +243,7 @@ def _kind(file: io.BufferedReader, name: str) -> str:
 
 
 def _begins_array_of_rows(head: bytes) -> bool:
-    """Return whether a file that begins so is one JSON array. Where more follows a line that is an array, each line is a row."""
+    """Return whether a file with this start is one JSON array. If more follows a line that is an array, each line is a row."""
     head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not head.startswith(b"["):
         return False
@@ -263,7 +263,7 @@ def _kind_by_content(file: io.BufferedReader, name: str) -> str:
     if first in (b"{", b"["):
         return "jsonl" if first == b"{" else "json"
     if head.startswith(b"version https://git-lfs"):
-        # Refused by its caller, whatever its kind.
+        # The caller refuses it, whatever its kind.
         return "txt"
     endings = (
         f"give the file one of the endings {', '.join(KINDS)}, with {' or '.join(COMPRESSED)} after it where it is compressed"
@@ -299,7 +299,7 @@ def _remedy_of_line(text: str, error: json.JSONDecodeError) -> str:
 
 
 def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
-    """Yield (row, place, number of characters) of each line after the first, which names the columns."""
+    """Yield (row, place, number of characters) of each line after the first line, which names the columns."""
     csv.field_size_limit(sys.maxsize)
     header: list[str] | None = None
     start, num_bytes = 1, 0
@@ -312,7 +312,7 @@ def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
                 remedy = "close every quote, or write shorter rows"
                 refuse(f"the row is longer than {MAX_ROW_BYTES >> 20} MiB", f"{name}:{start}", remedy)
             try:
-                # The other function handles the exceptions to the rule.
+                # `_decoded` handles the exceptions: the first line, and lines that are not UTF-8.
                 text = line.decode() if number > 1 else _decoded(line, name, number)
             except UnicodeDecodeError:
                 text = _decoded(line, name, number)
@@ -326,7 +326,7 @@ def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
                 continue
             if header is None:
                 header = [cell.strip() for cell in cells]
-                # For a table without a header these are the cells of its first row.
+                # If a table has no header, these are the cells of its first row.
                 foreign_files.refuse_other_separator(header, place)
                 names = ", ".join(map(safe_excerpt, header))
                 if len(set(header)) < len(header):
@@ -343,7 +343,7 @@ def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
 
 
 def _text_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple[Row, str]]:
-    """Yield every line that is not empty as a row with the key text."""
+    """Yield every non-empty line as a row with the key text."""
     for number, line in lines:
         if text := _decoded(line, name, number).rstrip("\r\n"):
             yield {"text": text}, f"{name}:{number}"
@@ -353,7 +353,7 @@ _LINES = {"jsonl": _json_lines, "txt": _text_lines}
 
 
 def _decoded(line: bytes, name: str, number: int) -> str:
-    """Decode a line, without the byte order mark that some programs write before the first character of a file."""
+    """Decode a line, without the byte order mark that some programs write at the beginning of a file."""
     try:
         text = line.decode("utf-8")
         return text.removeprefix("\ufeff") if number == 1 else text

@@ -1,4 +1,4 @@
-"""Files that are no files of rows: what they are, by their first bytes or their name, and how to get rows out of them."""
+"""Files that are not files of rows: identifies them by their first bytes or name, and says how to get rows out of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from launcher.data.sources.row_values import refuse
 
 _UNPACK = "unpack it, or compress the file of rows with gzip or zstd"
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".lz4")
-# What a file is by its suffix, and what to do.
+# The kind of file by its suffix, and what to do.
 _BY_SUFFIX = {
     **dict.fromkeys((".xlsx", ".xls", ".ods"), ("a workbook", "save its sheet as CSV in UTF-8, separated by commas")),
     **dict.fromkeys(_ARCHIVES, ("an archive or another compression", _UNPACK)),
@@ -23,7 +23,7 @@ _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 def refuse_foreign_content(head: bytes, name: str, kind: str) -> None:
-    """Refuse a file whose first bytes show that it is no file of rows of its kind. Raises: DataError."""
+    """Refuse a file whose first bytes show that it is not a file of rows of its kind. Raises DataError."""
     if head.startswith(b"version https://git-lfs"):
         refuse("the file is a Git LFS pointer instead of the rows", name, "run in its folder: git lfs pull")
     if kind in ("parquet", "txt"):
@@ -40,7 +40,7 @@ def refuse_foreign_content(head: bytes, name: str, kind: str) -> None:
 
 
 def refuse_unknown_kind(name: str, endings: str) -> NoReturn:
-    """Refuse a file of which neither name nor content tells the kind. Raises: DataError."""
+    """Refuse a file if neither its name nor its content shows its kind. Raises DataError."""
     path = Path(name)
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     known = next((_BY_SUFFIX[suffix] for suffix in suffixes if suffix in _BY_SUFFIX), None)
@@ -52,14 +52,14 @@ def refuse_unknown_kind(name: str, endings: str) -> NoReturn:
 
 
 def refuse_other_separator(header: list[str], place: str) -> None:
-    """Refuse a table whose first line is one cell that holds another separator than commas. Raises: DataError."""
+    """Refuse a table whose first line is one cell that contains a separator other than commas. Raises DataError."""
     separator = next((one for one in _SEPARATORS if one in header[0]), None) if len(header) == 1 else None
     if separator is not None:
         refuse_separator(separator, place)
 
 
 def refuse_separator(separator: str, place: str) -> NoReturn:
-    """Refuse a table that is separated otherwise than by commas. Raises: DataError."""
+    """Refuse a table that uses a separator other than commas. Raises DataError."""
     written = {"\t": "\\t"}.get(separator, separator)
     remedy = (
         "save it with commas, as .csv; or write JSON Lines with pandas: "

@@ -1,4 +1,4 @@
-"""The row formats: how a row becomes a document, and by which keys a format is recognized. Pure.
+"""The row formats: how a row becomes a document, and which keys identify a format. Pure.
 
 To add a format, write a function (row, place) -> Document and give it an entry in `FORMATS`. To let users select it by name, add
 the name to `Source.format` in launcher/config/sections/data.py.
@@ -43,9 +43,9 @@ _SHAREGPT_ROLES = {
 }
 
 
-# What a question is about, which the format question_answer does not read.
+# Keys for the subject of a question, which the format question_answer does not read.
 _CONTEXT_KEYS = ("context", "passage", "paragraph", "document", "article", "story", "evidence", "choices", "options")
-# What people call a prompt and its answer, in lower case.
+# Common names for a prompt and its answer, in lower case.
 _PROMPT_NAMES = ("prompt", "instruction", "question", "query", "input", "user")
 _ANSWER_NAMES = ("completion", "response", "answer", "output", "target", "assistant")
 _PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -55,10 +55,10 @@ _PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 class RowFormat:
     """How rows of one format are recognized and parsed.
 
-    `parse(row, place)` returns the document, or raises DataError with the place. A row that has all `required_keys` is of this
-    format; `parse` also reads `optional_keys`. For a format of messages, `chat_keys` are the keys that may have the list of
-    messages, its own first; a message has `required_message_keys`, and `parse` also reads `optional_message_keys`. `turn_keys`
-    have either text or a list of messages.
+    `parse(row, place)` returns the document, or raises DataError with the place. A row with all `required_keys` has this format;
+    `parse` also reads `optional_keys`. For a format of messages, `chat_keys` are the keys that may hold the list of messages, its
+    own first. A message has `required_message_keys`; `parse` also reads `optional_message_keys`. `turn_keys` hold either text or
+    a list of messages.
     """
 
     parse: Callable[[Row, str], Document]
@@ -128,7 +128,7 @@ def parse_alpaca(row: Row, where: str) -> Chat:
 
 
 def parse_completion(row: Row, where: str) -> Completion | Chat:
-    """Parse a prompt and its completion: two texts, or lists of messages, of which those of the completion are trained (TRL)."""
+    """Parse a prompt and its completion: two texts, or two lists of messages, of which the completion is trained (TRL)."""
     tools = parse_tools(row.get("tools"), where)
     if not tools and not any(isinstance(row.get(key), list) for key in ("prompt", "completion")):
         return Completion(where, read_value(row, "prompt", str, where), read_value(row, "completion", str, where))
@@ -140,7 +140,7 @@ def parse_completion(row: Row, where: str) -> Completion | Chat:
 
 
 def _parse_turns(row: Row, key: str, role: str, where: str) -> list[Message]:
-    """Return the messages under `key`: a list of them, or the text of one message of `role`, which is left out if it is empty."""
+    """Return the messages under `key`: a list of messages, or the text of one message of `role`; an empty text gives none."""
     if isinstance(row.get(key), list):
         return [parse_message(item, f"{key}[{i}]", where) for i, item in enumerate(read_messages(row, key, where))]
     text = read_value(row, key, str, where)
@@ -158,7 +158,7 @@ def parse_text(row: Row, where: str) -> PlainText:
 
 
 def _add_system(row: Row, messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
-    """Put the row's key `system` before the messages, if it is not empty."""
+    """Put the row's key `system` in front of the messages, if it is not empty."""
     text = read_optional(row, "system", where)
     if not text:
         return messages
@@ -208,10 +208,10 @@ def list_fitting_formats(row: Row) -> list[str]:
 
 
 def detect_format(row: Row, where: str) -> str:
-    """Return the name of the format that the row's keys fit.
+    """Return the name of the format that matches the row's keys.
 
     Raises:
-        DataError: with the row's keys, if no format fits, or several do.
+        DataError: with the row's keys, if no format matches, or several do.
     """
     fitting = list_fitting_formats(row)
     if len(fitting) == 1:
@@ -236,13 +236,13 @@ def detect_format(row: Row, where: str) -> str:
 
 
 def _suggest_columns(row: Row) -> str | None:
-    """Return the setting that reads a format's keys from within an object of the row, or two texts as prompt and completion; None
+    """Return a setting that reads a format's keys from inside an object of the row, or two texts as prompt and completion; None
     for other rows.
     """
     for key, value in row.items():
         inner = from_json(value)
         for row_format in FORMATS.values() if isinstance(inner, dict) and _PLAIN_KEY.fullmatch(key) else ():
-            # One key, such as text, says little where the row has others.
+            # A single key, such as text, says little if the row has others.
             if row_format.required_keys <= inner.keys() and (len(row_format.required_keys) > 1 or len(row) == 1):
                 columns = ", ".join(f"{name}: {key}.{name}" for name in sorted(row_format.required_keys))
                 return f"'data.sources=[{{name: train, {EXAMPLE_PATH}, columns: {{{columns}}}}}]' data.path=null"
@@ -278,7 +278,7 @@ def _detect_by_message(row: Row, format: str) -> str:
 
 
 def find_chat_key(keys: Container[str], format: str) -> str:
-    """Return which key of a row has its messages, for a format with `chat_keys`."""
+    """Return which key of a row holds its messages, for a format with `chat_keys`."""
     chat_keys = FORMATS[format].chat_keys
     return next((key for key in chat_keys if key in keys), chat_keys[0])
 
@@ -299,6 +299,6 @@ def rename_columns(row: Row, columns: Mapping[str, str], where: str) -> Row:
                 where,
                 f"name a key that the rows have in the source's columns: {COLUMNS_EXAMPLE}",
             )
-    # A key of the row that has the name of a mapped column is another column.
+    # If another key of the row has the name of a mapped column, it is a different column.
     rest = {key: value for key, value in row.items() if key not in columns and key not in columns.values()}
     return {**rest, **values}

@@ -1,4 +1,4 @@
-"""Read the objects of a JSON array one by one: memory holds one object and one block, whatever the size of the file."""
+"""Reads the objects of a JSON array one by one: memory holds one object and one block, whatever the size of the file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _Text:
         return bool(block)
 
     def next_character(self) -> str:
-        """Move `at` to the next character that is not white space and return it; empty at the end of the file."""
+        """Move `at` to the next non-whitespace character and return it; empty at the end of the file."""
         while True:
             while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
                 self.at += 1
@@ -67,7 +67,7 @@ class _Text:
                 if (num_left := MAX_ROW_BYTES + 1 - (len(self.text) - self.at)) <= 0:
                     refuse(f"the entry is longer than {MAX_ROW_BYTES >> 20} MiB", self.place(self.at), _IS_CUT)
                 is_all = not self.read(min(num_bytes, num_left))
-                # Doubled, so that an object of many blocks is not parsed once per block.
+                # Double the size, so that an object of many blocks is not parsed once per block.
                 num_bytes *= 2
             else:
                 num_chars, self.at = end - self.at, end
@@ -84,7 +84,7 @@ class _Text:
 
 
 class RepeatedKeyError(ValueError):
-    """An object has a key twice: which of the values holds is not defined, and most parsers take the last one silently."""
+    """An object has a key twice: it is undefined which of the values holds, and most parsers silently take the last one."""
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> Row:
@@ -100,7 +100,7 @@ parse_json = _DECODER.decode
 
 
 def read_array(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
-    """Yield (object, place, number of characters) of each entry of the array in `file`. Raises: DataError with the place."""
+    """Yield (object, place, number of characters) of each entry of the array in `file`. Raises DataError with the place."""
     text = _Text(file, name)
     text.next_character()
     text.at += 1
@@ -133,7 +133,7 @@ def _entry(text: _Text, name: str, number: int) -> tuple[Row, int]:
 
 
 def refuse_limit(subject: str, error: Exception, where: str) -> NoReturn:
-    """Refuse well-formed JSON that cannot be used, for the `error` of its parser. Raises: DataError."""
+    """Refuse well-formed JSON that cannot be used, because of its parser's `error`. Raises DataError."""
     if isinstance(error, RepeatedKeyError):
         refuse(f"{subject} has the key {safe_excerpt(error)} twice in one object", where, "leave one of the two")
     limit = "is nested too deeply" if isinstance(error, RecursionError) else "holds a number of too many digits"

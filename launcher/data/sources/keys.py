@@ -16,17 +16,17 @@ from launcher.data.sources.messages import find_text_key
 from launcher.data.sources.row_values import Row, find_value, from_json, refuse, safe_excerpt
 
 NUM_KEYS_SHOWN = 20
-# Distinct keys to count: rows may have any number of them.
+# Maximum number of distinct keys to count, because rows may have any number of them.
 _MAX_KEYS_COUNTED = 1000
 
-# The better and the worse answer. TRL, axolotl, LLaMA-Factory, torchtune; OpenAI.
+# Keys for the better and the worse answer: TRL, axolotl, LLaMA-Factory, torchtune; OpenAI.
 _PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
-# The worse answer to the better one in messages: ms-swift.
+# Keys for the worse answer if the better one is in messages: ms-swift.
 _WORSE_KEYS = ("rejected_response", "rejected_messages")
-# Whether the answer is good. TRL and ms-swift; LLaMA-Factory.
+# Keys for whether the answer is good: TRL and ms-swift; LLaMA-Factory.
 _VERDICT_KEYS = ("label", "kto_tag")
 _MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
-# Which tokens of input_ids are trained: axolotl and transformers, TRL, verl.
+# Keys for which tokens of input_ids are trained: axolotl and transformers, TRL, verl.
 _TOKEN_MASK_KEYS = ("labels", "completion_mask", "assistant_masks", "loss_mask")
 _ROW_WEIGHT_KEYS = ("weight", "loss_weight", "sample_weight")
 _OTHER_TRAINING = frozenset(
@@ -36,20 +36,20 @@ _OTHER_TRAINING = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RowKeys:
-    """The keys that are read of the rows of a source, by the rows' own names; `format` is "" if it is not known yet."""
+    """The keys that are read from a source's rows, by the rows' own names; `format` is "" if it is not known yet."""
 
     format: str
     read: frozenset[str]
     ignored: frozenset[str]
     chat_keys: tuple[str, ...]
-    # Keys that have either text or a list of messages.
+    # Keys that hold either text or a list of messages.
     turn_keys: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, format: str, columns: Mapping[str, str], ignored: tuple[str, ...]) -> RowKeys:
-        """Make it from `columns` (format's key to row's key) and the keys `ignored` that are left unread on purpose."""
+        """Create it from `columns` (format's key to row's key) and the keys `ignored` that are deliberately left unread."""
         own_names = [columns.get(key, key) for key in FORMATS[format].keys] if format else [*columns.values()]
-        # Of a key within an object, the object is a key of the row.
+        # If the key is within an object, the object is a key of the row.
         read = frozenset((*own_names, *(name.split(".")[0] for name in own_names))) - frozenset(ignored)
 
         def name_own(keys: tuple[str, ...]) -> tuple[str, ...]:
@@ -59,12 +59,12 @@ class RowKeys:
         return cls(format, read, frozenset(ignored), name_own(chat_keys), name_own(turn_keys))
 
     def check(self, row: Row, where: str, counts: Counter[str]) -> Row:
-        """Count each unread key of the row and of its messages that is not empty, in `counts`.
+        """Count each unread, non-empty key of the row and of its messages in `counts`.
 
         Return the row without the ignored keys, with the JSON text of its messages parsed.
 
         Raises:
-            DataError: for keys of another kind of training, unless they are ignored on purpose.
+            DataError: for keys of another kind of training, unless they are deliberately ignored.
         """
         unread: Set[str] = row.keys() - self.read
         present = [key for key in self.chat_keys if find_value(row, key) is not None]
@@ -83,7 +83,7 @@ class RowKeys:
         return {key: value for key, value in row.items() if key not in self.ignored} if self.ignored else row
 
     def _check_messages(self, items: Any, key: str, where: str, counts: Counter[str]) -> None:
-        """Check the keys of messages; anything but a list of objects is left to the format."""
+        """Check the keys of messages; the format handles anything except a list of objects."""
         known = FORMATS[self.format].message_keys
         unread = set()
         for i, item in enumerate(items if isinstance(items, list) else ()):
@@ -130,7 +130,7 @@ def _refuse_pair(keys: str, remedy: str, where: str) -> NoReturn:
 
 
 def _remedy_of_pair(row: Row, better: str, worse: str) -> str:
-    """Return how to train on the better answer only."""
+    """Return how to train on only the better answer."""
     if "messages" in row or "conversations" in row:
         return f"to train on the row's messages as they are: {_ignoring(better, worse)}"
     answer = from_json(row[better])
@@ -187,7 +187,7 @@ def _ignoring(*keys: str) -> str:
 
 
 def _is_empty(value: Any) -> bool:
-    """Return True for a value without content; text tables have empty lists and objects as JSON text."""
+    """Return True for a value without content; text tables hold empty lists and objects as JSON text."""
     return value is None or value in ("[]", "{}") or (isinstance(value, str | bytes | list | dict) and not value)
 
 
@@ -196,7 +196,7 @@ def _is_answer(value: Any) -> bool:
 
 
 def _is_false(value: Any) -> bool:
-    """Return True for false, also as text, as tables have it; 0 may be a class label."""
+    """Return True for false, also as text, as in tables; 0 may be a class label."""
     return value is False or (isinstance(value, str) and value.lower() == "false")
 
 
@@ -214,7 +214,7 @@ def _is_filled_list(value: Any) -> bool:
 
 
 def _is_other_weight(value: Any) -> bool:
-    """Return True for a number other than 1; tables may have a missing number as NaN."""
+    """Return True for a number other than 1; tables may hold a missing number as NaN."""
     try:
         number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else 1.0
     except (ValueError, OverflowError):
@@ -223,7 +223,7 @@ def _is_other_weight(value: Any) -> bool:
 
 
 def redact_keys(counts: Counter[str]) -> dict[str, int]:
-    """Return the counts under the excerpts of the keys that the report may show."""
+    """Return the counts by those excerpts of the keys that the report may show."""
     safe: Counter[str] = Counter()
     for key, count in counts.items():
         safe[safe_excerpt(key)] += count
@@ -231,7 +231,7 @@ def redact_keys(counts: Counter[str]) -> dict[str, int]:
 
 
 class KeyCounts:
-    """Sums counts of keys in bounded memory: of more than 2,000 distinct keys, the rarer half is dropped."""
+    """Sums counts of keys in bounded memory: beyond 2,000 distinct keys, the rarer half is dropped."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()

@@ -1,6 +1,6 @@
-"""Locate the files of a source: local files, folders and patterns, Hub datasets, fsspec addresses.
+"""Locates the files of a source: local files, folders and patterns, Hub datasets, fsspec addresses.
 
-Remote files are downloaded once: those of the Hub into huggingface_hub's cache, others into the launcher's.
+Remote files are downloaded once: Hub files into huggingface_hub's cache, others into the launcher's.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ def is_url(path: str) -> bool:
 
 
 def is_hub(path: str) -> bool:
-    """Return True for owner/name, unless that is a local file or folder, or has the name of a data file."""
+    """Return True for owner/name, unless it is a local file or folder, or has the name of a data file."""
     return HUB_ID_PATTERN.fullmatch(path) is not None and detect_kind(path) is None and not Path(path).exists()
 
 
 def has_splits(path: str) -> bool:
-    """Return True for a folder, a Hub dataset and an address; files that are named by a path or a pattern have no splits."""
+    """Return True for a folder, a Hub dataset or an address; files named by a path or a pattern have no splits."""
     return is_url(path) or is_hub(path) or Path(path).expanduser().is_dir()
 
 
 def fetch_files(source: RowSource) -> tuple[DataFile, ...]:
-    """Return the files of the source, downloaded if they are remote. Raises: DataError."""
+    """Return the files of the source, downloaded if they are remote. Raises DataError."""
     if is_url(source.path):
         return RemoteFiles(source).fetch()
     return _hub_files(source) if is_hub(source.path) else _local_files(source)
@@ -64,7 +64,7 @@ def fetch_files(source: RowSource) -> tuple[DataFile, ...]:
 def digest(source: RowSource) -> str:
     """Return a text that changes with the bytes of the source's files, not with their path.
 
-    Local files are read. For a Hub dataset it is the commit; elsewhere the metadata that the storage has of each file. A file
+    Local files are read. For a Hub dataset, the text is the commit; elsewhere, it is the storage's metadata of each file. A file
     without such metadata is downloaded and read.
 
     Raises:
@@ -79,9 +79,9 @@ def digest(source: RowSource) -> str:
 
 
 def describe_origin(source: RowSource) -> dict[str, Any]:
-    """Return where the source's rows come from: a digest, the commit of a Hub dataset, and the files that are read and left out.
+    """Return the origin of the source's rows: a digest, the commit of a Hub dataset, and the files that are read and left out.
 
-    Up to ten names of each are listed. Raises: DataError.
+    Lists up to ten names of each. Raises DataError.
     """
     commit: str | None = None
     unused: tuple[str, ...] = ()
@@ -152,7 +152,7 @@ def local_problem(key: str, source: RowSource) -> Problem | None:
 
 
 def _files_with_commas(value: str) -> dict[str, str]:
-    """Return the files or folders of a list with commas by a name for each as a source; empty unless all of them exist."""
+    """Return the files or folders of a comma-separated list, by a name for each as a source; empty unless all of them exist."""
     paths = [part.strip() for part in value.split(",") if part.strip()]
     if len(paths) < 2 or not all(Path(path).expanduser().exists() for path in paths):
         return {}
@@ -164,12 +164,12 @@ def _files_with_commas(value: str) -> dict[str, str]:
 
 
 def _flow(value: str) -> str:
-    """Return a path as Hydra reads it in a list: in quotation marks where it has other characters than names have."""
+    """Return a path as Hydra reads it in a list, with quotation marks if it contains characters that names do not have."""
     return value if re.fullmatch(r"[\w./@-]+", value) else json.dumps(value, ensure_ascii=False)
 
 
 def _list_similar(path: Path) -> list[str]:
-    """Return the data beside the first missing part of `path` under the closest names, apart from case; at most three."""
+    """Return the data next to the first missing part of `path` with the closest names, ignoring case; at most three."""
     absent = [path, *(parent for parent in path.parents if not parent.exists())][-1]
     try:
         beside = list(absent.parent.iterdir())
@@ -193,14 +193,14 @@ def _local_files(source: RowSource) -> tuple[DataFile, ...]:
 
 
 def _choose_in_folder(folder: Path, source: RowSource) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the files of the source's subset and split, and those left out."""
+    """Return the files of the source's subset and split, and the files left out."""
     names = _list_names(folder)
     chosen = choose_files(names, lambda name: read_readme(folder / name, source.path), source.subset, source.split, source.path)
     return chosen, list_unused(names, chosen)
 
 
 def _list_names(folder: Path) -> list[str]:
-    """Return the files below `folder`, following links; a folder with several links to it is listed once."""
+    """Return the files below `folder`, following links; a folder that several links lead to is listed once."""
     names, seen = [], {folder.resolve()}
     folders = [folder]
     for subfolder in folders:
@@ -244,7 +244,7 @@ def _hub_files(source: RowSource) -> tuple[DataFile, ...]:
 
 
 def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """Return the commit, the files of the source's subset and split, and those left out.
+    """Return the commit, the files of the source's subset and split, and the files left out.
 
     The Hub is queried unless the revision is a commit with a stored listing. If the Hub cannot be reached or is too busy, the
     last stored listing is returned.
@@ -281,7 +281,7 @@ def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
 
 
 def _describe_failure(error: Exception, status: int) -> str:
-    """Return why a request to the Hub failed, by its HTTP status; 0: no response."""
+    """Return why a request to the Hub failed, by its HTTP status; 0 means no response."""
     if not status:
         return f"the hub cannot be reached ({type(error).__name__})"
     reasons = {401: "the hub has no such dataset, or it is private", 403: "this account may not read it on the hub"}

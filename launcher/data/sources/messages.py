@@ -1,4 +1,4 @@
-"""Parse the messages and tool definitions of a row: roles, text, tool calls, loss weights. Pure."""
+"""Parses the messages and tool definitions of a row: roles, text, tool calls, loss weights. Pure."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from launcher.data.sources.row_values import (
 # OpenAI's other names for ROLES.
 _OTHER_ROLES = {"developer": "system", "function": "tool"}
 # Keys that say whether a message is trained: 1 and true train it, 0 and false mask it.
-# weight: OpenAI and Mistral. loss_weight: LLaMA-Factory (v1). train, training: what axolotl's message_field_training names.
+# weight: OpenAI and Mistral. loss_weight: LLaMA-Factory (v1). train, training: names for axolotl's message_field_training.
 # loss: ms-swift, and the ShareGPT rows of AgentInstruct. loss_mask: verl.
 _TRAINED_KEYS = ("weight", "loss_weight", "train", "training", "loss", "loss_mask")
 # torchtune's Message: true masks the message.
 _MASKED_KEY = "masked"
-# Weights of parts of a message (axolotl), and keys that mean different things in different tools.
+# Weights for parts of a message (axolotl), and keys whose meaning differs between tools.
 _UNREAD_WEIGHT_KEYS = ("train_detail", "training_detail", "trainable", "mask")
 WEIGHT_KEYS = frozenset((*_TRAINED_KEYS, _MASKED_KEY, *_UNREAD_WEIGHT_KEYS))
-# Types of the text parts of a message's content, and the keys that have the text.
+# Types of the text parts of a message's content, and the keys that hold the text.
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _PART_TEXT_KEYS = ("text", "value", "content")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -38,7 +38,7 @@ MESSAGE_KEYS = frozenset({"name", "tool_calls", "function_call", "tool_call_id",
 
 
 def read_messages(row: Row, key: str, where: str) -> list[Row]:
-    """Return the list of message objects under `key`. Raises: DataError if it is empty, or not a list of objects."""
+    """Return the list of message objects under `key`. Raises DataError if it is empty, or not a list of objects."""
     row = {**row, key: from_json(row[key])} if key in row else row
     items = read_value(row, key, list, where)
     if not items:
@@ -53,7 +53,7 @@ def parse_message(item: Row, key_path: str, where: str) -> Message:
     """Parse a message of the format messages; `key_path` is as in messages[0], and `where` the place of the row.
 
     Raises:
-        DataError: for an unknown role, content that is not text, a malformed tool call or loss weight.
+        DataError: if the role is unknown, the content is not text, or a tool call or loss weight is malformed.
     """
     raw_role = read_value(item, "role", str, where, f"{key_path}.")
     role = _OTHER_ROLES.get(raw_role, raw_role)
@@ -80,10 +80,10 @@ def parse_message(item: Row, key_path: str, where: str) -> Message:
 
 
 def parse_weight(item: Row, sender: str, is_assistant: bool, key_path: str, where: str) -> int | None:
-    """Return 1 if an assistant's message is trained and 0 if not, by any of WEIGHT_KEYS; None if it has none of them.
+    """Return 1 if an assistant's message is trained and 0 if not, by any of WEIGHT_KEYS; None if it has none of these keys.
 
     Raises:
-        DataError: for a weight between 0 and 1, keys that contradict each other, and a trained message of another role.
+        DataError: for a weight between 0 and 1, contradictory keys, or a trained message of another role.
     """
     if item.keys().isdisjoint(WEIGHT_KEYS):
         return None
@@ -143,12 +143,12 @@ def _parse_content(item: Row, key_path: str, where: str, may_be_null: bool) -> s
 
 
 def find_text_key(part: Row) -> str:
-    """Return which key of a part of a message's content has its text."""
+    """Return which key of a part of a message's content holds its text."""
     return next((key for key in _PART_TEXT_KEYS if part.get(key) is not None), _PART_TEXT_KEYS[0])
 
 
 def parse_tool_call(call: Any, key_path: str, where: str) -> Row:
-    """Return a tool call as `Message` has it; accepts OpenAI's object, or the function alone. Raises: DataError."""
+    """Return a tool call in the form of `Message`; accepts OpenAI's object, or the function alone. Raises DataError."""
     if not isinstance(call, dict):
         refuse(f"{key_path} is {a_json_type(call)}, not an object", where, "write {name, arguments}")
     inner = call.get("function")
@@ -165,7 +165,7 @@ def parse_tool_call(call: Any, key_path: str, where: str) -> Row:
 
 
 def parse_tools(tools: Any, where: str) -> tuple[Row, ...]:
-    """Return tool definitions in OpenAI's form, from a list or its JSON text, of tools or functions alone. Raises: DataError."""
+    """Return tool definitions in OpenAI's form, from a list or its JSON text, of tools or functions alone. Raises DataError."""
     definitions = []
     for i, tool in enumerate(require_list(tools, "tools", where) if tools not in (None, "") else []):
         function = tool.get("function", tool) if isinstance(tool, dict) else None

@@ -1,8 +1,8 @@
-"""Where each document of a data cache comes from: its file, its line, and the hash of its content.
+"""The origin of each document in a data cache: its file, its line, and the hash of its content.
 
     origins.npy         file uint32, line int64, content uint64: one entry for each document of the training split
     eval/origins.npy    the same for the held-out split
-    origins.json        the texts before the lines, by the numbers in `file`; digests of the two arrays
+    origins.json        the texts before the line numbers, indexed by `file`; digests of the two arrays
 
 No torch, no transformers: the submit side imports this module.
 """
@@ -25,21 +25,21 @@ from launcher.errors import DataError, Problem
 FILE = "origins.npy"
 TABLE = "origins.json"
 _DTYPE = np.dtype([("file", "<u4"), ("line", "<i8"), ("content", "<u8")])
-# The number of a document whose place ends in no number.
+# The line of a document whose place does not end in a number.
 _NO_LINE = -1
 _PLACE = re.compile(r"(.*?)(\d{1,18})", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class DocumentOrigins:
-    """The origins of the documents of one split, in their order. `files` are the texts before the lines."""
+    """The origins of the documents of one split, in their order. `files` are the texts before the line numbers."""
 
     files: tuple[str, ...]
     values: np.ndarray
 
     @classmethod
     def open(cls, cache_dir: str, held_out: bool = False) -> DocumentOrigins | None:
-        """Read the origins of a split; None if the cache was built by a launcher that records none.
+        """Read the origins of a split; None if an earlier launcher built the cache without origins.
 
         Raises:
             DataError: if the file is damaged.
@@ -62,7 +62,7 @@ class DocumentOrigins:
         return self.files[value["file"]] + ("" if value["line"] == _NO_LINE else str(value["line"]))
 
     def content_id(self, document: int) -> str:
-        """Return the hash of a document's text apart from case, white space and punctuation: 16 hex digits."""
+        """Return the hash of a document's text, ignoring case, white space and punctuation: 16 hex digits."""
         return f"{int(self.values[document]['content']):016x}"
 
 
@@ -76,7 +76,7 @@ def write(folder: Path, documents_by_split: Sequence[np.ndarray], wheres: Sequen
     entries["content"] = contents
     for i, where in enumerate(wheres):
         match = _PLACE.fullmatch(where)
-        # A number with leading zeros would not come back as it was.
+        # A number with leading zeros would not be restored exactly.
         is_line = match is not None and str(int(match[2])) == match[2]
         prefix, line = (match[1], int(match[2])) if match is not None and is_line else (where, _NO_LINE)
         entries["file"][i], entries["line"][i] = numbers.setdefault(prefix, len(numbers)), line
@@ -86,7 +86,7 @@ def write(folder: Path, documents_by_split: Sequence[np.ndarray], wheres: Sequen
 
 
 def write_held_out(folder: Path, full: Path, origins: DocumentOrigins, documents: np.ndarray) -> None:
-    """Write the origins of those held-out `documents` of the cache `full` that the cache in `folder` has."""
+    """Write the origins of the held-out `documents` of the cache `full` that are also in the cache in `folder`."""
     digest = json.loads((full / TABLE).read_bytes())["digests"][0]
     _write_table(folder, origins.files, [digest, _write_array(folder / "eval" / FILE, origins.values[documents])])
 

@@ -1,7 +1,7 @@
-"""Read tables from parquet files, whose few bytes can stand for any number of rows of any size.
+"""Reads tables from parquet files, whose few bytes can expand to any number of rows of any size.
 
-A value in a dictionary counts once in a file and in its metadata, and is copied to each row that refers to it. So what is decoded
-is bounded: one batch by the memory that it takes, all of them by the size of the file, as compressed text is.
+A value in a dictionary counts once in a file and in its metadata, but is copied to each row that refers to it. So decoding is
+limited: one batch by the memory that it takes, all batches by the size of the file, as for compressed text.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from launcher.data.sources.row_values import HARMLESS_BYTES, MAX_EXPANSION, MAX_
 from launcher.security.memory_limit import bounded_memory
 
 _MAX_BATCH_BYTES = 1 << 30
-# Of the blocks of rows that are parsed together.
+# Limits of the blocks of rows that are parsed together.
 _BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 256
 _FEWER_ROWS = 32
 _WITHOUT_COMPRESSION = "if you trust the file, write it without compression and dictionaries"
 
 
 def count_rows(file: io.BufferedReader, name: str) -> int:
-    """Return the number of rows by the metadata of a file. Raises: DataError where it is no table."""
+    """Return the number of rows according to the file's metadata. Raises DataError if it is not a table."""
     return int(_open(file, name)[0].metadata.num_rows)
 
 
@@ -30,7 +30,7 @@ def read_parts(file: io.BufferedReader, name: str) -> Iterator[tuple[int, bytes]
     """Yield the rows of a file in parts of about a megabyte: the number of the first row, and an Arrow stream.
 
     Raises:
-        DataError: for a file that is corrupt or expands too much.
+        DataError: if a file is corrupt or expands too much.
     """
     import pyarrow
 
@@ -51,13 +51,13 @@ def read_parts(file: io.BufferedReader, name: str) -> Iterator[tuple[int, bytes]
                     writer.write_batch(part)
                 yield first, stream.getvalue().to_pybytes()
                 first += part.num_rows
-    # As for names of columns that are not UTF-8.
+    # UnicodeError: for example, column names that are not UTF-8.
     except (pyarrow.ArrowException, OSError, UnicodeError) as error:
         _corrupt(error, name, first - 1)
 
 
 def parse_part(data: bytes, name: str, first: int) -> Iterator[tuple[Row, str]]:
-    """Yield each row of a part with its place, file:row N. Raises: DataError with the place."""
+    """Yield each row of a part with its place, file:row N. Raises DataError with the place."""
     import pyarrow
 
     try:
@@ -69,7 +69,7 @@ def parse_part(data: bytes, name: str, first: int) -> Iterator[tuple[Row, str]]:
 
 
 def _open(file: io.BufferedReader, name: str) -> tuple[Any, int]:
-    """Return a pyarrow ParquetFile, and the bytes of the file."""
+    """Return a pyarrow ParquetFile, and the size of the file in bytes."""
     import pyarrow
     import pyarrow.parquet
 
@@ -91,7 +91,7 @@ def _require_in_proportion(num_bytes: int, num_file_bytes: int, name: str) -> No
 
 
 def _batches(table: Any, name: str) -> Iterator[Any]:
-    """Yield the rows of a table in batches of some MiB, or of fewer rows where they take more memory than it seems."""
+    """Yield the rows of a table in batches of some MiB, or of fewer rows if they take more memory than expected."""
     import pyarrow
 
     num_rows, num_before = _batch_size(table), 0
@@ -116,7 +116,7 @@ def _batches(table: Any, name: str) -> Iterator[Any]:
 
 
 def _next_batch(batches: Iterator[Any]) -> Any:
-    """Return the next batch with plain values, None after the last. Raises: ArrowMemoryError where it takes too much memory."""
+    """Return the next batch with plain values, None after the last. Raises ArrowMemoryError if it takes too much memory."""
     import pyarrow
 
     with bounded_memory(_MAX_BATCH_BYTES):
@@ -128,7 +128,7 @@ def _next_batch(batches: Iterator[Any]) -> Any:
 
 
 def _plain(kind: Any) -> Any:
-    """Return an Arrow type whose rows hold their values: those of dictionaries and views refer to values that rows share."""
+    """Return an Arrow type whose rows hold their own values: dictionaries and views refer to values that rows share."""
     import pyarrow
     from pyarrow import types
 
@@ -150,7 +150,7 @@ def _plain(kind: Any) -> Any:
 
 
 def _batch_size(table: Any) -> int:
-    """Return how many rows to decode at a time: some MiB of them, by the mean row size of the largest group."""
+    """Return how many rows to decode at a time: some MiB of them, by the mean row size of the largest row group."""
     groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
     row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
     return max(1, min(4 * _BLOCK_ROWS, 4 * _BLOCK_BYTES // max(1, row_bytes)))
@@ -162,7 +162,7 @@ def _corrupt(error: Exception, name: str, after: int) -> NoReturn:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Remove null keys of objects: in a parquet column all objects have the same keys, and missing ones are null."""
+    """Remove null keys of objects: in a parquet column all objects have the same keys, and missing keys are null."""
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if isinstance(value, dict):

@@ -22,25 +22,25 @@ from launcher.errors import DataError, Problem
 from launcher.security import ownership
 from launcher.security.storage_addresses import address_problem, guard_clients
 
-# Metadata of a file that changes with its content, by the names in various storages.
+# File metadata that changes with the content, by its names in various storages.
 _VERSION_KEYS = (
     *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id"),
     *("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "created"),
 )
-# By address: digests of files that were downloaded in this process because their storage has no such metadata.
+# By address: digests of files that this process downloaded because their storage has no such metadata.
 _downloaded: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
 class _FileVersion:
-    """Identifies the content of a file: its size, if the storage has it, and a `version` that changes with the content."""
+    """Identifies the content of a file: its size, if the storage reports it, and a `version` that changes with the content."""
 
     size: int | None
     version: str
 
 
 class RemoteFiles:
-    """A file, pattern or folder at an fsspec address; `list_unused` are files of a folder that are not read.
+    """A file, pattern or folder at an fsspec address; `list_unused` lists files of a folder that are not read.
 
     Methods raise DataError.
     """
@@ -59,7 +59,7 @@ class RemoteFiles:
     def _list(self, path: str) -> list[str]:
         before_query = path.partition("?")[0]
         if path.startswith(("http://", "https://")) and detect_kind(before_query) and not glob.has_magic(before_query):
-            # fsspec would read the file for links to see whether it is a folder.
+            # fsspec would read the file for links to find out whether it is a folder.
             return [path]
         if glob.has_magic(path):
             return sorted(name for name in self._fs.glob(path) if self._fs.isfile(name))
@@ -98,7 +98,7 @@ class RemoteFiles:
         return json.dumps([(self._name(path), state.size, state.version) for path, state in states])
 
     def fetch(self) -> tuple[DataFile, ...]:
-        """Download the files that are not in the cache; return all."""
+        """Download the files that are not in the cache; return all files."""
         return tuple(self._fetch(path, state) for path, state in zip(self._paths, self._states, strict=True))
 
     def _fetch(self, path: str, state: _FileVersion) -> DataFile:
@@ -130,13 +130,13 @@ class RemoteFiles:
         return _downloaded[name]
 
     def _target(self, path: str, state: _FileVersion) -> Path:
-        # Not named after the address, which may be longer than a file name can be.
+        # Do not use the address as the name, because it may be longer than a file name can be.
         return source_folder("address", self._name(path), state.size, state.version) / "rows"
 
     def _download(self, path: str, size: int | None, folder: Path) -> Path:
-        """Download the file to a temporary name in `folder`; nothing is left of it if that fails.
+        """Download the file to a temporary name in `folder`; remove it if that fails.
 
-        Clients such as that of sftp write through a link that is there: nobody else can make one in the folder that they get.
+        Some clients, such as sftp's, write through an existing link; no other user can create one in the folder that they get.
         """
         ownership.require_cache(folder)
         partial = folder / f".{secrets.token_hex(4)}"

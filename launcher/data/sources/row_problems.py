@@ -1,4 +1,4 @@
-"""Problems of rows, counted: one pass over the data reports all rows that cannot be used."""
+"""Counts problems of rows: one pass over the data reports all unusable rows."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from launcher.config.sections.data import ChecksSection
 from launcher.errors import DataError, Problem
 
-# Reading stops after so many rows that cannot be used.
+# Reading stops after this many unusable rows.
 MAX_COUNTED = 10_000
 _NUM_SHOWN, _NUM_PLACES = 20, 3
-# What differs between the messages of one mistake: numbers, and what stands in parentheses.
+# The parts that differ between messages of the same mistake: numbers, and text in parentheses.
 _LEAVE_OUT = "or leave such rows out with data.checks.bad_rows=drop, which counts them"
 _OF_ONE_ROW = re.compile(r"\([^()]*\)|\d+")
 
@@ -25,7 +25,7 @@ class _ProblemGroup:
 
 
 class RowProblems:
-    """Problems grouped by their message; each group has its first problem, its first places and its count. Picklable."""
+    """Problems grouped by message; each group has its first problem, its first places and its count. Picklable."""
 
     def __init__(self) -> None:
         self._groups: dict[tuple[str, bool], _ProblemGroup] = {}
@@ -35,12 +35,12 @@ class RowProblems:
 
     @property
     def is_full(self) -> bool:
-        """True if there are so many that reading on tells nothing more."""
+        """True if there are so many problems that reading on would reveal nothing new."""
         return len(self) >= MAX_COUNTED
 
     @property
     def num_rows(self) -> int:
-        """The number of rows that cannot be used; a file that cannot be read has none."""
+        """The number of unusable rows; an unreadable file has none."""
         return sum(group.count for group in self._groups.values() if group.is_row)
 
     def add_row(self, error: DataError) -> None:
@@ -57,7 +57,7 @@ class RowProblems:
             self._add(group)
 
     def refused(self, checks: ChecksSection) -> RowProblems:
-        """Return the problems that refuse a run: all, or those of files alone where the settings leave out bad rows."""
+        """Return the problems that refuse a run: all, or only those of files if the settings leave out bad rows."""
         if checks.bad_rows == "fail":
             return self
         refused = RowProblems()
@@ -65,13 +65,13 @@ class RowProblems:
         return refused
 
     def examples(self) -> list[tuple[str, str]]:
-        """Return places of rows that cannot be used with what is wrong there; the first of each kind come first."""
+        """Return places of unusable rows and the problem there; the first of each kind come first."""
         rows = [group for group in self._groups.values() if group.is_row]
         later = [(place, group.first.message) for group in rows for place in group.places[1:]]
         return [(group.first.where, group.first.message) for group in rows] + later
 
     def to_list(self) -> list[Problem]:
-        """Return a problem for each group, with its first places and its number of rows."""
+        """Return one problem per group, with its first places and its number of rows."""
         groups = list(self._groups.values())
         shown = [_describe(group) for group in groups[:_NUM_SHOWN]]
         if rows := [i for i, group in enumerate(groups[:_NUM_SHOWN]) if group.is_row]:

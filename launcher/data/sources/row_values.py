@@ -1,4 +1,4 @@
-"""Read values from a row and refuse what cannot be used, with the place of the row. Pure."""
+"""Reads values from a row and refuses unusable ones, with the place of the row. Pure."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from launcher.errors import DataError, Problem
 
 Row = dict[str, Any]
 
-# No row of text is as long; a file of one line would have to be held whole.
+# No row of text is this long; a file with a single line would have to be held in memory.
 MAX_ROW_BYTES = 256 << 20
-# Text shrinks to a tenth, seldom to a fiftieth. Below this size what a file expands to does no harm.
+# Text shrinks to a tenth, seldom to a fiftieth. Below this size, the expanded content does no harm.
 MAX_EXPANSION, HARMLESS_BYTES = 200, 64 << 20
 
 _EXCERPT_CHARS = 40
@@ -41,14 +41,14 @@ def read_value(row: Row, key: str, kind: type, where: str, prefix: str = "") -> 
 
 
 def read_optional(row: Row, key: str, where: str, prefix: str = "") -> str | None:
-    """Return the text of `row[key]`; None if it is missing or null. Raises: DataError."""
+    """Return the text of `row[key]`; None if it is missing or null. Raises DataError."""
     return None if row.get(key) is None else str(read_value(row, key, str, where, prefix))
 
 
 def find_value(row: Row, path: str) -> Any:
-    """Return the value of a key of the row, or of a key within its objects and lists (data.question, turns.0); None without it.
+    """Return the value of a key of the row, or of a key inside its objects and lists (data.question, turns.0); None if missing.
 
-    Objects and lists may be JSON text, as tables have them.
+    Objects and lists may be JSON text, as in tables.
     """
     if path in row:
         return row[path]
@@ -65,7 +65,7 @@ def find_value(row: Row, path: str) -> Any:
 
 
 def require_list(value: Any, key: str, where: str) -> list[Any]:
-    """Return a list, parsed if it is JSON text. Raises: DataError if it is not a list."""
+    """Return a list, parsed if it is JSON text. Raises DataError if it is not a list."""
     value = from_json(value)
     if not isinstance(value, list):
         refuse(f"{key} is {a_json_type(value)}, not a list", where, f"write {key} as a list")
@@ -73,7 +73,7 @@ def require_list(value: Any, key: str, where: str) -> list[Any]:
 
 
 def from_json(value: Any) -> Any:
-    """Parse a list or object that a table has as JSON text; return any other value unchanged."""
+    """Parse a list or object that a table holds as JSON text; return any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -90,7 +90,7 @@ def list_keys(row: Row) -> str:
 def safe_excerpt(value: object) -> str:
     """Return the first characters of a value for an error message, with secrets and personal data redacted."""
     text = str(value)
-    # Redacted before it is cut: the patterns do not recognize half a key.
+    # Redact before cutting, because the patterns do not recognize half a key.
     safe = " ".join(patterns.redact([text])[0].split())
     return safe if len(safe) <= _EXCERPT_CHARS else f"{safe[:_EXCERPT_CHARS]}… ({len(text):,} characters)"
 
@@ -108,5 +108,5 @@ def a_json_type(value: object) -> str:
 
 
 def refuse(problem: str, where: str, remedy: str, value: str = "") -> NoReturn:
-    """Raise DataError: `problem` is wrong at the place `where` (file:line), and how to fix it."""
+    """Raise DataError with the `problem` at the place `where` (file:line), and how to fix it."""
     raise DataError(Problem(problem, where=where, value=value, remedy=remedy))

@@ -1,4 +1,4 @@
-"""Choose the files of a split in a folder or a Hub dataset: by its README, else by file names. Pure but for `read`."""
+"""Chooses the files of a split in a folder or a Hub dataset: by its README, else by file names. Pure except for `read`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launcher.data.sources.row_values import refuse
 
 _MAX_PATTERN_CHARS = 1000
 _MAX_README_BYTES = 16 << 20
-# Of a pattern with a name; a million take seconds.
+# Comparisons of a pattern with a name; a million take seconds.
 _MAX_COMPARISONS = 10_000_000
 # The split of held-out documents, if none is set.
 HELD_OUT = "validation or test"
@@ -24,7 +24,7 @@ _WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
-# Compression and archives that are not supported.
+# Unsupported compression and archives.
 _UNSUPPORTED = (".xz", ".lzma", ".bz2", ".lz4", ".br", ".snappy", ".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tar.zst", ".tgz")
 # Files that accompany data in such folders.
 _NOT_DATA = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|(readme|license|notice|requirements)\b.*", re.IGNORECASE)
@@ -35,7 +35,7 @@ def choose_files(
 ) -> tuple[str, ...]:
     """Return the data files among `names` (paths with slashes, relative to the folder) of the subset and split, sorted.
 
-    The default split is train, or the only one; if no name shows a split, all files are the data.
+    The default split is train, or the only split; if no name shows a split, all files are the data.
 
     Raises:
         DataError: if the subset or split does not exist, with those that do.
@@ -63,7 +63,7 @@ def choose_files(
 
 
 def read_readme(file: Path, where: str) -> bytes:
-    """Return the content of a README. Raises: DataError where it is longer than any: a file with holes can be of any size."""
+    """Return the content of a README. Raises DataError if it is too long: a sparse file can have any size."""
     with file.open("rb") as opened:
         content = opened.read(_MAX_README_BYTES + 1)
     require_short_readme(len(content), where)
@@ -71,14 +71,14 @@ def read_readme(file: Path, where: str) -> bytes:
 
 
 def require_short_readme(num_bytes: int, where: str) -> None:
-    """Refuse a README that would take too much memory to read. Raises: DataError."""
+    """Refuse a README that would take too much memory to read. Raises DataError."""
     if num_bytes > _MAX_README_BYTES:
         message = f"{README} has more than {_MAX_README_BYTES >> 20} MiB, and is not read"
         refuse(message, where, "remove it, or name the files in the source's path")
 
 
 def list_unused(names: Sequence[str], chosen: Collection[str]) -> tuple[str, ...]:
-    """Return the files among `names` that are not `chosen`, without those that never have data; sorted."""
+    """Return the files among `names` that are not `chosen`, without those that never hold data; sorted."""
     return tuple(sorted(n for n in names if n not in chosen and not _is_hidden(n) and not _is_beside(n)))
 
 
@@ -122,11 +122,11 @@ def _data_files(names: Sequence[str], where: str) -> list[str]:
 
 
 def _by_names(data: Sequence[str]) -> dict[str, list[str]]:
-    """Return the files by split; under "" those whose names show none."""
+    """Return the files by split; files whose names show no split are under ""."""
     by_split: dict[str, list[str]] = {}
     for name in data:
         words = [word for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_OF_WORD]
-        # The last word wins: the file's own name, not that of a folder.
+        # The last word wins, because it is in the file's own name, not in a folder's.
         by_split.setdefault(_SPLIT_OF_WORD[words[-1]] if words else "", []).append(name)
     return by_split
 
@@ -165,9 +165,9 @@ def _is_pattern(pattern: str) -> bool:
 
 
 def _match_all(pattern: str, names: Sequence[str], where: str) -> list[str]:
-    """Return the names that fit a pattern: `*` matches within a folder, and `**/` any number of folders, including none.
+    """Return the names that match a pattern: `*` matches within a folder, and `**/` any number of folders, including none.
 
-    The time grows with the product of the lengths, whatever the pattern: a regular expression for all of it could take for ever.
+    The time grows with the product of the lengths, for any pattern; a single regular expression could take forever.
     """
     if not _is_pattern(pattern):
         return [name for name in names if name == pattern]
@@ -176,18 +176,18 @@ def _match_all(pattern: str, names: Sequence[str], where: str) -> list[str]:
         reason = "it is too long" if len(pattern) > _MAX_PATTERN_CHARS else "** is only a whole folder"
         message = f"the pattern {pattern[:_MAX_PATTERN_CHARS]} of {README} cannot be read: {reason}"
         refuse(message, where, "name the files in the source's path")
-    # fnmatch tries no `*` again after the text that follows it has matched.
+    # fnmatch does not retry a `*` after the text that follows it has matched.
     fits = [None if part == "**" else re.compile(fnmatch.translate(part)).match for part in parts]
     return [name for name in names if _fits(fits, name.split("/"))]
 
 
 def _fits(parts: Sequence[Callable[[str], Any] | None], folders: Sequence[str]) -> bool:
-    """Return whether the folders and the file of a name fit the parts of a pattern, of which None fits any number of folders."""
-    # The numbers of folders that the parts so far may have matched.
+    """Return whether the folders and the file of a name match the parts of a pattern; None matches any number of folders."""
+    # How many folders the parts so far may have matched.
     ends = {0}
     for i, fits in enumerate(parts):
         if fits is None:
-            # Nothing below a folder is not in it.
+            # A final `**` matches what is inside a folder, not the folder itself.
             first = min(ends, default=len(folders)) + (i == len(parts) - 1)
             ends = {*range(first, len(folders) + 1)} if ends else set()
         else:

@@ -1,1 +1,1 @@
-"""From documents to token ids and loss masks: chat templates, tokenizers, worker processes. Imports transformers and no torch."""
+"""From documents to token ids and loss masks: chat templates, tokenizers, worker processes. Imports transformers, not torch."""

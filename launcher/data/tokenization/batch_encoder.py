@@ -1,4 +1,4 @@
-"""Encode a batch of documents, check them and cut them into pieces that fit a row. Runs in the processes of a build."""
+"""Encodes batches of documents, checks them and cuts them into pieces that fit a row. Runs in the processes of a build."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class SourceDocument:
 class EncodeTask:
     """Documents of the source with the index `source`.
 
-    `held_out` is True or False for all of them; documents that the source itself holds out are then left out. None: the source
-    decides, or a hash of the content.
+    With `held_out` True or False, all of them are or are not held out; documents that the source itself holds out are then left
+    out. With None, the source or a hash of the content decides.
     """
 
     batch: DocumentBatch
@@ -41,7 +41,7 @@ class EncodeTask:
     held_out: bool | None
 
     def parse(self, unread_keys: Counter[str]) -> list[SourceDocument]:
-        """Parse the documents; add the counts of unread keys of their rows to `unread_keys`. Raises: DataError with the place."""
+        """Parse the documents; add counts of unread keys of their rows to `unread_keys`. Raises DataError with the place."""
         documents = self.batch.documents(unread_keys)
         if self.held_out is not None:
             return [
@@ -55,9 +55,9 @@ class EncodeTask:
 
 @dataclass(frozen=True)
 class PieceTable:
-    """The documents of rows, one entry each: a whole document, or a part of one that fits a row.
+    """The documents in rows, one entry each: a whole document, or a part that fits a row.
 
-    `doc` is the index in DocumentTable, `labels` counts trained tokens; `turn_end`: an end of turn is trained.
+    `doc` is the index in DocumentTable, `labels` the number of trained tokens. `turn_end` is whether an end of turn is trained.
     """
 
     doc: np.ndarray
@@ -71,8 +71,8 @@ class DocumentTable:
     """One entry per document that was read; `num_tokens` is the count before truncation, `lost_tokens` are in no piece.
 
     `turn_end` is the token that ends the last trained turn, -1 if there is none. `contents`, `tasks`, `prompts` and
-    `prompt_forms` are hashes, `signatures` MinHash signatures: see checks.inspection.Inspection. `by_hash`: a
-    hash decided about `held_out`, not the source; `splits_alone` is the hash that decides where the prompt does not.
+    `prompt_forms` are hashes, `signatures` MinHash signatures: see checks.inspection.Inspection. `by_hash` is whether a hash, not
+    the source, decided `held_out`; `splits_alone` is the hash that decides if the prompt does not.
     """
 
     source: np.ndarray
@@ -111,9 +111,8 @@ class EvalPrompt:
 class EncodedBatch:
     """An encoded batch of documents, whose indices count within it; `tokens` and `trained` concatenate those of its pieces.
 
-    `unread_keys` are the keys that were not read of the rows of the source with the index `source`, with their number of rows.
-    `num_completions` counts prompts with a completion where the tokenizer has a chat template, `num_written_as_chat` those that
-    are written with it.
+    `unread_keys` counts the rows for each key that was not read, in the source with the index `source`. `num_completions` counts
+    prompts with a completion if the tokenizer has a chat template, `num_written_as_chat` those that are written with it.
     """
 
     source: int
@@ -130,7 +129,7 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class EncodedTask:
-    """The documents of a task that can be used, in batches, and the problems of the others; `source` is that of the task."""
+    """The usable documents of a task, in batches, and the problems of the other documents; `source` is the task's source."""
 
     source: int
     batches: list[EncodedBatch]
@@ -147,7 +146,7 @@ class BatchEncoder:
         self._completions = [source.completions for source in (*data.sources, *([held_out] if held_out else []))]
 
     def encode(self, task: EncodeTask) -> EncodedBatch:
-        """Tokenize, check and count some documents. Raises: DataError naming the document."""
+        """Tokenize, check and count documents. Raises DataError naming the document."""
         unread_keys: Counter[str] = Counter()
         items, num_completions, num_written = self._write_completions(task.parse(unread_keys))
         documents = [item.document for item in items]
@@ -207,9 +206,9 @@ class BatchEncoder:
         )
 
     def encode_usable(self, task: EncodeTask) -> EncodedTask:
-        """Encode the documents that can be used, and count the problems of the others.
+        """Encode the usable documents, and count the problems of the others.
 
-        A part of a file that cannot be read is a problem of the file, which no setting leaves out: its rows are not known.
+        An unreadable part of a file is a problem of the file, which no setting can leave out because its rows are unknown.
         """
         try:
             return EncodedTask(task.source, [self.encode(task)], RowProblems())
@@ -226,7 +225,7 @@ class BatchEncoder:
         return EncodedTask(task.source, [batch for batch in batches if batch.docs.wheres], problems)
 
     def _write_completions(self, items: list[SourceDocument]) -> tuple[list[SourceDocument], int, int]:
-        """Return the documents with completions as chats where they are written so, their number, and how many are."""
+        """Return the documents, with completions as chats if so configured; the number of completions; and of such chats."""
         if not self.encoder.has_template or not any(isinstance(item.document, Completion) for item in items):
             return items, 0, 0
         written = [
@@ -261,7 +260,7 @@ class BatchEncoder:
         return None
 
     def _may_have_common_prompt(self, docs: DocumentTable) -> np.ndarray:
-        """Return which documents are held out if their prompt is common, bool [documents]: it then repeats in every batch."""
+        """Return which documents are held out if their prompt is common (it then recurs in every batch), bool [documents]."""
         _, group, counts = np.unique(docs.prompts, return_inverse=True, return_counts=True)
         return docs.by_hash & (counts[group] > 1) & is_below(docs.splits_alone, self.data.eval_fraction)
 
@@ -283,8 +282,8 @@ def is_below(hashes: np.ndarray, share: float) -> np.ndarray:
 def cut_document(encoded: EncodedDocument, max_length: int, long_documents: str) -> list[EncodedDocument]:
     """Cut a document into pieces of at most `max_length` tokens; `long_documents` is truncate, split or drop.
 
-    Pieces without a trained token are left out, unless none has one. The first token of a piece has no context to be predicted
-    from, so it is not trained.
+    Pieces without a trained token are left out, unless all are without. The first token of a piece is not trained, because it has
+    no context to be predicted from.
     """
     num_tokens = len(encoded.ids)
     if num_tokens <= max_length:

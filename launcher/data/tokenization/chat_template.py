@@ -1,4 +1,4 @@
-"""Render conversations with a chat template, and refuse templates that leave out parts of them."""
+"""Renders conversations with a chat template, and refuses templates that leave out parts of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _CONTROL_TOKEN = re.compile(
     r"<\|[^|<>\s{}'\"]{1,40}\|>|<(?:start|end)_of_\w+>|\[/?[A-Z][A-Z_]{2,30}\]|<\uff5c[^\uff5c<>{}'\"]{1,40}\uff5c>"
 )
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Some templates write today's date; tokens must not depend on when the cache is built. Llama's templates default to this day.
+# Some templates write the current date, but tokens must not depend on when the cache is built. Llama's templates default to this
+# day.
 _TODAY = datetime(2024, 7, 26)
 _NOT_SURE = (
     "use a template with generation marks (data.chat_template=FILE), or train the last turn alone (data.train_on=last_turn), "
@@ -35,7 +36,7 @@ _NOT_SURE = (
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, or `text` in its place; `name` is where the user finds it.
+    """The chat template of a tokenizer, or `text` in its place; `name` tells the user where it is.
 
     Methods raise DataError, which names the template and the document.
     """
@@ -68,11 +69,11 @@ class ChatTemplate:
         return self._render(chat, chat.messages[:num_messages], generation_prompt, marks=False)[0]
 
     def render_with_marks(self, chat: Chat, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text of the chat with `messages` instead of its own, and the characters start:end of each mark."""
+        """Return the text of the chat with `messages` in place of its own, and the characters start:end of each mark."""
         return self._render(chat, messages, generation_prompt=False, marks=True)
 
     def has_marks(self, chat: Chat) -> bool:
-        """Return True if the template of this chat has generation marks."""
+        """Return True if the template for this chat has generation marks."""
         return _MARK.search(self._source(chat)) is not None
 
     def require_complete(self, chat: Chat, text: str) -> None:
@@ -88,13 +89,13 @@ class ChatTemplate:
                 and text.count(reasoning) <= self._render_without_reasoning(chat, i).count(reasoning)
             ):
                 self.refuse_part("leaves out or changes the assistant's reasoning", f"{chat.where}, messages[{i}]")
-        # Compared with the same template: a tokenizer may have another one for chats without tools.
+        # Compare with the same template, because a tokenizer may have another one for chats without tools.
         if chat.tools and text == self._render(chat, chat.messages, False, marks=False, with_tools=False)[0]:
             self.refuse_part("leaves out the definitions of the tools", chat.where)
         self._require_calls_and_results(chat)
 
     def _require_calls_and_results(self, chat: Chat) -> None:
-        """Refuse a template that leaves out tool calls or results; unique texts tell them apart, as their own may be escaped."""
+        """Refuse a template that leaves out tool calls or results; unique texts reveal them, as real texts may be escaped."""
         if not any(message.role == "tool" or message.tool_calls for message in chat.messages):
             return
         messages = with_unique_texts(chat)
@@ -119,13 +120,13 @@ class ChatTemplate:
         raise DataError(Problem(problem, where, self.name, remedy))
 
     def refuse_split_token(self, token: str, where: str) -> NoReturn:
-        """Refuse a template whose end of turn is no token of this tokenizer."""
+        """Refuse a template whose end of turn is not a token of this tokenizer."""
         remedy = "set data.chat_template to a file with a template that ends the assistant's turn with a token of this tokenizer"
         problem = f"the chat template ends the assistant's turn with {token}, which is no token of this tokenizer"
         raise DataError(Problem(problem, where, self.name, remedy))
 
     def refuse_part(self, does: str, where: str) -> NoReturn:
-        """Refuse the template for a part of the conversation that it leaves out."""
+        """Refuse the template because it leaves out a part of the conversation."""
         remedy = "set data.chat_template to a file with a template that writes it, or take it out of the row"
         raise DataError(Problem(f"the chat template {does}", where, self.name, remedy))
 
@@ -182,7 +183,7 @@ class ChatTemplate:
 
 @functools.lru_cache(maxsize=8)
 def _compiled(source: str) -> jinja2.Template:
-    """Return the compiled template that tokenizer.apply_chat_template caches; rendering it directly saves its copies."""
+    """Return the compiled template that tokenizer.apply_chat_template caches; rendering it directly avoids copies."""
     compiled: jinja2.Template = chat_template_utils._compile_jinja_template(source)
     # Every rendering copies the globals, which is slow for Jinja's chained maps.
     compiled.globals = {**compiled.globals, "strftime_now": _TODAY.strftime}
@@ -205,7 +206,7 @@ def _last_user(chat: Chat) -> int:
 
 
 def with_unique_texts(chat: Chat) -> list[Message]:
-    """Return the messages with a unique text in place of each content and of each argument of a tool call."""
+    """Return the messages with a unique text in place of each content and each tool call argument."""
     return [
         replace(
             message,
@@ -237,7 +238,7 @@ def _to_template_row(message: Message) -> dict[str, Any]:
 
 
 def with_system(chat: Chat, system: str | None) -> Chat:
-    """Return the chat with `system` in place of its own system message; None leaves it unchanged."""
+    """Return the chat with `system` as its system message; None leaves it unchanged."""
     if system is None:
         return chat
     rest = chat.messages[1:] if chat.messages[0].role == "system" else chat.messages

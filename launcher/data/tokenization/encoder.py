@@ -1,4 +1,4 @@
-"""Encode documents as token ids and masks of trained tokens: render, tokenize, and align the mask with token boundaries."""
+"""Encodes documents as token ids and masks of trained tokens: renders, tokenizes, and aligns the mask with token boundaries."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class RenderedDocument:
 class EncodedDocument:
     """`ids` uint32 and `trained` uint8, one per token; `turn_ends` are the positions of trained end-of-turn tokens.
 
-    `is_unsure`: a trained span begins or ends inside a token, however the text is tokenized; then no token is trained.
+    `is_unsure` is whether a trained span begins or ends inside a token for every tokenization; then no token is trained.
     """
 
     ids: np.ndarray
@@ -51,14 +51,14 @@ class EncodedDocument:
 
 
 class UnusableTokenizer(DataError):
-    """The tokenizer, or the chat template in its place, cannot be used for any document."""
+    """The tokenizer, or the chat template that replaces its own, cannot be used for any document."""
 
 
 def import_tokenizers_without_torch() -> None:
-    """Import the tokenizers of transformers as if torch were not installed; no effect if torch is imported already.
+    """Import transformers' tokenizers as if torch were not installed; no effect if torch is already imported.
 
-    Tokenizers need no torch, but transformers imports it if it is installed, which costs seconds, and memory in every process.
-    Only transformers caches that torch is missing; other modules can still import it.
+    Tokenizers do not need torch, but transformers imports it if it is installed, which costs seconds, and memory in every
+    process. Only transformers caches that torch is missing; other modules can still import it.
     """
     if "torch" in sys.modules:
         return
@@ -74,19 +74,19 @@ def import_tokenizers_without_torch() -> None:
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in `folder` without running code from it. Raises: UnusableTokenizer."""
+    """Load the tokenizer in `folder` without running code from it. Raises UnusableTokenizer."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        # A damaged tokenizer.json is a plain Exception of the package tokenizers.
+        # The package tokenizers raises a plain Exception for a damaged tokenizer.json.
         remedy = "set model.tokenizer to a folder that save_pretrained wrote"
         raise UnusableTokenizer(Problem(f"the tokenizer cannot be loaded: {error}", "model.tokenizer", folder, remedy)) from error
 
 
 def read_template(data: DataSection) -> str | None:
-    """Return the text of data.chat_template; None if the tokenizer's own template is used. Raises: UnusableTokenizer."""
+    """Return the text of data.chat_template; None if the tokenizer's own template is used. Raises UnusableTokenizer."""
     file = data.chat_template
     if file is None:
         return None
@@ -124,9 +124,9 @@ class Encoder:
                 self._continuing = _make_continuing(tokenizer.backend_tokenizer)
 
     def write_as_chat(self, document: Document, completions: str) -> Document:
-        """Return a prompt with its completion as a chat, if `completions` (chat, text or auto) say so; else the document.
+        """Return a prompt and its completion as a chat, if `completions` (chat, text or auto) says so; else the document.
 
-        The space between prompt and completion belongs to text: a template has its own.
+        The space between prompt and completion is only for text, because a template has its own.
         """
         if not isinstance(document, Completion) or completions == "text" or not document.prompt.strip():
             return document
@@ -144,7 +144,7 @@ class Encoder:
         return self._template.is_given
 
     def render(self, document: Document) -> RenderedDocument:
-        """Return the text of the document and its trained spans. Raises: DataError naming the template and the document."""
+        """Return the text of the document and its trained spans. Raises DataError naming the template and the document."""
         match document:
             case Chat():
                 text, spans = self._loss_mask.find_spans(with_system(document, self.data.system), self.data.train_on)
@@ -167,7 +167,7 @@ class Encoder:
         return None
 
     def encode(self, batch: Sequence[RenderedDocument]) -> list[EncodedDocument]:
-        """Tokenize; if a boundary of the mask falls inside a token, the text is split there, as it is for generation."""
+        """Tokenize; if a boundary of the mask is inside a token, split the text there, as in generation."""
         boundaries = [sorted({boundary for span in text.spans for boundary in _list_boundaries(span)}) for text in batch]
         texts = [text.text for text in batch]
         cuts: list[list[int] | None] = [None] * len(batch)
@@ -206,7 +206,7 @@ class Encoder:
                 uncached.append(i)
             else:
                 ids[i], cuts[i] = encoded[0], fast_tokenizer.count_tokens_before(text, boundaries[i], encoded[1])
-        # The tokenizer's own __call__ does the same, and also makes Python objects of the offsets of every token.
+        # The tokenizer's own __call__ does the same, but also creates Python objects for the offsets of every token.
         encodings = self.tokenizer.backend_tokenizer.encode_batch([texts[i] for i in uncached], add_special_tokens=False)
         for i, encoding in zip(uncached, encodings, strict=True):
             token_ids = encoding.ids
@@ -215,10 +215,10 @@ class Encoder:
         return ids, cuts
 
     def _count_tokens(self, text: str, ids: list[int], encoding: Encoding, boundaries: list[int]) -> list[int] | None:
-        """Return the number of tokens before each boundary; None if one falls inside a token, or the token's offsets are unsure.
+        """Return the number of tokens before each boundary; None if one is inside a token, or the token's offsets are unsure.
 
-        Some tokenizers leave spaces out of a token's offsets, so the tokens on both sides must meet at the boundary. A special
-        token may include the white space after it; a boundary right after its text then moves to its end.
+        Some tokenizers exclude spaces from a token's offsets, so the tokens on both sides must meet at the boundary. A special
+        token may include the white space after it; a boundary directly after its text then moves to its end.
         """
         cuts = []
         for boundary in boundaries:
@@ -237,9 +237,9 @@ class Encoder:
     def _split_at_boundaries(
         self, texts: list[str], ids: list[np.ndarray], boundaries: list[list[int]], cuts: list[list[int] | None]
     ) -> None:
-        """Tokenize texts whose boundaries fall inside tokens piece by piece, in place, as generation does after a prompt.
+        """Tokenize texts whose boundaries are inside tokens piece by piece, in place, as generation does after a prompt.
 
-        Pieces that do not decode to the same text stay without cuts.
+        Texts whose pieces do not decode to the same text stay uncut.
         """
         for i in [i for i, cut in enumerate(cuts) if cut is None]:
             pieces = [texts[i][a:b] for a, b in itertools.pairwise([0, *boundaries[i], len(texts[i])])]
@@ -281,7 +281,7 @@ class Encoder:
 
 
 def _make_continuing(tokenizer: Tokenizer) -> Tokenizer | None:
-    """Return `tokenizer` without the space that it adds before a text, for text within a document; None if it adds none."""
+    """Return `tokenizer` without the space that it adds before a text, for text inside a document; None if it adds none."""
     parts = json.loads(tokenizer.to_str())
     original = json.dumps(parts)
     normalizer = parts["normalizer"] or {}

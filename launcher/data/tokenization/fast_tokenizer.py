@@ -1,8 +1,8 @@
-"""Tokenize text from a cache of words: byte-level BPE tokenizers split text into words by a regular expression.
+"""Tokenizes text with a cache of words: byte-level BPE tokenizers split text into words by a regular expression.
 
-The tokenizer's own model tokenizes each word once, so the tokens are the same. Texts and tokenizers for which that is not certain
-are left to the tokenizer itself. Beyond ASCII, only letters and signs are supported that every version of Unicode has in the same
-class and that no normalization changes.
+The tokenizer's own model tokenizes each word once, so the tokens are the same. If that is not certain for a text or tokenizer,
+the tokenizer itself is used. Beyond ASCII, only letters and signs are supported that have the same class in every version of
+Unicode and that no normalization changes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# The cache is cleared when it has this many words.
+# The cache is cleared when it reaches this many words.
 MAX_WORDS = 1 << 19
 MAX_WORD_CHARS = 64
 
@@ -38,12 +38,12 @@ def _for_python(pattern: str) -> re.Pattern[str]:
 
 # The supported expressions, as in tokenizer.json.
 _PATTERNS = {pattern: _for_python(pattern) for pattern in (_GPT2, _QWEN2, _LLAMA3)}
-# Digits split off first, one by one or not, and then _GPT2, in one expression: text before a digit ends there for _GPT2.
+# Digits are split off first, one by one or not, followed by _GPT2, in one expression: for _GPT2, text ends before a digit.
 _DIGITS_GPT2 = {
     one_by_one: _for_python(_GPT2.replace(r" ?\p{N}+", digits).replace(r"(?!\S)", r"(?![^\s0-9])"))
     for one_by_one, digits in ((True, r"\p{N}"), (False, r"\p{N}+"))
 }
-# Bytes without a printable character map to those from 256 on, in their order (as in GPT-2's encoder).
+# Bytes without a printable character map to 256 and above, in their order (as in GPT-2's encoder).
 _BYTE_GLYPHS = {byte: 256 + i for i, byte in enumerate([*range(33), *range(127, 161), 173])}
 _PROBE = "I'm  here,\n\n  it's 1234 o'Clock!\t\r\n<|x|>(a_b) HE'LL--go  \n end \u2013 d\u00e9j\u00e0 \u00d77 12  3   "
 
@@ -54,7 +54,7 @@ class CachedTokenizer:
     def __init__(self, tokenizer: Tokenizer, splitter: re.Pattern[str], added: dict[str, int]) -> None:
         self._split = splitter.findall
         self._added = {text: np.uint32(token).tobytes() for text, token in added.items()}
-        # Of several added tokens at one position the longest wins, as in the tokenizer.
+        # Of several added tokens at one position, the longest wins, as in the tokenizer.
         self._at_added = re.compile(f"({'|'.join(re.escape(text) for text in sorted(added, key=len, reverse=True))})")
         self._word_ids = _WordCache(tokenizer)
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -63,7 +63,7 @@ class CachedTokenizer:
         self._num_bytes[list(added.values())] = [len(text.encode()) for text in added]
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return (token ids uint32, offset in bytes of each token's end); None if the tokenizer itself must encode the text."""
+        """Return (token ids uint32, byte offset of each token's end); None if the tokenizer itself must encode the text."""
         if not text.isascii() and not _SUPPORTED.fullmatch(text):
             return None
         parts: list[bytes] = []
@@ -87,7 +87,7 @@ class _WordCache(dict[str, bytes]):
     def __missing__(self, word: str) -> bytes:
         glyphs = word.encode().decode("latin-1").translate(_BYTE_GLYPHS)
         ids = np.asarray([token.id for token in self._model.tokenize(glyphs)], dtype=np.uint32).tobytes()
-        # Long words, such as encoded binaries, hardly repeat.
+        # Long words, such as encoded binaries, hardly ever recur.
         if len(word) <= MAX_WORD_CHARS:
             if len(self) >= MAX_WORDS:
                 self.clear()
@@ -100,7 +100,7 @@ def _num_bytes(text: str) -> int:
 
 
 def count_tokens_before(text: str, boundaries: Sequence[int], ends: np.ndarray) -> list[int] | None:
-    """Return the number of tokens before each of `boundaries`, positions in the text; None if one falls inside a token.
+    """Return the number of tokens before each of `boundaries`, positions in the text; None if one is inside a token.
 
     `ends` are the byte offsets that CachedTokenizer.encode returns.
     """
@@ -111,7 +111,7 @@ def count_tokens_before(text: str, boundaries: Sequence[int], ends: np.ndarray) 
 
 
 def make_cached(tokenizer: Tokenizer) -> CachedTokenizer | None:
-    """Return a cached tokenizer with the same tokens; None if `tokenizer` does not split text in one of the supported ways."""
+    """Return a cached tokenizer with the same tokens; None if `tokenizer` splits text in an unsupported way."""
     parts = json.loads(tokenizer.to_str())
     model, added = parts["model"], parts["added_tokens"]
     splitter = _splitter(parts["pre_tokenizer"])

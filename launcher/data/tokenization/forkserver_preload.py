@@ -1,4 +1,4 @@
-"""Imported by the fork server of a data build: its workers are forks of it and need not repeat the imports.
+"""Imported by the fork server of a data build, so that its forked workers need not repeat the imports.
 
 Each worker also imports the main module of the builder.
 """
@@ -6,7 +6,7 @@ Each worker also imports the main module of the builder.
 import os
 import signal
 
-# Ctrl-C reaches every process of the terminal; only the builder handles it, and ends the others. Forks inherit this.
+# Ctrl-C reaches every process of the terminal, but only the builder handles it and ends the others. Forks inherit this.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 

@@ -1,7 +1,7 @@
-"""Which characters of a rendered chat are trained: what the assistant writes, up to and including its end of turn.
+"""Determines which characters of a rendered chat are trained: the assistant's text, up to and including its end of turn.
 
-A template with generation marks ({% generation %} ... {% endgeneration %}) names them. For any other template, prefixes of the
-conversation are rendered and compared; a template for which that is ambiguous is refused.
+A template with generation marks ({% generation %} ... {% endgeneration %}) marks them. For any other template, rendered prefixes
+of the conversation are compared; a template is refused if the result is ambiguous.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MARK_ALL = (
 
 @dataclass(frozen=True)
 class TrainedSpan:
-    """Trained characters start:end of a text; the end-of-turn token is at turn_end:end (None: there is none)."""
+    """Trained characters start:end of a text; the end-of-turn token is at turn_end:end (None if there is none)."""
 
     start: int
     end: int
@@ -35,7 +35,7 @@ class LossMask:
     """Finds the trained spans of chats in the text of `template`.
 
     `special_texts` are the tokenizer's special tokens, one of which ends a turn; `split_tokens` are control tokens in the
-    template that are no tokens of this tokenizer. Methods raise DataError, which names the template and the document.
+    template that are not tokens of this tokenizer. Methods raise DataError, which names the template and the document.
     """
 
     def __init__(self, template: ChatTemplate, special_texts: Sequence[str], split_tokens: Sequence[str] = ()) -> None:
@@ -55,7 +55,7 @@ class LossMask:
         return self._find_answers(chat, find_trained_messages(chat, train_on))
 
     def _find_all(self, chat: Chat) -> tuple[str, tuple[TrainedSpan, ...]]:
-        """Return the text, and spans of everything but the messages of weight 0."""
+        """Return the text, and spans of everything except the messages of weight 0."""
         text, untrained = self._find_answers(chat, [i for i, message in enumerate(chat.messages) if message.weight == 0])
         spans, start = [], 0
         for span in (*untrained, TrainedSpan(len(text), len(text))):
@@ -99,7 +99,7 @@ class LossMask:
             paired = {i: [mark] for i, mark in zip(turns, marks, strict=True)}
             if all(_contains_all(chat.messages[i], text, own) for i, own in paired.items()):
                 return {i: paired[i] for i in selected}
-        # A message has several marks, or none: the number of marks before and after each message assigns them.
+        # A message has several marks or none; the number of marks before and after each message assigns them.
         counts = {0: 0, len(chat.messages): len(marks)}
         for end in {end for i in selected for end in (i, i + 1)} - counts.keys():
             counts[end] = len(self._template.render_with_marks(chat, chat.messages[:end])[1])
@@ -114,7 +114,7 @@ class LossMask:
     def _verify_marks(self, chat: Chat, selected: Sequence[int]) -> None:
         """Refuse marks around text of other roles, and marks that leave out text of the `selected` messages.
 
-        Two messages may contain the same text, so unique texts are rendered in their place. That takes as long as rendering the
+        Two messages may contain the same text, so unique texts are rendered in their place. This takes as long as rendering the
         conversation itself, so it is done once for all conversations with the same kinds of messages.
         """
         kinds = tuple((m.role, bool(m.content.strip()), len(m.tool_calls), bool(m.reasoning_content)) for m in chat.messages)
@@ -137,8 +137,8 @@ class LossMask:
     def _require_marks_of_turn_only(self, chat: Chat, i: int, text: str, marks: Sequence[tuple[int, int]]) -> None:
         """Refuse marks that begin before the header of message `i` ends, or end after its end of turn.
 
-        `chat` has unique texts, `text` is its rendering and `marks` are the characters start:end of its marks. A header that the
-        template writes in no generation prompt is not known.
+        `chat` has unique texts, `text` is its rendering, and `marks` are the characters start:end of its marks. If the template
+        writes a header in no generation prompt, the header is unknown.
         """
         content = chat.messages[i].content.strip()
         at = text.find(content) if content else -1
@@ -169,7 +169,7 @@ class LossMask:
         token = self._token_at_end(stripped)
         return TrainedSpan(start, end, start + len(stripped) - len(token) if token else None)
 
-    # Templates without generation marks: what follows a rendered prefix
+    # Templates without generation marks: the text after a rendered prefix
 
     def _find_answer(self, chat: Chat, full: str, i: int) -> TrainedSpan:
         """Return where message `i` is in `full`, the text of the whole chat.
@@ -197,8 +197,8 @@ class LossMask:
             self._template.refuse_split_token(split, where)
         if min(positions, default=0) < 0 or (not message.tool_calls and not body.endswith(required[0] if required else "")):
             self._template.refuse("changes the message, or puts text between it and the end of the turn", where)
-        # Once later messages follow, the text before the message itself may be missing. To compare at each of its characters
-        # would take minutes for a reasoning of a megabyte.
+        # Once later messages follow, the text before the message itself may be missing. Comparing at each of its characters would
+        # take minutes for a megabyte of reasoning.
         most_missing = min(positions, default=len(body))
         beginning = full[len(prefix) : len(prefix) + len(answer) - most_missing]
         num_missing = answer.find(beginning)
@@ -225,6 +225,6 @@ def _called_names(message: Message) -> list[str]:
 
 
 def _contains_all(message: Message, text: str, marks: Sequence[tuple[int, int]]) -> bool:
-    """Return True if the text within `marks` contains all that a rendering of the message must."""
+    """Return True if the text within `marks` contains everything that a rendering of the message must contain."""
     marked = "".join(text[start:end] for start, end in marks)
     return all(part in marked for part in _required_texts(message))

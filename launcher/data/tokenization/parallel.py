@@ -1,4 +1,4 @@
-"""Encode batches in several processes: they are sent as they are read, mostly unparsed, and returned in that order."""
+"""Encodes batches in several processes: batches are sent as they are read, mostly unparsed, and returned in that order."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from launcher.config.sections.data import DataSection
 from launcher.data.tokenization.batch_encoder import BatchEncoder, EncodedTask, EncodeTask
 from launcher.errors import DataError, LauncherError, Problem, RunError
 
-# Worker processes start 1.7 s later than the builder could encode, since they repeat its imports. Two of them finish as early as
-# the builder alone if that takes 3.4 s: for about this size.
+# Worker processes start 1.7 s after the builder could begin encoding, because they repeat its imports. Two workers finish as
+# early as the builder alone if that takes 3.4 s, about the time for this size.
 MIN_BYTES = 12 << 20
 # Parsing and checking the rows of a batch costs as much as encoding this much text.
 _BATCH_BYTES = 50_000
@@ -39,8 +39,8 @@ def encode(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) 
     """Encode each batch; yield the results in order, with the problems of rows that cannot be used.
 
     Raises:
-        DataError: for a tokenizer or a template that cannot be used, and if the system killed a worker.
-        RunError: if a worker ended otherwise without reporting an exception.
+        DataError: if a tokenizer or a template cannot be used, or if the system killed a worker.
+        RunError: if a worker ended in another way without reporting an exception.
     """
     workers = num_workers(data)
     first, is_small = ([], True) if workers == 1 else _read_ahead(tasks)
@@ -50,7 +50,8 @@ def encode(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) 
         for task in tasks:
             yield encoder.encode_usable(task)
         return
-    # In Python 3.11.0 each user of the machine reaches such a socket of the fork server, which runs what it gets: CVE-2022-42919.
+    # In Python 3.11.0, every user of the machine can reach such a socket of the fork server, which runs what it receives:
+    # CVE-2022-42919.
     multiprocessing.util.abstract_sockets_supported = False  # type: ignore[misc]
     context = multiprocessing.get_context("forkserver")
     # The fork server imports once; the workers are forked from it before it has threads.
@@ -68,7 +69,7 @@ def encode(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) 
                     started |= set(multiprocessing.active_children()) - others
             else:
                 running.append(pool.submit(_encode, settings, tokenizer_path, task))
-            # Batches that are read and not yet encoded are in memory.
+            # Batches that are read but not yet encoded are in memory.
             if len(running) > 2 * workers:
                 yield running.popleft().result()
         while running:
@@ -83,7 +84,7 @@ def encode(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) 
 
 @contextmanager
 def _termination_delayed() -> Iterator[None]:
-    """Delay SIGTERM to the end of this block, in which a worker starts that is not a known child yet."""
+    """Delay SIGTERM to the end of this block, in which a worker starts that is not yet known as a child."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -98,7 +99,7 @@ def _termination_delayed() -> Iterator[None]:
 
 
 def _read_ahead(tasks: Iterator[EncodeTask]) -> tuple[list[EncodeTask], bool]:
-    """Return the first batches, and True if they are all, and too few for several processes."""
+    """Return the first batches, and True if these are all batches and too few for several processes."""
     first: list[EncodeTask] = []
     num_bytes = 0
     for task in tasks:
@@ -110,7 +111,7 @@ def _read_ahead(tasks: Iterator[EncodeTask]) -> tuple[list[EncodeTask], bool]:
 
 
 def _failure(exit_codes: Sequence[int | None], workers: int) -> LauncherError:
-    """Return the error for the workers' exit codes. The pool sends SIGTERM to the others when one ends."""
+    """Return the error for the workers' exit codes. When one worker ends, the pool sends SIGTERM to the others."""
     failures = [code for code in exit_codes if code]
     causes = [code for code in failures if code != -signal.SIGTERM] or failures
     if -signal.SIGKILL in causes:
@@ -124,16 +125,16 @@ def _failure(exit_codes: Sequence[int | None], workers: int) -> LauncherError:
 
 
 def collect_garbage_rarely() -> None:
-    """Let Python look for garbage less often: nearly all objects of a build live to its end or are freed without that search.
+    """Make Python run garbage collection less often: nearly all objects of a build live to its end or are freed without it.
 
-    With the usual threshold it takes a tenth of a build.
+    With the default threshold, collection takes a tenth of a build.
     """
     gc.set_threshold(_GC_THRESHOLD)
 
 
 def _start_worker() -> None:
     collect_garbage_rarely()
-    # The workers end with the builder, also if it is killed.
+    # The workers end with the builder, even if it is killed.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # One thread per process: the processes are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,6 +1,6 @@
-"""Limits of time and memory for a chat template: its author is not this machine's user, and Jinja's sandbox bounds neither.
+"""Limits time and memory for a chat template: its author is not this machine's user, and Jinja's sandbox limits neither.
 
-The time is that of the processor, so that a busy machine refuses no template. Memory is the address space of the process.
+Time is CPU time, so a busy machine does not refuse a template. Memory is the address space of the process.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from typing import Any, TypeVar
 # A conversation takes microseconds to milliseconds.
 MAX_CPU_S = 20.0
 MAX_BYTES = 4 << 30
-# Reading the size of the process takes longer than most conversations.
+# Reading the size of the process takes longer than rendering most conversations.
 _CALLS_PER_READ = 256
 _calls = itertools.count()
-# CPU seconds between repetitions: Python ignores what is raised in some places, such as the removal of an object.
+# CPU seconds between repeated signals: Python ignores exceptions in some places, such as the deletion of an object.
 _REPEAT_S = 0.1
 _is_armed = False
 T = TypeVar("T")
 
 
 class LimitReached(BaseException):
-    """A template takes too much time or memory; the message says which. No `except Exception` of Jinja's tests catches it."""
+    """A template takes too much time or memory; the message says which. No `except Exception` in Jinja's tests catches it."""
 
 
 def limited(action: Callable[[], T]) -> T:
-    """Run an action for MAX_CPU_S and in MAX_BYTES of additional memory at most; only the main thread can be limited.
+    """Run an action with at most MAX_CPU_S and MAX_BYTES of additional memory; only the main thread can be limited.
 
-    It is no context manager: the limit could be reached once more on the way to its end.
+    This is not a context manager, because the limit could be reached again while leaving it.
 
     Raises:
-        LimitReached: if it takes more.
+        LimitReached: if it exceeds a limit.
     """
     if threading.current_thread() is not threading.main_thread():
         return action()
@@ -54,7 +54,7 @@ def limited(action: Callable[[], T]) -> T:
     except MemoryError:
         raise LimitReached(f"takes more than {MAX_BYTES >> 30} GiB of memory for one conversation") from None
     finally:
-        # First, without a call: Python looks for signals at calls.
+        # This comes first and without a call, because Python handles signals at calls.
         _is_armed = False
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, before)
@@ -67,6 +67,6 @@ def _raise(*_: Any) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _num_address_bytes(_time: int) -> int:
-    """Return the address space of this process; equal arguments get the value of the first of them."""
+    """Return the address space of this process; calls with equal arguments get the first call's value."""
     with open("/proc/self/statm", "rb", buffering=0) as file:
         return int(file.read(64).split()[0]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,7 +1,7 @@
 """The answers of a split without their prompts, packed into rows of their own.
 
-The difference of an answer's loss with and without its prompt says how much the prompt explains. Only the last tokens of a
-prompt stay which all prompts share: they are the template's mark of where an answer begins.
+The difference between an answer's loss with and without its prompt shows how much the prompt explains. Only the last tokens that
+all prompts share are kept: they are the template's mark of where an answer begins.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from launcher.data.cache.split import Split
 from launcher.plan.launch_plan import DataFacts
 
 _MAX_SHARED_TOKENS = 16
-# Prompts that are compared for what they share.
+# Number of prompts to compare for shared tokens.
 _NUM_COMPARED = 1000
 
 
@@ -30,7 +30,7 @@ class AnswersAlone:
 
 
 def write(split: Split, folder: Path, data: DataSection) -> AnswersAlone | None:
-    """Write the answers of the documents that have a prompt as a split into `folder`; None if none has one."""
+    """Write the answers of the documents with a prompt as a split into `folder`; None if no document has one."""
     tokens, trained, docs = split.tokens[:], split.trained[:], np.asarray(split.docs)
     begins = _answer_begins(trained)
     owners = np.searchsorted(docs, begins, side="right") - 1
@@ -61,7 +61,7 @@ def _answer_begins(trained: np.ndarray) -> np.ndarray:
 
 
 def _num_shared(tokens: np.ndarray, begins: np.ndarray, doc_starts: np.ndarray) -> int:
-    """Return how many tokens before the first answer all documents share, at least 1: the first token needs one before it."""
+    """Return how many tokens before the first answer all documents share, at least 1: an answer's first token needs a predecessor."""
     chosen = np.unique(np.linspace(0, len(begins) - 1, min(len(begins), _NUM_COMPARED)).round().astype(int))
     begins, doc_starts = begins[chosen], doc_starts[chosen]
     most = min(_MAX_SHARED_TOKENS, int((begins - doc_starts).min(initial=1)))

@@ -1,4 +1,4 @@
-"""The file of data.exclude: the documents that are left out of training, one JSON object a line, by the hash of their content."""
+"""The file of data.exclude: the documents to leave out of training, one JSON object per line, by the hash of their content."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CONTENT = re.compile(r"[0-9a-f]{16}")
 
 
 def write_exclusions(file: Path, documents: Iterable[Mapping[str, Any]]) -> None:
-    """Write the file; each document has `content`, and whatever else tells a person which one it is."""
+    """Write the file; each document has `content`, and anything else that helps a person identify it."""
     atomic_files.write_text(file, "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents))
 
 
@@ -29,7 +29,7 @@ def read_exclusions(file: str | None) -> np.ndarray:
     """
     contents = []
     try:
-        # Not splitlines, which also splits at U+2028 and others in the texts of documents.
+        # Not splitlines, which also splits at U+2028 and other characters in the texts of documents.
         lines = [] if file is None else Path(file).expanduser().read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         remedy = "write it with: python -m launcher data --scored RUN --exclude FILE"

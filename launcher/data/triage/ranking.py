@@ -1,7 +1,7 @@
-"""Which documents of a split are worth a look, by the log-probabilities of their trained tokens.
+"""Ranks the documents of a split that are worth checking, by the log-probabilities of their trained tokens.
 
-A document whose prompt does not explain its answer is likely mislabeled: the loss of the answer is hardly lower with its prompt
-than without. The loss with the prompt by itself ranks rare words and numbers first.
+A document is likely mislabeled if its prompt does not explain its answer: the answer's loss is hardly lower with the prompt than
+without. The loss with the prompt alone would rank rare words and numbers first.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 
 from launcher.data.cache.split import Split
 
-# Nats a token below which an answer is as good as known: its tokens have probabilities of 0.9 and more.
+# Nats per token below which an answer counts as known: its tokens have probabilities of 0.9 and more.
 KNOWN_LOSS = 0.1
-# Shorter answers, such as a label, say too little.
+# Shorter answers, such as a label, are not conclusive.
 _MIN_KNOWN_TOKENS = 8
 
 MISLABELED, MEMORIZED, NOTHING_TO_LEARN = "mislabeled", "memorized", "nothing_to_learn"
@@ -27,7 +27,7 @@ FINDINGS = {
 
 @dataclass(frozen=True)
 class DocumentScores:
-    """Of each document of a split: its trained tokens, their mean loss in nats, and that without the prompt (NaN: no prompt)."""
+    """For each document of a split: its trained tokens, their mean loss in nats, and without the prompt (NaN: no prompt)."""
 
     num_tokens: np.ndarray
     loss: np.ndarray
@@ -35,13 +35,13 @@ class DocumentScores:
 
     @property
     def explained(self) -> np.ndarray:
-        """The share of the answer's loss that its prompt explains, 1 at most; NaN without a prompt."""
+        """The share of the answer's loss that its prompt explains, at most 1; NaN without a prompt."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return 1 - self.loss / self.loss_alone
 
 
 def mean_losses(split: Split, log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the trained tokens of each document of a split, and their mean loss, NaN where there is none.
+    """Return the number of trained tokens of each document of a split, and their mean loss, NaN if there are none.
 
     `log_probs` are those of all trained tokens of the split, in order.
     """
@@ -60,7 +60,7 @@ def rank_mislabeled(scores: DocumentScores) -> np.ndarray:
 
 
 def is_likely_mislabeled(scores: DocumentScores) -> np.ndarray:
-    """Return which answers are no likelier with their prompts than without, bool [documents]."""
+    """Return which answers are not more likely with their prompts than without, bool [documents]."""
     with np.errstate(invalid="ignore"):
         return np.asarray(scores.explained <= 0)
 

@@ -1,4 +1,4 @@
-"""The data sets that come with the launcher, by the path that names them. To add one, write a module and a row of BUILTINS."""
+"""The data sets included in the launcher, by the path that names them. To add one, write a module and a row of BUILTINS."""
 
 from __future__ import annotations
 

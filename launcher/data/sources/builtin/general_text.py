@@ -1,6 +1,6 @@
-"""English text of several kinds for the question of what a model forgets: novels, laws and computing, about 200 KB.
+"""English text of several kinds for measuring what a model forgets: novels, laws and computing, about 200 KB.
 
-general_text.NOTICE.txt says where the texts come from; all of them are in the public domain.
+general_text.NOTICE.txt lists the origins of the texts, all of which are in the public domain.
 """
 
 from __future__ import annotations

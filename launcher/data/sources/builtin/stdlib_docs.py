@@ -20,7 +20,7 @@ HELD_OUT_FRACTION = 0.05
 MIN_WORDS, MAX_WORDS = 8, 120
 ARGUMENTS_FRACTION = 0.3
 
-# Programs, games, tests, codec tables and tools for maintaining Python: their docstrings explain little.
+# Programs, games, tests, codec tables and tools for maintaining Python, whose docstrings explain little.
 LEFT_OUT = frozenset(
     {"antigravity", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "msilib", "pydoc_data", "test", "tests", "this"}
     | {"tkinter", "turtle", "turtledemo"}
@@ -82,7 +82,7 @@ class _Documented:
 def list_pairs() -> tuple[Pair, ...]:
     """Return about NUM_PAIRS pairs in the order of their symbols, always the same for a Python version.
 
-    Each symbol and each answer text occurs once, so the held-out pairs share neither with the others.
+    Each symbol and each answer text occurs only once, so held-out pairs share neither with the other pairs.
     """
     items: dict[str, _Documented] = {}
     texts: set[str] = set()
