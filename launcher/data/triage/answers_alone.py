@@ -61,7 +61,7 @@ def _answer_begins(trained: np.ndarray) -> np.ndarray:
 
 
 def _num_shared(tokens: np.ndarray, begins: np.ndarray, doc_starts: np.ndarray) -> int:
-    """Return how many tokens before the first answer all documents share, at least 1: an answer's first token needs a predecessor."""
+    """Return how many tokens before the first answer all documents share, at least 1: an answer needs a token before it."""
     chosen = np.unique(np.linspace(0, len(begins) - 1, min(len(begins), _NUM_COMPARED)).round().astype(int))
     begins, doc_starts = begins[chosen], doc_starts[chosen]
     most = min(_MAX_SHARED_TOKENS, int((begins - doc_starts).min(initial=1)))
