@@ -1,6 +1,6 @@
-"""lm-evaluation-harness: finds its tasks, and scores a model on one. Nothing else imports it.
+"""The only module that imports lm-evaluation-harness: finds its tasks, and scores a model on them.
 
-Its tasks read data sets of the Hub from the local cache, and metrics of `evaluate` alike: nothing is fetched.
+Tasks read Hub data sets and `evaluate` metrics from the local cache; nothing is fetched.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INSTALL = 'install it with: pip install "launcher[evals]"'
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 _REPOSITORY = re.compile(r"'([\w.-]+/[\w.-]+)'")
 _WHERE = "--tasks"
-# An aggregate that is the mean of the single scores, apart from rounding.
+# Tolerance within which an aggregate counts as the mean of the per-question scores.
 _SAME = 1e-6
 _SEED = 1234
 
@@ -38,8 +38,8 @@ _SEED = 1234
 class TaskScores:
     """The scores of one model on one task.
 
-    `values` are those of the harness by metric, `samples` the scores of the single questions of the metrics that are their mean,
-    and `lower_is_better` names metrics. `belongs_to` is a digest of what decides them.
+    `values` are the harness's values by metric. `samples` holds per-question scores for metrics that are their mean.
+    `lower_is_better` names metrics. `belongs_to` is a digest of everything that determines the scores.
     """
 
     belongs_to: str
@@ -50,16 +50,16 @@ class TaskScores:
 
 
 class Harness:
-    """The tasks that are known: those of lm-evaluation-harness, and those of the user's own folder."""
+    """The known tasks: those of lm-evaluation-harness and those in the user's own folder."""
 
     def __init__(self, caches: Path, folder: Path | None = None) -> None:
-        """Read the names of all tasks, which takes some seconds. `caches` is a folder for what takes the place of others' caches.
+        """Read the names of all tasks, which takes seconds. `caches` is for replacements of caches that other users can write.
 
         Raises:
             ConfigError: if lm-evaluation-harness is not installed.
         """
         os.environ.update(dict.fromkeys(_OFFLINE, "1"))
-        # Data sets and metrics are looked for in the working directory first, which may belong to somebody else.
+        # Data sets and metrics are looked up in the working directory first, which may belong to another user.
         os.chdir("/")
         self._unused_caches = leave_caches_of_others(caches)
         try:
@@ -73,11 +73,11 @@ class Harness:
         self._version = str(lm_eval.__version__)
 
     def find(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Return the tasks that names of tasks, groups and tags stand for, in order, each with its metrics.
+        """Return the tasks that these names of tasks, groups and tags stand for, in order, each with its metrics.
 
         Raises:
             ConfigError: with every name that is unknown or whose task may not run.
-            DataError: with every task whose data is not here.
+            DataError: with every task whose data is not on this machine.
         """
         metrics, problems, missing = dict[str, tuple[str, ...]](), list[Problem](), list[Problem]()
         for name in names:
@@ -94,7 +94,7 @@ class Harness:
                 problems.append(Problem(f"a task needs another package: {text}", _WHERE, name, "install what it names"))
             except (ConnectionError, FileNotFoundError) as error:
                 missing.append(_missing_data(name, error))
-            # A task is configuration and code of others: each may fail in its own way.
+            # A task is third-party configuration and code, and may raise anything.
             except Exception as error:
                 text = f"a task cannot be loaded: {type(error).__name__}: {_one_line(error)}"
                 problems.append(Problem(text, where=_WHERE, value=name))
@@ -102,7 +102,7 @@ class Harness:
                 problems += [problem for task in tasks if (problem := _unsafe_problem(task, tasks[task])) is not None]
                 metrics |= {task: _metrics(loaded) for task, loaded in tasks.items()}
         if problems or missing:
-            # What a task lacks may be there.
+            # The missing data may be in one of the unused caches.
             missing += self._unused_caches
         if problems:
             raise ConfigError([*problems, *missing])
@@ -116,12 +116,12 @@ class Harness:
         return loaded
 
     def describe(self, task: str) -> str:
-        """Return what decides the scores of a task beside the model."""
+        """Return what determines a task's scores apart from the model."""
         (loaded,) = self._load(task)["tasks"].values()
         return json.dumps([self._version, loaded.dump_config()], sort_keys=True, default=str)
 
     def score(self, task: str, model: Any, limit: int | None, belongs_to: str) -> TaskScores:
-        """Score a model on a task; `limit` is the number of its first questions that are asked, None for all."""
+        """Score a model on a task; `limit` is how many of its first questions to ask, None for all."""
         from lm_eval import evaluate
 
         loaded = self._load(task)
@@ -129,7 +129,7 @@ class Harness:
             if one.get_config("num_fewshot") is None:
                 one.set_config("num_fewshot", 0)
             one.set_fewshot_seed(seed=_SEED)
-        # Tasks shuffle choices and draw examples with either.
+        # Tasks use either generator to shuffle choices and draw examples.
         random.seed(_SEED)
         np.random.seed(_SEED)
         has_template = bool(model.tokenizer.chat_template)
@@ -148,10 +148,10 @@ class Harness:
 
 @contextmanager
 def _no_code_of_models() -> Iterator[None]:
-    """Let transformers import no code of a model in this block, whatever value of trust_remote_code the code of a task gives it.
+    """Keep transformers from importing model code in this block, whatever trust_remote_code a task passes.
 
     Raises:
-        ConfigError: in the block, where it would.
+        ConfigError: in the block, if it would import such code.
     """
     from transformers import dynamic_module_utils
 
@@ -159,7 +159,7 @@ def _no_code_of_models() -> Iterator[None]:
         message = "a task loads a model or tokenizer with code of its own, which would run (trust_remote_code)"
         raise ConfigError(message, where=_WHERE, remedy="leave it out")
 
-    # Whatever loads code makes a package for its copy first.
+    # All code loading first creates a package for its copy.
     before = dynamic_module_utils.create_dynamic_module
     dynamic_module_utils.create_dynamic_module = refuse
     try:
@@ -169,13 +169,13 @@ def _no_code_of_models() -> Iterator[None]:
 
 
 def make_model(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> Any:
-    """Return a model of transformers as one of the harness."""
+    """Wrap a transformers model as a harness model."""
     from lm_eval.models.huggingface import HFLM
 
     hides_bars = not sys.stderr.isatty()
 
     class ScoredModel(HFLM):  # type: ignore[misc, unused-ignore]
-        """Shows progress bars on terminals alone, and limits the time and memory of chat templates."""
+        """Shows progress bars only on terminals, and limits the time and memory of chat templates."""
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm=hides_bars)
@@ -201,7 +201,7 @@ def digest(*parts: str) -> str:
 
 
 def _unsafe_problem(name: str, task: Any) -> Problem | None:
-    """Return the problem of a task that runs answers: one that says so, and one whose code could."""
+    """Return the problem of a task that runs answers: it declares so, or its code could."""
     if getattr(task, "UNSAFE_CODE", False) or getattr(task.config, "unsafe_code", False):
         message = "a task runs code that the model has written, which nothing here isolates"
         return Problem(message, _WHERE, name, "leave it out")
@@ -230,7 +230,7 @@ def _missing_data(name: str, error: Exception) -> Problem:
 
 
 def _read_scores(task: str, result: Any, belongs_to: str) -> TaskScores:
-    """Take the scores of a task out of what the harness returns; keys are `METRIC,FILTER`."""
+    """Extract a task's scores from the harness's result; keys are `METRIC,FILTER`."""
     values = {
         key: float(value)
         for key, value in result["results"][task].items()

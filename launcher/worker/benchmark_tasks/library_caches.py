@@ -1,8 +1,8 @@
-"""The caches of the packages `datasets` and `evaluate`, with which tasks read rows and load metrics.
+"""The caches of the packages `datasets` and `evaluate`, from which tasks read rows and load metrics.
 
-Offline, `evaluate` imports the newest copy of a metric in its cache, and `datasets` takes rows that were converted before. So a
-cache that others can write, as in a shared HF_HOME, is not used. Modules come from a private folder of this process alone:
-`evaluate` adds the folder around the metrics to the search path of Python.
+Offline, `evaluate` imports the newest copy of a metric in its cache, and `datasets` uses previously converted rows. A cache that
+other users can write, as in a shared HF_HOME, is therefore not used. Modules come from a folder that is private to this process:
+`evaluate` adds the metrics' parent folder to Python's search path.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from launcher.models.private_code import MODULES_CACHE, use_private_modules
 from launcher.security.permissions import first_problem_of_cache, tree
 from launcher.security.trust import Trust
 
-# The variable of each cache of rows and files, and its folder in HF_HOME.
+# The environment variable of each cache of rows and files, and the cache's folder in HF_HOME.
 _CACHES = {"HF_DATASETS_CACHE": "datasets", "HF_EVALUATE_CACHE": "evaluate", "HF_METRICS_CACHE": "metrics"}
 _MODULES, _METRICS = "modules", "evaluate_modules"
 
 
 def leave_caches_of_others(replacement: Path) -> list[Problem]:
-    """Set the variables of the caches that others could have written to folders in `replacement`; returns why, for each of them.
+    """Point the variables of caches that other users could have written to folders in `replacement`; returns the reason for each.
 
-    Metrics that others could not have written are copied to the private folder for modules. Both packages read the variables when
-    they are imported.
+    Metrics that other users could not have written are copied to the private folder for modules. Both packages read the variables
+    on import.
     """
     problems = []
     for variable, name in _CACHES.items():
@@ -38,7 +38,7 @@ def leave_caches_of_others(replacement: Path) -> list[Problem]:
         return problems
     if problem := _find_problem(MODULES_CACHE, metrics):
         return [*problems, problem]
-    # What cannot be read is not used. `evaluate` takes the newest copy of a metric by its time, which is copied, too.
+    # Unreadable files are not used. `evaluate` picks a metric's newest copy by its modification time, so that is copied too.
     with suppress(OSError):
         if metrics.is_dir():
             shutil.copytree(metrics, own, ignore_dangling_symlinks=True)

@@ -33,10 +33,10 @@ from launcher.worker.signals import exit_on_termination
 def prepare(
     config: RunConfig, run: RunDir, step: int, names: Sequence[str], task_folder: Path | None, limit: int | None
 ) -> tuple[BenchmarkFolder, dict[str, tuple[str, ...]]]:
-    """Write the request of an evaluation by tasks; returns its folder, and the metrics of each task.
+    """Write the request for an evaluation on tasks; returns its folder and each task's metrics.
 
     Raises:
-        ConfigError, DataError: for tasks that are unknown, may not run, or lack their data, and where there is no base model.
+        ConfigError, DataError: for tasks that are unknown, may not run, or lack their data, and if there is no base model.
         CheckpointError: if the step cannot be exported.
     """
     plan = run_store.load_plan(run).model_copy(update={"config": config})
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     config = RunConfig.model_validate_json(sys.stdin.read())
-    # The folder of plan.json, since a run may have been moved. Absolute: the harness leaves the working directory.
+    # Use plan.json's folder, because the run may have been moved. It must be absolute: the harness changes the working directory.
     run = RunDir(arguments.plan.absolute().parent)
     task_folder = None if arguments.task_folder is None else arguments.task_folder.absolute()
     try:
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     exit_on_termination()
     die_with_parent(signal.SIGTERM)
-    # The harness keeps the rows of tasks in the cache of `datasets`.
+    # The harness keeps tasks' rows in the cache of `datasets`.
     with private_files(), printable_output():
         code = main()
     sys.exit(code)

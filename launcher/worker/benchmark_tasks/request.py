@@ -1,4 +1,4 @@
-"""What is asked of lm-evaluation-harness: request.json in the folder `benchmarks` of an evaluation. Without torch."""
+"""The request to lm-evaluation-harness: request.json in an evaluation's folder `benchmarks`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _NOT_PLAIN = re.compile(r"^\.+|[^\w.-]")
 
 @dataclass(frozen=True)
 class BenchmarkRequest:
-    """The tasks, and the weights that are scored on them, by side. `tokenizer` is that of the run's model.
+    """The tasks, and the weights to score on them, keyed by side. `tokenizer` is the run's.
 
-    `task_folder` holds tasks of the user's own. `limit` is the number of questions of each task, None for all. `code` is the
-    folder of the model's own Python files. `checkpoint` is the digest of the checkpoint's manifest.
+    `task_folder` holds the user's own tasks. `limit` is the number of questions per task, None for all. `code` is the folder of
+    the model's own Python files. `checkpoint` is the digest of the checkpoint's manifest.
     """
 
     config: dict[str, Any]
@@ -41,7 +41,7 @@ class BenchmarkRequest:
 
 @dataclass(frozen=True)
 class BenchmarkFolder:
-    """The paths of the benchmarks of one evaluation: runs/NAME/evaluations/step-00000100/benchmarks."""
+    """The paths of an evaluation's benchmarks: runs/NAME/evaluations/step-00000100/benchmarks."""
 
     root: Path
 
@@ -51,12 +51,12 @@ class BenchmarkFolder:
 
     @property
     def caches(self) -> Path:
-        """What takes the place of caches that others could have written; removed with the end of the evaluation."""
+        """Replacements for caches that other users could have written; removed when the evaluation ends."""
         return self.root / ".caches"
 
     def read_request(self) -> BenchmarkRequest:
         return json_records.read(BenchmarkRequest, self.request, "start the evaluation again")
 
     def scores(self, task: str, side: str) -> Path:
-        """The scores of a side; the verdict lies beside them. A task may have any name."""
+        """The scores of a side; the verdict is beside them. A task may have any name."""
         return self.root / _NOT_PLAIN.sub("_", task) / f"{side}.json"

@@ -1,6 +1,6 @@
-"""Scores all weights on all tasks, and compares them: `python -m launcher.worker.benchmark_tasks.score FOLDER`.
+"""Scores all weights on all tasks and compares them: `python -m launcher.worker.benchmark_tasks.score FOLDER`.
 
-Prints one JSON object: the verdicts by task, or the problems. Scores are kept: a command that was interrupted continues.
+Prints one JSON object: the verdicts by task, or the problems. Scores are kept, so an interrupted command can continue.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from launcher.worker.signals import exit_on_termination
 
 
 def score(folder: BenchmarkFolder) -> dict[str, Any]:
-    """Score what has no scores yet, write the verdict of each task, and return what the command shows.
+    """Score what has no scores yet, write each task's verdict, and return what the command shows.
 
     Raises:
-        ConfigError, DataError: if a task has gone since the request was written, or others could have written it.
+        ConfigError, DataError: if a task was removed after the request was written, or other users could have written it.
         RunError: if a task fails.
     """
     request = folder.read_request()
     task_folder = None if request.task_folder is None else Path(request.task_folder)
-    # The weights may have been exported for long.
+    # The weights may have been exported long ago.
     if task_folder is not None:
         require_own(task_folder)
     harness = Harness(folder.caches, task_folder)
@@ -59,7 +59,7 @@ def score(folder: BenchmarkFolder) -> dict[str, Any]:
             task_scores = json_records.read_if_present(TaskScores, folder.scores(task, side))
             if task_scores is None or task_scores.belongs_to != belongs_to:
                 done = sum(map(len, scores.values()))
-                # On a terminal, the harness shows how far it is.
+                # On a terminal, the harness shows its progress.
                 print(f"{side}: {task} ({done + 1} of {total})", file=sys.stderr, flush=True)
                 model = model or _load(request, weights, side)
                 task_scores = _score(harness, task, model, request.limit, belongs_to)
@@ -74,7 +74,7 @@ def _score(harness: Harness, task: str, model: Any, limit: int | None, belongs_t
         return harness.score(task, model, limit, belongs_to)
     except LauncherError:
         raise
-    # A task is configuration and code of others: each may fail in its own way.
+    # A task is third-party configuration and code, and may raise anything.
     except Exception as error:
         message = f"the task {task} failed: {type(error).__name__}: {error}"
         raise RunError(message, where="--tasks", remedy="leave it out; scores of the other tasks are kept") from error
@@ -85,20 +85,20 @@ def _load(request: BenchmarkRequest, weights: Weights, side: str) -> Any:
     code = Path(request.code) if request.code is not None and config.model.trust_remote_code else None
     path = folder_to_load(folder, config.model.trust_remote_code, config.model.code_digest, code)
     device = _device()
-    # A model that does not fit one GPU is divided over all of this machine.
+    # A model that does not fit on one GPU is spread over all GPUs of this machine.
     placement = {"device_map": "auto"} if device == "cuda" else {}
     remote = {"trust_remote_code": config.model.trust_remote_code}
     own = read_own_config(path, **remote)
     model = AutoModelForCausalLM.from_pretrained(
         path, config=own, dtype=DTYPES[choose_dtype(config, device)], **remote, **placement
     )
-    # An export has the template of the data it was trained on.
+    # An export contains the chat template that its training data was rendered with.
     tokenizer = load_tokenizer(str(folder) if side == TUNED else request.tokenizer)
     return make_model(model.eval(), tokenizer, config.evaluate.prompts_per_batch, request.context)
 
 
 def _surroundings(request: BenchmarkRequest) -> tuple[str, ...]:
-    """Return what decides the scores beside the task and the weights."""
+    """Return what determines the scores apart from the task and the weights."""
     device = _device()
     return (str(request.limit), choose_dtype(request.settings, device), device, torch.__version__, transformers.__version__)
 
@@ -108,7 +108,7 @@ def _device() -> str:
 
 
 def _conclude(folder: BenchmarkFolder, request: BenchmarkRequest, scores: dict[str, dict[str, TaskScores]]) -> dict[str, Any]:
-    """Judge each task whose questions have single scores, and write its verdict."""
+    """Judge each task that has per-question scores, and write its verdict."""
     shown: dict[str, Any] = {}
     for task, sides in scores.items():
         first = sides[TUNED]
@@ -128,7 +128,7 @@ def _conclude(folder: BenchmarkFolder, request: BenchmarkRequest, scores: dict[s
 
 
 def _name(key: str) -> str:
-    """Return METRIC for `METRIC,none`, and `METRIC (FILTER)` for others."""
+    """Return `METRIC` for `METRIC,none`, and `METRIC (FILTER)` for other filters."""
     metric, _, name = key.partition(",")
     return metric if name in ("", "none") else f"{metric} ({name})"
 
@@ -158,7 +158,7 @@ def main(path: str) -> int:
 if __name__ == "__main__":
     exit_on_termination()
     die_with_parent(signal.SIGTERM)
-    # The harness keeps the rows of tasks in the cache of `datasets`.
+    # The harness keeps tasks' rows in the cache of `datasets`.
     with private_files(), printable_output():
         code = main(sys.argv[1])
     sys.exit(code)

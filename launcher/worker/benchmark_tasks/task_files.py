@@ -1,4 +1,4 @@
-"""The files that tasks of lm-evaluation-harness consist of: whose they are, and whether they run what a model answers."""
+"""The files of lm-evaluation-harness tasks: who could have written them, and whether they run a model's answers."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from launcher.errors import ConfigError, Problem
 from launcher.security import ownership
 from launcher.security.permissions import tree
 
-# The option that names the folder of the user's own tasks.
+# The option for the folder of the user's own tasks.
 TASK_FOLDER = "--task-folder"
 _SUBJECT = "a task"
-# Calls that run a text as code or as a command; sympy evaluates what it parses.
+# Calls that run a string as code or as a command; sympy evaluates what it parses.
 _RUN_BY_NAME = frozenset({"eval", "exec", "compile"})
 _RUN_BY_ATTRIBUTE = frozenset({"system", "popen", "Popen", "check_output", "check_call", "parse_expr", "sympify"})
 _RUN_OF_SUBPROCESS = frozenset({"run", "call"})
-# The metric of the package `evaluate` that runs answers.
+# The `evaluate` metric that runs answers.
 _RUNNING_METRIC = "code_eval"
-# With it, transformers runs the code of a model that the settings of a task name.
+# With it, transformers runs the code of a model that a task's settings name.
 _TRUST = "trust_remote_code"
 
 
 def folder_problems(folder: Path) -> list[Problem]:
-    """Return which files of a folder of tasks, or of those that its tasks include from elsewhere, others could have written.
+    """Return the files that other users could have written, in a task folder or included by its tasks from elsewhere.
 
-    All of them can run code: a task names functions, and its templates have no sandbox. A file that does not exist is one of
-    them, since the harness looks for it again.
+    All these files can run code: a task names functions, and its templates are not sandboxed. A file that does not exist counts
+    too, because the harness looks for it again.
     """
     first = ownership.folder_problem(_SUBJECT, folder, tree(folder))
     problems, seen = [] if first is None else [first], set[Path]()
@@ -47,14 +47,14 @@ def folder_problems(folder: Path) -> list[Problem]:
 def _outside_problem(path: Path) -> Problem | None:
     if (problem := ownership.file_problem(_SUBJECT, path)) is not None or path.suffix != ".py":
         return problem
-    # Python runs it instead of the source.
+    # Python runs the cached bytecode instead of the source.
     return ownership.file_problem(_SUBJECT, Path(importlib.util.cache_from_source(str(path.resolve()))))
 
 
 def _named_files(link: Path, seen: set[Path]) -> Iterator[Path]:
-    """Yield the YAML files that a task includes, and the Python files of the functions that it names; one may not exist.
+    """Yield the YAML files that a task includes, and the Python files of the functions that it names. They may not exist.
 
-    The harness looks for them where the file itself is, if a link leads to it. `seen` are files that need no other look.
+    If `link` is a link, the harness looks for them beside the file it leads to. `seen` holds files that were already examined.
     """
     functions: list[str] = []
     try:
@@ -64,7 +64,7 @@ def _named_files(link: Path, seen: set[Path]) -> Iterator[Path]:
         seen.add(file)
         values = yaml.load(file.read_bytes(), Loader=_loader(functions))  # noqa: S506
     except (OSError, ValueError, RuntimeError, yaml.YAMLError):
-        # The harness cannot read it either.
+        # The harness cannot read this file either.
         return
     yield from (file.parent / f"{name.rpartition('.')[0].replace('.', '/')}.py" for name in functions)
     includes = values.get("include") if isinstance(values, dict) else None
@@ -75,7 +75,7 @@ def _named_files(link: Path, seen: set[Path]) -> Iterator[Path]:
 
 
 def _loader(functions: list[str]) -> type[yaml.SafeLoader]:
-    """Return a loader of YAML that adds the names of functions to a list."""
+    """Return a YAML loader that appends the names of functions to a list."""
 
     class Loader(yaml.SafeLoader):
         pass
@@ -85,10 +85,10 @@ def _loader(functions: list[str]) -> type[yaml.SafeLoader]:
 
 
 def require_own(folder: Path) -> None:
-    """Refuse a folder of tasks that is missing or that others could have written.
+    """Reject a task folder that is missing or that other users could have written.
 
     Raises:
-        ConfigError: with every file and folder that others could have written.
+        ConfigError: with every file and folder that other users could have written.
     """
     if not folder.is_dir():
         raise ConfigError("there is no such folder", where=TASK_FOLDER, value=str(folder))
@@ -97,7 +97,7 @@ def require_own(folder: Path) -> None:
 
 
 def find_running_call(task: Any) -> str | None:
-    """Return the file, line and name of a call by which the code of a task could run an answer, or the code of a model.
+    """Return the file, line and name of a call with which a task's code could run an answer or a model's code.
 
     None if it has none.
     """
@@ -113,7 +113,7 @@ def find_running_call(task: Any) -> str | None:
 
 
 def _functions(task: Any) -> Iterator[Callable[..., Any]]:
-    """Yield the class of a task, where the task is one of Python, and the functions that its settings name."""
+    """Yield the class of a task, if it is a Python task, and the functions that its settings name."""
     from lm_eval.api.task import ConfigurableTask
 
     if type(task) is not ConfigurableTask:
@@ -135,7 +135,7 @@ def _functions(task: Any) -> Iterator[Callable[..., Any]]:
 
 
 def _source_file(function: Callable[..., Any]) -> Path | None:
-    """Return the file of a function of a task; None for one of the harness itself and of other packages."""
+    """Return the file of a task's function, or None for functions of the harness and other packages."""
     try:
         file = Path(inspect.getsourcefile(inspect.unwrap(function)) or "").resolve()
     except (TypeError, OSError, ValueError):
@@ -156,7 +156,7 @@ def _packaged_tasks() -> Path:
 
 @functools.cache
 def _scan(file: Path) -> tuple[str | None, tuple[Path, ...]]:
-    """Return line and name of the first call that could run a text, and the files of tasks that a file imports."""
+    """Return the line and name of the first call that could run a string, and the task files that a file imports."""
     try:
         parsed = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError):
@@ -194,7 +194,7 @@ def _is_false(value: ast.expr) -> bool:
 
 
 def _imported(file: Path, name: str) -> Iterator[Path]:
-    """Yield the files beside a file, and those of packaged tasks, that an import of this name could mean."""
+    """Yield the files, beside this one or in packaged tasks, that an import of this name could refer to."""
     parts = [part for part in name.split(".") if part]
     packaged = _packaged_tasks()
     candidates = [file.parent / f"{part}.py" for part in parts]

@@ -25,7 +25,7 @@ from launcher.plan.launch_plan import Batch, ModelFacts, Topology
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.security.printable_stream import printable_output
 
-# The extra keys are merged into the plan of a small run, since sizes do not matter here.
+# The extra keys are merged into a small run's plan, because sizes do not matter here.
 _BATCH = Batch(
     global_batch_size=2,
     micro_batch_size=1,
@@ -53,12 +53,12 @@ _MODEL = ModelFacts(
 )
 # DeepSpeed checks neither names nor values in these sections.
 _READ_KEY_BY_KEY = ("aio", "flops_profiler")
-# DeepSpeed imports these on every rank where the section is enabled.
+# DeepSpeed imports these on every rank if the section is enabled.
 _PACKAGES = {"tensorboard": "tensorboard", "comet": "comet_ml"}
 
 
 class Recorder(dict[str, Any]):
-    """A mapping that remembers which keys were looked up, with the default of each."""
+    """A mapping that records which keys were looked up, with each default."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__({key: Recorder(value) if isinstance(value, dict) else value for key, value in values.items()})
@@ -92,14 +92,14 @@ class _Keys:
 
 
 def problems_of(config: RunConfig) -> list[Problem]:
-    """Return a problem for each key of `deepspeed.extra` that DeepSpeed refuses or would ignore."""
+    """Return a problem for each key in `deepspeed.extra` that DeepSpeed rejects or ignores."""
     extra = config.deepspeed.extra
     problems = [problem for key in extra for problem in _of_key(key, config)]
     return problems or _of_package(extra) or list(_of_all(config))
 
 
 def _of_key(key: str, config: RunConfig) -> Iterator[Problem]:
-    """Yield the problems of one top-level key, merged into what the plan renders."""
+    """Yield the problems of one top-level key, merged into the plan's rendered config."""
     value = config.deepspeed.extra[key]
     recorder = Recorder(_rendered(config, {key: value}))
     failure = []
@@ -108,7 +108,7 @@ def _of_key(key: str, config: RunConfig) -> Iterator[Problem]:
     except ValidationError as error:
         yield from (_of_model(key, error.title, item) for item in error.errors(include_url=False))
         return
-    # DeepSpeed's parsing raises many kinds of exceptions.
+    # DeepSpeed's parser raises many types of exceptions.
     except Exception as error:
         message = f"DeepSpeed refuses it: {str(error).strip() or type(error).__name__}"
         failure = [_problem([key], message, value, f"see {KEYS_PAGE}")]
@@ -119,7 +119,7 @@ def _of_key(key: str, config: RunConfig) -> Iterator[Problem]:
 
 
 def _of_names(key: str, section: dict[str, Any], known: dict[str, Any]) -> Iterator[Problem]:
-    """Yield the problems of a section whose keys DeepSpeed looks up one by one without checks."""
+    """Yield the problems of a section whose keys DeepSpeed looks up one by one without validation."""
     for name, value in section.items():
         if name not in known:
             yield _unknown([key, name], value, list(known))
@@ -157,7 +157,7 @@ def _of_package(extra: dict[str, Any]) -> list[Problem]:
 
 
 def _of_all(config: RunConfig) -> Iterator[Problem]:
-    """Yield a problem where DeepSpeed refuses all keys together."""
+    """Yield a problem if DeepSpeed rejects the combination of all keys."""
     try:
         _parse(_rendered(config, config.deepspeed.extra))
     except Exception as error:

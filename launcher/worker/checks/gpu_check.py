@@ -1,6 +1,6 @@
-"""Checks of a node's GPUs without using them: their number, kind, memory errors, processes and faults.
+"""Checks a node's GPUs without using them: their number, model, memory errors, processes and faults.
 
-Calls to NVML and reads of the kernel log have deadlines, because a hanging driver is one of the faults.
+NVML calls and reads of the kernel log have deadlines, because a hung driver is one of the possible faults.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from launcher.plan.gpu_types import lookup
 from launcher.train.monitoring.xids import BROKEN
 
 COMMAND_DEADLINE_S = 20.0
-# Processes of an attempt that has just ended need a while to free their memory.
+# The processes of an attempt that just ended need a while to free their memory.
 GRACE_S = 10.0
 _PAUSE_S = 0.5
 
-# Services of the machine, which may hold memory on any GPU.
+# System services, which may hold memory on any GPU.
 _SERVICES = re.compile(r"nvidia-cuda-mps|dcgm|nv-hostengine")
-# Names of processes and files in other lines of the log are chosen by users: the driver's name begins the line, after the time.
+# Users choose the process and file names in other log lines; in the driver's lines, its name follows the time.
 _XID_LINE = re.compile(r"(?:\[[^]]*\] *){0,2}(NVRM: Xid \(PCI:([0-9a-fA-F:]+)(?:\.[0-9a-fA-F]+)?(?: GPU-I:\d+)?\): (\d+),.*)")
 
 
 def check_gpus(needed: int, section: ClusterSection) -> tuple[tuple[str, ...], list[Problem]]:
-    """Return the driver's names of the GPUs that this job may use, and their problems; `needed` is one per rank."""
+    """Return the driver's names for the GPUs that this job may use, and their problems; `needed` is one GPU per rank."""
     gpu_type = section.gpu_type
     try:
         gpus = nvml.list_gpus(COMMAND_DEADLINE_S)
@@ -54,13 +54,13 @@ def check_gpus(needed: int, section: ClusterSection) -> tuple[tuple[str, ...], l
             remedy = "exclude this node and ask the administrators to reset the GPU"
             problems.append(Problem(message, value=f"{gpu.name} {gpu.uuid}", remedy=remedy))
     problems += _check_processes()
-    # A lost GPU has no entry: where some are missing, any fault in the log may be the reason.
+    # A lost GPU has no entry: if some are missing, any fault in the log may be the reason.
     problems += _check_kernel_log({gpu.bus_id for gpu in gpus} if len(gpus) >= needed else None)
     return tuple(gpu.name for gpu in gpus), problems
 
 
 def _check_processes() -> list[Problem]:
-    """Return a problem for each foreign process that holds GPU memory, such as those that an earlier job left behind."""
+    """Return a problem for each foreign process that holds GPU memory, such as leftovers of an earlier job."""
     this, deadline = psutil.Process(), time.monotonic() + GRACE_S
     own_pids = {process.pid for process in (this, *this.children(recursive=True))}
     while True:
@@ -91,9 +91,9 @@ def _owner(pid: int) -> str:
 
 
 def _check_kernel_log(buses: set[str] | None) -> list[Problem]:
-    """Return the faults since boot of the GPUs at `buses`, None for all GPUs; none where the log cannot be read."""
+    """Return the faults since boot of the GPUs at `buses` (None for all GPUs); no faults if the log is unreadable."""
     try:
-        # splitlines() would begin lines at characters that may be in a name, too.
+        # splitlines() would also split at characters that may occur in a name.
         lines = _output("dmesg").split("\n")
     except _CommandError:
         return []
@@ -114,7 +114,7 @@ def _check_kernel_log(buses: set[str] | None) -> list[Problem]:
 
 
 class _CommandError(Exception):
-    """A command failed, is missing or did not answer; says which and why."""
+    """A command failed, is missing or did not answer; the message says which and why."""
 
 
 def _output(*argv: str) -> str:
@@ -125,7 +125,7 @@ def _output(*argv: str) -> str:
     try:
         text = process.communicate(timeout=COMMAND_DEADLINE_S)[0].decode(errors="replace")
     except subprocess.TimeoutExpired:
-        # A process that hangs in the driver cannot be killed; waiting for its end, as subprocess.run does, would hang too.
+        # A process that hangs in the driver cannot be killed; waiting for it, as subprocess.run does, would hang too.
         process.kill()
         raise _CommandError(f"{argv[0]} did not answer within {COMMAND_DEADLINE_S:g} s") from None
     if process.returncode:

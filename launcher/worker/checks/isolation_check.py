@@ -1,7 +1,7 @@
 """Probes whether a model sees later tokens or neighboring documents: `python -m launcher.worker.checks.isolation_check`.
 
 Reads a RunConfig as JSON from standard input, stores the verdict (launcher.models.isolation_verdicts) and prints it as JSON.
-The probe computes with a small random model of the same architecture, so it needs no weights and no GPU.
+The probe uses a small random model of the same architecture, so it needs no weights and no GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from launcher.worker import limits
 if TYPE_CHECKING:
     from launcher.train.model import CausalLMLoss
 
-# What transformers says of a kernel that an architecture does not have.
+# transformers' message for a kernel that an architecture does not support.
 _UNSUPPORTED = "does not support an attention implementation"
 _CPU_KERNELS = ("auto", "varlen", "sdpa", "eager")
 
@@ -34,7 +34,7 @@ def check(model: ModelSection, facts: ModelFacts) -> IsolationVerdict:
 
     Raises:
         DataError: if the launcher's cache cannot be written.
-        RunError: if this machine has no memory, processes, files or disk space left for the probe; nothing is stored then.
+        RunError: if this machine has no memory, processes, files or disk space left for the probe; then nothing is stored.
     """
     kernel, outcome, detail = _probe(model, facts)
     version = isolation_verdicts.transformers_version()
@@ -44,7 +44,7 @@ def check(model: ModelSection, facts: ModelFacts) -> IsolationVerdict:
 
 
 def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
-    """Return attention kernel, outcome and detail of a verdict."""
+    """Return a verdict's attention kernel, outcome and detail."""
     if model.attention not in _CPU_KERNELS:
         return model.attention, "unknown", f"{model.attention} needs a GPU"
     import torch
@@ -83,7 +83,7 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
                 return kernel, "unsupported", ""
             if hf is not None and not isinstance(error, NotMeasurable) and _own_logits(hf) is not None:
                 differences.append(f"it fails with {_describe(error)}")
-            # Not every architecture can be built or computed in every reduced size.
+            # Not every architecture can be built or run at every reduced size.
             if reduced.is_complete:
                 reasons.append(_describe(error))
             continue
@@ -102,15 +102,15 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
 
 
 def _require_resources(error: Exception) -> None:
-    """Raise RunError where a limit of this machine caused `error`, which then says nothing of the architecture."""
+    """Raise RunError if a limit of this machine caused `error`, which then says nothing about the architecture."""
     if limit := limits.cause_of(error, cache_dir.cache_root()):
         raise RunError(f"{limit}: {_describe(error)}") from error
 
 
 def _own_logits(hf: Any) -> Any:
-    """Return the logits of the model itself for a few tokens, or None if they cannot be computed from ids alone.
+    """Return the model's own logits for a few tokens, or None if they cannot be computed from ids alone.
 
-    In place of `varlen`, they are computed with an attention of transformers.
+    Instead of `varlen`, they are computed with one of transformers' attention implementations.
     """
     import torch
 
@@ -135,7 +135,7 @@ def _num_embeddings(hf: Any) -> int:
 
 
 def _logits_difference(hf: Any, model: CausalLMLoss) -> str:
-    """Return how the model's own logits differ from those that training computes; empty if they do not, or it has none."""
+    """Return how the model's own logits differ from training's; empty if they do not differ, or if the model has none."""
     import torch
 
     from launcher.train.isolation import describe_logits_difference, few_tokens
@@ -149,13 +149,13 @@ def _logits_difference(hf: Any, model: CausalLMLoss) -> str:
 
 def _describe(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    # A first line that ends so announces the reason.
+    # A first line with this ending announces the reason.
     return f"{type(error).__name__}: {lines[-1] if lines[0].endswith(':') else lines[0]}"[:200]
 
 
 def main() -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Threads only wait for each other in so many small operations. Before torch is imported.
+    # With so many small operations, threads would only wait for each other. Set this before torch is imported.
     os.environ["OMP_NUM_THREADS"] = "1"
     config = RunConfig.model_validate_json(sys.stdin.read())
     try:

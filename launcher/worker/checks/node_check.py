@@ -1,7 +1,7 @@
-"""Checks of the nodes of an allocation before the model loads; all problems are reported in one pass.
+"""Checks an allocation's nodes before the model loads, and reports all problems at once.
 
-Every node checks itself and publishes a report. Every node reads all reports, so that all come to the same verdict and a node
-that does not answer is named.
+Every node checks itself and publishes a report. Every node reads all reports, so that all reach the same verdict and can name
+a node that does not answer.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from launcher.worker.checks import gpu_check
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 SHARED_MEMORY_BYTES = 64 << 20
-# A container gets 64 MiB by default, which is too little for NCCL to connect the GPUs of a node.
+# Containers get 64 MiB by default, which is too little for NCCL to connect a node's GPUs.
 SHARED_MEMORY_OF_GPUS_BYTES = 1 << 30
 OWN_CGROUPS = Path("/proc/self/cgroup")
-# The hierarchy of version 2 names no controllers; https://man7.org/linux/man-pages/man7/cgroups.7.html
+# The cgroup v2 hierarchy names no controllers; https://man7.org/linux/man-pages/man7/cgroups.7.html
 CGROUP_MEMORY = {
     "": (Path("/sys/fs/cgroup"), "memory.max"),
     "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
@@ -47,16 +47,16 @@ _PACKAGES = (
     *("huggingface-hub", "ray"),
 )
 _CHECKPOINT_MARGIN = 1.2
-# A problem that begins so concerns the disk that all nodes share, whichever node reports it.
+# Problems with this prefix concern the disk that all nodes share, whichever node reports them.
 NO_ROOM = "the disk of the run directory has no room"
 _GIB = 2**30
-# A published report is read in one round trip; a wait of zero would never end.
+# A published report can be read in one round trip; a timeout of zero would wait forever.
 _SHORTEST_WAIT_S = 0.1
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """A node's report; `code` is a digest of the run's code, `gpus` are the driver's names, `memory_gib` is available memory."""
+    """A node's report. `code` is a digest of the run's code, `gpus` the driver's names, `memory_gib` the available memory."""
 
     host: str
     code: str
@@ -76,7 +76,7 @@ class NodeReport:
 
 
 class Store(Protocol):
-    """The part of torch.distributed.Store that is used here."""
+    """The subset of torch.distributed.Store that is used here."""
 
     def set(self, key: str, value: str, /) -> None: ...
     def get(self, key: str, /) -> bytes: ...
@@ -84,9 +84,9 @@ class Store(Protocol):
 
 
 def check_node(plan: LaunchPlan, run: RunDir, attempt: int, num_ranks: int | None = None) -> NodeReport:
-    """Check this node for `num_ranks` ranks; None means the plan's number for each node.
+    """Check this node for `num_ranks` ranks; None means the plan's ranks per node.
 
-    Each problem's `where` is the node's name and nothing else.
+    Each problem's `where` is only the node's name.
     """
     memory_gib, num_ranks = available_memory_bytes() / _GIB, num_ranks or plan.topology.ranks_per_node
     code, problems = code_digest(run.code)
@@ -111,7 +111,7 @@ def check_node(plan: LaunchPlan, run: RunDir, attempt: int, num_ranks: int | Non
 
 
 def differences(own: NodeReport, head: NodeReport) -> list[Problem]:
-    """Return what makes `own` unfit to train with the head node: other code, packages, Python or GPUs."""
+    """Return what makes `own` unfit to train with the head node: different code, packages, Python or GPUs."""
     problems = []
 
     def compare(subject: str, here: str, there: str, remedy: str) -> None:
@@ -134,8 +134,8 @@ def exchange(
 ) -> list[Problem]:
     """Publish this node's report, read all others, and return the problems of all nodes in the order of `hosts`.
 
-    `node` is the index of this node in `hosts`; `prefix` separates the keys of rounds. Node 0, with which the others are
-    compared, returns last, so that it may hold the store.
+    `node` is this node's index in `hosts`; `prefix` keeps the keys of rounds apart. Node 0, with which the others are compared,
+    returns last, so it may host the store.
 
     Raises:
         RunError: if the connection to the store is lost.
@@ -179,7 +179,7 @@ def _await_key(store: Store, key: str, deadline: float) -> bool:
 
 
 def code_digest(folder: Path) -> tuple[str, list[Problem]]:
-    """Return a digest of the names and contents of all Python files under a folder, and the problem where one cannot be read."""
+    """Return a digest of the names and contents of all Python files under a folder, and a problem if one is unreadable."""
     digest = hashlib.blake2b(digest_size=16)
     try:
         for file in sorted(folder.rglob("*.py")):
@@ -231,7 +231,7 @@ def _check_run_directory(run: RunDir, attempt: int) -> list[Problem]:
 
 
 def _shared_model_remedy(folder: str | None) -> str:
-    # A folder in the cache of the Hub is named after the repository.
+    # A folder in the Hub's cache is named after the repository.
     if any(part.startswith("models--") for part in Path(folder or "").parts):
         return "set HF_HOME to a folder on shared storage on every node, the one of the command included"
     return "put it on storage that all nodes share, with LAUNCHER_CACHE there if it is a part of the launcher's cache"
@@ -251,7 +251,7 @@ def _check_inputs(plan: LaunchPlan) -> list[Problem]:
 
 
 def _check_space(plan: LaunchPlan, run: RunDir, memory_gib: float, num_ranks: int) -> list[Problem]:
-    """Check the space for a checkpoint on disk, for offloaded states in main memory, and for NCCL and gloo in /dev/shm."""
+    """Check the space for a checkpoint on disk, offloaded states in main memory, and NCCL and gloo in /dev/shm."""
     problems = []
     needed, free = int(_CHECKPOINT_MARGIN * plan.checkpoint_bytes), _free_bytes(run.root)
     if free is not None and free < needed:
@@ -266,7 +266,7 @@ def _check_space(plan: LaunchPlan, run: RunDir, memory_gib: float, num_ranks: in
 
 
 def _check_kernels(plan: LaunchPlan) -> list[Problem]:
-    """Check what the kernels need that the settings ask for; those that `auto` chooses are tried by the ranks."""
+    """Check the requirements of kernels that the settings request; the ranks try kernels that `auto` chooses."""
     asked = {"model.compile": plan.config.model.compile, "model.liger": plan.uses_liger and plan.config.model.liger is True}
     settings = [setting for setting, is_asked in asked.items() if is_asked]
     problems = []
@@ -288,7 +288,7 @@ def _check_kernels(plan: LaunchPlan) -> list[Problem]:
 
 
 def shared_memory_problems(device: str, num_ranks: int) -> list[Problem]:
-    """Return a problem where /dev/shm is too small for `num_ranks` ranks of this node on `device` (cuda or cpu)."""
+    """Return a problem if /dev/shm is too small for `num_ranks` ranks of this node on `device` (cuda or cpu)."""
     connects_gpus = device == "cuda" and num_ranks > 1
     shared, least = _free_bytes(SHARED_MEMORY), SHARED_MEMORY_OF_GPUS_BYTES if connects_gpus else SHARED_MEMORY_BYTES
     if shared is not None and shared >= least:
@@ -307,7 +307,7 @@ def _free_bytes(folder: Path) -> int | None:
 
 
 def available_memory_bytes() -> int:
-    """Return the available main memory in bytes, limited by the control groups of this process."""
+    """Return the available main memory in bytes, limited by this process's control groups."""
     limits = [psutil.virtual_memory().available]
     for line in OWN_CGROUPS.read_text().splitlines():
         _, controllers, group = line.split(":", 2)
@@ -315,7 +315,7 @@ def available_memory_bytes() -> int:
             continue
         folder, file = CGROUP_MEMORY[controllers]
         for level in (Path(group), *Path(group).parents):
-            # `max` is no number, the root has no limit, and a container may not see the levels above it.
+            # `max` is not a number, the root has no limit, and a container may not see the levels above it.
             with contextlib.suppress(OSError, ValueError):
                 limits.append(int((folder / level.relative_to("/") / file).read_text()))
     return min(limits)

@@ -1,4 +1,4 @@
-"""A small random model with the layers and the attention of a large one."""
+"""A small random model with a large model's layers and attention."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 _VOCABULARY = 256
 _NUM_EXPERTS = 16
-# Longer than the period of any known layout of layers; the fewest are enough to find a layer that passes on what it must not.
+# More layers than the period of any known layer layout; the fewest layers are enough to find one that leaks.
 _NUM_LAYERS, _FEWEST_LAYERS = 16, 2
 _WIDTH = 64
-# Of a model without attention heads, and of its heads.
+# The hidden size and the heads for a model without attention heads.
 _HIDDEN, _HEADS = 128, 4
 _MAX_PARAMETERS = 300_000_000
 _NOISE = 0.04
-# Keys under which configs of transformers keep the width of an MLP, and the number of experts.
+# Keys for the width of an MLP, and for the number of experts, in transformers configs.
 _MLP_WIDTHS = (
     *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp"),
     *("ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "moe_shared_expert_intermediate_size", "shared_intermediate_size"),
@@ -26,23 +26,23 @@ _MLP_WIDTHS = (
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _LORA_RANKS = ("q_lora_rank", "kv_lora_rank")
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id")
-# Parts of the names of keys with a width of the residual stream or of what is projected from it, and of keys that only look so.
+# Words in keys that hold a width of the residual stream or of a projection from it, and words in keys that only look similar.
 _WIDTH_WORDS = ("size", "dim", "width", "d_ssm", "d_inner", "d_model", "n_embd")
 _OTHER_SIZES = ("vocab", "window", "chunk", "kernel", "block", "patch", "state", "conv", "group")
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """A smaller config. `is_complete` is whether it has every kind of layer, so that a model of it can prove isolation."""
+    """A smaller config. `is_complete` is whether it has every layer type, so that a model built from it can prove isolation."""
 
     config: Any
     is_complete: bool
 
 
 def reductions(config: Any) -> Iterator[Reduction]:
-    """Yield smaller copies of a transformers config, the smallest first; some architectures cannot be built from some of them.
+    """Yield smaller copies of a transformers config, smallest first; not every architecture can be built from each of them.
 
-    All keep the order and the kinds of layers, the kind of attention and its windows.
+    All copies keep the order and types of layers, the attention type and its windows.
     """
     fewest = _cut_layers(_FEWEST_LAYERS)
     several = _cut_layers(_NUM_LAYERS)
@@ -65,7 +65,7 @@ def _reduced(config: Any, *changes: Callable[[Any], None]) -> Any:
 
 
 def _parts(config: Any) -> Iterator[Any]:
-    """Yield a config and those in it, as of a text model and of an encoder of images."""
+    """Yield a config and its nested configs, such as those of a text model and an image encoder."""
     yield config
     for value in list(vars(config).values()):
         if hasattr(value, "get_text_config"):
@@ -73,7 +73,7 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def _narrow(config: Any) -> None:
-    """Shrink all widths; the head dimension stays, since rotary embeddings are made for it."""
+    """Shrink all widths except the head dimension, which rotary embeddings depend on."""
     heads, kv_heads = _get(config, "num_attention_heads"), _get(config, "num_key_value_heads")
     hidden = _get(config, "hidden_size")
     if not isinstance(hidden, int):
@@ -81,7 +81,7 @@ def _narrow(config: Any) -> None:
     if isinstance(heads, int):
         head_dim = _get(config, "head_dim") or hidden // heads
         few = 4 if kv_heads not in (None, heads) and heads > 1 else 2
-        # Attention may be wider than the residual stream, and some configs state that width as a multiple of it.
+        # Attention may be wider than the residual stream, and some configs give its width as a multiple of the stream's.
         is_multiple = head_dim * heads % hidden == 0 and few * hidden % heads == 0
         narrow = few * hidden // heads if is_multiple else few * head_dim
         _set(config, "num_attention_heads", few)
@@ -93,7 +93,7 @@ def _narrow(config: Any) -> None:
 
 
 def _scale(config: Any, hidden: int, narrow: int, few: int) -> None:
-    """Divide what is a multiple of the hidden size by the same factor, and the heads that make up such a width."""
+    """Divide every multiple of the hidden size by the same factor, and likewise the heads that make up such a width."""
     numbers = {key: value for key, value in vars(config).items() if type(value) is int and value > 1}
     widths = {key: value for key, value in numbers.items() if _is_width(key) and 2 * value % hidden == 0}
     for key, value in widths.items():
@@ -103,7 +103,7 @@ def _scale(config: Any, hidden: int, narrow: int, few: int) -> None:
     for count_key, width_key in _head_pairs(numbers):
         count, width = numbers[count_key], numbers[width_key]
         if count * width in scaled:
-            # What does not divide the number of heads divides their width.
+            # The part of the factor that does not divide the number of heads divides their width.
             shared = math.gcd(count, hidden // narrow)
             _set(config, count_key, count // shared)
             _set(config, width_key, max(1, width * narrow * shared // hidden))
@@ -120,7 +120,7 @@ def _is_width(key: str) -> bool:
 
 
 def _head_pairs(numbers: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """Yield the keys of a number of heads and of their width, such as n_mamba_heads and mamba_headdim; not those of attention."""
+    """Yield pairs of keys for a number of heads and their width, such as n_mamba_heads and mamba_headdim; skips attention's."""
     for count in numbers:
         if count.endswith("heads") and count not in ("num_attention_heads", "num_key_value_heads"):
             stem = count.removesuffix("heads").replace("num_", "").replace("n_", "")
@@ -136,13 +136,13 @@ def _narrow_mlp(config: Any) -> None:
             if isinstance(value, int):
                 _set(config, key, min(value, limit))
             elif isinstance(value, list | tuple) and all(isinstance(width, int) for width in value):
-                # One for each layer.
+                # One value for each layer.
                 _set(config, key, [min(width, limit) for width in value])
     _small_vocabulary(config)
 
 
 def _cut_layers(fewest: int) -> Callable[[Any], None]:
-    """Return a function that cuts layers from the end, down to `fewest`, as long as each kind of layer stays."""
+    """Return a function that cuts layers from the end, down to `fewest`, as long as every layer type remains."""
 
     def cut(config: Any) -> None:
         num_layers = config.num_hidden_layers
@@ -151,7 +151,7 @@ def _cut_layers(fewest: int) -> Callable[[Any], None]:
         per_layer = {
             key: value for key, value in config.to_dict().items() if isinstance(value, list | tuple) and len(value) == num_layers
         }
-        # Where each layer has another value, as in a list of the numbers of layers, it tells no kind.
+        # If every layer has a different value, as in a list of layer indices, the values do not denote types.
         of_kinds = [value for value in per_layer.values() if len({str(kind) for kind in value}) < num_layers]
         kinds = list(zip(*of_kinds, strict=True)) if of_kinds else [()] * num_layers
         first_of_each = {str(kind): layer for layer, kind in reversed(list(enumerate(kinds)))}
@@ -175,7 +175,7 @@ def _small_vocabulary(config: Any) -> None:
 
 
 def _small_hash_tables(config: Any) -> None:
-    """Shrink tables of embeddings beside those of tokens, such as of hashes of several bytes; their config has no layers."""
+    """Shrink embedding tables other than the token table, such as tables for multi-byte hashes; their config has no layers."""
     for key, value in [*vars(config).items()]:
         if key.endswith("_vocab") and type(value) is int:
             _set(config, key, min(value, _VOCABULARY))
@@ -185,7 +185,7 @@ def _get(config: Any, key: str) -> Any:
     try:
         return getattr(config, key, None)
     except Exception:
-        # transformers raises its own error for what differs between layers.
+        # transformers raises its own error for values that differ between layers.
         return None
 
 
@@ -194,7 +194,7 @@ def _set(config: Any, key: str, value: Any) -> None:
 
 
 def build(config: Any, kernel: str, **remote: bool) -> Any:
-    """Build a model in fp32 on the CPU; weights that are initialized to zero get noise as well."""
+    """Build a model in fp32 on the CPU; weights that are initialized to zero also get noise."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,8 +1,8 @@
 """Compares a model's weight files with the model's tensors before anything is started.
 
-transformers itself compares: it loads the model onto the meta device from tensors with names, types and shapes but no data. So
-its own rules hold (renamed and fused tensors, tied weights, prefixes, ignored tensors), and no weight is read. Imports neither
-torch nor transformers before it compares.
+transformers itself does the comparison: it loads the model onto the meta device from tensors with names, types and shapes but
+no data. Its own rules therefore apply (renamed and fused tensors, tied weights, prefixes, ignored tensors), and no weight is
+read. torch and transformers are imported only for the comparison.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
-    """Refuse weights that do not cover the model. The result of a comparison is cached; `say` shows a line to the user.
+    """Reject weights that do not cover the model. Comparison results are cached; `say` shows a line to the user.
 
     Raises:
-        ConfigError: if tensors are missing or have another shape, a file is damaged, or config.json is not accepted.
+        ConfigError: if tensors are missing or have a different shape, a file is damaged, or config.json is rejected.
     """
     if model.path is None or model.init == "random":
         return
@@ -37,7 +37,7 @@ def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
         remedy = "check the files of the repository, choose another model.revision, or use a local folder"
         raise ConfigError(Problem(problem, where="model.path", value=model.path, remedy=remedy))
     if not (folder / "config.json").is_file():
-        # A run from a mirror has its weights in its checkpoints, and may lack its base model here.
+        # A run from a mirror has its weights in its checkpoints; its base model may not be on this machine.
         return
     report = weight_files.load_report(folder, model)
     if report is None:
@@ -48,7 +48,7 @@ def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
         except LauncherError:
             raise
         except Exception as error:
-            # A failure here need not occur on the nodes, where the ranks compare again while they load.
+            # A failure here may not occur on the nodes, where the ranks compare again while they load.
             say(f"note: the weight files could not be compared with the model: {_first_line(error)}")
             return
         weight_files.save_report(folder, model, report)
@@ -58,7 +58,7 @@ def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress the table and the progress bar of transformers."""
+    """Suppress transformers' table and progress bar."""
     from transformers.utils import logging
 
     verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -80,7 +80,7 @@ def _load_config(folder: Path, model: ModelSection) -> Any:
     """Return the model's config as transformers reads it.
 
     Raises:
-        ConfigError: if transformers does not accept its values, as on every node.
+        ConfigError: if transformers rejects its values, which it would do on every node too.
     """
     from transformers import AutoConfig
 
@@ -90,7 +90,7 @@ def _load_config(folder: Path, model: ModelSection) -> Any:
     except (LauncherError, OSError, ImportError):
         raise
     except Exception as error:
-        # The first lines of some name the check alone.
+        # The first lines of some errors only name the check.
         reason = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         message = f"model.path: transformers does not accept config.json: {reason[-1] if reason[0].endswith(':') else reason[0]}"
         remedy = "correct this value, or use the config.json that belongs to the weights"
@@ -98,18 +98,18 @@ def _load_config(folder: Path, model: ModelSection) -> Any:
 
 
 def compare(folder: Path, model: ModelSection) -> WeightReport:
-    """Load the folder's model without data and report the tensors that are missing, of another shape or unexpected.
+    """Load the folder's model without data and report tensors that are missing, unexpected or of a different shape.
 
     Raises:
-        ConfigError: if a weight file is damaged, or transformers does not accept config.json.
-        RuntimeError: if tensors cannot be fused and no tensor is missing or of another shape.
+        ConfigError: if a weight file is damaged, or transformers rejects config.json.
+        RuntimeError: if tensors cannot be fused although none is missing or of a different shape.
     """
     tensors = _tensors(folder, model)
     blank = _blank_model(folder, model)
     try:
         loaded, info = _load(blank, tensors)
     except RuntimeError:
-        # transformers names neither the tensors that cannot be fused nor other problems then: the rest is loaded without them.
+        # transformers then names neither the tensors that cannot be fused nor any other problem: load the rest without them.
         unfused = _unfused_parts(blank, tensors)
         if not unfused:
             raise
@@ -122,7 +122,7 @@ def compare(folder: Path, model: ModelSection) -> WeightReport:
         missing |= absent
         mismatched |= misshapen
         if not absent and not misshapen:
-            # The model's own tensor differs, but none of the tensors that it is made of.
+            # The model's own tensor differs, but none of its source tensors does.
             if name in shapes:
                 mismatched.add(ShapeMismatch(name, *shapes[name]))
             else:
@@ -156,12 +156,12 @@ def _blank_model(folder: Path, model: ModelSection) -> Any:
     config = _load_config(folder, model)
     remote = {"trust_remote_code": model.trust_remote_code}
     with torch.device("meta"):
-        # Weights do not depend on the attention kernel, and this machine may lack that of the ranks.
+        # Weights do not depend on the attention kernel, and this machine may lack the ranks' kernel.
         return AutoModelForCausalLM.from_config(config, dtype=DTYPES[model.dtype], attn_implementation="eager", **remote)
 
 
 def _load(blank: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
-    """Return the model loaded from tensors on the meta device, and the loading info of transformers."""
+    """Return the model loaded from tensors on the meta device, and transformers' loading info."""
     loaded: tuple[Any, dict[str, Any]] = type(blank).from_pretrained(
         None,
         config=blank.config,
@@ -185,7 +185,7 @@ def _unfused_parts(blank: Any, tensors: Mapping[str, Tensor]) -> set[str]:
 
 
 def _differences(hf: Any, tensors: Mapping[str, Tensor], name: str) -> tuple[set[str], set[ShapeMismatch]]:
-    """Return the parts of the model's tensor `name` that are missing in the files or have another shape, by the files' names."""
+    """Return the sources of the model's tensor `name` that the files lack or have in another shape, by their names there."""
     missing: set[str] = set()
     mismatched: set[ShapeMismatch] = set()
     for source, shape in _sources(hf, name).items():
@@ -203,13 +203,13 @@ def _name_in_files(hf: Any, tensors: Mapping[str, Tensor], name: str) -> str | N
 
 
 def _sources(hf: Any, name: str) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes, in the weight files, of the tensors that make the model's tensor `name`."""
+    """Return the names and shapes of the source tensors, in the weight files, of the model's tensor `name`."""
     from transformers.core_model_loading import revert_weight_conversion
 
     tensor = hf.get_parameter_or_buffer(name)
     try:
         sources = revert_weight_conversion(hf, {name: tensor})
     except Exception:
-        # A tensor that is made together with others is looked up by its own name.
+        # A tensor that is converted together with others is looked up by its own name.
         sources = {name: tensor}
     return {source: tuple(part.shape) for source, part in sources.items()}

@@ -1,4 +1,4 @@
-"""An all-reduce over the devices of this machine, between real processes, as ranks do it before the model loads.
+"""An all-reduce over this machine's devices, between real processes, as the ranks do it before the model loads.
 
 `python -m launcher.worker.doctor.all_reduce DEVICE RANK RANKS FILE` is one of these processes; rank 0 prints the bandwidth.
 """
@@ -21,15 +21,15 @@ from launcher.worker.doctor.torch_build import read_torch_build
 
 DEADLINE_S = 180.0
 _RANKS_ON_CPU = 2
-# PCIe of the third generation reaches twice as much between two GPUs.
+# PCIe 3.0 reaches twice this between two GPUs.
 _SLOW_GB_PER_S = 5.0
 
 
 def check_all_reduce(config: RunConfig) -> Iterator[CheckResult]:
-    """All-reduce over all GPUs of this machine with NCCL, or over two processes with gloo where there is none."""
+    """All-reduce over all GPUs of this machine with NCCL, or over two processes with gloo if there is no GPU."""
     build = read_torch_build()
     if isinstance(build, str) or (may_use_gpus() and build.cuda and not build.num_gpus):
-        # The check of torch reports it.
+        # The torch check reports this.
         return
     device, backend = ("cuda", "NCCL") if build.num_gpus else ("cpu", "gloo")
     num_ranks = build.num_gpus or _RANKS_ON_CPU
@@ -47,7 +47,7 @@ def check_all_reduce(config: RunConfig) -> Iterator[CheckResult]:
 
 
 def _run_ranks(device: str, num_ranks: int, folder: Path) -> tuple[float, str]:
-    """Return the bandwidth in GB/s, and why the ranks failed: empty if they did not."""
+    """Return the bandwidth in GB/s, and why the ranks failed (empty if they did not)."""
     variables = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK.interface, "NCCL_SOCKET_IFNAME": f"={LOOPBACK.interface}"}
     environ = {**os.environ, **variables}
     arguments = ["-m", __spec__.name, device]
@@ -58,7 +58,7 @@ def _run_ranks(device: str, num_ranks: int, folder: Path) -> tuple[float, str]:
     finally:
         for process in ranks:
             kill(process)
-    # A rank that waited for one that failed reports a lost connection, if anything: what it printed last is less to the point.
+    # A rank that waited for a failed rank reports at most a lost connection, so its last output is less relevant.
     reasons = [f"rank {rank}: {each.reason}" for rank, each in enumerate(finished) if each.reason]
     if reasons:
         return 0.0, next((reason for reason in reasons if "did not end" not in reason), reasons[0])

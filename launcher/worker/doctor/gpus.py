@@ -1,4 +1,4 @@
-"""The GPUs of a machine, their driver, and whether torch can use them."""
+"""A machine's GPUs, their driver, and whether torch can use them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from launcher.plan.gpu_types import recognize
 from launcher.worker.checks import gpu_check
 from launcher.worker.doctor.torch_build import TorchBuild, read_torch_build
 
-# The CUDA versions with an index of wheels for each torch that the launcher takes, from 2.9 on
+# The CUDA versions that have a wheel index, for each torch that the launcher supports, from 2.9 on
 # (https://pytorch.org/get-started/previous-versions).
 _WHEEL_CUDA = ((12, 6), (12, 8), (13, 0))
-# The driver itself, and a display, take less.
+# The driver itself and a display take less than this.
 _MAX_USED_FRACTION = 0.05
 
 
 def check_gpus(config: RunConfig) -> Iterator[CheckResult]:
-    """Check number, type, memory errors, faults in the kernel's log, and processes that hold memory."""
+    """Check number, model, memory errors, faults in the kernel log, and processes that hold memory."""
     section = config.cluster
     if nvml.has_driver() and not may_use_gpus():
         seen = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides all GPUs: runs on this machine train on the CPU"
@@ -45,14 +45,14 @@ def check_gpus(config: RunConfig) -> Iterator[CheckResult]:
 
 
 def check_gpu_memory(config: RunConfig) -> Iterator[CheckResult]:
-    """Check that the memory of the GPUs is free, also of processes that the driver does not list."""
+    """Check that GPU memory is free, including memory held by processes that the driver does not list."""
     if not may_use_gpus():
         return
     try:
         gpus = [gpu for gpu in nvml.list_gpus() if gpu.free_gib is not None and gpu.memory_gib]
         listed = {process.gpu_uuid for process in nvml.list_processes()}
     except NvmlError:
-        # The check of the GPUs reports it.
+        # The GPU check reports this.
         return
     used = [gpu for gpu in gpus if gpu.uuid not in listed and _used_fraction(gpu) > _MAX_USED_FRACTION]
     if used:
@@ -82,7 +82,7 @@ def check_torch(config: RunConfig) -> Iterator[CheckResult]:
     try:
         driver = nvml.read_driver()
     except NvmlError:
-        # The check of the GPUs reports it.
+        # The GPU check reports this.
         pass
     shown += f"; driver {driver.version or 'unknown'} supports CUDA {driver.cuda or 'unknown'}"
     yield _judge_build(build, driver.cuda, shown)

@@ -1,4 +1,4 @@
-"""The machine itself: cores, memory, limits of this user's processes, versions of packages."""
+"""The machine itself: cores, memory, process limits of this user, and package versions."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _INFINIBAND = Path("/sys/class/infiniband")
 # Packages whose versions decide whether a run works.
 _CORE = ("torch", "deepspeed", "transformers", "accelerate", "tokenizers", "safetensors", "ray", "huggingface-hub", "numpy")
 _CONSTRAINTS = "constraints.txt"
-# Enough to tell two versions of the code apart.
+# Enough to distinguish two versions of the code.
 _DIGEST_CHARS = 8
 
 
 def check_machine(config: RunConfig) -> Iterator[CheckResult]:
-    """Show the cores and the main memory that this job may use."""
+    """Report the cores and the main memory that this job may use."""
     cores, memory = len(os.sched_getaffinity(0)), node_check.available_memory_bytes()
     yield ok(f"{cores} CPU cores, {format_size(memory)} of main memory available")
 
@@ -76,7 +76,7 @@ def _check_processes() -> Iterator[CheckResult]:
 
 
 def check_packages(config: RunConfig) -> Iterator[CheckResult]:
-    """Compare installed packages with what the launcher requires and with the versions that its tests passed with."""
+    """Compare installed packages with the launcher's requirements and with the tested versions."""
     versions = {name: version for name in _CORE if (version := _version(name)) is not None}
     code, problems = node_check.code_digest(Path(launcher.__file__).resolve().parent)
     yield from map(from_problem, problems)
@@ -107,7 +107,7 @@ def check_packages(config: RunConfig) -> Iterator[CheckResult]:
 
 
 def _requirements() -> Iterator[Requirement]:
-    """Yield what the launcher requires in this environment, without extras; nothing where it is not installed."""
+    """Yield the launcher's requirements in this environment, without extras; nothing if it is not installed."""
     try:
         lines = metadata.requires("launcher") or []
     except metadata.PackageNotFoundError:
@@ -131,7 +131,7 @@ def _version(name: str) -> str | None:
 
 
 def _constraints_file() -> Path:
-    """Return constraints.txt: in the installed package, or beside it in a checkout."""
+    """Return the path of constraints.txt: in the installed package, or beside it in a checkout."""
     package = Path(launcher.__file__).resolve().parent
     inside = package / _CONSTRAINTS
     return inside if inside.is_file() else package.parent / _CONSTRAINTS

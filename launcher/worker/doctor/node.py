@@ -1,6 +1,6 @@
 """The checks of one machine for `launcher doctor`: `python -m launcher.worker.doctor.node [NAME] < CONFIG.json`.
 
-Prints a report (launcher.clusters.check_results) and ends. A check that hangs is given up after its deadline, and named.
+Prints a report (launcher.clusters.check_results) and exits. A check that hangs is abandoned at its deadline and named.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from launcher.worker.ranks.rank_env import die_with_parent
 Check = Callable[[RunConfig], Iterator[CheckResult]]
 
 _SHORT_S, _LONG_S = 60.0, 240.0
-# The name that a person sees, the check, and its deadline in seconds. To add a check: a function here or beside these, and a row.
+# The displayed name, the check, and its deadline in seconds. To add a check, add a function here or in this folder, and a row.
 CHECKS: dict[str, tuple[Check, float]] = {
     "machine": (machine.check_machine, _SHORT_S),
     "limits": (machine.check_limits, _SHORT_S),
@@ -47,13 +47,13 @@ CHECKS: dict[str, tuple[Check, float]] = {
 
 
 def run_check(name: str, check: Check, config: RunConfig, deadline_s: float) -> list[CheckResult]:
-    """Return the results of one check under its name; a failure where it raises, or has not ended after the deadline."""
+    """Return the results of one check under its name; a failure if it raises or misses the deadline."""
     results: list[CheckResult] = []
 
     def collect() -> None:
         try:
             results.extend(replace(result, name=name) for result in check(config))
-        # Whatever a broken machine makes a check raise, the others still report.
+        # A broken machine may make a check raise anything; the other checks must still report.
         except Exception as error:
             results.append(
                 replace(failure(f"the check failed: {describe(error)}", "look at this part of the machine"), name=name)
@@ -69,27 +69,27 @@ def run_check(name: str, check: Check, config: RunConfig, deadline_s: float) -> 
 
 
 def report(config: RunConfig, name: str) -> MachineReport:
-    """Run all checks, one after the other: they would disturb each other's measurements."""
+    """Run all checks one after the other; in parallel they would disturb each other's measurements."""
     results = [result for title, (check, deadline_s) in CHECKS.items() for result in run_check(title, check, config, deadline_s)]
     return MachineReport(name, tuple(results), time.time())
 
 
 def main(name: str) -> None:
-    """Print the report of this machine, under the name that the scheduler has for it."""
+    """Print this machine's report, under the scheduler's name for it."""
     signal.signal(signal.SIGTERM, _end)
-    # The command, or Ray's worker, that wants the report.
+    # The parent is the command, or the Ray worker, that requested the report.
     die_with_parent(signal.SIGTERM)
     config = RunConfig.model_validate_json(sys.stdin.read())
     print("\n".join(to_lines(report(config, name))), flush=True)
 
 
 def _end(*_: object) -> None:
-    """End without a report; files that a check has made are removed at the exit."""
+    """End without a report; files that a check created are removed at exit."""
     kill_all()
     sys.exit(EXIT_FAILED)
 
 
 if __name__ == "__main__":
     main(sys.argv[1] if len(sys.argv) > 1 else node_name())
-    # A check that hangs in the kernel must not keep the process.
+    # A check that hangs in the kernel must not keep the process alive.
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Another Python process with a deadline: what it imports may crash it, or hang."""
+"""A separate Python process with a deadline: its imports may crash or hang it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-# Those that have not been waited for; each has a session of its own, which the end of this process does not end.
+# Processes that have not been waited for. Each has its own session, so it does not end with this process.
 _running: set[subprocess.Popen[str]] = set()
 
 
 @dataclass(frozen=True)
 class Finished:
-    """How a process ended; `reason` says why it failed, in one line, and is empty if it did not."""
+    """How a process ended; `reason` says in one line why it failed, and is empty if it did not."""
 
     output: str
     reason: str
 
 
 def run_python(arguments: Sequence[str], deadline_s: float, environ: Mapping[str, str] = os.environ) -> Finished:
-    """Run `python ARGUMENTS` in a session of its own, all of which is killed after the deadline."""
+    """Run `python ARGUMENTS` in its own session; the whole session is killed at the deadline."""
     return wait_for(start_python(arguments, environ), deadline_s)
 
 
 def start_python(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> subprocess.Popen[str]:
-    """Start `python ARGUMENTS`, with its output in pipes; nothing is imported from the working directory."""
+    """Start `python ARGUMENTS` with its output in pipes; it imports nothing from the working directory."""
     process = subprocess.Popen(
         [sys.executable, "-P", *arguments],
         stdin=subprocess.DEVNULL,
@@ -44,7 +44,7 @@ def start_python(arguments: Sequence[str], environ: Mapping[str, str] = os.envir
 
 
 def wait_for(process: subprocess.Popen[str], deadline_s: float) -> Finished:
-    """Wait for the end of a process, or kill it."""
+    """Wait for a process to end, or kill it at the deadline."""
     try:
         output, errors = process.communicate(timeout=max(0.1, deadline_s))
     except subprocess.TimeoutExpired:
@@ -58,7 +58,7 @@ def wait_for(process: subprocess.Popen[str], deadline_s: float) -> Finished:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """Kill a process and those that it has started, without waiting: one that hangs in the kernel does not end."""
+    """Kill a process and its children without waiting: one that hangs in the kernel does not end."""
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Folders that a run writes to: the storage of runs, shared memory, and caches. Every file is removed again."""
+"""The folders that a run writes to: run storage, shared memory, and caches. Every file is removed again."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _CHUNK_BYTES, _NUM_CHUNKS = 4 << 20, 32
 _SLOW_BYTES_PER_S = 100e6
 _LITTLE_BYTES, _TOO_LITTLE_BYTES = 20 << 30, 1 << 30
 _LITTLE_CACHE_BYTES = 10 << 30
-# A run writes some hundred files, more for each checkpoint.
+# A run writes a few hundred files, plus more for each checkpoint.
 _FEW_INODES = 10_000
 _SHARED_REMEDY = "set run.root to a folder on storage that all nodes share"
 
 
 def check_run_storage(config: RunConfig) -> Iterator[CheckResult]:
-    """Write, sync, read, rename and lock a file beside the runs, and look at the room there."""
+    """Write, sync, read, rename and lock a file beside the runs, and check the free space there."""
     root = Path(config.run.root).expanduser().absolute()
     shared, _, content = os.environ.get(SHARED_FILE_VARIABLE, "").rpartition("=")
     if shared:
@@ -60,7 +60,7 @@ def check_run_storage(config: RunConfig) -> Iterator[CheckResult]:
 
 
 def _exercise(folder: Path, root: Path) -> Iterator[CheckResult]:
-    """Do what a checkpoint does to its files."""
+    """Perform the file operations of a checkpoint."""
     file, chunk = folder / "shard", os.urandom(_CHUNK_BYTES)
     started = time.perf_counter()
     with open(file, "xb", buffering=0) as opened:
@@ -68,7 +68,7 @@ def _exercise(folder: Path, root: Path) -> Iterator[CheckResult]:
             opened.write(chunk)
         os.fsync(opened.fileno())
         write_s = time.perf_counter() - started
-        # Otherwise the read would come from memory.
+        # Otherwise the read would be served from memory.
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     renamed, started = folder / "committed", time.perf_counter()
     os.replace(file, renamed)
@@ -110,7 +110,7 @@ def _check_locks(file: Path) -> Iterator[CheckResult]:
 def _check_room(folder: Path) -> Iterator[CheckResult]:
     status = os.statvfs(folder)
     free = status.f_bavail * status.f_frsize
-    # Some file systems count no inodes, and report 0.
+    # Some file systems do not count inodes and report 0.
     inodes = f", {status.f_favail:,} inodes" if status.f_files else ""
     seen, remedy = f"{format_size(free)}{inodes} free beside the runs", "free space there, or set run.root to another disk"
     if free < _TOO_LITTLE_BYTES:
@@ -135,7 +135,7 @@ def check_shared_memory(config: RunConfig) -> Iterator[CheckResult]:
 
 
 def check_caches(config: RunConfig) -> Iterator[CheckResult]:
-    """Check that the caches can be written, belong to this user, and have room."""
+    """Check that the caches are writable, belong to this user, and have free space."""
     home = Path(os.environ.get("HOME") or "/")
     hub = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "huggingface")
     for name, folder, variable in (("the launcher's cache", cache_root(), "LAUNCHER_CACHE"), ("the Hub's cache", hub, "HF_HOME")):

@@ -1,4 +1,4 @@
-"""What DeepSpeed compiles with, and the optional kernels: whether they can really be imported."""
+"""DeepSpeed's compilers, and the optional kernels: checks that they can actually be imported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _IMPORT_S = 180.0
 _CUDA_DEFAULT = Path("/usr/local/cuda")
 _NVCC_RELEASE = re.compile(r"release (\d+)\.(\d+)")
 
-# By the value of model.attention: the package, and what ranks import of it.
+# For each value of model.attention: the package, and what ranks import from it.
 _FLASH_ATTENTION = {
     "flash_attention_2": ("flash-attn", "from flash_attn import flash_attn_func, flash_attn_varlen_func"),
     "flash_attention_3": ("flash-attn-3", "from flash_attn_interface import flash_attn_func, flash_attn_varlen_func"),
@@ -42,10 +42,10 @@ _TRY_FP8 = "import torch; from launcher.train.kernels.fp8 import try_product; tr
 
 
 def check_compiler(config: RunConfig) -> Iterator[CheckResult]:
-    """Check the programs with which DeepSpeed compiles CPU Adam and asynchronous I/O: g++, ninja, and nvcc beside GPUs.
+    """Check the programs with which DeepSpeed compiles CPU Adam and asynchronous I/O: g++, ninja, and, with GPUs, nvcc.
 
-    Only offloading needs them: a missing one is a failure where the settings offload, and else a warning. Also check what Liger
-    and torch.compile build kernels with: a failure where the settings ask for them, a warning where Liger is installed.
+    Only offloading needs them: a missing one is a failure if the settings offload, otherwise a warning. Also check what Liger and
+    torch.compile build kernels with: a failure if the settings request them, a warning if Liger is installed.
     """
     section = config.deepspeed
     offloads = (section.offload_optimizer, section.offload_params) != ("none", "none")
@@ -87,7 +87,7 @@ def _check_build_tools(config: RunConfig) -> Iterator[CheckResult]:
 
 
 def _check_nvcc(offloads: bool, needed: str) -> Iterator[CheckResult]:
-    """Compare nvcc with torch's CUDA, as DeepSpeed does: it refuses to compile with another major version."""
+    """Compare nvcc with torch's CUDA, as DeepSpeed does: it refuses to compile with a different major version."""
     build = read_torch_build()
     wanted = "" if isinstance(build, str) else build.cuda
     report = failure if offloads else warning
@@ -111,7 +111,7 @@ def _check_nvcc(offloads: bool, needed: str) -> Iterator[CheckResult]:
 
 
 def check_flash_attention(config: RunConfig) -> Iterator[CheckResult]:
-    """Import flash-attn if it is installed: a build for another torch fails only then."""
+    """Import flash-attn if it is installed: a build for another torch fails only on import."""
     attention = config.model.attention
     package, statement = _FLASH_ATTENTION.get(attention, _FLASH_ATTENTION["flash_attention_2"])
     asked = f"model.attention={attention}" if attention in _FLASH_ATTENTION else ""
@@ -120,7 +120,7 @@ def check_flash_attention(config: RunConfig) -> Iterator[CheckResult]:
 
 
 def check_liger(config: RunConfig) -> Iterator[CheckResult]:
-    """Compute with Liger's kernels as the ranks try them, if they are installed."""
+    """Run Liger's kernels, if installed, as the ranks do when they try them."""
     asked = "model.liger=true" if config.model.liger is True else ""
     remedy = "; ".join(problem.remedy for problem in missing_build_tools("cuda")) or f"pip install --upgrade {_LIGER}"
     if may_use_gpus():
@@ -131,7 +131,7 @@ def check_liger(config: RunConfig) -> Iterator[CheckResult]:
 
 
 def check_fp8(config: RunConfig) -> Iterator[CheckResult]:
-    """Compute in FP8 as the ranks try it, where the settings ask for it."""
+    """Compute in FP8, if the settings request it, as the ranks do when they try it."""
     if not config.model.fp8:
         return
     if may_use_gpus():
@@ -142,10 +142,10 @@ def check_fp8(config: RunConfig) -> Iterator[CheckResult]:
 
 
 def _try(package: str, statement: str, outcomes: tuple[str, str], asked: str, remedy: str, without: str) -> Iterator[CheckResult]:
-    """Run a statement with an optional package in another process.
+    """Run a statement with an optional package in a separate process.
 
-    `asked` is the setting that names the package, `without` the one that does without it; `outcomes` say that it works and that
-    it does not.
+    `asked` is the setting that requests the package, `without` the one that avoids it; `outcomes` are the messages for success
+    and failure.
     """
     version = _version(package)
     if not version:

@@ -1,6 +1,6 @@
-"""torch as it was built and what it sees: `python -m launcher.worker.doctor.torch_build` prints it as one JSON object.
+"""torch's build and the GPUs it sees: `python -m launcher.worker.doctor.torch_build` prints them as one JSON object.
 
-A process of its own: the import takes seconds, may crash, and CUDA's first call may hang.
+This runs in a separate process because the import takes seconds and may crash, and the first CUDA call may hang.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def _look() -> TorchBuild:
         try:
             num_gpus = torch.cuda.device_count()
             for i in range(num_gpus):
-                # The first kernel fails where torch has none for this GPU's compute capability.
+                # The first kernel fails if torch has none for this GPU's compute capability.
                 torch.ones(2, device=f"cuda:{i}").sum().item()
             if not num_gpus:
                 # Says why.
                 torch.cuda.init()
-        # torch raises many kinds of exceptions here.
+        # torch raises many types of exceptions here.
         except Exception as error:
             problem, num_gpus = str(error).strip().splitlines()[0], 0
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda is not None else ""

@@ -1,6 +1,6 @@
 """Answers a share of the prompts: `python -m launcher.worker.evaluation.answer FOLDER RANK WORLD_SIZE NUM_GPUS`.
 
-NUM_GPUS is how many GPUs this process was given; 0 is the CPU.
+NUM_GPUS is the number of GPUs assigned to this process; 0 means the CPU.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _LOADING_FACTOR = 1.2
 
 
 def answer(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
-    """Answer a share of all prompts. Raises what the evaluation raises."""
+    """Answer a share of all prompts. Raises whatever the evaluation raises."""
     if num_gpus and not torch.cuda.is_available():
-        # The CPU would take days, and give other answers than the other processes.
+        # The CPU would take days, and its answers would differ from the other processes' answers.
         raise RunError(
             "a process of the evaluation finds no GPU, and was given one",
             where=socket.gethostname(),
             remedy="check this machine with nvidia-smi and: python -m launcher doctor",
         )
-    # The path of the run may lead to another folder on this node.
+    # The run's path may lead to a different folder on this node.
     ownership.require_run(RunDir(folder.root.parents[1]))
     task = folder.read_task()
     config = task.settings
@@ -67,7 +67,7 @@ def answer(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
 
 
 def choose_dtype(config: RunConfig, device: str) -> str:
-    """Return the dtype of the weights that answer on a device."""
+    """Return the dtype of the weights for answering on a device."""
     chosen = config.evaluate.dtype
     if chosen != "auto":
         return chosen
@@ -97,7 +97,7 @@ def _load(task: EvaluationTask, config: RunConfig, weights: Weights, device: str
 
 
 def _require_memory(folder: Path, num_gpus: int) -> None:
-    """Refuse weights that do not fit the GPUs of a server, before it takes minutes to find so."""
+    """Reject weights that do not fit a server's GPUs, before the server takes minutes to find out."""
     num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     here = hardware.device()
     if here.kind == "cuda" and here.memory_gib and num_bytes * _LOADING_FACTOR > num_gpus * here.memory_gib * 2**30:
@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
             pace = make_pace()
             answer(folder, Share(rank, world_size, lambda text: say(text) if rank == 0 and pace.is_due() else None), num_gpus)
     except LauncherError as error:
-        # On a cluster, the command shows what its nodes print.
+        # On a cluster, the command shows the nodes' output.
         print(printable(str(error)), flush=True)
         return error.exit_code
     return 0

@@ -1,7 +1,7 @@
-"""Scores the answers of an evaluation and judges them: `python -m launcher.worker.evaluation.conclude FOLDER`. Without torch.
+"""Scores and judges an evaluation's answers: `python -m launcher.worker.evaluation.conclude FOLDER`. Does not import torch.
 
-Writes verdict.json for each set, and for the first one beside answers.json. Prints one JSON object: the verdicts by set, or
-the problems.
+Writes verdict.json for each set; the first set's is beside answers.json. Prints one JSON object: the verdicts by set, or the
+problems.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from launcher.tracking.verdicts import EvaluationVerdict, GeneralLoss, SideUsage
 
 
 def conclude(folder: EvaluationFolder) -> dict[str, Any]:
-    """Score, judge and write the verdicts; returns what the command shows.
+    """Score the answers and write the verdicts; returns what the command shows.
 
     Raises:
         RunError: if answers are missing.
@@ -40,7 +40,7 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
     scorer = AnswerScorer(task.settings.evaluate, folder.root)
     run = RunDir(folder.root.parents[1])
     general_loss = read_general_loss(run, task.step, task.settings.eval.forgetting_max_rise)
-    # The checkpoint may have been removed since its weights were exported.
+    # The checkpoint may have been removed after its weights were exported.
     exported = json_records.read_if_present(EvaluatedExport, folder.weights_record)
     checkpoint = digest_checkpoint(run, task.step) or ("" if exported is None else exported.checkpoint)
     shown: dict[str, Any] = {}
@@ -91,7 +91,7 @@ def _judge(
     texts: dict[str, list[str]] = {}
     usage: dict[str, SideUsage] = {}
     for side in sides:
-        # Of bytes: in a text, splitlines also splits at U+2028 and others, which answers may contain.
+        # Split bytes: on str, splitlines also splits at U+2028 and other characters that answers may contain.
         lines = (folder.root / side.file).read_bytes().splitlines()
         stored = [StoredAnswer(**json.loads(line)) for line in lines]
         generated = [answer.as_generated() for answer in stored]

@@ -1,7 +1,7 @@
-"""Runs the processes of one node: `python -m launcher.worker.evaluation.node FOLDER NODE NUM_NODES GPUS`.
+"""Runs one node's processes: `python -m launcher.worker.evaluation.node FOLDER NODE NUM_NODES GPUS`.
 
-GPUS is the number of GPUs of each node, of which each process gets evaluate.vllm_gpus; 0 is one process on the CPU. Where one
-process fails, the others are ended.
+GPUS is the number of GPUs per node; each process gets evaluate.vllm_gpus of them. 0 means one process on the CPU. If one process
+fails, the others are ended.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _END_S = 20.0
 
 
 def run_node(folder: str, node: int, num_nodes: int, num_gpus: int) -> int:
-    """Run this node's processes to their end; returns the exit code of the first that failed, else 0."""
+    """Run this node's processes to their end; returns the exit code of the first failed process, or 0."""
     gpus_per_process = EvaluationFolder(Path(folder)).read_task().settings.evaluate.vllm_gpus
     groups = divide_gpus(num_gpus, gpus_per_process, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     if not groups:
@@ -53,7 +53,7 @@ def run_node(folder: str, node: int, num_nodes: int, num_gpus: int) -> int:
 
 
 def divide_gpus(num_gpus: int, gpus_per_process: int, visible: str) -> list[list[str]]:
-    """Return the GPUs of each process; one process without any on the CPU. `visible` is CUDA_VISIBLE_DEVICES."""
+    """Return the GPUs of each process; on the CPU, one process without GPUs. `visible` is CUDA_VISIBLE_DEVICES."""
     if num_gpus == 0:
         return [[]]
     chosen = [one for one in visible.split(",") if one]

@@ -1,7 +1,7 @@
-"""Prepares an evaluation on CPU, before any GPU is asked for: `python -m launcher.worker.evaluation.prepare PLAN_JSON --step N`.
+"""Prepares an evaluation on CPU, before any GPU is requested: `python -m launcher.worker.evaluation.prepare PLAN_JSON --step N`.
 
-Reads the run's settings, with the overrides of the command, as JSON from standard input. Finds the questions, exports the step
-where the run's export has another one, and writes task.json. Prints one JSON object: the folder, or the problems.
+Reads the run's settings, with the command's overrides, as JSON from standard input. Finds the questions, exports the step if the
+run's export holds a different one, and writes task.json. Prints one JSON object: the folder, or the problems.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
     """Write everything that the processes of the evaluation need.
 
     Raises:
-        ConfigError, DataError: for settings and data with which nothing can be evaluated.
+        ConfigError, DataError: for settings or data that cannot be evaluated.
         CheckpointError: if the step cannot be exported.
     """
     plan = run_store.load_plan(run).model_copy(update={"config": config})
@@ -74,7 +74,7 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
     sets, training = _read_questions(plan, encoder, names, max_shots + config.evaluate.selection_prompts if base else 0)
     with live_line() as (say, make_pace):
         overlap = find_training_copies(plan, encoder, sets, _count(say, make_pace, "comparing prompts with training documents"))
-    # Rows on which the way to ask is chosen are no examples; where there are few rows, examples come first.
+    # Rows that serve to choose the prompt style are not used as examples; if there are few rows, examples take precedence.
     num_examples = min(max_shots, max(0, len(training) - config.evaluate.selection_prompts)) or min(max_shots, len(training))
     context = count_context(plan)
     tuned_prompts = TunedPrompts(tokenizer, plan.config.data)
@@ -92,7 +92,7 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
     scorer.check_references([one.reference for one in scored], [one.where for one in scored])
     shots = _fitting_shots(config, everything, base_prompts, context) if base else ()
     if base is not None:
-        # The model's own settings may name the end of a text alone; each side ends where its template ends a turn.
+        # The model's own settings may only name the end of a text; each side also stops where its template ends a turn.
         base = replace(base, stop_ids=tuple(dict.fromkeys((*base.stop_ids, *base_prompts.turn_end_ids))))
     for name, several in asked.items():
         folder.write_questions(several, name)
@@ -124,7 +124,7 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
 
 
 def _require_sets(plan: LaunchPlan) -> list[str]:
-    """Return the sets to evaluate, the held-out documents first."""
+    """Return the sets to evaluate, held-out documents first."""
     known = [HELD_OUT] if plan.data is not None and plan.data.num_eval_rows else []
     known += [one.name for one in plan.config.eval.all_sets if one.name in plan.eval_sets]
     chosen = plan.config.evaluate.sets
@@ -158,7 +158,7 @@ def _require_vllm(python: Path) -> None:
 
 
 def with_own_template(plan: LaunchPlan, folder: EvaluationFolder) -> LaunchPlan:
-    """Return the plan with the chat template that the data was rendered with, whatever became of its file."""
+    """Return the plan with the chat template that the data was rendered with, even if its file has changed or is gone."""
     if plan.data is None or plan.data.chat_template is None:
         return plan
     file = folder.root / "chat_template.jinja"
@@ -171,7 +171,7 @@ def with_own_template(plan: LaunchPlan, folder: EvaluationFolder) -> LaunchPlan:
 def _read_questions(
     plan: LaunchPlan, encoder: Encoder, names: Sequence[str], num_training: int
 ) -> tuple[list[QuestionSet], list[EvalQuestion]]:
-    """Return the questions of the sets, and of training rows for the base model."""
+    """Return the questions in the sets, and questions from training rows for the base model."""
     count = plan.config.evaluate.max_prompts
     with live_line() as (say, make_pace):
         advance = _count(say, make_pace, "looking for the questions")
@@ -186,7 +186,7 @@ def _read_questions(
 
 
 def _count(say: Callable[[str], None], make_pace: Callable[[], Pace], activity: str) -> Advance:
-    """Return a function that counts documents, and shows now and then how many."""
+    """Return a function that counts documents and occasionally shows the count."""
     pace, num_read = make_pace(), 0
 
     def advance(num_documents: int) -> None:
@@ -204,7 +204,7 @@ def _of_questions(copies: Sequence[TrainingCopy], questions: Sequence[EvalQuesti
 
 
 def _fitting(questions: Sequence[EvalQuestion], tuned: TunedPrompts, base: BasePrompts, room: int) -> list[EvalQuestion]:
-    """Return the questions that all sides can be asked without examples."""
+    """Return the questions that fit all sides' prompts without examples."""
     if not questions:
         return []
     batches = [tuned.write(questions)]
@@ -232,10 +232,10 @@ def _require_questions(
 
 
 def _fitting_shots(config: RunConfig, questions: Sequence[EvalQuestion], base: BasePrompts, context: int) -> tuple[int, ...]:
-    """Return the numbers of examples to choose from: those with which every prompt and its answer fit the context.
+    """Return the candidate numbers of examples: those with which every prompt and its answer fit the context.
 
     Raises:
-        ConfigError: if a number that was asked for does not fit, or there are not as many training rows.
+        ConfigError: if a requested number does not fit, or there are not enough training rows.
     """
     shots = config.evaluate.shots
     longest = sorted(questions, key=lambda one: -len(str(one.document)))[:NUM_LONGEST]
@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     config = RunConfig.model_validate_json(sys.stdin.read())
-    # The folder of plan.json, since a run may have been moved.
+    # Use plan.json's folder, because the run may have been moved.
     run = RunDir(arguments.plan.absolute().parent)
     try:
         folder = prepare(config, run, arguments.step)

@@ -1,7 +1,7 @@
-"""The weights that an evaluation compares: those that the run began with, and those of the step.
+"""The weights that an evaluation compares: the run's initial weights and the step's weights.
 
-`python -m launcher.worker.evaluation.weights PLAN_JSON STEP` exports a step for an evaluation to come, since the run may remove
-its checkpoint before. Does nothing where the export is there, or a command evaluates the step.
+`python -m launcher.worker.evaluation.weights PLAN_JSON STEP` exports a step for a later evaluation, because the run may remove
+its checkpoint first. Does nothing if the export exists, or if a command is evaluating the step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from launcher.worker.signals import exit_on_termination
 
 
 def find_base(plan: LaunchPlan) -> Weights | None:
-    """Return the model that the run began with, or None if its weights were random."""
+    """Return the model that the run started from, or None if its weights were random."""
     if plan.config.model.init != "pretrained" or plan.model.path is None:
         return None
     path = Path(plan.model.path)
@@ -41,8 +41,8 @@ def find_base(plan: LaunchPlan) -> Weights | None:
 
 
 def export_tuned(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) -> Weights:
-    """Return the exported weights of the step: the run's own export, unless others could have written it, or one made now in the
-    evaluation's folder."""
+    """Return the step's exported weights: the run's own export, or one created now in the evaluation's folder if other users
+    could have written the former."""
     record, digest = read_export(run), None
     path = run.export
     if record is None or record.step != step or ownership.export_problem(run) is not None:
@@ -53,7 +53,7 @@ def export_tuned(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: 
 
 
 def _export(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) -> str:
-    """Export the step where the folder does not have it from before; returns the digest of the weights."""
+    """Export the step unless the folder already has it; returns the digest of the weights."""
     checkpoint, dtype = digest_checkpoint(run, step), plan.config.model.dtype
     existing = read_exported(folder, checkpoint)
     if existing is not None and existing.dtype == dtype:
@@ -67,7 +67,7 @@ def _export(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) 
 
 
 def count_context(plan: LaunchPlan) -> int:
-    """Return how many tokens the model takes."""
+    """Return the model's maximum number of tokens."""
     config = plan.model.config
     values = (config.get("text_config") or {}, config)
     lengths = [part[key] for part in values for key in ("max_position_embeddings", "n_positions") if part.get(key)]

@@ -1,7 +1,7 @@
-"""Scores questions with choices by their likelihoods: `python -m launcher.worker.scoring.choices PLAN_JSON --step N --file FILE`.
+"""Scores multiple-choice questions by likelihood: `python -m launcher.worker.scoring.choices PLAN_JSON --step N --file FILE`.
 
 Nothing is generated: each choice is scored after its question, under the base model and the tuned model. Reads the run's
-settings, with the overrides of the command, as JSON from standard input. Progress goes to standard error, one JSON object to
+settings, with the command's overrides, as JSON from standard input. Writes progress to standard error and one JSON object to
 standard output.
 """
 
@@ -46,21 +46,21 @@ from launcher.worker.scoring.documents import DocumentGroup, ScoredDocument, sco
 from launcher.worker.scoring.passes import Progress
 from launcher.worker.scoring.weights import ScoredWeights, find_result, find_weights
 
-# Of the questions, at most one in this many is an example, or decides how the base model is asked.
+# At most one in this many questions serves as an example, or to choose how the base model is asked.
 _RESERVED = 5
 _NOT_PLAIN = re.compile(r"^\.+|[^\w.-]")
-# Each question with each of its choices; None for what cannot be asked.
+# Each question with each of its choices; None for questions that cannot be asked.
 _Asked = list[list[ChoiceTokens] | None]
 
 
 class ChoiceEvaluation:
-    """Questions of one file, and the models that are compared on them."""
+    """The questions in one file, and the models compared on them."""
 
     def __init__(self, plan: LaunchPlan, run: RunDir, step: int, on_progress: Progress, num_ranks: int | None) -> None:
         self._plan, self._run, self._step = plan, run, step
         self._on_progress, self._num_ranks = on_progress, num_ranks
         self._settings, self._context = plan.config.evaluate, count_context(plan)
-        # All that the assistant says may be scored, whatever was trained.
+        # Everything that the assistant says may be scored, whatever was trained.
         self._data = plan.config.data.model_copy(update={"train_on": "assistant"})
         self._tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
         self._encoder = Encoder(self._tokenizer, self._data)
@@ -69,11 +69,11 @@ class ChoiceEvaluation:
         self._base_weights = None if find_base(plan) is None else find_weights(run, plan, 0)
 
     def score(self, file: Path, everything: Sequence[ChoiceQuestion], folder: Path) -> dict[str, Any]:
-        """Score the questions of a file, write scores and verdict into `folder`, and return what the command shows.
+        """Score a file's questions, write scores and verdict to `folder`, and return what the command shows.
 
         Raises:
             DataError: if no question can be asked.
-            ConfigError: if the examples that evaluate.shots asks for are not there or do not fit.
+            ConfigError: if the examples that evaluate.shots requests do not exist or do not fit.
         """
         examples, selection, questions = self._divide(everything)
         if not questions:
@@ -121,7 +121,7 @@ class ChoiceEvaluation:
     def _divide(
         self, questions: Sequence[ChoiceQuestion]
     ) -> tuple[list[ChoiceQuestion], list[ChoiceQuestion], list[ChoiceQuestion]]:
-        """Return examples for the base model, questions that decide how it is asked, and those that are scored, in order."""
+        """Return examples for the base model, questions that decide how it is asked, and questions to score, in order."""
         if self._base_weights is None:
             return [], [], list(questions)
         order = np.random.default_rng(self._plan.config.run.seed).permutation(len(questions)).tolist()
@@ -140,7 +140,7 @@ class ChoiceEvaluation:
         return base.forms([self._written(one) for one in questions])
 
     def _ask(self, questions: Sequence[ChoiceQuestion], base: BasePrompts, style: PromptStyle | None) -> _Asked:
-        """Return each question with its choices in a style, None for that of training; None for what does not fit."""
+        """Return each question with its choices in a style (None: the training style); None for questions that do not fit."""
         rendered = []
         for question in questions:
             written = self._written(question)
@@ -156,17 +156,17 @@ class ChoiceEvaluation:
         return asked
 
     def _ask_all(self, questions: Sequence[ChoiceQuestion], base: BasePrompts) -> list[_Asked]:
-        """Return the questions as the tuned model sees them, and the base model without examples in all forms."""
+        """Return the questions as the tuned model sees them, and as the base model sees them without examples, in all forms."""
         forms = self._forms(questions, base) if self._base_weights is not None else ()
         return [self._ask(questions, base, style) for style in (None, *(PromptStyle(form, 0) for form in forms))]
 
     def _fitting_shots(
         self, questions: Sequence[ChoiceQuestion], base: BasePrompts, forms: Sequence[str], few_rows: str
     ) -> tuple[int, ...]:
-        """Return the numbers of examples to choose from: those with which every question fits the context.
+        """Return the candidate numbers of examples: those with which every question fits the context.
 
         Raises:
-            ConfigError: if a number that was asked for does not fit, or the file has not as many rows.
+            ConfigError: if a requested number does not fit, or the file does not have enough rows.
         """
         shots = self._settings.shots
         longest = sorted(questions, key=lambda one: -len(one.question) - max(map(len, one.choices)))[:NUM_LONGEST]
@@ -189,7 +189,7 @@ class ChoiceEvaluation:
         shots: Sequence[int],
         weights: ScoredWeights,
     ) -> ChosenStyles:
-        """Compare ways to ask the base model on questions that are not part of the evaluation."""
+        """Compare prompt styles for the base model on questions that are not part of the evaluation."""
 
         def score_styles(styles: Sequence[PromptStyle]) -> Mapping[PromptStyle, float]:
             asked = {str(style): self._ask(selection, base, style) for style in styles}
@@ -210,7 +210,7 @@ class ChoiceEvaluation:
         documents: Mapping[str, Sequence[list[ChoiceTokens] | None]],
         questions: Sequence[ChoiceQuestion],
     ) -> dict[str, list[ScoredChoices]]:
-        """Score questions under one model in several ways to ask."""
+        """Score questions under one model in several prompt styles."""
         groups = [
             DocumentGroup(titles[name], [ScoredDocument(one.ids, one.is_choice) for several in side for one in several or ()])
             for name, side in documents.items()
@@ -239,7 +239,7 @@ class ChoiceEvaluation:
         return with_examples(verdict, texts, [one.choices[one.answer] for one in questions], chosen)
 
     def _find_copies(self, name: str, questions: Sequence[ChoiceQuestion]) -> tuple[tuple[TrainingCopy, ...], str]:
-        """Return the questions that are also in the training data, and what was not compared, empty for nothing."""
+        """Return the questions that are also in the training data, and what was not compared (empty if everything was)."""
         num_read, num_documents = 0, min(MAX_DOCUMENTS, self._plan.data.num_docs if self._plan.data is not None else 0)
 
         def advance(count: int) -> None:
@@ -259,7 +259,7 @@ class ChoiceEvaluation:
                 atomic_files.write_bytes(folder / f"{side}.jsonl", lines.encode(), mode=0o600)
             verdict.write(folder)
             for file in folder.glob("*.jsonl"):
-                # Of an earlier evaluation, which had other sides.
+                # Left by an earlier evaluation with other sides.
                 if file.stem not in scored:
                     file.unlink()
 
@@ -286,12 +286,12 @@ def score_files(
     on_progress: Progress,
     num_ranks: int | None = None,
 ) -> dict[str, Any]:
-    """Score the questions of each file; returns what the command shows.
+    """Score the questions in each file; returns what the command shows.
 
     Raises:
-        DataError: for lines that are no questions with choices.
-        ConfigError: for two files of one name, whose scores would have one place.
-        Further what `ChoiceEvaluation.score` raises.
+        DataError: for lines that are not multiple-choice questions.
+        ConfigError: for two files with the same name, whose scores would overwrite each other.
+        Also whatever `ChoiceEvaluation.score` raises.
     """
     questions = {_NOT_PLAIN.sub("_", file.stem): (file, read_questions(file, limit)) for file in files}
     plan = run_store.load_plan(run).model_copy(update={"config": config})
@@ -316,7 +316,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--ranks", type=int)
     chosen = parser.parse_args(argv)
     config = RunConfig.model_validate_json(sys.stdin.read())
-    # The folder of plan.json, since a run may have been moved.
+    # Use plan.json's folder, because the run may have been moved.
     run = RunDir(chosen.plan.absolute().parent)
     return answer(lambda on_progress: score_files(config, run, chosen.step, chosen.file, chosen.limit, on_progress, chosen.ranks))
 

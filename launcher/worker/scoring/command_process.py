@@ -1,4 +1,4 @@
-"""The process that scores for a command: it shows progress on standard error and prints one JSON object, a result or problems."""
+"""The scoring process of a command: it shows progress on standard error and prints one JSON object, a result or problems."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from launcher.worker.signals import exit_on_termination
 
 
 def run_process(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Run `main` with the arguments of this process and exit with its code; the process ends with the command that started it."""
+    """Run `main` with this process's arguments and exit with its code; the process ends with the command that started it."""
     exit_on_termination()
     die_with_parent(signal.SIGTERM)
     exit_without_shutdown(main(sys.argv[1:]))
 
 
 def answer(work: Callable[[Progress], dict[str, Any]]) -> int:
-    """Print the result of `work` as one JSON line, or its problems; `work` gets a function that shows progress."""
+    """Print the result of `work`, or its problems, as one JSON line; `work` receives a function that shows progress."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Libraries print to standard output too.
+    # Libraries also print to standard output.
     output = os.dup(1)
     os.dup2(2, 1)
     try:

@@ -1,4 +1,4 @@
-"""The texts of documents of a data cache, decoded for a person: the end of the prompt, and the beginning of the answer."""
+"""Human-readable texts of documents in a data cache: the end of the prompt and the beginning of the answer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from launcher.data.checks import patterns
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.plan.launch_plan import LaunchPlan
 
-# Tokens of the prompt's end and the answer's beginning.
+# Number of tokens from the prompt's end and from the answer's beginning.
 _NUM_TOKENS = 80
 
 
 class DocumentTexts:
-    """Decodes documents of one split; without the run's tokenizer they have no text."""
+    """Decodes the documents of one split; without the run's tokenizer they have no text."""
 
     def __init__(self, plan: LaunchPlan, split: Split) -> None:
         self._split = split

@@ -1,4 +1,4 @@
-"""Scores of documents that are no part of a run's data, such as the prompts of today or the choices of a question."""
+"""Scores of documents that are not part of a run's data, such as current prompts or a question's choices."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from launcher.worker.scoring.weights import ScoredWeights
 
 @dataclass(frozen=True)
 class ScoredDocument:
-    """Token ids, and which of them are scored. The first token has nothing to be predicted from, and is not."""
+    """Token ids, and which of them are scored. The first token is not scored, because nothing precedes it."""
 
     tokens: tuple[int, ...]
     is_scored: tuple[bool, ...]
 
     @classmethod
     def of(cls, tokens: Sequence[int], begin: int, end: int | None = None) -> ScoredDocument:
-        """Return a document of which the tokens `begin` to `end` are scored."""
+        """Return a document whose tokens from `begin` to `end` are scored."""
         end = len(tokens) if end is None else end
         return cls(tuple(tokens), tuple(i > 0 and begin <= i < end for i in range(len(tokens))))
 
 
 @dataclass(frozen=True)
 class DocumentGroup:
-    """Documents of one pass, each with at least one scored token. `title` says in progress what they are."""
+    """The documents of one pass, each with at least one scored token. `title` describes them in progress output."""
 
     title: str
     documents: Sequence[ScoredDocument]
@@ -40,9 +40,9 @@ class DocumentGroup:
 def score_documents(
     plan: LaunchPlan, weights: ScoredWeights, groups: Sequence[DocumentGroup], on_progress: Progress, num_ranks: int | None = None
 ) -> list[list[np.ndarray]]:
-    """Return the log-probabilities of the scored tokens of each document of each group; what the store has is not computed.
+    """Return the log-probabilities of the scored tokens of each document in each group. Stored scores are not recomputed.
 
-    Raises what `score` raises.
+    Raises whatever `score` raises.
     """
     with ExitStack() as stack:
         written = []
@@ -64,7 +64,7 @@ def score_documents(
 
 
 def _in_order(split: Split, order: np.ndarray, log_probs: np.ndarray) -> list[np.ndarray]:
-    """Divide the log-probabilities of a split by documents, in the order in which these were given."""
+    """Split the log-probabilities by document, in the order in which the documents were given."""
     num_scored = np.add.reduceat(split.trained[:], np.asarray(split.docs)[:-1], dtype=np.int64)
     parts = np.split(np.asarray(log_probs), np.cumsum(num_scored)[:-1])
     by_document = dict(zip(order.tolist(), parts, strict=True))

@@ -1,4 +1,4 @@
-"""Score passes of a run on this machine: one rank a GPU, or one on the CPUs. What the store has already is not computed."""
+"""Score passes of a run on this machine: one rank per GPU, or one on the CPUs. Stored scores are not recomputed."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from launcher.plan.launch_plan import DataFacts, LaunchPlan, Record
 from launcher.security import ownership
 from launcher.worker.scoring.weights import ScoredWeights
 
-# A rank of which another one has failed waits in a collective.
+# After one rank fails, the others wait in a collective.
 _POLL_S, _END_S = 0.2, 10.0
 
 Progress = Callable[[str, int, int], None]
 
 
 class ScorePass(Record):
-    """The rows to score: all of a split, or `rows` of it. `title` says in progress what they are."""
+    """The rows to score: a whole split, or its `rows`. `title` describes them in progress output."""
 
     title: str
     facts: DataFacts
@@ -48,7 +48,7 @@ class ScorePass(Record):
 
 
 class RankTask(Record):
-    """What the ranks of a score pass read: the plan to build the engine from, and the passes with their keys."""
+    """Input for the ranks of a score pass: the plan to build the engine from, and the passes with their keys."""
 
     plan: LaunchPlan
     passes: tuple[ScorePass, ...]
@@ -57,7 +57,7 @@ class RankTask(Record):
 
 @dataclass(frozen=True)
 class Scores:
-    """The log-probabilities of the trained tokens of each pass, in order, and how many of the passes were computed now."""
+    """The log-probabilities of each pass's trained tokens, in order, and how many passes were computed rather than read."""
 
     log_probs: tuple[np.ndarray, ...]
     num_computed: int
@@ -66,11 +66,11 @@ class Scores:
 def score(
     plan: LaunchPlan, weights: ScoredWeights, passes: Sequence[ScorePass], on_progress: Progress, num_ranks: int | None = None
 ) -> Scores:
-    """Return the log-probabilities of `passes` under `weights`; computes those that are not stored.
+    """Return the log-probabilities of `passes` under `weights`; computes those not in the store.
 
     Raises:
         RunError: if a rank fails.
-        DataError: if a data cache or the store is damaged or others could have written it.
+        DataError: if a data cache or the store is damaged, or other users could have written it.
     """
     device = hardware.device()
     ranks = num_ranks or (device.count if device.kind == "cuda" else 1)
@@ -88,7 +88,7 @@ def score(
 
 
 def make_key(plan: LaunchPlan, weights_digest: str, one: ScorePass, device: str) -> ScoreKey:
-    """Return everything that the scores of a pass depend on."""
+    """Return a key with everything that a pass's scores depend on."""
     import torch
 
     from launcher.train.kernels import attention
@@ -129,12 +129,12 @@ def _read_config(plan: LaunchPlan) -> Any:
 
 
 def make_scoring_plan(plan: LaunchPlan, folder: Path, device: str, num_ranks: int) -> LaunchPlan:
-    """Return the plan of the ranks: the run's, with weights from `folder`, on this machine, without what only training needs."""
+    """Return the ranks' plan: the run's plan with weights from `folder`, on this machine, without what only training needs."""
     model = plan.config.model.model_copy(update={"init": "pretrained", "activation_checkpointing": "none"})
     zero = {key: value for key, value in plan.deepspeed["zero_optimization"].items() if key != "offload_optimizer"}
     zero.pop("zero_hpz_partition_size", None)
     if zero.get("offload_param", {}).get("device") == "nvme":
-        # The run's folder on a disk belongs to its own ranks.
+        # The run's NVMe folder belongs to its own ranks.
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     batch = {
         "train_micro_batch_size_per_gpu": plan.batch.micro_batch_size,
@@ -155,17 +155,17 @@ def make_scoring_plan(plan: LaunchPlan, folder: Path, device: str, num_ranks: in
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Yield a folder beside the scores, which is removed at the end; `clean` removes one that a killed process has left."""
+    """Yield a folder beside the scores, and remove it at the end; `clean` removes folders that killed processes left."""
     root = cache_root() / "scores"
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=root) as folder:
-        # Whoever can write to the folder above can replace it.
+        # Whoever can write to the parent folder can replace it.
         ownership.require_cache(Path(folder))
         yield Path(folder)
 
 
 def _run_ranks(task: RankTask, num_ranks: int, on_progress: Progress) -> None:
-    """Run the ranks to their end: in this process where there is one, else as processes of their own."""
+    """Run the ranks to their end: in this process if there is only one, otherwise as separate processes."""
     environments = _rank_environments(num_ranks)
     if num_ranks == 1:
         from launcher.worker.scoring.rank import run_rank
@@ -199,7 +199,7 @@ def _run_ranks(task: RankTask, num_ranks: int, on_progress: Progress) -> None:
 def _rank_environments(num_ranks: int) -> list[dict[str, str]]:
     port = free_port(LOOPBACK.address)
     shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": LOOPBACK.address, "MASTER_PORT": str(port)}
-    # By themselves, gloo and NCCL listen on the address of the machine's name. NCCL takes a bare name for a prefix.
+    # By default, gloo and NCCL listen on the address of the machine's host name. NCCL treats a bare name as a prefix.
     interfaces = {"GLOO_SOCKET_IFNAME": LOOPBACK.interface, "NCCL_SOCKET_IFNAME": f"={LOOPBACK.interface}"}
     shared |= {name: os.environ.get(name, interface) for name, interface in interfaces.items()}
     threads = {} if num_ranks == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks))}

@@ -1,4 +1,4 @@
-"""How likely the prompts of today and those of training are, under the tuned model and the one that the run began with."""
+"""The likelihood of current prompts and of training prompts, under the tuned model and the run's initial model."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from launcher.worker.scoring.documents import DocumentGroup, ScoredDocument, sco
 from launcher.worker.scoring.passes import Progress
 from launcher.worker.scoring.weights import ScoredWeights, find_weights
 
-# Of each side: enough for the test to find what matters.
+# Prompts per side: enough for the test to find relevant differences.
 MAX_PROMPTS = 200
 _MAX_TOKENS = {"cpu": 12_288, "cuda": 131_072}
 BASE, TUNED = "base", "tuned"
-# Without being asked, scoring takes a few minutes of a CPU at most. Operations of a core in a second: a low estimate.
+# Unrequested scoring may take at most a few minutes on a CPU. The operations per second and core are a low estimate.
 _MAX_CPU_S, _FLOPS_OF_CORE = 180.0, 5e10
-# Weights with what scoring needs beside them, and the share of a machine's memory that they may take.
+# A factor for the memory that scoring needs beyond the weights, and the share of a machine's memory that it may use.
 _MEMORY_FACTOR, _MEMORY_SHARE = 1.2, 0.5
 _NUM_LEAST_LIKELY = 5
 _ON_CPU = "start the command where a GPU is, or add --likelihood to score prompts on this CPU"
 
 
 def find_obstacle(plan: LaunchPlan) -> str:
-    """Return why prompts are not scored on this machine without being asked; an empty text where they are."""
+    """Return why this machine does not score prompts unless requested; empty if it does."""
     device, model = hardware.device(), plan.model
     num_bytes = model.num_params * (4 if plan.config.model.dtype == "fp32" else 2) * _MEMORY_FACTOR
     if device.kind == "cuda":
@@ -51,7 +51,7 @@ def find_obstacle(plan: LaunchPlan) -> str:
         return ""
     if num_bytes > (device.host_memory_gib or 0) * 2**30 * _MEMORY_SHARE:
         return f"this machine has no GPU, and the model needs {format_size(int(num_bytes))} of its memory; {_ON_CPU}"
-    # Two models, and prompts of today and of training.
+    # Two models, each with current and training prompts.
     seconds = 2 * 2 * _MAX_TOKENS[device.kind] * 2 * model.num_params / (device.count * _FLOPS_OF_CORE)
     if seconds > _MAX_CPU_S:
         return f"this machine has no GPU, and scoring takes up to {format_duration(seconds)}; {_ON_CPU}"
@@ -61,10 +61,10 @@ def find_obstacle(plan: LaunchPlan) -> str:
 def compare_likelihoods(
     plan: LaunchPlan, run: RunDir, prompts: Sequence[Prompt], training: Sequence[Prompt], is_required: bool, on_progress: Progress
 ) -> PromptLikelihoods:
-    """Score prompts of both sides under both models. What is in the store is not computed again.
+    """Score both sides' prompts under both models. Stored scores are not recomputed.
 
     Raises:
-        LauncherError: if a pass fails, and with `is_required` where the run has no weights of the tuned model.
+        LauncherError: if a pass fails, or, with `is_required`, if the run has no weights of the tuned model.
     """
     models: dict[str, ScoredWeights] = {}
     gaps = []
@@ -79,12 +79,12 @@ def compare_likelihoods(
     sides = [_choose(side, shared, plan.config.data.max_length) for side in (prompts, training)]
     if not all(sides):
         return PromptLikelihoods({}, ("every prompt has the same text",))
-    # The training prompts are scored once, whatever they are compared with.
+    # Training prompts are scored only once, whatever they are compared with.
     groups = [
         DocumentGroup(title, [document for _, document in side])
         for title, side in zip(("prompts", "training prompts"), sides, strict=True)
     ]
-    # All tokens of training documents are trained, prompts among them.
+    # All tokens of training documents are trained, including prompts.
     has_trained_prompts = plan.config.data.train_on == "all"
     compared, least_likely = {}, tuple[UnlikelyPrompt, ...]()
     for name, weights in models.items():
@@ -101,7 +101,7 @@ def compare_likelihoods(
 
 
 def _exported_step(run: RunDir) -> int | None:
-    """Return the step whose weights are the result of the run, None for the newest one."""
+    """Return the step whose weights are the run's result, or None for the newest step."""
     record = read_export(run)
     steps = [one.step for one in store.list_checkpoints(run.checkpoints)]
     return record.step if record is not None and record.step in steps else None
@@ -110,7 +110,7 @@ def _exported_step(run: RunDir) -> int | None:
 def _choose(
     prompts: Sequence[Prompt], shared: tuple[tuple[int, ...], tuple[int, ...]], max_length: int
 ) -> list[tuple[Prompt, ScoredDocument]]:
-    """Return the first prompts, which are a random sample, as documents without a loss on what all prompts share."""
+    """Return the first prompts (a random sample) as documents without a loss on the tokens that all prompts share."""
 
     def documents() -> Iterator[tuple[Prompt, ScoredDocument]]:
         num_tokens, max_tokens = 0, _MAX_TOKENS[hardware.device().kind]

@@ -1,4 +1,4 @@
-"""One rank of a score pass: `python -m launcher.worker.scoring.rank TASK_JSON`, or called where there is one rank."""
+"""One rank of a score pass: `python -m launcher.worker.scoring.rank TASK_JSON`, or a function call if there is only one rank."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from launcher.worker.signals import exit_on_termination
 
 
 def run_rank(task: RankTask, on_progress: Progress = lambda stage, done, total: None) -> None:
-    """Score the passes of a task with the other ranks, whose variables are those of torchrun. Collective."""
-    # DeepSpeed would choose a device at import, and a plan may use the CPUs of a machine with GPUs.
+    """Score a task's passes together with the other ranks; uses torchrun's environment variables. Collective."""
+    # DeepSpeed chooses a device on import, but a plan may use the CPUs of a machine with GPUs.
     os.environ["DS_ACCELERATOR"] = task.plan.topology.device
     from launcher.distributed import RankInfo
     from launcher.train.engine import build_inference_engine, join_process_group, leave_process_group
@@ -40,21 +40,21 @@ def run_rank(task: RankTask, on_progress: Progress = lambda stage, done, total: 
 
 
 class _Count:
-    """A `local_stop_reason` without a reason, which reports the rows that are done."""
+    """A `local_stop_reason` that never returns a reason but reports the completed rows."""
 
     def __init__(self, title: str, total: int, rows_at_once: int, on_progress: Progress) -> None:
         self._title, self._total, self._rows_at_once, self._on_progress = title, total, rows_at_once, on_progress
         self._done = 0
 
     def __call__(self) -> None:
-        # A pass that continues begins in the middle, so it may end before the total.
+        # A continued pass begins in the middle, so it may end before the total.
         self._on_progress(self._title, min(self._done, self._total - 1), self._total)
         self._done += self._rows_at_once
 
 
 if __name__ == "__main__":
     exit_on_termination()
-    # Not by TERM: Python runs no handler while the rank waits in a collective.
+    # TERM would not end it: Python runs no handler while the rank waits in a collective.
     die_with_parent()
     # Libraries log names from other users' files to the command's terminal.
     with printable_output():

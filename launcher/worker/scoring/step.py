@@ -1,6 +1,6 @@
-"""The rows of one step of a run, with the losses of their documents: `python -m launcher.worker.scoring.step PLAN_JSON STEP`.
+"""The rows of one step of a run, with their documents' losses: `python -m launcher.worker.scoring.step PLAN_JSON STEP`.
 
-The plan is that of the attempt that made the step. Progress goes to standard error, one JSON object to standard output.
+PLAN_JSON is the plan of the attempt that ran the step. Writes progress to standard error and one JSON object to standard output.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from launcher.worker.scoring.weights import ScoredWeights, find_weights
 def describe_step(
     run: RunDir, plan: LaunchPlan, step: int, has_scores: bool, num_ranks: int | None, on_progress: Progress
 ) -> dict[str, Any]:
-    """Return the documents of the rows of `step`, counted from 1; with `has_scores`, their losses under the checkpoint before.
+    """Return the documents in the rows of `step`, counted from 1; with `has_scores`, their losses under the checkpoint before it.
 
     Raises:
         RunError: if the plan has no data.
-        DataError: if others could have written its caches.
+        DataError: if other users could have written its caches.
     """
     if plan.data is None:
         raise RunError("the plan has no data", where=str(run.root))
@@ -57,14 +57,14 @@ def describe_step(
 
 
 def rows_of_step(plan: LaunchPlan, split: Split, step: int) -> np.ndarray:
-    """Return the rows of the global batch of `step`, counted from 1, in its order."""
+    """Return the rows of the global batch of `step`, counted from 1, in batch order."""
     size, data = plan.batch.global_batch_size, plan.config.data
     lengths = np.diff(split.rows) if data.group_by_length and not data.packing else None
     return RowOrder(split.num_rows, plan.config.run.seed, lengths, size).at((step - 1) * size, step * size)
 
 
 def _find_weights_before(run: RunDir, plan: LaunchPlan, step: int) -> tuple[ScoredWeights | None, str]:
-    """Return the weights of the newest checkpoint before `step`, else the initial ones; and why there are none."""
+    """Return the weights of the newest checkpoint before `step`, or else the initial weights, and why there are none."""
     earlier = [one.step for one in store.list_checkpoints(run.checkpoints) if one.step < step]
     try:
         return find_weights(run, plan, max(earlier, default=0)), ""

@@ -1,6 +1,6 @@
-"""Ranks the documents of a run's data by their scores: `python -m launcher.worker.scoring.triage PLAN_JSON [--step N]`.
+"""Ranks the documents in a run's data by score: `python -m launcher.worker.scoring.triage PLAN_JSON [--step N]`.
 
-Progress goes to standard error, one JSON object to standard output.
+Writes progress to standard error and one JSON object to standard output.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from launcher.worker.scoring.passes import Progress, ScorePass, score, temporary
 from launcher.worker.scoring.weights import find_weights
 
 TRAIN = "train"
-# Documents of a list with their texts, which the page shows.
+# Number of documents per list that the page shows with their texts.
 _NUM_TEXTS = 100
 
 
 def rank_documents(
     plan_path: Path, step: int | None, split_name: str, num_ranks: int | None, on_progress: Progress
 ) -> dict[str, Any]:
-    """Score the documents of a split with and without their prompts, and return the lists of those worth a look."""
+    """Score a split's documents with and without their prompts, and return lists of those worth a look."""
     run = RunDir.of_plan(plan_path.absolute())
     plan = run_store.load_plan(run)
     require_caches(plan)
@@ -76,7 +76,7 @@ def find_split(plan: LaunchPlan, name: str) -> tuple[DataFacts, bool]:
     """Return the data of the split or evaluation set `name`, and whether it is the held-out split.
 
     Raises:
-        SubmitError: if the run has none of that name, with those that it has.
+        SubmitError: if the run has no data of that name; lists the existing names.
     """
     if plan.data is not None and name == TRAIN:
         return plan.data, False
@@ -119,12 +119,12 @@ def _make_lists(
 
 
 def source_names(plan: LaunchPlan, facts: DataFacts) -> tuple[str, ...]:
-    """Return the names of the sources by the numbers in the cache of `facts`."""
+    """Return the names of the sources, indexed by their numbers in the cache of `facts`."""
     return tuple(source["name"] for source in read_report(facts.cache_dir)["sources"])
 
 
 def _without_repeats(documents: np.ndarray, origins: DocumentOrigins | None) -> list[int]:
-    """Return the documents without further passes over the same one, which a source with epochs above 1 has."""
+    """Return the documents without repeats, which occur in sources with epochs above 1."""
     if origins is None:
         return [int(document) for document in documents]
     seen: set[bytes] = set()

@@ -1,4 +1,4 @@
-"""The weights of a score pass of a run: those of a checkpoint, as a Hugging Face folder in the launcher's cache, or the first."""
+"""The weights of a score pass: a checkpoint's, as a Hugging Face folder in the launcher's cache, or the run's initial weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _READ_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class ScoredWeights:
-    """Weights after `step` steps, 0 for the initial ones; `digest` is that of a checkpoint's manifest, or of the weight files."""
+    """Weights after `step` steps (0: initial weights). `digest` is that of the checkpoint's manifest or of the weight files."""
 
     step: int
     digest: str
@@ -32,10 +32,10 @@ class ScoredWeights:
     _folder: Path | None
 
     def make_folder(self, plan: LaunchPlan) -> Path:
-        """Return the Hugging Face folder of the weights in the dtype of the run; writes it where it is not there.
+        """Return the Hugging Face folder of the weights in the run's dtype; writes it if it does not exist.
 
         Raises:
-            DataError: if others could have written it.
+            DataError: if other users could have written it.
         """
         if self._parent is None:
             assert self._folder is not None
@@ -44,16 +44,16 @@ class ScoredWeights:
         with private_files():
             copy_parent_weights(self._parent, model)
         folder = parent_run.weights_folder(self._parent, model.dtype)
-        # It may have been there before.
+        # It may have existed before.
         ownership.require_cache(folder)
         return folder
 
 
 def find_weights(run: RunDir, plan: LaunchPlan, step: int | None) -> ScoredWeights:
-    """Find the weights after `step` steps of a run, by default those of its newest checkpoint.
+    """Find a run's weights after `step` steps, by default those in its newest checkpoint.
 
     Raises:
-        CheckpointError: if there is no such checkpoint, with the steps that exist.
+        CheckpointError: if there is no such checkpoint; lists the existing steps.
         SubmitError: for step 0 of a run whose initial weights are random.
     """
     if step == 0:
@@ -71,10 +71,10 @@ def find_weights(run: RunDir, plan: LaunchPlan, step: int | None) -> ScoredWeigh
 
 
 def find_result(run: RunDir, plan: LaunchPlan, step: int) -> ScoredWeights:
-    """Find the weights after `step` steps in a checkpoint, or in the run's export where it keeps none of that step.
+    """Find the weights after `step` steps in a checkpoint or, if the run keeps none of that step, in its export.
 
     Raises:
-        CheckpointError: if neither has them, with the steps that exist.
+        CheckpointError: if neither has them; lists the existing steps.
     """
     try:
         return find_weights(run, plan, step)
@@ -88,7 +88,7 @@ def find_result(run: RunDir, plan: LaunchPlan, step: int) -> ScoredWeights:
 
 
 def _digest_files(folder: Path) -> str:
-    """Return the digest of the weight files of a Hugging Face folder, and of its config.json."""
+    """Return the digest of a Hugging Face folder's weight files and config.json."""
     digest = xxhash.xxh3_128()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
         digest.update(path.name.encode())
