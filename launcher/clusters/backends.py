@@ -175,7 +175,7 @@ class EvaluationJobs(EvaluationNodes, Protocol):
         """
 
     def cancel_jobs(self, jobs: Sequence[str]) -> None:
-        """Cancel the jobs; where the scheduler does not answer, they go on."""
+        """Cancel the jobs; if the scheduler does not answer, they go on."""
 
 
 def evaluation_nodes_for(kind: str) -> EvaluationNodes | None:

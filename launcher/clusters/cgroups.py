@@ -1,6 +1,6 @@
 """Limits that the kernel enforces by killing or refusing processes, from the counters of control groups and of the machine.
 
-A process that starts ranks records the counters. Where it is killed itself, whoever notices on the same machine compares them.
+A process that starts ranks records the counters. If it is killed itself, whoever notices on the same machine compares them.
 """
 
 from __future__ import annotations

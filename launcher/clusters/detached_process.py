@@ -35,7 +35,7 @@ def start(run: RunDir, attempt: int, module: str, arguments: Sequence[str], log:
     `name` is what messages call the process. Its output goes to `log`.
 
     Raises:
-        SubmitError: if others could have changed the run.
+        SubmitError: if other users could have changed the run.
         RunError: if the process does not set the status in time, with the end of its log.
     """
     ownership.require_run(run)

@@ -3,7 +3,7 @@
 torch, triton, CUDA, transformers and W&B keep caches in the home directory and fail where it is read-only or missing, as in many
 containers and on some clusters. Compilers of kernels keep code in the folder for temporary files, under names that contain the
 name of the user: whoever makes these folders first chooses the code that is loaded. Each cache has a variable that names its
-folder. A folder of code that others can write to or make first is replaced, whoever named it.
+folder. A folder of code that other users can write to or make first is replaced, whoever named it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def find_usable_caches(environ: Mapping[str, str], alert: Callable[[str], None] 
 
 
 def foreign_caches(environ: Mapping[str, str]) -> dict[str, Problem]:
-    """Return why others could have put code into a cache, by the variable that names its folder."""
+    """Return why other users could have put code into a cache, by the variable that names its folder."""
     trust = Trust.from_environ(environ)
     problems = {
         variable: first_problem_of_cache(f"what {variable} names", folder, (), trust)

@@ -27,7 +27,7 @@ _MAX_LOG_BYTES, _MAX_EVENTS_BYTES = 1 << 30, 16 << 20
 
 
 def require_run(run: RunDir) -> None:
-    """Refuse a run that others could have changed, before its plan or its code is used.
+    """Refuse a run that other users could have changed, before its plan or its code is used.
 
     Raises:
         SubmitError: with the file or folder, its owner and the remedy.
@@ -37,7 +37,7 @@ def require_run(run: RunDir) -> None:
 
 
 def require_records(run: RunDir) -> None:
-    """Refuse a run whose records others could have changed, before a command acts on the process or job that they name.
+    """Refuse a run whose records other users could have changed, before a command acts on the process or job that they name.
 
     Raises:
         SubmitError: with the file or folder, its owner and the remedy.
@@ -207,7 +207,7 @@ def require_plain_files(run: RunDir) -> None:
 
 
 def require_cache(path: Path, group: str | None = None) -> None:
-    """Refuse a file or folder of the launcher's cache that others could have written, or replaced by way of a folder above.
+    """Refuse a file or folder of the launcher's cache that other users could have written, or replaced by way of a folder above.
 
     `group` names the group that shares the cache on purpose.
 

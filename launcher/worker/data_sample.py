@@ -135,7 +135,7 @@ def _tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str,
     revision = model.revision if name == model.path else None
     try:
         snapshot_download(name, revision=revision, allow_patterns=_TOKENIZER_FILES, local_dir=fetched, etag_timeout=5)
-    # The client raises many kinds of exceptions.
+    # The client raises many types of exceptions.
     except Exception as error:
         return None, None, f"{name} is not on this machine, and {hub_reason(error)}"
     file = fetched / "config.json"

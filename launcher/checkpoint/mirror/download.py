@@ -63,7 +63,7 @@ def claim_run_dir(run: RunDir, url: str) -> None:
 
 
 def _require_own(folder: Path) -> None:
-    """Refuse a folder that others could have made or can enter: they could change in it what is about to be run.
+    """Refuse a folder that other users could have made or can enter: they could change in it what is about to be run.
 
     Raises:
         SubmitError: with the folder.

@@ -235,7 +235,7 @@ class RemoteFolder:
         )
 
     def require_trusted(self) -> None:
-        """Refuse a folder on a disk whose content others could have changed: a resume runs code that it holds.
+        """Refuse a folder on a disk whose content other users could have changed: a resume runs code that it holds.
 
         Raises:
             SubmitError: with the file or folder, its owner and the remedy.
@@ -282,7 +282,7 @@ class RemoteFolder:
 
     def _write_blocks(self, path: str, blocks: Iterable[bytes], size: int) -> FileEntry:
         digest, sent = xxhash.xxh3_128(), 0
-        # Where others may write to the folder, a link of theirs is not followed.
+        # If others may write to the folder, a link of theirs is not followed.
         mode = "xb" if self._is_local else "wb"
         file = self._fs.open(path, mode, block_size=max(_BLOCK_BYTES, -(-size // _MAX_BLOCKS)))
         try:

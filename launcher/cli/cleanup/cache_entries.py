@@ -297,7 +297,7 @@ def _checks() -> Iterator[CacheEntry]:
 
 
 def _part(name: str) -> Iterator[Path]:
-    """Yield a folder of the cache, unless it is a link or others could have replaced it: it could lead anywhere."""
+    """Yield a folder of the cache, unless it is a link or other users could have replaced it: it could lead anywhere."""
     if (folder := usable_part(cache_root() / name)) is not None:
         yield folder
 

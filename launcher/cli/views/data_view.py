@@ -152,7 +152,7 @@ def source_columns(report: dict[str, Any]) -> tuple[list[list[str]], list[list[s
 
 
 def _print_sources(console: Console, report: dict[str, Any]) -> None:
-    """Print the tables of the sources; where they are too wide, with a row for each number and a column for each source."""
+    """Print the tables of the sources; if they are too wide, with a row for each number and a column for each source."""
     tables = [rows for rows in source_columns(report) if len(rows) > 1]
     if all(_table_width(rows) <= console.width for rows in tables):
         for rows in tables:

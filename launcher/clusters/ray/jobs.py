@@ -134,7 +134,7 @@ def read_log(address: str, job: str) -> str:
 
 
 def _client(address: str) -> Any:
-    """Return a client that sends the token; raises SubmitError where another user has the address, such as that of a tunnel."""
+    """Return a client that sends the token; raises SubmitError if another user has the address, such as that of a tunnel."""
     if problem := port_owners.server_problem("cluster.address", address):
         raise SubmitError(problem)
 

@@ -115,7 +115,7 @@ def queue_state(name: str) -> str:
 
 
 def cancel(name: str) -> None:
-    """Cancel the job by its name, also where salloc ended before it knew its number."""
+    """Cancel the job by its name, even if salloc ended before it knew its number."""
     with suppress(SlurmError):
         slurm("scancel", "--me", f"--name={name}", retry_s=_CANCEL_PATIENCE_S)
 

@@ -3,7 +3,7 @@
 Each question tells node 0 who asks and for what; each answer has the number that this start has drawn. Node 0 writes the
 number into run.root as well: a machine that does not find it there has another run.root, and one that finds it never takes the
 plan of an earlier start. An answer says which attempt begins, how the machines are called and what is waited for. It names no
-file and no command: the plan is read from the run directory, which is checked as a run that others could have changed.
+file and no command: the plan is read from the run directory, which is checked as a run that other users could have changed.
 """
 
 from __future__ import annotations

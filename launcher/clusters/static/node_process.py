@@ -36,7 +36,7 @@ class NodeProcess:
         return cls(process, run, attempt, node, name)
 
     def poll(self) -> int | None:
-        """Return the exit code, None while the agent runs; where it left no record, write how it ended for the other machines."""
+        """Return the exit code, None while the agent runs; if it left no record, write how it ended for the other machines."""
         code = self._process.poll()
         if code is not None:
             self._record(code)
