@@ -221,7 +221,7 @@ def locate(source: str, model: ModelSection) -> Located:
 
 
 def _finished(folder: Path) -> Path | None:
-    """Return a model's folder in the launcher's cache, None if it is not there; refuse one that other users could have written."""
+    """Return a model's folder in the launcher's cache, or None; reject one that other users could have written."""
     if not (folder / "config.json").is_file():
         return None
     ownership.require_cache(folder)

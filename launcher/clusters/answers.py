@@ -1,4 +1,4 @@
-"""Where the answers of a run's checkpoints come from while it trains (eval.answers_every), and what they cost, in words."""
+"""Where answers from a run's checkpoints come from during training (eval.answers_every), and a description of their cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
     from launcher.plan.launch_plan import LaunchPlan
 
-# Ways to ask the base model are compared on a few rows, and then it is asked without and with examples.
+# Prompt styles for the base model are compared on a few rows; it is then asked without and with examples.
 _SIDES = "by the tuned model, and by the base model once for all steps"
 
 
@@ -25,7 +25,7 @@ class AnswerSource(StrEnum):
 
 
 def answer_source(config: RunConfig, device: str) -> AnswerSource:
-    """Return where the answers of a run on `device`, cpu or cuda, come from."""
+    """Return where answers come from for a run on `device` (cpu or cuda)."""
     nodes = evaluation_nodes_for(config.cluster.kind)
     if nodes is not None and nodes.runs_elsewhere(config):
         return AnswerSource.JOBS if nodes.SUBMITS_JOBS else AnswerSource.NODES
@@ -41,7 +41,7 @@ _PLACES = {
 
 
 def describe_answers(plan: LaunchPlan) -> str:
-    """Return how often prompts are answered, how many, and where."""
+    """Describe how often prompts are answered, how many, and where."""
     config, steps = plan.config, plan.batch.max_steps
     every = config.eval.answers_every
     times = f" ({steps // every} times)" if steps is not None else ""

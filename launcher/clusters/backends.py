@@ -1,6 +1,6 @@
 """The protocol that every backend implements, and the table of backends.
 
-A backend imports the models of settings and plans where it starts runs, so that commands that only ask for states answer quickly.
+A backend imports the settings and plan models only where it starts runs, so that commands that only read states stay fast.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from launcher.config.sections.cluster import ClusterSection
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
-# The class of each backend, as module:Class, by `cluster.kind`. A backend is imported when a run uses it. The class of its
-# settings is in launcher.config.sections.backends.SECTIONS.
+# The class of each backend, as module:Class, keyed by `cluster.kind`. A backend is imported when a run uses it. Its settings
+# class is in launcher.config.sections.backends.SECTIONS.
 BACKENDS: dict[str, str] = {
     "local": "launcher.clusters.local:LocalCluster",
     "slurm": "launcher.clusters.slurm.cluster:SlurmCluster",
@@ -34,72 +34,72 @@ BACKENDS: dict[str, str] = {
     "static": "launcher.clusters.static.cluster:StaticCluster",
 }
 
-# The module of each backend that has nodes beside this machine with what `launcher doctor` asks of it, see `ClusterDoctor`.
+# The module that `launcher doctor` uses for each backend with nodes other than this machine, see `ClusterDoctor`.
 DOCTORS: dict[str, str] = {
     "slurm": "launcher.clusters.slurm.doctor",
     "ray": "launcher.clusters.ray.doctor",
 }
 
-# The module of each backend with nodes that answer the prompts of `launcher evaluate`, see `EvaluationNodes`.
+# The module that `launcher evaluate` uses for each backend whose nodes answer prompts, see `EvaluationNodes`.
 EVALUATION_NODES: dict[str, str] = {
     "slurm": "launcher.clusters.slurm.evaluation",
     "ray": "launcher.clusters.ray.evaluation",
 }
 
-# The message of a run that is pending although nothing was submitted.
+# The status message of a pending run for which nothing was submitted.
 NEVER_SUBMITTED = "the run was never submitted: the command that created it ended first"
 
 
-# After how long without output another user's run without a liveness file is taken for ended: a queued run may wait, and a save
-# or an evaluation of a large model write nothing for minutes.
+# Seconds without output after which another user's run without a liveness file counts as ended. A queued run may wait, and a
+# save or an evaluation of a large model writes nothing for minutes.
 _OUTPUT_TIMEOUT_S = 1800.0
 
 
 class StatusReader(Protocol):
-    """What tells the state of a run.
+    """Reads the state of a run.
 
-    `status_interval_s`: seconds between two calls of `status` by a command that watches a run.
+    `status_interval_s`: seconds between calls of `status` by a command that watches a run.
     """
 
     status_interval_s: float
 
     def status(self, run: RunDir) -> Status:
-        """Read the run's state and correct it by what the backend knows of its processes."""
+        """Read the run's state, corrected by what the backend knows about its processes."""
 
 
 class Cluster(StatusReader, Protocol):
-    """Submit side of a backend. All state is on disk and with the scheduler; an instance keeps none.
+    """The submit side of a backend. All state is on disk and with the scheduler; instances hold none.
 
-    `drill_remedy`: how a person rehearses a fault where `launcher drill` cannot, or None if `inject_fault` works.
+    `drill_remedy`: how to rehearse a fault if `launcher drill` cannot, or None if `inject_fault` works.
     """
 
     drill_remedy: str | None
 
     def device(self, section: ClusterSection) -> DeviceFacts:
-        """Describe the accelerators of one of the nodes that `section` asks for."""
+        """Describe the accelerators of one of the nodes that `section` requests."""
 
     def check(self, plan: LaunchPlan) -> None:
-        """Refuse what this backend cannot run.
+        """Reject what this backend cannot run.
 
         Raises:
-            SubmitError: with the remedy, before anything was started.
+            SubmitError: with the remedy, before anything is started.
         """
 
     def preview(self, plan: LaunchPlan) -> str | None:
-        """Return the text that would be handed to a scheduler, or None if there is none."""
+        """Return the text that would be passed to a scheduler, or None if there is none."""
 
     def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
-        """Start one attempt of a run whose directory is complete, and return without waiting for its end.
+        """Start one attempt of a run whose directory is complete; do not wait for its end.
 
         Raises:
             SubmitError, RunError: if the backend refuses it; the run's status is then failed.
         """
 
     def submission_details(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
-        """Return what a person wants to know of an attempt that was just submitted, as labels and values."""
+        """Return details of a newly submitted attempt for the user, as labels and values."""
 
     def await_end(self, run: RunDir) -> None:
-        """Wait until an attempt whose last state is written has left no process."""
+        """Wait until no process is left of an attempt whose final state is written."""
 
     def cancel(self, run: RunDir, save: bool = True) -> None:
         """Ask a running attempt to save and stop; on a second call, or with `save` false, kill it.
@@ -123,37 +123,37 @@ class ClusterDoctor(Protocol):
         """Check what this machine sees of the scheduler, as a submission would."""
 
     def runs_elsewhere(self, config: RunConfig) -> bool:
-        """Return whether the run's nodes are others than this machine."""
+        """Return whether the run's nodes are different from this machine."""
 
     def run_on_nodes(
         self, config: RunConfig, environ: Mapping[str, str], deadline: float, reader: ReportReader
     ) -> list[CheckResult]:
-        """Run launcher.worker.doctor.node on every node, and give its output to `reader`; leaves nothing running.
+        """Run launcher.worker.doctor.node on every node, and pass its output to `reader`; leaves nothing running.
 
-        Returns what the way to the nodes has shown. `environ` is what the processes need in their environment; `deadline` is a
-        time of time.monotonic().
+        Returns the results found on the way to the nodes. `environ` holds the environment variables that the processes need;
+        `deadline` is a time.monotonic() time.
 
         Raises:
-            RunError, SubmitError: if nodes could not be had, or some have not reported; `reader` has the others.
+            RunError, SubmitError: if nodes were unavailable, or some did not report; `reader` has the other reports.
         """
 
 
 class EvaluationNodes(Protocol):
     """What `launcher evaluate` asks of a backend: a module with these functions.
 
-    `SUBMITS_JOBS`: whether an evaluation can be a job that needs no command to wait for it, see `EvaluationJobs`.
+    `SUBMITS_JOBS`: whether an evaluation can run as a job without a waiting command, see `EvaluationJobs`.
     """
 
     SUBMITS_JOBS: bool
 
     def runs_elsewhere(self, config: RunConfig) -> bool:
-        """Return whether the nodes are others than this machine."""
+        """Return whether the nodes are different from this machine."""
 
     def run_on_nodes(self, config: RunConfig, run: RunDir, folder: Path) -> None:
-        """Run launcher.worker.evaluation.node on every node, and wait for its end; leaves nothing running.
+        """Run launcher.worker.evaluation.node on every node and wait for it to end; leaves nothing running.
 
         Raises:
-            RunError, SubmitError: if nodes could not be had, or one of them failed.
+            RunError, SubmitError: if nodes were unavailable, or one of them failed.
         """
 
 
@@ -168,23 +168,23 @@ class EvaluationJobs(EvaluationNodes, Protocol):
         """
 
     def ended_jobs(self, plan: LaunchPlan, jobs: Sequence[str]) -> dict[str, str]:
-        """Return those of the jobs that have ended, each with its state.
+        """Return the jobs that have ended, each with its state.
 
         Raises:
             RunError: if the scheduler does not answer.
         """
 
     def cancel_jobs(self, jobs: Sequence[str]) -> None:
-        """Cancel the jobs; if the scheduler does not answer, they go on."""
+        """Cancel the jobs; if the scheduler does not answer, they continue."""
 
 
 def evaluation_nodes_for(kind: str) -> EvaluationNodes | None:
-    """Import the module of EVALUATION_NODES for a backend, or None if answers come from this machine."""
+    """Import the module of EVALUATION_NODES for a backend, or return None if answers come from this machine."""
     return cast("EvaluationNodes", importlib.import_module(EVALUATION_NODES[kind])) if kind in EVALUATION_NODES else None
 
 
 def doctor_for(kind: str) -> ClusterDoctor | None:
-    """Import the module of DOCTORS for a backend, or None if it has none, as the runs are on this machine."""
+    """Import the module of DOCTORS for a backend, or return None if it has none because its runs are on this machine."""
     return cast("ClusterDoctor", importlib.import_module(DOCTORS[kind])) if kind in DOCTORS else None
 
 
@@ -192,7 +192,7 @@ def cluster_for(kind: str) -> Cluster:
     """Import the backend that `cluster.kind` names and return an instance.
 
     Raises:
-        RunError: if there is no such backend, as for a run of a launcher that has others.
+        RunError: if there is no such backend, for example because a launcher with other backends started the run.
     """
     if kind not in BACKENDS:
         remedy = f"use the launcher that started the run; this one has {', '.join(BACKENDS)}"
@@ -203,10 +203,10 @@ def cluster_for(kind: str) -> Cluster:
 
 
 class FilesOnly:
-    """Tells the state of a run from its files alone: another user's records name no address that gets this user's token.
+    """Reads the state of a run from its files alone: this user's token must not go to an address in another user's records.
 
-    `is_silent`: whether a run that keeps a liveness file had stopped refreshing it when its state was last read, or another run
-    its output. It has then probably ended, and nothing will say so.
+    `is_silent`: whether, when the state was last read, the run had stopped refreshing its liveness file or, if it keeps none, its
+    output. It has then probably ended without recording this.
     """
 
     status_interval_s = 1.0
@@ -231,7 +231,7 @@ class FilesOnly:
 
 
 def status_reader_for(run: RunDir, kind: str) -> StatusReader:
-    """Return the backend of a run that this user trusts, and for another user's run a reader of its files.
+    """Return the backend of a run that this user trusts, or a reader of its files for another user's run.
 
     Raises:
         RunError: if there is no such backend.

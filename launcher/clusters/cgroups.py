@@ -1,4 +1,4 @@
-"""Limits that the kernel enforces by killing or refusing processes, from the counters of control groups and of the machine.
+"""Limits that the kernel enforces by killing or refusing processes, read from the counters of control groups and the machine.
 
 A process that starts ranks records the counters. If it is killed itself, whoever notices on the same machine compares them.
 """
@@ -19,19 +19,19 @@ from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 
 OWN_CGROUPS, VMSTAT = Path("/proc/self/cgroup"), Path("/proc/vmstat")
-# By the controllers of a line of /proc/self/cgroup (https://man7.org/linux/man-pages/man7/cgroups.7.html); version 2 names none.
+# Keyed by the controllers in a line of /proc/self/cgroup (https://man7.org/linux/man-pages/man7/cgroups.7.html); v2 names none.
 # For memory and for processes: the file with the counter, the counter, the file with the limit.
 _CGROUPS = Path("/sys/fs/cgroup")
 _MEMORY_V2 = ("memory.events", "oom_kill", "memory.max")
 _MEMORY_V1 = ("memory.oom_control", "oom_kill", "memory.limit_in_bytes")
 _PIDS = ("pids.events", "max", "pids.max")
-# Version 1 shows "no limit" as the largest multiple of a page.
+# Version 1 shows "no limit" as the largest multiple of the page size.
 _NO_LIMIT = 2**60
 
 
 @dataclass(frozen=True)
 class Counter:
-    """How often the kernel has enforced a limit: the line `name` of `file`. `limit_file` is empty for the machine's memory."""
+    """How often the kernel has enforced a limit: line `name` of `file`. `limit_file` is empty for the machine's memory."""
 
     file: str
     name: str
@@ -40,7 +40,7 @@ class Counter:
 
     @property
     def now(self) -> Counter:
-        """The same counter with its value of this moment; the former one where the control group is gone."""
+        """The same counter with its current value, or unchanged if the control group is gone."""
         with suppress(OSError):
             if match := re.search(rf"^{self.name} (\d+)$", Path(self.file).read_text(), re.MULTILINE):
                 return replace(self, value=int(match[1]))
@@ -48,7 +48,7 @@ class Counter:
 
     @property
     def limit(self) -> int | None:
-        # `max` is no number, and the root has no limit.
+        # `max` is not a number, and the root has no limit.
         with suppress(OSError, ValueError):
             limit = int(Path(self.limit_file).read_text()) if self.limit_file else _NO_LIMIT
             return limit if limit < _NO_LIMIT else None
@@ -63,7 +63,7 @@ class LimitEvents:
 
     @classmethod
     def read(cls) -> LimitEvents:
-        """Read the counters of this process; what cannot be read counts as 0."""
+        """Read the counters of this process; unreadable ones count as 0."""
         groups = [
             Counter(str(level / file), name, str(level / limit))
             for level, (file, name, limit) in _levels()
@@ -72,17 +72,17 @@ class LimitEvents:
         return cls((*groups, Counter(str(VMSTAT), "oom_kill", ""))).read_again()
 
     def read_again(self) -> LimitEvents:
-        """Read the same counters now; those of control groups that are gone keep their values."""
+        """Read the same counters again; counters of control groups that are gone keep their values."""
         return replace(self, counters=tuple(counter.now for counter in self.counters))
 
     @property
     def memory_bytes(self) -> int | None:
-        """The lowest limit on memory; None without one."""
+        """The lowest limit on memory, or None if there is none."""
         return self._lowest("oom_kill")
 
     @property
     def num_processes(self) -> int | None:
-        """The lowest limit on processes and threads; None without one."""
+        """The lowest limit on processes and threads, or None if there is none."""
         return self._lowest("max")
 
     def cause_since(self, earlier: LimitEvents) -> str:
@@ -102,10 +102,10 @@ class LimitEvents:
         return ""
 
     def _memory(self) -> Iterator[Counter]:
-        """Yield the counter of the lowest control group that is still there.
+        """Yield the counter of the lowest control group that still exists.
 
-        Those above it count the processes of other jobs, too (version 2). Slurm and systemd remove a group with its last process:
-        then the one above tells, unless other groups share it and its memory has no limit.
+        Groups above it also count the processes of other jobs (version 2). Slurm and systemd remove a group with its last
+        process: then the group above is used, unless other groups share it and its memory has no limit.
         """
         counters = [counter for counter in self.counters if counter.name == "oom_kill" and counter.limit_file]
         present = [counter for counter in counters if Path(counter.file).is_file()]
@@ -114,7 +114,7 @@ class LimitEvents:
                 yield lowest
 
     def _processes(self) -> Iterator[Counter]:
-        """Yield the counters up to the lowest limit: kernels count where the limit is, or where the process is that met it."""
+        """Yield the counters up to the lowest limit: kernels count in the limit's group or in that of the process that hit it."""
         for counter in self.counters:
             if counter.name == "max":
                 yield counter
@@ -128,9 +128,9 @@ class LimitEvents:
 
 @dataclass(frozen=True)
 class LimitRecord:
-    """limits-NNNNN.json: the counters of killed processes when a node's agent started; `space` is its boot and PID namespace.
+    """limits-NNNNN.json: the counters when a node's agent started; `space` is the agent's boot and PID namespace.
 
-    `cause` is what the first comparison after the agent's end found; None before. The counters go on counting.
+    `cause` is the result of the first comparison after the agent's end, None before: the counters continue to count.
     """
 
     space: str
@@ -139,8 +139,8 @@ class LimitRecord:
 
 
 def record_limits(run: RunDir, attempt: int, node: int) -> None:
-    """Record the counters of this process, a node's agent; under Ray one per worker, by its rank."""
-    # Without the machine's own counter: until somebody looks, it counts the processes of others. A control group counts its
+    """Record the counters of this process, a node's agent; under Ray, one record per worker, named by its rank."""
+    # Leave out the machine's own counter: until the comparison, it also counts other processes. A control group counts its own
     # processes wherever memory ran out.
     counters = tuple(counter for counter in LimitEvents.read().counters if counter.name == "oom_kill" and counter.limit_file)
     # Only messages depend on it.
@@ -149,10 +149,10 @@ def record_limits(run: RunDir, attempt: int, node: int) -> None:
 
 
 def limit_that_killed_agents(run: RunDir, attempt: int, nodes: Iterable[int]) -> str:
-    """Return the memory limit that was exceeded since the agents of `nodes` started, for agents that were killed.
+    """Return the memory limit that was exceeded after the agents of `nodes` started, for agents that were killed.
 
-    Empty if none was, where the agents left no counters, or where they ran on other machines or in other containers. The
-    first answer is kept.
+    Empty if none was, if the agents left no counters, or if they ran on other machines or in other containers. The first answer
+    is kept.
     """
     for node in nodes:
         with suppress(LauncherError):
@@ -167,7 +167,7 @@ def _cause(file: Path) -> str:
         return ""
     if record.cause is None and record.space == pid_namespace():
         record = replace(record, cause=record.events.read_again().cause_since(record.events))
-        # Another user compares again: the records of a run must stay its owner's.
+        # Another user may not store the result: a run's records must stay its owner's.
         with suppress(OSError):
             if file.stat().st_uid == os.geteuid():
                 json_records.write(file, record)

@@ -1,4 +1,4 @@
-"""What `launcher doctor` finds: the result of one check, the report of one machine, and the lines in which a machine sends it."""
+"""The findings of `launcher doctor`: the result of a check, the report of a machine, and the lines in which it is sent."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from launcher import json_records
 from launcher.errors import DamagedRun, Problem
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
-# The worst comes first.
+# Worst first.
 VERDICTS = (FAILURE, WARNING, OK)
 
-# Runs the checks of one machine, and prints its report.
+# This module runs the checks on one machine and prints the report.
 NODE_MODULE = "launcher.worker.doctor.node"
-# The file that the submitting machine has written beside the runs, as PATH=CONTENT: who can read it sees the same storage.
+# The file that the submitting machine wrote beside the runs, as PATH=CONTENT: machines that can read it see the same storage.
 SHARED_FILE_VARIABLE = "LAUNCHER_DOCTOR_FILE"
 
-# Slurm cuts lines of a task after 1,024 characters.
+# Slurm truncates task output lines after 1,024 characters.
 _CHUNK_CHARS = 600
 _LINE = re.compile(r"launcher-doctor (\S+) (\d+)/(\d+) (.*)")
-# NTP keeps clocks within milliseconds. Files that a node wrote are then older than the command that looks at them.
+# NTP keeps clocks within milliseconds, so files that a node wrote are older than the command that looks at them.
 _CLOCK_WARNING_S = 5.0
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The result of one check. A warning and a failure have a remedy: a command, or a setting.
+    """The result of one check. Warnings and failures have a remedy: a command or a setting.
 
     With `must_match`, all nodes of a run must show the same text in `seen`.
     """
@@ -44,7 +44,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class MachineReport:
-    """The results of one machine; `clock` is its time in seconds since the epoch when it sent them."""
+    """One machine's results; `clock` is its time, in seconds since the epoch, when it sent them."""
 
     machine: str
     results: tuple[CheckResult, ...]
@@ -57,7 +57,7 @@ class MachineReport:
 
 
 def ok(seen: str, *, must_match: bool = False) -> CheckResult:
-    """Return a result without a name, which the table of checks adds."""
+    """Return a result without a name; the table of checks adds it."""
     return CheckResult("", OK, seen, must_match=must_match)
 
 
@@ -72,7 +72,7 @@ def failure(seen: str, remedy: str) -> CheckResult:
 
 
 def from_problem(problem: Problem, verdict: str = FAILURE, name: str = "") -> CheckResult:
-    """Return the result for a problem that another check found, with its message and remedy."""
+    """Convert a problem that another check found, with its message and remedy, to a result."""
     where = f" ({problem.where})" if problem.where and problem.where not in problem.value else ""
     value = f": {problem.value}" if problem.value else ""
     return CheckResult(name, verdict, f"{problem.message}{where}{value}", problem.remedy)
@@ -85,7 +85,7 @@ def worst(results: Iterable[CheckResult]) -> str:
 
 
 def to_lines(report: MachineReport) -> list[str]:
-    """Return the lines that a machine prints; `ReportReader` finds them among other output, in any order."""
+    """Return the lines that a machine prints; `ReportReader` finds them in other output, in any order."""
     text = json.dumps(json_records.encode(report))
     chunks = [text[start : start + _CHUNK_CHARS] for start in range(0, len(text), _CHUNK_CHARS)]
     machine = re.sub(r"\s", "_", report.machine)
@@ -93,12 +93,12 @@ def to_lines(report: MachineReport) -> list[str]:
 
 
 class ReportReader:
-    """Puts reports together from the lines of one or several machines.
+    """Assembles reports from the lines of one or several machines.
 
     Attributes:
         reports: by machine, in the order of arrival.
-        clock_offsets: seconds by which each machine's clock was ahead of this one's when its report arrived; the time that the
-            report took makes it look behind.
+        clock_offsets: seconds by which each machine's clock was ahead of this one's when its report arrived; transfer time makes
+        a clock look behind.
     """
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class ReportReader:
         self._chunks: dict[str, dict[int, str]] = {}
 
     def feed(self, line: str) -> None:
-        """Add what this line holds of a report; other lines are ignored, and those of a report that is complete."""
+        """Add this line's part of a report; ignores other lines and lines of a complete report."""
         match = _LINE.search(line.rstrip("\n"))
         if match is None or match[1] in self.reports:
             return
@@ -120,14 +120,14 @@ class ReportReader:
         try:
             report = json_records.decode(MachineReport, json.loads(text), f"the report of {machine}")
         except (ValueError, DamagedRun):
-            # The node counts as one that has not reported.
+            # The node counts as not having reported.
             return
         self.clock_offsets[machine] = report.clock - time.time()
         self.reports[machine] = report
 
 
 def with_differences(reports: Sequence[MachineReport], clock_offsets: Mapping[str, float]) -> list[MachineReport]:
-    """Return the reports with a failure for what differs from most other nodes, and a warning for a clock that is off."""
+    """Return the reports, with failures added for what differs from most nodes and warnings for clocks that are off."""
     usual = {
         name: Counter(result.seen for report in reports for result in report.results if _matches(result, name)).most_common(1)
         for name in dict.fromkeys(result.name for report in reports for result in report.results if result.must_match)
@@ -153,7 +153,7 @@ def _compared(report: MachineReport, usual: Mapping[str, list[tuple[str, int]]])
 
 
 def _clock_results(machine: str, clock_offsets: Mapping[str, float]) -> Iterator[CheckResult]:
-    # Reports arrive one after the other, but within seconds: what all have in common is the way, not the clock.
+    # Reports arrive one after the other within seconds: an offset that all share comes from the transfer, not from the clocks.
     offset = clock_offsets.get(machine)
     if offset is None or len(clock_offsets) < 2:
         return

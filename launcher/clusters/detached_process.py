@@ -1,4 +1,4 @@
-"""The detached process that runs a run: start it, find it again by process id and start time, and judge whether it is alive."""
+"""The detached process behind a run: start it, find it again by process id and start time, and judge whether it is alive."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from launcher.security import ownership
 from launcher.shell_commands import launcher_command
 
 START_DEADLINE_S = 60.0
-# How often the process refreshes its liveness file, and after how long without a refresh it counts as lost. A network file
-# system may show a refresh a minute late.
+# Seconds between refreshes of the liveness file, and seconds without a refresh after which the process counts as lost. A network
+# file system may show a refresh a minute late.
 LIVENESS_INTERVAL_S, LIVENESS_TIMEOUT_S = 20.0, 180.0
 
 
 def start(run: RunDir, attempt: int, module: str, arguments: Sequence[str], log: Path, name: str) -> None:
     """Start `python -m MODULE ARGUMENTS` from the run's code snapshot, detached, and wait until it has set the run's status.
 
-    `name` is what messages call the process. Its output goes to `log`.
+    Messages refer to the process as `name`. Its output goes to `log`.
 
     Raises:
         SubmitError: if other users could have changed the run.
@@ -55,12 +55,12 @@ def start_module(
 ) -> subprocess.Popen[bytes]:
     """Start `python -m MODULE ARGUMENTS` from the run's code snapshot, with `variables` in its environment; it writes to `log`.
 
-    In a session of its own it survives the terminal and receives no Ctrl-C.
+    In its own session, it survives the terminal and receives no Ctrl-C.
     """
     environment = {
         **os.environ,
         "PYTHONPATH": build_pythonpath(run.code, os.environ),
-        # The current folder may hold another launcher; the submitted snapshot must run.
+        # The current folder may contain another launcher, but the submitted snapshot must run.
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
         **(variables or {}),
@@ -73,7 +73,7 @@ def start_module(
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env=environment,
-            # As in a batch job: what a run writes is its user's alone.
+            # As in a batch job: only the run's user can access what it writes.
             umask=0o077,
         )
 
@@ -84,13 +84,13 @@ def describe_this_process() -> dict[str, Any]:
 
 
 def describe_process(pid: int) -> dict[str, Any]:
-    """Return the same of another process of this machine."""
+    """Return the same entry for another process on this machine."""
     started = psutil.Process(pid).create_time()
     return {"host": os.uname().nodename, "space": pid_namespace(), "pid": pid, "started": started}
 
 
 def start_liveness_file(run: RunDir) -> None:
-    """Keep the run's liveness file fresh for as long as this process lives, for readers on other machines."""
+    """Refresh the run's liveness file for as long as this process lives, for readers on other machines."""
 
     def refresh() -> None:
         while True:
@@ -103,17 +103,17 @@ def start_liveness_file(run: RunDir) -> None:
 
 
 def write_liveness(run: RunDir) -> None:
-    """Write a sign of life of this process into the run directory."""
+    """Write this process's heartbeat to the run directory."""
     json_records.write(run.alive, Liveness(time.time(), os.uname().nodename))
 
 
 def seconds_silent(run: RunDir) -> float:
-    """Return the seconds since the run directory showed the last sign of life."""
+    """Return the seconds since the last heartbeat in the run directory."""
     return _seconds_unchanged(run, (run.status, run.alive))
 
 
 def seconds_without_output(run: RunDir) -> float:
-    """Return the seconds since a run last wrote its status, metrics, events or logs: Slurm's runs keep no liveness file."""
+    """Return the seconds since a run last wrote its status, metrics, events or logs: runs on Slurm have no liveness file."""
     logs = run.attempt(run_store.newest_attempt(run)).glob("*.log")
     return _seconds_unchanged(run, (run.status, run.metrics, run.events, *logs, *run.jobs.glob("*/*.out")))
 
@@ -121,7 +121,7 @@ def seconds_without_output(run: RunDir) -> float:
 def _seconds_unchanged(run: RunDir, files: Iterable[Path]) -> float:
     """Return the seconds since one of the files was last written.
 
-    The file system's clock is read where possible, because the clocks of two machines may differ by minutes.
+    Uses the file system's clock if possible, because machine clocks may differ by minutes.
     """
     now = time.time()
     with suppress(OSError):
@@ -134,9 +134,9 @@ def _seconds_unchanged(run: RunDir, files: Iterable[Path]) -> float:
 
 
 def is_alive(run: RunDir, status: Status) -> bool:
-    """Return whether the process that wrote the status still runs; one of another machine is judged by its liveness file.
+    """Return whether the process that wrote the status still runs; on another machine, it is judged by its liveness file.
 
-    Its `recorder`, where it has one, outlives it for a moment to write how the run has ended.
+    Its `recorder`, if it has one, briefly outlives it to record how the run ended.
     """
     if is_visible(status):
         recorder = replace(status, job=(status.job or {}).get("recorder"))
@@ -145,7 +145,7 @@ def is_alive(run: RunDir, status: Status) -> bool:
 
 
 def find_process(status: Status) -> psutil.Process | None:
-    """Return the process that wrote the status; None if it has ended or belongs to another machine or container."""
+    """Return the process that wrote the status, or None if it has ended or belongs to another machine or container."""
     job = status.job or {}
     if not is_visible(status):
         return None
@@ -175,7 +175,7 @@ def resume_hint(run: RunDir) -> str:
 def is_visible(status: Status) -> bool:
     """Return whether this process shares a PID namespace with the one that wrote the status."""
     job = status.job or {}
-    # A record without `space` names only the machine.
+    # A record without `space` only identifies the machine.
     return job.get("space", pid_namespace()) == pid_namespace() and ("space" in job or job.get("host") == os.uname().nodename)
 
 

@@ -1,4 +1,4 @@
-"""Faults that a drill injects: the command that injects one on a node, and what it reports."""
+"""Faults that a drill injects: the command that injects one on a node, and its report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from launcher import json_records
 from launcher.plan.run_dir import RunDir
 
-# For the command on the node: to reach it, to find the processes of the run, and to act.
+# Seconds for the command on the node: to reach the node, find the run's processes, and act.
 DEADLINE_S = 60.0
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _END_DEADLINE_S = 30.0
 _CANCEL_GAP_S = 0.3
-# The records of an end need more.
+# The records of an attempt's end need more than this.
 _FULL_BYTES = 64 * 1024
 
 
@@ -87,7 +87,7 @@ class LocalCluster:
             raise detached_process.not_running_error(run, status)
         agent.send_signal(signal.SIGUSR1)
         if not save:
-            # Two signals that are pending at the same time are delivered as one.
+            # Two identical signals that are pending at the same time are delivered as one.
             time.sleep(_CANCEL_GAP_S)
             agent.send_signal(signal.SIGUSR1)
 
@@ -100,7 +100,7 @@ class LocalCluster:
 
 
 def _silent_end(run: RunDir) -> str:
-    """Say why the agent may have ended without recording a result."""
+    """Return why the agent may have ended without recording a result."""
     with suppress(OSError):
         if (free := shutil.disk_usage(run.root).free) < _FULL_BYTES:
             return f"the disk of {run.root} is full ({format_size(free)} free): the node agent could not record how the run ended"
@@ -112,7 +112,7 @@ def _silent_end(run: RunDir) -> str:
 
 
 def check_here(plan: LaunchPlan) -> None:
-    """Refuse a plan that this machine cannot run.
+    """Reject a plan that this machine cannot run.
 
     Raises:
         SubmitError: for more nodes, GPUs or memory than this machine has, or a missing NVMe folder.

@@ -1,4 +1,4 @@
-"""The network of the nodes: the address at which others reach this node, free ports, and whether a node can be reached."""
+"""The nodes' network: the address at which other nodes reach this one, free ports, and whether a node is reachable."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ import psutil
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.errors import RunError
 
-# The name of a node among others of its attempt, where host names may be equal.
+# The variable with a node's name in its attempt: host names may not be unique.
 NODE_NAME_VARIABLE = "LAUNCHER_NODE_NAME"
 _CONNECT_S = 2.0
 _PAUSE_S = 0.05
 # A datagram socket connects without a packet: the kernel only chooses the route.
 _ANY_PORT = 9
-# An address for documentation (RFC 5737), to which the default route leads.
+# A documentation address (RFC 5737), which is reached through the default route.
 _ANYWHERE = "192.0.2.1"
 _REMEDY = "set cluster.interface to the network between the nodes, or ask the administrators to repair routes and host names"
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An address of this node and the interface that has it, such as 10.0.0.7 on ib0."""
+    """An address of this node and its interface, such as 10.0.0.7 on ib0."""
 
     address: str
     interface: str
 
 
-# Where the processes of a single node meet: nothing outside it reaches them.
+# Where the processes of a single node meet: unreachable from outside.
 LOOPBACK = Endpoint("127.0.0.1", "lo")
 
 
 def node_name() -> str:
-    """Return this node's name: the one that its agent was given, or that of Slurm, as its --exclude expects it, or the host's."""
+    """Return this node's name: the one given to its agent, else Slurm's (as --exclude expects it), else the host name."""
     return os.environ.get(NODE_NAME_VARIABLE) or os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 def own_endpoint(peers: Sequence[str], interface: str | None) -> Endpoint:
-    """Return where this node listens: on `interface`, or else on the interface that routes to the first other node.
+    """Return where this node listens: on `interface`, or else on the interface with the route to the first other node.
 
-    `peers` are addresses or names of the nodes, and may include this one; without another node loopback is used.
+    `peers` are the nodes' addresses or names and may include this node; if there is no other node, loopback is used.
 
     Raises:
-        RunError: if the interface does not exist or has no address, or only loopback or link-local ones are found.
+        RunError: if the interface does not exist or has no address, or if only loopback or link-local addresses are found.
     """
     if interface is not None:
         return Endpoint(_address_of(interface), interface)
@@ -62,10 +62,10 @@ def own_endpoint(peers: Sequence[str], interface: str | None) -> Endpoint:
 
 
 def endpoint_of(host: str, interface: str | None) -> Endpoint:
-    """Return where this node, which the others know as `host`, listens: on `interface`, or else on the one that has the address.
+    """Return where this node, known to others as `host`, listens: on `interface`, or else on the interface with that address.
 
-    A loopback address, such as 127.0.0.1, joins processes of this machine only. A name that resolves to loopback, or to an
-    address of a service in front of this node, says nothing: the default route then decides.
+    A loopback address, such as 127.0.0.1, connects only processes on this machine. If the name resolves to loopback, or to the
+    address of a service in front of this node, the default route decides instead.
 
     Raises:
         RunError: if the interface does not exist or has no address, or this node has no network.
@@ -78,21 +78,21 @@ def endpoint_of(host: str, interface: str | None) -> Endpoint:
             if address in addresses:
                 return Endpoint(address, name)
         if ipaddress.ip_address(address).is_loopback:
-            # All of 127.0.0.0/8 belongs to the interface.
+            # All of 127.0.0.0/8 belongs to the loopback interface.
             return Endpoint(address, LOOPBACK.interface)
     address = _routed_from(_ANYWHERE)
     return Endpoint(address, next((name for name, addresses in _interfaces().items() if address in addresses), ""))
 
 
 def node_addresses(node_list: str, retry_s: float = 0.0) -> dict[str, str]:
-    """Return the addresses of an allocation's nodes, by name and in the list's order; `node_list` is Slurm's, such as n[1-3].
+    """Return the addresses of an allocation's nodes, keyed by name, in the order of Slurm's `node_list`, such as n[1-3].
 
-    An address comes from NodeAddr, by which Slurm itself reaches the node, or else from the node's name. A name that resolves to
-    loopback is useless, unless it is this node's: its address is then the one that routes to the others. Where Slurm does not
-    give NodeAddr, because it hides its nodes or does not answer for `retry_s`, only the names are used.
+    An address comes from NodeAddr, which Slurm itself uses to reach the node, or else from the node's name. A name that resolves
+    to loopback is useless unless it is this node's own; then the address with a route to the others is used. If Slurm provides no
+    NodeAddr, because it hides its nodes or does not answer for `retry_s`, only names are used.
 
     Raises:
-        RunError: if a node has no address that the others could reach; SlurmError for a list that is none.
+        RunError: if a node has no address that the others could reach. SlurmError: for an invalid list.
     """
     hosts = slurm("scontrol", "show", "hostnames", node_list).split()
     try:
@@ -115,12 +115,12 @@ def node_addresses(node_list: str, retry_s: float = 0.0) -> dict[str, str]:
 
 
 def is_public(address: str) -> bool:
-    """Return whether the whole internet routes to an address; a master address must not be public."""
+    """Return whether an address is routable on the internet; a master address must not be."""
     return ipaddress.ip_address(address).is_global
 
 
 def free_port(address: str) -> int:
-    """Return a TCP port that is free on `address` of this node now; it is not reserved."""
+    """Return a TCP port that is currently free on this node's `address`; it is not reserved."""
     with socket.socket(_family(address), socket.SOCK_STREAM) as probe:
         probe.bind((address, 0))
         return probe.getsockname()[1]
@@ -153,7 +153,7 @@ def _address_of(interface: str) -> str:
 
 
 def _first_other(peers: Sequence[str]) -> str | None:
-    """Return the address of the first peer that is not this node; None without one."""
+    """Return the address of the first peer other than this node, or None if there is none."""
     own = {address for addresses in _interfaces().values() for address in addresses}
     names = {node_name(), os.uname().nodename, "localhost"}
     for peer in peers:
@@ -211,7 +211,7 @@ def _resolve(name: str) -> str | None:
 
 
 def _interfaces() -> dict[str, list[str]]:
-    """Return the IP addresses of every interface, without the zones of link-local ones."""
+    """Return the IP addresses of every interface, without zones of link-local addresses."""
     families = (socket.AF_INET, socket.AF_INET6)
     return {
         name: [entry.address.partition("%")[0] for entry in entries if entry.family in families]

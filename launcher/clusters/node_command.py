@@ -1,4 +1,4 @@
-"""A command that runs something on nodes: its lines as they come, a deadline, and its end whatever happens."""
+"""A command that runs something on nodes: reads its output as it arrives, enforces a deadline, and always ends it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class NodeCommand:
-    """A running command in a session of its own, so that Ctrl-C reaches only the command that started it.
+    """A running command in its own session, so that Ctrl-C reaches only the command that started it.
 
     Attributes:
         errors: the last lines of its standard error.
@@ -55,14 +55,14 @@ class NodeCommand:
         self._errors_thread = threads[-1]
 
     def lines(self, deadline: float) -> Iterator[str]:
-        """Yield the lines of its standard output until it closes that, or until the time `deadline` of time.monotonic()."""
+        """Yield the lines of its standard output until it closes it, or until `deadline`, a time.monotonic() time."""
         while (left := deadline - time.monotonic()) > 0:
             try:
                 line = self._lines.get(timeout=left)
             except queue.Empty:
                 return
             if line is None:
-                # For the messages that explain the end.
+                # Leave time for the messages that explain the end.
                 self._errors_thread.join(1.0)
                 return
             yield line
@@ -72,7 +72,7 @@ class NodeCommand:
         return self._process.poll() is not None
 
     def close(self) -> None:
-        """End the command with all that it has started: first by TERM, which lets it clean up."""
+        """End the command and everything that it started; TERM comes first, so that it can clean up."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
@@ -87,14 +87,14 @@ class NodeCommand:
 
     @staticmethod
     def _write(stream: IO[str], text: str) -> None:
-        # A command that has ended reads nothing.
+        # A command that has ended does not read.
         with suppress(OSError):
             stream.write(text)
             stream.close()
 
 
 def show_lines(command: NodeCommand, deadline: float) -> list[str]:
-    """Print the lines of a command on standard error as they come, until it ends; returns the last ones."""
+    """Print a command's lines to standard error as they arrive, until it ends; returns the last lines."""
     last: deque[str] = deque(maxlen=_MAX_LINES)
     for line in command.lines(deadline):
         last.append(line.strip())
@@ -104,12 +104,12 @@ def show_lines(command: NodeCommand, deadline: float) -> list[str]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C, TERM and HUP while something is cleaned up that must not be left behind.
+    """Hold back Ctrl-C, TERM and HUP during a cleanup that must complete.
 
-    The first one that comes meanwhile takes effect at the end.
+    The first signal that arrives meanwhile takes effect at the end.
     """
     if threading.current_thread() is not threading.main_thread():
-        # Python runs handlers in the main thread alone.
+        # Python runs handlers only in the main thread.
         yield
         return
     received: list[int] = []
@@ -117,8 +117,8 @@ def uninterrupted() -> Iterator[None]:
     def note(number: int, _: FrameType | None) -> None:
         received.append(number)
 
-    # Handlers, not a mask: the kernel gives a signal that the main thread blocks to another thread, and Python runs the handler
-    # in the main thread all the same.
+    # Use handlers, not a mask: the kernel delivers a signal that the main thread blocks to another thread, and Python still runs
+    # the handler in the main thread.
     before = {number: signal.signal(number, note) for number in _INTERRUPTS if signal.getsignal(number) is not None}
     try:
         yield

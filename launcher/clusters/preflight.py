@@ -1,4 +1,4 @@
-"""Checks before a run is started, the same on every backend: disk space, the repository on the Hub, and the mirror."""
+"""Checks before a run starts, identical on every backend: disk space, the repository on the Hub, and the mirror."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def check_startable(plan: LaunchPlan) -> None:
-    """Refuse a run that could train but could not save or upload its result.
+    """Reject a run that could train but could not save or upload its result.
 
     Raises:
-        SubmitError: if the run directory cannot be made, the disk has no room for one checkpoint, a push to the Hub lacks a token
-            or would be public, or the mirror cannot be written.
+        SubmitError: if the run directory cannot be created, the disk has no room for a checkpoint, a push to the Hub lacks a
+        token or would be public, or the mirror is not writable.
     """
     if problem := folder_problem(Path(plan.run_dir)):
         raise SubmitError(problem)
@@ -43,7 +43,7 @@ def check_startable(plan: LaunchPlan) -> None:
 
 
 def folder_problem(run_dir: Path) -> Problem | None:
-    """Return why the directory of a run cannot be made; None if it can, or is there."""
+    """Return why a run's directory cannot be created, or None if it can or exists."""
     above = next(path for path in (run_dir, *run_dir.parents) if os.path.lexists(path))
     if not above.is_dir():
         reason = "is not a folder"
@@ -57,7 +57,7 @@ def folder_problem(run_dir: Path) -> Problem | None:
 
 
 def push_note(plan: LaunchPlan) -> str | None:
-    """Return that the Hub could not be asked whether the run's repository is public; None if it was, or need not be."""
+    """Return a note if the Hub could not be asked whether the run's repository is public; None if it was, or need not be."""
     repo_id, is_allowed = plan.config.export.push_to_hub, plan.config.export.push_public
     if repo_id is None or is_allowed or hub.is_public(repo_id) is not None:
         return None
@@ -66,7 +66,7 @@ def push_note(plan: LaunchPlan) -> str | None:
 
 
 def disk_note(plan: LaunchPlan) -> str | None:
-    """Return a warning if the disk of the run directory is too small for all checkpoints that are kept; None otherwise."""
+    """Return a warning if the run directory's disk is too small for all retained checkpoints, or None."""
     num_free_bytes = _free_bytes(plan)
     if num_free_bytes is None:
         return None
@@ -74,7 +74,7 @@ def disk_note(plan: LaunchPlan) -> str | None:
 
 
 def _free_bytes(plan: LaunchPlan) -> int | None:
-    """Return the free bytes where the run directory is or will be; None if this machine cannot read them."""
+    """Return the free bytes where the run directory is or will be, or None if this machine cannot read them."""
     folder = Path(plan.run_dir)
     try:
         while not folder.exists():

@@ -1,4 +1,4 @@
-"""The storage below a path: the type of its file system, and the closest folder that exists."""
+"""The storage under a path: its file system type, and the closest existing folder."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def filesystem_type(path: Path, mountinfo: str) -> str:
 
 
 def existing_folder(path: Path) -> Path:
-    """Return the path, or the closest folder above it that exists."""
+    """Return the path itself or its closest existing parent folder."""
     return next((folder for folder in (path, *path.parents) if folder.is_dir()), Path("/"))

@@ -1,7 +1,7 @@
-"""The Ray of this machine that cluster.address=auto means.
+"""Finds the Ray on this machine that cluster.address=auto refers to.
 
-Ray itself joins what its files in /tmp/ray name, or any process called raylet, whoever started it. Whoever runs a Ray gets the
-code of a run and the token, and decides what the driver unpickles: so only one of a trusted user is joined.
+Ray itself joins whatever its files in /tmp/ray name, or any process called raylet, whoever started it. Whoever runs that Ray gets
+the run's code and the token, and controls what the driver unpickles. The launcher therefore joins only a trusted user's Ray.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAX_ADDRESS_BYTES = 4096
 
 @dataclass(frozen=True)
 class _Raylet:
-    """Ray's process on this machine: the users that it runs as, the address of its cluster and the folder of its sockets."""
+    """A raylet on this machine: the users it runs as, its cluster's address and the folder of its sockets."""
 
     uids: frozenset[int]
     address: str
@@ -33,10 +33,10 @@ class _Raylet:
 
 
 def address_to_join(address: str) -> str:
-    """Return the address for ray.init of a setting cluster.address; Ray never searches for a cluster itself.
+    """Return the address for ray.init for a value of cluster.address, so that Ray never searches for a cluster itself.
 
     Raises:
-        SubmitError: as find_address does, and where another user has the address of this machine that is named.
+        SubmitError: as find_address does, and if another user listens at the named address of this machine.
     """
     if address == _AUTO:
         address = os.environ.get("RAY_ADDRESS") or _AUTO
@@ -47,7 +47,7 @@ def address_to_join(address: str) -> str:
 
 
 def require_own_listener(address: str) -> None:
-    """Refuse a host:port of this machine that another user has taken: the driver sends it the token, and unpickles its answers.
+    """Reject a host:port of this machine that another user has taken: the driver sends the token there and unpickles answers.
 
     Raises:
         SubmitError: with the user.
@@ -57,10 +57,10 @@ def require_own_listener(address: str) -> None:
 
 
 def find_address() -> str:
-    """Return host:port of the cluster to which this machine belongs, by the processes of trusted users.
+    """Return host:port of the cluster that this machine belongs to, according to the processes of trusted users.
 
     Raises:
-        SubmitError: if there is none, or only those of others, or several of which none is the newest by Ray's own file.
+        SubmitError: if there is none, or only other users', or several, none of which is the newest according to Ray's own file.
     """
     raylets = list(_raylets())
     if not raylets:
@@ -94,11 +94,11 @@ def find_address() -> str:
 
 
 def _require_owner(session: Path, trust: Trust) -> None:
-    """Refuse a folder of sockets that another user owns. Ray makes the folder above writable for everyone."""
+    """Reject a socket folder that another user owns. Ray makes its parent folder world-writable."""
     try:
         uid = session.lstat().st_uid
     except OSError:
-        # Of a container whose processes are seen here; Ray looks at its own.
+        # It belongs to a container whose processes are visible here; that Ray uses its own folder.
         return
     if not trust.anyone and not trust.accepts_owner(uid):
         raise SubmitError(
@@ -117,12 +117,12 @@ def _raylets() -> Iterator[_Raylet]:
         flags = dict(argument.split("=", 1) for argument in arguments[1:] if argument.startswith("--") and "=" in argument)
         address, session = flags.get("--gcs-address"), flags.get("--session_dir")
         if address and session:
-            # A program with setuid has an effective user who did not write its arguments.
+            # A setuid program's effective user did not choose its arguments.
             yield _Raylet(frozenset(uids), address, Path(session))
 
 
 def _newest_address() -> str:
-    """Return the address that the last `ray start` has left; it may be of any user, and counts among known ones only."""
+    """Return the address that the last `ray start` left; any user may have written it, so it only selects among known ones."""
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108
     with suppress(OSError, UnicodeDecodeError):
         return atomic_files.read_short_text(Path(folder, "ray", "ray_current_cluster"), _MAX_ADDRESS_BYTES).strip()

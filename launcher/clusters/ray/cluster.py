@@ -1,4 +1,4 @@
-"""The Ray backend. The driver is a detached process of this machine, or a job of the cluster if its Jobs API is used."""
+"""The Ray backend. The driver is a detached process on this machine, or a job on the cluster if its Jobs API is used."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
 _MODULE = "launcher.worker.ray.driver"
-# Message of the status while the driver starts or joins Ray.
+# The status message while the driver starts or joins Ray.
 JOINING = "joining Ray"
 _JOIN_DEADLINE_S = 90.0
 _END_DEADLINE_S = 60.0
@@ -39,7 +39,7 @@ _CONNECT_S = 5.0
 _JOIN_POLL_S, _JOB_POLL_S = 0.1, 1.0
 # How long a submission waits for the driver to set the run's status.
 _DRIVER_START_DEADLINE_S = 60.0
-# A job of the Jobs API, whose id is a part of the address of a request.
+# The id of a Jobs API job; it is part of a request's URL.
 _JOB = re.compile(r"[A-Za-z0-9][\w-]*")
 _NO_STATUS = "Ray's job ended before it could write to the run directory"
 _LOST = "the driver ended without recording a result: it was killed, or its machine or the head node was lost"
@@ -157,7 +157,7 @@ class RayCluster:
 
 
 def _require_own_cluster(run: RunDir, submission: JobsApiSubmission) -> None:
-    """Refuse an address in a run's files that the settings would refuse: requests carry the cluster's token.
+    """Reject an address in a run's files that the settings would reject: requests carry the cluster's token.
 
     Raises:
         SubmitError: with the address.
@@ -188,7 +188,7 @@ def _job_status(run: RunDir, status: Status, submission: JobsApiSubmission) -> S
         _require_own_cluster(run, submission)
         state, message = jobs.state(submission.address, submission.job)
     except SubmitError as error:
-        # An ssh tunnel may be broken or lead to another cluster: the liveness file in the run directory decides.
+        # An SSH tunnel may be broken or lead to another cluster, so the liveness file in the run directory decides.
         if detached_process.seconds_silent(run) > detached_process.LIVENESS_TIMEOUT_S:
             return _lost(run, known)
         cause = f"Ray does not answer ({error.problems[0].message})"
@@ -208,7 +208,7 @@ def _job_status(run: RunDir, status: Status, submission: JobsApiSubmission) -> S
 
 
 def _request(plan: LaunchPlan) -> list[tuple[str, str]]:
-    """Return what is requested of Ray, including Ray's own defaults, as labels and values."""
+    """Return what is requested from Ray, including Ray's own defaults, as labels and values."""
     from launcher.config.sections.ray import RaySection
 
     section, workers = RaySection.of(plan.config.cluster), plan.topology.world_size
@@ -243,7 +243,7 @@ def _request(plan: LaunchPlan) -> list[tuple[str, str]]:
 def _lost(run: RunDir, status: Status) -> Status:
     then = run_store.describe_storage_problem(run) or f"; {detached_process.resume_hint(run)}"
     number = run_store.newest_attempt(run)
-    # Workers on the driver's machine may share its control group.
+    # Workers on the driver's machine may be in its control group.
     limit = limit_that_killed_agents(run, number, range(len(run_store.read_attempt(run, number).nodes)))
     return replace(status, state="failed", message=": ".join(filter(None, (limit, f"{_LOST}{then}"))))
 
@@ -258,7 +258,7 @@ def _submission_file(run: RunDir, attempt: int) -> Path:
 
 
 def _await_joined(run: RunDir, log: Path) -> None:
-    """Wait until the driver has started or joined Ray, so that a failure is reported by the submitting command.
+    """Wait until the driver has started or joined Ray, so that the submitting command reports a failure.
 
     Raises:
         RunError: with Ray's message, or the end of the driver's log.
@@ -280,7 +280,7 @@ def _await_joined(run: RunDir, log: Path) -> None:
 
 
 def _await_driver(run: RunDir, submission: JobsApiSubmission) -> None:
-    """Wait until the driver sets the run's status, so that a head node without access to the run directory is reported now.
+    """Wait until the driver sets the run's status, so that this command reports a head node without access to the run directory.
 
     Raises:
         RunError: if the job ends before that.
@@ -293,7 +293,7 @@ def _await_driver(run: RunDir, submission: JobsApiSubmission) -> None:
                 break
         time.sleep(_JOB_POLL_S)
     else:
-        # The driver has started, or waits in Ray's queue, which `status` reports.
+        # The driver has started or waits in Ray's queue; `status` reports the queue.
         return
     atomic_files.refresh_directory(run.root)
     if run_store.read_status(run).job is None:
@@ -308,12 +308,12 @@ def _no_status_remedy(submission: JobsApiSubmission) -> str:
 
 
 def _last_line(message: str) -> str:
-    """Return the last line of Ray's message on a failed job, which ends with the job's log."""
+    """Return the last line of Ray's message about a failed job; it ends with the job's log."""
     return next((line.strip() for line in reversed(message.splitlines()) if line.strip()), "no message")
 
 
 def require_usable(section: RaySection) -> None:
-    """Refuse a cluster that is public, does not answer, or does not take the token.
+    """Reject a cluster that is public, does not answer, or does not accept the token.
 
     Raises:
         SubmitError: with the remedy.
@@ -331,7 +331,7 @@ def require_usable(section: RaySection) -> None:
 
 
 def _require_no_keys(names: Sequence[str]) -> None:
-    """Refuse to forward variables that look like keys: everyone with the cluster's token can read a job's environment."""
+    """Reject forwarded variables that look like keys: everyone with the cluster's token can read a job's environment."""
     if keys := [name for name in names if looks_secret(f"cluster.env.{name}", os.environ.get(name) or "unknown")]:
         raise SubmitError(
             "API keys must not be sent with a job: everyone with the cluster's token could read them",
@@ -342,7 +342,7 @@ def _require_no_keys(names: Sequence[str]) -> None:
 
 
 def _require_private(address: str, host: str, allowed: bool) -> None:
-    """Refuse a host name that resolves to a public address; the settings refuse public IP addresses."""
+    """Reject a host name that resolves to a public address; the settings reject public IP addresses."""
     from launcher.config.sections.ray import is_exposed
 
     if allowed:
@@ -366,7 +366,7 @@ def _require_private(address: str, host: str, allowed: bool) -> None:
 
 
 def _require_member(allowed: bool) -> None:
-    """Refuse cluster.address=auto without a Ray of a trusted user here; an address in RAY_ADDRESS is checked like the setting."""
+    """Reject cluster.address=auto without a trusted user's Ray here; an address in RAY_ADDRESS is checked like the setting."""
     address = os.environ.get("RAY_ADDRESS", "auto")
     if address != "auto":
         host = urlsplit(f"ray://{address}").hostname

@@ -1,4 +1,4 @@
-"""Ray as `launcher doctor` sees it: the cluster from here, and its nodes through tasks of a driver."""
+"""Ray for `launcher doctor`: checks the cluster from here, and its nodes through a driver's tasks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from launcher.config.sections.ray import RaySection
 from launcher.errors import RunError, SubmitError
 
 _MODULE = "launcher.worker.ray.doctor"
-# In place of the request: the driver reads it from its standard input, or as a job from this variable, in base64.
+# Stands for the request: the driver reads it from standard input or, as a job, in base64 from this variable.
 FROM_INPUT, FROM_VARIABLE = "-", "LAUNCHER_DOCTOR_REQUEST"
 _POLL_S = 1.0
 _MANY_CHARS = 300
@@ -34,7 +34,7 @@ def runs_elsewhere(config: RunConfig) -> bool:
 
 
 def check_submission(config: RunConfig) -> list[CheckResult]:
-    """Check that the cluster answers and takes the token of this shell."""
+    """Check that the cluster answers and accepts this shell's token."""
     section, version = RaySection.of(config.cluster), metadata.version("ray")
     if section.address is None:
         return [CheckResult("Ray", OK, f"Ray {version}; each run starts one of its own on this machine")]
@@ -54,11 +54,11 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
     """Run the checks as a task on every node of the cluster.
 
     Raises:
-        RunError: if the driver has ended without a report, or not in time.
+        RunError: if the driver ended without a report, or did not end in time.
     """
     section = RaySection.of(config.cluster)
     request = json.dumps({"config": config.model_dump(mode="json"), "environ": {**section.env, **environ}})
-    # The driver reports the nodes that do not answer, and ends before the command gives up.
+    # The driver ends before the command gives up, so that it can report nodes that do not answer.
     seconds = f"{max(1.0, (deadline - time.monotonic()) * 0.9):.0f}"
     output = (_run_as_job if section.is_http else _run_here)(section, request, seconds, deadline, reader)
     if not reader.reports:
@@ -76,7 +76,7 @@ def _run_here(section: RaySection, request: str, seconds: str, deadline: float, 
     """Run the driver on this machine; returns the end of its messages."""
     code = Path(launcher.__file__).resolve().parents[1]
     environ = {**os.environ, "PYTHONPATH": build_pythonpath(code, os.environ), "PYTHONSAFEPATH": "1"}
-    # Everyone on the machine can read the arguments of a process.
+    # Everyone on the machine can read a process's arguments.
     driver = NodeCommand([sys.executable, "-m", _MODULE, FROM_INPUT, seconds], request, environ)
     try:
         for line in driver.lines(deadline):
@@ -88,7 +88,7 @@ def _run_here(section: RaySection, request: str, seconds: str, deadline: float, 
 
 
 def _run_as_job(section: RaySection, request: str, seconds: str, deadline: float, reader: ReportReader) -> str:
-    """Run the driver as a job of the cluster, which is stopped and removed at the end; returns the end of its log."""
+    """Run the driver as a job on the cluster; stop and remove the job at the end; returns the end of its log."""
     address, code = section.address or "", Path(launcher.__file__).resolve().parents[1]
     name, environ = f"launcher-doctor-{secrets.token_hex(4)}", {FROM_VARIABLE: base64.b64encode(request.encode()).decode()}
     job = jobs.submit_module(section, code, name, _MODULE, [FROM_VARIABLE, seconds], environ)
@@ -96,7 +96,7 @@ def _run_as_job(section: RaySection, request: str, seconds: str, deadline: float
         while True:
             state, message = jobs.state(address, job)
             log = jobs.read_log(address, job)
-            # A line that is still being written has no end.
+            # A line that is still being written does not end in a newline.
             for line in log.splitlines(keepends=True):
                 if line.endswith("\n"):
                     reader.feed(line)

@@ -1,4 +1,4 @@
-"""Ray as `launcher evaluate` sees it: the prompts are answered by tasks of a driver, one for each GPU."""
+"""Ray for `launcher evaluate`: a driver's tasks, one for each GPU, answer the prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUBMITS_JOBS = False
 _MODULE = "launcher.worker.ray.evaluation"
 _LONGEST_WAIT_S = 30 * 24 * 3600.0
 _POLL_S = 1.0
-# How long the Jobs API may fail: a head node that is busy, or a tunnel that is set up again, comes back.
+# How long the Jobs API may fail: a busy head node or a reconnecting tunnel comes back.
 _SILENT_S = 300.0
 _END_S = 20.0
 
@@ -32,7 +32,7 @@ def runs_elsewhere(config: RunConfig) -> bool:
 
 
 def run_on_nodes(config: RunConfig, run: RunDir, folder: Path) -> None:
-    """Run the processes of the evaluation as tasks of the cluster.
+    """Run the evaluation's processes as tasks on the cluster.
 
     Raises:
         SubmitError: if the cluster does not answer.
@@ -64,7 +64,7 @@ def _run_here(section: RaySection, folder: Path) -> list[str]:
 
 
 def _run_as_job(section: RaySection, folder: Path) -> list[str]:
-    """Run the driver as a job of the cluster, which is stopped and removed at the end; returns the last lines of its log."""
+    """Run the driver as a job on the cluster; stop and remove the job at the end; returns the last lines of its log."""
     address, code = section.address or "", Path(launcher.__file__).resolve().parents[1]
     job = jobs.submit_module(section, code, f"launcher-evaluate-{secrets.token_hex(4)}", _MODULE, [str(folder)])
     num_shown, answered_at = 0, time.monotonic()

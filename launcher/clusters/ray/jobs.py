@@ -1,4 +1,4 @@
-"""Client of Ray's Jobs API: submit the driver as a job, read its state, stop it. Ray reads the token from the environment."""
+"""Client of Ray's Jobs API: submits the driver as a job, reads its state, stops it. Ray reads the token from the environment."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ T = TypeVar("T")
 FINAL_JOB_STATES = ("FAILED", "SUCCEEDED", "STOPPED")
 _AGENT_DEADLINE_S = 120.0
 _POLL_S = 1.0
-# Ray's client has no timeout of its own.
+# Ray's client has no timeout.
 _REQUEST_TIMEOUT_S = 30.0
 _DENIED = re.compile(r"\b40[13]\b|Unauthorized|Forbidden|authentication")
 
 
 def require_answer(address: str) -> None:
-    """Check that the cluster answers, takes the token, and supports this client's version.
+    """Check that the cluster answers, accepts the token, and supports this client's version.
 
     Raises:
         SubmitError: if it does not.
@@ -39,7 +39,7 @@ def require_answer(address: str) -> None:
 
 
 class JobUnknown(SubmitError):
-    """The cluster that answers does not have the job, so it is not the cluster that the job was submitted to."""
+    """The cluster that answers does not know the job, so it is not the one that the job was submitted to."""
 
 
 def submit(section: RaySection, run: RunDir, module: str, arguments: Sequence[str]) -> str:
@@ -56,26 +56,26 @@ def submit_module(
 ) -> str:
     """Submit `PYTHON -m MODULE ARGUMENTS` with `code` on its path, as a job of the run `name`; returns the job's id.
 
-    Every user of the head node can see the arguments, and whoever has the token the variables `environ` of the job, in which Ray
-    replaces `${NAME}`.
+    Every user of the head node can see the arguments, and everyone with the token can read the job's variables `environ`, in
+    which Ray replaces `${NAME}`.
 
     Raises:
         SubmitError: with Ray's message.
     """
     import tenacity
 
-    # The Jobs API takes nothing but a shell string; every word of it is quoted.
+    # The Jobs API accepts only a shell string; every word in it is quoted.
     address = section.address or ""
     entrypoint = shlex.join([section.python, "-m", module, *arguments])
     # Everyone with the token can read these: only variables of cluster.pass_env, and no keys.
     passed = {variable: os.environ[variable] for variable in section.pass_env if variable in os.environ}
     variables = {**passed, "PYTHONPATH": build_pythonpath(code, {}), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-    # The driver checks the run again, perhaps as another user, and accepts the owners that this command accepts.
+    # The driver checks the run again, possibly as another user, and accepts the same owners as this command.
     variables |= environ or {}
     variables[trust.VARIABLE] = f"{trust.Trust.from_environ(os.environ).as_numbers()},${{{trust.VARIABLE}}}"
     client = _client(address)
 
-    # A head node that has just started answers some seconds before it accepts jobs.
+    # A newly started head node answers a few seconds before it accepts jobs.
     @tenacity.retry(
         retry=tenacity.retry_if_exception(lambda error: isinstance(error, RuntimeError) and "No available agent" in str(error)),
         stop=tenacity.stop_after_delay(_AGENT_DEADLINE_S),
@@ -134,7 +134,7 @@ def read_log(address: str, job: str) -> str:
 
 
 def _client(address: str) -> Any:
-    """Return a client that sends the token; raises SubmitError if another user has the address, such as that of a tunnel."""
+    """Return a client that sends the token; raises SubmitError if another user has the address, for example a tunnel's."""
     if problem := port_owners.server_problem("cluster.address", address):
         raise SubmitError(problem)
 
@@ -149,7 +149,7 @@ def _client(address: str) -> Any:
 
     # RAY_ADDRESS would take precedence over cluster.address.
     with suppress(KeyError):
-        # Not pop(), which is not atomic: several threads may ask for the states of runs.
+        # Do not use pop(), which is not atomic: several threads may read the states of runs.
         del os.environ["RAY_ADDRESS"]
     return _with_plain_errors(address, connect)
 
@@ -159,7 +159,7 @@ def _with_plain_errors(address: str, request: Callable[[], T]) -> T:
     try:
         return request()
     except Exception as error:
-        # Ray raises the exceptions of its HTTP client, and RuntimeError for what the cluster refuses.
+        # Ray raises its HTTP client's exceptions, and RuntimeError for requests that the cluster rejects.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         if "does not exist" in str(error):
             remedy = "use the address, or the ssh tunnel, of the cluster that the job was submitted to"

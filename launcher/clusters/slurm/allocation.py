@@ -1,4 +1,4 @@
-"""A short allocation of a command's own: salloc starts a task on each node, whose lines come back through srun's connections."""
+"""A short allocation for a command: salloc starts a task on each node; its output comes back through srun's connections."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from launcher.clusters.storage import existing_folder
 from launcher.config.schema import RunConfig
 from launcher.config.sections.slurm import SlurmSection
 
-# Begins the line of a command of cluster.modules or cluster.setup that failed.
+# Prefix of the line that reports a failed command of cluster.modules or cluster.setup.
 FAILED = "launcher-setup: this command failed: "
 _CANCEL_PATIENCE_S = 10.0
-# What salloc reports where all is well.
+# What salloc prints if all is well.
 _PROGRESS = re.compile(
     r"salloc: (Granted|Pending|job \d+ (queued|has been)|Nodes .* are ready|Waiting|Relinquish)", re.IGNORECASE
 )
 
 
 def num_gpus_per_node(config: RunConfig) -> int:
-    """Return the GPUs of a node that a run with these settings uses; 0 for a run on CPUs."""
+    """Return how many GPUs per node a run with these settings uses; 0 for a run on CPUs."""
     section = SlurmSection.of(config.cluster)
     device = site.gpus_of(section)
     return (section.ranks_per_node or device.count) if device.kind == "cuda" else 0
@@ -39,7 +39,7 @@ def salloc_words(config: RunConfig, name: str, num_gpus: int, minutes: int) -> l
 
 
 def request_words(config: RunConfig, name: str, num_gpus: int, minutes: int) -> list[str]:
-    """Return the arguments of salloc or sbatch that name the job and say what it requests."""
+    """Return the arguments of salloc or sbatch for the job's name and its request."""
     section = SlurmSection.of(config.cluster)
     requested = sbatch.requested_nodes(section, section.nodes, num_gpus)
     options = {"job-name": name, "time": str(minutes), "reservation": section.reservation, **requested}
@@ -58,9 +58,9 @@ def node_script(
     folders: Sequence[Path],
     flags: Sequence[str],
 ) -> str:
-    """Return the script that salloc starts: the settings' modules and commands, and a task on each node.
+    """Return the script that salloc starts: it runs the settings' modules and commands, and a task on each node.
 
-    `module` is a Python module and its arguments, `flags` are those of srun, `folders` those that a container needs.
+    `module` is a Python module and its arguments, `flags` are srun's flags, `folders` are the folders that a container needs.
     """
     section = SlurmSection.of(config.cluster)
     mounted = [*(str(existing_folder(folder)) for folder in folders), _package_folder()]
@@ -71,7 +71,7 @@ def node_script(
         *sbatch.python_words(section, num_gpus > 0, mounted),
         *("-u", "-m", *module),
     ]
-    # What is read from standard input is for the tasks. A run goes on after a command that fails.
+    # Standard input is for the tasks. As in a run, a failed command does not end the script.
     setup = "\n".join([f"{line} || echo {shlex.quote(FAILED + line)}" for line in sbatch.setup_commands(section)] or [":"])
     variables = {"PYTHONSAFEPATH": "1", **section.env, **environ}
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
@@ -91,15 +91,15 @@ def last_lines(command: NodeCommand) -> str:
 
 
 def refusal(command: NodeCommand) -> str:
-    """Return what salloc, srun or Python complained about; empty if they only reported their progress."""
+    """Return the error message of salloc, srun or Python; empty if they only reported progress."""
     lines = [line.strip() for line in command.errors if line.strip() and not _PROGRESS.match(line)]
-    # Python ends with the exception; Slurm's lines name what failed.
+    # Python's last line is the exception; Slurm's lines name what failed.
     important = [line for line in lines if line.startswith(("salloc: error", "srun: error", "slurmstepd"))] or lines[-2:]
     return " / ".join(dict.fromkeys(important[-4:]))
 
 
 def remedy(refused: str) -> str:
-    """Return what to do about a refusal."""
+    """Return the remedy for a refusal."""
     if "No module named" in refused or "execve" in refused or "No such file" in refused:
         return "install the launcher and its environment on storage that all nodes share, under the same path"
     return "check cluster.partition, account, qos and time; the same request with: salloc --nodes=1 true"
@@ -115,7 +115,7 @@ def queue_state(name: str) -> str:
 
 
 def cancel(name: str) -> None:
-    """Cancel the job by its name, even if salloc ended before it knew its number."""
+    """Cancel the job by name, which works even if salloc ended before it knew the job's number."""
     with suppress(SlurmError):
         slurm("scancel", "--me", f"--name={name}", retry_s=_CANCEL_PATIENCE_S)
 

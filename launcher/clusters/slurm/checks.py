@@ -1,4 +1,4 @@
-"""Checks before a job is submitted: the site can run it, and the folders that it needs are on shared storage."""
+"""Checks before a job is submitted: the site can run it, and its folders are on shared storage."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Association:
 
 
 def check(section: SlurmSection, plan: LaunchPlan) -> None:
-    """Refuse a job that this site cannot run or would never start.
+    """Reject a job that this site cannot run or would never start.
 
     Raises:
         SubmitError: with all problems, or if Slurm does not answer.
@@ -60,7 +60,7 @@ def check(section: SlurmSection, plan: LaunchPlan) -> None:
 
 
 def site_problems(section: SlurmSection, num_gpus: int) -> list[Problem]:
-    """Return why this site cannot run a job with these settings; it needs `num_gpus` of each node where the settings name none.
+    """Return why this site cannot run a job with these settings; `num_gpus` per node applies if the settings name none.
 
     Raises:
         SlurmError: if Slurm does not answer.
@@ -75,7 +75,7 @@ def site_problems(section: SlurmSection, num_gpus: int) -> list[Problem]:
         *_account_problems(section, slurm_site, associations.result(), partitions),
         *_hosts_problems(slurm_site, partitions, required.result(), excluded.result()),
     ]
-    # Slurm chooses the partition in which the job starts first, so one that can run it is enough.
+    # Slurm chooses the partition in which the job can start first, so one suitable partition is enough.
     by_partition = [list(_partition_problems(section, num_gpus, partition, excluded.result())) for partition in partitions]
     if all(by_partition):
         problems += [problem for of_partition in by_partition for problem in of_partition]
@@ -251,7 +251,7 @@ def _node_problems(section: SlurmSection, num_gpus: int, partition: Partition, e
 
 
 def _node_requests(section: SlurmSection, num_gpus: int) -> Iterator[tuple[str, str, Callable[[Node], bool]]]:
-    """Yield each resource that the job requests of a node: key, value, and whether a node has it."""
+    """Yield each resource that the job requests per node: its key, its value, and a test for whether a node has it."""
     if (cpus := section.cpus_per_task) is not None:
         yield "cluster.cpus_per_task", str(cpus), lambda node: node.cpus >= cpus
     if (memory_mib := site.requested_memory_mib(section)) is not None:
@@ -265,7 +265,7 @@ def _node_requests(section: SlurmSection, num_gpus: int) -> Iterator[tuple[str, 
 
 
 def _storage_problems(plan: LaunchPlan) -> Iterator[Problem]:
-    """Refuse folders in this machine's memory, which no other node can see."""
+    """Reject folders in this machine's memory, which no other node can see."""
     folders = [("run directory", "run.root", plan.run_dir)]
     folders += [("data cache", "LAUNCHER_CACHE", folder) for folder in plan.cache_dirs]
     if plan.model.path is not None:

@@ -34,9 +34,9 @@ _NO_NODES = "(null)"
 _END_DEADLINE_S = 120.0
 _POLL_S = 1.0
 _LOCK_WAIT_S = 60.0
-# Seconds after the submission in which squeue may not list the job yet.
+# Seconds after submission during which squeue may not list the job yet.
 _UNLISTED_S = 60.0
-# Slurm's reason of a job for which no nodes are free.
+# Slurm's reason for a job that waits for free nodes.
 _LACKS_NODES = "Resources"
 # States of a job that waits for its first or next start.
 _WAITING_STATES = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING", "RESV_DEL_HOLD")
@@ -66,7 +66,7 @@ class SlurmCluster:
         from launcher.clusters.slurm import checks
         from launcher.config.sections.slurm import SlurmSection
 
-        # Rendering refuses values that a batch script cannot contain, before the run directory exists.
+        # Rendering rejects values that a batch script cannot contain, before the run directory exists.
         self.preview(plan)
         checks.check(SlurmSection.of(plan.config.cluster), plan)
 
@@ -143,26 +143,26 @@ class SlurmCluster:
             at = time.time()
             slurm("scancel", "--signal=USR2", str(started.job))
             return InjectedFault(f"SIGUSR2 to job {started.job}", at, ", ".join(started.nodes))
-        # A second step of the job on its last node; the first node is the head.
+        # Run a second job step on the last node; the first node is the head node.
         node = (f"--jobid={started.job}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={started.nodes[-1]}")
         command = faults.command(run, attempt, fault)
         return faults.read_report(slurm("srun", *node, f"--chdir={run.root}", *command, deadline_s=faults.DEADLINE_S))
 
 
 def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by_slurm: bool, retry_s: float = 0.0) -> None:
-    """Start the job again: requeue it, or submit another job of the same run where it cannot be requeued.
+    """Start the job again: requeue it, or submit another job for the same run if it cannot be requeued.
 
-    With `by_slurm`, Slurm's preemption has requeued the job already. Commands are retried for `retry_s` seconds if Slurm does
-    not answer.
+    With `by_slurm`, Slurm's preemption has already requeued the job. Commands are retried for `retry_s` seconds if Slurm does not
+    answer.
 
     Raises:
-        SubmitError: if the job cannot be requeued and another submission was refused.
+        SubmitError: if the job cannot be requeued and another submission is rejected.
     """
     from launcher.config.sections.slurm import SlurmSection
 
     section = SlurmSection.of(plan.config.cluster)
     if by_slurm and not decision.exclude:
-        # A second requeue would start the job once too often.
+        # A second requeue would start the job one time too many.
         return
     exclude = ",".join(filter(None, (section.exclude, *decision.exclude)))
     if section.requeue:
@@ -172,14 +172,14 @@ def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by
             return
         except SlurmError as error:
             problem = error.problems[0]
-            # The disk of the job's output may be full.
+            # The disk with the job's output may be full.
             with suppress(OSError):
                 print(f"the job cannot be requeued ({problem.value or problem.message}); submitting another job", flush=True)
     _submit_again(plan, run, job, exclude)
 
 
 def _has_other_exclusions(job: str, section: SlurmSection, retry_s: float) -> bool:
-    """Return whether an earlier requeue excluded a bad node, which the job keeps excluding as long as enough nodes are left."""
+    """Return whether an earlier requeue excluded a bad node; the job keeps excluding it while enough nodes are left."""
     if not section.leaves_out_bad_nodes:
         return False
     try:
@@ -197,7 +197,7 @@ def _requeue(job: str, exclude: str | None, retry_s: float) -> None:
         slurm(*argv, retry_s=retry_until - time.monotonic(), is_done=is_done)
 
     def is_requeued() -> bool:
-        # Slurm could refuse to requeue a job that already waits, and another job would then be submitted as well.
+        # Slurm may refuse to requeue a job that is already waiting; another job would then be submitted in addition.
         return queue.state_beneath(job, num_restarts, None) == "PENDING"
 
     if exclude is None:
@@ -236,12 +236,12 @@ def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None
 
 
 def submission_file(run: RunDir, attempt: int) -> Path:
-    """Return the submitted.json of an attempt, which is written as soon as Slurm has numbered the job."""
+    """Return the path of an attempt's submitted.json, which is written as soon as Slurm has assigned a job number."""
     return run.attempt(attempt) / "submitted.json"
 
 
 def _job_of(run: RunDir, attempt: int) -> tuple[str | None, float]:
-    """Return the job of an attempt, None if there is none yet, and when it was submitted."""
+    """Return an attempt's job (None if there is none yet) and its submission time."""
     if not attempt:
         return None, run_store.read_status(run).created_at
     submission = json_records.read_if_present(SlurmSubmission, submission_file(run, attempt))
@@ -252,7 +252,7 @@ def _job_of(run: RunDir, attempt: int) -> tuple[str | None, float]:
 
 
 def _correct_status(run: RunDir, status: Status, job: queue.Job | None, job_id: str, submitted_at: float) -> Status:
-    """Correct the status that the run last wrote by the job's state in Slurm."""
+    """Correct the run's last written status by the job's state in Slurm."""
     known = replace(status, job={**(status.job or {}), "id": job_id})
     if job is not None and job.queued:
         if job.state in _WAITING_STATES:
@@ -284,7 +284,7 @@ def _correct_status(run: RunDir, status: Status, job: queue.Job | None, job_id: 
 
 
 def _silent_end(run: RunDir, job: queue.Job) -> str:
-    """Describe how a job ended that could not record it: its batch script, on the first node, ended before it could."""
+    """Describe the end of a job that could not record it: its batch script, on the first node, ended too early."""
     if job.state == "FAILED" and job.exit_signal:
         return f"the batch script of job {job.id} was killed by {_signal_name(job.exit_signal)}"
     if job.state == "OUT_OF_MEMORY":

@@ -1,4 +1,4 @@
-"""Run Slurm's commands with a deadline; their own error messages are passed on unchanged."""
+"""Runs Slurm's commands with a deadline; their error messages are passed on unchanged."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from collections.abc import Callable
 from launcher.errors import RunError
 
 DEADLINE_S = 30.0
-# Seconds between two attempts while Slurm does not answer; they double up to the longest pause.
+# Seconds between tries while Slurm does not answer; they double up to the longest pause.
 _FIRST_PAUSE_S = 2.0
 _LONGEST_PAUSE_S = 15.0
-# What Slurm's commands print if no controller or database answers: messages of slurm_errno.h and of the operating system.
+# What Slurm's commands print if no controller or database answers: messages from slurm_errno.h and the operating system.
 _NO_ANSWER = re.compile(
     r"Unable to contact slurm|Socket timed out|Connection (refused|timed out|reset)|No route to host|Network is unreachable|"
     r"Zero Bytes were transmitted|Communication connection failure|standby mode|Transport endpoint is not connected",
     re.IGNORECASE,
 )
-# Variables of a user's shell that change, sort or filter the output of Slurm's commands.
+# Shell variables of a user that change, sort or filter the output of Slurm's commands.
 _DISPLAY = ("SQUEUE_", "SACCT_", "SACCTMGR_", "SINFO_", "SCONTROL_")
 
 
@@ -33,16 +33,16 @@ class SlurmUnreachable(SlurmError):
 
 
 def slurm(*argv: str, deadline_s: float = DEADLINE_S, retry_s: float = 0.0, is_done: Callable[[], bool] | None = None) -> str:
-    """Run a command of Slurm and return its output; times in it are seconds since the epoch.
+    """Run a Slurm command and return its output; times in it are seconds since the epoch.
 
-    The command is retried for `retry_s` seconds if Slurm does not answer; a refusal is final. An answer may be lost after the
-    command was carried out, so `is_done`, if given, is called before each retry: when it returns True, "" is returned.
+    If Slurm does not answer, the command is retried for `retry_s` seconds; a refusal is final. An answer can be lost after the
+    command was executed, so `is_done`, if given, is called before each retry; if it returns True, the result is "".
 
     Raises:
-        SlurmUnreachable: if Slurm did not answer in time; each attempt has `deadline_s` seconds.
+        SlurmUnreachable: if Slurm did not answer in time; each try has `deadline_s` seconds.
         SlurmError: if the command is missing or fails.
     """
-    # The import takes 50 ms, which commands that do not use Slurm avoid.
+    # The import takes 50 ms; commands that do not use Slurm avoid it.
     from tenacity import Retrying, retry_if_exception_type, stop_before_delay, wait_exponential
 
     retrying = Retrying(

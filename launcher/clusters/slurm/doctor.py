@@ -1,6 +1,6 @@
-"""Slurm as `launcher doctor` sees it: the site from here, and the nodes from a short allocation.
+"""Slurm for `launcher doctor`: checks the site from here, and the nodes in a short allocation.
 
-The allocation is salloc's: its nodes answer through srun's connections, so that a node is heard that sees no shared storage.
+The allocation comes from salloc: nodes answer through srun's connections, so even a node without shared storage can report.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from launcher.config.sections.slurm import SlurmSection
 from launcher.data.cache_dir import cache_root
 from launcher.errors import LauncherError, RunError
 
-# Minutes that Slurm gives the checks once they run, if this command was killed and cannot cancel them.
+# Time limit of the checks in minutes, in case this command is killed and cannot cancel them.
 _MAX_MINUTES = 15
 
 
@@ -47,10 +47,10 @@ def check_submission(config: RunConfig) -> list[CheckResult]:
 
 
 def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float, reader: ReportReader) -> list[CheckResult]:
-    """Allocate the run's nodes and run the checks on each; returns a warning for each command of the settings that failed.
+    """Allocate the run's nodes and run the checks on each; returns a warning for each failed command of the settings.
 
     Raises:
-        RunError: if Slurm grants no allocation in time, or nodes have not reported.
+        RunError: if Slurm grants no allocation in time, or if nodes did not report.
     """
     section, name, num_gpus = (
         SlurmSection.of(config.cluster),
@@ -63,7 +63,7 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
     script = allocation.node_script(config, (NODE_MODULE,), num_gpus, environ, folders, flags)
     command = [*allocation.salloc_words(config, name, num_gpus, minutes), "bash", "-c", script]
     if num_gpus:
-        # Each node checks that it has them.
+        # Each node checks that it has the GPUs.
         config = config.model_copy(update={"cluster": section.model_copy(update={"ranks_per_node": num_gpus})})
     started = NodeCommand(command, config.model_dump_json(), {**allocation.outside_of_a_job(), **section.env, **environ})
     try:

@@ -1,6 +1,6 @@
-"""Slurm as `launcher evaluate` sees it: the prompts are answered in an allocation with the run's cluster settings.
+"""Slurm for `launcher evaluate`: prompts are answered in an allocation with the run's cluster settings.
 
-While a run trains, each evaluation of its checkpoints is a batch job of one node, which outlives the run's own job.
+During training, each evaluation of a checkpoint is a one-node batch job, which can outlive the run's own job.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SUBMITS_JOBS = True
 _MODULE = "launcher.worker.slurm.evaluation_node"
 _LONGEST_WAIT_S = 30 * 24 * 3600.0
-# How long calls to a silent controller are retried.
+# How long to retry calls to a silent controller.
 _PATIENCE_S = 20.0
 
 
@@ -39,7 +39,7 @@ def runs_elsewhere(config: RunConfig) -> bool:
 
 
 def run_on_nodes(config: RunConfig, run: RunDir, folder: Path) -> None:
-    """Allocate the run's nodes, and run the processes of the evaluation on each.
+    """Allocate the run's nodes, and run the evaluation's processes on each.
 
     Raises:
         RunError: if Slurm grants no allocation, or a process has failed.
@@ -48,7 +48,7 @@ def run_on_nodes(config: RunConfig, run: RunDir, folder: Path) -> None:
     num_gpus = allocation.num_gpus_per_node(config)
     module = (_MODULE, str(folder), str(num_gpus))
     folders = (run.root, cache_root(), *_model_folders(folder))
-    # Nodes may not know the names of users.
+    # Nodes may not know user names.
     owners = {trust.VARIABLE: trust.Trust.from_environ(os.environ).as_numbers()}
     script = allocation.node_script(config, module, num_gpus, owners, folders, ("--kill-on-bad-exit=1",))
     command = [*allocation.salloc_words(config, name, num_gpus, section.time_minutes), "bash", "-c", script]
@@ -70,7 +70,7 @@ def run_on_nodes(config: RunConfig, run: RunDir, folder: Path) -> None:
 
 
 def submit_job(plan: LaunchPlan, run: RunDir, step: int) -> str:
-    """Submit a job of one node that evaluates a step; returns its number. Jobs of a run start one after another.
+    """Submit a one-node job that evaluates a step; returns its number. A run's jobs start one after another.
 
     Raises:
         SubmitError: for a path that a batch script cannot contain.
@@ -85,16 +85,16 @@ def submit_job(plan: LaunchPlan, run: RunDir, step: int) -> str:
         script = folder / "job.sh"
         script.write_text(_job_script(plan, config, run, step, num_gpus))
     request = allocation.request_words(config, _job_name(plan), num_gpus, section.time_minutes)
-    # A job of this name and user waits for the others, so that the base model is asked once.
+    # Jobs with the same name and user wait for each other, so the base model is asked only once.
     options = ("--parsable", "--dependency=singleton", f"--chdir={run.root}", f"--output={folder}/job-%j.log")
     with sbatch.clean_environment():
         answer = slurm("sbatch", *options, *request, str(script), retry_s=_PATIENCE_S)
-    # The name of the cluster may follow.
+    # The cluster's name may follow the number.
     return answer.strip().partition(";")[0]
 
 
 def ended_jobs(plan: LaunchPlan, jobs: Sequence[str]) -> dict[str, str]:
-    """Return those of the jobs that have ended, each with its state; `unknown` where Slurm has forgotten it.
+    """Return the jobs that have ended, each with its state; the state is `unknown` if Slurm has forgotten the job.
 
     Raises:
         SlurmError: if Slurm does not answer.
@@ -123,7 +123,7 @@ def _job_script(plan: LaunchPlan, config: RunConfig, run: RunDir, step: int, num
     owners = {trust.VARIABLE: trust.Trust.from_environ(os.environ).as_numbers()}
     folders = [Path(folder) for folder in (*sbatch.needed_folders(plan), str(cache_root()))]
     task = allocation.node_script(config, ("launcher", *words), num_gpus, owners, folders, ())
-    # That of the run's own job divides a node's cores over its ranks.
+    # The run's own job sets it to divide a node's cores over its ranks.
     return "\n".join(["#!/bin/bash", "umask 077", *sbatch.ownership_check(run, run.plan), "unset OMP_NUM_THREADS", task, ""])
 
 

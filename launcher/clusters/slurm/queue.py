@@ -1,4 +1,4 @@
-"""Job states: from squeue while slurmctld remembers the job, afterwards from the accounting."""
+"""Job states: from squeue while slurmctld remembers the job, then from accounting."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from dataclasses import dataclass
 
 from launcher.clusters.slurm.commands import SlurmError, SlurmUnreachable, slurm
 
-# States of a job that has ended; in any other state it runs or will run.
+# States of a job that has ended; in any other state, it runs or will run.
 FINAL_STATES = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
     *("REVOKED", "TIMEOUT"),
 )
 
-# A control character, because job names may contain any printable one.
+# A control character, because job names may contain any printable character.
 _SEPARATOR = "\x1f"
 _SQUEUE_FIELDS = ("JobArrayID", "Name", "State", "Reason", "StartTime", "EndTime", "RestartCnt", "NodeList", "exit_code")
 _SACCT_FIELDS = ("JobID", "JobName", "State", "Reason", "End", "NodeList", "ExitCode", "Submit")
-# The clocks of login node and controller may differ, and sacct's times have no time zone.
+# The clocks of the login node and the controller may differ, and sacct's times have no time zone.
 _CLOCK_SLACK_S = 86400.0
 # Slurm checks time limits about twice a minute.
 _NEAR_END_S = 60.0
-# Drained nodes that are named.
+# Maximum number of drained nodes to name.
 _MOST_DRAINED = 3
-# States of a node that Slurm does not reach, as in DOWN+NOT_RESPONDING; older versions mark it by an asterisk.
+# States of a node that Slurm cannot reach, as in DOWN+NOT_RESPONDING; older versions mark it with an asterisk.
 _LOST_NODE = re.compile(r"\b(DOWN|FAIL|ERROR|NOT_RESPONDING|NO_RESPOND)\b|\*$")
-# In `scontrol show job` these come last on their line, and their values may contain anything.
+# In `scontrol show job`, these fields come last on their line, and their values may contain anything.
 _FREE_TEXT = ("JobName", "Comment", "AdminComment", "SystemComment", "Extra", "Command", "WorkDir", "StdErr", "StdIn", "StdOut")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job of Slurm; times are seconds since the epoch.
+    """A Slurm job; times are seconds since the epoch.
 
     `state` and `reason` are Slurm's; `reason` is empty if there is none. `queued` is True until the state is final.
-    `start_estimate` is when Slurm expects a waiting job to start. `end_time` is when an ended job ended, or when a running one
-    reaches its time limit. `exit_signal` is the signal that ended the batch script, 0 without one.
+    `start_estimate` is when Slurm expects a waiting job to start. `end_time` is when an ended job ended, or when a running job
+    reaches its time limit. `exit_signal` is the signal that ended the batch script, or 0.
     """
 
     id: str
@@ -56,11 +56,11 @@ class Job:
 def job(job_id: str, submitted_at: float, name: str, retry_s: float = 0.0) -> Job | None:
     """Read the state of the job `job_id`, which was submitted as `name` at `submitted_at` seconds since the epoch.
 
-    Returns None if Slurm has no record of it: it ended too long ago and there is no accounting, the accounting has not recorded
-    its end, or Slurm has reused its number for a job of another name.
+    Returns None if Slurm has no record of it: it ended too long ago and there is no accounting, accounting has not recorded its
+    end, or Slurm has reused its number for a job with another name.
 
     Raises:
-        SlurmError: if Slurm does not answer within `retry_s` seconds, so that the state is unknown.
+        SlurmError: if Slurm does not answer within `retry_s` seconds; the state is then unknown.
     """
     return jobs({job_id: name}, retry_s).get(job_id) or _accounted(job_id, submitted_at, name, retry_s)
 
@@ -68,8 +68,8 @@ def job(job_id: str, submitted_at: float, name: str, retry_s: float = 0.0) -> Jo
 def jobs(names: Mapping[str, str], retry_s: float = 0.0) -> dict[str, Job]:
     """Read the states of several jobs in one call; `names` maps their numbers to their names.
 
-    Returns, by number, the jobs that slurmctld remembers: it forgets them some minutes after their end (MinJobAge, 300 s by
-    default).
+    Returns, keyed by number, the jobs that slurmctld remembers: it forgets them a few minutes after their end (MinJobAge, 300 s
+    by default).
 
     Raises:
         SlurmError: if slurmctld does not answer.
@@ -82,7 +82,7 @@ def jobs(names: Mapping[str, str], retry_s: float = 0.0) -> dict[str, Job]:
         options = ("--noheader", "--array", "--states=all", f"--jobs={','.join(names)}", f"--Format={columns}")
         output = slurm("squeue", *options, retry_s=retry_s)
     except SlurmError as error:
-        # squeue fails for a single unknown number; of several it omits the unknown ones.
+        # squeue fails for a single unknown number, but omits unknown numbers among several.
         if "Invalid job id specified" in error.problems[0].value:
             return {}
         raise
@@ -95,7 +95,7 @@ def jobs(names: Mapping[str, str], retry_s: float = 0.0) -> dict[str, Job]:
                 id=number,
                 state=state,
                 reason=_value(reason),
-                # For a held job that was requeued this is the earliest time of its start, not an estimate.
+                # For a held job that was requeued, this is its earliest start time, not an estimate.
                 start_estimate=None if _is_held(reason) or not is_waiting else _time(start),
                 end_time=None if is_waiting else _time(end),
                 restarts=int(restarts),
@@ -112,11 +112,11 @@ def _is_held(reason: str) -> bool:
 
 
 def _accounted(job_id: str, submitted_at: float, name: str, retry_s: float) -> Job | None:
-    """Read the end of a job from sacct, which has one record for each start of the job."""
+    """Read the end of a job from sacct, which has one record per start of the job."""
     since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(submitted_at - _CLOCK_SLACK_S))
     output_format = ("--noheader", "--parsable2", f"--delimiter={_SEPARATOR}", f"--format={','.join(_SACCT_FIELDS)}")
     try:
-        # Without --duplicates a later job with the same number hides this one.
+        # Without --duplicates, a later job with the same number would hide this one.
         options = ("--allocations", "--duplicates", f"--jobs={job_id}", f"--starttime={since}", *output_format)
         output = slurm("sacct", *options, retry_s=retry_s)
     except SlurmError as error:
@@ -135,7 +135,7 @@ def _accounted(job_id: str, submitted_at: float, name: str, retry_s: float) -> J
 
 
 def state_of_start(job_id: str, number: int, retry_s: float = 0.0) -> str:
-    """Return how start `number` of a job ended, counted from 0, such as REQUEUED or NODE_FAIL; "" without accounting."""
+    """Return how start `number` of a job, counted from 0, ended, such as REQUEUED or NODE_FAIL; "" without accounting."""
     options = ("--allocations", "--duplicates", f"--jobs={job_id}", "--noheader", "--parsable2", "--format=Submit,State")
     try:
         rows = [line.split("|") for line in slurm("sacct", *options, retry_s=retry_s).splitlines()]
@@ -146,10 +146,10 @@ def state_of_start(job_id: str, number: int, retry_s: float = 0.0) -> str:
 
 
 def lost_nodes(nodes: Iterable[str], since: float, retry_s: float = 0.0) -> list[str] | None:
-    """Return those of `nodes` that Slurm has lost, or that have booted since a time in seconds since the epoch.
+    """Return the `nodes` that Slurm has lost, or that have booted since `since`, in seconds since the epoch.
 
-    Nodes of a cloud are booted for the next job also after a preemption, so their boot does not count. None if Slurm does not
-    answer, or hides its nodes.
+    Cloud nodes are also booted for the next job after a preemption, so their boot does not count. None if Slurm does not answer
+    or hides its nodes.
     """
     names = list(dict.fromkeys(nodes))
     try:
@@ -163,9 +163,9 @@ def lost_nodes(nodes: Iterable[str], since: float, retry_s: float = 0.0) -> list
 
 
 def waiting_or_running(name: str, working_dir: str) -> list[str]:
-    """Return the numbers of this user's jobs of this name and folder that wait or run, without the job that asks.
+    """Return the numbers of this user's other jobs with this name and folder that wait or run.
 
-    Empty also if Slurm does not answer.
+    Also empty if Slurm does not answer.
     """
     columns = ",".join(f"{field}:{_SEPARATOR}" for field in ("JobID", "Name", "WorkDir"))
     try:
@@ -182,20 +182,20 @@ def details(job_id: str, retry_s: float = 0.0) -> Mapping[str, str]:
     Raises:
         SlurmError: if slurmctld does not answer within `retry_s` seconds, or has no such job.
     """
-    # Not --oneliner: in the longer form a free text ends at the end of its line.
+    # Do not use --oneliner: in the long form, free text ends with its line.
     record = slurm("scontrol", "show", "job", job_id, retry_s=retry_s).strip().split("\n\n")[0]
     fields: dict[str, str] = {}
     for line in record.splitlines():
         for key, value in _pairs(line.strip()):
-            # The first value counts: a comment with a line break may contain what looks like a key.
+            # The first value counts: a comment with a line break may contain text that looks like a key.
             fields.setdefault(key, value)
     return fields
 
 
 def describe_drained_nodes(nodes: str = "", partition: str = "") -> str:
-    """Describe the drained and draining nodes among `nodes`, a host list, or of a partition; empty if there are none.
+    """Describe the drained and draining nodes in the host list `nodes` or in a partition; empty if there are none.
 
-    Empty also if Slurm does not answer: this only adds to what is known of a job.
+    Also empty if Slurm does not answer: this only supplements other information about a job.
     """
     chosen = f"--nodes={nodes}" if nodes else f"--partition={partition}"
     columns = ",".join(f"{field}:{_SEPARATOR}" for field in ("NodeHost", "StateLong", "Reason"))
@@ -210,9 +210,9 @@ def describe_drained_nodes(nodes: str = "", partition: str = "") -> str:
 
 
 def state_beneath(job_id: str, restarts: int, ends_at: float | None, retry_s: float = 0.0) -> str:
-    """Return the state that follows COMPLETING: CANCELLED after scancel, PENDING after a requeue, "" if it is unknown.
+    """Return the state that follows COMPLETING: CANCELLED after scancel, PENDING after a requeue, "" if unknown.
 
-    Slurm reports it in its JSON output, which not all sites have; otherwise it is derived from other fields of the job.
+    Slurm reports it in its JSON output, which not all sites have; otherwise it is derived from the job's other fields.
     `restarts` is the number of restarts when this start began, `ends_at` the end of the job's time limit.
     """
     try:
@@ -234,13 +234,13 @@ def _state_from_details(fields: Mapping[str, str], restarts: int, ends_at: float
     state = fields.get("JobState", "")
     if state == "CANCELLED":
         return state
-    # slurmctld counts a requeue when it accepts it.
+    # slurmctld counts a requeue when it accepts the requeue.
     if fields.get("Restarts", "").isdigit() and int(fields["Restarts"]) > restarts:
         return "PENDING"
     now, end = time.time(), _time(fields.get("EndTime", ""))
     has_ended = state in ("RUNNING", "COMPLETING") and end is not None and end <= now
     is_preempted = fields.get("PreemptTime") != "None"
-    # A lost node or the time limit appears as the reason; scancel sets none.
+    # A lost node or the time limit appears as the reason; scancel sets no reason.
     has_cause = is_preempted or fields.get("Reason") != "None" or (ends_at is not None and now > ends_at - _NEAR_END_S)
     return "CANCELLED" if has_ended and not has_cause else ""
 
@@ -256,7 +256,7 @@ def _pairs(line: str) -> Iterator[tuple[str, str]]:
 def _rows(output: str, num_columns: int) -> Iterator[list[str]]:
     for line in output.split("\n"):
         row = line.split(_SEPARATOR)
-        # squeue writes a separator after the last column, too.
+        # squeue also writes a separator after the last column.
         if len(row) >= num_columns:
             yield row[:num_columns]
 
@@ -275,7 +275,7 @@ def _value(text: str) -> str:
     return "" if text in ("None", "None assigned", "(null)") else text
 
 
-# Patterns for the start of Slurm's reasons, and what a person reads; the first match counts. {id} is the job's number.
+# Patterns for the beginning of Slurm's reasons, and the text to show; the first match counts. {id} is the job's number.
 _RELEASE = "release it with: scontrol release {id}"
 _TOO_MUCH = "the job will not start; cancel it and request less, or another"
 _REASONS: tuple[tuple[str, str], ...] = (
@@ -325,7 +325,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
 
 
 def explain(job: Job) -> str:
-    """Explain a job's state: the reason with what to do about it, and when Slurm expects the job to start."""
+    """Explain a job's state: the reason, the remedy, and when Slurm expects the job to start."""
     explanation = job.state.lower().replace("_", " ")
     for pattern, meaning in _REASONS:
         if job.queued and re.match(pattern, job.reason):
@@ -333,7 +333,7 @@ def explain(job: Job) -> str:
             break
     if job.reason:
         explanation = f"{explanation} ({job.reason})"
-    # Slurm renews its estimates in the background, so one may have passed.
+    # Slurm renews its estimates in the background, so an estimate may be in the past.
     if job.start_estimate is None or job.start_estimate <= time.time():
         return explanation
     return f"{explanation}; Slurm expects it to start at {_clock(job.start_estimate)}"

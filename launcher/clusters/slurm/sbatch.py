@@ -1,4 +1,4 @@
-"""The batch script of a run, rendered by submitit: open the attempt, start one task per node, conclude the attempt."""
+"""A run's batch script, rendered by submitit: it opens the attempt, starts one task per node, and concludes the attempt."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from launcher.plan.run_dir import RunDir
 from launcher.security import trust
 from launcher.shell_commands import launcher_command, shell_command
 
-# Paths that sbatch and srun take as they are, quoted: no %, which sbatch replaces, and no quotes.
+# Paths that sbatch and srun accept unchanged when quoted: no %, which sbatch replaces, and no quotes.
 _PLAIN_PATH = re.compile(r"/[\w.@+/= -]*")
-# Mount lists of containers end a path at a comma or a colon, and enroot also at a blank.
+# In container mount lists, a comma or a colon ends a path; for enroot, a space does too.
 _MOUNTED_PATH = re.compile(r"/[\w.@+/=-]*", re.ASCII)
-# Runs the rest of the line with these signals ignored until the agent handles them: Slurm sends USR2 to the task whatever
-# it executes, and would kill a Python that is starting. A node without access to the plan reports that at once.
+# Runs the rest of the line with these signals ignored until the agent handles them: Slurm sends USR2 to the task whatever it
+# executes, and would kill a starting Python. A node without access to the plan reports this at once.
 _SIGNAL_SHIELD = 'sh -c \'trap "" USR1 USR2; [ -r "$0" ] || { echo "$(uname -n) does not see $0" >&2; exit 78; }; exec "$@"\' '
 
 
 class UnknownSubmission(SubmitError):
-    """sbatch ended without an answer: Slurm may have the job."""
+    """sbatch ended without an answer; Slurm may have the job."""
 
 
 def render(plan: LaunchPlan, plan_path: Path) -> str:
@@ -50,7 +50,7 @@ def render(plan: LaunchPlan, plan_path: Path) -> str:
 
 
 def submit(plan: LaunchPlan, plan_path: Path) -> str:
-    """Submit the job and return its id; the pickle that submitit writes contains only the plan's path.
+    """Submit the job and return its id. The pickle that submitit writes contains only the plan's path.
 
     Raises:
         UnknownSubmission: if sbatch ended without an answer; names the job if Slurm has it.
@@ -75,9 +75,9 @@ def submit(plan: LaunchPlan, plan_path: Path) -> str:
 
 @contextmanager
 def _blocked_interrupts() -> Iterator[None]:
-    """Keep Ctrl-C from this process until the end, and from sbatch, which inherits the mask.
+    """Block Ctrl-C in this process until the end of the block, and in sbatch, which inherits the mask.
 
-    The terminal sends it to both, and an sbatch that dies of it may leave a job whose number nobody knows.
+    The terminal sends it to both; if it killed sbatch, a job whose number nobody knows might remain.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -87,14 +87,14 @@ def _blocked_interrupts() -> Iterator[None]:
 
 
 def _is_unanswered(error: Exception) -> bool:
-    """Return whether a signal ended sbatch, or nothing was said."""
+    """Return whether a signal ended sbatch, or sbatch printed nothing."""
     cause = error.__cause__
     is_killed = isinstance(cause, subprocess.CalledProcessError) and cause.returncode < 0
     return is_killed or not str(error).strip()
 
 
 def _unknown_submission(plan: LaunchPlan) -> UnknownSubmission:
-    """Return the error for a job that Slurm may have, which could not run: its task is stored after sbatch has answered."""
+    """Return the error for a job that Slurm may have. It could not run, because its task is stored after sbatch answers."""
     start_again = launcher_command("resume", plan.run_dir)
     if jobs := queue.waiting_or_running(plan.run_name, plan.run_dir):
         return UnknownSubmission(
@@ -147,7 +147,7 @@ def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
 
 
 def requested_nodes(section: SlurmSection, nodes: int, gpus: int) -> dict[str, Any]:
-    """Return what is requested of Slurm; None for what is left to the site. `gpus` of each node, where the settings name none."""
+    """Return the request to Slurm; None leaves a value to the site. `gpus` per node applies if the settings name none."""
     if section.gpus_per_node is not None:
         gpus = section.gpus_per_node
     elif asks_for_gpus(section.gres):
@@ -161,7 +161,7 @@ def requested_nodes(section: SlurmSection, nodes: int, gpus: int) -> dict[str, A
         "gpus_per_node": gpus or None,
         "gres": section.gres,
         "cpus_per_task": section.cpus_per_task,
-        # An exclusive node includes all of its memory; otherwise the site's default per CPU would be the limit.
+        # Request all memory of an exclusive node; otherwise the site's default per CPU would be the limit.
         "mem": section.mem or ("0" if section.exclusive else None),
         "constraint": section.constraint,
         "exclude": section.exclude,
@@ -189,7 +189,7 @@ def python_words(section: SlurmSection, has_gpus: bool, folders: Sequence[str]) 
 def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str]:
     run = RunDir(Path(plan.run_dir))
     code = plain_path(str(run.code))
-    # With -c and -m Python would import from the current folder first; the submitted snapshot must run.
+    # With -c and -m, Python would import from the current folder first, but the submitted snapshot must run.
     environment = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **section.env}
     return [
         "umask 077",
@@ -209,21 +209,21 @@ def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str
 
 
 def ownership_check(run: RunDir, plan_path: Path) -> list[str]:
-    """Return the lines that end a job before it runs code of a run directory that others own or can write to.
+    """Return the lines that end a job before it runs code from a run directory that other users own or can write to.
 
-    Python itself would import the code of the directory that is to be checked. The job's step `begin` then checks the folders
-    above, records and links. LAUNCHER_TRUST_OWNERS is set to numbers, as nodes may not know the names.
+    This cannot be done in Python, which would import code from the directory being checked. The job's step `begin` later checks
+    parent folders, records and links. LAUNCHER_TRUST_OWNERS is set to numeric ids because nodes may not know user names.
     """
     own_trust = trust.Trust.from_environ(os.environ)
     if own_trust.anyone:
         return [f"export {trust.VARIABLE}={trust.ANYONE}"]
     uids = own_trust.uids
     with suppress(OSError):
-        # It may belong to a member of a group that is trusted.
+        # It may belong to a member of a trusted group.
         uids |= {owner for owner in [run.root.stat().st_uid] if own_trust.accepts_owner(owner)}
     named_uids = sorted(uids - {0, os.geteuid()})
     owners = ["!", "-uid", "0", *(word for uid in named_uids for word in ("!", "-uid", str(uid)))]
-    # ACLs are not read here: nobody but the owner of a file can give it one, and the submission has looked at them.
+    # ACLs are not read here: only a file's owner can set one, and the submission has checked them.
     gids = own_trust.gids | trust.private_gids(uids)
     groups = [word for gid in sorted(gids) for word in ("!", "-gid", str(gid))]
     writable = f"-perm /002 -o -perm /020 {shlex.join(groups)}".rstrip()
@@ -243,7 +243,7 @@ def ownership_check(run: RunDir, plan_path: Path) -> list[str]:
 
 
 def setup_commands(section: SlurmSection) -> list[str]:
-    """Return the lines of a script that load the settings' modules and run their commands."""
+    """Return the script lines that load the settings' modules and run their commands."""
     return [shlex.join(words) for words in (*(["module", "load", m] for m in section.modules), *map(str.split, section.setup))]
 
 
@@ -260,12 +260,12 @@ def _srun_arguments(plan: LaunchPlan, section: SlurmSection) -> list[str]:
 
 
 def task_arguments(section: SlurmSection, variables: Sequence[str], folders: Sequence[str]) -> list[str]:
-    """Return srun's arguments for one task a node, with the container, its mounted `folders`, and the variables it gets."""
-    # No CPU binding: one task starts all ranks of its node, which share the job's CPUs there.
+    """Return srun's arguments for one task per node, with the container, its mounted `folders` and its variables."""
+    # No CPU binding: one task starts all ranks of its node, and they share the job's CPUs there.
     arguments = ["--export=ALL", "--cpu-bind=none"]
     if section.container_image and section.container_runtime == "pyxis":
         mounts = ",".join(_mounts(folders, section))
-        # Without this, variables that the image sets would win.
+        # Without this, variables that the image sets would take precedence.
         environment = f"--container-env={','.join(('PYTHONPATH', 'PYTHONSAFEPATH', *variables))}"
         arguments += [f"--container-image={section.container_image}", environment, f"--container-mounts={mounts}"]
     return [*arguments, *section.srun_args]
@@ -278,7 +278,7 @@ def needed_folders(plan: LaunchPlan) -> list[str]:
 
 
 def _mounts(folders: Sequence[str], section: SlurmSection) -> list[str]:
-    """Return the mounts: `folders` under the same paths, and those of cluster.container_mounts."""
+    """Return the mounts: `folders` under the same paths, and those in cluster.container_mounts."""
     paths = dict.fromkeys(str(_mount_root(Path(path))) for path in folders)
     for path in paths:
         if not _MOUNTED_PATH.fullmatch(path):
@@ -292,7 +292,7 @@ def _mounts(folders: Sequence[str], section: SlurmSection) -> list[str]:
 
 
 def _mount_root(path: Path) -> Path:
-    """Return the folder to mount for `path`: a snapshot in the Hub's cache contains links to files beside it."""
+    """Return the folder to mount for `path`: a snapshot in the Hub's cache contains links to files next to it."""
     return path.parents[1] if path.parent.name == "snapshots" else path
 
 

@@ -33,7 +33,7 @@ class Gpus:
 
 @dataclass(frozen=True)
 class Node:
-    """A node of Slurm; `state` is sinfo's."""
+    """A Slurm node; `state` is sinfo's."""
 
     name: str
     state: str
@@ -55,7 +55,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition with its nodes. A limit of None means unlimited; names of None mean that all are allowed."""
+    """A partition with its nodes. For limits, None means unlimited; for names, None means that all are allowed."""
 
     name: str
     default: bool
@@ -73,7 +73,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Site:
-    """A Slurm cluster. `enforced` holds what the accounting enforces, such as associations and qos."""
+    """A Slurm cluster. `enforced` holds what accounting enforces, such as associations and qos."""
 
     cluster: str
     enforced: frozenset[str]
@@ -83,7 +83,7 @@ class Site:
         """Return the partitions that the job may run in: those of cluster.partition, or the site's default.
 
         Raises:
-            SubmitError: if a partition does not exist, with those that do.
+            SubmitError: if a partition does not exist; lists the existing ones.
         """
         by_name = {partition.name: partition for partition in self.partitions}
         names = [name for name in by_name if by_name[name].default] if section.partition is None else section.partition.split(",")
@@ -107,7 +107,7 @@ class Site:
 
 
 def read() -> Site:
-    """Read the site from slurmctld, with concurrent commands.
+    """Read the site from slurmctld with concurrent commands.
 
     Raises:
         SlurmError: if it does not answer.
@@ -143,7 +143,7 @@ def gpus_of(section: SlurmSection) -> DeviceFacts:
     try:
         partitions = read().chosen(section)
     except SlurmError as error:
-        # With cluster.gpus_per_node a plan can be made away from the cluster.
+        # With cluster.gpus_per_node, a plan can be made without access to the cluster.
         if requested is None:
             offline = "or set cluster.gpus_per_node to plan without the cluster"
             raise SubmitError(
@@ -170,7 +170,7 @@ def has_gpus(node: Node, gpus: Gpus) -> bool:
 
 
 def requested_gpus(section: SlurmSection) -> Gpus | None:
-    """Return the GPUs that the settings request of each node, a count of 0 for none; None if they do not say."""
+    """Return the GPUs per node that the settings request (a count of 0 for none), or None if they do not specify any."""
     if section.gpus_per_node is not None:
         return Gpus(None, section.gpus_per_node)
     return next(iter(_gpus(section.gres or "")), None)
@@ -184,7 +184,7 @@ def requested_memory_mib(section: SlurmSection) -> int | None:
 
 
 def listed(names: Iterable[str], max_shown: int = 10) -> str:
-    """Join names with commas; of many, the first `max_shown` and the number of the others."""
+    """Join names with commas; if there are too many, the first `max_shown` and the number of the rest."""
     every = list(names)
     return ", ".join(every[:max_shown]) + (f" and {len(every) - max_shown} more" if len(every) > max_shown else "")
 

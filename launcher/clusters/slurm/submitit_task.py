@@ -15,7 +15,7 @@ class NodeTask:
     plan_path: str
 
     def __call__(self) -> None:
-        """Replace this process, with submitit's signal handlers, by the node's agent."""
+        """Replace this process, and submitit's signal handlers, with the node's agent."""
         # The signals stay pending until the agent handles them.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM})
         attempt = os.environ["LAUNCHER_ATTEMPT"]

@@ -1,7 +1,6 @@
-"""The backend for machines that all run the same command. The command starts the agent of its own machine.
+"""The backend for machines that all run the same command. Each command starts its own machine's agent.
 
-`train` and `resume` are in launcher.cli.starting.every_node. What this class does without a meeting works wherever the run is
-seen.
+`train` and `resume` are in launcher.cli.starting.every_node. Methods that need no meeting work on any machine that sees the run.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ if TYPE_CHECKING:
 
 REPEAT = "repeat the command on every machine to continue"
 _END_DEADLINE_S = 60.0
-# From an attempt's start to the first sign of life of its agents.
+# Seconds from an attempt's start to its agents' first heartbeats.
 _START_S = 120.0
 
 
 class StaticCluster:
-    """Machines that all run the same command; see `Cluster`. `process` is the agent that this command has started."""
+    """Machines that all run the same command; see `Cluster`. `process` is the agent that this command started."""
 
     status_interval_s = 1.0
     drill_remedy: str | None = "start a short run, and kill the command on one machine, or send it TERM"
@@ -47,10 +46,10 @@ class StaticCluster:
         return device()
 
     def check(self, plan: LaunchPlan) -> None:
-        """Refuse what this machine cannot run, since the others are like it; with a meeting, wait for the others.
+        """Reject what this machine cannot run, since the others are like it; with a meeting, wait for the other machines.
 
         Raises:
-            SubmitError, ConfigError: also for machines that are missing, or were started in another way.
+            SubmitError, ConfigError: also for machines that are missing or were started differently.
         """
         here = device()
         num_gpus = here.count if here.kind == "cuda" else 0
@@ -74,7 +73,8 @@ class StaticCluster:
         """Wait for the other machines, name the attempt's nodes, and start this machine's agent.
 
         Raises:
-            SubmitError: if no command of its own machine calls it, as for a run that another user's command would start.
+            SubmitError: if it is not called by its own machine's command, for example for a run that another user's command would
+            start.
         """
         meeting = self._meeting
         if meeting is None:
@@ -117,13 +117,13 @@ class StaticCluster:
         states = nodes.read_states(run, number, record, limit_s)
         if self.process is not None and self.process.poll() is None:
             return _with_nodes(status, states)
-        # The record may have come since the status was read.
+        # The record may have been written after the status was read.
         latest = run_store.read_status(run)
         if latest.state not in RUNNING_STATES:
             return latest
         head = states[0]
         never = head.silent_s is None and time.time() - (record.begun_at or 0.0) > _START_S
-        # It goes on after its record, until the attempt is concluded and mirrored.
+        # The agent continues after its record, until the attempt is concluded and mirrored.
         gone = head.ended and (self.process is not None or head.silent_s is None or head.silent_s > limit_s)
         if head.lost or never or gone:
             reason = head.lost or (f"the agent of {head.name} has ended without recording a result" if head.ended else "")
@@ -137,7 +137,7 @@ class StaticCluster:
             self.process.wait(_END_DEADLINE_S)
 
     def cancel(self, run: RunDir, save: bool = True) -> None:
-        """Write the request that every agent looks for; a second one, or one without `save`, kills the ranks."""
+        """Write the request that every agent watches for; a second request, or one without `save`, kills the ranks."""
         status = self.status(run)
         if status.state not in RUNNING_STATES:
             raise detached_process.not_running_error(run, status)
@@ -151,14 +151,14 @@ class StaticCluster:
 
 
 def lost_node_s(run: RunDir) -> float:
-    """Return cluster.lost_node_seconds of the newest attempt, without the models of plans."""
+    """Return cluster.lost_node_seconds of the newest attempt, without importing the plan models."""
     values = run_store.read_plan_values(run_store.newest_plan_path(run))
     value = values.get("config", {}).get("cluster", {}).get("lost_node_seconds")
     return float(value) if isinstance(value, int | float) else detached_process.LIVENESS_TIMEOUT_S
 
 
 def is_idle(run: RunDir) -> bool:
-    """Return whether no machine writes into the newest attempt any more."""
+    """Return whether no machine writes to the newest attempt any more."""
     number = run_store.newest_attempt(run)
     if not number:
         return True

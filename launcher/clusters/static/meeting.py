@@ -1,4 +1,4 @@
-"""How the machines of a start find each other: node 0 listens, the others ask it until it has a plan.
+"""How the machines of a start find each other: node 0 listens, and the others ask it until it has a plan.
 
 Each question tells node 0 who asks and for what; each answer has the number that this start has drawn. Node 0 writes the
 number into run.root as well: a machine that does not find it there has another run.root, and one that finds it never takes the
@@ -32,16 +32,16 @@ from launcher.clusters.static.start_files import (
 from launcher.config.sections.static_identity import NodeIdentity
 from launcher.errors import ConfigError, Problem, SubmitError, printable
 
-# How often a machine asks, and after how long without a question it is not counted as there any more.
+# Seconds between a machine's questions, and seconds without a question after which the machine no longer counts as present.
 ASK_EVERY_S, _GONE_S = 0.5, 15.0
-# A network file system may show a file that late.
+# A network file system may show a file this late.
 SHARED_S = 20.0
-# How long a machine without an answer waits before it looks at what node 0 has left in run.root: a run that is over stays so,
-# a refusal may be of the start before, on which node 0 follows a little later than this machine.
+# Seconds that a machine waits for an answer before it reads what node 0 left in run.root: a finished run stays finished, but a
+# refusal may belong to the previous start if node 0 begins this one a little later than this machine.
 OVER_AFTER_S, REFUSED_AFTER_S = 3.0, 60.0
-# How long node 0 answers after the start was refused, so that every machine hears why.
+# Seconds that node 0 keeps answering after it refused the start, so that every machine learns why.
 _LINGER_S = 3.0
-# How long the others may take to hear of the attempt that has begun.
+# Seconds within which the other machines must learn of the attempt that has begun.
 _READY_S = 30.0
 _MAX_DIFFERENCES = 5
 
@@ -53,7 +53,7 @@ class _Seen:
 
 
 class Meeting:
-    """Node 0's side of a start. `endpoint` is where it listens; None for one machine alone."""
+    """Node 0's side of a start. `endpoint` is where it listens, None for a single machine."""
 
     def __init__(self, here: NodeIdentity, run: Path, command: Mapping[str, str], endpoint: network.Endpoint | None) -> None:
         self._here, self._run, self._command = here, run, dict(command)
@@ -61,7 +61,7 @@ class Meeting:
         self._file = marker(run)
         self._lock = threading.Lock()
         self._seen: dict[int, _Seen] = {}
-        # Commands that another one of the same index has followed: one that was killed asks no more.
+        # Commands that were followed by another with the same index: a killed command stops asking.
         self._replaced: dict[int, set[str]] = {}
         self._problem: Problem | None = None
         self._answer = Answer(secrets.token_hex(16), network.node_name(), message="node 0 is planning")
@@ -97,7 +97,7 @@ class Meeting:
         return self
 
     def close(self) -> None:
-        """Listen no more once the machines that were there have heard the outcome, or had the time to."""
+        """Stop listening once the machines that were present have heard the outcome, or have had time to."""
         until = time.monotonic() + {READY: _READY_S, WAITING: 0.0}.get(self._answer.state, _LINGER_S)
         while time.monotonic() < until and not self._heard >= self._present():
             time.sleep(0.05)
@@ -112,27 +112,27 @@ class Meeting:
         self._set(message=message)
 
     def announce(self, attempt: int, own_plan: bool, names: tuple[str, ...]) -> None:
-        """Tell the machines that are there that the attempt has begun; a command that comes later has no part in it."""
+        """Tell the machines that are present that the attempt has begun; a later command cannot join it."""
         with self._lock:
             self._taking_part = {node: seen.question.process for node, seen in self._seen.items()}
         self._set(state=READY, attempt=attempt, own_plan=own_plan, names=names)
 
     def end(self, message: str) -> None:
-        """Tell the other machines that there is nothing left to do."""
+        """Tell the other machines that nothing is left to do."""
         self._set(state=OVER, message=message)
 
     def refuse(self, message: str) -> None:
-        """Tell the other machines that node 0 does not start the run, also those that begin to ask when it has ended."""
+        """Tell the other machines, including those that ask after node 0 has ended, that it does not start the run."""
         self._set(state=REFUSED, message=message)
         if self.endpoint is not None:
             write_refusal(self._run, self._answer.host, message)
 
     def await_everyone(self, wait_s: float) -> tuple[str, ...]:
-        """Wait until every machine is there and sees the number; returns their names, which differ.
+        """Wait until every machine is present and sees the number; returns their unique names.
 
         Raises:
-            SubmitError: for machines that are missing, or see another run.root.
-            ConfigError: for machines that were started with another command, or with the same index.
+            SubmitError: for machines that are missing or see a different run.root.
+            ConfigError: for machines that were started with a different command or with the same index.
         """
         until, printed = time.monotonic() + wait_s, ""
         while True:
@@ -159,7 +159,7 @@ class Meeting:
             time.sleep(0.1)
 
     def reply(self, question: Question) -> Answer:
-        """Note who asks, and answer."""
+        """Record who asks, and answer."""
         with self._lock:
             self._problem = self._problem or self._check(question)
             earlier, replaced = self._seen.get(question.node), self._replaced.setdefault(question.node, set())
@@ -226,7 +226,7 @@ class Meeting:
             return {node for node, seen in self._seen.items() if time.monotonic() - seen.at < _GONE_S}
 
     def names(self) -> tuple[str, ...]:
-        """Return the names of all machines, made different where hosts have the same name."""
+        """Return unique names for all machines, even if host names repeat."""
         with self._lock:
             hosts = [self._answer.host, *(self._seen[node].question.host for node in range(1, self._here.nodes))]
         return tuple(host if hosts.count(host) == 1 else f"{host}-{node}" for node, host in enumerate(hosts))
@@ -243,7 +243,7 @@ class Meeting:
 
 
 class JoiningNode:
-    """The side of a machine other than node 0. `describe_end` returns why the run is over, None if it goes on."""
+    """The side of a machine other than node 0. `describe_end` returns why the run is over, None if it continues."""
 
     def __init__(
         self, here: NodeIdentity, run: Path, command: Mapping[str, str], describe_end: Callable[[], str | None] = lambda: None
@@ -252,10 +252,10 @@ class JoiningNode:
         self._question = Question(here.node, here.nodes, network.node_name(), secrets.token_hex(8), str(run), dict(command))
 
     def await_plan(self, wait_s: float) -> Answer:
-        """Ask node 0 until the start is ready or over, and say what is waited for.
+        """Ask node 0 until the start is ready or over, and show what it is waiting for.
 
         Raises:
-            SubmitError: if node 0 cannot be reached in time, refuses or ends, or does not share run.root.
+            SubmitError: if node 0 is unreachable in time, refuses, ends, or does not share run.root.
         """
         here, address = self._here, f"{self._here.address}:{self._here.port}"
         begun = time.monotonic()
@@ -282,7 +282,7 @@ class JoiningNode:
                 missing_since = None if sees == answer.nonce else missing_since or now
                 missed = answer.nonce if missing_since is not None and now - missing_since > SHARED_S else ""
                 if missed and self._question.missed == missed:
-                    # Node 0 has been told.
+                    # Node 0 has been informed.
                     raise SubmitError(not_shared(self._run.parent, self._question.host, answer.host))
                 self._question = Question(**{**vars(self._question), "sees": sees, "missed": missed})
             if awaited != printed:
@@ -299,10 +299,10 @@ class JoiningNode:
             time.sleep(ASK_EVERY_S)
 
     def _earlier_outcome(self, waited_s: float, wait_s: float) -> Answer | None:
-        """Return that the run is over, where node 0 has ended before this machine asked, or None if it may still begin.
+        """Return an answer that the run is over if node 0 ended before this machine asked, or None if the run may still begin.
 
         Raises:
-            SubmitError: if node 0 has refused the start.
+            SubmitError: if node 0 refused the start.
         """
         if waited_s < OVER_AFTER_S:
             return None
@@ -317,10 +317,10 @@ class JoiningNode:
 
 
 def head_endpoint(here: NodeIdentity, interface: str | None, allow_public: bool) -> network.Endpoint | None:
-    """Return where node 0 listens; None for one machine alone.
+    """Return where node 0 listens, or None for a single machine.
 
     Raises:
-        RunError: if the address or the interface is no use; SubmitError where it is public.
+        RunError: if the address or the interface is unusable. SubmitError: if the address is public.
     """
     if here.nodes == 1:
         return None

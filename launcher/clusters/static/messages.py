@@ -1,4 +1,4 @@
-"""The messages of a meeting: what a machine asks node 0, what node 0 answers, and how both travel."""
+"""The messages of a meeting: a machine's question to node 0, node 0's answer, and their transport."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from launcher.errors import LauncherError
 
 _MAX_MESSAGE_BYTES = 1 << 20
 _SOCKET_S = 5.0
-# The states of a start that answers tell.
+# The states of a start in answers.
 WAITING, READY, OVER, REFUSED = "waiting", "ready", "over", "refused"
 
 
 @dataclass(frozen=True)
 class Question:
-    """`process` tells two processes apart that say to be the same machine. `command` is what the command asks for, by keys.
+    """`process` distinguishes two processes that claim to be the same machine. `command` is the command's request, by keys.
 
-    `sees` is the number that was found in run.root, empty if none was; `missed` is a number that was not found there in time.
+    `sees` is the number found in run.root, or empty; `missed` is a number that was not found there in time.
     """
 
     node: int
@@ -39,9 +39,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """`nonce` is the number of this start. `attempt`, `own_plan` and `names` are those of a start that is ready.
+    """`nonce` is this start's number. `attempt`, `own_plan` and `names` are set when the start is ready.
 
-    `own_plan` is whether the attempt has a plan of its own. `message` says what is waited for, or why there is nothing to do.
+    `own_plan` is whether the attempt has its own plan. `message` says what the start is waiting for, or why there is nothing to
+    do.
     """
 
     nonce: str
@@ -54,7 +55,7 @@ class Answer:
 
 
 def ask(address: str, port: int, question: Question) -> Answer | None:
-    """Return node 0's answer, None if it does not listen or does not answer."""
+    """Return node 0's answer, or None if it does not listen or answer."""
     try:
         with socket.create_connection((address, port), timeout=_SOCKET_S) as connection, connection.makefile("rwb") as stream:
             stream.write(json.dumps(asdict(question)).encode() + b"\n")
@@ -65,7 +66,7 @@ def ask(address: str, port: int, question: Question) -> Answer | None:
 
 
 class MeetingServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Listens in a thread; an answer is sent to each question, and nothing to anything else."""
+    """Listens in a thread; answers questions and ignores anything else."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -86,7 +87,7 @@ class MeetingServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         threading.Thread(target=self.serve_forever, args=(0.1,), name="meeting", daemon=True).start()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a connection that broke."""
+        """Print nothing for a broken connection."""
 
     def stop(self) -> None:
         self.shutdown()

@@ -1,4 +1,4 @@
-"""The process of a machine's agent, as the command of that machine starts and watches it."""
+"""The process of a machine's agent; that machine's command starts and watches it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NodeProcess:
     @classmethod
     def start(cls, run: RunDir, attempt: int, plan_path: Path, node: int, name: str) -> NodeProcess:
         """Start the agent from the run's code; its output goes to its log in the attempt's folder."""
-        # Ctrl-C reaches this process alone, which decides what it means.
+        # Ctrl-C reaches only this process, which decides what it means.
         process = detached_process.start_module(
             run,
             _MODULE,
@@ -36,14 +36,14 @@ class NodeProcess:
         return cls(process, run, attempt, node, name)
 
     def poll(self) -> int | None:
-        """Return the exit code, None while the agent runs; if it left no record, write how it ended for the other machines."""
+        """Return the exit code, None while the agent runs. If it left no record, record its end for the other machines."""
         code = self._process.poll()
         if code is not None:
             self._record(code)
         return code
 
     def wait(self, deadline_s: float) -> None:
-        """Wait for the end; kill the agent after `deadline_s` seconds."""
+        """Wait for the agent to end; kill it after `deadline_s` seconds."""
         try:
             self._process.wait(deadline_s)
         except subprocess.TimeoutExpired:
@@ -52,7 +52,7 @@ class NodeProcess:
         self.poll()
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, unless the agent has ended."""
+        """Send a signal unless the agent has ended."""
         if self._process.poll() is None:
             self._process.send_signal(number)
 

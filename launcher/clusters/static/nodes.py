@@ -1,6 +1,6 @@
-"""Signs of life of an attempt's machines: a file that each refreshes, and a record of one whose agent ended without its own.
+"""Heartbeats of an attempt's machines: a file that each machine refreshes, and a record if its agent ended without one.
 
-All machines write into the run directory, so that each of them, and a command elsewhere, judges the others by the same files.
+All machines write to the run directory, so every machine, and any command elsewhere, judges by the same files.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, Liveness, node_file
 from launcher.tracking.metrics import format_duration
 
-# How often a machine refreshes its file: often enough for its loss to be noticed in time.
+# How often a machine refreshes its file: often enough for a loss to be noticed in time.
 _LONGEST_INTERVAL_S, _REFRESHES = 10.0, 6.0
 
 
 @dataclass(frozen=True)
 class LostNode:
-    """lost-NNNNN.json: how the agent of a machine ended that left no record, by the command that had started it."""
+    """lost-NNNNN.json: how an agent that left no record ended; written by the command that started it."""
 
     node: int
     message: str
@@ -31,9 +31,9 @@ class LostNode:
 
 @dataclass(frozen=True)
 class NodeState:
-    """One machine of an attempt: `name`, seconds since its last sign of life, None before the first, and how it ended.
+    """One machine of an attempt: its `name`, the seconds since its last heartbeat (None before the first), and how it ended.
 
-    `ended` where it left its record; `lost` is why it counts as lost, empty while it does not.
+    `ended` means that it left its record; `lost` is why it counts as lost, or empty.
     """
 
     name: str
@@ -64,7 +64,7 @@ def lost_file(run: RunDir, attempt: int, node: int) -> Path:
 
 
 def agent_log(run: RunDir, attempt: int, node: int) -> Path:
-    """Return the output of a machine's agent; that of node 0 has the name that all backends use."""
+    """Return the log of a machine's agent; node 0's log has the name that all backends use."""
     return run.agent_log(attempt) if node == 0 else run.attempt(attempt) / f"agent-{node:05d}.log"
 
 
@@ -81,9 +81,9 @@ def write_lost(run: RunDir, attempt: int, node: int, message: str) -> None:
 
 
 def read_states(run: RunDir, attempt: int, record: Attempt, lost_node_s: float) -> list[NodeState]:
-    """Return the state of every machine of an attempt, in their order.
+    """Return the state of every machine of an attempt, in order.
 
-    The times are those of the file system, since clocks of machines differ.
+    Times come from the file system, because machine clocks differ.
     """
     now = time.time()
     with suppress(OSError):
@@ -106,7 +106,7 @@ def _read_state(run: RunDir, attempt: int, node: int, name: str, now: float, los
 
 
 def describe_silence(run: RunDir, attempt: int, record: Attempt, lost_node_s: float) -> dict[str, str]:
-    """Return why machines left no record, by their names, for the postmortem of an attempt that has ended."""
+    """Return why machines left no record, keyed by name, for the postmortem of an ended attempt."""
     states = read_states(run, attempt, record, lost_node_s)
     return {
         state.name: state.lost or f"{state.name} left no record: its agent was killed, or the machine was lost"

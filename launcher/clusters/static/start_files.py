@@ -1,4 +1,4 @@
-"""The files in run.root by which the machines of a start see that they share it, and by which a late one learns of a refusal."""
+"""The files in run.root that show the machines of a start that they share it, and tell a late machine of a refusal."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _MAX_REASON, _MAX_MARKER_BYTES = 4000, 64
 
 @dataclass(frozen=True)
 class StartRefusal:
-    """Why node 0, on `host`, has refused a start."""
+    """Why node 0, on `host`, refused a start."""
 
     host: str
     reason: str
 
 
 def marker(run: Path) -> Path:
-    """Return the file in run.root that has the number of the start that goes on."""
+    """Return the path of the file in run.root with the current start's number."""
     return run.parent / f".{run.name}.start"
 
 
 def read_marker(run: Path) -> str:
-    """Return the number of the start that goes on; empty if this machine sees none."""
+    """Return the current start's number; empty if this machine sees none."""
     with suppress(OSError, ValueError):
         atomic_files.refresh_directory(run.parent)
     with suppress(OSError, ValueError):
@@ -38,16 +38,16 @@ def read_marker(run: Path) -> str:
 
 
 def is_of_trusted_owner(file: Path) -> bool:
-    """Return whether a file, or a link in its place, is of an owner whom this user trusts; others know its name.
+    """Return whether this user trusts the owner of a file, or of a link in its place; other users can guess its name.
 
     Raises:
-        OSError: if there is none.
+        OSError: if the file does not exist.
     """
     return ownership.accepts_owner(file.lstat().st_uid)
 
 
 def foreign_marker(run: Path) -> Problem | None:
-    """Return that another user has made the file of the number, which only they can remove from a sticky folder; else None."""
+    """Return a problem if another user created the number's file, which only they can remove from a sticky folder; else None."""
     with suppress(OSError):
         if not is_of_trusted_owner(file := marker(run)):
             owner = user_name(file.lstat().st_uid)
@@ -57,7 +57,7 @@ def foreign_marker(run: Path) -> Problem | None:
 
 
 def not_shared(root: Path, host: str, head: str) -> Problem:
-    """Return the problem of a machine that does not see what node 0 has written."""
+    """Return the problem of a machine that does not see what node 0 wrote."""
     return Problem(
         f"run.root is not shared: {host} does not see what {head} writes there",
         "run.root",
@@ -71,7 +71,7 @@ def _refusal_file(run: Path) -> Path:
 
 
 def write_refusal(run: Path, host: str, reason: str) -> None:
-    """Leave the reason for machines that begin to ask when node 0 has ended; storage that cannot take it is no failure."""
+    """Leave the reason for machines that ask after node 0 has ended; a failed write is not an error."""
     with suppress(OSError):
         json_records.write(_refusal_file(run), StartRefusal(host, reason[:_MAX_REASON]))
 
@@ -82,10 +82,10 @@ def remove_refusal(run: Path) -> None:
 
 
 def read_refusal(run: Path, max_age_s: float) -> StartRefusal | None:
-    """Return the newest refusal, unless it is older than that or a start has begun since, which removes it."""
+    """Return the newest refusal unless it is older than `max_age_s`; a start that has begun since removes it."""
     file = _refusal_file(run)
     with suppress(OSError, LauncherError):
-        # The times of the file system: the clocks of machines differ.
+        # Use the file system's times, because machine clocks differ.
         age_s = atomic_files.refresh_directory(run.parent) - file.stat().st_mtime
         return json_records.read(StartRefusal, file) if age_s <= max_age_s and is_of_trusted_owner(file) else None
     return None
