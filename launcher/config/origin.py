@@ -142,7 +142,7 @@ def located_problem(problem: Problem, origins: Origins) -> Problem:
 
 
 def short(file: Path) -> str:
-    """Return the path as a person would write it: relative where the file is below the current folder."""
+    """Return the path as a person would write it: relative if the file is below the current folder."""
     try:
         return str(file.relative_to(Path.cwd()))
     except ValueError:

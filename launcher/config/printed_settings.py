@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import yaml
 
 _REDACTED = "<redacted>"
-# Hydra prints the settings alone, or below this heading.
+# Hydra prints either only the settings, or the settings below this heading.
 _HEADING = re.compile(r"^Config\n\*+\n", re.MULTILINE)
 _PACKAGE = re.compile(r"^# @package (?P<package>[\w.]+)$", re.MULTILINE)
 _OVERRIDE = re.compile(r"(?P<key>[+~]*[^=\s]+)=(?P<value>.+)", re.DOTALL)

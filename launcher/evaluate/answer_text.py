@@ -1,4 +1,4 @@
-"""What is read out of an answer: words, numbers, JSON. The same for every side, the reference included. Without torch."""
+"""Extracts words, numbers and JSON from answers, in the same way for every side, including the reference. Without torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from decimal import Decimal
 from typing import Any
 
 _ARTICLES = frozenset({"a", "an", "the"})
-# At the edges of words only: 3.5, C++ and -5 stay what they are.
+# Removed only at the edges of words: 3.5, C++ and -5 stay unchanged.
 _EDGES = ".,;:!?\"'()[]{}<>«»“”‘’`*_…"
-# The sign of "5-3" belongs to no number, the point of "...5" neither. Digits are those of ASCII.
+# The sign in "5-3" is not part of a number, nor is the point in "...5". Digits are ASCII only.
 _NUMBER = re.compile(
     r"(?:(?<!\w)[-−+])?"
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
@@ -31,14 +31,14 @@ def normalized_words(text: str) -> list[str]:
     """
     parts = unicodedata.normalize("NFKC", text).casefold().split()
     words = [word for part in parts if (word := part.strip(_EDGES))]
-    # An answer that is the letter A keeps it, and so does one of punctuation alone.
+    # An answer that is just the letter A keeps it, and so does one that is only punctuation.
     return [word for word in words if word not in _ARTICLES] or words or parts
 
 
 def final_number(text: str) -> Decimal | None:
     """Return the number that an answer ends with, as in GSM8K; None if it has none.
 
-    That is the first number after the last `####` or `answer is`, or else the last number.
+    This is the first number after the last `####` or `answer is`, or else the last number.
     """
     ends = [match.end() for match in _FINAL.finditer(text)]
     after = _NUMBER.search(text, ends[-1]) if ends else None
@@ -51,10 +51,10 @@ class NotJson(ValueError):
 
 
 def parse_json(text: str) -> Any:
-    """Parse a text that is JSON, or the JSON in its only block between Markdown fences.
+    """Parse a text that is JSON, or that contains JSON in its only fenced Markdown block.
 
     Raises:
-        NotJson: if it is neither. NaN and infinities are no JSON.
+        NotJson: if it is neither. NaN and infinities are not JSON.
     """
     blocks = _FENCE.findall(text)
     try:
@@ -68,7 +68,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def json_fields(value: Any) -> Counter[tuple[str, str]]:
-    """Return how often each pair of a path and a value occurs. The order of lists does not count.
+    """Return how often each pair of a path and a value occurs. The order of lists is ignored.
 
     Raises:
         NotJson: if it is nested too deeply.
@@ -91,7 +91,7 @@ def _fields(value: Any, path: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, bool) or value is None:
         yield path, json.dumps(value)
     elif isinstance(value, int | float):
-        # Not as float: an integer may be too large for it.
+        # Do not convert to float, because an integer may be too large for it.
         number = int(value) if isinstance(value, float) and value.is_integer() else value
         yield path, f"number {number!r}"
     else:
@@ -99,7 +99,7 @@ def _fields(value: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def multiset_f1(answer: Counter[Any], reference: Counter[Any]) -> float:
-    """Return the harmonic mean of precision and recall of two multisets; 1 where both are empty."""
+    """Return the harmonic mean of precision and recall of two multisets; 1 if both are empty."""
     if not answer and not reference:
         return 1.0
     shared = (answer & reference).total()
@@ -115,7 +115,7 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 def _common_length(first: Sequence[str], second: Sequence[str]) -> int:
-    """Return the length of the longest common subsequence, 64 and more columns of the table at a time.
+    """Return the length of the longest common subsequence, computing at least 64 columns of the table at a time.
 
     The bit-vector algorithm of Hyyrö, "Bit-Parallel LCS-length Computation Revisited" (2004).
     """
@@ -131,17 +131,17 @@ def _common_length(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 def repeated_share(text: str, size: int = 4) -> float:
-    """Return the share of the runs of `size` words that occurred in the text before."""
+    """Return the share of the runs of `size` words that occurred earlier in the text."""
     words = text.casefold().split()
     runs = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def first_label(text: str, labels: Sequence[str]) -> str | None:
-    """Return the label that the text is, or else the one that it names first; None if it names none.
+    """Return the label that equals the text, or else the label that it names first; None if it names none.
 
-    Labels are found as whole words, without regard to case; of several at the same place, the longest. Where an article is a
-    label, such as the letter A, it counts as written, or where no word can follow.
+    Labels match whole words, ignoring case; of several at the same position, the longest wins. If an article is a label, such as
+    the letter A, it matches only as written, or where no word can follow.
     """
     own_words = {label: normalized_words(label) for label in labels}
     articles = [label.strip(f"{_EDGES} ") for label, words in own_words.items() if len(words) == 1 and words[0] in _ARTICLES]
@@ -157,7 +157,7 @@ def first_label(text: str, labels: Sequence[str]) -> str | None:
 
 
 def _words_with_articles(text: str, labels: Sequence[str]) -> list[str]:
-    """Return normalized words, with the articles that are one of `labels`."""
+    """Return normalized words, keeping articles that are one of `labels`."""
     parts = unicodedata.normalize("NFKC", text).split()
     words = []
     for number, part in enumerate(parts, start=1):

@@ -1,11 +1,11 @@
-"""Answers on disk: committed as they come, complete once their record is there. Without torch.
+"""Answers on disk: committed as they arrive, complete once their record exists. Without torch.
 
     <run>/evaluations/step-00000100/<set>/
-      tuned.jsonl               one answer a line, by the index of its prompt
-      tuned.json                written last: what the answers belong to, and the digest of tuned.jsonl
-      .tuned-<digest>/          answers so far, one file for each process that generates; removed at the end
+      tuned.jsonl               one answer per line, by the index of its prompt
+      tuned.json                written last: the key of the answers, and the digest of tuned.jsonl
+      .tuned-<digest>/          answers so far, one file per generating process; removed at the end
 
-A side is generated again where what it belongs to has changed: weights, prompts, engine, types, lengths.
+A side is generated again if any part of its key has changed: weights, prompts, engine, types, lengths.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _NUM_READS = 3
 
 @dataclass(frozen=True)
 class AnswerKey:
-    """What answers belong to. `weights`, `config` and `prompts` are digests; `style` says how the prompts were written.
+    """Everything that answers depend on. `weights`, `config` and `prompts` are digests; `style` is how the prompts were written.
 
-    `config` is that of the model's config.json, `stop_ids` are the tokens that end an answer; `engine` has its version, where it
-    is not that of transformers.
+    `config` is the digest of the model's config.json. `stop_ids` are the tokens that end an answer. `engine` includes its version
+    unless the engine is transformers.
     """
 
     weights: str
@@ -53,7 +53,7 @@ class AnswerKey:
 
 @dataclass(frozen=True)
 class GeneratedIds:
-    """An answer of an engine: its token ids without what ends it, its text, and whether it ended within the length."""
+    """An engine's answer: its token ids without those that end it, its text, and whether it ended within the maximum length."""
 
     ids: tuple[int, ...]
     text: str
@@ -62,9 +62,9 @@ class GeneratedIds:
 
 @dataclass(frozen=True)
 class StoredAnswer:
-    """One line of a side: the index of the prompt, and the answer. `is_stopped` is False if the length cut it off.
+    """One line of a side: the index of the prompt, and the answer. `is_stopped` is False if the maximum length cut it off.
 
-    `gpu_s` is its share of the time that a GPU took for its batch, 0 on CPUs and with engines that divide a model over GPUs.
+    `gpu_s` is its share of the GPU time of its batch, 0 on CPUs and with engines that divide a model over GPUs.
     """
 
     index: int
@@ -74,20 +74,20 @@ class StoredAnswer:
     gpu_s: float = 0.0
 
     def as_generated(self) -> GeneratedAnswer:
-        """Return the answer as metrics take it."""
+        """Return the answer in the form that metrics take."""
         return GeneratedAnswer(self.text, self.is_stopped, self.num_tokens)
 
 
 @dataclass(frozen=True)
 class SideRecord:
-    """NAME.json beside NAME.jsonl."""
+    """NAME.json next to NAME.jsonl."""
 
     key: AnswerKey
     xxh3_128: str
 
 
 class AnswerStore:
-    """The answers of one side, which several processes may write at once: each has a file of its own."""
+    """The answers of one side. Several processes may write at once, because each has its own file."""
 
     def __init__(self, folder: Path, name: str, key: AnswerKey) -> None:
         self.key = key
@@ -96,7 +96,7 @@ class AnswerStore:
         self._partial = folder / f".{name}-{key.digest()[:16]}"
 
     def read_complete(self) -> list[StoredAnswer] | None:
-        """Return all answers in the order of the prompts; None if they are not complete, damaged, or of another key."""
+        """Return all answers in the order of the prompts; None if they are incomplete, damaged, or have another key."""
         try:
             record = json_records.read_if_present(SideRecord, self._record)
             if record is None or record.key != self.key:
@@ -109,14 +109,14 @@ class AnswerStore:
             return None
 
     def read(self) -> dict[int, StoredAnswer]:
-        """Return the answers that exist, by prompt. A line that a killed process has not finished is left out."""
+        """Return the existing answers, by prompt. A line that a killed process left unfinished is skipped."""
         for _ in range(_NUM_READS):
             if (complete := self.read_complete()) is not None:
                 return {answer.index: answer for answer in complete}
             try:
                 return self._read_parts()
             except FileNotFoundError:
-                # The first process has put the parts together meanwhile.
+                # The first process has meanwhile merged the parts.
                 continue
         return {}
 
@@ -134,7 +134,7 @@ class AnswerStore:
         return answers
 
     def append(self, writer: str, answers: Sequence[StoredAnswer]) -> None:
-        """Add answers durably to the file of the process `writer`."""
+        """Append answers durably to the file of the process `writer`."""
         self._partial.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._partial / f"{writer}.jsonl"
         content = "".join(json.dumps(asdict(answer)) + "\n" for answer in answers).encode()
@@ -146,7 +146,7 @@ class AnswerStore:
             os.fsync(file.fileno())
 
     def complete(self) -> list[StoredAnswer]:
-        """Write all answers into one file and remove the parts; returns them in the order of the prompts.
+        """Write all answers into one file and remove the parts; return the answers in the order of the prompts.
 
         Raises:
             RunError: if some are missing.
@@ -161,23 +161,23 @@ class AnswerStore:
             self._record.unlink(missing_ok=True)
             atomic_files.write_bytes(self.path, content, mode=0o600)
             json_records.write(self._record, SideRecord(self.key, xxhash.xxh3_128_hexdigest(content)))
-        # Parts of this side that belong to other weights or prompts go as well.
+        # Also remove parts of this side that belong to other weights or prompts.
         for folder in self.path.parent.glob(f".{self.path.stem}-*"):
             shutil.rmtree(folder, ignore_errors=True)
         return existing
 
 
 def reuse_base_answers(folder: Path, others: Sequence[Path]) -> None:
-    """Copy the base model's answers from the folders of other steps, so that it is not asked again.
+    """Copy the base model's answers from the folders of other steps, so that they are not generated again.
 
-    They count where they belong to the same weights, prompts and settings, as any answers do.
+    Like any answers, they are used only if they belong to the same weights, prompts and settings.
     """
     for other in others:
-        # Those on training rows stay in parts, in a folder with their key in its name.
+        # Answers on training rows stay in parts, in a folder whose name contains their key.
         parts = [*other.glob("selection/.*/*.jsonl")]
         for record in other.glob("*/base-*.json"):
             if not list((folder / record.relative_to(other)).parent.glob(f".{record.stem}-*")):
-                # The record is last: without it there are no answers.
+                # The record is written last; without it, the answers are incomplete.
                 parts += [record.with_suffix(".jsonl"), record]
         for part in parts:
             target = folder / part.relative_to(other)
@@ -188,5 +188,5 @@ def reuse_base_answers(folder: Path, others: Sequence[Path]) -> None:
 
 
 def digest_prompts(prompts: Sequence[Sequence[int]], stop_strings: Sequence[str]) -> str:
-    """Return a digest of token ids and of the texts that end an answer."""
+    """Return a digest of the token ids and of the texts that end an answer."""
     return xxhash.xxh3_128_hexdigest(json.dumps([list(map(list, prompts)), list(stop_strings)]).encode())

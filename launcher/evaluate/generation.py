@@ -1,6 +1,7 @@
-"""One process's share of an evaluation: it chooses prompts with the others, answers its part, and waits for theirs where it must.
+"""One process's share of an evaluation: it chooses prompts with the others, answers its part, and waits for the rest if needed.
 
-Processes meet in the folder of the evaluation alone: each reads what all have written. So they need no port and no collective.
+Processes communicate only through the folder of the evaluation: each reads what all have written. They need no port and no
+collective.
 """
 
 from __future__ import annotations
@@ -38,20 +39,20 @@ MakeEngine = Callable[[Weights], Engine]
 
 
 class AnswerPace:
-    """Estimates from the answers that this process has generated how long all that are still to come take."""
+    """Estimates the time for all remaining answers from the answers that this process has generated."""
 
     def __init__(self) -> None:
         self._num_generated, self._seconds = 0, 0.0
-        # Answers of later prompts, besides those of the batch list that is worked on.
+        # Answers to later prompts, excluding those of the current list of batches.
         self.num_later = 0
 
     def count(self, num_answers: int, seconds: float) -> None:
-        """Count answers that were generated in `seconds`."""
+        """Record answers that were generated in `seconds`."""
         self._num_generated += num_answers
         self._seconds += seconds
 
     def left(self, num_here: int, share: int) -> str:
-        """Return the time left as it ends a line; `num_here` answers are missing, and later ones are divided by `share`."""
+        """Return the time left as the end of a line; `num_here` answers are missing, and later ones are divided by `share`."""
         if not self._num_generated or not (rest := num_here + self.num_later / share):
             return ""
         return f"; about {format_duration(rest * self._seconds / self._num_generated)} left in all"
@@ -59,7 +60,7 @@ class AnswerPace:
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a process: `rank` of `world_size`. `say` shows how far it is."""
+    """The part of a process: `rank` of `world_size`. `say` reports its progress."""
 
     rank: int
     world_size: int
@@ -67,7 +68,7 @@ class Share:
 
 
 class AnswerGeneration:
-    """All sides of one evaluation, as one process sees them."""
+    """All sides of one evaluation, from the view of one process."""
 
     def __init__(self, folder: EvaluationFolder, share: Share, engine_name: str, device: str, dtype: str) -> None:
         self.task: EvaluationTask = folder.read_task()
@@ -75,7 +76,7 @@ class AnswerGeneration:
         self._engine_name, self._device, self._dtype = engine_name, device, dtype
         self._config = self.task.settings
         self._facts = ProcessFacts(device, dtype, engine_name, version("transformers"), share.world_size)
-        # Of all sets and sides, each with its number of prompts.
+        # The stores of all sets and sides, each with its number of prompts.
         self._stores: dict[str, tuple[AnswerStore, int]] = {}
         self._pace = AnswerPace()
         self._num_sides = 1 if self.task.base is None else 3 if self.task.shots else 2
@@ -88,7 +89,7 @@ class AnswerGeneration:
         self._tuned_prompts = TunedPrompts(self._tokenizer, self._config.data)
 
     def run(self, make_engine: MakeEngine) -> None:
-        """Answer this process's share; the first process writes answers.json when all answers are there."""
+        """Answer this process's share; the first process writes answers.json when all answers exist."""
         began = time.monotonic()
         self._folder.write_facts(self._share.rank, self._facts)
         sides: dict[str, list[SideAnswers]] = {name: [] for name in self.task.sets}
@@ -180,7 +181,7 @@ class AnswerGeneration:
         return AnswerStore(path.parent, path.name, key)
 
     def _fill(self, store: AnswerStore, prompts: PromptBatch, engine: Callable[[], Engine], activity: str) -> None:
-        """Generate and store what is missing of this process's share, the longest prompts first."""
+        """Generate and store the missing answers of this process's share, longest prompts first."""
         settings, existing = self._config.evaluate, store.read()
         order = sorted(range(len(prompts.prompts)), key=lambda i: (-len(prompts.prompts[i]), i))
         batches = [order[i : i + settings.prompts_per_batch] for i in range(0, len(order), settings.prompts_per_batch)]
@@ -214,7 +215,7 @@ class AnswerGeneration:
             self._share.say(f"{activity}: {num_done} of {num_own} answers")
 
     def _await(self, stores: Sequence[tuple[AnswerStore, int]], activity: str) -> None:
-        """Wait until all processes have stored their answers; whoever started them ends them all where one fails."""
+        """Wait until all processes have stored their answers; if one fails, the program that started them ends all of them."""
         while not all(len(store.read()) == count for store, count in stores):
             self._folder.require_alike(self._share.rank, self._facts)
             self._share.say(f"{activity}: waiting for other processes")
@@ -223,7 +224,7 @@ class AnswerGeneration:
 
 @contextmanager
 def _lazy(make_engine: MakeEngine, weights: Weights) -> Iterator[Callable[[], Engine]]:
-    """Yield a function that loads the model when it is first needed: where all answers exist, it is not."""
+    """Yield a function that loads the model on first use, so that it is not loaded if all answers exist."""
     loaded: list[Engine] = []
 
     def get() -> Engine:

@@ -1,4 +1,4 @@
-"""The validator of a JSON schema whose regular expressions have a time limit: answers may be made so that one takes for ever."""
+"""A JSON schema validator with a time limit for regular expressions: an answer may make one take forever."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from launcher.errors import DataError
 from launcher.security.regular_expressions import compile_bounded
 
-# Of a pattern, in a message.
+# Maximum number of a pattern's characters in a message.
 _MAX_CHARS = 200
 
 
 @functools.cache
 def schema_validator(schema: str, time_limit_s: float) -> Any:
-    """Return the validator of a JSON schema, given as JSON text; each match of a pattern may take `time_limit_s`.
+    """Return the validator for a JSON schema, given as JSON text; each match of a pattern may take `time_limit_s`.
 
-    It raises DataError for a pattern that takes longer.
+    The validator raises DataError for a pattern that takes longer.
     """
     from jsonschema.exceptions import ValidationError
     from jsonschema.validators import extend, validator_for
@@ -42,17 +42,17 @@ def schema_validator(schema: str, time_limit_s: float) -> Any:
     timed = extend(validator_for(parsed), {"pattern": check_pattern, "patternProperties": check_properties})
     ordered = _with_patterns_first(parsed)
     if isinstance(ordered, dict):
-        # A reference to the root would otherwise lead to the validator of this dialect, which knows no time limit.
+        # Otherwise a reference to the root would lead to this dialect's own validator, which has no time limit.
         ordered.pop("$schema", None)
-    # Without a registry of its own, the validator fetches what $ref names from the network.
+    # Without its own registry, the validator downloads what $ref names.
     return timed(ordered, registry=REGISTRY)
 
 
 def is_match(pattern: str, text: str, time_limit_s: float) -> bool:
-    """Return whether a pattern of the schema matches somewhere in a text.
+    """Return whether a pattern of the schema matches anywhere in a text.
 
     Raises:
-        DataError: if it takes too long, or is none.
+        DataError: if it takes too long, or is not a valid pattern.
     """
     try:
         return compile_bounded(pattern).search(text, timeout=time_limit_s) is not None
@@ -69,7 +69,7 @@ def is_match(pattern: str, text: str, time_limit_s: float) -> bool:
 
 
 def _with_patterns_first(value: Any) -> Any:
-    """Return a schema whose patternProperties come first: further keywords match the same keys, without a time limit."""
+    """Return a schema whose patternProperties come first: other keywords match the same keys, without a time limit."""
     if isinstance(value, list):
         return [_with_patterns_first(item) for item in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A user's own metric in a process of its own, which is ended where it hangs. Without torch."""
+"""Runs a user's own metric in a separate process, which is killed if it hangs. Without torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SIGNATURE = "it takes an answer and its reference, both texts, and returns a nu
 
 
 class MetricProcess:
-    """A process that runs one function; one answer at a time, each with a time limit.
+    """A process that runs one function, on one answer at a time, with a time limit per answer.
 
     Raises:
         DataError: if the file cannot be imported.
@@ -37,9 +37,9 @@ class MetricProcess:
             [sys.executable, "-m", "launcher.evaluate.metric_worker", str(file), function, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # Nothing is imported from the working directory, which may belong to somebody else.
+            # Import nothing from the working directory, which another user may own.
             env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
-            # It is ended with the processes that it has started.
+            # So that it can be killed together with the processes that it has started.
             start_new_session=True,
         )
         self._selector = selectors.DefaultSelector()
@@ -57,7 +57,7 @@ class MetricProcess:
         """Return the score of an answer; `place` names the row.
 
         Raises:
-            DataError: if the function fails, hangs, ends its process, or returns no number.
+            DataError: if the function fails, hangs, ends its process, or does not return a number.
         """
         row = json.dumps({"answer": answer.text, "reference": reference})
         assert self._process.stdin is not None
@@ -88,7 +88,7 @@ class MetricProcess:
         return reply if isinstance(reply, dict) else None
 
     def _failure(self, verb: str, where: str, reply: dict[str, Any] | None, limit_s: float) -> DataError:
-        """Describe why there is no score: an exception, an end of the process, or its silence."""
+        """Return the error for a missing score: an exception, the end of the process, or a timeout."""
         if reply is not None:
             reason, remedy = str(reply.get("error", reply)), f"correct the function; {_SIGNATURE}"
         elif (code := self._wait_briefly()) is not None:
@@ -101,13 +101,13 @@ class MetricProcess:
 
     def _wait_briefly(self) -> int | None:
         try:
-            # The end of its output comes before that of the process.
+            # Its output ends before the process does.
             return self._process.wait(0.5)
         except subprocess.TimeoutExpired:
             return None
 
     def close(self) -> None:
-        """End the process and those that it has started."""
+        """Kill the process and the processes that it has started."""
         self._selector.close()
         try:
             os.killpg(self._process.pid, signal.SIGKILL)

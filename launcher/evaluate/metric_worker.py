@@ -1,6 +1,6 @@
 """The process that runs a user's own metric: `python -m launcher.evaluate.metric_worker FILE FUNCTION PARENT`.
 
-Reads a row a line from standard input and writes a reply a line. What the function prints goes to standard error.
+It reads one row per line from standard input and writes one reply per line. The function's own output goes to standard error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     rows = os.fdopen(os.dup(0), "rb")
-    # A function that reads standard input would take the rows.
+    # Otherwise, a function that reads standard input would consume the rows.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
         compute = _load(file, function)
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Let the kernel kill this process when its parent ends, however that happens: a function that hangs would stay."""
+    """Make the kernel kill this process when its parent ends for any reason; a hanging function would otherwise remain."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != parent:
@@ -57,14 +57,14 @@ def _load(file: str, function: str) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    # Next to the file is the folder of the evaluation, which needs no bytecode.
+    # The file lies in the folder of the evaluation, which needs no bytecode.
     sys.dont_write_bytecode = True
     spec.loader.exec_module(module)
     return getattr(module, function)
 
 
 def _number(value: Any) -> float:
-    """Return what the function returned as a finite number; numbers of numpy are numbers too."""
+    """Return the function's result as a finite number; numpy numbers are accepted."""
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         raise TypeError(f"it returned {value!r:.60}, which is no number")
     number = float(value)
@@ -74,7 +74,7 @@ def _number(value: Any) -> float:
 
 
 def _reason(error: BaseException, file: str) -> str:
-    """Return the exception with the line of the user's file that raised it."""
+    """Return the exception, with the line of the user's file that raised it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     line = f" (line {lines[-1]})" if lines else ""
     return f"{type(error).__name__}: {error}"[:_MAX_REASON_CHARS] + line

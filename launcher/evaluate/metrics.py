@@ -20,7 +20,7 @@ from launcher.security.regular_expressions import compile_bounded
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """What a model answered. `is_stopped` is False if the answer was cut at the greatest length."""
+    """A model's answer. `is_stopped` is False if the maximum length cut the answer off."""
 
     text: str
     is_stopped: bool
@@ -29,7 +29,7 @@ class GeneratedAnswer:
 
 @dataclass(frozen=True)
 class MetricOptions:
-    """Settings of the metrics that need some. `schema` is a JSON schema as JSON text; `time_limit_s` is for one answer."""
+    """Settings for the metrics that need them. `schema` is a JSON schema as JSON text; `time_limit_s` is per answer."""
 
     pattern: str = ""
     schema: str = ""
@@ -47,7 +47,7 @@ class AnswerMetric:
 
     Attributes:
         compute: returns the score of an answer, given the reference and the options.
-        reference_problem: returns why a reference cannot be compared with; an empty text where it can.
+        reference_problem: returns why a reference is unsuitable for comparison; empty if it is suitable.
     """
 
     compute: _Score
@@ -77,7 +77,7 @@ def _no_number(reference: str, options: MetricOptions) -> str:
 
 
 def _regex(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
-    """With a group named `answer`, compare what it matched last with the reference; without, ask whether the pattern matches."""
+    """With a group named `answer`, compare its last match with the reference; without, return whether the pattern matches."""
     found = _last_match(answer.text, options)
     if found is None or "answer" not in found.groupdict():
         return found is not None
@@ -116,7 +116,7 @@ def _json_schema(answer: GeneratedAnswer, reference: str, options: MetricOptions
     try:
         return bool(schema_validator(options.schema, options.time_limit_s).is_valid(value))
     except (RecursionError, OverflowError):
-        # Nested too deeply, or a number that `multipleOf` cannot divide.
+        # The answer is nested too deeply, or contains a number that `multipleOf` cannot divide.
         return False
 
 

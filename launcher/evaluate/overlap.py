@@ -1,6 +1,6 @@
-"""Prompts of an evaluation that are also in the training data: the same but for case, white space and punctuation, or nearly.
+"""Finds evaluation prompts that are also in the training data: equal except for case, white space and punctuation, or similar.
 
-The build of the data compares the held-out documents with the training documents; the sets of eval.sets are compared here alone.
+The data build compares the held-out documents with the training documents; the sets of eval.sets are compared only here.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from launcher.tracking.progress import Advance
 # Signatures of as many documents take about half a minute.
 MAX_DOCUMENTS = 300_000
 _COMPARED_AT_ONCE = 1024
-# Of the documents whose prompt is that of a question, or similar, as many are looked for in the training data, the first ones:
-# where all rows of a data set have one prompt, each question would have all documents.
+# Maximum number of documents with an equal or similar prompt per question that are looked up in the training data, first ones
+# first. If all rows of a data set have the same prompt, each question would otherwise match all documents.
 MAX_CANDIDATES = 32
 _EXACT = 1.0
 
 
 @dataclass(frozen=True)
 class TrainingCopy:
-    """A prompt that is also in the training data: rows as file and line, and how similar the prompts are, 1 for the same."""
+    """A prompt that is also in the training data: its rows as file and line, and the similarity of the prompts, 1 if equal."""
 
     question: str
     training: str
@@ -45,7 +45,7 @@ class TrainingCopy:
 
 @dataclass(frozen=True)
 class TrainingOverlap:
-    """The prompts of each set that are also in the training data. `gap` says what was not compared, empty for nothing."""
+    """The prompts of each set that are also in the training data. `gap` says what was not compared, empty if everything was."""
 
     copies: dict[str, tuple[TrainingCopy, ...]]
     gap: str = ""
@@ -56,7 +56,7 @@ def find_training_copies(
 ) -> TrainingOverlap:
     """Compare the prompts of each set with the first `max_documents` of the sources.
 
-    Sources that are not there any more, or cannot be read, are a gap: an evaluation can do without this comparison.
+    Sources that no longer exist, or cannot be read, are a gap: an evaluation can do without this comparison.
     """
     if plan.data is None:
         return TrainingOverlap({})
@@ -90,7 +90,7 @@ def _compare(
 
 
 class _Prompts:
-    """The prompts of questions, to compare those of documents with."""
+    """The prompts of questions, for comparison with the prompts of documents."""
 
     def __init__(self, questions: Sequence[EvalQuestion], threshold: float) -> None:
         texts = [_prompt_text(question) for question in questions]
@@ -104,9 +104,9 @@ class _Prompts:
         self._threshold = threshold
 
     def find(self, documents: Sequence[Document], system: str | None) -> Iterator[tuple[int, float, int]]:
-        """Yield the question, the similarity and the index of documents with an equal or a similar prompt.
+        """Yield the question, the similarity and the index of each document with an equal or a similar prompt.
 
-        Of those with an equal prompt, and of those with a similar one, each question has the first MAX_CANDIDATES.
+        For each question, yields the first MAX_CANDIDATES documents with an equal prompt, and as many with a similar one.
         """
         asked = [(at, question) for at, one in enumerate(documents) if (question := split_question(one, system)) is not None]
         texts = [_prompt_text(question) for _, question in asked]
@@ -126,7 +126,7 @@ class _Prompts:
                 i = self._signed[row]
                 if self._num_similar[i] < MAX_CANDIDATES:
                     self._num_similar[i] += 1
-                    # An estimate of 1 is about texts that differ in little.
+                    # An estimate of 1 means that the texts differ little.
                     similar.append((i, min(share, 0.99), asked[signed[number]][0]))
 
         slots = np.stack([row for row in rows if row is not None])
@@ -137,7 +137,7 @@ class _Prompts:
 def _trained_copies(
     plan: LaunchPlan, encoder: Encoder, questions: Sequence[EvalQuestion], candidates: Sequence[tuple[int, float, Document]]
 ) -> dict[int, TrainingCopy]:
-    """Return the most similar document of each question among the candidates that are in the training split."""
+    """Return the most similar document for each question, among the candidates that are in the training split."""
     if not candidates or plan.data is None:
         return {}
     data = plan.config.data
@@ -152,7 +152,7 @@ def _trained_copies(
 
 
 def _find_documents(split: Split, wanted: Sequence[np.ndarray]) -> set[bytes]:
-    """Return the digests of those token sequences that are documents of the split; reads documents of their lengths alone."""
+    """Return the digests of those token sequences that are documents of the split; reads only documents of matching lengths."""
     digests = {digest_tokens(ids) for ids in wanted}
     present: set[bytes] = set()
     for i in np.flatnonzero(np.isin(np.diff(split.docs), [len(ids) for ids in wanted])):
@@ -169,7 +169,7 @@ def _prompt_text(question: EvalQuestion) -> bytes:
 
 
 def describe_copies(num_prompts: int, copies: Sequence[TrainingCopy]) -> str:
-    """Say in one sentence how many prompts are also in the training data; an empty text for none."""
+    """Return one sentence on how many prompts are also in the training data; empty if none are."""
     if not copies:
         return ""
     share = f"{len(copies):,} of the {num_prompts:,} prompts"

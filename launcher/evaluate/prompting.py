@@ -1,4 +1,4 @@
-"""How questions become prompts: for the tuned model as in training, for the base model as chat or text, with examples."""
+"""Turns questions into prompts: for the tuned model as in training, for the base model as chat or text, with examples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _Written = TypeVar("_Written")
 
 CHAT, TEXT = "chat", "text"
-# Between examples in text. One that occurs in no example ends an answer as well.
+# Separators between examples in text. The chosen one occurs in no example and also ends an answer.
 _SEPARATORS = ("\n\n", "\n\n\n", "\n###\n", "\n======\n")
 _QUESTION, _ANSWER = "Question:", "Answer:"
 _ROLES = {"user": "User", "assistant": "Assistant", "tool": "Tool"}
@@ -27,7 +27,7 @@ _ROLES = {"user": "User", "assistant": "Assistant", "tool": "Tool"}
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """How the base model is asked: as `chat` with its template or as `text`, after `shots` examples, with an instruction."""
+    """How the base model is prompted: as `chat` with its template or as `text`, after `shots` examples, with an instruction."""
 
     form: str
     shots: int
@@ -41,7 +41,7 @@ class PromptStyle:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Token ids of prompts, one list each, of which the first `num_shared` are equal; answers end at `stop_strings`."""
+    """Token ids of prompts, one list each; the first `num_shared` tokens of all are equal. Answers end at `stop_strings`."""
 
     prompts: tuple[tuple[int, ...], ...]
     num_shared: int
@@ -58,7 +58,7 @@ class TunedPrompts:
         return _batch([_encode(self._encoder, question) for question in questions], ())
 
     def render(self, question: EvalQuestion, answers: Sequence[str]) -> list[RenderedDocument]:
-        """Return the prompt followed by each of `answers`, of which the answer alone is trained."""
+        """Return the prompt followed by each of `answers`; only the answer is trained."""
         document = question.document
         if isinstance(document, Chat):
             return _render_chat(self._encoder, document, document.messages, answers)
@@ -68,8 +68,8 @@ class TunedPrompts:
 class BasePrompts:
     """Prompts for the base model; `examples` are training questions with their answers, and `others` are further ones.
 
-    Text stops at the separator between examples, which occurs in no answer to these questions, and where the model writes a
-    question of its own.
+    Text stops at the separator between examples, which occurs in no answer to these questions, or where the model writes its own
+    next question.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class BasePrompts:
         examples: Sequence[EvalQuestion],
         others: Sequence[EvalQuestion],
     ) -> None:
-        # The system message of the settings is already part of the questions, and the template is the base model's own.
+        # The questions already include the configured system message, and the base model uses its own template.
         self._encoder = Encoder(tokenizer, data.model_copy(update={"chat_template": None, "system": None}))
         self._examples = tuple(examples)
         texts = [*(f"{_text_of(one)}{one.reference}" for one in examples), *(one.reference for one in others)]
@@ -91,24 +91,24 @@ class BasePrompts:
 
     @property
     def turn_end_ids(self) -> tuple[int, ...]:
-        """The tokens with which the base model's own template ends a turn; none where it has no template."""
+        """The tokens with which the base model's own template ends a turn; empty if it has no template."""
         if not self._encoder.has_template:
             return ()
         chat = Chat("a turn", (Message("user", "question"), Message("assistant", "answer")))
         try:
             (encoded,) = self._encoder.encode([self._encoder.render(chat)])
         except DataError:
-            # Some templates have no chats like this one.
+            # Some templates do not support such a chat.
             return ()
         return tuple(dict.fromkeys(int(encoded.ids[position]) for position in encoded.turn_ends))
 
     def forms(self, questions: Sequence[EvalQuestion]) -> tuple[str, ...]:
-        """Return the forms that the base model can be asked in: chat needs a template of its own."""
+        """Return the forms in which the base model can be prompted: chat requires its own template."""
         is_chat = all(isinstance(question.document, Chat) for question in questions)
         return (CHAT, TEXT) if is_chat and self._encoder.has_template else (TEXT,)
 
     def write(self, questions: Sequence[EvalQuestion], style: PromptStyle) -> PromptBatch:
-        """Return the prompts of questions in one style."""
+        """Return the prompts for questions in one style."""
         examples = self._examples[: style.shots]
         if style.form == CHAT:
             return _batch([self._write_chat(question, examples, style.instruction) for question in questions], ())
@@ -121,7 +121,7 @@ class BasePrompts:
         return _batch(prompts, (self._separator, *((f"\n{_QUESTION}", "\nUser:") if has_labels else ())))
 
     def render(self, question: EvalQuestion, answers: Sequence[str], style: PromptStyle) -> list[RenderedDocument]:
-        """Return the prompt in one style followed by each of `answers`, of which the answer alone is trained."""
+        """Return the prompt in one style followed by each of `answers`; only the answer is trained."""
         examples, chat = self._examples[: style.shots], question.document
         if style.form == CHAT:
             assert isinstance(chat, Chat)
@@ -143,7 +143,7 @@ class BasePrompts:
     def _with_instruction(
         self, chat: Chat, examples: Sequence[EvalQuestion], instruction: str, write: Callable[[Sequence[Message]], _Written]
     ) -> _Written:
-        """Return what `write` makes of the messages of a chat after examples, with an instruction as the template allows it."""
+        """Return the result of `write` for a chat's messages after examples, with an instruction as the template supports it."""
         shown = [message for example in examples for message in _turns(example)]
         system = [message for message in chat.messages if message.role == "system"]
         rest = [message for message in chat.messages if message.role != "system"]
@@ -153,7 +153,7 @@ class BasePrompts:
         try:
             return write([Message("system", text), *shown, *rest])
         except DataError:
-            # Some templates have no system message.
+            # Some templates do not support a system message.
             first, *others = [*shown, *rest]
             return write([replace(first, content=f"{text}\n\n{first.content}"), *others])
 
@@ -165,7 +165,7 @@ class BasePrompts:
 
 
 def _render_chat(encoder: Encoder, chat: Chat, messages: Sequence[Message], answers: Sequence[str]) -> list[RenderedDocument]:
-    """Return a chat with each answer as its last message, without what ends the turn."""
+    """Return a chat with each answer as its last message, without the end of the turn."""
     documents = []
     for answer in answers:
         rendered = encoder.render(Chat(chat.where, (*messages, Message("assistant", answer)), chat.tools))
@@ -191,7 +191,7 @@ def _encode(encoder: Encoder, question: EvalQuestion) -> list[int]:
 
 
 def _batch(prompts: Sequence[Sequence[int]], stop_strings: tuple[str, ...]) -> PromptBatch:
-    # The last token of a prompt is never shared: its logits give the first token of the answer.
+    # The last token of a prompt is never shared, because its logits determine the first token of the answer.
     num_shared = min((len(prompt) - 1 for prompt in prompts), default=0)
     if prompts:
         first = prompts[0]
@@ -225,7 +225,7 @@ def _text_of(question: EvalQuestion) -> str:
 
 
 def _spaced(example: EvalQuestion) -> str:
-    """Return what stands between an example's question and its answer: text has its own spaces."""
+    """Return the text between an example's question and its answer: text has its own spaces."""
     if isinstance(example.document, Chat):
         return " "
     return "" if example.document.prompt[-1:].isspace() or example.reference[:1].isspace() is False else " "

@@ -1,7 +1,7 @@
 """The questions of an evaluation: held-out documents split into a prompt and a reference answer, and training rows as examples.
 
-The caches of a run hold tokens only. A document is found again in its source by its tokens, so that the questions are exactly
-documents of the split, whatever selected them.
+The caches of a run hold only tokens. A document is found in its source by its tokens, so the questions are exactly the documents
+of the split, however they were selected.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.tracking.progress import Advance
 
-# Documents without a prompt are replaced by others.
+# Extra documents to read, because those without a prompt are replaced by others.
 _SPARE = 1.5
 _ENCODED_AT_ONCE = 256
 
@@ -40,13 +40,13 @@ class EvalQuestion:
 
     @property
     def text(self) -> str:
-        """What is asked: the last message, or the prompt."""
+        """The question itself: the last message, or the prompt."""
         document = self.document
         return document.prompt if isinstance(document, Completion) else document.messages[-1].content
 
     @property
     def prompt(self) -> str:
-        """All that is asked: the messages without those of the system, or the prompt."""
+        """The whole question: the messages without system messages, or the prompt."""
         document = self.document
         if isinstance(document, Completion):
             return document.prompt
@@ -66,8 +66,8 @@ class EvalQuestion:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """The questions of one set, in a fixed random order. `num_documents` has the set, `num_without_answer` of those looked at
-    have no prompt with an answer in text."""
+    """The questions of one set, in a fixed random order. `num_documents` is the size of the set; `num_without_answer` of the
+    inspected documents have no prompt with a text answer."""
 
     name: str
     questions: tuple[EvalQuestion, ...]
@@ -76,7 +76,7 @@ class QuestionSet:
 
 
 def split_question(document: Document, system: str | None) -> EvalQuestion | None:
-    """Return the question of a document: a chat up to its last answer, or a prompt; None if it has none."""
+    """Return the question in a document: a chat up to its last answer, or a prompt; None if it has none."""
     match document:
         case Chat():
             chat = with_system(document, system)
@@ -94,7 +94,7 @@ def read_held_out(plan: LaunchPlan, encoder: Encoder, max_prompts: int, advance:
     """Return questions of the run's held-out documents.
 
     Raises:
-        DataError: if the data files do not have these documents any more.
+        DataError: if the data files no longer contain these documents.
     """
     facts = _facts(plan)
     split = Split.open(facts, held_out=True)
@@ -105,7 +105,7 @@ def read_eval_set(plan: LaunchPlan, name: str, encoder: Encoder, max_prompts: in
     """Return questions of one of eval.sets.
 
     Raises:
-        DataError: if the set's files do not have its documents any more.
+        DataError: if the set's files no longer contain its documents.
     """
     eval_set = next(one for one in plan.config.eval.all_sets if one.name == name)
     data = make_set_data(eval_set, plan.config.data)
@@ -114,10 +114,10 @@ def read_eval_set(plan: LaunchPlan, name: str, encoder: Encoder, max_prompts: in
 
 
 def read_training(plan: LaunchPlan, encoder: Encoder, num_questions: int, advance: Advance) -> QuestionSet:
-    """Return questions of training documents: examples for the base model, and rows on which its prompt is chosen.
+    """Return questions from training documents: examples for the base model, and rows for choosing its prompt.
 
     Raises:
-        DataError: if the data files do not have these documents any more.
+        DataError: if the data files no longer contain these documents.
     """
     split = Split.open(_facts(plan))
     return _read("training", plan.config.data, split, encoder, num_questions, plan.config.run.seed, advance)
@@ -144,7 +144,7 @@ def _read(
 
 
 def digest_tokens(ids: np.ndarray) -> bytes:
-    """Return the digest by which a document of a cache is found in its source."""
+    """Return the digest for finding a cached document in its source."""
     return xxhash.xxh3_128_digest(np.ascontiguousarray(ids, dtype=np.uint32).tobytes())
 
 
@@ -162,7 +162,7 @@ def _find(data: DataSection, encoder: Encoder, keys: set[bytes], advance: Advanc
         advance(len(batch))
         batch.clear()
 
-    # The file of the held-out documents comes last in the list.
+    # The file of the held-out documents is last in the list.
     for document in read_documents(list_inputs(data)[::-1], encoder, data.checks):
         batch.append(document)
         if len(batch) == _ENCODED_AT_ONCE:
@@ -187,11 +187,11 @@ def read_documents(inputs: Sequence[Source], encoder: Encoder, checks: ChecksSec
     """Yield the documents of sources as the build of the cache reads them.
 
     Raises:
-        DataError: if a source is not there, or another user has made a folder of its name; and for rows that cannot be read.
+        DataError: if a source is missing, if another user has created a folder of its name, or if rows cannot be read.
     """
     for source in inputs:
         if source.is_read:
-            # The working directory may be another one than when the run was planned.
+            # The working directory may differ from the one in which the run was planned.
             if problem := sources.find_path_problem(f"the path of {source.name}", source):
                 raise DataError(problem)
             for document, _ in sources.read_usable_documents(source, checks):
@@ -210,7 +210,7 @@ def _changed(name: str, data: DataSection, num_found: int, num_chosen: int) -> D
 
 
 def describe_left_out(question_set: QuestionSet, num_questions: int, num_too_long: int) -> Sequence[str]:
-    """Return which documents of a set are not asked, and why, as lines for a person."""
+    """Return which documents of a set are not used as questions, and why, as lines of text."""
     lines = [f"{num_questions} prompts of {question_set.num_documents:,} documents"]
     if question_set.num_without_answer:
         lines.append(f"{question_set.num_without_answer} documents left out: no prompt with an answer in text")

@@ -1,4 +1,4 @@
-"""Sampled answers: what the model says to a held-out question before and after training."""
+"""Sampled answers: the model's answers to a held-out question before and after training."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import Composite
 from launcher.train.model import DTYPES, read_own_config, weights_gib
 
-# Largest model that one process loads whole for a sampled answer.
+# Largest model that one process loads completely for a sampled answer.
 _MAX_SAMPLED_GIB = 20
 
 
 def report_answers(plan: LaunchPlan, exported: Path, device: str, tracker: Composite) -> None:
     """Record a held-out question, its reference answer, and the answers of the initial and of the exported model.
 
-    Does nothing without `eval.sample`, without held-out questions, and for models that are too large for one process.
+    Does nothing without `eval.sample`, without held-out questions, or if the model is too large for one process.
     """
     samples = cache_store.read_samples(plan.data.cache_dir) if plan.data and plan.config.eval.sample else []
     if not samples or weights_gib(plan) > _MAX_SAMPLED_GIB:
@@ -35,7 +35,7 @@ def report_answers(plan: LaunchPlan, exported: Path, device: str, tracker: Compo
 
 
 def _report(tracker: Composite, text: str) -> None:
-    """Record a text without secrets: a model may repeat a key that it was trained on, and events are kept in logs."""
+    """Record a text without secrets: a model may repeat a key from its training data, and events are kept in logs."""
     (redacted,) = patterns.redact([text])
     tracker.event("sample", redacted)
 

@@ -1,4 +1,4 @@
-"""Scores of many answers by the metrics of the settings, a user's own functions among them. Without torch."""
+"""Scores answers by the configured metrics, including a user's own functions. Without torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MAX_VALUE_CHARS = 80
 
 @dataclass(frozen=True)
 class CopiedFunction:
-    """A user's function: the file of the copy in the folder of the evaluation, its SHA-256, and the name of the function."""
+    """A user's function: the file of its copy in the folder of the evaluation, the file's SHA-256, and the function's name."""
 
     file: str
     sha256: str
@@ -37,19 +37,19 @@ class CopiedFunction:
 
 @dataclass(frozen=True)
 class MetricFiles:
-    """metric-files.json: what the metrics of an evaluation read, as it was when it began: a JSON schema, functions by metric."""
+    """metric-files.json: files that an evaluation's metrics use, as at its start: a JSON schema, functions by metric."""
 
     schema: str = ""
     functions: dict[str, CopiedFunction] = field(default_factory=dict)
 
 
 def copy_metric_files(settings: AnswerMetrics, folder: Path) -> None:
-    """Copy the schema and the functions that metrics of the settings name into the folder of an evaluation.
+    """Copy the schema and the functions that the configured metrics name into the folder of an evaluation.
 
-    Every process scores by the copies: the files may change, and a path leads elsewhere on other nodes.
+    Every process scores with the copies: the files may change, and a path may lead to another file on other nodes.
 
     Raises:
-        ConfigError: if a file is missing, wrong, or could have been changed by others.
+        ConfigError: if a file is missing or invalid, or another user could have changed it.
     """
     schema = _read_schema(settings.json_schema, settings.metric_time_limit_s) if "json_schema" in settings.metrics else ""
     functions, contents = {}, {}
@@ -66,10 +66,10 @@ def copy_metric_files(settings: AnswerMetrics, folder: Path) -> None:
 
 
 class AnswerScorer:
-    """Scores answers by each metric of the settings, with the files that `copy_metric_files` has put into `folder`.
+    """Scores answers by each configured metric, with the files that `copy_metric_files` has put into `folder`.
 
     Raises:
-        DamagedRun: if they are not there, or a function's copy has changed.
+        DamagedRun: if they are missing, or a function's copy has changed.
     """
 
     def __init__(self, settings: AnswerMetrics, folder: Path) -> None:
@@ -110,10 +110,10 @@ class AnswerScorer:
             raise DataError(problems)
 
     def score(self, metric: str, answers: Sequence[GeneratedAnswer], references: Sequence[str], places: Sequence[str]) -> Scores:
-        """Return the score of each answer by a metric of the settings.
+        """Return the score of each answer by a configured metric.
 
         Raises:
-            DataError: if a user's function fails or takes too long, or a regular expression does; with the row.
+            DataError: if a user's function fails or takes too long, or a regular expression takes too long; with the row.
         """
         if metric in METRICS:
             table = METRICS[metric]
@@ -135,13 +135,13 @@ def _parts(problem: Problem) -> dict[str, str]:
 
 
 def _read_schema(path: str | None, time_limit_s: float) -> str:
-    """Return the text of a JSON schema file that the validator accepts, all references of which lead to a schema."""
+    """Return the text of a JSON schema file that the validator accepts and whose references all lead to a schema."""
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
     from referencing.exceptions import Unresolvable
 
     where, file = "evaluate.json_schema", Path(path or "").expanduser()
-    # It decides the scores, and a relative path may lead into a working directory of somebody else.
+    # It decides the scores, and a relative path may lead into another user's working directory.
     if problem := ownership.file_problem("the JSON schema", file):
         raise ConfigError(problem)
     try:
@@ -172,11 +172,11 @@ def _read_schema(path: str | None, time_limit_s: float) -> str:
 
 
 def _check_references(schema: Any) -> None:
-    """Check every schema that a reference of a JSON schema leads to.
+    """Check every schema that a JSON schema's references lead to.
 
     Raises:
-        Unresolvable: if one leads nowhere.
-        SchemaError: if one leads to something that is no schema.
+        Unresolvable: if a reference leads nowhere.
+        SchemaError: if a reference leads to something that is not a schema.
     """
     from jsonschema.validators import validator_for
     from jsonschema_specifications import REGISTRY
@@ -188,7 +188,7 @@ def _check_references(schema: Any) -> None:
     root = specification.create_resource(schema)
     resolver = REGISTRY.with_resource(root.id() or "", root).resolver(root.id() or "")
     waiting = [(root, resolver)]
-    # By identity: a schema may lead back to itself.
+    # Compared by identity, because a schema may refer to itself.
     checked: set[int] = set()
     while waiting:
         part, resolver = waiting.pop()
@@ -200,7 +200,7 @@ def _check_references(schema: Any) -> None:
                 try:
                     named = resolver.lookup(reference)
                 except (Unresolvable, ValueError):
-                    # The error may name a part of the reference only.
+                    # The error may name only a part of the reference.
                     raise Unresolvable(ref=reference) from None
                 if not isinstance(named.contents, dict | bool):
                     raise Unresolvable(ref=reference)
@@ -214,7 +214,7 @@ def _read_function(metric: str, file: Path, function: str) -> bytes:
     import ast
 
     where = "evaluate.metrics"
-    # Before it is opened: a pipe would never end.
+    # Check before opening: a pipe would never end.
     if not file.is_file():
         raise ConfigError("the file of a metric does not exist", where=where, value=metric, remedy="check the path")
     if problem := ownership.file_problem("the file of a metric", file):

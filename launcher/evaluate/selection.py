@@ -1,7 +1,7 @@
-"""Choose how the base model is asked: chat or text, the number of examples, the instruction. On training rows, without torch.
+"""Chooses how to prompt the base model: chat or text, the number of examples, the instruction. On training rows, without torch.
 
-A baseline that is asked badly would flatter the tuned model. Two short rounds compare one choice after the other: first the form,
-then the instruction and the number of examples.
+A badly prompted baseline would flatter the tuned model. Two short rounds compare one choice at a time: first the form, then the
+instruction and the number of examples.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Literal
 
 from launcher.evaluate.prompting import PromptStyle
 
-# Numbers of examples among which evaluate.shots=auto chooses.
+# The numbers of examples that evaluate.shots=auto chooses from.
 AUTO_SHOTS = (2, 4, 8)
-# Questions that are rendered to see whether examples fit: those with the most characters.
+# Number of questions to render to check whether examples fit: those with the most characters.
 NUM_LONGEST = 3
 
-# The mean score of each style on the same training rows.
+# Returns the mean score of each style on the same training rows.
 ScoreStyles = Callable[[Sequence[PromptStyle]], Mapping[PromptStyle, float]]
 
 
@@ -30,7 +30,7 @@ def list_shots(setting: Literal["auto"] | int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ChosenStyles:
-    """The best way to ask without examples and with them; None if none is used. `scores` are those of all that were tried."""
+    """The best style without examples and with examples; None if not used. `scores` are those of all styles that were tried."""
 
     zero_shot: PromptStyle
     few_shot: PromptStyle | None
@@ -40,9 +40,9 @@ class ChosenStyles:
 def choose_styles(
     forms: Sequence[str], shots: Sequence[int], instructions: Sequence[str], score_styles: ScoreStyles
 ) -> ChosenStyles:
-    """Compare ways to ask; `shots` are the numbers of examples to choose from, without 0.
+    """Compare styles; `shots` are the numbers of examples to choose from, without 0.
 
-    Of equal scores the first one wins, which has no instruction; among numbers of examples the largest.
+    Of equal scores the first one wins, which has no instruction; among numbers of examples, the largest wins.
     """
     numbers = sorted(shots)
     middle = numbers[len(numbers) // 2] if numbers else 0

@@ -1,4 +1,4 @@
-"""Statistics of paired scores: is one side better than the other on the same prompts? Pure, and without torch.
+"""Statistics of paired scores: whether one side is better than the other on the same prompts. Pure, and without torch.
 
 The interval is the percentile bootstrap over prompts (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13), with
 the percentiles moved outwards for small samples as in Hesterberg, "What Teachers Should Know about the Bootstrap" (2015,
@@ -20,9 +20,9 @@ Scores = npt.NDArray[np.float64]
 
 NUM_DRAWS = 10_000
 SEED = 20_240_229
-# Drawn indices that are in memory at once.
+# Maximum number of drawn indices in memory at a time.
 _MAX_DRAWN = 4_000_000
-# Sums of fractions differ in the last bits; a bound that is zero must not count as above zero.
+# Sums of fractions differ in the last bits, but a bound of zero must not count as above zero.
 _DECIMALS = 12
 _NORMAL = NormalDist()
 
@@ -48,7 +48,7 @@ def count_pairs(differences: Scores) -> PairedCounts:
 
 
 def bootstrap_means(differences: Scores, num_draws: int = NUM_DRAWS, seed: int = SEED) -> Scores:
-    """Return the mean difference of each of `num_draws` samples of the prompts, drawn with replacement, in ascending order."""
+    """Return the mean difference in each of `num_draws` samples of the prompts, drawn with replacement, in ascending order."""
     generator = np.random.default_rng(seed)
     num_prompts = len(differences)
     draws_at_once = max(1, _MAX_DRAWN // num_prompts)
@@ -60,9 +60,9 @@ def bootstrap_means(differences: Scores, num_draws: int = NUM_DRAWS, seed: int =
 
 
 def interval(sorted_means: Scores, num_prompts: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the bounds of the mean from `bootstrap_means` of `num_prompts` prompts.
+    """Return the bounds of the mean, from `bootstrap_means` of `num_prompts` prompts.
 
-    With one prompt nothing is known about the spread: both bounds are infinite.
+    With one prompt, nothing is known about the spread, so both bounds are infinite.
     """
     if num_prompts < 2:
         return -math.inf, math.inf
@@ -83,8 +83,9 @@ def prompts_needed(differences: Scores, smallest_difference: float) -> int:
     """Return how many prompts would show the observed difference with a probability of 80%.
 
     The formula is that of a paired z-test, two-sided at 5%: ((z_0.975 + z_0.8) * s / d)^2, with the spread s of the differences.
-    A difference below `smallest_difference` in absolute value counts as that one. The spread is at least that of scores of 0 and
-    1 that differ on a share d of the prompts, all in one direction: no sample with such a mean difference has less.
+    If the difference d is below `smallest_difference` in absolute value, `smallest_difference` is used. The spread is at least
+    that of scores of 0 and 1 that differ on a share d of the prompts, all in one direction: no sample with such a mean difference
+    has less.
     """
     mean = float(differences.mean()) if len(differences) else 0.0
     difference = max(abs(mean), smallest_difference)
@@ -109,7 +110,7 @@ def t_quantile(probability: float, degrees: int) -> float:
 def _t_cdf(t: float, degrees: int) -> float:
     """Return P(T <= t) for t >= 0 by the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4.
 
-    From 1,000 degrees of freedom on, by their approximation 26.7.8.
+    From 1,000 degrees of freedom, it uses their approximation 26.7.8.
     """
     if degrees >= 1_000:
         return _NORMAL.cdf(t * (1 - 1 / (4 * degrees)) / math.sqrt(1 + t * t / (2 * degrees)))

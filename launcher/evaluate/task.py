@@ -1,4 +1,4 @@
-"""One evaluation in its folder: what is asked of which weights, and what has come of it. Without torch."""
+"""One evaluation in its folder: which questions go to which weights, and the results. Without torch."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from launcher.tracking.verdicts import BENCHMARKS, CHOICES
 
 TUNED = "tuned"
 _TRAINING = "training"
-# A command that was killed, or whose machine is gone, counts this file up no more.
+# The command counts up in this file; if it was killed or its machine is gone, the count stops.
 ALIVE = "alive"
 _ALIVE_TIMEOUT_S, _ALIVE_POLL_S, _END_S = 120.0, 5.0, 60.0
-# Of config.json: who wrote it.
+# Keys of config.json about the program that wrote it.
 _NOT_ABOUT_THE_MODEL = ("_name_or_path", "transformers_version")
 
 
@@ -45,14 +45,14 @@ class Weights:
 
     @classmethod
     def of(cls, folder: Path, turn_end_ids: Sequence[int] = (), digest: str | None = None) -> Weights:
-        """Return the weights in a folder; answers also stop at `turn_end_ids`. `digest` is that of the weights, where known."""
+        """Return the weights in a folder; answers also stop at `turn_end_ids`. `digest` is the weights' digest, if known."""
         stop_ids = tuple(dict.fromkeys((*read_stop_ids(folder), *turn_end_ids)))
         return cls(str(folder), digest or digest_weights(folder), stop_ids, _digest_config(folder))
 
 
 @dataclass(frozen=True)
 class EvaluatedExport:
-    """weights.json: which checkpoint the folder of weights holds, by the digest of its manifest, and in which dtype."""
+    """weights.json: the checkpoint in the folder of weights, by the digest of its manifest, and the dtype."""
 
     checkpoint: str
     dtype: str
@@ -63,9 +63,10 @@ class EvaluatedExport:
 class EvaluationTask:
     """task.json: everything that the processes of an evaluation need, on any node.
 
-    `base` is None for a run that began with random weights. `code` is the folder of the model's own Python files. `shots` are the
-    numbers of examples that fit every prompt. `left_out` says which documents are not asked, by set, and `training_copies` which
-    prompts are also in the training data. `overlap_gap` says which training documents were not compared, empty for none.
+    `base` is None for a run that started from random weights. `code` is the folder of the model's own Python files. `shots` are
+    the numbers of examples that fit every prompt. `left_out` lists, by set, which documents are not used as questions.
+    `training_copies` lists which prompts are also in the training data. `overlap_gap` says which training documents were not
+    compared, empty if all were.
     """
 
     run_name: str
@@ -90,7 +91,7 @@ class EvaluationTask:
 
 @dataclass(frozen=True)
 class StyleScore:
-    """The mean score of a way to ask the base model, on training rows."""
+    """The mean score of one style of prompting the base model, on training rows."""
 
     style: str
     score: float
@@ -98,7 +99,7 @@ class StyleScore:
 
 @dataclass(frozen=True)
 class SideAnswers:
-    """The answers of one side: `name` as in the verdict, the file beside answers.json, and how the prompts were written."""
+    """The answers of one side: `name` as in the verdict, the file next to answers.json, and how the prompts were written."""
 
     name: str
     file: str
@@ -108,7 +109,7 @@ class SideAnswers:
 
 @dataclass(frozen=True)
 class EvaluationAnswers:
-    """answers.json: all answers are there. `sets` has the sides of each set, `selection` the ways to ask that were compared."""
+    """answers.json: written when all answers exist. `sets` has the sides of each set, `selection` the compared styles."""
 
     sets: dict[str, tuple[SideAnswers, ...]]
     selection: tuple[StyleScore, ...] = ()
@@ -120,7 +121,7 @@ class EvaluationAnswers:
 
 @dataclass(frozen=True)
 class ProcessFacts:
-    """What must be the same in all processes of an evaluation: their answers would not belong together otherwise."""
+    """Facts that must be equal in all processes of an evaluation; otherwise their answers would not be comparable."""
 
     device: str
     dtype: str
@@ -149,32 +150,32 @@ class EvaluationFolder:
 
     @property
     def lock(self) -> Path:
-        """Held by the command that works on the evaluation."""
+        """The lock that the command working on the evaluation holds."""
         return self.root / ".lock"
 
     @property
     def weights(self) -> Path:
-        """The export of a step that the run's own export does not have; removed with the end of the evaluation."""
+        """The export of a step that the run's own export does not contain; removed at the end of the evaluation."""
         return self.root / "weights"
 
     @property
     def weights_record(self) -> Path:
-        """Written when the export is complete: an evaluation that was interrupted uses it again."""
+        """Written when the export is complete, so that an interrupted evaluation reuses it."""
         return self.root / "weights.json"
 
     @property
     def benchmarks(self) -> Path:
-        """Scores by the tasks of lm-evaluation-harness."""
+        """Scores on the tasks of lm-evaluation-harness."""
         return self.root / BENCHMARKS
 
     @property
     def choices(self) -> Path:
-        """Scores of questions with choices, a folder for each file of them."""
+        """Scores on questions with choices, one folder per question file."""
         return self.root / CHOICES
 
     @property
     def processes(self) -> Path:
-        """One record for each process that answers; emptied when a command begins."""
+        """One record per answering process; emptied when a command starts."""
         return self.root / ".processes"
 
     def write_facts(self, rank: int, facts: ProcessFacts) -> None:
@@ -182,10 +183,10 @@ class EvaluationFolder:
         json_records.write(self.processes / f"{rank:05d}.json", facts)
 
     def require_alike(self, rank: int, facts: ProcessFacts) -> None:
-        """Compare a process with the first one, and the first one with all that have begun.
+        """Compare a process with the first one, and the first process with all that have started.
 
         Raises:
-            RunError: if they differ, since each would wait for answers that no other gives.
+            RunError: if they differ, because each would wait for answers that no other process generates.
         """
         files = sorted(self.processes.glob("*.json")) if rank == 0 else [self.processes / f"{0:05d}.json"]
         for file in files:
@@ -222,9 +223,9 @@ class EvaluationFolder:
 
 
 def read_exported(folder: EvaluationFolder, checkpoint: str) -> EvaluatedExport | None:
-    """Return the record of the weights in an evaluation's folder; None if it has none, or those of another checkpoint.
+    """Return the record of the weights in an evaluation's folder; None if there is none, or if it is for another checkpoint.
 
-    `checkpoint` is the digest of the step's checkpoint, empty if it was removed: what was exported before is then its weights.
+    `checkpoint` is the digest of the step's checkpoint, empty if that was removed: the earlier export then counts as its weights.
     """
     existing = json_records.read_if_present(EvaluatedExport, folder.weights_record)
     if existing is None or not folder.weights.is_dir() or checkpoint not in ("", existing.checkpoint):
@@ -233,21 +234,21 @@ def read_exported(folder: EvaluationFolder, checkpoint: str) -> EvaluatedExport 
 
 
 class CommandWatch:
-    """Finds that the command of an evaluation has ended without saying so, and ends this process then."""
+    """Detects that the command of an evaluation has ended without notice, and then ends this process."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._content, self._changed_at = self._read(), time.monotonic()
 
     def has_ended(self) -> bool:
-        """Return whether the command has given no sign of life for two minutes."""
+        """Return whether the command has shown no sign of life for two minutes."""
         content, now = self._read(), time.monotonic()
         if content not in (b"", self._content):
             self._content, self._changed_at = content, now
         return now - self._changed_at > _ALIVE_TIMEOUT_S
 
     def start(self, poll_s: float = _ALIVE_POLL_S) -> None:
-        """Look in a thread, since loading a model and a request to a server take longer than the command is waited for."""
+        """Watch in a thread, because loading a model or a server request takes longer than the timeout for the command."""
         threading.Thread(target=self._end_process, args=(poll_s,), name="command-watch", daemon=True).start()
 
     def _end_process(self, poll_s: float) -> None:
@@ -266,17 +267,17 @@ class CommandWatch:
 
 
 def describe(style: PromptStyle | None) -> str:
-    """Return how prompts were written; None for those of training."""
+    """Return how prompts were written; None means as in training."""
     return "as in training" if style is None else str(style)
 
 
 def _digest_config(folder: Path) -> str:
-    """Return a digest of what config.json says about the model."""
+    """Return a digest of the parts of config.json that describe the model."""
     config = json.loads((folder / "config.json").read_bytes())
     said = {key: value for key, value in config.items() if key not in _NOT_ABOUT_THE_MODEL}
     return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
 
 
 def digest_weights(folder: Path) -> str:
-    """Return a digest of the weight files in a folder, whatever its path."""
+    """Return a digest of the weight files in a folder, independent of its path."""
     return "-".join(atomic_files.digest_file(file).xxh3_128 for file in weight_files(folder, with_pickled=True))

@@ -1,4 +1,4 @@
-"""The verdict of an evaluation: did fine-tuning help, on the same prompts and against each baseline? Without torch."""
+"""The verdict of an evaluation: whether fine-tuning helped, on the same prompts and against each baseline. Without torch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from launcher.tracking.verdicts import (
     format_difference,
 )
 
-# Below this many pairs that differ, the exact test decides instead of the interval.
+# With fewer pairs that differ, the exact test decides instead of the interval.
 MIN_DISCORDANT = 10
 SIGNIFICANCE = 0.05
-# A smaller difference than this is not worth more prompts.
+# A smaller difference is not worth more prompts.
 SMALLEST_DIFFERENCE = 0.05
 _NUM_EXAMPLES = 5
-# Of each kind, those whose texts are kept.
+# Number of wins, losses and ties whose texts are kept.
 _NUM_SHOWN = 3
 _MAX_SHOWN_CHARS = 1_500
 
@@ -43,14 +43,14 @@ def judge(
 
     Args:
         metric: name of the primary metric.
-        scores: scores by side, one number for each prompt, in the same order; the sides are `tuned` and the baselines. Higher
-            is better.
-        others: the same for further metrics, which are in the table and not in the sentence.
-        general_loss: loss of general text before and after.
+        scores: scores by side, one number per prompt, in the same order; the sides are `tuned` and the baselines. Higher is
+            better.
+        others: the same for further metrics, which appear in the table but not in the sentence.
+        general_loss: loss on general text before and after.
 
-    The outcome is `better` only where the lower bound of the paired 95% interval is above zero against each baseline. It is
-    `worse` where the upper bound is below zero against one of them; with several baselines that interval is wider (Bonferroni),
-    so that without a difference at most 5% of all evaluations have an outcome.
+    The outcome is `better` only if the lower bound of the paired 95% interval is above zero against each baseline. It is `worse`
+    if the upper bound is below zero against one of them. With several baselines that interval is wider (Bonferroni), so that
+    without a difference at most 5% of all evaluations have an outcome.
     """
     by_metric = {metric: scores, **(others or {})}
     comparisons = tuple(_compare(name, sides) for name, sides in by_metric.items())
@@ -78,9 +78,9 @@ def judge(
 def with_examples(
     verdict: EvaluationVerdict, prompts: Sequence[str], references: Sequence[str], answers: Mapping[str, Sequence[str]]
 ) -> EvaluationVerdict:
-    """Return the verdict with the texts of some wins, losses and ties by the primary metric, the largest differences first.
+    """Return the verdict with the texts of some wins, losses and ties by the primary metric, largest differences first.
 
-    Texts are shortened, and credentials in them are removed: a verdict is read by others, and sent to W&B.
+    Texts are shortened, and credentials in them are removed: other people read a verdict, and it is sent to W&B.
     """
     examples = []
     for one in verdict.primary:
@@ -119,7 +119,7 @@ def _compare_with(metric: str, baseline: str, tuned: Scores, base: Scores, num_b
     outcome = ComparisonOutcome.BETTER if is_better else ComparisonOutcome.WORSE if is_worse else ComparisonOutcome.UNCLEAR
     needed = None
     if outcome == ComparisonOutcome.UNCLEAR:
-        # The formula is about a large sample; the sample at hand has shown that its number does not suffice.
+        # The formula assumes a large sample; this sample has shown that its own size is not sufficient.
         needed = max(statistics.prompts_needed(differences, SMALLEST_DIFFERENCE), len(differences) + 1)
     order = np.argsort(-np.abs(differences), kind="stable")
     rounded = np.round(differences, 12)
@@ -166,7 +166,7 @@ def _sentence(
     if not comparisons:
         return f"No baseline was evaluated: {_words(metric)} {means[TUNED]:.2f}."
     against = " and ".join(f"{means[one.baseline]:.2f} ({one.baseline})" for one in comparisons)
-    # The comparison that decides: the one that is lost, else the hardest one that is unclear, else the hardest.
+    # The deciding comparison: the one that is lost, else the hardest unclear one, else the hardest.
     deciding = min(
         (one for one in comparisons if one.outcome == outcome),
         key=lambda one: one.difference if one.low is None else one.low,
@@ -193,13 +193,13 @@ def _more_prompts(num_prompts: int, deciding: BaselineComparison) -> str:
 
 
 def _rounded_up(number: int) -> int:
-    """Round up to two digits: the number is an estimate."""
+    """Round up to two digits, because the number is an estimate."""
     unit = 10 ** max(0, len(str(number)) - 2)
     return math.ceil(number / unit) * unit
 
 
 def describe_general_loss(loss: GeneralLoss) -> str:
-    """Say in one sentence whether the model has forgotten: the loss of general text before and after."""
+    """Return one sentence on whether the model has forgotten: the loss on general text before and after."""
     change = loss.after - loss.before
     moved = f"{'rose' if change > 0 else 'fell'} by {abs(change):.2f}" if abs(change) >= 0.005 else "did not change"
     until = "" if loss.measured_at is None else f" until step {loss.measured_at}, where it was measured last"

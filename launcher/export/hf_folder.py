@@ -1,7 +1,7 @@
 """Export a checkpoint as a Hugging Face folder, without an engine, without GPUs and without the model in memory.
 
-One process does it (`export`), or all ranks at the end of a run: rank 0 calls `begin_export`, every rank `write_rank_files`, and
-rank 0 `complete_export`.
+Either one process does everything (`export`), or all ranks do at the end of a run: rank 0 calls `begin_export`, every rank
+`write_rank_files`, and rank 0 `complete_export`.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ _TEMPLATE_FILES = ("chat_template*", "additional_chat_templates")
 class ExportTask:
     """Source, target and settings of an export.
 
-    `model` is the base model's folder, or its config.json as a mapping. `tokenizer` is a folder; `chat_template` is the text of
-    a template that replaces the tokenizer's own. With `trust_remote_code`, the Python files of `model` have `code_digest`, or
+    `model` is the base model's folder, or its config.json as a mapping. `tokenizer` is a folder; `chat_template` is the text of a
+    template that replaces the tokenizer's own. With `trust_remote_code`, the Python files of `model` must have `code_digest`, or
     owners whom this user trusts. Generation also stops at `turn_end_ids`. `dtype` is bf16, fp16 or fp32. With `check`,
-    transformers builds the model from its config before the export, and loads the folder after it.
+    transformers builds the model from its config before the export, and loads the folder afterwards.
     """
 
     checkpoint: Path
@@ -73,7 +73,7 @@ class ExportTask:
 
     @property
     def added_stop_ids(self) -> tuple[int, ...]:
-        """Those of `turn_end_ids` at which the base model does not stop generation."""
+        """Return those of `turn_end_ids` at which the base model does not stop generation."""
         return tuple(i for i in self.turn_end_ids if i not in generation.read_stop_ids(self.model))
 
     @property
@@ -84,11 +84,11 @@ class ExportTask:
 
 @dataclass(frozen=True)
 class ExportedFolder:
-    """An exported Hugging Face folder, its weight files, and their parameters and bytes (tied ones count once).
+    """An exported Hugging Face folder, its weight files, and their parameters and bytes (tied weights count once).
 
     `num_compared` tensors match the engine's weights by digest; 0 if the checkpoint has no digests. `loaded` is true if
-    transformers loaded the folder, else `not_loaded` says why. `parity` is None if no logits were compared. Generation stops at
-    `added_stop_ids`, at which the base model's did not.
+    transformers loaded the folder; otherwise `not_loaded` says why. `parity` is None if no logits were compared. Generation stops
+    at `added_stop_ids`, but the base model's does not.
     """
 
     path: Path
@@ -158,9 +158,10 @@ def describe_added_stop_ids(exported: ExportedFolder) -> str:
 
 
 def verify_checkpoint(task: ExportTask, make_progress: MakeProgress = silent) -> None:
-    """Verify the files of the checkpoint whose damage `write_rank_files` would not detect.
+    """Verify the checkpoint files whose damage `write_rank_files` would not detect.
 
-    An export in the engine's dtype compares every byte with the digests of the weights. The shards, and with them the optimizer
+    An export in the engine's dtype compares every byte with the digests of the weights. Then the shards, including the optimizer
+    states, need not be read.
     states, need not be read then.
 
     Raises:
@@ -261,7 +262,7 @@ def _file_layout(task: ExportTask) -> weights.FileLayout:
 
 
 def _folder_to_load(task: ExportTask, folder: Path) -> Path:
-    """Return the folder from which transformers may load `folder`, with the code of the base model."""
+    """Return the folder from which transformers may load `folder`, with the base model's code."""
     if not isinstance(task.model, Path):
         return folder
     try:
@@ -273,7 +274,7 @@ def _folder_to_load(task: ExportTask, folder: Path) -> Path:
 def _write_config(task: ExportTask, model: Path | Mapping[str, Any], state: State) -> None:
     """Write the config.json of a base model and check it against the checkpoint's parameters."""
     config = dict(model) if isinstance(model, Mapping) else json.loads((model / "config.json").read_bytes())
-    # The base may have been quantized; these weights are not.
+    # The base model may have been quantized, but these weights are not.
     for key in ("quantization_config", "torch_dtype"):
         config.pop(key, None)
     config["dtype"] = weights.DTYPES[task.dtype][1]
@@ -287,7 +288,7 @@ def _write_config(task: ExportTask, model: Path | Mapping[str, Any], state: Stat
 
 
 def _copy_side_files(task: ExportTask, model: Path | Mapping[str, Any]) -> None:
-    """Copy what belongs to the base model and its tokenizer; `model` is the folder of the code, where there is one."""
+    """Copy the files that belong to the base model and its tokenizer; `model` is the folder of the code, if there is one."""
     by_folder: list[tuple[Path, tuple[str, ...]]] = []
     if isinstance(task.model, Path) and isinstance(model, Path):
         by_folder += [(task.model, _MODEL_FILES), (model, _CODE_FILES)]

@@ -39,9 +39,9 @@ def token_problem(where: str, repo_id: str, environ: Mapping[str, str] = os.envi
 
 @functools.cache
 def is_public(repo_id: str) -> bool | None:
-    """Return whether everybody can read a repository of the Hub; None if the Hub cannot be asked from here.
+    """Return whether anyone can read a repository on the Hub; None if the Hub cannot be reached from here.
 
-    A repository that does not exist is made private by `push`.
+    If a repository does not exist, `push` creates it as private.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -57,7 +57,7 @@ def is_public(repo_id: str) -> bool | None:
 
 
 def public_problem(where: str, repo_id: str, remedy: str) -> Problem | None:
-    """Return the problem with a push to `repo_id` that has not been allowed to be public; None if it is private or unknown."""
+    """Return the problem with a push to a public `repo_id` that was not explicitly allowed; None if it is private or unknown."""
     if not is_public(repo_id):
         return None
     message = "the repository is public, and everybody could download the model"
@@ -87,7 +87,7 @@ def push(folder: Path, repo_id: str, *, again: str, public: bool = False) -> str
         raise PushError(error.problems) from None
     api = HfApi(token=os.environ[TOKEN_VARIABLE])
     try:
-        # `exist_ok` says nothing about who can read a repository that exists.
+        # `exist_ok` does not tell who can read an existing repository.
         is_there = _require_private(api, repo_id, again, public)
         address = api.create_repo(repo_id, private=True, exist_ok=True)
         if not is_there:
@@ -111,7 +111,7 @@ def _require_private(api: HfApi, repo_id: str, again: str, allow_public: bool) -
     """Return whether the repository exists.
 
     Raises:
-        PushError: if everybody can read it and that is not allowed.
+        PushError: if anyone can read it and that is not allowed.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 

@@ -1,6 +1,6 @@
 """The model card of an exported folder: base model, data, settings, losses and the run that trained it.
 
-Strangers read a card: it holds no path of this machine and no secret; of a local folder or file it shows the name only.
+Strangers read a card, so it contains no path of this machine and no secret. Of a local folder or file, it shows only the name.
 The format is described at https://huggingface.co/docs/hub/model-cards.
 """
 
@@ -106,7 +106,7 @@ def _card_data(plan: LaunchPlan, base: Mapping[str, Any]) -> ModelCardData:
 
 
 def _hub_origin(plan: LaunchPlan, base: Mapping[str, Any]) -> str | None:
-    """Return the Hub id of the base model, also for a local folder that was fine-tuned from it."""
+    """Return the Hub id of the base model, even for a local folder that was fine-tuned from it."""
     path = plan.config.model.path or ""
     if plan.config.model.init == "random":
         return None
@@ -195,7 +195,7 @@ def _length(batch: Batch, step: int) -> str:
 def _loss_rows(manifest: Manifest, metrics: Sequence[Mapping[str, Any]]) -> Rows:
     """Return the last training loss and each held-out set's first and last loss, up to the checkpoint's step."""
     rows = []
-    # An attempt that resumed from an earlier step logs steps again: the last line of a step counts.
+    # An attempt that resumed from an earlier step logs steps again: the last line for a step counts.
     lines = [line for line in metrics if line["trainer/step"] <= manifest.step]
     trained = [line for line in lines if "train/loss" in line]
     if trained:

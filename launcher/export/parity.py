@@ -14,9 +14,9 @@ from launcher.checkpoint.manifest import REFERENCE_LOGITS
 from launcher.checkpoint.state import State
 from launcher.errors import CheckpointError
 
-# The exported weights equal the engine's, so that only kernels and the order of sums differ.
+# The exported weights equal the engine's, so only kernels and the order of sums differ.
 # bf16 and fp16 round each result to 2^-9 and 2^-12 of its size; over tens of layers that moves logits by some 0.05, and
-# KL ~ Var(difference) / 2 ~ 1e-3. A weight that is wrong, missing or in the wrong place costs tenths of a nat. In fp32
+# KL ~ Var(difference) / 2 ~ 1e-3. A weight that is wrong, missing or misplaced costs tenths of a nat. In fp32
 # the same reasoning gives 1e-9; the bound leaves room for TF32 matrix products.
 MAX_MEAN_KL_LOW_PRECISION = 1e-2
 MAX_MEAN_KL_FP32 = 1e-5
@@ -73,8 +73,8 @@ def read_reference_logits(checkpoint: Path) -> dict[str, torch.Tensor] | None:
 def load_exported(
     folder: Path, *, dtype: str, device: str = "cpu", trust_remote_code: bool = False
 ) -> transformers.PreTrainedModel:
-    """Load an exported folder with transformers in `dtype`; CheckpointError where any weight is missing or left over."""
-    # The bar of transformers would stand in the log of a rank.
+    """Load an exported folder with transformers in `dtype`; raise CheckpointError if any weight is missing or left over."""
+    # Otherwise transformers' progress bar would appear in a rank's log.
     transformers.utils.logging.disable_progress_bar()
     try:
         model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -115,7 +115,7 @@ def check_parity(model: transformers.PreTrainedModel, reference_logits: Mapping[
     """
     device = model.device
     inputs = {key: reference_logits[key].to(device) for key in ("input_ids", "position_ids")}
-    # With a cache, transformers does not see from the position ids where packed documents begin.
+    # With a cache, transformers does not detect from the position ids where packed documents begin.
     logits = model(**inputs, use_cache=False).logits[0]
     engine = reference_logits["logits"][0]
     max_abs_diff = kl = agree = 0.0
@@ -133,7 +133,7 @@ def check_parity(model: transformers.PreTrainedModel, reference_logits: Mapping[
 
 
 def require_parity(parity: LogitParity) -> None:
-    """Check the parity against its bound (the comment on `MAX_MEAN_KL_*` explains the bounds).
+    """Check the parity against its bound, which the comment on `MAX_MEAN_KL_*` explains.
 
     Raises:
         CheckpointError: if the exported model's logits differ by more than rounding.

@@ -1,6 +1,6 @@
 """Stream a checkpoint's weights from its shards into Hugging Face files, and compare them with the engine's on the way.
 
-Needs numpy only: importing torch would take longer than the work itself, and more memory.
+Needs only numpy: importing torch would take longer than the work itself, and more memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from launcher.errors import CheckpointError
 
 # The launcher's name of a dtype -> its name in safetensors files and in config.json.
 DTYPES = {"bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16"), "fp32": ("F32", "float32")}
-# 5 GB per file is what transformers and the hub use.
+# transformers and the Hub use 5 GB per file.
 MAX_FILE_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 
@@ -96,7 +96,8 @@ def write_files(
 ) -> None:
     """Write and fsync the files `names` of the layout into `folder`; `on_write` is called with the bytes of each block.
 
-    It takes the memory of three blocks of half a million elements, for any model size. `engine` None skips the comparison.
+    The function takes the memory of three blocks of half a million elements, for any model size. With `engine` None, it does not
+    compare.
 
     Raises:
         CheckpointError: if a weight differs from the engine's.

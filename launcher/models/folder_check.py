@@ -1,6 +1,6 @@
-"""Check the files of a local model folder before anything starts: config.json, the index and the weight files, all at once.
+"""Checks the files of a local model folder before anything starts: config.json, the index and the weight files, all at once.
 
-Imports no torch.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from launcher.plan.architecture import config_problems, model_facts
 from launcher.plan.quantities import format_size
 
 _NUM_NAMED = 3
-# transformers reads such files whole, and takes several times their size. The largest tokenizers have some 50 MB.
+# transformers reads such files completely, and uses several times their size. The largest tokenizers have some 50 MB.
 _READ_WHOLE = (".json", ".jinja", ".txt", ".model")
 _MAX_READ_BYTES = 512 << 20
 TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "*.model")
@@ -30,7 +30,7 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def folder_problems(folder: Path, model: ModelSection) -> list[Problem]:
-    """Return everything that is wrong with the files of a model folder, without reading the data of tensors."""
+    """Return all problems with the files of a model folder, without reading the data of tensors."""
     config_file = folder / "config.json"
     if not config_file.is_file():
         return [_without_config(folder)]
@@ -64,7 +64,7 @@ def _without_config(folder: Path) -> Problem:
 
 
 def size_problems(folder: Path, key: str = "model.path") -> list[Problem]:
-    """Return which files of a folder, such as tokenizer.json, are too large to be read: one with holes can be of any size."""
+    """Return which files of a folder, such as tokenizer.json, are too large to be read: a sparse file can have any size."""
     large = [
         (file, size)
         for file in sorted(folder.iterdir())
@@ -82,7 +82,7 @@ def size_problems(folder: Path, key: str = "model.path") -> list[Problem]:
 
 
 def file_problems(folder: Path, patterns: Sequence[str] = TOKENIZER_FILES, key: str = "model.path") -> list[Problem]:
-    """Return which files of a tokenizer hold something else, or end too early; a large one is not parsed."""
+    """Return which files of a tokenizer have foreign content, or end too early; large files are not parsed."""
     problems = []
     for file in sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
         try:
@@ -139,12 +139,12 @@ def _code_problems(config: Mapping[str, Any], file: Path) -> Iterator[Problem]:
 
 
 def _known_types() -> str | None:
-    """Return the source text that lists the architectures of the installed transformers; None if it is not found."""
+    """Return the source text that lists the architectures of the installed transformers; None if not found."""
     return _source("auto_mappings.py")
 
 
 def _causal_types() -> frozenset[str]:
-    """Return the architectures of which the installed transformers has a causal language model; empty if it does not say."""
+    """Return the architectures for which the installed transformers has a causal language model; empty if it does not say."""
     listed = re.search(
         r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = (.*?)^\)", _source("modeling_auto.py") or "", re.MULTILINE | re.DOTALL
     )
@@ -168,7 +168,7 @@ def _weight_problems(folder: Path, model: ModelSection) -> list[Problem]:
         files = weight_files.weight_files(folder, model.allow_pickled_weights)
     except ConfigError as error:
         problems += error.problems
-        # The files that it may name are not known.
+        # The names of the files that it lists are unknown.
         files = sorted(folder.glob("*.safetensors"))
     if not files:
         return problems or [_without_weights(folder, model)]
@@ -197,7 +197,7 @@ def _index_problems(index: Path) -> Iterator[Problem]:
 
 
 def _damaged_files(folder: Path, files: list[Path]) -> Iterator[Problem]:
-    """Yield one problem for the files that are damaged in the same way."""
+    """Yield one problem per group of files that are damaged in the same way."""
     by_damage: dict[weight_files.FileDamage, list[str]] = {}
     for file in files:
         damage = weight_files.find_damage(file)

@@ -1,7 +1,7 @@
 """The metadata of a GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 
-The reader of the gguf package makes a NumPy array of each of the tokenizer's hundred thousand strings, which takes seconds. Every
-command that plans needs only a few numbers.
+The gguf package's reader creates a NumPy array for each of the tokenizer's hundred thousand strings, which takes seconds.
+Commands that plan a run need only a few numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-# Formats of struct by GGUF type number; 8 is a string and 9 an array.
+# struct formats by GGUF type number; 8 is a string and 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LENGTH = struct.Struct("<Q")
@@ -46,7 +46,7 @@ def model_config(file: Path) -> dict[str, Any]:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Read the metadata by key; strings in arrays stay bytes, since only the length of such an array is used.
+    """Read the metadata by key; strings in arrays stay bytes, because only the length of such an array is used.
 
     Raises:
         ValueError: if the file is not a GGUF file of a supported version, or is truncated.
@@ -82,7 +82,7 @@ def _read_array(data: mmap.mmap, offset: int) -> tuple[list[Any], int]:
     kind, count = struct.unpack_from("<IQ", data, offset)
     offset += struct.calcsize("<IQ")
     if kind in _SCALARS:
-        # A damaged count would need more memory than there is.
+        # A damaged count could require more memory than there is.
         if count * struct.calcsize(_SCALARS[kind]) > len(data) - offset:
             raise struct.error("the array is longer than the file")
         layout = struct.Struct(f"<{count}{_SCALARS[kind]}")

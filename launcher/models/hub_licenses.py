@@ -1,7 +1,7 @@
-"""Licenses of models on the Hub, and which of them are given only to accounts that accepted theirs.
+"""Licenses of models on the Hub, and which models only accounts that accepted the license can download.
 
-A license is the field `license` of the model card, `license_name` where that is `other`:
-https://huggingface.co/docs/hub/model-cards#model-card-metadata. Not legal advice: the text on the model's page counts.
+The license is the model card's field `license`, or `license_name` if that is `other`:
+https://huggingface.co/docs/hub/model-cards#model-card-metadata. Not legal advice: the text on the model's page is authoritative.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class HubLicense:
-    """The name of a license; `is_gated` is whether the Hub asks for its acceptance before a download."""
+    """The name of a license; `is_gated` is whether the Hub requires accepting it before a download."""
 
     name: str
     is_gated: bool = False
 
 
 _APACHE = HubLicense("apache-2.0")
-# By how the names of repositories begin; of several that fit, the longest counts.
+# By prefix of the repository name; the longest matching prefix wins.
 LICENSES: Mapping[str, HubLicense] = {
     "HuggingFaceTB/SmolLM2-": _APACHE,
     "HuggingFaceTB/SmolLM3-": _APACHE,
@@ -42,6 +42,6 @@ LICENSES: Mapping[str, HubLicense] = {
 
 
 def find_license(repo_id: str) -> HubLicense | None:
-    """Return the license of a repository; None if the table has none."""
+    """Return the license of a repository; None if it is not in the table."""
     prefixes = [prefix for prefix in LICENSES if repo_id.startswith(prefix)]
     return LICENSES[max(prefixes, key=len)] if prefixes else None

@@ -1,7 +1,7 @@
-"""The stored results of probing whether the packed documents of a row affect each other in a model.
+"""The stored results of probing whether packed documents in a row affect each other in a model.
 
-The probe needs torch and runs in `launcher.worker.checks.isolation_check`. The cache has its result under a digest of everything
-that it depends on, so the submit side reads it without starting a process.
+The probe needs torch and runs in `launcher.worker.checks.isolation_check`. The cache stores its result under a digest of
+everything that it depends on, so the submit side reads it without starting a process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from launcher.data import cache_dir
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
 from launcher.security import ownership
 
-# To be raised when the probe changes, so that stored results are not used.
+# Increase this when the probe changes, so that stored results are not used.
 _FORMAT = 5
 
 
@@ -31,7 +31,7 @@ def transformers_version() -> str:
 
 
 def unknown(model: ModelSection, reason: str) -> IsolationVerdict:
-    """Return the verdict where there was no result; the ranks measure the loaded model."""
+    """Return the verdict for a probe without a result; the ranks measure the loaded model."""
     return IsolationVerdict(outcome="unknown", kernel=model.attention, transformers=transformers_version(), detail=reason)
 
 

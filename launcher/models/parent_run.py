@@ -1,7 +1,7 @@
 """The parent of a run: the run and checkpoint that its initial weights come from, `model.path=run:NAME[@STEP]`.
 
-Everything here reads the disk and changes nothing. `python -m launcher.worker.prepare` writes the parent's weights as a Hugging
-Face folder into the launcher's cache, once, before any GPU is allocated.
+This module only reads the disk. `python -m launcher.worker.prepare` writes the parent's weights as a Hugging Face folder into the
+launcher's cache, once, before any GPU is allocated.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class ParentCheckpoint:
 
 
 def resolve_parent(config: RunConfig) -> ParentCheckpoint:
-    """Find the checkpoint that `model.path` names; the newest one if it names no step.
+    """Find the checkpoint that `model.path` names, or the newest one if it names no step.
 
     Raises:
-        ConfigError: if there is no such run or checkpoint, or the run is the one that would be started.
+        ConfigError: if there is no such run or checkpoint, or if the run is the one to be started.
     """
     root = Path(config.run.root).expanduser()
     parent = find_parent(config.model.path or "", root)
@@ -59,7 +59,7 @@ def find_parent(path: str, root: Path = Path("runs")) -> ParentCheckpoint:
     """Find the checkpoint of `run:NAME[@STEP]`; a NAME is searched for under `root`.
 
     Raises:
-        ConfigError: for model.path, with the runs or steps that exist.
+        ConfigError: for model.path, listing the runs or steps that exist.
     """
     match = RUN_PATTERN.fullmatch(path)
     if match is None:

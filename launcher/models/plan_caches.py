@@ -1,4 +1,4 @@
-"""The parts of the launcher's cache that a plan names: a command that starts from the plan of a run finds them by their paths."""
+"""Checks the parts of the launcher's cache that a plan names: commands that start from a run's plan find them by path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from launcher.security import ownership
 
 
 def require_caches(plan: LaunchPlan) -> None:
-    """Refuse data and weights that others could have written or replaced since the plan was made.
+    """Refuse data and weights that another user could have written or replaced since the plan was made.
 
     Raises:
         DataError: with the file or folder, its owner and the remedy.
@@ -19,6 +19,6 @@ def require_caches(plan: LaunchPlan) -> None:
         if facts is not None:
             ownership.require_cache(Path(facts.cache_dir), plan.config.data.cache_group)
     for path in dict.fromkeys((plan.model.path, plan.model.tokenizer_path)):
-        # Folders of models elsewhere may be anyone's.
+        # Model folders elsewhere may belong to anyone.
         if path is not None and Path(path).is_relative_to(cache_root()):
             ownership.require_cache(Path(path))

@@ -1,7 +1,7 @@
-"""A private copy of the code that comes with a model: what was checked is what runs.
+"""A private copy of the code that comes with a model, so that the code that was checked is the code that runs.
 
-Others may be able to write to a model's folder, to the cache of the Hub (HF_HOME) or to transformers' own copies of such code,
-and change a file between its check and its use. So transformers loads from a folder that only this user can enter.
+Other users may be able to write to a model's folder, to the Hub's cache (HF_HOME) or to transformers' own copies of such code,
+and could change a file between its check and its use. So transformers loads from a folder that only this user can enter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from launcher.models.remote_code import (
 from launcher.security import ownership
 
 _CONFIG = "config.json"
-# transformers copies the code of models there, reuses what it finds, and reads the variable when it is imported.
+# transformers copies the code of models there, reuses existing copies, and reads the variable when it is imported.
 MODULES_CACHE = "HF_MODULES_CACHE"
 _numbers = itertools.count()
 
@@ -37,9 +37,9 @@ _numbers = itertools.count()
 def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Path | None = None) -> Path:
     """Return the folder from which transformers may load the model in `folder`.
 
-    For a model that may run code of its own, that is a private copy of config.json and the Python files, with links to the other
-    files. The code has to have the digest; without one, as with a pinned commit of the Hub, its files have to belong to owners
-    whom this user trusts. `code` is the folder of the Python files, where that is another one.
+    For a model that may run its own code, this is a private copy of config.json and the Python files, with links to the other
+    files. The code must have the digest. Without a digest, as with a pinned commit from the Hub, its files must belong to owners
+    whom this user trusts. `code` is the folder of the Python files, if that is another folder.
 
     Raises:
         ConfigError: if other code would run.
@@ -53,11 +53,11 @@ def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Pa
     if not trusts_code:
         return folder
     source = folder if code is None else code
-    # transformers names the modules of a model for its folder.
+    # transformers names a model's modules after its folder.
     copy = _private_folder() / str(next(_numbers)) / folder.resolve().name
     copy.mkdir(parents=True)
     _copy(folder, folder / _CONFIG, copy / _CONFIG, checks_owner=digest is None and code is None)
-    # Listed once: transformers does not find a file that others add later.
+    # List the files once: transformers cannot find a file that another user adds later.
     for file in python_files(source):
         _copy(source, file, copy / file.relative_to(source), checks_owner=digest is None)
     problems = list(foreign_classes(weight_files.read_json(copy / _CONFIG), str(folder / _CONFIG)))
@@ -66,7 +66,7 @@ def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Pa
     if problems:
         raise ConfigError(problems)
     for file in folder.iterdir():
-        # With an adapter, transformers would load the model that it names.
+        # Given an adapter, transformers would load the model that the adapter names.
         if file.suffix != ".py" and file.name not in (_CONFIG, ADAPTER) and file.is_file():
             (copy / file.name).symlink_to(folder.resolve() / file.name)
     use_private_modules()
@@ -74,7 +74,7 @@ def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Pa
 
 
 def _copy(folder: Path, file: Path, target: Path, checks_owner: bool) -> None:
-    """Copy a file of a model; `checks_owner` refuses one that others could have written, by what was opened."""
+    """Copy a file of a model; `checks_owner` checks the opened file and refuses it if another user could have written it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with open_file(folder, file) as opened, target.open("wb") as copy:
         if checks_owner and (problem := file_owner_problem(file, opened.fileno())) is not None:
@@ -83,7 +83,7 @@ def _copy(folder: Path, file: Path, target: Path, checks_owner: bool) -> None:
 
 
 def remove_copies() -> None:
-    """Remove the private copies of this process, as its normal end does."""
+    """Remove the private copies of this process, as a normal exit does."""
     if _private_folder.cache_info().currsize:
         _remove(_private_folder(), os.getpid())
 
@@ -105,9 +105,9 @@ def _remove(folder: Path, pid: int) -> None:
 
 @functools.cache
 def use_private_modules() -> Path:
-    """Let transformers copy code to a private folder and import it from there, also where it is imported already.
+    """Make transformers copy code to a private folder and import it from there, even if transformers is already imported.
 
-    Returns the folder, which the other packages that read HF_MODULES_CACHE use as well.
+    Returns the folder, which other packages that read HF_MODULES_CACHE also use.
     """
     modules = _private_folder() / "modules"
     modules.mkdir()
@@ -115,6 +115,6 @@ def use_private_modules() -> Path:
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "transformers" and MODULES_CACHE in vars(module):
             setattr(module, MODULES_CACHE, str(modules))
-    # Before every folder that may have modules of that name.
+    # Put it before all folders that may contain modules of that name.
     sys.path.insert(0, str(modules))
     return modules

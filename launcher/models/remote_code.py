@@ -1,6 +1,6 @@
-"""Python code that comes with a model: what transformers may run of it, and how it is pinned.
+"""Python code that comes with a model: which of it transformers may run, and how it is pinned.
 
-transformers runs the classes that `auto_map` in config.json names, and takes `owner/name--module.Class` from another repository,
+transformers runs the classes that `auto_map` in config.json names. It loads `owner/name--module.Class` from another repository,
 at its newest commit. A Hub model is pinned by its commit, a folder by a digest of its code (`model.code_digest`).
 """
 
@@ -20,9 +20,9 @@ from launcher.security import ownership
 
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 ADAPTER = "adapter_config.json"
-# In config.json: names of implementations. A name of a repository (owner/name) is fetched from the Hub and imported.
+# Keys in config.json for names of implementations. A repository name (owner/name) is downloaded from the Hub and imported.
 _IMPLEMENTATION = re.compile(r"\w*_implementation(?:_internal)?")
-# Of experts, names that transformers takes from the Hub without naming a repository.
+# Implementations of experts that transformers downloads from the Hub although they name no repository.
 _EXPERTS_OF_HUB = frozenset({"deepgemm", "deepgemm_megamoe", "sonicmoe"})
 
 
@@ -52,25 +52,25 @@ def code_problems(model: ModelSection, config: Mapping[str, Any], folder: Path |
 
 
 def owner_problem(folder: Path) -> Problem | None:
-    """Return why this user does not trust the files of a model that decide what code runs; None if they do."""
+    """Return why this user does not trust the files of a model that decide which code runs; None if they are trusted."""
     files = (folder / "config.json", *python_files(folder))
     return next(filter(None, map(file_owner_problem, files)), None)
 
 
 def file_owner_problem(file: Path, descriptor: int | None = None) -> Problem | None:
-    """Return why this user does not trust a file of a model; None if they do. `descriptor` is that of the opened file."""
+    """Return why this user does not trust a file of a model; None if it is trusted. `descriptor` refers to the opened file."""
     problem = ownership.file_problem("the code of the model", file, descriptor)
     own = "set HF_HOME to a folder of your own, and download the model again"
     return problem and replace(problem, remedy=f"{problem.remedy}; or {own}")
 
 
 def python_files(folder: Path) -> list[Path]:
-    """Return all Python files below a folder; folders that are links are not entered."""
+    """Return all Python files below a folder, without following links to folders."""
     return sorted(path for path in folder.rglob("*.py") if path.is_file())
 
 
 def adapter_problems(folder: Path) -> Iterator[Problem]:
-    """Yield a problem where transformers would load the base model of an adapter, which may be any repository, instead."""
+    """Yield a problem if transformers would instead load an adapter's base model, which may be any repository."""
     if (folder / ADAPTER).is_file() and importlib.util.find_spec("peft") is not None:
         yield Problem(
             f"model.path: {ADAPTER} makes transformers load another model, which it names, and an adapter",
@@ -80,7 +80,7 @@ def adapter_problems(folder: Path) -> Iterator[Problem]:
 
 
 def digest_problems(folder: Path, digest: str | None, shown: Path) -> Iterator[Problem]:
-    """Yield a problem where the Python files of a folder do not have the digest; it names the folder as `shown`."""
+    """Yield a problem if the Python files of a folder do not have the digest; it names the folder as `shown`."""
     actual = code_digest(folder)
     if actual == digest:
         return
@@ -96,7 +96,7 @@ def digest_problems(folder: Path, digest: str | None, shown: Path) -> Iterator[P
 
 
 def foreign_classes(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
-    """Yield a problem for each class in config.json that comes from outside of the model; `where` names that file."""
+    """Yield a problem for each class in config.json that comes from outside the model; `where` names that file."""
     for name in _auto_map_classes(config):
         if _CLASS.fullmatch(name):
             continue
@@ -108,9 +108,9 @@ def foreign_classes(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
 
 
 def kernel_problems(config: Any, where: str) -> Iterator[Problem]:
-    """Yield a problem for each implementation in config.json that transformers would fetch from the Hub; `where` names that file.
+    """Yield a problem for each implementation in config.json that transformers would load from the Hub; `where` names that file.
 
-    The package `kernels` imports what it fetches, at whatever revision the name has, without model.trust_remote_code.
+    The package `kernels` imports what it downloads, at whatever revision the name has, without model.trust_remote_code.
     """
     for key, value in _items(config):
         for name in _texts(value) if _IMPLEMENTATION.fullmatch(key) else ():
@@ -120,7 +120,7 @@ def kernel_problems(config: Any, where: str) -> Iterator[Problem]:
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield every key with its value, at any depth: parts of a model have configs of their own."""
+    """Yield every key with its value, at any depth, because parts of a model have their own configs."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield str(key), inner

@@ -1,6 +1,6 @@
-"""Read the headers of a model folder's weight files, and the stored result of comparing them with the model.
+"""Reads the headers of a model folder's weight files, and the stored result of comparing them with the model.
 
-The comparison needs transformers and runs in `launcher.worker.checks.weight_check`. The cache has its result under a digest of
+The comparison needs transformers and runs in `launcher.worker.checks.weight_check`. The cache stores its result under a digest of
 everything that it depends on, so the submit side reads it without starting a process. The header format is documented at
 https://huggingface.co/docs/safetensors.
 """
@@ -25,18 +25,18 @@ from launcher.data import cache_dir
 from launcher.errors import ConfigError, Problem
 from launcher.security import ownership
 
-# To be raised when the comparison changes, so that stored results are not used.
+# Increase this when the comparison changes, so that stored results are not used.
 _FORMAT = 1
-# In the order of preference of transformers.
+# In transformers' order of preference.
 _SAFE_NAMES = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _NUM_NAMED = 5
-# The package safetensors reads no longer header; a file with holes can be of any size.
+# The package safetensors refuses longer headers; a sparse file can have any size.
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_DIMENSIONS = 64
 # The index of a model with a hundred thousand tensors has some 20 MB.
 _MAX_JSON_BYTES = 100_000_000
-# Enough to recognize a file that is not what its name says.
+# Number of bytes to recognize a file whose content does not match its name.
 _NUM_HEAD_BYTES = 512
 _DOWNLOAD = "download this file again"
 _PLAIN = "correct the name, or use another model folder"
@@ -55,7 +55,7 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class ShapeMismatch:
-    """A tensor with another shape in the files than in the model."""
+    """A tensor whose shape in the files differs from the model's."""
 
     name: str
     in_files: tuple[int, ...]
@@ -67,7 +67,7 @@ class ShapeMismatch:
 
 @dataclass(frozen=True)
 class WeightReport:
-    """The tensors in which the weight files and the model differ; `unexpected` ones are in the files only and not loaded."""
+    """The tensors in which the weight files and the model differ; `unexpected` ones are only in the files and are not loaded."""
 
     missing: tuple[str, ...] = ()
     mismatched: tuple[ShapeMismatch, ...] = ()
@@ -75,12 +75,12 @@ class WeightReport:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> WeightReport:
-        """Make a report from the values of `asdict`, as read from JSON."""
+        """Create a report from the values of `asdict`, as read from JSON."""
         mismatched = (ShapeMismatch(m["name"], tuple(m["in_files"]), tuple(m["in_model"])) for m in values["mismatched"])
         return cls(tuple(values["missing"]), tuple(mismatched), tuple(values["unexpected"]))
 
     def problems(self, folder: Path, model: ModelSection) -> list[Problem]:
-        """Return why a run cannot start from these weights: transformers would initialize the rest at random."""
+        """Return why a run cannot start from these weights: transformers would initialize the rest randomly."""
         problems = []
         repair = _describe_repair(folder, model)
         if self.missing:
@@ -96,7 +96,7 @@ class WeightReport:
 
     @property
     def note(self) -> str | None:
-        """One line on tensors of the files that the model does not have; None if there are none."""
+        """Return one line about tensors in the files that the model does not have; None if there are none."""
         if not self.unexpected:
             return None
         number = _number(self.unexpected)
@@ -152,13 +152,13 @@ def weight_files(folder: Path, with_pickled: bool) -> list[Path]:
 
 
 def is_plain_name(name: str) -> bool:
-    """Return whether a text names a file of a folder, and nothing above or below it."""
+    """Return whether a text names a file directly in a folder, not above or below it."""
     return bool(name) and name not in (".", "..") and "/" not in name and "\0" not in name
 
 
 @dataclass(frozen=True)
 class FileDamage:
-    """What is wrong with the content of a file, to follow its name in a sentence, and the remedy."""
+    """The damage to a file's content, as the text after its name in a sentence, and the remedy."""
 
     reason: str
     remedy: str
@@ -171,7 +171,7 @@ class _DamagedFile(Exception):
 
 
 def find_damage(file: Path) -> FileDamage | None:
-    """Return why a weight file cannot be read, by its header and its size; None if nothing is found, or it is a pickle."""
+    """Return why a weight file cannot be read, judging by its header and size; None if nothing is found, or it is a pickle."""
     try:
         if file.suffix == ".safetensors":
             _header_or_damage(file)
@@ -185,7 +185,7 @@ def find_damage(file: Path) -> FileDamage | None:
 
 
 def find_text_damage(file: Path) -> FileDamage | None:
-    """Return why a file that is not parsed here cannot be what its name says: by its first bytes, and for JSON by its last."""
+    """Return why an unparsed file cannot be what its name says, judging by its first bytes and, for JSON, its last bytes."""
     try:
         with open(file, "rb") as stream:
             if damage := _foreign_content(stream.read(_NUM_HEAD_BYTES)):
@@ -199,7 +199,7 @@ def find_text_damage(file: Path) -> FileDamage | None:
 
 
 def _foreign_content(head: bytes) -> FileDamage | None:
-    """Return what stands in a file instead of its content, by its first bytes."""
+    """Return what a file contains instead of its content, judging by its first bytes."""
     if not head.strip():
         return FileDamage("is empty", _DOWNLOAD)
     if head.startswith(b"version https://git-lfs"):
@@ -298,8 +298,8 @@ def _parse_header(file: Path, num_bytes: int, _mtime_ns: int) -> tuple[Mapping[s
 
 
 def _fits(tensor: TensorHeader, begin: int, end: int) -> bool:
-    """Return whether a tensor's bytes are as many as its shape and type need; types with other sizes are not checked."""
-    # The product of many large numbers takes very long.
+    """Return whether a tensor's byte count matches its shape and type; types with other sizes are not checked."""
+    # Multiplying many large numbers takes very long.
     if len(tensor.shape) > _MAX_DIMENSIONS or not all(0 <= size < 2**63 for size in tensor.shape):
         return False
     size, count = _DTYPE_BYTES.get(tensor.dtype), math.prod(tensor.shape)

@@ -55,7 +55,7 @@ class _Text:
                 return ""
 
     def value(self) -> tuple[Any, int]:
-        """Parse the value at `at` and move past it; return it with its number of characters. Raises: JSONDecodeError."""
+        """Parse the value at `at` and move past it; return it with its number of characters. Raises JSONDecodeError."""
         num_bytes, is_all = _BLOCK_BYTES, False
         while True:
             try:

@@ -1,7 +1,7 @@
 """Ranks the documents of a split that are worth checking, by the log-probabilities of their trained tokens.
 
 A document is likely mislabeled if its prompt does not explain its answer: the answer's loss is hardly lower with the prompt than
-without. The loss with the prompt alone would rank rare words and numbers first.
+without. By itself, the loss with the prompt would rank rare words and numbers first.
 """
 
 from __future__ import annotations

@@ -10,16 +10,16 @@ import numpy as np
 from launcher.evaluate.choices.questions import ChoiceQuestion
 from launcher.evaluate.statistics import Scores
 
-# Names of the metrics, the one that decides first.
+# Names of the metrics; the first one decides.
 METRICS = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)
 class ScoredChoices:
-    """The log-likelihood of each choice of a question, and the indices that are chosen by it.
+    """The log-likelihood of each choice of a question, and the indices of the chosen ones.
 
     `chosen_norm` is chosen by the log-likelihood divided by the number of characters of the choice, which does not favor short
-    choices. Of equal ones the first is chosen.
+    choices. In a tie, the first choice wins.
     """
 
     where: str
@@ -30,7 +30,7 @@ class ScoredChoices:
 
 
 def choose(question: ChoiceQuestion, log_likelihoods: Sequence[float]) -> ScoredChoices:
-    """Return which choices of a question are the most likely."""
+    """Return the most likely choices of a question."""
     lengths = np.array([len(choice) for choice in question.choices], dtype=np.float64)
     values = np.asarray(log_likelihoods, dtype=np.float64)
     return ScoredChoices(

@@ -1,6 +1,6 @@
-"""Questions with each of their choices as documents in which the choice alone is scored. Without torch.
+"""Questions with each of their choices as documents in which only the choice is scored. Without torch.
 
-The tuned model sees a question as in training, the base model as it is asked by `evaluate`: as chat or text, after examples.
+The tuned model sees a question as in training. The base model sees it as in `evaluate`: as chat or text, after examples.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from launcher.evaluate.questions import EvalQuestion, split_question
 
 @dataclass(frozen=True)
 class ChoiceTokens:
-    """A question with one of its choices: token ids, and which of them are those of the choice."""
+    """A question with one of its choices: token ids, and which of them belong to the choice."""
 
     ids: tuple[int, ...]
     is_choice: tuple[bool, ...]
 
 
 def to_eval_question(question: ChoiceQuestion, encoder: Encoder, data: DataSection, completions: str) -> EvalQuestion:
-    """Return a question with its right choice, as training would write such a row."""
+    """Return a question with its right choice, written as such a row in training."""
     row = Completion(question.where, question.question, f" {question.choices[question.answer]}")
     written = split_question(encoder.write_as_chat(row, completions), data.system)
     assert written is not None
@@ -38,7 +38,7 @@ def encode_choices(encoder: Encoder, rendered: Sequence[RenderedDocument]) -> li
     has_end = encoder.tokenizer.eos_token_id is not None
     encoded = []
     for document, tokens in zip(rendered, encoder.encode(rendered), strict=True):
-        # The end of a text is not part of the choice.
+        # The end-of-text token is not part of the choice.
         end = len(tokens.ids) - (1 if document.raw and has_end else 0)
         is_choice = np.asarray(tokens.trained[:end], dtype=bool)
         usable = not tokens.is_unsure and is_choice.any()

@@ -12,7 +12,7 @@ from launcher.data.sources.files import read_lines
 from launcher.errors import DataError, Problem
 from launcher.plan.quantities import format_count
 
-# Names of the three parts, as data sets of the Hub have them. Lower-case letters and `answerKey` alike.
+# Names of the three parts in data sets on the Hub. Case is ignored: `answerKey` also matches.
 QUESTION_KEYS = ("question", "prompt", "ctx", "query")
 CHOICE_KEYS = ("choices", "options", "endings")
 ANSWER_KEYS = ("answer", "answerKey", "label", "gold", "target")
@@ -37,7 +37,7 @@ def read_questions(path: Path, limit: int | None) -> list[ChoiceQuestion]:
     """Return the questions of a file, at most the first `limit`.
 
     Raises:
-        DataError: with every kind of line that is none, how often it occurs, and where first.
+        DataError: with every kind of invalid line, how often it occurs, and where it occurs first.
     """
     questions: list[ChoiceQuestion] = []
     problems: dict[str, list[Problem]] = {}

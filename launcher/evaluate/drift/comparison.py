@@ -1,4 +1,4 @@
-"""Are prompts still like those of training? The figures, and the verdict in one sentence. Without torch."""
+"""Compares prompts with those of training: the figures, and the verdict in one sentence. Without torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from launcher.evaluate.drift.features import (
 from launcher.evaluate.drift.likelihood import PromptLikelihoods
 from launcher.evaluate.drift.two_sample import kolmogorov_smirnov_p_value, mmd_p_value
 
-# Of all tests together.
+# Significance level of all tests together.
 SIGNIFICANCE = 0.01
-# A difference that a test finds in many prompts may be too small to matter.
+# A difference that a test detects with many prompts may be too small to matter.
 MAX_UNUSUAL, MAX_LENGTH_CHANGE = 0.10, 0.25
-# The share of training prompts that are farther from all others than any prompt is allowed to be.
+# Share of training prompts that are farther from all others than a new prompt may be.
 _RARE = 0.05
 _NUM_FARTHEST = 5
 _MAX_TEXT_CHARS = 200
@@ -29,7 +29,7 @@ _MAX_TEXT_CHARS = 200
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as in training: its place, its decoded text, its tokens, and what a person wrote of it."""
+    """A prompt as in training: its place, its decoded text, its tokens, and the part that a person wrote."""
 
     where: str
     text: str
@@ -39,7 +39,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class FarPrompt:
-    """A prompt that no training prompt resembles; `similarity` is the cosine with the nearest."""
+    """A prompt unlike any training prompt; `similarity` is the cosine with the nearest one."""
 
     where: str
     similarity: float
@@ -50,10 +50,10 @@ class FarPrompt:
 class DriftReport:
     """How prompts compare with those of training.
 
-    `words_p_value` and `length_p_value` are those of the two tests, `unusual` the share of prompts that are farther from every
-    training prompt than 95% of training prompts are from one another, and `unseen` the share of their tokens that no training
-    prompt has, beside that of one half of the training prompts against the other. `scripts` are shares in training, and now.
-    `likelihoods` is None if no model has scored the prompts.
+    `words_p_value` and `length_p_value` are from the two tests. `unusual` is the share of prompts that are farther from every
+    training prompt than 95% of training prompts are from one another. `unseen` is the share of their tokens that occur in no
+    training prompt, along with the same share for one half of the training prompts against the other. `scripts` are shares in
+    training, and now. `likelihoods` is None if no model has scored the prompts.
     """
 
     has_drifted: bool
@@ -72,7 +72,7 @@ class DriftReport:
 
 
 def compare(prompts: Sequence[Prompt], training: Sequence[Prompt], likelihoods: PromptLikelihoods | None = None) -> DriftReport:
-    """Compare prompts with those of training, of which both are random samples; `likelihoods` are those of both."""
+    """Compare prompts with training prompts; both are random samples, and `likelihoods` covers both."""
     tokens, known = [one.tokens for one in prompts], [one.tokens for one in training]
     weights = TokenWeights(known)
     vectors, training_vectors = weights.vectors(tokens), weights.vectors(known)

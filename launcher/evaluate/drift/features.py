@@ -1,4 +1,4 @@
-"""Prompts as vectors, and what they have in common with those of training. Pure, and without torch."""
+"""Represents prompts as vectors, and measures what they share with training prompts. Pure, and without torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ Tokens = Sequence[int]
 NEAR_DUPLICATE = 0.8
 _NUM_DIMENSIONS = 4096
 _MIX = 0x9E3779B97F4A7C15
-# Of a text, to find its script.
+# Number of characters of a text to inspect for its script.
 _SCRIPT_CHARS = 400
 
 
 class TokenWeights:
-    """TF-IDF vectors of token ids: how many training prompts have a token decides how much it says.
+    """TF-IDF vectors of token ids: the weight of a token depends on how many training prompts contain it.
 
-    Token ids share the dimensions of a vector by a hash. What all prompts have, such as the chat template, has no weight.
+    Token ids share the dimensions of a vector by a hash. Tokens that all prompts contain, such as the chat template, have no
+    weight.
     """
 
     def __init__(self, training: Sequence[Tokens]) -> None:
@@ -31,7 +32,7 @@ class TokenWeights:
         self._counts = Counter(token for prompt in training for token in {*prompt})
 
     def vectors(self, prompts: Sequence[Tokens]) -> Vectors:
-        """Return unit vectors, float32 [prompts, dimensions]; one of zeros for a prompt that says nothing."""
+        """Return unit vectors, float32 [prompts, dimensions]; zeros for a prompt without weighted tokens."""
         vectors = np.zeros((len(prompts), _NUM_DIMENSIONS), dtype=np.float32)
         for row, prompt in zip(vectors, prompts, strict=True):
             for token, count in Counter(prompt).items():
@@ -44,7 +45,7 @@ class TokenWeights:
 
 
 def nearest_similarities(vectors: Vectors, others: Vectors, without_self: bool = False) -> Numbers:
-    """Return the largest cosine of each vector with one of `others`; with `without_self`, both are the same vectors."""
+    """Return the largest cosine of each vector with any of `others`; with `without_self`, both are the same vectors."""
     similarities = vectors @ others.T
     if without_self:
         np.fill_diagonal(similarities, -1)
@@ -59,7 +60,7 @@ def unseen_share(prompts: Sequence[Tokens], training: Sequence[Tokens]) -> float
 
 
 def near_duplicate_share(prompts: Sequence[str], training: Sequence[str]) -> float:
-    """Return the share of `prompts` that nearly equal a prompt of `training`; short ones must be equal."""
+    """Return the share of `prompts` that nearly equal a prompt of `training`; short prompts must be equal."""
     texts, others = ([minhash.make_comparable(minhash.normalize(text)) for text in side] for side in (prompts, training))
     known = {*others}
     near_duplicates = {i for i, text in enumerate(texts) if text in known}
@@ -79,7 +80,7 @@ def near_duplicate_share(prompts: Sequence[str], training: Sequence[str]) -> flo
 
 
 def scripts(texts: Sequence[str]) -> dict[str, float]:
-    """Return the share of texts by the script that most of their letters have, such as Latin, the most frequent first."""
+    """Return the share of texts by the script of most of their letters, such as Latin, most frequent first."""
     counts = Counter(_script(text) for text in texts)
     return {script: count / len(texts) for script, count in counts.most_common()}
 

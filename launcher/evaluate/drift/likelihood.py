@@ -1,4 +1,4 @@
-"""How likely prompts are under a model, beside the prompts of training. Pure, and without torch."""
+"""Compares how likely prompts are under a model with training prompts. Pure, and without torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 
 from launcher.evaluate.drift.two_sample import Numbers, kolmogorov_smirnov_p_value
 
-# Prompts of training are rarely less likely than this share of them.
+# Quantile of the training prompts below which a prompt counts as unlikely.
 _RARE = 0.05
 
 
 @dataclass(frozen=True)
 class LikelihoodComparison:
-    """Mean losses of prompts in nats a token under one model.
+    """Mean losses of prompts in nats per token under one model.
 
-    `p_value` is that of the two-sample test, `median_loss` in training and now. `unlikely` is the share of prompts that are less
-    likely than 95% of the training prompts. `is_judged` is False for a model that was trained on the training prompts: they are
+    `p_value` is from the two-sample test, `median_loss` in training and now. `unlikely` is the share of prompts that are less
+    likely than 95% of the training prompts. `is_judged` is False for a model that was trained on the training prompts, which are
     likely because it has seen them.
     """
 
@@ -42,7 +42,7 @@ class UnlikelyPrompt:
 
 @dataclass(frozen=True)
 class PromptLikelihoods:
-    """The comparison of each model, `base` and `tuned`; `gaps` says which are not there, and why.
+    """The comparison for each model, `base` and `tuned`; `gaps` says which are missing, and why.
 
     `least_likely` are the least likely prompts under the tuned model.
     """
@@ -67,7 +67,7 @@ def compare_losses(step: int, losses: Numbers, training: Numbers, is_judged: boo
 
 
 def find_shared_ends(prompts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the tokens with which all prompts begin, and those with which they end, such as the marks of a chat template."""
+    """Return the tokens that all prompts begin with and end with, such as the marks of a chat template."""
     shortest = min(map(len, prompts), default=0)
     first = prompts[0] if prompts else ()
     begin = next((i for i in range(shortest) if len({one[i] for one in prompts}) > 1), shortest)
@@ -77,7 +77,7 @@ def find_shared_ends(prompts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...],
 
 
 def span_between(prompt: Sequence[int], begin: Sequence[int], end: Sequence[int]) -> tuple[int, int]:
-    """Return the span of a prompt without what it has of the shared beginning and of the shared end."""
+    """Return the span of a prompt without its part of the shared beginning and the shared end."""
     start = next((i for i, (own, shared) in enumerate(zip(prompt, begin, strict=False)) if own != shared), None)
     start = min(len(begin), len(prompt)) if start is None else start
     pairs = zip(reversed(prompt[start:]), reversed(end), strict=False)

@@ -1,4 +1,4 @@
-"""Two-sample tests: do two samples come from one distribution? Pure, and without torch."""
+"""Two-sample tests: whether two samples come from the same distribution. Pure, and without torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Numbers = npt.NDArray[np.float64]
 
 NUM_PERMUTATIONS = 999
 SEED = 20_240_229
-# Permutations whose sums are in memory at once.
+# Number of permutations whose sums are in memory at a time.
 _AT_ONCE = 111
 
 
@@ -38,7 +38,7 @@ def mmd_p_value(first: Vectors, second: Vectors, num_permutations: int = NUM_PER
 def kolmogorov_smirnov_p_value(first: Numbers, second: Numbers) -> float:
     """Return the p-value of the two-sample Kolmogorov-Smirnov test, by the asymptotic distribution.
 
-    Numerical Recipes, 3rd edition, section 14.3.3. With ties it is too large, which errs on the side of no difference.
+    Numerical Recipes, 3rd edition, section 14.3.3. With ties the p-value is too large, which errs on the side of no difference.
     """
     values = np.concatenate([first, second])
     first, second = np.sort(first), np.sort(second)

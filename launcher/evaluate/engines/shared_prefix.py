@@ -1,7 +1,7 @@
-"""Attention to examples that all prompts of a batch share: their keys and values exist once, instead of once for each prompt.
+"""Attention to examples that all prompts of a batch share: their keys and values exist once, not once per prompt.
 
-A batch of 32 prompts with 2,000 tokens of examples would otherwise read, and copy, 32 times the keys and values at every token.
-The result is that of one softmax over examples and prompt; compare Juravsky et al., "Hydragen" (arXiv:2402.05099).
+Otherwise, a batch of 32 prompts with 2,000 tokens of examples would read, and copy, their keys and values 32 times for every
+token. The result equals one softmax over examples and prompt; compare Juravsky et al., "Hydragen" (arXiv:2402.05099).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 _NAME, _SDPA = "shared_prefix", "sdpa"
-# What some models pass to attention, and a plain softmax of scaled products does not know.
+# Arguments that some models pass to attention, and that a plain softmax of scaled products does not support.
 _SPECIAL = ("position_bias", "softcap", "s_aux", "sinks", "sliding_window")
-# Numbers of the keys, with a copy for each head, that exist at a time: 128 MiB in fp32.
+# Maximum number of key elements, with a copy for each head, at a time: 128 MiB in fp32.
 _MAX_COPIED = 1 << 25
 
 
@@ -32,17 +32,17 @@ class SharedPrefix:
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
     def make_cache(self) -> Cache:
-        """Return a cache that holds what follows the shared tokens, and counts positions from their first."""
+        """Return a cache that holds the tokens after the shared ones, and counts positions from the first shared token."""
         return Cache(layers=[_SuffixLayer(keys.shape[2]) for keys, _ in self.layers])
 
     def copy_cache(self, num_prompts: int) -> Cache:
-        """Return a cache that holds the shared tokens for each prompt, for attention as transformers computes it."""
+        """Return a cache that holds the shared tokens for each prompt, for transformers' own attention."""
         return DynamicCache([tuple(one.repeat_interleave(num_prompts, 0) for one in layer) for layer in self.layers])
 
 
 @dataclass
 class _Attention:
-    """What the attention function does: uses the layers of a prefix, or notes the layers of a model that it suits."""
+    """The state of the attention function: it uses the layers of a prefix, or records a model's suitable layers."""
 
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
     plain_calls: list[int] = field(default_factory=list)
@@ -66,10 +66,10 @@ class _SuffixLayer(DynamicLayer):
 
 
 def compute_prefix(model: PreTrainedModel, ids: torch.Tensor) -> SharedPrefix | None:
-    """Return keys and values for shared tokens, ids of shape [1, tokens]; None for a model whose attention is another one.
+    """Return keys and values for shared tokens, ids of shape [1, tokens]; None for a model with unsupported attention.
 
-    That is one without SDPA, with sliding windows, linear attention, biases by position, or layers that share keys and values.
-    Padding lies between the shared tokens and the rest of a prompt, and such a model would count it.
+    Unsupported are models without SDPA, or with sliding windows, linear attention, position biases, or layers that share keys and
+    values. Padding lies between the shared tokens and the rest of a prompt, and such a model would count it.
     """
     if model.config._attn_implementation != _SDPA:
         return None
@@ -86,7 +86,7 @@ def compute_prefix(model: PreTrainedModel, ids: torch.Tensor) -> SharedPrefix | 
 
 @contextmanager
 def attend_to(model: PreTrainedModel, prefix: SharedPrefix) -> Iterator[None]:
-    """Let the model attend to a prefix and to what a cache of it holds."""
+    """Make the model attend to a prefix and to the contents of a cache from that prefix."""
     with _attention(model, _Attention(prefix.layers)):
         yield
 
@@ -113,7 +113,7 @@ def _attend(
     scaling: float | None = None,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a layer, in the form that transformers asks for."""
+    """Compute a layer's attention, through transformers' attention interface."""
     active = _active.get()
     if active is None or not active.layers:
         is_plain = attention_mask is None and all(settings.get(name) is None for name in _SPECIAL)
@@ -126,9 +126,9 @@ def _attend(
     if length == 1:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _attend_token(query * scale, key, value, shared_keys, shared_values, attention_mask), None
-    # The kernel of a prompt is faster than products; a few prompts at a time, for it needs a copy for each.
+    # For a whole prompt, the kernel is faster than products. Process a few prompts at a time, because it needs a copy for each.
     if attention_mask is None:
-        # Without padding, transformers leaves the mask out: the prompts are causal in themselves.
+        # Without padding, transformers omits the mask: the prompts are causal among themselves.
         attention_mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - length)
         attention_mask = attention_mask.expand(rows, 1, length, key.shape[2])
     whole_mask = torch.nn.functional.pad(attention_mask, (shared_keys.shape[2], 0), value=attention_mask.dtype == torch.bool)
@@ -152,16 +152,16 @@ def _attend_token(
     shared_values: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the output for one scaled query a row, of shape [rows, heads, 1, dim], as [rows, 1, heads, dim]."""
+    """Return the output for one scaled query per row, of shape [rows, heads, 1, dim], as [rows, 1, heads, dim]."""
     rows, heads, _, dim = query.shape
     kv_heads = key.shape[1]
-    # The heads of a group follow each other, and see the same keys.
+    # The heads of a group are consecutive and see the same keys.
     grouped = query.reshape(rows, kv_heads, heads // kv_heads, dim)
     own = torch.matmul(grouped, key.transpose(-1, -2)).float().view(rows, heads, 1, -1)
     if mask is not None:
         own = own.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else own + mask
     own = own.view(rows, kv_heads, heads // kv_heads, -1)
-    # All rows see the same shared keys: one product for all of them, [kv_heads, rows * group, tokens].
+    # All rows see the same shared keys, so one product covers all of them: [kv_heads, rows * group, tokens].
     together = grouped.transpose(0, 1).reshape(kv_heads, -1, dim)
     shared = torch.matmul(together, shared_keys[0].transpose(-1, -2)).float()
     own_largest = own.amax(-1).transpose(0, 1).reshape(kv_heads, -1)

@@ -1,4 +1,4 @@
-"""The models that answer: what an engine does, and the one that generates with transformers."""
+"""Models that answer: the engine interface, and the engine that generates with transformers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from launcher.train.model import DTYPES, read_own_config
 
 # Examples before the question are computed once for all prompts; for shorter texts, copying keys and values costs more.
 _MIN_SHARED = 64
-# Decoded at each token, to find a stop string that spans several tokens.
+# Number of tokens to decode at each step, to find a stop string that spans several tokens.
 _TAIL_TOKENS = 24
 
 
 class Engine(Protocol):
-    """A loaded model that continues prompts greedily. `name` is part of what answers belong to."""
+    """A loaded model that continues prompts greedily. `name` is part of the key of its answers."""
 
     name: str
 
@@ -33,7 +33,7 @@ class Engine(Protocol):
         """Return an answer for each prompt; the first `num_shared` tokens of all prompts are equal."""
 
     def close(self) -> None:
-        """Free the model, and end every process of the engine."""
+        """Free the model, and end all processes of the engine."""
 
 
 class TransformersEngine:
@@ -52,20 +52,21 @@ class TransformersEngine:
         stop_ids: Sequence[int],
         code: Path | None = None,
     ) -> None:
-        """Load the model in `folder`; `code` is the folder of its Python files, where that is another one."""
+        """Load the model in `folder`; `code` is the folder of its Python files, if that is another folder."""
         path = folder_to_load(folder, model.trust_remote_code, model.code_digest, code)
-        # Without `attn_implementation`, transformers takes SDPA, and for models that do not support it, eager attention.
+        # Without `attn_implementation`, transformers uses SDPA, or eager attention for models that do not support SDPA.
         remote = {"trust_remote_code": model.trust_remote_code}
         config = read_own_config(path, **remote)
         loaded = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=DTYPES[dtype], **remote)
         self.model = loaded.to(device).eval()
-        # Where `generate` gets no value, it takes that of the model's folder, such as repetition_penalty: not greedy any more.
+        # `generate` takes missing values, such as repetition_penalty, from the model's folder, which would not be greedy
+        # decoding.
         self.model.generation_config = GenerationConfig()
         self._tokenizer, self._device, self._stop_ids = tokenizer, device, tuple(stop_ids)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._pad_id = int(pad if pad is not None else 0)
         self._shared: tuple[tuple[int, ...], SharedPrefix | None] | None = None
-        # On GPUs, the kernels of transformers attend to a copy for each prompt faster than plain products do to one.
+        # On GPUs, transformers' kernels with one copy per prompt are faster than plain products with a single copy.
         self._attends_once = device == "cpu"
 
     @torch.no_grad()
@@ -110,7 +111,7 @@ class TransformersEngine:
         return ids.to(self._device), mask.to(self._device)
 
     def _prefix_of(self, shared: Sequence[int]) -> SharedPrefix | None:
-        """Return keys and values of the shared part, which are computed once; None if the model needs each prompt whole."""
+        """Return keys and values of the shared part, which are computed once; None if the model needs each prompt as a whole."""
         if self._shared is None or self._shared[0] != tuple(shared):
             self._shared = None
             prefix = compute_prefix(self.model, torch.tensor([list(shared)], device=self._device))
@@ -121,7 +122,7 @@ class TransformersEngine:
         end = next((i for i, token in enumerate(ids) if token in self._stop_ids), None)
         kept = ids[:end]
         while kept and kept[-1] == self._pad_id:
-            # The padding of an answer that ended before others.
+            # Remove the padding of an answer that ended before others.
             kept.pop()
         text = self._tokenizer.decode(kept, skip_special_tokens=True)
         cut = cut_at(text, stop_strings)
@@ -129,13 +130,13 @@ class TransformersEngine:
 
 
 def cut_at(text: str, stop_strings: Sequence[str]) -> str:
-    """Return the text up to the first of the stop strings."""
+    """Return the text up to the first stop string."""
     ends = [position for stop in stop_strings if (position := text.find(stop)) >= 0]
     return text[: min(ends)] if ends else text
 
 
 class _StopStrings(StoppingCriteria):
-    """Ends the rows whose answer has one of the stop strings; `width` tokens are the prompt's."""
+    """Ends the rows whose answer contains a stop string; the first `width` tokens are the prompt's."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str], width: int) -> None:
         self._tokenizer, self._stop_strings, self._width = tokenizer, tuple(stop_strings), width

@@ -1,4 +1,4 @@
-"""Answers from vLLM, in an environment of its own: its server listens on loopback and ends with this process."""
+"""Answers from vLLM in its own environment: its server listens on loopback and ends with this process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NAME = "vllm"
-# Starts the server so that it ends with this process.
+# Starts the server in such a way that it ends with this process.
 _STARTER = "launcher.worker.evaluation.end_with_parent"
 _SERVER = "vllm.entrypoints.openai.api_server"
 _HOST = "127.0.0.1"
@@ -40,7 +40,7 @@ _PYTHON_S = 60.0
 
 
 class VllmEngine:
-    """An OpenAI server of vLLM for one model; prompts are token ids, so that they are those of the other engine."""
+    """vLLM's OpenAI server for one model; prompts are token ids, so that they equal those of the other engine."""
 
     name = NAME
 
@@ -61,16 +61,16 @@ class VllmEngine:
             RunError: if it ends or does not answer in time, with the last lines of its output.
         """
         self._weights, self._tokenizer, self._python = weights, tokenizer, python
-        # A proxy of the environment does not reach loopback.
+        # A proxy from the environment cannot reach loopback.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._key, self._port = secrets.token_hex(16), _free_port()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         model = str(Path(weights.folder).absolute())
         command = [str(python.absolute()), "-m", _SERVER, "--model", model, "--served-model-name", "model"]
         command += ["--host", _HOST, "--port", str(self._port), "--dtype", _DTYPES[dtype], "--max-model-len", str(context)]
-        # Without it, sampling settings of the model's folder, such as repetition_penalty, change answers.
+        # Otherwise, sampling settings in the model's folder, such as repetition_penalty, would change the answers.
         command += ["--tensor-parallel-size", str(num_gpus), "--generation-config", "vllm"]
-        # Others on this machine see arguments, and reach the port.
+        # Other users of this machine can see arguments and reach the port.
         environ = {**os.environ, "VLLM_API_KEY": self._key, "VLLM_NO_USAGE_STATS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", _STARTER, *command],
@@ -111,14 +111,14 @@ class VllmEngine:
         return [self._read(choice) for choice in choices]
 
     def close(self) -> None:
-        """End the server with all processes that it has started."""
+        """End the server and all processes that it has started."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_S)
                 break
-        # Those that the server did not end itself.
+        # Processes that the server did not end itself.
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._log.close()
@@ -136,7 +136,7 @@ class VllmEngine:
         while time.monotonic() < until:
             if self._process.poll() is not None:
                 raise self._failed(f"vLLM ended with exit code {self._process.returncode} before it answered")
-            # Only the server gets the key.
+            # Only the server may get the key.
             if self._is_listening():
                 with suppress(OSError), self._opener.open(self._request("/health"), timeout=_POLL_S * 10):
                     return
@@ -144,7 +144,7 @@ class VllmEngine:
         raise self._failed(f"vLLM did not answer within {start_s:.0f} s")
 
     def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        # The server may have ended, and another user may have its port.
+        # The server may have ended, and another user's process may use its port.
         self._require_server()
         try:
             with self._opener.open(self._request(path, body), timeout=_REQUEST_S) as response:
@@ -157,14 +157,14 @@ class VllmEngine:
         return answer
 
     def _require_server(self) -> None:
-        """Raises: RunError where the server has ended."""
+        """Raise RunError if the server has ended."""
         if (code := self._process.poll()) is not None or not self._is_listening():
             raise self._failed("vLLM has ended" if code is None else f"vLLM ended with exit code {code}")
 
     def _is_listening(self) -> bool:
-        """Return whether a process of this user listens on the port; raises RunError where another user's does."""
+        """Return whether a process of this user listens on the port; raises RunError if another user's process does."""
         listening = users_listening(self._port)
-        # While a process listens at the address itself, the system gives its connections to none that listens at all addresses.
+        # The system gives connections to a process that listens at the exact address before one that listens at all addresses.
         users = None if listening is None else listening.get(ip_address(_HOST), set())
         if users is not None and users - {os.geteuid()}:
             raise self._failed(f"port {self._port}, which vLLM was to have, is another user's")
@@ -186,13 +186,13 @@ def read_version(python: Path) -> str | None:
     """Return the version of vLLM in the environment of an interpreter; None if there is none.
 
     Raises:
-        ConfigError: if others could have changed the interpreter or the packages of its environment, before it is run.
+        ConfigError: if another user could have changed the interpreter or its packages; checked before it is run.
     """
     require_own_environment(python.absolute())
     if not os.access(python, os.X_OK) or not python.is_file():
         return None
     code = "from importlib.metadata import version; print(version('vllm'))"
-    # The server runs without this program's search path.
+    # The server runs without this program's module search path.
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     try:
         done = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, env=environ, timeout=_PYTHON_S)

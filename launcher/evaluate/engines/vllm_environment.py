@@ -1,7 +1,7 @@
-"""The environment of vLLM's interpreter: who could have changed what it imports, found without running it.
+"""Checks the environment of vLLM's interpreter without running it: who could have changed the files that it imports.
 
-Python takes the folder of pyvenv.cfg from the path by which the interpreter is started, and the folders of its modules from there
-or, where there is none, from the file that links lead to: https://docs.python.org/3/library/sys_path_init.html
+Python finds pyvenv.cfg through the path that the interpreter is started with. It finds the folders of its modules from there or,
+if there is none, from the file that links lead to: https://docs.python.org/3/library/sys_path_init.html
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _SUBJECT = "the environment of vLLM"
 _SETTINGS = "pyvenv.cfg"
 _PACKAGES = ("site-packages", "dist-packages")
 _MODULES = (".py", ".pyc", ".so")
-# In a prefix. Debian keeps packages of the administrator in the last one.
+# Library folders in a prefix. Debian keeps the administrator's packages in the last one.
 _LIBRARIES = ("lib", "lib64", "local/lib")
-# Lines of a .pth file that name no folder: Python runs the others as code.
+# Lines of a .pth file that name no folder: comments, and lines that Python runs as code.
 _NO_FOLDERS = ("#", "import ", "import\t")
 
 
 def require_own_environment(python: Path) -> None:
-    """Check the interpreter and its packages: a relative path may lead to somebody else's, and each node may have another one.
+    """Check the interpreter and its packages: a relative path may lead to another user's, and each node may have its own.
 
     Raises:
         ConfigError: with the file or folder, its owner and the remedy.
@@ -41,7 +41,7 @@ def require_own_environment(python: Path) -> None:
 def _problems(python: Path) -> Iterator[Problem]:
     executables = _links(python)
     settings = [folder / _SETTINGS for file in executables for folder in (file.parent, file.parent.parent)]
-    # Whoever can make one names the folder of the modules.
+    # Whoever can create such a file controls the folder of the modules.
     yield from filter(None, (ownership.file_problem(_SUBJECT, file) for file in settings))
     values = [_read_settings(file) for file in settings]
     homes = [Path(value["home"]) for value in values if value.get("home")]
@@ -60,11 +60,11 @@ def _problems(python: Path) -> Iterator[Problem]:
 
 
 def _links(python: Path) -> list[Path]:
-    """Return the paths of an interpreter: the one given, and those that links lead to one after the other."""
+    """Return the paths of an interpreter: the given path, and the paths that links lead to in turn."""
     paths = [python]
     while paths[-1].is_symlink() and len(paths) <= MAX_LINKS:
         target = paths[-1].parent / os.readlink(paths[-1])
-        # The folder above a folder that is a link is that of its target.
+        # If a folder is a link, its parent folder is that of its target.
         paths.append(target.parent.resolve() / target.name)
     return paths
 
@@ -78,7 +78,7 @@ def _read_settings(file: Path) -> dict[str, str]:
 
 
 def _content(library: Path, with_packages: bool) -> Iterator[Path]:
-    """Yield the standard libraries of all versions in a folder, and their packages."""
+    """Yield the standard libraries of all Python versions in a folder, and their packages."""
     for version in library.glob("python3*"):
         yield version
         for path in version.iterdir() if version.is_dir() else ():
@@ -88,7 +88,7 @@ def _content(library: Path, with_packages: bool) -> Iterator[Path]:
 
 
 def _problems_of_named(library: Path) -> Iterator[Problem]:
-    """Yield the problems of what .pth files add to the search path, as packages that are installed for editing do."""
+    """Yield the problems of folders that .pth files add to the search path, as editable installs do."""
     for file in (file for name in _PACKAGES for file in library.glob(f"python3*/{name}/*.pth")):
         lines = list[str]()
         with suppress(OSError):
@@ -100,13 +100,13 @@ def _problems_of_named(library: Path) -> Iterator[Problem]:
 
 
 def _modules(folder: Path, checked: Path) -> Iterator[Path]:
-    """Yield the modules below a folder with the folders around them, apart from the library that is checked.
+    """Yield the modules below a folder and the folders around them, excluding the library that is checked already.
 
-    Such a folder may be a whole project: its data may belong to others, as far as no module lies beside them.
+    Such a folder may be a whole project: its data may belong to other users, if no module lies in the same folder.
     """
     yielded = {folder}
     for parent, folders, files in os.walk(folder):
-        # No name of a module begins with a dot.
+        # Module names never begin with a dot.
         folders[:] = [name for name in folders if not name.startswith(".") and Path(parent, name) != checked]
         links = [path for name in folders if (path := Path(parent, name)).is_symlink() and (path / "__init__.py").is_file()]
         modules = [*links, *(Path(parent, name) for name in files if name.endswith(_MODULES))]

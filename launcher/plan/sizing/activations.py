@@ -7,7 +7,7 @@ measures them again. H is the hidden size, w the bytes per element; fp32 sums ta
     attention     queries, keys, values, output and the sums of the softmax: w (2q + 2kv) + 4 heads
     MLP           gate, activated gate, up and their product: 4wI
     experts       for each of the k chosen ones: input and output wH, and 4wI
-    projections   their inputs: wH each, where a norm comes before
+    projections   their inputs: wH each, if a norm comes before
 
 Liger's kernels keep only a norm's input and recompute the activated gate; these terms are not measured. A compiled dense layer
 keeps the same (benchmarks/compiled_memory.py measures it on CPUs).

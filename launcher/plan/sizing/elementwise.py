@@ -5,13 +5,13 @@ bytes were counted in the layers of transformers 5.24, where each operation read
 (tests/plan/test_step_time.py measures them with fake tensors). H is the hidden size, w the bytes per element, q and kv the widths
 of queries and keys, I the intermediate size, V the vocabulary:
 
-    norm                (124 + 2w) H    about ten operations in fp32, most of them backward; 28H more where the weight is in fp32
+    norm                (124 + 2w) H    about ten operations in fp32, most of them backward; 28H more if the weight is in fp32
     rotary embedding    23w (q + kv)    halves negated and joined, two products and a sum
     MLP's gate          14w I           activation and product, and their gradients
     sums                21w H           two residuals, and gradients of what several products read
     experts             14w I + 20w H   for each chosen one, whose tokens are gathered and added up
     loss                40V             logits and their gradient in fp32, for each trained token
-    head's weight       its gradient is filled, read and written for each chunk of tokens, in fp32 where there are several, and
+    head's weight       its gradient is filled, read and written for each chunk of tokens, in fp32 if there are several, and
                         scaled; a tied one is added to that of the embedding
 
 Liger's kernels read and write each tensor once: 10w H, 4w (q + kv) and 8w I. The fusions of torch's compiler are assumed to leave
