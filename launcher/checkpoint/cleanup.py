@@ -1,4 +1,4 @@
-"""Directories beside the checkpoints of a run: unfinished saves and removals, and checkpoints that were set aside."""
+"""Directories beside a run's checkpoints: unfinished saves and removals, and checkpoints that were set aside."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Leftover:
 
 
 def find_leftovers(root: Path, writing: int | None = None) -> list[Leftover]:
-    """List the directories under `root` that are no checkpoints; the launcher leaves directories of other names alone.
+    """List the launcher's directories under `root` that are not checkpoints; directories with other names are ignored.
 
     `writing` is the number of the running attempt, None if no attempt runs: its save in progress is BEING_WRITTEN.
     """
@@ -70,7 +70,7 @@ def _is_in_use(path: Path) -> bool:
     try:
         store.open_checkpoint(path)
     except CheckpointError as error:
-        # A checkpoint that cannot be read right now may be intact.
+        # A checkpoint that is unreadable right now may be intact.
         return not isinstance(error, DamagedCheckpoint)
     return True
 

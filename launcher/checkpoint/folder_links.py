@@ -1,7 +1,7 @@
-"""Files of a model folder that may be copied: regular files in the folder itself, or blobs of the Hub's cache.
+"""The files in a model folder that may be copied: regular files in the folder itself, or blobs in the Hub's cache.
 
-A link such as `LICENSE -> ~/.ssh/id_rsa` in a folder from somebody else would carry a file of this machine into the export, the
-Hub repository or the mirror.
+In a folder from another user, a link such as `LICENSE -> ~/.ssh/id_rsa` would copy a private file from this machine into the
+export, the Hub repository or the mirror.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launcher.errors import CheckpointError, Problem
 
-# What an export and a mirror copy beside the weights.
+# The files that an export and a mirror copy in addition to the weights.
 COPIED = (
     *(
         "*.json",
@@ -34,15 +34,15 @@ COPIED = (
     *("chat_template*", "additional_chat_templates", "LICENSE*", "NOTICE*", "README.md"),
 )
 
-# What is loaded: an export would write the tensors of another file of this machine.
+# Files that are loaded: through a link, an export would write the tensors of another file on this machine.
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
 
 
 def link_problems(folder: Path, paths: Iterable[Path] | None = None) -> Iterator[Problem]:
     """Yield a problem for each of `paths`, and each file below them, that is not a regular file of the folder.
 
-    Without `paths`, those are the weights, the files that an export or a mirror may copy, and whatever is no file: a pipe would
-    never end.
+    Without `paths`, it checks the weights, the files that an export or a mirror may copy, and everything that is not a file:
+    reading a pipe would never end.
     """
     if paths is None:
         paths = {path for pattern in (*COPIED, *_WEIGHTS) for path in folder.glob(pattern)} | {
@@ -62,12 +62,12 @@ def link_problems(folder: Path, paths: Iterable[Path] | None = None) -> Iterator
 
 @contextmanager
 def open_file(folder: Path, source: str | Path) -> Iterator[io.FileIO]:
-    """Open a file of a model folder if what was opened is the folder's own or a blob: it may be replaced after a check.
+    """Open a file of a model folder, and check what was opened, because a path can be replaced after a check.
 
     Raises:
-        CheckpointError: if it is neither.
+        CheckpointError: if it is neither the folder's own file nor a blob.
     """
-    # A pipe without a writer does not block.
+    # So that a pipe without a writer does not block.
     with open(os.open(source, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
         opened = Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) or not _is_allowed(folder, opened):
@@ -96,7 +96,7 @@ def _is_special(path: Path) -> bool:
 
 
 def _refusal(folder: Path, file: Path) -> str:
-    """Return why a file may not be copied, to follow its name in a sentence; empty if it may."""
+    """Return why a file may not be copied, as text to follow its name; empty if it may."""
     try:
         target = file.resolve(strict=True)
         mode = target.stat().st_mode
@@ -116,7 +116,7 @@ def _is_allowed(folder: Path, file: Path) -> bool:
 
 
 def _hub_caches(folder: Path) -> Iterator[Path]:
-    """Yield the caches of the Hub whose blobs a folder may link to: the one that it is a snapshot of, and this user's."""
+    """Yield the Hub caches whose blobs a folder may link to: the cache that it is a snapshot in, and this user's."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     snapshot = folder.resolve()

@@ -11,7 +11,7 @@ FILE = "generation_config.json"
 
 
 def read_stop_ids(model: Path | Mapping[str, Any]) -> list[int]:
-    """Return the token ids at which the model's own settings stop generation; `model` is its folder, or its config.json."""
+    """Return the token ids at which the model's own settings stop generation; `model` is its folder or its config.json."""
     eos = read_generation_config(model).get("eos_token_id")
     return eos if isinstance(eos, list) else [] if eos is None else [eos]
 

@@ -1,6 +1,6 @@
-"""Fills a model that ZeRO-3 has partitioned from safetensors files: each rank reads the bytes of its own partitions alone.
+"""Fills a ZeRO-3 partitioned model from safetensors files: each rank reads only the bytes of its own partitions.
 
-transformers lets rank 0 read all weights and send them to the others, so a run on many nodes starts at the speed of one rank.
+In transformers, rank 0 reads all weights and sends them to the other ranks, so a multi-node run starts at the speed of one rank.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from launcher.checkpoint.store import partition
 from launcher.errors import ConfigError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What a rank holds beside its partitions.
+# Memory that a rank uses in addition to its partitions.
 _BLOCK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a safetensors file: its type and shape as the header names them, and its first byte in the file."""
+    """A tensor in a safetensors file: its type and shape as in the header, and the offset of its first byte in the file."""
 
     path: Path
     dtype: str
@@ -33,7 +33,7 @@ class StoredTensor:
 
 
 def can_fill(model: nn.Module, stored: Mapping[str, StoredTensor]) -> bool:
-    """Return whether every parameter is partitioned in memory, and is in the files under its own name and with its shape."""
+    """Return whether every parameter is partitioned in memory, and stored in the files with the same name and shape."""
     for name, parameter in model.named_parameters():
         tensor, own = stored.get(name), getattr(parameter, "ds_tensor", None)
         if own is None or tensor is None or tensor.dtype not in _DTYPES or tensor.shape != tuple(parameter.ds_shape):

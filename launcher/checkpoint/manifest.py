@@ -16,12 +16,12 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 REFERENCE_LOGITS = "probe.safetensors"
-# Beside the manifest, which does not name it: digests of the manifest identify a checkpoint, so a committed one never changes.
+# Not listed in the manifest, whose digest identifies a checkpoint: a committed manifest never changes.
 LATER_EVALUATION = "evaluation.json"
-# The set whose loss a manifest holds where it names none.
+# The set whose loss a manifest holds if it names no set.
 HELD_OUT = "held_out"
 
-# Rejects paths out of the directory, whoever wrote the file.
+# Rejects paths that lead out of the directory, whoever wrote the file.
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -29,7 +29,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class Manifest:
     """Content of manifest.json. `files` names every file of the directory except the manifest itself.
 
-    `eval_loss` is the loss of the evaluation set `eval_set` in nats at that very step, None if it was not evaluated.
+    `eval_loss` is the loss of the evaluation set `eval_set` in nats at exactly this step, None if it was not evaluated.
     """
 
     format_version: int = FORMAT_VERSION
@@ -62,7 +62,7 @@ class Manifest:
             # JSON cannot represent it.
             values["eval_loss"] = None
         if self.eval_set == HELD_OUT:
-            # Earlier launchers do not know the key.
+            # Earlier launchers do not know this key.
             del values["eval_set"]
         return json.dumps(values, indent=2) + "\n"
 
@@ -103,7 +103,7 @@ def _as_float(loss: Any) -> Any:
 
 
 def describe_loss(loss: float | None, eval_set: str) -> str:
-    """Return the evaluation loss of a checkpoint, with its set unless that is the held-out rows; `-` without one."""
+    """Return a checkpoint's evaluation loss, with its set unless that is the held-out rows; `-` if there is no loss."""
     if loss is None:
         return "-"
     return f"{loss:.4f}" if eval_set == HELD_OUT else f"{loss:.4f} ({eval_set})"
@@ -111,7 +111,7 @@ def describe_loss(loss: float | None, eval_set: str) -> str:
 
 @dataclass(frozen=True)
 class LaterEvaluation:
-    """Content of evaluation.json: the loss of a set at the checkpoint's step, where it was computed after the commit."""
+    """Content of evaluation.json: the loss of a set at the checkpoint's step, if it was computed after the commit."""
 
     eval_set: str
     eval_loss: float
@@ -148,7 +148,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         DamagedCheckpoint: if it is missing or damaged.
         UnreadableCheckpoint: if storage cannot read it right now.
-        CheckpointError: if it has another format version.
+        CheckpointError: if it has a different format version.
     """
     file = path / MANIFEST
     try:
@@ -198,7 +198,7 @@ def parse_later_evaluation(content: bytes) -> LaterEvaluation | None:
 
 
 def record_evaluation(path: Path, evaluation: LaterEvaluation) -> bool:
-    """Record the loss of a committed checkpoint that was saved without it; return False if its manifest has it.
+    """Record the loss of a committed checkpoint that was saved without one; return False if its manifest has a loss.
 
     Raises:
         CheckpointError: if the manifest cannot be read.

@@ -1,9 +1,9 @@
 """Bring states that DeepSpeed offloads to NVMe into host memory, piece by piece (deepspeed/runtime/swap_tensor/).
 
-A sub-group of the optimizer lies on NVMe if it has at least 1 MiB of fp32 weights on this rank, and so does a partition of the
-compute weights of that size. Anything smaller stays in memory.
+An optimizer sub-group is on NVMe if it has at least 1 MiB of fp32 weights on this rank; so is a partition of the compute weights
+of that size. Anything smaller stays in memory.
 
-Use one thread at a time: DeepSpeed's swappers support one user, which is training, or a save that training waits for.
+Use one thread at a time: DeepSpeed's swappers support a single user, either training or a save that training waits for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 
 def may_hold_states(zero: Any) -> bool:
-    """Return whether states may lie on NVMe; they cannot be read while training computes then."""
+    """Return whether states may be on NVMe; if so, they cannot be read while training computes."""
     return zero.swap_optimizer or zero.params_in_nvme_and_cpu
 
 
@@ -32,7 +32,7 @@ def load_sub_group(zero: Any, group: int, *, changed: bool = False) -> Iterator[
     """Hold the fp32 weights and optimizer states of a sub-group in memory; with `changed`, write them back at the end.
 
     Change sub-groups in ascending order: DeepSpeed flushes its pending writes with the last one. Gradients of the last step are
-    loaded along and dropped; at an optimizer boundary nothing needs them.
+    also loaded, and dropped: at an optimizer boundary nothing needs them.
     """
     if not zero._swappable_optimizer_subgroup(group):
         yield
@@ -54,7 +54,7 @@ def load_partition(parameter: Parameter) -> Iterator[None]:
     """Hold this rank's partition of a compute weight in memory."""
     swapper, part = parameter.nvme_swapper, parameter.ds_tensor
     if part.status == PartitionedParamStatus.INFLIGHT:
-        # Prefetched for the next forward pass, which uses it.
+        # It is prefetched for the next forward pass.
         swapper.synchronize_reads()
     if part.status == PartitionedParamStatus.AVAILABLE:
         yield

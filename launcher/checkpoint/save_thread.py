@@ -1,6 +1,6 @@
-"""The thread of a save: stage, write the shard, write a receipt, and on rank 0 commit when the receipts of all ranks exist.
+"""The thread of a save: it stages, writes the shard and a receipt, and on rank 0 commits when all ranks' receipts exist.
 
-It uses no collective: ranks communicate through the directory of the save.
+It uses no collectives: ranks communicate through the save's directory.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class SaveJob:
             receipt = ShardReceipt(entry=self._write())
         except Exception as error:
             self.error = error
-            # A partial shard may take the disk space that the receipt needs.
+            # A partial shard may occupy the disk space that the receipt needs.
             (self.saving / store.shard_name(self.context.rank)).unlink(missing_ok=True)
             problems = to_problems("the checkpoint could not be written", error, self.context.rank)
             receipt = ShardReceipt(problems=tuple((p.message, p.where, p.value, p.remedy) for p in problems))
@@ -130,7 +130,7 @@ class SaveJob:
             self.copy.fill(states)
         self.copied.set()
         atomic_files.fault_point("copied")
-        # Training does not wait from here on and comes first. On Linux each thread has its own priority.
+        # From here on training does not wait, and takes precedence. On Linux, each thread has its own priority.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         if not self.copy.is_finite():
             raise _not_finite_error()
@@ -198,7 +198,7 @@ class SaveJob:
 
 @contextmanager
 def _side_stream(device: torch.device, after: Any) -> Iterator[None]:
-    """On a GPU, run the body in a separate stream, after the event `after`; with `after` None run it as it is."""
+    """On a GPU, run the body in a separate stream, after the event `after`; if `after` is None, run it directly."""
     if after is None:
         yield
         return

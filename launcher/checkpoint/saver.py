@@ -1,12 +1,12 @@
 """Save checkpoints while training continues.
 
-At a save each rank copies what is small (counters, random states), and training continues at once. Weights and moments change
-only in the optimizer step, so a thread stages them in host memory during the forward and backward passes that follow, and
+At a save, each rank copies small states (counters, random states), and training continues at once. Weights and moments change
+only in the optimizer step, so a thread stages them in host memory during the following forward and backward passes;
 `wait_for_staging`, called before the optimizer step, waits for the rest of the copy (Maurya et al. 2024, arXiv:2406.10707).
-The thread then writes the rank's shard and a receipt beside it; rank 0's thread commits when the receipts of all ranks exist.
+The thread then writes the rank's shard and a receipt beside it; rank 0's thread commits when all ranks' receipts exist.
 
-Threads use no collective: those belong to the main threads, which agree on the outcome of a save where they `wait` for it, at
-the latest before the next one.
+Threads use no collectives: those belong to the main threads, which agree on a save's outcome when they `wait` for it, at the
+latest before the next save.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Saver:
     `named_parameters` names each parameter of the engine's model once, as in the Hugging Face model. `prune` is called on
     rank 0 with the path of each checkpoint after its commit. With `background`, this rank's states are staged in host memory
     at a save; without it, or if a machine lacks that memory, or if states lie on NVMe, training waits for the write. `fence`
-    is called on rank 0 before anything is written and before the commit, and raises if this process may not write any more.
+    is called on rank 0 before anything is written and before the commit, and raises if this process must not write any more.
     The save fails if a rank has written no receipt within `deadline_s` seconds. `eval_set` is the set of the losses that are
     passed to `save`.
     """
@@ -95,13 +95,13 @@ class Saver:
         reference_logits: Mapping[str, torch.Tensor] | None = None,
         wait: bool = False,
     ) -> None:
-        """Start to save the engine's present state, at an optimizer boundary; `wait` returns the outcome. Collective.
+        """Start to save the engine's current state, at an optimizer boundary; `wait` returns the outcome. Collective.
 
         `extra_state` is JSON-serializable. `reference_logits` holds `input_ids` [1, T], `position_ids` [1, T] and `logits`
-        [1, T, V] in the model's compute dtype; only rank 0's is written. With `wait` the save has ended when this returns.
+        [1, T, V] in the model's compute dtype; only rank 0's are written. With `wait`, the save has ended when this returns.
 
         Raises:
-            CheckpointError: on every rank, if this attempt may not write any more.
+            CheckpointError: on every rank, if this attempt must not write any more.
         """
         self.wait()
         began = time.monotonic()
@@ -124,7 +124,7 @@ class Saver:
 
     @property
     def is_saving(self) -> bool:
-        """Whether a save has been started and not waited for, the same on every rank."""
+        """Whether a save was started and not waited for; the same on every rank."""
         return self._job is not None
 
     def wait_for_staging(self) -> None:
@@ -153,7 +153,7 @@ class Saver:
             if self._is_main:
                 job.ended.wait()
             run_on_all_ranks(self._engine.device, "the checkpoint could not be committed", lambda: _raise(job.error))
-            # Only rank 0's thread knows when the commit was; this rank may have called wait() much later.
+            # Only rank 0's thread knows the time of the commit; this rank may have called wait() much later.
             seconds = torch.tensor(job.seconds, dtype=torch.float32, device=self._engine.device)
             dist.broadcast(seconds, 0)
             job.seconds = float(seconds)
@@ -204,7 +204,7 @@ class Saver:
         dist.all_reduce(shared)
         job.num_bytes, num_copies = shared.tolist()
         if num_copies < self._context.world_size:
-            # If one rank has no memory for staging, training waits on all ranks.
+            # If one rank lacks memory for staging, training waits on all ranks.
             job.copy = None
 
         def begin() -> None:

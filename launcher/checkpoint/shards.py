@@ -1,4 +1,4 @@
-"""One rank's shard of a checkpoint: a safetensors file without pickle, written by any number of ranks and read by any other.
+"""One rank's shard of a checkpoint: a safetensors file without pickle. Any world size can read any other's shards.
 
 A shard holds the elements of each flattened parameter that `store.partition` assigns to its rank, without padding: under
 `<parameter>|fp32` the weights, and under `<parameter>|<state>` each optimizer state (AdamW: `exp_avg`, `exp_avg_sq`). It also
@@ -54,7 +54,7 @@ class Shard:
         layout = zero3.state_layout(engine, named_parameters)
         specs = [TensorSpec(tensor_key(name, key), "F32", (count,)) for name, key, count in layout]
         specs += [TensorSpec(name, "U8", tuple(state.shape)) for name, state in states.items()]
-        # The dtype of the parameter: a partition that DeepSpeed holds on NVMe has another one.
+        # Use the parameter's dtype: a partition that DeepSpeed holds on NVMe has a different one.
         dtype = next(iter(named_parameters.values())).dtype
         return cls(tuple(specs), states, _DTYPES[dtype], tuple(named_parameters))
 
@@ -107,16 +107,16 @@ def load(
 ) -> dict[str, Any]:
     """Load a committed checkpoint into the engine and return its `extra_state`. Collective.
 
-    The world size may differ from that of the save; weights, optimizer states and step counts are restored bit for bit. Each
-    rank reads only the byte ranges that it needs. Random-generator states are restored only with the same world size; with
-    another one they stay as they are.
+    The world size may differ from the save's; weights, optimizer states and step counts are restored bit for bit. Each rank
+    reads only the byte ranges that it needs. Random-generator states are restored only if the world size is the same; otherwise
+    they do not change.
 
     All files are verified first, each by one rank. Errors are raised on every rank, before the engine is changed.
 
     Raises:
         DamagedCheckpoint: if files differ from their digests; lists all of them.
-        CheckpointError: if a file belongs to another user, `plan_digest` is given and differs, the model has other parameters,
-            or the optimizer has other states.
+        CheckpointError: if a file belongs to another user, if `plan_digest` is given and differs, or if the model's parameters
+        or the optimizer's states are different.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
@@ -130,7 +130,7 @@ def load(
                 value=f"{manifest.plan_digest}, this run's plan is {plan_digest}",
                 remedy="resume the run that saved it, or start another run from its exported weights",
             )
-        # Sorted names put a rank's own shard first on the same world size, so that it is in the page cache when it is read.
+        # With the same world size, sorted names put a rank's own shard first, so it is in the page cache when it is read.
         own_files = sorted(manifest.files, key=lambda name: (not name.startswith("rank-"), name))[rank::world_size]
         if problems := store.find_foreign_files(checkpoint, manifest):
             raise CheckpointError(problems)

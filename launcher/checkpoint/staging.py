@@ -14,8 +14,8 @@ import torch
 from launcher.checkpoint.safetensors_io import as_bytes
 
 OWN_CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-# Elements written or checked in one piece, without the GIL. Between pieces the thread needs the GIL; if it holds the GIL and is
-# descheduled because all cores are busy, training stalls.
+# Elements to write or check in one piece, without the GIL. Between pieces the thread needs the GIL; if it is descheduled while it
+# holds the GIL, because all cores are busy, training stalls.
 _BLOCK_ELEMENTS = 64 * 2**20
 
 
@@ -26,7 +26,7 @@ class StagingBuffer:
     """
 
     def __init__(self, num_elements: int, device: torch.device, sharers: int) -> None:
-        """Start to allocate; `sharers` processes of this machine allocate as much at the same time."""
+        """Start the allocation; `sharers` processes on this machine allocate the same amount at the same time."""
         self._device = device
         self._is_locked = False
         self._memory: torch.Tensor | None = None
@@ -62,7 +62,7 @@ class StagingBuffer:
         """Free the memory."""
         self._ready.wait()
         if self._memory is not None and self._is_locked:
-            # CUDA would take later allocations at these addresses for memory that it has locked.
+            # CUDA would treat later allocations at these addresses as memory that it has locked.
             torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
         self._memory = None
 
@@ -70,10 +70,10 @@ class StagingBuffer:
         try:
             set_current_device(self._device)
             if sharers * 4 * num_elements > available_bytes():
-                # The kernel would overcommit, and kill a process when the pages are touched.
+                # The kernel would overcommit, then kill a process when the pages are touched.
                 return
             memory = torch.empty(num_elements, dtype=torch.float32)
-            # The kernel maps a page when it is first written: now, not during the first save.
+            # The kernel maps a page on its first write: write now, not during the first save.
             memory.zero_()
             if self._device.type == "cuda":
                 # torch's own pinned allocations are powers of two, up to twice what the plan budgets. If the system refuses to

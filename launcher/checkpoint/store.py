@@ -8,7 +8,7 @@
       evaluation.json        the loss of an evaluation that followed the commit; the manifest does not name it (optional)
 
 A save fills `.saving-step-00000100-001` (the last number is the attempt), writes the manifest last and renames the
-directory into place. A directory without a valid manifest, or with files of other sizes than it says, is no checkpoint.
+directory into place. A directory without a valid manifest, or with file sizes that differ from it, is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def saving_path(root: Path, step: int, attempt: int) -> Path:
 
 
 def partition(num_elements: int, world_size: int, rank: int) -> tuple[int, int]:
-    """Return the elements [start, stop) of a flattened parameter that lie on `rank`, without padding.
+    """Return the range [start, stop) of a flattened parameter's elements that are on `rank`, without padding.
 
     ZeRO-3 gives each rank ceil(n / world size) elements (deepspeed partition_parameters.py, `_aligned_size`).
     """
@@ -78,8 +78,8 @@ def require_free_bytes(root: Path, needed: int) -> None:
 
 
 def begin_save(root: Path, *, step: int, attempt: int, needed_bytes: int) -> Path:
-    """Remove what unfinished saves left behind, check the free space, and create the directory of a save (mode 0700)."""
-    # The run directory itself is not made: where it has been moved, the save fails.
+    """Remove leftovers of unfinished saves, check the free space, and create the directory of a save (mode 0700)."""
+    # Do not create the run directory itself: if it has been moved, the save fails.
     root.mkdir(mode=0o700, exist_ok=True)
     _sweep(root, attempt)
     require_free_bytes(root, needed_bytes)
@@ -110,7 +110,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         DamagedCheckpoint: if the manifest, a name or a size is wrong.
         UnreadableCheckpoint: if storage cannot be read right now.
-        CheckpointError: if this launcher does not read its format.
+        CheckpointError: if this launcher cannot read its format.
     """
     manifest = read_manifest(path)
     if problem := _step_problem(path, manifest):
@@ -137,7 +137,7 @@ def list_checkpoints(root: Path) -> list[Checkpoint]:
 
 
 def find_unusable(root: Path) -> dict[int, CheckpointError]:
-    """Return why checkpoints cannot be opened, by step: damaged, of another format, or not readable right now."""
+    """Return why checkpoints cannot be opened, keyed by step: damaged, in another format, or unreadable right now."""
     errors: dict[int, CheckpointError] = {}
     for path in sorted(_step_directories(root)):
         if name := _STEP.fullmatch(path.name):
@@ -151,7 +151,7 @@ def find_unusable(root: Path) -> dict[int, CheckpointError]:
 
 
 def require_readable_after(root: Path, step: int) -> None:
-    """Check that no later checkpoint may be intact but unreadable: `step` would be taken for the newest by mistake.
+    """Check that no later checkpoint is unreadable but possibly intact: `step` would be mistaken for the newest.
 
     Raises:
         UnreadableCheckpoint: with the storage's error for the later one.
@@ -224,7 +224,7 @@ def format_problems(problems: Sequence[Problem]) -> str:
 def set_aside_after(root: Path, step: int) -> list[Path]:
     """Rename the checkpoints after `step`, so that no later resume starts from one of them; return their paths.
 
-    That includes those that cannot be read right now: they would be the newest again as soon as they can be.
+    This includes checkpoints that are unreadable right now: they would be the newest again once they are readable.
     """
     later = {checkpoint.step: checkpoint.path for checkpoint in list_checkpoints(root)}
     for unread, error in find_unusable(root).items():

@@ -57,13 +57,13 @@ def require_supported_engine(engine: Any, named_parameters: Mapping[str, Paramet
 
 @contextmanager
 def dropped_gradients(engine: Any) -> Iterator[None]:
-    """Run one backward pass in the body that leaves no gradient; no optimizer step follows it.
+    """Run one backward pass in the body without leaving gradients; no optimizer step may follow it.
 
-    DeepSpeed's `zero_grad` only lets the next pass overwrite gradients, and a parameter may get none there (an expert without a
-    token): the optimizer would then take that of this pass.
+    DeepSpeed's `zero_grad` only makes the next pass overwrite gradients, and a parameter may get none in that pass (an expert
+    without tokens): the optimizer would then use this pass's gradient.
     """
     boundary = engine._is_gradient_accumulation_boundary
-    # An offloaded optimizer is given gradients at a boundary alone; those on NVMe could not be taken back.
+    # An offloaded optimizer gets gradients only at a boundary; gradients on NVMe could not be taken back.
     engine.set_gradient_accumulation_boundary(False)
     try:
         yield
@@ -108,7 +108,7 @@ def state_layout(engine: Any, named_parameters: Mapping[str, Parameter]) -> list
     Optimizer states exist only after the first optimizer step.
 
     Raises:
-        CheckpointError: if the optimizer has other states than the table of optimizers names.
+        CheckpointError: if the optimizer's states differ from those in the table of optimizers.
     """
     keys = stored_keys(engine, optimizer_step(engine))
     _require_named_states(engine, keys)
@@ -117,7 +117,7 @@ def state_layout(engine: Any, named_parameters: Mapping[str, Parameter]) -> list
 
 
 def can_stage_in_background(engine: Any) -> bool:
-    """Return whether a thread can read the states while the engine computes: not if they lie on NVMe."""
+    """Return whether a thread can read the states while the engine computes; it cannot if they are on NVMe."""
     return not nvme.may_hold_states(engine.optimizer)
 
 
@@ -164,13 +164,13 @@ def _members(engine: Any, named_parameters: Mapping[str, Parameter]) -> dict[int
 
 
 def optimizer_step(engine: Any) -> int:
-    """Return the number of optimizer steps applied to the weights, without skipped ones.
+    """Return the number of optimizer steps applied to the weights, excluding skipped steps.
 
     Raises:
         CheckpointError: if it differs between parameters.
     """
     zero = engine.optimizer
-    # For optimizers that keep no count of their own.
+    # For optimizers that do not count steps.
     applied = engine.global_steps - engine.skipped_steps
     states = (zero.optimizer.state.get(flat) for flat in zero.fp32_partitioned_groups_flat)
     steps = {int(state.get("step", applied)) if state else 0 for state in states}
@@ -182,7 +182,7 @@ def optimizer_step(engine: Any) -> int:
 def load_states(engine: Any, named_parameters: Mapping[str, Parameter], step: int, read: ReadState) -> None:
     """Write this rank's part of every state into the engine. No communication; call `publish_weights` on all ranks after it.
 
-    The compute weights are set, too, while states from NVMe are in memory.
+    The compute weights are set too, while states from NVMe are in memory.
     """
     zero = engine.optimizer
     zero.checkpoint_event_prologue()

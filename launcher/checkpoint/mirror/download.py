@@ -31,18 +31,18 @@ from launcher.shell_commands import launcher_command
 Notify = Callable[[str], None]
 MakeProgress = Callable[[str, int], Callable[[int], None]]
 
-# Marks a run directory whose download is not complete; holds the address of the mirror.
+# Marks a run directory whose download is incomplete; contains the mirror's address.
 MARKER = ".fetching.json"
 _UNFINISHED = ".fetching-"
-# The largest tokenizers have some 50 MB; the code has a few, also unpacked.
+# The largest tokenizers have about 50 MB; the code has a few MB, even unpacked.
 _MAX_FILE_BYTES = 512 << 20
 
 
 def claim_run_dir(run: RunDir, url: str) -> None:
-    """Create the run directory, or continue one that an interrupted download from the same address left.
+    """Create the run directory, or continue an interrupted download from the same address.
 
     Raises:
-        SubmitError: if it belongs to another run, which stays as it is, or to another user, or cannot be created.
+        SubmitError: if it belongs to another run (which is not changed) or to another user, or cannot be created.
     """
     marker = run.root / MARKER
     try:
@@ -63,7 +63,7 @@ def claim_run_dir(run: RunDir, url: str) -> None:
 
 
 def _require_own(folder: Path) -> None:
-    """Refuse a folder that other users could have made or can enter: they could change in it what is about to be run.
+    """Reject a folder that other users could have created or can enter: they could change the code that is about to run.
 
     Raises:
         SubmitError: with the folder.
@@ -83,7 +83,7 @@ def download_fixed_files(remote: RemoteFolder, mirrored: MirroredRun, run: RunDi
     """Download code, model and attempt files into the run directory; return the plans by name, without writing them.
 
     Raises:
-        CheckpointError: if a file is missing, damaged, or named outside of the run directory.
+        CheckpointError: if a file is missing, damaged, or named outside the run directory.
     """
     plans: dict[str, LaunchPlan] = {}
     for name, entry in mirrored.files.items():
@@ -121,12 +121,12 @@ def _silent(activity: str, total: int) -> Callable[[int], None]:
 def download_checkpoint(
     remote: RemoteFolder, run: RunDir, step: int | None, notify: Notify, make_progress: MakeProgress = _silent
 ) -> int:
-    """Download the newest complete checkpoint, or that of `step`, verify its digests, and return its step.
+    """Download the newest complete checkpoint, or the one at `step`, verify its digests, and return its step.
 
-    A damaged one is named and the one before it is fetched, unless `step` asks for it.
+    If it is damaged, report this and fetch the previous one, unless `step` requests it.
 
     Raises:
-        CheckpointError: if there is none, or none that is intact.
+        CheckpointError: if there is none, or if none is intact.
     """
     complete = read_complete_checkpoints(remote)
     steps = ", ".join(map(str, complete)) or "none"
@@ -145,7 +145,7 @@ def download_checkpoint(
 
 
 def _download(remote: RemoteFolder, root: Path, manifest: Manifest, notify: Notify, make_progress: MakeProgress) -> list[Problem]:
-    """Download one checkpoint; return the problems with it, none if it is intact."""
+    """Download one checkpoint; return its problems, none if it is intact."""
     target = root / store.step_name(manifest.step)
     if target.is_dir() and not store.verify(target):
         return []

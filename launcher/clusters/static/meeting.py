@@ -1,9 +1,9 @@
 """How the machines of a start find each other: node 0 listens, and the others ask it until it has a plan.
 
-Each question tells node 0 who asks and for what; each answer has the number that this start has drawn. Node 0 writes the
-number into run.root as well: a machine that does not find it there has another run.root, and one that finds it never takes the
-plan of an earlier start. An answer says which attempt begins, how the machines are called and what is waited for. It names no
-file and no command: the plan is read from the run directory, which is checked as a run that other users could have changed.
+Each question tells node 0 who asks and for what; each answer contains this start's random number. Node 0 also writes the number
+to run.root: a machine that does not find it there has a different run.root, and one that finds it never uses an earlier start's
+plan. An answer says which attempt begins, what the machines are called, and what the start is waiting for. It names no file and
+no command: the plan is read from the run directory, which is checked like any run that other users could have changed.
 """
 
 from __future__ import annotations
