@@ -32,7 +32,7 @@ REMOVING_PREFIX = ".removing-"
 
 
 def fault_point(point: str) -> None:
-    """Mark a point of a save; tests replace this function by a fault.
+    """Mark a point in a save; tests replace this function with a fault.
 
     The points, in order: begun, copied, half-written, noted, gathered, manifest, committed.
     """
@@ -62,7 +62,7 @@ class FileEntry:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by a value as indented JSON; see `write_bytes`.
+    """Replace `path` with a value as indented JSON; see `write_bytes`.
 
     Raises:
         TypeError: if the value is not JSON-serializable; nothing is written.
@@ -72,7 +72,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by a text in UTF-8; see `write_bytes`."""
+    """Replace `path` with a text in UTF-8; see `write_bytes`."""
     write_bytes(path, text.encode())
 
 
@@ -99,10 +99,10 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
 
 
 def read_short_text(path: Path, max_bytes: int) -> str:
-    """Return the start of a small file that others may have put there; to read a pipe or a device could never end.
+    """Return the beginning of a small file that other users may have put there; reading a pipe or a device might never end.
 
     Raises:
-        OSError: if it cannot be read, or is no regular file.
+        OSError: if it cannot be read, or is not a regular file.
         UnicodeDecodeError: if it is not UTF-8.
     """
     with io.BufferedReader(open_regular(path)) as file:
@@ -110,10 +110,10 @@ def read_short_text(path: Path, max_bytes: int) -> str:
 
 
 def open_regular(path: Path) -> io.FileIO:
-    """Open a file to read it, unbuffered, if it is a regular one: a pipe would wait for a writer, which may never come.
+    """Open a regular file for unbuffered reading; opening a pipe would wait for a writer, which may never come.
 
     Raises:
-        OSError: if it cannot be read, or is no regular file.
+        OSError: if it cannot be read, or is not a regular file.
     """
     file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -137,7 +137,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
                 digest.update(chunk)
                 size += file.write(chunk)
                 if size - num_flushed > _FLUSH_BYTES:
-                    # The disk starts to write now, instead of writing everything at the end.
+                    # Start writing to disk now, instead of writing everything at the end.
                     file.flush()
                     os.posix_fadvise(file.fileno(), num_flushed, size - num_flushed, os.POSIX_FADV_DONTNEED)
                     num_flushed = size
@@ -186,7 +186,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Make all files and directories of a folder durable; in threads, since a file system combines what waits for its journal.
+    """Make all files and directories in a folder durable. Uses threads, because a file system batches journal commits.
 
     Raises:
         OSError: if a file cannot be read or written back.
@@ -217,7 +217,7 @@ def rename(source: Path, target: Path) -> None:
 
 
 def replace_directory(source: Path, target: Path) -> None:
-    """Rename a complete directory to `target` and remove the previous `target` after that. Both lie in one directory."""
+    """Rename a complete directory to `target`, then remove the previous `target`. Both must be in the same directory."""
     aside = replaced_path(target)
     if target.exists():
         if aside.exists():

@@ -17,11 +17,11 @@ from launcher.errors import RunError
 from launcher.plan.migrations import SCHEMA_VERSION
 from launcher.plan.run_dir import RunDir
 
-# What is copied.
+# The package to copy.
 _PACKAGE = Path(launcher.__file__).resolve().parent
-# In the folder of the code: which plans this code reads; earlier launchers wrote no such file, or their schema version alone.
+# In the code's folder: which plans this code reads. Earlier launchers wrote no such file, or only their schema version.
 _PLAN_SCHEMA = "plan_schema_version"
-# In the same folder: the digest of every file of the package, by its path in the folder.
+# In the same folder: the digest of every file of the package, keyed by its path in the folder.
 DIGESTS = "digests.json"
 
 
@@ -42,7 +42,7 @@ def is_current(run: RunDir) -> bool:
 
 
 def plan_schema() -> str:
-    """Return the schema version of plans with a digest of their keys: code refuses a setting that it does not know."""
+    """Return the schema version of plans with a digest of their keys: code rejects unknown settings."""
     from launcher.plan.launch_plan import LaunchPlan
 
     schema = LaunchPlan.model_json_schema()
@@ -51,7 +51,7 @@ def plan_schema() -> str:
 
 
 def replace(run: RunDir, newest_attempt: int) -> Path:
-    """Copy the package in place of the code that the attempts so far have run; returns the folder that keeps the earlier code."""
+    """Replace the code that previous attempts ran with a copy of this package; returns the folder that keeps the earlier code."""
     earlier = run.earlier_code(newest_attempt)
     copy = run.root / ".code"
     shutil.rmtree(copy, ignore_errors=True)
@@ -64,9 +64,9 @@ def replace(run: RunDir, newest_attempt: int) -> Path:
 
 
 def find_damage(run: RunDir) -> str | None:
-    """Return which files of the run's code are missing or differ from their digests; None if all are as they were submitted.
+    """Return which files of the run's code are missing or differ from their digests, or None if all are as submitted.
 
-    Code without digests, as earlier launchers copied it, is taken as it is. For bytecode see `remove_changed_bytecode`.
+    Code without digests, from earlier launchers, is accepted unchecked. For bytecode see `remove_changed_bytecode`.
     """
     if not (run.code / DIGESTS).is_file():
         return None
@@ -82,7 +82,7 @@ def find_damage(run: RunDir) -> str | None:
 def remove_changed_bytecode(run: RunDir) -> None:
     """Remove bytecode that differs from its digest: nodes compile it again.
 
-    Python itself writes it anew in a copy of a run whose files have other times; after a power loss it may end too early.
+    Python itself rewrites it in a copy of a run with different file times; after a power loss it may be truncated.
     """
     with suppress(RunError, FileNotFoundError):
         for name, digest in json_records.read_json(run.code / DIGESTS).items():
@@ -98,18 +98,18 @@ def _is_intact(file: Path, digest: str) -> bool:
 
 
 def _list_left_out(folder: str, names: list[str]) -> set[str]:
-    """Return what is not copied: settings, which plans hold, files being written, and bytecode that this user may not read."""
+    """Return what not to copy: settings (plans hold them), files being written, and bytecode that this user may not read."""
     bytecode = [name for name in names if name == "__pycache__" or name.endswith(".pyc")]
     unreadable = {name for name in bytecode if not os.access(f"{folder}/{name}", os.R_OK, effective_ids=True)}
     return {"conf", *fnmatch.filter(names, "*.pyc.*"), *unreadable}
 
 
 def _copy_package(folder: Path) -> None:
-    """Copy the package into a folder that does not exist yet, with its digests, and make all of it durable."""
+    """Copy the package, with its digests, to a folder that does not exist yet, and make everything durable."""
     shutil.copytree(_PACKAGE, folder / "launcher", ignore=_list_left_out)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     digests = {str(path.relative_to(folder)): xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files}
     (folder / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
     (folder / _PLAN_SCHEMA).write_text(f"{plan_schema()}\n", encoding="utf-8")
-    # After a power loss, files without this may be empty, and every later attempt runs them.
+    # Without this, files may be empty after a power loss, and every later attempt runs them.
     atomic_files.fsync_tree(folder)

@@ -1,7 +1,7 @@
-"""The rank's identity, and the collectives by which ranks share results, failures and reasons to stop.
+"""The rank's identity, and the collectives through which ranks share results, failures and reasons to stop.
 
-A rank that fails alone would leave the others waiting in their next collective. So each function here that runs an action
-raises on every rank where the action fails on one.
+A rank that fails alone would leave the others waiting in their next collective. Therefore each function here that runs an action
+raises on every rank if the action fails on one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from launcher import errors
 from launcher.errors import CheckpointError, DamagedCheckpoint, LauncherError, Problem, Superseded
 
 T = TypeVar("T")
-# Reasons to stop before the last step, by precedence: where ranks have different reasons, the first of these counts.
+# Reasons to stop before the last step, by precedence: if ranks have different reasons, the first in this list counts.
 STOP_REASONS = ("cancelled", "preempted", "limit")
 # Connections that may wait to be accepted: all ranks of a large run connect at once.
 _STORE_BACKLOG = 4096
@@ -47,13 +47,13 @@ class RankInfo:
 def open_store(
     address: str, port: int, *, is_server: bool, num_members: int | None = None, timeout: timedelta = timedelta(minutes=5)
 ) -> dist.TCPStore:
-    """Return the store at `address`, an IP address. The server listens there alone; port 0 chooses a free one.
+    """Return the store at the IP address `address`. The server listens only there; port 0 chooses a free port.
 
-    TCPStore by itself listens on all interfaces, and answers whoever connects. With `num_members`, the server waits until as many
-    have connected.
+    By default, TCPStore listens on all interfaces and answers whoever connects. With `num_members`, the server waits until that
+    many members have connected.
 
     Raises:
-        OSError: on the server, where the address is not of this machine or the port is taken.
+        OSError: on the server, if the address does not belong to this machine or the port is taken.
         torch.distributed.DistNetworkError: if the server cannot be reached within `timeout`.
     """
     waits = num_members is not None
@@ -71,7 +71,7 @@ def open_store(
 
 
 class StepReduction(NamedTuple):
-    """Result of `all_reduce_step`: the loss summed over ranks, why to stop (None: go on), and the summed statistics."""
+    """Result of `all_reduce_step`: the loss summed over ranks, why to stop (None: continue), and the summed statistics."""
 
     loss: float
     stop_reason: str | None
@@ -81,8 +81,8 @@ class StepReduction(NamedTuple):
 def all_reduce_step(loss: torch.Tensor, stop_reason: str | None, stats: list[float], device: torch.device) -> StepReduction:
     """Sum `loss` (a scalar) and `stats` over all ranks and agree on a reason to stop. Collective.
 
-    One all-reduce carries all three, so that a step has no collective beside those of DeepSpeed. A rank puts its statistics
-    at positions of its own, with zeros elsewhere: the sum is then the concatenation. Each reason is one of STOP_REASONS.
+    One all-reduce carries all three, so a step has no collectives other than DeepSpeed's. Each rank puts its statistics at its
+    own positions, with zeros elsewhere, so that the sum is the concatenation. Each reason is one of STOP_REASONS.
     """
     buffer = pack_step(loss, stop_reason, stats, device)
     dist.all_reduce(buffer)
@@ -95,7 +95,7 @@ def all_reduce_step(loss: torch.Tensor, stop_reason: str | None, stats: list[flo
 def pack_step(loss: torch.Tensor, stop_reason: str | None, stats: list[float], device: torch.device) -> torch.Tensor:
     """Return what `all_reduce_step` sums, fp64 on the device: the loss, a vote for each of STOP_REASONS, the statistics.
 
-    It does not wait for the GPU, so that the all-reduce is queued while the optimizer still steps.
+    Does not wait for the GPU, so the all-reduce is queued while the optimizer still steps.
     """
     votes = [float(stop_reason == reason) for reason in STOP_REASONS]
     buffer = copy_to_device(torch.tensor([0.0, *votes, *stats], dtype=torch.float64), device)
@@ -104,7 +104,7 @@ def pack_step(loss: torch.Tensor, stop_reason: str | None, stats: list[float], d
 
 
 def copy_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy without waiting for the GPU, which CUDA would do for memory that is not page-locked."""
+    """Copy without waiting for the GPU; CUDA would wait for memory that is not page-locked."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -114,8 +114,8 @@ def rank0_broadcast(rank_info: RankInfo, problem: str, action: Callable[[], T]) 
     """Run `action` on rank 0 and return its result on every rank. Collective; the result is a JSON value.
 
     Raises:
-        LauncherError: on every rank, where `action` raised one on rank 0.
-        CheckpointError: on every rank, where `action` raised another error; `problem` says what could not be done.
+        LauncherError: on every rank, if `action` raised one on rank 0.
+        CheckpointError: on every rank, if `action` raised another error; `problem` says what could not be done.
     """
     result: T | None = None
     failure: dict[str, Any] | None = None
@@ -143,8 +143,8 @@ def run_on_all_ranks(device: torch.device, problem: str, action: Callable[[], T]
     `problem` says what could not be done, for errors that are not a LauncherError.
 
     Raises:
-        Superseded, DamagedCheckpoint: on every rank, where any rank raised one of these.
-        CheckpointError: on every rank, where any rank raised another error; it lists the problems of all ranks.
+        Superseded, DamagedCheckpoint: on every rank, if any rank raised one of these.
+        CheckpointError: on every rank, if any rank raised another error; lists the problems of all ranks.
     """
     result: T | None = None
     caught: Exception | None = None
@@ -165,12 +165,12 @@ def run_on_all_ranks(device: torch.device, problem: str, action: Callable[[], T]
 
 
 def gather_json(value: Any) -> list[Any]:
-    """Return the JSON value of every rank, by rank. Collective.
+    """Return the JSON values of all ranks, in rank order. Collective.
 
-    torch's collectives for objects unpickle what arrives, and a pickle from whoever reaches a rank's socket could run code.
+    torch's object collectives unpickle what arrives, and a pickle from anyone who reaches a rank's socket could run code.
 
     Raises:
-        TypeError: on every rank, where the value of any rank is not JSON.
+        TypeError: on every rank, if any rank's value is not JSON.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
     try:
@@ -196,7 +196,7 @@ def _encode_failure(kind: type[LauncherError], problems: tuple[Problem, ...]) ->
 
 
 def _decode_failure(failure: dict[str, Any]) -> tuple[type[LauncherError], tuple[Problem, ...]]:
-    """Return the type of an error, CheckpointError where launcher.errors has none of that name, and its problems."""
+    """Return an error's type (CheckpointError if launcher.errors has none of that name) and its problems."""
     kind = getattr(errors, failure["type"], None)
     if not (isinstance(kind, type) and issubclass(kind, LauncherError)):
         kind = CheckpointError

@@ -1,7 +1,7 @@
 """The error record of a rank: the exception that ended it.
 
-Format and path are those of torch's `record` decorator. That writes in place, and torch's elastic agent parses the file without a
-guard, so neither is used here (see launcher.worker.ranks.elastic).
+The format and path are those of torch's `record` decorator. The decorator writes in place, and torch's elastic agent parses the
+file without catching errors, so neither is used here (see launcher.worker.ranks.elastic).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ VARIABLE = "TORCHELASTIC_ERROR_FILE"
 class ErrorRecord:
     """`message` is the exception's type and text, `at` the time in seconds since the epoch, None if the record has none.
 
-    `cause` is the limit of the machine that the exception comes from, empty if none is known. `step` counts the completed
-    optimizer steps, None before the rank has loaded the model.
+    `cause` is the machine limit that caused the exception, empty if none is known. `step` is the number of completed optimizer
+    steps, None before the rank has loaded the model.
     """
 
     message: str
@@ -49,7 +49,7 @@ class ErrorRecord:
         atomic_files.write_json(path, self._content())
 
     def dumps(self, max_bytes: int) -> bytes:
-        """Return the record as JSON of at most `max_bytes`; texts that are too long are cut, the traceback at its beginning."""
+        """Return the record as JSON of at most `max_bytes`; long texts are truncated, the traceback at its beginning."""
         record, limit = self, max_bytes
         while len(content := json.dumps(record._content()).encode()) > max_bytes and limit:
             limit //= 2
@@ -94,7 +94,7 @@ class ErrorRecord:
 def write_error_record(record: ErrorRecord, environ: Mapping[str, str]) -> None:
     """Write the record to the path in `environ`, if there is one.
 
-    Raises nothing: on a full disk the rank ends by its exception all the same, and its log has the traceback.
+    Raises nothing: on a full disk, the rank still ends with its exception, and its log has the traceback.
     """
     path = environ.get(VARIABLE)
     if not path:
@@ -105,7 +105,7 @@ def write_error_record(record: ErrorRecord, environ: Mapping[str, str]) -> None:
         # The log may be on the same full disk.
         with suppress(OSError):
             print(f"cannot write the error record to {path}: {problem}", file=sys.stderr)
-            # A rank that the agent ends now would end before Python prints it.
+            # If the agent ended the rank now, Python would not get to print it.
             print(record.traceback, file=sys.stderr)
 
 

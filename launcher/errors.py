@@ -1,6 +1,6 @@
 """The errors that a user can meet, each with one exit code.
 
-An error has four parts: what is wrong, where, the value, and the remedy. A value that may be a secret is never part of one.
+An error has four parts: what is wrong, where, the value, and the remedy. A value that may be a secret is never included.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ EXIT_INTERRUPTED = 130
 
 
 # Characters that move the cursor, color or hide text on a terminal, or cannot be printed: controls except tab and line feed,
-# marks of writing direction, halves of surrogate pairs. File names and rows of data may contain them.
+# writing direction marks, and lone surrogates. File names and data rows may contain them.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """Return the text with escape sequences for characters that a terminal would act upon or could not print."""
+    """Return the text with escapes for characters that a terminal would interpret or could not print."""
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -31,7 +31,7 @@ def printable(text: str) -> str:
 class Problem:
     """One mistake: `where` is a key, a file:line or the command line; `value` is as the user wrote it."""
 
-    # Runs of earlier versions hold records with the former name.
+    # Records of runs from earlier versions have the former name.
     message: str = field(metadata={"former_name": "what"})
     where: str = ""
     value: str = ""
@@ -49,7 +49,7 @@ class Problem:
 
 
 def did_you_mean(word: str, options: Sequence[str]) -> str:
-    """Return `did you mean X?` for a mistyped word, or an empty text.
+    """Return `did you mean X?` for a mistyped word, or an empty string.
 
     For a dotted key, names in the same section come first, then the same name in other sections.
     """
@@ -57,7 +57,7 @@ def did_you_mean(word: str, options: Sequence[str]) -> str:
     neighbors = {option.rpartition(".")[2]: option for option in options if option.rpartition(".")[0] == section}
     if close := difflib.get_close_matches(leaf, neighbors, n=1, cutoff=0.7):
         return f"did you mean {neighbors[close[0]]}?"
-    # A key on the command line cannot name an item of a list.
+    # A key on the command line cannot address a list item.
     same = [option for option in options if option.rpartition(".")[2] == leaf and "[]" not in option][:3]
     # `train` is close to `train.x`, but does not help.
     distant = difflib.get_close_matches(word, [o for o in options if not word.startswith(f"{o}.")], n=1, cutoff=0.75)
@@ -77,7 +77,7 @@ class LauncherError(Exception):
         super().__init__("\n".join(str(p) for p in self.problems))
 
     def to_report(self) -> dict[str, Any]:
-        """Return the problems and the exit code as JSON values, for the process that reads the output of this one."""
+        """Return the problems and the exit code as JSON values, for the process that reads this one's output."""
         return {"problems": [[p.message, p.where, p.value, p.remedy] for p in self.problems], "exit_code": self.exit_code}
 
 
@@ -112,7 +112,7 @@ class CheckpointError(LauncherError):
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A committed checkpoint is damaged, and no other one can be used without a user's decision."""
+    """A committed checkpoint is damaged, and no other can be used without a user's decision."""
 
 
 class UnreadableCheckpoint(CheckpointError):
@@ -150,7 +150,7 @@ class PushError(LauncherError):
 
 
 def raise_reported(report: Mapping[str, Any]) -> None:
-    """Raise the problems that another process has reported with `LauncherError.to_report`, if it has.
+    """Raise the problems, if any, that another process reported with `LauncherError.to_report`.
 
     Raises:
         DataError: if nothing was started because of them.
@@ -166,5 +166,5 @@ def describe(error: Exception) -> str:
     return error.problems[0].message if isinstance(error, LauncherError) else f"{type(error).__name__}: {error}"
 
 
-# Another attempt would end in the same way: neither ranks nor jobs are restarted after one of these.
+# Another attempt would end the same way, so neither ranks nor jobs are restarted after one of these.
 WOULD_REPEAT = (ConfigError, DataError, DamagedCheckpoint, Superseded, DivergedError, OutOfMemory, ExportError)

@@ -1,7 +1,7 @@
-"""Collect the facts that a plan is made from: the machine, the model's architecture, the counts of the data cache.
+"""Collect the facts that a plan is based on: the machine, the model's architecture, and the data cache's counts.
 
-Reads the disk and queries the GPUs; downloads and converts nothing and imports no torch. `python -m launcher.worker.prepare`
-downloads or converts a missing model and builds a missing data cache.
+Reads the disk and queries the GPUs; downloads and converts nothing, and does not import torch. `python -m
+launcher.worker.prepare` downloads or converts a missing model and builds a missing data cache.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _PACKAGES = (
 
 
 def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:
-    """Replace what depends on this moment or on the machines: `model.dtype=auto`, a run in `model.path` without a step, the
-    name of a folder that could also be a Hub repository, and what the environment says of the machines.
+    """Resolve settings that depend on the current state or on the machines: `model.dtype=auto`, a run in `model.path` without a
+    step, a folder name that could also be a Hub repository, and what the environment says about the machines.
 
     The newest checkpoint of that run is pinned: a job may wait in the queue for hours while the run continues. `node` returns
-    the devices of a node of the job; its CPUs are assumed to be like this machine's.
+    the devices of one of the job's nodes; its CPUs are assumed to be like this machine's.
 
     Raises:
-        ConfigError: if there is no such run or checkpoint, or another user has made a folder of the name of a Hub repository.
+        ConfigError: if there is no such run or checkpoint, or another user created a folder with a Hub repository's name.
     """
     sources = {"path": config.model.path, "tokenizer": config.model.tokenizer}
     of_hub = {key: value for key, value in sources.items() if value and HUB_ID_PATTERN.fullmatch(value)}
@@ -70,13 +70,13 @@ def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:
 
 
 def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None = None) -> Facts:
-    """Collect the facts of a run whose settings `resolve` returned.
+    """Collect the facts for a run whose settings `resolve` returned.
 
-    `here` describes a node's accelerators; None: those of this machine.
+    `here` describes a node's accelerators; None means this machine's.
 
     Raises:
-        ConfigError: with every path that is missing, empty or of the wrong kind.
-        DataError: if a source cannot be reached, or the data has token ids that the model's embedding lacks, with its findings.
+        ConfigError: with every path that is missing, empty or of the wrong kind. DataError: if a source is unreachable, if the
+        data has token ids that the model's embedding lacks, or with the data's findings.
     """
     check(config)
     model = model_source.read_model_facts(config.model)
@@ -102,7 +102,7 @@ def check(config: RunConfig) -> None:
     """Check that the model and the data sources exist, and that the weights cover the model.
 
     Raises:
-        ConfigError: with every path that is missing, empty or of the wrong kind, and with the tensors that weights lack.
+        ConfigError: with every path that is missing, empty or of the wrong kind, and with the tensors missing from the weights.
     """
     problems = model_source.check_model(config.model) or model_source.weights_problems(config.model)
     problems += sources.check_sources(config.data)
@@ -119,7 +119,7 @@ def check(config: RunConfig) -> None:
 
 
 def is_prepared(config: RunConfig, facts: Facts) -> bool:
-    """Return True if nothing must be downloaded, converted, compared or built before workers can start."""
+    """Return True if workers can start without any download, conversion, comparison or build."""
     model = config.model
     has_data = facts.data is not None and len(facts.eval_sets) == len(config.eval.all_sets)
     if not has_data or facts.model.tokenizer_path is None or (model.path is not None and facts.model.path is None):
@@ -128,7 +128,7 @@ def is_prepared(config: RunConfig, facts: Facts) -> bool:
 
 
 def prepared_data(config: RunConfig) -> tuple[DataFacts, dict[str, DataFacts]] | None:
-    """Return the data cache of these settings, and those of the evaluation sets by name.
+    """Return the data cache for these settings, and the evaluation sets' caches by name.
 
     None if `launcher.worker.prepare` must run before workers can start.
     """
@@ -141,8 +141,8 @@ def prepared_data(config: RunConfig) -> tuple[DataFacts, dict[str, DataFacts]] |
 
 
 def needs_isolation_check(config: RunConfig, model: ModelFacts) -> bool:
-    """Return True if nothing is known about this architecture, whose config.json is at hand."""
-    # A GGUF file or a checkpoint that is not converted yet is probed once it is: its config.json has more in it.
+    """Return True if config.json is available but nothing is known about the architecture."""
+    # A GGUF file or a checkpoint is probed only after its conversion, when its config.json is complete.
     is_final = model.path is not None or config.model.path is None or config.model.config is not None
     return is_final and model.isolation is None
 
@@ -157,19 +157,19 @@ def is_extra_accepted(config: RunConfig) -> bool:
 
 
 def accepted_extra(config: RunConfig) -> Path:
-    """Return the marker file that worker.checks.deepspeed_check writes once DeepSpeed has accepted these settings."""
+    """Return the path of the marker file that worker.checks.deepspeed_check writes once DeepSpeed has accepted these settings."""
     checked = [_version("deepspeed"), launcher.__version__, config.model.dtype, config.deepspeed.model_dump(mode="json")]
     digest = hashlib.blake2b(json.dumps(checked, sort_keys=True).encode(), digest_size=16).hexdigest()
     return cache_root() / "deepspeed-checks" / digest
 
 
 def data_facts(config: RunConfig, tokenizer_path: str | None) -> DataFacts | None:
-    """Return the counts of the data cache for these sources and this tokenizer; None if it is not built."""
+    """Return the counts of the data cache for these sources and this tokenizer, or None if it is not built."""
     return None if tokenizer_path is None else _find_cache(config.data, tokenizer_path)
 
 
 def eval_set_facts(config: RunConfig, tokenizer_path: str | None) -> dict[str, DataFacts]:
-    """Return the counts of the data caches of the evaluation sets by name, without those that are not built."""
+    """Return the counts of the evaluation sets' data caches by name, except caches that are not built."""
     if tokenizer_path is None:
         return {}
     built = {one.name: _find_cache(make_set_data(one, config.data), tokenizer_path) for one in config.eval.all_sets}
@@ -186,7 +186,7 @@ def id_problem(cache_dir: str, model: ModelFacts) -> Problem | None:
 
 
 def _lineage(model: str) -> Lineage | None:
-    """Return where the run in `model.path` began; None if the path is no run."""
+    """Return the origin of the run in `model.path`, or None if the path is not a run."""
     if not is_run(model):
         return None
     from launcher.models import parent_run
@@ -215,7 +215,7 @@ def _version(name: str) -> str | None:
 
 
 def _git() -> tuple[str | None, bool | None]:
-    """Return commit and dirty flag of the checkout that the package runs from; None outside of one."""
+    """Return the commit and dirty flag of the checkout that the package runs from, or None outside a checkout."""
     folder = Path(launcher.__file__).resolve().parent.parent
     if not (folder / ".git").exists():
         return None, None

@@ -14,7 +14,7 @@ from launcher.nvml import GpuInfo
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import DeviceFacts
 
-# Values of CUDA_VISIBLE_DEVICES with which a user chooses the CPU.
+# Values of CUDA_VISIBLE_DEVICES that select the CPU.
 _CPU_CHOSEN = ("", "-1")
 
 
@@ -45,7 +45,7 @@ def device() -> DeviceFacts:
 
 
 def may_use_gpus() -> bool:
-    """Return whether NVIDIA's driver is there and the user has not hidden all GPUs."""
+    """Return whether NVIDIA's driver is present and the user has not hidden all GPUs."""
     return nvml.has_driver() and os.environ.get("CUDA_VISIBLE_DEVICES") not in _CPU_CHOSEN
 
 

@@ -1,7 +1,7 @@
-"""JSON objects as dataclasses: the types of the fields say what the decoder accepts.
+"""JSON objects as dataclasses: the field types define what the decoder accepts.
 
 Supported types: bool, int, float, str, None, Any, enumerations, nested dataclasses, dictionaries with text keys, tuples, and
-unions. An integer is accepted for a float, and a boolean is no number. A field whose metadata has a `former_name` is also read
+unions. An integer is accepted for a float; a boolean is not a number. A field whose metadata has a `former_name` is also read
 under that name.
 """
 
@@ -26,12 +26,12 @@ T = TypeVar("T")
 
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null", dict: "an object"}
 _MAX_VALUE_CHARS = 80
-# Of a record: manifests and plans of thousands of ranks have some MiB.
+# The maximum size of a record: manifests and plans for thousands of ranks have several MiB.
 MAX_BYTES = 64 * 2**20
 
 
 class NoRecord(OSError):
-    """A file cannot be a record, whatever it holds: it is a pipe or a device, or too large."""
+    """A file cannot be a record, whatever its content: it is a pipe or a device, or too large."""
 
 
 class _FieldError(Exception):
@@ -43,10 +43,10 @@ class _FieldError(Exception):
 
 
 def decode(record_type: type[T], values: Any, where: str, remedy: str = "") -> T:
-    """Build a `record_type` from a decoded JSON value. Unknown keys are ignored; a missing key gets the field's default.
+    """Build a `record_type` from a decoded JSON value. Unknown keys are ignored; missing keys get the field's default.
 
     Raises:
-        DamagedRun: where a key without a default is missing, or a value has another type; with `where`, the field and the value.
+        DamagedRun: if a key without a default is missing, or a value has the wrong type; names `where`, the field and the value.
     """
     try:
         record: T = _decode_object(record_type, values, "")
@@ -67,7 +67,7 @@ def read(record_type: type[T], path: Path, remedy: str = "") -> T:
     """Read one record.
 
     Raises:
-        DamagedRun: where the file is missing, cannot be read, or is damaged.
+        DamagedRun: if the file is missing, cannot be read, or is damaged.
     """
     return decode(record_type, read_json(path, remedy), str(path), remedy)
 
@@ -78,7 +78,7 @@ def read_if_present(record_type: type[T], path: Path, remedy: str = "") -> T | N
 
 
 def write(path: Path, record: Any) -> None:
-    """Replace the file at `path` by this record, atomically."""
+    """Replace the file at `path` with this record, atomically."""
     atomic_files.write_json(path, encode(record))
 
 
@@ -86,7 +86,7 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
     Raises:
-        DamagedRun: where the file is missing, cannot be read, or holds anything else.
+        DamagedRun: if the file is missing, cannot be read, or holds anything else.
     """
     try:
         content = read_bytes(path)
@@ -101,7 +101,7 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
 
 
 def loads(record_type: type[T], content: bytes, where: str, remedy: str = "") -> T:
-    """Decode one record from JSON that is no file here. Raises what `read` raises; `where` names the source."""
+    """Decode one record from JSON that does not come from a local file. Raises what `read` raises; `where` names the source."""
     return decode(record_type, _parse(content, where, remedy), where, remedy)
 
 
@@ -116,10 +116,10 @@ def _parse(content: bytes, where: str, remedy: str) -> dict[str, Any]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a file that is a record by its name: in another user's run, it may be anything, of any size.
+    """Read a file that should be a record: in another user's run, it may be anything, of any size.
 
     Raises:
-        NoRecord: where it is a pipe or a device, or larger than any record.
+        NoRecord: if it is a pipe or a device, or larger than any record.
         OSError: if it cannot be read.
     """
 
@@ -130,10 +130,10 @@ def read_bytes(path: Path) -> bytes:
             if stat.S_ISDIR(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
             if not stat.S_ISREG(status.st_mode):
-                # To read a pipe or a device could never end.
+                # Reading a pipe or a device might never end.
                 raise NoRecord(errno.EINVAL, "is no regular file", str(path))
             with open(descriptor, "rb", closefd=False) as file:
-                # A read allocates as much as it is asked for.
+                # A read allocates as much as it requests.
                 content = file.read(min(MAX_BYTES, status.st_size) + 1)
             if len(content) > MAX_BYTES:
                 message = f"has more than the {MAX_BYTES / 2**20:.0f} MiB of the largest record"
@@ -147,7 +147,7 @@ def read_bytes(path: Path) -> bytes:
     except OSError as error:
         if error.errno != errno.ESTALE:
             raise
-        # On NFS, another machine has replaced the file since it was opened.
+        # On NFS, another machine replaced the file after it was opened.
         return read()
 
 

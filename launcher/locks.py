@@ -1,7 +1,7 @@
 """File locks that name their holder.
 
-The kernel releases a lock when its holder ends. While a process holds the lock NAME, the file NAME.json beside it holds the
-process's identity, for the messages of those who wait.
+The kernel releases a lock when its holder ends. While a process holds the lock NAME, the file NAME.json beside it contains the
+process's identity, for the messages of waiting processes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# A holder writes its identity right after it has taken the lock.
+# A holder writes its identity right after it takes the lock.
 _IDENTITY_WAIT_S = 0.5
 _MAX_IDENTITY_BYTES = 1 << 16
 
@@ -30,7 +30,7 @@ class LockTimeout(Exception):
 def pid_namespace() -> str:
     """Return an id of the scope of this process's pid: one boot of one machine, and one pid namespace there.
 
-    Containers of one machine may share its host name but not its processes, or its processes but not its name.
+    Containers on one machine may share its host name but not its processes, or its processes but not its name.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -58,11 +58,11 @@ class Holder:
 
     @property
     def has_ended(self) -> bool:
-        """True if the process is known to have ended; never true for a process of another machine or container."""
+        """True if the process is known to have ended; never true for a process on another machine or in another container."""
         if self.space != pid_namespace():
             return False
         started = _start_time(self.pid)
-        # The kernel reuses the pid of a process that has ended.
+        # The kernel reuses the pids of ended processes.
         return started is None or abs(started - self.started) >= 1
 
     def __str__(self) -> str:
@@ -81,7 +81,7 @@ def hold(path: Path, timeout_s: float, command: str, mode: int = -1) -> Iterator
         LockTimeout: if another process still holds the lock after `timeout_s` seconds.
         OSError: if the file cannot be created.
     """
-    # Commands that only look at runs take no lock, and the import takes a while.
+    # Commands that only read runs take no lock, and the import takes a while.
     from filelock import FileLock, Timeout
 
     lock = FileLock(path, timeout=timeout_s, mode=mode)
@@ -97,7 +97,7 @@ def hold(path: Path, timeout_s: float, command: str, mode: int = -1) -> Iterator
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Return the process that holds the lock file `path`; None if no process does, or if it has not published its identity."""
+    """Return the process that holds the lock file `path`, or None if no process does or its identity is not published."""
     try:
         holder = Holder(**json.loads(_read_identity(_identity_path(path))))
     except (OSError, ValueError, TypeError):
@@ -106,13 +106,13 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def _read_identity(path: Path) -> bytes:
-    """Read the file of an identity; in place of one, another user may have left a pipe, which never ends."""
+    """Read an identity file; another user may have left a pipe in its place, and reading it would never end."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
         return file.read(_MAX_IDENTITY_BYTES) or b""
 
 
 def wait_for_holder(path: Path) -> Holder | None:
-    """Return the process that holds the lock file `path`, with half a second for it to publish its identity; None after that."""
+    """Return the process that holds the lock file `path`; wait half a second for its identity, then return None."""
     deadline = time.monotonic() + _IDENTITY_WAIT_S
     while (holder := read_holder(path)) is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -122,17 +122,17 @@ def wait_for_holder(path: Path) -> Holder | None:
 @contextmanager
 def _published_identity(path: Path, command: str) -> Iterator[None]:
     identity = _identity_path(path)
-    # Others may write to the folder of a shared cache: a name that they do not know, and no link of theirs is followed.
+    # Other users may write to a shared cache's folder: use a name that they cannot guess, and follow none of their links.
     partial = identity.with_name(f".{identity.name}.{secrets.token_hex(8)}")
     try:
-        # The lock holds without an identity, too. It need not survive a crash of the machine: its process does not.
+        # The lock also holds without an identity. The identity need not survive a crash of the machine: its process does not.
         with suppress(OSError), open(partial, "x") as file:
             json.dump(asdict(Holder.this_process(command)), file)
             file.flush()
             os.replace(partial, identity)
         yield
     finally:
-        # What cannot be removed names a process that has ended.
+        # An identity file that cannot be removed names a process that has ended.
         for left in (partial, identity):
             with suppress(OSError):
                 left.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
-"""Find the model of a run, check its files and read its architecture.
+"""Find a run's model, check its files and read its architecture.
 
 `model.path` and `model.tokenizer` name a local folder, a Hub repository, a GGUF file in a Python package or another run's
-checkpoint. Reads the disk only: `python -m launcher.worker.prepare` downloads and converts what is missing. Imports no torch.
+checkpoint. Only reads the disk: `python -m launcher.worker.prepare` downloads and converts what is missing. Does not import
+torch.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import ModelFacts
 from launcher.security import ownership
 
-# A commit has 40 digits; in a shared cache of the Hub, the file may be of any size.
+# A commit has 40 digits, but in a shared Hub cache the file may be of any size.
 _MAX_REFERENCE_BYTES = 200
 
 
@@ -51,13 +52,13 @@ def is_config_known(model: ModelSection) -> bool:
 
 
 def stop_ids(model: ModelSection) -> list[int]:
-    """Return the token ids at which the model stops generating, by its generation settings."""
+    """Return the token ids at which the model stops generating, from its generation settings."""
     folder = locate(model.path, model).folder if model.path else None
     return generation.read_stop_ids(folder if folder is not None else model.config or {})
 
 
 def pretrained_folder(model: ModelSection) -> Path | None:
-    """Return the folder with the initial weights; None for random weights, or if they are not downloaded or converted yet."""
+    """Return the folder with the initial weights, or None for random weights or if they are not downloaded or converted yet."""
     return None if model.path is None or model.init == "random" else locate(model.path, model).folder
 
 
@@ -68,7 +69,7 @@ def are_weights_compared(model: ModelSection) -> bool:
 
 
 def weights_problems(model: ModelSection) -> list[Problem]:
-    """Return why a run cannot start from these weights: damaged files, or a comparison with the model that failed."""
+    """Return why a run cannot start from these weights: damaged files, or a failed comparison with the model."""
     folder = pretrained_folder(model)
     if folder is None:
         return []
@@ -80,14 +81,14 @@ def weights_problems(model: ModelSection) -> list[Problem]:
 
 
 def weights_note(model: ModelSection) -> str | None:
-    """Return one line on tensors in the weight files that the model does not have; None if there are none, or no comparison."""
+    """Return one line about tensors in the weight files that the model lacks, or None if there are none or no comparison."""
     folder = pretrained_folder(model)
     report = weight_files.load_report(folder, model) if folder is not None else None
     return report.note if report is not None else None
 
 
 def check_model(model: ModelSection) -> list[Problem]:
-    """Check model.path and model.tokenizer on disk, without a network; return the problems."""
+    """Check model.path and model.tokenizer on disk, without network access; return the problems."""
     problems = []
     for key, value in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
         if value is None:
@@ -125,7 +126,7 @@ def _check_code_of_run(value: str, model: ModelSection) -> list[Problem]:
 
 
 def local_folder(value: str) -> str:
-    """Return ./owner/name for an existing folder or file of that name, which is taken before a Hub repository; else the value."""
+    """Return ./owner/name if a folder or file of that name exists (it precedes a Hub repository), else the value."""
     return f"./{value}" if HUB_ID_PATTERN.fullmatch(value) and Path(value).exists() else value
 
 
@@ -140,7 +141,7 @@ def _missing_folder(key: str, value: str, folder: Path) -> Problem:
 
 
 def _similar_folders(folder: Path, cutoff: float) -> list[str]:
-    """Return the folders beside a missing one whose names are closest to its name, at most three."""
+    """Return up to three folders beside a missing one whose names are closest to its name."""
     try:
         beside = {path.name.casefold(): path for path in folder.parent.iterdir() if path.is_dir()}
     except OSError:
@@ -149,16 +150,16 @@ def _similar_folders(folder: Path, cutoff: float) -> list[str]:
 
 
 def _check_hub_model(value: str, model: ModelSection) -> list[Problem]:
-    """Check the files of a downloaded model; one that is not downloaded may be a misspelled local folder."""
+    """Check a downloaded model's files; a model that is not downloaded may be a misspelled local folder."""
     snapshot = _hub_snapshot(value, model.revision)
     if snapshot is not None:
         folder = locate(value, model).folder
         return folder_problems(folder, model) if folder is not None else []
-    # A model of another size has other digits in its name.
+    # The name of a model of another size has different digits.
     folder = Path(value)
     beside = _similar_folders(folder, cutoff=0.7)
     if not folder.parent.exists():
-        # The name is right, and the folder above it is not.
+        # The name is right, but its parent folder is not.
         above = _similar_folders(folder.parent, cutoff=0.7)
         beside = [path for name in above if (path := f"{name}/{folder.name}") and Path(path).is_dir()]
     similar = [path for path in beside if _digits(path) == _digits(value)]
@@ -184,7 +185,7 @@ def _missing_package(key: str, value: str) -> Problem:
 
 
 def package_file(value: str) -> Path | None:
-    """Return the file that package:MODULE/FILE names, without importing the package; None if there is none."""
+    """Return the file that package:MODULE/FILE names, without importing the package, or None if there is none."""
     module, _, name = value.removeprefix("package:").partition("/")
     try:
         spec = importlib.util.find_spec(module)
@@ -231,7 +232,7 @@ def _finished(folder: Path) -> Path | None:
 
 @functools.cache
 def converted_folder(file: Path) -> Path:
-    """Return the folder for the Hugging Face form of a GGUF file, named by a digest of the file's content."""
+    """Return the folder for the converted Hugging Face form of a GGUF file, named by a digest of the file's content."""
     import xxhash
 
     digest = xxhash.xxh3_64()
@@ -247,7 +248,7 @@ def _hub_snapshot(repo_id: str, revision: str | None) -> Path | None:
 
     repo = Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
     reference = repo / "refs" / (revision or "main")
-    # A commit is what it is: a reference of its name could lead to another one.
+    # A commit is used as it is: a reference with its name could lead to a different commit.
     is_reference = not COMMIT_PATTERN.fullmatch(revision or "") and reference.is_file()
     commit = atomic_files.read_short_text(reference, _MAX_REFERENCE_BYTES).strip() if is_reference else revision
     snapshot = repo / "snapshots" / commit if commit and weight_files.is_plain_name(commit) else None
@@ -255,13 +256,13 @@ def _hub_snapshot(repo_id: str, revision: str | None) -> Path | None:
 
 
 def _has_all_weights(folder: Path, model: ModelSection) -> bool:
-    """Return False if a download was interrupted, or brought weights in another format."""
+    """Return False if a download was interrupted or delivered weights in another format."""
     files = weight_files.weight_files(folder, model.allow_pickled_weights)
     return bool(files) and all(file.is_file() for file in files)
 
 
 def read_model_facts(model: ModelSection) -> ModelFacts:
-    """Read the architecture, the number of parameters and the folders of model and tokenizer.
+    """Read the architecture, the number of parameters, and the model and tokenizer folders.
 
     Raises:
         ConfigError: if the model is not on this machine and model.config does not describe it.
@@ -279,7 +280,7 @@ def read_model_facts(model: ModelSection) -> ModelFacts:
         parent = parent_run.find_parent(model.path or "")
         config, exact = parent.plan.model.config, parent_run.count_params(parent)
     else:
-        # A GGUF file has the architecture in its header.
+        # A GGUF file contains the architecture in its header.
         config = model.config if model.config is not None else _gguf_config(model)
     return model_facts(config, str(weights) if weights else None, str(tokenizer) if tokenizer else None, exact)
 
@@ -304,7 +305,7 @@ def _gguf_config(model: ModelSection) -> dict[str, Any]:
 def count_parameters(folder: Path, is_tied: bool = False) -> int | None:
     """Count the parameters in the safetensors files from their headers; None if there are no such files.
 
-    With `is_tied`, a head that is stored beside the embeddings counts once, as in the files of Qwen3 0.6B.
+    With `is_tied`, a head that is stored in addition to the embeddings is not counted again, as in the files of Qwen3 0.6B.
     """
     files = [file for file in weight_files.weight_files(folder, with_pickled=False) if file.suffix == ".safetensors"]
     shapes = {name: tensor.shape for file in files for name, tensor in weight_files.read_header(file).items()}

@@ -1,10 +1,10 @@
-"""NVIDIA's management library (NVML): the GPUs of this machine, their processes, and readings of one GPU.
+"""NVIDIA's management library (NVML): this machine's GPUs, their processes, and readings of one GPU.
 
-The only module that talks to it. A driver with a fault may never answer, so `list_gpus`, `list_processes` and `read_driver`
-ask in a child process with a deadline. `GpuSensor` asks in the calling thread, which must be one that nobody waits for.
+This is the only module that uses it. A faulty driver may never answer, so `list_gpus`, `list_processes` and `read_driver` ask in
+a child process with a deadline. `GpuSensor` asks in the calling thread, which must be one that nothing waits for.
 
-Run as a script, it is that child: `python nvml.py gpus|processes|driver` prints JSON. It therefore imports nothing of the
-package.
+Run as a script, this module is that child: `python nvml.py gpus|processes|driver` prints JSON. It therefore imports nothing from
+the package.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 DEADLINE_S = 20.0
-# Files of which one exists where the driver is loaded; the last two are those of WSL and of its kernel module.
+# If the driver is loaded, one of these files exists; the last two belong to WSL and its kernel module.
 _DRIVER_FILES = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")
 _NAN = math.nan
 
 
 class NvmlError(Exception):
-    """The driver cannot be asked, does not answer, or answers with an error."""
+    """The driver is unavailable, does not answer, or returns an error."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class GpuInfo:
     Attributes:
         uuid: identity, `GPU-...`.
         bus_id: PCI address as the kernel log writes it, `0000:3b:00`.
-        memory_gib: installed memory; None if the driver does not say.
-        free_gib: memory that no process holds; None if the driver does not say.
+        memory_gib: installed memory; None if the driver does not report it.
+        free_gib: memory that no process holds; None if the driver does not report it.
         ecc_errors: uncorrected memory errors since the last reset; None on GPUs without ECC.
     """
 
@@ -52,7 +52,7 @@ class GpuInfo:
 
 @dataclass(frozen=True)
 class DriverInfo:
-    """The versions of the driver and of the newest CUDA that it supports, such as 570.86 and 12.8; empty if it does not say."""
+    """The versions of the driver and of the newest CUDA that it supports, such as 570.86 and 12.8; empty if not reported."""
 
     version: str
     cuda: str
@@ -60,7 +60,7 @@ class DriverInfo:
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """A process that computes on a GPU. `used_mib` is None, and `name` empty, if the driver does not say."""
+    """A process that computes on a GPU. `used_mib` is None and `name` is empty if the driver does not report them."""
 
     gpu_uuid: str
     pid: int
@@ -69,15 +69,15 @@ class GpuProcess:
 
 
 def has_driver() -> bool:
-    """Return whether NVIDIA's driver is loaded, or is installed and may load on the first use; asks the file system alone."""
+    """Return whether NVIDIA's driver is loaded, or is installed and may load on first use; checks only the file system."""
     return any(Path(file).exists() for file in _DRIVER_FILES) or shutil.which("nvidia-smi") is not None
 
 
 def list_gpus(deadline_s: float = DEADLINE_S) -> list[GpuInfo]:
-    """Return the GPUs that CUDA_VISIBLE_DEVICES leaves to this process, in its order.
+    """Return the GPUs that CUDA_VISIBLE_DEVICES makes visible to this process, in its order.
 
     Raises:
-        NvmlError: if the driver is missing, fails, does not answer within the deadline, or lacks a GPU that is named.
+        NvmlError: if the driver is missing, fails, does not answer within the deadline, or lacks a named GPU.
     """
     return [GpuInfo(**row) for row in _ask("gpus", deadline_s)]
 
@@ -116,7 +116,7 @@ def _ask(query: str, deadline_s: float) -> list[dict[str, Any]]:
     try:
         output, errors = process.communicate(timeout=deadline_s)
     except subprocess.TimeoutExpired:
-        # A process that hangs in the driver cannot be killed; waiting for its end, as subprocess.run does, would hang too.
+        # A process that hangs in the driver cannot be killed; waiting for it, as subprocess.run does, would hang too.
         process.kill()
         raise NvmlError(f"the NVIDIA driver did not answer within {deadline_s:g} s") from None
     if process.returncode:
@@ -130,7 +130,7 @@ class GpuSensor:
     """Readings and faults of the GPU that this process computes on.
 
     Attributes:
-        is_lost: whether the driver has lost the GPU, or says that it needs a reset.
+        is_lost: whether the driver has lost the GPU, or reports that it needs a reset.
     """
 
     def __init__(self, nvml: Any, handle: Any) -> None:
@@ -141,15 +141,15 @@ class GpuSensor:
             self._events = nvml.nvmlEventSetCreate()
             nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, self._events)
         except nvml.NVMLError:
-            # Not on this kind of GPU, or not in this container.
+            # Unsupported on this type of GPU or in this container.
             self._events = None
 
     @classmethod
     def open(cls, uuid: str, bus_id: str) -> GpuSensor | None:
-        """Open a GPU by its UUID, or else by its PCI address: CUDA's numbers are not the driver's.
+        """Open a GPU by its UUID, or else by its PCI address: CUDA's numbering differs from the driver's.
 
         Returns:
-            The sensor, or None without a driver.
+            The sensor, or None if there is no driver.
         """
         import pynvml
 
@@ -169,7 +169,7 @@ class GpuSensor:
         return self._events is not None
 
     def read(self) -> dict[str, float]:
-        """Return the driver's number of the GPU, utilization and used memory (0 to 1), watts and °C; NaN for missing readings."""
+        """Return the driver's GPU number, utilization and used memory (0 to 1), watts and °C; NaN for missing readings."""
         nvml, handle = self._nvml, self._handle
 
         def used_memory() -> float:
@@ -193,7 +193,7 @@ class GpuSensor:
         except nvml.NVMLError_Timeout:
             return None
         except nvml.NVMLError as error:
-            # Each further wait would fail at once.
+            # Further waits would fail at once.
             self._events = None
             self._note_loss(error)
             return None
@@ -209,7 +209,7 @@ class GpuSensor:
         self.is_lost |= isinstance(error, self._nvml.NVMLError_GpuIsLost | self._nvml.NVMLError_ResetRequired)
 
 
-# What follows runs in the child process.
+# The code below runs in the child process.
 
 
 def _main(query: str) -> None:
@@ -229,10 +229,10 @@ def _main(query: str) -> None:
 
 
 def _visible_handles(nvml: Any, visible: str | None) -> list[Any]:
-    """Return handles of the GPUs in the value of CUDA_VISIBLE_DEVICES: numbers, or UUIDs that may be cut short.
+    """Return handles of the GPUs in a value of CUDA_VISIBLE_DEVICES: numbers, or UUIDs that may be abbreviated.
 
     Raises:
-        NVMLError: if one of them cannot be reached; what is wrong with others does not matter.
+        NVMLError: if one of them is unreachable; problems with other GPUs do not matter.
     """
     reachable = _all_handles(nvml)
     if visible is None:
@@ -250,13 +250,13 @@ def _visible_handles(nvml: Any, visible: str | None) -> list[Any]:
 
 
 def _all_handles(nvml: Any) -> list[Any]:
-    """Return the handle of each GPU that this job may use; of one that cannot be reached, the error."""
+    """Return the handle of each GPU that this job may use, or the error for an unreachable GPU."""
     handles: list[Any] = []
     for i in range(nvml.nvmlDeviceGetCount()):
         try:
             handles.append(nvml.nvmlDeviceGetHandleByIndex(i))
         except nvml.NVMLError_NoPermission:
-            # It is that of another job: CUDA does not count it either.
+            # It belongs to another job: CUDA does not count it either.
             continue
         except nvml.NVMLError as error:
             handles.append(error)
@@ -264,7 +264,7 @@ def _all_handles(nvml: Any) -> list[Any]:
 
 
 def _handle_of(nvml: Any, name: str, handles: list[Any]) -> Any:
-    """Return the handle of one entry of CUDA_VISIBLE_DEVICES; None if there is no such GPU."""
+    """Return the handle for one entry in CUDA_VISIBLE_DEVICES, or None if there is no such GPU."""
     if name.isdigit():
         return handles[int(name)] if int(name) < len(handles) else None
     try:
@@ -306,14 +306,14 @@ def _read_processes(nvml: Any, handles: list[Any]) -> list[GpuProcess]:
             try:
                 name = _text(nvml.nvmlSystemGetProcessName(process.pid))
             except nvml.NVMLError:
-                # It has ended, or is that of another container.
+                # It has ended, or belongs to another container.
                 name = ""
             processes.append(GpuProcess(uuid, process.pid, used_mib, name))
     return processes
 
 
 def _or_none(nvml: Any, reader: Callable[..., Any], *arguments: Any) -> Any:
-    """Return a reading; None if this GPU, driver or container does not support it.
+    """Return a reading, or None if this GPU, driver or container does not support it.
 
     Raises:
         NVMLError: if the driver has lost the GPU.
@@ -332,7 +332,7 @@ def _kernel_bus_id(bus_id: str) -> str:
 
 
 def _text(value: str | bytes) -> str:
-    # Older versions of the library's package return bytes.
+    # Older versions of the package return bytes.
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 

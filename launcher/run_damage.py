@@ -12,7 +12,7 @@ from launcher.shell_commands import launcher_command, shell_command
 
 
 def record_remedy(run: RunDir) -> str:
-    """Return how to go on without a record such as status.json."""
+    """Return how to continue without a record such as status.json."""
     weights = launcher_command(f"model.path=run:{run.root}")
     return f"restore the file from a backup, or start another run from this run's newest checkpoint: {weights} ..."
 
@@ -25,7 +25,7 @@ def plan_remedy(path: Path) -> str:
     copies = []
     with suppress(OSError):
         copies = sorted(run.plans.glob("*.json"), key=lambda copy: copy.stat().st_mtime)
-    # The run's own plan was kept first; an attempt's plan may be any of the others.
+    # The run's own plan was stored first; an attempt's plan may be any of the others.
     for copy in copies if path == run.plan else reversed(copies):
         with suppress(OSError, ValueError):
             if digest_of(json_records.read_bytes(copy).decode()) == copy.stem:

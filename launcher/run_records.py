@@ -1,6 +1,6 @@
 """The JSON records that the processes of a run exchange, one dataclass each.
 
-Times are seconds since the epoch. Keys are never renamed: runs that older launchers began are read, too.
+Times are seconds since the epoch. Keys are never renamed, because runs from older launchers must stay readable.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command
 
-# Part of every export: only a folder with this file is ever replaced.
+# Part of every export; only folders with this file are ever replaced.
 EXPORT_RECORD = "export.json"
 RUNNING_STATES = ("pending", "running", "saving")
 
@@ -36,13 +36,13 @@ class Status:
 
 @dataclass(frozen=True)
 class Attempt:
-    """attempt.json: what an attempt starts from, and for which job of a scheduler.
+    """attempt.json: what an attempt starts from, and its scheduler job.
 
     `resume_step` None starts from the initial weights. `job` is None until the job has begun; `restart` counts the
-    scheduler's earlier starts of that job. The node agents meet at `address` and `port`, which the first of `nodes` has on
-    `interface`. `ends_at` is the end of the job's time, `submitted_at` when the attempt was requested, `begun_at` when its
-    machines were there. `automatic` where the launcher started it without a person, `pinned` where a person asked for
-    exactly this step. `num_workers` are those that Ray holds for it, idle ones included.
+    scheduler's earlier starts of that job. The node agents meet at `address` and `port`, on `interface` of the first of `nodes`.
+    `ends_at` is the end of the job's time, `submitted_at` when the attempt was requested, `begun_at` when its machines became
+    available. `automatic`: the launcher started it, not a person. `pinned`: a person requested exactly this step. `num_workers`
+    is the number of workers that Ray holds for it, including idle ones.
     """
 
     resume_step: int | None
@@ -70,7 +70,7 @@ class CancelRequest:
 
 @dataclass(frozen=True)
 class Liveness:
-    """driver.json: a sign of life of the process that runs a run, for readers on other machines."""
+    """driver.json: a heartbeat of the process that runs a run, for readers on other machines."""
 
     at: float
     host: str
@@ -78,11 +78,11 @@ class Liveness:
 
 @dataclass(frozen=True)
 class FailureRecord:
-    """The failure that an attempt ended by: of a rank, or of a node's agent, whose `rank` and `exit_code` are None.
+    """The failure that ended an attempt: of a rank, or of a node's agent, for which `rank` and `exit_code` are None.
 
     `kind` is the name of the exception's class, or `killed` or `exit` for a rank that left no error record. `traceback` is empty
-    where the message says everything. `host` is the node where the process ran, empty if the run has one node only. `step` is
-    the number of optimizer steps that a rank had completed when it raised an exception, None before it had loaded the model.
+    if the message is sufficient. `host` is the node where the process ran, empty if the run has only one node. `step` is the
+    number of optimizer steps that a rank had completed when it raised an exception, None before it had loaded the model.
     """
 
     rank: int | None
@@ -110,7 +110,7 @@ class FailureRecord:
 
 @dataclass(frozen=True)
 class FinalFailure:
-    """final.json: the failure of a rank that a restart would repeat, so that no node agent restarts its ranks."""
+    """final.json: a rank's failure that a restart would repeat; because of it, no node agent restarts its ranks."""
 
     rank: int
     kind: str
@@ -120,7 +120,7 @@ class FinalFailure:
 
 @dataclass(frozen=True)
 class RestartRecord:
-    """restart-NNN.json: why the node agents restarted the ranks within an attempt. `saved_step` is the newest checkpoint then."""
+    """restart-NNN.json: why node agents restarted the ranks within an attempt. `saved_step` is the newest checkpoint then."""
 
     first_failure: FailureRecord
     saved_step: int | None
@@ -139,10 +139,10 @@ class OutcomeRecord:
 
 @dataclass(frozen=True)
 class NodeRecord:
-    """node-NNNNN.json: how the ranks of a node ended, written by its agent; under Ray one per worker, by its rank.
+    """node-NNNNN.json: how a node's ranks ended, written by its agent; under Ray one per worker, numbered by its rank.
 
-    `stopped` where the ranks were asked to stop, `killed` where they did not stop in time. `problems` are what the node checks
-    found; the ranks were never started then.
+    `stopped`: the ranks were asked to stop. `killed`: they did not stop in time. `problems` are the findings of the node checks;
+    if there are any, the ranks were never started.
     """
 
     node: int
@@ -159,8 +159,8 @@ class NodeRecord:
 class ExitRecord:
     """exit.json: how an attempt ended.
 
-    `cause` is None for a run on this machine, which nothing runs again. `began_step` and `saved_step` are the newest checkpoints
-    at the attempt's start and end. `ended_at` is None if the end was judged later, by the next start of the run. `reason` and
+    `cause` is None for a run on this machine, which nothing restarts. `began_step` and `saved_step` are the newest checkpoints at
+    the attempt's start and end. `ended_at` is None if the end was judged later, by the run's next start. `reason` and
     `checkpoint` come from outcome.json.
     """
 
@@ -181,11 +181,11 @@ class ExitRecord:
 
 @dataclass(frozen=True)
 class MirrorRecord:
-    """mirror.json: what the mirror at `url` holds of a run.
+    """mirror.json: which parts of a run the mirror at `url` holds.
 
-    `steps` are the checkpoints that are complete there, `missing_steps` those that are not. `bytes` and `seconds` sum up the
-    uploads of this attempt; `lag_s` is the time from the last checkpoint's commit to its upload. `failure` is the last error,
-    None after a success.
+    `steps` are the complete checkpoints there, `missing_steps` the others. `bytes` and `seconds` are totals over this attempt's
+    uploads; `lag_s` is the time from the last checkpoint's commit to its upload. `failure` is the last error, None after a
+    success.
     """
 
     url: str
@@ -209,7 +209,7 @@ class DrainRecord:
 
 @dataclass(frozen=True)
 class ExportRecord:
-    """export.json in an export: which checkpoint it has, in which dtype; `tensors_compared` equal those of the engine."""
+    """export.json in an export: its checkpoint and dtype; `tensors_compared` tensors equal the engine's."""
 
     step: int
     plan_digest: str
@@ -278,7 +278,7 @@ def read_exit(run: RunDir, attempt: int) -> ExitRecord | None:
 
 
 def read_export(run: RunDir) -> ExportRecord | None:
-    """Return what the run's export has, or None if there is no export, or where it does not say so."""
+    """Return the record of the run's export, or None if there is no export or no record in it."""
     try:
         return json_records.read_if_present(ExportRecord, export_file(run), "")
     except RunError:

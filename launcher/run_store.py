@@ -35,7 +35,7 @@ def create(plan: LaunchPlan) -> RunDir:
     """Create the run directory of a plan, with the plan and a snapshot of the code.
 
     Raises:
-        SubmitError: if the directory exists already, cannot be created, or others could change or replace it.
+        SubmitError: if the directory already exists, cannot be created, or other users could change or replace it.
     """
     run = RunDir(Path(plan.run_dir))
     try:
@@ -52,9 +52,9 @@ def create(plan: LaunchPlan) -> RunDir:
         raise
     try:
         if problem := ownership.records_problem(run):
-            # Storage may give what root writes to nobody: later commands would know of this run only what its files say.
+            # Storage may assign what root writes to nobody; later commands would then show this run from its files only.
             raise SubmitError(replace(problem, remedy=f"set run.root to storage that keeps owners; {problem.remedy}"))
-        # The folders above may have been made with this run.
+        # The parent folders may have been created with this run.
         ownership.require_location(run)
         atomic_files.fsync_directory(run.root.parent)
         run.attempts.mkdir()
@@ -63,7 +63,7 @@ def create(plan: LaunchPlan) -> RunDir:
         _archive_plan(run, plan)
         write_status(run, Status(state="pending", attempt=0, max_steps=plan.batch.max_steps, created_at=time.time()))
     except BaseException as error:
-        # Half a run would block its name.
+        # An incomplete run would block its name.
         shutil.rmtree(run.root, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
@@ -76,7 +76,7 @@ def create(plan: LaunchPlan) -> RunDir:
 
 
 def require_new(run: RunDir) -> None:
-    """Refuse a run whose directory exists.
+    """Reject a run whose directory exists.
 
     Raises:
         SubmitError: with the directory.
@@ -90,7 +90,7 @@ def require_new(run: RunDir) -> None:
 
 
 def attempt_numbers(run: RunDir) -> list[int]:
-    """Return the numbers of the attempts, oldest first, without one that is being created right now."""
+    """Return the numbers of the attempts, oldest first, except one that is being created right now."""
     return sorted(int(path.name) for path in run.attempts.glob("*") if path.name.isascii() and path.name.isdigit())
 
 
@@ -102,13 +102,13 @@ def newest_attempt(run: RunDir) -> int:
 def create_attempt(run: RunDir, attempt: Attempt) -> int:
     """Create the directory of the next attempt and return its number; it supersedes the previous attempt.
 
-    Where `attempts/` was deleted, it is made again, and the numbers go on after the last attempt that the status knows, since
-    checkpoints and metrics hold its number.
+    If `attempts/` was deleted, it is recreated, and numbering continues after the last attempt in the status, because checkpoints
+    and metrics contain its number.
     """
     number = 1 + newest_attempt(run)
     if not run.attempts.is_dir():
         number = max(number, 1 + read_status(run).attempt)
-    # Renamed into place when complete: a directory without attempt.json would block every later start of the run.
+    # Rename it into place when complete: a directory without attempt.json would block every later start of the run.
     unfinished = run.attempts / f".{number:03d}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(mode=0o700, parents=True)
@@ -126,9 +126,9 @@ def write_attempt(run: RunDir, number: int, attempt: Attempt) -> None:
 
 
 def fence(run: RunDir, attempt: int, refresh: bool = False) -> None:
-    """Refuse to go on for a superseded attempt: a node that was cut off may live on and write late.
+    """Raise for a superseded attempt: a node that was cut off may still be running and write late.
 
-    A network file system may show a directory as it was up to a minute ago; `refresh` makes it read the directory again.
+    A network file system may show a directory's state from up to a minute ago; `refresh` makes it read the directory again.
 
     Raises:
         Superseded: if a later attempt exists.
@@ -137,10 +137,10 @@ def fence(run: RunDir, attempt: int, refresh: bool = False) -> None:
     if refresh:
         atomic_files.refresh_directory(run.attempts)
     try:
-        # Attempts are numbered without gaps; one lookup is cheap enough for every logged step.
+        # Attempts are numbered without gaps, so one lookup suffices; it is cheap enough for every logged step.
         is_superseded = run.attempt(attempt + 1).exists()
     except OSError:
-        # Without `refresh` nothing depends on the answer: a storage error is then no reason to lose machines.
+        # Without `refresh`, nothing depends on the answer, so a storage error is no reason to lose machines.
         if refresh:
             raise
         is_superseded = False
@@ -152,9 +152,9 @@ def fence(run: RunDir, attempt: int, refresh: bool = False) -> None:
 
 
 def describe_storage_problem(run: RunDir) -> str:
-    """Return that the run directory cannot be written, as the second part of a message; empty if it can be.
+    """If the run directory is not writable, return this as the second part of a message; otherwise return an empty string.
 
-    A run that could not record its end is better explained by this than by a missing record.
+    This explains a run that could not record its end better than a missing record does.
     """
     try:
         atomic_files.refresh_directory(run.root)
@@ -172,7 +172,7 @@ def write_status(run: RunDir, status: Status) -> None:
 
 
 def update_status(run: RunDir, **changes: Any) -> Status:
-    """Change some fields; only one process at a time may call this (the agent outside of training, rank 0 during it)."""
+    """Change some fields. Only one process at a time may call this: the agent outside training, rank 0 during it."""
     status = replace(read_status(run), **changes)
     write_status(run, status)
     return status
@@ -187,19 +187,19 @@ def write_plan(run: RunDir, attempt: int, plan: LaunchPlan) -> Path:
 
 
 def _archive_plan(run: RunDir, plan: LaunchPlan) -> None:
-    """Keep a copy under the plan's digest, which checkpoints hold: it outlives changes of plan.json."""
+    """Keep a copy under the plan's digest, which checkpoints refer to; the copy outlives changes to plan.json."""
     run.plans.mkdir(exist_ok=True)
     atomic_files.write_text(run.plans / f"{plan.digest()}.json", plan.to_json())
 
 
 def find_plan(run: RunDir, digest: str) -> LaunchPlan | None:
-    """Return the plan with this digest, None if no file of the run holds it unchanged."""
+    """Return the plan with this digest, or None if no file of the run contains it unchanged."""
     from launcher.plan.launch_plan import LaunchPlan, digest_of
 
     for path in (run.plan, *changed_plan_paths(run), *sorted(run.plans.glob("*.json"))):
         try:
             text = json_records.read_bytes(path).decode()
-            # Another version of the launcher may have written the file: only its text has the digest.
+            # Another version of the launcher may have written the file; the digest is of the text.
             if digest_of(text) == digest:
                 return LaunchPlan.from_json(text)
         except (OSError, ValueError):
@@ -219,7 +219,7 @@ def newest_plan_path(run: RunDir) -> Path:
 
 
 def load_plans_until(run: RunDir, attempt: int) -> list[LaunchPlan]:
-    """Load the plans of the attempts up to `attempt`, oldest first, without those that cannot be read."""
+    """Load the plans of the attempts up to `attempt`, oldest first, skipping unreadable ones."""
     from launcher.plan.launch_plan import LaunchPlan
 
     plans = []
@@ -235,7 +235,7 @@ def load_plan(run: RunDir) -> LaunchPlan:
     Raises:
         RunError: if it is damaged or has an unknown schema version.
     """
-    # Importing the plan's models takes longer than everything else that commands on runs do.
+    # Importing the plan models takes longer than everything else in commands on runs.
     from launcher.plan.launch_plan import LaunchPlan
 
     path = newest_plan_path(run)
@@ -246,7 +246,7 @@ def load_plan(run: RunDir) -> LaunchPlan:
 
 
 def read_plan_values(path: Path) -> dict[str, Any]:
-    """Read a plan's JSON object in the current schema, without the models of plans.
+    """Read a plan's JSON object in the current schema, without importing the plan models.
 
     Raises:
         DamagedRun: if the file is missing or damaged, or its schema version is unknown.
@@ -325,7 +325,7 @@ def start_lock(run: RunDir, wait_s: float = 0) -> Iterator[None]:
 
 
 def start_lock_holder(run: RunDir) -> locks.Holder | None:
-    """Return the process that starts an attempt of the run right now, None if no process does."""
+    """Return the process that is currently starting an attempt of the run, or None."""
     return locks.read_holder(_lock_path(run))
 
 
@@ -359,7 +359,7 @@ def find_run(name: str, root: Path, marker: str = "plan.json") -> RunDir:
 
 def _no_such_run(name: str, root: Path, marker: str) -> SubmitError:
     for candidate in (root / name, Path(name).expanduser().absolute()):
-        # Path.resolve raises for a link to itself.
+        # Path.resolve raises for a link that points to itself.
         if os.path.realpath(candidate) != os.path.realpath(root) and looks_like_run(candidate):
             run = RunDir(candidate.resolve())
             remedy = plan_remedy(run.plan) if run.plan.name == marker else record_remedy(run)
@@ -386,7 +386,7 @@ def list_runs(root: Path) -> Iterator[RunDir]:
 
 
 def _planned_at(path: Path) -> float | None:
-    """Return the time of a run's plan; None for what is no run, or is closed to this user, as runs of others may be."""
+    """Return the time of a run's plan, or None if this is not a run or not readable, as other users' runs may be."""
     # Each file may be removed at any time.
     with suppress(OSError):
         if not path.name.startswith(atomic_files.REMOVING_PREFIX) and (path / "status.json").is_file():

@@ -7,15 +7,15 @@ from pathlib import Path
 
 
 def launcher_command(*words: str | Path) -> str:
-    """Return `python -m launcher WORDS` as it is typed in a shell: paths with blanks and other special characters are quoted."""
+    """Return `python -m launcher WORDS` as typed in a shell: paths with spaces and other special characters are quoted."""
     return module_command("launcher", *words)
 
 
 def module_command(module: str, *words: str | Path) -> str:
-    """Return `python -m MODULE WORDS` as it is typed in a shell."""
+    """Return `python -m MODULE WORDS` as typed in a shell."""
     return shell_command("python", "-m", module, *words)
 
 
 def shell_command(*words: str | Path) -> str:
-    """Return a command as it is typed in a shell."""
+    """Return a command as typed in a shell."""
     return shlex.join(map(str, words))

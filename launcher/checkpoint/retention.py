@@ -55,7 +55,7 @@ def select_outdated(checkpoints: Sequence[Checkpoint], retention: Retention) -> 
 
 
 def _best(checkpoints: Sequence[Checkpoint], retention: Retention) -> set[int]:
-    """Return the steps with the lowest losses, the later of equal ones; steps at which the set was not evaluated do not count."""
+    """Return the steps with the lowest losses; of equal losses, the later. Ignores steps at which the set was not evaluated."""
     of_set = [checkpoint for checkpoint in checkpoints if checkpoint.eval_set == retention.best_set]
     losses = [(checkpoint.eval_loss, -checkpoint.step) for checkpoint in of_set]
     evaluated = [(loss, step) for loss, step in losses if loss is not None and math.isfinite(loss)]

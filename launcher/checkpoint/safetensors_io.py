@@ -1,9 +1,9 @@
 """Write and read safetensors files as a stream of bytes.
 
 The library's own `save_file` needs every tensor in memory at once, and a digest would take a second pass over the file;
-`safe_open` maps the file, so every page that was read counts as resident memory. Here a file is digested while it is
-written, block by block, and read by byte range into memory of the caller. The format (8 bytes of header length, a
-JSON header, raw little-endian data) is documented at https://huggingface.co/docs/safetensors.
+`safe_open` maps the file, so every page that was read counts as resident memory. This module digests a file while it writes
+it, block by block, and reads by byte range into the caller's memory. The format (8 bytes of header length, a JSON header, raw
+little-endian data) is documented at https://huggingface.co/docs/safetensors.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class TensorSpec:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor."""
-    # An export needs no torch, whose import would take longer than its work.
+    # An export does not need torch; importing it would take longer than the export.
     import torch
 
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())

@@ -80,7 +80,7 @@ def _find(names: Sequence[str], root: Path) -> tuple[list[RunDir], list[Path]]:
     """Return the runs of these names, and the folders of removals that were interrupted.
 
     Raises:
-        SubmitError: with every name that is no run.
+        SubmitError: with every name that is not a run.
     """
     runs: dict[Path, RunDir] = {}
     interrupted: list[Path] = []

@@ -37,7 +37,7 @@ def make_shared_folder(folder: Path, group: str) -> None:
     members trust them already.
 
     Raises:
-        DataError: if the group does not exist, this user is no member, or others made the folder or could replace it.
+        DataError: if the group does not exist, this user is not a member, or others made the folder or could replace it.
         OSError: if it cannot be created.
     """
     gid = shared_group(group)
@@ -63,7 +63,7 @@ def make_shared_folder(folder: Path, group: str) -> None:
 def shared_folder_problem(folder: Path) -> Problem | None:
     """Return why a folder is not used in which a group shares caches: somebody else could replace it; None if it can be used.
 
-    It belongs to this user, to root or to the owner of the folder above, and is no link.
+    It belongs to this user, to root or to the owner of the folder above, and is not a link.
     """
     trust, owner = Trust.from_environ(os.environ), folder.parent.stat().st_uid
     # In a container without root, the owner of the folder above and every member have the same uid.

@@ -23,7 +23,7 @@ def read_json(request: urllib.request.Request, timeout_s: float) -> Any:
 
     Raises:
         OSError: if there is none in time; as HTTPError for a status other than 200, a redirect included.
-        ValueError: if it is no JSON, or longer.
+        ValueError: if it is not JSON, or longer.
     """
     until, content = time.monotonic() + timeout_s, bytearray()
     with urllib.request.build_opener(_NoRedirects).open(request, timeout=timeout_s) as answer:

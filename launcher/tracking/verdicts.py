@@ -164,7 +164,7 @@ def read_verdict(folder: Path) -> EvaluationVerdict | None:
     """Return the verdict in the folder of an evaluation, or None if it has not ended.
 
     Raises:
-        DamagedRun: where the file cannot be read or is damaged.
+        DamagedRun: if the file cannot be read or is damaged.
     """
     remedy = "remove the file and evaluate again; answers that exist are used"
     verdict = json_records.read_if_present(EvaluationVerdict, folder / FILE_NAME, remedy)

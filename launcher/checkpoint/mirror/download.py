@@ -182,7 +182,7 @@ def _download(remote: RemoteFolder, root: Path, manifest: Manifest, notify: Noti
 
 
 def write_plans(run: RunDir, plans: Mapping[str, LaunchPlan]) -> None:
-    """Write the plans, the run's own last: it makes the directory a run."""
+    """Write the plans, the run's own plan last: it turns the directory into a run."""
     for name in sorted(plans, key=lambda name: name == run.plan.name):
         path = run.root / name
         path.parent.mkdir(mode=0o700, exist_ok=True)

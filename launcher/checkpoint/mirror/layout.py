@@ -46,7 +46,7 @@ class MirroredRun(Record):
     @field_validator("files")
     @classmethod
     def _inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
-        """Refuse names that lead out of the folder: files are removed and created by these names."""
+        """Reject names that lead out of the folder: files are removed and created under these names."""
         for name in files:
             if "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
                 raise ValueError(f"{name!r} is not the name of a file in the mirror")

@@ -1,4 +1,4 @@
-"""The files of a run that its mirror gets besides the checkpoints: plans, code, and the small files of model and tokenizer."""
+"""The files that a run's mirror gets besides checkpoints: plans, code, and the small files of the model and tokenizer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def build_code_archive(folder: Path) -> bytes:
 
 
 def report_unsent(problem: Problem | CheckpointError) -> None:
-    """Say on standard error which file the mirror does not get, and why."""
+    """Print to standard error which file the mirror does not get, and why."""
     print(f"not sent to the mirror: {problem}", file=sys.stderr, flush=True)
 
 

@@ -37,9 +37,9 @@ T = TypeVar("T")
 _BLOCK_BYTES = 16 * 2**20
 # S3 accepts at most 10,000 parts per upload.
 _MAX_BLOCKS = 9000
-# Waits between attempts after a failure that may be transient; after the last one, the next checkpoint tries again.
+# Waits between tries after a possibly transient failure; after the last one, the next checkpoint tries again.
 _WAITS_S = (1.0, 2.0, 4.0, 8.0)
-# Errors that a retry would repeat.
+# Errors that would repeat in a retry.
 _PERMANENT = (
     *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError),
     CheckpointError,
@@ -78,7 +78,7 @@ class RemoteFolder:
         """Return the content of a small file, None if it does not exist.
 
         Raises:
-            CheckpointError: if it has more than `max_bytes`, or is no regular file.
+            CheckpointError: if it has more than `max_bytes`, or is not a regular file.
         """
 
         def get() -> bytes:
@@ -152,11 +152,11 @@ class RemoteFolder:
     ) -> FileEntry:
         """Download a file, block by block, and fsync it, replacing `target`; return size and digest of what arrived.
 
-        `on_read` is called with the number of bytes of each block, again for a file that is fetched again. Of a file of more than
-        `max_bytes`, no more than another block is fetched.
+        `on_read` is called with the number of bytes of each block, and again if the file is fetched again. If the file exceeds
+        `max_bytes`, at most one more block is fetched.
 
         Raises:
-            CheckpointError: if it is no regular file.
+            CheckpointError: if it is not a regular file.
         """
 
         def get() -> FileEntry:
@@ -186,7 +186,7 @@ class RemoteFolder:
             self._retry(lambda: self._fs.rm(self._path_to_change(name), recursive=True))
 
     def _retry(self, action: Callable[[], T]) -> T:
-        """Run an action again after a failure that may be transient: storages raise many types for "not now"."""
+        """Repeat an action after a possibly transient failure: storage raises many exception types for "not now"."""
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, _PERMANENT)),
             stop=tenacity.stop_after_attempt(len(self._waits_s) + 1),
@@ -205,14 +205,15 @@ class RemoteFolder:
         folder, _, base = target.rpartition("/")
         self._fs.makedirs(folder, exist_ok=True)
         self._remove_leftovers(folder, base)
-        # A killed process leaves this name, which no reader takes for the file, and which nobody can know and occupy before.
+        # A killed process leaves a file of this name: no reader mistakes it for the file, and nobody can guess and occupy it in
+        # advance.
         unfinished = f"{folder}/{_UNFINISHED}{secrets.token_hex(_NUM_RANDOM_BYTES)}-{base}"
         entry = self._write_blocks(unfinished, blocks(), size)
         self._fs.mv(unfinished, target)
         return entry
 
     def make_own(self) -> None:
-        """Make the folder, where it is on a disk; whoever made it first could replace what is written to it.
+        """Create the folder if it is on a disk; whoever creates it first could replace what is written to it.
 
         Raises:
             SubmitError: if another user did.
@@ -223,7 +224,7 @@ class RemoteFolder:
         owner = os.stat(self._root).st_uid
         if ownership.accepts_owner(owner):
             return
-        # Storage may give what this user writes to somebody else, such as nobody.
+        # Storage may assign what this user writes to another user, such as nobody.
         with tempfile.NamedTemporaryFile(dir=self._root, prefix=".probe-") as probe:
             if os.fstat(probe.fileno()).st_uid == owner:
                 return
@@ -235,7 +236,7 @@ class RemoteFolder:
         )
 
     def require_trusted(self) -> None:
-        """Refuse a folder on a disk whose content other users could have changed: a resume runs code that it holds.
+        """Reject a folder on a disk whose content other users could have changed: a resume runs code from it.
 
         Raises:
             SubmitError: with the file or folder, its owner and the remedy.
@@ -245,7 +246,7 @@ class RemoteFolder:
             raise SubmitError(problem)
 
     def _regular_file(self, name: str) -> str:
-        """Return the path of a file that is read: on a disk, to read a pipe or a device could never end.
+        """Return the path of a file to read. On a disk, it must not be a pipe or a device: reading one might never end.
 
         Raises:
             CheckpointError: if it is one.
@@ -256,7 +257,7 @@ class RemoteFolder:
         return path
 
     def _path_to_change(self, name: str) -> str:
-        """Return the path of a file or folder that is written or removed: on a disk, no link of another user leads to it.
+        """Return the path of a file or folder to write or remove. On a disk, no link of another user may lead to it.
 
         Raises:
             PermissionError: with the link.
@@ -270,9 +271,9 @@ class RemoteFolder:
         return path
 
     def _remove_leftovers(self, folder: str, base: str) -> None:
-        """Remove what killed processes left of a file."""
+        """Remove temporary files that killed processes left for a file."""
         num_chars = len(_UNFINISHED) + 2 * _NUM_RANDOM_BYTES + len(f"-{base}")
-        # What cannot be removed stays: no reader takes it for the file.
+        # What cannot be removed stays: no reader mistakes it for the file.
         with suppress(OSError):
             self._fs.invalidate_cache()
             for path in map(str, self._fs.ls(folder, detail=False)):
@@ -282,7 +283,7 @@ class RemoteFolder:
 
     def _write_blocks(self, path: str, blocks: Iterable[bytes], size: int) -> FileEntry:
         digest, sent = xxhash.xxh3_128(), 0
-        # If others may write to the folder, a link of theirs is not followed.
+        # If other users may write to the folder, do not follow their links.
         mode = "xb" if self._is_local else "wb"
         file = self._fs.open(path, mode, block_size=max(_BLOCK_BYTES, -(-size // _MAX_BLOCKS)))
         try:
@@ -308,7 +309,7 @@ def require_writable(url: str) -> None:
     Raises:
         SubmitError: if it cannot; holds the storage's message.
     """
-    # No retries: a user is waiting, and can repeat the command.
+    # No retries: the user is waiting and can repeat the command.
     remote = RemoteFolder(url, waits_s=())
     name = f".probe-{secrets.token_hex(8)}"
     with convert_storage_errors(remote, "written"):
@@ -318,7 +319,7 @@ def require_writable(url: str) -> None:
 
 @contextmanager
 def convert_storage_errors(remote: RemoteFolder, operation: str) -> Iterator[None]:
-    """Convert the storage's own errors into a SubmitError with a remedy, while a mirror is `operation`: read or written."""
+    """Convert the storage's own errors to a SubmitError with a remedy; `operation` completes "the mirror cannot be"."""
     try:
         yield
     except LauncherError:
@@ -369,7 +370,7 @@ def _connect(url: str, origin: str) -> tuple[Any, str]:
 
 
 def _package(url: str, error: ImportError) -> str:
-    """Return the distribution that implements a protocol: it has the name of the module of fsspec's class."""
+    """Return the distribution that implements a protocol: it is named like the module of fsspec's class."""
     protocol = url.partition("://")[0]
     module = known_implementations.get(protocol, {}).get("class", "").partition(".")[0]
     if module not in ("", "fsspec"):

@@ -9,7 +9,7 @@
       status.json metrics.jsonl events.jsonl       as of the newest checkpoint
       checkpoints/step-00000100/    as in the run directory; the manifest comes last, and after it a loss that was computed later
 
-A checkpoint without its manifest does not exist. During an upload, `sending.json` beside the files lists those that have
+A checkpoint without its manifest does not exist. During an upload, `sending.json` beside the files lists the files that have
 arrived, so that another process can continue an interrupted upload.
 """
 
@@ -79,7 +79,7 @@ class Mirror:
         self._owner = Owner(wandb_id=plan.wandb_id, attempt=attempt, run_dir=str(run.root), host=os.uname().nodename)
         # The manifest of every checkpoint that is complete in the mirror.
         self._complete: dict[int, Manifest] = {}
-        # The loss of those that were evaluated after their save.
+        # The losses of checkpoints that were evaluated after their save.
         self._evaluations: dict[int, LaterEvaluation] = {}
         self._sent_sizes: dict[str, int] = {}
         # Step of the checkpoint in upload, and its files that have arrived.
@@ -129,7 +129,7 @@ class Mirror:
         return [c for c in store.list_checkpoints(self._run.checkpoints) if self._complete.get(c.step) != c.manifest]
 
     def progress(self, missing: list[Checkpoint]) -> tuple[int, int]:
-        """Return the bytes of `missing` checkpoints that have arrived, and all their bytes; may run beside an upload."""
+        """Return how many bytes of the `missing` checkpoints have arrived, and their total; may run during an upload."""
         step, arrived = self._sending
         total = sum(entry.size for c in missing for entry in c.manifest.files.values())
         files = next((c.manifest.files for c in missing if c.step == step), {})
@@ -139,7 +139,7 @@ class Mirror:
         """Upload a checkpoint, its manifest last.
 
         Raises:
-            CheckpointGone: if it was removed from the run directory meanwhile; it is removed from the mirror, too.
+            CheckpointGone: if it was removed from the run directory meanwhile; it is then removed from the mirror too.
             CheckpointError: if a file differs from its manifest.
             MirrorTaken, Superseded: if another attempt has taken over.
         """
@@ -148,7 +148,7 @@ class Mirror:
         try:
             num_bytes = self._send_files(checkpoint, folder)
         except Exception:
-            # Network file systems raise different errors for a file that is removed while it is read.
+            # Network file systems raise various errors for a file that is removed while it is read.
             if _is_there(checkpoint):
                 raise
         if not _is_there(checkpoint):
@@ -187,11 +187,11 @@ class Mirror:
                 self._evaluations[step] = evaluation
 
     def prune(self) -> list[int]:
-        """Remove the checkpoints that the run's settings do not keep, if a checkpoint of the run directory is complete here.
+        """Remove checkpoints that the run's settings do not keep, if a checkpoint of the run directory is complete in the mirror.
 
-        The run directory may hold fewer: a resume from the mirror downloads one checkpoint, and the others exist in the mirror
-        only. Steps with a directory of their name in the run directory stay, damaged ones, too. A checkpoint after the newest
-        of the run directory may be the copy of one that is damaged there: it goes only if a resume abandoned it.
+        The run directory may hold fewer: a resume from the mirror downloads one checkpoint, and the others exist only in the
+        mirror. Steps that have a directory in the run directory stay, even damaged ones. A checkpoint later than the run
+        directory's newest may be the copy of one that is damaged there: it is removed only if a resume abandoned it.
         """
         root = self._run.checkpoints
         if not (sent := {c.step for c in store.list_checkpoints(root)} & self._complete.keys()):
@@ -263,7 +263,7 @@ class Mirror:
 
     def _arrived(self, checkpoint: Checkpoint, folder: str) -> dict[str, FileEntry]:
         """Return the files that an interrupted upload left in the mirror, or those of the checkpoint being replaced."""
-        # Before the manifest: a crash in between must not leave the loss of the checkpoint that is replaced.
+        # Before the manifest: a crash in between must not leave the replaced checkpoint's loss.
         self._evaluations.pop(checkpoint.step, None)
         self._remote.remove(f"{folder}/{LATER_EVALUATION}")
         replaced = self._complete.get(checkpoint.step)
@@ -276,7 +276,7 @@ class Mirror:
         return arrived
 
     def _send_if_changed(self, name: str, file: io.FileIO, remote_files: Mapping[str, FileEntry]) -> FileEntry:
-        """Upload an open file, unless the mirror has it; return size and digest of what the mirror has then."""
+        """Upload an open file unless the mirror has it; return the size and digest of the mirror's file."""
         entry = atomic_files.digest_open_file(file)
         if remote_files.get(name) != entry or self._remote.size(name) != entry.size:
             return self._remote.send_open(name, file, entry.size)
@@ -339,7 +339,7 @@ def _is_there(checkpoint: Checkpoint) -> bool:
     try:
         return read_manifest(checkpoint.path) == checkpoint.manifest
     except UnreadableCheckpoint:
-        # Unknown right now; reading its next file decides.
+        # Unknown right now; reading its next file will decide.
         return True
     except CheckpointError:
         return False

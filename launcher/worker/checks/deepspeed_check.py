@@ -184,7 +184,7 @@ def _model_named(title: str) -> type[BaseModel]:
 
 
 def _model_in(model: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """Return the model of a field, or None if the field is no model."""
+    """Return the model of a field, or None if the field is not a model."""
     field = next((f for key, f in model.model_fields.items() if name in (key, f.alias)), None)
     options = (field.annotation, *get_args(field.annotation)) if field is not None else ()
     return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
