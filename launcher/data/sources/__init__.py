@@ -189,8 +189,8 @@ class DocumentBatch:
 def read_batches(source: Source, on_problem: Callable[[DataError], None] | None = None) -> Iterator[DocumentBatch]:
     """Yield the source's documents in batches, unparsed if possible. The format `auto` means the format of the first row.
 
-    `on_problem` is called for an unreadable file, and reading continues with the other files. The format is then that of the
-    first row with the keys of a known format; batches before the first row that can be parsed contain unusable rows.
+    If given, `on_problem` is called for an unreadable file, and reading continues with the other files. The format is then that
+    of the first row with the keys of a known format; batches before the first row that can be parsed contain unusable rows.
 
     Raises:
         DataError: if a file cannot be read, with the place.

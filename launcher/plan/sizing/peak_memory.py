@@ -7,13 +7,13 @@ C the tokens per chunk of logits, and w the bytes per element:
     loss           all activations, the hidden states and their gradients 2wTH, the head's gradient and the logits of a chunk:
                    4VH for the sum over chunks in fp32 (wVH with one chunk), with it 4CV for logits, in narrower types wCV more
                    for their gradient, or wVH for the sum in the type of the weights
-    backward       all activations, one layer again where it is recomputed, the gradients inside it, those of two weights, and the
-                   copies in FP8 of a linear layer
-    optimizer step one sub-group's gradients in fp32, twice where they accumulate in another type
-    gathered       DeepSpeed fetches weights ahead until stage3_max_live_parameters of them are there, and beyond that those of
-                   one module, or of a layer that is gathered as a whole; the experts' weights stay until the backward pass of a
+    backward       all activations, one layer a second time if it is recomputed, the gradients inside it and of two weights, and
+                   the FP8 copies of a linear layer
+    optimizer step one sub-group's gradients in fp32, twice if they accumulate in another type
+    gathered       DeepSpeed prefetches weights until stage3_max_live_parameters of them are gathered, and in addition those of
+                   one module, or of a layer that is gathered as a whole; experts' weights stay until the backward pass of a
                    layer that is not recomputed, which holds them through a transposed view
-    buckets        one of reduce_bucket_size elements; a larger weight is reduced where its gradient is, and copied for it
+    buckets        one of reduce_bucket_size elements; a larger weight's gradient is reduced in place, and copied for that
 
 benchmarks/memory_plan.py compares these terms with measurements on CPUs, which do not include CUDA, NCCL and fragmentation.
 """
