@@ -1,6 +1,6 @@
-"""POSIX access control lists: the users and groups that can write to a file besides its owner and what its mode says.
+"""POSIX access control lists: users and groups that can write to a file in addition to those that its mode names.
 
-The format is that of Linux, include/uapi/linux/posix_acl_xattr.h; the rules are those of acl(5).
+For the format see include/uapi/linux/posix_acl_xattr.h in Linux; for the rules see acl(5).
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from pathlib import Path
 _ATTRIBUTE = "system.posix_acl_access"
 _VERSION = 2
 _HEADER, _ENTRY = struct.Struct("<I"), struct.Struct("<HHI")
-# Tags of the entries; those of the owner and of everyone are in the mode as well.
+# Tags of the entries; the mode also contains the entries for the owner and for everyone.
 _USER, _OWNING_GROUP, _GROUP = 0x02, 0x04, 0x08
 _WRITE = 2
 
 
 @dataclass(frozen=True)
 class Writers:
-    """The ids of the users and groups that can write to a file, except for its owner and for what everyone can."""
+    """The ids of users and groups that can write to a file, except its owner and permissions that everyone has."""
 
     uids: tuple[int, ...] = ()
     gids: tuple[int, ...] = ()
 
 
 def has_acl(path: Path) -> bool:
-    """Return whether entries for other users or groups belong to the permissions of a file."""
+    """Return whether a file's permissions include entries for other users or groups."""
     return _read(path) is not None
 
 
 def read_writers(path: Path, status: os.stat_result) -> Writers:
     """Return who can write to a file besides its owner and everyone.
 
-    With an ACL, the bits of the group in the mode are its mask: the most that its entries for users and groups give.
+    With an ACL, the group bits in the mode are its mask: the maximum that its entries for users and groups grant.
     """
     if not status.st_mode & stat.S_IWGRP:
         return Writers()

@@ -1,4 +1,4 @@
-"""The forms of credentials in text, shared by settings and checks of data, and the credentials that the environment holds."""
+"""Patterns of credentials in text, shared by settings and data checks, and the credentials in the environment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Form:
-    """One form of a credential. Every text with a match of `pattern` contains one of `literals`, in lower case."""
+    """One form of credential. Every text that matches `pattern` contains one of `literals`, in lower case."""
 
     kind: str
     literals: tuple[bytes, ...]
@@ -31,20 +31,20 @@ FORMS = (
     Form("JSON web token", (b"eyj",), r"\beyJ[\w-]{10,2000}\.[\w-]{10,2000}\.[\w-]+"),
     PASSWORD_IN_ADDRESS,
 )
-# A user with a password and the full name of a host, as the whole text; a run and the digest of an image are written alike.
+# A user with a password and a fully qualified host name, as the whole text; a run with an image digest looks similar.
 LOGIN = re.compile(r"(?!run:|mailto:)[\w.+%-]{1,64}:[^\s/@:]{3,128}@[\w-]+(?:\.[\w-]+)+(?::\d+)?(?:/\S*)?")
-# The names of variables that hold credentials, such as PGPASSWORD, SSHPASS and GITHUB_PAT, for a match in any case.
+# Case-insensitive names of variables that hold credentials, such as PGPASSWORD, SSHPASS and GITHUB_PAT.
 VARIABLE = (
     r"(?:\w*(?:token|secret|password|passwd|passphrase|credentials?)"
     r"|(?:\w+_)?(?:(?:api_?)?key|key_id|(?:ssh)?pass|connection_string)|\w+_(?:pat|pwd))"
 )
 _VARIABLE = re.compile(VARIABLE, re.IGNORECASE)
-# Shorter values are words such as "none". A value that is a part of a text is longer than a word.
+# Shorter values are words such as "none". A value is searched for within a text only if it is longer than a word.
 _MIN_CHARS, _MIN_CHARS_WITHIN = 8, 16
 
 
 def environment_secrets(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables whose names are those of credentials; not those that name a file with them."""
+    """Return the variables that are named like credentials, except those that name a file with credentials."""
     return {
         name: value
         for name, value in environ.items()
@@ -58,12 +58,12 @@ def is_short_secret(name: str, environ: Mapping[str, str]) -> bool:
 
 
 def secret_within(text: str, secrets: Mapping[str, str]) -> str | None:
-    """Return the name of the variable whose value is the text, or a part of it; None if there is none."""
+    """Return the name of the variable whose value is the text or part of it, or None."""
     return next((name for name, value in secrets.items() if text == value or _is_part(value, text)), None)
 
 
 def hide_secrets(text: str, secrets: Mapping[str, str]) -> str:
-    """Return the text with `<redacted>` for the values of these variables."""
+    """Return the text with `<redacted>` in place of these variables' values."""
     for value in secrets.values():
         if text == value or _is_part(value, text):
             text = text.replace(value, "<redacted>")

@@ -1,4 +1,4 @@
-"""Folders that a run makes for its user alone, or for the members of a group."""
+"""Folders that a run creates for its user only, or for the members of a group."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from launcher.security.trust import VARIABLE, Trust, group_id, uid_of_unmapped_u
 
 # The subject of problems with a file or folder of the launcher's cache.
 CACHE_PART = "this part of the cache"
-# Tries to make a folder that other processes of this user make at the same time.
+# Tries to create a folder that other processes of this user create at the same time.
 _NUM_TRIES = 20
 
 
 @contextmanager
 def private_files() -> Iterator[None]:
-    """Make what this process writes readable for its user alone, as what a run writes is; use it where one thread writes."""
+    """Make everything that this process writes readable only by its user, as in a run; use it if only one thread writes."""
     mask = os.umask(0o077)
     try:
         yield
@@ -33,11 +33,11 @@ def private_files() -> Iterator[None]:
 def make_shared_folder(folder: Path, group: str) -> None:
     """Create a folder in which each member of a group can create files and change only their own.
 
-    The owner of a sticky folder can replace everything in it. So only the owner of the folder above may make it, or root: the
-    members trust them already.
+    The owner of a sticky folder can replace everything in it. Therefore only the owner of its parent folder, or root, may create
+    it: the members already trust them.
 
     Raises:
-        DataError: if the group does not exist, this user is not a member, or others made the folder or could replace it.
+        DataError: if the group does not exist, this user is not a member, or other users created the folder or could replace it.
         OSError: if it cannot be created.
     """
     gid = shared_group(group)
@@ -61,12 +61,12 @@ def make_shared_folder(folder: Path, group: str) -> None:
 
 
 def shared_folder_problem(folder: Path) -> Problem | None:
-    """Return why a folder is not used in which a group shares caches: somebody else could replace it; None if it can be used.
+    """Return why a folder with a group's shared caches is not used (another user could replace it), or None if it can be used.
 
-    It belongs to this user, to root or to the owner of the folder above, and is not a link.
+    It must belong to this user, to root or to the owner of its parent folder, and must not be a link.
     """
     trust, owner = Trust.from_environ(os.environ), folder.parent.stat().st_uid
-    # In a container without root, the owner of the folder above and every member have the same uid.
+    # In a rootless container, the parent folder's owner and all members have the same uid.
     outside = uid_of_unmapped_users()
     trust = trust if owner == outside else trust.with_user(owner)
     if problem := first_problem_above(CACHE_PART, folder, trust, may_be_hidden=True):
@@ -82,7 +82,7 @@ def shared_folder_problem(folder: Path) -> Problem | None:
 
 @contextmanager
 def open_folder(folder: Path) -> Iterator[int]:
-    """Open a folder, and no link, for this block; yields its descriptor, which keeps to the folder whatever its name leads to."""
+    """Open a folder (not a link) for this block; yields its descriptor, which stays valid whatever the name later leads to."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         yield descriptor
@@ -91,10 +91,10 @@ def open_folder(folder: Path) -> Iterator[int]:
 
 
 def share(descriptor: int, folder: Path, group: str) -> None:
-    """Let the members of a group read the open folder with its content; `folder` is its name.
+    """Let a group's members read the open folder and its content; `folder` is its name.
 
     Raises:
-        DataError: if the name leads to something else by now.
+        DataError: if the name now leads to something else.
     """
     gid = shared_group(group)
     for _, _, names, parent in os.fwalk(".", dir_fd=descriptor):
@@ -123,9 +123,9 @@ def _share_file(name: str, folder: int, gid: int) -> None:
 
 
 def usable_part(folder: Path, make: bool = False) -> Path | None:
-    """Return a folder of the launcher's cache if it is one, and no link, that only this user and owners they trust can replace.
+    """Return a folder in the launcher's cache if it is not a link and only this user and trusted owners can replace it.
 
-    With `make`, it is created where it does not exist. None if it is not there or cannot be used: no command needs it.
+    With `make`, it is created if it does not exist. Returns None if it is missing or unusable: no command needs it.
     """
     with suppress(OSError):
         if make:
@@ -137,13 +137,13 @@ def usable_part(folder: Path, make: bool = False) -> Path | None:
 
 
 def make_private_folder(folder: Path, where: str) -> None:
-    """Create an empty folder that only this user can enter, in place of their earlier one; `where` names its setting.
+    """Create an empty folder that only this user can enter, replacing their earlier one; `where` names its setting.
 
-    Its name can be known to others, who may have made it first, or a link of that name. Several processes of this user may call
-    this at the same time, before any of them writes to the folder, as those of nodes that share it.
+    Other users may know its name and have created the folder, or a link of that name, first. Several processes of this user, such
+    as those on nodes that share the folder, may call this at the same time, before any of them writes to it.
 
     Raises:
-        ConfigError: if another user did.
+        ConfigError: if another user created it.
         OSError: if it cannot be created.
     """
     for _ in range(_NUM_TRIES):
@@ -151,7 +151,7 @@ def make_private_folder(folder: Path, where: str) -> None:
         try:
             folder.mkdir(mode=0o700)
         except FileExistsError:
-            # Another process of this user may just remove the folder, too.
+            # Another process of this user may be removing the folder at the same time.
             with suppress(FileNotFoundError):
                 if is_private_folder(folder) and not any(folder.iterdir()):
                     return
@@ -163,7 +163,7 @@ def make_private_folder(folder: Path, where: str) -> None:
 
 
 def is_private_folder(folder: Path) -> bool:
-    """Return whether this is a folder, and no link, that belongs to this user and that no other user can enter."""
+    """Return whether this is a folder (not a link) that belongs to this user and that no other user can enter."""
     with suppress(OSError):
         status = folder.lstat()
         return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
@@ -171,7 +171,7 @@ def is_private_folder(folder: Path) -> bool:
 
 
 def shared_group(group: str) -> int:
-    """Return the number of the group in data.cache_group.
+    """Return the gid of the group in data.cache_group.
 
     Raises:
         DataError: if this machine does not have it.

@@ -1,7 +1,7 @@
-"""What a Hub answers names files in this user's cache: the server of HF_ENDPOINT must not choose files elsewhere.
+"""A Hub's answers determine file names in this user's cache: the server at HF_ENDPOINT must not choose files elsewhere.
 
-huggingface_hub joins the ETag and the commit that a server sends to the path of its cache as they are. An ETag such as
-`../../../.config/x` would put a file of the server's content there.
+huggingface_hub appends the ETag and commit that a server sends to its cache path unchanged. An ETag such as
+`../../../.config/x` would write a file with the server's content there.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 from launcher.errors import DataError, Problem
 from launcher.security.port_owners import server_problem
 
-# Headers and keys of JSON whose values become names of files and folders.
+# Headers and JSON keys whose values become names of files and folders.
 _HEADERS = ("ETag", "X-Linked-ETag", "X-Repo-Commit")
 _KEYS = frozenset({"sha", "oid", "sha256", "blobId", "commitOid"})
-# Answers in JSON are read whole; the longest lists of files have some ten MB. Files are written as they come.
+# JSON answers are read as a whole; the longest file lists have tens of MB. Files are written as they arrive.
 _JSON_PATH = "/api/"
 _MAX_JSON_BYTES, _MAX_JSON_S = 256 << 20, 300.0
-# The client waits as long as one of these says.
+# The client waits for as long as one of these headers says.
 _WAITS, _MAX_WAIT_S = ("Retry-After", "RateLimit"), 600
 _ENDPOINT = "HF_ENDPOINT"
 _REMEDY = "set HF_ENDPOINT to a server that you trust, or unset it for huggingface.co"
@@ -31,7 +31,7 @@ _REMEDY = "set HF_ENDPOINT to a server that you trust, or unset it for huggingfa
 
 @functools.cache
 def guard_hub_client() -> None:
-    """Let huggingface_hub refuse answers with such names in this process. Call it before the client is used.
+    """Make huggingface_hub reject answers with such names in this process. Call it before the client is used.
 
     Raises:
         DataError: if another user listens at the address of HF_ENDPOINT, on this machine, and would get the token.
@@ -53,15 +53,15 @@ def guard_hub_client() -> None:
 
 
 def leads_outside(name: str) -> bool:
-    """Return whether a name that a server sends would lead out of the folder to which it is joined.
+    """Return whether a name from a server would lead out of the folder to which it is appended.
 
-    The client joins a commit as it is, and an ETag without the mark of a weak one and without quotes.
+    The client appends a commit unchanged, and an ETag without quotes and without its weak-validator prefix.
     """
     return name.startswith("/") or name.lstrip("W/").strip('"').startswith("/") or ".." in re.split(r'[/\\"]', name)
 
 
 def _check(response: Any) -> None:
-    """Refuse an answer before the client uses it; called for each answer, before its content is read."""
+    """Reject an answer before the client uses it; called for each answer, before its content is read."""
     for header in _HEADERS:
         if leads_outside(value := response.headers.get(header, "")):
             raise _refusal(response, f"its header {header} names a file outside of the cache", value)
@@ -70,12 +70,12 @@ def _check(response: Any) -> None:
             del response.headers[header]
     if _JSON_PATH not in response.request.url.path:
         return
-    # What `read` would keep, within bounds.
+    # Keep what `read` would keep, within bounds.
     response._content = b"".join(_bounded(response))
     try:
         content = json.loads(response._content)
     except (ValueError, RecursionError):
-        # No JSON, as in pages of errors; the client says so.
+        # Not JSON, for example an error page; the client reports this.
         return
     for key, value in _items(content):
         if key in _KEYS and leads_outside(value):
@@ -93,7 +93,7 @@ def _bounded(response: Any) -> Iterator[bytes]:
 
 
 def _items(content: Any) -> Iterator[tuple[str, str]]:
-    """Yield the keys whose values are texts, at any depth."""
+    """Yield the keys whose values are strings, at any depth."""
     waiting = [content]
     while waiting:
         value = waiting.pop()

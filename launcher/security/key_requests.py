@@ -1,4 +1,4 @@
-"""Requests that carry a key of this user: the key goes to the server that the user has named, and to no other."""
+"""Requests that carry a key of this user: the key goes only to the server that the user named."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _PIECE_BYTES = 1 << 16
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """urllib itself sends the headers of a request, with the key, to whatever server an answer names."""
+    """By default, urllib sends a request's headers, including the key, to whatever server a redirect names."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 def read_json(request: urllib.request.Request, timeout_s: float) -> Any:
-    """Return the JSON of an answer, which may take `timeout_s` and 16 MiB.
+    """Return an answer's JSON, which may take at most `timeout_s` and 16 MiB.
 
     Raises:
-        OSError: if there is none in time; as HTTPError for a status other than 200, a redirect included.
+        OSError: if there is no answer in time; HTTPError for a status other than 200, including redirects.
         ValueError: if it is not JSON, or longer.
     """
     until, content = time.monotonic() + timeout_s, bytearray()

@@ -1,9 +1,9 @@
-"""Folders for what libraries compile and cache: no other user writes to them, and this user can.
+"""Folders for what libraries compile and cache: this user can write to them, and no other user can.
 
-torch, triton, CUDA, transformers and W&B keep caches in the home directory and fail where it is read-only or missing, as in many
-containers and on some clusters. Compilers of kernels keep code in the folder for temporary files, under names that contain the
-name of the user: whoever makes these folders first chooses the code that is loaded. Each cache has a variable that names its
-folder. A folder of code that other users can write to or make first is replaced, whoever named it.
+torch, triton, CUDA, transformers and W&B keep caches in the home directory and fail if it is read-only or missing, as in many
+containers and on some clusters. Kernel compilers keep code in the temporary folder, under names that contain the user name:
+whoever creates these folders first chooses the code that is loaded. Each cache has a variable that names its folder. A code
+folder that other users can write to or create first is replaced, whoever named it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from launcher.security.folders import is_private_folder
 from launcher.security.permissions import first_problem_of_cache
 from launcher.security.trust import Trust
 
-# For each cache: its variable; the variable of the folder around it, and that folder in the home directory; its own name.
+# For each cache: its variable; the variable for its parent folder, and that folder in the home directory; its own name.
 _CACHES = (
     ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", ".cache", "torch_extensions"),
     ("TRITON_CACHE_DIR", "TRITON_HOME", "", ".triton/cache"),
@@ -33,9 +33,9 @@ _CACHES = (
     ("WANDB_CONFIG_DIR", "XDG_CONFIG_HOME", ".config", "wandb"),
     ("WANDB_DATA_DIR", "XDG_DATA_HOME", ".local/share", "wandb"),
 )
-# Settings of W&B there may name the server: other folders would lead to another server.
+# W&B settings there may name the server, so other folders could lead to a different server.
 _WITHOUT_CODE = frozenset({"WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"})
-# By themselves, these are in the folder for temporary files.
+# By default, these are in the temporary folder.
 _TEMPORARY_CACHES = (
     ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME", ".cache", "torchinductor"),
     ("CUTE_DSL_CACHE_DIR", "XDG_CACHE_HOME", ".cache", "cutlass_python_cache"),
@@ -50,9 +50,9 @@ def _print_once(text: str) -> None:
 
 
 def find_usable_caches(environ: Mapping[str, str], alert: Callable[[str], None] = _print_once) -> dict[str, str]:
-    """Return the variables to set, each with a folder that this user can write, and that no other user can have made first.
+    """Return the variables to set, each with a folder that this user can write to and no other user can have created first.
 
-    `alert` is called for each folder that is replaced because others could write to it.
+    `alert` is called for each folder that is replaced because other users could write to it.
     """
     folders, problems = cache_folders(environ), foreign_caches(environ)
     for problem in problems.values():
@@ -70,7 +70,7 @@ def find_usable_caches(environ: Mapping[str, str], alert: Callable[[str], None] 
 
 
 def foreign_caches(environ: Mapping[str, str]) -> dict[str, Problem]:
-    """Return why other users could have put code into a cache, by the variable that names its folder."""
+    """Return why other users could have put code into a cache, keyed by the variable that names its folder."""
     trust = Trust.from_environ(environ)
     problems = {
         variable: first_problem_of_cache(f"what {variable} names", folder, (), trust)
@@ -81,7 +81,7 @@ def foreign_caches(environ: Mapping[str, str]) -> dict[str, Problem]:
 
 
 def cache_folders(environ: Mapping[str, str]) -> dict[str, Path]:
-    """Return the folder of each cache, by the variable that names it."""
+    """Return the folder of each cache, keyed by the variable that names it."""
     home = Path(environ.get("HOME") or "/")
     return {
         variable: Path(
@@ -92,7 +92,7 @@ def cache_folders(environ: Mapping[str, str]) -> dict[str, Path]:
 
 
 def _is_chosen(variable: str, environ: Mapping[str, str]) -> bool:
-    """Return whether somebody has named the folder of a cache; torch sets its variable to its own default when it is imported."""
+    """Return whether a cache's folder was named explicitly; on import, torch sets its variable to its own default."""
     value = environ.get(variable)
     return bool(value) and not (variable == "TORCHINDUCTOR_CACHE_DIR" and value == _default_of_inductor())
 
@@ -107,18 +107,18 @@ def _default_of_inductor() -> str:
 
 
 def is_writable(folder: Path) -> bool:
-    """Return whether the folder, or the closest one above it that exists, can be written."""
+    """Return whether the folder, or its closest existing parent, is writable."""
     existing = next((path for path in (folder, *folder.parents) if os.path.exists(path)), Path("/"))
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 def node_cache_root() -> Path:
-    """Return the folder for what libraries compile on a node whose home directory cannot be written; anyone can make it first."""
+    """Return the folder for compiled code on a node whose home directory is not writable; any user can create it first."""
     return Path(tempfile.gettempdir()) / f"launcher-caches-{os.geteuid()}"
 
 
 def _private_folder() -> Path:
-    """Return a folder on this node that later attempts find again; another one if it belongs to somebody else.
+    """Return a folder on this node that later attempts find again, or a different one if it belongs to another user.
 
     Libraries load compiled code from it.
     """

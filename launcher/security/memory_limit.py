@@ -1,4 +1,4 @@
-"""Let a block of code of this process take a bounded amount of memory, whatever its input expands to."""
+"""Bounds the memory that a block of code in this process can take, whatever its input expands to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def bounded_memory(num_bytes: int) -> Iterator[None]:
-    """Let this process allocate at most so much more; allocations above that fail, as on a machine without memory."""
+    """Limit this process's further allocations; allocations above the limit fail, as on a machine without free memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     used = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmData:"))

@@ -1,6 +1,6 @@
-"""Whom a command trusts: the files that decide what it runs belong to this user, to root, or to an owner who was named.
+"""Whom a command trusts: files that decide what it runs must belong to this user, to root, or to a named owner.
 
-Whoever can replace such a file decides what the command does with this user's account and keys.
+Whoever can replace such a file controls what the command does with this user's account and keys.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from launcher.security.path_steps import MAX_LINKS
 from launcher.security.permissions import first_problem, first_problem_above, is_private, tree
 from launcher.security.trust import Trust, user_name
 
-# Of files of another user's run: those that are read line by line, and the events, which are read whole.
+# Files in another user's run: those that are read line by line, and the events, which are read as a whole.
 _MAX_LOG_BYTES, _MAX_EVENTS_BYTES = 1 << 30, 16 << 20
 
 
 def require_run(run: RunDir) -> None:
-    """Refuse a run that other users could have changed, before its plan or its code is used.
+    """Reject a run that other users could have changed, before its plan or code is used.
 
     Raises:
         SubmitError: with the file or folder, its owner and the remedy.
@@ -37,7 +37,7 @@ def require_run(run: RunDir) -> None:
 
 
 def require_records(run: RunDir) -> None:
-    """Refuse a run whose records other users could have changed, before a command acts on the process or job that they name.
+    """Reject a run whose records other users could have changed, before a command acts on the process or job named in them.
 
     Raises:
         SubmitError: with the file or folder, its owner and the remedy.
@@ -47,17 +47,17 @@ def require_records(run: RunDir) -> None:
 
 
 def run_problem(run: RunDir) -> Problem | None:
-    """Return why this user does not trust a run's directory, plan, code, records and the folders above them; None if they do."""
+    """Return why this user does not trust a run's directory, plan, code, records or parent folders, or None if they do."""
     return first_problem(f"the run {run.root.name}", run.root, _code_and_records(run), _own_trust(), with_parents=True)
 
 
 def records_problem(run: RunDir) -> Problem | None:
-    """Return why this user does not trust the records of a run, which name its processes, jobs and addresses; None if they do."""
+    """Return why this user does not trust a run's records, which name its processes, jobs and addresses, or None if they do."""
     return first_problem(f"the run {run.root.name}", run.root, _records(run), _own_trust())
 
 
 def export_problem(run: RunDir) -> Problem | None:
-    """Return why this user does not trust the weights in the export of a run that they trust; None if they do."""
+    """Return why this user does not trust the weights in a trusted run's export, or None if they do."""
     trust, subject = _own_trust(), f"the export of {run.root.name}"
     with suppress(OSError):
         is_hidden = is_private(run.root, trust)
@@ -66,13 +66,13 @@ def export_problem(run: RunDir) -> Problem | None:
 
 
 def location_problem(run: RunDir) -> Problem | None:
-    """Return which folder above a run lets others replace it, whether the run exists or not; None if there is none."""
+    """Return which parent folder of a run, existing or not, lets other users replace it, or None if none does."""
     folder = run.root.parent
     return first_problem_above(f"a run in {folder}", folder, _own_trust())
 
 
 def require_location(run: RunDir) -> None:
-    """Refuse to make a run where others could replace it: the job would run what it finds there when it starts.
+    """Refuse to create a run where other users could replace it: the job would run what it finds there when it starts.
 
     Raises:
         SubmitError: with the folder, its owner and the remedy.
@@ -83,9 +83,9 @@ def require_location(run: RunDir) -> None:
 
 
 def file_problem(subject: str, file: Path, descriptor: int | None = None) -> Problem | None:
-    """Return why this user does not trust a file, or a folder or link on the way to it; None if they do.
+    """Return why this user does not trust a file, or a folder or link on the way to it, or None if they do.
 
-    With `descriptor`, the file has to be the one that was opened before.
+    With `descriptor`, the file must be the one that was opened before.
     """
     problem = first_problem(subject, file, (), _own_trust(), with_parents=True)
     if problem is None and descriptor is not None and not _own_trust().anyone:
@@ -97,20 +97,20 @@ def file_problem(subject: str, file: Path, descriptor: int | None = None) -> Pro
 
 
 def folder_problem(subject: str, folder: Path, content: Iterable[Path]) -> Problem | None:
-    """Return why this user does not trust a folder, a folder or link on the way to it, or `content`; None if they do."""
+    """Return why this user does not trust a folder, a folder or link on the way to it, or `content`, or None if they do."""
     return first_problem(subject, folder, content, _own_trust(), with_parents=True)
 
 
 def accepts_owner(uid: int) -> bool:
-    """Return whether this user trusts what a user owns."""
+    """Return whether this user trusts files that a given user owns."""
     trust = _own_trust()
     return trust.anyone or trust.accepts_owner(uid)
 
 
 def hub_name_problem(key: str, name: str) -> Problem | None:
-    """Return the problem of a name of the Hub, owner/name, in whose place another user has made a folder or file here.
+    """Return the problem with a Hub name, owner/name, for which another user created a folder or file here.
 
-    It would be used instead of the repository. None if there is none.
+    It would be used instead of the repository. Returns None if there is no such folder or file.
     """
     path = Path(name)
     for part in (path.parent, path):
@@ -123,14 +123,14 @@ def hub_name_problem(key: str, name: str) -> Problem | None:
 
 
 def follow_own_links(file: Path) -> Path:
-    """Return the file that a path leads to, which need not exist, where it is about to be replaced.
+    """Return the file that a path leads to, before it is replaced; it need not exist.
 
     Raises:
         PermissionError: if a link in its place belongs to another user, who would choose the file.
         OSError: if links go in a circle.
     """
     for _ in range(MAX_LINKS):
-        # The folder may be reached by any link: the file in it has the name that this user has given.
+        # The folder may be reached through any link: the file in it has the name that this user gave.
         file = file.absolute().parent.resolve() / file.name
         try:
             target, owner = os.readlink(file), file.lstat().st_uid
@@ -143,15 +143,15 @@ def follow_own_links(file: Path) -> Path:
 
 
 def link_problem(path: Path, root: Path, run: Path | None = None) -> Problem | None:
-    """Return why the path of a run is not followed: it leads along a link of another user, who would choose the run; else None.
+    """Return why a run's path is not followed (it passes a link of another user, who would choose the run), or None.
 
-    The links on the way to `root`, the folder of the runs, are those of the user's own words, and so are those on any other way.
-    `run` is the folder to which the path has led before: in a sticky folder, others can replace what is theirs at any time.
+    Links on the way to `root`, the folder of runs, are part of what the user typed, and so are links on any other path. `run` is
+    the folder that the path led to before: in a sticky folder, other users can replace their own entries at any time.
     """
     is_within = path != root and path.is_relative_to(root)
     for step in itertools.takewhile(lambda step: step != root, (path, *path.parents)) if is_within else (path,):
         try:
-            # Looked at once: it may be something else a moment later.
+            # Look only once: it may be something else a moment later.
             status = step.lstat()
         except FileNotFoundError:
             if run is None:
@@ -171,18 +171,18 @@ def _replaced(step: Path, run: Path) -> Problem:
 
 
 def require_own_links(path: Path, root: Path, run: RunDir) -> None:
-    """Refuse a run that commands act on, where `path` leads to it along a link of another user; see `link_problem`.
+    """Reject a run to act on if `path` leads to it through a link of another user; see `link_problem`.
 
     Raises:
         SubmitError: with the link.
     """
-    # Of a run of somebody else, files are shown, and nothing is done with it.
+    # For another user's run, files are only shown; no command acts on it.
     if (problem := link_problem(path, root, run.root)) and accepts_owner(run.root.stat().st_uid):
         raise SubmitError(problem)
 
 
 def require_plain_files(run: RunDir) -> None:
-    """Refuse another user's run with a pipe, a device or a file of any size among its files: to read one could never end.
+    """Reject another user's run if its files include a pipe, a device or an oversized file: reading one might never end.
 
     Raises:
         SubmitError: with the file.
@@ -207,16 +207,16 @@ def require_plain_files(run: RunDir) -> None:
 
 
 def require_cache(path: Path, group: str | None = None) -> None:
-    """Refuse a file or folder of the launcher's cache that other users could have written, or replaced by way of a folder above.
+    """Reject a file or folder in the launcher's cache that other users could have written, or replaced through a parent folder.
 
-    `group` names the group that shares the cache on purpose.
+    `group` names the group that intentionally shares the cache.
 
     Raises:
         DataError: with the file or folder, its owner and the remedy.
     """
     trust = _own_trust().with_group(None if group is None else shared_group(group))
     problem = first_problem_above(CACHE_PART, path.parent, trust, may_be_hidden=True)
-    # What cannot be read is not used.
+    # Unreadable files are not used.
     with suppress(OSError):
         if problem is None:
             content = tree(path) if stat.S_ISDIR(path.stat().st_mode) else ()
@@ -241,7 +241,7 @@ def _records(run: RunDir) -> Iterator[Path]:
 def _code_and_records(run: RunDir) -> Iterator[Path]:
     yield from _records(run)
     yield from (run.code, *tree(run.code), run.checkpoints)
-    # Tasks of Slurm jobs begin with a pickle there.
+    # Slurm job tasks begin with a pickle there.
     yield from (run.jobs, *run.jobs.glob("*"), *run.jobs.glob("*/*.pkl"))
     # The digests in a checkpoint's manifest cover its files.
     for checkpoint in run.checkpoints.glob("step-*"):

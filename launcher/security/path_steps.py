@@ -1,18 +1,18 @@
-"""The folders and links that the system passes through to open a file: whoever can change one of them chooses the file."""
+"""The folders and links that the system traverses to open a file: whoever can change one of them chooses the file."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# The limit of Linux; https://man7.org/linux/man-pages/man7/path_resolution.7.html
+# Linux's limit; https://man7.org/linux/man-pages/man7/path_resolution.7.html
 MAX_LINKS = 40
 
 
 def path_steps(path: Path) -> list[Path]:
-    """Return each folder and link from the root to a file, in the order of their use, and at last the file itself.
+    """Return each folder and link from the root to a file, in the order of traversal, and finally the file itself.
 
-    Where links go in a circle, the last one is a link.
+    If links form a cycle, the last entry is a link.
     """
     steps, current, num_links = list[Path](), Path("/"), 0
     names = list(reversed(path.absolute().parts[1:]))

@@ -1,8 +1,8 @@
-"""Who owns files and who can write to them, in folders and along links: the facts by which a command trusts them.
+"""Who owns files and who can write to them, in folders and along links: the basis on which a command trusts them.
 
-The rules are those of ssh for its files: owner and write permissions of each file, and of the folders above it; a sticky folder
-such as /tmp may be writable. A file that does not exist is as safe as the closest folder above it: whoever can create files
-there, in a sticky folder too, can make it after the check.
+The rules are ssh's: they check the owner and write permissions of each file and its parent folders; a sticky folder such as /tmp
+may be writable. A file that does not exist is as safe as its closest parent folder: whoever can create files there, even in a
+sticky folder, can create it after the check.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _OTHERS_SEARCH = stat.S_IXGRP | stat.S_IXOTH
 
 
 def tree(folder: Path) -> Iterator[Path]:
-    """Yield the files, links and folders in a folder; no link is followed."""
+    """Yield the files, links and folders in a folder, without following links."""
     for parent, folders, files in os.walk(folder):
         yield from (Path(parent, name) for name in (*folders, *files))
 
 
 def is_private(folder: Path, trust: Trust) -> bool:
-    """Return whether nobody else can enter a folder, so that the permissions of what lies in it do not matter."""
+    """Return whether no other user can enter a folder, so that the permissions of its content do not matter."""
     status = folder.stat()
     return trust.accepts_owner(status.st_uid) and not status.st_mode & _OTHERS_SEARCH
 
@@ -37,17 +37,17 @@ def is_private(folder: Path, trust: Trust) -> bool:
 def first_problem(
     subject: str, root: Path, content: Iterable[Path], trust: Trust, with_parents: bool = False, in_private_folder: bool = False
 ) -> Problem | None:
-    """Return the first reason not to trust `root` and its content, with the number of others; None if there is none.
+    """Return the first reason not to trust `root` and its content, with the number of further reasons, or None.
 
-    `with_parents` includes the folders above, and `in_private_folder` says that nobody else can enter the folder above.
+    `with_parents` includes the parent folders; `in_private_folder` means that no other user can enter the parent folder.
     """
     return _first(subject, root, _weaknesses(root, content, trust, with_parents, in_private_folder), trust)
 
 
 def first_problem_above(subject: str, folder: Path, trust: Trust, may_be_hidden: bool = False) -> Problem | None:
-    """Return the first reason not to trust what will be made in `folder`: others could replace it; None if there is none.
+    """Return the first reason not to trust what will be created in `folder` (other users could replace it), or None.
 
-    With `may_be_hidden`, folders within one that nobody else can enter may have any mode.
+    With `may_be_hidden`, folders inside one that no other user can enter may have any mode.
     """
 
     def weaknesses() -> Iterator[tuple[Path, str, str]]:
@@ -62,9 +62,9 @@ def first_problem_above(subject: str, folder: Path, trust: Trust, may_be_hidden:
 
 
 def first_problem_of_cache(subject: str, folder: Path, content: Iterable[Path], trust: Trust) -> Problem | None:
-    """Return the first reason not to trust a cache with its content, which this user may make later; None if there is none.
+    """Return the first reason not to trust a cache and its content, which this user may create later, or None.
 
-    Nobody else reaches what lies in a folder that only this user can enter, such as a home directory: it may have any mode.
+    Content of a folder that only this user can enter, such as a home directory, may have any mode: no other user can reach it.
     """
     if problem := first_problem_above(subject, folder, trust, may_be_hidden=True):
         return problem
@@ -86,7 +86,7 @@ def _first(subject: str, root: Path, weaknesses: Iterable[tuple[Path, str, str]]
     if trust.anyone:
         return None
     first, num_others = None, 0
-    # Several files that do not exist share their closest folder.
+    # Several missing files share their closest existing folder.
     for path, fact, remedy in dict.fromkeys(weaknesses):
         if first is not None:
             num_others += 1
@@ -101,14 +101,14 @@ def _first(subject: str, root: Path, weaknesses: Iterable[tuple[Path, str, str]]
 def _weaknesses(
     root: Path, content: Iterable[Path], trust: Trust, with_parents: bool, in_private_folder: bool
 ) -> Iterator[tuple[Path, str, str]]:
-    """Yield each path that others own or can write to, with what is wrong and the remedy."""
+    """Yield each path that other users own or can write to, with the problem and the remedy."""
     *above, own = path_steps(root)
     for step in above if with_parents else [root] if root.is_symlink() else []:
         yield from _weakness(step, trust, is_above=True)
     in_private_folder = in_private_folder and not root.is_symlink()
     yield from _weakness(own, trust, is_protected=in_private_folder)
     checked = {*above, own}
-    # What is in a folder that nobody else can enter may have any permissions.
+    # Content of a folder that no other user can enter may have any permissions.
     with suppress(OSError):
         is_protected = in_private_folder or is_private(root, trust)
         for path in content:
@@ -118,9 +118,9 @@ def _weaknesses(
 
 
 def _weaknesses_behind(link: Path, trust: Trust, checked: set[Path]) -> Iterator[tuple[Path, str, str]]:
-    """Yield what others own or can write to on the way along a link, and in the folder that it leads to.
+    """Yield what other users own or can write to, along a link and in the folder that it leads to.
 
-    `checked` are the paths that need no other look; the paths that are looked at here are added.
+    `checked` holds paths that need no further check; paths that are checked here are added.
     """
     checked.add(link)
     *above, target = path_steps(link)
@@ -145,15 +145,15 @@ def _weakness(path: Path, trust: Trust, is_above: bool = False, is_protected: bo
     try:
         status = path.lstat()
     except FileNotFoundError:
-        # A folder above that does not exist is made by this user, and checked again when it is used.
+        # A missing parent folder will be created by this user, and is checked again when it is used.
         if not is_above and not is_protected:
             yield from _weakness(next(parent for parent in path.parents if os.path.lexists(parent)), trust)
         return
     except OSError:
-        # What cannot be reached is not used.
+        # Unreachable files are not used.
         return
     mode = status.st_mode
-    # A link has no permissions of its own. In a sticky folder others can neither rename nor remove what they do not own.
+    # A link has no permissions. In a sticky folder, other users can neither rename nor remove what they do not own.
     are_irrelevant = stat.S_ISLNK(mode) or is_protected or (is_above and bool(mode & stat.S_ISVTX))
     writers = [] if are_irrelevant else _distrusted_writers(path, status, trust)
     is_outside = is_above and status.st_uid == uid_of_unmapped_users()
@@ -169,16 +169,16 @@ def _weakness(path: Path, trust: Trust, is_above: bool = False, is_protected: bo
         yield path, "can be written by everyone", f"chmod o-w {path}{sticky}; {anyone}"
     elif writers:
         on_purpose = _trust_remedy(writers)
-        # Of a file with an ACL, this takes the permission to write from all users and groups that the ACL names.
+        # For a file with an ACL, this removes write permission from all users and groups that the ACL names.
         remedy = f"chmod g-w {path}; {on_purpose}"
         if is_above:
-            # Folders above often belong to somebody else, who alone can change their permissions.
+            # Parent folders often belong to another user, and only that user can change their permissions.
             remedy = f"{on_purpose}; or let {user_name(status.st_uid)}, its owner, run chmod +t {path}"
         yield path, f"can be written by {_describe_owners(writers, 'the group')}", remedy
 
 
 def _distrusted_writers(path: Path, status: os.stat_result, trust: Trust) -> list[str]:
-    """Return the users and groups that can write to a file and should not, as LAUNCHER_TRUST_OWNERS names them."""
+    """Return the users and groups that can write to a file but should not, in the format of LAUNCHER_TRUST_OWNERS."""
     writers = read_writers(path, status)
     users = [user_name(uid) for uid in writers.uids if not trust.accepts_owner(uid)]
     groups = [group_name(gid) for gid in writers.gids if not trust.accepts_group(gid, status.st_uid)]
@@ -186,7 +186,7 @@ def _distrusted_writers(path: Path, status: os.stat_result, trust: Trust) -> lis
 
 
 def _trust_remedy(owners: list[str]) -> str:
-    """Return how to accept the files of owners, given as LAUNCHER_TRUST_OWNERS names them."""
+    """Return how to accept files of these owners, given in the format of LAUNCHER_TRUST_OWNERS."""
     trusted, flags = _describe_owners(owners, "all members of the group"), " ".join(f"{FLAG} {owner}" for owner in owners)
     return f"if you trust {trusted} with your account, add {flags}, or set {VARIABLE}={','.join(owners)}"
 

@@ -1,4 +1,4 @@
-"""Which users' processes listen on a port of this machine: any user may take one before the service or tunnel that it is for."""
+"""Which users' processes listen on a port of this machine: any user may take a port before its intended service or tunnel."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Address = IPv4Address | IPv6Address
 
 
 def users_listening(port: int) -> dict[Address, set[int]] | None:
-    """Return the users whose processes listen on a port, by the address, or None if the system does not tell."""
+    """Return the users whose processes listen on a port, keyed by address, or None if the system does not report it."""
     users: dict[Address, set[int]] = {}
     try:
-        # A system without IPv6 lacks the second.
+        # A system without IPv6 lacks the second file.
         texts = [table.read_text() for table in _TABLES if table.exists()]
     except OSError:
         return None
@@ -35,7 +35,7 @@ def users_listening(port: int) -> dict[Address, set[int]] | None:
         return None
     for text in texts:
         for row in [line.split() for line in text.splitlines()[1:]]:
-            # Columns of proc(5): the local address in words of the machine's byte order, the state and the user.
+            # Columns, see proc(5): the local address in words of the machine's byte order, the state, and the user.
             address, _, number = row[1].partition(":")
             if row[3] == _LISTENS and int(number, 16) == port:
                 words = (int(address[start : start + _WORD], 16) for start in range(0, len(address), _WORD))
@@ -45,15 +45,15 @@ def users_listening(port: int) -> dict[Address, set[int]] | None:
 
 
 def server_problem(where: str, address: str) -> Problem | None:
-    """Return the problem of an address on this machine at which a user listens who is not trusted; None if there is none.
+    """Return the problem with an address on this machine at which an untrusted user listens, or None.
 
-    They would get what is sent there, such as a token. `address` is a URL or host:port, and `where` the setting that has it.
+    That user would receive what is sent there, such as a token. `address` is a URL or host:port; `where` is the setting with it.
     """
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:
         host, port = parts.hostname, parts.port or _PORTS.get(parts.scheme)
     except ValueError:
-        # No port has this number.
+        # This is not a valid port number.
         return None
     trust = Trust.from_environ(os.environ)
     if host is None or port is None or trust.anyone:
@@ -68,13 +68,13 @@ def server_problem(where: str, address: str) -> Problem | None:
 
 
 def _users_reached(host: str, port: int) -> set[int]:
-    """Return the users who get a connection to a port, as far as it is one of this machine."""
+    """Return the users who would receive a connection to a port, if it is on this machine."""
     reached: set[int] = set()
     own = {entry.address.partition("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
     listening = users_listening(port) or {}
     for address in _resolve(host) if listening else ():
         if address.is_loopback or str(address) in own:
-            # The system prefers what listens at the address itself to what listens at all addresses.
+            # The system prefers a listener at the exact address to one at all addresses.
             mapped = [IPv6Address(f"::ffff:{address}"), IPv6Address("::")] if isinstance(address, IPv4Address) else []
             candidates = [address, IPv4Address(0) if mapped else IPv6Address("::"), *mapped]
             reached |= next((listening[one] for one in candidates if one in listening), set())

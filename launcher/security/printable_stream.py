@@ -1,4 +1,4 @@
-"""Standard output and standard error of a command: text from files and from other machines cannot act on the terminal."""
+"""Standard output and error of a command, on which text from files and other machines cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class PrintableStream:
-    """Writes escape sequences as visible text. rich, whose own sequences are wanted, writes to `rich_proxied_file`."""
+    """Writes escape sequences as visible text. rich, whose sequences must take effect, writes to `rich_proxied_file`."""
 
     def __init__(self, stream: TextIO) -> None:
         self.rich_proxied_file = stream
@@ -34,10 +34,10 @@ class PrintableStream:
 
 @contextmanager
 def printable_output() -> Iterator[None]:
-    """Within this block, whatever is printed is printable."""
+    """Make all output in this block printable."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (PrintableStream(raw(stream)) for stream in before)
-    # Handlers of libraries that are imported already keep the stream of their import.
+    # Logging handlers of already imported libraries keep the stream from their import.
     handlers = [handler for handler in _log_handlers() if handler.stream is before[1]]
     for handler in handlers:
         handler.setStream(cast("TextIO", sys.stderr))
@@ -62,5 +62,5 @@ def raw(stream: TextIO) -> TextIO:
 
 
 def as_plain_lines(text: str) -> str:
-    """Return a log's text without colors; what progress bars write over each other becomes lines."""
+    """Return a log's text without colors; overwritten progress bars become separate lines."""
     return _COLORS.sub("", text).replace("\r\n", "\n").replace("\r", "\n")

@@ -1,4 +1,4 @@
-"""Recognize credentials, and remove them from text that is shown or logged."""
+"""Recognizes credentials, and removes them from text that is shown or logged."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 from launcher.security.credentials import FORMS, LOGIN, PASSWORD_IN_ADDRESS, VARIABLE, hide_secrets, secret_within
 
-# A value of one of these forms is a credential under any key.
+# A value in one of these forms is a credential under any key.
 _SECRET = re.compile("|".join(form.pattern for form in FORMS if form is not PASSWORD_IN_ADDRESS))
-# W&B's older keys have no prefix: 40 hex digits, like a git commit, which only a revision may be.
+# W&B's older keys have no prefix: 40 hex digits, like a git commit, which is only allowed for a revision.
 _HEX_KEY = re.compile(r"[0-9a-f]{40}")
-# A user with a password before the host of a URL; with http a user alone may be a token.
+# A user with a password before a URL's host; with http, a user alone may be a token.
 _IN_ADDRESS = re.compile(r"(?<=://)[^/\s:]*:[^/\s]*@|(?:(?<=http://)|(?<=https://))[^/?\s]+@")
 # Query parameters of a URL that grant access: a signature or a key.
 IN_QUERY = re.compile(
@@ -23,12 +23,12 @@ IN_QUERY = re.compile(
     r"=[^&\s'\"]*",
     re.IGNORECASE,
 )
-# bos_token, pad_token and similar keys are no credentials.
+# bos_token, pad_token and similar keys are not credentials.
 _SECRET_NAME = r"(?:\w+_)?(?:api_?key|secret|password|passwd|credentials?)|(?:(?:hf|hub|auth|access|api|bearer|wandb)_)?token"  # noqa: S105
-# Environment variables of a job with such a name are credentials.
+# A job's environment variables with such names are credentials.
 _SECRET_VARIABLE = rf"cluster\.env\.{VARIABLE}"
 _SECRET_KEY = re.compile(rf"(?:^|[.\]])(?:{_SECRET_NAME})$|^{_SECRET_VARIABLE}$", re.IGNORECASE)
-# The message for an address with a password.
+# The message for an address that contains a password.
 LOGIN_IN_ADDRESS = "contains a user with a password; the value is not shown"
 _ASSIGNED = re.compile(rf"(?P<key>(?<![\w-])(?:{_SECRET_NAME})=).+", re.IGNORECASE)
 
@@ -44,9 +44,9 @@ def looks_secret(key: str, value: Any) -> bool:
 
 
 def secret_problem(key: str, value: Any, secrets: Mapping[str, str]) -> str | None:
-    """Return why a setting must not have this value, which the message does not contain; None if it may.
+    """Return why a setting must not have this value, without quoting it, or None if it may.
 
-    `secrets` are the credentials in the environment, by their variables.
+    `secrets` are the credentials in the environment, keyed by variable.
     """
     if looks_secret(key, value):
         return f"{key}: looks like a secret (a token, key or password); its value is not shown"
@@ -65,9 +65,9 @@ def has_login(value: Any) -> bool:
 
 
 def redact(text: str, secrets: Mapping[str, str] | None = None) -> str:
-    """Return `text` with `<redacted>` for all that has the form of a credential or is assigned to the name of one.
+    """Return `text` with `<redacted>` for everything that looks like a credential or is assigned to a credential's name.
 
-    `secrets` are the credentials in the environment, by their variables.
+    `secrets` are the credentials in the environment, keyed by variable.
     """
     text = hide_secrets(text, secrets or {})
     text = IN_QUERY.sub(r"\g<name>=<redacted>", _IN_ADDRESS.sub("<redacted>@", _SECRET.sub("<redacted>", text)))
@@ -76,6 +76,6 @@ def redact(text: str, secrets: Mapping[str, str] | None = None) -> str:
 
 
 def redacted_command_line() -> str:
-    """Return this process's command line as a person typed it, with credentials redacted."""
+    """Return this process's command line as typed, with credentials redacted."""
     program, *arguments = sys.orig_argv
     return redact(shlex.join([Path(program).name, *arguments]))

@@ -1,4 +1,4 @@
-"""Compile regular expressions from others within bounds: counts within counts, as in ((a{999}){999}){999}, multiply.
+"""Compiles untrusted regular expressions within bounds: nested counts, as in ((a{999}){999}){999}, multiply.
 
 The module `regex`, unlike `re`, has a time limit for each search.
 """
@@ -18,7 +18,7 @@ def compile_bounded(pattern: str) -> Any:
     """Compile a regular expression whose searches take a `timeout`.
 
     Raises:
-        ValueError: with the reason, where it is none, or takes too much memory.
+        ValueError: with the reason, if it is invalid or takes too much memory.
     """
     import regex
 

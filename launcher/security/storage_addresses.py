@@ -1,9 +1,9 @@
-"""Which addresses of fsspec are storage, and whose servers their clients trust.
+"""Which fsspec addresses are storage, and which servers their clients trust.
 
-Some file systems do what the content behind an address says. `reference://` reads a file of further addresses, and formats them
-with objects of this process: through these, the author of that file reaches the environment. `dask://` unpickles what a server
-sends. With sftp, fsspec accepts whatever key a host shows: whoever answers in its place would get the password and what a mirror
-is sent, and a resume would run the code that they send.
+Some file systems act on the content behind an address. `reference://` reads a file of further addresses and formats them with
+objects of this process, through which the file's author can reach the environment. `dask://` unpickles what a server sends. With
+sftp, fsspec accepts any host key: an impostor would get the password and the mirror's uploads, and a resume would run the code
+that they send.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from launcher.errors import Problem
 from launcher.security.hub_answers import guard_hub_client
 
-# Of the file systems in fsspec itself; those of other packages are there because somebody has installed them.
+# Applies to file systems in fsspec itself; those from other packages exist only because a user installed them.
 _STORAGE = frozenset(
     {
         *("file", "local", "memory", "data", "http", "https", "ftp", "sftp", "ssh", "smb", "webhdfs", "hdfs", "arrow_hdfs"),
@@ -24,16 +24,16 @@ _STORAGE = frozenset(
     }
 )
 _REMEDY = "write the address of the storage itself, such as s3://, gs:// or https://, or download the files"
-# Of a web server, where fsspec reads an answer as a whole; files are written as they come.
+# Limit for web server answers that fsspec reads as a whole; files are written as they arrive.
 MAX_ANSWER_BYTES = 64 << 20
-# Of the machine, beside ~/.ssh/known_hosts.
+# The machine's host keys, in addition to ~/.ssh/known_hosts.
 _SYSTEM_HOST_KEYS = "/etc/ssh/ssh_known_hosts"
 
 
 def address_problem(where: str, address: str) -> Problem | None:
-    """Return the problem of an address that is not storage, in any part of a chain such as zip://a::https://b; None if all are.
+    """Return the problem with an address that is not storage, in any part of a chain such as zip://a::https://b, or None.
 
-    `where` is where the user wrote it. A protocol that fsspec does not know passes: fsspec refuses it.
+    `where` is where the user wrote it. Protocols that fsspec does not know pass, because fsspec rejects them.
     """
     from fsspec.registry import known_implementations
 
@@ -46,17 +46,17 @@ def address_problem(where: str, address: str) -> Problem | None:
 
 
 def protocols(address: str) -> Iterator[str]:
-    """Yield the protocols in an address, as fsspec splits it; a part without :// may be a protocol alone, or a path."""
+    """Yield the protocols in an address, split as in fsspec; a part without :// may be only a protocol, or a path."""
     for part in address.split("::"):
         protocol, _, rest = part.partition("://")
         yield protocol
-        # A chain can begin anew where a library removes one of its own prefixes.
+        # A new chain can begin where a library removes one of its own prefixes.
         if "://" in rest:
             yield from protocols(rest)
 
 
 def guard_clients(address: str) -> None:
-    """Let the clients of this process that an address uses refuse what servers must not choose. Call it before it is opened."""
+    """Make the clients behind an address reject what servers must not choose. Call it before the address is opened."""
     used = set(protocols(address))
     if "hf" in used:
         guard_hub_client()
@@ -68,7 +68,7 @@ def guard_clients(address: str) -> None:
 
 @functools.cache
 def _bound_answers() -> None:
-    """Let answers of web servers that fsspec reads as a whole, such as the page that lists a folder, have a bounded size."""
+    """Bound the size of web server answers that fsspec reads as a whole, such as a page that lists a folder."""
     import aiohttp
     from fsspec.config import conf
 
@@ -89,8 +89,8 @@ def _bound_answers() -> None:
 
 @functools.cache
 def _require_known_hosts() -> None:
-    """Let sftp connect only to hosts whose keys are known to ssh."""
-    # fsspec itself says which package is missing.
+    """Make sftp connect only to hosts whose keys ssh knows."""
+    # fsspec itself reports which package is missing.
     with suppress(ImportError):
         import paramiko
         from fsspec.implementations.sftp import SFTPFileSystem

@@ -1,4 +1,4 @@
-"""The users and groups whose files a command accepts: this user, root, and the owners that --trust-owner names."""
+"""The users and groups whose files a command accepts: this user, root, and the owners named with --trust-owner."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from launcher.errors import ConfigError, Problem
 
 FLAG = "--trust-owner"
 VARIABLE = "LAUNCHER_TRUST_OWNERS"
-# Words of the flag and the variable that are no users.
+# Words in the flag and the variable that are not users.
 ANYONE, GROUP_PREFIX = "anyone", "group:"
-# User ids in the map of a namespace that maps all of them; the last number stands for no user.
+# The number of user ids in the map of a namespace that maps all of them; the last id stands for no user.
 _NUM_UIDS = 2**32 - 1
 
 
@@ -30,7 +30,7 @@ class Trust:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Trust:
-        """Return this user, root, and the owners in LAUNCHER_TRUST_OWNERS: names or numbers of users, group:NAME, or anyone.
+        """Return this user, root, and the owners in LAUNCHER_TRUST_OWNERS: user names or ids, group:NAME, or anyone.
 
         Raises:
             ConfigError: with the names that this machine does not know.
@@ -52,15 +52,15 @@ class Trust:
         return cls(frozenset(uids), frozenset(gids), anyone)
 
     def with_group(self, gid: int | None) -> Trust:
-        """Return this trust and that in the members of a group, for what they share on purpose."""
+        """Return this trust extended to a group's members, for what they share intentionally."""
         return self if gid is None else replace(self, gids=self.gids | {gid})
 
     def with_user(self, uid: int) -> Trust:
-        """Return this trust and that in one more user, for what they own on purpose."""
+        """Return this trust extended to one more user, for what they intentionally own."""
         return replace(self, uids=self.uids | {uid})
 
     def as_numbers(self) -> str:
-        """Return the value of LAUNCHER_TRUST_OWNERS for machines that may not know the names of users and groups."""
+        """Return a value of LAUNCHER_TRUST_OWNERS for machines that may not know user and group names."""
         if self.anyone:
             return ANYONE
         return ",".join([*(str(uid) for uid in sorted(self.uids)), *(f"{GROUP_PREFIX}{gid}" for gid in sorted(self.gids))])
@@ -70,7 +70,7 @@ class Trust:
 
     def accepts_group(self, gid: int, owner: int) -> bool:
         """Return whether the members of a group may write to a file of `owner`."""
-        # Storage of Kubernetes belongs to root and to the group of the pods' user.
+        # In Kubernetes, storage belongs to root and to the group of the pods' user.
         return gid in self.gids or any(_is_private_group(gid, uid) for uid in (owner, *self.uids))
 
 
@@ -88,7 +88,7 @@ def add_to_environ(owners: Iterable[str]) -> None:
 
 
 def group_id(group: str) -> int:
-    """Return the number of a group that is given by name or number.
+    """Return the gid of a group given by name or number.
 
     Raises:
         KeyError: if this machine has no group of that name.
@@ -97,7 +97,7 @@ def group_id(group: str) -> int:
 
 
 def user_name(uid: int) -> str:
-    """Return the name of a user; their number where this machine does not know it."""
+    """Return the name of a user, or their uid if this machine does not know the name."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -105,7 +105,7 @@ def user_name(uid: int) -> str:
 
 
 def group_name(gid: int) -> str:
-    """Return the name of a group; its number where this machine does not know it."""
+    """Return the name of a group, or its gid if this machine does not know the name."""
     try:
         return grp.getgrgid(gid).gr_name
     except KeyError:
@@ -113,9 +113,9 @@ def group_name(gid: int) -> str:
 
 
 def uid_of_unmapped_users() -> int | None:
-    """Return the uid that files of users outside this user namespace show, or None if every user is mapped, as on a host.
+    """Return the uid shown for files of users outside this user namespace, or None if every user is mapped, as on a host.
 
-    In containers without root (podman, Apptainer, enroot) these are root of the host and its other users.
+    In rootless containers (podman, Apptainer, enroot), these are the host's root and other users.
     """
     with suppress(OSError, ValueError):
         lengths = [int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text().splitlines()]
@@ -133,7 +133,7 @@ def _is_member(uid: int, gid: int) -> bool:
 
 
 def private_gids(uids: Iterable[int]) -> frozenset[int]:
-    """Return the private groups that users have."""
+    """Return the users' private groups."""
     gids = set[int]()
     for uid in uids:
         with suppress(KeyError):
@@ -143,11 +143,11 @@ def private_gids(uids: Iterable[int]) -> frozenset[int]:
 
 
 def _is_private_group(gid: int, uid: int) -> bool:
-    """Return whether a group is the one that many systems create for each user, of the same name and without other members."""
+    """Return whether a group is a user private group, which many systems create: same name, no other members."""
     try:
         user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
     except KeyError:
         return False
     is_own = (user.pw_gid, user.pw_name) == (gid, group.gr_name) and set(group.gr_mem) <= {user.pw_name}
-    # Many users outside a namespace share that user's number, and their groups share its group's.
+    # Many users outside a namespace share that user's uid, and their groups share its gid.
     return is_own and uid != uid_of_unmapped_users()

@@ -1,4 +1,4 @@
-"""What training and requests cost, here and at hosted services whose prices the user supplies. Pure."""
+"""The cost of training and of requests, here and at hosted services whose prices the user supplies. Pure."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class RequestCost:
-    """What a million requests like those of an evaluation cost one side.
+    """The cost of a million requests like those in an evaluation, for one side.
 
-    `usd_here` is the GPU time of the evaluation at the price of a GPU hour, None if one of them is unknown; `usd_hosted` holds
-    the price at each hosted service that has prices for requests.
+    `usd_here` is the evaluation's GPU time at the price of a GPU hour, None if either is unknown; `usd_hosted` holds the price at
+    each hosted service that has prices for requests.
     """
 
     prompt_tokens: float
@@ -28,19 +28,19 @@ class RequestCost:
 
 
 def training_tokens(plan: LaunchPlan) -> int | None:
-    """Return the tokens that a run trains on, each epoch counted, or None if the number of steps is not known."""
+    """Return the number of tokens that a run trains on, counting each epoch, or None if the number of steps is unknown."""
     batch = plan.batch
     tokens = batch.tokens_per_step or batch.max_tokens_per_step
     return None if batch.max_steps is None else batch.max_steps * tokens
 
 
 def hosted_training(prices: Sequence[HostedPrice], tokens: int) -> dict[str, float]:
-    """Return what as many training tokens cost at each service that has a price for training."""
+    """Return the cost of this many training tokens at each service that has a price for training."""
     return {price.name: price.training * tokens / MILLION for price in prices if price.training is not None}
 
 
 def request_cost(usage: SideUsage, usd_per_gpu_hour: float | None, prices: Sequence[HostedPrice]) -> RequestCost:
-    """Return what a million requests cost, on average over the prompts of an evaluation."""
+    """Return the cost of a million requests, averaged over an evaluation's prompts."""
     prompt, answer = (tokens / max(usage.num_prompts, 1) for tokens in (usage.prompt_tokens, usage.answer_tokens))
     usd_here = None
     if usage.gpu_s is not None and usd_per_gpu_hour is not None:
@@ -55,7 +55,7 @@ def request_cost(usage: SideUsage, usd_per_gpu_hour: float | None, prices: Seque
 
 
 def largest_usd(plan: LaunchPlan, speed: SpeedEstimate) -> float | None:
-    """Return the most that a run is expected to cost, or is limited to, or None if that is not known."""
+    """Return the maximum cost that is expected for a run, or that it is limited to, or None if unknown."""
     hourly = None if plan.price is None else plan.price.usd_per_gpu_hour * plan.topology.world_size
     limits = [plan.config.run.max_usd, None if speed.usd is None else speed.usd[1]]
     if hourly is not None and plan.config.run.max_hours is not None:

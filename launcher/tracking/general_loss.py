@@ -1,4 +1,4 @@
-"""The loss of general text before training and at a step, from metrics.jsonl: has the model forgotten?"""
+"""The loss on general text before training and at a step, from metrics.jsonl: shows whether the model has forgotten."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from launcher.tracking.jsonl import continued_lines, iter_lines
 from launcher.tracking.metrics import STEP
 from launcher.tracking.verdicts import GeneralLoss
 
-# Evaluation sets that hold general text, the first one that a run has.
+# Evaluation sets of general text; the first one that a run has is used.
 GENERAL_SETS = (FORGETTING, "general")
 
 
 def read_general_loss(run: RunDir, step: int, max_rise_frac: float) -> GeneralLoss | None:
-    """Return the loss of general text before training and at the last evaluation up to `step`; None without two of them."""
+    """Return the loss on general text before training and at the last evaluation up to `step`, or None unless both exist."""
     names = {name: f"eval/{name}/loss" for name in GENERAL_SETS}
     lines = [line for line in continued_lines(iter_lines(run.metrics, tuple(names.values()))) if line[STEP] <= step]
     for name, metric in names.items():
@@ -25,7 +25,7 @@ def read_general_loss(run: RunDir, step: int, max_rise_frac: float) -> GeneralLo
 
 
 def read_loss_before(run: RunDir, set_name: str) -> float | None:
-    """Return the loss of a set before training, or None if it was not evaluated then."""
+    """Return the loss on a set before training, or None if it was not evaluated then."""
     metric = f"eval/{set_name}/loss"
     lines = continued_lines(iter_lines(run.metrics, (metric,)))
     return next((line[metric] for line in lines if line[STEP] == 0 and metric in line), None)

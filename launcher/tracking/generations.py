@@ -1,4 +1,4 @@
-"""The generations of a run that began with the weights of another: their data, steps and evaluations, side by side."""
+"""The generations of a run that started from another run's weights: their data, steps and evaluations, side by side."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _OUTCOMES = {
 
 @dataclass(frozen=True)
 class Generation:
-    """One run of a chain, at the step whose weights the next one began with; of the last run, the step of its result.
+    """One run in a chain, at the step whose weights the next run started from, or at its result's step for the last run.
 
-    `gap` says why nothing else is known of it, empty if its files were read. `held_out` is the loss before training and at the
-    step. `verdicts` are those of the step, else of the newest one that was evaluated.
+    `gap` says why nothing else is known about the run, empty if its files were read. `held_out` is the loss before training and
+    at the step. `verdicts` are the step's, or else those of the newest evaluated step.
     """
 
     run_name: str
@@ -61,10 +61,10 @@ class Generation:
 
 
 def read_generations(run: RunDir, plan: LaunchPlan) -> list[Generation]:
-    """Return the generations of a run, the oldest first; none for a run that did not begin with another run's weights.
+    """Return a run's generations, oldest first; empty for a run that did not start from another run's weights.
 
-    A run of the chain that is gone, replaced or of others is named with the reason, and nothing of it is read. The plan of others
-    may name any number: the nearest MAX_ANCESTORS are read.
+    A run in the chain that is gone, replaced or another user's is named with the reason, and none of its files are read. Another
+    user's plan may name any number of runs: only the nearest MAX_ANCESTORS are read.
     """
     if plan.lineage is None:
         return []
@@ -77,7 +77,7 @@ def read_generations(run: RunDir, plan: LaunchPlan) -> list[Generation]:
 
 
 def _without_repeats(*origins: Origin) -> Iterator[Origin]:
-    """Yield origins up to one that is there already: a chain that leads back to itself would be damaged."""
+    """Yield origins until one repeats: a chain that leads back to itself is damaged."""
     seen = set()
     for origin in origins:
         key = (origin.wandb_id, origin.step)
@@ -89,7 +89,7 @@ def _without_repeats(*origins: Origin) -> Iterator[Origin]:
 
 def _read_ancestor(origin: Origin, root: Path) -> Generation:
     gap = "the run is not there any more"
-    # A run may have been moved together with those that began with its weights.
+    # A run may have been moved together with the runs that started from its weights.
     for folder in dict.fromkeys((Path(origin.run_dir), root / origin.run_name)):
         try:
             if not RunDir(folder).plan.is_file():

@@ -1,4 +1,4 @@
-"""Goodput: the time of the steps that a run kept, divided by the time since submission, and where the rest went."""
+"""Goodput: the time of the steps that a run kept divided by the time since submission, and where the rest went."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class AttemptTimes:
         submitted_at: when it was submitted.
         begun_at: when its machines were allocated; None while it waits for them.
         ended_at: None while it runs.
-        num_ranks: ranks of its plan.
+        num_ranks: ranks in its plan.
         automatic: the launcher, not a person, started it.
         num_workers: workers that Ray holds for it; 0 elsewhere.
         price: price of a rank or worker; None if unknown.
@@ -159,10 +159,10 @@ def breakdown(
     before = attempts[0].submitted_at
     starts = _starts(lines, events, attempts, now)
     for i, attempt in enumerate(attempts):
-        # The clocks of nodes differ: an attempt never ends before the one before it.
+        # Node clocks differ: an attempt never ends before its predecessor.
         end = max(_end(attempts, i, now), before)
         started_at = end if attempt.begun_at is None else min(max(attempt.begun_at, before), end)
-        # An automatic attempt queues from the end of the one before; it may get its number only when it has machines.
+        # An automatic attempt queues from its predecessor's end; it may get its number only when it has machines.
         queued_at = before if attempt.automatic else min(max(attempt.submitted_at, before), started_at)
         parts["idle_s"] += queued_at - before
         parts["queue_s"] += started_at - queued_at
@@ -230,7 +230,7 @@ def _starts(
 
 
 def _end(attempts: Sequence[AttemptTimes], i: int, now: float) -> float:
-    """Return when attempt number i released its machines: at its end, or when the next one began."""
+    """Return when attempt i released its machines: at its end, or when the next attempt began."""
     following = next((a.begun_at for a in attempts[i + 1 :] if a.begun_at is not None), now)
     ended_at = attempts[i].ended_at
     return min(now, following, now if ended_at is None else ended_at)
@@ -239,8 +239,8 @@ def _end(attempts: Sequence[AttemptTimes], i: int, now: float) -> float:
 def read_attempt_times(run: RunDir, next_plan: LaunchPlan | None = None) -> list[AttemptTimes]:
     """Return the attempts as recorded, without an end if none was recorded; `next_plan` is the plan of the next attempt.
 
-    Each is priced by its own plan. A later plan for the same type of GPU replaces an unknown price, and its own price replaces
-    a typical one.
+    Each attempt is priced by its own plan. A later plan for the same GPU type replaces an unknown price, and the plan's own price
+    replaces a typical one.
     """
     attempts: list[AttemptTimes] = []
     plan_file = run.plan
@@ -271,10 +271,10 @@ def read_attempt_times(run: RunDir, next_plan: LaunchPlan | None = None) -> list
 def complete_attempts(
     attempts: Sequence[AttemptTimes], state: str, lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]
 ) -> list[AttemptTimes]:
-    """Return the recorded attempts of a run in `state`, each with its end, and the next one if the run is queued for it.
+    """Return the recorded attempts of a run in `state`, each with its end, plus the next attempt if the run is queued for it.
 
-    An attempt without a recorded end ended with its last line in the files. Only the newest may go on; in a pending run it waits
-    for machines, or has lost its own.
+    An attempt without a recorded end ended with its last line in the files. Only the newest attempt may still be running; in a
+    pending run, it waits for machines or has lost them.
     """
     completed, is_running = list(attempts), state in run_records.RUNNING_STATES
     for i, attempt in enumerate(completed):
@@ -324,7 +324,7 @@ def spent_limit(plan: LaunchPlan, spent: Breakdown) -> str:
 
 
 def reached_limit(run: RunDir, plan: LaunchPlan, now: float) -> str:
-    """Return which limit a run that does not train has reached; empty if none is, or if its files cannot be read."""
+    """Return which limit a run that is not training has reached; empty if none, or if its files are unreadable."""
     if plan.limits.max_seconds is None and plan.limits.max_gpu_seconds is None:
         return ""
     try:

@@ -22,17 +22,17 @@ from typing import Any
 from launcher import atomic_files
 from launcher.plan.run_dir import RunDir
 
-# The end of an attempt that another one replaced while it was still running.
+# The final state of an attempt that was replaced while it was still running.
 SUPERSEDED = "superseded"
 # Fields of a line of metrics.jsonl that are not metrics.
 NON_METRIC_FIELDS = ("trainer/step", "time", "attempt")
-# What readers find in every line of metrics.jsonl, and of events.jsonl.
+# The fields that every line of metrics.jsonl, and of events.jsonl, has.
 _OF_METRICS: dict[str, Any] = {"attempt": 0, "time": 0.0}
 _OF_EVENTS: dict[str, Any] = {"attempt": 0, "time": 0.0, "step": None, "kind": "", "text": "", "fields": {}}
 _INTEGERS = ("trainer/step", "attempt")
 _TYPES: dict[str, type] = {"kind": str, "text": str, "fields": dict}
 _MOST_BITS = 63
-# Longer than any line of a run: what others have put there may have no end of line.
+# Longer than any line of a run: content from other users may have no line ends.
 MAX_LINE_BYTES = 16 << 20
 # Lines kept in memory while storage fails: hours of steps, about ten MiB.
 _MOST_PENDING = 10_000
@@ -122,7 +122,7 @@ class _Appender:
 
 
 def open_lines(path: str | Path) -> io.BufferedReader:
-    """Open a file that grows by lines. In a run of another user, a pipe may take its place at any time: it counts as missing.
+    """Open a file that grows by lines. In another user's run, a pipe may replace it at any time: it then counts as missing.
 
     Raises:
         FileNotFoundError: if there is no file.
@@ -161,7 +161,7 @@ def iter_lines(path: str | Path, names: tuple[str, ...] = ("",)) -> Iterator[dic
     Each has only the metrics whose names begin with one of `names`: all metrics of a long run are gigabytes.
     """
     with suppress(FileNotFoundError), open_lines(path) as file:
-        # Of a longer line, pieces, which are no JSON.
+        # A longer line yields pieces, which are not JSON.
         for raw in iter(lambda: file.readline(MAX_LINE_BYTES), b""):
             for line in decode_lines(raw):
                 # One string per name, not one per line.
@@ -169,21 +169,21 @@ def iter_lines(path: str | Path, names: tuple[str, ...] = ("",)) -> Iterator[dic
 
 
 def read_metrics(path: str | Path, names: tuple[str, ...] = ("",)) -> list[dict[str, Any]]:
-    """Return one dict per step of the newest attempt and of those that it continues, in order of steps.
+    """Return one dict per step of the newest attempt and the attempts that it continues, in step order.
 
-    Lines of one step (training, evaluation) are merged, with the time of the first. Torn lines are left out; a missing file is
+    Lines of one step (training, evaluation) are merged, with the first line's time. Torn lines are skipped; a missing file gives
     an empty list.
 
     Args:
-        names: beginnings of the names of metrics to read. Attempts that begin with an evaluation count as such only with `eval/`.
+        names: prefixes of the metrics to read. Attempts that begin with an evaluation are recognized only with `eval/`.
     """
     return merge_steps(continued_lines(iter_lines(path, names)))
 
 
 def continued_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the lines of the newest attempt and those that it continues.
+    """Return the lines of the newest attempt and of the attempts that it continues.
 
-    Steps that an attempt trained beyond the start of the next one are discarded. An attempt that begins with an evaluation
+    Steps that an attempt trained beyond the next attempt's start are discarded. An attempt that begins with an evaluation
     continues from the evaluated step.
     """
     continued: list[dict[str, Any]] = []
@@ -217,16 +217,16 @@ def _is_evaluation(line: Mapping[str, Any]) -> bool:
 
 
 def read_events(path: str | Path) -> list[dict[str, Any]]:
-    """Return the events of all attempts in the order of writing; a missing file is an empty list."""
+    """Return the events of all attempts in the order in which they were written; a missing file gives an empty list."""
     return [line for line in Tail(path).poll() if "kind" in line]
 
 
 def append_event(run: RunDir, attempt: int, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-    """Append an event from a process other than the one that trains: in one write, so that lines never mix."""
+    """Append an event from a process other than the training process, in one write, so that lines never mix."""
     descriptor = os.open(run.events, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(descriptor).st_size
-        # A full disk leaves a torn line, which readers skip with all that follows on it.
+        # A full disk leaves a torn line; readers skip it and everything appended to it.
         is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
         os.write(descriptor, ("\n" * is_torn + _event_line(attempt, kind, text, step, fields)).encode())
     finally:
@@ -239,7 +239,7 @@ def _event_line(attempt: int, kind: str, text: str, step: int | None, fields: Ma
 
 
 def decode_lines(data: bytes) -> list[dict[str, Any]]:
-    """Decode JSON lines; torn lines, other values than objects, and lines with values that no run writes are left out."""
+    """Decode JSON lines; skip torn lines, values other than objects, and lines with values that no run writes."""
     lines = []
     for raw in data.splitlines():
         try:
@@ -249,7 +249,7 @@ def decode_lines(data: bytes) -> list[dict[str, Any]]:
             for name, kind in line.pop("nonfinite", {}).items():
                 line[name] = float(kind)
         except (ValueError, RecursionError, AttributeError, TypeError):
-            # A machine died in the middle of a write, or another user wrote the line.
+            # A machine died during a write, or another user wrote the line.
             continue
         if all(_can_be_written(name, value) for name, value in line.items()):
             lines.append(_with_all_fields(line))
@@ -277,7 +277,7 @@ def _with_all_fields(line: dict[str, Any]) -> dict[str, Any]:
 def _open_for_append(path: Path) -> int:
     """Open a file, and cut off an incomplete line at its end: its writer was killed, or the disk was full.
 
-    What earlier attempts wrote is made durable: a power loss takes the lines of this attempt at most.
+    Lines of earlier attempts are made durable: a power loss can only affect this attempt's lines.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:

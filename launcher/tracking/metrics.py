@@ -286,7 +286,7 @@ def panels() -> dict[str, tuple[Panel, ...]]:
 
 
 def wandb_names() -> list[str]:
-    """Return what W&B's define_metric takes: each name, and of a pattern the part up to its first `*`."""
+    """Return the names for W&B's define_metric: each name, or for a pattern the part up to its first `*`."""
     return list(dict.fromkeys(name.partition("*")[0] + "*" * ("*" in name) for name in METRICS if name != STEP))
 
 
@@ -296,12 +296,12 @@ def curves() -> dict[str, Curve]:
 
 
 def lowest_names() -> dict[str, str]:
-    """Return the metrics of which the lowest value is kept, and the name of that in the run's summary."""
+    """Return the metrics whose lowest value is kept, with that value's name in the run's summary."""
     return {name: metric.lowest for name, metric in METRICS.items() if metric.lowest is not None}
 
 
 def median_names() -> list[str]:
-    """Return the metrics of which `status` shows the median of the last steps."""
+    """Return the metrics whose median over the last steps `status` shows."""
     return [name for name, metric in METRICS.items() if metric.status is not None and metric.status.is_median]
 
 
@@ -324,7 +324,7 @@ def status_lines(last: Mapping[str, Any], medians: Mapping[str, float]) -> Itera
 
 
 def console_text(metrics: Mapping[str, float]) -> str:
-    """Return the metrics of a step as part of one line; metrics without a place in it are left out."""
+    """Return a step's metrics as part of one line; leave out metrics without a place in it."""
     shown = [(metric.console, metrics[name]) for name, metric in METRICS.items() if metric.console and name in metrics]
     return _joined(shown, "  ")
 

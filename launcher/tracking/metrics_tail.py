@@ -1,4 +1,4 @@
-"""The main numbers of a run from a metrics.jsonl of any length: few lines are decoded, the others only searched."""
+"""A run's main numbers, from a metrics.jsonl of any length: only a few lines are decoded, the others are searched."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from launcher.run_records import Status
 from launcher.security import ownership
 from launcher.tracking.jsonl import MAX_LINE_BYTES, decode_lines, open_lines
 
-# Steps for medians: single steps vary.
+# Steps to take medians over: single steps vary.
 _NUM_RECENT = 20
 _TRAINED = b'"train/loss"'
-# Lines with a wait between steps.
+# Patterns of lines that record a wait between steps.
 _WAITS = (b'"time/eval_s"', b'"ckpt/stall_s"')
-# More than a run has, and than others may have had put into a file.
+# An upper bound: no run has more, and another user's file must not make a reader handle more.
 _MOST_WAITS = 1_000_000
-# Of the metrics of another user's run: those of some hundred thousand steps.
+# The part of another user's metrics that is read: several hundred thousand steps.
 _MOST_COPIED_BYTES = 64 << 20
 _Content = mmap.mmap | bytes
 
@@ -50,14 +50,14 @@ class MetricsTail:
 
     @property
     def last(self) -> dict[str, Any]:
-        """The last training step; empty without one."""
+        """The last training step; empty if there is none."""
         return self.recent[0] if self.recent else {}
 
 
 def read_tail(path: str | Path, num_points: int = 40, resumed: Mapping[int, int] | None = None) -> MetricsTail:
     """Read the main numbers of a run, with up to `num_points` losses. A missing file counts as empty.
 
-    `resumed` are the steps from which attempts continued: earlier lines of later steps belong to a discarded model.
+    `resumed` are the steps from which attempts continued: lines of later steps before the resume belong to a discarded model.
     """
     try:
         with _mapped(path) as data:
@@ -92,7 +92,7 @@ def newest_trained_step(run: RunDir, status: Status) -> int:
 
 
 def has_trained(run: RunDir, status: Status) -> bool:
-    """Return whether a run has trained a step, as far as its files show; a folder of a checkpoint counts, whatever is in it."""
+    """Return whether a run has trained a step, according to its files; a checkpoint folder counts, whatever is in it."""
     with suppress(FileNotFoundError):
         if any(run.checkpoints.iterdir()):
             return True
@@ -100,7 +100,7 @@ def has_trained(run: RunDir, status: Status) -> bool:
 
 
 def read_time_lines(path: str | Path, boundaries: Sequence[float]) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics that `goodput.breakdown` needs, in their order: the result is that of all lines.
+    """Return the lines of a run's metrics that `goodput.breakdown` needs, in order: they give the same result as all lines.
 
     These are the lines of evaluations and saves, and the last training step before each of `boundaries` and before the end.
 
@@ -122,7 +122,7 @@ def read_time_lines(path: str | Path, boundaries: Sequence[float]) -> list[dict[
 def _mapped(path: str | Path) -> Iterator[_Content]:
     """Map a file. Raises ValueError for an empty one.
 
-    Of another user's, the end is read: where they cut off a file that is mapped, the system kills this process.
+    The end of another user's file is read instead: if they truncated a mapped file, the system would kill this process.
     """
     with open_lines(path) as file:
         status = os.fstat(file.fileno())
@@ -134,7 +134,7 @@ def _mapped(path: str | Path) -> Iterator[_Content]:
 
 
 def _after(data: _Content, at: float) -> int:
-    """Return the offset of the first line written after a time; lines are in the order of time."""
+    """Return the offset of the first line written after a time; lines are in time order."""
     low, high = 0, len(data)
     while low < high:
         middle = max(low, data.rfind(b"\n", 0, (low + high) // 2) + 1)
@@ -146,7 +146,7 @@ def _after(data: _Content, at: float) -> int:
 
 
 def _offsets(data: _Content, pattern: bytes) -> Iterator[int]:
-    """Yield the offset of the first occurrence of `pattern` in each line that has one."""
+    """Yield the offset of the first occurrence of `pattern` in each line that contains it."""
     offset = data.find(pattern)
     while offset >= 0:
         yield offset
@@ -155,7 +155,7 @@ def _offsets(data: _Content, pattern: bytes) -> Iterator[int]:
 
 
 def _backwards(data: _Content, pattern: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the lines that contain `pattern`, newest first; torn lines are left out."""
+    """Yield the lines that contain `pattern`, newest first; skip torn lines."""
     end = len(data)
     while (offset := data.rfind(pattern, 0, end)) >= 0:
         end = data.rfind(b"\n", 0, offset) + 1

@@ -1,4 +1,4 @@
-"""Did the model begin to learn its training rows by heart? The losses of training and of held-out rows, from metrics.jsonl."""
+"""Detects overfitting from the losses on training rows and held-out rows in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MIN_RISE_FRAC = 0.01
 class Overfitting:
     """The held-out loss has risen since `step`, while the training loss fell. `gap` is their difference at the end, in nats.
 
-    `epoch` is that of `step`, None if it is not known. Training losses are means over the steps up to an evaluation.
+    `epoch` is the epoch of `step`, None if unknown. Training losses are means over the steps up to an evaluation.
     """
 
     step: int
@@ -37,7 +37,7 @@ class Overfitting:
 
     @property
     def summary(self) -> str:
-        """The finding in one sentence, with what to do."""
+        """The finding and its remedy in one sentence."""
         epoch = "" if self.epoch is None else f" (epoch {self.epoch:.1f})"
         rose = f"the held-out loss rose from {self.lowest:.4f} to {self.last:.4f}"
         fell = f"the training loss fell from {self.train_at_lowest:.4f} to {self.train_at_last:.4f}"
@@ -46,9 +46,9 @@ class Overfitting:
 
 
 def find_overfitting(steps: Iterable[Mapping[str, Any]]) -> Overfitting | None:
-    """Return since when a run overfits, from its lines of metrics, one a step, or None if it does not, or too little is known.
+    """Return since when a run overfits, from its metrics lines (one per step), or None if it does not or too little is known.
 
-    It overfits where the last held-out loss is more than 1% above the lowest one, and the training loss has fallen since.
+    It overfits if the last held-out loss is more than 1% above the lowest one, and the training loss has fallen since then.
     """
     evaluations: list[tuple[int, float | None, float, float]] = []
     losses: list[float] = []

@@ -1,6 +1,6 @@
-"""How far work is that a person waits for: one live line on a terminal, plain lines at growing intervals in a log.
+"""Progress of work that a user waits for: one live line on a terminal, plain lines at growing intervals in a log.
 
-Nothing here is called in a training step.
+Nothing here is called during a training step.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from launcher.plan.quantities import format_size
 from launcher.tracking.metrics import format_duration
 
 Say = Callable[[str], None]
-# Counts further bytes of an activity; and makes such a function for an activity and its total.
+# A function that counts further bytes of an activity, and a function that makes one for an activity and its total.
 Advance = Callable[[int], None]
 MakeProgress = Callable[[str, int], Advance]
-# The kind of such events in a run.
+# The kind of progress events in a run.
 EVENT = "progress"
-# Work that is done before the first line would be due is not worth one. An hour of work gives about 25 lines.
+# Work that ends before the first line is due gets no line. An hour of work gives about 25 lines.
 _FIRST_S, _GROWTH, _LONGEST_S = 5.0, 0.25, 300.0
 _LIVE_S = 0.1
 
 
 def time_left(done: int, total: int, elapsed_s: float) -> str:
-    """Return the time left as it follows the progress of a line, such as `, 1m40s left`; empty if nothing tells it."""
+    """Return the remaining time as it is appended to a progress line, such as `, 1m40s left`; empty if unknown."""
     return f", {format_duration(elapsed_s * (total - done) / done)} left" if 0 < done < total and elapsed_s >= 1 else ""
 
 
 class Pace:
-    """Says when the next line of a log is due: after 5 seconds, and later at longer and longer intervals."""
+    """Decides when the next log line is due: after 5 seconds, then at growing intervals."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -44,7 +44,7 @@ class Pace:
         return self._clock() - self._began
 
     def is_due(self) -> bool:
-        """Return whether a line is due, and count it as written if so."""
+        """Return whether a line is due; if so, count it as written."""
         now = self._clock()
         is_due = now - self._last >= min(_LONGEST_S, max(_FIRST_S, (now - self._began) * _GROWTH))
         if is_due:
@@ -53,7 +53,7 @@ class Pace:
 
 
 class LivePace(Pace):
-    """The pace of a line that is written over and over: at once, and then ten times a second."""
+    """The pace of a line that is continually rewritten: at once, then ten times a second."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(clock)
@@ -68,9 +68,9 @@ class LivePace(Pace):
 
 
 class ByteProgress:
-    """Counts the bytes of an activity, from any thread, and says how far it is when a line is due.
+    """Counts the bytes of an activity, from any thread, and reports progress when a line is due.
 
-    `total` is an upper bound; 0 where it is unknown.
+    `total` is an upper bound, 0 if unknown.
     """
 
     def __init__(self, activity: str, total: int, say: Say, pace: Pace | None = None) -> None:
@@ -101,7 +101,7 @@ def describe(activity: str, done: int, total: int, elapsed_s: float) -> str:
 def live_line(stream: TextIO | None = None) -> Iterator[tuple[Say, Callable[[], Pace]]]:
     """Yield a function that shows a line, and one that makes the pace for it.
 
-    On a terminal the line is live and disappears at the end. Elsewhere each is a line of its own.
+    On a terminal the line is live and disappears at the end. Elsewhere, each is a separate line.
     """
     stream = stream or sys.stderr
     if not stream.isatty():
@@ -111,7 +111,7 @@ def live_line(stream: TextIO | None = None) -> Iterator[tuple[Say, Callable[[], 
     from rich.live import Live
     from rich.text import Text
 
-    # A command writes through a stream that shows escape sequences as text; rich's own are wanted.
+    # A command's stream shows escape sequences as text, but rich's own must take effect.
     console = Console(file=getattr(stream, "rich_proxied_file", stream))
     with Live("", console=console, refresh_per_second=8, transient=True) as live:
         yield lambda text: live.update(Text(text, overflow="ellipsis", no_wrap=True)), LivePace
@@ -123,29 +123,29 @@ def silent(activity: str, total: int) -> Advance:
 
 
 def as_events(event: Callable[[str, str], None]) -> MakeProgress:
-    """Return what reports progress as events of a run, for `event(kind, text)` of a tracker."""
+    """Return a function that reports progress as events of a run, through a tracker's `event(kind, text)`."""
     return lambda activity, total: ByteProgress(activity, total, lambda text: event(EVENT, text)).advance
 
 
 @contextmanager
 def show_progress() -> Iterator[MakeProgress]:
-    """Show on standard error how far activities are, one after the other."""
+    """Show the progress of consecutive activities on standard error."""
     with live_line() as (say, make_pace):
         yield lambda activity, total: ByteProgress(activity, total, say, make_pace()).advance
 
 
 @contextmanager
 def show_waiting(activity: str) -> Iterator[None]:
-    """Show on standard error for how long something has worked that does not tell how far it is."""
+    """Show on standard error how long something that reports no progress has been working."""
     with live_line() as (say, make_pace), say_that_it_works(activity, say, make_pace()):
         yield
 
 
 @contextmanager
 def show_documents(noun: str = "documents") -> Iterator[Callable[[str, int, int], None]]:
-    """Show on standard error how far the stages of a data build are; yields a function of stage, documents done, and total.
+    """Show the progress of a data build's stages on standard error; yields a function of stage, documents done, and total.
 
-    `noun` says what is counted.
+    `noun` names what is counted.
     """
     with live_line() as (say, make_pace):
         paces: dict[str, Pace] = {}
@@ -154,9 +154,9 @@ def show_documents(noun: str = "documents") -> Iterator[Callable[[str, int, int]
 
         def show(stage: str, done: int, total: int) -> None:
             is_due = paces.setdefault(stage, make_pace()).is_due()
-            # A stage may continue where an earlier process has ended.
+            # A stage may continue where an earlier process stopped.
             first = first_counts.setdefault(stage, done)
-            # The end of a stage is worth a line in a log, once.
+            # The end of a stage gets one line in the log.
             if total > 1 and stage not in ended and (done == total or is_due):
                 if done == total:
                     ended.add(stage)
@@ -168,7 +168,7 @@ def show_documents(noun: str = "documents") -> Iterator[Callable[[str, int, int]
 
 @contextmanager
 def say_that_it_works(activity: str, say: Say, pace: Pace) -> Iterator[None]:
-    """Say for how long something has worked that does not tell how far it is."""
+    """Report how long something that reports no progress has been working."""
     ended = threading.Event()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""Trackers of metrics and events: the protocol, a composite of its implementations, and their start."""
+"""Trackers of metrics and events: the protocol, a composite of its implementations, and their startup."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from launcher.tracking.wandb.tracker import WandbTracker
 
 logger = logging.getLogger(__name__)
 
-# How long an alert that lasts is held back before it is sent again.
+# Seconds before a persistent alert is sent again.
 REPEAT_S = 1800.0
 
 
@@ -37,7 +37,7 @@ class Tracker(Protocol):
         """
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Record values of the run as a whole, such as its last and lowest loss."""
+        """Record values for the whole run, such as its last and lowest loss."""
 
     def finish(self, state: str) -> None:
         """Write what is pending and close; `state` is the run's last state, such as completed or failed.
@@ -47,7 +47,7 @@ class Tracker(Protocol):
 
 
 class RateLimit:
-    """Lets one alert of a kind through in REPEAT_S seconds, whichever thread it comes from.
+    """Lets one alert per kind through every REPEAT_S seconds, whichever thread it comes from.
 
     The kind of an alert is its text before the first colon: "status.json could not be written: no space left".
     """
@@ -86,7 +86,8 @@ class Composite:
     def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
         if kind == "alert" and not self._limit.admit(text):
             return
-        # The last started first: W&B only queues the event, and sends it even if storage hangs for the files of others.
+        # The last started comes first: W&B only queues the event, and sends it even if storage hangs for the other trackers'
+        # files.
         self._each(lambda tracker: tracker.event(kind, text, step, **fields), reversed(self._trackers))
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -108,7 +109,7 @@ class Composite:
                 call(tracker)
             except Exception as error:
                 failed.append((tracker, error))
-        # Remove all that failed before any is reported: a report must not go to a broken tracker.
+        # Remove all failed trackers before reporting any: a report must not go to a broken tracker.
         removed = [tracker for tracker, error in failed if not isinstance(error, OSError)]
         self._trackers = [t for t in self._trackers if all(t is not tracker for tracker in removed)]
         for broken, reason in failed:

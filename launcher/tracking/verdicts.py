@@ -1,4 +1,4 @@
-"""What an evaluation found: `verdict.json` in its folder, which `report` and W&B read too."""
+"""An evaluation's findings: `verdict.json` in its folder, which `report` and W&B also read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher.plan.run_dir import RunDir, evaluated_step
 
 FILE_NAME = "verdict.json"
 TUNED = "tuned"
-# Of an evaluation's folder: verdicts by task of lm-evaluation-harness, and by file of questions with choices.
+# Folders of an evaluation: verdicts per lm-evaluation-harness task, and per file of multiple-choice questions.
 BENCHMARKS, CHOICES = "benchmarks", "choices"
 
 
@@ -26,12 +26,12 @@ class ComparisonOutcome(StrEnum):
 
 @dataclass(frozen=True)
 class BaselineComparison:
-    """The tuned model against one baseline by one metric, on the same prompts.
+    """The tuned model against one baseline on one metric and the same prompts.
 
-    `difference` is the tuned model's mean minus the baseline's, `low` and `high` bound it with a confidence of 95%, None where
-    there are too few prompts for bounds. `p_value` is that of McNemar's exact test, None if enough pairs differ for the
-    interval to decide. `prompts_needed` is the number that would show the observed difference, or None if the outcome is clear.
-    `win_examples`, `loss_examples` and `tie_examples` are numbers of prompts, those with the largest differences first.
+    `difference` is the tuned model's mean minus the baseline's; `low` and `high` bound it with 95% confidence, None if there
+    are too few prompts for bounds. `p_value` comes from McNemar's exact test, None if enough pairs differ for the interval to
+    decide. `prompts_needed` is the number that would show the observed difference, or None if the outcome is clear.
+    `win_examples`, `loss_examples` and `tie_examples` are prompt numbers, largest differences first.
     """
 
     metric: str
@@ -52,7 +52,7 @@ class BaselineComparison:
 
 @dataclass(frozen=True)
 class AnswerExample:
-    """A prompt with its reference and the answer of each side, shortened and without credentials.
+    """A prompt with its reference and each side's answer, shortened and without credentials.
 
     `kind` is `win`, `loss` or `tie`: how the tuned model compares with `baseline`.
     """
@@ -66,7 +66,7 @@ class AnswerExample:
 
 @dataclass(frozen=True)
 class SideUsage:
-    """Tokens of all prompts and answers of one side of an evaluation; `gpu_s` are GPU seconds of generation, None if unknown."""
+    """Tokens in all prompts and answers of one side of an evaluation; `gpu_s` is GPU seconds of generation, None if unknown."""
 
     num_prompts: int
     prompt_tokens: int
@@ -76,9 +76,9 @@ class SideUsage:
 
 @dataclass(frozen=True)
 class GeneralLoss:
-    """Loss of the set `set_name`, of general text, before training and at the step that was evaluated.
+    """The loss on the general text set `set_name` before training and at the evaluated step.
 
-    `measured_at` is the earlier step at which it was measured last, where that is another one.
+    `measured_at` is the earlier step of the last measurement, if it differs from the evaluated step.
     """
 
     set_name: str
@@ -96,9 +96,9 @@ class GeneralLoss:
 class EvaluationVerdict:
     """verdict.json: whether fine-tuning helped.
 
-    `means` holds the mean score of each side by metric, `comparisons` those of every metric with every baseline. The primary
-    metric comes first in both; `outcome` and `sentence` are about it. `checkpoint` is the digest of the manifest of the
-    checkpoint that was evaluated, empty if the run kept none of that step.
+    `means` holds each side's mean score by metric, `comparisons` one comparison per metric and baseline. The primary metric
+    comes first in both; `outcome` and `sentence` refer to it. `checkpoint` is the digest of the evaluated checkpoint's manifest,
+    empty if the run kept no checkpoint at that step.
     """
 
     metric: str
@@ -119,12 +119,12 @@ class EvaluationVerdict:
 
     @property
     def primary(self) -> tuple[BaselineComparison, ...]:
-        """The comparisons by the primary metric, one for each baseline."""
+        """The comparisons on the primary metric, one for each baseline."""
         return tuple(one for one in self.comparisons if one.metric == self.metric)
 
     @property
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows: each metric with the mean of each side and the difference to each baseline."""
+        """Header and rows: each metric with each side's mean and the difference from each baseline."""
         baselines = self.sides[:-1]
         header = ["metric", *self.sides, *(f"difference to {name}" for name in baselines)]
         differences = {(one.metric, one.baseline): format_difference(one) for one in self.comparisons}
@@ -135,13 +135,13 @@ class EvaluationVerdict:
         return header, rows
 
     def write(self, folder: Path) -> None:
-        """Write verdict.json into the folder of the evaluation, atomically."""
+        """Write verdict.json to the evaluation's folder, atomically."""
         json_records.write(folder / FILE_NAME, self)
 
 
 @dataclass(frozen=True)
 class SetVerdict:
-    """The verdict about one evaluation set at one step; `set_name` is empty if an evaluation has one set without a name."""
+    """The verdict on one evaluation set at one step; `set_name` is empty if an evaluation has a single unnamed set."""
 
     step: int
     set_name: str
@@ -153,7 +153,7 @@ def format_difference(comparison: BaselineComparison) -> str:
     if comparison.low is None or comparison.high is None:
         return f"{comparison.difference:+.2f}"
     low, high = (0.0 if abs(bound) < 0.005 else bound for bound in (comparison.low, comparison.high))
-    # Two digits would hide on which side of zero a bound is.
+    # Two digits would hide which side of zero a bound is on.
     digits = 2 if all(abs(bound) >= 0.005 or bound == 0 for bound in (comparison.low, comparison.high)) else 3
     if digits == 3:
         low, high = comparison.low, comparison.high
@@ -161,7 +161,7 @@ def format_difference(comparison: BaselineComparison) -> str:
 
 
 def read_verdict(folder: Path) -> EvaluationVerdict | None:
-    """Return the verdict in the folder of an evaluation, or None if it has not ended.
+    """Return the verdict in an evaluation's folder, or None if the evaluation has not ended.
 
     Raises:
         DamagedRun: if the file cannot be read or is damaged.
@@ -172,20 +172,20 @@ def read_verdict(folder: Path) -> EvaluationVerdict | None:
         if verdict is not None:
             _ = verdict.table
     except KeyError as error:
-        # Each field may be right by itself.
+        # Each field may be valid by itself.
         message = f"the verdict of an evaluation is damaged: it has no scores of {error}"
         raise DamagedRun(message, where=str(folder / FILE_NAME), remedy=remedy) from None
     return verdict
 
 
 def remove_verdicts(folder: Path) -> None:
-    """Remove the verdicts of an evaluation that is repeated: its settings or weights may be others."""
+    """Remove the verdicts of an evaluation that is being repeated: its settings or weights may differ."""
     for file in (folder / FILE_NAME, *folder.glob(f"*/{FILE_NAME}")):
         file.unlink(missing_ok=True)
 
 
 def digest_checkpoint(run: RunDir, step: int) -> str:
-    """Return a digest of the manifest of a step's checkpoint, which names the digests of its files; empty without one."""
+    """Return a digest of the manifest of a step's checkpoint, which contains its files' digests; empty if there is none."""
     try:
         return atomic_files.digest_file(run.checkpoints / f"step-{step:08d}" / "manifest.json").xxh3_128
     except OSError:
@@ -193,12 +193,12 @@ def digest_checkpoint(run: RunDir, step: int) -> str:
 
 
 def is_current(verdict: EvaluationVerdict, run: RunDir, step: int) -> bool:
-    """Return whether a verdict is about the checkpoint of its step: after a return to an earlier step, another may replace it."""
+    """Return whether a verdict is about its step's current checkpoint: a resume from an earlier step may have replaced that."""
     return not verdict.checkpoint or digest_checkpoint(run, step) in ("", verdict.checkpoint)
 
 
 def read_newest_verdict(run: RunDir) -> SetVerdict | None:
-    """Return the verdict about the first set at the newest step that was evaluated, or None if there is none.
+    """Return the verdict on the first set at the newest evaluated step, or None if there is none.
 
     Raises what `read_verdict` raises.
     """
@@ -211,7 +211,7 @@ def read_newest_verdict(run: RunDir) -> SetVerdict | None:
 
 @dataclass(frozen=True)
 class VerdictsBySteps:
-    """The verdicts about one set at several steps, in ascending order."""
+    """The verdicts on one set at several steps, in ascending order."""
 
     set_name: str
     verdicts: tuple[SetVerdict, ...]
@@ -223,13 +223,13 @@ class VerdictsBySteps:
 
     @property
     def means(self) -> dict[str, list[float | None]]:
-        """The mean score of each side by the primary metric at each step, or None if a step has no such side."""
+        """Each side's mean score on the primary metric at each step, or None if a step has no such side."""
         sides = dict.fromkeys(side for one in reversed(self.verdicts) for side in one.verdict.sides)
         return {side: [one.verdict.means.get(self.metric, {}).get(side) for one in self.verdicts] for side in sides}
 
     @property
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows: each step with the mean of each side and the outcome."""
+        """Header and rows: each step with each side's mean and the outcome."""
         columns = self.means
         rows = [
             [
@@ -251,16 +251,16 @@ def by_steps(verdicts: list[SetVerdict]) -> list[VerdictsBySteps]:
 
 
 def read_verdicts(run: RunDir) -> list[SetVerdict]:
-    """Return the verdicts of a run by step and set, in ascending order. Raises what `read_verdict` raises.
+    """Return a run's verdicts by step and set, in ascending order. Raises what `read_verdict` raises.
 
-    Those about a checkpoint that another one of the same step has replaced, after a return to an earlier step, are left out.
+    Verdicts on a checkpoint that was replaced, after a resume from an earlier step, by another at the same step are left out.
     """
     verdicts = []
     for step, folder in _evaluated_folders(run):
         sets, *others = (
             sorted(file.parent for file in folder.glob(f"{way}*/{FILE_NAME}")) for way in ("", f"{BENCHMARKS}/", f"{CHOICES}/")
         )
-        # The verdict beside the sets is that of the first one again.
+        # The verdict beside the sets repeats the first set's.
         for one in [*(sets or [folder]), *(task for several in others for task in several)]:
             verdict = read_verdict(one)
             if verdict is not None and is_current(verdict, run, step):

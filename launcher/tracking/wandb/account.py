@@ -1,7 +1,7 @@
 """Check before submission whether W&B accepts a run: `python -m launcher.tracking.wandb.account < TRACKING.json`.
 
-A process of its own, as it imports W&B's package for the address and login. It prints an `Account` as JSON. A missing project is
-not an error: W&B creates it.
+This is a separate process because it imports W&B's package for the address and login. It prints an `Account` as JSON. A missing
+project is not an error: W&B creates it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from launcher.tracking.wandb.local_settings import leave_folder_of_others
 
 ANSWER_DEADLINE_S = 10.0
 _VIEWER = "query Viewer { viewer { entity username admin teams { edges { node { name } } } } }"
-# The query of W&B's own package for an entity; null if it does not exist, or the key may not see it.
+# The W&B package's query for an entity; null if the entity does not exist or the key may not see it.
 _ENTITY = "query EntityIsTeam($entity: String!) { entity(name: $entity) { id isTeam } }"
 # Its query for a project before it changes anything there.
 _PROJECT = (
@@ -37,7 +37,7 @@ class Account:
         login: source of the login: environment, netrc or token; None without one.
         refused: why W&B will not accept the run; empty if it will, or if that is unknown.
         unknown: why the check failed; empty if it did not.
-        note: other information for a person.
+        note: other information for the user.
         entity: entity of the run, if one is named.
     """
 
@@ -100,7 +100,7 @@ def _answer(address: str, key: str, account: Account, project: str) -> Account:
     permissions = f"{user} may write to {', '.join(sorted(own))}"
     if _ask(address, key, _ENTITY, entity=entity)["entity"] is None:
         return replace(account, refused=f"there is no entity {entity} that {user} may see; {permissions}")
-    # Service accounts and administrators of an organization may write where they are no members.
+    # Service accounts and organization administrators may write where they are not members.
     return replace(account, unknown=f"{user} is not a member of {entity}; {permissions}")
 
 

@@ -1,4 +1,4 @@
-"""The server that gets the user's key for W&B: settings in the working directory name it, or a variable."""
+"""The server that gets the user's W&B key: settings in the working directory, or a variable, name it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _CLONE_FS = 0x200
 
 
 def find_problem() -> Problem | None:
-    """Return why a server is not trusted that would get the key; None if it is.
+    """Return why the server that would get the key is not trusted, or None if it is.
 
-    Others may have written settings of W&B in the working directory, or listen at the address of WANDB_BASE_URL on this machine.
+    Other users may have written W&B settings in the working directory, or may listen at WANDB_BASE_URL on this machine.
     """
     if problem := server_problem(_SERVER, os.environ.get(_SERVER, "")):
         return problem
@@ -33,13 +33,13 @@ def find_problem() -> Problem | None:
 
 
 def leave_folder_of_others(only_this_thread: bool = False) -> None:
-    """Change to the root directory where others could write settings of W&B into the working directory, now or later.
+    """Change to the root directory if other users could write W&B settings to the working directory, now or later.
 
     Call it before W&B's package reads its settings. With `only_this_thread`, other threads keep their working directory.
     """
     if all(_problem_of(file) is None for file in _files()):
         return
-    # Containers may forbid a thread its own working directory. Then only what `find_problem` has found is refused.
+    # Containers may forbid per-thread working directories. Then only what `find_problem` finds is rejected.
     if not only_this_thread or ctypes.CDLL(None).unshare(_CLONE_FS) == 0:
         os.chdir("/")
 

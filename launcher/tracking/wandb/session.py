@@ -1,6 +1,6 @@
 """A session with W&B's process: started, caught up from metrics.jsonl, finished.
 
-metrics.jsonl is the record of a run. A session begins by sending the steps that W&B lacks, after a crash, a network failure or a
+metrics.jsonl is the record of a run. A session begins by sending the steps that W&B lacks after a crash, a network failure or a
 killed process, so that each step is sent exactly once.
 """
 
@@ -36,11 +36,11 @@ FLUSH_INTERVAL_S = 2.0
 _READ_DEADLINE_S = 60.0
 # Marker file in the folder of a session that has sent everything.
 _UPLOADED = "uploaded"
-# Exit codes that W&B's page shows as different ends; W&B itself uses 255 for Ctrl-C.
+# Exit codes that W&B's page shows as different outcomes; W&B itself uses 255 for Ctrl-C.
 _EXIT_CODES = {"completed": 0, "cancelled": 255}
 
 _SECRET_VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-# W&B takes titles of fewer than 64 characters.
+# W&B accepts titles of fewer than 64 characters.
 _MAX_TITLE, _MAX_RUN_NAME = 63, 30
 # W&B drops an alert with the title of an earlier one for this long, by default a minute. launcher.tracking.tracker.RateLimit
 # limits alerts, and different alerts may have the same title. W&B treats 0 as its default.
@@ -49,7 +49,7 @@ _URL_USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 # wandb-core logs this when it stops uploading for good: the key was revoked, or the run deleted.
 _UPLOAD_STOPPED = re.compile(r"filestream: fatal error: (.{1,200}?)(?: url=|\"|$)")
 
-# W&B's refusals of a run, which have no type and mostly no code: HTTP 4xx but for those that ask to retry.
+# W&B's rejections of a run, which have no type and mostly no code: HTTP 4xx except those that ask to retry.
 _REFUSAL = re.compile(
     r"returned error 4(?!08|25|29)\d\d\b|not logged in|not found during|permission denied|api.?key|created and deleted",
     re.IGNORECASE,
@@ -62,7 +62,7 @@ class Unreachable(ConfigError):
 
 @dataclass(frozen=True)
 class CheckpointReference:
-    """A committed checkpoint as W&B keeps it: by its path, with no file sent."""
+    """A committed checkpoint in W&B: a reference to its path; no file is sent."""
 
     path: Path
     step: int
@@ -89,8 +89,8 @@ class Session:
     The plan without secrets is the W&B config. `on_stop` is called in one of W&B's threads when a person presses Stop.
 
     Raises:
-        Unreachable: if W&B does not answer within INIT_TIMEOUT_S, or does not start for a reason that may pass.
-        ConfigError: if W&B is not installed, or refuses the settings or the login.
+        Unreachable: if W&B does not answer within INIT_TIMEOUT_S, or does not start for a possibly temporary reason.
+        ConfigError: if W&B is not installed, or rejects the settings or the login.
     """
 
     def __init__(self, plan: LaunchPlan, run: RunDir, *, offline: bool, on_stop: Callable[[], None]) -> None:
@@ -135,7 +135,7 @@ class Session:
             # Its process keeps the id of a failed start, and another start in this process would find it in use.
             with suppress(Exception):
                 wandb.teardown(exit_code=1)
-            # They are empty, and would count as those of a session.
+            # They are empty but would count as a session's files.
             for folder in folders(run, plan.wandb_id):
                 if folder not in before:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -145,7 +145,7 @@ class Session:
         self.offline = bool(self._run.offline)
         self.url = None if self.offline else self._run.url
         self.folder = Path(self._run.dir).parent
-        # W&B drops a step that it has, with a warning for each.
+        # W&B drops steps that it already has, each with a warning.
         if self.offline:
             self._last_sent_step = _last_step_in(before)
         else:
@@ -159,7 +159,7 @@ class Session:
         # "*" is for what the table of metrics does not name, such as metrics of evaluation sets.
         for name in (*metrics_table.wandb_names(), "*"):
             self._run.define_metric(name, step_metric=STEP)
-        # The summary of a resumed run still has the state of the attempt before.
+        # A resumed run's summary still has the previous attempt's state.
         self._run.summary.update({"state": "running"})
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -172,15 +172,16 @@ class Session:
             self._run.summary.update(self._lowest.summary)
 
     def catch_up(self, before: float) -> None:
-        """Send the steps of metrics.jsonl before `before` that W&B lacks; once per session.
+        """Send the steps in metrics.jsonl before `before` that W&B lacks, once per session.
 
-        Steps that are repeated after a person's return, or with other settings, are shown beside the earlier ones. If all steps
-        are sent, a last step without its evaluation is left out: W&B accepts a step only once, and a person may resume the run.
+        Steps that are repeated after a person returned to an earlier step, or with other settings, are shown beside the earlier
+        ones. If all steps are sent, a last step without its evaluation is left out: W&B accepts a step only once, and a person
+        may resume the run.
         """
         if self._caught_up:
             return
         self._caught_up = True
-        # Read twice: all lines of a long run would take much memory, and W&B mostly lacks none.
+        # Read the file twice: all lines of a long run would take a lot of memory, and usually W&B lacks none.
         last_steps: dict[int, int] = {}
         losses = []
         for line in iter_lines(self._run_dir.metrics, tuple(metrics_table.lowest_names())):
@@ -226,7 +227,7 @@ class Session:
         self._run.summary.update(dict(values))
 
     def log_table(self, name: str, header: list[str], rows: list[list[str]]) -> None:
-        """Put a table of texts into the summary, where it needs no step."""
+        """Add a table of texts to the summary, where it needs no step."""
         import wandb
 
         self._run.summary.update({name: wandb.Table(columns=header, data=rows)})
@@ -252,7 +253,7 @@ class Session:
         """Upload the exported model, and wait until W&B has it.
 
         Raises:
-            Exception: of W&B, if that takes longer than `limit_s`.
+            Exception: W&B's own, if this takes longer than `limit_s`.
         """
         import wandb
 
@@ -277,7 +278,7 @@ class Session:
         try:
             self._run.finish(exit_code=_EXIT_CODES.get(state, 1))
         finally:
-            # Files are complete when its process has ended, and the end of the job would kill it.
+            # Files are complete once its process has ended; the end of the job would kill it.
             wandb.teardown()
         if reason := self.upload_failure():
             raise RuntimeError(reason)
@@ -294,7 +295,7 @@ class Session:
 
 
 def sync_command(run: RunDir, wandb_id: str, session: Session | None) -> str:
-    """Return the command that uploads what the server lacks: files of this session, and of earlier ones if it was offline.
+    """Return the command that uploads what the server lacks: this session's files, and earlier sessions' if it was offline.
 
     Empty if there are no files.
     """
@@ -305,7 +306,7 @@ def sync_command(run: RunDir, wandb_id: str, session: Session | None) -> str:
 
 
 def _last_step_in(folders: list[Path]) -> int:
-    """Return the last step in the newest of these folders that has any, read by W&B's own program; -1 without any."""
+    """Return the last step in the newest of these folders that has steps, read with W&B's own program; -1 if there is none."""
     for folder in reversed(folders):
         for file in folder.glob("*.wandb"):
             command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(file)]
@@ -322,7 +323,7 @@ def folders(run: RunDir, wandb_id: str) -> list[Path]:
 
 
 def _not_uploaded(run: RunDir, wandb_id: str) -> list[Path]:
-    """Return the folders since the last session that sent everything, including what those before lacked."""
+    """Return the folders since the last session that sent everything, including what earlier sessions had not sent."""
     left: list[Path] = []
     for folder in folders(run, wandb_id):
         left = [] if (folder / _UPLOADED).exists() else [*left, folder]
@@ -366,7 +367,7 @@ def redacted(value: Any, environ: Mapping[str, str]) -> Any:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Return whether W&B would refuse again: processes and networks fail in more ways than it has types for."""
+    """Return whether W&B would reject the run again: processes and networks fail in more ways than it has types for."""
     from pydantic import ValidationError
     from wandb.errors import AuthenticationError, CommError, UsageError
 

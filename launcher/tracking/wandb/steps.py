@@ -16,12 +16,12 @@ from launcher.plan.run_dir import RunDir
 def offsets(last_steps: Mapping[int, int], returns: Mapping[int, int]) -> dict[int, int]:
     """Return W&B's step minus trainer/step by attempt.
 
-    After a crash, an attempt repeats steps with the same results, so it has the offset of the attempt before. After a return,
-    its steps come after all steps that W&B has.
+    After a crash, an attempt repeats steps with the same results, so it has the previous attempt's offset. After a return to an
+    earlier step, its steps come after all steps that W&B has.
 
     Args:
         last_steps: last logged step by attempt.
-        returns: step of the checkpoint from which a person made an attempt start again, or with other results, by attempt.
+        returns: by attempt, the checkpoint step from which a person restarted the run or changed its results.
     """
     offset_of: dict[int, int] = {}
     offset = highest = 0
@@ -41,13 +41,13 @@ def repeats(before: LaunchPlan, after: LaunchPlan) -> bool:
 
 
 def returns(run: RunDir) -> dict[int, int]:
-    """Return the start step by attempt of those for which a person chose a checkpoint or changed the results of steps."""
+    """Return, by attempt, the start step of attempts for which a person chose a checkpoint or changed the results of steps."""
     starts = {}
     before = _plan_at(run.plan)
     for number in run_store.attempt_numbers(run):
         with suppress(OSError, LauncherError):
             attempt = run_store.read_attempt(run, number)
-            # Automatic attempts may have own plans for other numbers of ranks.
+            # Automatic attempts may have their own plans for different numbers of ranks.
             after = before if attempt.automatic else _plan_at(run.attempt(number) / "plan.json") or before
             changed = before is not None and after is not None and not repeats(before, after)
             if attempt.pinned or changed:
@@ -57,7 +57,7 @@ def returns(run: RunDir) -> dict[int, int]:
 
 
 def _plan_at(path: Path) -> LaunchPlan | None:
-    """Return the plan in a file; None if it cannot be read."""
+    """Return the plan in a file, or None if it cannot be read."""
     with suppress(OSError, ValueError):
         return LaunchPlan.load(path)
     return None

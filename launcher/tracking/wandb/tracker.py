@@ -38,7 +38,7 @@ SEND_EVERY_S = 5.0
 LATE_CALL_S = 300.0
 # Capacity of the queue for W&B: hours of steps, about ten MiB.
 _MOST_PENDING = 10_000
-# Capacity of the queue for artifacts. They have a thread of their own, as their calls wait for the server.
+# Capacity of the queue for artifacts. They have a separate thread because their calls wait for the server.
 _MOST_ARTIFACTS = 100
 
 SendEvent = Callable[..., None]
@@ -84,9 +84,9 @@ class WandbTracker:
         self._refused = False
         self._failure = ""
         self._last_step = -1
-        # What has been measured at that step, until the next one begins.
+        # The metrics of the current step, until the next step begins.
         self._row: dict[str, float] = {}
-        # When the call was made that the thread is at.
+        # When the call that the thread is handling was made.
         self._call_made_at: float | None = None
         self._export_s = 0.0
         self._dropped_calls = False
@@ -215,7 +215,7 @@ class WandbTracker:
             self._notes.append(("info" if self._alerted else kind, text, fields))
             self._alerted = self._alerted or kind == "alert"
 
-    # What follows runs in the threads.
+    # The code below runs in the threads.
 
     def _work(self) -> None:
         try:
@@ -306,7 +306,7 @@ class WandbTracker:
             self._note_once("alert", f"W&B has stopped uploading: {reason}; the data is kept on disk")
 
     def _write_files(self) -> None:
-        """Write offline files, as W&B was unreachable to the end."""
+        """Write offline files, because W&B stayed unreachable until the end."""
         self._failure = "it never answered"
         self._offline = True
         self._next_try = 0.0
@@ -337,7 +337,7 @@ class WandbTracker:
 
 
 def _best_checkpoint(run: RunDir, best_set: str) -> float:
-    """Return the lowest loss of the run's checkpoints on `best_set`, but for those after a step to which a person went back."""
+    """Return the lowest loss of the run's checkpoints on `best_set`, except those after a step that a person returned to."""
     returned = returns(run)
     losses = [
         event["fields"].get("eval_loss")

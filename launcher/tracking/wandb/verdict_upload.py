@@ -1,7 +1,7 @@
 """Send the verdicts of an evaluation to the W&B run: `python -m launcher.tracking.wandb.verdict_upload RUN_DIR STEP`.
 
-A process of its own, as it imports W&B's package. It prints what it did in one line, and ends with 0 whatever W&B answers: the
-verdict is on disk.
+This is a separate process because it imports W&B's package. It prints one line on what it did, and exits with 0 whatever W&B
+answers: the verdict is on disk.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from launcher.tracking.wandb.session import Session, is_online, redacted, sync_c
 
 
 def upload(run: RunDir, step: int) -> str:
-    """Add the verdicts of a step to the summary of the W&B run, each with a table of answers; returns a line for a person.
+    """Add a step's verdicts to the W&B run's summary, each with a table of answers; returns a line for the user.
 
-    Where several steps were evaluated, a table has them all. A run that began with the weights of another gets a table of its
-    generations as well.
+    If several steps were evaluated, a table has them all. A run that started from another run's weights also gets a table of its
+    generations.
 
-    A run that trains has a session of its own, which this one would disturb; nothing is sent then.
+    During training, the run has its own session, which this one would disturb; nothing is sent then.
     """
     plan = run_store.load_plan(run)
     tracking = plan.config.tracking
@@ -60,7 +60,7 @@ def upload(run: RunDir, step: int) -> str:
 
 
 def summary_of(one: SetVerdict) -> dict[str, Any]:
-    """Return the entries of the summary: the sentence, the outcome, and the mean score of each side by metric."""
+    """Return the summary's entries: the sentence, the outcome, and each side's mean score by metric."""
     name, verdict = one.set_name or "prompts", one.verdict
     scores = {
         f"eval/{name}/{metric}" + (f"/{side}" if side != TUNED else ""): mean
@@ -76,7 +76,7 @@ def summary_of(one: SetVerdict) -> dict[str, Any]:
 
 
 def answer_table(verdict: EvaluationVerdict) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of the answers before and after: wins, losses and ties by the primary metric."""
+    """Return the header and rows of the answers before and after: wins, losses and ties on the primary metric."""
     header = ["comparison", "prompt", "reference", *verdict.sides]
     rows = [
         [f"{one.kind}, {one.baseline}", one.prompt, one.reference, *(one.answers.get(side, "") for side in verdict.sides)]

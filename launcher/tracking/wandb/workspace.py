@@ -58,7 +58,7 @@ def as_json(target: Target) -> str:
 
 
 def publish(target: Target) -> str:
-    """Create the workspace, or update its sections; keep sections that people added. Return its address.
+    """Create the workspace or update its sections, keeping sections that people added. Return its address.
 
     Raises:
         LookupError: if the project does not exist, or this account may not see it.
@@ -97,7 +97,7 @@ def _sections() -> list[Any]:
                 title_y=chart.unit or None,
                 log_y=chart.log_y or None,
             )
-            # W&B keeps what a person sets on a panel under its id, so the id must not change between calls.
+            # W&B stores a user's panel settings under the panel's id, so the id must not change between calls.
             plot._id = _panel_id(name, chart.title)
             plots.append(plot)
         sections.append(ws.Section(name=name, panels=plots, is_open=True))
