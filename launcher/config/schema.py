@@ -46,32 +46,32 @@ class RunSection(Section):
     name: Name | None = Field(
         None,
         description=(
-            "Name of the run and of its directory. Unset: the name of the run's file, or else model and data, with the time of "
-            "submission."
+            "Name of the run and of its directory. Unset: the name of the run's file, or else of model and data, followed by the "
+            "time of submission."
         ),
     )
-    root: Text = Field("runs", description="Folder that holds run directories; on a cluster it must be shared by all nodes.")
-    seed: Count = Field(42, description="Seeds weight initialization and, with the epoch, the order of rows.")
+    root: Text = Field("runs", description="Folder that holds run directories; on a cluster, all nodes must share it.")
+    seed: Count = Field(42, description="Seeds weight initialization and, together with the epoch, the order of rows.")
     max_hours: Positive | None = Field(
         None,
         description=(
             "Hours after which the run saves and stops, summed over all attempts; time in a queue does not count. Raise it to "
-            "resume such a run. Unset: no limit."
+            "resume a run that reached it. Unset: no limit."
         ),
     )
     max_usd: Positive | None = Field(
         None,
         description=(
             "US dollars after which the run saves and stops: the GPU hours of all attempts, each at its own price. Raise it to "
-            "resume such a run. Needs cluster.price_per_gpu_hour; a typical price is not used."
+            "resume a run that reached it. Needs cluster.price_per_gpu_hour; a typical price is not used."
         ),
     )
     confirm_usd: Positive | None = Field(
         None,
         description=(
-            "US dollars above which train asks before it starts: what the runs are expected to cost at most, or are limited to. "
-            "Runs of unknown cost are asked about as well. Without a terminal they are refused, unless --yes is given. Unset: "
-            "train never asks."
+            "US dollars above which train asks before it starts: the highest cost that is expected or that a limit allows, for "
+            "all runs together. It also asks if a cost is unknown. Without a terminal, it refuses to start unless --yes is "
+            "given. Unset: train never asks."
         ),
     )
 
@@ -83,15 +83,14 @@ class ModelSection(Section):
     path: Text | None = Field(
         None,
         description=(
-            "Weights to start from: a local folder, a hub id such as Qwen/Qwen3-8B, "
-            "package:MODULE/FILE.gguf for a file in an installed Python package, or run:NAME for the newest checkpoint of "
-            "another run; run:NAME@STEP selects a step, run:/path/of/run a run outside run.root. "
-            "Unset only with init=random."
+            "Weights to start from: a local folder, a hub id such as Qwen/Qwen3-8B, package:MODULE/FILE.gguf for a file in an "
+            "installed Python package, or run:NAME for the newest checkpoint of another run; run:NAME@STEP selects a step, "
+            "run:/path/of/run a run outside run.root. May be unset only with init=random."
         ),
     )
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub id. Unset: the default branch.")
     tokenizer: Text | None = Field(
-        None, description="Tokenizer source, in the forms of model.path except run:. Unset: model.path."
+        None, description="Source of the tokenizer, in the same forms as model.path except run:. Unset: model.path."
     )
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="Load the weights of model.path, or draw random ones for the architecture (tests, dry runs)."
@@ -99,8 +98,8 @@ class ModelSection(Section):
     config: dict[str, Any] | None = Field(
         None,
         description=(
-            "The model's config.json as a mapping. With init=random and no path it defines the architecture; "
-            "for a hub id it lets the plan be made before anything is downloaded."
+            "The model's config.json as a mapping. With init=random and no path, it defines the architecture; with a hub id, the "
+            "launcher can plan before anything is downloaded."
         ),
     )
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
@@ -113,9 +112,9 @@ class ModelSection(Section):
     attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"] = Field(
         "auto",
         description=(
-            "Attention kernel. auto, on GPUs: FlashAttention 4, 3 or 2, whichever is installed and made for the GPU, except for "
-            "fp32; otherwise varlen, torch's attention within each document, which is also that of CPUs; and for models that it "
-            "cannot compute, SDPA, which is slow for long rows of packed documents, or eager."
+            "Attention kernel. auto: on GPUs, except for fp32, FlashAttention 4, 3 or 2, whichever is installed and supports the "
+            "GPU; otherwise, and on CPUs, varlen (torch's attention within each document). Models that varlen cannot compute use "
+            "SDPA, which is slow for long rows of packed documents, or eager."
         ),
     )
     activation_checkpointing: Checkpointing = Field(
@@ -123,50 +122,48 @@ class ModelSection(Section):
         description=(
             "Layers that recompute their activations in the backward pass, which takes about a third more compute and far less "
             "memory: all, none, or `every N` for each Nth layer. true means all, false none. auto: the plan chooses the fastest "
-            "that fits into a GPU; none on CPUs."
+            "option that fits into a GPU's memory; none on CPUs."
         ),
     )
     liger: Literal["auto"] | Flag = Field(
         "auto",
         description=(
-            "Liger's fused kernels for norms, rotary embedding and MLP on GPUs. auto: where it is installed (the extra `gpu`), "
-            "for dense architectures that it knows; each rank tries it first, and where one fails, all train without it, with an "
-            "alert. true: such a run is refused. CPUs never use it."
+            "Liger's fused kernels for norms, rotary embedding and MLP on GPUs. auto: if it is installed (the extra `gpu`), for "
+            "dense architectures that it supports; each rank tries it first, and if one fails, all train without it, with an "
+            "alert. true: refuse such a run. CPUs never use it."
         ),
     )
     compile: Flag = Field(
         False,
         description=(
-            "Compile each decoder layer with torch.compile while training: its elementwise operations become few kernels. The "
-            "first step and the first evaluation then take about a minute more. Layers are gathered as with "
-            "deepspeed.whole_layers, which it implies. Needs gcc on GPUs and g++ on CPUs, and the headers of Python."
+            "Compile each decoder layer with torch.compile during training, which fuses its elementwise operations into few "
+            "kernels. The first step and the first evaluation take about a minute longer. Implies deepspeed.whole_layers. Needs "
+            "gcc on GPUs, g++ on CPUs, and the headers of Python."
         ),
     )
     fp8: Flag = Field(
         False,
         description=(
-            "Compute the linear layers of decoder layers in FP8 while training, with a scale for each row (torchao, the extra "
-            "`fp8`); weights, checkpoints, evaluations and the export stay in bf16. Needs model.dtype=bf16 and GPUs of the "
-            "families Hopper or Blackwell; each rank tries it first. Faster than bf16 only with model.compile=true."
+            "Compute the linear layers of decoder layers in FP8 during training, with one scale per row (torchao, the extra "
+            "`fp8`); weights, checkpoints, evaluations and the export stay in bf16. Needs model.dtype=bf16 and Hopper or "
+            "Blackwell GPUs; each rank tries it first. Faster than bf16 only with model.compile=true."
         ),
     )
     trust_remote_code: Flag = Field(
         False,
         description=(
-            "Run Python code that comes with the model; needs model.revision pinned to a 40-digit commit, or for a folder "
+            "Run Python code that comes with the model; needs model.revision pinned to a 40-digit commit or, for a folder, "
             "model.code_digest."
         ),
     )
     code_digest: Sha256 | None = Field(
         None,
         description=(
-            "Digest of the Python files in the model's folder: with model.trust_remote_code, no other code of a folder runs. "
-            "The error shows it."
+            "Digest of the Python files in the model's folder: with model.trust_remote_code, no other code from a folder runs. "
+            "The error message shows the digest to set."
         ),
     )
-    allow_pickled_weights: Flag = Field(
-        False, description="Accept pytorch_model*.bin files, which can run code when they are loaded."
-    )
+    allow_pickled_weights: Flag = Field(False, description="Accept pytorch_model*.bin files, which can run code when loaded.")
 
     @field_validator("path", "tokenizer")
     @classmethod
@@ -208,16 +205,18 @@ class OptimSection(Section):
     name: str = Field("adamw", description="The optimizer: adamw, or another row of OPTIMIZERS in launcher/plan/optimizers.py.")
     lr: Positive = Field(1e-5, description="Peak learning rate.")
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        0.0, description="Decoupled weight decay; norms, biases and other one-dimensional weights are left out."
+        0.0, description="Decoupled weight decay; not applied to norms, biases and other one-dimensional weights."
     )
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="Decay rates of the two moments.")
     eps: Positive = Field(1e-8, description="Added to the denominator.")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
         "cosine", description="Shape after the warm-up; wsd is warm-up, stable, decay."
     )
-    warmup_steps: Count = Field(0, description="Steps over which the rate rises linearly from zero.")
-    min_lr_ratio: Fraction = Field(0.1, description="Rate at the last step, as a share of optim.lr (cosine, linear, wsd).")
-    decay_fraction: Fraction = Field(0.2, description="Share of all steps that the final decay takes (wsd).")
+    warmup_steps: Count = Field(0, description="Steps over which the learning rate rises linearly from zero.")
+    min_lr_ratio: Fraction = Field(
+        0.1, description="Learning rate at the last step, as a share of optim.lr (cosine, linear, wsd)."
+    )
+    decay_fraction: Fraction = Field(0.2, description="Share of all steps used for the final decay (wsd).")
 
     @field_validator("betas")
     @classmethod
@@ -240,26 +239,31 @@ class DeepSpeedSection(Section):
     )
     nvme_path: Text | None = Field(
         None,
-        description="Folder on a local NVMe disk, with the same path on every node; required for nvme. Each run has its own "
-        "folder in it.",
+        description=(
+            "Folder on a local NVMe disk, with the same path on every node; required for nvme. Each run uses its own folder in "
+            "it."
+        ),
     )
     hpz_partition_size: PositiveInt | Literal["node"] = Field(
-        1, description="ZeRO++ hpZ: ranks that share a second copy of the weights; node: those of one node; 1 turns it off."
+        1,
+        description=(
+            "ZeRO++ hpZ: number of ranks that share a second copy of the weights; node: the ranks of one node; 1 turns it off."
+        ),
     )
     quantized_weights: Flag = Field(False, description="ZeRO++ qwZ: gather weights in int8 (lossy).")
     quantized_gradients: Flag = Field(False, description="ZeRO++ qgZ: reduce gradients in int4 (lossy).")
     whole_layers: Flag = Field(
         False,
         description=(
-            "Gather and release the weights of a decoder layer as a whole (a leaf module of ZeRO-3), not module by module: less "
-            "time in DeepSpeed's hooks, and the gradients of a layer wait until all of them are there."
+            "Gather and release the weights of each decoder layer as a whole (a ZeRO-3 leaf module), not module by module. This "
+            "takes less time in DeepSpeed's hooks, but a layer's gradients wait until all of them are computed."
         ),
     )
     reduce_bucket_size: PositiveInt | None = Field(
         None, description="Elements reduced at once. Unset: hidden size squared, at least 2^24."
     )
     prefetch_bucket_size: PositiveInt | None = Field(
-        None, description="Elements fetched ahead. Unset: those of a layer, at least 2^24; none from NVMe."
+        None, description="Elements fetched ahead. Unset: the elements of one layer, at least 2^24; none from NVMe."
     )
     param_persistence_threshold: Count | None = Field(
         None, description="Weights with fewer elements are never partitioned. Unset: ten times the hidden size."
@@ -309,7 +313,7 @@ class TrackingSection(Section):
     project: Name = Field("launcher", description="W&B project.")
     entity: Name | None = Field(None, description="W&B user or team. Unset: the account's default.")
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description="auto: online where WANDB_API_KEY or a W&B login is found, else offline."
+        "auto", description="auto: online if WANDB_API_KEY or a W&B login is found, else offline."
     )
     group: Name | None = Field(None, description="W&B group.")
     tags: tuple[Tag, ...] = Field((), description="W&B tags, of at most 64 characters.")

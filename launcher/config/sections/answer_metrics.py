@@ -44,23 +44,23 @@ class AnswerMetrics(Section):
         ("exact_match",),
         min_length=1,
         description=(
-            f"How answers are scored, each from 0 to 1: {', '.join(METRIC_NAMES)}, or a function of your own as "
-            "path/to/file.py:function. The first one decides the verdict and how the base model is prompted."
+            f"Metrics that score each answer from 0 to 1: {', '.join(METRIC_NAMES)}, or your own function as "
+            "path/to/file.py:function. The first metric decides the verdict and how the base model is prompted."
         ),
     )
     pattern: str | None = Field(
         None,
         description=(
-            "Regular expression of the metric regex: an answer scores 1 where it matches. With a group (?P<answer>...), what the "
-            "group matched last must equal the reference."
+            "Regular expression for the metric regex: an answer scores 1 if it matches. With a group (?P<answer>...), the "
+            "group's last match must equal the reference."
         ),
     )
-    json_schema: Text | None = Field(None, description="File with the JSON schema of the metric json_schema.")
+    json_schema: Text | None = Field(None, description="File with the JSON schema for the metric json_schema.")
     labels: tuple[Text, ...] = Field(
-        (), description="Labels of the metric label_accuracy: the one that an answer names first counts."
+        (), description="Labels for the metric label_accuracy: the first one that an answer names counts."
     )
     metric_time_limit_s: Positive = Field(
-        10.0, description="Seconds that a function of your own, or a regular expression, may take for one answer."
+        10.0, description="Seconds that your own function, or a regular expression, may take per answer."
     )
 
     @field_validator("metrics")

@@ -16,35 +16,37 @@ Interface = Annotated[
 
 
 class ClusterSection(Section):
-    """Where the run is executed."""
+    """Where the run executes."""
 
     kind: str = Field(description="The backend that starts the workers.")
     nodes: PositiveInt = Field(1, description="Number of machines.")
-    ranks_per_node: PositiveInt | None = Field(
-        None, description="Ranks on each machine. Unset: one per GPU, 2 where there is none."
-    )
-    gpu_type: Name | None = Field(None, description="GPU model for the plan, such as H100-80GB. Unset: what this machine has.")
+    ranks_per_node: PositiveInt | None = Field(None, description="Ranks on each machine. Unset: one per GPU, or 2 without GPUs.")
+    gpu_type: Name | None = Field(None, description="GPU model for the plan, such as H100-80GB. Unset: that of this machine.")
     price_per_gpu_hour: Positive | None = Field(
         None,
-        description="US dollars for one GPU, or one rank on CPUs, for one hour. Costs follow from it. Unset: a typical price "
-        "of the GPU type, which the plan shows.",
+        description=(
+            "Price in US dollars per hour of one GPU, or of one rank on CPUs, from which costs are computed. Unset: a typical "
+            "price of the GPU type, which the plan shows."
+        ),
     )
     max_restarts: Count = Field(
-        0, description="Times that the node agents restart all ranks on the same machines after a rank failed."
+        0, description="How often the node agents restart all ranks on the same machines after a rank fails."
     )
     fork_ranks: Flag = Field(
         True,
-        description="Import torch, transformers and DeepSpeed once per node and fork the ranks from that process, at each start "
-        "and restart. false starts every rank as a new Python process.",
+        description=(
+            "Import torch, transformers and DeepSpeed once per node, and fork the ranks from that process at each start and "
+            "restart. false: start every rank as a new Python process."
+        ),
     )
-    timeout_minutes: Positive = Field(30.0, description="Minutes after which a collective that has not completed fails the run.")
+    timeout_minutes: Positive = Field(30.0, description="Minutes after which an incomplete collective fails the run.")
     stall_seconds: Count = Field(
         600,
         description=(
-            "Seconds without progress of a rank after which its node agent records its stacks and kills it: in training at least "
-            "ten times the run's slowest step; while a checkpoint is saved, at least cluster.timeout_minutes where the rank is "
-            "not stopped; while the model is loaded, seconds in which a rank that is stopped or hangs in the kernel reads "
-            "nothing, and at least 300 in which no rank of any node reads or compiles. 0 turns it off."
+            "Seconds without progress after which a rank's node agent records its stacks and kills it; 0 turns this off. In "
+            "training: at least ten times the run's slowest step. While a checkpoint is saved: at least cluster.timeout_minutes, "
+            "unless the rank's process is stopped. While the model loads: seconds in which a rank that is stopped or hangs in "
+            "the kernel reads nothing, or (at least 300) in which no rank of any node reads or compiles."
         ),
     )
     stop_grace_seconds: Positive = Field(600.0, description="Seconds that a stopped run may take to save before it is killed.")
@@ -160,23 +162,27 @@ class ManagedSection(ClusterSection):
     )
     node_checks: Flag = Field(True, description="Check every node of the allocation before the model is loaded.")
     max_preemptions: Count | None = Field(
-        None, description="Preemptions after which the run continues by itself. Unset: any number."
+        None, description="How many preemptions the run continues from by itself. Unset: any number."
     )
     max_infrastructure_failures: Count = Field(
         10,
-        description="Lost nodes, killed processes and failed node checks in a row, without a newer checkpoint between them, "
-        "after which the run is not continued by itself.",
+        description=(
+            "How many lost nodes, killed processes and failed node checks in a row, without a newer checkpoint in between, the "
+            "run continues from by itself."
+        ),
     )
     max_failures: Count = Field(
         2,
-        description="Failures of the training itself in a row, without a newer checkpoint between them, after which the run "
-        "is not continued by itself.",
+        description=(
+            "How many failures of the training itself in a row, without a newer checkpoint in between, the run continues from by "
+            "itself."
+        ),
     )
     max_no_progress: Count = Field(
         2,
         description=(
-            "Attempts in a row that end without a newer checkpoint, after which the run is not continued by itself; "
-            "those that the machines ended do not count."
+            "How many attempts in a row without a newer checkpoint the run continues from by itself; attempts ended by "
+            "preemption, resizing or machine failures do not count."
         ),
     )
 

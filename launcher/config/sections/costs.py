@@ -1,4 +1,4 @@
-"""The section for the costs of the same work at other services."""
+"""The section for the cost of the same work at hosted services."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ UsdPerMillion = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class HostedPrice(Section):
-    """Prices of a hosted service, in US dollars for a million tokens."""
+    """Prices of a hosted service, in US dollars per million tokens."""
 
     name: Name = Field(description="Name of the service and its model, such as acme-8b.")
-    training: UsdPerMillion | None = Field(None, description="Price of a million training tokens; each epoch counts.")
-    input: UsdPerMillion | None = Field(None, description="Price of a million prompt tokens of the fine-tuned model.")
-    output: UsdPerMillion | None = Field(None, description="Price of a million tokens of its answers.")
+    training: UsdPerMillion | None = Field(None, description="Price per million training tokens; each epoch counts.")
+    input: UsdPerMillion | None = Field(None, description="Price per million prompt tokens of the fine-tuned model.")
+    output: UsdPerMillion | None = Field(None, description="Price per million answer tokens of the fine-tuned model.")
 
 
 class CostsSection(Section):
-    """What training and requests cost at hosted services, by prices of your own; `plan`, `report` and `evaluate` show it."""
+    """What training and requests would cost at hosted services, at your prices; shown by `plan`, `report` and `evaluate`."""
 
     hosted: tuple[HostedPrice, ...] = Field(
         (),
         description=(
-            "Prices of hosted services: 'costs.hosted=[{name: acme-8b, training: 3.0, input: 0.3, output: 1.2}]'. None are "
-            "shipped, as they change."
+            "Prices of hosted services: 'costs.hosted=[{name: acme-8b, training: 3.0, input: 0.3, output: 1.2}]'. The launcher "
+            "ships none, because prices change."
         ),
     )
 

@@ -52,9 +52,9 @@ class RowSource(Section):
     name: Name = Field("train", description="Name of the source in reports and metrics.")
     path: Text = Field(
         description=(
-            "A file (.jsonl, .json, .csv, .parquet or .txt, each also as .gz or .zst), a folder or a pattern (./data/*.jsonl); "
-            "a hub dataset as owner/name; an address of storage, such as s3://bucket/rows.jsonl or hf://datasets/o/n; "
-            f"or {STDLIB_DOCS}; {GENERAL_TEXT} is for evaluation alone."
+            "A file (.jsonl, .json, .csv, .parquet or .txt, each also as .gz or .zst), a folder or a pattern (./data/*.jsonl); a "
+            f"hub dataset as owner/name; a storage URL, such as s3://bucket/rows.jsonl or hf://datasets/o/n; or {STDLIB_DOCS}. "
+            f"{GENERAL_TEXT} is for evaluation only."
         )
     )
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text"] = Field(
@@ -62,24 +62,23 @@ class RowSource(Section):
         description=(
             "messages: a list of {role, content}, as in OpenAI's fine-tuning files; sharegpt: conversations of {from, value}; "
             "alpaca: instruction, input and output; prompt_completion: prompt and completion, as texts or lists of messages; "
-            "question_answer: question and answer; text: every token is trained (a line of a .txt file is a document). auto: by "
-            "the keys of the first row."
+            "question_answer: question and answer; text: every token is trained (each line of a .txt file is a document). auto: "
+            "chosen by the keys of the first row."
         ),
     )
     completions: Literal["auto", "chat", "text"] = Field(
         "auto",
         description=(
-            "How a prompt and its completion, or a question and its answer, are written. chat: as the user's message and the "
-            "assistant's answer, with the chat template; text: one after the other as they are. auto: chat where the tokenizer "
-            "has a chat template (or data.chat_template is set), except for a prompt that contains special tokens of the "
-            "tokenizer."
+            "How a prompt and its completion, or a question and its answer, are written. chat: as a user message and an "
+            "assistant answer, in the chat template; text: one after the other, unchanged. auto: chat if the tokenizer has a "
+            "chat template (or data.chat_template is set), except for prompts that contain the tokenizer's special tokens."
         ),
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
         description=(
-            f"The rows' own key for each column that the format reads ({', '.join(COLUMNS)}); a key within an object is "
-            f"written with dots, such as data.question. Write the whole list: {COLUMNS_EXAMPLE}."
+            f"Maps each column that the format reads ({', '.join(COLUMNS)}) to the rows' own key. Dots reach into an object, as "
+            f"in data.question. Set the whole list: {COLUMNS_EXAMPLE}."
         ),
     )
     ignored_keys: tuple[Text, ...] = Field(
@@ -125,18 +124,18 @@ class Source(RowSource):
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None,
         description=(
-            "Share of the mixture's tokens, relative to the other sources' weights; a source of weight 0 is not read, and "
-            "nothing of it is held out. Unset: all of its documents."
+            "Share of the mixture's tokens, relative to the other sources' weights. A source of weight 0 is not read, and none "
+            "of its documents are held out. Unset: all of its documents."
         ),
     )
     max_tokens: PositiveInt | None = Field(
-        None, description="Tokens taken from the source in one epoch, at most: the same documents in every epoch. Unset: all."
+        None, description="Maximum tokens taken from the source per epoch; every epoch uses the same documents. Unset: all."
     )
     epochs: Positive = Field(
         1.0,
         description=(
-            "Times that each document of the source is used in one epoch of the run; 0.5 uses half of the documents, the "
-            "same in every epoch."
+            "How often each document of the source is used in one epoch of the run; 0.5 uses half of the documents, the same "
+            "half in every epoch."
         ),
     )
 
@@ -152,21 +151,24 @@ class ChecksSection(Section):
     bad_rows: Literal["drop", "fail"] = Field(
         "fail",
         description=(
-            "A row cannot be used: it is not JSON, lacks a key, or has a value of another type. fail: all of them are reported, "
-            "and the run is refused. drop: they are left out and counted, up to max_bad_rows. A file that cannot be read is "
-            "refused in either case."
+            "A row cannot be used: it is not JSON, lacks a key, or has a value of the wrong type. fail: report all such rows and "
+            "refuse the run. drop: leave them out and count them, up to max_bad_rows. A file that cannot be read is always "
+            "refused."
         ),
     )
     max_bad_rows: Fraction = Field(
         0.05, description="Share of all rows that bad_rows=drop may leave out before the run is refused."
     )
-    empty_answer: Choice = Field("drop", description="An answer to train on is empty or white space.")
+    empty_answer: Choice = Field("drop", description="A trained answer is empty or white space.")
     exact_duplicate: Choice = Field(
-        "keep", description="A document is in the training split twice, ignoring case, white space and punctuation."
+        "keep", description="A document occurs twice in the training split, ignoring case, white space and punctuation."
     )
-    near_duplicate: Choice = Field("keep", description="A document is nearly the same as an earlier one of the training split.")
+    near_duplicate: Choice = Field("keep", description="A document is nearly identical to an earlier one in the training split.")
     near_duplicate_threshold: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
-        0.8, description="Estimated Jaccard similarity of the sets of text windows from which two documents are nearly the same."
+        0.8,
+        description=(
+            "Estimated Jaccard similarity of two documents' sets of text windows at which they count as nearly identical."
+        ),
     )
     held_out_in_train: Choice = Field(
         "fail",
@@ -177,20 +179,22 @@ class ChecksSection(Section):
     held_out_prompt_in_train: Choice = Field(
         "keep",
         description=(
-            "The prompt of a held-out document (what precedes its first answer) is also in training, with another answer; drop "
+            "The prompt of a held-out document (the text before its first answer) is also in training, with another answer; drop "
             "removes the training documents with that prompt."
         ),
     )
     similar_prompt_in_train: Accepted = Field(
-        "keep", description="The prompt of a held-out document differs from one in training by its numbers alone."
+        "keep", description="The prompt of a held-out document differs from one in training only by its numbers."
     )
     near_held_out_in_train: Choice = Field(
         "keep",
-        description="A held-out document is nearly the same as one in training, which drop removes; common for templated rows.",
+        description=(
+            "A held-out document is nearly identical to a training document, which drop removes; common in templated rows."
+        ),
     )
     not_compared: Accepted = Field(
         "keep",
-        description="Too many documents share a template for all held-out ones to be compared with all of training.",
+        description="Too many documents share a template to compare every held-out document with all training documents.",
     )
     max_held_out_in_train: Fraction = Field(
         0.01,
@@ -205,7 +209,7 @@ class ChecksSection(Section):
         "fail",
         description=(
             "A document is left out: it is longer than a row (data.long_documents=drop), or a check drops it. Duplicates, and "
-            "documents like held-out ones, do not count."
+            "documents that resemble held-out ones, do not count."
         ),
     )
     max_dropped: Fraction = Field(0.2, description="Share of all documents that may be left out before fail refuses the run.")
@@ -213,12 +217,14 @@ class ChecksSection(Section):
         "keep", description="Text was decoded wrongly: replacement characters, UTF-8 read as Latin-1."
     )
     long_answer: Choice = Field("keep", description="An answer has more than long_answer_tokens tokens.")
-    long_answer_tokens: PositiveInt = Field(4096, description="Trained tokens above which an answer counts as very long.")
+    long_answer_tokens: PositiveInt = Field(
+        4096, description="Number of trained tokens above which an answer counts as very long."
+    )
     repetitive_answer: Choice = Field("keep", description="An answer repeats itself.")
     secrets: Choice = Field("keep", description="Text that looks like a key, token or password.")
     personal_data: Choice = Field("keep", description="Text that looks like an e-mail address or a telephone number.")
     role_order: Choice = Field(
-        "keep", description="Two messages of one role follow each other, or the last message is the user's."
+        "keep", description="Two consecutive messages have the same role, or the last message is the user's."
     )
     special_token_in_text: Choice = Field(
         "keep", description="The text contains a special token of this tokenizer or of another model."
@@ -229,15 +235,15 @@ class ChecksSection(Section):
     no_turn_end: Choice = Field(
         "fail",
         description=(
-            "No end of turn of a document is trained. drop: it is left out. fail: the run is refused where that holds for more "
-            "than half of a source's trained documents, because the model might never stop."
+            "A document trains no end of turn. drop: leave it out. fail: refuse the run if this affects more than half of a "
+            "source's trained documents, because the model might never stop."
         ),
     )
     no_trained_token: Choice = Field(
         "drop",
         description=(
-            "A document has no trained token within a row's length. drop: it is left out, and the run is refused where a whole "
-            "source has none. Data without any trained token is always refused."
+            "A document has no trained token within a row's length. drop: leave it out, and refuse the run if a whole source has "
+            "none. Data without any trained token is always refused."
         ),
     )
     unsure_border: Literal["drop", "fail"] = Field(
@@ -247,7 +253,7 @@ class ChecksSection(Section):
     few_examples: Accepted = Field(
         "keep", description="The data has fewer examples than few_examples_below, or less than a million tokens of plain text."
     )
-    few_examples_below: PositiveInt = Field(100, description="Examples from which few_examples is not reported.")
+    few_examples_below: PositiveInt = Field(100, description="Number of examples from which few_examples is no longer reported.")
 
 
 class DataSection(Section):
@@ -255,46 +261,52 @@ class DataSection(Section):
 
     name: Name = Field("data", description="Short name; part of the run's default name.")
     path: Text | None = Field(
-        None, description="The path that data=jsonl reads; short for one entry in data.sources, which replaces it."
+        None,
+        description="Path that data=jsonl reads; shorthand for a data.sources list with one entry. Set one or the other.",
     )
     sources: tuple[Source, ...] = Field(min_length=1, description="The sources of the mixture.")
-    max_length: Annotated[int, Field(ge=16, strict=True)] = Field(1024, description="Tokens in a row.")
+    max_length: Annotated[int, Field(ge=16, strict=True)] = Field(1024, description="Tokens per row.")
     packing: Flag = Field(
         True, description="Fill each row with several documents, which do not attend to each other. false: one document per row."
     )
     group_by_length: Flag = Field(
-        True, description="With data.packing=false: rows of similar length share a batch, which reduces padding."
+        True, description="With data.packing=false: batch rows of similar length together, which reduces padding."
     )
     long_documents: Literal["truncate", "split", "drop"] = Field(
-        "truncate", description="Documents longer than a row: truncate them, split them over several rows, or drop them."
+        "truncate",
+        description="What happens to documents longer than a row: truncate them, split them over several rows, or drop them.",
     )
     train_on: Literal["assistant", "last_turn", "all"] = Field(
         "assistant",
         description=(
-            "Trained tokens of chats: the assistant's turns with their ends (a message's own weight 0 or 1 wins), "
-            "those of the last turn only, or all."
+            "Trained tokens of chats. assistant: the assistant's turns with their ends (a message's own weight, 0 or 1, takes "
+            "precedence); last_turn: only those of the last turn; all: all tokens."
         ),
     )
-    system: str | None = Field(None, description="System message of every chat, in place of its own. Unset: that of the rows.")
+    system: str | None = Field(
+        None, description="System message of every chat, replacing the chat's own. Unset: that of the rows."
+    )
     chat_template: Text | None = Field(
         None,
         description=(
-            "File with a Jinja chat template, in place of the tokenizer's, also in the exported folder. Unset: the "
-            "tokenizer's own."
+            "File with a Jinja chat template that replaces the tokenizer's, also in the exported folder. Unset: the tokenizer's "
+            "own."
         ),
     )
     eval_fraction: Share = Field(
-        0.0, description="Share of the documents held out for evaluation; ignored where a source has its own held-out split."
+        0.0, description="Share of the documents held out for evaluation; ignored for a source that has its own held-out split."
     )
     split_by: Literal["prompt", "document"] = Field(
         "prompt",
         description=(
-            "How eval_fraction divides documents. prompt: those with the same prompt (what precedes the first answer) are all "
-            "held out, or none is; a prompt of very many documents is an instruction, and its documents are divided one by one. "
-            "document: each by itself, so that a prompt can be in both splits, with other answers."
+            "How eval_fraction divides documents. prompt: documents with the same prompt (the text before the first answer) stay "
+            "in one split; a prompt shared by very many documents counts as an instruction, and its documents are divided one by "
+            "one. document: each document is divided by itself, so a prompt can be in both splits, with different answers."
         ),
     )
-    eval_path: Text | None = Field(None, description="Held-out documents: a path as in sources[].path, in the sources' format.")
+    eval_path: Text | None = Field(
+        None, description="Path of held-out documents, in the forms of sources[].path and the sources' format."
+    )
     eval_split: Text | None = Field(
         None, description="Split of a hub dataset or folder in data.eval_path. Unset: validation, else test."
     )
@@ -302,19 +314,20 @@ class DataSection(Section):
     exclude: Text | None = Field(
         None,
         description=(
-            "File of documents that are left out of training, as `launcher data --scored RUN --exclude FILE` writes it: a line "
-            'with {"content": ID} for each. It names a text, apart from case, white space and punctuation, wherever it is.'
+            "File that lists documents to leave out of training, as written by `launcher data --scored RUN --exclude FILE`: one "
+            'line {"content": ID} per document. An ID stands for a text wherever it occurs, ignoring case, white space and '
+            "punctuation."
         ),
     )
     workers: PositiveInt | None = Field(
-        None, description="Processes that build the data cache. Unset: one for each CPU that this process may use."
+        None, description="Processes that build the data cache. Unset: one per CPU that this process may use."
     )
     cache_group: Group | None = Field(
         None,
         description=(
-            "Group of this machine whose members share finished data caches, in the folder that LAUNCHER_SHARED_CACHE of the "
-            "environment must name. Every member decides what the others train on. Unset: caches of this user and of root "
-            "are read."
+            "Group of this machine whose members share finished data caches, in the folder that the environment variable "
+            "LAUNCHER_SHARED_CACHE must name. Every member can decide what the others train on. Unset: read caches of this user "
+            "and of root."
         ),
     )
     checks: ChecksSection = Field(default_factory=ChecksSection, description="What happens to documents that a check finds.")

@@ -20,33 +20,33 @@ class EvaluateSection(AnswerMetrics):
     """`launcher evaluate`: which prompts are answered, how the base model is prompted, and how answers are scored."""
 
     sets: tuple[Name, ...] = Field(
-        (), description="Sets to evaluate: held_out, and names of eval.sets. Empty: all of them that have prompts."
+        (), description="Sets to evaluate: held_out, and names of eval.sets. Empty: all sets that have prompts."
     )
-    max_prompts: PositiveInt = Field(200, description="Prompts of each set, at most: a random choice that run.seed decides.")
+    max_prompts: PositiveInt = Field(200, description="Maximum prompts per set, sampled with run.seed.")
     max_new_tokens: PositiveInt = Field(
-        256, description="Tokens of an answer, at most. Prompts that leave less room in the model's context are left out."
+        256, description="Maximum tokens per answer. Prompts that leave less room in the model's context are skipped."
     )
     shots: Literal["auto"] | Count = Field(
         "auto",
         description=(
-            "Training rows that the base model sees as examples before the question. auto: the number with the best answers to "
-            "other training rows, among 2, 4 and 8; 0: the base model is asked without examples only."
+            "Training rows that the base model sees as examples before the question. auto: 2, 4 or 8, whichever gives the best "
+            "answers to other training rows; 0: ask the base model only without examples."
         ),
     )
     instructions: tuple[str, ...] = Field(
         DEFAULT_INSTRUCTIONS,
         min_length=1,
         description=(
-            "Instructions for the base model, as system message or first lines; the best one on training rows is used. An empty "
-            "text is none. The tuned model gets its prompts as in training."
+            "Instructions for the base model, as a system message or first lines; the one that scores best on training rows is "
+            "used. An empty text means no instruction. The tuned model gets its prompts as in training."
         ),
     )
     selection_prompts: PositiveInt = Field(
-        8, description="Training rows on which the number of examples and the instruction are chosen."
+        8, description="Training rows used to choose the number of examples and the instruction."
     )
-    prompts_per_batch: PositiveInt = Field(32, description="Prompts that are answered together, on each GPU.")
+    prompts_per_batch: PositiveInt = Field(32, description="Prompts answered together on each GPU.")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="Type of the weights that answer. auto: fp32 on CPUs, model.dtype on GPUs."
+        "auto", description="Type of the weights that generate the answers. auto: fp32 on CPUs, model.dtype on GPUs."
     )
     vllm_python: Text | None = Field(
         None,
@@ -56,7 +56,11 @@ class EvaluateSection(AnswerMetrics):
         ),
     )
     vllm_gpus: PositiveInt = Field(
-        1, description="GPUs of a node over which vLLM divides a model that does not fit one; each such group answers a share."
+        1,
+        description=(
+            "GPUs of a node over which vLLM splits a model that does not fit on one; each such group answers a share of the "
+            "prompts."
+        ),
     )
 
     @field_validator("metrics", "sets", "instructions")

@@ -16,7 +16,7 @@ FORGETTING = "forgetting"
 
 
 class EvalSet(RowSource):
-    """Rows of other files whose loss is computed while the model trains."""
+    """Rows of other files whose loss is computed during training."""
 
     name: Name = Field(description="Name of the set in metrics (eval/NAME/loss), events and reports.")
     every: Count | None = Field(
@@ -40,47 +40,48 @@ class EvalSet(RowSource):
 
 
 class EvalSection(Section):
-    """Evaluation while the model trains: the held-out rows of the training data, and sets of other rows."""
+    """Evaluation during training: the held-out rows of the training data, and sets of other rows."""
 
     every: Count = Field(0, description="Steps between evaluations; 0: only before and after training.")
-    at_start: Flag = Field(True, description="Evaluate before the first step, as the baseline of later evaluations.")
+    at_start: Flag = Field(True, description="Evaluate before the first step, as the baseline for later evaluations.")
     stop_after: Count = Field(
         0,
         description=(
-            "Evaluations in a row without a lower loss of the set checkpoint.best_set after which training ends; 0: never. With "
-            "checkpoint.keep_best=1, the weights of the best step are saved and exported, without it the last ones."
+            "Training ends after this many evaluations in a row without a lower loss on the set checkpoint.best_set; 0: never. "
+            "With checkpoint.keep_best=1, the weights of the best step are saved and exported; without it, the last ones are."
         ),
     )
     answers_every: Count = Field(
         0,
         description=(
-            "Steps between checkpoints with which prompts are answered while the run goes on, and compared with the base model "
-            "as `evaluate` does: a multiple of checkpoint.save_every; 0: none. Answers come from exported weights, not from the "
-            "engine of training: on CPUs beside it at low priority, on GPUs of this machine after it, on Slurm and Ray in an "
-            "allocation of their own."
+            "Steps between checkpoints that answer prompts during the run and are compared with the base model, as by "
+            "`evaluate`; a multiple of checkpoint.save_every; 0: none. Answers come from exported weights, not from the training "
+            "engine: on CPUs during training at low priority, on GPUs of this machine after training, on Slurm and Ray in a "
+            "separate allocation."
         ),
     )
     sets: tuple[EvalSet, ...] = Field(
         (),
         description=(
-            "Further sets, each with its own loss: 'eval.sets=[{name: support, path: support.jsonl}]'. Their rows are read as "
-            "those of data.sources and have no part in training; rows that the training data has as well are not looked for."
+            "Additional evaluation sets, each with its own loss: 'eval.sets=[{name: support, path: support.jsonl}]'. Their rows "
+            "are read like those of data.sources and are not trained on; nothing checks whether the training data contains them "
+            "too."
         ),
     )
     forgetting: Flag | Text = Field(
         False,
         description=(
             f"General text whose loss shows what the model forgets: a path, or true for {GENERAL_TEXT}, 200 KB of English that "
-            "comes with the launcher. It is an evaluation set of the name forgetting."
+            "comes with the launcher. It becomes an evaluation set named forgetting."
         ),
     )
     forgetting_max_rise: Fraction = Field(
-        0.05, description="Share by which that loss may rise above the one before training, without an alert."
+        0.05, description="Share by which the loss of eval.forgetting may rise above its value before training without an alert."
     )
     sample: Flag = Field(
         False, description="Answer one held-out question before and after training (models that fit on one device)."
     )
-    sample_max_tokens: PositiveInt = Field(48, description="Maximum length of that answer, in tokens.")
+    sample_max_tokens: PositiveInt = Field(48, description="Maximum length of the answer of eval.sample, in tokens.")
 
     @property
     def sets_by_setting(self) -> dict[str, EvalSet]:

@@ -44,34 +44,38 @@ VariableValue = Annotated[str, BeforeValidator(number_as_text), Text]
 
 
 class RaySection(ManagedSection):
-    """Ray Train: a cluster that runs already, or one that is started on this machine for the run."""
+    """Ray Train, on a running cluster or on one that the run starts on this machine."""
 
     kind: Literal["ray"] = Field("ray", description="The backend that starts the workers.")
     address: Address | None = Field(
         None,
-        description="The cluster: auto (this machine belongs to it), host:port, or http://host:8265 for its Jobs API, which runs "
-        "the driver on the cluster. Unset: a Ray for this run alone is started on this machine.",
+        description=(
+            "The cluster: auto (the one that this machine belongs to), host:port, or http://host:8265 for its Jobs API, which "
+            "runs the driver on the cluster. Unset: start a Ray cluster on this machine for this run alone."
+        ),
     )
-    python: Python = Field("python", description="Python of the driver on a cluster that is reached over HTTP.")
+    python: Python = Field("python", description="Python of the driver on a cluster with an HTTP address.")
     allow_public_address: Flag = Field(False, description="Accept a cluster.address that is public or stands for all interfaces.")
-    workers: PositiveInt | None = Field(None, description="Ranks in all. Unset: nodes times ranks_per_node.")
+    workers: PositiveInt | None = Field(None, description="Total number of ranks. Unset: nodes times ranks_per_node.")
     min_workers: PositiveInt | None = Field(
         None,
-        description="Fewest workers that the run continues with when nodes are lost or unfit; the largest number that divides "
-        "the batch trains. The run grows again when workers return. No other job may use the cluster: Ray counts all resources "
-        "of a node, used or not. Not with label_selector or a STRICT_ placement_strategy. Unset: all.",
+        description=(
+            "Minimum workers with which the run continues when nodes are lost or unfit; it trains on the largest number that "
+            "divides the batch, and grows again when workers return. No other job may use the cluster, because Ray counts all "
+            "resources of a node, used or not. Not with label_selector or a STRICT_ placement_strategy. Unset: all workers."
+        ),
     )
     resize_seconds: Positive | None = Field(
-        None, description="Seconds between two checks for more workers in an elastic run. Unset: Ray's default, 60."
+        None, description="Seconds between checks for more workers in an elastic run. Unset: Ray's default, 60."
     )
     gpus_per_worker: Annotated[Count, Field(le=1)] | None = Field(
-        None, description="GPUs per rank, 0 or 1. Unset: 1 where the plan is for GPUs."
+        None, description="GPUs per rank, 0 or 1. Unset: 1 if the plan is for GPUs."
     )
     resources_per_worker: dict[Resource, Positive] = Field(
         default_factory=dict,
-        description="More resources per rank, such as {CPU: 8}. Unset: Ray's default, the GPU alone or one CPU.",
+        description="Additional resources per rank, such as {CPU: 8}. Unset: Ray's default, only the GPU or one CPU.",
     )
-    accelerator_type: Name | None = Field(None, description="Ray's name of the GPU model that nodes must have, such as H100.")
+    accelerator_type: Name | None = Field(None, description="Ray's name for the GPU model that nodes must have, such as H100.")
     label_selector: dict[Label, LabelValue] = Field(
         default_factory=dict, description="Labels that nodes must have, such as {ray.io/market-type: spot}."
     )
@@ -90,7 +94,7 @@ class RaySection(ManagedSection):
     pass_env: tuple[VariableName, ...] = Field(
         (), description="Names of variables that the ranks inherit from the submitting shell, such as NCCL_DEBUG. Never secrets."
     )
-    dashboard: Flag = Field(False, description="Start Ray's dashboard on loopback, where the run starts its own Ray.")
+    dashboard: Flag = Field(False, description="Start Ray's dashboard on loopback if the run starts its own Ray cluster.")
 
     gpu_kind_remedy: ClassVar[str] = "choose the nodes with cluster.accelerator_type"
 

@@ -122,19 +122,19 @@ VariableValue = Annotated[
 
 
 class SlurmSection(ManagedSection):
-    """A Slurm cluster. The names are sbatch's; unset settings are left to the site's defaults."""
+    """A Slurm cluster. Settings are named as in sbatch; if unset, the site's defaults apply."""
 
     kind: Literal["slurm"] = Field("slurm", description="The backend that starts the workers.")
-    account: Id | None = Field(None, description="Account that is charged.")
-    partition: Partitions | None = Field(None, description="Partition, or several with commas between.")
+    account: Id | None = Field(None, description="Account to charge.")
+    partition: Partitions | None = Field(None, description="Partition, or several separated by commas.")
     qos: Id | None = Field(None, description="Quality of service.")
-    time: Duration = Field("1-00:00:00", description="Time limit of one job; a run that needs longer continues in the next.")
+    time: Duration = Field("1-00:00:00", description="Time limit of one job; a longer run continues in the next job.")
     gpus_per_node: Count | None = Field(
-        None, description="GPUs on each node. Unset: all that a node of the partition has; 0 trains on CPUs."
+        None, description="GPUs on each node. Unset: all GPUs of a node of the partition; 0 trains on CPUs."
     )
-    gres: Gres | None = Field(None, description="Generic resources, where the site wants gpu:8 instead of gpus_per_node.")
+    gres: Gres | None = Field(None, description="Generic resources, for sites that require gpu:8 instead of gpus_per_node.")
     cpus_per_task: PositiveInt | None = Field(None, description="CPUs for the ranks of one node. Unset: see exclusive.")
-    mem: MemorySize | None = Field(None, description="Main memory of each node; 0 is all.")
+    mem: MemorySize | None = Field(None, description="Main memory of each node; 0 means all.")
     constraint: Constraint | None = Field(None, description="Features that the nodes must have.")
     exclude: Hosts | None = Field(None, description="Nodes that must not be used.")
     nodelist: Hosts | None = Field(None, description="Nodes that must be used.")
@@ -144,11 +144,11 @@ class SlurmSection(ManagedSection):
     dependency: Dependency | None = Field(None, description="Jobs to wait for.")
     requeue: Flag = Field(True, description="Let Slurm run the job again after a lost node or a preemption.")
     signal_lead_seconds: PositiveInt = Field(
-        120, description="Seconds before the time limit at which the run saves; a checkpoint must fit into them."
+        120, description="Seconds before the time limit at which the run saves; must be enough to write a checkpoint."
     )
     modules: tuple[Module, ...] = Field((), description="Environment modules to load, in this order.")
     setup: tuple[Command, ...] = Field(
-        (), description="Commands before the launcher starts, one plain command each, without variables, pipes or quotations."
+        (), description="Commands to run before the launcher starts, each one plain command without variables, pipes or quotes."
     )
     env: dict[VariableName, VariableValue] = Field(
         default_factory=dict, description="Environment variables of the job, such as NCCL_IB_HCA. Never secrets."
@@ -159,12 +159,12 @@ class SlurmSection(ManagedSection):
         (), description="Folders to mount; the run directory, the caches and a local model are always mounted."
     )
     container_python: Image = Field("python3", description="Python inside the container, where this launcher is installed.")
-    srun_args: tuple[SrunArgument, ...] = Field((), description="More options for srun.")
+    srun_args: tuple[SrunArgument, ...] = Field((), description="Additional options for srun.")
     additional_parameters: dict[ParameterName, ParameterValue] = Field(
         default_factory=dict,
-        description="More options for sbatch, such as {switches: 1}; use '' for options without a value.",
+        description="Additional options for sbatch, such as {switches: 1}; use '' for options without a value.",
     )
-    exclude_bad_nodes: Flag = Field(False, description="After a node failed its checks, run the job again without it.")
+    exclude_bad_nodes: Flag = Field(False, description="After a node fails its checks, run the job again without it.")
     dry_run: Flag = Field(False, description="Print the batch script and submit nothing.")
 
     save_lead_setting: ClassVar[str] = "cluster.signal_lead_seconds"

@@ -1,4 +1,4 @@
-"""The settings for machines that all run the same command, however it is started there."""
+"""The settings for machines that all run the same command, no matter what starts it."""
 
 from __future__ import annotations
 
@@ -35,13 +35,15 @@ class StaticSection(ManagedSection):
     )
     master_port: Port | None = Field(
         None,
-        description="Port of node 0 where they meet. Unset: MASTER_PORT or the provider's variable, else 29500.",
+        description="Port of node 0 where the machines meet. Unset: MASTER_PORT or the provider's variable, else 29500.",
     )
-    allow_public_address: Flag = Field(False, description="Let the machines meet at a public address.")
+    allow_public_address: Flag = Field(False, description="Allow the machines to meet at a public address.")
     wait_minutes: Positive = Field(
         60.0,
-        description="Minutes that a machine waits for node 0 to start, and then for its plan, data preparation included. "
-        "Node 0 waits as long for the others.",
+        description=(
+            "Minutes that a machine waits for node 0 to start, and then for its plan, including data preparation. Node 0 waits "
+            "equally long for the others."
+        ),
     )
     lost_node_seconds: Positive = Field(
         180.0, description="Seconds without a sign of life after which a machine counts as lost, and the others end the attempt."

@@ -12,19 +12,19 @@ from launcher.config.sections.fields import Count, Flag, HubId, Name, Positive, 
 class TrainSection(Section):
     """How long training lasts, and in which batches."""
 
-    max_steps: PositiveInt | None = Field(None, description="Optimizer steps; excludes train.epochs.")
-    epochs: Positive | None = Field(None, description="Passes over the data; excludes train.max_steps.")
+    max_steps: PositiveInt | None = Field(None, description="Number of optimizer steps; set either this or train.epochs.")
+    epochs: Positive | None = Field(None, description="Passes over the data; set either this or train.max_steps.")
     global_batch_size: PositiveInt = Field(64, description="Rows per optimizer step over all ranks.")
     micro_batch_size: PositiveInt | None = Field(
         None, description="Rows per rank in one forward pass. Unset: the plan chooses one that divides the batch."
     )
     grad_clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        1.0, description="Largest gradient norm; 0 turns clipping off."
+        1.0, description="Maximum gradient norm; 0 turns clipping off."
     )
     log_every: PositiveInt = Field(1, description="Steps between logged metrics.")
     loss_chunk_tokens: PositiveInt | None = Field(
         None,
-        description="Trained tokens whose logits exist at one time. Unset: 1024; on GPUs as many as fit, 256 to 4096.",
+        description="Trained tokens whose logits exist at one time. Unset: 1024; on GPUs, as many as fit, from 256 to 4096.",
     )
 
     largest_batch_first: Flag | None = Field(
@@ -45,21 +45,25 @@ class CheckpointSection(Section):
     """When checkpoints are written, which are kept, and where copies go."""
 
     save_every: Count = Field(0, description="Steps between checkpoints; 0: only at the end and when stopped.")
-    keep_last: PositiveInt = Field(2, description="Newest committed checkpoints to keep; older ones are removed.")
+    keep_last: PositiveInt = Field(2, description="Number of newest committed checkpoints to keep; older ones are removed.")
     keep_every: Count = Field(0, description="Checkpoints at multiples of this many steps are never removed; 0: none.")
     keep_best: Count = Field(
-        0, description="Checkpoints with the lowest loss to keep as well; only steps that are evaluated count."
+        0, description="Number of checkpoints with the lowest loss to keep as well; only evaluated steps count."
     )
-    best_set: Name = Field("held_out", description="The evaluation set whose loss says which checkpoints are best.")
+    best_set: Name = Field("held_out", description="Evaluation set whose loss decides which checkpoints are best.")
     async_save: Flag = Field(
         True,
-        description="Write checkpoints in the background, from a copy in main memory, while training continues. "
-        "false: training waits until they are written, without a copy.",
+        description=(
+            "Write checkpoints in the background, from a copy in main memory, while training continues. false: training waits "
+            "until they are written; no copy is made."
+        ),
     )
     mirror: Url | None = Field(
         None,
-        description="Folder to which every committed checkpoint is copied in the background: s3://bucket/runs, or any other "
-        "URL that fsspec knows. `resume URL/NAME` continues a run from there.",
+        description=(
+            "Folder to which every committed checkpoint is copied in the background: s3://bucket/runs, or any other URL that "
+            "fsspec supports. `resume URL/NAME` continues a run from there."
+        ),
     )
 
 
@@ -68,9 +72,9 @@ class ExportSection(Section):
 
     enabled: Flag = Field(True, description="Write the Hugging Face folder when training is complete.")
     push_to_hub: HubId | None = Field(
-        None, description="Hub repository that receives the exported folder at the end; it is created private. Needs HF_TOKEN."
+        None, description="Hub repository that receives the exported folder at the end; it is created as private. Needs HF_TOKEN."
     )
-    push_public: Flag = Field(False, description="Push to a repository that exists and is public; without it that is refused.")
+    push_public: Flag = Field(False, description="Allow a push to an existing public repository, which is refused otherwise.")
 
     @model_validator(mode="after")
     def _something_to_push(self) -> ExportSection:
