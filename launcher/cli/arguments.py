@@ -1,4 +1,4 @@
-"""Flags of verbs: a parser for those that compose no settings, and the help of those that compose them."""
+"""Flags of verbs: a parser for verbs that compose no settings, and the help of verbs that do."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from typing import Any, NoReturn
 from launcher.errors import ConfigError, Problem, did_you_mean
 from launcher.security.redaction import redact
 
-# Flags of every verb that composes settings, besides its own: they are suggested for mistyped ones.
+# Flags, besides its own, of every verb that composes settings; they are suggested for mistyped flags.
 COMMON_FLAGS = ("--help", "--debug", "--trust-owner", "--version")
-# The folder in which runs are found by name.
+# The folder in which runs are looked up by name.
 DEFAULT_ROOT = "runs"
 _FLAG_CUTOFF = 0.7
 
 
 class VerbParser(argparse.ArgumentParser):
-    """A parser whose refusals are errors of the launcher, with the closest word that exists."""
+    """A parser whose errors are launcher errors that suggest the closest existing word."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._words: list[str] = []
-        # launcher.cli.main takes it out of the command line, for every verb; here it is for --help alone.
+        # launcher.cli.main removes it from every verb's command line; here it is only for --help.
         trust = "accept files of this user too: NAME, UID, group:NAME or anyone (repeatable); see docs/security.md"
         self.add_argument("--trust-owner", metavar="OWNER", action="append", help=trust)
 
     def add_root(self) -> None:
-        """Add the folder in which runs are found by name."""
+        """Add the option for the folder in which runs are looked up by name."""
         self.add_argument("--root", default=DEFAULT_ROOT, help=f"folder of the runs (default: {DEFAULT_ROOT})")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does; the words are kept for messages."""
+        """Parse like argparse; keeps the words for messages."""
         self._words = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 
@@ -45,7 +45,7 @@ class VerbParser(argparse.ArgumentParser):
         return name.startswith("--") and len(name) > 2 and not any(option.startswith(name) for option in known)
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line with the word that is wrong, the closest one that exists, and the usage.
+        """Reject the command line with the wrong word, the closest existing word, and the usage.
 
         Raises:
             ConfigError: always.
@@ -55,10 +55,10 @@ class VerbParser(argparse.ArgumentParser):
         raise ConfigError(replace(problem, where="command line", remedy=f"{problem.remedy} {usage}".strip()))
 
     def _problem(self, message: str) -> Problem:
-        """Return the problem of argparse's message."""
+        """Convert argparse's message to a problem."""
         if match := re.fullmatch(r"the following arguments are required: (.+)", message):
             if unknown := next((word for word in self._words if self._is_unknown_flag(word)), None):
-                # What it stands for may be what is missing.
+                # The word that it stands for may be the missing one.
                 return self._problem(f"unrecognized arguments: {unknown}")
             optional = [action.metavar or action.dest for action in self._actions if action.nargs in ("*", "?")]
             names = [name for name in match[1].split(", ") if name not in optional]

@@ -1,4 +1,4 @@
-"""`evaluate RUN --tasks`: the tuned model and the base model on tasks of lm-evaluation-harness, on this machine."""
+"""`evaluate RUN --tasks`: the tuned model and the base model on lm-evaluation-harness tasks, on this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PREPARE, _SCORE = (f"launcher.worker.benchmark_tasks.{name}" for name in ("prep
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """The tasks by name, the folder of the user's own tasks, and the number of questions of each task, None for all."""
+    """The tasks by name, the folder of the user's own tasks, and the number of questions per task (None for all)."""
 
     tasks: str
     task_folder: Path | None = None
@@ -40,9 +40,9 @@ class BenchmarkOptions:
 def run(
     config: RunConfig, run_dir: RunDir, step: int, options: BenchmarkOptions, gains: Sequence[MinimumGain], as_json: bool
 ) -> int:
-    """Score both models, and print the verdict of each task; returns 3 where --min-gain does not hold.
+    """Score both models and print each task's verdict; returns 3 if --min-gain does not hold.
 
-    A gain is about every task with that metric, and fails where none has it.
+    A gain applies to every task with that metric, and fails if no task has it.
     """
     require_gpu(config, "tasks are scored", "--tasks")
     prepared = run_reporting(_PREPARE, config, str(run_dir.plan), "--step", str(step), *options.arguments())
@@ -67,7 +67,7 @@ def run(
 
 
 def require_gpu(config: RunConfig, activity: str, option: str) -> None:
-    """Refuse to load on the CPU of a login node what was trained on a cluster. `activity` is what is done on this machine."""
+    """Refuse to load a model that was trained on a cluster on a login node's CPU. `activity` is what this machine would do."""
     nodes = evaluation_nodes_for(config.cluster.kind)
     if nodes is not None and nodes.runs_elsewhere(config) and device().kind != "cuda":
         raise SubmitError(
@@ -80,7 +80,7 @@ def require_gpu(config: RunConfig, activity: str, option: str) -> None:
 
 
 def _require_metrics(gains: Sequence[MinimumGain], metrics: dict[str, list[str]]) -> None:
-    """Refuse a gain by a metric that no task has, before hours of scoring."""
+    """Reject a gain in a metric that no task has, before hours of scoring."""
     known = list(dict.fromkeys(metric for several in metrics.values() for metric in several))
     problems = [
         Problem(

@@ -1,4 +1,4 @@
-"""The verb `checkpoints`: list the checkpoints of a run, verify them against their digests, prune them. Needs no torch."""
+"""The verb `checkpoints`: list a run's checkpoints, verify them against their digests, prune them. Does not need torch."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from launcher.shell_commands import launcher_command
 from launcher.tracking.metrics import format_duration
 from launcher.tracking.progress import show_progress
 
-# The result of verifying checkpoints, by path: None for an intact one.
+# Verification results, keyed by path: None for an intact checkpoint.
 Verified = Mapping[Path, CheckpointError | None]
 
-# A login node is shared, and more readers are not faster on most storage.
+# A login node is shared, and on most storage more readers are not faster.
 _MAX_THREADS = 8
 _STATES = {DamagedCheckpoint: "damaged", UnreadableCheckpoint: "cannot be read", CheckpointError: "unreadable"}
 
@@ -62,7 +62,7 @@ def run(verb: str, tokens: list[str]) -> int:
     plan = run_store.load_plan(run_dir)
     if not arguments.prune:
         return _show(run_dir, plan, _verify_all(run_dir) if arguments.verify else {}, [], arguments.json)
-    # Under the lock no other command starts an attempt.
+    # While this holds the lock, no other command starts an attempt.
     ownership.require_run(run_dir)
     with run_store.start_lock(run_dir):
         _require_ended(run_dir, plan)
@@ -97,7 +97,7 @@ def _require_ended(run: RunDir, plan: LaunchPlan) -> None:
 def _verify_all(run: RunDir) -> dict[Path, CheckpointError | None]:
     with _plain_storage_errors(run):
         verified = verify(store.list_checkpoints(run.checkpoints))
-        # A running run may remove a checkpoint while it is read.
+        # An active run may remove a checkpoint while it is being read.
         return {path: error for path, error in verified.items() if error is None or path.exists()}
 
 
@@ -114,7 +114,7 @@ def _verify_until_intact(run: RunDir) -> dict[Path, CheckpointError | None]:
 
 @contextmanager
 def _plain_storage_errors(run: RunDir) -> Iterator[None]:
-    """Turn an OSError into a RunError."""
+    """Convert an OSError to a RunError."""
     try:
         yield
     except OSError as error:
@@ -138,8 +138,8 @@ def _prune(run: RunDir, retention: Retention, verified: Verified) -> list[Leftov
     """Remove outdated and damaged checkpoints, and leftovers; returns what was removed.
 
     Raises:
-        SubmitError: if no checkpoint is intact, because a damaged one may be all that is left of the run; or if one cannot be
-            read right now, because it may be the newest.
+        SubmitError: if no checkpoint is intact, because a damaged one may be all that is left of the run; or if one is
+        unreadable right now, because it may be the newest.
     """
     unusable = store.find_unusable(run.checkpoints)
     for error in (*verified.values(), *unusable.values()):
@@ -163,7 +163,7 @@ def _prune(run: RunDir, retention: Retention, verified: Verified) -> list[Leftov
     ]
     for step, error in unusable.items():
         path = run.checkpoints / store.step_name(step)
-        # A checkpoint of another format may be usable by another launcher.
+        # Another launcher may be able to use a checkpoint in another format.
         if isinstance(error, DamagedCheckpoint):
             to_remove.append(Leftover(path, "damaged", disk_bytes(path)))
     to_remove += find_leftovers(run.checkpoints)
@@ -184,7 +184,7 @@ def _rows(run: RunDir, retention: Retention, verified: Verified) -> list[Checkpo
 
 
 def _row(checkpoint: Checkpoint, keep_reasons: tuple[str, ...], verified: Verified) -> CheckpointRow | None:
-    """Build the row of a checkpoint; None if the run has removed it since it was listed."""
+    """Build a checkpoint's row, or return None if the run has removed it since it was listed."""
     manifest, error = checkpoint.manifest, verified.get(checkpoint.path)
     try:
         saved_at = (checkpoint.path / MANIFEST).stat().st_mtime
@@ -257,9 +257,9 @@ def _table(rows: Sequence[CheckpointRow]) -> list[str]:
 
 
 def verify(checkpoints: Sequence[Checkpoint]) -> dict[Path, CheckpointError | None]:
-    """Read checkpoints from end to end and compare them with their digests; shows how far it is.
+    """Read checkpoints from end to end and compare them with their digests; shows progress.
 
-    Returns, by the path of each checkpoint, DamagedCheckpoint, UnreadableCheckpoint, or None for an intact one.
+    Returns, keyed by path, DamagedCheckpoint, UnreadableCheckpoint, or None for an intact checkpoint.
     """
     num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     with show_progress() as make_progress:

@@ -1,4 +1,4 @@
-"""`evaluate RUN --choices FILE`: the tuned model and the base model on questions with choices, by likelihood, on this machine."""
+"""`evaluate RUN --choices FILE`: the tuned and the base model on multiple-choice questions, by likelihood, on this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from launcher.security import ownership
 from launcher.tracking.verdicts import EvaluationVerdict
 
 OPTION = "--choices"
-# Those of every file, the one that decides first.
+# The metrics of every file, the primary one first.
 METRICS = ("acc", "acc_norm")
 _SCORE = "launcher.worker.scoring.choices"
 
@@ -33,7 +33,7 @@ def run(
     gains: Sequence[MinimumGain],
     as_json: bool,
 ) -> int:
-    """Score both models, and print the verdict of each file; returns 3 where --min-gain does not hold for one of them."""
+    """Score both models and print each file's verdict; returns 3 if --min-gain does not hold for one of them."""
     require_gpu(config, "choices are scored", OPTION)
     words = [word for file in files for word in ("--file", str(file.absolute()))]
     words += [] if limit is None else ["--limit", str(limit)]
@@ -55,7 +55,7 @@ def run(
 
 
 def require_files(files: Sequence[Path]) -> None:
-    """Refuse files that are missing or of others.
+    """Reject files that are missing or belong to other users.
 
     Raises:
         ConfigError: with every file.

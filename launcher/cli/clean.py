@@ -1,4 +1,4 @@
-"""The verb `clean`: list what the launcher's cache holds, and remove what no unfinished run uses."""
+"""The verb `clean`: list the content of the launcher's cache, and remove what no unfinished run uses."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _num_bytes(value: str) -> float:
 
 
 def _choose(entries: Sequence[CacheEntry], arguments: argparse.Namespace) -> list[CacheEntry]:
-    """Return the entries to remove; `entries` have the oldest use first."""
+    """Return the entries to remove; `entries` are ordered by last use, oldest first."""
     now, chosen = time.time(), []
     size = sum(entry.bytes for entry in entries)
     for entry in entries:
@@ -116,12 +116,12 @@ def _choose(entries: Sequence[CacheEntry], arguments: argparse.Namespace) -> lis
 
 
 def _remove(chosen: Sequence[CacheEntry]) -> tuple[list[CacheEntry], list[str]]:
-    """Remove entries under their locks; returns those that are gone, and what could not be removed with the reasons."""
+    """Remove entries under their locks; returns the removed entries, and what could not be removed with the reasons."""
     removed, left = [], []
     for entry in chosen:
         with ExitStack() as stack:
             try:
-                # A lock inside of the folder goes with it; nobody has held it for long.
+                # A lock inside the folder is removed with it; it was never held for long.
                 if entry.lock is not None and entry.path not in entry.lock.parents:
                     stack.enter_context(locks.hold(entry.lock, 0, redacted_command_line(), mode=0o600))
                 elif entry.lock is not None and is_locked(entry.lock):
@@ -141,7 +141,7 @@ def _remove(chosen: Sequence[CacheEntry]) -> tuple[list[CacheEntry], list[str]]:
 
 
 def _lines(entries: Sequence[CacheEntry], chosen: Sequence[CacheEntry]) -> list[str]:
-    """Return the table of the entries and their sum."""
+    """Return the table of the entries and their total."""
     if not entries:
         return ["the cache is empty"]
     now = time.time()

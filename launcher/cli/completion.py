@@ -1,7 +1,7 @@
-"""The verb `completion`: print the script with which a shell completes the launcher's command line, and answer that script.
+"""The verb `completion`: print the script with which a shell completes the launcher's command line, and answer its queries.
 
-An answer imports no Hydra, pydantic or torch: it reads the keys and flags from a file in the launcher's cache, which is written
-once for each version of the launcher.
+Answering imports neither Hydra, pydantic nor torch: keys and flags come from a file in the launcher's cache, which is written
+once per version of the launcher.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from launcher.cli.main import COMPOSING, VERBS
 from launcher.data.cache_dir import cache_root
 from launcher.security.folders import usable_part
 
-# The words of the command line so far, one a line; the last is the one to complete.
+# The words of the command line so far, one per line; the last one is to be completed.
 WORDS_VARIABLE = "LAUNCHER_COMPLETION_WORDS"
 _ANSWER = "--answer"
 # Further verbs that take overrides.
 _COMPOSING_TOO = ("resume", "drill", "config", "init")
-# In a help: the usage of a verb that takes a run, or the line of this argument.
+# In a help text: the usage of a verb that takes a run, or this argument's line.
 _TAKES_RUN = re.compile(r"launcher [a-z]+ (?:\[[^]]*\] )*\[?RUN\b|^\s+RUN\b", re.MULTILINE)
 _FLAG = re.compile(r"--[a-z][\w-]*")
-# What a shell takes as it stands: a name that a stranger gave to a folder must not run when it is completed.
+# Characters without meaning to a shell: a folder name that another user chose must not run as a command when it is completed.
 _PLAIN = re.compile(r"[\w./=+@:,~-]+")
 
 _BASH = """\
@@ -81,7 +81,7 @@ _SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What can be completed: keys of settings, with the values where there is a choice; flags by verb; verbs that take runs."""
+    """What can be completed: settings keys, with values if there is a choice; flags by verb; verbs that take runs."""
 
     keys: dict[str, list[str]]
     flags: dict[str, list[str]]
@@ -89,13 +89,13 @@ class Vocabulary:
 
 
 def run(verb: str, tokens: list[str]) -> int:
-    """Print the script of a shell, or the candidates for its question."""
+    """Print a shell's script, or the candidates for its query."""
     if tokens == [_ANSWER]:
         words = os.environ.get(WORDS_VARIABLE, "").split("\n")
         print("".join(f"{word}\n" for word in complete(words[1:] or [""], vocabulary()) if _PLAIN.fullmatch(word)), end="")
         return 0
     arguments = _parser().parse_args(tokens)
-    # The first answer is then as quick as the others.
+    # This makes the first answer as fast as the others.
     vocabulary()
     print(_SCRIPTS[arguments.shell] % {"variable": WORDS_VARIABLE, "answer": _ANSWER}, end="")
     return 0
@@ -132,7 +132,7 @@ def _arguments(word: str, verb: str, before: Sequence[str], known: Vocabulary) -
 
 
 def _overrides(word: str, verb: str, before: Sequence[str], known: Vocabulary) -> Iterator[str]:
-    """Yield groups, sections and keys, or the values of the one that stands before the equals sign."""
+    """Yield groups, sections and keys, or the values of the one before the equals sign."""
     prefix = re.match(r"[+~]{0,2}", word)
     plus = prefix[0] if prefix else ""
     name, equals, _ = word.removeprefix(plus).partition("=")
@@ -149,7 +149,7 @@ def _overrides(word: str, verb: str, before: Sequence[str], known: Vocabulary) -
 
 
 def _groups(before: Sequence[str]) -> dict[str, list[str]]:
-    """Return the options of each group of settings, those of --config-dir included."""
+    """Return the options of each settings group, including those from --config-dir."""
     folders = [_conf_dir(), *(Path(value) for flag, value in pairwise(before) if flag == "--config-dir")]
     options: dict[str, list[str]] = {}
     for folder in folders:
@@ -165,11 +165,11 @@ def _conf_dir() -> Path:
 
 
 def _runs(before: Sequence[str]) -> Iterator[str]:
-    """Yield the names of the runs that are not on the command line yet."""
+    """Yield the names of runs that are not on the command line yet."""
     root = next((value for flag, value in pairwise(before) if flag == "--root"), "runs")
     with suppress(OSError):
         for entry in os.scandir(Path(root).expanduser()):
-            # As a word of a command these would be a flag, or somebody's home directory.
+            # In a command, such a word would be a flag or a home directory.
             if entry.name.startswith(("-", "~")) or entry.name in before:
                 continue
             if os.path.exists(os.path.join(entry.path, "status.json")):
@@ -177,9 +177,9 @@ def _runs(before: Sequence[str]) -> Iterator[str]:
 
 
 def vocabulary() -> Vocabulary:
-    """Return the keys and flags of this version of the launcher: from the cache, or else built and stored there."""
+    """Return the keys and flags of this launcher version: from the cache, or else built and stored there."""
     folder = usable_part(cache_root() / "completion", make=True)
-    # A cache that cannot be written makes every answer slow.
+    # If the cache is not writable, every answer is slow.
     if folder is None:
         return _build_vocabulary()
     file = folder / f"{launcher.__version__}-{_newest_source():x}.json"
@@ -194,7 +194,7 @@ def vocabulary() -> Vocabulary:
 
 
 def _newest_source() -> int:
-    """Return when the settings or the verbs were last changed, in nanoseconds: a checkout may change without its version."""
+    """Return when the settings or verbs last changed, in nanoseconds: a checkout may change without a new version."""
     package = Path(launcher.__file__).resolve().parent
     folders = (package / "cli", package / "config", package / "config" / "sections")
     return max(entry.stat().st_mtime_ns for folder in folders for entry in os.scandir(folder) if entry.name.endswith(".py"))

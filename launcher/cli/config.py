@@ -1,4 +1,4 @@
-"""The verb config: print the settings of a run, or those of a command line, as a file that `plan` and `train` take."""
+"""The verb config: print the settings of a run or of a command line as a file that `plan` and `train` accept."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(verb: str, tokens: list[str]) -> int:
         return 0
     text = render(values_to_print(config, conf_dir(), has_all))
     if not has_all and not _reads_back(text, config):
-        # An option of this launcher cannot be the start of these settings.
+        # An option of this launcher cannot be the basis of these settings.
         text = render(values_to_print(config, conf_dir(), all_settings=True))
         has_all = True
     print("".join(f"# {' '.join(line.splitlines())}\n" for line in head), text, sep="", end="")
@@ -65,7 +65,7 @@ def run(verb: str, tokens: list[str]) -> int:
 
 
 def _split_root(tokens: Sequence[str]) -> tuple[Path, list[str]]:
-    """Return the value of --root, and the other words."""
+    """Return the value of --root and the remaining words."""
     rest, root = [], "runs"
     words = iter(tokens)
     for word in words:
@@ -83,7 +83,7 @@ def _compose(tokens: list[str]) -> RunConfig:
     """Return the settings of a command line.
 
     Raises:
-        ConfigError: with what is wrong in them, or for several runs.
+        ConfigError: with the mistakes in them, or if they are for several runs.
     """
     jobs: list[Composed] = []
     run_hydra(tokens, jobs.append, (*FLAGS, *COMMON_FLAGS))
@@ -104,7 +104,7 @@ def _about(plan: LaunchPlan, config: RunConfig) -> list[str]:
 
 
 def _working_dir(plan: LaunchPlan) -> Path | None:
-    """Return the folder in which a run was started, or None if its directory does not show it."""
+    """Return the folder in which a run was started, or None if its directory does not reveal it."""
     root = Path(plan.config.run.root)
     if root.is_absolute() or ".." in root.parts or str(root).startswith("~"):
         return None
@@ -114,7 +114,7 @@ def _working_dir(plan: LaunchPlan) -> Path | None:
 
 
 def _reads_back(text: str, config: RunConfig) -> bool:
-    """Return whether a file of this text has these settings."""
+    """Return whether a file with this text results in these settings."""
     composed: list[Composed] = []
     descriptor, name = tempfile.mkstemp(suffix=".yaml")
     try:

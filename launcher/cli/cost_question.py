@@ -1,4 +1,4 @@
-"""The question before runs start that are expected to cost more than run.confirm_usd."""
+"""The question that is asked before starting runs that are expected to cost more than run.confirm_usd."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launcher.tracking.costs import largest_usd
 def require_consent(planned: Sequence[tuple[LaunchPlan, SpeedEstimate]], is_accepted: bool) -> bool:
     """Ask on the terminal whether runs above run.confirm_usd may start; returns True if they may.
 
-    The lowest run.confirm_usd of a sweep is compared with the sum of all its runs.
+    The lowest run.confirm_usd in a sweep is compared with the total cost of its runs.
 
     Raises:
         ConfigError: if there is no terminal to ask on.
@@ -46,5 +46,5 @@ def require_consent(planned: Sequence[tuple[LaunchPlan, SpeedEstimate]], is_acce
 
 
 def _has_a_cost(plan: LaunchPlan) -> bool:
-    """Return whether a run costs anything: CPUs without a price do not."""
+    """Return whether a run costs anything: CPUs without a price cost nothing."""
     return plan.topology.device == "cuda" or plan.price is not None

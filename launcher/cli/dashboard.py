@@ -1,4 +1,4 @@
-"""The verb dashboard: the W&B workspace of a run or of a project."""
+"""The verb dashboard: the W&B workspace of a run or a project."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def run(verb: str, tokens: list[str]) -> int:
 
 
 def _target(name: str, root: Path) -> Target:
-    """Return the run of that name, or else a project."""
+    """Return the run with that name, or else a project."""
     try:
         run_dir: RunDir | None = run_store.find_run(name, root)
     except SubmitError:
         run_dir = None
     if run_dir is not None:
-        # It names the project to which this user's key writes.
+        # It names the project that this user's key writes to.
         ownership.require_records(run_dir)
         plan = run_store.load_plan(run_dir)
         tracking = plan.config.tracking

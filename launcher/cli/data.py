@@ -1,4 +1,4 @@
-"""The verb data: build the data cache, print the report, and refuse data that a run would refuse."""
+"""The verb data: build the data cache, print the report, and reject data that a run would reject."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(verb: str, tokens: list[str]) -> int:
         raise ConfigError("--html writes one report, and -m makes several", where="--html", remedy="leave out --html, or -m")
     for composed in jobs:
         with composed.located():
-            # The data does not depend on the nodes: asking for them would need the scheduler.
+            # The data does not depend on the nodes, and asking for them would need the scheduler.
             config = facts.resolve(composed.config, hardware.device)
             facts.check(config)
             check_extra(config)
@@ -130,7 +130,7 @@ def _count(value: str) -> int:
 
 
 def present(report: dict[str, Any], config: RunConfig, chosen: Options, problem: Problem | None = None) -> None:
-    """Print the report, and write the HTML page if --html is given; `problem` is one of data and model together.
+    """Print the report, and write the HTML page if --html is given; `problem` concerns data and model together.
 
     Raises:
         DataError: with `problem`, and the findings that the settings do not accept.
@@ -153,7 +153,7 @@ def present(report: dict[str, Any], config: RunConfig, chosen: Options, problem:
 
 
 def check(config: RunConfig, facts: DataFacts | None) -> None:
-    """Refuse a run whose data has findings that the settings do not accept.
+    """Reject a run whose data has findings that the settings do not accept.
 
     Raises:
         DataError: with these findings.
@@ -163,16 +163,16 @@ def check(config: RunConfig, facts: DataFacts | None) -> None:
 
 
 def refusal(plan: LaunchPlan) -> str | None:
-    """Return one line on the findings for which the run would be refused; None if there are none."""
+    """Return one line about the findings for which the run would be rejected, or None."""
     judged = [] if plan.data is None else _judged(plan.config, plan.data)
     hint = f"the run would be refused; see them with: {_data_command(plan)}"
     return _summary([one for one in judged if one.fatal], hint)
 
 
 def accepted(plan: LaunchPlan) -> str | None:
-    """Return one line on the findings that the settings accept, documents kept first, then dropped; None if there are none."""
+    """Return one line about the findings that the settings accept (kept documents first, then dropped ones), or None."""
     judged = [] if plan.data is None else [one for one in _judged(plan.config, plan.data) if not one.fatal]
-    # What a check drops is counted by that check.
+    # Each check counts the documents that it drops.
     if any(one.action == "drop" and one.finding.name != "dropped" for one in judged):
         judged = [one for one in judged if one.finding.name != "dropped"]
     return _summary(sorted(judged, key=lambda one: one.action == "drop"), f"see them with: {_data_command(plan)}")
@@ -183,7 +183,7 @@ def _judged(config: RunConfig, facts: DataFacts) -> Sequence[findings.JudgedFind
 
 
 def _data_command(plan: LaunchPlan) -> str:
-    """Return the command that reports on the data of a plan: with the same file and overrides."""
+    """Return the command that reports on a plan's data, with the same file and overrides."""
     return launcher_command("data", *plan.provenance.overrides)
 
 

@@ -1,4 +1,4 @@
-"""The verb `diff`: what differs between two runs, or between a run and a file of settings."""
+"""The verb `diff`: the differences between two runs, or between a run and a settings file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launcher.errors import printable
 from launcher.security.redaction import looks_secret, redact
 
 _MAX_CHARS = 200
-# A smaller change is shown as none; a number of this size with its exponent.
+# Smaller changes are not shown; numbers this small are shown with an exponent.
 _LEAST_CHANGE, _MOST = 0.0005, 1e12
 _REDACTED = "<redacted>"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -46,7 +46,7 @@ def run(verb: str, tokens: list[str]) -> int:
 
 
 def _side(word: str, root: Path) -> ComparedRun:
-    """Return what a word of the command line names: a run, or a run's file, of which there are settings alone.
+    """Return what a command line word names: a run, or a run's file, which has only settings.
 
     Raises:
         LauncherError: if there is no such run, or the file has mistakes.
@@ -95,7 +95,7 @@ def _change(section: str, difference: ValueDifference) -> str:
 
 
 def _shown(key: str, value: Any) -> str:
-    """Return a value as text, without secrets, in one line."""
+    """Return a value as a single line of text without secrets."""
     if value is None or value == "":
         return "-"
     if isinstance(value, bool):
@@ -113,7 +113,7 @@ def _shown(key: str, value: Any) -> str:
 
 
 def _without_secrets(key: str, text: str) -> str:
-    # A commit has the form of a key of W&B.
+    # A commit looks like a W&B key.
     if _COMMIT.fullmatch(text) and (key == GIT_COMMIT or key.endswith(".revision")):
         return text
     return _REDACTED if looks_secret(key, text) else redact(text)

@@ -1,6 +1,6 @@
-"""The verb `doctor`: check this machine, or the nodes of a cluster, for what a run needs; starts no run.
+"""The verb `doctor`: check whether this machine, or a cluster's nodes, have what a run needs; starts no run.
 
-The checks of a node run in a process of the worker side: here, or on each node of a short allocation.
+A node's checks run in a worker-side process: here, or on each node of a short allocation.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TIMEOUT_MINUTES = 15.0
 
 
 def run(verb: str, tokens: list[str]) -> int:
-    """Print what the checks found; returns 1 where one of them failed."""
+    """Print the findings of the checks; returns 1 if one failed."""
     arguments, rest = parser().parse_known_args(tokens)
     jobs: list[Composed] = []
     run_hydra(rest, jobs.append, ("--json", "--timeout", *COMMON_FLAGS))
@@ -54,7 +54,7 @@ def run(verb: str, tokens: list[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the verb's own flags; what it does not know are settings."""
+    """Return the parser for the verb's own flags; unknown words are settings."""
     doctor_parser = VerbParser(
         prog="python -m launcher doctor",
         usage="%(prog)s [FILE] [--json] [--timeout MINUTES] [overrides]",
@@ -80,8 +80,8 @@ def _minutes(value: str) -> float:
 
 
 def examine(config: RunConfig, deadline: float) -> DoctorReport:
-    """Check this machine, and the nodes of a cluster, until the time `deadline` of time.monotonic()."""
-    # Nodes have other working directories.
+    """Check this machine and a cluster's nodes until `deadline`, a time.monotonic() time."""
+    # Nodes have different working directories.
     root = str(Path(config.run.root).expanduser().absolute())
     config = config.model_copy(update={"run": config.run.model_copy(update={"root": root})})
     doctor, reader, here = doctor_for(config.cluster.kind), ReportReader(), check_accounts(config)
@@ -118,13 +118,13 @@ def _check_this_machine(config: RunConfig, deadline: float, reader: ReportReader
 
 @contextmanager
 def _shared_file(root: Path) -> Iterator[dict[str, str]]:
-    """Write a file beside the runs, by which nodes recognize the folder; yields their variable, or nothing if it cannot."""
+    """Write a file beside the runs, by which nodes recognize the folder; yields their variable, or nothing if this fails."""
     folder = existing_folder(root)
     file, content = folder / f".launcher-doctor-{secrets.token_hex(8)}", secrets.token_hex(16)
     try:
         file.write_text(content)
     except OSError:
-        # The nodes report what they see of it.
+        # The nodes report whether they see the folder.
         yield {}
         return
     try:

@@ -1,4 +1,4 @@
-"""The verb `drift`: are the prompts of today still like those that a run was trained on?"""
+"""The verb `drift`: check whether current prompts still resemble those that a run was trained on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WORKER = "launcher.worker.drift"
 
 
 def run(verb: str, tokens: list[str]) -> int:
-    """Compare prompts with those of training; returns 3 where they have drifted."""
+    """Compare prompts with the training prompts; returns 3 if they have drifted."""
     arguments = _parser().parse_args(tokens)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
     ownership.require_run(run_dir)

@@ -1,7 +1,7 @@
 """The verb `drill`: start a short run, inject a fault, and report whether the run saved and continued, and what it lost.
 
 The drill submits a run as `train` does and reads its files as `status` does. It changes the run only through the injected fault
-and the commands that a user has.
+and through commands that a user has.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _FAULTS = {
 }
 _STEPS = 1000
 _SAVE_EVERY = 5
-# Steps after the last checkpoint, which the fault puts at risk.
+# The number of steps after the last checkpoint, which the fault puts at risk.
 _STEPS_AT_RISK = 2
 _STALL_S = 20
 _POLL_S = 0.2
@@ -90,7 +90,7 @@ def run(verb: str, tokens: list[str]) -> int:
             _await_save(hit, watch)
         else:
             _await_recovery(plan, hit, watch)
-        # Before the drill stops the run.
+        # This must precede the drill's stop of the run.
         records = _collect_records(arguments.fault, plan, hit, watch)
     finally:
         _stop_run(run_dir, cluster)
@@ -131,7 +131,7 @@ def _minutes(value: str) -> float:
 
 
 def _make_plan(arguments: argparse.Namespace, rest: list[str]) -> LaunchPlan | None:
-    """Plan the drill's run; None if only a Hydra flag such as --cfg was to be carried out."""
+    """Plan the drill's run; None if the command only executed a Hydra flag such as --cfg."""
     if rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")) and not is_run_file(rest[0]):
         like = run_store.find_run(rest[0], Path(arguments.root))
         ownership.require_run(like)
@@ -181,7 +181,7 @@ def _plan_like(run: RunDir, overrides: list[str], arguments: argparse.Namespace)
 
 
 def _shorten(config: RunConfig, overrides: Sequence[str], arguments: argparse.Namespace) -> RunConfig:
-    """Change `config` to a short run that saves early and skips evaluation and export; settings of the user win.
+    """Change `config` to a short run that saves early and skips evaluation and export; the user's settings take precedence.
 
     Raises:
         ConfigError: if there are too few steps between two saves, or before the first one.
@@ -240,7 +240,7 @@ class _RunWatch:
     def poll(self) -> bool:
         """Wait a moment and read the run's files; returns False after the deadline."""
         time.sleep(_POLL_S)
-        # Read the status before the files: everything written before it changed is then read as well.
+        # Read the status before the files, so that everything written before it changed is read too.
         if time.monotonic() > self._status_at + _STATUS_INTERVAL_S:
             self.update_status()
         self.steps += [Step.of(line) for line in self._tail.poll() if "train/loss" in line]
@@ -313,7 +313,7 @@ def _await_recovery(plan: LaunchPlan, hit: Hit, watch: _RunWatch) -> None:
 
 
 def _resume(plan: LaunchPlan, watch: _RunWatch) -> None:
-    """Resume the run as a user would, on a backend that does not continue runs by itself."""
+    """Resume the run as a user would, on backends that do not continue runs automatically."""
     watch.ended_as = watch.last_status
     _say(f"{watch.last_status}; resuming it with: {launcher_command('resume', formatting.short(watch.run.root))}")
     watch.cluster.await_end(watch.run)
@@ -325,7 +325,7 @@ def _resume(plan: LaunchPlan, watch: _RunWatch) -> None:
 
 
 def _stop_run(run: RunDir, cluster: Cluster) -> None:
-    """Stop the run if it still runs; its files stay."""
+    """Stop the run if it is still running; its files stay."""
     if cluster.status(run).state not in RUNNING_STATES:
         return
     _say("stopping the run")

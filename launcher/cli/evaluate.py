@@ -1,6 +1,6 @@
-"""The verb `evaluate`: does the tuned model answer better than the base model, asked well? Answers, scores and the verdict.
+"""The verb `evaluate`: compare the tuned model with a well-prompted base model; collects answers, scores and the verdict.
 
-Questions and weights are prepared here on the CPU; answers come from processes of the worker side, here or on a cluster's nodes.
+Questions and weights are prepared here on the CPU; answers come from worker-side processes, here or on a cluster's nodes.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from launcher.tracking.verdicts import EvaluationVerdict
 
 _PREPARE, _NODE, _CONCLUDE = (f"launcher.worker.evaluation.{name}" for name in ("prepare", "node", "conclude"))
 _CHANGEABLE = ("evaluate.", "cluster.", "costs.")
-# W&B's own limits for its start and its end are shorter.
+# W&B's own limits for startup and shutdown are shorter.
 _WANDB_S = 300.0
 _STDERR = 2
 
 
 def run(verb: str, tokens: list[str]) -> int:
-    """Evaluate a run and print the verdict; returns 3 where --min-gain does not hold."""
+    """Evaluate a run and print the verdict; returns 3 if --min-gain does not hold."""
     arguments = _parser().parse_intermixed_args(tokens)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
     ownership.require_run(run_dir)
@@ -91,7 +91,7 @@ def run(verb: str, tokens: list[str]) -> int:
 
 
 def _require_matching_options(arguments: argparse.Namespace) -> None:
-    """Refuse options that contradict each other, and files of questions that cannot be used."""
+    """Reject options that contradict each other, and unusable question files."""
     where = "command line"
     if arguments.tasks is not None and arguments.choices:
         message = f"--tasks and {choice_sets.OPTION} are evaluations of their own"
@@ -105,7 +105,7 @@ def _require_matching_options(arguments: argparse.Namespace) -> None:
 
 
 def _send_to_wandb(plan: LaunchPlan, run: RunDir, step: int) -> None:
-    """Add the verdict to the W&B run, where the run has one; a failure is a line on standard error."""
+    """Add the verdict to the W&B run, if there is one; a failure is reported as a line on standard error."""
     if plan.config.tracking.kind != "wandb" or plan.config.tracking.mode == "disabled":
         return
     command = [sys.executable, "-m", "launcher.tracking.wandb.verdict_upload", str(run.root), str(step)]
@@ -173,7 +173,7 @@ def _with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str) 
     if problems:
         raise ConfigError(problems)
     if any(override.lstrip("+").startswith("cluster=") for override in overrides):
-        # Another cluster than the run's: its settings are composed anew.
+        # The cluster differs from the run's, so its settings are composed anew.
         composed: list[Composed] = []
         run_hydra([override for override in overrides if override.lstrip("+").startswith("cluster")], composed.append)
         config = config.model_copy(update={"cluster": composed[0].config.cluster})
@@ -182,7 +182,7 @@ def _with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str) 
 
 
 def _step(run: RunDir, step: int | None) -> int:
-    """Return the step whose weights are evaluated: the one that is asked for, that of the export, or the newest checkpoint's.
+    """Return the step whose weights to evaluate: the requested step, the export's, or the newest checkpoint's.
 
     Raises:
         SubmitError: if the run has neither an export nor a checkpoint.
@@ -190,7 +190,7 @@ def _step(run: RunDir, step: int | None) -> int:
     record = read_export(run)
     if record is not None and step in (None, record.step):
         return record.step
-    # While a run trains, weights are exported for the evaluation before their checkpoint is removed.
+    # During training, weights are exported for the evaluation before their checkpoint is removed.
     if step is not None and (run.evaluation(step) / "weights.json").is_file():
         return step
     return require_checkpoint(run, step)
@@ -220,7 +220,7 @@ def _answer(config: RunConfig, folder: Path, run_dir: RunDir, is_here: bool) -> 
     """Generate all answers, here or on the nodes of the settings' cluster.
 
     Raises:
-        RunError, SubmitError: if they did not end.
+        RunError, SubmitError: if the answers were not completed.
     """
     nodes = evaluation_nodes_for(config.cluster.kind)
     if not is_here and nodes is not None and nodes.runs_elsewhere(config):

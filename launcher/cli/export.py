@@ -1,4 +1,4 @@
-"""The verb `export`: write a checkpoint of a run as a Hugging Face folder, in a process that may import torch."""
+"""The verb `export`: write a run's checkpoint as a Hugging Face folder, in a process that may import torch."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def require_checkpoint(run: RunDir, step: int | None) -> int:
-    """Return the step of the checkpoint to export; refuses a step without a checkpoint, or a run without any.
+    """Return the step of the checkpoint to export; rejects a step without a checkpoint, and a run without checkpoints.
 
     Raises:
-        SubmitError: with the steps that exist.
+        SubmitError: with the existing steps.
     """
     try:
         return (store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, step)).step
@@ -86,7 +86,7 @@ def require_checkpoint(run: RunDir, step: int | None) -> int:
 
 
 def _require_writable(out: Path) -> None:
-    """Refuse a folder that cannot be written, or that holds something else than an export.
+    """Reject a folder that is not writable, or that contains anything other than an export.
 
     Raises:
         SubmitError: with the folder.
@@ -102,7 +102,7 @@ def _require_writable(out: Path) -> None:
             remedy="name another folder with --out",
         )
     if existing == out and not ownership.accepts_owner(owner := out.lstat().st_uid):
-        # Only that user could remove it from a sticky folder, when all weights are written.
+        # In a sticky folder, only that user could remove it once all weights are written.
         raise SubmitError(
             f"the export folder belongs to {user_name(owner)}, and is not replaced",
             where=str(out),
@@ -115,10 +115,10 @@ def _require_writable(out: Path) -> None:
 
 
 def _require_room(out: Path, needed: int) -> None:
-    """Refuse an export for which the disk has no room; one that it replaces stays until the other is complete.
+    """Reject an export for which the disk has no room; an export that it replaces stays until the new one is complete.
 
     Raises:
-        SubmitError: with the room that is needed and free.
+        SubmitError: with the required and the free space.
     """
     free = shutil.disk_usage(existing_folder(out)).free
     if free < needed:
@@ -131,7 +131,7 @@ def _require_room(out: Path, needed: int) -> None:
 
 
 def _read_export(out: Path) -> ExportRecord | None:
-    """Return what an export folder holds; None if there is none, or if its record is damaged."""
+    """Return the record of an export folder, or None if there is no export or its record is damaged."""
     try:
         return json_records.read_if_present(ExportRecord, out / EXPORT_RECORD, "")
     except RunError:
@@ -139,12 +139,12 @@ def _read_export(out: Path) -> ExportRecord | None:
 
 
 def _require_replaceable(run: RunDir, out: Path, existing: ExportRecord, step: int, dtype: str, replace: bool) -> None:
-    """Say what an export folder holds before it is replaced; refuses another type or a later step without `replace`.
+    """Print what an export folder holds before replacing it; without `replace`, reject a different type or a later step.
 
-    A newer step in the same type is what a run that was trained further has.
+    A newer step in the same type needs no `replace`: the run was trained further.
 
     Raises:
-        SubmitError: with how to write beside it, and how to replace it.
+        SubmitError: with how to write elsewhere, and how to replace it.
     """
     age = format_duration(max(0.0, time.time() - (out / EXPORT_RECORD).stat().st_mtime))
     held = f"step {existing.step} in {existing.dtype}, written {age} ago"
@@ -162,7 +162,7 @@ def _require_replaceable(run: RunDir, out: Path, existing: ExportRecord, step: i
 
 
 def _require_pushable(repo_id: str, allow_public: bool) -> None:
-    """Refuse, before the export, a push that cannot succeed."""
+    """Reject a push that cannot succeed, before the export."""
     if not HUB_ID_PATTERN.fullmatch(repo_id):
         raise SubmitError("this is not the name of a Hub repository", where="--push", value=repo_id, remedy="write owner/name")
     if problem := hub.token_problem("--push", repo_id):

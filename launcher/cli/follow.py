@@ -29,12 +29,12 @@ from launcher.tracking.progress import EVENT as PROGRESS
 _POLL_S = 0.15
 # Events that the closing lines report.
 _HIDDEN_EVENTS = ("summary", "end")
-# Limits that stop a run, and that have to be raised before it can continue.
+# Limits that stop a run and must be raised before it can continue.
 _LIMITS = ("run.max_hours", "run.max_usd")
 
 
 class StatusWatch:
-    """The state of a watched run: its files are read on each call, its backend is asked every `status_interval_s` seconds."""
+    """The state of a watched run: reads its files on each call, and asks its backend every `status_interval_s` seconds."""
 
     def __init__(self, run: RunDir, backend: StatusReader) -> None:
         self._run, self._backend = run, backend
@@ -52,7 +52,7 @@ class StatusWatch:
 def follow(run: RunDir, attempt: int, cluster: Cluster, interrupts: Interrupts | None = None) -> int:
     """Show an attempt until it ends; returns the exit code. The first Ctrl-C saves and stops the run, the second kills it.
 
-    `interrupts` has those since the run was started.
+    `interrupts` holds the interrupts since the run was started.
     """
     events, metrics = Tail(run.events), Tail(run.metrics)
     with _screen() as screen, Interrupts() as own:
@@ -61,7 +61,7 @@ def follow(run: RunDir, attempt: int, cluster: Cluster, interrupts: Interrupts |
         num_handled, watch = 0, StatusWatch(run, cluster)
         screen.live(f"starting; logs in {short(run.attempt(attempt))}")
         while True:
-            # Read the state before the files: everything written before the final state is then shown.
+            # Read the state before the files, so that everything written before the final state is shown.
             status = watch.state()
             for line in sorted([*events.poll(), *metrics.poll()], key=lambda line: line["time"]):
                 if line["attempt"] >= attempt:
@@ -137,7 +137,7 @@ def _request_stop(run: RunDir, cluster: Cluster, screen: _Screen, num_requests: 
 
 
 def interrupted_start(run: RunDir) -> int:
-    """Say that a run goes on whose start was interrupted; returns the exit code."""
+    """Report that a run continues although its start was interrupted; returns the exit code."""
     print(
         f"interrupted; the run has started all the same; stop it with: {launcher_command('cancel', short(run.root))}", flush=True
     )
@@ -175,7 +175,7 @@ def wandb_page(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """
     page: dict[str, Any] = {}
     for fields in (event["fields"] for event in events):
-        # Events of a Hub upload have a url, too, but no sync_command.
+        # Hub upload events also have a url, but no sync_command.
         if "sync_command" in fields:
             page |= {name: fields[name] for name in ("url", "sync_command") if name in fields}
     return page
@@ -190,7 +190,7 @@ def wandb_words(page: Mapping[str, Any]) -> str:
 
 
 def _is_upload(command: str) -> bool:
-    """Return whether a command is one that uploads: another user's run may name any, and a person is told to type it."""
+    """Return whether a command is an upload: another user's run may name any command, and the user is told to type it."""
     with suppress(ValueError):
         words = shlex.split(command)
         return words[:2] == ["wandb", "sync"] and shell_command(*words) == command
@@ -219,21 +219,21 @@ def _result_lines(run: RunDir) -> list[str]:
 
 
 def has_held_out(run: RunDir) -> bool:
-    """Return whether a run has held-out documents, with which `evaluate` asks."""
+    """Return whether a run has held-out documents, which `evaluate` needs."""
     data = run_store.load_plan(run).data
     return data is not None and data.num_eval_rows > 0
 
 
 def is_demonstration(run: RunDir) -> bool:
-    """Return whether a run trained on the rows that come with the launcher alone."""
-    # The settings load pydantic, which commands that only read a run do without.
+    """Return whether a run trained only on the rows that come with the launcher."""
+    # The settings import pydantic, which commands that only read a run avoid.
     from launcher.config.sections.data import STDLIB_DOCS
 
     return all(source.path == STDLIB_DOCS for source in run_store.load_plan(run).config.data.sources)
 
 
 def _export_line(run: RunDir, newest_step: int | None) -> str:
-    """Name the export; one of another step than the newest checkpoint, with its step and age."""
+    """Name the export; if its step differs from the newest checkpoint's, add the step and age."""
     record = run_records.read_export(run)
     if record is None or record.step == newest_step:
         return f"exported to  {short(run.export)}"
@@ -254,7 +254,7 @@ def _print_failure(run: RunDir, attempt: int, status: Status) -> None:
         if failure.log:
             print(f"  log:    {short(failure.log)}", file=sys.stderr)
         reason = f"{failure.source}: {failure.message}"
-    # The status says why the run does not continue, such as a retry budget that is used up.
+    # The status says why the run does not continue, for example a spent retry budget.
     if status.message not in ("", reason):
         print(f"failed: {status.message}", file=sys.stderr)
     if not failure:

@@ -56,7 +56,7 @@ def _owner(path: Path) -> str:
 
 
 def terminal_columns() -> int | None:
-    """Return the width for which texts are laid out: COLUMNS, or that of the terminal; None in a pipe or a file."""
+    """Return the width for text layout: COLUMNS, or the terminal's width; None in a pipe or a file."""
     with suppress(ValueError):
         if (columns := int(os.environ.get("COLUMNS", ""))) > 0:
             return columns
@@ -65,7 +65,7 @@ def terminal_columns() -> int | None:
 
 
 def wrap(lines: Sequence[str], indent: int) -> list[str]:
-    """Wrap lines between words to the width of the terminal, continued at `indent`; words such as paths stay whole."""
+    """Wrap lines between words to the terminal's width, continued at `indent`; words such as paths stay whole."""
     columns = terminal_columns()
     if columns is None:
         return list(lines)
@@ -85,11 +85,11 @@ def wrap(lines: Sequence[str], indent: int) -> list[str]:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows under their columns' names; a column whose name begins with > is aligned to the right.
+    """Return rows under their columns' names; columns whose name begins with > are right-aligned.
 
-    In a terminal that is too narrow, the first column has a line of its own, above the others; or else each cell has one.
+    In a narrow terminal, the first column gets its own line above the others; if that is still too wide, each cell does.
     """
-    # A folder of another user may have a name with line breaks, which would look like rows of their own.
+    # Another user's folder may have a name with line breaks, which would look like separate rows.
     rows = [[cell.replace("\n", "\\n") for cell in row] for row in rows]
     lines, width = _aligned(columns, rows), terminal_columns()
     if width is None or len(columns) < 3 or max(map(len, lines)) <= width:
@@ -102,7 +102,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _records(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a line for each cell, after the name of its column, and an empty line between rows."""
+    """Return a line for each cell, preceded by its column's name, and an empty line between rows."""
     indent = max(map(len, names)) + 2
     records = [wrap([f"{name:<{indent}}{cell}" for name, cell in zip(names, row, strict=True)], indent) for row in rows]
     return [line for record in records for line in (*record, "")][:-1]
@@ -119,7 +119,7 @@ def _aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
 
 
 def short(path: str | Path) -> str:
-    """Return a path relative to the working directory, if that exists and the path is below it."""
+    """Return a path relative to the working directory if that exists and contains the path."""
     try:
         return str(Path(path).relative_to(Path.cwd()))
     except (ValueError, FileNotFoundError):

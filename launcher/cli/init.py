@@ -1,4 +1,4 @@
-"""The verb init: write a starter file that fits the data, the model and the machine, and say what to run next."""
+"""The verb init: write a starter file that fits the data, the model and the machine, and print what to run next."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from launcher.shell_commands import launcher_command
 
 
 def run(verb: str, tokens: list[str]) -> int:
-    """Write the file, or refuse with what is in the way; nothing is overwritten."""
+    """Write the file, or refuse with the reason; nothing is overwritten."""
     arguments, rest = _parser().parse_known_args(tokens)
     _refuse_run_file(rest)
     data = arguments.data or _rows_of(rest)
@@ -70,13 +70,13 @@ def _parser() -> VerbParser:
 
 
 def _refuse_run_file(rest: Sequence[str]) -> None:
-    """Refuse a run's file among the words, since init writes one.
+    """Reject a run's file among the words, because init writes one.
 
     Raises:
-        ConfigError: with what each of both is for.
+        ConfigError: with the purpose of each.
     """
     if any(token.startswith("--") for token in rest):
-        # A flag that is misspelled is reported first; the file may be its value.
+        # A misspelled flag is reported first; the file may be its value.
         return
     if files := split_run_files(rest, ())[0]:
         remedy = f"use this file with: {launcher_command('plan', files[0])}; a file to write is named with --out"
@@ -100,10 +100,10 @@ def _name_of(data: str | None) -> str:
 
 
 def _require_free(out: Path) -> None:
-    """Refuse to overwrite a file, to write into a folder that does not exist, or a name that no command takes as a run's file.
+    """Refuse to overwrite a file, to write to a missing folder, or to use a name that no command accepts as a run's file.
 
     Raises:
-        ConfigError: with a name that is free.
+        ConfigError: with a free name.
     """
     if not out.name.endswith(SUFFIXES):
         remedy = f"write --out {shlex.quote(str(out.with_suffix(SUFFIXES[0])))}"
@@ -119,7 +119,7 @@ def _require_free(out: Path) -> None:
 
 
 def _compose(model: str | None, data: str | None, rest: Sequence[str]) -> Composed:
-    """Return the settings of model, data and overrides.
+    """Return the settings for model, data and overrides.
 
     Raises:
         ConfigError: with what is wrong in them.
@@ -138,7 +138,7 @@ def _compose(model: str | None, data: str | None, rest: Sequence[str]) -> Compos
 
 
 def _with_name(composed: Composed, out: Path) -> Composed:
-    """Return the settings with a name for the run, after the file, where every machine must find the same run."""
+    """Return the settings with a run name taken from the file, if every machine must find the same run."""
     config = composed.config
     if not config.cluster.runs_on_every_node or config.run.name is not None:
         return composed
@@ -157,7 +157,7 @@ def _model_token(model: str) -> str:
 
 
 def _quoted(value: str) -> str:
-    """Return a value as Hydra takes it: in quotation marks where it has other characters than names have."""
+    """Return a value in Hydra's syntax: quoted if it has characters that are not allowed in names."""
     if re.fullmatch(r"[\w./:@-]+", value):
         return value
     # `${` begins a reference.
@@ -166,10 +166,10 @@ def _quoted(value: str) -> str:
 
 
 def _values(starter: StarterSettings, composed: Composed) -> dict[str, Any]:
-    """Return the content of the file: what differs from the options, and everything that has a reason."""
+    """Return the file's content: what differs from the options, and everything that has a reason."""
     values = values_to_print(starter.config, conf_dir())
     dumped = starter.config.model_dump(mode="json")
-    # What the data and the model are named by stands in their sections already.
+    # The names of the data and the model are already in their sections.
     for key in (*starter.reasons, *list_chosen(composed)):
         section, _, name = key.partition(".")
         content = values.setdefault(section, {} if name else dumped[section].get("kind", {}))
@@ -184,7 +184,7 @@ def _values(starter: StarterSettings, composed: Composed) -> dict[str, Any]:
 
 
 def _require_plan(text: str, out: Path) -> LaunchPlan | None:
-    """Refuse what `plan` would refuse, before the file is written; returns the plan, None for a model that is not known yet.
+    """Reject what `plan` would reject, before the file is written; returns the plan, or None for a model that is not known yet.
 
     Raises:
         LauncherError: with the problems.
@@ -213,7 +213,7 @@ def _compose_text(text: str, out: Path, *overrides: str) -> RunConfig:
 
 
 def _plans_on_slurm(text: str, out: Path, plan: LaunchPlan | None) -> bool:
-    """Return whether the file, fitted to the GPUs of this machine, plans for two nodes of them."""
+    """Return whether the file, fitted to this machine's GPUs, also plans for two such nodes."""
     if plan is None or plan.topology.device != "cuda":
         return False
     try:

@@ -48,13 +48,13 @@ may cost more than run.confirm_usd without a question.""",
     "script of Slurm. --json prints the plan's file with the keys estimate, checkpoint_gib, warnings and notes.",
 }
 _OWN_FLAGS = {"train": ("--follow", "--detach", "--yes"), "plan": ("--json", "--why", "--script")}
-# Ten times what it takes on an idle machine.
+# Ten times the duration on an idle machine.
 _ISOLATION_CHECK_S = 150.0
 _FOLLOW = {"--follow": True, "follow=true": True, "--detach": False, "follow=false": False}
 
 
 def run(verb: str, tokens: list[str]) -> int:
-    """Compose the settings and carry out the verb, once or, with -m, once per job."""
+    """Compose the settings and execute the verb, once or, with -m, once per job."""
     if "--help" in tokens or "-h" in tokens:
         print(composing_usage(_USAGE[verb]))
         return 0
@@ -103,13 +103,13 @@ def _plan(composed: Composed, as_json: bool, why: bool, shows_script: bool, take
 
 
 def _preview(text: str | None, is_wanted: bool) -> str:
-    """Return what a scheduler would get, or in one line how to see it; empty if there is nothing to see."""
+    """Return what a scheduler would get, or one line on how to see it; empty if there is nothing to see."""
     if text is None:
         return f"{'script':<{LABEL_WIDTH}}none: this machine starts the ranks itself" if is_wanted else ""
     if is_wanted:
         return f"\n{text.rstrip()}"
     count = text.count("\n")
-    # A few lines are no script.
+    # A script has more than a few lines.
     return f"{'script':<{LABEL_WIDTH}}plan --script shows what the scheduler gets ({count} lines)" if count > 1 else text.rstrip()
 
 
@@ -131,7 +131,7 @@ def _train(jobs: list[Composed], follows: bool | None, accepts_cost: bool) -> in
 
 
 def may_start(plans: Sequence[LaunchPlan], accepts_cost: bool) -> bool:
-    """Ask about runs that may cost more than run.confirm_usd; returns False, after a line that says so, where they may not start.
+    """Ask about runs that may cost more than run.confirm_usd; prints a line and returns False if they may not start.
 
     Raises:
         ConfigError: if there is no terminal to ask on.
@@ -150,7 +150,7 @@ def may_start(plans: Sequence[LaunchPlan], accepts_cost: bool) -> bool:
 
 
 def start_all(plans: list[LaunchPlan], follows: bool | None) -> int:
-    """Show and start each run, and follow it where asked for; returns the largest exit code. After Ctrl-C no other is started."""
+    """Show and start each run, and follow it if requested; returns the largest exit code. After Ctrl-C, no further run starts."""
     codes = []
     started = []
     for number, plan in enumerate(plans, 1):
@@ -217,7 +217,7 @@ def start(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:
 
 
 def _require_new(existing: RunDir) -> None:
-    """Refuse a run that exists, with the state of one that is running; of somebody else's, nothing is read."""
+    """Reject an existing run, with its state if it is running; nothing is read from another user's run."""
     is_own = existing.root.is_dir() and ownership.accepts_owner(existing.root.stat().st_uid)
     if is_own and existing.plan.is_file() and existing.status.is_file():
         require_idle(existing, status_reader_for(existing, run_store.load_plan(existing).config.cluster.kind))
@@ -225,7 +225,7 @@ def _require_new(existing: RunDir) -> None:
 
 
 def require_idle(run: RunDir, backend: StatusReader) -> None:
-    """Refuse to start a run that is running already.
+    """Refuse to start a run that is already running.
 
     Raises:
         SubmitError: with the job or process that runs it.
@@ -263,7 +263,7 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
     cluster = cluster_for(composed.config.cluster.kind)
     node = _node_of(composed, cluster)
     if (name := composed.config.run.name) is not None and not composed.config.cluster.is_dry_run:
-        # Before anything that takes time, and before a sweep starts any of its runs.
+        # Check this before anything that takes time, and before a sweep starts any of its runs.
         _require_new(RunDir(run_dir_of(composed.config, name, str(Path.cwd()), str(Path.home()))))
     if not composed.config.cluster.is_dry_run:
         folder = run_dir_of(composed.config, composed.config.run.name or "name", str(Path.cwd()), str(Path.home()))
@@ -291,12 +291,12 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
 
 
 def _node_of(composed: Composed, cluster: Cluster) -> Callable[[], DeviceFacts]:
-    """Return a function that asks the backend for the devices of a node, once: a scheduler may take seconds to answer."""
+    """Return a function that asks the backend for a node's devices only once: a scheduler may take seconds to answer."""
     return functools.cache(lambda: cluster.device(composed.config.cluster))
 
 
 def _location_warning(plan: LaunchPlan) -> str | None:
-    """Return why the run directory cannot be made, or which folder above it lets others replace it; None if nothing is wrong."""
+    """Return why the run directory cannot be created, or which parent folder lets other users replace it, or None."""
     if problem := folder_problem(Path(plan.run_dir)):
         return f"train will be refused: {problem.message}; {problem.remedy}"
     problem = ownership.location_problem(RunDir(Path(plan.run_dir)))
@@ -304,7 +304,7 @@ def _location_warning(plan: LaunchPlan) -> str | None:
 
 
 def _speed(plan: LaunchPlan, node: Callable[[], DeviceFacts]) -> SpeedEstimate:
-    """Estimate the speed of a run on the GPUs of its settings, or else those of a node."""
+    """Estimate the speed of a run on the GPUs in its settings, or else on a node's GPUs."""
     gpu = plan.config.cluster.gpu_type or (node().name if plan.topology.device == "cuda" else "")
     return estimate_speed(plan, gpu, earlier_runs.find_measured_mfu(plan, gpu))
 
@@ -328,7 +328,7 @@ def _checked_facts(
 ) -> Facts:
     """Collect the facts of a run, and probe in another process whether the model sees later tokens or neighboring documents.
 
-    What the planner or `check` can refuse at once is refused before that process is started.
+    Whatever the planner or `check` can reject immediately is rejected before that process starts.
     """
     collected = facts.gather(config, composed.overrides, node())
     check(make_plan(config, collected))
@@ -348,7 +348,7 @@ def _checked_facts(
 
 
 def _plan_with_free_name(config: RunConfig, collected: Facts, taken_names: set[str]) -> LaunchPlan:
-    """Plan a job under a generated name that no run has; a name that the user chose is never changed."""
+    """Plan a job under a generated name that no run has; a name chosen by the user is never changed."""
     plan = make_plan(config, collected)
     while config.run.name is None and (plan.run_name in taken_names or Path(plan.run_dir).exists()):
         later = datetime.fromisoformat(collected.provenance.created_at) + timedelta(seconds=1)

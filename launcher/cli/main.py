@@ -16,7 +16,7 @@ from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigE
 from launcher.security.printable_stream import printable_output, raw
 from launcher.shell_commands import launcher_command
 
-# Each verb, and the module of launcher.cli whose function `run(verb, tokens)` carries it out.
+# Each verb, and the module of launcher.cli whose function `run(verb, tokens)` executes it.
 VERBS: Mapping[str, str] = {
     "train": "launch",
     "plan": "launch",
@@ -43,7 +43,7 @@ VERBS: Mapping[str, str] = {
     "drill": "drill",
     "doctor": "doctor",
 }
-# Verbs of other programs, by the verb that does the same here.
+# Other programs' verbs, and the verb that does the same here.
 _VERBS_ELSEWHERE = {
     "train": "run start launch submit fit sft finetune fine-tune",
     "data": "prepare preprocess tokenize dataset",
@@ -65,7 +65,7 @@ _VERBS_ELSEWHERE = {
 # The verbs that compose settings.
 COMPOSING = ("train", "plan", "data", "doctor")
 _FLAGS_WITHOUT_VALUE = ("--json", "--follow", "--detach", "--yes", "-m", "--multirun")
-# The value is that of launcher.security.trust, which only commands with the flag import here.
+# The same value as in launcher.security.trust, which only commands with the flag import here.
 _TRUST_OWNER = "--trust-owner"
 _GC_THRESHOLD = 50_000
 _PACKAGES = ("torch", "deepspeed", "transformers", "ray", "wandb")
@@ -141,25 +141,25 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3. With ro
 
 
 class _VerbModule(Protocol):
-    """A module of launcher.cli that carries out verbs."""
+    """A module of launcher.cli that executes verbs."""
 
     def run(self, verb: str, tokens: list[str]) -> int: ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; errors that a user can cause are printed, not raised."""
+    """Run one command and return its exit code; user errors are printed, not raised."""
     with printable_output():
         return _main(argv)
 
 
 def _main(argv: Sequence[str] | None) -> int:
     tokens = list(sys.argv[1:] if argv is None else argv)
-    # Most objects of a command live to its end: with the usual threshold, looking for others takes a tenth of a short one.
+    # Most objects of a command live to its end: at the usual threshold, garbage collection takes a tenth of a short command.
     gc.set_threshold(_GC_THRESHOLD)
     # A reader that closes the pipe early, such as `head`, must not cause a traceback.
     logging.raiseExceptions = False
     for stream in (sys.stdout, sys.stderr):
-        # A terminal with another encoding shows characters that it lacks as escapes.
+        # A terminal with another encoding shows unsupported characters as escapes.
         if isinstance(stream := raw(stream), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in tokens
@@ -179,7 +179,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
             trust.add_to_environ(owners)
         exit_code = _run(verb, tokens)
-        # What the interpreter writes at its end would be an error there if the reader has gone.
+        # If the reader has gone, the interpreter's final flush would raise an error.
         sys.stdout.flush()
         return exit_code
     except LauncherError as error:
@@ -204,7 +204,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _without_trusted_owners(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split off --trust-owner NAME, which every verb takes, and --trust-owner=NAME; returns the other words and the names."""
+    """Split off --trust-owner NAME and --trust-owner=NAME, which every verb accepts; returns the other words and the names."""
     rest, owners = [], []
     words = iter(tokens)
     for word in words:
@@ -241,7 +241,7 @@ def _run(verb: str, tokens: list[str]) -> int:
 
         raise run_folders.with_root(error) from error
     except FileNotFoundError as error:
-        # So os.getcwd reports a deleted folder: without a path.
+        # os.getcwd reports a deleted folder this way, without a path.
         if error.filename is None:
             _require_working_dir()
         raise
@@ -287,7 +287,7 @@ def _run_without_verb(run: str) -> Problem:
 
 
 def _require_no_run(tokens: Sequence[str]) -> None:
-    """Refuse a run where settings of a run to come are expected.
+    """Reject a run where settings for a new run are expected.
 
     Raises:
         ConfigError: with what can be done with a run.
@@ -300,7 +300,7 @@ def _require_no_run(tokens: Sequence[str]) -> None:
 
 
 def _require_no_verb(tokens: Sequence[str]) -> None:
-    """Refuse a verb among the words after the first one.
+    """Reject a verb among the words after the first.
 
     Raises:
         ConfigError: with the command line in the right order.
@@ -316,7 +316,7 @@ def _require_no_verb(tokens: Sequence[str]) -> None:
 
 
 def _versions() -> str:
-    """Return the versions of the launcher, Python and the packages that a run depends on, one a line; imports none of them."""
+    """Return the versions of the launcher, Python and a run's packages, one per line, without importing them."""
     import platform
     from importlib import metadata
 
@@ -334,7 +334,7 @@ def _versions() -> str:
 
 
 def _torch_cuda() -> str:
-    """Return the CUDA version that torch was built for, from its version.py: the import of torch takes seconds."""
+    """Return the CUDA version that torch was built for, from its version.py: importing torch takes seconds."""
     import re
     from importlib import metadata
     from pathlib import Path

@@ -18,7 +18,7 @@ _FORM = "write --min-gain METRIC:BASELINE:GAIN, such as exact_match:few-shot:0.0
 
 @dataclass(frozen=True)
 class MinimumGain:
-    """The lower bound of the difference by `metric` to `baseline` must be at least `gain`.
+    """The lower bound of the difference from `baseline` in `metric` must be at least `gain`.
 
     `baseline` is `0-shot`, `8-shot` and so on, `few-shot` for every baseline with examples, or `base` for tasks.
     """
@@ -47,7 +47,7 @@ class MinimumGain:
             return f"--min-gain {self} did not hold: there are too few prompts for a lower bound"
         if one.low < self.gain:
             return f"--min-gain {self} did not hold: {shown}, its lower bound is below {self.gain:g}"
-        # With few pairs that differ, the bounds say too much.
+        # If few pairs differ, the bounds are too optimistic.
         if self.gain > 0 and one.p_value is not None and one.outcome != ComparisonOutcome.BETTER:
             return (
                 f"--min-gain {self} did not hold: {shown}, but with {one.wins + one.losses} answers that differ it may be chance"
@@ -56,10 +56,10 @@ class MinimumGain:
 
 
 def parse_minimum_gains(texts: Iterable[str], metrics: Sequence[str] | None) -> tuple[MinimumGain, ...]:
-    """Parse the values of --min-gain; `metrics` are those that are computed, None for tasks, which have their own.
+    """Parse the values of --min-gain; `metrics` are the computed metrics, None for tasks, which have their own.
 
     Raises:
-        ConfigError: with every value that is wrong.
+        ConfigError: with every invalid value.
     """
     gains, problems = [], []
     for text in texts:

@@ -1,4 +1,4 @@
-"""Runs in a mirror: list them, and download one to this machine."""
+"""Runs in a mirror: lists them, and downloads one to this machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ORIGIN = "command line"
 
 
 def download_run(url: str, root: Path, step: int | None) -> RunDir:
-    """Download the run at `url` into a run directory under `root`, with its newest complete checkpoint or that of `step`.
+    """Download the run at `url` to a run directory under `root`, with its newest complete checkpoint or the one at `step`.
 
     Raises:
         SubmitError: if `url` is not an address of a mirror, there is no such run, its directory exists already, or others
@@ -53,7 +53,7 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
         remote.require_trusted()
     run = RunDir((root / mirrored.run_name).absolute())
     download.claim_run_dir(run, remote.url)
-    # Before bytes are fetched that would not be used.
+    # Check this before fetching bytes that would not be used.
     ownership.require_run(run)
     with run_store.start_lock(run):
         with convert_storage_errors(remote, "read"):
@@ -87,7 +87,7 @@ def ls(url: str, as_json: bool) -> int:
             try:
                 run = _summary(remote.under(name), name)
             except LauncherError as error:
-                # Another user may share the mirror.
+                # Other users may share the mirror.
                 print(printable(f"{name}: {error.problems[0].message}"), file=sys.stderr)
             else:
                 summaries += [] if run is None else [run]
@@ -106,7 +106,7 @@ def ls(url: str, as_json: bool) -> int:
 
 
 def _require_address(url: str) -> None:
-    """Refuse an address that checkpoint.mirror refuses, without showing it: it may contain a password."""
+    """Reject an address that checkpoint.mirror rejects, without showing it: it may contain a password."""
     try:
         TypeAdapter(Url).validate_python(url)
     except ValidationError as error:
@@ -115,7 +115,7 @@ def _require_address(url: str) -> None:
 
 
 def _summary(remote: RemoteFolder, name: str) -> dict[str, Any] | None:
-    """Return a run's status and complete checkpoints from the mirror; None if `name` is not a run."""
+    """Return a run's status and complete checkpoints from the mirror, or None if `name` is not a run."""
     content = remote.read("status.json") if read_run(remote) is not None else None
     if content is None:
         return None
@@ -126,7 +126,7 @@ def _summary(remote: RemoteFolder, name: str) -> dict[str, Any] | None:
 
 def _no_such_run(remote: RemoteFolder) -> SubmitError:
     address = remote.url.rpartition("/")[0]
-    # The address may lack the name of the run, or have a wrong one.
+    # The run's name may be missing in the address, or wrong.
     folders = [remote, RemoteFolder(address, origin=_ORIGIN)] if address.count("/") > 2 else [remote]
     runs = [f"{folder.url}/{name}" for folder in folders for name in folder.names() if read_run(folder.under(name)) is not None]
     remedy = f"list the mirror with: {launcher_command('ls', folders[-1].url)}"
@@ -136,7 +136,7 @@ def _no_such_run(remote: RemoteFolder) -> SubmitError:
 
 
 def _settle_status(run: RunDir, mirrored: MirroredRun, url: str, step: int) -> None:
-    """Set the status of a downloaded run: no process of this machine runs it."""
+    """Set the status of a downloaded run: no process on this machine runs it."""
     status = run_store.read_status(run)
     if status.state in RUNNING_STATES:
         age = format_duration(max(0.0, time.time() - status.updated_at))
@@ -214,13 +214,13 @@ def _build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
 
 
 def _without_cache_group(plan: LaunchPlan) -> LaunchPlan:
-    """Return the plan without the group that shares data caches: here, one of that name may have other members."""
+    """Return the plan without the group that shares data caches: on this machine, a group of that name may have other members."""
     data = plan.config.data.model_copy(update={"cache_group": None})
     return plan.model_copy(update={"config": plan.config.model_copy(update={"data": data})})
 
 
 def _with_local_paths(plan: LaunchPlan, run: RunDir, model: ModelSection, data: DataFacts) -> LaunchPlan:
-    """Return the plan with the paths of this machine."""
+    """Return the plan with this machine's paths."""
     paths = {"path": model.path, "tokenizer_path": model.tokenizer or model.path, "has_weights": False}
     return plan.model_copy(
         update={

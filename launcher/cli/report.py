@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 _MOST_POINTS = 600
-# Names, or beginnings of names, of the metrics that the page needs beside those of the charts.
+# Names, or prefixes of names, of the metrics that the page needs in addition to the charts' metrics.
 _OTHER_METRICS = ("eval/", "time/eval_s", "ckpt/stall_s", "trainer/tokens", "trainer/epoch")
 
 
 @dataclass(frozen=True)
 class _RunFiles:
-    """Contents of a run's files. `lines` are all lines of metrics.jsonl, `steps` one a step; both hold what the page needs."""
+    """Contents of a run's files. `lines` has all lines of metrics.jsonl, `steps` one per step; both hold what the page needs."""
 
     name: str
     run: RunDir
@@ -74,7 +74,7 @@ def run(verb: str, tokens: list[str]) -> int:
 
 
 def _distinct_names(runs: Sequence[RunDir]) -> list[str]:
-    """Return the name of each run, with as much of its path as distinguishes it from the others."""
+    """Return the name of each run, with enough of its path to distinguish it from the others."""
     for depth in range(1, max(len(run.root.parts) for run in runs)):
         names = [str(Path(*run.root.parts[-depth:])) for run in runs]
         if len(set(names)) == len(names):
@@ -93,7 +93,7 @@ def _read_run_files(run: RunDir, name: str) -> _RunFiles:
 
 
 def page(runs: Sequence[_RunFiles]) -> str:
-    """Return the whole page: curves of all runs in the same charts, then each run by itself."""
+    """Return the whole page: the curves of all runs in shared charts, then each run by itself."""
     return html_page.render(
         "report",
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
@@ -158,7 +158,7 @@ def _curves(runs: Sequence[_RunFiles]) -> list[Markup]:
 
 
 def thin_out(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """Return at most `most` points: the lowest and the highest of each stretch, so that no spike is lost."""
+    """Return at most `most` points: the lowest and the highest of each interval, so that no spike is lost."""
     if len(points) <= most:
         return list(points)
     extremes: list[tuple[float, float]] = []
@@ -172,7 +172,7 @@ def thin_out(points: Sequence[tuple[float, float]], most: int) -> list[tuple[flo
 
 
 def _run_context(one: _RunFiles) -> dict[str, Any]:
-    """Return what the template shows of one run by itself."""
+    """Return what the template shows for a single run."""
     spent = one.spent
     shares = [("kept steps", spent.kept_s), *((label, getattr(spent, name)) for name, label in goodput.LOST.items())]
     bars = [(label, seconds, f"{seconds / max(spent.wall_s, 1e-9):.1%}, {format_duration(seconds)}") for label, seconds in shares]
@@ -217,7 +217,7 @@ def _outcome_without_record(one: _RunFiles, number: int, attempt: Attempt) -> st
     is_running = one.status.state in run_records.RUNNING_STATES and number == run_store.newest_attempt(one.run)
     if attempt.begun_at is None:
         return "waiting for machines" if is_running else "never started"
-    # A pending run has lost the machines of an attempt that had begun.
+    # A pending run with a begun attempt has lost that attempt's machines.
     return "running" if is_running and one.status.state != "pending" else "ended without a record"
 
 

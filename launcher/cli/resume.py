@@ -1,4 +1,4 @@
-"""Start a further attempt of a run: choose the checkpoint, plan again, and refuse a run that cannot go on."""
+"""Start a further attempt of a run: choose the checkpoint, plan again, and reject a run that cannot continue."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ def resume_run(
 ) -> int:
     """Submit a further attempt of a run that has ended, from the checkpoint of `step` or the newest one; returns its number.
 
-    A run that has trained no step, such as one that was cancelled in the queue, begins with its initial weights. An `automatic`
-    attempt counts in the retry budgets with those before it, and begins again where no checkpoint was ever committed.
+    A run that has trained no step, for example because it was cancelled in the queue, begins with its initial weights. An
+    `automatic` attempt counts toward the retry budgets with the attempts before it, and starts over if no checkpoint was ever
+    committed.
 
     Raises:
         ConfigError: if settings or data differ from those of the checkpoint and `force` is false.
-        SubmitError: if the run is running, is complete, has used up a limit, or has no such checkpoint.
+        SubmitError: if the run is running, is complete, has reached a limit, or has no such checkpoint.
     """
     require_idle(run, cluster)
     begins_again = automatic and store.newest_step(run.checkpoints) is None
@@ -62,7 +63,7 @@ def resume_run(
     for note in (*wandb_check.check(plan.config, worker_environment()), disk_note(plan), push_note(plan)):
         if note:
             print(f"note: {note}")
-    # From here on the run is changed.
+    # Changes to the run begin here.
     interrupts.defer()
     if checkpoint is not None:
         for path in store.set_aside_after(run.checkpoints, checkpoint.step):
@@ -83,7 +84,7 @@ def resume_run(
 
 
 def _require_steps_left(run: RunDir, plan: LaunchPlan, checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint at or after the last step, unless the export of that step is missing.
+    """Reject a checkpoint at or after the last step, unless that step's export is missing.
 
     Raises:
         SubmitError: with what to do instead.
@@ -130,7 +131,7 @@ def _describe_lost_metrics(run: RunDir, plan: LaunchPlan, step: int) -> str | No
 
 
 def _replace_unusable_code(run: RunDir) -> None:
-    """Copy the current code into the run where the run's own is damaged or reads other plans; says so."""
+    """If the run's code is damaged or reads other plans, copy the current code into the run and report it."""
     code_snapshot.remove_changed_bytecode(run)
     damage = code_snapshot.find_damage(run)
     if damage is None and code_snapshot.is_current(run):
@@ -141,7 +142,7 @@ def _replace_unusable_code(run: RunDir) -> None:
 
 
 def _require_budget(run: RunDir, plan: LaunchPlan) -> None:
-    """Refuse an attempt that would stop after one step.
+    """Reject an attempt that would stop after one step.
 
     Raises:
         SubmitError: if the run has used up run.max_hours or run.max_usd.
@@ -168,10 +169,10 @@ def _require_budget(run: RunDir, plan: LaunchPlan) -> None:
 
 
 def _choose_checkpoint(run: RunDir, step: int | None) -> Checkpoint | None:
-    """Return the newest checkpoint, or the one of `step`; None for a run that has trained no step.
+    """Return the newest checkpoint, or the one at `step`; None for a run that has trained no step.
 
-    The ranks verify the newest one when they read it. One of a chosen step is verified here, because later checkpoints are set
-    aside for it.
+    The ranks verify the newest checkpoint when they read it. A checkpoint at a chosen step is verified here, because later
+    checkpoints are set aside for it.
 
     Raises:
         SubmitError: if it does not exist, cannot be read right now, or is damaged; nothing was changed.

@@ -26,7 +26,7 @@ _STEPS_SHOWN = 8
 
 
 def run(verb: str, tokens: list[str]) -> int:
-    """Remove runs; returns 1 if files of one could not be removed."""
+    """Remove runs; returns 1 if any files could not be removed."""
     arguments = _parser().parse_args(tokens)
     root = Path(arguments.root)
     runs, interrupted = _find(arguments.runs, root)
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _find(names: Sequence[str], root: Path) -> tuple[list[RunDir], list[Path]]:
-    """Return the runs of these names, and the folders of removals that were interrupted.
+    """Return the runs with these names, and the folders of interrupted removals.
 
     Raises:
         SubmitError: with every name that is not a run.
@@ -109,7 +109,7 @@ def _candidates(name: str, root: Path) -> tuple[Path, Path]:
 
 
 def _link_problem(name: str, root: Path) -> Problem | None:
-    """Return why a name is not followed, whichever of its paths has the run; None if it may be."""
+    """Return why a name is not followed, whichever of its paths has the run, or None if it may be followed."""
     return next(filter(None, (ownership.link_problem(path, root) for path in _candidates(name, root))), None)
 
 
@@ -142,7 +142,7 @@ def _inspect(runs: Sequence[RunDir], root: Path) -> list[RemovableRun]:
 
 
 def _refuse(removable: Sequence[RemovableRun], even_if_needed: bool) -> None:
-    """Refuse the whole command where one of its runs may not be removed.
+    """Reject the whole command if one of its runs may not be removed.
 
     Raises:
         SubmitError: with every reason.
@@ -152,7 +152,7 @@ def _refuse(removable: Sequence[RemovableRun], even_if_needed: bool) -> None:
 
 
 def _lines(one: RemovableRun) -> list[str]:
-    """Return what goes and what stays as lines of a label and a value."""
+    """Return what is removed and what stays, as lines of a label and a value."""
     of = f" of {one.max_steps:,}" if one.max_steps else ""
     shown = ", ".join(map(str, one.steps[-_STEPS_SHOWN:]))
     more = f" and {len(one.steps) - _STEPS_SHOWN} older" if len(one.steps) > _STEPS_SHOWN else ""
@@ -196,7 +196,7 @@ def _remove_run(one: RemovableRun) -> list[str]:
     """Remove a run; returns the files that could not be removed.
 
     Raises:
-        SubmitError: if it has been resumed since it was shown, or is being started.
+        SubmitError: if it was resumed after it was shown, or is being started.
     """
     run, removing = one.run, aside(one.run.root)
     left = remove_tree(removing)
@@ -209,10 +209,9 @@ def _remove_run(one: RemovableRun) -> list[str]:
 
 
 def _remove(removable: Sequence[RemovableRun], interrupted: Sequence[Path], names: Sequence[str], root: Path) -> list[str]:
-    """Remove runs, what is left of those whose removal was interrupted, and the links by which they were named.
+    """Remove runs, leftovers of interrupted removals, and the links by which the runs were named.
 
-    A directory leaves its name by one rename, under the lock with which attempts are started. Returns the files that could not be
-    removed.
+    A directory is renamed first, under the lock with which attempts are started. Returns the files that could not be removed.
     """
     links = _own_links(removable, interrupted, names, root)
     left = [path for folder in interrupted for path in remove_tree(folder)]
@@ -231,7 +230,7 @@ def _remove(removable: Sequence[RemovableRun], interrupted: Sequence[Path], name
 
 
 def _own_links(removable: Sequence[RemovableRun], interrupted: Sequence[Path], names: Sequence[str], root: Path) -> list[Path]:
-    """Return the links by which runs were named that are removed; another link of that name may lead to storage that is away."""
+    """Return the links to remove by which runs were named; another link of that name may lead to unavailable storage."""
     removed = {*(one.run.root for one in removable), *interrupted}
     links = [path for name in names for path in _candidates(name, root) if path.is_symlink()]
     return [path for path in links if not removed.isdisjoint((target := Path(os.path.realpath(path)), aside(target)))]

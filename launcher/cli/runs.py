@@ -33,7 +33,7 @@ _INTERRUPTIONS = (Cause.CANCELLED, Cause.LIMIT, Cause.PREEMPTED, Cause.TIME_LIMI
 
 
 def run(verb: str, tokens: list[str]) -> int:
-    """Carry out the verb on a run; returns the exit code."""
+    """Execute the verb on a run; returns the exit code."""
     arguments = _parser(verb).parse_intermixed_args(tokens)
     if verb == "resume" and "://" in arguments.run:
         from launcher.cli import mirror
@@ -45,7 +45,7 @@ def run(verb: str, tokens: list[str]) -> int:
     if verb == "resume":
         ownership.require_run(run_dir)
     if verb == "cancel":
-        # It runs no code of the run, and a run that costs money must be stoppable.
+        # It executes no code of the run, and it must be possible to stop a run that costs money.
         ownership.require_records(run_dir)
     return {"logs": _logs, "cancel": _cancel, "resume": _resume}[verb](run_dir, arguments)
 
@@ -84,7 +84,7 @@ def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
     try:
         return _show(output, run, arguments)
     except DamagedRun:
-        # The output needs none of the run's records; the error follows it.
+        # The output does not need the run's records; an error follows the output.
         output.print_more()
         output.print_agent_log()
         sys.stdout.flush()
@@ -140,7 +140,7 @@ class _RankOutput:
         return self.run.rank_log(self.attempt, self.rank)
 
     def print_more(self) -> None:
-        """Print what was not printed yet."""
+        """Print new output."""
         if not self.log.is_file():
             return
         with suppress(FileNotFoundError), open_lines(self.log) as file:
@@ -151,17 +151,17 @@ class _RankOutput:
         sys.stdout.flush()
 
     def print_agent_log(self) -> None:
-        """Print the output of the agent where the rank has left none."""
+        """Print the agent's output if the rank has left none."""
         agent = self.run.attempt(self.attempt) / "agent.log"
         if not self.log.is_file() and agent.is_file():
             print(as_plain_lines(agent.read_text(errors="replace")), end="")
 
 
 def _require_in_run(run: RunDir, attempt: int | None, rank: int) -> None:
-    """Refuse an attempt or a rank that the run does not have.
+    """Reject an attempt or a rank that the run does not have.
 
     Raises:
-        SubmitError: with those that it has.
+        SubmitError: with the existing ones.
     """
     attempts = run_store.attempt_numbers(run)
     if attempt is not None and attempt not in attempts:
@@ -178,7 +178,7 @@ def _reader(run: RunDir) -> StatusReader:
 
 
 def _end_line(run: RunDir, attempt: int, status: Status) -> str:
-    """Return one line on how an attempt ended that did not complete; empty if it runs or has completed."""
+    """Return one line on how an incomplete attempt ended; empty if it is running or has completed."""
     message, how = status.message if status.state == "failed" else "", "failed"
     if attempt != run_store.newest_attempt(run):
         record = run_records.read_exit(run, attempt)

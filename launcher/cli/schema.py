@@ -1,4 +1,4 @@
-"""The verb `schema`: the JSON Schema of a run's file, with which editors complete and check it."""
+"""The verb `schema`: the JSON Schema of a run's file, which editors use for completion and checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launcher.config.introspect import sections_of
 from launcher.config.schema import RunConfig
 
 _DIALECT = "http://json-schema.org/draft-07/schema#"
-# A reference to another setting, or a value that is still open, may stand for any value.
+# A reference to another setting, or a value that is not set yet, may stand for any value.
 _OPEN = {"type": "string", "pattern": r"^(.*\$\{.+\}.*|\?\?\?)$"}
 _EXPERIMENT = "experiment"
 _NOTES = ("description", "default", "title")
@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def build_schema() -> dict[str, Any]:
-    """Return the schema: each section is a mapping of which any key may be missing, or for a group the name of an option."""
+    """Return the schema: each section is a mapping with optional keys or, for a group, the name of an option."""
     properties: dict[str, Any] = {}
     for name, field in RunConfig.model_fields.items():
         classes = sections_of(field.annotation)
@@ -66,7 +66,7 @@ def _option(group: str) -> dict[str, Any]:
 
 
 def _names(group: str) -> list[dict[str, Any]]:
-    """Return the schemas of an option's name: those that exist, for completion, and any other, which --config-dir may add."""
+    """Return the schemas of an option's name: existing names, for completion, and any other name, from --config-dir."""
     return [{"enum": sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))}, {"type": "string"}]
 
 
@@ -87,7 +87,7 @@ def _inlined(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mapping(schemas: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the schema of a section; of one that `kind` selects, all keys of all kinds."""
+    """Return the schema of a section; for one that `kind` selects, with the keys of all kinds."""
     properties: dict[str, Any] = {}
     for schema in schemas:
         for key, value in schema.get("properties", {}).items():
@@ -110,7 +110,7 @@ def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
 
 def _setting(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema of a setting, whose value may also be a reference; nested sections need no key either."""
+    """Return the schema of a setting, whose value may also be a reference; keys of nested sections are optional too."""
     if schema.get("type") == "object" and "properties" in schema:
         return {**{k: v for k, v in schema.items() if k in _NOTES}, **_mapping([dict(schema)])}
     notes = {key: schema[key] for key in ("description", "default") if key in schema}

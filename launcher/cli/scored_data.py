@@ -1,4 +1,4 @@
-"""`data --scored RUN`: which documents of a run's data are worth a look, by their losses under the run's weights."""
+"""`data --scored RUN`: the documents in a run's data that are worth a look, by their losses under the run's weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROWS = 20
 
 
 def run(tokens: list[str]) -> int:
-    """Score the documents, where that was not done, and show which are likely mislabeled, memorized, or have nothing to learn."""
+    """Score unscored documents, and show which are likely mislabeled, memorized, or have nothing to learn."""
     arguments = _parser().parse_args(tokens)
     run_dir = run_store.find_run(arguments.scored, Path(arguments.root))
     ownership.require_run(run_dir)
@@ -77,7 +77,7 @@ def _require_new_file(file: Path) -> Path:
 
 
 def _write_exclusions(file: Path, report: dict[str, Any], names: list[str]) -> None:
-    """Write the documents of the findings `names`: of the ranking of mislabeled ones, those that are likely so."""
+    """Write the documents of the findings `names`; from the ranking of mislabeled documents, only likely ones."""
     if not report["has_origins"]:
         message = "the run's data cache does not record the contents of its documents"
         remedy = "start a run with the same settings: its data is built anew, with the origin of each document"

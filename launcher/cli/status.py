@@ -1,4 +1,4 @@
-"""The verbs status and ls: the state of runs from their files and their backend, as text or JSON."""
+"""The verbs status and ls: the state of runs from their files and backends, as text or JSON."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ALERTS_SHOWN = 3
 _CHECKPOINTS_SHOWN = 5
 _NUM_QUERIES = 16
 _PARTS_SHOWN = 4
-# A newest step older than this is shown with its age.
+# If the newest step is older than this, its age is shown.
 _STALE_STEP_S = 60.0
 # How long storage may fail while a run is watched.
 _STORAGE_FAILURE_S = 60.0
@@ -44,7 +44,7 @@ _COLUMNS = ("run", "state", ">step", ">loss", ">cost", "updated")
 
 
 def run(verb: str, tokens: list[str]) -> int:
-    """Carry out `status` or `ls`."""
+    """Execute `status` or `ls`."""
     arguments = _parser(verb).parse_args(tokens)
     if verb == "status":
         run_dir = run_store.find_run(arguments.run, Path(arguments.root), marker="status.json")
@@ -76,7 +76,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 
 
 def _folder_error(folder: str) -> SubmitError:
-    """Return the error for a folder in place of the URL of a mirror."""
+    """Return the error for a folder where the URL of a mirror is expected."""
     is_run = any((Path(above) / folder / "status.json").is_file() for above in ("", DEFAULT_ROOT))
     command = launcher_command("status", folder) if is_run else launcher_command("ls", "--root", folder)
     remedy = f"show {'this run' if is_run else 'the runs in this folder'} with: {command}"
@@ -99,7 +99,7 @@ def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
         try:
             values = summary(run, state())
         except (OSError, LauncherError) as error:
-            # Storage may be back at the next try.
+            # Storage may be available again at the next try.
             if every_s is None or time.monotonic() - read_at > _STORAGE_FAILURE_S:
                 raise
             print(printable(f"the run cannot be read now: {_reason(error)}"), file=sys.stderr)
@@ -123,25 +123,25 @@ def _reason(error: OSError | LauncherError) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Return a text that names a folder, perhaps of another user, as one line."""
+    """Return a text that names a folder, possibly another user's, as one line."""
     return printable(text).replace("\n", "\\n")
 
 
 def _ask_backend(run: RunDir) -> Status:
-    # Before anything of the run is read.
+    # Check this before reading anything from the run.
     ownership.require_plain_files(run)
     return status_reader_for(run, run_store.read_placement(run).kind).status(run)
 
 
 def _state_reader(run: RunDir) -> Callable[[], Status]:
-    """Return a function that reads the run's state; from status.json alone if no plan names a backend, as with copied files."""
+    """Return a function that reads the run's state, from status.json alone if no plan names a backend, as with copied files."""
     if not run.plan.is_file():
         return partial(run_store.read_status, run)
     return StatusWatch(run, status_reader_for(run, run_store.read_placement(run).kind)).state
 
 
 def _ls(root: Path, as_json: bool) -> int:
-    """Print the runs under `root`, newest first; name those that cannot be read on standard error."""
+    """Print the runs under `root`, newest first; name unreadable runs on standard error."""
     _require_folder(root)
     runs = list(run_store.list_runs(root))
     summaries: list[str] = []
@@ -171,7 +171,7 @@ def _ls(root: Path, as_json: bool) -> int:
 
 
 def _require_folder(root: Path) -> None:
-    """Refuse a folder of runs that does not exist, other than the usual one, which the first run makes, or that is a run.
+    """Reject a folder of runs that is missing (except the default, which the first run creates) or that is itself a run.
 
     Raises:
         SubmitError: with the folder.
@@ -223,7 +223,7 @@ def _lines(values: dict[str, Any]) -> list[str]:
     if values["mirror"] is not None:
         rows.append(("mirror", values["mirror"]))
     rows += [("alert", _alert(alert)) for alert in values["alerts"][-_ALERTS_SHOWN:]]
-    # Texts of other programs may have several lines and control characters.
+    # Texts from other programs may contain line breaks and control characters.
     lines = [f"{label:<{_LABEL_WIDTH}}{printable(value).replace(chr(10), chr(10) + ' ' * _LABEL_WIDTH)}" for label, value in rows]
     return formatting.wrap([line for text in lines for line in text.split("\n")], _LABEL_WIDTH)
 
@@ -242,7 +242,7 @@ def _checkpoints(steps: Sequence[int]) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Return one bar for each value, scaled from lowest to highest; an exclamation mark for one that is not finite."""
+    """Return one bar for each value, scaled from lowest to highest; an exclamation mark for non-finite values."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0

@@ -1,4 +1,4 @@
-"""The verb why: what is behind a step of a run: its rows, their losses under the checkpoint before, and events near it."""
+"""The verb why: explain a step of a run with its rows, their losses under the checkpoint before it, and nearby events."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.security import ownership
 from launcher.tracking.jsonl import read_events, read_metrics
 
-# Steps on either side whose loss and gradient norm are shown, and seconds within which events count as near.
+# Number of steps on either side to show loss and gradient norm for, and seconds within which events count as nearby.
 _STEPS_AROUND = 3
 _NEAR_S = 600.0
 _ALERT = "alert"
@@ -25,7 +25,7 @@ _MAX_DOCUMENTS, _MAX_CHARS = 12, 60
 
 
 def run(verb: str, tokens: list[str]) -> int:
-    """Show the rows of a step, with their losses under the checkpoint before it, which are computed on this machine."""
+    """Show a step's rows, with their losses under the checkpoint before it, computed on this machine."""
     arguments = _parser().parse_args(tokens)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
     ownership.require_run(run_dir)
@@ -56,7 +56,7 @@ def _steps_around(run: RunDir, step: int) -> tuple[list[dict[str, Any]], dict[st
     """Return the metrics of the steps around `step`, and the line of the step itself.
 
     Raises:
-        SubmitError: if the run has not logged the step, with those that it has.
+        SubmitError: if the run has not logged the step; lists the logged steps.
     """
     trained = [line for line in read_metrics(run.metrics, _METRICS) if "train/loss" in line]
     line = next((line for line in trained if line["trainer/step"] == step), None)

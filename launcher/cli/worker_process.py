@@ -1,4 +1,4 @@
-"""Processes of the worker side that a command runs before anything is started: they may import torch, the command does not."""
+"""Worker-side processes that a command runs before it starts anything: they may import torch, the command does not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TERMINATION_S = 10.0
 
 
 def prepare_eval_sets(config: RunConfig) -> None:
-    """Build the caches of the evaluation sets alone, in a process that may import torch. Raises what `prepare` raises."""
+    """Build only the evaluation sets' caches, in a process that may import torch. Raises what `prepare` raises."""
     _prepare(config, "--eval-sets")
 
 
@@ -42,10 +42,10 @@ def _prepare(config: RunConfig, *arguments: str) -> dict[str, Any]:
 
 
 def check_extra(config: RunConfig) -> None:
-    """Let DeepSpeed validate `deepspeed.extra` in another process, unless it has accepted the same value before.
+    """Have DeepSpeed validate `deepspeed.extra` in another process, unless it has already accepted the same value.
 
     Raises:
-        ConfigError: with every key that DeepSpeed refuses or does not know.
+        ConfigError: with every key that DeepSpeed rejects or does not know.
     """
     if facts.is_extra_accepted(config):
         return
@@ -55,7 +55,7 @@ def check_extra(config: RunConfig) -> None:
 
 
 def run_worker_module(module: str, config: RunConfig, *arguments: str, timeout_s: float | None = None) -> dict[str, Any]:
-    """Run a module of the worker side with `config` on standard input; returns the JSON object of its last line.
+    """Run a worker-side module with `config` on standard input; returns the JSON object in its last line.
 
     Raises:
         RunError: if it prints no JSON object, fails without reporting problems, or has not ended after `timeout_s`.
@@ -74,11 +74,11 @@ def run_worker_module(module: str, config: RunConfig, *arguments: str, timeout_s
 
 
 def run_scoring(module: str, plan_path: Path, *arguments: str) -> dict[str, Any]:
-    """Run a module of launcher.worker.scoring on the plan of a run; returns its answer.
+    """Run a module of launcher.worker.scoring on a run's plan; returns its answer.
 
     Raises:
         DataError: if the data has problems.
-        RunError: if it has others, or fails.
+        RunError: if it reports other problems, or fails.
     """
     code, output = run_worker([sys.executable, "-m", module, str(plan_path), *arguments], stdout=subprocess.PIPE)
     answer = _last_object(output)
@@ -89,10 +89,10 @@ def run_scoring(module: str, plan_path: Path, *arguments: str) -> dict[str, Any]
 
 
 def run_reporting(module: str, config: RunConfig, *arguments: str) -> dict[str, Any]:
-    """Run a module of the worker side that prints its answer or its problems.
+    """Run a worker-side module that prints its answer or its problems.
 
     Raises:
-        DataError: with its problems, where nothing was started because of them.
+        DataError: with its problems, if nothing was started because of them.
         RunError: with its problems otherwise.
     """
     answer = run_worker_module(module, config, *arguments)
@@ -112,9 +112,9 @@ def _last_object(output: str) -> dict[str, Any] | None:
 def run_worker(
     command: Sequence[str], stdin: str = "", stdout: int | None = None, timeout_s: float | None = None
 ) -> tuple[int, str]:
-    """Run a process of the worker side to its end; returns its exit code, and its output where `stdout` is a pipe.
+    """Run a worker-side process to its end; returns its exit code, and its output if `stdout` is a pipe.
 
-    Ctrl-C reaches this process alone, which ends the other one: its workers would each print a traceback.
+    Ctrl-C reaches only this process, which ends the other one: otherwise each of its workers would print a traceback.
 
     Raises:
         KeyboardInterrupt: after the process has ended.
@@ -122,7 +122,7 @@ def run_worker(
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        # The process inherits the mask, until it ignores the signal.
+        # The process inherits the mask until it ignores the signal.
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, text=True, env=worker_environment())
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -140,11 +140,10 @@ def run_worker(
 
 
 def worker_environment() -> dict[str, str]:
-    """Return the environment of a process that runs a module of the worker side: this package comes first in PYTHONPATH.
+    """Return the environment for a worker-side module's process: this package comes first in PYTHONPATH.
 
-    Nothing is imported from the working directory, which may belong to somebody else, and compiled code is loaded from folders
-    of this user. The progress bars of libraries are off:
-    launcher.tracking.progress shows how far the work is.
+    Nothing is imported from the working directory, which may belong to another user, and compiled code is loaded from this
+    user's folders. Libraries' progress bars are off: launcher.tracking.progress shows the progress.
     """
     root = str(Path(facts.__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
