@@ -1,4 +1,4 @@
-"""The logins of this shell at Weights & Biases and the Hub: whether they are there and, where the service answers, valid."""
+"""This shell's logins at Weights & Biases and the Hub: whether they exist and, if the service answers, are valid."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOKEN_PAGE = "https://huggingface.co/settings/tokens"  # noqa: S105
 
 
 def check_accounts(config: RunConfig) -> list[CheckResult]:
-    """Check the login of both services; no key is part of a result."""
+    """Check the logins at both services; results contain no keys."""
     return [*_check_wandb(config), *_check_hub(config)]
 
 

@@ -1,4 +1,4 @@
-"""Whether this shell may fetch a model of the Hub that is given only to accounts which accepted its license; asks no network."""
+"""Whether this shell may fetch a gated Hub model, which only accounts that accepted its license get; uses no network."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def find_token() -> tuple[str | None, str]:
 
 
 def is_gated(repo_id: str) -> bool:
-    """Return whether a repository is known to be gated; one that is not known may be gated, too."""
+    """Return whether a repository is known to be gated; an unknown one may be gated too."""
     known = find_license(repo_id)
     return known is not None and known.is_gated
 
 
 def gated_problem(model: ModelSection) -> Problem | None:
-    """Return why model or tokenizer will not be fetched: gated, no token, and not on this machine; None otherwise."""
+    """Return why the model or tokenizer cannot be fetched (gated, no token, and not on this machine), or None."""
     if find_token()[0] is not None:
         return None
     fetched = {

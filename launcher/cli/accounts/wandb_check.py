@@ -1,4 +1,4 @@
-"""Check with W&B before submission: a wrong key or entity is found here, not after hours in a queue."""
+"""Check with W&B before submission, so that a wrong key or entity is found now, not after hours in a queue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check(config: RunConfig, environ: dict[str, str]) -> list[str]:
     """Return notes about the login that would track the run; `environ` is the environment of the launcher's processes.
 
     Raises:
-        ConfigError: if W&B refuses the key, the entity or the project, or if mode online has no login.
+        ConfigError: if W&B rejects the key, the entity or the project, or if mode online has no login.
     """
     account = look_up_account(config, environ)
     return [] if account is None else judge_account(config, account)
@@ -45,7 +45,7 @@ def judge_account(config: RunConfig, account: dict[str, Any]) -> list[str]:
     if account["login"] is None and tracking.mode == "auto":
         return []
     if not config.cluster.forwards_environment:
-        # The login of the cluster's nodes counts, and is unknown here.
+        # The login of the cluster's nodes counts; it is unknown here.
         return _login_notes(config.cluster, account["login"])
     if account["refused"]:
         raise ConfigError(

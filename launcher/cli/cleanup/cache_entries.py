@@ -1,6 +1,6 @@
-"""What the launcher's cache holds: data caches, models, downloaded sources, scores, results of checks, and compiled extensions.
+"""The content of the launcher's cache: data caches, models, downloaded sources, scores, check results, compiled extensions.
 
-Each entry has its size, its last use, the runs that use it, and the reason why it is kept where there is one.
+Each entry has its size, its last use, the runs that use it, and the reason, if any, why it is kept.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ KINDS: Mapping[str, str] = {
     "extensions": "C++ extensions of DeepSpeed that runs compile, which other programs with DeepSpeed share",
 }
 _CHECKS = ("isolation-checks", "weight-checks", "deepspeed-checks", "completion")
-# A command that has found an entry may not have started its run yet.
+# A command that found an entry may not have started its run yet.
 _JUST_USED_S = 600.0
-# A build takes less; what is older was left by a process that was killed.
+# A build takes less time than this; anything older was left by a killed process.
 _LONGEST_BUILD_S = 24 * 3600.0
-# What DeepSpeed compiles for runs: collectives between CPU ranks, offloaded optimizers, NVMe. In the folder that torch has for
-# all programs, the rest belongs to others.
+# Extensions that DeepSpeed compiles for runs: collectives between CPU ranks, offloaded optimizers, NVMe. Everything else in
+# torch's folder belongs to other programs.
 _EXTENSIONS = ("async_io", "cpu_adam", "deepspeed_shm_comm", "pin_memory")
 _LOCK_SUFFIXES = (".lock", ".lock.json")
 
@@ -48,8 +48,8 @@ _LOCK_SUFFIXES = (".lock", ".lock.json")
 class CacheEntry:
     """A part of the cache that is removed as a whole. `paths[0]` is its folder.
 
-    `lock` is the file that a process holds which builds it. `runs` are the directories of the runs that use it. `kept` is the
-    reason why it is not removed, empty if there is none. `inodes` are device and inode of each of the paths.
+    `lock` is the file that a process holds while it builds the entry. `runs` are the directories of the runs that use it. `kept`
+    is why it is not removed, or empty. `inodes` are the device and inode of each path.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class CacheEntry:
 
     @property
     def is_replaced(self) -> bool:
-        """Whether a path leads to something else than when the entry was listed; one that is gone leads nowhere."""
+        """Whether a path leads elsewhere than when the entry was listed; a path that is gone does not count."""
         return any(now is not None and now != before for now, before in zip(map(_inode, self.paths), self.inodes, strict=True))
 
     def as_json(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class CacheEntry:
 
 @dataclass(frozen=True)
 class RunUse:
-    """What a run uses: `paths` of the cache. `is_unfinished` where it lives or can be resumed without other settings."""
+    """What a run uses: `paths` in the cache. `is_unfinished`: it is live, or can be resumed without changed settings."""
 
     run: RunDir
     state: str
@@ -90,13 +90,13 @@ class RunUse:
 
 
 def list_entries(roots: Iterable[Path], shared: bool = False) -> list[CacheEntry]:
-    """List the entries of the cache that belong to this user, the one with the oldest use first.
+    """List this user's cache entries, ordered by last use, oldest first.
 
-    `roots` are the folders of runs that may use it. Data caches that a group shares are kept unless `shared`: the runs of its
-    other members are not known.
+    `roots` are the folders of runs that may use the cache. Data caches that a group shares are kept unless `shared`: the other
+    members' runs are unknown.
 
     Raises:
-        SubmitError: if the plan of an unfinished run cannot be read, so that nobody knows what it uses.
+        SubmitError: if an unfinished run's plan is unreadable, so that it is unknown what the run uses.
     """
     uses = _uses(roots)
     found = [*_data(shared), *_models(), *_sources(), *_scores(), *_checks(), *_extensions()]
@@ -108,7 +108,7 @@ def list_entries(roots: Iterable[Path], shared: bool = False) -> list[CacheEntry
 def _uses(roots: Iterable[Path]) -> list[RunUse]:
     uses, problems, trust = [], [], Trust.from_environ(os.environ)
     for run in {run.root.resolve(): run for root in roots for run in run_store.list_runs(root)}.values():
-        # Runs of others use caches of their own, or those of a group, which are kept.
+        # Other users' runs use their own caches, or a group's, which are kept.
         if not _accepts(trust, run):
             continue
         state, used_at = _state(run)
@@ -131,7 +131,7 @@ def _uses(roots: Iterable[Path]) -> list[RunUse]:
 
 
 def _accepts(trust: Trust, run: RunDir) -> bool:
-    # It may have been removed since it was listed.
+    # It may have been removed after it was listed.
     with suppress(OSError):
         return trust.anyone or trust.accepts_owner(run.root.stat().st_uid)
     return False
@@ -146,7 +146,7 @@ def _state(run: RunDir) -> tuple[str, float]:
 
 
 def _paths_of(part: Any) -> Iterator[str]:
-    """Yield the absolute paths anywhere in a plan: data caches of all splits, model, tokenizer, and what plans add to them."""
+    """Yield all absolute paths in a plan: data caches of all splits, model, tokenizer, and whatever plans add."""
     if isinstance(part, dict):
         for value in part.values():
             yield from _paths_of(value)
@@ -186,7 +186,7 @@ def _reason(entry: CacheEntry, users: Sequence[RunUse], uses: Sequence[RunUse], 
 
 
 def is_locked(lock: Path) -> bool:
-    """Return whether a process holds a lock file; takes and leaves it untouched."""
+    """Return whether a process holds a lock file; does not change the file."""
     try:
         descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
@@ -218,9 +218,9 @@ def _inode(path: Path) -> tuple[int, int] | None:
 
 
 def _measure(path: Path) -> tuple[int, float]:
-    """Return the bytes of a file or folder, and the time at which a file of it was last read or written.
+    """Return the size of a file or folder in bytes, and when any of its files was last read or written.
 
-    Storage that keeps no times of reading (noatime) shows the time of writing.
+    Storage without access times (noatime) shows the time of the last write.
     """
     num_bytes, used_at = 0, 0.0
     with suppress(OSError):
@@ -297,20 +297,20 @@ def _checks() -> Iterator[CacheEntry]:
 
 
 def _part(name: str) -> Iterator[Path]:
-    """Yield a folder of the cache, unless it is a link or other users could have replaced it: it could lead anywhere."""
+    """Yield a cache folder, unless it is a link or other users could have replaced it: it could lead anywhere."""
     if (folder := usable_part(cache_root() / name)) is not None:
         yield folder
 
 
 def _extensions() -> Iterator[CacheEntry]:
-    """Yield the extensions of runs in torch's folder, and in the one of a node whose home directory cannot be written."""
+    """Yield the runs' extensions in torch's folder, and in the one on a node whose home directory is not writable."""
     own = os.environ.get("TORCH_EXTENSIONS_DIR")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     roots = [usable_part(Path(own).expanduser().absolute() if own else cache / "torch_extensions")]
     if is_private_folder(node := node_cache_root()):
         roots.append(usable_part(node / "torch_extensions_dir"))
     for root in filter(None, roots):
-        # With the default folder, one for each version of Python and CUDA lies between.
+        # The default folder has an extra level, one folder for each version of Python and CUDA.
         folders = (folder for folder in (root, *_children(root)) if folder.is_dir() and not folder.is_symlink())
         for path in (folder / name for folder in folders for name in _EXTENSIONS):
             if not path.is_symlink() and (path / "build.ninja").is_file():
@@ -318,7 +318,7 @@ def _extensions() -> Iterator[CacheEntry]:
 
 
 def _is_temporary(path: Path) -> bool:
-    """Return whether a folder is one that a process fills or removes, under a name of its own."""
+    """Return whether a folder has the temporary name under which a process fills or removes it."""
     return path.is_dir() and path.name.startswith(".") and not path.name.endswith(_LOCK_SUFFIXES)
 
 

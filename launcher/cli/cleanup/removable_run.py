@@ -1,4 +1,4 @@
-"""What the removal of a run takes with it, what keeps a copy, and why a run may not be removed."""
+"""What removing a run deletes, what keeps a copy, and why a run may not be removed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from launcher.tracking.jsonl import read_events
 class RemovableRun:
     """The content of a run directory, in bytes, and its copies elsewhere.
 
-    `mirror` and `mirrored_steps` are what the newest record of uploads says; `pushed_to` and `wandb` are addresses. Empty or None
-    for what there is not.
+    `mirror` and `mirrored_steps` come from the newest record of uploads; `pushed_to` and `wandb` are addresses. Missing values
+    are empty or None.
     """
 
     run: RunDir
@@ -53,7 +53,7 @@ class RemovableRun:
 def inspect(run: RunDir, others: Iterable[RunDir], together_with: Collection[Path]) -> RemovableRun:
     """Describe a run whose records this user trusts.
 
-    `others` may need it; `together_with` are the directories of the runs that the same command removes.
+    `others` are runs that may need it; `together_with` are the directories of the runs that the same command removes.
     """
     status, events = _last_status(run), read_events(run.events)
     exported, mirror = read_export(run), _mirror(run)
@@ -96,7 +96,7 @@ def _dependents(run: RunDir, others: Iterable[RunDir]) -> Iterator[RunDir]:
     for other in others:
         if other.root.resolve() == run.root:
             continue
-        # The plan of another user's run may hold anything, also what is no path.
+        # The plan of another user's run may contain anything, even values that are not paths.
         with suppress(LauncherError, OSError, ValueError):
             plan = run_store.read_plan_values(run_store.newest_plan_path(other))
             if any(_is_inside(path, run.root) for path in _model_paths(plan)):
@@ -116,7 +116,7 @@ def _is_inside(path: str, folder: Path) -> bool:
 
 
 def problems_of(removable: RemovableRun, even_if_needed: bool) -> list[Problem]:
-    """Return why a run may not be removed: it lives, or cannot be judged, or other runs need it."""
+    """Return why a run may not be removed: it is live, its state is unknown, or other runs need it."""
     problems, run = [], removable.run
     if problem := _living(run):
         problems.append(problem)
@@ -138,7 +138,7 @@ def _living(run: RunDir) -> Problem | None:
     cancel = f"stop it first: {launcher_command('cancel', run.root)}"
     try:
         recorded = run_store.read_status(run)
-        # What has ended is ended for every backend; a damaged plan need not be read for it.
+        # A final state is the same on every backend, so a damaged plan need not be read.
         status = recorded
         if recorded.state in RUNNING_STATES:
             status = cluster_for(run_store.read_placement(run).kind).status(run)
@@ -156,5 +156,5 @@ def _living(run: RunDir) -> Problem | None:
 
 
 def aside(root: Path) -> Path:
-    """Return where a run directory stands while it is removed, beside its place."""
+    """Return the path, beside the original, of a run directory while it is being removed."""
     return root.parent / f"{atomic_files.REMOVING_PREFIX}{root.name}"

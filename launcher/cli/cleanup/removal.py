@@ -1,4 +1,4 @@
-"""What commands that remove files share: the question before, and a removal that names what it could not remove."""
+"""Shared by commands that remove files: the question beforehand, and a removal that names what it could not remove."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from launcher.shell_commands import launcher_command
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of every verb that removes files after a question."""
+    """Add the flags of verbs that remove files after a question."""
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument("--dry-run", action="store_true", help="show what would be removed; remove nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def is_confirmed(arguments: argparse.Namespace, question: str, command: tuple[str, ...]) -> bool:
-    """Return whether a command goes on, and say so where it does not; --yes and --dry-run need no answer.
+    """Return whether a command continues, and report if it does not; --yes and --dry-run need no answer.
 
     `command` are the words of the command.
 
@@ -38,7 +38,7 @@ def is_confirmed(arguments: argparse.Namespace, question: str, command: tuple[st
 def _confirm(question: str, command: tuple[str, ...]) -> bool:
     """Ask on the terminal; only `y` and `yes` mean yes.
 
-    `command` are the words of the command that does the same without asking.
+    `command` is the command, as words, that does the same without asking.
 
     Raises:
         SubmitError: if there is no terminal to ask on.
@@ -53,7 +53,7 @@ def _confirm(question: str, command: tuple[str, ...]) -> bool:
 
 
 def remove_path(path: Path) -> list[str]:
-    """Remove a file, a link or a folder; a folder leaves its name by one rename. Returns what could not be removed."""
+    """Remove a file, a link or a folder; a folder is renamed first. Returns what could not be removed."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return []
@@ -70,7 +70,7 @@ def remove_tree(folder: Path) -> list[str]:
 
     def keep(_: object, path: str, failure: tuple[type[BaseException], BaseException, object]) -> None:
         error = failure[1]
-        # What a folder that stays holds is reported itself.
+        # The content of a folder that could not be removed is reported itself.
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not _has_content(path):
             left.append(f"{path}: {error.strerror}")
 

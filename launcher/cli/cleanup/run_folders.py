@@ -1,6 +1,6 @@
 """The folders in which this user has started runs.
 
-`clean` asks the runs there what they use of the launcher's cache; a run that another folder has is named with that folder.
+`clean` checks what the runs there use of the launcher's cache. If a run is found in another folder, messages name that folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FOLDER = "run-folders"
 
 
 def remember(folder: Path) -> None:
-    """Note a folder of runs in the launcher's cache. A cache that cannot be written is no reason not to start a run."""
+    """Record a folder of runs in the launcher's cache. An unwritable cache does not prevent a run from starting."""
     if (records := usable_part(cache_root() / _FOLDER, make=True)) is not None:
         record = records / xxhash.xxh3_64_hexdigest(str(folder).encode())
         with suppress(OSError):
@@ -44,7 +44,7 @@ def recall() -> list[Path]:
 
 
 def with_root(error: NoSuchRun) -> NoSuchRun:
-    """Return the error with the other folders that have a run of its name, or with the option that names one."""
+    """Return the error with the other folders that have a run of that name, or with the option that names a folder."""
     problem = error.problems[0]
     elsewhere = [str(folder) for folder in recall() if (folder / error.name / "plan.json").is_file()]
     if not elsewhere:

@@ -14,21 +14,21 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 480, 230
 _RIGHT, _TOP, _BOTTOM = 20, 28, 44
-# Width of a character in a label, in the font of page.css.
+# Width of a character in a label, in page.css's font.
 _CHARACTER = 7.4
 _COLORS = 8
 # Floating-point numbers end at 1.8e308.
 _LARGEST = 1e300
 _MOST_LABELS = 7
-# Values whose range is a smaller fraction of them than this are drawn as a constant.
+# Values whose relative range is smaller than this are drawn as a constant.
 _CONSTANT = 1e-5
 # Length of one dash of curves that coincide.
 _DASH = 14
-# Curves coincide where they are within this distance of each other, at this fraction of their points.
+# Curves coincide if they are within this distance of each other at this fraction of their points.
 _COINCIDE, _COINCIDING_FRAC = 1.5, 0.5
-# Units of tick labels: the largest label from which one is used, its factor, and its letter.
+# Units of tick labels: the largest label from which a unit is used, its factor, and its letter.
 _UNITS = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
-# Labels that need more digits behind the point are written without a unit.
+# Labels that need more decimal places are written without a unit.
 _UNIT_DIGITS = 2
 Points = list[tuple[float, float]]
 
@@ -50,7 +50,7 @@ class _Axis:
 
 
 def stacked_bars(title: str, labels: Sequence[str], series: Sequence[Series], x_label: str, y_label: str) -> Markup:
-    """Draw one bar a label, the series on top of each other: a histogram where the labels are bins."""
+    """Draw one bar per label with the series stacked; a histogram if the labels are bins."""
     highest = max((sum(column) for column in zip(*(one.values for one in series), strict=True)), default=0)
     y = _linear_axis([0, highest or 1], HEIGHT - _BOTTOM, _TOP)
     left = _left_margin(y)
@@ -74,7 +74,7 @@ def stacked_bars(title: str, labels: Sequence[str], series: Sequence[Series], x_
 
 
 def bars(title: str, rows: Sequence[tuple[str, float, str]], highest: float | None = None) -> Markup:
-    """Draw one horizontal bar for each (label, value, text behind the bar), as HTML: the texts keep their size on any screen."""
+    """Draw one horizontal bar for each (label, value, text after the bar), as HTML: texts keep their size on any screen."""
     most = highest if highest is not None else max((value for _, value, _ in rows), default=1) or 1
     lines = [
         f'<span class="label">{escape(label)}</span>'
@@ -87,16 +87,16 @@ def bars(title: str, rows: Sequence[tuple[str, float, str]], highest: float | No
 
 
 def _percent(value: float, most: float) -> float:
-    """Return the length of a bar; one of a value above 0 can be seen."""
+    """Return the length of a bar; a bar for a value above 0 is always visible."""
     return min(100.0, max(0.4, 100 * value / most)) if value else 0.0
 
 
 def lines(
     title: str, x: Sequence[Sequence[float]], series: Sequence[Series], x_label: str, y_label: str, log_x: bool = False
 ) -> Markup:
-    """Draw curves; `x` has the positions of each series. A logarithmic axis takes positions above 0.
+    """Draw curves; `x` has the positions of each series. A logarithmic axis requires positions above 0.
 
-    Curves that coincide are drawn in alternating dashes, so that each can be seen.
+    Curves that coincide are drawn in alternating dashes, so that each is visible.
     """
     points = [value for one in x for value in one]
     values = [value for one in series for value in one.values if _can_be_drawn(value)]
@@ -118,15 +118,15 @@ def lines(
 
 
 def _can_be_drawn(value: float) -> bool:
-    """Return whether a value is a number whose distance to others is one, too: a file of others may hold any."""
+    """Return whether a value, and its distance to other values, is a finite number: another user's file may contain any value."""
     return math.isfinite(value) and abs(value) < _LARGEST
 
 
 def _curve(points: Points, name: str, color: str, place: int, num_coinciding: int) -> str:
-    """Draw a curve that is the `place`-th, from 0, of `num_coinciding` that are drawn over each other."""
+    """Draw the curve with index `place` among `num_coinciding` curves that are drawn over each other."""
     tip = f"<title>{escape(name)}</title>"
     if len(points) == 1:
-        # A line of one point would not be seen. Points of other curves below it are rings.
+        # A line with one point would be invisible. Points of other curves below it are rings.
         (a, b), radius = points[0], 4 + 3 * (num_coinciding - 1 - place)
         return f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{radius}" fill="{color}">{tip}</circle>'
     dashes = ""
@@ -139,7 +139,7 @@ def _curve(points: Points, name: str, color: str, place: int, num_coinciding: in
 
 
 def _coinciding(curves: Sequence[Points]) -> list[list[int]]:
-    """Return for each curve the numbers of those that coincide with it, in order, its own included."""
+    """Return for each curve the indices of the curves that coincide with it, in order, including its own."""
     groups: list[list[int]] = []
     for number, curve in enumerate(curves):
         group = next((group for group in groups if _is_over(curve, curves[group[0]])), None)
@@ -151,7 +151,7 @@ def _coinciding(curves: Sequence[Points]) -> list[list[int]]:
 
 
 def _is_over(curve: Points, other: Points) -> bool:
-    """Whether a curve coincides with another over most of the range of the shorter one."""
+    """Return whether a curve coincides with another over most of the shorter one's range."""
     if not curve or not other:
         return False
     shorter, longer = sorted((curve, other), key=lambda points: points[-1][0] - points[0][0])
@@ -160,7 +160,7 @@ def _is_over(curve: Points, other: Points) -> bool:
 
 
 def _interpolate(points: Points, x: float) -> float:
-    """Return the height of a curve at `x`; NaN outside of its range."""
+    """Return the height of a curve at `x`; NaN outside its range."""
     after = bisect_right(points, x, key=lambda point: point[0])
     (x0, y0), (x1, y1) = points[max(0, after - 1)], points[min(after, len(points) - 1)]
     if not x0 <= x <= x1:
@@ -229,7 +229,7 @@ def _log_axis(values: Sequence[float], at_low: float, at_high: float) -> _Axis:
 
 
 def _ticks(low: float, high: float, are_whole: bool = False) -> list[float]:
-    """Return about five round numbers from `low` or below to `high` or above, without fractions if `are_whole`."""
+    """Return about five round numbers from at most `low` to at least `high`, without fractions if `are_whole`."""
     rough = (high - low) / 4
     unit = 10 ** math.floor(math.log10(rough))
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough * 0.999)
@@ -240,7 +240,7 @@ def _ticks(low: float, high: float, are_whole: bool = False) -> list[float]:
 
 
 def _tick_labels(ticks: Sequence[float]) -> list[str]:
-    """Return the ticks in one unit, with as many digits as tell them apart: 1.5k, 20M."""
+    """Return the ticks in one unit, with enough digits to distinguish them: 1.5k, 20M."""
     step, largest = ticks[1] - ticks[0], max(map(abs, ticks))
     if largest < 1e-3:
         digits = _num_digits(step, lambda tick, digits: float(f"{tick:.{digits}e}"), ticks)
@@ -255,7 +255,7 @@ def _tick_labels(ticks: Sequence[float]) -> list[str]:
 
 
 def _num_digits(step: float, rounded: Callable[[float, int], float], values: Sequence[float]) -> int:
-    """Return the fewest digits behind the point with which rounding moves no value by more than a hundredth of `step`."""
+    """Return the fewest decimal places with which rounding moves no value by more than a hundredth of `step`."""
     return next(
         (digits for digits in range(16) if all(abs(rounded(value, digits) - value) <= step / 100 for value in values)), 16
     )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def page(report: dict[str, Any], name: str) -> str:
-    """Return a self-contained HTML page of the report of launcher.data.report; `name` is that of the data."""
+    """Return a self-contained HTML page of the report from launcher.data.report; `name` is the name of the data."""
     return html_page.render(
         "data",
         title=f"Data: {name}",
@@ -47,7 +47,7 @@ def page(report: dict[str, Any], name: str) -> str:
 
 
 def _verdict(findings: list[dict[str, Any]]) -> dict[str, str]:
-    """Return a text, and its kind: bad, warn or good."""
+    """Return a text and its kind: bad, warn or good."""
     refused = [finding for finding in findings if finding["fatal"]]
     if refused:
         reasons = "; ".join(
@@ -101,12 +101,12 @@ def _share_and_count(finding: dict[str, Any]) -> str:
 
 
 def _percentages(num_quantiles: int) -> list[float]:
-    """Return the percentages that evenly spaced quantiles stand for, from 0 to 100."""
+    """Return the percentages of evenly spaced quantiles, from 0 to 100."""
     return [i * 100 / (num_quantiles - 1) for i in range(num_quantiles)]
 
 
 def _finding_contexts(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what the template shows of each finding."""
+    """Return what the template shows for each finding."""
     return [
         {
             "title": f"{finding['count']:,} of {finding['total']:,} ({share_text(finding['share'])}) {finding['title']}",
@@ -121,7 +121,7 @@ def _finding_contexts(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _samples(shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a title, and each document's caption and parts of text, of the rows or documents that are shown."""
+    """Return a title, and each document's caption and text parts, for the rows or documents to show."""
     samples = []
     for number, sample in enumerate(shown, start=1):
         documents = []

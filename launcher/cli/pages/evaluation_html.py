@@ -1,4 +1,4 @@
-"""The evaluations of a run on the report page."""
+"""A run's evaluations on the report page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KINDS = {"win": "better than", "loss": "worse than", "tie": "the same as"}
 
 
 def evaluation_contexts(run: RunDir, plan: LaunchPlan) -> list[dict[str, Any]]:
-    """Return what the template shows of each evaluation, the newest step first."""
+    """Return what the template shows for each evaluation, newest step first."""
     return [
         {
             "title": f"step {one.step:,}" + (f", set {one.set_name}" if one.set_name else ""),
@@ -32,7 +32,7 @@ def evaluation_contexts(run: RunDir, plan: LaunchPlan) -> list[dict[str, Any]]:
 
 
 def step_contexts(run: RunDir) -> list[dict[str, Any]]:
-    """Return what the template shows of each set that was evaluated at several steps: a chart of the scores, and a table."""
+    """Return what the template shows for each set that was evaluated at several steps: a chart of the scores and a table."""
     contexts = []
     for one in by_steps(read_verdicts(run)):
         steps, name = [verdict.step for verdict in one.verdicts], one.set_name or "prompts"
@@ -44,7 +44,7 @@ def step_contexts(run: RunDir) -> list[dict[str, Any]]:
 
 
 def _pairs(verdict: EvaluationVerdict) -> tuple[list[str], list[list[str]]]:
-    """Return the table of wins, losses and ties by the primary metric."""
+    """Return the table of wins, losses and ties on the primary metric."""
     has_tests = any(one.p_value is not None for one in verdict.primary)
     header = [f"{verdict.metric.replace('_', ' ')} against", "difference", "better", "worse", "same"]
     rows = [

@@ -1,4 +1,4 @@
-"""One self-contained HTML page from a template. No script, no font and no file from elsewhere."""
+"""One self-contained HTML page from a template, without scripts, fonts or external files."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from launcher.security import ownership
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-# Part of every page (templates/page.html.jinja), by which one is recognized: nothing is fetched and nothing runs,
-# whatever a text on the page holds.
+# Part of every page (templates/page.html.jinja), and used to recognize one: nothing is fetched and nothing runs, whatever a text
+# on the page contains.
 _POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
 
 
-# Words of tables that are longer may break behind punctuation.
+# Longer words in tables may break after punctuation.
 _LONG_WORD = 16
 
 
 def require_writable_page(file: Path) -> Path:
-    """Refuse a path that cannot be written, a link of another user, or a file that is not a page of the launcher.
+    """Reject an unwritable path, another user's link, or a file that is not one of the launcher's pages.
 
     Raises:
         ConfigError: about `--html`.
@@ -56,12 +56,12 @@ def write(file: Path, content: str) -> None:
         ConfigError: if it does not, or if writing fails.
     """
     try:
-        # UTF-8 has no code for half a surrogate pair, as in some file names. Encode before the old page is gone.
+        # UTF-8 cannot encode lone surrogates, which occur in some file names. Encode before the old page is removed.
         encoded = content.encode(errors="xmlcharrefreplace")
         if require_writable_page(file).exists() and not file.is_file():
             _write_to_device(file, encoded)
         else:
-            # Only this user can read it, since pages show rows of the data. A link that another user makes now is replaced.
+            # Only this user can read it, because pages show data rows. A link that another user creates now is replaced.
             atomic_files.write_bytes(_follow(file), encoded, mode=0o600)
     except OSError as error:
         what = f"the page cannot be written: {error.strerror}"
@@ -72,7 +72,7 @@ def _follow(file: Path) -> Path:
     """Return the file that a path leads to; the file need not exist.
 
     Raises:
-        ConfigError: if a link of another user, such as one in the directory of their run, chooses it.
+        ConfigError: if a link of another user, for example in their run's directory, chooses it.
     """
     try:
         return ownership.follow_own_links(file)
@@ -96,11 +96,11 @@ def _require_own_device(status: os.stat_result) -> None:
 
 
 def render(template: str, **context: Any) -> str:
-    """Return the page of a template of launcher/cli/pages/templates; texts of `context` are escaped, Markup is not.
+    """Render a template in launcher/cli/pages/templates; texts in `context` are escaped, Markup is not.
 
     Args:
         template: name without its ending, such as `report`.
-        context: its variables; `title` and `subtitle` are those of every page.
+        context: its variables; every page has `title` and `subtitle`.
     """
     return environment().get_template(f"{template}.html.jinja").render(**context)
 
@@ -123,7 +123,7 @@ def environment() -> Environment:
 
 
 def _cell(text: object) -> Markup:
-    """Return the text of a table's cell: with its line breaks, and with places where a long word such as a path may break."""
+    """Return a table cell's text with its line breaks, and with places where long words such as paths may break."""
     lines = (Markup(" ").join(_breakable(word) for word in line.split(" ")) for line in str(text).split("\n"))
     return Markup("<br>").join(lines)
 

@@ -8,13 +8,13 @@ from launcher.cli.pages import html_page
 from launcher.cli.views import scored_view
 from launcher.data.triage.ranking import FINDINGS
 
-# Documents of a list on the page.
+# Number of documents per list on the page.
 _MOST = 100
 _COLUMNS = [name.removeprefix(">") for name in scored_view.COLUMNS[:-1]]
 
 
 def page(report: dict[str, Any]) -> str:
-    """Return a self-contained HTML page of the report of launcher.worker.scoring.triage."""
+    """Return a self-contained HTML page of the report from launcher.worker.scoring.triage."""
     subtitle, *notes = scored_view.summary(report)
     lists = [
         {

@@ -1,4 +1,4 @@
-"""What the runs under run.root say to a plan: how fast this model trained, and whether the name is taken."""
+"""What the runs under run.root tell a plan: how fast this model trained, and whether the name is taken."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from launcher.security import ownership
 from launcher.shell_commands import launcher_command
 from launcher.tracking.metrics_tail import newest_trained_step, read_tail
 
-# Newest runs that are read for an MFU; and the fewest steps, after the first, that count as a measurement.
+# The number of newest runs to read for an MFU, and the fewest steps, after the first, that count as a measurement.
 _NUM_RUNS, _FEWEST_STEPS = 50, 5
-# A run's metrics hold no name of its GPU, but the peak with which they were made.
+# A run's metrics do not name its GPU, but contain the peak FLOP/s with which they were computed.
 _SAME_PEAK = 0.005
 _ARCHITECTURE = (
     *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
@@ -33,7 +33,7 @@ _ARCHITECTURE = (
 
 
 def find_measured_mfu(plan: LaunchPlan, gpu: str) -> MeasuredMfu | None:
-    """Return the MFU of the newest run beside this one with the same model, dtype, offload and peak FLOP/s; None without one."""
+    """Return the MFU of the newest run beside this one with the same model, dtype, offload and peak FLOP/s, or None."""
     peak = peak_tflops(plan, gpu)
     if plan.topology.device != "cuda" or peak is None:
         return None
@@ -54,7 +54,7 @@ def find_measured_mfu(plan: LaunchPlan, gpu: str) -> MeasuredMfu | None:
 
 
 def _is_trusted(run: RunDir) -> bool:
-    """Return whether a run is of this user or of one they trust; files of others may have no end, and their numbers mislead."""
+    """Return whether a run belongs to this or a trusted user: other users' files may be endless and their numbers misleading."""
     with suppress(OSError):
         return ownership.accepts_owner(run.root.stat().st_uid)
     return False
@@ -65,7 +65,7 @@ def _is_peak(tflops: float, peak: float) -> bool:
 
 
 def _training_settings(values: dict[str, Any]) -> list[Any]:
-    """Return what decides the MFU in the JSON of a plan."""
+    """Return the values in a plan's JSON that determine the MFU."""
     model, config = values["model"], values["config"]
     deepspeed = [config["deepspeed"][key] for key in ("offload_optimizer", "offload_params")]
     layers = config["model"]["activation_checkpointing"]
@@ -74,7 +74,7 @@ def _training_settings(values: dict[str, Any]) -> list[Any]:
 
 
 def name_warning(config: RunConfig) -> str | None:
-    """Return what the run with this run.name is, which `train` would refuse to replace; None if the name is free."""
+    """Describe the run with this run.name, which `train` would refuse to replace, or return None if the name is free."""
     if config.run.name is None:
         return None
     run = RunDir(run_dir_of(config, config.run.name, str(Path.cwd()), str(Path.home())))

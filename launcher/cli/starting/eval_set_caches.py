@@ -1,4 +1,4 @@
-"""The data caches of eval.sets for a run that exists: those that are there are kept, the others are built."""
+"""The data caches of eval.sets for an existing run: existing caches are kept, the others are built."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from launcher.plan.launch_plan import DataFacts
 
 
 def find_or_build(config: RunConfig, kept: dict[str, DataFacts], tokenizer_path: str | None) -> dict[str, DataFacts]:
-    """Return `kept`, by names of sets, with the facts of the other sets of `config`, which are built where they are not there.
+    """Return `kept`, keyed by set name, plus the facts of the other sets in `config`; missing caches are built.
 
     Raises:
         ConfigError, DataError: for a set that cannot be read.

@@ -1,6 +1,6 @@
-"""The verbs train and resume on a backend whose machines all run the same command: node 0 starts the run, the others join it.
+"""The verbs train and resume on a backend whose machines all run the same command: node 0 starts the run, the others join.
 
-The command stays on its machine as long as the attempt lasts, and ends with the same exit code on all of them.
+On each machine, the command runs as long as the attempt; it ends with the same exit code everywhere.
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ from launcher.security import ownership
 from launcher.shell_commands import launcher_command
 
 _POLL_S = 0.2
-# A network file system may show the attempt that late.
+# A network file system may show the attempt this late.
 _VISIBLE_S = 60.0
-# How long the machines of an earlier start have to end, beyond the time after which one counts as lost.
+# How long an earlier start's machines have to end, in addition to the time after which a machine counts as lost.
 _LEAVE_S = 60.0
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
 class _Start:
-    """What one machine does: who it is, the run, the settings of the backend, and what must be equal on all machines.
+    """One machine's part: its identity, the run, the backend's settings, and what must be equal on all machines.
 
-    `describe_end` returns why the command has nothing to do, None if it has: node 0 may have found so and ended.
+    `describe_end` returns why the command has nothing to do, or None: node 0 may have found this out and ended.
     """
 
     here: NodeIdentity
@@ -79,7 +79,7 @@ class _Start:
 
 
 class _Signals:
-    """TERM, HUP and USR2 end a command that waits; once this machine's agent runs, they ask the ranks to save and stop."""
+    """TERM, HUP and USR2 end a waiting command; once this machine's agent runs, they ask the ranks to save and stop."""
 
     def __init__(self) -> None:
         self.process: NodeProcess | None = None
@@ -89,7 +89,7 @@ class _Signals:
             signal.signal(number, self._receive)
 
     def watch(self, process: NodeProcess | None, interrupts: Interrupts) -> None:
-        """Pass the signals on to this machine's agent, also one that came while the agent was started."""
+        """Forward signals to this machine's agent, including one that arrived while the agent was starting."""
         self.process = process
         self.install()
         while signal.SIGTERM in interrupts.received:
@@ -138,7 +138,7 @@ def train(jobs: Sequence[Composed], follows: bool | None, accepts_cost: bool) ->
 
 
 def resume(run: RunDir, plan: LaunchPlan, arguments: argparse.Namespace) -> int:
-    """Take this machine's part in a resume, which every machine is asked for; returns the exit code."""
+    """Take this machine's part in a resume, which must be started on every machine; returns the exit code."""
     config = with_overrides(plan.config, arguments.overrides, plan.run_name)
     section = StaticSection.of(config.cluster)
     keys = [override.lstrip("+").partition("=")[0] for override in arguments.overrides]
@@ -159,7 +159,7 @@ def resume(run: RunDir, plan: LaunchPlan, arguments: argparse.Namespace) -> int:
 
 
 def _require_shared_run(config: RunConfig, here: NodeIdentity) -> None:
-    """Refuse a run that the other machines, and the next start of the command, could not find.
+    """Reject a run that the other machines, and the next start of the command, could not find.
 
     Raises:
         ConfigError: with each setting that is missing.
@@ -177,20 +177,20 @@ def _require_shared_run(config: RunConfig, here: NodeIdentity) -> None:
 
 
 def _command_of(config: RunConfig) -> dict[str, str]:
-    """Return the settings that every machine must have been started with, and the launcher's version."""
+    """Return the settings that must be the same on every machine, and the launcher's version."""
     values = {key: str(value) for key, value in leaves(config.model_dump(mode="json"))}
     return {**values, "launcher": launcher.__version__}
 
 
 def _for_plan(overrides: Sequence[str], plan: LaunchPlan, here: NodeIdentity) -> list[str]:
-    """Return the overrides without those that belong to this machine and this start, and with the number of machines."""
+    """Return the overrides without the ones specific to this machine and start, and with the number of machines."""
     per_start = ("cluster.node_rank=", "cluster.master_addr=", "cluster.master_port=", "cluster.nodes=")
     kept = [override for override in overrides if not override.lstrip("+").startswith(per_start)]
     return kept if plan.config.cluster.nodes == here.nodes else [*kept, f"cluster.nodes={here.nodes}"]
 
 
 def _lead(start: _Start, begin: Callable[[StaticCluster, Interrupts], int | str], shows_steps: bool) -> int:
-    """Carry out node 0's part: `begin` returns the attempt that it has started, or why there is nothing left to do."""
+    """Run node 0's part: `begin` returns the attempt that it started, or why nothing is left to do."""
     here, signals = start.here, _Signals()
     signals.install()
     endpoint = head_endpoint(here, start.section.interface, start.section.allow_public_address)
@@ -231,7 +231,7 @@ def _follow_quietly(start: _Start, attempt: int, cluster: StaticCluster) -> int:
 
 
 def _record_silent_end(run: RunDir, attempt: int, cluster: StaticCluster) -> None:
-    """Write that the attempt has failed where node 0's agent could not."""
+    """Record that the attempt failed if node 0's agent could not."""
     with suppress(OSError, LauncherError):
         if run_store.newest_attempt(run) == attempt and run_store.read_status(run).state in RUNNING_STATES:
             status = cluster.status(run)
@@ -240,7 +240,7 @@ def _record_silent_end(run: RunDir, attempt: int, cluster: StaticCluster) -> Non
 
 
 def _join(start: _Start) -> int:
-    """Carry out the part of a machine other than node 0."""
+    """Run the part of a machine other than node 0."""
     here, run, signals = start.here, start.run, _Signals()
     signals.install()
     node = JoiningNode(here, run.root, start.command, start.describe_end)
@@ -271,13 +271,13 @@ def _join(start: _Start) -> int:
 
 
 def _describe_end(config: RunConfig, run: RunDir) -> str | None:
-    """Return that the run is completed or cancelled, where the same command asks for it again; None otherwise."""
+    """If the same command is repeated for a completed or cancelled run, return this as a message; otherwise None."""
     if not run.status.is_file() or ownership.run_problem(run) is not None:
         return None
     with suppress(OSError, LauncherError):
         status = run_store.read_status(run)
         if status.state in ("completed", "cancelled"):
-            # Another command is refused by node 0.
+            # Node 0 rejects a different command.
             _require_same_command(config, LaunchPlan.load(run.plan), run)
             message = f": {status.message}" if status.message else ""
             return f"{run.root.name} is {status.state}{message}; nothing is left to do"
@@ -288,7 +288,7 @@ def _await_visible(run: RunDir, attempt: int) -> None:
     """Wait until this machine sees the attempt with its nodes.
 
     Raises:
-        SubmitError: if it does not come.
+        SubmitError: if it does not appear.
     """
     until = time.monotonic() + _VISIBLE_S
     while time.monotonic() < until:
@@ -302,7 +302,7 @@ def _await_visible(run: RunDir, attempt: int) -> None:
 
 
 def _await_conclusion(start: _Start, attempt: int) -> int:
-    """Wait until node 0 has judged the attempt, or is lost; returns the exit code."""
+    """Wait until node 0 has judged the attempt or is lost; returns the exit code."""
     run, cluster = start.run, StaticCluster()
     until = time.monotonic() + start.section.stop_grace_seconds + 2 * lost_node_s(run)
     while time.monotonic() < until:
@@ -326,11 +326,11 @@ def _closing(start: _Start, attempt: int) -> int:
 
 
 def _continue(composed: Composed, run: RunDir, cluster: StaticCluster, interrupts: Interrupts) -> int | str:
-    """Start the next attempt of a run that exists, as the same command is repeated; returns why where nothing is left to do.
+    """Start the next attempt of an existing run because the same command was repeated, or return why nothing is left to do.
 
     Raises:
-        ConfigError: if the command differs from the one that has begun the run.
-        SubmitError: if the run still runs, or its retry budget is used up.
+        ConfigError: if the command differs from the one that began the run.
+        SubmitError: if the run is still running, or its retry budget is spent.
     """
     ownership.require_run(run)
     with run_store.start_lock(run):
@@ -351,9 +351,9 @@ def _continue(composed: Composed, run: RunDir, cluster: StaticCluster, interrupt
 
 
 def _await_idle(run: RunDir) -> None:
-    """Wait until the machines of an earlier start have ended, which lose each other one after the other.
+    """Wait until the machines of an earlier start have ended; they lose each other one after the other.
 
-    Returns also where they have not: what starts the attempt then refuses the run.
+    Also returns if they have not ended: starting the attempt then fails.
     """
     until, is_announced = time.monotonic() + lost_node_s(run) + _LEAVE_S, False
     while time.monotonic() < until:
@@ -370,7 +370,7 @@ def _require_same_command(config: RunConfig, plan: LaunchPlan, run: RunDir) -> N
     requested = facts.resolve(config, device)
     saved = plan.config
     if is_run(requested.model.path) and not str(config.model.path).rpartition("@")[2].isdigit():
-        # The newest checkpoint of that run when this one was begun.
+        # The newest checkpoint of that run when this one began.
         requested = requested.model_copy(update={"model": requested.model.model_copy(update={"path": saved.model.path})})
     changes = [
         change
@@ -387,7 +387,7 @@ def _require_same_command(config: RunConfig, plan: LaunchPlan, run: RunDir) -> N
 
 
 def _judge_previous(run: RunDir) -> dict[str, Any]:
-    """Let the worker side judge the newest attempt: launcher.worker.static.previous."""
+    """Have the worker side judge the newest attempt, see launcher.worker.static.previous."""
     command = [sys.executable, "-m", "launcher.worker.static.previous", str(run_store.newest_plan_path(run))]
     code, output = run_worker(command, stdout=subprocess.PIPE)
     try:

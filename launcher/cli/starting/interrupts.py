@@ -1,4 +1,4 @@
-"""Ctrl-C and other ends of a command that has started something: nothing is left behind without a word."""
+"""Ctrl-C and other ends of a command that has started something: nothing is left behind silently."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ALIVE_S = 10.0
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let TERM and HUP end the command as Ctrl-C does, so that it cancels its allocation and ends its processes."""
+    """Make TERM and HUP end the command like Ctrl-C, so that it cancels its allocation and ends its processes."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -30,7 +30,7 @@ def ended_by_signals() -> Iterator[None]:
 
 @contextmanager
 def alive_file(path: Path) -> Iterator[None]:
-    """Count a file up every few seconds: processes on other machines end themselves where this command was killed."""
+    """Increment a counter in a file every few seconds: processes on other machines end themselves if this command is killed."""
     ended = threading.Event()
 
     def count() -> None:
@@ -55,7 +55,7 @@ def alive_file(path: Path) -> Iterator[None]:
 class Interrupts:
     """Ctrl-C ends the command until `defer` is called. After that, INT and TERM are collected in `received`.
 
-    A third one ends the command.
+    A third signal ends the command.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Interrupts:
         self._before = {}
 
     def defer(self) -> None:
-        """Collect the signals from now on."""
+        """Collect signals from now on."""
         if not self._before:
             self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
 

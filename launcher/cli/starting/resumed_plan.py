@@ -1,4 +1,4 @@
-"""The plan of a further attempt: changed settings, with the model and data of the run, compared with those of its checkpoint."""
+"""The plan of a further attempt: changed settings with the run's model and data, compared with its checkpoint's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from launcher.shell_commands import launcher_command
 
 # Marks numbers of the plan in a list of differences, such as plan.model.num_layers.
 _PLAN_PREFIX = "plan."
-# Settings that name the files of the data; a resume that sets one asks for the rows that these files hold today.
+# Settings that name data files; a resume that sets one requests the rows that these files contain today.
 _SOURCE_KEYS = ("data.path=", "data.sources=", "data.eval_path=")
 _NEW_ROWS = (
     "leave out the path to continue with the rows as they were built; or train on the rows of today, in another order than those "
@@ -46,14 +46,14 @@ def plan_again(
 ) -> LaunchPlan:
     """Plan the run with changed settings and the current path of its directory; model, data and identity stay the same.
 
-    Without a checkpoint, every setting may change but those that identify the run and its model.
+    Without a checkpoint, every setting may change except those that identify the run and its model.
     """
     config = with_overrides(plan.config, overrides, plan.run_name)
     check_extra(config)
     saved_plan = (_plan_of_checkpoint(run, checkpoint, force) if checkpoint is not None else None) or plan
     where = formatting.short(run.root if checkpoint is None else checkpoint.path)
     accepts = force or checkpoint is None
-    # Overrides of this command, and changes that somebody made in plan.json.
+    # Overrides in this command, and manual changes to plan.json.
     changes = [
         *_model_differences(saved_plan.model, plan.model),
         *differences(saved_plan.config, config),
@@ -63,7 +63,7 @@ def plan_again(
     model = _restore_model(plan, config)
     asks_for_data = any(override.lstrip("+").startswith(_SOURCE_KEYS) for override in overrides)
     data = _restore_data(plan, config, model, asks_for_data)
-    # The files of the sources may have changed, so a cache that was built again may hold other rows.
+    # Source files may have changed, so a rebuilt cache may contain different rows.
     data_changes = _data_differences(saved_plan.data, data)
     changes = [*differences(saved_plan.config, config), *data_changes]
     remedy = _NEW_ROWS.format(command=resume_command(run)) if asks_for_data and changes == data_changes else ""
@@ -94,7 +94,7 @@ def plan_again(
 def describe_moved_rows(saved_plan: LaunchPlan, next_plan: LaunchPlan, step: int) -> str | None:
     """Describe which rows a changed batch size skips or repeats; None if the rows continue without a gap.
 
-    The rows of a step follow from its number and the global batch size alone.
+    A step's rows depend only on its number and the global batch size.
     """
     num_trained, next_row = (step * plan.batch.global_batch_size for plan in (saved_plan, next_plan))
     if num_trained == next_row or _data_differences(saved_plan.data, next_plan.data):
@@ -109,7 +109,7 @@ def describe_moved_rows(saved_plan: LaunchPlan, next_plan: LaunchPlan, step: int
 
 
 def _all_overrides(earlier: Sequence[str], overrides: Sequence[str], changes: Sequence[Difference]) -> tuple[str, ...]:
-    """Return all overrides of the run so far, and the differences that --force accepted without an override."""
+    """Return all overrides of the run so far, plus the differences that --force accepted without an override."""
     keys = tuple(override.lstrip("+").partition("=")[0] for override in overrides)
     return (*earlier, *overrides, *(f"{change.key}={change.requested}" for change in changes if not change.key.startswith(keys)))
 
@@ -133,20 +133,20 @@ def _plan_of_checkpoint(run: RunDir, checkpoint: Checkpoint, force: bool) -> Lau
 
 
 def _model_differences(saved: ModelFacts, current: ModelFacts) -> list[Difference]:
-    """Return the numbers of the architecture that differ; paths may differ."""
+    """Return the architecture numbers that differ; paths may differ."""
     paths = {"path", "tokenizer_path", "has_weights", "isolation"}
     return differing(saved.model_dump(exclude=paths), current.model_dump(exclude=paths), f"{_PLAN_PREFIX}model")
 
 
 def _data_differences(saved: DataFacts | None, current: DataFacts | None) -> list[Difference]:
     if saved and current and saved.digest and saved.contents() == current.contents():
-        # The key also changes with the versions of libraries and of the cache's format; the digest is that of the rows.
+        # The key also changes with the versions of libraries and of the cache format; the digest depends only on the rows.
         return []
     return differing(_cache_contents(saved), _cache_contents(current), f"{_PLAN_PREFIX}data")
 
 
 def _cache_contents(data: DataFacts | None) -> dict[str, Any]:
-    """Return what a data cache holds, with its key instead of its path."""
+    """Return the content of a data cache, with its key instead of its path."""
     return {} if data is None else {"key": Path(data.cache_dir).name, **data.contents()}
 
 
@@ -166,10 +166,10 @@ def _restore_model(plan: LaunchPlan, config: RunConfig) -> ModelFacts:
 def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts, asks_for_data: bool) -> DataFacts | None:
     """Return the facts of the data cache; builds it again if it is not the one that the plan records.
 
-    The recorded rows count, whatever became of the files, unless the command asks for the data of the files.
+    The recorded rows count, even if the files have changed or are gone, unless the command requests the files' data.
 
     Raises:
-        DataError: if the sources are gone as well.
+        DataError: if the sources are gone too.
     """
     recorded = plan.data
     if recorded is not None and config.data == plan.config.data:
@@ -190,7 +190,7 @@ def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts, asks_f
 
 
 def _restore_eval_sets(plan: LaunchPlan, config: RunConfig, model: ModelFacts) -> dict[str, DataFacts]:
-    """Return the facts of the caches of eval.sets; the recorded rows count, and a cache that is not there is built.
+    """Return the facts of the eval.sets caches; the recorded rows count, and missing caches are built.
 
     Raises:
         ConfigError, DataError: for a set that cannot be read.
@@ -204,7 +204,7 @@ def _restore_eval_sets(plan: LaunchPlan, config: RunConfig, model: ModelFacts) -
 
 
 def _is_recorded(eval_set: EvalSet, plan: LaunchPlan, config: RunConfig) -> bool:
-    """Return whether the plan has the cache of this set, made with the same settings, and it is there."""
+    """Return whether the plan has this set's cache, built with the same settings, and the cache exists."""
     recorded = plan.eval_sets.get(eval_set.name)
     before = next((one for one in plan.config.eval.all_sets if one.name == eval_set.name), None)
     if recorded is None or before is None or config.data != plan.config.data or before.rows != eval_set.rows:
@@ -213,9 +213,9 @@ def _is_recorded(eval_set: EvalSet, plan: LaunchPlan, config: RunConfig) -> bool
 
 
 def _changed_sources(recorded: DataFacts, config: RunConfig) -> list[str]:
-    """Return the sources whose files changed since the cache was built, each with both digests; reads local files whole.
+    """Return the sources whose files changed since the cache was built, each with both digests; reads all of the local files.
 
-    Sources that cannot be read, such as files that were removed, are left out: the rows do not depend on them any more.
+    Unreadable sources, such as removed files, are left out: the rows do not depend on them any more.
     """
     inputs, changed = sources.list_inputs(config.data), []
     for source, built in zip(inputs, cache_store.read_report(recorded.cache_dir)["sources"], strict=False):

@@ -1,4 +1,4 @@
-"""Settings that fit the data, the model and the machine, with the reason for each: what `init` writes into a file."""
+"""Settings that fit the data, the model and the machine, with the reason for each; `init` writes them to a file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from launcher.plan.quantities import format_count
 from launcher.plan.suggested_settings import DataSample, Machine, Suggestion, needs_offload, suggest
 
 _OFFLOAD = "zero3_offload"
-# Longer than a look at the largest data takes: all rows are counted.
+# Longer than inspecting the largest data takes: all rows are counted.
 _LOOK_TIMEOUT_S = 3600.0
 _ASSUMED_SIZE = "the size of the model is not known: it is taken for one of 8 billion parameters"
 _ASSUMED_PARAMS = 8_000_000_000
@@ -34,7 +34,7 @@ _SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s*([bBmM])(?![a-zA-Z])")
 
 @dataclass(frozen=True)
 class StarterSettings:
-    """The settings to write, the facts behind them, what had to be assumed, what `data` would refuse, and for which machines."""
+    """The settings to write, the facts behind them, the assumptions, what `data` would reject, and the intended machines."""
 
     config: RunConfig
     reasons: dict[str, str]
@@ -45,10 +45,10 @@ class StarterSettings:
 
 
 def fit_settings(composed: Composed, data: str | None) -> StarterSettings:
-    """Look at the data, the model and the machine, and suggest settings.
+    """Inspect the data, the model and the machine, and suggest settings.
 
     Raises:
-        ConfigError, DataError: for a model or data that a run would refuse.
+        ConfigError, DataError: for a model or data that a run would reject.
     """
     config = composed.config
     cluster = cluster_for(config.cluster.kind)
@@ -82,7 +82,7 @@ def fit_settings(composed: Composed, data: str | None) -> StarterSettings:
     split = _splits_text(config, sample_report, chosen) if data else []
     config = apply_changes(config, {one.key: one.value for one in split})
     config, offload = _offloaded(config, gathered, machine, composed.overrides)
-    # The file may be used on a machine for which `auto` means another type.
+    # The file may be used on a machine for which `auto` means a different type.
     config = apply_changes(config, {"model.dtype": composed.config.model.dtype})
     reasons = {one.key: one.reason for one in (*suggestions, *split, *offload)}
     reasons["model"] = "a preset (listed by plan --help), or `path:` with a folder or a Hub id below `model:`"
@@ -102,7 +102,7 @@ def list_chosen(composed: Composed) -> dict[str, Any]:
 
 
 def apply_changes(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
-    """Return the settings with other values, by keys such as `train.epochs`."""
+    """Return the settings with changed values, keyed by names such as `train.epochs`."""
     values = config.model_dump(mode="json")
     for key, value in changes.items():
         section, _, name = key.partition(".")
@@ -113,7 +113,7 @@ def apply_changes(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 
 
 def _splits_text(config: RunConfig, sample_report: dict[str, Any], chosen: dict[str, Any]) -> list[Suggestion]:
-    """Return the setting that trains every part of long texts; they have no answer whose beginning is in another row."""
+    """Return the setting that trains every part of long texts, which have no answers that begin in another row."""
     is_text = all(source["format"] == "text" for source in sample_report["sources"])
     if not is_text or "data.long_documents" in chosen or sample_report["longest"] <= config.data.max_length:
         return []
@@ -125,7 +125,7 @@ def _splits_text(config: RunConfig, sample_report: dict[str, Any], chosen: dict[
 
 
 def _model_size(config: RunConfig, overrides: Sequence[str], node: DeviceFacts) -> tuple[int, int | None, Facts, str]:
-    """Return the parameters and positions of the model, the facts for the plan, and what was assumed; empty if nothing was."""
+    """Return the model's parameters and positions, the facts for the plan, and the assumptions (empty if there are none)."""
     if model_source.is_config_known(config.model):
         gathered = facts.gather(config, overrides, node)
         positions = gathered.model.config.get("max_position_embeddings")
@@ -140,7 +140,7 @@ def _model_size(config: RunConfig, overrides: Sequence[str], node: DeviceFacts) 
 
 
 def _of_demo(config: RunConfig) -> list[Suggestion]:
-    """Return the settings of the demonstration that a reader may want to change; its file chooses the others."""
+    """Return the demonstration's settings that a reader may want to change; its file chooses the others."""
     reason = "a demonstration of a few minutes; with rows of your own: init --data FILE"
     return [Suggestion("train.max_steps", config.train.max_steps, reason)] if config.train.max_steps else []
 
@@ -148,7 +148,7 @@ def _of_demo(config: RunConfig) -> list[Suggestion]:
 def _offloaded(
     config: RunConfig, gathered: Facts, machine: Machine, overrides: Sequence[str]
 ) -> tuple[RunConfig, list[Suggestion]]:
-    """Return the settings with optimizer states in main memory where a GPU has too little for them."""
+    """Return the settings with optimizer states in main memory if a GPU has too little memory for them."""
     if any(override.lstrip("+").startswith("deepspeed") for override in overrides):
         return config, []
     states_gib = _states_gib(config, gathered)
@@ -164,7 +164,7 @@ def _offloaded(
 
 
 def _states_gib(config: RunConfig, gathered: Facts) -> float | None:
-    """Return the model states of a rank in GiB, or None if the plan refuses them."""
+    """Return a rank's model states in GiB, or None if the plan rejects the settings."""
     try:
         return make_plan(config, gathered).memory.per_rank_gib
     except ConfigError:
@@ -172,7 +172,7 @@ def _states_gib(config: RunConfig, gathered: Facts) -> float | None:
 
 
 def _machines(machine: Machine, node: DeviceFacts, config: RunConfig) -> str:
-    """Return the machines that the settings are for, such as `16 GPUs of type H100-80GB on 2 nodes (slurm)`."""
+    """Describe the machines that the settings are for, such as `16 GPUs of type H100-80GB on 2 nodes (slurm)`."""
     count, nodes = machine.world_size, config.cluster.nodes
     if machine.device != "cuda":
         ranks = f"{format_count(count, 'CPU rank')} on {node.name}"
