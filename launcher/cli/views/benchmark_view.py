@@ -15,7 +15,7 @@ def to_lines(shown: dict[str, Any]) -> list[str]:
         lines += ["", f"{task}, {result['num_questions']:,} questions:{sentence}"]
         if "verdict" in result:
             lines += ["", *(f"  {line}" for line in table(result["header"], result["rows"]))]
-        # Such as BLEU: computed from all answers together, so that nothing is known about its spread.
+        # For example BLEU: computed from all answers together, so its spread is unknown.
         for metric, values in result["whole"].items():
             lines += [
                 f"  {metric}, of all questions together: " + ", ".join(f"{side} {value:.4g}" for side, value in values.items())

@@ -1,4 +1,4 @@
-"""What `diff` compares of a run: settings, data, model, code, versions, machines and results, each as names and values."""
+"""What `diff` compares in runs: settings, data, model, code, versions, machines and results, each as names and values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from launcher.tracking.jsonl import read_metrics
 
 # The sections in which differences are shown, in order.
 SECTIONS = ("settings", "model", "data", "code", "versions", "machines", "results")
-# Each run has its own, or they follow from what else differs.
+# Settings that every run has its own values for, or that follow from other differences.
 _NAMES = ("run.name", "run.root")
 _PLACES = ("model.path", "model.tokenizer_path", "model.config", "data.cache_dir", "data.chat_template")
 # Results and their metrics: medians over the last steps, and values of the last step.
@@ -51,10 +51,10 @@ class ComparedRun:
 
 
 def read(run: RunDir) -> ComparedRun:
-    """Read what a run is compared by.
+    """Read the values of a run to compare.
 
     Raises:
-        LauncherError: if its plan or its status cannot be read.
+        LauncherError: if its plan or status cannot be read.
     """
     plan = run_store.read_plan_values(run_store.newest_plan_path(run))
     status = status_reader_for(run, run_store.read_placement(run).kind).status(run)
@@ -74,12 +74,12 @@ def read(run: RunDir) -> ComparedRun:
 
 
 def of_settings(name: str, settings: Mapping[str, Any]) -> ComparedRun:
-    """Return the side of settings without a run."""
+    """Return a side for settings without a run."""
     return ComparedRun(name, {"settings": _flatten(settings, without=_NAMES)})
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "", without: Collection[str] = ()) -> dict[str, Any]:
-    """Return the leaves of nested mappings and lists by their keys, without some keys."""
+    """Return the leaves of nested mappings and lists, keyed by their paths, without some keys."""
     leaves: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -95,7 +95,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "", without: Collection[st
 
 
 def _data(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the counts and digests of the data and of evaluation sets, and those of sources where the cache is still there."""
+    """Return the counts and digests of the data and evaluation sets, and of sources if the cache still exists."""
     data = plan.get("data")
     if not isinstance(data, Mapping):
         return {}
@@ -129,12 +129,12 @@ def _versions(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
-    """Return an object of a plan; an empty one where the plan, which may be another user's, has something else there."""
+    """Return an object in a plan, or an empty one if the plan, which may be another user's, has something else there."""
     return value if isinstance(value, Mapping) else {}
 
 
 def _files(run: RunDir) -> dict[str, str]:
-    """Return the digest of each source file of the run's code."""
+    """Return the digest of each source file in the run's code."""
     with suppress(LauncherError, OSError):
         digests = json_records.read_json(run.code / DIGESTS)
         return {name: str(digest) for name, digest in digests.items() if name.endswith(".py")}
@@ -170,13 +170,13 @@ class ValueDifference:
 
     @property
     def relative_change(self) -> float | None:
-        """The change from left to right as a fraction, or None if it is no change of numbers."""
+        """The change from left to right as a fraction, or None if the values are not numbers."""
         numbers = [value for value in (self.left, self.right) if isinstance(value, int | float) and not isinstance(value, bool)]
         return (self.right - self.left) / abs(self.left) if len(numbers) == 2 and self.left else None
 
 
 def compare(left: ComparedRun, right: ComparedRun) -> dict[str, list[ValueDifference]]:
-    """Return the differences by section, for sections that both sides have; sections without differences are left out."""
+    """Return the differences by section, for sections that both sides have; omit sections without differences."""
     sections = {}
     for name in SECTIONS:
         if name not in left.sections or name not in right.sections:
@@ -194,7 +194,7 @@ def compare(left: ComparedRun, right: ComparedRun) -> dict[str, list[ValueDiffer
 
 
 def _changed_files(left: Mapping[str, str], right: Mapping[str, str]) -> Iterable[ValueDifference]:
-    """Yield the number of files of the code that differ, with the first of them, where both sides have recorded them."""
+    """Yield the number of code files that differ, with the first of them, if both sides recorded digests."""
     changed = sorted(name for name in {*left, *right} if left.get(name) != right.get(name)) if left and right else []
     if changed:
         more = f" and {len(changed) - _NUM_FILES:,} more" if len(changed) > _NUM_FILES else ""
@@ -203,7 +203,7 @@ def _changed_files(left: Mapping[str, str], right: Mapping[str, str]) -> Iterabl
 
 
 def _at_same_step(left: Mapping[int, float], right: Mapping[int, float]) -> Iterable[ValueDifference]:
-    """Yield the training losses at the last step that both sides have logged, unless it is the last of both."""
+    """Yield the training losses at the last step that both sides have logged, unless it is the last step of both."""
     common = left.keys() & right.keys()
     if common and not (max(common) == max(left) == max(right)):
         step = max(common)

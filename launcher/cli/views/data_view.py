@@ -1,4 +1,4 @@
-"""The report on the data in a terminal: tables, findings, and rows with their trained parts marked."""
+"""The report on the data in a terminal: tables, findings, and rows with the trained parts marked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launcher.data.checks.findings import share_text
 from launcher.errors import UNPRINTABLE, printable
 from launcher.plan.quantities import format_count, format_size
 
-# Marks of trained text without colors: in a pipe, a file, or with NO_COLOR.
+# Marks for trained text without colors: in a pipe, in a file, or with NO_COLOR.
 TRAINED_MARKS = ("⟦", "⟧")
 _TRAINED_STYLE = "bold green"
 _UNTRAINED_STYLE = "dim"
@@ -25,7 +25,7 @@ _BINS = "tokens, up to"
 _LABEL_WIDTH = 13
 # Rounding error of token shares.
 _ROUNDING = 1e-6
-# What becomes of the documents of a finding that does not refuse the run, where its setting does not say so.
+# What happens to the documents of a finding that does not reject the run, if its setting does not say so.
 _OUTCOMES = {"dropped": "not trained", "truncated": "trained without the rest"}
 
 
@@ -76,7 +76,7 @@ def _of_documents(counts: dict[str, Any]) -> list[str]:
 
 
 def _percent(part: int, whole: int) -> str:
-    """Return a share in percent, as 100% for the whole alone."""
+    """Return a share in percent; only the whole is shown as 100%."""
     return "100%" if part >= whole else f"{min(part / whole, 0.999):.1%}"
 
 
@@ -145,14 +145,14 @@ def _filled(report: dict[str, Any]) -> str:
 
 
 def source_columns(report: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
-    """Return the rows of `number_rows` as two tables, one of documents and one of tokens: one would be too wide to read."""
+    """Return the rows of `number_rows` as two tables, for documents and for tokens: a single table would be too wide."""
     rows = number_rows(report)
     split = rows[0].index("epochs")
     return [row[:split] for row in rows], [[row[0], *row[split:]] for row in rows]
 
 
 def _print_sources(console: Console, report: dict[str, Any]) -> None:
-    """Print the tables of the sources; if they are too wide, with a row for each number and a column for each source."""
+    """Print the tables of the sources; if they are too wide, print a row for each number and a column for each source."""
     tables = [rows for rows in source_columns(report) if len(rows) > 1]
     if all(_table_width(rows) <= console.width for rows in tables):
         for rows in tables:
@@ -161,7 +161,7 @@ def _print_sources(console: Console, report: dict[str, Any]) -> None:
         return
     header, *sources = number_rows(report)
     while sources:
-        # As many sources side by side as fit.
+        # Print as many sources side by side as fit.
         num_fitting = len(sources)
         while num_fitting > 1 and _table_width([header, *sources[:num_fitting]], is_transposed=True) > console.width:
             num_fitting -= 1
@@ -186,13 +186,13 @@ def _source_table(rows: list[list[str]]) -> Table:
 
 
 def _print_text(console: Console, text: str, continued_at: int, indent: int = 0, style: str = "") -> None:
-    """Print a text, wrapped between words in a terminal; in a pipe or a file a line stays whole."""
+    """Print a text, wrapped between words in a terminal; in a pipe or a file, lines are not wrapped."""
     for line in formatting.wrap([" " * indent + text], continued_at):
         console.print(Text(line, style=style), soft_wrap=True)
 
 
 def source_notes(report: dict[str, Any]) -> list[str]:
-    """Return lines about the sources for which the tables have no column."""
+    """Return lines with information about the sources that has no column in the tables."""
     return [
         *parts_taken(report),
         *unused(report),
@@ -205,7 +205,7 @@ def source_notes(report: dict[str, Any]) -> list[str]:
 
 
 def parts_taken(report: dict[str, Any]) -> list[str]:
-    """Return a line for each source of which an epoch takes a fraction of a pass."""
+    """Return a line for each source of which an epoch takes only a fraction of a pass."""
     lines = []
     for source in report["sources"]:
         part = source["epochs"] % 1
@@ -231,7 +231,7 @@ def unused(report: dict[str, Any]) -> list[str]:
 
 
 def not_evaluated(report: dict[str, Any]) -> list[str]:
-    """Return a line if the held-out split has fewer documents than were held out, besides dropped ones."""
+    """Return a line if the held-out split has fewer documents than were held out, apart from dropped ones."""
     held_out = report["held_out"]
     if not (count := held_out["unused_documents"]):
         return []
@@ -241,7 +241,7 @@ def not_evaluated(report: dict[str, Any]) -> list[str]:
 
 
 def moved(report: dict[str, Any]) -> list[str]:
-    """Return a line for each source that has moved since the cache was built."""
+    """Return a line for each source that was moved since the cache was built."""
     return [
         visible(f"{source['name']}: paths are those from which the cache was built, in {source['built_from']}")
         for source in report["sources"]
@@ -271,7 +271,7 @@ def unread_keys(report: dict[str, Any]) -> list[str]:
 
 
 def completions(report: dict[str, Any]) -> list[str]:
-    """Return lines for each source with prompts and completions (or questions and answers): how they are written."""
+    """Return lines for each source with prompts and completions (or questions and answers) that describe how they are written."""
     lines = []
     for source in report["sources"]:
         name, as_chat = source["name"], source["completions_as_chat"]
@@ -301,7 +301,7 @@ def length_bins(report: dict[str, Any]) -> tuple[list[int], list[tuple[str, list
 
 
 def _print_lengths(console: Console, report: dict[str, Any]) -> None:
-    """Print a bar for each length bin of the mixture, after the counts of each source if there are several and they fit."""
+    """Print a bar for each length bin of the mixture, after each source's counts if there are several sources and they fit."""
     ends, series = length_bins(report)
     totals = [sum(counts) for counts in zip(*(counts for _, counts in series), strict=True)]
     counted = [*series, ("mixture", totals)] if len(series) > 1 else [("documents", totals)]
@@ -343,7 +343,7 @@ def _print_findings(console: Console, findings: list[dict[str, Any]]) -> None:
 
 
 def _printable(value: Any) -> Any:
-    """Return a JSON value with all of its texts printable: names of files and of sources, details of findings."""
+    """Return a JSON value with all its texts made printable: file and source names, details of findings."""
     if isinstance(value, dict):
         return {_printable(key): _printable(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -352,7 +352,7 @@ def _printable(value: Any) -> Any:
 
 
 def outcome(finding: dict[str, Any]) -> str:
-    """Return what becomes of the documents of a finding, or of the run."""
+    """Return what happens to a finding's documents, or to the run."""
     if finding["fatal"]:
         return "the run is refused"
     if finding["action"] == "drop":
@@ -392,5 +392,5 @@ def _has_colors(console: Console) -> bool:
 
 
 def visible(text: str) -> str:
-    """Return a text with visible signs for control characters other than line breaks and tabs."""
+    """Return a text with visible symbols for control characters other than line breaks and tabs."""
     return UNPRINTABLE.sub(lambda match: chr(0x2400 + ord(match.group())) if ord(match.group()) < 0x20 else "\ufffd", text)

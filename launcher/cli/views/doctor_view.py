@@ -17,9 +17,9 @@ _SUMMARY_WIDTH = 70
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """All results: `here` of this machine as the one that submits, `nodes` of the machines that train.
+    """All results: `here` for this machine as the submitting one, `nodes` for the machines that train.
 
-    `is_local` is true where this machine is also the only node.
+    `is_local` is true if this machine is also the only node.
     """
 
     here: tuple[CheckResult, ...]
@@ -38,7 +38,7 @@ def to_json(report: DoctorReport) -> str:
 
 
 def to_lines(report: DoctorReport) -> list[str]:
-    """Return the page: one machine as a list; of several nodes a table, those that differ first, then what they found."""
+    """Return the page: a list for one machine; for several nodes a table, deviating nodes first, then their findings."""
     lines = [line for result in report.here for line in _result_lines(result)]
     if report.nodes and not report.is_local:
         differing = {node.machine: _differing(node, report.nodes) for node in report.nodes}
@@ -52,7 +52,7 @@ def to_lines(report: DoctorReport) -> list[str]:
 
 
 def _differing(node: MachineReport, nodes: Sequence[MachineReport]) -> str:
-    """Return the warnings and failures of a node that not all nodes have, in short; measured values do not count."""
+    """Summarize a node's warnings and failures that not all nodes have; measured values do not count."""
     wrong = {(result.name, result.verdict): result for result in node.results if result.verdict != OK}
     others = [{(result.name, result.verdict) for result in other.results} for other in nodes]
     parts = [f"{result.name}: {result.seen}" for key, result in wrong.items() if not all(key in other for other in others)]
@@ -61,14 +61,14 @@ def _differing(node: MachineReport, nodes: Sequence[MachineReport]) -> str:
 
 
 def _merged(nodes: Sequence[MachineReport]) -> list[tuple[CheckResult, list[str]]]:
-    """Return each result once with the nodes that have it, the worst first; measurements that are ok are shown for one node."""
+    """Return each result once with its nodes, worst first; measurements that are ok are shown for one node only."""
     names: dict[CheckResult, list[str]] = {}
     examples: dict[tuple[str, int], CheckResult] = {}
     for node in nodes:
         places: Mapping[str, int] = Counter()
         for result in node.results:
             if result.verdict == OK and not result.must_match:
-                # The first node's line stands for what the others measured.
+                # The first node's line represents the other nodes' measurements.
                 place = places.get(result.name, 0)
                 places = {**places, result.name: place + 1}
                 result = examples.setdefault((result.name, place), result)

@@ -43,7 +43,7 @@ def to_lines(report: dict[str, Any], run: str, prompts: Path) -> list[str]:
         lines += ["", "least likely under the tuned model (loss a token):"]
         lines += [f"  {short(one['where'])} ({one['loss']:.2f}): {printable(one['text'])}" for one in likelihoods["least_likely"]]
     if report["has_drifted"]:
-        # Answers are what the prompts lack.
+        # The prompts have no answers.
         command = launcher_command("train", f"model.path=run:{run}", "data=jsonl", "data.path=ANSWERED.jsonl")
         lines += ["", f"With answers to such prompts in ANSWERED.jsonl, train on from this run with: {command}"]
     return lines

@@ -1,4 +1,4 @@
-"""The result of a drill: a pure function of the run's records, and its lines for the terminal."""
+"""The result of a drill as a pure function of the run's records, and its lines for the terminal."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from launcher.plan.quantities import format_count
 from launcher.run_records import Attempt, ExitRecord
 
-# An attempt and how often the node agents have restarted its ranks: one life of all ranks.
+# An attempt and the number of restarts of its ranks by the node agents: one life of all ranks.
 Life = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A trained step, and when, in seconds since the epoch."""
+    """A trained step and its time, in seconds since the epoch."""
 
     life: Life
     number: int
@@ -33,7 +33,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Hit:
-    """The injected fault: the action, its time (seconds since the epoch), on which node, and to which life of the run."""
+    """The injected fault: the action, its time (seconds since the epoch), its node, and the life of the run that it hit."""
 
     action: str
     at: float
@@ -44,7 +44,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Records:
-    """The records of a run after a fault, when it has ended or recovered.
+    """The records of a run after a fault, once it has ended or recovered.
 
     Attributes:
         steps: in the order of training.
@@ -74,7 +74,7 @@ class Records:
 
 @dataclass(frozen=True)
 class Report:
-    """The result. Steps are optimizer steps, times are seconds since the fault; None for what did not happen."""
+    """The result. Steps are optimizer steps, times are seconds since the fault; None for events that did not happen."""
 
     fault: str
     run: str
@@ -152,7 +152,7 @@ def _happened(records: Records, again: Sequence[Step]) -> str:
 
 
 def _disk_error(records: Records) -> str | None:
-    """Return the message of one rank that could not write a checkpoint; None without any."""
+    """Return the message of a rank that could not write a checkpoint, or None."""
     record = records.exits.get(records.hit.life[0])
     messages = (*records.errors, record.message if record is not None else "")
     for message in messages:
@@ -163,7 +163,7 @@ def _disk_error(records: Records) -> str | None:
 
 
 def _saved_since(records: Records) -> int | None:
-    """Return the step of the newest checkpoint committed after the fault; None without any."""
+    """Return the step of the newest checkpoint committed after the fault, or None."""
     newest = max(records.committed, default=0)
     return newest if newest > records.hit.saved_step else None
 
@@ -199,7 +199,7 @@ def _problems(report: Report, records: Records) -> Iterator[str]:
         yield "the run lost steps despite the notice: the save after the signal was not committed"
     if records.fault == "fill-disk" and _disk_error(records) is None:
         yield "no rank reported that it could not write a checkpoint"
-    # GPUs may add in another order each time.
+    # GPUs may add in a different order each time.
     if report.differing_steps and records.device == "cpu":
         yield "the losses of the repeated steps differ: the restored state or the rows are not the same"
 

@@ -1,4 +1,4 @@
-"""Lines for a person about a plan's peak memory, and about the combinations of settings that the plan considered."""
+"""Lines for the user about a plan's peak memory, and about the combinations of settings that the plan considered."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COMBINATION_LEGEND = (
 
 
 def peak_line(plan: LaunchPlan) -> str | None:
-    """Return the peak memory of a rank by part; None in a plan of an earlier launcher."""
+    """Return a rank's peak memory by part, or None for a plan from an earlier launcher."""
     peak = plan.peak
     if peak is None:
         return None
@@ -53,7 +53,7 @@ def peak_line(plan: LaunchPlan) -> str | None:
 
 
 def tight_note(plan: LaunchPlan) -> str:
-    """Return a note where the estimated peak leaves a GPU no margin; empty if it does, or where the memory is unknown."""
+    """Return a note if the estimated peak leaves a GPU no margin; empty if there is a margin or the memory is unknown."""
     peak, device_gib, ranks = plan.peak, plan.memory.device_gib, plan.topology.world_size
     if peak is None or plan.topology.device != "cuda" or device_gib is None:
         return ""
@@ -66,7 +66,7 @@ def tight_note(plan: LaunchPlan) -> str:
 
 
 def why_lines(plan: LaunchPlan) -> list[str]:
-    """Return tables of the plan's memory in each stage of a step, and of the combinations that were considered."""
+    """Return tables of the plan's memory in each stage of a step, and of the considered combinations."""
     return ["", *_stages(plan), *_STAGE_LEGEND, "", *_combinations(plan), *_COMBINATION_LEGEND, *_fp8(plan)]
 
 
@@ -87,7 +87,7 @@ def why_values(plan: LaunchPlan) -> list[dict[str, Any]]:
 
 
 def _fp8(plan: LaunchPlan) -> list[str]:
-    """Return what model.fp8 changes in the chosen combination, a line where it is set."""
+    """If model.fp8 is set, return a line on what it changes in the chosen combination."""
     if not plan.config.model.fp8:
         return []
     situation = situation_of(plan)
@@ -135,7 +135,7 @@ def _combinations(plan: LaunchPlan) -> list[str]:
 
 
 def _shown(plan: LaunchPlan, tried: Sequence[Considered]) -> list[Considered]:
-    """Return at most _MOST_ROWS rows, the chosen one and those with other settings among them."""
+    """Return at most _MOST_ROWS rows, including the chosen one and rows with different settings."""
     kept = [one for one in tried if _is_chosen(plan, one) or not one.is_allowed]
     rest = [one for one in tried if one not in kept][: max(0, _MOST_ROWS - len(kept))]
     return [one for one in tried if one in kept or one in rest]
@@ -176,7 +176,7 @@ def _usd(plan: LaunchPlan, one: Considered) -> float | None:
 
 
 def _layers(plan: LaunchPlan) -> str:
-    """Return how layers are gathered and computed, where that is not DeepSpeed's and PyTorch's own way."""
+    """Return how layers are gathered and computed, if this differs from DeepSpeed's and PyTorch's default."""
     if plan.config.model.compile:
         return "layers are compiled (model.compile)"
     return "layers are gathered as a whole (deepspeed.whole_layers)" if plan.config.deepspeed.whole_layers else ""

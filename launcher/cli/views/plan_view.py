@@ -1,4 +1,4 @@
-"""Lines for a person about a plan, and about the runs that were started from it."""
+"""Lines for the user about a plan, and about the runs that were started from it."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from launcher.plan.throughput import SpeedEstimate
 from launcher.shell_commands import launcher_command
 from launcher.tracking.costs import hosted_training, training_tokens
 
-# Each with how many of it an hour has.
+# Each unit with its number per hour.
 _TIME_UNITS = ((1, "hours"), (60, "minutes"), (3600, "seconds"))
 # Width of the labels of `plan_lines`.
 LABEL_WIDTH = 11
-# Fraction of truncated tokens from which a note is shown.
+# The fraction of truncated tokens above which a note is shown.
 _MIN_TRUNCATED_FRAC = 0.01
-# Of the memory that is shown: the plan of another user's run may hold any number.
+# The upper bound of the memory that is shown: the plan of another user's run may contain any number.
 _MOST_GIB = 1e12
 
 
 def plan_lines(
     plan: LaunchPlan, *notes: str | None, own_warnings: Sequence[str | None] = (), speed: SpeedEstimate | None = None
 ) -> list[str]:
-    """Return the decisions of a plan, a label and a value per line; `notes` and `own_warnings` are those of this machine."""
+    """Return a plan's decisions, a label and a value per line; `notes` and `own_warnings` come from this machine."""
     config, batch = plan.config, plan.batch
     kinds = "random weights" if config.model.init == "random" else (config.model.path or "")
     rows = [
@@ -81,7 +81,7 @@ def plan_lines(
 def plan_json(
     plan: LaunchPlan, *notes: str | None, own_warnings: Sequence[str | None], speed: SpeedEstimate, why: bool = False
 ) -> str:
-    """Return the plan as JSON with what `plan_lines` shows and a plan's file does not hold: speed, warnings and notes.
+    """Return the plan as JSON, with what `plan_lines` shows in addition to a plan's file: speed, warnings and notes.
 
     `why` adds the combinations that the plan considered.
     """
@@ -97,7 +97,7 @@ def plan_json(
 
 
 def remarks(plan: LaunchPlan, *notes: str | None) -> list[str]:
-    """Return the warnings and notes of a plan, each with its kind in front; `notes` are those of this machine."""
+    """Return a plan's warnings and notes, each prefixed with its kind; `notes` come from this machine."""
     return [*(f"warning: {line}" for line in _all_warnings(plan, ())), *(f"note: {line}" for line in _all_notes(plan, notes))]
 
 
@@ -120,7 +120,7 @@ def _limits(plan: LaunchPlan) -> str:
 
 
 def _run_file(plan: LaunchPlan) -> str:
-    """Return the run's file, and where the relative paths of the settings lead."""
+    """Return the run's file, and the files that relative paths in the settings lead to."""
     config = plan.config
     paths = {
         "model.path": config.model.path,
@@ -129,7 +129,7 @@ def _run_file(plan: LaunchPlan) -> str:
         "data.eval_path": config.data.eval_path,
         "data.chat_template": config.data.chat_template,
     }
-    # A name without a file behind it is one of a Hub, and a pattern shows its folder.
+    # A name without a file is a Hub name, and a pattern shows its folder.
     resolved = [
         f"{key} is {Path.cwd() / path}"
         for key, path in paths.items()
@@ -149,7 +149,7 @@ def _parameters(plan: LaunchPlan) -> str:
     count = plan.model.num_params
     if plan.model.num_params_exact:
         return f"{count:,}"
-    # Rounded first: 999,990,000 are 1.0 billion.
+    # Round first: 999,990,000 is 1.0 billion.
     return f"about {count / 1e9:.1f} billion" if round(count / 1e6, 1) >= 1000 else f"about {count / 1e6:.1f} million"
 
 
@@ -175,17 +175,17 @@ def _ranks(plan: LaunchPlan) -> str:
 
 
 def _size(gib: float) -> str:
-    """Return a size that a plan holds in thousandths of a GiB: fewer than ten of them are no figure."""
+    """Format a size, which a plan stores in thousandths of a GiB: fewer than ten thousandths are not meaningful."""
     return format_size(round(min(gib, _MOST_GIB) * 2**30)) if gib >= 0.01 else "under 10 MiB"
 
 
 def _memory(plan: LaunchPlan) -> str:
-    """Return what the model states take: on each rank's device, offloaded, and in main memory."""
+    """Return the size of the model states: on each rank's device, offloaded, and in main memory."""
     memory, deepspeed = plan.memory, plan.config.deepspeed
     sizes = {"weights": memory.weights_gib, "gradients": memory.gradients_gib, "optimizer": memory.optimizer_gib}
     is_moved = {"weights": deepspeed.offload_params != "none"}
     is_moved |= dict.fromkeys(("gradients", "optimizer"), deepspeed.offload_optimizer != "none")
-    # What is offloaded is listed by itself, so a zero in a list is a size that was rounded away.
+    # Offloaded states are listed separately, so a zero in a list is a size that was rounded to zero.
     kept = ", ".join(f"{name} {_size(gib)}" for name, gib in sizes.items() if not is_moved[name])
     moved = ", ".join(f"{name} {_size(gib)}" for name, gib in sizes.items() if is_moved[name])
     of = f" of {memory.device_gib:.0f} GiB" if memory.device_gib else ""
@@ -200,7 +200,7 @@ def _memory(plan: LaunchPlan) -> str:
 def _notes(plan: LaunchPlan) -> list[str]:
     """Return notes to read before paying for the run."""
     config, data, steps = plan.config, plan.data, plan.batch.max_steps
-    # The note about saving does not matter if the states do not even fit.
+    # If the states do not even fit, the note about saving does not matter.
     notes = [note for note in (_overfull(plan) or plan.saving.note,) if note]
     if (isolation := plan.model.isolation) is not None and isolation.outcome == "unknown":
         condition = "packed documents affect each other" if config.data.packing else "the model sees later tokens"
@@ -233,7 +233,7 @@ def _notes(plan: LaunchPlan) -> list[str]:
 
 
 def _unreached(plan: LaunchPlan) -> list[str]:
-    """Return a note for each interval of a run's file that is longer than the run, as after an override of its length."""
+    """Return a note for each interval in a run's file that is longer than the run, for example after its length was overridden."""
     steps = plan.batch.max_steps
     if steps is None or plan.provenance.run_file is None:
         return []
@@ -246,14 +246,14 @@ def _unreached(plan: LaunchPlan) -> list[str]:
 
 
 def _smallest(plan: LaunchPlan) -> LaunchPlan | None:
-    """Return the plan on the fewest workers with which the run continues; None if that is this plan, or in an old plan."""
+    """Return the plan on the fewest workers with which the run continues, or None if it is this plan or the plan is old."""
     with suppress(ConfigError):
         return fewest(plan)
     return None
 
 
 def _overfull(plan: LaunchPlan) -> str:
-    """Return a note if the model states do not fit into main memory; empty if they do, or if that is unknown."""
+    """Return a note if the model states do not fit in main memory; empty if they do or if this is unknown."""
     memory = plan.memory
     if memory.node_gib is None or memory.host_per_node_gib <= memory.node_gib:
         return ""
@@ -264,7 +264,7 @@ def _overfull(plan: LaunchPlan) -> str:
 
 
 def speed_rows(speed: SpeedEstimate) -> list[tuple[str, str]]:
-    """Return the expected tokens per second and hours with what they rest on, or why there are none."""
+    """Return the expected tokens per second and hours with their basis, or why there are none."""
     if speed.tokens_per_sec is None or speed.tokens_per_sec_per_gpu is None or speed.mfu is None:
         return [("speed", f"no estimate: {speed.basis}")]
     low, high = speed.mfu
@@ -278,7 +278,7 @@ def speed_rows(speed: SpeedEstimate) -> list[tuple[str, str]]:
 
 
 def _between(values: tuple[float, float], currency: str = "") -> str:
-    """Return a range with two digits of each end: whole numbers from 10, and whole cents."""
+    """Return a range with two digits for each end: whole numbers from 10, and whole cents."""
 
     def rounded(value: float) -> str:
         digits = 1 - math.floor(math.log10(value)) if value > 0 else 0
@@ -304,7 +304,7 @@ def _hourly_cost(plan: LaunchPlan) -> str:
 
 
 def _hosted(plan: LaunchPlan) -> str:
-    """Return what the training tokens of a run cost at hosted services."""
+    """Return the cost of a run's training tokens at hosted services."""
     tokens = training_tokens(plan)
     if tokens is None:
         return "known when the data is built"
@@ -335,7 +335,7 @@ def _data(plan: LaunchPlan) -> str:
 
 
 def _eval_sets(plan: LaunchPlan) -> str:
-    """Return the names of the evaluation sets with the rows that are evaluated."""
+    """Return the names of the evaluation sets with their numbers of evaluated rows."""
     described = []
     for one in plan.config.eval.all_sets:
         data = plan.eval_sets.get(one.name)

@@ -1,4 +1,4 @@
-"""What a million requests like those of an evaluation cost, side by side."""
+"""The cost of a million requests like those in an evaluation, side by side."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from launcher.tracking.verdicts import TUNED, EvaluationVerdict
 
 
 def price_of_evaluation(plan: LaunchPlan, config: RunConfig) -> Price | None:
-    """Return the price of a GPU under the settings of an evaluation, which may choose another cluster than the run's."""
+    """Return the price of a GPU under an evaluation's settings, which may choose a different cluster from the run's."""
     cluster, trained = config.cluster, plan.config.cluster
     if cluster.price_per_gpu_hour is not None:
         return Price(usd_per_gpu_hour=cluster.price_per_gpu_hour)
@@ -21,7 +21,7 @@ def price_of_evaluation(plan: LaunchPlan, config: RunConfig) -> Price | None:
 
 
 def request_cost_table(verdict: EvaluationVerdict, plan: LaunchPlan) -> tuple[list[str], list[list[str]]] | None:
-    """Return header and rows: tokens of a request, and the price of a million, for each side, or None if tokens are unknown."""
+    """Return header and rows: tokens per request and the price of a million, for each side, or None if tokens are unknown."""
     if not verdict.usage:
         return None
     price = None if plan.price is None or plan.topology.device != "cuda" else plan.price.usd_per_gpu_hour
@@ -44,7 +44,7 @@ def request_cost_table(verdict: EvaluationVerdict, plan: LaunchPlan) -> tuple[li
 
 
 def saved_tokens(verdict: EvaluationVerdict) -> str:
-    """Return the prompt tokens that the tuned model saves against the base model with the most examples; empty if none."""
+    """Return the prompt tokens that the tuned model saves compared with the base model with the most examples; empty if none."""
     if TUNED not in verdict.usage:
         return ""
     tokens = {side: one.prompt_tokens / max(one.num_prompts, 1) for side, one in verdict.usage.items()}

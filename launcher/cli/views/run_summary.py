@@ -1,4 +1,4 @@
-"""State, time left and cost of a run from its files, for programs and for the lines of `status`."""
+"""A run's state, remaining time and cost from its files, for programs and for the lines of `status`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from launcher.tracking.metrics import median_names
 from launcher.tracking.metrics_tail import MetricsTail, newest_trained_step, read_tail
 from launcher.tracking.verdicts import read_newest_verdict
 
-# The time left is omitted after this time, and this many steps, without a report. An evaluation takes minutes.
+# The remaining time is omitted after this time, and this many steps, without a report. An evaluation takes minutes.
 _SILENT_S, _SILENT_STEPS = 600.0, 10
 
 
 def summary(run: RunDir, status: Status) -> dict[str, Any]:
-    """Return the state, the metrics of the last training step, and what follows from both; files may be missing.
+    """Return the state, the metrics of the last training step, and values derived from both; files may be missing.
 
-    `attempt` is the newest, which may still wait for machines. `age_s` is the time since the last step was reported.
+    `attempt` is the newest attempt, which may still be waiting for machines. `age_s` is the time since the last step was
+    reported.
     """
     number = max(status.attempt, run_store.newest_attempt(run))
     resumed = _resumed(run)
@@ -87,7 +88,7 @@ def _verdict(run: RunDir) -> dict[str, Any] | None:
 
 
 def _progress(events: Sequence[dict[str, Any]], attempt: int) -> dict[str, Any] | None:
-    """Return how far the newest attempt is with what it does now, such as loading the weights, or None if nothing tells."""
+    """Return the newest attempt's progress with its current activity, such as loading the weights, or None if unknown."""
     last = events[-1] if events else None
     if last is None or last["kind"] != progress.EVENT or last["attempt"] != attempt:
         return None
@@ -95,7 +96,7 @@ def _progress(events: Sequence[dict[str, Any]], attempt: int) -> dict[str, Any] 
 
 
 def _resumed(run: RunDir) -> dict[int, int]:
-    """Return the step from which each attempt continued; attempts that cannot be read are left out."""
+    """Return the step from which each attempt continued, skipping unreadable attempts."""
     steps = {}
     for number in run_store.attempt_numbers(run):
         with suppress(LauncherError, OSError, TypeError, ValueError):
@@ -107,13 +108,13 @@ def _age_s(tail: MetricsTail, status: Status, step: int) -> float | None:
     """Return the seconds since the last step was reported; None before the first."""
     if not tail.last:
         return None
-    # status.json has the steps between those that are logged.
+    # status.json also has the steps between logged ones.
     at = status.updated_at if step > tail.last["trainer/step"] else tail.last["time"]
     return max(0.0, time.time() - float(at))
 
 
 def _start_step(tail: MetricsTail, status: Status, number: int, resumed_from: int, checkpoints: Sequence[int]) -> int | None:
-    """Return the step from which the newest attempt will train; None if it already trains."""
+    """Return the step from which the newest attempt will train, or None if it is already training."""
     has_trained = bool(tail.last) and tail.last["attempt"] == number
     if has_trained:
         # A requeued job continues from the newest checkpoint.
@@ -123,7 +124,7 @@ def _start_step(tail: MetricsTail, status: Status, number: int, resumed_from: in
 
 @dataclass(frozen=True)
 class _Costs:
-    """The cost of a running run; `usd_per_s` is per second with machines. None for what is unknown."""
+    """The cost of an active run; `usd_per_s` is per second with machines. Unknown values are None."""
 
     usd: float | None
     usd_per_s: float | None
@@ -147,7 +148,7 @@ class _Costs:
         return cls(usd, usd_per_s, 0.0 if spent is None else spent.held_s, logged, *limits)
 
     def limit(self) -> tuple[str, float] | None:
-        """Return the limit that is reached first, and the seconds with machines until then; None without one."""
+        """Return the limit that will be reached first and the seconds with machines until then, or None if there is no limit."""
         limits = []
         if self.max_hours is not None:
             limits.append((f"run.max_hours={self.max_hours:g}", self.max_hours * 3600 - self.held_s))
@@ -158,7 +159,7 @@ class _Costs:
 
 @dataclass(frozen=True)
 class _Remaining:
-    """The rest of a run: seconds, US dollars at the end, and the limit that stops it early."""
+    """The remainder of a run: seconds, US dollars at the end, and the limit that stops it early."""
 
     seconds: float | None
     usd: float | None
@@ -168,11 +169,11 @@ class _Remaining:
 def _remaining(
     tail: MetricsTail, status: Status, medians: dict[str, float], start_step: int | None, age_s: float | None, costs: _Costs
 ) -> _Remaining:
-    """Return the rest of a running run: from its last step, or by median steps if it will train from `start_step`."""
+    """Return the remainder of an active run: from its last step, or from median step times if it will train from `start_step`."""
     step_s = medians.get("time/step_s", math.nan)
     if start_step is None:
         left_s = tail.last.get("trainer/eta_s", math.nan)
-        # The estimate of the last line still counts the steps paid for since then.
+        # The last line's estimate still includes steps that have been paid for since then.
         from_usd = costs.usd if costs.usd is None or costs.logged_usd is None else min(costs.usd, costs.logged_usd)
         is_silent = age_s is not None and age_s > max(_SILENT_S, _SILENT_STEPS * (step_s if step_s > 0 else 0.0))
     else:
@@ -190,7 +191,7 @@ def _remaining(
 
 
 def _num_ranks(line: dict[str, Any]) -> int | None:
-    """Return the number of ranks behind a line of metrics; None if it has no pace."""
+    """Return the number of ranks behind a metrics line, or None if the line has no pace."""
     whole, each = line.get("perf/tokens_per_sec"), line.get("perf/tokens_per_sec_per_gpu")
     return round(whole / each) if whole and each else None
 
@@ -202,7 +203,7 @@ def _medians(recent: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _spent(run: RunDir, status: Status) -> Breakdown | None:
-    """Return where the time went until now or the run's end; None if its files do not show it."""
+    """Return where the time went until now or the run's end, or None if its files do not show it."""
     with suppress(LauncherError, OSError, KeyError, TypeError, ValueError):
         return goodput.read(run, time.time(), status.state) if run_store.attempt_numbers(run) else None
     return None
@@ -219,9 +220,9 @@ def _goodput(spent: Breakdown | None) -> dict[str, float] | None:
 def _cost(
     tail: MetricsTail, spent: Breakdown | None, placed: Placement | None, expected_usd: float | None
 ) -> dict[str, Any] | None:
-    """Return GPU hours and US dollars so far, and dollars at the end if they can be estimated; None if nothing is counted.
+    """Return GPU hours and US dollars so far, plus estimated dollars at the end if possible; None if nothing is counted.
 
-    Without the attempts' files, the last line of metrics with a cost counts. `at_typical_price` is None without a plan.
+    Without the attempts' files, the last metrics line with a cost counts. `at_typical_price` is None without a plan.
     """
     counted, price = tail.spent, None if placed is None else placed.price
     typical = None if placed is None else price is not None and price.assumption is not None

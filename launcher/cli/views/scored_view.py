@@ -11,7 +11,7 @@ from launcher.errors import printable
 
 COLUMNS = ("document", "source", ">tokens", ">loss", ">without prompt", ">explained", "answer")
 _MAX_CHARS = 60
-# Data in which more of the documents are mislabeled would teach nothing: it is the model that does not know.
+# If a larger share looks mislabeled, the model lacks knowledge: data with that many wrong labels would teach nothing.
 _MOST_LIKELY = 0.5
 
 
@@ -27,7 +27,7 @@ def lines(report: dict[str, Any], num_shown: int) -> list[str]:
 
 
 def summary(report: dict[str, Any]) -> list[str]:
-    """Return what was scored, under which weights."""
+    """Return what was scored, and under which weights."""
     weights = "the initial weights" if report["step"] == 0 else f"the weights of step {report['step']:,}"
     scored = f"{report['documents']:,} documents of {report['split']}, {report['trained_tokens']:,} trained tokens"
     summarized = [f"{report['run']}: {scored}, under {weights}; mean loss {report['mean_loss']:.4f}"]
@@ -48,7 +48,7 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 
 def describe_count(name: str, entries: Sequence[dict[str, Any]]) -> str:
-    """Return how many documents a list has, and of a ranking how many are likely what it ranks them by."""
+    """Return a list's number of documents and, for a ranking, how many are likely to be what it ranks them by."""
     if name != MISLABELED:
         return f"{len(entries):,} documents"
     likely = sum(entry["likely"] for entry in entries)
@@ -58,7 +58,7 @@ def describe_count(name: str, entries: Sequence[dict[str, Any]]) -> str:
 
 
 def _share(value: float) -> str:
-    # A little below zero would be -0%.
+    # A value slightly below zero would be shown as -0%.
     return f"{round(value, 2) + 0.0:.0%}"
 
 

@@ -1,4 +1,4 @@
-"""The text of a starter file: settings by section, with the reason for each above it; and what a person is told about it."""
+"""The text of a starter file: settings by section, each below its reason; and the lines that describe it to the user."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from launcher.config.schema import RunConfig
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.shell_commands import launcher_command
 
-# In the order in which a person reads them; other sections follow.
+# In reading order; other sections follow.
 _ORDER = ("model", "data", "train", "optim", "deepspeed", "eval", "checkpoint", "cluster", "tracking", "run")
 _WIDTH = 100
 
 
 def starter_text(head: Sequence[str], values: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
-    """Return the file: `head` as comments, then the sections; `reasons` are by section, or by section.name."""
+    """Return the file: `head` as comments, then the sections; `reasons` is keyed by section or section.name."""
     names = [*(name for name in _ORDER if name in values), *(name for name in values if name not in _ORDER)]
     parts = ["\n".join(_comment(line, "") for line in head), *(_section(name, values[name], reasons) for name in names)]
     return "\n\n".join(parts) + "\n"
@@ -39,7 +39,7 @@ def _section(name: str, content: Any, reasons: Mapping[str, str]) -> str:
 
 
 def _comment(text: str, indent: str) -> str:
-    """Return a text as comment lines: no character of it, such as in the name of a data file, ends a comment."""
+    """Return a text as comment lines; no character in it, for example in a data file's name, can end the comment."""
     prefix = f"{indent}# "
     return textwrap.fill(
         " ".join(text.splitlines()),
@@ -52,12 +52,12 @@ def _comment(text: str, indent: str) -> str:
 
 
 def slurm_overrides(gpus_per_node: int) -> tuple[str, ...]:
-    """Return the overrides that start a file for one machine on two nodes of a Slurm cluster."""
+    """Return the overrides that start a single-machine file on two nodes of a Slurm cluster."""
     return ("+cluster=slurm", "cluster.nodes=2", f"cluster.gpus_per_node={gpus_per_node}")
 
 
 def data_warnings(config: RunConfig, sample_report: dict[str, Any]) -> list[str]:
-    """Return what of the data `data` would refuse under these settings."""
+    """Return which data `data` would reject under these settings."""
     warnings = [f"`data` refuses such rows: {sample_report['remedy']}"] if sample_report["remedy"] else []
     lengths, checks = sample_report["lengths"], config.data.checks
     share = sum(length > config.data.max_length for length in lengths) / max(1, len(lengths))
@@ -72,9 +72,9 @@ def data_warnings(config: RunConfig, sample_report: dict[str, Any]) -> list[str]
 def next_lines(
     out: Path, config: RunConfig, machines: str, remarks_on_data: Sequence[str], plan: LaunchPlan | None, plans_on_slurm: bool
 ) -> list[str]:
-    """Return what was written, for which machines, what was assumed, what is warned of, and the commands to type next.
+    """Return lines on the written file, its machines, the assumptions, the warnings, and the commands to type next.
 
-    `plan` is that of the file, None if it is known only with the model.
+    `plan` is the file's plan, None if it cannot be made without the model.
     """
     lines = [f"wrote {out}", f"fitted to: {machines}", *remarks_on_data]
     if plan is not None:
