@@ -39,8 +39,8 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
     """Download the run at `url` to a run directory under `root`, with its newest complete checkpoint or the one at `step`.
 
     Raises:
-        SubmitError: if `url` is not an address of a mirror, there is no such run, its directory exists already, or others
-            could change it.
+        SubmitError: if `url` is not the address of a mirror, there is no such run, or its directory already exists or could be
+        changed by other users.
         CheckpointError: if no checkpoint is complete and intact.
         ConfigError, DataError: if its data is missing on this machine, or differs.
     """

@@ -83,7 +83,7 @@ class Metric:
     """One metric, or all metrics that match a pattern.
 
     Attributes:
-        unit: axis label of its W&B panels; empty for counts and fractions (0 to 1), and where the panel's title names it.
+        unit: axis label of its W&B panels; empty for counts and fractions (0 to 1), and if the panel's title names it.
         section: section of the W&B workspace.
         title: title of the W&B panel. Metrics of one section with the same title share a panel. No panel if empty.
         more_panels: (section, title) of further panels that show the metric; they come last in their section.

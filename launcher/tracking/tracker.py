@@ -69,7 +69,7 @@ class RateLimit:
 class Composite:
     """Fans out to several trackers and never raises. A tracker that fails is reported once, through the others, and removed.
 
-    A tracker that raises an OSError stays, as storage may be back at the next call. Alerts are rate-limited by kind.
+    A tracker that raises an OSError stays, because storage may be back at the next call. Alerts are rate-limited by kind.
     """
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:

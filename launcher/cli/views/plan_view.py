@@ -233,7 +233,7 @@ def _notes(plan: LaunchPlan) -> list[str]:
 
 
 def _unreached(plan: LaunchPlan) -> list[str]:
-    """Return a note for each interval in a run's file that is longer than the run, for example after its length was overridden."""
+    """Return a note for each interval in a run's file that is longer than the run, as after an override of the run's length."""
     steps = plan.batch.max_steps
     if steps is None or plan.provenance.run_file is None:
         return []

@@ -108,7 +108,7 @@ def ended_jobs(plan: LaunchPlan, jobs: Sequence[str]) -> dict[str, str]:
 
 
 def cancel_jobs(jobs: Sequence[str]) -> None:
-    """Cancel the jobs; where Slurm does not answer, they go on."""
+    """Cancel the jobs; if Slurm does not answer, they continue."""
     with suppress(SlurmError):
         slurm("scancel", *jobs)
 

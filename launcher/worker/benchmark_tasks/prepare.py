@@ -1,7 +1,7 @@
 """Finds the tasks and the weights to score: `python -m launcher.worker.benchmark_tasks.prepare PLAN_JSON --step N --tasks A,B`.
 
-Reads the run's settings, with the overrides of the command, as JSON from standard input. Prints one JSON object: the folder and
-the metrics of each task, or the problems.
+Reads the run's settings, with the command's overrides, as JSON from standard input. Prints one JSON object: the folder and each
+task's metrics, or the problems.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def _find_in_group(group: str, summaries: Mapping[int, GroupSummary], known: Set
 
 
 def _kind(collective: Collective) -> tuple[str, int | None]:
-    """Differs between ranks only where they have called different collectives."""
+    """Return a key that differs between ranks only if they have called different collectives."""
     return collective.name, None if collective.name in _UNEVEN else collective.num_bytes
 
 
