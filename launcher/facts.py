@@ -75,8 +75,8 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
     `here` describes a node's accelerators; None means this machine's.
 
     Raises:
-        ConfigError: with every path that is missing, empty or of the wrong kind. DataError: if a source is unreachable, if the
-        data has token ids that the model's embedding lacks, or with the data's findings.
+        ConfigError: with every path that is missing, empty or of the wrong kind.
+        DataError: if a source is unreachable, or the data has token ids that the model's embedding lacks; includes its findings.
     """
     check(config)
     model = model_source.read_model_facts(config.model)

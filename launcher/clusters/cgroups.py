@@ -128,7 +128,7 @@ class LimitEvents:
 
 @dataclass(frozen=True)
 class LimitRecord:
-    """limits-NNNNN.json: the counters when a node's agent started; `space` is the agent's boot and PID namespace.
+    """limits-NNNNN.json: the counters of killed processes when a node's agent started; `space` is its boot and PID namespace.
 
     `cause` is the result of the first comparison after the agent's end, None before: the counters continue to count.
     """

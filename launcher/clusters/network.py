@@ -92,7 +92,8 @@ def node_addresses(node_list: str, retry_s: float = 0.0) -> dict[str, str]:
     NodeAddr, because it hides its nodes or does not answer for `retry_s`, only names are used.
 
     Raises:
-        RunError: if a node has no address that the others could reach. SlurmError: for an invalid list.
+        RunError: if a node has no address that the others could reach.
+        SlurmError: for an invalid list.
     """
     hosts = slurm("scontrol", "show", "hostnames", node_list).split()
     try:

@@ -320,7 +320,8 @@ def head_endpoint(here: NodeIdentity, interface: str | None, allow_public: bool)
     """Return where node 0 listens, or None for a single machine.
 
     Raises:
-        RunError: if the address or the interface is unusable. SubmitError: if the address is public.
+        RunError: if the address or the interface is unusable.
+        SubmitError: if the address is public.
     """
     if here.nodes == 1:
         return None
