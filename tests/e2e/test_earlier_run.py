@@ -1,7 +1,7 @@
 """A run that an earlier launcher began, with a plan of schema version 1, is read and continued by this one.
 
 tests/golden/earlier_run.zip holds such a run: its second rank was killed after step 9, and its newest checkpoint is of step 6.
-`expected.json` has the losses that the earlier launcher computed when it continued the run, on which torch and kind of CPU.
+`expected.json` has the losses that the earlier launcher computed when it continued the run, on another CPU.
 The sources, the tokenizer and the run directory are named by relative paths, so that the folder can lie anywhere.
 """
 
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from e2e_tools import losses, metrics, status
 
 from launcher.plan.launch_plan import LaunchPlan
@@ -58,11 +57,10 @@ def test_an_earlier_run_is_read_and_resumed_with_the_same_losses(launch: Launch,
     assert f"continuing earlier from step {CHECKPOINT_STEP} of {LAST_STEP}" in done.stdout
     assert status(run)["state"] == "completed"
     expected = json.loads((project / "expected.json").read_text())
-    same_machine = (torch.__version__, torch.backends.cpu.get_cpu_capability()) == (expected["torch"], expected["cpu_capability"])
     expected_losses = {int(step): loss for step, loss in expected["losses"].items()}
     trained = {step: loss for step, loss in losses(run).items() if step > CHECKPOINT_STEP}
-    # Other kernels add in another order.
-    assert trained == (expected_losses if same_machine else pytest.approx(expected_losses, rel=1e-5))
+    # On another CPU, kernels add in another order.
+    assert trained == pytest.approx(expected_losses, rel=1e-5)
 
     # What the first attempt left stays as it was, beside the plan and the code of the second.
     assert (run / "plan.json").read_bytes() == first_plan
