@@ -1,39 +1,51 @@
 """A line of progress about every 15 seconds, such as `3:10 elapsed, 61%, about 2:00 left`.
 
-Each test weighs what it took in the last run, which pytest's cache directory keeps.
+Each test is weighted by its duration in the last run, which pytest's cache keeps. Where it has not run yet, such as on a fresh
+machine, it gets the mean of its file in durations.json. `python tests/progress.py` writes that file from the last run.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import pytest
 
 INTERVAL_S = 15.0
 CACHE_KEY = "progress/durations"
+# The mean seconds of a test, by file as in test ids.
+MEANS = Path(__file__).with_name("durations.json")
 
 
 class Estimate:
-    """How much of the tests is done, weighed by their durations in an earlier run. Unknown ones weigh the mean of the others."""
+    """How much of the tests is done, weighted by their durations in an earlier run.
 
-    def __init__(self, durations: Mapping[str, float]) -> None:
-        self._durations = durations
+    A test without one gets the mean of its file in `means`, else that of all other tests.
+    """
+
+    def __init__(self, durations: Mapping[str, float], means: Mapping[str, float] | None = None) -> None:
+        self._durations, self._means = durations, means or {}
         self._weights: dict[str, float] = {}
         self._done: set[str] = set()
 
     def expect(self, tests: Iterable[str]) -> None:
         tests = [*tests]
-        known = [self._durations[test] for test in tests if test in self._durations]
+        expected = {test: self._expected(test) for test in tests}
+        known = [seconds for seconds in expected.values() if seconds is not None]
         mean = statistics.fmean(known) if known else 1.0
         # What weighs nothing would never count as done.
-        self._weights = {test: max(self._durations.get(test, mean), 0.001) for test in tests}
+        self._weights = {test: max(mean if seconds is None else seconds, 0.001) for test, seconds in expected.items()}
 
     def finish(self, test: str) -> None:
         if test in self._weights:
             self._done.add(test)
+
+    def _expected(self, test: str) -> float | None:
+        return self._durations.get(test, self._means.get(file_of(test)))
 
     def line(self, elapsed_s: float) -> str:
         """The line to print after `elapsed_s` seconds."""
@@ -43,6 +55,19 @@ class Estimate:
         line = f"{_minutes(elapsed_s)} elapsed, {share:.0%}"
         # The first tests without known durations say little about the rest.
         return f"{line}, about {_minutes(elapsed_s * (1 - share) / share)} left" if share >= 0.02 else line
+
+
+def file_of(test: str) -> str:
+    """Return the file of a test id."""
+    return test.partition("::")[0]
+
+
+def means_by_file(durations: Mapping[str, float]) -> dict[str, float]:
+    """Return the mean seconds of the tests of each file, sorted by file."""
+    by_file: dict[str, list[float]] = {}
+    for test, seconds in durations.items():
+        by_file.setdefault(file_of(test), []).append(seconds)
+    return {file: round(statistics.fmean(by_file[file]), 3) for file in sorted(by_file)}
 
 
 def _minutes(seconds: float) -> str:
@@ -59,7 +84,7 @@ class Progress:
         self._cache: pytest.Cache | None = getattr(config, "cache", None)
         self._before: dict[str, float] = self._cache.get(CACHE_KEY, {}) if self._cache else {}
         self._took: dict[str, float] = {}
-        self._estimate = Estimate(self._before)
+        self._estimate = Estimate(self._before, json.loads(MEANS.read_text()))
         self._began = self._printed = clock()
         self._ended = threading.Event()
         self._runs_in_nodes = False
@@ -110,3 +135,13 @@ def register(config: pytest.Config) -> None:
     """Show progress, unless this process is one of pytest-xdist's nodes or only lists the tests."""
     if not hasattr(config, "workerinput") and not config.option.collectonly:
         config.pluginmanager.register(Progress(config), "progress")
+
+
+def main() -> None:
+    """Write the means of the last run of each test."""
+    durations = json.loads(Path(".pytest_cache/v", CACHE_KEY).read_text())
+    MEANS.write_text(json.dumps(means_by_file(durations), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

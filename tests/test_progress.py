@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from progress import Estimate
+from progress import Estimate, means_by_file
 
 PLUGIN = """
 import progress
@@ -44,6 +44,16 @@ def test_an_unknown_test_has_the_mean_duration_and_without_durations_tests_are_c
     counted.expect(map(str, range(4)))
     counted.finish("0")
     assert counted.line(5.0) == "0:05 elapsed, 25%, about 0:15 left"
+
+
+def test_on_a_fresh_machine_a_test_has_the_mean_duration_of_its_file() -> None:
+    means = means_by_file({"b.py::long[1]": 50.0, "b.py::long[2]": 70.0, "a.py::short": 20.0})
+    assert means == {"a.py": 20.0, "b.py": 60.0}
+    estimate = Estimate({"a.py::short": 10.0}, means)
+    # 10 s, of the last run; 60 s, of the file; 35 s, the mean of both.
+    estimate.expect(["a.py::short", "b.py::other", "c.py::unknown"])
+    estimate.finish("b.py::other")
+    assert estimate.line(60.0) == "1:00 elapsed, 57%, about 0:45 left"
 
 
 @pytest.mark.parametrize("nodes", [[], ["-n", "1"]], ids=["in-one-process", "xdist"])

@@ -81,8 +81,9 @@ def test_a_superseded_attempt_ends_and_is_not_restarted(start: Callable, runs: P
         output, _ = process.communicate(timeout=90)
     assert process.returncode == 1, output
     assert "attempt 1 is superseded: attempt 2 has taken over" in output
-    starts = {path.name for path in (run / "attempts/001/elastic").glob("node-*/start-*")}
-    assert starts == {"start-001-rank-00000.json", "start-001-rank-00001.json"}, "started once"
+    # Rank 0 notices it; rank 1 may have been ended before it could leave a record of its own.
+    starts = {path.name.partition("-rank-")[0] for path in (run / "attempts/001/elastic").glob("node-*/start-*")}
+    assert starts == {"start-001"}, "started once"
     assert not processes_of(run)
 
 
