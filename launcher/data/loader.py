@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -127,18 +129,23 @@ class PrefetchLoader:
         # A thread starts with the first GPU as its device, where page-locking would allocate memory.
         on_device = partial(torch.cuda.set_device, device) if self._pin_memory else None
         self._thread = ThreadPoolExecutor(1, "batches", initializer=on_device)
-        self._ready: dict[int, Future[StepBatch]] = {}
+        self._ready: dict[int, Future[tuple[StepBatch, float]]] = {}
+        self.load_s = math.nan
+        """Seconds that the preparation of the last returned batch took."""
 
     def step(self, step: int) -> StepBatch:
         """Return the batch of optimizer step `step`, counted from 0."""
         future = self._ready.get(step) or self._thread.submit(self._load, step)
-        batch = future.result()
+        batch, self.load_s = future.result()
         self._ready = {step + 1: self._thread.submit(self._load, step + 1)}
         return batch
 
-    def _load(self, step: int) -> StepBatch:
+    def _load(self, step: int) -> tuple[StepBatch, float]:
+        began = time.perf_counter()
         batch = self._batches.step(step)
-        return replace(batch, micro=[micro.pin_memory() for micro in batch.micro]) if self._pin_memory else batch
+        if self._pin_memory:
+            batch = replace(batch, micro=[micro.pin_memory() for micro in batch.micro])
+        return batch, time.perf_counter() - began
 
 
 class RowBatches:

@@ -180,7 +180,7 @@ class TrainingLoop:
             parts.engine.step()
         reduction = all_reduce_step(local_loss, self.local_stop_reason(), parts.monitor.pack_local(), self.run.device)
         times = timer.read()
-        parts.monitor.record_step(times)
+        parts.monitor.record_step(times, parts.batches.load_s)
         self.step += 1
         parts.monitor.beat("training", self.step)
         self.require_finite_loss(reduction.loss)

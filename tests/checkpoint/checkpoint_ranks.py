@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -325,8 +326,9 @@ def kill_both(folder: Path) -> None:
     # A link is there with its content at once.
     (folder / f"here-{rank}").symlink_to(str(os.getpid()))
     with suppress(FileNotFoundError):
-        os.kill(int(os.readlink(folder / f"here-{1 - rank}")), signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)
+        both = f"{os.getpid()} {os.readlink(folder / f'here-{1 - rank}')}"
+        # Both are stopped first, so that neither can fail because the other is gone.
+        subprocess.run(["sh", "-c", f"kill -STOP {both}; kill -KILL {both}"], check=True)
     # The test ends ranks that wait too long.
     time.sleep(600)
 

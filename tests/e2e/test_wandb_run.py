@@ -53,7 +53,7 @@ def test_one_wandb_run_covers_a_stop_on_its_page_a_preemption_and_a_kill(
     """Four attempts of one run, each of which ends in another way."""
     run, variables = runs / "watched", {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address, **slow_steps(0.3)}
     with start(*SETTINGS, "train.max_steps=1000", f"run.root={runs}", "run.name=watched", **variables) as process:
-        wait_for("W&B to have a step", lambda: server.runs and tracked(server).steps)
+        wait_for("W&B to have a step", lambda: server.runs and tracked(server).steps, deadline_s=120)
         server.stopped = True
         output, _ = process.communicate(timeout=120)
     assert status(run)["state"] == "cancelled", output

@@ -188,7 +188,7 @@ def _straggler(rank: int, works: Sequence[RankWork], hosts: Sequence[str]) -> st
     excess_s = {name: part - other for name, part, other in zip(RankWork._fields, work, median, strict=True)}
     match max(excess_s, key=excess_s.__getitem__):
         case "data_s":
-            cause = f"it waits {work.data_s:.2f} s a step for its data, the median rank {median.data_s:.2f} s: "
+            cause = f"its data take {excess_s['data_s']:.2f} s a step longer than the median rank's: "
             cause += "check the node's storage and CPUs"
         case "optim_s":
             cause = f"its optimizer takes {work.optim_s:.2f} s a step on the CPUs, the median rank's {median.optim_s:.2f} s: "

@@ -95,10 +95,13 @@ class Monitor:
         values[NUM_VALUES * self._rank_info.rank : NUM_VALUES * (self._rank_info.rank + 1)] = self._local_stats.values()
         return values
 
-    def record_step(self, times: dict[str, float]) -> None:
-        """Record this rank's times of a step, which are sent with the next step. Call it when the device has finished."""
+    def record_step(self, times: dict[str, float], load_s: float) -> None:
+        """Record this rank's times of a step, which are sent with the next step. Call it when the device has finished.
+
+        `load_s` is the time that the preparation of its batch took.
+        """
         optim_s = math.nan if self._optimizer_timer is None else self._optimizer_timer.read()
-        seconds = (times["time/step_s"], times["time/data_s"], self._layer_timer.read(), optim_s)
+        seconds = (times["time/step_s"], times["time/data_s"], load_s, self._layer_timer.read(), optim_s)
         self._local_stats = RankStats(*seconds, device=self._devices.latest)
 
     def update_ranks(self, values: Sequence[float]) -> None:

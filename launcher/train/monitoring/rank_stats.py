@@ -16,6 +16,7 @@ class RankStats(NamedTuple):
     Attributes:
         step_s: time of the whole step.
         data_s: time that the rank waited for its rows.
+        load_s: time that the preparation of its rows took, which overlaps with the step before.
         compute_s: time of the timed layer per token, see launcher.train.monitoring.rank_timing.
         optim_s: time of an optimizer that runs on the node's CPUs.
         active, reserved: peak bytes of GPU memory so far.
@@ -25,6 +26,7 @@ class RankStats(NamedTuple):
 
     step_s: float = math.nan
     data_s: float = math.nan
+    load_s: float = math.nan
     compute_s: float = math.nan
     optim_s: float = math.nan
     active: float = math.nan
@@ -50,7 +52,11 @@ def unpack_ranks(values: Sequence[float]) -> list[RankStats]:
 
 
 class RankWork(NamedTuple):
-    """Seconds of a rank's step without waiting for other ranks: compute, waiting for data, optimizer on the node's CPUs."""
+    """Seconds of a rank's step without waiting for other ranks: compute, waiting for data, optimizer on the node's CPUs.
+
+    Of the wait for data it counts what the preparation of the rows takes longer than on the median rank. Where all ranks take
+    the same time, and longer than a step, they wait for different times only because they began at different times.
+    """
 
     compute_s: float
     data_s: float
@@ -69,15 +75,21 @@ def estimate_work(ranks: Sequence[RankStats]) -> list[RankWork]:
     layer. Ranks without a timed layer count as median ranks. Kernel launches and the network are not measured per rank, so they
     are not included.
     """
+    data = _data_seconds(ranks)
     optim = [rank.optim_s if rank.optim_s > 0 else 0.0 for rank in ranks]
     usual = _median([rank.compute_s for rank in ranks])
     factors = [rank.compute_s / usual if rank.compute_s / usual > 0 else 1.0 for rank in ranks]
     rests = (rank.step_s - rank.data_s - one for rank, one in zip(ranks, optim, strict=True) if rank.step_s > 0)
     compute_s, slowest = max(0.0, min(rests, default=0.0)), max(factors)
     return [
-        RankWork(compute_s * factor / slowest, max(0.0, rank.data_s), one)
-        for factor, rank, one in zip(factors, ranks, optim, strict=True)
+        RankWork(compute_s * factor / slowest, data_s, optim_s)
+        for factor, data_s, optim_s in zip(factors, data, optim, strict=True)
     ]
+
+
+def _data_seconds(ranks: Sequence[RankStats]) -> list[float]:
+    usual = _median([rank.load_s for rank in ranks])
+    return [min(rank.data_s, rank.load_s - usual) if rank.data_s > 0 and rank.load_s > usual else 0.0 for rank in ranks]
 
 
 def straggler_ratio(works: Sequence[RankWork]) -> float:

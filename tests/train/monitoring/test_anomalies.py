@@ -108,7 +108,7 @@ HOSTS = ["n1", "n1", "n2", "n2"]
 
 def four_ranks(slow: int | None = None, **different: float) -> list[RankStats]:
     """The statistics of four ranks in lockstep; those of rank `slow` differ."""
-    usual = {"step_s": 2.0, "data_s": 0.001, "compute_s": 1e-6}
+    usual = {"step_s": 2.0, "data_s": 0.001, "load_s": 0.1, "compute_s": 1e-6}
     return [RankStats(**(usual | different if rank == slow else usual)) for rank in range(4)]
 
 
@@ -119,9 +119,11 @@ def test_a_straggler_alert_names_rank_host_and_cause() -> None:
     assert alerts[0].startswith(
         "a straggler: all ranks have waited 20 steps for rank 2 on n2: it computes 1.50 times as long as "
     )
-    alerts = [text for _ in range(20) for text in detector.stragglers(estimate_work(four_ranks(1, data_s=0.9)), HOSTS)]
+    alerts = [
+        text for _ in range(20) for text in detector.stragglers(estimate_work(four_ranks(1, data_s=0.9, load_s=1.0)), HOSTS)
+    ]
     assert len(alerts) == 1
-    assert "rank 1 on n1: it waits 0.90 s a step for its data, the median rank 0.00 s" in alerts[0]
+    assert "rank 1 on n1: its data take 0.90 s a step longer than the median rank's: check" in alerts[0]
     alerts = [text for _ in range(20) for text in detector.stragglers(estimate_work(four_ranks(3, optim_s=0.7)), HOSTS)]
     assert len(alerts) == 1
     assert "rank 3 on n2: its optimizer takes 0.70 s a step on the CPUs, the median rank's 0.00 s" in alerts[0]

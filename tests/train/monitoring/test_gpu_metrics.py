@@ -74,7 +74,7 @@ def test_what_gpus_measure_and_cost_is_in_wandb(
     while not (metrics_of_step.keys() >= {*EXPECTED, *COST} and metrics_of_step["gpu/xids"]):
         assert time.monotonic() < end, metrics_of_step
         time.sleep(0.05)
-        monitor.record_step(TIMES)
+        monitor.record_step(TIMES, load_s=0.1)
         monitor.update_ranks(monitor.pack_local())
         step += 1
         metrics = meter.step(step, batches.step(0), 2.0, 1.0, 1e-5, TIMES)

@@ -18,17 +18,17 @@ from launcher.train.monitoring.rank_stats import (
 
 
 def test_statistics_survive_packing() -> None:
-    first = RankStats(1.0, 0.5, 0.25, 0.125, 30.0, 40.0, 2.0, DeviceReadings(0, 0.9, 0.5, 600, 70, 2, 79, 0.1, 0.2))
-    second = RankStats(1.0, 0.0, 0.25, device=DeviceReadings(7, 0.8, 0.5, 600, 60, 0, 0, 0.3, 0.4))
+    first = RankStats(1.0, 0.5, 0.6, 0.25, 0.125, 30.0, 40.0, 2.0, DeviceReadings(0, 0.9, 0.5, 600, 70, 2, 79, 0.1, 0.2))
+    second = RankStats(1.0, 0.0, 0.6, 0.25, device=DeviceReadings(7, 0.8, 0.5, 600, 60, 0, 0, 0.3, 0.4))
     values = [*first.values(), *second.values()]
     assert len(values) == 2 * NUM_VALUES
     assert unpack_ranks(values)[0] == first
-    assert [math.isnan(value) for value in unpack_ranks(values)[1][3:7]] == [True] * 4
+    assert [math.isnan(value) for value in unpack_ranks(values)[1][4:8]] == [True] * 4
     assert unpack_ranks(values)[1].device == second.device
 
 
 def test_in_lockstep_the_layer_times_show_the_slow_rank() -> None:
-    ranks = [RankStats(2.0, 0.0, per_token) for per_token in (1e-6, 1e-6, 2e-6, 1e-6)]
+    ranks = [RankStats(2.0, 0.0, compute_s=per_token) for per_token in (1e-6, 1e-6, 2e-6, 1e-6)]
     works = estimate_work(ranks)
     assert [one.seconds for one in works] == pytest.approx([1.0, 1.0, 2.0, 1.0])
     assert straggler_ratio(works) == pytest.approx(2.0)
@@ -37,21 +37,24 @@ def test_in_lockstep_the_layer_times_show_the_slow_rank() -> None:
 
 def test_waiting_for_data_makes_a_straggler() -> None:
     """The other rank waits inside the step, so its step takes as long."""
-    works = estimate_work([RankStats(2.0, 1.0, 1e-6), RankStats(2.0, 0.0, 1e-6)])
+    works = estimate_work([RankStats(2.0, 1.0, 2.5, 1e-6), RankStats(2.0, 0.0, 0.5, 1e-6)])
     assert works == [RankWork(1.0, 1.0), RankWork(1.0, 0.0)]
     assert straggler_ratio(works) == pytest.approx(2.0)
 
 
+def test_data_that_take_all_ranks_as_long_make_no_straggler() -> None:
+    """They began at different times, so that one waits longer in each step."""
+    works = estimate_work([RankStats(0.30, 0.14, 0.301, 1e-6), RankStats(0.30, 0.06, 0.30, 1e-6)])
+    assert straggler_ratio(works) == pytest.approx(1.0, abs=0.01)
+
+
 def test_a_wait_for_data_that_is_short_beside_the_step_hardly_counts() -> None:
-    assert straggler_ratio(estimate_work([RankStats(2.0, 0.001, 1e-6), RankStats(2.0, 0.00001, 1e-6)])) == pytest.approx(
-        1.0, abs=1e-3
-    )
+    works = estimate_work([RankStats(2.0, 0.001, 2.0, 1e-6), RankStats(2.0, 0.00001, 1.0, 1e-6)])
+    assert straggler_ratio(works) == pytest.approx(1.0, abs=1e-3)
 
 
 def test_a_slow_cpu_optimizer_makes_a_straggler() -> None:
-    works = estimate_work(
-        [RankStats(9.0, 0.0, 1e-6, optim_s=5.0), RankStats(9.0, 0.0, 1e-6, optim_s=1.0), RankStats(9.0, 0.0, 1e-6, optim_s=1.0)]
-    )
+    works = estimate_work([RankStats(9.0, 0.0, compute_s=1e-6, optim_s=optim_s) for optim_s in (5.0, 1.0, 1.0)])
     assert works == [RankWork(4.0, 0.0, 5.0), RankWork(4.0, 0.0, 1.0), RankWork(4.0, 0.0, 1.0)]
     assert straggler_ratio(works) == pytest.approx(1.8)
 
