@@ -193,7 +193,7 @@ def build_model(
         if compiles:
             layers.compile_layers(hf, decoder_layers, torch.device(device))
     hf.train()
-    # Without packing, documents in a row may affect each other; flattening would let the rows of a batch do so too.
+    # Models that cannot isolate documents train without packing. If their batches were flattened, rows would affect each other.
     flatten = packing and (kernel == attention.VARLEN or kernel.startswith("flash_attention"))
     return CausalLMLoss(hf, flatten, liger_problem, fp8_use)
 

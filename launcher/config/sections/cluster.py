@@ -167,15 +167,14 @@ class ManagedSection(ClusterSection):
     max_infrastructure_failures: Count = Field(
         10,
         description=(
-            "How many lost nodes, killed processes and failed node checks in a row, without a newer checkpoint in between, the "
-            "run continues from by itself."
+            "How many lost nodes, killed processes and failed node checks, without a newer checkpoint in between, the run "
+            "continues from by itself."
         ),
     )
     max_failures: Count = Field(
         2,
         description=(
-            "How many failures of the training itself in a row, without a newer checkpoint in between, the run continues from by "
-            "itself."
+            "How many failures of the training itself, without a newer checkpoint in between, the run continues from by itself."
         ),
     )
     max_no_progress: Count = Field(

@@ -158,7 +158,9 @@ class SlurmSection(ManagedSection):
     container_mounts: tuple[Mount, ...] = Field(
         (), description="Folders to mount; the run directory, the caches and a local model are always mounted."
     )
-    container_python: Image = Field("python3", description="Python inside the container, where this launcher is installed.")
+    container_python: Image = Field(
+        "python3", description="Python inside the container, with the launcher's dependencies installed."
+    )
     srun_args: tuple[SrunArgument, ...] = Field((), description="Additional options for srun.")
     additional_parameters: dict[ParameterName, ParameterValue] = Field(
         default_factory=dict,

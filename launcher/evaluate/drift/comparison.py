@@ -21,7 +21,7 @@ from launcher.evaluate.drift.two_sample import kolmogorov_smirnov_p_value, mmd_p
 SIGNIFICANCE = 0.01
 # A difference that a test detects with many prompts may be too small to matter.
 MAX_UNUSUAL, MAX_LENGTH_CHANGE = 0.10, 0.25
-# Share of training prompts that are farther from all others than a new prompt may be.
+# A prompt is unusual if only this share of the training prompts is farther from its nearest training prompt.
 _RARE = 0.05
 _NUM_FARTHEST = 5
 _MAX_TEXT_CHARS = 200
