@@ -238,11 +238,11 @@ def test_a_run_through_the_jobs_api_is_followed_cancelled_and_resumed(
     tmp_path: Path,
     undisturbed: Callable[[int], Path],
 ) -> None:
-    cluster.have_only(n2=1)
+    cluster.have_only()
     run, mirror = root / "job", tmp_path / "mirror"
     canary = "canary-0123456789abcdef"
     env = {**cluster.env, "WANDB_API_KEY": canary}
-    own = (f"checkpoint.mirror=file://{mirror}", "--follow")
+    own = ("cluster.workers=1", f"checkpoint.mirror=file://{mirror}", "--follow")
     arguments = ray(cluster, root, "job", *by_job(cluster), *own)
     with start(*arguments, **env) as process:
         wait_for("step 7", lambda: last_step(run) >= 7)
@@ -277,7 +277,7 @@ def test_a_run_through_the_jobs_api_is_followed_cancelled_and_resumed(
     assert f"{cluster.http}/#/jobs/{job}" in resumed.stdout
     wait_for("its end", lambda: status(run)["state"] == "completed")
     await_no_launcher(run)
-    assert losses(run) == first_losses(undisturbed, end)
+    assert_close(losses(run), first_losses(undisturbed, end))
     assert mirrored(end)
     assert json.loads((mirror / "job/status.json").read_text())["state"] == "completed"
 
@@ -318,10 +318,10 @@ def test_prompts_are_answered_on_every_node(
     assert not list(run.glob("evaluations/*/held_out/.*"))
 
 
-def test_a_run_of_fixed_size_survives_a_worker_a_raylet_and_a_node_and_has_the_same_losses(
+def test_a_run_of_fixed_size_survives_a_raylet_and_a_node_and_has_the_same_losses(
     launch_here: Launch, start: Callable, cluster: RayCluster, root: Path, undisturbed: Callable[[int], Path]
 ) -> None:
-    """A worker and a raylet are killed, a node is about to be taken away: each time another attempt goes on; a cancel."""
+    """A raylet is killed, a node is about to be taken away: each time another attempt goes on; a cancel."""
     cluster.have_only(n2=1)
     run = root / "killed"
     settings = ("cluster.address=auto", "cluster.workers=2", PASS_PACE, "--follow")
@@ -330,47 +330,41 @@ def test_a_run_of_fixed_size_survives_a_worker_a_raylet_and_a_node_and_has_the_s
     with start(*ray(cluster, root, "killed", *settings), **env) as process:
         await_training(run, num_ranks=2)
         wait_for("a checkpoint", lambda: newest_saved(run, 1))
-        before = ranks_of(run)
-        before[run_store.read_attempt(RunDir(run), 1).nodes.index("n2")].parent().kill()
-        wait_for("the next attempt", lambda: (run / "attempts/002/marker").exists())
-        assert not any(rank.is_running() for rank in before.values())
-
-        wait_for("a step of it", lambda: trained(run, 2))
         cluster.kill_raylet("n2")
         wait_for("all ranks to be gone", lambda: not ranks_of(run))
         cluster.have_only(n3=1)
         n3 = cluster.node_ids()["n3"]
 
-        wait_for("a step of the third attempt", lambda: trained(run, 3))
+        wait_for("a step of the second attempt", lambda: trained(run, 2))
         cluster.drain(n3, seconds=120)
         wait_for("it waits for workers", lambda: status(run)["state"] == "pending")
         assert "runs again" in status(run)["message"]
         # In its place.
         cluster.start("n4")
-        wait_for("a step of the fourth attempt", lambda: trained(run, 4))
+        wait_for("a step of the third attempt", lambda: trained(run, 3))
         assert launch_here("cancel", str(run), **cluster.env).returncode == 0
         output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130, output
-    assert causes(run) == ["infrastructure", "infrastructure", "preempted", "cancelled"]
-    attempts = [run_store.read_attempt(RunDir(run), number) for number in (1, 2, 3, 4)]
-    assert [set(attempt.nodes) for attempt in attempts] == [{"n1", "n2"}, {"n1", "n2"}, {"n1", "n3"}, {"n1", "n4"}]
+    assert causes(run) == ["infrastructure", "preempted", "cancelled"]
+    attempts = [run_store.read_attempt(RunDir(run), number) for number in (1, 2, 3)]
+    assert [set(attempt.nodes) for attempt in attempts] == [{"n1", "n2"}, {"n1", "n3"}, {"n1", "n4"}]
     assert "Ray is about to lose n3: the run saves" in output
-    assert "Ray is about to lose n3: the run saves" in alerts(run, 3)
+    assert "Ray is about to lose n3: the run saves" in alerts(run, 2)
     end = last_step(run)
-    assert [*trained(run, 3), *trained(run, 4)] == list(range(attempts[2].resume_step + 1, end + 1)), "no step was repeated"
+    assert [*trained(run, 2), *trained(run, 3)] == list(range(attempts[1].resume_step + 1, end + 1)), "no step was repeated"
     assert losses(run) == first_losses(undisturbed, end), "the same rows and bitwise the same losses"
-    assert_attempt_named_first(launch_here, run, 2, "ray_node", **cluster.env)
+    assert_attempt_named_first(launch_here, run, 1, "ray_node", **cluster.env)
     await_no_launcher(run)
 
 
 def test_an_elastic_run_shrinks_and_grows_and_only_its_ranks_get_its_keys(
     launch_here: Launch, start: Callable, cluster: RayCluster, root: Path, tmp_path: Path, undisturbed: Callable[[int], Path]
 ) -> None:
-    """Four ranks on three nodes, two of them on one, then two ranks, then four again; the rows of each step are the same.
+    """Four ranks on two nodes, three of them on one, then one rank, then four again; the rows of each step are the same.
 
     The keys are in no file, no log of Ray's and no command line.
     """
-    cluster.have_only(n4=1, n5=2)
+    cluster.have_only(n5=3)
     run, rows = root / "elastic", tmp_path / "rows"
     canary = "canary-fedcba9876543210"
     elastic = (
@@ -387,16 +381,15 @@ def test_an_elastic_run_shrinks_and_grows_and_only_its_ranks_get_its_keys(
         environments = environments_of(rows, run_store.newest_attempt(RunDir(run)))
         assert {variables["WANDB_API_KEY"] for variables in environments} == {canary}
         assert sorted((variables["LOCAL_RANK"], variables["LOCAL_WORLD_SIZE"]) for variables in environments) == [
-            *[("0", "1")] * 2,
-            ("0", "2"),
-            ("1", "2"),
+            ("0", "1"),
+            *[(str(local_rank), "3") for local_rank in range(3)],
         ]
         commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
         assert not [command for command in commands if canary in command]
         wait_for("a checkpoint", lambda: newest_saved(run, run_store.newest_attempt(RunDir(run))))
         cluster.kill("n5")
-        await_training(run, num_ranks=2)
-        cluster.start("n7", "--num-cpus=2")
+        await_training(run, num_ranks=1)
+        cluster.start("n7", "--num-cpus=3")
         await_training(run, num_ranks=4)
         assert launch_here("cancel", str(run), **cluster.env).returncode == 0
         output, _ = process.communicate(timeout=DEADLINE_S)
@@ -407,7 +400,7 @@ def test_an_elastic_run_shrinks_and_grows_and_only_its_ranks_get_its_keys(
     expected = {step: {tuple(batch)} for step, ((_, batch),) in rows_of(alone, alone.parent / "rows").items() if step <= end}
     seen = rows_of(run, rows)
     assert {step: {tuple(batch) for _, batch in times} for step, times in seen.items()} == expected
-    assert {2, 4} <= {num_ranks for times in seen.values() for num_ranks, _ in times} <= {1, 2, 4}
+    assert {num_ranks for times in seen.values() for num_ranks, _ in times} == {1, 4}
     assert run_store.load_plan(RunDir(run)).topology.world_size == 4, "the plan is that of the newest attempt"
     # Ray begins with as few as are there at that moment, so that there may have been one more at the start.
     assert causes(run)[-3:] == ["infrastructure", "resized", "cancelled"]
