@@ -60,6 +60,7 @@ def test_on_a_gpu_products_and_elementwise_operations_together_reach_half_of_the
 @pytest.mark.parametrize("name", KINDS)
 def test_elementwise_operations_of_a_layer_move_what_a_pass_reads_and_writes(name: str) -> None:
     """At real width, as fake tensors: what two more layers move."""
+    pytest.importorskip("torch.nn.attention.varlen")
     config = preset(name, vocab_size=256, pad_token_id=0, bos_token_id=0, eos_token_id=0)
     for checkpointing, share in (("none", 0.0), ("all", 1.0)):
         moved = [moved_bytes.measure(config | {"num_hidden_layers": layers}, 512, "bf16", checkpointing) for layers in (1, 3)]
@@ -69,6 +70,7 @@ def test_elementwise_operations_of_a_layer_move_what_a_pass_reads_and_writes(nam
 
 
 def test_the_loss_moves_what_a_pass_reads_and_writes() -> None:
+    pytest.importorskip("torch.nn.attention.varlen")
     config = preset("llama3_2_1b", num_hidden_layers=1, pad_token_id=0, bos_token_id=0, eos_token_id=0)
     moved = [moved_bytes.measure(config | {"vocab_size": size}, 4096) for size in (32_000, 128_000)]
     sizes = [model_facts(config | {"vocab_size": size}, None, None, None) for size in (32_000, 128_000)]

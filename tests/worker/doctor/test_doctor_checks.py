@@ -257,7 +257,7 @@ def test_ranks_that_fail_are_reported_with_their_error(tmp_path: Path, monkeypat
     bandwidth, reason = all_reduce._run_ranks("cuda", 1, tmp_path)
     assert bandwidth == 0.0
     assert reason.startswith("rank 0: ")
-    assert "cuda" in reason.lower()
+    assert "cuda" in reason.lower() or "nvidia driver" in reason.lower()
 
 
 def test_ranks_that_do_not_meet_are_killed_at_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,9 +341,12 @@ def test_a_soft_limit_can_be_raised_by_the_user(config: Callable[..., RunConfig]
 def test_other_versions_than_tested_are_a_warning_and_unmet_requirements_a_failure(
     config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pins = machine._constraints()
+    assert pins is not None
+    versions = {pin.name: next(part.version for part in pin.specifier if part.operator in ("==", ">=")) for pin in pins}
+    monkeypatch.setattr(machine, "_version", versions.get)
     assert verdicts(machine.check_packages, config()) == [OK]
-    real = machine._version
-    monkeypatch.setattr(machine, "_version", lambda name: "0.1" if name == "deepspeed" else real(name))
+    versions["deepspeed"] = "0.1"
     shown, unmet, others = machine.check_packages(config())
     assert (shown.verdict, shown.must_match) == (OK, True)
     assert unmet.verdict == FAILURE

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
 import pytest
@@ -30,6 +30,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.verdicts import digest_checkpoint
+from launcher.worker.sidecars import step_process
 from launcher.worker.sidecars.answers_process import AnswersProcess
 from launcher.worker.sidecars.checkpoint_answers import CheckpointAnswers
 
@@ -304,7 +305,15 @@ def test_what_it_has_started_ends_with_a_process_that_is_killed(make: Callable) 
     wait_for("their end", lambda: not any(one.is_running() for one in children))
 
 
-def test_an_evaluation_beside_training_has_the_lowest_priority(make: Callable) -> None:
+def test_an_evaluation_beside_training_has_the_lowest_priority(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, str]] = []
+    real = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        given.append(options["env"])
+        return real(command, **options)
+
+    monkeypatch.setattr(step_process.subprocess, "Popen", start)
     planned, run = make()
     commit(run, 4)
     export_by_hand(run, 4)
@@ -314,7 +323,7 @@ def test_an_evaluation_beside_training_has_the_lowest_priority(make: Callable) -
     (child,) = [one for one in psutil.Process().children() if "evaluate" in one.cmdline()]
     try:
         wait_for("its priority", lambda: child.nice() == min(19, before + 9))
-        assert {child.environ()[name] for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")} == {"1"}
+        assert [{environ[name] for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")} for environ in given] == [{"1"}]
     finally:
         answers.conclude(False)
     assert not child.is_running()
