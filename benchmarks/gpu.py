@@ -63,7 +63,7 @@ _ATTENTION = re.compile(r"attention is computed by (\w+)")
 _FP8_FOLDER = Path(sys.prefix) / "fp8"
 # Compute capability of Hopper; Ada and older have no products with a scale for each row.
 _FP8_CAPABILITY = (9, 0)
-_TOO_LARGE = re.compile(r"need[a-z ]* \d+ GiB per GPU|\d+ GiB per GPU are needed")
+_TOO_LARGE = re.compile(r"needs? \d+ GiB per GPU")
 _EXCEPTION = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Exit)\b")
 # Chats beyond what the steps take: packing by another program wastes more.
 _SPARE_TOKENS = 1.3

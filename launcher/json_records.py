@@ -111,7 +111,7 @@ def _parse(content: bytes, where: str, remedy: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DamagedRun(f"a file of the run is damaged: {error}", where=where, remedy=remedy) from None
     if not isinstance(value, dict):
-        raise DamagedRun("a file of the run is damaged: it holds no JSON object", where=where, remedy=remedy)
+        raise DamagedRun("a file of the run is damaged: it is not a JSON object", where=where, remedy=remedy)
     return value
 
 
@@ -131,7 +131,7 @@ def read_bytes(path: Path) -> bytes:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
             if not stat.S_ISREG(status.st_mode):
                 # Reading a pipe or a device might never end.
-                raise NoRecord(errno.EINVAL, "is no regular file", str(path))
+                raise NoRecord(errno.EINVAL, "is not a regular file", str(path))
             with open(descriptor, "rb", closefd=False) as file:
                 # A read allocates as much as it requests.
                 content = file.read(min(MAX_BYTES, status.st_size) + 1)

@@ -165,7 +165,7 @@ def _check_hub_model(value: str, model: ModelSection) -> list[Problem]:
     similar = [path for path in beside if _digits(path) == _digits(value)]
     if not similar:
         return []
-    remedy = f"did you mean ./{similar[0]}? For a model of the hub, start from a folder without {Path(similar[0]).parent}/"
+    remedy = f"did you mean ./{similar[0]}? For a model from the hub, start in a folder without {Path(similar[0]).parent}/"
     return [Problem("model.path: there is no such folder, but a similar one", where="model.path", value=value, remedy=remedy)]
 
 

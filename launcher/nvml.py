@@ -121,7 +121,7 @@ def _ask(query: str, deadline_s: float) -> list[dict[str, Any]]:
         raise NvmlError(f"the NVIDIA driver did not answer within {deadline_s:g} s") from None
     if process.returncode:
         (last,) = errors.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-        raise NvmlError(f"the NVIDIA driver cannot be asked: {last}")
+        raise NvmlError(f"the NVIDIA driver cannot be queried: {last}")
     rows: list[dict[str, Any]] = json.loads(output)
     return rows
 

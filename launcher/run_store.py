@@ -44,7 +44,7 @@ def create(plan: LaunchPlan) -> RunDir:
     except OSError as error:
         if not run.root.exists():
             raise SubmitError(
-                f"the run directory cannot be made: {error.strerror}",
+                f"the run directory cannot be created: {error.strerror}",
                 where=str(run.root),
                 remedy="set run.root to a folder you can write to",
             ) from None
@@ -53,7 +53,7 @@ def create(plan: LaunchPlan) -> RunDir:
     try:
         if problem := ownership.records_problem(run):
             # Storage may assign what root writes to nobody; later commands would then show this run from its files only.
-            raise SubmitError(replace(problem, remedy=f"set run.root to storage that keeps owners; {problem.remedy}"))
+            raise SubmitError(replace(problem, remedy=f"set run.root to storage that keeps file owners; {problem.remedy}"))
         # The parent folders may have been created with this run.
         ownership.require_location(run)
         atomic_files.fsync_directory(run.root.parent)
@@ -307,7 +307,7 @@ def start_lock(run: RunDir, wait_s: float = 0) -> Iterator[None]:
         except locks.LockTimeout:
             holder = locks.wait_for_holder(_lock_path(run))
             raise SubmitError(
-                "another command is starting this run at this moment",
+                "another command is starting this run right now",
                 where=str(run.root),
                 value="" if holder is None else str(holder),
                 remedy="wait until it is done"
@@ -315,7 +315,7 @@ def start_lock(run: RunDir, wait_s: float = 0) -> Iterator[None]:
                 else f"wait until it is done, or end it on {holder.host}: kill {holder.pid}",
             ) from None
         except OSError as error:
-            remedy = "mount its storage for writing or free space, then try again: checkpoints stay"
+            remedy = "mount its storage for writing or free space, then try again; the checkpoints are kept"
             if isinstance(error, PermissionError):
                 remedy = "only the run's owner can write this folder: run the command as them, or ask them for access"
             raise SubmitError(
@@ -351,7 +351,7 @@ def find_run(name: str, root: Path, marker: str = "plan.json") -> RunDir:
             if isinstance(error, PermissionError):
                 remedy = "only the run's owner can read this folder: ask them for access"
             elif error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-                remedy = "write another name"
+                remedy = "use another name"
             message = f"the run {name} cannot be read: {error.strerror}"
             raise SubmitError(message, where=str(candidate), remedy=remedy) from None
     raise _no_such_run(name, root, marker)
@@ -365,10 +365,10 @@ def _no_such_run(name: str, root: Path, marker: str) -> SubmitError:
             remedy = plan_remedy(run.plan) if run.plan.name == marker else record_remedy(run)
             return SubmitError(f"the run {name} has no {marker}", where=str(run.root), remedy=remedy)
         if inside := next((folder for folder in candidate.parents if (folder / marker).is_file()), None):
-            remedy = f"write the directory of the run: {shell_command(inside)}"
-            return SubmitError(f"{name} is no run directory", where=str(candidate), remedy=remedy)
+            remedy = f"use the run's directory: {shell_command(inside)}"
+            return SubmitError(f"{name} is not a run directory", where=str(candidate), remedy=remedy)
     if not root.is_dir():
-        remedy = f"name the folder of the runs with --root, or start a run with: {launcher_command('train')}"
+        remedy = f"name the folder of runs with --root, or start a run with: {launcher_command('train')}"
         message = f"there is no run named {name}"
         return NoSuchRun(message, name, where=str(root), value="the folder does not exist", remedy=remedy)
     names = [run.root.name for run in list_runs(root)]

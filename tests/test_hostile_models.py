@@ -86,8 +86,8 @@ def test_changed_code_is_refused_at_the_start_and_by_whatever_would_load_it(fold
     with open(folder / change, "a") as file:
         file.write("# changed\n")
     (problem,) = model_source.check_model(pinned)
-    assert problem.message == "model.path: the code of the folder is not the code that model.code_digest pins"
-    with pytest.raises(ConfigError, match="is not the code that"):
+    assert problem.message == "model.path: the code in the folder differs from the code that model.code_digest pins"
+    with pytest.raises(ConfigError, match="differs from the code that"):
         weight_check.compare(folder, pinned)
     assert not (tmp_path / "ran").exists()
 
@@ -145,7 +145,7 @@ def test_a_link_that_leaves_the_folder_is_refused_before_anything_copies_it(
 ) -> None:
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(private_file)
-    expected = f"the file {name} is a link that leaves the folder: {private_file}"
+    expected = f"the file {name} is a link to a file outside the folder: {private_file}"
     assert expected in [problem.message for problem in checked(folder)]
     sent = mirrored_files._small_files(folder, with_code=True)
     assert sorted(path.name for path in sent) == ["code.py", "config.json"]
@@ -207,7 +207,7 @@ def test_a_pipe_or_a_device_is_not_read(folder: Path, make: Callable[[Path], Non
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", "below/x.safetensors"])
 def test_weights_outside_of_the_folder_are_refused(folder: Path, name: str) -> None:
     (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama", "transformers_weights": name}))
-    assert "names a file outside of the folder" in checked(folder)[0].message
+    assert "names a file outside the folder" in checked(folder)[0].message
     (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama"}))
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"t": name}}))

@@ -54,7 +54,7 @@ def refusal(folder: Path) -> str:
     with pytest.raises(SubmitError) as error, start_lock(RunDir(folder)):
         pytest.fail("two processes hold the lock")
     (problem,) = error.value.problems
-    assert problem.message == "another command is starting this run at this moment"
+    assert problem.message == "another command is starting this run right now"
     assert problem.where == str(folder)
     assert problem.remedy
     return str(problem)

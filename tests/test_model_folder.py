@@ -43,7 +43,7 @@ def test_a_whole_folder_has_no_problems(folder: Path) -> None:
         (b'{"a": 1,\n "b": }', "is not valid JSON: Expecting value", ":2:7"),
         (b"", "is empty", ""),
         (b"[1]", "holds a JSON list instead of an object", ""),
-        (b"\xff\xfe", "is not text in UTF-8: byte 0", ""),
+        (b"\xff\xfe", "is not UTF-8 text: byte 0", ""),
         (b"[" * 100_000, "is nested too deeply", ""),
         (POINTER, "is a Git LFS pointer instead of the file", ""),
         (b"<html>", "is an HTML page", ""),
@@ -64,7 +64,7 @@ def test_a_damaged_config_is_named_with_line_and_column(folder: Path, content: b
         ("tokenizer.json", POINTER, "is a Git LFS pointer instead of the file"),
         ("tokenizer.json", b"<html>", "is an HTML page"),
         ("tokenizer.json", b'{"model": {"vo', "is not valid JSON: Unterminated string starting at"),
-        ("tokenizer.json", b'{"model": "' + b"x" * (2 << 20), "is incomplete: it does not end as JSON does"),
+        ("tokenizer.json", b'{"model": "' + b"x" * (2 << 20), "is incomplete: it does not end with }"),
         ("tokenizer_config.json", b"[1]", "holds a JSON list instead of an object"),
         ("tokenizer.model", b"", "is empty"),
     ],
@@ -88,8 +88,8 @@ def test_a_damaged_tokenizer_is_named(folder: Path, name: str, content: bytes, m
         ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantized (awq)"),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "m.C"}}, "the model needs its own Python code (auto_map)"),
         ({"model_type": "mine"}, "does not know the architecture mine"),
-        ({"model_type": "llava"}, "transformers has no causal language model of it"),
-        ({"model_type": "clip"}, "transformers has no causal language model of it"),
+        ({"model_type": "llava"}, "transformers has no causal language model for it"),
+        ({"model_type": "clip"}, "transformers has no causal language model for it"),
         ({"vocab_size": None}, "the model's config.json lacks vocab_size"),
     ],
 )
@@ -130,7 +130,7 @@ def test_damaged_generation_settings_are_named(folder: Path) -> None:
 def test_shards_without_their_index_are_named(folder: Path) -> None:
     (folder / "model.safetensors.index.json").unlink()
     (problem,) = problems(folder)
-    assert problem.message.startswith("model.path: model.safetensors.index.json is missing, which tells what is in model-0.saf")
+    assert problem.message.startswith("model.path: model.safetensors.index.json is missing, which lists the contents of model-0")
 
 
 def test_all_damaged_files_are_named_at_once(folder: Path) -> None:

@@ -104,7 +104,7 @@ def test_a_local_folder_is_taken_before_a_hub_repository(tmp_path: Path, monkeyp
     for misspelled in ("models/Goood", "Models/good", "model/good"):
         (problem,) = model_source.check_model(ModelSection(path=misspelled))
         assert problem.remedy.startswith(
-            "did you mean ./models/good? For a model of the hub, start from a folder without models/"
+            "did you mean ./models/good? For a model from the hub, start in a folder without models/"
         )
     (tmp_path / "models/good/config.json").touch()
     assert model_source.local_folder("models/file") == "models/file"

@@ -71,7 +71,7 @@ def test_gpus_of_other_jobs_do_not_count_and_a_lost_one_only_where_it_is_chosen(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert uuids() == ["GPU-bbbb"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with pytest.raises(NvmlError, match="cannot be asked: GPU is lost"):
+    with pytest.raises(NvmlError, match="cannot be queried: GPU is lost"):
         nvml.list_gpus()
 
 
@@ -98,7 +98,7 @@ def test_the_device_facts_are_those_of_the_gpus_or_of_the_cpu(driver: Driver, mo
     assert (facts.kind, facts.name, facts.count, facts.memory_gib) == ("cuda", H100, 2, 80.0)
     driver([], init="Driver Not Loaded")
     facts = device()
-    assert (facts.kind, facts.problem) == ("cpu", "the NVIDIA driver cannot be asked: Driver Not Loaded")
+    assert (facts.kind, facts.problem) == ("cpu", "the NVIDIA driver cannot be queried: Driver Not Loaded")
     for chosen in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
         assert (device().kind, device().problem) == ("cpu", "")
@@ -113,7 +113,7 @@ def test_a_driver_that_cannot_be_asked_is_a_note_of_the_plan(
 ) -> None:
     monkeypatch.setattr(nvml, "has_driver", lambda: True)
     driver([], init="Driver/library version mismatch")
-    problem = "the NVIDIA driver cannot be asked: Driver/library version mismatch"
+    problem = "the NVIDIA driver cannot be queried: Driver/library version mismatch"
     shown = launch_here("plan", "model=tiny", PYTHONPATH=os.environ["PYTHONPATH"], COLUMNS="200")
     assert f"note       no GPU is used: {problem}; look at it with nvidia-smi\n" in shown.stdout
     settings = ("model=tiny", "tracking=none", "cluster.gpu_type=h100", "cluster.ranks_per_node=2", "run.name=on-gpus")

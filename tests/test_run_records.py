@@ -46,7 +46,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path, record: Any) -> None
     ("text", "message", "field", "value"),
     [
         ('{"state": "running", "att', "Unterminated string", "", ""),
-        ("[]", "holds no JSON object", "", ""),
+        ("[]", "is not a JSON object", "", ""),
         ('{"state": "running"}', "this field is missing", "attempt", ""),
         ('{"state": "running", "attempt": "one"}', "expected an integer", "attempt", '"one"'),
         ('{"state": "running", "attempt": true}', "expected an integer", "attempt", "true"),

@@ -246,9 +246,7 @@ def test_a_run_is_found_by_name_and_by_path(config: RunConfig, tmp_path: Path, m
     )
     with pytest.raises(SubmitError) as error:
         run_store.find_run("b", tmp_path / "elsewhere")
-    assert (
-        error.value.problems[0].remedy == "name the folder of the runs with --root, or start a run with: python -m launcher train"
-    )
+    assert error.value.problems[0].remedy == "name the folder of runs with --root, or start a run with: python -m launcher train"
 
 
 def test_runs_are_listed_newest_first(config: RunConfig, tmp_path: Path) -> None:
@@ -277,7 +275,7 @@ def test_folders_closed_to_this_user_are_not_listed(config: RunConfig, tmp_path:
         (errno.ESTALE, "check the storage, then try again"),
         (errno.EIO, "check the storage, then try again"),
         (errno.EACCES, "only the run's owner can read this folder: ask them for access"),
-        (errno.ENAMETOOLONG, "write another name"),
+        (errno.ENAMETOOLONG, "use another name"),
     ],
 )
 def test_a_run_that_cannot_be_read_is_told_with_what_to_do(

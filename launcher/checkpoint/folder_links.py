@@ -56,7 +56,7 @@ def link_problems(folder: Path, paths: Iterable[Path] | None = None) -> Iterator
                     f"the file {name} {reason}",
                     where=str(file),
                     value=str(name),
-                    remedy="replace it by a copy of the file that is meant, or remove it",
+                    remedy="replace it with a copy of the intended file, or remove it",
                 )
 
 
@@ -71,7 +71,7 @@ def open_file(folder: Path, source: str | Path) -> Iterator[io.FileIO]:
     with open(os.open(source, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
         opened = Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) or not _is_allowed(folder, opened):
-            message = f"the file {Path(source).name} was replaced by a link that leaves the folder while it was copied"
+            message = f"the file {Path(source).name} was replaced by a link to a file outside the folder while it was copied"
             raise CheckpointError(message, where=str(source), value=str(opened), remedy="use a folder that only you can write to")
         yield file
 
@@ -107,7 +107,7 @@ def _refusal(folder: Path, file: Path) -> str:
         return "is not a regular file"
     if target.is_relative_to(folder.resolve()) or (stat.S_ISREG(mode) and _is_allowed(folder, target)):
         return ""
-    return f"is a link that leaves the folder: {os.readlink(file)}" if file.is_symlink() else "is not in the folder"
+    return f"is a link to a file outside the folder: {os.readlink(file)}" if file.is_symlink() else "is not in the folder"
 
 
 def _is_allowed(folder: Path, file: Path) -> bool:

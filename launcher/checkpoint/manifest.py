@@ -161,7 +161,7 @@ def read_manifest(path: Path) -> Manifest:
         raise DamagedCheckpoint("a checkpoint's manifest is damaged", where=str(file), value=str(error)) from error
     if manifest.format_version != FORMAT_VERSION:
         raise CheckpointError(
-            "this checkpoint has a format that this launcher does not read",
+            "this launcher cannot read the format of this checkpoint",
             where=str(file),
             value=f"format {manifest.format_version}; readable: {FORMAT_VERSION}",
             remedy="use the launcher that wrote it",
@@ -214,7 +214,7 @@ def record_evaluation(path: Path, evaluation: LaterEvaluation) -> bool:
 def unreadable_error(file: Path, error: OSError) -> UnreadableCheckpoint:
     """Build the error for a file that may be intact: a storage server that is down gives EIO or ESTALE, permissions EACCES."""
     return UnreadableCheckpoint(
-        "a checkpoint file cannot be read now",
+        "a checkpoint file cannot be read right now",
         where=str(file),
         value=error.strerror or str(error),
         remedy="try again; if it persists, check the storage and the file's owner, or resume from an earlier step with --step",

@@ -42,7 +42,7 @@ def require_supported_engine(engine: Any, named_parameters: Mapping[str, Paramet
     find_optimizer(engine)
     if zero.offload_optimizer and zero.partial_offload != 1.0:
         raise CheckpointError(
-            "an optimizer that is offloaded in part keeps some states where DeepSpeed gives no view of them",
+            "DeepSpeed gives no access to some states of an optimizer that is only partly offloaded",
             where="deepspeed.extra: zero_optimization.offload_optimizer.ratio",
             value=str(zero.partial_offload),
             remedy="set the ratio to 1.0",
@@ -52,7 +52,7 @@ def require_supported_engine(engine: Any, named_parameters: Mapping[str, Paramet
     if split := [n for n, p in named_parameters.items() if p.ds_zero_partition_world_size != dist.get_world_size()]:
         raise CheckpointError("parameters must be partitioned over all ranks", value=_some(split))
     if {id(p) for p in named_parameters.values()} != {id(p) for p in engine.module.parameters()}:
-        raise CheckpointError("the named parameters are not exactly those of the engine's model")
+        raise CheckpointError("the named parameters differ from those of the engine's model")
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def find_optimizer(engine: Any) -> Optimizer:
     optimizer = find_by_class(name)
     if optimizer is None:
         raise CheckpointError(
-            "checkpoints cannot hold the states of this optimizer, which are not known",
+            "checkpoints cannot hold the states of this optimizer: the launcher does not know them",
             value=name,
             remedy="list the class in OPTIMIZERS (launcher/plan/optimizers.py), with the names of its states",
         )
@@ -267,9 +267,9 @@ def _require_named_states(engine: Any, keys: tuple[str, ...]) -> None:
         actual = {key for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim()}
         if actual != set(keys) - {FP32}:
             raise CheckpointError(
-                "the optimizer keeps other states than OPTIMIZERS (launcher/plan/optimizers.py) names for it",
+                "the optimizer's states differ from those that OPTIMIZERS (launcher/plan/optimizers.py) lists for it",
                 value=f"it keeps {', '.join(sorted(actual))}",
-                remedy=f"name them in its row, which names {', '.join(keys[1:]) or 'none'}",
+                remedy=f"list them in its row, which lists {', '.join(keys[1:]) or 'none'}",
             )
 
 

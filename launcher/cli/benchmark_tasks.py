@@ -71,10 +71,10 @@ def require_gpu(config: RunConfig, activity: str, option: str) -> None:
     nodes = evaluation_nodes_for(config.cluster.kind)
     if nodes is not None and nodes.runs_elsewhere(config) and device().kind != "cuda":
         raise SubmitError(
-            f"{activity} on this machine, and it has no GPU",
+            f"{activity} on this machine, which has no GPU",
             where=option,
             value=f"the run's cluster is {config.cluster.kind}",
-            remedy="start the command where a GPU is, such as: srun --gpus 1 python -m launcher evaluate ...; or add "
+            remedy="start the command on a machine with a GPU, such as: srun --gpus 1 python -m launcher evaluate ...; or add "
             "cluster=local to use this machine's CPU",
         )
 

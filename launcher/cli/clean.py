@@ -60,7 +60,7 @@ def run(verb: str, tokens: list[str]) -> int:
         print(f"removed {format_count(len(removed), 'part')}, {format_size(freed)}")
     rest = sum(entry.bytes for entry in entries) - sum(entry.bytes for entry in chosen)
     if arguments.max_size is not None and rest > arguments.max_size:
-        print(f"note: {format_size(rest)} stay, more than --max-size: the rest is in use or not chosen", file=sys.stderr)
+        print(f"note: {format_size(rest)} remain, more than --max-size: the rest is in use or not chosen", file=sys.stderr)
     for line in left:
         print(printable(f"not removed: {line}"), file=sys.stderr)
     return EXIT_FAILED if left else 0
@@ -74,12 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = VerbParser(prog="python -m launcher clean", description=about)
     kinds = "; ".join(f"{kind}: {description}" for kind, description in KINDS.items())
     parser.add_argument("--only", choices=tuple(KINDS), action="append", help=f"parts of one kind (repeatable): {kinds}")
-    older = "parts whose last use is longer ago, such as 30d, 12h or 2w"
+    older = "parts that were last used longer ago than this, such as 30d, 12h or 2w"
     parser.add_argument("--older-than", metavar="TIME", type=_seconds, help=older)
-    parser.add_argument("--larger-than", metavar="SIZE", type=_num_bytes, help="parts that are larger, such as 10GiB")
+    parser.add_argument("--larger-than", metavar="SIZE", type=_num_bytes, help="parts larger than this, such as 10GiB")
     size = "remove only until the cache is this small, the oldest use first, such as 200GiB"
     parser.add_argument("--max-size", metavar="SIZE", type=_num_bytes, help=size)
-    shared = "also your own data caches that a group shares; the runs of its other members are not known"
+    shared = "include your own data caches that a group shares; the runs of its other members are not known"
     parser.add_argument("--shared", action="store_true", help=shared)
     add_flags(parser)
     root = "folder of runs that may use the cache (repeatable; default: runs), besides those in which runs were started"

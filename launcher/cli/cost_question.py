@@ -33,7 +33,7 @@ def require_consent(planned: Sequence[tuple[LaunchPlan, SpeedEstimate]], is_acce
     elif known:
         message = f"{runs} may cost more than ${sum(known):,.2f}: the cost of {unknown} is not known"
     else:
-        message = f"what {runs} will cost is not known"
+        message = f"the cost of {runs} is not known"
     where = f"run.confirm_usd={min(limits):g}"
     if not sys.stdin.isatty() or not sys.stdout.isatty():
         remedy = "to start without a question, add --yes; or raise run.confirm_usd, or limit the cost with run.max_usd"

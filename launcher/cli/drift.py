@@ -42,14 +42,14 @@ def _parser() -> VerbParser:
     about = (
         "Compare prompts with those that a run was trained on: words, lengths, scripts, prompts that occur in both, and how "
         "likely they are under the tuned model and the base model, scored on this machine. "
-        "The exit code is 3 where they have drifted."
+        "The exit code is 3 if they have drifted."
     )
     parser = VerbParser(prog="python -m launcher drift", description=about)
     parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
     parser.add_argument("prompts", metavar="PROMPTS", type=Path, help="file of prompts or chats: JSON Lines, or a JSON array")
     likelihood = (
-        "score up to 200 prompts of each side under both models, or leave that out (default: score them where the model fits the "
-        "GPUs, or takes a CPU at most three minutes)"
+        "score up to 200 prompts of each side under both models, or skip this (default: score them if the model fits on the "
+        "GPUs, or if a CPU needs at most three minutes)"
     )
     parser.add_argument("--likelihood", action=argparse.BooleanOptionalAction, help=likelihood)
     parser.add_root()

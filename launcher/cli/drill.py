@@ -154,7 +154,7 @@ def _plan_like(run: RunDir, overrides: list[str], arguments: argparse.Namespace)
         raise ConfigError(
             f"a drill of RUN uses that run's model, data and batch:\n{table(changed)}",
             where="command line",
-            remedy="take these overrides out, or drill without a RUN",
+            remedy="remove these overrides, or drill without a RUN",
         )
     config = _shorten(config, overrides, arguments)
     check_extra(config)

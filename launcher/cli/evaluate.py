@@ -94,13 +94,13 @@ def _require_matching_options(arguments: argparse.Namespace) -> None:
     """Reject options that contradict each other, and unusable question files."""
     where = "command line"
     if arguments.tasks is not None and arguments.choices:
-        message = f"--tasks and {choice_sets.OPTION} are evaluations of their own"
+        message = f"--tasks and {choice_sets.OPTION} are separate evaluations"
         raise ConfigError(message, where=where, remedy="give one of them, then the other")
     if arguments.tasks is None and arguments.task_folder is not None:
-        raise ConfigError("--task-folder is about tasks, and --tasks names none", where=where, remedy="add --tasks NAMES")
+        raise ConfigError("--task-folder applies to tasks, but --tasks names none", where=where, remedy="add --tasks NAMES")
     if arguments.tasks is None and not arguments.choices and arguments.limit is not None:
         remedy = f"add --tasks NAMES or {choice_sets.OPTION} FILE; evaluate.max_prompts=N is the number of held-out prompts"
-        raise ConfigError("--limit is about tasks and choices, and none are named", where=where, remedy=remedy)
+        raise ConfigError("--limit applies to tasks and choices, but none are named", where=where, remedy=remedy)
     choice_sets.require_files(arguments.choices)
 
 
@@ -124,11 +124,11 @@ def _parser() -> argparse.ArgumentParser:
         "[overrides]",
         description=(
             "Answer held-out prompts with the base model, without and with examples, and with the tuned model;\n"
-            "score the answers, and say whether fine-tuning helped. On a cluster, in an allocation of the run's settings."
+            "score the answers, and say whether fine-tuning helped. On a cluster, in an allocation with the run's settings."
         ),
         epilog=(
             "Overrides are settings of evaluate and cluster, such as evaluate.metrics=[numeric] evaluate.max_prompts=50.\n"
-            "+cluster=slurm and the like choose another cluster than the run's, cluster=local this machine.\n"
+            "+cluster=slurm and the like choose a cluster other than the run's; cluster=local chooses this machine.\n"
             "Answers are kept in evaluations/ of the run: an evaluation that was interrupted continues."
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="overrides", help="settings of this evaluation, as key=value")
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: that of the run's export, else the newest)")
     parser.add_argument("--here", action="store_true", help="answer on this machine, such as a node of an allocation")
-    parser.add_argument("--json", action="store_true", help="print verdicts, scores and the ways to ask that were compared")
+    parser.add_argument("--json", action="store_true", help="print verdicts, scores and the prompt forms that were compared")
     parser.add_argument(
         "--tasks", metavar="NAMES", help="score tasks of lm-evaluation-harness instead, on this machine, such as arc_easy,ifeval"
     )
@@ -209,10 +209,10 @@ def _alone(folder: Path) -> Iterator[None]:
             yield
     except locks.LockTimeout:
         raise SubmitError(
-            "another command evaluates this step",
+            "another command is evaluating this step",
             where=short(folder),
             value=str(locks.wait_for_holder(lock) or ""),
-            remedy="wait for its end, or end it",
+            remedy="wait until it ends, or end it",
         ) from None
 
 

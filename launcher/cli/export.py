@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     replace = "replace an export of another type or of a later step in the folder"
     parser.add_argument("--replace", action="store_true", help=replace)
     parser.add_argument("--no-check", action="store_true", help="skip the parity check, which loads the folder with transformers")
-    parser.add_argument("--push-public", action="store_true", help="with --push: even where everybody can read it")
+    parser.add_argument("--push-public", action="store_true", help="with --push: even if everyone can read it")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this repository of the Hub; needs HF_TOKEN")
     return parser
 
@@ -81,7 +81,7 @@ def require_checkpoint(run: RunDir, step: int | None) -> int:
     try:
         return (store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, step)).step
     except CheckpointError as error:
-        save = f"let the run save one: {launcher_command('resume', short(run.root))}"
+        save = f"continue the run until it saves one: {launcher_command('resume', short(run.root))}"
         raise SubmitError(replace(problem, remedy=problem.remedy or save) for problem in error.problems) from None
 
 

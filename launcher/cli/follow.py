@@ -138,9 +138,7 @@ def _request_stop(run: RunDir, cluster: Cluster, screen: _Screen, num_requests: 
 
 def interrupted_start(run: RunDir) -> int:
     """Report that a run continues although its start was interrupted; returns the exit code."""
-    print(
-        f"interrupted; the run has started all the same; stop it with: {launcher_command('cancel', short(run.root))}", flush=True
-    )
+    print(f"interrupted, but the run has started; stop it with: {launcher_command('cancel', short(run.root))}", flush=True)
     return EXIT_INTERRUPTED
 
 
@@ -239,7 +237,7 @@ def _export_line(run: RunDir, newest_step: int | None) -> str:
         return f"exported to  {short(run.export)}"
     age = format_duration(max(0.0, time.time() - run_records.export_file(run).stat().st_mtime))
     command = launcher_command("export", short(run.root))
-    return f"old export   {short(run.export)} is of step {record.step} and {age} old; write that of step {newest_step}: {command}"
+    return f"old export   {short(run.export)} is of step {record.step} and {age} old; export step {newest_step} with: {command}"
 
 
 def _print_failure(run: RunDir, attempt: int, status: Status) -> None:

@@ -79,10 +79,10 @@ def _refuse_run_file(rest: Sequence[str]) -> None:
         # A misspelled flag is reported first; the file may be its value.
         return
     if files := split_run_files(rest, ())[0]:
-        remedy = f"use this file with: {launcher_command('plan', files[0])}; a file to write is named with --out"
+        remedy = f"use this file with: {launcher_command('plan', files[0])}; name the file to write with --out"
         if not files[0].endswith(SUFFIXES):
             remedy = f"name rows with: --data {files[0]}"
-        message = "init writes a run's file and begins with none"
+        message = "init writes a settings file, and does not read one"
         raise ConfigError(message, where="command line", value=redact(files[0]), remedy=remedy)
 
 
@@ -107,7 +107,7 @@ def _require_free(out: Path) -> None:
     """
     if not out.name.endswith(SUFFIXES):
         remedy = f"write --out {shlex.quote(str(out.with_suffix(SUFFIXES[0])))}"
-        raise ConfigError(f"the file of a run ends in {' or '.join(SUFFIXES)}", where="--out", value=str(out), remedy=remedy)
+        raise ConfigError(f"a file of settings must end in {' or '.join(SUFFIXES)}", where="--out", value=str(out), remedy=remedy)
     if out.exists() or out.is_symlink():
         names = (out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(2, 1000))
         free = next(name for name in names if not name.exists())

@@ -67,20 +67,20 @@ def parse_minimum_gains(texts: Iterable[str], metrics: Sequence[str] | None) -> 
         metric, baseline, number = ([""] * 3 + text.rsplit(":", 2))[-3:]
         gain = _parse_number(number)
         if not metric or gain is None:
-            problems.append(Problem("--min-gain has another form", _WHERE, text, _FORM))
+            problems.append(Problem("--min-gain cannot be parsed", _WHERE, text, _FORM))
         elif metrics is None:
             if baseline == BASE:
                 gains.append(MinimumGain(metric, baseline, gain))
             else:
                 remedy = f"the baseline of tasks is {BASE}: --min-gain {metric}:{BASE}:{gain:g}"
-                problems.append(Problem(f"--min-gain names {baseline}, which is no baseline of tasks", _WHERE, text, remedy))
+                problems.append(Problem(f"--min-gain names {baseline}, which is not a baseline of tasks", _WHERE, text, remedy))
         elif metric not in metrics:
             guess = f"{did_you_mean(metric, metrics)} " if did_you_mean(metric, metrics) else ""
             remedy = f"{guess}metrics of this evaluation are {', '.join(metrics)}; evaluate.metrics sets them"
             problems.append(Problem(f"--min-gain names {metric}, which is not computed", _WHERE, text, remedy))
         elif baseline != FEW_SHOT and not _BASELINE.fullmatch(baseline):
             remedy = f"baselines are 0-shot, {FEW_SHOT}, and a number of examples such as 8-shot"
-            problems.append(Problem(f"--min-gain names {baseline}, which is no baseline", _WHERE, text, remedy))
+            problems.append(Problem(f"--min-gain names {baseline}, which is not a baseline", _WHERE, text, remedy))
         else:
             gains.append(MinimumGain(metric, baseline, gain))
     if problems:

@@ -53,7 +53,7 @@ def resume_run(
     checkpoint = None if begins_again else _choose_checkpoint(run, step)
     if checkpoint is not None and not run.attempts.is_dir():
         plan = run_store.find_plan(run, checkpoint.manifest.plan_digest) or plan
-        print("note: attempts/ is missing; it is made again, and limits of time and cost count from this attempt on")
+        print("note: attempts/ is missing; it is created again, and limits of time and cost count from this attempt on")
     plan = plan_again(plan, run, checkpoint, overrides, cluster, force)
     if checkpoint is not None:
         _require_steps_left(run, plan, checkpoint)

@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_root()
     parser.add_argument("runs", metavar="RUN", nargs="+", help="name of the run, or path of its directory")
     add_flags(parser)
-    needed = "remove a run although other runs have their initial weights from it"
+    needed = "remove a run even if other runs start from its weights"
     parser.add_argument("--even-if-needed", action="store_true", help=needed)
     return parser
 

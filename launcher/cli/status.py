@@ -160,7 +160,7 @@ def _ls(root: Path, as_json: bool) -> int:
             print(_one_line(f"{run.root.name}: {_reason(error)}"), file=sys.stderr)
         except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
             # Records, metrics and events of another user's run may hold anything.
-            print(_one_line(f"{run.root.name}: its files make no sense: {type(error).__name__}"), file=sys.stderr)
+            print(_one_line(f"{run.root.name}: its files cannot be interpreted: {type(error).__name__}"), file=sys.stderr)
     if as_json:
         print("[\n{}\n]".format(",\n".join(summaries)) if summaries else "[]")
     elif not rows:

@@ -41,7 +41,7 @@ def run(verb: str, tokens: list[str]) -> int:
 def _parser() -> VerbParser:
     about = (
         "Show what is behind a step: its documents with file and line, their losses under the checkpoint before it (computed on "
-        "this machine for these rows alone), loss and gradient norm around it, and alerts, GPU faults and restarts near it."
+        "this machine only for these rows), loss and gradient norm around it, and alerts, GPU faults and restarts near it."
     )
     parser = VerbParser(prog="python -m launcher why", description=about)
     parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")

@@ -184,7 +184,7 @@ def _routed_from(peer: str) -> str:
         address = probe.getsockname()[0]
     if _is_local(address):
         raise RunError(
-            f"{node_name()} connects to the other nodes from {address}, at which they cannot reach it",
+            f"{node_name()} connects to the other nodes from {address}, where they cannot reach it",
             where=node_name(),
             value=f"the route to {peer}",
             remedy=_REMEDY,

@@ -52,7 +52,7 @@ def folder_problem(run_dir: Path) -> Problem | None:
     else:
         return None
     return Problem(
-        f"the run directory cannot be made: {above} {reason}", "run.root", str(run_dir.parent), "set run.root to another folder"
+        f"the run directory cannot be created: {above} {reason}", "run.root", str(run_dir.parent), "choose another run.root"
     )
 
 
@@ -62,7 +62,7 @@ def push_note(plan: LaunchPlan) -> str | None:
     if repo_id is None or is_allowed or hub.is_public(repo_id) is not None:
         return None
     allow = "set export.push_public=true to allow it"
-    return f"the Hub does not answer whether {repo_id} is public; if it is, nothing is pushed at the end: {allow}"
+    return f"the Hub did not say whether {repo_id} is public; if it is, nothing is pushed at the end: {allow}"
 
 
 def disk_note(plan: LaunchPlan) -> str | None:

@@ -77,7 +77,7 @@ def _num_values(node: yaml.Node, known: dict[int, int], within: set[int]) -> int
     if id(node) in known:
         return known[id(node)]
     if id(node) in within:
-        raise UnboundedYaml("an alias refers to what it is in")
+        raise UnboundedYaml("an alias refers to a value that contains it")
     within.add(id(node))
     inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
     children = inner if isinstance(node, yaml.CollectionNode) else []

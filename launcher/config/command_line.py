@@ -192,7 +192,7 @@ def _with_spaces(token: str) -> Problem:
     """Return the problem of an override with spaces around its =, or without a key; `token` is the text without the spaces."""
     key, _, value = token.partition("=")
     remedy = f"write {shlex.quote(token)}" if key and not looks_secret(key, value) else "write key=value"
-    return Problem("an override has no spaces around its =, and a key before it", where=COMMAND_LINE, remedy=remedy)
+    return Problem("an override needs a key before its =, and no spaces around it", where=COMMAND_LINE, remedy=remedy)
 
 
 def override_key(token: str) -> str:
@@ -210,7 +210,7 @@ def _unparsed(parser: Any, match: re.Match[str], has_multirun: bool) -> Problem:
             f"{key}: Hydra cannot parse this list or mapping",
             where=COMMAND_LINE,
             value=match[0],
-            remedy="close every bracket; inside, texts with other characters than letters, digits and . _ - / : are quoted, "
+            remedy="close every bracket; inside, quote texts with characters other than letters, digits and . _ - / :, "
             "as in 'data.sources=[{name: a, path: \"~/rows (1).jsonl\"}]'",
         )
     if value.count("${") > value.count("}"):
@@ -220,15 +220,15 @@ def _unparsed(parser: Any, match: re.Match[str], has_multirun: bool) -> Problem:
         remedy = f"quote the values of the sweep one by one, as in '{key}=a,\"~/b (1)\"'"
         return Problem(f"{key}: a value has characters that Hydra reads as its own syntax", COMMAND_LINE, match[0], remedy)
     if words := _several(match[0]):
-        message = f"{key}: the value has further overrides in it"
-        return Problem(message, COMMAND_LINE, match[0], f"write each as a word of its own: {words}")
+        message = f"{key}: the value contains further overrides"
+        return Problem(message, COMMAND_LINE, match[0], f"write each as a separate word: {words}")
     text = _as_one_value(parser, match["prefix"] + key, value)
     if key in GROUPS:
         remedy = "write group=option"
     elif _takes_text(key):
         remedy = f"quote it twice, for the shell and for Hydra: {text}" if text else "write key=value or group=option"
     else:
-        remedy = f"write {text}" if text else f"write {key}=VALUE with a value of the kind: {settings()[key].type}"
+        remedy = f"write {text}" if text else f"write {key}=VALUE with a value of the type: {settings()[key].type}"
     return Problem(f"{key}: the value has characters that Hydra reads as its own syntax", COMMAND_LINE, match[0], remedy)
 
 

@@ -46,7 +46,7 @@ from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, redact, sec
 # The remedy for secrets in settings.
 IN_ENVIRONMENT = "put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings"
 # The remedies for refused references, by the error's reason.
-_ADVICE = {UNBOUNDED: "write the values out", READS_CREDENTIAL: f"write the value out if it is no secret; {IN_ENVIRONMENT}"}
+_ADVICE = {UNBOUNDED: "write the values out", READS_CREDENTIAL: f"write the value out if it is not a secret; {IN_ENVIRONMENT}"}
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def yaml_problems(error: BaseException) -> list[Problem]:
         return list(_duplicates(file))
     if line[: mark.column + 1].endswith("\t"):
         return [
-            Problem("a tab stands in the indentation, which YAML does not allow", where, remedy="indent this line with spaces")
+            Problem("the indentation contains a tab, which YAML does not allow", where, remedy="indent this line with spaces")
         ]
     key, _, value = line.partition(":")
     details = ", ".join(filter(None, (cause.context, cause.problem)))
@@ -132,6 +132,6 @@ def _duplicates(file: Path) -> Iterator[Problem]:
             yield Problem(
                 f"{key}: the file sets this key twice, in lines {first[key]} and {line}",
                 where=f"{short(file)}:{line}",
-                remedy="remove one of the two lines; the settings of one section stand together",
+                remedy="remove one of the two lines; the settings of one section belong together",
             )
         first.setdefault(key, line)

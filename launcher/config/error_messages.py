@@ -155,7 +155,7 @@ def _by_rule(key: str, text: str, origins: Origins, values: Mapping[str, Any]) -
         value = _value_of(key, values)
         text = "" if value is _ABSENT else _plain(key, value)
         if key == "model.path" and isinstance(value, str) and Path(value).is_dir():
-            remedy = f"for the folder of this name write ./{value}"
+            remedy = f"to use the folder of this name, write ./{value}"
         return Problem(f"{key}: {message}", where=origins.of(key), value=text, remedy=remedy or _give(key))
     named = [k for k in settings() if "." in k and re.search(rf"(?<![\w.]){re.escape(k)}(?!\w)", text)]
     origin = {k: origins.of(k) for k in named}

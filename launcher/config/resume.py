@@ -175,7 +175,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = 
             try:
                 value = yaml.safe_load(raw)
             except yaml.YAMLError:
-                problems.append(_problem(f"{key}: the value is no valid YAML", "write the value in YAML", value=raw))
+                problems.append(_problem(f"{key}: the value is not valid YAML", "write the value in YAML", value=raw))
                 continue
             secrets = [
                 _problem(problem, IN_ENVIRONMENT)

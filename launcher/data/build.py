@@ -55,12 +55,12 @@ def build(
         if folder is not None and cache_key(data, tokenizer_path) != key:
             # The key describes the bytes before the change.
             message, where = "a data source changed while it was read", ", ".join(source.path for source in data.sources)
-            raise DataError(Problem(message, where, remedy="try again when nothing writes to it any more, or pin its revision"))
+            raise DataError(Problem(message, where, remedy="try again when no program is writing to it, or pin its revision"))
     facts = cache_store.find(key, data.cache_group)
     if facts is None:
         raise DataError(
             Problem(
-                "the data cache vanished while it was built",
+                "the data cache was removed while it was being built",
                 str(cache_store.cache_dir(key, data.cache_group)),
                 remedy="try again",
             )

@@ -40,7 +40,7 @@ def wait_and_hold(path: Path, activity: str) -> Iterator[None]:
                 holder = locks.read_holder(path)
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
-                    message, remedy = f"another process that {activity} takes too long", "wait for it, or end it and try again"
+                    message, remedy = f"another process {activity} and takes too long", "wait for it, or end it and try again"
                     raise DataError(Problem(message, str(path), "" if holder is None else str(holder), remedy)) from None
                 _LOG.warning("waiting for another process that %s (%s)", activity, path if holder is None else holder)
                 timeout_s = min(WARN_EVERY_S, left_s)

@@ -31,7 +31,7 @@ def compute_budgets(sources: Sequence[Source], num_tokens: Sequence[int]) -> lis
     for i, (weight, limit) in enumerate(zip(weights, limits, strict=True)):
         if weight and not limit:
             message = "a source with a weight has no document to train on, so the mixture would be empty"
-            raise DataError(Problem(message, f"data.sources[{i}]", sources[i].name, "add documents, or take the source out"))
+            raise DataError(Problem(message, f"data.sources[{i}]", sources[i].name, "add documents, or remove the source"))
     scale = min((limit / weight for weight, limit in zip(weights, limits, strict=True) if weight), default=0.0)
     return [round(limit if weight is None else weight * scale) for weight, limit in zip(weights, limits, strict=True)]
 

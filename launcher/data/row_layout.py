@@ -58,7 +58,7 @@ def layout_training(
     sources is packed separately, so no row holds a document twice.
 
     Raises:
-        DataError: if no document of a source fits into the tokens that the mixture takes of it.
+        DataError: if no document of a source fits into the tokens that the mixture takes from it.
     """
     by_source = [selected[sources[selected] == i] for i in range(len(data.sources))]
     num_tokens = [int(lengths[indices].sum()) for indices in by_source]
@@ -69,7 +69,7 @@ def layout_training(
     ]
     for i, (passes, budget) in enumerate(zip(taken, budgets, strict=True)):
         if budget and num_tokens[i] and not passes:
-            message = f"no document of the source fits into the {budget:,} tokens that the mixture takes of it"
+            message = f"no document of the source fits into the {budget:,} tokens that the mixture takes from it"
             remedy = "raise its max_tokens, weight or epochs, or set data.long_documents=split and a lower data.max_length"
             raise DataError(Problem(message, f"data.sources[{i}]", data.sources[i].name, remedy))
     epochs = [

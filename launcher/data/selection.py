@@ -99,11 +99,11 @@ def _nothing_left(docs: DocumentTable, data: DataSection, all_findings: findings
     dropped = [one.finding for one in findings.judge(all_findings, data.checks) if one.action == "drop"]
     # Documents dropped by a check or for their length may have trained tokens, which a setting can bring back.
     never = all(finding.name == "no_trained_token" for finding in dropped) and bool((docs.num_pieces > 0).all())
-    message = "no document with a trained token is left to train on" + (", which no setting accepts" if never else "")
+    message = "no document with a trained token is left to train on" + (", and no setting can accept this" if never else "")
     where = ", ".join(source.path for source in data.sources)
     remedy = (
-        "give rows with an assistant message or a completion, raise data.max_length, lower data.eval_fraction, "
-        "or let data.checks keep what it drops"
+        "add rows with an assistant message or a completion, raise data.max_length, lower data.eval_fraction, "
+        "or set data.checks to keep what it drops"
     )
     num_held_out = np.count_nonzero(docs.held_out)
     num_read = f"{len(docs.held_out) - num_held_out:,} documents to train on and {num_held_out:,} held-out ones were read"

@@ -64,7 +64,7 @@ def parse_json(text: str) -> Any:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def json_fields(value: Any) -> Counter[tuple[str, str]]:

@@ -126,9 +126,9 @@ class AnswerGeneration:
                 prompts = self._base_prompts.write(questions, style)
                 digest = digest_prompts(prompts.prompts, prompts.stop_strings)[:16]
                 store = self._store(f"{_SELECTION}/{digest}", base, prompts, style)
-                self._fill(store, prompts, engine, f"choosing how to ask, way {number} of {len(styles)} ({style})")
+                self._fill(store, prompts, engine, f"choosing the prompt form, {number} of {len(styles)} ({style})")
                 stores.append((store, len(questions)))
-            self._await(stores, "choosing how to ask")
+            self._await(stores, "choosing the prompt form")
             return {style: self._score(store.read()) for style, (store, _) in zip(styles, stores, strict=True)}
 
         forms = self._base_prompts.forms([*questions, *(one for several in self._questions.values() for one in several)])

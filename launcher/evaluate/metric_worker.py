@@ -66,7 +66,7 @@ def _load(file: str, function: str) -> Any:
 def _number(value: Any) -> float:
     """Return the function's result as a finite number; numpy numbers are accepted."""
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
-        raise TypeError(f"it returned {value!r:.60}, which is no number")
+        raise TypeError(f"it returned {value!r:.60}, which is not a number")
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"it returned {number}")

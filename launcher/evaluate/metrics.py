@@ -132,7 +132,7 @@ def _no_json(reference: str, options: MetricOptions) -> str:
     try:
         answer_text.parse_json(reference)
     except NotJson as error:
-        return f"is no JSON ({error})"
+        return f"is not JSON ({error})"
     return ""
 
 

@@ -82,7 +82,7 @@ def _compare(
         advance(len(batch))
     gap = ""
     if next(documents, None) is not None:
-        gap = f"prompts were compared with the first {max_documents:,} training documents alone"
+        gap = f"prompts were compared with the first {max_documents:,} training documents only"
     copies = _trained_copies(plan, encoder, questions, candidates)
     names = [one.name for one in sets for _ in one.questions]
     by_set = {one.name: tuple(copy for i, copy in sorted(copies.items()) if names[i] == one.name) for one in sets}
@@ -173,4 +173,4 @@ def describe_copies(num_prompts: int, copies: Sequence[TrainingCopy]) -> str:
     if not copies:
         return ""
     share = f"{len(copies):,} of the {num_prompts:,} prompts"
-    return f"{share} are also in the training data, or nearly: the answers may have been memorized."
+    return f"{share} are in the training data, or nearly so: the answers may have been memorized."

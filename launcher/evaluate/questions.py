@@ -202,7 +202,7 @@ def _changed(name: str, data: DataSection, num_found: int, num_chosen: int) -> D
     paths = ", ".join(source.path for source in list_inputs(data))
     return DataError(
         Problem(
-            f"the data files do not have the documents of {name} any more: {num_found} of {num_chosen} were found",
+            f"the data files no longer contain the documents of {name}: {num_found} of {num_chosen} were found",
             where=paths,
             remedy="restore the files that the run was trained on, or name another set with evaluate.sets",
         )
@@ -215,5 +215,5 @@ def describe_left_out(question_set: QuestionSet, num_questions: int, num_too_lon
     if question_set.num_without_answer:
         lines.append(f"{question_set.num_without_answer} documents left out: no prompt with an answer in text")
     if num_too_long:
-        lines.append(f"{num_too_long} prompts left out: with the answer they do not fit the model's context")
+        lines.append(f"{num_too_long} prompts left out: together with their answers, they do not fit the model's context")
     return lines

@@ -153,20 +153,20 @@ def _read_schema(path: str | None, time_limit_s: float) -> str:
         problem = Problem(f"the JSON schema cannot be read: {error.strerror}", where, str(path), "check the path")
         raise ConfigError(problem) from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"the JSON schema is no JSON: {error}", where=where, value=str(path), remedy="correct it") from None
+        raise ConfigError(f"the JSON schema is not JSON: {error}", where=where, value=str(path), remedy="correct it") from None
     except SchemaError as error:
         place = "/".join(map(str, error.absolute_path)) or "the root"
         message = f"the JSON schema is wrong at {place}: {error.message[:_MAX_VALUE_CHARS]}"
         raise ConfigError(message, where=where, value=str(path), remedy="correct it; see json-schema.org/learn") from None
     except Unresolvable as error:
-        message = f"the JSON schema has a reference that leads nowhere: {error.ref[:_MAX_VALUE_CHARS]}"
+        message = f"the JSON schema has a reference that cannot be resolved: {error.ref[:_MAX_VALUE_CHARS]}"
         remedy = "move the schema that it names into $defs of this file: other files and addresses are not read"
         raise ConfigError(message, where=where, value=str(path), remedy=remedy) from None
     try:
         for example in ("{}", "[]", '""', "0", "null"):
             schema_validator(text, time_limit_s).is_valid(json.loads(example))
     except RecursionError:
-        message = "the JSON schema has references that lead back to themselves"
+        message = "the JSON schema has circular references"
         raise ConfigError(message, where=where, value=str(path), remedy="correct it; see json-schema.org/learn") from None
     return text
 
@@ -227,7 +227,7 @@ def _read_function(metric: str, file: Path, function: str) -> bytes:
         raise ConfigError(message, where=where, value=metric, remedy="check its permissions") from None
     except (SyntaxError, ValueError, RecursionError) as error:
         line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise ConfigError(f"the file of a metric is no Python: {error}", where=f"{file}{line}", remedy="correct it") from None
+        raise ConfigError(f"the file of a metric is not Python: {error}", where=f"{file}{line}", remedy="correct it") from None
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     if function not in names:
         shown = f"functions there are {', '.join(names)}" if names else "the file defines no function at its top level"

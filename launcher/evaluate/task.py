@@ -211,7 +211,7 @@ class EvaluationFolder:
         return json_records.read(EvaluationTask, self.task, "start the evaluation again")
 
     def read_answers(self) -> EvaluationAnswers:
-        return json_records.read(EvaluationAnswers, self.answers, "start the evaluation again: answers that exist are used")
+        return json_records.read(EvaluationAnswers, self.answers, "start the evaluation again: existing answers are used")
 
     def write_questions(self, questions: Sequence[EvalQuestion], name: str = _TRAINING) -> None:
         lines = "".join(json.dumps(question.to_json()) + "\n" for question in questions)

@@ -33,7 +33,7 @@ def token_problem(where: str, repo_id: str, environ: Mapping[str, str] = os.envi
         f"a push to the Hub needs {TOKEN_VARIABLE} in the environment, and it is not set",
         where=where,
         value=repo_id,
-        remedy=f"export {TOKEN_VARIABLE} with a token that may write to {repo_id}, or do not push",
+        remedy=f"set {TOKEN_VARIABLE} to a token that may write to {repo_id}, or do not push",
     )
 
 
@@ -60,7 +60,7 @@ def public_problem(where: str, repo_id: str, remedy: str) -> Problem | None:
     """Return the problem with a push to a public `repo_id` that was not explicitly allowed; None if it is private or unknown."""
     if not is_public(repo_id):
         return None
-    message = "the repository is public, and everybody could download the model"
+    message = "the repository is public, so everyone could download the model"
     return Problem(message, where=where, value=repo_id, remedy=f"choose a private repository, or allow it with {remedy}")
 
 
@@ -121,7 +121,7 @@ def _require_private(api: HfApi, repo_id: str, again: str, allow_public: bool) -
         return False
     if not is_private and not allow_public:
         raise PushError(
-            "the repository is public, and everybody could download the model; nothing was uploaded",
+            "the repository is public, so everyone could download the model; nothing was uploaded",
             where=str(api.endpoint),
             value=repo_id,
             remedy="choose a private repository; or allow it with export.push_public=true, or for a finished run with: "

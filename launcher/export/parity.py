@@ -145,5 +145,5 @@ def require_parity(parity: LogitParity) -> None:
                 f"mean KL {parity.mean_kl:.3g} nats over {parity.num_tokens} tokens, rounding explains {parity.max_mean_kl:g}; "
                 f"largest logit difference {parity.max_abs_diff:.3g}, same most likely token for {parity.top1_agreement:.1%}"
             ),
-            remedy="verify the checkpoint, and export it in the dtype of the training",
+            remedy="verify the checkpoint, and export it in the dtype used in training",
         )

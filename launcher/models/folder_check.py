@@ -72,10 +72,10 @@ def size_problems(folder: Path, key: str = "model.path") -> list[Problem]:
     ]
     return [
         Problem(
-            f"{key}: {file.name} is larger than {_MAX_READ_BYTES >> 20} MiB, more than any such file",
+            f"{key}: {file.name} is larger than {_MAX_READ_BYTES >> 20} MiB, the limit for such a file",
             where=str(file),
             value=format_size(size),
-            remedy="download this file again, or remove it where it does not belong to the model",
+            remedy="download this file again, or remove it if it does not belong to the model",
         )
         for file, size in large
     ]
@@ -122,11 +122,11 @@ def _code_problems(config: Mapping[str, Any], file: Path) -> Iterator[Problem]:
     if known is None or f'"{model_type}"' in known:
         is_named = bool(config.get("is_encoder_decoder")) or isinstance(config.get("auto_map"), dict)
         if causal and model_type not in causal and not is_named:
-            message = "model.path: this architecture predicts no next token: transformers has no causal language model of it"
-            yield Problem(message, str(file), model_type, "choose a language model of text alone")
+            message = "model.path: this architecture predicts no next token: transformers has no causal language model for it"
+            yield Problem(message, str(file), model_type, "choose a text-only language model")
         return
     if isinstance(config.get("auto_map"), dict):
-        message = f"model.path: the model needs its own Python code (auto_map), as transformers does not know {model_type}"
+        message = f"model.path: the model needs its own Python code (auto_map), because transformers does not know {model_type}"
         remedy = (
             "read that code; then set model.trust_remote_code=true, with model.revision at a 40-digit commit or, for a folder, "
             "model.code_digest; or choose a model that transformers knows"
@@ -219,8 +219,8 @@ def _without_weights(folder: Path, model: ModelSection) -> Problem:
         return _problem("model.path: the weights are pickled (.bin); loading a pickle can run code", folder, remedy)
     if shards := sorted(folder.glob("*.safetensors")):
         names = _names([file.name for file in shards])
-        message = f"model.path: model.safetensors.index.json is missing, which tells what is in {names}"
-        return _problem(message, folder, "download this file again; where the weights are one file, call it model.safetensors")
+        message = f"model.path: model.safetensors.index.json is missing, which lists the contents of {names}"
+        return _problem(message, folder, "download this file again; if the weights are one file, rename it to model.safetensors")
     remedy = "use a folder with model.safetensors, or its shards and their index, or set model.init=random"
     return _problem("model.path: the folder holds no weights", folder, remedy)
 

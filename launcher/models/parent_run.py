@@ -76,7 +76,7 @@ def find_parent(path: str, root: Path = Path("runs")) -> ParentCheckpoint:
     except CheckpointError as error:
         (problem,) = error.problems
         value = f": {problem.value}" if problem.value else ""
-        remedy = problem.remedy or f"let the run save one: {launcher_command('resume', run.root)}"
+        remedy = problem.remedy or f"continue the run until it saves one: {launcher_command('resume', run.root)}"
         raise _problem(f"run {run.root.name}: {problem.message}{value}", path, remedy) from error
     return ParentCheckpoint(run, plan, checkpoint)
 

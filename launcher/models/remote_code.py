@@ -73,7 +73,7 @@ def adapter_problems(folder: Path) -> Iterator[Problem]:
     """Yield a problem if transformers would instead load an adapter's base model, which may be any repository."""
     if (folder / ADAPTER).is_file() and importlib.util.find_spec("peft") is not None:
         yield Problem(
-            f"model.path: {ADAPTER} makes transformers load another model, which it names, and an adapter",
+            f"model.path: {ADAPTER} makes transformers load an adapter and another model, which it names",
             where=str(folder / ADAPTER),
             remedy="merge the adapter into its model and use that folder; if this is the whole model, delete the file",
         )
@@ -87,10 +87,10 @@ def digest_problems(folder: Path, digest: str | None, shown: Path) -> Iterator[P
     if actual is None:
         message, remedy = "the folder has no Python code", "remove model.code_digest and model.trust_remote_code"
     elif digest is None:
-        message = "the code of the folder is not pinned: whoever may write there chooses what runs"
+        message = "the code in the folder is not pinned: anyone who can write there chooses what runs"
         remedy = f"read the *.py files; if you trust them, set model.code_digest={actual}"
     else:
-        message = "the code of the folder is not the code that model.code_digest pins"
+        message = "the code in the folder differs from the code that model.code_digest pins"
         remedy = f"find out who changed it; if you trust the files as they are, set model.code_digest={actual}"
     yield Problem(f"model.path: {message}", where=str(shown), value=digest or "", remedy=remedy)
 
@@ -100,9 +100,9 @@ def foreign_classes(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
     for name in _auto_map_classes(config):
         if _CLASS.fullmatch(name):
             continue
-        message = "auto_map names code outside of the model"
+        message = "auto_map names code outside the model"
         if "--" in name:
-            message = "auto_map takes code from another repository, at whatever commit is its newest"
+            message = "auto_map takes code from another repository, at that repository's newest commit"
         remedy = "copy that code into a folder with the model, read it, and write module.Class in auto_map"
         yield Problem(f"model.path: {message}", where=where, value=name, remedy=remedy)
 

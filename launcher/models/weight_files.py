@@ -136,7 +136,7 @@ def weight_files(folder: Path, with_pickled: bool) -> list[Path]:
     """
     chosen = read_json(folder / "config.json").get("transformers_weights")
     if isinstance(chosen, str) and not is_plain_name(chosen):
-        raise ConfigError(_problem("transformers_weights in config.json names a file outside of the folder", folder, _PLAIN))
+        raise ConfigError(_problem("transformers_weights in config.json names a file outside the folder", folder, _PLAIN))
     names = [chosen] if isinstance(chosen, str) else [*_SAFE_NAMES, *(_PICKLED_NAMES if with_pickled else ())]
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
@@ -147,7 +147,7 @@ def weight_files(folder: Path, with_pickled: bool) -> list[Path]:
     if not isinstance(shards, dict):
         raise ConfigError(_problem(f"{file.name} has no weight_map", folder, "download this file again"))
     if outside := next((name for name in shards.values() if not is_plain_name(str(name))), None):
-        raise ConfigError(_problem(f"{file.name} names a file outside of the folder: {outside}", folder, _PLAIN))
+        raise ConfigError(_problem(f"{file.name} names a file outside the folder: {outside}", folder, _PLAIN))
     return sorted({folder / str(name) for name in shards.values()})
 
 
@@ -192,7 +192,7 @@ def find_text_damage(file: Path) -> FileDamage | None:
                 return damage
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - _NUM_HEAD_BYTES))
             if file.suffix == ".json" and not stream.read().rstrip().endswith(b"}"):
-                return FileDamage("is incomplete: it does not end as JSON does", _DOWNLOAD)
+                return FileDamage("is incomplete: it does not end with }", _DOWNLOAD)
     except OSError as error:
         return FileDamage(f"cannot be read: {error.strerror}", "check its permissions and the disk")
     return None
@@ -220,7 +220,7 @@ def read_json(file: Path) -> dict[str, Any]:
         with open(file, "rb") as stream:
             raw = stream.read(min(_MAX_JSON_BYTES, os.fstat(stream.fileno()).st_size) + 1)
         if len(raw) > _MAX_JSON_BYTES:
-            message = f"model.path: {file.name} is larger than {_MAX_JSON_BYTES // 10**6} MB, more than any such file"
+            message = f"model.path: {file.name} is larger than {_MAX_JSON_BYTES // 10**6} MB, the limit for such a file"
             raise ConfigError(Problem(message, where, remedy=_DOWNLOAD))
         if damage := _foreign_content(raw[:_NUM_HEAD_BYTES]):
             raise ConfigError(Problem(f"model.path: {file.name} {damage.reason}", where, remedy=damage.remedy))
@@ -232,7 +232,7 @@ def read_json(file: Path) -> dict[str, Any]:
         where = f"{file}:{error.lineno}:{error.colno}"
         reason = f"is not valid JSON: {error.msg}"
     except UnicodeDecodeError as error:
-        reason = f"is not text in UTF-8: byte {error.start:,}"
+        reason = f"is not UTF-8 text: byte {error.start:,}"
     except RecursionError:
         reason = "is nested too deeply"
     except OSError as error:

@@ -110,10 +110,10 @@ def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | 
     missing = [key for key in _NEEDED if not isinstance(config.get(key), int)]
     if missing and (own := [key for key in _OTHER_NAMES if isinstance(config.get(key), int)]):
         raise ConfigError(
-            f"the launcher does not read configs that name the model's sizes {', '.join(own)}, as those of GPT-2 and its kin do",
+            f"the launcher cannot read configs that call the model's sizes {', '.join(own)}, as GPT-2 and related models do",
             where=path or "model.config",
             value=f"model_type {config.get('model_type')}",
-            remedy=f"choose a model whose config.json has {', '.join(_NEEDED)}, as those of the presets have (docs/presets.md)",
+            remedy=f"choose a model whose config.json has {', '.join(_NEEDED)}, as the presets do (docs/presets.md)",
         )
     if missing:
         raise ConfigError(
@@ -159,7 +159,7 @@ def architecture_problems(model: ModelFacts, packing: bool) -> Iterator[Problem]
     if isolation is not None and isolation.outcome == "other_logits":
         yield logits_problem(model_type, isolation.detail)
     if isolation is not None and isolation.outcome == "unsupported":
-        message = f"this architecture has no attention by {isolation.kernel} in transformers {isolation.transformers}"
+        message = f"transformers {isolation.transformers} has no attention kernel {isolation.kernel} for this architecture"
         yield Problem(message, "model.attention", model_type, "set model.attention=auto")
 
 
@@ -178,7 +178,7 @@ def config_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
 
 def leak_problem(model_type: str, kernel: str, detail: str) -> Problem:
     """Return the problem of a model in which packed documents affect each other; `detail` states the measured numbers."""
-    message = f"packed documents affect each other in this architecture, with attention by {kernel}: {detail}"
+    message = f"packed documents affect each other in this architecture, with the attention kernel {kernel}: {detail}"
     return Problem(message, "model.path", model_type, "set data.packing=false")
 
 
@@ -190,7 +190,7 @@ def logits_problem(model_type: str, detail: str) -> Problem:
 
 def causality_problem(model_type: str, kernel: str, detail: str) -> Problem:
     """Return the problem of a model that sees the tokens that it is trained to predict."""
-    message = f"this architecture sees later tokens, with attention by {kernel}: {detail}"
+    message = f"this architecture sees later tokens, with the attention kernel {kernel}: {detail}"
     return Problem(message, "model.path", model_type, "choose a decoder-only language model")
 
 

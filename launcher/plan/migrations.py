@@ -48,7 +48,7 @@ def _from_version_2(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     config, data = _read_section(values, "data")
     if not isinstance(data.get("sources"), list) or not all(isinstance(source, Mapping) for source in data["sources"]):
-        raise ValueError("config.data.sources is missing or is no list of objects")
+        raise ValueError("config.data.sources is missing or is not a list of objects")
     sources = [{"completions": "text", **source} for source in data["sources"]]
     moved = {**config, "data": {"split_by": "document", **data, "sources": sources}}
     return {**values, "schema_version": 3, "config": moved}

@@ -66,7 +66,7 @@ def answers_problems(config: RunConfig, data: DataFacts | None) -> Iterator[Prob
     if not save_every or every % save_every:
         fitting = math.ceil(every / save_every) * save_every if save_every else 0
         yield Problem(
-            f"eval.answers_every={every} is no multiple of checkpoint.save_every={save_every}, and answers come from checkpoints",
+            f"eval.answers_every={every} is not a multiple of checkpoint.save_every={save_every}: answers come from checkpoints",
             where=key,
             value=value,
             remedy=f"set checkpoint.save_every={every}" + (f", or eval.answers_every={fitting}" if fitting else ""),
@@ -80,7 +80,7 @@ def answers_problems(config: RunConfig, data: DataFacts | None) -> Iterator[Prob
             f"eval.answers_every needs prompts to answer, and {reason}",
             where=key,
             value=value,
-            remedy="hold documents with prompts out with data.eval_fraction=0.05, name a file of them in eval.sets, or remove it",
+            remedy="hold out documents with prompts (data.eval_fraction=0.05), name a file of them in eval.sets, or remove it",
         )
         return
     for name in config.evaluate.sets:
@@ -145,7 +145,7 @@ def warnings(plan: LaunchPlan) -> Iterator[str]:
             else f"lower it, and use at most {format_count(data.num_rows, 'rank')}"
         )
         rows = format_count(data.num_rows, "row")
-        yield f"a batch of {format_count(batch, 'row')} is more than the {rows} of the data, so a step repeats rows: {fitting}"
+        yield f"a batch of {format_count(batch, 'row')} is more than the {rows} of the data, so each step repeats rows: {fitting}"
     if slow := fp8_warning(config):
         yield slow
     yield from _short_saves(plan)

@@ -293,8 +293,8 @@ def _too_large(planned: LaunchPlan) -> str:
         return ""
     stage = peak.largest
     return (
-        f"{peak.tensors_gib:.0f} GiB per GPU are needed in the {stage.name} {over}, and a GPU has {states.device_gib:.0f}: model "
-        f"states {peak.states_gib:.0f}, activations {stage.activations_gib:.0f}, all else "
+        f"the {stage.name} stage needs {peak.tensors_gib:.0f} GiB per GPU {over}, and a GPU has {states.device_gib:.0f}: model "
+        f"states {peak.states_gib:.0f}, activations {stage.activations_gib:.0f}, everything else "
         f"{peak.tensors_gib - peak.states_gib - stage.activations_gib:.0f}"
     )
 

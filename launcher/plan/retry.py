@@ -126,7 +126,7 @@ def describe_repetition(attempts: Sequence[AttemptEnd]) -> str:
         return ""
     activity = "before the first step" if last.step is None else f"in step {last.step + 1}"
     start = "the initial weights" if last.saved_step is None else f"the checkpoint of step {last.saved_step}"
-    return f"{last.exception} {activity} came {_NUM_REPEATS} times, twice after a resume from {start}: it repeats"
+    return f"{last.exception} {activity} occurred {_NUM_REPEATS} times, twice after a resume from {start}: it repeats"
 
 
 def _ends_of_ranks(attempt: AttemptEnd) -> Iterator[tuple[int | None, RestartedRanks]]:

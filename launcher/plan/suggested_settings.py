@@ -162,13 +162,13 @@ def _warmup_reason(steps: int) -> str:
 def _evaluation_reason(steps: int) -> str:
     if steps < _NUM_EVALUATIONS:
         return f"0: only before and after training, which has about {format_count(steps, 'step')}"
-    return f"about {_NUM_EVALUATIONS} times, besides before and after training"
+    return f"about {_NUM_EVALUATIONS} times, in addition to before and after training"
 
 
 def _checkpoint_reason(steps: int) -> str:
     if steps < _NUM_CHECKPOINTS:
         return f"0: only at the end and when stopped; the run has about {format_count(steps, 'step')}"
-    return "a fifth of the run: what a lost machine costs at most"
+    return "a fifth of the run: the most that a lost machine costs"
 
 
 def _batch_reason(batch: int, length: int, steps: int, machine: Machine) -> str:

@@ -46,14 +46,14 @@ def make_shared_folder(folder: Path, group: str) -> None:
         raise DataError(Problem("this user does not belong to the group", "data.cache_group", group, remedy))
     folder.parent.mkdir(parents=True, exist_ok=True)
     owner = folder.parent.stat().st_uid
-    by_owner = f"let {user_name(owner)} run: mkdir {folder} && chgrp {group} {folder} && chmod 3770 {folder}"
+    by_owner = f"ask {user_name(owner)} to run: mkdir {folder} && chgrp {group} {folder} && chmod 3770 {folder}"
     if problem := shared_folder_problem(folder):
         is_replaced = problem.where == str(folder) and folder.lstat().st_uid != uid_of_unmapped_users()
         raise DataError(replace(problem, remedy=f"remove it, and {by_owner}") if is_replaced else problem)
     if folder.exists():
         return
     if os.geteuid() not in (0, owner):
-        message = f"only {user_name(owner)}, who owns {folder.parent}, can make the folder of a group there"
+        message = f"only {user_name(owner)}, who owns {folder.parent}, can create the folder of a group there"
         raise DataError(Problem(message, "data.cache_group", group, by_owner))
     folder.mkdir(mode=0o700, exist_ok=True)
     os.chown(folder, -1, gid)
@@ -72,10 +72,10 @@ def shared_folder_problem(folder: Path) -> Problem | None:
     if problem := first_problem_above(CACHE_PART, folder, trust, may_be_hidden=True):
         return problem
     if folder.is_symlink():
-        return Problem(f"{CACHE_PART} is a link, which the folder of a group must not be", str(folder), remedy="remove it")
+        return Problem(f"{CACHE_PART} is a link, and the folder of a group must not be one", str(folder), remedy="remove it")
     if folder.exists() and folder.lstat().st_uid == outside and not (trust.anyone or trust.accepts_owner(outside)):
-        message = f"{CACHE_PART} is not trusted: {folder} belongs to a user outside of this container"
-        remedy = f"build the data outside of the container, or set {VARIABLE}={user_name(outside)}"
+        message = f"{CACHE_PART} is not trusted: {folder} belongs to a user outside this container"
+        remedy = f"build the data outside the container, or set {VARIABLE}={user_name(outside)}"
         return Problem(message, str(folder), describe_permissions(folder), remedy)
     return None
 
@@ -158,7 +158,7 @@ def make_private_folder(folder: Path, where: str) -> None:
         else:
             return
     remedy = "remove it, or set another folder; a sticky folder above it (chmod +t) keeps others from replacing yours"
-    message = "the folder exists already, and this user cannot empty it: another user may have made it"
+    message = "the folder exists already, and this user cannot empty it: another user may have created it"
     raise ConfigError(message, where=where, value=f"{folder}: {describe_permissions(folder)}", remedy=remedy)
 
 

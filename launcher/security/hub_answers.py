@@ -64,7 +64,7 @@ def _check(response: Any) -> None:
     """Reject an answer before the client uses it; called for each answer, before its content is read."""
     for header in _HEADERS:
         if leads_outside(value := response.headers.get(header, "")):
-            raise _refusal(response, f"its header {header} names a file outside of the cache", value)
+            raise _refusal(response, f"its header {header} names a file outside the cache", value)
     for header in _WAITS:
         if any(int(number[:9]) > _MAX_WAIT_S for number in re.findall(r"\d+", response.headers.get(header, ""))):
             del response.headers[header]
@@ -79,7 +79,7 @@ def _check(response: Any) -> None:
         return
     for key, value in _items(content):
         if key in _KEYS and leads_outside(value):
-            raise _refusal(response, f"its {key} names a file outside of the cache", value)
+            raise _refusal(response, f"its {key} names a file outside the cache", value)
 
 
 def _bounded(response: Any) -> Iterator[bytes]:
@@ -105,4 +105,4 @@ def _items(content: Any) -> Iterator[tuple[str, str]]:
 
 def _refusal(response: Any, reason: str, value: str) -> DataError:
     url = response.request.url
-    return DataError(Problem(f"the answer of the Hub is not used: {reason}", f"{url.scheme}://{url.host}", value[:200], _REMEDY))
+    return DataError(Problem(f"the answer of the Hub is rejected: {reason}", f"{url.scheme}://{url.host}", value[:200], _REMEDY))

@@ -158,7 +158,7 @@ def link_problem(path: Path, root: Path, run: Path | None = None) -> Problem | N
                 continue
             return _replaced(step, run)
         if stat.S_ISLNK(status.st_mode) and not accepts_owner(status.st_uid):
-            message = f"{step.name} is a link of {user_name(status.st_uid)}, who chooses the run that it leads to"
+            message = f"{step.name} is a link of {user_name(status.st_uid)}, who controls which run it points to"
             real = os.path.realpath(path if run is None else run)
             return Problem(message, str(step), real, f"name the run itself: {real}")
         if step == path and run is not None and not stat.S_ISLNK(status.st_mode) and not os.path.samestat(status, run.lstat()):
@@ -167,7 +167,7 @@ def link_problem(path: Path, root: Path, run: Path | None = None) -> Problem | N
 
 
 def _replaced(step: Path, run: Path) -> Problem:
-    return Problem(f"{step.name} was replaced while it was looked at", str(step), str(run), f"name the run itself: {run}")
+    return Problem(f"{step.name} was replaced while it was being checked", str(step), str(run), f"name the run itself: {run}")
 
 
 def require_own_links(path: Path, root: Path, run: RunDir) -> None:

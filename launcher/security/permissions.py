@@ -165,7 +165,7 @@ def _weakness(path: Path, trust: Trust, is_above: bool = False, is_protected: bo
         return
     sticky = f" (chmod +t {path} is enough for a folder that several users share)" if is_above else ""
     if mode & stat.S_IWOTH:
-        anyone = f"where storage shows such permissions for all files and only you use the machine, set {VARIABLE}={ANYONE}"
+        anyone = f"if the storage shows these permissions for all files and only you use the machine, set {VARIABLE}={ANYONE}"
         yield path, "can be written by everyone", f"chmod o-w {path}{sticky}; {anyone}"
     elif writers:
         on_purpose = _trust_remedy(writers)
@@ -173,7 +173,7 @@ def _weakness(path: Path, trust: Trust, is_above: bool = False, is_protected: bo
         remedy = f"chmod g-w {path}; {on_purpose}"
         if is_above:
             # Parent folders often belong to another user, and only that user can change their permissions.
-            remedy = f"{on_purpose}; or let {user_name(status.st_uid)}, its owner, run chmod +t {path}"
+            remedy = f"{on_purpose}; or ask {user_name(status.st_uid)}, its owner, to run chmod +t {path}"
         yield path, f"can be written by {_describe_owners(writers, 'the group')}", remedy
 
 

@@ -40,7 +40,7 @@ def address_problem(where: str, address: str) -> Problem | None:
     for protocol in protocols(address):
         class_name = str(known_implementations.get(protocol, {}).get("class", ""))
         if class_name.startswith("fsspec.") and protocol not in _STORAGE:
-            message = f"{protocol}:// is no storage: what it reads decides what this process reads or runs next"
+            message = f"{protocol}:// is not storage: what it reads decides what this process reads or runs next"
             return Problem(message, where, address, _REMEDY)
     return None
 

@@ -88,7 +88,7 @@ def _without_repeats(*origins: Origin) -> Iterator[Origin]:
 
 
 def _read_ancestor(origin: Origin, root: Path) -> Generation:
-    gap = "the run is not there any more"
+    gap = "the run no longer exists"
     # A run may have been moved together with the runs that started from its weights.
     for folder in dict.fromkeys((Path(origin.run_dir), root / origin.run_name)):
         try:

@@ -166,7 +166,7 @@ def read_verdict(folder: Path) -> EvaluationVerdict | None:
     Raises:
         DamagedRun: if the file cannot be read or is damaged.
     """
-    remedy = "remove the file and evaluate again; answers that exist are used"
+    remedy = "remove the file and evaluate again; existing answers are used"
     verdict = json_records.read_if_present(EvaluationVerdict, folder / FILE_NAME, remedy)
     try:
         if verdict is not None:

@@ -122,7 +122,7 @@ class Checkpointer:
             },
         )
         if free is not None and free < outcome.bytes:
-            sizes = f"{format_size(free)} are free, and it takes {format_size(outcome.bytes)}"
+            sizes = f"{format_size(free)} are free, and it needs {format_size(outcome.bytes)}"
             self._tracker.event("alert", f"the disk has no room for the next checkpoint: {sizes}", step)
         if outcome.not_pruned:
             self._tracker.event("alert", f"old checkpoints could not be deleted: {outcome.not_pruned}", step)

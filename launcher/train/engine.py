@@ -148,7 +148,7 @@ def _prepare_nvme_folder(plan: LaunchPlan, rank_info: RankInfo) -> None:
     # DeepSpeed would create the folder itself, and fill the system disk if nothing is mounted there.
     if not folder.parent.is_dir():
         raise RunError(
-            "this node has no such folder for states on NVMe",
+            "this node does not have the folder for states on NVMe",
             where="deepspeed.nvme_path",
             value=str(folder.parent),
             remedy="mount a local NVMe disk there, or use deepspeed=zero3_offload",

@@ -176,10 +176,10 @@ def require_isolation(plan: LaunchPlan, engine: Any, model: CausalLMLoss, device
     if difference:
         raise ConfigError(logits_problem(model_type, difference))
     if not packing:
-        return f"the model sees no later tokens with attention by {kernel}"
+        return f"the model sees no later tokens with the attention kernel {kernel}"
     if not isolation.is_isolated:
         raise ConfigError(leak_problem(model_type, kernel, isolation.describe()))
-    return f"packed documents do not affect each other with attention by {kernel}"
+    return f"packed documents do not affect each other with the attention kernel {kernel}"
 
 
 def _is_accepted(verdict: IsolationVerdict | None, kernel: str, packing: bool) -> bool:

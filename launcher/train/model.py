@@ -300,7 +300,7 @@ def _load_pretrained(folder: Path, path: str, model: ModelSection, **options: An
             raise
         lines = [line.strip() for line in str(error).splitlines()]
         message = f"the weight files do not fit the model: {next((line for line in lines if 'size mismatch' in line), lines[0])}"
-        remedy = "compare them before a GPU is asked for: python -m launcher data, with the settings of the run"
+        remedy = "compare them before you request a GPU: python -m launcher data, with the settings of the run"
         raise ConfigError(message, where="model.path", value=path, remedy=remedy) from error
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(WeightReport(missing=tuple(missing)).problems(Path(path), model))

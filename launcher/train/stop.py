@@ -60,7 +60,7 @@ class Outcome:
         causes = {"cancelled": "stopped on request", "preempted": "the machine was asked to stop", "limit": limit}
         result = f"saved at step {step} of {max_steps}"
         if kept_step != step:
-            result = f"no time was left at step {step} to save, which takes {save_s:.0f} s; step {kept_step} is kept"
+            result = f"there was no time to save step {step}, which takes {save_s:.0f} s; step {kept_step} is kept"
         return cls(state, reason, kept_step, f"{causes[reason]}; {result}", checkpoint)
 
     @classmethod

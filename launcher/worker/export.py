@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=sorted(weights.DTYPES), default="bf16", help="type of the written weights")
     parser.add_argument("--out", type=Path, help="folder to write (default: export/ in the run directory)")
     parser.add_argument("--push", metavar="OWNER/NAME", help="repository of the Hub that gets the folder")
-    parser.add_argument("--push-public", action="store_true", help="push even where everybody can read the repository")
+    parser.add_argument("--push-public", action="store_true", help="push even if everyone can read the repository")
     parser.add_argument("--no-check", action="store_true", help="do not build and load the model with transformers")
     arguments = parser.parse_args(argv)
     # Libraries' progress bars and warnings would break up the plain lines.

@@ -113,7 +113,7 @@ def connect(record: Attempt, here: NodeInfo) -> Any:
     assert record.port is not None
     if not here.is_head and network.await_reachable(record.address, record.port, _MEET_DEADLINE_S) is None:
         raise RunError(
-            f"{network.node_name()} does not reach the head node at {record.address}:{record.port}",
+            f"{network.node_name()} cannot reach the head node at {record.address}:{record.port}",
             where=f"{here.address} on {here.interface}",
             remedy="set cluster.interface to the network that joins the nodes",
         )
@@ -140,7 +140,7 @@ def check(store: Any, plan: LaunchPlan, run: RunDir, attempt: int, record: Attem
     imported = Path(launcher.__file__).resolve()
     if not imported.is_relative_to(run.code.resolve()):
         foreign = Problem(
-            "runs another launcher than the submitted one",
+            "runs a different launcher from the one submitted",
             where=report.host,
             value=str(imported.parent),
             remedy="unset PYTHONPATH in the container or in the environment of the node",

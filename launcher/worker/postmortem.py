@@ -240,7 +240,7 @@ def _judge(
         cause = taken or _interruption(attempt, lead_s, min(killed))
         return Ending(cause, step, f"killed at step {step}: it had not stopped within the grace period", first_failure=first)
     if taken is not None:
-        event = "the workers were replaced by another number of them" if taken is Cause.RESIZED else f"the job ended as {state}"
+        event = "the number of workers changed" if taken is Cause.RESIZED else f"the job ended as {state}"
         return Ending(taken, step, f"{event} at step {step} without saving", first_failure=first)
     if state in _REQUEUED and not failed and (first is None or _is_interruption(first)):
         return Ending(Cause.PREEMPTED, step, f"the job was requeued at step {step} without saving", first_failure=first)

@@ -140,14 +140,16 @@ def copy_parent_weights(parent: parent_run.ParentCheckpoint, model: ModelSection
             else:
                 _export(parent, model, folder)
     except locks.LockTimeout as error:
-        raise _unusable(parent, "another process prepares them and has not finished in time", "wait for it, or end it") from error
+        raise _unusable(
+            parent, "another process is preparing them and has not finished in time", "wait for it, or end it"
+        ) from error
     except OSError as error:
         reason = f"{error.strerror or error} ({error.filename or folder})"
         raise _unusable(parent, reason, "check the free space and that the run still has this checkpoint") from error
     except CheckpointError as error:
         problem = error.problems[0]
         reason = f"{problem.message} ({problem.where})" if problem.where else problem.message
-        raise _unusable(parent, reason, "take another checkpoint (model.path=run:NAME@STEP), and check the disk") from error
+        raise _unusable(parent, reason, "use another checkpoint (model.path=run:NAME@STEP), and check the disk") from error
 
 
 def _export(parent: parent_run.ParentCheckpoint, model: ModelSection, folder: Path) -> None:
@@ -256,11 +258,11 @@ def hub_reason(error: Exception) -> str:
     if isinstance(error, LauncherError):
         return error.problems[0].message
     if isinstance(error, errors.GatedRepoError):
-        return "the Hub gives it to users alone who have accepted its terms (HF_TOKEN)"
+        return "the Hub gives it only to users who have accepted its terms (HF_TOKEN)"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the Hub has no model of this name, or it is private (HF_TOKEN)"
     if isinstance(error, errors.RevisionNotFoundError):
-        return "the Hub does not have this revision of it"
+        return "the Hub does not have this revision"
     is_offline = isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | ConnectionError | TimeoutError)
     if is_offline or type(error).__module__.startswith("httpx"):
         return "the Hub cannot be reached"

@@ -83,7 +83,7 @@ def test_a_failing_rank_fails_the_save_on_all_ranks(runs):
         (space,) = failures["space"]
         assert "needed" in space
         assert "available 1,000 bytes" in space
-        assert failures["names"] == ["the named parameters are not exactly those of the engine's model"]
+        assert failures["names"] == ["the named parameters differ from those of the engine's model"]
         (not_json,) = failures["json"]
         assert "rank 0" in not_json
         assert runs.report("fp32", "losses-last", rank) == runs.report("fp32", "losses", rank)[3:]

@@ -296,7 +296,7 @@ def test_a_run_in_another_folder_is_named_with_it(
     assert main(["status", "a"]) == 2
     assert f"a run of this name is in {elsewhere}: add --root '{elsewhere}'" in capsys.readouterr().err
     assert main(["status", "b"]) == 2
-    assert "name the folder of the runs with --root" in capsys.readouterr().err
+    assert "name the folder of runs with --root" in capsys.readouterr().err
 
 
 def test_an_empty_root_lists_nothing(forked: Run, empty: Path) -> None:

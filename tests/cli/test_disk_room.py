@@ -62,13 +62,13 @@ def test_a_run_root_that_cannot_be_made_is_refused_before_anything_that_takes_ti
     closed = disk("8m")
     subprocess.run(["mount", "-o", "remount,ro", closed], check=True, timeout=10)
     for above, reason in ((tmp_path / "file", "is not a folder"), (closed, "cannot be written")):
-        message = f"the run directory cannot be made: {above} {reason}"
+        message = f"the run directory cannot be created: {above} {reason}"
         done = launch_here("train", *SETTINGS, f"run.root={above}/runs")
         assert done.returncode == 2
         assert done.stderr.startswith(message)
         done = launch_here("plan", *SETTINGS, f"run.root={above}/runs")
         assert done.returncode == 0, done.stderr
-        assert f"train will be refused: {message}; set run.root" in " ".join(done.stdout.split())
+        assert f"train will be refused: {message}; choose another run.root" in " ".join(done.stdout.split())
 
 
 def test_a_disk_too_small_for_all_kept_checkpoints_is_noted(launch_here: Run, disk: Callable[[str], Path]) -> None:

@@ -190,7 +190,7 @@ def test_a_hub_token_is_missing_refused_accepted_or_not_checked(
     assert of("Hub", config_of("tracking.mode=offline", "export.push_to_hub=owner/name")).verdict == FAILURE
     gated = config_of("tracking.mode=offline", "model=llama3_1_8b", "data=jsonl", "data.path=rows.jsonl")
     assert of("Hub", gated).verdict == FAILURE
-    assert "meta-llama/Llama-3.1-8B-Instruct is gated, there is no HF_TOKEN" in of("Hub", gated).seen
+    assert "meta-llama/Llama-3.1-8B-Instruct is gated and not on this machine, and there is no HF_TOKEN" in of("Hub", gated).seen
     assert "https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct" in of("Hub", gated).remedy
     with serving(Hub) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)

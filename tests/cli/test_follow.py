@@ -108,7 +108,7 @@ def test_an_export_of_an_earlier_step_is_shown_with_step_and_age(run: RunDir, ca
     assert follow(run, 2, LocalCluster()) == 0
     output = capsys.readouterr().out
     assert "exported to" not in output
-    assert "is of step 5 and 2h00m old; write that of step 10: python -m launcher export " in output
+    assert "is of step 5 and 2h00m old; export step 10 with: python -m launcher export " in output
 
 
 def test_a_run_that_was_cancelled_before_its_first_step_can_be_resumed(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

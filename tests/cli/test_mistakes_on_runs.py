@@ -49,9 +49,9 @@ def refuse(launch_here: Launch, run: RunDir) -> Refuse:
     [
         ("status", ["RUN is missing", "usage: python -m launcher status"]),
         ("status dem", ["there is no run named dem", "did you mean demo? choose one of: demo"]),
-        ("status demo --root elsewhere", ["value:  the folder does not exist", "name the folder of the runs with --root"]),
-        ("status runs/demo/plan.json", ["runs/demo/plan.json is no run directory", "write the directory of the run: /"]),
-        ("logs runs/demo/attempts/001", ["is no run directory", "/runs/demo"]),
+        ("status demo --root elsewhere", ["value:  the folder does not exist", "name the folder of runs with --root"]),
+        ("status runs/demo/plan.json", ["runs/demo/plan.json is not a run directory", "use the run's directory: /"]),
+        ("logs runs/demo/attempts/001", ["is not a run directory", "/runs/demo"]),
         ("status demo --wach", ["there is no such flag", "value:  --wach", "did you mean --watch?"]),
         ("checkpoints demo --step 3", ["there is no such flag", "value:  --step 3"]),
         ("resume demo --step x", ["--step takes a whole number", "value:  x"]),

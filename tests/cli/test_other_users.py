@@ -219,7 +219,7 @@ def test_a_pipe_in_a_run_of_another_user_stops_no_command(launch: Launch, run: R
 def test_a_pipe_anywhere_that_a_record_is_looked_for_is_not_read(tmp_path: Path) -> None:
     """As meta.json in the data cache that the plan of another user names, and digests.json in the code of their run."""
     os.mkfifo(pipe := tmp_path / "meta.json")
-    with pytest.raises(DamagedRun, match="is no regular file"):
+    with pytest.raises(DamagedRun, match="is not a regular file"):
         json_records.read_json(pipe)
 
 
@@ -277,7 +277,7 @@ def test_a_link_of_another_user_chooses_no_run(launch_here: Launch, run: RunDir)
     for verb in ("cancel", "resume", "export", "evaluate", "logs"):
         done = launch_here(verb, "theirs", "--root", root)
         assert done.returncode == 2, (verb, done.stdout)
-        assert f"theirs is a link of {MALLORY}, who chooses the run that it leads to" in done.stderr
+        assert f"theirs is a link of {MALLORY}, who controls which run it points to" in done.stderr
         assert f"name the run itself: {run.root}" in done.stderr
     os.chown(link, os.geteuid(), -1, follow_symlinks=False)
     assert launch_here("status", "theirs", "--root", root).returncode == 0
@@ -288,7 +288,7 @@ def test_a_link_that_another_user_has_put_in_place_of_a_folder_chooses_no_run(ru
     shared = tmp_path / "shared"
     (shared / "x").mkdir(parents=True)
     give(shared / "x")
-    with pytest.raises(SubmitError, match="x was replaced while it was looked at"):
+    with pytest.raises(SubmitError, match="x was replaced while it was being checked"):
         ownership.require_own_links(shared / "x", shared, run)
     ownership.require_own_links(run.root, run.root.parent, run)
 

@@ -140,7 +140,7 @@ def test_an_error_at_a_later_run_says_what_was_removed_before_it(run: RunDir, ch
 def test_a_parent_is_removed_with_its_child_or_on_request_only(run: RunDir, child: RunDir, ask: Ask) -> None:
     code, _, err = ask("demo", "--yes")
     assert code == 2
-    assert err.startswith("other runs have their initial weights from the run demo\n")
+    assert err.startswith("other runs start from the weights of the run demo\n")
     assert f"value:  {child.root}" in err
     assert ask("demo", "child", "--dry-run")[0] == 0
     assert ask("demo", "--yes", "--even-if-needed")[0] == 0
@@ -204,7 +204,7 @@ def test_a_link_of_another_user_chooses_no_run_to_remove(run: RunDir, ask: Ask, 
         os.chown(link, MALLORY, -1, follow_symlinks=False)
         code, _, err = ask(name, "--yes")
         assert code == 2
-        assert f"{link.name} is a link of {MALLORY}, who chooses the run that it leads to" in err
+        assert f"{link.name} is a link of {MALLORY}, who controls which run it points to" in err
     assert (precious / "plan.json").is_file()
     os.chown(run.root, 0, 0, follow_symlinks=False)
     assert ask("demo", "--yes")[0] == 0

@@ -276,7 +276,7 @@ def test_storage_that_gives_new_files_to_nobody_refuses_a_run_at_its_start(
             monkeypatch.setattr(os, "geteuid", lambda: MALLORY + 1)
             with pytest.raises(SubmitError, match=f"the run demo is not trusted: {folder}/demo belongs to {MALLORY}") as error:
                 run_store.create(elsewhere)
-            assert "set run.root to storage that keeps owners" in str(error.value)
+            assert "set run.root to storage that keeps file owners" in str(error.value)
             assert os.listdir(folder) == []
             monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", str(MALLORY))
             assert run_store.create(elsewhere).status.is_file()

@@ -72,7 +72,7 @@ def test_the_ray_of_another_user_is_not_joined(
 ) -> None:
     start_raylet(THEIRS, DAEMON)
     name_newest(tmp_path, THEIRS)
-    with pytest.raises(SubmitError, match="the Ray of this machine belongs to daemon") as error:
+    with pytest.raises(SubmitError, match="the Ray on this machine belongs to daemon") as error:
         auto_address.find_address()
     assert "--trust-owner daemon" in error.value.problems[0].remedy
     monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "daemon")
@@ -104,7 +104,7 @@ def test_a_session_folder_that_another_user_has_replaced_is_refused(start_raylet
     session.parent.chmod(0o777)
     assert auto_address.find_address() == MINE
     os.chown(session, DAEMON, -1)
-    with pytest.raises(SubmitError, match="the folder of the Ray of this machine belongs to daemon"):
+    with pytest.raises(SubmitError, match="the folder of the Ray on this machine belongs to daemon"):
         auto_address.find_address()
 
 
@@ -130,7 +130,7 @@ def test_a_driver_joins_the_ray_that_was_checked(
     join = {"run": lambda: connection._join(section, "", {}), "doctor": lambda: driver_of_doctor.main(request, 60)}[driver]
     start_raylet(THEIRS, DAEMON)
     name_newest(tmp_path, THEIRS)
-    with pytest.raises(SubmitError, match="the Ray of this machine belongs to daemon"):
+    with pytest.raises(SubmitError, match="the Ray on this machine belongs to daemon"):
         join()
     start_raylet(MINE)
     with pytest.raises(ConnectionError, match=MINE):

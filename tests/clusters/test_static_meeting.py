@@ -126,7 +126,7 @@ def test_a_machine_that_asks_too_late_learns_what_has_become_of_the_start(
     meeting.close()
     thread, outcomes = ask(port, tmp_path / "run")
     thread.join(60)
-    assert refusal(outcomes).startswith("node 0 has refused the start, before this machine asked: rows.jsonl:3: not JSON")
+    assert refusal(outcomes).startswith("node 0 had refused the start before this machine connected: rows.jsonl:3: not JSON")
     # The run that is over says so itself, and is no matter of an earlier refusal.
     thread, outcomes = ask(port, tmp_path / "run", describe_end=lambda: "the run is completed")
     thread.join(60)
@@ -164,7 +164,7 @@ def test_what_another_user_has_left_in_a_shared_folder_is_not_believed(
 
     # As the system answers users who are not root.
     monkeypatch.setattr(os, "replace", sticky)
-    with pytest.raises(SubmitError, match=f"{MALLORY} has made the file by which the machines of this start meet"):
+    with pytest.raises(SubmitError, match=f"{MALLORY} created the file through which these machines meet"):
         head()
 
 
@@ -173,7 +173,7 @@ def test_a_machine_that_does_not_come_is_named(head: Callable[..., Meeting], por
     with pytest.raises(SubmitError) as caught:
         meeting.await_everyone(0.5)
     (problem,) = caught.value.problems
-    assert problem.message == "node 1, node 2 of 3 did not come"
+    assert problem.message == "node 1, node 2 of 3 did not join"
     assert f"127.0.0.1:{port}" in problem.remedy
 
 
@@ -183,7 +183,7 @@ def test_another_command_is_refused_with_what_differs(tmp_path: Path, port: int,
     with pytest.raises(ConfigError) as caught:
         meeting.await_everyone(60)
     (problem,) = caught.value.problems
-    assert "was started with another command than node 0" in problem.message
+    assert "was started with a different command from node 0" in problem.message
     assert problem.value == "train.max_steps: 5 there, 4 on node 0"
 
 
@@ -211,7 +211,7 @@ def test_two_commands_with_one_index_are_refused_and_a_restarted_one_is_not(tmp_
     meeting.reply(replace(question, process="second", host="b"))
     assert len(meeting.await_everyone(1)) == 2
     meeting.reply(question)
-    with pytest.raises(ConfigError, match="two commands say that they are node 1"):
+    with pytest.raises(ConfigError, match="two commands claim to be node 1"):
         meeting.await_everyone(1)
 
 

@@ -83,7 +83,7 @@ def test_a_key_that_stands_twice_names_both_lines(problems_of: Callable[..., lis
 
 def test_a_tab_is_named(problems_of: Callable[..., list[Problem]]) -> None:
     (problem,) = problems_of(f"{GLOBAL}optim:\n\tlr: 1e-5\n")
-    assert problem.message == "a tab stands in the indentation, which YAML does not allow"
+    assert problem.message == "the indentation contains a tab, which YAML does not allow"
     assert (problem.where, problem.remedy) == ("FILE:3", "indent this line with spaces")
 
 

@@ -203,4 +203,4 @@ def test_a_regular_expression_that_takes_all_memory_is_refused(
     refused: Refused, shared: Callable[[str], tuple[str, ...]], pattern: str
 ) -> None:
     (problem,) = refused(*shared(f"evaluate:\n  metrics: [regex]\n  pattern: '{pattern}'\n"))
-    assert problem.message.startswith("evaluate.pattern: is no regular expression (it ")
+    assert problem.message.startswith("evaluate.pattern: is not a regular expression (it ")

@@ -257,7 +257,8 @@ def test_files_that_do_not_exist_are_refused(shown: Shown, tmp_path: Path) -> No
         "the data file does not exist\n  where:  data.path (command line)\n  value:  ./nowhere.jsonl\n  remedy: set data.path"
         in text
     )
-    assert f"the folder holds no data file (endings: none)\n  where:  data.eval_path (command line)\n  value:  {tmp_path}" in text
+    where = f"where:  data.eval_path (command line)\n  value:  {tmp_path}"
+    assert f"the folder holds no data file (extensions: none)\n  {where}" in text
 
 
 def test_an_empty_data_file_is_refused(shown: Shown, tmp_path: Path) -> None:

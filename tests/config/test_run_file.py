@@ -134,7 +134,7 @@ def test_all_mistakes_are_reported_with_file_and_line(write: Callable[[str], str
     ("text", "message", "where"),
     [
         ("optim:\n  lr: 1\n  lr: 2\n", "optim.lr: the file sets this key twice, in lines 2 and 3", "my.yaml:3"),
-        ("optim:\n\tlr: 1\n", "a tab stands in the indentation, which YAML does not allow", "my.yaml:2"),
+        ("optim:\n\tlr: 1\n", "the indentation contains a tab, which YAML does not allow", "my.yaml:2"),
         ("optim: [1\n", "the file is not valid YAML: while parsing a flow", "my.yaml:2:1"),
         ("# nothing\n", "the file sets nothing", "my.yaml"),
         ("- optim\n", "the file is not a mapping of sections to settings", "my.yaml"),

@@ -98,7 +98,7 @@ def test_a_secret_that_is_too_short_to_be_found_in_an_address_is_not_read(
     text = shown("data=jsonl", "'data.path=\"https://host/${oc.env:DB_PASSWORD}.jsonl\"'".strip("'"), *flags)
     assert "DB_PASSWORD: a setting must not read this variable, which looks like a secret" in text
     assert SIGNED not in text
-    assert "remedy: write the value out if it is no secret" in text or flags
+    assert "remedy: write the value out if it is not a secret" in text or flags
 
 
 def test_variables_that_are_no_secrets_are_read(compose: Callable[..., list], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,9 +56,9 @@ def test_commas_in_a_value_are_a_sweep_or_one_quoted_value(refused: Refused, com
         # Quotation marks do not help where the value is no text.
         ("model.dtype=fp16,bf16", "add -m for one run per value"),
         ("train.max_steps=1,000", "add -m for one run per value"),
-        ("optim.lr=10^-5", "write optim.lr=VALUE with a value of the kind: float > 0"),
+        ("optim.lr=10^-5", "write optim.lr=VALUE with a value of the type: float > 0"),
         ("model==tiny", "write group=option"),
-        ("model=tiny optim.lr=1e-5", "write each as a word of its own: model=tiny optim.lr=1e-5"),
+        ("model=tiny optim.lr=1e-5", "write each as a separate word: model=tiny optim.lr=1e-5"),
     ],
 )
 def test_the_remedy_suits_the_kind_of_value(refused: Refused, token: str, remedy: str) -> None:
@@ -126,10 +126,10 @@ def test_mistakes_in_other_settings_are_reported_beside_one_that_cannot_be_parse
         (["plan", "--cfg"], "--cfg prints one of job, hydra, all", "write --cfg job"),
         (["plan", "--cfg", "hydr"], "--cfg prints one of job, hydra, all", "write --cfg hydra"),
         (["plan", "--config-dir"], "--config-dir needs a value", "write --config-dir followed by its value"),
-        (["plan", "optim.lr", "=", "3"], "an override has no spaces around its =", "write optim.lr=3"),
-        (["plan", "optim.lr", "=3"], "an override has no spaces around its =", "write optim.lr=3"),
-        (["plan", "optim.lr = 3"], "an override has no spaces around its =", "write optim.lr=3"),
-        (["plan", "=3"], "an override has no spaces around its =, and a key before it", "write key=value"),
+        (["plan", "optim.lr", "=", "3"], "an override needs a key before its =", "write optim.lr=3"),
+        (["plan", "optim.lr", "=3"], "an override needs a key before its =", "write optim.lr=3"),
+        (["plan", "optim.lr = 3"], "an override needs a key before its =", "write optim.lr=3"),
+        (["plan", "=3"], "an override needs a key before its =, and no spaces around it", "write key=value"),
         (["plan", "train.max_steps"], "train.max_steps: is not an override, because it has no =", "write train.max_steps=..."),
         (["plan", "max_stepz"], "max_stepz: is not an override, because it has no =", "did you mean train.max_steps?"),
         (["plan", "--batch-size", "4"], "--batch-size: settings are written without", "write train.global_batch_size=4"),

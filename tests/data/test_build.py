@@ -381,7 +381,7 @@ def test_one_pass_reports_an_unusable_tokenizer_with_the_rows_that_cannot_be_use
     expected = {
         "tokenizer": "the tokenizer cannot be loaded: ",
         "template file": "the template cannot be read: ",
-        "template syntax": "the chat template is no valid Jinja: Expected an expression, got 'end of statement block' (line 1)",
+        "template syntax": "the chat template is not valid Jinja: Expected an expression, got 'end of statement block' (line 1)",
         "ids": "the data contains the token id ",
     }[fault]
     for start in ("the line is not JSON: ", "messages is a string, not a list", expected):

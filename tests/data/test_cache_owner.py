@@ -202,11 +202,11 @@ def test_a_group_without_a_shared_folder_is_refused(
     monkeypatch.delenv("LAUNCHER_SHARED_CACHE", raising=False)
     data = section(cache_group=GROUP)
     for use in (lambda: find("a-key", GROUP), lambda: build(data, str(tokenizer_dir))):
-        with pytest.raises(DataError, match="in the folder LAUNCHER_SHARED_CACHE, and that is not set") as error:
+        with pytest.raises(DataError, match="needs a shared folder, and LAUNCHER_SHARED_CACHE is not set") as error:
             use()
         (problem,) = error.value.problems
         assert (problem.where, problem.value) == ("data.cache_group", GROUP)
-        assert "export LAUNCHER_SHARED_CACHE with a folder that the group can write to" in problem.remedy
+        assert "set LAUNCHER_SHARED_CACHE to a folder that the group can write to" in problem.remedy
 
 
 def test_who_is_no_member_cannot_give_a_group_a_cache(shared: Path, built: tuple[str, DataFacts]) -> None:
@@ -225,7 +225,7 @@ def test_who_is_no_member_cannot_give_a_group_a_cache(shared: Path, built: tuple
 
 def test_only_the_owner_of_the_shared_folder_makes_the_folder_of_a_group(shared: Path) -> None:
     """Whoever owns it can put a link in place of what another member builds there."""
-    by_owner = f"let root run: mkdir {shared}/data-{GROUP} && chgrp {GROUP}"
+    by_owner = f"ask root to run: mkdir {shared}/data-{GROUP} && chgrp {GROUP}"
 
     def build_as_nobody() -> Problem:
         with user(NOBODY), pytest.raises(DataError) as error, cache_store.building("a-key", GROUP):
@@ -234,7 +234,7 @@ def test_only_the_owner_of_the_shared_folder_makes_the_folder_of_a_group(shared:
         assert by_owner in problem.remedy
         return problem
 
-    assert build_as_nobody().message == f"only root, who owns {shared}, can make the folder of a group there"
+    assert build_as_nobody().message == f"only root, who owns {shared}, can create the folder of a group there"
     folder = shared / f"data-{GROUP}"
     with user(SYNC):
         folder.mkdir()
@@ -242,7 +242,7 @@ def test_only_the_owner_of_the_shared_folder_makes_the_folder_of_a_group(shared:
     os.chown(folder, -1, GROUP_ID)
     assert build_as_nobody().message == f"this part of the cache is not trusted: {folder} belongs to sync"
     folder.rmdir()
-    for uid, message in ((SYNC, "belongs to sync"), (0, "is a link, which the folder of a group must not be")):
+    for uid, message in ((SYNC, "belongs to sync"), (0, "is a link, and the folder of a group must not be one")):
         with user(uid):
             folder.symlink_to(shared)
         assert message in build_as_nobody().message
@@ -297,7 +297,7 @@ def test_the_folder_of_a_group_of_an_unknown_user_outside_of_a_container_is_refu
     of_group.chmod(0o3770)
     with user(NOBODY):
         with (
-            pytest.raises(DataError, match="belongs to a user outside of this container") as error,
+            pytest.raises(DataError, match="belongs to a user outside this container") as error,
             cache_store.building("a-key", GROUP),
         ):
             pass

@@ -376,7 +376,7 @@ def test_waiting_for_another_builder_is_logged_repeatedly(
     monkeypatch.setattr(cache_lock, "WARN_EVERY_S", 0.1)
     monkeypatch.setattr(cache_lock, "MAX_WAIT_S", 0.5)
     second = cache_store.building("key")
-    with cache_store.building("key"), pytest.raises(DataError, match="builds this data cache takes too long") as caught:
+    with cache_store.building("key"), pytest.raises(DataError, match="builds this data cache and takes too long") as caught:
         second.__enter__()
     holder = f"process {os.getpid()} on {os.uname().nodename}"
     messages = cache_messages(caplog)

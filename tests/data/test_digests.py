@@ -126,7 +126,7 @@ def test_permuted_tokens_are_refused_at_the_step_that_reads_them_and_not_before(
     with pytest.raises(DataError) as caught:
         ahead.step(first)
     (problem,) = caught.value.problems
-    assert problem.message == "the data cache is damaged: a block does not match the digest that was written with it"
+    assert problem.message == "the data cache is damaged: a block does not match its digest"
     file = Path(facts.cache_dir) / "tokens.npy"
     assert problem.where == f"{file}, bytes {7 * BLOCK_BYTES} to {8 * BLOCK_BYTES - 1} (block 7 of 0 to 16)"
     assert re.fullmatch("digest [0-9a-f]{16}, not [0-9a-f]{16}", problem.value)
@@ -194,12 +194,12 @@ def test_arrays_with_other_digests_than_the_plan_are_refused(facts: DataFacts, t
     others = {name: np.load(other / f"{name}.npy") for name in ("rows", "docs", "row_labels", "doc_source", "row_sources")}
     digest = write_split(other, [np.load(other / "tokens.npy")], [array], **others)
     swapped = facts.model_copy(update={"cache_dir": str(other)})
-    with pytest.raises(DataError, match="its block digests are not those that were recorded") as caught:
+    with pytest.raises(DataError, match="its block digests differ from the recorded ones") as caught:
         Split.open(swapped)
     assert digest in caught.value.problems[0].value
     Split.open(swapped, held_out=True)
     flip(Path(facts.cache_dir) / block_digests.FILE, 9)
-    with pytest.raises(DataError, match="its block digests are not those that were recorded"):
+    with pytest.raises(DataError, match="its block digests differ from the recorded ones"):
         Split.open(facts)
 
 

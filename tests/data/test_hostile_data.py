@@ -127,7 +127,7 @@ def test_a_dictionary_that_many_rows_refer_to_is_refused(
     assert (tmp_path / "rows.parquet").stat().st_size < 2000
     problem = refusal(Source(path=str(tmp_path / "rows.parquet")))
     assert problem.message == "the table expands to more than 200 times the size of its file"
-    assert "without compression and dictionaries" in problem.remedy
+    assert "without compression or dictionaries" in problem.remedy
 
 
 def test_one_row_of_a_table_that_takes_all_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     ("head", "message"),
     [
         (f"{BOMB}configs:\n- config_name: *a8\n", "it has more than 200,000 values, with its aliases expanded"),
-        ("configs: &a [*a]\n", "an alias refers to what it is in"),
+        ("configs: &a [*a]\n", "an alias refers to a value that contains it"),
         ("configs: " + "[" * 100_000, "the head of README.md is not"),
         ("configs:\n- data_files: '" + "**/" * 15 + "*a*a*a*a*a*a*a*a*b'\n", "no file matches the pattern"),
         ("configs:\n- data_files:\n" + "  - '*'\n" * 150_000, "README.md has too many patterns"),
@@ -244,7 +244,7 @@ def test_a_readme_of_any_size_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     with (tmp_path / "README.md").open("wb") as file:
         file.truncate(1 << 40)
-    assert refusal(Source(path=str(tmp_path))).message == "README.md has more than 16 MiB, and is not read"
+    assert refusal(Source(path=str(tmp_path))).message == "README.md has more than 16 MiB and is not read"
 
 
 @pytest.mark.timeout(60)

@@ -114,7 +114,7 @@ def test_checkpoints_are_answered_while_the_run_goes_on(launch: Launch, start: C
     assert not processes_of(going)
     left = said()[-1]
     assert left.startswith("no answers yet: step 40")
-    assert f"a run that is resumed goes on with them; answer them with: python -m launcher evaluate {going} --step 40" in left
+    assert f"a resumed run continues with them; answer them with: python -m launcher evaluate {going} --step 40" in left
     assert not [text for text in said("alert") if "answers" in text]
     last = status(going)["step"] + 1
     done = launch("resume", str(going), f"train.max_steps={last}", timeout=DEADLINE_S)
@@ -143,18 +143,18 @@ def test_checkpoints_are_answered_while_the_run_goes_on(launch: Launch, start: C
         (("evaluate.sets=[held_outt]",), "the run has no evaluation set held_outt"),
         (("evaluate.metrics=[exact_mach]",), "exact_mach"),
         (("evaluate.shots=900",), "900 examples cannot be shown to the base model"),
-        (("evaluate.vllm_python=/missing/python",), "this is no Python interpreter of an environment with vLLM"),
-        (("evaluate.vllm_gpus=2",), "only vLLM divides a model over GPUs"),
+        (("evaluate.vllm_python=/missing/python",), "this is not the Python interpreter of an environment with vLLM"),
+        (("evaluate.vllm_gpus=2",), "only vLLM can divide a model over GPUs"),
         (("--step", "7"), "there is no committed checkpoint of step 7"),
         (("optim.lr=1",), "optim.lr cannot change in an evaluation"),
         (("--min-gain", "rouge_l:0-shot:0"), "--min-gain names rouge_l"),
-        (("--limit", "5"), "--limit is about tasks and choices, and none are named"),
+        (("--limit", "5"), "--limit applies to tasks and choices, but none are named"),
         (("--choices", "/missing/choices.jsonl"), "there is no such file"),
-        (("--choices", __file__, "--tasks", "arc_easy"), "--tasks and --choices are evaluations of their own"),
+        (("--choices", __file__, "--tasks", "arc_easy"), "--tasks and --choices are separate evaluations"),
         (("--choices", __file__, "--min-gain", "exact_match:0-shot:0"), "--min-gain names exact_match"),
         (("--choices", __file__), "the line is not JSON"),
-        (("--tasks", "arc_easy", "cluster=slurm"), "tasks are scored on this machine, and it has no GPU"),
-        (("--choices", __file__, "cluster=slurm"), "choices are scored on this machine, and it has no GPU"),
+        (("--tasks", "arc_easy", "cluster=slurm"), "tasks are scored on this machine, which has no GPU"),
+        (("--choices", __file__, "cluster=slurm"), "choices are scored on this machine, which has no GPU"),
         (("evaluate.metrics=[numeric]", "evaluate.max_prompts=50"), "numeric cannot score"),
     ],
 )
@@ -265,7 +265,7 @@ def test_choices_are_scored_as_plain_transformers_scores_them(launch: Launch, ru
     assert [*shown["styles"]] == ["0-shot", "2-shot", "tuned"]
     assert (shown["num_reserved"], shown["num_left_out"], shown["verdict"]["num_prompts"]) == (6, 0, 18)
     assert shown["training_copies"]
-    assert f"{len(shown['training_copies'])} of the 18 prompts are also in the training data" in shown["verdict"]["sentence"]
+    assert f"{len(shown['training_copies'])} of the 18 prompts are in the training data" in shown["verdict"]["sentence"]
     assert shown["overlap_gap"] == ""
     tokenizer = AutoTokenizer.from_pretrained(plan.model.tokenizer_path)
     model = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32).eval()
@@ -336,7 +336,7 @@ def test_prompts_of_today_are_compared_with_those_of_training(launch: Launch, ru
     wrong.write_text('{"answer": 1}\nno json\n')
     done = launch("drift", str(run), str(other))
     assert done.returncode == 3, done.stdout + done.stderr
-    assert done.stdout.startswith("The prompts have drifted: other words (p = 0.001)")
+    assert done.stdout.startswith("The prompts have drifted: different words (p = 0.001)")
     assert f"{other}:" in done.stdout
     assert "model.path=run:tuned" in done.stdout
     again = launch("drift", str(run), str(other), "--likelihood", "--json")

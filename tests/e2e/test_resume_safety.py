@@ -149,7 +149,7 @@ def test_changed_data_under_the_same_settings_is_refused(
         asked = launch_here("resume", str(run), f"data.path={source}", "train.max_steps=3", **own_cache)
         assert asked.returncode == 2, asked.stdout
         assert f"note: changed since the rows of this run were built: {source} (digest " in asked.stdout
-        assert "remedy: leave out the path to continue with the rows as they were built; or" in asked.stderr
+        assert "remedy: remove the path to continue with the rows as they were built; or" in asked.stderr
         assert ["plan.data.num_docs", "40", "30"] in [line.split() for line in asked.stderr.splitlines()]
         shutil.rmtree(Path(own_cache["LAUNCHER_CACHE"]) / "data")
         text = refused(launch_here, run, "train.max_steps=3", **own_cache)
@@ -175,7 +175,7 @@ def test_a_damaged_cache_is_refused_and_a_deleted_one_is_rebuilt(launch: Launch,
     )
     done = launch("resume", str(run), *same, *free, **own_cache)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "the data cache is damaged: a block does not match the digest that was written with it" in done.stderr
+    assert "the data cache is damaged: a block does not match its digest" in done.stderr
     assert f"where:  {marks}, bytes 0 to {len(content) - 1}" in done.stderr
     assert f"`rm -r {folder}`, then `python -m launcher data ...`" in done.stderr
     events = json_lines(run / "events.jsonl")

@@ -59,7 +59,7 @@ def test_every_kind_of_bad_line_is_counted_and_named_where_it_is_first(tmp_path:
     told = {problem.where: problem.message for problem in error.value.problems}
     assert [*told] == [f"{file}:{line}" for line in range(2, 8)]
     assert told[f"{file}:2"] == "the line is not JSON (2 lines)"
-    assert told[f"{file}:7"] == "the right choice of a question is none of its choices (3 lines)"
+    assert told[f"{file}:7"] == "the answer to a question is not one of its choices (3 lines)"
     assert len(read_questions(file, 1)) == 1
     with pytest.raises(DataError, match="has no questions"):
         read_questions(write(tmp_path), None)

@@ -34,7 +34,7 @@ def test_prompts_of_one_distribution_are_rarely_called_others() -> None:
 def test_other_words_are_found() -> None:
     report = compare(sample(60, 1, first=200), sample(120, 2))
     assert report.has_drifted
-    assert report.sentence.startswith("The prompts have drifted: other words (p = 0.001)")
+    assert report.sentence.startswith("The prompts have drifted: different words (p = 0.001)")
     assert report.unusual > 0.5
     assert report.unseen[1] > 0.3 > report.unseen[0]
     assert report.farthest[0].similarity <= report.farthest[-1].similarity
@@ -44,7 +44,7 @@ def test_other_words_are_found() -> None:
 def test_other_lengths_are_found() -> None:
     report = compare(sample(60, 1, length=40), sample(120, 2))
     assert report.has_drifted
-    assert "other lengths (p = " in report.sentence
+    assert "different lengths (p = " in report.sentence
     assert report.median_tokens[1] > 1.5 * report.median_tokens[0]
 
 
@@ -94,7 +94,7 @@ def likelihoods(seed: int, shift: float, *, is_judged: bool = True) -> PromptLik
 def test_prompts_that_are_less_likely_have_drifted() -> None:
     report = compare(sample(60, 1), sample(120, 2), likelihoods(3, 0.6))
     assert report.has_drifted
-    assert "other likelihoods (tuned model: p = " in report.sentence
+    assert "different likelihoods (tuned model: p = " in report.sentence
     assert report.likelihoods is not None
     one = report.likelihoods.models["tuned"]
     assert one.unlikely > 0.1
@@ -103,7 +103,7 @@ def test_prompts_that_are_less_likely_have_drifted() -> None:
     assert not compare(sample(60, 1), sample(120, 2), likelihoods(3, 0.6, is_judged=False)).has_drifted
     shorter = compare(sample(60, 1), sample(120, 2), likelihoods(3, -0.6))
     assert not shorter.has_drifted
-    assert shorter.sentence.startswith("The prompts differ a little from those of training: other likelihoods")
+    assert shorter.sentence.startswith("The prompts differ a little from those of training: different likelihoods")
 
 
 @pytest.mark.rest  # many simulated comparisons

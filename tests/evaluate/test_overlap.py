@@ -58,12 +58,12 @@ def test_prompts_of_training_rows_are_found(
     assert (near.question, near.training) == ("seen.jsonl:2", f"{file}:{trained[1] + 1}")
     assert config.data.checks.near_duplicate_threshold <= near.similarity < 1
     assert str(exact) == f"seen.jsonl:1: the same prompt as {file}:{trained[0] + 1}"
-    assert describe_copies(len(others), (exact, near)).startswith(f"2 of the {len(others)} prompts are also in the training data")
+    assert describe_copies(len(others), (exact, near)).startswith(f"2 of the {len(others)} prompts are in the training data")
     assert describe_copies(5, ()) == ""
     # Fewer documents than there are, and files that are gone, leave a gap, which refuses no evaluation.
     first = find_training_copies(plan, encoder, [seen], num_read.append, max_documents=trained[0] + 1)
     assert first.copies["seen"] == (exact,)
-    assert first.gap == f"prompts were compared with the first {trained[0] + 1} training documents alone"
+    assert first.gap == f"prompts were compared with the first {trained[0] + 1} training documents only"
     assert find_training_copies(plan, encoder, [seen], num_read.append, max_documents=40).gap == ""
     file.unlink()
     gone = find_training_copies(plan, encoder, [seen], num_read.append)

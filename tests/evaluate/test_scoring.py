@@ -80,7 +80,7 @@ def test_metrics_of_the_table_and_own_functions(tmp_path: Path, capfd: pytest.Ca
     ("body", "part"),
     [
         ("return 1 / len(answer)", "failed: ZeroDivisionError: division by zero (line 4)"),
-        ("return 1 if answer else None", "failed: TypeError: it returned None, which is no number"),
+        ("return 1 if answer else None", "failed: TypeError: it returned None, which is not a number"),
         ("return 1.0 if answer else float('nan')", "failed: ValueError: it returned nan"),
         ("sys.stdout.write('x' * 100_000); return 1 if answer else os._exit(3)", "failed: its process ended with exit code 3"),
         ("return 1 if answer else os.kill(os.getpid(), 9)", "failed: its process ended with signal SIGKILL"),
@@ -145,7 +145,7 @@ def test_a_file_that_fails_on_import(tmp_path: Path) -> None:
     [
         (None, "the file of a metric does not exist"),
         ("def other(): ...", "defines no function score"),
-        ("def score(:", "the file of a metric is no Python"),
+        ("def score(:", "the file of a metric is not Python"),
     ],
 )
 def test_files_without_the_function_are_refused_before_anything_runs(tmp_path: Path, content: str | None, part: str) -> None:
@@ -169,14 +169,17 @@ def test_a_function_of_another_user_is_refused(tmp_path: Path) -> None:
     ("schema", "part"),
     [
         (None, "cannot be read"),
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ('{"properties": {"a": {"type": "in"}}}', "is wrong at properties/a/type"),
-        ('{"properties": {"a": {"$ref": "#/$defs/b"}}}', "has a reference that leads nowhere: #/\\$defs/b"),
-        ('{"properties": {"a": {"$ref": "https://example.org/b"}}}', "has a reference that leads nowhere: https://example.org/b"),
-        ('{"$ref": "#/parts/b", "parts": {"b": {"items": {"$ref": "#c"}}}}', "has a reference that leads nowhere: #c"),
+        ('{"properties": {"a": {"$ref": "#/$defs/b"}}}', "has a reference that cannot be resolved: #/\\$defs/b"),
+        (
+            '{"properties": {"a": {"$ref": "https://example.org/b"}}}',
+            "has a reference that cannot be resolved: https",
+        ),
+        ('{"$ref": "#/parts/b", "parts": {"b": {"items": {"$ref": "#c"}}}}', "has a reference that cannot be resolved: #c"),
         ('{"$ref": "#/parts/b", "parts": {"b": {"type": "in"}}}', "is wrong at type"),
-        ('{"$ref": "#/title", "title": "t"}', "has a reference that leads nowhere: #/title"),
-        ('{"$ref": "#"}', "has references that lead back to themselves"),
+        ('{"$ref": "#/title", "title": "t"}', "has a reference that cannot be resolved: #/title"),
+        ('{"$ref": "#"}', "has circular references"),
     ],
 )
 def test_schemas_that_are_wrong(tmp_path: Path, schema: str | None, part: str) -> None:
@@ -211,7 +214,7 @@ def test_references_that_cannot_be_scored_are_named_in_one_pass(tmp_path: Path) 
     first, second = error.value.problems
     assert first.message == "numeric cannot score 2 of 4 references: the first one has no number"
     assert first.where == "a:1, a:4"
-    assert second.message.startswith("field_f1 cannot score 2 of 4 references: the first one is no JSON")
+    assert second.message.startswith("field_f1 cannot score 2 of 4 references: the first one is not JSON")
 
 
 def test_a_pattern_that_takes_too_long_names_the_row(tmp_path: Path) -> None:

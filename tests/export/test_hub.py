@@ -80,7 +80,7 @@ def test_a_public_repository_gets_nothing_unless_that_is_allowed(hub: FakeHub, f
     hub.exists, hub.private = True, False
     refused = push(hub, folder)
     assert refused.returncode == 1, refused.stdout + refused.stderr
-    assert refused.stdout.startswith("the repository is public, and everybody could download the model; nothing was uploaded")
+    assert refused.stdout.startswith("the repository is public, so everyone could download the model; nothing was uploaded")
     assert "export.push_public=true" in refused.stdout
     assert (hub.commits, hub.stored, hub.files) == ([], {}, {})
     allowed = push(hub, folder, TOKEN, None, "public")
@@ -130,7 +130,7 @@ def test_a_run_that_would_be_pushed_to_a_public_repository_is_refused_before_it_
     settings = ("model=tiny", "data.packing=false", "export.push_to_hub=owner/name", f"run.root={tmp_path / 'runs'}")
     refused = launch("train", *settings, **access)
     assert (refused.returncode, refused.stdout) == (2, ""), refused.stdout + refused.stderr
-    assert "the repository is public, and everybody could download the model" in refused.stderr
+    assert "the repository is public, so everyone could download the model" in refused.stderr
     assert "choose a private repository, or allow it with export.push_public=true" in refused.stderr
     assert not (tmp_path / "runs").exists()
     assert hub.commits == []
@@ -152,7 +152,7 @@ def test_a_hub_that_cannot_be_asked_is_a_note(hub: FakeHub, tmp_path: Path, stat
     done = subprocess.run([sys.executable, "-c", NOTE_CODE], env=env, capture_output=True, text=True, check=True, timeout=100)
     first, *others = done.stdout.splitlines()
     assert others == ["None", "None"]
-    assert first.startswith("the Hub does not answer whether owner/name is public" if is_noted else "None")
+    assert first.startswith("the Hub did not say whether owner/name is public" if is_noted else "None")
 
 
 def test_without_a_token_the_hub_is_not_contacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

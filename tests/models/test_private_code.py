@@ -124,7 +124,7 @@ def test_code_that_is_exchanged_after_its_check_does_not_run(folder: Path, ran: 
     (folder / "config.json").write_text("{}")
     transformers.AutoConfig.from_pretrained(path, trust_remote_code=True)
     assert (ran.exists(), planted.exists()) == (True, False)
-    with pytest.raises(ConfigError, match="is not the code that"):
+    with pytest.raises(ConfigError, match="differs from the code that"):
         private_code.folder_to_load(folder, True, model.code_digest)
 
 

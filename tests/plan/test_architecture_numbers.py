@@ -61,14 +61,14 @@ def test_a_config_without_a_language_model_is_refused() -> None:
     [
         ({"model_type": "gemma2", "final_logit_softcapping": 30.0}, None, "final_logit_softcapping=30.0"),
         ({"model_type": "granite", "logits_scaling": 8.0}, "isolated", "logits_scaling=8.0"),
-        ({"model_type": "opt"}, "leaks", "affect each other in this architecture, with attention by sdpa: by 1 and not 0"),
-        ({"model_type": "bert"}, "not_causal", "this architecture sees later tokens, with attention by sdpa: by 1 and not 0"),
+        ({"model_type": "opt"}, "leaks", "in this architecture, with the attention kernel sdpa: by 1 and not 0"),
+        ({"model_type": "bert"}, "not_causal", "sees later tokens, with the attention kernel sdpa: by 1 and not 0"),
         (
             {"model_type": "xlstm"},
             "other_logits",
             "of the last hidden states, and this architecture does not: by",
         ),
-        ({"model_type": "opt"}, "unsupported", "has no attention by sdpa in transformers 5.24.0"),
+        ({"model_type": "opt"}, "unsupported", "transformers 5.24.0 has no attention kernel sdpa for this architecture"),
         ({"model_type": "opt"}, "unknown", None),
         ({"model_type": "llama", "logit_scale": 1.0}, "isolated", None),
     ],

@@ -46,7 +46,7 @@ def test_fp8_is_refused_on_cpus(plan_of: PlanOf) -> None:
 @pytest.mark.parametrize("name", ["NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA GeForce RTX 4090", "AMD Instinct MI300X"])
 def test_fp8_is_refused_off_hopper_and_blackwell(plan_of: PlanOf, name: str) -> None:
     problem = problem_of(plan_of, "model=qwen3_0_6b", device=gpus(name))
-    assert problem.message == "model.fp8=true needs a GPU of the families Hopper or Blackwell"
+    assert problem.message == "model.fp8=true needs a Hopper or Blackwell GPU"
     assert problem.value == name
     _, _, able = problem.remedy.partition("or use one of ")
     assert set(able.split(", ")) == {name for name in GPUS if name.startswith(("H", "GH", "B", "GB", "RTX-5"))}
@@ -59,11 +59,11 @@ def test_fp8_is_left_to_the_ranks_on_all_other_gpus(plan_of: PlanOf, name: str) 
 
 def test_fp8_is_refused_with_another_dtype_and_for_sizes_that_it_does_not_take(plan_of: PlanOf) -> None:
     problem = problem_of(plan_of, "model=qwen3_0_6b", "model.dtype=fp16", device=H100)
-    assert problem.message == "model.fp8=true computes all else in bf16, and model.dtype is fp16"
+    assert problem.message == "model.fp8=true computes everything else in bf16, and model.dtype is fp16"
     assert problem.remedy == "set model.dtype=bf16, or model.fp8=false"
     # The hidden size of this model is 20.
     problem = problem_of(plan_of, "model=tiny", "model.dtype=bf16", device=H100)
-    assert problem.message.startswith("FP8 takes matrices whose sizes are multiples of 16")
+    assert problem.message.startswith("FP8 needs matrices whose sizes are multiples of 16")
     assert problem.value == "hidden_size 20"
 
 

@@ -89,7 +89,7 @@ def test_a_batch_larger_than_the_data_is_warned_about_with_the_one_that_fits(pla
     steps = ("train.global_batch_size=64", "train.max_steps=9", "train.epochs=null")
     (warning,) = warnings_of(plan_of(*steps, data=data))
     assert warning == (
-        "a batch of 64 rows is more than the 41 rows of the data, so a step repeats rows: set train.global_batch_size=40"
+        "a batch of 64 rows is more than the 41 rows of the data, so each step repeats rows: set train.global_batch_size=40"
     )
     (warning,) = warnings_of(plan_of(*steps, data=DATA.model_copy(update={"num_rows": 1})))
     assert warning.endswith(": lower it, and use at most 1 rank")
@@ -172,8 +172,8 @@ SAVES = ("checkpoint.save_every=20", "eval.answers_every=40")
 @pytest.mark.parametrize(
     ("settings", "num_held_out", "message", "remedy"),
     [
-        (("eval.answers_every=50",), 8, "no multiple of checkpoint.save_every=20", "=50, or eval.answers_every=60"),
-        (("checkpoint.save_every=0",), 8, "no multiple of checkpoint.save_every=0", "set checkpoint.save_every=40"),
+        (("eval.answers_every=50",), 8, "not a multiple of checkpoint.save_every=20", "=50, or eval.answers_every=60"),
+        (("checkpoint.save_every=0",), 8, "not a multiple of checkpoint.save_every=0", "set checkpoint.save_every=40"),
         ((), 0, "there are no held-out rows and no eval.sets", "data.eval_fraction=0.05"),
         (("data=jsonl", "data.path=a.jsonl", "data.eval_fraction=0"), None, "there are no held-out rows", "eval.sets"),
         (("data=jsonl", "data.path=a.txt.gz"), 8, "held_out are plain text", "a file of them in eval.sets"),

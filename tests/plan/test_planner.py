@@ -259,7 +259,7 @@ def test_an_elastic_run_must_fit_on_its_fewest_workers(plan_of: Callable[..., La
     )
     assert "leaves less than" not in "\n".join(plan_lines(planned))
     (problem,) = problems(plan_of, *elastic, "cluster.min_workers=16")
-    assert "cluster.min_workers=16: 87 GiB per GPU are needed in the loss over 16 ranks, and a GPU has 79" in problem.message
+    assert "cluster.min_workers=16: the loss stage needs 87 GiB per GPU over 16 ranks, and a GPU has 79" in problem.message
     # A plan from before a rule is shown nevertheless.
     older = planned.config.deepspeed.model_copy(update={"hpz_partition_size": 64})
     config = planned.config.model_copy(update={"deepspeed": older})

@@ -180,5 +180,5 @@ def test_only_the_same_exception_at_the_same_step_after_two_resumes_is_final(end
     decision = decide(ends[-1], ends[:-1], budgets)
     assert decision.again is again
     start = "the initial weights" if ends[-1].saved_step is None else "the checkpoint of step 40"
-    reason = f"rank 1: as it says; IndexError in step 44 came 3 times, twice after a resume from {start}: it repeats"
+    reason = f"rank 1: as it says; IndexError in step 44 occurred 3 times, twice after a resume from {start}: it repeats"
     assert again or decision.reason == reason

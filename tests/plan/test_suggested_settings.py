@@ -91,7 +91,7 @@ def test_reasons_are_those_of_the_value() -> None:
     assert few["eval.every"] == "0: only before and after training, which has about 1 step"
     assert few["checkpoint.save_every"].startswith("0: only at the end")
     assert "at least one" in few["optim.warmup_steps"]
-    assert many["eval.every"] == "about 10 times, besides before and after training"
+    assert many["eval.every"] == "about 10 times, in addition to before and after training"
     assert many["checkpoint.save_every"].startswith("a fifth of the run")
     assert many["optim.warmup_steps"].startswith("3% of about ")
     assert "at least one" not in many["optim.warmup_steps"]

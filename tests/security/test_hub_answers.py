@@ -126,7 +126,7 @@ def test_no_answer_of_a_server_leads_out_of_the_cache(hub: str, tmp_path: Path) 
     for name in ("plain", "weak"):
         assert (Path(outcomes[name]) / "config.json").read_bytes() == FILE, outcomes[name]
     for name in (*attacks, "rows"):
-        assert outcomes[name].startswith("DataError: the answer of the Hub is not used: "), (name, outcomes[name])
+        assert outcomes[name].startswith("DataError: the answer of the Hub is rejected: "), (name, outcomes[name])
         assert "remedy: set HF_ENDPOINT to a server that you trust" in outcomes[name]
     assert "takes more than 1 MiB" in outcomes["endless"]
     assert outcomes["waits"] == [], "the client would wait for years"
@@ -138,7 +138,7 @@ def test_a_command_says_which_server_it_does_not_believe(hub: str, tmp_path: Pat
     rows.write_bytes(FILE * 3)
     done = launch_here("data", "model.path=owner/etag", f"data.path={rows}", **environ(hub, tmp_path))
     assert done.returncode == 2, done.stderr
-    assert "the answer of the Hub is not used: its header ETag names a file outside of the cache" in done.stderr
+    assert "the answer of the Hub is rejected: its header ETag names a file outside the cache" in done.stderr
     assert not (tmp_path / "outside").exists()
 
 

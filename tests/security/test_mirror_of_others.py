@@ -64,7 +64,7 @@ def test_a_folder_that_another_user_made_for_the_run_gets_nothing(
     folder.mkdir()
     folder.chmod(0o777)
     os.chown(folder, MALLORY, -1)
-    expected = f"the folder of this run in the mirror belongs to {MALLORY}, who can replace what is sent there"
+    expected = f"the folder of this run in the mirror belongs to {MALLORY}, who can replace the uploaded files"
     for start in (
         lambda: require_usable_mirror(plan),
         Mirror(RemoteFolder(f"file://{folder}", waits_s=()), run, plan, 1).begin,
@@ -101,7 +101,7 @@ def test_what_is_no_small_file_of_a_mirror_is_not_read(
     for name, read in reads.items():
         (shared / "a" / name).unlink()
         replace(shared / "a" / name)
-        with pytest.raises(CheckpointError, match=r"no regular file|more than 64 MiB"):
+        with pytest.raises(CheckpointError, match=r"not a regular file|more than 64 MiB"):
             read(there)
 
 
@@ -149,4 +149,4 @@ def test_one_run_of_another_user_does_not_hide_the_others(
     out, err = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()] == ["run", "a"]
     assert "b: the mirror's run.json is damaged" in err
-    assert "c: a file of the mirror is no regular file" in err
+    assert "c: a file of the mirror is not a regular file" in err

@@ -56,13 +56,13 @@ def test_a_file_of_addresses_does_not_reach_the_environment(mallory: tuple[str, 
     address, asked = mallory
     source = Source(path=form.format(address))
     (problem,) = check_sources(DataSection(sources=(source,)))
-    assert "reference:// is no storage" in problem.message
+    assert "reference:// is not storage" in problem.message
     # A run that was planned elsewhere gets no further.
     reads: tuple[Callable[[Source], object], ...] = (locate.digest, locate.fetch_files)
     for read in reads:
-        with pytest.raises(DataError, match="reference:// is no storage"):
+        with pytest.raises(DataError, match="reference:// is not storage"):
             read(source)
-    with pytest.raises(SubmitError, match="reference:// is no storage"):
+    with pytest.raises(SubmitError, match="reference:// is not storage"):
         RemoteFolder(form.format(address))
     assert asked == []
 

@@ -78,7 +78,7 @@ def test_what_cannot_be_read_is_named(chain: tuple[RunDir, RunDir, RunDir], tmp_
     shutil.rmtree(first.root)
     made_run(tmp_path / "runs", "first", "dddd4444")
     shutil.rmtree(second.root)
-    assert [row[2] for row in cells(third)[:2]] == ["another run has its folder now", "the run is not there any more"]
+    assert [row[2] for row in cells(third)[:2]] == ["another run has its folder now", "the run no longer exists"]
     second.root.mkdir()
     second.plan.write_text("{")
     assert "plan" in cells(third)[1][2]

@@ -62,7 +62,7 @@ def test_summary_and_answers(make_plan: PlanMaker, run_dir: Path, capsys: pytest
     assert table["data"] == [[step, "0.120", "0.190", "0.310", "better"] for step in ("20", "40")]
     (file,) = run_dir.glob("wandb/offline-run-*/files/media/table/verdict/generations_*.table.json")
     rows = json.loads(file.read_text())["data"]
-    assert rows[0][:3] == ["before", "7", "the run is not there any more"]
+    assert rows[0][:3] == ["before", "7", "the run no longer exists"]
     assert "exact match 0.31 against 0.12 (0-shot)" in rows[1][-1]
 
 
@@ -71,7 +71,7 @@ def test_summary_and_answers(make_plan: PlanMaker, run_dir: Path, capsys: pytest
     [
         ({"mode": "disabled"}, "completed", ""),
         ({"kind": "none"}, "completed", ""),
-        ({"mode": "offline"}, "running", "W&B: the verdict is not sent, as the run is running"),
+        ({"mode": "offline"}, "running", "W&B: the verdict is not sent because the run is running"),
     ],
 )
 def test_where_nothing_is_sent(

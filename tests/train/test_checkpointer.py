@@ -72,7 +72,7 @@ def test_a_disk_without_room_for_the_next_checkpoint_raises_an_alert(
     assert checkpointer.saved_step == 5
     texts = [text for kind, text in tracker.events if kind == "alert"]
     assert len(texts) == alerts
-    assert not texts or texts[0].endswith("3.00 GiB are free, and it takes 4.00 GiB")
+    assert not texts or texts[0].endswith("3.00 GiB are free, and it needs 4.00 GiB")
 
 
 def test_training_goes_on_where_free_space_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,9 @@ def test_a_loss_far_above_that_before_training_is_an_alert(tmp_path: Path) -> No
     assert check.find_rise(evaluation(20, 9.0, "support")) is None
     alert = check.find_rise(evaluation(20, 2.5))
     assert alert is not None
-    assert alert.startswith("the model forgets: the loss of general text is 2.5000, 25% above the one before training (2.0000)")
+    assert alert.startswith(
+        "the model is forgetting: the loss on general text is 2.5000, 25% above its value before training (2.0000)"
+    )
 
 
 def test_after_a_resume_the_loss_before_training_is_read_from_the_metrics(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_the_ranks_measure_what_the_plan_does_not_know() -> None:
     assert model.training
     llama = build("llama", num_key_value_heads=2)
     message = require_isolation(plan(None), llama, llama, CPU)
-    assert message == "packed documents do not affect each other with attention by sdpa"
+    assert message == "packed documents do not affect each other with the attention kernel sdpa"
 
 
 def test_the_ranks_refuse_a_model_with_other_logits_than_training_computes() -> None:
@@ -91,9 +91,10 @@ def test_the_ranks_refuse_a_model_with_other_logits_than_training_computes() -> 
 
 def test_the_ranks_refuse_a_model_that_sees_later_tokens_packed_or_not() -> None:
     opt, bert = build("opt", ffn_dim=64, word_embed_proj_dim=32), build("bert")
-    assert require_isolation(plan(None, packing=False), opt, opt, CPU) == "the model sees no later tokens with attention by sdpa"
+    no_leak = require_isolation(plan(None, packing=False), opt, opt, CPU)
+    assert no_leak == "the model sees no later tokens with the attention kernel sdpa"
     for packing in (True, False):
-        with pytest.raises(ConfigError, match="this architecture sees later tokens, with attention by sdpa") as error:
+        with pytest.raises(ConfigError, match="this architecture sees later tokens, with the attention kernel sdpa") as error:
             require_isolation(plan(None, packing), bert, bert, CPU)
         (problem,) = error.value.problems
         assert (problem.value, problem.remedy) == ("bert", "choose a decoder-only language model")
@@ -121,7 +122,7 @@ def test_training_goes_on_after_a_model_whose_own_forward_pass_failed_in_the_mid
             assert (
                 after_failure["message"]
                 == usual["message"]
-                == "packed documents do not affect each other with attention by varlen"
+                == "packed documents do not affect each other with the attention kernel varlen"
             )
             assert after_failure["num_gathered"] == usual["num_gathered"] == 0
             assert after_failure["losses"] == usual["losses"]

@@ -58,7 +58,7 @@ def claim_run_dir(run: RunDir, url: str) -> None:
             remedy=f"continue that run with: {launcher_command('resume', run.root)}, or choose another --root",
         ) from None
     except OSError as error:
-        raise SubmitError(f"the run directory cannot be made: {error.strerror}", where=str(run.root)) from None
+        raise SubmitError(f"the run directory cannot be created: {error.strerror}", where=str(run.root)) from None
     atomic_files.write_json(marker, {"url": url})
 
 
@@ -72,7 +72,7 @@ def _require_own(folder: Path) -> None:
     if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077:
         return
     raise SubmitError(
-        f"the run directory {folder.name} exists already, and is not this user's alone; nothing in it was touched",
+        f"the run directory {folder.name} exists already, and other users own it or can enter it; nothing in it was touched",
         where=str(folder),
         value=f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}",
         remedy=f"choose another --root; if it is yours, continue that run with: {launcher_command('resume', folder)}",
@@ -89,7 +89,7 @@ def download_fixed_files(remote: RemoteFolder, mirrored: MirroredRun, run: RunDi
     for name, entry in mirrored.files.items():
         target = (run.root / name).resolve()
         if not target.is_relative_to(run.root.resolve()):
-            raise CheckpointError("the mirror names a file outside of the run directory", where=remote.url, value=name)
+            raise CheckpointError("the mirror names a file outside the run directory", where=remote.url, value=name)
         if target.is_file() and atomic_files.digest_file(target) == entry:
             continue
         content = remote.read(name, _MAX_FILE_BYTES)
@@ -205,7 +205,7 @@ def _unpack(content: bytes, folder: Path) -> None:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         if sum(member.file_size for member in archive.infolist()) > _MAX_FILE_BYTES:
             message = f"the code in the mirror unpacks to more than {_MAX_FILE_BYTES >> 20} MiB"
-            raise CheckpointError(message, where=CODE, remedy="look at the file: no launcher has written it")
+            raise CheckpointError(message, where=CODE, remedy="inspect the file: the launcher did not write it")
         # extractall() strips `..` and leading slashes from names.
         archive.extractall(unfinished)
     atomic_files.replace_directory(unfinished, folder)

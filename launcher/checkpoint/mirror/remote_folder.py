@@ -92,7 +92,7 @@ class RemoteFolder:
         except FileNotFoundError:
             return None
         if len(content) > max_bytes:
-            message = f"a file of the mirror has more than {max_bytes >> 20} MiB, more than any such file"
+            message = f"a file of the mirror has more than {max_bytes >> 20} MiB, the limit for such a file"
             raise CheckpointError(message, where=f"{self.url}/{name}")
         return content
 
@@ -229,7 +229,7 @@ class RemoteFolder:
             if os.fstat(probe.fileno()).st_uid == owner:
                 return
         raise SubmitError(
-            f"the folder of this run in the mirror belongs to {user_name(owner)}, who can replace what is sent there",
+            f"the folder of this run in the mirror belongs to {user_name(owner)}, who can replace the uploaded files",
             where=self.origin,
             value=self.url,
             remedy=f"choose another run.name or another mirror; if you trust this user, add {FLAG} {user_name(owner)}",
@@ -253,7 +253,7 @@ class RemoteFolder:
         """
         path = self._path(name)
         if self._is_local and not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError("a file of the mirror is no regular file", where=f"{self.url}/{name}")
+            raise CheckpointError("a file of the mirror is not a regular file", where=f"{self.url}/{name}")
         return path
 
     def _path_to_change(self, name: str) -> str:
@@ -331,7 +331,7 @@ def convert_storage_errors(remote: RemoteFolder, operation: str) -> Iterator[Non
 def _unreachable_error(remote: RemoteFolder, operation: str, error: Exception) -> SubmitError:
     remedy = "check the address, and the storage's credentials in the environment"
     if remote.url.startswith("s3:"):
-        remedy += " (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; another endpoint: AWS_ENDPOINT_URL)"
+        remedy += " (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for another endpoint, AWS_ENDPOINT_URL)"
     elif remote.url.startswith("file:"):
         remedy = "check that the folder can be created and written"
     return SubmitError(

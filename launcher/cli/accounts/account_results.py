@@ -70,7 +70,7 @@ def _check_hub(config: RunConfig) -> Iterator[CheckResult]:
     if problem := server_problem("HF_ENDPOINT", endpoint):
         yield from_problem(problem, name=_HUB)
         return
-    remedy = f"export {hub.TOKEN_VARIABLE} with a valid token from {_TOKEN_PAGE}"
+    remedy = f"set {hub.TOKEN_VARIABLE} to a valid token from {_TOKEN_PAGE}"
     try:
         request = urllib.request.Request(f"{endpoint}/api/whoami-v2", headers={"Authorization": f"Bearer {token}"})  # noqa: S310
         user = str(read_json(request, _ANSWER_DEADLINE_S)["name"])[:_MAX_NAME_CHARS]

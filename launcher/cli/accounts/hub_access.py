@@ -40,8 +40,8 @@ def gated_problem(model: ModelSection) -> Problem | None:
     }
     for key, repo_id in fetched.items():
         if repo_id and is_gated(repo_id) and model_source.locate(repo_id, model).folder is None:
-            message = f"{repo_id} is gated, there is no {TOKEN_VARIABLE}, and it is not on this machine"
+            message = f"{repo_id} is gated and not on this machine, and there is no {TOKEN_VARIABLE}"
             page = f"https://huggingface.co/{repo_id}"
-            remedy = f"accept its license at {page}, and export {TOKEN_VARIABLE} with a token of that account"
+            remedy = f"accept its license at {page}, and set {TOKEN_VARIABLE} to a token of that account"
             return Problem(message, key, repo_id, remedy)
     return None

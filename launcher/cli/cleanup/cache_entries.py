@@ -325,4 +325,4 @@ def _is_temporary(path: Path) -> bool:
 def _recent_build(path: Path) -> str:
     if path.name.startswith(atomic_files.REMOVING_PREFIX):
         return ""
-    return "may be being built" if time.time() - _measure(path)[1] < _LONGEST_BUILD_S else ""
+    return "another process may be building it" if time.time() - _measure(path)[1] < _LONGEST_BUILD_S else ""

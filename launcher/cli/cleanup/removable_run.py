@@ -123,7 +123,7 @@ def problems_of(removable: RemovableRun, even_if_needed: bool) -> list[Problem]:
     if removable.needed_by and not even_if_needed:
         problems.append(
             Problem(
-                f"other runs have their initial weights from the run {run.root.name}",
+                f"other runs start from the weights of the run {run.root.name}",
                 where=str(run.root),
                 value=", ".join(removable.needed_by),
                 remedy="remove them first, or name them in the same command; --even-if-needed removes this run all the same: "
@@ -150,7 +150,7 @@ def _living(run: RunDir) -> Problem | None:
     if status.state in RUNNING_STATES:
         return Problem(f"the run {run.root.name} is {status.state}", str(run.root), status.message, cancel)
     if (process := detached_process.find_process(recorded)) is not None:
-        message = f"the run {run.root.name} is {status.state}, but its process still works: it uploads or closes files"
+        message = f"the run {run.root.name} is {status.state}, but its process is still uploading or closing files"
         return Problem(message, str(run.root), f"process {process.pid}", "wait until it has ended")
     return None
 

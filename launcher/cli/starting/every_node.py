@@ -249,7 +249,7 @@ def _join(start: _Start) -> int:
         print(printable(answer.message))
         return 0
     if len(answer.names) != here.nodes:
-        raise SubmitError("what answers at the address of node 0 is no start of this run", where=f"{here.address}:{here.port}")
+        raise SubmitError("what answers at the address of node 0 is not this run's start", where=f"{here.address}:{here.port}")
     attempt, name = answer.attempt, answer.names[here.node]
     _await_visible(run, attempt)
     ownership.require_run(run)
@@ -381,7 +381,7 @@ def _require_same_command(config: RunConfig, plan: LaunchPlan, run: RunDir) -> N
         raise ConfigError(
             f"the command differs from the one that began the run:\n{table(changes, before='the run')}",
             where=str(run.root),
-            remedy="repeat that one, change settings on every machine with: "
+            remedy="repeat the first command, change settings on every machine with: "
             f"{launcher_command('resume', run.root)} KEY=VALUE, or choose another run.name",
         )
 

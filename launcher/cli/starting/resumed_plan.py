@@ -30,8 +30,8 @@ _PLAN_PREFIX = "plan."
 # Settings that name data files; a resume that sets one requests the rows that these files contain today.
 _SOURCE_KEYS = ("data.path=", "data.sources=", "data.eval_path=")
 _NEW_ROWS = (
-    "leave out the path to continue with the rows as they were built; or train on the rows of today, in another order than those "
-    "trained so far: {command} --force ..., or another run with these weights"
+    "remove the path to continue with the rows as they were built; or train on today's rows, in a different order from those "
+    "trained so far: {command} --force ..., or start another run with these weights"
 )
 _DIGEST_CHARS = 8
 
@@ -185,7 +185,7 @@ def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts, asks_f
     prepare(config)
     built = facts.data_facts(config, model.tokenizer_path)
     if built is None:
-        raise DataError(Problem("the data cache is not there after it was built", "data", remedy="try again"))
+        raise DataError(Problem("the data cache is missing after it was built", "data", remedy="try again"))
     return built
 
 

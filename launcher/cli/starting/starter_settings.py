@@ -27,7 +27,7 @@ from launcher.plan.suggested_settings import DataSample, Machine, Suggestion, ne
 _OFFLOAD = "zero3_offload"
 # Longer than inspecting the largest data takes: all rows are counted.
 _LOOK_TIMEOUT_S = 3600.0
-_ASSUMED_SIZE = "the size of the model is not known: it is taken for one of 8 billion parameters"
+_ASSUMED_SIZE = "the size of the model is not known: 8 billion parameters are assumed"
 _ASSUMED_PARAMS = 8_000_000_000
 _SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s*([bBmM])(?![a-zA-Z])")
 

@@ -32,7 +32,7 @@ def to_lines(shown: dict[str, Any]) -> list[str]:
         if result["overlap_gap"]:
             lines += ["", f"  {printable(result['overlap_gap'])}"]
         if result["selection"]:
-            lines += ["", "  ways to ask the base model, compared on questions that are not scored:"]
+            lines += ["", "  prompt forms of the base model, compared on questions that are not scored:"]
             ordered = sorted(result["selection"], key=lambda one: -one["score"])
             lines += [f"    {one['score']:.3f}  {printable(one['style'])}" for one in ordered]
     return [*lines, "", f"log-likelihoods in {short(shown['folder'])}"]

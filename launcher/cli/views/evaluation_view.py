@@ -29,7 +29,7 @@ def to_lines(shown: dict[str, Any]) -> list[str]:
     if shown["overlap_gap"]:
         lines += ["", shown["overlap_gap"]]
     if shown["selection"]:
-        lines += ["", "ways to ask the base model, compared on training rows:"]
+        lines += ["", "prompt forms of the base model, compared on training rows:"]
         ordered = sorted(shown["selection"], key=lambda one: -one["score"])
         lines += [f"  {one['score']:.3f}  {one['style']}" for one in ordered[:_MAX_STYLES]]
     lines += [

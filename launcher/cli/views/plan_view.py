@@ -238,8 +238,8 @@ def _unreached(plan: LaunchPlan) -> list[str]:
     if steps is None or plan.provenance.run_file is None:
         return []
     intervals = {
-        "eval.every": (plan.config.eval.every, "the held-out loss is computed before training and at the end alone"),
-        "checkpoint.save_every": (plan.config.checkpoint.save_every, "the only checkpoint is that of the end"),
+        "eval.every": (plan.config.eval.every, "the held-out loss is computed only before training and at the end"),
+        "checkpoint.save_every": (plan.config.checkpoint.save_every, "the only checkpoint is written at the end"),
     }
     run = format_count(steps, "step")
     return [f"{key}={every} exceeds the run of {run}: {effect}" for key, (every, effect) in intervals.items() if every > steps]

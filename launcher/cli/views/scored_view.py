@@ -33,8 +33,8 @@ def summary(report: dict[str, Any]) -> list[str]:
     summarized = [f"{report['run']}: {scored}, under {weights}; mean loss {report['mean_loss']:.4f}"]
     if report["step"] == 0:
         summarized.append(
-            "caution: these weights have not trained on the data, so that the lists show what the base model knows and does not: "
-            "a hard or unusual document reads as mislabeled"
+            "caution: these weights have not trained on the data, so the lists show what the base model knows and does not know: "
+            "a hard or unusual document looks mislabeled"
         )
     ranked = report["lists"][MISLABELED]
     if report["step"] and sum(entry["likely"] for entry in ranked) > len(ranked) * _MOST_LIKELY:

@@ -75,7 +75,7 @@ def find_address() -> str:
     if not trusted:
         user = user_name(max(raylets[0].uids))
         raise SubmitError(
-            f"the Ray of this machine belongs to {user}, who could run code as you in the driver and read what the run sends",
+            f"the Ray on this machine belongs to {user}, who could run code as you in the driver and read what the run sends",
             where=_WHERE,
             value=f"{_AUTO}: {raylets[0].address}",
             remedy=f"unset cluster.address to have a Ray started for this run; if you trust {user} with your account, add "
@@ -102,10 +102,10 @@ def _require_owner(session: Path, trust: Trust) -> None:
         return
     if not trust.anyone and not trust.accepts_owner(uid):
         raise SubmitError(
-            f"the folder of the Ray of this machine belongs to {user_name(uid)}, who may have put it in place of Ray's own",
+            f"the folder of the Ray on this machine belongs to {user_name(uid)}, who may have put it in place of Ray's own",
             where=str(session),
             value=_AUTO,
-            remedy="stop this Ray, start it again with --temp-dir in a folder that is closed to others; or unset cluster.address",
+            remedy="stop this Ray, start it again with --temp-dir in a folder that only you can enter; or unset cluster.address",
         )
 
 

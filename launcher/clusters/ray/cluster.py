@@ -173,7 +173,7 @@ def _require_own_cluster(run: RunDir, submission: JobsApiSubmission) -> None:
         section = RaySection.model_validate({"kind": "ray", "address": submission.address, "allow_public_address": allowed})
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ").partition(";")[0]
-        message = f"the address in the run's files is not asked: it {reason}"
+        message = f"the address in the run's files is not used: it {reason}"
         raise SubmitError(message, where=str(run.root), value=submission.address, remedy=remedy) from None
     if not section.is_http or section.host is None or not _JOB.fullmatch(submission.job):
         message = "the run's files name no job of a Jobs API"
@@ -337,7 +337,7 @@ def _require_no_keys(names: Sequence[str]) -> None:
             "API keys must not be sent with a job: everyone with the cluster's token could read them",
             where="cluster.pass_env",
             value=", ".join(keys),
-            remedy="take them out, and set them in the environment in which the cluster's Ray is started",
+            remedy="remove them, and set them in the environment in which the cluster's Ray is started",
         )
 
 

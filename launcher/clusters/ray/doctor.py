@@ -44,7 +44,7 @@ def check_submission(config: RunConfig) -> list[CheckResult]:
         return [from_problem(problem, name="Ray") for problem in error.problems]
     results = [CheckResult("Ray", OK, f"{section.address} answers; Ray {version} here")]
     if os.environ.get("RAY_AUTH_MODE") != "token":
-        seen = "this shell uses no token: whoever reaches the cluster can run code there"
+        seen = "this shell uses no token: anyone who can reach the cluster can run code there"
         remedy = "start the cluster with RAY_AUTH_MODE=token, and export it here with RAY_AUTH_TOKEN_PATH=FILE"
         results.append(CheckResult("Ray", WARNING, seen, remedy))
     return results

@@ -320,7 +320,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     (r"Reservation", "waiting for its reservation to begin"),
     (r"Licenses", "waiting for licenses"),
     (r"BadConstraints", "no node satisfies its constraints; cancel it and change cluster.constraint or the requested resources"),
-    (r"Cleaning", "processes of its last start are being ended"),
+    (r"Cleaning", "processes of its last start are still being ended"),
 )
 
 

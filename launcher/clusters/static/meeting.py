@@ -150,7 +150,7 @@ class Meeting:
                 print(f"{self._here.label}: {activity}{where}, for {wait_s / 60:g} minutes at most", flush=True)
             if time.monotonic() > until:
                 raise SubmitError(
-                    f"{', '.join(f'node {node}' for node in missing)} of {self._here.nodes} did not come",
+                    f"{', '.join(f'node {node}' for node in missing)} of {self._here.nodes} did not join",
                     where="cluster.wait_minutes",
                     value=f"{wait_s / 60:g}",
                     remedy="start the same command on every machine; check that they reach node 0 at "
@@ -167,10 +167,10 @@ class Meeting:
                 replaced.add(earlier.question.process)
             if question.process in replaced:
                 self._problem = self._problem or Problem(
-                    f"two commands say that they are node {question.node}",
+                    f"two commands claim to be node {question.node}",
                     "cluster.node_rank",
                     f"{question.host} and {earlier.question.host if earlier else question.host}",
-                    "start the command once on each machine, each with an index of its own",
+                    "start the command once on each machine, each with its own index",
                 )
             self._seen[question.node] = _Seen(question, time.monotonic())
             if self._answer.state == READY and self._taking_part.get(question.node) != question.process:
@@ -184,13 +184,13 @@ class Meeting:
         who = f"node {question.node} ({question.host})"
         if question.nodes != self._here.nodes:
             return Problem(
-                f"{who} counts other machines than node 0",
+                f"{who} counts the machines differently from node 0",
                 "cluster.nodes",
                 f"{question.nodes} there, {self._here.nodes} on node 0",
-                "give every machine the same number of machines",
+                "set the same number of machines on every machine",
             )
         if not 0 < question.node < self._here.nodes:
-            return Problem("two machines say that they are node 0", "cluster.node_rank", question.host, "number them from 0")
+            return Problem("two machines claim to be node 0", "cluster.node_rank", question.host, "number them from 0")
         if question.run != str(self._run):
             return Problem(
                 f"{who} was started for another run directory",
@@ -204,7 +204,7 @@ class Meeting:
             ]
             shown = [f"{key}: {question.command.get(key, '-')} there, {self._command.get(key, '-')} on node 0" for key in keys]
             return Problem(
-                f"{who} was started with another command than node 0",
+                f"{who} was started with a different command from node 0",
                 "command line",
                 "; ".join(shown[:_MAX_DIFFERENCES]),
                 "start the same command on every machine, with the same version of the launcher",
@@ -269,7 +269,7 @@ class JoiningNode:
                     return outcome
                 if last is not None and now - last > _GONE_S:
                     remedy = "look at the output of the command on node 0, then repeat the command on every machine"
-                    raise SubmitError("node 0 has ended before its plan was there", where=address, remedy=remedy)
+                    raise SubmitError("node 0 ended before its plan was ready", where=address, remedy=remedy)
             else:
                 if last is None:
                     until = now + wait_s
@@ -290,7 +290,7 @@ class JoiningNode:
                 print(printable(f"{here.label}: waiting for {awaited}, for {wait_s / 60:g} minutes at most"), flush=True)
             if now > until:
                 raise SubmitError(
-                    f"{awaited} did not come within {wait_s / 60:g} minutes",
+                    f"{awaited} did not appear within {wait_s / 60:g} minutes",
                     where="cluster.wait_minutes",
                     value=f"{wait_s / 60:g}",
                     remedy="start the command on node 0; check cluster.master_addr and cluster.master_port, or raise "
@@ -311,7 +311,7 @@ class JoiningNode:
         refusal = read_refusal(self._run, wait_s) if waited_s >= REFUSED_AFTER_S else None
         if refusal is not None:
             remedy = "when the cause is gone, repeat the command on every machine"
-            message = f"node 0 has refused the start, before this machine asked: {refusal.reason}"
+            message = f"node 0 had refused the start before this machine connected: {refusal.reason}"
             raise SubmitError(message, where=refusal.host, remedy=remedy)
         return None
 

@@ -51,8 +51,8 @@ def foreign_marker(run: Path) -> Problem | None:
     with suppress(OSError):
         if not is_of_trusted_owner(file := marker(run)):
             owner = user_name(file.lstat().st_uid)
-            remedy = f"choose another run.name, set run.root to a folder of your own, or let {owner} remove the file"
-            return Problem(f"{owner} has made the file by which the machines of this start meet", str(file), run.name, remedy)
+            remedy = f"choose another run.name, set run.root to a folder of your own, or ask {owner} to remove the file"
+            return Problem(f"{owner} created the file through which these machines meet", str(file), run.name, remedy)
     return None
 
 

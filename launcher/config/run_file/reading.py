@@ -127,7 +127,7 @@ def _with_text_keys(content: Mapping[Any, Any], prefix: str, where: Callable[[st
     for key, value in content.items():
         path = f"{prefix}{key}" if key is not None else f"{prefix}null"
         if not isinstance(key, str):
-            remedy = f"write the name of a setting; where a name is meant, quote it: '{key}'"
+            remedy = f"write the name of a setting; if you mean a name, quote it: '{key}'"
             problems.append(Problem(f"{path}: a key is a name, and this one is read as {_kind(key)}", where(path), remedy=remedy))
             continue
         kept[key] = value
@@ -230,7 +230,7 @@ def _option(group: str, value: Any, where: str, folders: Sequence[Path]) -> tupl
 def _shape_problem(key: Any, value: Any, where: str) -> Problem | None:
     """Return the problem of a top-level key that is not a section, or of a section that is not a mapping; unknown keys pass."""
     if key == _EXPERIMENT:
-        remedy = "write `experiment: NAME`; the settings of a run's file stand in its sections"
+        remedy = "write `experiment: NAME`; the settings of a run's file are in its sections"
         return Problem("experiment: selects an experiment by its name", where, remedy=remedy)
     section, dot, name = str(key).partition(".")
     if dot and section in settings():

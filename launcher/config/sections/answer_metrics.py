@@ -69,7 +69,7 @@ class AnswerMetrics(Section):
         for name in value:
             if name not in METRIC_NAMES and split_function(name) is None:
                 guess = did_you_mean(name, METRIC_NAMES)
-                raise ValueError(f"contains {name!r}, which is no metric; {f'{guess} ' if guess else ''}{_KNOWN}")
+                raise ValueError(f"contains {name!r}, which is not a metric; {f'{guess} ' if guess else ''}{_KNOWN}")
         return value
 
     @field_validator("pattern")
@@ -79,7 +79,7 @@ class AnswerMetrics(Section):
         try:
             compile_bounded(value or "")
         except ValueError as error:
-            raise ValueError(f"is no regular expression ({error}); see docs.python.org/3/library/re.html") from None
+            raise ValueError(f"is not a regular expression ({error}); see docs.python.org/3/library/re.html") from None
         return value
 
     @model_validator(mode="after")

@@ -82,9 +82,7 @@ class CheckedFile:
         self._verified = bytearray(len(digests))
         self._file = path.open("rb", buffering=0)
         if (size := os.fstat(self._file.fileno()).st_size) != num_bytes:
-            raise make_damage_error(
-                cache, "a file does not have the size that was written", path, f"{size:,} bytes, not {num_bytes:,}"
-            )
+            raise make_damage_error(cache, "a file has the wrong size", path, f"{size:,} bytes, not {num_bytes:,}")
 
     def verify(self, start: int = 0, stop: int | None = None) -> None:
         """Verify the blocks that hold the bytes start..stop - 1, by default all; thread-safe.
@@ -106,7 +104,7 @@ class CheckedFile:
         if digest != expected:
             raise make_damage_error(
                 self._cache,
-                "a block does not match the digest that was written with it",
+                "a block does not match its digest",
                 f"{self.path}, bytes {start} to {stop - 1} (block {block} of 0 to {len(self._digests) - 1})",
                 f"digest {digest:016x}, not {expected:016x}",
             )
@@ -175,7 +173,7 @@ def open_files(folder: Path, cache: Path, names: Iterable[str], digest: str) -> 
     """
     content = (folder / FILE).read_bytes()
     if (actual := xxhash.xxh3_128_hexdigest(content)) != digest:
-        message = "its block digests are not those that were recorded, so it may hold other data"
+        message = "its block digests differ from the recorded ones, so its data may have changed"
         raise make_damage_error(cache, message, folder / FILE, f"digest {actual}, not {digest or 'recorded'}")
     table = np.frombuffer(content, _DTYPE)
     files = []

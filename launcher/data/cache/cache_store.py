@@ -53,10 +53,8 @@ def cache_dir(key: str, group: str | None = None) -> Path:
         return cache_root() / "data" / key
     if (root := shared_cache_root()) is None:
         # No other user can enter this user's cache, so the setting would share nothing.
-        message = f"data.cache_group shares data caches in the folder {SHARED_CACHE_VARIABLE}, and that is not set"
-        remedy = (
-            f"export {SHARED_CACHE_VARIABLE} with a folder that the group can write to (docs/security.md), or unset the group"
-        )
+        message = f"data.cache_group needs a shared folder, and {SHARED_CACHE_VARIABLE} is not set"
+        remedy = f"set {SHARED_CACHE_VARIABLE} to a folder that the group can write to (docs/security.md), or unset the group"
         raise DataError(Problem(message, "data.cache_group", group, remedy))
     return root / f"data-{group}" / key
 

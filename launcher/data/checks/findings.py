@@ -37,7 +37,7 @@ _MEMORIZED = "A model can repeat what it was trained on"
 CHECKS = {
     "bad_rows": CheckText(
         "rows that cannot be used, and are left out",
-        "The model trains on less than the files hold",
+        "The model trains on less data than the files contain",
         "repair the rows; without data.checks.bad_rows=drop, all of them are listed",
     ),
     "no_trained_token": CheckText(
@@ -52,7 +52,7 @@ CHECKS = {
     ),
     "dropped": CheckText(
         "documents that are left out",
-        "The model trains on less than the sources hold, and not on a fair sample of it",
+        "The model trains on less data than the sources contain, and not on a representative sample",
         "for long documents raise data.max_length, or set data.long_documents to split; otherwise repair the rows; "
         "data.checks.max_dropped sets the share that is accepted",
     ),
@@ -68,13 +68,13 @@ CHECKS = {
         "template that ends the assistant's turn with a special token (data.chat_template=FILE)",
     ),
     "held_out_in_train": CheckText(
-        "held-out documents that are also in the training split, apart from case, white space and punctuation",
-        "The evaluation loss comes out too low",
+        "held-out documents that are also in the training split, ignoring case, white space and punctuation",
+        "The evaluation loss is too low",
         "remove them from one of the two files, or set the check to drop, which removes them from training",
     ),
     "near_held_out_in_train": CheckText(
         "held-out documents that are nearly identical to a training document",
-        "The evaluation loss may come out too low",
+        "The evaluation loss may be too low",
         "look at the examples; to remove the similar documents from training, set the check to drop",
     ),
     "held_out_prompt_in_train": CheckText(
@@ -84,12 +84,12 @@ CHECKS = {
         "check to drop, which removes the training documents with these prompts",
     ),
     "similar_prompt_in_train": CheckText(
-        "held-out documents whose prompt differs from a training prompt by its numbers alone",
+        "held-out documents whose prompt differs from a training prompt only in its numbers",
         "The evaluation shows how well the model fills in these templates, and may say little about other questions",
         "look at the examples; evaluate on questions of another form (data.eval_path)",
     ),
     "not_compared": CheckText(
-        "documents that were not compared with every document that may be nearly identical",
+        "documents that were not compared with all possible near duplicates",
         "Near duplicates between the training and the held-out split may be missed: too many rows share a template",
         "compare some of these rows by eye, or raise data.checks.near_duplicate_threshold, which leaves fewer pairs to compare",
     ),
@@ -99,7 +99,7 @@ CHECKS = {
         "write the answers",
     ),
     "exact_duplicate": CheckText(
-        "training documents that repeat an earlier one, apart from case, white space and punctuation",
+        "training documents that repeat an earlier one, ignoring case, white space and punctuation",
         _REPEATED,
         _KEEP_FIRST,
     ),
@@ -120,7 +120,7 @@ CHECKS = {
     ),
     "split_control_token": CheckText(
         "conversations with control tokens of the chat template that this tokenizer splits into several tokens",
-        "The model reads them as text. Some models were trained so; for others the template belongs to another tokenizer",
+        "The model reads them as text. Some models were trained this way; for others, the template belongs to another tokenizer",
         "look at the examples; use the model's own chat template (data.chat_template=null), or one with tokens of this tokenizer",
     ),
     "role_order": CheckText(
@@ -135,7 +135,7 @@ CHECKS = {
     ),
     "long_answer": CheckText(
         "documents with a very long answer",
-        "The loss weights every token equally, so that long answers dominate it",
+        "The loss weights every token equally, so long answers dominate it",
         "look at the examples; data.checks.long_answer_tokens sets the limit",
     ),
     "secrets": CheckText(

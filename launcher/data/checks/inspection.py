@@ -223,7 +223,7 @@ def _check_structure(
     """Check the structure: trained tokens, empty and long answers, roles."""
     num_trained = int(np.count_nonzero(encoded.trained))
     if encoded.is_unsure:
-        yield CheckHit("unsure_border", "what is trained begins or ends inside a token")
+        yield CheckHit("unsure_border", "the trained text begins or ends inside a token")
     elif not num_trained and len(encoded.ids):
         yield CheckHit("no_trained_token", "no token is trained")
     if empty := [part.where for part in parts if part.answer is not None and not part.answer.strip()]:
@@ -242,7 +242,7 @@ def _check_structure(
 
 def _check_split_tokens(rendered: RenderedDocument, split_tokens: Sequence[str]) -> Iterator[CheckHit]:
     if not rendered.raw and (written := [token for token in split_tokens if token in rendered.text]):
-        yield CheckHit("split_control_token", f"{', '.join(written)}: no token of this tokenizer")
+        yield CheckHit("split_control_token", f"{', '.join(written)}: not a token of this tokenizer")
 
 
 def _longest_run(trained: np.ndarray) -> int:

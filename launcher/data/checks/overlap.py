@@ -16,7 +16,7 @@ _EXACT = 2.0
 _NOT_COMPARED = "too many other documents are partly the same"
 _SAME_PROMPT = {
     "held_out_prompt_in_train": "the prompt of",
-    "similar_prompt_in_train": "but for numbers the prompt of",
+    "similar_prompt_in_train": "apart from numbers, the prompt of",
 }
 
 

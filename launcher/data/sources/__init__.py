@@ -219,7 +219,7 @@ def read_batches(source: Source, on_problem: Callable[[DataError], None] | None 
             has_problems = True
             on_problem(error)
     if not format and not has_problems:
-        refuse("the source holds no rows", source.path, "write rows into it, or take the source out")
+        refuse("the source holds no rows", source.path, "add rows to it, or remove the source")
 
 
 def _find_first_row(block: Block, source: Source, skip: bool) -> tuple[tuple[Row, str] | None, bool]:

@@ -41,7 +41,7 @@ class DownloadLimit(Callback):
         if self._announced is not None:
             if self.value > self._announced:
                 message = f"the download is longer than announced: more than {self._announced:,} bytes"
-                refuse(message, self._name, "try again when no program writes the file")
+                refuse(message, self._name, "try again when no program is writing the file")
         elif self.value >= self._looked_at + _LOOK_BYTES:
             self._looked_at = self.value
             if (free := shutil.disk_usage(self._folder).free) < self._kept:

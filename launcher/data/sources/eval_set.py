@@ -51,5 +51,5 @@ def nothing_to_score(setting: str, eval_set: EvalSet) -> Problem:
         "no document of the evaluation set has a trained token",
         where=f"{setting} ({eval_set.name})",
         value=eval_set.path,
-        remedy="give rows with an assistant message or a completion, or raise data.max_length",
+        remedy="add rows with an assistant message or a completion, or raise data.max_length",
     )

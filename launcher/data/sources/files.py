@@ -129,7 +129,7 @@ def read_lines(file: io.BufferedReader, name: str) -> Iterator[bytes]:
         if not line:
             return
         if len(line) > MAX_ROW_BYTES:
-            remedy = "write one row per line, and shorter rows"
+            remedy = "write one row per line, and shorten the rows"
             refuse(f"the line is longer than {MAX_ROW_BYTES >> 20} MiB", f"{name}:{number}", remedy)
         yield line
 
@@ -207,7 +207,7 @@ def _decompressed(raw: io.FileIO, name: str) -> Iterator[io.BufferedReader]:
     except OSError as error:
         at, size = raw.tell(), os.fstat(raw.fileno()).st_size
         if "Truncated" in str(error):
-            message, place = f"the {codec} stream breaks off: the file is truncated", f"{name}, byte {size}"
+            message, place = f"the {codec} stream ends early: the file is truncated", f"{name}, byte {size}"
         else:
             message, place = f"the {codec} stream is corrupt: {error}", f"{name}, before byte {at}"
         refuse(message, place, "copy or download the file again", value=f"{size} bytes")
@@ -266,7 +266,7 @@ def _kind_by_content(file: io.BufferedReader, name: str) -> str:
         # The caller refuses it, whatever its kind.
         return "txt"
     endings = (
-        f"give the file one of the endings {', '.join(KINDS)}, with {' or '.join(COMPRESSED)} after it where it is compressed"
+        f"give the file one of the extensions {', '.join(KINDS)}, with {' or '.join(COMPRESSED)} after it if it is compressed"
     )
     foreign_files.refuse_unknown_kind(name, endings)
 
@@ -333,12 +333,12 @@ def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
                     refuse(f"the first line names a column twice ({names})", place, "give every column its own name")
             elif len(cells) != len(header):
                 message = f"the row has {len(cells)} cells, and the first line names {len(header)} columns ({names})"
-                refuse(message, place, 'put text that holds commas, quotes or line breaks between quotes, and write " as ""')
+                refuse(message, place, 'put text that contains commas, quotes or line breaks in quotes, and write " as ""')
             else:
                 yield dict(zip(header, cells, strict=True)), place, sum(map(len, cells))
     except csv.Error as error:
         if "new-line character" in str(error):
-            refuse("the lines of the table end in CR alone", name, "save it with the line ends of Unix or Windows")
+            refuse("the lines of the table end with a bare CR", name, "save it with Unix or Windows line endings")
         refuse(f"the table cannot be read: {error}", f"{name}:{reader.line_num}", 'close every quote, and write " inside as ""')
 
 

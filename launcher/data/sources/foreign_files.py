@@ -12,10 +12,10 @@ _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".lz4")
 # The kind of file by its suffix, and what to do.
 _BY_SUFFIX = {
     **dict.fromkeys((".xlsx", ".xls", ".ods"), ("a workbook", "save its sheet as CSV in UTF-8, separated by commas")),
-    **dict.fromkeys(_ARCHIVES, ("an archive or another compression", _UNPACK)),
+    **dict.fromkeys(_ARCHIVES, ("an archive, or compressed in another format", _UNPACK)),
     ".arrow": ("an Arrow file", "write it with datasets: Dataset.from_file(FILE).to_parquet(FILE)"),
     ".pkl": ("a pickle, which can run code when it is read", "write its rows as JSON Lines"),
-    ".docx": ("a document of Word", "save its text as .txt"),
+    ".docx": ("a Word document", "save its text as .txt"),
     ".pdf": ("a PDF", "extract its text"),
 }
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -35,8 +35,8 @@ def refuse_foreign_content(head: bytes, name: str, kind: str) -> None:
         remedy = "download the file again; addresses of files on the Hub contain /resolve/ instead of /blob/"
         refuse("the file is an HTML page instead of the rows", name, remedy)
     if kind in ("json", "jsonl") and start.split(b"\n", 1)[0].strip() == b"{":
-        remedy = "write each object into one line (jq -c . FILE), or all of them into one array"
-        refuse("the file has a JSON object over several lines", name, remedy)
+        remedy = "write each object on one line (jq -c . FILE), or put all of them into one array"
+        refuse("the file has a JSON object that spans several lines", name, remedy)
 
 
 def refuse_unknown_kind(name: str, endings: str) -> NoReturn:
@@ -45,10 +45,10 @@ def refuse_unknown_kind(name: str, endings: str) -> NoReturn:
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     known = next((_BY_SUFFIX[suffix] for suffix in suffixes if suffix in _BY_SUFFIX), None)
     if known is not None:
-        refuse(f"the file is {known[0]}, which is not read", name, known[1])
+        refuse(f"the file is {known[0]}, which the launcher does not read", name, known[1])
     if ".tsv" in suffixes:
         refuse_separator("\t", name)
-    refuse("neither name nor content tells what kind of file this is", name, endings)
+    refuse("neither the name nor the content shows what kind of file this is", name, endings)
 
 
 def refuse_other_separator(header: list[str], place: str) -> None:

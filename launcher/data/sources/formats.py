@@ -119,7 +119,7 @@ def parse_alpaca(row: Row, where: str) -> Chat:
     earlier: list[Message] = []
     for i, pair in enumerate(require_list(row.get("history") or [], "history", where)):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            refuse(f"history[{i}] is no pair of texts", where, "write [question, answer]")
+            refuse(f"history[{i}] is not a pair of texts", where, "write [question, answer]")
         earlier += [Message("user", pair[0]), Message("assistant", pair[1])]
     instruction, extra = read_value(row, "instruction", str, where), read_optional(row, "input", where)
     question = f"{instruction}\n\n{extra}" if extra and extra.strip() else instruction
@@ -134,7 +134,7 @@ def parse_completion(row: Row, where: str) -> Completion | Chat:
         return Completion(where, read_value(row, "prompt", str, where), read_value(row, "completion", str, where))
     earlier, answer = _parse_turns(row, "prompt", "user", where), _parse_turns(row, "completion", "assistant", where)
     if not any(message.role == "assistant" for message in answer):
-        refuse("completion has no message of the role assistant", where, "write the answer as an assistant's message")
+        refuse("completion has no message with the role assistant", where, "write the answer as an assistant's message")
     earlier = [replace(message, weight=0) if message.role == "assistant" else message for message in earlier]
     return Chat(where, (*earlier, *answer), tools)
 
@@ -163,7 +163,7 @@ def _add_system(row: Row, messages: tuple[Message, ...], where: str) -> tuple[Me
     if not text:
         return messages
     if messages[0].role == "system":
-        refuse("the row has the key system and a system message", where, "leave one of them out")
+        refuse("the row has the key system and a system message", where, "remove one of them")
     return (Message("system", text), *messages)
 
 
@@ -217,7 +217,7 @@ def detect_format(row: Row, where: str) -> str:
     if len(fitting) == 1:
         if fitting == ["question_answer"] and (more := [key for key in _CONTEXT_KEYS if row.get(key)]):
             problem = f"the row has a question and an answer, and also {', '.join(more)}, which is not read ({list_keys(row)})"
-            remedy = "write it into the question, or set the source's format to question_answer to train without it"
+            remedy = "add it to the question, or set the source's format to question_answer to train without it"
             refuse(problem, where, remedy)
         return _detect_by_message(row, fitting[0])
     if fitting:
@@ -226,13 +226,13 @@ def detect_format(row: Row, where: str) -> str:
     only = next(iter(row.values())) if len(row) == 1 else None
     if isinstance(only, list) and only and all(isinstance(one, dict) for one in only):
         key = safe_excerpt(next(iter(row)))
-        remedy = f"write that list as the file, or each of its objects into a line: jq -c '.{key}[]' FILE > rows.jsonl"
+        remedy = f"save that list as the file, or write each of its objects on one line: jq -c '.{key}[]' FILE > rows.jsonl"
         refuse(f"the file is one object, and its rows are in a list under {key}", where, remedy)
     remedy = (
         "give rows the key messages, conversations or text, or the keys instruction and output, prompt and completion, or "
         f"question and answer; or name the rows' own keys in the source's columns: {_suggest_columns(row) or COLUMNS_EXAMPLE}"
     )
-    refuse(f"the row has the keys of no known format ({list_keys(row)})", where, remedy)
+    refuse(f"the keys of the row match no known format ({list_keys(row)})", where, remedy)
 
 
 def _suggest_columns(row: Row) -> str | None:

@@ -15,7 +15,7 @@ _BLOCK_BYTES = 1 << 20
 # A parse error this far before the end of the text is not due to incomplete input, except in an unterminated string.
 _LONGEST_WORD = 16
 _UNTERMINATED = "Unterminated string"
-_IS_CUT = "write one JSON array of objects; is the file cut?"
+_IS_CUT = "write one JSON array of objects; check that the file is complete"
 
 
 class _Text:
@@ -135,6 +135,6 @@ def _entry(text: _Text, name: str, number: int) -> tuple[Row, int]:
 def refuse_limit(subject: str, error: Exception, where: str) -> NoReturn:
     """Refuse well-formed JSON that cannot be used, because of its parser's `error`. Raises DataError."""
     if isinstance(error, RepeatedKeyError):
-        refuse(f"{subject} has the key {safe_excerpt(error)} twice in one object", where, "leave one of the two")
-    limit = "is nested too deeply" if isinstance(error, RecursionError) else "holds a number of too many digits"
-    refuse(f"{subject} {limit}", where, "take the row out")
+        refuse(f"{subject} has the key {safe_excerpt(error)} twice in one object", where, "remove one of the two")
+    limit = "is nested too deeply" if isinstance(error, RecursionError) else "holds a number with too many digits"
+    refuse(f"{subject} {limit}", where, "remove the row")

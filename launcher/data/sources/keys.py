@@ -139,7 +139,7 @@ def _remedy_of_pair(row: Row, better: str, worse: str) -> str:
         question = next((key for key in ("prompt", "instruction") if isinstance(row.get(key), str)), None)
         if question is None:
             columns = f"prompt: QUESTION, completion: {better}"
-            return f"{remedy}{_source(f'columns: {{{columns}}}')}, with the key of the question in place of QUESTION"
+            return f"{remedy}{_source(f'columns: {{{columns}}}')}; replace QUESTION with the key of the question"
         return remedy + _source(f"columns: {{{'completion' if question == 'prompt' else 'output'}: {better}}}")
     messages = [item for item in answer if isinstance(item, dict)] if isinstance(answer, list) else []
     if any(message.get("role", message.get("from")) in ("user", "human") for message in messages):
@@ -150,7 +150,7 @@ def _remedy_of_pair(row: Row, better: str, worse: str) -> str:
 def _refuse_bad_answer(key: str, where: str) -> NoReturn:
     problem = f"{key} marks the answer as bad, as for KTO; the launcher would train on it as a good answer"
     remedy = (
-        f"leave out the rows whose {key} is false; where {key} means something else, or they are to be trained: {_ignoring(key)}"
+        f"remove the rows whose {key} is false; if {key} means something else, or to train on these rows too: {_ignoring(key)}"
     )
     refuse(problem, where, remedy, value=f"{key}: false")
 
@@ -158,7 +158,7 @@ def _refuse_bad_answer(key: str, where: str) -> NoReturn:
 def _refuse_media(holder: Row, keys: Set[str], key_path: str, where: str) -> None:
     if media := [key for key in _MEDIA_KEYS if key in keys and _is_media(holder[key])]:
         problem = f"{key_path} has {' and '.join(media)}; the launcher trains on text only"
-        refuse(problem, where, f"leave such rows out, or train on their text alone: {_ignoring(*media)}")
+        refuse(problem, where, f"remove such rows, or train only on their text: {_ignoring(*media)}")
 
 
 def _refuse_token_ids(row: Row, keys: Set[str], where: str) -> None:
@@ -166,14 +166,14 @@ def _refuse_token_ids(row: Row, keys: Set[str], where: str) -> None:
     if "input_ids" in keys and masks and _is_filled_list(row["input_ids"]):
         listed = ("input_ids", *masks)
         problem = f"the row holds token ids with a training mask ({', '.join(listed)}); the launcher reads text only"
-        refuse(problem, where, f"write rows of text; where the text in the row is to be trained: {_ignoring(*listed)}")
+        refuse(problem, where, f"write rows of text; to train on the text in the row: {_ignoring(*listed)}")
 
 
 def _refuse_row_weight(key: str, value: Any, where: str) -> NoReturn:
     problem = "the row has a loss weight other than 1; the launcher weights all rows equally"
     remedy = (
-        "leave out rows of weight 0, and put rows that are to count more into a source with more epochs (data.sources[].epochs); "
-        f"where {key} means something else: {_ignoring(key)}"
+        "remove rows of weight 0, and put rows that should count more into a source with more epochs (data.sources[].epochs); "
+        f"if {key} means something else: {_ignoring(key)}"
     )
     refuse(problem, where, remedy, value=f"{key}: {safe_excerpt(value)}")
 

@@ -128,17 +128,17 @@ def local_problem(key: str, source: RowSource) -> Problem | None:
     if not is_pattern and not path.exists():
         if listed_files := _files_with_commas(value):
             sources = ", ".join(f"{{name: {name}, path: {_flow(file)}}}" for name, file in listed_files.items())
-            listed = f"several files are a pattern (such as *.jsonl), a folder, or {shlex.quote(f'data.sources=[{sources}]')}"
-            return Problem("commas do not separate data files", key, value, f"{listed} in place of data.path")
+            listed = f"name several files with a pattern (*.jsonl), a folder, or {shlex.quote(f'data.sources=[{sources}]')}"
+            return Problem("commas do not separate data files", key, value, f"{listed} instead of data.path")
         if path.is_symlink():
-            return Problem("the data path is a link that leads nowhere", key, value, f"repair the link, or {remedy}")
+            return Problem("the data path is a link to a file that does not exist", key, value, f"repair the link, or {remedy}")
         similar = _list_similar(path)
         guess = f"did you mean {' or '.join(similar)}? " if similar else ""
         return Problem("the data file does not exist", key, value, f"{guess}{remedy}; relative paths start at {Path.cwd()}")
     if not is_pattern and not path.is_file() and not path.is_dir():
         return Problem("the data path is neither a file nor a folder", key, value, remedy)
     if not path.is_dir() and (source.split, source.subset, source.revision) != (None, None, None):
-        return Problem("split, subset and revision do not apply to a path that names files", key, value, "take them out")
+        return Problem("split, subset and revision do not apply to a path that names files", key, value, "remove them")
     try:
         files = _local_files(source)
     except DataError as error:
@@ -147,7 +147,7 @@ def local_problem(key: str, source: RowSource) -> Problem | None:
     empty = [file.name for file in files if file.path.stat().st_size == 0]
     if empty:
         which = "" if empty == [value] else f": {', '.join(empty[:3])}"
-        return Problem(f"the data file is empty{which}", key, value, f"write rows into it, or {remedy}")
+        return Problem(f"the data file is empty{which}", key, value, f"add rows to it, or {remedy}")
     return None
 
 

@@ -63,7 +63,7 @@ def parse_message(item: Row, key_path: str, where: str) -> Message:
         )
     calls = [item["function_call"]] if item.get("function_call") else item.get("tool_calls") or []
     if calls and role != "assistant":
-        refuse(f"{key_path} calls a tool, but its role is not assistant", where, "write tool_calls into assistant messages only")
+        refuse(f"{key_path} calls a tool, but its role is not assistant", where, "write tool_calls only in assistant messages")
     reasoning = next((k for k in _REASONING_KEYS if item.get(k) is not None), None)
     return Message(
         role,
@@ -88,7 +88,7 @@ def parse_weight(item: Row, sender: str, is_assistant: bool, key_path: str, wher
     if item.keys().isdisjoint(WEIGHT_KEYS):
         return None
     if unread := next((key for key in _UNREAD_WEIGHT_KEYS if item.get(key) not in (None, [])), None):
-        remedy = f"write weight in place of {unread}: 1 to train the whole message, 0 to leave it out"
+        remedy = f"write weight instead of {unread}: 1 to train the whole message, 0 to leave it out"
         refuse(f"{key_path} sets its loss weight with {unread}, which the launcher does not read", where, remedy)
     weights = {
         key: _parse_zero_or_one(item[key], f"{key_path}.{key}", where) for key in _TRAINED_KEYS if item.get(key) is not None
@@ -102,8 +102,8 @@ def parse_weight(item: Row, sender: str, is_assistant: bool, key_path: str, wher
         refuse(f"{key_path} has keys that contradict each other about its training ({keys})", where, "keep one of the keys")
     key, weight = next(iter(weights.items()))
     if weight and not is_assistant:
-        problem = f"{key_path}.{key} is {_as_json(item[key])} in a message of the role {safe_excerpt(sender)}"
-        refuse(problem, where, "only assistant messages are trained; take it out")
+        problem = f"{key_path}.{key} is {_as_json(item[key])} in a message with the role {safe_excerpt(sender)}"
+        refuse(problem, where, "remove it: only assistant messages are trained")
     return weight if is_assistant else None
 
 
@@ -133,7 +133,7 @@ def _parse_content(item: Row, key_path: str, where: str, may_be_null: bool) -> s
     for i, part in enumerate(content):
         kind = part.get("type", "text") if isinstance(part, dict) else json_type(part)
         if not isinstance(part, dict) or kind not in _TEXT_PARTS:
-            problem = f"{key_path}.content[{i}] is of the type {safe_excerpt(kind)}, not text"
+            problem = f"{key_path}.content[{i}] has the type {safe_excerpt(kind)}, not text"
             refuse(problem, where, "remove the row: the launcher trains on text only")
         key = find_text_key(part)
         # OpenAI's assistants write the text as an object with its annotations.
@@ -158,7 +158,7 @@ def parse_tool_call(call: Any, key_path: str, where: str) -> Row:
     arguments = {} if arguments in (None, "") else arguments
     if not isinstance(arguments, dict):
         refuse(
-            f"{key_path}: the arguments of {safe_excerpt(name)} are no JSON object", where, "write an object, or its JSON text"
+            f"{key_path}: the arguments of {safe_excerpt(name)} are not a JSON object", where, "write an object, or its JSON text"
         )
     tool_call: Row = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return {"id": call["id"], **tool_call} if isinstance(call.get("id"), str) else tool_call
@@ -170,6 +170,6 @@ def parse_tools(tools: Any, where: str) -> tuple[Row, ...]:
     for i, tool in enumerate(require_list(tools, "tools", where) if tools not in (None, "") else []):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            refuse(f"tools[{i}] describes no function", where, "write {name, description, parameters}")
+            refuse(f"tools[{i}] does not describe a function", where, "write {name, description, parameters}")
         definitions.append(tool if "function" in tool else {"type": "function", "function": function})
     return tuple(definitions)

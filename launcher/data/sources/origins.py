@@ -53,7 +53,7 @@ class DocumentOrigins:
             return None
         if xxhash.xxh3_128_hexdigest(content) != table["digests"][int(held_out)]:
             remedy = "remove the cache, and build it again with: python -m launcher data"
-            raise DataError(Problem("the data cache is damaged: the origins of its documents", str(file), remedy=remedy))
+            raise DataError(Problem("the data cache is damaged: its record of the documents' origins", str(file), remedy=remedy))
         return cls(tuple(table["files"]), np.load(file))
 
     def where(self, document: int) -> str:

@@ -18,7 +18,7 @@ _MAX_BATCH_BYTES = 1 << 30
 # Limits of the blocks of rows that are parsed together.
 _BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 256
 _FEWER_ROWS = 32
-_WITHOUT_COMPRESSION = "if you trust the file, write it without compression and dictionaries"
+_WITHOUT_COMPRESSION = "if you trust the file, write it without compression or dictionaries"
 
 
 def count_rows(file: io.BufferedReader, name: str) -> int:
@@ -78,7 +78,7 @@ def _open(file: io.BufferedReader, name: str) -> tuple[Any, int]:
     try:
         table = pyarrow.parquet.ParquetFile(seekable)
     except (pyarrow.ArrowException, OSError, UnicodeError) as error:
-        refuse(f"this is no complete parquet file: {error}", name, "copy or download the file again")
+        refuse(f"this is not a complete parquet file: {error}", name, "copy or download the file again")
     num_file_bytes = seekable.seek(0, os.SEEK_END)
     groups = (table.metadata.row_group(i) for i in range(table.metadata.num_row_groups))
     _require_in_proportion(sum(group.total_byte_size for group in groups), num_file_bytes, name)
@@ -109,7 +109,7 @@ def _batches(table: Any, name: str) -> Iterator[Any]:
                 is_read = True
             except pyarrow.ArrowMemoryError:
                 if num_rows == 1:
-                    message = f"the row expands to more than {_MAX_BATCH_BYTES >> 30} GiB, or this machine has no memory left"
+                    message = f"the row expands to more than {_MAX_BATCH_BYTES >> 30} GiB, or this machine is out of memory"
                     refuse(message, f"{name}:row {num_before + num_done + 1}", _WITHOUT_COMPRESSION)
                 num_rows = max(1, num_rows // _FEWER_ROWS)
         num_before += num_done

@@ -81,7 +81,7 @@ class RemoteFiles:
         info: dict[str, Any] = self._try("found", lambda: self._fs.info(path))
         size = info.get("size")
         if size == 0:
-            refuse("the data file is empty", self._name(path), "write rows into it")
+            refuse("the data file is empty", self._name(path), "add rows to it")
         version = next((f"{key}={info[key]}" for key in _VERSION_KEYS if info.get(key) is not None), None)
         return _FileVersion(size, version or self._download_digest(path, size))
 
@@ -156,9 +156,9 @@ class RemoteFiles:
             num_bytes = download.stat().st_size
             if size is not None and num_bytes != size:
                 message = f"the download is incomplete: {num_bytes:,} of {size:,} bytes"
-                refuse(message, self._name(path), "try again when no program writes the file")
+                refuse(message, self._name(path), "try again when no program is writing the file")
             if num_bytes == 0:
-                refuse("the data file is empty", self._name(path), "write rows into it")
+                refuse("the data file is empty", self._name(path), "add rows to it")
             download.replace(partial)
         return partial
 

@@ -12,7 +12,7 @@ from launcher.errors import DataError, Problem
 MAX_COUNTED = 10_000
 _NUM_SHOWN, _NUM_PLACES = 20, 3
 # The parts that differ between messages of the same mistake: numbers, and text in parentheses.
-_LEAVE_OUT = "or leave such rows out with data.checks.bad_rows=drop, which counts them"
+_LEAVE_OUT = "or skip such rows with data.checks.bad_rows=drop, which counts them"
 _OF_ONE_ROW = re.compile(r"\([^()]*\)|\d+")
 
 

@@ -44,21 +44,21 @@ def choose_files(
     if configs:
         by_split = _by_readme(_subset(configs, subset, where), names, where)
     elif subset is not None:
-        refuse(f"there is no subset {subset}: the dataset has only one", where, "take the source's subset out")
+        refuse(f"there is no subset {subset}: the dataset has only one", where, "remove the source's subset")
     else:
         by_split = _by_names(_data_files(names, where))
     if by_split.keys() == {""}:
         if split not in (None, HELD_OUT):
-            remedy = "take the source's split out, or name the files themselves in its path"
-            refuse(f"no file belongs to a split {split}: the names show no splits", where, remedy)
+            remedy = "remove the source's split, or name the files themselves in its path"
+            refuse(f"no file belongs to the split {split}: the file names show no splits", where, remedy)
         chosen = by_split[""]
     else:
         chosen = by_split[_select_split(by_split, split, where)]
     by_stem: dict[str, str] = {}
     for name in chosen:
         if (other := by_stem.setdefault(strip_suffixes(name), name)) != name:
-            message = f"{other} and {name} have one name and two formats, so they may hold the same rows"
-            refuse(message, where, "take one of them away, or name the files in the source's path, as in DIR/*.jsonl")
+            message = f"{other} and {name} have the same name in two formats, so they may hold the same rows"
+            refuse(message, where, "remove one of them, or name the files in the source's path, as in DIR/*.jsonl")
     return tuple(chosen)
 
 
@@ -73,7 +73,7 @@ def read_readme(file: Path, where: str) -> bytes:
 def require_short_readme(num_bytes: int, where: str) -> None:
     """Refuse a README that would take too much memory to read. Raises DataError."""
     if num_bytes > _MAX_README_BYTES:
-        message = f"{README} has more than {_MAX_README_BYTES >> 20} MiB, and is not read"
+        message = f"{README} has more than {_MAX_README_BYTES >> 20} MiB and is not read"
         refuse(message, where, "remove it, or name the files in the source's path")
 
 
@@ -85,7 +85,7 @@ def list_unused(names: Sequence[str], chosen: Collection[str]) -> tuple[str, ...
 def _select_split(by_split: dict[str, list[str]], split: str | None, where: str) -> str:
     if "" in by_split:
         names = {key: ", ".join(files[:3]) for key, files in by_split.items() if key}
-        message = f"{', '.join(by_split[''][:3])} belongs to no split, while other files do ({'; '.join(names.values())})"
+        message = f"{', '.join(by_split[''][:3])} belongs to no split, but other files do ({'; '.join(names.values())})"
         refuse(message, where, "name the files in the source's path with a pattern, such as DIR/train*.jsonl")
     candidates = split.split(" or ") if split is not None else ["train"] if len(by_split) > 1 else list(by_split)
     for name in candidates:
@@ -108,7 +108,7 @@ def _data_files(names: Sequence[str], where: str) -> list[str]:
         more = f" and {len(unsupported) - 3} more" if len(unsupported) > 3 else ""
         remedy = f"unpack them (or compress with {' or '.join(COMPRESSED)}), or name the files to read in the source's path"
         refuse(
-            f"the folder holds files of an unsupported archive or compression: {', '.join(unsupported[:3])}{more}", where, remedy
+            f"the folder holds archives or files in an unsupported compression: {', '.join(unsupported[:3])}{more}", where, remedy
         )
     data = sorted(n for n in names if detect_kind(n) and not _is_hidden(n) and not _is_beside(n))
     # Text files next to tables or JSON are notes.
@@ -116,8 +116,8 @@ def _data_files(names: Sequence[str], where: str) -> list[str]:
     if not data:
         endings = sorted({PurePosixPath(name).suffix for name in names} - {""})
         code = " Code that builds a dataset is never run." if ".py" in endings else ""
-        remedy = f"data files end in {', '.join(KINDS)}, with {' or '.join(COMPRESSED)} after it where they are compressed.{code}"
-        refuse(f"the folder holds no data file (endings: {', '.join(endings) or 'none'})", where, remedy)
+        remedy = f"data files end in {', '.join(KINDS)}, with {' or '.join(COMPRESSED)} after it if they are compressed.{code}"
+        refuse(f"the folder holds no data file (extensions: {', '.join(endings) or 'none'})", where, remedy)
     return data
 
 
@@ -173,7 +173,7 @@ def _match_all(pattern: str, names: Sequence[str], where: str) -> list[str]:
         return [name for name in names if name == pattern]
     parts = pattern.split("/")
     if len(pattern) > _MAX_PATTERN_CHARS or any("**" in part and part != "**" for part in parts):
-        reason = "it is too long" if len(pattern) > _MAX_PATTERN_CHARS else "** is only a whole folder"
+        reason = "it is too long" if len(pattern) > _MAX_PATTERN_CHARS else "** can only stand for a whole folder"
         message = f"the pattern {pattern[:_MAX_PATTERN_CHARS]} of {README} cannot be read: {reason}"
         refuse(message, where, "name the files in the source's path")
     # fnmatch does not retry a `*` after the text that follows it has matched.

@@ -255,7 +255,7 @@ class BatchEncoder:
             if encoded.turn_ends:
                 return inspection.CheckHit("no_turn_end", f"none {within}")
             split = next((token for token in self.encoder.split_tokens if rendered.text.rstrip().endswith(token)), None)
-            reason = f": the template ends it with {split}, which is no token of this tokenizer" if split else ""
+            reason = f": the template ends it with {split}, which is not a token of this tokenizer" if split else ""
             return inspection.CheckHit("no_turn_end", f"no end of turn is trained{reason}")
         return None
 

@@ -30,7 +30,7 @@ _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # day.
 _TODAY = datetime(2024, 7, 26)
 _NOT_SURE = (
-    "use a template with generation marks (data.chat_template=FILE), or train the last turn alone (data.train_on=last_turn), "
+    "use a template with generation marks (data.chat_template=FILE), or train only the last turn (data.train_on=last_turn), "
     "or change the row"
 )
 
@@ -122,12 +122,12 @@ class ChatTemplate:
     def refuse_split_token(self, token: str, where: str) -> NoReturn:
         """Refuse a template whose end of turn is not a token of this tokenizer."""
         remedy = "set data.chat_template to a file with a template that ends the assistant's turn with a token of this tokenizer"
-        problem = f"the chat template ends the assistant's turn with {token}, which is no token of this tokenizer"
+        problem = f"the chat template ends the assistant's turn with {token}, which is not a token of this tokenizer"
         raise DataError(Problem(problem, where, self.name, remedy))
 
     def refuse_part(self, does: str, where: str) -> NoReturn:
         """Refuse the template because it leaves out a part of the conversation."""
-        remedy = "set data.chat_template to a file with a template that writes it, or take it out of the row"
+        remedy = "set data.chat_template to a file with a template that writes it, or remove it from the row"
         raise DataError(Problem(f"the chat template {does}", where, self.name, remedy))
 
     def _source(self, chat: Chat) -> str:
@@ -138,7 +138,7 @@ class ChatTemplate:
                 "choose a model with a chat template (often named -Instruct), set data.chat_template to a file with one, "
                 "or use the formats prompt_completion or text"
             )
-            problem = "the tokenizer has no chat template, which conversations need"
+            problem = "the tokenizer has no chat template, and conversations need one"
             raise DataError(Problem(problem, chat.where, self.name, remedy))
         try:
             return str(self._tokenizer.get_chat_template(tools=list(chat.tools) or None))
@@ -169,7 +169,7 @@ class ChatTemplate:
             remedy = "look for endless loops in the template; set data.chat_template to a file with one that you trust"
             raise DataError(Problem(f"the chat template {error}", chat.where, self.name, remedy)) from None
         except jinja2.TemplateSyntaxError as error:
-            problem = f"the chat template is no valid Jinja: {error.message} (line {error.lineno})"
+            problem = f"the chat template is not valid Jinja: {error.message} (line {error.lineno})"
             remedy = "repair it, or set data.chat_template to a file with another template"
             raise DataError(Problem(problem, chat.where, self.name, remedy)) from error
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:

@@ -85,7 +85,7 @@ class LossMask:
             if not own and _required_texts(chat.messages[i]):
                 self._template.refuse("does not mark what the assistant says here as generated", where, _MARK_ALL)
             if own and not _contains_all(chat.messages[i], text, own):
-                self._template.refuse("marks text as generated that is not the assistant's", where, _MARK_ALL)
+                self._template.refuse("marks text that is not the assistant's as generated", where, _MARK_ALL)
             spans += [self._with_turn_end(text, start, end) for start, end in own if start < end]
         self._verify_marks(chat, selected)
         return text, tuple(spans)
@@ -108,7 +108,7 @@ class LossMask:
             self._template.refuse("marks other parts of a message once a later one follows", chat.where)
         own = {i: marks[counts[i] : counts[i + 1]] for i in selected}
         if len(selected) == len(turns) and sum(map(len, own.values())) < len(marks):
-            self._template.refuse("marks text as generated that the assistant does not say", chat.where, _MARK_ALL)
+            self._template.refuse("marks text that the assistant does not say as generated", chat.where, _MARK_ALL)
         return own
 
     def _verify_marks(self, chat: Chat, selected: Sequence[int]) -> None:

@@ -121,7 +121,7 @@ def _failure(exit_codes: Sequence[int | None], workers: int) -> LauncherError:
     code = causes[0] if causes else 0
     how = f"was ended by {signal.strsignal(-code) or f'signal {-code}'}" if code < 0 else f"ended with exit code {code}"
     message = f"a process that builds the data cache {how}; its messages are above"
-    return RunError(Problem(message, remedy="data.workers=1 builds without such processes"))
+    return RunError(Problem(message, remedy="set data.workers=1 to build without such processes"))
 
 
 def collect_garbage_rarely() -> None:

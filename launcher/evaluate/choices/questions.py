@@ -85,14 +85,14 @@ def _parse(row: Any, where: str) -> ChoiceQuestion:
     if isinstance(choices, dict):
         labels, choices = choices.get("label", ()), choices.get("text")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) and one.strip() for one in choices):
-        raise DataError(Problem("a question has no choices: two texts or more", where, str(choices)[:_MAX_SHOWN], _FORM))
+        raise DataError(Problem("a question needs two or more choices", where, str(choices)[:_MAX_SHOWN], _FORM))
     if len({*choices}) < len(choices):
         raise DataError(Problem("a question has the same choice twice", where, str(choices)[:_MAX_SHOWN], "remove one of them"))
     value = next((row[key] for key in ANSWER_KEYS if key in row), None)
     answer = _find_answer(value, choices, [str(one) for one in labels] if isinstance(labels, list) else [])
     if answer is None:
         remedy = f"give its index from 0 to {len(choices) - 1}, its letter, or its text"
-        raise DataError(Problem("the right choice of a question is none of its choices", where, str(value)[:_MAX_SHOWN], remedy))
+        raise DataError(Problem("the answer to a question is not one of its choices", where, str(value)[:_MAX_SHOWN], remedy))
     return ChoiceQuestion(where, question, tuple(choices), answer)
 
 

@@ -116,10 +116,10 @@ def _judge(
     significance = SIGNIFICANCE / len(p_values)
     differences = []
     if words_p_value < significance:
-        differences.append(f"other words (p = {words_p_value:.2g})")
+        differences.append(f"different words (p = {words_p_value:.2g})")
     if length_p_value < significance:
         differences.append(
-            f"other lengths (p = {length_p_value:.2g}; median {medians[0]:.0f} tokens in training, now {medians[1]:.0f})"
+            f"different lengths (p = {length_p_value:.2g}; median {medians[0]:.0f} tokens in training, now {medians[1]:.0f})"
         )
     unlikely = {name: one for name, one in scored.items() if one.p_value < significance}
     if unlikely:
@@ -128,7 +128,7 @@ def _judge(
             f"{one.median_loss[1]:.2f}"
             for name, one in unlikely.items()
         )
-        differences.append(f"other likelihoods ({models})")
+        differences.append(f"different likelihoods ({models})")
     far = f"{unusual:.0%} of the prompts are unlike any in training, where {_RARE:.0%} would be expected"
     if not differences:
         p_value = min(1.0, len(p_values) * min(p_values))

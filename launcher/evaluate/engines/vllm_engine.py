@@ -167,7 +167,7 @@ class VllmEngine:
         # The system gives connections to a process that listens at the exact address before one that listens at all addresses.
         users = None if listening is None else listening.get(ip_address(_HOST), set())
         if users is not None and users - {os.geteuid()}:
-            raise self._failed(f"port {self._port}, which vLLM was to have, is another user's")
+            raise self._failed(f"port {self._port}, which was chosen for vLLM, belongs to another user")
         return users != set()
 
     def _request(self, path: str, body: Mapping[str, Any] | None = None) -> urllib.request.Request:

@@ -18,7 +18,7 @@ def interval(checkpointing: str) -> int:
         return int(checkpointing == ALL)
     match = _EVERY.fullmatch(checkpointing)
     if match is None:
-        raise ValueError(f"{checkpointing} is none of all, none and every N")
+        raise ValueError(f"{checkpointing} is not all, none or every N")
     return int(match[1])
 
 

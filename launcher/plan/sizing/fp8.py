@@ -40,13 +40,13 @@ def fp8_problems(config: RunConfig, model: ModelFacts, topology: Topology, gpu_n
     gpu = lookup(gpu_name)
     if gpu is not None and not _scales_rows(gpu):
         able = ", ".join(name for name, one in GPUS.items() if _scales_rows(one))
-        message = "model.fp8=true needs a GPU of the families Hopper or Blackwell"
+        message = "model.fp8=true needs a Hopper or Blackwell GPU"
         yield Problem(message, where, gpu_name, f"{without}, or use one of {able}")
     if config.model.dtype != "bf16":
-        message = f"model.fp8=true computes all else in bf16, and model.dtype is {config.model.dtype}"
+        message = f"model.fp8=true computes everything else in bf16, and model.dtype is {config.model.dtype}"
         yield Problem(message, where, "true", f"set model.dtype=bf16, or {without.removeprefix('set ')}")
     if model.hidden_size % MULTIPLE:
-        message = f"FP8 takes matrices whose sizes are multiples of {MULTIPLE}, and no linear layer of this model has such sizes"
+        message = f"FP8 needs matrices whose sizes are multiples of {MULTIPLE}, and no linear layer of this model has such sizes"
         yield Problem(message, where, f"hidden_size {model.hidden_size}", without)
 
 

@@ -37,7 +37,7 @@ def upload(run: RunDir, step: int) -> str:
         return ""
     state = run_store.read_status(run).state
     if state in RUNNING_STATES:
-        return f"W&B: the verdict is not sent, as the run is {state}; evaluate again after its end: answers that exist are used"
+        return f"W&B: the verdict is not sent because the run is {state}; evaluate again after it ends: existing answers are used"
     if tracking.mode != "offline" and (problem := local_settings.find_problem()) is not None:
         raise ConfigError(problem)
     local_settings.leave_folder_of_others()

@@ -27,6 +27,6 @@ class ForgettingCheck:
             self._before = read_loss_before(self._run, FORGETTING)
         if self._before is None or not GeneralLoss(FORGETTING, self._before, loss, self._max_rise).is_forgetting:
             return None
-        rise = f"{loss:.4f}, {loss / self._before - 1:.0%} above the one before training ({self._before:.4f})"
+        rise = f"{loss:.4f}, {loss / self._before - 1:.0%} above its value before training ({self._before:.4f})"
         remedy = "lower optim.lr, train fewer steps, or add general rows to data.sources"
-        return f"the model forgets: the loss of general text is {rise}; {remedy}"
+        return f"the model is forgetting: the loss on general text is {rise}; {remedy}"

@@ -57,7 +57,7 @@ def _require_package(kernel: str) -> None:
     module = {name: module for name, module, _ in _FLASH_KERNELS}.get(kernel)
     if module is None or find_spec("kernels") is None or _can_import(module):
         return
-    message = f"model.attention: {kernel} is not installed here, and code of the Hub does not take its place"
+    message = f"model.attention: {kernel} is not installed here, and the launcher does not use code from the Hub instead"
     remedy = "install flash-attn, or leave model.attention=auto"
     raise ConfigError(message, where="model.attention", value=kernel, remedy=remedy)
 
@@ -66,7 +66,7 @@ def describe(model: ModelSection, config: Any, packing: bool) -> str:
     """Return a message that names the attention kernel, and the package that would speed up packed documents on this GPU."""
     kernel = config._attn_implementation
     lacks_flash = packing and model.attention == "auto" and kernel == "sdpa" and can_flash(model, config)
-    advice = ", which is slow for packed documents, as it computes all pairs of a row: install flash-attn" if lacks_flash else ""
+    advice = ", which is slow for packed documents (it computes all pairs of a row): install flash-attn" if lacks_flash else ""
     return f"attention is computed by {kernel}{advice}"
 
 

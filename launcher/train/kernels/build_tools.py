@@ -38,7 +38,7 @@ def missing_build_tools(device: str) -> list[Problem]:
     given = [folder for value in variables for folder in value.split(os.pathsep) if folder]
     if not any(Path(folder, _HEADER).is_file() for folder in (_include_folder(), *given)):
         package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
-        remedy = f"apt-get install {package}, or use a Python that has its headers, such as one of uv or conda"
+        remedy = f"apt-get install {package}, or use a Python that has its headers, such as one from uv or conda"
         problems.append(Problem(f"Python's headers are not installed ({_HEADER})", value=_include_folder(), remedy=remedy))
     return problems
 

@@ -75,7 +75,7 @@ def require_usable(device: torch.device) -> None:
     Raises:
         ConfigError: on all ranks, if any rank cannot.
     """
-    remedy = f"pip install 'launcher[fp8]' on every node, with GPUs of the families Hopper or Blackwell; or {_WITHOUT}"
+    remedy = f"pip install 'launcher[fp8]' on every node, with Hopper or Blackwell GPUs; or {_WITHOUT}"
     reason, remedy = run_on_each_rank(lambda: try_product(device), lambda: remedy, device)
     if reason:
         raise ConfigError("linear layers cannot be computed in FP8", where=_WHERE, value=reason, remedy=remedy)
@@ -126,7 +126,7 @@ def convert(hf: Any, decoder_layers: Sequence[nn.Module], compiles: bool) -> str
     # Under ZeRO-3 a partitioned weight has no shape.
     fitting = [one for _, one in linears if one.in_features % MULTIPLE == 0 and one.out_features % MULTIPLE == 0]
     left_out = Counter(f"{name} ({one.out_features} x {one.in_features})" for name, one in linears if one not in set(fitting))
-    because = f"sizes that are no multiples of {MULTIPLE}: {', '.join(left_out)}" if left_out else "there are none"
+    because = f"sizes that are not multiples of {MULTIPLE}: {', '.join(left_out)}" if left_out else "there are none"
     if not fitting:
         raise ConfigError(
             "this model has no linear layers that can be computed in FP8", where=_WHERE, value=because, remedy=_WITHOUT

@@ -25,7 +25,7 @@ def find_layers(hf: Any, setting: str, remedy: str) -> list[nn.Module]:
     """Return the decoder layers of a model for a setting that needs them; `remedy` says how to do without.
 
     Raises:
-        ConfigError: if the architecture's layers cannot be told from its other modules.
+        ConfigError: if the architecture's layers cannot be distinguished from its other modules.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -33,7 +33,7 @@ def find_layers(hf: Any, setting: str, remedy: str) -> list[nn.Module]:
     if len(layers) == hf.config.get_text_config().num_hidden_layers:
         return layers
     raise ConfigError(
-        "the layers of this architecture cannot be told from its other modules",
+        "the layers of this architecture cannot be distinguished from its other modules",
         where=setting,
         value=str(hf.config.model_type),
         remedy=remedy,

@@ -74,7 +74,7 @@ def describe_use(problem: str, run: Path) -> str:
     if not problem:
         return "norms, rotary embedding and MLP are computed by Liger"
     resume = launcher_command("resume", run, "model.liger=false")
-    return f"{problem}. The micro-batch was planned for Liger; if it does not fit without, plan another one: {resume}"
+    return f"{problem}. The micro-batch was planned for Liger; if it does not fit without Liger, plan another one: {resume}"
 
 
 def try_kernels(model_type: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -120,7 +120,9 @@ def _agree(section: ModelSection, device: torch.device, action: Callable[[], Non
         return ""
     if section.liger is True:
         raise ConfigError("Liger cannot be used", where="model.liger", value=reason, remedy=f"{remedy}; or set model.liger=auto")
-    return f"training is without Liger, slower and with more memory than planned, as it cannot be used ({reason}): {remedy}"
+    return (
+        f"training runs without Liger, slower and with more memory than planned, because it cannot be used ({reason}): {remedy}"
+    )
 
 
 def _remedy(device: torch.device) -> str:

@@ -92,7 +92,7 @@ class AnomalyDetector:
         if len(self._speeds) < _SPEED_STEPS or abs(deviation) <= _SPEED_DEVIATION:
             return []
         advice = (
-            f"see what takes the time with: {launcher_command('report', self._run_dir)}; on a sound machine, "
+            f"see what takes the time with: {launcher_command('report', self._run_dir)}; on a healthy machine, "
             "the rates that the plan assumes are too high"
             if deviation < 0
             else "the rates that the plan assumes are too low, and other settings may be faster than it predicts"

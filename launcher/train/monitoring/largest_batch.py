@@ -145,7 +145,7 @@ def describe_out_of_memory(plan: LaunchPlan, reason: str, allocated_gib: float |
     stage = peak.largest
     message += (
         f". Planned were {peak.tensors_gib:.1f} GiB of tensors: states {peak.states_gib:.1f}, activations "
-        f"{stage.activations_gib:.1f}, gathered weights {stage.gathered_gib:.1f}, all else "
+        f"{stage.activations_gib:.1f}, gathered weights {stage.gathered_gib:.1f}, everything else "
         f"{peak.tensors_gib - peak.states_gib - stage.activations_gib - stage.gathered_gib:.1f}"
     )
     if allocated_gib is None:

@@ -25,7 +25,7 @@ PASSING = {
     43: "a kernel failed and its process was stopped",
     45: "work was taken off the GPU, mostly after another fault",
     63: "a faulty memory row is remapped; reset the GPU when the run is over",
-    94: "a memory error that ended one process alone; reset the GPU when the run is over",
+    94: "a memory error that ended only one process; reset the GPU when the run is over",
 }
 
 # The text for a GPU that the driver no longer finds, with or without an Xid.

@@ -222,7 +222,7 @@ def _missing_data(name: str, error: Exception) -> Problem:
 
         folder = f"datasets--{match[1].replace('/', '--')}"
         remedy = (
-            f"where the Hub can be reached: hf download --repo-type dataset {match[1]}; then copy {folder} from its cache "
+            f"on a machine that reaches the Hub: hf download --repo-type dataset {match[1]}; then copy {folder} from its cache "
             f"(~/.cache/huggingface/hub) to {HF_HUB_CACHE}"
         )
         return Problem(f"the data of a task is not on this machine: {match[1]}", where=_WHERE, value=name, remedy=remedy)

@@ -46,7 +46,7 @@ def check_gpus(needed: int, section: ClusterSection) -> tuple[tuple[str, ...], l
     others = sorted({gpu.name for gpu in gpus if gpu_type and lookup(gpu.name) != lookup(gpu_type)})
     if others:
         value = f"{', '.join(others)} found, {gpu_type} planned"
-        remedy = f"set cluster.gpu_type to the kind that is there, or {section.gpu_kind_remedy}"
+        remedy = f"set cluster.gpu_type to the actual type, or {section.gpu_kind_remedy}"
         problems.append(Problem("the GPUs are not of the planned kind", value=value, remedy=remedy))
     for gpu in gpus:
         if gpu.ecc_errors:
@@ -74,7 +74,7 @@ def _check_processes() -> list[Problem]:
         time.sleep(_PAUSE_S)
     return [
         Problem(
-            "a process that is not of this run holds GPU memory",
+            "a process outside this run holds GPU memory",
             value=f"process {each.pid} ({each.name or 'unknown name'}) of {_owner(each.pid)}: "
             f"{'an unknown number of' if each.used_mib is None else each.used_mib} MiB of {each.gpu_uuid}",
             remedy=f"end it on the node with: kill {each.pid}; or exclude this node",

@@ -226,14 +226,16 @@ def _check_run_directory(run: RunDir, attempt: int) -> list[Problem]:
         with contextlib.suppress(OSError):
             probe.unlink()
     return (
-        [] if intact else [Problem("the run directory returned other content than was written", value=str(folder), remedy=remedy)]
+        []
+        if intact
+        else [Problem("the run directory returned different content from what was written", value=str(folder), remedy=remedy)]
     )
 
 
 def _shared_model_remedy(folder: str | None) -> str:
     # A folder in the Hub's cache is named after the repository.
     if any(part.startswith("models--") for part in Path(folder or "").parts):
-        return "set HF_HOME to a folder on shared storage on every node, the one of the command included"
+        return "set HF_HOME to a folder on shared storage on every node, including the one where you type the command"
     return "put it on storage that all nodes share, with LAUNCHER_CACHE there if it is a part of the launcher's cache"
 
 
@@ -279,7 +281,7 @@ def _check_kernels(plan: LaunchPlan) -> list[Problem]:
     if plan.config.model.fp8 and importlib.util.find_spec("torchao") is None:
         remedy = "pip install 'launcher[fp8]', or set model.fp8=false"
         problems.append(
-            Problem("torchao is not installed, which computes linear layers in FP8", value="model.fp8=true", remedy=remedy)
+            Problem("torchao, which computes linear layers in FP8, is not installed", value="model.fp8=true", remedy=remedy)
         )
     if asked["model.liger"] and importlib.util.find_spec("liger_kernel") is None:
         remedy = "pip install 'launcher[gpu]', or set model.liger=auto"

@@ -103,7 +103,7 @@ def check_packages(config: RunConfig) -> Iterator[CheckResult]:
     ]
     if others:
         file = _constraints_file()
-        yield warning(f"other versions than those tested: {', '.join(others)}", f"pip install --constraint {file} .")
+        yield warning(f"versions that differ from the tested ones: {', '.join(others)}", f"pip install --constraint {file} .")
 
 
 def _requirements() -> Iterator[Requirement]:

@@ -76,7 +76,7 @@ def _exercise(folder: Path, root: Path) -> Iterator[CheckResult]:
         is_intact = all(opened.read(_CHUNK_BYTES) == chunk for _ in range(_NUM_CHUNKS))
     read_s = time.perf_counter() - started
     if not is_intact:
-        yield failure(f"{root} returned other content than was written", "ask the administrators to check the storage")
+        yield failure(f"{root} returned different content from what was written", "ask the administrators to check the storage")
         return
     num_bytes = _CHUNK_BYTES * _NUM_CHUNKS
     kind = filesystem_type(folder, Path("/proc/self/mountinfo").read_text()) or "unknown"
@@ -147,12 +147,12 @@ def check_caches(config: RunConfig) -> Iterator[CheckResult]:
         seen = (
             f"folders for compiled code cannot be written: {', '.join(closed)}; runs use a folder under {tempfile.gettempdir()}"
         )
-        yield warning(seen, "export these variables with folders that you may write to; compiled code is then kept between runs")
+        yield warning(seen, "set these variables to folders that you can write to; compiled code is then kept between runs")
 
 
 def _check_cache(name: str, folder: Path, variable: str) -> Iterator[CheckResult]:
     existing = existing_folder(folder)
-    elsewhere = f"export {variable} with a folder on another disk"
+    elsewhere = f"set {variable} to a folder on another disk"
     if not is_writable(folder):
         yield failure(f"{name} cannot be written: {folder}", f"check the owner and the permissions of {existing}, or {elsewhere}")
         return

@@ -102,9 +102,9 @@ def _check_nvcc(offloads: bool, needed: str) -> Iterator[CheckResult]:
         return
     release = _NVCC_RELEASE.search(_run(nvcc, "--version"))
     if release is None:
-        yield report(f"{nvcc} does not say its version; {needed}", install)
+        yield report(f"{nvcc} does not report its version; {needed}", install)
     elif wanted and release[1] != wanted.partition(".")[0]:
-        seen = f"{nvcc} is of CUDA {release[1]}.{release[2]} and torch is built for CUDA {wanted}; {needed}"
+        seen = f"{nvcc} belongs to CUDA {release[1]}.{release[2]}, and torch is built for CUDA {wanted}; {needed}"
         yield report(seen, install)
     else:
         yield ok(f"{nvcc} of CUDA {release[1]}.{release[2]}")

@@ -39,7 +39,7 @@ def answer(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
     if num_gpus and not torch.cuda.is_available():
         # The CPU would take days, and its answers would differ from the other processes' answers.
         raise RunError(
-            "a process of the evaluation finds no GPU, and was given one",
+            "a process of the evaluation was given a GPU, but finds none",
             where=socket.gethostname(),
             remedy="check this machine with nvidia-smi and: python -m launcher doctor",
         )
@@ -81,7 +81,7 @@ def _load(task: EvaluationTask, config: RunConfig, weights: Weights, device: str
         raise RunError(
             "the model does not fit the memory of one GPU",
             where=weights.folder,
-            value=f"its weights have {format_size(num_bytes)}, and {format_size(free)} are free",
+            value=f"its weights take {format_size(num_bytes)}, and {format_size(free)} are free",
             remedy="set evaluate.vllm_python to the Python of an environment with vLLM, and evaluate.vllm_gpus to the number of "
             "GPUs over which it divides the model",
         )
@@ -105,7 +105,7 @@ def _require_memory(folder: Path, num_gpus: int) -> None:
         raise RunError(
             f"the model does not fit {num_gpus} GPU{'s' if num_gpus > 1 else ''} of this machine",
             where="evaluate.vllm_gpus",
-            value=f"its weights have {format_size(num_bytes)}, and a GPU {here.memory_gib:g} GiB",
+            value=f"its weights take {format_size(num_bytes)}, and a GPU has {here.memory_gib:g} GiB",
             remedy=f"set evaluate.vllm_gpus to {1 << (needed - 1).bit_length()}: vLLM then divides the model over as many GPUs",
         )
 

@@ -56,7 +56,7 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
         _require_vllm(Path(config.evaluate.vllm_python).expanduser())
     elif config.evaluate.vllm_gpus > 1:
         raise ConfigError(
-            "only vLLM divides a model over GPUs",
+            "only vLLM can divide a model over GPUs",
             where="evaluate.vllm_gpus",
             value=str(config.evaluate.vllm_gpus),
             remedy="set evaluate.vllm_python to the Python of an environment with vLLM, or remove the setting",
@@ -149,7 +149,7 @@ def _require_sets(plan: LaunchPlan) -> list[str]:
 def _require_vllm(python: Path) -> None:
     if read_version(python) is None:
         raise ConfigError(
-            "this is no Python interpreter of an environment with vLLM",
+            "this is not the Python interpreter of an environment with vLLM",
             where="evaluate.vllm_python",
             value=str(python),
             remedy="make one with: python -m venv /opt/vllm && /opt/vllm/bin/pip install vllm, or remove the setting: "
@@ -221,7 +221,7 @@ def _require_questions(
         raise DataError(
             [
                 Problem(
-                    f"no prompt of {name} can be asked: {'; '.join(left_out[name])}",
+                    f"no prompt of {name} can be used: {'; '.join(left_out[name])}",
                     where="evaluate.sets",
                     value=f"the model takes {context:,} tokens, evaluate.max_new_tokens is {config.evaluate.max_new_tokens}",
                     remedy="evaluate sets with prompts and answers, such as chats, or lower evaluate.max_new_tokens",

@@ -33,7 +33,7 @@ def find_base(plan: LaunchPlan) -> Weights | None:
     path = Path(plan.model.path)
     if not plan.model.has_weights or not path.is_dir() or not weight_files(path, plan.config.model.allow_pickled_weights):
         raise ConfigError(
-            "the weights that the run began with are not there any more, so nothing can be compared with them",
+            "the weights that the run began with no longer exist, so nothing can be compared with them",
             where=str(path),
             remedy="fetch them again with: python -m launcher data and the run's settings",
         )

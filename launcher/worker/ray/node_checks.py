@@ -112,6 +112,6 @@ def _storage_problem(plan: LaunchPlan) -> Problem | None:
         train.get_context().get_storage()._check_validation_file()
     except Exception as error:
         what = "Ray Train's storage differs from the head node's"
-        remedy = "set cluster.storage_path to a folder that all nodes share or to a URL, or take it out"
+        remedy = "set cluster.storage_path to a folder that all nodes share or to a URL, or remove it"
         return Problem(what, value=f"{storage_path}: {describe(error).splitlines()[0]}", remedy=remedy)
     return None

@@ -196,7 +196,7 @@ class ChoiceEvaluation:
             usable = [i for i in range(len(selection)) if all(side[i] is not None for side in asked.values())]
             if not usable:
                 return {}
-            titles = {name: f"ways to ask, {number} of {len(asked)}" for number, name in enumerate(asked, 1)}
+            titles = {name: f"prompt forms, {number} of {len(asked)}" for number, name in enumerate(asked, 1)}
             documents = {name: [side[i] for i in usable] for name, side in asked.items()}
             scored = self._score_sides(weights, titles, documents, [selection[i] for i in usable])
             return {style: float(accuracy.score(accuracy.METRICS[0], scored[str(style)]).mean()) for style in styles}

@@ -36,7 +36,7 @@ _MAX_CPU_S, _FLOPS_OF_CORE = 180.0, 5e10
 # A factor for the memory that scoring needs beyond the weights, and the share of a machine's memory that it may use.
 _MEMORY_FACTOR, _MEMORY_SHARE = 1.2, 0.5
 _NUM_LEAST_LIKELY = 5
-_ON_CPU = "start the command where a GPU is, or add --likelihood to score prompts on this CPU"
+_ON_CPU = "start the command on a machine with a GPU, or add --likelihood to score prompts on this CPU"
 
 
 def find_obstacle(plan: LaunchPlan) -> str:

@@ -63,7 +63,7 @@ def find_weights(run: RunDir, plan: LaunchPlan, step: int | None) -> ScoredWeigh
             raise SubmitError("the run began with random weights, which are not kept", where=str(run.root), remedy=remedy)
         if not Path(folder).is_dir():
             remedy = "fetch them again with: python -m launcher data and the run's settings"
-            raise SubmitError("the weights that the run began with are not there any more", where=folder, remedy=remedy)
+            raise SubmitError("the weights that the run began with no longer exist", where=folder, remedy=remedy)
         return ScoredWeights(0, _digest_files(Path(folder)), None, Path(folder))
     checkpoint = store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, step)
     digest = xxhash.xxh3_128_hexdigest((checkpoint.path / MANIFEST).read_bytes())

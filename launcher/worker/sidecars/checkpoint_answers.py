@@ -119,7 +119,7 @@ class CheckpointAnswers:
         self._jobs = {step: number for step, number in self._jobs.items() if not self._is_answered(step)}
         if self._jobs:
             numbers = ", ".join(f"step {step} (job {number})" for step, number in sorted(self._jobs.items()))
-            self._event(EVENT, f"answers are still to come from jobs of their own: {numbers}; see them with {self._status}")
+            self._event(EVENT, f"answers are still pending in separate jobs: {numbers}; see them with {self._status}")
         left = {**cancelled, **dict.fromkeys(self._waiting, ""), **self._given_up}
         left = {step: reason or self._refused for step, reason in left.items() if not self._is_answered(step)}
         if left:
@@ -128,7 +128,7 @@ class CheckpointAnswers:
                 text += f" ({'; '.join(reasons)})"
             usable = [step for step in sorted(left) if self._has_weights(step)]
             if commands := [launcher_command("evaluate", self._run.root, "--step", str(step)) for step in usable]:
-                again = "" if is_complete else "a run that is resumed goes on with them; "
+                again = "" if is_complete else "a resumed run continues with them; "
                 text += f"; {again}answer them with: {' ; '.join(commands)}"
             self._event("alert" if is_complete else EVENT, text)
 

@@ -171,7 +171,7 @@ class Sender:
         except CheckpointGone:
             text = (
                 f"step {checkpoint.step} was removed before it was in the mirror; "
-                "raise checkpoint.keep_last or checkpoint.save_every where the mirror does not keep up"
+                "raise checkpoint.keep_last or checkpoint.save_every if the mirror does not keep up"
             )
             self._event("mirror", text, checkpoint.step)
             return

@@ -173,7 +173,7 @@ def _if_possible(write: Callable[[], object]) -> None:
         write()
     except OSError as error:
         with suppress(OSError):
-            print(f"the conclusion could not be written, and is acted on all the same: {error}", file=sys.stderr, flush=True)
+            print(f"the conclusion could not be written, but the launcher acts on it: {error}", file=sys.stderr, flush=True)
 
 
 def _with_nodes(attempt: Attempt, section: SlurmSection, job: str, restart: int, until: float) -> Attempt:

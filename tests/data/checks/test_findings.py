@@ -47,8 +47,8 @@ def test_a_refusal_names_the_places_and_the_setting_that_accepts_it() -> None:
         refuse((SECRET, LEAK, NO_END), ChecksSection())
     first, second = caught.value.problems
     assert first.message == (
-        "3 of 100 (3.0%): held-out documents that are also in the training split, apart from case, white space and punctuation. "
-        "The evaluation loss comes out too low"
+        "3 of 100 (3.0%): held-out documents that are also in the training split, ignoring case, white space and punctuation. "
+        "The evaluation loss is too low"
     )
     assert (first.where, first.value) == ("a.jsonl:7", "the same as a.jsonl:2")
     assert first.remedy.endswith("data.checks.held_out_in_train=keep")

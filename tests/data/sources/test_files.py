@@ -134,7 +134,7 @@ def test_a_truncated_compressed_file_is_reported_with_the_byte_offset(
     cut = whole[: int(len(whole) * share)]
     path.write_bytes(cut)
     problem = problem_of(path)
-    assert "breaks off" in problem.message
+    assert "ends early" in problem.message
     assert problem.where == f"{path}, byte {len(cut)}"
 
 
@@ -172,13 +172,13 @@ def test_invalid_utf8_is_reported_in_every_kind_of_text_file(tmp_path: Path) -> 
         ("a.csv", b'text,other\n"a,b\n', ":2", "cannot be read"),
         ("a.csv", b"text,other\na,b\nc\n", ":3", "has 1 cells, and the first line names 2 columns"),
         ("a.csv", b"text,text\na,b\n", ":1", "names a column twice"),
-        ("a.parquet", b"PAR1 and no more", "", "no complete parquet file"),
+        ("a.parquet", b"PAR1 and no more", "", "not a complete parquet file"),
         ("a.jsonl", b"[" * 100_000, ":row 1", "nested too deeply"),
-        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", ":1", "a number of too many digits"),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", ":1", "a number with too many digits"),
         ("a.json", b"[" * 100_000, ":row 1", "nested too deeply"),
-        ("a.json", b'[{"text": ' + b"1" * 5000 + b"}]", ":row 1", "a number of too many digits"),
+        ("a.json", b'[{"text": ' + b"1" * 5000 + b"}]", ":row 1", "a number with too many digits"),
         ("a.csv", b"messages\n" + b"[" * 100_000, ":2", "messages is a string, not a list"),
-        ("a.dat", b"what is this", "", "neither name nor content"),
+        ("a.dat", b"what is this", "", "neither the name nor the content"),
         ("a.jsonl", b"", "", "holds no rows"),
         ("a.json", b"[]", "", "holds no rows"),
         ("a.csv", b"text\n", "", "holds no rows"),
@@ -208,7 +208,7 @@ def test_a_corrupt_page_of_a_parquet_file_is_reported(tmp_path: Path) -> None:
     assert problem.where.startswith(f"{path}, after row ")
     content[-60:-20] = b"\xff" * 40
     path.write_bytes(content)
-    assert "no complete parquet file" in problem_of(path).message
+    assert "not a complete parquet file" in problem_of(path).message
 
 
 def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
@@ -237,10 +237,10 @@ def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
         ("a.csv", b'prompt;completion\n"a";"b"\n', "the columns of the table are separated by semicolons, not by commas"),
         ("a.csv", b"\xef\xbb\xbfprompt\tcompletion\r\na\tb\r\n", "the columns of the table are separated by tabs, not by commas"),
         ("a.tsv", b"prompt\tcompletion\na\tb\n", "the columns of the table are separated by tabs, not by commas"),
-        ("a.csv", b"prompt,completion\ra,b\r", "the lines of the table end in CR alone"),
-        ("a.json", b'{\n  "text": "a"\n}\n', "the file has a JSON object over several lines"),
-        ("a.xlsx", b"PK\x03\x04", "the file is a workbook, which is not read"),
-        ("a.jsonl.bz2", b"BZh9", "the file is an archive or another compression, which is not read"),
+        ("a.csv", b"prompt,completion\ra,b\r", "the lines of the table end with a bare CR"),
+        ("a.json", b'{\n  "text": "a"\n}\n', "the file has a JSON object that spans several lines"),
+        ("a.xlsx", b"PK\x03\x04", "the file is a workbook, which the launcher does not read"),
+        ("a.jsonl.bz2", b"BZh9", "the file is an archive, or compressed in another format, which the launcher does not read"),
     ],
 )
 def test_a_file_that_is_no_file_of_rows_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -143,7 +143,7 @@ def test_weights_as_other_tools_write_them(jsonl: Jsonl, flags: dict[str, Any], 
         ([{"role": "narrator", "content": "a"}], "messages[0].role is unknown: 'narrator'"),
         ([{"content": "a"}], "lacks the key messages[0].role"),
         ([{"role": "assistant", "content": None}], "messages[0].content is null, not text"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0] is of the type image_url, not text"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0] has the type image_url, not text"),
         ([{"role": "assistant", "content": "a", "weight": 0.5}], "messages[0].weight is 0.5, not 0 or 1"),
         ([{"role": "assistant", "content": "a", "weight": ["no"]}], "messages[0].weight is a list, not 0 or 1"),
         *(
@@ -157,12 +157,12 @@ def test_weights_as_other_tools_write_them(jsonl: Jsonl, flags: dict[str, Any], 
             "messages[0] has keys that contradict each other about its training (weight: 0 and train: true)",
         ),
         ([{"role": "assistant", "content": "a", "loss_mask": 1, "masked": True}], "(loss_mask: 1 and masked: true)"),
-        ([{"role": "user", "content": "a", "weight": 1}], "messages[0].weight is 1 in a message of the role user"),
-        ([{"role": "user", "content": "a", "train": True}], "messages[0].train is true in a message of the role user"),
+        ([{"role": "user", "content": "a", "weight": 1}], "messages[0].weight is 1 in a message with the role user"),
+        ([{"role": "user", "content": "a", "train": True}], "messages[0].train is true in a message with the role user"),
         ([{"role": "user", "content": "a", "tool_calls": [CALL]}], "messages[0] calls a tool, but its role is not assistant"),
         (
             [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": "1, 2"}}]}],
-            "messages[0].tool_calls[0]: the arguments of add are no JSON object",
+            "messages[0].tool_calls[0]: the arguments of add are not a JSON object",
         ),
     ],
 )
@@ -174,7 +174,7 @@ def test_an_unusable_message_is_reported_with_its_place(jsonl: Jsonl, messages: 
     assert words in problem.message
     assert problem.where == f"{path}:1"
     assert problem.remedy
-    assert "whether" not in words or "write weight in place of" in problem.remedy
+    assert "whether" not in words or "write weight instead of" in problem.remedy
 
 
 @pytest.mark.parametrize(
@@ -183,10 +183,10 @@ def test_an_unusable_message_is_reported_with_its_place(jsonl: Jsonl, messages: 
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "conversations[0].from is unknown: 'narrator'"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value is null, not text"),
         ({"conversations": [{"from": "gpt", "value": "a", "weight": 2}]}, "conversations[0].weight is 2"),
-        ({"conversations": [{"from": "human", "value": "a", "loss": True}]}, "loss is true in a message of the role human"),
+        ({"conversations": [{"from": "human", "value": "a", "loss": True}]}, "loss is true in a message with the role human"),
         ({"instruction": "a", "output": None}, "output is null, not text"),
-        ({"instruction": "a", "output": "b", "history": [["q"]]}, "history[0] is no pair of texts"),
-        ({"messages": [{"role": "user", "content": "a"}], "tools": [3]}, "tools[0] describes no function"),
+        ({"instruction": "a", "output": "b", "history": [["q"]]}, "history[0] is not a pair of texts"),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": [3]}, "tools[0] does not describe a function"),
         ({"messages": [{"role": "user", "content": "a"}], "tools": "none"}, "tools is a string, not a list"),
         ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "the key system and a system message"),
         ({"messages": [], "text": "a"}, "fits the formats messages and text"),
@@ -263,7 +263,7 @@ def test_conversational_prompts_and_completions_train_the_completion_alone(jsonl
     assert document.tools == (ADD,)
     assert first(jsonl([{"prompt": asked, "completion": "two"}])).messages == document.messages
     assert first(jsonl([{"prompt": "2?", "completion": answer}])).messages == document.messages[2:]
-    with pytest.raises(DataError, match="completion has no message of the role assistant"):
+    with pytest.raises(DataError, match="completion has no message with the role assistant"):
         first(jsonl([{"prompt": asked, "completion": asked[:1]}]))
     with pytest.raises(DataError, match=r"prompt\[0\] has images"):
         first(jsonl([{"prompt": [{**asked[0], "images": ["a.png"]}], "completion": answer}]))

@@ -119,14 +119,14 @@ def test_the_files_of_a_folder_are_chosen_by_their_names(
 @pytest.mark.parametrize(
     ("files", "settings", "words"),
     [
-        ({"a.bin": "x", "b.py": "x"}, {}, "holds no data file (endings: .bin, .py)"),
-        ({"train.jsonl": row("a"), "a.jsonl": row("b")}, {}, "a.jsonl belongs to no split, while other files do (train.jsonl)"),
-        ({"a.jsonl": row("a"), "b.jsonl.xz": "x", "c/d.zip": "x"}, {}, "unsupported archive or compression: b.jsonl.xz, c/d.zip"),
-        ({"train.jsonl": row("a"), "train.parquet": "x"}, {}, "train.jsonl and train.parquet have one name and two formats"),
-        ({"a.jsonl": row("a"), "a.jsonl.gz": "x"}, {}, "a.jsonl and a.jsonl.gz have one name"),
+        ({"a.bin": "x", "b.py": "x"}, {}, "holds no data file (extensions: .bin, .py)"),
+        ({"train.jsonl": row("a"), "a.jsonl": row("b")}, {}, "a.jsonl belongs to no split, but other files do (train.jsonl)"),
+        ({"a.jsonl": row("a"), "b.jsonl.xz": "x", "c/d.zip": "x"}, {}, "in an unsupported compression: b.jsonl.xz, c/d.zip"),
+        ({"train.jsonl": row("a"), "train.parquet": "x"}, {}, "train.jsonl and train.parquet have the same name in two formats"),
+        ({"a.jsonl": row("a"), "a.jsonl.gz": "x"}, {}, "a.jsonl and a.jsonl.gz have the same name"),
         ({"test.jsonl": row("a"), "dev.jsonl": row("b")}, {}, "no split train (there are: validation, test)"),
         (SPLITS, {"split": "held"}, "no split held (there are: test, train)"),
-        ({"a.jsonl": row("a")}, {"split": "test"}, "no file belongs to a split test"),
+        ({"a.jsonl": row("a")}, {"split": "test"}, "no file belongs to the split test"),
         (SPLITS, {"subset": "main"}, "no subset main"),
         ({"README.md": README.replace("first*", "third*"), **MAIN}, {"subset": "main"}, "matches the pattern main/third*"),
         ({"README.md": README.replace("first*", "f**t*"), **MAIN}, {"subset": "main"}, "pattern main/f**t* of README.md"),
@@ -255,7 +255,7 @@ def test_a_download_by_another_process_is_waited_for(memory: Any, cache_home: Pa
     (rows,) = cache_home.rglob("rows")
     rows.unlink()
     with filelock.FileLock(rows.with_name(".lock")):
-        assert "that fetches memory:///data/train.jsonl takes too long" in problem_of(source).message
+        assert "process fetches memory:///data/train.jsonl and takes too long" in problem_of(source).message
     assert texts(source) == ["a"]
 
 

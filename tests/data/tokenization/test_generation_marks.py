@@ -44,7 +44,7 @@ CALLS_UNMARKED = (
     f"{{% if m.tool_calls %}}{CALLS}{{% elif m.role == 'assistant' %}}{MARKED}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
 )
 FIRST = MARKED.replace("m.content", "messages[0].content")
-OTHER = "marks text as generated that is not the assistant's"
+OTHER = "marks text that is not the assistant's as generated"
 # The mark begins after BEFORE, which is left out of it.
 CHATML = (
     "{% for m in messages %}{% if m.role == 'assistant' %}BEFORE{% generation %}HEADER{{ m.content }}<|im_end|>"
@@ -57,7 +57,7 @@ NEXT_HEADER = (
     "{% else %}{% if loop.first %}<|im_start|>user\n{% endif %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-OUTSIDE = "marks text as generated that the assistant does not say"
+OUTSIDE = "marks text that the assistant does not say as generated"
 ECHO = (user("Say yes."), assistant("yes"), user("Say no."), assistant("no"))
 
 
@@ -162,7 +162,7 @@ def test_marks_may_cover_reasoning_that_the_template_writes(family: Family, tmp_
 
 def test_control_tokens_that_the_tokenizer_splits_are_named(family: Family) -> None:
     template = TEMPLATES / "llama3.jinja"
-    with pytest.raises(DataError, match=r"ends the assistant's turn with <\|eot_id\|>, which is no token of this tokenizer"):
+    with pytest.raises(DataError, match=r"ends the assistant's turn with <\|eot_id\|>, which is not a token of this tokenizer"):
         encode(family("chatml_marked"), chat(*SINGLE), chat_template=str(template))
     encoder = Encoder(
         family("chatml_marked"), DataSection(sources=(Source(path="a"),), chat_template=str(TEMPLATES / "mistral.jinja"))

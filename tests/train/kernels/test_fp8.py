@@ -208,8 +208,8 @@ def test_linear_layers_whose_sizes_fp8_does_not_take_are_left_out_and_named() ->
     model = build(intermediate_size=100)
     assert converted(model) == {name for name in PROJECTIONS if name.startswith("self_attn")}
     assert model.fp8_use == (
-        "8 of 14 linear layers of decoder layers are computed in FP8 while training; 6 are not, with sizes that are no multiples "
-        "of 16: mlp.gate_proj (100 x 64), mlp.up_proj (100 x 64), mlp.down_proj (64 x 100)"
+        "8 of 14 linear layers of decoder layers are computed in FP8 while training; 6 are not, with sizes that are not "
+        "multiples of 16: mlp.gate_proj (100 x 64), mlp.up_proj (100 x 64), mlp.down_proj (64 x 100)"
     )
     with pytest.raises(ConfigError, match="no linear layers that can be computed in FP8") as raised:
         build(hidden_size=72, intermediate_size=100)

@@ -102,7 +102,7 @@ def test_liger_that_cannot_be_used_is_left_out_with_a_reason_or_refused_before_w
     files, reason = UNUSABLE[part]
     install(**files)
     model = build(uses_liger=True)
-    start = "training is without Liger, slower and with more memory than planned, as it cannot be used"
+    start = "training runs without Liger, slower and with more memory than planned, because it cannot be used"
     assert model.liger_problem.startswith(f"{start} ({reason}): pip install --upgrade 'launcher[gpu]', ")
     torch.testing.assert_close(model(IDS, POSITIONS), expected, rtol=0, atol=0)
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda *_, **__: pytest.fail("a model was built"))

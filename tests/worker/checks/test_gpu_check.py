@@ -110,12 +110,12 @@ def only(checked: tuple[tuple[str, ...], list[Problem]]) -> Problem:
         ({"gpus": (HEALTHY[0], replace(HEALTHY[1], ecc_errors=3))}, "3 memory errors", "GPU-bbbb"),
         (
             {"processes": (GpuProcess("GPU-aaaa", 999999999, 70000, "/usr/bin/python"),)},
-            "not of this run",
+            "a process outside this run",
             "process 999999999 (/usr/bin/python)",
         ),
         (
             {"processes": (GpuProcess("GPU-aaaa", 1, 70000, "stale"),)},
-            "not of this run",
+            "a process outside this run",
             f"(stale) of {psutil.Process(1).username()}: 70000 MiB of GPU-aaaa",
         ),
         ({"log": "[9.1] NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off the bus."}, "Xid 79", "fallen off the bus"),
@@ -126,11 +126,11 @@ def only(checked: tuple[tuple[str, ...], list[Problem]]) -> Problem:
         ),
         (
             {"processes": (GpuProcess("GPU-aaaa", 1, None, ""),)},
-            "not of this run",
+            "a process outside this run",
             f"process 1 (unknown name) of {psutil.Process(1).username()}: an unknown number of MiB of GPU-aaaa",
         ),
         ({"gpus": NvmlError("the NVIDIA driver did not answer within 2 s")}, "cannot be used: the NVIDIA driver did not", ""),
-        ({"processes": NvmlError("the NVIDIA driver cannot be asked: Unknown Error")}, "cannot be listed: the NVIDIA driver", ""),
+        ({"processes": NvmlError("the NVIDIA driver cannot be queried: x")}, "cannot be listed: the NVIDIA driver", ""),
     ],
 )
 def test_an_unusable_gpu_is_reported(

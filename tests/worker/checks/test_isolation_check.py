@@ -182,7 +182,7 @@ def test_plan_refuses_a_model_whose_packed_documents_affect_each_other(
     assert refused.returncode == 2
     first, problem, *rest = refused.stderr.splitlines()
     assert first == "checking that packed documents do not affect each other in this model (once)"
-    assert problem.startswith("packed documents affect each other in this architecture, with attention by eager: changing a docu")
+    assert problem.startswith("packed documents affect each other in this architecture, with the attention kernel eager: ")
     assert rest[1:] == ["  value:  opt", "  remedy: set data.packing=false"]
     # The verdict is stored, and does not matter without packing.
     assert launch_here("plan", *settings, **cache).stderr.splitlines()[0] == problem
@@ -192,7 +192,7 @@ def test_plan_refuses_a_model_whose_packed_documents_affect_each_other(
     for packing in ("true", "false"):
         refused = launch_here("plan", *settings, f"data.packing={packing}", **cache)
         assert refused.returncode == 2
-        assert refused.stderr.startswith("this architecture sees later tokens, with attention by eager: changing a docu")
+        assert refused.stderr.startswith("this architecture sees later tokens, with the attention kernel eager: ")
     stored.write_text(json.dumps({**json.loads(stored.read_text()), "outcome": "unknown", "detail": "no small model"}))
     note = "note       whether packed documents affect each other is measured on the loaded model, before step 1 (no small model)"
     assert note in launch_here("plan", *settings, **cache).stdout

@@ -239,7 +239,7 @@ def test_what_the_settings_need_to_build_kernels_is_looked_for_on_every_node(
     monkeypatch.setitem(sys.modules, "torchao", None)
     in_fp8 = made.config.model_copy(update={"model": settings.model_copy(update={"fp8": True})})
     missing = only(check_node(made.model_copy(update={"config": in_fp8}), run, 1, 1))
-    assert missing.message == "torchao is not installed, which computes linear layers in FP8"
+    assert missing.message == "torchao, which computes linear layers in FP8, is not installed"
     assert missing.remedy == "pip install 'launcher[fp8]', or set model.fp8=false"
 
 

@@ -77,7 +77,7 @@ def test_bad_gpus_get_the_messages_of_the_node_check(gpu_machine: Callable[..., 
     assert [result.seen.partition(":")[0] for result in failures] == [
         "there are fewer GPUs than ranks",
         "a GPU had 3 memory errors that could not be corrected",
-        "a process that is not of this run holds GPU memory",
+        "a process outside this run holds GPU memory",
     ]
     assert all(result.remedy for result in failures)
 

@@ -121,7 +121,7 @@ def test_an_exception_that_comes_back_at_one_step_after_two_restarts_ends_the_ru
     done = run_agent(run, tmp_path, STEPS="[43, null, 43, 43, 43]")
     assert done.returncode == 1, done.stdout + done.stderr
     exit_record = json_records.read_json(run.attempt(1) / "exit.json")
-    reason = "IndexError in step 44 came 3 times, twice after a resume from the initial weights: it repeats"
+    reason = "IndexError in step 44 occurred 3 times, twice after a resume from the initial weights: it repeats"
     assert (exit_record["state"], exit_record["message"]) == ("failed", f"rank 1: IndexError: as it says; {reason}")
     assert exit_record["first_failure"]["step"] == 43
     failures = ["rank 1: IndexError: as it says", "rank 1: killed by SIGKILL", "rank 1: IndexError: as it says"]

@@ -115,7 +115,7 @@ def test_an_exception_that_repeats_closes_the_rendezvous_of_all_nodes(tmp_path: 
     logs[1].set_exits([raised])
     with ThreadPoolExecutor(2) as pool:
         errors = [future.exception(20) for future in [pool.submit(node.next_rendezvous) for node in (zero, one)]]
-    reason = "IndexError in step 44 came 3 times, twice after a resume from the initial weights: it repeats"
+    reason = "IndexError in step 44 occurred 3 times, twice after a resume from the initial weights: it repeats"
     assert [(type(error), str(error)) for error in errors] == [(RendezvousClosedError, reason)] * 2
     assert logs[0].from_exception(errors[0]) is None
     own = logs[1].from_exception(errors[1])

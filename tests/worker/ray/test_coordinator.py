@@ -366,7 +366,7 @@ def test_unreadable_storage_only_delays_an_attempt(
     with monkeypatch.context() as patch:
 
         def down(root: Path) -> int | None:
-            raise UnreadableCheckpoint("a checkpoint file cannot be read now")
+            raise UnreadableCheckpoint("a checkpoint file cannot be read right now")
 
         patch.setattr(store, "newest_step", down)
         fake.enter("b", ["n1", "n1"])

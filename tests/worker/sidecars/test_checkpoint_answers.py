@@ -95,7 +95,7 @@ def test_on_gpus_weights_are_exported_while_training_and_nothing_else(make: Call
     answers.conclude(False)
     (left,) = said(run, "answers")
     assert left.startswith("no answers yet: step 4, step 8 (its weights could not be exported: ")
-    assert left.endswith(f"; a run that is resumed goes on with them; answer them with: {command(run, 4)} ; {command(run, 8)}")
+    assert left.endswith(f"; a resumed run continues with them; answer them with: {command(run, 4)} ; {command(run, 8)}")
 
 
 def test_a_checkpoint_that_is_gone_is_skipped_with_the_reason_unless_its_weights_are_there(make: Callable) -> None:
@@ -174,7 +174,7 @@ def test_on_slurm_each_step_is_a_job_of_one_node(on_slurm: tuple[LaunchPlan, Run
     assert later.work(True)
     later.conclude(True)
     assert len([call for call in fake_slurm.calls if call[0] == "sbatch"]) == 1
-    assert said(run, "answers")[-1].startswith("answers are still to come from jobs of their own: step 4 (job 77); ")
+    assert said(run, "answers")[-1].startswith("answers are still pending in separate jobs: step 4 (job 77); ")
     # A person who cancels the run cancels the jobs.
     run.cancel(1).write_text("{}")
     third = CheckpointAnswers(run, planned, 1)

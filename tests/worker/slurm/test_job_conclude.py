@@ -318,7 +318,7 @@ def test_a_full_disk_does_not_prevent_the_requeue(
     monkeypatch.setattr(atomic_files, "write_text", full)
     code, _, err = of._main("conclude", str(of.run.plan), "1", "1")
     assert code == 0
-    assert err.count("is acted on all the same: [Errno 28] No space left on device\n") == 2
+    assert err.count("but the launcher acts on it: [Errno 28] No space left on device\n") == 2
     assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
 
 
