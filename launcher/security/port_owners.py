@@ -8,7 +8,8 @@ import sys
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
+from urllib.request import getproxies_environment, proxy_bypass_environment
 
 import psutil
 
@@ -18,7 +19,21 @@ from launcher.security.trust import FLAG, Trust, user_name
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _LISTENS = "0A"
 _WORD = 8
-_PORTS = {"http": 80, "https": 443}
+# The default port of an address without one.
+_PORTS = {
+    "http": 80,
+    "https": 443,
+    "ftp": 21,
+    "sftp": 22,
+    "ssh": 22,
+    "smb": 445,
+    "webhdfs": 50070,
+    "socks5": 1080,
+    "socks5h": 1080,
+}
+# What a user gains who listens at an address: for a server that gets a credential, and for storage.
+GETS_KEY = "would get your token or key"
+IS_STORAGE = "would get what is written there, and choose what is read"
 
 Address = IPv4Address | IPv6Address
 
@@ -44,27 +59,46 @@ def users_listening(port: int) -> dict[Address, set[int]] | None:
     return users
 
 
-def server_problem(where: str, address: str) -> Problem | None:
+def server_problem(where: str, address: str, gain: str = GETS_KEY) -> Problem | None:
     """Return the problem with an address on this machine at which an untrusted user listens, or None.
 
-    That user would receive what is sent there, such as a token. `address` is a URL or host:port; `where` is the setting with it.
+    That user would receive what is sent there, such as a token. `address` is a URL or host:port, `where` is the setting with it,
+    and `gain` says what the user would gain. What is sent to an http:// address through a proxy is readable to the proxy.
     """
+    trust = Trust.from_environ(os.environ)
     parts = urlsplit(address if "://" in address else f"//{address}")
+    if (user := _stranger(parts, trust)) is not None:
+        remedy = f"choose another port, for an ssh tunnel too; if you trust {user} with your account, add {FLAG} {user}"
+        return Problem(f"a process of {user} listens at this address, and {gain}", where, address, remedy)
+    variable, proxy = _proxy(parts)
+    if (user := _stranger(proxy, trust)) is not None:
+        message = f"a process of {user} listens at the address of the proxy for {where}, and {gain}"
+        remedy = f"add the host to no_proxy, or choose another proxy; if you trust {user} with your account, add {FLAG} {user}"
+        return Problem(message, variable, f"{proxy.hostname}:{proxy.port}", remedy)
+    return None
+
+
+def _stranger(parts: SplitResult, trust: Trust) -> str | None:
+    """Return the untrusted user who listens at an address on this machine, or None."""
     try:
         host, port = parts.hostname, parts.port or _PORTS.get(parts.scheme)
     except ValueError:
         # This is not a valid port number.
         return None
-    trust = Trust.from_environ(os.environ)
     if host is None or port is None or trust.anyone:
         return None
     strangers = [uid for uid in _users_reached(host, port) if not trust.accepts_owner(uid)]
-    if not strangers:
-        return None
-    user = user_name(min(strangers))
-    remedy = f"choose another port, for an ssh tunnel too; if you trust {user} with your account, add {FLAG} {user}"
-    message = f"a process of {user} listens at this address, and would get your token or key"
-    return Problem(message, where, address, remedy)
+    return user_name(min(strangers)) if strangers else None
+
+
+def _proxy(parts: SplitResult) -> tuple[str, SplitResult]:
+    """Return the proxy for an address, and the variable that names it; empty for an encrypted address or without a proxy."""
+    proxies = getproxies_environment() if parts.scheme == "http" and parts.hostname else {}
+    kind = next((kind for kind in ("http", "all") if kind in proxies), None)
+    if kind is None or proxy_bypass_environment(parts.hostname or "", proxies):
+        return "", urlsplit("")
+    proxy = proxies[kind]
+    return f"{kind}_proxy", urlsplit(proxy if "://" in proxy else f"http://{proxy}")
 
 
 def _users_reached(host: str, port: int) -> set[int]:
@@ -72,13 +106,22 @@ def _users_reached(host: str, port: int) -> set[int]:
     reached: set[int] = set()
     own = {entry.address.partition("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
     listening = users_listening(port) or {}
-    for address in _resolve(host) if listening else ():
+    for address in map(_destination, _resolve(host)) if listening else ():
         if address.is_loopback or str(address) in own:
             # The system prefers a listener at the exact address to one at all addresses.
             mapped = [IPv6Address(f"::ffff:{address}"), IPv6Address("::")] if isinstance(address, IPv4Address) else []
             candidates = [address, IPv4Address(0) if mapped else IPv6Address("::"), *mapped]
             reached |= next((listening[one] for one in candidates if one in listening), set())
     return reached
+
+
+def _destination(address: Address) -> Address:
+    """Return the address that receives a connection: the system connects to loopback in place of 0.0.0.0 and ::."""
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    if address.is_unspecified:
+        return ip_address("127.0.0.1" if address.version == 4 else "::1")
+    return address
 
 
 def _resolve(host: str) -> set[Address]:

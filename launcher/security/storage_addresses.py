@@ -9,12 +9,15 @@ that they send.
 from __future__ import annotations
 
 import functools
+import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 from launcher.errors import Problem
 from launcher.security.hub_answers import guard_hub_client
+from launcher.security.port_owners import IS_STORAGE, server_problem
 
 # Applies to file systems in fsspec itself; those from other packages exist only because a user installed them.
 _STORAGE = frozenset(
@@ -26,6 +29,18 @@ _STORAGE = frozenset(
 _REMEDY = "write the address of the storage itself, such as s3://, gs:// or https://, or download the files"
 # Limit for web server answers that fsspec reads as a whole; files are written as they arrive.
 MAX_ANSWER_BYTES = 64 << 20
+# Protocols whose addresses name a server, and the variables that name one for a cloud's storage.
+_WITH_SERVER = frozenset({"http", "https", "ftp", "sftp", "ssh", "smb", "webhdfs", "hdfs", "arrow_hdfs"})
+_S3 = frozenset({"s3", "s3a"})
+_VARIABLES = {
+    **dict.fromkeys(("gs", "gcs"), ("STORAGE_EMULATOR_HOST", "FSSPEC_GCS_ENDPOINT_URL", "FSSPEC_GS_ENDPOINT_URL")),
+    **dict.fromkeys(("az", "abfs", "abfss", "adl"), ("AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT_HOST")),
+}
+# The server in a connection string of Azure; a development storage is at this port of the machine.
+_AZURE_SERVER = re.compile(r"(?:^|;)\s*(?:BlobEndpoint|DevelopmentStorageProxyUri)=([^;]+)", re.IGNORECASE)
+_AZURE_DEVELOPMENT, _AZURE_DEVELOPMENT_SERVER = "usedevelopmentstorage=true", "http://127.0.0.1:10000"
+# In place of fsspec's pattern of links in a folder's page, which takes hours for a few thousand spaces.
+_LINK = re.compile(r"""<(a|A)(?=\s)[^<>]*?\s(href|HREF)=["'](?P<url>[^"']+)""")
 # The machine's host keys, in addition to ~/.ssh/known_hosts.
 _SYSTEM_HOST_KEYS = "/etc/ssh/ssh_known_hosts"
 
@@ -45,14 +60,55 @@ def address_problem(where: str, address: str) -> Problem | None:
     return None
 
 
+def listener_problem(where: str, address: str) -> Problem | None:
+    """Return the problem with an address whose server is a port of this machine on which another user listens, or None.
+
+    That user would get a mirror's weights and choose what is read: the rows, or the code that a resume runs. The end of an ssh
+    tunnel can be such a port. `where` is where the user wrote the address.
+    """
+    for part in _parts(address):
+        protocol = part.partition("://")[0]
+        servers = [(where, part)] if protocol in _WITH_SERVER else []
+        servers += [(f"{where}, the endpoint of S3", server) for server in _s3_servers(part)] if protocol in _S3 else []
+        servers += [
+            (name, server) for name in _VARIABLES.get(protocol, ()) for server in _named_servers(os.environ.get(name, ""))
+        ]
+        for name, server in servers:
+            if problem := server_problem(name, server, IS_STORAGE):
+                return problem
+    return None
+
+
+def _s3_servers(address: str) -> Iterator[str]:
+    """Yield the server that the client has chosen: by variables, profiles and settings of AWS, and by those of fsspec."""
+    # The client itself reports what is wrong with its settings, or which package is missing.
+    with suppress(Exception):
+        import fsspec
+
+        client = fsspec.core.url_to_fs(address)[0]
+        client.connect()
+        yield str(client._s3.meta.endpoint_url)
+
+
+def _named_servers(value: str) -> list[str]:
+    """Return the servers in the value of a variable: an address, or a connection string."""
+    if "=" not in value.partition("?")[0]:
+        return [value]
+    return _AZURE_SERVER.findall(value) + [_AZURE_DEVELOPMENT_SERVER] * (_AZURE_DEVELOPMENT in value.lower())
+
+
 def protocols(address: str) -> Iterator[str]:
-    """Yield the protocols in an address, split as in fsspec; a part without :// may be only a protocol, or a path."""
+    """Yield the protocols in an address; a part without :// may be only a protocol, or a path."""
+    return (part.partition("://")[0] for part in _parts(address))
+
+
+def _parts(address: str) -> Iterator[str]:
+    """Yield the parts of a chain such as zip://a::https://b, split as in fsspec."""
     for part in address.split("::"):
-        protocol, _, rest = part.partition("://")
-        yield protocol
+        yield part
         # A new chain can begin where a library removes one of its own prefixes.
-        if "://" in rest:
-            yield from protocols(rest)
+        if "://" in (rest := part.partition("://")[2]):
+            yield from _parts(rest)
 
 
 def guard_clients(address: str) -> None:
@@ -68,8 +124,9 @@ def guard_clients(address: str) -> None:
 
 @functools.cache
 def _bound_answers() -> None:
-    """Bound the size of web server answers that fsspec reads as a whole, such as a page that lists a folder."""
+    """Bound the size of web server answers that fsspec reads as a whole, and the time to find the links in them."""
     import aiohttp
+    import fsspec.implementations.http
     from fsspec.config import conf
 
     class BoundedResponse(aiohttp.ClientResponse):
@@ -83,6 +140,7 @@ def _bound_answers() -> None:
                 self._body = bytes(body)
             return self._body
 
+    fsspec.implementations.http.ex = _LINK
     options = conf.setdefault("http", {})
     options["client_kwargs"] = {"response_class": BoundedResponse, **options.get("client_kwargs", {})}
 

@@ -7,6 +7,7 @@ import json
 import random
 import time
 import tracemalloc
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,13 +19,15 @@ from special_files import link_to_device, make_pipe
 from transformers import AutoTokenizer
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.checks import patterns
+from launcher.data.checks import minhash, patterns
 from launcher.data.sources import Chat, Message, check_sources, files, json_array, parquet, read_documents
 from launcher.data.tokenization import render_limits
 from launcher.data.tokenization.chat_template import ChatTemplate
 from launcher.data.tokenization.loss_mask import LossMask
 from launcher.errors import DataError, Problem
+from launcher.evaluate import answer_text
 from launcher.export.model_card import base_front_matter
+from launcher.security.unicode_forms import to_nfkc
 
 CHAT = Chat("rows.jsonl:1", (Message("user", "Hi"), Message("assistant", "Hello.")))
 
@@ -73,6 +76,55 @@ def test_an_endless_template_is_refused(tokenizer_dir: Path, template: str, mess
     while time.process_time() < until:
         pass
     assert ChatTemplate(AutoTokenizer.from_pretrained(str(tokenizer_dir)), "{{ messages[0].content }}").render(CHAT) == "Hi"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_conversation_of_many_messages_has_no_more_time(tokenizer_dir: Path, marked: bool) -> None:
+    """The template is rendered for each answer, so the time grows with the square of the number of messages."""
+    answer = "{% generation %}{{ m.content }}{% endgeneration %}" if marked else "{{ m.content }}"
+    text = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'user' %}{{ m.content }}{% else %}"
+        + answer
+        + "{% endif %}\n{% endfor %}"
+    )
+    text += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    mask = LossMask(ChatTemplate(AutoTokenizer.from_pretrained(str(tokenizer_dir)), text), [])
+    turns = [Message(role, f"{role} {i}") for i in range(2000) for role in ("user", "assistant")]
+    begun = time.process_time()
+    with pytest.raises(DataError, match=r"the chat template takes more than 0\.5 s for one conversation"):
+        mask.find_spans(Chat("rows.jsonl:1", tuple(turns)), "assistant")
+    assert time.process_time() - begun < 5
+    assert len(mask.find_spans(Chat("rows.jsonl:2", tuple(turns[:20])), "assistant")[1]) == 10
+
+
+def test_a_row_of_too_many_messages_is_refused(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}] * 10_001
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}))
+    problem = refusal(Source(path=str(tmp_path / "rows.jsonl")))
+    assert problem.message == "messages has more than 10,000 messages"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_row_of_many_keys_is_not_shown_whole(tmp_path: Path, kind: str) -> None:
+    keys = [f"key{i}" for i in range(10_000)]
+    content = json.dumps(dict.fromkeys(keys, 1)) if kind == "jsonl" else f"{','.join(keys)}\n1,2\n"
+    (tmp_path / f"rows.{kind}").write_text(content)
+    problem = refusal(Source(path=str(tmp_path / f"rows.{kind}")))
+    assert "and 9,970 more" in problem.message
+    assert len(problem.message) < 1000
+
+
+@pytest.mark.timeout(60)
+def test_marks_on_a_character_take_little_time() -> None:
+    """Python sorts them: two million in the wrong order would take hours."""
+    text = "a" + "\u0301" * 1_000_000 + "\u0316" * 1_000_000
+    begun = time.process_time()
+    assert minhash.make_comparable(text).startswith(b"\xc3\xa1")
+    assert answer_text.normalized_words(text)
+    assert time.process_time() - begun < 20
+    hardly_any = "Tie\u0302\u0301ng Vie\u0323\u0302t a" + "\u0301" * 10 + "\u0316" * 10
+    assert to_nfkc(hardly_any) == unicodedata.normalize("NFKC", hardly_any) != hardly_any
 
 
 @pytest.mark.timeout(60)

@@ -12,17 +12,37 @@ from pathlib import Path
 import pytest
 from plan_fixtures import config_of
 
+from launcher.checkpoint.mirror.remote_folder import RemoteFolder
 from launcher.cli.accounts import account_results
 from launcher.config.schema import RunConfig
-from launcher.errors import DataError, PushError
+from launcher.config.sections.data import Source
+from launcher.data.sources import locate
+from launcher.errors import DataError, PushError, SubmitError
 from launcher.export import hub
 from launcher.security import port_owners
 from launcher.security.hub_answers import guard_hub_client
+from launcher.security.storage_addresses import listener_problem
 from launcher.tracking.wandb import local_settings
 
 __all__ = ["config_of"]
 
 MALLORY, PORT = 54321, 8265
+# Of loopback: the system connects to it in place of all addresses.
+OTHER_FORMS = ("http://0.0.0.0:8265", "http://[::]:8265", "http://[::ffff:127.0.0.1]:8265", "http://127.1:8265")
+# Servers of storage: where each is named, and the address that is read.
+STORAGE = (
+    ({}, f"http://localhost:{PORT}/rows.jsonl"),
+    ({}, f"simplecache::ftp://127.0.0.1:{PORT}/rows.jsonl"),
+    ({}, f"zip://rows.jsonl::https://0.0.0.0:{PORT}/rows.zip"),
+    ({}, f"webhdfs://localhost:{PORT}/rows.jsonl"),
+    ({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{PORT}"}, "s3://bucket/runs"),
+    ({"AWS_ENDPOINT_URL_S3": f"http://localhost:{PORT}"}, "simplecache::s3://bucket/runs"),
+    ({"STORAGE_EMULATOR_HOST": f"localhost:{PORT}"}, "gs://bucket/runs"),
+    (
+        {"AZURE_STORAGE_CONNECTION_STRING": f"AccountName=a;BlobEndpoint=http://localhost:{PORT}/a;AccountKey=b=="},
+        "az://box/runs",
+    ),
+)
 Listen = Callable[..., None]
 
 
@@ -50,7 +70,9 @@ def listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Listen]:
     guard_hub_client.cache_clear()
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "127.0.0.1:8265", "http://localhost:8265/a", "[::1]:8265"])
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:8265", "127.0.0.1:8265", "http://localhost:8265/a", "[::1]:8265", *OTHER_FORMS]
+)
 @pytest.mark.parametrize("at", ["own", "all", "both"])
 def test_a_server_of_another_user_on_this_machine_is_refused(listen: Listen, address: str, at: str) -> None:
     addresses = {"own": ["127.0.0.1", "::1"], "all": ["0.0.0.0", "::"], "both": ["::"]}[at]
@@ -100,6 +122,80 @@ def test_the_hub_and_wandb_get_no_key_there(
     results = {result.name: result for result in account_results.check_accounts(config_of())}
     assert "would get your token or key" in results["Hub"].seen
     assert "would get your token or key" in results["W&B"].seen
+
+
+def test_what_a_proxy_of_another_user_could_read_is_refused(listen: Listen, monkeypatch: pytest.MonkeyPatch) -> None:
+    listen(("127.0.0.1", MALLORY))
+    monkeypatch.setenv("http_proxy", f"http://user:canary-password@127.0.0.1:{PORT}")
+    monkeypatch.setenv("no_proxy", "10.0.0.2")
+    problem = port_owners.server_problem("cluster.address", "http://10.0.0.1:8000")
+    assert problem is not None
+    assert problem.message.startswith(f"a process of {MALLORY} listens at the address of the proxy for cluster.address")
+    assert (problem.where, problem.value) == ("http_proxy", f"127.0.0.1:{PORT}")
+    assert "canary" not in str(problem)
+    # The proxy sees only that an encrypted connection is made, and is not asked for the others.
+    for address in ("https://10.0.0.1:8000", "http://10.0.0.2:8000", "10.0.0.1:8000"):
+        assert port_owners.server_problem("", address) is None, address
+
+
+@pytest.mark.parametrize("name", ["own", "working directory"])
+def test_a_server_that_wandb_login_has_written_gets_no_key(
+    listen: Listen, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    listen(("127.0.0.1", MALLORY))
+    own, here = tmp_path / "own", tmp_path / "wandb"
+    file = (own if name == "own" else here) / "settings"
+    file.parent.mkdir()
+    file.write_text(f"[default]\nbase_url = http://localhost:{PORT}\nentity = 100%\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(own))
+    problem = local_settings.find_problem()
+    assert problem is not None
+    assert (problem.where, problem.value) == (str(file), f"http://localhost:{PORT}")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.com")
+    assert local_settings.find_problem() is None, "the variable comes first"
+
+
+@pytest.fixture
+def without_cloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No settings of clouds, and no clients that have been made with others."""
+    import s3fs
+
+    for variable in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws"))
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.usefixtures("without_cloud")
+@pytest.mark.parametrize(("environ", "address"), STORAGE)
+def test_storage_of_another_user_on_this_machine_is_refused(
+    listen: Listen, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], address: str
+) -> None:
+    """They would get the weights, and choose the code that a resume runs."""
+    for variable, value in environ.items():
+        monkeypatch.setenv(variable, value)
+    listen(("127.0.0.1", os.geteuid()))
+    assert listener_problem("checkpoint.mirror", address) is None
+    listen(("127.0.0.1", MALLORY))
+    for read in (lambda: RemoteFolder(address), lambda: locate.fetch_files(Source(path=address))):
+        with pytest.raises((SubmitError, DataError), match="would get what is written there, and choose what is read") as error:
+            read()
+        assert "AccountKey" not in str(error.value)
+
+
+@pytest.mark.usefixtures("without_cloud")
+def test_a_mirror_notices_that_another_user_has_taken_its_port(listen: Listen, tmp_path: Path) -> None:
+    """An ssh tunnel may end while a run is trained."""
+    (tmp_path / "aws").write_text(f"[default]\nendpoint_url = http://127.0.0.1:{PORT}\n")
+    listen(("127.0.0.1", os.geteuid()))
+    mirror = RemoteFolder("s3://bucket/runs", waits_s=())
+    listen(("127.0.0.1", MALLORY))
+    with pytest.raises(SubmitError, match="would get what is written there"):
+        mirror.write("code.zip", b"code")
 
 
 def test_the_tables_of_the_system_are_read() -> None:

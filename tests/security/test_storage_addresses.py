@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from types import ModuleType
 
+import fsspec.implementations.http as fsspec_http
 import pytest
 from http_server import serving
 
@@ -16,7 +17,7 @@ from launcher.config.sections.data import DataSection, Source
 from launcher.data.sources import check_sources, locate
 from launcher.errors import DataError, SubmitError
 from launcher.security import storage_addresses
-from launcher.security.storage_addresses import address_problem
+from launcher.security.storage_addresses import address_problem, guard_clients
 
 CANARY = "hf_canaryCANARY0123456789abcd"
 
@@ -93,6 +94,16 @@ def test_what_is_no_storage(address: str) -> None:
 )
 def test_storage(address: str) -> None:
     assert address_problem("data.path", address) is None
+
+
+@pytest.mark.timeout(60)
+def test_the_links_of_a_page_are_found_in_little_time() -> None:
+    """A folder's page with 2,000 spaces took fsspec a minute, in which the process reacted to no signal."""
+    guard_clients("https://host/folder/")
+    for page in ("<a " + " " * 200_000, "<a " * 200_000, "<a x" * 200_000, "<a href='" * 200_000):
+        fsspec_http.ex.findall(page)
+    page = """<a href="a.jsonl">a</a> <A title="t"\n HREF='/b'> <address href="none"> <a\thref="https://c/d">"""
+    assert [link[2] for link in fsspec_http.ex.findall(page)] == ["a.jsonl", "/b", "https://c/d"]
 
 
 @pytest.fixture

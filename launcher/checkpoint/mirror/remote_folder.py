@@ -29,7 +29,7 @@ from launcher.atomic_files import FileEntry
 from launcher.errors import CheckpointError, LauncherError, SubmitError
 from launcher.security import ownership
 from launcher.security.permissions import tree
-from launcher.security.storage_addresses import address_problem, guard_clients
+from launcher.security.storage_addresses import address_problem, guard_clients, listener_problem
 from launcher.security.trust import FLAG, user_name
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ _WAITS_S = (1.0, 2.0, 4.0, 8.0)
 # Errors that would repeat in a retry.
 _PERMANENT = (
     *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError),
-    CheckpointError,
+    LauncherError,
 )
 # Object stores: an object appears when its upload is complete, and a rename is a copy. Elsewhere a file grows under its name.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "obs", "tos", "cos"}
@@ -186,14 +186,22 @@ class RemoteFolder:
             self._retry(lambda: self._fs.rm(self._path_to_change(name), recursive=True))
 
     def _retry(self, action: Callable[[], T]) -> T:
-        """Repeat an action after a possibly transient failure: storage raises many exception types for "not now"."""
+        """Repeat an action after a possibly transient failure: storage raises many exception types for "not now".
+
+        During a run, an ssh tunnel may end, and another user may take its port.
+        """
+
+        def act() -> T:
+            _require_own_listener(self.url, self.origin)
+            return action()
+
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, _PERMANENT)),
             stop=tenacity.stop_after_attempt(len(self._waits_s) + 1),
             wait=tenacity.wait_chain(*map(tenacity.wait_fixed, (*self._waits_s, 0.0))),
             reraise=True,
         )
-        return retrying(action)
+        return retrying(act)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
@@ -349,6 +357,7 @@ def _connect(url: str, origin: str) -> tuple[Any, str]:
     if problem := address_problem(origin, url):
         raise SubmitError(problem)
     guard_clients(url)
+    _require_own_listener(url, origin)
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -367,6 +376,12 @@ def _connect(url: str, origin: str) -> tuple[Any, str]:
             remedy=f"start it with one of: {known}",
         ) from None
     return fs, str(path)
+
+
+def _require_own_listener(url: str, origin: str) -> None:
+    """Reject a server on this machine at whose port another user listens, who would get the weights."""
+    if problem := listener_problem(origin, url):
+        raise SubmitError(problem)
 
 
 def _package(url: str, error: ImportError) -> str:

@@ -22,7 +22,7 @@ import xxhash
 
 from launcher.data.sources import foreign_files, parquet
 from launcher.data.sources.json_array import parse_json, read_array, refuse_limit
-from launcher.data.sources.row_values import HARMLESS_BYTES, MAX_EXPANSION, MAX_ROW_BYTES, Row, a_json_type, refuse, safe_excerpt
+from launcher.data.sources.row_values import HARMLESS_BYTES, MAX_EXPANSION, MAX_ROW_BYTES, Row, a_json_type, list_names, refuse
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSED = (".gz", ".zst")
@@ -328,7 +328,7 @@ def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
                 header = [cell.strip() for cell in cells]
                 # If a table has no header, these are the cells of its first row.
                 foreign_files.refuse_other_separator(header, place)
-                names = ", ".join(map(safe_excerpt, header))
+                names = list_names(header)
                 if len(set(header)) < len(header):
                     refuse(f"the first line names a column twice ({names})", place, "give every column its own name")
             elif len(cells) != len(header):

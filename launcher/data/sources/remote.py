@@ -20,7 +20,7 @@ from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose_files, list_unused, require_short_readme
 from launcher.errors import DataError, Problem
 from launcher.security import ownership
-from launcher.security.storage_addresses import address_problem, guard_clients
+from launcher.security.storage_addresses import address_problem, guard_clients, listener_problem
 
 # File metadata that changes with the content, by its names in various storages.
 _VERSION_KEYS = (
@@ -188,8 +188,11 @@ def _missing_package(error: ImportError) -> str:
 def _connect(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
-    if problem := address_problem("the address of the data", url):
+    where = "the address of the data"
+    if problem := address_problem(where, url):
         raise DataError(problem)
     guard_clients(url)
+    if problem := listener_problem(where, url):
+        raise DataError(problem)
     fs, path = url_to_fs(url)
     return fs, str(path)

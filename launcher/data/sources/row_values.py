@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from launcher.config.sections.data import COLUMNS_EXAMPLE
@@ -17,6 +18,8 @@ MAX_ROW_BYTES = 256 << 20
 MAX_EXPANSION, HARMLESS_BYTES = 200, 64 << 20
 
 _EXCERPT_CHARS = 40
+# A row may have a million keys.
+_MAX_KEYS = 30
 _MISSING_REMEDY = f"add the key, set the source's format, or name the row's own key in the source's columns: {COLUMNS_EXAMPLE}"
 
 
@@ -84,7 +87,13 @@ def from_json(value: Any) -> Any:
 
 def list_keys(row: Row) -> str:
     """Return the row's keys for an error message."""
-    return f"found: {', '.join(sorted(map(safe_excerpt, row))) or 'none'}"
+    return f"found: {list_names(sorted(row)) or 'none'}"
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Return the first names of keys or columns for an error message."""
+    shown = ", ".join(map(safe_excerpt, names[:_MAX_KEYS]))
+    return shown if len(names) <= _MAX_KEYS else f"{shown} and {len(names) - _MAX_KEYS:,} more"
 
 
 def safe_excerpt(value: object) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -13,6 +15,7 @@ import jinja2
 from transformers.utils import chat_template_utils
 
 from launcher.data.sources import Chat, Message
+from launcher.data.tokenization import render_limits
 from launcher.data.tokenization.render_limits import LimitReached, limited
 from launcher.errors import DataError, Problem
 
@@ -46,11 +49,27 @@ class ChatTemplate:
         self._text = text
         self.name = name or str(tokenizer.name_or_path)
         self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        # The time that is left for the renderings of the present conversation; None outside of `one_conversation`.
+        self._left_s: float | None = None
 
     @property
     def is_given(self) -> bool:
         """True if there is a template to render chats with."""
         return self._text is not None or bool(self._tokenizer.chat_template)
+
+    @contextmanager
+    def one_conversation(self) -> Iterator[None]:
+        """Bound the time of all renderings in this block together: there may be one for each message of a conversation."""
+        self._left_s = render_limits.MAX_CPU_S
+        try:
+            yield
+        finally:
+            self._left_s = None
+
+    @property
+    def is_out_of_time(self) -> bool:
+        """True if the renderings of the present conversation have taken all of their time."""
+        return self._left_s is not None and self._left_s <= 0
 
     def list_split_tokens(self) -> tuple[str, ...]:
         """Return the control tokens in the template's source that the tokenizer splits into several tokens."""
@@ -150,7 +169,7 @@ class ChatTemplate:
     def _render(
         self, chat: Chat, messages: Sequence[Message], generation_prompt: bool, marks: bool, with_tools: bool = True
     ) -> tuple[str, list[tuple[int, int]]]:
-        source = self._source(chat)
+        begun, source = time.process_time(), self._source(chat)
         rows, tools = [_to_template_row(message) for message in messages], (list(chat.tools) if with_tools else []) or None
         values = {"add_generation_prompt": generation_prompt, **self._special_tokens}
 
@@ -164,9 +183,10 @@ class ChatTemplate:
             return texts[0], [tuple(span) for span in spans[0]]
 
         try:
-            return limited(render)
+            return limited(render, self._left_s)
         except LimitReached as error:
-            remedy = "look for endless loops in the template; set data.chat_template to a file with one that you trust"
+            remedy = "split a conversation of thousands of messages; or look for endless loops in the template, and set "
+            remedy += "data.chat_template to a file with one that you trust"
             raise DataError(Problem(f"the chat template {error}", chat.where, self.name, remedy)) from None
         except jinja2.TemplateSyntaxError as error:
             problem = f"the chat template is not valid Jinja: {error.message} (line {error.lineno})"
@@ -179,6 +199,9 @@ class ChatTemplate:
             )
             remedy += "roles are out of order with data.checks.role_order=drop"
             raise DataError(Problem(problem, chat.where, self.name, remedy)) from error
+        finally:
+            if self._left_s is not None:
+                self._left_s -= time.process_time() - begun
 
 
 @functools.lru_cache(maxsize=8)

@@ -30,16 +30,20 @@ class LimitReached(BaseException):
     """A template takes too much time or memory; the message says which. No `except Exception` in Jinja's tests catches it."""
 
 
-def limited(action: Callable[[], T]) -> T:
-    """Run an action with at most MAX_CPU_S and MAX_BYTES of additional memory; only the main thread can be limited.
+def limited(action: Callable[[], T], max_cpu_s: float | None = None) -> T:
+    """Run an action with at most `max_cpu_s` (None: MAX_CPU_S) and MAX_BYTES of additional memory.
 
-    This is not a context manager, because the limit could be reached again while leaving it.
+    Only the main thread can be limited. This is not a context manager, because the limit could be reached again while leaving it.
 
     Raises:
         LimitReached: if it exceeds a limit.
     """
     if threading.current_thread() is not threading.main_thread():
         return action()
+    max_cpu_s = MAX_CPU_S if max_cpu_s is None else max_cpu_s
+    if max_cpu_s <= 0:
+        # A timer of no time would not be set.
+        raise _too_long()
     global _is_armed
     if signal.getsignal(signal.SIGVTALRM) is not _raise:
         signal.signal(signal.SIGVTALRM, _raise)
@@ -49,7 +53,7 @@ def limited(action: Callable[[], T]) -> T:
     resource.setrlimit(resource.RLIMIT_AS, (within[0], before[1]))
     try:
         _is_armed = True
-        signal.setitimer(signal.ITIMER_VIRTUAL, MAX_CPU_S, _REPEAT_S)
+        signal.setitimer(signal.ITIMER_VIRTUAL, max_cpu_s, _REPEAT_S)
         return action()
     except MemoryError:
         raise LimitReached(f"takes more than {MAX_BYTES >> 30} GiB of memory for one conversation") from None
@@ -62,7 +66,11 @@ def limited(action: Callable[[], T]) -> T:
 
 def _raise(*_: Any) -> None:
     if _is_armed:
-        raise LimitReached(f"takes more than {MAX_CPU_S:g} s for one conversation")
+        raise _too_long()
+
+
+def _too_long() -> LimitReached:
+    return LimitReached(f"takes more than {MAX_CPU_S:g} s for one conversation")
 
 
 @functools.lru_cache(maxsize=1)

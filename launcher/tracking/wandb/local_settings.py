@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import configparser
 import ctypes
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from launcher.security.port_owners import server_problem
 
 # W&B takes the first of these folders that exists.
 _FOLDERS = (".wandb", "wandb")
-_SERVER = "WANDB_BASE_URL"
+_SERVER, _CONFIG_FOLDER = "WANDB_BASE_URL", "WANDB_CONFIG_DIR"
 _SUBJECT = "the settings file that W&B reads in the working directory"
 _CLONE_FS = 0x200
 
@@ -21,15 +23,27 @@ _CLONE_FS = 0x200
 def find_problem() -> Problem | None:
     """Return why the server that would get the key is not trusted, or None if it is.
 
-    Other users may have written W&B settings in the working directory, or may listen at WANDB_BASE_URL on this machine.
+    Other users may have written W&B settings in the working directory, or may listen at the server's address on this machine.
     """
-    if problem := server_problem(_SERVER, os.environ.get(_SERVER, "")):
-        return problem
     files = _files()
-    if not any(map(os.path.lexists, files)):
-        return None
-    problem = next(filter(None, map(_problem_of, files)), None)
-    return problem and replace(problem, remedy=f"change to a folder of your own (cd); or {problem.remedy}")
+    problem = next(filter(None, map(_problem_of, files)), None) if any(map(os.path.lexists, files)) else None
+    if problem is not None:
+        return replace(problem, remedy=f"change to a folder of your own (cd); or {problem.remedy}")
+    return server_problem(*_server())
+
+
+def _server() -> tuple[str, str]:
+    """Return where the server's address is set, and the address: `wandb login --host` writes it to a file of settings."""
+    if address := os.environ.get(_SERVER):
+        return _SERVER, address
+    # W&B takes the folder of the working directory first.
+    for file in (*_files(), Path(os.environ.get(_CONFIG_FOLDER) or "~/.config/wandb").expanduser() / "settings"):
+        parser = configparser.ConfigParser(interpolation=None)
+        with suppress(OSError, configparser.Error, UnicodeDecodeError):
+            parser.read(file)
+            if address := parser.get("default", "base_url", fallback=""):
+                return str(file), address
+    return _SERVER, ""
 
 
 def leave_folder_of_others(only_this_thread: bool = False) -> None:
