@@ -33,9 +33,9 @@ FORMS = (
 )
 # A user with a password and a fully qualified host name, as the whole text; a run with an image digest looks similar.
 LOGIN = re.compile(r"(?!run:|mailto:)[\w.+%-]{1,64}:[^\s/@:]{3,128}@[\w-]+(?:\.[\w-]+)+(?::\d+)?(?:/\S*)?")
-# Case-insensitive names of variables that hold credentials, such as PGPASSWORD, SSHPASS and GITHUB_PAT.
+# Case-insensitive names of variables that hold credentials, such as PGPASSWORD, SSHPASS, SLURM_JWT and GITHUB_PAT.
 VARIABLE = (
-    r"(?:\w*(?:token|secret|password|passwd|passphrase|credentials?)"
+    r"(?:\w*(?:token|secret|password|passwd|passphrase|credentials?|jwt)"
     r"|(?:\w+_)?(?:(?:api_?)?key|key_id|(?:ssh)?pass|connection_string)|\w+_(?:pat|pwd))"
 )
 _VARIABLE = re.compile(VARIABLE, re.IGNORECASE)

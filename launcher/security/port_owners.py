@@ -9,7 +9,7 @@ from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 import psutil
 
@@ -95,7 +95,7 @@ def _proxy(parts: SplitResult) -> tuple[str, SplitResult]:
     """Return the proxy for an address, and the variable that names it; empty for an encrypted address or without a proxy."""
     proxies = getproxies_environment() if parts.scheme == "http" and parts.hostname else {}
     kind = next((kind for kind in ("http", "all") if kind in proxies), None)
-    if kind is None or proxy_bypass_environment(parts.hostname or "", proxies):
+    if kind is None or proxy_bypass(parts.hostname or "", proxies):
         return "", urlsplit("")
     proxy = proxies[kind]
     return f"{kind}_proxy", urlsplit(proxy if "://" in proxy else f"http://{proxy}")

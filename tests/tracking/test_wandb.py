@@ -203,7 +203,7 @@ def test_the_next_attempt_continues_the_same_run(make_plan: PlanMaker, run_dir: 
 def test_no_secret_of_the_environment_is_in_the_run_directory(
     make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("CANARY_TOKEN", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+    for name in ("CANARY_TOKEN", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SLURM_JWT"):
         monkeypatch.setenv(name, CANARY)
     plan = make_plan()
     plan_file = run_dir.parent / "plan.json"

@@ -23,6 +23,8 @@ from typing import Any, Literal
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.security.credentials import environment_secrets
+from launcher.security.redaction import looks_secret
 from launcher.shell_commands import shell_command
 from launcher.tracking import metrics as metrics_table
 from launcher.tracking.jsonl import NON_METRIC_FIELDS, continued_lines, iter_lines, merge_steps
@@ -39,7 +41,7 @@ _UPLOADED = "uploaded"
 # Exit codes that W&B's page shows as different outcomes; W&B itself uses 255 for Ctrl-C.
 _EXIT_CODES = {"completed": 0, "cancelled": 255}
 
-_SECRET_VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?|JWT)$", re.IGNORECASE)
 # W&B accepts titles of fewer than 64 characters.
 _MAX_TITLE, _MAX_RUN_NAME = 63, 30
 # W&B drops an alert with the title of an earlier one for this long, by default a minute. launcher.tracking.tracker.RateLimit
@@ -103,6 +105,7 @@ class Session:
         self._plan, self._run_dir = plan, run
         config = plan.config.tracking
         before = folders(run, plan.wandb_id)
+        _leave_out_slurm_credentials()
         try:
             self._run = wandb.init(
                 id=plan.wandb_id,
@@ -292,6 +295,17 @@ class Session:
         except OSError:
             return ""
         return match[1] if match else ""
+
+
+def _leave_out_slurm_credentials() -> None:
+    """Remove credentials among Slurm's variables: W&B's process uploads every variable whose name begins with SLURM_.
+
+    With SLURM_JWT, whoever can see the W&B project could start jobs in this user's name.
+    """
+    named = environment_secrets(os.environ)
+    for name, value in list(os.environ.items()):
+        if name.startswith("SLURM_") and (name in named or looks_secret(name, value)):
+            os.environ.pop(name, None)
 
 
 def sync_command(run: RunDir, wandb_id: str, session: Session | None) -> str:
