@@ -32,10 +32,13 @@ MAX_ANSWER_BYTES = 64 << 20
 # Protocols whose addresses name a server, and the variables that name one for a cloud's storage.
 _WITH_SERVER = frozenset({"http", "https", "ftp", "sftp", "ssh", "smb", "webhdfs", "hdfs", "arrow_hdfs"})
 _S3 = frozenset({"s3", "s3a"})
+_GOOGLE, _AZURE = frozenset({"gs", "gcs"}), frozenset({"az", "abfs", "abfss", "adl"})
 _VARIABLES = {
-    **dict.fromkeys(("gs", "gcs"), ("STORAGE_EMULATOR_HOST", "FSSPEC_GCS_ENDPOINT_URL", "FSSPEC_GS_ENDPOINT_URL")),
-    **dict.fromkeys(("az", "abfs", "abfss", "adl"), ("AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT_HOST")),
+    **dict.fromkeys(_GOOGLE, ("STORAGE_EMULATOR_HOST",)),
+    **dict.fromkeys(_AZURE, ("AZURE_STORAGE_CONNECTION_STRING",)),
 }
+# fsspec's settings (FSSPEC_OSS_ENDPOINT=...) that name a server; those of one protocol hold for its other names.
+_OPTIONS = ("endpoint_url", "endpoint", "account_host", "connection_string")
 # The server in a connection string of Azure; a development storage is at this port of the machine.
 _AZURE_SERVER = re.compile(r"(?:^|;)\s*(?:BlobEndpoint|DevelopmentStorageProxyUri)=([^;]+)", re.IGNORECASE)
 _AZURE_DEVELOPMENT, _AZURE_DEVELOPMENT_SERVER = "usedevelopmentstorage=true", "http://127.0.0.1:10000"
@@ -70,9 +73,7 @@ def listener_problem(where: str, address: str) -> Problem | None:
         protocol = part.partition("://")[0]
         servers = [(where, part)] if protocol in _WITH_SERVER else []
         servers += [(f"{where}, the endpoint of S3", server) for server in _s3_servers(part)] if protocol in _S3 else []
-        servers += [
-            (name, server) for name in _VARIABLES.get(protocol, ()) for server in _named_servers(os.environ.get(name, ""))
-        ]
+        servers += [(name, server) for name, value in _named_values(protocol) for server in _servers_in(value)]
         for name, server in servers:
             if problem := server_problem(name, server, IS_STORAGE):
                 return problem
@@ -90,8 +91,19 @@ def _s3_servers(address: str) -> Iterator[str]:
         yield str(client._s3.meta.endpoint_url)
 
 
-def _named_servers(value: str) -> list[str]:
-    """Return the servers in the value of a variable: an address, or a connection string."""
+def _named_values(protocol: str) -> Iterator[tuple[str, str]]:
+    """Yield the names and values of variables and of fsspec's settings that name the server of a protocol."""
+    from fsspec.config import conf
+
+    yield from ((name, os.environ.get(name, "")) for name in _VARIABLES.get(protocol, ()))
+    names = next((names for names in (_GOOGLE, _AZURE) if protocol in names), (protocol,))
+    for name in names:
+        options = conf.get(name, {})
+        yield from ((f"fsspec's setting {name}.{option}", str(options[option])) for option in _OPTIONS if options.get(option))
+
+
+def _servers_in(value: str) -> list[str]:
+    """Return the servers in a value: an address, or a connection string."""
     if "=" not in value.partition("?")[0]:
         return [value]
     return _AZURE_SERVER.findall(value) + [_AZURE_DEVELOPMENT_SERVER] * (_AZURE_DEVELOPMENT in value.lower())

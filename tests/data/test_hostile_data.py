@@ -159,6 +159,12 @@ def test_a_table_that_expands_out_of_proportion_is_refused(tmp_path: Path) -> No
     )
 
 
+def test_a_time_that_python_cannot_represent_is_refused(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["a"], "at": pyarrow.array([2**62], pyarrow.timestamp("us"))})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert refusal(Source(path=str(tmp_path / "rows.parquet"))).message == "the parquet file is corrupt: date value out of range"
+
+
 def dictionary_table(values: list[str], indices: list[int]) -> pyarrow.Array:
     """A column whose rows refer to a few values, which a parquet file holds once."""
     return pyarrow.DictionaryArray.from_arrays(pyarrow.array(indices, pyarrow.int32()), pyarrow.array(values))

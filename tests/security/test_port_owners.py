@@ -10,6 +10,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from fsspec.config import set_conf_env
 from plan_fixtures import config_of
 
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder
@@ -42,6 +43,8 @@ STORAGE = (
         {"AZURE_STORAGE_CONNECTION_STRING": f"AccountName=a;BlobEndpoint=http://localhost:{PORT}/a;AccountKey=b=="},
         "az://box/runs",
     ),
+    ({"FSSPEC_ABFS_ACCOUNT_HOST": f"localhost:{PORT}"}, "az://box/runs"),
+    ({"FSSPEC_OSS_ENDPOINT": f"http://localhost:{PORT}"}, "oss://bucket/runs"),
 )
 Listen = Callable[..., None]
 
@@ -178,6 +181,9 @@ def test_storage_of_another_user_on_this_machine_is_refused(
     """They would get the weights, and choose the code that a resume runs."""
     for variable, value in environ.items():
         monkeypatch.setenv(variable, value)
+    settings: dict[str, dict[str, str]] = {}
+    set_conf_env(settings)
+    monkeypatch.setattr("fsspec.config.conf", settings)
     listen(("127.0.0.1", os.geteuid()))
     assert listener_problem("checkpoint.mirror", address) is None
     listen(("127.0.0.1", MALLORY))

@@ -62,7 +62,8 @@ def parse_part(data: bytes, name: str, first: int) -> Iterator[tuple[Row, str]]:
 
     try:
         rows = pyarrow.ipc.open_stream(data).read_all().to_pylist()
-    except (pyarrow.ArrowException, ValueError) as error:
+    # OverflowError: for example, a time that Python cannot represent.
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         _corrupt(error, name, first - 1)
     for number, row in enumerate(rows, start=first):
         yield {key: _without_nulls(value) for key, value in row.items()}, f"{name}:row {number}"
