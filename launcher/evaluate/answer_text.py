@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from typing import Any
 
-from launcher.security.unicode_forms import to_nfkc
+from launcher.data.checks.unicode_forms import to_nfkc
 
 _ARTICLES = frozenset({"a", "an", "the"})
 # Removed only at the edges of words: 3.5, C++ and -5 stay unchanged.

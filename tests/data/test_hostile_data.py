@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from launcher.config.sections.data import DataSection, Source
 from launcher.data.checks import minhash, patterns
+from launcher.data.checks.unicode_forms import to_nfkc
 from launcher.data.sources import Chat, Message, check_sources, files, json_array, parquet, read_documents
 from launcher.data.tokenization import render_limits
 from launcher.data.tokenization.chat_template import ChatTemplate
@@ -27,7 +28,6 @@ from launcher.data.tokenization.loss_mask import LossMask
 from launcher.errors import DataError, Problem
 from launcher.evaluate import answer_text
 from launcher.export.model_card import base_front_matter
-from launcher.security.unicode_forms import to_nfkc
 
 CHAT = Chat("rows.jsonl:1", (Message("user", "Hi"), Message("assistant", "Hello.")))
 

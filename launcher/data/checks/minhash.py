@@ -14,7 +14,7 @@ import numpy as np
 import rensa
 import xxhash
 
-from launcher.security.unicode_forms import to_nfkc
+from launcher.data.checks.unicode_forms import to_nfkc
 
 NUM_SLOTS = 128
 WINDOW_BYTES = 16
