@@ -50,7 +50,7 @@ def split(train: TrainSection, data: DataSection, world_size: int, device: str, 
         sizes = " or ".join(str(s) for s in (lower, upper) if s)
         worlds = ", ".join(map(str, divisors(total)))
         raise ConfigError(
-            f"train.global_batch_size={total} does not divide over {world_size} ranks",
+            f"train.global_batch_size={total} cannot be split evenly over {world_size} ranks",
             where="train.global_batch_size",
             value=str(total),
             remedy=f"set it to {sizes}, or use one of these numbers of ranks: {worlds}",

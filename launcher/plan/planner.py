@@ -88,7 +88,7 @@ def fit_workers(planned: LaunchPlan, num_workers: int, ranks_per_node: int) -> L
         with suppress(ConfigError):
             return resized(planned, ranks, min(ranks, ranks_per_node))
     raise ConfigError(
-        f"the global batch does not divide over any number of workers up to {num_workers}",
+        f"the global batch cannot be split evenly over any number of workers up to {num_workers}",
         where="train.global_batch_size",
         value=str(planned.batch.global_batch_size),
         remedy="leave train.micro_batch_size and deepspeed.hpz_partition_size unset, or change the batch",

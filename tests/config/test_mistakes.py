@@ -298,8 +298,8 @@ def test_settings_that_the_plan_cannot_satisfy_are_refused(shown: Shown) -> None
         in text
     )
     assert (
-        "train.global_batch_size=7 does not divide over 2 ranks\n  where:  train.global_batch_size (command line)\n  value:  7\n"
-        in text
+        "train.global_batch_size=7 cannot be split evenly over 2 ranks\n"
+        "  where:  train.global_batch_size (command line)\n  value:  7\n" in text
     )
     assert "remedy: set it to 6 or 8, or use one of these numbers of ranks: 1, 7" in text
 

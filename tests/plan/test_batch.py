@@ -62,7 +62,7 @@ def test_the_remedies_for_an_indivisible_batch_work() -> None:
             with pytest.raises(ConfigError) as error:
                 divide(total, world)
             (problem,) = error.value.problems
-            assert problem.message == f"train.global_batch_size={total} does not divide over {world} ranks"
+            assert problem.message == f"train.global_batch_size={total} cannot be split evenly over {world} ranks"
             sizes, ranks = (
                 [int(n) for n in re.findall(r"\d+", part)]
                 for part in problem.remedy.split(", or use one of these numbers of ranks:")
