@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from launcher.errors import CheckpointError, ConfigError, Problem
 from launcher.evaluate.engines.transformers_engine import TransformersEngine
 from launcher.export import hf_folder
 from launcher.models import remote_code
+from launcher.plan.plan_checks import context_tokens
 from launcher.train.model import read_own_config
 from launcher.worker.checks import weight_check
 
@@ -70,7 +72,7 @@ def checked(folder: Path, **settings: Any) -> list[Problem]:
 def test_the_code_of_a_folder_runs_only_where_its_digest_is_set(folder: Path, tmp_path: Path) -> None:
     # A revision pins nothing of a folder.
     (problem,) = checked(folder, trust_remote_code=True, revision="0" * 40)
-    assert problem.message.startswith("model.path: the code of the folder is not pinned")
+    assert problem.message.startswith("model.path: the code in the folder is not pinned")
     digest = problem.remedy.rpartition("=")[2]
     pinned = section(folder, trust_remote_code=True, code_digest=digest)
     assert model_source.check_model(pinned) == []
@@ -131,6 +133,61 @@ def test_a_kernel_from_the_hub_is_refused_at_the_start_and_where_it_would_be_loa
     assert problem.value in str(config)
     with pytest.raises(ConfigError, match="takes code from a repository of the Hub"):
         TransformersEngine(folder, section(folder), None, dtype="fp32", device="cpu", stop_ids=())  # type: ignore[arg-type]
+
+
+def test_another_config_file_does_not_take_the_place_of_the_one_that_is_checked(folder: Path, tmp_path: Path) -> None:
+    """transformers reads the file whose version comes next before its own; here it names code of another repository."""
+    (folder / "config.5.0.0.json").write_text(json.dumps({**CONFIG, "auto_map": {"AutoConfig": "other/repo--x.C"}}))
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "configuration_files": ["config.json", "config.5.0.0.json"]}))
+    trusted = section(folder, trust_remote_code=True, code_digest=remote_code.code_digest(folder))
+    for model in (trusted, section(folder)):
+        messages = [problem.message for problem in model_source.check_model(model)]
+        assert "model.path: configuration_files makes transformers read another file in place of config.json" in messages
+        with pytest.raises(ConfigError, match="configuration_files"):
+            weight_check.compare(folder, model)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_hidden_layers", 10**9), ("num_hidden_layers", -5), ("num_attention_heads", 0), ("intermediate_size", 10**400)],
+)
+def test_sizes_that_no_model_has_are_refused_before_anything_counts_to_them(folder: Path, key: str, value: int) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama", "auto_map": {}, key: value}))
+    (problem,) = checked(folder, init="random")
+    assert problem.message.startswith(f"{key} is not between ")
+    with pytest.raises(ConfigError, match=f"{key} is not between"):
+        model_source.read_model_facts(section(folder, init="random"))
+
+
+def test_numbers_that_python_does_not_read_or_convert_end_in_a_message(folder: Path) -> None:
+    (folder / "config.json").write_text(f'{{"model_type": "llama", "vocab_size": {"9" * 5000}}}')
+    (problem,) = checked(folder, init="random")
+    assert problem.message == "model.path: config.json holds a number of too many digits"
+    scaled = {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "yarn", "factor": 1e308}}
+    assert context_tokens(scaled) == 64
+
+
+def test_flash_attention_in_config_json_fetches_nothing_from_the_hub(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without flash-attn, transformers would take it from kernels-community at the Hub, with the package `kernels`."""
+    from transformers.utils import import_utils
+
+    version = getattr(import_utils, "KERNELS_MIN_VERSION", "1")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").touch()
+    (tmp_path / f"kernels-{version}.dist-info").mkdir()
+    (tmp_path / f"kernels-{version}.dist-info/METADATA").write_text(f"Name: kernels\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    import_utils.is_kernels_available.cache_clear()
+    assert import_utils.is_kernels_available()
+    config = {**CONFIG, "model_type": "llama", "auto_map": {}, "attn_implementation": "flash_attention_2"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ImportError, match="FlashAttention2"):
+        TransformersEngine(folder, section(folder), None, dtype="fp32", device="cpu", stop_ids=())  # type: ignore[arg-type]
+    assert not import_utils.is_kernels_available()
 
 
 def test_a_kernel_that_config_json_names_after_the_check_is_refused(folder: Path) -> None:

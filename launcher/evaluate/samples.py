@@ -9,6 +9,7 @@ import torch
 from launcher.data.cache import cache_store
 from launcher.data.checks import patterns
 from launcher.data.tokenization.encoder import load_tokenizer
+from launcher.data.tokenization.render_limits import decode
 from launcher.models.private_code import folder_to_load
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import Composite
@@ -53,6 +54,8 @@ def _answer(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) 
     config = read_own_config(path, **remote)
     model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=DTYPES[settings.dtype], **remote)
     model.to(device).eval()
+    # `generate` takes missing values, such as num_beams, from the model's folder, which would not be greedy decoding.
+    model.generation_config = GenerationConfig()
     stop_ids = [i for i in (tokenizer.eos_token_id, *(plan.data.turn_end_ids if plan.data else ())) if i is not None]
     generation = GenerationConfig(
         max_new_tokens=plan.config.eval.sample_max_tokens,
@@ -62,4 +65,4 @@ def _answer(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) 
     )
     prompt = torch.tensor([prompt_ids], device=device)
     output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=generation)
-    return " ".join(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).split())
+    return " ".join(decode(tokenizer, output[0, prompt.shape[1] :].tolist(), skip_special_tokens=True).split())

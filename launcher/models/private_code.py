@@ -23,7 +23,7 @@ from launcher.models.remote_code import (
     digest_problems,
     file_owner_problem,
     foreign_classes,
-    kernel_problems,
+    hidden_code_problems,
     python_files,
 )
 from launcher.security import ownership
@@ -46,10 +46,11 @@ def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Pa
         CheckpointError: if a file is a link that leaves its folder.
         OSError: if a file cannot be read, or copied.
     """
+    _hide_kernels()
     if not (folder / _CONFIG).is_file():
         return folder
-    if kernels := list(kernel_problems(weight_files.read_json(folder / _CONFIG), str(folder / _CONFIG))):
-        raise ConfigError(kernels)
+    if hidden := list(hidden_code_problems(weight_files.read_json(folder / _CONFIG), str(folder / _CONFIG))):
+        raise ConfigError(hidden)
     if not trusts_code:
         return folder
     source = folder if code is None else code
@@ -60,7 +61,8 @@ def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Pa
     # List the files once: transformers cannot find a file that another user adds later.
     for file in python_files(source):
         _copy(source, file, copy / file.relative_to(source), checks_owner=digest is None)
-    problems = list(foreign_classes(weight_files.read_json(copy / _CONFIG), str(folder / _CONFIG)))
+    config = weight_files.read_json(copy / _CONFIG)
+    problems = [*hidden_code_problems(config, str(folder / _CONFIG)), *foreign_classes(config, str(folder / _CONFIG))]
     if digest is not None:
         problems += digest_problems(copy, digest, source)
     if problems:
@@ -86,6 +88,17 @@ def remove_copies() -> None:
     """Remove the private copies of this process, as a normal exit does."""
     if _private_folder.cache_info().currsize:
         _remove(_private_folder(), os.getpid())
+
+
+def _hide_kernels() -> None:
+    """Make the package `kernels` look as if it were not installed, also to transformers if it is already imported.
+
+    It downloads code and runs it, for example if config.json names flash_attention_2 and flash-attn is not installed.
+    """
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    utils = sys.modules.get("transformers.utils.import_utils")
+    if utils is not None:
+        utils.is_kernels_available.cache_clear()
 
 
 @functools.cache

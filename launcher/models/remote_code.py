@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -22,6 +23,7 @@ _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 ADAPTER = "adapter_config.json"
 # Keys in config.json for names of implementations. A repository name (owner/name) is downloaded from the Hub and imported.
 _IMPLEMENTATION = re.compile(r"\w*_implementation(?:_internal)?")
+_MAX_SHOWN = 200
 # Implementations of experts that transformers downloads from the Hub although they name no repository.
 _EXPERTS_OF_HUB = frozenset({"deepgemm", "deepgemm_megamoe", "sonicmoe"})
 
@@ -41,7 +43,7 @@ def code_problems(model: ModelSection, config: Mapping[str, Any], folder: Path |
 
     `folder` is None if the model is not on this machine yet.
     """
-    yield from kernel_problems(config, where)
+    yield from hidden_code_problems(config, where)
     if not model.trust_remote_code:
         return
     yield from foreign_classes(config, where)
@@ -105,6 +107,18 @@ def foreign_classes(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
             message = "auto_map takes code from another repository, at that repository's newest commit"
         remedy = "copy that code into a folder with the model, read it, and write module.Class in auto_map"
         yield Problem(f"model.path: {message}", where=where, value=name, remedy=remedy)
+
+
+def hidden_code_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    """Yield a problem for each part of config.json that leads to code which the other checks do not see; `where` names that file.
+
+    transformers reads the newest suitable file of `configuration_files`, such as config.5.0.0.json, in place of config.json.
+    """
+    if "configuration_files" in config:
+        message = "model.path: configuration_files makes transformers read another file in place of config.json"
+        remedy = "remove configuration_files; if another file of the list is meant, rename it to config.json"
+        yield Problem(message, where=where, value=json.dumps(config["configuration_files"])[:_MAX_SHOWN], remedy=remedy)
+    yield from kernel_problems(config, where)
 
 
 def kernel_problems(config: Any, where: str) -> Iterator[Problem]:

@@ -233,6 +233,8 @@ def read_json(file: Path) -> dict[str, Any]:
         reason = f"is not valid JSON: {error.msg}"
     except UnicodeDecodeError as error:
         reason = f"is not UTF-8 text: byte {error.start:,}"
+    except ValueError:
+        reason = "holds a number of too many digits"
     except RecursionError:
         reason = "is nested too deeply"
     except OSError as error:

@@ -11,7 +11,10 @@ from launcher.errors import ConfigError, Problem
 from launcher.plan.launch_plan import ModelFacts
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-# Keys that transformers maps to the names above in the configs of GPT-2, GPT-J, GPT-Neo, BLOOM, MPT and others.
+_OPTIONAL = ("num_key_value_heads", "head_dim", "intermediate_size")
+# Far above any model. The plan goes through all layers, which would take all memory if their number had no limit.
+_MAX_LAYERS, _MAX_SIZE, _MAX_DIGITS = 10_000, 1 << 31, 30
+# Keys that transformers maps to the first names above in the configs of GPT-2, GPT-J, GPT-Neo, BLOOM, MPT and others.
 _OTHER_NAMES = ("n_embd", "n_layer", "n_head", "d_model", "n_layers", "n_heads", "num_layers", "num_heads")
 # Norms on queries and keys: per head, or over all heads together.
 _HEAD_NORM = ("qwen3", "qwen3_moe", "gemma3_text")
@@ -122,6 +125,11 @@ def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | 
             value=f"model_type {config.get('model_type')}",
             remedy="choose a decoder-only language model with attention layers, which mamba and rwkv do not have",
         )
+    for key in (*_NEEDED, *_OPTIONAL):
+        least, most = int(key in _NEEDED), _MAX_LAYERS if key == "num_hidden_layers" else _MAX_SIZE
+        if isinstance(value := config.get(key), int) and not least <= value <= most:
+            message, remedy = f"{key} is not between {least} and {most:,}", "use the config.json that belongs to the model"
+            raise ConfigError(message, where=path or "model.config", value=str(value)[:_MAX_DIGITS], remedy=remedy)
     heads = config["num_attention_heads"]
     facts = {
         "hidden_size": config["hidden_size"],

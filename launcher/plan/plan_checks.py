@@ -21,6 +21,8 @@ _POSITION_TABLES = ("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo
 # Multiples of the usual learning rate that cause a warning; random weights take larger rates than trained weights.
 _HIGH_LR, _HIGH_LR_RANDOM = 10.0, 1000.0
 _MAX_LR = 1.0
+# A RoPE factor above this is no scaling of positions.
+_MAX_FACTOR = 1e6
 # Files of rows, which have no held-out split of their own, and files whose rows are plain text.
 _ROW_FILE = re.compile(r"\.(jsonl|json|csv|parquet|txt)(\.gz|\.zst)?$")
 _TEXT_FILE = re.compile(r"\.txt(\.gz|\.zst)?$")
@@ -183,7 +185,7 @@ def context_tokens(config: Mapping[str, Any]) -> int | None:
     scaled = [
         int(factor * (rope.get("original_max_position_embeddings") or positions))
         for rope in _rope_sections(config)
-        if isinstance(factor := rope.get("factor"), int | float)
+        if isinstance(factor := rope.get("factor"), int | float) and factor < _MAX_FACTOR
     ]
     return max(positions, *scaled) if scaled else positions
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import subprocess
 import sys
@@ -184,7 +185,13 @@ def test_an_offline_run_reports_the_upload_command(make_plan: PlanMaker, run_dir
     assert [record["exit"]["exit_code"] for record in records(run_dir) if record["type"] == "exit"] == [1]
 
 
-def test_the_next_attempt_continues_the_same_run(make_plan: PlanMaker, run_dir: Path) -> None:
+def test_the_next_attempt_continues_the_same_run(
+    make_plan: PlanMaker, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The log of W&B's program that reads the last step, where another user made a link in its place.
+    (tmp_path / "shared").mkdir()
+    (tmp_path / f"shared/debug-cli.{getpass.getuser()}.log").symlink_to(tmp_path / "made")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "shared"))
     for attempt, steps in ((1, (1, 2)), (2, (2, 3, 4))):
         trackers = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
         for step in steps:
@@ -198,6 +205,7 @@ def test_the_next_attempt_continues_the_same_run(make_plan: PlanMaker, run_dir: 
     command = [event["fields"].get("sync_command") for event in read_events(run_dir / "events.jsonl")][-2]
     assert command.split() == ["wandb", "sync", "--include-online", *map(str, sorted(run_dir.glob("wandb/offline-run-*")))]
     assert len(command.split()) == 5
+    assert not (tmp_path / "made").exists()
 
 
 def test_no_secret_of_the_environment_is_in_the_run_directory(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from launcher.data.sources import Chat, Completion, Document, Message, PlainText
 from launcher.data.tokenization import fast_tokenizer
 from launcher.data.tokenization.chat_template import ChatTemplate, with_system
 from launcher.data.tokenization.loss_mask import LossMask, TrainedSpan
+from launcher.data.tokenization.render_limits import bounded_tokenizer
 from launcher.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -77,6 +79,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer in `folder` without running code from it. Raises UnusableTokenizer."""
     from transformers import AutoTokenizer
 
+    # By default, the package tiktoken reads a copy of the file in the temporary folder, which any user can create first.
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
@@ -161,13 +165,17 @@ class Encoder:
             case Chat(_, messages, _) if messages[-1].role == "assistant" and len(messages) > 1 and messages[-1].content:
                 chat = with_system(document, self.data.system)
                 text = self._template.render(chat, len(chat.messages) - 1, generation_prompt=True)
-                return messages[-2].content, self._encode_ids([text])[0].tolist(), messages[-1].content
+                return messages[-2].content, self._encode_prompt(text), messages[-1].content
             case Completion(_, prompt, completion) if prompt:
-                return prompt, [*self._begin.tolist(), *self._encode_ids([prompt])[0].tolist()], completion
+                return prompt, [*self._begin.tolist(), *self._encode_prompt(prompt)], completion
         return None
 
     def encode(self, batch: Sequence[RenderedDocument]) -> list[EncodedDocument]:
         """Tokenize; if a boundary of the mask is inside a token, split the text there, as in generation."""
+        with bounded_tokenizer(sum(len(text.text) for text in batch)):
+            return self._encode(batch)
+
+    def _encode(self, batch: Sequence[RenderedDocument]) -> list[EncodedDocument]:
         boundaries = [sorted({boundary for span in text.spans for boundary in _list_boundaries(span)}) for text in batch]
         texts = [text.text for text in batch]
         cuts: list[list[int] | None] = [None] * len(batch)
@@ -189,6 +197,11 @@ class Encoder:
             remedy = "set eos_token in its tokenizer_config.json"
             raise DataError(Problem("the tokenizer has no end token, which ends a text", where, self._name, remedy))
         return RenderedDocument(where, text, (span,), raw=True)
+
+    def _encode_prompt(self, text: str) -> list[int]:
+        with bounded_tokenizer(len(text)):
+            ids: list[int] = self._encode_ids([text])[0].tolist()
+            return ids
 
     def _encode_ids(self, texts: list[str]) -> list[np.ndarray]:
         if not texts:

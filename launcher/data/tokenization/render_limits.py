@@ -1,6 +1,7 @@
-"""Limits time and memory for a chat template: its author is not this machine's user, and Jinja's sandbox limits neither.
+"""Limits time and memory for a chat template, and memory for a tokenizer: their author is not this machine's user.
 
-Time is CPU time, so a busy machine does not refuse a template. Memory is the address space of the process.
+Jinja's sandbox limits neither, and a few lines of tokenizer.json can double a text any number of times. Time is CPU time, so a
+busy machine does not refuse a template. A template's memory is the address space of the process.
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
+
+from launcher.security.memory_limit import bounded_memory
 
 # A conversation takes microseconds to milliseconds.
 MAX_CPU_S = 20.0
 MAX_BYTES = 4 << 30
+# A tokenizer's memory, and in addition for each character or token that it gets. The package tokenizers takes up to 1 KiB.
+_TOKENIZER_BYTES, _BYTES_PER_ITEM = 4 << 30, 4 << 10
 # Reading the size of the process takes longer than rendering most conversations.
 _CALLS_PER_READ = 256
 _calls = itertools.count()
@@ -62,6 +68,20 @@ def limited(action: Callable[[], T], max_cpu_s: float | None = None) -> T:
         _is_armed = False
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def bounded_tokenizer(num_items: int) -> AbstractContextManager[None]:
+    """Limit the memory for what a tokenizer does with this number of characters or tokens.
+
+    If it needs more, the package tokenizers prints how much, and ends the process (SIGABRT).
+    """
+    return bounded_memory(_TOKENIZER_BYTES + _BYTES_PER_ITEM * num_items)
+
+
+def decode(tokenizer: Any, ids: Sequence[int], **options: Any) -> str:
+    """Return the text of tokens, within bounds of memory; `options` are those of the tokenizer's `decode`."""
+    with bounded_tokenizer(len(ids)):
+        return str(tokenizer.decode(ids, **options))
 
 
 def _raise(*_: Any) -> None:

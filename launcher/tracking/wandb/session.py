@@ -324,8 +324,10 @@ def _last_step_in(folders: list[Path]) -> int:
     for folder in reversed(folders):
         for file in folder.glob("*.wandb"):
             command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(file)]
+            # Otherwise its log may be in the temporary folder, under a name that another user can take first.
+            environ = {**os.environ, "WANDB_DIR": str(folder.parents[1])}
             with suppress(ValueError, KeyError, OSError, subprocess.SubprocessError):
-                read = subprocess.run(command, capture_output=True, timeout=_READ_DEADLINE_S)
+                read = subprocess.run(command, capture_output=True, timeout=_READ_DEADLINE_S, env=environ)
                 return int(json.loads(read.stdout)["summary"]["_step"])
     return -1
 

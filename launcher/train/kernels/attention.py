@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import inspect
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -49,13 +48,13 @@ def choose_kernel(model: ModelSection, device: torch.device, config: Any) -> str
 
 
 def _require_package(kernel: str) -> None:
-    """Refuse FlashAttention without its package: the package `kernels` would import a replacement from the Hub or its cache.
+    """Refuse FlashAttention without its package; the package `kernels`, which would fetch a replacement from the Hub, is hidden.
 
     Raises:
         ConfigError: with the remedy.
     """
     module = {name: module for name, module, _ in _FLASH_KERNELS}.get(kernel)
-    if module is None or find_spec("kernels") is None or _can_import(module):
+    if module is None or _can_import(module):
         return
     message = f"model.attention: {kernel} is not installed here, and the launcher does not use code from the Hub instead"
     remedy = "install flash-attn, or leave model.attention=auto"
