@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+# The process has one limit: two threads would each restore the value that the other has set.
+_lock = threading.RLock()
+
 
 @contextmanager
 def bounded_memory(num_bytes: int) -> Iterator[None]:
-    """Limit this process's further allocations; allocations above the limit fail, as on a machine without free memory."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    used = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmData:"))
-    limits = [used + num_bytes, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
-    try:
-        yield
-    finally:
+    """Limit this process's further allocations; allocations above the limit fail, as on a machine without free memory.
+
+    Blocks in other threads wait for this one.
+    """
+    with _lock:
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        used = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmData:"))
+        limits = [used + num_bytes, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
         with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+        try:
+            yield
+        finally:
+            with suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
