@@ -140,7 +140,7 @@ def test_a_regular_expression_that_takes_too_long_is_ended_and_named() -> None:
     "metric, reference, part",
     [
         ("numeric", "none", "no number"),
-        ("field_f1", "x", "no JSON"),
+        ("field_f1", "x", "not JSON"),
         ("label_accuracy", "neutral", "none of the labels good, bad"),
     ],
 )
