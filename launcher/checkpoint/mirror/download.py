@@ -72,7 +72,7 @@ def _require_own(folder: Path) -> None:
     if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077:
         return
     raise SubmitError(
-        f"the run directory {folder.name} exists already, and other users own it or can enter it; nothing in it was touched",
+        f"the run directory {folder.name} exists already, and is not a folder that only you can enter; nothing in it was touched",
         where=str(folder),
         value=f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}",
         remedy=f"choose another --root; if it is yours, continue that run with: {launcher_command('resume', folder)}",

@@ -210,7 +210,7 @@ def test_a_run_directory_that_others_can_enter_is_not_continued(tmp_path: Path, 
         target.root.symlink_to(tmp_path / "b")
     else:
         target.root.chmod(0o710 if way == "group" else 0o701)
-    with pytest.raises(SubmitError, match="exists already, and other users own it or can enter it"):
+    with pytest.raises(SubmitError, match="exists already, and is not a folder that only you can enter"):
         download.claim_run_dir(target, "s3://bucket/a")
 
 
