@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,10 @@ from launcher.errors import CheckpointError, ConfigError, Problem
 from launcher.evaluate.engines.transformers_engine import TransformersEngine
 from launcher.export import hf_folder
 from launcher.models import remote_code
+from launcher.plan.architecture import model_facts
 from launcher.plan.plan_checks import context_tokens
-from launcher.train.model import read_own_config
-from launcher.worker.checks import weight_check
+from launcher.train.model import build_model, read_own_config
+from launcher.worker.checks import isolation_check, weight_check
 
 CODE = """
 import pathlib
@@ -79,6 +81,30 @@ def test_the_code_of_a_folder_runs_only_where_its_digest_is_set(folder: Path, tm
     assert not (tmp_path / "ran").exists()
     weight_check.compare(folder, pinned)
     assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("key", ["name_or_path", "_name_or_path"])
+def test_no_code_runs_before_the_pinned_one_is_here(folder: Path, tmp_path: Path, key: str) -> None:
+    """transformers would take it from what config.json names, another folder or another repository at its newest commit."""
+    config = {**CONFIG, "model_type": "llama", key: str(folder)}
+    model = ModelSection(path="owner/name", revision="0" * 40, trust_remote_code=True, config=config, dtype="fp32")
+    assert model_source.check_model(model) == []
+    facts = model_facts(config, None, None, None)
+    assert isolation_check._probe(model, facts)[1] == "isolated"
+    assert type(build_model(model, facts, "cpu", chunk_tokens=8).hf).__name__ == "LlamaForCausalLM"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_plan_does_not_run_the_code_of_a_model(
+    folder: Path, tmp_path: Path, launch_here: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """A settings file of somebody else can name their model and allow its code."""
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama", "max_position_embeddings": 2048}))
+    allowed = ("model.trust_remote_code=true", f"model.code_digest={remote_code.code_digest(folder)}")
+    done = launch_here("plan", "model=tiny", f"model.path={folder}", "data=stdlib_docs", *allowed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "plan does not run the code of a model" in " ".join(done.stdout.split())
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("change", ["code.py", "other.py", "below/deeper.py"])

@@ -78,7 +78,7 @@ def _plan(composed: Composed, as_json: bool, why: bool, shows_script: bool, take
         cluster = cluster_for(composed.config.cluster.kind)
         node = _node_of(composed, cluster)
         config = facts.resolve(composed.config, node)
-        plan = _plan_with_free_name(config, _checked_facts(config, composed, node), taken_names)
+        plan = _plan_with_free_name(config, _checked_facts(config, composed, node, runs_code=False), taken_names)
         taken_names.add(plan.run_name)
         weights_note = model_source.weights_note(config.model)
         notes = (
@@ -325,15 +325,20 @@ def _checked_facts(
     composed: Composed,
     node: Callable[[], DeviceFacts],
     check: Callable[[LaunchPlan], None] = lambda plan: None,
+    runs_code: bool = True,
 ) -> Facts:
     """Collect the facts of a run, and probe in another process whether the model sees later tokens or neighboring documents.
 
-    Whatever the planner or `check` can reject immediately is rejected before that process starts.
+    Whatever the planner or `check` can reject immediately is rejected before that process starts. Without `runs_code`, a model
+    with code of its own is not probed: the settings may be someone else's.
     """
     collected = facts.gather(config, composed.overrides, node())
     check(make_plan(config, collected))
     if not facts.needs_isolation_check(config, collected.model):
         return collected
+    if config.model.trust_remote_code and not runs_code:
+        unknown = isolation_verdicts.unknown(config.model, "plan does not run the code of a model")
+        return collected.model_copy(update={"model": collected.model.model_copy(update={"isolation": unknown})})
     condition = (
         "packed documents do not affect each other in this model" if config.data.packing else "this model sees no later tokens"
     )

@@ -41,7 +41,7 @@ from launcher.config.run_file.tokens import split_run_files
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, LauncherError, Problem
 from launcher.security.credentials import environment_secrets
-from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
+from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, has_secret_name, redact, secret_problem
 
 # The remedy for secrets in settings.
 IN_ENVIRONMENT = "put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings"
@@ -236,6 +236,9 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
     secrets = {key: reason for key, value in scalars if (reason := secret_problem(key, value, held)) is not None}
     targets = [key for key, _ in scalars if "_target_" in key.split(".")]
     problems = [missing(key, origins) for key in absent]
+    if has_secret_name(values, held):
+        message = "the name of a setting looks like a secret (a token, key or password); it is not shown"
+        problems.append(Problem(message, where="a reference in the settings", remedy=IN_ENVIRONMENT))
     for package, problem in package_problems(values, origins):
         problems.append(problem)
         del values[package]

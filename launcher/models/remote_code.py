@@ -24,6 +24,8 @@ ADAPTER = "adapter_config.json"
 # Keys in config.json for names of implementations. A repository name (owner/name) is downloaded from the Hub and imported.
 _IMPLEMENTATION = re.compile(r"\w*_implementation(?:_internal)?")
 _MAX_SHOWN = 200
+# Keys of config.json with which transformers finds classes of a model that it does not load from a folder.
+_NAMES_CODE = frozenset({"auto_map", "name_or_path", "_name_or_path"})
 # Implementations of experts that transformers downloads from the Hub although they name no repository.
 _EXPERTS_OF_HUB = frozenset({"deepgemm", "deepgemm_megamoe", "sonicmoe"})
 
@@ -51,6 +53,14 @@ def code_problems(model: ModelSection, config: Mapping[str, Any], folder: Path |
         yield from digest_problems(folder, model.code_digest, folder)
     elif folder is not None and (problem := owner_problem(folder)) is not None:
         yield problem
+
+
+def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a config.json from which transformers builds a model without a folder: its own classes alone.
+
+    It would take the classes of `auto_map` from the folder or repository that `name_or_path` names, at its newest commit.
+    """
+    return {key: value for key, value in config.items() if key not in _NAMES_CODE}
 
 
 def owner_problem(folder: Path) -> Problem | None:

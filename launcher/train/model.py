@@ -26,7 +26,7 @@ from launcher.data.loader import IGNORED, find_boundaries
 from launcher.distributed import copy_to_device
 from launcher.errors import ConfigError
 from launcher.models.private_code import folder_to_load
-from launcher.models.remote_code import kernel_problems
+from launcher.models.remote_code import kernel_problems, without_code
 from launcher.models.weight_files import WeightReport, read_header, weight_files
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.sizing.checkpointed_layers import NONE, checkpointed_layers, interval
@@ -154,7 +154,9 @@ def build_model(
     folder = None
     if facts.path is not None:
         folder = folder_to_load(Path(facts.path), model.trust_remote_code, model.code_digest)
-    config = AutoConfig.from_pretrained(folder, **remote) if folder is not None else AutoConfig.for_model(**facts.config)
+    config = (
+        AutoConfig.from_pretrained(folder, **remote) if folder is not None else AutoConfig.for_model(**without_code(facts.config))
+    )
     kernel = attention.choose_kernel(model, torch.device(device), config)
     if kernel == attention.VARLEN:
         if not attention.can_varlen(model, config, torch.device(device)):

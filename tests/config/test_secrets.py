@@ -290,3 +290,11 @@ def test_the_time_of_a_search_for_passwords_grows_with_the_length_of_a_text() ->
     started = time.process_time()
     redact("x://" + ":" * 100_000)
     assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("form", ["{${oc.env:WANDB_API_KEY}: 1}", "{a: {x${oc.env:WANDB_API_KEY}: []}}"])
+def test_no_secret_becomes_the_name_of_a_setting(shown: Shown, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2)
+    text = shown("model=tiny", f"+model.config.note=\"${{oc.decode:'{form}'}}\"")
+    assert "the name of a setting looks like a secret" in text
+    assert "0123456789abcdef" not in text

@@ -281,7 +281,7 @@ def require_closed(run: Path, folder: Path) -> None:
         command = [*RAY_COMMAND, "status", f"--address={address}"]
         return not subprocess.run(command, env={**env, **variables}, capture_output=True, timeout=60).returncode
 
-    assert answers(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(run / "ray-token"))
+    assert answers(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=raylet.environ()["RAY_AUTH_TOKEN_PATH"])
     assert not answers(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(folder / "wrong"))
     assert not answers()
     listening: dict[str, set[str]] = {}

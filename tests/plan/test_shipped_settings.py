@@ -70,6 +70,14 @@ def compose(*tokens: str) -> RunConfig:
     return compositions[0]
 
 
+@pytest.mark.parametrize("text", ["${run.name}", r"\${oc.env:HOME}", r"\\${a}", r"a\b", "$"])
+def test_a_text_that_looks_like_a_reference_is_read_back_as_it_was(text: str) -> None:
+    """`init` writes what config.json on the Hub contains."""
+    from omegaconf import OmegaConf
+
+    assert OmegaConf.to_container(OmegaConf.create(render({"x": text})), resolve=True) == {"x": text}
+
+
 def no_network(*args: Any, **kwargs: Any) -> NoReturn:
     raise AssertionError("a plan needs no network")
 

@@ -20,6 +20,7 @@ from launcher.config.schema import RunConfig
 from launcher.evaluate.task import EvaluationFolder, EvaluationTask, Weights
 from launcher.security import library_caches
 from launcher.security.library_caches import find_usable_caches
+from launcher.worker.doctor.python_process import run_python
 from launcher.worker.evaluation import node
 from launcher.worker.ray import evaluation
 
@@ -154,3 +155,12 @@ def test_compiled_code_of_another_user_is_not_loaded(note: Path, tmp_path: Path,
         assert evaluation.answer_here(str(tmp_path), 0, 1, 0) == 0
     cache = tmp_path / "home/.cache"
     assert note.read_text().split() == [str(cache / "torchinductor"), str(cache / "quack_cache")]
+
+
+def test_a_check_of_a_node_loads_no_compiled_code_of_others(tmp_path: Path, temporary: Path, as_root: None) -> None:
+    """Slurm and Ray start the checks of their nodes with the environment of the node."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        give(Path(name))
+        environ = {**os.environ, "HOME": str(tmp_path), "TRITON_CACHE_DIR": name}
+        finished = run_python(["-c", "import os; print(os.environ['TRITON_CACHE_DIR'])"], 120, environ)
+    assert finished.output.strip().startswith(f"{temporary}/launcher-caches-")

@@ -13,6 +13,7 @@ import pytest
 from file_owners import MALLORY, as_root
 
 from launcher import run_store
+from launcher.config.sections.ray import RaySection
 from launcher.plan.run_dir import RunDir
 from launcher.worker.ray import connection
 
@@ -51,3 +52,20 @@ def test_socket_names_fit_below_the_longest_folder(monkeypatch: pytest.MonkeyPat
             inner = folder.name
     assert [len(name) for name in names] == [connection._MAX_FOLDER_CHARS, len("/tmp")]
     assert len(f"{names[0]}/ray-12345678/{inner}/{_SOCKET}") <= _MAX_SOCKET_CHARS
+
+
+def test_the_token_is_not_in_the_run_which_a_group_may_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """docs/security.md: chmod -R g+rX RUN. Whoever has the token can run code as the user of the run."""
+    import ray
+
+    plan = SimpleNamespace(config=SimpleNamespace(cluster=RaySection()), topology=SimpleNamespace(device="cpu", world_size=1))
+    monkeypatch.setattr(run_store, "read_status", lambda run: SimpleNamespace(state="completed"))
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    with connection._own_folder(RunDir(tmp_path)) as folder:
+        connection._start(plan, "", folder, {})
+        token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+        assert len(token.read_text()) == 64
+        assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    assert not token.exists()
+    assert list(tmp_path.iterdir()) == []

@@ -141,3 +141,20 @@ def test_settings_of_the_user_are_read(folder: Path, servers: tuple[FakeWandb, F
     assert own.received == []
     local_settings.leave_folder_of_others()
     assert Path.cwd() == folder
+
+
+def test_a_folder_of_another_user_that_a_variable_names_is_refused(
+    folder: Path, servers: tuple[FakeWandb, FakeWandb], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody may have created the folder in /tmp that the user names."""
+    (folder / "wandb/settings").rename(folder / "settings")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(folder))
+    assert local_settings.find_problem() is None
+    os.chown(folder / "settings", MALLORY, -1)
+    with pytest.raises(ConfigError, match=f"settings belongs to {MALLORY}"):
+        wandb_check.check(config(), worker_environment())
+    (folder / "settings").unlink()
+    folder.chmod(0o1777)
+    with pytest.raises(ConfigError, match="can be written by everyone"):
+        wandb_check.check(config(), worker_environment())
+    assert not any(server.received for server in servers)

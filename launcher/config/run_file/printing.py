@@ -220,9 +220,9 @@ def _redacted(value: Any, key: str) -> Any:
 
 
 def _escaped(value: Any) -> Any:
-    """Return the values with a backslash before each `${`, which would otherwise be a reference."""
+    """Return the values with a backslash before each `${`, which would otherwise be a reference; doubles backslashes there."""
     if isinstance(value, dict):
         return {key: _escaped(content) for key, content in value.items()}
     if isinstance(value, list):
         return [_escaped(item) for item in value]
-    return value.replace("${", r"\${") if isinstance(value, str) else value
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value

@@ -23,12 +23,18 @@ _CLONE_FS = 0x200
 def find_problem() -> Problem | None:
     """Return why the server that would get the key is not trusted, or None if it is.
 
-    Other users may have written W&B settings in the working directory, or may listen at the server's address on this machine.
+    Other users may have written W&B settings in the working directory or in the folder that WANDB_CONFIG_DIR names, or may listen
+    at the server's address on this machine.
     """
     files = _files()
     problem = next(filter(None, map(_problem_of, files)), None) if any(map(os.path.lexists, files)) else None
     if problem is not None:
         return replace(problem, remedy=f"change to a folder of your own (cd); or {problem.remedy}")
+    # A variable may name a folder that others can write to or create first, such as /tmp/wandb.
+    file = _own_settings()
+    is_read = _CONFIG_FOLDER in os.environ or os.path.lexists(file)
+    if is_read and (problem := ownership.file_problem("the settings file of W&B", file)) is not None:
+        return replace(problem, remedy=f"set {_CONFIG_FOLDER} to a folder of your own; or {problem.remedy}")
     return server_problem(*_server())
 
 
@@ -37,7 +43,7 @@ def _server() -> tuple[str, str]:
     if address := os.environ.get(_SERVER):
         return _SERVER, address
     # W&B takes the folder of the working directory first.
-    for file in (*_files(), Path(os.environ.get(_CONFIG_FOLDER) or "~/.config/wandb").expanduser() / "settings"):
+    for file in (*_files(), _own_settings()):
         parser = configparser.ConfigParser(interpolation=None)
         with suppress(OSError, configparser.Error, UnicodeDecodeError):
             parser.read(file)
@@ -56,6 +62,10 @@ def leave_folder_of_others(only_this_thread: bool = False) -> None:
     # Containers may forbid per-thread working directories. Then only what `find_problem` finds is rejected.
     if not only_this_thread or ctypes.CDLL(None).unshare(_CLONE_FS) == 0:
         os.chdir("/")
+
+
+def _own_settings() -> Path:
+    return Path(os.environ.get(_CONFIG_FOLDER) or "~/.config/wandb").expanduser() / "settings"
 
 
 def _files() -> list[Path]:

@@ -370,7 +370,7 @@ def redacted(value: Any, environ: Mapping[str, str]) -> Any:
 
     def clean(item: Any) -> Any:
         if isinstance(item, dict):
-            return {key: clean(inner) for key, inner in item.items()}
+            return {clean(key): clean(inner) for key, inner in item.items()}
         if isinstance(item, list):
             return [clean(inner) for inner in item]
         if isinstance(item, str):

@@ -18,6 +18,7 @@ from launcher.data import cache_dir
 from launcher.errors import LauncherError, RunError
 from launcher.models import isolation_verdicts
 from launcher.models.private_code import folder_to_load
+from launcher.models.remote_code import without_code
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
 from launcher.worker import limits
 
@@ -59,7 +60,7 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
     folder = folder_to_load(Path(facts.path), model.trust_remote_code, model.code_digest) if facts.path else None
     reasons, differences, is_measured = [], [], False
     try:
-        config = AutoConfig.from_pretrained(folder, **remote) if folder else AutoConfig.for_model(**facts.config)
+        config = AutoConfig.from_pretrained(folder, **remote) if folder else AutoConfig.for_model(**without_code(facts.config))
         candidates = list(reduced_model.reductions(config))
     except Exception as error:
         _require_resources(error)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from launcher.security.library_caches import find_usable_caches
+
 # Processes that have not been waited for. Each has its own session, so it does not end with this process.
 _running: set[subprocess.Popen[str]] = set()
 
@@ -36,7 +38,8 @@ def start_python(arguments: Sequence[str], environ: Mapping[str, str] = os.envir
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env=dict(environ),
+        # Kernels that a check compiles are loaded from this user's folders; the check of the caches names others.
+        env={**environ, **find_usable_caches(environ, alert=lambda text: None)},
         start_new_session=True,
     )
     _running.add(process)

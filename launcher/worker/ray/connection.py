@@ -38,7 +38,7 @@ def connected(plan: LaunchPlan, run: RunDir) -> Iterator[None]:
         if section.address is not None:
             _join(section, path, common)
         else:
-            _start(plan, run, path, folder, common)
+            _start(plan, path, folder, common)
         try:
             yield
         finally:
@@ -89,7 +89,7 @@ def raylet_of_this_node() -> LocalRaylet | None:
 
 @contextmanager
 def _own_folder(run: RunDir) -> Iterator[Path]:
-    """Create the folder for the sockets and logs of the run's private Ray; it is kept if the run failed.
+    """Create the folder for the token, sockets and logs of the run's private Ray; it is kept if the run failed.
 
     Ray makes this folder and its subfolders world-writable, so they are inside a private folder: whoever replaces a socket there
     controls what workers unpickle.
@@ -135,9 +135,9 @@ def _join(section: RaySection, path: str, common: dict[str, Any]) -> None:
         ray.init(address=address, runtime_env={"env_vars": variables}, job_config=config_without_search_path(), **common)
 
 
-def _start(plan: LaunchPlan, run: RunDir, path: str, folder: Path, common: dict[str, Any]) -> None:
-    token = run.root / "ray-token"
-    token.touch(mode=0o600)
+def _start(plan: LaunchPlan, path: str, folder: Path, common: dict[str, Any]) -> None:
+    # Not in the run directory, which its user may let a group read: whoever has the token can run code.
+    token = folder.with_name("token")
     token.write_text(secrets.token_hex(32))
     os.environ.pop("RAY_ADDRESS", None)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": path}

@@ -24,6 +24,7 @@ from launcher.data.cache_dir import cache_root
 from launcher.data.score_store import ScoreKey, ScoreStore
 from launcher.errors import RunError
 from launcher.models.private_code import folder_to_load
+from launcher.models.remote_code import without_code
 from launcher.plan.launch_plan import DataFacts, LaunchPlan, Record
 from launcher.security import ownership
 from launcher.worker.scoring.weights import ScoredWeights
@@ -123,7 +124,7 @@ def _read_config(plan: LaunchPlan) -> Any:
 
     model, path = plan.config.model, plan.model.path
     if path is None or not Path(path).is_dir():
-        return AutoConfig.for_model(**plan.model.config)
+        return AutoConfig.for_model(**without_code(plan.model.config))
     folder = folder_to_load(Path(path), model.trust_remote_code, model.code_digest)
     return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
 
