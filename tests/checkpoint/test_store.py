@@ -113,7 +113,7 @@ def test_a_storage_error_does_not_count_as_damage(tmp_path, storage_fails):
     for name, code in itertools.product(("manifest.json", "state.json"), (errno.EIO, errno.ESTALE, errno.EACCES)):
         with storage_fails(tmp_path / "step-00000008" / name, code):
             for read in (store.open_checkpoint, store.verify):
-                with pytest.raises(UnreadableCheckpoint, match="cannot be read now") as error:
+                with pytest.raises(UnreadableCheckpoint, match="cannot be read right now") as error:
                     read(tmp_path / "step-00000008")
                 assert os.strerror(code) in str(error.value)
             # The one before is not the newest.

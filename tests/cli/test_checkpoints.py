@@ -184,7 +184,7 @@ def test_prune_is_refused_while_a_checkpoint_cannot_be_read(
         assert os.strerror(code) in out
         refused, _, err = ask("--prune")
     assert refused == 2
-    assert "a checkpoint file cannot be read now, so nothing is removed" in err
+    assert "a checkpoint file cannot be read right now, so nothing is removed" in err
     assert sorted(run.checkpoints.rglob("*")) == before
     assert ask("--prune")[0] == 0
     assert steps(run) == [100, 150, 200, 300, 330]

@@ -79,7 +79,7 @@ def test_a_failure_is_shown_with_its_fix_and_ends_with_code_1(launch: Launch, tm
     assert lines[failed].endswith(
         "a push to the Hub needs HF_TOKEN in the environment, and it is not set (export.push_to_hub): owner/name"
     )
-    assert lines[failed + 1].strip().startswith("fix: export HF_TOKEN")
+    assert lines[failed + 1].strip().startswith("fix: set HF_TOKEN")
     assert "the checks of this machine did not end" in done.stdout
     assert lines[-1].startswith("2 failures")
 

@@ -88,10 +88,10 @@ def test_a_superseded_attempt_ends_and_is_not_restarted(start: Callable, runs: P
 
 
 def test_an_unexpected_error_shows_its_traceback(launch: Launch, runs: Path) -> None:
-    done = launch(*SETTINGS, "model.attention=flash_attention_2", f"run.root={runs}", "run.name=unforeseen")
+    done = launch(*SETTINGS, "model.config.hidden_act=nonsense", f"run.root={runs}", "run.name=unforeseen")
     assert done.returncode == 1
-    assert "ImportError: FlashAttention2" in done.stderr
-    assert 'modeling_utils.py", line' in done.stderr, "where it was raised"
+    assert "KeyError: 'nonsense'" in done.stderr
+    assert 'activations.py", line' in done.stderr, "where it was raised"
     assert "rank 0 failed first" in done.stderr or "rank 1 failed first" in done.stderr
     assert "attempts/001/rank-0000" in done.stderr
     assert not processes_of(runs / "unforeseen")

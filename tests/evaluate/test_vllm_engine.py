@@ -136,7 +136,7 @@ def test_a_port_that_another_user_has_taken_is_not_asked(
         if is_accepted:
             engine_of(python, weights).close()
         else:
-            with pytest.raises(RunError, match="is another user's"):
+            with pytest.raises(RunError, match="belongs to another user"):
                 engine_of(python, weights)
     await_no_server(weights)
 

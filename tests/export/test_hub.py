@@ -94,7 +94,7 @@ def test_a_link_to_a_file_outside_of_the_folder_is_not_pushed(hub: FakeHub, fold
     (folder / "LICENSE").symlink_to(secret)
     refused = push(hub, folder)
     assert refused.returncode == 1, refused.stdout + refused.stderr
-    assert "the file LICENSE is a link that leaves the folder" in refused.stdout
+    assert "the file LICENSE is a link to a file outside the folder" in refused.stdout
     assert (hub.commits, hub.exists) == ([], False)
 
 

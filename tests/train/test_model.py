@@ -16,6 +16,7 @@ from launcher.config.schema import ModelSection
 from launcher.data.loader import MicroBatch
 from launcher.errors import ConfigError
 from launcher.plan.architecture import model_facts
+from launcher.train.kernels import attention
 from launcher.train.model import CausalLMLoss, build_model, convert_gguf
 
 
@@ -124,7 +125,8 @@ def test_flash_attention_receives_cu_seqlens(
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_documents_do_not_see_each_other_in_flash_attention() -> None:
+def test_documents_do_not_see_each_other_in_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_can_import", lambda module: True)
     section = ModelSection(init="random", config={"model_type": "gpt_neo"}, tokenizer="/model", attention="flash_attention_2")
     facts: Any = SimpleNamespace(path=None, config={"model_type": "gpt_neo"})
     with pytest.raises(ConfigError, match=r"set model\.attention=sdpa"):

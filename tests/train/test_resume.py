@@ -253,7 +253,7 @@ def test_a_checkpoint_that_cannot_be_read_right_now_is_neither_skipped_nor_set_a
     *results, asked_for, newest = loaded_on_two_ranks(rank_server, tmp_path, *refused, pinned, before)
     for error in results:
         assert error.startswith("UnreadableCheckpoint: ")
-        assert "cannot be read now" in error
+        assert "cannot be read right now" in error
     assert [folder_names(run) for run in refused] == stood
     assert (asked_for, newest) == ([20, []], [30, []])
 

@@ -140,7 +140,8 @@ def test_model_files_that_become_links_after_the_check_are_not_followed(
     assert (folder / "tokenizer/config.json").read_bytes() == original, "what was opened is what is sent"
     assert not (folder / "tokenizer/tokenizer.json").exists()
     assert (
-        "not sent to the mirror: the file tokenizer.json was replaced by a link that leaves the folder" in capsys.readouterr().err
+        "not sent to the mirror: the file tokenizer.json was replaced by a link to a file outside the folder"
+        in capsys.readouterr().err
     )
     known = read_run(RemoteFolder(f"file://{folder}"))
     assert known is not None
