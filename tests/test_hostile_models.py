@@ -99,7 +99,9 @@ def test_plan_does_not_run_the_code_of_a_model(
     folder: Path, tmp_path: Path, launch_here: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     """A settings file of somebody else can name their model and allow its code."""
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama", "max_position_embeddings": 2048}))
+    # The embedding covers the tokens of the data, which may have been prepared before.
+    config = {**CONFIG, "model_type": "llama", "max_position_embeddings": 2048, "vocab_size": 49152}
+    (folder / "config.json").write_text(json.dumps(config))
     allowed = ("model.trust_remote_code=true", f"model.code_digest={remote_code.code_digest(folder)}")
     done = launch_here("plan", "model=tiny", f"model.path={folder}", "data=stdlib_docs", *allowed)
     assert done.returncode == 0, done.stdout + done.stderr
