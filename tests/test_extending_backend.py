@@ -131,6 +131,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.rest
 def test_a_backend_is_two_classes_one_conf_file_and_two_entries(conf_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     backend: Cluster = K8sCluster()
     assert backend.drill_remedy is not None
@@ -156,6 +157,7 @@ def test_a_backend_is_two_classes_one_conf_file_and_two_entries(conf_dir: Path, 
     assert run_store.read_status(run).state == "cancelled"
 
 
+@pytest.mark.rest
 def test_a_backends_own_checks_and_settings_are_enforced(conf_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = ["--config-dir", str(conf_dir), "model=tiny", "cluster=k8s", "tracking=none", "run.name=tried"]
     assert main(["train", *chosen, "cluster.namespace=closed"]) == 2

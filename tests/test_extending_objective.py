@@ -16,6 +16,7 @@ from launcher.plan.planner import plan
 __all__ = ["config_of"]
 
 
+@pytest.mark.rest
 def test_a_registered_objective_is_trained_and_evaluated(
     config_of: Callable[..., RunConfig], rank_server: RankServer, tmp_path: Path
 ) -> None:

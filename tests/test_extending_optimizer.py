@@ -58,6 +58,7 @@ def test_a_state_file_that_names_no_optimizer_states_has_those_of_adamw() -> Non
     assert State.model_validate(file).optimizer_states == ("exp_avg", "exp_avg_sq")
 
 
+@pytest.mark.rest
 def test_two_ranks_train_with_it_and_one_resumes_with_the_same_losses(
     config_of: Callable[..., RunConfig], rank_server: RankServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPO = Path(__file__).resolve().parents[1]
 MAKEFILE = """
 test:
@@ -29,6 +31,7 @@ def test_fails():
 """
 
 
+@pytest.mark.rest
 def test_tests_that_pass_only_alone_are_named_and_others_fail_the_target(tmp_path: Path) -> None:
     # A make around these tests passes its variables on.
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "PYTEST_"))}

@@ -72,6 +72,7 @@ def test_shapes_are_those_of_the_models_products(plan_of: Callable[..., LaunchPl
     assert shapes["tokens"] == 512
 
 
+@pytest.mark.rest
 def test_factors_are_found_again_and_errors_are_those_of_the_other_half(plan_of: Callable[..., LaunchPlan]) -> None:
     made = outcomes(plan_of)
     factors = predicted_speed.fit([outcome for outcome in made if outcome.case.is_fit])

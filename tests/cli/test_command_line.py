@@ -151,6 +151,7 @@ def test_plan_json_can_be_loaded(forked: Run, empty: Path) -> None:
         assert [line.removeprefix(label).strip() for line in lines if line.startswith(label)] == texts
 
 
+@pytest.mark.rest
 def test_a_multirun_plans_each_job(forked: Run, empty: Path) -> None:
     done = forked("plan", "--json", "-m", "model=tiny,qwen3_8b", cwd=empty)
     assert done.returncode == 0, done.stderr
@@ -265,6 +266,7 @@ def test_only_debug_shows_a_traceback(forked: Run) -> None:
     assert "Traceback" in forked("plan", "model=tyni", "--debug").stderr
 
 
+@pytest.mark.rest
 def test_a_row_that_does_not_parse_names_file_line_and_column(forked: Run, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "good"}\n{"text": bad}\n')

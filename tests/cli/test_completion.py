@@ -55,6 +55,7 @@ def tab(line: str, env: dict[str, str], folder: Path) -> tuple[list[str], str]:
     return done.stdout.split(), done.stderr
 
 
+@pytest.mark.rest
 def test_a_tab_in_bash(env: dict[str, str], folder: Path) -> None:
     assert tab("launcher ", env, folder) == (sorted(VERBS), "")
     assert tab("launcher repo", env, folder)[0] == ["report"]

@@ -77,6 +77,7 @@ def test_the_answer_on_a_terminal_decides(typed: bytes, may_start: bool, monkeyp
     os.close(controller)
 
 
+@pytest.mark.rest
 def test_train_asks_before_anything_is_created(launch: Launch, tmp_path: Path) -> None:
     settings = ("model=tiny", "run.confirm_usd=1", "run.name=costly", f"run.root={tmp_path}", "cluster.price_per_gpu_hour=2")
     done = launch("train", *settings, "train.max_steps=1", "tracking.kind=none")

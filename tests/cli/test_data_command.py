@@ -56,6 +56,7 @@ def own_cache(launch_here: Run, rows: Path, launcher_cache: Path, tmp_path: Path
     return {"LAUNCHER_CACHE": str(folder)}
 
 
+@pytest.mark.rest
 def test_the_report_in_a_pipe_has_marks_and_no_colors(launch: Run, rows: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     # Two documents fit a row.
@@ -140,6 +141,7 @@ def imported(stderr: str) -> set[str]:
     return set(re.findall(r"^import time:.*\| +(\S+)$", stderr, re.MULTILINE))
 
 
+@pytest.mark.rest
 def test_a_file_of_real_size_is_built_by_several_processes(launch: Run, tmp_path: Path) -> None:
     """The workers import the main module of the process that builds: only the command shows what that brings."""
     random, words = Random(0), "apple river stone cloud light music paper green window garden".split()  # noqa: SIM905
@@ -158,6 +160,7 @@ def test_a_file_of_real_size_is_built_by_several_processes(launch: Run, tmp_path
     assert "torch" not in imported(done.stderr), "its import takes longer than the rest"
 
 
+@pytest.mark.rest
 def test_a_finished_cache_is_reported_without_a_second_process(
     launch: Run, launch_here: Run, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +198,7 @@ def test_a_finished_cache_is_reported_without_a_second_process(
     assert imported(done.stderr).isdisjoint({"launcher.run_store", "launcher.cli.follow", "launcher.cli.launch"})
 
 
+@pytest.mark.rest
 def test_a_finished_cache_that_is_damaged_is_not_reported(
     launch_here: Run, rows: Path, own_cache: dict[str, str], tmp_path: Path
 ) -> None:
@@ -237,6 +241,7 @@ def on_a_terminal(command: list[str], environment: Mapping[str, str], cwd: Path,
     return written.decode()
 
 
+@pytest.mark.rest
 def test_a_terminal_shows_one_live_line(
     launcher_env: Mapping[str, str], rows: Path, own_cache: dict[str, str], tmp_path: Path
 ) -> None:
@@ -261,6 +266,7 @@ def test_a_terminal_gets_colors_unless_no_color_is_set(
     assert ESCAPE not in shown, "the text of a row gives no orders to the terminal"
 
 
+@pytest.mark.rest
 def test_held_out_rows_in_training_refuse_report_and_run(launch_here: Run, leaking: tuple[str, ...], tmp_path: Path) -> None:
     runs = f"run.root={tmp_path / 'runs'}"
     reported = launch_here("data", *leaking, cwd=tmp_path)

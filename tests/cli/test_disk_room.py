@@ -80,6 +80,7 @@ def test_a_disk_too_small_for_all_kept_checkpoints_is_noted(launch_here: Run, di
     assert "note" not in launch_here("plan", *SETTINGS, "checkpoint.keep_last=1", f"run.root={root}").stdout
 
 
+@pytest.mark.rest
 def test_resume_refuses_a_disk_without_room_for_a_save(launch_here: Run, disk: Callable[[str], Path], tmp_path: Path) -> None:
     """The checkpoints folder is on another disk, which is nearly full."""
     (tmp_path / "rows.jsonl").write_text('{"text": "one row"}\n' * 3)

@@ -69,6 +69,7 @@ def test_this_machine_is_checked_and_left_as_it_was(launch: Launch, tmp_path: Pa
     assert set(own_shared_memory()) <= before
 
 
+@pytest.mark.rest
 def test_a_failure_is_shown_with_its_fix_and_ends_with_code_1(launch: Launch, tmp_path: Path) -> None:
     """With a run's file that pushes to the Hub, and no token; a check that takes long is cut short."""
     (tmp_path / "my.yaml").write_text("model: tiny\nexport:\n  push_to_hub: owner/name\n")

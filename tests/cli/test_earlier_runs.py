@@ -37,6 +37,7 @@ def trained(plan_of: PlanOf, root: Path, name: str, mfu: float, peak: float = 98
     return run
 
 
+@pytest.mark.rest
 def test_the_newest_run_of_the_same_model_and_gpu_is_the_measurement(plan_of: PlanOf, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     later = plan_of(*MODEL, f"run.root={root}", "run.name=later", device=H100)
@@ -82,6 +83,7 @@ def test_a_run_of_another_user_is_no_measurement(plan_of: PlanOf, tmp_path: Path
     assert found.run_name == "own"
 
 
+@pytest.mark.rest
 def test_plan_shows_the_measurement_and_that_the_name_is_taken(
     plan_of: PlanOf, launch_here: Callable[..., CompletedProcess[str]], tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def typed(
     return command
 
 
+@pytest.mark.rest
 def test_the_file_fits_data_model_and_machine_and_plans_as_it_is(typed: Typed) -> None:
     code, out, err = typed("init", "--data", "chats.jsonl", "--model", "tiny", "tracking=none")
     assert (code, out.splitlines()[0]) == (0, "wrote chats.yaml"), err
@@ -85,6 +86,7 @@ def test_the_file_fits_data_model_and_machine_and_plans_as_it_is(typed: Typed) -
     assert plan["warnings"] == []
 
 
+@pytest.mark.rest
 def test_a_model_that_is_not_at_hand_is_assumed_and_what_was_typed_stays(typed: Typed) -> None:
     code, out, err = typed(
         *("init", "--data", "chats.jsonl", "--model", "qwen3_8b", "--out", "big.yaml", "train.epochs=1", *GPUS, "cluster.nodes=2")
@@ -107,6 +109,7 @@ def test_a_model_that_is_not_at_hand_is_assumed_and_what_was_typed_stays(typed: 
     assert model == {"name": "model-3B", "path": "someone/model-3B"}
 
 
+@pytest.mark.rest
 def test_the_commands_that_follow_are_those_that_the_file_plans_for(typed: Typed) -> None:
     code, out, err = typed("init", "--data", "chats.jsonl", "--model", "tiny", "tracking=none")
     assert code == 0, err
@@ -150,6 +153,7 @@ def test_the_commands_of_the_readme_work_as_they_stand(typed: Typed) -> None:
     assert "an hour = 16 GPUs x $" in out
 
 
+@pytest.mark.rest
 def test_what_the_plan_warns_of_is_said_at_once(typed: Typed) -> None:
     code, out, err = typed("init", "--data", "chats.jsonl", "--model", "qwen3_8b")
     assert code == 0, err
@@ -159,6 +163,7 @@ def test_what_the_plan_warns_of_is_said_at_once(typed: Typed) -> None:
     assert "note: the warm-up of 20 steps does not end within 8: lower optim.warmup_steps" in out, err
 
 
+@pytest.mark.rest
 def test_what_data_would_refuse_is_said_at_once(typed: Typed) -> None:
     words = ("init", "--data", "chats.jsonl", "--model", "tiny", "data.max_length=64")
     code, out, err = typed(*words)
@@ -173,6 +178,7 @@ def test_what_data_would_refuse_is_said_at_once(typed: Typed) -> None:
     assert (code, "warning: " in out) == (0, False), err
 
 
+@pytest.mark.rest
 def test_all_of_long_texts_is_trained(typed: Typed) -> None:
     Path("book.txt").write_text("It was a dark and stormy night. " * 1000)
     assert typed("init", "--data", "book.txt", "--model", "tiny")[0] == 0
@@ -182,6 +188,7 @@ def test_all_of_long_texts_is_trained(typed: Typed) -> None:
     assert "truncated" not in out
 
 
+@pytest.mark.rest
 def test_rows_may_be_named_by_overrides(typed: Typed) -> None:
     """Settings are then suggested for them, and not for the demonstration."""
     for number, words in enumerate((("data=jsonl", "data.path=chats.jsonl"), ("data.path=chats.jsonl",))):
@@ -215,6 +222,7 @@ def test_the_name_of_a_file_adds_no_settings(typed: Typed, line_break: str) -> N
     assert yaml.safe_load(text) == {"model": "tiny", "train": {"epochs": 3}}
 
 
+@pytest.mark.rest
 def test_on_machines_that_run_the_same_command_the_run_has_a_name(typed: Typed) -> None:
     words = ("init", "--data", "chats.jsonl", "--model", "tiny", "+cluster=static", "cluster.nodes=2", *GPUS)
     code, out, err = typed(*words)
@@ -229,6 +237,7 @@ def test_on_machines_that_run_the_same_command_the_run_has_a_name(typed: Typed) 
     assert yaml.safe_load(Path("mine.yaml").read_text())["run"] == {"name": "mine", "root": "/shared/runs"}
 
 
+@pytest.mark.rest
 def test_without_data_it_writes_the_demonstration(typed: Typed) -> None:
     code, out, err = typed("init", "--model", "tiny", "tracking=none")
     assert (code, out.splitlines()[0]) == (0, "wrote run.yaml"), err
@@ -270,6 +279,7 @@ def test_what_a_run_would_refuse_is_refused_and_nothing_is_written(words: tuple[
     assert {path.name for path in Path().iterdir()} - {"hub"} == before
 
 
+@pytest.mark.rest
 def test_all_kinds_of_bad_rows_are_reported_and_can_be_left_out(typed: Typed) -> None:
     with Path("chats.jsonl").open("a") as file:
         file.write('{"messages": \n{"text": "no messages"}\n{"messages": "none"}\n{"messages": \n')

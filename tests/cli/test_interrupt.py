@@ -122,6 +122,7 @@ def test_an_interrupt_from_the_terminal_does_not_end_sbatch(submit: Callable[[st
     assert submit("kill -INT 0; echo Submitted batch job 77", "exit 1") == ["job 77 1", ""]
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("end", ["echo sbatch: warning >&2; kill -KILL $$", "exit 1"], ids=["killed", "silent"])
 def test_an_sbatch_without_an_answer_may_leave_a_job(submit: Callable[[str, str], list[str]], tmp_path: Path, end: str) -> None:
     run = tmp_path / "runs/demo"

@@ -8,10 +8,12 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import pytest
 from http_server import serving
 from weight_tools import change_weights, save_model, without
 
 
+@pytest.mark.rest
 def test_a_model_folder_without_all_weights_is_refused_before_the_run_exists(
     launch_here: Callable[..., CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -66,6 +68,7 @@ class GatedModel(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.rest
 def test_a_gated_preset_names_license_and_token(launch_here: Callable[..., CompletedProcess[str]], tmp_path: Path) -> None:
     folders = {"LAUNCHER_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
     with serving(GatedModel) as address:

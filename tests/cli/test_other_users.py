@@ -96,6 +96,7 @@ def env(tmp_path: Path) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
 
 
+@pytest.mark.rest
 def test_only_a_run_that_is_trusted_gets_the_token_to_its_address(
     launch: Launch, ray_run: Callable[..., RunDir], env: dict[str, str], cluster: type[Cluster]
 ) -> None:

@@ -183,6 +183,7 @@ def test_thinning_keeps_spikes() -> None:
     assert thin_out(points[:600], 600) == points[:600]
 
 
+@pytest.mark.rest
 def test_the_report_of_a_long_run_takes_seconds(launch: Launch, run: RunDir) -> None:
     """10,000 steps; the bound is wide, as other programs may run."""
     log = JsonlTracker(run, 2)

@@ -170,6 +170,7 @@ def test_the_remedies_help(launch_here: Launch, run: RunDir) -> None:
     assert used in cancel(), "others can neither rename nor remove what they do not own in a sticky folder"
 
 
+@pytest.mark.rest
 def test_no_run_is_started_in_a_folder_where_others_could_replace_it(
     launch_here: Launch, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:

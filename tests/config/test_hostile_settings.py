@@ -168,6 +168,7 @@ def test_a_file_whose_aliases_expand_without_bound_is_not_read(
     assert problem.where == f"{tmp_path}/shared/model/mine.yaml"
 
 
+@pytest.mark.rest
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("last", ["x", '""', "[x, x, x, x]"])
 def test_references_that_double_at_each_step_are_refused(

@@ -73,6 +73,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_an_experiment(
     assert compose("optim.lr=3e-6", file, "+experiment=llama3_70b_four_nodes")[0].config.cluster.kind == "slurm"
 
 
+@pytest.mark.rest
 def test_an_option_on_the_command_line_replaces_the_whole_section(write: Callable[[str], str], compose: Compose) -> None:
     file = write("model: {path: ./own, dtype: fp32}\ndata: {path: a.jsonl}\n")
     config = compose(file, "model=qwen3_8b", "+cluster=slurm")[0].config

@@ -66,6 +66,7 @@ def parsed(content: bytes) -> list[Any]:
     return [row for row, _, _ in json_array.read_array(io.BufferedReader(io.BytesIO(content)), "a.json")]
 
 
+@pytest.mark.rest
 @given(rows=ROWS, block=st.integers(1, 40), indent=st.sampled_from([None, 2]), is_ascii=st.booleans())
 def test_a_json_array_is_read_in_small_blocks(rows: list[dict[str, Any]], block: int, indent: int | None, is_ascii: bool) -> None:
     content = json.dumps(rows, indent=indent, ensure_ascii=is_ascii).encode("utf-8", "surrogatepass")

@@ -141,6 +141,7 @@ def test_an_eval_file_and_the_limit_on_rows(section: Section, jsonl: Jsonl, toke
         build(data.model_copy(update={"eval_max_rows": 2}), str(tokenizer_dir))
 
 
+@pytest.mark.rest
 def test_stdlib_docs_brings_its_own_held_out_split(tokenizer_dir: Path) -> None:
     data = DataSection(sources=(Source(path="builtin:stdlib_docs"),), max_length=256, eval_max_rows=8)
     facts = build(data, str(tokenizer_dir))
@@ -312,6 +313,7 @@ def start_builder(data: DataSection, tokenizer_dir: Path, pause: bool = False) -
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.rest
 def test_two_builders_at_once_make_one_cache(section: Section, tokenizer_dir: Path, cache_home: Path) -> None:
     builders = [start_builder(section(eval_fraction=0.2), tokenizer_dir) for _ in range(2)]
     outputs = [builder.communicate(timeout=120)[0].splitlines() for builder in builders]
@@ -322,6 +324,7 @@ def test_two_builders_at_once_make_one_cache(section: Section, tokenizer_dir: Pa
     assert sorted(entry.suffix for entry in (cache_home / "data").iterdir()) == ["", ".lock"]
 
 
+@pytest.mark.rest
 def test_a_killed_builder_leaves_no_finished_cache(section: Section, tokenizer_dir: Path, cache_home: Path) -> None:
     data = section(eval_fraction=0.2)
     builder = start_builder(data, tokenizer_dir, pause=True)
@@ -398,6 +401,7 @@ def cache_messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == cache_lock.__name__]
 
 
+@pytest.mark.rest
 def test_a_full_disk_is_reported_and_leaves_no_partial_cache(section: Section, tokenizer_dir: Path, cache_home: Path) -> None:
     code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)){BUILDER}"
     command = [sys.executable, "-c", code, section(max_length=512).model_dump_json(), str(tokenizer_dir), ""]

@@ -188,6 +188,7 @@ def test_a_dictionary_that_many_rows_refer_to_is_refused(
     assert "without compression or dictionaries" in problem.remedy
 
 
+@pytest.mark.rest
 def test_one_row_of_a_table_that_takes_all_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet, "_MAX_BATCH_BYTES", 100 << 20)
     texts = dictionary_table(["a" * (4 << 20)], [0] * 1000)

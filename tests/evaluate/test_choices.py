@@ -80,6 +80,7 @@ def scored(tokenizer: PreTrainedTokenizerBase, side: TunedPrompts | BasePrompts,
     return texts
 
 
+@pytest.mark.rest
 def test_the_choice_alone_is_scored(tokenizer: PreTrainedTokenizerBase) -> None:
     examples = [to_eval_question(OTHER, Encoder(tokenizer, DATA), DATA, "auto")]
     base = BasePrompts(tokenizer, DATA, examples, ())

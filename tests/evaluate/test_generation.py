@@ -123,6 +123,7 @@ def files(folder: EvaluationFolder) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.set_folder("held_out").glob("*.jsonl")}
 
 
+@pytest.mark.rest
 def test_two_processes_give_the_answers_of_one(folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase) -> None:
     log: list[str] = []
     run(folder, tokenizer, log)
@@ -175,6 +176,7 @@ def test_weights_are_known_by_what_their_config_says_about_the_model(model_folde
     assert with_config(rms_norm_eps=1e-2) != first
 
 
+@pytest.mark.rest
 def test_an_evaluation_that_was_killed_continues(folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase) -> None:
     log: list[str] = []
     for allowed in (2, 9, 17):

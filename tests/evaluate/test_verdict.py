@@ -104,6 +104,7 @@ def test_a_model_against_itself_cannot_tell(num_prompts: int) -> None:
     assert all(one.prompts_needed and one.prompts_needed > num_prompts for one in verdict.primary)
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("is_graded", [False, True])
 def test_without_a_difference_few_verdicts_say_otherwise(is_graded: bool) -> None:
     """200 comparisons of sides that answer equally well, with two baselines: at most 5% may have an outcome."""

@@ -93,6 +93,7 @@ def test_prompts_go_as_token_ids_and_answers_come_in_their_order(
     await_no_server(weights)
 
 
+@pytest.mark.rest
 def test_the_version_is_that_of_the_environment(python: Path) -> None:
     assert vllm_engine.read_version(python) == "0.11.0"
     assert vllm_engine.read_version(Path(sys.executable)) is None

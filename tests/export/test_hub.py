@@ -121,6 +121,7 @@ def test_a_wrong_token_and_an_unreachable_hub_are_reported(hub: FakeHub, folder:
     assert "check the network" in gone.stdout
 
 
+@pytest.mark.rest
 def test_a_run_that_would_be_pushed_to_a_public_repository_is_refused_before_it_starts(
     hub: FakeHub, launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def pinned(folder: Path) -> ModelSection:
 HUB_MODEL = ModelSection(path="owner/name", revision=COMMIT, trust_remote_code=True)
 
 
+@pytest.mark.rest
 def test_modules_that_others_planted_in_a_shared_cache_do_not_run(folder: Path, ran: Path, planted: Path, tmp_path: Path) -> None:
     home = tmp_path / "shared"
     (home / "modules/transformers_modules/model").mkdir(parents=True)

@@ -25,6 +25,7 @@ H100 = ("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8", "data.max_leng
 PlanOf = Callable[..., LaunchPlan]
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("name", KINDS)
 def test_the_activations_of_a_preset_are_those_that_a_pass_keeps(name: str) -> None:
     """At real width, as fake tensors: one layer keeps its activations, and the last one recomputes them."""

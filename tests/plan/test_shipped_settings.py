@@ -121,6 +121,7 @@ def test_every_file_under_conf_is_covered(request: pytest.FixtureRequest) -> Non
     }
 
 
+@pytest.mark.rest
 def test_the_plan_and_transformers_count_the_published_parameters(config_of: Callable[..., RunConfig]) -> None:
     sections = {name: config_of(f"model={name}").model for name in PARAMETERS}
     planned = {name: model_facts(model.config or {}, model.path, None, None).num_params for name, model in sections.items()}

@@ -141,6 +141,7 @@ def note(tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, as_ro
     return file
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("kind", ["worker of a command", "node of an evaluation", "task of Ray"])
 def test_compiled_code_of_another_user_is_not_loaded(note: Path, tmp_path: Path, kind: str) -> None:
     if kind == "worker of a command":

@@ -99,6 +99,7 @@ def test_settings_of_another_user_are_refused_by_name(
     assert Path.cwd() == folder
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("attempt", ["theirs", "sticky"])
 def test_settings_that_appear_after_the_check_are_not_read(
     folder: Path, servers: tuple[FakeWandb, FakeWandb], attempt: str

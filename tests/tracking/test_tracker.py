@@ -125,6 +125,7 @@ def test_a_folder_that_cannot_be_written_fails_the_start(make_plan: PlanMaker, r
         start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
 
 
+@pytest.mark.rest
 def test_a_refused_key_leaves_offline_files(make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "short")
     composite = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)

@@ -89,6 +89,7 @@ def run_script(code: str, plan_file: Path, run_dir: Path, forked: bool = True) -
             return process.wait(timeout=10)
 
 
+@pytest.mark.rest
 def test_metrics_are_logged_over_the_steps_under_the_plans_id(make_plan: PlanMaker, run_dir: Path) -> None:
     trackers = start_trackers(make_plan(project="demo", group="sweep", tags=["tagged"]), run_dir, attempt=1, on_stop=no_stop)
     trackers.log(0, {"eval/held_out/loss": 3.0})
@@ -269,6 +270,7 @@ def test_a_login_makes_auto_online(make_plan: PlanMaker, monkeypatch: pytest.Mon
     assert not is_online("auto")
 
 
+@pytest.mark.rest
 def test_a_hung_wandb_is_reported_and_the_process_exits(make_plan: PlanMaker, run_dir: Path, tmp_path: Path) -> None:
     plan_file = tmp_path / "plan.json"
     plan_file.write_text(make_plan().to_json())
@@ -299,6 +301,7 @@ def test_a_superseded_attempt_does_not_finish_the_wandb_run(make_plan: PlanMaker
     assert [event for event in read_events(run_dir / "events.jsonl") if event["kind"] in ("end", "alert")] == []
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("how", ["with --step", "with other settings"])
 def test_steps_repeated_after_going_back_are_shown_beside_the_earlier_ones(make_plan: PlanMaker, run_dir: Path, how: str) -> None:
     """Also in the following attempts, after a crash or with the same settings."""

@@ -33,6 +33,7 @@ def server() -> Iterator[FakeWandb]:
         assert not [request for request in running.received if KEY in request], "the key stands in no body"
 
 
+@pytest.mark.rest
 def test_all_metrics_alerts_artifacts_and_the_summary_arrive(make_plan: PlanMaker, server: FakeWandb, run_dir: Path) -> None:
     plan = make_plan(project="demo", entity=ENTITY, group="sweep", tags=["tagged"])
     (run_dir / "step-2").mkdir()
@@ -133,6 +134,7 @@ def test_simultaneous_alerts_are_all_sent(make_plan: PlanMaker, server: FakeWand
     assert max(map(len, titles)) == 63
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("for_good", [False, True], ids=["it goes on by itself", "a person resumes it"])
 def test_an_interrupted_evaluation_is_sent_by_the_next_attempt(
     make_plan: PlanMaker, server: FakeWandb, monkeypatch: pytest.MonkeyPatch, for_good: bool

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 from forked_ranks import RankServer
 
 from launcher.train.jit_build_lock import LockedBaton
@@ -44,6 +45,7 @@ def test_one_process_builds_and_the_others_wait(tmp_path: Path) -> None:
     assert not lock.exists()
 
 
+@pytest.mark.rest
 def test_a_process_killed_during_a_build_blocks_no_other(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     process = holding(lock)
@@ -78,6 +80,7 @@ def test_a_lock_that_another_program_has_deleted_is_released(tmp_path: Path) -> 
     assert LockedBaton(str(lock)).try_acquire()
 
 
+@pytest.mark.rest
 def test_torch_uses_these_locks_in_a_rank() -> None:
     script = (
         "from torch.utils import cpp_extension; from launcher.train.jit_build_lock import LockedBaton, lock_builds; "

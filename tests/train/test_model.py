@@ -47,6 +47,7 @@ def packed(lengths: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.cat([torch.arange(n) for n in lengths])[None]
 
 
+@pytest.mark.rest
 @torch.no_grad()
 @pytest.mark.parametrize(("kernel", "flatten"), [("sdpa", False), ("sdpa", True), ("varlen", True)])
 def test_a_perturbed_document_does_not_move_its_neighbors(
@@ -99,6 +100,7 @@ def attend_by_cu_seqlens(module, query, key, value, mask, **given):
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("recompute", [False, True])
 def test_flash_attention_receives_cu_seqlens(
     real: CausalLMLoss, set_kernel: Callable[[str, bool], None], recompute: bool

@@ -158,6 +158,7 @@ def scored(rank_server: RankServer, plan_for: Callable[[int], Path], tmp_path: P
     return Scored(rank_server, plan_for, tmp_path)
 
 
+@pytest.mark.rest
 def test_scores_equal_plain_transformers_document_by_document(
     scored: Scored, packed: DataFacts, documents: Documents, plain_log_probs: list[np.ndarray], tmp_path: Path
 ) -> None:
@@ -209,6 +210,7 @@ np.savez(sys.argv[4], *again.log_probs)
     assert not list((tmp_path / "cache/scores").glob(".*")), "nothing temporary is left"
 
 
+@pytest.mark.rest
 def test_a_pass_that_was_stopped_and_killed_gives_the_same_bytes(scored: Scored, packed: DataFacts) -> None:
     scored.run(packed, 1, "whole")
     # Two ranks have 33 micro-batches, and have committed two shards of four once rank 0 begins its fifth.
@@ -231,6 +233,7 @@ def test_a_pass_that_was_stopped_and_killed_gives_the_same_bytes(scored: Scored,
     assert scored.run(packed, 2, "killed", "kill", 0) == [(0, True)] * 2
 
 
+@pytest.mark.rest
 def test_evaluation_by_set_and_source_equals_the_scores(
     rank_server: RankServer, plan_for: Callable[[int], Path], packed: DataFacts, plain_log_probs: list[np.ndarray], tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ def use(monkeypatch: pytest.MonkeyPatch, address: str, forked: bool = True) -> N
         monkeypatch.setattr(wandb_closing, "subprocess", ForkingSubprocess(preloaded(*IMPORTED)))
 
 
+@pytest.mark.rest
 def test_a_failure_and_the_missing_steps_are_sent_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
     with fake_wandb() as server:

@@ -47,6 +47,7 @@ def test_a_process_dies_with_its_parent() -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.rest
 def test_a_rank_of_a_score_pass_dies_with_its_parent(tmp_path: Path) -> None:
     task = tmp_path / "task.json"
     os.mkfifo(task)

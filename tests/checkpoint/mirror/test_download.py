@@ -91,6 +91,7 @@ def test_a_run_is_downloaded_from_a_folder(tmp_path: Path) -> None:
     assert not (target.root / download.MARKER).exists()
 
 
+@pytest.mark.rest
 def test_a_run_is_downloaded_from_s3(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Small enough for S3 to take files in several parts.
     monkeypatch.setattr(remote_folder, "_BLOCK_BYTES", 5 * 2**20)

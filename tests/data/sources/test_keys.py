@@ -144,6 +144,7 @@ def test_chosen_columns_and_ignored_keys_make_a_row_trainable(
     assert "Add." not in str(list(read_documents(Source(path=str(path), **settings))))
 
 
+@pytest.mark.rest
 def test_ignored_keys_hold_for_the_held_out_file(jsonl: Jsonl, tokenizer_dir: Path) -> None:
     train = jsonl([{"prompt": f"{i} is", "completion": f" {i}", "label": i % 2 == 0} for i in range(20)], "train.jsonl")
     held_out = jsonl([{**PAIR, "label": False}], "held_out.jsonl")

@@ -3,6 +3,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from launcher.data.sources.builtin.stdlib_docs import MAX_WORDS, NUM_PAIRS, list_pairs
 
 
@@ -37,6 +39,7 @@ def test_the_text_is_the_docstring() -> None:
         assert first_line in answers[symbol]
 
 
+@pytest.mark.rest
 def test_stdlib_docs_import_nothing_and_are_the_same_in_every_process() -> None:
     code = (
         "import sys, hashlib; from launcher.data.sources.builtin.stdlib_docs import list_pairs;"

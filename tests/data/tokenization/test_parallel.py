@@ -129,6 +129,7 @@ def workers_of(children: list[psutil.Process]) -> list[psutil.Process]:
     return [child for child in children if child.ppid() in numbers]
 
 
+@pytest.mark.rest
 def test_several_processes_build_what_one_builds(many: DataSection, tokenizer_dir: Path, cache_home: Path) -> None:
     progress: list[tuple[str, int, int]] = []
     folder = Path(build(many, str(tokenizer_dir), lambda *counts: progress.append(counts)).cache_dir)
@@ -242,6 +243,7 @@ def test_rows_that_cannot_be_used_are_reported_by_all_processes(many: DataSectio
     assert time.monotonic() - began < DEADLINE_S
 
 
+@pytest.mark.rest
 def test_the_worker_processes_do_not_import_torch(tokenizer_dir: Path) -> None:
     script = (
         "import json, sys, launcher.data.tokenization.forkserver_preload\n"

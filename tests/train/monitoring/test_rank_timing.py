@@ -15,6 +15,7 @@ def ranks(rank_server: RankServer, tmp_path_factory: pytest.TempPathFactory) -> 
     return rank_server.values("train_ranks:probe_engine", [[], []], tmp_path_factory.mktemp("probe"))
 
 
+@pytest.mark.rest
 def test_only_the_slow_rank_has_a_long_layer_time(ranks: list[dict]) -> None:
     first, second = ranks
     assert all(rank["slow"]["step_s"] > 0.3 for rank in ranks), "both take as long for the step"

@@ -103,6 +103,7 @@ def test_keys_that_are_accepted_once_need_no_process_again(
     assert not facts.is_extra_accepted(good)
 
 
+@pytest.mark.rest
 def test_a_run_with_a_misspelled_key_is_refused_and_leaves_nothing(
     launch_here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

@@ -173,6 +173,7 @@ def test_a_probe_without_memory_has_no_verdict(failing: Callable[[Exception, int
     assert isolation_verdicts.load(facts("llama"), section()) is None
 
 
+@pytest.mark.rest
 def test_plan_refuses_a_model_whose_packed_documents_affect_each_other(
     launch_here: Callable[..., CompletedProcess[str]], tmp_path: Path
 ) -> None:

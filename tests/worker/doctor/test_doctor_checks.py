@@ -187,6 +187,7 @@ def test_a_compiler_and_headers_are_looked_for_where_liger_or_torch_build_kernel
     assert found("model.liger=false") == []
 
 
+@pytest.mark.rest
 def test_liger_is_tried_on_the_gpu_as_ranks_do(
     gpu_machine: Callable[..., None], config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -251,6 +252,7 @@ def test_a_kernel_that_the_settings_ask_for_must_be_installed(config: Callable[.
     assert "model.attention=auto" in found.remedy
 
 
+@pytest.mark.rest
 def test_ranks_that_fail_are_reported_with_their_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This torch has no CUDA, or the machine no GPU."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -318,6 +320,7 @@ def test_full_and_read_only_storage_are_failures(tmp_path: Path, options: str, m
     assert message in line
 
 
+@pytest.mark.rest
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 def test_low_limits_and_little_shared_memory_are_failures(tmp_path: Path) -> None:
     limits = in_a_namespace("ulimit -n 512", PRINT.format(root=tmp_path, check="machine.check_limits"))

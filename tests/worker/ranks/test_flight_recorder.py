@@ -154,6 +154,7 @@ def test_where_no_thread_can_be_started_nothing_is_known(run: RunDir, monkeypatc
     recorder.close({})
 
 
+@pytest.mark.rest
 def test_512_ranks_on_64_nodes_are_judged_at_once(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """The records are those that torch writes unasked after a timeout of its own, and are copied when the ranks have ended."""
     # A thousand of them take a while on a busy disk.

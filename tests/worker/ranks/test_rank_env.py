@@ -23,6 +23,7 @@ print(faults() - before)
 """
 
 
+@pytest.mark.rest
 def test_tensors_in_main_memory_take_the_place_of_those_before() -> None:
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     kept = _count_page_faults({**plain, **allocator_defaults(plain, "cpu")})

@@ -292,6 +292,7 @@ def test_the_process_ends_at_once_with_all_it_has_started_where_training_is_not_
     assert command(run, 4) in said(run, "answers")[-1]
 
 
+@pytest.mark.rest
 def test_what_it_has_started_ends_with_a_process_that_is_killed(make: Callable) -> None:
     planned, run = make()
     commit(run, 4)
