@@ -15,12 +15,11 @@ from launcher.cli.arguments import VerbParser
 from launcher.cli.views.compared_run import GIT_COMMIT, SECTIONS, ComparedRun, ValueDifference, compare, of_settings, read
 from launcher.config.run_file.tokens import is_run_file
 from launcher.errors import printable
-from launcher.security.redaction import looks_secret, redact
+from launcher.security.redaction import redact_setting
 
 _MAX_CHARS = 200
 # Smaller changes are not shown; numbers this small are shown with an exponent.
 _LEAST_CHANGE, _MOST = 0.0005, 1e12
-_REDACTED = "<redacted>"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -114,9 +113,7 @@ def _shown(key: str, value: Any) -> str:
 
 def _without_secrets(key: str, text: str) -> str:
     # A commit looks like a W&B key.
-    if _COMMIT.fullmatch(text) and (key == GIT_COMMIT or key.endswith(".revision")):
-        return text
-    return _REDACTED if looks_secret(key, text) else redact(text)
+    return text if key == GIT_COMMIT and _COMMIT.fullmatch(text) else redact_setting(key, text)
 
 
 def _as_json(difference: ValueDifference) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from launcher.config.renamed_keys import renamed_override, renamed_setting
 from launcher.config.sections.data import COLUMNS_EXAMPLE
 from launcher.config.suggestions import suggest_setting
 from launcher.errors import Problem, did_you_mean
-from launcher.security.redaction import looks_secret, redact
+from launcher.security.redaction import redact, redact_setting
 
 # By the first part of pydantic's error type.
 _WRONG_TYPE = {
@@ -190,7 +190,7 @@ def _by_type(key: str, setting: Setting | None, item: Mapping[str, Any], origins
 def shown(key: str, value: Any) -> str:
     """Return a value in the form that errors show: without secrets, at most 200 characters."""
     text = repr(value) if isinstance(value, str) else as_yaml(value)
-    return "<redacted>" if looks_secret(key, value) else redact(text)[:200]
+    return redact_setting(key, value, text)[:200]
 
 
 def _plain(key: str, value: Any) -> str:

@@ -6,12 +6,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from launcher.security.redaction import looks_secret, redact
+from launcher.security.redaction import REDACTED, looks_secret, redact
 
 if TYPE_CHECKING:
     import yaml
 
-_REDACTED = "<redacted>"
 # Hydra prints either only the settings, or the settings below this heading.
 _HEADING = re.compile(r"^Config\n\*+\n", re.MULTILINE)
 _PACKAGE = re.compile(r"^# @package (?P<package>[\w.]+)$", re.MULTILINE)
@@ -40,7 +39,7 @@ def redact_settings(text: str, secrets: Mapping[str, str]) -> str:
     replacements = [(node, new) for key, node in scalars if (new := _redacted(key, node.value)) != node.value]
     if any(_OVERRIDE.fullmatch(node.value) for node, _ in replacements):
         joined = [node for key, node in scalars if key.endswith(_ALL_OVERRIDES)]
-        replacements = [(n, new) for n, new in replacements if n not in joined] + [(node, _REDACTED) for node in joined]
+        replacements = [(n, new) for n, new in replacements if n not in joined] + [(node, REDACTED) for node in joined]
     for node, new in sorted(replacements, key=lambda item: item[0].start_mark.index, reverse=True):
         begin, end = node.start_mark.index, node.end_mark.index
         # A multi-line block ends where the next line begins.
@@ -53,7 +52,7 @@ def _redacted(key: str, value: str) -> str:
     import yaml
 
     if looks_secret(key, value):
-        return _REDACTED
+        return REDACTED
     override = _OVERRIDE.fullmatch(value) if key.endswith("]") else None
     if override is None:
         return value
@@ -63,7 +62,7 @@ def _redacted(key: str, value: str) -> str:
     except yaml.YAMLError:
         content = []
     is_secret = looks_secret(name, override["value"]) or any(looks_secret(key, node.value) for key, node in content)
-    return f"{override['key']}={_REDACTED}" if is_secret else value
+    return f"{override['key']}={REDACTED}" if is_secret else value
 
 
 def _scalars(node: yaml.Node | Any, prefix: str) -> Iterator[tuple[str, yaml.ScalarNode]]:

@@ -11,10 +11,15 @@ from typing import Any
 
 from launcher.security.credentials import FORMS, LOGIN, PASSWORD_IN_ADDRESS, VARIABLE, hide_secrets, secret_within
 
+REDACTED = "<redacted>"
 # A value in one of these forms is a credential under any key.
 _SECRET = re.compile("|".join(form.pattern for form in FORMS if form is not PASSWORD_IN_ADDRESS))
-# W&B's older keys have no prefix: 40 hex digits, like a git commit, which is only allowed for a revision.
+# W&B's older keys have no prefix: 40 hex digits, like a git commit.
 _HEX_KEY = re.compile(r"[0-9a-f]{40}")
+# In text, these digits are a commit after the name of a setting, or in the path of a snapshot or a page of the Hub.
+_HEX_KEY_OR_COMMIT = re.compile(
+    rf"(?P<commit>revision['\"]?(?:=|: ?)['\"]?|/(?:snapshots|resolve|blob|tree|commit)/)?\b{_HEX_KEY.pattern}\b"
+)
 # A user with a password before a URL's host; with http, a user alone may be a token.
 _IN_ADDRESS = re.compile(r"(?<=://)[^/\s:]*:[^/\s]*@|(?:(?<=http://)|(?<=https://))[^/?\s]+@")
 # Query parameters of a URL that grant access: a signature or a key.
@@ -77,10 +82,21 @@ def redact(text: str, secrets: Mapping[str, str] | None = None) -> str:
 
     `secrets` are the credentials in the environment, keyed by variable.
     """
-    text = hide_secrets(text, secrets or {})
-    text = IN_QUERY.sub(r"\g<name>=<redacted>", _IN_ADDRESS.sub("<redacted>@", _SECRET.sub("<redacted>", text)))
-    text = _ASSIGNED.sub(r"\g<key><redacted>", text)
-    return re.sub(rf"(?<!revision=)\b{_HEX_KEY.pattern}\b", "<redacted>", text)
+    text = _redact_forms(hide_secrets(text, secrets or {}))
+    return _HEX_KEY_OR_COMMIT.sub(lambda match: match[0] if match["commit"] else REDACTED, text)
+
+
+def redact_setting(key: str, value: Any, text: str | None = None) -> str:
+    """Return a setting's value as text, with `<redacted>` for what looks like a credential; `text` is its form if not str(value).
+
+    As in `looks_secret`, 40 hex digits are a credential only as the whole value: they may be part of a path.
+    """
+    return REDACTED if looks_secret(key, value) else _redact_forms(str(value) if text is None else text)
+
+
+def _redact_forms(text: str) -> str:
+    text = IN_QUERY.sub(rf"\g<name>={REDACTED}", _IN_ADDRESS.sub(f"{REDACTED}@", _SECRET.sub(REDACTED, text)))
+    return _ASSIGNED.sub(rf"\g<key>{REDACTED}", text)
 
 
 def redacted_command_line() -> str:

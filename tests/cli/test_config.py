@@ -17,6 +17,7 @@ from launcher.config.schema import RunConfig
 from launcher.plan.run_dir import RunDir
 
 Out = Callable[..., str]
+COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
 @pytest.fixture
@@ -49,6 +50,7 @@ def config_of(*words: str) -> RunConfig:
         ),
         ("data.checks.truncated=fail", "optim.betas=[0.5, 0.6]", "run.name=2026-01-01", "train.epochs=0.5"),
         ("model.path=owner/other", "cluster=slurm", "cluster.env={A: 'yes', B: '012', C: '1e5'}", "tracking.tags=[a, b]"),
+        ("model.path=owner/other", f"model.revision={COMMIT}", f"data.path=/hub/snapshots/{COMMIT}/a.jsonl", "data=jsonl"),
         (
             "model=qwen3_8b",
             "model.config.hidden_size=1",

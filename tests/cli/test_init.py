@@ -102,11 +102,13 @@ def test_a_model_that_is_not_at_hand_is_assumed_and_what_was_typed_stays(typed: 
     small = ("--out", "small.yaml", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=1")
     assert typed("init", "--data", "chats.jsonl", "--model", "qwen3_8b", *small)[0] == 0
     assert yaml.safe_load(Path("small.yaml").read_text())["deepspeed"] == "zero3_offload"
-    code, out, err = typed("init", "--data", "chats.jsonl", "--model", "someone/model-3B", "--out", "hub.yaml", *GPUS)
+    commit = "0123456789abcdef" * 2 + "01234567"
+    pinned = ("--out", "hub.yaml", f"model.revision={commit}", *GPUS)
+    code, out, err = typed("init", "--data", "chats.jsonl", "--model", "someone/model-3B", *pinned)
     assert code == 0, err
     assert "assumed: the size of the model is taken from its name: 3 billion parameters" in out
     model = yaml.safe_load(Path("hub.yaml").read_text())["model"]
-    assert model == {"name": "model-3B", "path": "someone/model-3B"}
+    assert model == {"name": "model-3B", "path": "someone/model-3B", "revision": commit}
 
 
 @pytest.mark.rest

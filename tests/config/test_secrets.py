@@ -12,7 +12,7 @@ from launcher.config.resume import with_overrides
 from launcher.config.sections.data import Source
 from launcher.errors import ConfigError
 from launcher.security.credentials import environment_secrets
-from launcher.security.redaction import has_login, looks_secret, redact, secret_problem
+from launcher.security.redaction import has_login, looks_secret, redact, redact_setting, secret_problem
 
 Shown = Callable[..., str]
 
@@ -281,7 +281,12 @@ def test_redaction_keeps_the_rest() -> None:
         "s3://bucket/a:b@c file:///x:y@z http://host:80/a@b sftp://user@host/x"
     )
     assert redact("x.password=abc def") == "x.password=<redacted>"
-    assert redact(f"model.revision={TOKENS['wandb']}") == f"model.revision={TOKENS['wandb']}"
+    key = TOKENS["wandb"]
+    for commit in (f"model.revision={key}", f"{{revision: {key}}}", f'"revision": "{key}"', f"/models--o--n/snapshots/{key}/config.json"):
+        assert redact(commit) == commit
+    assert redact(f"data.path=/a/{key}/{key}") == "data.path=/a/<redacted>/<redacted>"
+    assert redact_setting("data.path", f"/a/{key}/b") == f"/a/{key}/b"
+    assert redact_setting("data.path", key) == "<redacted>"
     assert redact("sftp://a:b:c@d@host/x") == "sftp://<redacted>@host/x"
     assert redact("model.tokenizer=org/name") == "model.tokenizer=org/name"
 

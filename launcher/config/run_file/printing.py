@@ -18,12 +18,11 @@ from launcher.config.run_file.reading import BASE
 from launcher.config.schema import RunConfig
 from launcher.config.sections.backends import choose_kind
 from launcher.config.sections.data import Source
-from launcher.security.redaction import looks_secret, redact
+from launcher.security.redaction import redact_setting
 
 _SECTIONS_OF_GROUPS = tuple(group for group in GROUPS if group != "experiment")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _HEADER_GLOBAL = re.compile(r"^#\s*@package\s+_global_", re.MULTILINE)
-_REDACTED = "<redacted>"
 _ABSENT = object()
 
 
@@ -214,9 +213,8 @@ def _redacted(value: Any, key: str) -> Any:
         return {name: _redacted(content, f"{key}.{name}" if key else str(name)) for name, content in value.items()}
     if isinstance(value, list):
         return [_redacted(item, f"{key}[{i}]") for i, item in enumerate(value)]
-    if looks_secret(key, value):
-        return _REDACTED
-    return redact(value) if isinstance(value, str) else value
+    shown = redact_setting(key, value)
+    return value if shown == str(value) else shown
 
 
 def _escaped(value: Any) -> Any:
