@@ -9,11 +9,11 @@ from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass
 
 import psutil
 
 from launcher.errors import Problem
+from launcher.security.redaction import redact
 from launcher.security.trust import FLAG, Trust, user_name
 
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
@@ -66,10 +66,10 @@ def server_problem(where: str, address: str, gain: str = GETS_KEY) -> Problem | 
     and `gain` says what the user would gain. What is sent to an http:// address through a proxy is readable to the proxy.
     """
     trust = Trust.from_environ(os.environ)
-    parts = urlsplit(address if "://" in address else f"//{address}")
+    parts = _split(address)
     if (user := _stranger(parts, trust)) is not None:
         remedy = f"choose another port, for an ssh tunnel too; if you trust {user} with your account, add {FLAG} {user}"
-        return Problem(f"a process of {user} listens at this address, and {gain}", where, address, remedy)
+        return Problem(f"a process of {user} listens at this address, and {gain}", where, redact(address), remedy)
     variable, proxy = _proxy(parts)
     if (user := _stranger(proxy, trust)) is not None:
         message = f"a process of {user} listens at the address of the proxy for {where}, and {gain}"
@@ -93,12 +93,25 @@ def _stranger(parts: SplitResult, trust: Trust) -> str | None:
 
 def _proxy(parts: SplitResult) -> tuple[str, SplitResult]:
     """Return the proxy for an address, and the variable that names it; empty for an encrypted address or without a proxy."""
-    proxies = getproxies_environment() if parts.scheme == "http" and parts.hostname else {}
+    nothing = "", _split("")
+    if parts.scheme != "http" or not parts.hostname:
+        return nothing
+    # Imported here because it loads slowly.
+    from urllib.request import getproxies_environment, proxy_bypass
+
+    proxies = getproxies_environment()
     kind = next((kind for kind in ("http", "all") if kind in proxies), None)
-    if kind is None or proxy_bypass(parts.hostname or "", proxies):
-        return "", urlsplit("")
-    proxy = proxies[kind]
-    return f"{kind}_proxy", urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    if kind is None or proxy_bypass(parts.hostname, proxies):
+        return nothing
+    return f"{kind}_proxy", _split(proxies[kind], "http:")
+
+
+def _split(address: str, scheme: str = "") -> SplitResult:
+    """Return the parts of a URL, or of host:port with `scheme`; empty parts for an invalid address, which its client reports."""
+    try:
+        return urlsplit(address if "://" in address else f"{scheme}//{address}")
+    except ValueError:
+        return urlsplit("")
 
 
 def _users_reached(host: str, port: int) -> set[int]:
@@ -109,9 +122,9 @@ def _users_reached(host: str, port: int) -> set[int]:
     for address in map(_destination, _resolve(host)) if listening else ():
         if address.is_loopback or str(address) in own:
             # The system prefers a listener at the exact address to one at all addresses.
-            mapped = [IPv6Address(f"::ffff:{address}"), IPv6Address("::")] if isinstance(address, IPv4Address) else []
-            candidates = [address, IPv4Address(0) if mapped else IPv6Address("::"), *mapped]
-            reached |= next((listening[one] for one in candidates if one in listening), set())
+            is_v4 = isinstance(address, IPv4Address)
+            others = ("0.0.0.0", f"::ffff:{address}", "::ffff:0.0.0.0", "::") if is_v4 else ("::",)  # noqa: S104
+            reached |= next((listening[one] for one in (address, *map(ip_address, others)) if one in listening), set())
     return reached
 
 
@@ -125,6 +138,7 @@ def _destination(address: Address) -> Address:
 
 
 def _resolve(host: str) -> set[Address]:
-    with suppress(OSError):
+    # A name with an empty or overlong part raises UnicodeError.
+    with suppress(OSError, UnicodeError):
         return {ip_address(str(entry[4][0]).partition("%")[0]) for entry in socket.getaddrinfo(host, None)}
     return set()

@@ -94,6 +94,33 @@ def test_the_system_connects_to_what_listens_at_the_address_itself(listen: Liste
     assert port_owners.server_problem("", "127.0.0.1:8265") is not None
 
 
+def test_a_listener_at_the_mapped_form_of_all_addresses_is_found() -> None:
+    """A process with an IPv6 socket can bind to all addresses of IPv4 alone; `::` is not among them."""
+    with socket.socket(socket.AF_INET6) as listener:
+        listener.bind(("::ffff:0.0.0.0", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        socket.create_connection(("127.0.0.1", port)).close()
+        assert port_owners._users_reached("127.0.0.1", port) == {os.geteuid()}
+
+
+@pytest.mark.parametrize("address", ["http://[::1/a", "http://[bad]:8265", "http://.example:8265", f"http://{'a' * 70}:8265"])
+def test_an_address_that_names_no_server_is_left_to_its_client(
+    listen: Listen, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listen(("0.0.0.0", MALLORY))
+    assert port_owners.server_problem("", address) is None
+    monkeypatch.setenv("http_proxy", address)
+    assert port_owners.server_problem("", "http://10.0.0.1:8000") is None
+
+
+def test_a_password_in_an_address_is_not_shown(listen: Listen) -> None:
+    listen(("127.0.0.1", MALLORY))
+    problem = port_owners.server_problem("HF_ENDPOINT", f"http://user:canary-password@127.0.0.1:{PORT}")
+    assert problem is not None
+    assert problem.value == f"http://<redacted>@127.0.0.1:{PORT}"
+
+
 def test_other_servers_are_accepted(listen: Listen, monkeypatch: pytest.MonkeyPatch) -> None:
     listen(("127.0.0.1", MALLORY), state="01")
     assert port_owners.server_problem("", "127.0.0.1:8265") is None, "it listens no more"

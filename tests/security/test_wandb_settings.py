@@ -159,3 +159,12 @@ def test_a_folder_of_another_user_that_a_variable_names_is_refused(
     with pytest.raises(ConfigError, match="can be written by everyone"):
         wandb_check.check(config(), worker_environment())
     assert not any(server.received for server in servers)
+
+
+def test_a_user_without_a_home_directory_has_no_settings_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a container that runs with the number of a user whom it does not know."""
+    monkeypatch.chdir(tmp_path)
+    for variable in ("HOME", "WANDB_CONFIG_DIR", "WANDB_BASE_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: MALLORY)
+    assert local_settings.find_problem() is None

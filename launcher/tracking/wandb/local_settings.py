@@ -32,7 +32,7 @@ def find_problem() -> Problem | None:
         return replace(problem, remedy=f"change to a folder of your own (cd); or {problem.remedy}")
     # A variable may name a folder that others can write to or create first, such as /tmp/wandb.
     file = _own_settings()
-    is_read = _CONFIG_FOLDER in os.environ or os.path.lexists(file)
+    is_read = os.environ.get(_CONFIG_FOLDER) or os.path.lexists(file)
     if is_read and (problem := ownership.file_problem("the settings file of W&B", file)) is not None:
         return replace(problem, remedy=f"set {_CONFIG_FOLDER} to a folder of your own; or {problem.remedy}")
     return server_problem(*_server())
@@ -65,7 +65,8 @@ def leave_folder_of_others(only_this_thread: bool = False) -> None:
 
 
 def _own_settings() -> Path:
-    return Path(os.environ.get(_CONFIG_FOLDER) or "~/.config/wandb").expanduser() / "settings"
+    # Unlike Path.expanduser, this leaves the name as it is for a user without a home directory.
+    return Path(os.path.expanduser(os.environ.get(_CONFIG_FOLDER) or "~/.config/wandb")) / "settings"
 
 
 def _files() -> list[Path]:
