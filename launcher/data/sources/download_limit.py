@@ -29,6 +29,11 @@ class DownloadLimit(Callback):
         if size is not None and size > usage.free:
             self._refuse(f"the file does not fit on the disk of the cache: it has {format_size(size)}", usage.free)
 
+    def set_size(self, size: int | None) -> None:
+        # A client that starts over after a failure announces the size again.
+        self.value = self._looked_at = 0
+        super().set_size(size)
+
     def relative_update(self, inc: int = 1) -> None:
         super().relative_update(inc)
         self._check()

@@ -143,10 +143,12 @@ class RemoteFiles:
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as private_folder:
             download = Path(private_folder, "rows")
             limit = DownloadLimit(self._name(path), size, folder)
+            # With a callback, the Hub's client would read block by block, and without Xet. It compares the size itself.
+            options = {} if self._fs.protocol == "hf" else {"callback": limit}
 
             def get() -> None:
                 try:
-                    self._fs.get_file(path, str(download), callback=limit)
+                    self._fs.get_file(path, str(download), **options)
                 except OSError as error:
                     if is_full(error):
                         raise make_cache_error(error, folder) from error

@@ -144,6 +144,32 @@ def test_a_download_ends_where_it_is_longer_than_announced(
     assert files(cache_home) == []
 
 
+def test_a_download_that_starts_over_is_counted_anew(tmp_path: Path) -> None:
+    """As that of gcsfs does after a failure of the network."""
+    limit = download_limit.DownloadLimit("a.jsonl", 100, tmp_path)
+    for _ in range(2):
+        limit.set_size(100)
+        limit.relative_update(80)
+    with pytest.raises(DataError, match="the download is longer than announced: more than 100 bytes"):
+        limit.relative_update(80)
+
+
+def test_the_hubs_client_is_left_its_fast_way(memory_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """HfFileSystem.get_file reads block by block for a callback that is not its own."""
+    options: list[str] = []
+    get_file = MemoryFileSystem.get_file
+
+    def get(self: MemoryFileSystem, path: str, target: str, **given: Any) -> None:
+        options.extend(given)
+        get_file(self, path, target, **given)
+
+    memory_of("/data/a.jsonl", ROW, claimed=len(ROW))
+    monkeypatch.setattr(MemoryFileSystem, "get_file", get)
+    monkeypatch.setattr(MemoryFileSystem, "protocol", "hf")
+    assert texts(Source(path="memory://data/a.jsonl")) == ["a"]
+    assert options == []
+
+
 def test_the_page_that_lists_a_folder_is_read_up_to_a_bound(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     """A web server may send for ever."""
     page = b"".join(b'<a href="rows-%d.jsonl">rows</a>' % number for number in range(100))
