@@ -18,18 +18,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
 import tenacity
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.registry import known_implementations
 
 from launcher import json_records
 from launcher.atomic_files import FileEntry
+from launcher.checkpoint.mirror.storage_connection import connect, require_own_listener
 from launcher.errors import CheckpointError, LauncherError, SubmitError
 from launcher.security import ownership
 from launcher.security.permissions import tree
-from launcher.security.storage_addresses import address_problem, guard_clients, listener_problem
 from launcher.security.trust import FLAG, user_name
 
 T = TypeVar("T")
@@ -62,7 +60,7 @@ class RemoteFolder:
     def __init__(self, url: str, waits_s: tuple[float, ...] = _WAITS_S, origin: str = "checkpoint.mirror") -> None:
         self.url, self.origin = url.rstrip("/"), origin
         self._waits_s = waits_s
-        self._fs, root = _connect(self.url, origin)
+        self._fs, root = connect(self.url, origin)
         self._root = root.rstrip("/")
         protocols = (self._fs.protocol,) if isinstance(self._fs.protocol, str) else tuple(self._fs.protocol)
         self._is_local = isinstance(self._fs, LocalFileSystem)
@@ -192,7 +190,7 @@ class RemoteFolder:
         """
 
         def act() -> T:
-            _require_own_listener(self.url, self.origin)
+            require_own_listener(self.url, self.origin)
             return action()
 
         retrying = tenacity.Retrying(
@@ -351,47 +349,6 @@ def describe_error(error: Exception) -> str:
     """Return an error's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _connect(url: str, origin: str) -> tuple[Any, str]:
-    if problem := address_problem(origin, url):
-        raise SubmitError(problem)
-    guard_clients(url)
-    _require_own_listener(url, origin)
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise SubmitError(
-            f"addresses that start with {url.partition('://')[0]}:// need a Python package that is not installed",
-            where=origin,
-            value=url,
-            remedy=f"install it where the launcher is installed, with: pip install {_package(url, error)}",
-        ) from None
-    except ValueError as error:
-        known = ", ".join(name for name in ("s3", "gs", "az", "hf", "sftp", "file"))
-        raise SubmitError(
-            f"the address of the mirror is invalid: {error}",
-            where=origin,
-            value=url,
-            remedy=f"start it with one of: {known}",
-        ) from None
-    return fs, str(path)
-
-
-def _require_own_listener(url: str, origin: str) -> None:
-    """Reject a server on this machine at whose port another user listens, who would get the weights."""
-    if problem := listener_problem(origin, url):
-        raise SubmitError(problem)
-
-
-def _package(url: str, error: ImportError) -> str:
-    """Return the distribution that implements a protocol: it is named like the module of fsspec's class."""
-    protocol = url.partition("://")[0]
-    module = known_implementations.get(protocol, {}).get("class", "").partition(".")[0]
-    if module not in ("", "fsspec"):
-        return module.replace("_", "-")
-    missing = getattr(error.__cause__ or error, "name", None)
-    return missing or f"'fsspec[{protocol}]'"
 
 
 def _blocks(file: io.RawIOBase, size: int) -> Iterator[bytes]:
