@@ -105,7 +105,7 @@ def test_nothing_is_run_of_a_run_directory_that_was_replaced_while_the_job_waite
     attack(RunDir(Path(plan.run_dir)))
     done = sandbox.run(text)
     assert (done.returncode, sandbox.calls) == (77, [])
-    assert f"not run: others own these or can write to them: {plan.run_dir}" in done.stderr
+    assert f"not run, because other users own or can write to: {plan.run_dir}" in done.stderr
     # Who trusts them says so when the job is submitted, and the job passes it on.
     monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "anyone" if attack.__name__ == "<lambda>" else f"{MALLORY},group:{TEAM}")
     done = sandbox.run(rendered(plan, sandbox.folder))
@@ -184,7 +184,7 @@ def test_a_task_without_access_to_the_plan_reports_it(begun_plan: SlurmPlan, san
     text = rendered(begun_plan(), sandbox.folder)
     (sandbox.folder / "plan.json").unlink()
     done = sandbox.run(text)
-    assert f"{os.uname().nodename} does not see {sandbox.folder / 'plan.json'}" in done.stderr
+    assert f"{os.uname().nodename} cannot read {sandbox.folder / 'plan.json'}" in done.stderr
     assert sandbox.called("python")[-1][-2:] == ["7", "78"]
 
 

@@ -229,7 +229,7 @@ BEFORE, NOW = job_output.marker(0, NODES), job_output.marker(1, NODES)
 
 
 def test_a_task_that_exits_before_its_agent_starts_makes_its_node_bad(run: RunDir, judge: Judge) -> None:
-    output(run, NOW, "n2 does not see /srv/project/runs/tried/plan.json", REFUSED, "srun: error: n1: task 0: Terminated")
+    output(run, NOW, "n2 cannot read /srv/project/runs/tried/plan.json", REFUSED, "srun: error: n1: task 0: Terminated")
     said = judge(code=78)
     assert (said.cause, said.bad_nodes, said.step) == (Cause.BAD_NODE, ("n2",), STEP)
     assert said.message.startswith("n2: no agent could start there (Exited with exit code 78)")

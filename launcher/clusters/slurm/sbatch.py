@@ -28,7 +28,7 @@ _PLAIN_PATH = re.compile(r"/[\w.@+/= -]*")
 _MOUNTED_PATH = re.compile(r"/[\w.@+/=-]*", re.ASCII)
 # Runs the rest of the line with these signals ignored until the agent handles them: Slurm sends USR2 to the task whatever it
 # executes, and would kill a starting Python. A node without access to the plan reports this at once.
-_SIGNAL_SHIELD = 'sh -c \'trap "" USR1 USR2; [ -r "$0" ] || { echo "$(uname -n) does not see $0" >&2; exit 78; }; exec "$@"\' '
+_SIGNAL_SHIELD = 'sh -c \'trap "" USR1 USR2; [ -r "$0" ] || { echo "$(uname -n) cannot read $0" >&2; exit 78; }; exec "$@"\' '
 
 
 class UnknownSubmission(SubmitError):
@@ -193,7 +193,7 @@ def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str
     environment = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **section.env}
     return [
         "umask 077",
-        "# The shell outlives the signals that its tasks act on, and concludes the job.",
+        "# The tasks act on these signals; this shell survives them, and concludes the job at the end.",
         "trap : TERM USR1 USR2",
         *setup_commands(section),
         "# The lines below check exit codes themselves; cluster.setup may have turned on `set -e`.",
@@ -231,14 +231,14 @@ def ownership_check(run: RunDir, plan_path: Path) -> list[str]:
     content = shlex.join(plain_path(str(path)) for path in (plan_path, run.code, run.jobs))
     return [
         *([f"export {trust.VARIABLE}={shlex.quote(own_trust.as_numbers())}"] if trust.VARIABLE in os.environ else []),
-        "# The run directory may have been replaced while the job waited: what others own or can write to is not run.",
+        "# The run directory may have been replaced while the job waited: code that other users own or can write to is not run.",
         f"others=('(' {shlex.join(owners)} '!' -uid \"$EUID\" -o '!' -type l '(' {writable} ')' ')')",
         f'untrusted=$(find -H {root} -maxdepth 0 "${{others[@]}}") || exit',
-        "# What is in a folder that nobody else can enter may have any permissions.",
+        "# In a folder that only its owner can enter, files may have any permissions.",
         f'if [ -z "$untrusted" ] && [ -n "$(find -H {root} -maxdepth 0 -perm /011)" ]; then',
         f'  untrusted=$(find {content} "${{others[@]}}") || exit',
         "fi",
-        '[ -z "$untrusted" ] || { echo "not run: others own these or can write to them: $untrusted" >&2; exit 77; }',
+        '[ -z "$untrusted" ] || { echo "not run, because other users own or can write to: $untrusted" >&2; exit 77; }',
     ]
 
 

@@ -164,7 +164,7 @@ def test_on_slurm_each_step_is_a_job_of_one_node(on_slurm: tuple[LaunchPlan, Run
     script = (folder / "job.sh").read_text()
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert f"launcher evaluate {run.root} --step 4 --here" in script
-    assert "not run: others own these or can write to them" in script
+    assert "not run, because other users own or can write to" in script
     assert "SLURM_JOB_ID" not in fake_slurm.variables_of("sbatch"), "that of the run's own job"
     # A resumed run does not ask for it again while the job waits.
     name = f"launcher-answers-{planned.wandb_id}"
