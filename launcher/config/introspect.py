@@ -34,12 +34,13 @@ class Setting:
 @functools.cache
 def settings() -> Mapping[str, Setting]:
     """Return all settings by key, in the schema's order; `data.sources[].path` is the key of a list's items."""
-    return {setting.key: setting for setting in _walk(RunConfig, "")}
+    return {setting.key: setting for setting in settings_of(RunConfig, "")}
 
 
-def _walk(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
-    properties = model.model_json_schema()["properties"]
-    for name, field in model.model_fields.items():
+def settings_of(section: type[BaseModel], prefix: str) -> Iterator[Setting]:
+    """Yield the settings of a section and of those below it, with `prefix` before their keys."""
+    properties = section.model_json_schema()["properties"]
+    for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
         nested = sections_of(field.annotation)
         meaning = field.description or (nested[0].__mro__[len(nested) > 1].__doc__ if nested else "") or ""
@@ -50,12 +51,12 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
         default = None if field.is_required() else as_yaml(field.get_default(call_default_factory=True))
         yield Setting(key, _type_text(properties[name]), default, meaning)
         if nested:
-            yield from _walk(nested[0], f"{key}[]." if nested[0] is not field.annotation else f"{key}.")
+            yield from settings_of(nested[0], f"{key}[]." if nested[0] is not field.annotation else f"{key}.")
 
 
 def _walk_kinds(members: Sequence[type[BaseModel]], prefix: str) -> Iterator[Setting]:
     """Yield the settings of sections that `kind` selects from: first those in all sections, then those of each section."""
-    by_kind = {member.model_fields["kind"].default: {s.key: s for s in _walk(member, prefix)} for member in members}
+    by_kind = {member.model_fields["kind"].default: {s.key: s for s in settings_of(member, prefix)} for member in members}
     shared = [key for key in next(iter(by_kind.values())) if all(key in of_kind for of_kind in by_kind.values())]
     any_kind = next(iter(by_kind.values()))
     for key in shared:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from launcher.config.compose import GROUPS, conf_dir
-from launcher.config.introspect import Setting, sections_of, settings
+from launcher.config.introspect import Setting, sections_of, settings, settings_of
 from launcher.config.schema import RunConfig
 
 # A bar ends a cell of a Markdown table, even in code.
@@ -46,7 +46,9 @@ def _sections() -> Iterator[str]:
         yield _table(row for row in rows if not row.kinds)
         for section in sections if len(sections) > 1 else ():
             kind = section.model_fields["kind"].default
-            if rows_of_kind := [row for row in rows if kind in row.kinds]:
+            # Two sections may describe a setting of the same name differently.
+            of_kind = [row for row in settings_of(section, f"{name}.") if row.key != f"{name}.kind"]
+            if rows_of_kind := [row for row in of_kind if row != settings()[row.key]]:
                 yield f"### {name}={kind}\n\n{section.__doc__}\n"
                 yield _table(rows_of_kind)
 

@@ -62,16 +62,16 @@ class RunSection(Section):
     max_usd: Positive | None = Field(
         None,
         description=(
-            "US dollars after which the run saves and stops: the GPU hours of all attempts, each at its own price. Raise it to "
-            "resume a run that reached it. Needs cluster.price_per_gpu_hour; a typical price is not used."
+            "Cost in US dollars at which the run saves and stops: the GPU hours of all attempts, each at its own price. Raise "
+            "it to resume a run that reached it. Needs cluster.price_per_gpu_hour; a typical price is not used."
         ),
     )
     confirm_usd: Positive | None = Field(
         None,
         description=(
-            "US dollars above which train asks before it starts: the highest cost that is expected or that a limit allows, for "
-            "all runs together. It also asks if a cost is unknown. Without a terminal, it refuses to start unless --yes is "
-            "given. Unset: train never asks."
+            "Cost in US dollars above which `train` asks before it starts. It compares the highest cost that is expected or that "
+            "a limit allows, for all runs of the command together, and also asks if a cost is unknown. Without a terminal, it "
+            "refuses to start unless --yes is given. Unset: `train` never asks."
         ),
     )
 
@@ -128,9 +128,9 @@ class ModelSection(Section):
     liger: Literal["auto"] | Flag = Field(
         "auto",
         description=(
-            "Liger's fused kernels for norms, rotary embedding and MLP on GPUs. auto: if it is installed (the extra `gpu`), for "
-            "dense architectures that it supports; each rank tries it first, and if one fails, all train without it, with an "
-            "alert. true: refuse such a run. CPUs never use it."
+            "Liger's fused kernels for norms, rotary embedding and MLP on GPUs. auto: used if installed (the extra `gpu`), for "
+            "dense architectures that Liger supports; each rank tries it first, and if one fails, all train without it, with an "
+            "alert. true: refuse a run that cannot use it. CPUs never use it."
         ),
     )
     compile: Flag = Field(
@@ -138,7 +138,7 @@ class ModelSection(Section):
         description=(
             "Compile each decoder layer with torch.compile during training, which fuses its elementwise operations into few "
             "kernels. The first step and the first evaluation take about a minute longer. Implies deepspeed.whole_layers. Needs "
-            "gcc on GPUs, g++ on CPUs, and the headers of Python."
+            "gcc on GPUs, g++ on CPUs, and Python's header files."
         ),
     )
     fp8: Flag = Field(
@@ -208,7 +208,7 @@ class OptimSection(Section):
         0.0, description="Decoupled weight decay; not applied to norms, biases and other one-dimensional weights."
     )
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="Decay rates of the two moments.")
-    eps: Positive = Field(1e-8, description="Added to the denominator.")
+    eps: Positive = Field(1e-8, description="Added to the denominator, for numerical stability.")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
         "cosine", description="Shape after the warm-up; wsd is warm-up, stable, decay."
     )
@@ -260,10 +260,11 @@ class DeepSpeedSection(Section):
         ),
     )
     reduce_bucket_size: PositiveInt | None = Field(
-        None, description="Elements reduced at once. Unset: hidden size squared, at least 2^24."
+        None, description="Number of gradient elements reduced at once. Unset: hidden size squared, at least 2^24."
     )
     prefetch_bucket_size: PositiveInt | None = Field(
-        None, description="Elements fetched ahead. Unset: the elements of one layer, at least 2^24; none from NVMe."
+        None,
+        description="Number of weight elements gathered ahead. Unset: those of one layer, at least 2^24; none from NVMe.",
     )
     param_persistence_threshold: Count | None = Field(
         None, description="Weights with fewer elements are never partitioned. Unset: ten times the hidden size."
@@ -313,7 +314,7 @@ class TrackingSection(Section):
     project: Name = Field("launcher", description="W&B project.")
     entity: Name | None = Field(None, description="W&B user or team. Unset: the account's default.")
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description="auto: online if WANDB_API_KEY or a W&B login is found, else offline."
+        "auto", description="auto: online if WANDB_API_KEY or a W&B login is found, else offline. disabled: no W&B."
     )
     group: Name | None = Field(None, description="W&B group.")
     tags: tuple[Tag, ...] = Field((), description="W&B tags, of at most 64 characters.")

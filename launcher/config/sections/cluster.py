@@ -39,14 +39,15 @@ class ClusterSection(Section):
             "restart. false: start every rank as a new Python process."
         ),
     )
-    timeout_minutes: Positive = Field(30.0, description="Minutes after which an incomplete collective fails the run.")
+    timeout_minutes: Positive = Field(30.0, description="Minutes after which a collective that has not completed fails the run.")
     stall_seconds: Count = Field(
         600,
         description=(
-            "Seconds without progress after which a rank's node agent records its stacks and kills it; 0 turns this off. In "
-            "training: at least ten times the run's slowest step. While a checkpoint is saved: at least cluster.timeout_minutes, "
-            "unless the rank's process is stopped. While the model loads: seconds in which a rank that is stopped or hangs in "
-            "the kernel reads nothing, or (at least 300) in which no rank of any node reads or compiles."
+            "Seconds without progress after which the node agent records a rank's stacks and kills the rank; 0 turns this off. "
+            "The limit is higher in some phases: in training, at least ten times the run's slowest step; while a checkpoint is "
+            "saved, at least cluster.timeout_minutes, unless the process is stopped. While the model loads, a rank that is "
+            "stopped or hangs in the kernel must read nothing for this long; other ranks count as stalled only if no rank of "
+            "any node reads or compiles for this long, and at least 300 seconds."
         ),
     )
     stop_grace_seconds: Positive = Field(600.0, description="Seconds that a stopped run may take to save before it is killed.")
@@ -162,26 +163,31 @@ class ManagedSection(ClusterSection):
     )
     node_checks: Flag = Field(True, description="Check every node of the allocation before the model is loaded.")
     max_preemptions: Count | None = Field(
-        None, description="How many preemptions the run continues from by itself. Unset: any number."
+        None,
+        description=(
+            "Number of preemptions after which the run still continues automatically. Unset: any number. In any case, 20 in a "
+            "row without a newer checkpoint end the run."
+        ),
     )
     max_infrastructure_failures: Count = Field(
         10,
         description=(
-            "How many lost nodes, killed processes and failed node checks, without a newer checkpoint in between, the run "
-            "continues from by itself."
+            "Number of lost nodes, killed processes and failed node checks after which the run still continues automatically. A "
+            "newer checkpoint resets the count."
         ),
     )
     max_failures: Count = Field(
         2,
         description=(
-            "How many failures of the training itself, without a newer checkpoint in between, the run continues from by itself."
+            "Number of failures of the training itself after which the run still continues automatically. A newer checkpoint "
+            "resets the count."
         ),
     )
     max_no_progress: Count = Field(
         2,
         description=(
-            "How many attempts in a row without a newer checkpoint the run continues from by itself; attempts ended by "
-            "preemption, resizing or machine failures do not count."
+            "Number of consecutive attempts without a newer checkpoint after which the run still continues automatically; "
+            "attempts ended by preemption, resizing or machine failures do not count."
         ),
     )
 

@@ -161,7 +161,7 @@ class ChecksSection(Section):
     )
     empty_answer: Choice = Field("drop", description="A trained answer is empty or white space.")
     exact_duplicate: Choice = Field(
-        "keep", description="A document occurs twice in the training split, ignoring case, white space and punctuation."
+        "keep", description="A training document repeats an earlier one, ignoring case, white space and punctuation."
     )
     near_duplicate: Choice = Field("keep", description="A document is nearly identical to an earlier one in the training split.")
     near_duplicate_threshold: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
@@ -253,7 +253,7 @@ class ChecksSection(Section):
     few_examples: Accepted = Field(
         "keep", description="The data has fewer examples than few_examples_below, or less than a million tokens of plain text."
     )
-    few_examples_below: PositiveInt = Field(100, description="Number of examples from which few_examples is no longer reported.")
+    few_examples_below: PositiveInt = Field(100, description="Number of examples below which few_examples is reported.")
 
 
 class DataSection(Section):
@@ -284,7 +284,7 @@ class DataSection(Section):
         ),
     )
     system: str | None = Field(
-        None, description="System message of every chat, replacing the chat's own. Unset: that of the rows."
+        None, description="System message of every chat, in place of the chat's own. Unset: each chat keeps its own."
     )
     chat_template: Text | None = Field(
         None,

@@ -47,17 +47,16 @@ class EvalSection(Section):
     stop_after: Count = Field(
         0,
         description=(
-            "Training ends after this many evaluations in a row without a lower loss on the set checkpoint.best_set; 0: never. "
-            "With checkpoint.keep_best=1, the weights of the best step are saved and exported; without it, the last ones are."
+            "Training ends after this many consecutive evaluations without a lower loss on checkpoint.best_set; 0: never. "
+            "With checkpoint.keep_best=1, the weights of the best step are kept and exported; without it, the last ones are."
         ),
     )
     answers_every: Count = Field(
         0,
         description=(
-            "Steps between checkpoints that answer prompts during the run and are compared with the base model, as by "
-            "`evaluate`; a multiple of checkpoint.save_every; 0: none. Answers come from exported weights, not from the training "
-            "engine: on CPUs during training at low priority, on GPUs of this machine after training, on Slurm and Ray in a "
-            "separate allocation."
+            "Steps between checkpoints whose answers to prompts are compared with the base model's during the run, as in "
+            "`evaluate`; a multiple of checkpoint.save_every; 0: none. Exported weights answer, not the training engine: on CPUs "
+            "during training at low priority, on GPUs of this machine after training, on Slurm and Ray in a separate allocation."
         ),
     )
     sets: tuple[EvalSet, ...] = Field(
@@ -76,7 +75,7 @@ class EvalSection(Section):
         ),
     )
     forgetting_max_rise: Fraction = Field(
-        0.05, description="Share by which the loss of eval.forgetting may rise above its value before training without an alert."
+        0.05, description="The loss of eval.forgetting may rise by this share of its value before training without an alert."
     )
     sample: Flag = Field(
         False, description="Answer one held-out question before and after training (models that fit on one device)."

@@ -51,25 +51,26 @@ class RaySection(ManagedSection):
         None,
         description=(
             "The cluster: auto (the one that this machine belongs to), host:port, or http://host:8265 for its Jobs API, which "
-            "runs the driver on the cluster. Unset: start a Ray cluster on this machine for this run alone."
+            "runs the driver on the cluster. Unset: start a Ray cluster on this machine for this run only."
         ),
     )
-    python: Python = Field("python", description="Python of the driver on a cluster with an HTTP address.")
+    python: Python = Field("python", description="Python that runs the driver on a cluster with an HTTP address.")
     allow_public_address: Flag = Field(False, description="Accept a cluster.address that is public or stands for all interfaces.")
     workers: PositiveInt | None = Field(None, description="Total number of ranks. Unset: nodes times ranks_per_node.")
     min_workers: PositiveInt | None = Field(
         None,
         description=(
-            "Minimum workers with which the run continues when nodes are lost or unfit; it trains on the largest number that "
-            "divides the batch, and grows again when workers return. No other job may use the cluster, because Ray counts all "
-            "resources of a node, used or not. Not with label_selector or a STRICT_ placement_strategy. Unset: all workers."
+            "Minimum number of workers with which the run continues when nodes are lost or unfit; it trains on the largest "
+            "number that divides the batch, and grows again when workers return. No other job may use the cluster, because Ray "
+            "counts all resources of a node, used or not. Cannot be combined with label_selector or a STRICT_ "
+            "placement_strategy. Unset: all workers."
         ),
     )
     resize_seconds: Positive | None = Field(
         None, description="Seconds between checks for more workers in an elastic run. Unset: Ray's default, 60."
     )
     gpus_per_worker: Annotated[Count, Field(le=1)] | None = Field(
-        None, description="GPUs per rank, 0 or 1. Unset: 1 if the plan is for GPUs."
+        None, description="GPUs per rank, 0 or 1. Unset: 1 if the plan is for GPUs, else 0."
     )
     resources_per_worker: dict[Resource, Positive] = Field(
         default_factory=dict,

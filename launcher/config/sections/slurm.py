@@ -133,12 +133,14 @@ class SlurmSection(ManagedSection):
         None, description="GPUs on each node. Unset: all GPUs of a node of the partition; 0 trains on CPUs."
     )
     gres: Gres | None = Field(None, description="Generic resources, for sites that require gpu:8 instead of gpus_per_node.")
-    cpus_per_task: PositiveInt | None = Field(None, description="CPUs for the ranks of one node. Unset: see exclusive.")
+    cpus_per_task: PositiveInt | None = Field(
+        None, description="CPUs for the ranks of one node. Unset: all CPUs with cluster.exclusive, else the site's default."
+    )
     mem: MemorySize | None = Field(None, description="Main memory of each node; 0 means all.")
     constraint: Constraint | None = Field(None, description="Features that the nodes must have.")
     exclude: Hosts | None = Field(None, description="Nodes that must not be used.")
     nodelist: Hosts | None = Field(None, description="Nodes that must be used.")
-    exclusive: Flag = Field(True, description="Use whole nodes, shared with no other job.")
+    exclusive: Flag = Field(True, description="Use whole nodes, and share them with no other job.")
     reservation: Id | None = Field(None, description="Reservation to run in.")
     comment: Comment | None = Field(None, description="Comment that Slurm stores with the job.")
     dependency: Dependency | None = Field(None, description="Jobs to wait for.")

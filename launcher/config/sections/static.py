@@ -35,9 +35,9 @@ class StaticSection(ManagedSection):
     )
     master_port: Port | None = Field(
         None,
-        description="Port of node 0 where the machines meet. Unset: MASTER_PORT or the provider's variable, else 29500.",
+        description="Port of node 0 that the others connect to. Unset: MASTER_PORT or the provider's variable, else 29500.",
     )
-    allow_public_address: Flag = Field(False, description="Allow the machines to meet at a public address.")
+    allow_public_address: Flag = Field(False, description="Allow the machines to connect over a public address.")
     wait_minutes: Positive = Field(
         60.0,
         description=(

@@ -24,12 +24,11 @@ class TrainSection(Section):
     log_every: PositiveInt = Field(1, description="Steps between logged metrics.")
     loss_chunk_tokens: PositiveInt | None = Field(
         None,
-        description="Trained tokens whose logits exist at one time. Unset: 1024; on GPUs, as many as fit, from 256 to 4096.",
+        description="Trained tokens whose logits exist at the same time. Unset: 1024; on GPUs, what fits, from 256 to 4096.",
     )
-
     largest_batch_first: Flag | None = Field(
         None,
-        description="Before the first step, run the batch that needs the most memory, without training on it. Unset: on GPUs.",
+        description="Before the first step, run the batch that needs most memory, without training on it. Unset: only on GPUs.",
     )
 
     @model_validator(mode="after")
@@ -48,7 +47,7 @@ class CheckpointSection(Section):
     keep_last: PositiveInt = Field(2, description="Number of newest committed checkpoints to keep; older ones are removed.")
     keep_every: Count = Field(0, description="Checkpoints at multiples of this many steps are never removed; 0: none.")
     keep_best: Count = Field(
-        0, description="Number of checkpoints with the lowest loss to keep as well; only evaluated steps count."
+        0, description="Number of checkpoints with the lowest loss to keep in addition; only evaluated steps count."
     )
     best_set: Name = Field("held_out", description="Evaluation set whose loss decides which checkpoints are best.")
     async_save: Flag = Field(
