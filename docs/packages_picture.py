@@ -22,7 +22,7 @@ BOX_HEIGHT, LAYER_HEIGHT = 46, 68
 TOP = 64
 COLORS = {"never imports torch": "#d8ecd8", "some modules never import torch": "#fbf1cf", "may import torch": "#f6d9cf"}
 ABOUT = {
-    "cli": "one file per verb",
+    "cli": "one file per command",
     "worker": "what runs on the nodes",
     "clusters": "submit, state, logs, cancel",
     "evaluate": "sampled answers",

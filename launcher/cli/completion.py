@@ -102,7 +102,7 @@ def run(verb: str, tokens: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    about = "Print the script with which a shell completes verbs, group options, settings, flags and names of runs."
+    about = "Print the script with which a shell completes commands, group options, settings, flags and names of runs."
     parser = VerbParser(prog="python -m launcher completion", description=about)
     parser.add_argument("shell", choices=tuple(_SCRIPTS), help="the shell that reads the script")
     return parser

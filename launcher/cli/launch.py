@@ -283,7 +283,7 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
         prepare(config)
         collected = _checked_facts(config, composed, node, check)
         if collected.data is None:
-            message = "the data cache is missing after it was built"
+            message = "the data cache is missing or damaged right after it was built"
             remedy = "make sure that no program changes the files while they are read, then try again"
             raise DataError(Problem(message, "data.sources", remedy=remedy))
     data.check(config, collected.data)

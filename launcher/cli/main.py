@@ -113,13 +113,13 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
   python -m launcher drill --fault FAULT [RUN] [overrides]
                                                rehearse a fault on a short run: does it save and continue, what is lost
   python -m launcher schema                    the JSON Schema of a run's file, for editors
-  python -m launcher completion bash|zsh|fish  completion of verbs, groups, settings and names of runs
+  python -m launcher completion bash|zsh|fish  completion of commands, groups, settings and names of runs
 
   python -m launcher doctor [FILE] [overrides] check what a run needs, on this machine or on every node of a cluster
 
 FILE is a YAML file with a run's settings (docs/run-file.md); overrides win over it.
 Overrides are key=value (train.max_steps=100) or group=option (model=qwen3_8b); docs/settings.md lists them all.
-Flags: --json where a verb reports, --debug for tracebacks, VERB --help for more, --version;
+Flags: --json with commands that report, --debug for tracebacks, COMMAND --help for more, --version;
 --trust-owner OWNER (repeatable) accepts files of other users: a NAME, UID, group:NAME, or anyone; docs/security.md.
 Hydra's own flags work with train, plan and data: --cfg job, --info, -m, --config-dir DIR.
 Exit codes: 0 done, 1 the run failed or doctor found a failure, 2 refused before anything started,
@@ -136,7 +136,7 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3. With ro
   python -m launcher train rows.yaml                            train
 
   python -m launcher train                                      a demonstration: a small model on Python's documentation
-  python -m launcher --help                                     all verbs
+  python -m launcher --help                                     all commands
 """
 
 
@@ -267,10 +267,10 @@ def _unknown_verb(verb: str) -> Problem:
     matches = [meant] if meant else difflib.get_close_matches(name, VERBS, n=1)
     guess = f"did you mean {matches[0]}? " if matches else ""
     return Problem(
-        f"there is no verb {redact(verb)}",
+        f"there is no command {redact(verb)}",
         where="command line",
         value=redact(verb),
-        remedy=f"{guess}verbs are {', '.join(VERBS)}; settings are written key=value",
+        remedy=f"{guess}commands are {', '.join(VERBS)}; settings are written key=value",
     )
 
 
@@ -312,7 +312,7 @@ def _require_no_verb(tokens: Sequence[str]) -> None:
             from launcher.security.redaction import redact
 
             remedy = f"write: {redact(launcher_command(token, *tokens[:i], *tokens[i + 1 :]))}"
-            raise ConfigError(f"the verb {token} comes before all overrides and flags", where="command line", remedy=remedy)
+            raise ConfigError(f"the command {token} comes before all overrides and flags", where="command line", remedy=remedy)
 
 
 def _versions() -> str:

@@ -209,7 +209,7 @@ def _build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
     prepare(plan.config.model_copy(update={"model": model}))
     built = cache_store.find_built(plan.config.data, model.tokenizer or model.path or "")
     if built is None:
-        raise DataError(Problem("the data cache is missing after it was built", where=str(cache_root())))
+        raise DataError(Problem("the data cache is missing or damaged right after it was built", where=str(cache_root())))
     return built
 
 

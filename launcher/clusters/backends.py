@@ -203,7 +203,7 @@ def cluster_for(kind: str) -> Cluster:
 
 
 class FilesOnly:
-    """Reads the state of a run from its files alone: this user's token must not go to an address in another user's records.
+    """Reads the state of a run from its files only: this user's token must not go to an address in another user's records.
 
     `is_silent`: whether, when the state was last read, the run had stopped refreshing its liveness file or, if it keeps none, its
     output. It has then probably ended without recording this.
@@ -219,7 +219,7 @@ class FilesOnly:
         status = run_store.read_status(run)
         if status.state not in RUNNING_STATES:
             return status
-        note, silence = f"shown from its files alone: {self._reason}", ""
+        note, silence = f"shown from its files only: {self._reason}", ""
         if status.state != "pending" and run.alive.is_file():
             silent_s, limit_s, sign = detached_process.seconds_silent(run), detached_process.LIVENESS_TIMEOUT_S, "sign of life"
         else:

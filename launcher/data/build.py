@@ -60,7 +60,7 @@ def build(
     if facts is None:
         raise DataError(
             Problem(
-                "the data cache was removed while it was being built",
+                "the data cache is missing or damaged right after it was built",
                 str(cache_store.cache_dir(key, data.cache_group)),
                 remedy="try again",
             )

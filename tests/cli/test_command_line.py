@@ -168,7 +168,7 @@ def test_a_multirun_plans_each_job(forked: Run, empty: Path) -> None:
 
 def test_an_unknown_verb_is_refused(forked: Run) -> None:
     text = refused(forked("paln", "model=tiny"))
-    assert text.startswith("there is no verb paln\n")
+    assert text.startswith("there is no command paln\n")
     assert "did you mean plan?" in text
 
 
@@ -180,8 +180,8 @@ def test_a_verb_of_other_programs_is_answered_with_the_one_that_is_meant(
 ) -> None:
     assert main([verb, "first"]) == 2
     text = capsys.readouterr().err
-    assert text.startswith(f"there is no verb {verb}\n")
-    assert f"remedy: did you mean {own}? verbs are" in text
+    assert text.startswith(f"there is no command {verb}\n")
+    assert f"remedy: did you mean {own}? commands are" in text
 
 
 def test_verbs_of_other_programs_are_no_verbs_here() -> None:
@@ -209,7 +209,7 @@ def test_help_and_version_are_shown_where_people_look_for_them(
 def test_a_verb_after_other_words_is_refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert main(arguments) == 2
     text = capsys.readouterr().err
-    assert text.startswith("the verb plan comes before all overrides and flags\n")
+    assert text.startswith("the command plan comes before all overrides and flags\n")
     assert "remedy: write: python -m launcher plan " in text
     assert "model=tiny" in text
 

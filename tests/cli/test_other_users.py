@@ -120,7 +120,7 @@ def test_only_a_run_that_is_trusted_gets_the_token_to_its_address(
             assert done.returncode == 0, (verb, done.stderr)
             if verb == "status":
                 assert "running" in done.stdout
-                assert f"shown from its files alone: the run demo is not trusted: {run.root} belongs to {MALLORY}" in done.stdout
+                assert f"shown from its files only: the run demo is not trusted: {run.root} belongs to {MALLORY}" in done.stdout
             if verb == "logs":
                 assert "a line of rank 0" in done.stdout
         done = launch("cancel", str(run.root), "--no-save", **env)
@@ -140,7 +140,7 @@ def test_the_log_of_another_users_run_that_gives_no_sign_of_life_is_not_followed
     an_hour_ago = time.time() - 3600
     for file in (run.status, run.alive):
         os.utime(file, (an_hour_ago, an_hour_ago))
-    expected = f"no sign of life for 60 minutes; shown from its files alone: the run demo is not trusted: {run.root} belongs to"
+    expected = f"no sign of life for 60 minutes; shown from its files only: the run demo is not trusted: {run.root} belongs to"
     assert expected in _state_reader(run)().message
     done = launch("logs", "-f", str(run.root), timeout=60)
     assert done.returncode == 0, done.stderr
@@ -163,7 +163,7 @@ def test_the_log_of_another_users_slurm_run_is_followed_as_long_as_it_has_output
     done = launch_here("logs", "-f", str(run.root))
     assert done.returncode == 0, done.stderr
     assert "a line of rank 0" in done.stdout
-    assert "not followed: no output for 60 minutes; shown from its files alone" in " ".join(done.stdout.split())
+    assert "not followed: no output for 60 minutes; shown from its files only" in " ".join(done.stdout.split())
     os.utime(log)
     assert "no output" not in _state_reader(run)().message
 

@@ -270,7 +270,7 @@ def test_a_taken_port_and_a_root_that_cannot_be_written_are_refused(tmp_path: Pa
 def test_a_public_address_is_refused_unless_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "_interfaces", lambda: {"eth0": ["8.8.4.4"]})
     here = NodeIdentity(0, 2, "8.8.4.4", 29500)
-    with pytest.raises(SubmitError, match="the machines would meet at a public address"):
+    with pytest.raises(SubmitError, match="the machines would connect to each other over a public address"):
         head_endpoint(here, None, allow_public=False)
     assert head_endpoint(here, None, allow_public=True) == network.Endpoint("8.8.4.4", "eth0")
     assert head_endpoint(NodeIdentity(0, 1, None, 29500), None, allow_public=False) is None

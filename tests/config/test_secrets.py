@@ -282,7 +282,13 @@ def test_redaction_keeps_the_rest() -> None:
     )
     assert redact("x.password=abc def") == "x.password=<redacted>"
     key = TOKENS["wandb"]
-    for commit in (f"model.revision={key}", f"{{revision: {key}}}", f'"revision": "{key}"', f"/models--o--n/snapshots/{key}/config.json"):
+    commits = (
+        f"model.revision={key}",
+        f"{{revision: {key}}}",
+        f'"revision": "{key}"',
+        f"/models--o--n/snapshots/{key}/config.json",
+    )
+    for commit in commits:
         assert redact(commit) == commit
     assert redact(f"data.path=/a/{key}/{key}") == "data.path=/a/<redacted>/<redacted>"
     assert redact_setting("data.path", f"/a/{key}/b") == f"/a/{key}/b"

@@ -25,5 +25,5 @@ def find_or_build(config: RunConfig, kept: dict[str, DataFacts], tokenizer_path:
     built = facts.eval_set_facts(config, tokenizer_path)
     for key, one in missing.items():
         if one.name not in built:
-            raise DataError(Problem("the data cache is missing after it was built", key, remedy="try again"))
+            raise DataError(Problem("the data cache is missing or damaged right after it was built", key, remedy="try again"))
     return {**built, **kept}

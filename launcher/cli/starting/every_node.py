@@ -249,7 +249,8 @@ def _join(start: _Start) -> int:
         print(printable(answer.message))
         return 0
     if len(answer.names) != here.nodes:
-        raise SubmitError("what answers at the address of node 0 is not this run's start", where=f"{here.address}:{here.port}")
+        message, remedy = f"node 0 counts {len(answer.names)} nodes, this machine {here.nodes}", "give both the same number"
+        raise SubmitError(message, where=f"{here.address}:{here.port}", remedy=remedy)
     attempt, name = answer.attempt, answer.names[here.node]
     _await_visible(run, attempt)
     ownership.require_run(run)

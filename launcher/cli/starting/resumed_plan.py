@@ -185,7 +185,7 @@ def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts, asks_f
     prepare(config)
     built = facts.data_facts(config, model.tokenizer_path)
     if built is None:
-        raise DataError(Problem("the data cache is missing after it was built", "data", remedy="try again"))
+        raise DataError(Problem("the data cache is missing or damaged right after it was built", "data", remedy="try again"))
     return built
 
 

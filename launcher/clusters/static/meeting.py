@@ -328,7 +328,7 @@ def head_endpoint(here: NodeIdentity, interface: str | None, allow_public: bool)
     endpoint = network.endpoint_of(str(here.address), interface)
     if network.is_public(endpoint.address) and not allow_public:
         raise SubmitError(
-            "the machines would meet at a public address",
+            "the machines would connect to each other over a public address",
             where="cluster.master_addr",
             value=f"{endpoint.address} on {endpoint.interface}",
             remedy="use the address of a private network, or choose it with cluster.interface; "

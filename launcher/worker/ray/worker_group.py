@@ -162,4 +162,4 @@ def require_private(head: Member, allowed: bool) -> None:
     """
     if network.is_public(head.address) and not allowed:
         endpoint = f"{head.node} at {head.address}"
-        raise ConfigError(f"the ranks would meet at a public address: {endpoint}; set cluster.interface")
+        raise ConfigError(f"the ranks would connect to each other over a public address: {endpoint}; set cluster.interface")

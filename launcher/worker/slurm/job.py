@@ -183,7 +183,7 @@ def _with_nodes(attempt: Attempt, section: SlurmSection, job: str, restart: int,
     endpoint = network.own_endpoint(list(addresses.values()), section.interface) if several else network.LOOPBACK
     if network.is_public(endpoint.address):
         raise RunError(
-            "the nodes would meet at a public address",
+            "the nodes would connect to each other over a public address",
             where=f"{endpoint.interface} of {os.uname().nodename}",
             value=endpoint.address,
             remedy="set cluster.interface to a private network",

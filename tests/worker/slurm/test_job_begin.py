@@ -296,12 +296,12 @@ def test_a_public_master_address_is_refused(
     before = of.attempt()
     code, out, err = of.begin()
     assert (code, out) == (1, "")
-    assert err.startswith("the nodes would meet at a public address\n")
+    assert err.startswith("the nodes would connect to each other over a public address\n")
     assert "value:  8.8.8.8" in err
     assert "cluster.interface" in err
     assert of.attempt() == before
     assert of.status.state == "failed"
-    assert "at a public address; set cluster.interface" in of.status.message
+    assert "over a public address; set cluster.interface" in of.status.message
     assert alerts(of) == [f"the run ends: {of.status.message}"]
     assert told == [1]
 
