@@ -45,6 +45,7 @@ def refusal(source: Source) -> Problem:
     return problem
 
 
+@pytest.mark.rest
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("template", "message"),

@@ -46,6 +46,7 @@ def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_the_launcher_accepts_the_command(
     command: Command, presets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

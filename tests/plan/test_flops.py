@@ -156,6 +156,7 @@ def deviation(config: dict[str, Any], rows: list[list[int]]) -> float:
     return flops.of([length for row in rows for length in row], num_labels) / counted(model, rows, labels) - 1
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 def test_flops_equal_those_that_torch_counts(config: dict[str, Any], rows: list[list[int]]) -> None:

@@ -103,6 +103,7 @@ def test_shipped_settings_compose_plan_offline_and_survive_the_file(
     assert not [line for line in plan_lines(planned) if "perf/mfu" in line], "the FLOPs of every shipped model are known"
 
 
+@pytest.mark.rest
 def test_shipped_settings_are_printed_as_a_file_that_composes_to_them(shipped_tokens: tuple[str, ...], tmp_path: Path) -> None:
     config = compose(*shipped_tokens)
     file = tmp_path / "printed.yaml"

@@ -57,6 +57,7 @@ def test_on_a_gpu_products_and_elementwise_operations_together_reach_half_of_the
     assert shares == [pytest.approx(0.465, abs=0.01), pytest.approx(0.55, abs=0.01)]
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("name", KINDS)
 def test_elementwise_operations_of_a_layer_move_what_a_pass_reads_and_writes(name: str) -> None:
     """At real width, as fake tensors: what two more layers move."""
