@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A Ray of the run's own on this machine: two workers train, and the run resumes and exports like any other.
+# A Ray of the run's own on this machine: a worker trains, and the run resumes and exports like any other.
 . "$(dirname "$0")/common.sh"
 
 python "$here/make_chats.py" 500 >chats.jsonl
 run=(model=tiny data=jsonl data.path=chats.jsonl data.max_length=128 train.global_batch_size=4 eval.at_start=false
   eval.sample=false tracking=none)
 
-step "train" python -m launcher "${run[@]}" +cluster=ray cluster.workers=2 run.name=journey train.max_steps=3 export.enabled=false
+step "train" python -m launcher "${run[@]}" +cluster=ray cluster.workers=1 run.name=journey train.max_steps=3 export.enabled=false
 step "status" launcher status journey
 says completed
 step "resume" launcher resume journey train.max_steps=5 export.enabled=true
