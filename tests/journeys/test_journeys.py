@@ -15,7 +15,7 @@ from e2e_tools import kill_all_of
 from testbed_cluster import Testbed
 
 HERE = Path(__file__).resolve().parent
-DEADLINE_S = 540
+DEADLINE_S = 1140
 
 pytestmark = [pytest.mark.rest, pytest.mark.timeout(DEADLINE_S + 60)]
 
