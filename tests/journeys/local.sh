@@ -57,7 +57,7 @@ refused "drill without a fault" "kill-rank" launcher drill --fault kil first
 
 step "train, detached" launcher train chats.yaml run.name=killed export.enabled=false --detach
 step "kill rank 1" python "$here/kill_rank.py" runs/killed 1 4
-wait_for 60 has_state killed failed
+wait_for 300 has_state killed failed
 step "status of a killed run" launcher status killed
 says "rank 1: killed by SIGKILL"
 step "resume" python -m launcher resume killed

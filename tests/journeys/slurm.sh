@@ -12,12 +12,12 @@ step "plan" python -m launcher plan --script "${run[@]}"
 says "#SBATCH --nodes=2"
 step "submit" python -m launcher "${run[@]}" run.name=journey train.max_steps=100000
 says "python -m launcher cancel"
-wait_for 120 has_reached journey 6
+wait_for 300 has_reached journey 6
 step "status" launcher status journey
 says "running"
 step "list" launcher ls
 step "cancel" launcher cancel journey
-wait_for 90 has_state journey cancelled
+wait_for 300 has_state journey cancelled
 step "resume" launcher resume journey train.max_steps="$(($(field journey step) + 4))" --follow
 has_state journey completed || fail "the run is not completed"
 step "logs" launcher logs journey --rank 1
