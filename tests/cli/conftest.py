@@ -20,9 +20,9 @@ __all__ = ["config_of", "golden", "plan_of", "run"]
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A run that this process is taken for the driver of, at step 10 of 40 in its second attempt.
+    """A run at step 10 of 40 in its second attempt, with this process recorded as its driver.
 
-    Its first attempt has had two GPUs, at two dollars an hour, for 51 minutes. The checkpoints of steps 5 and 10 are there.
+    The first attempt used two GPUs for 51 minutes, at two dollars per GPU hour. Steps 5 and 10 have checkpoints.
     """
     topology = Topology(nodes=1, ranks_per_node=2, world_size=2, device="cuda", backend="nccl")
     price = Price(usd_per_gpu_hour=2.0)

@@ -1,4 +1,4 @@
-"""The verb `checkpoints` on real run directories, without torch."""
+"""The `checkpoints` command on real run directories, without torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LOSSES = {100: 3.0, 150: 1.5, 200: None, 250: 2.0, 300: None, 320: 2.5, 330: Non
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A run that has ended, with seven checkpoints of two attempts."""
+    """A finished run with seven checkpoints from two attempts."""
     config = composed(("model=tiny", "train.max_steps=400", "run.name=saved", *RULES))
     assert config.model.config is not None
     facts = Facts(
@@ -56,7 +56,7 @@ def flip(run: RunDir, step: int) -> None:
 
 
 def leave_behind(run: RunDir) -> None:
-    """Create one leftover of each kind, a thousand bytes each, and a foreign folder."""
+    """Create one leftover of each kind, a thousand bytes each, and a folder that is not the launcher's."""
     names = (".saving-step-00000340-002", ".removing-0123", ".replaced-step-00000100", "aside-step-00000400", "notes")
     for name in (*names, "damaged-step-00000310"):
         (run.checkpoints / name).mkdir()
@@ -115,7 +115,7 @@ def test_verify_names_each_damaged_file(run: RunDir, ask: Ask) -> None:
     assert "damaged: rank-00000.safetensors: a checkpoint file has the wrong size (7 bytes instead of 1,000)" in said["200"]
     assert "damaged: manifest.json: a checkpoint has no readable manifest" in said["250"]
     assert "damaged: manifest.json" in said["335"]
-    # Of the intact ones, another one has the lowest loss.
+    # The checkpoint with the lowest loss is damaged, so another one is the best intact checkpoint.
     assert said["320"].split()[7] == "best"
     assert all(said[step].endswith("intact") for step in ("100", "300", "320", "330"))
     assert len(list(run.checkpoints.iterdir())) == 8, "nothing was touched"
@@ -141,7 +141,7 @@ def test_prune_removes_outdated_checkpoints_and_leftovers(run: RunDir, ask: Ask)
 
 
 def test_prune_keeps_the_newest_intact_checkpoint(run: RunDir, ask: Ask) -> None:
-    """By the retention rules alone, step 320 would be removed and only the damaged newest one kept."""
+    """The retention rules alone would remove step 320 and keep only the newest checkpoint, which is damaged."""
     flip(run, 330)
     code, out, _ = ask("--prune")
     assert code == 1, "it has found damage"
@@ -315,12 +315,12 @@ def test_verify_is_quick_and_loads_no_torch(run: RunDir, launcher_env: dict[str,
         took.append(time.monotonic() - began)
         assert done.returncode == 0
         assert done.stderr == "False\n"
-    # It takes half a second; the limit allows for a busy machine.
+    # Typically 0.5 s; the limit allows for a busy machine.
     assert min(took) < 4
 
 
 def test_progress_is_shown_on_a_terminal(run: RunDir, launcher_env: dict[str, str]) -> None:
-    """On a terminal, which `script` provides, a bar counts the bytes."""
+    """On a terminal (provided by `script`), a bar counts the bytes."""
     command = f"{sys.executable} -m launcher checkpoints {run.root} --verify"
     log = run.root / "typescript"
     subprocess.run(["script", "-qec", command, str(log)], capture_output=True, env=launcher_env, timeout=60, check=True)

@@ -1,4 +1,4 @@
-"""The verb `clean` on a cache with every kind of part."""
+"""The `clean` command on a cache with every kind of entry."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ AGES = {"data/old": 90, "data/fresh": 2, "models/tiny-0123": 40, "sources/abcd":
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache whose parts have thousands of bytes and uses that are days ago, and an empty folder of runs beside it."""
+    """A cache whose entries are kilobytes in size and were last used days ago, in a working directory without runs."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("LAUNCHER_CACHE", str(folder))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.chdir(tmp_path)
-    # Runs of this machine may have compiled code in its folder for temporary files.
+    # The machine's real temporary folder may hold code that other runs compiled.
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     for number, (name, days) in enumerate(AGES.items(), 1):
@@ -41,7 +41,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     fill(tmp_path / "extensions/cpu_adam", 700, 60)
     (tmp_path / "extensions/cpu_adam/build.ninja").touch()
     age(tmp_path / "extensions/cpu_adam", 60)
-    # Another program's, which no run compiles.
+    # An extension of another program: the launcher never compiles it.
     fill(tmp_path / "extensions/rasterizer", 9000, 60)
     (tmp_path / "extensions/rasterizer/build.ninja").touch()
     return folder
@@ -129,7 +129,7 @@ def test_without_a_terminal_and_without_yes_nothing_is_removed(clean: Clean, cac
 
 @pytest.mark.parametrize("state", ["running", "failed", "preempted", "cancelled", "completed"])
 def test_what_an_unfinished_run_uses_stays(clean: Clean, cache: Path, tmp_path: Path, state: str) -> None:
-    """A run that was started in any folder counts: the cache knows the folders of runs."""
+    """Runs started from any folder count, because the cache records the run folders."""
     run = run_with(cache / "data/old", state, tmp_path / "elsewhere/runs")
     run_folders.remember(run.root.parent)
     code, answer, _ = clean("--only", "data", "--yes")

@@ -1,4 +1,4 @@
-"""The command line in a process of its own, in which the import of heavy packages fails."""
+"""The command line in separate processes in which importing a heavy package fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from launcher.plan.launch_plan import LaunchPlan
 Run = Callable[..., subprocess.CompletedProcess[str]]
 REPO = Path(__file__).resolve().parents[2]
 
-# Executed first in a process: an import of a forbidden package ends it.
+# Runs first in each process and ends it when it imports a forbidden package.
 WALL = """\
 import sys
 
@@ -78,7 +78,7 @@ def empty(tmp_path: Path) -> Path:
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """Exit code 2, a plain message with a remedy, no traceback."""
+    """Check for exit code 2, a remedy and no traceback; return the message."""
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert "remedy: " in done.stderr
@@ -97,7 +97,7 @@ def test_help_imports_only_the_standard_library(walled: Run, arguments: list[str
     after = os.times()
     assert done.returncode == 0, done.stderr
     assert all(verb in done.stdout for verb in VERBS)
-    # It takes a tenth of that. CPU time is measured, because other tests run at the same time.
+    # Typically 0.2 s. CPU time is measured because other tests run at the same time.
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2
 
 
@@ -109,7 +109,7 @@ def test_every_verb_has_help(forked: Run, verb: str) -> None:
 
 
 def test_a_plan_needs_no_torch_and_works_from_anywhere(launch: Run, walled: Run, empty: Path) -> None:
-    # Another process probes an unknown model, with torch; its result is stored.
+    # Another process probes an unknown model with torch. This first command stores the result.
     assert launch("plan", "model=tiny", "data.packing=false", cwd=empty).returncode == 0
     done = walled("plan", "model=tiny", "data.packing=false", cwd=empty)
     assert done.returncode == 0, done.stderr
@@ -360,7 +360,7 @@ def test_unknown_flags_are_refused(forked: Run, arguments: list[str]) -> None:
 
 
 def test_a_closed_pipe_is_no_error(launch_here: Run, launcher_env: dict[str, str], empty: Path) -> None:
-    # What is done once says so on standard error.
+    # The first command reports one-time work on standard error, which would otherwise appear below.
     assert launch_here("plan", "model=tiny", cwd=empty).returncode == 0
     command = f"{sys.executable} -m launcher plan --json model=tiny | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=empty, env=launcher_env, timeout=60)

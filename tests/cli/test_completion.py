@@ -1,4 +1,4 @@
-"""Completion, in a real bash, and its answers without heavy imports."""
+"""Shell completion in a real bash, and its speed without heavy imports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from launcher.cli.main import VERBS, main
 from launcher.data import cache_dir
 
 REPO = Path(__file__).resolve().parents[2]
-# What a TAB does: the shell fills COMP_LINE and COMP_POINT, calls the function, and reads COMPREPLY.
+# Simulates TAB: the shell sets COMP_LINE and COMP_POINT, calls the function and reads COMPREPLY.
 PRESS_TAB = """\
 eval "$(launcher completion bash)"
 COMP_LINE={line}; COMP_POINT=${{#COMP_LINE}}
@@ -29,7 +29,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 
 @pytest.fixture(scope="module")
 def env(launcher_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment with a command `launcher`, and words for completion in a cache of their own."""
+    """An environment with a `launcher` command and a separate cache of completion words."""
     folder = tmp_path_factory.mktemp("completion")
     command = folder / "launcher"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m launcher "$@"\n')
@@ -39,7 +39,7 @@ def env(launcher_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with two runs, and one that no shell may be given as it is named."""
+    """A folder with two runs, a folder whose name is unsafe in a shell, and a folder that is no run."""
     for name in ("first-run", "second-run", "$(touch planted)", "no-run"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         if name != "no-run":
@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def tab(line: str, env: dict[str, str], folder: Path) -> tuple[list[str], str]:
-    """What bash is offered at the end of `line`, and what was told to compopt."""
+    """Return the completions offered to bash at the end of `line`, and the arguments passed to compopt."""
     script = PRESS_TAB.format(line=shlex.quote(line))
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=env, cwd=folder, timeout=180)
     assert done.returncode == 0, done.stderr
@@ -63,7 +63,7 @@ def test_a_tab_in_bash(env: dict[str, str], folder: Path) -> None:
     assert tab("launcher diff first-run ", env, folder)[0] == ["second-run"]
     assert tab("launcher config fir", env, folder)[0] == ["first-run"]
     assert tab("launcher rm --ye", env, folder)[0] == ["--yes"]
-    # bash replaces what follows the equals sign, so the candidates are what belongs there.
+    # bash replaces only the text after the equals sign, so candidates omit the key.
     assert tab("launcher plan model=qwen3_8", env, folder) == (["qwen3_8b"], "")
     assert tab("launcher plan model.dtype=b", env, folder)[0] == ["bf16"]
     assert tab("launcher plan train.max_st", env, folder) == (["train.max_steps="], "compopt nospace\n")
@@ -84,7 +84,7 @@ def test_an_answer_is_quick_and_imports_nothing_heavy(env: dict[str, str], folde
         assert done.stdout == "train.max_steps=\n", done.stderr
     imported, seconds = done.stderr.splitlines()
     assert imported == "[]"
-    # It takes 0.07 s of one core; the limit is for a busy machine.
+    # Typically 0.07 s of one core; the limit allows for a busy machine.
     assert float(seconds) < 0.3
 
 

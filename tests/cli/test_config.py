@@ -1,4 +1,4 @@
-"""`config`: the settings of a run, or of a command line, as a file that plans the same."""
+"""`config` prints the settings of a run or command line as a file that yields the same plan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 @pytest.fixture
 def out(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Out:
-    """What a command prints; the working directory is empty."""
+    """Run a command in an empty working directory and return its output."""
     monkeypatch.chdir(tmp_path)
 
     def printed(*words: str, code: int = 0) -> str:
@@ -97,7 +97,7 @@ def test_a_run_is_printed_as_a_file_with_its_settings(run: RunDir, out: Out) -> 
 
 
 def test_values_that_may_be_secrets_are_hidden(run: RunDir, out: Out) -> None:
-    # Settings refuse it; a plan that was written by something else may have it.
+    # The settings refuse this value, but a plan written by another program may contain it.
     text = run.plan.read_text().replace('"system":null', '"system":"hf_abcdefghijklmnopqrstuvwxyzabcd12"')
     text = text.replace('"system": null', '"system": "hf_abcdefghijklmnopqrstuvwxyzabcd12"')
     assert "hf_abc" in text

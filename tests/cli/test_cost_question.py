@@ -1,4 +1,4 @@
-"""run.confirm_usd: when train asks, and where it cannot."""
+"""run.confirm_usd: when `train` asks for confirmation, and when it cannot."""
 
 from __future__ import annotations
 

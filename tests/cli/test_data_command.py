@@ -1,4 +1,4 @@
-"""The verb data as a person meets it."""
+"""The `data` command as a user runs it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ESCAPE = "\x1b[31m"
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """Rows with a few faults; none of them refuses a run."""
+    """Rows with a few faults, none of which makes a run fail."""
     words = "apple river stone cloud light music paper green window garden".split()  # noqa: SIM905
     texts = [" ".join(words[(i * 7 + j * j) % 10] for j in range(12)) + f" {i}" for i in range(120)]
     lines = [{"prompt": f"{text}?", "completion": f" {i} {EVIL}{ESCAPE}"} for i, text in enumerate(texts)]
@@ -47,7 +47,7 @@ def leaking(rows: Path, tmp_path: Path) -> tuple[str, ...]:
 
 @pytest.fixture
 def own_cache(launch_here: Run, rows: Path, launcher_cache: Path, tmp_path: Path) -> dict[str, str]:
-    """The environment for a cache without data; it has the session's models, since converting one takes longer than a test."""
+    """The environment for a cache without data. It shares the session's models: converting one takes longer than a test."""
     done = launch_here("data", *SETTINGS, f"data.path={rows}", "data.eval_fraction=0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "cache"
@@ -59,7 +59,7 @@ def own_cache(launch_here: Run, rows: Path, launcher_cache: Path, tmp_path: Path
 @pytest.mark.rest
 def test_the_report_in_a_pipe_has_marks_and_no_colors(launch: Run, rows: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    # Two documents fit a row.
+    # Long enough for two documents to fit in a row.
     longer = tuple(setting.replace("max_length=128", "max_length=256") for setting in SETTINGS)
     settings = (*longer, f"data.path={rows}", "data.eval_fraction=0")
     done = launch("data", *settings, "--show", "2", "--html", str(page), cwd=tmp_path)
@@ -83,10 +83,10 @@ def test_the_report_in_a_pipe_has_marks_and_no_colors(launch: Run, rows: Path, t
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)" in html
     assert html.count("<svg") + html.count('class="bars"') >= 4
-    # Bars are labeled with what they show.
+    # Each bar has a label and a value.
     assert re.search(r'class="label">secrets</span>.*?class="value">0\.8% \(1 of 123\)<', html)
     assert html.count("<th>source</th>") == 2, "one table would be cut off"
-    # One file: nothing is loaded from elsewhere, whatever the rows hold.
+    # The page is self-contained: it loads nothing from elsewhere, whatever the rows contain.
     assert not re.search(r"<(link|img|iframe|object|script|image|use)\b|\b(src|href|srcset)\s*=|url\(|@import", html)
     folder, size = re.findall(r"^cache +(/\S+/data/[0-9a-f]{32}) \((.+)\)$", shown, re.MULTILINE)[0]
     files = [file for file in Path(folder).rglob("*") if file.is_file() and file.name != "meta.json"]
@@ -116,7 +116,7 @@ def test_rows_for_another_kind_of_training_are_refused_before_submission(launch_
     assert "pairs.jsonl:1" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert not (tmp_path / "runs").exists()
-    # The remedy as it stands, with the file in place of PATH.
+    # Apply the remedy verbatim, with the file in place of PATH.
     overrides = re.findall(r"remedy: to train on chosen only: '(.*)' (data.path=null)", refused.stderr)[0]
     accepted = [override.replace("PATH", "pairs.jsonl") for override in overrides]
     done = launch_here("data", *SETTINGS, "data.eval_fraction=0", *accepted, "--json", cwd=tmp_path)
@@ -137,13 +137,13 @@ def test_token_ids_beyond_the_embedding_refuse_the_report_as_they_refuse_the_pla
 
 
 def imported(stderr: str) -> set[str]:
-    """Modules that a command has imported itself, with PYTHONPROFILEIMPORTTIME."""
+    """Return the modules that a command imported, from the output of PYTHONPROFILEIMPORTTIME."""
     return set(re.findall(r"^import time:.*\| +(\S+)$", stderr, re.MULTILINE))
 
 
 @pytest.mark.rest
 def test_a_file_of_real_size_is_built_by_several_processes(launch: Run, tmp_path: Path) -> None:
-    """The workers import the main module of the process that builds: only the command shows what that brings."""
+    """Workers import the main module of the building process, so only the real command shows what they load."""
     random, words = Random(0), "apple river stone cloud light music paper green window garden".split()  # noqa: SIM905
     num_rows = 1000
     length = MIN_BYTES // num_rows
@@ -167,7 +167,7 @@ def test_a_finished_cache_is_reported_without_a_second_process(
     settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0")
 
     def answers(run: Run, **env: str) -> list[subprocess.CompletedProcess[str]]:
-        """As text, for programs and as a page."""
+        """Return the report as text, as JSON and as an HTML page."""
         page = tmp_path / "page.html"
         return [
             run("data", *settings, cwd=tmp_path, **env),
@@ -184,7 +184,7 @@ def test_a_finished_cache_is_reported_without_a_second_process(
         patch.setattr("launcher.cli.data.prepare", lambda *_, **__: pytest.fail("a second process"))
         again = answers(launch_here)
     assert [done.stdout for done in again] == [done.stdout for done in built]
-    # What is kept is damaged, lost, or of another cache: the tokenizer decodes again.
+    # If the stored texts are damaged, missing or from another cache, the tokenizer decodes again.
     content = kept.read_text()
     for damaged in (content.replace("<|im_end|>", "<|im_start|>"), content[:-9], '{"texts": {}}', None):
         assert damaged != content
@@ -194,7 +194,7 @@ def test_a_finished_cache_is_reported_without_a_second_process(
     assert done.stdout == built[1].stdout
     assert "numpy" in imported(done.stderr)
     assert imported(done.stderr).isdisjoint({"torch", "transformers", "tokenizers", "launcher.worker.prepare"})
-    # What only commands about runs use takes a tenth of the command.
+    # Modules for commands on runs take a tenth of the command's time to import.
     assert imported(done.stderr).isdisjoint({"launcher.run_store", "launcher.cli.follow", "launcher.cli.launch"})
 
 
@@ -213,7 +213,7 @@ def test_a_finished_cache_that_is_damaged_is_not_reported(
     assert refused.returncode == 2
     assert "the data cache is damaged" in refused.stderr
     assert f"rm -r {folder}" in refused.stderr
-    # A file of another size is no finished cache: it is built again.
+    # A file of the wrong size means an unfinished cache, which is rebuilt.
     tokens.write_bytes(content[:-1])
     rebuilt = launch_here("data", *settings, "--json", cwd=tmp_path, **own_cache)
     assert rebuilt.stdout == reported.stdout
@@ -221,7 +221,7 @@ def test_a_finished_cache_that_is_damaged_is_not_reported(
 
 
 def on_a_terminal(command: list[str], environment: Mapping[str, str], cwd: Path, stderr: int | None = None) -> str:
-    """What a command writes to a terminal, to its end; its errors too, unless they go elsewhere."""
+    """Return all that a command writes to a terminal, including standard error unless `stderr` is given."""
     parent, child = pty.openpty()
     try:
         process = subprocess.Popen(command, stdout=child, stderr=child if stderr is None else stderr, env=environment, cwd=cwd)
@@ -299,7 +299,7 @@ def test_a_template_without_an_end_of_turn_refuses_report_and_run(launch_here: R
         assert "40 of 40 (100.0%): documents that train no end-of-turn token" in done.stderr
         assert "to train on them anyway: data.checks.no_turn_end=keep" in done.stderr
     assert not runs.exists(), "refused before anything is submitted"
-    # As the demonstration does, whose rows are too short for most answers: most tests of runs train on those.
+    # The demonstration sets this too, because its rows truncate most answers. Most tests of runs use its data.
     accepted = launch_here("data", *settings, "data.checks.no_turn_end=keep", cwd=tmp_path)
     assert accepted.returncode == 0, accepted.stdout + accepted.stderr
 

@@ -1,4 +1,4 @@
-"""The verb `diff` on two run directories."""
+"""The `diff` command on two run directories."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ask(run: RunDir, capsys: pytest.CaptureFixture[str]) -> Ask:
 
 @pytest.fixture
 def other(run: RunDir) -> RunDir:
-    """A run with another learning rate, other data, versions and machines, that logged six steps."""
+    """A run of six logged steps with a different learning rate, data, package versions and machines."""
     settings = {**hand_made.SETTINGS, "optim": {"lr": 1e-3}}
     data = DATA.model_copy(update={"num_rows": 900, "digest": "abc-def", "chat_template": "{{ messages }}"})
     topology = Topology(nodes=2, ranks_per_node=2, world_size=4, device="cuda", backend="nccl")

@@ -1,4 +1,4 @@
-"""A disk that is too small for the checkpoints is refused or noted before the run directory exists."""
+"""A disk too small for the checkpoints is refused or reported before the run directory exists."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_resume_refuses_a_disk_without_room_for_a_save(launch_here: Run, disk: C
     """The checkpoints folder is on another disk, which is nearly full."""
     (tmp_path / "rows.jsonl").write_text('{"text": "one row"}\n' * 3)
     settings = (*SETTINGS, "data=jsonl", f"data.path={tmp_path}/rows.jsonl", "data.eval_fraction=0")
-    assert launch_here("data", *settings).returncode == 0  # what `train` prepares before it plans
+    assert launch_here("data", *settings).returncode == 0  # `train` prepares the data before it plans
     printed = json.loads(launch_here("plan", "--json", *settings, f"run.root={tmp_path}").stdout)
     plan = LaunchPlan.model_validate({key: value for key, value in printed.items() if key in LaunchPlan.model_fields})
     run = run_store.create(plan)

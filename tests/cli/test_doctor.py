@@ -1,4 +1,4 @@
-"""`launcher doctor` on this machine: its page, its exit code, its logins, and that it leaves nothing behind."""
+"""`launcher doctor` on this machine: output, exit code, login checks, and no files left behind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CHECKS = {
 
 
 def own_shared_memory() -> list[str]:
-    """Files in /dev/shm, but for the semaphores that multiprocessing makes in other tests at the same time."""
+    """Return the files in /dev/shm, except multiprocessing semaphores, which concurrent tests create."""
     return [name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")]
 
 
@@ -71,7 +71,7 @@ def test_this_machine_is_checked_and_left_as_it_was(launch: Launch, tmp_path: Pa
 
 @pytest.mark.rest
 def test_a_failure_is_shown_with_its_fix_and_ends_with_code_1(launch: Launch, tmp_path: Path) -> None:
-    """With a run's file that pushes to the Hub, and no token; a check that takes long is cut short."""
+    """The settings push to the Hub without a token; slow checks are stopped at the timeout."""
     (tmp_path / "my.yaml").write_text("model: tiny\nexport:\n  push_to_hub: owner/name\n")
     done = launch("doctor", f"{tmp_path}/my.yaml", f"run.root={tmp_path}", "--timeout", "0.01", timeout=600)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -130,7 +130,7 @@ def _lives(process: psutil.Process) -> bool:
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
-    """W&B on this machine; its package is imported once, in the process that those which look accounts up are forked from."""
+    """A fake W&B server. Account checks are forked from a process that has imported W&B's package once."""
     imported = preloaded("launcher.tracking.wandb.account", "wandb.sdk.lib.wbauth")
     monkeypatch.setattr(wandb_check, "subprocess", ForkingSubprocess(imported))
     for name in [name for name in os.environ if name.startswith(("WANDB_", "HF_"))]:
@@ -170,7 +170,7 @@ def test_the_gated_repositories_are_those_that_the_presets_call_gated() -> None:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Knows one token."""
+    """A Hub that accepts a single token."""
 
     def do_GET(self) -> None:
         is_known = self.path == "/api/whoami-v2" and self.headers["Authorization"] == f"Bearer {TOKEN}"

@@ -1,4 +1,4 @@
-"""The report of a drill, from records of runs that recovered from a fault and of runs that did not."""
+"""The report of a drill, for runs that recovered from a fault and runs that did not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HIT_AT = 1000.0
 
 
 def steps(attempt: int, restart: int, first: int, last: int, since: float, shift: float = 0.0) -> tuple[Step, ...]:
-    """One step per second; the loss of a step is the same in every life, apart from `shift`."""
+    """Return one step per second. A step has the same loss in every attempt and restart, apart from `shift`."""
     return tuple(Step((attempt, restart), n, 10 / n + shift, since + n - first) for n in range(first, last + 1))
 
 

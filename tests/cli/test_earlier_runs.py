@@ -1,4 +1,4 @@
-"""What a plan says about runs that exist: a measured MFU, and a name that is taken."""
+"""What a plan takes from existing runs: their measured MFU, and names already in use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODEL = ("model=qwen3_0_6b", "data=jsonl", "data.path=rows.jsonl", "cluster.gpu_
 
 
 def trained(plan_of: PlanOf, root: Path, name: str, mfu: float, peak: float = 989, num_steps: int = 9, *settings: str) -> RunDir:
-    """A run whose first step was slow, and whose MFU then rose by a thousandth a step."""
+    """Create a run with a slow first step, whose MFU then rises by 0.001 per step."""
     run = run_store.create(plan_of(*MODEL, *settings, f"run.root={root}", f"run.name={name}", device=H100))
     run_store.create_attempt(run, Attempt(resume_step=None))
     log = JsonlTracker(run, 1)
@@ -60,7 +60,7 @@ def test_the_newest_run_of_the_same_model_and_gpu_is_the_measurement(plan_of: Pl
     found = find_measured_mfu(later, "NVIDIA H100 80GB HBM3")
     assert found is not None
     assert (found.run_name, found.num_ranks, found.low, found.high) == ("newer", 2, pytest.approx(0.302), pytest.approx(0.309))
-    # The chip of an H200 has the same peak, that of an A100 has another.
+    # An H200 has the same peak FLOP/s as an H100; an A100 does not.
     assert find_measured_mfu(later, "H200") == found
     assert [found.run_name for found in [find_measured_mfu(later, "A100-80GB")] if found] == ["on-a100"]
     assert find_measured_mfu(later, "Abacus 3000") is None
@@ -69,7 +69,7 @@ def test_the_newest_run_of_the_same_model_and_gpu_is_the_measurement(plan_of: Pl
 @pytest.mark.timeout(120)
 @pytest.mark.usefixtures("as_root")
 def test_a_run_of_another_user_is_no_measurement(plan_of: PlanOf, tmp_path: Path) -> None:
-    """In a shared folder of runs, a pipe in place of its metrics would hold up each plan."""
+    """In a shared folder of runs, reading a pipe in place of metrics.jsonl would block every plan."""
     root = tmp_path / "runs"
     later = plan_of(*MODEL, f"run.root={root}", "run.name=later", device=H100)
     trained(plan_of, root, "own", 0.3)

@@ -1,4 +1,4 @@
-"""What `export` refuses before it starts: nothing is written, and what an existing folder holds is named."""
+"""`export` refuses invalid requests before it writes anything, and reports what an existing folder contains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands of the processes that would write exports, which need a trained model and torch."""
+    """Record the worker commands instead of running them: an export needs a trained model and torch."""
     started: list[list[str]] = []
 
     def record(command: list[str]) -> tuple[int, str]:
@@ -32,7 +32,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def hold_export(folder: Path, step: int, dtype: str) -> None:
-    """Make an export that was written two hours ago."""
+    """Create the record of an export written two hours ago."""
     folder.mkdir()
     json_records.write(folder / EXPORT_RECORD, ExportRecord(step, "d", dtype))
     os.utime(folder / EXPORT_RECORD, (time.time() - 7200,) * 2)

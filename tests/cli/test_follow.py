@@ -1,4 +1,4 @@
-"""The closing lines of a followed run, including runs that continue by themselves."""
+"""The closing lines of a followed run, including runs that continue automatically."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from launcher.tracking.jsonl import append_event
 
 
 def fail(run: RunDir, attempt: int, message: str, rank: int | None = 1) -> None:
-    """Write the exit record of a failed attempt; without a rank no process failed first."""
+    """Write the exit record of a failed attempt. Without a rank, it names no first failure."""
     log = str(run.rank_log(attempt, rank or 0))
     first = None if rank is None else FailureRecord(rank, "killed", message, log=log)
     json_records.write(run_records.exit_file(run, attempt), ExitRecord("failed", first_failure=first))
 
 
 def closing(run: RunDir, message: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """Follow the first attempt of a run that has failed with `message`; returns standard error."""
+    """Follow the first attempt of a run that failed with `message`; return standard error."""
     run_store.update_status(run, state="failed", message=message)
     assert follow(run, 1, LocalCluster()) == EXIT_FAILED
     return capsys.readouterr().err
@@ -46,7 +46,7 @@ def test_follow_reports_the_failure_of_the_newest_attempt(run: RunDir, capsys: p
 
 
 class EndingCluster(LocalCluster):
-    """Answers the first question about a run with its end, right after the run has written its last line."""
+    """Reports the run as completed on the first status query, right after the run writes its last lines."""
 
     def status(self, run: RunDir) -> Status:
         append_event(run, 1, "progress", "writing the Hugging Face folder: 3.00 GiB of 4.00 GiB (75%)")
@@ -60,7 +60,7 @@ def test_follow_shows_the_last_lines_before_the_end(run: RunDir, capsys: pytest.
     assert follow(run, 1, EndingCluster()) == 0
     output = capsys.readouterr().out
     assert "(75%)\nthe export is complete\n" in output
-    # The closing lines have the command.
+    # The closing lines already contain the sync command.
     assert "Weights & Biases was offline" not in output
     assert output.count("wandb sync x") == 1
     assert f"  python -m launcher evaluate {short(run.root)}\n" in output

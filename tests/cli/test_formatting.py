@@ -1,4 +1,4 @@
-"""Texts and tables in terminals of any width, and in pipes."""
+"""Text and tables in terminals of any width, and in pipes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_first_column_of_a_wide_table_has_its_own_line(monkeypatch: pytest.M
         "b",
         "  failed      3/10",
     ]
-    # Where that does not fit either, each cell has a line.
+    # In an even narrower terminal, each cell gets its own line.
     monkeypatch.setenv("COLUMNS", "15")
     assert formatting.table(*TABLE)[:4] == ["run", "       a-run-with-a-long-name", "state  completed", "step   10/10"]
 
@@ -72,6 +72,6 @@ def test_the_tables_of_data_fit_into_the_terminal(
 
 
 def test_a_cell_with_line_breaks_is_no_row_of_its_own() -> None:
-    """Folders of runs and mirrors may hold runs of other users, whose names and states are theirs."""
+    """Run folders and mirrors may contain other users' runs, and those users choose the names and states."""
     lines = formatting.table(("run", "state"), [("theirs\ndemo  failed", "running\nmine"), ("demo", "completed")])
     assert lines == ["run                   state", "theirs\\ndemo  failed  running\\nmine", "demo                  completed"]

@@ -1,4 +1,4 @@
-"""Pages contain their texts escaped, and load nothing from elsewhere."""
+"""HTML pages escape all text and load nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EVIL = "<script>alert('x')</script>\"&"
 
 
 class Reader(HTMLParser):
-    """Tags that are opened and closed in order, and all text outside of the style sheet."""
+    """Checks that tags are balanced, and collects all text outside the style sheet."""
 
     VOID = ("meta", "br", "wbr", "rect", "line", "polyline", "circle")
 
@@ -148,13 +148,13 @@ def test_a_constant_has_one_tick_with_its_value(values: list[float]) -> None:
 
 
 def test_curves_that_coincide_are_drawn_in_alternating_dashes() -> None:
-    """As those of two runs with the same settings."""
+    """Two runs with the same settings have such curves."""
     x, falling = [[1, 2, 3, 4]] * 3, [4.0, 3.0, 2.0, 1.0]
     html = charts.lines("t", x, [Series("a", falling), Series("b", falling), Series("c", falling[::-1])], "x", "y")
     dashes = dict(re.findall(r'<polyline class="line" stroke="var\(--(c\d)\)"( stroke-dasharray="[^"]*")?', html))
     assert dashes["c0"] == dashes["c2"] == ""
     assert dashes["c1"] == ' stroke-dasharray="14 14"'
-    # A run with more steps of the same curve.
+    # One run has more steps of the same curve.
     html = charts.lines("t", [[1, 2, 3, 4], [1, 2]], [Series("a", falling), Series("b", falling[:2])], "x", "y")
     assert html.count("stroke-dasharray") == 1
     html = charts.lines("t", [[3], [3]], [Series("a", [1.0]), Series("b", [1.0])], "x", "y")
@@ -182,5 +182,5 @@ def test_labels_of_small_numbers_have_room() -> None:
     html = charts.lines("t", [[1, 2]], [Series("rate", [1.25e-5, 2.25e-5])], "x", "y")
     labels = re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="end">([^<]*)<', html)
     assert "1.25e-05" in [label for _, label in labels]
-    # A digit is about 0.56 of the 13 pixels of a line high wide.
+    # At a line height of 13 pixels, a digit is about 0.56 x 13 pixels wide.
     assert all(float(x) >= 0.56 * 13 * len(label) for x, label in labels)

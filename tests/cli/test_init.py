@@ -1,4 +1,4 @@
-"""`init`: a starter file that plans as it is written, and nothing that exists is touched."""
+"""`init` writes a starter file that plans without changes, and touches no existing file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GPUS = ("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8")
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of the Hub without a model."""
+    """A Hub cache without models."""
     return tmp_path_factory.mktemp("hub")
 
 
@@ -39,7 +39,7 @@ def typed(
     workers: ForkingWorkers,
     launcher_cache: Path,
 ) -> Typed:
-    """Exit code, output and errors of a command in a folder with `chats.jsonl`; the Hub cannot be reached."""
+    """Run a command in a folder with `chats.jsonl` and without access to the Hub; return exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(hub))
@@ -73,7 +73,7 @@ def test_the_file_fits_data_model_and_machine_and_plans_as_it_is(typed: Typed) -
     assert content["model"] == "tiny"
     assert content["data"] == {"base": "jsonl", "path": "chats.jsonl", "max_length": 256}
     assert (content["train"]["epochs"], content["cluster"], content["tracking"]) == (3, "local", "none")
-    # Each suggestion stands below its reason.
+    # Each suggestion follows its reason.
     lines = text.splitlines()
     for key in ("max_length", "epochs", "global_batch_size", "lr", "warmup_steps", "every", "save_every"):
         number = next(i for i, line in enumerate(lines) if line.strip().startswith(f"{key}:"))
@@ -98,7 +98,7 @@ def test_a_model_that_is_not_at_hand_is_assumed_and_what_was_typed_stays(typed: 
     assert content["model"] == "qwen3_8b"
     assert (content["cluster"]["nodes"], float(content["optim"]["lr"]), "deepspeed" in content) == (2, 7e-6, False)
     assert typed("plan", "big.yaml")[0] == 0
-    # One GPU does not hold the states of 8 billion parameters.
+    # The model states of 8 billion parameters do not fit on one GPU.
     small = ("--out", "small.yaml", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=1")
     assert typed("init", "--data", "chats.jsonl", "--model", "qwen3_8b", *small)[0] == 0
     assert yaml.safe_load(Path("small.yaml").read_text())["deepspeed"] == "zero3_offload"
@@ -115,7 +115,7 @@ def test_a_model_that_is_not_at_hand_is_assumed_and_what_was_typed_stays(typed: 
 def test_the_commands_that_follow_are_those_that_the_file_plans_for(typed: Typed) -> None:
     code, out, err = typed("init", "--data", "chats.jsonl", "--model", "tiny", "tracking=none")
     assert code == 0, err
-    # Batch and length of a CPU are not those of a cluster's GPUs.
+    # Batch size and row length for CPUs do not suit a GPU cluster, so no cluster command is suggested.
     assert out.splitlines()[1].startswith("fitted to: 2 CPU ranks on ")
     assert "train chats.yaml +cluster" not in out
     assert "for a cluster, repeat init with another --out and +cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8" in out
@@ -127,14 +127,14 @@ def test_the_commands_that_follow_are_those_that_the_file_plans_for(typed: Typed
     slurm = ("+cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=8")
     assert f"  python -m launcher train gpus.yaml {' '.join(slurm)}\n" in out
     assert typed("plan", "gpus.yaml", *slurm)[0] == 0
-    # Three ranks make a batch that does not divide over six GPUs of two nodes.
+    # A batch of 3 fits three ranks, but not the six GPUs of two nodes.
     odd = ("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=3", "train.global_batch_size=3", "--out", "odd.yaml")
     code, out, err = typed("init", "--data", "chats.jsonl", "--model", "tiny", *odd)
     assert (code, "+cluster=slurm cluster.nodes=2 cluster.gpus_per_node=3" in out) == (0, False), err
 
 
 def test_the_commands_of_the_readme_work_as_they_stand(typed: Typed) -> None:
-    """Those that need neither the Hub nor a cluster, word by word; the others use the file that these write."""
+    """Commands that need neither the Hub nor a cluster run verbatim; the others use the file that these write."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     lines = readme.split("```sh\n")[1].partition("```")[0].replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
@@ -192,7 +192,7 @@ def test_all_of_long_texts_is_trained(typed: Typed) -> None:
 
 @pytest.mark.rest
 def test_rows_may_be_named_by_overrides(typed: Typed) -> None:
-    """Settings are then suggested for them, and not for the demonstration."""
+    """`init` then suggests settings for those rows, not for the demonstration."""
     for number, words in enumerate((("data=jsonl", "data.path=chats.jsonl"), ("data.path=chats.jsonl",))):
         code, _, err = typed("init", "model=tiny", *words, "--out", f"{number}.yaml")
         assert code == 0, err
@@ -213,7 +213,7 @@ def test_a_name_that_reads_as_a_reference_is_a_name(typed: Typed) -> None:
 
 @pytest.mark.parametrize("line_break", ["\n", "\r", "\x85", "\u2028", "\u2029"])
 def test_the_name_of_a_file_adds_no_settings(typed: Typed, line_break: str) -> None:
-    """YAML ends a comment at these characters, and other users choose the names of their files."""
+    """YAML ends a comment at these characters, and the file may be named by another user."""
     name = f"rows{line_break}export: {{push_to_hub: mallory}}{line_break}#.jsonl"
     Path("chats.jsonl").rename(name)
     code, _, err = typed("init", "--data", name, "--model", "tiny", "--out", "run.yaml")
@@ -300,7 +300,7 @@ def test_all_kinds_of_bad_rows_are_reported_and_can_be_left_out(typed: Typed) ->
     code, out, err = typed("data", "chats.yaml")
     assert (code, err.count("remedy")) == (0, 0), err
     assert "4 of 3,004 (0.1%)  rows that cannot be used, and are left out: dropped" in out
-    # What is printed to be typed next has the file and the overrides.
+    # The suggested next command repeats the file and the overrides.
     code, out, err = typed("plan", "chats.yaml", "data.checks.max_bad_rows=0")
     assert code == 0, err
     command = "see them with: python -m launcher data chats.yaml data.checks.max_bad_rows=0"

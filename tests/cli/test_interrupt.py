@@ -1,4 +1,4 @@
-"""Ctrl-C while a process of the worker side runs: it ends, removes what it was writing, and prints nothing."""
+"""After Ctrl-C, a worker process ends, removes its partial files and prints nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from launcher.clusters.local import LocalCluster
 from launcher.errors import EXIT_INTERRUPTED
 from launcher.plan.run_dir import RunDir
 
-# Writes a file until it is ended, as a build of the data cache does, in processes of its own.
+# Writes a file from several processes until it is stopped, as a data cache build does.
 WORKER = """
 import multiprocessing, os, pathlib, signal, sys, time
 from launcher.worker.signals import exit_on_termination
@@ -73,7 +73,7 @@ def test_a_worker_answers_with_its_exit_code_and_output(capfd: pytest.CaptureFix
     assert capfd.readouterr().out == "hello!\n"
 
 
-# Submits a run as `train` does, and says what came of it.
+# Submits a run as `train` does, and prints the outcome.
 SUBMIT = """
 import sys
 from pathlib import Path
@@ -99,7 +99,7 @@ print(run_store.read_status(RunDir(Path(plan.run_dir))).message)
 
 @pytest.fixture
 def submit(tmp_path: Path) -> Callable[[str, str], list[str]]:
-    """Submit a run, in a session of its own, with an sbatch and an squeue of these lines; returns what was said."""
+    """Submit a run in its own session with the given sbatch and squeue scripts; return the output lines."""
     plan = hand_made.plan(tmp_path / "runs/demo", {**hand_made.SETTINGS, "cluster": {"kind": "slurm"}})
     atomic_files.write_json(tmp_path / "plan.json", plan.model_dump(mode="json"))
 
@@ -118,7 +118,7 @@ def submit(tmp_path: Path) -> Callable[[str, str], list[str]]:
 
 
 def test_an_interrupt_from_the_terminal_does_not_end_sbatch(submit: Callable[[str, str], list[str]]) -> None:
-    """The terminal sends it to all processes of the command."""
+    """A terminal sends the interrupt to all processes of the command, including sbatch."""
     assert submit("kill -INT 0; echo Submitted batch job 77", "exit 1") == ["job 77 1", ""]
 
 
@@ -145,7 +145,7 @@ def test_an_sbatch_without_an_answer_may_leave_a_job(submit: Callable[[str, str]
 
 
 class InterruptedCluster(LocalCluster):
-    """The user presses Ctrl-C while the run is submitted."""
+    """Simulates Ctrl-C while the run is being submitted."""
 
     def submit(self, run: RunDir, attempt: int, plan: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,4 +1,4 @@
-"""--min-gain: how it is written, and when it holds."""
+"""--min-gain: its syntax, and when the condition is met."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METRICS = ("exact_match", "own/metric.py:score")
 
 
 def verdict(tuned: int, few_shot: int, num_prompts: int = 200) -> EvaluationVerdict:
-    """A verdict about sides that are right on the first prompts."""
+    """Return a verdict in which each side answers its first prompts correctly and all others wrongly."""
     right = {"0-shot": 0, "4-shot": few_shot, "tuned": tuned}
     return judge("exact_match", {side: (np.arange(num_prompts) < n).astype(np.float64) for side, n in right.items()})
 

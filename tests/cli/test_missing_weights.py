@@ -1,4 +1,4 @@
-"""A model without all weights, or one that the Hub does not give: the command refuses it and starts nothing."""
+"""Commands refuse a model with missing weights, or one that the Hub denies access to, and start nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_model_folder_without_all_weights_is_refused_before_the_run_exists(
 ) -> None:
     folder = save_model(tmp_path / "model", {"model_type": "llama"})
     change_weights(folder, without("model.layers.1.mlp.up_proj.weight", "lm_head.weight"))
-    # Read after the weights, so its content does not matter.
+    # Only read after the weights are checked, so its content does not matter.
     (folder / "tokenizer.json").write_text("{}")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{i}:", "completion": f" {i + 1}"}) + "\n" for i in range(8)))
@@ -45,7 +45,7 @@ def test_a_model_folder_without_all_weights_is_refused_before_the_run_exists(
 
 
 class GatedModel(BaseHTTPRequestHandler):
-    """The Hub for a request without a token: what files the model has, and none of them."""
+    """The Hub as seen without a token: it lists the files of a gated model but refuses to send them."""
 
     def do_GET(self) -> None:
         is_listing = self.path.startswith("/api/models/")

@@ -1,4 +1,4 @@
-"""Mistakes in commands on runs: one message with the place, the value and what to do; exit code 2; nothing is left behind."""
+"""Mistakes in commands on runs: one message with place, value and remedy, exit code 2, and no files left behind."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Refuse = Callable[..., str]
 
 @pytest.fixture
 def refuse(launch_here: Launch, run: RunDir) -> Refuse:
-    """Run a command in the folder above the runs; it must refuse and change nothing. Returns standard error."""
+    """Run a command in the folder above the runs; check that it refuses and changes nothing. Returns standard error."""
 
     def files() -> dict[Path, int]:
-        # A lock file stays where it was taken.
+        # Lock files stay after the lock is released.
         paths = (path for path in run.root.parent.rglob("*") if path.is_file() and path.name != ".lock")
         return {path: path.stat().st_mtime_ns for path in paths}
 
@@ -113,7 +113,7 @@ def test_an_export_without_a_checkpoint_names_what_to_do(refuse: Refuse, run: Ru
 def test_a_run_directory_that_cannot_be_completed_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    """Half a run would block its name."""
+    """An incomplete run directory would keep its name in use."""
 
     def fail(*arguments: object) -> None:
         raise error

@@ -1,4 +1,4 @@
-"""Runs that another user owns or can write to: what a command reads of them, and what it refuses to do with them."""
+"""Runs that another user owns or can write to: what commands read from them, and what they refuse to do."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TOKEN = "the-token-of-the-cluster" * 2
 
 
 class Cluster(BaseHTTPRequestHandler):
-    """Answers as Ray's Jobs API with a running job, and keeps what was asked, with its token."""
+    """Fakes Ray's Jobs API with a running job; records each request and its token."""
 
     asked: list[tuple[str, str | None]]
 
@@ -75,7 +75,7 @@ def cluster() -> type[Cluster]:
 
 @pytest.fixture
 def ray_run(tmp_path: Path) -> Callable[[str], RunDir]:
-    """A run whose files say that a job at an address runs it."""
+    """Create a run whose files name a Ray job at a given address."""
 
     def make(address: str, **cluster: Any) -> RunDir:
         settings = {**hand_made.SETTINGS, "cluster": {"kind": "ray", "address": "http://127.0.0.1:8265", **cluster}}
@@ -132,7 +132,7 @@ def test_only_a_run_that_is_trusted_gets_the_token_to_its_address(
 def test_the_log_of_another_users_run_that_gives_no_sign_of_life_is_not_followed(
     launch: Launch, ray_run: Callable[[str], RunDir]
 ) -> None:
-    """Nobody is asked whether its processes live, so that following it would never end."""
+    """The launcher does not query its processes, so following the log would never end."""
     run = ray_run("http://127.0.0.1:8265")
     detached_process.write_liveness(run)
     give(run.root)
@@ -152,7 +152,7 @@ def test_the_log_of_another_users_run_that_gives_no_sign_of_life_is_not_followed
 def test_the_log_of_another_users_slurm_run_is_followed_as_long_as_it_has_output(
     launch_here: Launch, run: RunDir, state: str
 ) -> None:
-    """It keeps no liveness file, and Slurm is not asked about it."""
+    """A Slurm run has no liveness file, and the launcher does not query Slurm about another user's run."""
     run_store.update_status(run, state=state, attempt=2)
     log = run.rank_log(2, 0)
     log.write_text("a line of rank 0\n")
@@ -182,7 +182,7 @@ def test_the_log_of_another_users_slurm_run_is_followed_as_long_as_it_has_output
 def test_an_address_in_a_file_passes_the_check_of_the_setting(
     ray_run: Callable[..., RunDir], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, reason: str
 ) -> None:
-    """Ray's client imports the module that the scheme of an address names, from the working directory too."""
+    """Ray's client imports the module named by the address's scheme, even from the working directory."""
     (tmp_path / "payload.py").write_text(f"open({str(tmp_path / 'was-imported')!r}, 'w')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -218,7 +218,7 @@ def test_a_pipe_in_a_run_of_another_user_stops_no_command(launch: Launch, run: R
 
 
 def test_a_pipe_anywhere_that_a_record_is_looked_for_is_not_read(tmp_path: Path) -> None:
-    """As meta.json in the data cache that the plan of another user names, and digests.json in the code of their run."""
+    """Examples: meta.json in a data cache named by another user's plan, and digests.json in their run's code."""
     os.mkfifo(pipe := tmp_path / "meta.json")
     with pytest.raises(DamagedRun, match="is not a regular file"):
         json_records.read_json(pipe)
@@ -226,7 +226,7 @@ def test_a_pipe_anywhere_that_a_record_is_looked_for_is_not_read(tmp_path: Path)
 
 @pytest.mark.parametrize("replace", [os.mkfifo, lambda file: file.symlink_to("/dev/zero"), _make_huge])
 def test_the_evaluation_of_a_checkpoint_is_read_within_bounds(tmp_path: Path, replace: Callable[[Path], None]) -> None:
-    """Also where it is replaced after the run was checked, and in a folder of many runs."""
+    """The file may be replaced after the run is checked, and `ls` reads one in each of many runs."""
     saving = store.begin_save(tmp_path, step=2, attempt=1, needed_bytes=1)
     path = store.commit(saving, Manifest(step=2, world_size=1, plan_digest="d", attempt=1, eval_loss=2.0, files={}))
     replace(path / LATER_EVALUATION)
@@ -252,7 +252,7 @@ def test_a_record_of_any_size_in_a_run_of_another_user_is_not_read(run: RunDir, 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "attempts/001/rank-00000.log"])
 def test_lines_of_any_number_in_a_run_of_another_user_are_not_read(run: RunDir, name: str) -> None:
-    """A file with holes takes no room of its author, and each command on the folder of runs would take its memory and time."""
+    """A sparse file costs its author no disk space, but would cost every command on the folder of runs memory and time."""
     _make_huge(run.root / name)
     give(run.root)
     for read in (lambda: run_store.find_run(str(run.root), run.root), lambda: _ask_backend(run)):
@@ -262,7 +262,7 @@ def test_lines_of_any_number_in_a_run_of_another_user_are_not_read(run: RunDir, 
 
 @pytest.mark.timeout(120)
 def test_a_copy_of_a_plan_that_is_a_pipe_is_not_read(launch: Launch, tmp_path: Path) -> None:
-    """Where the folder has no plan, its copies are looked at for the remedy."""
+    """Without a plan.json, the command searches for copies of the plan to suggest in its remedy."""
     (folder := tmp_path / "runs/demo/plans").mkdir(parents=True)
     os.mkfifo(folder / "0.json")
     give(folder.parent)
@@ -271,7 +271,7 @@ def test_a_copy_of_a_plan_that_is_a_pipe_is_not_read(launch: Launch, tmp_path: P
 
 
 def test_a_link_of_another_user_chooses_no_run(launch_here: Launch, run: RunDir) -> None:
-    """In a folder of runs that several users share, they can make links, also to runs of somebody else."""
+    """In a shared folder of runs, each user can create links, including links to other users' runs."""
     root, link = str(run.root.parent), run.root.with_name("theirs")
     link.symlink_to(run.root)
     os.chown(link, MALLORY, -1, follow_symlinks=False)
@@ -285,7 +285,7 @@ def test_a_link_of_another_user_chooses_no_run(launch_here: Launch, run: RunDir)
 
 
 def test_a_link_that_another_user_has_put_in_place_of_a_folder_chooses_no_run(run: RunDir, tmp_path: Path) -> None:
-    """The name has led to a run of this user, and is a folder of another user, and no link, by the time it is looked at."""
+    """The name resolved to this user's run, but is another user's real folder by the time it is checked."""
     shared = tmp_path / "shared"
     (shared / "x").mkdir(parents=True)
     give(shared / "x")
@@ -322,7 +322,7 @@ with metrics_tail._mapped(sys.argv[1]) as data:
 
 
 def test_metrics_that_their_owner_cuts_off_while_they_are_read_end_no_command(run: RunDir) -> None:
-    """The system kills a process that reads a mapped file beyond its end."""
+    """The kernel kills a process that reads a memory-mapped file past its end."""
     give(run.root)
     done = subprocess.run([sys.executable, "-c", _CUT_OFF, str(run.metrics)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr

@@ -1,4 +1,4 @@
-"""The pages of `report` and `data` as a browser shows them."""
+"""The HTML pages of `report` and `data` as rendered by a browser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def inside(inner: Box, outer: Box) -> bool:
-    """With two pixels for the width of lines."""
+    """Whether a box lies inside another, with a tolerance of two pixels for line widths."""
     return inner[0] >= outer[0] - 2 and inner[1] >= outer[1] - 2 and inner[2] <= outer[2] + 2 and inner[3] <= outer[3] + 2
 
 
@@ -45,7 +45,7 @@ def test_the_charts_of_the_report_are_visible(launch_here: Launch, run: RunDir, 
 
 @pytest.mark.rest
 def test_two_runs_are_drawn_over_each_other(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
-    """The same steps, with losses that differ by a half."""
+    """The runs have the same steps, and their losses differ by 0.5."""
     other = RunDir(run.root.with_name("other"))
     shutil.copytree(run.root, other.root)
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Texts from the files of a run, which may be another user's, as they reach the terminal."""
+"""Text from a run's files, which may be another user's, is made safe before it reaches the terminal."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_nothing_that_a_run_holds_can_act_upon_the_terminal(launch_here: Launch,
 
 
 def test_what_libraries_log_cannot_act_upon_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers logs a name in the config.json of a model; its handler has the stream that there was at its import."""
+    """transformers logs names from a model's config.json; its log handler keeps the stream from import time."""
     monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
     logger = logging.getLogger("library")
     handler = logging.StreamHandler()

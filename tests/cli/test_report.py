@@ -1,4 +1,4 @@
-"""The report page: complete, from the run's files alone, and without a network."""
+"""The report page is complete, built from the run's files alone, and needs no network."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_report_of_one_run_has_all_sections(launch: Launch, run: RunDir) -> 
 
 
 def test_the_cost_counts_all_time_with_machines(launch_here: Launch, run: RunDir) -> None:
-    """The export after the last line of metrics counts, too."""
+    """The time of the export, after the last line of metrics, also counts."""
     atomic_files.write_json(run.attempt(2) / "exit.json", {"state": "completed", "ended_at": time.time()})
     second = run_store.read_attempt(run, 2)
     run_store.write_attempt(run, 2, replace(second, begun_at=time.time() - 30 * 60))
@@ -85,7 +85,7 @@ def test_the_evaluations_of_a_run(launch_here: Launch, run: RunDir) -> None:
         folder = run.root / "evaluations/step-00000010" / name
         folder.mkdir(parents=True)
         made_verdict().write(folder)
-    # The one beside the sets is the first of them again.
+    # The verdict outside the set folders repeats that of the first set.
     made_verdict().write(folder.parent)
     done = launch_here("report", str(run.root))
     assert done.returncode == 0, done.stderr
@@ -141,7 +141,7 @@ def test_runs_of_one_name_are_distinguished_and_a_run_is_drawn_once(launch_here:
 
 
 def test_half_a_surrogate_pair_is_written_as_its_number(launch_here: Launch, run: RunDir) -> None:
-    """As in the name of a file that is not UTF-8."""
+    """Python decodes a file name that is not UTF-8 into lone surrogates."""
     JsonlTracker(run, 2).event("alert", "the file \udcff.jsonl is damaged")
     assert launch_here("report", str(run.root)).returncode == 0
     assert "the file &#56575;.jsonl is damaged" in (run.root / "report.html").read_text()
@@ -185,7 +185,7 @@ def test_thinning_keeps_spikes() -> None:
 
 @pytest.mark.rest
 def test_the_report_of_a_long_run_takes_seconds(launch: Launch, run: RunDir) -> None:
-    """10,000 steps; the bound is wide, as other programs may run."""
+    """The run has 10,000 steps; the limit is generous because other programs may be running."""
     log = JsonlTracker(run, 2)
     for step in range(11, 10_011):
         values = {f"group/metric_{i}": 0.123456789 * i for i in range(40)}

@@ -1,4 +1,4 @@
-"""The price of a GPU under the settings of an evaluation, which may choose another cluster."""
+"""The GPU price used for an evaluation, whose settings may select another cluster."""
 
 from __future__ import annotations
 

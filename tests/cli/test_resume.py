@@ -1,4 +1,4 @@
-"""What is checked, restored and noted before a run is resumed."""
+"""What `resume` checks, restores and reports before it starts the run."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_changed_batch_size_is_noted_with_the_skipped_or_repeated_rows(run: Ru
 
 
 def forget_training(run: RunDir) -> None:
-    """Leave the run as one that was cancelled while its job waited."""
+    """Turn the run into one that was cancelled while its job was pending."""
     shutil.rmtree(run.checkpoints)
     run.metrics.unlink()
     run_store.update_status(run, state="cancelled", step=0)
@@ -118,7 +118,7 @@ def test_a_run_that_lost_its_checkpoints_does_not_begin_again(run: RunDir, trace
 
 @pytest.mark.parametrize(("kept", "end"), [(0, "has no steps"), (9, "ends at step 8")])
 def test_metrics_that_end_before_the_checkpoint_are_noted(run: RunDir, kept: int, end: str) -> None:
-    """A power loss took the end of the file, and left zeros."""
+    """After a power loss, zeros replaced the end of the file."""
     plan = run_store.load_plan(run)
     every = plan.model_copy(
         update={"config": plan.config.model_copy(update={"train": plan.config.train.model_copy(update={"log_every": 1})})}

@@ -1,4 +1,4 @@
-"""The verb `rm` on real run directories."""
+"""The `rm` command on real run directories."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def ask(run: RunDir, capsys: pytest.CaptureFixture[str]) -> Ask:
-    """Run `rm ARGUMENTS` among the runs of the fixture; returns exit code, standard output and standard error."""
+    """Run `rm ARGUMENTS` in the fixture's folder of runs; return exit code, standard output and standard error."""
 
     def asked(*arguments: str) -> tuple[int, str, str]:
         code = main(["rm", "--root", str(run.root.parent), *arguments])
@@ -43,7 +43,7 @@ def ask(run: RunDir, capsys: pytest.CaptureFixture[str]) -> Ask:
 
 @pytest.fixture
 def child(run: RunDir) -> RunDir:
-    """A run that has its initial weights from the other one."""
+    """A run initialized with the weights of the other run."""
     origin = Lineage(run_name="demo", run_dir=str(run.root), step=10, plan_digest="d", wandb_id="w")
     made = run_store.create(hand_made.plan(run.root.with_name("child"), hand_made.SETTINGS, lineage=origin))
     run_store.update_status(made, state="failed")
@@ -99,7 +99,7 @@ def test_a_terminal_is_asked(run: RunDir, launcher_env: dict[str, str], answer: 
         while block := os.read(ours, 4096):
             shown += block
     except OSError:
-        pass  # so a terminal ends
+        pass  # reading from a closed terminal raises OSError
     assert process.wait(timeout=120) == code, shown
     assert b"remove 1 run, " in shown
     assert run.root.exists() == (code == 2)
@@ -112,7 +112,7 @@ def test_a_live_run_is_refused_whatever_else_is_asked(run: RunDir, ask: Ask) -> 
     assert code == 2
     assert err.startswith("the run demo is running\n")
     assert f"python -m launcher cancel {run.root}" in err
-    # Its state is final, and its process still uploads.
+    # The state is final, but the process is still uploading.
     run_store.update_status(run, state="completed")
     code, _, err = ask("demo", "--yes")
     assert code == 2

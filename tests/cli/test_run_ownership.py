@@ -1,4 +1,4 @@
-"""Runs that another user owns, can write to, or can replace: what is refused, when, and the remedies that help."""
+"""Runs that another user owns, can write to or can replace: what is refused, when, and which remedies work."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def link_folder_in_code(run: RunDir) -> Path:
 
 
 def link_above(run: RunDir) -> Path:
-    """A link of the other user in a sticky folder: they can let it lead elsewhere."""
+    """Put the run behind a link that another user owns in a sticky folder, and can redirect. Returns the link."""
     folder = run.root.parent
     actual = folder.rename(folder.parent / "actual")
     folder.symlink_to(actual)
@@ -126,7 +126,7 @@ def link_above(run: RunDir) -> Path:
 def test_nothing_of_a_run_that_was_replaced_after_its_submission_is_started(
     run: RunDir, way: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a job of Slurm, in a driver of Ray, and in the process that starts a run on this machine."""
+    """Covers a Slurm job, a Ray driver, and the process that starts a run on this machine."""
     path = {**WAYS, "link above": link_above, "folder in code": link_folder_in_code}[way](run)
     before = {file: file.stat().st_mtime_ns for file in run.root.rglob("*")}
     name = str(path.relative_to(run.root) if path.is_relative_to(run.root) and path != run.root else path)
@@ -174,7 +174,7 @@ def test_the_remedies_help(launch_here: Launch, run: RunDir) -> None:
 def test_no_run_is_started_in_a_folder_where_others_could_replace_it(
     launch_here: Launch, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`plan` warns, `train` refuses before anything is made, and the remedies that they name help."""
+    """`plan` warns, `train` refuses before it creates anything, and the suggested remedies work."""
     settings = ("model=tiny", "data.packing=false", "run.name=other", f"run.root={run.root.parent}")
 
     def warnings(*flags: str) -> str:
@@ -212,7 +212,7 @@ def test_no_run_is_started_in_a_folder_where_others_could_replace_it(
 
 
 def test_permissions_inside_a_private_folder_do_not_matter(launch_here: Launch, run: RunDir) -> None:
-    """As with umask 002, which many systems have."""
+    """Many systems use umask 002, which makes new files writable by the group."""
     for path in run.root.rglob("*"):
         path.chmod(0o777)
     assert "it is completed" in launch_here("cancel", str(run.root)).stderr
@@ -220,7 +220,7 @@ def test_permissions_inside_a_private_folder_do_not_matter(launch_here: Launch, 
 
 
 def test_the_private_group_of_a_user_may_write_to_folders_of_root(run: RunDir) -> None:
-    """As Kubernetes makes a volume: root's, and writable for the group of the pods' user."""
+    """Kubernetes creates volumes that root owns and the group of the pod's user can write to."""
     daemon = pwd.getpwnam("daemon")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o2775)
@@ -242,7 +242,7 @@ def test_the_private_group_of_a_user_may_write_to_folders_of_root(run: RunDir) -
 
 
 def test_in_a_user_namespace_folders_above_may_belong_to_a_user_outside(run: RunDir, launcher_env: Mapping[str, str]) -> None:
-    """As in a container without root, where `/` is that of the host's root, whom the namespace does not have."""
+    """In a rootless container, `/` belongs to the host's root, a user that does not exist in the namespace."""
     inside = ("unshare", "--user", "--map-root-user")
     if shutil.which("unshare") is None or subprocess.run([*inside, "true"], capture_output=True).returncode:
         skip_or_fail("this machine allows no user namespaces: it needs `unshare --user`")
@@ -267,7 +267,7 @@ def test_in_a_user_namespace_folders_above_may_belong_to_a_user_outside(run: Run
 def test_storage_that_gives_new_files_to_nobody_refuses_a_run_at_its_start(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, whole_code: None
 ) -> None:
-    """As NFS with root_squash: this process writes as another user than it is."""
+    """With NFS and root_squash, files are created as a different user from the one the process runs as."""
     plan = run_store.load_plan(run)
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o1777)
@@ -286,7 +286,7 @@ def test_storage_that_gives_new_files_to_nobody_refuses_a_run_at_its_start(
 
 
 def test_a_user_trusts_their_own_runs_and_those_of_root(run: RunDir) -> None:
-    # Other users cannot enter the folders of pytest.
+    # Other users cannot enter pytest's temporary folders.
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         copy = RunDir(Path(folder, "demo"))

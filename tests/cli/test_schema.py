@@ -1,4 +1,4 @@
-"""The JSON Schema of a run's file: what it accepts, what it refuses, and what it tells an editor."""
+"""The JSON Schema of a run's settings file: what it accepts, what it rejects, and what it shows in an editor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `status` says of the answers of a run's checkpoints."""
+"""What `status` reports about the evaluations of a run's checkpoints."""
 
 from __future__ import annotations
 

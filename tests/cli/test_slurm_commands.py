@@ -1,4 +1,4 @@
-"""plan and train for Slurm: the script is shown, and invalid settings are refused before the run directory exists."""
+"""`plan` and `train` for Slurm: the script is shown, and invalid settings are refused before the run directory exists."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def nothing_made(tmp_path: Path, slurm_cluster: Testbed) -> Callable[[], bool]:
 
 
 def script_of(text: str) -> str:
-    """The script at the end of the output; bash must be able to parse it."""
+    """Return the script at the end of the output; check that bash can parse it."""
     script = text[text.index("#!/bin/bash") :]
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
     return script

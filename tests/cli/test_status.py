@@ -1,4 +1,4 @@
-"""The verbs status and ls, from the files of runs alone."""
+"""The `status` and `ls` commands, which read only the files of runs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_step_is_the_newest_of_metrics_and_status(run: RunDir) -> None:
 
 
 def test_status_works_with_metrics_and_status_json_alone(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
-    """As if these two files were copied from another machine."""
+    """The two files may have been copied from another machine."""
     run_store.update_status(run, state="running")
     alone = tmp_path / "alone"
     alone.mkdir()
@@ -105,7 +105,7 @@ def test_the_time_left_of_an_attempt_that_has_not_trained_counts_its_own_steps(l
 
 
 def test_a_resumed_run_that_waits_is_not_asked_to_stop(run: RunDir) -> None:
-    """The attempt before was; status.json has its number until the next job begins."""
+    """The previous attempt was, and status.json keeps its number until the next job begins."""
     atomic_files.write_json(run.cancel(2), {"save": True})
     number = run_store.create_attempt(run, run_records.Attempt(resume_step=5))
     found = summary(run, run_store.update_status(run, state="pending", max_steps=60))
@@ -132,7 +132,7 @@ def test_a_limit_before_the_last_step_is_shown(launch_here: Launch, run: RunDir)
         atomic_files.write_json(run.plan, plan | {"config": config})
         return dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
 
-    # Two GPUs at two dollars an hour have cost $3.40, and half an hour more is two dollars more.
+    # Two GPUs at two dollars an hour have cost $3.40; another half hour costs two dollars more.
     lines = told(max_usd=5.4)
     assert re.fullmatch(r"left   (2[89]m\d\ds|30m00s), until run.max_usd=5.4 stops it early", lines["time"])
     assert "about $5.40 at the end" in lines["cost"]
@@ -148,7 +148,7 @@ def test_the_time_left_is_omitted_for_a_silent_run(launch_here: Launch, run: Run
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["step"].startswith("10 of 40 (25%), 30m")
     assert "time" not in lines
-    # Where few steps are logged, status.json has newer ones.
+    # If steps are logged rarely, status.json has a newer step.
     status = run_store.update_status(run, step=12)
     found = summary(run, status)
     assert (found["step"], found["left_s"]) == (12, 3600)
@@ -239,7 +239,7 @@ def test_status_shows_goodput_gpus_and_ranks(launch_here: Launch, run: RunDir) -
     pace = {"perf/tokens_per_sec": 1.0, "time/step_s": 1.0, "memory/host_rss_gib": 1.0, "trainer/eta_s": 1.0}
     more = {"time/straggler_ratio": 1.31, "gpu/xids": 2.0, **gpus, **pace, **spent.metrics()}
     JsonlTracker(run, 2).log(11, {"train/loss": 2.0, **more})
-    # As it is where the attempts' files are gone: the last line tells.
+    # Without the attempts' files, the last line of metrics.jsonl provides the numbers.
     shutil.rmtree(run.attempts)
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["GPUs"] == "93% busy (lowest 41%), memory up to 88%, 640 W each, up to 77 °C, 2 Xid errors"
@@ -272,14 +272,14 @@ def test_on_cpus_rank_hours_are_counted(launch_here: Launch, run: RunDir) -> Non
 
 def test_the_expected_cost_follows_from_the_pace(run: RunDir) -> None:
     status = run_store.update_status(run, state="running")
-    # Two ranks for one more hour at two dollars a GPU hour.
+    # One more hour on two ranks, at two dollars per GPU hour.
     assert summary(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 2 * 2.0)
     run_store.write_attempt(run, 2, replace(run_store.read_attempt(run, 2), num_workers=3))
     assert summary(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 3 * 2.0), "an idle worker is paid for"
 
 
 def test_attempts_that_never_trained_are_paid_for(launch_here: Launch, run: RunDir) -> None:
-    """Two GPUs for 51 minutes without a logged step; waiting for the first machines costs nothing."""
+    """Two GPUs ran for 51 minutes without logging a step. Waiting for the first machines costs nothing."""
     run.metrics.unlink()
     atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": time.time()})
     for file in run.attempt(2).iterdir():
@@ -316,7 +316,7 @@ def test_a_typical_price_is_marked(launch_here: Launch, run: RunDir) -> None:
     assert " ~$3.40 " in launch_here("ls", "--root", str(run.root.parent)).stdout
     assert launch_here("report", str(run.root)).returncode == 0
     assert "$3.40 at a typical price" in (run.root / "report.html").read_text()
-    # Without the attempts' files the plan still tells.
+    # Without the attempts' files, the plan provides the price.
     shutil.rmtree(run.attempts)
     assert f"cost        {words}\n" in launch_here("status", str(run.root)).stdout
 
@@ -335,7 +335,7 @@ def test_json_has_no_nan(launch_here: Launch, run: RunDir) -> None:
 
 
 def test_time_after_the_last_line_counts_as_in_the_report(launch_here: Launch, run: RunDir) -> None:
-    """Half an hour on two GPUs after the last step: a step that is not logged yet, or the last save and the export."""
+    """After the last step, two GPUs ran for half an hour: an unlogged step, or the last save and the export."""
     now = time.time()
     for attempt, submitted_at, begun_at in ((1, now - 7200, now - 7200), (2, now - 3600, now - 3600)):
         times = {"submitted_at": submitted_at, "begun_at": begun_at}

@@ -1,4 +1,4 @@
-"""The time that `status` takes."""
+"""The run time of `status`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_a_long_run_is_shown_as_fast_as_a_short_one(launch: Launch, run: RunDir) -> None:
-    """10,000 steps; the bound is wide, as other programs may run."""
+    """The run has 10,000 steps; the limit is generous because other programs may be running."""
     log = JsonlTracker(run, 2)
     metrics = {f"group/metric_{i}": 0.123456789 * i for i in range(40)}
     for step in range(11, 10_011):
@@ -32,7 +32,7 @@ def test_a_long_run_is_shown_as_fast_as_a_short_one(launch: Launch, run: RunDir)
 
 @pytest.mark.parametrize("state", ["completed", "running"])
 def test_status_does_not_load_the_models_of_plans(launch: Launch, run: RunDir, state: str) -> None:
-    """Importing pydantic takes as long as the rest of status."""
+    """Importing pydantic would take as long as the rest of `status`."""
     run_store.update_status(run, state=state, job={"pid": os.getpid(), "host": "here", "started": 1.0})
     done = launch("status", str(run.root), PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0

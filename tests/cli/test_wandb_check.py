@@ -1,4 +1,4 @@
-"""The check of W&B before a run is submitted, with a server on this machine."""
+"""The W&B check before a run is submitted, against a server on this machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def server() -> Iterator[FakeWandb]:
 
 @pytest.fixture(autouse=True)
 def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """W&B's package is imported once, in the process that those which look accounts up are forked from; by a command, anew."""
+    """Fork account checks from a process that has imported W&B once; tests that run a whole command import it anew."""
     if "launch_here" not in request.fixturenames:
         monkeypatch.setattr(
             wandb_check, "subprocess", ForkingSubprocess(preloaded("launcher.tracking.wandb.account", "wandb.sdk.lib.wbauth"))

@@ -1,4 +1,4 @@
-"""Processes of the worker side that fail without a word of their own."""
+"""Worker processes that fail without printing a message."""
 
 from __future__ import annotations
 
