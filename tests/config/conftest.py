@@ -17,7 +17,7 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def session_cache(cache_home: None, launcher_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache of all tests, for a plan that is not refused: converting a model takes longer than such a test."""
+    """Use the cache shared by all tests, for plans that succeed: converting a model takes longer than these tests."""
     monkeypatch.setenv("LAUNCHER_CACHE", str(launcher_cache))
 
 
@@ -30,7 +30,7 @@ def rows(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def compose() -> Callable[..., list[Composed]]:
-    """Compose a command line; one result for each job."""
+    """Compose a command line; return one result per job."""
 
     def composed(*tokens: str) -> list[Composed]:
         compositions: list[Composed] = []
@@ -42,7 +42,7 @@ def compose() -> Callable[..., list[Composed]]:
 
 @pytest.fixture
 def refused(compose: Callable[..., list[Composed]]) -> Callable[..., list[Problem]]:
-    """The problems for which a command line is refused; each has a remedy."""
+    """Return the problems for which a command line is refused; check that each has a remedy."""
 
     def problems(*tokens: str) -> list[Problem]:
         with pytest.raises(ConfigError) as error:
@@ -55,7 +55,7 @@ def refused(compose: Callable[..., list[Composed]]) -> Callable[..., list[Proble
 
 @pytest.fixture
 def shown(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What a person sees of a `plan` that is refused: exit 2, nothing on stdout, no traceback."""
+    """Run a `plan` that must fail with exit code 2, no stdout and no traceback; return standard error."""
 
     def text(*tokens: str) -> str:
         code = main(["plan", *tokens])

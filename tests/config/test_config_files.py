@@ -1,4 +1,4 @@
-"""Mistakes inside the files of config groups: each with file, line and remedy."""
+"""Mistakes in config group files are reported with file, line and remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GLOBAL = "# @package _global_\n"
 
 @pytest.fixture
 def problems_of(refused: Refused, tmp_path: Path) -> Callable[..., list[Problem]]:
-    """The problems of a command line with an experiment of this text; the path of its file reads FILE."""
+    """Return the problems of a command line with an experiment of the given text; FILE stands for its path."""
 
     def problems(text: str, *tokens: str) -> list[Problem]:
         file = tmp_path / "conf" / "experiment" / "mine.yaml"

@@ -27,7 +27,7 @@ TABLES = (deepspeed_keys.VALUES, deepspeed_keys.SECTIONS, deepspeed_keys.SET_BY,
 
 
 def test_the_tables_cover_the_keys_that_the_installed_deepspeed_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    # On a rank it looks for the sizes of other kinds of parallelism too.
+    # With a rank and a world size, DeepSpeed also reads the keys of other kinds of parallelism.
     monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 0)
     monkeypatch.setattr("deepspeed.comm.get_world_size", lambda: 1)
     recorder = Recorder({"train_batch_size": 1})
@@ -174,6 +174,6 @@ def test_a_resume_checks_the_keys_that_it_is_given_and_no_others(compose: Compos
     config = compose("model=tiny")[0].config
     with pytest.raises(ConfigError, match=r"extra\.bf16\.enabled: the launcher sets this from model\.dtype"):
         with_overrides(config, ["deepspeed.extra={bf16: {enabled: false}}"])
-    # A run that was started before a key was refused can be resumed.
+    # A run that started before the key was refused can still be resumed.
     older = config.model_copy(update={"deepspeed": config.deepspeed.model_copy(update={"extra": {"amp": {}}})})
     assert with_overrides(older, ["train.max_steps=9"]).deepspeed.extra == {"amp": {}}

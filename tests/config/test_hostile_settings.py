@@ -1,4 +1,4 @@
-"""Settings and folders from somebody who wants `plan` to run code, or to run out of memory."""
+"""Malicious settings and folders that try to make `plan` run code or exhaust memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CODE = "import pathlib\npathlib.Path({marker!r}).touch()\nclass C: pass\n"
 
 @pytest.fixture
 def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that modules in the working directory leave when they are imported, and so does `evil` in the folder `path`."""
+    """A file created when a module in the working directory, or `evil` in the folder `path`, is imported."""
     (tmp_path / "here").mkdir()
     (tmp_path / "path").mkdir()
     (tmp_path / "path/evil.py").write_text(CODE.format(marker=str(tmp_path / "ran")))
@@ -33,7 +33,7 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Callable[[str], tuple[str, ...]]:
-    """The words that choose an experiment with this content, in a folder that others share."""
+    """Return the arguments that select an experiment with the given content in a shared folder."""
 
     def choose(text: str) -> tuple[str, ...]:
         (tmp_path / "shared/experiment").mkdir(parents=True)
@@ -92,7 +92,7 @@ def test_what_runs_a_sweep_calls_nothing(
     by_flag: bool,
     params: str,
 ) -> None:
-    """Hydra calls what the parameters of its sweeper name, and a file can begin a sweep as well."""
+    """Hydra calls the targets in its sweeper's parameters, and a file can also start a sweep."""
     monkeypatch.syspath_prepend(marker.parent / "path")
     words = shared(f"hydra:\n  mode: MULTIRUN\n  sweeper:\n    params: {params}\nmine:\n  _target_: evil.C\n")
     problems = refused(*(("-m",) if by_flag else ()), *words, "model=tiny")
@@ -117,7 +117,7 @@ def test_a_single_job_of_a_sweep_sets_no_variables_and_writes_no_files(
     key: str,
     line: str,
 ) -> None:
-    """The settings of the sweep itself do not have the section of one of its experiments."""
+    """The `hydra` section of an experiment is absent from the sweep's own settings, so each job is checked."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     flag, folder, _ = shared(f"hydra:\n  {line}\n")
@@ -174,7 +174,7 @@ def test_a_file_whose_aliases_expand_without_bound_is_not_read(
 def test_references_that_double_at_each_step_are_refused(
     refused: Refused, shared: Callable[[str], tuple[str, ...]], last: str
 ) -> None:
-    """Forty steps of a text, of nothing at all, and of lists."""
+    """Forty doublings of a text, of an empty text and of a list."""
     pair = '["${{run.x{0}}}", "${{run.x{0}}}"]' if last.startswith("[") else "${{run.x{0}}}${{run.x{0}}}"
     lines = [f"  x{step}: {pair.format(step + 1)}" for step in range(40)]
     problems = refused(*shared("\n".join(["run:", *lines, f"  x40: {last}"])))
@@ -185,7 +185,7 @@ def test_references_that_double_at_each_step_are_refused(
 def test_references_within_each_other_are_refused_with_their_line(
     refused: Refused, shared: Callable[[str], tuple[str, ...]]
 ) -> None:
-    """More than the parser of references can descend into."""
+    """The nesting is deeper than the reference parser can recurse."""
     deep = "${a:'" * 3000
     problems = refused(*shared(f'run:\n  name: "{deep}"\n'))
     assert problems[0].message.endswith("a reference in this value is not written as Hydra reads it")

@@ -1,4 +1,4 @@
-"""Hydra's flags and override syntax keep working."""
+"""Hydra's flags and override syntax work."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_options_on_hydras_search_path_are_accepted(
 
 def test_an_experiment_wins_over_groups_and_the_command_line_over_it(compose: Compose, own_conf: Path) -> None:
     (composed,) = compose("--config-dir", str(own_conf), "experiment=mine")
-    # optim/adamw.yaml and data/stdlib_docs.yaml set others.
+    # optim/adamw.yaml and data/stdlib_docs.yaml set other values.
     assert (composed.config.optim.lr, composed.config.data.max_length, composed.config.model.name) == (0.5, 64, "tiny")
     (composed,) = compose("--config-dir", str(own_conf), "optim.lr=0.25", "experiment=mine", "model=qwen3_8b")
     assert (composed.config.optim.lr, composed.config.data.max_length, composed.config.model.name) == (0.25, 64, "qwen3_8b")
@@ -131,7 +131,7 @@ def test_a_target_is_refused_and_never_called(
     (problem,) = refused(f"{key}={module}.call")
     assert problem.message == f"{key}: a setting must not name code to run; nothing was called"
     assert not (tmp_path / "called").exists()
-    # The canary does sing when it is imported.
+    # Check the canary itself: importing it creates the file.
     importlib.import_module(module)
     assert (tmp_path / "called").exists()
 

@@ -1,4 +1,4 @@
-"""Every class of mistake: the key, where it was written, the value and the remedy, all in one pass."""
+"""Every class of mistake is reported with key, location, value and remedy, all in one pass."""
 
 from __future__ import annotations
 

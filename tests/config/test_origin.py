@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def origins(folder: Path, *overrides: str, **choices: str | None) -> Origins:
-    # In Hydra's order: the last composed first.
+    # In Hydra's order: the last option composed comes first.
     chosen = {"experiment": None, "data": "demo", "optim": "adamw", "model": "big", "hydra/launcher": "basic"} | choices
     return Origins(overrides=overrides, choices=chosen, folders=(folder,))
 
@@ -42,7 +42,7 @@ def origins(folder: Path, *overrides: str, **choices: str | None) -> Origins:
         ("model.name", "model/big.yaml:2"),
         ("model.config.hidden_size", "model/big.yaml:4"),
         ("model.config.layers[1]", "model/big.yaml:5"),
-        # A file of the package _global_ names its keys in full, and data is composed after optim.
+        # A file with the package _global_ uses full keys, and data is composed after optim.
         ("data.path", "data/demo.yaml:4"),
         ("optim.lr", "data/demo.yaml:6"),
         ("optim.betas", "optim/adamw.yaml:2"),
@@ -63,7 +63,7 @@ def test_an_experiment_comes_before_the_groups(folder: Path) -> None:
 def test_the_origin_of_an_interpolation_is_that_of_its_source(folder: Path) -> None:
     assert origins(folder, data="mine").resolve("data.sources[0].path") == ("data.path", f"{folder}/data/mine.yaml:1")
     assert origins(folder, "data.path=y", data="mine").resolve("data.sources[0].path") == ("data.path", "command line")
-    # A value that is more than a reference has a place of its own.
+    # A value that contains more than a reference has its own location.
     assert origins(folder, data="mine").of("data.sources[1].path") == f"{folder}/data/mine.yaml:6"
 
 

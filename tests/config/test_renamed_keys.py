@@ -1,4 +1,4 @@
-"""A typed old key is refused with the exact replacement: on the command line, in files, in sweeps and by resume."""
+"""A renamed key is refused with its exact replacement: on the command line, in files, in sweeps and by `resume`."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_data_path_changes_its_source(compose: Callable[..., list[Composed]]) ->
 
 
 def test_settings_with_an_effect_are_not_free_to_change(config: RunConfig) -> None:
-    """A setting that is in no table may not change freely."""
+    """A setting in neither table must not change freely."""
     free_keys = {key for key in settings() if key.startswith(CHANGEABLE)}
     for key in ("data.max_length", "run.seed", "model.dtype", "optim.weight_decay", "train.global_batch_size", "train.grad_clip"):
         assert key not in free_keys

@@ -1,4 +1,4 @@
-"""A run's settings in one YAML file: what wins, what is refused, and where it says that something is wrong."""
+"""A run's settings in one YAML file: precedence, refused content, and the locations in error messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Refused = Callable[..., list[Problem]]
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Write the run's file and return its name; the working directory is its folder."""
+    """Write the run's settings file into the working directory; return its name."""
     monkeypatch.chdir(tmp_path)
 
     def written(text: str, name: str = "my.yaml") -> str:
@@ -40,7 +40,7 @@ def test_a_string_selects_an_option_and_a_mapping_sets_keys(write: Callable[[str
     assert (config.cluster.kind, config.tracking.kind, config.deepspeed.offload_params) == ("slurm", "none", "cpu")
     assert (config.data.name, config.data.sources[0].path, config.data.max_length) == ("jsonl", "rows.jsonl", 512)
     assert (config.optim.lr, config.optim.betas, config.optim.warmup_steps) == (2e-6, (0.8, 0.9), 10)
-    # The epochs of conf/config.yaml would be a second length.
+    # The epochs in conf/config.yaml would set the length a second time.
     assert (config.train.max_steps, config.train.epochs) == (7, None)
 
 
@@ -67,7 +67,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_an_experiment(
     assert (config.optim.lr, config.optim.eps, config.optim.warmup_steps) == (3e-6, 1e-7, experiment.optim.warmup_steps)
     assert (config.train.max_steps, config.train.epochs) == (4, None)
     assert config.train.global_batch_size == experiment.train.global_batch_size
-    # The model is not that of the experiment.
+    # The file's model replaces the experiment's.
     assert (config.model.name, config.model.init, config.data.max_length) == ("own", "random", experiment.data.max_length)
     assert composed.overrides == (file, "optim.lr=3e-6", "train.max_steps=4")
     assert compose("optim.lr=3e-6", file, "+experiment=llama3_70b_four_nodes")[0].config.cluster.kind == "slurm"
@@ -86,7 +86,7 @@ def test_an_option_on_the_command_line_replaces_the_whole_section(write: Callabl
     assert compose(file)[0].origins.dropped_note() is None
     note = compose(file, "model=qwen3_8b", "data.max_length=64")[0].origins.dropped_note()
     assert note == "model=qwen3_8b on the command line replaces the section of my.yaml: model.path, model.dtype are not used"
-    # Nothing of the file is left for the next command.
+    # The file does not affect the next command.
     assert compose()[0].config.data.name == "stdlib_docs"
 
 
@@ -176,7 +176,7 @@ def test_a_file_that_cannot_be_read_says_why(
         ),
         ("cluster: {partition: x}\n", "cluster.partition: this setting", "write `base: slurm` below `cluster:`, or remove"),
         ("run: {name: 5}\n", "run.name: must be text", 'quote it: `name: "5"`'),
-        # The option that does not exist is the only mistake.
+        # Only the missing option is reported.
         ("model: {base: qwen3_9b, dtype: fp32}\n", "model=qwen3_9b: there is no such option", "did you mean qwen3_8b?"),
         ("data: {base: jsonll, path: a.jsonl}\n", "data=jsonll: there is no such option", "did you mean jsonl?"),
         ("optim: {base: adam}\n", "optim=adam: there is no such option", "did you mean adamw?"),
@@ -221,7 +221,7 @@ def test_a_missing_file_names_the_closest_one(write: Callable[[str], str], shown
     assert "a run has one file" in shown("mine.yaml", "mine.yaml")
     assert "there is no such file" in shown("no/folder.yaml")
     os.mkdir("folder.yaml")
-    # Nobody writes into it: a command that opened it would wait forever.
+    # Nothing writes to the pipe: a command that opened it would wait forever.
     os.mkfifo("pipe.yaml")
     os.mkfifo("pipe")
     for name in ("folder.yaml", "pipe.yaml", "pipe"):
@@ -245,7 +245,7 @@ def test_a_path_alone_names_rows_of_ones_own(compose: Compose, tmp_path: Path) -
     (composed,) = compose("model=tiny", "data.path=rows.jsonl")
     assert (composed.config.data.name, composed.config.data.sources[0].path) == ("jsonl", "rows.jsonl")
     assert composed.overrides == ("model=tiny", "data.path=rows.jsonl", "data=jsonl")
-    # A run's file with settings of its own data decides itself.
+    # A settings file with its own data section takes precedence.
     file = tmp_path / "own.yaml"
     file.write_text("data: {base: jsonl, path: a.jsonl, max_length: 99}\n")
     (composed,) = compose(str(file), "data.path=rows.jsonl")
@@ -283,7 +283,7 @@ def test_a_verb_after_the_file_is_put_in_order(write: Callable[[str], str], caps
 
 def test_hydras_flags_combine_with_a_file(write: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
     file = write("optim: {lr: 0.5}\n")
-    # A file of the name of a flag's value is no run's file.
+    # A file named like a flag's value is not taken as the settings file.
     write("x: 1\n", "job")
     assert main(["plan", "--cfg", "job", file, "--package", "optim"]) == 0
     assert "lr: 0.5" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from launcher.security.redaction import has_login, looks_secret, redact, redact_
 
 Shown = Callable[..., str]
 
-# Assembled, so that no scanner takes this file for a leak.
+# Concatenated so that secret scanners do not flag this file.
 TOKENS = {
     "hugging_face": "hf" + "_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZ012345",
     "wandb": "0123456789abcdef" * 2 + "01234567",
@@ -73,7 +73,7 @@ def test_a_secret_from_the_environment_is_refused(shown: Shown, monkeypatch: pyt
     assert TOKENS["hugging_face"] not in text
 
 
-# Such a key has no form that tells it from other texts.
+# An AWS secret key has no recognizable format.
 AWS_SECRET = "wJalrXUtnFEMI/K7MDENG/" + "bPxRfiCYEXAMPLEKEY"
 
 
@@ -93,7 +93,7 @@ def test_a_value_that_the_environment_holds_as_a_secret_is_refused(
 def test_a_secret_that_is_too_short_to_be_found_in_an_address_is_not_read(
     shown: Shown, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
 ) -> None:
-    """`plan` asks the server of an address for its files; who wrote the file of settings has chosen the server."""
+    """`plan` lists files at the address, so the author of the settings could send the secret to their own server."""
     monkeypatch.setenv("DB_PASSWORD", SIGNED)
     text = shown("data=jsonl", "'data.path=\"https://host/${oc.env:DB_PASSWORD}.jsonl\"'".strip("'"), *flags)
     assert "DB_PASSWORD: a setting must not read this variable, which looks like a secret" in text

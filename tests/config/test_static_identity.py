@@ -1,4 +1,4 @@
-"""Which machine a command runs on, by the variables of each provider."""
+"""How a machine learns its node rank from each provider's environment variables."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_variables_of_a_provider_tell_which_machine_this_is(provider: str) -
 def test_settings_tell_it_without_any_variable() -> None:
     expected = NodeIdentity(1, 2, "gpu-0", 4000)
     assert of({}, nodes=2, node_rank=1, master_addr="gpu-0", master_port=4000) == expected
-    # Equal values are no contradiction.
+    # Equal values do not conflict.
     assert of({"NNODES": "2", "NODE_RANK": "1"}, nodes=2, node_rank=1, master_addr="gpu-0", master_port=4000) == expected
 
 

@@ -1,4 +1,4 @@
-"""Words of a command line that are no overrides, and values that need quotation marks: the message shows what to type."""
+"""Arguments that are not overrides, and values that need quotes: the message shows what to type."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_commas_in_a_value_are_a_sweep_or_one_quoted_value(refused: Refused, com
     [
         ("optim.betas=0.9,0.95", "add -m for one run per value; for one value with commas, write 'optim.betas=[0.9,0.95]'"),
         ("optim.betas=(0.9, 0.95)", "write 'optim.betas=[0.9, 0.95]'"),
-        # Quotation marks do not help where the value is no text.
+        # Quotes do not help if the value must not be text.
         ("model.dtype=fp16,bf16", "add -m for one run per value"),
         ("train.max_steps=1,000", "add -m for one run per value"),
         ("optim.lr=10^-5", "write optim.lr=VALUE with a value of the type: float > 0"),
