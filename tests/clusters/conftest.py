@@ -1,4 +1,4 @@
-"""Plans for Slurm, and testbeds of Slurm for this process."""
+"""Fixtures for tests on Slurm: plans, and testbeds that the Slurm commands of this process use."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def plan_at(slurm_plan: Callable[..., LaunchPlan], tmp_path: Path) -> Callable[.
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Testbed], Testbed]:
-    """Make Slurm's commands of this process use a testbed."""
+    """Make this process use a testbed for its Slurm commands."""
 
     def choose(bed: Testbed) -> Testbed:
         for name, value in bed.variables.items():
@@ -63,13 +63,13 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Testbed], Testbed]:
 
 @pytest.fixture
 def here(slurm: Testbed, use: Callable[[Testbed], Testbed]) -> Testbed:
-    """The session's Slurm cluster for this process; repaired after the test."""
+    """The session's Slurm cluster, used by this process and repaired after the test."""
     return use(slurm)
 
 
 @pytest.fixture
 def eventually() -> Callable[[Callable[[], Any]], Any]:
-    """Call a function until its result is true, and return that."""
+    """Call a function until its result is true, and return the result."""
 
     def wait(check: Callable[[], Any]) -> Any:
         began = time.monotonic()

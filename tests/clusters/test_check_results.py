@@ -1,4 +1,4 @@
-"""Reports of machines as lines of text, and what is compared between machines."""
+"""Node reports are parsed from lines of text and compared between machines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def report(machine: str, *results: CheckResult, clock: float | None = None) -> M
 
 
 def test_reports_are_read_from_mixed_lines_of_several_machines() -> None:
-    """Slurm cuts long lines, and puts those of its tasks together as they come."""
+    """Slurm breaks long lines, and mixes the lines of its tasks in the order they arrive."""
     sent = [report(name, CheckResult("limits", WARNING, "wenig: ü " * 300, "fix it")) for name in ("n1", "n2")]
     lines = [line for each in sent for line in to_lines(each)]
     assert len(lines) > 6

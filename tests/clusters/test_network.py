@@ -40,7 +40,7 @@ def neighbor(wired: tuple[str, str]) -> str:
 
 @pytest.fixture
 def resolves(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]], None]:
-    """Make names resolve as given, and no others."""
+    """Make only the given names resolve."""
 
     def install(names: Mapping[str, str]) -> None:
         def getaddrinfo(host: str, *_: object, **__: object) -> list[tuple[object, ...]]:
@@ -59,7 +59,7 @@ def resolves(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]], N
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A scontrol that knows the nodes given, one line each."""
+    """A fake scontrol that knows the given nodes, one per line."""
 
     def install(**nodes: str) -> None:
         command = tmp_path / "scontrol"
@@ -132,7 +132,7 @@ def test_a_route_from_a_link_local_address_is_refused(monkeypatch: pytest.Monkey
 
 
 def test_a_node_without_a_route_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The kernel itself refuses a datagram socket the broadcast address.
+    # The kernel does not let a datagram socket connect to the broadcast address.
     with pytest.raises(RunError, match="no route to the other nodes"):
         network.own_endpoint(["255.255.255.255"], None)
 

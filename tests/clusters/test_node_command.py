@@ -1,4 +1,4 @@
-"""A second Ctrl-C does not cut short what the first one cleans up."""
+"""A second Ctrl-C does not interrupt the cleanup that the first one started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launcher.clusters.node_command import uninterrupted
 
 @pytest.fixture
 def another_thread() -> Iterator[None]:
-    """A thread that the kernel can give a signal to, as those that read the lines of a command."""
+    """A second thread that the kernel may deliver a signal to, like the threads that read a command's output."""
     ended = threading.Event()
     thread = threading.Thread(target=ended.wait)
     thread.start()

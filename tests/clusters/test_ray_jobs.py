@@ -1,4 +1,4 @@
-"""A job is submitted again while the head node of a Ray cluster does not accept jobs yet."""
+"""A job submission is retried while the head node of a Ray cluster does not accept jobs yet."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_missing_agent_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_driver_accepts_the_owners_that_the_command_and_its_own_node_accept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may run as another user, who does not know the names here, on a volume that shows owners in another way."""
+    """The driver may run as another user, where this machine's user names are unknown and the volume shows other owners."""
     from ray._private.utils import update_envs
 
     monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "daemon,group:54322")
@@ -90,7 +90,7 @@ def test_a_cluster_without_agents_is_reported_after_the_deadline(
 
 
 class BusyClient(Client):
-    """A job that ends after `num_failures` requests to which the head node does not answer."""
+    """A job that ends after `num_failures` requests that the head node leaves unanswered."""
 
     def __init__(self, num_failures: int) -> None:
         super().__init__()

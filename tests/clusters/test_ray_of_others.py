@@ -1,4 +1,4 @@
-"""cluster.address=auto on a machine where other users run Ray, or have left what Ray looks at."""
+"""cluster.address=auto on a machine where other users run Ray, or have left files that Ray reads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ StartRaylet = Callable[..., Path]
 
 @pytest.fixture
 def start_raylet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartRaylet]:
-    """Start a process with the arguments of a raylet for a user; other Rays of this machine are not looked at."""
+    """Start a process that looks like a user's raylet; other Rays on this machine are ignored."""
     if os.geteuid() != 0:
         skip_or_fail("only root can start processes of other users: run pytest as root")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "tmp"))
@@ -48,7 +48,7 @@ def start_raylet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[St
             session = tmp_path / f"session-{len(pids)}"
             session.mkdir()
             flags = [f"--gcs-address={address}", f"--session_dir={session}"]
-            # A program that other users may start, too; it waits for its input.
+            # A program that other users can run too; it waits for input.
             command = ["/ray/raylet", "-c", "read _", *flags]
             process = subprocess.Popen(command, executable="/bin/sh", user=uid, cwd="/", stdin=subprocess.PIPE)
             stack.enter_context(process)
@@ -61,7 +61,7 @@ def start_raylet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[St
 
 
 def name_newest(tmp_path: Path, address: str) -> None:
-    """What `ray start` leaves, which any user can write first."""
+    """Write the file that `ray start` leaves, which any user can write first."""
     folder = tmp_path / "tmp/ray"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ray_current_cluster").write_text(address)
@@ -100,7 +100,7 @@ def test_the_newest_of_several_own_rays_is_joined(start_raylet: StartRaylet, tmp
 
 def test_a_session_folder_that_another_user_has_replaced_is_refused(start_raylet: StartRaylet) -> None:
     session = start_raylet(MINE)
-    # As Ray makes it.
+    # The mode that Ray gives the folder.
     session.parent.chmod(0o777)
     assert auto_address.find_address() == MINE
     os.chown(session, DAEMON, -1)
@@ -116,7 +116,7 @@ def test_a_driver_joins_the_ray_that_was_checked(
     monkeypatch: pytest.MonkeyPatch,
     driver: str,
 ) -> None:
-    """Ray's own search would join the one that was started last, whoever did."""
+    """Ray's own search would join the Ray that was started last, whoever started it."""
     import ray
 
     def init(address: str, **_: object) -> None:
@@ -158,7 +158,7 @@ def test_the_driver_of_doctor_gets_no_settings_as_arguments(tmp_path: Path, monk
 
 @pytest.fixture
 def taken() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """Another user's process, which prints what it gets, and its ports: of one address, of all, and of all of both families."""
+    """Another user's process that prints what it receives; its ports listen on one address, on all IPv4, and on both families."""
     if os.geteuid() != 0:
         skip_or_fail("only root can act as another user: run pytest as root")
     code = (
@@ -185,7 +185,7 @@ def taken() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
 def test_an_address_of_this_machine_that_another_user_has_taken_gets_no_token(
     taken: tuple[subprocess.Popen[str], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They take the port of an ssh tunnel before it is set up, or after it has ended."""
+    """The other user binds the port of an ssh tunnel before it is set up or after it has ended."""
     other, ports = taken
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "canary")

@@ -169,7 +169,7 @@ def test_submission_details_name_the_job_and_its_log(run: RunDir) -> None:
         ("dashboard", "http://127.0.0.1:8265/#/jobs/raysubmit_1"),
     ]
     assert RayCluster().submission_details(run, 1) == through_the_jobs_api
-    # An automatic attempt belongs to the same job, one that a user starts to another.
+    # An automatic attempt belongs to the same job; an attempt that a user starts belongs to a new one.
     assert run_store.create_attempt(run, Attempt(resume_step=5, automatic=True)) == 2
     assert RayCluster().submission_details(run, 2) == through_the_jobs_api
     assert run_store.create_attempt(run, Attempt(resume_step=5)) == 3

@@ -1,4 +1,4 @@
-"""`launcher doctor +cluster=slurm` on a real Slurm: every node of an allocation is checked, and nothing is left of it."""
+"""`launcher doctor +cluster=slurm` on a real Slurm checks every node of an allocation and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.rest]
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
-# The timeout is that of a loaded machine: two nodes import torch at the same time.
+# The timeout suits a busy machine: two nodes import torch at the same time.
 DOCTOR = (
     "doctor",
     "model=tiny",
@@ -32,7 +32,7 @@ DEADLINE_S = 600.0
 
 
 def jobs_of(bed: Testbed) -> list[str]:
-    """The jobs of the doctor that Slurm has not ended."""
+    """The doctor's jobs that Slurm has not ended."""
     names = bed.output("squeue", "--noheader", "--format=%j").split()
     return [name for name in names if name.startswith("launcher-doctor-")]
 
@@ -45,7 +45,7 @@ def await_no_job(bed: Testbed) -> None:
 
 
 def test_every_node_of_the_allocation_reports(launch: Launch, slurm: Testbed, tmp_path: Path) -> None:
-    """And a command of cluster.setup that fails, after which a run would go on."""
+    """A failing cluster.setup command is reported too; a run would continue despite it."""
     command = (
         *DOCTOR,
         "cluster.nodes=2",
@@ -89,7 +89,7 @@ def test_a_node_that_sees_other_storage_comes_first(launch: Launch, slurm: Testb
 
 
 def test_an_interrupted_doctor_cancels_its_allocation(launcher_env: Mapping[str, str], slurm: Testbed, tmp_path: Path) -> None:
-    """While its job waits for a node that others hold."""
+    """The doctor is interrupted while its job waits for a node that another job holds."""
     slurm.run("sbatch", "--parsable", "-o", "/dev/null", "--exclusive", "--nodes=3", "--time=10", "--wrap", "sleep 600")
     command = [sys.executable, "-m", "launcher", *DOCTOR, "cluster.nodes=3", f"run.root={tmp_path}/runs"]
     doctor = subprocess.Popen(
@@ -115,7 +115,7 @@ def test_an_interrupted_doctor_cancels_its_allocation(launcher_env: Mapping[str,
 
 def test_a_job_that_does_not_start_in_time_is_cancelled(launch: Launch, slurm: Testbed, tmp_path: Path) -> None:
     slurm.run("sbatch", "--parsable", "-o", "/dev/null", "--exclusive", "--nodes=3", "--time=10", "--wrap", "sleep 600")
-    # Minutes in which its job comes to wait in the queue.
+    # The timeout, in minutes, is long enough for the job to reach the queue.
     command = (*DOCTOR, "cluster.nodes=2", f"run.root={tmp_path}/runs", "--timeout", "0.2")
     done = launch(*command, timeout=DEADLINE_S, **slurm.variables)
     assert done.returncode == 1, done.stdout + done.stderr

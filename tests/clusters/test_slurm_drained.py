@@ -1,4 +1,4 @@
-"""The state of a run names drained nodes, of its own job and of the partition that it waits for."""
+"""A run's state names drained nodes of its job and of the partition that it waits for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> RunDir:
 
 @pytest.fixture
 def drained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
-    """Nodes, states and reasons that sinfo lists; it lists a node once for each of its partitions."""
+    """The nodes, states and reasons that sinfo lists, with one line for each partition of a node."""
     rows: list[tuple[str, str, str]] = []
 
     def answer(*argv: str, **_: object) -> str:

@@ -72,7 +72,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def python(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace sys.executable by a path that is the same on every machine."""
+    """Set sys.executable to a path that is the same on every machine."""
     monkeypatch.setattr(sys, "executable", PYTHON)
 
 
@@ -83,14 +83,14 @@ def rendered(plan: LaunchPlan) -> str:
 @pytest.mark.parametrize("name", CASES)
 def test_scripts_equal_the_golden_files(slurm_plan: SlurmPlan, golden: Callable[[str, str], None], name: str) -> None:
     text = rendered(slurm_plan(**CASES[name]))
-    # The private group of the user who runs the tests is trusted as well.
+    # The private group of the user who runs the tests is also trusted, so remove it.
     golden(f"{name}.sbatch", text.replace(f" '!' -gid {os.getgid()}", "") if os.getgid() else text)
     assert REPO not in text
     assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
 
 
 def test_every_setting_occurs_in_a_golden_file() -> None:
-    """Each Slurm setting has a value of its own in a golden file, or does not affect the script."""
+    """Each Slurm setting has a distinctive value in a golden file, or does not affect the script."""
     no_part = {"kind", "interface", "node_checks", "exclude_bad_nodes", "dry_run"} | {
         name for name in SlurmSection.model_fields if name.startswith("max_")
     }

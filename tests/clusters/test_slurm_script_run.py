@@ -106,7 +106,7 @@ def test_nothing_is_run_of_a_run_directory_that_was_replaced_while_the_job_waite
     done = sandbox.run(text)
     assert (done.returncode, sandbox.calls) == (77, [])
     assert f"not run, because other users own or can write to: {plan.run_dir}" in done.stderr
-    # Who trusts them says so when the job is submitted, and the job passes it on.
+    # A user who trusts these owners sets this variable at submission, and the job passes it on.
     monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "anyone" if attack.__name__ == "<lambda>" else f"{MALLORY},group:{TEAM}")
     done = sandbox.run(rendered(plan, sandbox.folder))
     assert done.returncode == 0, done.stderr
@@ -154,7 +154,7 @@ def test_the_script_and_the_launcher_accept_the_same_runs(
 
 
 def test_permissions_in_a_private_run_directory_do_not_stop_its_job(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
-    """As on storage that shows mode 0777 for what lies in a folder."""
+    """Some storage shows mode 0777 for everything in a folder."""
     plan = begun_plan()
     for path in Path(plan.run_dir).rglob("*"):
         path.chmod(0o777)

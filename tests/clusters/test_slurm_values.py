@@ -51,7 +51,7 @@ BREAKING = [
     *("\n#SBATCH --wrap=X", "\n touch X\n", "\\\ntouch X"),
 ]
 FOREIGN = ["é", "\u2028", "\u2029", "\x85", "\xa0", "\u202e", "\uff07", "\ufeff", "\U0001f600", "\u0661"]
-# Characters that are special to a shell, to sbatch or to a program, and valid in some settings.
+# Characters special to a shell, to sbatch or to another program that are valid in some settings.
 ELSEWHERE = [
     *("#SBATCH", " #", "*", "?", "~", "!", "(", ")", "{a,b}", "[a]", "&", "|", ",", ":", "@", "%", "=", "^", " ", "  "),
     *(".", "/", "..", "+", "-", "--", "-x", " -x", "--wrap=X", " --wrap=X"),
@@ -90,7 +90,7 @@ def tried(key: str, extra: str) -> Iterator[str]:
 
 
 def accepted(key: str, value: str) -> bool:
-    """Whether the schema accepts the value; a refusal must name this key and no other."""
+    """Whether the schema accepts the value; a refusal must name only this key."""
     try:
         SlurmSection.model_validate(settings(key, value))
     except ValidationError as error:
@@ -214,7 +214,7 @@ def laden(key: str) -> Iterator[str]:
 @pytest.mark.parametrize("key", [key for key in GOOD if key not in UNWRITTEN])
 def test_accepted_values_arrive_unchanged(begun_plan: SlurmPlan, sandbox: Sandbox, key: str) -> None:
     for value in dict.fromkeys(laden(key)):
-        # Only programs of the sandbox record their calls.
+        # Only the sandbox's programs record their calls.
         value = f"tool {value}" if key == "setup[]" else value
         done = sandbox.run(rendered(begun_plan(**settings(key, value)), sandbox.folder))
         assert arrived(key, value, sandbox), (value, done.stderr, sandbox.calls)

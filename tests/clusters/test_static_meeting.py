@@ -1,4 +1,4 @@
-"""How the machines of a start find each other: real sockets and files, the machines as threads of this process."""
+"""The machines of a static start find each other, over real sockets and files, with each machine as a thread of this process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def ask(
     command: dict[str, str] = COMMAND,
     describe_end: Callable[[], str | None] = lambda: None,
 ) -> tuple[threading.Thread, Outcomes]:
-    """A machine that waits for the plan in a thread."""
+    """Start a thread for a machine that waits for the plan."""
     outcomes: Outcomes = {}
 
     def wait() -> None:
@@ -78,7 +78,7 @@ def refusal(outcomes: Outcomes) -> str:
 def test_a_machine_that_comes_first_waits_and_gets_this_start_s_attempt(
     tmp_path: Path, port: int, head: Callable[..., Meeting], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Of an earlier start that was killed.
+    # The marker of an earlier start that was killed.
     marker(tmp_path / "run").write_text("of an earlier start")
     thread, outcomes = ask(port, tmp_path / "run")
     time.sleep(0.7)
@@ -90,7 +90,7 @@ def test_a_machine_that_comes_first_waits_and_gets_this_start_s_attempt(
     answer = outcomes["is"]
     assert isinstance(answer, Answer)
     assert (answer.state, answer.attempt, answer.own_plan, answer.names) == (READY, 7, True, names)
-    # A command that is repeated while the attempt runs takes no part in it.
+    # A repeated command does not join a running attempt.
     late = meeting.reply(Question(1, 2, "a", "late", str(tmp_path / "run"), COMMAND))
     assert (late.state, late.attempt, late.message) == ("waiting", 0, "attempt 7 has begun without this command")
     printed = capsys.readouterr().out
@@ -127,11 +127,11 @@ def test_a_machine_that_asks_too_late_learns_what_has_become_of_the_start(
     thread, outcomes = ask(port, tmp_path / "run")
     thread.join(60)
     assert refusal(outcomes).startswith("node 0 had refused the start before this machine connected: rows.jsonl:3: not JSON")
-    # The run that is over says so itself, and is no matter of an earlier refusal.
+    # A machine whose run is over reports that, not an earlier refusal.
     thread, outcomes = ask(port, tmp_path / "run", describe_end=lambda: "the run is completed")
     thread.join(60)
     assert replace(outcomes["is"], host="") == Answer("", "", OVER, "the run is completed")
-    # The next start takes it away: this machine waits for node 0's plan.
+    # The next start removes the refusal, so this machine waits for node 0's plan.
     meeting = head()
     thread, outcomes = ask(port, tmp_path / "run")
     meeting.announce(1, True, meeting.await_everyone(60))
@@ -139,7 +139,7 @@ def test_a_machine_that_asks_too_late_learns_what_has_become_of_the_start(
     assert outcomes["is"].state == READY
     meeting.close()
     assert not list(tmp_path.glob(".run.*"))
-    # A refusal of long ago is none of this start.
+    # An old refusal does not belong to this start.
     write_refusal(tmp_path / "run", "host", "an old reason")
     assert read_refusal(tmp_path / "run", 60.0) == StartRefusal("host", "an old reason")
     os.utime(tmp_path / ".run.refused", (time.time() - 3600,) * 2)
@@ -150,7 +150,7 @@ def test_a_machine_that_asks_too_late_learns_what_has_become_of_the_start(
 def test_what_another_user_has_left_in_a_shared_folder_is_not_believed(
     tmp_path: Path, head: Callable[..., Meeting], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a sticky folder, others can make both files first: their names follow from that of the run."""
+    """In a sticky folder, another user can create both files first, because their names follow from the run's name."""
     run = tmp_path / "run"
     write_refusal(run, "host", "their reason")
     marker(run).write_text("their number")
@@ -162,7 +162,7 @@ def test_what_another_user_has_left_in_a_shared_folder_is_not_believed(
     def sticky(source: object, target: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    # As the system answers users who are not root.
+    # What the system raises for users other than root.
     monkeypatch.setattr(os, "replace", sticky)
     with pytest.raises(SubmitError, match=f"{MALLORY} created the file through which these machines meet"):
         head()
@@ -218,7 +218,7 @@ def test_two_commands_with_one_index_are_refused_and_a_restarted_one_is_not(tmp_
 def test_a_run_root_that_is_not_shared_is_named_on_both_sides(
     tmp_path: Path, port: int, head: Callable[..., Meeting], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file with the number is removed behind the back of node 0, as if it were in another folder."""
+    """Removing the number's file without telling node 0 acts as if node 0 wrote it to a different folder."""
     monkeypatch.setattr(module, "SHARED_S", 1.0)
     meeting = head()
     marker(tmp_path / "run").unlink()
@@ -236,7 +236,7 @@ def test_a_run_root_that_is_not_shared_is_named_on_both_sides(
 def test_a_pipe_in_place_of_the_number_holds_no_machine(
     tmp_path: Path, port: int, head: Callable[..., Meeting], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another user can make it in a folder of runs that several users share."""
+    """Another user can create the pipe in a runs folder that several users share."""
     monkeypatch.setattr(module, "SHARED_S", 1.0)
     meeting = head()
     marker(tmp_path / "run").unlink()
@@ -283,5 +283,5 @@ def test_the_address_of_a_service_or_of_localhost_leaves_the_choice_to_the_defau
         assert network.endpoint_of(host, None) == network.Endpoint("10.1.0.7", "eth0")
     assert network.endpoint_of("10.9.0.7", None) == network.Endpoint("10.9.0.7", "ib0")
     assert network.endpoint_of("10.9.0.7", "eth0") == network.Endpoint("10.1.0.7", "eth0")
-    # Processes of one machine.
+    # Processes on the same machine.
     assert network.endpoint_of("127.0.0.2", None) == network.Endpoint("127.0.0.2", "lo")

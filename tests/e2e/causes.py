@@ -1,4 +1,4 @@
-"""What ends an attempt or a run, and the line by which it is named first: in `status`, in the alert and at the end of `logs`."""
+"""Check that `status`, the alert and the end of `logs` all name first what ended an attempt or a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 _CONSEQUENCE = r"(; no record from [\w, ]+)?(; as a consequence, .*)?( \(srun ended with \d+\))?"
 _RESUME = r"; continue with: python -m launcher resume \S+"
-# The fault, and the line that names it.
+# Each fault, with a pattern for the line that names it.
 CAUSES = {
     # On this machine.
     "segv": r"rank 1: killed by SIGSEGV \(a segmentation fault; its log ends with the stacks\)",
@@ -44,7 +44,7 @@ CAUSES = {
 
 
 def assert_run_named_first(launch: Launch, run: Path, fault: str, alert: str = "the attempt failed: ", **env: str) -> None:
-    """The run has failed by the fault, as all three say. `alert` begins the alert; empty where nobody is left to send one."""
+    """Check that the run failed with this fault in all three places. `alert` is the alert's prefix, empty if none is sent."""
     shown = json.loads(launch("status", str(run), "--json", **env).stdout)
     line = shown["message"].partition("\n")[0]
     assert shown["state"] == "failed"
@@ -56,7 +56,7 @@ def assert_run_named_first(launch: Launch, run: Path, fault: str, alert: str = "
 
 
 def assert_attempt_named_first(launch: Launch, run: Path, attempt: int, fault: str, **env: str) -> None:
-    """The attempt has ended by the fault, as all three say; the run continues with another one."""
+    """Check that the attempt ended with this fault in all three places, and that the run goes on with another attempt."""
     ended = json.loads((run / f"attempts/{attempt:03d}/exit.json").read_text())
     line = ended["message"].partition("\n")[0]
     assert re.fullmatch(CAUSES[fault], line), ended["message"]
@@ -69,7 +69,7 @@ def assert_attempt_named_first(launch: Launch, run: Path, attempt: int, fault: s
 
 
 def _alerts(run: Path) -> list[tuple[int, str]]:
-    # A full disk may leave a part of a line, which readers skip.
+    # On a full disk the last line may be incomplete; read_events skips it.
     return [(event["attempt"], event["text"]) for event in read_events(run / "events.jsonl") if event["kind"] == "alert"]
 
 

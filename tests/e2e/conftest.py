@@ -1,4 +1,4 @@
-"""Folders for runs, from which nothing is left running, and a finished run that all processes of pytest-xdist share."""
+"""Fixtures: run folders that leave no process behind, and a finished run that all pytest-xdist processes share."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from testbed_cluster import Testbed
 
 @pytest.fixture(autouse=True, scope="module")
 def _whole_code(module_whole_code: None) -> None:
-    """The runs of these tests execute their code."""
+    """These tests start runs that execute their code snapshot, so the snapshot must contain all of it."""
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Iterator[Path]:
-    """A folder for runs; whatever still runs from it at the end is killed by its process id."""
+    """A folder for runs; processes left at the end are killed by their process IDs."""
     root = tmp_path / "runs"
     yield root
     kill_all_of(root)
@@ -47,13 +47,13 @@ def _make_working_dir(folder: Path) -> Path:
 
 @pytest.fixture
 def working_dir(tmp_path: Path) -> Path:
-    """The folder of a command, with modules in it that a run imports elsewhere: the folder may belong to somebody else."""
+    """A working directory with modules that shadow a run's dependencies: another user may own such a folder."""
     return _make_working_dir(tmp_path / "work")
 
 
 @pytest.fixture(scope="session")
 def first_run(launch: Launch, launcher_cache: Path) -> Path:
-    """A finished and exported run of FIRST_RUN on this machine; whoever needs it first starts it. To be read only.
+    """A finished and exported run of FIRST_RUN on this machine, read-only. The first test that needs it starts it.
 
     The command imports nothing from its working directory.
     """

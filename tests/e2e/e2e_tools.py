@@ -1,4 +1,4 @@
-"""Runs on this machine, observed from outside: their processes, their files, their end."""
+"""Inspect runs on this machine from outside: their processes, their files and how they end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TINY = ("model=tiny", "data.max_length=64", "train.global_batch_size=4", "eval.sample=false", "tracking=none")
-# Of the run that tests of other backends and of interruptions are compared with: the fixture `first_run`.
+# The run of the fixture `first_run`, which tests of interruptions and of other backends compare with.
 FIRST_STEPS = 12
 FIRST_RUN = (*TINY, f"train.max_steps={FIRST_STEPS}", "eval.at_start=false")
 _BATCH_HOOK = Path(__file__).with_name("rows_seen")
@@ -27,7 +27,7 @@ _REPO = Path(__file__).resolve().parents[2]
 
 
 def json_lines(file: Path) -> list[dict]:
-    """The lines of a file; one that is being written is left out."""
+    """The complete lines of a file; a line that is still being written is left out."""
     return (
         [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")] if file.exists() else []
     )
@@ -51,7 +51,7 @@ def status(run: Path) -> dict:
 
 
 def modes_of(run: Path) -> tuple[int, int]:
-    """The permissions of the run directory, and of the metrics that its ranks write."""
+    """The permissions of the run directory and of the metrics file that its ranks write."""
     directory, metrics_file = (stat.S_IMODE(path.stat().st_mode) for path in (run, run / "metrics.jsonl"))
     return directory, metrics_file
 
@@ -61,12 +61,12 @@ def alerts(run: Path) -> list[str]:
 
 
 def committed(run: Path) -> list[str]:
-    """The names in the folder of the checkpoints."""
+    """The names in the checkpoints folder."""
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
 def flip(checkpoint: Path) -> None:
-    """Damage a checkpoint: another bit in the middle of a shard."""
+    """Damage a checkpoint: flip a bit in the middle of a shard."""
     shard = checkpoint / "rank-00001.safetensors"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
@@ -74,12 +74,12 @@ def flip(checkpoint: Path) -> None:
 
 
 def truncate(checkpoint: Path) -> None:
-    """Damage a checkpoint: most of a shard is missing."""
+    """Damage a checkpoint: truncate a shard."""
     os.truncate(checkpoint / "rank-00001.safetensors", 4096)
 
 
 def assembled(checkpoint: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, put together from its shards."""
+    """All tensors of a checkpoint, assembled from its shards."""
     import torch
     from safetensors.torch import load_file
 
@@ -89,23 +89,23 @@ def assembled(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def rows_environment(folder: Path) -> dict[str, str]:
-    """Variables with which the ranks of a run write the rows that they are given into `folder`, see rows_seen/."""
+    """Environment variables that make the ranks of a run write the rows they receive into `folder`, see rows_seen/."""
     folder.mkdir(exist_ok=True)
     return {"ROWS_SEEN": str(folder), "PYTHONPATH": f"{_BATCH_HOOK}:{_REPO}"}
 
 
 def slow_steps(seconds: float = 0.5) -> dict[str, str]:
-    """Variables with which each step of a run takes at least so long, see rows_seen/.
+    """Environment variables that make each step of a run take at least `seconds`, see rows_seen/.
 
-    For a run that trains on while something else is waited for: its steps would take the CPU from other tests, and are computed
-    once more in the run that it is compared with.
+    For a run that trains while the test waits for something else: fast steps would take CPU time from other tests, and the
+    undisturbed run must repeat each of them.
     """
     return {"SECONDS_PER_STEP": f"{seconds:g}", "PYTHONPATH": f"{_BATCH_HOOK}:{_REPO}"}
 
 
 @contextmanager
 def held(run: Path, step: int) -> Iterator[None]:
-    """Wait until the run has made `step` and stop a rank, so that no further step is made until the block is left."""
+    """Wait until the run has reached `step`, then suspend a rank so that no further step completes inside the block."""
     wait_for(f"step {step}", lambda: last_step(run) >= step)
     rank = ranks_of(run)[1]
     rank.suspend()
@@ -121,7 +121,7 @@ def agent_of(run: Path) -> psutil.Process:
 
 
 def command_line(process: psutil.Process) -> str:
-    """The words of a process, none where it has ended meanwhile."""
+    """The command line of a process, empty if the process has ended."""
     try:
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
@@ -134,7 +134,7 @@ def ranks_of(run: Path) -> list[psutil.Process]:
 
 
 def by_rank(processes: Iterable[psutil.Process]) -> dict[int, psutil.Process]:
-    """Those that are ranks, without what ends meanwhile."""
+    """The rank processes among these, by rank; processes that end meanwhile are left out."""
     ranks = {}
     for process in processes:
         with suppress(psutil.NoSuchProcess):
@@ -144,13 +144,13 @@ def by_rank(processes: Iterable[psutil.Process]) -> dict[int, psutil.Process]:
 
 
 def listening_addresses(processes: Iterable[psutil.Process]) -> set[str]:
-    """The addresses at which any of the processes accepts connections."""
+    """The addresses on which any of the processes listens."""
     connections = (one for process in processes for one in process.net_connections("inet"))
     return {one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN}
 
 
 def kill_all_of(root: Path) -> None:
-    """What still runs from a folder for runs; some of it may just be ending by itself."""
+    """Kill all processes of a runs folder; some may be about to end anyway."""
     for process in processes_of(root):
         with suppress(psutil.NoSuchProcess):
             process.kill()

@@ -1,4 +1,4 @@
-"""Ranks of one run on this machine, killed at random moments; and what the run trained, compared with a run that was left alone.
+"""Kill ranks of a local run at random moments, and compare what it trained with an undisturbed run.
 
 Used by tests and by benchmarks/kills.py.
 """
@@ -23,26 +23,26 @@ from pace import slowness
 from launcher.tracking.jsonl import Tail, iter_lines, read_events
 from launcher.train.previous_failure import RESTART
 
-# When a rank is killed, and how often: while the ranks load; when they have just been started; while a checkpoint is written;
-# after some steps.
+# The moments at which a rank is killed, with their relative frequencies: while ranks load, just after they start, while a
+# checkpoint is written, after some steps.
 MOMENTS = {"loading": 15, "started": 15, "saving": 20, "training": 50}
-# What must be the same to the last bit in each step, however often it was trained.
+# Values that must be bitwise identical in each step, however often it was trained.
 COMPARED = ("train/loss", "train/grad_norm", "train/lr", "trainer/epoch", "trainer/tokens")
 _POLL_S = 0.02
 _LOADING_S = 8.0
 _STARTED_S = 0.5
 _SAVING_S = 0.2
-# Steps that a quick run makes until a kill is carried out.
+# Steps that a fast run may make before a kill takes effect.
 _REACTION_STEPS = {"training": 2, "saving": 6}
 _MOST_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Kill:
-    """A rank to be killed: at its `moment`, after `steps` steps of this start of the ranks (0 before the first of them).
+    """A rank to kill: at its `moment`, after `steps` steps since the ranks last started (0: before the first step).
 
-    `fraction` is how far into the moment. `other_after_s` seconds later another rank is killed, if it is still there. `signal` is
-    what the rank ends by.
+    `fraction` is how far into the moment. `other_after_s` seconds later the other ranks are killed too, if they still run.
+    `signal` is the signal that kills the rank.
     """
 
     moment: str
@@ -55,7 +55,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Hit:
-    """A rank that was killed; `at` is in seconds since the epoch, `step` the last that the metrics had."""
+    """A rank that was killed: `at` is in seconds since the epoch, `step` is the last step in the metrics."""
 
     kill: Kill
     at: float
@@ -63,7 +63,7 @@ class Hit:
 
 
 def draw_kills(seed: int, num_kills: int, num_ranks: int, save_every: int) -> list[Kill]:
-    """Random kills; those that wait for steps let the run save in between, more often than not."""
+    """Draw random kills; those that wait for steps usually leave the run time to save in between."""
     draw = random.Random(seed)
     kills = []
     for _ in range(num_kills):
@@ -75,7 +75,7 @@ def draw_kills(seed: int, num_kills: int, num_ranks: int, save_every: int) -> li
 
 
 def steps_for(kills: Sequence[Kill], save_every: int) -> int:
-    """Steps that a run needs to be there for all of the kills, with some to spare; what it loses, it trains again."""
+    """The steps that the run needs to outlast all kills, with a margin; lost steps are trained again."""
     saved = reached = 0
     for kill in kills:
         reached = max(reached, saved + kill.steps + _REACTION_STEPS.get(kill.moment, 0))
@@ -84,7 +84,7 @@ def steps_for(kills: Sequence[Kill], save_every: int) -> int:
 
 
 class Killer:
-    """Carries out kills on the run at `run`; `is_over` tells that its command has ended."""
+    """Kills ranks of the run at `run`; `is_over` tells whether the run's command has ended."""
 
     def __init__(self, run: Path, is_over: Callable[[], bool], deadline_s: float = 180.0) -> None:
         self._run, self._is_over, self._deadline_s = run, is_over, deadline_s
@@ -94,10 +94,10 @@ class Killer:
         self._loading_s = _LOADING_S
 
     def carry_out(self, kill: Kill) -> Hit:
-        """Wait for the moment and kill.
+        """Wait for the moment, then kill.
 
         Raises:
-            AssertionError: where the run ends before, or the moment does not come.
+            AssertionError: If the run ends first, or the moment does not come.
         """
         ranks = self._await(f"ranks that start, to kill one while {kill.moment}", self._new_ranks)
         began = min(process.create_time() for process in ranks.values())
@@ -128,7 +128,7 @@ class Killer:
             process.send_signal(number)
 
     def _new_ranks(self) -> dict[int, psutil.Process] | None:
-        """All ranks of a start of which none has been killed."""
+        """All ranks of a new start; None if any of them has been killed."""
         with suppress(OSError, KeyError, TypeError, psutil.NoSuchProcess):
             ranks = by_rank(agent_of(self._run).children())
             if len(ranks) > 1 and not self._ended & {process.pid for process in ranks.values()}:
@@ -140,7 +140,7 @@ class Killer:
         return [line for line in self._lines if line["time"] > at]
 
     def _pass(self, seconds: float) -> None:
-        """Let the time go by, unless the run ends."""
+        """Sleep, unless the run ends."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self._is_over():
             time.sleep(min(_POLL_S, max(0.0, until - time.monotonic())))
@@ -156,7 +156,7 @@ class Killer:
 
 
 def differences(run: Path, undisturbed: Path) -> list[str]:
-    """How the metrics of a run differ from those of one that was left alone, in words; every line that it ever wrote counts."""
+    """Describe how the metrics of a run differ from those of an undisturbed run; every line ever written counts."""
     (expected, _), (trained, times) = (_trained(path) for path in (undisturbed, run))
     different = [
         f"step {step}: {name} was {value!r}, undisturbed {expected.get((step, name))!r}"
@@ -181,7 +181,7 @@ def _trained(run: Path) -> tuple[dict[tuple[int, str], set[float]], dict[int, in
 
 
 def row_differences(rows: Path, undisturbed_rows: Path, num_ranks: int, num_steps: int) -> list[str]:
-    """How the rows that the ranks were given differ, see rows_seen/; a batch that was made ready for a step counts as well."""
+    """Describe how the rows that the ranks received differ, see rows_seen/; batches prepared but not trained count too."""
     seen, expected = (_rows(folder) for folder in (rows, undisturbed_rows))
     keys = [(step, rank) for step in range(1, num_steps + 1) for rank in range(num_ranks)]
     different = [
@@ -193,12 +193,12 @@ def row_differences(rows: Path, undisturbed_rows: Path, num_ranks: int, num_step
 
 
 def _rows(folder: Path) -> dict[tuple[int, int], set[tuple[int, ...]]]:
-    """All different rows that each step was made of, by step and rank."""
+    """All distinct rows of each step, by step and rank."""
     rows: dict[tuple[int, int], set[tuple[int, ...]]] = {}
     for file in folder.glob("*.jsonl"):
         rank = int(file.stem.rpartition("-")[2])
         for line in file.read_text().splitlines():
-            # A rank that is killed while it writes leaves a part of a line.
+            # A rank that is killed while writing leaves an incomplete line.
             with suppress(json.JSONDecodeError):
                 batch = json.loads(line)
                 rows.setdefault((batch["step"], rank), set()).add((*batch["own"], -1, *batch["all"]))
@@ -206,13 +206,13 @@ def _rows(folder: Path) -> dict[tuple[int, int], set[tuple[int, ...]]]:
 
 
 def restart_reasons(run: Path) -> list[str]:
-    """Why the ranks were started again, in the words of the alerts."""
+    """Why the ranks were restarted, as the alerts say."""
     alerts = [event for event in read_events(run / "events.jsonl") if RESTART in event["fields"]]
     return [str(event["text"]).partition(": ")[2] for event in alerts]
 
 
 def restart_parts(run: Path, hits: Sequence[Hit]) -> dict[str, list[float]]:
-    """Seconds of each restart that came to a step, from the kill to its first step, and the parts of them."""
+    """Seconds from the kill to the first step, for each restart that reached one, in total and by phase."""
     events = read_events(run / "events.jsonl")
     steps = [line["time"] for line in iter_lines(run / "metrics.jsonl") if "train/loss" in line]
     again = [event["time"] for event in events if RESTART in event["fields"]]

@@ -1,4 +1,4 @@
-"""A real Ray of several nodes on this machine, with processes, ports and folders of its own and with a token."""
+"""A real multi-node Ray cluster on this machine, with its own processes, ports, folders and token."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def free_port() -> int:
 
 
 class RayCluster:
-    """Nodes by name; each is a `ray start --block` with one CPU, in a process group of its own."""
+    """Ray nodes by name; each is a `ray start --block` with one CPU in its own process group."""
 
     def __init__(self) -> None:
-        # Short: sockets lie in it.
+        # A short path: the path of a Unix socket is limited, and Ray puts its sockets here.
         self.folder = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
         self.token = self.folder / "token"
         self.token.touch(mode=0o600)
         self.token.write_text(secrets.token_hex(32))
         self.port, self.dashboard_port = free_port(), free_port()
-        # Nodes have addresses of their own; 127.0.0.1 Ray would replace by that of a network.
+        # Each node has its own address, none of them 127.0.0.1: Ray would replace that with a network address.
         self.address = f"127.0.0.2:{self.port}"
         self.http = f"http://127.0.0.1:{self.dashboard_port}"
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
@@ -49,11 +49,11 @@ class RayCluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """What a person has in the environment to use the cluster."""
+        """The environment variables that a user needs to use the cluster."""
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
 
     def start(self, name: str, *options: str, prefix: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
-        """Start the head first, then other nodes; `prefix` is a command that runs `ray start`."""
+        """Start a node; the first is the head. `prefix` is a command that runs `ray start`."""
         head = not self._nodes
         if head:
             self._start_head = partial(self.start, name, *options, prefix=prefix, env=env)
@@ -69,16 +69,16 @@ class RayCluster:
             f"--node-name={name}",
             f"--node-ip-address={self._next_ip()}",
         ]
-        # Otherwise a fixed port, of which a second cluster on this machine would not get one.
+        # The default is a fixed port, which would be taken if a second cluster ran on this machine.
         command += [f"--dashboard-agent-listen-port={free_port()}"]
-        # The log monitors of four nodes take a sixth of a core.
+        # The log monitors of four nodes use a sixth of a core.
         command += ["--disable-usage-stats", "--include-log-monitor=False"]
         command += ["--object-store-memory=100000000", "--num-cpus=1", "--num-gpus=0"]
         command += [f"--temp-dir={self.folder / 'ray'}", *dashboard] if head else []
         own = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "8"}
-        # Ray's agents look at all processes of this machine: not every 5 s.
+        # Ray's agents scan all processes of this machine: do that less often than every 5 s.
         own["REPORTER_UPDATE_INTERVAL_MS"] = "60000"
-        # Anew, where a node of that name has been before: what is waited for stands in it.
+        # Overwrite the log of an earlier node of that name: `_await` searches this file.
         with open(self.folder / f"{name}.log", "wb") as log:
             self._nodes[name] = subprocess.Popen(
                 [*command, *options],
@@ -91,9 +91,9 @@ class RayCluster:
         self._await(name)
 
     def have_only(self, **num_cpus: int) -> None:
-        """Beside the head exactly these nodes, each with so many CPUs; what is there already stays.
+        """Keep exactly these nodes besides the head, each with this many CPUs; nodes that already match stay.
 
-        Where the head is lost, by a test or on a busy machine, all nodes are replaced.
+        If the head is gone, because of a test or a busy machine, all nodes are replaced.
         """
         head = next(iter(self._nodes), None)
         if head is None or not self._has_raylet(head):
@@ -109,24 +109,24 @@ class RayCluster:
                 self._num_cpus[name] = number
 
     def remove(self, name: str) -> None:
-        """End a node as `ray stop` does, so that Ray knows of it at once."""
+        """Stop a node as `ray stop` does, so that Ray notices immediately."""
         for raylet in self._raylets(name):
             raylet.terminate()
             psutil.wait_procs([raylet], timeout=_END_S)
         self.kill(name)
 
     def kill(self, name: str) -> None:
-        """Every process of a node at once, as when its machine is lost; nothing where that has happened already."""
+        """Kill all processes of a node at once, as if its machine were lost; do nothing if they are gone already."""
         if (process := self._nodes.pop(name, None)) is not None:
             _kill(process)
 
     def kill_raylet(self, name: str) -> None:
-        """The process through which Ray has a node, and nothing else."""
+        """Kill only the raylet, the process that represents the node in Ray."""
         (raylet,) = self._raylets(name)
         raylet.kill()
 
     def drain(self, node_id: str, seconds: int = 60) -> None:
-        """Tell Ray that a node is about to be taken away."""
+        """Tell Ray that a node is about to be preempted."""
         completed = self._run(
             "drain-node",
             f"--address={self.address}",
@@ -138,7 +138,7 @@ class RayCluster:
         assert completed.returncode == 0, completed.stdout + completed.stderr
 
     def node_ids(self) -> dict[str, str]:
-        """Ids of the nodes that live, by name."""
+        """IDs of the live nodes, by name."""
         code = (
             f"import json, ray; ray.init(address={self.address!r}, logging_level='ERROR', log_to_driver=False);"
             "print(json.dumps({n['NodeName']: n['NodeID'] for n in ray.nodes() if n['Alive']}))"
@@ -147,7 +147,7 @@ class RayCluster:
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, **self.env}
         )
         assert done.returncode == 0, done.stderr
-        # Ray says of itself what it likes, on the same output.
+        # Ray may print messages of its own to the same output.
         resources: dict[str, str] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
         return resources
 
@@ -182,14 +182,14 @@ class RayCluster:
 
 
 def hiding(*folders: Path, replaced: Mapping[Path, Path] | None = None) -> list[str]:
-    """A prefix for a node that sees these folders empty and some files replaced by others, whatever is in them elsewhere."""
+    """A command prefix for a node that sees these folders empty, and these files replaced by others."""
     mounts = [f"mount -t tmpfs tmpfs {folder}" for folder in folders]
     mounts += [f"mount --bind {other} {file}" for file, other in (replaced or {}).items()]
     return ["unshare", "--mount", "sh", "-c", " && ".join([*mounts, 'exec "$@"']), "sh"]
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """A process and all that it has started, whatever sessions these have made for themselves."""
+    """Kill a process and all its descendants, even those in other sessions."""
     try:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     except psutil.NoSuchProcess:

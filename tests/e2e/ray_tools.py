@@ -1,4 +1,4 @@
-"""Runs on Ray, observed from outside."""
+"""Inspect runs on Ray from outside."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from e2e_tools import by_rank, command_line, json_lines, metrics
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
 
-# Of a run, and of what is waited for in it, on a machine that is busy with other tests: a start of Ray's processes alone then
-# takes minutes.
+# For a run, or for any event in it, on a machine that is busy with other tests: starting Ray's processes alone can take minutes.
 DEADLINE_S = 500.0
 
 
@@ -26,7 +25,7 @@ def wait_for(what: str, condition: Callable[[], object]) -> None:
 
 
 def started_by(run: Path) -> list[psutil.Process]:
-    """Every process that has the run's folder in its environment, as Ray's own, or on its command line, as the title of ranks."""
+    """Every process with the run's folder in its PYTHONPATH (Ray's own) or on its command line (the title of ranks)."""
     processes = []
     for process in psutil.process_iter():
         try:
@@ -39,7 +38,7 @@ def started_by(run: Path) -> list[psutil.Process]:
 
 
 def kill_all(folder: Path) -> None:
-    """Drivers and ranks that still run from a folder for runs; the rest of a run's Ray goes with its driver."""
+    """Kill drivers and ranks that still run from a runs folder; the rest of a run's own Ray ends with its driver."""
     for process in launcher_processes(folder):
         with suppress(psutil.NoSuchProcess):
             process.kill()
@@ -59,7 +58,7 @@ def await_no_process(run: Path) -> None:
 
 
 def await_no_launcher(run: Path) -> None:
-    """On a cluster that goes on, Ray keeps idle processes for whoever comes next."""
+    """Wait only for the launcher's processes: on a shared cluster, Ray keeps idle workers for the next job."""
     wait_for("driver and ranks to end", lambda: not launcher_processes(run))
 
 
@@ -68,18 +67,18 @@ def causes(run: Path) -> list[str]:
 
 
 def environments_of(folder: Path, attempt: int) -> list[dict[str, str | None]]:
-    """Some variables of each rank of an attempt, see rows_seen/."""
+    """Selected environment variables of each rank of an attempt, see rows_seen/."""
     return [json.loads(file.read_text()) for file in sorted(folder.glob(f"{attempt:03d}-*.environ"))]
 
 
 def alerts(run: Path, attempt: int) -> str:
-    """What followers of the run were told of an attempt, a line each."""
+    """The alerts of an attempt, one per line."""
     lines = json_lines(run / "events.jsonl")
     return "\n".join(line["text"] for line in lines if line["attempt"] == attempt)
 
 
 def newest_saved(run: Path, attempt: int) -> int:
-    """The step of the newest checkpoint that an attempt has committed, 0 without any."""
+    """The step of the newest checkpoint that an attempt committed, 0 if there is none."""
     manifests = [json.loads(file.read_text()) for file in (run / "checkpoints").glob("step-*/manifest.json")]
     return max((manifest["step"] for manifest in manifests if manifest["attempt"] == attempt), default=0)
 
@@ -90,9 +89,9 @@ def trained(run: Path, attempt: int) -> list[int]:
 
 
 def rows_of(run: Path, folder: Path) -> dict[int, list[tuple[int, list[int]]]]:
-    """The rows of each step, as often as it was trained: how many ranks there were, and all of their own rows in order.
+    """The rows of each step, once per time it was trained: the number of ranks, and the sorted rows of all ranks.
 
-    What was only made ready for a step that an attempt did not come to does not count.
+    Batches prepared for a step that the attempt never reached are left out.
     """
     rows: dict[int, list[tuple[int, list[int]]]] = {}
     trained = {(line["attempt"], int(line["trainer/step"])) for line in metrics(run) if "train/loss" in line}
@@ -111,7 +110,7 @@ def rows_of(run: Path, folder: Path) -> dict[int, list[tuple[int, list[int]]]]:
 
 
 def await_training(run: Path, num_ranks: int) -> None:
-    """Until an attempt with so many ranks has logged a step."""
+    """Wait until an attempt with this many ranks has logged a step."""
 
     def training() -> bool:
         attempts = {line["attempt"] for line in metrics(run) if "train/loss" in line}
@@ -122,7 +121,7 @@ def await_training(run: Path, num_ranks: int) -> None:
 
 
 def minutes_pass(run: RunDir) -> None:
-    """Since the last sign of life."""
+    """Make the run's last sign of life ten minutes old."""
     then = time.time() - 600
     for file in (run.status, run.alive):
         os.utime(file, (then, then))

@@ -1,4 +1,4 @@
-"""Runs on the Slurm testbed, observed from outside: their jobs, their processes on the nodes, their attempts."""
+"""Inspect runs on the Slurm testbed from outside: their jobs, attempts, and processes on the nodes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ENDED = ("completed", "failed", "cancelled", "preempted")
 
 
 def process_of(pid: int) -> psutil.Process | None:
-    """The process with this id, None where it has ended meanwhile."""
+    """The process with this ID, None if it has ended."""
     try:
         return psutil.Process(pid)
     except psutil.NoSuchProcess:
@@ -60,7 +60,7 @@ class SlurmRun:
         return self.job_of(self.attempt)
 
     def job_of(self, number: int) -> str:
-        """Empty as long as Slurm has given none."""
+        """The job of an attempt, empty until Slurm has assigned one."""
         submitted = self.path / f"attempts/{number:03d}/submitted.json"
         job = self.attempt_record(number)["job"]
         return job or (json.loads(submitted.read_text())["job"] if submitted.is_file() else "")
@@ -74,7 +74,7 @@ class SlurmRun:
         return [json.loads(file.read_text())["cause"] for file in files]
 
     def shown(self) -> dict:
-        """What `status` tells."""
+        """What `status --json` reports."""
         done = self.launch("status", str(self.path), "--json", **self.bed.variables)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
@@ -89,7 +89,7 @@ class SlurmRun:
         return self._processes(node, "launcher.worker.slurm.agent ")
 
     def kill_batch_script(self) -> None:
-        """Kill the shell on the first node that concludes the attempt."""
+        """Kill the batch script: the shell on the first node that concludes the attempt."""
         node = self.attempt_record(self.attempt)["nodes"][0]
         every = [process for process in map(process_of, self.bed.processes(node)) if process is not None]
         [*_, script] = [process for process in every if command_line(process).endswith(f"/job{self.job}/slurm_script")]
@@ -118,7 +118,7 @@ class SlurmRun:
         self.await_end_of_job()
 
     def await_end_of_job(self, deadline_s: float = 60) -> None:
-        """Wait until the job is over for good: what Slurm runs again is pending as soon as it has left its nodes."""
+        """Wait until the job is over for good: a job that Slurm requeues is pending as soon as it has left its nodes."""
         wait_for("the job to leave the queue", lambda: not self.queued(), deadline_s)
         state = re.search(r"JobState=(\w+)", self.bed.output("scontrol", "show", "job", self.job))
         assert state is not None
@@ -140,6 +140,6 @@ def submit(launch: Launch, bed: Testbed, root: Path, name: str, *overrides: str,
 
 
 def assert_same_training(run: Path, undisturbed: Path) -> None:
-    """Each step once more than once or not, its last loss is the undisturbed run's."""
+    """Check that the last loss of each step is the undisturbed run's, however often the step was trained."""
     assert last_step(run) == last_step(undisturbed)
     assert losses(run) == losses(undisturbed)

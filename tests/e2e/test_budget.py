@@ -1,4 +1,4 @@
-"""A run that may cost no more stops by itself with all that it has done saved, and goes on when it may cost more."""
+"""A run at its cost or time limit saves, stops by itself, and resumes with a higher limit."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ pytestmark = pytest.mark.rest
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
-# Starting and loading alone cost more than the limits here: the run stops after the first steps.
+# Starting and loading alone exceed these limits: the run stops after its first steps.
 PRICE = 0.6
 SETTINGS = (*TINY, "train.max_steps=100000", "eval.at_start=false", "export.enabled=false")
 
 
 def require_stopped(run: Path, done: subprocess.CompletedProcess[str], words: str) -> None:
-    """Stopped by a limit: state, message, alert, exit code, and a checkpoint of the very last step."""
+    """Check the state, message, alert and exit code of a run stopped by a limit, and that its last step was saved."""
     assert done.returncode == 130, done.stdout + done.stderr
     final = status(run)
     assert final["state"] == "preempted"
@@ -58,8 +58,9 @@ def test_a_run_stops_at_its_budget_and_resumes_with_a_larger_one(launch: Launch,
 
 
 def test_the_limit_of_hours_stops_a_run_during_an_evaluation(launch: Launch, runs: Path) -> None:
-    """Loading alone takes longer than the limit, and the evaluation before the first step far longer than reading of that, which
-    a thread does meanwhile: most of the data is held out, in micro-batches of one row.
+    """Loading alone exceeds the limit; the limit applies once a thread has read the time that the run has used so far.
+
+    The evaluation before the first step takes far longer than that: most of the data is held out, in micro-batches of one row.
     """
     limited = ("train.max_steps=100000", "export.enabled=false", "run.max_hours=0.0001")
     settings = (*TINY, *limited, "data.eval_fraction=0.9", "train.micro_batch_size=1")

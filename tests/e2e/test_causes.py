@@ -1,4 +1,4 @@
-"""What ends a run on this machine is named first, in one line: in `status`, in the alert and at the end of `logs`."""
+"""`status`, the alert and the end of `logs` name what ended a local run in their first line."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class Faults:
         self._exhaust_memory(agent_of(self.run))
 
     def _exhaust_memory(self, victim: psutil.Process) -> None:
-        """Fill the memory of the control group until the kernel kills the process."""
+        """Fill the control group's memory until the kernel kills the process."""
         group = self._group("memory")
         Path(f"/proc/{victim.pid}/oom_score_adj").write_text("1000")
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
         limit, usage = (group / name for name in (names if (group / names[0]).exists() else ("memory.max", "memory.current")))
         limit.write_text(str(int(usage.read_text()) + len(_CHUNK)))
-        # Shared memory cannot be reclaimed, unlike the cache of files.
+        # Shared memory cannot be reclaimed, unlike the page cache.
         code = "import sys\nwith open('/dev/shm/' + sys.argv[1], 'wb') as f:\n while True: f.write(b'x' * 2**20); f.flush()"
         name = f"causes-{os.getpid()}"
         filler = subprocess.Popen([sys.executable, "-c", code, name], preexec_fn=lambda: join(group))
@@ -79,13 +79,13 @@ class Faults:
 
     def open_files(self) -> None:
         rank = ranks_of(self.run)[1]
-        # The limit is compared with the number of the descriptor, and a closed one leaves a gap.
+        # RLIMIT_NOFILE limits descriptor numbers, and new descriptors get the lowest free one.
         used = {int(descriptor.name) for descriptor in Path(f"/proc/{rank.pid}/fd").iterdir()}
         lowest = min({*range(len(used) + 1)} - used)
         rank.rlimit(psutil.RLIMIT_NOFILE, (lowest, rank.rlimit(psutil.RLIMIT_NOFILE)[1]))
 
     def disk(self) -> None:
-        """Fill it to the last byte, and again what a save gives back."""
+        """Fill the disk to the last byte, and fill again what a save frees."""
         with open(self.run.parent / "filler", "ab", buffering=0) as filler:
             deadline = time.monotonic() + 60
             while status(self.run)["state"] in ("running", "saving") and time.monotonic() < deadline:
@@ -103,7 +103,7 @@ class Faults:
         return self.groups[controller]
 
 
-# The faults that end a run on this machine; those of clusters are in the runs of their own tests.
+# The faults that end a local run; the tests of each cluster backend cover its own faults.
 FAULTS = ("segv", "kill", "stop", "memory", "processes", "open_files", "disk", "agent_memory")
 
 
@@ -113,7 +113,7 @@ def join(group: Path) -> None:
 
 @pytest.fixture(scope="module")
 def groups() -> Iterator[dict[str, Path]]:
-    """Control groups of this test's own, by controller; those that cannot be made here are missing."""
+    """Control groups for this test, by controller; those that cannot be created here are missing."""
     found: dict[str, Path] = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, group = line.split(":", 2)
@@ -132,7 +132,7 @@ def groups() -> Iterator[dict[str, Path]]:
 
 @pytest.fixture(scope="module")
 def small_disk(module_runs: Path) -> Iterator[Path]:
-    """A disk of its own for the run."""
+    """A separate small disk for the run."""
     if os.geteuid():
         (pytest.fail if os.environ.get("CI") else pytest.skip)("only root can mount a small disk")
     module_runs.mkdir(exist_ok=True)
@@ -146,7 +146,7 @@ def small_disk(module_runs: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def run(small_disk: Path, launch: Launch) -> Path:
-    """One run for all faults: each is an attempt of it."""
+    """One run for all faults, each of which ends one attempt."""
     done = launch(*SETTINGS, "train.max_steps=1", f"run.root={small_disk}", "run.name=faulty")
     assert done.returncode == 0, done.stdout + done.stderr
     return small_disk / "faulty"
@@ -163,7 +163,7 @@ def test_the_cause_is_named_first_in_status_alert_and_logs(
         for group in groups.values():
             join(group)
 
-    # A save that fails ends a run only where it is the last one.
+    # A failed save ends a run only if it is the last save.
     last = begun + 60 if fault == "disk" else 100000
     command = [sys.executable, "-m", "launcher", "resume", str(run), f"train.max_steps={last}"]
     with subprocess.Popen(
@@ -179,7 +179,7 @@ def test_the_cause_is_named_first_in_status_alert_and_logs(
                 if name in groups:
                     (groups[name] / ("pids.max" if name == "pids" else "memory.limit_in_bytes")).write_text(largest)
     assert process.returncode == 1, output
-    # Nobody is left to send an alert or to record the end where the agent is killed.
+    # If the agent itself is killed, nothing is left to send an alert or to record the end.
     is_recorded = fault != "agent_memory"
     assert_run_named_first(launch_here, run, fault, alert="the attempt failed: " if is_recorded else "")
     agent_log = (run / f"attempts/{attempt:03d}/agent.log").read_text()

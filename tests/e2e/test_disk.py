@@ -1,4 +1,4 @@
-"""What a disk does to checkpoints: damage between two attempts, and no room or no permission in the middle of a run."""
+"""Disk problems and checkpoints: damage between two attempts, and a full or read-only disk during a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def undisturbed(launch: Launch, module_runs: Path) -> Path:
 
 @pytest.fixture
 def mount(runs: Path) -> Iterator[Callable[[Path, str], None]]:
-    """Make a folder a small disk of its own: `mount(FOLDER, OPTIONS)`, again for other options; taken away after the test."""
+    """Mount a small disk: `mount(FOLDER, OPTIONS)`, again to change the options; unmounted after the test."""
     if os.geteuid():
         (pytest.fail if os.environ.get("CI") else pytest.skip)("only root can mount a small disk")
     mounted: list[Path] = []
@@ -58,7 +58,7 @@ def mount(runs: Path) -> Iterator[Callable[[Path, str], None]]:
 
 @pytest.fixture
 def run(undisturbed: Path, runs: Path) -> Path:
-    """A copy of the run, to be damaged."""
+    """A copy of the run, for the test to damage."""
     shutil.copytree(undisturbed, runs / "damaged")
     return runs / "damaged"
 
@@ -93,14 +93,14 @@ def test_resuming_from_a_damaged_step_is_refused(launch_here: Launch, run: Path,
 
 
 def on_a_small_disk(run: Path, mount: Callable[[Path, str], None], options: str) -> None:
-    """Give a run that is just starting a disk of its own for its checkpoints, long before the first of them."""
+    """Mount a disk for the checkpoints of a run that is just starting, long before it saves."""
     wait_for("the run directory", (run / "status.json").exists)
     (run / "checkpoints").mkdir(mode=0o700)
     mount(run / "checkpoints", f"mode=0700,{options}")
 
 
 def assert_kept_and_whole(run: Path) -> None:
-    """A committed checkpoint is there, whole, and nothing else is."""
+    """Check that exactly one committed checkpoint exists and is intact."""
     (name,) = committed(run)
     assert store.verify(run / "checkpoints" / name) == []
     assert status(run)["state"] == "failed"
@@ -109,7 +109,7 @@ def assert_kept_and_whole(run: Path) -> None:
 def test_a_run_resumes_after_a_full_and_after_a_read_only_disk_failed_its_save(
     launch: Launch, start: Callable, runs: Path, undisturbed: Path, mount: Callable[[Path, str], None]
 ) -> None:
-    """Room for one checkpoint and no two: what keep_last=1 removes is not free before the next one is committed."""
+    """The disk holds one checkpoint but not two: keep_last=1 deletes the old one only after the new one is committed."""
     run = runs / "disturbed"
     with start(*SETTINGS, "checkpoint.keep_last=1", f"run.root={runs}", "run.name=disturbed") as process:
         on_a_small_disk(run, mount, "size=20m")
@@ -148,7 +148,7 @@ def test_a_run_resumes_after_a_full_and_after_a_read_only_disk_failed_its_save(
 
 
 def remount_read_only(folder: Path, mount: Callable[[Path, str], None]) -> None:
-    """While a save has files open for writing the kernel refuses."""
+    """Remount read-only; the kernel refuses while a save has files open for writing."""
     deadline = time.monotonic() + 20
     while True:
         try:

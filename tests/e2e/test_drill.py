@@ -1,4 +1,4 @@
-"""Drills as a person starts them, on this machine and on a real Slurm."""
+"""Drills from the command line, on this machine and on a real Slurm."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ON_SLURM = ("+cluster=slurm", "cluster.nodes=2", "cluster.ranks_per_node=1", "cl
 
 
 def drill(launch: Launch, fault: str, *settings: str, **env: str) -> dict:
-    """The report of a drill that has recovered and has left nothing running."""
+    """The report of a drill; checks that the drill recovered and left no process running."""
     done = launch("drill", "--fault", fault, "--timeout", "8", "--json", *settings, "checkpoint.save_every=3", **env)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
@@ -42,7 +42,7 @@ def test_drills_kill_a_rank_and_all_processes_of_this_machine(launch: Launch, ru
     assert killed["lost_steps"] == killed["replayed_steps"] == killed["reached_step"] - killed["resumed_step"]
     assert 0 < killed["trains_again_s"] <= killed["caught_up_s"]
 
-    # With the settings of the run before, which itself stays as it is.
+    # The drill uses the settings of the run before and leaves that run unchanged.
     before = sorted((file, file.stat().st_mtime_ns) for file in Path(killed["run"]).rglob("*"))
     preempted = drill(launch, "preempt", killed["run"])
     assert preempted["lost_steps"] == preempted["replayed_steps"] == 0

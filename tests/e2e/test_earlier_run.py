@@ -1,8 +1,8 @@
-"""A run that an earlier launcher began, with a plan of schema version 1, is read and continued by this one.
+"""A run from an earlier launcher, with a plan of schema version 1, can be read and continued.
 
-tests/golden/earlier_run.zip holds such a run: its second rank was killed after step 9, and its newest checkpoint is of step 6.
-`expected.json` has the losses that the earlier launcher computed when it continued the run, on another CPU.
-The sources, the tokenizer and the run directory are named by relative paths, so that the folder can lie anywhere.
+tests/golden/earlier_run.zip holds such a run: rank 1 was killed after step 9, and the newest checkpoint is of step 6.
+`expected.json` has the losses that the earlier launcher computed when it continued the run, on another CPU. Sources, tokenizer
+and run directory have relative paths, so that the folder works anywhere.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.rest, pytest.mark.timeout(300)]
 
 @pytest.fixture
 def project(runs: Path) -> Path:
-    """The working folder of the run: runs/run, the tokenizer and the rows."""
+    """The working directory of the run, with runs/run, the tokenizer and the rows."""
     with zipfile.ZipFile(ARCHIVE) as archive:
         archive.extractall(runs.parent)
     runs.mkdir()
@@ -59,10 +59,10 @@ def test_an_earlier_run_is_read_and_resumed_with_the_same_losses(launch: Launch,
     expected = json.loads((project / "expected.json").read_text())
     expected_losses = {int(step): loss for step, loss in expected["losses"].items()}
     trained = {step: loss for step, loss in losses(run).items() if step > CHECKPOINT_STEP}
-    # On another CPU, kernels add in another order.
+    # On another CPU, kernels add in a different order.
     assert trained == pytest.approx(expected_losses, rel=1e-5)
 
-    # What the first attempt left stays as it was, beside the plan and the code of the second.
+    # The first attempt's files are unchanged; the second attempt has its own plan and code.
     assert (run / "plan.json").read_bytes() == first_plan
     assert (run / "code-until-attempt-001/launcher/__init__.py").read_bytes() == first_code
     assert (run / "code/launcher/plan/migrations.py").is_file()
@@ -71,7 +71,7 @@ def test_an_earlier_run_is_read_and_resumed_with_the_same_losses(launch: Launch,
     config = LaunchPlan.load(second).config
     assert (config.checkpoint.save_every, config.eval.every, config.export.enabled) == (3, 4, False)
 
-    # Both attempts are shown, in what the first attempt wrote as well.
+    # Both attempts are shown, including in the file that the first attempt wrote.
     assert {line["attempt"] for line in metrics(run)} == {1, 2}
     report = launch_here("report", "earlier", cwd=project)
     assert report.returncode == 0, report.stderr

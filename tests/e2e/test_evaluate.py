@@ -1,4 +1,4 @@
-"""`launcher evaluate` of a run with a base model: killed and continued, counted again, and refused where something is missing."""
+"""`launcher evaluate` on a run with a base model: killed and continued, counted again, refused if something is missing."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def run(launch: Launch, module_runs: Path) -> Path:
-    """A run of one step that began with the weights of another and left them as they were, without an export of its own."""
+    """A one-step run that started from another run's weights and left them unchanged, without an export."""
     steps = ("train.max_steps=1", "eval.at_start=false", f"run.root={module_runs}")
     done = launch(*TINY, *steps, "run.name=base")
     assert done.returncode == 0, done.stdout + done.stderr
     source = ("model.init=pretrained", "model.config=null", "model.tokenizer=null", "model.path=run:base")
-    # Such a step is lost in rounding.
+    # A step this small is lost in rounding.
     unchanged = ("optim.lr=1e-15", "model.dtype=fp32")
     done = launch(*TINY, *source, *steps, *unchanged, "export.enabled=false", "run.name=tuned")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -88,7 +88,7 @@ def test_a_killed_evaluation_leaves_no_process_and_continues(launch: Launch, sta
 
 
 def test_checkpoints_are_answered_while_the_run_goes_on(launch: Launch, start: Callable, run: Path, module_runs: Path) -> None:
-    """Beside training, which is held meanwhile; then the run is cancelled in the middle, and resumed."""
+    """Checkpoints are evaluated during training; then the run is cancelled in the middle of an evaluation and resumed."""
     going = module_runs / "going"
     source = ("model.init=pretrained", "model.config=null", "model.tokenizer=null", "model.path=run:base")
     every = ("checkpoint.save_every=20", "checkpoint.keep_last=1000", "eval.answers_every=20", "eval.at_start=false")
@@ -101,7 +101,7 @@ def test_checkpoints_are_answered_while_the_run_goes_on(launch: Launch, start: C
         return [line["text"] for line in json_lines(going / "events.jsonl") if line["kind"] == kind]
 
     with start(*settings, "train.max_steps=100000") as process:
-        # A rank that is stopped writes no shard.
+        # Wait for the checkpoint first: a suspended rank writes no shard.
         wait_for("the checkpoint", (going / "checkpoints/step-00000020/manifest.json").is_file, DEADLINE_S)
         with held(going, 20):
             wait_for("the answers of step 20", lambda: said(), DEADLINE_S)
@@ -125,7 +125,7 @@ def test_checkpoints_are_answered_while_the_run_goes_on(launch: Launch, start: C
     assert not [text for text in said("alert") if "answers" in text]
     assert not processes_of(going)
     for step in steps[1:]:
-        # The base model has been asked once: its answers were there before the questions were handed out.
+        # The base model answers only once: its answers were in place before the questions were handed out.
         for side in ("base-0-shot", "base-8-shot"):
             record = folder(step) / f"held_out/{side}.json"
             assert record.stat().st_mtime_ns < (folder(step) / "task.json").stat().st_mtime_ns
@@ -181,7 +181,7 @@ def test_a_run_without_checkpoint_and_export_is_refused(launch_here: Launch, run
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
-    """A folder of tasks: one with choices, one whose answers are generated, and one whose data is on the Hub."""
+    """A folder of tasks: one multiple-choice, one with generated answers, and one with its data on the Hub."""
     rows = [{"question": f"What follows {number}?", "choices": ["a", "b c"], "answer": number % 2} for number in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     local = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\ntest_split: test\n"
@@ -231,7 +231,7 @@ def test_tasks_of_the_harness_compare_both_models(launch: Launch, run: Path, tas
 
 
 def choice_texts(shown: str, rows: list[dict], examples: list[dict], index: int, tokenizer: Any) -> tuple[str, str]:
-    """A prompt as the page describes it, and what stands between it and a choice."""
+    """The prompt in the documented format, and the separator between a prompt and a choice."""
     form, count = shown.partition(", ")[0], int(shown.split(", ")[1].split()[0]) if "examples" in shown else 0
     asked = [*((one["question"], one["choices"][one["answer"]]) for one in examples[:count]), (rows[index]["question"], "")]
     if form == "plain text":
@@ -251,7 +251,7 @@ def test_choices_are_scored_as_plain_transformers_scores_them(launch: Launch, ru
         for n in range(20)
     ]
     plan = LaunchPlan.load(run / "plan.json")
-    # Prompts that the run was trained on, most of them.
+    # Most of these prompts were in the training data.
     documents = [one for one, _ in islice(read_documents(plan.config.data.sources[0]), 4)]
     prompts = [one.messages[0].content for one in documents if isinstance(one, Chat) and len(one.messages) == 2]
     assert len(prompts) == 4
@@ -304,7 +304,7 @@ def test_choices_are_scored_as_plain_transformers_scores_them(launch: Launch, ru
 
 
 def largest_prompt_loss(run: Path, rows: list[dict]) -> float:
-    """The mean loss of what users wrote, in the prompt for which it is largest, by plain transformers."""
+    """The highest mean loss over the user's tokens of any prompt, computed with plain transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""What a finished run leaves: checkpoints, metrics, an export that is the trained model, W&B's files, and no secret anywhere."""
+"""A finished run leaves checkpoints, metrics, an export of the trained model and W&B's files, and no secret in any of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.rest
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 STEPS = 12
 CANARY = "canary-7f3a9c51d2"
-# What the design promises of a run without GPUs; tests/train/monitoring/test_gpu_metrics.py has the rest.
+# The metrics that a run without GPUs must log; tests/train/monitoring/test_gpu_metrics.py checks the others.
 METRICS = {
     *(f"trainer/{name}" for name in ("step", "epoch", "tokens", "samples", "progress", "eta_s")),
     *(f"train/{name}" for name in ("loss", "grad_norm", "lr", "skipped_steps")),
@@ -103,7 +103,7 @@ def test_its_settings_are_printed_as_a_file_that_plans_the_same(
     finished: tuple[Path, str], launch_here: Launch, tmp_path: Path
 ) -> None:
     run, _ = finished
-    # The files that the settings name, which the run itself needs no more.
+    # The files that the settings name; the run itself no longer needs them.
     (run.parent / "chat.jinja").write_text(TEMPLATE)
     (run.parent / "sums.jsonl").write_text(SUMS)
     printed = launch_here("config", str(run), cwd=tmp_path)
@@ -217,7 +217,7 @@ def test_a_failed_push_keeps_the_folder_and_names_the_command_that_repeats_it(
     launch: Launch, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     run, _ = finished
-    # A process of its own: the Hub's library reads these variables when it is imported.
+    # Use a separate process: the Hub's library reads these variables on import.
     nowhere = {"HF_TOKEN": CANARY, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     failed = launch("export", str(run), "--push", "owner/name", "--out", str(tmp_path / "out"), **nowhere)
     assert failed.returncode == 1

@@ -1,4 +1,4 @@
-"""The main road on Ray: `+cluster=ray`, a Ray of the run's own on this machine, compared with the same run on `cluster=local`."""
+"""A run with `+cluster=ray`, on its own Ray on this machine, has the losses of the same run with `cluster=local`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
-    """A folder for runs, none of whose processes is left."""
+    """A folder for runs; their processes are killed at the end."""
     folder = tmp_path / "runs"
     yield folder
     kill_all(folder)
@@ -39,7 +39,7 @@ def test_a_run_on_ray_has_the_losses_of_a_local_run(
     temporary: Path,
     working_dir: Path,
 ) -> None:
-    """The command imports nothing from its working directory, and neither do Ray's workers, to which Ray passes its path."""
+    """The command and Ray's workers, which get the command's path, import nothing from the working directory."""
     env = {"TMPDIR": str(temporary), "PYTHONSAFEPATH": "1"}
     own = ("+cluster=ray", "cluster.workers=2", "checkpoint.save_every=6", "export.enabled=false")
     done = launch(*FIRST_RUN, *own, f"run.root={root}", "run.name=alone", cwd=working_dir, timeout=DEADLINE_S, **env)
@@ -47,12 +47,12 @@ def test_a_run_on_ray_has_the_losses_of_a_local_run(
     run = root / "alone"
     assert status(run)["state"] == "completed"
     assert sorted(losses(run)) == list(range(1, FIRST_STEPS + 1))
-    # Only now: another process may be making it while this run goes on.
+    # Request the fixture only here: another test process can make the run while this test's run trains.
     local = request.getfixturevalue("first_run")
     assert losses(run) == losses(local), "the same rows and bitwise the same losses"
     assert causes(run) == ["completed"]
     assert [modes_of(one) for one in (local, run)] == [(0o700, 0o600)] * 2
-    # Ray knows of each checkpoint, by a pointer alone.
+    # Ray knows each checkpoint only as a pointer to its path.
     known = {path.parent.name: json.loads(path.read_text()) for path in (run / "ray").glob("*/*/checkpoint.json")}
     assert known == {f"step-{step:08d}": {"step": step, "path": str(run / f"checkpoints/step-{step:08d}")} for step in (6, 12)}
     assert not list((run / "ray").rglob("*.safetensors"))

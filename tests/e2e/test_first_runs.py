@@ -1,6 +1,6 @@
-"""A run on this machine, from the command to the exported folder; and one that is stopped and resumed, as if it had not been.
+"""A local run from the command to the exported model, and a run that is stopped and resumed without changing its losses.
 
-`make test` shows these two; tests/e2e/test_finish.py and tests/e2e/test_resume_exact.py look closer.
+`make test` runs these two tests; tests/e2e/test_finish.py and tests/e2e/test_resume_exact.py check more details.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def test_a_stopped_and_resumed_run_has_the_same_losses(launch: Launch, start: Ca
     assert status(run)["state"] == "cancelled"
     assert last_step(run) == stopped_at < FIRST_STEPS
     assert (run / f"checkpoints/step-{stopped_at:08d}/manifest.json").is_file()
-    # Ranks that are forked and ranks that are new processes compute the same.
+    # Forked ranks and ranks started as new processes must compute the same.
     done = launch("resume", str(run), "cluster.fork_ranks=false")
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(run) == losses(first_run)

@@ -1,4 +1,4 @@
-"""The first run on Slurm: submitted on two nodes, followed, finished."""
+"""A first run on Slurm is submitted on two nodes, followed, and finishes."""
 
 from __future__ import annotations
 
@@ -39,5 +39,5 @@ def test_submitting_prints_the_job_and_following_it_ends_with_its_result(launch_
     assert sorted(by_step) == list(range(1, STEPS + 1))
     first, last = (sum(by_step[step] for step in steps) / 5 for steps in (range(1, 6), range(STEPS - 4, STEPS + 1)))
     assert last < first
-    # Slurm's own record of the job ends a little after the run's.
+    # Slurm ends the job a little after the run has ended.
     wait_for("an empty queue", lambda: not slurm.output("squeue", "-h", "--format=%j").strip())

@@ -1,4 +1,4 @@
-"""The comparison with an undisturbed run sees every difference."""
+"""The comparison with an undisturbed run reports every difference."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def test_different_and_missing_rows_are_detected(tmp_path: Path) -> None:
 def test_a_run_has_enough_steps_for_its_kills(seed: int) -> None:
     kills = draw_kills(seed, 50, num_ranks=2, save_every=4)
     assert kills == draw_kills(seed, 50, num_ranks=2, save_every=4)
-    # What is saved is at most all that was trained until the kill.
+    # No checkpoint is newer than the last step trained before the kill.
     assert steps_for(kills, 4) <= sum(kill.steps + 6 for kill in kills if kill.steps) + 8
     assert steps_for(kills, 4) > max(kill.steps for kill in kills)

@@ -1,7 +1,7 @@
-"""What ends a run on this machine: two Ctrl-C, a loss that is not finite, a killed agent, a second attempt, an unforeseen error.
+"""A local run ends on two Ctrl-C, a non-finite loss, a killed agent, a second attempt, or an unexpected error.
 
-tests/e2e/test_resume_exact.py stops and kills ranks and compares what was trained; tests/e2e/test_finish.py has a run that ends
-well.
+tests/e2e/test_resume_exact.py stops and kills ranks and compares what was trained; tests/e2e/test_finish.py has a run that
+completes.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ SETTINGS = (*TINY, "eval.at_start=false", "export.enabled=false", "train.max_ste
 def test_two_interrupts_a_non_finite_loss_and_a_killed_agent_end_a_run(
     launch: Launch, launch_here: Launch, start: Callable, runs: Path
 ) -> None:
-    """Three attempts of one run, each of which ends in another way."""
+    """Three attempts of one run, each of which ends in a different way."""
     run = runs / "disturbed"
     with start(
         *SETTINGS, "checkpoint.save_every=1", "checkpoint.keep_last=3", f"run.root={runs}", "run.name=disturbed"
     ) as process:
         wait_for("three checkpoints", lambda: last_step(run) >= 4)
-        # A stopped rank can never reach the end of its step, so only the kill ends this run.
+        # A suspended rank never completes its step, so only the kill can end this run.
         ranks_of(run)[1].send_signal(signal.SIGSTOP)
         process.send_signal(signal.SIGINT)
         wait_for("the first signal to arrive", lambda: "saving" in (process.stdout.readline() if process.stdout else ""))
@@ -81,7 +81,7 @@ def test_a_superseded_attempt_ends_and_is_not_restarted(start: Callable, runs: P
         output, _ = process.communicate(timeout=90)
     assert process.returncode == 1, output
     assert "attempt 1 is superseded: attempt 2 has taken over" in output
-    # Rank 0 notices it; rank 1 may have been ended before it could leave a record of its own.
+    # Rank 0 notices the new attempt; rank 1 may be killed before it can write its own record.
     starts = {path.name.partition("-rank-")[0] for path in (run / "attempts/001/elastic").glob("node-*/start-*")}
     assert starts == {"start-001"}, "started once"
     assert not processes_of(run)

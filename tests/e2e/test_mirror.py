@@ -1,4 +1,4 @@
-"""A run whose machine is lost with its disk goes on elsewhere from its mirror, as if nothing had happened."""
+"""A run whose machine and disk are lost continues from its mirror on another machine, with the same losses."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def mirrored(run: Path, attempt: int = 1) -> dict:
 
 @pytest.fixture(scope="module")
 def alone(start: Callable, module_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose mirror is lost before its first step: nothing else disturbs it."""
+    """A run that loses its mirror before the first step and is otherwise undisturbed."""
     folder = tmp_path_factory.mktemp("mirror")
     mirror, run = folder / "mirror", module_runs / "alone"
     with start(*SETTINGS, f"checkpoint.mirror=file://{mirror}", f"run.root={module_runs}", "run.name=alone") as process:
@@ -49,7 +49,7 @@ def alone(start: Callable, module_runs: Path, tmp_path_factory: pytest.TempPathF
         mirror.rename(folder / "gone")
         mirror.write_text("in the way")
         wait_for("a step", lambda: last_step(run) > 0)
-        # The mirror's process is no rank.
+        # The mirror's process is not counted as a rank.
         assert len(ranks_of(run)) == 2
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
@@ -63,7 +63,7 @@ def test_a_run_resumes_from_the_mirror_after_its_disk_is_lost(
     with start(*SETTINGS, mirror, f"run.root={runs}", "run.name=lost", **s3.environment) as process:
         saved = run / "checkpoints/step-00000008/manifest.json"
         wait_for("step 9 after a save", lambda: last_step(run) >= 9 and saved.is_file())
-        # A rank that is stopped holds the run, so that it does not end before it is lost.
+        # A suspended rank keeps the run from ending before its agent is killed.
         ranks_of(run)[1].send_signal(signal.SIGSTOP)
         wait_for("step 8 in the mirror", lambda: 8 in mirrored(run)["steps"])
         agent_of(run).kill()
@@ -76,7 +76,7 @@ def test_a_run_resumes_from_the_mirror_after_its_disk_is_lost(
     reached = losses(run)
     shutil.rmtree(run)
 
-    # Another machine: other folders, no data cache. It has the tokenizer, whose conversion takes long.
+    # Another machine has other folders and no data cache. It shares only the tokenizer, which takes long to convert.
     elsewhere, address = tmp_path / "elsewhere", f"s3://{s3.bucket}/runs/lost"
     other = {**s3.environment, "LAUNCHER_CACHE": str(tmp_path / "cache")}
     (tmp_path / "cache").mkdir()

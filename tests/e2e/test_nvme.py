@@ -1,4 +1,4 @@
-"""A run whose states lie on a disk, from its start to its export, and resumed."""
+"""A run whose optimizer states are offloaded to disk trains, exports and resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs on a Ray of their own on this machine: faults, kills, cancels; compared with the same run on `cluster=local`."""
+"""Runs on their own Ray on this machine survive faults, kills and cancels with the losses of the same run on `cluster=local`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SAVE_EVERY = 4
 SETTINGS = (
     *TINY,
     "train.max_steps=100000",
-    # The rate of a step depends on no number of steps, so that a shorter run has the same losses.
+    # A constant learning rate does not depend on max_steps, so a shorter run has the same losses.
     "optim.schedule=constant",
     f"checkpoint.save_every={SAVE_EVERY}",
     "checkpoint.keep_last=3",
@@ -47,14 +47,14 @@ SETTINGS = (
     "export.enabled=false",
 )
 RAY = (*SETTINGS, "+cluster=ray")
-# Of the order of the faults and of the steps at which they come.
+# Seed for the order of the faults and the steps at which they occur.
 SEED = 1
 
 pytestmark = [pytest.mark.ray, pytest.mark.rest, pytest.mark.timeout(3600)]
 
 
 def assert_losses_of_a_local_run(launch: Launch, run: Path, *settings: str) -> None:
-    """A run on cluster=local that is left alone has the same losses, to the last bit."""
+    """Check that an undisturbed run on cluster=local has bitwise the same losses."""
     alone = run.with_name("alone")
     steps = (f"train.max_steps={last_step(run)}", "checkpoint.save_every=0")
     done = launch(*SETTINGS, *steps, *settings, f"run.root={alone.parent}", f"run.name={alone.name}", timeout=DEADLINE_S)
@@ -72,7 +72,7 @@ def temporary() -> Iterator[Path]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
-    """A folder for runs on Ray, none of whose processes is left."""
+    """A folder for runs on Ray; their processes are killed at the end."""
     folder = tmp_path / "runs"
     yield folder
     kill_all(folder)
@@ -81,7 +81,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
 def test_a_run_survives_every_fault_of_its_processes_and_has_the_same_losses(
     launch: Launch, launch_here: Launch, start: Callable, root: Path, temporary: Path, tmp_path: Path
 ) -> None:
-    """Kills, hangs and a controller of Ray's that gives up, one after the other, each in an attempt that has saved; a cancel."""
+    """Each fault (kills, hangs, a Ray controller that gives up) hits an attempt that has saved; then the run is cancelled."""
     run, storage, chance = root / "faulty", tmp_path / "storage", random.Random(SEED)
     faults = [kill_worker, kill_rank, kill_coordinator, end_controller, hang_rank, hang_worker]
     chance.shuffle(faults)
@@ -97,7 +97,7 @@ def test_a_run_survives_every_fault_of_its_processes_and_has_the_same_losses(
             before, at = ranks_of(run), time.time()
             expected_alert = fault(run, before)
             if fault is hang_rank:
-                # In the time that this takes.
+                # Check these while the launcher detects the hang.
                 assert re.search(r"^faulty +running ", launch_here("ls", "--root", str(root)).stdout, re.MULTILINE)
                 require_closed(run, temporary)
             following = run / f"attempts/{attempt + 1:03d}"
@@ -113,7 +113,7 @@ def test_a_run_survives_every_fault_of_its_processes_and_has_the_same_losses(
                 assert_attempt_named_first(launch_here, run, attempt, NAMED[fault])
             if fault is kill_worker:
                 firsts = {line["attempt"]: line["time"] for line in reversed(metrics(run)) if "train/loss" in line}
-                # Meant are 30 s, of a machine that does nothing else.
+                # The target is 30 s on an idle machine.
                 assert firsts[attempt + 1] - at < max(60, firsts[1] - began)
         assert launch_here("cancel", str(run)).returncode == 0
         output, _ = process.communicate(timeout=DEADLINE_S)
@@ -129,7 +129,7 @@ def test_a_run_survives_every_fault_of_its_processes_and_has_the_same_losses(
 
 
 def assert_saved(run: Path) -> None:
-    """There is a checkpoint of the last step."""
+    """Check that the last step was saved."""
     step = status(run)["step"]
     assert step == last_step(run)
     assert (run / f"checkpoints/step-{step:08d}/manifest.json").is_file()
@@ -151,7 +151,7 @@ def kill_rank(run: Path, ranks: Ranks) -> str:
 
 
 def kill_coordinator(run: Path, ranks: Ranks) -> str:
-    """As where memory runs short on the driver's machine."""
+    """Kill the run's coordinator, as the kernel may do when the driver's machine runs out of memory."""
     raylet = ranks[0].parent().parent()
     (coordinator,) = [child for child in raylet.children() if "ray::Coordinator" in command_line(child)]
     coordinator.kill()
@@ -159,7 +159,7 @@ def kill_coordinator(run: Path, ranks: Ranks) -> str:
 
 
 def end_controller(run: Path, ranks: Ranks) -> str:
-    """Ray Train ends itself where it cannot write its own state, which says nothing of the run."""
+    """Ray Train's controller exits if it cannot write its own state, although nothing is wrong with the run."""
     storage, log = Path(json.loads((run / "plan.json").read_text())["config"]["cluster"]["storage_path"]), agent_log(run)
     num_before = log.read_text().count("Traceback")
     away = storage.with_name("away")
@@ -177,13 +177,13 @@ def hang_rank(run: Path, ranks: Ranks) -> str:
 
 
 def hang_worker(run: Path, ranks: Ranks) -> str:
-    """As when its machine hangs: nobody says anything of the rank any more."""
+    """Suspend a rank and its worker, as if their machine hung: nothing reports about the rank any more."""
     ranks[1].parent().suspend()
     ranks[1].suspend()
     return r"the other ranks wait for the worker of rank 1 on \S+: the attempt ends"
 
 
-# The faults of the table in causes.py.
+# The faults whose message causes.py checks.
 NAMED: dict[Callable[[Path, Ranks], str], str] = {kill_rank: "ray_rank", kill_coordinator: "ray_coordinator"}
 
 
@@ -192,7 +192,7 @@ def agent_log(run: Path) -> Path:
 
 
 def await_progress(run: Path, attempt: int, num_steps: int) -> None:
-    """Until an attempt has saved and has gone on from there."""
+    """Wait until an attempt has saved and has then trained more steps."""
 
     def is_there() -> bool:
         saved = newest_saved(run, attempt)
@@ -204,9 +204,9 @@ def await_progress(run: Path, attempt: int, num_steps: int) -> None:
 def test_a_run_resumes_after_its_driver_was_ended_or_its_driver_or_raylet_was_killed(
     launch: Launch, launch_here: Launch, start: Callable, root: Path, temporary: Path
 ) -> None:
-    """One worker, since it is about the driver and Ray; the other test here has two."""
+    """One worker is enough to test the driver and Ray; the other test has two."""
     run, env = root / "stopped", {"TMPDIR": str(temporary), **slow_steps(0.2)}
-    # As many threads as the run on cluster=local has.
+    # Use as many threads as the run on cluster=local does.
     one = ("cluster.workers=1", "cluster.env={OMP_NUM_THREADS: '1'}")
     done = launch(*RAY, *one, f"run.root={root}", "run.name=stopped", "--detach", **env)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -215,11 +215,11 @@ def test_a_run_resumes_after_its_driver_was_ended_or_its_driver_or_raylet_was_ki
     wait_for("step 7", lambda: last_step(run) >= 7)
 
     def go_on(**variables: str) -> None:
-        """Go on for some steps, of which the terminal sees no more than the first."""
-        # The status may show an older one where the driver or Ray was killed.
+        """Resume, and train some steps, most of them after the terminal has closed."""
+        # The status may show an older step if the driver or Ray was killed.
         first_step = last_step(run)
         with ExitStack() as stack:
-            # Who runs the tests may ignore it, as nohup does, and processes inherit that.
+            # The tests may run with SIGHUP ignored (as under nohup), and child processes inherit that.
             before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
             try:
                 terminal = stack.enter_context(start("resume", str(run), **env, **variables))
@@ -235,7 +235,7 @@ def test_a_run_resumes_after_its_driver_was_ended_or_its_driver_or_raylet_was_ki
     def driver() -> int:
         return int(status(run)["job"]["pid"])
 
-    # As when a pod or a machine is shut down.
+    # As when a pod or a machine shuts down.
     os.kill(driver(), signal.SIGTERM)
     wait_for("its end", lambda: status(run)["state"] == "cancelled")
     assert json.loads(launch_here("status", str(run), "--json").stdout)["state"] == "cancelled"
@@ -249,7 +249,7 @@ def test_a_run_resumes_after_its_driver_was_ended_or_its_driver_or_raylet_was_ki
     assert seen["state"] == "failed"
     assert f"python -m launcher resume {run}" in seen["message"]
 
-    # Ray takes 15 s to notice the loss, by which time this run would have ended.
+    # By default Ray needs 15 s to notice the loss; this run would end before.
     go_on(RAY_health_check_period_ms="500", RAY_health_check_failure_threshold="8")
     (raylet,) = [process for process in started_by(run) if process.name() == "raylet"]
     raylet.kill()
@@ -269,14 +269,14 @@ def test_a_run_resumes_after_its_driver_was_ended_or_its_driver_or_raylet_was_ki
 
 
 def require_closed(run: Path, folder: Path) -> None:
-    """Its own Ray answers nobody without the run's token; this one and its dashboard nobody from elsewhere."""
+    """Check that the run's own Ray requires its token, and that Ray and its dashboard listen only on loopback."""
     (raylet,) = [process for process in started_by(run) if process.name() == "raylet"]
     (address,) = set(re.findall(r"--gcs[-_]address=([\d.]+:\d+)", " ".join(raylet.cmdline())))
     (folder / "wrong").write_text("0" * 64)
 
     def answers(**variables: str) -> bool:
         env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        # As in the driver: without it Ray replaces loopback by the address of a network, where nobody answers.
+        # The driver sets this too: otherwise Ray replaces loopback with a network address, where nothing listens.
         env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         command = [*RAY_COMMAND, "status", f"--address={address}"]
         return not subprocess.run(command, env={**env, **variables}, capture_output=True, timeout=60).returncode
@@ -288,7 +288,7 @@ def require_closed(run: Path, folder: Path) -> None:
     for process in started_by(run):
         with suppress(psutil.NoSuchProcess):
             title = " ".join([process.name(), *process.cmdline()])
-            # torch's store of rank 0 listens for the ranks of other nodes.
+            # The TCPStore of rank 0 must accept connections from other nodes.
             if "launcher rank " in title:
                 continue
             listening[title] = {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}

@@ -1,4 +1,4 @@
-"""Runs on a Ray of several nodes, which are lost, taken away, unfit or not to be had."""
+"""Runs on a multi-node Ray survive lost, preempted, unfit and unavailable nodes."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ from launcher.plan.run_dir import RunDir
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
-# Of the undisturbed run at first.
+# Steps that the undisturbed run trains at first.
 STEPS = 40
 SETTINGS = (
     *TINY,
     "train.global_batch_size=8",
     "train.max_steps=100000",
-    # The rate of a step depends on no number of steps, so that runs of other lengths have the same losses.
+    # A constant learning rate does not depend on max_steps, so runs of other lengths have the same losses.
     "optim.schedule=constant",
     "checkpoint.save_every=5",
     "eval.at_start=false",
     "export.enabled=false",
 )
 PASS_PACE = "cluster.pass_env=[SECONDS_PER_STEP]"
-# Of the same global batch on other numbers of ranks, sums are made in another order.
+# Tolerance for the same global batch on another number of ranks, which sums in a different order.
 CLOSE = 2e-3
 
 pytestmark = [pytest.mark.ray, pytest.mark.rest, pytest.mark.timeout(3600)]
@@ -58,7 +58,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.rest, pytest.mark.timeout(3600)]
 
 @pytest.fixture(scope="module")
 def undisturbed(launch: Launch, module_runs: Path) -> Callable[[int], Path]:
-    """`undisturbed(N)`: a run on cluster=local of at least N steps, continued where needed; its rows are in `rows` beside it."""
+    """`undisturbed(N)`: a run on cluster=local with at least N steps, resumed if needed; its rows are in `rows` beside it."""
     run, rows = module_runs / "undisturbed", rows_environment(module_runs / "rows")
 
     def at_least(num_steps: int) -> Path:
@@ -73,13 +73,13 @@ def undisturbed(launch: Launch, module_runs: Path) -> Callable[[int], Path]:
 
 @pytest.fixture(scope="module")
 def unseen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the cluster's head does not see."""
+    """A folder that the cluster's head node cannot see."""
     return tmp_path_factory.mktemp("unseen")
 
 
 @pytest.fixture(scope="module")
 def cluster(unseen: Path) -> Iterator[RayCluster]:
-    """A Ray cluster, of which the head has one CPU; each test says with `have_only` which nodes it needs beside that."""
+    """A Ray cluster whose head has one CPU; each test calls `have_only` for the other nodes that it needs."""
     ray_cluster = RayCluster()
     try:
         ray_cluster.start("n1", prefix=hiding(unseen))
@@ -102,7 +102,7 @@ def ray(cluster: RayCluster, root: Path, name: str, *more: str) -> list[str]:
 
 
 def by_job(cluster: RayCluster) -> tuple[str, str]:
-    """Settings that hand a run to the cluster's Jobs API."""
+    """Settings that submit a run through the cluster's Jobs API."""
     return f"cluster.address={cluster.http}", f"cluster.python={sys.executable}"
 
 
@@ -190,7 +190,7 @@ def test_a_head_that_does_not_see_the_run_directory_is_refused_on_submission(
 def test_an_unfit_node_is_named_and_an_elastic_run_excludes_it(
     launch: Launch, cluster: RayCluster, root: Path, tmp_path: Path
 ) -> None:
-    """The node sees another folder for runs than the head, or another one for Ray Train's own state, or has other packages."""
+    """The node differs from the head in its runs folder, in its folder for Ray Train's state, or in its package versions."""
     hidden, state, other = tmp_path / "hidden", tmp_path / "state", tmp_path / "METADATA"
     hidden.mkdir()
     state.mkdir()
@@ -205,7 +205,7 @@ def test_an_unfit_node_is_named_and_an_elastic_run_excludes_it(
         assert done.returncode == 1, done.stdout + done.stderr
         return str(status(folder / name)["message"])
 
-    # No rank is started, so that nothing is imported for any.
+    # These runs start no rank, so a fork server that preloads modules would be wasted.
     unforked = "cluster.fork_ranks=false"
     message = refusal(root, "state", f"cluster.storage_path={state}", unforked)
     assert "apart: Ray Train's storage differs from the head node's" in message
@@ -219,7 +219,7 @@ def test_an_unfit_node_is_named_and_an_elastic_run_excludes_it(
     done = launch(*ray(cluster, hidden, "without", *elastic), **cluster.env)
     assert done.returncode == 0, done.stdout + done.stderr
     run = RunDir(hidden / "without")
-    # Ray may have begun with the one worker that was there first.
+    # An earlier attempt may have started with the one worker that joined first.
     assert causes(run.root)[-2:] == ["bad_node", "completed"]
     newest = run_store.newest_attempt(run)
     message = json.loads((run.attempt(newest - 1) / "exit.json").read_text())["message"]
@@ -303,7 +303,7 @@ def test_doctor_checks_every_node(launch: Launch, cluster: RayCluster, root: Pat
 def test_prompts_are_answered_on_every_node(
     launch: Launch, cluster: RayCluster, undisturbed: Callable[[int], Path], working_dir: Path
 ) -> None:
-    """By the tasks of a driver, and again through the Jobs API, which finds all answers there."""
+    """Evaluate from a driver, then again through the Jobs API, which finds all answers already there."""
     cluster.have_only(n2=1)
     run = undisturbed(1)
     settings = ("evaluate.max_prompts=4", "evaluate.max_new_tokens=4", "evaluate.prompts_per_batch=2", "--json", "+cluster=ray")
@@ -321,11 +321,11 @@ def test_prompts_are_answered_on_every_node(
 def test_a_run_of_fixed_size_survives_a_raylet_and_a_node_and_has_the_same_losses(
     launch_here: Launch, start: Callable, cluster: RayCluster, root: Path, undisturbed: Callable[[int], Path]
 ) -> None:
-    """A raylet is killed, a node is about to be taken away: each time another attempt goes on; a cancel."""
+    """A raylet is killed, then a node is about to be preempted: each time a new attempt continues; then the run is cancelled."""
     cluster.have_only(n2=1)
     run = root / "killed"
     settings = ("cluster.address=auto", "cluster.workers=2", PASS_PACE, "--follow")
-    # Ray leaves the address of the newest cluster there, of which this machine may have several.
+    # With address=auto, Ray uses the newest cluster recorded in this folder; this machine may run several clusters.
     env = {**cluster.env, **slow_steps(), "RAY_TMPDIR": str(cluster.folder)}
     with start(*ray(cluster, root, "killed", *settings), **env) as process:
         await_training(run, num_ranks=2)
@@ -339,7 +339,7 @@ def test_a_run_of_fixed_size_survives_a_raylet_and_a_node_and_has_the_same_losse
         cluster.drain(n3, seconds=120)
         wait_for("it waits for workers", lambda: status(run)["state"] == "pending")
         assert "runs again" in status(run)["message"]
-        # In its place.
+        # A replacement for n3.
         cluster.start("n4")
         wait_for("a step of the third attempt", lambda: trained(run, 3))
         assert launch_here("cancel", str(run), **cluster.env).returncode == 0
@@ -360,9 +360,9 @@ def test_a_run_of_fixed_size_survives_a_raylet_and_a_node_and_has_the_same_losse
 def test_an_elastic_run_shrinks_and_grows_and_only_its_ranks_get_its_keys(
     launch_here: Launch, start: Callable, cluster: RayCluster, root: Path, tmp_path: Path, undisturbed: Callable[[int], Path]
 ) -> None:
-    """Four ranks on two nodes, three of them on one, then one rank, then four again; the rows of each step are the same.
+    """Train four ranks on two nodes (three ranks on one of them), then one rank, then four again, with the same rows per step.
 
-    The keys are in no file, no log of Ray's and no command line.
+    No file, Ray log or command line contains the keys.
     """
     cluster.have_only(n5=3)
     run, rows = root / "elastic", tmp_path / "rows"
@@ -402,7 +402,7 @@ def test_an_elastic_run_shrinks_and_grows_and_only_its_ranks_get_its_keys(
     assert {step: {tuple(batch) for _, batch in times} for step, times in seen.items()} == expected
     assert {num_ranks for times in seen.values() for num_ranks, _ in times} == {1, 4}
     assert run_store.load_plan(RunDir(run)).topology.world_size == 4, "the plan is that of the newest attempt"
-    # Ray begins with as few as are there at that moment, so that there may have been one more at the start.
+    # An earlier attempt may have started with fewer workers, because Ray starts with those that have joined.
     assert causes(run)[-3:] == ["infrastructure", "resized", "cancelled"]
     last = run_store.newest_attempt(RunDir(run))
     before = [line["trainer/step"] for line in metrics(run) if "train/loss" in line and line["attempt"] < last]
@@ -414,7 +414,7 @@ def test_an_elastic_run_shrinks_and_grows_and_only_its_ranks_get_its_keys(
 
 
 def test_a_lost_head_is_reported_with_the_command_that_resumes(launch: Launch, cluster: RayCluster, root: Path) -> None:
-    """To a run whose driver is here and to one whose driver is a job; nothing comes after this on the cluster."""
+    """Checks a driver on this machine and one that runs as a job. This test must be the last: it kills the cluster's head."""
     cluster.have_only()
     half = ("cluster.workers=1", "cluster.resources_per_worker={CPU: 0.5}", "train.max_steps=100000")
     runs = {root / "driver": half, root / "job": (*half, *by_job(cluster))}
@@ -431,7 +431,7 @@ def test_a_lost_head_is_reported_with_the_command_that_resumes(launch: Launch, c
         answer: dict[str, str] = json.loads(launch("status", str(run), "--json", **cluster.env).stdout)
         return answer
 
-    # The network between here and the cluster may be away for a moment.
+    # The launcher must allow for a brief network outage between this machine and the cluster.
     assert seen(root / "job")["state"] == "running"
     assert "Ray does not answer" in seen(root / "job")["message"]
     minutes_pass(RunDir(root / "job"))

@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or damaged, at any place and for any number of ranks, goes on as if it had been left alone."""
+"""A stopped, killed or damaged run resumes as if undisturbed, at any step and on any number of ranks."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from launcher.run_records import RUNNING_STATES
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 STEPS = 64
 SAVE_EVERY = 4
-# The run that is interrupted is asked for so many steps at first, and for STEPS when it is resumed.
+# max_steps of the interrupted run at first; the resume raises it to STEPS.
 ASKED_AT_FIRST = 60
-# Where the run on other numbers of ranks is continued, and on how many.
+# (max_steps, number of ranks) for each part of the run that changes its number of ranks.
 PARTS = [(SAVE_EVERY, 4), (6, 1), (9, 2)]
 NUM_KILLS = 7
-# Which of the kills is a segmentation fault.
+# The index of the kill that is a segmentation fault.
 SEGFAULT = 2
 
 pytestmark = [pytest.mark.rest, pytest.mark.timeout(600)]
@@ -48,9 +48,10 @@ pytestmark = [pytest.mark.rest, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """20 rows in batches of 4: an epoch ends after every fifth step. In fp32 the order of sums costs next to nothing.
+    """20 rows in batches of 4: an epoch ends after every fifth step. In fp32 the order of sums changes results very little.
 
-    With so large an eps a step is in proportion to the gradient where that is small: rounding stays small in the weights too.
+    With so large an eps, an update is proportional to the gradient where that is small, so rounding stays small in the weights
+    too.
     """
     data = tmp_path_factory.mktemp("data") / "rows.jsonl"
     words = ["north", "south", "east", "west", "spring", "summer", "autumn", "winter"]
@@ -91,9 +92,9 @@ def undisturbed(launch: Launch, settings: tuple[str, ...], module_runs: Path) ->
 
 @pytest.fixture(scope="module")
 def parts(launch: Launch, settings: tuple[str, ...], module_runs: Path) -> Path:
-    """A run that is continued to each step in turn, on as many ranks as stand beside it; all checkpoints are kept.
+    """A run that is resumed up to each step of PARTS, on the number of ranks given there; all checkpoints are kept.
 
-    Each part begins with the batch that needs the most memory, which leaves no trace.
+    Each part starts with a trial of the batch that needs the most memory, which must not change the results.
     """
     (first, ranks), *others = PARTS
     overrides = (f"run.root={module_runs}", "run.name=parts", f"train.max_steps={first}", f"cluster.ranks_per_node={ranks}")
@@ -109,7 +110,7 @@ def parts(launch: Launch, settings: tuple[str, ...], module_runs: Path) -> Path:
 
 
 def rows_of(runs: Path) -> Path:
-    """The folder for the rows that the ranks of a run below `runs` are given."""
+    """The folder for the rows that the ranks of a run in `runs` receive."""
     return runs.parent / f"{runs.name}-rows"
 
 
@@ -118,7 +119,7 @@ def newest(run: Path) -> Path:
 
 
 def assert_stopped(run: Path) -> int:
-    """The step that the run was stopped and saved at."""
+    """Check that the run was stopped and saved; returns the step."""
     step = status(run)["step"]
     assert status(run)["state"] == "cancelled"
     assert step == last_step(run) < STEPS
@@ -128,7 +129,7 @@ def assert_stopped(run: Path) -> int:
 
 
 def assert_passed_over(run: Path, damaged: Path, problem: str, output: str, shown: str) -> None:
-    """The newest attempt has told that a checkpoint is damaged, and has trained its steps again from the one before."""
+    """Check that the newest attempt reported a damaged checkpoint and trained again from the one before."""
     attempt, step = status(run)["attempt"], int(damaged.name.removeprefix("step-"))
     before = json.loads((run / f"attempts/{attempt:03d}/attempt.json").read_text())["resume_step"]
     (alert,) = [text for text in alerts(run) if text.startswith(f"the checkpoint of step {step} is damaged")]
@@ -146,16 +147,17 @@ def assert_passed_over(run: Path, damaged: Path, problem: str, output: str, show
 def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
     launch: Launch, launch_here: Launch, start: Callable, settings: tuple[str, ...], runs: Path, undisturbed: Path
 ) -> None:
-    """Five attempts, compared with the undisturbed run once, at the end."""
+    """Five attempts of one run; the comparison with the undisturbed run comes once, at the end."""
     run, rows = runs / "disturbed", rows_of(runs)
     env = rows_environment(rows)
     overrides = (*settings, f"run.root={runs}", "run.name=disturbed")
 
-    # 1. benchmarks/kills.py in small. The last kill finds no restart left: it ends the run, is named, and a resume goes on.
+    # 1. A small version of benchmarks/kills.py. No restart is left for the last kill: it ends and is named, and the run can be
+    # resumed.
     kills = draw_kills(seed=340, num_kills=NUM_KILLS, num_ranks=2, save_every=SAVE_EVERY)
     assert {kill.moment for kill in kills} == set(MOMENTS)
     kills[SEGFAULT] = replace(kills[SEGFAULT], signal=signal.SIGSEGV)
-    # What follows needs two checkpoints.
+    # The next part needs two checkpoints.
     kills[-1] = replace(kills[-1], moment="training", steps=2 * SAVE_EVERY + 2)
     assert steps_for(kills, SAVE_EVERY) <= 44
     with start(*overrides, f"train.max_steps={ASKED_AT_FIRST}", f"cluster.max_restarts={NUM_KILLS - 1}", **env) as process:
@@ -176,7 +178,7 @@ def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
     assert not processes_of(run)
     assert f"the attempt failed: rank {last}: killed by SIGKILL" in launch_here("status", str(run)).stdout
 
-    # 2. The newest checkpoint is damaged; one Ctrl-C.
+    # 2. The newest checkpoint is damaged; the run is stopped by one Ctrl-C.
     assert len([name for name in committed(run) if name.startswith("step-")]) >= 2
     damaged = newest(run)
     flip(damaged)
@@ -190,7 +192,7 @@ def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
     stopped_at = assert_stopped(run)
     assert_passed_over(run, damaged, "its digest differs", output, launch_here("status", str(run)).stdout)
 
-    # 3. So is the checkpoint that was saved by Ctrl-C; SIGTERM.
+    # 3. The checkpoint that Ctrl-C saved is damaged; the run is stopped by SIGTERM.
     damaged = newest(run)
     assert damaged.name == f"step-{stopped_at:08d}"
     truncate(damaged)
@@ -203,7 +205,7 @@ def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
     shown = launch_here("status", str(run)).stdout
     assert_passed_over(run, damaged, "has the wrong size (4,096 bytes", output, shown)
 
-    # 4. In the background; a second command is told what runs; `cancel`, which does not save here.
+    # 4. The run is detached; a second command is refused and names the running attempt; then `cancel --no-save`.
     done = launch("resume", str(run), "--detach", **env)
     assert done.returncode == 0, done.stderr
     with held(run, stopped_at + 2):
@@ -225,12 +227,12 @@ def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
     refused = launch_here("cancel", "disturbed", "--root", str(runs))
     assert refused.returncode == 2
     assert "not running" in refused.stderr
-    # Nobody runs it any more: the directory itself is what stands in the way.
+    # Nothing runs now, so the existing directory is the reason for the refusal.
     refused = launch_here(*overrides)
     assert refused.returncode == 2
     assert "exists already" in refused.stderr
 
-    # 5. To the end.
+    # 5. The run completes.
     done = launch("resume", str(run), **env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "continuing" in done.stdout
@@ -244,7 +246,8 @@ def test_losses_on_other_numbers_of_ranks_differ_only_by_rounding(parts: Path, u
     last = PARTS[-1][0]
     expected = {step: loss for step, loss in losses(undisturbed).items() if step <= last}
     assert losses(parts) == pytest.approx(expected, rel=1e-5)
-    # Rows that repeat or go missing would show in every later step: neighboring ones are much farther apart, but for a chance.
+    # Repeated or missing rows would show in each later step: losses of neighboring steps differ far more, apart from rare
+    # coincidences.
     apart = [abs(expected[step + 1] / expected[step] - 1) > 1e-4 for step in range(1, last)]
     assert sum(apart) >= len(apart) - 2
 
@@ -252,7 +255,7 @@ def test_losses_on_other_numbers_of_ranks_differ_only_by_rounding(parts: Path, u
 def test_loss_and_parameters_do_not_depend_on_ranks_and_accumulation(
     launch: Launch, settings: tuple[str, ...], module_runs: Path, undisturbed: Path, parts: Path
 ) -> None:
-    """One global batch: 2 ranks x 2 accumulated, 4 x 1, and 1 x 4 with activations that are recomputed."""
+    """One global batch of 4: 2 ranks x 2 accumulated, 4 ranks x 1, and 1 rank x 4 with activation checkpointing."""
     overrides = (f"run.root={module_runs}", "run.name=one", "cluster.ranks_per_node=1", f"train.max_steps={SAVE_EVERY}")
     done = launch(*settings, *overrides, "model.activation_checkpointing=true")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -265,7 +268,7 @@ def test_loss_and_parameters_do_not_depend_on_ranks_and_accumulation(
         for step in range(1, SAVE_EVERY + 1):
             assert losses(run)[step] == pytest.approx(losses(undisturbed)[step], rel=1e-6)
         for key, tensor in reference.items():
-            # exp_avg is a sum of gradients: comparing it is comparing them.
+            # exp_avg is a running sum of gradients, so comparing it compares the gradients.
             torch.testing.assert_close(
                 tensors[key], tensor, rtol=1e-4, atol=1e-7, msg=lambda text, key=key, name=run.name: f"{name} {key}: {text}"
             )

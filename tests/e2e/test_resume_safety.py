@@ -1,4 +1,4 @@
-"""A run is continued with what its checkpoint was trained on, or the difference is shown."""
+"""A resume requires what the checkpoint was trained on, or shows the differences."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_rows(file: Path, first: int, count: int) -> None:
 
 @pytest.fixture(scope="module")
 def trained(launch: Launch, module_runs: Path) -> Path:
-    """Two steps on rows of its own."""
+    """A run of two steps on its own rows."""
     module_runs.mkdir(exist_ok=True)
     write_rows(module_runs.parent / "rows.jsonl", 0, 40)
     overrides = (f"data.path={module_runs.parent / 'rows.jsonl'}", f"run.root={module_runs}", "run.name=trained")
@@ -39,13 +39,13 @@ def trained(launch: Launch, module_runs: Path) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy of the trained run, to do with as one likes."""
+    """A copy of the trained run that the test may change."""
     return Path(shutil.copytree(trained, tmp_path / "copies/trained"))
 
 
 @pytest.fixture
 def own_cache(run: Path, tmp_path: Path, launcher_cache: Path) -> dict[str, str]:
-    """A cache of its own that the run's plan names, and the environment in which the launcher uses it."""
+    """The environment for a separate cache, which the run's plan also names."""
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / "models").symlink_to(launcher_cache / "models")
@@ -76,7 +76,7 @@ def refused(
 
 
 def edit_plan(run: Path, **changes: Any) -> None:
-    """Change the plan's file by hand: `optim__weight_decay=0.5` is a setting, `data_num_rows` a count."""
+    """Edit the plan file by hand: `optim__weight_decay=0.5` changes a setting, `data_num_rows` a count."""
     values = plan(run)
     for key, value in changes.items():
         section, _, name = key.partition("__")
@@ -214,7 +214,7 @@ def test_force_trains_on_changed_data_in_another_dtype_and_records_it(
     assert recorded["data"]["cache_dir"] != plan(run)["data"]["cache_dir"]
     assert {f"data.path={other}", "optim.weight_decay=0.1"} <= set(recorded["provenance"]["overrides"])
     assert sorted(losses(run)) == [1, 2, 3]
-    # The checkpoint of step 3 was saved by that plan: nothing of this differs from it any more.
+    # The checkpoint of step 3 was saved with that plan, so these settings no longer differ.
     text = refused(launch_here, run, "run.seed=1", "train.max_steps=4", attempts=2, steps=(1, 2, 3))
     shown = [line.split() for line in text.splitlines() if line.startswith("  ")]
     assert shown[:2] == [["checkpoint", "requested"], ["run.seed", "42", "1"]]

@@ -1,4 +1,4 @@
-"""Score passes over a run's data from the command line: the losses that training logged, and nothing is computed twice."""
+"""Scoring a run's data from the command line reproduces the losses that training logged, and stores them for later commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.rest
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 5
-# Training and a score pass cut the same rows into the same micro-batches; sums of losses round in other orders.
+# Tolerance: training and scoring use the same micro-batches, but add the losses in a different order.
 SAME_LOSS = 1e-4
 
 
@@ -74,7 +74,7 @@ def test_the_rows_of_a_step_have_the_loss_that_training_logged(launch: Launch, r
     assert plan.data is not None
     assert trained == Split.open(plan.data).row_labels[[row["row"] for row in report["rows"]]].sum()
     assert {line["step"] for line in report["steps"]} == {2, 3, 4, 5}
-    # The initial weights of this model are random, and no checkpoint before step 2 is kept.
+    # This model started from random weights, and no checkpoint before step 2 is kept.
     text = launch("why", str(run), "2")
     assert text.returncode == 0, text.stderr
     assert "no losses of documents: there is no checkpoint before step 2" in text.stdout

@@ -1,4 +1,4 @@
-"""A run on two of three Slurm nodes that is interrupted in every way, one after the other: the same losses as one left alone."""
+"""A run on two of three Slurm nodes survives every kind of interruption in turn, with the losses of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.rest]
 SAVE_EVERY = 4
 SOAK = (
     "train.max_steps=100000",
-    # The rate of a step depends on no number of steps, so that a shorter run has the same losses.
+    # A constant learning rate does not depend on max_steps, so a shorter run has the same losses.
     "optim.schedule=constant",
     f"checkpoint.save_every={SAVE_EVERY}",
     "cluster.time=20:00",
@@ -31,12 +31,12 @@ SOAK = (
     "cluster.exclude_bad_nodes=true",
 )
 LATE = 300
-# Less than the 300 s that the nodes wait for each other, and for a collective; about 15 s where the machine is not busy.
+# Must be less than the 300 s timeout of the rendezvous and of collectives; about 15 s on an idle machine.
 AGAIN_WITHIN_S = 180
 
 
 class Soak:
-    """The run, with what is done to it; `attempt` is the one that runs now."""
+    """The run and the interruptions it goes through; `attempt` is the current attempt."""
 
     def __init__(self, run: SlurmRun) -> None:
         self.run = run
@@ -50,7 +50,7 @@ class Soak:
         return nodes
 
     def ended(self, cause: str, by_job: bool = True) -> dict:
-        """Wait for the record of why the attempt ended; its job tells that at once, where it has the time to."""
+        """Wait for the record of why the attempt ended, and with `by_job` also for the alert that the job sends if it can."""
         file = self.run.path / f"attempts/{self.attempt:03d}/exit.json"
         wait_for(f"the end of attempt {self.attempt}", file.is_file, LATE)
         record = json.loads(file.read_text())
@@ -62,7 +62,7 @@ class Soak:
         return record
 
     def trains_in_next_attempt(self) -> None:
-        """Past a new checkpoint, by the same job."""
+        """Wait until the same job has saved a new checkpoint in the next attempt."""
         job = self.run.job_of(self.attempt)
         self.attempt += 1
         self.await_steps(2)
@@ -72,7 +72,7 @@ class Soak:
         assert self.run.job_of(self.attempt) == job
 
     def goes_on_from_its_last_step(self, record: dict) -> None:
-        """No step was done twice."""
+        """Check that no step was trained twice."""
         assert self.run.attempt_record(self.attempt)["resume_step"] == record["step"] == record["saved_step"]
         before = [m["trainer/step"] for m in self.steps(self.attempt - 1)]
         after = [m["trainer/step"] for m in self.steps(self.attempt)]
@@ -83,7 +83,7 @@ class Soak:
         return [m for m in every if m["attempt"] == attempt and m["run/restarts"] >= restarts]
 
     def await_steps(self, count: int, restarts: int = 0) -> None:
-        """Wait until the attempt has done so many steps from now on."""
+        """Wait until the attempt has trained `count` more steps."""
         before = len(self.steps(self.attempt, restarts))
         wait_for(
             f"{count} steps of attempt {self.attempt}",
@@ -99,12 +99,12 @@ class Soak:
         return max((int(step.removeprefix("step-")) for step in steps), default=0)
 
     def alert(self, *words: str) -> str:
-        """The alert of this attempt that holds all these words, empty where there is none."""
+        """The first alert since this attempt began that contains all these words, or an empty string."""
         texts = [e["text"] for e in events(self.run.path) if e["kind"] == "alert" and e["attempt"] >= self.attempt]
         return next((text for text in texts if all(word in text for word in words)), "")
 
     def signal_rank(self, number: int, restarts: int, *words: str) -> None:
-        """Signal the rank on the second node: all ranks are started again within the allocation, from the newest checkpoint."""
+        """Signal the rank on the second node; check that all ranks restart in the allocation, from the newest checkpoint."""
         node, sent, saved = self.nodes[1], time.time(), self.newest_checkpoint()
         (rank,) = self.run.ranks(node)
         rank.send_signal(number)
@@ -118,11 +118,11 @@ class Soak:
         assert self.run.attempt == self.attempt
 
     def require_named_first(self, fault: str) -> None:
-        """The fault is the cause of the previous attempt's end."""
+        """Check that the fault is named as the cause of the previous attempt's end."""
         assert_attempt_named_first(self.run.launch, self.run.path, self.attempt - 1, fault, **self.bed.variables)
 
     def lose_node(self, how: str) -> None:
-        """The second node is switched off or cut off: the run goes on without it as soon as Slurm gives nodes again."""
+        """Switch off or disconnect the second node; check that the run continues without it once Slurm allocates nodes again."""
         lost = self.nodes[1]
         getattr(self.bed, how)(lost)
         wait_for("Slurm to notice", lambda: "RUNNING" not in self.run.queued(), LATE)
@@ -143,7 +143,7 @@ def test_a_run_interrupted_in_every_way_has_the_losses_of_an_uninterrupted_run(
     launch: Launch, launch_here: Launch, slurm: Testbed, runs: Path
 ) -> None:
     with socket.create_server(("", 0)) as taken:
-        # Names that resolve to the loopback, a master that is elsewhere and whose port is taken: no harm is done.
+        # Node names that resolve to loopback and a wrong MASTER_ADDR with a port in use must not affect the run.
         misleading = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(taken.getsockname()[1])}
         for node in slurm.names:
             slurm.own_loopback_name(node)
@@ -182,14 +182,14 @@ def test_a_run_interrupted_in_every_way_has_the_losses_of_an_uninterrupted_run(
     assert alone.returncode == 0, alone.stdout + alone.stderr
     assert last_step(runs / "alone") == steps
     assert losses(run.path) == losses(runs / "alone")
-    # Each step that was done twice had the same loss both times.
+    # A step that was trained more than once had the same loss each time.
     expected = losses(runs / "alone")
     assert all(m["train/loss"] == expected[m["trainer/step"]] for m in metrics(run.path) if "train/loss" in m)
 
 
 def a_node_with_other_code_is_left_out(soak: Soak) -> None:
     run, bed = soak.run, soak.bed
-    # n2 is given a stale copy of the code, as a node with a broken cache has, before its agent looks.
+    # Before its agent checks, n2 gets a stale copy of the code, as on a node with a broken cache.
     stale = run.path.parent / "stale"
     shutil.copytree(run.path / "code", stale)
     (stale / "launcher/errors.py").write_text((stale / "launcher/errors.py").read_text() + "\n# stale\n")
@@ -222,7 +222,7 @@ def a_drained_node_ends_what_it_runs_and_a_signal_to_the_job_saves_and_requeues(
     assert run.attempt == soak.attempt
     assert run.queued() == "RUNNING"
     bed.run("scancel", "--signal=USR2", run.job)
-    # Again, while it saves or just before.
+    # A second signal, during the save or just before it, must change nothing.
     bed.run("scancel", "--signal=USR2", run.job)
     record = soak.ended("preempted")
     soak.trains_in_next_attempt()
@@ -240,7 +240,7 @@ def a_signal_to_one_rank_alone_stops_all_at_one_step(soak: Soak) -> None:
 
 
 def a_job_of_a_higher_partition_takes_the_nodes_and_the_time_limit_saves_in_time(soak: Soak) -> None:
-    """Slurm runs the job again with a shorter limit. On a busy machine that may end before the first step: then a longer one."""
+    """Slurm restarts the preempted job with a shorter time limit, raised if the limit ends before the first step."""
     run, bed = soak.run, soak.bed
     options = ("-p", "high", "-w", ",".join(soak.nodes), "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 600")
     other = bed.output("sbatch", "--parsable", *options).strip()
@@ -253,7 +253,7 @@ def a_job_of_a_higher_partition_takes_the_nodes_and_the_time_limit_saves_in_time
     bed.run("scontrol", "update", f"JobId={run.job}", f"TimeLimit={limit_min}")
     bed.run("scancel", other)
     soak.attempt += 1
-    # Slurm itself requeues what it preempts: requeued here as well it would run once too often.
+    # Slurm itself requeues the jobs it preempts: if the launcher requeued too, the job would start twice.
     wait_for("the next attempt", lambda: run.attempt == soak.attempt, LATE)
     while True:
         record = soak.ended("time_limit")

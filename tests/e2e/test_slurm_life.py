@@ -1,4 +1,4 @@
-"""A run's life under Slurm as its user sees it: submitted, waiting, followed, cancelled, resumed, swept, never twice at once."""
+"""The life of a run under Slurm: submitted, pending, followed, cancelled, resumed, part of a sweep, and never started twice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from testbed_cluster import Testbed
 
 from launcher.tracking.jsonl import read_events
 
-# A busy machine takes many times as long to start ranks.
+# Starting ranks takes many times longer on a busy machine.
 pytestmark = [pytest.mark.slurm, pytest.mark.rest, pytest.mark.timeout(900)]
 
 ENDLESS = "train.max_steps=100000"
@@ -40,13 +40,13 @@ def test_a_run_is_resubmitted_where_requeue_is_forbidden_and_resumes_on_one_node
     assert len(list(run.path.glob("attempts/001/rank-*.log"))) == 4
     steps = [m["trainer/step"] for m in metrics(run.path) if "train/loss" in m]
     assert steps == list(range(1, cancelled + 1)), "no step was done twice"
-    # The head node sends.
+    # Only the head node uploads to the mirror.
     assert run.attempt_record(2, "mirror")["last_step"] == cancelled
     assert (tmp_path / f"mirror/grid/checkpoints/step-{cancelled:08d}/manifest.json").is_file()
 
     end, middle = cancelled + 10, cancelled + 5
     again = (f"train.max_steps={end}", "cluster.nodes=1", "cluster.ranks_per_node=2")
-    # Only one step is a multiple of it, and only that one is saved before the end.
+    # Only one step is a multiple of this, so the run saves only there and at its end.
     again += (f"checkpoint.save_every={middle}", f"eval.answers_every={middle}", *FEW_ANSWERS)
     done = run.launch("resume", str(run.path), *again, "--follow", **run.bed.variables)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -63,7 +63,7 @@ def test_a_run_is_resubmitted_where_requeue_is_forbidden_and_resumes_on_one_node
 
 
 def step_is_answered_by_a_job_of_its_own(run: SlurmRun, step: int) -> None:
-    """The run's own job has ended before."""
+    """The run's own job has already ended."""
     events = [(event["step"], event["text"]) for event in read_events(run.path / "events.jsonl") if event["kind"] == "answers"]
     (number,) = [text.rpartition(" ")[2] for at, text in events if at == step and text.startswith("the answers of step")]
     folder = run.path / f"evaluations/step-{step:08d}"
@@ -84,7 +84,7 @@ def prompts_are_answered_on_two_nodes(run: SlurmRun, step: int) -> None:
     assert list(result["sets"]["held_out"]["styles"]) == ["tuned"]
     answers = [json.loads(line) for line in (run.path / f"evaluations/step-{step:08d}/held_out/tuned.jsonl").open()]
     assert [one["index"] for one in answers] == list(range(6))
-    # Slurm's own record of the job ends a little after the command.
+    # Slurm ends the job a little after the command has ended.
     wait_for("an empty queue", lambda: not run.bed.output("squeue", "-h", "--format=%j").strip())
 
 
@@ -138,7 +138,7 @@ def test_a_run_never_runs_twice_at_once_and_is_cancelled_in_every_way(begin: Cal
     assert run.attempt == 1
     assert run.shown()["state"] in ("running", "saving")
 
-    # With a checkpoint.
+    # `cancel` saves a checkpoint.
     assert run.launch("cancel", str(run.path), **run.bed.variables).returncode == 0
     final = run.await_state("cancelled")
     assert final["step"] >= 5
@@ -147,15 +147,15 @@ def test_a_run_never_runs_twice_at_once_and_is_cancelled_in_every_way(begin: Cal
     done = run.launch("resume", str(run.path), **run.bed.variables, **slow_steps())
     assert done.returncode == 0, done.stderr
 
-    # Without.
+    # `cancel --no-save` saves none.
     run.await_step(final["step"] + 2, attempt=2)
     assert run.launch("cancel", str(run.path), "--no-save", **run.bed.variables).returncode == 0
     run.await_end_of_job()
-    # As Slurm tells it: the job may be killed before it has written that down.
+    # Slurm reports this state: the job may be killed before it writes its own.
     assert run.shown()["state"] == "cancelled"
     assert run.attempt == 2
 
-    # By a person's scancel.
+    # The user runs scancel.
     done = run.launch("resume", str(run.path), **run.bed.variables, **slow_steps())
     assert done.returncode == 0, done.stderr
     run.await_step(final["step"] + 2, attempt=3)

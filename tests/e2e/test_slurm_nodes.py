@@ -1,4 +1,4 @@
-"""Nodes and sites that are otherwise: unseen attempts, a node without the run directory, no accounting, a limit of memory."""
+"""Unusual nodes and sites: a disconnected node, a node without the run directory, no accounting, a memory limit."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pace import wait_for
 from slurm_tools import Launch, submit
 from testbed_cluster import Testbed
 
-# A busy machine takes many times as long to start ranks.
+# Starting ranks takes many times longer on a busy machine.
 pytestmark = [pytest.mark.slurm, pytest.mark.rest, pytest.mark.timeout(900)]
 
 ENDLESS = "train.max_steps=100000"
 
 
 def test_an_attempt_on_a_disconnected_node_writes_nothing_more(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
-    """One node, whose slurmd dies while its rank trains on: Slurm runs the job elsewhere, and two trainings exist."""
+    """The node's slurmd dies while its rank still trains. Slurm runs the job elsewhere, so two processes train the run."""
     run = submit(launch_here, slurm, runs, "orphan", "cluster.nodes=1", ENDLESS, "checkpoint.save_every=4")
     run.await_step(6)
     node = run.attempt_record(1)["nodes"][0]
@@ -73,7 +73,7 @@ def test_a_run_works_without_slurm_accounting(
         wait_for("its agents", lambda: run.attempt_record(2)["job"] and all(map(run.agents, ("n1", "n2"))), 120)
         bare.run("scontrol", "requeue", run.job)
         wait_for("the next start", lambda: run.attempt == 3, 120)
-        # Agents that have handled Slurm's TERM before its KILL have left a record.
+        # An agent that handles Slurm's SIGTERM before the SIGKILL leaves a record.
         requeued = run.attempt_record(2, "exit")
         assert requeued["cause"] == "preempted"
         assert re.fullmatch(f"{CAUSES['slurm_requeue']}|stopped before training had begun", requeued["message"])
@@ -94,9 +94,9 @@ def test_a_run_works_without_slurm_accounting(
 def test_a_rank_over_its_memory_limit_is_killed_and_restarted(
     launch_here: Launch, other_slurm: Callable[..., AbstractContextManager[Testbed]], runs: Path
 ) -> None:
-    """Slurm kills the whole step; the run goes on in the next start of the job and says what happened."""
+    """Slurm kills the whole job step; the run continues when the job next starts, and reports what happened."""
     with other_slurm(kill_over_memory=True, nodes=1, memory_mb=20000) as bed:
-        # Slurm looks at the memory every few seconds: the run must not end before.
+        # Slurm samples memory only every few seconds, so the run must last longer than that.
         limits = ("cluster.nodes=1", "cluster.mem=400M", "cluster.max_infrastructure_failures=0", "train.max_steps=100000")
         run = submit(launch_here, bed, runs, "memory", *limits)
         final = run.await_state("failed")

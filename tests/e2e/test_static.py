@@ -1,6 +1,6 @@
-"""cluster=static: the same command on two machines, as two processes of this one that differ by NODE_RANK.
+"""With cluster=static, the same command runs on two machines: here two local processes with different NODE_RANK.
 
-The machines are started by nothing but this file, share the folder of the runs, and meet on loopback.
+Only this file starts the machines; they share the runs folder and connect over loopback.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 class Machine:
-    """One machine's command."""
+    """The launcher command of one machine."""
 
     def __init__(
         self, node: int, port: int, words: tuple[str, ...], env: Mapping[str, str], wrapper: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class Machine:
         )
 
     def end(self) -> tuple[int, str]:
-        """Wait for the end; returns the exit code and the output."""
+        """Wait for the command to end; return its exit code and output."""
         output, _ = self.process.communicate(timeout=DEADLINE_S * slowness())
         return self.process.returncode, output
 
@@ -63,7 +63,7 @@ class Machine:
 
 @pytest.fixture
 def machines(launcher_env: Mapping[str, str], runs: Path) -> Iterator[Callable[..., Machine]]:
-    """`machines(NODE, *WORDS)` starts the command of a machine; all meet at one port."""
+    """`machines(NODE, *WORDS)` starts the command of a machine; all machines use the same port."""
     port, started = free_port("127.0.0.1"), []
 
     def begin(node: int, *words: str, wrapper: tuple[str, ...] = ()) -> Machine:
@@ -85,7 +85,7 @@ def train(runs: Path, name: str, *more: str) -> tuple[str, ...]:
 def test_two_machines_train_as_two_ranks_here_through_a_killed_agent_a_preemption_and_a_cancel(
     machines: Callable[..., Machine], launch: Launch, launch_here: Launch, runs: Path
 ) -> None:
-    """Attempts of one run, each of which ends in another way, and is continued by the same command."""
+    """Several attempts of one run, each of which ends in a different way; the same command continues the run."""
     words, run = (
         train(runs, "disturbed", "train.max_steps=100000", "checkpoint.save_every=2", "checkpoint.keep_last=2"),
         runs / "disturbed",
@@ -97,7 +97,7 @@ def test_two_machines_train_as_two_ranks_here_through_a_killed_agent_a_preemptio
     def trains(attempt: int) -> None:
         wait_for(f"steps of attempt {attempt}", lambda: attempt in attempts_with_steps(run), DEADLINE_S)
 
-    # The second machine comes first.
+    # Start the second machine before the first.
     other = machines(1, *words)
     time.sleep(2)
     head = machines(0, *words)
@@ -115,7 +115,7 @@ def test_two_machines_train_as_two_ranks_here_through_a_killed_agent_a_preemptio
         assert "-1 was killed by SIGKILL" in output
         assert "repeat the command on every machine to continue" in output
     assert "waiting for node 0 at 127.0.0.1:" in ends[1][1]
-    # The ranks lose each other at once; ten seconds more are left for their own errors.
+    # The ranks notice the loss at once; they get ten more seconds to report their own errors.
     assert time.monotonic() - began < 60 * slowness()
     assert status(run)["state"] == "failed"
     assert any("the attempt ended (infrastructure)" in text for text in alerts(run))
@@ -131,7 +131,7 @@ def test_two_machines_train_as_two_ranks_here_through_a_killed_agent_a_preemptio
     assert f"step-{saved:08d}" in committed(run)
     resumed_at = min(step for step in attempts_with_steps(run)[2])
     assert resumed_at > 1
-    # A step that both attempts made has the same loss in both.
+    # A step trained in both attempts has the same loss in both.
     first, second = attempts_with_steps(run)[1], attempts_with_steps(run)[2]
     assert all(first[step] == second[step] for step in first.keys() & second.keys())
 
@@ -149,7 +149,7 @@ def test_two_machines_train_as_two_ranks_here_through_a_killed_agent_a_preemptio
         assert code == 0, output
         assert "disturbed is cancelled" in output
 
-    # A person continues it: the same command on both, with settings that may change.
+    # The user resumes the cancelled run: the same command on both machines, with settings that a resume may change.
     end = last_step(run) + 2
     ends = [machine.end() for machine in [machines(node, "resume", str(run), f"train.max_steps={end}") for node in (0, 1)]]
     assert [code for code, _ in ends] == [0, 0], ends
@@ -162,7 +162,7 @@ def test_two_machines_train_as_two_ranks_here_through_a_killed_agent_a_preemptio
     assert losses(run) == losses(runs / "here")
     assert len(losses(run)) == end
 
-    # What is complete is not begun again, by the same command nor by another one.
+    # Neither the same command nor a different one starts a completed run again.
     num_attempts = len([*run.glob("attempts/*")])
     for machine in both():
         code, output = machine.end()
@@ -176,7 +176,7 @@ def test_two_machines_train_as_two_ranks_here_through_a_killed_agent_a_preemptio
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether one is complete: a save has another name until then."""
+    """Whether a checkpoint is complete; until then it has another name."""
     return (run / "checkpoints").is_dir() and any(name.startswith("step-") for name in committed(run))
 
 
@@ -191,7 +191,7 @@ def attempts_with_steps(run: Path) -> dict[int, dict[int, float]]:
 
 @pytest.mark.rest
 def test_a_lost_machine_and_a_run_root_of_its_own_are_named(machines: Callable[..., Machine], runs: Path) -> None:
-    """The second machine first has a file system of its own at run.root; later all of its processes stop at the same time."""
+    """First the second machine has its own file system at run.root; then all its processes are suspended at once."""
     if os.geteuid() != 0:
         pytest.skip("only root can mount a file system")
     words, run = train(runs, "apart", "train.max_steps=100000", "checkpoint.save_every=2"), runs / "apart"
@@ -210,7 +210,7 @@ def test_a_lost_machine_and_a_run_root_of_its_own_are_named(machines: Callable[.
     for process in (agent, *agent.children(recursive=True), psutil.Process(other.process.pid)):
         with suppress(psutil.NoSuchProcess):
             process.suspend()
-    # Stopped processes keep their connections, as those of a machine do that has lost its power.
+    # Suspended processes keep their connections open, as do those of a machine that loses power.
     code, output = head.end()
     assert code == 1, output
     assert "-1 was lost: no sign of life for" in output

@@ -1,4 +1,4 @@
-"""A run on this machine that W&B watches, a server on this machine: the Stop button, and ranks that are killed."""
+"""A local run tracked by a local W&B server, with the Stop button, a preemption and a killed rank."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def tracked(server: FakeWandb) -> Run:
 
 
 def require_all_rows(server: FakeWandb, run: Path) -> None:
-    """W&B has each step once, with the last value of its loss."""
+    """Check that W&B has each step once, with its last loss."""
     assert tracked(server).steps == list(range(1, int(last_step(run)) + 1))
     assert [row["train/loss"] for row in tracked(server).rows()] == [loss for _, loss in sorted(losses(run).items())]
 
 
-# A machine that is busy with other tests.
+# This alert may come when the machine is busy with other tests.
 SLOW = "training has become slow"
 
 
@@ -50,7 +50,7 @@ def alerts(server: Any) -> list[dict[str, Any]]:
 def test_one_wandb_run_covers_a_stop_on_its_page_a_preemption_and_a_kill(
     launch: Launch, start: Callable, runs: Path, server: FakeWandb
 ) -> None:
-    """Four attempts of one run, each of which ends in another way."""
+    """Four attempts of one run, each of which ends in a different way."""
     run, variables = runs / "watched", {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address, **slow_steps(0.3)}
     with start(*SETTINGS, "train.max_steps=1000", f"run.root={runs}", "run.name=watched", **variables) as process:
         wait_for("W&B to have a step", lambda: server.runs and tracked(server).steps, deadline_s=120)
@@ -60,14 +60,14 @@ def test_one_wandb_run_covers_a_stop_on_its_page_a_preemption_and_a_kill(
     stopped_at = int(last_step(run))
     outcome = run / "attempts/001/outcome.json"
     assert json.loads(outcome.read_text())["checkpoint"].endswith(f"step-{stopped_at:08d}")
-    # It does not wait for W&B, which may take longer than the machines have left.
+    # The attempt does not wait for W&B, which may take longer than the time left before the machines go away.
     (trackers_end,) = [event["time"] for event in read_events(run / "events.jsonl") if event["kind"] == "end"]
     assert outcome.stat().st_mtime < trackers_end - 0.1
     assert not processes_of(run)
     assert tracked(server).exits == [255]
     assert alerts(server) == []
 
-    # The run can be resumed; machines that are about to go are an alert.
+    # A stopped run can be resumed. A preemption sends an alert.
     server.stopped = False
     with start("resume", str(run), "train.max_steps=2000", **variables) as process:
         wait_for("three more steps", lambda: last_step(run) >= stopped_at + 3)
@@ -89,13 +89,13 @@ def test_one_wandb_run_covers_a_stop_on_its_page_a_preemption_and_a_kill(
     assert not processes_of(run)
     num_exits = len(tracked(server).exits)
 
-    # A rank that is killed is named.
+    # The alert names a killed rank.
     with start("resume", str(run), **variables) as process:
         wait_for("eight more steps", lambda: last_step(run) >= stopped_at + 8)
         ranks_of(run)[1].send_signal(signal.SIGKILL)
         process.communicate(timeout=120)
     assert status(run)["state"] == "failed"
-    # The first is that of wandb-core, when rank 0 was gone.
+    # The first exit code comes from wandb-core, after rank 0 was gone.
     assert set(tracked(server).exits[num_exits:]) == {1}
     require_all_rows(server, run)
     assert tracked(server).summary["state"] == "failed"
@@ -106,7 +106,7 @@ def test_one_wandb_run_covers_a_stop_on_its_page_a_preemption_and_a_kill(
 
     done = launch("resume", str(run), f"train.max_steps={last_step(run) + 3}", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    # Another end changes the schedule: steps that are trained again stand beside those before.
+    # A new max_steps changes the learning rates, so W&B keeps both rows of a step that is trained again.
     added = [loss for _, loss in sorted(losses(run).items())][-3:]
     assert [row["train/loss"] for row in tracked(server).rows()][-3:] == added
     assert tracked(server).exits[-1] == 0

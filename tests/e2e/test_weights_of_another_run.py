@@ -1,4 +1,4 @@
-"""A run that starts from another run's weights: the same loss before its first step, and its parent on record."""
+"""A run that starts from another run's weights has the parent's last loss at its start, and records its parent."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.rest
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 SETTINGS = tuple(s for s in TINY if s != "tracking=none")
-# The preset draws random weights and names its own tokenizer.
+# Override the preset, which draws random weights and names its own tokenizer.
 FROM_RUN = ("model.init=pretrained", "model.config=null", "model.tokenizer=null")
-# The rounding of a bf16 weight moves this loss of 10.8 in its fifth digit; three steps of training by a hundred times that.
+# Rounding weights to bf16 moves this loss of 10.8 in its fifth digit; three training steps move it a hundred times more.
 SAME_LOSS = 1e-4
 
 
@@ -58,7 +58,7 @@ def parent(launch: Launch, module_runs: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def child(launch: Launch, parent: Path) -> tuple[Path, str]:
-    """A run from the newest checkpoint of `parent`, on other rows, with offline W&B files; and its output."""
+    """A run from the newest checkpoint of `parent`, on other rows, with offline W&B files. Returns its directory and output."""
     settings = ("train.max_steps=2", "tracking.mode=offline", "export.enabled=false", "run.seed=7")
     done = launch(*SETTINGS, *FROM_RUN, *settings, "model.path=run:parent", f"run.root={parent.parent}", "run.name=child")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -84,7 +84,7 @@ def test_plan_output_and_wandb_name_the_parent(parent: Path, child: tuple[Path, 
         "ancestors": [],
     }
     assert plan(parent)["lineage"] is None
-    # The command line named no step; the plan does.
+    # The command names no step; the plan does.
     assert plan(run)["config"]["model"]["path"] == f"run:{parent}@3"
     assert "lineage    begins with run parent at step 3\n" in output
     logged = wandb_lineage(run)
@@ -103,7 +103,7 @@ def test_a_child_keeps_its_own_copy_of_the_weights(parent: Path, child: tuple[Pa
 def test_a_run_starts_from_a_chosen_step_of_a_run_that_had_a_parent(
     launch: Launch, parent: Path, child: tuple[Path, str]
 ) -> None:
-    """`child` has no export: the weights come from its checkpoint, in fp32 here."""
+    """`child` has no export, so the weights come from its checkpoint, here in fp32."""
     settings = ("train.max_steps=1", "tracking=none", "export.enabled=false", "model.dtype=fp32")
     done = launch(*SETTINGS, *FROM_RUN, *settings, f"model.path=run:{child[0]}@2", f"run.root={parent.parent}", "run.name=third")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -136,7 +136,7 @@ def test_weights_of_an_earlier_step_are_written_once(launch_here: Launch, parent
     folder = Path(planned["model"]["path"])
     assert json.loads((folder / "export.json").read_text())["step"] == 2
     assert folder.stat().st_mode & 0o077 == 0, "what is copied from a run is its user's alone, as the run is"
-    # The tokenizer's folder is converted from a GGUF file.
+    # One of the folders holds the tokenizer, converted from a GGUF file.
     folders = [path for path in folder.parent.iterdir() if path.is_dir()]
     assert any("Q4_1" in path.name for path in folders)
     assert {path.stat().st_mode & 0o077 for one in folders for path in (one, *one.rglob("*"))} == {0}
@@ -148,10 +148,10 @@ def test_a_damaged_checkpoint_is_named_before_anything_starts(launch_here: Launc
     shutil.copytree(parent, damaged)
     shard = damaged / "checkpoints/step-00000002/rank-00001.safetensors"
     content = bytearray(shard.read_bytes())
-    # The highest bits of the first weight; damage to the optimizer states would not matter.
+    # Change the high bits of the first weight; damage to the optimizer states would not matter here.
     content[8 + int.from_bytes(content[:8], "little") + 3] ^= 1
     shard.write_bytes(content)
-    # With the same W&B id, the weights of the intact checkpoint would be found in the cache.
+    # With the parent's W&B ID, the cache would return the weights of the intact checkpoint.
     (damaged / "plan.json").write_text((parent / "plan.json").read_text().replace(plan(parent)["wandb_id"], "abcdef012345"))
     overrides = (*SETTINGS, *FROM_RUN, "tracking=none", f"run.root={damaged.parent}", "run.name=never")
     done = launch_here(*overrides, "model.path=run:damaged@2")

@@ -1,11 +1,10 @@
-"""On the PYTHONPATH of a run: what its ranks do with each batch that they are given, by two variables of its environment.
+"""Put on a run's PYTHONPATH to record or slow down its batches, controlled by two environment variables.
 
-ROWS_SEEN: a folder into which they write the rows of each batch, and some variables of their environment, which is not to be seen
-from outside. A file for each attempt and rank, with a line for each batch that was made: its step, the rank's own rows, and those
-of the whole batch. Where the agent has not started the ranks again, line k is the k-th step after the one that the attempt began
-with.
+ROWS_SEEN: a folder into which each rank writes the rows of its batches, and a few of its environment variables, which cannot be
+read from outside. Each attempt and rank has one file, with one line per batch: its step, the rank's own rows, and the rows of the
+whole batch. Unless the agent restarted the ranks, line k is the k-th step after the attempt's start.
 
-SECONDS_PER_STEP: each batch takes at least so long to make, which costs no CPU, as training does that a test waits for.
+SECONDS_PER_STEP: the minimum time to make a batch. A sleeping rank uses no CPU, unlike one that trains while the test waits.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ VARIABLES = ("WANDB_API_KEY", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 class _Watched:
-    """Finds the module that makes the batches, once, and changes it when it is loaded: torch is not imported before its time."""
+    """Patches the module that makes the batches when it is first imported, so that torch is not imported early."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != LOADER:
@@ -56,7 +55,7 @@ def _watched(make: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
 
 
 def _write(folder: str, step: int, batch: Any) -> None:
-    # A rank may be a fork of the process that has loaded this file.
+    # Read the rank here, not on import: the process may be a fork of the one that loaded this file.
     attempt, rank = int(sys.argv[-1]), int(os.environ["RANK"])
     file = os.path.join(folder, f"{attempt:03d}-{rank}.jsonl")
     if not os.path.exists(file):
