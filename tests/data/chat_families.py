@@ -1,4 +1,4 @@
-"""Chats, tokenizers of template families, and what is trained of them as a text that a person reads."""
+"""Sample chats, tokenizers of template families, and a readable display of the trained tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launcher.data.sources import Chat, Message
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder
 
 TEMPLATES = Path(__file__).parent / "templates"
-# Begin token, end token, and the other special tokens of each family.
+# BOS token, EOS token and other special tokens of each family.
 SPECIAL = {
     "smollm2": ("<|im_start|>", "<|im_end|>", ()),
     "qwen3": (None, "<|im_end|>", ("<|im_start|>",)),
@@ -87,7 +87,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, document: Chat, **settings: Any) 
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, encoded: EncodedDocument) -> str:
-    """The text, decoded token by token, with ⟦ ⟧ around runs of trained tokens."""
+    """Decode token by token, with ⟦ ⟧ around runs of trained tokens."""
     parts: list[str] = []
     start = 0
     for end in range(1, len(encoded.ids) + 1):

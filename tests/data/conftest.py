@@ -22,7 +22,7 @@ __all__ = ["family"]
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2's own tokenizer, as the launcher keeps it on disk; one for all processes of pytest-xdist."""
+    """SmolLM2's tokenizer as the launcher stores it; all pytest-xdist processes share it."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "smollm2-tokenizer"
     with FileLock(folder.with_suffix(".lock")):
@@ -42,7 +42,7 @@ def _save_tokenizer(folder: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def tokenizers_loaded_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds in this process share one tokenizer of `tokenizer_dir`: loading it takes longer than building a small cache."""
+    """Load the tokenizer of `tokenizer_dir` once per process: loading takes longer than building a small cache."""
     if "tokenizer_dir" not in request.fixturenames:
         return
     folder = str(request.getfixturevalue("tokenizer_dir"))
@@ -65,7 +65,7 @@ def session_tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def tokenizer(session_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerBase:
-    """The tokenizer; a template that the test sets is undone."""
+    """The tokenizer, whose chat template is restored after the test."""
     monkeypatch.setattr(session_tokenizer, "chat_template", session_tokenizer.chat_template)
     return session_tokenizer
 
@@ -88,7 +88,7 @@ def jsonl(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def chats(jsonl: Callable[..., Path]) -> Path:
-    """200 conversations whose lengths differ."""
+    """200 conversations of different lengths."""
     rows = [
         {
             "messages": [

@@ -1,10 +1,10 @@
-"""Folders of rows with splits and subsets, as tests of local and remote sources write them."""
+"""Folders with splits and subsets, for tests of local and remote sources."""
 
 from __future__ import annotations
 
 import json
 
-# The text of each file by its path.
+# File text by path.
 Files = dict[str, str]
 
 
@@ -13,7 +13,7 @@ def row(text: str) -> str:
 
 
 SPLITS = {"train-0.jsonl": row("a"), "train-1.jsonl": row("b"), "test.jsonl": row("t"), "README.md": "# Rows"}
-# The card of SUBSETS.
+# The dataset card of SUBSETS.
 CARD = """---
 configs:
 - config_name: main

@@ -1,4 +1,4 @@
-"""Files in blocks of rows, which are parsed elsewhere, and arrays of any size."""
+"""Files are split into blocks of rows that workers parse, and JSON arrays of any size are streamed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_json_array_is_read_in_small_blocks(rows: list[dict[str, Any]], block:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_array, "_BLOCK_BYTES", block)
         assert parsed(b" " + content + b"\n") == rows
-        # Whatever is cut off: it is told, at the end of what is there.
+        # A truncated file is always reported.
         if len(content) > 2:
             with pytest.raises(DataError):
                 parsed(content[: len(content) // 2])
@@ -105,7 +105,7 @@ def test_an_error_in_a_json_array_has_line_and_column(
 
 def test_a_json_array_is_never_completely_in_memory(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", [{"text": f"{i}{BIG}"} for i in range(80)])
-    # Without a line break there is but one line.
+    # The whole file is a single line.
     assert path.read_bytes().count(b"\n") == 0
     tracemalloc.start()
     try:

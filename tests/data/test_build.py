@@ -82,7 +82,7 @@ def test_a_source_of_weight_0_is_in_no_split(jsonl: Jsonl, tokenizer_dir: Path) 
     words = long_texts(0, 100)
     new = texts(jsonl, "new", words).model_copy(update={"weight": 1.0})
     alone = DataSection(sources=(new,), max_length=256, eval_fraction=0.1, checks=ChecksSection(exact_duplicate="drop"))
-    # The same rows, some that stand there alone, and a row that cannot be read.
+    # The same rows, some rows only in this source, and an unreadable row.
     off = texts(jsonl, "off", [*words, *long_texts(100, 130)]).model_copy(update={"weight": 0.0})
     with Path(off.path).open("a") as file:
         file.write("no JSON")
@@ -94,7 +94,7 @@ def test_a_source_of_weight_0_is_in_no_split(jsonl: Jsonl, tokenizer_dir: Path) 
         assert set(other.doc_source.tolist()) == {1}
     assert findings.read(second.cache_dir) == findings.read(first.cache_dir)
     assert read_report(second.cache_dir)["sources"][0]["read"] == 0
-    # No leak either: what stands in that source alone is seen by no run.
+    # Rows only in that source are no leak, because no run trains on them.
     held_out = texts(jsonl, "held_out", long_texts(100, 130))
     data = both.model_copy(update={"eval_fraction": 0.0, "eval_path": held_out.path})
     assert not {*findings.LEAKS, "no_trained_token"} & found_in(build(data, str(tokenizer_dir)).cache_dir).keys()
@@ -127,7 +127,7 @@ def test_findings_on_training_count_documents_in_rows(jsonl: Jsonl, tokenizer_di
     assert 0 < facts.num_docs < 40
     assert found["few_examples"].count == found["held_out_in_train"].count == facts.num_docs
     assert found["held_out_in_train"].total == 80
-    # What is dropped for that makes no room for others of the kind.
+    # Dropped leaks are not replaced by other documents of the source.
     dropping = data.model_copy(update={"checks": ChecksSection(held_out_in_train="drop")})
     with pytest.raises(DataError, match="no document with a trained token"):
         build(dropping, str(tokenizer_dir))
@@ -219,7 +219,7 @@ def test_rows_with_an_ambiguous_mask_are_refused_or_dropped(jsonl: Jsonl, tokeni
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    # In the middle one, the completion begins with the accent of the prompt's last letter.
+    # In the second row, the completion begins with a combining accent for the prompt's last letter.
     rows = [{"prompt": "na", "completion": completion} for completion in (" one", "\u0308ve", " two")]
     dropping = ChecksSection(unsure_border="drop")
     data = DataSection(sources=(Source(path=str(jsonl(rows)), completions="text"),), max_length=64, checks=dropping)
@@ -313,7 +313,7 @@ def test_one_pass_reports_all_rows_that_cannot_be_used_and_the_findings_of_the_o
         )
 
     lines = [chat(f"word {i} " * (40 if i % 2 else 1)) for i in range(40)]
-    # Before the first row of the file with the keys of a format, which decide it, and after it.
+    # Faulty rows occur both before and after the first row whose keys determine the format.
     lines[1] = json.dumps({"note": "the keys of no format"})
     lines[0] = lines[7] = lines[30] = lines[31] = "{broken"
     lines[8], lines[9] = json.dumps({"messages": "none"}), json.dumps({"text": "no messages"})
@@ -343,7 +343,7 @@ def test_one_pass_reports_all_rows_that_cannot_be_used_and_the_findings_of_the_o
         assert any(re.fullmatch(expected, message) and re.fullmatch(where, place) for message, place in found), (expected, found)
     assert sum("data.checks.bad_rows=drop" in problem.remedy for problem in problems.values()) == 1
 
-    # Left out, such rows are a finding. A file that cannot be read to its end is none.
+    # Dropped bad rows are a finding. A file that cannot be read to its end is an error.
     dropping = data.model_copy(update={"checks": ChecksSection(bad_rows="drop", truncated="keep")})
     with pytest.raises(DataError, match="the row has 1 cells") as caught:
         build(dropping, str(tokenizer_dir))
@@ -355,7 +355,7 @@ def test_one_pass_reports_all_rows_that_cannot_be_used_and_the_findings_of_the_o
     assert {example.where for example in finding.examples} == {f"{path}:{line}" for line in ("1:2", "2", "9")}
     assert [one.finding.name for one in findings.judge((finding,), dropping.checks) if one.fatal] == ["bad_rows"]
     assert findings.problems((finding,), ChecksSection(bad_rows="drop", max_bad_rows=0.22)) == []
-    # Evaluation finds the documents again in the same file.
+    # An evaluation finds the same documents in the file.
     usable = [document.where for document, _ in read_usable_documents(sources[0], dropping.checks)]
     assert len(usable) == 33
     with pytest.raises(DataError, match="the line is not JSON"):
@@ -425,7 +425,7 @@ def test_questions_and_answers_are_written_with_the_chat_template(jsonl: Jsonl, 
 
 
 def test_a_part_of_a_table_that_cannot_be_read_is_no_bad_row(tokenizer_dir: Path, tmp_path: Path) -> None:
-    """The text of one row of a part of 256 is not UTF-8, so none of them can be read."""
+    """One row of a 256-row part is not UTF-8, so the whole part is unreadable."""
     texts = [f"word {i}".encode() for i in range(600)]
     texts[300] = b"\xff\xfe"
     column = pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())

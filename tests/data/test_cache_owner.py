@@ -1,4 +1,4 @@
-"""A cache that another user could have written: digests do not tell who did, owner and permissions do."""
+"""Caches that another user could have written: digests do not reveal the author; owner and permissions do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from launcher.security.ownership import require_cache
 
 Section = Callable[..., DataSection]
 
-# Users of every Debian: the first two have the group in common, the third is in another one.
+# Users that exist on every Debian system: the first two share a group, the third is in another.
 SYNC, NOBODY, DAEMON = 4, 65534, 1
 GROUP, GROUP_ID = "nogroup", 65534
 
@@ -75,7 +75,7 @@ def built(section: Section, tokenizer_dir: Path) -> tuple[str, DataFacts]:
 def test_a_cache_of_another_user_is_refused(
     section: Section, tokenizer_dir: Path, built: tuple[str, DataFacts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one with a mask of zeros and digests that fit it."""
+    """It could contain a loss mask of zeros with matching digests."""
     key, facts = built
     give(Path(facts.cache_dir), DAEMON)
     message = f"this part of the cache is not trusted: {facts.cache_dir} belongs to daemon"
@@ -105,7 +105,7 @@ def test_a_cache_that_everyone_can_write_is_refused(built: tuple[str, DataFacts]
 def test_storage_that_gives_new_files_to_nobody_refuses_a_cache_before_it_is_built(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As NFS with root_squash: this process writes as another user than it is."""
+    """With NFS and root_squash, files are created as a different user from the one the process runs as."""
     monkeypatch.setenv("LAUNCHER_CACHE", str(shared))
 
     def build_one() -> None:
@@ -138,7 +138,7 @@ def test_other_parts_of_the_cache_are_refused_as_well(cache_home: Path, folder: 
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder in which every user can create files, with the caches of a group in it."""
+    """A folder where every user can create files, set as the shared cache."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o1777)
         monkeypatch.setenv("LAUNCHER_SHARED_CACHE", folder)
@@ -147,7 +147,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def of_group(shared: Path) -> Path:
-    """The folder of the group there, as the owner of the shared folder makes it."""
+    """The group's folder in the shared cache, created by the owner of the shared folder."""
     make_shared_folder(shared / f"data-{GROUP}", GROUP)
     return shared / f"data-{GROUP}"
 
@@ -198,7 +198,7 @@ def test_members_of_a_group_share_a_cache(of_group: Path, built: tuple[str, Data
 def test_a_group_without_a_shared_folder_is_refused(
     section: Section, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, cache_home: Path
 ) -> None:
-    """Its members could not enter this user's own cache: nothing would be shared, and nobody would notice."""
+    """Group members cannot enter this user's own cache: nothing would be shared, without any notice."""
     monkeypatch.delenv("LAUNCHER_SHARED_CACHE", raising=False)
     data = section(cache_group=GROUP)
     for use in (lambda: find("a-key", GROUP), lambda: build(data, str(tokenizer_dir))):
@@ -224,7 +224,7 @@ def test_who_is_no_member_cannot_give_a_group_a_cache(shared: Path, built: tuple
 
 
 def test_only_the_owner_of_the_shared_folder_makes_the_folder_of_a_group(shared: Path) -> None:
-    """Whoever owns it can put a link in place of what another member builds there."""
+    """The owner of a group's folder can replace what another member builds there with a link."""
     by_owner = f"ask root to run: mkdir {shared}/data-{GROUP} && chgrp {GROUP}"
 
     def build_as_nobody() -> Problem:
@@ -258,7 +258,7 @@ def test_only_the_owner_of_the_shared_folder_makes_the_folder_of_a_group(shared:
 
 
 def test_a_link_in_place_of_what_is_built_shares_nothing_behind_it(shared: Path, of_group: Path) -> None:
-    """The owner of the shared folder can replace what is in it; no link of theirs is followed when the group gets access."""
+    """The owner of the shared folder can replace its contents; granting the group access must not follow their links."""
     for folder in (shared, of_group):
         os.chown(folder, SYNC, -1)
     of_group.chmod(0o3770)
@@ -289,7 +289,7 @@ def test_a_link_in_place_of_what_is_built_shares_nothing_behind_it(shared: Path,
 def test_the_folder_of_a_group_of_an_unknown_user_outside_of_a_container_is_refused(
     of_group: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There, the owner of the shared folder and each member of the group have the same number."""
+    """With the ID of unmapped users, the owner of the shared folder and the group's members look like the same user."""
     for module in (permissions, folders):
         monkeypatch.setattr(module, "uid_of_unmapped_users", lambda: SYNC)
     for folder in (of_group.parent, of_group):

@@ -133,7 +133,7 @@ def test_an_eval_file_and_the_limit_on_rows(section: Section, jsonl: Jsonl, toke
     origins_of = DocumentOrigins.open(cut.cache_dir, held_out=True)
     assert origins_of is not None
     assert len({origins_of.where(number) for number in range(split.num_docs)}) == split.num_docs == report["num_eval_docs"]
-    # The files that both have are compared with their digests before another cache gets them.
+    # Files shared with the other cache are verified by digest before they are reused.
     with (Path(facts.cache_dir) / "trained.npy").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\7")
@@ -213,7 +213,7 @@ def test_the_cache_key_depends_on_what_determines_the_tokens(
 def test_the_cache_key_depends_on_how_a_source_is_read(
     chats: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, setting: dict[str, Any]
 ) -> None:
-    # A file has no splits, and what a hub dataset holds is not what this is about.
+    # A fixed digest isolates the key's dependence on the setting; a file has no splits or subsets.
     monkeypatch.setattr("launcher.data.cache.keys.compute_source_digest", lambda source: "the same bytes")
     keys = [
         cache_key(DataSection(sources=(Source(path=str(chats), **settings),)), str(tokenizer_dir)) for settings in ({}, setting)
@@ -224,7 +224,7 @@ def test_the_cache_key_depends_on_how_a_source_is_read(
 def test_the_cache_key_does_not_depend_on_the_name_of_a_revision(
     chats: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The digest has the commit, and a branch and a tag may be the same one.
+    # The digest contains the commit; a branch and a tag may name the same commit.
     monkeypatch.setattr("launcher.data.cache.keys.compute_source_digest", lambda source: "the same commit")
     sources = [Source(path=str(chats), revision=revision) for revision in ("v1", "main")]
     assert len({cache_key(DataSection(sources=(s,), eval_path=s.path), str(tokenizer_dir)) for s in sources}) == 1
@@ -388,7 +388,7 @@ def test_waiting_for_another_builder_is_logged_repeatedly(
     assert all(message.startswith(prefix) for message in messages)
     (problem,) = caught.value.problems
     assert (problem.where, problem.value.startswith(holder)) == (str(cache_home / "data" / "key.lock"), True)
-    # Where nobody has said who holds it, the lock is named.
+    # If the holder of the lock is unknown, the message names the lock file.
     caplog.clear()
     path = cache_home / "data" / "other.lock"
     with filelock.FileLock(path), pytest.raises(DataError), cache_lock.wait_and_hold(path, "builds this data cache"):
@@ -397,7 +397,7 @@ def test_waiting_for_another_builder_is_logged_repeatedly(
 
 
 def cache_messages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """The messages of cache_lock; filelock has its own where an earlier test has lowered the level."""
+    """Return only the messages of cache_lock: filelock logs too if an earlier test lowered the level."""
     return [record.getMessage() for record in caplog.records if record.name == cache_lock.__name__]
 
 

@@ -38,7 +38,7 @@ def report(
 
 @pytest.fixture
 def mixture(jsonl: Jsonl) -> DataSection:
-    """Two sources of different length, with a duplicate and a key in the second, a fifth held out."""
+    """Two sources of different lengths; the second contains a duplicate and an API key. One fifth is held out."""
     short = [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}"} for i in range(150)]
     long = [{"prompt": f"Count to {i}:", "completion": "".join(f" {n}" for n in range(i % 40 + 8))} for i in range(60)]
     long += [long[5], {"prompt": "", "completion": f"the key is {SECRET}, row"}, {"prompt": "none", "completion": ""}]
@@ -75,7 +75,7 @@ def test_sources_add_up_to_the_mixture(numbers: dict[str, Any], mixture: DataSec
 
 
 def padding(counts: dict[str, Any]) -> float:
-    """Tokens of padding that make up the share."""
+    """Return the number of padding tokens from the padding share."""
     assert counts["fill_frac"] == pytest.approx(1 - counts["padding_frac"])
     return float(counts["tokens"] * counts["padding_frac"] / (1 - counts["padding_frac"]))
 
@@ -92,7 +92,7 @@ def test_the_sources_share_the_padding(mixture: DataSection, tokenizer_dir: Path
 def test_padding_of_single_documents_is_that_of_the_first_epochs_batches(
     mixture: DataSection, tokenizer_dir: Path, group_by_length: bool
 ) -> None:
-    # This split leaves few documents in the last batch, which is not compared.
+    # With this split, the last batch, which is not compared, has few documents.
     data = mixture.model_copy(update={"packing": False, "group_by_length": group_by_length, "split_by": "document"})
     facts = build(data, str(tokenizer_dir))
     size = {"global_batch_size": 16, "micro_batch_size": 4}
@@ -103,7 +103,7 @@ def test_padding_of_single_documents_is_that_of_the_first_epochs_batches(
     row_tokens = np.diff(Split.open(facts).rows)
     num_tokens = sum(int(row_tokens[list(micro.row_ids)].sum()) for micro in micros)
     data_report = report(facts, data, tokenizer_dir, **size)
-    # The last batch of the epoch is not whole.
+    # The tolerance covers the incomplete last batch of the epoch.
     assert data_report["padding_frac"] == pytest.approx(1 - num_tokens / slots, abs=0.03)
     assert (data_report["padded_rows"], data_report["padding_is_most"]) == (4, False)
     most = report(facts, data, tokenizer_dir, global_batch_size=16)
@@ -294,7 +294,7 @@ def test_the_report_lists_the_tokens_that_end_turns(jsonl: Jsonl, tokenizer_dir:
     template = tmp_path / "ends.jinja"
     template.write_text(ENDS)
     turns = [[f"{i}?", f"{i}.", "And?", f"{i + 1}."] for i in range(200)]
-    # That a row's own text ends with a special token teaches no end.
+    # A special token at the end of the row's own text does not count as an end of turn.
     turns.append(["What begins a turn?", "It is a bare <|im_start|>"])
     roles = ("user", "assistant") * 2
     rows = [{"messages": [{"role": r, "content": text} for r, text in zip(roles, texts, strict=False)]} for texts in turns]
@@ -329,6 +329,6 @@ def test_large_caches_are_counted_in_parts(
 ) -> None:
     monkeypatch.setattr("launcher.data.report._DOCS_AT_ONCE", 7)
     parts = report(build(mixture, str(tokenizer_dir)), mixture, tokenizer_dir)
-    # Sums of fractions depend on the order in which they are added.
+    # Floating-point sums depend on the order of addition.
     one, other = (json.loads(json.dumps(each), parse_float=lambda digits: round(float(digits), 12)) for each in (parts, numbers))
     assert one == other

@@ -1,4 +1,4 @@
-"""A data cache whose files are not as they were written is refused before a damaged block is trained on."""
+"""A data cache with changed files is refused before training reads a damaged block."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Section = Callable[..., DataSection]
 ROW_TOKENS = 1024
 NUM_ROWS = 256
 HEADER_BYTES = 128
-# A row of tokens is 4 KiB, so 16 rows share a block.
+# A row of tokens takes 4 KiB, so 16 rows share a block.
 ROWS_PER_BLOCK = BLOCK_BYTES // (4 * ROW_TOKENS)
 BATCH = Batch(
     global_batch_size=2,
@@ -47,7 +47,7 @@ BATCH = Batch(
 
 @pytest.fixture
 def facts(tmp_path: Path) -> DataFacts:
-    """A cache of 16 blocks of tokens and 4 blocks of marks, written in parts that end within blocks."""
+    """A cache of 16 token blocks and 4 mask blocks, written in parts that are not aligned to blocks."""
     num_tokens = NUM_ROWS * ROW_TOKENS
     folder = tmp_path / "cache of a key"
     written = [_write(folder, num_tokens), _write(folder / "eval", num_tokens)]
@@ -75,7 +75,7 @@ def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def permute(file: Path, block: int = 1) -> None:
-    """Exchange two tokens within a block."""
+    """Swap two tokens within a block."""
     with file.open("r+b") as opened:
         opened.seek(block * BLOCK_BYTES + 400)
         first, second = opened.read(4), opened.read(4)

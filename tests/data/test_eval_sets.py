@@ -1,4 +1,4 @@
-"""Caches of evaluation sets, and their problems in terms of their own settings."""
+"""Caches of evaluation sets, and problems reported under each set's own settings."""
 
 from __future__ import annotations
 

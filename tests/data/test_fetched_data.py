@@ -1,4 +1,4 @@
-"""The data of a run that is fetched: it must be what the run was trained on, token by token."""
+"""The rebuilt data of a fetched run must equal the data it was trained on, token by token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_other_data_with_the_same_counts_is_refused(
     def built_here(config: RunConfig) -> None:
         build(config.data, str(tokenizer_dir))
 
-    # In place of a process of its own.
+    # Build in this process instead of a worker.
     monkeypatch.setattr(mirror, "prepare", built_here)
     rows = [{"prompt": f"{i}:", "completion": f" {i + 1}"} for i in range(8)]
     source = jsonl(rows)

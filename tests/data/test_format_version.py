@@ -1,4 +1,4 @@
-"""What the same sources give is of one FORMAT_VERSION: a cache that was built before is used again where that is the same."""
+"""The same sources give the same cache unless FORMAT_VERSION changes, because caches of one version are reused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEMPLATE = (
 )
 ADD = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
-# One of each kind that is looked for, and texts that look like one.
+# One secret or contact detail of each kind that the checks detect, and harmless lookalikes.
 TOLD = (
     "sk-proj-" + "aB3" * 12,
     "hf_" + "aB3" * 11,
@@ -75,7 +75,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def bytes_as_tokens(tmp_path: Path) -> Path:
-    """A tokenizer whose tokens are single bytes, whatever is installed."""
+    """A tokenizer whose tokens are single bytes, independent of installed packages."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({text: i for i, text in enumerate(alphabet)}, []))
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<|im_start|>", END)])
@@ -112,7 +112,7 @@ def chats() -> list[dict[str, Any]]:
 
 
 def sections(jsonl: Jsonl) -> dict[str, DataSection]:
-    """The settings, each with chats, prompts with completions, and texts, of which the mixture takes parts."""
+    """Return a data section for each of SETTINGS, with chats, prompts with completions, and plain texts."""
     pairs = [{"prompt": f"Count to {i}:", "completion": "".join(f" {n}" for n in range(i % 40)), "id": i} for i in range(80)]
     texts = [{"text": prose(i, 20 + 13 * i % 300)} for i in range(40)]
     texts += [{"text": texts[5]["text"].upper()}, {"text": f"{texts[39]['text']} and on"}]
@@ -131,7 +131,7 @@ def sections(jsonl: Jsonl) -> dict[str, DataSection]:
 
 
 def digests(folder: Path, places: str) -> dict[str, str]:
-    """Of the arrays of a cache, its counts, and its findings, without `places` and what other packages estimate or compress."""
+    """Return digests of a cache's arrays, counts and findings, without `places` and values that depend on other packages."""
     meta = json.loads((folder / "meta.json").read_text())
     counts = {"facts": meta["facts"], "report": meta["report"], "files": sorted(meta["files"])}
     texts = {
@@ -145,7 +145,7 @@ def digests(folder: Path, places: str) -> dict[str, str]:
 
 
 def compare(file: Path, digests_now: dict[str, Any]) -> None:
-    """Compare with the golden file, or write it: not with other digests under the same version."""
+    """Compare with the golden file, or rewrite it; digests may only change together with the version."""
     golden = json.loads(file.read_text()) if file.is_file() else {"format": 0}
     if digests_now == golden:
         return

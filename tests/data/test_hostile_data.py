@@ -1,4 +1,4 @@
-"""Datasets and templates from somebody who wants this machine to run out of time or memory."""
+"""Malicious datasets and templates that try to exhaust time or memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def refusal(source: Source) -> Problem:
     [
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes more than 0.5 s"),
         (
-            # Jinja's test ignores every Exception while it counts what is left of the loop.
+            # Jinja's `sequence` test swallows every Exception while it counts the rest of the loop.
             "{% for x in range(90000)|map('string')|map('center', 5000)|map('upper')|map('lower')|map('title') %}"
             "{% if loop is sequence %}{% endif %}{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
             "{% endfor %}",
@@ -72,7 +72,7 @@ def test_an_endless_template_is_refused(tokenizer_dir: Path, template: str, mess
     with pytest.raises(DataError) as error:
         chat_template.render_with_marks(CHAT, CHAT.messages) if marked else chat_template.render(CHAT)
     assert error.value.problems[0].message.startswith(f"the chat template {message}")
-    # The limits hold for one conversation.
+    # The limits apply to each conversation separately.
     until = time.process_time() + 0.7
     while time.process_time() < until:
         pass
@@ -82,7 +82,7 @@ def test_an_endless_template_is_refused(tokenizer_dir: Path, template: str, mess
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("marked", [False, True])
 def test_a_conversation_of_many_messages_has_no_more_time(tokenizer_dir: Path, marked: bool) -> None:
-    """The template is rendered for each answer, so the time grows with the square of the number of messages."""
+    """The template is rendered once per answer, so the time is quadratic in the number of messages."""
     answer = "{% generation %}{{ m.content }}{% endgeneration %}" if marked else "{{ m.content }}"
     text = (
         "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'user' %}{{ m.content }}{% else %}"
@@ -118,7 +118,7 @@ def test_a_row_of_many_keys_is_not_shown_whole(tmp_path: Path, kind: str) -> Non
 
 @pytest.mark.timeout(60)
 def test_marks_on_a_character_take_little_time() -> None:
-    """Python sorts them: two million in the wrong order would take hours."""
+    """Python sorts combining marks: two million in the wrong order would take hours."""
     text = "a" + "\u0301" * 1_000_000 + "\u0316" * 1_000_000
     begun = time.process_time()
     assert minhash.make_comparable(text).startswith(b"\xc3\xa1")
@@ -167,7 +167,7 @@ def test_a_time_that_python_cannot_represent_is_refused(tmp_path: Path) -> None:
 
 
 def dictionary_table(values: list[str], indices: list[int]) -> pyarrow.Array:
-    """A column whose rows refer to a few values, which a parquet file holds once."""
+    """Return a column whose rows refer to a few values, each stored once in a parquet file."""
     return pyarrow.DictionaryArray.from_arrays(pyarrow.array(indices, pyarrow.int32()), pyarrow.array(values))
 
 
@@ -180,7 +180,7 @@ def write_table(file: Path, column: pyarrow.Array, has_schema: bool = False) -> 
 def test_a_dictionary_that_many_rows_refer_to_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_schema: bool
 ) -> None:
-    """A file of a kilobyte, 4 MiB by its metadata, that stands for 400 GiB of text."""
+    """A file of about one kilobyte, 4 MiB according to its metadata, expands to 400 GiB of text."""
     monkeypatch.setattr(parquet, "_MAX_BATCH_BYTES", 400 << 20)
     write_table(tmp_path / "rows.parquet", dictionary_table(["a" * (4 << 20)], [0] * 100_000), has_schema)
     assert (tmp_path / "rows.parquet").stat().st_size < 2000
@@ -197,7 +197,7 @@ def test_one_row_of_a_table_that_takes_all_memory_is_refused(tmp_path: Path, mon
         column = pyarrow.ListArray.from_arrays(pyarrow.array([0, len(values)], pyarrow.int32()), values)
         write_table(tmp_path / f"{name}.parquet", column)
         problem = refusal(Source(path=str(tmp_path / f"{name}.parquet")))
-        # Memory that earlier tests have freed counts for the file's own bound only.
+        # Either bound may apply: memory freed by earlier tests counts only toward the file's bound.
         assert "expands to more than" in problem.message
         assert problem.where.startswith(f"{tmp_path / name}.parquet")
 
@@ -243,7 +243,7 @@ def test_a_row_without_an_end_is_not_held_in_memory(
     try:
         problem = refusal(Source(path=str(tmp_path / name)))
         assert (problem.message, problem.where.split(":")[1]) == (message, "3" if name == "rows.csv" else "2")
-        # The file has 20 MB and more.
+        # The file is larger than 20 MB.
         assert tracemalloc.get_traced_memory()[1] < 16e6
     finally:
         tracemalloc.stop()
@@ -300,7 +300,7 @@ def test_the_head_of_a_readme_cannot_take_for_ever(tmp_path: Path, head: str, me
 
 
 def test_a_readme_of_any_size_is_not_read(tmp_path: Path) -> None:
-    """One with holes takes no space in an archive."""
+    """A sparse file of any size takes no space in an archive."""
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     with (tmp_path / "README.md").open("wb") as file:
         file.truncate(1 << 40)
@@ -319,7 +319,7 @@ def test_a_head_that_has_no_end_is_searched_once(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_white_space_without_end_is_searched_once() -> None:
-    """Texts are searched for keys and addresses before they are shown, and before they are shortened."""
+    """The search for keys and addresses happens before a text is shortened for display."""
     started = time.process_time()
     (shown,) = patterns.redact([f"write to me@a.org{' ' * 2_000_000}<|end|>{' ' * 2_000_000}."])
     assert shown.startswith("write to [e-mail address: m")

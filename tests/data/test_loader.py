@@ -43,7 +43,7 @@ def batch(world_size: int, micro: int = 2) -> Batch:
 
 
 def expected_row(split: Split, row: int) -> tuple[list[int], list[int], list[int]]:
-    """Tokens, positions and labels of one row, token by token."""
+    """Return the tokens, positions and labels of one row, computed token by token."""
     tokens, positions, labels = [], [], []
     starts = set(split.docs.tolist())
     for t in range(split.rows[row], split.rows[row + 1]):
@@ -55,7 +55,7 @@ def expected_row(split: Split, row: int) -> tuple[list[int], list[int], list[int
 
 
 def documents(split: Split, row: int) -> list[int]:
-    """The length of each document in a row."""
+    """Return the length of each document in a row."""
     positions = expected_row(split, row)[1]
     starts = [i for i, position in enumerate(positions) if position == 0]
     return [end - start for start, end in zip(starts, [*starts[1:], len(positions)], strict=True)]
@@ -102,7 +102,7 @@ def test_rows_and_counts_are_the_same_for_every_world_size(split: Split) -> None
 
 
 class Untouched:
-    """Tokens of which nothing may be read."""
+    """Tokens that must not be read."""
 
     def __getitem__(self, place: object) -> np.ndarray:
         raise AssertionError(f"tokens are read: {place}")
@@ -149,7 +149,7 @@ def test_grouped_rows_are_each_seen_once_per_epoch(num_rows: int, batch_size: in
     stream = order.at(0, epochs * num_rows)
     for epoch in stream.reshape(epochs, num_rows):
         assert sorted(epoch.tolist()) == list(range(num_rows))
-    # Whole batches within an epoch stand by length, and any step is reached by itself.
+    # Within an epoch, each batch is sorted by length, and any step can be computed on its own.
     for batch in range(epochs * num_rows // batch_size):
         start, stop = batch * batch_size, (batch + 1) * batch_size
         rows = RowOrder(num_rows, 3, of_row, batch_size).at(start, stop)

@@ -105,7 +105,7 @@ def test_many_held_out_rows_are_sampled() -> None:
 
 
 def test_a_token_budget_below_every_document_is_refused() -> None:
-    """Nine to one, and every document of the smaller part is longer than that part."""
+    """With weights of nine to one, every document of the smaller source exceeds that source's token budget."""
     section = DataSection(sources=(source("many", weight=9.0), source("long", weight=1.0)), max_length=1024)
     lengths, sources = np.asarray([500] * 10 + [900] * 3), np.asarray([0] * 10 + [1] * 3)
     with pytest.raises(DataError, match="no document of the source fits into the 556 tokens") as caught:

@@ -15,7 +15,7 @@ from launcher.data.tokenization.encoder import EncodedDocument
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> int:
-    """Rows that best-fit-decreasing needs, written down as in the textbook."""
+    """Return the number of rows that textbook best-fit-decreasing needs."""
     free: list[int] = []
     for length in sorted(lengths.tolist(), reverse=True):
         fitting = [space for space in free if space >= length]
@@ -46,7 +46,7 @@ def test_every_document_once_and_no_row_over_its_length(data: st.DataObject) -> 
     lengths = np.asarray(data.draw(st.lists(st.integers(1, capacity), max_size=200)), dtype=np.int64)
     packing = pack(lengths, capacity)
     assert_sound(packing, lengths, capacity)
-    # Best-fit-decreasing needs at most 11/9 of the fewest rows and 6/9 of one (Dosa 2007).
+    # Best-fit-decreasing needs at most 11/9 of the optimal number of rows plus 6/9 (Dosa 2007).
     assert packing.num_rows <= 11 / 9 * best_fit_decreasing(lengths, capacity) + 2 / 3
 
 
@@ -62,7 +62,7 @@ def test_every_token_once_and_in_order_where_long_documents_are_split(data: st.D
         mask[0] = 0
         cut = cut_document(EncodedDocument(ids, mask, ()), capacity, "split")
         trained = {int(token) for piece in cut for token in piece.ids[piece.trained == 1]}
-        # A piece's first token has nothing before it to be predicted from.
+        # The first token of a piece has no context to be predicted from.
         assert trained == {int(token) for i, token in enumerate(ids) if mask[i] and i % capacity}
         left_out = set(ids.tolist()) - {token for piece in cut for token in piece.ids.tolist()}
         assert not any(mask[token - ids[0]] and (token - ids[0]) % capacity for token in left_out)

@@ -1,4 +1,4 @@
-"""What the score store keeps of passes that are interrupted, damaged or run at the same time."""
+"""The score store after passes that are interrupted, damaged or concurrent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from launcher.data.score_store import LOG_PROBS, ScoreKey, ScoreStore
 from launcher.errors import DataError
 
 KEY = ScoreKey("w", "d", "", 2, "fp32", "sdpa", "cpu", "2", "5")
-# Trained tokens of six micro-batches.
+# Number of trained tokens in each of six micro-batches.
 NUM_LABELS = np.asarray([3, 0, 5, 2, 4, 1])
 STARTS = np.concatenate([[0], np.cumsum(NUM_LABELS)])
 SCORES = -np.arange(15, dtype=np.float32)
@@ -48,7 +48,7 @@ def test_overlapping_shards_of_two_passes_are_joined(store: ScoreStore) -> None:
     assert scores is not None
     assert scores.tolist() == SCORES.tolist()
     assert store.find_missing(NUM_LABELS) == []
-    # The other pass finds them complete.
+    # The other pass finds the scores already complete.
     store.commit(0, 6, of(0, 6))
     store.complete(NUM_LABELS)
     assert sorted(path.name for path in store.folder.iterdir()) == ["log_probs.f32", "meta.json"]

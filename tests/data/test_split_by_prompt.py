@@ -1,4 +1,4 @@
-"""The held-out split has other prompts than training, and prompts that are in both are a finding."""
+"""The held-out split shares no prompts with training, and prompts in both are a finding."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_many_documents_that_are_left_out_refuse_the_run(jsonl: Jsonl, tokenizer
 
 
 def test_a_former_split_is_made_again(jsonl: Jsonl, read: Callable[..., EncodedCorpus]) -> None:
-    """The hashes of a split by document depend on case and white space alone, as in caches of format 9."""
+    """A split by document hashes texts with case and white space normalized and nothing else, as in caches of format 9."""
     texts = [(f"Question {i}, \u00bd?", f"Answer {i}.") for i in range(50)]
     docs = read(jsonl([row(*pair) for pair in texts]), eval_fraction=0.2, split_by="document").docs
     hashes = [xxhash.xxh3_64_intdigest(" ".join("\n".join(pair).casefold().split()).encode()) for pair in texts]

@@ -1,4 +1,4 @@
-"""A tokenizer whose ids the model's embedding does not have."""
+"""A tokenizer with ids beyond the model's embedding is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers without their prompts, where documents come from, the ranking of documents, and leaving documents out."""
+"""Answers without their prompts, document origins, the ranking of documents, and excluding documents."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_answers_alone_keep_what_all_prompts_end_with(jsonl: Jsonl, tokenizer_di
         assert trained_tokens(answers, number) == answer
         assert len(text_of(answers, number)) < len(text_of(split, document))
         leads.add(tuple(text_of(answers, number)[: -len(answer)]))
-    # The template's mark of the assistant's turn, and nothing of a question.
+    # Each answer follows only the template's assistant header, with nothing of the question.
     (lead,) = leads
     assert len(lead) >= 1
     assert int(answers.row_labels.sum()) == int(split.row_labels.sum())
@@ -104,7 +104,7 @@ def test_documents_are_ranked_by_what_the_prompt_explains() -> None:
         loss=np.asarray([3.0, 2.0, 0.05, 0.05, 1.0, 0.0]),
         loss_alone=np.asarray([4.0, 1.9, 1.0, 0.06, nan, 3.0]),
     )
-    # Document 0 has the highest loss, as its answer is hard to guess; the prompt of document 1 does not help at all.
+    # Document 0 has the highest loss because its answer is hard to guess. The prompt of document 1 does not help at all.
     assert ranking.rank_mislabeled(scores).tolist() == [1, 3, 0, 2, 5]
     assert np.flatnonzero(ranking.is_likely_mislabeled(scores)).tolist() == [1]
     known = ranking.find_known(scores)
@@ -128,7 +128,7 @@ def test_excluded_documents_are_not_trained(jsonl: Jsonl, tokenizer_dir: Path, t
     assert origins is not None
     file = tmp_path / "exclude.jsonl"
     gone = {origins.where(document): origins.content_id(document) for document in (3, 17)}
-    # The texts of documents may have characters at which a text, but not a file, is split into lines.
+    # The text contains characters at which str.splitlines splits, but reading a file does not.
     write_exclusions(file, [{"content": content, "where": where, "text": "a\u2028b\x85c"} for where, content in gone.items()])
     excluding = data.model_copy(update={"exclude": str(file)})
     without = build(excluding, str(tokenizer_dir))

@@ -1,4 +1,4 @@
-"""Faults are found where they stand, nothing is found in good text, and no secret is told."""
+"""Checks on single documents: faults are located, good text has no findings, and secrets are never shown."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SECRETS = {
     "telephone number": "+49 170 1234567",
 }
 
-# The secret stands between the marks.
+# ‹ › mark the secret.
 HIDDEN = [
     "export API_KEY=‹9f8e7d6c5b4a39281706f5e4d3c2b1a0›",
     "AWS_SECRET_ACCESS_KEY=‹wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY›",
@@ -269,7 +269,7 @@ def test_secrets_that_span_two_turns_are_located_and_redacted(question: str, ans
     assert shown[:2] == parts[:2]
     assert answer[:6] not in "".join(shown)
     assert shown[-2:] == [f"[…]{' is it.' * (' is it.' in answer)}<|im_end|>", "\n"]
-    # Two turns that say nothing together, and tools that precede them.
+    # A label in one turn and a value in the next do not make a secret.
     harmless = (Message("user", "What is a password?"), Message("assistant", "A secret word2go, for example."))
     assert hits_of(Chat("x:1", harmless)) == {}
     assert patterns.redact(["<|im_start|>user\nMy password:<|im_end|>", "yes"]) == [
@@ -338,7 +338,7 @@ def test_every_check_of_the_settings_has_its_texts() -> None:
     ],
 )
 def test_secrets_are_found_after_each_of_their_names(name: str) -> None:
-    """A text is searched only where one of a few words stands in it."""
+    """For speed, a text is searched only near a few keywords; each name must contain one."""
     text = f"{name}=abc123def456"
     (match,) = patterns.find_matches(text, patterns.find_candidates(text.lower().encode()))
     assert match[0].kind == "assigned secret"
@@ -364,7 +364,7 @@ def test_hours_from_and_to_are_no_telephone_number() -> None:
     ],
 )
 def test_a_secret_before_template_text_is_redacted(before: str, secret: str, end: str) -> None:
-    """As rows are shown: the trained part for itself, between the template's text."""
+    """Rows are shown in parts: the trained part is separate from the template text around it."""
     shown = patterns.redact(["<|im_start|>assistant\n", before + secret, f"{end}<|im_start|>"])
     assert shown[0] == "<|im_start|>assistant\n"
     assert shown[1].startswith(before)

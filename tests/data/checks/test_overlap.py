@@ -1,4 +1,4 @@
-"""Faults of documents beside others, and what is concluded from all faults."""
+"""Duplicates and leaks between documents, and which documents are dropped or reported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def inspected(documents: Sequence[Document], checks: ChecksSection = CHECKS) -> 
 def across(
     contents: np.ndarray, tasks: np.ndarray, signatures: list[np.ndarray | None], held_out: np.ndarray, checks: ChecksSection
 ) -> list[tuple[int, CheckHit]]:
-    """All faults of documents beside others, where all of training is in the rows."""
+    """Return all duplicates and leaks, assuming that all training documents are in the rows."""
     training, inside = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     return [
         *overlap.find_duplicates(contents, tasks, signatures, training, checks),
@@ -41,14 +41,14 @@ def across(
 def conclude(
     hits: list[tuple[int, CheckHit]], corpus: CheckedDocuments, checks: ChecksSection
 ) -> tuple[np.ndarray, findings.Findings]:
-    """What is dropped, and what is told where all the rest is in the rows."""
+    """Return the dropped documents and the findings, assuming that all other documents are in the rows."""
     drop = select_dropped(hits, len(corpus.wheres), checks)
     return drop, collect_findings(hits, replace(corpus, used=~drop & ~corpus.held_out), checks)
 
 
 @dataclass
 class Collection:
-    """Documents as the builder collects them."""
+    """Collects documents as the builder does."""
 
     texts: list[str] = field(default_factory=list)
     held_out: list[bool] = field(default_factory=list)
@@ -103,7 +103,7 @@ def test_rows_that_differ_in_tools_weight_or_roles_are_no_duplicates() -> None:
     contents, tasks = np.asarray([(one.content, one.task) for one in seen], dtype=np.uint64).T
     hits = across(contents, tasks, [None] * 5, np.asarray([False] * 5), CHECKS)
     assert hits == [(1, CheckHit("exact_duplicate", "the same as", (0,)))]
-    # What is held out is a leak whatever its tools are.
+    # A held-out document is a leak even if its tools differ.
     (leak,) = [hit for i, hit in across(contents, tasks, [None] * 5, np.arange(5) == 4, CHECKS) if i == 4]
     assert leak.others == (0, 1, 2, 3)
 
@@ -128,7 +128,7 @@ def test_a_leak_is_found_among_many_documents_of_one_template() -> None:
     numbers = np.random.default_rng(0)
     signatures = numbers.integers(0, 2**16, (301, minhash.NUM_SLOTS), dtype=np.uint16)
     band = minhash._rows_per_band(CHECKS.near_duplicate_threshold)
-    # The pair agrees in no band but those of the template, in which all documents do.
+    # The pair shares only the bands of the template, which all documents share.
     signatures[:, : 10 * band] = signatures[0, : 10 * band]
     signatures[300] = signatures[150]
     signatures[300, 10 * band :: band] ^= 1
@@ -144,7 +144,7 @@ def test_a_leak_is_found_among_thousands_of_candidates_in_a_band() -> None:
     signatures = numbers.integers(0, 2**16, (num + 2, minhash.NUM_SLOTS), dtype=np.uint16)
     band = minhash._rows_per_band(CHECKS.near_duplicate_threshold)
     signatures[:, : 10 * band] = signatures[0, : 10 * band]
-    # The first one is like the last of the others alone, the second like all of them.
+    # The first held-out document resembles only the last training document, the second resembles all.
     signatures[num] = signatures[num - 1]
     signatures[num, 10 * band :: band] ^= 1
     signatures[num + 1] = signatures[0]
@@ -155,7 +155,7 @@ def test_a_leak_is_found_among_thousands_of_candidates_in_a_band() -> None:
 
 
 def alike_in_one_band(num: int, held_out: int) -> np.ndarray:
-    """Signatures of `num` training and `held_out` held-out documents, all the same but for one slot, which differs in all."""
+    """Return signatures of `num` training and `held_out` held-out documents that differ in a single slot."""
     signatures = np.zeros((num + held_out, minhash.NUM_SLOTS), dtype=np.uint16)
     signatures[:, 0] = np.arange(num + held_out)
     return signatures

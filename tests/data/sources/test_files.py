@@ -1,4 +1,4 @@
-"""The same rows from every kind of file, and files that are broken."""
+"""Every file format gives the same rows, and broken files are reported."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str, packe
     write, place = KINDS[kind]
     path = tmp_path / f"rows.{kind}{packer}"
     path.write_bytes(PACKERS[packer](write(ROWS)))
-    # A prompt takes two lines of a table.
+    # Each prompt spans two lines of a CSV file.
     places = [place.format(path=path, line=i + 1, csv_line=2 + 2 * i) for i in range(len(ROWS))]
     assert read(path) == [Completion(where, row["prompt"], row["completion"]) for where, row in zip(places, ROWS, strict=True)]
     assert count_rows(Source(path=str(path))) >= len(ROWS)
@@ -116,7 +116,7 @@ def test_lists_and_objects_in_tables(tmp_path: Path) -> None:
         Message("assistant", "[3]", name="x"),
     )
     table, text = tmp_path / "a.parquet", tmp_path / "a.csv"
-    # In a parquet file every message has every key, and null where it had none.
+    # In a parquet file every message has every key, with null for absent ones.
     table.write_bytes(as_parquet([{"messages": messages}]))
     text.write_bytes(as_csv([{"messages": json.dumps(messages)}]))
     assert read(table) == [Chat(f"{table}:row 1", expected)]
@@ -213,7 +213,7 @@ def test_a_corrupt_page_of_a_parquet_file_is_reported(tmp_path: Path) -> None:
 
 def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    # Opens, and fails when it is read.
+    # This file can be opened, but reading it fails.
     path.symlink_to("/proc/self/mem")
     source = Source(path=str(path))
     for action in (compute_source_digest, count_rows, lambda source: list(read_documents(source))):

@@ -1,4 +1,4 @@
-"""Rows of the formats that people have, as documents."""
+"""Rows in common formats are read as documents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_openais_fine_tuning_rows_are_read_as_they_are(jsonl: Jsonl) -> None:
         {"role": "tool", "tool_call_id": "c1", "content": "3"},
         {"role": "assistant", "content": "3.", "weight": 1, "name": "adder"},
     ]
-    # OpenAI writes arguments as JSON text.
+    # OpenAI encodes the arguments as a JSON string.
     messages[2]["tool_calls"][0]["function"] = {"name": "add", "arguments": '{"a": 1, "b": 2}'}  # type: ignore[index]
     path = jsonl([{"messages": messages, "tools": [ADD], "parallel_tool_calls": False}])
     assert first(path) == Chat(
@@ -203,7 +203,7 @@ def test_an_unusable_row_is_reported_with_its_place(jsonl: Jsonl, row: dict[str,
     assert problem.remedy
 
 
-# From and value are swapped, or a table has no line of names.
+# A secret that ends up in error messages when `from` and `value` are swapped or a CSV file has no header.
 SAID = "Here you are - as you have asked me to: hf_" + "aB3" * 11 + " and more" * 500
 
 
@@ -321,7 +321,7 @@ def test_two_texts_are_suggested_as_prompt_and_completion(jsonl: Jsonl) -> None:
             {"response": "2", "instruction": "1+1?", "context": "", "category": "sums"},
             "columns: {prompt: instruction, completion: response}}]' data.path=null, where category can be left out",
         ),
-        # Neither a text of answers nor the context is the answer.
+        # Neither answers.text nor the context is suggested as the completion.
         ({"context": "c", "question": "q", "answers": {"text": ["a"]}}, "with the rows' own keys after the colons"),
     ],
 )

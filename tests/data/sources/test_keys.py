@@ -1,4 +1,4 @@
-"""Keys of rows that are not read: which rows are refused for them, and what the report counts."""
+"""Unused keys in rows: which rows they cause to be refused, and what the report counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources that are folders, patterns and addresses."""
+"""Sources given as folders, patterns and addresses."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_the_source_digest_depends_on_bytes_not_on_the_path(tmp_path: Path) -> N
     assert compute_source_digest(Source(path=str(one))) != compute_source_digest(Source(path=str(one), split="test"))
     write(two, {"train-1.jsonl": row("c")})
     assert compute_source_digest(Source(path=str(one))) != compute_source_digest(Source(path=str(two)))
-    # The same bytes mean other rows under another ending.
+    # With another extension, the same bytes mean different rows.
     write(tmp_path, {"a.json": row("a"), "a.txt": row("a")})
     assert compute_source_digest(Source(path=f"{tmp_path}/a.json")) != compute_source_digest(Source(path=f"{tmp_path}/a.txt"))
 

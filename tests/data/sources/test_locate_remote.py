@@ -1,4 +1,4 @@
-"""Datasets on S3 and on the Hub: real clients, in processes of their own, at servers that the tests start."""
+"""Datasets on S3 and on the Hub, read by real clients in separate processes from servers that the tests start."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def warnings_of(source: Source, environ: dict[str, str]) -> str:
 
 
 def read_elsewhere(source: Source, environ: dict[str, str]) -> tuple[str, Any]:
-    """Digest and rows, or 'refused' and the error, from a process with this environment: clients read it once."""
+    """Return digest and rows, or 'refused' and the error, from a new process: clients read the environment only once."""
     done = run_elsewhere(source, environ)
     if done.returncode == 2:
         return "refused", done.stdout
@@ -143,7 +143,7 @@ def test_a_busy_hub_falls_back_to_downloaded_files(hub: DatasetHub, tmp_path: Pa
     refused, error = read_elsewhere(Source(path="owner/name", split="test"), environ)
     assert refused == "refused"
     assert f"the hub answered with HfHubHTTPError ({status})" in error
-    # That the dataset is no longer given out is no answer that passes.
+    # A denied dataset is not a temporary failure, so there is no fallback.
     hub.fails_with = 403
     refused, error = read_elsewhere(Source(path="owner/name"), environ)
     assert (refused, "this account may not read it on the hub" in error) == ("refused", True)

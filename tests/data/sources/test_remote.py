@@ -1,4 +1,4 @@
-"""Web servers that say more or less of a file, and downloads that break off."""
+"""Web servers that provide more or less metadata, and downloads that are cut off."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from launcher.data.sources import check_sources, compute_source_digest, download
 from launcher.errors import DataError
 from launcher.security import storage_addresses
 
-# fsspec hides the module behind a mapping of the same name.
+# In fsspec, a mapping of the same name hides this module.
 REGISTRY = sys.modules["fsspec.registry"]
 ROW, OTHER = b'{"text": "a"}\n', b'{"text": "b"}\n'
 
 
 class Web:
-    """One file under every path; `headers` are what is said of it, `length` the size that is claimed where it is not its own."""
+    """Serves one file under every path, with `headers`; `length` is the claimed size if it differs from the real one."""
 
     def __init__(self) -> None:
         self.address = ""
@@ -90,10 +90,10 @@ def test_a_remote_file_without_metadata_is_identified_by_its_bytes(
     first = compute_source_digest(source)
     assert texts(source) == ["a"]
     if says_length:
-        # Without, its headers are asked for by GET too.
+        # Without a length, the headers are requested by GET too.
         assert len(web.read) == 1
     web.content = OTHER
-    # What this process has read stays what it reads; another one sees the other bytes.
+    # A process keeps the bytes that it read first; a new process sees the new bytes.
     assert compute_source_digest(source) == first
     monkeypatch.setattr(remote, "_downloaded", {})
     assert compute_source_digest(source) != first
@@ -125,7 +125,7 @@ def test_a_download_with_another_size_than_announced_is_refused(cache_home: Path
 def test_a_file_that_does_not_fit_on_the_disk_is_not_downloaded(
     web: Web, cache_home: Path, monkeypatch: pytest.MonkeyPatch, said: int | None
 ) -> None:
-    """A web server may send for ever, or claim any size."""
+    """A web server may send data forever, or claim any size."""
     web.content, web.headers, web.says_length, web.length = ROW * 100, {"ETag": "one"}, said is not None, said
     monkeypatch.setattr(download_limit, "_LOOK_BYTES", 100)
     monkeypatch.setattr(download_limit.shutil, "disk_usage", lambda folder: SimpleNamespace(total=10**12, free=2**29))
@@ -145,7 +145,7 @@ def test_a_download_ends_where_it_is_longer_than_announced(
 
 
 def test_a_download_that_starts_over_is_counted_anew(tmp_path: Path) -> None:
-    """As that of gcsfs does after a failure of the network."""
+    """gcsfs restarts a download after a network failure."""
     limit = download_limit.DownloadLimit("a.jsonl", 100, tmp_path)
     for _ in range(2):
         limit.set_size(100)
@@ -155,7 +155,7 @@ def test_a_download_that_starts_over_is_counted_anew(tmp_path: Path) -> None:
 
 
 def test_the_hubs_client_is_left_its_fast_way(memory_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """HfFileSystem.get_file reads block by block for a callback that is not its own."""
+    """HfFileSystem.get_file reads block by block if it gets a foreign callback."""
     options: list[str] = []
     get_file = MemoryFileSystem.get_file
 
@@ -171,7 +171,7 @@ def test_the_hubs_client_is_left_its_fast_way(memory_of: Callable[..., None], mo
 
 
 def test_the_page_that_lists_a_folder_is_read_up_to_a_bound(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A web server may send for ever."""
+    """A web server may send data forever."""
     page = b"".join(b'<a href="rows-%d.jsonl">rows</a>' % number for number in range(100))
     web.content, web.headers = page, {"Content-Type": "text/html", "ETag": "one"}
     source = Source(path=f"{web.address}/rows/")
@@ -183,7 +183,7 @@ def test_the_page_that_lists_a_folder_is_read_up_to_a_bound(web: Web, monkeypatc
 def test_a_client_that_writes_through_links_gets_a_folder_that_nobody_else_can_enter(
     cache_home: Path, memory_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As that of sftp does; another user may have made the folder in the cache, and know the names there."""
+    """The sftp client writes through links, and another user may have created the cache folder with predictable names."""
     memory_of("/data/a.jsonl", ROW, claimed=len(ROW))
     targets: list[tuple[int, int, bool]] = []
     get_file = MemoryFileSystem.get_file
@@ -213,7 +213,7 @@ def files(folder: Path) -> list[Path]:
 
 @pytest.fixture
 def memory_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Writes a file whose storage claims another size than it has."""
+    """Write a file for which the storage claims a wrong size."""
     import fsspec
 
     system = fsspec.filesystem("memory")
@@ -230,7 +230,7 @@ def memory_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 @pytest.mark.parametrize(("address", "package"), [("gs://bucket/rows.jsonl", "gcsfs"), ("s3://bucket/rows.jsonl", "s3fs")])
 def test_the_package_that_an_address_needs_is_named(address: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    # What an earlier test has loaded is found there.
+    # An earlier test may have loaded the client into the registry.
     monkeypatch.delitem(REGISTRY._registry, address.partition(":")[0], raising=False)
     assert check_sources(DataSection(sources=(Source(path=address),))) == []
     with pytest.raises(DataError) as caught:
@@ -241,7 +241,7 @@ def test_the_package_that_an_address_needs_is_named(address: str, package: str, 
 
 
 class Bucket(MemoryFileSystem):
-    """Google Storage as fsspec shows it: of a file it tells a digest, and no time."""
+    """Google Cloud Storage as seen through fsspec: files have a digest but no modification time."""
 
     protocol = "gs"
     cachable = False

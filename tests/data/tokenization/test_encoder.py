@@ -1,4 +1,4 @@
-"""Masks: the trained tokens, decoded, are what the assistant must write, and nothing else."""
+"""Loss masks: the trained tokens, decoded, are exactly what the assistant must write."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ WITH_TOOLS = Chat(
 def test_a_template_that_leaves_out_tool_results_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = LISTS_TOOLS + CALLING
     assert len(encode(tokenizer, WITH_TOOLS).turn_ends) == 2
-    # The answer of the tool is in what the assistant says, too.
+    # The tool's answer also appears in the assistant's text, which must not count.
     tokenizer.chat_template = tokenizer.chat_template.replace("for m in messages", "for m in messages if m.role != 'tool'")
     with pytest.raises(DataError, match="leaves out what the tool answers") as caught:
         encode(tokenizer, WITH_TOOLS)
@@ -205,7 +205,7 @@ def test_a_special_token_may_include_the_line_break_after_it(tokenizer_dir: obje
 
 
 def metaspace(scheme: str) -> PreTrainedTokenizerBase:
-    """A small tokenizer of SentencePiece's kind, which writes a space as a part of the word after it."""
+    """Return a small SentencePiece-style tokenizer, which attaches a space to the word after it."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(prepend_scheme=scheme), decoders.Metaspace("▁", scheme)
     special = ["<unk>", "<|im_start|>", END]
@@ -225,7 +225,8 @@ def test_a_metaspace_tokenizer_has_exact_mask_boundaries(scheme: str) -> None:
     assert written == f"two▁▁and{END}▁naive{END}"
     encoded = encode(tokenizer, Completion("x:1", "one plus one:", " two"))
     assert "".join(tokenizer.convert_ids_to_tokens(encoded.ids[encoded.trained == 1].tolist())) == f"▁two{END}"
-    # By itself, a completion inside a word would begin with a space; after a prompt that ends with one it is a word of its own.
+    # Encoded alone, a completion that continues a word would start with a space.
+    # After a prompt that ends with a space, the completion is a separate word.
     for prompt, completion in (("nai", "ve answer"), ("one plus one: ", "two")):
         encoded = encode(tokenizer, Completion("x:1", prompt, completion))
         before, after = tokenizer(prompt).input_ids, encoded.ids[encoded.trained == 1].tolist()
@@ -237,7 +238,7 @@ def test_a_mask_boundary_inside_a_token_trains_nothing(tokenizer: PreTrainedToke
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     encoded = encode(tokenizer, Completion("x:1", "nave\u0308", " answer"))
     assert (encoded.is_unsure, trained_texts(tokenizer, encoded)) == (False, [f" answer{END}"])
-    # The accent belongs to the character before it, which is of the prompt.
+    # The accent combines with the last character of the prompt.
     encoded = encode(tokenizer, Completion("x:1", "na", "\u0308ve answer"))
     assert encoded.is_unsure
     assert not encoded.trained.any()

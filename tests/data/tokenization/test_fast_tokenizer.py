@@ -26,7 +26,7 @@ KINDS = ("gpt2", "smollm", "qwen2", "llama3")
 
 @cache
 def tokenizer(kind: str) -> Tokenizer:
-    """A small tokenizer whose text is split as in one of the families."""
+    """Return a small tokenizer that splits text like one of the families."""
     made = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     pattern = {"qwen2": fast_tokenizer._QWEN2, "llama3": fast_tokenizer._LLAMA3}.get(kind)

@@ -1,4 +1,4 @@
-"""Masks by the generation marks of a template, which are held against what the assistant says."""
+"""Loss masks from a template's generation marks, which are checked against the assistant's messages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TWO_MARKS = (
 
 MARKED = "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
 CALLS = "{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}"
-# Each message as BODY, behind its role and the definitions of the tools.
+# The tool definitions, then each message as its role and BODY.
 EACH = "{{ tools | tojson }}{% for m in messages %}{{ m.role }}:BODY{% endfor %}"
 ONE_MARK = "{% generation %}" + EACH.replace("BODY", "{{ m.content }}") + "{% endgeneration %}"
 CALLS_UNMARKED = (
@@ -45,7 +45,7 @@ CALLS_UNMARKED = (
 )
 FIRST = MARKED.replace("m.content", "messages[0].content")
 OTHER = "marks text that is not the assistant's as generated"
-# The mark begins after BEFORE, which is left out of it.
+# The marked part begins after BEFORE.
 CHATML = (
     "{% for m in messages %}{% if m.role == 'assistant' %}BEFORE{% generation %}HEADER{{ m.content }}<|im_end|>"
     "{% endgeneration %}{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
@@ -73,7 +73,7 @@ ECHO = (user("Say yes."), assistant("yes"), user("Say no."), assistant("no"))
             OTHER,
             "messages[1]",
         ),
-        # As many marks as answers, each with the text of one in it.
+        # There are as many marks as answers, and each contains an answer.
         (ONE_MARK, SINGLE, "marks what the user says", "messages[0]"),
         (
             EACH.replace("BODY", f"{{% if m.role == 'user' %}}{MARKED}{{% else %}}{{{{ m.content }}}}{{% endif %}}"),
@@ -150,7 +150,7 @@ def test_generation_marks_are_the_trained_spans(family: Family, tmp_path: Path) 
 
 @pytest.mark.parametrize("opened", ["", "<think>\n"])
 def test_marks_may_cover_reasoning_that_the_template_writes(family: Family, tmp_path: Path, opened: str) -> None:
-    """Also where the generation prompt opens the reasoning."""
+    """The generation prompt may also open the reasoning."""
     tokenizer = family("chatml_marked")
     file = tmp_path / "marks.jinja"
     written = CHATML.replace("BEFORE", "<|im_start|>assistant\n").replace("HEADER", "<think>\n\n</think>\n\n")

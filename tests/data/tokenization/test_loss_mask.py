@@ -1,4 +1,4 @@
-"""Masks of template families against what a person expects: the text as the template writes it, the trained parts in ⟦ ⟧."""
+"""Loss masks of template families against hand-written expectations, with the trained parts in ⟦ ⟧."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_last_turn_trains_only_the_last_turn(family: Family) -> None:
     qwen = family("qwen3")
     expected = EXPECTED["qwen3", "multi"].replace("⟦2<|im_end|>⟧", "2<|im_end|>")
     assert marked(qwen, encode(qwen, chat(*MULTI), train_on="last_turn")) == expected
-    # A tool call and the answer after it are one turn.
+    # A tool call and the answer after it form one turn.
     assert marked(qwen, encode(qwen, chat(*TOOLS), train_on="last_turn")) == EXPECTED["qwen3", "tools"]
     gemma = family("gemma")
     unanswered = encode(gemma, chat(*MULTI, user("Why?")), train_on="last_turn")
@@ -177,7 +177,7 @@ def test_all_tokens(family: Family) -> None:
     gemma = family("gemma")
     encoded = encode(gemma, chat(*SINGLE), train_on="all")
     text = EXPECTED["gemma", "single"].replace("⟦", "").replace("⟧", "")
-    # Nothing comes before the first token to predict it from.
+    # The first token has no context to be predicted from.
     assert marked(gemma, encoded) == text.replace("<bos>", "<bos>⟦") + "⟧"
     assert gemma.decode(encoded.ids[list(encoded.turn_ends)]) == "<end_of_turn>"
 
@@ -239,7 +239,7 @@ def test_reasoning_that_the_template_leaves_out_is_refused_in_the_last_turn(fami
     for tokenizer in (smol, marks):
         for train_on in ("assistant", "last_turn", "all"):
             with pytest.raises(DataError, match="leaves out or changes the assistant's reasoning") as caught:
-                # That the question says it too does not count.
+                # The question contains the reasoning text, which must not count.
                 encode(tokenizer, chat(user("Add? Add."), assistant("4", reasoning_content=" Add.\n")), train_on=train_on)
             problem = caught.value.problems[0]
             assert (problem.where, problem.value) == ("rows.jsonl:1, messages[1]", tokenizer.name_or_path)
@@ -249,7 +249,7 @@ def test_reasoning_that_the_template_leaves_out_is_refused_in_the_last_turn(fami
 
 def test_ambiguous_prefixes_are_refused_except_for_the_last_turn(family: Family) -> None:
     qwen = family("qwen3")
-    # The reasoning behind a tool call is written until another question follows.
+    # The template writes the reasoning of a tool call only until another question follows.
     messages = (TOOLS[0], REASONED_CALL, *TOOLS[2:], *MULTI)
     with pytest.raises(DataError, match="renders earlier messages differently") as caught:
         encode(qwen, chat(*messages))
@@ -262,7 +262,7 @@ def test_ambiguous_prefixes_are_refused_except_for_the_last_turn(family: Family)
 
 
 def test_a_template_that_leaves_out_a_message_is_refused(family: Family) -> None:
-    # The system text stands in a question that is not answered yet, and vanishes with the answer.
+    # Mistral's template puts the system text into the last question, and omits it once that is answered.
     for name, kind, words in (
         ("mistral", SYSTEM, "leaves out or changes what the system says"),
         ("mistral", (system("Be brief."), *MULTI), "leaves out or changes what the system says"),

@@ -27,10 +27,10 @@ from launcher.data.tokenization.parallel import num_workers
 from launcher.errors import DataError, RunError
 
 DEADLINE_S = 120.0
-# So many batches go out before the first comes back, and some after.
+# Enough batches that some are submitted before the first result returns, and some after.
 NUM_BATCHES = 7
 NUM_ROWS = NUM_BATCHES * BLOCK_ROWS
-# Says the numbers of its processes once the first batch is back, and goes on when it is told to.
+# Prints the process ids once the first batch is back, and continues after a line on stdin.
 BUILDER = """
 import signal, sys, psutil
 from launcher.config.sections.data import DataSection
@@ -56,7 +56,7 @@ except DataError as error:
     print(error, flush=True)
     sys.exit(error.exit_code)
 """
-# As Python 3.11.0 chooses the address of the fork server: a socket that is no file, and has no permissions.
+# Python 3.11.0 gives the fork server an abstract socket, which is not a file and has no permissions.
 WITH_ABSTRACT_SOCKETS = """
 import os
 from multiprocessing import connection, forkserver, util
@@ -69,7 +69,7 @@ SHOW_ADDRESS = """
 address = forkserver._forkserver._forkserver_address
 print("abstract" if address[0] == chr(0) else oct(os.stat(os.path.dirname(address)).st_mode))
 """
-# The main module of a builder, which each worker imports as well: torch works there, and an argument makes it fail.
+# The builder's main module, which each worker also imports: it uses torch, and fails in workers given `fail`.
 MAIN = """
 import sys
 import torch
@@ -92,7 +92,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def many(jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> DataSection:
-    """Some batches, for which several processes are started: tests/cli/test_data_command.py shows how many it takes."""
+    """Batches encoded by several processes. tests/cli/test_data_command.py tests the threshold for that."""
     monkeypatch.setattr(parallel, "MIN_BYTES", 1)
     rows = [{"prompt": f"{i}:", "completion": f" {i * i}" * (1 + i % 5)} for i in range(NUM_ROWS)]
     return DataSection(sources=(Source(path=str(jsonl(rows)), completions="text"),), max_length=128, eval_fraction=0.1, workers=2)
@@ -100,7 +100,7 @@ def many(jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> DataSec
 
 @pytest.fixture
 def builder(many: DataSection, tokenizer_dir: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process]]]:
-    """A builder that waits with its processes running; those are ended after the test, if they still are."""
+    """A builder that waits while its processes run; the test's end kills those that remain."""
     command = [sys.executable, "-c", BUILDER, many.model_dump_json(), str(tokenizer_dir)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     started = subprocess.Popen(
@@ -124,7 +124,7 @@ def builder(many: DataSection, tokenizer_dir: Path) -> Iterator[tuple[subprocess
 
 
 def workers_of(children: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that encode: forks of the fork server, which is a child of the builder."""
+    """Return the encoding processes: forks of the fork server, which is a child of the builder."""
     numbers = {child.pid for child in children}
     return [child for child in children if child.ppid() in numbers]
 
@@ -148,7 +148,7 @@ def test_several_processes_build_what_one_builds(many: DataSection, tokenizer_di
 
 @pytest.mark.rest
 def test_no_other_user_reaches_the_fork_server(many: DataSection, tokenizer_dir: Path, cache_home: Path) -> None:
-    """It runs what it gets from whoever connects."""
+    """The fork server runs whatever a connecting process sends."""
     code = WITH_ABSTRACT_SOCKETS + BUILDER + SHOW_ADDRESS
     command = [sys.executable, "-c", code, many.model_dump_json(), str(tokenizer_dir)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
@@ -214,7 +214,7 @@ def test_an_interrupted_builder_takes_its_processes_along(
 ) -> None:
     started, children = builder
     if by == signal.SIGINT:
-        # As a terminal does it: every process of the group gets it.
+        # Like a terminal, signal every process of the group.
         os.killpg(started.pid, by)
     else:
         started.kill()
@@ -275,7 +275,7 @@ def test_a_small_file_starts_no_process(jsonl: Callable[..., Path], tokenizer_di
 def test_processes_are_started_for_enough_text_or_rows(
     length: int, jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Short rows take longer for their bytes: every batch counts."""
+    """Short rows take longer per byte, so the number of batches counts too."""
     monkeypatch.setattr(parallel, "ProcessPoolExecutor", start_pool)
     path = jsonl([{"text": f"{i} {'x' * length}"} for i in range(2 * BLOCK_ROWS)])
     batch, *_ = read_batches(Source(path=str(path)))
@@ -311,6 +311,6 @@ def test_every_token_of_every_document_is_in_the_cache_once(many: DataSection, t
     rows = [json.loads(line) for line in Path(many.sources[0].path).read_text().splitlines()]
     texts = [row["prompt"] + row["completion"] for row in rows]
     whole = tokenizer(texts, add_special_tokens=False).input_ids
-    # A comparison of lists would explain a difference for minutes.
+    # If lists differed, pytest would take minutes to explain the difference.
     assert set(documents) == {(*ids, tokenizer.eos_token_id) for ids in whole}
     assert len(documents) == len(whole)
