@@ -1,4 +1,4 @@
-"""Plans for Slurm and Ray, a fake Slurm, and fake Ray workers."""
+"""Fixtures: plans for Slurm and Ray, a fake Slurm, and fake Ray workers."""
 
 from __future__ import annotations
 

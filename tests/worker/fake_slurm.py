@@ -43,14 +43,14 @@ sys.exit(answer["code"])
 
 @dataclass(frozen=True)
 class FakeSlurm:
-    """Answers by the first words of a command: that to most of them, of several the latest."""
+    """Answers a command by its first words; the longest match wins, and of several the latest."""
 
     folder: Path
 
     def answer(
         self, *to: str, out: str = "", err: str = "", code: int = 0, signals: Sequence[int] = (), times: int | None = None
     ) -> None:
-        """What is answered to commands that begin so, where `times` is given only to that many of the first of them."""
+        """Set the answer to commands that begin with `to`; with `times`, only for that many calls."""
         file = self.folder / "answers"
         answers = json.loads(file.read_text()) if file.exists() else []
         file.write_text(
@@ -67,11 +67,11 @@ class FakeSlurm:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def variables_of(self, command: str) -> dict[str, str]:
-        """The environment that the last command of this name got."""
+        """The environment of the last command with this name."""
         return dict(json.loads((self.folder / f"variables_of_{command}").read_text()))
 
     def told(self) -> list[list[str]]:
-        """The commands that ask for nothing and change something."""
+        """The commands that change something, without queries."""
         asking = ("show", "--oneliner", "--all")
         return [
             call for call in self.calls if call[0] in ("sbatch", "scancel") or (call[0] == "scontrol" and call[1] not in asking)
@@ -80,7 +80,7 @@ class FakeSlurm:
 
 @pytest.fixture
 def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    """Job 41 runs on n1, this machine; whatever is asked to be done is done."""
+    """Job 41 runs on n1, this machine; every command succeeds."""
     folder = tmp_path / "slurm"
     folder.mkdir()
     for name in COMMANDS:

@@ -28,7 +28,7 @@ KILLED = {"rank": 1, "kind": "killed", "at": 1.0, "exit_code": -9, "message": "k
 
 
 class FakeWorkers:
-    """A run on Ray whose workers say what the test lets them say."""
+    """A run on Ray whose workers report what the test sets."""
 
     def __init__(self, plan: LaunchPlan) -> None:
         self.plan = plan
@@ -45,7 +45,7 @@ class FakeWorkers:
             self.coordinator.enter(group, len(nodes), member)
 
     def check(self, group: str, nodes: list[str], problems: dict[str, str] | None = None) -> None:
-        """Every head reports; `problems` are words about nodes."""
+        """The head worker of each node reports its check; `problems` are messages by node."""
         for rank, node in enumerate(nodes):
             orders = self.coordinator.orders(group, rank)
             if isinstance(orders, Check):
@@ -54,18 +54,18 @@ class FakeWorkers:
                 self.coordinator.report_check(group, rank, replace(FIT, host=node, problems=found))
 
     def begin(self, group: str, *nodes: str) -> list[Orders | None]:
-        """A group comes, is checked and trains; the orders of all."""
+        """A new group enters, passes its checks and trains; returns the orders of all its workers."""
         self.enter(group, list(nodes))
         self.check(group, list(nodes))
         return [self.coordinator.orders(group, rank) for rank in range(len(nodes))]
 
     def end(self, rank: int, failure: dict[str, Any] | None = None, **said: Any) -> None:
-        """A worker leaves its word."""
+        """Write a worker's node record."""
         ended = {"node": rank, "host": "n", "ended_at": time.time(), "stopped": False, "killed": False, "first_failure": failure}
         atomic_files.write_json(run_records.node_file(self.run, self.number, rank), ended | said)
 
     def outcome(self, reason: str, step: int) -> None:
-        """Rank 0's own word."""
+        """Write rank 0's outcome."""
         state = "completed" if reason == "completed" else "preempted"
         said = {"state": state, "reason": reason, "step": step, "message": reason, "checkpoint": ""}
         atomic_files.write_json(self.run.attempt(self.number) / "outcome.json", said)
@@ -87,7 +87,7 @@ class FakeWorkers:
 
 @pytest.fixture
 def make_fake(ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeWorkers]:
-    """`make_fake(**settings of the cluster)`; the disk is looked at each time."""
+    """`make_fake(**cluster_settings)`; the coordinator reads the disk on each call."""
     monkeypatch.setattr(module, "_LOOK_S", -1.0)
     monkeypatch.setattr(module, "_DRAIN_LOOK_S", -1.0)
     return lambda **settings: FakeWorkers(ray_plan(working_dir=str(tmp_path), **settings))
@@ -95,7 +95,7 @@ def make_fake(ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time of all clocks that tell no date, to be set."""
+    """The time that time.monotonic returns; the test sets it."""
     found = [10_000.0]
     monkeypatch.setattr(time, "monotonic", lambda: found[0])
     return found
@@ -108,5 +108,5 @@ def sign(
 
 
 def kind(orders: Orders | None) -> str | None:
-    """The kind of orders in small letters; None where the worker asks again."""
+    """The kind of orders in lower case; None if the worker must ask again."""
     return None if orders is None else type(orders).__name__.lower()

@@ -1,4 +1,4 @@
-"""A run that was submitted as job 41, and the begin and conclude steps of its job."""
+"""A run submitted as job 41, with the begin and conclude steps of its job."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NODES = ("n1", "n2", "n3")
 
 @pytest.fixture
 def own_signals() -> Iterator[None]:
-    """What the job does to its own process is taken back."""
+    """Restore the signal handler that the job changes in this process."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -34,7 +34,7 @@ def own_signals() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Job:
-    """A run that was submitted as job 41, and what its job does."""
+    """A run submitted as job 41, and the steps of its job."""
 
     run: RunDir
     capture: pytest.CaptureFixture[str]
@@ -60,7 +60,7 @@ class Job:
         return run_store.read_status(self.run)
 
     def begun(self, number: int = 1, **values: Any) -> None:
-        """As an attempt is that has begun on three nodes in job 41, with an hour left."""
+        """Write an attempt that has started on three nodes in job 41, with an hour left."""
         attempt = Attempt(None, job="41", nodes=NODES, address="10.0.0.1", port=1, ends_at=time.time() + 3600)
         self.run.attempt(number).mkdir(exist_ok=True)
         run_store.write_attempt(self.run, number, replace(attempt, **values))
@@ -88,7 +88,7 @@ class Job:
         store.commit(saving, Manifest(step=step, world_size=1, plan_digest="d", attempt=attempt, files=files))
 
     def ended(self, number: int, cause: str, began: int | None = None, saved: int | None = None, **values: Any) -> None:
-        """As an attempt is that was concluded."""
+        """Write an attempt that was concluded."""
         self.begun(number, **values)
         record = ExitRecord("pending", cause=Cause(cause), message=f"{cause} it was", began_step=began, saved_step=saved)
         json_records.write(run_records.exit_file(self.run, number), record)
@@ -103,7 +103,7 @@ def submitted(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Job]:
-    """A run as `python -m launcher` leaves it for its job, but without the code."""
+    """A run as `python -m launcher` leaves it for its job, but without the code snapshot."""
     monkeypatch.setattr(code_snapshot, "create", lambda run: (run.code / "launcher").mkdir(parents=True))
 
     def submit(**settings: Any) -> Job:

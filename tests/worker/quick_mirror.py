@@ -1,4 +1,4 @@
-"""`python -m launcher.worker.sidecars.mirror_process` with shorter waits, and a disk that hangs where a test says so."""
+"""`python -m launcher.worker.sidecars.mirror_process` with shorter waits, and a disk that hangs if the test wants it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launcher.worker.sidecars import mirror_process
 
 
 class HangingFileSystem(LocalFileSystem):
-    """A disk on which a write of state.json hangs while the pipe `never-read` is beside it."""
+    """A file system that hangs when state.json is written in a folder with the pipe `never-read`."""
 
     def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         pipe = Path(path).with_name("never-read")

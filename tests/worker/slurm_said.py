@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-# A part of `scontrol show config`.
+# An excerpt of `scontrol show config`.
 CONFIG = """\
 Configuration data as of 1795553498
 AccountingStorageEnforce = associations,limits,qos
@@ -75,7 +75,7 @@ JobId=41 JobName=tried
 
 
 def partition(name: str) -> str:
-    """`scontrol show partition NAME`: main, whose jobs are preempted by a requeue, or high, whose are not."""
+    """`scontrol show partition NAME`: jobs of `main` are preempted by requeue, jobs of `high` are not preempted."""
     return _PARTITION.format(name=name, default="YES" if name == "main" else "NO", preempt={"main": "REQUEUE"}.get(name, "OFF"))
 
 
@@ -94,22 +94,22 @@ def job(
     reason: str = "None",
     restarts: int = 0,
 ) -> str:
-    """`scontrol show job 41` while it runs; `preempted` is when Slurm has begun to take its nodes for another."""
+    """`scontrol show job 41` while it runs; `preempted` is the time at which Slurm began to preempt it."""
     return _JOB.format(
         ends=ends, preempted=preempted, requeue=requeue, partition=partition, state=state, reason=reason, restarts=restarts
     )
 
 
 def job_json(*states: str) -> str:
-    """The part of `scontrol show job 41 --json` that text does not tell: ("PENDING", "COMPLETING") after a requeue."""
+    """The part of `scontrol show job 41 --json` that the text output lacks: ("PENDING", "COMPLETING") after a requeue."""
     return json.dumps({"jobs": [{"job_id": 41, "name": "tried", "job_state": states}]})
 
 
 def squeue(number: str, state: str, name: str = "tried") -> str:
-    """A line of `squeue` with the columns that the launcher asks for."""
+    """A line of `squeue` with the columns that the launcher requests."""
     return "\x1f".join((number, name, state, "None", "1795553498", "1795554098", "0", "n[1-2]", "0:0", "\n"))
 
 
 def sacct(number: str, state: str, name: str = "tried") -> str:
-    """A line of `sacct` with the columns that the launcher asks for."""
+    """A line of `sacct` with the columns that the launcher requests."""
     return "\x1f".join((number, name, state, "None", "1795553494", "n[1-2]", "0:0", "1795553492")) + "\n"

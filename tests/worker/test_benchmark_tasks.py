@@ -1,4 +1,4 @@
-"""Scores of tasks of lm-evaluation-harness; whole evaluations by tasks are in tests/e2e/test_evaluate.py."""
+"""Scores of lm-evaluation-harness tasks; tests/e2e/test_evaluate.py runs whole evaluations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def result(values: dict[str, float], samples: list[dict[str, object]]) -> dict[s
 
 
 def test_questions_have_single_scores_where_the_metric_is_their_mean() -> None:
-    """In the order of the questions, whichever way the harness has asked them."""
+    """Scores are in the order of the questions, whatever order the harness used."""
     samples = [{"doc_id": i, "filter": "none", "acc": float(i == 2), "word_perplexity": (1.0, 2)} for i in (2, 0, 1, 3)]
     values = {"acc,none": 0.25, "acc_stderr,none": 0.1, "word_perplexity,none": 7.5}
     scores = harness._read_scores("task", result(values, samples), "digest")
@@ -35,7 +35,7 @@ def test_questions_have_single_scores_where_the_metric_is_their_mean() -> None:
 
 
 def test_each_filter_has_its_own_scores() -> None:
-    """An aggregate that is not the mean, such as a corpus score, has none."""
+    """An aggregate that is not the mean of scores, such as a corpus score, has no scores of single questions."""
     samples = [{"doc_id": i, "filter": name, "acc": float(name == "strict")} for name in ("strict", "flexible") for i in range(2)]
     scores = harness._read_scores("task", result({"acc,strict": 1.0, "acc,flexible": 0.5}, samples), "digest")
     assert scores.samples == {"acc,strict": (1.0, 1.0)}
@@ -57,7 +57,7 @@ def test_without_the_harness_its_package_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     for name in harness._OFFLINE:
         monkeypatch.setenv(name, "0")
-    # The harness leaves the working directory.
+    # The harness changes the working directory.
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as error:
         Harness(tmp_path / "caches")

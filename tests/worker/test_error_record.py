@@ -1,4 +1,4 @@
-"""The error record of a rank: complete or absent, and never a reason for another end."""
+"""A rank's error record is complete or absent, and never changes how the rank ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from launcher.worker import failure_record
 from launcher.worker.failure_record import RankExit
 from launcher.worker.signals import DISMISSED
 
-# A rank as launcher.worker.ranks.rank_main runs one, whose record takes a while to reach the disk.
+# A rank as launcher.worker.ranks.rank_main runs it, with a slow write of its record to disk.
 RANK = """
 import os, sys, time
 from launcher.worker.ranks import rank_main
@@ -52,7 +52,7 @@ rank_main.main("plan.json", 1)
 
 
 def dismissed_while_writing(path: Path, delay_s: float) -> tuple[int, float]:
-    """The exit code of a rank whose agent, which is this process, sends it away while it writes; and how long it took to go."""
+    """Terminate a rank while it writes, as its agent does; returns the exit code, and the seconds until the rank ended."""
     command = [sys.executable, "-c", RANK, str(delay_s)]
     environment = os.environ | {VARIABLE: str(path)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as rank:
@@ -182,7 +182,7 @@ def test_a_run_file_that_is_not_utf8_raises_a_run_error(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_bytes(b"\xff")
     with pytest.raises(RunError, match="damaged") as error:
         json_records.read_json(tmp_path / "status.json")
-    # Told in its own words, and not put down to a limit of the machine that was met meanwhile.
+    # The error keeps its own message: it is not attributed to a limit of the machine that was reached meanwhile.
     end = RankExit(3, 1, 1.0, ErrorRecord.of(error.value))
     failed = failure_record.from_rank_exits([end], RunDir(tmp_path), 1, limit="its memory limit was met")
     assert (failed.message, failed.traceback) == (str(error.value), "")
@@ -198,7 +198,7 @@ def exits(*ends: tuple[int, int, float, str | None]) -> list[RankExit]:
         ([(0, 1, 9.0, "RuntimeError: Connection closed by peer"), (1, -9, 10.0, None)], 1, "killed by SIGKILL"),
         ([(0, 1, 9.0, "ValueError: later"), (1, 1, 8.9, "ValueError: first")], 1, "ValueError: first"),
         ([(0, DISMISSED, 9.0, "RuntimeError: Connection closed by peer"), (1, 1, 9.5, "ValueError: own")], 1, "ValueError: own"),
-        # The agent itself kills those that do not go, half a minute later.
+        # The agent itself kills ranks that do not end within half a minute.
         ([(0, 1, 9.0, "ValueError: own"), (1, -9, 39.0, None)], 0, "ValueError: own"),
         ([(0, DISMISSED, 9.0, None), (1, 7, 9.0, None)], 1, "ended with exit code 7 and left no record of an error"),
     ],

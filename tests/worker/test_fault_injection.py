@@ -38,7 +38,7 @@ class Node:
 
     @property
     def plan(self) -> SimpleNamespace:
-        """What the faults read of a plan."""
+        """The attributes of a plan that the faults read."""
         checkpoint = SimpleNamespace(save_every=5)
         topology = SimpleNamespace(world_size=4)
         return SimpleNamespace(
@@ -56,14 +56,14 @@ def rank_process(run: RunDir, attempt: int, rank: int) -> subprocess.Popen[bytes
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
-    """Ranks 2 and 3 of attempt 2, beside processes of another attempt and of another run."""
+    """Ranks 2 and 3 of attempt 2, next to processes of another attempt and another run."""
     run, other = RunDir(tmp_path / "run"), RunDir(tmp_path / "run2")
     run.root.mkdir()
     agent = agent_process(run, 2)
     ranks = tuple(rank_process(run, 2, rank) for rank in (2, 3))
     others = [rank_process(run, 1, 4), rank_process(other, 2, 5)]
     every = [agent, *ranks, *others]
-    # A fork that has not become its program yet shows its parent's command line.
+    # Until a forked child has called exec, it shows its parent's command line.
     deadline = time.monotonic() + 30
     while any(psutil.Process(p.pid).cmdline()[1:2] != ["-c"] for p in every[:1]) or any(
         RankTitle.of(psutil.Process(p.pid)) is None for p in every[1:]

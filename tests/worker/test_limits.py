@@ -1,4 +1,4 @@
-"""Limits of the machine are recognized as the cause of a failure, and a full disk still takes the records of an end."""
+"""A machine limit is recognized as the cause of a failure, and final records can be written even on a full disk."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KILLED = "and the kernel killed a process"
 
 @pytest.fixture(params=[1, 2])
 def groups(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """Files of control groups of both versions, by what they hold."""
+    """Control group files of both versions, by content."""
     memory, pids = (tmp_path / name / "job" for name in (("memory", "pids") if request.param == 1 else ("", "")))
     lines = "5:memory:/job\n4:pids:/job\n0::/\n" if request.param == 1 else "0::/job\n"
     for folder in (memory, pids):
@@ -74,7 +74,7 @@ def test_a_limit_that_the_kernel_enforced_is_named_before_the_signal(
     assert found == cause
     first = failure_record.from_rank_exits([RankExit(1, -9, 9.0, None)], RunDir(tmp_path), 1, limit=found)
     assert first.line == f"rank 1: {cause}: killed by SIGKILL" if cause else "rank 1: killed by SIGKILL"
-    # The watchdog's own kill has the watchdog's reason.
+    # A kill by the watchdog has the watchdog's reason.
     stalls = ["rank 1 (pid 7) is stopped"]
     assert failure_record.from_rank_exits([RankExit(1, -9, 9.0, None)], RunDir(tmp_path), 1, stalls, found).line == (
         "rank 1: (pid 7) is stopped"
@@ -83,7 +83,7 @@ def test_a_limit_that_the_kernel_enforced_is_named_before_the_signal(
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A run on this machine whose agent has recorded the counters, and was killed."""
+    """A run on this machine whose agent recorded the counters and was then killed."""
     run = run_store.create(hand_made.plan(tmp_path / "demo", hand_made.SETTINGS))
     run_store.create_attempt(run, Attempt(None, nodes=("n1", "n2")))
     return run
@@ -96,7 +96,7 @@ MEMORY = f"the memory limit of 2.00 GiB of this job or container was exceeded, {
     ("file", "text", "limit"),
     [
         ("oom", "oom_kill 2\n", MEMORY),
-        # It counts the processes of others, too.
+        # This counter also counts processes of other users.
         ("node", "oom_kill 4\n", ""),
         ("refused", "max 1\n", ""),
         ("oom", "oom_kill 1\n", ""),
@@ -115,10 +115,10 @@ def test_a_limit_that_killed_the_agent_itself_is_named_by_who_notices(
         "failed",
         f"{limit}: {end}" if limit else f"{end}: it was killed, or the machine restarted",
     )
-    # What happens later on the machine is no cause.
+    # Later events on the machine are not the cause.
     groups["oom"].write_text("oom_kill 9\n")
     assert LocalCluster().status(run) == shown
-    # The job's conclusion and the next start of the run; the agent of n2 ran on another machine.
+    # The job's conclusion and the run's next start judge this too; the agent of n2 ran on another machine.
     attempt = Attempt(None, job="41", nodes=("n1", "n2"))
     ended = postmortem.judge(run, 1, attempt, "", 0.0, 9)
     assert ended.message == ": ".join(filter(None, (limit, "no record from n1, n2 (srun ended with 9)")))
@@ -138,7 +138,7 @@ def test_an_agent_of_another_machine_or_container_is_not_judged_by_the_counters_
 
 @pytest.mark.parametrize("groups", [2], indirect=True)
 def test_the_counters_of_the_parent_count_where_the_agents_own_group_is_gone(groups: dict[str, Path], run: RunDir) -> None:
-    """Slurm and systemd remove a control group with its last process; in version 2 those above it have counted, too."""
+    """Slurm and systemd remove a control group with its last process; in version 2 the groups above have counted the kill too."""
     above = groups["oom"].parents[1]
     (above / "memory.events").write_text("low 0\nmax 7\noom 1\noom_kill 1\noom_group_kill 0\n")
     (above / "memory.max").write_text("max\n")
@@ -155,18 +155,18 @@ def test_the_counters_of_the_parent_count_where_the_agents_own_group_is_gone(gro
 
 
 JOB = "/system.slice/slurmstepd.scope/job_41"
-# The path of a process in /proc/self/cgroup, the group that has the limit, and a group above that other jobs share.
+# The process's path in /proc/self/cgroup, the group with the limit, and a group above it that other jobs share.
 HIERARCHIES = {
     "Slurm": (f"{JOB}/step_0/user/task_0", JOB, "/system.slice/slurmstepd.scope"),
     "systemd": ("/user.slice/user-1000.slice/run-u12.scope", "/user.slice/user-1000.slice/run-u12.scope", "/user.slice"),
     "Kubernetes": ("/kubepods.slice/pod7.slice/cri-9.scope", "/kubepods.slice/pod7.slice/cri-9.scope", "/kubepods.slice"),
-    # A container with a namespace of its own for control groups.
+    # A container with its own cgroup namespace.
     "container": ("/", "/", None),
 }
 
 
 class Hierarchy:
-    """A tree of control groups of version 2 as files; a kill is counted in the group of the process and in all above it."""
+    """A tree of version 2 control groups as files; a kill counts in the process's group and in all groups above it."""
 
     def __init__(self, root: Path, own: str, limited: str) -> None:
         self.root = root
@@ -181,7 +181,7 @@ class Hierarchy:
             folder = self.folder(str(level))
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "cgroup.procs").touch()
-            # The root of the whole machine has neither.
+            # The machine's root group has neither file.
             if (str(level) != "/" or group == "/") and not (folder / "memory.max").exists():
                 (folder / "memory.max").write_text("max\n")
                 (folder / "memory.events").write_text("low 0\nhigh 0\nmax 3\noom 1\noom_kill 1\noom_group_kill 0\n")
@@ -197,7 +197,7 @@ class Hierarchy:
 def hierarchy(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Hierarchy, str, str | None]:
-    """The tree, this process's group in it, and the shared one."""
+    """The tree, this process's group in it, and the shared group."""
     own, limited, shared = HIERARCHIES[request.param]
     (tmp_path / "self").write_text(f"0::{own}\n")
     monkeypatch.setattr(cgroups, "OWN_CGROUPS", tmp_path / "self")

@@ -1,4 +1,4 @@
-"""Why an attempt ended, judged from the files that its nodes and its job leave."""
+"""Why an attempt ended, judged from the files that its nodes and its job left."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NODES = ("n1", "n2", "n3")
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A run on three nodes, at step 40 of its first attempt; nothing has been left of the attempt yet."""
+    """A run on three nodes at step 40 of its first attempt, which has left no records yet."""
     run = RunDir(tmp_path)
     run.attempt(1).mkdir(parents=True)
     run_store.write_status(run, Status(state="running", attempt=1, step=STEP))
@@ -50,7 +50,7 @@ def judge(run: RunDir) -> Judge:
 
 
 def outcome(run: RunDir, reason: str, ago_s: float = 0) -> None:
-    """What rank 0 leaves when training ends as it should."""
+    """Write what rank 0 leaves when training ends normally."""
     file = run.attempt(1) / "outcome.json"
     atomic_files.write_json(file, {"state": "any", "reason": reason, "step": 77, "message": "as they say", "checkpoint": "/c"})
     os.utime(file, (time.time() - ago_s,) * 2)
@@ -94,7 +94,7 @@ def test_the_outcome_of_the_ranks_decides_the_cause(run: RunDir, judge: Judge, r
     [
         (None, Cause.PREEMPTED),
         (3600, Cause.PREEMPTED),
-        # Slurm's signal comes up to a minute and a half before the lead begins.
+        # Slurm may send its signal up to 90 s before the lead time starts.
         (LEAD_S + 100, Cause.PREEMPTED),
         (LEAD_S + 80, Cause.TIME_LIMIT),
         (10, Cause.TIME_LIMIT),
@@ -112,7 +112,7 @@ def test_an_interruption_near_the_end_of_the_jobs_time_is_its_time_limit(
 
 
 def test_the_time_of_the_interruption_decides_whether_it_was_the_time_limit(run: RunDir, judge: Judge) -> None:
-    """The next start judges where the job itself could not: long after the time had run out."""
+    """If the job could not judge its end, the next start does so, long after the time limit."""
     outcome(run, "preempted", ago_s=7200)
     assert judge(left_s=-3600, code=None).cause is Cause.PREEMPTED
     outcome(run, "preempted", ago_s=3600)
@@ -127,14 +127,14 @@ def test_a_cancelled_attempt_counts_as_cancelled(run: RunDir, judge: Judge, how:
     node(run, 0, failure("killed"))
     assert judge(state=state, code=143) == Ending(Cause.CANCELLED, STEP, "cancelled at step 40 without saving")
     outcome(run, "preempted")
-    # Slurm's TERM came to the ranks before its KILL, and they have saved.
+    # The ranks saved after Slurm's SIGTERM, before its SIGKILL.
     assert judge(state=state).cause is Cause.CANCELLED
     outcome(run, "completed")
     assert judge(state=state).cause is Cause.COMPLETED
 
 
 def test_problems_of_a_node_make_it_a_bad_node(run: RunDir, judge: Judge) -> None:
-    # All nodes come to the same list.
+    # All nodes record the same list.
     for number in range(3):
         node(
             run,
@@ -234,9 +234,9 @@ def test_a_task_that_exits_before_its_agent_starts_makes_its_node_bad(run: RunDi
     assert (said.cause, said.bad_nodes, said.step) == (Cause.BAD_NODE, ("n2",), STEP)
     assert said.message.startswith("n2: no agent could start there (Exited with exit code 78)")
     assert "run directory" in said.message
-    # The next start has not seen it end: it may as well have been lost.
+    # The next start did not see srun end, so the node may also have been lost.
     assert judge(code=None).cause is Cause.INFRASTRUCTURE
-    # Where an agent has left its record, its task is not what failed.
+    # If an agent left its record, its task did not fail to start.
     node(run, 1)
     assert judge(code=78).message == "no record from n1, n3 (srun ended with 78)"
 
@@ -323,7 +323,7 @@ def test_ranks_killed_after_the_grace_period_count_as_interrupted(run: RunDir, j
     node(run, 1, stopped=True, killed=False)
     said = judge(left_s=left_s, code=1)
     assert (said.cause, said.first_failure) == (cause, on("n1", killed))
-    # A rank that is killed by something else, with or without a stop that was asked for, is not.
+    # A rank killed by anything else does not count as interrupted, whether or not a stop was requested.
     node(run, 0, killed, stopped=True, killed=False)
     assert judge(left_s=left_s, code=1).cause is Cause.INFRASTRUCTURE
 
@@ -344,7 +344,7 @@ def test_an_agent_that_cannot_start_its_ranks_names_its_node(run: RunDir, judge:
     own = failure(kind, rank=None, message="eth7 has no address")
     all_nodes(run, None, own, failure("RendezvousTimeoutError", rank=None, at=200.0))
     assert judge(code=1) == Ending(Cause.BAD_NODE, STEP, "n2: eth7 has no address", ("n2",), on("n2", own))
-    # Two that do not meet the first: it may be the first.
+    # Two nodes that fail to meet the first one: the first one may be at fault.
     all_nodes(run, None, own, own)
     said = judge(code=1)
     assert (said.cause, said.bad_nodes) == (Cause.INFRASTRUCTURE, ())
@@ -395,7 +395,7 @@ def test_a_lost_node_comes_before_the_survivors_that_lost_their_connection_to_it
     ended = judge(code=9)
     consequence = "as a consequence, rank 0 on n1: RuntimeError: [pair.cc:553] Connection closed by peer"
     assert (ended.cause, ended.message) == (Cause.INFRASTRUCTURE, f"{expected}; {consequence}")
-    # An agent that waits in vain for the lost node is a consequence, too.
+    # An agent that waits in vain for the lost node is also a consequence.
     node(run, 0, failure("RendezvousTimeoutError", rank=None, message="n2 did not reach the rendezvous"))
     assert judge(code=9).message == f"{expected}; as a consequence, the agent of n1: n2 did not reach the rendezvous"
 
@@ -414,7 +414,7 @@ def test_an_exceeded_memory_limit_is_named_first(run: RunDir, judge: Judge) -> N
 
 @pytest.mark.parametrize("state", ["PENDING", "REQUEUED"])
 def test_an_operators_requeue_during_the_start_is_no_fault_of_the_machines(run: RunDir, judge: Judge, state: str) -> None:
-    """Slurm ends the tasks by TERM and later by KILL, so that agents leave no record or one of interrupted ranks."""
+    """Slurm sends the tasks SIGTERM and later SIGKILL, so agents leave no record or one of interrupted ranks."""
     requeued = (Cause.PREEMPTED, "the job was requeued at step 40 without saving")
 
     def said() -> tuple[Cause, str]:
@@ -427,7 +427,7 @@ def test_an_operators_requeue_during_the_start_is_no_fault_of_the_machines(run: 
     node(run, 0, LOST_PEER)
     node(run, 1, LOST_PEER)
     assert said() == requeued
-    # What failed by itself before the requeue is still its cause, and so is a lost node, which Slurm requeues the job for.
+    # A failure of its own before the requeue is still the cause; so is a lost node, for which Slurm requeues the job.
     node(run, 2, failure("ValueError"))
     assert said()[0] is Cause.FAILURE
     (run.attempt(1) / "node-00002.json").unlink()

@@ -1,4 +1,4 @@
-"""Storage that refuses a file while a run is prepared: the error for the user, instead of a traceback."""
+"""If storage refuses a file while a run is prepared, the user sees an error instead of a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An exception that repeats ends the run, whether the attempts or the ranks within an attempt were started again."""
+"""An exception that repeats ends the run, whether it repeats across attempts or across restarts within one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> RunDir:
 def test_only_an_exception_that_repeats_is_final_in_attempts_and_in_their_restarts(
     run: RunDir, failures: list[list[FailureRecord]], is_final: bool
 ) -> None:
-    """The failures of each attempt: after the last one it ends, after the others its ranks are restarted."""
+    """The failures of each attempt: the last one ends the attempt, the others restart its ranks."""
     section = SlurmSection(max_failures=9, max_infrastructure_failures=9, max_no_progress=9)
     conclusion = None
     for number, (*restarts, last) in enumerate(failures, 1):

@@ -1,4 +1,4 @@
-"""Signals to a process whose main thread is stuck in C, as in a collective that does not end."""
+"""Signals to a process whose main thread is blocked in C, as in a collective that hangs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from launcher.worker.signals import DISMISSED
 
-# pthread_mutex_lock, unlike most calls, goes on waiting after a signal was handled; so do the condition variables of gloo.
+# pthread_mutex_lock keeps waiting after a signal handler has run, unlike most calls; so do gloo's condition variables.
 STUCK = """
 import ctypes, signal, subprocess, sys, threading, time
 from launcher.worker.signals import StopFlag
@@ -41,7 +41,7 @@ libc.pthread_mutex_lock(mutex)
 
 @contextmanager
 def stuck(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """The process, and the id of a helper process that it has started."""
+    """The stuck process, and the process ID of a helper that it started."""
     command = [sys.executable, "-c", STUCK, *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert said(process) == "born"
@@ -66,7 +66,7 @@ def said(process: subprocess.Popen[str]) -> str:
 
 
 def send(name: str, pid: int) -> None:
-    """From a process that is not the receiver's parent."""
+    """Send the signal from a process that is not the receiver's parent."""
     subprocess.run(["bash", "-c", f"kill -{name} {pid}"], check=True, timeout=20)
 
 

@@ -1,4 +1,4 @@
-"""A stop in W&B's page: the run is over on managed clusters, as after a cancel."""
+"""The Stop button on W&B's page ends a run for good on managed clusters, as a cancel does."""
 
 from __future__ import annotations
 

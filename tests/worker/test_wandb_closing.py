@@ -1,4 +1,4 @@
-"""W&B gets the end of a run from the process that started the ranks, where no rank could report it."""
+"""If no rank could report a run's end to W&B, the process that started the ranks does."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def failed(run: RunDir) -> None:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, address: str, forked: bool = True) -> None:
-    """Let this process and those that it starts speak to a server; `forked` from one that has imported W&B's package."""
+    """Make this process and its children use a W&B server; `forked` forks them from a process that has imported wandb."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", address)
     monkeypatch.setenv("PYTHONPATH", str(REPO))
@@ -109,7 +109,7 @@ def test_a_failure_before_the_first_rank_is_sent_to_wandb(tmp_path: Path, monkey
 
 
 def test_verdicts_of_checkpoints_are_sent_when_the_run_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it trained, its ranks had the session."""
+    """While the run trained, its ranks held the W&B session."""
     plan, run = plan_in(tmp_path / "run", eval={"answers_every": 20}, checkpoint={"save_every": 20}), RunDir(tmp_path / "run")
     run.attempt(1).mkdir(parents=True)
     run.plan.write_text(plan.to_json())
@@ -168,7 +168,7 @@ def test_a_hanging_wandb_server_delays_the_end_by_the_deadline_at_most(tmp_path:
         ("completed", {}, {}),
         ("failed", {}, {"kind": "none"}),
         ("failed", {}, {"mode": "disabled"}),
-        # The ranks have told it: of the limit that they have reached, and on this machine, which was asked to stop.
+        # The ranks have reported these: a limit that they reached, and a stop request on this machine.
         ("preempted", {"cause": "limit"}, {}),
         ("preempted", {}, {}),
     ],

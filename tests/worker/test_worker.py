@@ -61,7 +61,7 @@ def test_a_rank_of_a_score_pass_dies_with_its_parent(tmp_path: Path) -> None:
         pid = int(process.stdout.readline())
     deadline, writer = time.monotonic() + 120, None
     while writer is None:
-        # The rank has begun once it waits for the content of its task.
+        # The rank is up once it opens the pipe of its task.
         assert time.monotonic() < deadline
         assert _alive(pid)
         with suppress(OSError):
@@ -78,7 +78,7 @@ def test_a_rank_of_a_score_pass_dies_with_its_parent(tmp_path: Path) -> None:
 
 
 def test_a_local_run_ends_only_when_the_mirror_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the run waits for after its last step costs as training does, also where the wait is cut off."""
+    """The time after the last step that the run spends waiting costs as much as training, even if the wait is cut short."""
     plan = hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS, price=Price(usd_per_gpu_hour=2.0))
     run = run_store.create(plan)
     run_store.create_attempt(run, run_records.Attempt(None))
@@ -102,7 +102,7 @@ def test_a_local_run_ends_only_when_the_mirror_is_complete(tmp_path: Path, monke
 
 
 def test_answers_that_do_not_start_leave_no_mirror_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The caller ends the mirror that the result names."""
+    """The caller ends the mirror that the result contains."""
 
     def refuse() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,4 +1,4 @@
-"""Ranks that wait in a collective over gloo, as NCCL's do in a hang; run by tests/forked_ranks.py."""
+"""Ranks that wait in a collective over gloo, as in an NCCL hang; tests/forked_ranks.py runs them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def wait_for_go(folder: str) -> None:
 
 
 def record_on_a_gpu(folder: str) -> None:
-    """Sum numbers with NCCL, which ends at once on one rank; torch's own thread answers requests."""
+    """All-reduce over NCCL on one rank, which ends at once; torch's own thread answers dump requests."""
     dist.init_process_group("nccl", init_method=f"file://{os.environ['RENDEZVOUS']}", rank=0, world_size=1)
     numbers = torch.ones(1024, device="cuda")
     dist.all_reduce(numbers)
@@ -33,13 +33,15 @@ def record_on_a_gpu(folder: str) -> None:
 
 
 def wait_without(absent: int, folder: str) -> None:
-    """Sum numbers twice, then gather some; `absent` calls that only when there is a file `go`. Then all ranks sum again."""
+    """All-reduce twice, then all-gather: the rank `absent` joins only once the file `go` exists. Then all ranks all-reduce
+    again.
+    """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{os.environ['RENDEZVOUS']}", rank=rank, world_size=world_size)
     answer_requests(os.environ, rank)
     numbers = torch.ones(1024)
     dist.all_reduce(numbers)
-    # A group of its own, in which nobody waits.
+    # A separate process group, in which no rank waits.
     dist.all_reduce(numbers, group=dist.new_group(list(range(world_size))))
     dist.all_reduce(numbers)
     Path(folder, f"ready-{rank}").touch()

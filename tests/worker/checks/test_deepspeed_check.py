@@ -1,4 +1,4 @@
-"""DeepSpeed's verdict on `deepspeed.extra` before anything is started."""
+"""DeepSpeed checks `deepspeed.extra` before anything starts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "did you mean overlap_comm?",
         ),
         (
-            # The plan gives the other name of this one, which would win.
+            # The plan sets this option under its alias, which would take precedence.
             "zero_optimization: {max_reuse_distance: 5}",
             "zero_optimization.max_reuse_distance",
             "has no such key",
@@ -98,7 +98,7 @@ def test_keys_that_are_accepted_once_need_no_process_again(
     bad = config_of("deepspeed.extra={zero_optimization: {round_robin: true}}")
     assert answer(bad) != {"problems": []}
     assert not facts.is_extra_accepted(bad)
-    # Another version may know other keys.
+    # Another version may have other keys.
     monkeypatch.setattr(facts, "_version", lambda name: "99.0")
     assert not facts.is_extra_accepted(good)
 

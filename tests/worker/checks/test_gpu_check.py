@@ -24,7 +24,7 @@ HEALTHY = (GpuInfo("GPU-aaaa", H100, "0000:3b:00", 80.0, 0), GpuInfo("GPU-bbbb",
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short deadlines, and no choice of GPUs from the environment of the tests."""
+    """Short deadlines, with no GPU selection from the tests' environment."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(gpu_check, "COMMAND_DEADLINE_S", 2.0)
     monkeypatch.setattr(gpu_check, "GRACE_S", 0.0)
@@ -32,7 +32,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets the GPUs and processes that the driver lists, or the errors it answers with, and what dmesg prints or does."""
+    """Sets the GPUs and processes that the driver lists, or the errors it returns, and what dmesg prints or does."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -68,7 +68,7 @@ def test_sound_gpus_of_the_planned_kind_pass(node: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize("start", ["", "\\r", "\\342\\200\\250"])
 def test_the_name_of_a_users_program_is_no_fault(node: Callable[..., None], start: str) -> None:
-    """The kernel logs the names of the process and of the file that crashed."""
+    """The kernel logs the names of a crashed process and file, which may look like a fault."""
     forged = "NVRM: Xid (PCI:0000:3b:00): 79, x"
     node(dmesg=f"printf '[9.1] traps: NVRM: Xid (): 79[77] trap divide error in {start}{forged}[55c0+1000]\\n'")
     assert check_gpus(2, SECTION)[1] == []

@@ -1,4 +1,4 @@
-"""The probe with a reduced model: what it keeps of an architecture, its verdicts, and where they are stored."""
+"""The isolation check with a reduced model: what it keeps of an architecture, its verdicts, and where they are stored."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def facts(model_type: str, **own: Any) -> ModelFacts:
         ("cpmant", "sdpa", "sdpa", "unsupported"),
         ("bert", "auto", "varlen", "not_causal"),
         ("cohere", "auto", "varlen", "other_logits"),
-        # Its head takes other hidden states than those of the decoder.
+        # The head does not take the decoder's hidden states.
         ("rembert", "auto", "eager", "other_logits"),
         ("llama", "flash_attention_2", "flash_attention_2", "unknown"),
         ("no_such_type", "auto", "auto", "unknown"),
@@ -96,17 +96,18 @@ def test_a_reduced_model_keeps_the_kinds_of_layers_and_the_windows() -> None:
 @pytest.mark.parametrize(
     ("model_type", "outcome"),
     [
-        # Widths and heads of recurrent layers follow from each other by other rules in each.
+        # Recurrent architectures each derive widths and heads by different rules.
         ("mamba2", "leaks"),
         ("rwkv", "leaks"),
-        # It caps its logits.
+        # This architecture caps its logits.
         ("xlstm", "other_logits"),
         ("zamba2", "leaks"),
         ("falcon_h1", "leaks"),
-        # Its layers are listed by their numbers; and get_decoder() returns the whole model in one, the head in the other.
+        # Their layers are listed by number; get_decoder() returns the whole model in one, and the head in the other.
+        # the head.
         ("llama4", "isolated"),
         ("modernbert-decoder", "other_logits"),
-        # A table of hashes of bytes holds most of its parameters.
+        # A hash table of byte groups holds most of the parameters.
         ("blt", "leaks"),
     ],
 )
@@ -134,7 +135,7 @@ def test_few_layers_prove_that_documents_affect_each_other_and_not_that_they_do_
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception, int], None]:
-    """Have packed rows fail with an error in reduced models of so many layers at most; the model's own forward works."""
+    """Make packed rows fail in reduced models with at most `most_layers` layers; the model's own forward pass works."""
     build = reduced_model.build
 
     def fail(error: Exception, most_layers: int) -> None:

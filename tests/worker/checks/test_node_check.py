@@ -36,14 +36,14 @@ REPORT = NodeReport("n1", "c0de", {"launcher": "1.0", "torch": "2.13.0"}, "3.11.
 
 @pytest.fixture(autouse=True)
 def node(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node that Slurm calls by a name of its own, and no choice of GPUs."""
+    """A node with a Slurm node name of its own and no GPU selection."""
     monkeypatch.setenv("SLURMD_NODENAME", HOST)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 @pytest.fixture
 def planned(tmp_path: Path) -> Callable[..., tuple[LaunchPlan, RunDir]]:
-    """A plan whose data cache and tokenizer exist, and its run directory with attempt 1 begun."""
+    """A plan whose data cache and tokenizer exist, with attempt 1 started in its run directory."""
 
     def make(*tokens: str) -> tuple[LaunchPlan, RunDir]:
         found: list[RunConfig] = []
@@ -232,7 +232,7 @@ def test_what_the_settings_need_to_build_kernels_is_looked_for_on_every_node(
     assert compiler.remedy == f"apt-get install {package}, or set {needed.replace('true', 'false')}"
     if importlib.util.find_spec("liger_kernel") is None:
         assert [problem.message for problem in others] == (["Liger is not installed"] if device == "cuda" else [])
-    # Ranks try what `auto` chooses.
+    # With `auto`, each rank tries for itself, so the node check reports nothing.
     settings = made.config.model.model_copy(update={"compile": False, "liger": "auto"})
     made = made.model_copy(update={"config": made.config.model_copy(update={"model": settings})})
     assert check_node(made, run, 1, 1).problems == ()
@@ -253,7 +253,7 @@ def test_the_code_digest_is_of_python_files_by_name_and_content(planned: Callabl
     assert check_node(made, run, 1).code != first
     file.write_bytes(content)
     assert check_node(made, run, 1).code == first
-    # The order of the files stays.
+    # The new name keeps the order of the files.
     file.rename(run.code / "launcher/errorz.py")
     assert check_node(made, run, 1).code != first
 
@@ -300,7 +300,7 @@ def client(store: TCPStore) -> TCPStore:
 
 
 def gather(store: TCPStore, reports: dict[int, NodeReport], hosts: list[str], deadline_s: float) -> dict[int, list[Problem]]:
-    """What each node that takes part is told, each in a thread with a connection of its own."""
+    """The problems that each participating node receives; each node is a thread with its own connection."""
     told: dict[int, list[Problem]] = {}
 
     def take_part(place: int, report: NodeReport) -> None:
@@ -344,7 +344,7 @@ def test_the_other_nodes_report_a_missing_head_node(store: TCPStore) -> None:
 
 def test_the_head_node_stays_until_the_slowest_has_read(store: TCPStore) -> None:
     class Slow:
-        """A connection whose answers come late."""
+        """A connection that reads slowly."""
 
         def __init__(self) -> None:
             self.connection, self.read_at = client(store), 0.0
@@ -372,7 +372,7 @@ def test_the_head_node_stays_until_the_slowest_has_read(store: TCPStore) -> None
 def test_a_lost_connection_to_the_store_is_reported_as_a_run_error() -> None:
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     connection = client(server)
-    # The server ends with the last reference to it.
+    # The server stops when its last reference is gone.
     del server
     with pytest.raises(RunError, match="connection to the head node broke") as caught:
         exchange(connection, replace(REPORT, host="n2"), ["n1", "n2"], 1, 5.0)

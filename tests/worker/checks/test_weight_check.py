@@ -66,7 +66,7 @@ def test_parts_of_fused_tensors_are_named_as_the_files_name_them(model_type: str
     parts = ("w1", "w2", "w3") if model_type == "mixtral" else ("gate_proj", "down_proj", "up_proj")
     for name in map(part.format, parts):
         assert name in whole
-        # The norm takes no part in what transformers cannot fuse: it is reported all the same.
+        # The norm is not part of the tensors that transformers cannot fuse, and must still be reported.
         change_weights(folder, lambda tensors, name=name: (tensors.update(whole), without(name, "model.norm.weight")(tensors)))
         assert compared(folder) == WeightReport(missing=tuple(sorted((name, "model.norm.weight"))))
         change_weights(folder, lambda tensors, name=name: tensors.update({**whole, name: torch.zeros(3, 5)}))
@@ -141,7 +141,7 @@ def test_pickled_weights_are_compared_where_they_are_allowed(tmp_path: Path) -> 
 def test_a_model_of_70_billion_parameters_is_compared_without_its_data(tmp_path: Path) -> None:
     config = transformers.AutoConfig.for_model(**PRESETS["llama3_3_70b"])
     config.save_pretrained(tmp_path)
-    model_class = transformers.AutoModelForCausalLM  # imported when it is named: not on the meta device
+    model_class = transformers.AutoModelForCausalLM  # import here: not on the meta device
     with torch.device("meta"):
         needed = model_class.from_config(config).state_dict()
     entries, end = {}, 0
@@ -151,7 +151,7 @@ def test_a_model_of_70_billion_parameters_is_compared_without_its_data(tmp_path:
     header = json.dumps(entries).encode()
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        # 131 GiB that take no place on the disk, and would find none in memory.
+        # A sparse file: its 131 GiB use no disk space, and would not fit in memory.
         file.truncate(8 + len(header) + end)
     assert compared(tmp_path) == WeightReport()
 

@@ -1,4 +1,4 @@
-"""The checks of a machine, each with what it has to find; fakes stand only for devices and packages that are not here."""
+"""Doctor's machine checks, each with a problem to find; fakes replace only devices and packages that are missing here."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def config(config_of: Callable[..., RunConfig], tmp_path: Path) -> Callable[...,
 
 @pytest.fixture
 def gpu_machine(driver: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A machine with NVIDIA's driver, as `driver` sets it, and a build of torch."""
+    """A machine with an NVIDIA driver, as `driver` sets it, and a build of torch."""
     monkeypatch.setattr(nvml, "has_driver", lambda: True)
     monkeypatch.setattr(gpu_check, "GRACE_S", 0.0)
 
@@ -111,7 +111,7 @@ def test_a_machine_without_a_driver_is_a_failure_only_for_runs_on_gpus(
     [
         (WITH_CUDA, 12080, OK, "a kernel ran on each of 2 GPUs", ""),
         (TorchBuild("2.9.0+cpu", "", 0, "", ""), 12060, FAILURE, "built without CUDA", "whl/cu126"),
-        # There is no index for each CUDA: the newest one that the driver runs.
+        # Not every CUDA version has a package index: choose the newest one that the driver supports.
         (TorchBuild("2.9.0+cpu", "", 0, "", ""), 12040, FAILURE, "built without CUDA", "whl/cu126"),
         (TorchBuild("2.9.0+cpu", "", 0, "", ""), 12090, FAILURE, "built without CUDA", "whl/cu128"),
         (TorchBuild("2.9.0+cpu", "", 0, "", ""), 13010, FAILURE, "built without CUDA", "whl/cu130"),
@@ -198,7 +198,7 @@ def test_liger_is_tried_on_the_gpu_as_ranks_do(
         assert only(toolchain.check_liger(config())).seen == "liger-kernel 0.8.5 can be imported"
     tried = only(toolchain.check_liger(config()))
     assert tried.verdict == WARNING
-    # What torch says where it computes on a GPU that is not there.
+    # torch's message when it computes on a GPU that does not exist.
     assert tried.seen.startswith("liger-kernel 0.8.5 cannot be used: ")
     assert "CUDA" in tried.seen or "NVIDIA" in tried.seen
     assert verdicts(toolchain.check_liger, config("model.liger=true")) == [FAILURE]
@@ -211,7 +211,7 @@ def test_fp8_is_tried_on_the_gpu_where_the_settings_ask_for_it(
     assert verdicts(toolchain.check_fp8, config()) == []
     tried = only(toolchain.check_fp8(config("model.fp8=true")))
     assert tried.verdict == FAILURE
-    # What torch says where it computes on a GPU that is not there, unless torchao is not installed.
+    # torch's message when it computes on a GPU that does not exist, or the message that torchao is not installed.
     assert tried.seen.startswith("torchao ")
     assert "set model.fp8=false" in tried.remedy
 
@@ -240,7 +240,7 @@ def test_a_kernel_for_another_torch_fails_with_the_last_line_of_its_traceback(
     found = only(toolchain.check_flash_attention(config("model.attention=flash_attention_2")))
     assert found.verdict == FAILURE
     assert found.seen.startswith("flash-attn 2.8.3 cannot be imported: ImportError: flash_attn_2_cuda.so: undefined symbol")
-    # Ranks that choose for themselves take a kernel that they can import.
+    # With model.attention=auto, ranks use only a kernel that they can import, so this is a warning.
     assert verdicts(toolchain.check_flash_attention, config()) == [WARNING]
     (package / "__init__.py").write_text("flash_attn_func = flash_attn_varlen_func = None\n")
     assert verdicts(toolchain.check_flash_attention, config()) == [OK]
@@ -254,7 +254,7 @@ def test_a_kernel_that_the_settings_ask_for_must_be_installed(config: Callable[.
 
 @pytest.mark.rest
 def test_ranks_that_fail_are_reported_with_their_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This torch has no CUDA, or the machine no GPU."""
+    """Either this torch has no CUDA or the machine has no GPU."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     bandwidth, reason = all_reduce._run_ranks("cuda", 1, tmp_path)
     assert bandwidth == 0.0
@@ -295,7 +295,7 @@ def test_locks_without_effect_are_a_failure(config: Callable[..., RunConfig], mo
 
 
 def in_a_namespace(script: str, code: str) -> list[str]:
-    """What `code` prints after `script` has changed the mounts or limits, both of a process of their own."""
+    """What `code` prints in a process whose mounts or limits `script` has changed."""
     shell = f'{script} && exec "{sys.executable}" -c "$0"'
     command = ["unshare", "-m", "sh", "-c", shell, code]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (REPO, REPO / "tests", REPO / "slurm")))}

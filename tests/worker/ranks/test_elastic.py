@@ -1,4 +1,4 @@
-"""A node's agent over ranks that train nothing: the ends that it survives, and the rank that it names."""
+"""The agent of a node restarts failed ranks and names the rank that failed; the ranks train nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.rest
 
 REPO = Path(__file__).resolve().parents[3]
 
-# Each start of the ranks ends in another way; a lock tells rank 1 of the death of rank 0, as a connection would.
+# Each start of the ranks ends differently. A lock tells rank 1 that rank 0 has died, as a lost connection would.
 HOOK = """
 import contextlib, fcntl, json, os, signal, sys, time, types
 
@@ -87,7 +87,7 @@ if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*
 
 @pytest.fixture(params=[pytest.param("true", id="forked"), pytest.param("false", id="new processes")])
 def run(config_of: Callable[..., RunConfig], tmp_path: Path, request: pytest.FixtureRequest) -> RunDir:
-    """A run on two ranks of this machine, whose attempt 1 is about to begin."""
+    """A run on two local ranks whose attempt 1 is about to start."""
     cluster = ("cluster.max_restarts=4", "cluster.ranks_per_node=2", f"cluster.fork_ranks={request.param}")
     config = config_of("tracking=none", "run.name=tried", *cluster)
     run = run_store.create(plan(config, facts_for(config, working_dir=str(tmp_path))))
@@ -108,7 +108,7 @@ def alerts(run: RunDir) -> list[str]:
 
 
 def test_killed_ranks_and_damaged_error_records_each_cost_one_restart(run: RunDir, tmp_path: Path) -> None:
-    """The agent dismisses rank 1 while it writes its record; then a rank leaves an empty one."""
+    """First the agent terminates rank 1 while it writes its error record; then a rank leaves an empty record."""
     done = run_agent(run, tmp_path, LOCK=str(tmp_path / "lock"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert json_records.read_json(run.attempt(1) / "exit.json")["state"] == "completed"
@@ -117,7 +117,7 @@ def test_killed_ranks_and_damaged_error_records_each_cost_one_restart(run: RunDi
 
 
 def test_an_exception_that_comes_back_at_one_step_after_two_restarts_ends_the_run(run: RunDir, tmp_path: Path) -> None:
-    """One more restart is left. A killed rank in between says nothing about the exception."""
+    """One more restart is left. The killed rank in between is not evidence about the exception."""
     done = run_agent(run, tmp_path, STEPS="[43, null, 43, 43, 43]")
     assert done.returncode == 1, done.stdout + done.stderr
     exit_record = json_records.read_json(run.attempt(1) / "exit.json")

@@ -1,4 +1,4 @@
-"""A silent rank is asked through a pipe for its flight recorder, and the agent says in which collective the ranks hang."""
+"""The agent requests a silent rank's flight recorder through a pipe, and reports the collective in which the ranks hang."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_request_arrives_in_the_pipe_that_torch_reads(run: RunDir) -> None:
     recorder.set_variables(environ)
     assert environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "7", "the user's own"
     assert "TORCH_FR_BUFFER_SIZE" not in environ, "of the same meaning"
-    # As DumpPipe in torch's ProcessGroupNCCL.
+    # As DumpPipe in torch's ProcessGroupNCCL does.
     pipe = Path(environ["TORCH_NCCL_DEBUG_INFO_PIPE_FILE"] + "3.pipe")
     os.mkfifo(pipe)
     reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -47,7 +47,7 @@ def test_a_request_arrives_in_the_pipe_that_torch_reads(run: RunDir) -> None:
     recorder.request([3, 2])
     assert os.read(reading, 16) == b"1\n"
     os.close(reading)
-    # Nobody reads: the request does not wait.
+    # The pipe has no reader, so the request must not block.
     other = FlightRecorder(run, 1, 4, STALL_S)
     other.set_variables(environ)
     other.request([3])
@@ -61,7 +61,7 @@ def test_a_request_arrives_in_the_pipe_that_torch_reads(run: RunDir) -> None:
 def test_the_collective_is_named_that_ranks_wait_in_and_who_has_not_called_it(
     rank_server: RankServer, run: RunDir, tmp_path: Path
 ) -> None:
-    """Real records of three ranks over gloo; the last one has not called what the others wait in, and later answers no more."""
+    """Three ranks over gloo leave real records; the last has not called what the others wait in, and later stops answering."""
     environ: dict[str, str] = {}
     recorder = FlightRecorder(run, 1, 3, STALL_S)
     recorder.set_variables(environ)
@@ -83,7 +83,7 @@ def test_the_collective_is_named_that_ranks_wait_in_and_who_has_not_called_it(
             recorder.request(asked)
             return recorder.explain()
 
-        # The others may not have called it yet.
+        # Rank 0 or rank 1 may not have called it yet.
         wait_for("the others", lambda: explain(0, 1) == f"{title}; rank 2 on n3 left no record")
         wait_for("all ranks", lambda: explain(0, 1, 2) == f"{title}; rank 2 on n3 has not called it")
     finally:
@@ -93,7 +93,7 @@ def test_the_collective_is_named_that_ranks_wait_in_and_who_has_not_called_it(
     assert values == [[None] * 3], "recording changes nothing"
     published = run.attempt(1) / "collectives"
     assert {path.name for path in published.glob("rank-*")} == {"rank-0", "rank-1", "rank-2"}, "for torchfrtrace"
-    # What ranks have left before a restart is too old to count beside the records of others; damaged ones are passed over.
+    # Records from before a restart are too old to be used with others; damaged ones are skipped.
     (summaries,) = published.glob("summary-*.json")
     (published / "summary-damaged.json").write_text("{")
     reader = FlightRecorder(run, 1, 3, STALL_S)
@@ -156,8 +156,8 @@ def test_where_no_thread_can_be_started_nothing_is_known(run: RunDir, monkeypatc
 
 @pytest.mark.rest
 def test_512_ranks_on_64_nodes_are_judged_at_once(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The records are those that torch writes unasked after a timeout of its own, and are copied when the ranks have ended."""
-    # A thousand of them take a while on a busy disk.
+    """torch writes these records after its own timeout; the agents copy them once the ranks have ended."""
+    # Thousands of fsyncs take long on a busy disk.
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     world_size = NODES * RANKS_PER_NODE
     attempt = replace(run_store.read_attempt(run, 1), nodes=tuple(f"n{node}" for node in range(NODES)))
@@ -183,7 +183,7 @@ def test_512_ranks_on_64_nodes_are_judged_at_once(run: RunDir, monkeypatch: pyte
 
 
 def made_record(last: int, world_size: int) -> bytes:
-    """Return a record as torch's ProcessGroupNCCL writes it; of the collectives 1 to 100, `last` is the last one called."""
+    """Return a record in the format of torch's ProcessGroupNCCL; `last` is the last collective called."""
     groups = [
         {"name": str(i), "desc": "default_pg" if i == 0 else f"group {i}", "ranks": str([*range(world_size)])} for i in range(3)
     ]

@@ -1,4 +1,4 @@
-"""Ranks forked from a real fork server that imports nothing heavy."""
+"""A real fork server, with no heavy imports, forks ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REPO = Path(__file__).resolve().parents[3]
 PR_GET_CHILD_SUBREAPER = 37
 DEADLINE_S = 30.0
 
-# The server imports what LAUNCHER_STACK says, and a rank runs what LAUNCHER_SCRIPT says.
+# The server runs LAUNCHER_STACK as its imports, and a rank runs LAUNCHER_SCRIPT.
 HOOK = """
 import os, sys, types
 
@@ -114,7 +114,7 @@ def test_a_forked_rank_reports_exit_codes_like_a_separate_process(
     rank = fork(output + script)
     assert rank.wait(DEADLINE_S) == code
     assert rank.poll() == rank.returncode == code
-    # A process id belongs to another process from here on.
+    # The process ID may now belong to another process.
     rank.send_signal(signal.SIGKILL)
     text = (tmp_path / "output").read_text()
     assert ("at exit" in text) == (code in (1, 7))
@@ -179,7 +179,7 @@ def test_a_rank_starts_as_a_separate_process_where_forking_fails(
     script = "import os, sys; sys.exit(11 + int('fork_server' in ' '.join(sys.orig_argv)))"
     rank = ranks.start(plan_path, 1, {**environment, "LAUNCHER_STACK": stack, "LAUNCHER_SCRIPT": script})
     try:
-        # The hook stands in for launcher.worker.ranks.rank_main, whose main is not run where that is the main module.
+        # The hook replaces the module launcher.worker.ranks.rank_main, so its main does not run when `-m` runs that module.
         assert isinstance(rank, subprocess.Popen)
         assert rank.args[1:4] == ["-u", "-m", "launcher.worker.ranks.rank_main"]
         assert f"ranks are started as new processes: {reason}" in capfd.readouterr().out.replace("importing ", "")
@@ -244,7 +244,7 @@ ranks.start(sys.argv[1], 1, {**os.environ, "LAUNCHER_SCRIPT": script}).wait()
 
 @pytest.mark.parametrize("result, is_unsafe", [(3, False), (0, True), (201, True)])
 def test_a_cuda_context_forbids_forks(monkeypatch: pytest.MonkeyPatch, result: int, is_unsafe: bool) -> None:
-    """cuCtxGetCurrent tells CUDA_ERROR_NOT_INITIALIZED (3) until somebody has called cuInit."""
+    """cuCtxGetCurrent returns CUDA_ERROR_NOT_INITIALIZED (3) until cuInit has been called."""
     driver = SimpleNamespace(cuCtxGetCurrent=lambda context: result)
     monkeypatch.setattr(fork_server.ctypes, "CDLL", lambda name, mode: driver)
     monkeypatch.setattr(fork_server.Path, "iterdir", lambda folder: [])
@@ -253,7 +253,7 @@ def test_a_cuda_context_forbids_forks(monkeypatch: pytest.MonkeyPatch, result: i
 
 
 def test_process_names_contain_no_space(server: ForkServer, plan_path: str, environment: Mapping[str, str]) -> None:
-    """Slurm's proctrack/linuxproc reads /proc/PID/stat word by word."""
+    """Slurm's proctrack/linuxproc splits /proc/PID/stat at spaces."""
     script = (
         "from launcher.worker.ranks.rank_env import set_title; set_title(12, plan_path, attempt); import time; time.sleep(60)"
     )

@@ -1,4 +1,4 @@
-"""What the flight recorders of all ranks say of a hang; the records have the form that torch's ProcessGroupNCCL writes."""
+"""The flight recorders of all ranks explain a hang; the records have the format of torch's ProcessGroupNCCL."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_run_on_one_node_names_no_node() -> None:
 
 
 def test_of_groups_that_wait_for_each_other_the_one_is_named_that_holds_the_culprit() -> None:
-    """Rank 2 is missing in the group of all because it waits for rank 3 in that of the node."""
+    """Rank 2 is missing in the global group because it waits for rank 3 in its node's group."""
     waits_in_node = dump(DONE, entry(3, REDUCE, "started", NODE, at=99))
     assert explain({0: WAITS, 1: WAITS, 2: waits_in_node, 3: dump(DONE, entry(2, REDUCE, "completed", NODE))}) == (
         "rank 2 on n2 waits in collective 3 of process group 1, reduce_scatter of 2.0 MiB; rank 3 on n2 has not called it"

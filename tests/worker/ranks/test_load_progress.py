@@ -1,4 +1,4 @@
-"""What counts as progress of ranks that load the model, and what is known of those on other nodes."""
+"""What counts as progress of ranks that load the model, here and on other nodes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def rank(pid: int) -> Beat:
-    """A rank that has joined long ago and has not begun to train."""
+    """A rank that joined long ago and has not started to train."""
     return Beat(500, pid, 0, "joined", 0, NOW - 500, 0.0, False)
 
 
@@ -51,8 +51,8 @@ for line in sys.stdin:
 
 
 def test_compilers_that_a_rank_waits_for_are_progress_and_idle_helpers_are_not() -> None:
-    """torch compiles DeepSpeed's operations with ninja, which starts the compilers."""
-    # Shells that only wait for their children, as a rank and its ninja do.
+    """torch compiles DeepSpeed's operators with ninja, which starts the compilers."""
+    # These shells only wait for their children, like a rank and its ninja.
     command = ["sh", "-c", 'sh -c "$0; :"; :', f"{sys.executable} -c '{COMPILER}'"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as waiting:
         assert waiting.stdin is not None

@@ -1,4 +1,4 @@
-"""The agents of two nodes over ranks that load: the one that waits for the other, and what happens when none reads any more."""
+"""Two agents with loading ranks: one rank waits for another node's reads, and is restarted once no rank reads any more."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 
 REPO = Path(__file__).resolve().parents[3]
-# The limit is 4 s, and rank 0 reads for three times as long.
+# The limit is 4 s; rank 0 reads for three times as long.
 READS_S = 12
 AGENT = """
 import faulthandler, sys, time
@@ -40,7 +40,7 @@ while node == 0 and store.add("ended", 0) < 2:
     time.sleep(0.05)
 sys.exit(failure is not None)
 """
-# At its first start rank 0 reads, and then hangs like the other rank, which waits for it.
+# In the first start, rank 0 reads and then hangs, as does the other rank, which waits for it.
 HOOK = """
 import contextlib, os, sys, time, types
 
@@ -103,6 +103,6 @@ def test_a_rank_waits_for_one_of_another_node_as_long_as_that_reads(config_of: C
     (restart,) = [event for event in read_events(run.events) if event["kind"] == "alert"]
     assert "all ranks are restarted (restart 1): rank " in restart["text"]
     assert "reads nothing, and neither does any other rank: no progress for " in restart["text"]
-    # While rank 0 read, the rank that waits for it had been silent for longer than the limit, and was left alone.
+    # While rank 0 read, the waiting rank exceeded the limit without being killed.
     hung_at = float(Path(f"{weights}.hangs").read_text().split()[-1])
     assert restart["time"] > hung_at

@@ -1,4 +1,4 @@
-"""The CPUs next to a PCI device, from a copy of the kernel's files."""
+"""The CPUs near a PCI device, read from a copy of the kernel's files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_the_cpus_next_to_a_gpu_are_those_of_its_numa_node(tmp_path: Path) -> No
     folder.mkdir(parents=True)
     (folder / "cpulist").write_text("4-6,12\n")
     assert cpus_near("0000:3b:00.0", tmp_path) == {4, 5, 6, 12}
-    # A machine that does not say, as most virtual ones.
+    # Most virtual machines do not report the node.
     assert cpus_near("0000:5e:00.0", tmp_path) == set()
     assert cpus_near("0000:aa:00.0", tmp_path) == set()
 
@@ -32,10 +32,10 @@ NEAR = [FIRST] * 4 + [SECOND] * 4
     [
         (0, NEAR, FIRST | SECOND, 2, FIRST),
         (5, NEAR, FIRST | SECOND, 2, SECOND),
-        # Of a job's CPUs most are on one socket: the four ranks of the other would share two.
+        # Most of the job's CPUs are on one socket: the four ranks of the other would share two CPUs.
         (5, NEAR, FIRST | {8, 9}, 1, set()),
         (0, NEAR, FIRST | {8, 9}, 1, FIRST),
-        # All GPUs are on one socket, and the ranks use the CPUs of both.
+        # All GPUs are on one socket, but the ranks use the CPUs of both.
         (0, [FIRST] * 8, FIRST | SECOND, 2, set()),
         (0, [FIRST], SECOND, 1, set()),
         (0, [set(), set()], FIRST, 1, set()),

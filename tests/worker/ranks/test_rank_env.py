@@ -1,4 +1,4 @@
-"""How a rank's process is set up."""
+"""The environment and setup of a rank's process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from launcher.worker.ranks.rank_env import allocator_defaults
 
-# Prints the page faults of making a large tensor five times, after the first.
+# Prints the page faults of five allocations of a large tensor, after a first one.
 _PAGE_FAULTS = """
 import resource, torch
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -1,4 +1,4 @@
-"""A restart of the ranks by their agents: the head node reports it, with the failure that caused the others."""
+"""When the agents restart the ranks, the head node reports it with the failure that caused the others."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def two_nodes(folder: Path) -> tuple[RunDir, list[_FailureLog], list[NodeRendezv
 
 
 def test_all_nodes_count_the_same_restarts_and_give_up_together(tmp_path: Path) -> None:
-    """The rank of one node fails while the other's only waits, then both fail: no restart is left to either node."""
+    """First the rank of one node fails while the other waits; then both fail, and neither node has a restart left."""
     _, _, meetings = two_nodes(tmp_path)
     counts: dict[int, list[str]] = {0: [], 1: []}
 
@@ -104,7 +104,7 @@ def test_a_restart_names_the_failure_that_caused_the_others_whichever_node_arriv
 
 
 def test_an_exception_that_repeats_closes_the_rendezvous_of_all_nodes(tmp_path: Path) -> None:
-    """The node whose ranks only lost their peers, or none, decides nothing of its own."""
+    """A node whose ranks only lost their peers, or that has no failure, does not decide by itself."""
     run, logs, (zero, one) = two_nodes(tmp_path)
     meet(zero, one)
     raised = RankExit(1, 1, 9.0, ErrorRecord("IndexError: as it says", step=43))

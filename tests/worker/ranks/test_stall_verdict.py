@@ -1,4 +1,4 @@
-"""Which ranks are stalled and which are killed, decided on values."""
+"""Which ranks count as stalled and which are killed, from given heartbeats."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_an_export_has_no_limit() -> None:
 def test_ranks_that_have_not_trained_or_have_ended_are_not_judged() -> None:
     assert judge({0: beat(900, phase="loaded", trained=False), 1: beat(900, phase="evaluating", trained=False)}) == StallVerdict()
     assert judge({0: beat(900), 1: beat(1)}, {1: "running"}) == StallVerdict()
-    # Nor does what the dead one has counted make the living one late.
+    # The count of a dead rank does not make the live one late either.
     assert not judge({0: beat(900, count=900), 1: beat(80)}, {1: "running"}).kill
 
 

@@ -1,4 +1,4 @@
-"""The watchdog finds and kills processes that really hang; the verdicts on values are in test_stall_verdict.py."""
+"""The watchdog finds and kills processes that really hang; test_stall_verdict.py tests the verdicts."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_heartbeats_need_no_table_and_a_missing_table_is_refused() -> None:
 
 
 def read_until_told(log: Path) -> None:
-    """What loading looks like from outside."""
+    """Read a file again and again, as loading does, until the file `enough` exists."""
     weights = log.with_suffix(".weights")
     weights.write_bytes(bytes(4 << 20))
     while not log.with_name("enough").exists():
@@ -84,7 +84,7 @@ def read_until_told(log: Path) -> None:
 
 
 def rank(table: Path, local_rank: int, way: str, log: Path) -> None:
-    """What a rank does: it beats, and at its second step falls silent in the way it is told to."""
+    """Act as a rank: send heartbeats, then fall silent in the given `way`."""
     faulthandler.register(signal.SIGQUIT, file=log.open("w"), all_threads=True, chain=False)
     heart = Heartbeat(table, local_rank, 10 + local_rank)
     if way == "stopped while loading":
@@ -113,7 +113,7 @@ def waits_for_the_others() -> None:
 
 
 STALL_S = 1.0
-# Forked, for the watchdog watches children, and they need nothing that would have to be imported.
+# Fork, because the watchdog watches only children; they also need no imports.
 FORK = multiprocessing.get_context("fork")
 Start = Callable[..., list[multiprocessing.process.BaseProcess]]
 
@@ -142,13 +142,13 @@ def exit_code(process: multiprocessing.process.BaseProcess, within_s: float = 5)
 
 @pytest.fixture
 def asked() -> list[int]:
-    """The ranks that were asked for the collectives that they have recorded."""
+    """The ranks whose flight recorders were requested."""
     return []
 
 
 @pytest.fixture
 def reports(table: HeartbeatTable, asked: list[int]) -> Iterator[list[str]]:
-    """What the watchdog of this test's table has reported."""
+    """The reports of the watchdog of this test's table."""
     reports: list[str] = []
     watchdog = Watchdog(table, STALL_S, 1800, reports.append, on_silence=asked.extend).start()
     yield reports
@@ -181,7 +181,7 @@ def test_a_stopped_rank_is_killed_and_the_others_only_dump_their_stacks(
 def test_all_ranks_of_all_nodes_are_asked_for_their_collectives_at_the_first_silence(
     start: Start, table: HeartbeatTable, tmp_path: Path
 ) -> None:
-    """Those that wait for a silent rank may be late only after it has been killed."""
+    """Ranks that wait for a silent one may become late only after it was killed."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
@@ -227,7 +227,7 @@ def test_a_rank_that_is_stopped_while_it_loads_is_killed(start: Start, reports: 
 def test_ranks_wait_as_long_as_one_of_another_node_reads(
     start: Start, table: HeartbeatTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each node's agent judges its own ranks, and learns from the head node's store whether any rank of the run reads."""
+    """Each node's agent judges its own ranks, and learns from the head node's store whether any rank of the run still reads."""
     from torch.distributed import TCPStore
 
     monkeypatch.setattr(watchdog_module, "_MIN_LOAD_S", STALL_S)
@@ -286,7 +286,7 @@ def test_the_time_in_which_the_agent_was_stopped_is_no_silence(start: Start, tab
     while [beat.step for beat in table.read().values()] != [3, 3]:
         assert time.monotonic() < end, "the ranks have not begun"
         time.sleep(0.02)
-    # This call holds the GIL, so the watchdog stands still, as if `scontrol suspend` had stopped the agent.
+    # This call holds the GIL, so the watchdog cannot run, as if `scontrol suspend` had stopped the agent.
     ctypes.PyDLL(None).sleep(4)
     silent_s = re.search(r"no progress for (\d+) s", wait_for_report(reports))
     assert silent_s is not None
@@ -326,7 +326,7 @@ def test_stall_seconds_zero_turns_the_watchdog_off(table: HeartbeatTable, start:
     while process.status() != psutil.STATUS_STOPPED:
         assert time.monotonic() < end
         time.sleep(0.02)
-    # A tenth of its limit, which is none, is how often it would look.
+    # The watchdog would look every tenth of the limit, which is 0 here.
     time.sleep(0.3)
     watchdog.stop()
     assert stopped.is_alive()

@@ -1,4 +1,4 @@
-"""The orders of successive groups of workers, with fake workers and a real run directory."""
+"""The coordinator gives orders to successive groups of workers; workers are fake, the run directory is real."""
 
 from __future__ import annotations
 
@@ -138,11 +138,11 @@ def test_workers_without_records_count_until_the_budget_is_spent(make_fake: Call
 def test_lost_nodes_are_named_where_no_worker_left_a_record(
     make_fake: Callable[..., FakeWorkers], lost: list[str] | None, words: str
 ) -> None:
-    """Where one is lost, Ray ends the workers on all others too."""
+    """When one node is lost, Ray ends the workers on all others as well."""
     fake = make_fake(workers=4)
     nodes = ["n1", "n2", "n3", "n4"]
     fake.begin("a", *nodes)
-    # None is what a Ray that does not answer comes to.
+    # None: Ray does not answer.
     fake.lost = None if lost is None else {"id-of-another-run", *(f"id-{node}" for node in lost)}  # type: ignore[assignment]
     orders = fake.begin("b", *nodes)
     assert [kind(o) for o in orders] == ["train"] * 4
@@ -344,7 +344,7 @@ def test_the_error_of_workers_that_could_not_start_is_cleared_when_others_begin(
 
 
 def test_a_superseded_attempt_on_ray_writes_no_exit_record(make_fake: Callable[..., FakeWorkers]) -> None:
-    """Also where a network file system does not show the other attempt yet."""
+    """The same holds if a network file system does not show the other attempt yet."""
     fake = make_fake()
     fake.begin("a", "n1", "n1")
     before = run_store.read_status(fake.run)
@@ -387,7 +387,7 @@ def test_ranks_do_not_meet_at_a_public_address(make_fake: Callable[..., FakeWork
 
 
 def test_metrics_of_a_checkpoints_step_are_reported_to_ray_with_it(make_fake: Callable[..., FakeWorkers]) -> None:
-    """Training is some steps ahead when a checkpoint is committed, and evaluations are lines of their own."""
+    """Training is a few steps ahead when a checkpoint is committed, and evaluations are separate lines."""
     fake = make_fake()
     fake.begin("a", "n1", "n1")
     lines = [{"trainer/step": step, "attempt": 1, "train/loss": float(step), "time": 0.0} for step in range(1, 12)]

@@ -44,7 +44,7 @@ from launcher.worker.ray.raylet_loss import LocalRaylet, recorded
 def test_workers_get_what_ray_train_gives_by_default(
     ray_plan: Callable[..., LaunchPlan], tmp_path: Path, device: DeviceFacts, settings: dict[str, Any]
 ) -> None:
-    """The plan names in full what each worker gets; Ray Train, told of the settings alone, comes to the same."""
+    """The plan lists each worker's resources in full; they must equal what Ray Train derives from the settings alone."""
     from ray.train import ScalingConfig
 
     plan = ray_plan(device=device, workers=4, **settings)
@@ -75,7 +75,7 @@ def test_the_settings_of_placement_reach_ray_train(ray_plan: Callable[..., Launc
 
 @pytest.fixture
 def own_signals() -> Iterator[None]:
-    """What the driver does to its own process is taken back."""
+    """Restore what the driver changes in this process."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     before, umask = {number: signal.getsignal(number) for number in numbers}, os.umask(0o077)
     yield
@@ -131,7 +131,7 @@ with recorded(sys.argv[1], 1, LocalRaylet(sys.argv[2])) as recorder:
     ("killed", "follows", "is_lost"),
     [
         (("raylet", "driver"), None, True),
-        # The driver of a Ray of the run's own takes it with it.
+        # When the driver of a run's own Ray ends, the raylet ends with it.
         (("driver", "raylet"), None, False),
         (("raylet", "driver"), Attempt(5, automatic=True), True),
         (("raylet", "driver"), Attempt(5), False),
@@ -140,7 +140,7 @@ with recorded(sys.argv[1], 1, LocalRaylet(sys.argv[2])) as recorder:
 def test_the_loss_of_the_raylet_is_recorded_though_ray_ends_the_driver(
     run: RunDir, tmp_path: Path, killed: tuple[str, str], follows: Attempt | None, is_lost: bool
 ) -> None:
-    """An attempt that `follows` is the driver's own where it is automatic; otherwise another command has started the run."""
+    """An automatic attempt `follows` is the driver's own; any other means that another command started the run again."""
 
     number = 1 if follows is None else run_store.create_attempt(run, follows)
     socket_name = str(tmp_path / "raylet")
@@ -157,7 +157,7 @@ def test_the_loss_of_the_raylet_is_recorded_though_ray_ends_the_driver(
         process, recorder_pid = start(_DRIVER, str(run.plan), socket_name)
         recorder = psutil.Process(int(recorder_pid))
         stack.callback(kill_if_alive, recorder)
-        # It has not looked yet.
+        # Suspend it before its first check.
         recorder.suspend()
         for name in killed:
             {"raylet": raylet, "driver": process}[name].kill()
@@ -166,7 +166,7 @@ def test_the_loss_of_the_raylet_is_recorded_though_ray_ends_the_driver(
         recorder.wait(60)
     message = run_store.read_status(run).message
     assert run_store.read_status(run).state == ("failed" if is_lost else "running")
-    # It looks after the driver has ended, too.
+    # It also checks after the driver has ended.
     assert message.startswith("the run's driver or the raylet of ") is is_lost
     alerts = [(event["attempt"], event["text"]) for event in read_events(run.events)]
     assert alerts == ([(number, f"the run ends: {message}")] if is_lost else [])
@@ -190,7 +190,7 @@ def test_a_raylet_with_a_full_queue_of_connections_is_alive(raylet: tuple[LocalR
     local, listening = raylet
     listening.listen(0)
     with ExitStack() as stack:
-        # The limit is reached by the second or third one.
+        # The second or third connection reaches the limit.
         with suppress(BlockingIOError):
             for _ in range(10):
                 stack.enter_context(local.connect())
@@ -217,7 +217,7 @@ def test_a_process_without_descriptors_does_not_report_the_loss_of_its_raylet(ra
 def test_the_end_of_the_recorder_does_not_hide_the_error_of_the_run(
     run: RunDir, raylet: tuple[LocalRaylet, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is a process that SIGKILL does not end at once, as one that waits for storage."""
+    """SIGKILL does not end this process immediately, as when it waits for storage."""
     monkeypatch.setattr(raylet_loss, "_END_S", 0.0)
     recorders = list[psutil.Process]()
 
@@ -247,7 +247,7 @@ def test_a_connection_that_is_closed_at_once_is_named(run: RunDir, monkeypatch: 
 
 
 class FakeCoordinator(coordinator_actor.CoordinatorActor):
-    """A coordinator in this process, which says what `says` returns; `began_with` are the attempts that each was started for."""
+    """A coordinator in this process whose state is what `says` returns; `began_with` lists the attempts it was started for."""
 
     def __init__(self, run: RunDir, says: Callable[[], CoordinatorState]) -> None:
         super().__init__(str(run.plan), run, 1, {}, set, set)
@@ -286,7 +286,7 @@ def test_a_coordinator_that_dies_is_replaced_for_the_newest_attempt_of_this_driv
         coordinator.says = raising(busy)
         assert coordinator.state() is None
     assert coordinator.began_with == [1], "it may live, and answer later"
-    # The second is the coordinator's, opened just before it died; the third a person has started elsewhere since.
+    # The coordinator created the second attempt just before it died; a user has since started the third elsewhere.
     run_store.create_attempt(run, Attempt(resume_step=5, automatic=True))
     run_store.create_attempt(run, Attempt(resume_step=5))
     coordinator.says = raising(ActorDiedError())
@@ -336,7 +336,7 @@ def test_a_coordinator_is_replaced_when_storage_answers_again(run: RunDir, monke
 
 @pytest.mark.usefixtures("rays_answer")
 def test_ray_train_restarts_with_the_replacement_coordinator(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers that have lost theirs return as if all were done."""
+    """Workers that lost their coordinator return as if they had finished."""
     from ray.exceptions import ActorDiedError
 
     monkeypatch.setattr(driver, "_RESTART_S", 0.0)
@@ -358,7 +358,7 @@ def test_ray_train_restarts_with_the_replacement_coordinator(run: RunDir, monkey
 
 
 class Fitting:
-    """The thread that waits for Ray Train, which goes on for so many looks."""
+    """The thread that waits for Ray Train; it is alive for `looks` checks."""
 
     def __init__(self, looks: float = float("inf")) -> None:
         self._looks = looks
@@ -368,7 +368,7 @@ class Fitting:
         return self._looks >= 0
 
     def join(self, timeout: float) -> None:
-        """As if that time had passed."""
+        """Return at once, as if the time had passed."""
 
 
 def driver_of(run: RunDir) -> Any:

@@ -1,4 +1,4 @@
-"""What a Ray worker reports to the coordinator about its rank, a real process that fails at once."""
+"""A Ray worker reports its rank to the coordinator; the rank is a real process that fails at once."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from launcher.worker.ray.messages import Assignment, BeatReply, Check, RankResul
 
 
 def assignment(run: RunDir, marker: str = "") -> Assignment:
-    """The part of the only rank of a run's first attempt."""
+    """The assignment of the only rank of a run's first attempt."""
     return Assignment(1, str(run.plan), marker, 0, 1, 1, "127.0.0.1", 1, ("127.0.0.1",))
 
 
 class Told(rank_supervisor._Worker):
-    """A worker without a Ray, whose coordinator gives the `answer`; `told` is what it hears, in this order."""
+    """A worker without Ray whose coordinator replies with `answer`; `told` lists what the worker reports, in order."""
 
     def __init__(self, answer: BeatReply) -> None:
         self.rank = self.local_rank = 0
@@ -43,7 +43,7 @@ class Told(rank_supervisor._Worker):
 
 
 class Endless:
-    """A mirror that is never done."""
+    """A mirror that never finishes."""
 
     def __init__(self, worker: Told) -> None:
         self._worker = worker
@@ -101,7 +101,7 @@ def test_the_wait_for_the_mirror_ends_where_another_attempt_or_a_person_waits(
 def test_a_node_with_another_run_directory_than_the_head_node_is_refused(
     ray_plan: Callable[..., LaunchPlan], tmp_path: Path
 ) -> None:
-    """The folder is there, with the same attempt in it: only what this start has written tells them apart."""
+    """The folder exists and has the same attempt; only this start's marker tells the two apart."""
     made = ray_plan(working_dir=str(tmp_path), workers=1)
     assert made.data is not None
     (tmp_path / "meta.json").touch()

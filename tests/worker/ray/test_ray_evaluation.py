@@ -1,4 +1,4 @@
-"""The driver of an evaluation on Ray: GPUs that are reserved within a deadline, and workers that import nothing of others."""
+"""An evaluation on Ray reserves GPUs within a deadline, and its workers import nothing from other folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher.worker.ray import evaluation
 
 
 def test_no_driver_gives_its_working_directory_to_workers() -> None:
-    """Ray puts it before all folders in their sys.path, unless it is told otherwise."""
+    """Unless told otherwise, Ray puts the working directory first in the workers' sys.path."""
     files = Path(launcher.__file__).parent.rglob("*.py")
     calls = [
         (file.name, {keyword.arg for keyword in node.keywords})

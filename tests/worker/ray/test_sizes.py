@@ -1,4 +1,4 @@
-"""How a run on Ray changes to fewer, more or other workers, with fake workers."""
+"""A run on Ray continues with fewer, more or other workers; the workers are fake."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_ranks_that_still_load_are_replaced_at_once(make_fake: Callable[..., Fak
 
 
 def test_an_elastic_run_continues_without_an_unfit_node(make_fake: Callable[..., FakeWorkers]) -> None:
-    """Rank 0's node it is: the others move up."""
+    """The excluded node has rank 0, so the other ranks move up."""
     fake = make_fake(workers=4, min_workers=2)
     nodes = ["bad", "bad", "n2", "n2"]
     fake.enter("a", nodes)
@@ -133,7 +133,7 @@ def test_an_elastic_run_continues_without_an_unfit_node(make_fake: Callable[...,
     assert attempt.nodes == ("n2", "n2")
     assert "without bad, which failed the node checks before" in fake.run.events.read_text()
     assert run_store.load_plan(fake.run).topology.world_size == 2
-    # A failure of theirs is recorded by their own ranks.
+    # A failure is recorded under the new rank numbers.
     fake.coordinator.beat("b", 2, "done")
     fake.end(0)
     fake.end(1, KILLED)
@@ -145,10 +145,10 @@ def test_an_elastic_run_continues_without_an_unfit_node(make_fake: Callable[...,
 
 
 def trial(fake: FakeWorkers, group: str, step: int) -> None:
-    """The two ranks of the nodes that are well have saved; where they are asked, they save again and leave."""
+    """The two ranks of the healthy nodes save; once signalled, they save again and leave."""
     fake.save(step)
     for rank in (2, 3):
-        # What is found at a look is answered at the next.
+        # What one heartbeat finds is answered with the next.
         fake.coordinator.beat(group, rank, None)
     assert fake.coordinator.beat(group, 2, None).signal == "USR2"
     fake.save(step + 1)
@@ -160,7 +160,7 @@ def trial(fake: FakeWorkers, group: str, step: int) -> None:
 
 
 def without_the_bad_node(make_fake: Callable[..., FakeWorkers]) -> FakeWorkers:
-    """A run of four workers whose group b trains on those two whose node is well."""
+    """A run of four workers whose group b trains only on the two workers of the healthy node."""
     fake = make_fake(workers=4, min_workers=2, max_infrastructure_failures=1, max_preemptions=0)
     fake.enter("a", BAD)
     fake.check("a", BAD, {"bad": "the run directory is not visible"})
@@ -171,7 +171,7 @@ def without_the_bad_node(make_fake: Callable[..., FakeWorkers]) -> FakeWorkers:
 
 
 def test_an_excluded_node_is_tried_again_after_a_checkpoint(make_fake: Callable[..., FakeWorkers]) -> None:
-    """What kept it was a mount that came late: nothing else would ever bring it back."""
+    """A late mount made the node unfit: without another try, it would stay excluded."""
     fake = without_the_bad_node(make_fake)
     trial(fake, "b", 5)
     assert "bad failed the node checks before and is tried again: the run saves and restarts" in fake.run.events.read_text()
@@ -229,7 +229,7 @@ def test_a_bad_node_is_used_again_where_too_few_workers_remain_without_it(make_f
 def test_an_unfit_node_is_not_tried_again_where_its_exclusion_costs_no_rank(
     make_fake: Callable[..., FakeWorkers], min_workers: int
 ) -> None:
-    """Of three workers two train, since the batch of four rows does not divide over three."""
+    """Two of three workers train, because three ranks cannot share a batch of four rows evenly."""
     fake = make_fake(workers=4, min_workers=min_workers)
     nodes = ["bad", "n1", "n2"]
     fake.enter("a", nodes)

@@ -1,4 +1,4 @@
-"""Which worker of a group hangs, over all nodes; and reports to Ray Train that block no worker."""
+"""Which worker of a group hangs, across all nodes; and reports to Ray Train that block no worker."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def stacks_need_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def beats(fake: FakeWorkers, *signs: RankSign | None) -> list[BeatReply]:
-    """All workers tell, twice: what is found at a look is answered at the next."""
+    """All workers send two heartbeats: what the first one finds is answered with the second."""
     for _ in range(2):
-        # Silence from before the group trained does not count, as with ranks that were stopped.
+        # Silence from before the group trained does not count, as for suspended ranks.
         fake.coordinator._group.liveness._since = 0.0  # type: ignore[union-attr]
         answers = [fake.coordinator.beat("a", rank, None, sign) for rank, sign in enumerate(signs)]
     return answers
@@ -57,7 +57,7 @@ def test_a_rank_behind_those_of_all_nodes_is_killed_alone_and_named_with_its_nod
 def test_all_ranks_dump_their_stacks_once_before_any_is_killed(
     silent_s: tuple[float, float], make_fake: Callable[..., FakeWorkers]
 ) -> None:
-    """Also one that is not late yet: it may wait for the stalled one."""
+    """A rank that is not late yet also dumps its stacks: it may wait for the stalled one."""
     fake = make_fake(workers=2, stall_seconds=60)
     fake.begin("a", "n1", "n2")
     asked = {0: 0, 1: 0}
@@ -100,7 +100,7 @@ LOADING = {"trained": False, "phase": "joined"}
 def test_ranks_that_load_are_killed_when_none_of_the_run_reads(make_fake: Callable[..., FakeWorkers]) -> None:
     fake = make_fake(workers=2, stall_seconds=60)
     fake.begin("a", "n1", "n2")
-    # Rank 1 waits for what rank 0 reads; and of a rank that has not been started nothing is known.
+    # Rank 1 waits for rank 0, which reads; nothing is known about a rank that has not started.
     for first in (None, sign(0, 5, **LOADING), sign(0, 299, **LOADING)):
         assert [answer.hang for answer in beats(fake, first, sign(1, 600, **LOADING))] == [None, None]
     answers = beats(fake, sign(0, 301, **LOADING), sign(1, 600, **LOADING))
@@ -118,7 +118,7 @@ def test_a_rank_that_is_stopped_while_it_loads_is_killed_alone(make_fake: Callab
 
 
 def alone(fake: FakeWorkers, clock: list[float], seconds: int, goes_on: bool = False, **told: Any) -> str | None:
-    """For so long only rank 0's worker tells its sign, with what is `told` in it; the signal that it gets at last."""
+    """For this long only rank 0's worker sends its sign, with `told` in it; returns the signal that it gets in the end."""
     began = clock[0]
     while clock[0] < began + seconds:
         clock[0] += 5
@@ -197,7 +197,7 @@ def test_a_silent_worker_is_awaited_at_the_end_only_while_its_rank_exports(
 def test_the_run_continues_without_a_rank_that_cannot_be_killed(
     make_fake: Callable[..., FakeWorkers], clock: list[float]
 ) -> None:
-    """It hangs in the kernel, as on storage that is gone, and its worker goes on to tell so."""
+    """The rank hangs in the kernel, for example on lost storage, and its worker keeps reporting that."""
     fake = make_fake(workers=2, stall_seconds=60)
     fake.begin("a", "n1", "n2")
     late = beats(fake, sign(0, 61), sign(1, 61, state=psutil.STATUS_DISK_SLEEP))
@@ -251,7 +251,7 @@ def test_ray_trains_controller_waits_while_the_run_writes_and_for_the_grace_peri
 def test_no_rank_is_judged_while_a_worker_is_silent(
     make_fake: Callable[..., FakeWorkers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it told of its rank last is no evidence any more, and its rank may be the one that all others wait for."""
+    """A silent worker's last report is outdated, and its rank may be the one that all others wait for."""
     monkeypatch.setattr(watchdog, "_FRESH_S", -1.0)
     fake = make_fake(workers=2, stall_seconds=60)
     fake.begin("a", "n1", "n2")
@@ -383,7 +383,7 @@ def test_a_late_worker_of_a_replaced_group_is_refused(make_fake: Callable[..., F
     fake.begin("a", "n1", "n2")
     fake.coordinator.enter("old", 2, late)
     assert fake.coordinator.orders("old", 1) == Leave("other workers have taken over")
-    # One that never came before waits for others that do not come either, and disturbs nobody.
+    # A worker of a group that is new to the coordinator waits for the rest of its group, and disturbs no other.
     fake.coordinator.enter("older", 2, late)
     assert fake.coordinator.orders("older", 1) is None
     orders = fake.coordinator.orders("a", 1)

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are answered, by whom, and what is said of the others."""
+"""Which checkpoints of a run are evaluated, by whom, and what the run reports about the others."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GPUS = DeviceFacts(kind="cuda", name="NVIDIA H100 80GB HBM3", count=2, memory_gi
 
 @pytest.fixture
 def make(config_of: Callable, tmp_path: Path) -> Callable[..., tuple[LaunchPlan, RunDir]]:
-    """A run with eval.answers_every=4, as a submission leaves it."""
+    """A run with eval.answers_every=4, as it is after submission."""
 
     def make_run(*settings: str, device: DeviceFacts | None = None) -> tuple[LaunchPlan, RunDir]:
         config = config_of("model=tiny", "train.max_steps=100", *EVERY_4, *settings)
@@ -59,7 +59,7 @@ def said(run: RunDir, kind: str) -> list[str]:
 
 
 def export_by_hand(run: RunDir, step: int) -> None:
-    """As launcher.worker.evaluation.weights leaves it."""
+    """Write what launcher.worker.evaluation.weights leaves after an export."""
     folder = EvaluationFolder.of(run.root, step)
     folder.weights.mkdir(parents=True)
     json_records.write(folder.weights_record, EvaluatedExport(digest_checkpoint(run, step), "bf16", "digest"))
@@ -76,7 +76,7 @@ def command(run: RunDir, step: int) -> str:
 
 
 def test_on_gpus_weights_are_exported_while_training_and_nothing_else(make: Callable) -> None:
-    """The export of a made-up checkpoint fails, which training does not notice."""
+    """The export of a fake checkpoint fails; training continues."""
     planned, run = make(device=GPUS)
     assert describe_answers(planned).endswith("on the GPUs of this machine after the last step, before the run ends")
     answers = CheckpointAnswers(run, planned, 1)
@@ -116,7 +116,7 @@ def test_a_checkpoint_that_is_gone_is_skipped_with_the_reason_unless_its_weights
     (left,) = said(run, "answers")
     assert left.startswith(f"no answers yet: step 4, step 8 ({reason}); ")
     assert left.endswith(f"answer them with: {command(run, 8)}"), "step 4 cannot be answered any more"
-    # An attempt from an earlier step does not repeat it, and does not take the weights of an abandoned step for its own.
+    # An attempt that resumes from an earlier step neither repeats the alert nor uses the weights of the abandoned step.
     shutil.rmtree(run.checkpoints)
     commit(run, 6)
     run_store.create_attempt(run, Attempt(resume_step=6))
@@ -166,7 +166,7 @@ def test_on_slurm_each_step_is_a_job_of_one_node(on_slurm: tuple[LaunchPlan, Run
     assert f"launcher evaluate {run.root} --step 4 --here" in script
     assert "not run, because other users own or can write to" in script
     assert "SLURM_JOB_ID" not in fake_slurm.variables_of("sbatch"), "that of the run's own job"
-    # A resumed run does not ask for it again while the job waits.
+    # While the job is pending, a resumed run does not submit another one.
     name = f"launcher-answers-{planned.wandb_id}"
     waiting = ["77", name, "PENDING", "Dependency", "N/A", "N/A", "0", "", "0"]
     fake_slurm.answer("squeue", out="\x1f".join([*waiting, "\n"]))
@@ -175,7 +175,7 @@ def test_on_slurm_each_step_is_a_job_of_one_node(on_slurm: tuple[LaunchPlan, Run
     later.conclude(True)
     assert len([call for call in fake_slurm.calls if call[0] == "sbatch"]) == 1
     assert said(run, "answers")[-1].startswith("answers are still pending in separate jobs: step 4 (job 77); ")
-    # A person who cancels the run cancels the jobs.
+    # Cancelling the run also cancels the jobs.
     run.cancel(1).write_text("{}")
     third = CheckpointAnswers(run, planned, 1)
     third.work(False)
@@ -190,7 +190,7 @@ def test_a_job_that_ends_without_a_verdict_is_reported(
     planned, run = on_slurm
     commit(run, 4)
     answers = CheckpointAnswers(run, planned, 1)
-    # After the end of training, the job exports the checkpoint, which stays.
+    # When training has ended, the checkpoint stays, so the job exports it.
     assert answers.work(True)
     fake_slurm.refuse("squeue", said="slurm_load_jobs error: Invalid job id specified")
     monkeypatch.setattr("launcher.worker.sidecars.checkpoint_answers._JOBS_S", -1.0)
@@ -205,7 +205,7 @@ def test_a_node_without_sbatch_says_so_once(
 ) -> None:
     planned, run = on_slurm
     (fake_slurm.folder / "sbatch").unlink()
-    # This machine may have a real one.
+    # Hide a real sbatch that this machine may have.
     monkeypatch.setenv("PATH", str(fake_slurm.folder))
     for step in (4, 8):
         commit(run, step)
@@ -245,7 +245,7 @@ def test_storage_that_fails_for_a_moment_loses_no_step(
     damaged = commit(run, 8).path
     commit(run, 10)
     (damaged / "manifest.json").write_text("{}")
-    # A person's copy.
+    # A copy made by a user must not be used.
     export_by_hand(run, 4)
     shutil.copytree(run.root / "evaluations/step-00000004", run.root / "evaluations/step-00000004-first")
     answers = CheckpointAnswers(run, planned, 1)
@@ -278,7 +278,7 @@ def test_the_process_ends_at_once_with_all_it_has_started_where_training_is_not_
         (child, *_) = process.children()
         assert (process.nice(), child.nice()) == (10, 10), "of an export"
         assert child.environ()["OMP_NUM_THREADS"] == "1"
-        # The signals of the scheduler are for ranks.
+        # The scheduler's signals are only for ranks.
         for number in (10, 12, 15, 1):
             process.send_signal(number)
         began = time.monotonic()

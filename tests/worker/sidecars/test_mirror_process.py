@@ -34,7 +34,9 @@ from launcher.worker.stopper import Stopper
 
 @contextmanager
 def sending(run: RunDir, attempt: int = 1, module: str = "quick_mirror") -> Iterator[ForkedProcess]:
-    """The process beside the ranks, forked; `quick_mirror` looks more often than `launcher.worker.sidecars.mirror_process`."""
+    """Fork the process that runs beside the ranks; `quick_mirror` polls more often than
+    `launcher.worker.sidecars.mirror_process`.
+    """
     with open(run.attempt(attempt) / "mirror.log", "ab") as log:
         process = preloaded("launcher.worker.sidecars.mirror_process", "fsspec.implementations.local").popen(
             module, str(run.plan), str(attempt), stdin=subprocess.PIPE, stdout=log.fileno(), stderr=log.fileno()
@@ -66,7 +68,7 @@ def test_committed_checkpoints_are_uploaded_and_reported(tmp_path: Path) -> None
     with sending(run, module="launcher.worker.sidecars.mirror_process") as process:
         wait_for("step 5", lambda: record(run)["steps"] == [5])
         assert psutil.Process(process.pid).nice() == 10
-        # The agent's wishes are for ranks; Slurm sends its own to every process.
+        # The agent sends these signals for ranks only, but Slurm sends its own to every process.
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP):
             process.send_signal(number)
         commit(run, 10)
@@ -82,7 +84,7 @@ def test_committed_checkpoints_are_uploaded_and_reported(tmp_path: Path) -> None
         *(f"step {step} is in the mirror" for step in (5, 10, 15)),
         "the mirror holds step 15; continue it anywhere with",
     ]
-    # What it said last is in the mirror too, but for the very last line.
+    # The mirror also has its latest events, except the very last line.
     assert "step 15 is in the mirror" in (tmp_path / "mirror/a/events.jsonl").read_text()
 
 
@@ -99,7 +101,7 @@ def test_a_failed_upload_alerts_once_and_the_next_checkpoint_retries(tmp_path: P
         commit(run, 10)
         wait_for("both", lambda: record(run)["steps"] == [5, 10])
         assert record(run)["failure"] is None
-        # Storage that comes and goes wakes nobody each time.
+        # Storage that fails and recovers repeatedly must not alert each time.
         (tmp_path / "mirror").rename(tmp_path / "away")
         (tmp_path / "mirror").write_text("in the way again")
         commit(run, 15)
@@ -113,7 +115,7 @@ def test_a_failed_upload_alerts_once_and_the_next_checkpoint_retries(tmp_path: P
 
 
 def test_a_lasting_outage_alerts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where storage has failed and come back shortly before."""
+    """This holds even if storage failed and recovered shortly before."""
     now = [0.0]
     monkeypatch.setattr(mirror_process, "RateLimit", lambda: RateLimit(lambda: now[0]))
     plan, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
@@ -137,7 +139,7 @@ def no_room(*_: object) -> None:
 
 def test_the_process_ends_at_its_deadline_and_names_the_missing_steps(tmp_path: Path) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
-    # A pipe without a reader: in quick_mirror, the write of state.json beside it does not end.
+    # With this pipe, quick_mirror hangs when it writes state.json next to it.
     (tmp_path / "mirror/a/checkpoints/step-00000005").mkdir(parents=True)
     os.mkfifo(tmp_path / "mirror/a/checkpoints/step-00000005/never-read")
     commit(run, 5)
@@ -149,7 +151,7 @@ def test_the_process_ends_at_its_deadline_and_names_the_missing_steps(tmp_path: 
     (alert,) = said(run, "alert")
     assert "not in the mirror: step 5" in alert
     assert record(run)["missing_steps"] == [5]
-    # The command that it names finishes what is left.
+    # The command in the alert uploads the rest.
     (tmp_path / "mirror/a/checkpoints/step-00000005/never-read").unlink()
     with sending(run) as process:
         process.communicate(b"", timeout=60)
@@ -165,7 +167,7 @@ def test_without_a_stop_request_the_upload_has_no_deadline(
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     folder = tmp_path / "mirror/a/checkpoints/step-00000005"
     folder.mkdir(parents=True)
-    # A pipe without a reader: in quick_mirror, the write of state.json beside it does not end.
+    # With this pipe, quick_mirror hangs when it writes state.json next to it.
     os.mkfifo(folder / "never-read")
     own = commit(run, 5)
     grace_s = 0.2
@@ -173,13 +175,13 @@ def test_without_a_stop_request_the_upload_has_no_deadline(
     with sending(run) as process:
         wait_for("the others", lambda: len(list(folder.glob("rank-*"))) == 3)
         if late_wish == "the time is over":
-            # Time for the first word of what is waited for, and for the last words.
+            # Leave time for the first report of what is pending and for the final report.
             stopper.kill_at = time.time() + 4 + mirror_process._REPORT_S
         waiting = threading.Thread(target=stopper.finish, args=(MirrorProcess(process),))
         waiting.start()
         wait_for("the reason", lambda: said(run, "mirror"))
         assert waiting.is_alive(), "more than the grace has passed"
-        # As the thread does that hears signals.
+        # As the signal thread does.
         if late_wish == "a person's":
             stopper._num_cancels += 1
         elif late_wish == "the scheduler's":

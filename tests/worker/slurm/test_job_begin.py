@@ -1,4 +1,4 @@
-"""The begin of a Slurm job: which attempt it opens, and when it opens none."""
+"""The begin step of a Slurm job: which attempt it starts, and when it starts none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from launcher.worker.slurm import job
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Attempts of whose end W&B is told."""
+    """The attempts whose end was reported to W&B."""
     found: list[int] = []
     monkeypatch.setattr(job, "close_wandb_run", lambda plan, plan_path, run, attempt: found.append(attempt))
     return found
@@ -135,7 +135,7 @@ def test_an_operators_requeue_is_told_apart_from_a_lost_node_without_accounting_
     assert of.begin()[:2] == (0, "2\n")
     cause, message = ("infrastructure", LOST_N3) if is_lost else ("preempted", REQUEUED)
     if accounted == "NODE_FAIL" and not is_lost:
-        # It is back, and nothing tells which one it was.
+        # The lost node is back, so nothing shows which one it was.
         cause, message = "infrastructure", "no record from n1, n3"
     assert (of.exit()["cause"], of.exit()["message"]) == (cause, message)
     assert alerts(of) == [f"the attempt ended ({cause}): {message}; runs again"]
@@ -218,7 +218,7 @@ def test_a_job_starts_a_run_whose_previous_job_has_ended(
 def test_a_finished_run_is_not_started_again(submitted: Callable[..., Job], cause: str, in_slurm: Callable[..., None]) -> None:
     of = submitted()
     of.begun()
-    # Killed before it was concluded, or concluded: the same.
+    # The result is the same whether the job was killed before its conclusion or not.
     of.outcome(cause)
     in_slurm(SLURM_RESTART_COUNT="1")
     for _ in range(2):
@@ -249,7 +249,7 @@ def test_a_spent_budget_refuses_the_next_start(
 def test_a_reached_limit_ends_the_run_before_the_model_loads(
     submitted: Callable[..., Job], in_slurm: Callable[..., None], told: list[int], numbered: bool
 ) -> None:
-    """Also where the attempt was numbered before its job waited."""
+    """The limit also applies if the attempt was numbered before its job waited in the queue."""
     of = submitted()
     plan = run_store.load_plan(of.run)
     settings = plan.config.run.model_copy(update={"max_hours": 2.0})

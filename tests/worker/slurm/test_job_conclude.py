@@ -58,7 +58,7 @@ def test_where_a_requeue_is_refused_the_run_is_submitted_again(
     of.outcome("preempted")
     of.saved(40)
     fake_slurm.refuse("scontrol", "requeue", said=slurm_said.REQUEUE_DISABLED)
-    # What this job has in its environment must not become the next one's.
+    # The next job must not inherit the environment of this one.
     monkeypatch.setenv("SBATCH_PARTITION", "elsewhere")
     assert of.conclude() == 0
     *requeue, sbatch = fake_slurm.told()
@@ -365,7 +365,7 @@ def test_a_refusal_of_slurm_is_final_and_silence_is_retried(fake_slurm: FakeSlur
 def test_term_from_the_jobs_own_requeue_does_not_stop_the_conclusion(
     submitted: Callable[..., Job], fake_slurm: FakeSlurm
 ) -> None:
-    """Slurm ends the job, and with it this process, as soon as the requeue is accepted."""
+    """As soon as Slurm accepts the requeue, it ends the job and this process with it."""
     of = submitted(exclude_bad_nodes=True)
     of.begun()
     of.bad_node()
