@@ -1,4 +1,4 @@
-"""Ranks that build a model in FP8, over gloo; run by tests/forked_ranks.py."""
+"""Functions for ranks that build a model in FP8, over gloo; tests/forked_ranks.py runs them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launcher.train.model import build_model
 
 
 def build_in_fp8(torchao: str | None) -> dict[str, Any]:
-    """Build a model in FP8 under ZeRO-3, with the folder of torchao or without it; returns which layers use it, or why none."""
+    """Build a model in FP8 under ZeRO-3, with or without torchao's folder; return the layers that use FP8, or the problem."""
     meet()
     if torchao is not None:
         sys.path.insert(0, torchao)

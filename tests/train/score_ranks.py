@@ -1,4 +1,4 @@
-"""Ranks that score rows of a data cache under a ZeRO-3 engine, over gloo; run by tests/forked_ranks.py."""
+"""Functions for ranks that score a data cache under a ZeRO-3 engine, over gloo; tests/forked_ranks.py runs them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ CPU = torch.device("cpu")
 def score(
     plan_path: str, facts: dict[str, Any], micro_batch_size: int, key: dict[str, Any], root: str, end: str, after: int
 ) -> bool:
-    """Score all rows of a cache, in shards of at most four micro-batches. Returns whether all are scored.
+    """Score all rows of a cache, in shards of at most four micro-batches. Return whether all are scored.
 
-    `end` says what happens to rank 0 before the micro-batch `after` that it computes: "kill" or "stop"; else nothing.
+    `end` is "kill" or "stop" to kill or stop rank 0 after `after` micro-batches, or else empty.
     """
     rank_info, plan = join(), LaunchPlan.load(plan_path)
     score_module.MAX_SHARD_MICRO_BATCHES = 4
@@ -50,7 +50,7 @@ def score(
 
 
 def evaluate(plan_path: str, facts: dict[str, Any], micro_batch_size: int) -> dict[str, Any]:
-    """Evaluate two sets: all rows, with their sources, and three rows. Returns the metrics, and the numbers of tokens."""
+    """Evaluate two sets, all rows (by source) and three rows. Return the metrics and the token counts."""
     rank_info, plan = join(), LaunchPlan.load(plan_path)
     engine, model = build_engine(plan, rank_info)
     split = Split.open(DataFacts.model_validate(facts))

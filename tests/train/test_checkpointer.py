@@ -1,4 +1,4 @@
-"""Outcomes of saves, as the trackers get them."""
+"""How the outcomes of saves are reported to the trackers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 class FakeSaver:
-    """Ends each save with `outcome`: without `is_saving`, before `save` returns."""
+    """Ends each save with `outcome`. If `is_saving` is False, the save ends before `save` returns."""
 
     def __init__(self, outcome: Saved | CheckpointError, is_saving: bool = True) -> None:
         self.is_saving = is_saving
@@ -101,7 +101,7 @@ def test_a_failed_save_raises_one_alert(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_outcome_of_a_blocking_save_is_reported_at_once(tmp_path: Path, fails: bool) -> None:
-    """The disk is full, or there is no memory for a background save; the next save may be hours away."""
+    """A save may fail on a full disk, or block for lack of memory for a background save; the next may be hours away."""
     tracker = FakeTracker()
     saver = FakeSaver(CheckpointError("the disk is full", where="/runs") if fails else saved(tmp_path), is_saving=False)
     checkpointer = Checkpointer(saver, tracker, True, no_beat)  # type: ignore[arg-type]
@@ -111,7 +111,7 @@ def test_the_outcome_of_a_blocking_save_is_reported_at_once(tmp_path: Path, fail
 
 
 def test_waiting_for_a_save_is_announced_before(tmp_path: Path) -> None:
-    """The saving phase has its own time limit; in the training phase the watchdog would take the wait for a hang."""
+    """The saving phase has its own time limit; in the training phase, the watchdog would report the wait as a hang."""
     texts: list[str] = []
     saver = FakeSaver(saved(tmp_path))
     saver.wait = lambda: texts.append("waits")  # type: ignore[method-assign, assignment, return-value]

@@ -1,4 +1,4 @@
-"""What ranks share with each other, and who else could reach it."""
+"""What ranks exchange, and which other processes can reach it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_store_is_reached_at_its_address_alone() -> None:
     member = open_store("127.0.0.1", store.port, is_server=False, timeout=timedelta(seconds=30))
     member.set("key", "value")
     assert store.get("key") == b"value"
-    # An address of this machine, too: a server on all interfaces answers there.
+    # 127.0.0.2 is also this machine, so a server bound to all interfaces would answer here.
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", store.port), timeout=10).close()
     with pytest.raises(OSError, match="in use"):

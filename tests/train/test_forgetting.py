@@ -1,4 +1,4 @@
-"""An alert where the loss of general text rises while the model trains."""
+"""The alert when the loss on general text rises during training."""
 
 from __future__ import annotations
 

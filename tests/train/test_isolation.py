@@ -1,4 +1,4 @@
-"""Packed documents in real architectures of transformers, and what a rank does about those that affect each other."""
+"""Isolation of packed documents in real transformers architectures, and how a rank reacts if they affect each other."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build(family: str, **own: Any) -> CausalLMLoss:
     ("family", "own", "is_causal", "is_isolated"),
     [
         ("llama", {"num_key_value_heads": 2}, True, True),
-        # Its router groups other tokens when one of them changes.
+        # The router groups tokens differently when one token changes.
         ("qwen3_moe", {"num_key_value_heads": 2, "head_dim": 8, **EXPERTS}, True, True),
         ("lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}, True, False),
         ("qwen3_next", {"num_key_value_heads": 2, "layer_types": ["linear_attention", "full_attention"], **EXPERTS}, True, False),
@@ -105,7 +105,7 @@ def test_the_ranks_refuse_a_model_that_sees_later_tokens_packed_or_not() -> None
 def test_training_goes_on_after_a_model_whose_own_forward_pass_failed_in_the_middle(
     config_of: Callable[..., RunConfig], rank_server: RankServer, tmp_path: Path, persistence_threshold: int
 ) -> None:
-    """With weights that are gathered for each use, and with weights that stay gathered."""
+    """Covers weights that are gathered for each use and weights that stay gathered."""
     settings = ("model.dtype=fp32", "run.name=probed", "train.global_batch_size=2", "cluster.ranks_per_node=2")
     config = config_of("model=tiny", *settings)
     file = tmp_path / "plan.json"

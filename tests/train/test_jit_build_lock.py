@@ -1,4 +1,4 @@
-"""A process that is killed while it builds an extension does not block others."""
+"""A process killed while it builds an extension does not block others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ time.sleep(60)
 
 
 def holding(lock: Path) -> subprocess.Popen[str]:
-    """Start a process that builds."""
+    """Start a process that holds the build lock."""
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "True\n"

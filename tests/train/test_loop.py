@@ -1,4 +1,4 @@
-"""What the loop does between steps, over fake components."""
+"""What the training loop does between steps, with fake components."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PlanOf = Callable[..., LaunchPlan]
 
 
 class FakeLoop(TrainingLoop):
-    """A loop over fake components, in which DeepSpeed skips the steps named in `skipped`; records alerts and saves."""
+    """A loop with fake components in which DeepSpeed skips the steps in `skipped`; records alerts and saves."""
 
     def __init__(self, plan: LaunchPlan, max_steps: int, skipped: set[int], cancelled_at: int | None = None) -> None:
         self.saved: list[int] = []
@@ -59,7 +59,7 @@ class FakeLoop(TrainingLoop):
         self.count_skipped_step()
 
     def evaluate(self, when: str, is_last: bool = False) -> None:
-        """Takes no time."""
+        """Evaluate nothing, in no time."""
 
     def save(self) -> None:
         self.saved.append(self.step)
@@ -110,7 +110,7 @@ def test_too_many_skipped_steps_in_a_row_end_training(plan_of: PlanOf) -> None:
 
 
 class EvaluatedLoop(FakeLoop):
-    """A fake loop whose evaluations of the held-out rows give `losses`, by step."""
+    """A fake loop whose held-out evaluations return `losses`, by step."""
 
     def __init__(self, plan: LaunchPlan, max_steps: int, losses: dict[int, float]) -> None:
         super().__init__(plan, max_steps, skipped=set())
@@ -149,7 +149,7 @@ def test_training_ends_where_the_loss_no_longer_falls(plan_of: PlanOf, monkeypat
     resumed.step = 6
     assert resumed.run_to_end().step == 10
 
-    # What was counted for other rows does not count.
+    # The restored count is discarded if it was for other rows.
     other = EvaluatedLoop(plan_of(*settings), 20, {8: 2.6, 10: 2.5, 12: 2.4, 14: 2.6, 16: 2.6})
     other.evaluations.early_stopping.restore(loop.evaluations.early_stopping.state() | {"rows": "others"})
     other.step = 6
@@ -197,7 +197,7 @@ def test_early_stopping_saves_the_best_weights_and_uses_them(
     loop.run.run_dir = RunDir(tmp_path)  # type: ignore[misc]
     (tmp_path / "checkpoints" / "step-00000006").mkdir(parents=True)
     outcome = loop.run_to_end()
-    # Those that improve, the eighth step, and the last one.
+    # The improved steps (2 and 6), save_every (8), and the last step (10).
     assert loop.saved == [2, 6, 8, 10]
     assert outcome.checkpoint == tmp_path / "checkpoints" / "step-00000006"
     assert outcome.message.endswith("; the weights of step 6 are used")

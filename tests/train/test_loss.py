@@ -1,4 +1,4 @@
-"""The chunked loss against torch's cross entropy."""
+"""The chunked loss compared with torch's cross entropy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_value_and_gradients_equal_cross_entropy(bias: bool, chunk_tokens: int) 
     expected = nn.functional.cross_entropy(head(hidden), labels, reduction="sum")
     (expected * factor).backward()
     torch.testing.assert_close(head(hidden, labels).double(), expected, rtol=1e-6, atol=1e-6)
-    # Chunks compute in fp32, whatever the dtype of the weights.
+    # The tolerance is that of fp32, in which chunks compute for any weight dtype.
     for a, b in zip(ours, [hidden.grad, *(p.grad for p in head.parameters())], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -41,7 +41,7 @@ def test_small_gradients_are_scaled_before_they_are_rounded() -> None:
     with torch.no_grad():
         head.weight.zero_()
         head.weight[0] = 2.0
-    # Token 0 is certain, and the probability of each other one is exp(-20): a gradient below the smallest number of fp16.
+    # Each token except token 0 has the probability exp(-20): its gradient is below the smallest fp16 number.
     hidden = torch.full((1, 8), 1.25, dtype=torch.float16)
     head(hidden, torch.zeros(1, dtype=torch.long), 2.0**16).backward()
     expected = 2.0**16 * math.exp(-20) * 1.25
@@ -65,7 +65,7 @@ def test_the_sum_does_not_depend_on_the_chunk() -> None:
 
 def test_without_gradients_only_the_value_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     head = head_of(False, 4)
-    # The buffer that accumulates the gradient of the weights, as large as they are.
+    # addmm_ accumulates the weight gradient in a buffer as large as the weights.
     monkeypatch.setattr(torch.Tensor, "addmm_", None)
     with pytest.raises(TypeError):
         head(torch.randn(5, 8, dtype=torch.float64), torch.randint(0, 31, (5,)))
@@ -76,7 +76,7 @@ def test_without_gradients_only_the_value_is_computed(monkeypatch: pytest.Monkey
 
 
 def test_the_gradient_of_a_bf16_weight_does_not_lose_small_terms_over_chunks() -> None:
-    """Each chunk adds little to the sum: a sum in bf16 loses it, and one in fp32 is as good as a single product."""
+    """Each chunk adds little: a bf16 sum would lose it, while an fp32 sum is as accurate as a single product."""
     torch.manual_seed(0)
     hidden, labels = torch.randn(2048, 8, dtype=torch.bfloat16) + 1, torch.randint(0, 31, (2048,))
     head = head_of(False, 4, torch.bfloat16)

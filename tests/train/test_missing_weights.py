@@ -1,4 +1,4 @@
-"""Ranks refuse weights that are missing or have another shape, should the submit side not have refused them."""
+"""Ranks refuse missing weights and wrong shapes, in case the submit side did not."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def test_ranks_under_zero3_refuse_weights_that_do_not_cover_the_model(rank_serve
     for said in (first, second):
         assert said[:3] == [None, None, "model.path: the weight files lack 1 tensor of the model: model.norm.weight"]
         assert "Failed to apply weight conversion for 'model.layers.1.mlp.experts.gate_up_proj'" in str(said[3])
-    # Only rank 0 compares shapes; its failure ends the run.
+    # Only rank 0 compares shapes, and its failure ends the run.
     assert "the weight files do not fit the model: size mismatch for model.norm.weight" in str(first[4])
 
 
 @pytest.mark.rest
 def test_each_rank_reads_its_own_part_of_the_weights_alone(rank_server: RankServer, tmp_path: Path) -> None:
-    """From files in two types, one of them in shards; the model has the weights that transformers loads."""
+    """The files have two dtypes, one of them in shards; the loaded weights equal those of the files."""
     for dtype, stored, saving in (("fp32", torch.float32, {}), ("fp32", torch.bfloat16, {"max_shard_size": "4KB"})):
         folder = save_model(tmp_path / str(stored), {"model_type": "llama", "dtype": stored}, **saving)
         files = [load_file(file) for file in folder.glob("*.safetensors")]
@@ -73,7 +73,7 @@ def num_bytes(folder: Path) -> int:
 
 @pytest.mark.rest
 def test_weights_that_a_checkpoint_replaces_are_not_read(rank_server: RankServer, tmp_path: Path) -> None:
-    """Unless the model has buffers that loading fills, and no checkpoint holds: corrections of a router, a table of positions."""
+    """Models with buffers that no checkpoint contains, such as router corrections or position tables, are still read."""
     llama = save_model(tmp_path / "llama", {"model_type": "llama", "tie_word_embeddings": True})
     change_weights(llama, without("model.norm.weight"))
     own = {"first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}

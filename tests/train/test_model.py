@@ -1,4 +1,4 @@
-"""The real model: packed documents do not affect each other, and the loss equals that of transformers."""
+"""In the real model, packed documents do not affect each other, and the loss equals that of transformers."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def attend_by_cu_seqlens(module, query, key, value, mask, **given):
 def test_flash_attention_receives_cu_seqlens(
     real: CausalLMLoss, set_kernel: Callable[[str, bool], None], recompute: bool
 ) -> None:
-    """Otherwise transformers computes them on the GPU in every layer. The fake kernel uses nothing else."""
+    """Otherwise transformers computes them on the GPU in every layer. The fake kernel uses only cu_seqlens."""
     transformers.AttentionInterface.register("fake", attend_by_cu_seqlens)
     ids = torch.cat([packed([9, 1, 14], seed=6)[0], packed([24], seed=7)[0]])
     positions = torch.stack([packed([9, 1, 14], seed=6)[1][0], packed([10, 14], seed=7)[1][0]])
@@ -147,7 +147,7 @@ def test_the_loss_equals_that_of_transformers(real: CausalLMLoss) -> None:
 
 
 def test_recomputed_layers_change_neither_loss_nor_gradients() -> None:
-    """Each second layer of five, and all of them, against none."""
+    """Recomputing every second of five layers, or all of them, gives the same results as recomputing none."""
     config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "vocab_size": 64}
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     facts = model_facts(config, None, None, None)
@@ -172,7 +172,7 @@ def test_recomputed_layers_change_neither_loss_nor_gradients() -> None:
 def test_a_gguf_file_in_the_working_directory_is_not_converted_in_place_of_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers looks for the weights there first; what is converted stays in the cache."""
+    """transformers looks there first for the weights, and the converted model stays in the cache."""
     for folder in ("model", "shared"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "tiny.gguf").write_text(folder)
@@ -186,7 +186,7 @@ def test_a_gguf_file_in_the_working_directory_is_not_converted_in_place_of_the_m
             pass
 
     def load(folder: str, gguf_file: str, **options: Any) -> Loaded:
-        # As transformers.modeling_utils._get_resolved_checkpoint_files.
+        # Same lookup as transformers.modeling_utils._get_resolved_checkpoint_files.
         read.append((Path(gguf_file) if Path(gguf_file).is_file() else Path(folder, gguf_file)).read_text())
         return Loaded()
 

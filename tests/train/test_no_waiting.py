@@ -1,6 +1,6 @@
-"""The loop's own part of a step queues work on the GPU and never waits for it; timings are read at the end.
+"""The loop's own code queues work on the GPU during a step and never waits for it; timings are read at the end.
 
-The decoder is a plain stack of layers here: what transformers and DeepSpeed wait for is theirs.
+The decoder is a plain stack of layers, because waits inside transformers and DeepSpeed are not tested here.
 """
 
 from __future__ import annotations

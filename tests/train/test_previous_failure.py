@@ -1,4 +1,4 @@
-"""What rank 0 tells of the ranks before it, whose own message nobody has heard outside of the run's files."""
+"""Rank 0 reports why the previous ranks failed, because their own message is only in the run's files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KILLED = {"rank": 3, "kind": "killed", "message": "killed by SIGKILL", "log": "/
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A run whose second attempt follows the first by itself."""
+    """A run whose second attempt started automatically after the first."""
     run_dir = RunDir(tmp_path)
     run_dir.attempts.mkdir()
     run_store.create_attempt(run_dir, Attempt(None))

@@ -1,4 +1,4 @@
-"""Two real ranks agree on the checkpoint that they begin from."""
+"""Two real ranks agree on the checkpoint that they start from."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_with(
     pinned: bool = False,
     automatic: bool = False,
 ) -> RunDir:
-    """A run in its second attempt with a `resume_step`; `own` are checkpoints of that attempt, `before` of the first."""
+    """Create a run in its second attempt. `named` is its resume step, `own` are its checkpoints, `before` the first attempt's."""
     run = RunDir(root)
     run.attempt(2).mkdir(parents=True)
     run_store.write_attempt(run, 2, Attempt(resume_step=named, pinned=pinned, automatic=automatic))
@@ -51,7 +51,7 @@ def run_with(
 def on_two_ranks(
     rank_server: RankServer, folder: Path, first: list[tuple[RunDir, int]], second: list[tuple[RunDir, int]], loads: bool = False
 ) -> list[list[Any]]:
-    """Each rank's result for each case: its start point, or with `loads`, the loaded step and the messages for a person."""
+    """Return each rank's result per case: its start point, or with `loads`, the loaded step and the messages to the user."""
     seen = [[[(str(run.root), restart, loads) for run, restart in cases]] for cases in (first, second)]
     return rank_server.values("train_ranks:begin", seen, folder / "ranks")
 
@@ -68,14 +68,14 @@ def test_all_ranks_begin_where_rank_0_chooses(rank_server: RankServer, tmp_path:
     def at(run: RunDir, step: int) -> list[Any]:
         return [step, str(run.checkpoints / store.step_name(step))]
 
-    # The resume step; later checkpoints of the attempt before are ignored.
+    # Ranks start at the resume step; later checkpoints of the previous attempt are ignored.
     assert first_rank[0] == second_rank[0] == [*at(named, 10), 0]
-    # The newest checkpoint of the attempt itself, after a restart; the highest count of restarts.
+    # After a restart, ranks use the attempt's own newest checkpoint and the highest restart count.
     assert first_rank[1] == second_rank[1] == [*at(own, 40), 3]
-    # Another rank sees more checkpoints.
+    # The second rank sees more checkpoints.
     assert (first_rank[2], second_rank[2]) == ([*at(own, 40), 1], [*at(ahead, 40), 1])
     assert first_rank[3] == second_rank[3] == [None, None, 2]
-    # Another rank does not see the checkpoint and refuses; it never starts silently from elsewhere.
+    # The second rank does not see the checkpoint and refuses, rather than silently starting elsewhere.
     assert first_rank[4] == [*at(own, 40), 0]
     assert isinstance(second_rank[4], str)
     assert "40" in second_rank[4]
@@ -109,7 +109,7 @@ def test_a_superseded_attempt_does_not_change_its_resume_step(rank_server: RankS
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """This process as the only rank."""
+    """Make this process the only rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -142,7 +142,7 @@ def test_a_successor_that_the_directory_does_not_show_yet_is_seen_before_anythin
 
 
 def loaded_on_two_ranks(rank_server: RankServer, folder: Path, *runs: RunDir) -> list[Any]:
-    """The result for each run, equal on both ranks."""
+    """Return the result for each run; check that both ranks agree."""
     first_rank, second_rank = on_two_ranks(
         rank_server, folder, [(run, 0) for run in runs], [(run, 0) for run in runs], loads=True
     )
@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(rank_serve
     twice = run_with(tmp_path / "twice", 30, before=[10, 20, 30])
     flip(twice, 30)
     flip(twice, 20, STATE)
-    # The command that started the attempt took the checkpoint before, which can be opened, and reported nothing.
+    # The submitting command already fell back to step 20, which can be opened, without reporting it.
     truncated = run_with(tmp_path / "truncated", 20, before=[10, 20, 30])
     truncate(truncated, 30)
     since = run_with(tmp_path / "since", 30, before=[10, 20, 30])
@@ -214,14 +214,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(rank_serve
     assert folder_names(twice) == ["damaged-step-00000020", "damaged-step-00000030", "step-00000010"]
     assert folder_names(truncated) == folder_names(since) == folder_names(empty) == folder_names(other) == folder_names(flipped)
     assert folder_names(own) == ["damaged-step-00000030", "step-00000010", "step-00000020"]
-    # Restarted ranks find the resume step.
+    # The resume step is updated for restarted ranks.
     assert [run_store.read_attempt(run, 2).resume_step for run in (flipped, twice, truncated, since, own)] == [20, 10, 20, 20, 10]
     again = loaded_on_two_ranks(rank_server, tmp_path, flipped, twice, since)
     assert again == [[20, []], [10, []], [20, []]]
 
 
 def withhold(run: RunDir, step: int, name: str = MANIFEST) -> None:
-    """Reads of the file fail with an error other than 'missing', as from a storage server that is down."""
+    """Make reads of the file fail with an error other than 'missing', as if the storage server were down."""
     file = run.checkpoints / store.step_name(step) / name
     file.rename(file.with_name(f"kept-{name}"))
     file.symlink_to(name)
@@ -234,7 +234,7 @@ def test_a_checkpoint_that_cannot_be_read_right_now_is_neither_skipped_nor_set_a
     withhold(named, 30)
     shard = run_with(tmp_path / "shard", 30, before=[10, 20, 30])
     withhold(shard, 30, store.shard_name(0))
-    # Storage was unavailable at the submission as well.
+    # Storage was already unavailable at submission.
     later = run_with(tmp_path / "later", 20, before=[10, 20, 30])
     withhold(later, 30)
     own = run_with(tmp_path / "own", 10, before=[10], own=[20, 30])
@@ -265,7 +265,7 @@ def test_without_an_intact_checkpoint_nothing_starts_and_nothing_is_set_aside(ra
     unopened = run_with(tmp_path / "unopened", 20, before=[10, 20])
     truncate(unopened, 10)
     truncate(unopened, 20)
-    # An automatic continuation found no checkpoint, and set no resume step.
+    # An automatic continuation found no checkpoint, so it set no resume step.
     unnamed = run_with(tmp_path / "unnamed", None, before=[10, 20])
     truncate(unnamed, 10)
     truncate(unnamed, 20)
@@ -289,7 +289,7 @@ def test_a_step_that_a_person_asked_for_is_used_or_refused(rank_server: RankServ
         assert error.startswith("DamagedCheckpoint: the checkpoint of step 20 is damaged")
         assert "choose one of the other steps: 10" in error
     assert folder_names(flipped) == folder_names(unopened) == ["step-00000010", "step-00000020"]
-    # The checkpoints of the attempt itself are not the step that the person asked for.
+    # The user's step takes precedence over the attempt's own checkpoints.
     assert used[0] == 20
     assert folder_names(intact) == ["damaged-step-00000030", "step-00000010", "step-00000020"]
 

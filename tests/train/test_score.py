@@ -1,4 +1,4 @@
-"""The score pass of a real ZeRO-3 engine against plain transformers, and what is left of it when ranks are killed."""
+"""The score pass of a real ZeRO-3 engine compared with plain transformers, including after ranks are killed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Documents = list[tuple[np.ndarray, np.ndarray]]
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of four layers' worth of random weights that are far from uniform predictions."""
+    """A small Llama whose random weights give predictions that are far from uniform."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,
@@ -55,7 +55,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def documents() -> Documents:
-    """Token ids and trained marks of documents of 3 to 30 tokens; a document's first token is never trained."""
+    """Token ids and loss masks of documents of 3 to 30 tokens; the first token is never trained."""
     generator = np.random.default_rng(0)
     made = []
     for length in generator.integers(3, 31, size=200):
@@ -67,7 +67,7 @@ def documents() -> Documents:
 
 @pytest.fixture(scope="module")
 def plain_log_probs(model_dir: Path, documents: Documents) -> list[np.ndarray]:
-    """The log-probability of each trained token, from each document by itself in plain transformers."""
+    """The log-probability of each trained token, computed per document by plain transformers."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     scores = []
     with torch.no_grad():
@@ -91,7 +91,7 @@ def packed(documents: Documents, tmp_path_factory: pytest.TempPathFactory) -> Da
 
 
 def write_cache(folder: Path, documents: Documents, rows: Sequence[Sequence[int]]) -> DataFacts:
-    """Write a training split in which row r has the documents rows[r]; every third document is of the second source."""
+    """Write a training split in which row r contains documents rows[r]; every third document is from the second source."""
     order = [number for row in rows for number in row]
     docs = np.concatenate([[0], np.cumsum([len(documents[number][0]) for number in order])])
     row_ends = np.cumsum([len(row) for row in rows])
@@ -114,7 +114,7 @@ def write_cache(folder: Path, documents: Documents, rows: Sequence[Sequence[int]
 
 @pytest.fixture
 def plan_for(config_of: Callable[..., RunConfig], model_dir: Path, tmp_path: Path) -> Callable[[int], Path]:
-    """The file of a plan for as many ranks, with the weights of `model_dir`."""
+    """Write a plan for a given number of ranks, with the weights of `model_dir`."""
 
     def plan_for(num_ranks: int) -> Path:
         batch = (f"train.global_batch_size={num_ranks}", f"cluster.ranks_per_node={num_ranks}")
@@ -130,13 +130,13 @@ def plan_for(config_of: Callable[..., RunConfig], model_dir: Path, tmp_path: Pat
 
 
 class Scored:
-    """Runs the score pass, and reads what it has stored."""
+    """Runs the score pass and reads the stored scores."""
 
     def __init__(self, server: RankServer, plan_for: Callable[[int], Path], folder: Path) -> None:
         self._server, self._plan_for, self._folder = server, plan_for, folder
 
     def run(self, facts: DataFacts, num_ranks: int, root: str, end: str = "", after: int = 0) -> list[Any]:
-        """Exit codes and returned values of the ranks."""
+        """Return the exit code and returned value of each rank."""
         cache_facts, plan_path = json.loads(facts.model_dump_json()), str(self._plan_for(num_ranks))
         arguments = [plan_path, cache_facts, 2, KEY, str(self._folder / root), end, after]
         ranks = self._server.run("score_ranks:score", [arguments] * num_ranks, self._folder / "ranks", deadline_s=400)
@@ -163,7 +163,7 @@ def test_scores_equal_plain_transformers_document_by_document(
     scored: Scored, packed: DataFacts, documents: Documents, plain_log_probs: list[np.ndarray], tmp_path: Path
 ) -> None:
     expected = np.concatenate(plain_log_probs)
-    # Far from a uniform prediction, or another document's context would hardly matter.
+    # With near-uniform predictions, context leaking from another document would hardly show.
     assert expected.std() > 1
     assert scored.run(packed, 1, "one") == [(0, True)]
     one = scored.read("one")
@@ -180,7 +180,7 @@ def test_scores_equal_plain_transformers_document_by_document(
 def test_a_pass_without_optimizer_equals_plain_transformers(
     plan_for: Callable[[int], Path], packed: DataFacts, plain_log_probs: list[np.ndarray], tmp_path: Path, num_ranks: int
 ) -> None:
-    """What `data --scored` and `why` run: rows of an engine for inference, in processes of their own, computed once."""
+    """`data --scored` and `why` run this pass: an inference engine in separate processes, whose results are reused."""
     code = """
 import json, sys
 import numpy as np
@@ -213,7 +213,7 @@ np.savez(sys.argv[4], *again.log_probs)
 @pytest.mark.rest
 def test_a_pass_that_was_stopped_and_killed_gives_the_same_bytes(scored: Scored, packed: DataFacts) -> None:
     scored.run(packed, 1, "whole")
-    # Two ranks have 33 micro-batches, and have committed two shards of four once rank 0 begins its fifth.
+    # There are 33 micro-batches. When rank 0 begins its fifth, two shards of four are committed.
     assert -(-Split.open(packed).num_rows // 2) == 33
     kill_after = Random().randint(4, 15)
     print(f"rank 0 is killed after {kill_after} micro-batches")

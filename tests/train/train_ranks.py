@@ -1,4 +1,4 @@
-"""Ranks of the tests in this folder, over gloo; run by tests/forked_ranks.py."""
+"""Functions for the ranks of the tests in this folder, over gloo; tests/forked_ranks.py runs them."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def meet() -> int:
 
 
 def build_models(cases: list[tuple[str, bool]]) -> tuple[list[str | None], list[int]]:
-    """Build the model of each folder under ZeRO-3; each case also says whether there is a checkpoint.
+    """Build the model in each folder under ZeRO-3. Each case is a folder and whether a checkpoint exists.
 
-    Returns the problem of each refusal, or None where the model was built; and the bytes that were counted while each loaded.
+    Return for each case the problem, or None if the model was built, and the bytes counted during loading.
     """
     meet()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
@@ -79,7 +79,7 @@ def build_models(cases: list[tuple[str, bool]]) -> tuple[list[str | None], list[
 
 
 def read_own_parts(folder: str, dtype: str) -> tuple[int, int, list[str]]:
-    """Load a model under ZeRO-3; return the bytes that this rank has read, the largest read, and the parameters that differ."""
+    """Load a model under ZeRO-3; return this rank's total bytes read, its largest read, and the parameters that differ."""
     meet()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     settings = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
@@ -106,10 +106,10 @@ def read_own_parts(folder: str, dtype: str) -> tuple[int, int, list[str]]:
 
 
 def begin(cases: list[tuple[str, int, bool]]) -> list[Any]:
-    """Agree on where to begin, for each case (run directory that this rank sees, its agent's count of restarts, whether to load).
+    """Agree on a start point for each case (run directory as seen by this rank, its agent's restart count, whether to load).
 
-    Loading is faked: both ranks verify the checkpoint's digests, as `shards.load` does. Returns for each case the step, the
-    path and the count of restarts, or the loaded step and the messages for a person, or the error.
+    Loading is faked: both ranks verify the checkpoint's digests, as `shards.load` does. Return for each case the step, path
+    and restart count, or the loaded step and the messages to the user, or the error.
     """
     rank = meet()
 
@@ -138,7 +138,7 @@ def begin(cases: list[tuple[str, int, bool]]) -> list[Any]:
 
 
 def share_without_pickles() -> list[Any]:
-    """Return what ranks share and how both see the failures of either, where a pickle that arrives would end the rank."""
+    """Return what the ranks exchange, including each other's failures. Reading a pickle would end the rank."""
     from torch.distributed import distributed_c10d
 
     def refuse(*_: Any) -> None:
@@ -175,7 +175,7 @@ def share_without_pickles() -> list[Any]:
 
 
 def measure_link() -> tuple[float, float, float]:
-    """Return the measured bandwidth, the seconds that this took, and the bandwidth where ranks measure different times."""
+    """Return the measured bandwidth, the seconds it took, and the bandwidth when ranks measure different (faked) times."""
     rank = meet()
     started = time.perf_counter()
     measured = bandwidth.measure_bus_bandwidth(CPU)
@@ -186,7 +186,7 @@ def measure_link() -> tuple[float, float, float]:
 
 
 def judge_saves() -> dict[str, bool]:
-    """Return whether there is time to save, for cases in which the ranks have different information."""
+    """Return whether there is time to save, for cases where the ranks have different information."""
     rank = meet()
     slurm, local = SlurmSection(signal_lead_seconds=60), LocalSection()
     cases = {
@@ -211,7 +211,7 @@ def judge_saves() -> dict[str, bool]:
 
 
 def probe_engine() -> dict[str, Any]:
-    """Return what the probes measure on each rank of a ZeRO-3 engine while rank 1 is slow in different parts of a step."""
+    """Return this rank's timer readings under a ZeRO-3 engine while rank 1 is slow in different parts of a step."""
     rank = meet()
     deepspeed.init_distributed("gloo", verbose=False)
     zero = {
@@ -262,7 +262,7 @@ def probe_engine() -> dict[str, Any]:
         loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
         engine.backward(loss)
         engine.step()
-        # As in training, ranks end the step together.
+        # Ranks end the step together, as in training.
         dist.barrier()
         return {
             "step_s": time.perf_counter() - began,
@@ -277,7 +277,7 @@ def probe_engine() -> dict[str, Any]:
     measured_by_case["slow"] = step()
     measured_by_case["recomputed"] = step(checkpointing=True)
     slow_s = 0.0
-    # Time that one rank spends outside of the layer makes the other wait, but not in the layer.
+    # Time that one rank spends outside the timed layer makes the other wait, but not in that layer.
     if rank:
         for module in model.model.layers[1].modules():
             if type(module).__name__ == "LlamaRMSNorm":
@@ -290,7 +290,7 @@ def probe_engine() -> dict[str, Any]:
     with torch.no_grad():
         engine(input_ids=torch.zeros(2, 16, dtype=torch.int64), use_cache=False)
     measured_by_case["evaluated"] = probe.read()
-    # A rank that leaves first would break the last collective of the other.
+    # A rank that exits early would break the other's last collective.
     dist.barrier()
     return measured_by_case
 
@@ -298,8 +298,8 @@ def probe_engine() -> dict[str, Any]:
 def train_after_probe(plan_path: str, failing: str, persistence_threshold: int) -> dict[str, Any]:
     """Probe the isolation of packed documents, then train three steps on the same rows.
 
-    The module `failing`, unless that is empty, raises in the whole model's own forward pass, after its weights are gathered.
-    Returns the probe's message, the number of weights that were left gathered after it, and the loss of each step on this rank.
+    If `failing` is not empty, that module raises in the model's own forward pass, after its weights are gathered. Return the
+    probe's message and errors, the number of weights still gathered after it, and this rank's loss of each step.
     """
     rank, plan = meet(), LaunchPlan.load(plan_path)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
@@ -336,9 +336,9 @@ def train_after_probe(plan_path: str, failing: str, persistence_threshold: int) 
 
 
 def train_with_layers(plan_path: str, packages: str = "") -> dict[str, Any]:
-    """Train four steps on packed rows, of other documents in each; returns losses, the last norm, weights, what was compiled.
+    """Train four steps on different packed rows; return the losses, last gradient norm, weights and compiled graphs.
 
-    `packages` is a folder with optional ones.
+    `packages` is a folder of optional packages.
     """
     sys.path[:0] = filter(None, [packages])
     rank, plan = meet(), LaunchPlan.load(plan_path)
@@ -372,7 +372,7 @@ def train_with_layers(plan_path: str, packages: str = "") -> dict[str, Any]:
 
 
 def build_with_liger(site: str) -> dict[str, Any]:
-    """Build a model under ZeRO-3 with Liger's stand-in from a folder; returns why it is not used, and what it has replaced."""
+    """Build a model under ZeRO-3 with the Liger stand-in in a folder; return why it is unused, and what it replaced."""
     meet()
     sys.path.insert(0, site)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
@@ -390,7 +390,7 @@ def build_with_liger(site: str) -> dict[str, Any]:
 
 
 class TwoBranches(torch.nn.Module):
-    """Two layers of which a pass uses one."""
+    """Two layers, of which each pass uses one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -403,8 +403,8 @@ class TwoBranches(torch.nn.Module):
 def step_after_dropped_gradients(offloads: bool) -> tuple[list[bool], list[float]]:
     """Drop the gradients of the first branch, then train a step of the second.
 
-    Returns which branches have other weights after it, and the norm of the gradients of this step and of one in an engine that
-    has dropped none.
+    Return which branches changed their weights, and the gradient norms of this step and of one in an engine that dropped
+    no gradients.
     """
     meet()
     deepspeed.init_distributed("gloo", verbose=False)

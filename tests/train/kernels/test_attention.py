@@ -1,4 +1,4 @@
-"""The attention kernels: which one is chosen, and that the one within documents computes what transformers computes."""
+"""Attention kernels: which one is chosen, and that attention within documents equals that of transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from launcher.train.model import CausalLMLoss, build_model
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
 LENGTHS = [30, 1, 41, 8]
-# Where torch lacks it, SDPA computes what it would.
+# If torch's varlen kernel lacks these parameters, the launcher uses SDPA instead.
 HAS_VARLEN = attention._varlen_parameters() >= {"scale", "window_size"}
 needs_varlen = pytest.mark.skipif(not HAS_VARLEN, reason="needs a torch with variable-length attention")
 
@@ -36,9 +36,9 @@ def build(family: str, **own: Any) -> CausalLMLoss:
     ("family", "own"),
     [
         ("llama", {"num_key_value_heads": 2}),
-        # Its even layers attend to the last 8 tokens, in documents of up to 41.
+        # A sliding window of 8 tokens in every second layer, with documents of up to 41 tokens.
         ("gemma3_text", {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2}),
-        # Its values have another size than its keys.
+        # Keys and values have different head dimensions.
         (
             "deepseek_v3",
             {
@@ -75,7 +75,7 @@ def test_a_document_of_varlen_is_computed_alike_in_every_row() -> None:
 
 
 def attend_by_the_manual(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-    """What torch's documentation says of varlen_attn: tensors are [T, H, D], windows are (left, right), -1 for all."""
+    """Compute varlen_attn as torch documents it: tensors are [T, H, D], windows are (left, right), -1 is unlimited."""
     assert torch.equal(cu_q, cu_k)
     assert max_q == max_k == int(cu_q.diff().max())
     if not enable_gqa:
@@ -98,7 +98,7 @@ def attend_by_the_manual(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, 
 def test_the_kernel_for_gpus_gets_the_arguments_that_it_documents(
     monkeypatch: pytest.MonkeyPatch, is_causal: bool, window: int | None, has_gqa: bool
 ) -> None:
-    """Its values are smaller than its keys, and its heads are grouped, also where the signature does not know groups."""
+    """Values are smaller than keys, and heads are grouped even if the kernel's signature lacks enable_gqa."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend_by_the_manual)
     monkeypatch.setattr(attention, "_varlen_parameters", lambda: frozenset({"enable_gqa"} if has_gqa else ()))
     generator = torch.Generator().manual_seed(0)
@@ -114,7 +114,7 @@ def test_the_kernel_for_gpus_gets_the_arguments_that_it_documents(
 
 @needs_varlen
 def test_the_kernel_for_gpus_takes_the_tensors_that_it_gets() -> None:
-    """With tensors without values, torch checks arguments and shapes of the real operator, forward and backward."""
+    """With fake tensors, torch checks the real operator's arguments and shapes, forward and backward."""
     with FakeTensorMode():
         query = torch.empty(80, 4, 64, dtype=torch.bfloat16, requires_grad=True)
         key = torch.empty(80, 2, 64, dtype=torch.bfloat16, requires_grad=True)
@@ -166,7 +166,7 @@ def test_varlen_refuses_what_would_change_the_result() -> None:
         ("bf16", "llama", (), 9, "varlen"),
         ("fp32", "llama", (2,), 9, "sdpa"),
         ("bf16", "bloom", (2,), 9, "eager"),
-        # These have what varlen does not compute: chunks, a cap of the logits, sinks, dropout.
+        # These models need features that varlen lacks: chunked attention, logit softcapping, sinks, dropout.
         ("bf16", "llama4_text", (), 9, "sdpa"),
         ("fp32", "gemma2", (2,), 9, "eager"),
         ("bf16", "gpt_oss", (), 9, "eager"),
@@ -189,7 +189,7 @@ def test_the_fastest_kernel_that_computes_a_model_exactly_is_chosen(
 
 
 def test_a_flash_attention_that_cannot_be_imported_is_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    """It is built for another version of torch, which only an import shows."""
+    """A build for another torch version fails only when it is imported."""
     (tmp_path / "flash_attn.py").write_text('raise ImportError("flash_attn_2_cuda.so: undefined symbol: _ZN3c105ErrorC2E")')
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -200,7 +200,7 @@ def test_a_flash_attention_that_cannot_be_imported_is_not_chosen(monkeypatch: py
 
 
 def test_flash_attention_of_the_hub_does_not_take_the_place_of_a_package() -> None:
-    """The package `kernels` imports the newest version of a repository, or what lies in a cache that others may write to."""
+    """The package `kernels` imports the newest repository version, or code from a cache that others may be able to write."""
     section, config = ModelSection(path="/model", dtype="bf16", attention="flash_attention_3"), transformers.LlamaConfig()
     with pytest.raises(ConfigError, match="flash_attention_3 is not installed here"):
         attention.choose_kernel(section, CUDA, config)

@@ -1,4 +1,4 @@
-"""What kernels are built with on this machine, and how many processes build them."""
+"""Compilers and headers for building kernels, and the number of processes that build them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.kernels import build_tools
 from launcher.train.kernels.build_tools import missing_build_tools
 
-# As a rank does before its first step; the pool is what torch starts where it may have helpers.
+# What a rank does before its first step. If torch may use helper processes, warm_pool starts them.
 COMPILE = """
 import json, sys, threading
 from pathlib import Path
@@ -62,7 +62,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH of one folder, with gcc and clang++, and Python's headers in a folder `include`."""
+    """A PATH with a single folder containing gcc and clang++, and Python's headers in `include`."""
     for name in ("gcc", "clang++"):
         (tmp_path / name).touch(0o700)
     (tmp_path / "include").mkdir()
@@ -73,7 +73,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_this_python_has_its_headers_where_they_are_looked_for() -> None:
-    """As every Python does in which these tests compile DeepSpeed's extensions."""
+    """The tests that compile DeepSpeed's extensions need the headers too."""
     assert [problem for problem in missing_build_tools("cpu") if "headers" in problem.message] == []
 
 
@@ -83,7 +83,7 @@ def test_gpus_need_a_c_compiler_and_cpus_the_one_that_torch_calls(tools: Path, m
     assert (problem.message, problem.value, problem.remedy) == ("no C++ compiler is found", "g++", "apt-get install g++")
     monkeypatch.setenv("CXX", "clang++ -O2")
     assert missing_build_tools("cpu") == []
-    # Triton calls what the variable names, even where it is not there and gcc is.
+    # Triton runs the compiler in CC, even if it does not exist and gcc does.
     monkeypatch.setenv("CC", "/opt/absent/cc")
     (problem,) = missing_build_tools("cuda")
     assert (problem.value, problem.remedy) == ("CC=/opt/absent/cc", "apt-get install gcc, and unset CC")
@@ -100,12 +100,12 @@ def test_headers_may_be_in_a_folder_that_the_compiler_is_told_of(tools: Path, mo
 
 @pytest.mark.rest
 def test_a_rank_imports_what_it_needs_and_starts_no_helper_processes(plan_of: Callable[..., LaunchPlan], tmp_path: Path) -> None:
-    """In no thread: autograd's threads compile the backward pass, and torch's settings hold in one thread alone."""
+    """Other threads must not start them either: autograd's threads compile too, and torch's settings are per thread."""
     plan = tmp_path / "plan.json"
     plan.write_text(plan_of("model.dtype=fp32").to_json())
     done = subprocess.run([sys.executable, "-c", COMPILE, str(plan)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["helpers"] == {"threads": [1, 1], "processes": 0}
-    # transformers knows of it again for other code.
+    # transformers reports scipy as available again to other code.
     assert found["packages"] == {"imported": [], "has_scipy": is_scipy_available()}

@@ -1,4 +1,4 @@
-"""Linear layers in FP8: real ranks train with them almost as in bf16. On CPUs torchao emulates their products."""
+"""Linear layers in FP8: real ranks train almost as in bf16. On CPUs, torchao emulates the matrix products."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def build(device: str = "cpu", uses_fp8: bool = True, compiles: bool = False, **
 
 
 def converted(model: CausalLMLoss) -> set[str]:
-    """The names of the layers that compute in FP8, within their decoder layer."""
+    """Return the names of the layers that compute in FP8, relative to their decoder layer."""
     names = [name for name, module in model.hf.named_modules() if isinstance(module, fp8.Fp8Linear)]
     assert all(name.startswith("model.layers.") for name in names)
     return {name.split(".", 3)[3] for name in names}
@@ -74,7 +74,7 @@ def relative_error(computed: Tensor, expected: Tensor) -> float:
 def test_real_ranks_train_in_fp8_almost_as_in_bf16(
     rank_server: RankServer, plan_of: Callable[..., LaunchPlan], tmp_path: Path, torchao: str
 ) -> None:
-    """With parameters that are partitioned, layers that recompute and others, gathered alone or as a whole, and compiled."""
+    """Parameters are partitioned, some layers recompute, and layers are gathered by module, as a whole, or compiled."""
     results: dict[str, list[dict[str, Any]]] = {}
     for name, settings in {
         "bf16": (),
@@ -97,20 +97,20 @@ def test_real_ranks_train_in_fp8_almost_as_in_bf16(
         )
     for name, ranks in results.items():
         for rank, in_bf16, in_fp8 in zip(ranks, results["bf16"], results["fp8"], strict=True):
-            # Losses of four steps, one of an evaluation, and the norm of the last gradient.
+            # Four training losses, an evaluation loss, and the last gradient norm.
             assert rank["losses"] == pytest.approx(in_bf16["losses"], rel=0.02), name
-            # An optimizer, a checkpoint and an export see the same weights.
+            # Optimizer, checkpoint and export see the same weights as in bf16.
             assert rank["weights"] == in_bf16["weights"]
             assert {dtype for dtype, _ in rank["weights"].values()} == {"torch.bfloat16"}
             if name == "bf16":
                 assert rank["fp8_use"] == ""
                 continue
             assert rank["fp8_use"] == "21 of 21 linear layers of decoder layers are computed in FP8 while training"
-            # Already the first loss shows that products are rounded.
+            # The first loss already shows the FP8 rounding.
             assert rank["losses"][0] != in_bf16["losses"][0]
             assert rank["losses"] == pytest.approx(in_fp8["losses"], rel=0.005), name
             if name == "compiled":
-                # No layer is left for Python at a linear layer.
+                # A linear layer causes no graph break.
                 assert [reason for reason in rank["breaks"] if "attend_within_documents" not in reason] == []
 
 
@@ -134,7 +134,7 @@ def test_an_evaluation_computes_in_bf16_what_the_export_will() -> None:
 def test_a_layer_and_its_gradients_are_those_of_bf16_but_for_rounding(
     monkeypatch: pytest.MonkeyPatch, tokens: int, emulates: bool
 ) -> None:
-    """Also with the products that GPUs compute: torch has them for CPUs, too, and they want the same sizes and layouts."""
+    """Also tests the GPU's products: torch implements them on CPUs too, with the same size and layout requirements."""
     settings = fp8._settings
     monkeypatch.setattr(fp8, "_settings", lambda _, pads: settings("cpu" if emulates else "cuda", pads))
     layer = linear(bias=True)
@@ -152,7 +152,7 @@ def test_a_layer_and_its_gradients_are_those_of_bf16_but_for_rounding(
 
 
 def test_a_token_does_not_change_how_others_are_rounded() -> None:
-    """As of documents packed beside each other: with a scale for the whole tensor, a large value would."""
+    """Otherwise packed documents would affect each other: with one scale per tensor, a large value changes all rounding."""
     layer, inputs = linear(), torch.randn(20, 32, dtype=torch.bfloat16)
     before = layer(inputs)
     inputs[7] *= 1000
@@ -163,7 +163,7 @@ def test_a_token_does_not_change_how_others_are_rounded() -> None:
 
 
 def test_the_backward_pass_reads_the_weight_that_is_gathered_then() -> None:
-    """ZeRO-3 releases a weight by giving the parameter other data: what still held the old data would hold all layers."""
+    """ZeRO-3 releases a weight by replacing the parameter's data; saved references would keep all layers in memory."""
     layer, other = linear(), linear()
     inputs = torch.randn(16, 32, dtype=torch.bfloat16, requires_grad=True)
     gathered, gradient = layer.weight.data, torch.randn(16, 48, dtype=torch.bfloat16)
@@ -180,7 +180,7 @@ def test_the_backward_pass_reads_the_weight_that_is_gathered_then() -> None:
 def test_a_compiled_layer_waits_for_its_backward_pass_with_parameters_and_no_copies_of_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The compiler decides what to keep, and a weight in FP8 would be half as large as the one that ZeRO-3 releases."""
+    """The compiler chooses what to save, and saved FP8 weights would take half the memory that ZeRO-3 releases."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     settings = fp8._settings
     monkeypatch.setattr(fp8, "_settings", lambda _, pads: settings("cuda", pads))

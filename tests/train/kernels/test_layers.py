@@ -1,4 +1,4 @@
-"""Decoder layers that ZeRO-3 gathers as a whole, and that are compiled: real ranks train as without either."""
+"""Decoder layers gathered as a whole by ZeRO-3, and compiled layers: real ranks get the same training results."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def test_whole_and_compiled_layers_train_as_single_modules_do(
             if COMPILED not in settings:
                 assert not rank["graphs"]
                 continue
-            # Two for each variant, before and after attention, whatever the number of layers.
+            # Two graphs per variant, before and after attention, regardless of the number of layers.
             assert 2 <= rank["graphs"] <= 12
-            # The compiler leaves a layer for attention alone.
+            # Attention is the only graph break.
             assert [reason for reason in rank["breaks"] if "attend_within_documents" not in reason] == []
 
 
@@ -97,7 +97,7 @@ def test_layers_that_cannot_be_told_from_other_modules_are_refused() -> None:
     with pytest.raises(ConfigError, match="layers of this architecture") as raised:
         layers.find_layers(model, "deepspeed.whole_layers", "set deepspeed.whole_layers=false")
     assert raised.value.problems[0].remedy == "set deepspeed.whole_layers=false"
-    # Layers that are recomputed are told by the same marks.
+    # Activation checkpointing identifies layers in the same way.
     with pytest.raises(ConfigError, match="layers of this architecture") as raised:
         checkpoint_layers(model, "every 2")
     assert raised.value.problems[0].where == "model.activation_checkpointing"

@@ -1,4 +1,4 @@
-"""Liger computes in the model that trains and in no other; on CPUs a stand-in replaces the same things of transformers."""
+"""Liger is used only in the model that trains; on CPUs, a stand-in patches the same parts of transformers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def build(device: str = "cpu", uses_liger: bool = False, model_type: str = "llam
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Install a package of Liger's name and layout, with these contents for some of its modules."""
+    """Install a stand-in package with Liger's name and layout; the arguments replace the content of modules."""
 
     def write(**files: str) -> None:
         monkeypatch.syspath_prepend(str(write_package(tmp_path / "site", **files)))
@@ -59,13 +59,13 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 def test_a_model_that_is_built_after_training_computes_without_liger(
     install: Callable[..., None], plan_of: Callable[..., LaunchPlan], tmp_path: Path
 ) -> None:
-    """As the check of the export does, which otherwise reports a completed run as failed."""
+    """The export check builds such a model; with Liger, it would report a completed run as failed."""
     without = build()
     expected = without(IDS, POSITIONS)
     install()
     trained = build(uses_liger=True)
     assert trained.liger_problem == ""
-    # Trying the kernels draws random numbers of its own.
+    # Trying out the kernels must not change the random initial weights.
     weights = dict(trained.parameters_by_name())
     for name, weight in without.parameters_by_name().items():
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=0, msg=name)

@@ -16,7 +16,7 @@ from launcher.train.monitoring.rank_stats import RankStats, estimate_work
 
 
 def run_normal_steps(detector: AnomalyDetector, steps: int, loss: float = 2.0, pace: float = 1000.0) -> None:
-    """Normal steps, which give no alert."""
+    """Feed normal steps; check that none raises an alert."""
     numbers = random.Random(steps)
     for _ in range(steps):
         assert detector.step(loss + numbers.gauss(0, 0.05), pace * numbers.uniform(0.9, 1.1)) == []
@@ -74,7 +74,7 @@ def test_one_slow_step_is_no_alert() -> None:
 
 
 def alert_kinds(detector: AnomalyDetector, steps: Iterable[tuple[float, float]]) -> list[str]:
-    """The kinds of alerts of a run with these steps, each a loss and a pace; 900 of them take half an hour."""
+    """Return the kinds of alerts for steps of (loss, pace), two seconds apart: 900 steps take half an hour."""
     now = 0.0
     limit = RateLimit(lambda: now)
     kinds = []
@@ -90,7 +90,7 @@ def test_a_loss_that_stays_high_is_an_alert_even_after_a_passing_spike() -> None
     diverged = [(8.0 + math.sin(step), 1000.0) for step in range(2000)]
     alerts = alert_kinds(detector, [(4.0, 1000.0), *[(2.0, 1000.0)] * 150, *diverged])
     assert alerts == ["the loss jumped", "the loss stays high"]
-    # What has lasted is the reference for the next change.
+    # The lasting level becomes the reference for the next change.
     (text,) = detector.step(80.0, 1000.0)
     assert "the loss jumped: it is 80.0000, the median of the 100 steps before is " in text
 
@@ -107,7 +107,7 @@ HOSTS = ["n1", "n1", "n2", "n2"]
 
 
 def four_ranks(slow: int | None = None, **different: float) -> list[RankStats]:
-    """The statistics of four ranks in lockstep; those of rank `slow` differ."""
+    """Return statistics of four ranks in lockstep, of which rank `slow` differs."""
     usual = {"step_s": 2.0, "data_s": 0.001, "load_s": 0.1, "compute_s": 1e-6}
     return [RankStats(**(usual | different if rank == slow else usual)) for rank in range(4)]
 
@@ -163,7 +163,7 @@ def test_an_xid_on_several_gpus_is_one_alert() -> None:
 
 
 class ManualAlarm:
-    """A stall alarm with a manual clock, and its alerts."""
+    """A stall alarm with a manual clock; records alerts."""
 
     def __init__(self, min_stall_s: float = 0.0) -> None:
         self.now, self.alerts = 0.0, list[tuple[str, int]]()
@@ -185,11 +185,11 @@ def test_no_step_for_several_median_steps_is_an_alert() -> None:
     steps_s = [9.0, 2.0, 2.1, 1.9, 30.0, 2.0]
     alarm = ManualAlarm()
     alarm.train(steps_s)
-    # The first step has no known start.
+    # The first step is left out, because its start is unknown.
     median_s = statistics.median(steps_s[1:])
     assert alarm.look_after(STALL_FACTOR * median_s - 0.1) == []
     assert alarm.look_after(0.2) == [("no progress: 20 s in training; a step usually takes 2.0 s", 5)]
-    # A micro-batch of the same step is no progress.
+    # Another micro-batch of the same step does not count as progress.
     alarm.stall_alarm.beat("training", 5)
     assert len(alarm.look_after(0.0)) == 1
     alarm.stall_alarm.beat("training", 6)

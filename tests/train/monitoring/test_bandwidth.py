@@ -15,10 +15,10 @@ QUANTIZED = ("deepspeed.quantized_weights=true", "deepspeed.quantized_gradients=
 def test_two_ranks_measure_the_same_bandwidth(rank_server: RankServer, tmp_path: Path) -> None:
     (measured, cost_s, computed), other = rank_server.values("train_ranks:measure_link", [[], []], tmp_path)
     assert [measured, computed] == [other[0], other[2]]
-    # A memory bus is slower than a terabyte per second, and four megabytes do not take ten seconds.
+    # Sanity bounds: less than 1 TB/s, and less than about ten seconds for 4 MB.
     assert 1e-4 < measured < 1e3
     assert cost_s < 5
-    # The warm-up does not count; of the medians, 2 ms and 4 ms, the slower one does; busbw of two ranks equals algbw.
+    # The warm-up is ignored. The slower median (4 ms, not 2 ms) counts. With two ranks, busbw equals algbw.
     assert computed == pytest.approx(2**20 / 4e-3 / 1e9, rel=1e-6)
 
 
@@ -35,7 +35,7 @@ def test_two_ranks_measure_the_same_bandwidth(rank_server: RankServer, tmp_path:
 def test_a_network_that_is_slower_than_the_model_needs_is_a_warning(
     plan_of: Callable[..., LaunchPlan], nodes: int, gpu: str | None, rows: int, gb_per_s: float, warns: bool
 ) -> None:
-    """0.75 x 0.48 x 989e12 FLOP/s / 8192 tokens: 43 GB/s."""
+    """The required bandwidth is 0.75 x 0.48 x 989e12 FLOP/s / 8192 tokens = 43 GB/s."""
     on_gpus = () if gpu is None else (f"cluster.gpu_type={gpu}",)
     sizes = ("data.max_length=4096", "train.global_batch_size=64", f"train.micro_batch_size={rows}", "model.dtype=bf16")
     plan = plan_of("model=llama3_1_8b", *on_gpus, *sizes, f"cluster.nodes={nodes}", "cluster.ranks_per_node=8")
@@ -60,7 +60,7 @@ def test_a_network_that_is_slower_than_the_model_needs_is_a_warning(
 def test_the_needed_bandwidth_follows_the_bytes_of_the_plan(
     plan_of: Callable[..., LaunchPlan], nodes: int, settings: tuple[str, ...], num_bytes: float
 ) -> None:
-    """An H100 computes 989 TFLOP/s in bf16 and 67 in fp32, which ranks do not round to TF32."""
+    """An H100 computes 989 TFLOP/s in bf16 and 67 in fp32; ranks do not use TF32."""
     sizes = ("data.max_length=4096", "train.global_batch_size=256", "train.micro_batch_size=2", "model.dtype=bf16")
     on_gpus = ("cluster.gpu_type=H100-80GB", f"cluster.nodes={nodes}", "cluster.ranks_per_node=8")
     plan = plan_of("model=llama3_1_8b", *on_gpus, *sizes, *settings)

@@ -1,4 +1,4 @@
-"""Metrics of GPUs, from the device's own library to W&B's file; NVIDIA's library and the statistics of CUDA are fakes."""
+"""GPU metrics from NVML to W&B's file, with fakes of NVML and of CUDA's memory statistics."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ COST = {"cost/gpu_hours", "cost/usd", "cost/usd_per_million_tokens"}
 
 
 def rows_of_eight(num_rows: int) -> Split:
-    """One document a row, of which all is trained."""
+    """Return rows of one document each, with all tokens trained."""
     ends = np.arange(0, 8 * num_rows + 1, 8)
     tokens, trained = np.arange(8 * num_rows, dtype=np.uint32), np.ones(8 * num_rows, dtype=np.uint8)
     of_rows = np.full(num_rows, 7)
@@ -70,7 +70,7 @@ def test_what_gpus_measure_and_cost_is_in_wandb(
     monitor.start_training(0)
     metrics_of_step: dict[str, float] = {}
     end, step = time.monotonic() + 60, 0
-    # The device and what the run has spent are read beside the training.
+    # Background threads read the device and the run's costs.
     while not (metrics_of_step.keys() >= {*EXPECTED, *COST} and metrics_of_step["gpu/xids"]):
         assert time.monotonic() < end, metrics_of_step
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Readings of a GPU, with a fake of NVIDIA's library: this machine has none."""
+"""GPU readings from a fake NVML, because the test machine has no GPU."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Which batch needs the most memory, and what an error says where a GPU runs out of it before the first step.
+"""Which batch needs the most memory, and the error message if a GPU runs out of memory before the first step.
 
-tests/e2e/test_resume_exact.py has a run that begins with the largest batch and trains what a run without it trains.
+tests/e2e/test_resume_exact.py checks that a run that tries the largest batch first trains the same as one that does not.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ REASON = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capa
 
 
 def created(plan: LaunchPlan, folder: Path) -> RunDir:
-    """Return the directory of a run with this plan."""
+    """Create a run with this plan and return its directory."""
     return run_store.create(plan.model_copy(update={"run_dir": str(folder / "run")}))
 
 
 def split_of(rows: list[tuple[list[int], bool]]) -> Split:
-    """Return a split of rows; each has the lengths of its documents, and whether all of their tokens are trained."""
+    """Return a split. Each row is given as its document lengths and whether all their tokens are trained."""
     lengths = [length for documents, _ in rows for length in documents]
     sizes = [sum(documents) for documents, _ in rows]
     labels = [sum(length - 1 for length in documents) if trained else 0 for documents, trained in rows]
@@ -90,7 +90,7 @@ def test_out_of_memory_before_the_first_step_is_final_and_says_what_would_save_h
         "deepspeed.offload_optimizer=cpu",
     ):
         assert f"{setting} (saves " in problem.remedy
-    # Gradients and states in fp32 of 8 billion parameters on 8 ranks: 16 bytes each.
+    # 8 billion parameters on 8 ranks, each with 16 bytes of fp32 gradients and states.
     assert "deepspeed.offload_optimizer=cpu (saves 15.0 GiB)" in problem.remedy
 
 
@@ -119,7 +119,7 @@ def test_the_largest_batch_of_another_plan_does_not_count(plan_of: PlanOf, tmp_p
 def test_other_processes_are_the_reason_where_they_hold_more_than_cuda_and_nccl_may_take(
     plan_of: PlanOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reserved_gib: float, error: type[Exception]
 ) -> None:
-    """Of 79 GiB 1 is free: 3.5 and 8 are neither free nor torch's, and the plan assumes 2 for CUDA and NCCL."""
+    """Of 79 GiB, 1 is free. Neither free nor reserved by torch: 3.5 or 8 GiB. The plan assumes 2 GiB for CUDA and NCCL."""
     plan = plan_of(*H100)
     assert plan.peak is not None
     assert plan.peak.runtime_gib == 2.0

@@ -53,12 +53,12 @@ def test_cost_is_what_was_paid_for_all_hours_so_far(plan_of: PlanOf) -> None:
     ],
 )
 def test_limits_count_gpu_time_and_not_the_queue(plan_of: PlanOf, limits: tuple[str, ...], words: str) -> None:
-    """The time was paid at a price other than the plan's."""
+    """The price paid so far differs from the plan's price."""
     assert spent_limit(plan_of("cluster.price_per_gpu_hour=1", *limits), SPENT) == words
 
 
 def test_limits_count_all_the_time_with_machines(plan_of: PlanOf, tmp_path: Path) -> None:
-    """Its ranks were started three times within two hours, and have trained for a few minutes of them."""
+    """The ranks were started three times within two hours and trained for only a few minutes."""
     plan = plan_of("run.max_hours=2", "run.max_usd=12", "cluster.price_per_gpu_hour=3")
     plan = plan.model_copy(update={"run_dir": str(tmp_path / "again")})
     run, begun = run_store.create(plan), 1.8e9
@@ -99,7 +99,7 @@ def test_an_unreadable_earlier_attempt_is_an_alert_and_does_not_end_training(tmp
 
 
 class EventRecorder:
-    """A tracker that keeps its events."""
+    """A tracker that records its events."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, str, int | None]] = []
@@ -115,7 +115,7 @@ def recorder() -> EventRecorder:
 
 @pytest.fixture
 def monitor(plan_of: PlanOf, tmp_path: Path, recorder: EventRecorder) -> Iterator[Monitor]:
-    """That of the only rank of a run in `tmp_path`."""
+    """The monitor of a single-rank run in `tmp_path`."""
     dist.init_process_group("gloo", f"file://{tmp_path / 'meeting'}", rank=0, world_size=1, timeout=timedelta(seconds=30))
     plan = plan_of().model_copy(update={"run_dir": str(tmp_path)})
     tracker = Composite([recorder])  # type: ignore[list-item]

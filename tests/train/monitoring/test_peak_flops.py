@@ -26,7 +26,7 @@ def test_the_peak_of_a_gpu_is_its_vendors_figure(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
-    # The GPU of the machine counts, not that of the plan.
+    # The machine's GPU counts, not the plan's.
     assert find_peak_tflops(config_of(f"model.dtype={dtype}", "cluster.gpu_type=A100-40GB"), CUDA) == expected
 
 
@@ -37,5 +37,5 @@ def test_an_unknown_gpu_has_no_peak(config_of: ConfigOf, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_a_cpu_has_no_peak(config_of: ConfigOf, dtype: str) -> None:
-    """Its peak could only be measured, and beside other processes the measurement gives an MFU above 1."""
+    """A CPU's peak would have to be measured, and other processes would distort it, giving an MFU above 1."""
     assert find_peak_tflops(config_of(f"model.dtype={dtype}"), CPU) is None

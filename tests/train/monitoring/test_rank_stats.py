@@ -36,14 +36,14 @@ def test_in_lockstep_the_layer_times_show_the_slow_rank() -> None:
 
 
 def test_waiting_for_data_makes_a_straggler() -> None:
-    """The other rank waits inside the step, so its step takes as long."""
+    """The other rank waits inside the step, so both steps take equally long."""
     works = estimate_work([RankStats(2.0, 1.0, 2.5, 1e-6), RankStats(2.0, 0.0, 0.5, 1e-6)])
     assert works == [RankWork(1.0, 1.0), RankWork(1.0, 0.0)]
     assert straggler_ratio(works) == pytest.approx(2.0)
 
 
 def test_data_that_take_all_ranks_as_long_make_no_straggler() -> None:
-    """They began at different times, so that one waits longer in each step."""
+    """The ranks started at different times, so one waits longer in each step."""
     works = estimate_work([RankStats(0.30, 0.14, 0.301, 1e-6), RankStats(0.30, 0.06, 0.30, 1e-6)])
     assert straggler_ratio(works) == pytest.approx(1.0, abs=0.01)
 
@@ -106,7 +106,7 @@ def test_memory_that_deviates_from_the_plan_is_an_alert_once() -> None:
 
 
 def test_a_speed_that_deviates_from_the_plan_is_an_alert_once() -> None:
-    # The first steps are slow: kernels are compiled.
+    # The first steps are slow because kernels are compiled.
     rates = [*([100.0] * 5), *([6000.0] * 60)]
 
     def alerts(planned: float | None) -> list[str]:

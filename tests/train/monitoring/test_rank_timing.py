@@ -1,4 +1,4 @@
-"""The timers on two real ranks of a ZeRO-3 engine: they show the rank that computes slowly, not the one that waits."""
+"""Timers on two real ranks of a ZeRO-3 engine identify the rank that computes slowly, not the one that waits."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_a_state_is_on_disk_at_once_and_fields_of_others_are_kept(run: RunDir) -
 
 
 def test_steps_are_written_now_and_then_without_holding_up_training(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each write to disk waits here until it is let through, as on storage that hangs."""
+    """Each disk write blocks until the test releases it, as on storage that hangs."""
     monkeypatch.setattr(status_file, "_UPDATE_INTERVAL_S", 0.05)
     through, writes, fsync = threading.Event(), [], os.fsync
 
@@ -74,7 +74,7 @@ def test_steps_are_written_now_and_then_without_holding_up_training(run: RunDir,
     file.update_step(101)
     assert step_on_disk(run, 101)
     for _ in range(20):
-        # Also once the write of step 101 has ended.
+        # Keep updating after the write of step 101 has ended.
         file.update_step(102)
         time.sleep(0.01)
     file.write_state("saving", 103)

@@ -18,12 +18,12 @@ from launcher.train.monitoring.step_metrics import Meter, StepTimer, perplexity
 
 PlanOf = Callable[..., LaunchPlan]
 TIMES = {"time/step_s": 0.5}
-# Documents by row; a micro-batch of one row has no padding, one of two rows has where they differ.
+# Document lengths by row. A micro-batch of two rows has padding if the row lengths differ.
 ROWS = [[8], [1, 2, 1], [5, 3, 4], [2], [6, 6], [3, 1], [7], [2, 2]]
 
 
 def split_of(rows: list[list[int]]) -> Split:
-    """All tokens but the first of each document are trained."""
+    """Return a split in which all tokens but the first of each document are trained."""
     lengths, docs = [sum(row) for row in rows], [n for row in rows for n in row]
     trained = np.concatenate([np.arange(n) > 0 for n in docs]).astype(np.uint8)
     return Split(
@@ -38,7 +38,7 @@ def split_of(rows: list[list[int]]) -> Split:
 
 
 def batch_of(num_tokens: int = 24, num_labels: int = 8, sources: tuple[int, ...] = (24,)) -> StepBatch:
-    """A batch with counts only."""
+    """Return a batch that contains only counts."""
     return StepBatch([], num_labels, num_tokens, num_slots=32, doc_lengths=(5, 3, 4), source_tokens=sources, row_ids=(0, 1))
 
 
@@ -86,7 +86,7 @@ def test_the_fraction_of_truncated_tokens_is_logged(plan_of: PlanOf) -> None:
 
 
 def test_step_metrics_cover_all_ranks(plan_of: PlanOf) -> None:
-    """Two ranks with unequal rows: MFU counts the documents of both without padding, on either rank."""
+    """On two ranks with unequal rows, each rank's MFU counts the documents of both, without padding."""
     plan, split = plan_of(), split_of(ROWS)
     shape = plan.batch.model_copy(update={"global_batch_size": 8, "micro_batch_size": 2, "accumulation": 2})
     batches = [TrainBatches(split, shape, 0, rank, 2, pad_id=0).step(0) for rank in (0, 1)]
@@ -110,7 +110,7 @@ def test_step_metrics_cover_all_ranks(plan_of: PlanOf) -> None:
 
 
 def test_the_eta_includes_the_time_between_steps(plan_of: PlanOf) -> None:
-    """Steps of half a second, one second apart; the ETA includes evaluations in proportion."""
+    """Steps take half a second and start one second apart; the ETA includes evaluations proportionally."""
     now = [100.0]
     meter = Meter(plan_of(), 40, attempt=1, restart=0, peak_tflops=None, clock=lambda: now[0])
     batch = batch_of()
