@@ -31,7 +31,7 @@ from launcher.train.engine import import_muon
 
 PLAN = "digest-of-the-plan"
 VOCAB = 511
-# Odd sizes: on two ranks almost every parameter is padded. The norms (27) are persistent, the rest is partitioned.
+# Odd sizes: on two ranks almost every parameter is padded. The norms (27 elements) are persistent, the rest is partitioned.
 LLAMA = {
     "hidden_size": 27,
     "intermediate_size": 41,
@@ -45,10 +45,10 @@ LLAMA = {
     "attention_dropout": 0.1,
     "initializer_range": 0.2,
 }
-# Large enough for DeepSpeed to swap: 1 MiB of a rank's weights, in fp32 for a sub-group, in bf16 for a single parameter.
+# Large enough for DeepSpeed to swap: each rank holds at least 1 MiB, of a sub-group in fp32 or of a single parameter in bf16.
 SWAPPED = {"hidden_size": 1023, "intermediate_size": 1101, "num_hidden_layers": 1, "initializer_range": 0.02}
 
-# Weights from NVMe are fetched when they are used and let go after that, as planned: see launcher/plan/deepspeed.py.
+# Fetch weights from NVMe when they are used, and release them afterwards, as plans do: see launcher/plan/deepspeed.py.
 IN_TURN = {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 
 
@@ -57,7 +57,7 @@ def deepspeed_config(kind: str) -> dict:
     if kind == "offload":
         zero["offload_optimizer"] = {"device": "cpu"}
     if kind.startswith("nvme"):
-        # A folder of its own for each call: processes that resume find nothing of those before on the disk.
+        # A separate folder for each call: resumed processes must not find the files of earlier ones on disk.
         place = {"device": "nvme", "nvme_path": str(Path(os.environ["RENDEZVOUS"]).with_name("nvme"))}
         zero |= {"sub_group_size": 300_000, "offload_optimizer": place}
         if kind == "nvme_params":
@@ -75,9 +75,9 @@ def deepspeed_config(kind: str) -> dict:
 
 
 def build(kind: str):
-    """fp32: untied embeddings; bf16: tied; hpz: bf16 with second copies; offload: bf16 with DeepSpeed's compiled CPU Adam.
+    """Build an engine. fp32: untied embeddings; bf16: tied; hpz: bf16 with secondary partitions; offload: bf16 with CPU Adam.
 
-    nvme: as offload, with the optimizer's states on disk; nvme_params: the weights that the engine computes with too.
+    nvme: as offload, with optimizer states on disk; nvme_params: compute weights on disk too.
     """
     torch.manual_seed(7 + dist.get_rank())
     config = deepspeed_config(kind)
@@ -133,7 +133,7 @@ def reference_logits_of(engine) -> dict[str, torch.Tensor]:
 
 
 def dump(engine, path: Path) -> None:
-    """Full fp32 weights, both moments, and the low-precision weights that the model computes with, as rank 0 sees them."""
+    """Write what rank 0 sees of the full fp32 weights, both moments, and the low-precision compute weights."""
     tensors = {}
     for name, parameter in names(engine).items():
         tensors[f"{name}|fp32"] = safe_get_full_fp32_param(parameter).clone()
@@ -187,7 +187,7 @@ def failing(action) -> list[str]:
 
 
 def straight(kind: str, folder: Path) -> None:
-    """Four steps without interruption; then, from the same start, two steps, a save, saves that fail, and a kill in a save."""
+    """Train four steps; then, from the same start, train two, save, make further saves fail, continue, and go back."""
     folder.mkdir(exist_ok=True)
     engine = build(kind)
     report(folder, "losses", train(engine, 1, 4))
@@ -211,7 +211,7 @@ def straight(kind: str, folder: Path) -> None:
         failures["json"] = failing(lambda: save(engine, folder, 3, extra_state={"x": object()}))
         report(folder, "failures", failures)
     report(folder, "losses-last", train(engine, 4, 4))
-    # Back to step 2 in an engine that has weights gathered and second copies of them.
+    # Go back to step 2 in an engine that holds gathered weights and secondary partitions.
     shards.load(engine, names(engine), result.path)
     report(folder, "losses-back", train(engine, 3, 4))
     shards.load(engine, names(engine), start.path)
@@ -220,7 +220,7 @@ def straight(kind: str, folder: Path) -> None:
 
 
 def on_nvme(engine) -> dict[str, int]:
-    """How many of the optimizer's sub-groups, and of the weights that the engine computes with, lie on NVMe now."""
+    """Count the optimizer's sub-groups, and the compute weights, that are on NVMe now."""
     zero = engine.optimizer
     flats = [flat for i, flat in enumerate(zero.fp32_partitioned_groups_flat) if zero._swappable_optimizer_subgroup(i)]
     states = zero3.find_optimizer(engine).states
@@ -230,7 +230,7 @@ def on_nvme(engine) -> dict[str, int]:
 
 
 def waits(kind: str, folder: Path) -> None:
-    """A save that was asked for in the background, of states that cannot be read while training goes on."""
+    """Request a background save of states that cannot be read while training continues."""
     engine = build(kind)
     saver = saver_of(engine, folder / "waited", background=True)
     train(engine, 1, 1)
@@ -240,7 +240,7 @@ def waits(kind: str, folder: Path) -> None:
 
 
 def with_small_files(action) -> None:
-    """Rank 1 cannot write files of more than 4 KiB, like a disk that fills up."""
+    """Run `action` while rank 1 cannot write files larger than 4 KiB, as on a disk that fills up."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == 1:
@@ -261,7 +261,7 @@ def with_free_bytes(num_bytes: int, action) -> None:
 
 
 def killed(kind: str, folder: Path) -> None:
-    """Rank 0 dies after every byte is written and before the commit."""
+    """Kill rank 0 after it has written every byte and before the commit."""
     engine = build(kind)
     train(engine, 1, 3)
     store.commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -269,7 +269,7 @@ def killed(kind: str, folder: Path) -> None:
 
 
 def background(kind: str, folder: Path) -> None:
-    """Save in the background at step 2 and train on at once; the same at step 3, where rank 1 cannot write."""
+    """Save in the background at step 2 and continue training at once; then again at step 3, where rank 1 cannot write."""
     engine = build(kind)
     root = folder / "behind"
     saver = saver_of(engine, root, background=True)
@@ -280,7 +280,7 @@ def background(kind: str, folder: Path) -> None:
     losses += train(engine, 3, 3, saver)
     stall_s = saver._job.stall_s
     atomic_files.fault_point = passing
-    # Nobody asks for a while, on one rank longer than on the other.
+    # Poll late, and later on one rank than on the other.
     time.sleep(1.5 + dist.get_rank())
     first = committed(saver)
     failures = failing(lambda: with_small_files(lambda: (saver.save(3, {}), train(engine, 4, 4, saver), committed(saver))))
@@ -298,7 +298,7 @@ passing = atomic_files.fault_point
 
 
 def unremovable(engine, folder: Path) -> None:
-    """A checkpoint is committed and those before it cannot be removed."""
+    """Commit a checkpoint while older ones cannot be removed."""
     saver = saver_of(engine, folder / "unremovable", background=True)
 
     def refuse(_: Path) -> None:
@@ -310,31 +310,31 @@ def unremovable(engine, folder: Path) -> None:
 
 
 def slow_writes(saver: Saver) -> None:
-    """The shard is on its way for half a second after the copy was taken."""
+    """Make each shard take half a second to write after its copy was taken."""
     atomic_files.fault_point = lambda point: time.sleep(0.5) if point == "half-written" else None
 
 
 def poison(engine) -> None:
-    """One weight of the last rank is not a number."""
+    """Set one weight of the last rank to NaN."""
     if dist.get_rank() == dist.get_world_size() - 1:
         engine.optimizer.fp32_partitioned_groups_flat[0].data[0] = float("nan")
 
 
 def kill_both(folder: Path) -> None:
-    """Kill both ranks once both are here: one that dies earlier would let the other fail before it comes here."""
+    """Kill both ranks once both have arrived: if one died earlier, the other could fail before it arrives."""
     rank = dist.get_rank()
-    # A link is there with its content at once.
+    # A symlink appears together with its content.
     (folder / f"here-{rank}").symlink_to(str(os.getpid()))
     with suppress(FileNotFoundError):
         both = f"{os.getpid()} {os.readlink(folder / f'here-{1 - rank}')}"
-        # Both are stopped first, so that neither can fail because the other is gone.
+        # Stop both first, so that neither can fail because the other is gone.
         subprocess.run(["sh", "-c", f"kill -STOP {both}; kill -KILL {both}"], check=True)
-    # The test ends ranks that wait too long.
+    # The test kills ranks that wait too long.
     time.sleep(600)
 
 
 def points(kind: str, folder: Path) -> None:
-    """Step 2 is saved; then, while step 3 is saved in the background, the rank VICTIM (or all) is killed at POINT."""
+    """Save step 2; then, during a background save of step 3, kill the rank VICTIM (or all) at POINT."""
     victim, point = os.environ["VICTIM"], os.environ["POINT"]
     engine = build("bf16")
     saver = saver_of(engine, folder / "checkpoints", background=True)
@@ -352,7 +352,7 @@ def points(kind: str, folder: Path) -> None:
 
 
 def after(kind: str, folder: Path) -> None:
-    """Whatever was committed last is whole, and training goes on from it; its next save sweeps the leftovers."""
+    """Check that the newest committed checkpoint is intact, resume from it, and save, which sweeps leftovers."""
     engine = build("bf16")
     newest = store.get_latest(folder / "checkpoints")
     shards.load(engine, names(engine), newest.path, plan_digest=PLAN)
@@ -381,7 +381,7 @@ def resume(kind: str, folder: Path) -> None:
 
 
 def held_bytes(engine) -> int:
-    """Bytes of the weights, in both precisions, and of the moments."""
+    """Bytes of the weights, in both precisions, and of the optimizer moments."""
     zero = engine.optimizer
     moments = [t for state in zero.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor) and t.dim()]
     tensors = [*zero.fp32_partitioned_groups_flat, *(p.ds_tensor for p in engine.module.parameters()), *moments]
@@ -389,7 +389,7 @@ def held_bytes(engine) -> int:
 
 
 def damaged_copy(checkpoint: Path, target: Path) -> Path:
-    """A copy with one flipped bit in the shard of rank 1."""
+    """Copy the checkpoint and flip one bit in rank 1's shard."""
     if dist.get_rank() == 0:
         shutil.copytree(checkpoint, target)
         shard = target / store.shard_name(1)
@@ -401,7 +401,7 @@ def damaged_copy(checkpoint: Path, target: Path) -> Path:
 
 
 def move(kind: str, folder: Path, source: str, target: str) -> None:
-    """Load on another number of ranks, save there, and train on."""
+    """Load on a different number of ranks, save there, and continue training."""
     engine = build(kind)
     shards.load(engine, names(engine), store.get_at_step(folder / source, 2).path)
     dump(engine, folder / f"{target}.safetensors")
@@ -410,7 +410,7 @@ def move(kind: str, folder: Path, source: str, target: str) -> None:
     engine.destroy()
 
 
-# Where a checkpoint comes from and where the same state is saved again, by another number of ranks.
+# For each scenario, the checkpoints to load, and where another number of ranks saves the same state.
 MOVES = {"shrink": ("checkpoints", "one"), "grow": ("one", "two"), "double": ("checkpoints", "four"), "halve": ("four", "half")}
 
 

@@ -1,4 +1,4 @@
-"""Runs with checkpoints and without training, a storage that fails where it is told to, and an S3 server."""
+"""Runs with checkpoints but no training, storage that fails on demand, and an S3 server."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Hook = Callable[[str, str], None]
 
 
 class FaultyFileSystem(LocalFileSystem):
-    """This machine's disk under another protocol. `hook` is told what is done to which path, before it is done, and may raise."""
+    """The local disk under another protocol. `hook` receives each operation and path before it happens, and may raise."""
 
     protocol = "faulty"
     hook: ClassVar[Hook] = staticmethod(lambda what, path: None)
@@ -71,7 +71,7 @@ def hooked(hook: Hook) -> Iterator[None]:
 
 @contextmanager
 def finished_files() -> Iterator[list[str]]:
-    """The names of the files that appear in the storage meanwhile, in that order."""
+    """The names of the files that appear in the storage inside the block, in order."""
     names: list[str] = []
     with hooked(lambda what, path: names.append(path) if what == "finish" else None):
         yield names
@@ -84,7 +84,7 @@ def make_run(
     created_at: str = "2026-01-31T09:15:00Z",
     settings: Sequence[str] = ("checkpoint.keep_last=1",),
 ) -> tuple[LaunchPlan, RunDir]:
-    """A run directory as a submission leaves it, in its first attempt, with a small tokenizer."""
+    """A run directory in its first attempt, as it is after submission, with a small tokenizer."""
     common = composed(("model=tiny", "train.max_steps=20", *settings))
     checkpoint = common.checkpoint.model_copy(update={"mirror": mirror})
     config = common.model_copy(update={"run": common.run.model_copy(update={"name": name}), "checkpoint": checkpoint})
@@ -101,7 +101,7 @@ def make_run(
     )
     made = plan(config, facts)
     run = run_store.create(made)
-    # A little code packs fast.
+    # Keep only a little code, so that packing it is fast.
     for path in (run.code / "launcher").iterdir():
         if path.is_dir() and path.name != "plan":
             shutil.rmtree(path)
@@ -113,7 +113,7 @@ def make_run(
 def commit(
     run: RunDir, step: int, content: bytes = b"weights", attempt: int = 1, num_ranks: int = 3, loss: float | None = None
 ) -> Checkpoint:
-    """A checkpoint of made-up content."""
+    """Commit a checkpoint with fake content."""
     saving = store.begin_save(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
     names = [*map(store.shard_name, range(num_ranks)), STATE]
     files = {n: atomic_files.write_file(saving / n, [f"{n} of {step}: ".encode(), content]) for n in names}
@@ -127,7 +127,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class S3:
-    """A server that speaks S3 on this machine, and the environment that leads to it."""
+    """An S3 server on this machine, and the environment variables to reach it."""
 
     environment: dict[str, str]
     bucket: str = "bucket"
@@ -170,7 +170,7 @@ def _answers(port: int) -> bool:
 
 
 def make_bucket(s3: S3) -> None:
-    """In a process of its own: clients remember the environment that they have begun in."""
+    """Use a separate process: clients remember the environment in which they started."""
     code = f"import fsspec; fsspec.filesystem('s3').mkdir({s3.bucket!r})"
     subprocess.run([sys.executable, "-c", code], env={**os.environ, **s3.environment}, check=True, timeout=60)
 
@@ -194,7 +194,7 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def elsewhere(tmp_path: Path, run: RunDir, step: int, pinned: bool = False) -> RunDir:
-    """The run on a machine that has fetched one checkpoint of it, in its second attempt."""
+    """The run in its second attempt, on another machine that has fetched one of its checkpoints."""
     moved = RunDir(tmp_path / "elsewhere")
     others = [store.step_name(c.step) for c in store.list_checkpoints(run.checkpoints) if c.step != step]
     shutil.copytree(run.root, moved.root, ignore=shutil.ignore_patterns(*others))

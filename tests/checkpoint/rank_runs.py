@@ -1,4 +1,4 @@
-"""Fixtures whose checkpoints real ranks have written, for the tests of checkpoints and of exports."""
+"""Fixtures with checkpoints that real ranks wrote, for the tests of checkpoints and exports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RunRanks = Callable[..., None]
 
 @dataclass(frozen=True)
 class Runs:
-    """What the ranks left behind: for each kind of engine its checkpoints, dumps of tensors, and reports of each rank."""
+    """What the ranks left: checkpoints, tensor dumps and each rank's reports, by kind of engine."""
 
     folder: Path
 
@@ -35,7 +35,7 @@ class Runs:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whichever test comes first has to wait for the runs, which are made once: all who look at them are in `make test-rest`."""
+    """The first test that needs the runs waits until they are made, once; so all such tests belong to `make test-rest`."""
     for item in items:
         if {"runs", "run_ranks"} <= set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.timeout(900))
@@ -44,9 +44,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def run_ranks(tmp_path_factory: pytest.TempPathFactory, rank_server: RankServer) -> RunRanks:
-    """Run a scenario of checkpoint_ranks.py in new processes, none of which outlives the call.
+    """Run a scenario of checkpoint_ranks.py in new processes; none of them outlives the call.
 
-    `killed` names the ranks that are to end by SIGKILL; those that miss them then end as they may, by an error or an abort.
+    `killed` names the ranks that must end by SIGKILL; the others may then end with any error or abort.
     """
 
     def run(scenario: str, world_size: int, folder: Path, kinds: str, *, killed: Sequence[int] = (), **environment: str) -> None:
@@ -62,9 +62,9 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory, rank_server: RankServer)
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Runs:
-    """One straight run, a save that is killed, and resumes on 2, 1, 4 and again 2 ranks, all in processes of their own.
+    """A straight run, a killed save, and resumes on 2, 1, 4 and again 2 ranks, each in separate processes.
 
-    Made once for all processes that the tests are spread over, for it takes minutes; who wants to change a file of it copies it.
+    It takes minutes, so it is made once for all test processes; a test that changes a file must copy it first.
     """
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "checkpoint-runs"
@@ -95,7 +95,7 @@ def offload_runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks, 
 
 @pytest.fixture(scope="session")
 def nvme_runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks, extensions: None) -> Runs:
-    """The same, and a move to one rank and back, with states on disk."""
+    """As offload_runs, plus a resume on one rank and back on two, with states on disk."""
     folder = tmp_path_factory.mktemp("nvme")
     for scenario, world_size in (("straight", 2), ("waits", 2), ("resume", 2), ("shrink", 1), ("grow", 2)):
         run_ranks(scenario, world_size, folder, "nvme,nvme_params")

@@ -1,4 +1,4 @@
-"""Checkpoints for the tests of exports: the model of checkpoint_ranks.py, its plan, and shards with what their headers say."""
+"""Checkpoints for the export tests: the model of checkpoint_ranks.py, its plan, and shards with chosen header metadata."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def llama_config(kind: str) -> dict[str, Any]:
 
 
 def engine_metadata(dump: Path, dtype: str, world_size: int) -> list[dict[str, str]]:
-    """What each rank's header says of the weights that the engine itself gathered when it saved (checkpoint_ranks.dump)."""
+    """Each rank's header metadata for the weights that the engine gathered when it saved (checkpoint_ranks.dump)."""
     weights = {name.removesuffix("|compute"): t for name, t in load_file(dump).items() if name.endswith("|compute")}
     metadata = []
     for rank in range(world_size):
@@ -49,7 +49,7 @@ def engine_metadata(dump: Path, dtype: str, world_size: int) -> list[dict[str, s
 
 
 def with_metadata(checkpoint: Path, folder: Path, metadata: list[dict[str, str]] | None = None) -> Path:
-    """A committed copy of a checkpoint under `folder` whose shards' headers hold `metadata`, or nothing."""
+    """Copy a checkpoint to `folder` with `metadata` in its shards' headers, or without any."""
     target = folder / checkpoint.name
     shutil.copytree(checkpoint, target)
     manifest = read_manifest(checkpoint)
@@ -69,7 +69,7 @@ def with_metadata(checkpoint: Path, folder: Path, metadata: list[dict[str, str]]
 
 
 def flip_bit(checkpoint: Path, rank: int, key: str, bit: int) -> None:
-    """Flip a bit of the first element of a tensor in a shard; the manifest stays as it is."""
+    """Flip a bit in the first element of a tensor in a shard; the manifest does not change."""
     path = checkpoint / store.shard_name(rank)
     file = TensorFile(path)
     at = file._starts[key] + bit // 8
@@ -80,7 +80,7 @@ def flip_bit(checkpoint: Path, rank: int, key: str, bit: int) -> None:
 
 
 def plan_of(run_dir: Path, **parts: Any) -> LaunchPlan:
-    """A plan for the bf16 model; `parts` replace its own."""
+    """A plan for the bf16 model; `parts` override its own."""
     llama = llama_config("bf16")
     settings = {
         "model": {"init": "random", "config": llama, "tokenizer": "owner/name"},

@@ -23,7 +23,7 @@ SHARD = b"x" * 300_000
 
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
-    """The checkpoints of a run on a disk of one MiB."""
+    """The checkpoints folder of a run on a disk of 1 MiB."""
     if os.geteuid():
         skip_or_fail("only root can mount a small disk")
     options = ["-t", "tmpfs", "-o", f"size={DISK}", "tmpfs"]
@@ -41,7 +41,7 @@ def save(root: Path, step: int, shard: bytes = SHARD, needed_bytes: int = 1) -> 
 
 
 def fill(root: Path) -> Path:
-    """Take every byte that is left."""
+    """Fill the disk completely."""
     path = root / "filler"
     with pytest.raises(OSError, match="No space left"):
         path.write_bytes(b"0" * DISK)
@@ -56,7 +56,7 @@ def test_a_full_disk_names_the_shard_and_keeps_earlier_checkpoints(root: Path) -
     assert error.value.filename.endswith(".saving-step-00000002-001/rank-00000.safetensors")
     assert store.get_latest(root).path == first
     assert store.verify(first) == []
-    # The next save sweeps what that one has taken.
+    # The next save removes what the failed one wrote.
     assert store.verify(save(root, 3)) == []
     assert [checkpoint.step for checkpoint in store.list_checkpoints(root)] == [1, 3]
 
@@ -74,7 +74,7 @@ def test_a_full_disk_during_the_manifest_commits_nothing(root: Path) -> None:
 
 
 def test_checkpoints_to_be_pruned_do_not_count_as_free_space(root: Path) -> None:
-    """Three fit; with two there, a third of twice the size does not, though one of the two is about to go."""
+    """The disk holds three shards: beside two, one of twice the size does not fit, although one will be pruned."""
     save(root, 1)
     save(root, 2)
     with pytest.raises(CheckpointError) as error:

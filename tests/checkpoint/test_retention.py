@@ -57,7 +57,7 @@ def test_each_rule_names_the_steps_that_it_keeps():
 
 
 def test_the_rules_hold_for_any_set_of_checkpoints():
-    """Ten thousand folders at random, against each rule said anew in its own words."""
+    """Ten thousand random sets of checkpoints, checked against each rule stated independently."""
     chance = random.Random(5)
     for _ in range(10_000):
         steps = chance.sample(range(60), chance.randint(0, 9))
@@ -77,13 +77,13 @@ def test_the_rules_hold_for_any_set_of_checkpoints():
 
 
 def better(losses: dict[int, float | None], one: int, other: int) -> bool:
-    """True where `one` has the lower loss, or an equal one at a later step."""
+    """Whether `one` has a lower loss, or the same loss at a later step."""
     ours, theirs = losses[one], losses[other]
     return ours is not None and theirs is not None and (ours, -one) < (theirs, -other)
 
 
 def test_pruning_again_removes_nothing_more():
-    """What is pruned after every save ends up as what is pruned once, but for the best of checkpoints that are gone."""
+    """Pruning after every save keeps what a single pruning at the end keeps; this may not hold with keep_best."""
     for last, every in itertools.product(range(1, 4), range(4)):
         rule = Retention(last, every)
         kept: list[Checkpoint] = []

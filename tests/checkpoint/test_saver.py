@@ -1,4 +1,4 @@
-"""Saves in the background: what they hold, what they cost, and what a fault at any point of one leaves behind."""
+"""Background saves: what they contain, what they cost, and what a fault at any point leaves behind."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from launcher.checkpoint import store
 from launcher.checkpoint.safetensors_io import TensorFile, as_bytes, weight_digest
 
-# With the runs that they look at, and beside the compilation of extensions.
+# Includes the runs that these tests need, possibly while other tests compile extensions.
 pytestmark = pytest.mark.timeout(900)
 
-# Where a save is cut off, and who is killed there; only rank 0 comes to the last three points.
+# Where a save is interrupted, and which rank is killed there; only rank 0 reaches the last three points.
 KILLS = [
     *(("begun", "1"), ("copied", "0"), ("half-written", "0"), ("half-written", "1"), ("half-written", "all")),
     *(("noted", "0"), ("noted", "1"), ("gathered", "0"), ("manifest", "0"), ("committed", "0")),
@@ -37,7 +37,7 @@ def test_a_background_save_holds_the_state_of_its_step(runs, kind):
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_training_does_not_wait_for_the_write(runs, kind):
-    """The write was held up for half a second, and the next step was done meanwhile."""
+    """The write is delayed by half a second, and the next step completes meanwhile."""
     assert runs.report(kind, "behind-early", 0) == {"is_there": False, "known": False}
     for rank in range(2):
         times = runs.report(kind, "behind", rank)
@@ -47,7 +47,7 @@ def test_training_does_not_wait_for_the_write(runs, kind):
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_all_ranks_report_the_same_duration_of_a_save(runs, kind):
-    """By this number they judge together whether another one fits before the machines go."""
+    """All ranks use this number to decide together whether another save fits before the machines go away."""
     took = {runs.report(kind, "behind", rank)["seconds"] for rank in range(2)}
     assert len(took) == 1
 
@@ -90,7 +90,7 @@ def test_a_shard_holds_digests_of_the_compute_weights(runs, kind):
 
 @pytest.fixture(scope="module")
 def killed(run_ranks, tmp_path_factory) -> Path:
-    """A run for each kill, and what a fresh pair of ranks made of what it had left."""
+    """Kill a save at each of KILLS; then let new ranks resume from what is left."""
     root = tmp_path_factory.mktemp("killed")
     left = {}
     for point, victim in KILLS:
@@ -107,7 +107,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_an_intact_checkpoint_to_resume_fro
     name = f"{point}-{victim}"
     left = json.loads((killed / "left.json").read_text())[name]
     if (point, victim) == ("noted", "1"):
-        # All is written: rank 0 commits it unless it goes down with the other too soon.
+        # Everything is written: rank 0 commits unless it dies too soon after rank 1.
         assert left in (UNCOMMITTED, COMMITTED)
     else:
         assert left == (COMMITTED if point == "committed" else UNCOMMITTED)

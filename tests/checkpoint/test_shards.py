@@ -47,7 +47,7 @@ def test_another_world_size_loads_the_same_states(runs, kind):
         assert_same_bits(runs.dump(kind, "saved"), runs.dump(kind, name))
         assert store.get_at_step(runs.folder / kind / name, 2).manifest.world_size == world_size
         assert len(runs.report(kind, f"{name}-losses", 0)) == 2
-    # 2 -> 1 -> 2 and 2 -> 4 -> 2 hold what 2 held, byte for byte, but for random states of ranks that were not there.
+    # 2 -> 1 -> 2 and 2 -> 4 -> 2 ranks restore every byte, except the random states of ranks that did not exist in between.
     for way in ("two", "half"):
         first, back = (store.get_at_step(runs.folder / kind / name, 2) for name in ("checkpoints", way))
         for rank in range(2):
@@ -59,7 +59,7 @@ def test_another_world_size_loads_the_same_states(runs, kind):
 
 
 def test_a_small_weight_is_persistent_and_the_others_are_padded(runs):
-    """Guards the setting of these tests: without such weights they would show less than they claim."""
+    """Guards an assumption of these tests: without such weights they would not test padding and persistence."""
     shapes = read_state(store.get_at_step(runs.checkpoints("fp32"), 2).path).parameters
     assert shapes["model.norm.weight"] == (27,)
     assert shapes["lm_head.weight"] == (511, 27)
@@ -124,7 +124,7 @@ def test_the_dynamic_loss_scale_of_fp16_is_restored(monkeypatch):
 
     from launcher.checkpoint import zero3
 
-    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)  # asked only for who logs an overflow
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)  # only decides which rank logs an overflow
 
     def engine():
         scaler = loss_scaler.DynamicLossScaler(2.0**16, 2, 1.0, delayed_shift=2, consecutive_hysteresis=False)
@@ -143,7 +143,7 @@ def test_the_dynamic_loss_scale_of_fp16_is_restored(monkeypatch):
 
 
 @pytest.mark.rest
-@pytest.mark.timeout(1500)  # with the compilation of extensions
+@pytest.mark.timeout(1500)  # includes compiling extensions
 def test_the_compiled_cpu_adam_continues_bit_for_bit(offload_runs):
     assert_same_bits(offload_runs.dump("offload", "straight"), offload_runs.dump("offload", "resumed"))
     for rank in range(2):
@@ -154,10 +154,10 @@ NVME_KINDS = ["nvme", "nvme_params"]
 
 
 @pytest.mark.rest
-@pytest.mark.timeout(1500)  # with the compilation of extensions
+@pytest.mark.timeout(1500)  # includes compiling extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
 def test_states_are_offloaded_to_nvme(nvme_runs, kind):
-    """Guards the setting of the tests below. The norms' sub-group is too small for DeepSpeed to swap."""
+    """Guards an assumption of the tests below. The norms' sub-group is too small for DeepSpeed to swap."""
     for rank in range(2):
         found = nvme_runs.report(kind, "on-nvme", rank)
         assert (found["sub_groups"], found["of"]) == (4, 5)
@@ -165,7 +165,7 @@ def test_states_are_offloaded_to_nvme(nvme_runs, kind):
 
 
 @pytest.mark.rest
-@pytest.mark.timeout(1500)  # with the compilation of extensions
+@pytest.mark.timeout(1500)  # includes compiling extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
 def test_states_on_nvme_continue_bit_for_bit_after_a_resume_and_after_loading_an_earlier_checkpoint(nvme_runs, kind):
     assert_same_bits(nvme_runs.dump(kind, "saved"), nvme_runs.dump(kind, "loaded"), at_least=30)
@@ -179,7 +179,7 @@ def test_states_on_nvme_continue_bit_for_bit_after_a_resume_and_after_loading_an
 
 
 @pytest.mark.rest
-@pytest.mark.timeout(1500)  # with the compilation of extensions
+@pytest.mark.timeout(1500)  # includes compiling extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
 def test_states_on_nvme_move_to_another_world_size_and_back(nvme_runs, kind):
     assert_same_bits(nvme_runs.dump(kind, "saved"), nvme_runs.dump(kind, "one"), at_least=30)
@@ -187,7 +187,7 @@ def test_states_on_nvme_move_to_another_world_size_and_back(nvme_runs, kind):
 
 
 @pytest.mark.rest
-@pytest.mark.timeout(1500)  # with the compilation of extensions
+@pytest.mark.timeout(1500)  # includes compiling extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
 def test_a_failed_save_from_nvme_does_not_affect_training(nvme_runs, kind):
     for rank in range(2):
@@ -197,7 +197,7 @@ def test_a_failed_save_from_nvme_does_not_affect_training(nvme_runs, kind):
 
 
 @pytest.mark.rest
-@pytest.mark.timeout(1500)  # with the compilation of extensions
+@pytest.mark.timeout(1500)  # includes compiling extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
 def test_training_waits_for_a_save_from_nvme(nvme_runs, kind):
     assert [nvme_runs.report(kind, "waited", rank) for rank in range(2)] == [{"is_there": True}] * 2

@@ -14,7 +14,7 @@ GIB = 2**30
         ({}, 100),
         ({"job/memory.max": "max", "job/memory.current": "5"}, 100),
         ({"job/memory.max": 40 * GIB, "job/memory.current": 30 * GIB, "job/memory.stat": "anon 1\nfile 2\n"}, 10),
-        # A model that was read, or a checkpoint that was written, fills what is left of a job's memory with its pages.
+        # After a model is read or a checkpoint written, the page cache fills the rest of a job's memory.
         (
             {
                 "job/memory.max": 40 * GIB,

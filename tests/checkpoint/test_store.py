@@ -116,7 +116,7 @@ def test_a_storage_error_does_not_count_as_damage(tmp_path, storage_fails):
                 with pytest.raises(UnreadableCheckpoint, match="cannot be read right now") as error:
                     read(tmp_path / "step-00000008")
                 assert os.strerror(code) in str(error.value)
-            # The one before is not the newest.
+            # The previous checkpoint must not be taken for the newest.
             assert steps(tmp_path) == [7]
             for ask in (lambda: store.get_latest(tmp_path), lambda: store.get_at_step(tmp_path, 8)):
                 with pytest.raises(UnreadableCheckpoint):
@@ -167,7 +167,7 @@ def test_a_second_commit_of_a_step_replaces_the_first(tmp_path):
 
 @pytest.mark.parametrize("survives", [1, 2])
 def test_a_crash_while_a_step_is_replaced_loses_nothing(tmp_path, monkeypatch, survives):
-    """The process dies at its first or second rename of a directory: the old checkpoint, or the new one, is found."""
+    """The process dies at its first or second directory rename; afterwards the old or the new checkpoint is found."""
     committed(tmp_path, 7, b"old")
     rename, calls = os.rename, []
 
@@ -251,7 +251,7 @@ def test_a_loss_computed_after_the_commit_counts_and_leaves_the_manifest_alone(t
     assert not store.verify(first)
     assert [checkpoint.eval_loss for checkpoint in store.list_checkpoints(tmp_path)] == [1.5, 1.7, None]
     assert store.prune(tmp_path, rules) == [second]
-    # It is of another set than the one that decides.
+    # The evaluation belongs to another set than `best_set`.
     assert store.prune(tmp_path, store.Retention(keep_last=1, keep_best=1, best_set="other")) == [first]
     (last / LATER_EVALUATION).write_text("[")
     assert store.open_checkpoint(last).eval_loss is None

@@ -1,4 +1,4 @@
-"""One rank of the end of a run, which writes its share of an export over gloo; run by tests/forked_ranks.py."""
+"""A rank that exports at the end of a run, writing its share over gloo; tests/forked_ranks.py runs it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Printer:
 
 
 def main(plan_path: str, checkpoint: str, limited: int) -> None:
-    """Export `checkpoint`. The rank `limited` cannot write files of more than 16 KiB, like a disk that fills up; -1 is no rank.
+    """Export `checkpoint`. The rank `limited` cannot write files over 16 KiB, as on a disk that fills up; -1 limits no rank.
 
-    Rank 0 completes the folder and prints each event. A failure is printed by every rank, and the process ends with 3.
+    Rank 0 completes the folder and prints each event. On a failure every rank prints it and exits with 3.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(

@@ -1,4 +1,4 @@
-"""The export of a run as the command that a person types, and what stands in its card."""
+"""The `export` command on a run, and the model card that it writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from launcher.worker import export as command
 
 @pytest.fixture
 def run(runs, tmp_path: Path) -> Path:
-    """A run directory with the checkpoints of the bf16 engine, the newest with the engine's digests."""
+    """A run directory with checkpoints of the bf16 engine; the newest has the engine's digests."""
     path = tmp_path / "run"
     shutil.copytree(store.get_at_step(runs.checkpoints("bf16"), 0).path, path / "checkpoints" / "step-00000000")
     newest = store.get_at_step(runs.checkpoints("bf16"), 2).path

@@ -1,4 +1,4 @@
-"""The export at the end of a run, which all ranks write."""
+"""All ranks together write the export at the end of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def checkpoint(runs, tmp_path: Path) -> Path:
 def exported(
     rank_server: RankServer, run: Path, checkpoint: Path, limited: int = -1, push_to_hub: str | None = None
 ) -> list[tuple[int, str]]:
-    """Exit code and output of two ranks that export the checkpoint of `run`."""
+    """The exit code and output of two ranks that export the checkpoint of `run`."""
     plan = plan_of(run)
     export = plan.config.export.model_copy(update={"push_to_hub": push_to_hub})
     config = plan.config.model_copy(update={"export": export})

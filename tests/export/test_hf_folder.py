@@ -35,7 +35,7 @@ def exported(runs, kind, out, **options):
 
 
 def trained(runs, kind, state):
-    """What the engine itself gathered when it saved: `fp32`, or `compute` for the weights in its own dtype."""
+    """The weights that the engine gathered when it saved: `fp32`, or `compute` for its own dtype."""
     tensors = load_file(runs.dump(kind, "saved"))
     return {name.removesuffix(f"|{state}"): tensor for name, tensor in tensors.items() if name.endswith(f"|{state}")}
 
@@ -194,7 +194,7 @@ def test_a_folder_that_is_not_an_export_is_never_replaced(runs, tmp_path):
 
 
 def without_reference_logits(runs, kind, folder):
-    """A copy of a checkpoint that was saved on the way, without logits of the engine."""
+    """Copy a checkpoint without the engine's reference logits, as one that was not the run's last."""
     checkpoint = with_metadata(store.get_latest(runs.checkpoints(kind)).path, folder)
     manifest = read_manifest(checkpoint)
     files = {name: entry for name, entry in manifest.files.items() if name != REFERENCE_LOGITS}

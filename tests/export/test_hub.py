@@ -1,5 +1,4 @@
-"""A push to the Hub, against as much of one as an upload needs; in a process of its own, as huggingface_hub reads the
-address of the Hub when it is imported."""
+"""Push to a fake Hub that supports uploads, in a separate process: huggingface_hub reads the Hub's address on import."""
 
 from __future__ import annotations
 
@@ -125,7 +124,7 @@ def test_a_wrong_token_and_an_unreachable_hub_are_reported(hub: FakeHub, folder:
 def test_a_run_that_would_be_pushed_to_a_public_repository_is_refused_before_it_starts(
     hub: FakeHub, launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    """And not after days of training."""
+    """The check comes before the start, not after days of training."""
     hub.exists, hub.private = True, False
     access = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
     settings = ("model=tiny", "data.packing=false", "export.push_to_hub=owner/name", f"run.root={tmp_path / 'runs'}")

@@ -1,4 +1,4 @@
-"""The model card: complete, accepted by the Hub, and fit to be read by strangers."""
+"""The model card is complete, accepted by the Hub, and free of private details."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights on their way from shards into Hugging Face's files: cast, compared with what the engine said, and refused."""
+"""Weights are read from shards, cast, compared with the engine's digests, and written to Hugging Face files, or refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from launcher.export.hf_folder import ExportTask, export, verify_checkpoint
 
 
 def digested(runs, kind, folder):
-    """A checkpoint whose shards say of the weights what the engine itself gathered when it saved."""
+    """A checkpoint whose shards hold digests of the weights that the engine gathered when it saved."""
     checkpoint = store.get_latest(runs.checkpoints(kind))
     said = engine_metadata(runs.dump(kind, "saved"), kind, checkpoint.manifest.world_size)
     return with_metadata(checkpoint.path, folder, said)
@@ -36,7 +36,7 @@ def task(checkpoint, kind, out, **options):
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "hpz"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_every_tensor_is_compared_in_the_engines_dtype(runs, tmp_path, kind, dtype, monkeypatch):
-    monkeypatch.setattr(weights, "_BLOCK_ELEMENTS", 1000)  # no part of a tensor fits into one block
+    monkeypatch.setattr(weights, "_BLOCK_ELEMENTS", 1000)  # every part of a tensor spans several blocks
     checkpoint = store.get_latest(runs.checkpoints(kind))
     said = engine_metadata(runs.dump(kind, "saved"), "fp32" if kind == "fp32" else "bf16", 2)
     made = export(task(with_metadata(checkpoint.path, tmp_path, said), kind, tmp_path / "out", dtype=dtype, check=kind != "hpz"))
@@ -89,8 +89,8 @@ def test_files_that_the_digests_do_not_cover_are_verified(runs, tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
     verify_checkpoint(task(checkpoint, "bf16", tmp_path / "out"))
     flip_bit(checkpoint, 1, f"{name}|exp_avg", bit=20)
-    verify_checkpoint(task(checkpoint, "bf16", tmp_path / "out"))  # a moment: no export holds it
-    # The lowest bit of a master weight is in no bf16 digest.
+    verify_checkpoint(task(checkpoint, "bf16", tmp_path / "out"))  # the damage is in a moment, which no export contains
+    # The lowest bit of a master weight does not affect the bf16 digest.
     flip_bit(checkpoint, 1, f"{name}|fp32", bit=0)
     with pytest.raises(CheckpointError, match="digest differs"):
         verify_checkpoint(task(checkpoint, "bf16", tmp_path / "out", dtype="fp32"))
@@ -114,7 +114,7 @@ def test_a_damaged_header_is_reported(runs, tmp_path, at):
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
 def test_casts_equal_torchs_for_all_values(dtype, torch_dtype):
     bits = np.random.default_rng(0).integers(0, 2**32, weights._BLOCK_ELEMENTS, dtype=np.uint32)
-    # Ties, the largest finite number, infinities, zeros and a NaN whose upper half is that of an infinity.
+    # Ties, the largest finite number, infinities, zeros, and a NaN whose upper half equals that of infinity.
     bits[:10] = [0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0, 0x80000000, 0x7F800001, 0xFFFFFFFF, 1]
     block = bits.view(np.float32)
     ours = torch.frombuffer(bytearray(weights._Cast(dtype)(block)), dtype=torch_dtype)

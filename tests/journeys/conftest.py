@@ -1,4 +1,4 @@
-"""The launcher as a wheel in a venv of its own."""
+"""Fixture: the launcher's wheel, installed in a separate venv."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bin folder of a venv that holds the wheel and sees this environment's dependencies, but not this checkout."""
+    """The bin folder of a venv with the wheel that sees this environment's dependencies, but not this checkout."""
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, symlinks=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(packages), str(wheel)]
     subprocess.run(pip, check=True, capture_output=True, timeout=240)
-    # As plain path entries, so that the .pth file of the editable install is not read.
+    # Plain path entries do not process the .pth file of the editable install.
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     script = folder / "bin" / "launcher"
     script.write_text(f"#!{folder}/bin/python\n" + (packages / "bin" / "launcher").read_text().split("\n", 1)[1])

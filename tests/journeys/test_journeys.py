@@ -1,4 +1,4 @@
-"""What a user types, from the installed wheel, at real size: each journey is a shell script beside this file."""
+"""User journeys with the installed wheel at realistic size; each is a shell script in this folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Journey = Callable[..., None]
 
 @pytest.fixture
 def journey(installed: Path, launcher_env: Mapping[str, str], tmp_path: Path) -> Iterator[Journey]:
-    """Run a script in an empty folder; nothing that it started is left."""
+    """Run a script in an empty folder, and kill whatever it left running."""
     # Ray's sockets need a short path.
     temporary = Path(tempfile.mkdtemp(prefix="j-", dir="/tmp"))
 

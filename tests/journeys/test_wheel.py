@@ -1,4 +1,4 @@
-"""What the wheel holds."""
+"""The wheel contains the right files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The health prologue drains a faulty node with the reason and leaves a healthy one alone."""
+"""The health prologue drains a faulty node with a reason and leaves a healthy node alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ XID = "[ 1234.5] NVRM: Xid (PCI:0000:3b:00): {code}, pid=4711, name=python, GPU 
 
 @dataclass(frozen=True)
 class Node:
-    """A node whose programs are what a test says; `drained` holds what scontrol was asked to change."""
+    """A node whose programs a test defines; `drained` holds the updates that scontrol was asked for."""
 
     folder: Path
 
@@ -76,7 +76,7 @@ def test_a_healthy_node_is_not_drained(node: Node) -> None:
             "nvidia-smi fails: Unable",
         ),
         ("nvidia-smi", "trap '' TERM; sleep 20", "nvidia-smi does not answer within 1 s"),
-        # timeout itself hangs when SIGKILL does not end its child, as in a hung driver.
+        # timeout itself hangs if SIGKILL does not end its child, as with a hung driver.
         ("timeout", 'case $4 in nvidia-smi) sleep 20 ;; *) exec /usr/bin/timeout "$@" ;; esac', "nvidia-smi does not answer"),
         ("nvidia-smi", "echo '0, 0'", "1 of 2 GPUs answer"),
         ("nvidia-smi", "printf '0, 0\\n1, 3\\n'", "uncorrectable ECC errors on GPU 1"),
@@ -115,11 +115,11 @@ def test_the_site_configures_the_expected_hardware(node: Node, env: dict[str, st
 
 
 def test_the_name_of_a_users_program_drains_no_node(node: Node) -> None:
-    """The kernel logs the names of the process and of the file that crashed."""
+    """The kernel logs the names of crashed processes and files, which users choose."""
     forged = XID.format(code=79).partition("] ")[2]
     node.has("dmesg", f"echo '[ 9.1] traps: NVRM: Xid (): 79[77] trap divide error ip:55c0 in {forged}[55c0+1000]'")
     assert (node.check().returncode, node.drained) == (0, [])
-    # The driver's list of processes has their names, which may have line breaks; 78 is in a job.
+    # The driver's process list contains these names, which may have line breaks; process 78 belongs to a job.
     listed = (
         'case "$*" in *pid,process_name*) printf "78, a\\n4711, b\\n" ;; *compute-apps*) echo 78 ;; *) ' + TWO_GPUS + " ;; esac"
     )
@@ -172,9 +172,9 @@ def test_a_shared_mount_that_a_user_fills_or_overloads_drains_no_node(node: Node
     [
         ("printf '0 18\\n1234 18000\\n1235 20\\n1234 2\\n'", "user 1234 holds 8 MiB"),
         ("printf '1000 18432\\n'", "the user of this job, 1000, holds 9 MiB"),
-        # A user has deleted the file and keeps it open.
+        # A user has deleted the file but keeps it open.
         ("true", "no file of a user has a name there"),
-        # A user has made files until nobody can count them.
+        # A user has created too many files to count.
         ("sleep 20", "too many files to tell whose"),
     ],
 )
@@ -191,7 +191,7 @@ def test_space_that_users_fill_drains_no_node(node: Node, files: str, holder: st
 
 
 def test_a_file_of_a_user_in_shared_memory_is_reported(node: Node) -> None:
-    """With the real programs, as a user who fills it does."""
+    """Runs the real programs while a user's file fills shared memory."""
     if os.geteuid() != 0:
         skip_or_fail("only root can give files to other users: run pytest as root")
     free = shutil.disk_usage("/dev/shm").free >> 20

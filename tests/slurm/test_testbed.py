@@ -1,4 +1,4 @@
-"""The Slurm testbed does what it says: nodes of their own, faults, and nothing left behind."""
+"""The Slurm testbed works as documented: separate nodes, faults, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def until(test: Callable[[], object], deadline_s: float = 30) -> None:
 
 
 def grows(file: Path, within_s: float = 10) -> bool:
-    """A task still writes `file`."""
+    """Check that a task still writes `file`."""
     before, end = file.stat().st_mtime_ns, time.monotonic() + within_s
     while file.stat().st_mtime_ns == before and time.monotonic() < end:
         time.sleep(0.1)
@@ -44,7 +44,7 @@ def state(bed: Testbed, job: str) -> str:
 
 @pytest.fixture
 def nodes(slurm: Testbed) -> Testbed:
-    """The cluster, where its nodes have networks of their own."""
+    """The cluster; its nodes must have separate networks."""
     if not slurm.layout.isolated:
         pytest.skip("this machine may not make network namespaces")
     return slurm

@@ -1,4 +1,4 @@
-"""A plan, and W&B without a login or a network."""
+"""Fixtures: a plan, and W&B without login or network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from launcher.plan.run_dir import RunDir
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """The directory of a run whose first attempt a person has started."""
+    """The directory of a run whose first attempt a user started."""
     run = RunDir(tmp_path / "run")
     run.attempt(1).mkdir(parents=True)
     run_store.write_attempt(run, 1, run_records.Attempt(None))
@@ -26,7 +26,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_plan(run_dir: Path) -> Callable[..., LaunchPlan]:
-    """Makes a plan for `run_dir` from the settings of tracking.*."""
+    """Make a plan for `run_dir` with these tracking.* settings."""
     return functools.partial(_plan, run_dir)
 
 

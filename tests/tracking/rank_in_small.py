@@ -1,7 +1,7 @@
-"""Rank 0's use of its trackers, one command at a time: `python rank_in_small.py PLAN RUN_DIR ATTEMPT`.
+"""Use rank 0's trackers one command at a time: `python rank_in_small.py PLAN RUN_DIR ATTEMPT`.
 
-Orders are lines of JSON, [METHOD, ARGUMENTS, FIELDS]; each is answered with the seconds that the call took. "stop" tells
-whether W&B has asked to stop, "core" the process id of W&B's process.
+Each command is a JSON line, [METHOD, ARGUMENTS, FIELDS]; the answer has the seconds that the call took. "stop" returns whether
+W&B requested a stop, "core" the process ID of W&B's process.
 """
 
 from __future__ import annotations

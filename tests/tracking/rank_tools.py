@@ -1,4 +1,4 @@
-"""Starts `rank_in_small.py`, sends it commands, and leaves no process behind."""
+"""Start `rank_in_small.py`, send it commands, and leave no process behind."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_events
 
 REPO = Path(__file__).resolve().parents[2]
-# A loop that trains must not notice that a step was logged.
+# The longest that a tracker call may block the training loop.
 QUICK_S = 0.5
-# W&B's own names for how long its process waits after a failure. What it gathers it sends after 15 s, and at its end.
+# W&B's variables for the waits after a failure. By default it sends collected data after 15 s and at its end.
 AT_ONCE = {
     **{f"WANDB__{of}_RETRY_WAIT_MIN_SECONDS": "0.1" for of in ("FILE_STREAM", "FILE_TRANSFER", "GRAPHQL")},
     **{f"WANDB__{of}_RETRY_WAIT_MAX_SECONDS": "0.5" for of in ("FILE_STREAM", "FILE_TRANSFER", "GRAPHQL")},
 }
-# What takes the time of a start.
+# The modules whose import takes most of the start time.
 IMPORTED = ("wandb", "wandb.sdk.wandb_run", "psutil", "launcher.tracking.tracker", "launcher.worker.wandb_closing")
 
 
 class Rank:
-    """`RANK.log(1, {...})` and the like; `slowest_s` is the longest that a call took besides start and finish."""
+    """`RANK.log(1, {...})` calls a tracker method; `slowest_s` is the slowest call, except for start and finish."""
 
     def __init__(self, process: subprocess.Popen[str] | ForkedProcess, output: Path) -> None:
         self.process, self.output, self.slowest_s = process, output, 0.0
@@ -54,14 +54,14 @@ class Rank:
         return lambda *arguments, **fields: self.order(method, *arguments, **fields)
 
     def start_and_wait(self) -> dict[str, Any]:
-        """Start the trackers, and wait until W&B takes what they say."""
+        """Start the trackers, and wait until W&B accepts data."""
         run_dir = self.output.parent
         before, answer = times_begun(run_dir), self.order("start")
         wait_for("W&B to begin", lambda: self.order("event", "note", "still here") and times_begun(run_dir) > before)
         return answer
 
     def steps(self, first: int, last: int) -> None:
-        """Train these steps: each logs a loss that tells the step."""
+        """Log these steps, each with a loss that identifies the step."""
         for step in range(first, last + 1):
             self.order("log", step, {"trainer/step": float(step), "train/loss": 10.0 - step / 100, "trainer/tokens": 100 * step})
 
@@ -71,7 +71,7 @@ class Rank:
 
     def _line(self, deadline_s: float) -> str:
         assert self.process.stdout is not None
-        # What does not answer is killed, and the line is empty then.
+        # A process that does not answer is killed; the line is then empty.
         timer = threading.Timer(deadline_s, self.process.kill)
         timer.start()
         try:
@@ -94,9 +94,9 @@ def rank(
     imports: bool = False,
     sends_at_once: bool = True,
 ) -> Iterator[Rank]:
-    """A rank in a process of its own, whose trackers are not yet started; where it `imports`, W&B's package as well.
+    """A rank in a separate process with its trackers not yet started; with `imports`, it imports W&B's package itself.
 
-    Where it `sends_at_once`, rows are not gathered for seconds, nor does W&B's process wait for seconds after a failure.
+    With `sends_at_once`, neither the tracker nor W&B's process waits for seconds before it sends or retries.
     """
     run = RunDir(Path(plan.run_dir))
     if not run.attempt(attempt).exists():
@@ -135,7 +135,7 @@ def rank(
 
 
 def wait_for_another_second(run_dir: Path) -> None:
-    """Wait for the next second: W&B's folders are named for it, and are uploaded in the order of their names."""
+    """Wait for the next second: W&B names its folders by the second, and uploads them in the order of their names."""
 
     def is_now(folder: Path) -> bool:
         return any(time.strftime("%Y%m%d_%H%M%S", to(time.time())) in folder.name for to in (time.localtime, time.gmtime))
@@ -144,7 +144,7 @@ def wait_for_another_second(run_dir: Path) -> None:
 
 
 def times_begun(run_dir: Path) -> int:
-    """Return how often W&B has started for a rank; a tracker reports that in its next call."""
+    """Return how often W&B has started for a rank; a tracker reports a start with its next call."""
     return sum(event["text"].startswith("Weights & Biases: ") for event in read_events(run_dir / "events.jsonl"))
 
 

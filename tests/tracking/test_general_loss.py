@@ -1,4 +1,4 @@
-"""The loss of general text before training and at a step."""
+"""The loss on general text before training and at a step."""
 
 from __future__ import annotations
 

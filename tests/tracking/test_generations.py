@@ -1,4 +1,4 @@
-"""Runs that began with the weights of one another, side by side; what is gone or of others is named."""
+"""Runs that started from each other's weights are shown side by side; missing runs and other users' runs are named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEP = 40
 
 
 def made_run(root: Path, name: str, wandb_id: str, parents: tuple[Origin, ...] = ()) -> RunDir:
-    """A finished run of 40 steps that began with the weights of the first of `parents`; its verdict is about step 40."""
+    """A finished run of 40 steps that started from the weights of the first of `parents`; its verdict is for step 40."""
     lineage = Lineage(**parents[0].model_dump(), ancestors=parents[1:]) if parents else None
     plan = hand_made.plan(root / name, hand_made.SETTINGS, run_name=name, wandb_id=wandb_id, lineage=lineage)
     run = run_store.create(plan)
@@ -58,7 +58,7 @@ def test_generations_are_side_by_side(chain: tuple[RunDir, RunDir, RunDir]) -> N
     helped = "helped, exact match 0.31 against 0.12 (0-shot) and 0.19 (8-shot)"
     assert third == ["third", "40", "train", "3.0000 to 2.5000", "2.0000 to 2.0200", f"held_out: {helped}"]
     assert second == ["second", *third[1:]]
-    # It was evaluated at another step than the one that the next run began with.
+    # It was evaluated at a step other than the one from which the next run started.
     assert first == ["first", "20", "train", "3.0000 before training", "-", f"held_out, step 40: {helped}"]
     assert cells(chain[0]) == []
     shown = page([_read_run_files(chain[2], "third")])

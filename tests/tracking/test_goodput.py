@@ -1,4 +1,4 @@
-"""The breakdown of the time of runs, from hand-made files. Its parts always add up."""
+"""The breakdown of a run's time, from handwritten files; its parts always add up."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def start(attempt: int, joined_at: float, loaded_at: float, from_step: int = 0, 
 
 
 def parts(result: Breakdown) -> dict[str, float]:
-    """Return the parts that are not 0, after a check of their sum."""
+    """Return the parts that are not 0, after checking their sum."""
     values = asdict(result)
     named = {name: values[name] for name in ("kept_s", *LOST)}
     assert sum(named.values()) == pytest.approx(result.wall_s)
@@ -55,7 +55,7 @@ def test_an_attempt_from_the_queue_to_its_end() -> None:
 
 
 def test_steps_after_the_checkpoint_that_the_next_attempt_began_from_are_lost() -> None:
-    """Also before they are repeated, and on other numbers of ranks."""
+    """They are lost even before they are repeated, and on another number of ranks."""
     first = [step(n, 1, 20 + 2 * n) for n in range(1, 6)]
     second = [step(n, 2, 90 + 2 * (n - 3)) for n in range(4, 6)]
     events = [*start(1, 10, 20), *start(2, 80, 90, from_step=3, ranks=2)]
@@ -87,12 +87,12 @@ def test_a_requeued_run_waits_in_the_queue_from_the_end_of_the_attempt_before() 
 
 
 def test_a_node_with_a_slow_clock_gives_no_negative_time() -> None:
-    """Its timestamps are earlier than the submission."""
+    """The node's timestamps are earlier than the submission."""
     lines, events = [step(1, 1, 830), step(2, 1, 890)], start(1, 770, 780)
     result = breakdown(lines, events, [AttemptTimes(1, 1000, 760, None, RANKS, automatic=False)], now=1150)
     assert all(asdict(result)[name] >= 0 for name in ("kept_s", *LOST))
     assert (result.wall_s, result.held_s, result.kept_s) == (150, 150, 110)
-    # The node of the second attempt has recorded an end before that of the first.
+    # The second attempt's node recorded an end before the first attempt ended.
     attempts = [AttemptTimes(1, 0, 0, 100, RANKS), AttemptTimes(2, 100, 105, 90, RANKS)]
     assert parts(breakdown([], start(1, 0, 100), attempts, now=150)) == {"load_s": 100}
 
@@ -121,7 +121,7 @@ def test_a_line_counts_for_all_steps_before_it() -> None:
 
 
 def test_the_live_breakdown_equals_the_one_from_the_files() -> None:
-    """The numbers that rank 0 logs equal those of the report from all lines."""
+    """The numbers that rank 0 logs equal those that the report computes from all lines."""
     lines = [step(n, 1, 20 + n) for n in range(1, 5)]
     events = [*start(1, 10, 20), *start(2, 40, 50, from_step=2)]
     attempts = [AttemptTimes(1, 0, 5, 30, RANKS), AttemptTimes(2, 30, 35, None, RANKS)]
@@ -146,7 +146,7 @@ def test_idle_workers_are_paid_for() -> None:
 
 
 def test_the_files_of_a_long_run_are_read_quickly(make_plan: Callable[..., LaunchPlan], run_dir: Path) -> None:
-    """10,000 steps, and an attempt without an exit record. The bound is wide, as other programs may run."""
+    """10,000 steps and an attempt without an exit record. The time limit is generous, because other programs may run."""
     shutil.rmtree(run_dir)
     run = run_store.create(make_plan())
     now = time.time()
@@ -181,7 +181,7 @@ def test_an_attempt_that_never_joined_has_the_ranks_of_its_own_plan(make_plan: C
 
 @pytest.mark.parametrize("word", [True, False])
 def test_a_queued_run_spends_time_but_no_money(make_plan: Callable[..., LaunchPlan], run_dir: Path, word: bool) -> None:
-    """Also if its machines were lost without a record, and if the attempt has its number before its job is queued."""
+    """This also holds if its machines were lost without a record, or if the attempt is numbered before its job is queued."""
     shutil.rmtree(run_dir)
     run = run_store.create(make_plan().model_copy(update={"price": Price(usd_per_gpu_hour=3)}))
     run_store.create_attempt(run, run_records.Attempt(None, begun_at=100.0))
@@ -225,7 +225,7 @@ def test_a_later_plan_prices_attempts_without_a_known_price(
     usd: float | None,
     assumed: float,
 ) -> None:
-    """Each attempt has one GPU for a hundred hours; the last plan may be that of the next attempt."""
+    """Each attempt uses one GPU for 100 hours; the last plan may belong to the next attempt."""
     shutil.rmtree(run_dir)
     base = make_plan()
     made = [

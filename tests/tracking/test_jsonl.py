@@ -64,7 +64,7 @@ def test_read_metrics_merges_lines_of_steps_that_the_newest_attempt_continues(ru
     # A save or an evaluation afterwards does not move the end of the step.
     assert lines[2]["time"] == next(line["time"] for line in Tail(run.metrics).poll() if line.get("train/loss") == 23.0)
     assert "eval/held_out/loss" not in lines[2]
-    # An attempt that was given up, and still ran, has no say.
+    # An abandoned attempt that still runs has no effect.
     first.log(5, {"train/loss": 15.0})
     second.log(4, {"train/loss": 24.0})
     assert [line["train/loss"] for line in read_metrics(run.metrics)] == [11.0, 12.0, 23.0, 24.0]
@@ -83,7 +83,7 @@ def test_an_attempt_that_begins_with_an_evaluation_continues_from_that_step(run_
     ]
     second.log(3, {"train/loss": 23.0})
     assert [line["train/loss"] for line in read_metrics(run.metrics)] == [11.0, 12.0, 23.0]
-    # A save is told at the step that is being trained.
+    # A save is logged at the step that is being trained.
     third = JsonlTracker(run, attempt=3)
     third.log(3, {"ckpt/stall_s": 0.5})
     third.log(3, {"train/loss": 33.0})
@@ -126,7 +126,7 @@ def test_torn_lines_and_other_values_than_objects_are_left_out(run_dir: Path) ->
     ],
 )
 def test_lines_with_values_that_no_run_writes_are_left_out(run_dir: Path, line: str) -> None:
-    """Another user may have written them, and one such run must not stop a command that shows several."""
+    """Another user may have written such lines, and one such run must not break a command that shows several runs."""
     run = RunDir(run_dir)
     run.metrics.write_text(f'{line}\n{{"trainer/step": 3, "train/loss": 1}}\n')
     assert read_metrics(run.metrics) == [{"trainer/step": 3, "train/loss": 1, "attempt": 0, "time": 0.0}]
@@ -184,7 +184,7 @@ def test_tail_returns_each_complete_line_once(tmp_path: Path) -> None:
 
 
 def test_tail_leaves_out_values_other_than_objects(tmp_path: Path) -> None:
-    """The rest of a torn line may be such a value."""
+    """The rest of a torn line may parse as such a value."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('5\n"a"\n[{}]\nnull\n{"a": 1}\n')
     assert Tail(path).poll() == [{"a": 1}]

@@ -88,7 +88,7 @@ def test_gpu_hours_are_counted_without_a_price(tmp_path: Path) -> None:
 
 
 def test_the_time_lines_give_the_same_breakdown_as_all_lines(tmp_path: Path) -> None:
-    """Two starts in the first attempt, one in each later one, the last of which trains nothing; the file ends in a torn line."""
+    """The first attempt has two starts, each later one has one; the last trains nothing, and the file ends in a torn line."""
     file, at = tmp_path / "metrics.jsonl", 1000.0
     lines, events, attempts = [], [], []
     for attempt, first, steps in ((1, 0, 30), (1, 25, 40), (2, 60, 50), (3, 110, 0)):
@@ -133,7 +133,7 @@ def test_a_step_logged_after_the_end_of_an_attempt_hides_no_earlier_step(tmp_pat
 
 
 def test_a_line_without_an_end_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another user may have written it: `ls` reads the metrics of all runs in a folder."""
+    """Another user may have written it, and `ls` reads the metrics of all runs in a folder."""
     for module in (jsonl, metrics_tail):
         monkeypatch.setattr(module, "MAX_LINE_BYTES", 1 << 20)
     path = tmp_path / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""Since when a run overfits, from the losses of training and of held-out rows."""
+"""When a run began to overfit, from its training and held-out losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher.tracking.overfitting import read_overfitting
 
 
 def trained(folder: Path, losses: list[tuple[float, float | None]]) -> RunDir:
-    """A run with these losses of training and held-out rows after each step; ten steps are an epoch."""
+    """A run with these training and held-out losses after each step; ten steps are an epoch."""
     run = RunDir(folder)
     log = JsonlTracker(run, 1)
     for step, (train, held_out) in enumerate(losses, 1):
@@ -35,7 +35,7 @@ def test_a_held_out_loss_that_rises_while_the_training_loss_falls_is_overfitting
 @pytest.mark.parametrize(
     "losses",
     [
-        # It still learns; both rise, as after a spike; the rise is within the noise; one evaluation; none.
+        # In order: still learning; both losses rise, as after a spike; a rise within the noise; one evaluation; no evaluation.
         [(2.0, 2.0), (1.5, 1.8), (1.0, 1.7)],
         [(2.0, 2.0), (1.5, 1.8), (1.9, 2.2)],
         [(2.0, 2.0), (1.5, 1.8), (1.4, 1.81)],

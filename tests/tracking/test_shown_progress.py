@@ -1,4 +1,4 @@
-"""How far long work is: lines of a log at growing intervals, one live line on a terminal, events of a run."""
+"""The progress of long operations: log lines at growing intervals, a live line on a terminal, events of a run."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_terminal_gets_one_live_line_that_disappears() -> None:
         while block := os.read(ours, 4096):
             shown += block
     except OSError:
-        pass  # so a terminal ends
+        pass  # a terminal that closes raises this
     os.close(ours)
     assert process.wait(timeout=60) == 0, shown
     assert b"exporting: 50 bytes of 100 bytes (50%)" in shown

@@ -23,11 +23,11 @@ PlanMaker = Callable[..., LaunchPlan]
 
 
 def no_stop() -> None:
-    """Stop is never pressed."""
+    """The Stop button is never pressed."""
 
 
 class Broken(ConsoleTracker):
-    """A console that fails in the middle of the run."""
+    """A console tracker that fails during the run."""
 
     error: BaseException = ValueError("no such column")
 
@@ -71,7 +71,7 @@ def test_no_line_is_lost_while_storage_fails(run_dir: Path, monkeypatch: pytest.
 
 
 def full_disk(descriptor: int, data: bytes) -> int:
-    """Write half a line; Linux appends here too, as the file is opened for appending."""
+    """Write half a line. On Linux pwrite appends here too, because the file is opened for appending."""
     os.pwrite(descriptor, data[: len(data) // 2], 0)
     return len(data) // 2
 
@@ -141,7 +141,7 @@ def test_a_refused_key_leaves_offline_files(make_plan: PlanMaker, run_dir: Path,
 
 def test_settings_that_wandb_rejects_are_an_alert_and_training_continues(make_plan: PlanMaker, run_dir: Path) -> None:
     plan = make_plan()
-    # The settings refuse what is known to be too long; W&B may know of more.
+    # Validation of settings rejects tags that are known to be too long; W&B may reject more.
     tracking = plan.config.tracking.model_copy(update={"tags": ("x" * 100,)})
     plan = plan.model_copy(update={"config": plan.config.model_copy(update={"tracking": tracking})})
     composite = start_trackers(plan, run_dir, attempt=1, on_stop=no_stop)
@@ -158,7 +158,7 @@ def test_settings_that_wandb_rejects_are_an_alert_and_training_continues(make_pl
 def test_a_wandb_process_that_does_not_start_is_retried(
     make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Another test's process would serve.
+    # W&B would reuse the process of an earlier test.
     import wandb as package
 
     package.teardown()

@@ -36,11 +36,11 @@ CANARY = "canary-5f1c0ffee5f1c0ffee"
 
 
 def no_stop() -> None:
-    """Stop is never pressed."""
+    """The Stop button is never pressed."""
 
 
-# A rank in small: it starts the trackers, logs two steps and ends; where `hang` is set, W&B's process stops before that.
-# When W&B has begun is told with the next word said to the trackers.
+# A minimal rank: it starts the trackers, logs two steps and ends. With `hang`, W&B's process is suspended before the end. A
+# tracker reports that W&B has started with its next call.
 TRAIN = """
 run_dir = sys.argv[2]
 trackers = start_trackers(LaunchPlan.load(sys.argv[1]), run_dir, 1, int)
@@ -73,7 +73,7 @@ def run_script(code: str, plan_file: Path, run_dir: Path, forked: bool = True) -
     environ = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     environ["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests"), str(REPO / "tests/tracking")])
     arguments = [IMPORTS + code, str(plan_file), str(run_dir)]
-    # A file, for a process that stays behind would hold a pipe open.
+    # Use a file: a process left behind would keep a pipe open.
     with open(run_dir.parent / "output", "w") as output:
         if forked:
             streams: dict[str, Any] = {"stdout": output.fileno(), "stderr": output.fileno(), "env": environ}
@@ -145,7 +145,7 @@ def test_rows_of_short_steps_are_sent_together_and_alerts_and_the_end_at_once(
     for step in range(1, 8):
         trackers.log(step, {"train/loss": 1.0})
     time.sleep(1.0)
-    # The first may have come just before the thread went to wait.
+    # The first step may be sent just before the thread starts to wait.
     assert len(sent) <= 1
     trackers.event("alert", "the loss jumped")
     wait_for("the rows before the alert", lambda: sent == list(range(1, 7)), 20)
@@ -189,7 +189,7 @@ def test_an_offline_run_reports_the_upload_command(make_plan: PlanMaker, run_dir
 def test_the_next_attempt_continues_the_same_run(
     make_plan: PlanMaker, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The log of W&B's program that reads the last step, where another user made a link in its place.
+    # The log of the W&B program that reads the last step; another user has put a link in its place.
     (tmp_path / "shared").mkdir()
     (tmp_path / f"shared/debug-cli.{getpass.getuser()}.log").symlink_to(tmp_path / "made")
     monkeypatch.setenv("TMPDIR", str(tmp_path / "shared"))
@@ -261,7 +261,7 @@ def test_only_secrets_are_redacted() -> None:
 
 def test_a_login_makes_auto_online(make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    # It reads the environment once.
+    # W&B reads the environment only once.
     wandb.teardown()
     assert not is_online("auto")
     (tmp_path / "netrc").write_text(f"machine 127.0.0.1:9 login user password {'a' * 40}\n")
@@ -276,12 +276,12 @@ def test_a_hung_wandb_is_reported_and_the_process_exits(make_plan: PlanMaker, ru
     plan_file.write_text(make_plan().to_json())
     hang = "session.FINISH_TIMEOUT_S, module.FINISH_GRACE_S = 1.0, 1.0\nhang = True" + TRAIN
     started = time.monotonic()
-    # How the interpreter ends is what may hang.
+    # The interpreter's exit is what may hang.
     run_script(hang, plan_file, run_dir, forked=False)
     assert time.monotonic() - started < 30
     alerts = [event for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
     assert len(alerts) == 1
-    # What was under way to the process that hangs is in no file of W&B's.
+    # W&B's files lack the data that was in transit to the suspended process.
     assert "metrics.jsonl has all data; upload what W&B's files contain with the command that `status` shows" in alerts[0]["text"]
 
 
@@ -304,7 +304,7 @@ def test_a_superseded_attempt_does_not_finish_the_wandb_run(make_plan: PlanMaker
 @pytest.mark.rest
 @pytest.mark.parametrize("how", ["with --step", "with other settings"])
 def test_steps_repeated_after_going_back_are_shown_beside_the_earlier_ones(make_plan: PlanMaker, run_dir: Path, how: str) -> None:
-    """Also in the following attempts, after a crash or with the same settings."""
+    """This also holds in the next attempts, after a crash or with unchanged settings."""
     run, plan, began = RunDir(run_dir), make_plan(), ((1, None, (1, 6)), (2, 3, (4, 8)), (3, 6, (7, 9)))
     run.plan.write_text(plan.to_json())
     for attempt, back, (first, last) in began:
@@ -322,5 +322,5 @@ def test_steps_repeated_after_going_back_are_shown_beside_the_earlier_ones(make_
     shown = [(item["_step"], item["trainer/step"], item["train/loss"]) for item in history(run_dir)]
     before = [(step, step, 1) for step in range(1, 7)]
     after = [(step + 3, step, 2) for step in range(4, 8)]
-    # The last row of an attempt that fails is the next one's.
+    # The next attempt sends the last row of a failed one.
     assert shown == [*before, *after, (11, 8, 3), (12, 9, 3)]

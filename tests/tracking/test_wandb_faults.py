@@ -1,4 +1,4 @@
-"""Faults of W&B: training continues at full speed, one alert is sent, and missing data can be uploaded."""
+"""When W&B fails, training continues at full speed, one alert is sent, and the missing data can be uploaded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from launcher.tracking.jsonl import read_events, read_metrics
 pytestmark = pytest.mark.rest
 
 PlanMaker = Callable[..., LaunchPlan]
-# Of a server that does not answer at the start, and of one that has taken the run.
+# For a server that fails after it has accepted the run, and for one that does not answer from the start.
 SHORT = {"FINISH_TIMEOUT_S": 2.0, "FINISH_GRACE_S": 1.0, "RETRY_S": 0.3}
 LIMITS = {**SHORT, "INIT_TIMEOUT_S": 1.0, "FINISH_TIMEOUT_S": 10.0, "FINISH_GRACE_S": 4.0}
 LONGEST_FINISH_S = 25
@@ -38,7 +38,7 @@ def server() -> Iterator[FakeWandb]:
 
 
 def upload(run_dir: Path, server: FakeWandb) -> None:
-    """Run the upload command from the end of the run, as a person does when the server has recovered."""
+    """Run the upload command that the run printed, as a user does once the server works again."""
     told = [
         event["fields"]["sync_command"] for event in read_events(run_dir / "events.jsonl") if event["fields"].get("sync_command")
     ]
@@ -64,7 +64,7 @@ def test_a_server_that_fails_in_the_middle(make_plan: PlanMaker, server: FakeWan
         assert it.slowest_s < QUICK_S * slowness()
         assert it.finish("completed")["seconds"] < LONGEST_FINISH_S * slowness()
     assert len(alerts(plan)) == 1
-    # Of a process that had to be killed it is not known whether it has written all.
+    # If the process had to be killed, it may not have written everything.
     words = "metrics.jsonl has all data; upload what W&B's files contain" if fault == "hang" else "the data is on disk; upload it"
     assert any(f"{words} with the command that `status` shows" in text for text in alerts(plan) + infos(plan))
     assert len(read_metrics(run_dir / "metrics.jsonl")) == 62
@@ -119,7 +119,7 @@ def test_a_server_that_never_answers(make_plan: PlanMaker, server: FakeWandb, ru
 
 @pytest.mark.parametrize("trained", [0, 3], ids=["at the start", "in the middle"])
 def test_a_server_whose_port_is_closed(make_plan: PlanMaker, server: FakeWandb, run_dir: Path, trained: int) -> None:
-    """Another `server` is there when the files are uploaded."""
+    """The files are uploaded to another server, `server`."""
     plan = make_plan()
     with ExitStack() as others:
         gone = others.enter_context(fake_wandb())
@@ -238,7 +238,7 @@ def test_a_stopped_wandb_process_is_an_alert_while_training_continues(make_plan:
         it.start_and_wait()
         it.steps(1, 2)
         os.kill(it.core()["answer"], signal.SIGSTOP)
-        # What lies between the processes is full after some hundred steps.
+        # The buffer between the processes fills up after a few hundred steps.
         many = {f"m/{i}": float(i) for i in range(500)}
         steps = iter(range(3, 100_000))
         wait_for("the alert", lambda: it.log(next(steps), many) and alerts(plan), 30)

@@ -1,4 +1,4 @@
-"""Real wandb-core with a server on this machine: the data of a run that completes, is killed, or is stopped."""
+"""Real wandb-core with a local server: the data of a run that completes, is killed, or is stopped."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_after_a_crash_each_step_is_there_once(make_plan: PlanMaker, server: Fak
         with rank(plan, base_url=server.address) as it:
             it.start_and_wait()
             it.steps(1, 3)
-            # W&B has all but the last row.
+            # W&B has every row except the last.
             it.finish("failed")
         first = 3
     with rank(plan, attempt=first, automatic=first > 1, base_url=server.address, sends_at_once=reached) as it:
@@ -99,15 +99,15 @@ def test_after_a_crash_each_step_is_there_once(make_plan: PlanMaker, server: Fak
         it.log(3, {"eval/held_out/loss": 1.0})
         it.steps(4, 12)
         if reached:
-            # After 15 s.
+            # W&B sends collected rows after 15 s.
             wait_for("W&B to have nearly all steps", has_steps(server, 11))
-        # It takes with it what it has not yet sent, as a machine that dies does.
+        # Kill wandb-core with its unsent data, as when the machine dies.
         os.kill(it.core()["answer"], signal.SIGKILL)
         it.kill()
     assert max(server.run().steps) >= 11 if reached else max(server.run().steps) < 8
     with rank(plan, attempt=4, automatic=True, base_url=server.address) as it:
         assert it.start()["seconds"] < 1, "nobody waits for W&B at a restart"
-        # The checkpoint was of step 8.
+        # The newest checkpoint was of step 8.
         it.steps(9, 14)
         it.finish("completed")
     assert server.run().steps == list(range(1, 15))
@@ -118,13 +118,13 @@ def test_after_a_crash_each_step_is_there_once(make_plan: PlanMaker, server: Fak
 
 
 def test_simultaneous_alerts_are_all_sent(make_plan: PlanMaker, server: FakeWandb) -> None:
-    """Also alerts with the same title: W&B shortens titles."""
+    """W&B shortens titles, so alerts with the same title must be sent too."""
     texts = ["attempt 1 ended (failure): what it said", "the checkpoint of step 9 is damaged", *(f"{'w' * 60} {i}" for i in "12")]
     with rank(make_plan(), base_url=server.address) as it:
         it.start_and_wait()
         for text in texts:
             it.event("alert", text)
-            # The least that W&B waits is a millisecond.
+            # The shortest waitDuration in W&B is one millisecond.
             time.sleep(0.05)
         it.finish("completed")
     assert sorted(alert["text"] for alert in server.alerts) == sorted(texts)
@@ -164,7 +164,7 @@ def test_an_interrupted_evaluation_is_sent_by_the_next_attempt(
     assert server.run().rows()[3].items() >= {"train/loss": 9.96, "eval/held_out/loss": 1.0}.items()
 
 
-# W&B asks every 15 s whether it is to stop.
+# W&B polls for a stop request every 15 s.
 @pytest.mark.rest
 def test_stop_on_the_page_requests_a_stop_and_interrupts_nothing(make_plan: PlanMaker, server: FakeWandb) -> None:
     with rank(make_plan(), base_url=server.address) as it:

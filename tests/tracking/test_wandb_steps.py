@@ -15,7 +15,7 @@ from launcher.tracking.wandb.steps import offsets, repeats
         ({1: 9, 2: 12}, {}, {1: 0, 2: 0}),
         ({1: 9, 2: 6, 3: 7}, {2: 4}, {1: 0, 2: 5, 3: 5}),
         ({1: 9, 2: 6, 3: 4}, {2: 4, 3: 2}, {1: 0, 2: 5, 3: 9}),
-        # To the newest checkpoint, and an attempt that has measured nothing yet.
+        # A return to the newest checkpoint, by an attempt that has logged nothing yet.
         ({1: 9}, {2: 9}, {1: 0, 2: 0}),
         ({1: 9}, {2: 3}, {1: 0, 2: 6}),
     ],

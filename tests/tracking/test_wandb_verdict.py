@@ -1,4 +1,4 @@
-"""The verdict of an evaluation in W&B: offline files, read back with W&B's own reader."""
+"""An evaluation's verdict in W&B: offline files, read back with W&B's own reader."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PlanMaker = Callable[..., LaunchPlan]
 
 
 def evaluated(plan: LaunchPlan, state: str) -> RunDir:
-    """A run in this state with a verdict at step 40."""
+    """A run in this state with a verdict for step 40."""
     run = run_store.create(plan)
     run_store.update_status(run, state=state)
     folder = run.root / "evaluations/step-00000040/support"
@@ -86,7 +86,7 @@ def test_where_nothing_is_sent(
 
 
 def test_a_refusing_server_is_one_line(make_plan: PlanMaker, capsys: pytest.CaptureFixture[str]) -> None:
-    """Online without a login."""
+    """W&B is online but not logged in."""
     run = evaluated(make_plan(mode="online"), "completed")
     assert verdict_upload.main(str(run.root), "40") == 0
     out = capsys.readouterr().out

@@ -1,7 +1,7 @@
-"""A fake of W&B's server for runs, on a port of this machine: real HTTP, all data in memory.
+"""A fake W&B server on a local port: real HTTP, all data in memory.
 
-GraphQL answers stand in `_OPERATIONS`, by the name of the operation; a file stream keeps each line at its offset, so that a
-line that is sent twice is there once, as on the real server.
+`_OPERATIONS` holds the GraphQL answers by operation name. A file stream stores each line at its offset, so a line that is sent
+twice is stored once, as on the real server.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HISTORY, SUMMARY, EVENTS = "wandb-history.jsonl", "wandb-summary.json", "wandb-e
 
 @dataclass
 class Run:
-    """The server's data of a run; `exits` are the exit codes of its attempts."""
+    """The server's data for a run; `exits` are the exit codes of its attempts."""
 
     name: str
     project: str
@@ -52,11 +52,11 @@ class Run:
 
 @dataclass
 class FakeWandb:
-    """`fault` None answers, "error" answers 500 to everything, "hang" accepts and never answers, "refuse" answers 401.
+    """`fault`: None works, "error" answers 500 to everything, "hang" accepts and never answers, "refuse" answers 401.
 
-    "proxy" answers 403. After `close()` nobody listens any more. A file of an artifact takes `upload_s` seconds. `others` are
-    entities that the user sees, and no more. `projects` are those of ENTITY; `read_only` tells of other projects, by
-    ENTITY/PROJECT, whether the user may only read them.
+    "proxy" answers 403. After `close()` nothing listens. Each artifact file takes `upload_s` seconds. The user can see the
+    entities in `others` but nothing more. `projects` are those of ENTITY; `read_only` maps other projects, by ENTITY/PROJECT, to
+    whether they are read-only.
     """
 
     fault: str | None = None
@@ -105,7 +105,7 @@ class FakeWandb:
     def _stream(self, run: Run, sent: dict[str, Any]) -> tuple[int, Any]:
         for name, chunk in sent.get("files", {}).items():
             lines = run.lines.setdefault(name, {})
-            # The summary is one line that is always replaced.
+            # The summary is a single line that each update replaces.
             offset = 0 if name == SUMMARY else chunk["offset"]
             assert offset <= len(lines), f"a gap in {name}: line {offset} after {len(lines)} lines"
             lines.update(enumerate(chunk["content"], offset))
@@ -150,7 +150,7 @@ class FakeWandb:
         return {"serverInfo": {"features": []}}
 
     def _model(self, asked: dict[str, Any]) -> Any:
-        """A project that does not exist is null to everybody who may write to its entity."""
+        """A project that does not exist is null for everyone who may write to its entity."""
         project, entity = asked.get("project") or asked.get("name"), asked.get("entity") or ENTITY
         if entity != ENTITY or project not in self.projects:
             return None
@@ -191,7 +191,7 @@ class FakeWandb:
         return {"upsertBucket": {"bucket": {"id": run.name, "name": run.name, **known, **counts}, "inserted": inserted}}
 
     def _alert(self, asked: dict[str, Any]) -> Any:
-        """One with the title of another within its waitDuration, in milliseconds, is not sent on."""
+        """An alert is dropped if one with the same title was sent within waitDuration (milliseconds)."""
         now = time.monotonic()
         if now - self.alerted_at.get(asked["title"], -math.inf) >= asked["waitDuration"] / 1000:
             self.alerted_at[asked["title"]] = now
@@ -272,14 +272,14 @@ _OPERATIONS = {
 
 @contextmanager
 def fake_wandb(**settings: Any) -> Iterator[FakeWandb]:
-    """A server that has answered or dropped all requests when the block ends."""
+    """A server that has answered or dropped all requests at the end of the block."""
     server = FakeWandb(**settings)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def handle(self) -> None:
-            # Who asked is gone, as killed processes are.
+            # The client may be gone, for example a killed process.
             with suppress(ConnectionError):
                 super().handle()
 
@@ -298,7 +298,7 @@ def fake_wandb(**settings: Any) -> Iterator[FakeWandb]:
         do_GET = do_POST = do_PUT = answer_any
 
         def log_message(self, format: str, *arguments: Any) -> None:
-            """Nothing: tests read `received`."""
+            """Log nothing: tests read `received`."""
 
     with ExitStack() as port:
         server.address = port.enter_context(serving(Handler))

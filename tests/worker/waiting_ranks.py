@@ -33,9 +33,7 @@ def record_on_a_gpu(folder: str) -> None:
 
 
 def wait_without(absent: int, folder: str) -> None:
-    """All-reduce twice, then all-gather: the rank `absent` joins only once the file `go` exists. Then all ranks all-reduce
-    again.
-    """
+    """All-reduce twice, all-gather, all-reduce again; the rank `absent` joins the all-gather only once the file `go` exists."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{os.environ['RENDEZVOUS']}", rank=rank, world_size=world_size)
     answer_requests(os.environ, rank)

@@ -1,4 +1,4 @@
-"""A run comes back from its mirror, on a disk and on a server that speaks S3."""
+"""A run is restored from its mirror, on disk and on an S3 server."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
 
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
-    # Clients of an earlier test would talk to its server.
+    # A cached client of an earlier test would connect to that test's server.
     s3fs.S3FileSystem.clear_instance_cache()
     return s3_server
 
@@ -93,7 +93,7 @@ def test_a_run_is_downloaded_from_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.rest
 def test_a_run_is_downloaded_from_s3(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Small enough for S3 to take files in several parts.
+    # Small enough that S3 files are uploaded in several parts.
     monkeypatch.setattr(remote_folder, "_BLOCK_BYTES", 5 * 2**20)
     plan, run = make_run(tmp_path, f"s3://{s3.bucket}/runs")
     remote_folder.require_writable(f"s3://{s3.bucket}/runs")
@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_downloaded(tmp
     target, said = RunDir(tmp_path / "elsewhere" / "a"), []
     assert fetched(there, target, said=said) == 5
     require_same(run, target, 5)
-    # One without a manifest that can be read does not exist.
+    # A checkpoint without a readable manifest does not exist.
     assert ("step 10 is damaged" in " ".join(said)) == (damage != "manifest")
     with pytest.raises(CheckpointError, match="step 10 in the mirror" if damage == "manifest" else "rank-00001"):
         download.download_checkpoint(there, RunDir(tmp_path / "third"), 10, said.append)
@@ -198,7 +198,7 @@ def test_an_existing_run_directory_is_not_touched(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["owner", "group", "others", "link"])
 def test_a_run_directory_that_others_can_enter_is_not_continued(tmp_path: Path, way: str) -> None:
-    """Whoever made it can replace the code in it, which the resumed run executes."""
+    """Whoever created the folder can replace the code in it, which the resumed run executes."""
     if way == "owner" and os.geteuid() != 0:
         skip_or_fail("only root can give files to another user: run pytest as root")
     target = RunDir(tmp_path / "a")

@@ -1,4 +1,4 @@
-"""The loss of a checkpoint that was evaluated after its save: it reaches the mirror, and decides there what is kept."""
+"""A loss computed after its checkpoint was saved reaches the mirror, and affects which checkpoints the mirror keeps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_a_loss_that_was_computed_after_the_save_counts_where_only_the_mirror_ha
     for step, loss in ((5, 2.0), (10, None), (15, 3.0)):
         commit(run, step, loss=loss)
     mirror = begun(plan, run)
-    # Saved without a loss, as where a preemption skipped the evaluation.
+    # Saved without a loss, as when a preemption skips the evaluation.
     later = run.checkpoints / store.step_name(10)
     assert record_evaluation(later, LaterEvaluation(HELD_OUT, 1.0))
     for checkpoint in mirror.behind():
@@ -28,7 +28,7 @@ def test_a_loss_that_was_computed_after_the_save_counts_where_only_the_mirror_ha
             mirror.send_evaluations()
     assert names == [], "it is sent once"
     assert tree(folder / "checkpoints" / later.name) == tree(later)
-    # The next machine has fetched the newest one alone.
+    # The next machine has fetched only the newest checkpoint.
     assert begun(plan, elsewhere(tmp_path, run, 15), attempt=2).prune() == [5]
     assert steps_in(folder) == [10, 15]
 

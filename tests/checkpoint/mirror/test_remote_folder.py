@@ -1,4 +1,4 @@
-"""Operations on a remote folder are repeated after transient failures only, and do not follow what others plant in it."""
+"""Operations on a remote folder are retried only after transient failures, and do not follow links that another user plants."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_without_waits_there_is_one_attempt(tmp_path: Path, slept: list[float]) 
 
 
 def test_another_writer_of_the_mirror_changes_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It plants links under every name that it can know, and names in run.json that lead out of the mirror."""
+    """The other writer plants links under every name that it can guess, and paths in run.json that lead outside the mirror."""
     plan, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     folder = tmp_path / "mirror/a"
     mirror = Mirror(RemoteFolder(f"file://{folder}", waits_s=()), run, plan, 1)
@@ -120,7 +120,7 @@ def test_another_users_link_in_the_mirror_is_not_followed(tmp_path: Path, is_las
 def test_model_files_that_become_links_after_the_check_are_not_followed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Who can write to the model's folder would have the mirror send a file of this machine."""
+    """Otherwise, anyone who can write to the model's folder could make the mirror upload a private file of this machine."""
     plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror")
     folder, model, secret = tmp_path / "mirror/a", tmp_path / "tokenizer", tmp_path / "secret"
     secret.write_text("the key")

@@ -1,4 +1,4 @@
-"""What reaches a mirror, in which order, and what is left there by what goes wrong."""
+"""What reaches a mirror, in which order, and what failures leave there."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path) -> tuple[LaunchPlan, RunDir, Path]:
-    """A run, and the folder that is its mirror."""
+    """A run and the folder that is its mirror."""
     plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror")
     return plan, run, tmp_path / "mirror" / "a"
 
@@ -53,7 +53,7 @@ def test_the_oldest_checkpoint_is_sent_first_and_its_manifest_last(place) -> Non
     manifests = [n for n in names if n.endswith("manifest.json")]
     assert manifests == [f"checkpoints/step-{step:08d}/manifest.json" for step in (5, 10, 15)]
     assert tree(folder / "checkpoints") == tree(run.checkpoints)
-    # A tokenizer's files come along, weights do not.
+    # A tokenizer's files are uploaded; weights are not.
     assert sorted(p.name for p in (folder / "tokenizer").iterdir()) == ["config.json", "tokenizer.json"]
     with finished_files() as finished:
         assert send_all(begun(plan, run)) == 0
@@ -85,7 +85,7 @@ def test_the_mirror_has_the_final_state_that_the_agent_has_not_written_yet(place
 
 @pytest.mark.rest
 def test_another_process_continues_an_upload_that_was_killed_at_any_point(place, tmp_path: Path) -> None:
-    """Every write, rename and removal of a whole round is a point to be killed at."""
+    """The upload is killed at every write, rename and removal of a whole round."""
     plan, run, folder = place
     commit(run, 5)
     commit(run, 10)
@@ -136,7 +136,7 @@ def test_a_checkpoint_removed_during_its_upload_leaves_nothing(place, is_read_la
         if what == "finish" and path.endswith("sending.json") and old.path.exists():
             atomic_files.remove_directory(old.path)
             if is_read_later:
-                # As a network file system reports a file that is removed while it is read.
+                # The error of a network file system when a file is removed during a read.
                 raise PermissionError("stale file handle")
 
     with hooked(prune), pytest.raises(CheckpointGone):
@@ -152,7 +152,7 @@ def test_a_file_that_has_left_the_mirror_is_sent_again(place) -> None:
     checkpoint = commit(run, 5)
     send_all(begun(plan, run))
     remote = folder / "checkpoints" / checkpoint.path.name
-    # An upload that was interrupted before its manifest; the storage has lost one file, and half of another.
+    # The upload was interrupted before its manifest; the storage then lost one file and half of another.
     (remote / "manifest.json").unlink()
     arrived = {name: asdict(entry) for name, entry in checkpoint.manifest.files.items()}
     (remote / "sending.json").write_text(json.dumps(arrived))
@@ -239,13 +239,13 @@ def test_going_back_on_another_machine_removes_later_checkpoints_from_the_mirror
     send_all(mirror)
     assert steps_in(folder) == [5, 15, 20]
     assert tree(folder / "checkpoints" / "step-00000015") == tree(own.path)
-    # What this attempt has saved itself stays, also where it is gone here.
+    # A checkpoint that this attempt saved itself stays in the mirror even if it is gone here.
     shutil.rmtree(own.path)
     assert begun(plan, moved, attempt=2).prune() == []
 
 
 def test_a_resume_from_the_newest_removes_nothing_from_the_mirror(tmp_path: Path) -> None:
-    """It has found the later one damaged, and that may be a matter of its own disk."""
+    """The run found the later checkpoint damaged here, but the mirror's copy may be intact."""
     plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror")
     for step in (5, 10):
         commit(run, step)
@@ -267,7 +267,7 @@ def test_going_back_removes_later_checkpoints_from_the_mirror(place) -> None:
     other = commit(run, 10, b"other weights")
     send_all(mirror)
     assert tree(folder / "checkpoints" / "step-00000010") == tree(other.path)
-    # Gone back to once more, from a step whose first aside has been pruned meanwhile.
+    # Go back once more, after the first set-aside copy of this step was pruned.
     store.set_aside_after(run.checkpoints, 5)
     shutil.rmtree(run.checkpoints / "aside-step-00000010")
     assert [path.name for path in run.checkpoints.glob("aside-*")] == ["aside-step-00000010-2"]
@@ -302,7 +302,7 @@ def test_a_transient_failure_is_retried(place) -> None:
     failed: dict[tuple[str, str], int] = {}
 
     def fail(what: str, path: str) -> None:
-        # Each try writes under a random name.
+        # Each attempt writes under a random name.
         target = path.rpartition("-")[2] if "/.unfinished-" in path else path
         failed[what, target] = failed.get((what, target), 0) + 1
         if failed[what, target] <= 2:
@@ -348,7 +348,7 @@ def test_a_mirror_belongs_to_one_run_and_its_newest_attempt(place, tmp_path: Pat
     with pytest.raises(SubmitError, match="another run named a"):
         require_usable_mirror(other_plan)
     require_usable_mirror(plan)
-    # The run goes on elsewhere, while this machine lives on.
+    # The run continues elsewhere while this machine still runs it.
     shutil.copytree(run.root, tmp_path / "elsewhere")
     moved = RunDir(tmp_path / "elsewhere")
     run_store.create_attempt(moved, Attempt(resume_step=None))

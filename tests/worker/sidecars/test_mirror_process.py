@@ -34,9 +34,7 @@ from launcher.worker.stopper import Stopper
 
 @contextmanager
 def sending(run: RunDir, attempt: int = 1, module: str = "quick_mirror") -> Iterator[ForkedProcess]:
-    """Fork the process that runs beside the ranks; `quick_mirror` polls more often than
-    `launcher.worker.sidecars.mirror_process`.
-    """
+    """Fork the mirror process; `quick_mirror` polls more often than `launcher.worker.sidecars.mirror_process`."""
     with open(run.attempt(attempt) / "mirror.log", "ab") as log:
         process = preloaded("launcher.worker.sidecars.mirror_process", "fsspec.implementations.local").popen(
             module, str(run.plan), str(attempt), stdin=subprocess.PIPE, stdout=log.fileno(), stderr=log.fileno()
